@@ -1,0 +1,105 @@
+"""Graphs: values (one row per token) and nodes in execution order. Immutable; every pass makes a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from coserve.ops.table import TABLE, Operator
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """width: elements per token. wide: kept in float32 whatever the model's dtype (float64 when that is float64)."""
+
+    name: str
+    width: int
+    wide: bool = False
+
+    def num_bytes(self, itemsize: int) -> int:
+        """Bytes per token, for a model dtype of `itemsize` bytes."""
+        return self.width * (max(itemsize, 4) if self.wide else itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operator: names of values in and out, the parameter's name, constants."""
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weight: str | None = None
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def row(self) -> Operator:
+        return TABLE[self.op]
+
+    def __str__(self) -> str:
+        weight = f"[{self.weight}]" if self.weight else ""
+        return f"{', '.join(self.outputs)} = {self.op}{weight}({', '.join(self.inputs)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The forward pass of one layer."""
+
+    values: Mapping[str, Value]
+    nodes: tuple[Node, ...]
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class JointGraph:
+    """A forward graph with (some of) its backward nodes.
+
+    values: of the backward nodes too. output_grad: the gradient that comes in; input_grad: the one that goes out, or None
+    when nobody below wants it. weight_grads: {parameter: value}, sinks that the kernels add into.
+    """
+
+    forward: Graph
+    values: Mapping[str, Value]
+    backward: tuple[Node, ...]
+    output_grad: str
+    input_grad: str | None
+    weight_grads: Mapping[str, str]
+
+    def saved(self) -> tuple[str, ...]:
+        """Forward values that the backward nodes read, in forward order."""
+        read = {name for node in self.backward for name in node.inputs}
+        return tuple(name for name in self.forward.values if name in read)
+
+    def read_whole(self) -> frozenset[str]:
+        """Forward values that some node reads for other tokens than its window's."""
+        return frozenset(whole_inputs((*self.forward.nodes, *self.backward))) & self.forward.values.keys()
+
+
+def whole_inputs(nodes: Iterable[Node]) -> set[str]:
+    """Inputs that the operator table says are read for other tokens too."""
+    return {
+        value
+        for node in nodes
+        for name, value in zip(node.row.inputs, node.inputs, strict=True)
+        if name in node.row.whole
+    }
+
+
+def producers(nodes: Iterable[Node]) -> dict[str, Node]:
+    """The node that makes each value."""
+    return {name: node for node in nodes for name in node.outputs}
+
+
+def check(joint: JointGraph) -> None:
+    """Every value is made before it is read, once. Run by tests after each pass."""
+    made = {joint.forward.input}
+    for node in joint.forward.nodes:
+        assert made.issuperset(node.inputs), f"{node} reads a value that is not there yet"
+        assert made.isdisjoint(node.outputs), f"{node} makes a value twice"
+        made.update(node.outputs)
+    made.add(joint.output_grad)
+    for node in joint.backward:
+        assert made.issuperset(node.inputs), f"{node} reads a value that is not there yet"
+        assert made.isdisjoint(node.outputs), f"{node} makes a value twice"
+        made.update(node.outputs)

@@ -1,0 +1,89 @@
+"""What lowering produces: flat lists of bound calls over planned storages. Data only; the runtime executes it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from coserve.compiler.graph import JointGraph
+from coserve.compiler.prune import Kept
+from coserve.ops.run import Runner
+
+
+class Place(enum.Enum):
+    """Where a storage lives."""
+
+    WORK = "workspace"
+    """Transient: window rows in the planned workspace."""
+    ARENA = "arena"
+    """Kept from forward to backward: a row range of the micro-batch's arena."""
+    INPUT = "input"
+    """The layer's input rows."""
+    OUTPUT = "output"
+    """The layer's output rows."""
+    GRAD = "gradient"
+    """The residual stream's gradient rows, rewritten in place from layer to layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """offset: bytes per row before it in its place (WORK and ARENA)."""
+
+    place: Place
+    width: int
+    wide: bool
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Columns [column, column + width) of a storage."""
+
+    storage: int
+    column: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One bound call: outs and ins are slot numbers."""
+
+    run: Runner
+    op: str
+    weight: str | None
+    attrs: Mapping[str, Any]
+    accumulate: bool
+    outs: tuple[int, ...]
+    ins: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """calls in order; work_bytes: workspace bytes per row."""
+
+    calls: tuple[Call, ...]
+    slots: tuple[Slot, ...]
+    storages: tuple[Storage, ...]
+    work_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer's programs, and what lies between them.
+
+    arena: the storages that forward keeps, with offsets; arena_bytes per token. keys, values: where attention's K and V lie
+    in the arena (None for an inference plan). keeps_input: whether the arena holds the layer's input rows, at input_offset.
+    """
+
+    joint: JointGraph
+    forward: Program
+    backward: Program | None
+    kept: tuple[Kept, ...]
+    arena: tuple[Storage, ...]
+    arena_bytes: int
+    keys: Slot | None
+    values: Slot | None
+    keeps_input: bool
+    input_offset: int

@@ -1,0 +1,66 @@
+"""Pass 1: run the decoder layer with symbols instead of tensors, and write down what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from coserve.compiler.graph import Graph, Node, Value
+from coserve.model.architecture import Architecture
+from coserve.model.decoder import Bypass, layer, linear_shapes
+
+
+class Tracer:
+    """The vocabulary on symbols. factor_widths: {factor name: out features} of the bypass's trainable factors."""
+
+    def __init__(self, arch: Architecture, factor_widths: Mapping[str, int]) -> None:
+        self.arch = arch
+        self.linear_widths = {site: out for site, (out, _) in linear_shapes(arch).items()}
+        self.factor_widths = factor_widths
+        self.values: dict[str, Value] = {}
+        self.nodes: list[Node] = []
+
+    def value(self, name: str, width: int, *, wide: bool = False) -> Value:
+        while name in self.values:
+            name += "'"
+        self.values[name] = Value(name, width, wide)
+        return self.values[name]
+
+    def node(self, op: str, inputs: tuple[Value, ...], out: Value, weight: str | None = None, **attrs: Any) -> Value:
+        self.nodes.append(Node(op, tuple(v.name for v in inputs), (out.name,), weight, attrs))
+        return out
+
+    def rmsnorm(self, x: Value, name: str) -> Value:
+        return self.node("rmsnorm", (x,), self.value(name, x.width), name, eps=self.arch.rms_norm_eps)
+
+    def linear(self, x: Value, site: str) -> Value:
+        return self.node("linear", (x,), self.value(site, self.linear_widths[site]), site)
+
+    def segment_linear(self, x: Value, name: str) -> Value:
+        return self.node("segment_linear", (x,), self.value(name, self.factor_widths[name]), name)
+
+    def rope(self, x: Value) -> Value:
+        return self.node("rope", (x,), self.value(f"{x.name}.rope", x.width))
+
+    def attention(self, q: Value, k: Value, v: Value) -> Value:
+        out = self.value("attention", q.width)
+        lse = self.value("log_sum_exp", q.width // self.arch.head_dim, wide=True)
+        self.nodes.append(Node("attention", (q.name, k.name, v.name), (out.name, lse.name)))
+        return out
+
+    def silu_mul(self, gate: Value, up: Value) -> Value:
+        return self.node("silu_mul", (gate, up), self.value("silu_mul", gate.width))
+
+    def add(self, a: Value, b: Value, name: str = "sum") -> Value:
+        return self.node("add", (a, b), self.value(name, a.width))
+
+    def dropout(self, x: Value, site: str, p: float) -> Value:
+        return self.node("dropout", (x,), self.value(f"{site}.dropout", x.width), site=site, p=p)
+
+
+def trace(arch: Architecture, bypass: Bypass, factor_widths: Mapping[str, int]) -> Graph:
+    """The graph of one decoder layer with `bypass`."""
+    tracer = Tracer(arch, factor_widths)
+    x = tracer.value("x", arch.hidden_size)
+    y = layer(tracer, arch, bypass, x)
+    return Graph(dict(tracer.values), tuple(tracer.nodes), x.name, y.name)

@@ -1,0 +1,184 @@
+"""Every knob, as frozen keyword-only dataclasses.
+
+Owns: names, units, defaults and the checks that need no model. Nothing here is written back at run time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from coserve.core import ConfigError
+
+LINEAR_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The seven linear kinds of a decoder layer, by the names that Hugging Face and PEFT use."""
+
+Objective = Literal["sft", "dpo"]
+Schedule = Literal["constant", "linear", "cosine"]
+TooLong = Literal["error", "drop", "truncate"]
+
+
+def _require(condition: bool, name: str, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: {message}", param=name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """A LoRA adapter, in PEFT's words (r, lora_alpha, lora_dropout, target_modules, ...)."""
+
+    r: int = 16
+    """Rank of the update."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+    dropout: float = 0.0
+    """Probability that a feature of a LoRA input is dropped in training, in [0, 1)."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear modules that get an adapter: last path components or longer path suffixes."""
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Rank by module name (path suffix or regular expression, as in PEFT), over `r`."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Alpha by module name (path suffix or regular expression, as in PEFT), over `alpha`."""
+
+    def __post_init__(self) -> None:
+        _require(self.r >= 1, "r", f"rank must be at least 1, got {self.r}")
+        _require(self.alpha > 0, "alpha", f"must be positive, got {self.alpha}")
+        _require(0 <= self.dropout < 1, "dropout", f"must be in [0, 1), got {self.dropout}")
+        _require(bool(self.target_modules), "target_modules", "name at least one module, or 'all-linear'")
+        for name, rank in self.rank_pattern.items():
+            _require(rank >= 1, "rank_pattern", f"rank of {name!r} must be at least 1, got {rank}")
+        for name, alpha in self.alpha_pattern.items():
+            _require(alpha > 0, "alpha_pattern", f"alpha of {name!r} must be positive, got {alpha}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a learning-rate schedule, in the words of Hugging Face's TrainingArguments."""
+
+    learning_rate: float = 2e-4
+    schedule: Schedule = "linear"
+    """After warm-up: constant, linear to 0 at the last step, or a half cosine to 0."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from 0."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    slice_elements: int = 1 << 20
+    """An optimizer step is cut into slices of this many parameters, so that it never stalls an iteration."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "learning_rate", f"must be positive, got {self.learning_rate}")
+        _require(self.schedule in ("constant", "linear", "cosine"), "schedule",
+                 f"must be constant, linear or cosine, got {self.schedule!r}")
+        _require(self.warmup_steps >= 0, "warmup_steps", f"must be 0 or more, got {self.warmup_steps}")
+        _require(0 <= self.beta1 < 1, "beta1", f"must be in [0, 1), got {self.beta1}")
+        _require(0 <= self.beta2 < 1, "beta2", f"must be in [0, 1), got {self.beta2}")
+        _require(self.eps > 0, "eps", f"must be positive, got {self.eps}")
+        _require(self.weight_decay >= 0, "weight_decay", f"must be 0 or more, got {self.weight_decay}")
+        _require(self.max_grad_norm >= 0, "max_grad_norm", f"must be 0 or more, got {self.max_grad_norm}")
+        _require(self.slice_elements >= 1, "slice_elements", f"must be at least 1, got {self.slice_elements}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneConfig:
+    """One finetuning job."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    objective: Objective = "sft"
+    dpo_beta: float = 0.1
+    """DPO's inverse temperature."""
+    epochs: float = 3.0
+    """Passes over the data; ignored when `max_steps` is set."""
+    max_steps: int | None = None
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Examples (for DPO: pairs) per optimizer step."""
+    max_microbatch_tokens: int = 2048
+    """Examples of a step are packed into micro-batches of at most this many tokens."""
+    window_tokens: int = 1024
+    """Largest window of a unit, in packed tokens."""
+    max_length: int | None = None
+    """Longest example in tokens; default: `max_microbatch_tokens` or the model's limit, whichever is less."""
+    too_long: TooLong = "error"
+    """What happens to an example that is longer: refused, left out, or cut at the end."""
+    shuffle: bool = True
+    """A new order each epoch, from `seed`; False keeps the file's order."""
+    seed: int = 0
+    checkpoint_steps: int = 0
+    """A checkpoint every so many optimizer steps; 0: only at the end."""
+    keep_checkpoints: int = 3
+    """Older checkpoints are deleted beyond this many."""
+    validation_steps: int = 0
+    """Validation loss every so many optimizer steps; 0: once an epoch, if there is validation data."""
+    deterministic: bool = False
+    """A fixed window grid and fixed threads: losses are bit-identical after a resume."""
+
+    def __post_init__(self) -> None:
+        _require(self.objective in ("sft", "dpo"), "objective", f"must be sft or dpo, got {self.objective!r}")
+        _require(self.dpo_beta > 0, "dpo_beta", f"must be positive, got {self.dpo_beta}")
+        _require(self.epochs > 0, "epochs", f"must be positive, got {self.epochs}")
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps",
+                 f"must be at least 1, got {self.max_steps}")
+        for name in ("batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints"):
+            value = getattr(self, name)
+            _require(value >= 1, name, f"must be at least 1, got {value}")
+        _require(self.max_length is None or self.max_length >= 2, "max_length",
+                 f"must be at least 2, got {self.max_length}")
+        _require(self.too_long in ("error", "drop", "truncate"), "too_long",
+                 f"must be error, drop or truncate, got {self.too_long!r}")
+        for name in ("checkpoint_steps", "validation_steps"):
+            value = getattr(self, name)
+            _require(value >= 0, name, f"must be 0 or more, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """How one request picks its tokens."""
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, "max_tokens", f"must be at least 1, got {self.max_tokens}")
+        _require(self.temperature >= 0, "temperature", f"must be 0 or more, got {self.temperature}")
+        _require(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], got {self.top_p}")
+        _require(self.top_k >= 0, "top_k", f"must be 0 or more, got {self.top_k}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON types; `from_dict` reads it back."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def finetune_config_from_dict(data: Mapping[str, Any]) -> FinetuneConfig:
+    """Reads what `to_dict` wrote. Raises ConfigError on a key that does not exist."""
+    values = dict(data)
+    lora = dict(values.pop("lora", {}))
+    if isinstance(lora.get("target_modules"), list):
+        lora["target_modules"] = tuple(lora["target_modules"])
+    optimizer = dict(values.pop("optimizer", {}))
+    for cls, given in ((FinetuneConfig, values), (LoraConfig, lora), (OptimizerConfig, optimizer)):
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in given:
+            _require(key in known, key, f"unknown setting of {cls.__name__}; known: {', '.join(sorted(known))}")
+    return FinetuneConfig(lora=LoraConfig(**lora), optimizer=OptimizerConfig(**optimizer), **values)

@@ -1,0 +1,1 @@
+"""The demo: a small model learns facts and a manner of speaking it cannot know."""

@@ -1,0 +1,84 @@
+"""How much memory a finetuning job needs, counted from its plan, and how much there is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from coserve.compiler.plan import ModelPlan
+from coserve.config import LoraConfig
+from coserve.core import CapacityError
+from coserve.model.architecture import Architecture
+from coserve.model.checkpoint import expected_shapes
+from coserve.peft.lora import LoraAdapter, lora_layout
+from coserve.runtime.executor import HEAD_ROWS
+from coserve.runtime.memory import arena_rows
+
+GIB = 1 << 30
+
+
+def weight_bytes(arch: Architecture, itemsize: int) -> int:
+    """Bytes of the backbone's weights."""
+    return itemsize * sum(math.prod(shape) for shape in expected_shapes(arch).values())
+
+
+def shape_adapter(arch: Architecture, config: LoraConfig) -> LoraAdapter:
+    """An adapter without memory, for planning."""
+    sites = lora_layout(arch, config)
+    flat = torch.empty(sum(site.num_elements for site in sites), device="meta")
+    return LoraAdapter(config, sites, flat, num_layers=arch.num_layers)
+
+
+def training_bytes(
+    arch: Architecture, plan: ModelPlan, num_parameters: int, *, microbatch_tokens: int, window_tokens: int, itemsize: int
+) -> dict[str, int]:
+    """Bytes by purpose for one job whose largest micro-batch has `microbatch_tokens` tokens."""
+    wide = max(itemsize, 4)
+    window = min(window_tokens, microbatch_tokens)
+    head = min(HEAD_ROWS, microbatch_tokens) * arch.vocab_size * itemsize
+    streams = 3 * arch.hidden_size * itemsize + 2 * arch.num_kv_heads * arch.head_dim * wide
+    copies = itemsize + 3 * wide + (0 if wide == itemsize else wide)
+    return {
+        "weights": weight_bytes(arch, itemsize),
+        "kept activations": plan.arena_bytes * arena_rows(microbatch_tokens),
+        "gradients": streams * microbatch_tokens,
+        "workspace": max(plan.work_bytes * window, head),
+        "adapter and optimizer": num_parameters * copies,
+    }
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be taken on the device; None where it can't be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _host_available(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+
+
+def _host_available(meminfo: Path, cgroup: Path) -> int | None:
+    """The lesser of the host's MemAvailable and what the control group's limit leaves."""
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return None
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        left = int(limit) - int(used)
+    except (OSError, ValueError):
+        return free
+    return left if free is None else min(free, left)
+
+
+def require_memory(needed: Mapping[str, int], available: int | None) -> None:
+    """Raises CapacityError with every part of the sum if the device has too little."""
+    total = sum(needed.values())
+    if available is None or total <= available:
+        return
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
+    raise CapacityError(
+        f"not enough memory: {total / GIB:.2f} GiB are needed ({parts}) and {available / GIB:.2f} GiB are available; lower "
+        "max_microbatch_tokens, or use a smaller model or dtype", param="max_microbatch_tokens",
+    )

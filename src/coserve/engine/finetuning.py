@@ -1,0 +1,175 @@
+"""One finetuning job from files to files: what `coserve finetune` and `coserve.finetune` run.
+
+    OUTPUT/  adapter_config.json, adapter_model.safetensors, coserve.json   the tuned adapter, in PEFT's format, at the end
+             metrics.csv                                                    one row per optimizer step
+             job.json                                                       model, data and settings
+             checkpoints/step-NNNNNNNN/                                     to resume from
+
+Everything that can be refused is refused before the output directory is made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coserve.config import FinetuneConfig, to_dict
+from coserve.core import ConfigError, InvalidRequest
+from coserve.engine.budget import available_bytes, require_memory, shape_adapter, training_bytes
+from coserve.engine.model import LoadedModel, load_model, resolve_device, resolve_dtype
+from coserve.engine.trainer import LoraTrainer
+from coserve.finetune.checkpoints import write_atomically
+from coserve.finetune.datasets import Dataset, load_groups
+from coserve.finetune.job import Job, JobEvent, StepRow
+from coserve.model.architecture import Architecture, read_architecture
+from coserve.model.locate import locate_model
+from coserve.peft.lora import LoraAdapter
+from coserve.runtime.plans import training_plan
+from coserve.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneResult:
+    """directory: where the adapter lies. rows: metrics of every step, earlier runs included."""
+
+    directory: Path
+    model: LoadedModel
+    adapter: LoraAdapter
+    rows: tuple[StepRow, ...]
+
+
+def _max_length(config: FinetuneConfig, arch: Architecture) -> int:
+    """The longest example, in tokens: a group has to fit into a micro-batch."""
+    share = config.max_microbatch_tokens // (2 if config.objective == "dpo" else 1)
+    limit = min(share, arch.max_position_embeddings)
+    if config.max_length is not None and config.max_length > limit:
+        raise ConfigError(
+            f"max_length: {config.max_length} is more than {limit}, which a micro-batch of max_microbatch_tokens="
+            f"{config.max_microbatch_tokens} (and the model's {arch.max_position_embeddings}) can hold; raise "
+            "max_microbatch_tokens or lower max_length", param="max_length",
+        )
+    return config.max_length or limit
+
+
+def _check_output(directory: Path, resume: bool) -> None:
+    if resume and not (directory / "job.json").is_file():
+        raise InvalidRequest(f"output: {directory} holds no job to resume; start it without resume", param="output")
+    if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InvalidRequest(
+            f"output: {directory} exists; name a new directory, or resume the job in it with --resume", param="output"
+        )
+
+
+def _check_memory(
+    arch: Architecture, config: FinetuneConfig, dataset: Dataset, device: torch.device, itemsize: int, *, loaded: bool
+) -> None:
+    largest = sorted((group.num_tokens for group in dataset.groups), reverse=True)[: config.batch_size]
+    adapter = shape_adapter(arch, config.lora)
+    needed = training_bytes(
+        arch, training_plan(arch, adapter, itemsize=itemsize), adapter.flat.numel(),
+        microbatch_tokens=min(config.max_microbatch_tokens, sum(largest)), window_tokens=config.window_tokens, itemsize=itemsize,
+    )
+    if loaded:
+        needed.pop("weights")
+    require_memory(needed, available_bytes(device))
+
+
+def _load_data(
+    path: Path, validation: Path | None, tokenizer: ChatTokenizer, config: FinetuneConfig, arch: Architecture
+) -> tuple[Dataset, Dataset | None]:
+    limits: dict[str, Any] = {
+        "objective": config.objective, "max_length": _max_length(config, arch), "too_long": config.too_long
+    }
+    train = load_groups(path, tokenizer, **limits)
+    if validation is None:
+        return train, None
+    return train, load_groups(validation, tokenizer, param="validation_file", **limits)
+
+
+def _tell(dataset: Dataset, listen: Callable[[JobEvent], None]) -> None:
+    report = dataset.report
+    listen(JobEvent(level="info", message=f"{len(dataset.groups)} examples, {report.num_tokens} tokens, "
+                                          f"{report.num_label_tokens} of them trained, longest {report.longest}"))
+    for count, what in ((report.num_dropped, "dropped"), (report.num_truncated, "truncated")):
+        if count:
+            listen(JobEvent(level="warn", message=f"{count} too long examples were {what}"))
+
+
+def finetune(
+    data: str | os.PathLike[str], output: str | os.PathLike[str], *, model: str | LoadedModel | None = None,
+    config: FinetuneConfig | None = None, validation: str | os.PathLike[str] | None = None,
+    start: str | os.PathLike[str] | None = None, resume: bool = False, device: str = "auto", dtype: str = "auto",
+    listen: Callable[[JobEvent], None] = lambda event: None,
+) -> FinetuneResult:
+    """Finetunes a LoRA adapter on a JSON Lines file and writes it to a directory.
+
+    model: a name as for `load_model`, or a loaded one. start: an adapter directory to continue from. resume: go on with the
+    job in `output` from its newest whole checkpoint. listen: called with every event. Raises InvalidRequest, NotFound,
+    ConfigError, CapacityError before anything is written, JobFailed during the run.
+    """
+    config = config or FinetuneConfig()
+    directory, data_path = Path(output), Path(data)
+    _check_output(directory, resume)
+
+    def report(message: str) -> None:
+        listen(JobEvent(level="info", message=message))
+
+    if isinstance(model, LoadedModel):
+        base, arch, tokenizer = model.directory, model.architecture, model.tokenizer
+        place, itemsize = model.weights.device, model.weights.dtype.itemsize
+    else:
+        place = resolve_device(device)
+        itemsize = resolve_dtype(dtype, place).itemsize
+        base = locate_model(model, report=report)
+        arch, tokenizer = read_architecture(base), ChatTokenizer.load(base)
+    train, held_out = _load_data(data_path, Path(validation) if validation else None, tokenizer, config, arch)
+    _tell(train, listen)
+    _check_memory(arch, config, train, place, itemsize, loaded=isinstance(model, LoadedModel))
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, dtype=dtype)
+    adapter = loaded.load_adapter(Path(start)) if start is not None else None
+    if adapter is not None:
+        config = replace(config, lora=adapter.config)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    trainer = LoraTrainer(loaded, config, start=adapter, warn=lambda m: listen(JobEvent(level="warn", message=m)))
+    facts = {
+        "base_fingerprint": loaded.fingerprint, "data_digest": train.report.digest, "settings": to_dict(config),
+        "start": None if start is None else str(start),
+    }
+    job = Job(config, train.groups, held_out.groups if held_out else (), trainer, directory, facts=facts, listen=listen)
+    if resume:
+        job.resume()
+    else:
+        _open_job(directory, loaded.name, data_path, validation, facts)
+    job.run()
+    _write_adapter(directory, trainer)
+    assert trainer.published is not None
+    return FinetuneResult(directory=directory, model=loaded, adapter=trainer.published, rows=tuple(job.table.rows()))
+
+
+def _open_job(
+    directory: Path, model: str, data: Path, validation: str | os.PathLike[str] | None, facts: dict[str, Any]
+) -> None:
+    """Makes the output directory with its job.json, at once."""
+    record = {"model": model, "training_file": str(data), "validation_file": None if validation is None else str(validation)}
+
+    def fill(temporary: Path) -> None:
+        (temporary / "job.json").write_text(json.dumps({**record, **facts}, indent=2) + "\n")
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory, fill)
+
+
+def _write_adapter(directory: Path, trainer: LoraTrainer) -> None:
+    """Puts the adapter's files into the output directory, each by rename, the configuration last."""
+    staged = directory / "adapter"
+    write_atomically(staged, trainer.save)
+    for path in sorted(staged.iterdir(), key=lambda p: p.name == "adapter_config.json"):
+        os.replace(path, directory / path.name)
+    staged.rmdir()

@@ -1,0 +1,91 @@
+"""A model ready to work: weights on a device, tokenizer, executor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from coserve.core import ConfigError
+from coserve.model.architecture import Architecture
+from coserve.model.checkpoint import Checkpoint
+from coserve.model.locate import locate_model
+from coserve.model.weights import ModelWeights, load_weights
+from coserve.peft.format import load_adapter
+from coserve.peft.lora import LoraAdapter
+from coserve.runtime.executor import Executor
+from coserve.tokenizer import ChatTokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """name: as the user gave it; fingerprint: identifies the base in adapters and checkpoints."""
+
+    name: str
+    directory: Path
+    fingerprint: str
+    tokenizer: ChatTokenizer
+    weights: ModelWeights
+    executor: Executor
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.weights.architecture
+
+    def load_adapter(self, directory: Path) -> LoraAdapter:
+        """An adapter in PEFT's format for this base."""
+        return load_adapter(
+            directory, self.architecture, dtype=self.weights.dtype, device=self.weights.device, fingerprint=self.fingerprint
+        )
+
+
+def resolve_device(device: str) -> torch.device:
+    """'auto' is CUDA where there is one. Raises ConfigError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device: must be auto, cpu or cuda, got {device!r}", param="device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: no CUDA device was found; use --device cpu", param="device")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """'auto' is float32 on the CPU and bfloat16 on CUDA."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: must be auto or one of {', '.join(DTYPES)}, got {dtype!r}", param="dtype")
+    return DTYPES[dtype]
+
+
+def base_fingerprint(checkpoint: Checkpoint) -> str:
+    """A short digest of the shapes and of the final norm, whatever dtype the model runs in."""
+    arch = checkpoint.architecture
+    norm = checkpoint.read("model.norm.weight", torch.float32, torch.device("cpu"))
+    shapes = (arch.model_type, arch.vocab_size, arch.hidden_size, arch.intermediate_size, arch.num_layers, arch.num_heads,
+              arch.num_kv_heads, arch.head_dim)
+    return hashlib.sha256(repr(shapes).encode() + norm.numpy().tobytes()).hexdigest()[:16]
+
+
+def load_model(
+    name: str | None = None, *, device: str = "auto", dtype: str = "auto", report: Callable[[str], None] = lambda _: None
+) -> LoadedModel:
+    """Loads a model by name: None (SmolLM2), a directory, a GGUF file or a hub id. report: progress, a line each.
+
+    Raises NotFound, InvalidRequest, ConfigError, CapacityError.
+    """
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    directory = locate_model(name, report=report)
+    checkpoint = Checkpoint(directory)
+    tokenizer = ChatTokenizer.load(directory)
+    weights = load_weights(checkpoint, dtype=kind, device=place)
+    return LoadedModel(
+        name or "SmolLM2-135M-Instruct", directory, base_fingerprint(checkpoint), tokenizer, weights, Executor(weights)
+    )

@@ -1,0 +1,1 @@
+"""Finetuning jobs: datasets, objectives, optimizer, cursor, checkpoints."""

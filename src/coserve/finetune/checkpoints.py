@@ -1,0 +1,133 @@
+"""Checkpoint directories: the adapter, the optimizer, the cursor. A directory with a valid manifest is the truth.
+
+    checkpoints/step-00000040/   adapter_config.json, adapter_model.safetensors, coserve.json   (PEFT's format)
+                                 optimizer.safetensors                                         (masters and moments)
+                                 manifest.json                  (written last: cursor, settings, size and digest of each file)
+
+Written under a temporary name, fsynced, renamed. Nothing is ever loaded by pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coserve.core import InvalidRequest
+
+MANIFEST_FILE, OPTIMIZER_FILE = "manifest.json", "optimizer.safetensors"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cursor:
+    """Where a job is. step: optimizer steps done; trained_tokens: tokens through forward and backward so far."""
+
+    step: int
+    trained_tokens: int
+
+
+def write_atomically(directory: Path, fill: Callable[[Path], None]) -> None:
+    """Fills a temporary directory, fsyncs it, renames it to `directory`; a previous one of that name is replaced."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        for path in sorted(temporary.iterdir()):
+            _fsync(path)
+        _fsync(temporary)
+        if directory.exists():
+            shutil.rmtree(directory)
+        temporary.rename(directory)
+        _fsync(directory.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    root: Path, cursor: Cursor, *, save_adapter: Callable[[Path], None], optimizer: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+) -> Path:
+    """Writes a checkpoint below `root`. facts: what a resumed job must agree with (settings, digests)."""
+    directory = root / checkpoint_name(cursor.step)
+
+    def fill(temporary: Path) -> None:
+        save_adapter(temporary)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}, temporary / OPTIMIZER_FILE)
+        manifest = {
+            "schema_version": SCHEMA_VERSION, "step": cursor.step, "trained_tokens": cursor.trained_tokens, **facts,
+            "files": {path.name: _digest(path) for path in sorted(temporary.iterdir())},
+        }
+        (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+
+    write_atomically(directory, fill)
+    return directory
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are whole. Raises InvalidRequest otherwise."""
+    try:
+        manifest = json.loads((directory / MANIFEST_FILE).read_text())
+        if manifest["schema_version"] != SCHEMA_VERSION:
+            raise InvalidRequest(f"checkpoint: {directory} has schema version {manifest['schema_version']}, not {SCHEMA_VERSION}")
+        for name, expected in manifest["files"].items():
+            if _digest(directory / name) != expected:
+                raise InvalidRequest(f"checkpoint: {directory / name} is damaged")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InvalidRequest):
+            raise
+        raise InvalidRequest(f"checkpoint: {directory} is damaged ({error})") from error
+    return dict(manifest)
+
+
+def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint and its manifest; damaged ones are passed over with a warning."""
+    for directory in sorted(root.glob("step-*"), reverse=True):
+        try:
+            return directory, read_manifest(directory)
+        except InvalidRequest as error:
+            warn(f"{error}; using the one before")
+    return None
+
+
+def load_optimizer(directory: Path) -> dict[str, Tensor]:
+    """The optimizer's tensors of a checkpoint."""
+    try:
+        return load_file(directory / OPTIMIZER_FILE)
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequest(f"checkpoint: {directory / OPTIMIZER_FILE} can't be read ({error})") from error
+
+
+def remove_old(root: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints, and what an interrupted write left."""
+    for directory in sorted(root.glob("step-*"))[:-keep]:
+        shutil.rmtree(directory)
+    for leftover in root.glob(".step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)

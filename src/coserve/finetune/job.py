@@ -1,0 +1,216 @@
+"""A supervised or preference job: a driver over the verbs forward_backward, optim_step, save and publish.
+
+Owns: the cursor, the schedule of steps, validations and checkpoints, the table of metrics. Does not own: the verbs (the engine
+gives them), progress display (callers listen to events). Replayed steps overwrite their rows by step number.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from coserve.config import FinetuneConfig
+from coserve.core import Group, InvalidRequest, JobFailed
+from coserve.finetune.batches import BatchOrder
+from coserve.finetune.checkpoints import (
+    Cursor, latest_checkpoint, load_optimizer, remove_old, save_checkpoint,
+)
+from coserve.finetune.optimizer import learning_rate
+
+
+class StepLoss(NamedTuple):
+    """loss: the optimizer batch's; accuracy: share of label tokens whose arg max is the label; num_tokens: tokens that
+    went through; extra: the objective's own metrics."""
+
+    loss: float
+    accuracy: float
+    num_tokens: int
+    extra: Mapping[str, float]
+
+
+class Verbs(Protocol):
+    """What a job asks of the engine."""
+
+    def forward_backward(self, groups: Sequence[Group], step: int) -> StepLoss:
+        """Adds the batch's gradients to the adapter's buffer."""
+
+    def score(self, groups: Sequence[Group]) -> StepLoss:
+        """The loss without gradients."""
+
+    def optim_step(self, rate: float) -> float:
+        """One optimizer update; returns the gradient's norm before clipping."""
+
+    def save(self, directory: Path) -> None:
+        """Writes the adapter into a directory, in PEFT's format."""
+
+    def publish(self) -> None:
+        """Makes the present weights a version that requests can use."""
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], int]:
+        """Tensors and the number of updates so far."""
+
+    def restore(self, state: dict[str, Tensor], num_updates: int) -> None:
+        """Puts back what `optimizer_state` gave."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRow:
+    """One line of metrics.csv. valid_*: empty unless validation ran after the step. Times are seconds."""
+
+    step: int
+    train_loss: float
+    train_mean_token_accuracy: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent:
+    """level: info or warn. row: set for the metrics of a step."""
+
+    level: str
+    message: str
+    row: StepRow | None = None
+
+
+_COLUMNS = tuple(StepRow.__dataclass_fields__)
+
+
+class MetricsTable:
+    """metrics.csv: one row per optimizer step, in order."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self) -> list[StepRow]:
+        """All whole rows; a line cut by a crash ends the table."""
+        if not self.path.exists():
+            return []
+        result = []
+        with self.path.open(newline="") as file:
+            for record in csv.DictReader(file):
+                try:
+                    result.append(_row(record))
+                except (TypeError, ValueError):
+                    break
+        return result
+
+    def keep(self, last_step: int) -> None:
+        """Drops rows after `last_step`: they will be run again."""
+        rows = [row for row in self.rows() if row.step <= last_step]
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(_COLUMNS)
+            writer.writerows(_cells(row) for row in rows)
+        os.replace(temporary, self.path)
+
+    def append(self, row: StepRow) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(_cells(row))
+
+
+def _cells(row: StepRow) -> list[str]:
+    return ["" if (value := getattr(row, name)) is None else repr(value) for name in _COLUMNS]
+
+
+def _row(record: Mapping[str, str]) -> StepRow:
+    whole = {"step", "tokens"}
+    values = {name: int(record[name]) if name in whole else float(record[name]) for name in _COLUMNS if record[name] != ""}
+    return StepRow(**values)  # type: ignore[arg-type]  # the columns are StepRow's fields
+
+
+class Job:
+    """One finetuning job in a directory: `run` from the start or from the newest whole checkpoint."""
+
+    def __init__(
+        self, config: FinetuneConfig, groups: Sequence[Group], validation: Sequence[Group], verbs: Verbs, directory: Path,
+        *, facts: Mapping[str, object], listen: Callable[[JobEvent], None],
+    ) -> None:
+        self.config, self.groups, self.validation, self.verbs = config, groups, validation, verbs
+        self.directory, self.facts, self.listen = directory, facts, listen
+        self.order = BatchOrder(
+            num_groups=len(groups), batch_size=config.batch_size, seed=config.seed, shuffle=config.shuffle
+        )
+        self.num_steps = self.order.num_steps(config)
+        self.table = MetricsTable(directory / "metrics.csv")
+        self.cursor = Cursor(step=0, trained_tokens=0)
+
+    @property
+    def checkpoint_root(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def resume(self) -> bool:
+        """Goes back to the newest whole checkpoint, if there is one. Raises InvalidRequest if the job has changed."""
+        found = latest_checkpoint(self.checkpoint_root, lambda message: self.listen(JobEvent(level="warn", message=message)))
+        if found is None:
+            return False
+        directory, manifest = found
+        for name, value in self.facts.items():
+            if manifest.get(name) != value:
+                raise InvalidRequest(
+                    f"resume: {name} has changed since {directory.name} was written; use the same model, data and settings, "
+                    "or another output directory", param=name,
+                )
+        self.verbs.restore(load_optimizer(directory), manifest["step"])
+        self.cursor = Cursor(step=manifest["step"], trained_tokens=manifest["trained_tokens"])
+        self.listen(JobEvent(level="info", message=f"resumed after step {self.cursor.step} from {directory.name}"))
+        return True
+
+    def run(self) -> None:
+        """All steps that are left; a checkpoint at the end. Raises JobFailed."""
+        self.table.keep(self.cursor.step)
+        while self.cursor.step < self.num_steps:
+            self._step()
+        if self.verbs.optimizer_state()[1] and not (self.checkpoint_root / f"step-{self.cursor.step:08d}").exists():
+            self.checkpoint()
+        self.verbs.publish()
+
+    def _step(self) -> None:
+        step, started = self.cursor.step, time.perf_counter()
+        groups = [self.groups[index] for index in self.order.indices(step)]
+        result = self.verbs.forward_backward(groups, step)
+        if not result.loss < float("inf"):
+            raise JobFailed(f"the loss is {result.loss} at step {step + 1}; a lower learning rate may help", param="learning_rate")
+        rate = learning_rate(self.config.optimizer, step, self.num_steps)
+        norm = self.verbs.optim_step(rate)
+        seconds = time.perf_counter() - started
+        self.cursor = Cursor(step=step + 1, trained_tokens=self.cursor.trained_tokens + result.num_tokens)
+        valid = self.verbs.score(self.validation) if self._validates() else None
+        row = StepRow(
+            step=step + 1, train_loss=result.loss, train_mean_token_accuracy=result.accuracy, learning_rate=rate,
+            grad_norm=norm, tokens=result.num_tokens, seconds=seconds,
+            valid_loss=None if valid is None else valid.loss,
+            valid_mean_token_accuracy=None if valid is None else valid.accuracy,
+        )
+        self.table.append(row)
+        extra = "".join(f", {name} {value:.4f}" for name, value in result.extra.items())
+        self.listen(JobEvent(level="info", message=f"step {row.step}: loss {row.train_loss:.4f}{extra}", row=row))
+        every = self.config.checkpoint_steps
+        if every and self.cursor.step % every == 0:
+            self.checkpoint()
+
+    def _validates(self) -> bool:
+        every = self.config.validation_steps or self.order.steps_per_epoch
+        return bool(self.validation) and (self.cursor.step % every == 0 or self.cursor.step == self.num_steps)
+
+    def checkpoint(self) -> Path:
+        """Writes a checkpoint of the present step."""
+        state, _ = self.verbs.optimizer_state()
+        path = save_checkpoint(
+            self.checkpoint_root, self.cursor, save_adapter=self.verbs.save, optimizer=state, facts=dict(self.facts)
+        )
+        remove_old(self.checkpoint_root, self.config.keep_checkpoints)
+        self.listen(JobEvent(level="info", message=f"checkpoint {path.name}"))
+        return path

@@ -1,0 +1,101 @@
+"""Objectives: from the log-probabilities of complete groups to coefficients d loss / d logprob.
+
+An objective never sees activations: forward yields log p per label and its unscaled gradient row, the objective says how
+much of each row the loss wants. Losses are means over an optimizer batch, so each micro-batch gives its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from coserve.config import FinetuneConfig
+from coserve.core import Group
+
+
+class Scored(NamedTuple):
+    """One example after forward. logprobs, weights: [its labels]; reference: sum of weighted log-probabilities under the
+    reference policy, or None."""
+
+    logprobs: Tensor
+    weights: Tensor
+    reference: float | None
+
+
+class Outcome(NamedTuple):
+    """coefficients: per example, [its labels]; loss: this group's share of the batch's loss; metrics: shares likewise."""
+
+    coefficients: tuple[Tensor, ...]
+    loss: float
+    metrics: Mapping[str, float]
+
+
+class Objective(Protocol):
+    """What a job needs of its loss."""
+
+    needs_reference: bool
+
+    def normalizer(self, groups: Sequence[Group]) -> float:
+        """What an optimizer batch's sum is divided by."""
+
+    def outcome(self, examples: Sequence[Scored], normalizer: float) -> Outcome:
+        """Coefficients for one complete group."""
+
+
+class SupervisedObjective:
+    """Cross-entropy: the weighted mean of -log p over the label tokens of the optimizer batch (as Hugging Face's Trainer
+    counts under accumulation)."""
+
+    needs_reference = False
+
+    def normalizer(self, groups: Sequence[Group]) -> float:
+        return sum(example.label_weight for group in groups for example in group.examples)
+
+    def outcome(self, examples: Sequence[Scored], normalizer: float) -> Outcome:
+        (example,) = examples
+        weights = example.weights.to(example.logprobs.dtype)
+        coefficients = -weights / normalizer
+        return Outcome((coefficients,), float((coefficients * example.logprobs).sum()), {})
+
+
+class PreferenceObjective:
+    """DPO over (chosen, rejected): -log sigmoid(beta * (chosen margin - rejected margin)), the mean over pairs.
+
+    A margin is log p under the policy minus log p under the reference. Source: Rafailov et al. 2023.
+    """
+
+    needs_reference = True
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+
+    def normalizer(self, groups: Sequence[Group]) -> float:
+        return float(len(groups))
+
+    def outcome(self, examples: Sequence[Scored], normalizer: float) -> Outcome:
+        sums = []
+        for example in examples:
+            assert example.reference is not None
+            total = (example.weights.to(example.logprobs.dtype) * example.logprobs).sum().double()
+            sums.append(total - example.reference)
+        chosen, rejected = sums
+        logit = self.beta * (chosen - rejected)
+        pull = float(self.beta * torch.sigmoid(-logit) / normalizer)
+        coefficients = tuple(
+            sign * pull * example.weights.to(example.logprobs.dtype)
+            for sign, example in zip((-1, 1), examples, strict=True)
+        )
+        metrics = {
+            "reward_margin": float(logit) / normalizer,
+            "reward_accuracy": float(logit > 0) / normalizer,
+        }
+        return Outcome(coefficients, float(-torch.nn.functional.logsigmoid(logit) / normalizer), metrics)
+
+
+OBJECTIVES: Mapping[str, Callable[[FinetuneConfig], Objective]] = {
+    "sft": lambda config: SupervisedObjective(),
+    "dpo": lambda config: PreferenceObjective(config.dpo_beta),
+}

@@ -1,0 +1,78 @@
+"""AdamW on one flat tensor with float32 masters, cut into slices; learning-rate schedules; clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from coserve.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """The rate of step `step` (from 0), as Hugging Face's schedulers give it: warm-up starts at 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return config.learning_rate * max(0.0, 1 - progress)
+    if config.schedule == "cosine":
+        return config.learning_rate * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+    return config.learning_rate
+
+
+class FlatAdamW:
+    """Decoupled AdamW (Loshchilov and Hutter 2019) over a flat parameter.
+
+    working: the adapter's tensor in the model's dtype; grad: float32 of the same length. The float32 master is the working
+    tensor itself when that is float32 (float64 in tests). PyTorch's fused kernel does the arithmetic.
+    """
+
+    def __init__(self, config: OptimizerConfig, working: Tensor, grad: Tensor) -> None:
+        self.config, self.working, self.grad = config, working, grad
+        self.master = working if working.dtype == grad.dtype else working.to(grad.dtype)
+        self.exp_avg = torch.zeros_like(self.master)
+        self.exp_avg_sq = torch.zeros_like(self.master)
+        self.num_updates = 0
+
+    def clip(self) -> float:
+        """The gradient's global norm; scales the gradient down to `max_grad_norm`."""
+        norm = float(torch.linalg.vector_norm(self.grad))
+        if self.config.max_grad_norm > 0:
+            self.grad.mul_(min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
+        return norm
+
+    def slices(self, rate: float) -> Iterator[int]:
+        """One update, a slice per turn; yields the elements done so far. Finish it before the next forward unit."""
+        total, size, config = self.master.numel(), self.config.slice_elements, self.config
+        for start in range(0, total, size):
+            part = slice(start, min(start + size, total))
+            adamw(
+                [self.master[part]], [self.grad[part]], [self.exp_avg[part]], [self.exp_avg_sq[part]], [],
+                [torch.tensor(float(self.num_updates))], fused=True, amsgrad=False, beta1=config.beta1,
+                beta2=config.beta2, lr=rate, weight_decay=config.weight_decay, eps=config.eps, maximize=False,
+            )
+            if self.master is not self.working:
+                self.working[part] = self.master[part]
+            self.grad[part].zero_()
+            yield part.stop
+        self.num_updates += 1
+
+    def step(self, rate: float) -> None:
+        """All slices of one update; the gradient is zero afterwards."""
+        for _ in self.slices(rate):
+            pass
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds besides `num_updates`."""
+        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    def load(self, state: dict[str, Tensor], num_updates: int) -> None:
+        """Restores `state`."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        self.working.copy_(self.master)
+        self.num_updates = num_updates

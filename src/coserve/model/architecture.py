@@ -1,0 +1,252 @@
+"""The decoder's shape, read from a Hugging Face config.json: one frozen record for every family.
+
+Owns: which families are known and how they differ (a table), rotary frequencies, end-of-sequence ids. Does not own:
+weights (checkpoint.py), the tokenizer. Source of meaning: the modeling files of transformers 5.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from coserve.core import ConfigError, InvalidRequest, NotFound
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies do not depend on the length of the sequence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """Everything the decoder needs to know about a backbone except its weights."""
+
+    model_type: str
+    """Hugging Face's name of the family."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    """Width of one head; num_heads * head_dim may differ from hidden_size."""
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    """The head reuses the embedding table; the checkpoint need not have lm_head.weight."""
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    """RMSNorm over each head of q and of k, before the rotary embedding."""
+    sliding_windows: tuple[int | None, ...]
+    """One per layer. With window w, query i sees keys j with i - w < j <= i; None sees every key up to i."""
+    rope_inv_freq: tuple[float, ...]
+    """Radians per position of each pair of features, head_dim / 2 float32 values."""
+    rope_scaling: float
+    """Multiplied onto cos and sin (YaRN's attention factor), else 1."""
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end a generation; may be empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How one model type differs from the others. The functions take its configuration."""
+
+    qkv_bias: Callable[[PreTrainedConfig], bool]
+    o_bias: Callable[[PreTrainedConfig], bool]
+    mlp_bias: Callable[[PreTrainedConfig], bool]
+    qk_norm: bool
+    sliding_windows: Callable[[PreTrainedConfig], tuple[int | None, ...]]
+
+
+def _always(_: PreTrainedConfig) -> bool:
+    return True
+
+
+def _never(_: PreTrainedConfig) -> bool:
+    return False
+
+
+def _attention_bias(config: PreTrainedConfig) -> bool:
+    return bool(config.attention_bias)
+
+
+def _mlp_bias(config: PreTrainedConfig) -> bool:
+    return bool(config.mlp_bias)
+
+
+def _full_attention(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    return (None,) * config.num_hidden_layers
+
+
+def _one_window(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """Mistral: every layer has the same window, or none."""
+    return (config.sliding_window,) * config.num_hidden_layers
+
+
+def _window_by_layer_type(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """Qwen: transformers fills layer_types from use_sliding_window and max_window_layers when the file has none."""
+    for layer_type in config.layer_types:
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise ConfigError(f"layer_types: {layer_type!r} is not supported", param="layer_types")
+    return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        qkv_bias=_attention_bias, o_bias=_attention_bias, mlp_bias=_mlp_bias, qk_norm=False,
+        sliding_windows=_full_attention,
+    ),
+    "mistral": Family(
+        qkv_bias=_never, o_bias=_never, mlp_bias=_never, qk_norm=False, sliding_windows=_one_window,
+    ),
+    "qwen2": Family(
+        qkv_bias=_always, o_bias=_never, mlp_bias=_never, qk_norm=False, sliding_windows=_window_by_layer_type,
+    ),
+    "qwen3": Family(
+        qkv_bias=_attention_bias, o_bias=_attention_bias, mlp_bias=_never, qk_norm=True,
+        sliding_windows=_window_by_layer_type,
+    ),
+}
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line breaks, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises NotFound without the file, InvalidRequest where it holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def read_architecture(directory: Path) -> Architecture:
+    """The architecture of the model in a Hugging Face directory.
+
+    Raises NotFound without config.json, InvalidRequest where it is not JSON, and ConfigError naming the field for
+    whatever the decoder cannot compute: unknown families, multi-modal models, other activations, rotary embeddings
+    that depend on the sequence length or cover part of a head.
+    """
+    raw = read_json(directory / "config.json")
+    family = _family_of(raw, directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and huggingface_hub raise many unrelated types here
+        raise ConfigError(f"{directory / 'config.json'}: {one_line(error)}") from error
+    if config.hidden_act != "silu":
+        raise ConfigError(f"hidden_act: only silu is supported, got {config.hidden_act!r}", param="hidden_act")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inv_freq, scaling = _rope(config, head_dim)
+    architecture = Architecture(
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(config.rms_norm_eps),
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        qkv_bias=family.qkv_bias(config),
+        o_bias=family.o_bias(config),
+        mlp_bias=family.mlp_bias(config),
+        qk_norm=family.qk_norm,
+        sliding_windows=family.sliding_windows(config),
+        rope_inv_freq=inv_freq,
+        rope_scaling=scaling,
+        eos_token_ids=_eos_token_ids(directory, config),
+    )
+    _check(architecture)
+    return architecture
+
+
+def _family_of(raw: Mapping[str, Any], directory: Path) -> Family:
+    for key in ("vision_config", "audio_config", "text_config"):
+        if key in raw:
+            raise ConfigError(
+                f"{key}: {directory} is a multi-modal model; only text decoders are supported", param=key
+            )
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(
+            f"model_type: {model_type!r} is not supported; known are {', '.join(FAMILIES)}", param="model_type"
+        )
+    return FAMILIES[model_type]
+
+
+def _rope(config: PreTrainedConfig, head_dim: int) -> tuple[tuple[float, ...], float]:
+    """Inverse frequencies [head_dim / 2], computed in float32 as transformers' rotary embedding does, and the factor
+    on cos and sin."""
+    parameters = config.rope_parameters or {}
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise ConfigError("rope_parameters: one rotary embedding per layer type is not supported",
+                          param="rope_parameters")
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(
+            f"rope_type: {rope_type!r} is not supported (its frequencies may depend on the sequence length); "
+            f"known are {', '.join(ROPE_TYPES)}", param="rope_type")
+    partial = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+    if partial not in (None, 1, 1.0):
+        raise ConfigError(f"partial_rotary_factor: only 1 is supported, got {partial}",
+                          param="partial_rotary_factor")
+    if rope_type == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+        return tuple((1.0 / (parameters["rope_theta"] ** exponents)).tolist()), 1.0
+    try:
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"rope_parameters: {rope_type} cannot be computed: {type(error).__name__} {error}",
+                          param="rope_parameters") from error
+    return tuple(inv_freq.float().tolist()), float(scaling)
+
+
+def _eos_token_ids(directory: Path, config: PreTrainedConfig) -> tuple[int, ...]:
+    """generation_config.json decides, as in transformers' generate(); config.json where it says nothing."""
+    path = directory / "generation_config.json"
+    value = read_json(path).get("eos_token_id") if path.exists() else None
+    if value is None:
+        value = getattr(config, "eos_token_id", None)
+    if value is None:
+        return ()
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ConfigError(f"eos_token_id: must be a token id or a list of them, got {value!r}", param="eos_token_id")
+    return tuple(dict.fromkeys(ids))
+
+
+def _check(arch: Architecture) -> None:
+    """Raise ConfigError where the numbers cannot belong to one decoder."""
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+                 "head_dim", "max_position_embeddings"):
+        value = getattr(arch, name)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}: must be a positive integer, got {value!r}", param=name)
+    if arch.num_heads % arch.num_kv_heads:
+        raise ConfigError(f"num_key_value_heads: {arch.num_heads} query heads cannot share {arch.num_kv_heads}",
+                          param="num_key_value_heads")
+    if arch.head_dim % 2:
+        raise ConfigError(f"head_dim: must be even, got {arch.head_dim}", param="head_dim")
+    if len(arch.sliding_windows) != arch.num_layers:
+        raise ConfigError(f"layer_types: {len(arch.sliding_windows)} entries for {arch.num_layers} layers",
+                          param="layer_types")
+    if any(window is not None and window < 1 for window in arch.sliding_windows):
+        raise ConfigError(f"sliding_window: must be at least 1, got {arch.sliding_windows}", param="sliding_window")
+    assert len(arch.rope_inv_freq) == arch.head_dim // 2

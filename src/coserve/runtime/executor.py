@@ -1,0 +1,163 @@
+"""Runs programs: forward and backward units of finetuning, and the loss head. No policy.
+
+The backward sweep over one layer, windows from right to left (K and V of the whole micro-batch lie in the arena):
+
+    rows:        0 ........ a ........ b ........ T        d_keys, d_values: one layer's accumulators
+    unit [a,b):  adds to [0, b) of the accumulators, then reads its own rows [a, b), which no later query can touch
+    grad_TD:     rows [a, b) enter as d output of the layer and leave as d input
+
+Units may come in any order in which every row finds what it needs; anything else is a bug and fails an assertion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from coserve.compiler.plan import ModelPlan
+from coserve.compiler.program import LayerPlan, Place, Program, Storage
+from coserve.core import Direction, Unit
+from coserve.kernels import library
+from coserve.model.weights import ModelWeights
+from coserve.ops.run import RowContext
+from coserve.peft.lora import LoraAdapter
+from coserve.runtime.memory import Arena, Workspace, arena_rows, columns
+from coserve.runtime.microbatch import InFlight, PackedBatch
+from coserve.runtime.rows import RotaryTable, TrainRows
+
+HEAD_ROWS = 128
+"""Rows of the loss head's logits chunk."""
+
+
+class Executor:
+    """Programs over one backbone. `execute` is the only place where an operator runs."""
+
+    def __init__(self, weights: ModelWeights) -> None:
+        self.weights = weights
+        self.arch = weights.architecture
+        self.workspace = Workspace(weights.dtype, weights.device)
+        self.rotary = RotaryTable(self.arch, weights.dtype, weights.device)
+
+    def execute(
+        self, program: Program, layer: int, rows: RowContext, num_rows: int, external: Callable[[int, Storage], Tensor]
+    ) -> None:
+        """Runs a program for one layer; external(number, storage) gives the window's rows of storages outside the workspace."""
+        tensors = list(self.workspace.tensors(program, num_rows))
+        for index, slot in enumerate(program.slots):
+            if tensors[index] is None:
+                tensors[index] = columns(external(slot.storage, program.storages[slot.storage]), slot)
+        weights = self.weights.layers[layer]
+        for call in program.calls:
+            name = call.weight
+            weight = name if name is None or call.op.startswith("segment_") else weights.parameter(call.op, name)
+            call.run(
+                rows, weight, call.attrs, call.accumulate, [tensors[i] for i in call.outs], [tensors[i] for i in call.ins]
+            )
+
+
+class TrainExecutor:
+    """Units of finetuning micro-batches."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor, self.weights, self.arch = executor, executor.weights, executor.arch
+        self._arena_buffer = torch.empty(0, dtype=torch.uint8, device=self.weights.device)
+
+    def begin(self, batch: PackedBatch, plan: ModelPlan, *, forward_only: bool = False) -> InFlight:
+        """Takes all memory a micro-batch needs. One micro-batch is in flight per arena buffer."""
+        dtype, device = self.weights.dtype, self.weights.device
+        num_bytes = plan.arena_bytes * arena_rows(batch.num_tokens)
+        if self._arena_buffer.numel() < num_bytes:
+            self._arena_buffer = torch.empty(0, dtype=torch.uint8, device=device)
+            self._arena_buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        arena = Arena(plan, batch.num_tokens, dtype, self._arena_buffer)
+        return InFlight(
+            batch, plan, arena, hidden_size=self.arch.hidden_size, kv_width=self.arch.num_kv_heads * self.arch.head_dim,
+            dtype=dtype, device=device, forward_only=forward_only,
+        )
+
+    def run(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> None:
+        """One unit, forward or backward."""
+        (self._forward if unit.direction is Direction.FORWARD else self._backward)(state, unit, adapter)
+
+    def _rows(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> TrainRows:
+        batch = state.batch
+        longest = max(end - begin for begin, end in batch.bounds)
+        cos, sin = self.executor.rotary.rows(batch.positions[unit.start : unit.end], longest)
+        keys = batch.dropout_keys[unit.start : unit.end]
+        return TrainRows(adapter, batch.bounds, unit.start, unit.end, cos, sin, keys, self.arch.sliding_windows)
+
+    def _enter(self, state: InFlight, rows: TrainRows, layer: int) -> LayerPlan:
+        plan = state.plan.layers[layer]
+        rows.layer = layer
+        assert plan.keys is not None and plan.values is not None
+        rows.keys = columns(state.arena.storage(layer, plan.keys.storage), plan.keys)
+        rows.values = columns(state.arena.storage(layer, plan.values.storage), plan.values)
+        return plan
+
+    def _forward(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> None:
+        start, end = unit.start, unit.end
+        rows = self._rows(state, unit, adapter)
+        if unit.layer_start == 0:
+            torch.index_select(self.weights.embedding, 0, state.batch.token_ids[start:end], out=state.hidden(0)[start:end])
+        for layer in range(unit.layer_start, unit.layer_end):
+            assert state.forward_rows[layer] == start, f"{unit} comes out of order at layer {layer}"
+            assert layer == 0 or state.forward_rows[layer - 1] >= end, f"{unit} needs layer {layer - 1} first"
+            plan = self._enter(state, rows, layer)
+            places = {Place.INPUT: state.hidden(layer), Place.OUTPUT: state.hidden(layer + 1)}
+
+            def external(number: int, storage: Storage, layer: int = layer, places: dict[Place, Tensor] = places) -> Tensor:
+                whole = state.arena.storage(layer, number) if storage.place is Place.ARENA else places[storage.place]
+                return whole[start:end]
+
+            self.executor.execute(plan.forward, layer, rows, end - start, external)
+            state.forward_rows[layer] = end
+        if unit.layer_end == self.arch.num_layers:
+            self._head(state, start, end)
+
+    def _head(self, state: InFlight, start: int, end: int) -> None:
+        """Log-probabilities of the window's labels and their unscaled gradient rows."""
+        labels = state.labels_within(start, end)
+        if labels.start == labels.stop:
+            return
+        index = state.batch.label_rows[labels]
+        hidden = state.hidden(self.arch.num_layers)[index]
+        grad = None if state.forward_only else torch.empty_like(hidden)
+        chunk, vocab = min(HEAD_ROWS, hidden.shape[0]), self.arch.vocab_size
+        logits = self.executor.workspace.reserve(chunk * vocab * hidden.element_size()).view(hidden.dtype).view(chunk, vocab)
+        library.label_rows(
+            state.logprobs[labels], state.correct[labels], grad, hidden, state.batch.labels[labels], self.weights.norm,
+            self.arch.rms_norm_eps, self.weights.head, logits,
+        )
+        if grad is not None:
+            state.grad_TD[index] = grad
+
+    def _backward(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> None:
+        assert state.coefficients_set, "the objective's coefficients come before the first backward unit"
+        start, end, whole = unit.start, unit.end, state.batch.num_tokens
+        assert unit.layer_end - unit.layer_start == 1 or (start, end) == (0, whole), "accumulators exist for one layer only"
+        rows = self._rows(state, unit, adapter)
+        rows.d_keys, rows.d_values = state.d_keys, state.d_values
+        for layer in reversed(range(unit.layer_start, unit.layer_end)):
+            assert state.backward_row[layer] == end, f"{unit} comes out of order at layer {layer}"
+            above = layer + 1
+            assert above == self.arch.num_layers or state.backward_row[above] == 0, f"{unit} needs layer {above} first"
+            plan = self._enter(state, rows, layer)
+            state.backward_row[layer] = start
+            if plan.backward is None:
+                continue
+            if end == whole:
+                state.d_keys.zero_()
+                state.d_values.zero_()
+
+            def external(number: int, storage: Storage, layer: int = layer) -> Tensor:
+                if storage.place is Place.GRAD:
+                    return state.grad_TD[start:end]
+                if storage.place is Place.INPUT:
+                    return state.hidden(layer)[start:end]
+                return state.arena.storage(layer, number)[start:end]
+
+            self.executor.execute(plan.backward, layer, rows, end - start, external)
+
+

@@ -1,0 +1,86 @@
+"""What operators see of the batch they run on: training windows over an arena, or request rows over a paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from coserve.kernels import library
+from coserve.kernels.reference import hash_key
+from coserve.model.architecture import Architecture
+from coserve.ops.run import Factor
+from coserve.peft.lora import LoraAdapter
+
+
+class RotaryTable:
+    """cos and sin by position, float-exact as Hugging Face computes them (in float32; float64 for float64 models)."""
+
+    def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+        self.inv_freq = torch.tensor(arch.rope_inv_freq, dtype=torch.float32, device=device)
+        self.scale, self.dtype = arch.rope_scaling, dtype
+        self._cos = torch.empty(0, arch.head_dim, dtype=dtype, device=device)
+        self._sin = self._cos
+
+    def rows(self, positions_T: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [T, K] at `positions_T` (int64), all below `longest`."""
+        if longest > self._cos.shape[0]:
+            size = max(longest, 2 * self._cos.shape[0])
+            angles = torch.outer(torch.arange(size, dtype=torch.float32, device=self.inv_freq.device), self.inv_freq)
+            both = torch.cat((angles, angles), dim=-1)
+            self._cos, self._sin = ((f(both) * self.scale).to(self.dtype) for f in (torch.cos, torch.sin))
+        return self._cos[positions_T], self._sin[positions_T]
+
+
+class TrainRows:
+    """Rows [start, end) of a micro-batch; `layer`, the arena's K and V and the accumulators are set before each program."""
+
+    def __init__(
+        self, adapter: LoraAdapter | None, bounds: Sequence[tuple[int, int]], start: int, end: int,
+        cos: Tensor, sin: Tensor, dropout_keys: Tensor, windows: Sequence[int | None],
+    ) -> None:
+        self.adapter, self.bounds, self.start, self.end = adapter, bounds, start, end
+        self.cos, self.sin, self.windows = cos, sin, windows
+        self.dropout_keys: Tensor | None = dropout_keys
+        self.layer = 0
+        self.keys = self.values = cos
+        self.d_keys = self.d_values = cos
+
+    def segments(self, name: str) -> Iterable[tuple[slice, Factor]]:
+        factor = self.adapter.factor(self.layer, name) if self.adapter is not None else None
+        return () if factor is None else ((slice(None), factor),)
+
+    def dropout_site(self, name: str) -> int:
+        return site_key(self.layer, name)
+
+    def _sequences(self) -> Iterable[tuple[int, int, int, slice]]:
+        """(first row of the sequence, first and last of its rows in the window, those rows within the window)."""
+        for begin, end in self.bounds:
+            first, last = max(begin, self.start), min(end, self.end)
+            if first < last:
+                yield begin, first, last, slice(first - self.start, last - self.start)
+
+    def attention(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
+        assert lse is not None
+        for begin, first, last, rows in self._sequences():
+            library.attention(
+                out[rows], lse[rows], q[rows], self.keys, self.values, width=self.cos.shape[-1], begin=begin,
+                first=first, last=last, window=self.windows[self.layer],
+            )
+
+    def attention_dgrad(
+        self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        for begin, first, last, rows in self._sequences():
+            library.attention_dgrad(
+                d_q[rows], self.d_keys, self.d_values, grad[rows], q[rows], self.keys, self.values, out[rows], lse[rows],
+                width=self.cos.shape[-1], begin=begin, first=first, last=last, window=self.windows[self.layer],
+            )
+        d_k.copy_(self.d_keys[self.start : self.end])
+        d_v.copy_(self.d_values[self.start : self.end])
+
+
+def site_key(layer: int, site: str) -> int:
+    """Dropout key of a site: from the layer and the site's name, not from any order."""
+    return hash_key(layer, *site.encode())

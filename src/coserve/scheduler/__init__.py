@@ -1,0 +1,1 @@
+"""Policy on integers, without tensors. So far: block accounting."""
