@@ -14,7 +14,7 @@ from coserve.core import CapacityError
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import expected_shapes
 from coserve.peft.lora import LoraAdapter, lora_layout
-from coserve.runtime.executor import HEAD_ROWS
+from coserve.runtime.executor import head_rows
 from coserve.runtime.memory import arena_rows
 
 GIB = 1 << 30
@@ -38,7 +38,7 @@ def training_bytes(
     """Bytes by purpose for one job whose largest micro-batch has `microbatch_tokens` tokens."""
     wide = max(itemsize, 4)
     window = min(window_tokens, microbatch_tokens)
-    head = min(HEAD_ROWS, microbatch_tokens) * arch.vocab_size * itemsize
+    head = min(head_rows(arch.vocab_size, itemsize), microbatch_tokens) * arch.vocab_size * itemsize
     streams = 3 * arch.hidden_size * itemsize + 2 * arch.num_kv_heads * arch.head_dim * wide
     copies = itemsize + 3 * wide + (0 if wide == itemsize else wide)
     return {

@@ -148,4 +148,6 @@ class Generator:
         chosen = hidden if every_row else hidden[torch.tensor(last, device=device)]
         normed = torch.empty_like(chosen)
         library.rmsnorm(normed, chosen, weights.norm, self.arch.rms_norm_eps)
-        return normed @ weights.head.T
+        logits = torch.empty(len(chosen), self.arch.vocab_size, dtype=normed.dtype, device=device)
+        weights.head.logits(logits, normed)
+        return logits

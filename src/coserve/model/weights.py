@@ -1,7 +1,7 @@
-"""Frozen weights as objects with two products, and the whole backbone made of them.
+"""The backbone's weights on a device.
 
-Owns: layouts (merged q/k/v and gate/up) and the products. A quantized or packed layout is another class with the same two
-methods. Does not own: reading files (checkpoint.py), what the products are used for.
+Owns: which linears lie in one matrix, and the loading order. Does not own: reading files (checkpoint.py), the products
+(linear.py).
 """
 
 from __future__ import annotations
@@ -15,35 +15,7 @@ from torch import Tensor
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.decoder import MERGED, MODULE_PATHS, linear_shapes
-
-
-class FrozenLinear:
-    """y = x W^T (+ bias), and its input gradient dy W. weight: [out, in]; bias: [out] or None."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias = weight, bias
-
-    def forward(self, out: Tensor, x: Tensor, accumulate: bool = False) -> None:
-        """out [T, out] (+)= x [T, in] W^T + bias."""
-        if accumulate:
-            out.addmm_(x, self.weight.T)
-            if self.bias is not None:
-                out.add_(self.bias)
-        elif self.bias is not None:
-            torch.addmm(self.bias, x, self.weight.T, out=out)
-        else:
-            torch.mm(x, self.weight.T, out=out)
-
-    def input_grad(self, out: Tensor, grad: Tensor, accumulate: bool = False) -> None:
-        """out [T, in] (+)= grad [T, out] W."""
-        if accumulate:
-            out.addmm_(grad, self.weight)
-        else:
-            torch.mm(grad, self.weight, out=out)
-
-    def rows(self, start: int, end: int) -> FrozenLinear:
-        """The linear of output features [start, end), sharing memory."""
-        return FrozenLinear(self.weight[start:end], None if self.bias is None else self.bias[start:end])
+from coserve.model.linear import FrozenLinear, OutputHead, can_pack, make_head, make_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +32,13 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """embedding, head: [vocabulary, hidden] (the same tensor when tied); norm: the final norm's weight [hidden]."""
+    """embedding: [vocabulary, hidden], which the head shares when tied; norm: the final norm's weight [hidden]."""
 
     architecture: Architecture
     embedding: Tensor
     layers: Sequence[LayerWeights]
     norm: Tensor
-    head: Tensor
+    head: OutputHead
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,22 +48,11 @@ class ModelWeights:
     def device(self) -> torch.device:
         return self.embedding.device
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all weights, tied ones once."""
-        tensors = [self.embedding, self.norm]
-        if self.head is not self.embedding:
-            tensors.append(self.head)
-        for layer in self.layers:
-            tensors += layer.norms.values()
-            for name, linear in layer.linears.items():
-                if name in MERGED or not any(name in sites for sites in MERGED.values()):
-                    tensors += [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-
-def _merge(checkpoint: Checkpoint, prefix: str, sites: Sequence[str], has_bias: bool, dtype: torch.dtype,
-           device: torch.device) -> FrozenLinear:
+def _merge(
+    checkpoint: Checkpoint, prefix: str, sites: Sequence[str], has_bias: bool, dtype: torch.dtype, device: torch.device,
+    packed: bool,
+) -> FrozenLinear:
     """Reads several linears of one input into one matrix, tensor by tensor."""
     shapes = linear_shapes(checkpoint.architecture)
     total, width = sum(shapes[site][0] for site in sites), shapes[sites[0]][1]
@@ -105,24 +66,26 @@ def _merge(checkpoint: Checkpoint, prefix: str, sites: Sequence[str], has_bias: 
         if bias is not None:
             bias[start:end] = checkpoint.read(f"{path}.bias", dtype, device)
         start = end
-    return FrozenLinear(weight, bias)
+    return make_linear(weight, bias, packed=packed)
 
 
-def _load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype, device: torch.device) -> LayerWeights:
+def _load_layer(
+    checkpoint: Checkpoint, index: int, dtype: torch.dtype, device: torch.device, packed: bool
+) -> LayerWeights:
     arch = checkpoint.architecture
     prefix = f"model.layers.{index}."
     shapes = linear_shapes(arch)
     biased = {"q_proj": arch.qkv_bias, "o_proj": arch.o_bias, "gate_proj": arch.mlp_bias, "down_proj": arch.mlp_bias}
-    linears = {}
+    linears: dict[str, FrozenLinear] = {}
     for name, sites in MERGED.items():
-        whole = _merge(checkpoint, prefix, sites, biased[sites[0]], dtype, device)
+        whole = _merge(checkpoint, prefix, sites, biased[sites[0]], dtype, device, packed)
         linears[name] = whole
         start = 0
         for site in sites:
             linears[site] = whole.rows(start, start + shapes[site][0])
             start += shapes[site][0]
     for site in ("o_proj", "down_proj"):
-        linears[site] = _merge(checkpoint, prefix, (site,), biased[site], dtype, device)
+        linears[site] = _merge(checkpoint, prefix, (site,), biased[site], dtype, device, packed)
     names = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm"}
     if arch.qk_norm:
         names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
@@ -131,16 +94,22 @@ def _load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype, device: 
 
 
 def load_weights(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device,
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, packed: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelWeights:
-    """Streams a checkpoint onto the device. progress(layers done, layers)."""
+    """Streams a checkpoint onto the device. progress(layers done, layers).
+
+    packed: whether linears are kept in the processor's own layout; default: in float32 on a CPU that has one.
+    """
+    if packed is None:
+        packed = can_pack(dtype, device)
     arch = checkpoint.architecture
     embedding = checkpoint.read("model.embed_tokens.weight", dtype, device)
-    head = embedding if arch.tie_word_embeddings else checkpoint.read("lm_head.weight", dtype, device)
+    table = embedding if arch.tie_word_embeddings else checkpoint.read("lm_head.weight", dtype, device)
     layers = []
     for index in range(arch.num_layers):
-        layers.append(_load_layer(checkpoint, index, dtype, device))
+        layers.append(_load_layer(checkpoint, index, dtype, device, packed))
         if progress is not None:
             progress(index + 1, arch.num_layers)
-    return ModelWeights(arch, embedding, layers, checkpoint.read("model.norm.weight", dtype, device), head)
+    norm = checkpoint.read("model.norm.weight", dtype, device)
+    return ModelWeights(arch, embedding, layers, norm, make_head(table, packed=packed))

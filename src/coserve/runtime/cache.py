@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from coserve.kernels import library
+from coserve.kernels.attention import gathered_attention
 from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor
 from coserve.peft.lora import LoraAdapter
@@ -83,7 +83,7 @@ class PagedRows:
         for request in self.requests:
             rows = slice(request.start, request.end)
             keys, values = self.cache.gather(self.layer, request.table, request.context)
-            library.gathered_attention(out[rows], q[rows], keys, values, window=self.windows[self.layer])
+            gathered_attention(out[rows], q[rows], keys, values, window=self.windows[self.layer])
 
     def attention_dgrad(
         self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor

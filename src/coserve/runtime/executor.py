@@ -27,8 +27,13 @@ from coserve.runtime.memory import Arena, Workspace, arena_rows, columns
 from coserve.runtime.microbatch import InFlight, PackedBatch
 from coserve.runtime.rows import RotaryTable, TrainRows
 
-HEAD_ROWS = 128
-"""Rows of the loss head's logits chunk."""
+HEAD_BYTES = 64 << 20
+"""Size of the loss head's logits chunk."""
+
+
+def head_rows(vocab_size: int, itemsize: int) -> int:
+    """Label rows whose logits fit into the chunk."""
+    return max(16, HEAD_BYTES // (vocab_size * itemsize))
 
 
 class Executor:
@@ -124,7 +129,8 @@ class TrainExecutor:
         index = state.batch.label_rows[labels]
         hidden = state.hidden(self.arch.num_layers)[index]
         grad = None if state.forward_only else torch.empty_like(hidden)
-        chunk, vocab = min(HEAD_ROWS, hidden.shape[0]), self.arch.vocab_size
+        vocab = self.arch.vocab_size
+        chunk = min(head_rows(vocab, hidden.element_size()), hidden.shape[0])
         logits = self.executor.workspace.reserve(chunk * vocab * hidden.element_size()).view(hidden.dtype).view(chunk, vocab)
         library.label_rows(
             state.logprobs[labels], state.correct[labels], grad, hidden, state.batch.labels[labels], self.weights.norm,

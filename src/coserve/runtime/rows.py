@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from coserve.kernels import library
+from coserve.kernels.attention import attention, attention_dgrad
 from coserve.kernels.reference import hash_key
 from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor
@@ -64,7 +64,7 @@ class TrainRows:
     def attention(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
         assert lse is not None
         for begin, first, last, rows in self._sequences():
-            library.attention(
+            attention(
                 out[rows], lse[rows], q[rows], self.keys, self.values, width=self.cos.shape[-1], begin=begin,
                 first=first, last=last, window=self.windows[self.layer],
             )
@@ -73,7 +73,7 @@ class TrainRows:
         self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor
     ) -> None:
         for begin, first, last, rows in self._sequences():
-            library.attention_dgrad(
+            attention_dgrad(
                 d_q[rows], self.d_keys, self.d_values, grad[rows], q[rows], self.keys, self.values, out[rows], lse[rows],
                 width=self.cos.shape[-1], begin=begin, first=first, last=last, window=self.windows[self.layer],
             )
