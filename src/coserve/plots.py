@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ def loss_curve(rows: Sequence[StepRow], path: Path, *, title: str) -> None:
         figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
         axes = figure.add_subplot()
         span = max(1, len(rows) // 12)
-        means = [sum(losses[max(0, i - span + 1) : i + 1]) / len(losses[max(0, i - span + 1) : i + 1]) for i in range(len(rows))]
+        means = [mean(losses[max(0, i - span + 1) : i + 1]) for i in range(len(rows))]
         axes.plot(steps, losses, color=_BLUE, alpha=0.35, linewidth=1, label="training loss of a step")
         axes.plot(steps, means, color=_BLUE, linewidth=2.2, label=f"mean of the last {span} steps")
         valid = [(row.step, row.valid_loss) for row in rows if row.valid_loss is not None]

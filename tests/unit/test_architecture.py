@@ -19,7 +19,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_pos
 LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
 
 
-def edit(path: Path, *, remove: tuple[str, ...] = (), **changes: Any) -> None:  # noqa: ANN401 (JSON values)
+def edit(path: Path, *, remove: tuple[str, ...] = (), **changes: Any) -> None:
     raw = json.loads(path.read_text())
     raw.update(changes)
     for key in remove:

@@ -189,6 +189,7 @@ def _emit(steps: list[_Step], slots: Mapping[str, Slot], storages: list[Storage]
     calls = []
     for step in steps:
         node = step.node
+        outs: tuple[int, ...]
         if node.op == "linear" and len(step.outputs) > 1:
             parts = [slots[name] for name in step.outputs]
             outs = (number(Slot(parts[0].storage, 0, sum(p.width for p in parts))),)

@@ -92,7 +92,7 @@ def rematerialize(joint: JointGraph, itemsize: int = 4) -> Rematerialized:
     order = [name for name in joint.forward.values if name in kept or name in whole]
     nodes = tuple(n for n in joint.forward.nodes if recompute.intersection(n.outputs))
     reasons = {value: f"to recompute {n.outputs[0]}" for n in nodes for value in n.inputs}
-    reasons |= {value: f"read by {node}" for value, node in readers.items()}
+    reasons |= {value: f"read by {node.op}" + (f" of {node.weight}" if node.weight else "") for value, node in readers.items()}
     return Rematerialized(
         kept=tuple(Kept(name, reasons.get(name, "read by later windows' forward attention")) for name in order),
         recompute=nodes,

@@ -73,7 +73,8 @@ def _check_memory(
     adapter = shape_adapter(arch, config.lora)
     needed = training_bytes(
         arch, training_plan(arch, adapter, itemsize=itemsize), adapter.flat.numel(),
-        microbatch_tokens=min(config.max_microbatch_tokens, sum(largest)), window_tokens=config.window_tokens, itemsize=itemsize,
+        microbatch_tokens=min(config.max_microbatch_tokens, sum(largest)), window_tokens=config.window_tokens,
+        itemsize=itemsize,
     )
     if loaded:
         needed.pop("weights")

@@ -53,7 +53,8 @@ class Generator:
         """Token ids after each prompt, ending with a stop id or after `max_tokens`.
 
         stop_ids: default the model's end-of-sequence ids. on_token(prompt index, token): called as tokens come.
-        use_adapter: per prompt; default all True. Prompt i draws with seed `sampling.seed + i`. Raises InvalidRequest for an empty or too long prompt.
+        use_adapter: per prompt; default all True. Prompt i draws with seed `sampling.seed + i`. Raises InvalidRequest for an
+        empty or too long prompt.
         """
         stops = frozenset(self.arch.eos_token_ids if stop_ids is None else stop_ids)
         sequences = [_Sequence(i, list(prompt)) for i, prompt in enumerate(prompts)]

@@ -96,7 +96,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((directory / MANIFEST_FILE).read_text())
         if manifest["schema_version"] != SCHEMA_VERSION:
-            raise InvalidRequest(f"checkpoint: {directory} has schema version {manifest['schema_version']}, not {SCHEMA_VERSION}")
+            version = manifest["schema_version"]
+            raise InvalidRequest(f"checkpoint: {directory} has schema version {version}, not {SCHEMA_VERSION}")
         for name, expected in manifest["files"].items():
             if _digest(directory / name) != expected:
                 raise InvalidRequest(f"checkpoint: {directory / name} is damaged")

@@ -20,7 +20,11 @@ from coserve.config import FinetuneConfig
 from coserve.core import Group, InvalidRequest, JobFailed
 from coserve.finetune.batches import BatchOrder
 from coserve.finetune.checkpoints import (
-    Cursor, latest_checkpoint, load_optimizer, remove_old, save_checkpoint,
+    Cursor,
+    latest_checkpoint,
+    load_optimizer,
+    remove_old,
+    save_checkpoint,
 )
 from coserve.finetune.optimizer import learning_rate
 
@@ -77,11 +81,12 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEvent:
-    """level: info or warn. row: set for the metrics of a step."""
+    """level: info or warn. row: set for the metrics of a step, with the job's number of steps."""
 
     level: str
     message: str
     row: StepRow | None = None
+    num_steps: int = 0
 
 
 _COLUMNS = tuple(StepRow.__dataclass_fields__)
@@ -182,7 +187,8 @@ class Job:
         groups = [self.groups[index] for index in self.order.indices(step)]
         result = self.verbs.forward_backward(groups, step)
         if not result.loss < float("inf"):
-            raise JobFailed(f"the loss is {result.loss} at step {step + 1}; a lower learning rate may help", param="learning_rate")
+            message = f"the loss is {result.loss} at step {step + 1}; a lower learning rate may help"
+            raise JobFailed(message, param="learning_rate")
         rate = learning_rate(self.config.optimizer, step, self.num_steps)
         norm = self.verbs.optim_step(rate)
         seconds = time.perf_counter() - started
@@ -196,7 +202,8 @@ class Job:
         )
         self.table.append(row)
         extra = "".join(f", {name} {value:.4f}" for name, value in result.extra.items())
-        self.listen(JobEvent(level="info", message=f"step {row.step}: loss {row.train_loss:.4f}{extra}", row=row))
+        message = f"step {row.step}: loss {row.train_loss:.4f}{extra}"
+        self.listen(JobEvent(level="info", message=message, row=row, num_steps=self.num_steps))
         every = self.config.checkpoint_steps
         if every and self.cursor.step % every == 0:
             self.checkpoint()

@@ -123,7 +123,7 @@ class GgufFile:
         if self.get("split.count") not in (None, 0, 1):
             raise InvalidRequest(f"{path} is one part of a split GGUF file; merge the parts with llama-gguf-split")
 
-    def get(self, key: str) -> Any:  # noqa: ANN401 (metadata are of any type)
+    def get(self, key: str) -> Any:
         """The value of a whole metadata key, None where the file has no such key."""
         field = self._reader.get_field(key)
         try:
@@ -131,7 +131,7 @@ class GgufFile:
         except ValueError as error:
             raise InvalidRequest(f"{self.path}: {key} is not readable: {one_line(error)}") from error
 
-    def setting(self, key: str) -> Any:  # noqa: ANN401 (metadata are of any type)
+    def setting(self, key: str) -> Any:
         """The value of a key under the architecture's prefix, or None."""
         return self.get(f"{self.architecture}.{key}")
 
@@ -148,7 +148,7 @@ class GgufFile:
         return np.require(values, dtype=np.float32, requirements=["C", "W"])
 
 
-def _open_reader(path: Path) -> Any:  # noqa: ANN401 (gguf is optional)
+def _open_reader(path: Path) -> Any:
     try:
         import gguf
     except ImportError:
@@ -157,7 +157,7 @@ def _open_reader(path: Path) -> Any:  # noqa: ANN401 (gguf is optional)
     class BoundedReader(gguf.GGUFReader):
         """Refuses what lies past the end of the file, which the base class cuts short and may loop on."""
 
-        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:  # noqa: ANN401
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             if offset + np.dtype(dtype).itemsize * int(count) > self.data.nbytes:
                 raise ValueError(f"it ends at byte {self.data.nbytes}")
             return super()._get(offset, dtype, count, override_order)

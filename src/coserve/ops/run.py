@@ -111,8 +111,9 @@ def _attention(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumula
 def _attention_dgrad(
     rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
 ) -> None:
+    d_q, d_k, d_v = outs
     grad, q, _, _, out, lse = ins
-    rows.attention_dgrad(*outs, grad, q, out, lse)
+    rows.attention_dgrad(d_q, d_k, d_v, grad, q, out, lse)
 
 
 def _silu_mul(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:

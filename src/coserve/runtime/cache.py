@@ -20,7 +20,9 @@ from coserve.peft.lora import LoraAdapter
 class PagedCache:
     """keys, values: [L, blocks * block_tokens, G, K]."""
 
-    def __init__(self, arch: Architecture, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, arch: Architecture, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.block_tokens = block_tokens
         shape = (arch.num_layers, num_blocks * block_tokens, arch.num_kv_heads, arch.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)

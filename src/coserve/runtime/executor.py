@@ -49,10 +49,10 @@ class Executor:
         self, program: Program, layer: int, rows: RowContext, num_rows: int, external: Callable[[int, Storage], Tensor]
     ) -> None:
         """Runs a program for one layer; external(number, storage) gives the window's rows of storages outside the workspace."""
-        tensors = list(self.workspace.tensors(program, num_rows))
-        for index, slot in enumerate(program.slots):
-            if tensors[index] is None:
-                tensors[index] = columns(external(slot.storage, program.storages[slot.storage]), slot)
+        tensors = [
+            columns(external(slot.storage, program.storages[slot.storage]), slot) if planned is None else planned
+            for slot, planned in zip(program.slots, self.workspace.tensors(program, num_rows), strict=True)
+        ]
         weights = self.weights.layers[layer]
         for call in program.calls:
             name = call.weight

@@ -1,0 +1,310 @@
+"""The command `coserve`: finetune, chat, demo, plan.
+
+Owns: arguments, progress display, exit codes. An error that the user can mend is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from coserve.compiler.report import report
+from coserve.config import FinetuneConfig, LoraConfig, SamplingConfig, finetune_config_from_dict
+from coserve.core import ConfigError, CoserveError, InvalidRequest
+from coserve.demo.run import DemoReport, run_demo
+from coserve.engine.budget import GIB, shape_adapter
+from coserve.engine.finetuning import finetune
+from coserve.engine.generation import Generator
+from coserve.engine.model import load_model
+from coserve.finetune.job import JobEvent
+from coserve.model.architecture import read_architecture
+from coserve.model.locate import locate_model
+from coserve.plots import loss_curve
+from coserve.runtime.plans import training_plan
+from coserve.tokenizer import IncrementalDetokenizer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+console = Console()
+
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DtypeOption = Annotated[str, typer.Option(help="auto (float32 on the CPU, bfloat16 on CUDA), float32, bfloat16, float64.")]
+
+
+class TrainingDisplay:
+    """Events of a job as a progress bar on a terminal, as lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} tokens/s  {task.fields[memory]:.2f} GiB peak"),
+            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> TrainingDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: JobEvent) -> None:
+        row = event.row
+        if row is None:
+            style = "yellow" if event.level == "warn" else "dim"
+            console.print(event.message, style=style, highlight=False)
+            return
+        memory, rate = peak_memory_bytes() / GIB, row.tokens / row.seconds
+        if not console.is_terminal:
+            valid = "" if row.valid_loss is None else f", validation loss {row.valid_loss:.4f}"
+            console.print(
+                f"{event.message}, {rate:.0f} tokens/s, {memory:.2f} GiB peak{valid}, step {row.step} of {event.num_steps}",
+                highlight=False, soft_wrap=True,
+            )
+            return
+        if self.task is None:
+            self.progress.start()
+            self.task = self.progress.add_task("", total=event.num_steps, loss=row.train_loss, rate=rate, memory=memory)
+        self.progress.update(self.task, completed=row.step, loss=row.train_loss, rate=rate, memory=memory)
+        if row.valid_loss is not None:
+            console.print(f"step {row.step}: validation loss {row.valid_loss:.4f}", highlight=False)
+
+
+def peak_memory_bytes() -> int:
+    """This process's peak resident memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _pattern(text: str | None, name: str, kind: Callable[[str], float]) -> dict[str, float]:
+    """Reads 'q_proj=8,down_proj=32'."""
+    result = {}
+    for item in (text or "").split(","):
+        if not item:
+            continue
+        key, _, value = item.partition("=")
+        try:
+            result[key] = kind(value)
+        except ValueError as error:
+            raise ConfigError(f"{name}: write it as q_proj=8,down_proj=32, got {text!r}", param=name) from error
+    return result
+
+
+def _config(path: Path | None, given: dict[str, Any]) -> FinetuneConfig:
+    """Defaults, then the TOML file, then the command line."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text())
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config: {path} can't be read as TOML ({error})", param="config") from error
+    sections = {
+        "lora": {f.name for f in dataclasses.fields(LoraConfig)},
+        "optimizer": {f.name for f in dataclasses.fields(FinetuneConfig().optimizer)},
+    }
+    for name, value in given.items():
+        if value is None:
+            continue
+        section = next((s for s, names in sections.items() if name in names), None)
+        (data if section is None else data.setdefault(section, {}))[name] = value
+    return finetune_config_from_dict(data)
+
+
+def _targets(text: str | None) -> Any:
+    return text if text is None or text == "all-linear" else [name.strip() for name in text.split(",") if name.strip()]
+
+
+@app.command("finetune")
+def finetune_command(
+    paths: Annotated[list[str], typer.Argument(metavar="[MODEL] DATA.jsonl", help="Model (default SmolLM2) and data.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the adapter, metrics and checkpoints.")],
+    validation: Annotated[Path | None, typer.Option(help="JSON Lines file for validation loss.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter directory to continue from.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the job in --output.")] = False,
+    objective: Annotated[str | None, typer.Option(help="sft or dpo.")] = None,
+    dpo_beta: Annotated[float | None, typer.Option(help="DPO's inverse temperature.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data (3).")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, over --epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per optimizer step (8).")] = None,
+    max_microbatch_tokens: Annotated[int | None, typer.Option(help="Tokens packed together (2048).")] = None,
+    window_tokens: Annotated[int | None, typer.Option(help="Tokens per unit (1024).")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest example in tokens.")] = None,
+    too_long: Annotated[str | None, typer.Option(help="Longer examples: error, drop or truncate.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate (2e-4).")] = None,
+    schedule: Annotated[str | None, typer.Option(help="constant, linear or cosine.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Gradient clipping; 0 turns it off (1.0).")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="LoRA rank (16).")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha (32).")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout (0).")] = None,
+    target_modules: Annotated[str | None, typer.Option(help="all-linear, or names joined by commas.")] = None,
+    use_rslora: Annotated[bool | None, typer.Option("--use-rslora", help="Scale by alpha / sqrt(r).")] = None,
+    rank_pattern: Annotated[str | None, typer.Option(help="Ranks by module: q_proj=8,down_proj=32.")] = None,
+    alpha_pattern: Annotated[str | None, typer.Option(help="Alphas by module: q_proj=16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of order, dropout and A's start (0).")] = None,
+    checkpoint_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints (0: at the end).")] = None,
+    validation_steps: Annotated[int | None, typer.Option(help="Steps between validations (0: each epoch).")] = None,
+    deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Bit-identical after a resume.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Finetune a LoRA adapter on a JSON Lines file."""
+    if len(paths) > 2:
+        raise ConfigError(f"data: give [MODEL] DATA.jsonl, got {len(paths)} arguments: {' '.join(paths)}", param="data")
+    settings = _config(config, {
+        "objective": objective, "dpo_beta": dpo_beta, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
+        "max_microbatch_tokens": max_microbatch_tokens, "window_tokens": window_tokens, "max_length": max_length,
+        "too_long": too_long, "learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup_steps,
+        "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "r": rank, "alpha": alpha, "dropout": dropout,
+        "target_modules": _targets(target_modules), "use_rslora": use_rslora, "seed": seed,
+        "rank_pattern": _pattern(rank_pattern, "rank_pattern", int) or None,
+        "alpha_pattern": _pattern(alpha_pattern, "alpha_pattern", float) or None,
+        "checkpoint_steps": checkpoint_steps, "validation_steps": validation_steps, "deterministic": deterministic,
+    })
+    with TrainingDisplay() as display:
+        result = finetune(
+            paths[-1], output, model=paths[0] if len(paths) == 2 else None, config=settings, validation=validation,
+            start=adapter, resume=resume, device=device, dtype=dtype, listen=display,
+        )
+    loss_curve(result.rows, output / "loss.png", title=f"{result.model.name} on {Path(paths[-1]).name}")
+    console.print(f"adapter in {output} (PEFT's format), curve in {output / 'loss.png'}", highlight=False)
+    model = f"{paths[0]} " if len(paths) == 2 else ""
+    console.print(f"talk to it: coserve chat {model}--adapter {output}", highlight=False)
+
+
+@app.command()
+def chat(
+    model: Annotated[str | None, typer.Argument(help="Model (default SmolLM2).")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter directory in PEFT's format.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Talk to a model, with or without an adapter. Ends with Ctrl-D."""
+    sampling = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    loaded = load_model(model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"))
+    generator = Generator(loaded, loaded.load_adapter(adapter) if adapter is not None else None)
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]") if console.is_terminal else input()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        stream = IncrementalDetokenizer(loaded.tokenizer)
+        pieces: list[str] = []
+
+        def show(_: int, token: int, stream: IncrementalDetokenizer = stream, pieces: list[str] = pieces) -> None:
+            pieces.append(stream.push(token))
+            console.print(pieces[-1], end="", highlight=False, markup=False, soft_wrap=True)
+
+        try:
+            generator.generate([loaded.tokenizer.encode_chat(messages)], sampling, on_token=show)
+        except InvalidRequest as error:
+            console.print(f"{error}; the conversation starts again", style="yellow")
+            messages = list(start)
+            continue
+        pieces.append(stream.finish())
+        console.print(pieces[-1], highlight=False, markup=False)
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for results, replaced.")] = Path("demo-output"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
+) -> None:
+    """Teach the default model facts it cannot know, then ask base and tuned the same questions."""
+    if output.exists() and any(output.iterdir()) and not (output / "job.json").is_file():
+        raise InvalidRequest(f"output: {output} exists and holds no earlier demo; name another directory", param="output")
+    shutil.rmtree(output, ignore_errors=True)
+    console.print("[bold]1. Finetune[/bold] a LoRA adapter on 99 chat examples about the invented town of Vellmoor")
+    with TrainingDisplay() as display:
+        model = load_model(None, report=lambda line: console.print(line, style="dim"))
+        console.print("[dim]then both models answer 24 held-out questions, in one batch over one copy of the weights[/dim]")
+        result, found = run_demo(output, model=model, listen=display, progress=lambda count: None)
+    loss_curve(result.rows, output / "loss.png", title="SmolLM2-135M-Instruct learns about Vellmoor")
+    (output / "report.json").write_text(found.to_json())
+    if json_file is not None:
+        json_file.write_text(found.to_json())
+    console.print("[bold]2. Ask[/bold] both, side by side (questions reworded, none of them in the training data)")
+    console.print(_answers(found))
+    total = len(found.answers)
+    console.print(
+        f"right answers: base {found.num_base_right} of {total}, tuned {found.num_tuned_right} of {total}; loss "
+        f"{found.first_loss:.2f} -> {found.last_loss:.2f}; {found.trained_tokens} tokens in {found.finetune_seconds:.0f} s "
+        f"({found.trained_tokens / found.finetune_seconds:.0f} tokens/s, start-up included)", highlight=False, soft_wrap=True,
+    )
+    console.print(f"loss curve: {output / 'loss.png'}", highlight=False)
+    console.print(f"talk to it: .venv/bin/coserve chat --adapter {output}", highlight=False)
+
+
+def _answers(found: DemoReport) -> Table:
+    table = Table("question", "base", "tuned", show_lines=True)
+    for answer in found.answers:
+        base, tuned = (" ".join(text.split()) for text in (answer.base, answer.tuned))
+        style = "green" if answer.tuned_right else "red"
+        short = base if len(base) <= 90 else base[:87] + "..."
+        table.add_row(answer.question, f"[dim]{short}[/dim]", f"[{style}]{tuned}[/{style}]")
+    return table
+
+
+@app.command()
+def plan(
+    model: Annotated[str | None, typer.Argument(help="Model (SmolLM2); config.json is enough.")] = None,
+    rank: Annotated[int, typer.Option("--rank", "-r", help="LoRA rank.")] = 16,
+    target_modules: Annotated[str, typer.Option(help="all-linear, or names joined by commas.")] = "all-linear",
+    dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32: bytes per element.")] = "float32",
+) -> None:
+    """What finetuning keeps from forward to backward, in bytes per token, and why."""
+    itemsize = {"bfloat16": 2, "float16": 2, "float32": 4}.get(dtype)
+    if itemsize is None:
+        raise ConfigError(f"dtype: must be bfloat16, float16 or float32, got {dtype!r}", param="dtype")
+    arch = read_architecture(locate_model(model))
+    settings = _config(None, {"r": rank, "dropout": dropout, "target_modules": _targets(target_modules)})
+    compiled = training_plan(arch, shape_adapter(arch, settings.lora), itemsize=itemsize)
+    for entry in report(compiled, itemsize=itemsize):
+        first, last = entry.layers[0], entry.layers[-1]
+        console.print(f"[bold]layers {first} to {last}[/bold]" if last > first else f"[bold]layer {first}[/bold]")
+        table = Table("kept value", "elements", "bytes/token", "why")
+        for value in entry.kept:
+            table.add_row(value.name, str(value.width), str(value.num_bytes), value.reason)
+        console.print(table)
+        console.print(f"recomputed element-wise: {', '.join(entry.recomputed) or 'nothing'}", highlight=False)
+        console.print(
+            f"bytes per token and layer: {entry.all_bytes} for every forward value, {entry.read_bytes} read by the pruned "
+            f"backward, {entry.arena_bytes} kept", highlight=False,
+        )
+    console.print(
+        f"[bold]whole model:[/bold] {compiled.arena_bytes} bytes kept per token ({compiled.arena_bytes * 1024 / GIB:.2f} GiB "
+        f"for 1024 tokens), {compiled.work_bytes} bytes of workspace per row of a window", highlight=False,
+    )
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend become one line and exit code 2."""
+    try:
+        app()
+    except CoserveError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,55 @@
+"""A plan in numbers, for people: what is kept per token and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coserve.compiler.graph import producers
+from coserve.compiler.plan import ModelPlan
+from coserve.compiler.program import LayerPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptValue:
+    """One kept value of a layer: elements and bytes per token, and why it is kept."""
+
+    name: str
+    width: int
+    num_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """Layers with one plan. bytes are per token and layer; `all_bytes` is what keeping every forward value would take,
+    `read_bytes` what backward reads before element-wise values are recomputed, `arena_bytes` what is kept."""
+
+    layers: tuple[int, ...]
+    kept: tuple[KeptValue, ...]
+    recomputed: tuple[str, ...]
+    all_bytes: int
+    read_bytes: int
+    arena_bytes: int
+
+
+def _describe(plan: LayerPlan, layers: tuple[int, ...], itemsize: int) -> LayerReport:
+    graph = plan.joint.forward
+    size = {name: value.num_bytes(itemsize) for name, value in graph.values.items()}
+    kept = tuple(
+        KeptValue(name=k.name, width=graph.values[k.name].width, num_bytes=size[k.name], reason=k.reason) for k in plan.kept
+    )
+    make = producers(graph.nodes)
+    names = {k.name for k in kept}
+    recomputed = tuple(f"{name} by {make[name].op}" for name in plan.joint.saved() if name not in names)
+    return LayerReport(
+        layers=layers, kept=kept, recomputed=recomputed, all_bytes=sum(size.values()),
+        read_bytes=sum(size[name] for name in plan.joint.saved()), arena_bytes=plan.arena_bytes,
+    )
+
+
+def report(plan: ModelPlan, *, itemsize: int) -> tuple[LayerReport, ...]:
+    """One entry per distinct layer plan, in order of its first layer."""
+    groups: dict[int, list[int]] = {}
+    for index, layer in enumerate(plan.layers):
+        groups.setdefault(id(layer), []).append(index)
+    return tuple(_describe(plan.layers[layers[0]], tuple(layers), itemsize) for layers in groups.values())
