@@ -101,7 +101,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         for name, expected in manifest["files"].items():
             if _digest(directory / name) != expected:
                 raise InvalidRequest(f"checkpoint: {directory / name} is damaged")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        cursor = Cursor(step=manifest["step"], trained_tokens=manifest["trained_tokens"])
+        if OPTIMIZER_FILE not in manifest["files"] or checkpoint_name(cursor.step) != directory.name:
+            raise InvalidRequest(f"checkpoint: {directory / MANIFEST_FILE} is damaged")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InvalidRequest):
             raise
         raise InvalidRequest(f"checkpoint: {directory} is damaged ({error})") from error
@@ -126,9 +129,13 @@ def load_optimizer(directory: Path) -> dict[str, Tensor]:
         raise InvalidRequest(f"checkpoint: {directory / OPTIMIZER_FILE} can't be read ({error})") from error
 
 
-def remove_old(root: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, and what an interrupted write left."""
-    for directory in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(directory)
+def remove_old(root: Path, keep: int, *, newest: int) -> None:
+    """Keeps the `keep` last checkpoints up to step `newest`. Deletes older ones, later ones (damaged: a resume has passed them
+    over) and what an interrupted write left."""
+    found = sorted(root.glob("step-*"))
+    kept = [directory for directory in found if directory.name <= checkpoint_name(newest)][-keep:]
+    for directory in found:
+        if directory not in kept:
+            shutil.rmtree(directory)
     for leftover in root.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)

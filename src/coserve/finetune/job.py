@@ -7,6 +7,7 @@ gives them), progress display (callers listen to events). Replayed steps overwri
 from __future__ import annotations
 
 import csv
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -103,12 +104,12 @@ class MetricsTable:
         if not self.path.exists():
             return []
         result = []
-        with self.path.open(newline="") as file:
-            for record in csv.DictReader(file):
-                try:
-                    result.append(_row(record))
-                except (TypeError, ValueError):
-                    break
+        whole, _, _ = self.path.read_text(errors="replace").rpartition("\n")
+        for record in csv.DictReader(whole.splitlines()):
+            try:
+                result.append(_row(record))
+            except (KeyError, TypeError, ValueError):
+                break
         return result
 
     def keep(self, last_step: int) -> None:
@@ -136,6 +137,29 @@ def _row(record: Mapping[str, str]) -> StepRow:
     return StepRow(**values)  # type: ignore[arg-type]  # the columns are StepRow's fields
 
 
+def refuse_changes(facts: Mapping[str, object], recorded: Mapping[str, object], where: str) -> None:
+    """Raises InvalidRequest, naming the first field that differs, unless a resumed job is the one that was recorded."""
+    for name, value in facts.items():
+        changed = _first_difference(name, value, recorded.get(name))
+        if changed is not None:
+            raise InvalidRequest(
+                f"resume: {changed} has changed since {where} was written; use the same model, data and settings, or another "
+                "output directory", param=changed,
+            )
+
+
+def _first_difference(name: str, value: object, recorded: object) -> str | None:
+    """The dotted path of the first field that differs, or None. Only settings are looked into, two levels deep."""
+    if value == recorded:
+        return None
+    if name.count(".") < 2 and isinstance(value, Mapping) and isinstance(recorded, Mapping):
+        for key in (*value, *recorded):
+            found = _first_difference(f"{name}.{key}", value.get(key), recorded.get(key))
+            if found is not None:
+                return found
+    return name
+
+
 class Job:
     """One finetuning job in a directory: `run` from the start or from the newest whole checkpoint."""
 
@@ -151,6 +175,7 @@ class Job:
         self.num_steps = self.order.num_steps(config)
         self.table = MetricsTable(directory / "metrics.csv")
         self.cursor = Cursor(step=0, trained_tokens=0)
+        self.saved_step = 0
 
     @property
     def checkpoint_root(self) -> Path:
@@ -162,14 +187,10 @@ class Job:
         if found is None:
             return False
         directory, manifest = found
-        for name, value in self.facts.items():
-            if manifest.get(name) != value:
-                raise InvalidRequest(
-                    f"resume: {name} has changed since {directory.name} was written; use the same model, data and settings, "
-                    "or another output directory", param=name,
-                )
+        refuse_changes(self.facts, manifest, directory.name)
         self.verbs.restore(load_optimizer(directory), manifest["step"])
         self.cursor = Cursor(step=manifest["step"], trained_tokens=manifest["trained_tokens"])
+        self.saved_step = self.cursor.step
         self.listen(JobEvent(level="info", message=f"resumed after step {self.cursor.step} from {directory.name}"))
         return True
 
@@ -178,7 +199,7 @@ class Job:
         self.table.keep(self.cursor.step)
         while self.cursor.step < self.num_steps:
             self._step()
-        if self.verbs.optimizer_state()[1] and not (self.checkpoint_root / f"step-{self.cursor.step:08d}").exists():
+        if self.saved_step != self.cursor.step:
             self.checkpoint()
         self.verbs.publish()
 
@@ -186,11 +207,14 @@ class Job:
         step, started = self.cursor.step, time.perf_counter()
         groups = [self.groups[index] for index in self.order.indices(step)]
         result = self.verbs.forward_backward(groups, step)
-        if not result.loss < float("inf"):
+        if not math.isfinite(result.loss):
             message = f"the loss is {result.loss} at step {step + 1}; a lower learning rate may help"
             raise JobFailed(message, param="learning_rate")
         rate = learning_rate(self.config.optimizer, step, self.num_steps)
         norm = self.verbs.optim_step(rate)
+        if not math.isfinite(norm):
+            message = f"the gradient's norm is {norm} at step {step + 1}; a lower learning rate may help"
+            raise JobFailed(message, param="learning_rate")
         seconds = time.perf_counter() - started
         self.cursor = Cursor(step=step + 1, trained_tokens=self.cursor.trained_tokens + result.num_tokens)
         valid = self.verbs.score(self.validation) if self._validates() else None
@@ -218,6 +242,7 @@ class Job:
         path = save_checkpoint(
             self.checkpoint_root, self.cursor, save_adapter=self.verbs.save, optimizer=state, facts=dict(self.facts)
         )
-        remove_old(self.checkpoint_root, self.config.keep_checkpoints)
+        remove_old(self.checkpoint_root, self.config.keep_checkpoints, newest=self.cursor.step)
+        self.saved_step = self.cursor.step
         self.listen(JobEvent(level="info", message=f"checkpoint {path.name}"))
         return path

@@ -49,7 +49,8 @@ def _forward_part(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | 
     if causal:
         mask = _causal_mask(q.shape[2], k.shape[2], None, q)
     share = q.shape[1] // k.shape[1]
-    scores = (q @ k.repeat_interleave(share, 1).transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.repeat_interleave(share, 1).transpose(-1, -2)).to(wide) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores += mask
     lse = torch.logsumexp(scores, dim=-1)
@@ -90,11 +91,11 @@ def _plain_backward(
     grad, q, out, lse = saved
     if causal:
         mask = _causal_mask(q.shape[2], k.shape[2], None, q)
-    scale = 1 / math.sqrt(q.shape[-1])
-    scores = (q @ k.transpose(-1, -2)).float() * scale
+    scale, wide = 1 / math.sqrt(q.shape[-1]), torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(-1, -2)).to(wide) * scale
     p = ((scores if mask is None else scores + mask) - lse.unsqueeze(-1)).exp()
-    delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-    ds = (p * ((grad @ v.transpose(-1, -2)).float() - delta) * scale).to(q.dtype)
+    delta = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+    ds = (p * ((grad @ v.transpose(-1, -2)).to(wide) - delta) * scale).to(q.dtype)
     return ds @ k, ds.transpose(-1, -2) @ q, p.to(q.dtype).transpose(-1, -2) @ grad
 
 

@@ -26,8 +26,13 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, accumu
         out.addmm_(a, b, beta=0, alpha=alpha)
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _rstd(x_TgD: Tensor, eps: float) -> Tensor:
-    norm = torch.linalg.vector_norm(x_TgD, dim=-1, keepdim=True)
+    norm = torch.linalg.vector_norm(x_TgD, dim=-1, keepdim=True, dtype=_wide(x_TgD.dtype))
     return norm.square_().div_(x_TgD.shape[-1]).add_(eps).rsqrt_()
 
 
@@ -38,19 +43,22 @@ def _groups(x: Tensor, group: int) -> Tensor:
 def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """out = x / rms(x) * weight, over groups of weight.numel() features."""
     x_g, out_g = _groups(x, weight.shape[0]), _groups(out, weight.shape[0])
-    torch.mul(x_g, _rstd(x_g, eps), out=out_g)
+    torch.mul(x_g, _rstd(x_g, eps), out=out_g)  # rounded to the model's dtype before the weight, as Hugging Face does
     out_g.mul_(weight)
 
 
 def rmsnorm_dgrad(out: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float, accumulate: bool) -> None:
     """Input gradient of `rmsnorm`: rstd * (g - xhat * mean(g * xhat)), g = grad * weight."""
-    group = weight.shape[0]
-    x_g, out_g = _groups(x, group), _groups(out, group)
+    group, wide = weight.shape[0], _wide(x.dtype)
+    x_g, out_g = _groups(x, group).to(wide), _groups(out, group)
     rstd = _rstd(x_g, eps)
-    scaled = _groups(grad, group) * weight
+    scaled = _groups(grad, group).to(wide) * weight
     dot = torch.linalg.vecdot(scaled, x_g).unsqueeze(-1)
     factor = dot.mul_(rstd.pow(3)).div_(-group)
-    if accumulate:
+    if out.dtype != wide:
+        dx = torch.addcmul(scaled * rstd, x_g, factor)
+        out_g.add_(dx) if accumulate else out_g.copy_(dx)
+    elif accumulate:
         out_g.addcmul_(scaled, rstd).addcmul_(x_g, factor)
     else:
         torch.mul(scaled, rstd, out=out_g)
@@ -128,6 +136,7 @@ def label_rows(
         rmsnorm(normed, hidden, norm, eps)
         logits = logits_CV[: hidden.shape[0]]
         head.logits(logits, normed)
+        logits = logits.to(_wide(logits.dtype))
         label_logit = logits.gather(1, labels)
         best_logit = logits.amax(dim=1, keepdim=True)
         torch.softmax(logits, dim=1, out=logits)
@@ -136,5 +145,5 @@ def label_rows(
         logprob_T[rows] = (label_logit - lse)[:, 0]
         correct_T[rows] = (label_logit == best_logit)[:, 0]
         if grad_TD is not None:
-            d_normed = head.rows(labels[:, 0]).sub_(head.input_grad(logits))
+            d_normed = head.rows(labels[:, 0]).sub_(head.input_grad(logits.to(hidden.dtype)))
             rmsnorm_dgrad(grad_TD[rows], d_normed, hidden, norm, eps, accumulate=False)

@@ -19,14 +19,18 @@ from coserve.config import LoraConfig
 from coserve.core import InvalidRequest, NotFound
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MODULE_PATHS
-from coserve.peft.lora import LoraAdapter, LoraSite, lora_layout
+from coserve.peft.lora import LoraAdapter, lora_layout
 
 CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE = "adapter_config.json", "adapter_model.safetensors", "coserve.json"
 _PREFIX = "base_model.model."
 _UNSUPPORTED = (
     "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication", "trainable_token_indices",
-    "target_parameters", "use_qalora", "alora_invocation_tokens", "megatron_config",
+    "target_parameters", "use_qalora", "alora_invocation_tokens", "megatron_config", "use_bdlora", "kasa_config",
+    "arrow_config",
 )
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights with which PEFT also changes the frozen weights, when it loads such an adapter too."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def save_adapter(directory: Path, adapter: LoraAdapter, flat: torch.Tensor, *, base_name: str, fingerprint: str) -> None:
@@ -74,6 +78,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
     for key in _UNSUPPORTED:
         if fields.get(key):
             raise InvalidRequest(f"adapter: {directory} uses {key}, which is not supported", param="adapter")
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise InvalidRequest(
+            f"adapter: {directory} has init_lora_weights {start!r}, which changes the base; convert it to plain LoRA with "
+            "PEFT's path_initial_model_for_weight_conversion", param="adapter",
+        )
     if fields.get("bias", "none") != "none":
         raise InvalidRequest(f"adapter: {directory} trains biases (bias={fields['bias']!r}); not supported", param="adapter")
     if not (directory / WEIGHTS_FILE).is_file():
@@ -82,15 +92,19 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return fields
 
 
-def _lora_config(fields: Mapping[str, Any], sites: tuple[str, ...], ranks: Mapping[str, int]) -> LoraConfig:
+def _lora_config(fields: Mapping[str, Any], targets: tuple[str, ...], ranks: Mapping[str, int], directory: Path) -> LoraConfig:
     """The adapter's settings. Ranks come from the tensors, so any spelling of `target_modules` is understood."""
-    r = int(fields["r"])
-    return LoraConfig(
-        r=r, alpha=float(fields.get("lora_alpha", r)), dropout=float(fields.get("lora_dropout") or 0.0),
-        target_modules=sites, use_rslora=bool(fields.get("use_rslora", False)),
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern=dict(fields.get("alpha_pattern") or {}),
-    )
+    try:
+        r = int(fields["r"])
+        return LoraConfig(
+            r=r, alpha=float(fields.get("lora_alpha", r)), dropout=float(fields.get("lora_dropout") or 0.0),
+            target_modules=targets, use_rslora=bool(fields.get("use_rslora", False)),
+            rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
+            alpha_pattern=dict(fields.get("alpha_pattern") or {}),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise InvalidRequest(f"adapter: {directory / CONFIG_FILE} can't be used: {what}", param="adapter") from error
 
 
 def load_adapter(
@@ -106,32 +120,30 @@ def load_adapter(
         )
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 not a dict
-            names, ranks = _match(shapes, arch, directory)
-            config = _lora_config(fields, tuple(names), ranks)
-            sites = tuple(site for site in lora_layout(arch, config) if site.module in ranks)
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 not a dict
+            targets, ranks = _match({name: tuple(part.get_shape()) for name, part in parts.items()}, arch, directory)
+            for name, part in parts.items():
+                if part.get_dtype() not in _FLOATS:
+                    raise InvalidRequest(
+                        f"adapter: {directory} stores {name} as {part.get_dtype()}; supported are {', '.join(_FLOATS)}",
+                        param="adapter",
+                    )
+            config = _lora_config(fields, targets, ranks, directory)
+            sites = lora_layout(arch, config)
             flat = torch.empty(sum(site.num_elements for site in sites), dtype=dtype, device=device)
-            packed = _pack(sites)
-            for site in packed:
+            for site in sites:
                 a, b = site.factors(flat)
                 a.copy_(file.get_tensor(f"{_PREFIX}{site.module}.lora_A.weight"))
                 b.copy_(file.get_tensor(f"{_PREFIX}{site.module}.lora_B.weight"))
     except SafetensorError as error:
         raise InvalidRequest(f"adapter: {directory / WEIGHTS_FILE} can't be read ({error})", param="adapter") from error
-    return LoraAdapter(config, packed, flat, num_layers=arch.num_layers)
+    return LoraAdapter(config, sites, flat, num_layers=arch.num_layers)
 
 
-def _pack(sites: tuple[LoraSite, ...]) -> tuple[LoraSite, ...]:
-    """Offsets without gaps, for adapters that leave out some layers."""
-    packed, offset = [], 0
-    for site in sites:
-        packed.append(LoraSite(site.layer, site.site, site.rank, site.scale, site.num_out, site.num_in, offset))
-        offset += site.num_elements
-    return tuple(packed)
-
-
-def _match(shapes: Mapping[str, tuple[int, ...]], arch: Architecture, directory: Path) -> tuple[list[str], dict[str, int]]:
-    """Checks every tensor against the base. Returns the site kinds and {module: rank}."""
+def _match(
+    shapes: Mapping[str, tuple[int, ...]], arch: Architecture, directory: Path
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Checks every tensor against the base. Returns the targets (full names if some layers lack one) and {module: rank}."""
     full = lora_layout(arch, LoraConfig(r=1))
     known = {f"{_PREFIX}{site.module}.lora_{part}.weight": (site, part) for site in full for part in "AB"}
     kinds: dict[str, None] = {}
@@ -143,10 +155,11 @@ def _match(shapes: Mapping[str, tuple[int, ...]], arch: Architecture, directory:
                 f"{', '.join(MODULE_PATHS)} of {arch.num_layers} layers", param="adapter",
             )
         site, part = known[name]
-        rank = shape[0] if part == "A" else shape[-1]
+        rank = (shape or (0,))[0 if part == "A" else -1]
         fits = (rank, site.num_in) if part == "A" else (site.num_out, rank)
         other = f"{_PREFIX}{site.module}.lora_{'B' if part == 'A' else 'A'}.weight"
-        if shape != fits or other not in shapes or shapes[other][-1 if part == "A" else 0] != rank:
+        partner = shapes.get(other) or (0,)
+        if rank < 1 or shape != fits or partner[-1 if part == "A" else 0] != rank:
             raise InvalidRequest(
                 f"adapter: {directory} does not fit this base: {name} has shape {list(shape)}, expected {list(fits)} with its "
                 "other factor of the same rank", param="adapter",
@@ -155,4 +168,4 @@ def _match(shapes: Mapping[str, tuple[int, ...]], arch: Architecture, directory:
         ranks[site.module] = rank
     if not ranks:
         raise InvalidRequest(f"adapter: {directory / WEIGHTS_FILE} holds no LoRA tensors", param="adapter")
-    return list(kinds), ranks
+    return tuple(kinds) if len(ranks) == len(kinds) * arch.num_layers else tuple(ranks), ranks
