@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -62,7 +63,7 @@ class TrainingDisplay:
         row = event.row
         if row is None:
             style = "yellow" if event.level == "warn" else "dim"
-            console.print(event.message, style=style, highlight=False)
+            console.print(event.message, style=style, highlight=False, markup=False, soft_wrap=True)
             return
         memory, rate = peak_memory_bytes() / GIB, row.tokens / row.seconds
         if not console.is_terminal:
@@ -112,11 +113,14 @@ def _config(path: Path | None, given: dict[str, Any]) -> FinetuneConfig:
         "lora": {f.name for f in dataclasses.fields(LoraConfig)},
         "optimizer": {f.name for f in dataclasses.fields(FinetuneConfig().optimizer)},
     }
+    for section in sections:
+        if not isinstance(data.get(section, {}), dict):
+            raise ConfigError(f"{section}: must be a table, [{section}], in {path}", param=section)
     for name, value in given.items():
         if value is None:
             continue
-        section = next((s for s, names in sections.items() if name in names), None)
-        (data if section is None else data.setdefault(section, {}))[name] = value
+        home = next((section for section, names in sections.items() if name in names), None)
+        (data if home is None else data.setdefault(home, {}))[name] = value
     return finetune_config_from_dict(data)
 
 
@@ -179,9 +183,9 @@ def finetune_command(
             start=adapter, resume=resume, device=device, dtype=dtype, listen=display,
         )
     loss_curve(result.rows, output / "loss.png", title=f"{result.model.name} on {Path(paths[-1]).name}")
-    console.print(f"adapter in {output} (PEFT's format), curve in {output / 'loss.png'}", highlight=False)
+    print(f"adapter in {output} (PEFT's format), curve in {output / 'loss.png'}")
     model = f"{paths[0]} " if len(paths) == 2 else ""
-    console.print(f"talk to it: coserve chat {model}--adapter {output}", highlight=False)
+    print(f"talk to it: coserve chat {model}--adapter {output}")
 
 
 @app.command()
@@ -215,7 +219,7 @@ def chat(
 
         def show(_: int, token: int, stream: IncrementalDetokenizer = stream, pieces: list[str] = pieces) -> None:
             pieces.append(stream.push(token))
-            console.print(pieces[-1], end="", highlight=False, markup=False, soft_wrap=True)
+            print(pieces[-1], end="", flush=True)
 
         try:
             generator.generate([loaded.tokenizer.encode_chat(messages)], sampling, on_token=show)
@@ -224,7 +228,7 @@ def chat(
             messages = list(start)
             continue
         pieces.append(stream.finish())
-        console.print(pieces[-1], highlight=False, markup=False)
+        print(pieces[-1], flush=True)
         messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
@@ -254,8 +258,8 @@ def demo(
         f"{found.first_loss:.2f} -> {found.last_loss:.2f}; {found.trained_tokens} tokens in {found.finetune_seconds:.0f} s "
         f"({found.trained_tokens / found.finetune_seconds:.0f} tokens/s, start-up included)", highlight=False, soft_wrap=True,
     )
-    console.print(f"loss curve: {output / 'loss.png'}", highlight=False)
-    console.print(f"talk to it: .venv/bin/coserve chat --adapter {output}", highlight=False)
+    print(f"loss curve: {output / 'loss.png'}")
+    print(f"talk to it: .venv/bin/coserve chat --adapter {output}")
 
 
 def _answers(found: DemoReport) -> Table:
@@ -264,7 +268,7 @@ def _answers(found: DemoReport) -> Table:
         base, tuned = (" ".join(text.split()) for text in (answer.base, answer.tuned))
         style = "green" if answer.tuned_right else "red"
         short = base if len(base) <= 90 else base[:87] + "..."
-        table.add_row(answer.question, f"[dim]{short}[/dim]", f"[{style}]{tuned}[/{style}]")
+        table.add_row(escape(answer.question), f"[dim]{escape(short)}[/dim]", f"[{style}]{escape(tuned)}[/{style}]")
     return table
 
 
@@ -290,14 +294,14 @@ def plan(
         for value in entry.kept:
             table.add_row(value.name, str(value.width), str(value.num_bytes), value.reason)
         console.print(table)
-        console.print(f"recomputed element-wise: {', '.join(entry.recomputed) or 'nothing'}", highlight=False)
+        console.print(f"recomputed element-wise: {', '.join(entry.recomputed) or 'nothing'}", highlight=False, soft_wrap=True)
         console.print(
             f"bytes per token and layer: {entry.all_bytes} for every forward value, {entry.read_bytes} read by the pruned "
-            f"backward, {entry.arena_bytes} kept", highlight=False,
+            f"backward, {entry.arena_bytes} kept", highlight=False, soft_wrap=True,
         )
     console.print(
         f"[bold]whole model:[/bold] {compiled.arena_bytes} bytes kept per token ({compiled.arena_bytes * 1024 / GIB:.2f} GiB "
-        f"for 1024 tokens), {compiled.work_bytes} bytes of workspace per row of a window", highlight=False,
+        f"for 1024 tokens), {compiled.work_bytes} bytes of workspace per row of a window", highlight=False, soft_wrap=True,
     )
 
 
@@ -305,6 +309,6 @@ def main() -> None:
     """Entry point: errors that a user can mend become one line and exit code 2."""
     try:
         app()
-    except CoserveError as error:
+    except (CoserveError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

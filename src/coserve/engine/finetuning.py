@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from coserve.config import FinetuneConfig, to_dict
+from coserve.config import FinetuneConfig, LoraConfig, to_dict
 from coserve.core import ConfigError, InvalidRequest
 from coserve.engine.budget import available_bytes, require_memory, shape_adapter, training_bytes
 from coserve.engine.model import LoadedModel, load_model, resolve_device, resolve_dtype
 from coserve.engine.trainer import LoraTrainer
 from coserve.finetune.checkpoints import write_atomically
 from coserve.finetune.datasets import Dataset, load_groups
-from coserve.finetune.job import Job, JobEvent, StepRow
+from coserve.finetune.job import Job, JobEvent, StepRow, refuse_changes
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.locate import locate_model
 from coserve.peft.lora import LoraAdapter
@@ -93,6 +93,15 @@ def _load_data(
     return train, load_groups(validation, tokenizer, param="validation_file", **limits)
 
 
+def _check_vocabulary(dataset: Dataset, arch: Architecture, base: Path) -> None:
+    largest = max(int(example.token_ids.max()) for group in dataset.groups for example in group.examples)
+    if largest >= arch.vocab_size:
+        raise InvalidRequest(
+            f"model: the tokenizer in {base} gives token {largest}, but the model has only {arch.vocab_size} embeddings; put "
+            "the model's own tokenizer there", param="model",
+        )
+
+
 def _tell(dataset: Dataset, listen: Callable[[JobEvent], None]) -> None:
     report = dataset.report
     listen(JobEvent(level="info", message=f"{len(dataset.groups)} examples, {report.num_tokens} tokens, "
@@ -130,25 +139,34 @@ def finetune(
         base = locate_model(model, report=report)
         arch, tokenizer = read_architecture(base), ChatTokenizer.load(base)
     train, held_out = _load_data(data_path, Path(validation) if validation else None, tokenizer, config, arch)
+    for dataset in (train, held_out):
+        if dataset is not None:
+            _check_vocabulary(dataset, arch, base)
     _tell(train, listen)
     _check_memory(arch, config, train, place, itemsize, loaded=isinstance(model, LoadedModel))
     loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, dtype=dtype)
     adapter = loaded.load_adapter(Path(start)) if start is not None else None
     if adapter is not None:
+        if config.lora not in (LoraConfig(), adapter.config):
+            listen(JobEvent(level="warn", message=f"the lora settings are those of {start}; the ones given are not used"))
         config = replace(config, lora=adapter.config)
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
     trainer = LoraTrainer(loaded, config, start=adapter, warn=lambda m: listen(JobEvent(level="warn", message=m)))
     facts = {
-        "base_fingerprint": loaded.fingerprint, "data_digest": train.report.digest, "settings": to_dict(config),
-        "start": None if start is None else str(start),
+        "base_fingerprint": loaded.fingerprint, "data_digest": train.report.digest,
+        "start": None if start is None else str(start), "settings": to_dict(config),
     }
     job = Job(config, train.groups, held_out.groups if held_out else (), trainer, directory, facts=facts, listen=listen)
     if resume:
+        refuse_changes(facts, _read_job(directory), "job.json")
         job.resume()
     else:
         _open_job(directory, loaded.name, data_path, validation, facts)
-    job.run()
+    were_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(were_deterministic or config.deterministic)
+    try:
+        job.run()
+    finally:
+        torch.use_deterministic_algorithms(were_deterministic)
     _write_adapter(directory, trainer)
     assert trainer.published is not None
     return FinetuneResult(directory=directory, model=loaded, adapter=trainer.published, rows=tuple(job.table.rows()))
@@ -165,6 +183,14 @@ def _open_job(
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(directory, fill)
+
+
+def _read_job(directory: Path) -> dict[str, Any]:
+    """The record that `_open_job` wrote."""
+    try:
+        return dict(json.loads((directory / "job.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidRequest(f"output: {directory / 'job.json'} can't be read ({error})", param="output") from error
 
 
 def _write_adapter(directory: Path, trainer: LoraTrainer) -> None:
