@@ -182,7 +182,8 @@ def finetune_command(
             paths[-1], output, model=paths[0] if len(paths) == 2 else None, config=settings, validation=validation,
             start=adapter, resume=resume, device=device, dtype=dtype, listen=display,
         )
-    loss_curve(result.rows, output / "loss.png", title=f"{result.model.name} on {Path(paths[-1]).name}")
+    unit = "DPO loss per pair (nats)" if settings.objective == "dpo" else "cross-entropy per label token (nats)"
+    loss_curve(result.rows, output / "loss.png", title=f"{result.model.name} on {Path(paths[-1]).name}", unit=unit)
     print(f"adapter in {output} (PEFT's format), curve in {output / 'loss.png'}")
     model = f"{paths[0]} " if len(paths) == 2 else ""
     print(f"talk to it: coserve chat {model}--adapter {output}")

@@ -14,8 +14,10 @@ from coserve.finetune.job import StepRow
 _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d9731a", "#8a8f98"
 
 
-def loss_curve(rows: Sequence[StepRow], path: Path, *, title: str) -> None:
-    """Writes a PNG of training loss, its running mean, and validation loss where there is one."""
+def loss_curve(
+    rows: Sequence[StepRow], path: Path, *, title: str, unit: str = "cross-entropy per label token (nats)"
+) -> None:
+    """Writes a PNG of training loss, its running mean, and validation loss where there is one; `unit` labels the axis."""
     steps = [row.step for row in rows]
     losses = [row.train_loss for row in rows]
     with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
@@ -28,7 +30,7 @@ def loss_curve(rows: Sequence[StepRow], path: Path, *, title: str) -> None:
         valid = [(row.step, row.valid_loss) for row in rows if row.valid_loss is not None]
         if valid:
             axes.plot(*zip(*valid, strict=True), color=_ORANGE, marker="o", markersize=4, label="validation loss")
-        axes.set(xlabel="optimizer step", ylabel="cross-entropy per label token (nats)", title=title, ylim=(0, None))
+        axes.set(xlabel="optimizer step", ylabel=unit, title=title, ylim=(0, None))
         axes.grid(axis="y", color=_GREY, alpha=0.25)
         axes.legend(frameon=False)
         figure.savefig(path)

@@ -154,6 +154,7 @@ def finetune(
     facts = {
         "base_fingerprint": loaded.fingerprint, "data_digest": train.report.digest,
         "start": None if start is None else str(start), "settings": to_dict(config),
+        "threads": torch.get_num_threads() if config.deterministic else None,
     }
     job = Job(config, train.groups, held_out.groups if held_out else (), trainer, directory, facts=facts, listen=listen)
     if resume:

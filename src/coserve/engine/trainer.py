@@ -73,10 +73,10 @@ class LoraTrainer:
                 return self._run(groups, step, train=True)
             except torch.OutOfMemoryError as error:
                 self.adapter.grad.zero_()
-                if self.window // 2 < MIN_WINDOW:
+                if self.window // 2 < MIN_WINDOW or self.config.deterministic:
+                    reason = "and deterministic keeps the windows" if self.config.deterministic else "at the smallest window"
                     raise CapacityError(
-                        f"out of memory at the smallest window; lower max_microbatch_tokens ({error})",
-                        param="max_microbatch_tokens",
+                        f"out of memory, {reason}; lower max_microbatch_tokens ({error})", param="max_microbatch_tokens"
                     ) from error
                 self.window //= 2
                 self.warn(f"out of memory: windows are now at most {self.window} tokens; the step starts again")
