@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from coserve.engine.model import LoadedModel, load_model
 
@@ -19,9 +21,14 @@ needs_default_model = pytest.mark.skipif(
 needs_gsm8k = pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K file is not beside the project")
 
 
-@cache
 def default_model() -> LoadedModel:
-    """SmolLM2 in float32."""
+    """SmolLM2 in float32, and all of the machine's threads for it."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    return _load()
+
+
+@cache
+def _load() -> LoadedModel:
     return load_model(None, device="cpu", dtype="float32")
 
 

@@ -6,6 +6,7 @@ Owns: names, units, defaults and the checks that need no model. Nothing here is 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +24,20 @@ TooLong = Literal["error", "drop", "truncate"]
 def _require(condition: bool, name: str, message: str) -> None:
     if not condition:
         raise ConfigError(f"{name}: {message}", param=name)
+
+
+def _check_numbers(config: Any) -> None:
+    """Refuses text, fractions and infinities where a field wants a (whole) number."""
+    for f in dataclasses.fields(config):
+        value, kind = getattr(config, f.name), str(f.type)
+        if kind.endswith("| None") and value is None:
+            continue
+        if kind.startswith("int"):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole, f.name, f"must be a whole number, got {value!r}")
+        elif kind.startswith("float"):
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            _require(number, f.name, f"must be a finite number, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +59,7 @@ class LoraConfig:
     """Alpha by module name (path suffix or regular expression, as in PEFT), over `alpha`."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _require(self.r >= 1, "r", f"rank must be at least 1, got {self.r}")
         _require(self.alpha > 0, "alpha", f"must be positive, got {self.alpha}")
         _require(0 <= self.dropout < 1, "dropout", f"must be in [0, 1), got {self.dropout}")
@@ -73,6 +89,7 @@ class OptimizerConfig:
     """An optimizer step is cut into slices of this many parameters, so that it never stalls an iteration."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _require(self.learning_rate > 0, "learning_rate", f"must be positive, got {self.learning_rate}")
         _require(self.schedule in ("constant", "linear", "cosine"), "schedule",
                  f"must be constant, linear or cosine, got {self.schedule!r}")
@@ -121,6 +138,7 @@ class FinetuneConfig:
     """A fixed window grid and fixed threads: losses are bit-identical after a resume."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _require(self.objective in ("sft", "dpo"), "objective", f"must be sft or dpo, got {self.objective!r}")
         _require(self.dpo_beta > 0, "dpo_beta", f"must be positive, got {self.dpo_beta}")
         _require(self.epochs > 0, "epochs", f"must be positive, got {self.epochs}")
@@ -151,6 +169,7 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _require(self.max_tokens >= 1, "max_tokens", f"must be at least 1, got {self.max_tokens}")
         _require(self.temperature >= 0, "temperature", f"must be 0 or more, got {self.temperature}")
         _require(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], got {self.top_p}")

@@ -2,8 +2,8 @@
 
     values  --alias-->  classes (values that share memory)  --merge-->  storages  --place-->  offsets
 
-An `add` whose second operand comes from an accumulating kernel becomes that kernel adding into the first operand's memory;
-in-place operators reuse their input's. Frozen linears of one input whose rows lie in one matrix become one product whose
+An `add` right after the accumulating kernel that makes its second operand becomes that kernel adding into the first operand's
+memory; in-place operators reuse their input's. Frozen linears of one input in one matrix become one product whose
 outputs are column slices of one storage. Workspace offsets come from live ranges; kept values lie in the arena.
 """
 
@@ -64,22 +64,20 @@ def _fuse_adds(nodes: Sequence[Node], memory: _Memory) -> list[_Step]:
         for name in node.inputs:
             uses[name] = uses.get(name, 0) + 1
             memory.last_use[name] = max(memory.last_use.get(name, -1), index)
-    absorbed: dict[str, Node] = {}
+    absorbed: set[str] = set()
     plan: list[_Step] = []
     for index, node in enumerate(nodes):
         if node.op == "add":
             first, second = node.inputs
             source = make.get(second)
             fusable = (
-                source is not None and source.row.accumulates and uses[second] == 1
+                source is nodes[index - 1] and source.row.accumulates and uses[second] == 1
                 and second not in memory.immutable and memory.free_after(first, index)
                 and memory.root(first) not in {memory.root(name) for name in source.inputs}
                 and node.outputs[0] not in memory.fixed
             )
             if fusable and source is not None:
-                absorbed[second] = source
-                for name in source.inputs:
-                    memory.last_use[name] = max(memory.last_use[name], index)
+                absorbed.add(second)
                 memory.parent[node.outputs[0]] = memory.root(first)
                 plan.append(_Step(source, node.outputs, base=first))
                 continue
@@ -89,7 +87,7 @@ def _fuse_adds(nodes: Sequence[Node], memory: _Memory) -> list[_Step]:
         ):
             memory.parent[node.outputs[0]] = memory.root(node.inputs[0])
         plan.append(_Step(node, node.outputs))
-    return [step for step in plan if step.base is not None or not absorbed.keys() & set(step.outputs)]
+    return [step for step in plan if step.base is not None or not absorbed & set(step.outputs)]
 
 
 def _merge(steps: list[_Step], merged: Mapping[str, tuple[str, ...]], same_place: Mapping[str, bool]) -> list[_Step]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,13 @@ from coserve.config import LoraConfig
 from coserve.core import CapacityError
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import expected_shapes
+from coserve.model.decoder import linear_shapes
 from coserve.peft.lora import LoraAdapter, lora_layout
 from coserve.runtime.executor import head_rows
 from coserve.runtime.memory import arena_rows
+
+_WORK_ALIGN = 64
+"""The workspace rounds its rows up to this (runtime/memory.py)."""
 
 GIB = 1 << 30
 
@@ -23,6 +28,12 @@ GIB = 1 << 30
 def weight_bytes(arch: Architecture, itemsize: int) -> int:
     """Bytes of the backbone's weights."""
     return itemsize * sum(math.prod(shape) for shape in expected_shapes(arch).values())
+
+
+def packed_bytes(arch: Architecture, itemsize: int) -> int:
+    """Bytes that the packed layout (model/linear.py) adds in training: the linears' transposes, the head and its transpose."""
+    linears = arch.num_layers * sum(math.prod(shape) for shape in linear_shapes(arch).values())
+    return itemsize * (linears + 2 * arch.vocab_size * arch.hidden_size)
 
 
 def shape_adapter(arch: Architecture, config: LoraConfig) -> LoraAdapter:
@@ -33,19 +44,21 @@ def shape_adapter(arch: Architecture, config: LoraConfig) -> LoraAdapter:
 
 
 def training_bytes(
-    arch: Architecture, plan: ModelPlan, num_parameters: int, *, microbatch_tokens: int, window_tokens: int, itemsize: int
+    arch: Architecture, plan: ModelPlan, num_parameters: int, *, microbatch_tokens: int, window_tokens: int, itemsize: int,
+    packed: bool = False,
 ) -> dict[str, int]:
-    """Bytes by purpose for one job whose largest micro-batch has `microbatch_tokens` tokens."""
+    """Bytes by purpose for one job whose largest micro-batch has `microbatch_tokens` tokens. packed: as in `load_weights`."""
     wide = max(itemsize, 4)
     window = min(window_tokens, microbatch_tokens)
-    head = min(head_rows(arch.vocab_size, itemsize), microbatch_tokens) * arch.vocab_size * itemsize
+    head = min(head_rows(arch.vocab_size, itemsize), window) * arch.vocab_size * itemsize
     streams = 3 * arch.hidden_size * itemsize + 2 * arch.num_kv_heads * arch.head_dim * wide
     copies = itemsize + 3 * wide + (0 if wide == itemsize else wide)
     return {
         "weights": weight_bytes(arch, itemsize),
+        "packed copies of them": packed_bytes(arch, itemsize) if packed else 0,
         "kept activations": plan.arena_bytes * arena_rows(microbatch_tokens),
         "gradients": streams * microbatch_tokens,
-        "workspace": max(plan.work_bytes * window, head),
+        "workspace": max(plan.work_bytes * -(-window // _WORK_ALIGN) * _WORK_ALIGN, head),
         "adapter and optimizer": num_parameters * copies,
     }
 
@@ -58,7 +71,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def _host_available(meminfo: Path, cgroup: Path) -> int | None:
-    """The lesser of the host's MemAvailable and what the control group's limit leaves."""
+    """The lesser of the host's MemAvailable and what the control group's limit leaves; file cache counts as free."""
     try:
         lines = meminfo.read_text().splitlines()
     except OSError:
@@ -69,6 +82,9 @@ def _host_available(meminfo: Path, cgroup: Path) -> int | None:
         left = int(limit) - int(used)
     except (OSError, ValueError):
         return free
+    with contextlib.suppress(OSError, ValueError):
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        left += int(stat.get("inactive_file", 0))
     return left if free is None else min(free, left)
 
 

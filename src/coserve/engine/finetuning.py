@@ -28,6 +28,7 @@ from coserve.finetune.checkpoints import write_atomically
 from coserve.finetune.datasets import Dataset, load_groups
 from coserve.finetune.job import Job, JobEvent, StepRow, refuse_changes
 from coserve.model.architecture import Architecture, read_architecture
+from coserve.model.linear import can_pack
 from coserve.model.locate import locate_model
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.plans import training_plan
@@ -67,14 +68,14 @@ def _check_output(directory: Path, resume: bool) -> None:
 
 
 def _check_memory(
-    arch: Architecture, config: FinetuneConfig, dataset: Dataset, device: torch.device, itemsize: int, *, loaded: bool
+    arch: Architecture, config: FinetuneConfig, dataset: Dataset, device: torch.device, dtype: torch.dtype, *, loaded: bool
 ) -> None:
     largest = sorted((group.num_tokens for group in dataset.groups), reverse=True)[: config.batch_size]
     adapter = shape_adapter(arch, config.lora)
     needed = training_bytes(
-        arch, training_plan(arch, adapter, itemsize=itemsize), adapter.flat.numel(),
+        arch, training_plan(arch, adapter, itemsize=dtype.itemsize), adapter.flat.numel(),
         microbatch_tokens=min(config.max_microbatch_tokens, sum(largest)), window_tokens=config.window_tokens,
-        itemsize=itemsize,
+        itemsize=dtype.itemsize, packed=can_pack(dtype, device),
     )
     if loaded:
         needed.pop("weights")
@@ -132,10 +133,10 @@ def finetune(
 
     if isinstance(model, LoadedModel):
         base, arch, tokenizer = model.directory, model.architecture, model.tokenizer
-        place, itemsize = model.weights.device, model.weights.dtype.itemsize
+        place, kind = model.weights.device, model.weights.dtype
     else:
         place = resolve_device(device)
-        itemsize = resolve_dtype(dtype, place).itemsize
+        kind = resolve_dtype(dtype, place)
         base = locate_model(model, report=report)
         arch, tokenizer = read_architecture(base), ChatTokenizer.load(base)
     train, held_out = _load_data(data_path, Path(validation) if validation else None, tokenizer, config, arch)
@@ -143,7 +144,7 @@ def finetune(
         if dataset is not None:
             _check_vocabulary(dataset, arch, base)
     _tell(train, listen)
-    _check_memory(arch, config, train, place, itemsize, loaded=isinstance(model, LoadedModel))
+    _check_memory(arch, config, train, place, kind, loaded=isinstance(model, LoadedModel))
     loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, dtype=dtype)
     adapter = loaded.load_adapter(Path(start)) if start is not None else None
     if adapter is not None:

@@ -159,11 +159,15 @@ class LoraTrainer:
                 self.executor.run(state, unit, self.adapter)
 
     def _references(self, micro: Sequence[Group]) -> dict[int, float]:
-        """Summed log-probabilities under the reference, computed once per example and remembered."""
-        missing = [e for group in micro for e in group.examples if e.index not in self._reference_sums]
-        if missing:
-            state = self._units(missing, 0, self.reference_scoring, self.reference, forward_only=True)
+        """Summed log-probabilities under the reference, computed once per example and remembered.
+
+        A group at a time, so that a sum never depends on what shared its micro-batch: a resumed job meets the same numbers.
+        """
+        for group in micro:
+            if group.examples[0].index in self._reference_sums:
+                continue
+            state = self._units(group.examples, 0, self.reference_scoring, self.reference, forward_only=True)
             weighted = state.logprobs.double() * state.batch.label_weights
-            for example, (first, end) in zip(missing, state.batch.label_bounds, strict=True):
+            for example, (first, end) in zip(group.examples, state.batch.label_bounds, strict=True):
                 self._reference_sums[example.index] = float(weighted[first:end].sum())
         return self._reference_sums

@@ -1,5 +1,5 @@
-"""Kernels: `reference` is the specification, `library` is what runs.
+"""Kernels: `reference` is the specification, `library` and `attention` are what runs.
 
-`reference.py` holds plain, differentiable PyTorch for every operator; tests hold `library.py` (library calls writing into
-planned memory, forward and backward) against it. Everything else imports `coserve.kernels.library`.
+`reference.py` holds plain, differentiable PyTorch for every operator; tests hold the others (library calls writing into planned
+memory, forward and backward) against it.
 """

@@ -8,6 +8,7 @@ Nothing here is fast; autograd through these functions is the oracle for `librar
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -68,8 +69,11 @@ def label_logprobs(hidden_TD: Tensor, norm: Tensor, eps: float, head_VD: Tensor,
     return torch.log_softmax(logits, dim=-1).gather(-1, labels[:, None])[:, 0]
 
 
-def mix32(x: Tensor) -> Tensor:
-    """A 32-bit integer hash with good avalanche (two rounds of xor-shift and multiply), on int64 tensors holding values
+Bits = TypeVar("Bits", Tensor, int)
+
+
+def mix32(x: Bits) -> Bits:
+    """A 32-bit integer hash with good avalanche (two rounds of xor-shift and multiply), on integers, or int64 tensors,
     of [0, 2^32)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & _MASK32
@@ -78,11 +82,11 @@ def mix32(x: Tensor) -> Tensor:
 
 def hash_key(*counters: int) -> int:
     """One 32-bit key from any integers; the order of the counters matters."""
-    key = torch.zeros((), dtype=torch.int64)
+    key = 0
     for counter in counters:
         low, high = counter & _MASK32, (counter >> 32) & _MASK32
         key = mix32(mix32(key ^ low) ^ high ^ 0x9E3779B9)
-    return int(key)
+    return key
 
 
 def dropout_keep(row_keys_T: Tensor, site_key: int, num_features: int, p: float) -> Tensor:

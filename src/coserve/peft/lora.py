@@ -76,8 +76,11 @@ def module_name(layer: int, site: str) -> str:
 def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The entry whose key (a suffix of the path, or a regular expression) matches the module's name, as in PEFT."""
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
+        try:
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        except re.error as error:
+            raise ConfigError(f"pattern: {key!r} is no module name or regular expression ({error})", param="pattern") from error
     return default
 
 

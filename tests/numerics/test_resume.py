@@ -1,0 +1,230 @@
+"""An interrupted and resumed job ends where an uninterrupted one does: to the last bit with `deterministic`.
+
+In process a listener raises at random events; in the full set a real process is killed at random moments. What must agree:
+metrics.csv but for seconds, and the bytes of the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+from torch import Tensor
+
+from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, to_dict
+from coserve.engine.finetuning import finetune
+from coserve.engine.model import LoadedModel, load_model
+from coserve.finetune import job as job_module
+from coserve.finetune.job import Job, JobEvent, MetricsTable, StepRow
+from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
+
+ROOT = Path(__file__).parents[2]
+SFT = FinetuneConfig(
+    lora=LoraConfig(r=4), optimizer=OptimizerConfig(learning_rate=0.01, schedule="cosine", warmup_steps=2),
+    batch_size=3, max_steps=13, max_microbatch_tokens=120, window_tokens=32, checkpoint_steps=2, keep_checkpoints=2, seed=4,
+    deterministic=True,
+)
+DROPOUT = replace(SFT, lora=LoraConfig(r=4, dropout=0.2, target_modules=("q_proj", "up_proj")))
+DPO = replace(SFT, objective="dpo", max_microbatch_tokens=300, max_steps=9)
+
+
+class Crash(RuntimeError):
+    """Stands for a killed process."""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("resume")
+    build_tiny_directory(root / "model")
+    write_lines(root / "sft.jsonl", chat_lines(10))
+    write_lines(root / "dpo.jsonl", preference_lines(10))
+    write_lines(root / "valid.jsonl", chat_lines(3))
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> LoadedModel:
+    return load_model(str(directory / "model"), device="cpu", dtype="float32")
+
+
+def result(output: Path) -> tuple[list[StepRow], bytes]:
+    """What a run computed: its rows without the time they took, and the adapter's bytes."""
+    rows = [replace(row, seconds=0.0) for row in MetricsTable(output / "metrics.csv").rows()]
+    return rows, (output / "adapter_model.safetensors").read_bytes()
+
+
+def run_with_crashes(
+    model: LoadedModel, data: Path, output: Path, config: FinetuneConfig, rng: Random, *, validation: Path | None = None,
+    chance: float = 0.15,
+) -> list[list[int]]:
+    """Resumes until the job is done, raising at random events. Returns each run's steps."""
+    runs: list[list[int]] = []
+
+    def listen(event: JobEvent) -> None:
+        if event.row is not None:
+            runs[-1].append(event.row.step)
+        if rng.random() < chance:
+            raise Crash
+
+    while True:
+        runs.append([])
+        try:
+            finetune(
+                data, output, model=model, config=config, validation=validation, listen=listen,
+                resume=(output / "job.json").exists(),
+            )
+        except Crash:
+            assert len(runs) < 200
+            continue
+        assert len(runs) > 2, "it crashed at least twice"
+        return runs
+
+
+@pytest.mark.parametrize(("seed", "config"), [(1, SFT), (2, SFT), (4, DROPOUT)])
+def test_a_deterministic_job_ends_bit_identical(
+    tmp_path: Path, directory: Path, model: LoadedModel, seed: int, config: FinetuneConfig
+) -> None:
+    data, valid = directory / "sft.jsonl", directory / "valid.jsonl"
+    finetune(data, tmp_path / "whole", model=model, config=config, validation=valid)
+    runs = run_with_crashes(model, data, tmp_path / "broken", config, Random(seed), validation=valid)
+    assert {step for steps in runs for step in steps} == set(range(1, 14))
+    assert sum(len(steps) for steps in runs) > 13, "some steps were run again"
+    assert result(tmp_path / "broken") == result(tmp_path / "whole")
+
+
+def test_masters_and_working_weights_agree_after_a_resume(tmp_path: Path, directory: Path) -> None:
+    """bfloat16: the checkpoint holds float32 masters, from which the working weights come back."""
+    model = load_model(str(directory / "model"), device="cpu", dtype="bfloat16")
+    finetune(directory / "sft.jsonl", tmp_path / "whole", model=model, config=SFT)
+    run_with_crashes(model, directory / "sft.jsonl", tmp_path / "broken", SFT, Random(2))
+    assert result(tmp_path / "broken") == result(tmp_path / "whole")
+
+
+def test_dpo_ends_bit_identical(tmp_path: Path, directory: Path, model: LoadedModel) -> None:
+    data = directory / "dpo.jsonl"
+    finetune(data, tmp_path / "whole", model=model, config=DPO)
+    run_with_crashes(model, data, tmp_path / "broken", DPO, Random(1))
+    assert result(tmp_path / "broken") == result(tmp_path / "whole")
+
+
+def test_dpo_from_an_adapter_keeps_its_reference(tmp_path: Path, directory: Path, model: LoadedModel) -> None:
+    """The reference is the adapter the job started from, not the one it resumes with: losses agree to rounding."""
+    start = finetune(directory / "sft.jsonl", tmp_path / "start", model=model, config=replace(SFT, max_steps=3)).directory
+    data, config = directory / "dpo.jsonl", replace(DPO, max_steps=6)
+    finetune(data, tmp_path / "whole", model=model, config=config, start=start)
+
+    def crash(event: JobEvent) -> None:
+        if event.row is not None and event.row.step == 5:
+            raise Crash
+
+    with pytest.raises(Crash):
+        finetune(data, tmp_path / "broken", model=model, config=config, start=start, listen=crash)
+    finetune(data, tmp_path / "broken", model=model, config=config, start=start, resume=True)
+    whole, broken = (result(tmp_path / name)[0] for name in ("whole", "broken"))
+    assert [row.train_loss for row in broken] == pytest.approx([row.train_loss for row in whole], rel=1e-4)
+    assert abs(whole[-1].train_loss - math.log(2)) > 0.01, "a reference that moved along would give log 2"
+
+
+def test_without_deterministic_the_schedule_is_exact_and_losses_agree(
+    tmp_path: Path, directory: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SFT, deterministic=False)
+    orders: dict[str, dict[int, list[int]]] = {"whole": {}, "broken": {}}
+    original = Job._step
+
+    def step(self: Job) -> None:
+        number = self.cursor.step
+        seen = orders[self.directory.name].setdefault(number, self.order.indices(number))
+        assert seen == self.order.indices(number)
+        original(self)
+
+    monkeypatch.setattr(job_module.Job, "_step", step)
+    finetune(directory / "sft.jsonl", tmp_path / "whole", model=model, config=config)
+    run_with_crashes(model, directory / "sft.jsonl", tmp_path / "broken", config, Random(3))
+    assert orders["broken"] == orders["whole"]
+    whole, broken = (result(tmp_path / name)[0] for name in ("whole", "broken"))
+    for name in ("step", "tokens", "learning_rate"):
+        assert [getattr(row, name) for row in broken] == [getattr(row, name) for row in whole]
+    for name in ("train_loss", "grad_norm"):
+        assert [getattr(row, name) for row in broken] == pytest.approx([getattr(row, name) for row in whole], rel=1e-5)
+
+
+def test_the_comparison_would_see_a_lost_moment(
+    tmp_path: Path, directory: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mutation: a resume that changes one of Adam's moments a little must not pass for the whole run."""
+    original = job_module.load_optimizer
+
+    def forgetful(path: Path) -> dict[str, Tensor]:
+        state = original(path)
+        state["exp_avg_sq"].mul_(0.999)
+        return state
+
+    data = directory / "sft.jsonl"
+    finetune(data, tmp_path / "whole", model=model, config=SFT)
+    monkeypatch.setattr(job_module, "load_optimizer", forgetful)
+    run_with_crashes(model, data, tmp_path / "broken", SFT, Random(1))
+    assert result(tmp_path / "broken") != result(tmp_path / "whole")
+
+
+CHILD = """
+import json, sys, time
+from pathlib import Path
+from coserve.config import finetune_config_from_dict
+from coserve.engine.finetuning import finetune
+
+model, data, output, config = sys.argv[1:]
+
+def listen(event):
+    print("training", flush=True)
+    time.sleep(0.03)
+
+output = Path(output)
+finetune(data, output, model=model, config=finetune_config_from_dict(json.loads(config)), device="cpu", dtype="float32",
+         resume=(output / "job.json").exists(), listen=listen)
+print("done", flush=True)
+"""
+
+
+def run_and_kill(directory: Path, output: Path, config: FinetuneConfig, after: float | None) -> bool:
+    """One process, killed `after` seconds after it has begun to train. Returns whether it finished."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    arguments = [str(directory / "model"), str(directory / "sft.jsonl"), str(output), json.dumps(to_dict(config))]
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "training\n", process.communicate(timeout=60)
+    if after is not None:
+        time.sleep(after)
+        process.send_signal(signal.SIGKILL)
+    shown, errors = process.communicate(timeout=120)
+    assert process.returncode in (0, -signal.SIGKILL), errors
+    assert (process.returncode == 0) == shown.endswith("done\n")
+    return process.returncode == 0
+
+
+@pytest.mark.full
+def test_a_killed_process_resumes_bit_identical(tmp_path: Path, directory: Path) -> None:
+    config = replace(SFT, max_steps=40, checkpoint_steps=3)
+    assert run_and_kill(directory, tmp_path / "whole", config, None)
+    rng, kills = Random(20), 0
+    while not run_and_kill(directory, tmp_path / "broken", config, rng.uniform(0.1, 0.9) if kills < 6 else None):
+        kills += 1
+    assert kills >= 4
+    rows, adapter = result(tmp_path / "broken")
+    assert [row.step for row in rows] == list(range(1, 41))
+    whole, expected = result(tmp_path / "whole")
+    assert [repr(row) for row in rows] == [repr(row) for row in whole]
+    assert adapter == expected
+    names = {path.name for path in (tmp_path / "broken").rglob("*") if "tmp" in path.name}
+    assert not names, f"killed writes left {names}"

@@ -1,0 +1,268 @@
+"""The memory a job is said to need is what its tensors really take; what is available is read from the system's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from coserve.config import FinetuneConfig, LoraConfig
+from coserve.core import CapacityError, Group
+from coserve.engine.budget import (
+    GIB,
+    _host_available,
+    available_bytes,
+    packed_bytes,
+    require_memory,
+    shape_adapter,
+    training_bytes,
+    weight_bytes,
+)
+from coserve.engine.model import LoadedModel, load_model
+from coserve.engine.trainer import LoraTrainer
+from coserve.finetune.batches import pack_groups
+from coserve.finetune.datasets import load_groups
+from coserve.model.checkpoint import Checkpoint
+from coserve.model.linear import PackedHead, PackedLinear, can_pack
+from coserve.model.weights import load_weights
+from coserve.peft.lora import LoraAdapter
+from coserve.runtime.memory import Arena
+from coserve.runtime.microbatch import InFlight, pack
+from coserve.runtime.plans import training_plan
+from tests.tiny_directory import build_tiny_directory, chat_lines, write_lines
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+DTYPES = ("float32", "bfloat16", "float64")
+LORA = LoraConfig(r=4)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("budget")
+    return {family: build_tiny_directory(root / family, family) for family in FAMILIES}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "data.jsonl", chat_lines(9))
+
+
+def num_bytes(*tensors: Tensor) -> int:
+    """Bytes of distinct storages."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def make_trainer(directory: Path, dtype: str, *, window: int = 64, microbatch: int = 512, r: int = 4) -> LoraTrainer:
+    config = FinetuneConfig(lora=LoraConfig(r=r), window_tokens=window, max_microbatch_tokens=microbatch, batch_size=9)
+    return LoraTrainer(load_model(str(directory), device="cpu", dtype=dtype), config)
+
+
+def needed_by(trainer: LoraTrainer, microbatch_tokens: int) -> dict[str, int]:
+    model, config = trainer.model, trainer.config
+    return training_bytes(
+        model.architecture, trainer.plan, trainer.adapter.flat.numel(), microbatch_tokens=microbatch_tokens,
+        window_tokens=config.window_tokens, itemsize=model.weights.dtype.itemsize,
+        packed=can_pack(model.weights.dtype, model.weights.device),
+    )
+
+
+# --- the parts ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_weights_are_the_tensors_of_the_checkpoint(tmp_path: Path, family: str, stored: torch.dtype) -> None:
+    checkpoint = Checkpoint(build_tiny_directory(tmp_path, family, dtype=stored))
+    assert weight_bytes(checkpoint.architecture, stored.itemsize) == checkpoint.num_bytes
+
+
+def plain_tensors(model: LoadedModel) -> list[Tensor]:
+    """Every tensor of weights in the plain layout."""
+    weights = model.weights
+    found = [weights.embedding, weights.norm, weights.head.table]
+    for layer in weights.layers:
+        found += layer.norms.values()
+        found += [tensor for linear in layer.linears.values() for tensor in (linear.weight, linear.bias) if tensor is not None]
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_weights_on_the_device(directories: dict[str, Path], family: str, dtype: str) -> None:
+    model = load_model(str(directories[family]), device="cpu", dtype=dtype)
+    assert num_bytes(*plain_tensors(model)) == weight_bytes(model.architecture, model.weights.dtype.itemsize)
+
+
+@pytest.mark.skipif(not can_pack(torch.float32, torch.device("cpu")), reason="this processor has no packed layout")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_weights_after_a_training_step(directories: dict[str, Path], data: Path, family: str) -> None:
+    """Linears are held twice (but for the lowest layer's first, whose input gradient nobody reads), the head twice more."""
+    trainer = make_trainer(directories[family], "float32")
+    weights, arch = trainer.model.weights, trainer.model.architecture
+    trainer.forward_backward(groups_of(trainer, data), 0)
+    held = num_bytes(weights.embedding, weights.norm, weights.head.table)
+    for layer in weights.layers:
+        held += num_bytes(*layer.norms.values(), *(x.bias for x in layer.linears.values() if x.bias is not None))
+        for linear in layer.linears.values():
+            assert isinstance(linear, PackedLinear)
+            held += sum(4 * copy.numel() for copy in (linear._forward, linear._backward) if copy is not None)
+    head = weights.head
+    assert isinstance(head, PackedHead)
+    assert head._backward is not None
+    held += 4 * (head._backward.numel() + sum(block.numel() for block in head._blocks))
+    said = weight_bytes(arch, 4) + packed_bytes(arch, 4)
+    assert 0.9 * said <= held <= said
+
+
+def groups_of(trainer: LoraTrainer, data: Path) -> tuple[Group, ...]:
+    return load_groups(data, trainer.model.tokenizer, objective="sft", max_length=512, too_long="error").groups
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("microbatch", "window", "r"), [(250, 64, 4), (250, 40, 64), (512, 100, 64), (512, 9999, 4)])
+def test_activations_gradients_and_workspace(
+    tmp_path: Path, directories: dict[str, Path], dtype: str, microbatch: int, window: int, r: int
+) -> None:
+    """What one micro-batch in flight really takes, tensor by tensor. Every token is a label, so that the head is as large as
+    it gets; with a high rank the layers' programs need more than the head."""
+    trainer = make_trainer(directories["llama"], dtype, microbatch=microbatch, window=window, r=r)
+    groups = groups_of(trainer, write_lines(tmp_path / "text.jsonl", [{"text": "0123456789" * (18 + i)} for i in range(4)]))
+    largest = max(pack_groups(groups, microbatch), key=lambda micro: sum(group.num_tokens for group in micro))
+    batch = pack([example for group in largest for example in group.examples], device=torch.device("cpu"))
+    needed = needed_by(trainer, batch.num_tokens)
+
+    state = trainer.executor.begin(batch, trainer.plan)
+    assert isinstance(state, InFlight)
+    assert isinstance(state.arena, Arena)
+    assert needed["kept activations"] == state.arena.num_bytes == trainer.executor._arena_buffer.numel()
+    assert needed["gradients"] == num_bytes(state.parked, state.grad_TD, state.d_keys, state.d_values)
+
+    trainer.forward_backward(groups, 0)
+    workspace = trainer.model.executor.workspace.num_bytes
+    assert workspace <= needed["workspace"] <= 1.02 * workspace, "an example's last token is no label"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapter_and_optimizer(directories: dict[str, Path], dtype: str) -> None:
+    trainer = make_trainer(directories["llama"], dtype)
+    adapter, optimizer = trainer.adapter, trainer.optimizer
+    assert adapter.grad is not None
+    held = num_bytes(adapter.flat, adapter.grad, *optimizer.state().values())
+    assert needed_by(trainer, 100)["adapter and optimizer"] == held
+
+
+def test_an_adapter_for_planning_takes_no_memory_and_plans_alike(directories: dict[str, Path]) -> None:
+    arch = Checkpoint(directories["qwen3"]).architecture
+    for config in (LORA, LoraConfig(r=2, target_modules=("v_proj",), rank_pattern={"layers.1.self_attn.v_proj": 5})):
+        planned = shape_adapter(arch, config)
+        real = LoraAdapter.create(arch, config, dtype=torch.float32, device=torch.device("cpu"), seed=0)
+        assert planned.flat.device.type == "meta"
+        assert planned.flat.shape == real.flat.shape
+        plans = [training_plan(arch, adapter, itemsize=4) for adapter in (planned, real)]
+        assert plans[0].arena_bytes == plans[1].arena_bytes
+        assert plans[0].work_bytes == plans[1].work_bytes
+
+
+def test_a_longer_micro_batch_needs_more(directories: dict[str, Path]) -> None:
+    trainer = make_trainer(directories["llama"], "float32", window=10_000)
+    short, long = needed_by(trainer, 100), needed_by(trainer, 400)
+    assert long["kept activations"] == 4 * short["kept activations"]
+    assert long["gradients"] == 4 * short["gradients"]
+    assert long["workspace"] > 3 * short["workspace"]
+    for name in ("weights", "packed copies of them", "adapter and optimizer"):
+        assert long[name] == short[name]
+
+
+def test_weights_are_loaded_packed_exactly_where_the_budget_says(directories: dict[str, Path]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = load_weights(Checkpoint(directories["llama"]), dtype=dtype, device=torch.device("cpu"))
+        packed = isinstance(weights.head, PackedHead)
+        assert packed == can_pack(dtype, torch.device("cpu"))
+
+
+# --- what there is ---
+
+MEMINFO = "MemTotal:       24689764 kB\nMemFree:          314572 kB\nMemAvailable:   1048576 kB\nBuffers:               0 kB\n"
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Path:
+    """A directory with a meminfo of 1 GiB available and an empty control group."""
+    (tmp_path / "meminfo").write_text(MEMINFO)
+    (tmp_path / "cgroup").mkdir()
+    return tmp_path
+
+
+def limit(system: Path, maximum: str, current: str, stat: str | None = None) -> None:
+    (system / "cgroup" / "memory.max").write_text(f"{maximum}\n")
+    (system / "cgroup" / "memory.current").write_text(f"{current}\n")
+    if stat is not None:
+        (system / "cgroup" / "memory.stat").write_text(stat)
+
+
+def host_available(system: Path) -> int | None:
+    return _host_available(system / "meminfo", system / "cgroup")
+
+
+def test_meminfo_alone(system: Path) -> None:
+    assert host_available(system) == GIB
+
+
+@pytest.mark.parametrize(("maximum", "current", "expected"), [
+    (str(GIB), str(GIB // 4), GIB - GIB // 4), (str(8 * GIB), "0", GIB), ("max", "12345", GIB), (str(GIB), str(2 * GIB), -GIB),
+    ("", "", GIB), ("garbage", "1", GIB),
+])
+def test_the_control_group_may_leave_less(system: Path, maximum: str, current: str, expected: int) -> None:
+    limit(system, maximum, current)
+    assert host_available(system) == expected
+
+
+@pytest.mark.parametrize(("stat", "reclaimable"), [
+    (f"anon 5\nfile {GIB}\ninactive_file {GIB // 4}\nactive_file 7\n", GIB // 4), ("anon 5\n", 0), ("half a li", 0), ("", 0),
+])
+def test_file_cache_counts_as_free(system: Path, stat: str, reclaimable: int) -> None:
+    """Reading a model's files fills a container's memory.current with pages that the kernel gives back."""
+    limit(system, str(GIB), str(GIB // 2), stat)
+    assert host_available(system) == GIB // 2 + reclaimable
+
+
+def test_without_meminfo_nothing_is_known(system: Path) -> None:
+    (system / "meminfo").unlink()
+    assert host_available(system) is None
+
+
+def test_meminfo_without_the_line(system: Path) -> None:
+    (system / "meminfo").write_text("MemTotal: 1 kB\n")
+    assert host_available(system) is None
+    limit(system, "4096", "1024")
+    assert host_available(system) == 3072
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux only")
+def test_this_machine_has_memory() -> None:
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    found = available_bytes(torch.device("cpu"))
+    assert found is not None
+    assert 0 < found < total
+
+
+# --- the refusal ---
+
+
+def test_enough_memory_passes() -> None:
+    require_memory({"weights": 3, "workspace": 4}, 7)
+    require_memory({"weights": 1 << 60}, None)
+
+
+def test_too_little_memory_names_every_part() -> None:
+    with pytest.raises(CapacityError) as caught:
+        require_memory({"weights": 3 * GIB, "kept activations": GIB // 4}, 2 * GIB)
+    assert str(caught.value) == (
+        "not enough memory: 3.25 GiB are needed (weights 3.00, kept activations 0.25) and 2.00 GiB are available; lower "
+        "max_microbatch_tokens, or use a smaller model or dtype"
+    )
+    assert caught.value.param == "max_microbatch_tokens"
+    with pytest.raises(CapacityError):
+        require_memory({"weights": 8}, 7)
