@@ -508,10 +508,10 @@ BAD_OPTIONS: dict[str, tuple[Callable[[Place], Sequence[object]], str]] = {
     "alpha": (options("--alpha", -1), r"alpha: must be positive"),
     "dropout": (options("--dropout", 1), r"dropout: must be in \[0, 1\)"),
     "epochs": (options("--epochs", 0), r"epochs: must be positive"),
-    "epochs nan": (options("--epochs", "nan"), r"epochs: must be positive"),
+    "epochs nan": (options("--epochs", "nan"), r"epochs: must be a finite number"),
     "max_steps": (options("--max-steps", 0), r"max_steps: must be at least 1"),
     "batch_size": (options("--batch-size", 0), r"batch_size: must be at least 1"),
-    "learning_rate": (options("--learning-rate", "nan"), r"learning_rate: must be positive"),
+    "learning_rate": (options("--learning-rate", "nan"), r"learning_rate: must be a finite number"),
     "max_length above a micro-batch": (
         options("--max-length", 300, "--max-microbatch-tokens", 200), r"max_length: 300 is more than 200.*max_microbatch_tokens"
     ),
