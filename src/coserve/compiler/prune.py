@@ -50,7 +50,7 @@ def rematerialize(joint: JointGraph, itemsize: int = 4) -> Rematerialized:
     """Replaces a saved value by its element-wise recomputation wherever that needs fewer bytes kept.
 
     A value that is read for other tokens than the window's (K and V) always stays: recomputing it would be a layer prologue,
-    not window-local. Latest values are decided first, so that an input is only dropped when nothing recomputed rests on it.
+    not window-local. Latest values are decided first.
     """
     make = producers(joint.forward.nodes)
     whole = joint.read_whole()

@@ -1,7 +1,7 @@
 """Frozen linears as objects with two products, x W^T and dy W, in a layout of their own.
 
 `FrozenLinear` computes with the plain matrix. `PackedLinear` keeps oneDNN's blocked copies instead, one per product, each
-made at its first use: on the CPU that is 1.2x to 2x faster at any number of rows, most at few. A quantized layout is
+made at its first use: faster on the CPU at any number of rows, most at few. A quantized layout is
 another class with the same methods.
 """
 

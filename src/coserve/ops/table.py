@@ -105,8 +105,3 @@ TABLE: dict[str, Operator] = {
     "silu_mul_dgrad": Operator(inputs=("grad", "gate", "up"), outputs=("d_gate", "d_up"), cost=Cost.ELEMENTWISE),
     "dropout_dgrad": Operator(inputs=("grad",), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True),
 }
-
-
-def reads(name: str) -> dict[str, tuple[str, ...]]:
-    """What each gradient node of an operator reads of the forward pass: {gradient operator: names}."""
-    return {g.op: tuple(t for t in g.takes if not t.startswith("d:")) for g in TABLE[name].gradients}
