@@ -158,22 +158,138 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """How one request picks its tokens."""
+    """How one request picks its tokens, in vLLM's words."""
 
     max_tokens: int = 256
+    min_tokens: int = 0
+    """End-of-sequence and stop tokens are excluded before so many."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
     """0: all tokens."""
+    min_p: float = 0.0
+    """Excludes tokens less likely than this share of the likeliest one."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over 1 discourages tokens of the prompt and of the output."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits, by token id."""
     seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Texts that end the output; they are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    """Outputs per prompt; output i draws with seed + i."""
+    logprobs: int | None = None
+    """Log-probabilities of the sampled tokens and of this many likeliest ones."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
 
     def __post_init__(self) -> None:
         _check_numbers(self)
         _require(self.max_tokens >= 1, "max_tokens", f"must be at least 1, got {self.max_tokens}")
+        _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens",
+                 f"must be from 0 to max_tokens, got {self.min_tokens}")
         _require(self.temperature >= 0, "temperature", f"must be 0 or more, got {self.temperature}")
         _require(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], got {self.top_p}")
         _require(self.top_k >= 0, "top_k", f"must be 0 or more, got {self.top_k}")
+        _require(0 <= self.min_p <= 1, "min_p", f"must be in [0, 1], got {self.min_p}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-2 <= value <= 2, name, f"must be from -2 to 2, got {value}")
+        _require(self.repetition_penalty > 0, "repetition_penalty", f"must be positive, got {self.repetition_penalty}")
+        for token, bias in self.logit_bias.items():
+            _require(-100 <= bias <= 100, "logit_bias", f"of token {token} must be from -100 to 100, got {bias}")
+        _require(all(self.stop), "stop", "an empty text would end every output; leave it out")
+        _require(self.n >= 1, "n", f"must be at least 1, got {self.n}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value <= 20, name, f"must be from 0 to 20, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Objectives and limits of the hybrid token scheduler."""
+
+    policy: str = "coserve"
+    """coserve, inference-only, finetune-only, temporal:N, dynamic-temporal or layer-sliced."""
+    tpot_ms: float = 100.0
+    """Objective: milliseconds per output token after the first; a request may set its own."""
+    ttft_ms: float = 3000.0
+    """Objective: milliseconds from arrival to the first token; a request may set its own."""
+    itl_factor: float = 2.0
+    """No iteration with running requests is planned longer than this times the least TPOT objective among them."""
+    preemption_quantum_ms: float = 250.0
+    """Longest planned iteration when nothing is running: what a new arrival may wait."""
+    finetune_min_share: float = 0.0
+    """Share of time that jobs get even where objectives are missed, in [0, 1)."""
+    reserve: float | None = None
+    """Share of an iteration's budget kept back; None: the latency model's own p95 error."""
+    max_num_seqs: int = 64
+    """Requests that run at once."""
+    max_num_batched_tokens: int = 2048
+    """Inference rows per iteration."""
+    max_window_tokens: int = 2048
+    """Largest window of a unit."""
+    max_microbatches: int = 2
+    """Micro-batches of one job in flight at once, memory permitting."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        parse_policy(self.policy)
+        for name in ("tpot_ms", "ttft_ms", "preemption_quantum_ms"):
+            value = getattr(self, name)
+            _require(value > 0, name, f"must be positive, got {value}")
+        _require(self.itl_factor >= 1, "itl_factor", f"must be at least 1, got {self.itl_factor}")
+        _require(0 <= self.finetune_min_share < 1, "finetune_min_share", f"must be in [0, 1), got {self.finetune_min_share}")
+        _require(self.reserve is None or 0 <= self.reserve < 1, "reserve", f"must be in [0, 1), got {self.reserve}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_window_tokens", "max_microbatches"):
+            value = getattr(self, name)
+            _require(value >= 1, name, f"must be at least 1, got {value}")
+
+
+POLICIES = ("coserve", "inference-only", "finetune-only", "temporal:N", "dynamic-temporal", "layer-sliced")
+
+
+def parse_policy(name: str) -> tuple[str, int]:
+    """('temporal', N) of 'temporal:N'; (name, 0) of the others. Raises ConfigError."""
+    kind, _, count = name.partition(":")
+    if kind == "temporal" and count.isdigit() and int(count) >= 1:
+        return kind, int(count)
+    _require(name in POLICIES and kind != "temporal", "policy", f"must be one of {', '.join(POLICIES)}, got {name!r}")
+    return name, 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One engine in one process."""
+
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    memory_bytes: int | None = None
+    """The pool that the key-value cache and training arenas share; None: a share of what the device has free."""
+    inference_share: float = 0.4
+    """Share of the pool that training arenas may never take, in (0, 1]."""
+    block_tokens: int = 16
+    """Tokens per block of the key-value cache."""
+    prefix_caching: bool = True
+    max_adapters: int = 128
+    """Adapter versions that requests can use at once."""
+    max_lora_rank: int = 64
+    max_waiting: int = 4096
+    """Requests that may wait; more are refused."""
+    cuda_graphs: bool = True
+    """Replay decode-only iterations as CUDA graphs."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _require(self.memory_bytes is None or self.memory_bytes > 0, "memory_bytes", f"must be positive, got {self.memory_bytes}")
+        _require(0 < self.inference_share <= 1, "inference_share", f"must be in (0, 1], got {self.inference_share}")
+        for name in ("block_tokens", "max_adapters", "max_lora_rank", "max_waiting"):
+            value = getattr(self, name)
+            _require(value >= 1, name, f"must be at least 1, got {value}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The nouns that cross rooms, and the error tree.
 
-Owns: errors, training examples and groups, units of finetuning work. Does not own: tensors of any device,
-policy, or how a noun is stored. Vocabulary: docs/architecture.md.
+Owns: errors, training examples and groups, units of finetuning work, what one iteration runs and gives. Does not own: tensors
+of any device, policy, or how a noun is stored. Vocabulary: docs/architecture.md.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,3 +92,104 @@ class Unit(NamedTuple):
     layer_end: int
     start: int
     end: int
+
+
+class Span(NamedTuple):
+    """A request's rows in one iteration: its tokens [start, start + length).
+
+    logits: how many of the last rows need logits: 0 inside a prompt, 1 where a token is sampled, all for prompt logprobs. A
+    decode span's token is the request's last sampled one, wherever that is held.
+    """
+
+    request: int
+    start: int
+    length: int
+    logits: int
+
+
+class WorkUnit(NamedTuple):
+    """A unit of one micro-batch in flight. fused: its rows ride in the inference pass (forward over all layers only)."""
+
+    microbatch: int
+    unit: Unit
+    fused: bool = False
+
+
+class OptimizerSlice(NamedTuple):
+    """Elements [start, end) of a job's flat parameter, in its present optimizer step."""
+
+    job: int
+    start: int
+    end: int
+
+
+class AdapterCopy(NamedTuple):
+    """A job's working weights become an immutable version. snapshot: the optimizer's state too, for a checkpoint."""
+
+    job: int
+    snapshot: bool
+
+
+class BlockMove(NamedTuple):
+    """A block of the key-value pool is copied before the iteration runs."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What one iteration runs. Validation windows are forward units of micro-batches that have no backward.
+
+    Rows are packed [decode | prefill | fused finetuning]; units that are not fused follow one by one, then optimizer slices
+    and copies. predicted_s: seconds by the latency model. kind: what it holds, such as 'decode+backward', for error metrics.
+    """
+
+    number: int
+    decode: tuple[Span, ...] = ()
+    prefill: tuple[Span, ...] = ()
+    units: tuple[WorkUnit, ...] = ()
+    optimizer: tuple[OptimizerSlice, ...] = ()
+    copies: tuple[AdapterCopy, ...] = ()
+    moves: tuple[BlockMove, ...] = ()
+    kind: str = "idle"
+    predicted_s: float = 0.0
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """All requests' rows, in batch order."""
+        return self.decode + self.prefill
+
+    @property
+    def fused(self) -> WorkUnit | None:
+        """The unit that rides in the inference pass."""
+        return next((unit for unit in self.units if unit.fused), None)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.decode or self.prefill or self.units or self.optimizer or self.copies)
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probability of one token; top: the most likely ones at its place, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Sampled(NamedTuple):
+    """One sampled token. logprob: None unless asked for."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What an iteration gave. tokens: per request, those sampled (none, one, or several); prompt_logprobs: per request, of the
+    prompt's rows that ran; seconds: by the engine's clock, the whole iteration."""
+
+    tokens: Mapping[int, Sequence[Sampled]]
+    prompt_logprobs: Mapping[int, Sequence[TokenLogprob]]
+    seconds: float
