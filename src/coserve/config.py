@@ -285,7 +285,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        _require(self.memory_bytes is None or self.memory_bytes > 0, "memory_bytes", f"must be positive, got {self.memory_bytes}")
+        size = self.memory_bytes
+        _require(size is None or size > 0, "memory_bytes", f"must be positive, got {size}")
         _require(0 < self.inference_share <= 1, "inference_share", f"must be in (0, 1], got {self.inference_share}")
         for name in ("block_tokens", "max_adapters", "max_lora_rank", "max_waiting"):
             value = getattr(self, name)

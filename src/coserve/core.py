@@ -97,14 +97,20 @@ class Unit(NamedTuple):
 class Span(NamedTuple):
     """A request's rows in one iteration: its tokens [start, start + length).
 
-    logits: how many of the last rows need logits: 0 inside a prompt, 1 where a token is sampled, all for prompt logprobs. A
-    decode span's token is the request's last sampled one, wherever that is held.
+    logits: how many of the last rows need logits: 0 inside a prompt, 1 where a token is sampled, all for prompt logprobs.
+    samples: whether the last row's logits give the next token. A decode span's token is the request's last sampled one,
+    wherever that is held.
     """
 
     request: int
     start: int
     length: int
     logits: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
 
 
 class WorkUnit(NamedTuple):
@@ -131,7 +137,7 @@ class AdapterCopy(NamedTuple):
 
 
 class BlockMove(NamedTuple):
-    """A block of the key-value pool is copied before the iteration runs."""
+    """A block of the key-value pool changes place; copied between two iterations."""
 
     source: int
     target: int
@@ -151,7 +157,6 @@ class StepPlan:
     units: tuple[WorkUnit, ...] = ()
     optimizer: tuple[OptimizerSlice, ...] = ()
     copies: tuple[AdapterCopy, ...] = ()
-    moves: tuple[BlockMove, ...] = ()
     kind: str = "idle"
     predicted_s: float = 0.0
 

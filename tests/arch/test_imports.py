@@ -18,6 +18,7 @@ RANKS: Mapping[str, float] = {
     "core": 0,
     "config": 0.5,  # the design gives both 0; a ConfigError is one of core's errors, so config stands on core
     "tokenizer": 1, "parallel": 1, "kernels": 1,
+    "textstream": 1.5,  # stands on the tokenizer's incremental detokenizer
     "ops": 2,
     "model": 3,
     "peft": 3.5,  # the design gives model and peft 3; an adapter is laid out by the decoder's shapes, so peft stands on model

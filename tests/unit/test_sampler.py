@@ -1,8 +1,11 @@
-"""Sampling: what is excluded, the distribution over positions, and noise that only (seed, position) decide."""
+"""Sampling: what is excluded, the distribution over positions, noise that only (seed, position) decide, penalties and
+log-probabilities, and rows that share a batch and nothing else."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coserve.config import SamplingConfig
-from coserve.runtime.sampler import gumbel_noise, sample
+from coserve.runtime import sampler
+from coserve.runtime.sampler import SamplerRow, gumbel_noise, prompt_logprobs, sample, sample_rows
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.3, -3.0, 1.9, 0.0, -1.0])
@@ -145,3 +149,220 @@ def test_sampling_changes_no_logits() -> None:
 def test_low_precision_logits_are_sampled_in_float32() -> None:
     counts = draws(LOGITS.bfloat16(), SamplingConfig(seed=11), 1500)
     assert_distributed(counts, torch.softmax(LOGITS.bfloat16().double(), 0))
+
+
+# rows
+
+
+def row(
+    seed: int = 0, position: int = 0, *, prompt: Sequence[int] = (), output: Sequence[int] = (),
+    ending: Sequence[int] = (), **settings: Any,
+) -> SamplerRow:
+    return SamplerRow(SamplingConfig(**settings), seed, position, prompt, output, frozenset(ending))
+
+
+def edited(logits: Tensor, each: SamplerRow) -> Tensor:
+    """The row's logits as the hook gets them, which is after all that precedes the temperature."""
+    seen: list[Tensor] = []
+    sample_rows(logits[None], [each], lambda number, logits_V: seen.append(logits_V.clone()))
+    return seen[0]
+
+
+def test_repetition_penalty_counts_prompt_and_output_once() -> None:
+    """Positive logits are divided, others multiplied; a token that comes often is penalized like one that comes once."""
+    got = edited(LOGITS, row(prompt=[0, 0, 1, 6], output=[2, 2, 4, 0], repetition_penalty=2.0))
+    assert got.tolist() == pytest.approx([0.5, -1.0, 1.0, 0.3, -6.0, 1.9, 0.0, -1.0])
+
+
+def test_presence_and_frequency_count_the_output_only() -> None:
+    got = edited(LOGITS, row(prompt=[7, 7, 7], output=[2, 2, 4], presence_penalty=0.5, frequency_penalty=0.25))
+    assert got.tolist() == pytest.approx([1.0, -0.5, 1.0, 0.3, -3.75, 1.9, 0.0, -1.0])
+    got = edited(LOGITS, row(output=[2, 2], frequency_penalty=-1.0))
+    assert got.tolist() == pytest.approx([1.0, -0.5, 4.0, 0.3, -3.0, 1.9, 0.0, -1.0])
+
+
+def test_penalties_then_bias_in_this_order() -> None:
+    got = edited(LOGITS, row(output=[2], repetition_penalty=2.0, presence_penalty=0.5, logit_bias={2: 10.0, 99: 5.0, 1: -1.0}))
+    assert got.tolist() == pytest.approx([1.0, -1.5, 10.5, 0.3, -3.0, 1.9, 0.0, -1.0])
+
+
+def test_endings_are_excluded_before_min_tokens() -> None:
+    """Even against a bias, and only until there are so many tokens."""
+    settings: dict[str, Any] = {"ending": [2, 5, 99], "min_tokens": 2, "logit_bias": {2: 50.0}, "temperature": 0}
+    assert sample_rows(LOGITS[None], [row(output=[1], **settings)])[0].token == 0
+    assert sample_rows(LOGITS[None], [row(output=[1, 1], **settings)])[0].token == 2
+
+
+def test_the_hook_edits_a_copy_of_each_row() -> None:
+    logits = torch.stack([LOGITS, LOGITS.flip(0)])
+    before = logits.clone()
+
+    def only(number: int, logits_V: Tensor) -> None:
+        assert logits_V.dtype == torch.float32
+        keep = float(logits_V[number])
+        logits_V.fill_(-torch.inf)
+        logits_V[number] = keep
+
+    got = sample_rows(logits, [row(temperature=0, logprobs=1), row(3, 8)], only)
+    assert [each.token for each in got] == [0, 1]
+    assert torch.equal(logits, before)
+    assert got[0].logprob is not None
+    assert got[0].logprob.logprob == pytest.approx(float(torch.log_softmax(LOGITS, 0)[0]), abs=1e-5), "of the raw logits"
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(1.0, [2]), (0.8, [2, 5]), (0.3, [0, 2, 5]), (0.15, [0, 2, 3, 5])])
+def test_min_p_is_a_share_of_the_likeliest(min_p: float, kept: list[int]) -> None:
+    """Shares of token 2's probability: 5 .905, 0 .368, 3 .183, 6 .135, 1 .082."""
+    counts = draws(LOGITS, SamplingConfig(min_p=min_p, seed=3), 400)
+    assert counts.nonzero()[:, 0].tolist() == kept
+
+
+def test_min_p_counts_after_temperature() -> None:
+    counts = draws(LOGITS, SamplingConfig(min_p=0.3, temperature=0.25, seed=3), 300)
+    assert counts.nonzero()[:, 0].tolist() == [2, 5]
+
+
+def test_tokens_as_good_as_the_kth_stay() -> None:
+    counts = draws(torch.tensor([1.0, 2.0, 1.0, 0.0]), SamplingConfig(top_k=2, seed=3), 200)
+    assert counts.nonzero()[:, 0].tolist() == [0, 1, 2]
+
+
+def test_a_flat_tail_is_not_lost() -> None:
+    """Without top_p even tokens of a 10^-15th of the best one's probability may be drawn; with it they count for nothing."""
+    logits = torch.tensor([[0.0, -35.0]])
+    forced = [row(seed, min_p=1e-30, top_k=1000) for seed in range(3)]
+    assert [each.token for each in sample_rows(logits.expand(3, -1), forced)] == [0, 0, 0]
+    kept = sampler._filter(logits, [SamplingConfig(min_p=1e-30)])
+    assert torch.equal(kept, logits)
+    assert sampler._filter(logits, [SamplingConfig(top_p=0.999)]).tolist() == [[0.0, -math.inf]]
+
+
+rows_of_any_kind = st.builds(
+    row,
+    st.integers(0, 100), st.integers(0, 100),
+    prompt=st.lists(st.integers(0, 36), max_size=6), output=st.lists(st.integers(0, 36), max_size=6),
+    ending=st.lists(st.integers(0, 36), max_size=2),
+    temperature=st.sampled_from([0, 1e-7, 0.3, 1.0, 3.0]), top_k=st.sampled_from([0, 1, 3, 50]),
+    top_p=st.sampled_from([1.0, 0.9, 0.3]), min_p=st.sampled_from([0.0, 0.2]),
+    presence_penalty=st.sampled_from([0.0, 1.0]), frequency_penalty=st.sampled_from([0.0, 0.7]),
+    repetition_penalty=st.sampled_from([1.0, 1.5]), logit_bias=st.sampled_from([{}, {3: 4.0, 7: -100.0}]),
+    min_tokens=st.sampled_from([0, 4]), logprobs=st.sampled_from([None, 0, 2, 20]),
+)
+
+
+@given(rows=st.lists(rows_of_any_kind, min_size=1, max_size=6), seed=st.integers(0, 1000), data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_a_row_does_not_depend_on_the_others(rows: list[SamplerRow], seed: int, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+    logits = (3 * torch.randn(len(rows), 37, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    alone = [sample_rows(logits[i : i + 1], [each])[0] for i, each in enumerate(rows)]
+    assert sample_rows(logits, rows) == alone
+    assert sample_rows(logits.flip(0), rows[::-1]) == alone[::-1]
+
+
+def test_rows_are_independent_in_a_large_vocabulary_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = 2 * torch.randn(24, 5003, generator=torch.Generator().manual_seed(0))
+    kinds: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 40, "temperature": 0.7}, {"min_p": 0.05}, {"temperature": 0}]
+    rows = [row(i, 3 * i, **kinds[i % 5]) for i in range(24)]
+    alone = [sample_rows(logits[i : i + 1], [each])[0] for i, each in enumerate(rows)]
+    assert sample_rows(logits, rows) == alone
+    monkeypatch.setattr(sampler, "_MAX_ELEMENTS", 4 * 5003)
+    assert sample_rows(logits, rows) == alone
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("settings", [
+    {"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {"logprobs": 3},
+    {"top_p": 0.5, "top_k": 3, "min_p": 0.1},
+])
+def test_a_broken_row_leaves_its_neighbours_alone(bad: float, settings: dict[str, Any]) -> None:
+    whole = torch.stack([LOGITS, torch.full((8,), bad), LOGITS.flip(0), LOGITS])
+    whole[3, 4] = bad
+    rows = [row(i, 5, **settings) for i in range(4)]
+    got = sample_rows(whole, rows)
+    assert got[0] == sample_rows(LOGITS[None], [rows[0]])[0]
+    assert got[2] == sample_rows(LOGITS.flip(0)[None], [rows[2]])[0]
+    assert [each.token for each in sample_rows(whole, rows)] == [each.token for each in got]
+    if bad != -math.inf:
+        assert [got[1].token, got[3].token] == [0, 4], "the argmax"
+    else:
+        assert got[1].token == 0
+        assert got[3].token != 4
+
+
+def test_plain_greedy_rows_are_one_argmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy of the logits, no noise, no row by row work, one wait for the device."""
+    waits: list[int] = []
+    to_list = Tensor.tolist
+
+    def counted(tensor: Tensor) -> list[Any]:
+        waits.append(tensor.numel())
+        return to_list(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", counted)
+    for name in ("_edit", "_draw", "_measure", "_noise"):
+        monkeypatch.delattr(sampler, name)
+    logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    got = sample_rows(logits, [row(temperature=0, top_p=0.5)] * 5)
+    assert waits == [5]
+    assert [each.token for each in got] == to_list(logits.argmax(-1))
+
+
+def test_sampling_a_mixed_batch_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+    to_list = Tensor.tolist
+
+    def counted(tensor: Tensor) -> list[Any]:
+        waits.append(tensor.numel())
+        return to_list(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", counted)
+    rows = [row(temperature=0), row(1, top_p=0.5), row(2, output=[1], presence_penalty=1.0), row(3, logit_bias={1: 2.0})]
+    sample_rows(LOGITS.expand(4, -1), rows)
+    assert waits == [4]
+
+
+def test_no_rows() -> None:
+    assert sample_rows(torch.empty(0, 8), []) == []
+
+
+# log-probabilities
+
+
+def test_logprobs_of_the_sampled_token_and_the_best() -> None:
+    """Of the raw logits, whatever changed them for sampling; each row with its own count."""
+    logits = torch.stack([LOGITS, LOGITS.flip(0), LOGITS])
+    got = sample_rows(logits, [row(temperature=0, logprobs=2, logit_bias={4: 100.0}), row(7, 1, top_k=3), row(8, logprobs=0)])
+    want = torch.log_softmax(LOGITS.double(), 0)
+    first, second, third = (each.logprob for each in got)
+    assert second is None
+    assert first is not None
+    assert (got[0].token, first.token) == (4, 4)
+    assert first.logprob == pytest.approx(float(want[4]), abs=1e-5)
+    assert [token for token, _ in first.top] == [2, 5]
+    assert [value for _, value in first.top] == pytest.approx(want[[2, 5]].tolist(), abs=1e-5)
+    assert third is not None
+    assert third.top == ()
+    assert third.logprob == pytest.approx(float(want[got[2].token]), abs=1e-5)
+
+
+@pytest.mark.parametrize("max_elements", [1 << 22, 100, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_prompt_logprobs(dtype: torch.dtype, max_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "_MAX_ELEMENTS", max_elements)
+    logits = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tokens = [5, 0, 32, 7, 7, 1, 2]
+    want = torch.log_softmax(logits.double(), -1)
+    got = prompt_logprobs(logits, tokens, 3)
+    assert [each.token for each in got] == tokens
+    for t, each in enumerate(got):
+        assert each.logprob == pytest.approx(float(want[t, tokens[t]]), abs=1e-5)
+        assert [value for _, value in each.top] == pytest.approx(want[t].topk(3).values.tolist(), abs=1e-5)
+        assert all(value == pytest.approx(float(want[t, token]), abs=1e-5) for token, value in each.top)
+    assert prompt_logprobs(logits[:0], [], 3) == []
+    assert len(prompt_logprobs(logits, tokens, 40)[0].top) == 33
+
+
+def test_equal_logprobs_are_in_order_of_their_ids() -> None:
+    (got,) = prompt_logprobs(torch.tensor([[0.0, 1.0, 0.0, 1.0]]), [0], 4)
+    assert [token for token, _ in got.top] == [1, 3, 0, 2]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from coserve.compiler.graph import JointGraph, Node, Value, producers
-from coserve.compiler.program import Call, LayerPlan, Place, Program, Slot, Storage
+from coserve.compiler.program import Call, FusedLayer, LayerPlan, Place, Program, Slot, Storage
 from coserve.compiler.prune import Rematerialized
 from coserve.ops.run import RUNNERS
 
@@ -162,8 +162,13 @@ class _Homes:
         self.spans[slot.storage] = (first, index, _size(self.memory.storages[slot.storage], self.itemsize))
 
 
-def _assemble(steps: list[_Step], memory: _Memory, arena: set[str], itemsize: int) -> tuple[Program, dict[str, Slot], int]:
-    """Gives every class a storage and every step its slots. Returns the program, all slots by value, arena bytes."""
+def _assemble(
+    steps: list[_Step], memory: _Memory, arena: set[str], itemsize: int, outlive: Sequence[str] = ()
+) -> tuple[Program, dict[str, Slot], int]:
+    """Gives every class a storage and every step its slots. Returns the program, all slots by value, arena bytes.
+
+    outlive: values that someone reads after the last step.
+    """
     homes = _Homes(memory, arena, itemsize)
     for index, step in enumerate(steps):
         roots = [root for name in step.outputs if (root := memory.root(name)) not in homes.slots and root[:3] != "dW:"]
@@ -171,6 +176,8 @@ def _assemble(steps: list[_Step], memory: _Memory, arena: set[str], itemsize: in
             homes.give(together)
         for name in (*step.outputs, *step.node.inputs):
             homes.touch(name, index)
+    for name in outlive:
+        homes.touch(name, len(steps))
     offsets, work_bytes = _place_work(homes.spans)
     for number, offset in offsets.items():
         memory.storages[number] = replace(memory.storages[number], offset=offset)
@@ -244,8 +251,29 @@ def lower(
     return LayerPlan(
         joint=joint, forward=forward, backward=backward, kept=remat.kept if remat else (), arena=tuple(storages),
         arena_bytes=arena_bytes, keys=keys, values=values, keeps_input=keeps_input,
-        input_offset=input_offset,
+        input_offset=input_offset, kept_slots={name: slots[name] for name in kept if name != graph.input},
     )
+
+
+def lower_fused(
+    joint: JointGraph, own: LayerPlan, *, merged: Mapping[str, tuple[str, ...]], itemsize: int
+) -> FusedLayer:
+    """A forward program for rows of requests and of training together, of which the training rows are kept as `own` keeps them.
+
+    All values lie in the workspace, over all rows; after the program, the training rows of the kept ones are copied to the
+    arena. `joint` may have more bypass sites than `own`, those of requests' adapters.
+    """
+    graph = joint.forward
+    storages = [Storage(Place.INPUT, graph.values[graph.input].width, False),
+                Storage(Place.OUTPUT, graph.values[graph.output].width, False)]
+    ends = {graph.input: Slot(0, 0, storages[0].width), graph.output: Slot(1, 0, storages[1].width)}
+    kept = tuple(own.kept_slots)
+    memory = _Memory(graph.values, dict(ends), storages, {graph.input, graph.output, *kept})
+    steps = _merge(_fuse_adds(graph.nodes, memory), merged, dict.fromkeys(graph.values, False))
+    program, slots, _ = _assemble(steps, memory, set(), itemsize, outlive=kept)
+    whole = {own.keys, own.values}
+    copies = tuple((slots[name], slot) for name, slot in own.kept_slots.items() if slot not in whole)
+    return FusedLayer(program=program, copies=copies)
 
 
 def _lower_backward(

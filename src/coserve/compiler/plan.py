@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from coserve.compiler.differentiate import differentiate
-from coserve.compiler.lower import lower
-from coserve.compiler.program import LayerPlan
+from coserve.compiler.lower import lower, lower_fused
+from coserve.compiler.program import FusedLayer, LayerPlan
 from coserve.compiler.prune import prune, rematerialize
 from coserve.compiler.trace import trace
 from coserve.model.architecture import Architecture
@@ -80,3 +80,19 @@ def plan_inference(arch: Architecture, bypasses: Sequence[LayerBypass], *, items
             cache[bypass.key] = lower(pruned, None, merged=MERGED, itemsize=itemsize)
         layers.append(cache[bypass.key])
     return ModelPlan(layers=tuple(layers))
+
+
+def plan_fused(
+    arch: Architecture, bypasses: Sequence[LayerBypass], own: ModelPlan, *, itemsize: int
+) -> tuple[FusedLayer, ...]:
+    """Forward programs for requests and training rows together. own: the training rows' plan; `bypasses` have its sites and
+    those of the requests' adapters."""
+    cache: dict[tuple[object, ...], FusedLayer] = {}
+    layers = []
+    for bypass, plan in zip(bypasses, own.layers, strict=True):
+        key = (bypass.key, id(plan))
+        if key not in cache:
+            joint = differentiate(trace(arch, bypass.bypass, bypass.factor_widths))
+            cache[key] = lower_fused(joint, plan, merged=MERGED, itemsize=itemsize)
+        layers.append(cache[key])
+    return tuple(layers)

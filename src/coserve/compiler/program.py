@@ -87,3 +87,14 @@ class LayerPlan:
     values: Slot | None
     keeps_input: bool
     input_offset: int
+    kept_slots: Mapping[str, Slot]
+    """Where each kept value but the input lies in the arena."""
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """A forward program over rows of requests and of training. copies: (workspace slot, arena slot) of kept values, whose
+    training rows are copied after it; K and V are not among them, as attention writes them."""
+
+    program: Program
+    copies: tuple[tuple[Slot, Slot], ...]

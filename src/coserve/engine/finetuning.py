@@ -112,6 +112,70 @@ def _tell(dataset: Dataset, listen: Callable[[JobEvent], None]) -> None:
             listen(JobEvent(level="warn", message=f"{count} too long examples were {what}"))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedJob:
+    """A job that may begin: everything that could be refused has been looked at, and its directory is there."""
+
+    job: Job
+    trainer: LoraTrainer
+    directory: Path
+    dataset: Dataset
+
+    def finish(self) -> LoraAdapter:
+        """Writes the tuned adapter into the directory; returns it."""
+        _write_adapter(self.directory, self.trainer)
+        assert self.trainer.published is not None
+        return self.trainer.published
+
+
+def prepare(
+    loaded: LoadedModel, data: Path, directory: Path, config: FinetuneConfig, *, train: Dataset, held_out: Dataset | None,
+    validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
+    listen: Callable[[JobEvent], None],
+) -> PreparedJob:
+    """A job on a loaded model, in its directory; gone back to its newest checkpoint with `resume`."""
+    adapter = loaded.load_adapter(Path(start)) if start is not None else None
+    if adapter is not None:
+        if config.lora not in (LoraConfig(), adapter.config):
+            listen(JobEvent(level="warn", message=f"the lora settings are those of {start}; the ones given are not used"))
+        config = replace(config, lora=adapter.config)
+    trainer = LoraTrainer(loaded, config, start=adapter, warn=lambda m: listen(JobEvent(level="warn", message=m)))
+    facts = {
+        "base_fingerprint": loaded.fingerprint, "data_digest": train.report.digest,
+        "start": None if start is None else str(start), "settings": to_dict(config),
+        "threads": torch.get_num_threads() if config.deterministic else None,
+    }
+    job = Job(config, train.groups, held_out.groups if held_out else (), trainer, directory, facts=facts, listen=listen)
+    if resume:
+        refuse_changes(facts, _read_job(directory), "job.json")
+        job.resume()
+    else:
+        _open_job(directory, loaded.name, data, validation, facts)
+    return PreparedJob(job=job, trainer=trainer, directory=directory, dataset=train)
+
+
+def prepare_beside(
+    loaded: LoadedModel, data: str | os.PathLike[str], output: str | os.PathLike[str], config: FinetuneConfig, *,
+    validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
+    listen: Callable[[JobEvent], None], check: Callable[[Dataset], None],
+) -> PreparedJob:
+    """A job for an engine, whose pool gives it memory. check: may refuse the data before anything is written. Raises as
+    `finetune` does."""
+    directory, data_path = Path(output), Path(data)
+    _check_output(directory, resume)
+    arch = loaded.architecture
+    train, held_out = _load_data(data_path, Path(validation) if validation else None, loaded.tokenizer, config, arch)
+    for dataset in (train, held_out):
+        if dataset is not None:
+            _check_vocabulary(dataset, arch, loaded.directory)
+    _tell(train, listen)
+    check(train)
+    return prepare(
+        loaded, data_path, directory, config, train=train, held_out=held_out, validation=validation, start=start, resume=resume,
+        listen=listen,
+    )
+
+
 def finetune(
     data: str | os.PathLike[str], output: str | os.PathLike[str], *, model: str | LoadedModel | None = None,
     config: FinetuneConfig | None = None, validation: str | os.PathLike[str] | None = None,
@@ -146,32 +210,18 @@ def finetune(
     _tell(train, listen)
     _check_memory(arch, config, train, place, kind, loaded=isinstance(model, LoadedModel))
     loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, dtype=dtype)
-    adapter = loaded.load_adapter(Path(start)) if start is not None else None
-    if adapter is not None:
-        if config.lora not in (LoraConfig(), adapter.config):
-            listen(JobEvent(level="warn", message=f"the lora settings are those of {start}; the ones given are not used"))
-        config = replace(config, lora=adapter.config)
-    trainer = LoraTrainer(loaded, config, start=adapter, warn=lambda m: listen(JobEvent(level="warn", message=m)))
-    facts = {
-        "base_fingerprint": loaded.fingerprint, "data_digest": train.report.digest,
-        "start": None if start is None else str(start), "settings": to_dict(config),
-        "threads": torch.get_num_threads() if config.deterministic else None,
-    }
-    job = Job(config, train.groups, held_out.groups if held_out else (), trainer, directory, facts=facts, listen=listen)
-    if resume:
-        refuse_changes(facts, _read_job(directory), "job.json")
-        job.resume()
-    else:
-        _open_job(directory, loaded.name, data_path, validation, facts)
+    prepared = prepare(
+        loaded, data_path, directory, config, train=train, held_out=held_out, validation=validation, start=start, resume=resume,
+        listen=listen,
+    )
     were_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(were_deterministic or config.deterministic)
     try:
-        job.run()
+        prepared.job.run()
     finally:
         torch.use_deterministic_algorithms(were_deterministic)
-    _write_adapter(directory, trainer)
-    assert trainer.published is not None
-    return FinetuneResult(directory=directory, model=loaded, adapter=trainer.published, rows=tuple(job.table.rows()))
+    adapter = prepared.finish()
+    return FinetuneResult(directory=directory, model=loaded, adapter=adapter, rows=tuple(prepared.job.table.rows()))
 
 
 def _open_job(

@@ -1,42 +1,26 @@
-"""Generation for a fixed set of prompts: chunked prefill, then decoding together, until each one ends.
-
-No admission, deadlines or preemption: the fused engine schedules requests; this is its smallest user of the same parts.
-"""
+"""Generation for a fixed set of prompts, without objectives or jobs: an engine of its own for each call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from coserve.compiler.plan import ModelPlan
-from coserve.compiler.program import Place, Storage
-from coserve.config import SamplingConfig
+from coserve.config import EngineConfig, SamplingConfig, SchedulerConfig
 from coserve.core import InvalidRequest
+from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
-from coserve.kernels import library
+from coserve.engine.requests import Chunk
 from coserve.peft.lora import LoraAdapter
-from coserve.runtime.cache import PagedCache, PagedRows, RequestRows
-from coserve.runtime.plans import serving_plan
-from coserve.runtime.sampler import sample
-from coserve.scheduler.blocks import BlockPool
+from coserve.runtime.cache import block_bytes
+from coserve.runtime.spans import NO_ADAPTER, RowSpan
+from coserve.scheduler.latency import LatencyModel
 
 BLOCK_TOKENS = 16
 PREFILL_TOKENS = 512
-
-
-@dataclass(slots=True)
-class _Sequence:
-    index: int
-    prompt: Sequence[int]
-    tokens: list[int] = field(default_factory=list)
-    done: bool = False
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
+_ADAPTER = "adapter"
 
 
 class Generator:
@@ -44,7 +28,6 @@ class Generator:
 
     def __init__(self, model: LoadedModel, adapter: LoraAdapter | None = None) -> None:
         self.model, self.adapter, self.arch = model, adapter, model.architecture
-        self.plan: ModelPlan = serving_plan(self.arch, adapter, itemsize=model.weights.dtype.itemsize)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, stop_ids: Sequence[int] | None = None,
@@ -56,99 +39,58 @@ class Generator:
         use_adapter: per prompt; default all True. Prompt i draws with seed `sampling.seed + i`. Raises InvalidRequest for an
         empty or too long prompt.
         """
-        stops = frozenset(self.arch.eos_token_ids if stop_ids is None else stop_ids)
-        sequences = [_Sequence(i, list(prompt)) for i, prompt in enumerate(prompts)]
-        for sequence in sequences:
-            self._check(sequence, sampling)
-        adapters = [self.adapter if on else None for on in (use_adapter or [True] * len(sequences))]
-        longest = max(len(s.prompt) for s in sequences) + sampling.max_tokens
-        blocks = sum(-(-(len(s.prompt) + sampling.max_tokens) // BLOCK_TOKENS) for s in sequences)
-        weights = self.model.weights
-        pool = BlockPool(blocks, BLOCK_TOKENS)
-        cache = PagedCache(self.arch, blocks, BLOCK_TOKENS, weights.dtype, weights.device)
-        for sequence in sequences:
-            pool.allocate(sequence.index, len(sequence.prompt) + sampling.max_tokens)
+        if stop_ids is not None:
+            sampling = replace(sampling, ignore_eos=True, stop_token_ids=tuple(stop_ids))
+        engine = self._engine([len(prompt) + sampling.max_tokens for prompt in prompts])
+        handles = []
+        for index, prompt in enumerate(prompts):
+            with_adapter = self.adapter is not None and (use_adapter is None or use_adapter[index])
+            handle = engine.submit(
+                prompt, replace(sampling, seed=sampling.seed + index), adapter=_ADAPTER if with_adapter else None
+            )
 
-        def advance(batch: Sequence[tuple[_Sequence, int, int]]) -> Tensor:
-            return self._forward(batch, cache, pool, adapters, longest)
+            def tell(chunk: Chunk, index: int = index) -> None:
+                for token in chunk.token_ids:
+                    on_token(index, token)
 
-        for sequence in sequences:
-            logits = self._prefill(sequence, advance)
-            self._commit(sequence, logits[-1], sampling, stops, on_token)
-        while running := [s for s in sequences if not s.done]:
-            logits = advance([(s, s.length - 1, s.length) for s in running])
-            for row, sequence in enumerate(running):
-                self._commit(sequence, logits[row], sampling, stops, on_token)
-        for sequence in sequences:
-            pool.free(sequence.index)
-        pool.check_integrity()
-        return [sequence.tokens for sequence in sequences]
+            handle.listen(tell)
+            handles.append(handle)
+        while engine.step():
+            pass
+        for handle in handles:
+            if handle.error is not None:
+                raise handle.error
+        engine.blocks.check_integrity()
+        return [handle.token_ids for handle in handles]
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """[T, vocabulary] logits of every position of one prompt, through the paged path."""
-        sequence = _Sequence(0, list(token_ids))
-        blocks = -(-len(token_ids) // BLOCK_TOKENS)
-        pool = BlockPool(blocks, BLOCK_TOKENS)
-        cache = PagedCache(self.arch, blocks, BLOCK_TOKENS, self.model.weights.dtype, self.model.weights.device)
-        pool.allocate(0, len(token_ids))
-        return self._forward([(sequence, 0, len(token_ids))], cache, pool, [self.adapter], len(token_ids), every_row=True)
+        engine = self._engine([len(token_ids)])
+        engine.blocks.allocate(0, len(token_ids))
+        slot = NO_ADAPTER if self.adapter is None else engine.adapters.acquire(_ADAPTER)[1]
+        span = RowSpan(0, len(token_ids), engine.blocks.table(0), slot)
+        with torch.no_grad():
+            ids = torch.tensor(list(token_ids), device=self.model.weights.device)
+            return engine.passes.logits(engine.passes.run(ids, [], [span], None))
 
-    def _check(self, sequence: _Sequence, sampling: SamplingConfig) -> None:
+    def _engine(self, lengths: Sequence[int]) -> Engine:
+        """Memory for sequences of these lengths, all at once."""
         limit = self.arch.max_position_embeddings
-        if not sequence.prompt:
-            raise InvalidRequest("prompt: is empty; give at least one token", param="prompt")
-        if len(sequence.prompt) + sampling.max_tokens > limit:
+        if max(lengths) > limit:
             raise InvalidRequest(
-                f"prompt: {len(sequence.prompt)} tokens and max_tokens {sampling.max_tokens} exceed the model's {limit}; "
-                "shorten one of them", param="max_tokens",
+                f"prompt: {max(lengths)} tokens with max_tokens exceed the model's {limit}; shorten one of them",
+                param="max_tokens",
             )
-
-    def _prefill(self, sequence: _Sequence, advance: Callable[[Sequence[tuple[_Sequence, int, int]]], Tensor]) -> Tensor:
-        for start in range(0, len(sequence.prompt), PREFILL_TOKENS):
-            logits = advance([(sequence, start, min(start + PREFILL_TOKENS, len(sequence.prompt)))])
-        return logits
-
-    def _commit(
-        self, sequence: _Sequence, logits: Tensor, sampling: SamplingConfig, stops: frozenset[int],
-        on_token: Callable[[int, int], None],
-    ) -> None:
-        token = sample(logits, replace(sampling, seed=sampling.seed + sequence.index), sequence.length)
-        sequence.tokens.append(token)
-        sequence.done = token in stops or len(sequence.tokens) == sampling.max_tokens
-        on_token(sequence.index, token)
-
-    def _forward(
-        self, batch: Sequence[tuple[_Sequence, int, int]], cache: PagedCache, pool: BlockPool,
-        adapters: Sequence[LoraAdapter | None], longest: int, *, every_row: bool = False,
-    ) -> Tensor:
-        """Runs tokens [start, end) of each sequence; logits of the last row of each (or of every row)."""
-        weights, executor = self.model.weights, self.model.executor
-        ids: list[int] = []
-        positions: list[int] = []
-        requests, last = [], []
-        for sequence, start, end in batch:
-            first = len(ids)
-            ids += [*sequence.prompt, *sequence.tokens][start:end]
-            positions += range(start, end)
-            requests.append(RequestRows(first, len(ids), end, pool.table(sequence.index), adapters[sequence.index]))
-            last.append(len(ids) - 1)
-        device = weights.device
-        cos, sin = executor.rotary.rows(torch.tensor(positions, device=device), longest)
-        rows = PagedRows(requests, cache, cos, sin, self.arch.sliding_windows)
-        hidden = weights.embedding[torch.tensor(ids, device=device)]
-        following = torch.empty_like(hidden)
-        for index, plan in enumerate(self.plan.layers):
-            rows.layer = index
-            ends = {Place.INPUT: hidden, Place.OUTPUT: following}
-
-            def external(number: int, storage: Storage, ends: dict[Place, Tensor] = ends) -> Tensor:
-                return ends[storage.place]
-
-            executor.execute(plan.forward, index, rows, len(ids), external)
-            hidden, following = following, hidden
-        chosen = hidden if every_row else hidden[torch.tensor(last, device=device)]
-        normed = torch.empty_like(chosen)
-        library.rmsnorm(normed, chosen, weights.norm, self.arch.rms_norm_eps)
-        logits = torch.empty(len(chosen), self.arch.vocab_size, dtype=normed.dtype, device=device)
-        weights.head.logits(logits, normed)
-        return logits
+        blocks = sum(-(-length // BLOCK_TOKENS) for length in lengths)
+        size = block_bytes(self.arch, BLOCK_TOKENS, self.model.weights.dtype.itemsize)
+        scheduler = SchedulerConfig(
+            policy="inference-only", max_num_seqs=len(lengths), max_num_batched_tokens=max(PREFILL_TOKENS, len(lengths))
+        )
+        rank = 1 if self.adapter is None else max((site.rank for site in self.adapter.sites), default=1)
+        config = EngineConfig(
+            scheduler=scheduler, memory_bytes=blocks * size, inference_share=1.0, block_tokens=BLOCK_TOKENS, max_lora_rank=rank
+        )
+        engine = Engine(self.model, config, latency=LatencyModel({}))  # no objectives: every time is as good
+        if self.adapter is not None:
+            engine.add_adapter(_ADAPTER, self.adapter)
+        return engine

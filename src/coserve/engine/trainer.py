@@ -8,18 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coserve.compiler.plan import ModelPlan
 from coserve.config import FinetuneConfig
-from coserve.core import CapacityError, Direction, Example, Group, Unit
+from coserve.core import CapacityError, Direction, Group, Unit
+from coserve.engine.batchwork import BatchWork
 from coserve.engine.model import LoadedModel
-from coserve.finetune.batches import pack_groups
 from coserve.finetune.job import StepLoss
-from coserve.finetune.objectives import OBJECTIVES, Outcome, Scored
+from coserve.finetune.objectives import OBJECTIVES
 from coserve.finetune.optimizer import FlatAdamW
 from coserve.peft.format import save_adapter
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import TrainExecutor
-from coserve.runtime.microbatch import InFlight, pack
 from coserve.runtime.plans import scoring_plan, training_plan
 
 MIN_WINDOW = 32
@@ -61,7 +59,7 @@ class LoraTrainer:
         self.reference_scoring = scoring_plan(arch, self.reference, itemsize=itemsize)
         self.window = config.window_tokens
         self.published: LoraAdapter | None = None
-        self._reference_sums: dict[int, float] = {}
+        self.reference_sums: dict[int, float] = {}
 
     # --- verbs ---
 
@@ -107,67 +105,18 @@ class LoraTrainer:
     # --- inside ---
 
     def _run(self, groups: Sequence[Group], step: int, *, train: bool) -> StepLoss:
-        normalizer = self.objective.normalizer(groups)
-        loss, correct, labels, tokens = 0.0, 0, 0, 0
-        extra: dict[str, float] = {}
-        for micro in pack_groups(groups, self.config.max_microbatch_tokens):
-            state, outcomes = self._forward(micro, step, normalizer, train=train)
-            if train:
-                state.set_coefficients(torch.cat([c for outcome in outcomes for c in outcome.coefficients]))
-                self._backward(state)
-            loss += sum(outcome.loss for outcome in outcomes)
-            for outcome in outcomes:
-                for name, value in outcome.metrics.items():
-                    extra[name] = extra.get(name, 0.0) + value
-            correct += int(state.correct.sum())
-            labels += state.correct.shape[0]
-            tokens += state.batch.num_tokens
-        return StepLoss(loss, correct / max(1, labels), tokens, extra)
-
-    def _forward(
-        self, micro: Sequence[Group], step: int, normalizer: float, *, train: bool
-    ) -> tuple[InFlight, list[Outcome]]:
-        """Forward units of a micro-batch, and the objective's answer for each of its groups."""
-        references = self._references(micro) if self.objective.needs_reference else {}
-        examples = [example for group in micro for example in group.examples]
-        plan = self.plan if train else self.scoring
-        state = self._units(examples, step, plan, self.adapter, forward_only=not train)
-        bounds = iter(state.batch.label_bounds)
-        outcomes = []
-        for group in micro:
-            scored = []
-            for example in group.examples:
-                part = slice(*next(bounds))
-                scored.append(Scored(state.logprobs[part], state.batch.label_weights[part], references.get(example.index)))
-            outcomes.append(self.objective.outcome(scored, normalizer))
-        return state, outcomes
-
-    def _units(
-        self, examples: Sequence[Example], step: int, plan: ModelPlan, adapter: LoraAdapter | None, *, forward_only: bool
-    ) -> InFlight:
-        batch = pack(examples, device=self.model.weights.device, seed=self.config.seed, step=step)
-        state = self.executor.begin(batch, plan, forward_only=forward_only)
+        """One micro-batch after another, in the plainest order of units."""
+        work = BatchWork(self, groups, step, train=train)
         layers = self.model.architecture.num_layers
-        for unit in sweep(layers, layers, batch.num_tokens, self.window, forward_only=True):
-            self.executor.run(state, unit, adapter)
-        return state
-
-    def _backward(self, state: InFlight) -> None:
-        layers, lowest = self.model.architecture.num_layers, state.plan.lowest_trained
-        for unit in sweep(layers, lowest, state.batch.num_tokens, self.window):
-            if unit.direction is Direction.BACKWARD:
-                self.executor.run(state, unit, self.adapter)
-
-    def _references(self, micro: Sequence[Group]) -> dict[int, float]:
-        """Summed log-probabilities under the reference, computed once per example and remembered.
-
-        A group at a time, so that a sum never depends on what shared its micro-batch: a resumed job meets the same numbers.
-        """
-        for group in micro:
-            if group.examples[0].index in self._reference_sums:
-                continue
-            state = self._units(group.examples, 0, self.reference_scoring, self.reference, forward_only=True)
-            weighted = state.logprobs.double() * state.batch.label_weights
-            for example, (first, end) in zip(group.examples, state.batch.label_bounds, strict=True):
-                self._reference_sums[example.index] = float(weighted[first:end].sum())
-        return self._reference_sums
+        while work.next is not None:
+            micro = work.begin()
+            assert micro.state is not None
+            for unit in sweep(layers, layers, micro.batch.num_tokens, self.window, forward_only=True):
+                self.executor.run(micro.state, unit, micro.adapter)
+            work.answer(micro)
+            if not micro.forward_only:
+                for unit in sweep(layers, micro.plan.lowest_trained, micro.batch.num_tokens, self.window):
+                    if unit.direction is Direction.BACKWARD:
+                        self.executor.run(micro.state, unit, micro.adapter)
+            work.close(micro)
+        return work.result()

@@ -10,10 +10,10 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -63,6 +63,55 @@ class Verbs(Protocol):
 
     def restore(self, state: dict[str, Tensor], num_updates: int) -> None:
         """Puts back what `optimizer_state` gave."""
+
+
+class ForwardBackward(NamedTuple):
+    """What a job asks for next: see Verbs.forward_backward. Answered with a StepLoss."""
+
+    groups: Sequence[Group]
+    step: int
+
+    def perform(self, verbs: Verbs) -> StepLoss:
+        return verbs.forward_backward(self.groups, self.step)
+
+
+class Score(NamedTuple):
+    """Validation. Answered with a StepLoss."""
+
+    groups: Sequence[Group]
+
+    def perform(self, verbs: Verbs) -> StepLoss:
+        return verbs.score(self.groups)
+
+
+class OptimStep(NamedTuple):
+    """Answered with the gradient's norm."""
+
+    rate: float
+
+    def perform(self, verbs: Verbs) -> float:
+        return verbs.optim_step(self.rate)
+
+
+class Checkpoint(NamedTuple):
+    """The present weights and optimizer state, to be written by `Job.write_checkpoint`; published too by an engine that
+    serves. Answered with None."""
+
+    job: Job
+
+    def perform(self, verbs: Verbs) -> None:
+        state, _ = verbs.optimizer_state()
+        self.job.write_checkpoint(self.job.cursor, state, verbs.save)
+
+
+class Publish(NamedTuple):
+    """The present weights become a version. Answered with None."""
+
+    def perform(self, verbs: Verbs) -> None:
+        verbs.publish()
+
+
+Verb = ForwardBackward | Score | OptimStep | Checkpoint | Publish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,29 +244,39 @@ class Job:
         return True
 
     def run(self) -> None:
-        """All steps that are left; a checkpoint at the end. Raises JobFailed."""
+        """All steps that are left, with this job's own verbs. Raises JobFailed."""
+        driver, answer = self.work(), None
+        while True:
+            try:
+                verb = driver.send(answer)
+            except StopIteration:
+                return
+            answer = verb.perform(self.verbs)
+
+    def work(self) -> Generator[Verb, Any, None]:
+        """The job as a driver: yields a verb, is sent its answer. A checkpoint comes last. Raises JobFailed."""
         self.table.keep(self.cursor.step)
         while self.cursor.step < self.num_steps:
-            self._step()
+            yield from self._step()
         if self.saved_step != self.cursor.step:
-            self.checkpoint()
-        self.verbs.publish()
+            yield self._checkpoint()
+        yield Publish()
 
-    def _step(self) -> None:
+    def _step(self) -> Generator[Verb, Any, None]:
         step, started = self.cursor.step, time.perf_counter()
         groups = [self.groups[index] for index in self.order.indices(step)]
-        result = self.verbs.forward_backward(groups, step)
+        result: StepLoss = yield ForwardBackward(groups, step)
         if not math.isfinite(result.loss):
             message = f"the loss is {result.loss} at step {step + 1}; a lower learning rate may help"
             raise JobFailed(message, param="learning_rate")
         rate = learning_rate(self.config.optimizer, step, self.num_steps)
-        norm = self.verbs.optim_step(rate)
+        norm: float = yield OptimStep(rate)
         if not math.isfinite(norm):
             message = f"the gradient's norm is {norm} at step {step + 1}; a lower learning rate may help"
             raise JobFailed(message, param="learning_rate")
         seconds = time.perf_counter() - started
         self.cursor = Cursor(step=step + 1, trained_tokens=self.cursor.trained_tokens + result.num_tokens)
-        valid = self.verbs.score(self.validation) if self._validates() else None
+        valid: StepLoss | None = (yield Score(self.validation)) if self._validates() else None
         row = StepRow(
             step=step + 1, train_loss=result.loss, train_mean_token_accuracy=result.accuracy, learning_rate=rate,
             grad_norm=norm, tokens=result.num_tokens, seconds=seconds,
@@ -230,19 +289,21 @@ class Job:
         self.listen(JobEvent(level="info", message=message, row=row, num_steps=self.num_steps))
         every = self.config.checkpoint_steps
         if every and self.cursor.step % every == 0:
-            self.checkpoint()
+            yield self._checkpoint()
+
+    def _checkpoint(self) -> Checkpoint:
+        self.saved_step = self.cursor.step
+        return Checkpoint(self)
 
     def _validates(self) -> bool:
         every = self.config.validation_steps or self.order.steps_per_epoch
         return bool(self.validation) and (self.cursor.step % every == 0 or self.cursor.step == self.num_steps)
 
-    def checkpoint(self) -> Path:
-        """Writes a checkpoint of the present step."""
-        state, _ = self.verbs.optimizer_state()
+    def write_checkpoint(self, cursor: Cursor, state: Mapping[str, Tensor], save: Callable[[Path], None]) -> Path:
+        """Writes a checkpoint of the step at `cursor`. save: writes the adapter of that step into a directory."""
         path = save_checkpoint(
-            self.checkpoint_root, self.cursor, save_adapter=self.verbs.save, optimizer=state, facts=dict(self.facts)
+            self.checkpoint_root, cursor, save_adapter=save, optimizer=dict(state), facts=dict(self.facts)
         )
-        remove_old(self.checkpoint_root, self.config.keep_checkpoints, newest=self.cursor.step)
-        self.saved_step = self.cursor.step
+        remove_old(self.checkpoint_root, self.config.keep_checkpoints, newest=cursor.step)
         self.listen(JobEvent(level="info", message=f"checkpoint {path.name}"))
         return path

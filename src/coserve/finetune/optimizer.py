@@ -45,21 +45,30 @@ class FlatAdamW:
             self.grad.mul_(min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
         return norm
 
-    def slices(self, rate: float) -> Iterator[int]:
-        """One update, a slice per turn; yields the elements done so far. Finish it before the next forward unit."""
-        total, size, config = self.master.numel(), self.config.slice_elements, self.config
-        for start in range(0, total, size):
-            part = slice(start, min(start + size, total))
-            adamw(
-                [self.master[part]], [self.grad[part]], [self.exp_avg[part]], [self.exp_avg_sq[part]], [],
-                [torch.tensor(float(self.num_updates))], fused=True, amsgrad=False, beta1=config.beta1,
-                beta2=config.beta2, lr=rate, weight_decay=config.weight_decay, eps=config.eps, maximize=False,
-            )
-            if self.master is not self.working:
-                self.working[part] = self.master[part]
-            self.grad[part].zero_()
-            yield part.stop
+    def update(self, start: int, end: int, rate: float) -> None:
+        """The present update for elements [start, end); their gradient is zero afterwards."""
+        part, config = slice(start, end), self.config
+        adamw(
+            [self.master[part]], [self.grad[part]], [self.exp_avg[part]], [self.exp_avg_sq[part]], [],
+            [torch.tensor(float(self.num_updates))], fused=True, amsgrad=False, beta1=config.beta1,
+            beta2=config.beta2, lr=rate, weight_decay=config.weight_decay, eps=config.eps, maximize=False,
+        )
+        if self.master is not self.working:
+            self.working[part] = self.master[part]
+        self.grad[part].zero_()
+
+    def close_step(self) -> None:
+        """All elements have been updated. Comes before the next forward unit."""
         self.num_updates += 1
+
+    def slices(self, rate: float) -> Iterator[int]:
+        """One update, a slice per turn; yields the elements done so far."""
+        total, size = self.master.numel(), self.config.slice_elements
+        for start in range(0, total, size):
+            end = min(start + size, total)
+            self.update(start, end, rate)
+            yield end
+        self.close_step()
 
     def step(self, rate: float) -> None:
         """All slices of one update; the gradient is zero afterwards."""

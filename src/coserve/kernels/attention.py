@@ -201,21 +201,13 @@ def attention_dgrad(
             dq_h.add_(part(saved(rows), begin, block.row, 1, False, None))
 
 
-def gathered_attention(out: Tensor, q: Tensor, k_SGK: Tensor, v_SGK: Tensor, *, window: int | None) -> None:
-    """Causal attention of one sequence's last T tokens over its S gathered tokens, without log-sum-exp.
+def decode_attention(out: Tensor, q: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor) -> None:
+    """Attention of one row per sequence over its gathered tokens.
 
-    q, out: [T, H * K]; k_SGK, v_SGK: [S, G, K].
+    q, out: [B, H * K]; bias: [B, 1, S], 0 or -inf. Tokens that the bias excludes must be finite.
     """
-    num_keys, kv_heads, width = k_SGK.shape
-    rows = q.shape[0]
-    if rows > 1:
-        lse = torch.empty(rows, q.shape[1] // width, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        attention(out, lse, q, k_SGK.flatten(1), v_SGK.flatten(1), width=width, begin=0,
-                  first=num_keys - rows, last=num_keys, window=window)
-        return
-    if window is not None and num_keys > window:
-        k_SGK, v_SGK = k_SGK[-window:], v_SGK[-window:]
-    q_GXK = q.view(kv_heads, -1, width)
-    scores = torch.bmm(q_GXK, k_SGK.permute(1, 2, 0)).mul_(1 / math.sqrt(width))
-    weights = torch.softmax(scores, dim=-1)
-    out.view(kv_heads, -1, width).copy_(torch.bmm(weights, v_SGK.transpose(0, 1)))
+    batch, kv_heads, num_keys, width = k_BGSK.shape
+    q_NXK = q.reshape(batch * kv_heads, -1, width)
+    scores = torch.bmm(q_NXK, k_BGSK.flatten(0, 1).transpose(1, 2)).mul_(1 / math.sqrt(width))
+    weights = torch.softmax(scores.view(batch, -1, num_keys) + bias, dim=-1)
+    out.copy_(torch.bmm(weights.view(batch * kv_heads, -1, num_keys), v_BGSK.flatten(0, 1)).view(batch, -1))

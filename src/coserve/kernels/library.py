@@ -26,6 +26,22 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, accumu
         out.addmm_(a, b, beta=0, alpha=alpha)
 
 
+def grouped_matmul_into(out: Tensor, x: Tensor, weights_SKN: Tensor, ends_S: Tensor, *, accumulate: bool) -> None:
+    """out (+)= x @ weights[s] for the rows of each group s, which end at ends_S[s] (int32, ascending; groups may be empty).
+
+    The last group ends with the rows. float64 has no library kernel and goes group by group.
+    """
+    if x.dtype == torch.float64:
+        start = 0
+        for weight, end in zip(weights_SKN, ends_S.tolist(), strict=True):
+            if end > start:
+                matmul_into(out[start:end], x[start:end], weight, accumulate=accumulate)
+            start = end
+        return
+    product = torch.nn.functional.grouped_mm(x, weights_SKN, offs=ends_S)
+    out.add_(product) if accumulate else out.copy_(product)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in: at least float32."""
     return torch.promote_types(dtype, torch.float32)

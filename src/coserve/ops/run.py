@@ -26,8 +26,20 @@ class Factor(NamedTuple):
     grad: Tensor | None
 
 
+class FactorStack(NamedTuple):
+    """One factor of many adapters: rows before ends[0] use matrices[0], and so on. matrices: [adapters, in, out]; ends: int32
+    [adapters], ascending; scale: of every row, or [rows, 1]."""
+
+    matrices: Tensor
+    ends: Tensor
+    scale: Tensor | float
+
+
 class RowContext(Protocol):
-    """What operators may ask of the batch they run on. T rows."""
+    """What operators may ask of the batch they run on. T rows: those of requests first, then those of training."""
+
+    num_serving: int
+    """Rows of requests at the front: they have no dropout."""
 
     cos: Tensor
     """[T, K]"""
@@ -36,8 +48,8 @@ class RowContext(Protocol):
     dropout_keys: Tensor | None
     """int64 [T], or None outside training."""
 
-    def segments(self, name: str) -> Iterable[tuple[slice, Factor]]:
-        """Row ranges that have an adapter with the factor `name` in the present layer, with that factor."""
+    def segments(self, name: str) -> Iterable[tuple[slice, Factor | FactorStack]]:
+        """Row ranges that have adapters with the factor `name` in the present layer, with that factor."""
 
     def dropout_site(self, name: str) -> int:
         """Key of a dropout site in the present layer."""
@@ -74,13 +86,25 @@ def _segment_linear(
     rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
 ) -> None:
     for part, factor in rows.segments(weight):
-        library.matmul_into(outs[0][part], ins[0][part], factor.matrix.T, alpha=factor.scale, accumulate=accumulate)
+        out, x = outs[0][part], ins[0][part]
+        if isinstance(factor, FactorStack):
+            scaled = x if isinstance(factor.scale, float) and factor.scale == 1.0 else x * factor.scale
+            library.grouped_matmul_into(out, scaled, factor.matrices, factor.ends, accumulate=accumulate)
+        else:
+            _low_rank(out, x, factor, accumulate)
+
+
+def _low_rank(out: Tensor, x: Tensor, factor: Factor, accumulate: bool) -> None:
+    """One adapter's rows; a batch of adapters gives the rank-sized value the width of the largest rank."""
+    num_out, num_in = factor.matrix.shape
+    library.matmul_into(out[:, :num_out], x[:, :num_in], factor.matrix.T, alpha=factor.scale, accumulate=accumulate)
 
 
 def _segment_linear_dgrad(
     rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
 ) -> None:
     for part, factor in rows.segments(weight):
+        assert isinstance(factor, Factor)
         library.matmul_into(outs[0][part], ins[0][part], factor.matrix, alpha=factor.scale, accumulate=accumulate)
 
 
@@ -88,7 +112,7 @@ def _segment_linear_wgrad(
     rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
 ) -> None:
     for part, factor in rows.segments(weight):
-        assert factor.grad is not None
+        assert isinstance(factor, Factor) and factor.grad is not None
         grad, x = ins[0][part], ins[1][part]
         if factor.grad.dtype == x.dtype:
             factor.grad.addmm_(grad.T, x, alpha=factor.scale)
@@ -132,8 +156,12 @@ def _add(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bo
 
 def _dropout(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
     assert rows.dropout_keys is not None
+    serving, training = slice(None, rows.num_serving), slice(rows.num_serving, None)
+    out, x = outs[0], ins[0]
+    if rows.num_serving:
+        out[serving].add_(x[serving]) if accumulate else out[serving].copy_(x[serving])
     key = rows.dropout_site(attrs["site"])
-    library.dropout(outs[0], ins[0], rows.dropout_keys, key, attrs["p"], accumulate)
+    library.dropout(out[training], x[training], rows.dropout_keys, key, attrs["p"], accumulate)
 
 
 RUNNERS: dict[str, Runner] = {

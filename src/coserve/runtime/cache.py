@@ -1,106 +1,82 @@
-"""The paged key-value cache's tensors, and request rows over it.
+"""The memory that the key-value cache and training arenas share: one buffer of blocks.
 
-S context tokens, G key-value heads, K head width, L layers. A request's token t lies in block table[t // B] at offset t % B.
+    block 0 | block 1 | ...                                     ... | arena of a micro-batch |
+    key-value blocks, lowest first  -->                         <--   contiguous, from the top
+
+A block holds `block_tokens` tokens of all layers, so that any run of blocks is a run of bytes. Seen as rows of
+[block_tokens * K]:  row ((block * L + layer) * 2 + kv) * G + g  holds head g's keys (kv = 0) or values (kv = 1).
+
+S context tokens, G key-value heads, K head width, L layers. Which block is whose is the scheduler's business (blocks.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from coserve.kernels.attention import gathered_attention
+from coserve.core import BlockMove
 from coserve.model.architecture import Architecture
-from coserve.ops.run import Factor
-from coserve.peft.lora import LoraAdapter
 
 
-class PagedCache:
-    """keys, values: [L, blocks * block_tokens, G, K]."""
+def block_bytes(arch: Architecture, block_tokens: int, itemsize: int) -> int:
+    """Bytes of one block: K and V of all layers."""
+    return arch.num_layers * 2 * arch.num_kv_heads * block_tokens * arch.head_dim * itemsize
+
+
+class KeyValuePool:
+    """rows: [blocks * L * 2 * G, block_tokens * K], in the model's dtype."""
 
     def __init__(
         self, arch: Architecture, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.block_tokens = block_tokens
-        shape = (arch.num_layers, num_blocks * block_tokens, arch.num_kv_heads, arch.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.num_layers, self.kv_heads, self.width = arch.num_layers, arch.num_kv_heads, arch.head_dim
+        self.num_blocks, self.block_tokens = num_blocks, block_tokens
+        self.block_bytes = block_bytes(arch, block_tokens, dtype.itemsize)
+        self.buffer = torch.empty(num_blocks * self.block_bytes, dtype=torch.uint8, device=device)
+        self.rows = self.buffer.view(dtype).view(-1, block_tokens * self.width)
+        self._tokens = self.rows.view(-1, self.width)
+        self._blocks = self.buffer.view(num_blocks, self.block_bytes)
+        self._heads = torch.arange(self.kv_heads, device=device)
 
-    def slots(self, table: Sequence[int], start: int, end: int) -> Tensor:
-        """int64 rows of the cache of a request's tokens [start, end)."""
-        positions = torch.arange(start, end)
-        blocks = torch.tensor(table, dtype=torch.int64)
-        return (blocks[positions // self.block_tokens] * self.block_tokens + positions % self.block_tokens).to(self.keys.device)
+    @property
+    def layer_rows(self) -> int:
+        """Rows of one layer within a block; its values begin in the middle."""
+        return 2 * self.kv_heads
 
-    def gather(self, layer: int, table: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
-        """K and V [S, G, K] of a request's first `num_tokens` tokens; a view when its blocks lie in a row."""
-        used = table[: -(-num_tokens // self.block_tokens)]
-        if used == list(range(used[0], used[0] + len(used))):
-            first = used[0] * self.block_tokens
-            return self.keys[layer, first : first + num_tokens], self.values[layer, first : first + num_tokens]
-        rows = self.slots(table, 0, num_tokens)
-        return self.keys[layer].index_select(0, rows), self.values[layer].index_select(0, rows)
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zeroes blocks before their first token: what a block held before must not reach anyone, NaN least of all."""
+        if blocks:
+            self._blocks[torch.tensor(blocks, device=self.buffer.device)] = 0
 
+    def move(self, moves: Iterable[BlockMove]) -> None:
+        """Copies blocks, in order."""
+        for source, target in moves:
+            self._blocks[target].copy_(self._blocks[source])
 
-class RequestRows(NamedTuple):
-    """One request's rows in a batch: rows [start, end) hold its tokens [context - (end - start), context)."""
+    def arena(self, first: int, end: int) -> Tensor:
+        """The bytes of blocks [first, end)."""
+        return self.buffer[first * self.block_bytes : end * self.block_bytes]
 
-    start: int
-    end: int
-    context: int
-    table: Sequence[int]
-    adapter: LoraAdapter | None
+    def token_rows(self, blocks_T: Tensor, offsets_T: Tensor) -> Tensor:
+        """int64 [T * G]: where head by head the keys of tokens at (block, offset) lie in layer 0, in rows of K elements."""
+        row = blocks_T[:, None] * (self.num_layers * self.layer_rows) + self._heads
+        return (row * self.block_tokens + offsets_T[:, None]).flatten()
 
+    def write(self, layer: int, token_rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores k and v [T, G * K] at `token_rows`."""
+        first = token_rows + layer * self.layer_rows * self.block_tokens
+        self._tokens.index_copy_(0, first, k.reshape(-1, self.width))
+        self._tokens.index_copy_(0, first + self.kv_heads * self.block_tokens, v.reshape(-1, self.width))
 
-class PagedRows:
-    """Rows of several requests. cos, sin: [T, K]; `layer` is set before each program."""
+    def block_rows(self, blocks: Tensor) -> Tensor:
+        """int64 [..., G, n] from int64 blocks [..., n]: rows of the blocks' keys in layer 0."""
+        return blocks.unsqueeze(-2) * (self.num_layers * self.layer_rows) + self._heads[:, None]
 
-    dropout_keys: Tensor | None = None
-
-    def __init__(
-        self, requests: Sequence[RequestRows], cache: PagedCache, cos: Tensor, sin: Tensor, windows: Sequence[int | None]
-    ) -> None:
-        self.requests, self.cache, self.cos, self.sin, self.windows = requests, cache, cos, sin, windows
-        self.layer = 0
-        self._slots = torch.cat(
-            [cache.slots(r.table, r.context - (r.end - r.start), r.context) for r in requests]
-        )
-        self._runs = _adapter_runs(requests)
-
-    def segments(self, name: str) -> Iterable[tuple[slice, Factor]]:
-        for part, adapter in self._runs:
-            factor = adapter.factor(self.layer, name)
-            if factor is not None:
-                yield part, factor
-
-    def dropout_site(self, name: str) -> int:
-        raise AssertionError("requests have no dropout")
-
-    def attention(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
-        width = self.cos.shape[-1]
-        self.cache.keys[self.layer][self._slots] = k.unflatten(-1, (-1, width))
-        self.cache.values[self.layer][self._slots] = v.unflatten(-1, (-1, width))
-        for request in self.requests:
-            rows = slice(request.start, request.end)
-            keys, values = self.cache.gather(self.layer, request.table, request.context)
-            gathered_attention(out[rows], q[rows], keys, values, window=self.windows[self.layer])
-
-    def attention_dgrad(
-        self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor
-    ) -> None:
-        raise AssertionError("requests have no backward pass")
-
-
-def _adapter_runs(requests: Sequence[RequestRows]) -> list[tuple[slice, LoraAdapter]]:
-    """Neighbouring rows of one adapter as one slice."""
-    runs: list[tuple[slice, LoraAdapter]] = []
-    for request in requests:
-        if request.adapter is None:
-            continue
-        if runs and runs[-1][1] is request.adapter and runs[-1][0].stop == request.start:
-            runs[-1] = (slice(runs[-1][0].start, request.end), request.adapter)
-        else:
-            runs.append((slice(request.start, request.end), request.adapter))
-    return runs
+    def gather(self, layer: int, block_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., G, n * block_tokens, K] of `block_rows` [..., G, n]."""
+        first = block_rows.flatten() + layer * self.layer_rows
+        shape = (*block_rows.shape[:-1], block_rows.shape[-1] * self.block_tokens, self.width)
+        return (self.rows.index_select(0, first).view(shape),
+                self.rows.index_select(0, first + self.kv_heads).view(shape))

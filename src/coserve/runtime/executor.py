@@ -23,8 +23,8 @@ from coserve.kernels import library
 from coserve.model.weights import ModelWeights
 from coserve.ops.run import RowContext
 from coserve.peft.lora import LoraAdapter
-from coserve.runtime.memory import Arena, Workspace, arena_rows, columns
-from coserve.runtime.microbatch import InFlight, PackedBatch
+from coserve.runtime.memory import Workspace, columns
+from coserve.runtime.microbatch import InFlight, PackedBatch, microbatch_layout
 from coserve.runtime.rows import RotaryTable, TrainRows
 
 HEAD_BYTES = 64 << 20
@@ -67,33 +67,35 @@ class TrainExecutor:
 
     def __init__(self, executor: Executor) -> None:
         self.executor, self.weights, self.arch = executor, executor.weights, executor.arch
-        self._arena_buffer = torch.empty(0, dtype=torch.uint8, device=self.weights.device)
+        self._own_buffer = torch.empty(0, dtype=torch.uint8, device=self.weights.device)
 
-    def begin(self, batch: PackedBatch, plan: ModelPlan, *, forward_only: bool = False) -> InFlight:
-        """Takes all memory a micro-batch needs. One micro-batch is in flight per arena buffer."""
-        dtype, device = self.weights.dtype, self.weights.device
-        num_bytes = plan.arena_bytes * arena_rows(batch.num_tokens)
-        if self._arena_buffer.numel() < num_bytes:
-            self._arena_buffer = torch.empty(0, dtype=torch.uint8, device=device)
-            self._arena_buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        arena = Arena(plan, batch.num_tokens, dtype, self._arena_buffer)
-        return InFlight(
-            batch, plan, arena, hidden_size=self.arch.hidden_size, kv_width=self.arch.num_kv_heads * self.arch.head_dim,
-            dtype=dtype, device=device, forward_only=forward_only,
-        )
+    def begin(
+        self, batch: PackedBatch, plan: ModelPlan, *, forward_only: bool = False, buffer: Tensor | None = None
+    ) -> InFlight:
+        """Takes all memory a micro-batch needs: `buffer` (bytes), or the executor's own, which serves one at a time."""
+        if buffer is None:
+            dtype = self.weights.dtype
+            layout = microbatch_layout(plan, batch.num_tokens, self.arch, dtype.itemsize, forward_only=forward_only)
+            if self._own_buffer.numel() < layout.total:
+                self._own_buffer = torch.empty(0, dtype=torch.uint8, device=self.weights.device)
+                self._own_buffer = torch.empty(layout.total, dtype=torch.uint8, device=self.weights.device)
+            buffer = self._own_buffer
+        return InFlight(batch, plan, buffer, self.arch, dtype=self.weights.dtype, forward_only=forward_only)
 
     def run(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> None:
         """One unit, forward or backward."""
         (self._forward if unit.direction is Direction.FORWARD else self._backward)(state, unit, adapter)
 
-    def _rows(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> TrainRows:
+    def rows(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> TrainRows:
+        """A unit's rows as operators see them."""
         batch = state.batch
         longest = max(end - begin for begin, end in batch.bounds)
         cos, sin = self.executor.rotary.rows(batch.positions[unit.start : unit.end], longest)
         keys = batch.dropout_keys[unit.start : unit.end]
         return TrainRows(adapter, batch.bounds, unit.start, unit.end, cos, sin, keys, self.arch.sliding_windows)
 
-    def _enter(self, state: InFlight, rows: TrainRows, layer: int) -> LayerPlan:
+    def enter(self, state: InFlight, rows: TrainRows, layer: int) -> LayerPlan:
+        """Turns rows to a layer: its arena's K and V."""
         plan = state.plan.layers[layer]
         rows.layer = layer
         assert plan.keys is not None and plan.values is not None
@@ -103,13 +105,12 @@ class TrainExecutor:
 
     def _forward(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> None:
         start, end = unit.start, unit.end
-        rows = self._rows(state, unit, adapter)
+        rows = self.rows(state, unit, adapter)
         if unit.layer_start == 0:
             torch.index_select(self.weights.embedding, 0, state.batch.token_ids[start:end], out=state.hidden(0)[start:end])
         for layer in range(unit.layer_start, unit.layer_end):
-            assert state.forward_rows[layer] == start, f"{unit} comes out of order at layer {layer}"
-            assert layer == 0 or state.forward_rows[layer - 1] >= end, f"{unit} needs layer {layer - 1} first"
-            plan = self._enter(state, rows, layer)
+            state.check_forward(unit, layer)
+            plan = self.enter(state, rows, layer)
             places = {Place.INPUT: state.hidden(layer), Place.OUTPUT: state.hidden(layer + 1)}
 
             def external(number: int, storage: Storage, layer: int = layer, places: dict[Place, Tensor] = places) -> Tensor:
@@ -119,9 +120,9 @@ class TrainExecutor:
             self.executor.execute(plan.forward, layer, rows, end - start, external)
             state.forward_rows[layer] = end
         if unit.layer_end == self.arch.num_layers:
-            self._head(state, start, end)
+            self.head(state, start, end)
 
-    def _head(self, state: InFlight, start: int, end: int) -> None:
+    def head(self, state: InFlight, start: int, end: int) -> None:
         """Log-probabilities of the window's labels and their unscaled gradient rows."""
         labels = state.labels_within(start, end)
         if labels.start == labels.stop:
@@ -143,13 +144,13 @@ class TrainExecutor:
         assert state.coefficients_set, "the objective's coefficients come before the first backward unit"
         start, end, whole = unit.start, unit.end, state.batch.num_tokens
         assert unit.layer_end - unit.layer_start == 1 or (start, end) == (0, whole), "accumulators exist for one layer only"
-        rows = self._rows(state, unit, adapter)
+        rows = self.rows(state, unit, adapter)
         rows.d_keys, rows.d_values = state.d_keys, state.d_values
         for layer in reversed(range(unit.layer_start, unit.layer_end)):
             assert state.backward_row[layer] == end, f"{unit} comes out of order at layer {layer}"
             above = layer + 1
             assert above == self.arch.num_layers or state.backward_row[above] == 0, f"{unit} needs layer {above} first"
-            plan = self._enter(state, rows, layer)
+            plan = self.enter(state, rows, layer)
             state.backward_row[layer] = start
             if plan.backward is None:
                 continue

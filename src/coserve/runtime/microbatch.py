@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan
-from coserve.core import Example
+from coserve.core import Example, Unit
 from coserve.kernels.reference import hash_key, mix32
-from coserve.runtime.memory import Arena
+from coserve.model.architecture import Architecture
+from coserve.runtime.memory import Arena, arena_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,35 @@ def pack(examples: Sequence[Example], *, device: torch.device, seed: int = 0, st
     )
 
 
+class MicrobatchLayout(NamedTuple):
+    """Bytes of one micro-batch in flight, in this order; each part begins on a multiple of 64.
+
+    arena: kept values; parked: 2 x [T, D]; grad: [T, D]; d_kv: accumulators of keys and values, 2 x [T, G * K] in float32 or
+    wider.
+    """
+
+    arena: int
+    parked: int
+    grad: int
+    d_kv: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def microbatch_layout(
+    plan: ModelPlan, num_tokens: int, arch: Architecture, itemsize: int, *, forward_only: bool
+) -> MicrobatchLayout:
+    """What a micro-batch of `num_tokens` tokens takes in flight under a plan."""
+    stream = num_tokens * arch.hidden_size * itemsize
+    kv = 2 * num_tokens * arch.num_kv_heads * arch.head_dim * max(itemsize, 4)
+    parts = (plan.arena_bytes * arena_rows(num_tokens), 2 * stream, *((0, 0) if forward_only else (stream, kv)))
+    return MicrobatchLayout(*(-(-part // 64) * 64 for part in parts))
+
+
 class InFlight:
-    """One micro-batch between its first forward unit and its last backward unit.
+    """One micro-batch between its first forward unit and its last backward unit, in `buffer` (bytes, by `microbatch_layout`).
 
     forward_rows[l]: rows that have passed layer l; backward_row[l]: rows from here on have been through layer l's backward.
     parked: hidden rows of layers whose input the plan doesn't keep, by parity of the layer (a row is at one boundary only).
@@ -83,23 +112,26 @@ class InFlight:
     """
 
     def __init__(
-        self, batch: PackedBatch, plan: ModelPlan, arena: Arena, *, hidden_size: int, kv_width: int, dtype: torch.dtype,
-        device: torch.device, forward_only: bool,
+        self, batch: PackedBatch, plan: ModelPlan, buffer: Tensor, arch: Architecture, *, dtype: torch.dtype, forward_only: bool
     ) -> None:
         num_tokens, wide = batch.num_tokens, torch.promote_types(dtype, torch.float32)
-        self.batch, self.plan, self.arena = batch, plan, arena
+        layout = microbatch_layout(plan, num_tokens, arch, dtype.itemsize, forward_only=forward_only)
+        arena, parked, grad, d_kv, _ = torch.split(buffer, [*layout, buffer.numel() - layout.total])
+        self.batch, self.plan, self.arena = batch, plan, Arena(plan, num_tokens, dtype, arena)
         self.forward_rows = [0] * len(plan.layers)
         self.backward_row = [num_tokens] * len(plan.layers)
-        self.parked = torch.empty(2, num_tokens, hidden_size, dtype=dtype, device=device)
+        stream = num_tokens * arch.hidden_size
+        self.parked = parked.view(dtype)[: 2 * stream].view(2, num_tokens, arch.hidden_size)
         num_labels = batch.labels.shape[0]
-        self.logprobs = torch.zeros(num_labels, dtype=wide, device=device)
-        self.correct = torch.zeros(num_labels, dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros(num_labels, dtype=wide, device=buffer.device)
+        self.correct = torch.zeros(num_labels, dtype=torch.bool, device=buffer.device)
         self.forward_only = forward_only
         self.coefficients_set = False
         if not forward_only:
-            self.grad_TD = torch.zeros(num_tokens, hidden_size, dtype=dtype, device=device)
-            self.d_keys = torch.empty(num_tokens, kv_width, dtype=wide, device=device)
-            self.d_values = torch.empty(num_tokens, kv_width, dtype=wide, device=device)
+            self.grad_TD = grad.view(dtype)[:stream].view(num_tokens, arch.hidden_size)
+            self.grad_TD.zero_()
+            kv_width = arch.num_kv_heads * arch.head_dim
+            self.d_keys, self.d_values = d_kv.view(wide)[: 2 * num_tokens * kv_width].view(2, num_tokens, kv_width)
 
     def hidden(self, layer: int) -> Tensor:
         """All rows of the input of `layer`; of the decoder's output for layer L."""
@@ -108,6 +140,11 @@ class InFlight:
             if kept is not None:
                 return kept
         return self.parked[layer % 2]
+
+    def check_forward(self, unit: Unit, layer: int) -> None:
+        """Asserts that every row of a forward unit finds what it needs at a layer."""
+        assert self.forward_rows[layer] == unit.start, f"{unit} comes out of order at layer {layer}"
+        assert layer == 0 or self.forward_rows[layer - 1] >= unit.end, f"{unit} needs layer {layer - 1} first"
 
     def labels_within(self, start: int, end: int) -> slice:
         """The labels whose rows lie in [start, end)."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from coserve.compiler.plan import LayerBypass, ModelPlan, plan_inference, plan_training
+from collections.abc import Mapping, Sequence
+
+from coserve.compiler.plan import LayerBypass, ModelPlan, plan_fused, plan_inference, plan_training
+from coserve.compiler.program import FusedLayer
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import NoBypass
 from coserve.peft.lora import LoraAdapter, LoraBypass
@@ -12,13 +15,16 @@ def layer_bypasses(arch: Architecture, adapter: LoraAdapter | None, *, dropout: 
     """One entry per layer; `dropout` is the adapter's in training and 0 otherwise."""
     if adapter is None:
         return [LayerBypass(key=(), bypass=NoBypass(), factor_widths={})] * arch.num_layers
-    result = []
-    for layer in range(arch.num_layers):
-        widths = adapter.factor_widths(layer)
-        sites = frozenset(name.rsplit(".", 1)[0] for name in widths)
-        key = (tuple(sorted(widths.items())), dropout)
-        result.append(LayerBypass(key=key, bypass=LoraBypass(sites, dropout), factor_widths=widths))
-    return result
+    return [_bypass(adapter.factor_widths(layer), dropout) for layer in range(arch.num_layers)]
+
+
+def _bypass(widths: Mapping[str, int], dropout: float) -> LayerBypass:
+    """LoRA at the sites of some factors."""
+    if not widths:
+        return LayerBypass(key=(), bypass=NoBypass(), factor_widths={})
+    sites = frozenset(name.rsplit(".", 1)[0] for name in widths)
+    key = (tuple(sorted(widths.items())), dropout)
+    return LayerBypass(key=key, bypass=LoraBypass(sites, dropout), factor_widths=widths)
 
 
 def training_plan(arch: Architecture, adapter: LoraAdapter | None, *, itemsize: int) -> ModelPlan:
@@ -32,6 +38,19 @@ def scoring_plan(arch: Architecture, adapter: LoraAdapter | None, *, itemsize: i
     return plan_training(arch, layer_bypasses(arch, adapter), itemsize=itemsize, forward_only=True)
 
 
-def serving_plan(arch: Architecture, adapter: LoraAdapter | None, *, itemsize: int) -> ModelPlan:
-    """Forward programs for requests."""
-    return plan_inference(arch, layer_bypasses(arch, adapter), itemsize=itemsize)
+def serving_plan(arch: Architecture, widths: Sequence[Mapping[str, int]], *, itemsize: int) -> ModelPlan:
+    """Forward programs for requests. widths: per layer, {factor: out features} of all their adapters."""
+    return plan_inference(arch, [_bypass(layer, 0.0) for layer in widths], itemsize=itemsize)
+
+
+def fused_plan(
+    arch: Architecture, adapter: LoraAdapter | None, widths: Sequence[Mapping[str, int]], own: ModelPlan, *, dropout: float,
+    itemsize: int,
+) -> tuple[FusedLayer, ...]:
+    """Forward programs for requests' rows and training rows of `adapter` together. own: the training rows' plan."""
+    merged = []
+    for layer, serving in enumerate(widths):
+        trained = {} if adapter is None else adapter.factor_widths(layer)
+        both = {name: max(serving.get(name, 0), trained.get(name, 0)) for name in {**trained, **serving}}
+        merged.append(_bypass(both, dropout))
+    return plan_fused(arch, merged, own, itemsize=itemsize)

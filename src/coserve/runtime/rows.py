@@ -44,6 +44,7 @@ class TrainRows:
         self.cos, self.sin, self.windows = cos, sin, windows
         self.dropout_keys: Tensor | None = dropout_keys
         self.layer = 0
+        self.num_serving = 0
         self.keys = self.values = cos
         self.d_keys = self.d_values = cos
 

@@ -1,37 +1,209 @@
-"""From logits to tokens. Noise is keyed by (request seed, position), so batching never changes a result."""
+"""From logits to tokens and their log-probabilities.
+
+Owns: the order in which a request's sampling settings act, and the noise. Does not own: when a request ends, texts. A row of
+logits goes through
+
+    raw -> repetition penalty -> presence and frequency penalties -> logit_bias -> min_tokens -> the caller's hook
+        -> temperature -> top_k -> top_p -> min_p -> noise -> argmax
+
+and a greedy row from the hook straight to the argmax. Log-probabilities are of the raw logits, as vLLM's are. Noise is keyed by
+(seed, position) and rows share no arithmetic that rounds, so neither batching nor preemption changes a result.
+
+Shapes: B rows (requests), T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from coserve.config import SamplingConfig
+from coserve.core import Sampled, TokenLogprob
 from coserve.kernels.reference import hash_key, mix32
+
+_GREEDY_BELOW = 1e-5
+"""Temperatures below are greedy: float32 scores would overflow."""
+_SHARE_UNIT = 2.0**40
+"""top_p adds up whole multiples of 2^-40 of the best token's probability: sums of integers don't depend on their order."""
+_MAX_ELEMENTS = 1 << 22
+"""Sampling and log-probabilities take so many logits at a time, as they need several 8-byte copies of them."""
+
+
+class SamplerRow(NamedTuple):
+    """What decides one row's token besides its logits.
+
+    seed: config.seed + the output's index. position: tokens before the one sampled. prompt, output: the tokens so far, all
+    below V. ending: the ids that min_tokens excludes.
+    """
+
+    config: SamplingConfig
+    seed: int
+    position: int
+    prompt: Sequence[int]
+    output: Sequence[int]
+    ending: frozenset[int]
+
+
+def sample_rows(
+    logits_BV: Tensor, rows: Sequence[SamplerRow], bias: Callable[[int, Tensor], None] | None = None
+) -> list[Sampled]:
+    """The next token of each row. Leaves `logits_BV` as they are; waits for the device once, and once more for logprobs.
+
+    bias: called for each row with its number and its float32 logits [V], after all of the request's own settings but the
+    temperature and what follows; edits them in place. A row with NaN gives the place of its first NaN.
+    """
+    assert logits_BV.shape[0] == len(rows)
+    if not rows:
+        return []
+    raw_BV = logits_BV.float()
+    edited_BV = _edited(raw_BV, rows, bias)
+    tokens_B = edited_BV.argmax(-1)
+    drawn = [number for number, row in enumerate(rows) if row.config.temperature >= _GREEDY_BELOW]
+    for chunk in _chunks(drawn, raw_BV.shape[1]):
+        index = torch.tensor(chunk, device=raw_BV.device)
+        tokens_B[index] = _draw(edited_BV[index], [rows[number] for number in chunk])
+    tokens: list[int] = tokens_B.tolist()
+    logprobs = _sampled_logprobs(raw_BV, tokens, rows)
+    return [Sampled(token, logprobs.get(number)) for number, token in enumerate(tokens)]
+
+
+def sample(logits_V: Tensor, config: SamplingConfig, position: int) -> int:
+    """The next token of one request at `position` (tokens before it), without penalties: the tokens aren't known."""
+    row = SamplerRow(config, config.seed, position, (), (), frozenset())
+    return sample_rows(logits_V[None], [row])[0].token
+
+
+def prompt_logprobs(logits_TV: Tensor, next_tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+    """Log-probability of next_tokens[t] by the logits of row t, and of that row's `count` likeliest tokens."""
+    assert logits_TV.shape[0] == len(next_tokens)
+    measured: list[list[float]] = []
+    for chunk in _chunks(range(len(next_tokens)), logits_TV.shape[1]):
+        start, end = chunk[0], chunk[-1] + 1
+        measured += _measure(logits_TV[start:end].float(), next_tokens[start:end], count).tolist()
+    return [_token_logprob(token, numbers) for token, numbers in zip(next_tokens, measured, strict=True)]
 
 
 def gumbel_noise(seed: int, position: int, size: int, device: torch.device) -> Tensor:
     """float32 [size] of standard Gumbel noise: a hash of seed, position and index."""
-    bits = mix32(mix32(torch.arange(size, device=device)) ^ hash_key(seed, position))
+    return _noise([(seed, position)], size, device)[0]
+
+
+def _noise(keys: Iterable[tuple[int, int]], size: int, device: torch.device) -> Tensor:
+    """float32 [B, size]: the noise of each (seed, position)."""
+    hashed_B1 = torch.tensor([[hash_key(seed, position)] for seed, position in keys], device=device)
+    bits = mix32(mix32(torch.arange(size, device=device)) ^ hashed_B1)
     uniform = (bits.double() + 0.5) / 2**32
     return -torch.log(-torch.log(uniform)).float()
 
 
-def _filtered(logits_V: Tensor, config: SamplingConfig) -> Tensor:
-    """Logits with what top-k and top-p exclude at -inf."""
-    if config.top_k and config.top_k < logits_V.shape[0]:
-        floor = torch.topk(logits_V, config.top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < floor, -torch.inf)
-    if config.top_p < 1:
-        ordered, order = torch.sort(logits_V, descending=True)
-        mass = torch.softmax(ordered, -1).cumsum(-1)
-        beyond = torch.cat((mass.new_zeros(1, dtype=torch.bool), mass[:-1] >= config.top_p))
-        logits_V = logits_V.masked_fill(torch.zeros_like(beyond).scatter(0, order, beyond), -torch.inf)
-    return logits_V
+def _edited(raw_BV: Tensor, rows: Sequence[SamplerRow], bias: Callable[[int, Tensor], None] | None) -> Tensor:
+    """The logits after everything that acts before the temperature: a copy, if anything does."""
+    plain = [_is_plain(row) for row in rows]
+    if bias is None and all(plain):
+        return raw_BV
+    edited_BV = raw_BV.clone()
+    for number, row in enumerate(rows):
+        if not plain[number]:
+            _edit(edited_BV[number], row)
+        if bias is not None:
+            bias(number, edited_BV[number])
+    return edited_BV
 
 
-def sample(logits_V: Tensor, config: SamplingConfig, position: int) -> int:
-    """The next token of one request at `position` (tokens before it)."""
-    if config.temperature == 0:
-        return int(logits_V.argmax())
-    scores = _filtered(logits_V.float() / config.temperature, config)
-    return int((scores + gumbel_noise(config.seed, position, scores.shape[0], scores.device)).argmax())
+def _is_plain(row: SamplerRow) -> bool:
+    """Whether the request's own settings leave its logits alone."""
+    config = row.config
+    penalized = config.repetition_penalty != 1 or config.presence_penalty != 0 or config.frequency_penalty != 0
+    return not (penalized or config.logit_bias or len(row.output) < config.min_tokens)
+
+
+def _edit(logits_V: Tensor, row: SamplerRow) -> None:
+    """Penalties, bias and exclusion of one row, in place. Ids of the bias or of endings outside the vocabulary do nothing."""
+    config, device, size = row.config, logits_V.device, logits_V.shape[0]
+    if config.repetition_penalty != 1:
+        seen = torch.cat((_ids(row.prompt), _ids(row.output))).to(device)
+        values = logits_V[seen]  # a token seen twice is written twice, with the same value
+        logits_V[seen] = torch.where(values > 0, values / config.repetition_penalty, values * config.repetition_penalty)
+    if config.presence_penalty != 0 or config.frequency_penalty != 0:
+        produced, counts = _ids(row.output).unique(return_counts=True)
+        penalty = config.frequency_penalty * counts.float() + config.presence_penalty
+        logits_V[produced.to(device)] -= penalty.to(device)
+    biased = {token: value for token, value in config.logit_bias.items() if 0 <= token < size}
+    if biased:
+        logits_V[_ids(list(biased)).to(device)] += torch.tensor(list(biased.values()), device=device)
+    if len(row.output) < config.min_tokens:
+        excluded = [token for token in row.ending if 0 <= token < size]
+        logits_V[_ids(excluded).to(device)] = -torch.inf
+
+
+def _ids(tokens: Sequence[int]) -> Tensor:
+    """On the host, where counting them makes no device wait."""
+    return torch.as_tensor(tokens, dtype=torch.int64)
+
+
+def _draw(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+    """int64 [B]: a draw from each row's filtered distribution, by the largest of scores with Gumbel noise."""
+    device = logits_BV.device
+    scores_BV = logits_BV / torch.tensor([[row.config.temperature] for row in rows], device=device)
+    filtered = [number for number, row in enumerate(rows) if row.config.top_k or row.config.top_p < 1 or row.config.min_p]
+    if filtered:
+        index = torch.tensor(filtered, device=device)
+        scores_BV[index] = _filter(scores_BV[index], [rows[number].config for number in filtered])
+    return (scores_BV + _noise([(row.seed, row.position) for row in rows], scores_BV.shape[1], device)).argmax(-1)
+
+
+def _filter(scores_BV: Tensor, configs: Sequence[SamplingConfig]) -> Tensor:
+    """Scores with what top_k, top_p and min_p exclude at -inf. Tokens as good as the k-th best stay; the best always does."""
+    size = scores_BV.shape[1]
+    limits = torch.tensor(
+        [(min(c.top_k or size, size), c.top_p, math.log(c.min_p) if c.min_p else -math.inf) for c in configs],
+        dtype=torch.float64, device=scores_BV.device,
+    )
+    top_k, top_p, log_min_p = limits.split(1, dim=-1)
+    ordered, order = torch.sort(scores_BV, dim=-1, descending=True, stable=True)
+    excluded = ordered < ordered.gather(-1, top_k.long() - 1)
+    log_ratio = ordered.double() - ordered[:, :1].double()
+    shares = (log_ratio.exp() * _SHARE_UNIT).masked_fill(excluded, 0).nan_to_num(0).long()
+    reached = shares.cumsum(-1)
+    enough = torch.where(top_p < 1, top_p * reached[:, -1:], torch.inf)
+    excluded |= (reached - shares >= enough) | (log_ratio < log_min_p)
+    excluded[:, 0] = False  # a row of NaN or infinities has no mass to share
+    return scores_BV.masked_fill(torch.empty_like(excluded).scatter_(-1, order, excluded), -torch.inf)
+
+
+def _sampled_logprobs(raw_BV: Tensor, tokens: Sequence[int], rows: Sequence[SamplerRow]) -> dict[int, TokenLogprob]:
+    """By number of the row, of those that ask. Each is computed by itself, so that its neighbours don't change its rounding."""
+    asked = {number: row.config.logprobs for number, row in enumerate(rows) if row.config.logprobs is not None}
+    if not asked:
+        return {}
+    parts = [_measure(raw_BV[number : number + 1], tokens[number : number + 1], count)[0] for number, count in asked.items()]
+    numbers, found = torch.cat(parts).tolist(), {}
+    for number, part in zip(asked, parts, strict=True):
+        found[number] = _token_logprob(tokens[number], numbers[: len(part)])
+        numbers = numbers[len(part) :]
+    return found
+
+
+def _measure(logits_TV: Tensor, tokens: Sequence[int], count: int) -> Tensor:
+    """float64 [T, 2 + 2 * count]: the token's logit, the logarithm of the exponentials' sum, the best logits, their ids."""
+    own = logits_TV.gather(-1, _ids(tokens).to(logits_TV.device)[:, None])
+    best = logits_TV.topk(min(count, logits_TV.shape[1]), dim=-1)
+    parts = (own, logits_TV.logsumexp(-1, keepdim=True), best.values, best.indices)
+    return torch.cat([part.double() for part in parts], dim=-1)
+
+
+def _token_logprob(token: int, measured: Sequence[float]) -> TokenLogprob:
+    own, log_sum, *rest = measured
+    values, ids = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    best = sorted(zip(values, ids, strict=True), key=lambda pair: (-pair[0], pair[1]))
+    return TokenLogprob(int(token), own - log_sum, tuple((int(index), value - log_sum) for value, index in best))
+
+
+def _chunks(numbers: Sequence[int], size: int) -> Iterable[Sequence[int]]:
+    """Runs of rows that have at most _MAX_ELEMENTS logits together, each row with `size`."""
+    step = max(1, _MAX_ELEMENTS // size)
+    return (numbers[start : start + step] for start in range(0, len(numbers), step))

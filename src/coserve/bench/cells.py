@@ -1,0 +1,59 @@
+"""Finished cells on disk, so that a stopped benchmark goes on where it was.
+
+Owns: the files DIR/cells/LABEL-DIGEST.json. The digest is of the settings that a cell's result depends on: with other
+settings it is another cell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from coserve.bench.driver import Run, Sample
+from coserve.bench.metrics import RequestRecord
+
+
+class CellStore:
+    """Cells of one benchmark. common: settings that all cells depend on; listen: told each cell's label before it is run."""
+
+    def __init__(self, directory: Path, common: Mapping[str, Any], listen: Callable[[str, bool], None]) -> None:
+        self._directory, self._common, self._listen = directory / "cells", dict(common), listen
+
+    def get(self, label: str, settings: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The stored result of a cell, or `run`'s, stored. An unreadable file is run again."""
+        key = json.dumps({"label": label, **self._common, **settings}, sort_keys=True)
+        name = "".join(c if c.isalnum() or c in "-." else "_" for c in label)
+        path = self._directory / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+        try:
+            stored = json.loads(path.read_text())["result"]
+            self._listen(label, True)
+            return dict(stored)
+        except (OSError, ValueError, KeyError, TypeError):
+            self._listen(label, False)
+        result = run()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps({"settings": json.loads(key), "result": result}) + "\n")
+        os.replace(temporary, path)
+        return result
+
+
+def run_to_dict(run: Run) -> dict[str, Any]:
+    """Plain JSON types; times to a hundredth of a millisecond."""
+    data = asdict(run)
+    data["records"] = [
+        {**asdict(r), "due_s": round(r.due_s, 5), "token_times": [round(t, 5) for t in r.token_times]} for r in run.records
+    ]
+    data["samples"] = [list(sample) for sample in run.samples]
+    return data
+
+
+def run_from_dict(data: Mapping[str, Any]) -> Run:
+    """Reads what `run_to_dict` wrote."""
+    records = tuple(RequestRecord(**{**r, "token_times": tuple(r["token_times"])}) for r in data["records"])
+    return Run(**{**data, "records": records, "samples": tuple(Sample(*s) for s in data["samples"])})

@@ -1,0 +1,277 @@
+"""The page of results: one HTML file with everything in it, from the result file's data alone.
+
+Owns: what the page says and shows. It fits a phone, follows the reader's light or dark setting, and loads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from statistics import median
+from typing import Any
+
+from coserve.bench.burst import BACK_SHARE
+from coserve.bench.charts import Bar, Line, bar_chart, line_chart, number
+
+Row = Mapping[str, Any]
+
+STYLE = """
+:root{--paper:#fbfaf7;--ink:#1d232b;--soft:#5d6671;--rule:#d9d8d2;--band:#ecebe4;
+--c0:#1f5fa8;--c1:#c8501e;--c2:#2d7d46;--c3:#8a4fa3;--c4:#9a7400;--c5:#0f7f8c;--c6:#b3345e;--c7:#5d6671;color-scheme:light dark}
+@media(prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e7e6e1;--soft:#9da5af;--rule:#343a42;--band:#22272e;
+--c0:#6aa9f0;--c1:#f08a55;--c2:#6cc287;--c3:#c290dc;--c4:#d8b23f;--c5:#55c3cf;--c6:#ee7ba0;--c7:#9da5af}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1060px;padding:28px 18px 60px;background:var(--paper);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif}
+h1{font-size:1.6rem;line-height:1.2;margin:0 0 6px}h2{font-size:1.15rem;margin:40px 0 6px}p{margin:6px 0;max-width:72ch}
+.soft,figcaption{color:var(--soft);font-size:.9rem}.lead{font-size:1.08rem;margin:14px 0}
+.charts{display:grid;gap:22px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));margin-top:12px}
+figure{margin:0}figcaption{margin-bottom:4px;font-weight:600;color:var(--ink)}
+svg{display:block;width:100%;height:auto;font:13px system-ui,sans-serif}svg text{fill:var(--soft)}
+.grid{stroke:var(--rule);stroke-width:1}.band{fill:var(--band)}.whisker{stroke:var(--ink);stroke-width:1.6}
+.mark{stroke:var(--ink);stroke-width:1.4;stroke-dasharray:6 5}
+.key{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.9rem;margin:10px 0 0;padding:0;list-style:none}
+.key i{display:inline-block;width:14px;height:3px;vertical-align:middle;margin-right:6px}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;white-space:nowrap}
+th,td{padding:5px 14px 5px 0;text-align:right;border-bottom:1px solid var(--rule)}
+th{color:var(--soft);font-weight:600;vertical-align:bottom}
+th:first-child,td:first-child{text-align:left}tr.load td{border-bottom:2px solid var(--soft);padding-top:14px;font-weight:600}
+code{font-size:.86rem;overflow-wrap:anywhere}
+"""
+
+
+def make_page(data: Mapping[str, Any]) -> str:
+    """The page of one result file (results.py, plus device, date, versions, command)."""
+    rows = [row for row in data["results"] if row["experiment"] == "sharing"]
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    colors = {policy: f"var(--c{i % 8})" for i, policy in enumerate(p for p in policies if p != "finetune-only")}
+    model = escape(str(rows[0]["model"])) if rows else "a model"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,'
+        f'initial-scale=1"><title>Sharing {model}</title><style>{STYLE}</style></head><body>'
+        f"<h1>One machine that serves and finetunes {model}</h1>{_facts(data)}{_lead(rows)}{_overview(rows, data, colors)}"
+        f"{_bursts(data.get('bursts', []))}{_table(rows)}{_method(data)}</body></html>\n"
+    )
+
+
+def _facts(data: Mapping[str, Any]) -> str:
+    objectives, capacity = data["objectives"], data["capacity"]
+    versions = ", ".join(f"{name} {version}" for name, version in data.get("versions", {}).items())
+    return (
+        f'<p class="soft">{escape(str(data.get("device", "")))}, {escape(str(data.get("date", "")))}. {escape(versions)}</p>'
+        f"<p>Objectives: first token within {objectives['ttft_ms']:.0f} ms of the time a request was due, then "
+        f"{objectives['tpot_ms']:.1f} ms per token. Capacity: {capacity['rate']:.3g} requests/s.</p>"
+    )
+
+
+def _lead(rows: Sequence[Row]) -> str:
+    """One sentence per load about coserve, where it was measured."""
+    lines = []
+    for row in rows:
+        if row["policy"] == "coserve" and "finetune_share" in row and "slo_attainment" in row:
+            of_bound = _of_bound(row)
+            bound = "" if of_bound is None else f", {of_bound:.0%} of this machine's bound"
+            lines.append(
+                f"At {row['load']:.0%} of capacity, coserve met the objectives of {row['slo_attainment']:.1%} of "
+                f"{row['num_requests']} requests and kept {row['finetune_share']:.0%} of finetune-only's throughput{bound}."
+            )
+    return "".join(f'<p class="lead">{line}</p>' for line in lines)
+
+
+def _of_bound(row: Row) -> float | None:
+    """Finetuning throughput over the most that the bound leaves it; None where nothing is left or measured."""
+    share = _bound_share(row)
+    return row["finetune_share"] / share if share and "finetune_share" in row else None
+
+
+def _bound_share(row: Row) -> float | None:
+    """The bound's part that is finetuning: the bound less the inference part, which is the load."""
+    return row["bound"] - row["load"] if "bound" in row else None
+
+
+def _overview(rows: Sequence[Row], data: Mapping[str, Any], colors: Mapping[str, str]) -> str:
+    loaded = [row for row in rows if row.get("num_requests")]
+    loads = sorted({row["load"] for row in loaded})
+    if not loads:
+        return ""
+    alone = next((row["finetune_tokens_per_s"] for row in rows if row["policy"] == "finetune-only"), None)
+    spread = _spread(data.get("repeats", []))
+    draw = _bars if len(loads) == 1 else _lines
+    attainment, throughput = draw(loaded, loads, alone, spread, colors)
+    key = "".join(f'<li><i style="background:{color}"></i>{escape(policy)}</li>' for policy, color in colors.items())
+    dashed = "" if alone is None else "<li>dashed: the bound of this machine</li>"
+    where = f" at {loads[0]:.0%} of capacity" if len(loads) == 1 else " against load"
+    return (
+        f'<h2>Attainment and finetuning{where}</h2><ul class="key">{key}{dashed}</ul><div class="charts">'
+        f"<figure><figcaption>Requests within their objectives</figcaption>{attainment}</figure>"
+        f"<figure><figcaption>Finetuning throughput, tokens/s</figcaption>{throughput}</figure></div>"
+        '<p class="soft">Marks over the points: 95% Wilson interval for attainment, least and most of the repeats for '
+        "throughput.</p>"
+    )
+
+
+def _spread(repeats: Sequence[Row]) -> dict[tuple[str, float], tuple[float, float]]:
+    """(least, most) finetuning throughput of a policy at a load."""
+    found: dict[tuple[str, float], list[float]] = {}
+    for entry in repeats:
+        if "finetune_tokens_per_s" in entry:
+            found.setdefault((entry["policy"], entry["load"]), []).append(entry["finetune_tokens_per_s"])
+    return {key: (min(values), max(values)) for key, values in found.items()}
+
+
+def _lines(
+    rows: Sequence[Row], loads: Sequence[float], alone: float | None, spread: Mapping[tuple[str, float], tuple[float, float]],
+    colors: Mapping[str, str],
+) -> tuple[str, str]:
+    attainment, throughput = [], []
+    shift = (loads[-1] - loads[0]) * 0.008
+    for i, (policy, color) in enumerate(colors.items()):
+        mine = sorted((row for row in rows if row["policy"] == policy), key=lambda row: row["load"])
+        x = {row["load"]: row["load"] + shift * (i - len(colors) / 2) for row in mine}  # so that equal points stay visible
+        attainment.append(Line(
+            name=policy, color=color, points=[(x[r["load"]], r["slo_attainment"]) for r in mine],
+            intervals=[(x[r["load"]], *r["slo_interval"]) for r in mine],
+        ))
+        tuned = [row for row in mine if "finetune_tokens_per_s" in row]
+        if tuned:
+            throughput.append(Line(
+                name=policy, color=color, points=[(x[r["load"]], r["finetune_tokens_per_s"]) for r in tuned],
+                intervals=[(x[r["load"]], *spread[policy, r["load"]]) for r in tuned if (policy, r["load"]) in spread],
+            ))
+    bound = _bounds(rows, alone)
+    if bound:
+        throughput.append(Line(name="bound", color="var(--ink)", points=sorted(bound.items()), dashed=True))
+    lowest = min(row["slo_interval"][0] for row in rows)
+    floor = max(0.0, int(lowest * 10) / 10)
+    shared: Any = {"x_label": "load, share of capacity", "x_ticks": loads}
+    return (
+        line_chart(attainment, title="SLO attainment against load", y_label="attainment", y_range=(floor, 1.0), percent=True,
+                   **shared),
+        line_chart(throughput, title="Finetuning throughput against load", y_label="tokens/s", **shared),
+    )
+
+
+def _bounds(rows: Sequence[Row], alone: float | None) -> dict[float, float]:
+    """Bound of finetuning throughput by load: the policies' median, whose loads differ by unfinished requests only."""
+    shares: dict[float, list[float]] = {}
+    for row in rows:
+        share = _bound_share(row)
+        if share is not None:
+            shares.setdefault(row["load"], []).append(share)
+    return {} if alone is None else {load: alone * median(found) for load, found in shares.items()}
+
+
+def _bars(
+    rows: Sequence[Row], loads: Sequence[float], alone: float | None, spread: Mapping[tuple[str, float], tuple[float, float]],
+    colors: Mapping[str, str],
+) -> tuple[str, str]:
+    attainment, throughput = [], []
+    for row in rows:
+        policy, (low, high) = row["policy"], row["slo_interval"]
+        share = row["slo_attainment"]
+        attainment.append(Bar(name=policy, color=colors[policy], value=share, low=low, high=high, text=f"{share:.1%}"))
+        if "finetune_tokens_per_s" in row:
+            rate = row["finetune_tokens_per_s"]
+            least, most = spread.get((policy, row["load"]), (rate, rate))
+            throughput.append(Bar(name=policy, color=colors[policy], value=rate, low=least, high=most, text=number(rate)))
+    bound = _bounds(rows, alone).get(loads[0])
+    highest = max([bar.high for bar in throughput] + [bar.value for bar in throughput] + [bound or 0.0, 1e-9])
+    return (
+        bar_chart(attainment, title="SLO attainment", x_label="share of requests", x_max=1.0),
+        bar_chart(throughput, title="Finetuning throughput", x_label="tokens/s", x_max=highest, mark=bound),
+    )
+
+
+def _bursts(bursts: Sequence[Row]) -> str:
+    if not bursts:
+        return ""
+    parts = []
+    for burst in bursts:
+        series, band = burst["series"], (burst["burst_start_s"], burst["burst_end_s"])
+        times = series["time_s"]
+        tokens = line_chart(
+            [Line(name="finetuning", color="var(--c1)", points=list(zip(times, series["finetune_tokens_per_s"], strict=True))),
+             Line(name="inference", color="var(--c0)", points=list(zip(times, series["inference_tokens_per_s"], strict=True)))],
+            title=f"Burst under {burst['policy']}", x_label="seconds", y_label="tokens/s", band=band, markers=False,
+        )
+        queue = line_chart(
+            [Line(name="queue", color="var(--c3)", points=list(zip(times, series["queue"], strict=True)))],
+            title=f"Queue under {burst['policy']}", x_label="seconds", y_label="requests", band=band, markers=False, height=150,
+            y_range=(0.0, max(*series["queue"], 4) * 1.08),
+        )
+        caption = f"{escape(burst['policy'])}: {_recovery(burst)}"
+        parts.append(f"<figure><figcaption>{caption}</figcaption>{tokens}{queue}</figure>")
+    return (
+        '<h2>A burst of requests</h2><ul class="key"><li><i style="background:var(--c1)"></i>finetuning</li>'
+        '<li><i style="background:var(--c0)"></i>inference</li><li><i style="background:var(--c3)"></i>requests waiting for '
+        'their first token</li><li>shaded: the burst</li></ul>'
+        f'<div class="charts">{"".join(parts)}</div>'
+    )
+
+
+def _recovery(burst: Row) -> str:
+    if "recovery_s" not in burst:
+        return "finetuning did not come back in the time shown"
+    return f"back at {BACK_SHARE:.0%} of its rate {burst['recovery_s']:.2g} s after the queue was empty"
+
+
+COLUMNS = (
+    ("requests", lambda r: str(r["num_requests"])),
+    ("attainment", lambda r: f"{r['slo_attainment']:.1%}"),
+    ("95% interval", lambda r: f"{r['slo_interval'][0]:.1%} to {r['slo_interval'][1]:.1%}"),
+    ("goodput, req/s", lambda r: f"{r['goodput']:.2f}"),
+    ("TTFT p50 / p99, ms", lambda r: f"{r['ttft_ms']['p50']:.0f} / {r['ttft_ms']['p99']:.0f}"),
+    ("TPOT p50 / p99, ms", lambda r: f"{r['tpot_ms']['p50']:.1f} / {r['tpot_ms']['p99']:.1f}"),
+    ("ITL p99, ms", lambda r: f"{r['itl_ms']['p99']:.0f}"),
+    ("output tokens/s", lambda r: f"{r['inference_tokens_per_s']:.0f}"),
+    ("finetuning tokens/s", lambda r: f"{r['finetune_tokens_per_s']:.0f}"),
+    ("of finetune-only", lambda r: f"{r['finetune_share']:.1%}"),
+    ("gain", lambda r: f"{r['gain']:.2f}"),
+    ("bound", lambda r: f"{r['bound']:.2f}"),
+)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    head = "<th>policy</th>" + "".join(f"<th>{escape(name)}</th>" for name, _ in COLUMNS)
+    body, load = [], None
+    for row in sorted(rows, key=lambda row: row["load"]):
+        if row["load"] != load:
+            load = row["load"]
+            title = f"{load:.0%} of capacity, {row['rate']:.3g} requests/s" if load else "no requests"
+            body.append(f'<tr class="load"><td colspan="{len(COLUMNS) + 1}">{title}</td></tr>')
+        cells = "".join(f"<td>{_cell(row, show)}</td>" for _, show in COLUMNS)
+        body.append(f"<tr><td>{escape(row['policy'])}</td>{cells}</tr>")
+    table = f'<table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    return f'<h2>All figures</h2><div class="wide">{table}</div>'
+
+
+def _cell(row: Row, show: Any) -> str:
+    try:
+        return escape(show(row))
+    except KeyError:  # not measured
+        return ""
+
+
+def _method(data: Mapping[str, Any]) -> str:
+    settings, cost = data.get("settings", {}), data.get("row_cost")
+    arrivals = settings.get("arrivals", {})
+    measured = "" if cost is None else (
+        f" Measured: {cost['fixed_ms']:.3g} ms per iteration and {cost['row_ms']:.3g} ms per row."
+    )
+    return (
+        "<h2>How it was measured</h2>"
+        f"<p>Arrivals: {escape(str(arrivals.get('kind', 'poisson')))}; {settings.get('requests', '?')} counted requests "
+        f"per run, {settings.get('pairs', '?')} interleaved repeats. Requests of all repeats are pooled; throughputs are "
+        "medians over repeats. A job trains throughout each run except inference-only's. Failed and unfinished requests count "
+        "as missed. "
+        "Finetuning tokens are forward-token equivalents: a token counts as half when its forward pass is done and half when "
+        "its backward pass is.</p>"
+        "<p>Gain: goodput over capacity, plus finetuning throughput over finetune-only's in the same repeat. Bound: the gain "
+        "of a scheduler that meets every objective and finetunes in all the time that inference leaves. An inference-only "
+        "iteration costs <i>a + b &times; rows</i>, fitted to inference-only runs. Stretched to the TPOT objective <i>T</i>, "
+        "iterations take the share <i>S = p &times; a / T + b &times; rows per second</i> of the time, where "
+        "<i>p = 1 &minus; exp(&minus;rate &times; output tokens &times; T)</i> is the share in which a request runs; "
+        "finetuning gets finetune-only &times; <i>(1 &minus; S)</i>. Fused rows share the iteration's fixed cost, which the "
+        f"bound charges to inference, so a policy may pass it by that much.{measured}</p>"
+        f"<p class=\"soft\">Command: <code>{escape(str(data.get('command', '')))}</code></p>"
+    )

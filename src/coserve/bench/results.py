@@ -1,0 +1,97 @@
+"""Rows of results from finished runs.
+
+Owns: pooling of repeats, shares, gain and bound. A key that was not measured is absent. Requests of all repeats are pooled
+(attainment, its interval, latencies); throughputs are medians over repeats, and a finetuning share is the median of the ratios
+inside each repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import mean, median
+from typing import Any
+
+from coserve.bench.burst import bin_series, read_burst
+from coserve.bench.machine import Observation, RowCost, fit_row_cost, gain, gain_bound, inference_share
+from coserve.bench.metrics import meets, summarize
+from coserve.bench.sharing import Cell, Measured, SharingConfig
+
+
+def make_results(measured: Measured, config: SharingConfig, model: str) -> dict[str, Any]:
+    """The keys of the result file from `results` on: rows, and beside them what they were made from."""
+    cost = row_cost(measured)
+    alone = {cell.repeat: cell.run.finetune_tokens_per_s for cell in measured.cells if cell.policy == "finetune-only"}
+    groups: dict[tuple[float, str], list[Cell]] = {}
+    for cell in measured.cells:
+        groups.setdefault((cell.load, cell.policy), []).append(cell)
+    names = {"model": model, "trace": config.arrivals.kind}
+    rows = [_row({"experiment": "sharing", **names}, cells, measured, alone, cost) for cells in groups.values()]
+    rows += [_row({"experiment": "burst", **names, "trace": "burst"}, [cell], measured, {}, None) for cell in measured.bursts]
+    data: dict[str, Any] = {
+        "results": rows, "settings": asdict(config), "objectives": asdict(measured.objectives),
+        "capacity": {"rate": measured.capacity, "tolerance": config.capacity_tolerance, "probes": [
+            {"rate": p.rate, "num_requests": len(p.run.records), "gave_up": p.run.gave_up,
+             "met": sum(meets(r, measured.objectives) for r in p.run.records)} for p in measured.probes
+        ]},
+        "repeats": [_repeat(cell, measured) for cell in measured.cells],
+        "bursts": [_burst(cell, config) for cell in measured.bursts],
+    }
+    if measured.peer_ms is not None:
+        data["peer_tpot_ms"] = measured.peer_ms
+    if cost is not None:
+        data["row_cost"] = {"fixed_ms": cost.fixed_s * 1e3, "row_ms": cost.row_s * 1e3}
+    return data
+
+
+def row_cost(measured: Measured) -> RowCost | None:
+    """From every inference-only run: the search for capacity, and cells where that policy was measured."""
+    runs = [cell.run for cell in (*measured.probes, *measured.cells) if cell.policy == "inference-only"]
+    return fit_row_cost([Observation(run.busy_s, run.iterations, run.rows) for run in runs])
+
+
+def _row(
+    names: Mapping[str, str], cells: Sequence[Cell], measured: Measured, alone: Mapping[int, float], cost: RowCost | None
+) -> dict[str, Any]:
+    first = cells[0]
+    row: dict[str, Any] = {**names, "policy": first.policy, "load": first.load}
+    row |= {"rate": first.rate} if first.rate else {}
+    records = [record for cell in cells for record in cell.run.records]
+    row |= summarize(records, measured.objectives, sum(cell.run.window_s for cell in cells))
+    if records:
+        row["inference_tokens_per_s"] = median(cell.run.inference_tokens / cell.run.window_s for cell in cells)
+    if first.policy != "inference-only":
+        row["finetune_tokens_per_s"] = median(cell.run.finetune_tokens_per_s for cell in cells)
+    share = 0.0 if first.policy == "inference-only" else None
+    if first.policy != "inference-only" and all(alone.get(cell.repeat) for cell in cells):
+        share = row["finetune_share"] = median(cell.run.finetune_tokens_per_s / alone[cell.repeat] for cell in cells)
+    if share is not None and alone:
+        row["gain"] = gain(row.get("goodput", 0.0), measured.capacity, share)
+    if cost is not None and records:
+        prompt = mean(record.prompt_tokens for record in records)
+        output = mean(len(record.token_times) for record in records)
+        used = inference_share(cost, first.rate, prompt, output, measured.objectives.tpot_ms / 1e3)
+        row["bound"] = gain_bound(first.rate, measured.capacity, used)
+    peaks = [cell.run.peak_memory_bytes for cell in cells if cell.run.peak_memory_bytes is not None]
+    return row | ({"peak_memory_bytes": max(peaks)} if peaks else {})
+
+
+def _repeat(cell: Cell, measured: Measured) -> dict[str, Any]:
+    """One cell, for who wants to see the spread."""
+    entry: dict[str, Any] = {"policy": cell.policy, "load": cell.load, "repeat": cell.repeat}
+    if cell.policy != "inference-only":
+        entry["finetune_tokens_per_s"] = cell.run.finetune_tokens_per_s
+    if cell.run.records:
+        entry["num_requests"] = len(cell.run.records)
+        entry["met"] = sum(meets(record, measured.objectives) for record in cell.run.records)
+    return entry
+
+
+def _burst(cell: Cell, config: SharingConfig) -> dict[str, Any]:
+    assert config.burst is not None
+    series = bin_series(cell.run)
+    start, end = config.burst.before_s, config.burst.before_s + config.burst.burst_s
+    reading = read_burst(series, cell.run.records, start, end)
+    found = {key: value for key, value in asdict(reading).items() if value is not None}
+    place = {"policy": cell.policy, "rate": cell.rate, "burst_start_s": start, "burst_end_s": end}
+    return {**place, **found, "series": asdict(series)}

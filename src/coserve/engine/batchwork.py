@@ -1,0 +1,171 @@
+"""One optimizer batch, or one validation, as micro-batches that may be in flight side by side.
+
+    groups --pack--> micro-batches --begin--> forward units --answer--> backward units --close--> the batch's loss
+
+Who runs the units, and in which order, is the caller's: `LoraTrainer` sweeps through one micro-batch at a time, the engine's
+scheduler takes them as they fit. A DPO batch begins with forward-only micro-batches of the reference policy.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from coserve.compiler.plan import ModelPlan
+from coserve.config import FinetuneConfig
+from coserve.core import Group
+from coserve.finetune.batches import pack_groups
+from coserve.finetune.job import StepLoss
+from coserve.finetune.objectives import Objective, Scored
+from coserve.peft.lora import LoraAdapter
+from coserve.runtime.executor import TrainExecutor
+from coserve.runtime.microbatch import InFlight, MicrobatchLayout, PackedBatch, microbatch_layout, pack
+
+
+class BatchSource(Protocol):
+    """What a batch needs of its job's trainer."""
+
+    config: FinetuneConfig
+    objective: Objective
+    executor: TrainExecutor
+    plan: ModelPlan
+    scoring: ModelPlan
+    reference_scoring: ModelPlan
+    adapter: LoraAdapter
+    reference: LoraAdapter | None
+    reference_sums: dict[int, float]
+    """Summed log-probabilities under the reference, by example, remembered from batch to batch."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Microbatch:
+    """One micro-batch. is_reference: it only scores the reference policy. state: None until it has memory."""
+
+    groups: Sequence[Group]
+    batch: PackedBatch
+    plan: ModelPlan
+    adapter: LoraAdapter | None
+    forward_only: bool
+    is_reference: bool
+    state: InFlight | None = None
+
+
+class BatchWork:
+    """`step` keys the dropout masks; train False: validation, without gradients and without dropout."""
+
+    def __init__(self, source: BatchSource, groups: Sequence[Group], step: int, *, train: bool) -> None:
+        self.source, self.train = source, train
+        self.normalizer = source.objective.normalizer(groups)
+        self._loss, self._correct, self._labels, self._tokens = 0.0, 0, 0, 0
+        self._extra: dict[str, float] = {}
+        self._open = 0
+        packed = pack_groups(groups, source.config.max_microbatch_tokens)
+        self._waiting = deque([*self._references(packed), *(self._policy(micro, step) for micro in packed)])
+
+    def _references(self, packed: Sequence[Sequence[Group]]) -> list[Microbatch]:
+        """A group at a time, so that a sum never depends on what shared its micro-batch: a resumed job meets the same
+        numbers."""
+        if not self.source.objective.needs_reference:
+            return []
+        groups = [g for micro in packed for g in micro if g.examples[0].index not in self.source.reference_sums]
+        unique = {group.examples[0].index: group for group in groups}.values()
+        return [
+            self._microbatch(
+                [group], 0, self.source.reference_scoring, self.source.reference, forward_only=True, reference=True
+            )
+            for group in unique
+        ]
+
+    def _policy(self, groups: Sequence[Group], step: int) -> Microbatch:
+        plan = self.source.plan if self.train else self.source.scoring
+        return self._microbatch(groups, step, plan, self.source.adapter, forward_only=not self.train, reference=False)
+
+    def _microbatch(
+        self, groups: Sequence[Group], step: int, plan: ModelPlan, adapter: LoraAdapter | None, *, forward_only: bool,
+        reference: bool,
+    ) -> Microbatch:
+        examples = [example for group in groups for example in group.examples]
+        device = self.source.executor.weights.device
+        batch = pack(examples, device=device, seed=self.source.config.seed, step=step)
+        return Microbatch(
+            groups=groups, batch=batch, plan=plan, adapter=adapter, forward_only=forward_only, is_reference=reference
+        )
+
+    # --- the course of one micro-batch ---
+
+    @property
+    def next(self) -> Microbatch | None:
+        """The micro-batch to begin next."""
+        return self._waiting[0] if self._waiting else None
+
+    def layout(self, micro: Microbatch) -> MicrobatchLayout:
+        """The memory it takes in flight."""
+        executor = self.source.executor
+        return microbatch_layout(
+            micro.plan, micro.batch.num_tokens, executor.arch, executor.weights.dtype.itemsize, forward_only=micro.forward_only
+        )
+
+    def begin(self, buffer: Tensor | None = None) -> Microbatch:
+        """Gives the next micro-batch its memory (the executor's own if `buffer` is None)."""
+        micro = self._waiting.popleft()
+        micro.state = self.source.executor.begin(
+            micro.batch, micro.plan, forward_only=micro.forward_only, buffer=buffer
+        )
+        self._open += 1
+        return micro
+
+    def can_answer(self, micro: Microbatch) -> bool:
+        """Whether the objective has all it needs, once forward is through: a policy's reference may be on its way."""
+        if micro.is_reference or not self.source.objective.needs_reference:
+            return True
+        return all(e.index in self.source.reference_sums for group in micro.groups for e in group.examples)
+
+    def answer(self, micro: Microbatch) -> None:
+        """Forward is through: the objective answers, and backward may begin."""
+        assert micro.state is not None
+        if micro.is_reference:
+            self._remember(micro, micro.state)
+            return
+        state, bounds = micro.state, iter(micro.batch.label_bounds)
+        coefficients: list[Tensor] = []
+        for group in micro.groups:
+            scored = []
+            for example in group.examples:
+                part = slice(*next(bounds))
+                reference = self.source.reference_sums.get(example.index)
+                scored.append(Scored(state.logprobs[part], micro.batch.label_weights[part], reference))
+            outcome = self.source.objective.outcome(scored, self.normalizer)
+            coefficients += outcome.coefficients
+            self._loss += outcome.loss
+            for name, value in outcome.metrics.items():
+                self._extra[name] = self._extra.get(name, 0.0) + value
+        if self.train:
+            state.set_coefficients(torch.cat(coefficients))
+        self._correct += int(state.correct.sum())
+        self._labels += state.correct.shape[0]
+        self._tokens += micro.batch.num_tokens
+
+    def _remember(self, micro: Microbatch, state: InFlight) -> None:
+        weighted = state.logprobs.double() * micro.batch.label_weights
+        examples = [example for group in micro.groups for example in group.examples]
+        for example, (first, end) in zip(examples, micro.batch.label_bounds, strict=True):
+            self.source.reference_sums[example.index] = float(weighted[first:end].sum())
+
+    def close(self, micro: Microbatch) -> None:
+        """The micro-batch is through; its memory is free."""
+        micro.state = None
+        self._open -= 1
+
+    @property
+    def finished(self) -> bool:
+        return not self._waiting and not self._open
+
+    def result(self) -> StepLoss:
+        """The whole batch's."""
+        return StepLoss(self._loss, self._correct / max(1, self._labels), self._tokens, dict(self._extra))
+

@@ -1,0 +1,324 @@
+"""A finetuning job in the engine: its driver's verbs carried out unit by unit, between and beside requests.
+
+    driver --verb--> forward_backward: micro-batches get arenas, their units get scheduled, the objective answers
+                     optim_step: slices       checkpoint: a copy, then written in the background       publish: a copy
+           <-answer- when the last piece has run
+
+Pausing keeps everything where it is. A failure gives all memory back and harms nobody else.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor as ThreadExecutor
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from coserve.core import AdapterCopy, CapacityError, CoserveError, JobFailed, OptimizerSlice
+from coserve.engine.batchwork import BatchWork, Microbatch
+from coserve.engine.finetuning import PreparedJob
+from coserve.finetune.checkpoints import Cursor
+from coserve.finetune.job import Checkpoint, ForwardBackward, JobEvent, OptimStep, Publish, Score, StepRow, Verb
+from coserve.peft.format import save_adapter
+from coserve.peft.lora import LoraAdapter
+from coserve.scheduler.arenas import Arena
+from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobProgress:
+    """trained_tokens: forward-token equivalents of the units that have run, forward and backward counting half each."""
+
+    status: str
+    step: int
+    num_steps: int
+    trained_tokens: float
+    last: StepRow | None
+
+
+class JobHandle:
+    """A job in an engine. status: running, paused, succeeded, failed or cancelled."""
+
+    def __init__(self, name: str, directory: Path, act: Callable[[str], None]) -> None:
+        self.name, self.directory = name, directory
+        self.status = "running"
+        self.error: CoserveError | None = None
+        self.events: list[JobEvent] = []
+        self.step = self.num_steps = 0
+        self.trained_tokens = 0.0
+        self.last: StepRow | None = None
+        self._act = act
+        self._done = threading.Event()
+
+    @property
+    def finished(self) -> bool:
+        return self._done.is_set()
+
+    def progress(self) -> JobProgress:
+        """Where the job is."""
+        return JobProgress(
+            status=self.status, step=self.step, num_steps=self.num_steps, trained_tokens=self.trained_tokens, last=self.last
+        )
+
+    def pause(self) -> None:
+        """No more units after the present iteration; the job's memory stays."""
+        self._act("pause")
+
+    def resume(self) -> None:
+        """Goes on where it was paused."""
+        self._act("resume")
+
+    def cancel(self) -> None:
+        """Ends the job; checkpoints that are written stay."""
+        self._act("cancel")
+
+    def result(self, timeout: float | None = None) -> Path:
+        """Waits for the end; the tuned adapter's directory. Raises JobFailed, or TimeoutError after `timeout` seconds. For
+        engines with a thread of their own."""
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"job {self.name} is still {self.status}")
+        if self.error is not None:
+            raise self.error
+        if self.status == "cancelled":
+            raise JobFailed(f"job {self.name} was cancelled")
+        return self.directory
+
+    def listen(self, event: JobEvent) -> None:
+        """Takes an event of the job."""
+        self.events.append(event)
+        if event.row is not None:
+            self.last, self.step, self.num_steps = event.row, event.row.step, event.num_steps
+
+    def close(self, status: str, error: CoserveError | None) -> None:
+        """The engine ends the job."""
+        self.status, self.error = status, error
+        self._done.set()
+
+
+class Host(Protocol):
+    """What a job asks of its engine."""
+
+    max_microbatches: int
+    writer: ThreadExecutor
+
+    def reserve(self, num_bytes: int) -> tuple[Arena, Tensor] | None:
+        """Arena memory, or None while there is none."""
+
+    def release(self, arena: Arena) -> None:
+        """Gives it back."""
+
+    def new_number(self) -> int:
+        """A number for a micro-batch."""
+
+    def microbatch_begun(self, number: int, micro: Microbatch, work: MicrobatchWork) -> None:
+        """It may get units."""
+
+    def microbatch_closed(self, number: int) -> None:
+        """It is through."""
+
+    def copy_adapter(self, copy: AdapterCopy) -> None:
+        """The next plan carries it."""
+
+    def publish(self, name: str, adapter: LoraAdapter) -> None:
+        """A new version that requests can use."""
+
+    def shrink_windows(self) -> bool:
+        """After out-of-memory: smaller windows; False if they are smallest."""
+
+
+class LiveJob:
+    """One job. `work` is what the scheduler sees."""
+
+    def __init__(
+        self, number: int, prepared: PreparedJob, handle: JobHandle, host: Host, *, tenant: str, weight: float
+    ) -> None:
+        self.number, self.prepared, self.handle, self.host = number, prepared, handle, host
+        self.job, self.trainer = prepared.job, prepared.trainer
+        self.work = JobWork(id=number, tenant=tenant, weight=weight)
+        handle.num_steps, handle.step = self.job.num_steps, self.job.cursor.step
+        self.failure: Exception | None = None
+        self._driver: Generator[Verb, Any, None] = self.job.work()
+        self._answer: Any = None
+        self._verb: Verb | None = None
+        self._batch: BatchWork | None = None
+        self._in_flight: dict[int, tuple[Microbatch, MicrobatchWork, Arena]] = {}
+        self._norm = self._rate = 0.0
+        self._updating = False
+        self._copied: bool | None = None
+        self._writes: list[Future[Any]] = []
+
+    # --- called by the engine between iterations ---
+
+    def pump(self) -> bool:
+        """Goes as far as possible without running units; False when the job has ended."""
+        try:
+            if self.failure is not None:
+                self._recover(self.failure)
+            while self._advance():
+                pass
+        except StopIteration:
+            return self._finish()
+        except Exception as error:  # a job's failure is its own
+            self._end("failed", error if isinstance(error, CoserveError) else JobFailed(f"{type(error).__name__}: {error}"))
+        return not self.handle.finished
+
+    def cancel(self) -> None:
+        """Ends the job."""
+        self._end("cancelled", None)
+
+    def _advance(self) -> bool:
+        """One step of the driver or of its verb; False if units have to run first."""
+        if self._verb is None:
+            self._verb, self._answer = self._driver.send(self._answer), None
+            self._start(self._verb)
+        match self._verb:
+            case ForwardBackward() | Score():
+                return self._pump_batch()
+            case OptimStep():
+                if self._updating:
+                    return False
+                self.work.optimizer_elements = self.work.optimizer_done = 0
+                return self._reply(self._norm)
+            case _:
+                return self._reply(None) if self._copied else False
+
+    def _reply(self, answer: Any) -> bool:
+        self._verb, self._answer = None, answer
+        return True
+
+    def _start(self, verb: Verb) -> None:
+        match verb:
+            case ForwardBackward(groups, step):
+                self._batch = BatchWork(self.trainer, groups, step, train=True)
+            case Score(groups):
+                self._batch = BatchWork(self.trainer, groups, 0, train=False)
+            case OptimStep(rate):
+                optimizer = self.trainer.optimizer
+                self._norm = optimizer.clip()
+                if math.isfinite(self._norm):  # else the driver ends the job
+                    self._updating, self._rate = True, rate
+                    self.work.optimizer_elements, self.work.optimizer_done = optimizer.master.numel(), 0
+            case Checkpoint():
+                self._copied = False
+                self.host.copy_adapter(AdapterCopy(self.number, snapshot=True))
+            case Publish():
+                self._copied = False
+                self.host.copy_adapter(AdapterCopy(self.number, snapshot=False))
+
+    def _pump_batch(self) -> bool:
+        batch = self._batch
+        assert batch is not None
+        for number, (micro, work, arena) in list(self._in_flight.items()):
+            if work.phase is Phase.OBJECTIVE and batch.can_answer(micro):
+                batch.answer(micro)
+                work.answer()
+            if work.phase is Phase.DONE:
+                del self._in_flight[number]
+                batch.close(micro)
+                self.host.microbatch_closed(number)
+                self.host.release(arena)
+        while batch.next is not None and len(self._in_flight) < self.host.max_microbatches:
+            reserved = self.host.reserve(batch.layout(batch.next).total)
+            if reserved is None:
+                break
+            arena, buffer = reserved
+            micro = batch.begin(buffer)
+            number = self.host.new_number()
+            work = MicrobatchWork(
+                id=number, job=self.number, num_tokens=micro.batch.num_tokens,
+                num_layers=self.trainer.model.architecture.num_layers, lowest=micro.plan.lowest_trained,
+                bounds=micro.batch.bounds, label_rows=micro.batch.label_rows.tolist(), forward_only=micro.forward_only,
+            )
+            self._in_flight[number] = (micro, work, arena)
+            self.host.microbatch_begun(number, micro, work)
+        if batch.finished:
+            self._batch = None
+            return self._reply(batch.result())
+        return False
+
+    # --- called while a plan runs ---
+
+    def optimize(self, part: OptimizerSlice) -> None:
+        """Updates the elements of a slice of the plan."""
+        optimizer = self.trainer.optimizer
+        optimizer.update(part.start, part.end, self._rate)
+        if part.end == optimizer.master.numel():
+            optimizer.close_step()
+            self._updating = False
+
+    def copy_adapter(self, copy: AdapterCopy) -> None:
+        """Publishes the working weights; with a snapshot, the checkpoint is written by the host's writer."""
+        adapter = self.trainer.adapter.copy()
+        self.host.publish(self.handle.name, adapter)
+        if copy.snapshot:
+            state = {name: tensor.clone() for name, tensor in self.trainer.optimizer.state().items()}
+            self._writes.append(self.host.writer.submit(self._write, self.job.cursor, state))
+        else:
+            self.trainer.published = adapter
+        self._copied = True
+
+    def _write(self, cursor: Cursor, state: dict[str, Tensor]) -> None:
+        model = self.trainer.model
+
+        def save(directory: Path) -> None:
+            save_adapter(
+                directory, self.trainer.adapter, state["master"], base_name=model.name, fingerprint=model.fingerprint
+            )
+
+        self.job.write_checkpoint(cursor, state, save)
+
+    def fail(self, error: Exception) -> None:
+        """A unit, slice or copy raised; dealt with before the next iteration."""
+        self.failure = self.failure or error
+
+    # --- ends ---
+
+    def _recover(self, error: Exception) -> None:
+        """Out of memory: the optimizer batch starts again with smaller windows. Anything else ends the job."""
+        self.failure = None
+        if not isinstance(error, torch.OutOfMemoryError) or not isinstance(self._verb, ForwardBackward | Score):
+            raise error
+        if not self.host.shrink_windows():
+            raise CapacityError(f"out of memory at the smallest window ({error})", param="max_microbatch_tokens") from error
+        self.handle.listen(JobEvent(level="warn", message="out of memory: smaller windows; the optimizer batch starts again"))
+        self._drop_batch()
+        assert self.trainer.adapter.grad is not None
+        self.trainer.adapter.grad.zero_()
+        self._start(self._verb)
+
+    def _drop_batch(self) -> None:
+        for number, (micro, _, arena) in self._in_flight.items():
+            micro.state = None
+            self.host.microbatch_closed(number)
+            self.host.release(arena)
+        self._in_flight.clear()
+        self._batch = None
+
+    def _finish(self) -> bool:
+        """The driver is through; the job has ended when its files are written."""
+        if not all(write.done() for write in self._writes):
+            return True
+        try:
+            for write in self._writes:
+                write.result()
+            self.prepared.finish()
+        except Exception as error:
+            self._end("failed", JobFailed(f"the job's files can't be written: {error}"))
+        else:
+            self._end("succeeded", None)
+        return False
+
+    def _end(self, status: str, error: CoserveError | None) -> None:
+        self._driver.close()
+        self._drop_batch()
+        if error is not None:
+            self.handle.listen(JobEvent(level="error", message=str(error)))
+        self.handle.close(status, error)
+

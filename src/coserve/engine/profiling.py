@@ -1,0 +1,210 @@
+"""Measures what rows and units cost on this machine, once: the latency model's profile, cached per model, device and threads.
+
+Every point runs as it would in an iteration, on memory that is taken from the engine's pool and given back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from coserve.config import LoraConfig, OptimizerConfig, SchedulerConfig
+from coserve.core import CapacityError, Direction, Example, Unit
+from coserve.finetune.optimizer import FlatAdamW
+from coserve.peft.lora import LoraAdapter
+from coserve.runtime.executor import TrainExecutor
+from coserve.runtime.fused import PassExecutor, TrainWindow
+from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
+from coserve.runtime.plans import training_plan
+from coserve.runtime.spans import NO_ADAPTER, RowSpan
+from coserve.scheduler.arenas import Arena
+from coserve.scheduler.blocks import BlockPool
+from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost
+from coserve.scheduler.prefix import PrefixKey
+from coserve.scheduler.profile import fit, load_profile, profile_points, save_profile, sequence_length
+
+REPEATS = 2
+_OWNER = "profile"
+_KEY = PrefixKey("", None, -1)
+
+
+def cache_directory() -> Path:
+    """Where profiles are kept: COSERVE_CACHE, or the user's cache directory."""
+    root = os.environ.get("COSERVE_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coserve"
+
+
+def profile_key(passes: PassExecutor, fingerprint: str) -> str:
+    """What a profile holds for: model, device, dtype, threads, versions."""
+    weights = passes.weights
+    device = torch.cuda.get_device_name(weights.device) if weights.device.type == "cuda" else platform.processor()
+    return f"{fingerprint} {weights.device.type} {device} {weights.dtype} {torch.get_num_threads()} {torch.__version__}"
+
+
+def latency_model(
+    passes: PassExecutor, train: TrainExecutor, blocks: BlockPool, config: SchedulerConfig, fingerprint: str,
+    report: Callable[[str], None],
+) -> LatencyModel:
+    """The model of this machine, from the cache or measured now."""
+    key = profile_key(passes, fingerprint)
+    path = cache_directory() / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    samples = load_profile(path, key)
+    if samples is None:
+        report("measuring what rows and units cost here, once ...")
+        started = time.perf_counter()
+        samples = Profiler(passes, train, blocks).measure(
+            max(config.max_num_batched_tokens, config.max_window_tokens)
+        )
+        report(f"measured {len(samples)} points in {time.perf_counter() - started:.1f} s")
+        try:
+            save_profile(path, key, samples)
+        except OSError as error:
+            report(f"the profile can't be kept in {path}: {error}")
+    return fit(samples)
+
+
+class Profiler:
+    """Runs profile points."""
+
+    def __init__(self, passes: PassExecutor, train: TrainExecutor, blocks: BlockPool) -> None:
+        self.passes, self.train, self.blocks = passes, train, blocks
+        self.arch, self.device = passes.arch, passes.weights.device
+        adapter = LoraAdapter.create(self.arch, LoraConfig(), dtype=passes.weights.dtype, device=self.device, seed=0)
+        self.adapter = adapter.trainable()
+        self.plan = training_plan(self.arch, self.adapter, itemsize=passes.weights.dtype.itemsize)
+
+    @torch.no_grad()
+    def measure(self, max_rows: int) -> list[tuple[Contents, float]]:
+        """All points that the pool has room for, each after a run that is not counted."""
+        points = profile_points(self.arch.num_layers, min(max_rows, self.arch.max_position_embeddings))
+        return [sample for point in points for sample in self._run(self._without_adapters(point))]
+
+    @staticmethod
+    def _without_adapters(point: Contents) -> Contents:
+        """Requests' adapters are not profiled: the online correction sees them."""
+        if point.inference is None:
+            return point
+        return point._replace(inference=point.inference._replace(adapter_segments=0))
+
+    def _run(self, point: Contents) -> list[tuple[Contents, float]]:
+        actions: list[Callable[[], object]] = []
+        arenas: list[Arena] = []
+        try:
+            if point.inference is not None:
+                actions.append(self._pass(point.inference, arenas))
+            actions += [self._unit(unit, arenas) for unit in point.units]
+            if point.optimizer_elements:
+                actions.append(self._optimizer(point.optimizer_elements))
+            return [(point, self._time(actions)) for _ in range(REPEATS + 1)][1:]
+        except CapacityError:
+            return []  # the pool is too small for this point, so nothing like it will run
+        finally:
+            for arena in arenas:
+                self.blocks.release_arena(arena)
+
+    def _time(self, actions: list[Callable[[], object]]) -> float:
+        started = time.perf_counter()
+        for action in actions:
+            action()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - started
+
+    def _arena(self, num_bytes: int, arenas: list[Arena]) -> torch.Tensor:
+        arena, moves = self.blocks.reserve_arena(-(-num_bytes // self.passes.pool.block_bytes))
+        assert not moves
+        arenas.append(arena)
+        return self.passes.pool.arena(arena.first, arena.end)
+
+    def _flight(self, rows: int, pairs: int, labels: int, arenas: list[Arena]) -> InFlight:
+        """A micro-batch whose first `rows` rows are whole sequences with so many query-key pairs and labels."""
+        length = max(2, sequence_length(rows, pairs))
+        rng = np.random.default_rng(0)
+        examples, left = [], labels
+        for index, start in enumerate(range(0, rows, length)):
+            count = min(length, rows - start)
+            weights = np.zeros(count, np.float32)
+            marked = min(left, count - 1)
+            weights[1 : 1 + marked] = 1
+            left -= marked
+            examples.append(Example(index=index, token_ids=rng.integers(0, self.arch.vocab_size, count), weights=weights))
+        batch = pack(examples, device=self.device)
+        itemsize = self.passes.weights.dtype.itemsize
+        layout = microbatch_layout(self.plan, batch.num_tokens, self.arch, itemsize, forward_only=False)
+        buffer = self._arena(layout.total, arenas)
+        buffer.zero_()
+        return self.train.begin(batch, self.plan, buffer=buffer)
+
+    def _unit(self, cost: UnitCost, arenas: list[Arena]) -> Callable[[], object]:
+        state, layers = self._flight(cost.rows, cost.pairs, cost.labels, arenas), self.arch.num_layers
+        rows = state.batch.num_tokens
+        if cost.backward:
+            first = layers - cost.layers
+            unit = Unit(Direction.BACKWARD, first, layers, 0, rows)
+            state.coefficients_set = True
+
+            def run() -> None:
+                state.backward_row = [rows] * layers
+                self.train.run(state, unit, self.adapter)
+        else:
+            first = layers - cost.layers if cost.labels else 0
+            unit = Unit(Direction.FORWARD, first, first + cost.layers, 0, rows)
+
+            def run() -> None:
+                state.forward_rows = [rows] * first + [0] * (layers - first)
+                self.train.run(state, unit, self.adapter)
+        return run
+
+    def _optimizer(self, elements: int) -> Callable[[], object]:
+        flat = torch.zeros(elements, dtype=self.passes.weights.dtype, device=self.device)
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        optimizer = FlatAdamW(OptimizerConfig(), flat, torch.zeros(elements, dtype=wide, device=self.device))
+        return lambda: optimizer.update(0, elements, 1e-4)
+
+    def _pass(self, cost: PassCost, arenas: list[Arena]) -> Callable[[], object]:
+        window = None
+        if cost.fused_rows:
+            state = self._flight(cost.fused_rows, cost.fused_pairs, cost.fused_labels, arenas)
+            window = TrainWindow(
+                state, Unit(Direction.FORWARD, 0, self.arch.num_layers, 0, state.batch.num_tokens), self.adapter
+            )
+        prefill_rows = cost.rows - cost.decode_rows - cost.fused_rows
+        lengths: list[int] = []
+        if prefill_rows:
+            length = sequence_length(prefill_rows, cost.prefill_pairs)
+            lengths = [min(length, prefill_rows - start) for start in range(0, prefill_rows, length)]
+        context = max(1, cost.decode_context // max(1, cost.decode_rows))
+        sizes = [*([context] * cost.decode_rows), *lengths]
+        tables: list[list[int]] = []
+        self.blocks.acquire(_OWNER, _KEY, [])
+        try:
+            self.blocks.allocate(_OWNER, sum(-(-size // self.blocks.block_tokens) * self.blocks.block_tokens for size in sizes))
+            table = list(self.blocks.table(_OWNER))
+        finally:
+            self.blocks.free(_OWNER)
+        for size in sizes:
+            used = -(-size // self.blocks.block_tokens)
+            tables.append(table[:used])
+            table = table[used:]
+        self.passes.pool.clear([block for used in tables for block in used])
+        decode = [RowSpan(context - 1, context, table, NO_ADAPTER) for table in tables[: cost.decode_rows]]
+        prefill = [
+            RowSpan(0, size, table, NO_ADAPTER) for size, table in zip(lengths, tables[cost.decode_rows :], strict=True)
+        ]
+        ids = torch.zeros(cost.decode_rows + prefill_rows, dtype=torch.int64, device=self.device)
+
+        def run() -> None:
+            if window is not None:
+                window.state.forward_rows = [0] * self.arch.num_layers
+            hidden = self.passes.run(ids, decode, prefill, window)
+            if cost.head_rows:
+                self.passes.logits(hidden[: cost.head_rows]).argmax(-1).tolist()
+
+        return run

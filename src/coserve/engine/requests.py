@@ -1,0 +1,175 @@
+"""A request in the engine: from a prompt to final text, with a handle for whoever waits.
+
+The engine's thread pushes tokens; any thread may read the handle. Times are seconds of the engine's clock.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from coserve.config import SamplingConfig
+from coserve.core import CoserveError, Sampled, TokenLogprob
+from coserve.engine.adapters import AdapterVersion
+from coserve.scheduler.requests import RequestState
+from coserve.textstream import TextStream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What one iteration added to one output. text: final characters, maybe none yet. finish_reason: stop, length, cancelled or
+    error, with the last chunk."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Output:
+    """One of a request's n outputs, so far. logprobs: per token, if asked for. token_times: seconds, per token."""
+
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_times: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class RequestHandle:
+    """A submitted request. outputs: n of them; prompt_logprobs: of the prompt's tokens from the second on, if asked for."""
+
+    def __init__(self, prompt_ids: Sequence[int], config: SamplingConfig, arrival_s: float, cancel: Callable[[], None]) -> None:
+        self.prompt_ids, self.config, self.arrival_s = list(prompt_ids), config, arrival_s
+        self.outputs = [Output(index) for index in range(config.n)]
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.cached_tokens = 0
+        self.error: CoserveError | None = None
+        self._cancel = cancel
+        self._done = threading.Event()
+        self._listeners: list[Callable[[Chunk], None]] = []
+        self._lock = threading.Lock()
+
+    # The usual case is one output.
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_times(self) -> list[float]:
+        return self.outputs[0].token_times
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[0].finish_reason
+
+    @property
+    def finished(self) -> bool:
+        return self._done.is_set()
+
+    def cancel(self) -> None:
+        """Ends the request; what it has stays."""
+        self._cancel()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Blocks until all outputs have ended; False after `timeout` seconds. For engines with a thread of their own."""
+        return self._done.wait(timeout)
+
+    def listen(self, listener: Callable[[Chunk], None]) -> None:
+        """Calls `listener` with every chunk, from the engine's thread; those of the past first, as one per output."""
+        with self._lock:
+            for output in self.outputs:
+                if output.token_ids or output.finish_reason:
+                    listener(Chunk(index=output.index, text=output.text, token_ids=tuple(output.token_ids),
+                                   logprobs=tuple(output.logprobs), finish_reason=output.finish_reason))
+            self._listeners.append(listener)
+
+    def chunks(self, drive: Callable[[], object] | None = None) -> Iterator[Chunk]:
+        """Chunks until the end. drive: called while there are none, for engines without a thread. Raises the request's
+        error."""
+        inbox: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        self.listen(inbox.put)
+        left = len(self.outputs)
+        while left:
+            while drive is not None and inbox.empty():
+                drive()
+            chunk = inbox.get()
+            left -= chunk.finish_reason is not None
+            yield chunk
+        if self.error is not None:
+            raise self.error
+
+    def push(self, chunk: Chunk, now: float) -> None:
+        """The engine adds a chunk."""
+        output = self.outputs[chunk.index]
+        with self._lock:
+            output.token_ids += chunk.token_ids
+            output.token_times += [now] * len(chunk.token_ids)
+            output.logprobs += chunk.logprobs
+            output.text += chunk.text
+            output.finish_reason = chunk.finish_reason
+            listeners = list(self._listeners)
+        if all(o.finish_reason for o in self.outputs):
+            self._done.set()
+        for listener in listeners:
+            listener(chunk)
+
+
+@dataclass(slots=True, kw_only=True)
+class LiveRequest:
+    """One output being made. ending: token ids that end it; slot: its adapter's, or -1. siblings: outputs of the same request
+    that start when this one's prompt is computed, so that they share its blocks."""
+
+    handle: RequestHandle
+    index: int
+    state: RequestState
+    config: SamplingConfig
+    stream: TextStream
+    ending: frozenset[int]
+    version: AdapterVersion | None
+    slot: int
+    siblings: list[LiveRequest] = field(default_factory=list)
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed + self.index
+
+    def accept(self, tokens: Sequence[Sampled], now: float) -> bool:
+        """Takes sampled tokens; True if the output has ended. Tokens after its end are dropped."""
+        ids: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        text, reason = "", None
+        have = len(self.handle.outputs[self.index].token_ids)
+        for token in tokens:
+            ids.append(token.token)
+            if token.logprob is not None:
+                logprobs.append(token.logprob)
+            if token.token in self.ending and have + len(ids) > self.config.min_tokens:
+                reason = "stop"
+            else:
+                text += self.stream.push(token.token)
+                if self.stream.stopped is not None:
+                    reason = "stop"
+                elif have + len(ids) >= self.config.max_tokens:
+                    reason = "length"
+            if reason is not None:
+                text += self.stream.finish()
+                break
+        self.handle.push(
+            Chunk(index=self.index, text=text, token_ids=tuple(ids), logprobs=tuple(logprobs), finish_reason=reason), now
+        )
+        return reason is not None
+
+    def end(self, reason: str, now: float) -> None:
+        """Ends the output from outside: cancelled or error."""
+        self.handle.push(Chunk(index=self.index, text=self.stream.finish(), finish_reason=reason), now)

@@ -1,0 +1,190 @@
+"""Executes a step plan on the device: the pass, units, optimizer slices, copies; then tokens are sampled and read.
+
+    pass over all layers [decode | prefill | fused window] -> logits | units | optimizer slices | copies | sampling
+
+Sampling is last, so that reading tokens is an iteration's one wait for the device. No policy, and nothing about who waits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from coserve.core import AdapterCopy, OptimizerSlice, Sampled, Span, StepPlan, StepResult, TokenLogprob, WorkUnit
+from coserve.engine.batchwork import Microbatch
+from coserve.engine.requests import LiveRequest
+from coserve.runtime.executor import TrainExecutor
+from coserve.runtime.fused import PassExecutor, TrainWindow
+from coserve.runtime.sampler import SamplerRow, prompt_logprobs, sample_rows
+from coserve.runtime.spans import RowSpan
+
+
+class JobActions(Protocol):
+    """What the runner asks of a job."""
+
+    def optimize(self, part: OptimizerSlice) -> None:
+        """Runs a slice of the optimizer step."""
+
+    def copy_adapter(self, copy: AdapterCopy) -> None:
+        """Copies the working weights."""
+
+    def fail(self, error: Exception) -> None:
+        """A unit, slice or copy of the job raised."""
+
+
+class Lookup(NamedTuple):
+    """Who is who in a plan."""
+
+    requests: Mapping[int, LiveRequest]
+    tables: Callable[[int], Sequence[int]]
+    microbatches: Mapping[int, Microbatch]
+    jobs: Mapping[int, JobActions]
+    owners: Mapping[int, int]
+    """The job of each micro-batch."""
+
+
+class StepRunner:
+    """Runs plans on a device."""
+
+    def __init__(
+        self, passes: PassExecutor, train: TrainExecutor, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.passes, self.train, self.clock = passes, train, clock
+
+    @torch.no_grad()
+    def run(self, plan: StepPlan, lookup: Lookup) -> StepResult:
+        """One iteration. A job whose unit fails is told so, and hurts nobody else."""
+        started = self.clock()
+        spans, logits = self._pass(plan, lookup)
+        for work in plan.units:
+            if not work.fused:
+                self._guard(lookup, work, lambda work=work: self._unit(work, lookup))  # type: ignore[misc]
+        for part in plan.optimizer:
+            self._try(lookup.jobs[part.job], lambda part=part: lookup.jobs[part.job].optimize(part))  # type: ignore[misc]
+        for copy in plan.copies:
+            if copy.job in lookup.jobs:
+                self._try(lookup.jobs[copy.job], lambda copy=copy: lookup.jobs[copy.job].copy_adapter(copy))  # type: ignore[misc]
+        tokens, prompts = self._sample(spans, logits, lookup)
+        return StepResult(tokens=tokens, prompt_logprobs=prompts, seconds=self.clock() - started)
+
+    def _unit(self, work: WorkUnit, lookup: Lookup) -> None:
+        micro = lookup.microbatches[work.microbatch]
+        assert micro.state is not None
+        self.train.run(micro.state, work.unit, micro.adapter)
+
+    def _guard(self, lookup: Lookup, work: WorkUnit, action: Callable[[], None]) -> None:
+        if work.microbatch in lookup.microbatches:
+            self._try(lookup.jobs[lookup.owners[work.microbatch]], action)
+
+    def _try(self, job: JobActions, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever it is, it is this job's
+            job.fail(error)
+
+    # --- the pass ---
+
+    def _pass(self, plan: StepPlan, lookup: Lookup) -> tuple[list[Span], Tensor | None]:
+        """Spans in batch order and their logits, one after another."""
+        window = self._window(plan, lookup)
+        if not plan.spans:
+            return [], None
+        decode, prefill = (
+            sorted((s for s in part if s.request in lookup.requests), key=lambda s: lookup.requests[s.request].slot)
+            for part in (plan.decode, plan.prefill)
+        )
+        spans = [*decode, *prefill]
+        ids: list[int] = []
+        for span in spans:
+            ids += self._ids(lookup.requests[span.request], span)
+        device = self.passes.weights.device
+        rows = [[self._row_span(span, lookup) for span in part] for part in (decode, prefill)]
+        hidden = self._run_pass(torch.tensor(ids, device=device), rows, window, plan.fused, lookup)
+        chosen: list[int] = []
+        end = 0
+        for span in spans:
+            end += span.length
+            chosen += range(end - span.logits, end)
+        if not chosen:
+            return spans, None
+        if len(chosen) < hidden.shape[0]:
+            hidden = hidden[torch.tensor(chosen, device=device)]
+        return spans, self.passes.logits(hidden)
+
+    def _window(self, plan: StepPlan, lookup: Lookup) -> TrainWindow | None:
+        work = plan.fused
+        micro = None if work is None else lookup.microbatches.get(work.microbatch)
+        if work is None or micro is None:
+            return None
+        assert micro.state is not None
+        return TrainWindow(micro.state, work.unit, micro.adapter)
+
+    def _run_pass(
+        self, ids: Tensor, rows: Sequence[Sequence[RowSpan]], window: TrainWindow | None, fused: WorkUnit | None, lookup: Lookup
+    ) -> Tensor:
+        """The pass; without its window if that fails, which is then its job's failure."""
+        if window is None:
+            return self.passes.run(ids, rows[0], rows[1], None)
+        assert fused is not None
+        try:
+            return self.passes.run(ids, rows[0], rows[1], window)
+        except Exception as error:  # requests must not suffer from a job
+            lookup.jobs[lookup.owners[fused.microbatch]].fail(error)
+            return self.passes.run(ids, rows[0], rows[1], None)
+
+    @staticmethod
+    def _ids(request: LiveRequest, span: Span) -> Sequence[int]:
+        state = request.state
+        known = len(state.prompt)
+        if span.end <= known:
+            return state.prompt[span.start : span.end]
+        if span.start >= known:
+            return state.output[span.start - known : span.end - known]
+        return state.tokens()[span.start : span.end]
+
+    @staticmethod
+    def _row_span(span: Span, lookup: Lookup) -> RowSpan:
+        return RowSpan(span.start, span.end, lookup.tables(span.request), lookup.requests[span.request].slot)
+
+    # --- tokens ---
+
+    def _sample(
+        self, spans: Sequence[Span], logits: Tensor | None, lookup: Lookup
+    ) -> tuple[dict[int, list[Sampled]], dict[int, list[TokenLogprob]]]:
+        tokens: dict[int, list[Sampled]] = {}
+        prompts: dict[int, list[TokenLogprob]] = {}
+        if logits is None:
+            return tokens, prompts
+        chosen: list[int] = []
+        rows: list[SamplerRow] = []
+        sampled: list[int] = []
+        first = 0
+        for span in spans:
+            request = lookup.requests[span.request]
+            if span.logits > 1 or (span.logits and request.state.every_logit):
+                prompts[span.request] = self._prompt_logprobs(request, span, logits[first : first + span.logits])
+            first += span.logits
+            if span.samples:
+                chosen.append(first - 1)
+                state = request.state
+                position = len(state.prompt) + len(state.output)
+                rows.append(SamplerRow(request.config, request.seed, position, state.prompt, state.output, request.ending))
+                sampled.append(span.request)
+        if not rows:
+            return tokens, prompts
+        if len(chosen) < logits.shape[0]:
+            logits = logits[torch.tensor(chosen, device=logits.device)]
+        for number, result in zip(sampled, sample_rows(logits, rows), strict=True):
+            tokens[number] = [result]
+        return tokens, prompts
+
+    @staticmethod
+    def _prompt_logprobs(request: LiveRequest, span: Span, logits: Tensor) -> list[TokenLogprob]:
+        """Of the prompt's tokens that follow the span's rows."""
+        following = request.state.prompt[span.start + 1 : span.end + 1]
+        count = request.config.prompt_logprobs or 0
+        return prompt_logprobs(logits[: len(following)], following, count) if following else []

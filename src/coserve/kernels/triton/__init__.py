@@ -1,0 +1,38 @@
+"""Kernels that no library call gives, in Triton: decode attention over the paged cache, products of many adapters.
+
+Owns: the guard around an optional package. Every module here imports without Triton; its kernels are then plain functions that
+nothing may call, and `available()` says so. With TRITON_INTERPRET=1, set before Triton is first imported, they run on CPU
+tensors, which is how their tests run without a device. Not yet run on a device: none was there when they were written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+
+def available() -> bool:
+    """Whether Triton is installed. Whether there is a device for it is the caller's question."""
+    return triton is not None
+
+
+def jit(*, unspecialized: Sequence[str] = ()) -> Callable[[Callable[..., None]], Any]:
+    """Decorator: `triton.jit`, or the bare function where there is no Triton.
+
+    unspecialized: integers that change from call to call; Triton would compile anew for 1 and for multiples of 16.
+    """
+
+    def decorate(kernel: Callable[..., None]) -> Any:
+        return kernel if triton is None else triton.jit(kernel, do_not_specialize=list(unspecialized))
+
+    return decorate
+
+
+def next_power(n: int) -> int:
+    """The least power of two that is n or more: Triton's tiles have no other sizes."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,192 @@
+"""Rows of requests in a batch: where their keys and values go, whose adapter each row has, and their attention.
+
+Rows are [decode | prefill], each part sorted by adapter slot, rows without an adapter first. B decode rows, T rows of one
+prefill span, S context tokens, G key-value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coserve.kernels.attention import attention, decode_attention
+from coserve.model.architecture import Architecture
+from coserve.ops.run import Factor, FactorStack
+from coserve.runtime.adapters import AdapterSlots
+from coserve.runtime.cache import KeyValuePool
+
+NO_ADAPTER = -1
+
+
+class RowSpan(NamedTuple):
+    """A request's tokens [start, end) in this batch. table: its blocks, in order; slot: its adapter's, or NO_ADAPTER."""
+
+    start: int
+    end: int
+    table: Sequence[int]
+    slot: int
+
+
+class _DecodeGroup(NamedTuple):
+    """Decode rows of like context. rows: slice or int64 [n]; block_rows: [n, G, blocks]; bias: [n, 1, S], 0 or -inf."""
+
+    rows: slice | Tensor
+    block_rows: Tensor
+    bias: Tensor
+
+
+class _Segments(NamedTuple):
+    """Rows [first, end) that have adapters. counts: rows by slot used; ends: int32 [slots], None where one has them all."""
+
+    first: int
+    end: int
+    counts: dict[int, int]
+    ends: Tensor | None
+
+
+class SpanRows:
+    """One batch's rows of requests. positions: int64 [rows]; `layer` is set before each program."""
+
+    def __init__(
+        self, decode: Sequence[RowSpan], prefill: Sequence[RowSpan], pool: KeyValuePool, arch: Architecture,
+        adapters: AdapterSlots,
+    ) -> None:
+        self.pool, self.adapters, self.windows, self.width = pool, adapters, arch.sliding_windows, arch.head_dim
+        self.prefill, self.num_decode = prefill, len(decode)
+        self.layer = 0
+        self._scales: dict[object, Tensor] = {}
+        device = pool.buffer.device
+        spans = [*decode, *prefill]
+        lengths = [span.end - span.start for span in spans]
+        self.num_rows = sum(lengths)
+        positions = np.concatenate([np.arange(s.start, s.end) for s in spans]) if spans else np.zeros(0, np.int64)
+        blocks = np.concatenate(
+            [np.asarray(s.table, np.int64)[np.arange(s.start, s.end) // pool.block_tokens] for s in spans]
+        ) if spans else positions
+        self.positions = torch.from_numpy(positions.astype(np.int64)).to(device)
+        self._token_rows = pool.token_rows(torch.from_numpy(blocks).to(device), self.positions % pool.block_tokens)
+        self._fresh = _fresh_blocks(spans, pool.block_tokens)
+        self._decode_windows = {window: self._groups(decode, window) for window in set(self.windows)} if decode else {}
+        starts = np.cumsum([0, *lengths])
+        self._prefill = [
+            (slice(int(first), int(first) + s.end - s.start), s, self._context(s))
+            for first, s in zip(starts[len(decode) : -1], prefill, strict=True)
+        ]
+        self._segments = [
+            *_segments(decode, 0, adapters.num_slots, device), *_segments(prefill, len(decode), adapters.num_slots, device)
+        ]
+
+    def clear_fresh(self) -> None:
+        """Zeroes the blocks that get their first token in this batch."""
+        self.pool.clear(self._fresh)
+
+    def _context(self, span: RowSpan) -> Tensor | None:
+        """Block rows of a span's context; None where the span is all of it."""
+        if span.start == 0:
+            return None
+        used = span.table[: -(-span.end // self.pool.block_tokens)]
+        return self.pool.block_rows(torch.tensor(used, device=self.pool.buffer.device))
+
+    def _groups(self, decode: Sequence[RowSpan], window: int | None) -> list[_DecodeGroup]:
+        """Decode rows cut into groups, so that padding to a group's longest context at most doubles what is read."""
+        size, device = self.pool.block_tokens, self.pool.buffer.device
+        ends = np.array([span.end for span in decode])
+        counts = -(-ends // size)
+        order = np.argsort(counts, kind="stable")
+        groups, first = [], 0
+        while first < len(order):
+            limit = 2 * counts[order[first]] + 4
+            last = first + int(np.searchsorted(counts[order[first:]], limit, side="right"))
+            chosen = order[first:last]
+            longest = int(counts[chosen].max())
+            table = np.empty((len(chosen), longest), np.int64)
+            for row, index in enumerate(chosen):
+                own = decode[index].table[: counts[index]]
+                table[row, : len(own)] = own
+                table[row, len(own) :] = own[0]  # padding reads the request's own memory
+            keys = np.arange(longest * size)
+            seen = keys < ends[chosen, None]
+            if window is not None:
+                seen &= keys >= ends[chosen, None] - window
+            bias = torch.zeros(len(chosen), 1, longest * size, dtype=self.pool.rows.dtype, device=device)
+            bias.masked_fill_(~torch.from_numpy(seen).to(device)[:, None], -torch.inf)
+            whole = len(chosen) == len(decode)
+            rows = torch.from_numpy(chosen if not whole else np.arange(len(decode))).to(device)
+            if whole:
+                table, bias = table[np.argsort(chosen)], bias[torch.from_numpy(np.argsort(chosen)).to(device)]
+            groups.append(_DecodeGroup(
+                slice(0, len(decode)) if whole else rows, self.pool.block_rows(torch.from_numpy(table).to(device)), bias
+            ))
+            first = last
+        return groups
+
+    def segments(self, name: str) -> Iterator[tuple[slice, Factor | FactorStack]]:
+        """The rows with adapters and the factors of the present layer."""
+        stack = self.adapters.factor(self.layer, name) if self._segments else None
+        if stack is None:
+            return
+        for part in self._segments:
+            scales = {slot: self.adapters.scale(self.layer, name, slot) for slot in part.counts}
+            rows = slice(part.first, part.end)
+            if part.ends is None:
+                ((slot, scale),) = scales.items()
+                yield rows, Factor(stack[slot].T, scale, None)
+            else:
+                yield rows, FactorStack(stack, part.ends, self._row_scales(part, scales))
+
+    def _row_scales(self, part: _Segments, scales: dict[int, float]) -> Tensor | float:
+        """[rows, 1], or the one scale of all; made once per different set."""
+        if len(set(scales.values())) == 1:
+            return next(iter(scales.values()))
+        key = (part.first, tuple(scales.items()))
+        if key not in self._scales:
+            values = np.repeat([scales[slot] for slot in part.counts], list(part.counts.values()))
+            tensor = torch.from_numpy(values).to(device=self.pool.rows.device, dtype=self.pool.rows.dtype)
+            self._scales[key] = tensor[:, None]
+        return self._scales[key]
+
+    def attention(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """q, out: [rows, H * K]; k, v: [rows, G * K], which are stored first."""
+        self.pool.write(self.layer, self._token_rows, k, v)
+        window = self.windows[self.layer]
+        for group in self._decode_windows.get(window, ()):
+            keys, values = self.pool.gather(self.layer, group.block_rows)
+            if isinstance(group.rows, slice):
+                decode_attention(out[group.rows], q[group.rows], keys, values, group.bias)
+            else:
+                part = torch.empty(len(group.rows), out.shape[1], dtype=out.dtype, device=out.device)
+                decode_attention(part, q[group.rows], keys, values, group.bias)
+                out[group.rows] = part
+        for rows, span, context in self._prefill:
+            keys, values = k[rows], v[rows]
+            if context is not None:
+                keys, values = (t.transpose(0, 1).flatten(1) for t in self.pool.gather(self.layer, context))
+            lse = torch.empty(span.end - span.start, q.shape[1] // self.width,
+                              dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+            attention(out[rows], lse, q[rows], keys, values, width=self.width, begin=0, first=span.start, last=span.end,
+                      window=window)
+
+
+def _fresh_blocks(spans: Sequence[RowSpan], size: int) -> list[int]:
+    """Blocks whose first token is in the batch."""
+    return [block for s in spans for block in s.table[-(-s.start // size) : -(-s.end // size)]]
+
+
+def _segments(spans: Sequence[RowSpan], row: int, num_slots: int, device: torch.device) -> list[_Segments]:
+    """The rows of a part that have adapters, as one run."""
+    counts = [0] * num_slots
+    first = None
+    for span in spans:
+        if span.slot != NO_ADAPTER:
+            first = row if first is None else first
+            counts[span.slot] += span.end - span.start
+        row += span.end - span.start
+    if first is None:
+        return []
+    used = {slot: count for slot, count in enumerate(counts) if count}
+    ends = None if len(used) == 1 else torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+    return [_Segments(first, row, used, ends)]

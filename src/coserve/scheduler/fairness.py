@@ -1,0 +1,36 @@
+"""Weighted fair sharing by virtual token counters: whoever has had the least per weight is next.
+
+Source: Sheng et al. 2024, "Fairness in Serving Large Language Models" (VTC). A newcomer starts level with the least served
+active one, so that idleness saves up no credit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+
+class TokenCounters:
+    """Tokens per weight of each party (a tenant or a job)."""
+
+    def __init__(self) -> None:
+        self._served: dict[Hashable, float] = {}
+        self._weights: dict[Hashable, float] = {}
+
+    def enter(self, party: Hashable, active: Iterable[Hashable], weight: float = 1.0) -> None:
+        """A party has work again, beside the `active` ones."""
+        level = min((self._served.get(other, 0.0) for other in active if other != party), default=0.0)
+        self._served[party] = max(self._served.get(party, 0.0), level)
+        self._weights[party] = weight
+
+    def charge(self, party: Hashable, tokens: float) -> None:
+        """A party was served."""
+        self._served[party] = self._served.get(party, 0.0) + tokens / self._weights.get(party, 1.0)
+
+    def served(self, party: Hashable) -> float:
+        """What it has had, in tokens per weight."""
+        return self._served.get(party, 0.0)
+
+    def leave(self, party: Hashable) -> None:
+        """Forgets a party."""
+        self._served.pop(party, None)
+        self._weights.pop(party, None)

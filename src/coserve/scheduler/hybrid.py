@@ -1,0 +1,321 @@
+"""The hybrid token scheduler: what each iteration runs, so that requests keep their deadlines and jobs get all the rest.
+
+    budget = least slack of running requests, at most the ITL cap      (nothing running: the preemption quantum)
+    |-- decode --|-- prefill, earliest TTFT deadline first --|-- finetuning units ------------|- reserve -|
+
+State advances when a plan is made, not when it is committed: plan n + 1 may be made before plan n's tokens are known.
+Policies other than `coserve` are settings of the same code (policies.py). Owns: the order and size of work. Does not own:
+tensors, texts, what tokens mean, when a request has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+
+from coserve.config import SchedulerConfig
+from coserve.core import AdapterCopy, CapacityError, Span, StepPlan
+from coserve.scheduler.blocks import BlockPool
+from coserve.scheduler.fairness import TokenCounters
+from coserve.scheduler.latency import Contents, LatencyModel, PassCost, kind_of
+from coserve.scheduler.policies import Policy, Turn
+from coserve.scheduler.requests import RequestState
+from coserve.scheduler.units import Chosen, UnitPicker
+from coserve.scheduler.work import JobWork, MicrobatchWork
+
+LEAST_CHUNK = 16
+"""Prompt tokens below which a chunk waits for a larger one."""
+URGENT = 0.5
+"""Share of its TTFT objective after which a waiting request may take running requests' slack, up to the ITL cap."""
+SHARE_MEMORY = 0.98
+"""Weight of the past, per iteration, in the share of time that jobs had."""
+
+
+class HybridScheduler:
+    """Requests and jobs of one engine."""
+
+    def __init__(self, config: SchedulerConfig, latency: LatencyModel, pool: BlockPool, num_layers: int) -> None:
+        self.config, self.latency, self.pool = config, latency, pool
+        self.policy = Policy(config.policy)
+        self.picker = UnitPicker(latency, num_layers, config.max_window_tokens)
+        self.requests: dict[int, RequestState] = {}
+        self.jobs: dict[int, JobWork] = {}
+        self.tenants, self.job_counters = TokenCounters(), TokenCounters()
+        self.num_preemptions = 0
+        self._copies: list[AdapterCopy] = []
+        self._number = 0
+        self._contents: dict[int, Contents] = {}
+        self._finetune_share = 0.0
+        self._shares: dict[int, float] = {}
+
+    # --- requests and jobs ---
+
+    def add_request(self, request: RequestState) -> None:
+        """A request waits for its first span."""
+        self.tenants.enter(request.tenant, {r.tenant for r in self.requests.values()})
+        self.requests[request.id] = request
+
+    def remove_request(self, number: int) -> RequestState | None:
+        """A request ended or was cancelled: its blocks are free, tokens in flight are dropped at their commit."""
+        request = self.requests.pop(number, None)
+        if request is not None and request.running:
+            self.pool.free(number)
+        return request
+
+    def add_job(self, job: JobWork) -> None:
+        """A job may get units."""
+        self.job_counters.enter(job.id, self.jobs, job.weight)
+        self.tenants.enter(job.tenant, {r.tenant for r in self.requests.values()})
+        self.jobs[job.id] = job
+
+    def remove_job(self, number: int) -> None:
+        """A job ended."""
+        self.jobs.pop(number, None)
+        self.job_counters.leave(number)
+
+    def add_microbatch(self, work: MicrobatchWork) -> None:
+        """A micro-batch of a job has its memory and may get units."""
+        self.jobs[work.job].microbatches[work.id] = work
+
+    def copy_adapter(self, copy: AdapterCopy) -> None:
+        """The next plan carries the copy."""
+        self._copies.append(copy)
+
+    @property
+    def num_running(self) -> int:
+        return sum(r.running for r in self.requests.values())
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.requests) - self.num_running
+
+    # --- one iteration ---
+
+    def schedule(self, now: float) -> StepPlan:
+        """The next plan; it is empty if there is nothing to do."""
+        turn = self.policy.turn(self._has_inference(), self._whole_fits(now))
+        decode: list[Span] = []
+        prefill: list[Span] = []
+        budget = self._budget(now)
+        if turn is not Turn.FINETUNING:
+            decode = self._decode()
+            prefill = self._prefill(now, decode, budget)
+        cost = self._pass_cost(decode, prefill)
+        chosen = self._finetune(turn, budget, cost)
+        copies, self._copies = tuple(self._copies), []
+        contents = Contents(chosen.inference, chosen.costs, sum(part.end - part.start for part in chosen.optimizer))
+        plan = StepPlan(
+            number=self._number, decode=tuple(decode), prefill=tuple(prefill), units=chosen.units, optimizer=chosen.optimizer,
+            copies=copies, kind=kind_of(contents), predicted_s=self.latency.seconds(contents),
+        )
+        if not plan.empty:
+            self._number += 1
+            self._contents[plan.number] = contents
+            self._account(plan, chosen, cost)
+        return plan
+
+    def commit(self, plan: StepPlan, tokens: Mapping[int, Sequence[int]], now: float, seconds: float) -> None:
+        """A plan has run. tokens: per request, what was sampled; seconds: what it took. Requests that are gone are left out."""
+        for span in plan.spans:
+            request = self.requests.get(span.request)
+            if request is None:
+                continue
+            if span.samples:
+                request.in_flight -= 1
+                request.output += tokens[span.request]
+                if request.first_token_s is None:
+                    request.first_token_s = now
+            if request.running:
+                tokens_known = request.tokens()
+                self.pool.seal(request.id, request.key, tokens_known, min(span.end, len(tokens_known)))
+        self.policy.ran(plan, [w for job in self.jobs.values() for w in job.microbatches.values()])
+        contents = self._contents.pop(plan.number)
+        if contents.inference or contents.units or contents.optimizer_elements:
+            self.latency.observe(contents, seconds)
+
+    def finetune_share_of(self, plan: StepPlan) -> float:
+        """Share of a plan's predicted time that is a job's; asked once, after its commit."""
+        return self._shares.pop(plan.number, 0.0)
+
+    def _has_inference(self) -> bool:
+        return self.policy.inference and bool(self.requests)
+
+    def _active_jobs(self) -> list[JobWork]:
+        """Jobs that may get units, the one that has had least first."""
+        if not self.policy.finetuning:
+            return []
+        jobs = [job for job in self.jobs.values() if not job.paused]
+        return sorted(jobs, key=lambda j: self.job_counters.served(j.id))
+
+    def _whole_fits(self, now: float) -> bool:
+        """Whether every running request can wait while the next micro-batch runs from end to end."""
+        works = [w for job in self._active_jobs() for w in job.microbatches.values()]
+        if not works or not self.policy.adapts:
+            return False
+        if any(not r.running for r in self.requests.values()):
+            return False
+        seconds = self.picker.whole_seconds(works[0])
+        return all(r.deadline_s - now > seconds for r in self.requests.values())
+
+    # --- time ---
+
+    def _reserve(self) -> float:
+        return self.latency.reserve() if self.config.reserve is None else self.config.reserve
+
+    def _budget(self, now: float) -> float:
+        """Seconds that the iteration may be predicted to take."""
+        running = [r for r in self.requests.values() if r.running]
+        if not running:
+            return self.config.preemption_quantum_ms / 1e3
+        cap = self._itl_cap(running)
+        token_s = self.latency.pass_seconds(self._decode_cost(running)) + self.latency.constant_seconds
+        live = [r.deadline_s - now for r in running if not r.hopeless(now, token_s)]
+        return min([cap, *live]) / (1 + self._reserve())
+
+    def _itl_cap(self, running: Sequence[RequestState]) -> float:
+        return self.config.itl_factor * min(r.tpot_s for r in running)
+
+    def _decode_cost(self, running: Sequence[RequestState]) -> PassCost:
+        rows = len(running)
+        return PassCost(rows, rows, rows, sum(r.total for r in running), 0, 0, 0, 0, len({r.key for r in running}))
+
+    def _pass_cost(self, decode: Sequence[Span], prefill: Sequence[Span]) -> PassCost | None:
+        if not decode and not prefill:
+            return None
+        rows = len(decode) + sum(span.length for span in prefill)
+        pairs = sum(span.length * (span.start + span.end + 1) // 2 for span in prefill)
+        keys = {self.requests[span.request].key for span in (*decode, *prefill)}
+        head_rows = sum(span.logits for span in (*decode, *prefill))
+        adapters = sum(key.adapter is not None for key in keys)
+        return PassCost(rows, head_rows, len(decode), sum(span.end for span in decode), pairs, 0, 0, 0, adapters)
+
+    # --- inference ---
+
+    def _decode(self) -> list[Span]:
+        """One token of every running request whose prompt is through. Without memory the latest arrival is preempted."""
+        spans: list[Span] = []
+        busy: set[int] = set()
+        ready = sorted((r for r in self.requests.values() if r.running and r.decoding), key=lambda r: (r.arrival_s, r.id))
+        for request in ready:
+            if not request.running or request.sampled_enough or not self._grow(request, request.total, busy):
+                continue
+            busy.add(request.id)
+            spans.append(Span(request.id, request.computed, 1, 1, True))
+            request.computed += 1
+            request.in_flight += 1
+        return spans
+
+    def _grow(self, request: RequestState, num_tokens: int, busy: Container[int] | None) -> bool:
+        """Blocks for a request, if need be at the expense of the latest arrivals; False if there are none.
+
+        busy: requests with spans in this plan, which can't be preempted; None: nobody can.
+        """
+        while True:
+            try:
+                self.pool.allocate(request.id, num_tokens)
+                return True
+            except CapacityError:
+                others = [] if busy is None else [r for r in self.requests.values() if r.running and r.id not in busy]
+                victim = max(others, key=lambda r: (r.arrival_s, r.id), default=None)
+                if victim is None:
+                    return False
+                self.preempt(victim)
+                if victim is request:
+                    return False
+
+    def preempt(self, request: RequestState) -> None:
+        """Takes a request's memory; it waits, and its tokens are computed again under the adapter version it began with."""
+        self._release(request)
+        request.preemptions += 1
+        self.num_preemptions += 1
+
+    def _prefill(self, now: float, decode: Sequence[Span], budget: float) -> list[Span]:
+        """Chunks of prompts by earliest deadline, the least served tenant first, as long as the pass stays in its budget."""
+        spans: list[Span] = []
+        waiting = [r for r in self.requests.values() if not r.decoding and not r.sampled_enough and not r.in_flight]
+
+        def precedence(request: RequestState) -> tuple[bool, float, float, int]:
+            served = self.tenants.served(request.tenant)
+            return request.hopeless(now, 0.0), served, request.arrival_s + request.ttft_s, request.id
+
+        order = sorted(waiting, key=precedence)
+        running = [r for r in self.requests.values() if r.running]
+        for request in order:
+            if not request.running and len(running) >= self.config.max_num_seqs:
+                break
+            limit = budget
+            if decode and now - request.arrival_s > URGENT * request.ttft_s:
+                limit = max(budget, self._itl_cap(running) / (1 + self._reserve()))
+            was_running = request.running
+            if not was_running:
+                self._admit(request)
+            chunk = self._chunk(request, decode, spans, limit)
+            busy = {span.request for span in (*decode, *spans)}
+            if chunk == 0 or not self._grow(request, request.computed + chunk, busy if was_running else None):
+                if not was_running:
+                    self._release(request)
+                break
+            running.append(request)
+            last = request.computed + chunk == request.total
+            logits = chunk if request.every_logit else int(last)
+            spans.append(Span(request.id, request.computed, chunk, logits, last))
+            request.computed += chunk
+            request.in_flight += int(last)
+        return spans
+
+    def _admit(self, request: RequestState) -> None:
+        """A waiting request takes what the prefix cache has of it."""
+        prefix = request.tokens() if request.cacheable else []
+        request.computed = request.cached_tokens = self.pool.acquire(request.id, request.key, prefix)
+        request.running = True
+
+    def _release(self, request: RequestState) -> None:
+        self.pool.free(request.id)
+        request.running, request.computed = False, 0
+
+    def _chunk(self, request: RequestState, decode: Sequence[Span], spans: Sequence[Span], seconds: float) -> int:
+        """The most tokens of a prompt whose pass is predicted to stay within `seconds`."""
+        room = self.config.max_num_batched_tokens - len(decode) - sum(span.length for span in spans)
+        most = min(request.total - request.computed, room)
+        least = min(most, LEAST_CHUNK)
+
+        def fits(chunk: int) -> bool:
+            span = Span(request.id, request.computed, chunk, 1, True)
+            cost = self._pass_cost(decode, [*spans, span])
+            assert cost is not None
+            return self.latency.pass_seconds(cost) + self.latency.constant_seconds <= seconds
+
+        if most <= 0:
+            return 0
+        if fits(most):
+            return most
+        if not fits(least):
+            return 0 if decode or spans else least  # alone, a chunk always runs
+        low, high = least, most
+        while high - low > 8:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    # --- finetuning ---
+
+    def _finetune(self, turn: Turn, budget: float, cost: PassCost | None) -> Chosen:
+        base = 0.0 if cost is None else self.latency.pass_seconds(cost)
+        left = self.policy.seconds(turn, budget - base - self.latency.constant_seconds)
+        share = self.config.finetune_min_share
+        jobs = self._active_jobs() if turn is not Turn.INFERENCE else []
+        if jobs and cost is not None and self._finetune_share < share:
+            left = max(left, base * share / (1 - share))
+        if left <= 0 or not jobs:
+            return Chosen((), (), (), cost, 0.0, {})
+        return self.picker.pick(jobs, left, cost, fuse=self.policy.fuses, patient=turn is Turn.BOTH and cost is not None)
+
+    def _account(self, plan: StepPlan, chosen: Chosen, cost: PassCost | None) -> None:
+        """Charges tenants and jobs for what they get."""
+        for span in plan.spans:
+            self.tenants.charge(self.requests[span.request].tenant, span.length)
+        for job, tokens in chosen.tokens.items():
+            self.job_counters.charge(job, tokens)
+            self.tenants.charge(self.jobs[job].tenant, tokens)
+        share = chosen.seconds / plan.predicted_s if plan.predicted_s > 0 else 0.0
+        self._shares[plan.number] = share
+        self._finetune_share = SHARE_MEMORY * self._finetune_share + (1 - SHARE_MEMORY) * share

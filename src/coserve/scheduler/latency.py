@@ -1,0 +1,295 @@
+"""How long an iteration will take. Owns: what an iteration costs in counts, the terms of the latency law, its prediction and
+its correction from what iterations took. Does not own: measuring and fitting (scheduler/profile.py), or any decision.
+
+    seconds = iteration's constant
+            + k_inference (constant + curve(rows) + curve(head rows) + ...)                  one pass over all layers
+            + k_forward   (constant + layers x (curve(rows) + pairs) + ...)  per unit        k_backward likewise
+            + k_optimizer (constant + elements)
+
+A curve is piecewise linear and rises: its features are the amounts inside each piece, its coefficients slopes of 0 or more. The
+coefficients come from a profile; the factors k follow the iterations. A prediction is plain floats, since a scheduler makes
+dozens per iteration.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import mul
+from typing import NamedTuple
+
+
+class PassCost(NamedTuple):
+    """One inference pass over all layers.
+
+    rows: decode, prefill and fused; head_rows: rows through the output head for logits; decode_context: sum of context tokens
+    over decode rows; prefill_pairs, fused_pairs: query-key pairs per layer; fused_rows: finetuning rows among `rows`, whose
+    kept values are written; fused_labels: label rows through the loss head; adapter_segments: different adapters among the
+    rows.
+    """
+
+    rows: int
+    head_rows: int
+    decode_rows: int
+    decode_context: int
+    prefill_pairs: int
+    fused_rows: int
+    fused_pairs: int
+    fused_labels: int
+    adapter_segments: int
+
+
+class UnitCost(NamedTuple):
+    """A unit of finetuning work that is not fused.
+
+    pairs: query-key pairs of the window per layer; labels: label rows through the loss head, of forward units that reach the
+    top, else 0.
+    """
+
+    backward: bool
+    rows: int
+    layers: int
+    pairs: int
+    labels: int
+
+
+class Contents(NamedTuple):
+    """What an iteration holds."""
+
+    inference: PassCost | None
+    units: tuple[UnitCost, ...]
+    optimizer_elements: int
+
+
+class ErrorSummary(NamedTuple):
+    """Absolute relative errors of predictions, as shares of the predicted time."""
+
+    iterations: int
+    median: float
+    p95: float
+
+
+def kind_of(contents: Contents) -> str:
+    """'decode', 'prefill+backward', ...: the parts in a fixed order, joined by '+'; 'idle' if there are none."""
+    cost, units = contents.inference, contents.units
+    parts = (
+        ("decode", cost is not None and cost.decode_rows > 0),
+        ("prefill", cost is not None and cost.rows > cost.decode_rows + cost.fused_rows),
+        ("fused", cost is not None and cost.fused_rows > 0),
+        ("forward", any(not unit.backward for unit in units)),
+        ("backward", any(unit.backward for unit in units)),
+        ("optimizer", contents.optimizer_elements > 0),
+    )
+    return "+".join(name for name, there in parts if there) or "idle"
+
+
+class Term(NamedTuple):
+    """A rising curve over one field of a group's cost; with one piece, which starts at 0, a plain product.
+
+    knots: where pieces start; the last has no end. per_layer: multiplied by the unit's layers. The field 'once' is always 1.
+    """
+
+    field: str
+    knots: tuple[int, ...] = (0,)
+    per_layer: bool = False
+
+    def amounts(self, amount: int) -> Iterator[float]:
+        """How much of `amount` lies inside each piece."""
+        for start, end in zip(self.knots, (*self.knots[1:], math.inf), strict=True):
+            yield max(0.0, min(amount, end) - start)
+
+
+_UNIT_TERMS = (
+    Term("once"), Term("layers"), Term("rows", (0, 32, 128, 512), per_layer=True), Term("pairs", per_layer=True),
+    Term("labels"),
+)
+
+TERMS: Mapping[str, tuple[Term, ...]] = {
+    "iteration": (Term("once"),),
+    "inference": (
+        Term("once"), Term("rows", (1, 2, 4, 16, 64, 256, 1024)), Term("head_rows", (0, 1, 16, 256)), Term("decode_rows"),
+        Term("decode_context"), Term("prefill_pairs"), Term("fused_rows"), Term("fused_pairs"), Term("fused_labels"),
+        Term("adapter_segments"),
+    ),
+    "forward": _UNIT_TERMS,
+    "backward": _UNIT_TERMS,
+    "optimizer": (Term("once"), Term("elements")),
+}
+"""The law, by group. The constant of a pass is its first row's cost, so that its rows begin to count at 1."""
+
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "iteration": (), "inference": PassCost._fields, "forward": UnitCost._fields, "backward": UnitCost._fields,
+    "optimizer": ("elements",),
+}
+"""The fields of a group's cost."""
+
+Coefficient = tuple[str, str, int]
+"""Names a coefficient: group, field, knot where its piece starts."""
+
+
+class _Curve(NamedTuple):
+    """A term in the form that is fast to evaluate. place: of the field in the cost; values: at the knots."""
+
+    place: int
+    knots: tuple[int, ...]
+    values: tuple[float, ...]
+    slopes: tuple[float, ...]
+    per_layer: bool
+
+    def __call__(self, amount: int) -> float:
+        piece = bisect_right(self.knots, amount) - 1
+        return self.values[piece] + self.slopes[piece] * (amount - self.knots[piece]) if piece >= 0 else 0.0
+
+
+class _Law:
+    """Seconds of one group by its cost, a tuple in the order of FIELDS."""
+
+    def __init__(self, group: str, coefficients: Mapping[Coefficient, float]) -> None:
+        fields = FIELDS[group]
+        products, curves = [0.0] * len(fields), []
+        self.constant = 0.0
+        for term in TERMS[group]:
+            slopes = tuple(coefficients.get((group, term.field, knot), 0.0) for knot in term.knots)
+            assert all(slope >= 0 for slope in slopes)
+            if term.field == "once":
+                self.constant = slopes[0]
+            elif term.knots == (0,) and not term.per_layer:
+                products[fields.index(term.field)] = slopes[0]
+            else:
+                values = [0.0]
+                for slope, start, end in zip(slopes[:-1], term.knots[:-1], term.knots[1:], strict=True):
+                    values.append(values[-1] + slope * (end - start))
+                curves.append(_Curve(fields.index(term.field), term.knots, tuple(values), slopes, term.per_layer))
+        self._products, self._curves = tuple(products), tuple(curves)
+
+    def __call__(self, cost: Sequence[int], layers: int = 1) -> float:
+        seconds = self.constant + sum(map(mul, self._products, cost))
+        for curve in self._curves:
+            value = curve(cost[curve.place])
+            seconds += value * layers if curve.per_layer else value
+        return seconds
+
+
+_STEP = 0.15
+"""Share of a residual by which one iteration moves its own prediction."""
+_LARGEST_RESIDUAL = 0.5
+_LARGEST_JUMP = 0.1
+"""A residual counts up to this much more than the last one of its kind: a lone stall hardly moves a prediction, while a lasting
+change counts in full from its second iteration on."""
+_SMALLEST_FACTOR, _LARGEST_FACTOR = 0.25, 4.0
+_RESERVE_ITERATIONS, _RESERVE_MINIMUM = 200, 20
+_ERROR_ITERATIONS = 1000
+
+
+class LatencyModel:
+    """Predicts seconds; learns from iterations. All predictions are 0 or more and never fall as rows rise."""
+
+    def __init__(self, coefficients: Mapping[Coefficient, float]) -> None:
+        """coefficients: seconds per amount, 0 or more; those left out are 0."""
+        self.coefficients = dict(coefficients)
+        laws = {group: _Law(group, coefficients) for group in TERMS}
+        self._constant = laws.pop("iteration").constant
+        self._inference, self._forward, self._backward, self._optimizer = laws.values()
+        self._factors = dict.fromkeys(laws, 1.0)
+        self._last_residual: dict[str, float] = {}
+        self._errors: dict[str, deque[float]] = {}
+        self._finetuning: deque[float] = deque(maxlen=_RESERVE_ITERATIONS)
+
+    @property
+    def constant_seconds(self) -> float:
+        """What every iteration costs, whatever it holds: part of `seconds` and of no other prediction."""
+        return self._constant
+
+    @property
+    def corrections(self) -> dict[str, float]:
+        """Present factor of each group, learnt by `observe`."""
+        return dict(self._factors)
+
+    def pass_seconds(self, cost: PassCost) -> float:
+        """An inference pass."""
+        return self._factors["inference"] * self._inference(cost)
+
+    def unit_seconds(self, cost: UnitCost) -> float:
+        """A unit that is not fused."""
+        if cost.backward:
+            return self._factors["backward"] * self._backward(cost, cost.layers)
+        return self._factors["forward"] * self._forward(cost, cost.layers)
+
+    def optimizer_seconds(self, elements: int) -> float:
+        """An optimizer slice; nothing for no elements."""
+        return self._factors["optimizer"] * self._optimizer((elements,)) if elements else 0.0
+
+    def seconds(self, contents: Contents) -> float:
+        """A whole iteration."""
+        return self._constant + sum(self._parts(contents).values())
+
+    def _parts(self, contents: Contents) -> dict[str, float]:
+        """Predicted seconds by group."""
+        forward = backward = 0.0
+        for unit in contents.units:
+            if unit.backward:
+                backward += self.unit_seconds(unit)
+            else:
+                forward += self.unit_seconds(unit)
+        return {
+            "inference": 0.0 if contents.inference is None else self.pass_seconds(contents.inference),
+            "forward": forward,
+            "backward": backward,
+            "optimizer": self.optimizer_seconds(contents.optimizer_elements),
+        }
+
+    def observe(self, contents: Contents, measured_seconds: float) -> None:
+        """Learns from an iteration that has run, and records the error of its prediction. An iteration that is predicted to
+        take no time teaches nothing."""
+        parts = self._parts(contents)
+        predicted = self._constant + sum(parts.values())
+        if predicted <= 0:
+            return
+        kind = kind_of(contents)
+        residual = (measured_seconds - predicted) / predicted
+        self._errors.setdefault(kind, deque(maxlen=_ERROR_ITERATIONS)).append(abs(residual))
+        if contents.units or contents.optimizer_elements or (contents.inference and contents.inference.fused_rows):
+            self._finetuning.append(residual)
+        self._correct(parts, predicted, self._believed(kind, residual))
+
+    def _believed(self, kind: str, residual: float) -> float:
+        """The residual without what looks like a stall."""
+        residual = _clamp(residual, -_LARGEST_RESIDUAL, _LARGEST_RESIDUAL)
+        limit = abs(self._last_residual.get(kind, 0.0)) + _LARGEST_JUMP
+        self._last_residual[kind] = residual
+        return _clamp(residual, -limit, limit)
+
+    def _correct(self, parts: Mapping[str, float], predicted: float, residual: float) -> None:
+        """Normalized least mean squares on the factors: each takes of the residual by its share of the predicted time. The
+        constant has a share too, which is left uncorrected."""
+        shares = {group: seconds / predicted for group, seconds in parts.items()}
+        norm = sum(share * share for share in shares.values()) + (self._constant / predicted) ** 2
+        for group, share in shares.items():
+            factor = self._factors[group] * (1 + _STEP * residual * share / norm)
+            self._factors[group] = _clamp(factor, _SMALLEST_FACTOR, _LARGEST_FACTOR)
+
+    def reserve(self) -> float:
+        """Share of a budget to keep back: the 95th percentile of (measured - predicted) / predicted over the last iterations
+        that held finetuning work, from 0.02 to 0.5; 0.1 until there are enough of them."""
+        if len(self._finetuning) < _RESERVE_MINIMUM:
+            return 0.1
+        return _clamp(_percentile(self._finetuning, 0.95), 0.02, 0.5)
+
+    def errors(self) -> dict[str, ErrorSummary]:
+        """By kind of iteration, over the last 1000 of it; each prediction is the one made before its iteration was learnt."""
+        return {
+            kind: ErrorSummary(len(errors), _percentile(errors, 0.5), _percentile(errors, 0.95))
+            for kind, errors in self._errors.items()
+        }
+
+
+def _clamp(value: float, low: float, high: float) -> float:
+    return max(low, min(value, high))
+
+
+def _percentile(values: Iterable[float], share: float) -> float:
+    """The least value that at least `share` of the values don't exceed."""
+    ordered = sorted(values)
+    return ordered[math.ceil(share * len(ordered)) - 1]

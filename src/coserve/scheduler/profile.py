@@ -1,0 +1,278 @@
+"""From a short profile to a latency model. Owns: which iterations are worth timing, the fit, the profile's file. Does not own:
+running them (engine), or the law that is fitted (scheduler/latency.py)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from coserve.scheduler.latency import TERMS, Coefficient, Contents, LatencyModel, PassCost, UnitCost
+
+Sample = tuple[Contents, float]
+"""What an iteration held, and the seconds that it took."""
+
+
+class _Pass(NamedTuple):
+    """An inference pass to time. context: tokens per decode row; prompt, example: length of each prefilled and fused sequence;
+    every_logit: of all prompt rows, not of each prompt's last; labels: whether fused rows have them."""
+
+    decode: int = 0
+    context: int = 64
+    prefill: int = 0
+    prompt: int = 512
+    every_logit: bool = False
+    fused: int = 0
+    example: int = 256
+    labels: bool = False
+    adapters: int = 0
+
+
+class _Window(NamedTuple):
+    """A unit to time; example: length of each sequence in the window."""
+
+    rows: int
+    layers: int
+    example: int
+
+
+_PASSES = (
+    _Pass(decode=1), _Pass(decode=2), _Pass(decode=4), _Pass(decode=8, context=512), _Pass(decode=16), _Pass(decode=32),
+    _Pass(decode=64), _Pass(decode=64, context=512), _Pass(decode=16, adapters=4),
+    _Pass(prefill=16), _Pass(prefill=32), _Pass(prefill=64, every_logit=True), _Pass(prefill=128),
+    _Pass(prefill=256, prompt=16), _Pass(prefill=256), _Pass(prefill=512),
+    _Pass(decode=16, prefill=128),
+    _Pass(decode=8, fused=32, labels=True, adapters=1), _Pass(decode=8, fused=128, adapters=1),
+    _Pass(decode=8, fused=512, labels=True, adapters=1),
+)
+_WINDOWS = (
+    _Window(32, 1, 32), _Window(32, 4, 32), _Window(64, 2, 64), _Window(128, 4, 128), _Window(256, 2, 256),
+    _Window(512, 1, 512), _Window(512, 4, 64), _Window(1024, 2, 128), _Window(2048, 1, 2048),
+)
+"""Long and short examples in windows of like size tell rows from attention; many and few layers tell layers from units."""
+
+
+def sequence_length(rows: int, pairs: int) -> int:
+    """Length of each of the whole, equally long sequences that `rows` of a profile point consist of: n tokens that start a
+    context have n (n + 1) / 2 query-key pairs."""
+    return 2 * pairs // rows - 1
+
+
+def profile_points(num_layers: int, max_rows: int) -> list[Contents]:
+    """The iterations to time, each more than once, in an order that may be changed; at most 45.
+
+    Rows and layers stay within the given limits. Prefilled, fused and unit rows are whole sequences of one length
+    (`sequence_length`); decode rows have equal contexts; units with labels end at the top layer.
+    """
+    passes = [_pass_cost(spec, max_rows) for spec in _PASSES]
+    decode = _pass_cost(_Pass(decode=8), max_rows)
+    forward, backward = ([_unit_cost(spec, back, num_layers, max_rows) for spec in _WINDOWS] for back in (False, True))
+    top = _unit_cost(_Window(128, 4, 128), False, num_layers, max_rows)
+    points = [
+        *(Contents(cost, (), 0) for cost in passes),
+        *(Contents(None, (unit,), 0) for unit in (*forward, *backward)),
+        Contents(None, (top._replace(labels=top.rows),), 0),
+        *(Contents(None, (), elements) for elements in (100_000, 1_000_000)),
+        # Together: what is paid once per iteration, and what for each part.
+        Contents(decode, (backward[4],), 0),
+        Contents(None, (forward[2], backward[2]), 0),
+    ]
+    return list(dict.fromkeys(points))
+
+
+def _whole(rows: int, length: int, limit: int) -> tuple[int, int]:
+    """(rows, query-key pairs) of as many whole sequences as fit."""
+    rows = max(0, min(rows, limit))
+    length = min(length, rows)
+    count = rows // length if rows else 0
+    return count * length, count * length * (length + 1) // 2
+
+
+def _pass_cost(spec: _Pass, max_rows: int) -> PassCost:
+    decode = min(spec.decode, max_rows)
+    prefill, prefill_pairs = _whole(spec.prefill, spec.prompt, max_rows - decode)
+    fused, fused_pairs = _whole(spec.fused, spec.example, max_rows - decode)
+    prompts = prefill // sequence_length(prefill, prefill_pairs) if prefill else 0
+    return PassCost(
+        rows=decode + prefill + fused, head_rows=decode + (prefill if spec.every_logit else prompts), decode_rows=decode,
+        decode_context=decode * spec.context, prefill_pairs=prefill_pairs, fused_rows=fused, fused_pairs=fused_pairs,
+        fused_labels=fused if spec.labels else 0, adapter_segments=min(spec.adapters, decode + prefill + fused),
+    )
+
+
+def _unit_cost(spec: _Window, backward: bool, num_layers: int, max_rows: int) -> UnitCost:
+    rows, pairs = _whole(spec.rows, spec.example, max_rows)
+    return UnitCost(backward, rows, min(spec.layers, num_layers), pairs, 0)
+
+
+_SMOOTHNESS = 2e-3
+"""Pulls the slopes of neighbouring pieces together: a piece that no sample reaches goes on like the one below it, and one that
+is hardly reached can't run away; data overrules it."""
+_RIDGE = 1e-4
+"""Splits a cost between features that always come together."""
+_TOLERATED_ERROR = 0.1
+_REWEIGHTINGS = 5
+"""Samples further off than the tolerated relative error count less, in a few rounds: a stall in a profile must not bend it."""
+
+_SUBSTITUTES: tuple[tuple[str, str, str, str, float], ...] = (
+    ("inference", "fused_pairs", "inference", "prefill_pairs", 1.0),
+    ("inference", "fused_rows", "inference", "rows", 0.25),  # they are rows of the pass, and write their kept values
+    ("inference", "fused_labels", "forward", "labels", 1.0),
+    ("forward", "labels", "inference", "fused_labels", 1.0),
+    ("forward", "labels", "inference", "head_rows", 2.0),  # logits and their gradient
+    ("inference", "fused_labels", "forward", "labels", 1.0),
+    *(("backward", field, "forward", field, 2.0) for field in ("once", "layers", "rows", "pairs")),
+    *(("forward", field, "backward", field, 0.5) for field in ("once", "layers", "rows", "pairs")),
+)
+"""(group, field) that no sample held costs like another (group, field) times a factor: in this order, where the other is known.
+What has no known substitute costs nothing."""
+
+
+def fit(samples: Sequence[Sample]) -> LatencyModel:
+    """The non-negative coefficients of least squared relative error.
+
+    samples: at least one, of positive seconds. Features that no sample holds take a substitute's coefficient, or 0.
+    """
+    assert samples and all(seconds > 0 for _, seconds in samples)
+    names = [(group, term.field, knot) for group, terms in TERMS.items() for term in terms for knot in term.knots]
+    column = {name: index for index, name in enumerate(names)}
+    seconds_M = np.array([seconds for _, seconds in samples])
+    features_MN = np.array([_features(contents) for contents, _ in samples]) / seconds_M[:, None]
+    scale_N = np.linalg.norm(features_MN, axis=0)
+    smooth = []
+    for group, terms in TERMS.items():
+        for term in terms:
+            columns = [column[group, term.field, knot] for knot in term.knots]
+            weight = _SMOOTHNESS * np.linalg.norm(features_MN[:, columns].sum(axis=1))
+            for below, above in itertools.pairwise(columns):
+                row_N = np.zeros(len(names))
+                row_N[below], row_N[above] = -weight, weight
+                smooth.append(row_N)
+    prior_PN = np.vstack([*smooth, _RIDGE * np.diag(scale_N)])
+    weight_M = np.ones(len(samples))
+    for _ in range(_REWEIGHTINGS):
+        system = np.vstack([features_MN * weight_M[:, None], prior_PN])
+        solution_N = non_negative_least_squares(system, np.concatenate([weight_M, np.zeros(len(prior_PN))]))
+        error_M = np.abs(features_MN @ solution_N - 1)
+        weight_M = np.sqrt(_TOLERATED_ERROR / np.maximum(error_M, _TOLERATED_ERROR))
+    coefficients = dict(zip(names, solution_N.tolist(), strict=True))
+    _substitute(coefficients, {name[:2] for name, scale in zip(names, scale_N, strict=True) if scale > 0})
+    return LatencyModel(coefficients)
+
+
+def _features(contents: Contents) -> list[float]:
+    """Amounts in the order of TERMS' pieces."""
+    elements = contents.optimizer_elements
+    costs: dict[str, list[dict[str, int]]] = {
+        "iteration": [{}],
+        "inference": [] if contents.inference is None else [contents.inference._asdict()],
+        "forward": [unit._asdict() for unit in contents.units if not unit.backward],
+        "backward": [unit._asdict() for unit in contents.units if unit.backward],
+        "optimizer": [{"elements": elements}] if elements else [],
+    }
+    row = []
+    for group, terms in TERMS.items():
+        for term in terms:
+            total = np.zeros(len(term.knots))
+            for cost in costs[group]:
+                amount = 1 if term.field == "once" else cost[term.field]
+                total += np.array(list(term.amounts(amount))) * (cost["layers"] if term.per_layer else 1)
+            row += total.tolist()
+    return row
+
+
+def _substitute(coefficients: dict[Coefficient, float], known: set[tuple[str, str]]) -> None:
+    """Fills in coefficients of the terms that are not known. A term of one piece takes the other's last slope."""
+    knots = {(group, term.field): term.knots for group, terms in TERMS.items() for term in terms}
+    for group, field, other_group, other_field, factor in _SUBSTITUTES:
+        target, source = (group, field), (other_group, other_field)
+        if target in known or source not in known:
+            continue
+        same = knots[target] == knots[source]
+        for knot in knots[target]:
+            coefficients[*target, knot] = factor * coefficients[*source, knot if same else knots[source][-1]]
+        known.add(target)
+
+
+def non_negative_least_squares(matrix_MN: np.ndarray, target_M: np.ndarray) -> np.ndarray:
+    """argmin |matrix x - target| over x >= 0, [N], by Lawson and Hanson's active sets (Solving Least Squares Problems, 1974,
+    chapter 23). Columns of zeros get 0."""
+    scale_N = np.linalg.norm(matrix_MN, axis=0)
+    scale_N[scale_N == 0] = 1.0
+    scaled_MN = matrix_MN / scale_N
+    num_columns = scaled_MN.shape[1]
+    solution_N, free_N = np.zeros(num_columns), np.zeros(num_columns, dtype=bool)
+    tolerance = 1e-10 * max(1.0, float(np.linalg.norm(target_M)))
+    for _ in range(10 * num_columns):  # it ends by itself; the bound is for rounding errors that make it run in circles
+        gradient_N = np.where(free_N, -np.inf, scaled_MN.T @ (target_M - scaled_MN @ solution_N))
+        if gradient_N.max() <= tolerance:
+            break
+        free_N[np.argmax(gradient_N)] = True
+        while free_N.any():
+            wanted_N = np.zeros(num_columns)
+            wanted_N[free_N] = np.linalg.lstsq(scaled_MN[:, free_N], target_M, rcond=None)[0]
+            blocked_N = free_N & (wanted_N <= 0)
+            if not blocked_N.any():
+                solution_N = wanted_N
+                break
+            step_N = np.full(num_columns, np.inf)
+            step_N[blocked_N] = solution_N[blocked_N] / np.maximum(solution_N[blocked_N] - wanted_N[blocked_N], 1e-300)
+            solution_N = np.maximum(solution_N + step_N.min() * (wanted_N - solution_N), 0.0)
+            free_N &= step_N > step_N.min()
+            solution_N[~free_N] = 0.0
+    return solution_N / scale_N
+
+
+_VERSION = 1
+
+
+def save_profile(path: Path, key: str, samples: Sequence[Sample]) -> None:
+    """Writes a profile in one piece. key: whatever makes timings comparable: model, device, dtype, threads. Raises OSError."""
+    data = {"version": _VERSION, "key": key, "samples": [
+        {
+            "inference": None if contents.inference is None else contents.inference._asdict(),
+            "units": [unit._asdict() for unit in contents.units],
+            "optimizer_elements": contents.optimizer_elements,
+            "seconds": seconds,
+        } for contents, seconds in samples
+    ]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_profile(path: Path, key: str) -> list[Sample] | None:
+    """The samples of a profile; None where there is none for this key that can be read. Never raises."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["version"] != _VERSION or data["key"] != key:
+            return None
+        return [_read_sample(item) for item in data["samples"]] or None
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def _read_sample(item: Any) -> Sample:
+    """Raises one of load_profile's errors on anything that save_profile doesn't write."""
+    inference = None if item["inference"] is None else PassCost(**item["inference"])
+    units = tuple(UnitCost(**unit) for unit in item["units"])
+    elements, seconds = item["optimizer_elements"], item["seconds"]
+    counts = [*(inference or ()), *(count for unit in units for count in unit[1:]), elements]
+    if not all(type(count) is int and count >= 0 for count in counts) or not all(type(unit.backward) is bool for unit in units):
+        raise ValueError("not a profile's counts")
+    if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
+        raise ValueError("not a profile's seconds")
+    return Contents(inference, units, elements), float(seconds)

@@ -1,0 +1,83 @@
+"""A request as the scheduler sees it: integers, deadlines, and where its tokens are.
+
+    prompt + output (committed) | in flight (sampled by plans that are not committed yet)
+    0 ......... computed ....................................... total
+                 ^ the next span starts here; decoding when only the last token is left to compute
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from coserve.scheduler.prefix import PrefixKey
+
+CUSHION = 0.5
+"""Share of a TPOT objective by which tokens run ahead of their deadlines, reached after CUSHION_TOKENS tokens: an error of the
+last prediction must not make the last token late."""
+CUSHION_TOKENS = 8
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestState:
+    """One output of one request. Times are seconds of the engine's clock; ttft_s and tpot_s are its objectives.
+
+    key: what its prefix may be shared under. cacheable: whether it may take cached blocks (prompt logprobs need every row).
+    computed: tokens whose K and V are in the cache or planned.
+    """
+
+    id: int
+    tenant: str
+    prompt: Sequence[int]
+    max_tokens: int
+    key: PrefixKey
+    arrival_s: float
+    ttft_s: float
+    tpot_s: float
+    cacheable: bool = True
+    every_logit: bool = False
+    output: list[int] = field(default_factory=list)
+    computed: int = 0
+    in_flight: int = 0
+    first_token_s: float | None = None
+    running: bool = False
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+    @property
+    def total(self) -> int:
+        """Tokens so far, those in flight included."""
+        return len(self.prompt) + len(self.output) + self.in_flight
+
+    @property
+    def num_sampled(self) -> int:
+        return len(self.output) + self.in_flight
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its next span is one sampled token."""
+        return self.num_sampled > 0 and self.computed == self.total - 1
+
+    @property
+    def sampled_enough(self) -> bool:
+        """Whether no more tokens may be sampled."""
+        return self.num_sampled >= self.max_tokens
+
+    def tokens(self) -> list[int]:
+        """Committed tokens."""
+        return [*self.prompt, *self.output]
+
+    @property
+    def deadline_s(self) -> float:
+        """When its next token is due."""
+        if self.first_token_s is None:
+            return self.arrival_s + self.ttft_s
+        ahead = CUSHION * min(1.0, self.num_sampled / CUSHION_TOKENS)
+        return self.first_token_s + (self.num_sampled - ahead) * self.tpot_s
+
+    def hopeless(self, now: float, token_s: float) -> bool:
+        """Whether it will miss its objective even if each of its tokens took only `token_s` from now on."""
+        if self.first_token_s is None:
+            return now > self.arrival_s + self.ttft_s
+        left = self.max_tokens - self.num_sampled
+        return now + left * token_s > self.first_token_s + (self.max_tokens - 1) * self.tpot_s

@@ -1,0 +1,237 @@
+"""Which units of finetuning fit into a span of time: the shapes with the best predicted work per second.
+
+Work is counted in seconds at the best rate: what a unit's rows and layers would cost in a large window. A unit's efficiency is
+work / predicted seconds. On a CPU large windows over few layers win; where a pass is bound by reading weights, rows that ride
+in it (fused) do. The choice is the latency model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from coserve.core import Direction, OptimizerSlice, Unit, WorkUnit
+from coserve.scheduler.latency import LatencyModel, PassCost, UnitCost
+from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
+
+WINDOWS = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16)
+FUSED_WINDOWS = (512, 256, 128, 64, 32, 16)
+REFERENCE_ROWS = 1024
+"""Rows of the window that sets the best rate."""
+LEAST_EFFICIENCY = 0.5
+"""Less efficient units wait for an iteration with more time..."""
+PATIENCE = 8
+"""...for so many iterations."""
+MAX_UNITS = 16
+LEAST_SLICE = 1 << 16
+"""Elements of the smallest optimizer slice."""
+WHOLE = 1e9
+"""Seconds that any unit fits into."""
+
+
+class Candidate(NamedTuple):
+    """A unit that could come next. work and seconds as above; cost as the latency model wants it (None for a fused unit)."""
+
+    unit: WorkUnit
+    work: float
+    seconds: float
+    cost: UnitCost | None
+
+    @property
+    def efficiency(self) -> float:
+        return self.work / max(self.seconds, 1e-9)
+
+
+class Chosen(NamedTuple):
+    """What an iteration does for jobs. inference: the pass, fused rows included; tokens: by job, forward-token equivalents."""
+
+    units: tuple[WorkUnit, ...]
+    costs: tuple[UnitCost, ...]
+    optimizer: tuple[OptimizerSlice, ...]
+    inference: PassCost | None
+    seconds: float
+    tokens: dict[int, float]
+
+
+class UnitPicker:
+    """Picks units greedily: for the job that has had least, the most efficient shape that fits."""
+
+    def __init__(self, latency: LatencyModel, num_layers: int, max_window: int) -> None:
+        self.latency, self.num_layers, self.max_window = latency, num_layers, max_window
+        self._waited = 0
+
+    def pick(
+        self, jobs: Sequence[JobWork], seconds: float, inference: PassCost | None, *, fuse: bool, patient: bool = True
+    ) -> Chosen:
+        """Units for `seconds`, advancing the micro-batches. jobs: in order of precedence."""
+        units: list[WorkUnit] = []
+        costs: list[UnitCost] = []
+        slices: list[OptimizerSlice] = []
+        tokens: dict[int, float] = {}
+        left, elements = seconds, 0
+        least = LEAST_EFFICIENCY if patient and self._waited < PATIENCE else 0.0
+        while len(units) + len(slices) < MAX_UNITS:
+            part = self._optimizer_slice(jobs, left)
+            if part is not None:
+                slices.append(part)
+                elements += part.end - part.start
+                left -= self.latency.optimizer_seconds(part.end - part.start)
+                continue
+            found = self._best(jobs, left, inference if fuse else None, fused=any(u.fused for u in units), least=least)
+            if found is None:
+                break
+            job, work, best = found
+            left -= best.seconds
+            units.append(best.unit)
+            tokens[job.id] = tokens.get(job.id, 0.0) + self._tokens(best.unit.unit)
+            if best.cost is not None:
+                costs.append(best.cost)
+            else:
+                assert inference is not None
+                inference = self._with_fused(inference, work, best.unit.unit)
+            work.advance(best.unit.unit)
+        self._waited = 0 if units or slices else self._waited + 1
+        return Chosen(tuple(units), tuple(costs), tuple(slices), inference, seconds - left, tokens)
+
+    def whole_seconds(self, work: MicrobatchWork) -> float:
+        """What is left of a micro-batch, run in one go."""
+        rows, total = work.num_tokens, 0.0
+        if work.phase is Phase.FORWARD:
+            start = work.start
+            total += self.latency.unit_seconds(
+                UnitCost(False, rows - start, self.num_layers, work.pairs(start, rows), work.labels(start, rows))
+            )
+        if not work.forward_only:
+            layers = max(0, work.backward_layer + 1 - work.lowest)
+            total += self.latency.unit_seconds(UnitCost(True, rows, layers, work.pairs(0, rows), 0))
+        return total
+
+    def _tokens(self, unit: Unit) -> float:
+        """A unit in forward-token equivalents: its rows x layers over all layers."""
+        return (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / self.num_layers
+
+    def _best(
+        self, jobs: Sequence[JobWork], left: float, inference: PassCost | None, *, fused: bool, least: float
+    ) -> tuple[JobWork, MicrobatchWork, Candidate] | None:
+        for job in jobs:
+            found: list[tuple[Candidate, MicrobatchWork]] = []
+            for work in job.microbatches.values():
+                found += [(candidate, work) for candidate in self._candidates(work, left)]
+                if inference is not None and not fused:
+                    found += [(candidate, work) for candidate in self._fused_candidates(work, left, inference)]
+            found = [(c, w) for c, w in found if c.efficiency >= least]
+            if found:
+                candidate, work = max(found, key=lambda item: (round(item[0].efficiency, 2), item[0].work))
+                return job, work, candidate
+        return None
+
+    def _optimizer_slice(self, jobs: Sequence[JobWork], left: float) -> OptimizerSlice | None:
+        for job in jobs:
+            if not job.optimizer_left:
+                continue
+            elements = min(job.optimizer_left, LEAST_SLICE)
+            while elements < job.optimizer_left and self.latency.optimizer_seconds(2 * elements) <= left:
+                elements = min(2 * elements, job.optimizer_left)
+            if self.latency.optimizer_seconds(elements) <= left:
+                return job.take_slice(elements)
+        return None
+
+    # --- shapes ---
+
+    def _candidates(self, work: MicrobatchWork, left: float) -> Iterator[Candidate]:
+        if work.phase is Phase.FORWARD:
+            yield from self._forward(work, left)
+        elif work.phase is Phase.BACKWARD:
+            yield from self._backward(work, left)
+
+    def _forward(self, work: MicrobatchWork, left: float) -> Iterator[Candidate]:
+        """The window under way, or the largest new one that fits, over as many layers as fit."""
+        if work.layer:
+            windows = [(work.start, work.end)]
+        else:
+            windows = [(work.end, work.end + rows) for rows in self._sizes(work.num_tokens - work.end)]
+        for start, end in windows:
+            candidate = self._layers(work, Direction.FORWARD, work.layer, self.num_layers, start, end, left)
+            if candidate is not None:
+                yield candidate
+                return
+
+    def _backward(self, work: MicrobatchWork, left: float) -> Iterator[Candidate]:
+        """Whole layers where the micro-batch fits into one window; else windows of one layer, from the right."""
+        top = work.backward_layer + 1
+        if work.backward_row == work.num_tokens <= self.max_window:
+            candidate = self._layers(work, Direction.BACKWARD, work.lowest, top, 0, work.num_tokens, left)
+            if candidate is not None:
+                yield candidate
+                return
+        for rows in self._sizes(work.backward_row):
+            start = work.backward_row - rows
+            candidate = self._layers(work, Direction.BACKWARD, top - 1, top, start, work.backward_row, left)
+            if candidate is not None:
+                yield candidate
+                return
+
+    def _sizes(self, rows: int) -> Iterator[int]:
+        """Window sizes to try, largest first; an odd remainder counts as one."""
+        limit = min(rows, self.max_window)
+        yield limit
+        for size in WINDOWS:
+            if size < limit:
+                yield size
+
+    def _layers(
+        self, work: MicrobatchWork, direction: Direction, first: int, last: int, start: int, end: int, left: float
+    ) -> Candidate | None:
+        """The unit over as many of the layers [first, last) as fit: from below for forward, from above for backward."""
+        backward = direction is Direction.BACKWARD
+        pairs = work.pairs(start, end)
+
+        def cost(layers: int) -> UnitCost:
+            top = not backward and first + layers == self.num_layers
+            return UnitCost(backward, end - start, layers, pairs, work.labels(start, end) if top else 0)
+
+        one = self.latency.unit_seconds(cost(1))
+        if one > left:
+            return None
+        each = max(self.latency.unit_seconds(cost(2)) - one, 1e-9) if last - first > 1 else 1.0
+        layers = min(last - first, 1 + int(min((left - one) / each, 1e6)))
+        while layers > 1 and self.latency.unit_seconds(cost(layers)) > left:
+            layers -= 1
+        chosen = cost(layers)
+        span = (last - layers, last) if backward else (first, first + layers)
+        unit = Unit(direction, *span, start, end)
+        seconds = self.latency.unit_seconds(chosen)
+        return Candidate(WorkUnit(work.id, unit), self._work(chosen, seconds), seconds, chosen)
+
+    def _work(self, cost: UnitCost, seconds: float) -> float:
+        """Seconds at the best rate: attention and labels as they are, rows as in a large window."""
+        bare = cost._replace(pairs=0, labels=0)
+        return seconds - self.latency.unit_seconds(bare) + self._ideal(cost.backward, cost.rows * cost.layers)
+
+    def _ideal(self, backward: bool, row_layers: int) -> float:
+        layers = self.num_layers
+        whole = self.latency.unit_seconds(UnitCost(backward, REFERENCE_ROWS, layers, 0, 0))
+        return whole * row_layers / (REFERENCE_ROWS * layers)
+
+    def _with_fused(self, inference: PassCost, work: MicrobatchWork, unit: Unit) -> PassCost:
+        rows = unit.end - unit.start
+        return inference._replace(
+            rows=inference.rows + rows, fused_rows=rows, fused_pairs=work.pairs(unit.start, unit.end),
+            fused_labels=work.labels(unit.start, unit.end),
+        )
+
+    def _fused_candidates(self, work: MicrobatchWork, left: float, inference: PassCost) -> Iterator[Candidate]:
+        """A window that rides in the pass, at each size that fits."""
+        if work.phase is not Phase.FORWARD or work.layer:
+            return
+        alone = self.latency.pass_seconds(inference)
+        for rows in FUSED_WINDOWS:
+            rows = min(rows, work.num_tokens - work.end)
+            unit = Unit(Direction.FORWARD, 0, self.num_layers, work.end, work.end + rows)
+            seconds = self.latency.pass_seconds(self._with_fused(inference, work, unit)) - alone
+            if seconds <= left:
+                cost = UnitCost(False, rows, self.num_layers, work.pairs(unit.start, unit.end),
+                                work.labels(unit.start, unit.end))
+                extra = self.latency.unit_seconds(cost) - self.latency.unit_seconds(cost._replace(pairs=0, labels=0))
+                ideal = extra + self._ideal(False, rows * self.num_layers)
+                yield Candidate(WorkUnit(work.id, unit, fused=True), ideal, max(seconds, 1e-9), None)

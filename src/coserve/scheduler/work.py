@@ -1,0 +1,104 @@
+"""Finetuning work as the scheduler sees it: how far each micro-batch is, in integers, and what may come next.
+
+Forward: windows from left to right; the one under way, [start, end), has passed layers [0, layer). Backward: layers from the
+top; rows [row, T) of the one under way are done.
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from coserve.core import Direction, OptimizerSlice, Unit
+
+
+class Phase(enum.Enum):
+    FORWARD = "forward"
+    OBJECTIVE = "objective"
+    """All rows are through; the objective has not answered yet."""
+    BACKWARD = "backward"
+    DONE = "done"
+
+
+@dataclass(slots=True, kw_only=True)
+class MicrobatchWork:
+    """One micro-batch in flight. bounds: rows [first, end) per example; label_rows: ascending; lowest: the lowest trained
+    layer; forward_only: there is no backward (validation, references)."""
+
+    id: int
+    job: int
+    num_tokens: int
+    num_layers: int
+    lowest: int
+    bounds: Sequence[tuple[int, int]]
+    label_rows: Sequence[int]
+    forward_only: bool = False
+    phase: Phase = Phase.FORWARD
+    start: int = 0
+    end: int = 0
+    layer: int = 0
+    backward_layer: int = field(init=False)
+    backward_row: int = field(init=False)
+    _pairs: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.backward_layer, self.backward_row = self.num_layers - 1, self.num_tokens
+        self._pairs = [0]
+        for first, end in self.bounds:
+            base, length = self._pairs[-1], end - first
+            self._pairs += [base + i * (i + 1) // 2 for i in range(1, length + 1)]
+
+    def pairs(self, start: int, end: int) -> int:
+        """Query-key pairs of rows [start, end), per layer."""
+        return self._pairs[end] - self._pairs[start]
+
+    def labels(self, start: int, end: int) -> int:
+        """Label rows in [start, end)."""
+        return bisect.bisect_left(self.label_rows, end) - bisect.bisect_left(self.label_rows, start)
+
+    def answer(self) -> None:
+        """The objective has given its coefficients: backward may begin."""
+        assert self.phase is Phase.OBJECTIVE
+        self.phase = Phase.DONE if self.forward_only or self.lowest >= self.num_layers else Phase.BACKWARD
+
+    def advance(self, unit: Unit) -> None:
+        """Takes a planned unit as done."""
+        if unit.direction is Direction.FORWARD:
+            self.start, self.end, self.layer = unit.start, unit.end, unit.layer_end
+            if self.layer == self.num_layers:
+                self.start, self.layer = self.end, 0
+                if self.end == self.num_tokens:
+                    self.phase = Phase.OBJECTIVE
+            return
+        self.backward_row = unit.start
+        if unit.start == 0:
+            self.backward_layer, self.backward_row = unit.layer_start - 1, self.num_tokens
+            if self.backward_layer < self.lowest:
+                self.phase = Phase.DONE
+
+
+@dataclass(slots=True, kw_only=True)
+class JobWork:
+    """One job: its micro-batches in flight and its optimizer step. weight: its share among jobs. optimizer: elements
+    [0, optimizer_done) of optimizer_elements are planned; 0 elements: no step under way."""
+
+    id: int
+    tenant: str
+    weight: float = 1.0
+    paused: bool = False
+    microbatches: dict[int, MicrobatchWork] = field(default_factory=dict)
+    optimizer_elements: int = 0
+    optimizer_done: int = 0
+
+    def take_slice(self, elements: int) -> OptimizerSlice:
+        """The next slice of the optimizer step, of at most `elements`."""
+        end = min(self.optimizer_elements, self.optimizer_done + elements)
+        part = OptimizerSlice(self.id, self.optimizer_done, end)
+        self.optimizer_done = end
+        return part
+
+    @property
+    def optimizer_left(self) -> int:
+        return self.optimizer_elements - self.optimizer_done

@@ -1,0 +1,268 @@
+"""The Triton kernels against plain PyTorch, on CPU tensors through Triton's interpreter.
+
+The interpreter has to be chosen before Triton is first imported, and would spoil a process that uses a device. So one test runs
+this file again in a process of its own; the others skip anywhere else. float32 only: the interpreter's bfloat16 products are
+wrong. Memory that a kernel may not read or write holds NaN.
+
+B requests, N blocks, H query heads, G key-value heads, K head width (or input features), T rows, S segments.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from coserve.kernels import triton as kernels
+from coserve.kernels.triton import paged_decode, segments
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(not kernels.available(), reason="needs triton")
+interpreted = pytest.mark.skipif(not (INTERPRETED and kernels.available()), reason="run by test_all_in_the_interpreter")
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="already there")
+def test_all_in_the_interpreter() -> None:
+    root = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).relative_to(root))],
+                          cwd=root, env=env, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="has nothing to interpret")
+def test_modules_import_without_triton() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from coserve.kernels import triton as kernels\n"
+        "from coserve.kernels.triton import paged_decode, segments\n"
+        "assert not kernels.available()"
+    )
+    source = Path(kernels.__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(source)},
+                          capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="compiles, where the interpreter doesn't")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_devices_that_are_not_here(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter takes programs that the compiler refuses; bfloat16, shapes of an 8B model, rank 16."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiler, backends = (pytest.importorskip(f"triton.{name}") for name in ("compiler", "backends.compiler"))
+    pointers = {"q": "*bf16", "cache": "*bf16", "out": "*bf16", "x": "*bf16", "weight": "*bf16", "partial": "*fp32",
+                "partial_lse": "*fp32", "tables": "*i32", "contexts": "*i32", "offsets": "*i32"}
+    floats = {"scale": "fp32", "alpha": "fp32"}
+    attention = {"kv_heads": 8, "share": 4, "width": 128, "block_tokens": 16, "x_tile": 16, "k_tile": 128, "s_tile": 64}
+    product = {"accumulate": True, "segment_tile": 64, "t_tile": 16, "k_tile": 64, "n_tile": 16, "weight_stride_k": 1}
+    for kernel, constants in [
+        (paged_decode._split_kernel, attention),
+        (paged_decode._combine_kernel, {"width": 128, "split_tile": 64, "k_tile": 128}),
+        (segments._segment_kernel, product),
+    ]:
+        kinds = {**pointers, **floats, **dict.fromkeys(constants, "constexpr")}
+        signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+        source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        built = compiler.compile(source, target=backends.GPUTarget("cuda", capability, 32))
+        assert built.metadata.shared <= 99 * 1024, "more shared memory than small devices have"
+
+
+def test_splits_cover_the_context_and_stay_fixed_up_to_a_length() -> None:
+    for context in (1, 255, 256, 257, 5000, paged_decode.MAX_SPLITS * paged_decode.SPLIT_TOKENS, 100_000, 131_072):
+        count, length = paged_decode.split_sizes(context, None)
+        assert count <= paged_decode.MAX_SPLITS and (count - 1) * length < context <= count * length
+        assert length % paged_decode.TILE_TOKENS == 0
+        if context <= paged_decode.MAX_SPLITS * paged_decode.SPLIT_TOKENS:
+            assert length == paged_decode.SPLIT_TOKENS
+        assert paged_decode.split_sizes(context, 100)[0] == 1
+    assert paged_decode.split_sizes(0, None)[0] == 1
+
+
+# --- paged decode attention -----------------------------------------------------------------------------------------------
+
+
+class Paged:
+    """Random requests over a paged cache. keys, values: per layer and request [context, G, K]."""
+
+    def __init__(
+        self, seed: int, contexts: list[int], *, heads: int, kv_heads: int, width: int, block_tokens: int = 16
+    ) -> None:
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.heads, self.kv_heads, self.width, self.block_tokens, self.layers = heads, kv_heads, width, block_tokens, 3
+        self.contexts = torch.tensor(contexts, dtype=torch.int32)
+        needed = [-(-context // block_tokens) for context in contexts]
+        free = list(range(sum(needed) + 5))
+        rng.shuffle(free)
+        # Entries beyond a request's blocks name no block at all: a kernel that follows them leaves the cache.
+        self.tables = torch.full((len(contexts), max(needed) + 2), 2**30, dtype=torch.int32)
+        cache = torch.full((len(free), self.layers, 2, kv_heads, block_tokens, width), math.nan)
+        self.rows = cache.view(-1, block_tokens * width)
+        self.kv: list[list[Tensor]] = [[] for _ in range(self.layers)]
+        for request, (context, blocks) in enumerate(zip(contexts, needed, strict=True)):
+            mine = [free.pop() for _ in range(blocks)]
+            self.tables[request, :blocks] = torch.tensor(mine, dtype=torch.int32)
+            for layer in range(self.layers):
+                kv = torch.randn(2, context, kv_heads, width, generator=generator)
+                self.kv[layer].append(kv)
+                for token in range(context):
+                    cache[mine[token // block_tokens], layer, :, :, token % block_tokens] = kv[:, token]
+        wide = torch.full((len(contexts), heads * width + 12), math.nan)
+        self.q = wide[:, 4:-8]
+        self.q.copy_(torch.randn(self.q.shape, generator=generator) * 3)
+
+    def run(self, layer: int, window: int | None, max_context: int | None = None) -> Tensor:
+        wide = torch.full((len(self.contexts), self.heads * self.width + 6), math.nan)
+        out = wide[:, 2:-4]
+        paged_decode.paged_decode_attention(
+            out, self.q, self.rows, layer=layer, num_layers=self.layers, kv_heads=self.kv_heads,
+            block_tokens=self.block_tokens, tables_BN=self.tables, context_B=self.contexts,
+            max_context=max_context or int(self.contexts.max()), window=window, scale=self.width**-0.5,
+        )
+        assert wide[:, :2].isnan().all() and wide[:, -4:].isnan().all(), "wrote outside its columns"
+        return out
+
+    def reference(self, layer: int, window: int | None) -> Tensor:
+        rows = []
+        for q, kv in zip(self.q, self.kv[layer], strict=True):
+            keys, values = kv[:, -window:] if window is not None else kv
+            keys, values = (t.repeat_interleave(self.heads // self.kv_heads, 1).double() for t in (keys, values))
+            scores = torch.einsum("hk,shk->hs", q.view(self.heads, -1).double(), keys) * self.width**-0.5
+            rows.append(torch.einsum("hs,shk->hk", scores.softmax(-1), values).flatten())
+        return torch.stack(rows)
+
+
+@pytest.fixture
+def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits so short that small contexts need several."""
+    monkeypatch.setattr(paged_decode, "SPLIT_TOKENS", 32)
+    monkeypatch.setattr(paged_decode, "TILE_TOKENS", 16)
+
+
+@interpreted
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("window", [None, 1, 40, 500])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (6, 2, 64), (3, 1, 128), (2, 1, 24)])
+def test_paged_decode(heads: int, kv_heads: int, width: int, window: int | None) -> None:
+    paged = Paged(heads + width, [1, 16, 37, 200, 161], heads=heads, kv_heads=kv_heads, width=width)
+    torch.testing.assert_close(paged.run(2, window).double(), paged.reference(2, window), rtol=2e-5, atol=2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(8))
+def test_paged_decode_at_its_own_sizes(seed: int) -> None:
+    rng = random.Random(seed)
+    contexts = [rng.randint(1, 200) for _ in range(rng.randint(1, 4))] + [300] * (seed % 2)
+    kv_heads = rng.choice([1, 2, 3])
+    paged = Paged(seed, contexts, heads=kv_heads * rng.choice([1, 2, 5]), kv_heads=kv_heads, width=rng.choice([16, 64]),
+                  block_tokens=rng.choice([16, 16, 5]))
+    layer, window = rng.randrange(3), rng.choice([None, rng.randint(1, 200)])
+    torch.testing.assert_close(paged.run(layer, window).double(), paged.reference(layer, window), rtol=2e-5, atol=2e-5)
+
+
+@interpreted
+@pytest.mark.usefixtures("short_splits")
+def test_a_request_has_the_same_bits_in_any_batch() -> None:
+    paged = Paged(5, [50, 3, 199], heads=4, kv_heads=2, width=16)
+    together = paged.run(1, None)
+    longer = paged.run(1, None, max_context=1000)
+    assert torch.equal(together, longer), "more splits, all of them empty"
+    for request in range(3):
+        alone = slice(request, request + 1)
+        paged.contexts, paged.tables, paged.q, kept = (
+            paged.contexts[alone], paged.tables[alone], paged.q[alone], (paged.contexts, paged.tables, paged.q)
+        )
+        assert torch.equal(paged.run(1, None), together[alone])
+        paged.contexts, paged.tables, paged.q = kept
+
+
+@interpreted
+@pytest.mark.usefixtures("short_splits")
+def test_a_request_with_nan_spoils_no_other_and_an_empty_one_gives_zeros() -> None:
+    paged = Paged(6, [50, 3, 99], heads=4, kv_heads=2, width=16)
+    want = paged.run(0, None).clone()
+    paged.rows.view(-1, 3, 2, 2, 16, 16)[paged.tables[0, 1], 0, 1] = math.nan
+    paged.contexts[1] = 0
+    found = paged.run(0, None)
+    assert found[0].isnan().all() and (found[1] == 0).all() and torch.equal(found[2], want[2])
+
+
+# --- segments -------------------------------------------------------------------------------------------------------------
+
+
+def run_segments(
+    lengths: list[int], tail: int, num_in: int, num_out: int, *, alpha: float, accumulate: bool, transposed: bool, seed: int,
+    spoil: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    """(found, expected) [T, N] of random segments; `tail` rows belong to none; weights and rows of `spoil` hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = sum(lengths) + tail
+    wide_x, wide_out = torch.full((rows, num_in + 5), math.nan), torch.full((rows, num_out + 7), math.nan)
+    x, out = wide_x[:, 2:-3], wide_out[:, 3:-4]
+    x.copy_(torch.randn(rows, num_in, generator=generator))
+    if accumulate or tail:
+        out.copy_(torch.randn(rows, num_out, generator=generator))
+    weight = torch.randn(len(lengths), num_in, num_out, generator=generator)
+    offsets = torch.tensor(lengths).cumsum(0).to(torch.int32)
+    expected, start = out.double(), 0
+    for segment, length in enumerate(lengths):
+        part = slice(start, start + length)
+        if segment in spoil:
+            weight[segment, 0] = math.nan
+            x[part, -1] = math.nan
+        product = alpha * (x[part].double() @ weight[segment].double())
+        expected[part] = expected[part] + product if accumulate else product
+        start += length
+    if transposed:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    segments.segment_linear(out, x, weight, offsets, alpha=alpha, accumulate=accumulate)
+    assert wide_out[:, :3].isnan().all() and wide_out[:, -4:].isnan().all(), "wrote outside its columns"
+    return out, expected
+
+
+@interpreted
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("num_in", "num_out"), [(40, 8), (16, 200), (100, 16), (64, 64), (8, 16)])
+@pytest.mark.parametrize("lengths", [[5, 0, 1, 17, 0], [0, 0, 3], [16, 32], [100, 1], [0], [1] * 20])
+def test_segments(lengths: list[int], num_in: int, num_out: int, accumulate: bool) -> None:
+    tail = len(lengths) % 3
+    found, expected = run_segments(
+        lengths, tail, num_in, num_out, alpha=-0.5, accumulate=accumulate, transposed=num_in > num_out, seed=num_in,
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
+    if tail and not accumulate:
+        assert torch.equal(found[-tail:].double(), expected[-tail:]), "rows of no segment changed"
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(10))
+def test_random_segments(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [rng.choice([0, 0, 1, 2, rng.randint(1, 90)]) for _ in range(rng.randint(1, 9))]
+    found, expected = run_segments(
+        lengths, rng.choice([0, 0, 4]), rng.randint(1, 150), rng.randint(1, 150), alpha=rng.choice([1, 2.0, 0.25]),
+        accumulate=rng.random() < 0.5, transposed=rng.random() < 0.5, seed=seed,
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=5e-5)
+
+
+@interpreted
+def test_a_segment_with_nan_spoils_no_other() -> None:
+    lengths = [3, 5, 0, 40, 2]
+    found, expected = run_segments(
+        lengths, 2, 24, 20, alpha=1.0, accumulate=True, transposed=False, seed=0, spoil=(1, 2, 4),
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5, equal_nan=True)
+    spoiled = torch.tensor([False] * 3 + [True] * 5 + [False] * 40 + [True] * 2 + [False] * 2)
+    assert torch.equal(found.isnan().all(1), spoiled) and torch.equal(found.isnan().any(1), spoiled)

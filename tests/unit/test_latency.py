@@ -1,0 +1,417 @@
+"""The latency model against synthetic laws: what it recovers, what it learns, and what it must not do."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost, kind_of
+from coserve.scheduler.profile import (
+    Sample,
+    fit,
+    load_profile,
+    non_negative_least_squares,
+    profile_points,
+    save_profile,
+    sequence_length,
+)
+
+Law = Callable[[Contents], float]
+DECODE = PassCost(8, 8, 8, 4096, 0, 0, 0, 0, 0)
+PREFILL = PassCost(64, 1, 0, 0, 2080, 0, 0, 0, 1)
+FUSED = PassCost(40, 8, 8, 4096, 0, 32, 528, 32, 1)
+FORWARD = UnitCost(False, 256, 4, 32896, 0)
+BACKWARD = UnitCost(True, 256, 4, 32896, 0)
+
+
+def law(contents: Contents) -> float:
+    """A small model on two cores: a pass has a jump from one row to several; backward is twice forward."""
+    seconds = 4e-4
+    cost = contents.inference
+    if cost:
+        seconds += 0.03 + 0.004 * (cost.rows > 1) + 1e-3 * cost.rows + 2e-4 * cost.head_rows + 1e-4 * cost.decode_rows
+        seconds += 2e-7 * cost.decode_context + 5e-8 * cost.prefill_pairs + 1e-4 * cost.adapter_segments
+        seconds += 3e-4 * cost.fused_rows + 8e-8 * cost.fused_pairs + 6e-4 * cost.fused_labels
+    for unit in contents.units:
+        per_layer = 2e-4 + 2.5e-5 * unit.rows + 5e-6 * min(unit.rows, 128) + 2e-9 * unit.pairs
+        seconds += (2 if unit.backward else 1) * (3e-4 + unit.layers * per_layer) + 6e-4 * unit.labels
+    if contents.optimizer_elements:
+        seconds += 1e-4 + 4e-9 * contents.optimizer_elements
+    return seconds
+
+
+def profile(keep: Callable[[Contents], bool] = lambda contents: True, measure: Law = law) -> list[Sample]:
+    return [(contents, measure(contents)) for contents in profile_points(12, 2048) if keep(contents)]
+
+
+MODEL = fit(profile())
+
+
+def fresh() -> LatencyModel:
+    return LatencyModel(MODEL.coefficients)
+
+
+@st.composite
+def passes(draw: st.DrawFn) -> PassCost:
+    decode, prefill, fused = draw(st.integers(0, 64)), draw(st.integers(0, 1500)), draw(st.integers(0, 1500))
+    rows = max(1, decode + prefill + fused)
+    return PassCost(
+        rows, draw(st.integers(0, rows)), decode, decode * draw(st.integers(1, 2000)), prefill * draw(st.integers(1, 1000)),
+        fused, fused * draw(st.integers(1, 1000)), draw(st.integers(0, fused)), draw(st.integers(0, 8)),
+    )
+
+
+@st.composite
+def units(draw: st.DrawFn) -> UnitCost:
+    rows = draw(st.integers(1, 4096))
+    backward = draw(st.booleans())
+    labels = 0 if backward else draw(st.sampled_from([0, rows]))
+    return UnitCost(backward, rows, draw(st.integers(1, 12)), rows * draw(st.integers(1, max(1, rows // 2))), labels)
+
+
+CONTENTS = st.builds(
+    Contents, st.none() | passes(), st.lists(units(), max_size=3).map(tuple), st.sampled_from([0, 1, 50_000, 1_000_000]),
+)
+
+
+# What an iteration is called.
+
+
+@pytest.mark.parametrize(("contents", "kind"), [
+    (Contents(None, (), 0), "idle"),
+    (Contents(DECODE, (), 0), "decode"),
+    (Contents(PREFILL, (), 0), "prefill"),
+    (Contents(PassCost(72, 9, 8, 4096, 2080, 0, 0, 0, 0), (), 0), "decode+prefill"),
+    (Contents(FUSED, (), 0), "decode+fused"),
+    (Contents(PassCost(32, 0, 0, 0, 0, 32, 528, 0, 1), (), 0), "fused"),
+    (Contents(DECODE, (FORWARD,), 0), "decode+forward"),
+    (Contents(None, (BACKWARD, FORWARD, BACKWARD), 0), "forward+backward"),
+    (Contents(PassCost(72, 9, 8, 4096, 2080, 0, 0, 0, 0), (BACKWARD,), 9), "decode+prefill+backward+optimizer"),
+    (Contents(None, (), 9), "optimizer"),
+])
+def test_kinds(contents: Contents, kind: str) -> None:
+    assert kind_of(contents) == kind
+
+
+# Profile points.
+
+
+@pytest.mark.parametrize("max_rows", [1, 7, 32, 100, 300, 2048, 100_000])
+@pytest.mark.parametrize("num_layers", [1, 2, 30])
+def test_points_keep_to_the_limits(num_layers: int, max_rows: int) -> None:
+    points = profile_points(num_layers, max_rows)
+    assert len(points) == len(set(points)) <= 45
+    for contents in points:
+        if contents.inference is not None:
+            cost = contents.inference
+            prefill = cost.rows - cost.decode_rows - cost.fused_rows
+            assert 1 <= cost.rows <= max_rows and prefill >= 0
+            for rows, pairs in ((prefill, cost.prefill_pairs), (cost.fused_rows, cost.fused_pairs)):
+                assert pairs == whole_sequences(rows, pairs)
+        for unit in contents.units:
+            assert 1 <= unit.rows <= max_rows and 1 <= unit.layers <= num_layers
+            assert unit.pairs == whole_sequences(unit.rows, unit.pairs)
+    kinds = {kind_of(contents) for contents in points}
+    assert kinds >= {"decode", "prefill", "forward", "backward", "optimizer", "decode+backward", "forward+backward"}
+    assert max_rows < 32 or kinds >= {"decode+prefill", "decode+fused"}
+
+
+def whole_sequences(rows: int, pairs: int) -> int:
+    """Query-key pairs, counted, of whole sequences of the length that is read from the point."""
+    if not rows:
+        return 0
+    length = sequence_length(rows, pairs)
+    assert rows % length == 0
+    return rows // length * sum(range(1, length + 1))
+
+
+def test_points_run_twice_are_a_matter_of_seconds_on_a_slow_machine() -> None:
+    assert 2 * sum(seconds for _, seconds in profile()) < 12
+
+
+# The fit.
+
+
+def test_fit_recovers_a_law_from_its_profile() -> None:
+    for contents, seconds in profile():
+        assert MODEL.seconds(contents) == pytest.approx(seconds, rel=0.02)
+
+
+@settings(max_examples=300, deadline=None)
+@given(CONTENTS.filter(lambda contents: kind_of(contents) != "idle"))
+def test_fit_holds_for_what_was_not_profiled(contents: Contents) -> None:
+    assert MODEL.seconds(contents) == pytest.approx(law(contents), rel=0.03)
+
+
+def test_parts_add_up() -> None:
+    contents = Contents(DECODE, (FORWARD, BACKWARD), 5000)
+    units = MODEL.unit_seconds(FORWARD) + MODEL.unit_seconds(BACKWARD)
+    rest = MODEL.constant_seconds + MODEL.pass_seconds(DECODE) + MODEL.optimizer_seconds(5000)
+    assert MODEL.seconds(contents) == pytest.approx(units + rest)
+    assert MODEL.optimizer_seconds(0) == 0 < MODEL.optimizer_seconds(1)
+
+
+def test_fit_bears_noise_and_stalls_in_the_profile() -> None:
+    for seed in range(5):
+        noise = random.Random(seed)
+        samples = [(contents, seconds * noise.lognormvariate(0, 0.03)) for contents, seconds in profile() * 2]
+        for stalled in (noise.randrange(len(samples)), noise.randrange(len(samples))):
+            samples[stalled] = (samples[stalled][0], 5 * samples[stalled][1])
+        model = fit(samples)
+        errors = [abs(model.seconds(contents) / seconds - 1) for contents, seconds in profile()]
+        assert np.median(errors) < 0.03 and np.quantile(errors, 0.95) < 0.1
+
+
+def test_rows_beyond_the_profile_go_on_at_its_slope() -> None:
+    few = fit(profile(lambda contents: contents.inference is None or contents.inference.rows <= 64))
+    long = PassCost(2000, 1, 0, 0, 0, 0, 0, 0, 0)
+    assert few.pass_seconds(long) == pytest.approx(law(Contents(long, (), 0)), rel=0.1)
+
+
+def test_fused_rows_never_seen_cost_more_than_other_rows() -> None:
+    model = fit(profile(lambda contents: not (contents.inference and contents.inference.fused_rows)))
+    plain = FUSED._replace(fused_rows=0, fused_pairs=0, fused_labels=0)
+    rows_only = FUSED._replace(fused_pairs=0, fused_labels=0)
+    slope = (model.pass_seconds(plain._replace(rows=2000)) - model.pass_seconds(plain._replace(rows=1999)))
+    assert model.pass_seconds(rows_only) - model.pass_seconds(plain) == pytest.approx(0.25 * slope * 32)
+    labels = model.pass_seconds(FUSED) - model.pass_seconds(FUSED._replace(fused_labels=0))
+    assert labels == pytest.approx(32 * 6e-4, rel=0.05), "the label rows of forward units say what those of fused rows cost"
+
+
+def test_labels_never_seen_cost_twice_the_output_head() -> None:
+    def without_labels(contents: Contents) -> bool:
+        fused = contents.inference.fused_labels if contents.inference else 0
+        return not fused and not any(unit.labels for unit in contents.units)
+
+    model = fit(profile(without_labels))
+    head = PREFILL._replace(rows=1000)
+    slope = model.pass_seconds(head._replace(head_rows=1000)) - model.pass_seconds(head._replace(head_rows=999))
+    assert slope > 0
+    assert model.unit_seconds(FORWARD._replace(labels=10)) - model.unit_seconds(FORWARD) == pytest.approx(20 * slope)
+    assert model.pass_seconds(FUSED) - model.pass_seconds(FUSED._replace(fused_labels=0)) == pytest.approx(64 * slope)
+
+
+@pytest.mark.parametrize(("seen", "unseen", "factor"), [(FORWARD, BACKWARD, 2.0), (BACKWARD, FORWARD, 0.5)])
+def test_a_direction_never_seen_costs_like_the_other(seen: UnitCost, unseen: UnitCost, factor: float) -> None:
+    model = fit(profile(lambda contents: all(unit.backward == seen.backward for unit in contents.units)))
+    assert model.unit_seconds(unseen) == pytest.approx(factor * model.unit_seconds(seen))
+
+
+def test_fit_of_one_sample() -> None:
+    model = fit([(Contents(DECODE, (), 0), 0.05)])
+    assert model.seconds(Contents(DECODE, (), 0)) == pytest.approx(0.05, rel=1e-3)
+    assert model.unit_seconds(FORWARD) == 0 and model.optimizer_seconds(1000) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(CONTENTS, st.floats(1e-6, 1e3)), min_size=1, max_size=12), passes(), units(), st.integers(1, 3000))
+def test_any_profile_gives_costs_that_never_fall_with_rows(
+    samples: list[Sample], cost: PassCost, unit: UnitCost, more: int,
+) -> None:
+    model = fit(samples)
+    assert all(coefficient >= 0 for coefficient in model.coefficients.values())
+    for contents, seconds in samples:
+        assert model.seconds(contents) >= 0
+        model.observe(contents, seconds)
+    assert all(0.25 <= factor <= 4 for factor in model.corrections.values())
+    assert 0 <= model.pass_seconds(cost) <= model.pass_seconds(cost._replace(rows=cost.rows + more))
+    assert 0 <= model.unit_seconds(unit) <= model.unit_seconds(unit._replace(rows=unit.rows + more))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 12), st.booleans())
+def test_least_squares_meets_the_optimality_conditions(seed: int, num_rows: int, num_columns: int, collinear: bool) -> None:
+    """At the least, the residual's gradient is 0 where the solution is positive, and doesn't pull a 0 upwards."""
+    generator = np.random.default_rng(seed)
+    matrix = generator.normal(size=(num_rows, num_columns)) * 10.0 ** generator.integers(-3, 4, num_columns)
+    if collinear:
+        matrix[:, -1] = 2 * matrix[:, 0]
+        matrix[:, num_columns // 2] = 0
+    target = generator.normal(size=num_rows)
+    solution = non_negative_least_squares(matrix, target)
+    gradient = matrix.T @ (target - matrix @ solution) / np.maximum(np.linalg.norm(matrix, axis=0), 1e-300)
+    assert (solution >= 0).all()
+    assert gradient.max() < 1e-7 and np.abs(gradient[solution > 0]).max(initial=0) < 1e-7
+
+
+# Learning from iterations.
+
+
+def slowed(backward: float) -> Law:
+    def measure(contents: Contents) -> float:
+        units = sum(law(Contents(None, (unit,), 0)) - 4e-4 for unit in contents.units if unit.backward)
+        return law(contents) + (backward - 1) * units
+
+    return measure
+
+
+def workload(number: int, seed: int) -> list[Contents]:
+    draw = random.Random(seed)
+    made = []
+    for _ in range(number):
+        decode = draw.randint(1, 32)
+        inference = PassCost(decode, decode, decode, decode * draw.randint(50, 800), 0, 0, 0, 0, 1)
+        windows = tuple(
+            UnitCost(draw.random() < 0.6, draw.choice([64, 128, 512]), draw.randint(1, 6), 20_000, 0)
+            for _ in range(draw.choice([0, 1, 1, 2]))
+        )
+        made.append(Contents(inference if draw.random() < 0.8 or not windows else None, windows, 0))
+    return made
+
+
+def test_a_slower_group_is_learnt_without_hurting_the_others() -> None:
+    model, measure, noise = fresh(), slowed(backward=1.4), random.Random(1)
+    for contents in workload(400, seed=0):
+        model.observe(contents, measure(contents) * noise.lognormvariate(0, 0.02))
+    corrections = model.corrections
+    assert corrections["backward"] == pytest.approx(1.4, rel=0.06)
+    assert corrections["inference"] == pytest.approx(1, abs=0.05)
+    assert corrections["forward"] == pytest.approx(1, abs=0.08)
+    assert corrections["optimizer"] == 1
+    errors = [abs(model.seconds(contents) / measure(contents) - 1) for contents in workload(100, seed=9)]
+    assert np.median(errors) < 0.03 and max(errors) < 0.1
+
+
+def test_a_lasting_change_of_one_kind_is_learnt_in_a_few_dozen_iterations() -> None:
+    model, contents = fresh(), Contents(DECODE, (), 0)
+    for _ in range(40):
+        model.observe(contents, 1.4 * law(contents))
+    assert model.seconds(contents) == pytest.approx(1.4 * law(contents), rel=0.02)
+    assert model.corrections["backward"] == 1
+
+
+def test_a_lone_stall_hardly_moves_predictions() -> None:
+    model, contents = fresh(), Contents(DECODE, (BACKWARD,), 0)
+    for _ in range(10):
+        model.observe(contents, law(contents))
+    before = model.seconds(contents)
+    model.observe(contents, 100 * before)
+    assert before < model.seconds(contents) < 1.03 * before
+    model.observe(contents, law(contents))
+    assert model.seconds(contents) < 1.03 * before
+
+
+def test_corrections_stay_within_bounds_and_come_back() -> None:
+    model, contents = fresh(), Contents(DECODE, (), 0)
+    for factor, bound in ((1000.0, 4.0), (0.0, 0.25)):
+        for _ in range(200):
+            model.observe(contents, factor * law(contents))
+        assert model.corrections["inference"] == bound
+    for _ in range(200):
+        model.observe(contents, law(contents))
+    assert model.corrections["inference"] == pytest.approx(1, rel=0.01)
+
+
+def test_a_model_that_knows_nothing_learns_nothing() -> None:
+    model = LatencyModel({})
+    model.observe(Contents(DECODE, (FORWARD,), 10), 1.0)
+    assert model.seconds(Contents(DECODE, (FORWARD,), 10)) == 0 and model.errors() == {}
+
+
+# How wrong it has been.
+
+
+def test_reserve_is_the_95th_percentile_of_finetuning_iterations() -> None:
+    model = LatencyModel({("iteration", "once", 0): 1.0})  # no group can be corrected: residuals are what is given
+    finetuning = [Contents(FUSED, (), 0), Contents(None, (BACKWARD,), 0), Contents(DECODE, (), 5)]
+    for index in range(19):
+        model.observe(finetuning[index % 3], 2.0)
+        model.observe(Contents(DECODE, (), 0), 2.0)
+    assert model.reserve() == 0.1, "19 iterations held finetuning work, as many did not"
+    model.observe(finetuning[0], 2.0)
+    assert model.reserve() == 0.5
+    for index in range(200):
+        model.observe(finetuning[index % 3], 1.0 + index / 1000)
+    assert model.reserve() == pytest.approx(0.189), "the 190th of 200; what came before is forgotten"
+    for _ in range(200):
+        model.observe(finetuning[1], 0.5)
+    assert model.reserve() == 0.02
+
+
+def test_errors_are_those_of_predictions_made_before_the_update() -> None:
+    model, contents = fresh(), Contents(DECODE, (), 0)
+    before = model.seconds(contents)
+    model.observe(contents, 1.3 * before)
+    assert model.seconds(contents) > before
+    (summary,) = model.errors().values()
+    assert summary == (1, pytest.approx(0.3), pytest.approx(0.3))
+
+
+def test_errors_by_kind_over_the_last_thousand() -> None:
+    model = LatencyModel({("iteration", "once", 0): 1.0})
+    for _ in range(30):
+        model.observe(Contents(DECODE, (), 0), 9.0)
+    for index in range(1000):
+        model.observe(Contents(DECODE, (), 0), 1.0 + (-1) ** index * index / 1000)
+    model.observe(Contents(None, (BACKWARD,), 0), 1.25)
+    errors = model.errors()
+    assert set(errors) == {"decode", "backward"}
+    assert errors["decode"] == (1000, pytest.approx(0.499), pytest.approx(0.949))
+    assert errors["backward"] == (1, 0.25, 0.25)
+
+
+# The profile's file.
+
+
+def test_a_profile_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "profile.json"
+    samples = [*profile(), (Contents(None, (), 0), 1e-4)]
+    save_profile(path, "model cpu float32", samples)
+    assert load_profile(path, "model cpu float32") == samples
+    assert load_profile(path, "model cpu bfloat16") is None
+    save_profile(path, "other", samples[:1])
+    assert load_profile(path, "other") == samples[:1]
+    assert [file.name for file in path.parent.iterdir()] == ["profile.json"], "no temporary file is left"
+
+
+def test_a_failed_write_leaves_the_old_profile(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    save_profile(path, "key", profile())
+    with pytest.raises(TypeError):
+        save_profile(path, "key", [(Contents(None, (), 0), object())])  # type: ignore[list-item]
+    assert load_profile(path, "key") == profile()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000, '{"version": 1, "key": "key"}',
+                                  '{"version": 1, "key": "key", "samples": []}', '{"version": 1, "key": "key", "samples": [7]}',
+                                  '{"version": 0, "key": "key", "samples": []}', "\ud800"])
+def test_a_damaged_file_is_no_profile(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "profile.json"
+    assert load_profile(path, "key") is None
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert load_profile(path, "key") is None
+    assert load_profile(tmp_path, "key") is None
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("seconds", 0), ("seconds", -1.0), ("seconds", float("nan")), ("seconds", float("inf")), ("seconds", "1"),
+    ("seconds", True), ("seconds", 10**400),
+    ("optimizer_elements", -1), ("optimizer_elements", 1.5), ("inference", {"rows": 1}), ("inference", [1]),
+    ("inference", {**DECODE._asdict(), "rows": "8"}), ("inference", {**DECODE._asdict(), "rows": -8}),
+    ("inference", {**DECODE._asdict(), "columns": 8}), ("units", 3), ("units", [{**FORWARD._asdict(), "backward": 1}]),
+    ("units", [{**FORWARD._asdict(), "rows": None}]), ("units", None),
+])
+def test_a_sample_with_a_wrong_field_is_no_profile(tmp_path: Path, field: str, value: object) -> None:
+    path = tmp_path / "profile.json"
+    save_profile(path, "key", [(Contents(DECODE, (FORWARD,), 9), 0.5)])
+    data = json.loads(path.read_text())
+    assert load_profile(path, "key") is not None
+    data["samples"][0][field] = value
+    path.write_text(json.dumps(data))
+    assert load_profile(path, "key") is None
+
+
+def test_an_older_format_is_no_profile(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    save_profile(path, "key", profile())
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "version": data["version"] - 1}))
+    assert load_profile(path, "key") is None
