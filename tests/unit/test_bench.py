@@ -26,7 +26,7 @@ from coserve.bench.machine import Observation, RowCost, fit_row_cost, gain_bound
 from coserve.bench.metrics import Objectives, RequestRecord, meets, summarize, summary, wilson
 from coserve.bench.report import make_page
 from coserve.bench.results import make_results
-from coserve.bench.sharing import BurstConfig, Setup, Sharing, SharingConfig
+from coserve.bench.sharing import BurstConfig, Cell, Measured, Setup, Sharing, SharingConfig
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.config import FinetuneConfig, SamplingConfig
 from coserve.core import CapacityError, ConfigError, InvalidRequest, JobFailed, NotFound
@@ -509,6 +509,23 @@ def test_whole_measurement(tmp_path: Path) -> None:
     json.dumps(data)
 
 
+def test_throughput_is_a_median_and_its_share_is_taken_inside_each_repeat() -> None:
+    def cell(policy: str, load: float, repeat: int, rate: float, records: Sequence[RequestRecord] = ()) -> Cell:
+        return Cell(policy, load, 2 * load, repeat, run_of(records, [Sample(0.0, 5.0), Sample(10.0, 5.0 + 10 * rate)]))
+
+    good, bad = record(0.1, [0.2, 0.25]), record(0.1, [2.0])
+    cells = [cell("finetune-only", 0.0, i, rate) for i, rate in enumerate((100.0, 200.0, 50.0))]
+    shared = ((90.0, good), (100.0, bad), (40.0, good))
+    cells += [cell("coserve", 0.5, i, rate, (good, other)) for i, (rate, other) in enumerate(shared)]
+    data = make_results(Measured(OBJECTIVES, None, 2.0, (), tuple(cells), ()), replace(CONFIG, burst=None), "tiny")
+    alone, row = data["results"]
+    assert alone["finetune_tokens_per_s"] == 100 and alone["gain"] == 1 and "rate" not in alone
+    assert row["finetune_tokens_per_s"] == 90 and row["finetune_share"] == pytest.approx(0.8), "of 0.9, 0.5 and 0.8"
+    assert row["num_requests"] == 6 and row["slo_attainment"] == pytest.approx(5 / 6)
+    assert row["goodput"] == pytest.approx(5 / 30)
+    assert "bound" not in row and "row_cost" not in data and "peak_memory_bytes" not in row
+
+
 def test_a_stopped_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
     stopped = Lab(tmp_path, fail_at=5)
     with pytest.raises(RuntimeError, match="stopped here"):
@@ -574,7 +591,7 @@ def test_page_shows_the_plots_and_loads_nothing(tmp_path: Path, loads: tuple[flo
     assert not page.open
     assert len(page.titles) == 6 and page.titles[2:4] == ["Burst under coserve", "Queue under coserve"]
     assert not page.attributes & {"src", "href"} and not re.search(r"https?:|url\(|@import|<script", text)
-    assert "nan" not in re.sub(r"<style>.*</style>", "", text).replace("finance", "")
+    assert not re.search(r"\b(nan|inf|None)\b", text)
     assert "prefers-color-scheme:dark" in text and "width=device-width" in text
     assert "tiny &lt;model&gt;" in text and "<model>" not in text
     assert text.count('<tr class="load">') == len(loads) + 1
@@ -596,11 +613,12 @@ def test_page_of_a_run_without_bound_bursts_or_finetune_only(tmp_path: Path) -> 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--policies", "coserve,fast"], "policy"), (["--loads", "half"], "loads"), (["--arrivals", "gamma:0"], "arrivals"),
     (["--spatial-threads", "2"], "spatial_threads"), (["--pairs", "0"], "pairs"),
+    (["--arrivals", "trace:missing.csv"], "no trace file"),
 ])
 def test_command_line_refuses_before_it_loads_a_model(arguments: list[str], message: str) -> None:
     command = importlib.import_module("coserve.bench.cli").bench_app
     found = CliRunner().invoke(command, ["sharing", *arguments])
-    assert isinstance(found.exception, ConfigError) and message in str(found.exception)
+    assert isinstance(found.exception, ConfigError | NotFound) and message in str(found.exception)
 
 
 def test_ticks_are_round() -> None:

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from coserve.bench.arrivals import ArrivalConfig
+from coserve.bench.arrivals import ArrivalConfig, make_arrivals
 from coserve.bench.cells import CellStore
 from coserve.bench.engines import EngineMaker, ModelChoice
 from coserve.bench.peer import transformers_tpot_ms
@@ -73,7 +73,7 @@ def sharing(
     default = SharingConfig()
     quick_default = SharingConfig(
         policies=tuple(QUICK_POLICIES.split(",")), loads=(0.5,), requests=60, pairs=1, capacity_requests=40,
-        capacity_tolerance=0.15, alone_s=15.0, drain_s=30.0,
+        capacity_tolerance=0.15, alone_s=30.0, drain_s=30.0,
     )
     base = quick_default if quick else default
     config = SharingConfig(
@@ -91,6 +91,7 @@ def sharing(
     shares = halves if spatial_threads is None else _numbers(spatial_threads, "spatial_threads", int)
     if len(shares) != 2 or min(shares) < 1:
         raise ConfigError(f"spatial_threads: write two counts as 1,1, got {spatial_threads!r}", param="spatial_threads")
+    make_arrivals(config.arrivals, 1.0, config.requests, seed)  # a trace that can't be used is refused before the model loads
     torch.set_num_threads(count)
     loaded = load_model(model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"))
     words = word_ids(loaded.tokenizer)
@@ -109,7 +110,7 @@ def sharing(
     common = {
         "model": loaded.fingerprint, "device": device_name(loaded.weights.device), "dtype": str(loaded.weights.dtype),
         "threads": count, "spatial_threads": list(shares), "seed": seed, "finetune_tokens": finetune_tokens,
-        "finetune_batch": finetune_batch, "max_microbatch_tokens": max_microbatch_tokens,
+        "finetune_batch": finetune_batch, "max_microbatch_tokens": max_microbatch_tokens, "versions": versions(),
     }
     result = _measure(config, setup, common, loaded)
     output.mkdir(parents=True, exist_ok=True)
@@ -142,10 +143,15 @@ def _measure(config: SharingConfig, setup: Setup, common: dict[str, Any], loaded
         progress.update(task, completed=bench.num_cells())
     return {
         "device": device_name(loaded.weights.device), "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
+        "versions": common["versions"],
         "command": "coserve " + shlex.join(sys.argv[1:]), **make_results(measured, config, loaded.name),
-        "common": {key: value for key, value in common.items() if key != "device"},
+        "common": {key: value for key, value in common.items() if key not in ("device", "versions")},
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what the figures depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 def device_name(device: torch.device) -> str:

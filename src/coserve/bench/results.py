@@ -12,6 +12,7 @@ from dataclasses import asdict
 from statistics import mean, median
 from typing import Any
 
+from coserve.bench.arrivals import parse_kind
 from coserve.bench.burst import bin_series, read_burst
 from coserve.bench.machine import Observation, RowCost, fit_row_cost, gain, gain_bound, inference_share
 from coserve.bench.metrics import meets, summarize
@@ -25,7 +26,8 @@ def make_results(measured: Measured, config: SharingConfig, model: str) -> dict[
     groups: dict[tuple[float, str], list[Cell]] = {}
     for cell in measured.cells:
         groups.setdefault((cell.load, cell.policy), []).append(cell)
-    names = {"model": model, "trace": config.arrivals.kind}
+    kind, _, path = parse_kind(config.arrivals.kind)
+    names = {"model": model, "trace": config.arrivals.kind if path is None else f"{kind}:{path.name}"}
     rows = [_row({"experiment": "sharing", **names}, cells, measured, alone, cost) for cells in groups.values()]
     rows += [_row({"experiment": "burst", **names, "trace": "burst"}, [cell], measured, {}, None) for cell in measured.bursts]
     data: dict[str, Any] = {

@@ -73,8 +73,8 @@ class SharingConfig:
     capacity_start: float = 2.0
     """Requests per second, where the search begins."""
     capacity_tolerance: float = 0.05
-    alone_s: float = 20.0
-    """Window of finetune-only."""
+    alone_s: float = 60.0
+    """Window of finetune-only: long beside a micro-batch, whose forward and backward tokens differ in cost."""
     settle_s: float = 5.0
     """A job trains so long before finetune-only's window, and before requests come."""
     drain_s: float = 60.0

@@ -146,10 +146,12 @@ class UnitPicker:
 
     def _forward(self, work: MicrobatchWork, left: float) -> Iterator[Candidate]:
         """The window under way, or the largest new one that fits, over as many layers as fit."""
-        if work.layer:
-            windows = [(work.start, work.end)]
-        else:
+        if work.layer == 0:
             windows = [(work.end, work.end + rows) for rows in self._sizes(work.num_tokens - work.end)]
+        elif work.layer < self.num_layers - 1:
+            windows = [(work.start, work.end)]
+        else:  # the last layer, with the loss head
+            windows = [(work.top_row, work.top_row + rows) for rows in self._sizes(work.end - work.top_row)]
         for start, end in windows:
             candidate = self._layers(work, Direction.FORWARD, work.layer, self.num_layers, start, end, left)
             if candidate is not None:

@@ -1,7 +1,8 @@
 """Finetuning work as the scheduler sees it: how far each micro-batch is, in integers, and what may come next.
 
-Forward: windows from left to right; the one under way, [start, end), has passed layers [0, layer). Backward: layers from the
-top; rows [row, T) of the one under way are done.
+Forward: windows from left to right; the one under way, [start, end), has passed layers [0, layer), and its rows
+[start, top_row) the last layer and the loss head too: these go in windows of their own, as label rows can cost more than all
+layers. Backward: layers from the top; rows [row, T) of the one under way are done.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class MicrobatchWork:
     start: int = 0
     end: int = 0
     layer: int = 0
+    top_row: int = 0
     backward_layer: int = field(init=False)
     backward_row: int = field(init=False)
     _pairs: list[int] = field(init=False)
@@ -66,17 +68,25 @@ class MicrobatchWork:
     def advance(self, unit: Unit) -> None:
         """Takes a planned unit as done."""
         if unit.direction is Direction.FORWARD:
-            self.start, self.end, self.layer = unit.start, unit.end, unit.layer_end
-            if self.layer == self.num_layers:
-                self.start, self.layer = self.end, 0
-                if self.end == self.num_tokens:
-                    self.phase = Phase.OBJECTIVE
+            self._advance_forward(unit)
             return
         self.backward_row = unit.start
         if unit.start == 0:
             self.backward_layer, self.backward_row = unit.layer_start - 1, self.num_tokens
             if self.backward_layer < self.lowest:
                 self.phase = Phase.DONE
+
+    def _advance_forward(self, unit: Unit) -> None:
+        if self.layer == 0:
+            self.start, self.end, self.top_row = unit.start, unit.end, unit.start
+        if unit.layer_end < self.num_layers:
+            self.layer = unit.layer_end
+            return
+        self.layer, self.top_row = self.num_layers - 1, unit.end
+        if self.top_row == self.end:
+            self.start, self.layer = self.end, 0
+            if self.end == self.num_tokens:
+                self.phase = Phase.OBJECTIVE
 
 
 @dataclass(slots=True, kw_only=True)
