@@ -1,9 +1,16 @@
 """coserve: serve a large language model and finetune adapters on it at the same time, with one copy of the weights.
 
-    from coserve import FinetuneConfig, LoraConfig, Generator, SamplingConfig, finetune, load_model
+    from coserve import Engine, EngineConfig, FinetuneConfig, LoraConfig, SamplingConfig, load_model
 """
 
-from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig
+from coserve.config import (
+    EngineConfig,
+    FinetuneConfig,
+    LoraConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    SchedulerConfig,
+)
 from coserve.core import (
     CapacityError,
     ConfigError,
@@ -12,24 +19,34 @@ from coserve.core import (
     JobFailed,
     NotFound,
 )
+from coserve.engine.engine import Engine
 from coserve.engine.finetuning import FinetuneResult, finetune
 from coserve.engine.generation import Generator
+from coserve.engine.jobs import JobHandle, JobProgress
 from coserve.engine.model import LoadedModel, load_model
+from coserve.engine.requests import Chunk, RequestHandle
 
 __all__ = [
     "CapacityError",
+    "Chunk",
     "ConfigError",
     "CoserveError",
+    "Engine",
+    "EngineConfig",
     "FinetuneConfig",
     "FinetuneResult",
     "Generator",
     "InvalidRequest",
     "JobFailed",
+    "JobHandle",
+    "JobProgress",
     "LoadedModel",
     "LoraConfig",
     "NotFound",
     "OptimizerConfig",
+    "RequestHandle",
     "SamplingConfig",
+    "SchedulerConfig",
     "finetune",
     "load_model",
 ]

@@ -1,4 +1,4 @@
-"""The command `coserve`: finetune, chat, demo, plan.
+"""The command `coserve`: finetune, chat, demo, plan, bench.
 
 Owns: arguments, progress display, exit codes. An error that the user can mend is one line on stderr and exit code 2.
 """
@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from coserve.bench.cli import bench_app
 from coserve.compiler.report import report
 from coserve.config import FinetuneConfig, LoraConfig, SamplingConfig, finetune_config_from_dict
 from coserve.core import ConfigError, CoserveError, InvalidRequest
@@ -36,6 +37,7 @@ from coserve.runtime.plans import training_plan
 from coserve.tokenizer import IncrementalDetokenizer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+app.add_typer(bench_app, name="bench")
 console = Console()
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]

@@ -29,7 +29,7 @@ from coserve.bench.results import make_results
 from coserve.bench.sharing import BurstConfig, Cell, Measured, Setup, Sharing, SharingConfig
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.config import FinetuneConfig, SamplingConfig
-from coserve.core import CapacityError, ConfigError, InvalidRequest, JobFailed, NotFound
+from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, JobFailed, NotFound
 
 OBJECTIVES = Objectives(ttft_ms=1000.0, tpot_ms=100.0)
 
@@ -57,6 +57,7 @@ class FakeHandle:
 @dataclass
 class FakeJob:
     finished: bool = False
+    error: CoserveError | None = None
 
     def cancel(self) -> None:
         self.finished = True
@@ -93,7 +94,7 @@ class FakeEngine:
             self.finetune_tokens += 50
             self.job_steps -= 1
             if self.job is not None and self.job_steps == 0:
-                self.job.finished = True
+                self.job.finished, self.job.error = True, JobFailed("no loss")
         for handle in self.running:
             handle.token_times.append(self.clock.time_s)
             handle.remaining -= 1
@@ -368,7 +369,7 @@ def test_a_hopeless_run_is_given_up_early() -> None:
 def test_a_job_that_ends_within_the_window_is_an_error() -> None:
     engine = FakeEngine(FakeClock(), job_steps=20)
     job = engine.finetune(Path("data"), Path("missing"), endless_job(8, 512), name="bench")
-    with pytest.raises(JobFailed, match="ended before"):
+    with pytest.raises(JobFailed, match=r"ended before.*no loss"):
         drive(engine, job=job)
 
 

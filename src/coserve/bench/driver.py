@@ -36,10 +36,12 @@ class Handle(Protocol):
 
 
 class Job(Protocol):
-    """A finetuning job in the engine."""
+    """A finetuning job in the engine. error: why it failed."""
 
     @property
     def finished(self) -> bool: ...
+    @property
+    def error(self) -> CoserveError | None: ...
     def cancel(self) -> None: ...
 
 
@@ -127,7 +129,7 @@ def run_load(
             if now >= config.window_end_s + config.drain_s or all(i.handle is None or i.handle.finished for i in injected):
                 break
         elif job is not None and job.finished:
-            raise JobFailed("bench: the finetuning job ended before the measured window did")
+            raise JobFailed(f"bench: the finetuning job ended before the measured window did ({job.error or 'no error'})")
         if config.give_up is not None and now >= next_check:
             next_check = now + 1.0
             gave_up = _num_missed(injected, config.give_up[0], start, now) > config.give_up[1]

@@ -20,7 +20,7 @@ from coserve.bench.driver import BenchEngine, Handle, Job
 from coserve.bench.metrics import Objectives
 from coserve.bench.sharing import SPATIAL
 from coserve.config import EngineConfig, FinetuneConfig, SamplingConfig, SchedulerConfig
-from coserve.core import JobFailed
+from coserve.core import CoserveError, JobFailed
 from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel, load_model
 
@@ -122,6 +122,10 @@ class ChildJob:
     @property
     def finished(self) -> bool:
         return not self._process.is_alive()
+
+    @property
+    def error(self) -> CoserveError | None:
+        return JobFailed("the finetuning process has ended") if self.finished else None
 
     def cancel(self) -> None:
         """Asks the child to end, and ends it if it doesn't."""

@@ -1,1 +1,1 @@
-"""Policy on integers, without tensors. So far: block accounting."""
+"""Policy on integers, without tensors: blocks and prefixes, deadlines, predicted times, units, fair shares."""
