@@ -91,6 +91,24 @@ def producers(nodes: Iterable[Node]) -> dict[str, Node]:
     return {name: node for node in nodes for name in node.outputs}
 
 
+def counterparts(own: Graph, larger: Graph) -> dict[str, str]:
+    """{value of `own`: the value of `larger` that its readers read}. `larger` adds to more values than `own` does: where it
+    adds to a value, the sum takes that value's part, and everything after it may have another name."""
+
+    def place(node: Node, inputs: Iterable[str]) -> object:
+        return node.op, node.weight, tuple(inputs), tuple(node.attrs.items())
+
+    nodes = {place(node, node.inputs): node for node in larger.nodes}
+    sums = {node.inputs[0]: node.outputs[0] for node in larger.nodes if node.op == "add"}
+    added = {node.inputs[0] for node in own.nodes if node.op == "add"}
+    result = {own.input: larger.input}
+    for node in own.nodes:
+        twin = nodes[place(node, (result[name] for name in node.inputs))]
+        for name, found in zip(node.outputs, twin.outputs, strict=True):
+            result[name] = found if name in added else sums.get(found, found)
+    return result
+
+
 def check(joint: JointGraph) -> None:
     """Every value is made before it is read, once. Run by tests after each pass."""
     made = {joint.forward.input}

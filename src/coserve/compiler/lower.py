@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from coserve.compiler.graph import JointGraph, Node, Value, producers
+from coserve.compiler.graph import JointGraph, Node, Value, counterparts, producers
 from coserve.compiler.program import Call, FusedLayer, LayerPlan, Place, Program, Slot, Storage
 from coserve.compiler.prune import Rematerialized
 from coserve.ops.run import RUNNERS
@@ -267,12 +267,13 @@ def lower_fused(
     storages = [Storage(Place.INPUT, graph.values[graph.input].width, False),
                 Storage(Place.OUTPUT, graph.values[graph.output].width, False)]
     ends = {graph.input: Slot(0, 0, storages[0].width), graph.output: Slot(1, 0, storages[1].width)}
-    kept = tuple(own.kept_slots)
+    names = counterparts(own.joint.forward, graph)
+    kept = {names[name]: slot for name, slot in own.kept_slots.items()}
     memory = _Memory(graph.values, dict(ends), storages, {graph.input, graph.output, *kept})
     steps = _merge(_fuse_adds(graph.nodes, memory), merged, dict.fromkeys(graph.values, False))
-    program, slots, _ = _assemble(steps, memory, set(), itemsize, outlive=kept)
+    program, slots, _ = _assemble(steps, memory, set(), itemsize, outlive=tuple(kept))
     whole = {own.keys, own.values}
-    copies = tuple((slots[name], slot) for name, slot in own.kept_slots.items() if slot not in whole)
+    copies = tuple((slots[name], slot) for name, slot in kept.items() if slot not in whole)
     return FusedLayer(program=program, copies=copies)
 
 

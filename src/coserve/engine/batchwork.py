@@ -25,6 +25,7 @@ from coserve.finetune.objectives import Objective, Scored
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.microbatch import InFlight, MicrobatchLayout, PackedBatch, microbatch_layout, pack
+from coserve.runtime.transfer import to_device
 
 
 class BatchSource(Protocol):
@@ -126,32 +127,37 @@ class BatchWork:
         return all(e.index in self.source.reference_sums for group in micro.groups for e in group.examples)
 
     def answer(self, micro: Microbatch) -> None:
-        """Forward is through: the objective answers, and backward may begin."""
+        """Forward is through: the objective answers, and backward may begin.
+
+        It answers on the host, so that the device is waited for once per micro-batch, whatever the objective reads.
+        """
         assert micro.state is not None
         if micro.is_reference:
             self._remember(micro, micro.state)
             return
         state, bounds = micro.state, iter(micro.batch.label_bounds)
+        logprobs, correct = state.logprobs.cpu(), state.correct.cpu()
+        weights = torch.from_numpy(micro.batch.host_label_weights)
         coefficients: list[Tensor] = []
         for group in micro.groups:
             scored = []
             for example in group.examples:
                 part = slice(*next(bounds))
                 reference = self.source.reference_sums.get(example.index)
-                scored.append(Scored(state.logprobs[part], micro.batch.label_weights[part], reference))
+                scored.append(Scored(logprobs[part], weights[part], reference))
             outcome = self.source.objective.outcome(scored, self.normalizer)
             coefficients += outcome.coefficients
             self._loss += outcome.loss
             for name, value in outcome.metrics.items():
                 self._extra[name] = self._extra.get(name, 0.0) + value
         if self.train:
-            state.set_coefficients(torch.cat(coefficients))
-        self._correct += int(state.correct.sum())
-        self._labels += state.correct.shape[0]
+            state.set_coefficients(to_device(torch.cat(coefficients), state.logprobs.device))
+        self._correct += int(correct.sum())
+        self._labels += correct.shape[0]
         self._tokens += micro.batch.num_tokens
 
     def _remember(self, micro: Microbatch, state: InFlight) -> None:
-        weighted = state.logprobs.double() * micro.batch.label_weights
+        weighted = state.logprobs.cpu().double() * torch.from_numpy(micro.batch.host_label_weights)
         examples = [example for group in micro.groups for example in group.examples]
         for example, (first, end) in zip(examples, micro.batch.label_bounds, strict=True):
             self.source.reference_sums[example.index] = float(weighted[first:end].sum())

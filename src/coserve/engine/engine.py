@@ -9,18 +9,19 @@ Drive it by calling `step`, or `start` a thread. Owns: the life of requests and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Executor as ThreadExecutor
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from coserve.config import EngineConfig, FinetuneConfig, SamplingConfig
+from coserve.config import EngineConfig, FinetuneConfig, LoraConfig, SamplingConfig
 from coserve.core import (
     AdapterCopy,
     CapacityError,
@@ -33,7 +34,7 @@ from coserve.core import (
 )
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.batchwork import Microbatch
-from coserve.engine.budget import GIB, available_bytes, shape_adapter
+from coserve.engine.budget import GIB, available_bytes, peak_bytes, shape_adapter
 from coserve.engine.finetuning import PreparedJob, prepare_beside
 from coserve.engine.jobs import JobHandle, LiveJob
 from coserve.engine.model import LoadedModel
@@ -100,7 +101,7 @@ class Engine:
         )
         self.adapters = AdapterRegistry(slots, lambda version: self.blocks.forget(version.name, version.number))
         self.train = TrainExecutor(model.executor)
-        self.passes = PassExecutor(model.executor, self.train, self.pool, slots)
+        self.passes = PassExecutor(model.executor, self.train, self.pool, slots, cuda_graphs=self.config.cuda_graphs)
         self.runner: Runner = runner or StepRunner(self.passes, self.train, clock)
         if latency is None:
             latency = latency_model(self.passes, self.train, self.blocks, self.config.scheduler, model.fingerprint, report)
@@ -114,7 +115,7 @@ class Engine:
         self._numbers = 0
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing = self._closed = False
         self._host = _JobHost(self)
         self._counts: dict[str, float] = dict.fromkeys(
             ("iterations", "inference_tokens", "prompt_tokens", "finetune_tokens", "busy_s", "inference_busy_s",
@@ -151,8 +152,9 @@ class Engine:
             raise NotFound(
                 f"adapter: there is no {adapter!r}; loaded: {', '.join(self.adapters.names) or 'none'}", param="adapter"
             )
-        if len(self._requests) >= self.config.max_waiting + limits.max_num_seqs:
-            raise CapacityError(f"{len(self._requests)} requests are running or waiting; try again later", param="max_waiting")
+        present = len(self._requests) + len(self._inbox)
+        if present >= self.config.max_waiting + limits.max_num_seqs:
+            raise CapacityError(f"{present} requests are running or waiting; try again later", param="max_waiting")
         numbers: list[int] = []
         handle = RequestHandle(
             ids, config, self.now() if arrival_s is None else arrival_s, lambda: self._post(lambda: self._cancel(numbers))
@@ -165,11 +167,18 @@ class Engine:
         self, prompts: Sequence[Sequence[int] | str], sampling: SamplingConfig | None = None, **options: Any
     ) -> list[RequestHandle]:
         """Submits prompts and waits for all of them. options: as for `submit`. Raises the first error of any."""
-        handles = [self.submit(prompt, sampling, **options) for prompt in prompts]
-        for handle in handles:
-            self._drive(lambda handle=handle: handle.finished)  # type: ignore[misc]
-            if handle.error is not None:
-                raise handle.error
+        handles: list[RequestHandle] = []
+        try:
+            for prompt in prompts:
+                handles.append(self.submit(prompt, sampling, **options))
+            for handle in handles:
+                self._drive(lambda handle=handle: handle.finished)  # type: ignore[misc]
+                if handle.error is not None:
+                    raise handle.error
+        except BaseException:  # nobody will ask for the others
+            for handle in handles:
+                handle.cancel()
+            raise
         return handles
 
     def stream(self, prompt: Sequence[int] | str, sampling: SamplingConfig | None = None, **options: Any) -> Iterator[Chunk]:
@@ -178,8 +187,7 @@ class Engine:
         try:
             yield from handle.chunks(None if self._thread is not None else self._step_or_wait)
         finally:
-            if not handle.finished:
-                handle.cancel()
+            handle.cancel()
 
     async def astream(
         self, prompt: Sequence[int] | str, sampling: SamplingConfig | None = None, **options: Any
@@ -191,7 +199,8 @@ class Engine:
         handle = self.submit(prompt, sampling, **options)
 
         def hear(chunk: Chunk) -> None:
-            loop.call_soon_threadsafe(inbox.put_nowait, chunk)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(inbox.put_nowait, chunk)
 
         handle.listen(hear)
         left = len(handle.outputs)
@@ -203,8 +212,7 @@ class Engine:
             if handle.error is not None:
                 raise handle.error
         finally:
-            if not handle.finished:
-                handle.cancel()
+            handle.cancel()
 
     def _check(self, ids: Sequence[int], config: SamplingConfig) -> None:
         arch = self.model.architecture
@@ -263,21 +271,33 @@ class Engine:
             handle.listen(event)
             listen(event)
 
+        lora = config.lora if start is None else self.model.load_adapter(Path(start)).config
+        self._check_rank(lora)
         prepared = prepare_beside(
             self.model, data, directory, config, validation=validation, start=start, resume=resume, listen=hear,
-            check=lambda dataset: self._check_arena(dataset, config),
+            check=lambda dataset: self._check_arena(dataset, config, lora),
         )
+        for plan in (prepared.trainer.plan, prepared.trainer.scoring):
+            self.train.prepare(plan)
         self._post(lambda: self._begin_job(prepared, handle, tenant, weight))
         return handle
 
-    def _check_arena(self, dataset: Dataset, config: FinetuneConfig) -> None:
+    def _check_rank(self, lora: LoraConfig) -> None:
+        """Refuses a job whose adapter could not be served."""
+        rank = max((site.rank for site in shape_adapter(self.model.architecture, lora).sites), default=0)
+        if rank > self.config.max_lora_rank:
+            raise ConfigError(
+                f"r: rank {rank} is over the engine's max_lora_rank={self.config.max_lora_rank}; raise it, or lower r", param="r"
+            )
+
+    def _check_arena(self, dataset: Dataset, config: FinetuneConfig, lora: LoraConfig) -> None:
         """Refuses a job whose largest micro-batch can't fit beside what inference is guaranteed."""
         arch, itemsize = self.model.architecture, self.model.weights.dtype.itemsize
         largest = min(
             config.max_microbatch_tokens,
             sum(sorted((group.num_tokens for group in dataset.groups), reverse=True)[: config.batch_size]),
         )
-        plan = training_plan(arch, shape_adapter(arch, config.lora), itemsize=itemsize)
+        plan = training_plan(arch, shape_adapter(arch, lora), itemsize=itemsize)
         needed = microbatch_layout(plan, largest, arch, itemsize, forward_only=False).total
         room = (self.blocks.num_blocks - self.blocks.guaranteed_blocks) * self.pool.block_bytes
         if needed > room:
@@ -332,11 +352,14 @@ class Engine:
         ids = {number: [sampled.token for sampled in tokens] for number, tokens in result.tokens.items()}
         self.scheduler.commit(plan, ids, now, result.seconds)
         self._count(plan, result)
+        starts = {span.request: span.start for span in plan.spans}
         for number, logprobs in result.prompt_logprobs.items():
-            self._requests[number].handle.prompt_logprobs += logprobs
+            have = self._requests[number].handle.prompt_logprobs
+            have += logprobs[len(have) - starts[number] :]  # after a preemption the prompt's rows run again
         for number, tokens in result.tokens.items():
             request = self._requests[number]
-            request.handle.cached_tokens = request.state.cached_tokens
+            if request.index == 0 and not request.handle.token_ids:
+                request.handle.cached_tokens = request.state.cached_tokens
             for sibling in request.siblings:
                 self.scheduler.add_request(sibling.state)
             request.siblings.clear()
@@ -377,11 +400,14 @@ class Engine:
                 self._closing = True
                 self._wake.notify()
             thread.join()
-        self._drain()
-        for job in list(self._jobs.values()):
-            job.cancel()
-            self._remove_job(job)
-        self._cancel(list(self._requests))
+        with self._lock:
+            with self._wake:
+                self._closed = True
+            self._drain()
+            for job in list(self._jobs.values()):
+                job.cancel()
+                self._remove_job(job)
+            self._cancel(list(self._requests))
         self._host.writer.shutdown()
 
     def __enter__(self) -> Engine:
@@ -404,6 +430,9 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         wrapped = error if isinstance(error, CoserveError) else CoserveError(f"the engine stopped: {error!r}")
+        with self._wake:
+            self._closed = True
+        self._drain()
         for number in list(self._requests):
             request = self._requests[number]
             request.handle.error = wrapped
@@ -423,14 +452,28 @@ class Engine:
 
     def _post(self, command: Callable[[], None]) -> None:
         """Has the engine's thread run a command before its next iteration."""
-        self._inbox.append(command)
         with self._wake:
+            if self._closed:
+                raise CoserveError("the engine is closed")
+            self._inbox.append(command)
             self._wake.notify()
 
     def _call(self, command: Callable[[], object]) -> None:
         """Runs a command between two iterations; raises what it raises."""
-        with self._lock:
-            command()
+        if self._thread is None:
+            with self._lock:
+                command()
+            return
+        done: Future[object] = Future()  # a busy engine hardly ever leaves its lock to others
+
+        def run() -> None:
+            try:
+                done.set_result(command())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._post(run)
+        done.result()
 
     def _drain(self) -> None:
         while self._inbox:
@@ -456,10 +499,11 @@ class Engine:
                 return
             self._numbers += 1
             key = PrefixKey(tenant, None, 0) if version is None else PrefixKey(tenant, version.name, version.number)
+            every_logit = config.prompt_logprobs is not None and index == 0
             state = RequestState(
                 id=self._numbers, tenant=tenant, prompt=handle.prompt_ids, max_tokens=config.max_tokens, key=key,
                 arrival_s=handle.arrival_s, tpot_s=objectives[0], ttft_s=objectives[1],
-                cacheable=config.prompt_logprobs is None, every_logit=config.prompt_logprobs is not None and index == 0,
+                cacheable=not every_logit, every_logit=every_logit,
             )
             stream = TextStream(self.model.tokenizer, config.stop)
             lives.append(LiveRequest(
@@ -508,7 +552,9 @@ class Engine:
             "prediction_errors": {kind: e._asdict() for kind, e in self.scheduler.latency.errors().items()},
             "reserve": self.scheduler.latency.reserve(),
             "adapters": list(self.adapters.names), "adapter_versions": self.adapters.num_versions,
-            "memory": {**pool._asdict(), "block_bytes": self.pool.block_bytes},
+            "memory": {
+                **pool._asdict(), "block_bytes": self.pool.block_bytes, "peak_bytes": peak_bytes(self.model.weights.device)
+            },
         }
 
 

@@ -69,15 +69,18 @@ class JobHandle:
 
     def pause(self) -> None:
         """No more units after the present iteration; the job's memory stays."""
-        self._act("pause")
+        if not self.finished:
+            self._act("pause")
 
     def resume(self) -> None:
         """Goes on where it was paused."""
-        self._act("resume")
+        if not self.finished:
+            self._act("resume")
 
     def cancel(self) -> None:
         """Ends the job; checkpoints that are written stay."""
-        self._act("cancel")
+        if not self.finished:
+            self._act("cancel")
 
     def result(self, timeout: float | None = None) -> Path:
         """Waits for the end; the tuned adapter's directory. Raises JobFailed, or TimeoutError after `timeout` seconds. For
@@ -234,7 +237,7 @@ class LiveJob:
             work = MicrobatchWork(
                 id=number, job=self.number, num_tokens=micro.batch.num_tokens,
                 num_layers=self.trainer.model.architecture.num_layers, lowest=micro.plan.lowest_trained,
-                bounds=micro.batch.bounds, label_rows=micro.batch.label_rows.tolist(), forward_only=micro.forward_only,
+                bounds=micro.batch.bounds, label_rows=micro.batch.host_label_rows.tolist(), forward_only=micro.forward_only,
             )
             self._in_flight[number] = (micro, work, arena)
             self.host.microbatch_begun(number, micro, work)
@@ -287,7 +290,7 @@ class LiveJob:
             raise error
         if not self.host.shrink_windows():
             raise CapacityError(f"out of memory at the smallest window ({error})", param="max_microbatch_tokens") from error
-        self.handle.listen(JobEvent(level="warn", message="out of memory: smaller windows; the optimizer batch starts again"))
+        self.job.listen(JobEvent(level="warn", message="out of memory: smaller windows; the optimizer batch starts again"))
         self._drop_batch()
         assert self.trainer.adapter.grad is not None
         self.trainer.adapter.grad.zero_()

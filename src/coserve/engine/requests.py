@@ -79,7 +79,8 @@ class RequestHandle:
 
     def cancel(self) -> None:
         """Ends the request; what it has stays."""
-        self._cancel()
+        if not self.finished:
+            self._cancel()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Blocks until all outputs have ended; False after `timeout` seconds. For engines with a thread of their own."""

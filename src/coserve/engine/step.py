@@ -21,6 +21,7 @@ from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor, TrainWindow
 from coserve.runtime.sampler import SamplerRow, prompt_logprobs, sample_rows
 from coserve.runtime.spans import RowSpan
+from coserve.runtime.transfer import to_device
 
 
 class JobActions(Protocol):
@@ -103,7 +104,7 @@ class StepRunner:
             ids += self._ids(lookup.requests[span.request], span)
         device = self.passes.weights.device
         rows = [[self._row_span(span, lookup) for span in part] for part in (decode, prefill)]
-        hidden = self._run_pass(torch.tensor(ids, device=device), rows, window, plan.fused, lookup)
+        hidden = self._run_pass(to_device(ids, device), rows, window, plan.fused, lookup)
         chosen: list[int] = []
         end = 0
         for span in spans:
@@ -112,7 +113,7 @@ class StepRunner:
         if not chosen:
             return spans, None
         if len(chosen) < hidden.shape[0]:
-            hidden = hidden[torch.tensor(chosen, device=device)]
+            hidden = hidden[to_device(chosen, device)]
         return spans, self.passes.logits(hidden)
 
     def _window(self, plan: StepPlan, lookup: Lookup) -> TrainWindow | None:
@@ -177,7 +178,7 @@ class StepRunner:
         if not rows:
             return tokens, prompts
         if len(chosen) < logits.shape[0]:
-            logits = logits[torch.tensor(chosen, device=logits.device)]
+            logits = logits[to_device(chosen, logits.device)]
         for number, result in zip(sampled, sample_rows(logits, rows), strict=True):
             tokens[number] = [result]
         return tokens, prompts

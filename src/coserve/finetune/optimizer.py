@@ -50,12 +50,16 @@ class FlatAdamW:
         part, config = slice(start, end), self.config
         adamw(
             [self.master[part]], [self.grad[part]], [self.exp_avg[part]], [self.exp_avg_sq[part]], [],
-            [torch.tensor(float(self.num_updates))], fused=True, amsgrad=False, beta1=config.beta1,
+            [self._step()], fused=True, amsgrad=False, beta1=config.beta1,
             beta2=config.beta2, lr=rate, weight_decay=config.weight_decay, eps=config.eps, maximize=False,
         )
         if self.master is not self.working:
             self.working[part] = self.master[part]
         self.grad[part].zero_()
+
+    def _step(self) -> Tensor:
+        """The number of updates so far, made on the device: a copy of it would wait, and the kernel reads it there."""
+        return torch.full((), float(self.num_updates), dtype=torch.float32, device=self.master.device)
 
     def close_step(self) -> None:
         """All elements have been updated. Comes before the next forward unit."""

@@ -13,7 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from coserve.kernels.choose import runs_triton
 from coserve.kernels.reference import dropout_keep
+from coserve.kernels.triton.segments import segment_linear
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, accumulate: bool = False) -> None:
@@ -31,6 +33,9 @@ def grouped_matmul_into(out: Tensor, x: Tensor, weights_SKN: Tensor, ends_S: Ten
 
     The last group ends with the rows. float64 has no library kernel and goes group by group.
     """
+    if runs_triton(x.device) and x.dtype != torch.float64:
+        segment_linear(out, x, weights_SKN, ends_S, accumulate=accumulate)
+        return
     if x.dtype == torch.float64:
         start = 0
         for weight, end in zip(weights_SKN, ends_S.tolist(), strict=True):

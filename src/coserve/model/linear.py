@@ -45,6 +45,9 @@ class FrozenLinear:
         else:
             torch.mm(grad, self._weight, out=out)
 
+    def prepare(self, *, backward: bool) -> None:
+        """Makes what the product's first use would make: nothing here."""
+
     def rows(self, start: int, end: int) -> FrozenLinear:
         """The linear of output features [start, end), sharing memory."""
         return FrozenLinear(self._weight[start:end], None if self.bias is None else self.bias[start:end])
@@ -84,15 +87,22 @@ class PackedLinear(FrozenLinear):
     def weight(self) -> Tensor:
         return self._dense()
 
-    def forward(self, out: Tensor, x: Tensor, accumulate: bool = False) -> None:
-        if self._forward is None:
+    def prepare(self, *, backward: bool) -> None:
+        """Packs the matrix for one product, which takes far longer than the product."""
+        if backward and self._backward is None:
+            self._backward = _pack(self._dense().T)
+        elif not backward and self._forward is None:
             self._forward = _pack(self._dense())
+
+    def forward(self, out: Tensor, x: Tensor, accumulate: bool = False) -> None:
+        self.prepare(backward=False)
+        assert self._forward is not None
         y = _product(x, self._forward, self.bias)
         out.add_(y) if accumulate else out.copy_(y)
 
     def input_grad(self, out: Tensor, grad: Tensor, accumulate: bool = False) -> None:
-        if self._backward is None:
-            self._backward = _pack(self._dense().T)
+        self.prepare(backward=True)
+        assert self._backward is not None
         dx = _product(grad, self._backward)
         out.add_(dx) if accumulate else out.copy_(dx)
 
@@ -118,6 +128,9 @@ class OutputHead:
         """The table's rows of some tokens: a new [T, D]."""
         return self.table[ids]
 
+    def prepare(self) -> None:
+        """Makes what the first use in training would make: nothing here."""
+
 
 class PackedHead(OutputHead):
     """The head in packed blocks of the vocabulary, made at first use."""
@@ -136,9 +149,13 @@ class PackedHead(OutputHead):
             out[:, start:end].copy_(_product(x, block))
             start = end
 
-    def input_grad(self, grad: Tensor) -> Tensor:
+    def prepare(self) -> None:
         if self._backward is None:
             self._backward = _pack(self.table.T)
+
+    def input_grad(self, grad: Tensor) -> Tensor:
+        self.prepare()
+        assert self._backward is not None
         return _product(grad, self._backward)
 
 

@@ -88,6 +88,8 @@ def _segment_linear(
     for part, factor in rows.segments(weight):
         out, x = outs[0][part], ins[0][part]
         if isinstance(factor, FactorStack):
+            _, num_in, num_out = factor.matrices.shape
+            out, x = out[:, :num_out], x[:, :num_in]
             scaled = x if isinstance(factor.scale, float) and factor.scale == 1.0 else x * factor.scale
             library.grouped_matmul_into(out, scaled, factor.matrices, factor.ends, accumulate=accumulate)
         else:
@@ -95,7 +97,7 @@ def _segment_linear(
 
 
 def _low_rank(out: Tensor, x: Tensor, factor: Factor, accumulate: bool) -> None:
-    """One adapter's rows; a batch of adapters gives the rank-sized value the width of the largest rank."""
+    """One adapter's rows, of which the rank-sized value may be wider: it has the width of the batch's largest rank."""
     num_out, num_in = factor.matrix.shape
     library.matmul_into(out[:, :num_out], x[:, :num_in], factor.matrix.T, alpha=factor.scale, accumulate=accumulate)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from coserve.core import BlockMove
 from coserve.model.architecture import Architecture
+from coserve.runtime.transfer import to_device
 
 
 def block_bytes(arch: Architecture, block_tokens: int, itemsize: int) -> int:
@@ -26,7 +27,10 @@ def block_bytes(arch: Architecture, block_tokens: int, itemsize: int) -> int:
 
 
 class KeyValuePool:
-    """rows: [blocks * L * 2 * G, block_tokens * K], in the model's dtype."""
+    """rows: [blocks * L * 2 * G, block_tokens * K], in the model's dtype.
+
+    On CUDA one block more lies behind the others, `scratch`: padding rows of captured batches write there.
+    """
 
     def __init__(
         self, arch: Architecture, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
@@ -34,10 +38,12 @@ class KeyValuePool:
         self.num_layers, self.kv_heads, self.width = arch.num_layers, arch.num_kv_heads, arch.head_dim
         self.num_blocks, self.block_tokens = num_blocks, block_tokens
         self.block_bytes = block_bytes(arch, block_tokens, dtype.itemsize)
-        self.buffer = torch.empty(num_blocks * self.block_bytes, dtype=torch.uint8, device=device)
+        self.scratch = num_blocks if device.type == "cuda" else None
+        held = num_blocks + (self.scratch is not None)
+        self.buffer = torch.empty(held * self.block_bytes, dtype=torch.uint8, device=device)
         self.rows = self.buffer.view(dtype).view(-1, block_tokens * self.width)
         self._tokens = self.rows.view(-1, self.width)
-        self._blocks = self.buffer.view(num_blocks, self.block_bytes)
+        self._blocks = self.buffer.view(held, self.block_bytes)
         self._heads = torch.arange(self.kv_heads, device=device)
 
     @property
@@ -48,7 +54,7 @@ class KeyValuePool:
     def clear(self, blocks: Sequence[int]) -> None:
         """Zeroes blocks before their first token: what a block held before must not reach anyone, NaN least of all."""
         if blocks:
-            self._blocks[torch.tensor(blocks, device=self.buffer.device)] = 0
+            self._blocks.index_fill_(0, to_device(blocks, self.buffer.device), 0)
 
     def move(self, moves: Iterable[BlockMove]) -> None:
         """Copies blocks, in order."""

@@ -82,6 +82,15 @@ class TrainExecutor:
             buffer = self._own_buffer
         return InFlight(batch, plan, buffer, self.arch, dtype=self.weights.dtype, forward_only=forward_only)
 
+    def prepare(self, plan: ModelPlan) -> None:
+        """Lays weights out for a plan's programs, which their first use would do in the middle of an iteration."""
+        for weights, layer in zip(self.weights.layers, plan.layers, strict=True):
+            for program in (layer.forward, layer.backward):
+                for call in program.calls if program is not None else ():
+                    if call.op in ("linear", "linear_dgrad") and call.weight is not None:
+                        weights.linears[call.weight].prepare(backward=call.op == "linear_dgrad")
+        self.weights.head.prepare()
+
     def run(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> None:
         """One unit, forward or backward."""
         (self._forward if unit.direction is Direction.FORWARD else self._backward)(state, unit, adapter)

@@ -24,11 +24,15 @@ from coserve.peft.lora import LoraAdapter
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.executor import Executor, TrainExecutor
+from coserve.runtime.graphs import DecodeGraphs
 from coserve.runtime.memory import columns
 from coserve.runtime.microbatch import InFlight
 from coserve.runtime.plans import fused_plan, serving_plan
 from coserve.runtime.rows import TrainRows
 from coserve.runtime.spans import NO_ADAPTER, RowSpan, SpanRows
+
+_MAX_FUSED = 64
+"""Fused plans that are kept."""
 
 
 class TrainWindow(NamedTuple):
@@ -82,13 +86,19 @@ class BatchRows:
 
 
 class PassExecutor:
-    """Runs passes over a pool of key-value blocks, with the adapters in `adapters`."""
+    """Runs passes over a pool of key-value blocks, with the adapters in `adapters`. cuda_graphs: replays what only decodes, on
+    devices that can."""
 
-    def __init__(self, executor: Executor, train: TrainExecutor, pool: KeyValuePool, adapters: AdapterSlots) -> None:
+    def __init__(
+        self, executor: Executor, train: TrainExecutor, pool: KeyValuePool, adapters: AdapterSlots, *, cuda_graphs: bool = False
+    ) -> None:
         self.executor, self.train, self.pool, self.adapters = executor, train, pool, adapters
         self.weights, self.arch = executor.weights, executor.arch
         self._plans: dict[object, ModelPlan] = {}
         self._fused: dict[object, tuple[ModelPlan, tuple[FusedLayer, ...]]] = {}
+        self._graphs: DecodeGraphs | None = None
+        if cuda_graphs and DecodeGraphs.possible(self.weights.device):
+            self._graphs = DecodeGraphs(executor, pool, self._programs(None, False)[0])
         self._streams = torch.empty(2, 0, self.arch.hidden_size, dtype=self.weights.dtype, device=self.weights.device)
 
     def run(
@@ -98,6 +108,10 @@ class PassExecutor:
 
         The window's kept values, loss rows and progress are in its micro-batch afterwards.
         """
+        if self._graphs is not None and window is None and not prefill and self._graphs.takes(decode):
+            replayed = self._graphs.run(token_ids, decode)
+            if replayed is not None:
+                return replayed
         spans = SpanRows(decode, prefill, self.pool, self.arch, self.adapters)
         spans.clear_fresh()
         serving = spans.num_rows
@@ -161,7 +175,8 @@ class PassExecutor:
             source = tensors[work]
             if source is None:
                 source = columns(ends[program.storages[work.storage].place], work)
-            columns(state.arena.storage(layer, kept.storage), kept)[start:end] = source[serving:]
+            # a product with an adapter's first factor has the width of the batch's largest rank
+            columns(state.arena.storage(layer, kept.storage), kept)[start:end] = source[serving:, : kept.width]
         state.forward_rows[layer] = end
 
     def _programs(self, window: TrainWindow | None, with_adapters: bool) -> tuple[list[Program], tuple[FusedLayer, ...]]:
@@ -177,5 +192,7 @@ class PassExecutor:
         if entry is None or entry[0] is not own:
             dropout = 0.0 if window.adapter is None or window.state.forward_only else window.adapter.config.dropout
             layers = fused_plan(self.arch, window.adapter, widths, own, dropout=dropout, itemsize=itemsize)
+            if len(self._fused) >= _MAX_FUSED:  # plans of jobs that are long over
+                self._fused.clear()
             entry = self._fused[id(own), key] = (own, layers)
         return [layer.program for layer in entry[1]], entry[1]

@@ -51,10 +51,15 @@ class Workspace:
     def reserve(self, num_bytes: int) -> Tensor:
         """The first `num_bytes` of the workspace."""
         if num_bytes > self._buffer.numel():
-            self._views.clear()
+            self._forget_views()
             self._buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
             self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         return self._buffer[:num_bytes]
+
+    def _forget_views(self) -> None:
+        """And the programs, which are kept only so that no other gets the id of one that has views."""
+        self._views.clear()
+        self._programs.clear()
 
     def tensors(self, program: Program, rows: int) -> list[Tensor | None]:
         """One tensor per slot of a program for `rows` rows; None for slots outside the workspace."""
@@ -63,7 +68,7 @@ class Workspace:
             stride = -(-rows // _ALIGN) * _ALIGN
             buffer = self.reserve(program.work_bytes * stride)
             if len(self._views) > 256:
-                self._views.clear()
+                self._forget_views()
             self._programs[id(program)] = program
             self._views[key] = [self._tensor(buffer, program, slot, rows, stride) for slot in program.slots]
         return self._views[key]

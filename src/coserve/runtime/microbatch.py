@@ -19,6 +19,7 @@ from coserve.core import Example, Unit
 from coserve.kernels.reference import hash_key, mix32
 from coserve.model.architecture import Architecture
 from coserve.runtime.memory import Arena, arena_rows
+from coserve.runtime.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class PackedBatch:
     """token_ids, positions, dropout_keys: int64 [T]; bounds: (first row, end row) per example.
 
     label_rows: int64 [N], the rows with a label, ascending; labels: int64 [N]; label_weights: float32 [N];
-    label_bounds: (first, end) among the labels per example.
+    label_bounds: (first, end) among the labels per example. host_label_rows, host_label_weights: the same as label_rows and
+    label_weights, for whoever must not wait for the device.
     """
 
     examples: tuple[Example, ...]
@@ -38,6 +40,8 @@ class PackedBatch:
     label_weights: Tensor
     label_bounds: tuple[tuple[int, int], ...]
     dropout_keys: Tensor
+    host_label_rows: np.ndarray
+    host_label_weights: np.ndarray
 
     @property
     def num_tokens(self) -> int:
@@ -60,18 +64,20 @@ def pack(examples: Sequence[Example], *, device: torch.device, seed: int = 0, st
         start, num_labels = end, num_labels + len(predicting)
 
     def tensor(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(device=device, dtype=dtype)
+        return to_device(torch.from_numpy(np.concatenate(parts)).to(dtype), device)
 
     return PackedBatch(
         examples=tuple(examples),
         token_ids=tensor([example.token_ids for example in examples], torch.int64),
-        positions=torch.cat([torch.arange(end - begin) for begin, end in bounds]).to(device),
+        positions=to_device(torch.cat([torch.arange(end - begin) for begin, end in bounds]), device),
         bounds=tuple(bounds),
         label_rows=tensor(rows, torch.int64),
         labels=tensor(labels, torch.int64),
         label_weights=tensor(weights, torch.float32),
         label_bounds=tuple(label_bounds),
-        dropout_keys=torch.cat(keys).to(device),
+        dropout_keys=to_device(torch.cat(keys), device),
+        host_label_rows=np.concatenate(rows),
+        host_label_weights=np.concatenate(weights).astype(np.float32),
     )
 
 
@@ -148,7 +154,7 @@ class InFlight:
 
     def labels_within(self, start: int, end: int) -> slice:
         """The labels whose rows lie in [start, end)."""
-        first, last = torch.searchsorted(self.batch.label_rows, torch.tensor([start, end], device=self.batch.labels.device))
+        first, last = np.searchsorted(self.batch.host_label_rows, (start, end))
         return slice(int(first), int(last))
 
     def set_coefficients(self, coefficients_N: Tensor) -> None:

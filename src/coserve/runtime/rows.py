@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from coserve.kernels.attention import attention, attention_dgrad
+from coserve.kernels.choose import attention_for
 from coserve.kernels.reference import hash_key
 from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor
@@ -25,12 +25,21 @@ class RotaryTable:
 
     def rows(self, positions_T: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """cos, sin [T, K] at `positions_T` (int64), all below `longest`."""
+        self.reserve(longest)
+        return self._cos[positions_T], self._sin[positions_T]
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin [positions, K], replaced when they grow."""
+        return self._cos, self._sin
+
+    def reserve(self, longest: int) -> None:
+        """Makes the tables long enough for positions below `longest`."""
         if longest > self._cos.shape[0]:
             size = max(longest, 2 * self._cos.shape[0])
             angles = torch.outer(torch.arange(size, dtype=torch.float32, device=self.inv_freq.device), self.inv_freq)
             both = torch.cat((angles, angles), dim=-1)
             self._cos, self._sin = ((f(both) * self.scale).to(self.dtype) for f in (torch.cos, torch.sin))
-        return self._cos[positions_T], self._sin[positions_T]
 
 
 class TrainRows:
@@ -45,6 +54,7 @@ class TrainRows:
         self.dropout_keys: Tensor | None = dropout_keys
         self.layer = 0
         self.num_serving = 0
+        self._attention = attention_for(cos.device)
         self.keys = self.values = cos
         self.d_keys = self.d_values = cos
 
@@ -65,7 +75,7 @@ class TrainRows:
     def attention(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
         assert lse is not None
         for begin, first, last, rows in self._sequences():
-            attention(
+            self._attention.forward(
                 out[rows], lse[rows], q[rows], self.keys, self.values, width=self.cos.shape[-1], begin=begin,
                 first=first, last=last, window=self.windows[self.layer],
             )
@@ -74,7 +84,7 @@ class TrainRows:
         self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor
     ) -> None:
         for begin, first, last, rows in self._sequences():
-            attention_dgrad(
+            self._attention.dgrad(
                 d_q[rows], self.d_keys, self.d_values, grad[rows], q[rows], self.keys, self.values, out[rows], lse[rows],
                 width=self.cos.shape[-1], begin=begin, first=first, last=last, window=self.windows[self.layer],
             )

@@ -24,6 +24,7 @@ from torch import Tensor
 from coserve.config import SamplingConfig
 from coserve.core import Sampled, TokenLogprob
 from coserve.kernels.reference import hash_key, mix32
+from coserve.runtime.transfer import to_device
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy: float32 scores would overflow."""
@@ -64,7 +65,7 @@ def sample_rows(
     tokens_B = edited_BV.argmax(-1)
     drawn = [number for number, row in enumerate(rows) if row.config.temperature >= _GREEDY_BELOW]
     for chunk in _chunks(drawn, raw_BV.shape[1]):
-        index = torch.tensor(chunk, device=raw_BV.device)
+        index = to_device(chunk, raw_BV.device)
         tokens_B[index] = _draw(edited_BV[index], [rows[number] for number in chunk])
     tokens: list[int] = tokens_B.tolist()
     logprobs = _sampled_logprobs(raw_BV, tokens, rows)
@@ -94,7 +95,7 @@ def gumbel_noise(seed: int, position: int, size: int, device: torch.device) -> T
 
 def _noise(keys: Iterable[tuple[int, int]], size: int, device: torch.device) -> Tensor:
     """float32 [B, size]: the noise of each (seed, position)."""
-    hashed_B1 = torch.tensor([[hash_key(seed, position)] for seed, position in keys], device=device)
+    hashed_B1 = to_device([hash_key(seed, position) for seed, position in keys], device)[:, None]
     bits = mix32(mix32(torch.arange(size, device=device)) ^ hashed_B1)
     uniform = (bits.double() + 0.5) / 2**32
     return -torch.log(-torch.log(uniform)).float()
@@ -125,19 +126,19 @@ def _edit(logits_V: Tensor, row: SamplerRow) -> None:
     """Penalties, bias and exclusion of one row, in place. Ids of the bias or of endings outside the vocabulary do nothing."""
     config, device, size = row.config, logits_V.device, logits_V.shape[0]
     if config.repetition_penalty != 1:
-        seen = torch.cat((_ids(row.prompt), _ids(row.output))).to(device)
+        seen = to_device(torch.cat((_ids(row.prompt), _ids(row.output))), device)
         values = logits_V[seen]  # a token seen twice is written twice, with the same value
         logits_V[seen] = torch.where(values > 0, values / config.repetition_penalty, values * config.repetition_penalty)
     if config.presence_penalty != 0 or config.frequency_penalty != 0:
         produced, counts = _ids(row.output).unique(return_counts=True)
         penalty = config.frequency_penalty * counts.float() + config.presence_penalty
-        logits_V[produced.to(device)] -= penalty.to(device)
+        logits_V[to_device(produced, device)] -= to_device(penalty, device)
     biased = {token: value for token, value in config.logit_bias.items() if 0 <= token < size}
     if biased:
-        logits_V[_ids(list(biased)).to(device)] += torch.tensor(list(biased.values()), device=device)
+        logits_V[to_device(list(biased), device)] += to_device(torch.tensor(list(biased.values())), device)
     if len(row.output) < config.min_tokens:
         excluded = [token for token in row.ending if 0 <= token < size]
-        logits_V[_ids(excluded).to(device)] = -torch.inf
+        logits_V.index_fill_(0, to_device(excluded, device), -torch.inf)
 
 
 def _ids(tokens: Sequence[int]) -> Tensor:
@@ -148,10 +149,10 @@ def _ids(tokens: Sequence[int]) -> Tensor:
 def _draw(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
     """int64 [B]: a draw from each row's filtered distribution, by the largest of scores with Gumbel noise."""
     device = logits_BV.device
-    scores_BV = logits_BV / torch.tensor([[row.config.temperature] for row in rows], device=device)
+    scores_BV = logits_BV / to_device(torch.tensor([[row.config.temperature] for row in rows]), device)
     filtered = [number for number, row in enumerate(rows) if row.config.top_k or row.config.top_p < 1 or row.config.min_p]
     if filtered:
-        index = torch.tensor(filtered, device=device)
+        index = to_device(filtered, device)
         scores_BV[index] = _filter(scores_BV[index], [rows[number].config for number in filtered])
     return (scores_BV + _noise([(row.seed, row.position) for row in rows], scores_BV.shape[1], device)).argmax(-1)
 
@@ -159,10 +160,8 @@ def _draw(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
 def _filter(scores_BV: Tensor, configs: Sequence[SamplingConfig]) -> Tensor:
     """Scores with what top_k, top_p and min_p exclude at -inf. Tokens as good as the k-th best stay; the best always does."""
     size = scores_BV.shape[1]
-    limits = torch.tensor(
-        [(min(c.top_k or size, size), c.top_p, math.log(c.min_p) if c.min_p else -math.inf) for c in configs],
-        dtype=torch.float64, device=scores_BV.device,
-    )
+    wanted = [(min(c.top_k or size, size), c.top_p, math.log(c.min_p) if c.min_p else -math.inf) for c in configs]
+    limits = to_device(torch.tensor(wanted, dtype=torch.float64), scores_BV.device)
     top_k, top_p, log_min_p = limits.split(1, dim=-1)
     ordered, order = torch.sort(scores_BV, dim=-1, descending=True, stable=True)
     excluded = ordered < ordered.gather(-1, top_k.long() - 1)
@@ -190,7 +189,7 @@ def _sampled_logprobs(raw_BV: Tensor, tokens: Sequence[int], rows: Sequence[Samp
 
 def _measure(logits_TV: Tensor, tokens: Sequence[int], count: int) -> Tensor:
     """float64 [T, 2 + 2 * count]: the token's logit, the logarithm of the exponentials' sum, the best logits, their ids."""
-    own = logits_TV.gather(-1, _ids(tokens).to(logits_TV.device)[:, None])
+    own = logits_TV.gather(-1, to_device(tokens, logits_TV.device)[:, None])
     best = logits_TV.topk(min(count, logits_TV.shape[1]), dim=-1)
     parts = (own, logits_TV.logsumexp(-1, keepdim=True), best.values, best.indices)
     return torch.cat([part.double() for part in parts], dim=-1)

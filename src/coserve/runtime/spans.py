@@ -1,11 +1,15 @@
 """Rows of requests in a batch: where their keys and values go, whose adapter each row has, and their attention.
 
 Rows are [decode | prefill], each part sorted by adapter slot, rows without an adapter first. B decode rows, T rows of one
-prefill span, S context tokens, G key-value heads, K head width.
+prefill span, S context tokens, N blocks of a table, G key-value heads, K head width.
+
+Decode rows read their context through their tables where the paged kernel runs, else from gathered copies, in groups of like
+length. Whatever an iteration needs on the device goes there in one copy, queued without a wait.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,13 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coserve.kernels.attention import attention, decode_attention
+from coserve.kernels.attention import decode_attention
+from coserve.kernels.choose import attention_for, runs_triton
+from coserve.kernels.triton.paged_decode import paged_decode_attention
 from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor, FactorStack
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool
+from coserve.runtime.transfer import to_device
 
 NO_ADAPTER = -1
+_TABLE_STEP = 16
+"""Tables are padded to a multiple of this: Triton compiles anew for strides that are no multiple of 16."""
+
+
+_NONE = np.zeros(0, np.int32)
 
 
 class RowSpan(NamedTuple):
@@ -37,6 +49,23 @@ class _DecodeGroup(NamedTuple):
     rows: slice | Tensor
     block_rows: Tensor
     bias: Tensor
+
+
+class PagedDecode(NamedTuple):
+    """Decode rows for the paged kernel. tables: int32 [B, N]; contexts: int32 [B], 0 for a row of padding, none above
+    max_context."""
+
+    tables: Tensor
+    contexts: Tensor
+    max_context: int
+
+    def attention(self, out: Tensor, q: Tensor, pool: KeyValuePool, layer: int, window: int | None) -> None:
+        """q, out: [B, H * K], over what the tables hold."""
+        paged_decode_attention(
+            out, q, pool.rows, layer=layer, num_layers=pool.num_layers, kv_heads=pool.kv_heads,
+            block_tokens=pool.block_tokens, tables_BN=self.tables, context_B=self.contexts, max_context=self.max_context,
+            window=window, scale=1 / math.sqrt(pool.width),
+        )
 
 
 class _Segments(NamedTuple):
@@ -67,10 +96,21 @@ class SpanRows:
         blocks = np.concatenate(
             [np.asarray(s.table, np.int64)[np.arange(s.start, s.end) // pool.block_tokens] for s in spans]
         ) if spans else positions
-        self.positions = torch.from_numpy(positions.astype(np.int64)).to(device)
-        self._token_rows = pool.token_rows(torch.from_numpy(blocks).to(device), self.positions % pool.block_tokens)
-        self._fresh = _fresh_blocks(spans, pool.block_tokens)
-        self._decode_windows = {window: self._groups(decode, window) for window in set(self.windows)} if decode else {}
+        paged = runs_triton(device) and bool(decode)
+        tables, contexts = decode_tables(decode, pool.block_tokens, _TABLE_STEP) if paged else (_NONE, _NONE)
+        parts = (positions, blocks, contexts, tables)
+        on_device = to_device(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)
+        sent = on_device.split([part.size for part in parts])
+        self.positions = sent[0].long()
+        self._token_rows = pool.token_rows(sent[1].long(), self.positions % pool.block_tokens)
+        self._fresh = fresh_blocks(spans, pool.block_tokens)
+        self._paged: PagedDecode | None = None
+        self._decode_windows: dict[int | None, list[_DecodeGroup]] = {}
+        if paged:
+            self._paged = PagedDecode(sent[3].view(tables.shape), sent[2], int(contexts.max()))
+        elif decode:
+            self._decode_windows = {window: self._groups(decode, window) for window in set(self.windows)}
+        self._prefill_attention = attention_for(device).forward
         starts = np.cumsum([0, *lengths])
         self._prefill = [
             (slice(int(first), int(first) + s.end - s.start), s, self._context(s))
@@ -89,7 +129,7 @@ class SpanRows:
         if span.start == 0:
             return None
         used = span.table[: -(-span.end // self.pool.block_tokens)]
-        return self.pool.block_rows(torch.tensor(used, device=self.pool.buffer.device))
+        return self.pool.block_rows(to_device(used, self.pool.buffer.device))
 
     def _groups(self, decode: Sequence[RowSpan], window: int | None) -> list[_DecodeGroup]:
         """Decode rows cut into groups, so that padding to a group's longest context at most doubles what is read."""
@@ -145,7 +185,7 @@ class SpanRows:
         key = (part.first, tuple(scales.items()))
         if key not in self._scales:
             values = np.repeat([scales[slot] for slot in part.counts], list(part.counts.values()))
-            tensor = torch.from_numpy(values).to(device=self.pool.rows.device, dtype=self.pool.rows.dtype)
+            tensor = to_device(torch.from_numpy(values).to(self.pool.rows.dtype), self.pool.rows.device)
             self._scales[key] = tensor[:, None]
         return self._scales[key]
 
@@ -153,6 +193,9 @@ class SpanRows:
         """q, out: [rows, H * K]; k, v: [rows, G * K], which are stored first."""
         self.pool.write(self.layer, self._token_rows, k, v)
         window = self.windows[self.layer]
+        if self._paged is not None:
+            decode_rows = slice(self.num_decode)
+            self._paged.attention(out[decode_rows], q[decode_rows], self.pool, self.layer, window)
         for group in self._decode_windows.get(window, ()):
             keys, values = self.pool.gather(self.layer, group.block_rows)
             if isinstance(group.rows, slice):
@@ -167,11 +210,22 @@ class SpanRows:
                 keys, values = (t.transpose(0, 1).flatten(1) for t in self.pool.gather(self.layer, context))
             lse = torch.empty(span.end - span.start, q.shape[1] // self.width,
                               dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-            attention(out[rows], lse, q[rows], keys, values, width=self.width, begin=0, first=span.start, last=span.end,
-                      window=window)
+            self._prefill_attention(
+                out[rows], lse, q[rows], keys, values, width=self.width, begin=0, first=span.start, last=span.end, window=window
+            )
 
 
-def _fresh_blocks(spans: Sequence[RowSpan], size: int) -> list[int]:
+def decode_tables(decode: Sequence[RowSpan], size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [B, N] blocks and int32 [B] context tokens of decode rows; N is a multiple of `step`, unused entries are 0."""
+    ends = np.array([span.end for span in decode], np.int32)
+    counts = -(-ends // size)
+    tables = np.zeros((len(decode), -(-int(counts.max()) // step) * step), np.int32)
+    for row, (span, count) in enumerate(zip(decode, counts, strict=True)):
+        tables[row, :count] = span.table[:count]
+    return tables, ends
+
+
+def fresh_blocks(spans: Sequence[RowSpan], size: int) -> list[int]:
     """Blocks whose first token is in the batch."""
     return [block for s in spans for block in s.table[-(-s.start // size) : -(-s.end // size)]]
 
@@ -188,5 +242,5 @@ def _segments(spans: Sequence[RowSpan], row: int, num_slots: int, device: torch.
     if first is None:
         return []
     used = {slot: count for slot, count in enumerate(counts) if count}
-    ends = None if len(used) == 1 else torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+    ends = None if len(used) == 1 else to_device(np.cumsum(counts).astype(np.int32), device)
     return [_Segments(first, row, used, ends)]

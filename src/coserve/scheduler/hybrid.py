@@ -239,9 +239,10 @@ class HybridScheduler:
 
         order = sorted(waiting, key=precedence)
         running = [r for r in self.requests.values() if r.running]
+        blocked = False
         for request in order:
-            if not request.running and len(running) >= self.config.max_num_seqs:
-                break
+            if not request.running and (blocked or len(running) >= self.config.max_num_seqs):
+                continue  # those that run must go on, or they never give their memory back
             limit = budget
             if decode and now - request.arrival_s > URGENT * request.ttft_s:
                 limit = max(budget, self._itl_cap(running) / (1 + self._reserve()))
@@ -253,8 +254,12 @@ class HybridScheduler:
             if chunk == 0 or not self._grow(request, request.computed + chunk, busy if was_running else None):
                 if not was_running:
                     self._release(request)
-                break
-            running.append(request)
+                if was_running or chunk == 0:
+                    break
+                blocked = True
+                continue
+            if not was_running:
+                running.append(request)
             last = request.computed + chunk == request.total
             logits = chunk if request.every_logit else int(last)
             spans.append(Span(request.id, request.computed, chunk, logits, last))

@@ -45,12 +45,12 @@ class _Window(NamedTuple):
 
 _PASSES = (
     _Pass(decode=1), _Pass(decode=2), _Pass(decode=4), _Pass(decode=8, context=512), _Pass(decode=16), _Pass(decode=32),
-    _Pass(decode=64), _Pass(decode=64, context=512), _Pass(decode=16, adapters=4),
+    _Pass(decode=64), _Pass(decode=16, context=512), _Pass(decode=16, adapters=4),
     _Pass(prefill=16), _Pass(prefill=32), _Pass(prefill=64, every_logit=True), _Pass(prefill=128),
     _Pass(prefill=256, prompt=16), _Pass(prefill=256), _Pass(prefill=512),
     _Pass(decode=16, prefill=128),
     _Pass(decode=8, fused=32, labels=True, adapters=1), _Pass(decode=8, fused=128, adapters=1),
-    _Pass(decode=8, fused=512, labels=True, adapters=1),
+    _Pass(decode=8, fused=256, labels=True, adapters=1),
 )
 _WINDOWS = (
     _Window(32, 1, 32), _Window(32, 4, 32), _Window(64, 2, 64), _Window(128, 4, 128), _Window(256, 2, 256),

@@ -228,7 +228,7 @@ class UnitPicker:
             return
         alone = self.latency.pass_seconds(inference)
         for rows in FUSED_WINDOWS:
-            rows = min(rows, work.num_tokens - work.end)
+            rows = min(rows, work.num_tokens - work.end, self.max_window)
             unit = Unit(Direction.FORWARD, 0, self.num_layers, work.end, work.end + rows)
             seconds = self.latency.pass_seconds(self._with_fused(inference, work, unit)) - alone
             if seconds <= left:
