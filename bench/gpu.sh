@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: for a machine with torch, transformers, peft and pytest, without network.
-# So far: the GPU tests. Run from the repository's root.
+# Everything that needs a GPU, in one call under 10 minutes: for a machine with torch, transformers, peft and pytest, without
+# network or installation. `bench/gpu.sh --device cpu --model smollm2 --quick` runs the same code on a CPU. Options: gpu.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHONPATH=src python3 -m pytest -p no:cacheprovider -m gpu tests/gpu -v
+export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+exec "${PYTHON:-python3}" bench/gpu.py "$@"

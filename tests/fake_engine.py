@@ -1,9 +1,9 @@
-"""An engine without tensors: the real scheduler and block pool, a clock that is advanced by hand, and a runner that checks every plan.
+"""An engine without tensors: the real scheduler and block pool, a fake clock, and a runner that checks every plan.
 
     schedule -> launch (checks, tables as they are then) -> [commit of the plan before, with lag] -> run (time passes) -> commit
 
-The time that an iteration takes comes from a hidden latency law of its own, counted from the plan and not from what the scheduler
-thinks of it. Tokens are a function of request and position, so that a lost or doubled token shows.
+The time that an iteration takes comes from a hidden latency law of its own, counted from the plan and not from what the
+scheduler thinks of it. Tokens are a function of request and position, so that a lost or doubled token shows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from coserve.config import SchedulerConfig
 from coserve.core import Direction, Sampled, Span, StepPlan, StepResult, Unit, WorkUnit
@@ -67,7 +68,7 @@ class FakeRequest:
 
 @dataclass(slots=True, kw_only=True)
 class _Progress:
-    """How far the runner has seen a micro-batch go."""
+    """How far the runner has seen a micro-batch go. top: forward, rows through the last layer; backward, layers left."""
 
     work: MicrobatchWork
     start: int = 0
@@ -88,12 +89,19 @@ class _Progress:
         if unit.direction is Direction.FORWARD:
             assert not self.forward_done()
             assert unit.layer_start == self.layer
-            if self.layer:
-                assert (unit.start, unit.end) == (self.start, self.end)
-            else:
+            if self.layer == 0:
                 assert unit.start == self.end
-            self.start, self.end = unit.start, unit.end
-            self.layer = 0 if unit.layer_end == work.num_layers else unit.layer_end
+                self.start, self.end, self.top = unit.start, unit.end, unit.start
+            elif self.layer < work.num_layers - 1:
+                assert (unit.start, unit.end) == (self.start, self.end)
+            else:  # the last layer's windows may be smaller
+                assert unit.start == self.top and unit.end <= self.end
+            self.layer = unit.layer_end
+            if unit.layer_end == work.num_layers:
+                self.top = unit.end
+                self.layer = 0 if unit.end == self.end else work.num_layers - 1
+            if self.forward_done():
+                self.top = work.num_layers
             return
         if self.row == 0:
             self.row = work.num_tokens
@@ -305,11 +313,13 @@ class FakeEngine:
         self._coming.sort(key=lambda r: -r.state.arrival_s)
         return request
 
-    def add_job(self, microbatches: Sequence[Sequence[int]], *, tenant: str = "", weight: float = 1.0, **options: object) -> FakeJob:
+    def add_job(
+        self, microbatches: Sequence[Sequence[int]], *, tenant: str = "", weight: float = 1.0, **options: Any
+    ) -> FakeJob:
         """A job that wants units from now on."""
         self._numbers += 1
         job = FakeJob(
-            work=JobWork(id=self._numbers, tenant=tenant, weight=weight), microbatches=microbatches, **options  # type: ignore[arg-type]
+            work=JobWork(id=self._numbers, tenant=tenant, weight=weight), microbatches=microbatches, **options
         )
         self.jobs[job.work.id] = job
         self.scheduler.add_job(job.work)
@@ -374,7 +384,7 @@ class FakeEngine:
                     request.finished_s = now
                     self.scheduler.remove_request(span.request)
         for job in self.jobs.values():
-            job.through |= {n for n in (*launched.forwarded, *launched.finished) if self.runner.microbatches[n].work.job == job.work.id}
+            job.through |= {n for n in (*launched.forwarded, *launched.finished) if n in job.work.microbatches}
             if any(part.job == job.work.id and part.end == job.elements for part in plan.optimizer):
                 job.updating = False
                 job.work.optimizer_elements = job.work.optimizer_done = 0
@@ -403,14 +413,16 @@ class FakeEngine:
                 del self.runner.microbatches[work.id]
         if job.updating or (job.steps is not None and job.steps_done >= job.steps):
             return
-        while job.next < len(job.microbatches) and len(job.waiting) < self.scheduler.config.max_microbatches:
-            self._begin(job, job.microbatches[job.next])
         if job.next == len(job.microbatches) and not job.waiting:
             if job.forward_only:
                 job.steps_done, job.next = job.steps_done + 1, 0
+                self._pump(job)
             else:
                 job.updating = True
                 job.work.optimizer_elements, job.work.optimizer_done = job.elements, 0
+            return
+        while job.next < len(job.microbatches) and len(job.waiting) < self.scheduler.config.max_microbatches:
+            self._begin(job, job.microbatches[job.next])
 
     def _begin(self, job: FakeJob, examples: Sequence[int]) -> None:
         self._numbers += 1
@@ -421,5 +433,5 @@ class FakeEngine:
             bounds=list(zip([0, *ends[:-1]], ends, strict=True)), label_rows=range(ends[-1]), forward_only=job.forward_only,
         )
         job.waiting.append(work)
-        self.runner.microbatches[work.id] = _Progress(work=work, top=self.num_layers)
+        self.runner.microbatches[work.id] = _Progress(work=work)
         self.scheduler.add_microbatch(work)

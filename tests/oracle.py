@@ -6,6 +6,7 @@ formula without the cast. Everything else is theirs.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,8 +111,10 @@ def worst_error(own: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
 
     A gradient can be 0 by mathematics (q and k of a token that sees only itself): both sides then hold rounding noise. So no
     tensor's scale counts as less than 1e-4 of the largest one's, or than 1e-3: at a tolerance of 1e-9, 1e-13 of the largest
-    gradient and 1e-12 in all are noise.
+    gradient and 1e-12 in all are noise. NaN is infinitely wrong.
     """
     assert own.keys() == reference.keys()
+    if any(gradient.isnan().any() for gradient in own.values()):
+        return math.inf
     floor = max(1e-3, *(1e-4 * float(gradient.norm()) for gradient in reference.values()))
     return max(float((own[name] - g).norm()) / max(float(g.norm()), floor) for name, g in reference.items())

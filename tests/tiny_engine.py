@@ -33,7 +33,8 @@ def build_model(directory: Path) -> LoadedModel:
 
 
 def make_engine(
-    model: LoadedModel, *, num_blocks: int = 4096, share: float = 0.4, scheduler: SchedulerConfig | None = None, **options: object
+    model: LoadedModel, *, num_blocks: int = 4096, share: float = 0.4, scheduler: SchedulerConfig | None = None,
+    **options: object,
 ) -> Engine:
     """An engine whose pool has `num_blocks` blocks of 16 tokens. options: of EngineConfig."""
     arch = model.architecture

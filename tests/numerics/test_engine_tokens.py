@@ -67,7 +67,7 @@ def arriving(engine: Engine, sampling: SamplingConfig, seed: int = 3) -> list[Re
         handles.append(engine.submit(ids, sampling))
         for _ in range(rng.randrange(4)):
             engine.step()
-    drive(engine)
+    drive(engine, lambda: all(handle.finished for handle in handles))
     return handles
 
 
@@ -163,7 +163,7 @@ def test_beside_a_job_tokens_are_the_same(
     data = write_lines(tmp_path / "data.jsonl", chat_lines(30))
     config = FinetuneConfig(max_steps=400, max_microbatch_tokens=128, lora=LoraConfig(r=4, dropout=dropout))
     job = engine.finetune(data, tmp_path / "out", config)
-    handles = arriving(engine_with_requests_only(engine), GREEDY)
+    handles = arriving(engine, GREEDY)
     assert tokens(handles) == expected
     assert any(plan.fused is not None and plan.decode for plan in log.plans), "a window rode in a pass"
     assert any(plan.decode and plan.units and plan.fused is None for plan in log.plans), "units followed a pass"
@@ -172,27 +172,8 @@ def test_beside_a_job_tokens_are_the_same(
     drive(engine)
 
 
-def engine_with_requests_only(engine: Engine) -> Engine:
-    """`drive` ends with the requests: the job would go on for long."""
-    return _Watched(engine)  # type: ignore[return-value]
-
-
-class _Watched:
-    """An engine that is idle when its requests are through."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._engine, name)
-
-    @property
-    def idle(self) -> bool:
-        return not self._engine._requests and not self._engine._inbox
-
-
 def test_sampled_tokens_depend_on_the_seed_alone(engines: MakeEngine) -> None:
-    """Alone, in batches, and after preemption, together with log-probabilities."""
+    """Alone, in batches, and after preemption."""
     alone = [engines().generate([ids], SAMPLED)[0].token_ids for ids in PROMPTS]
     assert tokens(arriving(engines(), SAMPLED)) == alone
     tiny = engines(**TINY_POOL)

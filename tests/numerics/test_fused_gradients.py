@@ -369,7 +369,8 @@ def test_dropout_is_the_same_fused_and_unfused(family: str, seed: int) -> None:
     """Masks belong to rows, not to passes; requests have none, also at sites where the job drops."""
     mix = fixed_mix(family, None, seed=seed)
     jobs = tuple(
-        replace(case, config=replace(case.config, dropout=0.3), objective="sft", seed=seed + i) for i, case in enumerate(mix.jobs)
+        replace(case, config=replace(case.config, dropout=0.3), objective="sft", seed=seed + number)
+        for number, case in enumerate(mix.jobs)
     )
     mix = replace(mix, jobs=jobs)
     run = run_mix(mix)

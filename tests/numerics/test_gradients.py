@@ -29,7 +29,6 @@ from coserve.kernels.reference import dropout
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import ModelWeights, load_weights
 from coserve.peft.lora import LoraAdapter
-from coserve.runtime import rows as rows_module
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.memory import Arena
 from coserve.runtime.microbatch import InFlight, PackedBatch, pack
@@ -259,14 +258,14 @@ def test_saving_at_offset_0_fails(split_case: Case, monkeypatch: pytest.MonkeyPa
 
 
 def test_assigning_instead_of_accumulating_dk_fails(split_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = rows_module.attention_dgrad
+    original = attention_kernels.attention_dgrad
 
     def assign(d_q: Tensor, d_k_all: Tensor, d_v_all: Tensor, *rest: Tensor, **where: int) -> None:
         fresh_k = torch.zeros_like(d_k_all)
         original(d_q, fresh_k, d_v_all, *rest, **where)
         d_k_all[where["begin"] : where["last"]] = fresh_k[where["begin"] : where["last"]]
 
-    monkeypatch.setattr(rows_module, "attention_dgrad", assign)
+    monkeypatch.setattr(attention_kernels, "attention_dgrad", assign)
     assert mutated_error(split_case) > 1e-3
 
 

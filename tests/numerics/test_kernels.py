@@ -551,20 +551,24 @@ def test_attention_with_scores_far_apart() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=cases(max_length=20), one_row=st.booleans(), dtype=DTYPES)
-def test_gathered_attention(case: Case, one_row: bool, dtype: torch.dtype) -> None:
+@given(case=cases(max_length=20), contexts=st.lists(st.integers(1, 20), min_size=1, max_size=5), dtype=DTYPES)
+def test_decode_attention(case: Case, contexts: list[int], dtype: torch.dtype) -> None:
+    """A row per sequence, padded to the longest; what a sequence or its window doesn't reach is excluded by the bias."""
     make = Maker(case.seed, dtype, case.strided)
-    rows = 1 if one_row else case.last - case.first
-    num_keys = case.last - case.begin
-    q = make.noise(rows, case.kv_heads * case.share * case.width)
-    k, v = (make.noise(num_keys, case.kv_heads, case.width) for _ in range(2))
+    batch, longest = len(contexts), max(contexts)
+    q = make.noise(batch, case.kv_heads * case.share * case.width)
+    k, v = (make.noise(batch, case.kv_heads, longest, case.width) for _ in range(2))
+    bias = torch.full((batch, 1, longest), -math.inf, dtype=dtype)
+    for row, context in enumerate(contexts):
+        first = 0 if case.window is None else max(0, context - case.window)
+        bias[row, :, first:context] = 0
     out = make.blank(*q.shape)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "QUERY_BLOCK", case.block)
-        kernel.gathered_attention(out, q, k, v, window=case.window)
-    q_THK = q.to(F64).unflatten(-1, (-1, case.width))
-    want, _ = reference.attention(q_THK, k.to(F64), v.to(F64), window=case.window)
-    assert_close(out, want.flatten(1))
+    kernel.decode_attention(out, q, k, v, bias)
+    for row, context in enumerate(contexts):
+        q_THK = q[row : row + 1].to(F64).unflatten(-1, (-1, case.width))
+        k_SGK, v_SGK = (t[row, :, :context].to(F64).transpose(0, 1) for t in (k, v))
+        want, _ = reference.attention(q_THK, k_SGK, v_SGK, window=case.window)
+        assert_close(out[row : row + 1], want.flatten(1), f"row {row}")
 
 
 def test_reference_attention_is_softmax_by_hand() -> None:

@@ -13,9 +13,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -24,7 +26,7 @@ from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, to_dict
 from coserve.engine.finetuning import finetune
 from coserve.engine.model import LoadedModel, load_model
 from coserve.finetune import job as job_module
-from coserve.finetune.job import Job, JobEvent, MetricsTable, StepRow
+from coserve.finetune.job import Job, JobEvent, MetricsTable, StepRow, Verb
 from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
 
 ROOT = Path(__file__).parents[2]
@@ -141,11 +143,11 @@ def test_without_deterministic_the_schedule_is_exact_and_losses_agree(
     orders: dict[str, dict[int, list[int]]] = {"whole": {}, "broken": {}}
     original = Job._step
 
-    def step(self: Job) -> None:
+    def step(self: Job) -> Generator[Verb, Any, None]:
         number = self.cursor.step
         seen = orders[self.directory.name].setdefault(number, self.order.indices(number))
         assert seen == self.order.indices(number)
-        original(self)
+        yield from original(self)
 
     monkeypatch.setattr(job_module.Job, "_step", step)
     finetune(directory / "sft.jsonl", tmp_path / "whole", model=model, config=config)

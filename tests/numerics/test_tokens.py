@@ -15,9 +15,11 @@ from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import load_weights
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import Executor
+from coserve.tokenizer import ChatTokenizer
 from tests import oracle
 from tests.default_model import default_model, gsm8k_problems, needs_default_model, needs_gsm8k
 from tests.tiny_models import FAMILIES, build_tiny_model
+from tests.tiny_tokenizer import build_tiny_tokenizer
 
 ROPES = {
     "plain": None,
@@ -31,8 +33,9 @@ ROPES = {
 
 def tiny_model(directory: Path, family: str, **settings: object) -> LoadedModel:
     build_tiny_model(family, directory, **settings)
+    build_tiny_tokenizer(directory)
     weights = load_weights(Checkpoint(directory), dtype=torch.float32, device=torch.device("cpu"))
-    return LoadedModel("tiny", directory, "tiny", None, weights, Executor(weights))  # type: ignore[arg-type]  # no text here
+    return LoadedModel("tiny", directory, "tiny", ChatTokenizer.load(directory), weights, Executor(weights))
 
 
 def random_adapter(model: LoadedModel, scale: float) -> LoraAdapter:
@@ -66,7 +69,8 @@ def test_logits_with_an_adapter_equal_peft(tmp_path: Path, family: str) -> None:
     ids = prompt(60)
     with torch.no_grad():
         expected = reference(input_ids=torch.tensor([ids])).logits[0]
-    assert float((Generator(model, adapter).logits(ids) - expected).abs().max()) <= 1e-4
+    error = float((Generator(model, adapter).logits(ids) - expected).abs().max())
+    assert error <= 1e-5 * float(expected.abs().max()), "as the packed layout of a real model"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

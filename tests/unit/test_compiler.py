@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coserve.compiler.differentiate import differentiate
 from coserve.compiler.graph import Graph, JointGraph, Node, Value, check, producers
-from coserve.compiler.plan import LayerBypass, ModelPlan, plan_inference, plan_training
+from coserve.compiler.plan import LayerBypass, ModelPlan, plan_fused, plan_inference, plan_training
 from coserve.compiler.program import LayerPlan, Place, Program, Storage
 from coserve.compiler.prune import Rematerialized, prune, rematerialize
 from coserve.compiler.trace import Tracer, trace
@@ -489,20 +489,21 @@ def live_ranges(program: Program) -> dict[int, Span]:
     return spans
 
 
-def assert_memory_is_sound(program: Program, itemsize: int) -> None:
-    def extent(storage: Storage) -> tuple[int, int]:
-        size = storage.width * (max(4, itemsize) if storage.wide else itemsize)
-        assert storage.offset % 16 == 0
-        return storage.offset, storage.offset + size
+def extent(storage: Storage, itemsize: int) -> tuple[int, int]:
+    """First and end byte per row."""
+    assert storage.offset % 16 == 0
+    return storage.offset, storage.offset + storage.width * (max(4, itemsize) if storage.wide else itemsize)
 
+
+def assert_memory_is_sound(program: Program, itemsize: int) -> None:
     spans = live_ranges(program)
     for number, span in spans.items():
-        low, high = extent(program.storages[number])
+        low, high = extent(program.storages[number], itemsize)
         assert high <= program.work_bytes
         for other, beside in spans.items():
             if other == number or beside.last < span.first or span.last < beside.first:
                 continue
-            start, end = extent(program.storages[other])
+            start, end = extent(program.storages[other], itemsize)
             assert high <= start or end <= low, f"storages {number} and {other} are alive together in one memory"
     for slot in program.slots:
         assert slot.column + slot.width <= program.storages[slot.storage].width
@@ -632,6 +633,44 @@ def test_plans_name_keys_and_values_and_the_lowest_trained_layer() -> None:
     assert all(p.keys is None and p.arena_bytes == 0 for p in plan_inference(arch, layers, itemsize=4).layers)
 
 
+def lora_layers(sites: Iterable[str], rank: int, dropout: float) -> list[LayerBypass]:
+    """LoRA at the same sites of two layers."""
+    shapes = linear_shapes(make_arch())
+    widths = {f"{site}.lora_{part}": rank if part == "A" else shapes[site][0] for site in sites for part in "AB"}
+    return [LayerBypass(key=(), bypass=LoraBypass(frozenset(sites), dropout), factor_widths=widths)] * 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    own=st.sets(st.sampled_from(LINEAR_SITES)), others=st.sets(st.sampled_from(LINEAR_SITES)), qk_norm=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.3]), itemsize=st.sampled_from([2, 4, 8]), forward_only=st.booleans(),
+)
+def test_fused_programs_hold_what_training_keeps(
+    own: set[str], others: set[str], qk_norm: bool, dropout: float, itemsize: int, forward_only: bool
+) -> None:
+    """All that the training rows' plan keeps is there, whole, when the program has ended; rows without an adapter at a site
+    never read what only other rows wrote."""
+    arch = make_arch(qk_norm=qk_norm)
+    training = plan_training(arch, lora_layers(own, 3, dropout), itemsize=itemsize, forward_only=forward_only)
+    fused = plan_fused(arch, lora_layers(own | others, 5, dropout), training, itemsize=itemsize)
+    for plan, (program, copies) in zip(training.layers, [(f.program, f.copies) for f in fused], strict=True):
+        assert_memory_is_sound(program, itemsize)
+        for call in program.calls:
+            assert call.op != "segment_linear" or call.accumulate or (call.weight or "").endswith("lora_A")
+        wanted = {slot for slot in plan.kept_slots.values() if slot not in (plan.keys, plan.values)}
+        assert {kept for _, kept in copies} == wanted
+        spans = live_ranges(program)
+        for work, kept in copies:
+            assert work.width >= kept.width
+            storage = program.storages[work.storage]
+            assert storage.place is Place.WORK
+            for number, span in spans.items():
+                low, high = extent(program.storages[number], itemsize)
+                first, end = extent(storage, itemsize)
+                apart = high <= first or end <= low
+                assert number == work.storage or span.last < spans[work.storage].first or apart
+
+
 # --- programs against autograd --------------------------------------------------------------------------------------------
 
 
@@ -707,7 +746,7 @@ class ServedRows(TrainRows):
 def serve(train: TrainExecutor, state: InFlight, plan: ModelPlan, adapter: Any) -> Tensor:
     """The last hidden rows of a micro-batch by a serving plan, all rows at once."""
     weights, batch = train.weights, state.batch
-    rows = train._rows(state, Unit(Direction.FORWARD, 0, 2, 0, batch.num_tokens), adapter)
+    rows = train.rows(state, Unit(Direction.FORWARD, 0, 2, 0, batch.num_tokens), adapter)
     served = ServedRows(
         adapter, batch.bounds, 0, batch.num_tokens, rows.cos, rows.sin, batch.dropout_keys, train.arch.sliding_windows
     )
@@ -745,7 +784,7 @@ def compare_with_autograd(
         if index == 1 and plan.lowest_trained == 0:
             between = state.grad_TD.clone()
 
-    rows = train._rows(state, Unit(Direction.FORWARD, 0, 2, 0, num_tokens), adapter)
+    rows = train.rows(state, Unit(Direction.FORWARD, 0, 2, 0, num_tokens), adapter)
     leaves: dict[tuple[int, str], Tensor] = {}
     hidden = [weights.embedding[batch.token_ids].requires_grad_()]
     for index, bypass in enumerate(bypasses):
@@ -800,7 +839,7 @@ def test_lora_programs_agree_with_autograd(
     plan = training_plan(arch, adapter, itemsize=8)
     assert plan.lowest_trained == min(index for index, _ in targets)
     bypasses = layer_bypasses(arch, adapter, dropout=dropout)
-    serving = serving_plan(arch, adapter, itemsize=8) if dropout == 0 else None
+    serving = serving_plan(arch, [adapter.factor_widths(index) for index in range(2)], itemsize=8) if dropout == 0 else None
     compare_with_autograd(weights, plan, bypasses, adapter, lengths, forward, backward, seed, serving)
 
 
@@ -818,7 +857,7 @@ def test_scoring_and_serving_programs_compute_the_same_rows_as_training() -> Non
         outputs.append(state.hidden(2).clone())
     assert torch.allclose(outputs[0], outputs[1], rtol=1e-13, atol=1e-12)
 
-    plan = serving_plan(arch, adapter, itemsize=8)
+    plan = serving_plan(arch, [adapter.factor_widths(index) for index in range(2)], itemsize=8)
     served = serve(train, state, plan, adapter)
     assert torch.allclose(served, outputs[0], rtol=0, atol=1e-12)
 

@@ -191,10 +191,17 @@ def _emit(steps: list[_Step], slots: Mapping[str, Slot], storages: list[Storage]
     def number(slot: Slot) -> int:
         return numbers.setdefault(slot, len(numbers))
 
-    calls = []
+    calls: list[Call] = []
+    previous: _Step | None = None
     for step in steps:
         node = step.node
         outs: tuple[int, ...]
+        beside = _beside(previous, step, slots)
+        previous = step
+        if beside is not None:
+            both = (number(beside),)
+            calls[-1] = replace(calls[-1], outs=both, ins=both)
+            continue
         if node.op == "linear" and len(step.outputs) > 1:
             parts = [slots[name] for name in step.outputs]
             outs = (number(Slot(parts[0].storage, 0, sum(p.width for p in parts))),)
@@ -203,6 +210,17 @@ def _emit(steps: list[_Step], slots: Mapping[str, Slot], storages: list[Storage]
         ins = tuple(number(slots[name]) for name in node.inputs)
         calls.append(Call(RUNNERS[node.op], node.op, node.weight, node.attrs, step.base is not None, outs, ins))
     return Program(tuple(calls), tuple(numbers), tuple(storages), work_bytes)
+
+
+def _beside(previous: _Step | None, step: _Step, slots: Mapping[str, Slot]) -> Slot | None:
+    """The columns of two rotary embeddings in place, one beside the other: they are one operation per head."""
+    if previous is None or previous.node.op != "rope" or step.node.op != "rope":
+        return None
+    first, second = slots[previous.outputs[0]], slots[step.outputs[0]]
+    in_place = first == slots[previous.node.inputs[0]] and second == slots[step.node.inputs[0]]
+    if not in_place or first.storage != second.storage or first.column + first.width != second.column:
+        return None
+    return Slot(first.storage, first.column, first.width + second.width)
 
 
 def _with_recompute(joint: JointGraph, recompute: Sequence[Node]) -> list[Node]:

@@ -279,6 +279,7 @@ class Engine:
         )
         for plan in (prepared.trainer.plan, prepared.trainer.scoring):
             self.train.prepare(plan)
+        handle.num_steps, handle.step = prepared.job.num_steps, prepared.job.cursor.step
         self._post(lambda: self._begin_job(prepared, handle, tenant, weight))
         return handle
 
@@ -287,7 +288,7 @@ class Engine:
         rank = max((site.rank for site in shape_adapter(self.model.architecture, lora).sites), default=0)
         if rank > self.config.max_lora_rank:
             raise ConfigError(
-                f"r: rank {rank} is over the engine's max_lora_rank={self.config.max_lora_rank}; raise it, or lower r", param="r"
+                f"r: rank {rank} is over max_lora_rank={self.config.max_lora_rank}; raise that, or lower r", param="r"
             )
 
     def _check_arena(self, dataset: Dataset, config: FinetuneConfig, lora: LoraConfig) -> None:

@@ -145,7 +145,6 @@ class LiveJob:
         self.number, self.prepared, self.handle, self.host = number, prepared, handle, host
         self.job, self.trainer = prepared.job, prepared.trainer
         self.work = JobWork(id=number, tenant=tenant, weight=weight)
-        handle.num_steps, handle.step = self.job.num_steps, self.job.cursor.step
         self.failure: Exception | None = None
         self._driver: Generator[Verb, Any, None] = self.job.work()
         self._answer: Any = None

@@ -95,7 +95,9 @@ class StepRunner:
         if not plan.spans:
             return [], None
         decode, prefill = (
-            sorted((s for s in part if s.request in lookup.requests), key=lambda s: lookup.requests[s.request].slot)
+            sorted(
+                (s for s in part if s.request in lookup.requests), key=lambda s: (lookup.requests[s.request].slot, s.end)
+            )
             for part in (plan.decode, plan.prefill)
         )
         spans = [*decode, *prefill]
@@ -185,7 +187,7 @@ class StepRunner:
 
     @staticmethod
     def _prompt_logprobs(request: LiveRequest, span: Span, logits: Tensor) -> list[TokenLogprob]:
-        """Of the prompt's tokens that follow the span's rows."""
-        following = request.state.prompt[span.start + 1 : span.end + 1]
+        """Of the prompt's tokens that follow the span's rows with logits."""
+        following = request.state.prompt[span.end - span.logits + 1 : span.end + 1]
         count = request.config.prompt_logprobs or 0
         return prompt_logprobs(logits[: len(following)], following, count) if following else []

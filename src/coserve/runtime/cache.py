@@ -44,6 +44,7 @@ class KeyValuePool:
         self.rows = self.buffer.view(dtype).view(-1, block_tokens * self.width)
         self._tokens = self.rows.view(-1, self.width)
         self._blocks = self.buffer.view(held, self.block_bytes)
+        self._gathered = self.rows.new_empty(2, 0, self.rows.shape[1])
         self._heads = torch.arange(self.kv_heads, device=device)
 
     @property
@@ -81,8 +82,12 @@ class KeyValuePool:
         return blocks.unsqueeze(-2) * (self.num_layers * self.layer_rows) + self._heads[:, None]
 
     def gather(self, layer: int, block_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [..., G, n * block_tokens, K] of `block_rows` [..., G, n]."""
+        """Keys and values [..., G, n * block_tokens, K] of `block_rows` [..., G, n]; valid until the next call."""
         first = block_rows.flatten() + layer * self.layer_rows
+        if first.numel() > self._gathered.shape[1]:
+            self._gathered = self.rows.new_empty(2, first.numel(), self.rows.shape[1])
         shape = (*block_rows.shape[:-1], block_rows.shape[-1] * self.block_tokens, self.width)
-        return (self.rows.index_select(0, first).view(shape),
-                self.rows.index_select(0, first + self.kv_heads).view(shape))
+        keys, values = self._gathered[:, : first.numel()]
+        torch.index_select(self.rows, 0, first, out=keys)
+        torch.index_select(self.rows, 0, first + self.kv_heads, out=values)
+        return keys.view(shape), values.view(shape)

@@ -136,7 +136,7 @@ class DecodeGraphs:
 
     def _held(self) -> tuple[Tensor, ...]:
         """What others may replace by something larger."""
-        return (self.executor.workspace.reserve(0), *self.executor.rotary.tables)
+        return (self.executor.workspace.reserve(1), *self.executor.rotary.tables)
 
     def _get(self, rows: int, context: int) -> _Captured:
         found = self._captured.get((rows, context))
@@ -146,7 +146,7 @@ class DecodeGraphs:
         weights = self.executor.weights
         ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
         streams = torch.zeros(2, rows, self.arch.hidden_size, dtype=weights.dtype, device=self.device)
-        self.executor.rotary.reserve(max(context, min(self.arch.max_position_embeddings, 8 * context)))
+        self.executor.rotary.reserve(max(context, self.arch.max_position_embeddings))
 
         def body() -> None:
             self._pass(inputs, ids, streams, rows, context)

@@ -43,6 +43,10 @@ class RowSpan(NamedTuple):
     slot: int
 
 
+_GATHERED_BYTES = 5 << 19
+"""Keys that a group of decode rows gathers at most, on devices that gather."""
+
+
 class _DecodeGroup(NamedTuple):
     """Decode rows of like context. rows: slice or int64 [n]; block_rows: [n, G, blocks]; bias: [n, 1, S], 0 or -inf."""
 
@@ -132,36 +136,33 @@ class SpanRows:
         return self.pool.block_rows(to_device(used, self.pool.buffer.device))
 
     def _groups(self, decode: Sequence[RowSpan], window: int | None) -> list[_DecodeGroup]:
-        """Decode rows cut into groups, so that padding to a group's longest context at most doubles what is read."""
+        """Decode rows cut into groups: padding to a group's longest context at most doubles what is read, and what is gathered
+        stays in the processor's cache."""
         size, device = self.pool.block_tokens, self.pool.buffer.device
         ends = np.array([span.end for span in decode])
         counts = -(-ends // size)
         order = np.argsort(counts, kind="stable")
+        block = self.pool.rows.shape[1] * self.pool.rows.element_size() * self.pool.kv_heads
         groups, first = [], 0
         while first < len(order):
-            limit = 2 * counts[order[first]] + 4
-            last = first + int(np.searchsorted(counts[order[first:]], limit, side="right"))
-            chosen = order[first:last]
-            longest = int(counts[chosen].max())
-            table = np.empty((len(chosen), longest), np.int64)
+            alike = int(np.searchsorted(counts[order[first:]], 2 * counts[order[first]] + 4, side="right"))
+            cached = max(1, _GATHERED_BYTES // (int(counts[order[first + alike - 1]]) * block))
+            chosen = order[first : first + min(alike, cached)]
+            table = np.empty((len(chosen), int(counts[chosen].max())), np.int64)
             for row, index in enumerate(chosen):
                 own = decode[index].table[: counts[index]]
                 table[row, : len(own)] = own
                 table[row, len(own) :] = own[0]  # padding reads the request's own memory
-            keys = np.arange(longest * size)
+            keys = np.arange(table.shape[1] * size)
             seen = keys < ends[chosen, None]
             if window is not None:
                 seen &= keys >= ends[chosen, None] - window
-            bias = torch.zeros(len(chosen), 1, longest * size, dtype=self.pool.rows.dtype, device=device)
+            bias = torch.zeros(len(chosen), 1, len(keys), dtype=self.pool.rows.dtype, device=device)
             bias.masked_fill_(~torch.from_numpy(seen).to(device)[:, None], -torch.inf)
-            whole = len(chosen) == len(decode)
-            rows = torch.from_numpy(chosen if not whole else np.arange(len(decode))).to(device)
-            if whole:
-                table, bias = table[np.argsort(chosen)], bias[torch.from_numpy(np.argsort(chosen)).to(device)]
-            groups.append(_DecodeGroup(
-                slice(0, len(decode)) if whole else rows, self.pool.block_rows(torch.from_numpy(table).to(device)), bias
-            ))
-            first = last
+            in_a_row = bool((np.diff(chosen) == 1).all())
+            rows = slice(int(chosen[0]), int(chosen[-1]) + 1) if in_a_row else torch.from_numpy(chosen).to(device)
+            groups.append(_DecodeGroup(rows, self.pool.block_rows(torch.from_numpy(table).to(device)), bias))
+            first += len(chosen)
         return groups
 
     def segments(self, name: str) -> Iterator[tuple[slice, Factor | FactorStack]]:

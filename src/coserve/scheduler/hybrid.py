@@ -26,8 +26,6 @@ LEAST_CHUNK = 16
 """Prompt tokens below which a chunk waits for a larger one."""
 URGENT = 0.5
 """Share of its TTFT objective after which a waiting request may take running requests' slack, up to the ITL cap."""
-SHARE_MEMORY = 0.98
-"""Weight of the past, per iteration, in the share of time that jobs had."""
 
 
 class HybridScheduler:
@@ -44,14 +42,15 @@ class HybridScheduler:
         self._copies: list[AdapterCopy] = []
         self._number = 0
         self._contents: dict[int, Contents] = {}
-        self._finetune_share = 0.0
+        self._awake: set[int] = set()
+        self._owed_s = 0.0
         self._shares: dict[int, float] = {}
 
     # --- requests and jobs ---
 
     def add_request(self, request: RequestState) -> None:
         """A request waits for its first span."""
-        self.tenants.enter(request.tenant, {r.tenant for r in self.requests.values()})
+        self.tenants.enter(request.tenant, self._tenants())
         self.requests[request.id] = request
 
     def remove_request(self, number: int) -> RequestState | None:
@@ -63,13 +62,12 @@ class HybridScheduler:
 
     def add_job(self, job: JobWork) -> None:
         """A job may get units."""
-        self.job_counters.enter(job.id, self.jobs, job.weight)
-        self.tenants.enter(job.tenant, {r.tenant for r in self.requests.values()})
         self.jobs[job.id] = job
 
     def remove_job(self, number: int) -> None:
         """A job ended."""
         self.jobs.pop(number, None)
+        self._awake.discard(number)
         self.job_counters.leave(number)
 
     def add_microbatch(self, work: MicrobatchWork) -> None:
@@ -92,7 +90,11 @@ class HybridScheduler:
 
     def schedule(self, now: float) -> StepPlan:
         """The next plan; it is empty if there is nothing to do."""
-        turn = self.policy.turn(self._has_inference(), self._whole_fits(now))
+        jobs = self._active_jobs()
+        works = [work for job in jobs for work in job.microbatches.values()]
+        only = self.policy.microbatch(works)
+        has_finetuning = any(work.ready for work in works) or any(job.optimizer_left for job in jobs)
+        turn = self.policy.turn(self._has_inference(), has_finetuning, self._can_wait(only, now))
         decode: list[Span] = []
         prefill: list[Span] = []
         budget = self._budget(now)
@@ -100,7 +102,7 @@ class HybridScheduler:
             decode = self._decode()
             prefill = self._prefill(now, decode, budget)
         cost = self._pass_cost(decode, prefill)
-        chosen = self._finetune(turn, budget, cost)
+        chosen = self._finetune(turn, jobs, only, budget, cost)
         copies, self._copies = tuple(self._copies), []
         contents = Contents(chosen.inference, chosen.costs, sum(part.end - part.start for part in chosen.optimizer))
         plan = StepPlan(
@@ -110,7 +112,8 @@ class HybridScheduler:
         if not plan.empty:
             self._number += 1
             self._contents[plan.number] = contents
-            self._account(plan, chosen, cost)
+            self.policy.planned(plan)
+            self._account(plan, chosen, has_finetuning)
         return plan
 
     def commit(self, plan: StepPlan, tokens: Mapping[int, Sequence[int]], now: float, seconds: float) -> None:
@@ -125,12 +128,17 @@ class HybridScheduler:
                 if request.first_token_s is None:
                     request.first_token_s = now
             if request.running:
-                tokens_known = request.tokens()
-                self.pool.seal(request.id, request.key, tokens_known, min(span.end, len(tokens_known)))
-        self.policy.ran(plan, [w for job in self.jobs.values() for w in job.microbatches.values()])
+                self._seal(request, span)
         contents = self._contents.pop(plan.number)
         if contents.inference or contents.units or contents.optimizer_elements:
             self.latency.observe(contents, seconds)
+
+    def _seal(self, request: RequestState, span: Span) -> None:
+        """Blocks that the span filled may be shared. A request that was preempted meanwhile has only what it computed since."""
+        size, end = self.pool.block_tokens, min(span.end, request.computed)
+        if end // size > span.start // size:
+            tokens = request.tokens()
+            self.pool.seal(request.id, request.key, tokens, min(end, len(tokens)))
 
     def finetune_share_of(self, plan: StepPlan) -> float:
         """Share of a plan's predicted time that is a job's; asked once, after its commit."""
@@ -140,21 +148,27 @@ class HybridScheduler:
         return self.policy.inference and bool(self.requests)
 
     def _active_jobs(self) -> list[JobWork]:
-        """Jobs that may get units, the one that has had least first."""
+        """Jobs that may get units: those of the tenant that has had least, the one that has had least among them first."""
         if not self.policy.finetuning:
             return []
         jobs = [job for job in self.jobs.values() if not job.paused]
-        return sorted(jobs, key=lambda j: self.job_counters.served(j.id))
+        for job in jobs:
+            if job.id not in self._awake:  # new, or resumed
+                self.job_counters.enter(job.id, self._awake, job.weight)
+                self.tenants.enter(job.tenant, self._tenants())
+        self._awake = {job.id for job in jobs}
+        return sorted(jobs, key=lambda j: (self.tenants.served(j.tenant), self.job_counters.served(j.id)))
 
-    def _whole_fits(self, now: float) -> bool:
-        """Whether every running request can wait while the next micro-batch runs from end to end."""
-        works = [w for job in self._active_jobs() for w in job.microbatches.values()]
-        if not works or not self.policy.adapts:
+    def _tenants(self) -> set[str]:
+        """Those that have something to run."""
+        return {r.tenant for r in self.requests.values()} | {self.jobs[number].tenant for number in self._awake}
+
+    def _can_wait(self, work: MicrobatchWork | None, now: float) -> bool:
+        """Whether every request is running and can wait while the micro-batch runs from end to end."""
+        if work is None or not self.policy.adapts:
             return False
-        if any(not r.running for r in self.requests.values()):
-            return False
-        seconds = self.picker.whole_seconds(works[0])
-        return all(r.deadline_s - now > seconds for r in self.requests.values())
+        seconds = self.picker.whole_seconds(work)
+        return all(r.running and r.deadline_s - now > seconds for r in self.requests.values())
 
     # --- time ---
 
@@ -199,9 +213,8 @@ class HybridScheduler:
             if not request.running or request.sampled_enough or not self._grow(request, request.total, busy):
                 continue
             busy.add(request.id)
-            spans.append(Span(request.id, request.computed, 1, 1, True))
-            request.computed += 1
-            request.in_flight += 1
+            spans.append(request.next_span(1))
+            request.take(spans[-1])
         return spans
 
     def _grow(self, request: RequestState, num_tokens: int, busy: Container[int] | None) -> bool:
@@ -216,8 +229,8 @@ class HybridScheduler:
             except CapacityError:
                 others = [] if busy is None else [r for r in self.requests.values() if r.running and r.id not in busy]
                 victim = max(others, key=lambda r: (r.arrival_s, r.id), default=None)
-                if victim is None:
-                    return False
+                if victim is None or (victim is request and busy):
+                    return False  # it waits, while those in the plan go on
                 self.preempt(victim)
                 if victim is request:
                     return False
@@ -254,17 +267,15 @@ class HybridScheduler:
             if chunk == 0 or not self._grow(request, request.computed + chunk, busy if was_running else None):
                 if not was_running:
                     self._release(request)
-                if was_running or chunk == 0:
+                if chunk == 0:
                     break
                 blocked = True
                 continue
             if not was_running:
                 running.append(request)
-            last = request.computed + chunk == request.total
-            logits = chunk if request.every_logit else int(last)
-            spans.append(Span(request.id, request.computed, chunk, logits, last))
-            request.computed += chunk
-            request.in_flight += int(last)
+            span = request.next_span(chunk)
+            spans.append(span)
+            request.take(span)
         return spans
 
     def _admit(self, request: RequestState) -> None:
@@ -284,7 +295,7 @@ class HybridScheduler:
         least = min(most, LEAST_CHUNK)
 
         def fits(chunk: int) -> bool:
-            span = Span(request.id, request.computed, chunk, 1, True)
+            span = request.next_span(chunk)
             cost = self._pass_cost(decode, [*spans, span])
             assert cost is not None
             return self.latency.pass_seconds(cost) + self.latency.constant_seconds <= seconds
@@ -303,19 +314,19 @@ class HybridScheduler:
 
     # --- finetuning ---
 
-    def _finetune(self, turn: Turn, budget: float, cost: PassCost | None) -> Chosen:
+    def _finetune(
+        self, turn: Turn, jobs: Sequence[JobWork], only: MicrobatchWork | None, budget: float, cost: PassCost | None
+    ) -> Chosen:
         base = 0.0 if cost is None else self.latency.pass_seconds(cost)
         left = self.policy.seconds(turn, budget - base - self.latency.constant_seconds)
-        share = self.config.finetune_min_share
-        jobs = self._active_jobs() if turn is not Turn.INFERENCE else []
-        if jobs and cost is not None and self._finetune_share < share:
-            left = max(left, base * share / (1 - share))
-        if left <= 0 or not jobs:
+        left = max(left, self._owed_s)
+        if left <= 0 or not jobs or turn is Turn.INFERENCE:
             return Chosen((), (), (), cost, 0.0, {})
-        return self.picker.pick(jobs, left, cost, fuse=self.policy.fuses, patient=turn is Turn.BOTH and cost is not None)
+        patient = turn is Turn.BOTH and cost is not None
+        return self.picker.pick(jobs, left, cost, fuse=self.policy.fuses, patient=patient, only=only)
 
-    def _account(self, plan: StepPlan, chosen: Chosen, cost: PassCost | None) -> None:
-        """Charges tenants and jobs for what they get."""
+    def _account(self, plan: StepPlan, chosen: Chosen, has_finetuning: bool) -> None:
+        """Charges tenants and jobs for what they get. Jobs are owed what they had less than their floor while they had units."""
         for span in plan.spans:
             self.tenants.charge(self.requests[span.request].tenant, span.length)
         for job, tokens in chosen.tokens.items():
@@ -323,4 +334,6 @@ class HybridScheduler:
             self.tenants.charge(self.jobs[job].tenant, tokens)
         share = chosen.seconds / plan.predicted_s if plan.predicted_s > 0 else 0.0
         self._shares[plan.number] = share
-        self._finetune_share = SHARE_MEMORY * self._finetune_share + (1 - SHARE_MEMORY) * share
+        if has_finetuning:
+            due = self.config.finetune_min_share * plan.predicted_s - chosen.seconds
+            self._owed_s = min(max(0.0, self._owed_s + due), self.config.preemption_quantum_ms / 1e3)

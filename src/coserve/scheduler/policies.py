@@ -43,12 +43,15 @@ class Policy:
         self._iterations = 0
         self._under_way: int | None = None
 
-    def turn(self, has_inference: bool, can_wait: bool) -> Turn:
-        """The next iteration's. can_wait: every running request can wait for a whole micro-batch."""
+    def turn(self, has_inference: bool, has_finetuning: bool, can_wait: bool) -> Turn:
+        """The next iteration's. has_finetuning: there is a unit or slice to run; can_wait: every running request can wait for a
+        whole micro-batch."""
         if not self.inference:
             return Turn.FINETUNING
         if not self.takes_turns:
             return Turn.BOTH
+        if not has_finetuning:
+            return Turn.INFERENCE
         due = can_wait if self.adapts else self._iterations >= self.interval
         if self._under_way is not None or due or not has_inference:
             return Turn.FINETUNING
@@ -58,14 +61,20 @@ class Policy:
         """Time for units: what is left, or as long as a whole micro-batch takes."""
         return WHOLE if self.takes_turns and turn is Turn.FINETUNING else left
 
-    def ran(self, plan: StepPlan, works: Sequence[MicrobatchWork]) -> None:
-        """Counts inference iterations, and follows the micro-batch under way to its end."""
+    def microbatch(self, works: Sequence[MicrobatchWork]) -> MicrobatchWork | None:
+        """Whose turn it is among micro-batches of jobs that are not paused: the one under way, another if that has to wait for
+        it. None: no units can run, or no turns are taken."""
         if not self.takes_turns:
-            return
+            return None
+        if not any(work.id == self._under_way and work.phase is not Phase.DONE for work in works):
+            self._under_way = None
+        ready = [work for work in works if work.ready]
+        return next((work for work in ready if work.id == self._under_way), ready[0] if ready else None)
+
+    def planned(self, plan: StepPlan) -> None:
+        """Counts inference iterations, and follows the micro-batch under way."""
         if plan.spans:
             self._iterations += 1
         if plan.units:
             self._iterations = 0
             self._under_way = plan.units[0].microbatch
-        if self._under_way is not None and not any(w.id == self._under_way and w.phase is not Phase.DONE for w in works):
-            self._under_way = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from coserve.core import Span
 from coserve.scheduler.prefix import PrefixKey
 
 CUSHION = 0.5
@@ -23,7 +24,8 @@ class RequestState:
     """One output of one request. Times are seconds of the engine's clock; ttft_s and tpot_s are its objectives.
 
     key: what its prefix may be shared under. cacheable: whether it may take cached blocks (prompt logprobs need every row).
-    computed: tokens whose K and V are in the cache or planned.
+    computed: tokens whose K and V are in the cache or planned. every_logit: the logits of each of its prompt's rows are wanted,
+    once; logits_planned: of how many first rows they have been.
     """
 
     id: int
@@ -38,6 +40,7 @@ class RequestState:
     every_logit: bool = False
     output: list[int] = field(default_factory=list)
     computed: int = 0
+    logits_planned: int = 0
     in_flight: int = 0
     first_token_s: float | None = None
     running: bool = False
@@ -62,6 +65,21 @@ class RequestState:
     def sampled_enough(self) -> bool:
         """Whether no more tokens may be sampled."""
         return self.num_sampled >= self.max_tokens
+
+    def next_span(self, length: int) -> Span:
+        """The next so many tokens; the last one's logits are sampled from."""
+        end = self.computed + length
+        last = end == self.total
+        logits = int(last)
+        if self.every_logit and self.logits_planned < len(self.prompt):
+            logits = max(logits, end - max(self.computed, self.logits_planned))
+        return Span(self.id, self.computed, length, logits, last)
+
+    def take(self, span: Span) -> None:
+        """The span is planned."""
+        self.computed = span.end
+        self.logits_planned = max(self.logits_planned, span.end)
+        self.in_flight += int(span.samples)
 
     def tokens(self) -> list[int]:
         """Committed tokens."""

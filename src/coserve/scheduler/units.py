@@ -59,16 +59,18 @@ class UnitPicker:
     def __init__(self, latency: LatencyModel, num_layers: int, max_window: int) -> None:
         self.latency, self.num_layers, self.max_window = latency, num_layers, max_window
         self._waited = 0
+        self._possible: dict[tuple[bool, int], float] = {}
 
     def pick(
-        self, jobs: Sequence[JobWork], seconds: float, inference: PassCost | None, *, fuse: bool, patient: bool = True
+        self, jobs: Sequence[JobWork], seconds: float, inference: PassCost | None, *, fuse: bool, patient: bool = True,
+        only: MicrobatchWork | None = None,
     ) -> Chosen:
-        """Units for `seconds`, advancing the micro-batches. jobs: in order of precedence."""
+        """Units for `seconds`, advancing the micro-batches. jobs: in order of precedence; only: of this micro-batch."""
         units: list[WorkUnit] = []
         costs: list[UnitCost] = []
         slices: list[OptimizerSlice] = []
         tokens: dict[int, float] = {}
-        left, elements = seconds, 0
+        left, elements, riding = seconds, 0, 1.0
         least = LEAST_EFFICIENCY if patient and self._waited < PATIENCE else 0.0
         while len(units) + len(slices) < MAX_UNITS:
             part = self._optimizer_slice(jobs, left)
@@ -77,7 +79,8 @@ class UnitPicker:
                 elements += part.end - part.start
                 left -= self.latency.optimizer_seconds(part.end - part.start)
                 continue
-            found = self._best(jobs, left, inference if fuse else None, fused=any(u.fused for u in units), least=least)
+            fusing = inference if fuse and not any(unit.fused for unit in units) else None
+            found = self._best(jobs, left, fusing, least, only, riding)
             if found is None:
                 break
             job, work, best = found
@@ -88,6 +91,7 @@ class UnitPicker:
                 costs.append(best.cost)
             else:
                 assert inference is not None
+                riding = max(1.0, best.efficiency)
                 inference = self._with_fused(inference, work, best.unit.unit)
             work.advance(best.unit.unit)
         self._waited = 0 if units or slices else self._waited + 1
@@ -111,19 +115,43 @@ class UnitPicker:
         return (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / self.num_layers
 
     def _best(
-        self, jobs: Sequence[JobWork], left: float, inference: PassCost | None, *, fused: bool, least: float
+        self, jobs: Sequence[JobWork], left: float, inference: PassCost | None, least: float, only: MicrobatchWork | None,
+        riding: float,
     ) -> tuple[JobWork, MicrobatchWork, Candidate] | None:
+        """riding: how efficient rows are in the pass: where that is more than 1, forward windows had better wait for the next
+        pass while there is backward work."""
+
+        def rank(item: tuple[Candidate, MicrobatchWork]) -> tuple[float, float]:
+            candidate, _ = item
+            waits = candidate.cost is not None and not candidate.cost.backward
+            return round(candidate.efficiency / (riding if waits else 1.0), 2), candidate.work
+
         for job in jobs:
             found: list[tuple[Candidate, MicrobatchWork]] = []
             for work in job.microbatches.values():
-                found += [(candidate, work) for candidate in self._candidates(work, left)]
-                if inference is not None and not fused:
-                    found += [(candidate, work) for candidate in self._fused_candidates(work, left, inference)]
-            found = [(c, w) for c, w in found if c.efficiency >= least]
+                if not work.ready or (only is not None and work is not only):
+                    continue
+                candidates = [*self._candidates(work, left)]
+                if inference is not None:
+                    candidates += self._fused_candidates(work, left, inference)
+                bar = least * self._best_efficiency(work)
+                found += [(candidate, work) for candidate in candidates if candidate.efficiency >= bar]
             if found:
-                candidate, work = max(found, key=lambda item: (round(item[0].efficiency, 2), item[0].work))
+                candidate, work = max(found, key=rank)
                 return job, work, candidate
         return None
+
+    def _best_efficiency(self, work: MicrobatchWork) -> float:
+        """Of all layers over the largest window that is left: a small micro-batch can't do better."""
+        backward = work.phase is Phase.BACKWARD
+        left = work.backward_row if backward else work.end - work.start if work.layer else work.num_tokens - work.end
+        rows = min(left, self.max_window)
+        known = self._possible.get((backward, rows))
+        if known is None:
+            cost = UnitCost(backward, rows, self.num_layers, 0, 0)
+            seconds = max(self.latency.unit_seconds(cost), 1e-9)
+            known = self._possible[backward, rows] = min(1.0, self._ideal(backward, rows * self.num_layers) / seconds)
+        return known
 
     def _optimizer_slice(self, jobs: Sequence[JobWork], left: float) -> OptimizerSlice | None:
         for job in jobs:

@@ -60,6 +60,11 @@ class MicrobatchWork:
         """Label rows in [start, end)."""
         return bisect.bisect_left(self.label_rows, end) - bisect.bisect_left(self.label_rows, start)
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is a unit that may come next."""
+        return self.phase in (Phase.FORWARD, Phase.BACKWARD)
+
     def answer(self) -> None:
         """The objective has given its coefficients: backward may begin."""
         assert self.phase is Phase.OBJECTIVE

@@ -1,0 +1,186 @@
+"""Which units are picked under which latency law, and how policies take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from coserve.core import Direction, StepPlan, Unit, WorkUnit
+from coserve.scheduler.work import MicrobatchWork, Phase
+from tests.fake_engine import FakeEngine
+from tests.unit.test_hybrid import decoding, engine, law, step
+
+
+def row_layers(works: Sequence[WorkUnit]) -> int:
+    """Rows x layers of units."""
+    return sum((w.unit.end - w.unit.start) * (w.unit.layer_end - w.unit.layer_start) for w in works)
+
+
+def run_beside_requests(fake: FakeEngine, iterations: int = 120) -> list[StepPlan]:
+    """Iterations of a job beside two requests that decode."""
+    decoding(fake, 1000)
+    decoding(fake, 1000)
+    fake.add_job([[1000]] * 4)
+    return [step(fake) for _ in range(iterations)]
+
+
+def test_rows_that_are_efficient_in_large_windows_go_in_large_windows_over_few_layers() -> None:
+    plans = run_beside_requests(engine(law(layers=0.004, row_layer=0.00002), num_layers=30))
+    units = [work for plan in plans for work in plan.units]
+    large = [u for u in units if u.unit.end - u.unit.start >= 500]
+    assert row_layers(large) > 0.8 * row_layers(units)
+    assert all(u.unit.layer_end - u.unit.layer_start < 10 for u in large) and not any(u.fused for u in units)
+
+
+def test_where_rows_of_a_pass_are_nearly_free_forward_windows_are_fused() -> None:
+    plans = run_beside_requests(engine(law(once=0.05, row=1e-6, layers=0.002, row_layer=0.00002), num_layers=30))
+    forward = [w for plan in plans for w in plan.units if w.unit.direction is Direction.FORWARD]
+    fused = [work for work in forward if work.fused]
+    assert row_layers(fused) > 0.6 * row_layers(forward)
+    assert max(work.unit.end - work.unit.start for work in fused) >= 256
+    assert any("fused+backward" in plan.kind for plan in plans)
+
+
+def test_layer_sliced_never_fuses() -> None:
+    plans = run_beside_requests(engine(law(once=0.05, row=1e-6), policy="layer-sliced"))
+    assert any(plan.units for plan in plans) and not any(plan.fused for plan in plans)
+
+
+def test_a_window_is_never_larger_than_the_limit() -> None:
+    plans = run_beside_requests(engine(max_window_tokens=128))
+    assert {w.unit.end - w.unit.start for plan in plans for w in plan.units} <= set(range(129))
+
+
+def test_small_microbatches_do_not_wait_for_efficiency_they_can_not_have() -> None:
+    fake = engine(law(layers=0.002, row_layer=0.00001))  # 40 rows take 6 times what they would in a large window
+    decoding(fake, 1000)
+    fake.add_job([[40]] * 8, elements=1000)
+    plans = [step(fake) for _ in range(60)]
+    assert all(plan.units or plan.optimizer for plan in plans)
+
+
+def test_optimizer_slices_fill_the_time_and_cover_the_step() -> None:
+    fake = engine(law(elements=1e-7), preemption_quantum_ms=50.0)
+    job = fake.add_job([[50]], elements=2_000_000, steps=2)
+    fake.run(20.0)
+    parts = [part for _, plan in fake.plans for part in plan.optimizer]
+    assert job.steps_done == 2 and sum(part.end - part.start for part in parts) == 4_000_000
+    assert len(parts) >= 8 and all(plan.predicted_s <= 0.05 + 1e-9 for _, plan in fake.plans)
+
+
+# --- policies ---
+
+
+def test_inference_only_trains_nothing() -> None:
+    fake = engine(policy="inference-only")
+    request = fake.submit(100, 20)
+    fake.add_job([[100]])
+    fake.run(10.0)
+    assert request.met and not fake.runner.units
+
+
+def test_finetune_only_serves_nobody() -> None:
+    fake = engine(policy="finetune-only")
+    request = fake.submit(100, 20)
+    job = fake.add_job([[100]], steps=5)
+    fake.run(10.0)
+    assert job.steps_done == 5 and not request.token_times
+
+
+def turns(fake: FakeEngine) -> list[str]:
+    """Runs of plans in words: 'I5' is five inference iterations, 'M' one whole micro-batch, 'O' only optimizer slices."""
+    words: list[str] = []
+    inference = 0
+    under_way: tuple[int, int] | None = None
+    for _, plan in fake.plans:
+        assert not (plan.spans and plan.units), "a turn is for one of the two"
+        if plan.spans:
+            assert under_way is None, "a micro-batch is cut off"
+            inference += 1
+            continue
+        if inference:
+            words.append(f"I{inference}")
+            inference = 0
+        if not plan.units:
+            words.append("O")
+            continue
+        owner, = {work.microbatch for work in plan.units}
+        assert under_way is None or under_way[0] == owner
+        last = plan.units[-1].unit
+        under_way = (owner, 0)
+        if last.direction is Direction.BACKWARD and last.layer_start == 0 and last.start == 0:
+            words.append("M")
+            under_way = None
+    return words
+
+
+@pytest.mark.parametrize("interval", [1, 5, 16])
+def test_temporal_runs_whole_microbatches_between_so_many_iterations(interval: int) -> None:
+    fake = engine(policy=f"temporal:{interval}")
+    fake.submit(30, 2000)
+    fake.add_job([[300, 100], [200], [100]])
+    fake.run(40.0)
+    words = turns(fake)
+    assert words[:10] == [f"I{interval}", "M"] * 3 + [f"I{interval}", "O", "M", f"I{interval}"]
+
+
+def test_dynamic_temporal_waits_until_every_request_can() -> None:
+    fake = engine(policy="dynamic-temporal")
+    request = fake.submit(30, 1500)
+    fake.add_job([[1000], [1000]])
+    fake.run(40.0)
+    words = turns(fake)
+    assert words.count("M") > 20 and request.met
+    assert all(gap < 2.0 for gap in (b - a for a, b in zip(request.token_times, request.token_times[1:], strict=False)))
+
+
+@pytest.mark.parametrize("policy", ["coserve", "temporal:3", "dynamic-temporal", "layer-sliced", "inference-only"])
+def test_every_policy_serves_without_a_job_and_with_a_paused_one(policy: str) -> None:
+    fake = engine(policy=policy)
+    first = fake.submit(50, 30)
+    fake.run()
+    job = fake.add_job([[500]] * 3)
+    job.work.paused = True
+    second = fake.submit(50, 30, at=3.0)
+    fake.run()
+    assert first.met and second.met
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("policy", ["temporal:2", "dynamic-temporal"])
+def test_turns_end_when_a_microbatch_waits_for_another(policy: str, lag: int) -> None:
+    fake = engine(policy=policy, lag=lag)
+    requests = [fake.submit(30, 60, at=0.3 * i) for i in range(10)]
+    job = fake.add_job([[100], [200]], grouped=True, steps=4)
+    fake.run()
+    assert job.steps_done == 4 and all(request.finished_s for request in requests)
+
+
+# --- a micro-batch's progress ---
+
+
+def work_of(num_tokens: int, num_layers: int = 3) -> MicrobatchWork:
+    return MicrobatchWork(
+        id=1, job=1, num_tokens=num_tokens, num_layers=num_layers, lowest=0, bounds=[(0, 4), (4, num_tokens)],
+        label_rows=[1, 3, 7],
+    )
+
+
+def test_pairs_and_labels_of_a_window() -> None:
+    work = work_of(10)
+    assert work.pairs(0, 4) == 10 and work.pairs(4, 10) == 21 and work.pairs(2, 6) == 3 + 4 + 1 + 2
+    assert [work.labels(0, 10), work.labels(1, 3), work.labels(3, 7), work.labels(8, 10)] == [3, 1, 1, 0]
+
+
+def test_forward_then_the_objective_then_backward() -> None:
+    work = work_of(10)
+    for unit in [(0, 2, 0, 6), (2, 3, 0, 4), (2, 3, 4, 6), (0, 3, 6, 10)]:
+        assert work.phase is Phase.FORWARD and work.ready
+        work.advance(Unit(Direction.FORWARD, *unit))
+    assert work.phase is Phase.OBJECTIVE and not work.ready
+    work.answer()
+    for unit in [(2, 3, 5, 10), (2, 3, 0, 5), (0, 2, 0, 10)]:
+        assert work.phase is Phase.BACKWARD
+        work.advance(Unit(Direction.BACKWARD, *unit))
+    assert work.phase is Phase.DONE
