@@ -1,4 +1,4 @@
-"""The hybrid scheduler on a fake clock: deadlines, memory, fairness and plans that are made ahead. The runner checks every plan."""
+"""The hybrid scheduler on a fake clock: deadlines, memory, fairness, plans made ahead. The runner checks every plan."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_partly_prefilled_prompts_that_fill_the_pool_get_through(lag: int) -> No
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("seed", range(12))
 def test_random_lives_in_a_small_pool(seed: int, lag: int) -> None:
-    """Requests that share prefixes, end early, are cancelled, want prompt logprobs, of several tenants and adapters, beside jobs."""
+    """Requests that share prefixes, end early, are cancelled or want prompt logprobs, beside jobs."""
     rng = random.Random(seed)
     fake = engine(
         num_blocks=rng.choice([14, 20, 40]), block_tokens=rng.choice([4, 16]), max_num_seqs=rng.choice([3, 8]), lag=lag,

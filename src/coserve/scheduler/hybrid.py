@@ -326,7 +326,7 @@ class HybridScheduler:
         return self.picker.pick(jobs, left, cost, fuse=self.policy.fuses, patient=patient, only=only)
 
     def _account(self, plan: StepPlan, chosen: Chosen, has_finetuning: bool) -> None:
-        """Charges tenants and jobs for what they get. Jobs are owed what they had less than their floor while they had units."""
+        """Charges tenants and jobs for what they get. Jobs that had units are owed what they got less than their floor."""
         for span in plan.spans:
             self.tenants.charge(self.requests[span.request].tenant, span.length)
         for job, tokens in chosen.tokens.items():
