@@ -36,7 +36,7 @@ STD = 0.02
 
 
 class NumberTokenizer:
-    """Texts are token ids in decimal, one word each; any other word is token 0. Has what the engine and the data reader ask for."""
+    """Texts are token ids in decimal, one word each; any other word is token 0. Has what the engine and data reader ask for."""
 
     eos_token_id = None
     has_chat_template = False

@@ -68,40 +68,31 @@ class FakeRequest:
 
 @dataclass(slots=True, kw_only=True)
 class _Progress:
-    """How far the runner has seen a micro-batch go. top: forward, rows through the last layer; backward, layers left."""
+    """How far the runner has seen a micro-batch go. rows: forward, by layer; row, top: backward, rows and layers left."""
 
     work: MicrobatchWork
-    start: int = 0
-    end: int = 0
-    layer: int = 0
+    rows: list[int] = field(default_factory=list)
     answered: bool = False
     row: int = 0
     top: int = 0
     done: bool = False
 
+    def __post_init__(self) -> None:
+        self.rows = [0] * self.work.num_layers
+        self.top = self.work.num_layers
+
     def forward_done(self) -> bool:
-        return self.end == self.work.num_tokens and self.layer == 0
+        return self.rows[-1] == self.work.num_tokens
 
     def take(self, unit: Unit) -> None:
         """One unit more; asserts that it may come next."""
         work = self.work
         assert 0 <= unit.start < unit.end <= work.num_tokens and 0 <= unit.layer_start < unit.layer_end <= work.num_layers
         if unit.direction is Direction.FORWARD:
-            assert not self.forward_done()
-            assert unit.layer_start == self.layer
-            if self.layer == 0:
-                assert unit.start == self.end
-                self.start, self.end, self.top = unit.start, unit.end, unit.start
-            elif self.layer < work.num_layers - 1:
-                assert (unit.start, unit.end) == (self.start, self.end)
-            else:  # the last layer's windows may be smaller
-                assert unit.start == self.top and unit.end <= self.end
-            self.layer = unit.layer_end
-            if unit.layer_end == work.num_layers:
-                self.top = unit.end
-                self.layer = 0 if unit.end == self.end else work.num_layers - 1
-            if self.forward_done():
-                self.top = work.num_layers
+            for layer in range(unit.layer_start, unit.layer_end):
+                assert self.rows[layer] == unit.start
+                assert layer == 0 or self.rows[layer - 1] >= unit.end
+                self.rows[layer] = unit.end
             return
         if self.row == 0:
             self.row = work.num_tokens

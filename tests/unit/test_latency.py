@@ -221,7 +221,8 @@ def test_any_profile_gives_costs_that_never_fall_with_rows(
         assert model.seconds(contents) >= 0
         model.observe(contents, seconds)
     assert all(0.25 <= factor <= 4 for factor in model.corrections.values())
-    assert 0 <= model.pass_seconds(cost) <= model.pass_seconds(cost._replace(rows=cost.rows + more))
+    if cost.rows > cost.fused_rows:  # fused rows never make a pass alone
+        assert 0 <= model.pass_seconds(cost) <= model.pass_seconds(cost._replace(rows=cost.rows + more))
     assert 0 <= model.unit_seconds(unit) <= model.unit_seconds(unit._replace(rows=unit.rows + more))
 
 
@@ -272,7 +273,7 @@ def test_a_slower_group_is_learnt_without_hurting_the_others() -> None:
         model.observe(contents, measure(contents) * noise.lognormvariate(0, 0.02))
     corrections = model.corrections
     assert corrections["backward"] == pytest.approx(1.4, rel=0.06)
-    assert corrections["inference"] == pytest.approx(1, abs=0.05)
+    assert corrections["decode"] == pytest.approx(1, abs=0.05)
     assert corrections["forward"] == pytest.approx(1, abs=0.08)
     assert corrections["optimizer"] == 1
     errors = [abs(model.seconds(contents) / measure(contents) - 1) for contents in workload(100, seed=9)]
@@ -303,10 +304,10 @@ def test_corrections_stay_within_bounds_and_come_back() -> None:
     for factor, bound in ((1000.0, 4.0), (0.0, 0.25)):
         for _ in range(200):
             model.observe(contents, factor * law(contents))
-        assert model.corrections["inference"] == bound
+        assert model.corrections["decode"] == bound
     for _ in range(200):
         model.observe(contents, law(contents))
-    assert model.corrections["inference"] == pytest.approx(1, rel=0.01)
+    assert model.corrections["decode"] == pytest.approx(1, rel=0.01)
 
 
 def test_a_model_that_knows_nothing_learns_nothing() -> None:

@@ -2,7 +2,7 @@
 its correction from what iterations took. Does not own: measuring and fitting (scheduler/profile.py), or any decision.
 
     seconds = iteration's constant
-            + k_inference (constant + curve(rows) + curve(head rows) + ...)                  one pass over all layers
+            + k (constant + curve(rows) + curve(head rows) + ...)   one pass over all layers; k by part: decode, prefill, fused
             + k_forward   (constant + layers x (curve(rows) + pairs) + ...)  per unit        k_backward likewise
             + k_optimizer (constant + elements)
 
@@ -192,7 +192,7 @@ class LatencyModel:
         laws = {group: _Law(group, coefficients) for group in TERMS}
         self._constant = laws.pop("iteration").constant
         self._inference, self._forward, self._backward, self._optimizer = laws.values()
-        self._factors = dict.fromkeys(laws, 1.0)
+        self._factors = dict.fromkeys(("decode", "prefill", "fused", "forward", "backward", "optimizer"), 1.0)
         self._last_residual: dict[str, float] = {}
         self._errors: dict[str, deque[float]] = {}
         self._finetuning: deque[float] = deque(maxlen=_RESERVE_ITERATIONS)
@@ -204,12 +204,30 @@ class LatencyModel:
 
     @property
     def corrections(self) -> dict[str, float]:
-        """Present factor of each group, learnt by `observe`."""
+        """Present factor of each part, learnt by `observe`."""
         return dict(self._factors)
 
     def pass_seconds(self, cost: PassCost) -> float:
         """An inference pass."""
-        return self._factors["inference"] * self._inference(cost)
+        factors = self._factors
+        decode, prefill, fused = self._pass_parts(cost)
+        return factors["decode"] * decode + factors["prefill"] * prefill + factors["fused"] * fused
+
+    def _pass_parts(self, cost: PassCost) -> tuple[float, float, float]:
+        """A pass by the law: its decode rows alone, what prompts add, what fused rows add. The first part that is there
+        has the pass's constant."""
+        serving = cost.rows - cost.fused_rows
+        decode = prompts = 0.0
+        if cost.decode_rows:
+            decode = self._inference(cost._replace(
+                rows=cost.decode_rows, head_rows=min(cost.head_rows, cost.decode_rows), prefill_pairs=0, fused_rows=0,
+                fused_pairs=0, fused_labels=0,
+            ))
+        if serving > cost.decode_rows:
+            bare = cost if not cost.fused_rows else cost._replace(rows=serving, fused_rows=0, fused_pairs=0, fused_labels=0)
+            prompts = self._inference(bare) - decode
+        fused = self._inference(cost) - decode - prompts if cost.fused_rows else 0.0
+        return decode, prompts, fused
 
     def unit_seconds(self, cost: UnitCost) -> float:
         """A unit that is not fused."""
@@ -226,15 +244,17 @@ class LatencyModel:
         return self._constant + sum(self._parts(contents).values())
 
     def _parts(self, contents: Contents) -> dict[str, float]:
-        """Predicted seconds by group."""
+        """Predicted seconds by part, as corrected."""
         forward = backward = 0.0
         for unit in contents.units:
             if unit.backward:
                 backward += self.unit_seconds(unit)
             else:
                 forward += self.unit_seconds(unit)
+        cost, factors = contents.inference, self._factors
+        decode, prefill, fused = (0.0, 0.0, 0.0) if cost is None else self._pass_parts(cost)
         return {
-            "inference": 0.0 if contents.inference is None else self.pass_seconds(contents.inference),
+            "decode": factors["decode"] * decode, "prefill": factors["prefill"] * prefill, "fused": factors["fused"] * fused,
             "forward": forward,
             "backward": backward,
             "optimizer": self.optimizer_seconds(contents.optimizer_elements),

@@ -14,7 +14,7 @@ from coserve.core import Direction, OptimizerSlice, Unit, WorkUnit
 from coserve.scheduler.latency import LatencyModel, PassCost, UnitCost
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 
-WINDOWS = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16)
+WINDOWS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
 FUSED_WINDOWS = (512, 256, 128, 64, 32, 16)
 REFERENCE_ROWS = 1024
 """Rows of the window that sets the best rate."""
@@ -144,8 +144,8 @@ class UnitPicker:
     def _best_efficiency(self, work: MicrobatchWork) -> float:
         """Of all layers over the largest window that is left: a small micro-batch can't do better."""
         backward = work.phase is Phase.BACKWARD
-        left = work.backward_row if backward else work.end - work.start if work.layer else work.num_tokens - work.end
-        rows = min(left, self.max_window)
+        ahead = work.num_tokens - work.end if work.between_windows else work.end - work.row
+        rows = min(work.backward_row if backward else ahead, self.max_window)
         known = self._possible.get((backward, rows))
         if known is None:
             cost = UnitCost(backward, rows, self.num_layers, 0, 0)
@@ -173,15 +173,17 @@ class UnitPicker:
             yield from self._backward(work, left)
 
     def _forward(self, work: MicrobatchWork, left: float) -> Iterator[Candidate]:
-        """The window under way, or the largest new one that fits, over as many layers as fit."""
-        if work.layer == 0:
-            windows = [(work.end, work.end + rows) for rows in self._sizes(work.num_tokens - work.end)]
-        elif work.layer < self.num_layers - 1:
-            windows = [(work.start, work.end)]
-        else:  # the last layer, with the loss head
-            windows = [(work.top_row, work.top_row + rows) for rows in self._sizes(work.end - work.top_row)]
-        for start, end in windows:
-            candidate = self._layers(work, Direction.FORWARD, work.layer, self.num_layers, start, end, left)
+        """A new window, the largest that fits over one layer, or the one under way, over as many layers as fit; else a piece of
+        it over one layer."""
+        layers = self.num_layers
+        if work.between_windows:
+            shapes = [(work.end, work.end + rows, layers) for rows in self._sizes(work.num_tokens - work.end)]
+        else:
+            whole = [(work.start, work.end, layers)] if work.row == work.start else []
+            pieces = ((work.row, work.row + rows, work.layer + 1) for rows in self._sizes(work.end - work.row))
+            shapes = [*whole, *pieces]
+        for start, end, last in shapes:
+            candidate = self._layers(work, Direction.FORWARD, work.layer, last, start, end, left)
             if candidate is not None:
                 yield candidate
                 return
@@ -252,7 +254,7 @@ class UnitPicker:
 
     def _fused_candidates(self, work: MicrobatchWork, left: float, inference: PassCost) -> Iterator[Candidate]:
         """A window that rides in the pass, at each size that fits."""
-        if work.phase is not Phase.FORWARD or work.layer:
+        if work.phase is not Phase.FORWARD or not work.between_windows:
             return
         alone = self.latency.pass_seconds(inference)
         for rows in FUSED_WINDOWS:

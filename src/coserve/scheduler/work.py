@@ -1,8 +1,8 @@
 """Finetuning work as the scheduler sees it: how far each micro-batch is, in integers, and what may come next.
 
-Forward: windows from left to right; the one under way, [start, end), has passed layers [0, layer), and its rows
-[start, top_row) the last layer and the loss head too: these go in windows of their own, as label rows can cost more than all
-layers. Backward: layers from the top; rows [row, T) of the one under way are done.
+Forward: windows from left to right; the one under way, [start, end), has passed layers [0, layer), and its rows [start, row)
+the next layer too: a window of many rows can go through a layer in pieces, and has to where the last layer's loss head costs
+more than all layers. Backward: layers from the top; rows [row, T) of the one under way are done.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class MicrobatchWork:
     start: int = 0
     end: int = 0
     layer: int = 0
-    top_row: int = 0
+    row: int = 0
     backward_layer: int = field(init=False)
     backward_row: int = field(init=False)
     _pairs: list[int] = field(init=False)
@@ -81,15 +81,21 @@ class MicrobatchWork:
             if self.backward_layer < self.lowest:
                 self.phase = Phase.DONE
 
+    @property
+    def between_windows(self) -> bool:
+        """Whether the next forward unit begins a window."""
+        return self.start == self.end
+
     def _advance_forward(self, unit: Unit) -> None:
-        if self.layer == 0:
-            self.start, self.end, self.top_row = unit.start, unit.end, unit.start
-        if unit.layer_end < self.num_layers:
-            self.layer = unit.layer_end
+        if self.between_windows:
+            self.start, self.end = unit.start, unit.end
+        self.layer, self.row = unit.layer_start, unit.end
+        if self.row < self.end:
             return
-        self.layer, self.top_row = self.num_layers - 1, unit.end
-        if self.top_row == self.end:
-            self.start, self.layer = self.end, 0
+        self.layer, self.row = unit.layer_end, self.start
+        if self.layer == self.num_layers:
+            self.start = self.row = self.end
+            self.layer = 0
             if self.end == self.num_tokens:
                 self.phase = Phase.OBJECTIVE
 
