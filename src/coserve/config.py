@@ -227,7 +227,7 @@ class SchedulerConfig:
     finetune_min_share: float = 0.0
     """Share of time that jobs get even where objectives are missed, in [0, 1)."""
     reserve: float | None = None
-    """Share of an iteration's budget kept back; None: the latency model's own p95 error."""
+    """Relative error of a prediction that slack is kept for; None: the latency model's own p95."""
     max_num_seqs: int = 64
     """Requests that run at once."""
     max_num_batched_tokens: int = 2048

@@ -30,9 +30,8 @@ from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.profile import fit, load_profile, profile_points, save_profile, sequence_length
 
-REPEATS = 2
-SHORT_S = 0.05
-"""Points that take less are run once more, and their first run is not counted."""
+SHORT_S, LONG_S = 0.05, 0.25
+"""Points are run twice; shorter ones three times, of which the first is not counted, longer ones once."""
 WARM_ROWS = 64
 _OWNER = "profile"
 _KEY = PrefixKey("", None, -1)
@@ -109,9 +108,11 @@ class Profiler:
             actions += [self._unit(unit, arenas) for unit in point.units]
             if point.optimizer_elements:
                 actions.append(self._optimizer(point.optimizer_elements))
-            times = [self._time(actions) for _ in range(REPEATS)]
+            times = [self._time(actions)]
+            if times[0] < LONG_S:
+                times.append(self._time(actions))
             if times[0] < SHORT_S:
-                times = [*times[1:], self._time(actions)]
+                times = [times[1], self._time(actions)]
             return [(point, seconds) for seconds in times]
         except CapacityError:
             return []  # the pool is too small for this point, so nothing like it will run

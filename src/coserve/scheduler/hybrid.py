@@ -1,7 +1,7 @@
 """The hybrid token scheduler: what each iteration runs, so that requests keep their deadlines and jobs get all the rest.
 
-    budget = least slack of running requests, at most the ITL cap      (nothing running: the preemption quantum)
-    |-- decode --|-- prefill, earliest TTFT deadline first --|-- finetuning units ------------|- reserve -|
+    budget = least slack of running requests, a reserve kept back, at most the ITL cap; if none runs, the preemption quantum
+    |-- decode --|-- prefill, earliest TTFT deadline first --|-- finetuning units ------------|
 
 State advances when a plan is made, not when it is committed: plan n + 1 may be made before plan n's tokens are known.
 Policies other than `coserve` are settings of the same code (policies.py). Owns: the order and size of work. Does not own:
@@ -100,7 +100,8 @@ class HybridScheduler:
         budget = self._budget(now)
         if turn is not Turn.FINETUNING:
             decode = self._decode()
-            prefill = self._prefill(now, decode, budget)
+            prefill, waits = self._prefill(now, decode, budget)
+            turn = Turn.INFERENCE if waits else turn
         cost = self._pass_cost(decode, prefill)
         chosen = self._finetune(turn, jobs, only, budget, cost)
         copies, self._copies = tuple(self._copies), []
@@ -167,8 +168,8 @@ class HybridScheduler:
         """Whether every request is running and can wait while the micro-batch runs from end to end."""
         if work is None or not self.policy.adapts:
             return False
-        seconds = self.picker.whole_seconds(work)
-        return all(r.running and r.deadline_s - now > seconds for r in self.requests.values())
+        seconds, reserve = self.picker.whole_seconds(work), self._reserve()
+        return all(r.running and r.slack_s(now, reserve) > seconds for r in self.requests.values())
 
     # --- time ---
 
@@ -182,8 +183,8 @@ class HybridScheduler:
             return self.config.preemption_quantum_ms / 1e3
         cap = self._itl_cap(running)
         token_s = self.latency.pass_seconds(self._decode_cost(running)) + self.latency.constant_seconds
-        live = [r.deadline_s - now for r in running if not r.hopeless(now, token_s)]
-        return min([cap, *live]) / (1 + self._reserve())
+        reserve = self._reserve()
+        return min([cap, *(r.slack_s(now, reserve) for r in running if not r.hopeless(now, token_s))])
 
     def _itl_cap(self, running: Sequence[RequestState]) -> float:
         return self.config.itl_factor * min(r.tpot_s for r in running)
@@ -200,7 +201,8 @@ class HybridScheduler:
         keys = {self.requests[span.request].key for span in (*decode, *prefill)}
         head_rows = sum(span.logits for span in (*decode, *prefill))
         adapters = sum(key.adapter is not None for key in keys)
-        return PassCost(rows, head_rows, len(decode), sum(span.end for span in decode), pairs, 0, 0, 0, adapters)
+        context = sum(span.end for span in decode)
+        return PassCost(rows, head_rows, len(decode), context, pairs, 0, 0, 0, adapters, len(prefill))
 
     # --- inference ---
 
@@ -241,8 +243,9 @@ class HybridScheduler:
         request.preemptions += 1
         self.num_preemptions += 1
 
-    def _prefill(self, now: float, decode: Sequence[Span], budget: float) -> list[Span]:
-        """Chunks of prompts by earliest deadline, the least served tenant first, as long as the pass stays in its budget."""
+    def _prefill(self, now: float, decode: Sequence[Span], budget: float) -> tuple[list[Span], bool]:
+        """Chunks of prompts by earliest deadline, the least served tenant first, as long as the pass stays in its budget; and
+        whether a prompt waits for running requests to gain slack."""
         spans: list[Span] = []
         waiting = [r for r in self.requests.values() if not r.decoding and not r.sampled_enough and not r.in_flight]
 
@@ -256,13 +259,20 @@ class HybridScheduler:
         for request in order:
             if not request.running and (blocked or len(running) >= self.config.max_num_seqs):
                 continue  # those that run must go on, or they never give their memory back
-            limit = budget
-            if decode and now - request.arrival_s > URGENT * request.ttft_s:
-                limit = max(budget, self._itl_cap(running) / (1 + self._reserve()))
+            limit, most = budget, budget
+            if decode:
+                most = max(budget, self._itl_cap(running))
+                limit = most if now - request.arrival_s > URGENT * request.ttft_s else budget
             was_running = request.running
             if not was_running:
                 self._admit(request)
             chunk = self._chunk(request, decode, spans, limit)
+            wanted = self._even_part(request, self._chunk(request, decode, spans, most))
+            if limit < most and chunk < wanted:
+                if not was_running:
+                    self._release(request)
+                return spans, True
+            chunk = min(chunk, wanted)
             busy = {span.request for span in (*decode, *spans)}
             if chunk == 0 or not self._grow(request, request.computed + chunk, busy if was_running else None):
                 if not was_running:
@@ -276,7 +286,14 @@ class HybridScheduler:
             span = request.next_span(chunk)
             spans.append(span)
             request.take(span)
-        return spans
+        return spans, False
+
+    @staticmethod
+    def _even_part(request: RequestState, most: int) -> int:
+        """Tokens of the next chunk, if what is left of a prompt is cut evenly into as few chunks of at most `most` as it takes:
+        many small chunks cost more than a few large ones, so they wait until running requests have gained slack."""
+        left = request.total - request.computed
+        return -(-left // -(-left // most)) if most else 0
 
     def _admit(self, request: RequestState) -> None:
         """A waiting request takes what the prefix cache has of it."""

@@ -27,7 +27,7 @@ class PassCost(NamedTuple):
     rows: decode, prefill and fused; head_rows: rows through the output head for logits; decode_context: sum of context tokens
     over decode rows; prefill_pairs, fused_pairs: query-key pairs per layer; fused_rows: finetuning rows among `rows`, whose
     kept values are written; fused_labels: label rows through the loss head; adapter_segments: different adapters among the
-    rows.
+    rows; prefill_spans: prompts.
     """
 
     rows: int
@@ -39,6 +39,7 @@ class PassCost(NamedTuple):
     fused_pairs: int
     fused_labels: int
     adapter_segments: int
+    prefill_spans: int = 0
 
 
 class UnitCost(NamedTuple):
@@ -111,7 +112,7 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
     "inference": (
         Term("once"), Term("rows", (1, 2, 4, 16, 64, 256, 1024)), Term("head_rows", (0, 1, 16, 256)), Term("decode_rows"),
         Term("decode_context"), Term("prefill_pairs"), Term("fused_rows"), Term("fused_pairs"), Term("fused_labels"),
-        Term("adapter_segments"),
+        Term("adapter_segments"), Term("prefill_spans"),
     ),
     "forward": _UNIT_TERMS,
     "backward": _UNIT_TERMS,
@@ -184,7 +185,8 @@ _ERROR_ITERATIONS = 1000
 
 
 class LatencyModel:
-    """Predicts seconds; learns from iterations. All predictions are 0 or more and never fall as rows rise."""
+    """Predicts seconds; learns from iterations. All predictions are 0 or more; those of units and of passes without
+    fused rows never fall as rows rise."""
 
     def __init__(self, coefficients: Mapping[Coefficient, float]) -> None:
         """coefficients: seconds per amount, 0 or more; those left out are 0."""
@@ -220,8 +222,8 @@ class LatencyModel:
         decode = prompts = 0.0
         if cost.decode_rows:
             decode = self._inference(cost._replace(
-                rows=cost.decode_rows, head_rows=min(cost.head_rows, cost.decode_rows), prefill_pairs=0, fused_rows=0,
-                fused_pairs=0, fused_labels=0,
+                rows=cost.decode_rows, head_rows=min(cost.head_rows, cost.decode_rows), prefill_pairs=0, prefill_spans=0,
+                fused_rows=0, fused_pairs=0, fused_labels=0,
             ))
         if serving > cost.decode_rows:
             bare = cost if not cost.fused_rows else cost._replace(rows=serving, fused_rows=0, fused_pairs=0, fused_labels=0)

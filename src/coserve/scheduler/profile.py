@@ -48,7 +48,7 @@ _PASSES = (
     _Pass(decode=64), _Pass(decode=16, context=512), _Pass(decode=16, adapters=4),
     _Pass(prefill=16), _Pass(prefill=32), _Pass(prefill=64, every_logit=True), _Pass(prefill=128),
     _Pass(prefill=256, prompt=16), _Pass(prefill=256), _Pass(prefill=512),
-    _Pass(decode=16, prefill=128),
+    _Pass(decode=16, prefill=128), _Pass(decode=8, prefill=32), _Pass(decode=8, prefill=128, prompt=32),
     _Pass(decode=8, fused=32, labels=True, adapters=1), _Pass(decode=8, fused=128, adapters=1),
     _Pass(decode=8, fused=256, labels=True, adapters=1),
 )
@@ -104,6 +104,7 @@ def _pass_cost(spec: _Pass, max_rows: int) -> PassCost:
         rows=decode + prefill + fused, head_rows=decode + (prefill if spec.every_logit else prompts), decode_rows=decode,
         decode_context=decode * spec.context, prefill_pairs=prefill_pairs, fused_rows=fused, fused_pairs=fused_pairs,
         fused_labels=fused if spec.labels else 0, adapter_segments=min(spec.adapters, decode + prefill + fused),
+        prefill_spans=prompts,
     )
 
 
@@ -230,7 +231,7 @@ def non_negative_least_squares(matrix_MN: np.ndarray, target_M: np.ndarray) -> n
     return solution_N / scale_N
 
 
-_VERSION = 1
+_VERSION = 2
 
 
 def save_profile(path: Path, key: str, samples: Sequence[Sample]) -> None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from coserve.core import Span
 from coserve.scheduler.prefix import PrefixKey
 
-CUSHION = 0.5
-"""Share of a TPOT objective by which tokens run ahead of their deadlines, reached after CUSHION_TOKENS tokens: an error of the
-last prediction must not make the last token late."""
-CUSHION_TOKENS = 8
+RESERVES = 2.0
+"""Tokens run ahead of their deadlines by so many reserves, as shares of the TPOT objective, at most by one objective: an error
+of the last prediction must not make the last token late. Kept once per request, not in every iteration..."""
+RAMP_TOKENS = 8
+"""...and built up over its first tokens, so that a new request doesn't stop finetuning."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,8 +91,12 @@ class RequestState:
         """When its next token is due."""
         if self.first_token_s is None:
             return self.arrival_s + self.ttft_s
-        ahead = CUSHION * min(1.0, self.num_sampled / CUSHION_TOKENS)
-        return self.first_token_s + (self.num_sampled - ahead) * self.tpot_s
+        return self.first_token_s + self.num_sampled * self.tpot_s
+
+    def slack_s(self, now: float, reserve: float) -> float:
+        """Seconds that its next token may take. reserve: relative error of a prediction to be ready for."""
+        ahead = min(1.0, RESERVES * reserve) * min(1.0, self.num_sampled / RAMP_TOKENS)
+        return self.deadline_s - ahead * self.tpot_s - now
 
     def hopeless(self, now: float, token_s: float) -> bool:
         """Whether it will miss its objective even if each of its tokens took only `token_s` from now on."""

@@ -18,8 +18,9 @@ WINDOWS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 4
 FUSED_WINDOWS = (512, 256, 128, 64, 32, 16)
 REFERENCE_ROWS = 1024
 """Rows of the window that sets the best rate."""
-LEAST_EFFICIENCY = 0.5
-"""Less efficient units wait for an iteration with more time..."""
+LEAST_EFFICIENCY = 0.85
+"""Less efficient units, compared with the largest that are left, wait for an iteration with more time: slack that is not used
+adds up..."""
 PATIENCE = 8
 """...for so many iterations."""
 MAX_UNITS = 16
