@@ -37,9 +37,9 @@ def test_where_rows_of_a_pass_are_nearly_free_forward_windows_are_fused() -> Non
     plans = run_beside_requests(engine(law(once=0.05, row=1e-6, layers=0.002, row_layer=0.00002), num_layers=30))
     forward = [w for plan in plans for w in plan.units if w.unit.direction is Direction.FORWARD]
     fused = [work for work in forward if work.fused]
-    assert row_layers(fused) > 0.45 * row_layers(forward)  # one window rides in a pass; what time is left takes others
+    assert row_layers(fused) > 0.4 * row_layers(forward)  # one window rides in a pass; what time is left takes others
     assert max(work.unit.end - work.unit.start for work in fused) >= 256
-    assert any("fused+backward" in plan.kind for plan in plans)
+    assert any("fused" in plan.kind and "backward" in plan.kind for plan in plans)
 
 
 def test_layer_sliced_never_fuses() -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from coserve.compiler.plan import ModelPlan
 from coserve.config import EngineConfig, FinetuneConfig, LoraConfig, SamplingConfig
 from coserve.core import (
     AdapterCopy,
@@ -49,7 +50,7 @@ from coserve.runtime.cache import KeyValuePool, block_bytes
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor
 from coserve.runtime.microbatch import microbatch_layout
-from coserve.runtime.plans import training_plan
+from coserve.runtime.plans import scoring_plan, training_plan
 from coserve.runtime.spans import NO_ADAPTER
 from coserve.scheduler.arenas import Arena
 from coserve.scheduler.blocks import BlockPool
@@ -271,11 +272,18 @@ class Engine:
             handle.listen(event)
             listen(event)
 
+        if config.deterministic:
+            raise ConfigError(
+                "deterministic: an engine's windows follow its load; leave it out, or use coserve.finetune",
+                param="deterministic",
+            )
         lora = config.lora if start is None else self.model.load_adapter(Path(start)).config
         self._check_rank(lora)
+        if any(job.handle.name == handle.name for job in list(self._jobs.values())):
+            raise InvalidRequest(f"name: a job called {handle.name!r} is running; name another", param="name")
         prepared = prepare_beside(
             self.model, data, directory, config, validation=validation, start=start, resume=resume, listen=hear,
-            check=lambda dataset: self._check_arena(dataset, config, lora),
+            check=lambda train, held_out: self._check_arenas(train, held_out, config, lora),
         )
         for plan in (prepared.trainer.plan, prepared.trainer.scoring):
             self.train.prepare(plan)
@@ -291,19 +299,24 @@ class Engine:
                 f"r: rank {rank} is over max_lora_rank={self.config.max_lora_rank}; raise that, or lower r", param="r"
             )
 
-    def _check_arena(self, dataset: Dataset, config: FinetuneConfig, lora: LoraConfig) -> None:
+    def _check_arenas(self, train: Dataset, held_out: Dataset | None, config: FinetuneConfig, lora: LoraConfig) -> None:
         """Refuses a job whose largest micro-batch can't fit beside what inference is guaranteed."""
         arch, itemsize = self.model.architecture, self.model.weights.dtype.itemsize
-        largest = min(
-            config.max_microbatch_tokens,
-            sum(sorted((group.num_tokens for group in dataset.groups), reverse=True)[: config.batch_size]),
-        )
-        plan = training_plan(arch, shape_adapter(arch, lora), itemsize=itemsize)
-        needed = microbatch_layout(plan, largest, arch, itemsize, forward_only=False).total
+        adapter = shape_adapter(arch, lora)
+        largest = sorted((group.num_tokens for group in train.groups), reverse=True)[: config.batch_size]
+        self._check_arena(config, sum(largest), training_plan(arch, adapter, itemsize=itemsize), forward_only=False)
+        if held_out is not None:
+            total = sum(group.num_tokens for group in held_out.groups)
+            self._check_arena(config, total, scoring_plan(arch, adapter, itemsize=itemsize), forward_only=True)
+
+    def _check_arena(self, config: FinetuneConfig, num_tokens: int, plan: ModelPlan, *, forward_only: bool) -> None:
+        tokens = min(config.max_microbatch_tokens, num_tokens)
+        itemsize = self.model.weights.dtype.itemsize
+        needed = microbatch_layout(plan, tokens, self.model.architecture, itemsize, forward_only=forward_only).total
         room = (self.blocks.num_blocks - self.blocks.guaranteed_blocks) * self.pool.block_bytes
         if needed > room:
             raise CapacityError(
-                f"max_microbatch_tokens: a micro-batch of {largest} tokens needs {needed / GIB:.2f} GiB and jobs may have "
+                f"max_microbatch_tokens: a micro-batch of {tokens} tokens needs {needed / GIB:.2f} GiB and jobs may have "
                 f"{room / GIB:.2f} GiB of the pool; lower max_microbatch_tokens, or raise memory_bytes",
                 param="max_microbatch_tokens",
             )

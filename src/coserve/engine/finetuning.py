@@ -157,7 +157,7 @@ def prepare(
 def prepare_beside(
     loaded: LoadedModel, data: str | os.PathLike[str], output: str | os.PathLike[str], config: FinetuneConfig, *,
     validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
-    listen: Callable[[JobEvent], None], check: Callable[[Dataset], None],
+    listen: Callable[[JobEvent], None], check: Callable[[Dataset, Dataset | None], None],
 ) -> PreparedJob:
     """A job for an engine, whose pool gives it memory. check: may refuse the data before anything is written. Raises as
     `finetune` does."""
@@ -169,7 +169,7 @@ def prepare_beside(
         if dataset is not None:
             _check_vocabulary(dataset, arch, loaded.directory)
     _tell(train, listen)
-    check(train)
+    check(train, held_out)
     return prepare(
         loaded, data_path, directory, config, train=train, held_out=held_out, validation=validation, start=start, resume=resume,
         listen=listen,
