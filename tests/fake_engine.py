@@ -149,7 +149,7 @@ class FakeRunner:
         tables = {number: list(scheduler.pool.table(number)) for number in states}
         assert sum(work.fused for work in plan.units) <= 1
         forwarded, finished = [], []
-        for work in plan.units:
+        for work in sorted(plan.units, key=lambda w: not w.fused):  # the pass comes first
             progress = self.microbatches[work.microbatch]
             progress.take(work.unit)
             if work.fused:

@@ -7,7 +7,7 @@ in it (fused) do. The choice is the latency model's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 from coserve.core import Direction, OptimizerSlice, Unit, WorkUnit
@@ -81,7 +81,7 @@ class UnitPicker:
                 left -= self.latency.optimizer_seconds(part.end - part.start)
                 continue
             fusing = inference if fuse and not any(unit.fused for unit in units) else None
-            found = self._best(jobs, left, fusing, least, only, riding)
+            found = self._best(jobs, left, fusing, least, only, riding, {unit.microbatch for unit in units})
             if found is None:
                 break
             job, work, best = found
@@ -117,10 +117,10 @@ class UnitPicker:
 
     def _best(
         self, jobs: Sequence[JobWork], left: float, inference: PassCost | None, least: float, only: MicrobatchWork | None,
-        riding: float,
+        riding: float, begun: Container[int],
     ) -> tuple[JobWork, MicrobatchWork, Candidate] | None:
-        """riding: how efficient rows are in the pass: where that is more than 1, forward windows had better wait for the next
-        pass while there is backward work."""
+        """begun: micro-batches with units in this plan, which the pass would overtake. riding: how efficient rows are in the
+        pass: where that is more than 1, forward windows had better wait for the next pass while there is backward work."""
 
         def rank(item: tuple[Candidate, MicrobatchWork]) -> tuple[float, float]:
             candidate, _ = item
@@ -133,7 +133,7 @@ class UnitPicker:
                 if not work.ready or (only is not None and work is not only):
                     continue
                 candidates = [*self._candidates(work, left)]
-                if inference is not None:
+                if inference is not None and work.id not in begun:
                     candidates += self._fused_candidates(work, left, inference)
                 bar = least * self._best_efficiency(work)
                 found += [(candidate, work) for candidate in candidates if candidate.efficiency >= bar]
