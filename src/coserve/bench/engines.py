@@ -7,6 +7,7 @@ trains in a child with a model of its own, each with its own threads; on a GPU e
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class EngineMaker:
 
     def __call__(self, policy: str, objectives: Objectives) -> BenchEngine:
         torch.set_num_threads(self.choice.threads)
+        gc.collect()  # the last engine's pool is free when the engine, a web of references, is collected
         if policy != SPATIAL:
             return Engine(self.model, _config(policy, objectives))
         serving, training = self.spatial_threads
