@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -69,13 +68,6 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return _host_available(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that was in use so far: PyTorch's on CUDA, else the process's resident size."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _host_available(meminfo: Path, cgroup: Path) -> int | None:

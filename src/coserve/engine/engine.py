@@ -35,7 +35,7 @@ from coserve.core import (
 )
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.batchwork import Microbatch
-from coserve.engine.budget import GIB, available_bytes, peak_bytes, shape_adapter
+from coserve.engine.budget import GIB, available_bytes, shape_adapter
 from coserve.engine.finetuning import PreparedJob, prepare_beside
 from coserve.engine.jobs import JobHandle, LiveJob
 from coserve.engine.model import LoadedModel
@@ -566,9 +566,7 @@ class Engine:
             "prediction_errors": {kind: e._asdict() for kind, e in self.scheduler.latency.errors().items()},
             "reserve": self.scheduler.latency.reserve(),
             "adapters": list(self.adapters.names), "adapter_versions": self.adapters.num_versions,
-            "memory": {
-                **pool._asdict(), "block_bytes": self.pool.block_bytes, "peak_bytes": peak_bytes(self.model.weights.device)
-            },
+            "memory": {**pool._asdict(), "block_bytes": self.pool.block_bytes},
         }
 
 
