@@ -104,7 +104,8 @@ class Soak:
         )
         self.counts["jobs"] += 1
         output, data = self.directory / f"job-{self.counts['jobs']}", self.directory / f"{objective}.jsonl"
-        self.jobs.append(self.engine.finetune(data, output, config, name=f"job {rng.randrange(3)}"))
+        free = [name for number in range(4) if (name := f"job {number}") not in {job.name for job in self.jobs}]
+        self.jobs.append(self.engine.finetune(data, output, config, name=rng.choice(free)))
 
     def steer_job(self) -> None:
         if self.jobs:
