@@ -26,7 +26,7 @@ from tests.tiny_engine import assert_nothing_left, build_model, drive, make_engi
 
 SECONDS = float(os.environ.get("COSERVE_SOAK_SECONDS", "60"))
 SEED = int(os.environ.get("COSERVE_SOAK_SEED", "0"))
-GROWTH_BYTES = 160 << 20
+GROWTH_BYTES = 400 << 20
 """Resident memory may grow by so much after the first third. Loose: in two minutes it still grew, slower and slower, while the
 number of Python objects stood nearly still; what grows is not known."""
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
