@@ -66,7 +66,7 @@ def steps(model: LoadedModel, requests: int, adapters: int, iterations: int) -> 
         for number in range(requests):
             name = f"adapter-{number % adapters}" if adapters else None
             engine.submit([number % 1000] * 64, sampling, adapter=name)
-        while engine.scheduler.num_running < requests or any(not r.state.decoding for r in engine._requests.values()):
+        while engine.scheduler.num_running < requests or any(not r.state.decoding for r in engine.requests.live.values()):
             engine.step()
         times = []
         for _ in range(iterations):

@@ -52,9 +52,9 @@ def assert_nothing_left(engine: Engine) -> None:
     assert engine.blocks.num_arena == 0
     assert engine.adapters.num_users == 0
     assert engine.adapters.num_versions == len(engine.adapters.names)
-    assert not engine._microbatches and not engine._owners
+    assert not engine.jobs.microbatches and not engine.jobs.owners
     assert not engine.scheduler.requests and not engine.scheduler.jobs
-    assert not engine._requests and not engine._jobs
+    assert not engine.requests.live and not engine.jobs.jobs
 
 
 def tracked_engines(model: LoadedModel) -> Iterator[MakeEngine]:

@@ -85,7 +85,7 @@ def test_a_job_ends_as_the_blocking_finetune(
     log = PlanLog(engine)
     job = engine.finetune(data, tmp_path / "job", config, validation=valid)
     while busy and not job.finished:
-        if len(engine._requests) < 3:
+        if len(engine.requests.live) < 3:
             engine.submit(prompt(20), GREEDY)
         engine.step()
     drive(engine)

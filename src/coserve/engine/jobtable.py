@@ -1,0 +1,180 @@
+"""The jobs of an engine: what is refused before one begins, their micro-batches in flight, and what they ask of the engine.
+
+Owns: which jobs there are, whose each micro-batch is, arenas as jobs get them. Does not own: how a job proceeds (jobs.py), when
+its units run (scheduler/). Only the engine's thread changes it; any thread may call the checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor as ThreadExecutor
+from concurrent.futures import ThreadPoolExecutor
+
+from torch import Tensor
+
+from coserve.compiler.plan import ModelPlan
+from coserve.config import EngineConfig, FinetuneConfig, LoraConfig
+from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan
+from coserve.engine.adapters import AdapterRegistry
+from coserve.engine.batchwork import Microbatch
+from coserve.engine.budget import GIB, shape_adapter
+from coserve.engine.finetuning import PreparedJob
+from coserve.engine.jobs import JobHandle, LiveJob
+from coserve.finetune.datasets import Dataset
+from coserve.model.architecture import Architecture
+from coserve.peft.lora import LoraAdapter
+from coserve.runtime.cache import KeyValuePool
+from coserve.runtime.microbatch import microbatch_layout
+from coserve.runtime.plans import scoring_plan, training_plan
+from coserve.scheduler.arenas import Arena
+from coserve.scheduler.blocks import BlockPool
+from coserve.scheduler.hybrid import HybridScheduler
+from coserve.scheduler.work import MicrobatchWork
+
+SMALLEST_WINDOW = 32
+
+
+class JobTable:
+    """Jobs by number, and the engine as they see it (jobs.Host). new_number: never gives one twice."""
+
+    def __init__(
+        self, arch: Architecture, config: EngineConfig, blocks: BlockPool, pool: KeyValuePool, scheduler: HybridScheduler,
+        adapters: AdapterRegistry, new_number: Callable[[], int],
+    ) -> None:
+        self.arch, self.config, self.itemsize = arch, config, pool.rows.element_size()
+        self.blocks, self.pool, self.scheduler, self.adapters = blocks, pool, scheduler, adapters
+        self.new_number = new_number
+        self.max_microbatches = config.scheduler.max_microbatches
+        self.writer: ThreadExecutor = ThreadPoolExecutor(1, "coserve-writer")
+        self.jobs: dict[int, LiveJob] = {}
+        self.microbatches: dict[int, Microbatch] = {}
+        self.owners: dict[int, int] = {}
+
+    # --- refusals ---
+
+    def check_config(self, config: FinetuneConfig, lora: LoraConfig, name: str) -> None:
+        """Refuses settings that an engine can't follow. Raises ConfigError, InvalidRequest."""
+        if config.deterministic:
+            raise ConfigError(
+                "deterministic: an engine's windows follow its load; leave it out, or use coserve.finetune",
+                param="deterministic",
+            )
+        rank = max((site.rank for site in shape_adapter(self.arch, lora).sites), default=0)
+        if rank > self.config.max_lora_rank:
+            raise ConfigError(
+                f"r: rank {rank} is over max_lora_rank={self.config.max_lora_rank}; raise that, or lower r", param="r"
+            )
+        if any(job.handle.name == name for job in list(self.jobs.values())):
+            raise InvalidRequest(f"name: a job called {name!r} is running; name another", param="name")
+
+    def check_data(self, train: Dataset, held_out: Dataset | None, config: FinetuneConfig, lora: LoraConfig) -> None:
+        """Refuses a job whose largest micro-batch can't fit beside what inference is guaranteed."""
+        arch, itemsize = self.arch, self.itemsize
+        adapter = shape_adapter(arch, lora)
+        largest = sorted((group.num_tokens for group in train.groups), reverse=True)[: config.batch_size]
+        self._check_arena(config, sum(largest), training_plan(arch, adapter, itemsize=itemsize), forward_only=False)
+        if held_out is not None:
+            total = sum(group.num_tokens for group in held_out.groups)
+            self._check_arena(config, total, scoring_plan(arch, adapter, itemsize=itemsize), forward_only=True)
+
+    def _check_arena(self, config: FinetuneConfig, num_tokens: int, plan: ModelPlan, *, forward_only: bool) -> None:
+        tokens = min(config.max_microbatch_tokens, num_tokens)
+        needed = microbatch_layout(plan, tokens, self.arch, self.itemsize, forward_only=forward_only).total
+        room = (self.blocks.num_blocks - self.blocks.guaranteed_blocks) * self.pool.block_bytes
+        if needed > room:
+            raise CapacityError(
+                f"max_microbatch_tokens: a micro-batch of {tokens} tokens needs {needed / GIB:.2f} GiB and jobs may have "
+                f"{room / GIB:.2f} GiB of the pool; lower max_microbatch_tokens, or raise memory_bytes",
+                param="max_microbatch_tokens",
+            )
+
+    # --- the life of jobs ---
+
+    def begin(self, prepared: PreparedJob, handle: JobHandle, tenant: str, weight: float) -> None:
+        """A job may get units from now on."""
+        job = LiveJob(self.new_number(), prepared, handle, self, tenant=tenant, weight=weight)
+        self.jobs[job.number] = job
+        self.scheduler.add_job(job.work)
+
+    def act(self, handle: JobHandle, action: str) -> None:
+        """Pauses, resumes or cancels a job, if it still runs."""
+        job = next((j for j in self.jobs.values() if j.handle is handle), None)
+        if job is None or handle.finished:
+            return
+        if action == "cancel":
+            job.cancel()
+            self._remove_job(job)
+            return
+        job.work.paused = action == "pause"
+        handle.status = "paused" if job.work.paused else "running"
+
+    def _remove_job(self, job: LiveJob) -> None:
+        del self.jobs[job.number]
+        self.scheduler.remove_job(job.number)
+
+    def pump(self) -> None:
+        """Every job goes as far as it can without running units."""
+        for job in list(self.jobs.values()):
+            if not job.pump():
+                self._remove_job(job)
+
+    def count(self, plan: StepPlan) -> float:
+        """Forward-token equivalents of a plan's units, forward and backward counting half each; jobs are told theirs."""
+        total = 0.0
+        for work in plan.units:
+            unit = work.unit
+            tokens = (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / self.arch.num_layers / 2
+            total += tokens
+            job = self.jobs.get(self.owners.get(work.microbatch, -1))
+            if job is not None:
+                job.handle.trained_tokens += tokens
+        return total
+
+    def cancel_all(self) -> None:
+        """Ends every job."""
+        for job in list(self.jobs.values()):
+            job.cancel()
+            self._remove_job(job)
+
+    def fail_all(self, error: CoserveError) -> None:
+        """The engine has stopped: nobody may wait for ever."""
+        for job in self.jobs.values():
+            job.handle.close("failed", error)
+
+    # --- what jobs ask for ---
+
+    def reserve(self, num_bytes: int) -> tuple[Arena, Tensor] | None:
+        try:
+            arena, moves = self.blocks.reserve_arena(-(-num_bytes // self.pool.block_bytes))
+        except CapacityError:
+            return None
+        self.pool.move(moves)
+        return arena, self.pool.arena(arena.first, arena.end)
+
+    def release(self, arena: Arena) -> None:
+        self.blocks.release_arena(arena)
+
+    def microbatch_begun(self, number: int, micro: Microbatch, work: MicrobatchWork) -> None:
+        self.microbatches[number] = micro
+        self.owners[number] = work.job
+        self.scheduler.add_microbatch(work)
+
+    def microbatch_closed(self, number: int) -> None:
+        del self.microbatches[number]
+        job = self.scheduler.jobs.get(self.owners.pop(number))
+        if job is not None:
+            job.microbatches.pop(number, None)
+
+    def copy_adapter(self, copy: AdapterCopy) -> None:
+        self.scheduler.copy_adapter(copy)
+
+    def publish(self, name: str, adapter: LoraAdapter) -> None:
+        self.adapters.publish(name, adapter)
+
+    def shrink_windows(self) -> bool:
+        picker = self.scheduler.picker
+        if picker.max_window // 2 < SMALLEST_WINDOW:
+            return False
+        picker.max_window //= 2
+        return True
+

@@ -1,0 +1,136 @@
+"""The requests of an engine: what is refused, how one begins, takes its tokens and ends.
+
+Owns: which requests there are, and their hold on adapter versions. Does not own: handles and texts (requests.py), when a
+request runs (scheduler/). Only the engine's thread changes it; any thread may call `check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from coserve.config import SamplingConfig
+from coserve.core import CoserveError, InvalidRequest, StepPlan, StepResult
+from coserve.engine.adapters import AdapterRegistry
+from coserve.engine.model import LoadedModel
+from coserve.engine.requests import Chunk, LiveRequest, RequestHandle
+from coserve.runtime.spans import NO_ADAPTER
+from coserve.scheduler.blocks import BlockPool
+from coserve.scheduler.hybrid import HybridScheduler
+from coserve.scheduler.prefix import PrefixKey
+from coserve.scheduler.requests import RequestState
+from coserve.textstream import TextStream
+
+
+class RequestTable:
+    """Outputs being made, by number. new_number: never gives one twice; now: the engine's clock."""
+
+    def __init__(
+        self, model: LoadedModel, blocks: BlockPool, scheduler: HybridScheduler, adapters: AdapterRegistry,
+        new_number: Callable[[], int], now: Callable[[], float],
+    ) -> None:
+        self.model, self.blocks, self.scheduler, self.adapters = model, blocks, scheduler, adapters
+        self.new_number, self.now = new_number, now
+        self.live: dict[int, LiveRequest] = {}
+        self.num_finished = self.num_cancelled = 0
+
+    def check(self, ids: Sequence[int], config: SamplingConfig) -> None:
+        """Refuses what can't be run. Raises InvalidRequest."""
+        arch = self.model.architecture
+        if not ids:
+            raise InvalidRequest("prompt: is empty; give at least one token", param="prompt")
+        if min(ids) < 0 or max(ids) >= arch.vocab_size:
+            raise InvalidRequest(f"prompt: token ids must be from 0 to {arch.vocab_size - 1}", param="prompt")
+        for name, tokens in (("logit_bias", config.logit_bias), ("stop_token_ids", config.stop_token_ids)):
+            if any(not 0 <= token < arch.vocab_size for token in tokens):
+                raise InvalidRequest(f"{name}: token ids must be from 0 to {arch.vocab_size - 1}", param=name)
+        total = len(ids) + config.max_tokens
+        if total > arch.max_position_embeddings:
+            raise InvalidRequest(
+                f"prompt: {len(ids)} tokens and max_tokens {config.max_tokens} exceed the model's "
+                f"{arch.max_position_embeddings}; shorten one of them", param="max_tokens",
+            )
+        room = self.blocks.guaranteed_blocks * self.blocks.block_tokens
+        if total > room:
+            raise InvalidRequest(
+                f"prompt: {len(ids)} tokens and max_tokens {config.max_tokens} exceed the {room} tokens that the key-value "
+                "cache is guaranteed; shorten one of them, or raise memory_bytes", param="max_tokens",
+            )
+
+    def admit(
+        self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: tuple[float, float], numbers: list[int]
+    ) -> None:
+        """A request with its outputs begins. objectives: TPOT and TTFT in seconds; numbers: gets its outputs' numbers."""
+        config, arch = handle.config, self.model.architecture
+        ending = frozenset(config.stop_token_ids) | (frozenset() if config.ignore_eos else frozenset(arch.eos_token_ids))
+        lives: list[LiveRequest] = []
+        for index in range(config.n):
+            try:
+                version, slot = (None, NO_ADAPTER) if adapter is None else self.adapters.acquire(adapter)
+            except CoserveError as error:
+                handle.error = error
+                for live in lives:
+                    self._release(live)
+                for output in range(config.n):
+                    handle.push(Chunk(index=output, text="", finish_reason="error"), self.now())
+                return
+            key = PrefixKey(tenant, None, 0) if version is None else PrefixKey(tenant, version.name, version.number)
+            every_logit = config.prompt_logprobs is not None and index == 0
+            state = RequestState(
+                id=self.new_number(), tenant=tenant, prompt=handle.prompt_ids, max_tokens=config.max_tokens, key=key,
+                arrival_s=handle.arrival_s, tpot_s=objectives[0], ttft_s=objectives[1],
+                cacheable=not every_logit, every_logit=every_logit,
+            )
+            stream = TextStream(self.model.tokenizer, config.stop)
+            lives.append(LiveRequest(
+                handle=handle, index=index, state=state, config=config, stream=stream, ending=ending, version=version, slot=slot
+            ))
+        numbers += [live.state.id for live in lives]
+        self.live |= {live.state.id: live for live in lives}
+        lives[0].siblings += lives[1:]
+        self.scheduler.add_request(lives[0].state)
+
+    def cancel(self, numbers: Sequence[int]) -> None:
+        """Ends outputs that are still being made."""
+        for number in numbers:
+            request = self.live.get(number)
+            if request is not None:
+                request.end("cancelled", self.now())
+                self._end_request(number)
+                self.num_cancelled += 1
+
+    def _end_request(self, number: int) -> None:
+        request = self.live.pop(number)
+        self.scheduler.remove_request(number)
+        for sibling in request.siblings:
+            if sibling.state.id in self.live:
+                self.scheduler.add_request(sibling.state)
+        self._release(request)
+
+    def _release(self, request: LiveRequest) -> None:
+        if request.version is not None:
+            self.adapters.release(request.version)
+
+    def take(self, plan: StepPlan, result: StepResult, now: float) -> None:
+        """Gives requests what an iteration sampled for them."""
+        starts = {span.request: span.start for span in plan.spans}
+        for number, logprobs in result.prompt_logprobs.items():
+            have = self.live[number].handle.prompt_logprobs
+            have += logprobs[len(have) - starts[number] :]  # after a preemption the prompt's rows run again
+        for number, tokens in result.tokens.items():
+            request = self.live[number]
+            if request.index == 0 and not request.handle.token_ids:
+                request.handle.cached_tokens = request.state.cached_tokens
+            for sibling in request.siblings:
+                self.scheduler.add_request(sibling.state)
+            request.siblings.clear()
+            if request.accept(tokens, now):
+                self._end_request(number)
+                self.num_finished += 1
+
+    def fail_all(self, error: CoserveError) -> None:
+        """The engine has stopped: nobody may wait for ever."""
+        for number in list(self.live):
+            request = self.live[number]
+            request.handle.error = error
+            request.end("error", self.now())
+            self._end_request(number)
