@@ -353,9 +353,17 @@ def test_errors_by_kind_over_the_last_thousand() -> None:
         model.observe(Contents(DECODE, (), 0), 1.0 + (-1) ** index * index / 1000)
     model.observe(Contents(None, (BACKWARD,), 0), 1.25)
     errors = model.errors()
-    assert set(errors) == {"decode", "backward"}
+    assert set(errors) == {"decode", "backward", "finetuning"}
     assert errors["decode"] == (1000, pytest.approx(0.499), pytest.approx(0.949))
-    assert errors["backward"] == (1, 0.25, 0.25)
+    assert errors["backward"] == errors["finetuning"] == (1, 0.25, 0.25)
+
+
+def test_errors_of_all_kinds_with_finetuning_are_pooled() -> None:
+    model = LatencyModel({("iteration", "once", 0): 1.0})
+    model.observe(Contents(DECODE, (), 0), 9.0)
+    for contents, seconds in ((Contents(None, (BACKWARD,), 0), 1.2), (Contents(DECODE, (), 5), 1.4), (Contents(FUSED, (), 0), 1.6)):
+        model.observe(contents, seconds)
+    assert model.errors()["finetuning"] == (3, pytest.approx(0.4), pytest.approx(0.6))
 
 
 # The profile's file.

@@ -10,7 +10,7 @@ Owns: the loop, what is counted and when. Does not own: which runs there are (sh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -80,7 +80,8 @@ class RunConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """records: the counted requests, their times from the window's start. busy_s, iterations, rows: of the whole run;
-    rows: prompt and output tokens. inference_tokens: output tokens in the window."""
+    rows: prompt and output tokens. inference_tokens: output tokens in the window. prediction_errors: by kind of iteration,
+    an ErrorSummary's fields (scheduler/latency.py)."""
 
     records: tuple[RequestRecord, ...]
     window_s: float
@@ -91,6 +92,7 @@ class Run:
     rows: int
     gave_up: bool = False
     peak_memory_bytes: int | None = None
+    prediction_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def finetune_tokens_per_s(self) -> float:
@@ -149,7 +151,7 @@ def run_load(
         samples=tuple(samples),
         busy_s=done.busy_s - before.busy_s, iterations=done.iterations - before.iterations,
         rows=sum(r.prompt_tokens + len(r.token_times) - 1 for r in records if r.token_times),
-        gave_up=gave_up, peak_memory_bytes=done.peak_memory_bytes,
+        gave_up=gave_up, peak_memory_bytes=done.peak_memory_bytes, prediction_errors=engine.metrics().get("prediction_errors", {}),
     )
 
 

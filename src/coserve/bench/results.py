@@ -74,8 +74,22 @@ def _row(
         output = mean(len(record.token_times) for record in records)
         used = inference_share(cost, first.rate, prompt, output, measured.objectives.tpot_ms / 1e3)
         row["bound"] = gain_bound(first.rate, measured.capacity, used)
+    errors = prediction_errors([cell.run.prediction_errors for cell in cells])
+    row |= {"prediction_errors": errors} if errors else {}
     peaks = [cell.run.peak_memory_bytes for cell in cells if cell.run.peak_memory_bytes is not None]
     return row | ({"peak_memory_bytes": max(peaks)} if peaks else {})
+
+
+def prediction_errors(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """By kind of iteration: iterations of all runs, and the medians over runs of their median and p95 (relative errors)."""
+    kinds = sorted({kind for run in runs for kind in run})
+    return {
+        kind: {
+            "iterations": sum(run[kind]["iterations"] for run in runs if kind in run),
+            **{name: median(run[kind][name] for run in runs if kind in run) for name in ("median", "p95")},
+        }
+        for kind in kinds
+    }
 
 
 def _repeat(cell: Cell, measured: Measured) -> dict[str, Any]:

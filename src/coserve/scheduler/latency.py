@@ -182,6 +182,7 @@ change counts in full from its second iteration on."""
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 0.25, 4.0
 _RESERVE_ITERATIONS, _RESERVE_MINIMUM = 200, 20
 _ERROR_ITERATIONS = 1000
+_FINETUNING = {"fused", "forward", "backward", "optimizer"}
 
 
 class LatencyModel:
@@ -300,10 +301,13 @@ class LatencyModel:
         return _clamp(_percentile(self._finetuning, 0.95), 0.02, 0.5)
 
     def errors(self) -> dict[str, ErrorSummary]:
-        """By kind of iteration, over the last 1000 of it; each prediction is the one made before its iteration was learnt."""
+        """By kind of iteration, over the last 1000 of it; each prediction is the one made before its iteration was learnt.
+        'finetuning': all kinds that hold finetuning work, together."""
+        training = [error for kind, errors in self._errors.items() if _FINETUNING & set(kind.split("+")) for error in errors]
+        pooled = {"finetuning": training} if training else {}
         return {
             kind: ErrorSummary(len(errors), _percentile(errors, 0.5), _percentile(errors, 0.95))
-            for kind, errors in self._errors.items()
+            for kind, errors in {**self._errors, **pooled}.items()
         }
 
 

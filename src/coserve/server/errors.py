@@ -1,0 +1,77 @@
+"""Errors as OpenAI's clients expect them: the one place where an error gets an HTTP status."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, JobFailed, NotFound
+
+
+class Unauthorized(CoserveError):
+    """No key, or one that isn't known."""
+
+
+class Forbidden(CoserveError):
+    """Not with these settings."""
+
+
+class Conflict(CoserveError):
+    """Not in the present state of the thing."""
+
+
+class TooLarge(InvalidRequest):
+    """A body or file over its limit."""
+
+
+class EngineUnavailable(CoserveError, RuntimeError):
+    """The engine's process is starting, has died, or is ending."""
+
+
+class _Kind(NamedTuple):
+    error: type[CoserveError]
+    status: int
+    type: str
+    code: str | None
+
+
+_KINDS = (
+    _Kind(Unauthorized, 401, "invalid_request_error", "invalid_api_key"),
+    _Kind(Forbidden, 403, "invalid_request_error", "forbidden"),
+    _Kind(NotFound, 404, "invalid_request_error", "not_found"),
+    _Kind(Conflict, 409, "invalid_request_error", "conflict"),
+    _Kind(TooLarge, 413, "invalid_request_error", "too_large"),
+    _Kind(CapacityError, 429, "rate_limit_error", "rate_limit_exceeded"),
+    _Kind(EngineUnavailable, 503, "server_error", "engine_unavailable"),
+    _Kind(InvalidRequest, 400, "invalid_request_error", None),
+    _Kind(ConfigError, 400, "invalid_request_error", None),
+    _Kind(JobFailed, 500, "server_error", "job_failed"),
+)
+RETRY_AFTER_S = 1
+"""With every 429 and 503."""
+
+
+def _kind(error: CoserveError) -> _Kind:
+    return next((kind for kind in _KINDS if isinstance(error, kind.error)), _Kind(CoserveError, 500, "server_error", None))
+
+
+def status_of(error: CoserveError) -> int:
+    """The HTTP status."""
+    return _kind(error).status
+
+
+def error_body(error: CoserveError) -> dict[str, Any]:
+    """{"error": {message, type, param, code}}, of a response or of a stream's last event."""
+    kind = _kind(error)
+    code = "model_not_found" if isinstance(error, NotFound) and error.param == "model" else kind.code
+    return {"error": {"message": str(error), "type": kind.type, "param": error.param, "code": code}}
+
+
+def error_name(error: CoserveError) -> str:
+    """Its class, to carry it from one process to another; `make_error` reads it."""
+    return _kind(error).error.__name__
+
+
+def make_error(name: str, message: str, param: str | None) -> CoserveError:
+    """The error of a class's name."""
+    kinds = {kind.error.__name__: kind.error for kind in _KINDS}
+    return kinds.get(name, CoserveError)(message, param=param)

@@ -1,0 +1,208 @@
+"""What the API process and the engine process say to each other: msgpack over a ZeroMQ pair of sockets.
+
+    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, GetStats, Shutdown
+    engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded
+
+A `call` number is answered by one Replied. Times are seconds of the machine's monotonic clock, which both processes share.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from coserve.config import FinetuneConfig, SamplingConfig
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Root of all messages."""
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """An error on the wire: see errors.error_name and make_error."""
+
+    name: str
+    message: str
+    param: str | None = None
+
+
+# --- from the API ---
+
+
+class Generate(Message, frozen=True, kw_only=True):
+    """A request. adapter: a name that LoadAdapter or a job has made; objectives: None takes the server's."""
+
+    id: str
+    prompt_ids: list[int]
+    sampling: SamplingConfig
+    arrival_s: float
+    adapter: str | None = None
+    tenant: str = ""
+    tpot_ms: float | None = None
+    ttft_ms: float | None = None
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """Nobody waits for a request any more."""
+
+    id: str
+
+
+class LoadAdapter(Message, frozen=True, kw_only=True):
+    """An adapter in PEFT's format, under a name; a newer version of it if the name exists."""
+
+    call: int
+    name: str
+    directory: str
+
+
+class UnloadAdapter(Message, frozen=True, kw_only=True):
+    """Requests that use it go on."""
+
+    call: int
+    name: str
+
+
+class StartJob(Message, frozen=True, kw_only=True):
+    """A job in a directory. adapter: the name under which checkpoints and the result are published; start: an adapter's
+    directory to continue from; resume: there is a job in the directory already."""
+
+    call: int
+    id: str
+    adapter: str
+    training_file: str
+    validation_file: str | None
+    directory: str
+    config: FinetuneConfig
+    resume: bool
+    start: str | None = None
+    tenant: str = ""
+    weight: float = 1.0
+
+
+class ActJob(Message, frozen=True, kw_only=True):
+    """Steers a job; of no effect if it has ended."""
+
+    id: str
+    action: Literal["pause", "resume", "cancel"]
+
+
+class GetStats(Message, frozen=True, kw_only=True):
+    """Engine.metrics(), in the Replied."""
+
+    call: int
+
+
+class Shutdown(Message, frozen=True, kw_only=True):
+    """Write what is being written, then end."""
+
+
+# --- from the engine ---
+
+
+class Progress(Message, frozen=True, kw_only=True):
+    """A line about the start."""
+
+    line: str
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """The engine takes requests. max_model_len: tokens of prompt and output together; memory: by name, in bytes."""
+
+    model: str
+    directory: str
+    fingerprint: str
+    architecture: str
+    num_parameters: int
+    vocab_size: int
+    max_model_len: int
+    device: str
+    dtype: str
+    threads: int
+    memory: dict[str, int]
+    start_s: float
+
+
+class LogprobEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A token's log-probability and those of the likeliest tokens, as (token id, log-probability)."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Tokens(Message, frozen=True, kw_only=True):
+    """What one iteration added to one output. The first of a request has cached_tokens; the last of an output its
+    finish_reason: stop, length or cancelled. prompt_logprobs: with an output's last chunk, if asked for."""
+
+    id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    time_s: float
+    finish_reason: str | None = None
+    cached_tokens: int = 0
+    logprobs: list[LogprobEntry] = []
+    prompt_logprobs: list[LogprobEntry] = []
+
+
+class Failed(Message, frozen=True, kw_only=True):
+    """A request has ended by an error; nothing follows."""
+
+    id: str
+    problem: Problem
+
+
+class Replied(Message, frozen=True, kw_only=True):
+    """The answer to a call."""
+
+    call: int
+    problem: Problem | None = None
+    value: Any = None
+
+
+class JobHappened(Message, frozen=True, kw_only=True):
+    """An event of a job. row: a StepRow's fields, with a step's metrics; checkpoint: directory of one that is whole on disk."""
+
+    id: str
+    level: Literal["info", "warn", "error"]
+    message: str
+    time_s: float
+    row: dict[str, float | int | None] | None = None
+    num_steps: int = 0
+    checkpoint: str | None = None
+    checkpoint_step: int = 0
+
+
+class JobEnded(Message, frozen=True, kw_only=True):
+    """A job's last message. trained_tokens: tokens through forward and backward, of all runs."""
+
+    id: str
+    status: Literal["succeeded", "failed", "cancelled"]
+    step: int
+    trained_tokens: int
+    problem: Problem | None = None
+
+
+ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | GetStats | Shutdown
+FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: Message) -> bytes:
+    """A message as bytes."""
+    return _encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    """Raises msgspec.ValidationError, also where a config's own check fails."""
+    return _to_engine.decode(data)
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    """Raises msgspec.ValidationError."""
+    return _from_engine.decode(data)

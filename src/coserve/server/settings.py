@@ -1,0 +1,170 @@
+"""What `coserve serve` can be told: the server's own knobs, beside those of config.py.
+
+Sources: defaults < TOML file < command line. Names are vLLM's where the meaning is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coserve.config import EngineConfig, SchedulerConfig
+from coserve.core import ConfigError
+
+DEFAULT_DATA_DIR = Path("coserve-data")
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """One server: its HTTP side, its engine, its state."""
+
+    model: str | None = None
+    """As for load_model: None (SmolLM2), a directory, a GGUF file or a hub id."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any free port."""
+    api_key: tuple[str, ...] = ()
+    """Keys of the tenant 'default'; with none here and none in the store, no key is asked for."""
+    served_model_name: tuple[str, ...] = ()
+    """Names of the base model; the first one is shown. Default: the model's own."""
+    max_model_len: int | None = None
+    """Longest prompt and output together, in tokens."""
+    max_num_seqs: int = 64
+    """Requests that run at once."""
+    max_num_batched_tokens: int = 2048
+    """Inference rows per iteration."""
+    max_num_queued_reqs: int = 4096
+    """Requests that may wait; more get 429."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the GPU's memory that weights and pool may take."""
+    kv_cache_memory_bytes: int | None = None
+    """The pool of the key-value cache and training arenas; None: from what is free."""
+    dtype: str = AUTO
+    device: str = AUTO
+    seed: int = 0
+    """Of requests that give none."""
+    threads: int | None = None
+    """CPU threads of the engine; None: all cores."""
+    lora_modules: tuple[tuple[str, str], ...] = ()
+    """(name, directory) of adapters served from the start."""
+    max_lora_rank: int = 64
+    max_loras: int = 128
+    """Adapters that requests can use at once."""
+    adapter_root: str | None = None
+    """/v1/load_lora_adapter takes directories below this one; None turns the route off."""
+    slo_tpot_ms: float = 100.0
+    """Objective: milliseconds per output token after the first."""
+    slo_ttft_ms: float = 3000.0
+    """Objective: milliseconds to the first token."""
+    policy: str = "coserve"
+    """As in SchedulerConfig.policy."""
+    finetune_min_share: float = 0.0
+    """Share of time that jobs get even where objectives are missed, in [0, 1)."""
+    activation_memory: str = AUTO
+    """Part of the pool that training may take: bytes, a share below 1, or auto."""
+    max_jobs: int = 4
+    """Finetuning jobs that run at once; more wait."""
+    deterministic: bool = False
+    """Jobs train on a fixed window grid, unfused: bit-identical losses after a restart."""
+    data_dir: Path = DEFAULT_DATA_DIR
+    """Files, jobs, adapters and the index."""
+    database_url: str | None = None
+    """SQLAlchemy URL of the index; None: SQLite in data_dir."""
+    max_file_bytes: int = 512 << 20
+    max_body_bytes: int = 16 << 20
+    """Of a request that isn't an upload."""
+    organization: str = "coserve"
+    """The third part of a tuned model's name, ft:BASE:ORGANIZATION:SUFFIX:ID."""
+    vllm_metrics: bool = False
+    """Emit metrics under vLLM's names too."""
+    shutdown_timeout: float = 10.0
+    """Seconds that running requests get at the end."""
+
+    def __post_init__(self) -> None:
+        self.engine_config()  # its own checks
+        for name, least in (
+            ("port", 0), ("max_num_queued_reqs", 1), ("max_jobs", 1), ("max_file_bytes", 1), ("max_body_bytes", 1),
+        ):
+            _require(getattr(self, name) >= least, name, f"must be at least {least}, got {getattr(self, name)}")
+        _require(self.port < 65536, "port", f"must be below 65536, got {self.port}")
+        _require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len",
+                 f"must be at least 2, got {self.max_model_len}")
+        _require(self.threads is None or self.threads >= 1, "threads", f"must be at least 1, got {self.threads}")
+        _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization",
+                 f"must be in (0, 1], got {self.gpu_memory_utilization}")
+        _require(self.shutdown_timeout >= 0, "shutdown_timeout", f"must be 0 or more, got {self.shutdown_timeout}")
+        _require(all(self.api_key), "api_key", "an empty key would let everybody in; leave it out")
+        self.training_share(1 << 40)
+
+    def engine_config(self, pool_bytes: int | None = None) -> EngineConfig:
+        """The engine's settings; pool_bytes: what the pool will hold, if it is known."""
+        scheduler = SchedulerConfig(
+            policy=self.policy, tpot_ms=self.slo_tpot_ms, ttft_ms=self.slo_ttft_ms, finetune_min_share=self.finetune_min_share,
+            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens,
+        )
+        size = pool_bytes or self.kv_cache_memory_bytes
+        share = {} if self.activation_memory == AUTO or size is None else {"inference_share": 1 - self.training_share(size)}
+        return EngineConfig(
+            scheduler=scheduler, memory_bytes=size, max_adapters=self.max_loras, max_lora_rank=self.max_lora_rank,
+            max_waiting=self.max_num_queued_reqs, **share,
+        )
+
+    def training_share(self, pool_bytes: int) -> float:
+        """The part of a pool that training may take, in [0, 1). Raises ConfigError."""
+        if self.activation_memory == AUTO:
+            return 1 - EngineConfig().inference_share
+        try:
+            number = float(self.activation_memory)
+        except ValueError:
+            number = -1.0
+        _require(0 <= number < float("inf"), "activation_memory",
+                 f"must be bytes, a share below 1, or auto, got {self.activation_memory!r}")
+        share = number if number < 1 else number / pool_bytes
+        _require(share < 1, "activation_memory", f"{number:.0f} bytes leave nothing of the pool's {pool_bytes} to inference")
+        return share
+
+
+def _require(condition: bool, name: str, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: {message}", param=name)
+
+
+def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServerConfig:
+    """Defaults, then the TOML file, then what was given (None: not given). Dashes in names count as underscores.
+
+    Raises ConfigError, naming the field.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text()).items()}
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config: {path} can't be read as TOML ({error})", param="config") from error
+    data |= {key: value for key, value in given.items() if value is not None}
+    known = {f.name: f for f in dataclasses.fields(ServerConfig)}
+    for key in data:
+        _require(key in known, key, f"unknown setting; known: {', '.join(sorted(known))}")
+    return ServerConfig(**{key: _read(key, str(known[key].type), value) for key, value in data.items()})
+
+
+def _read(name: str, kind: str, value: Any) -> Any:
+    """A value in its field's type."""
+    if name == "lora_modules":
+        pairs = value.items() if isinstance(value, Mapping) else value
+        return tuple((str(key), str(directory)) for key, directory in pairs)
+    if name == "activation_memory":
+        return str(value)
+    if name == "data_dir":
+        return Path(value)
+    if kind.startswith("tuple"):
+        return (value,) if isinstance(value, str) else tuple(value)
+    expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+    allowed = expected[kind.partition(" ")[0]]
+    _require(isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool)), name,
+             f"must be of type {kind}, got {value!r}")
+    return value
