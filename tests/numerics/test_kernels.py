@@ -558,12 +558,14 @@ def test_decode_attention(case: Case, contexts: list[int], dtype: torch.dtype) -
     batch, longest = len(contexts), max(contexts)
     q = make.noise(batch, case.kv_heads * case.share * case.width)
     k, v = (make.noise(batch, case.kv_heads, longest, case.width) for _ in range(2))
-    bias = torch.full((batch, 1, longest), -math.inf, dtype=dtype)
+    bias = torch.full((batch, 1, 1, longest), -math.inf, dtype=dtype)
     for row, context in enumerate(contexts):
         first = 0 if case.window is None else max(0, context - case.window)
-        bias[row, :, first:context] = 0
+        bias[row, ..., first:context] = 0
     out = make.blank(*q.shape)
-    kernel.decode_attention(out, q, k, v, bias)
+    value_rows = torch.arange(batch * case.kv_heads * longest, dtype=torch.int32).view(batch, case.kv_heads, 1, longest)
+    value_rows = value_rows.expand(-1, -1, case.share, -1)
+    kernel.decode_attention(out, q, k, v.reshape(-1, case.width), value_rows, bias)
     for row, context in enumerate(contexts):
         q_THK = q[row : row + 1].to(F64).unflatten(-1, (-1, case.width))
         k_SGK, v_SGK = (t[row, :, :context].to(F64).transpose(0, 1) for t in (k, v))

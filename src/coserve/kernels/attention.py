@@ -29,6 +29,8 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 QUERY_BLOCK = 256
 """Query rows of a block."""
+_PRODUCT_ROWS = 4
+"""Query heads of a decode row's product are padded to a multiple: the library's batched product takes longer for 3 rows."""
 
 
 def _heads(x: Tensor, width: int, batch: int = 1) -> Tensor:
@@ -201,13 +203,21 @@ def attention_dgrad(
             dq_h.add_(part(saved(rows), begin, block.row, 1, False, None))
 
 
-def decode_attention(out: Tensor, q: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor) -> None:
-    """Attention of one row per sequence over its gathered tokens.
+def decode_attention(out: Tensor, q: Tensor, k_BGSK: Tensor, values_NK: Tensor, rows_BGHS: Tensor, bias: Tensor) -> None:
+    """Attention of one row per sequence over its gathered keys, and over values where they lie.
 
-    q, out: [B, H * K]; bias: [B, 1, S], 0 or -inf. Tokens that the bias excludes must be finite.
+    q, out: [B, G * H * K], H query heads of each key-value head; rows_BGHS: int32, rows of values_NK; bias: [B, 1, 1, S], 0 or
+    -inf. Tokens that the bias excludes must be finite.
     """
-    batch, kv_heads, num_keys, width = k_BGSK.shape
-    q_NXK = q.reshape(batch * kv_heads, -1, width)
-    scores = torch.bmm(q_NXK, k_BGSK.flatten(0, 1).transpose(1, 2)).mul_(1 / math.sqrt(width))
-    weights = torch.softmax(scores.view(batch, -1, num_keys) + bias, dim=-1)
-    out.copy_(torch.bmm(weights.view(batch * kv_heads, -1, num_keys), v_BGSK.flatten(0, 1)).view(batch, -1))
+    batch, kv_heads, share, num_keys = rows_BGHS.shape
+    width = k_BGSK.shape[-1]
+    q_BGHK = q.view(batch, kv_heads, share, width)
+    if share % _PRODUCT_ROWS and share > 1:
+        q_BGHK = torch.nn.functional.pad(q_BGHK, (0, 0, 0, -share % _PRODUCT_ROWS))
+    scores = torch.bmm(q_BGHK.flatten(0, 1), k_BGSK.flatten(0, 1).transpose(1, 2)).unflatten(0, (batch, kv_heads))
+    weights = torch.softmax(torch.add(bias, scores[:, :, :share], alpha=1 / math.sqrt(width)), dim=-1)
+    starts = torch.arange(0, rows_BGHS.numel(), num_keys, dtype=rows_BGHS.dtype, device=rows_BGHS.device)
+    sums, *_ = torch.embedding_bag(
+        values_NK, rows_BGHS.flatten(), starts, mode=0, per_sample_weights=weights.flatten()
+    )
+    out.copy_(sums.view(batch, -1))

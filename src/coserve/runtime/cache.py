@@ -81,13 +81,27 @@ class KeyValuePool:
         """int64 [..., G, n] from int64 blocks [..., n]: rows of the blocks' keys in layer 0."""
         return blocks.unsqueeze(-2) * (self.num_layers * self.layer_rows) + self._heads[:, None]
 
+    def value_rows(self, block_rows: Tensor, share: int) -> Tensor:
+        """int32 [n, G, share, S]: where in `values` the tokens of `block_rows` [n, G, blocks] lie, once per query head."""
+        rows = block_rows.unsqueeze(-1) * self.block_tokens + torch.arange(self.block_tokens, device=block_rows.device)
+        return rows.flatten(-2).int().unsqueeze(-2).expand(-1, -1, share, -1).contiguous()
+
+    def values(self, layer: int) -> Tensor:
+        """Memory from the values of `layer` on, as rows of K elements."""
+        return self._tokens[(layer * self.layer_rows + self.kv_heads) * self.block_tokens :]
+
+    def keys(self, layer: int, block_rows: Tensor) -> Tensor:
+        """Keys [..., G, n * block_tokens, K] of `block_rows` [..., G, n]; valid until the next call."""
+        return self._select(0, layer * self.layer_rows, block_rows)
+
     def gather(self, layer: int, block_rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [..., G, n * block_tokens, K] of `block_rows` [..., G, n]; valid until the next call."""
-        first = block_rows.flatten() + layer * self.layer_rows
-        if first.numel() > self._gathered.shape[1]:
-            self._gathered = self.rows.new_empty(2, first.numel(), self.rows.shape[1])
-        shape = (*block_rows.shape[:-1], block_rows.shape[-1] * self.block_tokens, self.width)
-        keys, values = self._gathered[:, : first.numel()]
-        torch.index_select(self.rows, 0, first, out=keys)
-        torch.index_select(self.rows, 0, first + self.kv_heads, out=values)
-        return keys.view(shape), values.view(shape)
+        return self.keys(layer, block_rows), self._select(1, layer * self.layer_rows + self.kv_heads, block_rows)
+
+    def _select(self, kv: int, first: int, block_rows: Tensor) -> Tensor:
+        """`block_rows` [..., G, n] counted from row `first`, copied to the scratch memory of keys or of values."""
+        if block_rows.numel() > self._gathered.shape[1]:
+            self._gathered = self.rows.new_empty(2, block_rows.numel(), self.rows.shape[1])
+        found = self._gathered[kv, : block_rows.numel()]
+        torch.index_select(self.rows[first:], 0, block_rows.flatten(), out=found)
+        return found.view(*block_rows.shape[:-1], block_rows.shape[-1] * self.block_tokens, self.width)

@@ -3,8 +3,8 @@
 Rows are [decode | prefill], each part sorted by adapter slot, rows without an adapter first. B decode rows, T rows of one
 prefill span, S context tokens, N blocks of a table, G key-value heads, K head width.
 
-Decode rows read their context through their tables where the paged kernel runs, else from gathered copies, in groups of like
-length. Whatever an iteration needs on the device goes there in one copy, queued without a wait.
+Decode rows read their context through their tables where the paged kernel runs, else keys from gathered copies, in groups of
+like length, and values where they lie. Whatever an iteration needs on the device goes there in one copy, queued without a wait.
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ class RowSpan(NamedTuple):
     slot: int
 
 
-_GATHERED_BYTES = 5 << 19
+_GATHERED_BYTES = 10 << 20
 """Keys that a group of decode rows gathers at most, on devices that gather."""
 
 
 class _DecodeGroup(NamedTuple):
-    """Decode rows of like context. rows: slice or int64 [n]; block_rows: [n, G, blocks]; bias: [n, 1, S], 0 or -inf."""
+    """Decode rows of like context. rows: slice or int64 [n]; block_rows: [n, G, blocks]; value_rows: int32 [n, G, H / G, S];
+    bias: [n, 1, 1, S], 0 or -inf."""
 
     rows: slice | Tensor
     block_rows: Tensor
+    value_rows: Tensor
     bias: Tensor
 
 
@@ -89,6 +91,7 @@ class SpanRows:
         adapters: AdapterSlots,
     ) -> None:
         self.pool, self.adapters, self.windows, self.width = pool, adapters, arch.sliding_windows, arch.head_dim
+        self.share = arch.num_heads // arch.num_kv_heads
         self.prefill, self.num_decode = prefill, len(decode)
         self.layer = 0
         self._scales: dict[object, Tensor] = {}
@@ -157,11 +160,12 @@ class SpanRows:
             seen = keys < ends[chosen, None]
             if window is not None:
                 seen &= keys >= ends[chosen, None] - window
-            bias = torch.zeros(len(chosen), 1, len(keys), dtype=self.pool.rows.dtype, device=device)
-            bias.masked_fill_(~torch.from_numpy(seen).to(device)[:, None], -torch.inf)
+            bias = torch.zeros(len(chosen), 1, 1, len(keys), dtype=self.pool.rows.dtype, device=device)
+            bias.masked_fill_(~torch.from_numpy(seen).to(device)[:, None, None], -torch.inf)
             in_a_row = bool((np.diff(chosen) == 1).all())
             rows = slice(int(chosen[0]), int(chosen[-1]) + 1) if in_a_row else torch.from_numpy(chosen).to(device)
-            groups.append(_DecodeGroup(rows, self.pool.block_rows(torch.from_numpy(table).to(device)), bias))
+            block_rows = self.pool.block_rows(torch.from_numpy(table).to(device))
+            groups.append(_DecodeGroup(rows, block_rows, self.pool.value_rows(block_rows, self.share), bias))
             first += len(chosen)
         return groups
 
@@ -198,12 +202,12 @@ class SpanRows:
             decode_rows = slice(self.num_decode)
             self._paged.attention(out[decode_rows], q[decode_rows], self.pool, self.layer, window)
         for group in self._decode_windows.get(window, ()):
-            keys, values = self.pool.gather(self.layer, group.block_rows)
+            keys, values = self.pool.keys(self.layer, group.block_rows), self.pool.values(self.layer)
             if isinstance(group.rows, slice):
-                decode_attention(out[group.rows], q[group.rows], keys, values, group.bias)
+                decode_attention(out[group.rows], q[group.rows], keys, values, group.value_rows, group.bias)
             else:
                 part = torch.empty(len(group.rows), out.shape[1], dtype=out.dtype, device=out.device)
-                decode_attention(part, q[group.rows], keys, values, group.bias)
+                decode_attention(part, q[group.rows], keys, values, group.value_rows, group.bias)
                 out[group.rows] = part
         for rows, span, context in self._prefill:
             keys, values = k[rows], v[rows]
