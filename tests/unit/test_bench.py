@@ -25,7 +25,7 @@ from coserve.bench.driver import Run, RunConfig, Sample, run_load
 from coserve.bench.machine import Observation, RowCost, fit_row_cost, gain_bound, inference_share
 from coserve.bench.metrics import Objectives, RequestRecord, meets, summarize, summary, wilson
 from coserve.bench.report import make_page
-from coserve.bench.results import make_results
+from coserve.bench.results import make_results, prediction_errors
 from coserve.bench.sharing import BurstConfig, Cell, Measured, Setup, Sharing, SharingConfig
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.config import FinetuneConfig, SamplingConfig
@@ -525,6 +525,15 @@ def test_throughput_is_a_median_and_its_share_is_taken_inside_each_repeat() -> N
     assert row["num_requests"] == 6 and row["slo_attainment"] == pytest.approx(5 / 6)
     assert row["goodput"] == pytest.approx(5 / 30)
     assert "bound" not in row and "row_cost" not in data and "peak_memory_bytes" not in row
+
+
+def test_prediction_errors_of_repeats_are_medians_per_kind() -> None:
+    def errors(count: int, mid: float, high: float) -> dict[str, float]:
+        return {"iterations": count, "median": mid, "p95": high}
+
+    second = {"decode": errors(7, 0.2, 0.2), "backward": errors(1, 0.4, 0.4)}
+    pooled = prediction_errors([{"decode": errors(5, 0.1, 0.3)}, second, {}])
+    assert pooled == {"decode": errors(12, pytest.approx(0.15), pytest.approx(0.25)), "backward": errors(1, 0.4, 0.4)}
 
 
 def test_a_stopped_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -361,8 +361,8 @@ def test_errors_by_kind_over_the_last_thousand() -> None:
 def test_errors_of_all_kinds_with_finetuning_are_pooled() -> None:
     model = LatencyModel({("iteration", "once", 0): 1.0})
     model.observe(Contents(DECODE, (), 0), 9.0)
-    for contents, seconds in ((Contents(None, (BACKWARD,), 0), 1.2), (Contents(DECODE, (), 5), 1.4), (Contents(FUSED, (), 0), 1.6)):
-        model.observe(contents, seconds)
+    for contents, seconds in zip(((), (BACKWARD,), (BACKWARD,)), (1.2, 1.4, 1.6), strict=True):
+        model.observe(Contents(FUSED, contents, 0), seconds)
     assert model.errors()["finetuning"] == (3, pytest.approx(0.4), pytest.approx(0.6))
 
 

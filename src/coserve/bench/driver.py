@@ -151,7 +151,8 @@ def run_load(
         samples=tuple(samples),
         busy_s=done.busy_s - before.busy_s, iterations=done.iterations - before.iterations,
         rows=sum(r.prompt_tokens + len(r.token_times) - 1 for r in records if r.token_times),
-        gave_up=gave_up, peak_memory_bytes=done.peak_memory_bytes, prediction_errors=engine.metrics().get("prediction_errors", {}),
+        gave_up=gave_up, peak_memory_bytes=done.peak_memory_bytes,
+        prediction_errors=engine.metrics().get("prediction_errors", {}),
     )
 
 
