@@ -1,0 +1,175 @@
+"""The connection to the index's database: SQLite or PostgreSQL, and its failures in the words of the error tree.
+
+Owns: URLs, pragmas, transactions. Does not own: tables (tables.py), queries (store.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
+
+from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest
+from coserve.server.disk import FULL
+from coserve.server.errors import Conflict
+from coserve.server.tables import prepare_schema
+
+_READS = "coserve_reads"
+_PRAGMAS = ("busy_timeout = 5000", "journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON")
+"""A transaction that a loss of power takes back is found again in the manifests, so NORMAL is enough."""
+
+_FAILURES = {
+    "database or disk is full": FULL,
+    "disk i/o error": "the disk of the data directory fails to read or write; see the system's log",
+    "readonly database": "the data directory can't be written",
+    "database is locked": "the index is busy; try again",
+}
+"""What SQLite says, in lower case, and what a user is told."""
+
+
+class Database:
+    """One database, its tables up to date; any thread may use it."""
+
+    def __init__(self, url: str) -> None:
+        """url: SQLAlchemy's; 'postgresql://' takes psycopg. Raises ConfigError, also for a damaged file or a newer schema."""
+        parsed = _read_url(url)
+        self.engine = _connect_sqlite(parsed) if parsed.drivername.startswith("sqlite") else _connect_postgres(parsed)
+        self._reading = self.engine.execution_options(**{_READS: True})
+        try:
+            with self.engine.begin() as connection:
+                if connection.dialect.name == "sqlite":
+                    _check_file(connection, str(parsed.database))
+                prepare_schema(connection)
+        except DBAPIError as error:
+            self.engine.dispose()
+            raise _opening_failed(parsed, error) from error
+        except BaseException:
+            self.engine.dispose()
+            raise
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that sees one state and changes nothing."""
+        with _translated(), self._reading.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction: all of it, or nothing.
+
+        Raises CapacityError (disk full, database busy or away), Conflict (exists already), InvalidRequest (can't be stored).
+        """
+        with _translated(), self.engine.begin() as connection:
+            yield connection
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self.engine.dispose()
+
+
+def _read_url(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:  # its message may hold a password
+        raise ConfigError("database_url: can't be read as a URL, such as postgresql://user@host/name",
+                          param="database_url") from error
+    if parsed.drivername in ("postgres", "postgresql"):
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername not in ("postgresql+psycopg", "sqlite", "sqlite+pysqlite"):
+        raise ConfigError(f"database_url: {parsed.drivername} isn't supported; sqlite and postgresql are", param="database_url")
+    if parsed.drivername.startswith("sqlite") and parsed.database in (None, "", ":memory:"):
+        raise ConfigError("database_url: SQLite needs a file, such as sqlite:////var/lib/coserve.db", param="database_url")
+    return parsed
+
+
+def _connect_sqlite(url: URL) -> Engine:
+    try:
+        Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"data_dir: {error.filename} can't be made ({error.strerror})", param="data_dir") from error
+    engine = create_engine(url, json_serializer=_dump)
+
+    def prepare(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # the module's own BEGINs come too late and not before a change of tables
+        for pragma in _PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    def begin(connection: Connection) -> None:
+        # A transaction that reads, then writes, fails at once if another one wrote in between; so writers wait at the start.
+        connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get(_READS) else "BEGIN IMMEDIATE")
+
+    event.listen(engine, "connect", prepare)
+    event.listen(engine, "begin", begin)
+    return engine
+
+
+def _connect_postgres(url: URL) -> Engine:
+    try:
+        return create_engine(url, json_serializer=_dump, pool_pre_ping=True)
+    except ModuleNotFoundError as error:
+        raise ConfigError("database_url: PostgreSQL needs psycopg: pip install 'coserve[postgres]'",
+                          param="database_url") from error
+
+
+def _dump(value: Any) -> str:
+    """JSON; numbers that JSON hasn't, such as NaN, become null."""
+    return msgspec.json.encode(value).decode()
+
+
+def _check_file(connection: Connection, path: str) -> None:
+    problem = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+    if problem != "ok":
+        raise _damaged(path, str(problem))
+
+
+def _damaged(path: str, problem: str) -> ConfigError:
+    return ConfigError(
+        f"data_dir: the index {path} is damaged ({problem}). Move it and the files {Path(path).name}-wal and -shm away and "
+        "start again: it is rebuilt from the files and jobs on disk. API keys have to be made again", param="data_dir",
+    )
+
+
+def _opening_failed(url: URL, error: DBAPIError) -> ConfigError:
+    reason = str(error.orig).strip()
+    if not url.drivername.startswith("sqlite"):
+        return ConfigError(f"database_url: {url.render_as_string(hide_password=True)} can't be used: {reason}",
+                           param="database_url")
+    if "not a database" in reason or "malformed" in reason:
+        return _damaged(str(url.database), reason)
+    return ConfigError(f"data_dir: the index {url.database} can't be opened: {reason}", param="data_dir")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """The database's errors as ours. What is left is a bug of ours."""
+    try:
+        yield
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise InvalidRequest(f"a value can't be stored: {error}") from error
+    except DBAPIError as error:
+        translated = _translate(error)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def _translate(error: DBAPIError) -> CoserveError | None:
+    reason = str(error.orig).lower()
+    for said, told in _FAILURES.items():
+        if said in reason:
+            return CapacityError(told)
+    if isinstance(error, IntegrityError):
+        return Conflict("an entry with this name or id exists already")
+    if isinstance(error, DataError):  # NUL in a text, a number out of range
+        return InvalidRequest(f"a value can't be stored: {error.orig}")
+    if getattr(error.orig, "sqlstate", None) == "53100":
+        return CapacityError("the disk of the index's database is full")
+    if isinstance(error, OperationalError) and hasattr(error.orig, "sqlstate"):  # psycopg: no connection
+        return CapacityError("the index's database can't be reached; try again")
+    return None

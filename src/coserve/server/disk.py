@@ -1,0 +1,45 @@
+"""Writing to the data directory: durable, and its refusals in the words of the error tree."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from coserve.core import CapacityError
+
+FULL = "the disk of the data directory is full; free some space and try again"
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """The operating system's refusals to write as CapacityError. What is left is a bug of ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CapacityError(FULL) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise CapacityError(f"the data directory can't be written ({error.strerror})") from error
+        if error.errno == errno.EIO:
+            raise CapacityError("the disk of the data directory fails; see the system's log") from error
+        raise
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """A new file, on disk when this returns."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Makes a directory's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,219 @@
+"""Uploaded and resulting files on disk.
+
+    files/ID/content      the bytes
+    files/ID/meta.json    the FileRecord: the truth that the index is rebuilt from
+    files/ID.tmp/         one that is being written or deleted; removed at the next start
+
+Owns: that layout, checks of uploads, that a file is there whole or not at all. Does not own: the index (Store), what training
+makes of a file (finetune/datasets.py). A user's file name is data: no path is made of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import unicodedata
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+from starlette.datastructures import UploadFile
+
+from coserve.core import ConfigError, InvalidRequest, NotFound
+from coserve.server.disk import storage_errors, sync_directory, write_new
+from coserve.server.errors import Conflict, TooLarge
+from coserve.server.records import FileRecord, new_id, now
+from coserve.server.store import Store
+
+FINE_TUNE = "fine-tune"
+RESULTS = "fine-tune-results"
+_CONTENT = "content"
+_META = "meta.json"
+_UNFINISHED = ".tmp"
+_CHUNK_BYTES = 1 << 20
+_HEAD_BYTES = 1 << 20
+"""What is looked at to see whether a file is JSON Lines at all."""
+_MAX_NAME_LENGTH = 255
+_UNPRINTABLE = ("Cc", "Cs")
+"""Unicode's categories: control characters, halves of pairs."""
+_ID = re.compile(r"file-[0-9A-Za-z_-]{1,64}")
+_log = logging.getLogger(__name__)
+
+
+class FileService:
+    """Files of all tenants; any thread may use it."""
+
+    def __init__(self, directory: Path, store: Store, max_bytes: int) -> None:
+        """directory: is made if it isn't there. max_bytes: of one upload. Raises ConfigError where it can't be made."""
+        self._directory = directory
+        self._store = store
+        self._max_bytes = max_bytes
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"data_dir: {directory} can't be made ({error.strerror})", param="data_dir") from error
+
+    async def save_upload(self, tenant: str, upload: UploadFile, purpose: str) -> FileRecord:
+        """Copies an upload to disk, then lists it. Raises TooLarge, InvalidRequest (naming the field), CapacityError."""
+        _check_purpose(purpose)
+        filename = clean_filename(upload.filename)
+        # A thread does it all: the upload is a file of the parser's by now.
+        return await asyncio.to_thread(self._save, tenant, filename, upload.file, purpose, check=True)
+
+    def save_result(self, tenant: str, filename: str, content: bytes, purpose: str = RESULTS) -> FileRecord:
+        """A file that a job made. Raises CapacityError."""
+        return self._save(tenant, clean_filename(filename), io.BytesIO(content), purpose, check=False)
+
+    def path(self, record: FileRecord) -> Path:
+        """Where its bytes are."""
+        return self._directory / record.id / _CONTENT
+
+    def find(self, tenant: str, id: str) -> tuple[FileRecord, Path]:
+        """A file's record and where its bytes are. Raises NotFound, also for another tenant's, and where they have vanished."""
+        record = self._store.get_file(tenant, id)
+        if not self.path(record).is_file():
+            raise NotFound(f"the content of file {id} is no longer on disk", param="file_id")
+        return record, self.path(record)
+
+    def delete(self, tenant: str, id: str) -> None:
+        """Raises NotFound, also for another tenant's, and Conflict while a job that hasn't ended uses it."""
+        self._store.get_file(tenant, id)
+        users = [job.id for job in self._store.unfinished_jobs() if id in (job.training_file, job.validation_file)]
+        if users:
+            raise Conflict(f"file {id} is used by the fine-tuning job {users[0]}; cancel it first", param="file_id")
+        gone = self._directory / f"{id}{_UNFINISHED}"
+        with storage_errors(), suppress(FileNotFoundError):
+            (self._directory / id).rename(gone)
+        self._store.delete_file(tenant, id)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def rebuild(self) -> None:
+        """At the start: makes the index agree with the directory, and removes what is unfinished."""
+        listed = {record.id: record for record in self._store.all_files()}
+        found = []
+        for entry in sorted(self._directory.iterdir()):
+            if entry.name.endswith(_UNFINISHED):
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.is_dir():
+                record = _read_meta(entry)
+                if record is not None:
+                    found.append(record)
+        for record in sorted(found, key=lambda record: record.created_at):
+            if record.id not in listed:
+                self._store.add_file(record)
+        for id in listed.keys() - {record.id for record in found}:
+            _log.warning("file %s is in the index, but not whole on disk; it is no longer listed", id)
+            self._store.delete_file(listed[id].tenant, id)
+
+    def _save(self, tenant: str, filename: str, source: BinaryIO, purpose: str, *, check: bool) -> FileRecord:
+        id = new_id("file")
+        staged = self._directory / f"{id}{_UNFINISHED}"
+        try:
+            with storage_errors():
+                staged.mkdir()
+                size, digest = self._copy(source, staged / _CONTENT, check=check)
+                record = FileRecord(
+                    id=id, tenant=tenant, filename=filename, purpose=purpose, bytes=size, sha256=digest, created_at=now(),
+                )
+                write_new(staged / _META, json.dumps(dataclasses.asdict(record), indent=1).encode())
+                sync_directory(staged)
+                staged.rename(self._directory / id)
+                sync_directory(self._directory)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+        try:
+            self._store.add_file(record)
+        except BaseException:
+            shutil.rmtree(self._directory / id, ignore_errors=True)
+            raise
+        return record
+
+    def _copy(self, source: BinaryIO, target: Path, *, check: bool) -> tuple[int, str]:
+        """Bytes and their SHA-256. check: as an upload's."""
+        size, digest, head = 0, hashlib.sha256(), bytearray()
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with target.open("xb") as file:
+            while chunk := source.read(_CHUNK_BYTES):
+                size += len(chunk)
+                if check:
+                    self._check_chunk(size, chunk, decoder)
+                    head += chunk[: _HEAD_BYTES - len(head)]
+                digest.update(chunk)
+                file.write(chunk)
+            if check:
+                _check_end(size, bytes(head), decoder)
+            file.flush()
+            os.fsync(file.fileno())
+        return size, digest.hexdigest()
+
+    def _check_chunk(self, size: int, chunk: bytes, decoder: codecs.IncrementalDecoder) -> None:
+        if size > self._max_bytes:
+            raise TooLarge(f"file: more than {self._max_bytes} bytes, the most that a file may have", param="file")
+        try:
+            decoder.decode(chunk)
+        except UnicodeDecodeError as error:
+            raise InvalidRequest("file: isn't valid UTF-8; a file for fine-tuning is JSON Lines", param="file") from error
+
+
+def _check_purpose(purpose: str) -> None:
+    """Raises InvalidRequest for a purpose that uploads can't have."""
+    if purpose != FINE_TUNE:
+        raise InvalidRequest(f"purpose: only {FINE_TUNE!r} is supported, got {purpose[:64]!r}", param="purpose")
+
+
+def clean_filename(name: str | None) -> str:
+    """A file name without the directories that some clients send along. Raises InvalidRequest."""
+    base = re.split(r"[/\\]", name or "")[-1]
+    if base in ("", ".", ".."):
+        raise InvalidRequest("file: has no file name", param="file")
+    if len(base) > _MAX_NAME_LENGTH:
+        raise InvalidRequest(f"file: its name is longer than {_MAX_NAME_LENGTH} characters", param="file")
+    if any(unicodedata.category(character) in _UNPRINTABLE for character in base):
+        raise InvalidRequest("file: its name has a control character", param="file")
+    return base
+
+
+def _check_end(size: int, head: bytes, decoder: codecs.IncrementalDecoder) -> None:
+    """Raises InvalidRequest for a file that is empty, ends inside a character or isn't JSON Lines at all."""
+    if size == 0:
+        raise InvalidRequest("file: is empty", param="file")
+    try:
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("file: isn't valid UTF-8, it ends inside a character", param="file") from error
+    lines = head.split(b"\n")
+    cut = lines.pop() if len(head) < size else b""  # the rest of the last line wasn't looked at
+    if not (cut.lstrip().startswith(b"{") or any(map(_is_object, lines))):
+        raise InvalidRequest("file: has no line that is a JSON object; a file for fine-tuning is JSON Lines", param="file")
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode()), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _read_meta(directory: Path) -> FileRecord | None:
+    """The record of a file that is whole, else None, with a warning."""
+    try:
+        record = msgspec.json.decode((directory / _META).read_bytes(), type=FileRecord)
+        size = (directory / _CONTENT).stat().st_size
+    except (OSError, msgspec.DecodeError) as error:
+        _log.warning("%s is left out: its %s or %s can't be read (%s)", directory, _META, _CONTENT, error)
+        return None
+    if _ID.fullmatch(record.id) is None or record.id != directory.name or record.bytes != size:
+        _log.warning("%s is left out: its %s doesn't describe it", directory, _META)
+        return None
+    return record
+

@@ -1,0 +1,297 @@
+"""The index of keys, files, jobs, events, checkpoints and adapters: what the API process looks things up in.
+
+Owns: every query. Does not own: tables (tables.py), the connection and its errors (database.py), files on disk, which are
+the truth that the index can be rebuilt from.
+
+All methods are synchronous and short, and may be called by any thread. Beside what is said at each, they raise CapacityError
+where the disk is full or the database busy, and InvalidRequest for a value that can't be stored, such as NUL in a text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from sqlalchemy import Column, ColumnElement, Connection, Row, Select, Table, delete, func, select, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from coserve.core import InvalidRequest, NotFound
+from coserve.server.database import Database
+from coserve.server.records import (
+    ENDED,
+    AdapterRecord,
+    CheckpointRecord,
+    EventRecord,
+    FileRecord,
+    JobRecord,
+    KeyRecord,
+    new_id,
+)
+from coserve.server.tables import adapters, checkpoints, events, files, jobs, keys
+
+
+class _Record(Protocol):
+    """A dataclass of records.py."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+RecordT = TypeVar("RecordT", bound=_Record)
+
+
+class Store:
+    """The index. Lists come as (entries, whether more follow); `after` is the id of the last entry of the page before, and
+    InvalidRequest is raised where there is no such entry."""
+
+    def __init__(self, url: str) -> None:
+        """url: SQLAlchemy's, of SQLite or PostgreSQL. Raises ConfigError where the database can't be used."""
+        self._database = Database(url)
+
+    def close(self) -> None:
+        """Closes the database's connections."""
+        self._database.close()
+
+    # --- keys ---
+
+    def add_key(self, record: KeyRecord) -> None:
+        """Raises Conflict where the key exists."""
+        with self._database.write() as connection:
+            connection.execute(keys.insert().values(_values(record)))
+
+    def list_keys(self) -> list[KeyRecord]:
+        """All, revoked ones too, oldest first."""
+        with self._database.read() as connection:
+            return _records(KeyRecord, connection.execute(select(keys).order_by(keys.c.seq)).all())
+
+    def find_key(self, digest: str) -> KeyRecord | None:
+        """The key of a digest, also if it is revoked."""
+        with self._database.read() as connection:
+            row = connection.execute(select(keys).where(keys.c.digest == digest)).first()
+        return _record(KeyRecord, row) if row else None
+
+    def revoke_key(self, id: str, at: int) -> None:
+        """A key that is revoked already keeps its time. Raises NotFound."""
+        with self._database.write() as connection:
+            time = func.coalesce(keys.c.revoked_at, at)
+            if connection.execute(update(keys).where(keys.c.id == id).values(revoked_at=time)).rowcount == 0:
+                raise NotFound(f"there is no key {id}", param="id")
+
+    # --- files ---
+
+    def add_file(self, record: FileRecord) -> None:
+        """Raises Conflict where the id exists."""
+        with self._database.write() as connection:
+            connection.execute(files.insert().values(_values(record)))
+
+    def get_file(self, tenant: str, id: str) -> FileRecord:
+        """Raises NotFound, also for another tenant's."""
+        with self._database.read() as connection:
+            row = connection.execute(select(files).where(files.c.tenant == tenant, files.c.id == id)).first()
+        if row is None:
+            raise NotFound(f"there is no file {id}", param="file_id")
+        return _record(FileRecord, row)
+
+    def delete_file(self, tenant: str, id: str) -> None:
+        """Raises NotFound, also for another tenant's."""
+        with self._database.write() as connection:
+            if connection.execute(delete(files).where(files.c.tenant == tenant, files.c.id == id)).rowcount == 0:
+                raise NotFound(f"there is no file {id}", param="file_id")
+
+    def list_files(
+        self, tenant: str, *, purpose: str | None = None, after: str | None = None, limit: int = 10_000,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> tuple[list[FileRecord], bool]:
+        """A tenant's files by creation time; desc: newest first."""
+        mine = [files.c.tenant == tenant]
+        wanted = mine if purpose is None else [*mine, files.c.purpose == purpose]
+        with self._database.read() as connection:
+            query = _page(connection, files, (files.c.created_at, files.c.seq), mine, after=after, order=order)
+            rows = connection.execute(query.where(*wanted).limit(limit + 1)).all()
+        return _records(FileRecord, rows[:limit]), len(rows) > limit
+
+    def all_files(self) -> list[FileRecord]:
+        """Every tenant's, oldest first."""
+        with self._database.read() as connection:
+            return _records(FileRecord, connection.execute(select(files).order_by(files.c.created_at, files.c.seq)).all())
+
+    # --- jobs ---
+
+    def add_job(self, record: JobRecord) -> None:
+        """Raises Conflict where the id exists."""
+        with self._database.write() as connection:
+            connection.execute(jobs.insert().values(_values(record)))
+
+    def get_job(self, tenant: str | None, id: str) -> JobRecord:
+        """tenant None: whoever's. Raises NotFound, also for another tenant's."""
+        with self._database.read() as connection:
+            return _get_job(connection, tenant, id)
+
+    def update_job(self, id: str, **changes: Any) -> JobRecord:
+        """changes: fields of JobRecord. The job as it is then. Raises NotFound."""
+        with self._database.write() as connection:
+            job = dataclasses.replace(_get_job(connection, None, id, lock=True), **changes)
+            if changes:
+                connection.execute(update(jobs).where(jobs.c.id == id).values(changes))
+        return job
+
+    def list_jobs(
+        self, tenant: str, *, after: str | None = None, limit: int = 20, metadata: dict[str, str] | None = None,
+    ) -> tuple[list[JobRecord], bool]:
+        """A tenant's jobs, newest first. metadata: only jobs that have all of these pairs."""
+        mine = [jobs.c.tenant == tenant]
+        wanted = (metadata or {}).items()
+        found: list[JobRecord] = []
+        with self._database.read() as connection:
+            query = _page(connection, jobs, (jobs.c.created_at, jobs.c.seq), mine, after=after).where(*mine)
+            if not wanted:
+                query = query.limit(limit + 1)
+            # Pairs are compared here, since the databases disagree about keys with quotes and dots.
+            for row in connection.execution_options(yield_per=100).execute(query):
+                if wanted <= row.metadata.items():
+                    found.append(_record(JobRecord, row))
+                if len(found) > limit:
+                    break
+        return found[:limit], len(found) > limit
+
+    def unfinished_jobs(self) -> list[JobRecord]:
+        """Every tenant's jobs that haven't ended, oldest first."""
+        query = select(jobs).where(jobs.c.status.not_in(ENDED)).order_by(jobs.c.created_at, jobs.c.seq)
+        with self._database.read() as connection:
+            return _records(JobRecord, connection.execute(query).all())
+
+    # --- events ---
+
+    def add_event(
+        self, job: str, *, level: Literal["info", "warn", "error"], type: Literal["message", "metrics"], message: str,
+        data: dict[str, Any] | None = None, step: int | None = None, created_at: int,
+    ) -> EventRecord:
+        """An event with the job's next seq; a metrics event of a step that has one replaces it and keeps its id and seq.
+
+        Raises NotFound where there is no such job.
+        """
+        with self._database.write() as connection:
+            _get_job(connection, None, job, lock=True)
+            same_step = (events.c.job == job) & (events.c.type == "metrics") & (events.c.step == step)
+            known = connection.execute(select(events).where(same_step)).first() if type == "metrics" else None
+            if known is None:
+                last = connection.execute(select(func.max(events.c.seq)).where(events.c.job == job)).scalar()
+                id, seq = new_id("ftevent"), (last or 0) + 1
+            else:
+                id, seq = known.id, known.seq
+            event = EventRecord(
+                id=id, job=job, seq=seq, created_at=created_at, level=level, type=type, message=message, data=data, step=step,
+            )
+            _put(connection, events, (events.c.id,), _values(event))
+        return event
+
+    def list_events(self, job: str, *, after: str | None = None, limit: int = 20) -> tuple[list[EventRecord], bool]:
+        """A job's events, newest first."""
+        mine = [events.c.job == job]
+        with self._database.read() as connection:
+            query = _page(connection, events, (events.c.seq,), mine, after=after)
+            rows = connection.execute(query.where(*mine).limit(limit + 1)).all()
+        return _records(EventRecord, rows[:limit]), len(rows) > limit
+
+    # --- checkpoints ---
+
+    def put_checkpoint(self, record: CheckpointRecord) -> CheckpointRecord:
+        """A checkpoint as it is stored: one that replaces another of the same job and step takes its id.
+
+        Raises NotFound where there is no such job.
+        """
+        with self._database.write() as connection:
+            _get_job(connection, None, record.job, lock=True)
+            same = (checkpoints.c.job == record.job) & (checkpoints.c.step == record.step)
+            id = connection.execute(select(checkpoints.c.id).where(same)).scalar() or record.id
+            stored = dataclasses.replace(record, id=id)
+            _put(connection, checkpoints, (checkpoints.c.id,), _values(stored))
+        return stored
+
+    def list_checkpoints(self, job: str, *, after: str | None = None, limit: int = 10) -> tuple[list[CheckpointRecord], bool]:
+        """A job's checkpoints, that of the last step first."""
+        mine = [checkpoints.c.job == job]
+        with self._database.read() as connection:
+            query = _page(connection, checkpoints, (checkpoints.c.step,), mine, after=after)
+            rows = connection.execute(query.where(*mine).limit(limit + 1)).all()
+        return _records(CheckpointRecord, rows[:limit]), len(rows) > limit
+
+    def delete_checkpoint(self, id: str) -> None:
+        """Raises NotFound."""
+        with self._database.write() as connection:
+            if connection.execute(delete(checkpoints).where(checkpoints.c.id == id)).rowcount == 0:
+                raise NotFound(f"there is no checkpoint {id}", param="id")
+
+    # --- adapters ---
+
+    def put_adapter(self, record: AdapterRecord) -> None:
+        """An adapter; one of the same tenant and name is replaced."""
+        with self._database.write() as connection:
+            _put(connection, adapters, (adapters.c.tenant, adapters.c.name), _values(record))
+
+    def find_adapter(self, tenant: str, name: str) -> AdapterRecord | None:
+        """The tenant's adapter of a name, else everybody's."""
+        query = select(adapters).where(adapters.c.tenant.in_((tenant, "")), adapters.c.name == name)
+        with self._database.read() as connection:
+            found = _records(AdapterRecord, connection.execute(query).all())
+        return max(found, key=lambda adapter: adapter.tenant, default=None)
+
+    def list_adapters(self, tenant: str) -> list[AdapterRecord]:
+        """The tenant's and everybody's, oldest first."""
+        query = select(adapters).where(adapters.c.tenant.in_((tenant, ""))).order_by(adapters.c.created_at, adapters.c.seq)
+        with self._database.read() as connection:
+            return _records(AdapterRecord, connection.execute(query).all())
+
+    def delete_adapter(self, tenant: str, name: str) -> None:
+        """Raises NotFound, also for everybody's where tenant isn't ''."""
+        with self._database.write() as connection:
+            same = (adapters.c.tenant == tenant) & (adapters.c.name == name)
+            if connection.execute(delete(adapters).where(same)).rowcount == 0:
+                raise NotFound(f"there is no adapter {name}", param="lora_name")
+
+
+
+def _values(record: _Record) -> dict[str, Any]:
+    """A record's fields, as columns."""
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}
+
+
+def _record(kind: type[RecordT], row: Row[Any]) -> RecordT:
+    """A row's record. Lists come from JSON; where a record has a sequence, it is a tuple."""
+    values = {name: row._mapping[name] for name in kind.__dataclass_fields__}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _records(kind: type[RecordT], rows: Sequence[Row[Any]]) -> list[RecordT]:
+    return [_record(kind, row) for row in rows]
+
+
+def _get_job(connection: Connection, tenant: str | None, id: str, *, lock: bool = False) -> JobRecord:
+    """lock: until the transaction's end (SQLite's write transactions exclude each other anyway). Raises NotFound."""
+    query = select(jobs).where(jobs.c.id == id)
+    if tenant is not None:
+        query = query.where(jobs.c.tenant == tenant)
+    row = connection.execute(query.with_for_update() if lock else query).first()
+    if row is None:
+        raise NotFound(f"there is no fine-tuning job {id}", param="fine_tuning_job_id")
+    return _record(JobRecord, row)
+
+
+def _page(
+    connection: Connection, table: Table, key: tuple[Column[int], ...], mine: Sequence[ColumnElement[bool]], *,
+    after: str | None, order: Literal["asc", "desc"] = "desc",
+) -> Select[Any]:
+    """The entries by their key, from behind the one that `after` names, which has to be among those of `mine`."""
+    query = select(table).order_by(*(column.asc() if order == "asc" else column.desc() for column in key))
+    if after is None:
+        return query
+    place = connection.execute(select(*key).where(*mine, table.c.id == after)).first()
+    if place is None:
+        raise InvalidRequest(f"after: there is no entry {after} in this list", param="after")
+    return query.where(tuple_(*key) > tuple(place) if order == "asc" else tuple_(*key) < tuple(place))
+
+
+def _put(connection: Connection, table: Table, key: Sequence[Column[Any]], values: dict[str, Any]) -> None:
+    """Inserts a row, or replaces the one that has the same key."""
+    inserting = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    connection.execute(inserting(table).values(values).on_conflict_do_update(index_elements=list(key), set_=values))

@@ -1,0 +1,135 @@
+"""Who asks: API keys and the tenants they stand for.
+
+Owns: making, reading and checking keys. Does not own: where keys come from (settings, environment, command line), what a
+tenant may see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from coserve.core import ConfigError
+from coserve.server.errors import Unauthorized
+from coserve.server.records import KeyRecord, new_id, now
+from coserve.server.store import Store
+
+DEFAULT_TENANT = "default"
+_CACHE_S = 1.0
+"""So long a key that was revoked by another process may still be taken."""
+_CACHE_SIZE = 1024
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_KEY = re.compile(r"[!-~]+")
+_PREFIX_LENGTH = 7
+
+
+class Tenants:
+    """Tenants by API key; any thread may ask."""
+
+    def __init__(
+        self, store: Store, api_keys: Sequence[str | tuple[str, str]], *, clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """api_keys: beside those in the store: keys of the default tenant, or (tenant, key). clock: seconds.
+
+        Raises ConfigError for a name or key that can't be one, or a key of two tenants.
+        """
+        self._store = store
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._configured: dict[str, str] = {}
+        self._known: dict[str, tuple[float, str]] = {}
+        self._open_until = -1.0
+        self._closed = bool(api_keys)
+        for given in api_keys:
+            tenant, key = (DEFAULT_TENANT, given) if isinstance(given, str) else given
+            if _KEY.fullmatch(key) is None:
+                raise ConfigError("api_key: a key is made of printable ASCII characters without spaces", param="api_key")
+            if self._configured.setdefault(digest_key(key), check_tenant(tenant)) != tenant:
+                raise ConfigError(f"api_key: tenants {tenant} and {self._configured[digest_key(key)]} have the same key",
+                                  param="api_key")
+
+    def identify(self, authorization: str | None) -> str:
+        """The tenant of an Authorization header, 'Bearer KEY'; the default tenant where no key was ever made.
+
+        Raises Unauthorized.
+        """
+        if self._is_open():
+            return DEFAULT_TENANT
+        scheme, _, key = (authorization or "").strip().partition(" ")
+        key = key.strip()
+        if scheme.lower() != "bearer" or not key:
+            raise Unauthorized("an API key is needed: send the header 'Authorization: Bearer KEY'")
+        tenant = self._find(digest_key(key))
+        if tenant is None:
+            raise Unauthorized("this API key isn't known, or was revoked")
+        return tenant
+
+    def _is_open(self) -> bool:
+        """Whether there is no key, revoked ones included: the last key's end must not let everybody in."""
+        if self._closed:
+            return False
+        if self._clock() < self._open_until:
+            return True
+        if self._store.list_keys():
+            self._closed = True
+            return False
+        self._open_until = self._clock() + _CACHE_S
+        return True
+
+    def _find(self, digest: str) -> str | None:
+        # All are compared, so that the time taken says nothing about them.
+        same = [tenant for known, tenant in self._configured.items() if hmac.compare_digest(known, digest)]
+        if same:
+            return same[0]
+        with self._lock:
+            until, tenant = self._known.get(digest, (-1.0, ""))
+        if self._clock() < until:
+            return tenant
+        record = self._store.find_key(digest)
+        with self._lock:
+            self._known.pop(digest, None)
+            if record is None or record.revoked_at is not None:
+                return None
+            if len(self._known) >= _CACHE_SIZE:
+                self._known.clear()
+            self._known[digest] = (self._clock() + _CACHE_S, record.tenant)
+        return record.tenant
+
+
+def make_key(tenant: str) -> tuple[str, KeyRecord]:
+    """A new key, which is shown once, and its record. Raises ConfigError for a tenant's name that can't be one."""
+    key = f"sk-{secrets.token_urlsafe(32)}"
+    return key, KeyRecord(
+        id=new_id("key"), tenant=check_tenant(tenant), prefix=key[:_PREFIX_LENGTH], digest=digest_key(key), created_at=now(),
+    )
+
+
+def digest_key(key: str) -> str:
+    """SHA-256, hexadecimal. Keys made here are random, so there is nothing that a slow hash would protect."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_keys(text: str) -> tuple[tuple[str, str], ...]:
+    """'tenant=key,tenant=key' as pairs; nothing for an empty text. Raises ConfigError."""
+    pairs = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        tenant, equals, key = entry.partition("=")
+        if not (tenant and equals and key):
+            raise ConfigError("COSERVE_API_KEYS: must be tenant=key,tenant=key", param="COSERVE_API_KEYS")
+        pairs.append((tenant.strip(), key.strip()))
+    return tuple(pairs)
+
+
+def check_tenant(name: str) -> str:
+    """The name. Raises ConfigError where it can't be one."""
+    if _TENANT.fullmatch(name) is None:
+        raise ConfigError(
+            f"tenant: must be up to 64 letters, digits, dots, dashes and underscores, a letter or digit first, got {name!r}",
+            param="tenant",
+        )
+    return name
