@@ -1,4 +1,4 @@
-"""The command `coserve`: finetune, chat, demo, plan, bench.
+"""The command `coserve`: serve, keys, finetune, chat, demo, plan, bench.
 
 Owns: arguments, progress display, exit codes. An error that the user can mend is one line on stderr and exit code 2.
 """
@@ -34,10 +34,12 @@ from coserve.model.architecture import read_architecture
 from coserve.model.locate import locate_model
 from coserve.plots import loss_curve
 from coserve.runtime.plans import training_plan
+from coserve.servecli import add_commands
 from coserve.tokenizer import IncrementalDetokenizer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
 app.add_typer(bench_app, name="bench")
+add_commands(app)
 console = Console()
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]

@@ -27,7 +27,7 @@ RANKS: Mapping[str, float] = {
     "engine": 6,
     "server": 7,
     "": 7.5,  # coserve/__init__.py, the public face
-    "plots": 8, "demo": 8, "bench": 8,
+    "plots": 8, "demo": 8, "bench": 8, "servecli": 8,
     "cli": 8.5,  # its commands draw plots and run the demo
     "__main__": 9,
 }

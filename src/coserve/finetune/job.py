@@ -131,12 +131,15 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEvent:
-    """level: info or warn. row: set for the metrics of a step, with the job's number of steps."""
+    """level: info, warn or error. row: set for the metrics of a step, with the job's number of steps. checkpoint: directory of
+    one that is whole on disk, of step `checkpoint_step`."""
 
     level: str
     message: str
     row: StepRow | None = None
     num_steps: int = 0
+    checkpoint: Path | None = None
+    checkpoint_step: int = 0
 
 
 _COLUMNS = tuple(StepRow.__dataclass_fields__)
@@ -305,5 +308,7 @@ class Job:
             self.checkpoint_root, cursor, save_adapter=save, optimizer=dict(state), facts=dict(self.facts)
         )
         remove_old(self.checkpoint_root, self.config.keep_checkpoints, newest=cursor.step)
-        self.listen(JobEvent(level="info", message=f"checkpoint {path.name}"))
+        self.listen(JobEvent(
+            level="info", message=f"checkpoint {path.name}", checkpoint=path, checkpoint_step=cursor.step,
+        ))
         return path

@@ -1,0 +1,253 @@
+"""`coserve serve` and `coserve keys`: arguments, the start-up log, signals.
+
+Owns: the listening socket, and how a server ends: no new connections, time for what runs, the engine, exit code 0. Does not
+own: the application (server/app.py), settings and their checks (server/settings.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import logging
+import resource
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+from rich.console import Console
+from rich.table import Table
+
+from coserve.core import ConfigError
+from coserve.server.app import create_app, index_url, open_services
+from coserve.server.errors import Unauthorized
+from coserve.server.locks import make_private
+from coserve.server.records import now
+from coserve.server.services import Services
+from coserve.server.settings import ServerConfig, read_settings
+from coserve.server.store import Store
+from coserve.server.tenants import make_key
+
+keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
+console = Console(highlight=False, soft_wrap=True, markup=False)
+
+GIB = 1 << 30
+_LAST_ANSWERS_S = 2.0
+"""What connections get to pass on that their requests were ended."""
+_NO_KEY = "EMPTY"
+"""What clients are given where no key is asked for: they insist on one."""
+
+DataDirOption = Annotated[Path | None, typer.Option(help="Files, jobs, adapters and the index (coserve-data).")]
+DatabaseOption = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the index (SQLite in the data directory).")]
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Directory, GGUF file or hub id (default SmolLM2).")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen at (127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(help="0: any free one (8000).")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="Key of the default tenant; repeatable.")] = None,
+    served_model_name: Annotated[list[str] | None, typer.Option(help="Name of the base model; repeatable.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Requests that run at once (64).")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Inference rows per iteration (2048).")] = None,
+    max_num_queued_reqs: Annotated[int | None, typer.Option(help="Requests that may wait (4096).")] = None,
+    gpu_memory_utilization: Annotated[float | None, typer.Option(help="Share of the GPU's memory (0.9).")] = None,
+    kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Pool of cache and training.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float64.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of requests that give none (0).")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine (all cores).")] = None,
+    lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=DIRECTORY of an adapter; repeatable.")] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank (64).")] = None,
+    max_loras: Annotated[int | None, typer.Option(help="Adapters used at once (128).")] = None,
+    adapter_root: Annotated[str | None, typer.Option(help="/v1/load_lora_adapter takes directories below.")] = None,
+    slo_tpot_ms: Annotated[float | None, typer.Option(help="Objective per output token (100).")] = None,
+    slo_ttft_ms: Annotated[float | None, typer.Option(help="Objective to the first token (3000).")] = None,
+    policy: Annotated[str | None, typer.Option(help="coserve, inference-only, finetune-only, temporal:N, ...")] = None,
+    finetune_min_share: Annotated[float | None, typer.Option(help="Share of time that jobs always get (0).")] = None,
+    activation_memory: Annotated[str | None, typer.Option(help="Of the pool, for training: bytes, a share, auto.")] = None,
+    max_jobs: Annotated[int | None, typer.Option(help="Jobs that run at once (4).")] = None,
+    deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Jobs: same losses after a restart.")] = None,
+    data_dir: DataDirOption = None,
+    database_url: DatabaseOption = None,
+    max_file_bytes: Annotated[int | None, typer.Option(help="Largest upload (512 MiB).")] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="Largest other body (16 MiB).")] = None,
+    organization: Annotated[str | None, typer.Option(help="Third part of tuned models' names (coserve).")] = None,
+    vllm_metrics: Annotated[bool | None, typer.Option("--vllm-metrics", help="Metrics under vLLM's names too.")] = None,
+    shutdown_timeout: Annotated[float | None, typer.Option(help="Seconds for running requests at the end (10).")] = None,
+) -> None:
+    """Serve a model and finetune on it, with OpenAI's API."""
+    given = {name: value for name, value in context.params.items() if name != "config" and value not in (None, (), [])}
+    if "lora_modules" in given:
+        given["lora_modules"] = [_module(text) for text in given["lora_modules"]]
+    settings = read_settings(config, given)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    asyncio.run(run_server(settings))
+
+
+def _module(text: str) -> tuple[str, str]:
+    name, equals, directory = text.partition("=")
+    if not (name and equals and directory):
+        raise ConfigError(f"lora_modules: write it as NAME=DIRECTORY, got {text!r}", param="lora_modules")
+    return name, directory
+
+
+class _Server(uvicorn.Server):
+    """Signals are this module's: uvicorn would raise them once more at its end. lines: shown once it listens."""
+
+    lines: Sequence[str] = ()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        for line in self.lines:
+            console.print(line)
+
+
+async def run_server(config: ServerConfig) -> None:
+    """Serves until SIGINT or SIGTERM. Raises what keeps it from starting."""
+    _allow_many_files()
+    loop, this = asyncio.get_running_loop(), asyncio.current_task()
+    assert this is not None
+    app = create_app(config)
+    server = _Server(uvicorn.Config(
+        app, lifespan="off", access_log=False, log_level="warning", log_config=None, server_header=False,
+        timeout_graceful_shutdown=int(config.shutdown_timeout + _LAST_ANSWERS_S),
+    ))
+    with bind(config.host, config.port) as listener:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, this.cancel)
+        try:
+            async with open_services(config, console.print) as services:
+                app.state.services = services
+                server.lines = describe(services, listener.getsockname()[1])
+
+                def end() -> None:
+                    if server.should_exit:
+                        server.force_exit = True
+                    server.should_exit = True
+                    loop.call_later(config.shutdown_timeout, services.engine.fail_requests, "the server is ending")
+
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    loop.add_signal_handler(number, end)
+                await server.serve(sockets=[listener])
+                console.print("ending ...")
+        except asyncio.CancelledError:
+            console.print("ended before it was ready")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at the address; it takes connections only when the server listens. Raises ConfigError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(f"port: can't listen at {host}:{port} ({error.strerror or error})", param="port") from error
+    return listener
+
+
+def _allow_many_files() -> None:
+    """Each connection is one; the usual limit is low and may be raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def describe(services: Services, port: int) -> list[str]:
+    """The start-up log: what is served, how memory is split, what holds, and the line to paste into a client."""
+    config, info = services.config, services.engine.info
+    memory = {name: f"{size / GIB:.2f} GiB" for name, size in info.memory.items()}
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    asks = _asks_for_keys(services)
+    key = "YOUR-KEY" if asks else _NO_KEY
+    return [
+        f"model     {', '.join(services.models.base_names)}: {info.architecture}, {info.num_parameters / 1e6:.0f} M parameters",
+        f"runs      {info.dtype} on {info.device}, {info.threads} threads; requests of up to {info.max_model_len} tokens; "
+        f"ready after {info.start_s:.0f} s",
+        f"memory    weights {memory['weights']}; pool {memory['pool']}: {memory['inference']} guaranteed to inference, "
+        f"training may take {memory['training']}",
+        f"holds     {config.slo_tpot_ms:g} ms per token, {config.slo_ttft_ms:g} ms to the first; policy {config.policy}",
+        f"data      {config.data_dir.absolute()}",
+        f"keys      {'asked for' if asks else 'none: everybody who can reach the port may use it'}",
+        f"page      {address}/",
+        f'client    OpenAI(base_url="{address}/v1", api_key="{key}")',
+    ]
+
+
+def _asks_for_keys(services: Services) -> bool:
+    try:
+        services.tenants.identify(None)
+    except Unauthorized:
+        return True
+    return False
+
+
+# --- keys ---
+
+
+def _open_store(data_dir: Path | None, database_url: str | None) -> Store:
+    config = read_settings(None, {"data_dir": data_dir, "database_url": database_url})
+    make_private(config.data_dir)
+    return Store(index_url(config))
+
+
+@keys_app.command("add")
+def add_key(
+    tenant: Annotated[str, typer.Argument(help="Who it stands for.")], data_dir: DataDirOption = None,
+    database_url: DatabaseOption = None,
+) -> None:
+    """Make a key. It is shown once; only its digest is kept."""
+    key, record = make_key(tenant)
+    with contextlib.closing(_open_store(data_dir, database_url)) as store:
+        store.add_key(record)
+    print(key)
+
+
+@keys_app.command("list")
+def list_keys(data_dir: DataDirOption = None, database_url: DatabaseOption = None) -> None:
+    """Show keys, revoked ones included."""
+    table = Table("id", "tenant", "begins with", "made", "revoked")
+    with contextlib.closing(_open_store(data_dir, database_url)) as store:
+        for record in store.list_keys():
+            revoked = "" if record.revoked_at is None else _time(record.revoked_at)
+            table.add_row(record.id, record.tenant, record.prefix, _time(record.created_at), revoked)
+    console.print(table)
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")], data_dir: DataDirOption = None,
+    database_url: DatabaseOption = None,
+) -> None:
+    """End a key. A running server takes it for at most a second more."""
+    with contextlib.closing(_open_store(data_dir, database_url)) as store:
+        store.revoke_key(key_id, now())
+    print(f"revoked {key_id}")
+
+
+def _time(seconds: int) -> str:
+    return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "minutes")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Puts them into the command `coserve`."""
+    app.command("serve")(serve)
+    app.add_typer(keys_app, name="keys")

@@ -1,0 +1,96 @@
+"""The application: its routes, and the services behind them from start to end.
+
+Owns: in which order services start and stop, the data directory's lock. Does not own: what they do, the listening socket
+(servecli.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from coserve.server.engineclient import EngineClient
+from coserve.server.files import FileService
+from coserve.server.handlers import install_handlers
+from coserve.server.jobs import JobService
+from coserve.server.locks import hold, make_private
+from coserve.server.metrics import ServerMetrics
+from coserve.server.middleware import BodyLimits, LastResort
+from coserve.server.models import ModelDirectory
+from coserve.server.routes import adapters, files, finetuning, inference, page, status, tokens
+from coserve.server.services import Services
+from coserve.server.settings import ServerConfig
+from coserve.server.store import Store
+from coserve.server.tenants import Tenants, read_keys
+from coserve.tokenizer import ChatTokenizer
+
+LOCK_FILE, INDEX_FILE = "server.lock", "coserve.db"
+KEYS_VARIABLE = "COSERVE_API_KEYS"
+"""tenant=key,tenant=key: keys beside those of the settings and of the index."""
+_ROUTES = (inference, tokens, files, finetuning, adapters, status, page)
+_log = logging.getLogger(__name__)
+
+
+def index_url(config: ServerConfig) -> str:
+    """SQLAlchemy's URL of the index."""
+    return config.database_url or f"sqlite:///{(config.data_dir / INDEX_FILE).absolute()}"
+
+
+@asynccontextmanager
+async def open_services(config: ServerConfig, report: Callable[[str], None]) -> AsyncIterator[Services]:
+    """Starts everything, the engine's process included, and stops it in the reverse order.
+
+    report: takes a line about the start. Raises ConfigError for a data directory that can't be used, and what keeps the engine
+    from starting.
+    """
+    make_private(config.data_dir)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(hold(config.data_dir / LOCK_FILE))
+        store = Store(index_url(config))
+        stack.callback(store.close)
+        tenants = Tenants(store, [*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
+        uploads = FileService(config.data_dir / "files", store, config.max_file_bytes)
+        await asyncio.to_thread(uploads.rebuild)
+        engine = EngineClient(config, report=report)
+        stack.push_async_callback(engine.stop)
+        await engine.start()
+        tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory))
+        models = ModelDirectory(store, engine, config)
+        metrics = ServerMetrics(config, models.base_names[0])
+        engine.on_job(metrics.hear_job)
+        jobs = JobService(store=store, files=uploads, models=models, engine=engine, config=config)
+        stack.push_async_callback(jobs.stop)
+        await jobs.start()
+        yield Services(
+            config=config, engine=engine, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
+            models=models, metrics=metrics,
+        )
+
+
+def create_app(config: ServerConfig, *, report: Callable[[str], None] = _log.info) -> FastAPI:
+    """The application. Its lifespan opens the services; who has opened them already puts them at `app.state.services` and turns
+    the lifespan off."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with open_services(config, report) as services:
+            app.state.services = services
+            yield
+
+    app = FastAPI(
+        title="coserve", version=version("coserve"), lifespan=lifespan, redirect_slashes=False,
+        docs_url=None, redoc_url=None,  # their pages load scripts from other hosts
+    )
+    app.add_middleware(BodyLimits, max_bytes=config.max_body_bytes)
+    app.add_middleware(LastResort)
+    install_handlers(app)
+    for module in _ROUTES:
+        app.include_router(module.router)
+    return app

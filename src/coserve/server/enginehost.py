@@ -1,0 +1,233 @@
+"""Carries out the API's messages on an engine and reports what becomes of them.
+
+`take` runs on the process's main thread and never waits: what takes long (adapters, the start of jobs) runs in a pool. Chunks
+and ends of jobs come on the engine's thread. Does not own: the socket (mailbox.py), the process's life (enginemain.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from coserve.core import CoserveError, JobFailed, TokenLogprob
+from coserve.engine.engine import Engine
+from coserve.engine.jobs import JobHandle
+from coserve.engine.requests import Chunk, RequestHandle
+from coserve.finetune.job import JobEvent, MetricsTable
+from coserve.server.errors import EngineUnavailable, error_name
+from coserve.server.messages import (
+    ActJob,
+    Cancel,
+    Failed,
+    FromEngine,
+    Generate,
+    GetStats,
+    JobEnded,
+    JobHappened,
+    LoadAdapter,
+    LogprobEntry,
+    Problem,
+    Replied,
+    Shutdown,
+    StartJob,
+    ToEngine,
+    Tokens,
+    UnloadAdapter,
+)
+
+_POOL_THREADS = 4
+_READS = 10
+"""Tries of reading the engine's numbers between two changes of them."""
+
+
+def make_problem(error: BaseException) -> Problem:
+    """An error as it travels; one that isn't ours says of which kind it is."""
+    if isinstance(error, CoserveError):
+        return Problem(name=error_name(error), message=str(error), param=error.param)
+    return Problem(name=CoserveError.__name__, message=f"{type(error).__name__}: {error}")
+
+
+class EngineHost:
+    """post: sends a message, from any thread; stop: called at Shutdown."""
+
+    def __init__(self, engine: Engine, post: Callable[[FromEngine], None], stop: Callable[[], None]) -> None:
+        self._engine, self._post, self._stop = engine, post, stop
+        self._pool = ThreadPoolExecutor(_POOL_THREADS, "coserve-calls")
+        self._requests: dict[str, RequestHandle] = {}
+        self._jobs: dict[str, JobHandle | None] = {}  # None: being prepared
+        self._early: dict[str, list[str]] = {}  # what was asked of a job being prepared
+        self._lock = threading.Lock()
+
+    def take(self, message: ToEngine) -> None:
+        """Begins to carry out a message."""
+        match message:
+            case Generate():
+                self._generate(message)
+            case Cancel():
+                self._cancel(message.id)
+            case LoadAdapter(call=call, name=name, directory=directory):
+                self._call(call, lambda: self._engine.load_adapter(name, directory))
+            case UnloadAdapter(call=call, name=name):
+                self._call(call, lambda: self._engine.unload_adapter(name))
+            case StartJob():
+                with self._lock:
+                    self._jobs[message.id] = None
+                self._call(message.call, lambda: self._start_job(message))
+            case ActJob():
+                self._act(message.id, message.action)
+            case GetStats(call=call):
+                self._call(call, self._stats)
+            case Shutdown():
+                self._stop()
+
+    def close(self) -> None:
+        """Takes no more calls; those that wait are dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _call(self, number: int, work: Callable[[], Any]) -> None:
+        def run() -> None:
+            try:
+                reply = Replied(call=number, value=work())
+            except Exception as error:  # whatever it is, somebody waits for the answer
+                reply = Replied(call=number, problem=make_problem(error))
+            self._post(reply)
+
+        self._pool.submit(run)
+
+    def _stats(self) -> dict[str, Any]:
+        for _ in range(_READS):
+            try:
+                return {**self._engine.metrics(), "time_s": time.monotonic()}
+            except RuntimeError:  # a table changed size while it was read
+                time.sleep(1e-3)
+        return {**self._engine.metrics(), "time_s": time.monotonic()}
+
+    # --- requests ---
+
+    def _generate(self, message: Generate) -> None:
+        try:
+            handle = self._engine.submit(
+                message.prompt_ids, message.sampling, adapter=message.adapter, tenant=message.tenant, tpot_ms=message.tpot_ms,
+                ttft_ms=message.ttft_ms, arrival_s=message.arrival_s,
+            )
+        except CoserveError as error:
+            self._fail(message.id, error)
+            return
+        self._requests[message.id] = handle
+        _RequestReporter(message.id, handle, self._post, self._end)
+
+    def _end(self, request: str, error: CoserveError | None) -> None:
+        self._requests.pop(request, None)
+        if error is not None:
+            self._fail(request, error)
+
+    def _fail(self, request: str, error: CoserveError) -> None:
+        shown = EngineUnavailable(str(error)) if self._engine.closed else error
+        self._post(Failed(id=request, problem=make_problem(shown)))
+
+    def _cancel(self, request: str) -> None:
+        handle = self._requests.get(request)
+        if handle is not None:
+            with contextlib.suppress(CoserveError):  # the engine has stopped
+                handle.cancel()
+
+    # --- jobs ---
+
+    def _start_job(self, message: StartJob) -> None:
+        try:
+            handle = self._engine.finetune(
+                message.training_file, message.directory, message.config, name=message.adapter,
+                validation=message.validation_file, start=message.start, resume=message.resume, tenant=message.tenant,
+                weight=message.weight, listen=lambda event: self._job_happened(message.id, event),
+            )
+        except BaseException:
+            with self._lock:
+                del self._jobs[message.id]
+                self._early.pop(message.id, None)
+            raise
+        with self._lock:
+            self._jobs[message.id] = handle
+            early = self._early.pop(message.id, [])
+        for action in early:
+            _act(handle, action)
+        handle.watch(lambda ended: self._job_ended(message.id, ended))
+
+    def _act(self, job: str, action: str) -> None:
+        with self._lock:
+            if job not in self._jobs:
+                return
+            handle = self._jobs[job]
+            if handle is None:
+                self._early.setdefault(job, []).append(action)
+                return
+        _act(handle, action)
+
+    def _job_happened(self, job: str, event: JobEvent) -> None:
+        self._post(JobHappened(
+            id=job, level=cast(Literal["info", "warn", "error"], event.level), message=event.message, time_s=time.monotonic(),
+            row=None if event.row is None else dataclasses.asdict(event.row), num_steps=event.num_steps,
+            checkpoint=None if event.checkpoint is None else str(event.checkpoint), checkpoint_step=event.checkpoint_step,
+        ))
+
+    def _job_ended(self, job: str, handle: JobHandle) -> None:
+        """On the engine's thread, or on the pool's if the job ended at once."""
+        if self._engine.closed:  # the process ends, not the job: it goes on in the next one
+            return
+        with self._lock:
+            self._jobs.pop(job, None)
+        self._pool.submit(self._report_end, job, handle)
+
+    def _report_end(self, job: str, handle: JobHandle) -> None:
+        tokens = sum(row.tokens for row in MetricsTable(Path(handle.directory) / "metrics.csv").rows())
+        error = handle.error if handle.error is not None or handle.status != "failed" else JobFailed("the job failed")
+        self._post(JobEnded(
+            id=job, status=cast(Literal["succeeded", "failed", "cancelled"], handle.status), step=handle.step,
+            trained_tokens=tokens, problem=None if error is None else make_problem(error),
+        ))
+
+
+def _act(handle: JobHandle, action: str) -> None:
+    with contextlib.suppress(CoserveError):  # the engine has stopped
+        {"pause": handle.pause, "resume": handle.resume, "cancel": handle.cancel}[action]()
+
+
+class _RequestReporter:
+    """Turns a request's chunks into messages. end(id, error): called once, when nothing follows."""
+
+    def __init__(
+        self, request: str, handle: RequestHandle, post: Callable[[FromEngine], None],
+        end: Callable[[str, CoserveError | None], None],
+    ) -> None:
+        self._id, self._handle, self._post, self._end = request, handle, post, end
+        self._left = len(handle.outputs)
+        self._first = True
+        handle.listen(self._hear)
+
+    def _hear(self, chunk: Chunk) -> None:
+        handle = self._handle
+        last = chunk.finish_reason is not None
+        self._left -= last
+        failed = chunk.finish_reason == "error"
+        if not failed:
+            self._tell(chunk, last)
+        if not self._left:
+            self._end(self._id, (handle.error or CoserveError("the request failed")) if failed else None)
+
+    def _tell(self, chunk: Chunk, last: bool) -> None:
+        handle = self._handle
+        self._post(Tokens(
+            id=self._id, index=chunk.index, text=chunk.text, token_ids=list(chunk.token_ids), time_s=time.monotonic(),
+            finish_reason=chunk.finish_reason, cached_tokens=handle.cached_tokens if self._first else 0,
+            logprobs=_entries(chunk.logprobs), prompt_logprobs=_entries(handle.prompt_logprobs) if last else [],
+        ))
+        self._first = False
+
+
+def _entries(logprobs: Iterable[TokenLogprob]) -> list[LogprobEntry]:
+    return [LogprobEntry(token=found.token, logprob=found.logprob, top=list(found.top)) for found in logprobs]

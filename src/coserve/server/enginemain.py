@@ -1,0 +1,158 @@
+"""The engine's process: python -m coserve.server.enginemain. Its standard input gives a Setup, then stays open.
+
+Owns: this process's life: the lock on the data directory, loading, the order of ending. It ends at once when the API process
+has gone: the input's end says so. An error in the engine's thread ends it too; whoever started it starts another.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from coserve.core import ConfigError, CoserveError
+from coserve.engine.budget import available_bytes, weight_bytes
+from coserve.engine.engine import DEFAULT_POOL_SHARE, Engine
+from coserve.engine.model import LoadedModel, load_model
+from coserve.model.checkpoint import expected_shapes
+from coserve.server.enginehost import EngineHost, make_problem
+from coserve.server.locks import hold
+from coserve.server.mailbox import Mailbox
+from coserve.server.messages import Progress, Ready, Replied
+from coserve.server.settings import ServerConfig
+from coserve.server.setup import START_CALL, read_setup
+
+LOCK_FILE = "engine.lock"
+LOCK_WAIT_S = 30.0
+CUDA_WORK_SHARE = 0.15
+"""Of what weights leave on a GPU: for adapters, optimizers and the workspace of passes, which lie outside the pool."""
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pool_bytes(config: ServerConfig, device: torch.device) -> int | None:
+    """Bytes for the key-value cache and training arenas, the weights being loaded; None where free memory can't be told."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        left = total * config.gpu_memory_utilization - (total - free)
+        return max(1, int(left * (1 - CUDA_WORK_SHARE)))
+    available = available_bytes(device)
+    return None if available is None else int(available * DEFAULT_POOL_SHARE)
+
+
+def max_model_len(engine: Engine, asked: int | None) -> int:
+    """Tokens of prompt and output together that a request may have. Raises ConfigError if more is asked for."""
+    blocks = engine.blocks
+    limits = {
+        "the model's positions": engine.model.architecture.max_position_embeddings,
+        "what the key-value cache guarantees": blocks.guaranteed_blocks * blocks.block_tokens,
+    }
+    for what, limit in limits.items():
+        if asked is not None and asked > limit:
+            raise ConfigError(f"max_model_len: {asked} exceeds {what}, {limit} tokens; lower it", param="max_model_len")
+    return min([*limits.values(), *([] if asked is None else [asked])])
+
+
+def make_ready(engine: Engine, asked: int | None, start_s: float) -> Ready:
+    """What the API process is told of a started engine. Raises ConfigError."""
+    model, blocks, size = engine.model, engine.blocks, engine.pool.block_bytes
+    arch, weights = model.architecture, model.weights
+    return Ready(
+        model=model.name, directory=str(model.directory), fingerprint=model.fingerprint, architecture=arch.model_type,
+        num_parameters=sum(math.prod(shape) for shape in expected_shapes(arch).values()), vocab_size=arch.vocab_size,
+        max_model_len=max_model_len(engine, asked), device=weights.device.type,
+        dtype=str(weights.dtype).removeprefix("torch."), threads=torch.get_num_threads(), start_s=start_s,
+        memory={
+            "weights": weight_bytes(arch, weights.dtype.itemsize), "pool": blocks.num_blocks * size,
+            "inference": blocks.guaranteed_blocks * size, "training": (blocks.num_blocks - blocks.guaranteed_blocks) * size,
+        },
+    )
+
+
+class _Process:
+    """failed: the engine's thread has ended by an error."""
+
+    def __init__(self, config: ServerConfig, mailbox: Mailbox) -> None:
+        self.config, self.mailbox, self.failed = config, mailbox, False
+
+    def report(self, line: str) -> None:
+        """A line about the start, at once."""
+        self.mailbox.post(Progress(line=line))
+        self.mailbox.flush()
+
+    def load(self) -> LoadedModel:
+        config = self.config
+        torch.set_num_threads(config.threads or num_cores())
+        self.report(f"loading {config.model or 'the default model'} ...")
+        return load_model(config.model, device=config.device, dtype=config.dtype, report=self.report)
+
+    def run(self) -> None:
+        """Loads, then serves until Shutdown or an error of the engine's thread. Raises what keeps it from starting."""
+        began = time.monotonic()
+        model = self.load()
+        settings = self.config.engine_config(pool_bytes(self.config, model.weights.device))
+        engine = Engine(model, settings, clock=time.monotonic, report=self.report)
+        ready = make_ready(engine, self.config.max_model_len, time.monotonic() - began)
+        threading.excepthook = self._thread_failed
+        host = EngineHost(engine, self.mailbox.post, self.mailbox.stop)
+        with engine:
+            self.mailbox.post(ready)
+            self.mailbox.flush()
+            self.mailbox.run(host.take)
+        host.close()
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        threading.__excepthook__(failure)
+        self.failed = True
+        self.mailbox.stop()
+
+
+def end_with(parent: BinaryIO) -> None:
+    """Ends this process, whatever it does, when the other end of `parent` has gone."""
+
+    def wait() -> None:
+        parent.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="coserve-parent", daemon=True).start()
+
+
+def main() -> int:
+    """Exit code: 0 after Shutdown, 1 otherwise."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a terminal or service: the API process decides
+        signal.signal(number, signal.SIG_IGN)
+    setup = read_setup(sys.stdin.buffer.readline())
+    end_with(sys.stdin.buffer)
+    with Mailbox(setup.address) as mailbox:
+        process = _Process(setup.config, mailbox)
+        try:
+            lock = Path(setup.config.data_dir) / LOCK_FILE
+            with hold(
+                lock, timeout_s=LOCK_WAIT_S, waiting=lambda: process.report("waiting for the engine before this one to end ...")
+            ):
+                process.run()
+        except Exception as error:
+            if not isinstance(error, (CoserveError, OSError)):
+                traceback.print_exc()
+            mailbox.post(Replied(call=START_CALL, problem=make_problem(error)))
+            return 1
+        return 1 if process.failed else 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a call may still run in the pool; nobody waits for it

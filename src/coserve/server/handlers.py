@@ -1,0 +1,69 @@
+"""Every error as OpenAI's body: {"error": {message, type, param, code}}. Statuses of our own errors are in errors.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from coserve.core import CoserveError
+from coserve.server.errors import RETRY_AFTER_S, Unauthorized, error_body, status_of
+
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
+_PARTS = ("body", "query", "path", "header", "cookie")
+_LONGEST = 300
+
+
+def plain_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """The body of an error that has no class of its own."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": _CODES.get(status)}}
+
+
+def field_name(place: Sequence[int | str]) -> str | None:
+    """('body', 'messages', 0, 'role') -> 'messages[0].role'; None for the body as a whole."""
+    parts = place[1:] if place and place[0] in _PARTS else place
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+    return name[:_LONGEST] or None
+
+
+async def on_coserve_error(request: Request, error: Exception) -> Response:
+    """One of ours, by its class."""
+    assert isinstance(error, CoserveError)
+    status, headers = status_of(error), {}
+    if status in (429, 503):
+        headers["retry-after"] = str(RETRY_AFTER_S)
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), status, headers=headers)
+
+
+async def on_invalid_request(request: Request, error: Exception) -> Response:
+    """What pydantic refuses: 400 with the first field's name."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return JSONResponse(plain_body(400, "the body isn't valid JSON"), 400)
+    name = field_name(first["loc"])
+    message = first["msg"][:_LONGEST]
+    return JSONResponse(plain_body(400, f"{name}: {message}" if name else message, name), 400)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """No such route, another method, a body that breaks off."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path[:_LONGEST]}"
+    known = {404: f"there is no {where}", 405: f"{where}: this route takes other methods"}
+    message = known.get(error.status_code, error.detail)
+    return JSONResponse(plain_body(error.status_code, message), error.status_code, headers=error.headers)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Gives the application all of them."""
+    app.add_exception_handler(CoserveError, on_coserve_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_request)
+    app.add_exception_handler(HTTPException, on_http_error)

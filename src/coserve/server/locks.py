@@ -1,0 +1,63 @@
+"""Locks on files of the data directory: one server, one engine, at a time. The system frees them when a process dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from coserve.core import ConfigError
+
+_LOOK_EVERY_S = 0.1
+
+
+def make_private(directory: Path) -> None:
+    """Makes a directory that only its owner can look into, if there is none. Raises ConfigError."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"data_dir: {directory} can't be made ({error.strerror})", param="data_dir") from error
+
+
+@contextmanager
+def hold(path: Path, *, timeout_s: float = 0.0, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Holds the lock of a file, which gets this process's number.
+
+    waiting: called once if somebody else has it. Raises ConfigError if they still have it after timeout_s, or the file can't
+    be written.
+    """
+    try:
+        file = open(path, "a+", encoding="ascii")  # noqa: SIM115  # held beyond this function's `try`
+    except OSError as error:
+        raise ConfigError(f"data_dir: {path} can't be written ({error.strerror})", param="data_dir") from error
+    with file:
+        limit = time.monotonic() + timeout_s
+        while not _take(file.fileno()):
+            waiting()
+            waiting = _nothing
+            if time.monotonic() >= limit:
+                file.seek(0)
+                raise ConfigError(
+                    f"data_dir: {path.parent} is in use by process {file.read().strip() or 'unknown'}; stop that one, or give "
+                    "another data_dir", param="data_dir",
+                )
+            time.sleep(_LOOK_EVERY_S)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _nothing() -> None:
+    pass
+
+
+def _take(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,102 @@
+"""Around every route: limits of bodies, request ids, and what happens to an exception that nobody expected.
+
+Plain ASGI, so that streams pass as they are. Does not own: errors that are expected (handlers.py), an upload's limits (files).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from coserve.server.handlers import plain_body
+
+UPLOADS = ("/v1/files", "/v1/files/")
+"""POST to these has limits of its own, and may be larger."""
+REQUEST_ID = "x-request-id"
+_GIVEN_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+_log = logging.getLogger(__name__)
+
+
+class BodyLimits:
+    """Refuses bodies over `max_bytes` (413), counted as they come, and compressed ones (415): nothing here unpacks any."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        encoding = headers.get("content-encoding", "").strip().lower()
+        if encoding not in ("", "identity"):
+            await _refuse(415, f"content-encoding: {encoding[:40]!r} isn't taken; send the body as it is")(scope, receive, send)
+            return
+        if scope["method"] == "POST" and scope["path"] in UPLOADS:
+            await self._app(scope, receive, send)
+            return
+        length = headers.get("content-length", "")
+        if length.isdecimal() and (len(length) > 18 or int(length) > self._max_bytes):
+            await _refuse(413, self._too_large())(scope, receive, send)
+            return
+        await self._app(scope, self._counted(receive), send)
+
+    def _too_large(self) -> str:
+        return f"the body exceeds max_body_bytes={self._max_bytes}"
+
+    def _counted(self, receive: Receive) -> Receive:
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._max_bytes:
+                raise HTTPException(413, self._too_large(), headers={"connection": "close"})
+            return message
+
+        return counted
+
+
+def _refuse(status: int, message: str) -> JSONResponse:
+    """The body that comes is never read, so the connection ends."""
+    return JSONResponse(plain_body(status, message), status, headers={"connection": "close"})
+
+
+class LastResort:
+    """Names every request, by its own x-request-id if it has one; an unexpected exception is logged under that name and
+    answered with a 500 that tells nothing of the inside."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        request = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
+        started = False
+
+        async def named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message).setdefault(REQUEST_ID, request)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, named)
+        except Exception:
+            _log.exception("request %s: %s %s failed", request, scope["method"], scope["path"])
+            if not started:  # else the connection is cut, which tells the client
+                message = f"the server has failed; its log says how, under request {request}"
+                await JSONResponse(plain_body(500, message), 500)(scope, receive, named)

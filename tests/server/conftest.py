@@ -1,0 +1,160 @@
+"""Whole servers on a tiny model, as `coserve serve` starts them: a process for the API, which has one for the engine.
+
+`server` is shared by all tests of a run; `start_server` gives a test its own, to be killed or told otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.tiny_directory import build_tiny_directory
+
+START_S = 120.0
+_PROGRAM = "from coserve.cli import main; main()"
+_SETTINGS = ("--threads", "1", "--kv-cache-memory-bytes", str(32 << 20), "--max-file-bytes", str(4 << 20))
+
+
+def run_coserve(*arguments: str, timeout: float = START_S) -> subprocess.CompletedProcess[str]:
+    """A command to its end."""
+    return subprocess.run(
+        [sys.executable, "-c", _PROGRAM, *arguments], capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started and that live."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, one that waits to be buried aside."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> float:
+    """How long it took; fails if it takes longer than `seconds`."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"not within {seconds} s"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+class RunningServer:
+    """One server. url: without /v1; log: what it has printed."""
+
+    def __init__(self, model: Path, data_dir: Path, *options: str) -> None:
+        data_dir.parent.mkdir(parents=True, exist_ok=True)
+        self.model, self.data_dir = model, data_dir
+        self._log_path = data_dir.with_name(f"{data_dir.name}-{time.monotonic_ns()}.log")
+        with self._log_path.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, "serve", str(model), "--port", "0", "--data-dir", str(data_dir), *_SETTINGS,
+                 *options],
+                stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        try:
+            wait_until(lambda: "OpenAI(base_url=" in self.log or self.process.poll() is not None, START_S)
+        except BaseException:
+            self.process.kill()
+            raise
+        assert self.process.poll() is None, self.log
+        self.url = self.log.partition('OpenAI(base_url="')[2].partition('/v1"')[0]
+
+    @property
+    def log(self) -> str:
+        return self._log_path.read_text()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def engine_pid(self) -> int:
+        """Of the engine's process, whichever it is now."""
+        (pid,) = children(self.pid)
+        return pid
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its engine takes requests."""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    @property
+    def model_name(self) -> str:
+        """The base model's."""
+        name: str = httpx.get(f"{self.url}/v1/models", timeout=30).json()["data"][0]["id"]
+        return name
+
+    def kill_engine(self) -> int:
+        """kill -9; the number it had."""
+        pid = self.engine_pid
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def stop(self, timeout: float = 60.0) -> int:
+        """SIGTERM; the exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(timeout)
+            raise
+
+
+StartServer = Callable[..., RunningServer]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory; the profile of its speed is kept for the session."""
+    os.environ["COSERVE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return build_tiny_directory(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """The server that tests share: no keys, a small pool, adapters below its data directory."""
+    data_dir = tmp_path_factory.mktemp("server") / "data"
+    running = RunningServer(tiny_model, data_dir, "--adapter-root", str(data_dir))
+    yield running
+    assert running.stop() == 0, running.log
+
+
+@pytest.fixture
+def start_server(tiny_model: Path, tmp_path: Path) -> Iterator[StartServer]:
+    """start_server(*options, data_dir=None): servers that end with the test."""
+    running: list[RunningServer] = []
+
+    def start(*options: str, data_dir: Path | None = None) -> RunningServer:
+        running.append(RunningServer(tiny_model, data_dir or tmp_path / "data", *options))
+        return running[-1]
+
+    yield start
+    for one in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            one.stop()
