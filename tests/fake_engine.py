@@ -9,6 +9,7 @@ scheduler thinks of it. Tokens are a function of request and position, so that a
 from __future__ import annotations
 
 import random
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -245,7 +246,8 @@ class FakeRunner:
 @dataclass(slots=True, kw_only=True)
 class FakeJob:
     """A job that trains the same optimizer batch for ever, or `steps` times. microbatches: tokens of each example, per
-    micro-batch; grouped: no micro-batch's backward begins before all of the batch are forward."""
+    micro-batch; grouped: no micro-batch's backward begins before all of the batch are forward; grid: of a deterministic job,
+    which has one micro-batch in flight."""
 
     work: JobWork
     microbatches: Sequence[Sequence[int]]
@@ -253,6 +255,7 @@ class FakeJob:
     grouped: bool = False
     forward_only: bool = False
     lowest: int = 0
+    grid: int | None = None
     steps: int | None = None
     steps_done: int = 0
     next: int = 0
@@ -298,10 +301,9 @@ class FakeEngine:
         )
         request = FakeRequest(state=state, stop_at=min(max_tokens, stop_at or max_tokens), cancel_at=cancel_at)
         self.requests[number] = request
-        self._coming.append(request)
+        insort(self._coming, request, key=lambda r: -r.state.arrival_s)
         if cancel_at is not None:
             self._leaving.append(request)
-        self._coming.sort(key=lambda r: -r.state.arrival_s)
         return request
 
     def add_job(
@@ -412,7 +414,8 @@ class FakeEngine:
                 job.updating = True
                 job.work.optimizer_elements, job.work.optimizer_done = job.elements, 0
             return
-        while job.next < len(job.microbatches) and len(job.waiting) < self.scheduler.config.max_microbatches:
+        most = self.scheduler.config.max_microbatches if job.grid is None else 1
+        while job.next < len(job.microbatches) and len(job.waiting) < most:
             self._begin(job, job.microbatches[job.next])
 
     def _begin(self, job: FakeJob, examples: Sequence[int]) -> None:
@@ -422,6 +425,7 @@ class FakeEngine:
         work = MicrobatchWork(
             id=self._numbers, job=job.work.id, num_tokens=ends[-1], num_layers=self.num_layers, lowest=job.lowest,
             bounds=list(zip([0, *ends[:-1]], ends, strict=True)), label_rows=range(ends[-1]), forward_only=job.forward_only,
+            grid=job.grid,
         )
         job.waiting.append(work)
         self.runner.microbatches[work.id] = _Progress(work=work)

@@ -102,6 +102,11 @@ class OptimizerConfig:
         _require(self.slice_elements >= 1, "slice_elements", f"must be at least 1, got {self.slice_elements}")
 
 
+GRID_TOKENS = 128
+"""Largest window of a deterministic job. Its windows can't shrink under load, so that each must fit into the time that requests
+leave: a window of 128 takes most of the best rate on a CPU, and its loss head fits under the default ITL cap."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneConfig:
     """One finetuning job."""
@@ -135,7 +140,8 @@ class FinetuneConfig:
     validation_steps: int = 0
     """Validation loss every so many optimizer steps; 0: once an epoch, if there is validation data."""
     deterministic: bool = False
-    """A fixed window grid and fixed threads: losses are bit-identical after a resume."""
+    """A fixed grid of windows of at most 128 tokens, and fixed threads: losses are bit-identical after a resume, whatever runs
+    beside the job."""
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -154,6 +160,11 @@ class FinetuneConfig:
         for name in ("checkpoint_steps", "validation_steps"):
             value = getattr(self, name)
             _require(value >= 0, name, f"must be 0 or more, got {value}")
+
+    @property
+    def grid_tokens(self) -> int | None:
+        """The windows of a deterministic job begin at multiples of this; None: windows follow the load."""
+        return min(self.window_tokens, GRID_TOKENS) if self.deterministic else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +232,8 @@ class SchedulerConfig:
     ttft_ms: float = 3000.0
     """Objective: milliseconds from arrival to the first token; a request may set its own."""
     itl_factor: float = 2.0
-    """No iteration with running requests is planned longer than this times the least TPOT objective among them."""
+    """No iteration with running requests is planned longer than this times the least TPOT objective among them, but for a
+    deterministic job's unit that is longer by itself."""
     preemption_quantum_ms: float = 250.0
     """Longest planned iteration when nothing is running: what a new arrival may wait."""
     finetune_min_share: float = 0.0

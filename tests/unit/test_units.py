@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
 
 from coserve.core import Direction, StepPlan, Unit, WorkUnit
-from coserve.scheduler.work import MicrobatchWork, Phase
+from coserve.scheduler.latency import PassCost
+from coserve.scheduler.units import PATIENCE, UnitPicker
+from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 from tests.fake_engine import FakeEngine
 from tests.unit.test_hybrid import decoding, engine, law, step
 
@@ -66,6 +69,115 @@ def test_optimizer_slices_fill_the_time_and_cover_the_step() -> None:
     parts = [part for _, plan in fake.plans for part in plan.optimizer]
     assert job.steps_done == 2 and sum(part.end - part.start for part in parts) == 4_000_000
     assert len(parts) >= 8 and all(plan.predicted_s <= 0.05 + 1e-9 for _, plan in fake.plans)
+
+
+# --- patience: an inefficient unit waits, since slack that is not used adds up ---
+
+
+def small_slack(fake: FakeEngine) -> tuple[UnitPicker, list[JobWork], PassCost]:
+    """A picker with one job, whose units are efficient over many rows only, beside a pass."""
+    work = MicrobatchWork(id=1, job=1, num_tokens=2000, num_layers=4, lowest=0, bounds=[(0, 2000)], label_rows=range(2000))
+    job = JobWork(id=1, tenant="")
+    job.microbatches[1] = work
+    return fake.scheduler.picker, [job], PassCost(4, 4, 4, 400, 0, 0, 0, 0, 0)
+
+
+def test_an_inefficient_unit_waits_for_eight_iterations_and_no_longer() -> None:
+    fake = engine(law(layers=0.002, row_layer=0.00002))
+    little = 0.002 + 100 * 0.00002  # a window of under 100 rows through one layer: half the best rate
+    for _ in range(2):  # the patience comes back with every unit
+        picker, jobs, cost = small_slack(fake)
+        for _ in range(PATIENCE):
+            assert not picker.pick(jobs, little, cost, fuse=False).units
+        unit, = picker.pick(jobs, little, cost, fuse=False).units
+        assert unit.unit.end - unit.unit.start < 100
+
+
+def test_an_efficient_unit_does_not_wait() -> None:
+    picker, jobs, cost = small_slack(engine(law(layers=0.002, row_layer=0.00002)))
+    assert not picker.pick(jobs, 0.004, cost, fuse=False).units
+    found = picker.pick(jobs, 0.1, cost, fuse=False).units
+    assert found and found[0].unit.end - found[0].unit.start >= 500
+
+
+def test_nothing_waits_where_no_pass_is_to_gain_slack() -> None:
+    picker, jobs, _ = small_slack(engine(law(layers=0.002, row_layer=0.00002)))
+    assert picker.pick(jobs, 0.004, None, fuse=False, patient=False).units
+
+
+# --- a deterministic job's grid ---
+
+
+def on_the_grid(fake: FakeEngine, tokens: int, grid: int) -> None:
+    """Every window is the next one of the grid, whole through each layer, and none is fused."""
+    for work in fake.runner.units:
+        start, end = work.unit.start, work.unit.end
+        assert not work.fused
+        assert (start % grid == 0 and end == min(start + grid, tokens)), work
+
+
+@pytest.mark.parametrize("tokens", [100, 128, 700, 1024])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_windows_are_on_the_grid_under_any_load(tokens: int, lag: int) -> None:
+    rng = random.Random(tokens + lag)
+    fake = engine(law(once=0.03, row=1e-5), lag=lag, num_layers=6)  # rows that ride in the pass would be nearly free
+    job = fake.add_job([[tokens]] * 3, grid=128, steps=6)
+    for _ in range(80):
+        fake.submit(rng.randrange(1, 300), rng.randrange(1, 60), at=rng.uniform(0, 8), tpot_s=rng.choice([0.05, 0.1, 0.4]))
+    fake.run()
+    assert job.steps_done == 6
+    on_the_grid(fake, tokens, 128)
+    ranges = {work.unit.layer_end - work.unit.layer_start for work in fake.runner.units}
+    assert len(ranges) > 1, "layer ranges follow the load"
+
+
+def test_a_unit_over_the_quantum_runs_where_nobody_waits() -> None:
+    fake = engine(law(row_layer=0.004))  # 128 rows through one layer: half a second, and a quantum is a quarter
+    job = fake.add_job([[300]], grid=128, steps=2)
+    fake.run()
+    assert job.steps_done == 2
+    on_the_grid(fake, 300, 128)
+
+
+def test_a_unit_over_the_itl_cap_waits_for_slack_and_harms_nobody() -> None:
+    """128 rows through one layer take 0.26 s forward and 0.52 s backward; the cap is 0.2 s."""
+    fake = engine(law(row_layer=0.002))
+    requests = [fake.submit(20, 150, at=0.5 * i) for i in range(60)]
+    job = fake.add_job([[300]], grid=128)
+    fake.run(25.0)
+    assert job.steps_done >= 1
+    assert all(request.met for request in requests if request.finished_s is not None)
+    assert max(plan.predicted_s for _, plan in fake.plans) > 0.5
+    on_the_grid(fake, 300, 128)
+
+
+def test_a_stuck_job_has_its_turn_beside_one_that_takes_all_slack() -> None:
+    fake = engine(law(row_layer=0.001))
+    for i in range(40):
+        fake.submit(20, 300, at=0.5 * i)
+    fixed, free = fake.add_job([[256]], grid=128), fake.add_job([[256]])
+    fake.run(60.0)
+    assert fixed.steps_done >= 1
+    assert fake.runner.trained[fixed.work.id] > 0.4 * fake.runner.trained[free.work.id]
+
+
+def test_a_stuck_job_takes_what_leaves_hope_when_slack_never_suffices() -> None:
+    """New requests come so often that the least slack stays small; each may still lose half a second of its sixty."""
+    fake = engine(law(once=0.06, row_layer=0.002), max_num_seqs=8)
+    requests = [fake.submit(5, 600, at=0.3 * i, stop_at=12) for i in range(300)]
+    job = fake.add_job([[128]], grid=128)
+    fake.run(80.0)
+    assert job.steps_done >= 1 and len(fake.runner.units) >= 8
+    assert all(request.finished_s is not None for request in requests[:200])
+
+
+def test_the_least_share_reaches_a_job_whose_units_are_long() -> None:
+    fake = engine(law(once=0.25, row_layer=0.004), finetune_min_share=0.1)
+    for i in range(4):
+        fake.submit(50, 400, at=0.01 * i)
+    job = fake.add_job([[128]], grid=128)
+    fake.run(60.0)
+    assert len(fake.runner.units) >= 2 and job.work.id in fake.runner.trained
 
 
 # --- policies ---

@@ -45,7 +45,8 @@ class BatchSource(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Microbatch:
-    """One micro-batch. is_reference: it only scores the reference policy. state: None until it has memory."""
+    """One micro-batch. is_reference: it only scores the reference policy. deterministic: its units' sums have one order. state:
+    None until it has memory."""
 
     groups: Sequence[Group]
     batch: PackedBatch
@@ -53,6 +54,7 @@ class Microbatch:
     adapter: LoraAdapter | None
     forward_only: bool
     is_reference: bool
+    deterministic: bool
     state: InFlight | None = None
 
 
@@ -94,7 +96,8 @@ class BatchWork:
         device = self.source.executor.weights.device
         batch = pack(examples, device=device, seed=self.source.config.seed, step=step)
         return Microbatch(
-            groups=groups, batch=batch, plan=plan, adapter=adapter, forward_only=forward_only, is_reference=reference
+            groups=groups, batch=batch, plan=plan, adapter=adapter, forward_only=forward_only, is_reference=reference,
+            deterministic=self.source.config.deterministic,
         )
 
     # --- the course of one micro-batch ---

@@ -2,8 +2,8 @@
 
     any thread: submit, cancel, finetune --inbox--> the engine's thread: step() --handles--> whoever waits
 
-Drive it by calling `step`, or `start` a thread. Owns: the public methods, the thread, the step. Does not own: what an iteration
-holds (scheduler/), how it runs (step.py), what becomes of requests (requesttable.py) and of jobs (jobtable.py).
+Drive it by calling `step`, or `start` a thread. Owns: the public methods, the step. Does not own: what an iteration holds
+(scheduler/), how it runs (step.py), the thread (inbox.py), what becomes of requests (requesttable.py) and jobs (jobtable.py).
 """
 
 from __future__ import annotations
@@ -12,26 +12,17 @@ import asyncio
 import contextlib
 import itertools
 import math
-import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
 from coserve.config import EngineConfig, FinetuneConfig, SamplingConfig
-from coserve.core import (
-    CapacityError,
-    ConfigError,
-    CoserveError,
-    NotFound,
-    StepPlan,
-    StepResult,
-)
+from coserve.core import CapacityError, ConfigError, CoserveError, NotFound, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.budget import available_bytes
 from coserve.engine.finetuning import prepare_beside
+from coserve.engine.inbox import Inbox
 from coserve.engine.jobs import JobHandle
 from coserve.engine.jobtable import JobTable
 from coserve.engine.model import LoadedModel
@@ -51,7 +42,6 @@ from coserve.scheduler.latency import LatencyModel
 
 DEFAULT_POOL_SHARE = 0.4
 """Share of the free memory that the pool takes if nothing is said."""
-_IDLE_WAIT_S = 0.05
 
 
 class Runner(Protocol):
@@ -79,7 +69,7 @@ class Engine:
         num_blocks = self._pool_bytes() // size
         if num_blocks < 1:
             raise CapacityError(f"memory_bytes: one block of the key-value cache takes {size} bytes", param="memory_bytes")
-        self.blocks = BlockPool(
+        pool = self.blocks = BlockPool(
             num_blocks, blocks, guaranteed_blocks=math.ceil(num_blocks * self.config.inference_share),
             caching=self.config.prefix_caching,
         )
@@ -87,7 +77,7 @@ class Engine:
         slots = AdapterSlots(
             arch, weights.dtype, weights.device, max_slots=self.config.max_adapters, max_rank=self.config.max_lora_rank
         )
-        self.adapters = AdapterRegistry(slots, lambda version: self.blocks.forget(version.name, version.number))
+        self.adapters = AdapterRegistry(slots, lambda version: pool.forget(version.name, version.number))
         self.train = TrainExecutor(model.executor)
         self.passes = PassExecutor(model.executor, self.train, self.pool, slots, cuda_graphs=self.config.cuda_graphs)
         self.runner: Runner = runner or StepRunner(self.passes, self.train, clock)
@@ -95,13 +85,9 @@ class Engine:
             latency = latency_model(self.passes, self.train, self.blocks, self.config.scheduler, model.fingerprint, report)
         self.scheduler = HybridScheduler(self.config.scheduler, latency, self.blocks, arch.num_layers)
         numbers = itertools.count(1).__next__
-        self.requests = RequestTable(model, self.blocks, self.scheduler, self.adapters, numbers, self.now)
+        self.requests = RequestTable(model, self.blocks, self.scheduler, self.adapters, numbers, clock)
         self.jobs = JobTable(arch, self.config, self.blocks, self.pool, self.scheduler, self.adapters, numbers)
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._closing = self._closed = False
+        self._inbox = Inbox()
         self._counts: dict[str, float] = dict.fromkeys(
             ("iterations", "inference_tokens", "prompt_tokens", "finetune_tokens", "busy_s", "inference_busy_s",
              "finetune_busy_s"), 0.0,
@@ -143,10 +129,18 @@ class Engine:
         numbers: list[int] = []
         handle = RequestHandle(
             ids, config, self.now() if arrival_s is None else arrival_s,
-            lambda: self._post(lambda: self.requests.cancel(numbers)),
+            lambda: self._inbox.post(lambda: self.requests.cancel(numbers)),
         )
         objectives = ((tpot_ms or limits.tpot_ms) / 1e3, (ttft_ms or limits.ttft_ms) / 1e3)
-        self._post(lambda: self.requests.admit(handle, adapter, tenant, objectives, numbers))
+
+        def admit() -> None:
+            try:
+                self.requests.admit(handle, adapter, tenant, objectives, numbers)
+            except Exception as error:  # a bug, which ends the engine: whoever waits must hear of it
+                self.requests.refuse(handle, CoserveError(f"the engine stopped: {error!r}"))
+                raise
+
+        self._inbox.post(admit)
         return handle
 
     def generate(
@@ -171,7 +165,7 @@ class Engine:
         """Submits a prompt; yields its chunks as they come. Leaving the iterator early cancels the request."""
         handle = self.submit(prompt, sampling, **options)
         try:
-            yield from handle.chunks(None if self._thread is not None else self._step_or_wait)
+            yield from handle.chunks(None if self._inbox.has_thread else self._step_or_wait)
         finally:
             handle.cancel()
 
@@ -179,7 +173,7 @@ class Engine:
         self, prompt: Sequence[int] | str, sampling: SamplingConfig | None = None, **options: Any
     ) -> AsyncIterator[Chunk]:
         """`stream` for asyncio. The engine must have been started."""
-        if self._thread is None:
+        if not self._inbox.has_thread:
             raise ConfigError("astream: start() the engine first: it needs a thread of its own")
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Chunk]()
         handle = self.submit(prompt, sampling, **options)
@@ -208,15 +202,15 @@ class Engine:
         Raises NotFound, InvalidRequest.
         """
         adapter = self.model.load_adapter(Path(directory))
-        self._call(lambda: self.adapters.publish(name, adapter))
+        self._inbox.call(lambda: self.adapters.publish(name, adapter))
 
     def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
         """The same from memory; `adapter` must not change afterwards."""
-        self._call(lambda: self.adapters.publish(name, adapter))
+        self._inbox.call(lambda: self.adapters.publish(name, adapter))
 
     def unload_adapter(self, name: str) -> None:
         """Requests can't ask for it any more; those that use it go on. Raises NotFound."""
-        self._call(lambda: self.adapters.remove(name))
+        self._inbox.call(lambda: self.adapters.remove(name))
 
     def finetune(
         self, data: str | Path, output: str | Path, config: FinetuneConfig | None = None, *, name: str | None = None,
@@ -229,7 +223,9 @@ class Engine:
         among jobs. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is written.
         """
         config, directory = config or FinetuneConfig(), Path(output)
-        handle = JobHandle(name or directory.name, directory, lambda action: self._post(lambda: self.jobs.act(handle, action)))
+        handle = JobHandle(
+            name or directory.name, directory, lambda action: self._inbox.post(lambda: self.jobs.act(handle, action))
+        )
 
         def hear(event: JobEvent) -> None:
             handle.listen(event)
@@ -244,15 +240,15 @@ class Engine:
         for plan in (prepared.trainer.plan, prepared.trainer.scoring):
             self.train.prepare(plan)
         handle.num_steps, handle.step = prepared.job.num_steps, prepared.job.cursor.step
-        self._post(lambda: self.jobs.begin(prepared, handle, tenant, weight))
+        self._inbox.post(lambda: self.jobs.begin(prepared, handle, tenant, weight))
         return handle
 
     # --- iterations ---
 
     def step(self) -> bool:
         """One iteration; False if there was nothing to do. Not to be called while the engine has a thread."""
-        with self._lock:
-            self._drain()
+        with self._inbox.lock:
+            self._inbox.drain()
             self.jobs.pump()
             plan = self.scheduler.schedule(self.now())
             if plan.empty:
@@ -285,27 +281,18 @@ class Engine:
 
     def start(self) -> Engine:
         """Gives the engine a thread of its own; returns the engine."""
-        if self._thread is None:
-            self._closing = False
-            self._thread = threading.Thread(target=self._loop, name="coserve-engine", daemon=True)
-            self._thread.start()
+        self._inbox.start(self.step, self._fail)
         return self
 
     def close(self) -> None:
-        """Stops the thread, cancels what is left and waits for files being written."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            with self._wake:
-                self._closing = True
-                self._wake.notify()
-            thread.join()
-        with self._lock:
-            with self._wake:
-                self._closed = True
-            self._drain()
+        """Stops the thread, cancels what is left, waits for files being written and gives the pool's memory back."""
+        self._inbox.stop()
+        with self._inbox.lock:
+            self._inbox.close()
             self.jobs.cancel_all()
             self.requests.cancel(list(self.requests.live))
         self.jobs.writer.shutdown()
+        self.pool.release()
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -313,25 +300,9 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _loop(self) -> None:
-        while not self._closing:
-            try:
-                worked = self.step()
-            except Exception as error:  # a bug: nobody may wait for ever
-                self._fail_all(error)
-                raise
-            if not worked:
-                with self._wake:
-                    if not self._inbox and not self._closing:
-                        self._wake.wait(_IDLE_WAIT_S)
-
-    def _fail_all(self, error: Exception) -> None:
-        wrapped = error if isinstance(error, CoserveError) else CoserveError(f"the engine stopped: {error!r}")
-        with self._wake:
-            self._closed = True
-        self._drain()
-        self.requests.fail_all(wrapped)
-        self.jobs.fail_all(wrapped)
+    def _fail(self, error: CoserveError) -> None:
+        self.requests.fail_all(error)
+        self.jobs.fail_all(error)
 
     def _drive(self, done: Callable[[], bool]) -> None:
         """Runs or waits until done."""
@@ -339,44 +310,36 @@ class Engine:
             self._step_or_wait()
 
     def _step_or_wait(self) -> None:
-        if self._thread is not None or not self.step():
+        if self._inbox.has_thread or not self.step():
             time.sleep(1e-3)
-
-    def _post(self, command: Callable[[], None]) -> None:
-        """Has the engine's thread run a command before its next iteration."""
-        with self._wake:
-            if self._closed:
-                raise CoserveError("the engine is closed")
-            self._inbox.append(command)
-            self._wake.notify()
-
-    def _call(self, command: Callable[[], object]) -> None:
-        """Runs a command between two iterations; raises what it raises."""
-        if self._thread is None:
-            with self._lock:
-                command()
-            return
-        done: Future[object] = Future()  # a busy engine hardly ever leaves its lock to others
-
-        def run() -> None:
-            try:
-                done.set_result(command())
-            except Exception as error:
-                done.set_exception(error)
-
-        self._post(run)
-        done.result()
-
-    def _drain(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
 
     # --- what is going on ---
 
     @property
+    def closed(self) -> bool:
+        """Whether it takes nothing any more: closed, or stopped by an error."""
+        return self._inbox.closed
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests and jobs: neither closed nor stopped by an error."""
+        return not self._inbox.closed
+
+    @property
+    def failure(self) -> CoserveError | None:
+        """The error that ended the engine's thread, if one did. By the time that `wait_failed` returns, all requests and jobs
+        have it."""
+        return self._inbox.failure
+
+    def wait_failed(self, timeout: float | None = None) -> bool:
+        """Blocks until the engine's thread has died of an error: True. False if the engine is closed first, or after `timeout`
+        seconds."""
+        return self._inbox.wait_ended(timeout) and self._inbox.failure is not None
+
+    @property
     def idle(self) -> bool:
         """Whether there is no request and no job."""
-        return not self.requests.live and not self.jobs.jobs and not self._inbox
+        return not self.requests.live and not self.jobs.jobs and not len(self._inbox)
 
     def metrics(self) -> dict[str, Any]:
         """Counters since the start and the present state. finetune_tokens: forward-token equivalents, forward and backward

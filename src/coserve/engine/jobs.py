@@ -43,6 +43,10 @@ class JobProgress:
     last: StepRow | None
 
 
+def _nothing(action: str) -> None:
+    """What an ended job does."""
+
+
 class JobHandle:
     """A job in an engine. status: running, paused, succeeded, failed or cancelled."""
 
@@ -56,6 +60,8 @@ class JobHandle:
         self.last: StepRow | None = None
         self._act = act
         self._done = threading.Event()
+        self._watchers: list[Callable[[JobHandle], None]] = []
+        self._lock = threading.Lock()
 
     @property
     def finished(self) -> bool:
@@ -99,10 +105,22 @@ class JobHandle:
         if event.row is not None:
             self.last, self.step, self.num_steps = event.row, event.row.step, event.num_steps
 
+    def watch(self, listener: Callable[[JobHandle], None]) -> None:
+        """Calls `listener` once when the job ends, from the engine's thread; now, if it has ended."""
+        with self._lock:
+            if not self.finished:
+                self._watchers.append(listener)
+                return
+        listener(self)
+
     def close(self, status: str, error: CoserveError | None) -> None:
         """The engine ends the job."""
-        self.status, self.error = status, error
-        self._done.set()
+        with self._lock:
+            self.status, self.error = status, error
+            self._done.set()
+        self._act = _nothing  # it holds the engine
+        for watcher in self._watchers:
+            watcher(self)
 
 
 class Host(Protocol):
@@ -175,6 +193,10 @@ class LiveJob:
         """Ends the job."""
         self._end("cancelled", None)
 
+    def abandon(self, error: CoserveError) -> None:
+        """Ends the job because its engine has failed."""
+        self._end("failed", error)
+
     def _advance(self) -> bool:
         """One step of the driver or of its verb; False if units have to run first."""
         if self._verb is None:
@@ -226,7 +248,10 @@ class LiveJob:
                 batch.close(micro)
                 self.host.microbatch_closed(number)
                 self.host.release(arena)
-        while batch.next is not None and len(self._in_flight) < self.host.max_microbatches:
+        grid = self.trainer.config.grid_tokens
+        # A deterministic job adds its gradients in one order only.
+        most = self.host.max_microbatches if grid is None else 1
+        while batch.next is not None and len(self._in_flight) < most:
             reserved = self.host.reserve(batch.layout(batch.next).total)
             if reserved is None:
                 break
@@ -237,6 +262,7 @@ class LiveJob:
                 id=number, job=self.number, num_tokens=micro.batch.num_tokens,
                 num_layers=self.trainer.model.architecture.num_layers, lowest=micro.plan.lowest_trained,
                 bounds=micro.batch.bounds, label_rows=micro.batch.host_label_rows.tolist(), forward_only=micro.forward_only,
+                grid=grid,
             )
             self._in_flight[number] = (micro, work, arena)
             self.host.microbatch_begun(number, micro, work)
@@ -283,12 +309,16 @@ class LiveJob:
     # --- ends ---
 
     def _recover(self, error: Exception) -> None:
-        """Out of memory: the optimizer batch starts again with smaller windows. Anything else ends the job."""
+        """Out of memory: the optimizer batch starts again with smaller windows, unless they are fixed. Anything else ends the
+        job."""
         self.failure = None
         if not isinstance(error, torch.OutOfMemoryError) or not isinstance(self._verb, ForwardBackward | Score):
             raise error
-        if not self.host.shrink_windows():
-            raise CapacityError(f"out of memory at the smallest window ({error})", param="max_microbatch_tokens") from error
+        fixed = self.trainer.config.deterministic
+        if fixed or not self.host.shrink_windows():
+            reason = "and deterministic keeps the windows" if fixed else "at the smallest window"
+            message = f"out of memory, {reason}; lower max_microbatch_tokens ({error})"
+            raise CapacityError(message, param="max_microbatch_tokens") from error
         self.job.listen(JobEvent(level="warn", message="out of memory: smaller windows; the optimizer batch starts again"))
         self._drop_batch()
         assert self.trainer.adapter.grad is not None

@@ -6,6 +6,7 @@ its units run (scheduler/). Only the engine's thread changes it; any thread may 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Executor as ThreadExecutor
 from concurrent.futures import ThreadPoolExecutor
@@ -54,10 +55,11 @@ class JobTable:
 
     def check_config(self, config: FinetuneConfig, lora: LoraConfig, name: str) -> None:
         """Refuses settings that an engine can't follow. Raises ConfigError, InvalidRequest."""
-        if config.deterministic:
+        grid, most = config.grid_tokens, self.config.scheduler.max_window_tokens
+        if grid is not None and grid > most:
             raise ConfigError(
-                "deterministic: an engine's windows follow its load; leave it out, or use coserve.finetune",
-                param="deterministic",
+                f"window_tokens: a deterministic job's windows have {grid} tokens, over the engine's max_window_tokens={most}; "
+                "raise that, or lower window_tokens", param="window_tokens",
             )
         rank = max((site.rank for site in shape_adapter(self.arch, lora).sites), default=0)
         if rank > self.config.max_lora_rank:
@@ -137,9 +139,14 @@ class JobTable:
             self._remove_job(job)
 
     def fail_all(self, error: CoserveError) -> None:
-        """The engine has stopped: nobody may wait for ever."""
-        for job in self.jobs.values():
-            job.handle.close("failed", error)
+        """The engine has failed: nobody may wait for ever, whatever state things are in."""
+        for job in list(self.jobs.values()):
+            with contextlib.suppress(Exception):
+                job.abandon(error)
+                self._remove_job(job)
+            if not job.handle.finished:
+                job.handle.close("failed", error)
+        self.jobs.clear()
 
     # --- what jobs ask for ---
 

@@ -6,6 +6,7 @@ request runs (scheduler/). Only the engine's thread changes it; any thread may c
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from coserve.config import SamplingConfig
@@ -67,11 +68,9 @@ class RequestTable:
             try:
                 version, slot = (None, NO_ADAPTER) if adapter is None else self.adapters.acquire(adapter)
             except CoserveError as error:
-                handle.error = error
                 for live in lives:
                     self._release(live)
-                for output in range(config.n):
-                    handle.push(Chunk(index=output, text="", finish_reason="error"), self.now())
+                self.refuse(handle, error)
                 return
             key = PrefixKey(tenant, None, 0) if version is None else PrefixKey(tenant, version.name, version.number)
             every_logit = config.prompt_logprobs is not None and index == 0
@@ -88,6 +87,12 @@ class RequestTable:
         self.live |= {live.state.id: live for live in lives}
         lives[0].siblings += lives[1:]
         self.scheduler.add_request(lives[0].state)
+
+    def refuse(self, handle: RequestHandle, error: CoserveError) -> None:
+        """A request that doesn't begin."""
+        handle.error = error
+        for index in range(handle.config.n):
+            handle.push(Chunk(index=index, text="", finish_reason="error"), self.now())
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Ends outputs that are still being made."""
@@ -128,9 +133,11 @@ class RequestTable:
                 self.num_finished += 1
 
     def fail_all(self, error: CoserveError) -> None:
-        """The engine has stopped: nobody may wait for ever."""
-        for number in list(self.live):
-            request = self.live[number]
+        """The engine has failed: nobody may wait for ever, whatever state things are in."""
+        for number, request in list(self.live.items()):
             request.handle.error = error
-            request.end("error", self.now())
-            self._end_request(number)
+            with contextlib.suppress(Exception):
+                request.handle.push(Chunk(index=request.index, text="", finish_reason="error"), self.now())
+            with contextlib.suppress(Exception):
+                self._end_request(number)
+        self.live.clear()

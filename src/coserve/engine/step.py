@@ -7,8 +7,9 @@ Sampling is last, so that reading tokens is an iteration's one wait for the devi
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -48,6 +49,20 @@ class Lookup(NamedTuple):
     """The job of each micro-batch."""
 
 
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Kernels that give the same sums each time, where asked for; requests keep the faster ones."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if before or not wanted:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 class StepRunner:
     """Runs plans on a device."""
 
@@ -75,7 +90,8 @@ class StepRunner:
     def _unit(self, work: WorkUnit, lookup: Lookup) -> None:
         micro = lookup.microbatches[work.microbatch]
         assert micro.state is not None
-        self.train.run(micro.state, work.unit, micro.adapter)
+        with _deterministic(micro.deterministic):
+            self.train.run(micro.state, work.unit, micro.adapter)
 
     def _guard(self, lookup: Lookup, work: WorkUnit, action: Callable[[], None]) -> None:
         if work.microbatch in lookup.microbatches:

@@ -57,7 +57,7 @@ class LoraTrainer:
         self.plan = training_plan(arch, self.adapter, itemsize=itemsize)
         self.scoring = scoring_plan(arch, self.adapter, itemsize=itemsize)
         self.reference_scoring = scoring_plan(arch, self.reference, itemsize=itemsize)
-        self.window = config.window_tokens
+        self.window = config.grid_tokens or config.window_tokens
         self.published: LoraAdapter | None = None
         self.reference_sums: dict[int, float] = {}
 

@@ -47,6 +47,12 @@ class KeyValuePool:
         self._gathered = self.rows.new_empty(2, 0, self.rows.shape[1])
         self._heads = torch.arange(self.kv_heads, device=device)
 
+    def release(self) -> None:
+        """Gives the memory back; nothing may use the pool any more."""
+        self.buffer, self.rows, self._tokens, self._blocks, self._gathered = (
+            tensor.new_empty(0) for tensor in (self.buffer, self.rows, self._tokens, self._blocks, self._gathered)
+        )
+
     @property
     def layer_rows(self) -> int:
         """Rows of one layer within a block; its values begin in the middle."""

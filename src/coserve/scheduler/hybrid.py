@@ -5,21 +5,24 @@
 
 State advances when a plan is made, not when it is committed: plan n + 1 may be made before plan n's tokens are known.
 Policies other than `coserve` are settings of the same code (policies.py). Owns: the order and size of work. Does not own:
-tensors, texts, what tokens mean, when a request has ended.
+tensors, texts, what tokens mean, when a request has ended, how long an iteration may be (deadlines.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from coserve.config import SchedulerConfig
 from coserve.core import AdapterCopy, CapacityError, Span, StepPlan
 from coserve.scheduler.blocks import BlockPool
+from coserve.scheduler.deadlines import Deadlines
 from coserve.scheduler.fairness import TokenCounters
 from coserve.scheduler.latency import Contents, LatencyModel, PassCost, kind_of
 from coserve.scheduler.policies import Policy, Turn
 from coserve.scheduler.requests import RequestState
 from coserve.scheduler.units import Chosen, UnitPicker
+from coserve.scheduler.waiting import WaitingRequests
 from coserve.scheduler.work import JobWork, MicrobatchWork
 
 LEAST_CHUNK = 16
@@ -29,17 +32,20 @@ URGENT = 0.5
 
 
 class HybridScheduler:
-    """Requests and jobs of one engine."""
+    """Requests and jobs of one engine. An iteration's work grows with those that run, not with those that wait."""
 
     def __init__(self, config: SchedulerConfig, latency: LatencyModel, pool: BlockPool, num_layers: int) -> None:
         self.config, self.latency, self.pool = config, latency, pool
-        self.policy = Policy(config.policy)
+        self.policy, self.deadlines = Policy(config.policy), Deadlines(config, latency)
         self.picker = UnitPicker(latency, num_layers, config.max_window_tokens)
         self.requests: dict[int, RequestState] = {}
         self.jobs: dict[int, JobWork] = {}
         self.tenants, self.job_counters = TokenCounters(), TokenCounters()
         self.num_preemptions = 0
         self._copies: list[AdapterCopy] = []
+        self._running: dict[int, RequestState] = {}
+        self._waiting = WaitingRequests()
+        self._by_tenant: Counter[str] = Counter()
         self._number = 0
         self._contents: dict[int, Contents] = {}
         self._awake: set[int] = set()
@@ -50,14 +56,24 @@ class HybridScheduler:
 
     def add_request(self, request: RequestState) -> None:
         """A request waits for its first span."""
-        self.tenants.enter(request.tenant, self._tenants())
+        self._enter_tenant(request.tenant)
+        self._by_tenant[request.tenant] += 1
         self.requests[request.id] = request
+        self._waiting.add(request)
 
     def remove_request(self, number: int) -> RequestState | None:
         """A request ended or was cancelled: its blocks are free, tokens in flight are dropped at their commit."""
         request = self.requests.pop(number, None)
-        if request is not None and request.running:
+        if request is None:
+            return None
+        self._by_tenant[request.tenant] -= 1
+        if not self._by_tenant[request.tenant]:
+            del self._by_tenant[request.tenant]
+        if request.running:
+            del self._running[number]
             self.pool.free(number)
+        else:
+            self._waiting.discard(request)
         return request
 
     def add_job(self, job: JobWork) -> None:
@@ -80,11 +96,11 @@ class HybridScheduler:
 
     @property
     def num_running(self) -> int:
-        return sum(r.running for r in self.requests.values())
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self.requests) - self.num_running
+        return len(self._waiting)
 
     # --- one iteration ---
 
@@ -97,13 +113,13 @@ class HybridScheduler:
         turn = self.policy.turn(self._has_inference(), has_finetuning, self._can_wait(only, now))
         decode: list[Span] = []
         prefill: list[Span] = []
-        budget = self._budget(now)
+        budget = self.deadlines.budget(self._running.values(), now)
         if turn is not Turn.FINETUNING:
             decode = self._decode()
             prefill, waits = self._prefill(now, decode, budget)
             turn = Turn.INFERENCE if waits else turn
         cost = self._pass_cost(decode, prefill)
-        chosen = self._finetune(turn, jobs, only, budget, cost)
+        chosen = self._finetune(now, turn, jobs, only, budget, cost)
         copies, self._copies = tuple(self._copies), []
         contents = Contents(chosen.inference, chosen.costs, sum(part.end - part.start for part in chosen.optimizer))
         plan = StepPlan(
@@ -156,42 +172,23 @@ class HybridScheduler:
         for job in jobs:
             if job.id not in self._awake:  # new, or resumed
                 self.job_counters.enter(job.id, self._awake, job.weight)
-                self.tenants.enter(job.tenant, self._tenants())
+                self._enter_tenant(job.tenant)
         self._awake = {job.id for job in jobs}
         return sorted(jobs, key=lambda j: (self.tenants.served(j.tenant), self.job_counters.served(j.id)))
 
-    def _tenants(self) -> set[str]:
-        """Those that have something to run."""
-        return {r.tenant for r in self.requests.values()} | {self.jobs[number].tenant for number in self._awake}
+    def _enter_tenant(self, tenant: str) -> None:
+        """A tenant has something more to run. Only one that had nothing is lifted to the others' level: whoever is behind
+        and asks again keeps what it is owed."""
+        training = {self.jobs[number].tenant for number in self._awake}
+        if tenant not in self._by_tenant and tenant not in training:
+            self.tenants.enter(tenant, {*self._by_tenant, *training})
 
     def _can_wait(self, work: MicrobatchWork | None, now: float) -> bool:
         """Whether every request is running and can wait while the micro-batch runs from end to end."""
         if work is None or not self.policy.adapts:
             return False
-        seconds, reserve = self.picker.whole_seconds(work), self._reserve()
-        return all(r.running and r.slack_s(now, reserve) > seconds for r in self.requests.values())
-
-    # --- time ---
-
-    def _reserve(self) -> float:
-        return self.latency.reserve() if self.config.reserve is None else self.config.reserve
-
-    def _budget(self, now: float) -> float:
-        """Seconds that the iteration may be predicted to take."""
-        running = [r for r in self.requests.values() if r.running]
-        if not running:
-            return self.config.preemption_quantum_ms / 1e3
-        cap = self._itl_cap(running)
-        token_s = self.latency.pass_seconds(self._decode_cost(running)) + self.latency.constant_seconds
-        reserve = self._reserve()
-        return min([cap, *(r.slack_s(now, reserve) for r in running if not r.hopeless(now, token_s))])
-
-    def _itl_cap(self, running: Sequence[RequestState]) -> float:
-        return self.config.itl_factor * min(r.tpot_s for r in running)
-
-    def _decode_cost(self, running: Sequence[RequestState]) -> PassCost:
-        rows = len(running)
-        return PassCost(rows, rows, rows, sum(r.total for r in running), 0, 0, 0, 0, len({r.key for r in running}))
+        seconds, reserve = self.picker.whole_seconds(work), self.deadlines.reserve()
+        return not self._waiting and all(r.slack_s(now, reserve) > seconds for r in self._running.values())
 
     def _pass_cost(self, decode: Sequence[Span], prefill: Sequence[Span]) -> PassCost | None:
         if not decode and not prefill:
@@ -207,10 +204,10 @@ class HybridScheduler:
     # --- inference ---
 
     def _decode(self) -> list[Span]:
-        """One token of every running request whose prompt is through. Without memory the latest arrival is preempted."""
+        """One token of every running request whose prompt is through. Without memory one is preempted."""
         spans: list[Span] = []
         busy: set[int] = set()
-        ready = sorted((r for r in self.requests.values() if r.running and r.decoding), key=lambda r: (r.arrival_s, r.id))
+        ready = sorted((r for r in self._running.values() if r.decoding), key=lambda r: (r.arrival_s, r.id))
         for request in ready:
             if not request.running or request.sampled_enough or not self._grow(request, request.total, busy):
                 continue
@@ -220,7 +217,7 @@ class HybridScheduler:
         return spans
 
     def _grow(self, request: RequestState, num_tokens: int, busy: Container[int] | None) -> bool:
-        """Blocks for a request, if need be at the expense of the latest arrivals; False if there are none.
+        """Blocks for a request, if need be at the expense of the most served tenant's latest arrivals; False if there are none.
 
         busy: requests with spans in this plan, which can't be preempted; None: nobody can.
         """
@@ -229,8 +226,8 @@ class HybridScheduler:
                 self.pool.allocate(request.id, num_tokens)
                 return True
             except CapacityError:
-                others = [] if busy is None else [r for r in self.requests.values() if r.running and r.id not in busy]
-                victim = max(others, key=lambda r: (r.arrival_s, r.id), default=None)
+                others = [] if busy is None else [r for r in self._running.values() if r.id not in busy]
+                victim = max(others, key=lambda r: (self.tenants.served(r.tenant), r.arrival_s, r.id), default=None)
                 if victim is None or (victim is request and busy):
                     return False  # it waits, while those in the plan go on
                 self.preempt(victim)
@@ -247,21 +244,16 @@ class HybridScheduler:
         """Chunks of prompts by earliest deadline, the least served tenant first, as long as the pass stays in its budget; and
         whether a prompt waits for running requests to gain slack."""
         spans: list[Span] = []
-        waiting = [r for r in self.requests.values() if not r.decoding and not r.sampled_enough and not r.in_flight]
-
-        def precedence(request: RequestState) -> tuple[bool, float, float, int]:
-            served = self.tenants.served(request.tenant)
-            return request.hopeless(now, 0.0), served, request.arrival_s + request.ttft_s, request.id
-
-        order = sorted(waiting, key=precedence)
-        running = [r for r in self.requests.values() if r.running]
+        running = list(self._running.values())
         blocked = False
-        for request in order:
-            if not request.running and (blocked or len(running) >= self.config.max_num_seqs):
-                continue  # those that run must go on, or they never give their memory back
+
+        def has_place() -> bool:
+            return not blocked and len(running) < self.config.max_num_seqs
+
+        for request in self._prompts(now, has_place):
             limit, most = budget, budget
             if decode:
-                most = max(budget, self._itl_cap(running))
+                most = max(budget, self.deadlines.cap(running))
                 limit = most if now - request.arrival_s > URGENT * request.ttft_s else budget
             was_running = request.running
             if not was_running:
@@ -288,6 +280,28 @@ class HybridScheduler:
             request.take(span)
         return spans, False
 
+    def _prompts(self, now: float, has_place: Callable[[], bool]) -> Iterator[RequestState]:
+        """Requests whose prompts are not through, in the order in which they get rows. Without a place only those that run:
+        they must go on, or they never give their memory back."""
+
+        def precedence(request: RequestState) -> tuple[bool, float, float, int]:
+            served = self.tenants.served(request.tenant)
+            return request.hopeless(now, 0.0), served, request.arrival_s + request.ttft_s, request.id
+
+        begun = [r for r in self._running.values() if not r.decoding and not r.sampled_enough and not r.in_flight]
+        waiting = self._waiting.in_order(now, self.tenants.served) if has_place() else iter(())
+        first = next(waiting, None)
+        for request in sorted(begun, key=precedence):
+            before = precedence(request)
+            while first is not None and has_place() and precedence(first) < before:
+                yield first
+                first = next(waiting, None)
+            if request.running or has_place():
+                yield request
+        while first is not None and has_place():
+            yield first
+            first = next(waiting, None)
+
     @staticmethod
     def _even_part(request: RequestState, most: int) -> int:
         """Tokens of the next chunk, if what is left of a prompt is cut evenly into as few chunks of at most `most` as it takes:
@@ -300,10 +314,14 @@ class HybridScheduler:
         prefix = request.tokens() if request.cacheable else []
         request.computed = request.cached_tokens = self.pool.acquire(request.id, request.key, prefix)
         request.running = True
+        self._waiting.discard(request)
+        self._running[request.id] = request
 
     def _release(self, request: RequestState) -> None:
         self.pool.free(request.id)
         request.running, request.computed = False, 0
+        del self._running[request.id]
+        self._waiting.add(request)
 
     def _chunk(self, request: RequestState, decode: Sequence[Span], spans: Sequence[Span], seconds: float) -> int:
         """The most tokens of a prompt whose pass is predicted to stay within `seconds`."""
@@ -332,7 +350,7 @@ class HybridScheduler:
     # --- finetuning ---
 
     def _finetune(
-        self, turn: Turn, jobs: Sequence[JobWork], only: MicrobatchWork | None, budget: float, cost: PassCost | None
+        self, now: float, turn: Turn, jobs: Sequence[JobWork], only: MicrobatchWork | None, budget: float, cost: PassCost | None
     ) -> Chosen:
         base = 0.0 if cost is None else self.latency.pass_seconds(cost)
         left = self.policy.seconds(turn, budget - base - self.latency.constant_seconds)
@@ -340,7 +358,12 @@ class HybridScheduler:
         if left <= 0 or not jobs or turn is Turn.INFERENCE:
             return Chosen((), (), (), cost, 0.0, {})
         patient = turn is Turn.BOTH and cost is not None
-        return self.picker.pick(jobs, left, cost, fuse=self.policy.fuses, patient=patient, only=only)
+
+        def stretch(desperate: bool) -> float:
+            most = self.deadlines.stretched(self._running.values(), now, desperate=desperate)
+            return most - base - self.latency.constant_seconds
+
+        return self.picker.pick(jobs, left, cost, fuse=self.policy.fuses, patient=patient, only=only, stretch=stretch)
 
     def _account(self, plan: StepPlan, chosen: Chosen, has_finetuning: bool) -> None:
         """Charges tenants and jobs for what they get. Jobs that had units are owed what they got less than their floor."""

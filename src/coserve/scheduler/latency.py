@@ -302,12 +302,13 @@ class LatencyModel:
 
     def errors(self) -> dict[str, ErrorSummary]:
         """By kind of iteration, over the last 1000 of it; each prediction is the one made before its iteration was learnt.
-        'finetuning': all kinds that hold finetuning work, together."""
-        training = [error for kind, errors in self._errors.items() if _FINETUNING & set(kind.split("+")) for error in errors]
+        'finetuning': all kinds that hold finetuning work, together. Any thread may ask."""
+        known = {kind: list(errors) for kind, errors in list(self._errors.items())}
+        training = [error for kind, errors in known.items() if _FINETUNING & set(kind.split("+")) for error in errors]
         pooled = {"finetuning": training} if training else {}
         return {
             kind: ErrorSummary(len(errors), _percentile(errors, 0.5), _percentile(errors, 0.95))
-            for kind, errors in {**self._errors, **pooled}.items()
+            for kind, errors in {**known, **pooled}.items()
         }
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from coserve.config import parse_policy
 from coserve.core import StepPlan
-from coserve.scheduler.units import WHOLE
+from coserve.scheduler.deadlines import UNBOUNDED
 from coserve.scheduler.work import MicrobatchWork, Phase
 
 
@@ -59,7 +59,7 @@ class Policy:
 
     def seconds(self, turn: Turn, left: float) -> float:
         """Time for units: what is left, or as long as a whole micro-batch takes."""
-        return WHOLE if self.takes_turns and turn is Turn.FINETUNING else left
+        return UNBOUNDED if self.takes_turns and turn is Turn.FINETUNING else left
 
     def microbatch(self, works: Sequence[MicrobatchWork]) -> MicrobatchWork | None:
         """Whose turn it is among micro-batches of jobs that are not paused: the one under way, another if that has to wait for

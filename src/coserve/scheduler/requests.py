@@ -100,7 +100,11 @@ class RequestState:
 
     def hopeless(self, now: float, token_s: float) -> bool:
         """Whether it will miss its objective even if each of its tokens took only `token_s` from now on."""
+        return now > self.hope_s(token_s)
+
+    def hope_s(self, token_s: float) -> float:
+        """When it becomes hopeless."""
         if self.first_token_s is None:
-            return now > self.arrival_s + self.ttft_s
+            return self.arrival_s + self.ttft_s
         left = self.max_tokens - self.num_sampled
-        return now + left * token_s > self.first_token_s + (self.max_tokens - 1) * self.tpot_s
+        return self.first_token_s + (self.max_tokens - 1) * self.tpot_s - left * token_s

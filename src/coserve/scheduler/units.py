@@ -3,14 +3,19 @@
 Work is counted in seconds at the best rate: what a unit's rows and layers would cost in a large window. A unit's efficiency is
 work / predicted seconds. On a CPU large windows over few layers win; where a pass is bound by reading weights, rows that ride
 in it (fused) do. The choice is the latency model's.
+
+A micro-batch on a grid has no choice of windows, and is never fused. When it is its job's turn and not even one layer fits,
+the job is stuck: after PATIENCE such iterations other jobs wait too, so that slack adds up, and one unit may take all of the
+slack, over the ITL cap; after DESPERATE it may take what leaves no request without hope, and the others go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import NamedTuple
 
 from coserve.core import Direction, OptimizerSlice, Unit, WorkUnit
+from coserve.scheduler.deadlines import UNBOUNDED
 from coserve.scheduler.latency import LatencyModel, PassCost, UnitCost
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 
@@ -23,11 +28,10 @@ LEAST_EFFICIENCY = 0.85
 adds up..."""
 PATIENCE = 8
 """...for so many iterations."""
+DESPERATE = 64
 MAX_UNITS = 16
 LEAST_SLICE = 1 << 16
 """Elements of the smallest optimizer slice."""
-WHOLE = 1e9
-"""Seconds that any unit fits into."""
 
 
 class Candidate(NamedTuple):
@@ -59,14 +63,24 @@ class UnitPicker:
 
     def __init__(self, latency: LatencyModel, num_layers: int, max_window: int) -> None:
         self.latency, self.num_layers, self.max_window = latency, num_layers, max_window
-        self._waited = 0
+        self._waited = self._stuck = 0
         self._possible: dict[tuple[bool, int], float] = {}
 
     def pick(
         self, jobs: Sequence[JobWork], seconds: float, inference: PassCost | None, *, fuse: bool, patient: bool = True,
-        only: MicrobatchWork | None = None,
+        only: MicrobatchWork | None = None, stretch: Callable[[bool], float] = lambda desperate: UNBOUNDED,
     ) -> Chosen:
-        """Units for `seconds`, advancing the micro-batches. jobs: in order of precedence; only: of this micro-batch."""
+        """Units for `seconds`, advancing the micro-batches. jobs: in order of precedence; only: of this micro-batch; stretch:
+        seconds that a unit on a grid may take where `seconds` is too little for it, asked only then."""
+        stuck = self._stuck_unit(jobs, seconds, only)
+        self._stuck = 0 if stuck is None else self._stuck + 1
+        if stuck is not None and (self._stuck > PATIENCE or not patient):
+            desperate = self._stuck > DESPERATE
+            if stuck[2].seconds <= stretch(desperate):
+                self._stuck = 0
+                return self._alone(*stuck, inference)
+            if not desperate:
+                return Chosen((), (), (), inference, 0.0, {})
         units: list[WorkUnit] = []
         costs: list[UnitCost] = []
         slices: list[OptimizerSlice] = []
@@ -97,6 +111,38 @@ class UnitPicker:
             work.advance(best.unit.unit)
         self._waited = 0 if units or slices else self._waited + 1
         return Chosen(tuple(units), tuple(costs), tuple(slices), inference, seconds - left, tokens)
+
+    def _stuck_unit(
+        self, jobs: Sequence[JobWork], seconds: float, only: MicrobatchWork | None
+    ) -> tuple[JobWork, MicrobatchWork, Candidate] | None:
+        """The least unit of the job whose turn it is, if that is more than `seconds`; only on a grid."""
+        for job in jobs:
+            if job.optimizer_left:
+                return None
+            ready = [work for work in job.microbatches.values() if work.ready and (only is None or work is only)]
+            least = [(self._least(work), work) for work in ready if work.grid is not None]
+            if ready:
+                candidate, work = min(least, key=lambda item: item[0].seconds, default=(None, ready[0]))
+                return (job, work, candidate) if candidate is not None and candidate.seconds > seconds else None
+        return None
+
+    def _least(self, work: MicrobatchWork) -> Candidate:
+        """The next unit of a micro-batch on a grid, over one layer."""
+        if work.phase is Phase.FORWARD:
+            start, end = self._forward_window(work)
+            found = self._layers(work, Direction.FORWARD, work.layer, work.layer + 1, start, end, UNBOUNDED)
+        else:
+            row, layer = work.backward_row, work.backward_layer
+            found = self._layers(work, Direction.BACKWARD, layer, layer + 1, row - self._backward_rows(work), row, UNBOUNDED)
+        assert found is not None
+        return found
+
+    def _alone(self, job: JobWork, work: MicrobatchWork, best: Candidate, inference: PassCost | None) -> Chosen:
+        """One unit and nothing beside it."""
+        assert best.cost is not None
+        work.advance(best.unit.unit)
+        self._waited = 0
+        return Chosen((best.unit,), (best.cost,), (), inference, best.seconds, {job.id: self._tokens(best.unit.unit)})
 
     def whole_seconds(self, work: MicrobatchWork) -> float:
         """What is left of a micro-batch, run in one go."""
@@ -146,7 +192,7 @@ class UnitPicker:
         """Of all layers over the largest window that is left: a small micro-batch can't do better."""
         backward = work.phase is Phase.BACKWARD
         ahead = work.num_tokens - work.end if work.between_windows else work.end - work.row
-        rows = min(work.backward_row if backward else ahead, self.max_window)
+        rows = min(work.backward_row if backward else ahead, work.grid or self.max_window)
         known = self._possible.get((backward, rows))
         if known is None:
             cost = UnitCost(backward, rows, self.num_layers, 0, 0)
@@ -177,7 +223,9 @@ class UnitPicker:
         """A new window, the largest that fits over one layer, or the one under way, over as many layers as fit; else a piece of
         it over one layer."""
         layers = self.num_layers
-        if work.between_windows:
+        if work.grid is not None:
+            shapes = [(*self._forward_window(work), layers)]
+        elif work.between_windows:
             shapes = [(work.end, work.end + rows, layers) for rows in self._sizes(work.num_tokens - work.end)]
         else:
             whole = [(work.start, work.end, layers)] if work.row == work.start else []
@@ -192,17 +240,29 @@ class UnitPicker:
     def _backward(self, work: MicrobatchWork, left: float) -> Iterator[Candidate]:
         """Whole layers where the micro-batch fits into one window; else windows of one layer, from the right."""
         top = work.backward_layer + 1
-        if work.backward_row == work.num_tokens <= self.max_window:
+        if work.backward_row == work.num_tokens <= (work.grid or self.max_window):
             candidate = self._layers(work, Direction.BACKWARD, work.lowest, top, 0, work.num_tokens, left)
             if candidate is not None:
                 yield candidate
                 return
-        for rows in self._sizes(work.backward_row):
+        for rows in self._sizes(work.backward_row) if work.grid is None else [self._backward_rows(work)]:
             start = work.backward_row - rows
             candidate = self._layers(work, Direction.BACKWARD, top - 1, top, start, work.backward_row, left)
             if candidate is not None:
                 yield candidate
                 return
+
+    @staticmethod
+    def _forward_window(work: MicrobatchWork) -> tuple[int, int]:
+        """The next window on a grid, or the one under way."""
+        assert work.grid is not None
+        return (work.end, min(work.end + work.grid, work.num_tokens)) if work.between_windows else (work.start, work.end)
+
+    @staticmethod
+    def _backward_rows(work: MicrobatchWork) -> int:
+        """Rows down to the next multiple of the grid."""
+        assert work.grid is not None
+        return (work.backward_row - 1) % work.grid + 1
 
     def _sizes(self, rows: int) -> Iterator[int]:
         """Window sizes to try, largest first; an odd remainder counts as one."""
@@ -255,7 +315,7 @@ class UnitPicker:
 
     def _fused_candidates(self, work: MicrobatchWork, left: float, inference: PassCost) -> Iterator[Candidate]:
         """A window that rides in the pass, at each size that fits."""
-        if work.phase is not Phase.FORWARD or not work.between_windows:
+        if work.phase is not Phase.FORWARD or not work.between_windows or work.grid is not None:
             return
         alone = self.latency.pass_seconds(inference)
         for rows in FUSED_WINDOWS:

@@ -26,7 +26,8 @@ class Phase(enum.Enum):
 @dataclass(slots=True, kw_only=True)
 class MicrobatchWork:
     """One micro-batch in flight. bounds: rows [first, end) per example; label_rows: ascending; lowest: the lowest trained
-    layer; forward_only: there is no backward (validation, references)."""
+    layer; forward_only: there is no backward (validation, references). grid: windows begin at multiples of it and go through
+    layers whole, so that no sum depends on how much time there was; None: any windows."""
 
     id: int
     job: int
@@ -36,6 +37,7 @@ class MicrobatchWork:
     bounds: Sequence[tuple[int, int]]
     label_rows: Sequence[int]
     forward_only: bool = False
+    grid: int | None = None
     phase: Phase = Phase.FORWARD
     start: int = 0
     end: int = 0

@@ -1,0 +1,126 @@
+"""How other threads reach an engine: commands that run between two iterations, and the thread that runs those, if there is one.
+
+    any thread: post(command) --> [ command, command, ... ] --drain--> whoever calls step, under one lock
+
+Owns: the queue, the lock, the thread, how it ends. Does not own: what an iteration does (engine.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from coserve.core import CoserveError
+
+_IDLE_WAIT_S = 0.05
+
+
+class Inbox:
+    """Commands for an engine. lock: held by whoever runs an iteration."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.closed = False
+        self.failure: CoserveError | None = None
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._ended = threading.Event()
+
+    def __len__(self) -> int:
+        return len(self._commands)
+
+    # --- commands ---
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Has the engine's thread run a command before its next iteration. Raises CoserveError if there are no more."""
+        with self._wake:
+            self._require_open()
+            self._commands.append(command)
+            self._wake.notify()
+
+    def call(self, command: Callable[[], object]) -> None:
+        """Runs a command between two iterations; raises what it raises. A busy engine hardly ever leaves its lock to others."""
+        if self._thread is None:
+            with self.lock:
+                self._require_open()
+                command()
+            return
+        done: Future[object] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(command())
+            except Exception as error:
+                done.set_exception(error)
+
+        self.post(run)
+        done.result()
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise CoserveError("the engine is closed" if self.failure is None else str(self.failure))
+
+    def drain(self) -> None:
+        """Runs what has been posted."""
+        while self._commands:
+            self._commands.popleft()()
+
+    # --- the thread ---
+
+    @property
+    def has_thread(self) -> bool:
+        return self._thread is not None
+
+    def start(self, step: Callable[[], bool], fail: Callable[[CoserveError], None]) -> None:
+        """Gives the engine a thread that calls `step`. fail: called in it with the error that ends it."""
+        if self._thread is None and not self.closed:
+            self._closing = False
+            self._thread = threading.Thread(target=self._loop, args=(step, fail), name="coserve-engine", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its present iteration."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with self._wake:
+                self._closing = True
+                self._wake.notify()
+            thread.join()
+
+    def close(self) -> None:
+        """Takes no more commands; runs those that were taken."""
+        with self._wake:
+            self.closed = True
+        self.drain()
+        self._ended.set()
+
+    def wait_ended(self, timeout: float | None) -> bool:
+        """Blocks until there are no more iterations; False after `timeout` seconds."""
+        return self._ended.wait(timeout)
+
+    def _loop(self, step: Callable[[], bool], fail: Callable[[CoserveError], None]) -> None:
+        while not self._closing:
+            try:
+                worked = step()
+            except BaseException as error:  # a bug: nobody may wait for ever
+                self._fail(error, fail)
+                raise
+            if not worked:
+                with self._wake:
+                    if not self._commands and not self._closing:
+                        self._wake.wait(_IDLE_WAIT_S)
+
+    def _fail(self, error: BaseException, fail: Callable[[CoserveError], None]) -> None:
+        wrapped = error if isinstance(error, CoserveError) else CoserveError(f"the engine stopped: {error!r}")
+        with self._wake:
+            self.failure, self.closed = wrapped, True
+        while self._commands:  # those who posted them must hear of it; what they need may be broken
+            with contextlib.suppress(Exception):
+                self._commands.popleft()()
+        fail(wrapped)
+        self._ended.set()
