@@ -1,0 +1,134 @@
+"""One HTTP request's questions to the engine: a stream for each prompt, merged, and counted once each.
+
+    prompts p0 p1   n = 2     choices: p0/0 p0/1 p1/0 p1/1, numbered 0 1 2 3
+
+Owns: opening, merging and closing the streams, and their meters. Does not own: the wire (engineclient.py), responses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from coserve.config import SamplingConfig
+from coserve.core import CapacityError, CoserveError
+from coserve.server.engineclient import RequestStream
+from coserve.server.errors import EngineUnavailable
+from coserve.server.messages import Tokens
+from coserve.server.metrics import RequestMeter
+from coserve.server.models import ServedModel
+from coserve.server.services import Services
+
+
+class Question(NamedTuple):
+    """A prompt, of which sampling.n outputs are wanted."""
+
+    prompt_ids: list[int]
+    sampling: SamplingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asker:
+    """Who asks what for. arrival_s: seconds of the monotonic clock; objectives None: the server's."""
+
+    tenant: str
+    model: ServedModel
+    arrival_s: float
+    tpot_ms: float | None = None
+    ttft_ms: float | None = None
+
+
+class _Run(NamedTuple):
+    """One prompt's stream and meter."""
+
+    stream: RequestStream
+    meter: RequestMeter
+
+
+class Answers:
+    """What the engine says to some questions, all with the same n. Close it, however it ends."""
+
+    def __init__(self, services: Services, asker: Asker, questions: Sequence[Question]) -> None:
+        """Takes everything to the engine with the first iteration."""
+        self._services, self._asker, self._questions = services, asker, questions
+        self._runs: list[_Run] = []
+        self._pumps: list[asyncio.Task[None]] = []
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Tokens]]:
+        """(number of the prompt, tokens), until every output has ended.
+
+        Raises the first error of any: EngineUnavailable also where an output was cancelled, CapacityError.
+        """
+        for question in self._questions:
+            self._runs.append(self._ask(question))
+        if len(self._runs) == 1:
+            async for tokens in self._follow(self._runs[0]):
+                yield 0, tokens
+            return
+        inbox: asyncio.Queue[tuple[int, Tokens | Exception | None]] = asyncio.Queue()
+        self._pumps = [asyncio.create_task(self._pump(number, run, inbox)) for number, run in enumerate(self._runs)]
+        left = len(self._pumps)
+        while left:
+            number, item = await inbox.get()
+            if item is None:
+                left -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield number, item
+
+    async def aclose(self) -> None:
+        """Cancels in the engine what hasn't ended."""
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        for run in self._runs:
+            run.meter.end("cancelled")  # of no effect if it has ended
+            await run.stream.aclose()
+
+    def _ask(self, question: Question) -> _Run:
+        asker, services = self._asker, self._services
+        meter = services.metrics.begin(
+            model=asker.model.name, prompt_tokens=len(question.prompt_ids), params=question.sampling, arrival_s=asker.arrival_s
+        )
+        try:
+            stream = services.engine.generate(
+                prompt_ids=question.prompt_ids, sampling=question.sampling, adapter=asker.model.adapter, tenant=asker.tenant,
+                tpot_ms=asker.tpot_ms, ttft_ms=asker.ttft_ms, arrival_s=asker.arrival_s,
+            )
+        except CoserveError as error:
+            meter.end("error")
+            if isinstance(error, EngineUnavailable):
+                services.metrics.rejected("unavailable")
+            raise
+        return _Run(stream, meter)
+
+    async def _follow(self, run: _Run) -> AsyncIterator[Tokens]:
+        """One prompt's tokens, counted."""
+        left = self._questions[0].sampling.n
+        try:
+            async for tokens in run.stream:
+                run.meter.tokens(tokens)
+                if tokens.finish_reason == "cancelled":
+                    raise EngineUnavailable("the request was cancelled by the server; try again")
+                left -= tokens.finish_reason is not None
+                if not left:
+                    run.meter.end(str(tokens.finish_reason))
+                yield tokens
+        except CapacityError:
+            self._services.metrics.rejected("capacity")
+            run.meter.end("error")
+            raise
+        except Exception:
+            run.meter.end("error")
+            raise
+
+    async def _pump(self, number: int, run: _Run, inbox: asyncio.Queue[tuple[int, Tokens | Exception | None]]) -> None:
+        try:
+            async for tokens in self._follow(run):
+                inbox.put_nowait((number, tokens))
+            inbox.put_nowait((number, None))
+        except Exception as error:
+            inbox.put_nowait((number, error))

@@ -1,0 +1,141 @@
+"""What becomes of a request's fields, as data: which names a route knows beyond those that it implements.
+
+    implemented   the fields of the route's model (protocol.py)
+    ignored       taken with any value: they tell the server nothing that it would act on
+    neutral       taken with one of these values or null, which ask for what happens anyway; else 400
+    all others    400, with the nearest known name
+
+Names are OpenAI's, vLLM's and SGLang's. Owns no types: a neutral value is compared as it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from coserve.core import InvalidRequest
+
+_IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "response_format": ({"type": "text"},),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "moderation": (),
+    # vLLM's
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "priority": (0,),
+    "request_id": (),
+    "cache_salt": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "structured_outputs": (),
+    "structural_tag": (),
+    "lora_request": (),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+    "repetition_detection": (),
+    # SGLang's
+    "lora_path": (),
+    "session_params": (),
+    "return_hidden_states": (False,),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "no_stop_trim": (False,),
+    "rid": (),
+    "data_parallel_rank": (),
+    "custom_logit_processor": (),
+    "min_new_tokens": (),
+    "max_new_tokens": (),
+}
+_CHAT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning": (),
+    "reasoning_effort": ("none",),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
+    "thinking": (),
+    "thinking_token_budget": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": (),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+}
+_COMPLETION_NEUTRAL: Mapping[str, tuple[Any, ...]] = {"suffix": (), "prompt_embeds": (), "max_completion_tokens": ()}
+_TOKENIZE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "return_token_strs": (False,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "tools": ([],),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldPolicy:
+    """One route's."""
+
+    ignored: frozenset[str] = frozenset()
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def apply(self, body: Mapping[str, Any], implemented: Collection[str]) -> dict[str, Any]:
+        """The implemented fields of a body. Raises InvalidRequest, naming a field that is unknown or asks for too much."""
+        for name, value in body.items():
+            if name in implemented or name in self.ignored:
+                continue
+            if name not in self.neutral:
+                raise InvalidRequest(f"{name[:80]}: there is no such field{self._hint(name, implemented)}", param=name[:80])
+            if value is not None and not any(_same(value, neutral) for neutral in self.neutral[name]):
+                raise InvalidRequest(f"{name}: is not supported yet; leave it out", param=name)
+        return {name: value for name, value in body.items() if name in implemented and value is not None}
+
+    def _hint(self, name: str, implemented: Collection[str]) -> str:
+        close = difflib.get_close_matches(name[:80], sorted({*implemented, *self.neutral, *self.ignored}), n=1)
+        return f"; did you mean {close[0]}?" if close else ""
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal, and not merely as 1 and true are."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
+
+
+CHAT = FieldPolicy(ignored=_IGNORED, neutral={**_NEUTRAL, **_CHAT_NEUTRAL})
+COMPLETIONS = FieldPolicy(ignored=_IGNORED, neutral={**_NEUTRAL, **_COMPLETION_NEUTRAL})
+TOKENIZE = FieldPolicy(neutral=_TOKENIZE_NEUTRAL)
+DETOKENIZE = FieldPolicy()

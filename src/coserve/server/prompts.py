@@ -1,0 +1,154 @@
+"""What a request says to the model, in tokens: a conversation or texts, and how much output the context leaves.
+
+Owns: which messages and prompts are taken. Does not own: the chat template (tokenizer.py), the fields' types (protocol.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from coserve.core import InvalidRequest
+from coserve.server.protocol import ROLES, ChatMessage, ContentPart
+from coserve.tokenizer import ChatTokenizer
+
+_LONG_CHARS = 4096
+"""Longer prompts are tokenized in a thread, so that others' tokens aren't held up."""
+_MAX_PROMPTS = 1024
+_UNSUPPORTED = ("tool_calls", "function_call", "audio", "tool_call_id", "reasoning", "reasoning_content",
+                "provider_specific_fields")
+Result = TypeVar("Result")
+
+
+class Prompt(NamedTuple):
+    """text: as given, or of the ids that were given."""
+
+    ids: list[int]
+    text: str
+
+
+async def conversation_prompt(
+    tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True,
+    add_special_tokens: bool = False,
+) -> list[int]:
+    """A conversation in tokens. Raises InvalidRequest."""
+    turns = template_messages(messages, keep_developer="developer" in (tokenizer.chat_template or ""))
+
+    def encode() -> list[int]:
+        text = tokenizer.render_chat(turns, add_generation_prompt=add_generation_prompt)
+        return tokenizer.encode(text, add_special_tokens)
+
+    return await _beside(encode, sum(len(turn["content"]) for turn in turns))
+
+
+async def text_prompts(
+    tokenizer: ChatTokenizer, prompt: Any, *, vocab_size: int, add_special_tokens: bool = True
+) -> list[Prompt]:
+    """The prompts of a completion: a text, token ids, or a list of either. Raises InvalidRequest."""
+    given = _split(prompt, vocab_size)
+
+    def encode(item: str | list[int]) -> Prompt:
+        if isinstance(item, str):
+            return Prompt(tokenizer.encode(item, add_special_tokens), item)
+        return Prompt(item, tokenizer.decode(item))
+
+    prompts = await _beside(lambda: [encode(item) for item in given], sum(len(item) for item in given))
+    if not all(prompt.ids for prompt in prompts):
+        raise InvalidRequest("prompt: is empty; give at least one token", param="prompt")
+    return prompts
+
+
+def template_messages(messages: Sequence[ChatMessage], *, keep_developer: bool = False) -> list[dict[str, Any]]:
+    """Messages for a chat template: plain texts. keep_developer: whether it knows that role, else it's the system's.
+
+    Raises InvalidRequest for roles, parts and calls that aren't supported.
+    """
+    turns = []
+    for number, message in enumerate(messages):
+        place = f"messages[{number}]"
+        if message.role in ("tool", "function"):
+            raise InvalidRequest(f"{place}.role: tools are not supported yet; leave them out", param=f"{place}.role")
+        if message.role not in ROLES:
+            raise InvalidRequest(f"{place}.role: must be one of {', '.join(ROLES)}", param=f"{place}.role")
+        for name in _UNSUPPORTED:
+            if getattr(message, name):
+                raise InvalidRequest(f"{place}.{name}: is not supported yet; leave it out", param=f"{place}.{name}")
+        role = "system" if message.role == "developer" and not keep_developer else message.role
+        turn = {"role": role, "content": _content(message, place)}
+        turns.append(turn if message.name is None else {**turn, "name": message.name})
+    return turns
+
+
+def output_limit(
+    num_prompt: int, asked: int | None, *, default: int | None, limit: int, prompt_field: str, tokens_field: str = "max_tokens"
+) -> int:
+    """Tokens of output: as asked for, else the default or what the context of `limit` tokens leaves.
+
+    Raises InvalidRequest if that's too much, naming the field.
+    """
+    left = limit - num_prompt
+    if left < 1:
+        raise InvalidRequest(
+            f"{prompt_field}: this model's context length is {limit} tokens, output included, and the prompt alone has "
+            f"{num_prompt}; shorten it", param=prompt_field,
+        )
+    if asked is None:
+        return left if default is None else min(default, left)
+    if asked > left:
+        raise InvalidRequest(
+            f"{tokens_field}: {num_prompt} tokens of prompt and {asked} of output exceed this model's context length of "
+            f"{limit} tokens; ask for at most {left}", param=tokens_field,
+        )
+    return asked
+
+
+def _content(message: ChatMessage, place: str) -> str:
+    """A message's text; parts are joined by line ends."""
+    if isinstance(message.content, list):
+        return "\n".join(_part(part, f"{place}.content[{number}]") for number, part in enumerate(message.content))
+    if message.content is None and message.role != "assistant":
+        raise InvalidRequest(f"{place}.content: is missing", param=f"{place}.content")
+    return message.content or ""
+
+
+def _part(part: ContentPart, place: str) -> str:
+    if part.type != "text":
+        raise InvalidRequest(
+            f"{place}: a part of type {part.type[:40]!r} is not supported yet; the model reads text", param=f"{place}.type"
+        )
+    if part.text is None:
+        raise InvalidRequest(f"{place}.text: is missing", param=f"{place}.text")
+    for name, value in (part.model_extra or {}).items():
+        if name != "cache_control" and value is not None:  # a caching hint that clients of other services send along
+            raise InvalidRequest(f"{place}.{name[:80]}: there is no such field", param=f"{place}.{name[:80]}")
+    return part.text
+
+
+def _split(prompt: Any, vocab_size: int) -> list[str | list[int]]:
+    """A completion's prompts, each a text or ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise InvalidRequest("prompt: must be a text, token ids, or a list of either", param="prompt")
+    if type(prompt[0]) is int:
+        return [_token_ids(prompt, "prompt", vocab_size)]
+    if len(prompt) > _MAX_PROMPTS:
+        raise InvalidRequest(f"prompt: at most {_MAX_PROMPTS} prompts in one request, got {len(prompt)}", param="prompt")
+    return [
+        item if isinstance(item, str) else _token_ids(item, f"prompt[{number}]", vocab_size)
+        for number, item in enumerate(prompt)
+    ]
+
+
+def _token_ids(value: Any, place: str, vocab_size: int) -> list[int]:
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise InvalidRequest(f"{place}: must be a text or a list of token ids", param=place)
+    if value and not 0 <= min(value) <= max(value) < vocab_size:
+        raise InvalidRequest(f"{place}: token ids must be from 0 to {vocab_size - 1}", param=place)
+    return value
+
+
+async def _beside(work: Callable[[], Result], size: int) -> Result:
+    """Long work in a thread."""
+    return await asyncio.to_thread(work) if size > _LONG_CHARS else work()

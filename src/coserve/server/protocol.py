@@ -1,0 +1,232 @@
+"""Bodies of the inference routes, with OpenAI's names and vLLM's beside them.
+
+Owns: types and ranges of fields, and their way into a SamplingConfig. Does not own: what becomes of fields that aren't here
+(fields.py), prompts in tokens (prompts.py). None always means: not given.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from coserve.config import SamplingConfig
+from coserve.core import InvalidRequest
+
+MAX_OUTPUTS = 128
+"""Of one prompt."""
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
+DEFAULT_COMPLETION_TOKENS = 16
+ROLES = ("system", "developer", "user", "assistant")
+
+_INT64 = 1 << 63
+_INT31 = (1 << 31) - 1
+_PLAIN = (
+    "min_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos",
+    "n", "prompt_logprobs",
+)
+"""Fields that go into a SamplingConfig as they are."""
+_TEXT_OR_TEXTS: dict[str, Any] = {"anyOf": [
+    {"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_STOPS}, {"type": "null"},
+]}
+_PROMPT: dict[str, Any] = {"anyOf": [
+    {"type": "string", "minLength": 1},
+    {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+    {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}, "minItems": 1},
+]}
+Positive = Annotated[int, Field(ge=1, le=_INT31)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Milliseconds = Annotated[float, Field(gt=0, le=1e7)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_INT31)]], Field(fail_fast=True)]
+
+
+class Body(BaseModel):
+    """Root of all bodies: no other fields, no other types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Body):
+    """include_obfuscation is a hint that nothing here needs."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationRequest(Body):
+    """What chat and completions share. Times are milliseconds."""
+
+    model: str | None = None
+    """None: the first served name of the base model."""
+    max_tokens: Positive | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_INT31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_INT31)] | None = None
+    """-1 and 0: all tokens."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    """By token id, as a JSON key."""
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    """None: a fresh one for each request."""
+    stop: Annotated[Any, WithJsonSchema(_TEXT_OR_TEXTS)] = None
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_OUTPUTS)] | None = None
+    prompt_logprobs: NumLogprobs | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    slo_tpot_ms: Milliseconds | None = None
+    """Objective of this request: per output token after the first."""
+    slo_ttft_ms: Milliseconds | None = None
+    """Objective of this request: to the first token."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Per prompt."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream has the usage so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def check(self) -> None:
+        """What several fields say together. Raises InvalidRequest."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options: is for stream=true only", param="stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            message = "prompt_logprobs: is not supported in a stream; leave one of them out"
+            raise InvalidRequest(message, param="prompt_logprobs")
+
+    def sampling(self, *, max_tokens: int, vocab_size: int, logprobs: int | None) -> SamplingConfig:
+        """For max_tokens of output. Raises InvalidRequest, ConfigError."""
+        given: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN if getattr(self, name) is not None}
+        top_k = self.top_k or 0
+        return SamplingConfig(
+            **given, max_tokens=max_tokens, logprobs=logprobs, stop=_stops(self.stop), top_k=0 if top_k < 0 else top_k,
+            logit_bias=_biases(self.logit_bias or {}, vocab_size),
+            stop_token_ids=tuple(_in_vocabulary("stop_token_ids", token, vocab_size) for token in self.stop_token_ids or ()),
+            seed=secrets.randbits(32) if self.seed is None else self.seed,
+        )
+
+
+class ContentPart(BaseModel):
+    """A part of a message. Other types than text come as they are, to be refused by name."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Annotated[str, Field(json_schema_extra={"enum": ["text"]})]
+    text: str | None = None
+
+
+class ChatMessage(Body):
+    """One turn. What an assistant's turn may bring along from an earlier response is taken if it's empty."""
+
+    role: Annotated[str, Field(json_schema_extra={"enum": list(ROLES)})]
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    tool_calls: list[Any] | None = None
+    tool_call_id: str | None = None
+    function_call: Any = None
+    audio: Any = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+    provider_specific_fields: Any = None
+
+
+class ChatRequest(GenerationRequest):
+    """/v1/chat/completions. max_completion_tokens counts where max_tokens is given too; default: what the context leaves."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
+    add_generation_prompt: bool | None = None
+
+    def check(self) -> None:
+        """What several fields say together. Raises InvalidRequest."""
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs: is for logprobs=true only", param="top_logprobs")
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Likeliest tokens to tell at each place; None: no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(GenerationRequest):
+    """/v1/completions. best_of: only n itself, as there is no choosing among more."""
+
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT)]
+    echo: bool | None = None
+    logprobs: NumLogprobs | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_OUTPUTS)] | None = None
+    add_special_tokens: bool | None = None
+
+    def check(self) -> None:
+        """What several fields say together. Raises InvalidRequest."""
+        super().check()
+        if self.best_of is not None and self.best_of != self.num_outputs:
+            raise InvalidRequest("best_of: with another value than n is not supported yet; leave it out", param="best_of")
+        if self.stream and self.echo and self.logprobs is not None:
+            raise InvalidRequest("echo: with logprobs is not supported in a stream; leave one of them out", param="echo")
+
+
+class TokenizeRequest(Body):
+    """/tokenize: a text or a conversation. add_special_tokens: default true for a text, false for a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    """/detokenize."""
+
+    model: str | None = None
+    tokens: TokenIds
+
+
+def _stops(stop: Any) -> tuple[str, ...]:
+    """A text or several."""
+    texts = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest("stop: must be a text or a list of texts", param="stop")
+    if len(texts) > MAX_STOPS:
+        raise InvalidRequest(f"stop: at most {MAX_STOPS} texts, got {len(texts)}", param="stop")
+    return tuple(texts)
+
+
+def _biases(given: dict[str, float], vocab_size: int) -> dict[int, float]:
+    """By token id."""
+    biases: dict[int, float] = {}
+    for key, value in given.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 12):
+            raise InvalidRequest(f"logit_bias: keys must be token ids, got {key[:40]!r}", param="logit_bias")
+        biases[_in_vocabulary("logit_bias", int(key), vocab_size)] = float(value)
+    return biases
+
+
+def _in_vocabulary(name: str, token: int, vocab_size: int) -> int:
+    if not 0 <= token < vocab_size:
+        raise InvalidRequest(f"{name}: token ids must be from 0 to {vocab_size - 1}, got {token}", param=name)
+    return token

@@ -1,0 +1,76 @@
+"""/tokenize, /detokenize and the list of models, as vLLM's clients and OpenAI's expect them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+
+from coserve.core import InvalidRequest
+from coserve.server.bodies import body_reader, openapi_body
+from coserve.server.fields import DETOKENIZE, TOKENIZE
+from coserve.server.models import ServedModel
+from coserve.server.prompts import conversation_prompt, text_prompts
+from coserve.server.protocol import DetokenizeRequest, TokenizeRequest
+from coserve.server.services import Served, Services, Tenant
+
+router = APIRouter(tags=["models"])
+TokenizeBody = Annotated[TokenizeRequest, Depends(body_reader(TokenizeRequest, TOKENIZE))]
+DetokenizeBody = Annotated[DetokenizeRequest, Depends(body_reader(DetokenizeRequest, DETOKENIZE))]
+
+
+@router.get("/v1/models")
+async def list_models(services: Served, tenant: Tenant) -> dict[str, Any]:
+    """The base model's names and the tenant's adapters."""
+    return {"object": "list", "data": [_entry(services, model) for model in services.models.list(tenant)]}
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(services: Served, tenant: Tenant, model: str) -> dict[str, Any]:
+    """One of them."""
+    return _entry(services, services.models.find(tenant, model))
+
+
+@router.post("/tokenize", openapi_extra=openapi_body(TokenizeRequest))
+async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> dict[str, Any]:
+    """Token ids of a text or a conversation."""
+    _check_model(services, tenant, body.model)
+    info = services.engine.info
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("prompt: give either prompt or messages", param="prompt")
+    if body.messages is not None:
+        tokens = await conversation_prompt(
+            services.tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt is not False,
+            add_special_tokens=bool(body.add_special_tokens),
+        )
+    elif body.prompt:
+        special = body.add_special_tokens is not False
+        prompts = await text_prompts(services.tokenizer, body.prompt, vocab_size=info.vocab_size, add_special_tokens=special)
+        tokens = prompts[0].ids
+    else:
+        tokens = []
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": info.max_model_len}
+
+
+@router.post("/detokenize", openapi_extra=openapi_body(DetokenizeRequest))
+async def detokenize(services: Served, tenant: Tenant, body: DetokenizeBody) -> dict[str, Any]:
+    """The text of token ids, special tokens written out."""
+    _check_model(services, tenant, body.model)
+    last = services.engine.info.vocab_size - 1
+    if body.tokens and max(body.tokens) > last:
+        raise InvalidRequest(f"tokens: token ids must be from 0 to {last}", param="tokens")
+    return {"prompt": await asyncio.to_thread(services.tokenizer.decode, body.tokens, False)}
+
+
+def _check_model(services: Services, tenant: str, name: str | None) -> None:
+    """Raises NotFound. All models share the base's tokenizer."""
+    if name is not None:
+        services.models.find(tenant, name)
+
+
+def _entry(services: Services, model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name, "object": "model", "created": model.created, "owned_by": "coserve", "root": model.root,
+        "parent": model.parent, "max_model_len": services.engine.info.max_model_len,
+    }

@@ -1,0 +1,123 @@
+"""Server-sent events, and the watch for clients that leave.
+
+    first event within a second     status and headers as the first event's outcome demands: an error is a plain error response
+    later                           headers and a comment; an error is an event of its own, and the stream closes without [DONE]
+
+Owns: framing, comments in silence, what an error becomes, closing. Does not own: what events say (responses.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from coserve.core import CoserveError
+from coserve.server.errors import error_body
+
+DONE = b"[DONE]"
+OPEN_S = 1.0
+"""A stream without an event for so long opens all the same."""
+HEARTBEAT_S = 15.0
+"""An open stream without an event for so long gets a comment, so that nothing between here and the client gives it up."""
+_COMMENT = b": waiting\n\n"
+Result = TypeVar("Result")
+
+
+class EventStream(StreamingResponse):
+    """A response of events, each the bytes of one line. close: awaited once, however it ends; also if the client leaves.
+
+    `await send` waits for a slow client, and for nobody else.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._events, self._close = events, close
+        self._started = False
+        self._num_sent = 0
+        self._sending = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends all events. Raises an error that comes before the response has begun, or that is a bug."""
+        work = asyncio.create_task(self._produce(send))
+        watch = asyncio.create_task(self._watch(receive, send))
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _stop(work, watch)
+            await self._events.aclose()
+            await self._close()
+        for task in (work, watch):
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+
+    async def _produce(self, send: Send) -> None:
+        try:
+            async for event in self._events:
+                await self._send(send, _framed(event))
+        except Exception as error:
+            if not self._started:
+                raise
+            known = error if isinstance(error, CoserveError) else CoserveError("the server failed; its log says why")
+            await self._send(send, _framed(msgspec.json.encode(error_body(known))), last=True)
+            if known is not error:
+                raise
+        else:
+            await self._send(send, b"", last=True)
+
+    async def _watch(self, receive: Receive, send: Send) -> None:
+        """Returns when the client has left; until then, comments where nothing else is sent."""
+        gone = asyncio.create_task(until_gone(receive))
+        try:
+            wait_s = OPEN_S
+            while True:
+                seen = self._num_sent
+                done, _ = await asyncio.wait({gone}, timeout=wait_s)
+                if done:
+                    return
+                if self._num_sent == seen and not self._sending.locked():
+                    await self._send(send, _COMMENT)
+                wait_s = HEARTBEAT_S
+        finally:
+            await _stop(gone)
+
+    async def _send(self, send: Send, data: bytes, *, last: bool = False) -> None:
+        async with self._sending:
+            if not self._started:
+                self._started = True
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            self._num_sent += 1
+            await send({"type": "http.response.body", "body": data, "more_body": not last})
+
+
+async def until_gone(receive: Receive) -> None:
+    """Returns when the client has left. The request's body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """What `work` gives, or None if the client leaves first: then it is cancelled."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(until_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        finished = task.done()
+        await _stop(task, gone)
+    return task.result() if finished else None
+
+
+def _framed(event: bytes) -> bytes:
+    return b"data: " + event + b"\n\n"
+
+
+async def _stop(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
