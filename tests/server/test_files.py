@@ -1,12 +1,9 @@
-"""/v1/files over a real socket with the openai client and with malformed requests; files on disk and the index after faults."""
+"""/v1/files over a real socket, with the openai client and with malformed requests."""
 
 from __future__ import annotations
 
-import errno
 import gzip
 import hashlib
-import json
-import os
 import socket
 import threading
 import time
@@ -20,7 +17,6 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from coserve.core import CapacityError, ConfigError, InvalidRequest, NotFound
 from coserve.server.files import FileService
 from coserve.server.handlers import install_handlers
 from coserve.server.records import JobRecord
@@ -346,130 +342,3 @@ def test_a_client_that_leaves_during_the_upload(server: Running, alice: openai.O
             b"Content-Type: multipart/form-data; boundary=b\r\n\r\n" + _multipart(_FILE, end=b""),
         )
     assert alice.files.retrieve(upload(alice).id).bytes == len(CONTENT)
-
-
-# --- the directory ---
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(f"sqlite:///{tmp_path}/coserve.db")
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def service(tmp_path: Path, store: Store) -> FileService:
-    return FileService(tmp_path / "files", store, MAX_BYTES)
-
-
-def test_results(service: FileService, store: Store) -> None:
-    record = service.save_result("alice", "step_metrics.csv", b"step,loss\n1,2.0\n")
-    assert (record.purpose, record.bytes) == ("fine-tune-results", 16)
-    assert store.get_file("alice", record.id) == record
-    assert service.find("alice", record.id)[1].read_bytes() == b"step,loss\n1,2.0\n"
-    assert service.save_result("alice", "empty.csv", b"").bytes == 0
-
-
-def test_the_index_is_rebuilt(service: FileService, tmp_path: Path) -> None:
-    records = [service.save_result(tenant, f"{tenant}.csv", b"x") for tenant in ("alice", "bob")]
-    fresh = Store(f"sqlite:///{tmp_path}/fresh.db")
-    FileService(tmp_path / "files", fresh, MAX_BYTES).rebuild()
-    assert sorted(fresh.all_files(), key=lambda r: r.tenant) == records
-    FileService(tmp_path / "files", fresh, MAX_BYTES).rebuild()
-    assert len(fresh.all_files()) == 2
-    fresh.close()
-
-
-def test_what_is_not_whole_is_left_out(
-    service: FileService, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-) -> None:
-    kept, cut, lost, vanished, renamed = (service.save_result("alice", "x.csv", b"12345") for _ in range(5))
-    root = tmp_path / "files"
-    service.path(cut).write_bytes(b"123")
-    (root / lost.id / "meta.json").write_bytes(b'{"id": "file-')
-    service.path(vanished).unlink()
-    (root / renamed.id).rename(root / "file-other")
-    (root / "file-dead.tmp").mkdir()
-    (root / "file-dead.tmp" / "content").write_bytes(b"half")
-    (root / "file-empty").mkdir()
-    (root / "notes.txt").write_text("not ours")
-    fields = {"id": 5, "tenant": None}
-    (root / "file-empty" / "meta.json").write_text(json.dumps(fields))
-    (root / "file-empty" / "content").write_text("")
-    service.rebuild()
-    assert store.all_files() == [kept]
-    assert not (root / "file-dead.tmp").exists() and (root / "notes.txt").exists()
-    assert all(id in caplog.text for id in (cut.id, lost.id, vanished.id, renamed.id, "file-empty"))
-    with pytest.raises(NotFound):
-        service.find("alice", cut.id)
-
-
-@pytest.mark.parametrize("place", ["content", "meta.json", "fsync", "rename", "index"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
-def test_a_disk_that_refuses(
-    service: FileService, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, code: int,
-) -> None:
-    def refuse(*_args: Any, **_kwargs: Any) -> Any:
-        raise OSError(code, os.strerror(code))
-
-    def full(*_args: Any) -> None:
-        raise CapacityError("full")
-
-    if place == "fsync":
-        monkeypatch.setattr(os, "fsync", refuse)
-    elif place == "rename":
-        monkeypatch.setattr(Path, "rename", refuse)
-    elif place == "index":
-        monkeypatch.setattr(store, "add_file", full)
-    else:
-        opened = Path.open
-        monkeypatch.setattr(Path, "open", lambda self, *a, **k: (refuse if self.name == place else opened)(self, *a, **k))
-    with pytest.raises(CapacityError):
-        service.save_result("alice", "x.csv", b"12345")
-    monkeypatch.undo()
-    assert list((tmp_path / "files").iterdir()) == []
-    assert store.all_files() == []
-    service.save_result("alice", "x.csv", b"12345")
-
-
-def test_a_delete_that_is_refused_keeps_the_file(
-    service: FileService, store: Store, monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    record = service.save_result("alice", "x.csv", b"12345")
-
-    def refuse(*_args: Any) -> Any:
-        raise OSError(errno.EROFS, "read-only")
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(CapacityError):
-        service.delete("alice", record.id)
-    monkeypatch.undo()
-    assert service.find("alice", record.id)[0] == record
-
-
-def test_a_crash_in_the_middle_of_a_delete(
-    service: FileService, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    record = service.save_result("alice", "x.csv", b"12345")
-
-    def crash(*_args: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(store, "delete_file", crash)
-    with pytest.raises(KeyboardInterrupt):
-        service.delete("alice", record.id)
-    monkeypatch.undo()
-    service.rebuild()
-    assert store.all_files() == [] and list((tmp_path / "files").iterdir()) == []
-
-
-def test_a_directory_that_cannot_be_made(tmp_path: Path, store: Store) -> None:
-    (tmp_path / "files").write_text("in the way")
-    with pytest.raises(ConfigError):
-        FileService(tmp_path / "files", store, MAX_BYTES)
-
-
-def test_result_names_are_checked_too(service: FileService) -> None:
-    with pytest.raises(InvalidRequest):
-        service.save_result("alice", "a\0b", b"x")

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, create_engine, make_url, text
 
 from coserve.core import CapacityError, ConfigError, InvalidRequest, NotFound
 from coserve.server import database, tables
@@ -347,6 +348,21 @@ def test_a_password_is_not_shown(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         Store(f"postgresql://me:secret@/name?host={tmp_path}")
     assert "secret" not in str(error.value) and "***" in str(error.value)
+
+
+def test_a_postgres_that_goes_away(postgres_url: str, postgres_server: Path) -> None:
+    store = Store(postgres_url)
+    store.add_file(file("file-1"))
+    name = make_url(postgres_url).database
+    with psycopg.connect(host=str(postgres_server), user="coserve", dbname="postgres", autocommit=True) as connection:
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+        assert store.get_file("a", "file-1") == file("file-1")  # by a new connection
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with pytest.raises(CapacityError, match="can't be reached"):
+        store.get_file("a", "file-1")
+    with pytest.raises(ConfigError, match="can't be used"):
+        Store(postgres_url)
+    store.close()
 
 
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:

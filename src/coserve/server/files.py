@@ -93,8 +93,8 @@ class FileService:
         gone = self._directory / f"{id}{_UNFINISHED}"
         with storage_errors(), suppress(FileNotFoundError):
             (self._directory / id).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)  # first: the index may need the space; a second try finds the entry alone
         self._store.delete_file(tenant, id)
-        shutil.rmtree(gone, ignore_errors=True)
 
     def rebuild(self) -> None:
         """At the start: makes the index agree with the directory, and removes what is unfinished."""
@@ -116,7 +116,7 @@ class FileService:
 
     def _save(self, tenant: str, filename: str, source: BinaryIO, purpose: str, *, check: bool) -> FileRecord:
         id = new_id("file")
-        staged = self._directory / f"{id}{_UNFINISHED}"
+        staged, kept = self._directory / f"{id}{_UNFINISHED}", self._directory / id
         try:
             with storage_errors():
                 staged.mkdir()
@@ -126,15 +126,12 @@ class FileService:
                 )
                 write_new(staged / _META, json.dumps(dataclasses.asdict(record), indent=1).encode())
                 sync_directory(staged)
-                staged.rename(self._directory / id)
+                staged.rename(kept)
                 sync_directory(self._directory)
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
-        try:
             self._store.add_file(record)
         except BaseException:
-            shutil.rmtree(self._directory / id, ignore_errors=True)
+            shutil.rmtree(staged, ignore_errors=True)
+            shutil.rmtree(kept, ignore_errors=True)
             raise
         return record
 
