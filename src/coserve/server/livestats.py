@@ -1,0 +1,89 @@
+"""Sliding windows: percentiles of what requests measured, and rates of the engine's counters.
+
+Owns: what is remembered and for how long. Does not own: what a metric means (metrics.py), and no clock: callers give seconds.
+Readers don't change anything, so that several viewers see the same figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Measured(NamedTuple):
+    """A value, or several of one moment, by name."""
+
+    time_s: float
+    values: Mapping[str, float]
+
+
+class Window:
+    """Numbers of the last `span_s` seconds, at most `limit` of them."""
+
+    def __init__(self, span_s: float, limit: int = 20_000) -> None:
+        self.span_s = span_s
+        self._entries: deque[tuple[float, float]] = deque(maxlen=limit)
+
+    def add(self, time_s: float, value: float) -> None:
+        """Times may come slightly out of order."""
+        self._entries.append((time_s, value))
+
+    def values(self, now_s: float) -> list[float]:
+        """What is not too old, in rising order."""
+        while self._entries and self._entries[0][0] < now_s - self.span_s:
+            self._entries.popleft()
+        return sorted(value for time_s, value in self._entries if time_s >= now_s - self.span_s)
+
+    def percentile(self, share: float, now_s: float) -> float | None:
+        """The smallest value that at least this share of the values don't exceed; None without values."""
+        return percentile(self.values(now_s), share)
+
+    def mean(self, now_s: float) -> float | None:
+        """None without values."""
+        values = self.values(now_s)
+        return sum(values) / len(values) if values else None
+
+
+def percentile(ordered: list[float], share: float) -> float | None:
+    """Nearest rank, of values in rising order. share: in (0, 1]."""
+    if not ordered:
+        return None
+    return ordered[max(math.ceil(share * len(ordered) - 1e-9), 1) - 1]
+
+
+class Counters:
+    """Samples of rising counters of the last `span_s` seconds. A counter that fell tells of a restart,
+    which forgets what was before."""
+
+    def __init__(self, span_s: float, spacing_s: float = 0.2) -> None:
+        self.span_s, self.spacing_s = span_s, spacing_s
+        self._samples: deque[Measured] = deque()
+
+    def add(self, time_s: float, values: Mapping[str, float]) -> None:
+        """Samples closer to the last one than `spacing_s` are left out, however many readers there are."""
+        if self._samples:
+            last = self._samples[-1]
+            if any(values[name] < value for name, value in last.values.items() if name in values):
+                self._samples.clear()
+            elif time_s - last.time_s < self.spacing_s:
+                return
+        self._samples.append(Measured(time_s, dict(values)))
+        while self._samples[0].time_s < time_s - self.span_s:
+            self._samples.popleft()
+
+    def clear(self) -> None:
+        """Nothing is known any more: the engine is down."""
+        self._samples.clear()
+
+    def rises(self, span_s: float) -> tuple[float, Mapping[str, float]] | None:
+        """(seconds, by how much each counter rose) over the last `span_s` before the newest sample; None with one sample."""
+        if not self._samples:
+            return None
+        last = self._samples[-1]
+        first = next(sample for sample in self._samples if sample.time_s >= last.time_s - span_s)
+        seconds = last.time_s - first.time_s
+        if seconds <= 0:
+            return None
+        return seconds, {name: value - first.values.get(name, value) for name, value in last.values.items()}

@@ -1,0 +1,270 @@
+"""What the server measures: Prometheus metrics, and the figures of the web page.
+
+Owns: names, buckets, objectives met or missed, one meter per request. Does not own: the engine's counters (they come with its
+stats; enginemetrics.py gives them names), windows (livestats.py). Latencies are counted from a request's arrival in this
+process to the times that the engine stamps on its tokens, which is one clock. Nothing here names a tenant's model, so /metrics
+needs no key.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from coserve.config import SamplingConfig
+from coserve.server.enginemetrics import COUNTERS, engine_families, server_families, vllm_aliases
+from coserve.server.livestats import Counters, Window, percentile
+from coserve.server.messages import JobEnded, JobHappened, Tokens
+from coserve.server.settings import ServerConfig
+
+WINDOW_S = 60.0
+"""Percentiles and attainment are of the last minute."""
+RATE_S = 5.0
+"""Tokens per second are of so many seconds."""
+LABELS = ("model_name", "engine")
+END_REASONS = ("stop", "length", "cancelled", "error")
+_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_COUNTS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+_HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
+    ("time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT_S),
+    ("inter_token_latency_seconds", "Gaps between an output's tokens, of all requests.", _TOKEN_S),
+    ("request_time_per_output_token_seconds", "Per output, over its tokens after the first.", _TOKEN_S),
+    ("e2e_request_latency_seconds", "From a request's arrival to its end.", _REQUEST_S),
+    ("request_decode_time_seconds", "From a request's first token to its last.", _REQUEST_S),
+    ("request_prompt_tokens", "Prompt tokens per request.", _COUNTS),
+    ("request_generation_tokens", "Output tokens per request, of all its outputs.", _COUNTS),
+    ("request_max_num_generation_tokens", "Tokens of a request's longest output.", _COUNTS),
+    ("request_params_n", "Outputs that requests asked for.", (1, 2, 5, 10, 20)),
+    ("request_params_max_tokens", "Most output tokens that requests allowed.", _COUNTS),
+)
+
+
+class ServerState(NamedTuple):
+    """What the engine's stats don't say. jobs: how many are in each status, of those that have not ended."""
+
+    ready: bool
+    restarts: int = 0
+    jobs: Mapping[str, int] = {}
+
+
+class _Snapshot(Collector):
+    """Families that are written out once."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self.families = list(families)
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
+
+
+class ServerMetrics:
+    """The server's metrics. model_name: the label, of the base model; clock: seconds, as the engine's."""
+
+    def __init__(self, config: ServerConfig, model_name: str, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.config, self.model_name, self.clock = config, model_name, clock
+        self.started_s = clock()
+        self.registry = CollectorRegistry()
+        labels = (model_name, "0")
+
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(f"coserve_{name}", text, (*LABELS, *more), registry=self.registry)
+
+        self.histograms = {
+            name: Histogram(f"coserve_{name}", text, LABELS, buckets=buckets, registry=self.registry).labels(*labels)
+            for name, text, buckets in _HISTOGRAMS
+        }
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that got a first token.").labels(*labels)
+        self.cached_tokens = counter("prompt_tokens_cached", "Those of them that the prefix cache had.").labels(*labels)
+        self.generation_tokens = counter("generation_tokens", "Tokens given to requests.").labels(*labels)
+        received = counter("requests_received", "Requests handed to the engine.", "target")
+        self.received = {target: received.labels(*labels, target) for target in ("base", "adapter")}
+        ended = counter("request_success", "Requests that ended, by reason.", "finished_reason")
+        self.ended = {reason: ended.labels(*labels, reason) for reason in END_REASONS}
+        self._rejections = counter("admission_rejections", "Requests refused before the engine saw them.", "reason")
+        judged = counter("slo_requests", "Requests held against an objective.", "objective", "met")
+        self._judged = {(name, met): judged.labels(*labels, name, str(met).lower())
+                        for name in ("ttft", "tpot", "both") for met in (True, False)}
+        jobs = counter("finetune_jobs_ended", "Finetuning jobs that ended.", "status")
+        self._jobs = {status: jobs.labels(*labels, status) for status in ("succeeded", "failed", "cancelled")}
+        objective = Gauge("coserve_slo_objective_seconds", "The server's objectives.", (*LABELS, "objective"),
+                          registry=self.registry)
+        objective.labels(*labels, "ttft").set(config.slo_ttft_ms / 1e3)
+        objective.labels(*labels, "tpot").set(config.slo_tpot_ms / 1e3)
+        self.ttft_s, self.tpot_s, self.arrivals = Window(WINDOW_S), Window(WINDOW_S), Window(WINDOW_S)
+        self.met = {name: Window(WINDOW_S) for name in ("ttft", "tpot", "both")}
+        self._counters = Counters(WINDOW_S)
+
+    def begin(self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float) -> RequestMeter:
+        """A request goes to the engine. arrival_s: by this object's clock."""
+        is_base = model in (self.model_name, *self.config.served_model_name)
+        self.received["base" if is_base else "adapter"].inc()
+        self.histograms["request_params_n"].observe(params.n)
+        self.histograms["request_params_max_tokens"].observe(params.max_tokens)
+        self.arrivals.add(arrival_s, 1.0)
+        return RequestMeter(self, prompt_tokens, arrival_s)
+
+    def rejected(self, reason: str) -> None:
+        """A request was refused. reason: one of a few words, as it is a label."""
+        self._rejections.labels(self.model_name, "0", reason).inc()
+
+    def hear_job(self, message: JobHappened | JobEnded) -> None:
+        """A listener for EngineClient.on_job."""
+        if isinstance(message, JobEnded):
+            self._jobs[message.status].inc()
+
+    def judge(self, time_s: float, ttft_s: float | None, tpot_s: float | None, failed: bool) -> None:
+        """Holds a request that ended against the objectives. One with a single token has no tpot_s and can't miss it; one that
+        failed misses all."""
+        first = not failed and ttft_s is not None and ttft_s <= self.config.slo_ttft_ms / 1e3
+        later = not failed and (tpot_s is None or tpot_s <= self.config.slo_tpot_ms / 1e3)
+        for name, met in (("ttft", first), ("tpot", later), ("both", first and later)):
+            self._judged[name, met].inc()
+            self.met[name].add(time_s, float(met))
+
+    def expose(self, stats: Mapping[str, Any] | None, state: ServerState | None = None) -> bytes:
+        """All metrics as Prometheus text. stats: EngineClient.stats(); None while the engine is down."""
+        self._sample(stats)
+        state = state or ServerState(ready=stats is not None)
+        now, labels = self.clock(), {"model_name": self.model_name, "engine": "0"}
+        attainment = {name: window.mean(now) for name, window in self.met.items()}
+        families = [
+            *self.registry.collect(),
+            *server_families(labels, attainment, state.ready, state.restarts, state.jobs),
+            *engine_families(labels, stats or {}, self._share()),
+        ]
+        if self.config.vllm_metrics:
+            families += vllm_aliases(families)
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Snapshot(families))
+        return generate_latest(registry)
+
+    def live(self, stats: Mapping[str, Any] | None, state: ServerState | None = None) -> dict[str, Any]:
+        """What the web page shows. Latencies in milliseconds, of the last minute; None where nothing was measured."""
+        self._sample(stats)
+        state = state or ServerState(ready=stats is not None)
+        known, now = stats or {}, self.clock()
+        pool = known.get("memory", {})
+        blocks = {f"{name}_blocks": int(pool.get(name, 0)) for name in ("used", "cached", "free", "arena")}
+        return {
+            "objectives": {"ttft_ms": self.config.slo_ttft_ms, "tpot_ms": self.config.slo_tpot_ms},
+            "window_s": WINDOW_S,
+            "inference": {
+                "tokens_per_s": self._rate("inference_tokens"), "prompt_tokens_per_s": self._rate("prompt_tokens"),
+                "running": int(known.get("running", 0)), "waiting": int(known.get("waiting", 0)),
+                "ttft_ms": _percentiles_ms(self.ttft_s, now), "tpot_ms": _percentiles_ms(self.tpot_s, now),
+                "attainment": self.met["both"].mean(now), "requests_last_minute": len(self.arrivals.values(now)),
+            },
+            "finetuning": {
+                "tokens_per_s": self._rate("finetune_tokens"), "share": self._share(), "jobs": int(known.get("jobs", 0)),
+                "jobs_by_status": dict(state.jobs),
+            },
+            "memory": {**blocks, "num_blocks": sum(blocks.values()), "block_bytes": int(pool.get("block_bytes", 0))},
+            "engine": {
+                "ready": state.ready, "restarts": state.restarts, "policy": self.config.policy, "model": self.model_name,
+                "uptime_s": now - self.started_s,
+            },
+            "prediction_errors": known.get("prediction_errors", {}),
+        }
+
+    def _sample(self, stats: Mapping[str, Any] | None) -> None:
+        if stats is None:
+            self._counters.clear()
+        else:
+            self._counters.add(stats["time_s"], {name: float(stats[name]) for name in COUNTERS if name in stats})
+
+    def _rate(self, name: str) -> float | None:
+        risen = self._counters.rises(RATE_S)
+        return None if risen is None else risen[1].get(name, 0.0) / risen[0]
+
+    def _share(self) -> float | None:
+        """Finetuning's part of the time that the engine worked in the last minute; 0 if it did not work."""
+        risen = self._counters.rises(WINDOW_S)
+        if risen is None:
+            return None
+        busy = risen[1].get("busy_s", 0.0)
+        return risen[1].get("finetune_busy_s", 0.0) / busy if busy > 0 else 0.0
+
+
+def _percentiles_ms(window: Window, now_s: float) -> dict[str, float | None]:
+    ordered = window.values(now_s)
+    values = {"p50": percentile(ordered, 0.5), "p99": percentile(ordered, 0.99)}
+    return {name: None if value is None else value * 1e3 for name, value in values.items()}
+
+
+class _Output:
+    """One of a request's outputs so far."""
+
+    __slots__ = ("first_s", "last_s", "num_tokens")
+
+    def __init__(self, time_s: float, num_tokens: int) -> None:
+        self.first_s = self.last_s = time_s
+        self.num_tokens = num_tokens
+
+    @property
+    def tpot_s(self) -> float | None:
+        return (self.last_s - self.first_s) / (self.num_tokens - 1) if self.num_tokens > 1 else None
+
+
+class RequestMeter:
+    """Follows one request to its end."""
+
+    def __init__(self, metrics: ServerMetrics, prompt_tokens: int, arrival_s: float) -> None:
+        self._metrics, self._prompt_tokens, self._arrival_s = metrics, prompt_tokens, arrival_s
+        self._outputs: dict[int, _Output] = {}
+        self._ended = False
+
+    def tokens(self, message: Tokens) -> None:
+        """What the engine sent for the request, in order. A message without tokens (a cancellation) measures nothing."""
+        metrics, count = self._metrics, len(message.token_ids)
+        if self._ended or not count:
+            return
+        if not self._outputs:
+            ttft_s = message.time_s - self._arrival_s
+            metrics.histograms["time_to_first_token_seconds"].observe(ttft_s)
+            metrics.ttft_s.add(message.time_s, ttft_s)
+            metrics.prompt_tokens.inc(self._prompt_tokens)
+            metrics.cached_tokens.inc(message.cached_tokens)
+        metrics.generation_tokens.inc(count)
+        output = self._outputs.get(message.index)
+        if output is None:
+            self._outputs[message.index] = _Output(message.time_s, count)
+            return
+        metrics.histograms["inter_token_latency_seconds"].observe(message.time_s - output.last_s)
+        output.last_s = message.time_s
+        output.num_tokens += count
+
+    def end(self, reason: str) -> None:
+        """The request is over: stop, length, cancelled or error. Later calls change nothing."""
+        if self._ended:
+            return
+        self._ended = True
+        metrics, outputs = self._metrics, list(self._outputs.values())
+        metrics.ended[reason].inc()
+        now = metrics.clock()
+        ttft_s = min(output.first_s for output in outputs) - self._arrival_s if outputs else None
+        tpots_s = [output.tpot_s for output in outputs if output.tpot_s is not None]
+        for tpot_s in tpots_s:
+            metrics.histograms["request_time_per_output_token_seconds"].observe(tpot_s)
+            metrics.tpot_s.add(now, tpot_s)
+        if reason != "cancelled":  # the caller's choice says nothing about the server
+            metrics.judge(now, ttft_s, max(tpots_s, default=None), failed=reason == "error")
+        self._observe_sizes(outputs, reason)
+
+    def _observe_sizes(self, outputs: list[_Output], reason: str) -> None:
+        if not outputs or reason == "error":
+            return
+        histograms, last_s = self._metrics.histograms, max(output.last_s for output in outputs)
+        counts = [output.num_tokens for output in outputs]
+        histograms["e2e_request_latency_seconds"].observe(last_s - self._arrival_s)
+        histograms["request_decode_time_seconds"].observe(last_s - min(output.first_s for output in outputs))
+        histograms["request_prompt_tokens"].observe(self._prompt_tokens)
+        histograms["request_generation_tokens"].observe(sum(counts))
+        histograms["request_max_num_generation_tokens"].observe(max(counts))

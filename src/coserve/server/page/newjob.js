@@ -1,0 +1,133 @@
+// The form that starts a job: uploads the files, creates the job, puts the server's complaints beside the fields they name.
+
+import { post, upload } from "./api.js";
+import { byId, bytes, el, setNotice, setText } from "./dom.js";
+
+const FIELDS = ["training_file", "validation_file", "model", "suffix", "n_epochs", "rank", "learning_rate"];
+
+export class JobForm {
+  constructor({ onCreated }) {
+    this.onCreated = onCreated;
+    this.uploaded = new WeakMap();
+    this.names = null;
+    byId("new-job").onclick = () => this.open(byId("job-form").hidden);
+    byId("job-form").onsubmit = (event) => {
+      event.preventDefault();
+      this.submit();
+    };
+    for (const name of FIELDS) byId(`job-${name}`).oninput = () => showError(name, "");
+    const card = byId("jobs");
+    card.ondragover = (event) => {
+      if (!event.dataTransfer.types.includes("Files")) return;
+      event.preventDefault();
+      card.classList.add("dragging");
+    };
+    card.ondragleave = (event) => {
+      if (!card.contains(event.relatedTarget)) card.classList.remove("dragging");
+    };
+    card.ondrop = (event) => this.drop(event);
+  }
+
+  open(wanted) {
+    byId("job-form").hidden = !wanted;
+    byId("new-job").setAttribute("aria-expanded", String(wanted));
+    setText(byId("new-job"), wanted ? "Close" : "New job");
+    if (wanted) byId("job-training_file").focus();
+  }
+
+  drop(event) {
+    byId("jobs").classList.remove("dragging");
+    if (event.dataTransfer.files.length === 0) return;
+    event.preventDefault();
+    this.open(true);
+    const onto = event.target.id === "job-validation_file" ? "validation_file" : "training_file";
+    byId(`job-${onto}`).files = event.dataTransfer.files;
+    showError(onto, "");
+  }
+
+  /** models: of /v1/models; a tuned one is trained further. */
+  setModels(models) {
+    const names = models.map((model) => model.id);
+    if (names.join("\n") === this.names) return;
+    this.names = names.join("\n");
+    const select = byId("job-model");
+    const before = select.value;
+    select.replaceChildren(...names.map((name) => el("option", { value: name }, name)));
+    select.value = names.includes(before) ? before : (models.find((model) => !model.parent)?.id ?? "");
+  }
+
+  async submit() {
+    for (const name of FIELDS) showError(name, "");
+    setNotice(byId("job-form-error"), "");
+    const settings = readSettings();
+    if (settings === null) return;
+    byId("job-submit").disabled = true;
+    let field = "training_file";
+    try {
+      const body = { model: byId("job-model").value, ...settings };
+      for (field of ["training_file", "validation_file"]) {
+        const file = byId(`job-${field}`).files[0];
+        if (file) body[field] = await this.send(file);
+      }
+      setText(byId("job-form-status"), "Creating the job");
+      field = null;
+      const job = await post("v1/fine_tuning/jobs", body);
+      byId("job-form").reset();
+      this.open(false);
+      byId("jobs").focus({ preventScroll: true });
+      this.onCreated(job);
+    } catch (error) {
+      this.showProblem(error, field);
+    }
+    setText(byId("job-form-status"), "");
+    byId("job-submit").disabled = false;
+  }
+
+  /** Uploads a file once, however often the form is sent. */
+  async send(file) {
+    if (!this.uploaded.has(file)) {
+      setText(byId("job-form-status"), `Uploading ${file.name}, ${bytes(file.size)}`);
+      this.uploaded.set(file, (await upload(file)).id);
+    }
+    return this.uploaded.get(file);
+  }
+
+  showProblem(error, uploading) {
+    const named = (error.param ?? "").split(".").reverse().find((part) => FIELDS.includes(part));
+    const field = uploading ?? named;
+    if (!field || error.status === 0) {
+      setNotice(byId("job-form-error"), error.message);
+      return;
+    }
+    showError(field, error.message);
+    byId(`job-${field}`).focus();
+  }
+}
+
+function showError(name, message) {
+  setText(byId(`error-${name}`), message);
+  if (message) byId(`job-${name}`).setAttribute("aria-invalid", "true");
+  else byId(`job-${name}`).removeAttribute("aria-invalid");
+}
+
+/** The body's fields beside model and files; null if something is missing or no number, which is then shown. */
+function readSettings() {
+  const text = (name) => byId(`job-${name}`).value.trim();
+  const problems = [];
+  if (byId("job-training_file").files.length === 0) problems.push(["training_file", "Choose a file to train on."]);
+  const read = (name) => {
+    if (!text(name) || text(name) === "auto") return undefined;
+    const value = Number(text(name));
+    if (!(value > 0)) problems.push([name, "Must be a number above 0."]);
+    return value;
+  };
+  const epochs = read("n_epochs");
+  const settings = { suffix: text("suffix") || undefined, rank: read("rank"), learning_rate: read("learning_rate") };
+  if (epochs !== undefined) settings.method = { type: "supervised", supervised: { hyperparameters: { n_epochs: epochs } } };
+  for (const [name, message] of problems) showError(name, message);
+  if (problems.length > 0) {
+    byId(`job-${problems[0][0]}`).focus();
+    return null;
+  }
+  return settings;
+}
