@@ -6,6 +6,7 @@ prompts.py, answers.py, responses.py, sse.py).
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +59,7 @@ class _Exchange:
 async def create_chat_completion(request: Request, services: Served, tenant: Tenant, body: ChatBody) -> Response:
     """A conversation's next turn."""
     arrival_s = time.perf_counter()
-    name = _model_name(services, tenant, body)
+    name = await _model_name(services, tenant, body)
     ids = await conversation_prompt(
         services.tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt is not False
     )
@@ -90,7 +91,7 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
 async def create_completion(request: Request, services: Served, tenant: Tenant, body: CompletionBody) -> Response:
     """Continuations of one or more prompts."""
     arrival_s = time.perf_counter()
-    name = _model_name(services, tenant, body)
+    name = await _model_name(services, tenant, body)
     prompts = await text_prompts(
         services.tokenizer, body.prompt, vocab_size=services.engine.info.vocab_size,
         add_special_tokens=body.add_special_tokens is not False,
@@ -117,10 +118,12 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
                           "text_completion")
 
 
-def _model_name(services: Services, tenant: str, body: GenerationRequest) -> str:
+async def _model_name(services: Services, tenant: str, body: GenerationRequest) -> str:
     """The model asked for. Raises NotFound, and InvalidRequest for a body that contradicts itself."""
-    name = services.models.base_names[0] if body.model is None else body.model
-    services.models.find(tenant, name)
+    names = services.models.base_names
+    name = names[0] if body.model is None else body.model
+    if name not in names:
+        await asyncio.to_thread(services.models.find, tenant, name)  # it may have to look into the index
     body.check()
     return name
 

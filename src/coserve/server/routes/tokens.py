@@ -21,13 +21,13 @@ DetokenizeBody = Annotated[DetokenizeRequest, Depends(body_reader(DetokenizeRequ
 
 
 @router.get("/v1/models")
-async def list_models(services: Served, tenant: Tenant) -> dict[str, Any]:
+def list_models(services: Served, tenant: Tenant) -> dict[str, Any]:
     """The base model's names and the tenant's adapters."""
     return {"object": "list", "data": [_entry(services, model) for model in services.models.list(tenant)]}
 
 
 @router.get("/v1/models/{model:path}")
-async def retrieve_model(services: Served, tenant: Tenant, model: str) -> dict[str, Any]:
+def retrieve_model(services: Served, tenant: Tenant, model: str) -> dict[str, Any]:
     """One of them."""
     return _entry(services, services.models.find(tenant, model))
 
@@ -35,7 +35,7 @@ async def retrieve_model(services: Served, tenant: Tenant, model: str) -> dict[s
 @router.post("/tokenize", openapi_extra=openapi_body(TokenizeRequest))
 async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> dict[str, Any]:
     """Token ids of a text or a conversation."""
-    _check_model(services, tenant, body.model)
+    await _check_model(services, tenant, body.model)
     info = services.engine.info
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("prompt: give either prompt or messages", param="prompt")
@@ -56,17 +56,17 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> dict
 @router.post("/detokenize", openapi_extra=openapi_body(DetokenizeRequest))
 async def detokenize(services: Served, tenant: Tenant, body: DetokenizeBody) -> dict[str, Any]:
     """The text of token ids, special tokens written out."""
-    _check_model(services, tenant, body.model)
+    await _check_model(services, tenant, body.model)
     last = services.engine.info.vocab_size - 1
     if body.tokens and max(body.tokens) > last:
         raise InvalidRequest(f"tokens: token ids must be from 0 to {last}", param="tokens")
     return {"prompt": await asyncio.to_thread(services.tokenizer.decode, body.tokens, False)}
 
 
-def _check_model(services: Services, tenant: str, name: str | None) -> None:
+async def _check_model(services: Services, tenant: str, name: str | None) -> None:
     """Raises NotFound. All models share the base's tokenizer."""
-    if name is not None:
-        services.models.find(tenant, name)
+    if name is not None and name not in services.models.base_names:
+        await asyncio.to_thread(services.models.find, tenant, name)
 
 
 def _entry(services: Services, model: ServedModel) -> dict[str, Any]:
