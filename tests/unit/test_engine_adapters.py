@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,55 @@ def test_a_running_engine_takes_adapters(engines: MakeEngine, model: LoadedModel
     other = engines()
     other.add_adapter("last", adapters[-1])
     assert served == ask(other, "last")
+
+
+def test_adapters_come_and_go_while_requests_use_them(engines: MakeEngine, model: LoadedModel) -> None:
+    """Each request gets the tokens of one version from its first to its last; who comes after an unload is told."""
+    adapters = [random_adapter(model, 4, seed=seed) for seed in range(3)]
+    alone = engines(max_adapters=8)
+    wanted = []
+    for number, adapter in enumerate(adapters):
+        alone.add_adapter(str(number), adapter)
+        wanted.append(ask(alone, str(number)))
+    assert len({tuple(tokens) for tokens in wanted}) == 3
+    with engines(max_adapters=8) as engine:
+        engine.add_adapter("tuned", adapters[0])
+        stop, served, refused, odd = threading.Event(), [], [], []
+
+        def keep_asking() -> None:
+            while not stop.is_set():
+                try:
+                    served.append(ask(engine, "tuned"))
+                except NotFound as error:
+                    refused.append(error)
+                except Exception as error:
+                    odd.append(error)
+
+        users = [threading.Thread(target=keep_asking) for _ in range(3)]
+        for user in users:
+            user.start()
+        for turn in range(30):
+            engine.add_adapter("tuned", adapters[turn % 3])
+            wait_for(lambda: len(served) > 2 * turn or bool(odd))
+            if turn % 3 == 2:
+                engine.unload_adapter("tuned")
+                with pytest.raises(NotFound):
+                    engine.unload_adapter("tuned")
+                wait_for(lambda: len(refused) > 0 or bool(odd))
+                refused.clear()
+        stop.set()
+        for user in users:
+            user.join(30)
+        assert engine.alive and not odd
+    assert {tuple(tokens) for tokens in served} == {tuple(tokens) for tokens in wanted}
+    assert engine.adapters.num_versions == 0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(1e-3)
 
 
 def test_a_profile_is_measured_once(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

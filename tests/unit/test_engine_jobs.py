@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
 from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, JobFailed, NotFound
@@ -25,7 +28,16 @@ from coserve.finetune.checkpoints import read_manifest
 from coserve.finetune.job import MetricsTable
 from coserve.runtime.executor import TrainExecutor
 from tests.tiny_directory import chat_lines, preference_lines, write_lines
-from tests.tiny_engine import MakeEngine, PlanLog, assert_nothing_left, build_model, drive, prompt, tracked_engines
+from tests.tiny_engine import (
+    MakeEngine,
+    PlanLog,
+    assert_nothing_left,
+    build_model,
+    drive,
+    make_engine,
+    prompt,
+    tracked_engines,
+)
 
 SFT = FinetuneConfig(
     max_steps=6, batch_size=4, max_microbatch_tokens=512, lora=LoraConfig(r=4, dropout=0.1),
@@ -378,3 +390,44 @@ def test_jobs_of_a_running_engine(engines: MakeEngine, directory: Path, tmp_path
     assert last.status == "cancelled" and "info" in events
     record = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert record["r"] == 4
+
+
+def test_jobs_fail_with_the_engines_thread_and_stay_failed(
+    model: LoadedModel, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(model)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    jobs = [engine.finetune(directory / "sft.jsonl", tmp_path / name, ENDLESS) for name in "ab"]
+    drive(engine, lambda: engine.blocks.num_arena > 0)
+    monkeypatch.setattr(engine.blocks, "release_arena", lambda *_: 1 / 0)  # what the end of a job needs is broken too
+    monkeypatch.setattr(engine.runner, "run", lambda *_: 1 / 0)
+    engine.start()
+    assert engine.wait_failed(20)
+    monkeypatch.undo()
+    for job in jobs:
+        with pytest.raises(CoserveError, match="ZeroDivisionError"):
+            job.result(20)
+    engine.close()
+    assert [job.status for job in jobs] == ["failed", "failed"]
+
+
+@pytest.mark.parametrize("config", [SFT, ENDLESS], ids=["ended", "cancelled"])
+def test_closing_gives_a_jobs_memory_back_without_the_garbage_collector(
+    model: LoadedModel, directory: Path, tmp_path: Path, config: FinetuneConfig
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        engine = make_engine(model)
+        storage, whole = StorageWeakRef(engine.pool.buffer.untyped_storage()), weakref.ref(engine)
+        job = engine.finetune(directory / "sft.jsonl", tmp_path / "out", config)
+        request = engine.submit(prompt(20), replace(GREEDY, max_tokens=200), adapter=None)
+        drive(engine, lambda: job.step >= 3)
+        if config is SFT:
+            drive(engine)
+        engine.close()
+        assert storage.expired() and job.finished
+        del engine, job, request
+        assert whole() is None
+    finally:
+        gc.enable()

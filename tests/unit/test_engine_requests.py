@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import time
+import weakref
 from collections.abc import AsyncGenerator, Generator, Iterator
 from dataclasses import replace
 
 import pytest
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from coserve.config import SamplingConfig, SchedulerConfig
 from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, NotFound
 from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
 from coserve.engine.requests import Chunk
-from tests.tiny_engine import MakeEngine, assert_nothing_left, build_model, drive, prompt, tracked_engines
+from tests.tiny_engine import MakeEngine, assert_nothing_left, build_model, drive, make_engine, prompt, tracked_engines
 
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=400)
@@ -313,6 +317,79 @@ def test_a_crash_of_the_engine_leaves_nobody_waiting(engines: MakeEngine, monkey
         list(handle.chunks())
     with pytest.raises(CoserveError):
         engine.submit(IDS, GREEDY)
+
+
+def test_a_dead_thread_is_seen_and_waited_for(engines: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, caught = engines(), []
+    monkeypatch.setattr(threading, "excepthook", lambda args: caught.append(args.exc_value))
+    assert engine.alive and engine.failure is None
+    engine.start()
+    assert engine.alive and not engine.wait_failed(0.01)
+    first = engine.submit(IDS, LONG)
+    while not first.token_ids:
+        time.sleep(1e-3)
+    monkeypatch.setattr(engine.runner, "run", lambda *_: 1 / 0)
+    assert engine.wait_failed(20)
+    assert not engine.alive and "ZeroDivisionError" in str(engine.failure)
+    assert first.finished and first.error is engine.failure, "by then everyone knows"
+    for call in (lambda: engine.submit(IDS, GREEDY), lambda: engine.unload_adapter("x"), lambda: engine.add_adapter("x", None)):
+        with pytest.raises(CoserveError, match="ZeroDivisionError"):
+            call()
+    engine.close()
+    assert engine.wait_failed() and [type(error) for error in caught] == [ZeroDivisionError]
+
+
+def test_listeners_that_raise_do_not_keep_others_waiting(engines: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engines()
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    handles = [engine.submit(IDS, replace(LONG, n=2)) for _ in range(3)]
+    for handle in handles[:2]:
+        handle.listen(lambda _: 1 / 0)
+    engine.start()
+    assert all(handle.wait(20) and handle.error is not None for handle in handles)
+    assert engine.wait_failed(20)
+
+
+def test_a_request_that_can_not_begin_ends_with_the_engine(engines: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engines()
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(engine.scheduler, "add_request", lambda *_: 1 / 0)
+    handles = [engine.submit(IDS, GREEDY) for _ in range(3)]
+    engine.start()
+    assert all(handle.wait(20) and "ZeroDivisionError" in str(handle.error) for handle in handles)
+    assert engine.wait_failed(20)
+
+
+def test_a_closed_engine_has_not_failed(engines: MakeEngine) -> None:
+    engine = engines().start()
+    engine.close()
+    assert not engine.alive and engine.closed and not engine.wait_failed() and engine.failure is None
+    with pytest.raises(CoserveError, match="closed"):
+        engine.unload_adapter("x")
+    engine.close()
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_closing_gives_the_pool_back_without_the_garbage_collector(model: LoadedModel, threaded: bool) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        engine = make_engine(model)
+        storage = StorageWeakRef(engine.pool.buffer.untyped_storage())
+        whole = weakref.ref(engine)
+        if threaded:
+            engine.start()
+        handles = engine.generate([IDS, IDS], replace(GREEDY, n=2))
+        running = engine.submit(IDS, LONG)
+        if not threaded:
+            engine.step()
+        engine.close()
+        assert storage.expired(), "though the engine and its handles are still there"
+        assert running.finish_reason == "cancelled" and engine.metrics()["memory"]["used"] == 0
+        del engine, handles, running
+        assert whole() is None
+    finally:
+        gc.enable()
 
 
 def test_metrics(engines: MakeEngine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -360,6 +361,49 @@ def test_tenants_prompts_take_turns() -> None:
     fake.run()
     place = sorted(r.finished_s or 0 for r in (*flood, *few))
     assert place.index(few[-1].finished_s or 0) <= 6
+
+
+def attainment(requests: Sequence[FakeRequest]) -> float:
+    return sum(request.met for request in requests) / len(requests)
+
+
+@pytest.mark.parametrize(("blocks", "lag"), [(4096, 0), (4096, 1), (400, 0)], ids=["roomy", "lag", "tight"])
+def test_a_flooding_tenant_harms_itself_only(blocks: int, lag: int) -> None:
+    """500 requests at once, whose half could not make it anyway, beside one per second and a job. tight: the flood's running
+    requests need more blocks than there are, so that some are preempted all the time."""
+    fake = engine(num_blocks=blocks, lag=lag, check_cache=False)
+    flood = [fake.submit(200, 120, tenant="flood") for _ in range(500)]
+    light = [fake.submit(100, 60, tenant="light", at=0.5 + i) for i in range(20)]
+    fake.add_job([[500]] * 4, tenant="trains")
+    fake.run(30.0)
+    assert attainment(light) >= 0.95
+    assert sum(request.finished_s is not None for request in flood) > 20, "the flood is served too"
+    assert attainment(flood) < 0.5, "there is more than can be served"
+    assert (fake.scheduler.num_preemptions > 10) == (blocks == 400)
+
+
+def test_a_tenant_that_is_behind_and_asks_again_keeps_what_it_is_owed() -> None:
+    fake = engine()
+    tenants = fake.scheduler.tenants
+    decoding(fake, 50, tenant="few")
+    for _ in range(4):
+        decoding(fake, 50, tenant="many")
+    for _ in range(20):
+        step(fake)
+    before = tenants.served("few")
+    assert before < 0.5 * tenants.served("many")
+    fake.submit(10, 5, tenant="few")
+    step(fake)
+    assert tenants.served("few") <= before + 12, "its own tokens, and no lift"
+
+
+def test_the_most_served_tenants_latest_request_is_preempted() -> None:
+    fake = engine(num_blocks=14)
+    old = [decoding(fake, 150, tenant="much") for _ in range(2)]
+    new = decoding(fake, 60, tenant="little")
+    fake.run()
+    assert old[1].state.preemptions > 0 and not new.state.preemptions and not old[0].state.preemptions
+    assert all(map(whole, [*old, new]))
 
 
 def test_a_new_tenant_starts_level_with_one_that_only_trains() -> None:

@@ -153,10 +153,10 @@ def test_a_unit_over_the_itl_cap_waits_for_slack_and_harms_nobody() -> None:
 
 def test_a_stuck_job_has_its_turn_beside_one_that_takes_all_slack() -> None:
     fake = engine(law(row_layer=0.001))
-    for i in range(40):
+    for i in range(10):
         fake.submit(20, 300, at=0.5 * i)
     fixed, free = fake.add_job([[256]], grid=128), fake.add_job([[256]])
-    fake.run(60.0)
+    fake.run(25.0)
     assert fixed.steps_done >= 1
     assert fake.runner.trained[fixed.work.id] > 0.4 * fake.runner.trained[free.work.id]
 

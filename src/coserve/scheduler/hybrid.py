@@ -254,7 +254,8 @@ class HybridScheduler:
             limit, most = budget, budget
             if decode:
                 most = max(budget, self.deadlines.cap(running))
-                limit = most if now - request.arrival_s > URGENT * request.ttft_s else budget
+                urgent = now - request.arrival_s > URGENT * request.ttft_s and not request.hopeless(now, 0.0)
+                limit = most if urgent else budget
             was_running = request.running
             if not was_running:
                 self._admit(request)
