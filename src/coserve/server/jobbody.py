@@ -1,0 +1,199 @@
+"""The body that creates a finetuning job, as pydantic models: OpenAI's fields and ours, types and ranges of single fields.
+
+Owns: which fields there are, what is said about one that isn't known. Does not own: what fields mean together (jobspec.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import PydanticCustomError
+
+from coserve.core import InvalidRequest
+from coserve.server.handlers import field_name
+
+AUTO: Literal["auto"] = "auto"
+_LIMIT = 2**31 - 1
+_MAX_TARGETS = 1000
+_MAX_METADATA, _MAX_KEY, _MAX_VALUE = 16, 64, 512
+
+
+def _number_or_auto(value: Any) -> int | float | str:
+    if value is None or value == AUTO:
+        return AUTO
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 < value <= _LIMIT:
+        return value
+    raise PydanticCustomError("number", "must be a positive number or 'auto'")
+
+
+def _whole_or_auto(value: Any) -> int | float | str:
+    number = _number_or_auto(value)
+    if isinstance(number, float):
+        raise PydanticCustomError("number", "must be a whole number or 'auto'")
+    return number
+
+
+def _text(value: Any) -> str:
+    """A string that UTF-8 and every database can write."""
+    if not isinstance(value, str):
+        raise PydanticCustomError("text", "must be a string")
+    if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise PydanticCustomError("text", "holds a NUL or half of a surrogate pair; write whole characters")
+    if len(value) > _MAX_VALUE:
+        raise PydanticCustomError("text", f"must have at most {_MAX_VALUE} characters")
+    return value
+
+
+def _pairs(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or len(value) > _MAX_METADATA:
+        raise PydanticCustomError("pairs", f"must be an object of at most {_MAX_METADATA} pairs")
+    for key in value:
+        if not isinstance(key, str) or len(_text(key)) > _MAX_KEY:
+            raise PydanticCustomError("pairs", f"keys must be strings of at most {_MAX_KEY} characters")
+    return {key: _text(item) for key, item in value.items()}
+
+
+def _targets(value: Any) -> list[str] | str:
+    if value == "all-linear" or (isinstance(value, list) and 0 < len(value) <= _MAX_TARGETS):
+        return value if isinstance(value, str) else [_text(item) for item in value]
+    raise PydanticCustomError("targets", "must be a list of module names, or 'all-linear'")
+
+
+_Choice = int | float | Literal["auto"]
+Number = Annotated[Any, PlainValidator(_number_or_auto, json_schema_input_type=_Choice)]
+Whole = Annotated[Any, PlainValidator(_whole_or_auto, json_schema_input_type=int | Literal["auto"])]
+Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str)]
+Pairs = Annotated[dict[str, str], PlainValidator(_pairs, json_schema_input_type=dict[str, str])]
+Targets = Annotated[Any, PlainValidator(_targets, json_schema_input_type=list[str] | Literal["all-linear"])]
+Count = Annotated[int, Field(ge=0, le=_LIMIT)]
+Rate = Annotated[float, Field(ge=0, le=1e9)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Hyperparameters(_Body):
+    """A number, or auto: see jobspec.resolve."""
+
+    n_epochs: Number = AUTO
+    batch_size: Whole = AUTO
+    learning_rate_multiplier: Number = AUTO
+
+
+class PreferenceHyperparameters(Hyperparameters):
+    """beta: DPO's inverse temperature."""
+
+    beta: Number = AUTO
+
+
+class Supervised(_Body):
+    """What is told about supervised finetuning."""
+
+    hyperparameters: Hyperparameters | None = None
+
+
+class Preference(_Body):
+    """What is told about DPO."""
+
+    hyperparameters: PreferenceHyperparameters | None = None
+
+
+class Method(_Body):
+    """OpenAI's choice of a method. reinforcement isn't supported."""
+
+    type: Text
+    supervised: Supervised | None = None
+    dpo: Preference | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+class Wandb(_Body):
+    """A run of Weights & Biases, written offline."""
+
+    project: Text
+    name: Text | None = None
+    entity: Text | None = None
+    tags: list[Text] | None = Field(default=None, max_length=50)
+
+
+class Integration(_Body):
+    """Where metrics go too."""
+
+    type: Literal["wandb", "tensorboard"]
+    wandb: Wandb | None = None
+
+
+class Extras(_Body):
+    """Fields beyond OpenAI's (extra_body of its client); what each does is said at FinetuneConfig's fields. priority: lower
+    runs earlier; weight: share among running jobs; deadline: Unix seconds, earlier ones run first among equal priority."""
+
+    rank: Annotated[int, Field(ge=1, le=_LIMIT)] | None = None
+    alpha: Rate | None = None
+    dropout: Rate | None = None
+    target_modules: Targets | None = None
+    learning_rate: Rate | None = None
+    schedule: Text | None = None
+    warmup_steps: Count | None = None
+    weight_decay: Rate | None = None
+    max_grad_norm: Rate | None = None
+    max_length: Count | None = None
+    too_long: Text | None = None
+    max_microbatch_tokens: Count | None = None
+    checkpoint_steps: Count | None = None
+    keep_checkpoints: Count | None = None
+    validation_steps: Count | None = None
+    max_steps: Count | None = None
+    deterministic: bool | None = None
+    priority: Annotated[int, Field(ge=-_LIMIT, le=_LIMIT)] | None = None
+    weight: Annotated[float, Field(gt=0, le=1000)] | None = None
+    deadline: Annotated[int, Field(ge=0, le=2**40)] | None = None
+
+
+class CreateJob(Extras):
+    """POST /v1/fine_tuning/jobs."""
+
+    model: Text
+    training_file: Text
+    validation_file: Text | None = None
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    """Deprecated by OpenAI: those of the method."""
+    seed: Count | None = None
+    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    metadata: Pairs | None = None
+    integrations: list[Integration] | None = Field(default=None, max_length=5)
+
+
+_MODELS: tuple[type[BaseModel], ...] = (
+    CreateJob, Method, Supervised, Preference, PreferenceHyperparameters, Hyperparameters, Integration, Wandb
+)
+_FIELDS = frozenset(name for model in _MODELS for name in model.model_fields)
+
+
+def read_body(data: Any) -> CreateJob:
+    """Raises InvalidRequest that names the field."""
+    try:
+        return CreateJob.model_validate(data)
+    except ValidationError as error:
+        raise explain(error.errors(include_url=False)) from error
+
+
+def explain(errors: Sequence[Any]) -> InvalidRequest:
+    """pydantic's first error, of a body in this form, in a user's words: with the field's path, and the likely one meant."""
+    first = errors[0]
+    path = first["loc"]
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(path[-1]), _FIELDS, n=1)
+        message = "unknown field" + (f"; did you mean {near[0]}?" if near else "")
+    else:  # without the names that pydantic gives to the branches of a choice
+        path = [part for part in path if isinstance(part, int) or part in _FIELDS]
+        message = "the field is missing" if first["type"] == "missing" else first["msg"]
+    param = field_name(path) or "body"
+    if not param.isprintable():
+        param = "body"
+    return InvalidRequest(f"{param}: {message}", param=param)

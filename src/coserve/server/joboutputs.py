@@ -1,0 +1,173 @@
+"""What a job leaves on disk, and the models it stands for: checkpoints, the tuned adapter, the result file.
+
+    jobs/ID/request.json       the manifest (manifest.py)
+    jobs/ID/start/             the adapter that the job continues, copied at its creation
+    jobs/ID/output/            the engine's: job.json, metrics.csv, checkpoints/step-NNNNNNNN/, the tuned adapter
+    jobs/ID/tensorboard, wandb runs of integrations (trackers.py)
+
+Owns: that layout, rows of adapters and checkpoints as directories come and go. Synchronous; called by the journal's thread.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coserve.core import InvalidRequest, NotFound
+from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
+from coserve.finetune.job import MetricsTable, StepRow
+from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
+from coserve.server.files import FINE_TUNE, FileService, storage_errors
+from coserve.server.jobdata import DataFile
+from coserve.server.jobobjects import checkpoint_model, result_csv, step_metrics
+from coserve.server.models import ModelDirectory
+from coserve.server.records import AdapterRecord, CheckpointRecord, JobRecord, new_id, now
+from coserve.server.store import Store
+
+_STEP = re.compile(r"step-(\d{8,})")
+_PAGE = 1000
+
+
+class JobOutputs:
+    """Of all jobs below `root`."""
+
+    def __init__(self, root: Path, store: Store, files: FileService, models: ModelDirectory) -> None:
+        self.root, self._store, self._files, self._models = root, store, files, models
+        with storage_errors():
+            root.mkdir(parents=True, exist_ok=True)
+
+    def directory(self, job: str) -> Path:
+        """The job's own."""
+        return self.root / job
+
+    def output(self, job: str) -> Path:
+        """The engine's directory of the job."""
+        return self.root / job / "output"
+
+    def started(self, job: str) -> bool:
+        """Whether the engine has begun the job: it is to be resumed then."""
+        return (self.output(job) / "job.json").is_file()
+
+    def start_directory(self, record: JobRecord) -> Path | None:
+        """The adapter that the job continues."""
+        return None if record.start is None else self.root / record.id / "start"
+
+    def copy_start(self, job: str, source: Path) -> None:
+        """Keeps a copy of the adapter to continue, whatever becomes of the one it is copied from. Raises NotFound."""
+        target = self.root / job / "start"
+        with storage_errors():
+            target.mkdir(parents=True)
+            try:
+                for name in (CONFIG_FILE, WEIGHTS_FILE):
+                    shutil.copyfile(source / name, target / name)
+            except FileNotFoundError as error:
+                raise NotFound("model: the files of this adapter are gone", param="model") from error
+            if (source / ORIGIN_FILE).is_file():
+                shutil.copyfile(source / ORIGIN_FILE, target / ORIGIN_FILE)
+
+    def data_files(self, record: JobRecord) -> tuple[DataFile, DataFile | None]:
+        """The training file and the validation file, if there is one. Raises InvalidRequest naming the field."""
+        training = self._data_file(record.tenant, record.training_file, "training_file")
+        if record.validation_file is None:
+            return training, None
+        return training, self._data_file(record.tenant, record.validation_file, "validation_file")
+
+    def _data_file(self, tenant: str, id: str, param: str) -> DataFile:
+        try:
+            record = self._store.get_file(tenant, id)
+        except NotFound as error:
+            raise InvalidRequest(f"{param}: there is no file {id[:64]}", param=param) from error
+        if record.purpose != FINE_TUNE:
+            raise InvalidRequest(f"{param}: {id} is of purpose {record.purpose}, not {FINE_TUNE}", param=param)
+        return DataFile(self._files.path(record), record.filename, param)
+
+    def rows(self, job: str) -> list[StepRow]:
+        """Metrics of the steps so far."""
+        return MetricsTable(self.output(job) / "metrics.csv").rows()
+
+    # --- models ---
+
+    def put_checkpoint(self, record: JobRecord, tuned: str, step: int, directory: Path, metrics: Mapping[str, Any]) -> str:
+        """A checkpoint that is whole on disk is served; the model's name."""
+        model = checkpoint_model(tuned, step)
+        self._store.put_checkpoint(CheckpointRecord(
+            id=new_id("ftckpt").replace("-", "_", 1), job=record.id, created_at=now(), step=step, model=model,
+            directory=str(directory), metrics=dict(metrics),
+        ))
+        self._models.add(self._adapter(record, model, directory))
+        return model
+
+    def put_tuned(self, record: JobRecord, tuned: str) -> AdapterRecord:
+        """The result is served."""
+        adapter = self._adapter(record, tuned, self.output(record.id))
+        self._models.add(adapter)
+        return adapter
+
+    def prune(self, record: JobRecord) -> list[str]:
+        """Takes back checkpoints whose directories are gone; the models' names."""
+        gone = []
+        for checkpoint in self._checkpoints(record.id):
+            directory = Path(checkpoint.directory)
+            if not (directory / CHECKPOINT_MANIFEST).is_file():
+                self._store.delete_checkpoint(checkpoint.id)
+                self._models.remove(self._adapter(record, checkpoint.model, directory))
+                gone.append(checkpoint.model)
+        return gone
+
+    def restore(self, record: JobRecord, tuned: str) -> None:
+        """Makes rows of checkpoints and of the tuned model agree with the job's directory."""
+        self.prune(record)
+        known = {checkpoint.step for checkpoint in self._checkpoints(record.id)}
+        found = {}
+        for directory in sorted((self.output(record.id) / "checkpoints").glob("step-*")):
+            match = _STEP.fullmatch(directory.name)
+            if match and int(match[1]) not in known and (directory / CHECKPOINT_MANIFEST).is_file():
+                found[int(match[1])] = directory
+        rows = {row.step: row for row in self.rows(record.id)} if found else {}
+        for step, directory in found.items():
+            row = rows.get(step)
+            metrics = {"step": step} if row is None else step_metrics({name: getattr(row, name) for name in _ROW_FIELDS})
+            self.put_checkpoint(record, tuned, step, directory, metrics)
+        if record.fine_tuned_model is not None and (self.output(record.id) / CONFIG_FILE).is_file():
+            self.put_tuned(record, record.fine_tuned_model)
+
+    def delete_model(self, adapter: AdapterRecord) -> None:
+        """Takes a job's model out of the index and its files off the disk, so that no rebuild brings it back."""
+        self._models.remove(adapter)
+        assert adapter.job is not None
+        for checkpoint in self._checkpoints(adapter.job):
+            if checkpoint.model == adapter.name:
+                self._store.delete_checkpoint(checkpoint.id)
+                shutil.rmtree(checkpoint.directory, ignore_errors=True)
+                return
+        with storage_errors():
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                (Path(adapter.directory) / name).unlink(missing_ok=True)
+
+    def save_result(self, record: JobRecord) -> str:
+        """The result file's id: CSV in base64, as OpenAI's clients expect it."""
+        content = base64.b64encode(result_csv(self.rows(record.id)))
+        return self._files.save_result(record.tenant, "step_metrics.csv", content).id
+
+    def remove_unfinished_creation(self, job: str) -> None:
+        """The job could not be created after all."""
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self.root / job)
+
+    def _checkpoints(self, job: str) -> list[CheckpointRecord]:
+        found, more = self._store.list_checkpoints(job, limit=_PAGE)
+        while more:
+            page, more = self._store.list_checkpoints(job, after=found[-1].id, limit=_PAGE)
+            found += page
+        return found
+
+    def _adapter(self, record: JobRecord, model: str, directory: Path) -> AdapterRecord:
+        return AdapterRecord(name=model, tenant=record.tenant, directory=str(directory), created_at=now(), job=record.id)
+
+
+_ROW_FIELDS = tuple(StepRow.__dataclass_fields__)

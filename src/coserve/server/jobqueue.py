@@ -1,0 +1,64 @@
+"""Which job runs next, and how fast a job runs: pure rules over jobs that haven't ended.
+
+Owns: the order of the queue, the estimate of a job's end. Does not own: starting jobs (jobs.py), shares among running ones
+(the engine's scheduler).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from coserve.server.jobobjects import Pace
+from coserve.server.records import JobRecord
+
+_PACE_STEPS = 20
+
+
+@dataclass(slots=True)
+class LiveJob:
+    """A job that hasn't ended. generation: the engine's start under which it was handed to the engine, None if it wasn't;
+    rows: metrics of steps since the last checkpoint."""
+
+    record: JobRecord
+    generation: int | None = None
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    steps: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_PACE_STEPS))
+    """(seconds at the end of a step, its tokens); since the job was last started or resumed."""
+
+    def holds_place(self, generation: int) -> bool:
+        """Whether it runs in the present engine. A paused job gives up its place among max_jobs, not its memory."""
+        return self.generation == generation and not self.record.paused
+
+    def pace(self) -> Pace | None:
+        """From the last steps; None before the second one, and while paused."""
+        steps = list(self.steps)
+        if len(steps) < 2 or self.record.paused:
+            return None
+        seconds = max(steps[-1][0] - steps[0][0], 1e-9)
+        per_step = seconds / (len(steps) - 1)
+        left = max(0, self.record.num_steps - self.record.step)
+        tokens = sum(count for _, count in steps[1:])
+        return Pace(tokens_per_second=round(tokens / seconds, 1), finish=math.ceil(time.time() + left * per_step))
+
+
+def next_job(jobs: Iterable[LiveJob], generation: int) -> LiveJob | None:
+    """The waiting job to start: one that ran before the engine's restart; else of the tenant with the fewest running jobs;
+    then by priority (lower first), deadline (earlier first), age. jobs: oldest first."""
+    known = list(jobs)
+    running = Counter(job.record.tenant for job in known if job.holds_place(generation))
+    waiting = [
+        job for job in known
+        if job.record.status in ("queued", "running") and job.generation != generation and not job.record.paused
+    ]
+
+    def key(job: LiveJob) -> tuple[bool, int, int, float]:
+        record = job.record
+        deadline = math.inf if record.deadline is None else record.deadline
+        return record.status != "running", running[record.tenant], record.priority, deadline
+
+    return min(waiting, key=key, default=None)

@@ -1,0 +1,271 @@
+"""Jobs that haven't ended, on the event loop: which are handed to the engine, what the engine tells of them, how they end.
+
+    queued --_pump--> StartJob --> running: JobHappened ... JobEnded --> finish: manifest, models, events, the index's row
+
+A job that the engine has begun (output/job.json) is always resumed; so after any crash, of the engine or of the server, `pump`
+just starts what has not ended. Owns: LiveJobs and their changes. Does not own: how jobs come about (jobs.py), the order of the
+queue (jobqueue.py), words and objects (jobobjects.py), directories (joboutputs.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from coserve.config import finetune_config_from_dict
+from coserve.core import CapacityError, CoserveError
+from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
+from coserve.server.engineclient import EngineClient
+from coserve.server.errors import EngineUnavailable, make_error
+from coserve.server.jobjournal import JobJournal
+from coserve.server.jobobjects import error_object, step_data, step_message, step_metrics, tuned_name
+from coserve.server.joboutputs import JobOutputs
+from coserve.server.jobqueue import LiveJob, next_job
+from coserve.server.manifest import write_manifest
+from coserve.server.messages import JobEnded, JobHappened
+from coserve.server.models import ModelDirectory, engine_name
+from coserve.server.records import JobRecord, JobStatus, now
+from coserve.server.settings import ServerConfig
+from coserve.server.store import Store
+from coserve.server.trackers import export_metrics
+
+END_FIELDS = (
+    "status", "finished_at", "paused", "error", "fine_tuned_model", "result_files", "trained_tokens", "step", "num_steps",
+)
+"""What a job's end changes in its record."""
+RETRY_S = 5.0
+"""A job's end that can't be written (the disk is full) is tried again."""
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+
+class JobRunner:
+    """All of it belongs to the event loop."""
+
+    def __init__(
+        self, store: Store, outputs: JobOutputs, models: ModelDirectory, engine: EngineClient, config: ServerConfig
+    ) -> None:
+        self._store, self._outputs, self._models, self._engine, self._config = store, outputs, models, engine, config
+        self.journal = JobJournal(store)
+        self.live: dict[str, LiveJob] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        engine.on_job(self._hear)
+        engine.on_down(self._engine_down)
+
+    async def stop(self) -> None:
+        """What the engine says doesn't count any more; jobs go on at the next start. Waits for what is being written."""
+        self._stopping = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.journal.close()
+
+    # --- records ---
+
+    def change(self, live: LiveJob, *, manifest: bool = False, **changes: Any) -> asyncio.Future[None]:
+        """Changes a job's record: now here, soon in the index; done when written."""
+        record = live.record = dataclasses.replace(live.record, **changes)
+
+        def put() -> None:
+            if manifest:
+                write_manifest(self._outputs.directory(record.id), record)
+            self._store.update_job(record.id, **changes)
+
+        return self.journal.write(put)
+
+    def note(self, id: str, message: str, *, level: Literal["info", "warn", "error"] = "info") -> None:
+        """Adds an event."""
+        self.journal.write(lambda: self.journal.event(id, message, level=level))
+
+    def tuned(self, record: JobRecord) -> str:
+        """The name that the job's result has or will have."""
+        return record.fine_tuned_model or tuned_name(record, self._models.base_names[0], self._config.organization)
+
+    def spawn(self, work: Coroutine[Any, Any, None], live: LiveJob | None = None) -> None:
+        """Runs work on the side. live: the job that fails if the work does."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._task_ended(done, live))
+
+    def _task_ended(self, task: asyncio.Task[None], live: LiveJob | None) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        _log.error("finetuning jobs: an unexpected error", exc_info=error)
+        if live is not None and not self._stopping:
+            self.spawn(self.fail(live, CoserveError("an unexpected error of the server; see its log")))
+
+    # --- the queue ---
+
+    def pump(self) -> None:
+        """Starts jobs while there is room."""
+        if self._stopping or not self._engine.ready:
+            return
+        generation = self._engine.generation
+        while sum(live.holds_place(generation) for live in self.live.values()) < self._config.max_jobs:
+            live = next_job(self.live.values(), generation)
+            if live is None:
+                return
+            live.generation = generation
+            live.steps.clear()
+            self.spawn(self._launch(live), live)
+
+    async def _launch(self, live: LiveJob) -> None:
+        """Hands a job to the engine. A refusal is the job's end; a lost engine is not."""
+        id, generation = live.record.id, live.generation
+        if live.record.status == "queued":
+            self.note(id, "Fine-tuning job started")
+            self.change(live, status="running", started_at=now())
+        try:
+            await self._engine.start_job(**await asyncio.to_thread(self._start_fields, live.record))
+        except EngineUnavailable:
+            if live.generation == generation == self._engine.generation:
+                live.generation = None
+            return
+        except CoserveError as error:
+            await self.fail(live, error)
+            return
+        if id not in self.live:
+            self.act(live, "cancel")
+        elif live.record.paused:
+            self.act(live, "pause")
+
+    def _start_fields(self, record: JobRecord) -> dict[str, Any]:
+        """StartJob's. Raises InvalidRequest if a file is gone."""
+        training, validation = self._outputs.data_files(record)
+        start = self._outputs.start_directory(record)
+        return {
+            "id": record.id, "adapter": engine_name(record.tenant, self.tuned(record)), "training_file": str(training.path),
+            "validation_file": None if validation is None else str(validation.path),
+            "directory": str(self._outputs.output(record.id)), "config": finetune_config_from_dict(record.config),
+            "resume": self._outputs.started(record.id), "start": None if start is None else str(start),
+            "tenant": record.tenant, "weight": record.weight,
+        }
+
+    def act(self, live: LiveJob, action: Literal["pause", "resume", "cancel"]) -> None:
+        """Tells the engine, if it holds the job."""
+        if self._engine.ready and live.generation == self._engine.generation:
+            self._engine.act_job(live.record.id, action)
+
+    # --- what the engine says ---
+
+    def _engine_down(self) -> None:
+        for live in self.live.values():
+            if live.generation is not None and live.record.status == "running" and not self._stopping:
+                self.note(live.record.id, "The engine has stopped; the job goes on from its last checkpoint", level="warn")
+
+    def _hear(self, message: JobHappened | JobEnded) -> None:
+        live = self.live.get(message.id)
+        if self._stopping:
+            return
+        if isinstance(message, JobEnded):
+            self._hear_end(message, live)
+        elif live is None:
+            return  # it was cancelled
+        elif message.row is not None:
+            self._hear_step(live, message, message.row)
+        elif message.checkpoint is not None:
+            self._hear_checkpoint(live, message.checkpoint_step, Path(message.checkpoint))
+        else:
+            self.note(message.id, message.message, level=message.level)
+
+    def _hear_step(self, live: LiveJob, message: JobHappened, row: dict[str, float | int | None]) -> None:
+        step, id = int(row["step"] or 0), message.id
+        live.rows[step] = step_metrics(row)
+        live.steps.append((message.time_s, int(row["tokens"] or 0)))
+        data, text = step_data(row, message.num_steps), step_message(row, message.num_steps)
+        self.journal.write(lambda: self.journal.event(id, text, data=data, step=step))
+        self.change(live, step=step, num_steps=message.num_steps)
+
+    def _hear_checkpoint(self, live: LiveJob, step: int, directory: Path) -> None:
+        record, tuned = live.record, self.tuned(live.record)
+        metrics = live.rows.get(step, {"step": step})
+        for old in [number for number in live.rows if number <= step]:
+            del live.rows[old]
+        loop = asyncio.get_running_loop()
+
+        def drop(model: str) -> None:
+            if not self._stopping:
+                self.spawn(self._models.drop_loaded(record.tenant, model))
+
+        def put() -> None:
+            if (directory / CHECKPOINT_MANIFEST).is_file():  # else keep_checkpoints has taken it already
+                model = self._outputs.put_checkpoint(record, tuned, step, directory, metrics)
+                self.journal.event(record.id, f"Checkpoint created at step {step}, served as {model}")
+            for gone in self._outputs.prune(record):
+                loop.call_soon_threadsafe(drop, gone)
+
+        self.journal.write(put)
+
+    def _hear_end(self, message: JobEnded, live: LiveJob | None) -> None:
+        counts = {"step": message.step, "trained_tokens": message.trained_tokens}
+        if live is None:  # it was cancelled here; the index has its end already
+            self.journal.write(lambda: self._count(message.id, counts))
+        elif message.status == "succeeded":
+            self.spawn(self.finish(live, "succeeded", **counts))
+        elif message.status == "failed":
+            problem = message.problem
+            error = CoserveError("the job failed") if problem is None else make_error(
+                problem.name, problem.message, problem.param)
+            self.spawn(self.fail(live, error, **counts))
+        else:  # nobody asked for it: the engine is ending
+            live.generation = None
+
+    def _count(self, id: str, counts: dict[str, int]) -> None:
+        write_manifest(self._outputs.directory(id), self._store.update_job(id, **counts))
+
+    # --- ends ---
+
+    async def fail(self, live: LiveJob, error: CoserveError, **counts: int) -> None:
+        """The job has failed."""
+        await self.finish(live, "failed", error=error_object(error), **counts)
+
+    async def finish(self, live: LiveJob, status: JobStatus, **changes: Any) -> None:
+        """Ends a job, unless it has ended. The manifest is written first and the index's row last: who reads the status can use
+        the rest. Tries until the disk takes it."""
+        id = live.record.id
+        if self.live.pop(id, None) is None:
+            return
+        if status == "succeeded":
+            changes["fine_tuned_model"] = self.tuned(live.record)
+            changes["result_files"] = (await self._insist(lambda: self._outputs.save_result(live.record)),)
+        live.record = dataclasses.replace(live.record, status=status, finished_at=now(), paused=False, **changes)
+        warnings: list[str] = []
+        if live.record.integrations:
+            warnings = await asyncio.to_thread(export_metrics, self._outputs.directory(id), live.record)
+        await self._insist(lambda: self._write_end(live, warnings))
+        if status != "succeeded" and live.generation == self._engine.generation:
+            await self._models.drop_loaded(live.record.tenant, self.tuned(live.record))
+        self.pump()
+
+    def _write_end(self, live: LiveJob, warnings: list[str]) -> None:
+        """In the journal's thread."""
+        record, id = live.record, live.record.id
+        write_manifest(self._outputs.directory(id), record)
+        if record.fine_tuned_model is not None:
+            adapter = self._outputs.put_tuned(record, record.fine_tuned_model)
+            if live.generation is not None:
+                self._models.note_loaded(adapter, live.generation)
+            self.journal.event(id, f"New fine-tuned model created: {record.fine_tuned_model}")
+        for warning in warnings:
+            self.journal.event(id, warning, level="warn")
+        if record.status == "failed":
+            self.journal.event(id, f"The job failed: {(record.error or {}).get('message')}", level="error")
+        else:
+            done = record.status == "succeeded"
+            self.journal.event(id, "The job has successfully completed" if done else "The job was cancelled")
+        self._store.update_job(id, **{name: getattr(record, name) for name in END_FIELDS})
+        self.journal.end(id)
+
+    async def _insist(self, action: Callable[[], _T]) -> _T:
+        while True:
+            try:
+                return await self.journal.write(action)
+            except CapacityError as error:
+                _log.error("a job's end can't be written, trying again in %g s: %s", RETRY_S, error)
+                await asyncio.sleep(RETRY_S)

@@ -1,0 +1,255 @@
+"""Finetuning jobs of all tenants, as routes see them: created, checked, steered, listed; found again at the server's start.
+
+    create -> validating_files -> queued -> running -> succeeded | failed | cancelled
+              (a thread reads the data)   (jobrunner.py and the engine)
+
+Owns: who may do what with which job, validation of the data, the index's recovery from manifests. Does not own: bodies
+(jobspec.py), what happens from the queue on (jobrunner.py), files and models of a job (joboutputs.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from coserve.config import finetune_config_from_dict, to_dict
+from coserve.core import CapacityError, CoserveError, NotFound
+from coserve.server.engineclient import EngineClient
+from coserve.server.errors import Conflict, Forbidden
+from coserve.server.files import FileService, storage_errors
+from coserve.server.jobbody import CreateJob
+from coserve.server.jobdata import DataReader
+from coserve.server.jobobjects import Pace, has_ended, job_object, step_data, step_message
+from coserve.server.joboutputs import JobOutputs
+from coserve.server.jobqueue import LiveJob
+from coserve.server.jobrunner import END_FIELDS, JobRunner
+from coserve.server.jobspec import read_spec, resolve
+from coserve.server.manifest import find_manifests, is_job_id, write_manifest
+from coserve.server.models import ModelDirectory
+from coserve.server.records import CheckpointRecord, EventRecord, JobRecord, new_id, now
+from coserve.server.settings import ServerConfig
+from coserve.server.store import Store
+
+MAX_UNFINISHED = 1000
+"""Jobs of one tenant that may wait or run."""
+
+
+class JobService:
+    """Coroutines belong to the event loop; the other public methods to any thread."""
+
+    def __init__(
+        self, *, store: Store, files: FileService, models: ModelDirectory, engine: EngineClient, config: ServerConfig
+    ) -> None:
+        """Raises CapacityError where the data directory can't be written."""
+        self._store, self._models, self._engine, self._config = store, models, engine, config
+        self._outputs = JobOutputs(config.data_dir / "jobs", store, files, models)
+        self._runner = JobRunner(store, self._outputs, models, engine, config)
+        self._reader = DataReader()
+        self._validating: set[str] = set()
+        engine.on_up(self._engine_up)
+
+    async def start(self) -> None:
+        """Reads manifests into the index, then goes on with unfinished jobs. The engine must have been started."""
+        for record in await self._runner.journal.write(self._recover):
+            self._runner.live[record.id] = LiveJob(record)
+        if self._engine.ready:
+            await self._engine_up()
+
+    async def stop(self) -> None:
+        """Before the engine's end: jobs go on at the next start. Waits for what is being written."""
+        await self._runner.stop()
+
+    # --- creation ---
+
+    async def create(self, tenant: str, body: CreateJob) -> JobRecord:
+        """A job, in validating_files. Raises InvalidRequest, NotFound (model), CapacityError."""
+        if sum(live.record.tenant == tenant for live in self._runner.live.values()) >= MAX_UNFINISHED:
+            raise CapacityError(f"{MAX_UNFINISHED} jobs wait or run already; try again when one has ended")
+        spec = read_spec(body, self._config, self._engine.info.max_model_len)
+        model = await asyncio.to_thread(self._models.find, tenant, body.model)
+        source = None
+        if model.adapter is not None:
+            source = Path((await asyncio.to_thread(self._models.find_record, tenant, body.model)).directory)
+        record = JobRecord(
+            id=new_id("ftjob"), tenant=tenant, created_at=now(), base=body.model, training_file=body.training_file,
+            validation_file=body.validation_file, config=to_dict(spec.config), method=spec.method, settings=spec.settings,
+            start=None if source is None else body.model, suffix=body.suffix, seed=spec.seed, integrations=spec.integrations,
+            metadata=body.metadata or {}, priority=body.priority or 0, weight=body.weight or 1.0, deadline=body.deadline,
+        )
+        await asyncio.to_thread(self._outputs.data_files, record)
+        await self._runner.journal.write(functools.partial(self._write_new, record, source))
+        live = self._runner.live[record.id] = LiveJob(record)
+        self._validate(live)
+        return record
+
+    def _write_new(self, record: JobRecord, source: Path | None) -> None:
+        """The manifest comes last: without it there is no job."""
+        directory = self._outputs.directory(record.id)
+        try:
+            with storage_errors():
+                directory.mkdir()
+            if source is not None:
+                self._outputs.copy_start(record.id, source)
+            write_manifest(directory, record)
+            self._store.add_job(record)
+        except BaseException:
+            self._outputs.remove_unfinished_creation(record.id)
+            raise
+        self._runner.journal.event(record.id, f"Created fine-tuning job: {record.id}")
+
+    def _validate(self, live: LiveJob) -> None:
+        if live.record.id not in self._validating:
+            self._validating.add(live.record.id)
+            self._runner.spawn(self._read_data(live), live)
+
+    async def _read_data(self, live: LiveJob) -> None:
+        """validating_files -> queued, with every 'auto' a number; or failed."""
+        record, runner, info = live.record, self._runner, self._engine.info
+        for kind, id in (("training", record.training_file), ("validation", record.validation_file)):
+            if id is not None:
+                runner.note(record.id, f"Validating {kind} file: {id}")
+        try:
+            training, validation = await asyncio.to_thread(self._outputs.data_files, record)
+            config = finetune_config_from_dict(record.config)
+            report = await self._reader.read(Path(info.directory), config, training, validation)
+            resolved = resolve(
+                record.method, record.settings, seed=record.seed, num_examples=report.num_examples, server=self._config,
+                max_model_len=info.max_model_len,
+            )
+        except CoserveError as error:
+            await runner.fail(live, error)
+            return
+        finally:
+            self._validating.discard(record.id)
+        if record.id not in runner.live:
+            return  # cancelled meanwhile
+        for warning in report.warnings:
+            runner.note(record.id, warning, level="warn")
+        runner.note(record.id, f"Files validated, moving job to queued state: {report.summary}")
+        runner.change(
+            live, manifest=True, status="queued", config=to_dict(resolved.config), method=resolved.method,
+            num_steps=resolved.num_steps,
+        )
+        runner.pump()
+
+    async def _engine_up(self) -> None:
+        for live in list(self._runner.live.values()):
+            if live.record.status == "validating_files":
+                self._validate(live)
+        self._runner.pump()
+
+    # --- steering ---
+
+    async def cancel(self, tenant: str, id: str) -> JobRecord:
+        """Ends a job; its checkpoints stay. Raises NotFound, Conflict."""
+        live = await self._unfinished(tenant, id)
+        self._runner.act(live, "cancel")
+        await self._runner.finish(live, "cancelled")
+        return live.record
+
+    async def pause(self, tenant: str, id: str) -> JobRecord:
+        """A job that waits doesn't start; one that runs keeps its memory, but not its place among max_jobs. Raises NotFound,
+        Conflict."""
+        return await self._set_paused(tenant, id, True)
+
+    async def resume(self, tenant: str, id: str) -> JobRecord:
+        """Goes on at once if the engine holds the job, else by the queue. Raises NotFound, Conflict."""
+        return await self._set_paused(tenant, id, False)
+
+    async def _set_paused(self, tenant: str, id: str, paused: bool) -> JobRecord:
+        live = await self._unfinished(tenant, id)
+        if live.record.paused == paused:
+            return live.record
+        self._runner.act(live, "pause" if paused else "resume")
+        live.steps.clear()
+        self._runner.note(id, "The job was paused" if paused else "The job was resumed")
+        written = self._runner.change(live, manifest=True, paused=paused)
+        self._runner.pump()
+        await written
+        return live.record
+
+    async def _unfinished(self, tenant: str, id: str) -> LiveJob:
+        await asyncio.to_thread(self.get, tenant, id)
+        live = self._runner.live.get(id)
+        if live is None:
+            raise Conflict(f"job {id} has ended", param="fine_tuning_job_id")
+        return live
+
+    # --- reading ---
+
+    def get(self, tenant: str, id: str) -> JobRecord:
+        """Raises NotFound."""
+        if not is_job_id(id):
+            raise NotFound("there is no fine-tuning job of this id", param="fine_tuning_job_id")
+        return self._store.get_job(tenant, id)
+
+    def list_jobs(
+        self, tenant: str, *, after: str | None, limit: int, metadata: dict[str, str] | None
+    ) -> tuple[list[JobRecord], bool]:
+        """Newest first, and whether more follow."""
+        return self._store.list_jobs(tenant, after=after, limit=limit, metadata=metadata)
+
+    def list_events(self, tenant: str, id: str, *, after: str | None, limit: int) -> tuple[list[EventRecord], bool]:
+        """Newest first. Raises NotFound."""
+        return self._store.list_events(self.get(tenant, id).id, after=after, limit=limit)
+
+    def list_checkpoints(self, tenant: str, id: str, *, after: str | None, limit: int) -> tuple[list[CheckpointRecord], bool]:
+        """Newest first. Raises NotFound."""
+        return self._store.list_checkpoints(self.get(tenant, id).id, after=after, limit=limit)
+
+    async def follow(self, tenant: str, id: str, after: str | None) -> AsyncIterator[EventRecord]:
+        """Events as they come until the job ends, oldest first; after: an event's id, only later ones. Raises NotFound,
+        InvalidRequest (after)."""
+        record = await asyncio.to_thread(self.get, tenant, id)
+        if after is not None:
+            await asyncio.to_thread(self._store.list_events, id, after=after, limit=1)
+        return self._runner.journal.follow(record, lambda: has_ended(self.get(tenant, id)), after)
+
+    def describe(self, record: JobRecord) -> dict[str, Any]:
+        """OpenAI's object, with the pace of a running job."""
+        live = self._runner.live.get(record.id)
+        pace: Pace | None = None if live is None or has_ended(record) else live.pace()
+        return job_object(record, self._config.organization, pace)
+
+    async def delete_model(self, tenant: str, name: str) -> None:
+        """Deletes one of the tenant's own tuned models, its files too. Raises NotFound, Forbidden, Conflict."""
+        if name in self._models.base_names:
+            raise Forbidden(f"model: {name} is the base model", param="model")
+        adapter = await asyncio.to_thread(self._models.find_record, tenant, name)
+        if adapter.tenant != tenant or adapter.job is None:
+            raise Forbidden(f"model: {name} is not the model of a finetuning job of yours", param="model")
+        if adapter.job in self._runner.live:
+            raise Conflict(f"model: job {adapter.job} has not ended; cancel it first", param="model")
+        await self._runner.journal.write(functools.partial(self._outputs.delete_model, adapter))
+        await self._models.drop_loaded(tenant, name)
+
+    # --- the server's start ---
+
+    def _recover(self) -> list[JobRecord]:
+        """Makes the index agree with the manifests; the jobs that are to go on, oldest first."""
+        for record in find_manifests(self._outputs.root):
+            try:
+                listed = self._store.get_job(None, record.id)
+            except NotFound:
+                self._store.add_job(record)
+                self._restore_events(record)
+            else:
+                if has_ended(listed):
+                    continue
+                if has_ended(record):  # the crash came before the index had it
+                    self._store.update_job(record.id, **{name: getattr(record, name) for name in END_FIELDS})
+            self._outputs.restore(record, self._runner.tuned(record))
+        return self._store.unfinished_jobs()
+
+    def _restore_events(self, record: JobRecord) -> None:
+        journal = self._runner.journal
+        journal.event(record.id, "The job was listed again from its directory", level="warn")
+        for row in self._outputs.rows(record.id):
+            fields = dataclasses.asdict(row)
+            journal.event(
+                record.id, step_message(fields, record.num_steps), data=step_data(fields, record.num_steps), step=row.step
+            )

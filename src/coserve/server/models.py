@@ -1,0 +1,229 @@
+"""Which model names there are, whose they are, and whether the engine holds the adapter behind one.
+
+Owns: names of the base and of adapters, loading an adapter into the engine when it is first asked for, the runtime routes'
+checks of directories. Does not own: how adapters come about (jobs.py), their rows (store.py).
+
+An adapter's name in the engine is TENANT/NAME, so that tenants can use the same names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from coserve.core import ConfigError, CoserveError, InvalidRequest, NotFound
+from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
+from coserve.server.engineclient import EngineClient
+from coserve.server.errors import Forbidden
+from coserve.server.records import AdapterRecord, now
+from coserve.server.settings import ServerConfig
+from coserve.server.store import Store
+
+SHARED = ""
+"""The tenant of --lora-modules: everybody."""
+MAX_NAME = 256
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """name: what requests ask for; adapter: the engine's name for it, None for the base; parent: the base of an adapter;
+    created: Unix seconds; root: the base."""
+
+    name: str
+    adapter: str | None
+    parent: str | None
+    created: int
+    root: str
+
+
+def engine_name(tenant: str, name: str) -> str:
+    """The engine's name of a tenant's adapter; no two are the same."""
+    return f"{quote(tenant, safe='')}/{name}"
+
+
+class ModelDirectory:
+    """Rows that were looked up are kept: this process is the only writer. Methods that aren't coroutines are thread-safe."""
+
+    def __init__(self, store: Store, engine: EngineClient, config: ServerConfig) -> None:
+        """Makes the rows of --lora-modules agree with the configuration. Raises ConfigError for a directory without adapter."""
+        self._store, self._engine, self._config = store, engine, config
+        self._started = now()
+        self._records: dict[tuple[str, str], AdapterRecord] = {}
+        self._loaded: dict[str, tuple[int, str]] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._register_modules()
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """Names of the base model; the first one is shown. Known once the engine has started."""
+        return self._config.served_model_name or (self._engine.info.model,)
+
+    # --- names ---
+
+    def find(self, tenant: str, name: str) -> ServedModel:
+        """Raises NotFound, also for other tenants' names."""
+        if name in self.base_names:
+            return ServedModel(name=name, adapter=None, parent=None, created=self._started, root=self.base_names[0])
+        return self._served(self.find_record(tenant, name))
+
+    def find_record(self, tenant: str, name: str) -> AdapterRecord:
+        """The adapter's row: the tenant's own or a shared one. Raises NotFound."""
+        record = self._records.get((tenant, name))
+        if record is None and name.isprintable() and len(name) <= MAX_NAME:
+            record = self._store.find_adapter(tenant, name)
+        if record is None:
+            shown = name[:64] if name.isprintable() else "of this name"
+            raise NotFound(f"there is no model {shown}; GET /v1/models lists those there are", param="model")
+        self._records[tenant, name] = record
+        return record
+
+    def list(self, tenant: str) -> Sequence[ServedModel]:
+        """The base under each of its names, then adapters."""
+        return [self.find(tenant, name) for name in self.base_names] + [
+            self._served(record) for record in self._store.list_adapters(tenant)
+        ]
+
+    def _served(self, record: AdapterRecord) -> ServedModel:
+        base = self.base_names[0]
+        return ServedModel(
+            name=record.name, adapter=engine_name(record.tenant, record.name), parent=base, created=record.created_at, root=base
+        )
+
+    # --- the engine's side ---
+
+    async def prepare(self, tenant: str, name: str) -> ServedModel:
+        """`find`, and sees to it that the engine holds the adapter. Raises NotFound, InvalidRequest, EngineUnavailable."""
+        if name in self.base_names:
+            return self.find(tenant, name)
+        known = (tenant, name) in self._records
+        record = self.find_record(tenant, name) if known else await asyncio.to_thread(self.find_record, tenant, name)
+        adapter = engine_name(record.tenant, name)
+        async with self._locks.setdefault(adapter, asyncio.Lock()):
+            wanted = (self._engine.generation, record.directory)
+            if self._loaded.get(adapter) != wanted:
+                try:
+                    await self._engine.load_adapter(adapter, record.directory)
+                except (InvalidRequest, NotFound) as error:
+                    self._forget_row(record)
+                    _log.warning("adapter %s can't be loaded: %s", adapter, error)
+                    raise InvalidRequest(f"{name} can't be loaded: its files are missing or damaged", param="model") from error
+                self._loaded[adapter] = wanted
+        return self._served(record)
+
+    def note_loaded(self, record: AdapterRecord, generation: int) -> None:
+        """The engine of that start has the adapter already: a job published it."""
+        self._loaded[engine_name(record.tenant, record.name)] = (generation, record.directory)
+
+    async def drop_loaded(self, tenant: str, name: str) -> None:
+        """Takes an adapter out of the engine, if it is there; requests that use it go on."""
+        adapter = engine_name(tenant, name)
+        self._loaded.pop(adapter, None)
+        self._locks.pop(adapter, None)
+        if self._engine.ready:
+            with contextlib.suppress(CoserveError):  # not there, or the engine has just died: gone either way
+                await self._engine.unload_adapter(adapter)
+
+    # --- rows ---
+
+    def add(self, record: AdapterRecord) -> None:
+        """A name is served from now on."""
+        self._store.put_adapter(record)
+        self._forget_row(record)
+
+    def remove(self, record: AdapterRecord) -> None:
+        """A name is not served any more; see drop_loaded for the engine's side."""
+        with contextlib.suppress(NotFound):
+            self._store.delete_adapter(record.tenant, record.name)
+        self._forget_row(record)
+
+    def _forget_row(self, record: AdapterRecord) -> None:
+        for key in [key for key, kept in list(self._records.items()) if kept.name == record.name]:
+            self._records.pop(key, None)
+
+    def _register_modules(self) -> None:
+        given = dict(self._config.lora_modules)
+        for record in self._store.list_adapters(SHARED):
+            if record.tenant == SHARED and record.name not in given:
+                self._store.delete_adapter(SHARED, record.name)
+        for name, directory in given.items():
+            if not (Path(directory) / CONFIG_FILE).is_file():
+                raise ConfigError(f"lora_modules: {name}: {directory} has no {CONFIG_FILE}", param="lora_modules")
+            self._store.put_adapter(
+                AdapterRecord(name=name, tenant=SHARED, directory=str(Path(directory).resolve()), created_at=self._started)
+            )
+
+    # --- what /v1/load_lora_adapter and /v1/unload_lora_adapter do ---
+
+    async def load(self, tenant: str, name: str, path: str, *, replace: bool = False) -> None:
+        """Serves the adapter in a directory below the configured root. replace: an adapter of this name gets a new version.
+
+        Raises Forbidden, InvalidRequest.
+        """
+        directory = self._below_root(path)
+        self._check_name(name)
+        existing = await asyncio.to_thread(self._store.find_adapter, tenant, name)
+        if existing is not None and (existing.tenant != tenant or existing.job is not None):
+            raise InvalidRequest(
+                f"lora_name: {name} is a model of a finetuning job or of --lora-modules; choose another name", param="lora_name"
+            )
+        if existing is not None and not replace:
+            raise InvalidRequest(
+                f"lora_name: {name} has already been loaded; unload it first, or set load_inplace", param="lora_name"
+            )
+        generation = self._engine.generation
+        record = AdapterRecord(name=name, tenant=tenant, directory=str(directory), created_at=now())
+        try:
+            await self._engine.load_adapter(engine_name(tenant, name), record.directory)
+        except (InvalidRequest, NotFound) as error:
+            raise InvalidRequest(str(error), param="lora_path") from error
+        await asyncio.to_thread(self.add, record)
+        self.note_loaded(record, generation)
+
+    async def unload(self, tenant: str, name: str) -> None:
+        """Takes back what `load` did. Raises NotFound, Forbidden."""
+        try:
+            record = await asyncio.to_thread(self.find_record, tenant, name)
+        except NotFound as error:
+            raise NotFound(f"lora_name: there is no adapter {name[:64]!r}", param="lora_name") from error
+        if record.tenant != tenant:
+            raise Forbidden(f"lora_name: {name} was given by --lora-modules", param="lora_name")
+        if record.job is not None:
+            raise Forbidden(
+                f"lora_name: {name} is the model of a finetuning job; DELETE /v1/models/{name} deletes it", param="lora_name"
+            )
+        await asyncio.to_thread(self.remove, record)
+        await self.drop_loaded(tenant, name)
+
+    def _check_name(self, name: str) -> None:
+        if not name or len(name) > MAX_NAME or not name.isprintable():
+            raise InvalidRequest(f"lora_name: 1 to {MAX_NAME} printable characters are expected", param="lora_name")
+        if name in self.base_names:
+            raise InvalidRequest(f"lora_name: {name} is the base model's name; choose another one", param="lora_name")
+
+    def _below_root(self, path: str) -> Path:
+        """The directory, with all links followed. A relative path counts from the root."""
+        if self._config.adapter_root is None:
+            raise Forbidden(
+                "this server loads no adapters at run time; start it with --adapter-root DIRECTORY", param="lora_path"
+            )
+        if not path or not path.isprintable():
+            raise InvalidRequest("lora_path: the path of a directory is expected", param="lora_path")
+        root = Path(self._config.adapter_root).resolve()
+        try:
+            directory = (root / path).resolve()
+            places = [directory, *((directory / name).resolve() for name in (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE))]
+            inside = all(place.is_relative_to(root) for place in places)
+            there = inside and directory.is_dir()
+        except (OSError, RuntimeError) as error:  # too long a name, a circle of links
+            raise InvalidRequest("lora_path: the path can't be followed", param="lora_path") from error
+        if not inside:
+            raise Forbidden("lora_path: only directories below --adapter-root can be loaded", param="lora_path")
+        if not there:
+            raise InvalidRequest("lora_path: there is no such directory below --adapter-root", param="lora_path")
+        return directory

@@ -1,0 +1,129 @@
+"""/v1/fine_tuning/jobs: create, look at, steer and follow finetuning jobs, in OpenAI's words.
+
+Owns: paths and query parameters, what is said of a wrong body. Does not own: everything behind them (jobs.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+
+from coserve.core import InvalidRequest
+from coserve.server.jobbody import CreateJob, explain
+from coserve.server.jobobjects import checkpoint_object, event_object
+from coserve.server.paging import After, Limit, cursor_page
+from coserve.server.records import EventRecord
+from coserve.server.services import Served, Services, Tenant
+from coserve.server.sse import DONE, EventStream
+
+
+class _CreateRoute(APIRoute):
+    """Says what is wrong with a body in jobbody's words."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's, with its errors translated."""
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                if error.errors()[0]["type"] == "json_invalid":
+                    raise
+                raise explain(error.errors()) from error
+
+        return handler
+
+
+router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
+_creation = APIRouter(route_class=_CreateRoute)
+
+
+@_creation.post("/jobs")
+async def create_job(body: CreateJob, services: Served, tenant: Tenant) -> dict[str, Any]:
+    """Creates a job; it is checked, queued and run on its own."""
+    return services.jobs.describe(await services.jobs.create(tenant, body))
+
+
+@router.get("/jobs")
+def list_jobs(
+    request: Request, services: Served, tenant: Tenant, after: After = None, limit: Limit = 20
+) -> dict[str, Any]:
+    """The tenant's jobs, newest first; metadata[KEY]=VALUE: only those with these pairs."""
+    wanted = {}
+    for name, value in request.query_params.items():
+        if name.startswith("metadata[") and name.endswith("]"):
+            wanted[name[len("metadata["):-1]] = value
+        elif name == "metadata" and value != "null":
+            raise InvalidRequest("metadata: give metadata[KEY]=VALUE", param="metadata")
+    records, more = services.jobs.list_jobs(tenant, after=after, limit=limit, metadata=wanted or None)
+    return cursor_page([services.jobs.describe(record) for record in records], more)
+
+
+@router.get("/jobs/{job_id}")
+def get_job(job_id: str, services: Served, tenant: Tenant) -> dict[str, Any]:
+    """A job as it is now."""
+    return services.jobs.describe(services.jobs.get(tenant, job_id))
+
+
+@router.post("/jobs/{job_id}/cancel")
+async def cancel_job(job_id: str, services: Served, tenant: Tenant) -> dict[str, Any]:
+    """Ends a job; its checkpoints stay."""
+    return services.jobs.describe(await services.jobs.cancel(tenant, job_id))
+
+
+@router.post("/jobs/{job_id}/pause")
+async def pause_job(job_id: str, services: Served, tenant: Tenant) -> dict[str, Any]:
+    """Stops a job until it is resumed: `paused` is true, `status` stays."""
+    return services.jobs.describe(await services.jobs.pause(tenant, job_id))
+
+
+@router.post("/jobs/{job_id}/resume")
+async def resume_job(job_id: str, services: Served, tenant: Tenant) -> dict[str, Any]:
+    """Lets a paused job go on."""
+    return services.jobs.describe(await services.jobs.resume(tenant, job_id))
+
+
+@router.get("/jobs/{job_id}/events", response_model=None)
+async def list_events(
+    job_id: str, services: Served, tenant: Tenant, after: After = None, limit: Limit = 20, stream: bool = False
+) -> dict[str, Any] | EventStream:
+    """A job's events, newest first. stream: server-sent events instead, oldest first, until the job ends; `after` is then the
+    event before the first one sent."""
+    if stream:
+        events = await services.jobs.follow(tenant, job_id, after)
+        return EventStream(_encoded(events), _nothing)
+    return await run_in_threadpool(_event_page, services, tenant, job_id, after, limit)
+
+
+@router.get("/jobs/{job_id}/checkpoints")
+def list_checkpoints(
+    job_id: str, services: Served, tenant: Tenant, after: After = None, limit: Limit = 10
+) -> dict[str, Any]:
+    """A job's checkpoints, newest first; each is a model that can be asked for."""
+    records, more = services.jobs.list_checkpoints(tenant, job_id, after=after, limit=limit)
+    return cursor_page([checkpoint_object(record) for record in records], more)
+
+
+def _event_page(services: Services, tenant: str, job_id: str, after: str | None, limit: int) -> dict[str, Any]:
+    records, more = services.jobs.list_events(tenant, job_id, after=after, limit=limit)
+    return cursor_page([event_object(record) for record in records], more)
+
+
+async def _encoded(events: AsyncIterator[EventRecord]) -> AsyncGenerator[bytes, None]:
+    async for event in events:
+        yield msgspec.json.encode(event_object(event))
+    yield DONE
+
+
+async def _nothing() -> None:
+    """A stream of events has nothing to give back."""
+
+
+router.include_router(_creation)

@@ -1,0 +1,81 @@
+"""Integrations: a job's metrics for TensorBoard or Weights & Biases, written offline into the job's directory when it ends.
+
+    jobs/ID/tensorboard/events.out...      tensorboard --logdir jobs
+    jobs/ID/wandb/offline-run-...          wandb sync jobs/ID/wandb/offline-run-...
+
+`export_metrics` runs this module as a process of its own, for each integration: such packages start threads, processes and
+hooks that a server must not have. Both packages are optional.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from coserve.finetune.job import MetricsTable
+from coserve.server.manifest import read_manifest
+from coserve.server.records import JobRecord
+
+TIMEOUT_S = 120.0
+
+
+def export_metrics(directory: Path, record: JobRecord) -> list[str]:
+    """Writes the metrics of a job in `directory` for each of its integrations; what went wrong, a line each."""
+    problems = []
+    for number, item in enumerate(record.integrations):
+        command = [sys.executable, "-m", "coserve.server.trackers", str(directory), str(number)]
+        environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment, cwd=directory
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            problems.append(f"integration {item['type']}: metrics could not be written ({type(error).__name__})")
+            continue
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            problems.append(f"integration {item['type']}: metrics could not be written ({last[:300]})")
+    return problems
+
+
+def _steps(directory: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    for row in MetricsTable(directory / "output" / "metrics.csv").rows():
+        values = {name: getattr(row, name) for name in row.__dataclass_fields__ if name != "step"}
+        yield row.step, {name: value for name, value in values.items() if value is not None}
+
+
+def _write_tensorboard(directory: Path) -> None:
+    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(directory / "tensorboard"))
+    for step, values in _steps(directory):
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+    writer.close()
+
+
+def _write_wandb(directory: Path, record: JobRecord, settings: Mapping[str, Any]) -> None:
+    run = importlib.import_module("wandb").init(
+        mode="offline", dir=str(directory), project=settings["project"], name=settings.get("name") or record.id,
+        entity=settings.get("entity"), tags=settings.get("tags"), config={**record.config, "model": record.base},
+    )
+    for step, values in _steps(directory):
+        run.log(values, step=step)
+    run.finish()
+
+
+def main(directory: Path, number: int) -> None:
+    """Writes for the integration of a number; directory: the job's."""
+    record = read_manifest(directory)
+    item = record.integrations[number]
+    if item["type"] == "tensorboard":
+        _write_tensorboard(directory)
+    else:
+        _write_wandb(directory, record, item["wandb"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
