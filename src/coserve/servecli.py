@@ -20,7 +20,6 @@ from typing import Annotated
 import typer
 import uvicorn
 from rich.console import Console
-from rich.table import Table
 
 from coserve.core import ConfigError
 from coserve.server.app import create_app, index_url, open_services
@@ -224,12 +223,10 @@ def add_key(
 @keys_app.command("list")
 def list_keys(data_dir: DataDirOption = None, database_url: DatabaseOption = None) -> None:
     """Show keys, revoked ones included."""
-    table = Table("id", "tenant", "begins with", "made", "revoked")
     with contextlib.closing(_open_store(data_dir, database_url)) as store:
         for record in store.list_keys():
-            revoked = "" if record.revoked_at is None else _time(record.revoked_at)
-            table.add_row(record.id, record.tenant, record.prefix, _time(record.created_at), revoked)
-    console.print(table)
+            revoked = "" if record.revoked_at is None else f"  revoked {_time(record.revoked_at)}"
+            print(f"{record.id}  {record.tenant}  {record.prefix}...  made {_time(record.created_at)}{revoked}")
 
 
 @keys_app.command("revoke")

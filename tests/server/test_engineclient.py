@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import threading
 import time
@@ -21,7 +22,7 @@ from coserve.engine.model import LoadedModel, load_model
 from coserve.engine.step import Lookup
 from coserve.peft.format import save_adapter
 from coserve.scheduler.latency import LatencyModel
-from coserve.server import enginemain
+from coserve.server import engineclient, enginemain
 from coserve.server.engineclient import EngineClient, RequestStream, merge_tokens
 from coserve.server.errors import EngineUnavailable
 from coserve.server.locks import hold
@@ -423,6 +424,27 @@ def test_what_keeps_an_engine_from_starting_is_said(
     with pytest.raises(error, match=message):
         loop(loop.client.start())
     assert loop.client.pid is None and not loop.client.ready and loop.ups == []
+    loop.runner.close()
+
+
+@pytest.mark.full
+def test_an_engine_that_never_gets_ready_again_is_given_up(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engineclient, "restart_delay_s", lambda failures: None if failures == 2 else 0.0)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    loop = Loop(make_config(model, tmp_path / "data"))
+    loop(loop.client.start())
+    model.rename(tmp_path / "moved")
+    assert loop.client.pid is not None
+    os.kill(loop.client.pid, signal.SIGKILL)
+    loop.wait(lambda: loop.client.failure)
+    assert "died 2 times before it was ready" in str(loop.client.failure) and "no such directory" in str(loop.client.failure)
+    assert "restart the server" in caplog.text
+    with pytest.raises(EngineUnavailable, match="died 2 times"):
+        loop(loop.client.stats())
+    loop(loop.client.stop())
     loop.runner.close()
 
 
