@@ -48,7 +48,8 @@ _HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
 
 
 class ServerState(NamedTuple):
-    """What the engine's stats don't say. jobs: how many are in each status, of those that have not ended."""
+    """What the engine's stats don't say. ready: counts only beside stats, as an engine that doesn't answer is not up; jobs: how
+    many are in each status, of those that have not ended."""
 
     ready: bool
     restarts: int = 0
@@ -88,7 +89,7 @@ class ServerMetrics:
         self.received = {target: received.labels(*labels, target) for target in ("base", "adapter")}
         ended = counter("request_success", "Requests that ended, by reason.", "finished_reason")
         self.ended = {reason: ended.labels(*labels, reason) for reason in END_REASONS}
-        self._rejections = counter("admission_rejections", "Requests refused before the engine saw them.", "reason")
+        self._rejections = counter("admission_rejections", "Requests refused, by reason.", "reason")
         judged = counter("slo_requests", "Requests held against an objective.", "objective", "met")
         self._judged = {(name, met): judged.labels(*labels, name, str(met).lower())
                         for name in ("ttft", "tpot", "both") for met in (True, False)}
@@ -137,7 +138,7 @@ class ServerMetrics:
         attainment = {name: window.mean(now) for name, window in self.met.items()}
         families = [
             *self.registry.collect(),
-            *server_families(labels, attainment, state.ready, state.restarts, state.jobs),
+            *server_families(labels, attainment, state.ready and stats is not None, state.restarts, state.jobs),
             *engine_families(labels, stats or {}, self._share()),
         ]
         if self.config.vllm_metrics:
@@ -168,8 +169,8 @@ class ServerMetrics:
             },
             "memory": {**blocks, "num_blocks": sum(blocks.values()), "block_bytes": int(pool.get("block_bytes", 0))},
             "engine": {
-                "ready": state.ready, "restarts": state.restarts, "policy": self.config.policy, "model": self.model_name,
-                "uptime_s": now - self.started_s,
+                "ready": state.ready and stats is not None, "restarts": state.restarts,
+                "policy": self.config.policy, "model": self.model_name, "uptime_s": now - self.started_s,
             },
             "prediction_errors": known.get("prediction_errors", {}),
         }

@@ -9,8 +9,8 @@ const variable = (name) => getComputedStyle(document.documentElement).getPropert
 
 /**
  * series: [{label, color (a CSS variable), format, scale?, width?, dash?, points?, constant?}]; scales: uPlot's, by name;
- * axes: [{scale, side?, color?, format}] of the y scales; steps: distances that x ticks may have; formatX: for ticks and the
- * readout. The first datum is always x.
+ * axes: [{scale, side?, color?, format}] of the y scales; steps: distances that x ticks may have; formatX(value, step): for
+ * ticks; formatReadout: for what is under the pointer. The first datum is always x.
  */
 export class LineChart {
   constructor(figure, { title, heading = "h3", series, scales, axes, steps, formatX, formatReadout = formatX, x = {} }) {
@@ -55,7 +55,7 @@ export class LineChart {
       cursor: { y: false, drag: { x: false, y: false }, points: { size: 5 } },
       series: [{}, ...series.map((line) => drawn(line))],
       axes: [
-        { ...bare, grid: { show: false }, size: 26, space: 64, ...(steps && { incrs: steps }), values: (_, ticks) => ticks.map(formatX) },
+        { ...bare, grid: { show: false }, size: 26, space: 64, ...(steps && { incrs: steps }), values: (_, ticks, __, ___, step) => ticks.map((tick) => formatX(tick, step)) },
         ...axes.map(({ scale, side = 3, color, format }, i) => ({
           ...bare, scale, side, size: 42, space: 24, grid: i === 0 ? grid : { show: false },
           stroke: variable(color || "--muted"), values: (_, ticks) => ticks.map((value) => (value === null ? "" : format(value))),

@@ -31,7 +31,7 @@ export class LiveView {
     this.history = Object.fromEntries(COLUMNS.map((name) => [name, []]));
     this.objectives = { ttft_ms: null, tpot_ms: null };
     this.rate = new LineChart(byId("chart-rate"), {
-      title: "Tokens per second", x: lastMinutes, steps: TIME_STEPS_S, formatX: (time) => timeOfDay(time, time % 60 !== 0), formatReadout: (time) => timeOfDay(time, true),
+      title: "Tokens per second", x: lastMinutes, steps: TIME_STEPS_S, formatX: (time, step) => timeOfDay(time, step < 60), formatReadout: (time) => timeOfDay(time, true),
       series: [
         { label: "Inference (left)", color: "--inference", scale: "inference", format: number },
         { label: "Finetuning (right)", color: "--finetuning", scale: "finetuning", format: number },
@@ -60,7 +60,7 @@ export class LiveView {
 
   latencyChart(id, title, objective) {
     return new LineChart(byId(id), {
-      title, x: lastMinutes, steps: TIME_STEPS_S, formatX: (time) => timeOfDay(time, time % 60 !== 0), formatReadout: (time) => timeOfDay(time, true),
+      title, x: lastMinutes, steps: TIME_STEPS_S, formatX: (time, step) => timeOfDay(time, step < 60), formatReadout: (time) => timeOfDay(time, true),
       series: [
         { label: "p50", color: "--inference", format: milliseconds },
         { label: "p99", color: "--slow", format: milliseconds },
