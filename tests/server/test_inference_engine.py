@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -128,6 +129,28 @@ def test_many_outputs(client: openai.OpenAI, name: str) -> None:
     assert len({choice.text for choice in reply.choices}) > 32
     assert reply.usage is not None
     assert reply.usage.completion_tokens == 3 * 128
+
+
+EXTREMES: tuple[dict[str, Any], ...] = (
+    {"slo_tpot_ms": 1e-3, "slo_ttft_ms": 1e-3}, {"slo_tpot_ms": 1e7, "slo_ttft_ms": 1e7}, {"top_p": 5e-324}, {"min_p": 5e-324},
+    {"min_p": 1}, {"temperature": 100, "min_tokens": 8}, {"temperature": 5e-324}, {"repetition_penalty": 0.01},
+    {"repetition_penalty": 100}, {"logit_bias": {str(token): -100 for token in range(390)}}, {"logit_bias": {"5": 100}},
+    {"seed": 2**63 - 1, "n": 3}, {"seed": -(2**63)}, {"top_k": 2**31 - 1}, {"top_k": 1}, {"stop": ["x" * 20_000]},
+    {"stop_token_ids": [5] * 20_000}, {"presence_penalty": 2, "frequency_penalty": -2}, {"logprobs": 20, "prompt_logprobs": 20},
+    {"stop_token_ids": list(range(390)), "min_tokens": 8}, {"temperature": 1, "top_k": 1, "top_p": 1e-9, "min_p": 1},
+)
+
+
+@pytest.mark.parametrize("settings", EXTREMES, ids="-".join)
+def test_extreme_settings_hurt_nobody(server: RunningServer, name: str, settings: dict[str, Any]) -> None:
+    pid = server.engine_pid
+    for prompt in (PROMPT, [5], [5] * 500):
+        body = {"model": name, "prompt": prompt, "max_tokens": 8, **settings}
+        reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["usage"]["completion_tokens"] >= 1
+    assert server.engine_pid == pid
+    assert server.is_ready
 
 
 @pytest.mark.parametrize("stream", [False, True])

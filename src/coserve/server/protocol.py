@@ -39,7 +39,7 @@ _PROMPT: dict[str, Any] = {"anyOf": [
 ]}
 Positive = Annotated[int, Field(ge=1, le=_INT31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Milliseconds = Annotated[float, Field(gt=0, le=1e7)]
+Milliseconds = Annotated[float, Field(ge=1e-3, le=1e7)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_INT31)]], Field(fail_fast=True)]
 
@@ -162,7 +162,7 @@ class ChatRequest(GenerationRequest):
     def check(self) -> None:
         """What several fields say together. Raises InvalidRequest."""
         super().check()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs: is for logprobs=true only", param="top_logprobs")
 
     @property
