@@ -50,6 +50,8 @@ class FakeBackend:
             ("inference_tokens", "prompt_tokens", "finetune_tokens", "busy_s", "inference_busy_s", "finetune_busy_s"), 0.0
         )
         self.files = {"file-train": "harbour-guide.jsonl", "file-valid": "harbour-valid.jsonl"}
+        self.gone: set[str] = set()
+        """Names of models that are no longer listed."""
         self.created: list[CreateJob] = []
         self.jobs: dict[str, JobRecord] = {}
         self.add_job("ftjob-9b1e", "harbour-guide-v2", age_s=42, num_steps=160, validation_file="file-valid")
@@ -195,7 +197,7 @@ def create_app(backend: FakeBackend) -> FastAPI:
         names = [(BASE, None, 0), (TUNED, BASE, 2), (f"{TUNED}:ckpt-step-60", BASE, 1)]
         names += [(job.fine_tuned_model, BASE, 3) for job in backend.jobs.values() if job.fine_tuned_model not in (None, TUNED)]
         return {"object": "list", "data": [{"id": id, "object": "model", "parent": parent, "created": at, "owned_by": "coserve"}
-                                           for id, parent, at in names]}
+                                           for id, parent, at in names if id not in backend.gone]}
 
     _add_job_routes(app, backend)
 

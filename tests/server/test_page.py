@@ -275,6 +275,23 @@ def test_both_models_answer_side_by_side_and_can_be_stopped(browser: Any, site: 
 
 
 @pytest.mark.full
+def test_a_long_conversation_scrolls_and_a_model_that_goes_is_replaced(browser: Any) -> None:
+    with Site() as site:
+        page, _ = open_page(browser, site, 390)
+        page.select_option("#chat-right", f"{TUNED}:ckpt-step-60")
+        before = page.evaluate("document.documentElement.scrollHeight")
+        for i in range(8):
+            page.fill("#chat-text", f"Question {i}")
+            page.press("#chat-text", "Enter")
+            until(lambda: page.is_enabled("#chat-send") and page.input_value("#chat-text") == "")
+        assert page.evaluate("document.documentElement.scrollHeight") < before + 500, "only the log grows, up to its limit"
+        assert page.input_value("#chat-right") == f"{TUNED}:ckpt-step-60"
+        site.backend.gone.add(f"{TUNED}:ckpt-step-60")
+        until(lambda: page.input_value("#chat-right") == TUNED)
+        page.context.close()
+
+
+@pytest.mark.full
 def test_a_job_s_result_and_its_failure_are_shown(browser: Any, site: Site) -> None:
     page, _ = open_page(browser, site)
     page.click("tr[data-status=failed] button.link")

@@ -10,7 +10,7 @@ export class ChatView {
     this.turns = { left: [], right: [] };
     this.stopper = null;
     this.names = null;
-    this.hadTuned = false;
+    this.following = true; // the right side moves on to each new model until somebody picks one or asks
     byId("chat-form").onsubmit = (event) => {
       event.preventDefault();
       if (this.stopper === null) this.ask();
@@ -23,21 +23,30 @@ export class ChatView {
     };
     byId("chat-stop").onclick = () => this.stopper?.abort();
     byId("chat-new").onclick = () => this.clear();
-    for (const side of SIDES) byId(`chat-${side}`).onchange = () => { this.turns[side] = []; };
+    for (const side of SIDES) byId(`chat-${side}`).onchange = () => this.picked(side);
   }
 
-  /** models: of /v1/models. What was chosen stays chosen; the right side moves to the first tuned model that appears. */
+  /** models: of /v1/models. What was chosen stays chosen; in the place of a model that is gone comes the newest one. */
   setModels(models) {
     const base = models.filter((model) => !model.parent);
     const tuned = models.filter((model) => model.parent).sort((a, b) => (b.created ?? 0) - (a.created ?? 0));
     const names = models.map((model) => model.id).join("\n");
     if (names === this.names) return;
     this.names = names;
-    const left = byId("chat-left").value || base[0]?.id;
-    const right = byId("chat-right").value || (this.hadTuned ? "" : tuned[0]?.id);
-    this.hadTuned = tuned.length > 0;
+    const chosen = Object.fromEntries(SIDES.map((side) => [side, byId(`chat-${side}`).value]));
+    const isGone = (name) => name !== "" && !models.some((model) => model.id === name);
+    const newest = tuned[0]?.id ?? "";
+    const left = !chosen.left || isGone(chosen.left) ? base[0]?.id : chosen.left;
+    const right = this.following || isGone(chosen.right) ? newest : chosen.right;
     fill(byId("chat-left"), base, tuned, false, left);
     fill(byId("chat-right"), base, tuned, true, right);
+    for (const side of SIDES) if (byId(`chat-${side}`).value !== chosen[side]) this.turns[side] = [];
+  }
+
+  /** Another model starts another conversation. */
+  picked(side) {
+    this.turns[side] = [];
+    if (side === "right") this.following = false;
   }
 
   /** Puts a model on the right and the cursor into the question. */
@@ -45,7 +54,7 @@ export class ChatView {
     const select = byId("chat-right");
     if (![...select.options].some((option) => option.value === name)) select.append(el("option", { value: name }, name));
     select.value = name;
-    this.turns.right = [];
+    this.picked("right");
     byId("chat").scrollIntoView({ block: "start" });
     byId("chat-text").focus();
   }
@@ -69,6 +78,7 @@ export class ChatView {
     }
     setNotice(byId("chat-error"), "");
     byId("chat-empty").hidden = true;
+    this.following &&= !byId("chat-right").value;
     const sides = SIDES.filter((side) => byId(`chat-${side}`).value);
     const answers = Object.fromEntries(sides.map((side) => [side, answerBox(byId(`chat-${side}`).value)]));
     const log = byId("chat-log");

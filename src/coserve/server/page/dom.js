@@ -41,7 +41,7 @@ export function milliseconds(value) {
 /** Rounded down: 100% is said only of all. */
 export function percent(share) {
   if (share === null || share === undefined) return "–";
-  return share === 1 ? "100%" : `${one.format(Math.floor(share * 1000) / 10)}%`;
+  return share === 0 || share === 1 ? `${share * 100}%` : `${one.format(Math.floor(share * 1000) / 10)}%`;
 }
 
 export function bytes(value) {

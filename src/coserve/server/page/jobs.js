@@ -96,7 +96,7 @@ export class JobsView {
 
   makeRow(job) {
     const row = {
-      open: el("button", { type: "button", class: "link", onclick: () => this.select(job.id) }, nameOf(job)),
+      open: el("button", { type: "button", class: "link", onclick: () => this.select(job.id) }),
       bar: el("progress", { max: 1, value: 0, "aria-label": `Progress of ${nameOf(job)}` }),
       status: el("span", { class: "status" }),
       hold: el("button", { type: "button", class: "small", onclick: () => this.act(row, row.held ? "resume" : "pause") }),
@@ -118,6 +118,7 @@ export class JobsView {
     row.node.dataset.status = statusOf(job);
     row.open.setAttribute("aria-pressed", String(job.id === this.selected));
     row.bar.value = job.status === "succeeded" ? 1 : (job.step ?? 0) / (job.num_steps || 1);
+    setText(row.open, nameOf(job));
     setText(row.status, progressText(job));
     setText(row.hold, row.held ? "Resume" : "Pause");
     row.hold.setAttribute("aria-label", `${row.held ? "Resume" : "Pause"} ${nameOf(job)}`);
