@@ -28,7 +28,7 @@ from coserve.server.joboutputs import JobOutputs
 from coserve.server.jobqueue import LiveJob
 from coserve.server.jobrunner import END_FIELDS, JobRunner
 from coserve.server.jobspec import read_spec, resolve
-from coserve.server.manifest import find_manifests, is_job_id, write_manifest
+from coserve.server.manifest import find_manifests, is_job_id, sync_directory, write_manifest
 from coserve.server.models import ModelDirectory
 from coserve.server.records import CheckpointRecord, EventRecord, JobRecord, new_id, now
 from coserve.server.settings import ServerConfig
@@ -95,6 +95,8 @@ class JobService:
             if source is not None:
                 self._outputs.copy_start(record.id, source)
             write_manifest(directory, record)
+            with storage_errors():
+                sync_directory(self._outputs.root)
             self._store.add_job(record)
         except BaseException:
             self._outputs.remove_unfinished_creation(record.id)

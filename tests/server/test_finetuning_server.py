@@ -1,0 +1,111 @@
+"""Jobs on whole servers that are killed: every job ends, each step counts once, losses are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.server.conftest import RunningServer, StartServer, wait_until
+from tests.tiny_directory import chat_lines
+
+pytestmark = pytest.mark.full
+STEPS = 60
+
+
+def client_of(server: RunningServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=8, timeout=30)
+
+
+def start_job(server: RunningServer, **extra: Any) -> str:
+    client = client_of(server)
+    data = "".join(json.dumps(line) + "\n" for line in chat_lines(40)).encode()
+    file = client.files.create(file=("facts.jsonl", data), purpose="fine-tune")
+    body = {"rank": 4, "max_steps": STEPS, "checkpoint_steps": 7, **extra}
+    return client.fine_tuning.jobs.create(
+        model=server.model_name, training_file=file.id, seed=1, hyperparameters={"batch_size": 4}, extra_body=body).id
+
+
+def step_of(server: RunningServer, job: str) -> int:
+    """Its step; -1 while the server doesn't answer."""
+    try:
+        found = httpx.get(f"{server.url}/v1/fine_tuning/jobs/{job}", timeout=5).json()
+        return STEPS if found["status"] == "succeeded" else int(found["step"])
+    except (httpx.HTTPError, KeyError):
+        return -1
+
+
+def finish(server: RunningServer, job: str) -> list[str]:
+    """Waits for success; the step and loss columns of the result file."""
+    client = client_of(server)
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job).status not in ("queued", "running", "validating_files"), 120)
+    done = client.fine_tuning.jobs.retrieve(job)
+    assert done.status == "succeeded", done
+    (result,) = done.result_files
+    lines = base64.b64decode(client.files.content(result).read()).decode().splitlines()
+    events = [event for event in client.fine_tuning.jobs.list_events(job, limit=100) if event.type == "metrics"]
+    assert sorted(event.data["step"] for event in events) == list(range(1, STEPS + 1))  # type: ignore[index]
+    assert client.chat.completions.create(
+        model=done.fine_tuned_model or "", messages=[{"role": "user", "content": "Where?"}], max_tokens=2).choices
+    return [",".join(line.split(",")[:3]) for line in lines[1:]]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kills_change_nothing(start_server: StartServer, tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    server = start_server("--deterministic")
+    undisturbed = finish(server, start_job(server))
+    assert [line.partition(",")[0] for line in undisturbed] == [str(step) for step in range(1, STEPS + 1)]
+    jobs = [start_job(server), start_job(server)]
+    for _ in range(4):
+        aim = draw.randrange(max(1, max(step_of(server, job) for job in jobs)), STEPS + 1)
+        wait_until(lambda: max(step_of(server, job) for job in jobs) >= aim, 120)  # noqa: B023
+        if draw.random() < 0.5:
+            server.kill_engine()
+            wait_until(lambda: server.is_ready, 60)  # noqa: B023
+        else:
+            server.process.kill()
+            server.process.wait()
+            time.sleep(0.5)
+            server = start_server("--deterministic", data_dir=server.data_dir)
+    for job in jobs:
+        assert finish(server, job) == undisturbed
+
+
+def test_a_damaged_checkpoint_is_passed_over(start_server: StartServer) -> None:
+    server = start_server("--deterministic")
+    job = start_job(server)
+    wait_until(lambda: step_of(server, job) >= 20, 60)
+    client_of(server).fine_tuning.jobs.pause(job)
+    server.process.kill()
+    server.process.wait()
+    time.sleep(0.5)
+    newest = sorted(server.data_dir.glob(f"jobs/{job}/output/checkpoints/step-*"))[-1]
+    (newest / "optimizer.safetensors").write_bytes(b"nothing")
+    server = start_server("--deterministic", data_dir=server.data_dir)
+    client = client_of(server)
+    assert client.fine_tuning.jobs.retrieve(job).model_extra["paused"]  # type: ignore[index]
+    client.fine_tuning.jobs.resume(job)
+    finish(server, job)
+    warnings = [event.message for event in client.fine_tuning.jobs.list_events(job, limit=100) if event.level == "warn"]
+    assert any("is damaged" in warning and "using the one before" in warning for warning in warnings), warnings
+
+
+def test_cancelling_while_the_engine_is_down(start_server: StartServer) -> None:
+    server = start_server()
+    job = start_job(server)
+    wait_until(lambda: step_of(server, job) >= 10, 60)
+    server.kill_engine()
+    assert client_of(server).fine_tuning.jobs.cancel(job).status == "cancelled"
+    wait_until(lambda: server.is_ready, 60)
+    step = step_of(server, job)
+    time.sleep(1)
+    assert client_of(server).fine_tuning.jobs.retrieve(job).status == "cancelled"
+    assert step_of(server, job) == step
