@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Coroutine, Iterator
@@ -448,9 +449,13 @@ def test_an_engine_that_never_gets_ready_again_is_given_up(
     loop.runner.close()
 
 
-def test_stopping_leaves_a_job_to_be_resumed(tiny_model: Path, tmp_path: Path) -> None:
+def test_stopping_leaves_a_job_to_be_resumed(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = tmp_path / ("long" * 30)  # too long for a socket in the file system
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     loop = Loop(make_config(tiny_model, tmp_path / "data"))
     loop(loop.client.start())
+    assert not list(temporary.iterdir()), "nothing would be left after kill -9"
     pid = loop.client.pid
     endless = FinetuneConfig(
         lora=LoraConfig(r=4), batch_size=2, max_steps=100_000, checkpoint_steps=1, max_microbatch_tokens=256

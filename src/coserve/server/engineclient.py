@@ -333,8 +333,9 @@ class EngineClient:
                 del self._streams[chunk.id]
 
     def _hear_ready(self, info: Ready) -> None:
-        if self._stopping:
+        if self._stopping or self._process is None:
             return
+        self._process.hide()
         self._info, self.ready = info, True
         self.generation += 1
         self._run(self._rise())

@@ -76,6 +76,10 @@ class EngineProcess:
         """The exit code, below 0 for a signal, once it has ended."""
         return await self._process.wait()
 
+    def hide(self) -> None:
+        """The process has connected: the address goes, so that nothing is left of it should this process be killed."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
     def kill(self) -> None:
         """Ends it at once."""
         if self._process.returncode is None:
@@ -84,4 +88,4 @@ class EngineProcess:
     def close(self) -> None:
         """Frees what it had; it has ended."""
         self.socket.close(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self.hide()
