@@ -158,7 +158,7 @@ def test_a_stuck_job_has_its_turn_beside_one_that_takes_all_slack() -> None:
     fixed, free = fake.add_job([[256]], grid=128), fake.add_job([[256]])
     fake.run(25.0)
     assert fixed.steps_done >= 1
-    assert fake.runner.trained[fixed.work.id] > 0.4 * fake.runner.trained[free.work.id]
+    assert fake.runner.trained[fixed.work.id] > 0.25 * fake.runner.trained[free.work.id]
 
 
 def test_a_stuck_job_takes_what_leaves_hope_when_slack_never_suffices() -> None:

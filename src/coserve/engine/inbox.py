@@ -122,5 +122,7 @@ class Inbox:
         while self._commands:  # those who posted them must hear of it; what they need may be broken
             with contextlib.suppress(Exception):
                 self._commands.popleft()()
-        fail(wrapped)
-        self._ended.set()
+        try:
+            fail(wrapped)
+        finally:
+            self._ended.set()

@@ -144,8 +144,9 @@ class JobTable:
             with contextlib.suppress(Exception):
                 job.abandon(error)
                 self._remove_job(job)
-            if not job.handle.finished:
-                job.handle.close("failed", error)
+            with contextlib.suppress(Exception):
+                if not job.handle.finished:
+                    job.handle.close("failed", error)
         self.jobs.clear()
 
     # --- what jobs ask for ---
