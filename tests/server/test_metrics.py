@@ -286,6 +286,12 @@ def test_rates_begin_anew_after_a_restart() -> None:
     assert room.metrics.live(None)["inference"]["tokens_per_s"] is None
 
 
+def test_who_looks_seldom_sees_the_rate_since_the_last_look() -> None:
+    room = Room()
+    room.metrics.live(stats(10.0))
+    assert room.metrics.live(stats(30.0, inference_tokens=100.0))["inference"]["tokens_per_s"] == pytest.approx(5)
+
+
 def test_live_is_json_with_and_without_an_engine() -> None:
     room = Room()
     room.serve([0.2, 0.3])

@@ -78,12 +78,12 @@ class Counters:
         self._samples.clear()
 
     def rises(self, span_s: float) -> tuple[float, Mapping[str, float]] | None:
-        """(seconds, by how much each counter rose) over the last `span_s` before the newest sample; None with one sample."""
-        if not self._samples:
+        """(seconds, by how much each counter rose) over the last `span_s` before the newest sample, or since the sample before
+        it if that is longer ago; None with one sample."""
+        if len(self._samples) < 2:
             return None
-        last = self._samples[-1]
-        first = next(sample for sample in self._samples if sample.time_s >= last.time_s - span_s)
+        last, before = self._samples[-1], self._samples[-2]
+        since = min(last.time_s - span_s, before.time_s)
+        first = next(sample for sample in self._samples if sample.time_s >= since)
         seconds = last.time_s - first.time_s
-        if seconds <= 0:
-            return None
         return seconds, {name: value - first.values.get(name, value) for name, value in last.values.items()}

@@ -35,6 +35,7 @@ export class JobDetail {
     this.id = job.id;
     this.events = new Map();
     this.steps = new Map();
+    this.complete = false; // whether the events were read back to the first one
     this.seenEnd = false;
     this.showHead(job);
     this.showEvents();
@@ -61,7 +62,6 @@ export class JobDetail {
 
   async readEvents(id) {
     let after = "";
-    const wasEmpty = this.events.size === 0;
     for (;;) {
       const { data, has_more: hasMore } = await get(`v1/fine_tuning/jobs/${id}/events?limit=${PAGE}${after}`);
       if (id !== this.id) return;
@@ -70,7 +70,11 @@ export class JobDetail {
         this.events.set(event.id, event);
         if (event.type === "metrics" && event.data) this.steps.set(event.data.step, event.data);
       }
-      if (!hasMore || data.length === 0 || (met && !wasEmpty) || this.events.size > MAX_EVENTS) return;
+      if (met && this.complete) return;
+      if (!hasMore || this.events.size > MAX_EVENTS) {
+        this.complete = true;
+        return;
+      }
       after = `&after=${encodeURIComponent(data.at(-1).id)}`;
     }
   }
