@@ -32,6 +32,10 @@ CHAT_PAYLOADS: dict[str, dict[str, Any]] = {
         *HI, {"role": "assistant", "content": "Hello", "refusal": None, "annotations": [], "audio": None, "function_call": None,
               "tool_calls": None}, *HI,
     ]},
+    "litellm echo of a response": {"model": MODEL, "messages": [
+        *HI, {"role": "assistant", "content": "Hello", "tool_calls": None, "function_call": None,
+              "provider_specific_fields": {"refusal": None}}, *HI,
+    ]},
     "litellm": {
         "model": MODEL, "messages": HI, "temperature": 0.2, "max_tokens": 8, "stream": True,
         "stream_options": {"include_usage": True}, "user": "default_user_id", "metadata": {"a": "b"},

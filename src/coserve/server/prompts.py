@@ -16,8 +16,7 @@ from coserve.tokenizer import ChatTokenizer
 _LONG_CHARS = 4096
 """Longer prompts are tokenized in a thread, so that others' tokens aren't held up."""
 _MAX_PROMPTS = 1024
-_UNSUPPORTED = ("tool_calls", "function_call", "audio", "tool_call_id", "reasoning", "reasoning_content",
-                "provider_specific_fields")
+_UNSUPPORTED = ("tool_calls", "function_call", "audio", "tool_call_id", "reasoning", "reasoning_content")
 Result = TypeVar("Result")
 
 
@@ -90,14 +89,14 @@ def output_limit(
     left = limit - num_prompt
     if left < 1:
         raise InvalidRequest(
-            f"{prompt_field}: this model's context length is {limit} tokens, output included, and the prompt alone has "
+            f"{prompt_field}: this model's maximum context length is {limit} tokens, output included, and the prompt alone has "
             f"{num_prompt}; shorten it", param=prompt_field,
         )
     if asked is None:
         return left if default is None else min(default, left)
     if asked > left:
         raise InvalidRequest(
-            f"{tokens_field}: {num_prompt} tokens of prompt and {asked} of output exceed this model's context length of "
+            f"{tokens_field}: {num_prompt} tokens of prompt and {asked} of output exceed this model's maximum context length of "
             f"{limit} tokens; ask for at most {left}", param=tokens_field,
         )
     return asked

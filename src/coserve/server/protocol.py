@@ -134,7 +134,8 @@ class ContentPart(BaseModel):
 
 
 class ChatMessage(Body):
-    """One turn. What an assistant's turn may bring along from an earlier response is taken if it's empty."""
+    """One turn. What an assistant's turn may bring along from an earlier response is taken if it's empty; refusal, annotations
+    and provider_specific_fields (litellm's notes) in any case, as they are no part of the conversation."""
 
     role: Annotated[str, Field(json_schema_extra={"enum": list(ROLES)})]
     content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
