@@ -58,7 +58,7 @@ def _serve(path: str, request: Request) -> Response:
     """Raises NotFound."""
     asset = assets().get(path)
     if asset is None:
-        raise NotFound(f"there is no page {path!r}")
+        raise NotFound(f"there is no page {path[:64]!r}")
     headers = {**SECURITY_HEADERS, "Cache-Control": "no-cache", "ETag": asset.etag}  # kept, but asked about each time
     if asset.etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
