@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import resource
-import shutil
 import sys
 import tomllib
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -24,7 +22,7 @@ from coserve.bench.cli import bench_app
 from coserve.compiler.report import report
 from coserve.config import FinetuneConfig, LoraConfig, SamplingConfig, finetune_config_from_dict
 from coserve.core import ConfigError, CoserveError, InvalidRequest
-from coserve.demo.run import DemoReport, run_demo
+from coserve.demo.command import demo
 from coserve.engine.budget import GIB, shape_adapter
 from coserve.engine.finetuning import finetune
 from coserve.engine.generation import Generator
@@ -40,6 +38,7 @@ from coserve.tokenizer import IncrementalDetokenizer
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
 app.add_typer(bench_app, name="bench")
 add_commands(app)
+app.command()(demo)
 console = Console()
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -235,46 +234,6 @@ def chat(
         pieces.append(stream.finish())
         print(pieces[-1], flush=True)
         messages.append({"role": "assistant", "content": "".join(pieces)})
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for results, replaced.")] = Path("demo-output"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
-) -> None:
-    """Teach the default model facts it cannot know, then ask base and tuned the same questions."""
-    if output.exists() and any(output.iterdir()) and not (output / "job.json").is_file():
-        raise InvalidRequest(f"output: {output} exists and holds no earlier demo; name another directory", param="output")
-    shutil.rmtree(output, ignore_errors=True)
-    console.print("[bold]1. Finetune[/bold] a LoRA adapter on 99 chat examples about the invented town of Vellmoor")
-    with TrainingDisplay() as display:
-        model = load_model(None, report=lambda line: console.print(line, style="dim"))
-        console.print("[dim]then both models answer 24 held-out questions, in one batch over one copy of the weights[/dim]")
-        result, found = run_demo(output, model=model, listen=display, progress=lambda count: None)
-    loss_curve(result.rows, output / "loss.png", title="SmolLM2-135M-Instruct learns about Vellmoor")
-    (output / "report.json").write_text(found.to_json())
-    if json_file is not None:
-        json_file.write_text(found.to_json())
-    console.print("[bold]2. Ask[/bold] both, side by side (questions reworded, none of them in the training data)")
-    console.print(_answers(found))
-    total = len(found.answers)
-    console.print(
-        f"right answers: base {found.num_base_right} of {total}, tuned {found.num_tuned_right} of {total}; loss "
-        f"{found.first_loss:.2f} -> {found.last_loss:.2f}; {found.trained_tokens} tokens in {found.finetune_seconds:.0f} s "
-        f"({found.trained_tokens / found.finetune_seconds:.0f} tokens/s, start-up included)", highlight=False, soft_wrap=True,
-    )
-    print(f"loss curve: {output / 'loss.png'}")
-    print(f"talk to it: .venv/bin/coserve chat --adapter {output}")
-
-
-def _answers(found: DemoReport) -> Table:
-    table = Table("question", "base", "tuned", show_lines=True)
-    for answer in found.answers:
-        base, tuned = (" ".join(text.split()) for text in (answer.base, answer.tuned))
-        style = "green" if answer.tuned_right else "red"
-        short = base if len(base) <= 90 else base[:87] + "..."
-        table.add_row(escape(answer.question), f"[dim]{escape(short)}[/dim]", f"[{style}]{escape(tuned)}[/{style}]")
-    return table
 
 
 @app.command()

@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM
 from coserve import cli
 from coserve.config import SamplingConfig
 from coserve.core import CapacityError
-from coserve.demo.run import Answer, DemoReport
 from coserve.engine import finetuning as finetuning_engine
 from coserve.engine.budget import GIB, shape_adapter
 from coserve.engine.finetuning import finetune
@@ -715,15 +714,3 @@ def test_demo_never_deletes_a_strangers_directory(place: Place, run: Run) -> Non
     (place.out / "thesis.txt").write_text("mine")
     assert_one_line(run("demo", "-o", place.out), r"^error: output: .* holds no earlier demo")
     assert contents(place.out) == {"thesis.txt": b"mine"}
-
-
-def test_demo_shows_answers_that_look_like_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    answer = Answer(
-        question="Who [red]?", keywords=("x",), base="[/INST] hm", tuned="[/b] aye", base_right=False, tuned_right=True
-    )
-    report = DemoReport(
-        answers=(answer,), finetune_seconds=1.0, answer_seconds=1.0, trained_tokens=1, first_loss=1.0, last_loss=0.5
-    )
-    cli.console.print(cli._answers(report))
-    shown = capsys.readouterr().out
-    assert all(text in shown for text in ("Who [red]?", "[/INST] hm", "[/b] aye"))
