@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-full lint types bench clean
+.PHONY: setup demo test test-full lint types bench openapi clean
 
 setup: $(READY)
 
@@ -37,6 +37,9 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/finetune_cpu.py
+
+openapi: $(READY)
+	$(BIN)/python docs/openapi.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info demo-output
