@@ -89,14 +89,14 @@ class Store:
         with self._database.read() as connection:
             row = connection.execute(select(files).where(files.c.tenant == tenant, files.c.id == id)).first()
         if row is None:
-            raise NotFound(f"there is no file {id}", param="file_id")
+            raise NotFound(f"there is no file {id[:64]}", param="file_id")
         return _record(FileRecord, row)
 
     def delete_file(self, tenant: str, id: str) -> None:
         """Raises NotFound, also for another tenant's."""
         with self._database.write() as connection:
             if connection.execute(delete(files).where(files.c.tenant == tenant, files.c.id == id)).rowcount == 0:
-                raise NotFound(f"there is no file {id}", param="file_id")
+                raise NotFound(f"there is no file {id[:64]}", param="file_id")
 
     def list_files(
         self, tenant: str, *, purpose: str | None = None, after: str | None = None, limit: int = 10_000,
@@ -220,7 +220,7 @@ class Store:
         """Raises NotFound."""
         with self._database.write() as connection:
             if connection.execute(delete(checkpoints).where(checkpoints.c.id == id)).rowcount == 0:
-                raise NotFound(f"there is no checkpoint {id}", param="id")
+                raise NotFound(f"there is no checkpoint {id[:64]}", param="id")
 
     # --- adapters ---
 
@@ -247,7 +247,7 @@ class Store:
         with self._database.write() as connection:
             same = (adapters.c.tenant == tenant) & (adapters.c.name == name)
             if connection.execute(delete(adapters).where(same)).rowcount == 0:
-                raise NotFound(f"there is no adapter {name}", param="lora_name")
+                raise NotFound(f"there is no adapter {name[:64]}", param="lora_name")
 
 
 
@@ -273,7 +273,7 @@ def _get_job(connection: Connection, tenant: str | None, id: str, *, lock: bool 
         query = query.where(jobs.c.tenant == tenant)
     row = connection.execute(query.with_for_update() if lock else query).first()
     if row is None:
-        raise NotFound(f"there is no fine-tuning job {id}", param="fine_tuning_job_id")
+        raise NotFound(f"there is no fine-tuning job {id[:64]}", param="fine_tuning_job_id")
     return _record(JobRecord, row)
 
 
@@ -287,7 +287,7 @@ def _page(
         return query
     place = connection.execute(select(*key).where(*mine, table.c.id == after)).first()
     if place is None:
-        raise InvalidRequest(f"after: there is no entry {after} in this list", param="after")
+        raise InvalidRequest(f"after: there is no entry {after[:64]} in this list", param="after")
     return query.where(tuple_(*key) > tuple(place) if order == "asc" else tuple_(*key) < tuple(place))
 
 
