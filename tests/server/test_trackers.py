@@ -36,7 +36,9 @@ def job(tmp_path: Path) -> tuple[Path, JobRecord]:
     table.keep(0)
     for step in (1, 2):
         table.append(StepRow(
-            step=step, train_loss=4 / step, train_mean_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, tokens=9, seconds=1.0))
+            step=step, train_loss=4 / step, train_mean_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, tokens=9,
+            seconds=1.0,
+        ))
     write_manifest(directory, record)
     return directory, record
 
