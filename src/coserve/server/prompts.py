@@ -96,8 +96,8 @@ def output_limit(
         return left if default is None else min(default, left)
     if asked > left:
         raise InvalidRequest(
-            f"{tokens_field}: {num_prompt} tokens of prompt and {asked} of output exceed this model's maximum context length of "
-            f"{limit} tokens; ask for at most {left}", param=tokens_field,
+            f"{tokens_field}: {num_prompt} tokens of prompt and {asked} of output exceed this model's maximum context length "
+            f"of {limit} tokens; ask for at most {left}", param=tokens_field,
         )
     return asked
 
