@@ -1,6 +1,6 @@
 """A deterministic job in an engine gives the same bits whatever runs beside it, and after an engine that stopped in the middle.
 
-What must agree: metrics.csv but for seconds, and the bytes of the adapter. `coserve.finetune` has the same grid, and agrees too.
+What must agree: metrics.csv but for seconds, and the bytes of the adapter. `coserve.finetune` has the same grid and agrees.
 """
 
 from __future__ import annotations

@@ -420,14 +420,15 @@ def test_closing_gives_a_jobs_memory_back_without_the_garbage_collector(
     try:
         engine = make_engine(model)
         storage, whole = StorageWeakRef(engine.pool.buffer.untyped_storage()), weakref.ref(engine)
-        job = engine.finetune(directory / "sft.jsonl", tmp_path / "out", config)
+        handles = [engine.finetune(directory / "sft.jsonl", tmp_path / "out", config)]
         request = engine.submit(prompt(20), replace(GREEDY, max_tokens=200), adapter=None)
-        drive(engine, lambda: job.step >= 3)
+        drive(engine, lambda: handles[0].step >= 3)
         if config is SFT:
             drive(engine)
         engine.close()
-        assert storage.expired() and job.finished
-        del engine, job, request
+        assert storage.expired() and handles[0].finished
+        handles.clear()
+        del engine, request
         assert whole() is None
     finally:
         gc.enable()
