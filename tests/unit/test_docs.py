@@ -1,4 +1,4 @@
-"""README and docs against the code: links, commands, flags, fields and metrics that they name are there, and none is left out."""
+"""README and docs against the code: links, commands, flags, fields and metrics that they name exist, and none is left out."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ def find_command(words: list[str]) -> tuple[Any, list[str]]:
 
 
 def options(command: Any) -> set[str]:
-    return {"--help"} | {name for param in command.params for name in (*param.opts, *param.secondary_opts) if name.startswith("-")}
+    named = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
+    return {"--help"} | {name for name in named if name.startswith("-")}
 
 
 @pages
