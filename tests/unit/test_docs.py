@@ -170,6 +170,19 @@ def test_every_flag_named_is_one_of_the_server() -> None:
     assert options(command) - {"--help", "--config"} <= named
 
 
+# --- routes ---
+
+
+def test_routes_are_listed_as_they_are() -> None:
+    listed: set[str] = set()
+    for page in ("serving.md", "finetuning.md"):
+        for routes, *_ in rows(section(page_text(page), "Routes")):
+            listed |= set(code(routes))
+    described = json.loads(page_text("openapi.json"))["paths"]
+    known = {f"{method.upper()} {path}" for path, methods in described.items() for method in methods}
+    assert listed == known | {"GET /", "GET /openapi.json"}
+
+
 # --- fields ---
 
 
