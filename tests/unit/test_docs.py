@@ -18,7 +18,7 @@ from coserve.cli import app
 from coserve.server import fields, protocol
 from coserve.server.jobbody import Extras
 from coserve.server.metrics import ServerMetrics, ServerState
-from coserve.server.settings import ServerConfig
+from coserve.server.settings import ServerConfig, read_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -170,6 +170,15 @@ def test_every_flag_named_is_one_of_the_server() -> None:
     assert options(command) - {"--help", "--config"} <= named
 
 
+def test_settings_files_can_be_read(tmp_path: Path) -> None:
+    files = [block for page in PAGES for block in blocks(page.read_text(encoding="utf-8"), "toml")]
+    assert files
+    for number, block in enumerate(files):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(block)
+        assert read_settings(path, {}) != ServerConfig()
+
+
 # --- routes ---
 
 
@@ -217,6 +226,15 @@ def test_neutral_values_are_listed_as_they_are() -> None:
 def test_extra_fields_of_jobs_are_listed() -> None:
     listed = [code(name)[0] for name, *_ in rows(section(page_text("finetuning.md"), "Fields beyond OpenAI's"))]
     assert sorted(listed) == sorted(Extras.model_fields)
+
+
+# --- the map of the server ---
+
+
+def test_every_file_of_the_server_is_on_the_map() -> None:
+    named = set(code(section(page_text("architecture.md"), "The server")))
+    there = {path.name for path in (ROOT / "src" / "coserve" / "server").glob("*.py")} - {"__init__.py"}
+    assert there <= named, there - named
 
 
 # --- metrics ---
