@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from random import Random
 from typing import Any
 
 import uvicorn
@@ -200,7 +202,7 @@ def make_services(tokenizer: ChatTokenizer) -> Services:
     metrics: Any = FakeMetrics()
     return Services(
         config=ServerConfig(), engine=engine, tokenizer=tokenizer, store=absent, tenants=tenants, files=absent, jobs=absent,
-        models=models, metrics=metrics,
+        models=models, metrics=metrics, draw_seed=partial(Random(0).getrandbits, 32),
     )
 
 

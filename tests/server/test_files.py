@@ -48,6 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     services = Services(
         config=ServerConfig(max_file_bytes=MAX_BYTES), engine=none, tokenizer=none, store=store,
         tenants=Tenants(store, [("alice", "key-a"), ("bob", "key-b")]), files=files, jobs=none, models=none, metrics=none,
+        draw_seed=none,
     )
     app = FastAPI()
     app.state.services = services

@@ -52,7 +52,7 @@ class Site:
             app = FastAPI()
             app.state.services = Services(
                 config=bench.config, engine=engine, tokenizer=nothing, store=bench.store, tenants=tenants,  # type: ignore[arg-type]
-                files=bench.files, jobs=bench.jobs, models=bench.models, metrics=nothing,  # type: ignore[arg-type]
+                files=bench.files, jobs=bench.jobs, models=bench.models, metrics=nothing, draw_seed=nothing,  # type: ignore[arg-type]
             )
             install_handlers(app)
             app.include_router(finetuning.router)

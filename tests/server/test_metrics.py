@@ -70,6 +70,7 @@ def stats(time_s: float, **values: Any) -> dict[str, Any]:
     return {
         **dict.fromkeys(COUNTERS, 0.0), "time_s": time_s, "running": 2, "waiting": 3, "jobs": 1, "reserve": 0.1,
         "adapters": ["a", "b"], "adapter_versions": 4,
+        "unit_shapes": [{"direction": "backward", "layers": 4, "rows": 512, "count": 7}],
         "prediction_errors": {"decode": {"iterations": 50, "median": 0.04, "p95": 0.2}},
         "memory": {"used": 30, "cached": 10, "free": 20, "arena": 40, "hits_tokens": 64, "queried_tokens": 256,
                    "block_bytes": 4096},
@@ -122,6 +123,12 @@ def test_a_chunk_of_several_tokens_is_one_gap_and_several_tokens() -> None:
     assert found["coserve_inter_token_latency_seconds_count"] == 1
     assert found["coserve_request_time_per_output_token_seconds_sum"] == pytest.approx(0.1)
     assert found["coserve_prompt_tokens_cached_total"] == 5
+
+
+def test_units_are_counted_by_shape() -> None:
+    room = Room()
+    labels = json.dumps({"direction": "backward", "layers": "4", "rows": "512"}, sort_keys=True)
+    assert room.samples(stats(1.0))[f"coserve_finetune_units_total{labels}"] == 7
 
 
 def test_end_counts_once_and_nothing_is_measured_after_it() -> None:

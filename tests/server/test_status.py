@@ -22,7 +22,7 @@ class FakeEngine:
     """Answers, fails or hangs."""
 
     def __init__(self) -> None:
-        self.ready, self.num_restarts, self.mood = True, 3, "well"
+        self.ready, self.num_restarts, self.mood, self.failure = True, 3, "well", None
 
     async def stats(self) -> dict[str, Any]:
         if self.mood == "dying":

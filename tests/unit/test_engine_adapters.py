@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -193,9 +194,29 @@ def test_a_profile_is_measured_once(model: LoadedModel, tmp_path: Path, monkeypa
         raise AssertionError("measured again")
 
     monkeypatch.setattr(Profiler, "measure", never)
+    monkeypatch.setattr(Profiler, "slowdown", lambda *_: 1.4)
     cached = Engine(model, config, report=reports.append)
     cost = PassCost(32, 1, 0, 0, 528, 0, 0, 0, 0)
     assert cached.scheduler.latency.pass_seconds(cost) == measured.scheduler.latency.pass_seconds(cost) > 0
     assert ask(cached, None) == ask(measured, None)
     for engine in (measured, cached):
         engine.close()
+
+
+def test_a_profile_of_a_busy_machine_is_measured_again(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COSERVE_CACHE", str(tmp_path / "cache"))
+    config = EngineConfig(
+        memory_bytes=8 << 20, scheduler=SchedulerConfig(max_num_batched_tokens=64, max_window_tokens=64)
+    )
+    Engine(model, config).close()
+    (path,) = (tmp_path / "cache/profiles").iterdir()
+    kept = json.loads(path.read_text())
+    for sample in kept["samples"]:
+        sample["seconds"] *= 50
+    path.write_text(json.dumps(kept))
+    reports: list[str] = []
+    Engine(model, config, report=reports.append).close()
+    assert "the kept profile was measured on a busy machine" in reports
+    assert json.loads(path.read_text()) != kept

@@ -18,10 +18,21 @@ from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
-from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, JobFailed, NotFound
+from coserve.core import (
+    CapacityError,
+    ConfigError,
+    CoserveError,
+    Direction,
+    InvalidRequest,
+    JobFailed,
+    NotFound,
+    Unit,
+    WorkUnit,
+)
 from coserve.engine.engine import Engine
 from coserve.engine.finetuning import finetune
 from coserve.engine.jobs import JobHandle
+from coserve.engine.jobtable import shape_of
 from coserve.engine.model import LoadedModel
 from coserve.finetune import job as job_module
 from coserve.finetune.checkpoints import read_manifest
@@ -88,6 +99,11 @@ def assert_same_result(directory: Path, reference: Path) -> None:
 
 @pytest.mark.parametrize("config", [SFT, replace(SFT, max_microbatch_tokens=96), DPO], ids=["one", "several", "dpo"])
 @pytest.mark.parametrize("busy", [False, True], ids=["alone", "beside requests"])
+def test_shapes_of_units_are_rounded_up_to_powers_of_two() -> None:
+    assert shape_of(WorkUnit(1, Unit(Direction.BACKWARD, 3, 6, 0, 100))) == ("backward", 4, 128)
+    assert shape_of(WorkUnit(1, Unit(Direction.FORWARD, 0, 4, 64, 65), fused=True)) == ("fused", 4, 1)
+
+
 def test_a_job_ends_as_the_blocking_finetune(
     engines: MakeEngine, model: LoadedModel, directory: Path, tmp_path: Path, config: FinetuneConfig, busy: bool
 ) -> None:

@@ -343,7 +343,8 @@ class Engine:
 
     def metrics(self) -> dict[str, Any]:
         """Counters since the start and the present state. finetune_tokens: forward-token equivalents, forward and backward
-        counting half each; *_s: seconds; prediction_errors: by kind of iteration, relative."""
+        counting half each; *_s: seconds; prediction_errors: by kind of iteration, relative; unit_shapes: how many units of each
+        shape have run."""
         pool = self.blocks.stats()
         return {
             **self._counts, "requests_finished": self.requests.num_finished, "requests_cancelled": self.requests.num_cancelled,
@@ -351,6 +352,7 @@ class Engine:
             "preemptions": self.scheduler.num_preemptions,
             "prediction_errors": {kind: e._asdict() for kind, e in self.scheduler.latency.errors().items()},
             "reserve": self.scheduler.latency.reserve(),
+            "unit_shapes": [{**shape._asdict(), "count": count} for shape, count in self.jobs.shapes.copy().items()],
             "adapters": list(self.adapters.names), "adapter_versions": self.adapters.num_versions,
             "memory": {**pool._asdict(), "block_bytes": self.pool.block_bytes},
         }

@@ -7,15 +7,17 @@ its units run (scheduler/). Only the engine's thread changes it; any thread may 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor as ThreadExecutor
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan
 from coserve.config import EngineConfig, FinetuneConfig, LoraConfig
-from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan
+from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan, WorkUnit
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.batchwork import Microbatch
 from coserve.engine.budget import GIB, shape_adapter
@@ -35,6 +37,22 @@ from coserve.scheduler.work import MicrobatchWork
 SMALLEST_WINDOW = 32
 
 
+class UnitShape(NamedTuple):
+    """What units have in common. direction: 'forward', 'backward', or 'fused' for a forward that rode in a pass. layers, rows:
+    powers of two that hold the unit's."""
+
+    direction: str
+    layers: int
+    rows: int
+
+
+def shape_of(work: WorkUnit) -> UnitShape:
+    """The shape that a unit is counted under."""
+    unit = work.unit
+    layers, rows = (1 << (size - 1).bit_length() for size in (unit.layer_end - unit.layer_start, unit.end - unit.start))
+    return UnitShape("fused" if work.fused else unit.direction.value, layers, rows)
+
+
 class JobTable:
     """Jobs by number, and the engine as they see it (jobs.Host). new_number: never gives one twice."""
 
@@ -50,6 +68,7 @@ class JobTable:
         self.jobs: dict[int, LiveJob] = {}
         self.microbatches: dict[int, Microbatch] = {}
         self.owners: dict[int, int] = {}
+        self.shapes: Counter[UnitShape] = Counter()
 
     # --- refusals ---
 
@@ -125,6 +144,7 @@ class JobTable:
         total = 0.0
         for work in plan.units:
             unit = work.unit
+            self.shapes[shape_of(work)] += 1
             tokens = (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / self.arch.num_layers / 2
             total += tokens
             job = self.jobs.get(self.owners.get(work.microbatch, -1))

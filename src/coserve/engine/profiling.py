@@ -9,7 +9,7 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,10 @@ from coserve.scheduler.profile import fit, load_profile, profile_points, save_pr
 SHORT_S, LONG_S = 0.05, 0.25
 """Points are run twice; shorter ones three times, of which the first is not counted, longer ones once."""
 WARM_ROWS = 64
+CHECK_POINTS = 3
+STALE = 1.5
+"""A kept profile so many times slower than the machine is now was measured while it was busy. (One that is faster is kept: a
+machine that is busy now is the online correction's business.)"""
 _OWNER = "profile"
 _KEY = PrefixKey("", None, -1)
 
@@ -57,13 +61,14 @@ def latency_model(
     """The model of this machine, from the cache or measured now."""
     key = profile_key(passes, fingerprint)
     path = cache_directory() / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    samples = load_profile(path, key)
+    samples, profiler = load_profile(path, key), Profiler(passes, train, blocks)
+    if samples is not None and profiler.slowdown(samples) > STALE:
+        report("the kept profile was measured on a busy machine")
+        samples = None
     if samples is None:
         report("measuring what rows and units cost here, once ...")
         started = time.perf_counter()
-        samples = Profiler(passes, train, blocks).measure(
-            max(config.max_num_batched_tokens, config.max_window_tokens)
-        )
+        samples = profiler.measure(max(config.max_num_batched_tokens, config.max_window_tokens))
         report(f"measured {len(samples)} points in {time.perf_counter() - started:.1f} s")
         try:
             save_profile(path, key, samples)
@@ -91,6 +96,20 @@ class Profiler:
         self._run(Contents(PassCost(WARM_ROWS, 1, 0, 0, pairs, 0, 0, 0, 0), units, 0))  # weights are laid out at first use
         points = profile_points(layers, min(max_rows, self.arch.max_position_embeddings))
         return [sample for point in points for sample in self._run(self._without_adapters(point))]
+
+    @torch.no_grad()
+    def slowdown(self, samples: Sequence[tuple[Contents, float]]) -> float:
+        """How many times slower the samples are than the same points now, by a few inference passes; 1 if none can be run."""
+        kept: dict[Contents, float] = {}
+        for point, seconds in samples:
+            cost = point.inference
+            if cost is not None and not (cost.fused_rows or point.units or point.optimizer_elements) and seconds < LONG_S:
+                kept[point] = min(seconds, kept.get(point, seconds))
+        chosen = sorted(kept, key=kept.__getitem__)[-CHECK_POINTS:]
+        for point in chosen:
+            self._run(point)  # weights are laid out at first use
+        measured = {point: min(times) for point in chosen if (times := [seconds for _, seconds in self._run(point)])}
+        return sum(kept[point] for point in measured) / sum(measured.values()) if measured else 1.0
 
     @staticmethod
     def _without_adapters(point: Contents) -> Contents:

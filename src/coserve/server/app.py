@@ -11,10 +11,13 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from random import Random
 
 from fastapi import FastAPI
+from sqlalchemy import URL
 
 from coserve.server.engineclient import EngineClient
 from coserve.server.files import FileService
@@ -38,9 +41,9 @@ _ROUTES = (inference, tokens, files, finetuning, adapters, status, page)
 _log = logging.getLogger(__name__)
 
 
-def index_url(config: ServerConfig) -> str:
+def index_url(config: ServerConfig) -> str | URL:
     """SQLAlchemy's URL of the index."""
-    return config.database_url or f"sqlite:///{(config.data_dir / INDEX_FILE).absolute()}"
+    return config.database_url or URL.create("sqlite", database=str((config.data_dir / INDEX_FILE).absolute()))
 
 
 @asynccontextmanager
@@ -70,7 +73,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         await jobs.start()
         yield Services(
             config=config, engine=engine, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
-            models=models, metrics=metrics,
+            models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32),
         )
 
 

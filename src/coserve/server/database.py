@@ -36,7 +36,7 @@ _FAILURES = {
 class Database:
     """One database, its tables up to date; any thread may use it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str | URL) -> None:
         """url: SQLAlchemy's; 'postgresql://' takes psycopg. Raises ConfigError, also for a damaged file or a newer schema."""
         parsed = _read_url(url)
         self.engine = _connect_sqlite(parsed) if parsed.drivername.startswith("sqlite") else _connect_postgres(parsed)
@@ -73,7 +73,7 @@ class Database:
         self.engine.dispose()
 
 
-def _read_url(url: str) -> URL:
+def _read_url(url: str | URL) -> URL:
     try:
         parsed = make_url(url)
     except ArgumentError as error:  # its message may hold a password

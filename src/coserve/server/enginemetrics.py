@@ -94,6 +94,7 @@ def engine_families(labels: Labels, stats: Mapping[str, Any], share: float | Non
     if "adapters" in stats:
         yield _gauge("adapters_loaded", "Adapters that requests can ask for.", labels, {"": len(stats["adapters"])})
     yield from _prediction_families(labels, stats.get("prediction_errors", {}))
+    yield _unit_family(labels, stats.get("unit_shapes", ()))
     if "memory" in stats:
         yield from _memory_families(labels, stats["memory"])
 
@@ -110,6 +111,15 @@ def _prediction_families(labels: Labels, errors: Mapping[str, Mapping[str, float
             ratios.add_metric([*labels.values(), kind, quantile], error[key])
     yield counts
     yield ratios
+
+
+def _unit_family(labels: Labels, shapes: Iterable[Mapping[str, Any]]) -> Metric:
+    names = ("direction", "layers", "rows")
+    family = CounterMetricFamily("coserve_finetune_units", "Units of finetuning that have run, by direction and size; layers "
+                                 "and rows rounded up to a power of two.", labels=[*labels, *names])
+    for shape in shapes:
+        family.add_metric([*labels.values(), *(str(shape[name]) for name in names)], shape["count"])
+    return family
 
 
 def _memory_families(labels: Labels, memory: Mapping[str, int]) -> Iterator[Metric]:

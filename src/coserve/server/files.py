@@ -69,9 +69,14 @@ class FileService:
         # A thread does it all: the upload is a file of the parser's by now.
         return await asyncio.to_thread(self._save, tenant, filename, upload.file, purpose, check=True)
 
-    def save_result(self, tenant: str, filename: str, content: bytes, purpose: str = RESULTS) -> FileRecord:
-        """A file that a job made. Raises CapacityError."""
-        return self._save(tenant, clean_filename(filename), io.BytesIO(content), purpose, check=False)
+    def save_result(
+        self, tenant: str, filename: str, content: bytes, purpose: str = RESULTS, *, id: str | None = None
+    ) -> FileRecord:
+        """A file that a job made. id: of the new file; if there is one already, it stays. Raises CapacityError."""
+        if id is not None:
+            with suppress(NotFound):
+                return self._store.get_file(tenant, id)
+        return self._save(tenant, clean_filename(filename), io.BytesIO(content), purpose, check=False, id=id)
 
     def path(self, record: FileRecord) -> Path:
         """Where its bytes are."""
@@ -114,8 +119,10 @@ class FileService:
             _log.warning("file %s is in the index, but not whole on disk; it is no longer listed", id)
             self._store.delete_file(listed[id].tenant, id)
 
-    def _save(self, tenant: str, filename: str, source: BinaryIO, purpose: str, *, check: bool) -> FileRecord:
-        id = new_id("file")
+    def _save(
+        self, tenant: str, filename: str, source: BinaryIO, purpose: str, *, check: bool, id: str | None = None
+    ) -> FileRecord:
+        id = id or new_id("file")
         staged, kept = self._directory / f"{id}{_UNFINISHED}", self._directory / id
         try:
             with storage_errors():

@@ -13,6 +13,21 @@ from starlette.responses import JSONResponse, Response
 from coserve.core import CoserveError
 from coserve.server.errors import RETRY_AFTER_S, Unauthorized, error_body, status_of
 
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"default": {
+    "description": (
+        "An error. 400: the request is wrong, in the field `param`; 401: no known key; 403: not with these settings; 404: no "
+        "such thing of yours; 409: not in its present state; 413, 415: the body; 429, 503: try again later"
+    ),
+    "content": {"application/json": {"schema": {
+        "type": "object", "required": ["error"], "properties": {"error": {
+            "type": "object", "required": ["message", "type", "param", "code"], "properties": {
+                "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }},
+    }}},
+}}
+"""What every route may answer, for the OpenAPI document."""
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
 _PARTS = ("body", "query", "path", "header", "cookie")
 _LONGEST = 300

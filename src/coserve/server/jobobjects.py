@@ -60,7 +60,7 @@ def job_object(record: JobRecord, organization: str, pace: Pace | None) -> dict[
         "integrations": [dict(item) for item in record.integrations], "metadata": dict(record.metadata),
         "method": dict(record.method),
         "hyperparameters": {name: numbers[name] for name in ("batch_size", "learning_rate_multiplier", "n_epochs")},
-        "paused": record.paused, "step": record.step, "num_steps": record.num_steps,
+        "suffix": record.suffix, "paused": record.paused, "step": record.step, "num_steps": record.num_steps,
         "tokens_per_second": None if pace is None else pace.tokens_per_second, "started_at": record.started_at,
         "priority": record.priority, "weight": record.weight, "deadline": record.deadline, "settings": dict(record.settings),
     }

@@ -22,7 +22,8 @@ from coserve.core import InvalidRequest, NotFound
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.finetune.job import MetricsTable, StepRow
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
-from coserve.server.files import FINE_TUNE, FileService, storage_errors
+from coserve.server.disk import storage_errors
+from coserve.server.files import FINE_TUNE, FileService
 from coserve.server.jobdata import DataFile
 from coserve.server.jobobjects import checkpoint_model, result_csv, step_metrics
 from coserve.server.models import ModelDirectory
@@ -150,9 +151,10 @@ class JobOutputs:
                 (Path(adapter.directory) / name).unlink(missing_ok=True)
 
     def save_result(self, record: JobRecord) -> str:
-        """The result file's id: CSV in base64, as OpenAI's clients expect it."""
+        """The result file's id, always the same of a job: CSV in base64, as OpenAI's clients expect it."""
         content = base64.b64encode(result_csv(self.rows(record.id)))
-        return self._files.save_result(record.tenant, "step_metrics.csv", content).id
+        id = record.id.replace("ftjob-", "file-", 1)
+        return self._files.save_result(record.tenant, "step_metrics.csv", content, id=id).id
 
     def remove_unfinished_creation(self, job: str) -> None:
         """The job could not be created after all."""

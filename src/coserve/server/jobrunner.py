@@ -10,9 +10,10 @@ queue (jobqueue.py), words and objects (jobobjects.py), directories (joboutputs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -121,6 +122,8 @@ class JobRunner:
         if live.record.status == "queued":
             self.note(id, "Fine-tuning job started")
             self.change(live, status="running", started_at=now())
+        with contextlib.suppress(CapacityError):  # the journal has logged it
+            await self.journal.write(lambda: self._catch_up(live.record))
         try:
             await self._engine.start_job(**await asyncio.to_thread(self._start_fields, live.record))
         except EngineUnavailable:
@@ -134,6 +137,22 @@ class JobRunner:
             self.act(live, "cancel")
         elif live.record.paused:
             self.act(live, "pause")
+
+    def _catch_up(self, record: JobRecord) -> None:
+        """In the journal's thread, before a job goes on: an engine or a server that died may have written steps and checkpoints
+        that nobody has heard of, and the job goes on behind them."""
+        self.tell_steps(record)
+        self._outputs.restore(record, self.tuned(record))
+
+    def tell_steps(self, record: JobRecord) -> None:
+        """In the journal's thread: adds the events that are missing of the steps in the job's table."""
+        rows = self._outputs.rows(record.id)
+        known = {event.step for event in self.journal.events(record.id)} if rows else set()
+        for row in rows:
+            if row.step not in known:
+                fields = dataclasses.asdict(row)
+                text, data = step_message(fields, record.num_steps), step_data(fields, record.num_steps)
+                self.journal.event(record.id, text, data=data, step=row.step)
 
     def _start_fields(self, record: JobRecord) -> dict[str, Any]:
         """StartJob's. Raises InvalidRequest if a file is gone."""
@@ -251,16 +270,25 @@ class JobRunner:
             adapter = self._outputs.put_tuned(record, record.fine_tuned_model)
             if live.generation is not None:
                 self._models.note_loaded(adapter, live.generation)
-            self.journal.event(id, f"New fine-tuned model created: {record.fine_tuned_model}")
-        for warning in warnings:
-            self.journal.event(id, warning, level="warn")
-        if record.status == "failed":
-            self.journal.event(id, f"The job failed: {(record.error or {}).get('message')}", level="error")
-        else:
-            done = record.status == "succeeded"
-            self.journal.event(id, "The job has successfully completed" if done else "The job was cancelled")
+        self.tell_end(record, warnings)
         self._store.update_job(id, **{name: getattr(record, name) for name in END_FIELDS})
         self.journal.end(id)
+
+    def tell_end(self, record: JobRecord, warnings: Iterable[str] = ()) -> None:
+        """In the journal's thread: adds the events that are missing of a job that has ended."""
+        self.tell_steps(record)
+        told = {event.message for event in self.journal.events(record.id)}
+        messages: list[tuple[str, Literal["info", "warn", "error"]]] = [(warning, "warn") for warning in warnings]
+        if record.fine_tuned_model is not None:
+            messages.insert(0, (f"New fine-tuned model created: {record.fine_tuned_model}", "info"))
+        if record.status == "failed":
+            messages.append((f"The job failed: {(record.error or {}).get('message')}", "error"))
+        else:
+            done = record.status == "succeeded"
+            messages.append(("The job has successfully completed" if done else "The job was cancelled", "info"))
+        for message, level in messages:
+            if message not in told:
+                self.journal.event(record.id, message, level=level)
 
     async def _insist(self, action: Callable[[], _T]) -> _T:
         while True:

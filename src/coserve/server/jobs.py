@@ -10,7 +10,6 @@ Owns: who may do what with which job, validation of the data, the index's recove
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,17 +17,18 @@ from typing import Any
 
 from coserve.config import finetune_config_from_dict, to_dict
 from coserve.core import CapacityError, CoserveError, NotFound
+from coserve.server.disk import storage_errors, sync_directory
 from coserve.server.engineclient import EngineClient
 from coserve.server.errors import Conflict, Forbidden
-from coserve.server.files import FileService, storage_errors
+from coserve.server.files import FileService
 from coserve.server.jobbody import CreateJob
 from coserve.server.jobdata import DataReader
-from coserve.server.jobobjects import Pace, has_ended, job_object, step_data, step_message
+from coserve.server.jobobjects import Pace, has_ended, job_object
 from coserve.server.joboutputs import JobOutputs
 from coserve.server.jobqueue import LiveJob
 from coserve.server.jobrunner import END_FIELDS, JobRunner
 from coserve.server.jobspec import read_spec, resolve
-from coserve.server.manifest import find_manifests, is_job_id, sync_directory, write_manifest
+from coserve.server.manifest import find_manifests, is_job_id, write_manifest
 from coserve.server.models import ModelDirectory
 from coserve.server.records import CheckpointRecord, EventRecord, JobRecord, new_id, now
 from coserve.server.settings import ServerConfig
@@ -238,20 +238,13 @@ class JobService:
                 listed = self._store.get_job(None, record.id)
             except NotFound:
                 self._store.add_job(record)
-                self._restore_events(record)
+                self._runner.journal.event(record.id, "The job was listed again from its directory", level="warn")
+                self._runner.tell_steps(record)
             else:
                 if has_ended(listed):
                     continue
                 if has_ended(record):  # the crash came before the index had it
+                    self._runner.tell_end(record)
                     self._store.update_job(record.id, **{name: getattr(record, name) for name in END_FIELDS})
             self._outputs.restore(record, self._runner.tuned(record))
         return self._store.unfinished_jobs()
-
-    def _restore_events(self, record: JobRecord) -> None:
-        journal = self._runner.journal
-        journal.event(record.id, "The job was listed again from its directory", level="warn")
-        for row in self._outputs.rows(record.id):
-            fields = dataclasses.asdict(row)
-            journal.event(
-                record.id, step_message(fields, record.num_steps), data=step_data(fields, record.num_steps), step=row.step
-            )

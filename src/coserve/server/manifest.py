@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from coserve.core import InvalidRequest
-from coserve.server.files import storage_errors
+from coserve.server.disk import storage_errors, sync_directory
 from coserve.server.records import JobRecord
 
 MANIFEST_FILE = "request.json"
@@ -47,15 +47,6 @@ def write_manifest(directory: Path, record: JobRecord) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, directory / MANIFEST_FILE)
         sync_directory(directory)
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes a directory's entries durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(directory: Path) -> JobRecord:

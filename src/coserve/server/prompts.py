@@ -28,11 +28,12 @@ class Prompt(NamedTuple):
 
 
 async def conversation_prompt(
-    tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True,
+    tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, limit: int, add_generation_prompt: bool = True,
     add_special_tokens: bool = False,
 ) -> list[int]:
-    """A conversation in tokens. Raises InvalidRequest."""
+    """A conversation in tokens. limit: of the context, in tokens. Raises InvalidRequest."""
     turns = template_messages(messages, keep_developer="developer" in (tokenizer.chat_template or ""))
+    _check_size(tokenizer, sum(len(turn["content"]) for turn in turns), limit, "messages")
 
     def encode() -> list[int]:
         text = tokenizer.render_chat(turns, add_generation_prompt=add_generation_prompt)
@@ -42,10 +43,13 @@ async def conversation_prompt(
 
 
 async def text_prompts(
-    tokenizer: ChatTokenizer, prompt: Any, *, vocab_size: int, add_special_tokens: bool = True
+    tokenizer: ChatTokenizer, prompt: Any, *, vocab_size: int, limit: int, add_special_tokens: bool = True
 ) -> list[Prompt]:
-    """The prompts of a completion: a text, token ids, or a list of either. Raises InvalidRequest."""
+    """The prompts of a completion: a text, token ids, or a list of either. limit: of the context, in tokens. Raises
+    InvalidRequest."""
     given = _split(prompt, vocab_size)
+    for item in given:
+        _check_size(tokenizer, len(item), limit, "prompt", "characters" if isinstance(item, str) else "token ids")
 
     def encode(item: str | list[int]) -> Prompt:
         if isinstance(item, str):
@@ -100,6 +104,18 @@ def output_limit(
             f"of {limit} tokens; ask for at most {left}", param=tokens_field,
         )
     return asked
+
+
+def _check_size(tokenizer: ChatTokenizer, size: int, limit: int, field: str, unit: str = "characters") -> None:
+    """Refuses what is longer than the context whatever its tokens are: to count those of megabytes takes minutes and gigabytes.
+
+    size: in characters or token ids.
+    """
+    if size > limit * (tokenizer.longest_token if unit == "characters" else 1):
+        raise InvalidRequest(
+            f"{field}: this model's context length is {limit} tokens, output included, and the prompt alone has {size} {unit}; "
+            "shorten it", param=field,
+        )
 
 
 def _content(message: ChatMessage, place: str) -> str:

@@ -6,7 +6,7 @@ Owns: types and ranges of fields, and their way into a SamplingConfig. Does not 
 
 from __future__ import annotations
 
-import secrets
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -112,15 +112,17 @@ class GenerationRequest(Body):
             message = "prompt_logprobs: is not supported in a stream; leave one of them out"
             raise InvalidRequest(message, param="prompt_logprobs")
 
-    def sampling(self, *, max_tokens: int, vocab_size: int, logprobs: int | None) -> SamplingConfig:
-        """For max_tokens of output. Raises InvalidRequest, ConfigError."""
+    def sampling(
+        self, *, max_tokens: int, vocab_size: int, logprobs: int | None, draw_seed: Callable[[], int]
+    ) -> SamplingConfig:
+        """For max_tokens of output. draw_seed: called if the request gives no seed. Raises InvalidRequest, ConfigError."""
         given: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN if getattr(self, name) is not None}
         top_k = self.top_k or 0
         return SamplingConfig(
             **given, max_tokens=max_tokens, logprobs=logprobs, stop=_stops(self.stop), top_k=0 if top_k < 0 else top_k,
             logit_bias=_biases(self.logit_bias or {}, vocab_size),
             stop_token_ids=tuple(_in_vocabulary("stop_token_ids", token, vocab_size) for token in self.stop_token_ids or ()),
-            seed=secrets.randbits(32) if self.seed is None else self.seed,
+            seed=draw_seed() if self.seed is None else self.seed,
         )
 
 

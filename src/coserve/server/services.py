@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from coserve.tokenizer import ChatTokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """tokenizer: the base model's, in this process."""
+    """tokenizer: the base model's, in this process. draw_seed: for a request that gives none, below 2^32."""
 
     config: ServerConfig
     engine: EngineClient
@@ -31,18 +32,21 @@ class Services:
     jobs: JobService
     models: ModelDirectory
     metrics: ServerMetrics
+    draw_seed: Callable[[], int]
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
     """The server's, from the application."""
     services: Services = request.app.state.services
     return services
 
 
-def get_tenant(request: Request) -> str:
-    """Who asks. Raises Unauthorized."""
-    return get_services(request).tenants.identify(request.headers.get("authorization"))
-
-
 Served = Annotated[Services, Depends(get_services)]
+
+
+async def get_tenant(request: Request, services: Served) -> str:
+    """Who asks; the index is read at most once a second for it. Raises Unauthorized."""
+    return services.tenants.identify(request.headers.get("authorization"))
+
+
 Tenant = Annotated[str, Depends(get_tenant)]

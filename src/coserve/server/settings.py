@@ -46,8 +46,8 @@ class ServerConfig:
     """The pool of the key-value cache and training arenas; None: from what is free."""
     dtype: str = AUTO
     device: str = AUTO
-    seed: int = 0
-    """Of requests that give none."""
+    seed: int | None = None
+    """Where the seeds come from of requests that give none; None: never the same twice."""
     threads: int | None = None
     """CPU threads of the engine; None: all cores."""
     lora_modules: tuple[tuple[str, str], ...] = ()
@@ -108,10 +108,10 @@ class ServerConfig:
             max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens,
         )
         size = pool_bytes or self.kv_cache_memory_bytes
-        share = {} if self.activation_memory == AUTO or size is None else {"inference_share": 1 - self.training_share(size)}
+        share = EngineConfig().inference_share if size is None else 1 - self.training_share(size)
         return EngineConfig(
             scheduler=scheduler, memory_bytes=size, max_adapters=self.max_loras, max_lora_rank=self.max_lora_rank,
-            max_waiting=self.max_num_queued_reqs, **share,
+            max_waiting=self.max_num_queued_reqs, inference_share=share,
         )
 
     def training_share(self, pool_bytes: int) -> float:

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from sqlalchemy import Column, ColumnElement, Connection, Row, Select, Table, delete, func, select, tuple_, update
+from sqlalchemy import URL, Column, ColumnElement, Connection, Row, Select, Table, delete, func, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from coserve.core import InvalidRequest, NotFound
@@ -44,7 +44,7 @@ class Store:
     """The index. Lists come as (entries, whether more follow); `after` is the id of the last entry of the page before, and
     InvalidRequest is raised where there is no such entry."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str | URL) -> None:
         """url: SQLAlchemy's, of SQLite or PostgreSQL. Raises ConfigError where the database can't be used."""
         self._database = Database(url)
 

@@ -41,6 +41,11 @@ class _CreateRoute(APIRoute):
         return handler
 
 
+_METADATA: dict[str, Any] = {"parameters": [{
+    "name": "metadata", "in": "query", "required": False, "style": "deepObject", "explode": True,
+    "description": "only jobs with these pairs: metadata[KEY]=VALUE",
+    "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+}]}
 router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
 _creation = APIRouter(route_class=_CreateRoute)
 
@@ -51,7 +56,7 @@ async def create_job(body: CreateJob, services: Served, tenant: Tenant) -> dict[
     return services.jobs.describe(await services.jobs.create(tenant, body))
 
 
-@router.get("/jobs")
+@router.get("/jobs", openapi_extra=_METADATA)
 def list_jobs(
     request: Request, services: Served, tenant: Tenant, after: After = None, limit: Limit = 20
 ) -> dict[str, Any]:

@@ -60,16 +60,19 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
     """A conversation's next turn."""
     arrival_s = time.perf_counter()
     name = await _model_name(services, tenant, body)
-    ids = await conversation_prompt(
-        services.tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt is not False
-    )
     info = services.engine.info
+    ids = await conversation_prompt(
+        services.tokenizer, body.messages, limit=info.max_model_len,
+        add_generation_prompt=body.add_generation_prompt is not False,
+    )
     asked_by = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = output_limit(
         len(ids), body.max_completion_tokens or body.max_tokens, default=None, limit=info.max_model_len,
         prompt_field="messages", tokens_field=asked_by,
     )
-    sampling = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.num_logprobs)
+    sampling = body.sampling(
+        max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.num_logprobs, draw_seed=services.draw_seed
+    )
     answers = await _ask(services, tenant, name, body, [Question(ids, sampling)], arrival_s)
     tally, texts, begun = Tally([len(ids)], body.num_outputs), TokenTexts(services.tokenizer), set[int]()
     head = _head(services, "chatcmpl", name)
@@ -92,8 +95,9 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
     """Continuations of one or more prompts."""
     arrival_s = time.perf_counter()
     name = await _model_name(services, tenant, body)
+    info = services.engine.info
     prompts = await text_prompts(
-        services.tokenizer, body.prompt, vocab_size=services.engine.info.vocab_size,
+        services.tokenizer, body.prompt, vocab_size=info.vocab_size, limit=info.max_model_len,
         add_special_tokens=body.add_special_tokens is not False,
     )
     answers = await _ask(services, tenant, name, body, _questions(services, body, prompts), arrival_s)
@@ -139,7 +143,9 @@ def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Pr
         max_tokens = output_limit(
             len(prompt.ids), body.max_tokens, default=DEFAULT_COMPLETION_TOKENS, limit=info.max_model_len, prompt_field="prompt"
         )
-        sampling = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.logprobs)
+        sampling = body.sampling(
+            max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.logprobs, draw_seed=services.draw_seed
+        )
         if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
             sampling = replace(sampling, prompt_logprobs=body.logprobs)
         questions.append(Question(prompt.ids, sampling))

@@ -44,8 +44,10 @@ async def _state(services: Services) -> ServerState:
 @router.post("/ping", summary="The same", include_in_schema=False)
 async def health(services: Served) -> JSONResponse:
     """200 or 503."""
-    ready = services.engine.ready
-    return JSONResponse({"status": "ok" if ready else "engine unavailable"}, 200 if ready else 503)
+    engine = services.engine
+    if engine.ready:
+        return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": "engine unavailable", **({"reason": engine.failure} if engine.failure else {})}, 503)
 
 
 @router.get("/version", summary="The server's version")

@@ -41,12 +41,14 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> dict
         raise InvalidRequest("prompt: give either prompt or messages", param="prompt")
     if body.messages is not None:
         tokens = await conversation_prompt(
-            services.tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt is not False,
-            add_special_tokens=bool(body.add_special_tokens),
+            services.tokenizer, body.messages, limit=info.max_model_len,
+            add_generation_prompt=body.add_generation_prompt is not False, add_special_tokens=bool(body.add_special_tokens),
         )
     elif body.prompt:
         special = body.add_special_tokens is not False
-        prompts = await text_prompts(services.tokenizer, body.prompt, vocab_size=info.vocab_size, add_special_tokens=special)
+        prompts = await text_prompts(
+            services.tokenizer, body.prompt, vocab_size=info.vocab_size, limit=info.max_model_len, add_special_tokens=special
+        )
         tokens = prompts[0].ids
     else:
         tokens = []

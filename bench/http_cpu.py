@@ -1,0 +1,178 @@
+"""The server under load while a job trains: requests by the openai client on the same machine. One run, one JSON.
+
+    python bench/http_cpu.py --rate 0.74 --tpot-ms 143 [--engines 2:passive,2:active,1:passive] [--requests 60] [--output FILE]
+
+Each engine setting is THREADS:WAIT, threads of the engine process and OpenMP's wait policy there. A fresh server per setting
+and repeat, the settings one after another. Poisson arrivals, 128 tokens in, 64 out. A request is timed where the client sees
+it: from when it was due to each chunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import httpx
+import torch
+from openai import AsyncOpenAI, OpenAI, OpenAIError
+
+from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals
+from coserve.bench.cli import device_name, versions
+from coserve.bench.metrics import Objectives, RequestRecord, summarize
+from coserve.bench.workload import prompts, word_ids, write_training_file
+from coserve.model.locate import locate_model
+from coserve.tokenizer import ChatTokenizer
+
+START_S = 180.0
+SETTLE_S = 8.0
+DRAIN_S = 60.0
+
+
+@contextlib.contextmanager
+def server(options: argparse.Namespace, engine: str, directory: Path) -> Iterator[str]:
+    """A server's address; it is ended afterwards."""
+    threads, _, wait = engine.partition(":")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "coserve", "serve", "--port", str(port), "--threads", threads,
+        "--data-dir", str(directory / "data"), "--slo-tpot-ms", str(options.tpot_ms), "--slo-ttft-ms", str(options.ttft_ms), "--policy", options.policy,
+    ]
+    with (directory / "log").open("w") as log:
+        process = subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": wait}, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + START_S
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"the server did not start:\n{(directory / 'log').read_text()}")
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+async def send(client: AsyncOpenAI, model: str, arrival: Arrival, prompt: list[int], origin: float) -> RequestRecord:
+    """One streamed request; its times are seconds since `origin`."""
+    times: list[float] = []
+    finished = False
+    try:
+        stream: AsyncIterator[Any] = await client.completions.create(
+            model=model, prompt=prompt, max_tokens=arrival.output_tokens, temperature=0, stream=True,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+        async for chunk in stream:
+            for choice in chunk.choices:
+                times += [time.monotonic() - origin] * len(choice.token_ids)
+                finished = finished or choice.finish_reason == "length"
+    except OpenAIError as error:
+        print(f"request failed: {error}", file=sys.stderr)
+    return RequestRecord(
+        due_s=arrival.due_s, prompt_tokens=len(prompt), token_times=tuple(times),
+        finished=finished and len(times) == arrival.output_tokens,
+    )
+
+
+async def load(url: str, model: str, arrivals: list[Arrival], texts: list[list[int]]) -> list[RequestRecord]:
+    """Sends the arrivals when they are due."""
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        origin, tasks = time.monotonic(), []
+        for arrival, prompt in zip(arrivals, texts, strict=True):
+            await asyncio.sleep(max(0.0, arrival.due_s - (time.monotonic() - origin)))
+            tasks.append(asyncio.create_task(send(client, model, arrival, prompt, origin)))
+        return list(await asyncio.wait_for(asyncio.gather(*tasks), DRAIN_S + 120))
+
+
+def finetuned(url: str) -> float:
+    """Finetuning tokens (forward-token equivalents) so far."""
+    for line in httpx.get(f"{url}/metrics").text.splitlines():
+        if line.startswith("coserve_finetune_tokens_total"):
+            return float(line.rpartition(" ")[2])
+    sys.exit("/metrics has no coserve_finetune_tokens_total")
+
+
+def measure(options: argparse.Namespace, engine: str, seed: int) -> dict[str, Any]:
+    """One server, one load."""
+    tokenizer = ChatTokenizer.load(locate_model(None))
+    words = word_ids(tokenizer)
+    objectives = Objectives(ttft_ms=options.ttft_ms, tpot_ms=options.tpot_ms)
+    arrivals = make_arrivals(ArrivalConfig(), options.rate, options.requests, seed)
+    source = prompts(words, (seed, 9))
+    texts = [source(arrival.prompt_tokens) for arrival in arrivals]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        data = write_training_file(directory / "train.jsonl", tokenizer, words, mean_tokens=512, count=256, seed=seed)
+        with server(options, engine, directory) as url:
+            client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
+            model = client.models.list().data[0].id
+            asyncio.run(load(url, model, [a._replace(due_s=0.0) for a in arrivals[:2]], texts[:2]))  # warms up
+            uploaded = client.files.create(file=data, purpose="fine-tune")
+            job = client.fine_tuning.jobs.create(
+                model=model, training_file=uploaded.id,
+                extra_body={"max_steps": 100_000, "max_microbatch_tokens": 2048, "too_long": "truncate",
+                            "checkpoint_steps": 100_000, "learning_rate": 1e-5},
+                hyperparameters={"batch_size": 8},
+            )
+            while not finetuned(url):
+                time.sleep(0.2)
+            time.sleep(SETTLE_S)
+            before, started = finetuned(url), time.monotonic()
+            records = asyncio.run(load(url, model, arrivals, texts))
+            rate = (finetuned(url) - before) / (time.monotonic() - started)
+            client.fine_tuning.jobs.cancel(job.id)
+    row = summarize(records, objectives, arrivals[-1].due_s)
+    return {"engine": engine, "repeat": seed, "rate": options.rate, "finetune_tokens_per_s": rate, **row}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rate", type=float, required=True, help="requests per second")
+    parser.add_argument("--tpot-ms", type=float, required=True, help="objective")
+    parser.add_argument("--ttft-ms", type=float, default=3000.0, help="objective")
+    parser.add_argument("--engines", default="2:passive,2:active,1:passive", help="THREADS:WAIT, joined by commas")
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--pairs", type=int, default=1, help="repeats, interleaved")
+    parser.add_argument("--policy", default="coserve")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "http_cpu.json")
+    options = parser.parse_args()
+    rows = []
+    for repeat in range(options.pairs):
+        for engine in options.engines.split(","):
+            rows.append(measure(options, engine, repeat))
+            row = rows[-1]
+            print(f"{engine}: {row['slo_attainment']:.1%} of {row['num_requests']} in time, TPOT p50 "
+                  f"{row['tpot_ms']['p50']:.0f} ms, finetuning {row['finetune_tokens_per_s']:.0f} tokens/s", flush=True)
+    result = {
+        "device": device_name(torch.device("cpu")), "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
+        "versions": versions(), "command": " ".join(["python", "bench/http_cpu.py", *sys.argv[1:]]),
+        "objectives": {"tpot_ms": options.tpot_ms, "ttft_ms": options.ttft_ms}, "results": rows,
+        "repeats": {
+            engine: {
+                "slo_attainment": mean(r["slo_attainment"] for r in mine),
+                "finetune_tokens_per_s": median(r["finetune_tokens_per_s"] for r in mine),
+            }
+            for engine in options.engines.split(",") if (mine := [r for r in rows if r["engine"] == engine])
+        },
+    }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
