@@ -13,6 +13,7 @@ The trained part of an assistant turn is what a model has to produce after `enco
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,11 @@ class ChatTokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; a model's embedding may have more rows."""
         return len(self._hf)
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters that one token can stand for, at most; of tokenizers that drop characters, those that are left."""
+        return max(len(token) for token in self._hf.get_vocab())
 
     @property
     def eos_token_id(self) -> int | None:

@@ -341,6 +341,13 @@ def test_no_usable_example(path: Path, tokenizer: ChatTokenizer, too_long: TooLo
     )
 
 
+def test_examples_of_megabytes_are_refused_before_they_are_tokenized(path: Path, tokenizer: ChatTokenizer) -> None:
+    write(path, CHAT, {"text": "x" * (5 << 20)})
+    assert "train.jsonl, line 2: line: 5242892 bytes, more than 4194304" in refusal(path, tokenizer)
+    write(path, {"messages": [HI, HELLO] * 20_000})
+    assert "line 1: messages: 40000 messages, more than 2048" in refusal(path, tokenizer)
+
+
 # report
 
 

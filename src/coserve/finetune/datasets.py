@@ -28,6 +28,10 @@ _UNSUPPORTED_ROLES = ("tool", "function")
 _MESSAGE_KEYS = ("role", "content", "name", "weight")
 _UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "tool_call_id", "function_call", "refusal", "audio")
 _TOOL_KEYS = ("tools", "parallel_tool_calls")
+_MAX_LINE_BYTES = 4 << 20
+"""Tokenizing takes up to 250 times the memory of a text."""
+_MAX_MESSAGES = 2048
+"""Of one example: which tokens are trained is found in time that grows with its square."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +186,8 @@ def _fit(sequence: _Sequence, max_length: int, too_long: TooLong) -> _Sequence |
 
 def _encode_line(line: bytes, tokenizer: ChatTokenizer, objective: Objective) -> list[_Sequence]:
     """The examples of one line. Raises _LineError, or InvalidRequest from the tokenizer."""
+    if len(line) > _MAX_LINE_BYTES:
+        raise _LineError("line", f"{len(line)} bytes, more than {_MAX_LINE_BYTES}; split the example")
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -292,6 +298,8 @@ def _messages(value: object, field: str) -> list[dict[str, Any]]:
         raise _LineError(field, f"a list of messages is expected, got {_kind(value)}")
     if not value:
         raise _LineError(field, "the list is empty; give at least one message")
+    if len(value) > _MAX_MESSAGES:
+        raise _LineError(field, f"{len(value)} messages, more than {_MAX_MESSAGES}; split the example")
     return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
 
 

@@ -1,0 +1,145 @@
+"""What an engine or a server wrote before it was killed, and nobody heard of: it is on record once all the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coserve.server.jobrunner import JobRunner
+from tests.server.jobs_bench import Bench, until
+from tests.tiny_tokenizer import build_tiny_tokenizer
+
+Story = Callable[[Bench], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+def play(model: Path, data_dir: Path, *stories: Story) -> None:
+    """One after the other, each on a new server over the same data directory."""
+
+    async def one(story: Story) -> None:
+        async with Bench(model, data_dir) as bench:
+            await story(bench)
+
+    for story in stories:
+        asyncio.run(asyncio.wait_for(one(story), 60))
+
+
+@contextmanager
+def unheard(bench: Bench) -> Iterator[None]:
+    """What the engine says is lost."""
+    listeners, bench.engine.job_listeners = bench.engine.job_listeners, []
+    yield
+    bench.engine.job_listeners = listeners
+
+
+def steps(bench: Bench, id: str) -> list[int | None]:
+    return [event.step for event in bench.events(id) if event.type == "metrics"]
+
+
+def checkpoints(bench: Bench, id: str) -> list[int]:
+    return [checkpoint.step for checkpoint in bench.jobs.list_checkpoints("me", id, after=None, limit=10)[0]]
+
+
+def test_steps_and_checkpoints_that_a_dead_engine_wrote(model: Path, tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        id = await bench.started()
+        bench.engine.step(id, 1)
+        with unheard(bench):
+            bench.engine.step(id, 2, valid=1.5)
+            bench.engine.checkpoint(id, 2)
+            bench.engine.step(id, 3, loss=9.0)
+        bench.engine.die()
+        await bench.engine.rise()
+        await until(lambda: len(bench.engine.starts) == 2)
+        assert (steps(bench, id), checkpoints(bench, id)) == ([1, 2, 3], [2])
+        bench.engine.step(id, 3, loss=3.0)
+        bench.engine.step(id, 4)
+        await bench.settle()
+        assert steps(bench, id) == [1, 2, 3, 4]
+        losses = [event.data["train_loss"] for event in bench.events(id) if event.data is not None]
+        assert losses == [4.0, 2.0, 3.0, 1.0]
+        assert [event.data.get("valid_loss") for event in bench.events(id) if event.data is not None][:2] == [None, 1.5]
+
+    play(model, tmp_path / "data", story)
+
+
+def test_steps_that_a_dead_server_did_not_hear(model: Path, tmp_path: Path) -> None:
+    ids: list[str] = []
+
+    async def before(bench: Bench) -> None:
+        ids.append(await bench.started())
+        bench.engine.step(ids[0], 1)
+        with unheard(bench):
+            bench.engine.step(ids[0], 2)
+            bench.engine.checkpoint(ids[0], 2)
+
+    async def after(bench: Bench) -> None:
+        await until(lambda: len(bench.engine.starts) == 1)
+        assert (steps(bench, ids[0]), checkpoints(bench, ids[0])) == ([1, 2], [2])
+
+    play(model, tmp_path / "data", before, after)
+
+
+def test_a_server_that_dies_behind_the_result_file_has_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: list[str] = []
+
+    def die(*_: object) -> None:
+        raise RuntimeError("killed here")
+
+    async def before(bench: Bench) -> None:
+        ids.append(await bench.started())
+        bench.engine.step(ids[0], 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(JobRunner, "_write_end", die)
+            bench.engine.end(ids[0], step=1)
+            await until(lambda: bool(bench.store.list_files("me", purpose="fine-tune-results")[0]))
+            await bench.settle()
+        assert bench.store.get_job("me", ids[0]).status == "running"
+
+    async def after(bench: Bench) -> None:
+        await until(lambda: len(bench.engine.starts) == 1)
+        bench.engine.end(ids[0], step=1)
+        done = await bench.status(ids[0], "succeeded")
+        assert [file.id for file in bench.store.list_files("me", purpose="fine-tune-results")[0]] == list(done.result_files)
+
+    play(model, tmp_path / "data", before, after)
+
+
+def test_a_server_that_dies_behind_the_manifest_tells_the_end_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: list[str] = []
+
+    def die(*_: object) -> None:
+        raise RuntimeError("killed here")
+
+    async def before(bench: Bench) -> None:
+        ids.append(await bench.started())
+        with unheard(bench):
+            bench.engine.step(ids[0], 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(JobRunner, "tell_end", die)
+            bench.engine.end(ids[0], step=1)
+            await until(lambda: "succeeded" in (bench.config.data_dir / "jobs" / ids[0] / "request.json").read_text())
+            await bench.settle()
+        assert bench.store.get_job("me", ids[0]).status == "running"
+
+    async def after(bench: Bench) -> None:
+        assert bench.store.get_job("me", ids[0]).status == "succeeded"
+        assert not bench.engine.starts
+        assert steps(bench, ids[0]) == [1]
+        assert bench.messages(ids[0]).count("The job has successfully completed") == 1
+        assert sum(message.startswith("New fine-tuned model") for message in bench.messages(ids[0])) == 1
+
+    play(model, tmp_path / "data", before, after, after)
