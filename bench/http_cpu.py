@@ -50,7 +50,8 @@ def server(options: argparse.Namespace, engine: str, directory: Path) -> Iterato
         port = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "coserve", "serve", "--port", str(port), "--threads", threads,
-        "--data-dir", str(directory / "data"), "--slo-tpot-ms", str(options.tpot_ms), "--slo-ttft-ms", str(options.ttft_ms), "--policy", options.policy,
+        "--data-dir", str(directory / "data"), "--slo-tpot-ms", str(options.tpot_ms),
+        "--slo-ttft-ms", str(options.ttft_ms), "--policy", options.policy,
     ]
     with (directory / "log").open("w") as log:
         process = subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": wait}, stdout=log, stderr=log)
@@ -76,12 +77,11 @@ async def send(client: AsyncOpenAI, model: str, arrival: Arrival, prompt: list[i
     try:
         stream: AsyncIterator[Any] = await client.completions.create(
             model=model, prompt=prompt, max_tokens=arrival.output_tokens, temperature=0, stream=True,
-            extra_body={"ignore_eos": True, "return_token_ids": True},
+            extra_body={"ignore_eos": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
         )
         async for chunk in stream:
-            for choice in chunk.choices:
-                times += [time.monotonic() - origin] * len(choice.token_ids)
-                finished = finished or choice.finish_reason == "length"
+            times += [time.monotonic() - origin] * (chunk.usage.completion_tokens - len(times))
+            finished = finished or any(choice.finish_reason == "length" for choice in chunk.choices)
     except OpenAIError as error:
         print(f"request failed: {error}", file=sys.stderr)
     return RequestRecord(

@@ -60,7 +60,7 @@ def serve(
     kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Pool of cache and training.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float64.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of requests that give none (0).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Source of the seeds of requests that give none (random).")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine (all cores).")] = None,
     lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=DIRECTORY of an adapter; repeatable.")] = None,
     max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank (64).")] = None,
