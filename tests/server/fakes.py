@@ -184,7 +184,10 @@ class FakeMetrics:
         self.meters: list[FakeMeter] = []
         self.rejections: list[str] = []
 
-    def begin(self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float) -> FakeMeter:
+    def begin(
+        self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float, ttft_ms: float | None,
+        tpot_ms: float | None,
+    ) -> FakeMeter:
         assert abs(time.perf_counter() - arrival_s) < 60
         self.meters.append(FakeMeter(model, prompt_tokens))
         return self.meters[-1]

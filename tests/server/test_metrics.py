@@ -125,6 +125,19 @@ def test_a_chunk_of_several_tokens_is_one_gap_and_several_tokens() -> None:
     assert found["coserve_prompt_tokens_cached_total"] == 5
 
 
+def test_a_request_is_held_against_its_own_objectives() -> None:
+    room = Room()
+    meter = room.metrics.begin(
+        model="tiny", prompt_tokens=7, params=SamplingConfig(), arrival_s=room.clock.now, ttft_ms=50, tpot_ms=1000
+    )
+    for delay in (0.1, 0.5):
+        meter.tokens(tokens(room.clock.now + delay))
+    meter.end("stop")
+    found = room.samples()
+    assert found['coserve_slo_requests_total{"met": "false", "objective": "ttft"}'] == 1, "100 ms meet the server's alone"
+    assert found['coserve_slo_requests_total{"met": "true", "objective": "tpot"}'] == 1, "400 ms miss the server's"
+
+
 def test_units_are_counted_by_shape() -> None:
     room = Room()
     labels = json.dumps({"direction": "backward", "layers": "4", "rows": "512"}, sort_keys=True)

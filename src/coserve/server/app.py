@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from sqlalchemy import URL
 
 from coserve.server.engineclient import EngineClient
 from coserve.server.files import FileService
-from coserve.server.handlers import install_handlers
+from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.jobs import JobService
 from coserve.server.locks import hold, make_private
 from coserve.server.metrics import ServerMetrics
@@ -53,6 +54,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
     report: takes a line about the start. Raises ConfigError for a data directory that can't be used, and what keeps the engine
     from starting.
     """
+    config = replace(config, data_dir=config.data_dir.absolute())  # the index names directories in it
     make_private(config.data_dir)
     async with AsyncExitStack() as stack:
         stack.enter_context(hold(config.data_dir / LOCK_FILE))
@@ -90,6 +92,7 @@ def create_app(config: ServerConfig, *, report: Callable[[str], None] = _log.inf
     app = FastAPI(
         title="coserve", version=version("coserve"), lifespan=lifespan, redirect_slashes=False,
         docs_url=None, redoc_url=None,  # their pages load scripts from other hosts
+        responses=ERROR_RESPONSES,
     )
     app.add_middleware(BodyLimits, max_bytes=config.max_body_bytes)
     app.add_middleware(LastResort)

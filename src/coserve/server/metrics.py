@@ -103,14 +103,18 @@ class ServerMetrics:
         self.met = {name: Window(WINDOW_S) for name in ("ttft", "tpot", "both")}
         self._counters = Counters(WINDOW_S)
 
-    def begin(self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float) -> RequestMeter:
-        """A request goes to the engine. arrival_s: by this object's clock."""
+    def begin(
+        self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float, ttft_ms: float | None = None,
+        tpot_ms: float | None = None,
+    ) -> RequestMeter:
+        """A request goes to the engine. arrival_s: by this object's clock; objectives None: the server's."""
         is_base = model in (self.model_name, *self.config.served_model_name)
         self.received["base" if is_base else "adapter"].inc()
         self.histograms["request_params_n"].observe(params.n)
         self.histograms["request_params_max_tokens"].observe(params.max_tokens)
         self.arrivals.add(arrival_s, 1.0)
-        return RequestMeter(self, prompt_tokens, arrival_s)
+        objectives = Objectives((ttft_ms or self.config.slo_ttft_ms) / 1e3, (tpot_ms or self.config.slo_tpot_ms) / 1e3)
+        return RequestMeter(self, prompt_tokens, arrival_s, objectives)
 
     def rejected(self, reason: str) -> None:
         """A request was refused. reason: one of a few words, as it is a label."""
@@ -121,11 +125,13 @@ class ServerMetrics:
         if isinstance(message, JobEnded):
             self._jobs[message.status].inc()
 
-    def judge(self, time_s: float, ttft_s: float | None, tpot_s: float | None, failed: bool) -> None:
-        """Holds a request that ended against the objectives. One with a single token has no tpot_s and can't miss it; one that
+    def judge(
+        self, objectives: Objectives, time_s: float, ttft_s: float | None, tpot_s: float | None, failed: bool
+    ) -> None:
+        """Holds a request that ended against its objectives. One with a single token has no tpot_s and can't miss it; one that
         failed misses all."""
-        first = not failed and ttft_s is not None and ttft_s <= self.config.slo_ttft_ms / 1e3
-        later = not failed and (tpot_s is None or tpot_s <= self.config.slo_tpot_ms / 1e3)
+        first = not failed and ttft_s is not None and ttft_s <= objectives.ttft_s
+        later = not failed and (tpot_s is None or tpot_s <= objectives.tpot_s)
         for name, met in (("ttft", first), ("tpot", later), ("both", first and later)):
             self._judged[name, met].inc()
             self.met[name].add(time_s, float(met))
@@ -214,11 +220,19 @@ class _Output:
         return (self.last_s - self.first_s) / (self.num_tokens - 1) if self.num_tokens > 1 else None
 
 
+class Objectives(NamedTuple):
+    """Of one request, in seconds."""
+
+    ttft_s: float
+    tpot_s: float
+
+
 class RequestMeter:
     """Follows one request to its end."""
 
-    def __init__(self, metrics: ServerMetrics, prompt_tokens: int, arrival_s: float) -> None:
+    def __init__(self, metrics: ServerMetrics, prompt_tokens: int, arrival_s: float, objectives: Objectives) -> None:
         self._metrics, self._prompt_tokens, self._arrival_s = metrics, prompt_tokens, arrival_s
+        self._objectives = objectives
         self._outputs: dict[int, _Output] = {}
         self._ended = False
 
@@ -256,7 +270,7 @@ class RequestMeter:
             metrics.histograms["request_time_per_output_token_seconds"].observe(tpot_s)
             metrics.tpot_s.add(now, tpot_s)
         if reason != "cancelled":  # the caller's choice says nothing about the server
-            metrics.judge(now, ttft_s, max(tpots_s, default=None), failed=reason == "error")
+            metrics.judge(self._objectives, now, ttft_s, max(tpots_s, default=None), failed=reason == "error")
         self._observe_sizes(outputs, reason)
 
     def _observe_sizes(self, outputs: list[_Output], reason: str) -> None:
