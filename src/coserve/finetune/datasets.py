@@ -28,6 +28,7 @@ _UNSUPPORTED_ROLES = ("tool", "function")
 _MESSAGE_KEYS = ("role", "content", "name", "weight")
 _UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "tool_call_id", "function_call", "refusal", "audio")
 _TOOL_KEYS = ("tools", "parallel_tool_calls")
+_SHOWN_KEYS = 8
 _MAX_LINE_BYTES = 4 << 20
 """Tokenizing takes up to 250 times the memory of a text."""
 _MAX_MESSAGES = 2048
@@ -220,7 +221,7 @@ def _match(record: dict[str, Any], objective: Objective) -> _Format:
             f"this is a line for objective {matches[0].objective}, but the objective is {objective}; give {wanted}, or "
             f"set the objective to {matches[0].objective}",
         )
-    given = ", ".join(_shown(key) for key in record) or "none"
+    given = ", ".join([_shown(key) for key in list(record)[:_SHOWN_KEYS]] + ["..."] * (len(record) > _SHOWN_KEYS)) or "none"
     raise _LineError("keys", f"{given}: no known format; for objective {objective} give {wanted}")
 
 

@@ -19,6 +19,9 @@ router = APIRouter(tags=["models"])
 TokenizeBody = Annotated[TokenizeRequest, Depends(body_reader(TokenizeRequest, TOKENIZE))]
 DetokenizeBody = Annotated[DetokenizeRequest, Depends(body_reader(DetokenizeRequest, DETOKENIZE))]
 
+_COUNTED = 1 << 16
+"""Texts that are longer than the context are tokenized too, up to so many tokens."""
+
 
 @router.get("/v1/models")
 def list_models(services: Served, tenant: Tenant) -> dict[str, Any]:
@@ -37,17 +40,18 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> dict
     """Token ids of a text or a conversation."""
     await _check_model(services, tenant, body.model)
     info = services.engine.info
+    limit = max(info.max_model_len, _COUNTED)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("prompt: give either prompt or messages", param="prompt")
     if body.messages is not None:
         tokens = await conversation_prompt(
-            services.tokenizer, body.messages, limit=info.max_model_len,
-            add_generation_prompt=body.add_generation_prompt is not False, add_special_tokens=bool(body.add_special_tokens),
+            services.tokenizer, body.messages, limit=limit, add_generation_prompt=body.add_generation_prompt is not False,
+            add_special_tokens=bool(body.add_special_tokens),
         )
     elif body.prompt:
         special = body.add_special_tokens is not False
         prompts = await text_prompts(
-            services.tokenizer, body.prompt, vocab_size=info.vocab_size, limit=info.max_model_len, add_special_tokens=special
+            services.tokenizer, body.prompt, vocab_size=info.vocab_size, limit=limit, add_special_tokens=special
         )
         tokens = prompts[0].ids
     else:
