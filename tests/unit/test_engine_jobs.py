@@ -94,16 +94,19 @@ def assert_same_result(directory: Path, reference: Path) -> None:
             assert row.valid_loss == pytest.approx(other.valid_loss, rel=1e-4)
 
 
-# --- the result ---
+# --- units ---
 
 
-@pytest.mark.parametrize("config", [SFT, replace(SFT, max_microbatch_tokens=96), DPO], ids=["one", "several", "dpo"])
-@pytest.mark.parametrize("busy", [False, True], ids=["alone", "beside requests"])
 def test_shapes_of_units_are_rounded_up_to_powers_of_two() -> None:
     assert shape_of(WorkUnit(1, Unit(Direction.BACKWARD, 3, 6, 0, 100))) == ("backward", 4, 128)
     assert shape_of(WorkUnit(1, Unit(Direction.FORWARD, 0, 4, 64, 65), fused=True)) == ("fused", 4, 1)
 
 
+# --- the result ---
+
+
+@pytest.mark.parametrize("config", [SFT, replace(SFT, max_microbatch_tokens=96), DPO], ids=["one", "several", "dpo"])
+@pytest.mark.parametrize("busy", [False, True], ids=["alone", "beside requests"])
 def test_a_job_ends_as_the_blocking_finetune(
     engines: MakeEngine, model: LoadedModel, directory: Path, tmp_path: Path, config: FinetuneConfig, busy: bool
 ) -> None:

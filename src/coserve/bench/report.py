@@ -27,7 +27,7 @@ h1{font-size:1.6rem;line-height:1.2;margin:0 0 6px}h2{font-size:1.15rem;margin:4
 .soft,figcaption{color:var(--soft);font-size:.9rem}.lead{font-size:1.08rem;margin:14px 0}
 .charts{display:grid;gap:22px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));margin-top:12px}
 figure{margin:0}figcaption{margin-bottom:4px;font-weight:600;color:var(--ink)}
-svg{display:block;width:100%;height:auto;font:13px system-ui,sans-serif}svg text{fill:var(--soft)}
+svg{display:block;width:100%;max-width:720px;height:auto;font:13px system-ui,sans-serif}svg text{fill:var(--soft)}
 .grid{stroke:var(--rule);stroke-width:1}.band{fill:var(--band)}.whisker{stroke:var(--ink);stroke-width:1.6}
 .mark{stroke:var(--ink);stroke-width:1.4;stroke-dasharray:6 5}
 .key{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.9rem;margin:10px 0 0;padding:0;list-style:none}
