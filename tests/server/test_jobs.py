@@ -53,6 +53,7 @@ def test_a_job_from_creation_to_success(play: Callable[..., None]) -> None:
         shown = bench.jobs.describe(running)
         assert shown["hyperparameters"] == {"n_epochs": 4, "batch_size": 2, "learning_rate_multiplier": 1.0}
         assert (shown["num_steps"], shown["step"], shown["estimated_finish"]) == (64, 0, None)
+        await until(lambda: bool(bench.engine.starts))
         (start,) = bench.engine.starts
         tuned = f"ft:Base-1:coserve:facts:{job.id[-8:]}"
         assert (start["adapter"], start["tenant"], start["resume"]) == (f"me/{tuned}", "me", False)

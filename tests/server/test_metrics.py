@@ -14,7 +14,7 @@ from coserve.config import SamplingConfig
 from coserve.server.enginemetrics import COUNTERS
 from coserve.server.livestats import Counters, Window, percentile
 from coserve.server.messages import JobEnded, Tokens
-from coserve.server.metrics import RequestMeter, ServerMetrics, ServerState
+from coserve.server.metrics import Objectives, RequestMeter, ServerMetrics, ServerState
 from coserve.server.settings import ServerConfig
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "docs" / "grafana.json"
@@ -197,7 +197,7 @@ def test_attainment_is_the_share_that_met_both_objectives() -> None:
 
 def test_exactly_the_objective_is_met_and_an_error_is_missed_and_a_cancellation_is_nothing() -> None:
     room = Room()
-    room.metrics.judge(room.clock.now, 0.5, 0.1, failed=False)
+    room.metrics.judge(Objectives(0.5, 0.1), room.clock.now, 0.5, 0.1, failed=False)
     room.begin().end("error")
     room.begin().end("cancelled")
     found = room.samples()

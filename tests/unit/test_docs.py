@@ -17,7 +17,7 @@ import typer
 from coserve.cli import app
 from coserve.server import fields, protocol
 from coserve.server.jobbody import Extras
-from coserve.server.metrics import ServerMetrics, ServerState
+from coserve.server.metrics import Objectives, ServerMetrics, ServerState
 from coserve.server.settings import ServerConfig, read_settings
 
 ROOT = Path(__file__).parents[2]
@@ -243,7 +243,7 @@ def test_every_file_of_the_server_is_on_the_map() -> None:
 def test_metrics_are_listed_as_they_are() -> None:
     metrics = ServerMetrics(ServerConfig(), "m", clock=lambda: 9.0)
     metrics.expose({**STATS, "time_s": 1.0})
-    metrics.judge(9.0, 0.1, 0.1, failed=False)
+    metrics.judge(Objectives(1.0, 1.0), 9.0, 0.1, 0.1, failed=False)
     metrics.rejected("capacity")
     text = metrics.expose({**STATS, "time_s": 9.0}, ServerState(ready=True)).decode()
     exposed = {name for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE) if not name.endswith("_created")}
