@@ -1,12 +1,9 @@
-"""Jobs on whole servers that are killed: every job ends, each step counts once, losses are those of an undisturbed run."""
+"""Jobs on whole servers that die at chosen moments: while paused, and while a cancellation waits. (Random ones: test_kills.py.)"""
 
 from __future__ import annotations
 
-import base64
 import json
-import random
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -42,41 +39,16 @@ def step_of(server: RunningServer, job: str) -> int:
         return -1
 
 
-def finish(server: RunningServer, job: str) -> list[str]:
-    """Waits for success; the step and loss columns of the result file."""
+def finish(server: RunningServer, job: str) -> None:
+    """Waits for success, and for a model that answers; each step was told once."""
     client = client_of(server)
     wait_until(lambda: client.fine_tuning.jobs.retrieve(job).status not in ("queued", "running", "validating_files"), 120)
     done = client.fine_tuning.jobs.retrieve(job)
     assert done.status == "succeeded", done
-    (result,) = done.result_files
-    lines = base64.b64decode(client.files.content(result).read()).decode().splitlines()
     events = [event for event in client.fine_tuning.jobs.list_events(job, limit=100) if event.type == "metrics"]
     assert sorted(event.data["step"] for event in events) == list(range(1, STEPS + 1))  # type: ignore[index]
     assert client.chat.completions.create(
         model=done.fine_tuned_model or "", messages=[{"role": "user", "content": "Where?"}], max_tokens=2).choices
-    return [",".join(line.split(",")[:3]) for line in lines[1:]]
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_kills_change_nothing(start_server: StartServer, tmp_path: Path, seed: int) -> None:
-    draw = random.Random(seed)
-    server = start_server("--deterministic")
-    undisturbed = finish(server, start_job(server))
-    assert [line.partition(",")[0] for line in undisturbed] == [str(step) for step in range(1, STEPS + 1)]
-    jobs = [start_job(server), start_job(server)]
-    for _ in range(3):
-        aim = draw.randrange(max(1, max(step_of(server, job) for job in jobs)), STEPS + 1)
-        wait_until(lambda: max(step_of(server, job) for job in jobs) >= aim, 120)  # noqa: B023
-        if draw.random() < 0.5:
-            server.kill_engine()
-            wait_until(lambda: server.is_ready, 120)  # noqa: B023
-        else:
-            server.process.kill()
-            server.process.wait()
-            time.sleep(0.5)
-            server = start_server("--deterministic", data_dir=server.data_dir)
-    for job in jobs:
-        assert finish(server, job) == undisturbed
 
 
 def test_a_damaged_checkpoint_is_passed_over(start_server: StartServer) -> None:

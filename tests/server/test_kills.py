@@ -1,6 +1,6 @@
 """Jobs on a server whose processes are killed again and again, on a disk that is full, read-only, or has lied.
 
-COSERVE_KILLS: how many kills (6); COSERVE_KILL_SEED: which ones. What counts: every job ends,
+COSERVE_KILLS: how many kills (4); COSERVE_KILL_SEED: which ones. What counts: every job ends,
 each of its steps is on record once,
 and its losses are those of a run that nobody disturbed, to the last bit.
 """
@@ -28,7 +28,7 @@ from tests.tiny_directory import chat_lines
 
 pytestmark = pytest.mark.full
 
-KILLS = int(os.environ.get("COSERVE_KILLS", "6"))
+KILLS = int(os.environ.get("COSERVE_KILLS", "4"))
 SEED = int(os.environ.get("COSERVE_KILL_SEED", "0"))
 EPOCHS, BATCH, LINES = 20, 4, 24
 STEPS = EPOCHS * LINES // BATCH
