@@ -1,4 +1,7 @@
-"""Jobs on whole servers that die at chosen moments: while paused, and while a cancellation waits. (Random ones: test_kills.py.)"""
+"""Jobs on whole servers that die at chosen moments: while paused, and while a cancellation waits.
+
+Random moments: test_kills.py.
+"""
 
 from __future__ import annotations
 
