@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -518,6 +519,7 @@ def test_ctrl_c_stops_the_server_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.skipif(not os.environ.get("COSERVE_TEST_DEMO"), reason="minutes of `make demo`: set COSERVE_TEST_DEMO=1")
 def test_the_demo_teaches_the_default_model(tmp_path: Path) -> None:
     """The command itself, on SmolLM2."""
     done = subprocess.run(
