@@ -49,6 +49,11 @@ def checkpoints(bench: Bench, id: str) -> list[int]:
     return [checkpoint.step for checkpoint in bench.jobs.list_checkpoints("me", id, after=None, limit=10)[0]]
 
 
+def die(*_: object) -> None:
+    """In the place of what a kill cuts off."""
+    raise RuntimeError("killed here")
+
+
 def test_steps_and_checkpoints_that_a_dead_engine_wrote(model: Path, tmp_path: Path) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
@@ -94,9 +99,6 @@ def test_a_server_that_dies_behind_the_result_file_has_one(
 ) -> None:
     ids: list[str] = []
 
-    def die(*_: object) -> None:
-        raise RuntimeError("killed here")
-
     async def before(bench: Bench) -> None:
         ids.append(await bench.started())
         bench.engine.step(ids[0], 1)
@@ -120,9 +122,6 @@ def test_a_server_that_dies_behind_the_manifest_tells_the_end_once(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids: list[str] = []
-
-    def die(*_: object) -> None:
-        raise RuntimeError("killed here")
 
     async def before(bench: Bench) -> None:
         ids.append(await bench.started())
