@@ -111,11 +111,11 @@ def test_a_job_resumes_in_another_engine_with_the_same_bits(
     while not (output / "adapter_model.safetensors").exists():
         engine = engines(scheduler=SchedulerConfig(tpot_ms=rng.choice([4, 20]), preemption_quantum_ms=rng.choice([4, 60])))
         start(engine, directory, output, config, resume=(output / "job.json").exists())
-        run_beside(engine, stops, steps=10 + 15 * stops)
+        run_beside(engine, stops, steps=6 + 6 * stops)
         engine.close()
         stops += 1
         assert stops < 40
-    assert stops >= 2, "it was stopped; how often depends on the machine's speed"
+    assert stops >= 3, "it was stopped twice"
     assert result(output) == result(tmp_path / "whole")
 
 
