@@ -28,7 +28,7 @@ from coserve.server.engineclient import EngineClient, RequestStream, merge_token
 from coserve.server.errors import EngineUnavailable
 from coserve.server.locks import hold
 from coserve.server.mailbox import Mailbox
-from coserve.server.messages import Failed, Generate, JobEnded, JobHappened, Ready, Tokens, decode_from_engine, encode
+from coserve.server.messages import Failed, Generate, JobEnded, JobHappened, Progress, Ready, Tokens, decode_from_engine, encode
 from coserve.server.settings import ServerConfig
 from coserve.server.setup import Setup, read_setup, write_setup
 from coserve.server.supervisor import MAX_FAILURES, restart_delay_s
@@ -208,6 +208,32 @@ def test_an_error_of_the_engines_thread_ends_the_process_and_no_job(
     assert any(isinstance(message, Ready) for message in sent)
     assert not any(isinstance(message, JobEnded) for message in sent)
     assert "ZeroDivisionError: a bug" in capsys.readouterr().err
+
+
+def test_a_message_posted_while_the_bell_is_read_silences_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = zmq.Context()
+    read = os.read
+    with context.socket(zmq.PAIR) as api:
+        port = api.bind_to_random_port("tcp://127.0.0.1")
+        with Mailbox(f"tcp://127.0.0.1:{port}") as mailbox:
+
+            def post_then_read(descriptor: int, size: int) -> bytes:
+                monkeypatch.setattr(os, "read", read)
+                mailbox.post(Progress(line="meanwhile"))
+                return read(descriptor, size)
+
+            monkeypatch.setattr(os, "read", post_then_read)
+            thread = threading.Thread(target=mailbox.run, args=(lambda message: None,), daemon=True)
+            thread.start()
+            heard = []
+            for line in ("first", "last"):
+                mailbox.post(Progress(line=line))
+                while api.poll(1000) and line not in heard:
+                    heard += [decode_from_engine(part).line for part in api.recv_multipart()]
+            mailbox.stop()
+            thread.join(5)
+    context.term()
+    assert heard == ["first", "meanwhile", "last"]
 
 
 # --- one process for all ---

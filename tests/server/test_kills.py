@@ -218,9 +218,9 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., None]]:
 
 
 def fill(directory: Path) -> Path:
-    """A file that takes what is left."""
+    """A file that takes what is left, and more if there is more by now."""
     path = directory / "filler"
-    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+    with path.open("ab", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"\0" * 4096)
     return path
@@ -252,6 +252,8 @@ def test_a_full_disk_stops_writing_and_nothing_else(
     running = jobs.create(0, checkpoint_steps=1, keep_checkpoints=2)
     wait_until(lambda: len(jobs.checkpoints(running)) > 0, 60)
     filler = fill(server.data_dir)
+    time.sleep(1)  # the job has taken back an old checkpoint and been stopped by the next
+    fill(server.data_dir)
     refused(jobs.upload(LINES_OF * 20), "full")
     refused(jobs.post(file, 1), "full")
     answers(server)

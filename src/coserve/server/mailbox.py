@@ -69,8 +69,10 @@ class Mailbox:
             ready = dict(poller.poll())
             if self._bell in ready:
                 time.sleep(GATHER_S)
-                self._rung = False  # before the queue is looked at: what comes later rings again
                 os.read(self._bell, 64)
+                # After the read, or a ring in between would be read and yet count as pending, and nobody would ring again.
+                # Before the queue is looked at: what comes later rings again.
+                self._rung = False
             self.flush()
             if self._socket in ready:
                 self._take_some(take)
