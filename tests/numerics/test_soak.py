@@ -100,7 +100,7 @@ class Soak:
             return
         objective = rng.choice(("sft", "dpo"))
         config = FinetuneConfig(
-            objective=objective, max_steps=rng.randrange(1, 12), batch_size=4, max_microbatch_tokens=rng.choice((80, 128)),
+            objective=objective, max_steps=rng.randrange(1, 8), batch_size=4, max_microbatch_tokens=rng.choice((80, 128)),
             checkpoint_steps=rng.choice((0, 2)), keep_checkpoints=1,
             lora=LoraConfig(r=rng.choice((2, 8)), dropout=rng.choice((0.0, 0.1))),
             optimizer=OptimizerConfig(learning_rate=rng.choice((1e-3, 1e-3, 1e30))),
@@ -113,7 +113,7 @@ class Soak:
     def steer_job(self) -> None:
         if self.jobs:
             job = self.rng.choice(self.jobs)
-            self.rng.choices((job.pause, job.resume, job.cancel), weights=(4, 8, 1))[0]()
+            self.rng.choices((job.pause, job.resume, job.cancel), weights=(8, 16, 1))[0]()
 
     def has_seen_all(self) -> bool:
         """Jobs of every end, requests that gave way to others."""
