@@ -50,7 +50,8 @@ def processor_seconds(pid: int) -> float:
 def processor_use(api: int) -> dict[str, float]:
     """Seconds by process: this one, which is the client, the API's, and its child, the engine's."""
     children = Path(f"/proc/{api}/task/{api}/children").read_text().split()
-    return {"client": time.process_time(), "api": processor_seconds(api), "engine": sum(processor_seconds(int(c)) for c in children)}
+    engine = sum(processor_seconds(int(child)) for child in children)
+    return {"client": time.process_time(), "api": processor_seconds(api), "engine": engine}
 
 
 @contextlib.contextmanager
