@@ -27,6 +27,7 @@ from tests.server.conftest import RunningServer, StartServer, is_alive, run_cose
 from tests.tiny_directory import chat_lines
 
 pytestmark = pytest.mark.full
+pytest_plugins = ["tests.server.postgres"]
 
 KILLS = int(os.environ.get("COSERVE_KILLS", "4"))
 SEED = int(os.environ.get("COSERVE_KILL_SEED", "0"))
@@ -143,10 +144,18 @@ def kill(*pids: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def index(request: pytest.FixtureRequest) -> list[str]:
+    """Options of a server whose index lies in such a database."""
+    if request.param == "sqlite":
+        return []
+    return ["--database-url", str(request.getfixturevalue("postgres_url"))]
+
+
 @pytest.mark.timeout(600 + 60 * KILLS)
-def test_random_kills_lose_and_repeat_nothing(start_server: StartServer, tmp_path: Path) -> None:
+def test_random_kills_lose_and_repeat_nothing(start_server: StartServer, tmp_path: Path, index: list[str]) -> None:
     draw = random.Random(SEED)
-    server = start_server("--deterministic")
+    server = start_server("--deterministic", *index)
     jobs = Jobs(server)
     seeds = iter(range(1000))
     for _ in range(KILLS):
@@ -162,7 +171,7 @@ def test_random_kills_lose_and_repeat_nothing(start_server: StartServer, tmp_pat
         kill(*(server.pid, engine) if draw.random() < 0.5 else (engine, server.pid)) if target == "both" else kill(server.pid)
         server.process.wait(10)
         wait_until(lambda: not is_alive(engine), 30)  # noqa: B023  # one that is still importing looks at its parent after that
-        jobs.server = server = start_server("--deterministic", data_dir=server.data_dir)
+        jobs.server = server = start_server("--deterministic", *index, data_dir=server.data_dir)
     wait_until(lambda: not jobs.unfinished(), 240)
     expected = undisturbed(start_server, tmp_path / "reference", list(jobs.seeds.values()))
     for id, seed in jobs.seeds.items():
