@@ -147,11 +147,11 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def start_server(tiny_model: Path, tmp_path: Path) -> Iterator[StartServer]:
-    """start_server(*options, data_dir=None): servers that end with the test."""
+    """start_server(*options, data_dir=None, model=None): servers that end with the test; of the tiny model by default."""
     running: list[RunningServer] = []
 
-    def start(*options: str, data_dir: Path | None = None) -> RunningServer:
-        running.append(RunningServer(tiny_model, data_dir or tmp_path / "data", *options))
+    def start(*options: str, data_dir: Path | None = None, model: Path | None = None) -> RunningServer:
+        running.append(RunningServer(model or tiny_model, data_dir or tmp_path / "data", *options))
         return running[-1]
 
     yield start

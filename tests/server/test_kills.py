@@ -1,8 +1,8 @@
 """Jobs on a server whose processes are killed again and again, on a disk that is full, read-only, or has lied.
 
-COSERVE_KILLS: how many kills (4); COSERVE_KILL_SEED: which ones. What counts: every job ends,
-each of its steps is on record once,
-and its losses are those of a run that nobody disturbed, to the last bit.
+COSERVE_KILLS: how many kills (4); COSERVE_KILL_SEED: which ones; COSERVE_KILL_MODEL: a model's directory (a tiny model). What
+counts: every job ends, each of its steps is on record once, and its losses are those of a run that nobody disturbed, to the
+last bit.
 """
 
 from __future__ import annotations
@@ -31,11 +31,22 @@ pytest_plugins = ["tests.server.postgres"]
 
 KILLS = int(os.environ.get("COSERVE_KILLS", "4"))
 SEED = int(os.environ.get("COSERVE_KILL_SEED", "0"))
-EPOCHS, BATCH, LINES = 20, 4, 24
+MODEL = os.environ.get("COSERVE_KILL_MODEL")
+EPOCHS, BATCH, LINES = 20 if MODEL is None else 4, 4, 24
 STEPS = EPOCHS * LINES // BATCH
 ENDED = ("succeeded", "failed", "cancelled")
 LINES_OF = "".join(json.dumps(line) + "\n" for line in chat_lines(LINES)).encode()
 Row = dict[str, str]
+
+
+@pytest.fixture
+def start_server(start_server: StartServer) -> StartServer:
+    """Servers of COSERVE_KILL_MODEL, if it is set."""
+
+    def start(*options: str, data_dir: Path | None = None) -> RunningServer:
+        return start_server(*options, "--kv-cache-memory-bytes", str(1 << 30), data_dir=data_dir, model=Path(str(MODEL)))
+
+    return start_server if MODEL is None else start
 
 
 class Jobs:
