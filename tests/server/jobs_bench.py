@@ -14,14 +14,14 @@ from starlette.datastructures import UploadFile
 from coserve.core import CoserveError, NotFound
 from coserve.finetune.job import MetricsTable, StepRow
 from coserve.server.errors import EngineUnavailable
-from coserve.server.files import FileService
-from coserve.server.jobbody import read_body
-from coserve.server.jobs import JobService
-from coserve.server.messages import JobEnded, JobHappened, Problem, Ready
+from coserve.server.index.files import FileService
+from coserve.server.index.store import Store
+from coserve.server.jobs.body import read_body
+from coserve.server.jobs.service import JobService
+from coserve.server.link.messages import JobEnded, JobHappened, Problem, Ready
 from coserve.server.models import ModelDirectory
 from coserve.server.records import EventRecord, JobRecord
 from coserve.server.settings import ServerConfig
-from coserve.server.store import Store
 from tests.tiny_directory import chat_lines
 
 SECONDS = 10.0

@@ -23,15 +23,25 @@ from coserve.engine.model import LoadedModel, load_model
 from coserve.engine.step import Lookup
 from coserve.peft.format import save_adapter
 from coserve.scheduler.latency import LatencyModel
-from coserve.server import engineclient, enginemain
-from coserve.server.engineclient import EngineClient, RequestStream, merge_tokens
 from coserve.server.errors import EngineUnavailable
+from coserve.server.link import engineclient, enginemain
+from coserve.server.link.engineclient import EngineClient, RequestStream, merge_tokens
+from coserve.server.link.mailbox import Mailbox
+from coserve.server.link.messages import (
+    Failed,
+    Generate,
+    JobEnded,
+    JobHappened,
+    Progress,
+    Ready,
+    Tokens,
+    decode_from_engine,
+    encode,
+)
+from coserve.server.link.setup import Setup, read_setup, write_setup
+from coserve.server.link.supervisor import MAX_FAILURES, restart_delay_s
 from coserve.server.locks import hold
-from coserve.server.mailbox import Mailbox
-from coserve.server.messages import Failed, Generate, JobEnded, JobHappened, Progress, Ready, Tokens, decode_from_engine, encode
 from coserve.server.settings import ServerConfig
-from coserve.server.setup import Setup, read_setup, write_setup
-from coserve.server.supervisor import MAX_FAILURES, restart_delay_s
 from tests.tiny_directory import chat_lines, write_lines
 from tests.tiny_engine import LATENCY, random_adapter
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from coserve.core import CapacityError, ConfigError, InvalidRequest, NotFound
-from coserve.server import files as files_module
-from coserve.server.files import FileService
-from coserve.server.store import Store
+from coserve.server.index import files as files_module
+from coserve.server.index.files import FileService
+from coserve.server.index.store import Store
 
 MAX_BYTES = 100_000
 
@@ -178,8 +178,8 @@ def test_a_delete_that_broke_off_can_be_tried_again(
 _SAVE_FOR_EVER = """
 import sys
 from pathlib import Path
-from coserve.server.files import FileService
-from coserve.server.store import Store
+from coserve.server.index.files import FileService
+from coserve.server.index.store import Store
 
 root = Path(sys.argv[1])
 service = FileService(root / "files", Store(f"sqlite:///{root}/coserve.db"), 1 << 30)

@@ -17,14 +17,14 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from coserve.server.files import FileService
 from coserve.server.handlers import install_handlers
+from coserve.server.index.files import FileService
+from coserve.server.index.store import Store
+from coserve.server.index.tenants import Tenants
 from coserve.server.records import JobRecord
 from coserve.server.routes import files as routes
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig
-from coserve.server.store import Store
-from coserve.server.tenants import Tenants
 
 MAX_BYTES = 100_000
 LINE = '{"messages": [{"role": "user", "content": "héllo"}, {"role": "assistant", "content": "hi"}]}'

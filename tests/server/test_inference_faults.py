@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from coserve.core import CapacityError, CoserveError
-from coserve.server import sse
 from coserve.server.errors import EngineUnavailable
+from coserve.server.inference import sse
 from coserve.tokenizer import ChatTokenizer
 from tests.server.fakes import ANSWER, MODEL, Script, send, wait_for
 from tests.server.sites import CHAT_PATH, HI, TEXT_PATH, Site, open_site, post

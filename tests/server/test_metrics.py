@@ -11,11 +11,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coserve.config import SamplingConfig
-from coserve.server.enginemetrics import COUNTERS
-from coserve.server.livestats import Counters, Window, percentile
-from coserve.server.messages import JobEnded, Tokens
-from coserve.server.metrics import Objectives, RequestMeter, ServerMetrics, ServerState
+from coserve.server.link.messages import JobEnded, Tokens
 from coserve.server.settings import ServerConfig
+from coserve.server.stats.enginemetrics import COUNTERS
+from coserve.server.stats.livestats import Counters, Window, percentile
+from coserve.server.stats.metrics import Objectives, RequestMeter, ServerMetrics, ServerState
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "docs" / "grafana.json"
 

@@ -9,8 +9,8 @@ import fastapi.routing
 import pytest
 
 from coserve.server.app import create_app
-from coserve.server.jobbody import CreateJob
-from coserve.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from coserve.server.inference.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from coserve.server.jobs.body import CreateJob
 from coserve.server.routes.adapters import LoadAdapterBody, UnloadAdapterBody
 from coserve.server.settings import ServerConfig
 

@@ -15,10 +15,10 @@ import pytest
 from sqlalchemy import Connection, create_engine, make_url, text
 
 from coserve.core import CapacityError, ConfigError, InvalidRequest, NotFound
-from coserve.server import database, tables
 from coserve.server.errors import Conflict
+from coserve.server.index import database, tables
+from coserve.server.index.store import Store
 from coserve.server.records import AdapterRecord, CheckpointRecord, FileRecord, JobRecord, KeyRecord
-from coserve.server.store import Store
 
 pytest_plugins = ["tests.server.postgres"]
 

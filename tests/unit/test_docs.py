@@ -15,10 +15,10 @@ import pytest
 import typer
 
 from coserve.cli import app
-from coserve.server import fields, protocol
-from coserve.server.jobbody import Extras
-from coserve.server.metrics import Objectives, ServerMetrics, ServerState
+from coserve.server.inference import fields, protocol
+from coserve.server.jobs.body import Extras
 from coserve.server.settings import ServerConfig, read_settings
+from coserve.server.stats.metrics import Objectives, ServerMetrics, ServerState
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

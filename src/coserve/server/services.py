@@ -8,14 +8,14 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from coserve.server.engineclient import EngineClient
-from coserve.server.files import FileService
-from coserve.server.jobs import JobService
-from coserve.server.metrics import ServerMetrics
+from coserve.server.index.files import FileService
+from coserve.server.index.store import Store
+from coserve.server.index.tenants import Tenants
+from coserve.server.jobs.service import JobService
+from coserve.server.link.engineclient import EngineClient
 from coserve.server.models import ModelDirectory
 from coserve.server.settings import ServerConfig
-from coserve.server.store import Store
-from coserve.server.tenants import Tenants
+from coserve.server.stats.metrics import ServerMetrics
 from coserve.tokenizer import ChatTokenizer
 
 

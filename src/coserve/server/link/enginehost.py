@@ -21,7 +21,7 @@ from coserve.engine.jobs import JobHandle
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.finetune.job import JobEvent, MetricsTable
 from coserve.server.errors import EngineUnavailable, error_name
-from coserve.server.messages import (
+from coserve.server.link.messages import (
     ActJob,
     Cancel,
     Failed,

@@ -21,7 +21,7 @@ import zmq.asyncio
 from coserve.config import SamplingConfig
 from coserve.core import CoserveError, InvalidRequest
 from coserve.server.errors import EngineUnavailable, make_error
-from coserve.server.messages import (
+from coserve.server.link.messages import (
     ActJob,
     Cancel,
     Failed,
@@ -43,9 +43,9 @@ from coserve.server.messages import (
     decode_from_engine,
     encode,
 )
+from coserve.server.link.setup import START_CALL
+from coserve.server.link.supervisor import EngineProcess, restart_delay_s
 from coserve.server.settings import ServerConfig
-from coserve.server.setup import START_CALL
-from coserve.server.supervisor import EngineProcess, restart_delay_s
 
 STOP_S = 30.0
 """What an engine gets to write its checkpoints at the end."""

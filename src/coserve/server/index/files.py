@@ -29,10 +29,10 @@ import msgspec
 from starlette.datastructures import UploadFile
 
 from coserve.core import ConfigError, InvalidRequest, NotFound
-from coserve.server.disk import storage_errors, sync_directory, write_new
 from coserve.server.errors import Conflict, TooLarge
+from coserve.server.index.disk import storage_errors, sync_directory, write_new
+from coserve.server.index.store import Store
 from coserve.server.records import FileRecord, new_id, now
-from coserve.server.store import Store
 
 FINE_TUNE = "fine-tune"
 RESULTS = "fine-tune-results"

@@ -17,7 +17,8 @@ from sqlalchemy import URL, Column, ColumnElement, Connection, Row, Select, Tabl
 from sqlalchemy.dialects import postgresql, sqlite
 
 from coserve.core import InvalidRequest, NotFound
-from coserve.server.database import Database
+from coserve.server.index.database import Database
+from coserve.server.index.tables import adapters, checkpoints, events, files, jobs, keys
 from coserve.server.records import (
     ENDED,
     AdapterRecord,
@@ -28,7 +29,6 @@ from coserve.server.records import (
     KeyRecord,
     new_id,
 )
-from coserve.server.tables import adapters, checkpoints, events, files, jobs, keys
 
 
 class _Record(Protocol):

@@ -18,10 +18,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from coserve.config import SamplingConfig
-from coserve.server.enginemetrics import COUNTERS, engine_families, server_families, vllm_aliases
-from coserve.server.livestats import Counters, Window, percentile
-from coserve.server.messages import JobEnded, JobHappened, Tokens
+from coserve.server.link.messages import JobEnded, JobHappened, Tokens
 from coserve.server.settings import ServerConfig
+from coserve.server.stats.enginemetrics import COUNTERS, engine_families, server_families, vllm_aliases
+from coserve.server.stats.livestats import Counters, Window, percentile
 
 WINDOW_S = 60.0
 """Percentiles and attainment are of the last minute."""
