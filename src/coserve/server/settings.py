@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coserve.config import EngineConfig, SchedulerConfig
+from coserve.config import EngineConfig, SchedulerConfig, require, require_least
 from coserve.core import ConfigError
 
 DEFAULT_DATA_DIR = Path("coserve-data")
@@ -87,18 +87,13 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         self.engine_config()  # its own checks
-        for name, least in (
-            ("port", 0), ("max_num_queued_reqs", 1), ("max_jobs", 1), ("max_file_bytes", 1), ("max_body_bytes", 1),
-        ):
-            _require(getattr(self, name) >= least, name, f"must be at least {least}, got {getattr(self, name)}")
-        _require(self.port < 65536, "port", f"must be below 65536, got {self.port}")
-        _require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len",
-                 f"must be at least 2, got {self.max_model_len}")
-        _require(self.threads is None or self.threads >= 1, "threads", f"must be at least 1, got {self.threads}")
-        _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization",
-                 f"must be in (0, 1], got {self.gpu_memory_utilization}")
-        _require(self.shutdown_timeout >= 0, "shutdown_timeout", f"must be 0 or more, got {self.shutdown_timeout}")
-        _require(all(self.api_key), "api_key", "an empty key would let everybody in; leave it out")
+        require_least(self, 0, "port", "shutdown_timeout")
+        require_least(self, 1, "max_num_queued_reqs", "max_jobs", "max_file_bytes", "max_body_bytes", "threads")
+        require_least(self, 2, "max_model_len")
+        require(self.port < 65536, "port", f"must be below 65536, got {self.port}")
+        require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization",
+                f"must be in (0, 1], got {self.gpu_memory_utilization}")
+        require(all(self.api_key), "api_key", "an empty key would let everybody in; leave it out")
         self.training_share(1 << 40)
 
     def engine_config(self, pool_bytes: int | None = None) -> EngineConfig:
@@ -122,16 +117,11 @@ class ServerConfig:
             number = float(self.activation_memory)
         except ValueError:
             number = -1.0
-        _require(0 <= number < float("inf"), "activation_memory",
-                 f"must be bytes, a share below 1, or auto, got {self.activation_memory!r}")
+        require(0 <= number < float("inf"), "activation_memory",
+                f"must be bytes, a share below 1, or auto, got {self.activation_memory!r}")
         share = number if number < 1 else number / pool_bytes
-        _require(share < 1, "activation_memory", f"{number:.0f} bytes leave nothing of the pool's {pool_bytes} to inference")
+        require(share < 1, "activation_memory", f"{number:.0f} bytes leave nothing of the pool's {pool_bytes} to inference")
         return share
-
-
-def _require(condition: bool, name: str, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}: {message}", param=name)
 
 
 def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServerConfig:
@@ -148,7 +138,7 @@ def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServerConfig:
     data |= {key: value for key, value in given.items() if value is not None}
     known = {f.name: f for f in dataclasses.fields(ServerConfig)}
     for key in data:
-        _require(key in known, key, f"unknown setting; known: {', '.join(sorted(known))}")
+        require(key in known, key, f"unknown setting; known: {', '.join(sorted(known))}")
     return ServerConfig(**{key: _read(key, str(known[key].type), value) for key, value in data.items()})
 
 
@@ -165,6 +155,6 @@ def _read(name: str, kind: str, value: Any) -> Any:
         return (value,) if isinstance(value, str) else tuple(value)
     expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     allowed = expected[kind.partition(" ")[0]]
-    _require(isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool)), name,
+    require(isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool)), name,
              f"must be of type {kind}, got {value!r}")
     return value
