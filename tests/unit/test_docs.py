@@ -19,6 +19,7 @@ from coserve.server.inference import fields, protocol
 from coserve.server.jobs.body import Extras
 from coserve.server.settings import ServerConfig, read_settings
 from coserve.server.stats.metrics import Objectives, ServerMetrics, ServerState
+from coserve.server.vllmflags import FLAGS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -226,6 +227,18 @@ def test_neutral_values_are_listed_as_they_are() -> None:
 def test_extra_fields_of_jobs_are_listed() -> None:
     listed = [code(name)[0] for name, *_ in rows(section(page_text("finetuning.md"), "Fields beyond OpenAI's"))]
     assert sorted(listed) == sorted(Extras.model_fields)
+
+
+def test_flags_of_vllm_are_listed_as_they_are() -> None:
+    listed = {}
+    for names, taken, why in rows(section(page_text("api-differences.md"), "Flags of vllm serve")):
+        neutral = None if taken == "taken" else tuple(code(taken))
+        listed |= dict.fromkeys(code(names), (neutral, why))
+    assert listed == {
+        name: (None, "done anyway") if not flag.reason else (flag.neutral or (), flag.reason) for name, flag in FLAGS.items()
+    }
+    command, _ = find_command(["coserve", "serve"])
+    assert not listed.keys() & options(command), "a setting is no foreign flag"
 
 
 # --- the map of the server ---

@@ -6,6 +6,7 @@ Sources: defaults < TOML file < command line. Names are vLLM's where the meaning
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from coserve.core import ConfigError
 
 DEFAULT_DATA_DIR = Path("coserve-data")
 AUTO = "auto"
+MODULE_JSON = '{"name": NAME, "path": DIRECTORY}'
+"""An entry of lora_modules in vLLM's form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,11 +145,41 @@ def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServerConfig:
     return ServerConfig(**{key: _read(key, str(known[key].type), value) for key, value in data.items()})
 
 
+def _read_modules(value: Any) -> tuple[tuple[str, str], ...]:
+    """(name, directory) of each: from a table of names and directories, or from a list of NAME=DIRECTORY and of vLLM's JSON."""
+    items = [value] if isinstance(value, str) else value
+    require(isinstance(items, Mapping | list | tuple), "lora_modules", f"must be a table or a list, got {value!r}")
+    pairs = list(items.items()) if isinstance(items, Mapping) else [_read_module(item) for item in items]
+    for name, directory in pairs:
+        require(all(isinstance(part, str) and part for part in (name, directory)), "lora_modules",
+                f"must be names and directories, got {name!r} and {directory!r}")
+    names = [name for name, _ in pairs]
+    for name in names:
+        require(names.count(name) == 1, "lora_modules", f"the name {name!r} is given twice")
+    return tuple(pairs)
+
+
+def _read_module(item: Any) -> tuple[Any, Any]:
+    form = f"write it as NAME=DIRECTORY or as {MODULE_JSON}"
+    require(isinstance(item, str), "lora_modules", f"{form}, got {item!r}")
+    if not item.lstrip().startswith("{"):
+        name, equals, directory = item.partition("=")
+        require(bool(name and equals and directory), "lora_modules", f"{form}, got {item!r}")
+        return name, directory
+    try:
+        data = json.loads(item)
+    except ValueError as error:
+        raise ConfigError(f"lora_modules: {item!r} isn't JSON ({error}); {form}", param="lora_modules") from error
+    for key in data:
+        require(key in ("name", "path"), "lora_modules", f"{key!r} has no meaning here; {form}")
+    require(len(data) == 2, "lora_modules", f"{form}, got {item!r}")
+    return data["name"], data["path"]
+
+
 def _read(name: str, kind: str, value: Any) -> Any:
     """A value in its field's type."""
     if name == "lora_modules":
-        pairs = value.items() if isinstance(value, Mapping) else value
-        return tuple((str(key), str(directory)) for key, directory in pairs)
+        return _read_modules(value)
     if name == "activation_memory":
         return str(value)
     if name == "data_dir":
