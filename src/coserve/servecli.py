@@ -85,6 +85,7 @@ def serve(
     data_dir: DataDirOption = None,
     database_url: DatabaseOption = None,
     max_file_bytes: Annotated[int | None, typer.Option(help="Largest upload (512 MiB).")] = None,
+    max_tenant_file_bytes: Annotated[int | None, typer.Option(help="All files of a tenant (64 GiB).")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest other body (16 MiB).")] = None,
     organization: Annotated[str | None, typer.Option(help="Third part of tuned models' names (coserve).")] = None,
     vllm_metrics: Annotated[bool | None, typer.Option("--vllm-metrics", help="Metrics under vLLM's names too.")] = None,

@@ -153,7 +153,7 @@ class Bench:
         self.engine = FakeEngine(model)
         engine: Any = self.engine
         self.store = Store(f"sqlite:///{data_dir / 'coserve.db'}")
-        self.files = FileService(data_dir / "files", self.store, 1 << 20)
+        self.files = FileService(data_dir / "files", self.store, 1 << 20, 1 << 30)
         self.files.rebuild()
         self.models = ModelDirectory(self.store, engine, self.config)
         self.jobs = JobService(store=self.store, files=self.files, models=self.models, engine=engine, config=self.config)

@@ -61,7 +61,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         store = Store(index_url(config))
         stack.callback(store.close)
         tenants = Tenants(store, [*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
-        uploads = FileService(config.data_dir / "files", store, config.max_file_bytes)
+        uploads = FileService(config.data_dir / "files", store, config.max_file_bytes, config.max_tenant_file_bytes)
         await asyncio.to_thread(uploads.rebuild)
         engine = EngineClient(config, report=report)
         stack.push_async_callback(engine.stop)

@@ -79,6 +79,8 @@ class ServerConfig:
     database_url: str | None = None
     """SQLAlchemy URL of the index; None: SQLite in data_dir."""
     max_file_bytes: int = 512 << 20
+    max_tenant_file_bytes: int = 64 << 30
+    """Of all files of a tenant together, results of jobs included; uploads beyond are refused."""
     max_body_bytes: int = 16 << 20
     """Of a request that isn't an upload."""
     organization: str = "coserve"
@@ -91,7 +93,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         self.engine_config()  # its own checks
         require_least(self, 0, "port", "shutdown_timeout")
-        require_least(self, 1, "max_num_queued_reqs", "max_jobs", "max_file_bytes", "max_body_bytes", "threads")
+        require_least(self, 1, "max_num_queued_reqs", "max_jobs", "max_file_bytes", "max_tenant_file_bytes", "max_body_bytes",
+                      "threads")
         require_least(self, 2, "max_model_len")
         require(self.port < 65536, "port", f"must be below 65536, got {self.port}")
         require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization",

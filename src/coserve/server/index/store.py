@@ -110,6 +110,12 @@ class Store:
             rows = connection.execute(query.where(*wanted).limit(limit + 1)).all()
         return _records(FileRecord, rows[:limit]), len(rows) > limit
 
+    def count_file_bytes(self, tenant: str) -> int:
+        """Of all files of a tenant together."""
+        query = select(func.coalesce(func.sum(files.c.bytes), 0)).where(files.c.tenant == tenant)
+        with self._database.read() as connection:
+            return int(connection.execute(query).scalar_one())
+
     def all_files(self) -> list[FileRecord]:
         """Every tenant's, oldest first."""
         with self._database.read() as connection:
