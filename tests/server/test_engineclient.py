@@ -119,7 +119,7 @@ def joined(chunks: list[Tokens]) -> Tokens:
 def chunk(number: int, *, index: int = 0, reason: str | None = None) -> Tokens:
     return Tokens(
         id="r", index=index, text=f"{number},", token_ids=[number], time_s=float(number), finish_reason=reason,
-        cached_tokens=3 if number == 0 else 0,
+        cached_tokens=3 if number == 0 else 0, begun_s=-1.5 if number == 0 else None,
     )
 
 
@@ -134,6 +134,7 @@ def test_a_slow_reader_gets_one_chunk_per_output_of_all_that_came() -> None:
         assert first.token_ids == list(range(5001)) and first.text.startswith("0,1,2,") and first.text.endswith(",5000,")
         assert (first.index, second.index) == (0, 1)
         assert (first.finish_reason, first.cached_tokens, first.time_s) == ("length", 3, 5000.0)
+        assert first.begun_s == -1.5
         assert second.token_ids == list(range(5000)) and second.finish_reason is None
         stream.push(chunk(7, index=1, reason="stop"))
         assert [part.finish_reason async for part in stream] == ["stop"]

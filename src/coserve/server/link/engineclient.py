@@ -61,7 +61,8 @@ def merge_tokens(parts: Sequence[Tokens]) -> Tokens:
     last = parts[-1]
     return msgspec.structs.replace(
         last, text="".join(part.text for part in parts), token_ids=[token for part in parts for token in part.token_ids],
-        cached_tokens=max(part.cached_tokens for part in parts), logprobs=[entry for part in parts for entry in part.logprobs],
+        cached_tokens=max(part.cached_tokens for part in parts), begun_s=parts[0].begun_s,
+        logprobs=[entry for part in parts for entry in part.logprobs],
     )
 
 
