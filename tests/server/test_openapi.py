@@ -86,6 +86,14 @@ def test_every_post_says_what_it_takes() -> None:
     assert set(schema_of("POST", "/v1/files", "multipart/form-data")["properties"]) == {"file", "purpose"}
 
 
+def test_keys_are_asked_for_where_they_are() -> None:
+    (scheme,) = DOCUMENT["components"]["securitySchemes"].items()
+    assert scheme[0] == "key" and (scheme[1]["type"], scheme[1]["scheme"]) == ("http", "bearer")
+    for method, path in OPERATIONS:
+        asked = operation(method, path).get("security")
+        assert asked == (None if path in ("/health", "/ping", "/version", "/metrics") else [{"key": []}]), (method, path)
+
+
 def test_the_jobs_filter_is_listed() -> None:
     names = [parameter["name"] for parameter in operation("GET", "/v1/fine_tuning/jobs")["parameters"]]
     assert sorted(names) == ["after", "limit", "metadata"]
