@@ -1,6 +1,6 @@
 """Which job runs next, and how fast a job runs: pure rules over jobs that haven't ended.
 
-Owns: the order of the queue, the estimate of a job's end. Does not own: starting jobs (service.py), shares among running ones
+Owns: the order of the queue, the estimate of a job's end. Does not own: starting jobs (runner.py), shares among running ones
 (the engine's scheduler).
 """
 

@@ -24,7 +24,7 @@ from coserve.server.services import Served, Services, Tenant
 
 
 class _CreateRoute(APIRoute):
-    """Says what is wrong with a body in jobbody's words."""
+    """Says what is wrong with a body in jobs/body.py's words."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's, with its errors translated."""
