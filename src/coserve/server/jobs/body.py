@@ -78,7 +78,7 @@ class _Body(BaseModel):
 
 
 class Hyperparameters(_Body):
-    """A number, or auto: see spec.resolve."""
+    """A number, or auto, whose rules are in docs/finetuning.md."""
 
     n_epochs: Number = AUTO
     batch_size: Whole = AUTO
