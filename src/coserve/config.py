@@ -126,6 +126,9 @@ class FinetuneConfig:
     """Examples of a step are packed into micro-batches of at most this many tokens."""
     window_tokens: int = 1024
     """Largest window of a unit, in packed tokens."""
+    activation_memory_bytes: int | None = None
+    """What one micro-batch may take in flight. Where keeping everything takes more, backward runs some of forward's products
+    again; None: that happens only where there is too little memory otherwise."""
     max_length: int | None = None
     """Longest example in tokens; default: `max_microbatch_tokens` or the model's limit, whichever is less."""
     too_long: TooLong = "error"
@@ -153,6 +156,8 @@ class FinetuneConfig:
         for name in ("batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints"):
             value = getattr(self, name)
             _require(value >= 1, name, f"must be at least 1, got {value}")
+        memory = self.activation_memory_bytes
+        _require(memory is None or memory >= 1, "activation_memory_bytes", f"must be positive, got {memory}")
         _require(self.max_length is None or self.max_length >= 2, "max_length",
                  f"must be at least 2, got {self.max_length}")
         _require(self.too_long in ("error", "drop", "truncate"), "too_long",

@@ -24,6 +24,9 @@ class LayerFlops(NamedTuple):
     recompute: int
 
 
+NO_FLOPS = LayerFlops(0, 0, 0)
+
+
 def mean_context(sequence_length: int, window: int | None) -> float:
     """Keys that a token of a causal sequence sees on average, under a sliding window if there is one."""
     reach = min(sequence_length, window or sequence_length)
@@ -45,6 +48,7 @@ def node_flops(node: Node, values: Mapping[str, Value], context: float) -> int:
 
 def layer_flops(joint: JointGraph, recompute: Iterable[Node], context: float) -> LayerFlops:
     """All of a layer's."""
+
     def total(nodes: Iterable[Node]) -> int:
         return sum(node_flops(node, joint.values, context) for node in nodes)
 

@@ -229,8 +229,10 @@ def _with_recompute(joint: JointGraph, recompute: Sequence[Node]) -> list[Node]:
     result: list[Node] = []
 
     def bring(name: str) -> None:
-        node = waiting.pop(name, None)
+        node = waiting.get(name)
         if node is not None:
+            for output in node.outputs:
+                del waiting[output]
             for value in node.inputs:
                 bring(value)
             result.append(node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Iterable
+from itertools import pairwise
 from typing import TypeVar
 
 N = TypeVar("N", bound=Hashable)
@@ -33,7 +34,7 @@ def source_side(edges: Iterable[tuple[N, N, int]], source: N, sink: N) -> set[N]
         path = [sink]
         while path[-1] != source:
             path.append(before[path[-1]])
-        steps = [(start, end) for end, start in zip(path, path[1:], strict=False)]
+        steps = [(start, end) for end, start in pairwise(path)]
         flow = min(residual[start][end] for start, end in steps)
         for start, end in steps:
             residual[start][end] -= flow

@@ -32,8 +32,8 @@ class LayerBypass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
-    """One plan per layer. Bytes are per token (arena) and per window row (work); FLOPs are matrix FLOPs per token of all layers,
-    without the loss head."""
+    """One plan per layer. Bytes are per token (arena) and per window row (work); FLOPs are matrix FLOPs per token, without the
+    loss head."""
 
     layers: tuple[LayerPlan, ...]
 
@@ -52,6 +52,11 @@ class ModelPlan:
     def forward_flops(self) -> int:
         """Of forward, adapters included."""
         return sum(layer.flops.forward for layer in self.layers)
+
+    @property
+    def trained_forward_flops(self) -> int:
+        """Of forward, in the layers that have a backward."""
+        return sum(layer.flops.forward for layer in self.layers if layer.backward is not None)
 
     @property
     def backward_flops(self) -> int:
@@ -158,8 +163,8 @@ class _Layers:
             done.append((layer, number))
         if total > budget:
             raise ConfigError(
-                f"arena_budget: {budget:.0f} bytes per token are too few: the least that can be kept is {total} bytes per token, "
-                f"and {most} without recomputing a matrix product", param="arena_budget",
+                f"arena_budget: {budget:.0f} bytes per token are too few: the least that can be kept is {total}, and {most} "
+                "without running a matrix product again", param="arena_budget",
             )
         for layer, number in reversed(done):  # the last step may have freed more than it had to
             larger = size(layer, number - 1) - size(layer, number)
@@ -174,9 +179,9 @@ def plan_training(
 ) -> ModelPlan:
     """Forward and backward programs of every layer. A layer's input gradient exists only above the lowest bypass.
 
-    `forward_only` trains nothing: what is kept is K and V, which later windows read. arena_budget: bytes per token kept over all
-    layers, met by recomputing the matrix products with the fewest FLOPs per byte; None recomputes none. sequence_length: of a
-    typical example, which sets attention's FLOPs. Raises ConfigError if the budget is below the least that can be kept.
+    `forward_only` trains nothing: what is kept is K and V, which later windows read. arena_budget: bytes per token kept over
+    all layers, met by running those matrix products again that cost the fewest FLOPs per byte; None: none of them.
+    sequence_length: of a typical example, which sets attention's FLOPs. Raises ConfigError if the budget can't be met.
     """
     layers = _Layers(arch, bypasses, itemsize=itemsize, forward_only=forward_only, sequence_length=sequence_length)
     plan = ModelPlan(layers=tuple(layers.first()))
@@ -189,7 +194,7 @@ def frontier(
     arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, sequence_length: int = SEQUENCE_LENGTH,
     num_points: int = 25,
 ) -> tuple[Point, ...]:
-    """Budgets from the most bytes to the fewest, in order of rising FLOPs: `num_points` or so, fewer where a model has fewer."""
+    """Budgets from the most bytes to the fewest, in order of rising FLOPs: `num_points`, or all where there are fewer."""
     layers = _Layers(arch, bypasses, itemsize=itemsize, forward_only=False, sequence_length=sequence_length)
     chosen = [layers.curve(key)[0] for key in layers.keys]
     work = sum(plan.flops.forward + plan.flops.backward for plan in chosen)

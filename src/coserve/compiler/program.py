@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coserve.compiler.flops import LayerFlops
+from coserve.compiler.flops import NO_FLOPS, LayerFlops
 from coserve.compiler.graph import JointGraph, Node
 from coserve.compiler.rematerialize import Kept
 from coserve.ops.run import Runner
@@ -92,7 +92,7 @@ class LayerPlan:
     """Where each kept value but the input lies in the arena."""
     recompute: tuple[Node, ...] = ()
     """Forward nodes that backward runs again, window by window."""
-    flops: LayerFlops = LayerFlops(0, 0, 0)
+    flops: LayerFlops = NO_FLOPS
 
 
 @dataclass(frozen=True, slots=True)

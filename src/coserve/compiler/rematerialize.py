@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from coserve.compiler.flops import node_flops
-from coserve.compiler.graph import JointGraph, Node, producers
+from coserve.compiler.graph import JointGraph, Node
 from coserve.compiler.mincut import source_side
 
 _FINE = 1 << 20
