@@ -80,7 +80,8 @@ def measure(
     def saved(num_layers: int, *, checkpointing: bool) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations between peft and transformers
-            model = _model(directory, num_layers, dtype, lambda base: peft.get_peft_model(base, CONFIGS[adapter](peft, rank, sites)))
+            config = CONFIGS[adapter](peft, rank, sites)
+            model = _model(directory, num_layers, dtype, lambda base: peft.get_peft_model(base, config))
             found = saved_bytes(model, sequence_length, checkpointing=checkpointing)
         return found * num_tokens // sequence_length
 
