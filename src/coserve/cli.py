@@ -16,28 +16,25 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from coserve.bench.cli import bench_app
-from coserve.compiler.report import report
 from coserve.config import FinetuneConfig, LoraConfig, SamplingConfig, finetune_config_from_dict
 from coserve.core import ConfigError, CoserveError, InvalidRequest
 from coserve.demo.command import demo
-from coserve.engine.budget import GIB, shape_adapter
+from coserve.engine.budget import GIB
 from coserve.engine.finetuning import finetune
 from coserve.engine.generation import Generator
 from coserve.engine.model import load_model
 from coserve.finetune.job import JobEvent
-from coserve.model.architecture import read_architecture
-from coserve.model.locate import locate_model
+from coserve.plancli import add_plan
 from coserve.plots import loss_curve
-from coserve.runtime.plans import training_plan
 from coserve.servecli import add_commands
 from coserve.tokenizer import IncrementalDetokenizer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
 app.add_typer(bench_app, name="bench")
 add_commands(app)
+add_plan(app)
 app.command()(demo)
 console = Console()
 
@@ -234,39 +231,6 @@ def chat(
         pieces.append(stream.finish())
         print(pieces[-1], flush=True)
         messages.append({"role": "assistant", "content": "".join(pieces)})
-
-
-@app.command()
-def plan(
-    model: Annotated[str | None, typer.Argument(help="Model (SmolLM2); config.json is enough.")] = None,
-    rank: Annotated[int, typer.Option("--rank", "-r", help="LoRA rank.")] = 16,
-    target_modules: Annotated[str, typer.Option(help="all-linear, or names joined by commas.")] = "all-linear",
-    dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32: bytes per element.")] = "float32",
-) -> None:
-    """What finetuning keeps from forward to backward, in bytes per token, and why."""
-    itemsize = {"bfloat16": 2, "float16": 2, "float32": 4}.get(dtype)
-    if itemsize is None:
-        raise ConfigError(f"dtype: must be bfloat16, float16 or float32, got {dtype!r}", param="dtype")
-    arch = read_architecture(locate_model(model))
-    settings = _config(None, {"r": rank, "dropout": dropout, "target_modules": _targets(target_modules)})
-    compiled = training_plan(arch, shape_adapter(arch, settings.lora), itemsize=itemsize)
-    for entry in report(compiled, itemsize=itemsize):
-        first, last = entry.layers[0], entry.layers[-1]
-        console.print(f"[bold]layers {first} to {last}[/bold]" if last > first else f"[bold]layer {first}[/bold]")
-        table = Table("kept value", "elements", "bytes/token", "why")
-        for value in entry.kept:
-            table.add_row(value.name, str(value.width), str(value.num_bytes), value.reason)
-        console.print(table)
-        console.print(f"recomputed element-wise: {', '.join(entry.recomputed) or 'nothing'}", highlight=False, soft_wrap=True)
-        console.print(
-            f"bytes per token and layer: {entry.all_bytes} for every forward value, {entry.read_bytes} read by the pruned "
-            f"backward, {entry.arena_bytes} kept", highlight=False, soft_wrap=True,
-        )
-    console.print(
-        f"[bold]whole model:[/bold] {compiled.arena_bytes} bytes kept per token ({compiled.arena_bytes * 1024 / GIB:.2f} GiB "
-        f"for 1024 tokens), {compiled.work_bytes} bytes of workspace per row of a window", highlight=False, soft_wrap=True,
-    )
 
 
 def main() -> None:

@@ -138,6 +138,9 @@ class FinetuneConfig:
     """Examples of a step are packed into micro-batches of at most this many tokens."""
     window_tokens: int = 1024
     """Largest window of a unit, in packed tokens."""
+    activation_memory_bytes: int | None = None
+    """What one micro-batch may take in flight. Where keeping everything takes more, backward runs some of forward's products
+    again; None: that happens only where there is too little memory otherwise."""
     max_length: int | None = None
     """Longest example in tokens; default: `max_microbatch_tokens` or the model's limit, whichever is less."""
     too_long: TooLong = "error"
@@ -159,7 +162,8 @@ class FinetuneConfig:
         _check_numbers(self)
         require(self.objective in ("sft", "dpo"), "objective", f"must be sft or dpo, got {self.objective!r}")
         require_positive(self, "dpo_beta", "epochs")
-        require_least(self, 1, "max_steps", "batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints")
+        require_least(self, 1, "max_steps", "batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints",
+                      "activation_memory_bytes")
         require_least(self, 2, "max_length")
         require_least(self, 0, "checkpoint_steps", "validation_steps")
         require(self.too_long in ("error", "drop", "truncate"), "too_long",

@@ -1,4 +1,5 @@
-"""Plots for people: the loss curve of a job, tokens per second of both workloads, latencies against an objective."""
+"""Plots for people: the loss curve of a job, tokens per second of both workloads, latencies against an objective, the memory of
+a plan."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from matplotlib.figure import Figure
 from coserve.finetune.job import StepRow
 
 _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d9731a", "#8a8f98"
+_SHADES = (_BLUE, "#6fa3db", "#9b6fb5", "#e0b04c")
+"""Of the purposes of a plan's memory."""
 
 
 def _styled() -> AbstractContextManager[None]:
@@ -75,4 +78,43 @@ def latency_curve(values_ms: Sequence[float], objective_ms: float, path: Path, *
         axes.set(xlabel=label, ylabel="share of requests", title=title, xlim=(0, None), ylim=(0, 1.02))
         axes.grid(axis="y", color=_GREY, alpha=0.25)
         axes.legend(frameon=False)
+        figure.savefig(path)
+
+
+def memory_plan(
+    stages: Sequence[tuple[str, Mapping[str, int]]], curve: Sequence[tuple[int, float]],
+    baselines: Mapping[str, tuple[int, float]], path: Path, *, title: str,
+) -> None:
+    """Writes a PNG: bars of stages, stacked by purpose, and baselines under them; the curve of memory against extra FLOPs.
+
+    stages: (name, {purpose: bytes}). curve, baselines: (bytes, share of forward and backward's FLOPs).
+    """
+    unit, name = (1e9, "GB") if curve[0][0] >= 1e9 else (1e6, "MB")
+    with _styled():
+        figure = Figure(figsize=(12, 4.8), dpi=150, layout="constrained")
+        left, right = figure.subplots(1, 2)
+        labels = [*(stage for stage, _ in stages), *baselines]
+        ends = np.zeros(len(stages))
+        for (purpose, color) in zip(stages[0][1], _SHADES, strict=True):
+            sizes = np.array([parts[purpose] for _, parts in stages]) / unit
+            left.barh(range(len(stages)), sizes, left=ends, color=color, label=purpose)
+            ends = ends + sizes
+        theirs = [size / unit for size, _ in baselines.values()]
+        left.barh(range(len(stages), len(labels)), theirs, color=_ORANGE, label="saved by PyTorch" if theirs else None)
+        for place, value in enumerate([*ends, *theirs]):
+            left.text(value, place, f" {value:.3g}", va="center", fontsize=10)
+        left.set_yticks(range(len(labels)), labels)
+        left.invert_yaxis()
+        left.set(xlabel=f"{name} at the peak", xlim=(0, 1.12 * max(*ends, *theirs)))
+        left.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.4, -0.14), ncols=5, columnspacing=1.0)
+        right.plot([size / unit for size, _ in curve], [ratio for _, ratio in curve], color=_BLUE, marker="o", markersize=3.5,
+                   linewidth=2, label="plans")
+        for (label, (size, ratio)), marker in zip(baselines.items(), ("s", "D"), strict=False):
+            right.plot([size / unit], [ratio], color=_ORANGE, marker=marker, markersize=8, linestyle="", label=label)
+        right.yaxis.set_major_formatter("{x:.0%}")
+        right.set(xlabel=f"{name} at the peak", ylabel="matrix FLOPs run again, of forward + backward", ylim=(-0.01, None),
+                  xlim=(0, 1.05 * max(*(size for size, _ in (*curve, *baselines.values())), 0) / unit))
+        right.grid(color=_GREY, alpha=0.25)
+        right.legend(frameon=False)
+        figure.suptitle(title, fontsize=11)
         figure.savefig(path)

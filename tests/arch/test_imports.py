@@ -28,12 +28,13 @@ RANKS: Mapping[str, float] = {
     "server": 7,
     "": 7.5,  # coserve/__init__.py, the public face
     "plots": 8, "bench": 8, "servecli": 8,
-    "demo": 8.2,  # it draws plots
+    "demo": 8.2, "plancli": 8.2,  # they draw plots
     "cli": 8.5,  # its commands draw plots; the demo is one of them
     "__main__": 9,
 }
 
 LAZY: Mapping[str, frozenset[str]] = {
+    "coserve.compiler.baselines": frozenset({"peft"}),
     "coserve.demo.client": frozenset({"openai"}),
     "coserve.model.gguf": frozenset({"gguf"}),
     "coserve.model.locate": frozenset({"huggingface_hub"}),

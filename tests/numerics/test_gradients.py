@@ -1,7 +1,8 @@
 """The strictest test: windowed gradients equal full-sequence autograd through transformers + peft, in float64.
 
-Any split of forward, any other of backward, packed examples with masks, all families, sliding windows, random adapters with
-non-zero B, SFT and DPO: ||g - g'|| / ||g'|| <= 1e-9 for every tensor. Three mutations of the code must make it fail.
+Any split of forward, any other of backward, any budget of kept values, packed examples with masks, all families, sliding
+windows, random adapters with non-zero B, SFT and DPO: ||g - g'|| / ||g'|| <= 1e-9 for every tensor. Three mutations of the code
+must make it fail.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from coserve.compiler.plan import ModelPlan
 from coserve.config import LINEAR_SITES, LoraConfig
 from coserve.core import Direction, Example, Unit
 from coserve.finetune.objectives import PreferenceObjective, Scored, SupervisedObjective
@@ -32,7 +34,7 @@ from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.memory import Arena
 from coserve.runtime.microbatch import InFlight, PackedBatch, pack
-from coserve.runtime.plans import scoring_plan, training_plan
+from coserve.runtime.plans import scoring_plan, training_frontier, training_plan
 from coserve.runtime.rows import site_key
 from tests import oracle
 from tests.splits import backward_units, forward_units
@@ -67,6 +69,8 @@ class Case:
     objective: str
     query_block: int
     seed: int
+    budget: float = 1.0
+    """What is kept, from 0 (as little as can be) to 1 (all that costs a matrix product)."""
 
 
 def random_example(rng: np.random.Generator, index: int, length: int) -> Example:
@@ -93,7 +97,8 @@ def cases(draw: st.DrawFn) -> Case:
     if objective == "dpo":
         lengths = [*lengths, *reversed(lengths)]
     examples = tuple(random_example(rng, i, length) for i, length in enumerate(lengths))
-    return Case(family, sliding_window, config, examples, objective, draw(st.sampled_from([2, 4, 256])), seed)
+    budget = draw(st.one_of(st.just(1.0), st.floats(0, 1)))
+    return Case(family, sliding_window, config, examples, objective, draw(st.sampled_from([2, 4, 256])), seed, budget)
 
 
 def random_adapter(weights: ModelWeights, config: LoraConfig, seed: int) -> LoraAdapter:
@@ -113,7 +118,7 @@ def train_by_units(
     rng, layers = Random(case.seed), weights.architecture.num_layers
     batch = pack(case.examples, device=CPU, seed=case.seed, step=3)
     references = reference_sums(case, executor, batch) if case.objective == "dpo" else None
-    plan = training_plan(weights.architecture, adapter, itemsize=8)
+    plan = budgeted_plan(weights, adapter, case.budget)
     state = executor.begin(batch, plan)
     for unit in forward or forward_units(rng, layers, batch.num_tokens):
         executor.run(state, unit, adapter)
@@ -122,6 +127,17 @@ def train_by_units(
         executor.run(state, unit, adapter)
     assert state.finished
     return state
+
+
+def budgeted_plan(weights: ModelWeights, adapter: LoraAdapter, share: float) -> ModelPlan:
+    """The plan that keeps at most `share` of what there is between the least and the most."""
+    arch, itemsize = weights.architecture, weights.dtype.itemsize
+    points = training_frontier(arch, adapter, itemsize=itemsize)
+    most, least = points[0].arena_bytes, points[-1].arena_bytes
+    budget = least + share * (most - least)
+    plan = training_plan(arch, adapter, itemsize=itemsize, arena_budget=budget)
+    assert plan.arena_bytes <= budget
+    return plan
 
 
 def reference_sums(case: Case, executor: TrainExecutor, batch: PackedBatch) -> list[float]:
@@ -199,10 +215,11 @@ def test_gradient_that_is_zero_by_mathematics(targets: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(("family", "sliding_window"), VARIANTS)
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_every_family_and_objective(family: str, sliding_window: int | None, objective: str) -> None:
+@pytest.mark.parametrize("budget", [1.0, 0.0])
+def test_every_family_and_objective(family: str, sliding_window: int | None, objective: str, budget: float) -> None:
     rng = np.random.default_rng(5)
     examples = tuple(random_example(rng, i, length) for i, length in enumerate([19, 6, 23, 11]))
-    case = Case(family, sliding_window, LoraConfig(r=4, alpha=6), examples, objective, 4, 11)
+    case = Case(family, sliding_window, LoraConfig(r=4, alpha=6), examples, objective, 4, 11, budget)
     assert error_of(case) <= TOLERANCE
 
 
@@ -284,11 +301,14 @@ class MaskedDropout(torch.nn.Module):
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 2**32 - 1), family=st.sampled_from(FAMILIES), p=st.floats(0.05, 0.8))
-def test_dropout_equals_autograd_with_the_same_masks(seed: int, family: str, p: float) -> None:
+@given(
+    seed=st.integers(0, 2**32 - 1), family=st.sampled_from(FAMILIES), p=st.floats(0.05, 0.8),
+    budget=st.sampled_from([1.0, 0.5, 0.0]),
+)
+def test_dropout_equals_autograd_with_the_same_masks(seed: int, family: str, p: float, budget: float) -> None:
     rng = np.random.default_rng(seed)
     examples = tuple(random_example(rng, i, int(n)) for i, n in enumerate(rng.integers(2, 20, 3)))
-    case = Case(family, None, LoraConfig(r=3, alpha=4, dropout=p), examples, "sft", 4, seed)
+    case = Case(family, None, LoraConfig(r=3, alpha=4, dropout=p), examples, "sft", 4, seed, budget)
     models = pair(family, None)
     adapter = random_adapter(models.weights, case.config, seed)
     state = train_by_units(case, models.weights, adapter)

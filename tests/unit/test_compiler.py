@@ -22,7 +22,8 @@ from coserve.compiler.differentiate import differentiate
 from coserve.compiler.graph import Graph, JointGraph, Node, Value, check, producers
 from coserve.compiler.plan import LayerBypass, ModelPlan, plan_fused, plan_inference, plan_training
 from coserve.compiler.program import LayerPlan, Place, Program, Storage
-from coserve.compiler.prune import Rematerialized, prune, rematerialize
+from coserve.compiler.prune import prune
+from coserve.compiler.rematerialize import Rematerialized, rematerialize
 from coserve.compiler.trace import Tracer, trace
 from coserve.config import LINEAR_SITES, LoraConfig
 from coserve.core import Direction, Example, Unit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import threading
 import weakref
 from collections.abc import Iterator
@@ -345,6 +346,31 @@ def test_a_full_disk_fails_the_job(
         job.result()
 
 
+# --- memory ---
+
+
+def test_a_job_with_little_room_runs_products_again(
+    engines: MakeEngine, model: LoadedModel, directory: Path, tmp_path: Path
+) -> None:
+    """Where the pool has no room for everything that could be kept, the plan is a smaller one, and the result the same."""
+    data = directory / "sft.jsonl"
+    config = replace(SFT, max_microbatch_tokens=200)
+    finetune(data, tmp_path / "reference", model=model, config=config)
+    for number, (blocks, asked) in enumerate([(100, None), (4096, 450_000)]):
+        engine = engines(num_blocks=blocks)
+        events: list[str] = []
+        job = engine.finetune(
+            data, tmp_path / f"job{number}", replace(config, activation_memory_bytes=asked),
+            listen=lambda event, events=events: events.append(event.message),
+        )
+        (chosen,) = (line for line in events if "matrix products again" in line)
+        share = float(re.search(r"runs ([\d.]+)% of", chosen)[1])
+        assert 0 < share < 40
+        drive(engine)
+        assert job.status == "succeeded"
+        assert_same_result(tmp_path / f"job{number}", tmp_path / "reference")
+
+
 # --- what is refused ---
 
 
@@ -372,9 +398,13 @@ def test_bad_jobs_are_refused_before_anything_is_written(engines: MakeEngine, di
 
 
 def test_a_job_that_the_pool_can_never_hold_is_refused(engines: MakeEngine, directory: Path, tmp_path: Path) -> None:
-    engine = engines(num_blocks=100)
+    engine = engines(num_blocks=30)
     name = refused(engine, tmp_path / "out", directory / "sft.jsonl", SFT, CapacityError)
     assert name == "max_microbatch_tokens"
+    tight = replace(SFT, activation_memory_bytes=1000)
+    assert refused(engines(), tmp_path / "out", directory / "sft.jsonl", tight, CapacityError) == "activation_memory_bytes"
+    steady = replace(SFT, deterministic=True)
+    assert refused(engines(num_blocks=100), tmp_path / "out", directory / "sft.jsonl", steady, CapacityError) == name
     small = replace(SFT, max_microbatch_tokens=70, batch_size=1, max_steps=2)
     engine = engines(num_blocks=400)
     many = write_lines(tmp_path / "valid.jsonl", chat_lines(20))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from coserve.compiler.graph import JointGraph, Node, Value, counterparts, producers
 from coserve.compiler.program import Call, FusedLayer, LayerPlan, Place, Program, Slot, Storage
-from coserve.compiler.prune import Rematerialized
+from coserve.compiler.rematerialize import Rematerialized
 from coserve.ops.run import RUNNERS
 
 _ALIGN = 16
@@ -229,8 +229,10 @@ def _with_recompute(joint: JointGraph, recompute: Sequence[Node]) -> list[Node]:
     result: list[Node] = []
 
     def bring(name: str) -> None:
-        node = waiting.pop(name, None)
+        node = waiting.get(name)
         if node is not None:
+            for output in node.outputs:
+                del waiting[output]
             for value in node.inputs:
                 bring(value)
             result.append(node)
@@ -265,11 +267,12 @@ def lower(
     keys, values = (slots[n] if remat and attention else None for n in (attention.inputs[1:3] if attention else ("", "")))
     backward = None
     if remat is not None and joint.backward:
-        backward = _lower_backward(joint, remat, {name: slots[name] for name in kept}, list(storages), itemsize)
+        backward = _lower_backward(joint, remat, {name: slots[name] for name in kept}, list(storages), merged, itemsize)
     return LayerPlan(
         joint=joint, forward=forward, backward=backward, kept=remat.kept if remat else (), arena=tuple(storages),
         arena_bytes=arena_bytes, keys=keys, values=values, keeps_input=keeps_input,
         input_offset=input_offset, kept_slots={name: slots[name] for name in kept if name != graph.input},
+        recompute=remat.recompute if remat else (),
     )
 
 
@@ -296,7 +299,8 @@ def lower_fused(
 
 
 def _lower_backward(
-    joint: JointGraph, remat: Rematerialized, kept: Mapping[str, Slot], storages: list[Storage], itemsize: int
+    joint: JointGraph, remat: Rematerialized, kept: Mapping[str, Slot], storages: list[Storage],
+    merged: Mapping[str, tuple[str, ...]], itemsize: int,
 ) -> Program:
     gradient = Slot(len(storages), 0, joint.values[joint.output_grad].width)
     storages.append(Storage(Place.GRAD, gradient.width, False))
@@ -304,7 +308,7 @@ def _lower_backward(
     nodes = _with_recompute(joint, remat.recompute)
     if joint.input_grad is not None:
         memory.last_use[joint.input_grad] = _FOREVER
-    steps = _fuse_adds(nodes, memory)
+    steps = _merge(_fuse_adds(nodes, memory), merged, dict.fromkeys(joint.values, False))
     program, slots, _ = _assemble(steps, memory, set(), itemsize)
     if joint.input_grad is not None and slots[joint.input_grad] != gradient:
         raise NotImplementedError("the layer's input gradient must end where its output gradient began")

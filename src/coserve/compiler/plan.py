@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
 
 from coserve.compiler.differentiate import differentiate
+from coserve.compiler.flops import SEQUENCE_LENGTH, layer_flops, mean_context
+from coserve.compiler.graph import JointGraph
 from coserve.compiler.lower import lower, lower_fused
 from coserve.compiler.program import FusedLayer, LayerPlan
-from coserve.compiler.prune import prune, rematerialize
+from coserve.compiler.prune import prune
+from coserve.compiler.rematerialize import Rematerialized, curve, rematerialize
 from coserve.compiler.trace import trace
+from coserve.core import ConfigError
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED, Bypass
 
@@ -26,7 +32,8 @@ class LayerBypass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
-    """One plan per layer. Bytes are per token (arena) and per window row (work)."""
+    """One plan per layer. Bytes are per token (arena) and per window row (work); FLOPs are matrix FLOPs per token, without the
+    loss head."""
 
     layers: tuple[LayerPlan, ...]
 
@@ -42,31 +49,167 @@ class ModelPlan:
         return max(program.work_bytes for program in programs)
 
     @property
+    def forward_flops(self) -> int:
+        """Of forward, adapters included."""
+        return sum(layer.flops.forward for layer in self.layers)
+
+    @property
+    def trained_forward_flops(self) -> int:
+        """Of forward, in the layers that have a backward."""
+        return sum(layer.flops.forward for layer in self.layers if layer.backward is not None)
+
+    @property
+    def backward_flops(self) -> int:
+        """Of backward, without what it recomputes."""
+        return sum(layer.flops.backward for layer in self.layers)
+
+    @property
+    def recompute_flops(self) -> int:
+        """Of forward's products that backward runs again."""
+        return sum(layer.flops.recompute for layer in self.layers)
+
+    @property
+    def extra_flops_ratio(self) -> float:
+        """What is recomputed, over forward and backward."""
+        return self.recompute_flops / max(1, self.forward_flops + self.backward_flops)
+
+    @property
     def lowest_trained(self) -> int:
         """The lowest layer with a backward program: backward ends there. The number of layers if nothing trains."""
         return next((i for i, layer in enumerate(self.layers) if layer.backward is not None), len(self.layers))
 
 
+class Point(NamedTuple):
+    """A budget that can be met: bytes kept per token over all layers, and what is recomputed over forward and backward."""
+
+    arena_bytes: int
+    extra_flops_ratio: float
+
+
+class _Layers:
+    """The layers of a training plan: graphs by what makes them differ, choices and programs as they are asked for."""
+
+    def __init__(
+        self, arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, forward_only: bool, sequence_length: int
+    ) -> None:
+        self.itemsize = itemsize
+        nothing = len(bypasses)
+        lowest = nothing if forward_only else next((i for i, b in enumerate(bypasses) if b.factor_widths), nothing)
+        self.keys: list[object] = []
+        self.graphs: dict[object, JointGraph] = {}
+        self.contexts: dict[object, float] = {}
+        for index, bypass in enumerate(bypasses):
+            context = mean_context(sequence_length, arch.sliding_windows[index])
+            key = (bypass.key, index > lowest, index >= lowest, context)
+            self.keys.append(key)
+            if key not in self.graphs:
+                joint = differentiate(trace(arch, bypass.bypass, bypass.factor_widths))
+                trainable = frozenset() if forward_only else frozenset(bypass.factor_widths)
+                self.graphs[key] = prune(joint, trainable=trainable.__contains__, input_gradient=index > lowest)
+                self.contexts[key] = context
+        self._curves: dict[object, list[LayerPlan]] = {}
+
+    def lower(self, key: object, remat: Rematerialized) -> LayerPlan:
+        joint = self.graphs[key]
+        plan = lower(joint, remat, merged=MERGED, itemsize=self.itemsize)
+        return replace(plan, flops=layer_flops(joint, remat.recompute, self.contexts[key]))
+
+    def first(self) -> list[LayerPlan]:
+        """By layer, without recomputing a matrix product."""
+        plans = {key: self.lower(key, rematerialize(joint, self.itemsize)) for key, joint in self.graphs.items()}
+        return [plans[key] for key in self.keys]
+
+    def curve(self, key: object) -> list[LayerPlan]:
+        """A layer's choices in order of rising FLOPs, each with fewer bytes than the one before."""
+        if key not in self._curves:
+            plans: list[LayerPlan] = []
+            for remat in curve(self.graphs[key], self.itemsize, self.contexts[key]):
+                plan = self.lower(key, remat)
+                if not plans or plan.arena_bytes < plans[-1].arena_bytes:
+                    plans.append(plan)
+            self._curves[key] = plans
+        return self._curves[key]
+
+    def steps(self) -> list[tuple[int, int]]:
+        """(layer, its choice from then on), the cheapest byte first: all of them lead from the most bytes to the fewest."""
+        slopes: dict[object, list[float]] = {}
+        for key in self.graphs:
+            plans = self.curve(key)
+            worst, slopes[key] = 0.0, []
+            for plan, following in pairwise(plans):
+                flops = following.flops.recompute - plan.flops.recompute
+                worst = max(worst, flops / (plan.arena_bytes - following.arena_bytes))
+                slopes[key].append(worst)
+        order = [
+            (slope, number, layer) for layer, key in enumerate(self.keys) for number, slope in enumerate(slopes[key], start=1)
+        ]
+        return [(layer, number) for _, number, layer in sorted(order)]
+
+    def within(self, budget: float) -> list[LayerPlan]:
+        """By layer, the fewest FLOPs within a budget of kept bytes per token. Raises ConfigError."""
+        chosen = [0] * len(self.keys)
+        steps = self.steps()
+
+        def size(layer: int, number: int) -> int:
+            return self.curve(self.keys[layer])[number].arena_bytes
+
+        total = most = sum(size(layer, 0) for layer in range(len(chosen)))
+        done: list[tuple[int, int]] = []
+        for layer, number in steps:
+            if total <= budget:
+                break
+            total -= size(layer, number - 1) - size(layer, number)
+            chosen[layer] = number
+            done.append((layer, number))
+        if total > budget:
+            raise ConfigError(
+                f"arena_budget: {budget:.0f} bytes per token are too few: the least that can be kept is {total}, and {most} "
+                "without running a matrix product again", param="arena_budget",
+            )
+        for layer, number in reversed(done):  # the last step may have freed more than it had to
+            larger = size(layer, number - 1) - size(layer, number)
+            if chosen[layer] == number and total + larger <= budget:
+                chosen[layer], total = number - 1, total + larger
+        return [self.curve(key)[number] for key, number in zip(self.keys, chosen, strict=True)]
+
+
 def plan_training(
-    arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, forward_only: bool = False
+    arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, forward_only: bool = False,
+    arena_budget: float | None = None, sequence_length: int = SEQUENCE_LENGTH,
 ) -> ModelPlan:
     """Forward and backward programs of every layer. A layer's input gradient exists only above the lowest bypass.
 
-    `forward_only` trains nothing: what is kept is K and V, which later windows read.
+    `forward_only` trains nothing: what is kept is K and V, which later windows read. arena_budget: bytes per token kept over
+    all layers, met by running those matrix products again that cost the fewest FLOPs per byte; None: none of them.
+    sequence_length: of a typical example, which sets attention's FLOPs. Raises ConfigError if the budget can't be met.
     """
-    cache: dict[tuple[object, ...], LayerPlan] = {}
-    nothing = len(bypasses)
-    lowest = nothing if forward_only else next((i for i, b in enumerate(bypasses) if b.factor_widths), nothing)
-    layers = []
-    for index, bypass in enumerate(bypasses):
-        key = (bypass.key, index > lowest, index >= lowest)
-        if key not in cache:
-            joint = differentiate(trace(arch, bypass.bypass, bypass.factor_widths))
-            trainable = frozenset() if forward_only else frozenset(bypass.factor_widths)
-            pruned = prune(joint, trainable=trainable.__contains__, input_gradient=index > lowest)
-            cache[key] = lower(pruned, rematerialize(pruned, itemsize), merged=MERGED, itemsize=itemsize)
-        layers.append(cache[key])
-    return ModelPlan(layers=tuple(layers))
+    layers = _Layers(arch, bypasses, itemsize=itemsize, forward_only=forward_only, sequence_length=sequence_length)
+    plan = ModelPlan(layers=tuple(layers.first()))
+    if arena_budget is None or plan.arena_bytes <= arena_budget:
+        return plan
+    return ModelPlan(layers=tuple(layers.within(arena_budget)))
+
+
+def frontier(
+    arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, sequence_length: int = SEQUENCE_LENGTH,
+    num_points: int = 25,
+) -> tuple[Point, ...]:
+    """Budgets from the most bytes to the fewest, in order of rising FLOPs: `num_points`, or all where there are fewer."""
+    layers = _Layers(arch, bypasses, itemsize=itemsize, forward_only=False, sequence_length=sequence_length)
+    chosen = [layers.curve(key)[0] for key in layers.keys]
+    work = sum(plan.flops.forward + plan.flops.backward for plan in chosen)
+    arena_bytes, flops = sum(plan.arena_bytes for plan in chosen), 0
+    points = [Point(arena_bytes, 0.0)]
+    for layer, number in layers.steps():
+        plan, following = layers.curve(layers.keys[layer])[number - 1 : number + 1]
+        arena_bytes -= plan.arena_bytes - following.arena_bytes
+        flops += following.flops.recompute - plan.flops.recompute
+        points.append(Point(arena_bytes, flops / max(1, work)))
+    if len(points) <= num_points:
+        return tuple(points)
+    least, most = points[-1].arena_bytes, points[0].arena_bytes
+    wanted = [most - (most - least) * number / (num_points - 1) for number in range(num_points)]
+    return tuple(dict.fromkeys(next(p for p in points if p.arena_bytes <= size) for size in wanted))
 
 
 def plan_inference(arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int) -> ModelPlan:

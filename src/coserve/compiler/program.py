@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coserve.compiler.graph import JointGraph
-from coserve.compiler.prune import Kept
+from coserve.compiler.flops import NO_FLOPS, LayerFlops
+from coserve.compiler.graph import JointGraph, Node
+from coserve.compiler.rematerialize import Kept
 from coserve.ops.run import Runner
 
 
@@ -89,6 +90,9 @@ class LayerPlan:
     input_offset: int
     kept_slots: Mapping[str, Slot]
     """Where each kept value but the input lies in the arena."""
+    recompute: tuple[Node, ...] = ()
+    """Forward nodes that backward runs again, window by window."""
+    flops: LayerFlops = NO_FLOPS
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from coserve.compiler.graph import producers
 from coserve.compiler.plan import ModelPlan
 from coserve.compiler.program import LayerPlan
+from coserve.ops.table import TABLE, Cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +23,13 @@ class KeptValue:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
     """Layers with one plan. bytes are per token and layer; `all_bytes` is what keeping every forward value would take,
-    `read_bytes` what backward reads before element-wise values are recomputed, `arena_bytes` what is kept."""
+    `read_bytes` what backward reads before anything is recomputed, `arena_bytes` what is kept. recomputed: what backward
+    reads and forward doesn't keep; products: the matrix products that run again for it."""
 
     layers: tuple[int, ...]
     kept: tuple[KeptValue, ...]
     recomputed: tuple[str, ...]
+    products: tuple[str, ...]
     all_bytes: int
     read_bytes: int
     arena_bytes: int
@@ -41,8 +44,10 @@ def _describe(plan: LayerPlan, layers: tuple[int, ...], itemsize: int) -> LayerR
     make = producers(graph.nodes)
     names = {k.name for k in kept}
     recomputed = tuple(f"{name} by {make[name].op}" for name in plan.joint.saved() if name not in names)
+    again = (call for call in (plan.backward.calls if plan.backward else ()) if TABLE[call.op].gradients)
+    products = tuple(call.weight or call.op for call in again if TABLE[call.op].cost is not Cost.ELEMENTWISE)
     return LayerReport(
-        layers=layers, kept=kept, recomputed=recomputed, all_bytes=sum(size.values()),
+        layers=layers, kept=kept, recomputed=recomputed, products=products, all_bytes=sum(size.values()),
         read_bytes=sum(size[name] for name in plan.joint.saved()), arena_bytes=plan.arena_bytes,
     )
 

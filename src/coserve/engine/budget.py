@@ -1,23 +1,26 @@
-"""How much memory a finetuning job needs, counted from its plan, and how much there is."""
+"""How much memory a finetuning job needs, counted from its plan, how much there is, and the plan that fits into it."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from coserve.compiler.plan import ModelPlan
 from coserve.config import LoraConfig
-from coserve.core import CapacityError
+from coserve.core import CapacityError, Group
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import expected_shapes
 from coserve.model.decoder import linear_shapes
 from coserve.peft.lora import LoraAdapter, lora_layout
 from coserve.runtime.executor import head_rows
 from coserve.runtime.memory import arena_rows
+from coserve.runtime.microbatch import microbatch_layout
+from coserve.runtime.plans import training_frontier, training_plan
 
 _WORK_ALIGN = 64
 """The workspace rounds its rows up to this (runtime/memory.py)."""
@@ -61,6 +64,73 @@ def training_bytes(
         "workspace": max(plan.work_bytes * -(-window // _WORK_ALIGN) * _WORK_ALIGN, head),
         "adapter and optimizer": num_parameters * copies,
     }
+
+
+class Workload(NamedTuple):
+    """What a plan is chosen for: tokens of the largest micro-batch, tokens of the sequence that a token sees on average."""
+
+    num_tokens: int
+    sequence_length: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], batch_size: int, max_microbatch_tokens: int) -> Workload:
+        """Of a job's groups."""
+        largest = sorted((group.num_tokens for group in groups), reverse=True)[:batch_size]
+        lengths = [example.num_tokens for group in groups for example in group.examples]
+        squares = sum(length * length for length in lengths)
+        return cls(min(max_microbatch_tokens, sum(largest)), math.ceil(squares / max(1, sum(lengths))))
+
+
+class FittedPlan(NamedTuple):
+    """A plan and what its largest micro-batch takes in flight: kept values, hidden and gradient rows."""
+
+    plan: ModelPlan
+    num_tokens: int
+    num_bytes: int
+    fits: bool
+
+    def __str__(self) -> str:
+        again = f"backward runs {self.plan.extra_flops_ratio:.1%} of the matrix products again"
+        return (
+            f"a micro-batch of {self.num_tokens} tokens takes {self.num_bytes / GIB:.3f} GiB, {self.plan.arena_bytes} bytes "
+            f"per token are kept; {again if self.plan.recompute_flops else 'no matrix product is run again'}"
+        )
+
+
+def fit_plan(arch: Architecture, adapter: LoraAdapter, room: float, workload: Workload, *, itemsize: int) -> FittedPlan:
+    """The plan with the fewest FLOPs whose largest micro-batch takes at most `room` bytes in flight; if none does, the smallest
+    plan."""
+
+    def fitted(arena_budget: float | None) -> FittedPlan:
+        plan = training_plan(
+            arch, adapter, itemsize=itemsize, arena_budget=arena_budget, sequence_length=workload.sequence_length
+        )
+        layout = microbatch_layout(plan, workload.num_tokens, arch, itemsize, forward_only=False)
+        return FittedPlan(plan, workload.num_tokens, layout.total, layout.total <= room)
+
+    most = fitted(None)
+    if most.fits:
+        return most
+    layout = microbatch_layout(most.plan, workload.num_tokens, arch, itemsize, forward_only=False)
+    budget = (room - layout.total + layout.arena) // 64 * 64 / arena_rows(workload.num_tokens)
+    least = training_frontier(arch, adapter, itemsize=itemsize, sequence_length=workload.sequence_length)[-1].arena_bytes
+    return fitted(max(budget, least))
+
+
+def asked_plan(
+    arch: Architecture, adapter: LoraAdapter, workload: Workload, activation_memory_bytes: int | None, *, itemsize: int
+) -> FittedPlan:
+    """The plan for a setting, whatever there is. Raises CapacityError if no plan meets it."""
+    room = math.inf if activation_memory_bytes is None else activation_memory_bytes
+    found = fit_plan(arch, adapter, room, workload, itemsize=itemsize)
+    if not found.fits:
+        most = fit_plan(arch, adapter, math.inf, workload, itemsize=itemsize)
+        raise CapacityError(
+            f"activation_memory_bytes: a micro-batch of {workload.num_tokens} tokens takes at least {found.num_bytes} bytes, "
+            f"{most.num_bytes} without running a product again, and {activation_memory_bytes} are allowed; raise it, or lower "
+            "max_microbatch_tokens", param="activation_memory_bytes",
+        )
+    return found
 
 
 def available_bytes(device: torch.device) -> int | None:

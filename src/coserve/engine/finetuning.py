@@ -19,9 +19,19 @@ from typing import Any
 
 import torch
 
+from coserve.compiler.plan import ModelPlan
 from coserve.config import FinetuneConfig, LoraConfig, to_dict
 from coserve.core import ConfigError, InvalidRequest
-from coserve.engine.budget import available_bytes, require_memory, shape_adapter, training_bytes
+from coserve.engine.budget import (
+    FittedPlan,
+    Workload,
+    asked_plan,
+    available_bytes,
+    fit_plan,
+    require_memory,
+    shape_adapter,
+    training_bytes,
+)
 from coserve.engine.model import LoadedModel, load_model, resolve_device, resolve_dtype
 from coserve.engine.trainer import LoraTrainer
 from coserve.finetune.checkpoints import write_atomically
@@ -31,7 +41,6 @@ from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.linear import can_pack
 from coserve.model.locate import locate_model
 from coserve.peft.lora import LoraAdapter
-from coserve.runtime.plans import training_plan
 from coserve.tokenizer import ChatTokenizer
 
 
@@ -67,19 +76,31 @@ def _check_output(directory: Path, resume: bool) -> None:
         )
 
 
-def _check_memory(
+def _choose_plan(
     arch: Architecture, config: FinetuneConfig, dataset: Dataset, device: torch.device, dtype: torch.dtype, *, loaded: bool
-) -> None:
-    largest = sorted((group.num_tokens for group in dataset.groups), reverse=True)[: config.batch_size]
-    adapter = shape_adapter(arch, config.lora)
-    needed = training_bytes(
-        arch, training_plan(arch, adapter, itemsize=dtype.itemsize), adapter.flat.numel(),
-        microbatch_tokens=min(config.max_microbatch_tokens, sum(largest)), window_tokens=config.window_tokens,
-        itemsize=dtype.itemsize, packed=can_pack(dtype, device),
-    )
-    if loaded:
-        needed.pop("weights")
-    require_memory(needed, available_bytes(device))
+) -> FittedPlan:
+    """The plan with the fewest FLOPs for which there is memory. A deterministic job's depends on its settings only."""
+    adapter, available, itemsize = shape_adapter(arch, config.lora), available_bytes(device), dtype.itemsize
+    workload = Workload.of(dataset.groups, config.batch_size, config.max_microbatch_tokens)
+    chosen = asked_plan(arch, adapter, workload, config.activation_memory_bytes, itemsize=itemsize)
+
+    def needs(plan: ModelPlan) -> dict[str, int]:
+        needed = training_bytes(
+            arch, plan, adapter.flat.numel(), microbatch_tokens=workload.num_tokens, window_tokens=config.window_tokens,
+            itemsize=itemsize, packed=can_pack(dtype, device),
+        )
+        if loaded:
+            needed.pop("weights")
+        return needed
+
+    while available is not None and not config.deterministic and chosen.fits:
+        over = sum(needs(chosen.plan).values()) - available
+        if over <= 0:
+            break
+        # once more where the smaller plan's workspace is larger
+        chosen = fit_plan(arch, adapter, chosen.num_bytes - over, workload, itemsize=itemsize)
+    require_memory(needs(chosen.plan), available)
+    return chosen
 
 
 def _load_data(
@@ -131,15 +152,18 @@ class PreparedJob:
 def prepare(
     loaded: LoadedModel, data: Path, directory: Path, config: FinetuneConfig, *, train: Dataset, held_out: Dataset | None,
     validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
-    listen: Callable[[JobEvent], None],
+    listen: Callable[[JobEvent], None], fitted: FittedPlan,
 ) -> PreparedJob:
     """A job on a loaded model, in its directory; gone back to its newest checkpoint with `resume`."""
+    listen(JobEvent(level="info", message=str(fitted)))
     adapter = loaded.load_adapter(Path(start)) if start is not None else None
     if adapter is not None:
         if config.lora not in (LoraConfig(), adapter.config):
             listen(JobEvent(level="warn", message=f"the lora settings are those of {start}; the ones given are not used"))
         config = replace(config, lora=adapter.config)
-    trainer = LoraTrainer(loaded, config, start=adapter, warn=lambda m: listen(JobEvent(level="warn", message=m)))
+    trainer = LoraTrainer(
+        loaded, config, start=adapter, plan=fitted.plan, warn=lambda m: listen(JobEvent(level="warn", message=m))
+    )
     facts = {
         "base_fingerprint": loaded.fingerprint, "data_digest": train.report.digest,
         "start": None if start is None else str(start), "settings": to_dict(config),
@@ -157,10 +181,10 @@ def prepare(
 def prepare_beside(
     loaded: LoadedModel, data: str | os.PathLike[str], output: str | os.PathLike[str], config: FinetuneConfig, *,
     validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
-    listen: Callable[[JobEvent], None], check: Callable[[Dataset, Dataset | None], None],
+    listen: Callable[[JobEvent], None], check: Callable[[Dataset, Dataset | None], FittedPlan],
 ) -> PreparedJob:
-    """A job for an engine, whose pool gives it memory. check: may refuse the data before anything is written. Raises as
-    `finetune` does."""
+    """A job for an engine, whose pool gives it memory. check: chooses the plan, or refuses the data before anything is written.
+    Raises as `finetune` does."""
     directory, data_path = Path(output), Path(data)
     _check_output(directory, resume)
     arch = loaded.architecture
@@ -169,10 +193,10 @@ def prepare_beside(
         if dataset is not None:
             _check_vocabulary(dataset, arch, loaded.directory)
     _tell(train, listen)
-    check(train, held_out)
+    fitted = check(train, held_out)
     return prepare(
         loaded, data_path, directory, config, train=train, held_out=held_out, validation=validation, start=start, resume=resume,
-        listen=listen,
+        listen=listen, fitted=fitted,
     )
 
 
@@ -208,11 +232,14 @@ def finetune(
         if dataset is not None:
             _check_vocabulary(dataset, arch, base)
     _tell(train, listen)
-    _check_memory(arch, config, train, place, kind, loaded=isinstance(model, LoadedModel))
+    fitted = _choose_plan(arch, config, train, place, kind, loaded=isinstance(model, LoadedModel))
     loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, dtype=dtype)
+    if start is not None:
+        trained = replace(config, lora=loaded.load_adapter(Path(start)).config)
+        fitted = _choose_plan(arch, trained, train, place, kind, loaded=True)
     prepared = prepare(
         loaded, data_path, directory, config, train=train, held_out=held_out, validation=validation, start=start, resume=resume,
-        listen=listen,
+        listen=listen, fitted=fitted,
     )
     were_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(were_deterministic or config.deterministic)

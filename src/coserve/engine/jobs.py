@@ -262,7 +262,7 @@ class LiveJob:
                 id=number, job=self.number, num_tokens=micro.batch.num_tokens,
                 num_layers=self.trainer.model.architecture.num_layers, lowest=micro.plan.lowest_trained,
                 bounds=micro.batch.bounds, label_rows=micro.batch.host_label_rows.tolist(), forward_only=micro.forward_only,
-                grid=grid,
+                grid=grid, again=micro.plan.recompute_flops / max(1, micro.plan.trained_forward_flops),
             )
             self._in_flight[number] = (micro, work, arena)
             self.host.microbatch_begun(number, micro, work)

@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from coserve.compiler.plan import ModelPlan
 from coserve.config import EngineConfig, FinetuneConfig, LoraConfig
 from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan, WorkUnit
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.batchwork import Microbatch
-from coserve.engine.budget import GIB, shape_adapter
+from coserve.engine.budget import GIB, FittedPlan, Workload, asked_plan, fit_plan, shape_adapter
 from coserve.engine.finetuning import PreparedJob
 from coserve.engine.jobs import JobHandle, LiveJob
 from coserve.finetune.datasets import Dataset
@@ -28,7 +27,7 @@ from coserve.model.architecture import Architecture
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.microbatch import microbatch_layout
-from coserve.runtime.plans import scoring_plan, training_plan
+from coserve.runtime.plans import scoring_plan
 from coserve.scheduler.arenas import Arena
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
@@ -88,24 +87,32 @@ class JobTable:
         if any(job.handle.name == name for job in list(self.jobs.values())):
             raise InvalidRequest(f"name: a job called {name!r} is running; name another", param="name")
 
-    def check_data(self, train: Dataset, held_out: Dataset | None, config: FinetuneConfig, lora: LoraConfig) -> None:
-        """Refuses a job whose largest micro-batch can't fit beside what inference is guaranteed."""
+    def check_data(self, train: Dataset, held_out: Dataset | None, config: FinetuneConfig, lora: LoraConfig) -> FittedPlan:
+        """The job's plan: the one with the fewest FLOPs whose largest micro-batch fits beside what inference is guaranteed.
+        Refuses a job for which there is none; a deterministic job's plan depends on no room, only on its settings."""
         arch, itemsize = self.arch, self.itemsize
-        adapter = shape_adapter(arch, lora)
-        largest = sorted((group.num_tokens for group in train.groups), reverse=True)[: config.batch_size]
-        self._check_arena(config, sum(largest), training_plan(arch, adapter, itemsize=itemsize), forward_only=False)
+        adapter, room = shape_adapter(arch, lora), self._room
+        workload = Workload.of(train.groups, config.batch_size, config.max_microbatch_tokens)
+        chosen = asked_plan(arch, adapter, workload, config.activation_memory_bytes, itemsize=itemsize)
+        if chosen.num_bytes > room and not config.deterministic:
+            chosen = fit_plan(arch, adapter, room, workload, itemsize=itemsize)
+        self._check_room(chosen.num_tokens, chosen.num_bytes)
         if held_out is not None:
-            total = sum(group.num_tokens for group in held_out.groups)
-            self._check_arena(config, total, scoring_plan(arch, adapter, itemsize=itemsize), forward_only=True)
+            tokens = min(config.max_microbatch_tokens, sum(group.num_tokens for group in held_out.groups))
+            scoring = scoring_plan(arch, adapter, itemsize=itemsize)
+            self._check_room(tokens, microbatch_layout(scoring, tokens, arch, itemsize, forward_only=True).total)
+        return chosen
 
-    def _check_arena(self, config: FinetuneConfig, num_tokens: int, plan: ModelPlan, *, forward_only: bool) -> None:
-        tokens = min(config.max_microbatch_tokens, num_tokens)
-        needed = microbatch_layout(plan, tokens, self.arch, self.itemsize, forward_only=forward_only).total
-        room = (self.blocks.num_blocks - self.blocks.guaranteed_blocks) * self.pool.block_bytes
-        if needed > room:
+    @property
+    def _room(self) -> int:
+        """Bytes of the pool that jobs may have."""
+        return (self.blocks.num_blocks - self.blocks.guaranteed_blocks) * self.pool.block_bytes
+
+    def _check_room(self, num_tokens: int, needed: int) -> None:
+        if needed > self._room:
             raise CapacityError(
-                f"max_microbatch_tokens: a micro-batch of {tokens} tokens needs {needed / GIB:.2f} GiB and jobs may have "
-                f"{room / GIB:.2f} GiB of the pool; lower max_microbatch_tokens, or raise memory_bytes",
+                f"max_microbatch_tokens: a micro-batch of {num_tokens} tokens needs {needed / GIB:.2f} GiB and jobs may have "
+                f"{self._room / GIB:.2f} GiB of the pool; lower max_microbatch_tokens, or raise memory_bytes",
                 param="max_microbatch_tokens",
             )
 

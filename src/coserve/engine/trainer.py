@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from coserve.compiler.plan import ModelPlan
 from coserve.config import FinetuneConfig
 from coserve.core import CapacityError, Direction, Group, Unit
 from coserve.engine.batchwork import BatchWork
+from coserve.engine.budget import Workload, asked_plan
 from coserve.engine.model import LoadedModel
 from coserve.finetune.job import StepLoss
 from coserve.finetune.objectives import OBJECTIVES
@@ -18,7 +20,7 @@ from coserve.finetune.optimizer import FlatAdamW
 from coserve.peft.format import save_adapter
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import TrainExecutor
-from coserve.runtime.plans import scoring_plan, training_plan
+from coserve.runtime.plans import scoring_plan
 
 MIN_WINDOW = 32
 
@@ -36,11 +38,15 @@ def sweep(num_layers: int, lowest: int, num_tokens: int, window: int, *, forward
 
 
 class LoraTrainer:
-    """One job's adapter, its optimizer and its plans. `start`: an adapter to continue from (also the DPO reference)."""
+    """One job's adapter, its optimizer and its plans.
+
+    start: an adapter to continue from (also the DPO reference). plan: of the adapter's training; default: what `config` asks
+    for, with micro-batches as large as they may be.
+    """
 
     def __init__(
         self, model: LoadedModel, config: FinetuneConfig, *, start: LoraAdapter | None = None,
-        warn: Callable[[str], None] = lambda _: None,
+        plan: ModelPlan | None = None, warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.config, self.warn = model, config, warn
         arch, weights = model.architecture, model.weights
@@ -54,7 +60,10 @@ class LoraTrainer:
         self.optimizer = FlatAdamW(config.optimizer, self.adapter.flat, self.adapter.grad)
         self.executor = TrainExecutor(model.executor)
         itemsize = weights.dtype.itemsize
-        self.plan = training_plan(arch, self.adapter, itemsize=itemsize)
+        if plan is None:
+            workload = Workload(config.max_microbatch_tokens, config.max_length or config.max_microbatch_tokens)
+            plan = asked_plan(arch, self.adapter, workload, config.activation_memory_bytes, itemsize=itemsize).plan
+        self.plan = plan
         self.scoring = scoring_plan(arch, self.adapter, itemsize=itemsize)
         self.reference_scoring = scoring_plan(arch, self.reference, itemsize=itemsize)
         self.window = config.grid_tokens or config.window_tokens

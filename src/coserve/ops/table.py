@@ -40,6 +40,8 @@ class Operator:
     outputs: tuple[str, ...]
     cost: Cost
     gradients: tuple[Gradient, ...] = ()
+    products: int = 1
+    """Matrix products in it, of queries with keys or values where it is attention."""
     inplace: bool = False
     """The first output may take the memory of the first input."""
     accumulates: bool = False
@@ -74,7 +76,8 @@ TABLE: dict[str, Operator] = {
         gradients=(Gradient("rope_dgrad", ("d:out",), ("x",)),),
     ),
     "attention": Operator(
-        inputs=("q", "k", "v"), outputs=("out", "lse"), cost=Cost.ATTENTION, whole=("k", "v"), parallel=(("|", "", "|"),),
+        inputs=("q", "k", "v"), outputs=("out", "lse"), cost=Cost.ATTENTION, products=2, whole=("k", "v"),
+        parallel=(("|", "", "|"),),
         gradients=(Gradient("attention_dgrad", ("d:out", "q", "k", "v", "out", "lse"), ("q", "k", "v")),),
     ),
     "silu_mul": Operator(
@@ -99,7 +102,7 @@ TABLE: dict[str, Operator] = {
     "segment_linear_wgrad": Operator(inputs=("grad", "x"), outputs=("weight",), cost=Cost.MATMUL),
     "rope_dgrad": Operator(inputs=("grad",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True),
     "attention_dgrad": Operator(
-        inputs=("grad", "q", "k", "v", "out", "lse"), outputs=("d_q", "d_k", "d_v"), cost=Cost.ATTENTION,
+        inputs=("grad", "q", "k", "v", "out", "lse"), outputs=("d_q", "d_k", "d_v"), cost=Cost.ATTENTION, products=5,
         whole=("k", "v", "d_k", "d_v"),
     ),
     "silu_mul_dgrad": Operator(inputs=("grad", "gate", "up"), outputs=("d_gate", "d_up"), cost=Cost.ELEMENTWISE),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from coserve.compiler.plan import LayerBypass, ModelPlan, plan_fused, plan_inference, plan_training
+from coserve.compiler.flops import SEQUENCE_LENGTH
+from coserve.compiler.plan import LayerBypass, ModelPlan, Point, frontier, plan_fused, plan_inference, plan_training
 from coserve.compiler.program import FusedLayer
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import NoBypass
@@ -27,10 +28,25 @@ def _bypass(widths: Mapping[str, int], dropout: float) -> LayerBypass:
     return LayerBypass(key=key, bypass=LoraBypass(sites, dropout), factor_widths=widths)
 
 
-def training_plan(arch: Architecture, adapter: LoraAdapter | None, *, itemsize: int) -> ModelPlan:
-    """Forward and backward programs for an adapter's training; with None, forward only (reference log-probabilities)."""
+def training_plan(
+    arch: Architecture, adapter: LoraAdapter | None, *, itemsize: int, arena_budget: float | None = None,
+    sequence_length: int = SEQUENCE_LENGTH,
+) -> ModelPlan:
+    """Forward and backward programs for an adapter's training; with None, forward only (reference log-probabilities).
+
+    arena_budget, sequence_length: as for `plan_training`. Raises ConfigError.
+    """
     dropout = 0.0 if adapter is None else adapter.config.dropout
-    return plan_training(arch, layer_bypasses(arch, adapter, dropout=dropout), itemsize=itemsize)
+    bypasses = layer_bypasses(arch, adapter, dropout=dropout)
+    return plan_training(arch, bypasses, itemsize=itemsize, arena_budget=arena_budget, sequence_length=sequence_length)
+
+
+def training_frontier(
+    arch: Architecture, adapter: LoraAdapter, *, itemsize: int, sequence_length: int = SEQUENCE_LENGTH
+) -> tuple[Point, ...]:
+    """The arena budgets that an adapter's training can meet, and what each costs."""
+    bypasses = layer_bypasses(arch, adapter, dropout=adapter.config.dropout)
+    return frontier(arch, bypasses, itemsize=itemsize, sequence_length=sequence_length)
 
 
 def scoring_plan(arch: Architecture, adapter: LoraAdapter | None, *, itemsize: int) -> ModelPlan:

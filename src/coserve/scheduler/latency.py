@@ -46,7 +46,7 @@ class UnitCost(NamedTuple):
     """A unit of finetuning work that is not fused.
 
     pairs: query-key pairs of the window per layer; labels: label rows through the loss head, of forward units that reach the
-    top, else 0.
+    top, else 0; again: how much of forward a backward unit runs again, by matrix FLOPs, from 0 to 1.
     """
 
     backward: bool
@@ -54,6 +54,7 @@ class UnitCost(NamedTuple):
     layers: int
     pairs: int
     labels: int
+    again: float = 0.0
 
 
 class Contents(NamedTuple):
@@ -139,7 +140,7 @@ class _Curve(NamedTuple):
     slopes: tuple[float, ...]
     per_layer: bool
 
-    def __call__(self, amount: int) -> float:
+    def __call__(self, amount: float) -> float:
         piece = bisect_right(self.knots, amount) - 1
         return self.values[piece] + self.slopes[piece] * (amount - self.knots[piece]) if piece >= 0 else 0.0
 
@@ -165,7 +166,7 @@ class _Law:
                 curves.append(_Curve(fields.index(term.field), term.knots, tuple(values), slopes, term.per_layer))
         self._products, self._curves = tuple(products), tuple(curves)
 
-    def __call__(self, cost: Sequence[int], layers: int = 1) -> float:
+    def __call__(self, cost: Sequence[float], layers: int = 1) -> float:
         seconds = self.constant + sum(map(mul, self._products, cost))
         for curve in self._curves:
             value = curve(cost[curve.place])
@@ -235,7 +236,10 @@ class LatencyModel:
     def unit_seconds(self, cost: UnitCost) -> float:
         """A unit that is not fused."""
         if cost.backward:
-            return self._factors["backward"] * self._backward(cost, cost.layers)
+            seconds = self._backward(cost, cost.layers)
+            if cost.again:
+                seconds += cost.again * self._forward(cost, cost.layers)
+            return self._factors["backward"] * seconds
         return self._factors["forward"] * self._forward(cost, cost.layers)
 
     def optimizer_seconds(self, elements: int) -> float:

@@ -64,7 +64,7 @@ class UnitPicker:
     def __init__(self, latency: LatencyModel, num_layers: int, max_window: int) -> None:
         self.latency, self.num_layers, self.max_window = latency, num_layers, max_window
         self._waited = self._stuck = 0
-        self._possible: dict[tuple[bool, int], float] = {}
+        self._possible: dict[tuple[bool, int, float], float] = {}
 
     def pick(
         self, jobs: Sequence[JobWork], seconds: float, inference: PassCost | None, *, fuse: bool, patient: bool = True,
@@ -154,7 +154,7 @@ class UnitPicker:
             )
         if not work.forward_only:
             layers = max(0, work.backward_layer + 1 - work.lowest)
-            total += self.latency.unit_seconds(UnitCost(True, rows, layers, work.pairs(0, rows), 0))
+            total += self.latency.unit_seconds(UnitCost(True, rows, layers, work.pairs(0, rows), 0, work.again))
         return total
 
     def _tokens(self, unit: Unit) -> float:
@@ -193,11 +193,11 @@ class UnitPicker:
         backward = work.phase is Phase.BACKWARD
         ahead = work.num_tokens - work.end if work.between_windows else work.end - work.row
         rows = min(work.backward_row if backward else ahead, work.grid or self.max_window)
-        known = self._possible.get((backward, rows))
+        key = (backward, rows, work.again if backward else 0.0)
+        known = self._possible.get(key)
         if known is None:
-            cost = UnitCost(backward, rows, self.num_layers, 0, 0)
-            seconds = max(self.latency.unit_seconds(cost), 1e-9)
-            known = self._possible[backward, rows] = min(1.0, self._ideal(backward, rows * self.num_layers) / seconds)
+            cost = UnitCost(backward, rows, self.num_layers, 0, 0, key[2])
+            known = self._possible[key] = min(1.0, self._ideal(cost) / max(self.latency.unit_seconds(cost), 1e-9))
         return known
 
     def _optimizer_slice(self, jobs: Sequence[JobWork], left: float) -> OptimizerSlice | None:
@@ -281,7 +281,8 @@ class UnitPicker:
 
         def cost(layers: int) -> UnitCost:
             top = not backward and first + layers == self.num_layers
-            return UnitCost(backward, end - start, layers, pairs, work.labels(start, end) if top else 0)
+            labels, again = work.labels(start, end) if top else 0, work.again if backward else 0.0
+            return UnitCost(backward, end - start, layers, pairs, labels, again)
 
         one = self.latency.unit_seconds(cost(1))
         if one > left:
@@ -299,12 +300,13 @@ class UnitPicker:
     def _work(self, cost: UnitCost, seconds: float) -> float:
         """Seconds at the best rate: attention and labels as they are, rows as in a large window."""
         bare = cost._replace(pairs=0, labels=0)
-        return seconds - self.latency.unit_seconds(bare) + self._ideal(cost.backward, cost.rows * cost.layers)
+        return seconds - self.latency.unit_seconds(bare) + self._ideal(cost)
 
-    def _ideal(self, backward: bool, row_layers: int) -> float:
+    def _ideal(self, cost: UnitCost) -> float:
+        """A unit's rows and layers at the best rate."""
         layers = self.num_layers
-        whole = self.latency.unit_seconds(UnitCost(backward, REFERENCE_ROWS, layers, 0, 0))
-        return whole * row_layers / (REFERENCE_ROWS * layers)
+        whole = self.latency.unit_seconds(cost._replace(rows=REFERENCE_ROWS, layers=layers, pairs=0, labels=0))
+        return whole * cost.rows * cost.layers / (REFERENCE_ROWS * layers)
 
     def _with_fused(self, inference: PassCost, work: MicrobatchWork, unit: Unit) -> PassCost:
         rows = unit.end - unit.start
@@ -326,5 +328,5 @@ class UnitPicker:
                 cost = UnitCost(False, rows, self.num_layers, work.pairs(unit.start, unit.end),
                                 work.labels(unit.start, unit.end))
                 extra = self.latency.unit_seconds(cost) - self.latency.unit_seconds(cost._replace(pairs=0, labels=0))
-                ideal = extra + self._ideal(False, rows * self.num_layers)
+                ideal = extra + self._ideal(cost)
                 yield Candidate(WorkUnit(work.id, unit, fused=True), ideal, max(seconds, 1e-9), None)

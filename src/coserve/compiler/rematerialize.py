@@ -1,0 +1,163 @@
+"""Pass 4: which values forward keeps, and what backward runs again to make the others.
+
+A choice is a cut of the layer's graph, values and nodes between a source and a sink:
+
+    source --for ever--> a value that backward reads
+    value  --its bytes--> the node that makes it           cut: the value is kept
+    node   --its FLOPs--> sink                             cut: the node runs again
+    node   --for ever--> each of its inputs                what runs again needs its inputs
+
+For every price of a FLOP in bytes the least cut is the best choice, exactly; over all prices they are the lower convex hull of
+(bytes, FLOPs), from "all that costs a matrix product" to "the layer's input only". Element-wise nodes cost nothing.
+
+K and V always stay. Later windows' forward reads them in every layer, so that they lie in the arena to the end of forward
+whatever backward does; making them again (a prologue over all windows of the layer) would not lower the peak. All else is made
+again window by window: attention too, for the window's queries over the K and V that lie there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from coserve.compiler.flops import node_flops
+from coserve.compiler.graph import JointGraph, Node
+from coserve.compiler.mincut import source_side
+
+_FINE = 1 << 20
+"""Nodes of equal cost per byte differ by their place over this, so that a choice may stop between them."""
+_SOURCE, _SINK = -1, -2
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One value that forward stores, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rematerialized:
+    """kept: stored by forward, in forward order. recompute: forward nodes that backward runs again, in order. Per token: bytes
+    of what is kept, matrix FLOPs of what runs again."""
+
+    kept: tuple[Kept, ...]
+    recompute: tuple[Node, ...]
+    num_bytes: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """All choices of one layer."""
+
+    joint: JointGraph
+    itemsize: int
+    context: float
+
+    @cached_property
+    def whole(self) -> frozenset[str]:
+        return self.joint.read_whole()
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        return {name: value.num_bytes(self.itemsize) for name, value in self.joint.forward.values.items()}
+
+    @cached_property
+    def make(self) -> Mapping[str, int]:
+        """The number of the node that makes each value."""
+        return {name: number for number, node in enumerate(self.joint.forward.nodes) for name in node.outputs}
+
+    @cached_property
+    def flops(self) -> tuple[int, ...]:
+        """By node, times _FINE, and a little more for later ones; products of one input that may be merged cost the same."""
+        places: dict[tuple[str, tuple[str, ...]], int] = {}
+        return tuple(
+            node_flops(node, self.joint.forward.values, self.context) * (_FINE + places.setdefault((node.op, node.inputs), i))
+            for i, node in enumerate(self.joint.forward.nodes)
+        )
+
+    def cut(self, byte_price: int, flop_price: int) -> frozenset[int]:
+        """Numbers of the nodes to run again for the least cost; among equals, the fewest nodes."""
+        nodes = self.joint.forward.nodes
+        finest = len(nodes) + 1
+        forever = finest * (byte_price * sum(self.sizes.values()) + flop_price * sum(self.flops) + 1)
+
+        def edges() -> Iterator[tuple[str | int, str | int, int]]:
+            for name in self.joint.saved():
+                yield _SOURCE, name, forever
+            for name, size in self.sizes.items():
+                if name not in self.whole:
+                    yield name, self.make.get(name, _SINK), size * byte_price * finest
+            for number, node in enumerate(nodes):
+                yield number, _SINK, self.flops[number] * flop_price * finest + 1
+                for name in node.inputs:
+                    yield number, name, forever
+
+        return frozenset(n for n in source_side(edges(), _SOURCE, _SINK) if isinstance(n, int) and n >= 0)
+
+    def needed(self, again: frozenset[int]) -> set[str]:
+        """Values that are kept if these nodes run again."""
+        nodes = self.joint.forward.nodes
+        read = {*self.joint.saved(), *(name for number in again for name in nodes[number].inputs)}
+        return {name for name in read if self.make.get(name) not in again} | self.whole
+
+    def cost(self, again: frozenset[int]) -> tuple[int, int]:
+        """(bytes kept, fine FLOPs run again) per token."""
+        return sum(self.sizes[name] for name in self.needed(again)), sum(self.flops[number] for number in again)
+
+    def hull(self) -> list[frozenset[int]]:
+        """Every choice that is best at some price, in order of rising FLOPs."""
+        most_bytes, most_flops = sum(self.sizes.values()) + 1, sum(self.flops) + 1
+        ends = self.cut(1, most_bytes), self.cut(most_flops, 1)
+        found = [ends[0]]
+
+        def between(left: frozenset[int], right: frozenset[int]) -> None:
+            (high, few), (low, many) = self.cost(left), self.cost(right)
+            if high <= low or many <= few:
+                return
+            byte_price, flop_price = many - few, high - low
+            middle = self.cut(byte_price, flop_price)
+            num_bytes, flops = self.cost(middle)
+            if byte_price * num_bytes + flop_price * flops < byte_price * high + flop_price * few:
+                between(left, middle)
+                between(middle, right)
+            else:
+                found.append(right)
+
+        between(*ends)
+        return found
+
+    def describe(self, again: frozenset[int]) -> Rematerialized:
+        joint, kept = self.joint, self.needed(again)
+        recompute = tuple(node for number, node in enumerate(joint.forward.nodes) if number in again)
+        made = {name for node in recompute for name in node.outputs}
+        readers = {value: node for node in reversed(joint.backward) for value in node.inputs}
+        reasons = {value: f"to recompute {n.outputs[0]}" for n in recompute for value in n.inputs}
+        reasons |= {v: f"read by {node.op}" + (f" of {node.weight}" if node.weight else "") for v, node in readers.items()}
+        assert made.isdisjoint(kept)
+        return Rematerialized(
+            kept=tuple(
+                Kept(name, reasons.get(name, "read by later windows' forward attention")) for name in joint.forward.values
+                if name in kept
+            ),
+            recompute=recompute, num_bytes=self.cost(again)[0],
+            flops=sum(node_flops(node, joint.forward.values, self.context) for node in recompute),
+        )
+
+
+def rematerialize(joint: JointGraph, itemsize: int = 4) -> Rematerialized:
+    """The fewest bytes without recomputing a matrix product."""
+    choices = _Choices(joint, itemsize, 1.0)
+    return choices.describe(choices.cut(1, sum(choices.sizes.values()) + 1))
+
+
+def curve(joint: JointGraph, itemsize: int, context: float) -> tuple[Rematerialized, ...]:
+    """All choices of one layer that are best at some price of a FLOP, from no matrix product recomputed to fewest bytes.
+
+    context: tokens that a query sees, on average (`flops.mean_context`).
+    """
+    choices = _Choices(joint, itemsize, context)
+    return tuple(choices.describe(again) for again in choices.hull())

@@ -1,0 +1,201 @@
+"""Peak memory of training, stage by stage of the compiler and along the curve of memory against recomputation.
+
+Owns: what a stage is, how a total is made of parts, and the choice of a plan for a total. Does not own: the parts
+(budget.py counts what the engine really takes) or the choices (compiler/rematerialize.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from coserve.compiler.graph import JointGraph
+from coserve.compiler.lower import lower
+from coserve.compiler.plan import LayerBypass, ModelPlan, frontier, plan_training
+from coserve.compiler.program import LayerPlan
+from coserve.compiler.rematerialize import Kept, Rematerialized
+from coserve.core import CapacityError
+from coserve.engine.budget import training_bytes
+from coserve.model.architecture import Architecture
+from coserve.model.decoder import MERGED
+from coserve.runtime.executor import head_rows
+from coserve.runtime.microbatch import microbatch_layout
+
+_IN_WINDOWS = "token-level"
+STAGES: Mapping[str, str] = {
+    "prune": "what the pruned backward reads",
+    "rematerialize": "element-wise values made again",
+    "budget": "matrix products made again, to fit",
+    "compress": "as before: no value is read for its sign alone",
+    _IN_WINDOWS: "one window's transients instead of a micro-batch's",
+}
+"""Name -> what the stage is left with, in order. A stage's window is the whole micro-batch before the last one."""
+
+PARTS = ("kept activations", "gradients", "workspace", "loss")
+"""What a total is the sum of. gradients: of the residual stream, with its parked rows, and of one layer's keys and values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A micro-batch of `num_tokens` tokens in sequences of `sequence_length`, trained in windows of `window_tokens`."""
+
+    arch: Architecture
+    itemsize: int
+    num_tokens: int
+    sequence_length: int
+    window_tokens: int
+    num_parameters: int
+    """Of the adapter."""
+
+    def parts(self, plan: ModelPlan, window_tokens: int) -> dict[str, int]:
+        """Bytes at the peak by purpose, as PARTS."""
+        layout = microbatch_layout(plan, self.num_tokens, self.arch, self.itemsize, forward_only=False)
+        return {
+            "kept activations": layout.arena, "gradients": layout.total - layout.arena,
+            "workspace": self._accounted(plan, window_tokens)["workspace"],
+            "loss": loss_bytes(self.arch, window_tokens, self.itemsize),
+        }
+
+    def total(self, plan: ModelPlan) -> int:
+        """Bytes at the peak in windows of `window_tokens`."""
+        return sum(self.parts(plan, self.window_tokens).values())
+
+    def apart(self, plan: ModelPlan) -> dict[str, int]:
+        """What lies in memory beside a total: the backbone, and the adapter with its gradient, master and AdamW's state."""
+        held = self._accounted(plan, self.window_tokens)
+        return {name: held[name] for name in ("weights", "adapter and optimizer")}
+
+    def _accounted(self, plan: ModelPlan, window_tokens: int) -> dict[str, int]:
+        return training_bytes(
+            self.arch, plan, self.num_parameters, microbatch_tokens=self.num_tokens, window_tokens=window_tokens,
+            itemsize=self.itemsize,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """bytes_per_token: kept from forward to backward, all layers. parts: bytes at the peak by purpose. extra_flops_ratio: of
+    matrix products run again, over forward and backward."""
+
+    name: str
+    note: str
+    bytes_per_token: int
+    parts: Mapping[str, int]
+    extra_flops_ratio: float
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurvePoint:
+    """One plan of the curve, in windows."""
+
+    bytes_per_token: int
+    total_bytes: int
+    extra_flops_ratio: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """plan: the one that was asked for. in_flight_bytes: what its micro-batch takes of the pool, which is the limit that a job
+    is given (`activation_memory_bytes`). apart: bytes beside every total. checkpointing_flops_ratio: forward run again, over
+    forward and backward, which is what gradient checkpointing costs."""
+
+    plan: ModelPlan
+    stages: tuple[Stage, ...]
+    curve: tuple[CurvePoint, ...]
+    apart: Mapping[str, int]
+    checkpointing_flops_ratio: float
+
+    @property
+    def in_flight_bytes(self) -> int:
+        parts = self.stages[-1].parts
+        return parts["kept activations"] + parts["gradients"]
+
+
+def loss_bytes(arch: Architecture, window_tokens: int, itemsize: int) -> int:
+    """What the loss head takes beside the workspace: hidden and gradient rows of a window of labels, and for a chunk of them
+    three tensors of rows; for a dtype below 4 bytes also the logits in float32 and their gradient."""
+    rows = min(head_rows(arch.vocab_size, itemsize), window_tokens)
+    streams = (2 * window_tokens + 3 * rows) * arch.hidden_size * itemsize
+    return streams + (rows * arch.vocab_size * (4 + itemsize) if itemsize < 4 else 0)
+
+
+def keep_everything(arch: Architecture, plan: ModelPlan, itemsize: int) -> ModelPlan:
+    """The same training with everything kept that the pruned backward reads: nothing is made again."""
+    cache: dict[int, LayerPlan] = {}
+    for layer in plan.layers:
+        if id(layer.joint) not in cache:
+            cache[id(layer.joint)] = lower(layer.joint, _everything(layer.joint), merged=MERGED, itemsize=itemsize)
+    return ModelPlan(layers=tuple(cache[id(layer.joint)] for layer in plan.layers))
+
+
+def _everything(joint: JointGraph) -> Rematerialized:
+    read = {*joint.saved(), *joint.read_whole()}
+    kept = tuple(Kept(name, "read by backward") for name in joint.forward.values if name in read)
+    return Rematerialized(kept=kept, recompute=())
+
+
+def estimate(shape: Shape, bypasses: Sequence[LayerBypass], limit: float | None, num_points: int = 25) -> Estimate:
+    """All stages and the curve. limit: of the total in windows, in bytes, or below 1 as a share of the fastest plan's total;
+    None: no matrix product is made again. Raises CapacityError."""
+
+    def plan(arena_budget: float | None) -> ModelPlan:
+        return plan_training(
+            shape.arch, bypasses, itemsize=shape.itemsize, sequence_length=shape.sequence_length, arena_budget=arena_budget
+        )
+
+    fastest = plan(None)
+    points = frontier(
+        shape.arch, bypasses, itemsize=shape.itemsize, sequence_length=shape.sequence_length, num_points=num_points
+    )
+    curve = [fastest, *(plan(point.arena_bytes) for point in points[1:])]
+    if limit is not None and limit < 1:
+        limit *= shape.total(fastest)
+    asked = fastest if limit is None else _fit(shape, curve, plan, limit)
+    plans = {"prune": keep_everything(shape.arch, fastest, shape.itemsize), "rematerialize": fastest}
+    notes = {**STAGES, "budget": "as before: nothing less was asked"} if asked is fastest else STAGES
+    work = fastest.forward_flops + fastest.backward_flops
+    return Estimate(
+        plan=asked, stages=tuple(_stage(shape, name, note, plans.get(name, asked)) for name, note in notes.items()),
+        curve=tuple(
+            CurvePoint(bytes_per_token=p.arena_bytes, total_bytes=shape.total(p), extra_flops_ratio=p.extra_flops_ratio)
+            for p in curve
+        ),
+        apart=shape.apart(asked), checkpointing_flops_ratio=fastest.forward_flops / max(1, work),
+    )
+
+
+def _fit(shape: Shape, curve: Sequence[ModelPlan], plan: Callable[[float], ModelPlan], limit: float) -> ModelPlan:
+    """The plan with the fewest FLOPs whose total is at most `limit` bytes: between the curve's first that is and its last that
+    isn't. Raises CapacityError."""
+    fitting = next((number for number, point in enumerate(curve) if shape.total(point) <= limit), None)
+    if fitting is None:
+        least = min(curve, key=shape.total)
+        parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in shape.parts(least, shape.window_tokens).items())
+        raise CapacityError(
+            f"activation_memory: a micro-batch of {shape.num_tokens} tokens takes at least {shape.total(least) / 1e9:.3g} GB "
+            f"({parts}), and {limit / 1e9:.3g} GB are allowed; lower max_microbatch_tokens or window_tokens",
+            param="activation_memory",
+        )
+    found = curve[fitting]
+    low, high = float(found.arena_bytes), float(curve[max(0, fitting - 1)].arena_bytes)
+    for _ in range(_HALVINGS):
+        tried = plan((low + high) / 2)
+        if shape.total(tried) <= limit:
+            found, low = tried, (low + high) / 2
+        else:
+            high = (low + high) / 2
+    return found
+
+
+_HALVINGS = 10
+"""Of the range between two points of the curve."""
+
+
+def _stage(shape: Shape, name: str, note: str, plan: ModelPlan) -> Stage:
+    parts = shape.parts(plan, shape.window_tokens if name == _IN_WINDOWS else shape.num_tokens)
+    ratio = plan.extra_flops_ratio if name != "prune" else 0.0
+    return Stage(name=name, note=note, bytes_per_token=plan.arena_bytes, parts=parts, extra_flops_ratio=ratio)

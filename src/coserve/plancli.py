@@ -1,0 +1,304 @@
+"""`coserve plan`: what training keeps and why, its peak memory stage by stage, the curve and the baselines.
+
+Owns: arguments, the adapter kinds by name, the table, the JSON. Does not own: the figures (engine/estimate.py,
+compiler/baselines.py) or the picture (plots.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
+
+from coserve.compiler import baselines
+from coserve.compiler.baselines import Baselines
+from coserve.compiler.plan import LayerBypass
+from coserve.compiler.report import LayerReport, report
+from coserve.config import LoraConfig
+from coserve.core import ConfigError
+from coserve.engine.budget import shape_adapter
+from coserve.engine.estimate import PARTS, Estimate, Shape, estimate
+from coserve.model.architecture import Architecture, read_architecture
+from coserve.model.locate import locate_model
+from coserve.plots import memory_plan
+from coserve.runtime.plans import layer_bypasses
+
+console = Console(highlight=False)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """What is trained. targets: names of modules, or "all-linear"."""
+
+    kind: str
+    rank: int
+    targets: tuple[str, ...] | str
+    dropout: float
+
+
+def _lora(arch: Architecture, adapter: Adapter) -> tuple[list[LayerBypass], int]:
+    config = LoraConfig(r=adapter.rank, target_modules=adapter.targets, dropout=adapter.dropout)  # type: ignore[arg-type]
+    shape = shape_adapter(arch, config)
+    return layer_bypasses(arch, shape, dropout=adapter.dropout), shape.flat.numel()
+
+
+ADAPTERS: Mapping[str, Callable[[Architecture, Adapter], tuple[list[LayerBypass], int]]] = {"lora": _lora}
+"""Kind -> its bypasses, one per layer, and the number of its parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """Everything that is shown. seconds: of planning, without baselines."""
+
+    model: str
+    shape: Shape
+    adapter: Adapter
+    dtype: str
+    activation_memory: str
+    estimate: Estimate
+    kept: tuple[LayerReport, ...]
+    baselines: Baselines
+    seconds: float
+
+
+class PlanCommand(TyperCommand):
+    """`--json` with nothing behind it writes to standard output."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--json" in args:
+            after = args.index("--json") + 1
+            if after == len(args) or (args[after].startswith("-") and args[after] != "-"):
+                args = [*args[:after], "-", *args[after:]]
+        return super().parse_args(ctx, args)
+
+
+def plan(
+    model: Annotated[str | None, typer.Argument(help="Model (SmolLM2); config.json is enough.")] = None,
+    adapter: Annotated[str, typer.Option(help=f"Kind of adapter: {', '.join(ADAPTERS)}.")] = "lora",
+    rank: Annotated[int, typer.Option("--rank", "-r", help="The adapter's rank.")] = 16,
+    target_modules: Annotated[str, typer.Option(help="all-linear, or names joined by commas.")] = "all-linear",
+    dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of an example.")] = 1024,
+    max_microbatch_tokens: Annotated[int | None, typer.Option(help="Tokens packed together (--sequence-length).")] = None,
+    window_tokens: Annotated[int, typer.Option(help="Tokens per unit in the last stage and the curve.")] = 256,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: bytes per element.")] = "float32",
+    activation_memory: Annotated[
+        str, typer.Option(help="Limit of the total: bytes (12.5GB), a share below 1 of the fastest plan's, or auto: none.")
+    ] = AUTO,
+    no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Leave transformers + peft out.")] = False,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="[FILE|-]", help="Write the plan as JSON; - or nothing: standard output.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw stages and curve into this PNG.")] = None,
+) -> None:
+    """What finetuning keeps from forward to backward, why, and how much memory it takes at which cost."""
+    names = tuple(name.strip() for name in target_modules.split(",") if name.strip())
+    targets = target_modules if target_modules == "all-linear" else names
+    planned = make_plan(
+        locate_model(model), Adapter(kind=adapter, rank=rank, targets=targets, dropout=dropout), dtype=dtype,
+        sequence_length=sequence_length, num_tokens=max_microbatch_tokens or sequence_length, window_tokens=window_tokens,
+        activation_memory=activation_memory, with_baselines=not no_baselines,
+    )
+    if json_file == "-":
+        print(to_json(planned))
+    else:
+        show(planned)
+    if json_file is not None and json_file != "-":
+        Path(json_file).write_text(to_json(planned) + "\n")
+    if plot is not None:
+        picture = planned.baselines
+        points = {"peft": picture.peft, "gradient checkpointing": picture.checkpointing}
+        ratios = {"peft": 0.0, "gradient checkpointing": planned.estimate.checkpointing_flops_ratio}
+        memory_plan(
+            [(stage.name, stage.parts) for stage in planned.estimate.stages],
+            [(point.total_bytes, point.extra_flops_ratio) for point in planned.estimate.curve],
+            {name: (point.total_bytes, ratios[name]) for name, point in points.items() if point is not None},
+            plot, title=title(planned),
+        )
+
+
+def make_plan(
+    directory: Path, adapter: Adapter, *, dtype: str, sequence_length: int, num_tokens: int, window_tokens: int,
+    activation_memory: str, with_baselines: bool,
+) -> Planned:
+    """Plans training for a model directory. Raises ConfigError, CapacityError."""
+    if adapter.kind not in ADAPTERS:
+        raise ConfigError(f"adapter: {adapter.kind!r} can't be planned; known: {', '.join(ADAPTERS)}", param="adapter")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: must be {', '.join(DTYPES)}, got {dtype!r}", param="dtype")
+    for name, value in (("sequence_length", sequence_length), ("window_tokens", window_tokens)):
+        if value < 1:
+            raise ConfigError(f"{name}: must be at least 1, got {value}", param=name)
+    if num_tokens < sequence_length:
+        raise ConfigError(
+            f"max_microbatch_tokens: {num_tokens} is less than one sequence of {sequence_length} tokens",
+            param="max_microbatch_tokens",
+        )
+    start = time.perf_counter()
+    arch = read_architecture(directory)
+    bypasses, num_parameters = ADAPTERS[adapter.kind](arch, adapter)
+    shape = Shape(
+        arch=arch, itemsize=DTYPES[dtype].itemsize, num_tokens=num_tokens, sequence_length=sequence_length,
+        window_tokens=min(window_tokens, num_tokens), num_parameters=num_parameters,
+    )
+    result = estimate(shape, bypasses, read_limit(activation_memory))
+    kept = report(result.plan, itemsize=shape.itemsize)
+    seconds = time.perf_counter() - start
+    beside = Baselines(peft=None, checkpointing=None, reason="left out (--no-baselines)")
+    if with_baselines:
+        beside = baselines.measure(
+            directory, adapter=adapter.kind, rank=adapter.rank, targets=adapter.targets, dtype=DTYPES[dtype],
+            sequence_length=sequence_length, num_tokens=num_tokens,
+        )
+    return Planned(
+        model=directory.name, shape=shape, adapter=adapter, dtype=dtype, activation_memory=activation_memory, estimate=result,
+        kept=kept, baselines=beside, seconds=seconds,
+    )
+
+
+def read_limit(text: str) -> float | None:
+    """Bytes of '12.5GB', '800 MiB', '2e9'; a number below 1 as it is, a share; None for 'auto'. Raises ConfigError."""
+    if text.strip().lower() == AUTO:
+        return None
+    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e\d+)?|\.\d+)\s*([kmg]i?b)?\s*", text.lower())
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(
+            f"activation_memory: write bytes (12500000000, 12.5GB, 800MiB), a share below 1, or auto, got {text!r}",
+            param="activation_memory",
+        )
+    return float(found[1]) * UNITS[found[2] or ""]
+
+
+def title(planned: Planned) -> str:
+    """The training in one line."""
+    targets, shape = planned.adapter.targets, planned.shape
+    sites = targets if isinstance(targets, str) else ", ".join(targets)
+    return (
+        f"{planned.model}: {planned.adapter.kind} r{planned.adapter.rank} on {sites}, {planned.dtype}, micro-batch of "
+        f"{shape.num_tokens} tokens, windows of {shape.window_tokens}"
+    )
+
+
+# --- JSON ---
+
+
+def to_json(planned: Planned) -> str:
+    """The whole plan. Bytes; ratios are of matrix FLOPs over forward and backward."""
+    result, shape, beside = planned.estimate, planned.shape, planned.baselines
+    return json.dumps({
+        "model": planned.model,
+        "adapter": {
+            "kind": planned.adapter.kind, "rank": planned.adapter.rank, "num_parameters": shape.num_parameters,
+            "target_modules": planned.adapter.targets, "dropout": planned.adapter.dropout,
+        },
+        "sequence_length": shape.sequence_length, "max_microbatch_tokens": shape.num_tokens,
+        "window_tokens": shape.window_tokens, "dtype": planned.dtype, "activation_memory": planned.activation_memory,
+        "stages": [
+            {"name": stage.name, "bytes_per_token": stage.bytes_per_token, "total_bytes": stage.total_bytes,
+             "extra_flops_ratio": stage.extra_flops_ratio, "parts": stage.parts, "note": stage.note}
+            for stage in result.stages
+        ],
+        "kept": [asdict(entry) for entry in planned.kept],
+        "curve": [asdict(point) for point in result.curve],
+        "baselines": _baselines_json(planned) if beside.reason is None else {"absent": beside.reason},
+        "activation_memory_bytes": result.in_flight_bytes,
+        "beside_every_total": result.apart,
+        "seconds": {"plan": planned.seconds, "baselines": beside.seconds},
+    }, indent=1)
+
+
+def _baselines_json(planned: Planned) -> dict[str, Any]:
+    beside = planned.baselines
+    assert beside.peft is not None and beside.checkpointing is not None
+    ratio = planned.estimate.checkpointing_flops_ratio
+    common = {"method": baselines.METHOD, "attention_path": baselines.ATTENTION_PATH}
+    return {
+        "peft": {**asdict(beside.peft), "extra_flops_ratio": 0.0, **common},
+        "checkpointing": {**asdict(beside.checkpointing), "extra_flops_ratio": ratio, **common},
+    }
+
+
+# --- the terminal ---
+
+
+def size_text(num_bytes: float) -> str:
+    """15.34 GB, 721.3 MB, 480 kB."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
+
+
+def show(planned: Planned) -> None:
+    """Tables of what is kept, of stages and baselines, and the curve."""
+    result = planned.estimate
+    console.print(title(planned), style="bold", soft_wrap=True)
+    for entry in planned.kept:
+        _show_kept(entry)
+    table = Table("stage", "kept", *PARTS[1:], "total", "FLOPs", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for stage in result.stages:
+        sizes = (size_text(size) for size in (*(stage.parts[name] for name in PARTS), stage.total_bytes))
+        table.add_row(stage.name, *sizes, f"+{stage.extra_flops_ratio:.1%}")
+    console.print(table)
+    for stage in result.stages:
+        console.print(f"{stage.name}: {stage.note}; {stage.bytes_per_token} bytes kept per token", soft_wrap=True)
+    console.print(f"beside every total: {', '.join(f'{k} {size_text(v)}' for k, v in result.apart.items())}", soft_wrap=True)
+    steps = (f"{size_text(point.total_bytes)} +{point.extra_flops_ratio:.1%}" for point in result.curve)
+    console.print("[bold]curve[/bold] (total, matrix FLOPs run again): " + ", ".join(steps), soft_wrap=True)
+    _show_baselines(planned)
+    console.print(
+        f"[bold]whole model:[/bold] {result.plan.arena_bytes} bytes kept per token, {result.plan.work_bytes} bytes of "
+        "workspace per row of a window", soft_wrap=True,
+    )
+    console.print(
+        f"a job with activation_memory_bytes = {result.in_flight_bytes} gets this plan; planned in {planned.seconds:.1f} s",
+        soft_wrap=True,
+    )
+
+
+def _show_kept(entry: LayerReport) -> None:
+    first, last = entry.layers[0], entry.layers[-1]
+    apart = "" if len(entry.layers) == last - first + 1 else f", {len(entry.layers)} of them"
+    console.print(f"[bold]layers {first} to {last}[/bold]{apart}" if last > first else f"[bold]layer {first}[/bold]")
+    table = Table("kept value", "elements", "bytes/token", "why")
+    for value in entry.kept:
+        table.add_row(value.name, str(value.width), str(value.num_bytes), value.reason)
+    console.print(table)
+    console.print(f"made again: {', '.join(entry.recomputed) or 'nothing'}", soft_wrap=True)
+    console.print(f"matrix products run again: {', '.join(entry.products) or 'none'}", soft_wrap=True)
+    console.print(
+        f"bytes per token and layer: {entry.all_bytes} for every forward value, {entry.read_bytes} read by the pruned "
+        f"backward, {entry.arena_bytes} kept", soft_wrap=True,
+    )
+
+
+def _show_baselines(planned: Planned) -> None:
+    beside = planned.baselines
+    if beside.peft is None or beside.checkpointing is None:
+        console.print(f"baselines: {beside.reason}", soft_wrap=True)
+        return
+    theirs, extra = beside.checkpointing, planned.estimate.checkpointing_flops_ratio
+    console.print(
+        f"[bold]peft[/bold] saves {size_text(beside.peft.total_bytes)} at no extra FLOPs, [bold]with gradient "
+        f"checkpointing[/bold] {size_text(theirs.total_bytes)} at {extra:.1%}; took {beside.seconds:.1f} s", soft_wrap=True,
+    )
+    console.print(f"  method: {baselines.METHOD}; attention: {baselines.ATTENTION_PATH}", soft_wrap=True)
+
+
+def add_plan(app: typer.Typer) -> None:
+    """Puts it into the command `coserve`."""
+    app.command("plan", cls=PlanCommand)(plan)
