@@ -19,6 +19,8 @@ LINEAR_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 Objective = Literal["sft", "dpo"]
 Schedule = Literal["constant", "linear", "cosine"]
 TooLong = Literal["error", "drop", "truncate"]
+Placement = Literal["houlsby", "pfeiffer"]
+Activation = Literal["relu", "gelu"]
 
 
 def _require(condition: bool, name: str, message: str) -> None:
@@ -57,6 +59,8 @@ class LoraConfig:
     """Rank by module name (path suffix or regular expression, as in PEFT), over `r`."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Alpha by module name (path suffix or regular expression, as in PEFT), over `alpha`."""
+    use_dora: bool = False
+    """DoRA: the updated weight's rows are brought to trained lengths."""
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -68,6 +72,53 @@ class LoraConfig:
             _require(rank >= 1, "rank_pattern", f"rank of {name!r} must be at least 1, got {rank}")
         for name, alpha in self.alpha_pattern.items():
             _require(alpha > 0, "alpha_pattern", f"alpha of {name!r} must be positive, got {alpha}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IA3Config:
+    """An IA3 adapter, in PEFT's words: one learned factor per feature of a module's output, or of its input."""
+
+    target_modules: tuple[str, ...] | Literal["all-linear"] = ("k_proj", "v_proj", "down_proj")
+    """Names of the linear modules that are scaled: last path components or longer path suffixes."""
+    feedforward_modules: tuple[str, ...] | None = None
+    """Those of them whose input is scaled instead of their output; None: down_proj, where it is targeted."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.target_modules), "target_modules", "name at least one module, or 'all-linear'")
+        outside = [n for n in self.feedforward_modules or () if n not in self.targets]
+        _require(not outside, "feedforward_modules", f"{', '.join(outside)} must be among target_modules too")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of `target_modules`."""
+        return LINEAR_SITES if isinstance(self.target_modules, str) else self.target_modules
+
+    @property
+    def input_targets(self) -> tuple[str, ...]:
+        """The names of the modules whose input is scaled."""
+        if self.feedforward_modules is not None:
+            return self.feedforward_modules
+        return tuple(name for name in self.targets if name.rsplit(".", 1)[-1] == "down_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BottleneckConfig:
+    """A bottleneck adapter: down-projection, activation and up-projection (without bias), added to a block's output."""
+
+    size: int = 64
+    """Width of the bottleneck."""
+    placement: Placement = "pfeiffer"
+    """houlsby: behind attention and behind the MLP; pfeiffer: behind the MLP only."""
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _require(self.size >= 1, "size", f"must be at least 1, got {self.size}")
+        _require(self.placement in ("houlsby", "pfeiffer"), "placement", f"must be houlsby or pfeiffer, got {self.placement!r}")
+        _require(self.activation in ("relu", "gelu"), "activation", f"must be relu or gelu, got {self.activation!r}")
+
+
+AdapterConfig = LoraConfig | IA3Config | BottleneckConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +163,9 @@ class FinetuneConfig:
     """One finetuning job."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapter, unless `ia3` or `bottleneck` is set."""
+    ia3: IA3Config | None = None
+    bottleneck: BottleneckConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     objective: Objective = "sft"
     dpo_beta: float = 0.1
@@ -145,6 +199,9 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
+        _require(self.ia3 is None or self.bottleneck is None, "bottleneck",
+                 "a job trains one kind of adapter; leave out ia3 or bottleneck")
+        _require(not (self.lora.use_dora and self.lora.dropout), "dropout", "must be 0 with use_dora")
         _require(self.objective in ("sft", "dpo"), "objective", f"must be sft or dpo, got {self.objective!r}")
         _require(self.dpo_beta > 0, "dpo_beta", f"must be positive, got {self.dpo_beta}")
         _require(self.epochs > 0, "epochs", f"must be positive, got {self.epochs}")
@@ -160,6 +217,18 @@ class FinetuneConfig:
         for name in ("checkpoint_steps", "validation_steps"):
             value = getattr(self, name)
             _require(value >= 0, name, f"must be 0 or more, got {value}")
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """The settings of the kind of adapter that the job trains."""
+        return self.ia3 or self.bottleneck or self.lora
+
+    def with_adapter(self, adapter: AdapterConfig) -> FinetuneConfig:
+        """The same job on another adapter."""
+        ia3 = adapter if isinstance(adapter, IA3Config) else None
+        bottleneck = adapter if isinstance(adapter, BottleneckConfig) else None
+        lora = adapter if isinstance(adapter, LoraConfig) else LoraConfig()
+        return dataclasses.replace(self, lora=lora, ia3=ia3, bottleneck=bottleneck)
 
     @property
     def grid_tokens(self) -> int | None:
@@ -321,12 +390,25 @@ def _plain(value: Any) -> Any:
 def finetune_config_from_dict(data: Mapping[str, Any]) -> FinetuneConfig:
     """Reads what `to_dict` wrote. Raises ConfigError on a key that does not exist."""
     values = dict(data)
-    lora = dict(values.pop("lora", {}))
-    if isinstance(lora.get("target_modules"), list):
-        lora["target_modules"] = tuple(lora["target_modules"])
-    optimizer = dict(values.pop("optimizer", {}))
-    for cls, given in ((FinetuneConfig, values), (LoraConfig, lora), (OptimizerConfig, optimizer)):
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in given:
-            _require(key in known, key, f"unknown setting of {cls.__name__}; known: {', '.join(sorted(known))}")
-    return FinetuneConfig(lora=LoraConfig(**lora), optimizer=OptimizerConfig(**optimizer), **values)
+    sections: dict[str, Any] = {}
+    for name, cls in _SECTIONS.items():
+        given = values.pop(name, None)
+        if given is None:
+            continue
+        _require(isinstance(given, Mapping), name, f"must be a table of {cls.__name__}'s settings, got {given!r}")
+        tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+        _check_known(cls, given)
+        sections[name] = cls(**{**given, **tuples})
+    _check_known(FinetuneConfig, values)
+    return FinetuneConfig(**sections, **values)
+
+
+_SECTIONS: Mapping[str, type] = {
+    "lora": LoraConfig, "ia3": IA3Config, "bottleneck": BottleneckConfig, "optimizer": OptimizerConfig
+}
+
+
+def _check_known(cls: type, given: Mapping[str, Any]) -> None:
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in given:
+        _require(key in known, key, f"unknown setting of {cls.__name__}; known: {', '.join(sorted(known))}")

@@ -245,9 +245,9 @@ def truncate(directory: Path) -> None:
 
 WEIGHTS = "adapter_model.safetensors"
 REFUSED: dict[str, tuple[Callable[[Path], object], type[CoserveError], str]] = {
-    "not LORA": (edit_config(peft_type="IA3"), InvalidRequest, "peft_type 'IA3'.*LORA"),
+    "another kind": (edit_config(peft_type="VERA"), InvalidRequest, "peft_type 'VERA'.*LORA"),
     "no peft_type": (edit_config(peft_type=...), InvalidRequest, "peft_type None"),
-    "DoRA": (edit_config(use_dora=True), InvalidRequest, "use_dora"),
+    "DoRA without lengths": (edit_config(use_dora=True), InvalidRequest, "lora_magnitude_vector.*no such tensor"),
     "biases": (edit_config(bias="all"), InvalidRequest, "bias='all'"),
     "biases of LoRA": (edit_config(lora_bias=True), InvalidRequest, "lora_bias"),
     "saved modules": (edit_config(modules_to_save=["lm_head"]), InvalidRequest, "modules_to_save"),

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import LoraConfig
+from coserve.config import AdapterConfig
 from coserve.core import CapacityError
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import expected_shapes
 from coserve.model.decoder import linear_shapes
-from coserve.peft.lora import LoraAdapter, lora_layout
+from coserve.peft.adapter import Adapter
+from coserve.peft.kinds import empty_adapter
 from coserve.runtime.executor import head_rows
 from coserve.runtime.memory import arena_rows
 
@@ -36,11 +37,9 @@ def packed_bytes(arch: Architecture, itemsize: int) -> int:
     return itemsize * (linears + 2 * arch.vocab_size * arch.hidden_size)
 
 
-def shape_adapter(arch: Architecture, config: LoraConfig) -> LoraAdapter:
+def shape_adapter(arch: Architecture, config: AdapterConfig) -> Adapter:
     """An adapter without memory, for planning."""
-    sites = lora_layout(arch, config)
-    flat = torch.empty(sum(site.num_elements for site in sites), device="meta")
-    return LoraAdapter(config, sites, flat, num_layers=arch.num_layers)
+    return empty_adapter(arch, config, dtype=torch.float32, device=torch.device("meta"))
 
 
 def training_bytes(

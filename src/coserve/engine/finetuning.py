@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from coserve.finetune.job import Job, JobEvent, StepRow, refuse_changes
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.linear import can_pack
 from coserve.model.locate import locate_model
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
 from coserve.runtime.plans import training_plan
 from coserve.tokenizer import ChatTokenizer
 
@@ -41,7 +41,7 @@ class FinetuneResult:
 
     directory: Path
     model: LoadedModel
-    adapter: LoraAdapter
+    adapter: Adapter
     rows: tuple[StepRow, ...]
 
 
@@ -71,7 +71,7 @@ def _check_memory(
     arch: Architecture, config: FinetuneConfig, dataset: Dataset, device: torch.device, dtype: torch.dtype, *, loaded: bool
 ) -> None:
     largest = sorted((group.num_tokens for group in dataset.groups), reverse=True)[: config.batch_size]
-    adapter = shape_adapter(arch, config.lora)
+    adapter = shape_adapter(arch, config.adapter)
     needed = training_bytes(
         arch, training_plan(arch, adapter, itemsize=dtype.itemsize), adapter.flat.numel(),
         microbatch_tokens=min(config.max_microbatch_tokens, sum(largest)), window_tokens=config.window_tokens,
@@ -121,7 +121,7 @@ class PreparedJob:
     directory: Path
     dataset: Dataset
 
-    def finish(self) -> LoraAdapter:
+    def finish(self) -> Adapter:
         """Writes the tuned adapter into the directory; returns it."""
         _write_adapter(self.directory, self.trainer)
         assert self.trainer.published is not None
@@ -136,9 +136,9 @@ def prepare(
     """A job on a loaded model, in its directory; gone back to its newest checkpoint with `resume`."""
     adapter = loaded.load_adapter(Path(start)) if start is not None else None
     if adapter is not None:
-        if config.lora not in (LoraConfig(), adapter.config):
-            listen(JobEvent(level="warn", message=f"the lora settings are those of {start}; the ones given are not used"))
-        config = replace(config, lora=adapter.config)
+        if config.adapter not in (LoraConfig(), adapter.config):
+            listen(JobEvent(level="warn", message=f"the adapter's settings are those of {start}; the ones given are not used"))
+        config = config.with_adapter(adapter.config)
     trainer = LoraTrainer(loaded, config, start=adapter, warn=lambda m: listen(JobEvent(level="warn", message=m)))
     facts = {
         "base_fingerprint": loaded.fingerprint, "data_digest": train.report.digest,
@@ -182,7 +182,7 @@ def finetune(
     start: str | os.PathLike[str] | None = None, resume: bool = False, device: str = "auto", dtype: str = "auto",
     listen: Callable[[JobEvent], None] = lambda event: None,
 ) -> FinetuneResult:
-    """Finetunes a LoRA adapter on a JSON Lines file and writes it to a directory.
+    """Finetunes an adapter (LoRA unless the settings name another kind) on a JSON Lines file and writes it to a directory.
 
     model: a name as for `load_model`, or a loaded one. start: an adapter directory to continue from. resume: go on with the
     job in `output` from its newest whole checkpoint. listen: called with every event. Raises InvalidRequest, NotFound,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import EngineConfig, FinetuneConfig, LoraConfig
+from coserve.config import AdapterConfig, BottleneckConfig, EngineConfig, FinetuneConfig
 from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan, WorkUnit
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.batchwork import Microbatch
@@ -25,7 +25,7 @@ from coserve.engine.finetuning import PreparedJob
 from coserve.engine.jobs import JobHandle, LiveJob
 from coserve.finetune.datasets import Dataset
 from coserve.model.architecture import Architecture
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import scoring_plan, training_plan
@@ -72,7 +72,7 @@ class JobTable:
 
     # --- refusals ---
 
-    def check_config(self, config: FinetuneConfig, lora: LoraConfig, name: str) -> None:
+    def check_config(self, config: FinetuneConfig, adapter: AdapterConfig, name: str) -> None:
         """Refuses settings that an engine can't follow. Raises ConfigError, InvalidRequest."""
         grid, most = config.grid_tokens, self.config.scheduler.max_window_tokens
         if grid is not None and grid > most:
@@ -80,18 +80,20 @@ class JobTable:
                 f"window_tokens: a deterministic job's windows have {grid} tokens, over the engine's max_window_tokens={most}; "
                 "raise that, or lower window_tokens", param="window_tokens",
             )
-        rank = max((site.rank for site in shape_adapter(self.arch, lora).sites), default=0)
+        rank = shape_adapter(self.arch, adapter).rank
         if rank > self.config.max_lora_rank:
+            field = "size" if isinstance(adapter, BottleneckConfig) else "r"
             raise ConfigError(
-                f"r: rank {rank} is over max_lora_rank={self.config.max_lora_rank}; raise that, or lower r", param="r"
+                f"{field}: rank {rank} is over max_lora_rank={self.config.max_lora_rank}; raise that, or lower {field}",
+                param=field,
             )
         if any(job.handle.name == name for job in list(self.jobs.values())):
             raise InvalidRequest(f"name: a job called {name!r} is running; name another", param="name")
 
-    def check_data(self, train: Dataset, held_out: Dataset | None, config: FinetuneConfig, lora: LoraConfig) -> None:
+    def check_data(self, train: Dataset, held_out: Dataset | None, config: FinetuneConfig, settings: AdapterConfig) -> None:
         """Refuses a job whose largest micro-batch can't fit beside what inference is guaranteed."""
         arch, itemsize = self.arch, self.itemsize
-        adapter = shape_adapter(arch, lora)
+        adapter = shape_adapter(arch, settings)
         largest = sorted((group.num_tokens for group in train.groups), reverse=True)[: config.batch_size]
         self._check_arena(config, sum(largest), training_plan(arch, adapter, itemsize=itemsize), forward_only=False)
         if held_out is not None:
@@ -196,7 +198,7 @@ class JobTable:
     def copy_adapter(self, copy: AdapterCopy) -> None:
         self.scheduler.copy_adapter(copy)
 
-    def publish(self, name: str, adapter: LoraAdapter) -> None:
+    def publish(self, name: str, adapter: Adapter) -> None:
         self.adapters.publish(name, adapter)
 
     def shrink_windows(self) -> bool:
