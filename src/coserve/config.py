@@ -85,6 +85,10 @@ class IA3Config:
 
     def __post_init__(self) -> None:
         _require(bool(self.target_modules), "target_modules", "name at least one module, or 'all-linear'")
+        listed = isinstance(self.target_modules, tuple) or self.target_modules == "all-linear"
+        _require(listed, "target_modules", f"must be a list of names, or 'all-linear', got {self.target_modules!r}")
+        inputs = self.feedforward_modules
+        _require(inputs is None or isinstance(inputs, tuple), "feedforward_modules", f"must be a list of names, got {inputs!r}")
         outside = [n for n in self.feedforward_modules or () if n not in self.targets]
         _require(not outside, "feedforward_modules", f"{', '.join(outside)} must be among target_modules too")
 

@@ -5,14 +5,34 @@ IA3 and DoRA are held against peft's own modules, through files; bottlenecks aga
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coserve.config import LINEAR_SITES, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
+from coserve.config import (
+    LINEAR_SITES,
+    AdapterConfig,
+    BottleneckConfig,
+    FinetuneConfig,
+    IA3Config,
+    LoraConfig,
+    OptimizerConfig,
+)
+from coserve.engine.model import LoadedModel
+from coserve.engine.trainer import LoraTrainer
+from coserve.model.checkpoint import Checkpoint
+from coserve.model.weights import load_weights
+from coserve.peft.tensors import tensor_name, to_file
+from coserve.runtime.executor import Executor
+from tests import oracle
 from tests.numerics.test_fused_gradients import Mix, check, fixed_mix, lora_configs, mixes
-from tests.numerics.test_gradients import TOLERANCE, VARIANTS, Case, error_of, random_example
+from tests.numerics.test_gradients import CPU, TOLERANCE, VARIANTS, Case, error_of, random_example
+from tests.numerics.test_training_loop import random_groups
+from tests.tiny_models import build_tiny_model
 
 SITE_LISTS = st.lists(st.sampled_from(LINEAR_SITES), min_size=1, max_size=7, unique=True)
 
@@ -110,3 +130,35 @@ def test_a_kind_beside_lora(kind: str, poison: str | None) -> None:
     jobs = (Case("qwen2", None, KINDS[kind], first.examples, "sft", 4, 31), second)
     check(Mix(jobs, (KINDS[kind], LoraConfig(r=9, alpha=9)), 3, poison, 6))
     check(Mix((second, jobs[0]), (LoraConfig(r=3, alpha=9), KINDS[kind]), 3, poison, 7))
+
+
+# --- step by step ---
+
+
+@pytest.mark.parametrize("kind", ["ia3", "dora", "houlsby relu"])
+def test_steps_follow_a_plain_loop(tmp_path: Path, kind: str) -> None:
+    """DoRA's norm is that of the present weights at every step; and every parameter ends where peft's own does."""
+    directory = build_tiny_model("qwen2", tmp_path / "model")
+    weights = load_weights(Checkpoint(directory), dtype=torch.float64, device=CPU)
+    model = LoadedModel("tiny", directory, "tiny", None, weights, Executor(weights))  # type: ignore[arg-type]  # no text here
+    config = FinetuneConfig(
+        max_microbatch_tokens=64, window_tokens=24, optimizer=OptimizerConfig(max_grad_norm=0, eps=1e-4)
+    ).with_adapter(KINDS[kind])
+    trainer = LoraTrainer(model, config)
+    reference = oracle.with_adapter(oracle.load_oracle(directory), trainer.adapter.copy())
+    parameters = dict(reference.named_parameters())
+    trained = [p for p in parameters.values() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0, eps=1e-4)
+    groups = random_groups(np.random.default_rng(3), 12)
+    for step in range(6):
+        chosen = groups[2 * step : 2 * step + 2]
+        trainer.forward_backward(chosen, step)
+        trainer.optim_step(1e-2)
+        oracle.sft_loss(reference, [group.examples[0] for group in chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for p in trainer.adapter.parameters:
+        stem = tensor_name(p).removesuffix(".weight")
+        theirs = next(parameters[name] for name in (f"{stem}.default.weight", f"{stem}.default") if name in parameters)
+        own = to_file(trainer.adapter, p, trainer.adapter.flat)
+        torch.testing.assert_close(own, theirs.detach(), rtol=1e-7, atol=1e-9)

@@ -30,7 +30,7 @@ Kind = Callable[[frozenset[str], float], Bypass]
 class Parameter:
     """One parameter of an adapter and where it lies in the flat tensor, in elements.
 
-    shape: [out, in]; [width, 1] of a scaling, which is stored less 1. rank_axis: the dimension that is the adapter's own.
+    shape: [out, in]; [width, 1] of a scaling, whose factor is stored less 1. rank_axis: the dimension that is the adapter's own.
     scale: what the product is multiplied by, if anything. bound: it starts uniform in [-bound, bound].
     """
 
@@ -67,11 +67,12 @@ class Parameter:
 class Adapter:
     """One version of an adapter on a device: a flat tensor in the model's dtype, and its factors by layer and name.
 
-    `grad`, a flat float32 tensor of the same layout (float64 when the model is), makes it trainable.
+    `grad`, a flat float32 tensor of the same layout (float64 when the model is), makes it trainable. config: None for a kind
+    that no file holds.
     """
 
     def __init__(
-        self, config: AdapterConfig, kind: Kind, parameters: Sequence[Parameter], flat: Tensor, *, num_layers: int,
+        self, config: AdapterConfig | None, kind: Kind, parameters: Sequence[Parameter], flat: Tensor, *, num_layers: int,
         grad: Tensor | None = None,
     ) -> None:
         self.config, self.kind, self.parameters, self.flat, self.grad = config, kind, tuple(parameters), flat, grad
@@ -100,14 +101,19 @@ class Adapter:
         return getattr(self.config, "dropout", 0.0)
 
     def start(self, seed: int) -> Self:
-        """Gives all parameters their values before the first step; a bound adapter's are those of its backbone."""
+        """Gives all parameters their values before the first step."""
         flat = torch.zeros(self.flat.shape, dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
         for p in self.parameters:
             if p.bound:
                 p.of(flat).uniform_(-p.bound, p.bound, generator=generator)
         self.flat.copy_(flat)
+        self.refresh()
         return self
+
+    def origin(self, p: Parameter) -> Tensor | None:
+        """What a parameter's stored values are to be added to, [out, in] or like it; None for 0."""
+        return torch.ones(1, dtype=torch.float64) if p.shape[1] == 1 and p.rank_axis is None else None
 
     def bind(self, weights: ModelWeights) -> None:
         """Tells the adapter which backbone it is on, for kinds that depend on it. Comes before the first use."""

@@ -1,7 +1,7 @@
 """Bottleneck adapters: out + up(activation(down(out))) behind attention and the MLP, or behind the MLP only.
 
-The down-projection starts as LoRA's A does, the up-projection at 0. No bias. Sources: Houlsby et al. 2019, Pfeiffer et al. 2020
-(whose adapter reads the block's output before the residual sum here, as the paper's serial form does).
+`out` is the block's output before it is added to the residual stream. The down-projection starts as LoRA's A does, the
+up-projection at 0; there are no biases. Sources: Houlsby et al. 2019; Pfeiffer et al. 2020.
 """
 
 from __future__ import annotations

@@ -46,11 +46,12 @@ def save_adapter(directory: Path, adapter: Adapter, flat: torch.Tensor, *, base_
             "peft_type": "IA3", "target_modules": sorted(config.targets), "feedforward_modules": sorted(config.input_targets),
             "fan_in_fan_out": False, "init_ia3_weights": True,
         }
+    elif config is None:
+        raise InvalidRequest("adapter: its kind has no file format", param="adapter")
     else:
         fields = {"peft_type": BOTTLENECK, **to_dict(config)}
     fields |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True, "modules_to_save": None}
-    on_host = flat.detach().cpu()
-    tensors = {tensor_name(p): to_file(p, on_host) for p in adapter.parameters}
+    tensors = {tensor_name(p): to_file(adapter, p, flat) for p in adapter.parameters}
     (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
     (directory / ORIGIN_FILE).write_text(json.dumps({"base_fingerprint": fingerprint}, indent=2) + "\n")
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -175,11 +176,12 @@ def load_adapter(directory: Path, weights: ModelWeights, *, fingerprint: str) ->
             config = _config(fields, shapes, weights.architecture, directory)
             adapter = empty_adapter(weights.architecture, config, dtype=weights.dtype, device=weights.device)
             _check_shapes(adapter, shapes, directory)
+            adapter.bind(weights)
             for p in adapter.parameters:
-                from_file(p, adapter.flat, file.get_tensor(tensor_name(p)))
+                from_file(adapter, p, file.get_tensor(tensor_name(p)))
     except SafetensorError as error:
         raise InvalidRequest(f"adapter: {directory / WEIGHTS_FILE} can't be read ({error})", param="adapter") from error
-    adapter.bind(weights)
+    adapter.refresh()
     return adapter
 
 

@@ -52,7 +52,7 @@ class LoraBypass(NoBypass):
 @dataclass(frozen=True, slots=True)
 class LoraSite:
     """Where one site's factors lie in the flat tensor, in elements: A [rank, num_in], B [num_out, rank], and DoRA's lengths
-    [num_out]."""
+    [num_out], less those of the frozen weight's rows."""
 
     layer: int
     site: str
@@ -74,7 +74,7 @@ class LoraSite:
         return a, flat[middle : middle + self.rank * self.num_out].view(self.num_out, self.rank)
 
     def lengths(self, flat: Tensor) -> Tensor:
-        """View of DoRA's lengths ("magnitude") [num_out]."""
+        """View of DoRA's lengths (PEFT's magnitude) [num_out], less those of the frozen weight's rows."""
         end = self.offset + self.num_elements
         return flat[end - self.num_out : end]
 
@@ -127,10 +127,10 @@ def lora_layout(arch: Architecture, config: LoraConfig) -> tuple[LoraSite, ...]:
 
 
 class _Base(NamedTuple):
-    """A frozen linear, with its rows' squared lengths [out] in float32 or wider."""
+    """A frozen linear, with its rows' lengths [out] in float32 or wider."""
 
     linear: FrozenLinear
-    squares: Tensor
+    lengths: Tensor
 
 
 class LoraAdapter(Adapter):
@@ -167,18 +167,15 @@ class LoraAdapter(Adapter):
         bases = {}
         for site in self.sites:
             linear = weights.layers[site.layer].linears[site.site]
-            squares = torch.linalg.vector_norm(linear.weight, dim=1, dtype=wide).square_()
-            bases[site.layer, site.site] = _Base(linear, squares)
+            bases[site.layer, site.site] = _Base(linear, torch.linalg.vector_norm(linear.weight, dim=1, dtype=wide))
         self._bases = bases
         self.refresh()
 
-    def start(self, seed: int) -> Self:
-        super().start(seed)
-        if self.config.use_dora and self._bases is not None:
-            for site in self.sites:
-                site.lengths(self.flat).copy_(self._row_lengths(site))
-            self.refresh()
-        return self
+    def origin(self, p: Parameter) -> Tensor | None:
+        if p.part != "dora":
+            return None
+        assert self._bases is not None, "a DoRA adapter is bound to its backbone first"
+        return self._bases[p.layer, p.site].lengths[:, None]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -186,26 +183,24 @@ class LoraAdapter(Adapter):
         if self._bases is None:
             return
         for site in self.sites:
-            norms = self._row_lengths(site)
-            ratio = site.lengths(self.flat).to(norms.dtype) / norms
-            factor = self._factors[site.layer][f"{site.site}.dora"]
-            center = self._bases[site.layer, site.site].linear.bias
-            matrix = (ratio - 1).to(self.flat.dtype)[:, None]
-            self._factors[site.layer][f"{site.site}.dora"] = factor._replace(matrix=matrix, center=center, slope=1 / norms)
+            base, factor = self._bases[site.layer, site.site], self._factors[site.layer][f"{site.site}.dora"]
+            norms = self._norms(site, *base)
+            matrix = ((base.lengths - norms + site.lengths(self.flat)) / norms).to(self.flat.dtype)[:, None]
+            self._factors[site.layer][f"{site.site}.dora"] = factor._replace(
+                matrix=matrix, center=base.linear.bias, slope=1 / norms
+            )
 
-    def _row_lengths(self, site: LoraSite) -> Tensor:
+    def _norms(self, site: LoraSite, linear: FrozenLinear, lengths: Tensor) -> Tensor:
         """|W + s B A| by rows [out], from products as thin as the rank: |W|^2 + 2 s (W A^T).B + s^2 (B A A^T).B."""
-        assert self._bases is not None, "a DoRA adapter is bound to its backbone first"
-        linear, squares = self._bases[site.layer, site.site]
         a, b = site.factors(self.flat)
         product = a.new_empty(site.rank, site.num_out)
         linear.forward(product, a)
         if linear.bias is not None:
             product -= linear.bias
-        wide_a, wide_b = a.to(squares.dtype), b.to(squares.dtype)
-        cross = (product.T.to(squares.dtype) * wide_b).sum(1)
+        wide_a, wide_b = a.to(lengths.dtype), b.to(lengths.dtype)
+        cross = (product.T * wide_b).sum(1)
         own = ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
-        return (squares + 2 * site.scale * cross + site.scale**2 * own).clamp_(min=0).sqrt_()
+        return (lengths.square() + 2 * site.scale * cross + site.scale**2 * own).clamp_(min=0).sqrt_()
 
     def factor(self, layer: int, name: str) -> Factor | None:
         factor = super().factor(layer, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from coserve.peft.adapter import Parameter
+from coserve.peft.adapter import Adapter, Parameter
 
 PREFIX = "base_model.model."
 SUFFIXES = {
@@ -26,16 +26,17 @@ def tensor_shape(p: Parameter) -> tuple[int, ...]:
     return {"dora": p.shape[:1], "ia3_in": p.shape[::-1]}.get(p.part, p.shape)
 
 
-def to_file(p: Parameter, flat: Tensor) -> Tensor:
-    """The parameter's value in `flat` as a file holds it."""
-    value = p.of(flat)
-    if p.part in ("ia3_in", "ia3_out"):
-        value = value + 1
+def to_file(adapter: Adapter, p: Parameter, flat: Tensor) -> Tensor:
+    """The parameter's value in `flat`, on the host, as a file holds it."""
+    value, origin = p.of(flat).detach().cpu(), adapter.origin(p)
+    if origin is not None:
+        value = (value + origin.cpu()).to(value.dtype)
     return value.reshape(tensor_shape(p)).contiguous()
 
 
-def from_file(p: Parameter, flat: Tensor, value: Tensor) -> None:
-    """Writes a file's value into `flat`."""
-    if p.part in ("ia3_in", "ia3_out"):
-        value = value.double() - 1
-    p.of(flat).copy_(value.reshape(p.shape))
+def from_file(adapter: Adapter, p: Parameter, value: Tensor) -> None:
+    """Writes a file's value into the adapter."""
+    value, origin = value.reshape(p.shape), adapter.origin(p)
+    if origin is not None:
+        value = value.to(origin.dtype) - origin.cpu()
+    p.of(adapter.flat).copy_(value)
