@@ -205,6 +205,8 @@ class FinetuneConfig:
         _check_numbers(self)
         _require(self.ia3 is None or self.bottleneck is None, "bottleneck",
                  "a job trains one kind of adapter; leave out ia3 or bottleneck")
+        _require(self.adapter is self.lora or self.lora == LoraConfig(), "lora",
+                 "a job trains one kind of adapter; leave out lora, or ia3 and bottleneck")
         _require(not (self.lora.use_dora and self.lora.dropout), "dropout", "must be 0 with use_dora")
         _require(self.objective in ("sft", "dpo"), "objective", f"must be sft or dpo, got {self.objective!r}")
         _require(self.dpo_beta > 0, "dpo_beta", f"must be positive, got {self.dpo_beta}")

@@ -84,52 +84,57 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(family, sliding_window, draw(ANY), examples, objective, draw(st.sampled_from([2, 256])), seed)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_any_split_of_any_kind_equals_autograd(case: Case) -> None:
     assert error_of(case) <= TOLERANCE
 
 
 @pytest.mark.full
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_any_split_of_any_kind_equals_autograd_at_length(case: Case) -> None:
     assert error_of(case) <= TOLERANCE
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_every_kind(family: str, kind: str) -> None:
+def test_every_kind(kind: str) -> None:
     rng = np.random.default_rng(5)
     examples = tuple(random_example(rng, i, length) for i, length in enumerate([19, 6, 23]))
-    assert error_of(Case(family, None, KINDS[kind], examples, "sft", 4, 11)) <= TOLERANCE
+    assert error_of(Case("qwen3", None, KINDS[kind], examples, "sft", 4, 11)) <= TOLERANCE
 
 
 # --- in one batch: jobs and requests of different kinds ---
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mix=mixes(st.one_of(ANY, ANY, ANY, lora_configs())))
 def test_kinds_together_equal_the_oracle(mix: Mix) -> None:
     check(mix)
 
 
 @pytest.mark.full
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mix=mixes(st.one_of(ANY, ANY, ANY, lora_configs())))
 def test_kinds_together_equal_the_oracle_at_length(mix: Mix) -> None:
     check(mix)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("poison", [None, "request"])
-def test_a_kind_beside_lora(kind: str, poison: str | None) -> None:
+def beside_lora(kind: str, poison: str | None) -> Mix:
     """A job and a request of the kind, and a job and a request with LoRA at all sites."""
-    mix = fixed_mix("qwen2", None)
-    first, second = mix.jobs
-    jobs = (Case("qwen2", None, KINDS[kind], first.examples, "sft", 4, 31), second)
-    check(Mix(jobs, (KINDS[kind], LoraConfig(r=9, alpha=9)), 3, poison, 6))
-    check(Mix((second, jobs[0]), (LoraConfig(r=3, alpha=9), KINDS[kind]), 3, poison, 7))
+    first, second = fixed_mix("qwen2", None).jobs
+    job = Case("qwen2", None, KINDS[kind], first.examples, "sft", 4, 31)
+    return Mix((job, second), (KINDS[kind], LoraConfig(r=9, alpha=9)), 3, poison, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_beside_lora(kind: str) -> None:
+    check(beside_lora(kind, None))
+
+
+@pytest.mark.parametrize("kind", ["ia3 everywhere", "houlsby relu", "dora"])
+def test_nan_stays_with_its_owner(kind: str) -> None:
+    check(beside_lora(kind, "request"))
 
 
 # --- step by step ---
