@@ -18,7 +18,7 @@ from torch import Tensor
 from coserve.config import LINEAR_SITES, LoraConfig
 from coserve.core import ConfigError
 from coserve.model.architecture import Architecture
-from coserve.model.decoder import NoBypass, linear_shapes
+from coserve.model.decoder import MERGED, NoBypass, linear_shapes
 from coserve.model.linear import FrozenLinear
 from coserve.model.weights import ModelWeights
 from coserve.ops.run import Factor
@@ -127,9 +127,13 @@ def lora_layout(arch: Architecture, config: LoraConfig) -> tuple[LoraSite, ...]:
 
 
 class _Base(NamedTuple):
-    """A frozen linear, with its rows' lengths [out] in float32 or wider."""
+    """A site's frozen weight: `rows` of a linear that may hold several sites' and has `width` of them; bias [out]; the rows'
+    lengths [out], in float32 or wider."""
 
     linear: FrozenLinear
+    width: int
+    rows: slice
+    bias: Tensor | None
     lengths: Tensor
 
 
@@ -164,10 +168,16 @@ class LoraAdapter(Adapter):
         if not self.config.use_dora:
             return
         wide = torch.promote_types(self.flat.dtype, torch.float32)
-        bases = {}
+        shapes, bases = linear_shapes(weights.architecture), {}
         for site in self.sites:
-            linear = weights.layers[site.layer].linears[site.site]
-            bases[site.layer, site.site] = _Base(linear, torch.linalg.vector_norm(linear.weight, dim=1, dtype=wide))
+            linears = weights.layers[site.layer].linears
+            name, together = next((item for item in MERGED.items() if site.site in item[1]), (site.site, (site.site,)))
+            widths = [shapes[each][0] for each in together]
+            start = sum(widths[: together.index(site.site)])
+            own = linears[site.site]
+            lengths = torch.linalg.vector_norm(own.weight, dim=1, dtype=wide)
+            rows = slice(start, start + site.num_out)
+            bases[site.layer, site.site] = _Base(linears[name], sum(widths), rows, own.bias, lengths)
         self._bases = bases
         self.refresh()
 
@@ -184,19 +194,19 @@ class LoraAdapter(Adapter):
             return
         for site in self.sites:
             base, factor = self._bases[site.layer, site.site], self._factors[site.layer][f"{site.site}.dora"]
-            norms = self._norms(site, *base)
+            norms = self._norms(site, base)
             matrix = ((base.lengths - norms + site.lengths(self.flat)) / norms).to(self.flat.dtype)[:, None]
             self._factors[site.layer][f"{site.site}.dora"] = factor._replace(
-                matrix=matrix, center=base.linear.bias, slope=1 / norms
+                matrix=matrix, center=base.bias, slope=1 / norms
             )
 
-    def _norms(self, site: LoraSite, linear: FrozenLinear, lengths: Tensor) -> Tensor:
+    def _norms(self, site: LoraSite, base: _Base) -> Tensor:
         """|W + s B A| by rows [out], from products as thin as the rank: |W|^2 + 2 s (W A^T).B + s^2 (B A A^T).B."""
         a, b = site.factors(self.flat)
-        product = a.new_empty(site.rank, site.num_out)
-        linear.forward(product, a)
-        if linear.bias is not None:
-            product -= linear.bias
+        product = a.new_empty(site.rank, base.width)
+        base.linear.forward(product, a)
+        product = product[:, base.rows] if base.bias is None else product[:, base.rows] - base.bias
+        lengths = base.lengths
         wide_a, wide_b = a.to(lengths.dtype), b.to(lengths.dtype)
         cross = (product.T * wide_b).sum(1)
         own = ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
