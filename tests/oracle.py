@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from coserve.config import BottleneckConfig
 from coserve.core import Example
-from coserve.peft.format import save_adapter
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
+from coserve.peft.format import WEIGHTS_FILE, save_adapter
+from coserve.peft.tensors import tensor_name, tensor_shape
 
 
 def load_oracle(directory: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -38,10 +43,48 @@ def _exact_norm(module: torch.nn.Module):  # noqa: ANN202 a closure
     return forward
 
 
-def with_adapter(model: PreTrainedModel, adapter: LoraAdapter) -> PeftModel:
+class BottleneckModel(torch.nn.Module):
+    """Bottleneck adapters, which PEFT doesn't have, as hooks of the modules that a file names."""
+
+    def __init__(self, model: PreTrainedModel, file: Path, activation: str) -> None:
+        super().__init__()
+        self.model, self.activation = model, getattr(torch.nn.functional, activation)
+        self.tensors = {name: value.requires_grad_() for name, value in load_file(file).items()}
+        modules = {name.removeprefix("base_model.model.").rsplit(".adapter_", 1)[0] for name in self.tensors}
+        self.hooks = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in modules]
+        self.enabled = True
+
+    def _hook(self, module: str) -> Callable[..., Tensor | None]:
+        down, up = (self.tensors[f"base_model.model.{module}.adapter_{part}.weight"] for part in ("down", "up"))
+
+        def add(_: object, __: object, out: Tensor) -> Tensor | None:
+            return out + self.activation(out @ down.T) @ up.T if self.enabled else None
+
+        return add
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
+        return ((name.replace(".weight", ".default.weight"), value) for name, value in self.tensors.items())
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        self.enabled = False
+        yield
+        self.enabled = True
+
+    def unload(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def with_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel | BottleneckModel:
     """The model with coserve's adapter, through PEFT's own file format; `unload()` takes it off again."""
     with tempfile.TemporaryDirectory() as directory:
         save_adapter(Path(directory), adapter, adapter.flat, base_name="oracle", fingerprint="oracle")
+        if isinstance(adapter.config, BottleneckConfig):
+            return BottleneckModel(model, Path(directory) / WEIGHTS_FILE, adapter.config.activation)
         wrapped = PeftModel.from_pretrained(model, directory, is_trainable=True, autocast_adapter_dtype=False)
     return wrapped.to(model.dtype)
 
@@ -66,7 +109,7 @@ def sft_loss(model: torch.nn.Module, examples: Sequence[Example]) -> Tensor:
     return -sum((label_weights(e) * label_logprobs(model, e)).sum() for e in examples) / total
 
 
-def dpo_loss(model: PeftModel, pairs: Sequence[tuple[Example, Example]], beta: float) -> Tensor:
+def dpo_loss(model: PeftModel | BottleneckModel, pairs: Sequence[tuple[Example, Example]], beta: float) -> Tensor:
     """DPO with the bare backbone as reference."""
     losses = []
     for pair in pairs:
@@ -78,26 +121,23 @@ def dpo_loss(model: PeftModel, pairs: Sequence[tuple[Example, Example]], beta: f
     return sum(losses) / len(losses)
 
 
-def gradients(model: PeftModel, adapter: LoraAdapter) -> dict[str, Tensor]:
-    """{module.A or module.B: gradient} after backward."""
+def gradients(model: PeftModel | BottleneckModel, adapter: Adapter) -> dict[str, Tensor]:
+    """{tensor's name in a file: gradient} after backward."""
     parameters = dict(model.named_parameters())
     result = {}
-    for site in adapter.sites:
-        for part in "AB":
-            gradient = parameters[f"base_model.model.{site.module}.lora_{part}.default.weight"].grad
-            assert gradient is not None
-            result[f"{site.module}.{part}"] = gradient
+    for name in map(tensor_name, adapter.parameters):
+        stem = name.removesuffix(".weight")
+        places = (f"{stem}.default.weight", f"{stem}.default")
+        gradient = next(parameters[place] for place in places if place in parameters).grad
+        assert gradient is not None
+        result[name] = gradient
     return result
 
 
-def own_gradients(adapter: LoraAdapter) -> dict[str, Tensor]:
+def own_gradients(adapter: Adapter) -> dict[str, Tensor]:
     """The same names for coserve's gradient buffer."""
     assert adapter.grad is not None
-    result = {}
-    for site in adapter.sites:
-        for part, gradient in zip("AB", site.factors(adapter.grad), strict=True):
-            result[f"{site.module}.{part}"] = gradient
-    return result
+    return {tensor_name(p): p.of(adapter.grad).reshape(tensor_shape(p)) for p in adapter.parameters}
 
 
 def relative_error(own: Tensor, reference: Tensor) -> float:

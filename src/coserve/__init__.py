@@ -4,8 +4,10 @@
 """
 
 from coserve.config import (
+    BottleneckConfig,
     EngineConfig,
     FinetuneConfig,
+    IA3Config,
     LoraConfig,
     OptimizerConfig,
     SamplingConfig,
@@ -27,6 +29,7 @@ from coserve.engine.model import LoadedModel, load_model
 from coserve.engine.requests import Chunk, RequestHandle
 
 __all__ = [
+    "BottleneckConfig",
     "CapacityError",
     "Chunk",
     "ConfigError",
@@ -36,6 +39,7 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneResult",
     "Generator",
+    "IA3Config",
     "InvalidRequest",
     "JobFailed",
     "JobHandle",

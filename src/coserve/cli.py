@@ -18,7 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from coserve.bench.cli import bench_app
-from coserve.config import FinetuneConfig, LoraConfig, SamplingConfig, finetune_config_from_dict
+from coserve.config import (
+    BottleneckConfig,
+    FinetuneConfig,
+    IA3Config,
+    LoraConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    finetune_config_from_dict,
+)
 from coserve.core import ConfigError, CoserveError, InvalidRequest
 from coserve.demo.command import demo
 from coserve.engine.budget import GIB
@@ -101,27 +109,53 @@ def _pattern(text: str | None, name: str, kind: Callable[[str], float]) -> dict[
     return result
 
 
-def _config(path: Path | None, given: dict[str, Any]) -> FinetuneConfig:
-    """Defaults, then the TOML file, then the command line."""
+def _config(path: Path | None, given: dict[str, Any], kind: str | None = None) -> FinetuneConfig:
+    """Defaults, then the TOML file, then the command line. kind: of adapter."""
     data: dict[str, Any] = {}
     if path is not None:
         try:
             data = tomllib.loads(path.read_text())
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"config: {path} can't be read as TOML ({error})", param="config") from error
-    sections = {
-        "lora": {f.name for f in dataclasses.fields(LoraConfig)},
-        "optimizer": {f.name for f in dataclasses.fields(FinetuneConfig().optimizer)},
-    }
-    for section in sections:
+    for section in (*_ADAPTERS, "optimizer"):
         if not isinstance(data.get(section, {}), dict):
             raise ConfigError(f"{section}: must be a table, [{section}], in {path}", param=section)
+    chosen = _choose_adapter(data, kind)
+    optimizer = {f.name for f in dataclasses.fields(OptimizerConfig)}
     for name, value in given.items():
         if value is None:
             continue
-        home = next((section for section, names in sections.items() if name in names), None)
+        owners = [section for section, names in _ADAPTERS.items() if name in names]
+        if owners and chosen not in owners:
+            word = {"r": "rank"}.get(name, name)
+            raise ConfigError(f"{word}: {chosen} adapters have no such setting; {' and '.join(owners)} adapters have", param=word)
+        home = chosen if owners else "optimizer" if name in optimizer else None
         (data if home is None else data.setdefault(home, {}))[name] = value
     return finetune_config_from_dict(data)
+
+
+_ADAPTERS = {
+    name: {f.name for f in dataclasses.fields(config)}
+    for name, config in (("lora", LoraConfig), ("ia3", IA3Config), ("bottleneck", BottleneckConfig))
+}
+"""{table of a TOML file: its settings}."""
+
+
+def _choose_adapter(data: dict[str, Any], kind: str | None) -> str:
+    """The table of the kind of adapter that is asked for, by `kind` or by the table itself; it is there afterwards."""
+    others = [name for name in _ADAPTERS if name != "lora" and name in data]
+    if kind is None:
+        return others[0] if others else "lora"
+    if kind not in (*_ADAPTERS, "dora"):
+        raise ConfigError(f"kind: must be lora, dora, ia3 or bottleneck, got {kind!r}", param="kind")
+    chosen = "lora" if kind == "dora" else kind
+    for name in others:
+        if name != chosen:
+            raise ConfigError(f"kind: it is {kind}, but the settings file has a table [{name}]; leave one out", param="kind")
+    data.setdefault(chosen, {})
+    if kind in ("lora", "dora"):
+        data["lora"]["use_dora"] = kind == "dora"
+    return chosen
 
 
 def _targets(text: str | None) -> Any:
@@ -150,6 +184,7 @@ def finetune_command(
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Gradient clipping; 0 turns it off (1.0).")] = None,
+    kind: Annotated[str | None, typer.Option(help="Kind of adapter: lora (default), dora, ia3 or bottleneck.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="LoRA rank (16).")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha (32).")] = None,
     dropout: Annotated[float | None, typer.Option(help="LoRA dropout (0).")] = None,
@@ -157,6 +192,10 @@ def finetune_command(
     use_rslora: Annotated[bool | None, typer.Option("--use-rslora", help="Scale by alpha / sqrt(r).")] = None,
     rank_pattern: Annotated[str | None, typer.Option(help="Ranks by module: q_proj=8,down_proj=32.")] = None,
     alpha_pattern: Annotated[str | None, typer.Option(help="Alphas by module: q_proj=16.")] = None,
+    feedforward_modules: Annotated[str | None, typer.Option(help="IA3: modules whose input is scaled (down_proj).")] = None,
+    size: Annotated[int | None, typer.Option(help="Width of a bottleneck (64).")] = None,
+    placement: Annotated[str | None, typer.Option(help="Bottlenecks: pfeiffer or houlsby.")] = None,
+    activation: Annotated[str | None, typer.Option(help="Bottlenecks: relu or gelu.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of order, dropout and A's start (0).")] = None,
     checkpoint_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints (0: at the end).")] = None,
     validation_steps: Annotated[int | None, typer.Option(help="Steps between validations (0: each epoch).")] = None,
@@ -164,7 +203,7 @@ def finetune_command(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Finetune a LoRA adapter on a JSON Lines file."""
+    """Finetune an adapter on a JSON Lines file."""
     if len(paths) > 2:
         raise ConfigError(f"data: give [MODEL] DATA.jsonl, got {len(paths)} arguments: {' '.join(paths)}", param="data")
     settings = _config(config, {
@@ -173,10 +212,11 @@ def finetune_command(
         "too_long": too_long, "learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup_steps,
         "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "r": rank, "alpha": alpha, "dropout": dropout,
         "target_modules": _targets(target_modules), "use_rslora": use_rslora, "seed": seed,
+        "feedforward_modules": _targets(feedforward_modules), "size": size, "placement": placement, "activation": activation,
         "rank_pattern": _pattern(rank_pattern, "rank_pattern", int) or None,
         "alpha_pattern": _pattern(alpha_pattern, "alpha_pattern", float) or None,
         "checkpoint_steps": checkpoint_steps, "validation_steps": validation_steps, "deterministic": deterministic,
-    })
+    }, kind)
     with TrainingDisplay() as display:
         result = finetune(
             paths[-1], output, model=paths[0] if len(paths) == 2 else None, config=settings, validation=validation,

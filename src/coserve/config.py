@@ -19,6 +19,8 @@ LINEAR_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 Objective = Literal["sft", "dpo"]
 Schedule = Literal["constant", "linear", "cosine"]
 TooLong = Literal["error", "drop", "truncate"]
+Placement = Literal["houlsby", "pfeiffer"]
+Activation = Literal["relu", "gelu"]
 
 
 def require(condition: bool, name: str, message: str) -> None:
@@ -72,6 +74,8 @@ class LoraConfig:
     """Rank by module name (path suffix or regular expression, as in PEFT), over `r`."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Alpha by module name (path suffix or regular expression, as in PEFT), over `alpha`."""
+    use_dora: bool = False
+    """DoRA: the updated weight's rows are brought to trained lengths."""
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -83,6 +87,57 @@ class LoraConfig:
             require(rank >= 1, "rank_pattern", f"rank of {name!r} must be at least 1, got {rank}")
         for name, alpha in self.alpha_pattern.items():
             require(alpha > 0, "alpha_pattern", f"alpha of {name!r} must be positive, got {alpha}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IA3Config:
+    """An IA3 adapter, in PEFT's words: one learned factor per feature of a module's output, or of its input."""
+
+    target_modules: tuple[str, ...] | Literal["all-linear"] = ("k_proj", "v_proj", "down_proj")
+    """Names of the linear modules that are scaled: last path components or longer path suffixes."""
+    feedforward_modules: tuple[str, ...] | None = None
+    """Those of them whose input is scaled instead of their output; None: down_proj, where it is targeted."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.target_modules), "target_modules", "name at least one module, or 'all-linear'")
+        listed = isinstance(self.target_modules, tuple) or self.target_modules == "all-linear"
+        require(listed, "target_modules", f"must be a list of names, or 'all-linear', got {self.target_modules!r}")
+        inputs = self.feedforward_modules
+        require(inputs is None or isinstance(inputs, tuple), "feedforward_modules", f"must be a list of names, got {inputs!r}")
+        outside = [n for n in self.feedforward_modules or () if n not in self.targets]
+        require(not outside, "feedforward_modules", f"{', '.join(outside)} must be among target_modules too")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of `target_modules`."""
+        return LINEAR_SITES if isinstance(self.target_modules, str) else self.target_modules
+
+    @property
+    def input_targets(self) -> tuple[str, ...]:
+        """The names of the modules whose input is scaled."""
+        if self.feedforward_modules is not None:
+            return self.feedforward_modules
+        return tuple(name for name in self.targets if name.rsplit(".", 1)[-1] == "down_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BottleneckConfig:
+    """A bottleneck adapter: down-projection, activation and up-projection (without bias), added to a block's output."""
+
+    size: int = 64
+    """Width of the bottleneck."""
+    placement: Placement = "pfeiffer"
+    """houlsby: behind attention and behind the MLP; pfeiffer: behind the MLP only."""
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        require(self.size >= 1, "size", f"must be at least 1, got {self.size}")
+        require(self.placement in ("houlsby", "pfeiffer"), "placement", f"must be houlsby or pfeiffer, got {self.placement!r}")
+        require(self.activation in ("relu", "gelu"), "activation", f"must be relu or gelu, got {self.activation!r}")
+
+
+AdapterConfig = LoraConfig | IA3Config | BottleneckConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +179,9 @@ class FinetuneConfig:
     """One finetuning job."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapter, unless `ia3` or `bottleneck` is set."""
+    ia3: IA3Config | None = None
+    bottleneck: BottleneckConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     objective: Objective = "sft"
     dpo_beta: float = 0.1
@@ -160,6 +218,11 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
+        require(self.ia3 is None or self.bottleneck is None, "bottleneck",
+                "a job trains one kind of adapter; leave out ia3 or bottleneck")
+        require(self.adapter is self.lora or self.lora == LoraConfig(), "lora",
+                "a job trains one kind of adapter; leave out lora, or ia3 and bottleneck")
+        require(not (self.lora.use_dora and self.lora.dropout), "dropout", "must be 0 with use_dora")
         require(self.objective in ("sft", "dpo"), "objective", f"must be sft or dpo, got {self.objective!r}")
         require_positive(self, "dpo_beta", "epochs")
         require_least(self, 1, "max_steps", "batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints",
@@ -168,6 +231,18 @@ class FinetuneConfig:
         require_least(self, 0, "checkpoint_steps", "validation_steps")
         require(self.too_long in ("error", "drop", "truncate"), "too_long",
                 f"must be error, drop or truncate, got {self.too_long!r}")
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """The settings of the kind of adapter that the job trains."""
+        return self.ia3 or self.bottleneck or self.lora
+
+    def with_adapter(self, adapter: AdapterConfig) -> FinetuneConfig:
+        """The same job on another adapter."""
+        ia3 = adapter if isinstance(adapter, IA3Config) else None
+        bottleneck = adapter if isinstance(adapter, BottleneckConfig) else None
+        lora = adapter if isinstance(adapter, LoraConfig) else LoraConfig()
+        return dataclasses.replace(self, lora=lora, ia3=ia3, bottleneck=bottleneck)
 
     @property
     def grid_tokens(self) -> int | None:
@@ -319,12 +394,25 @@ def _plain(value: Any) -> Any:
 def finetune_config_from_dict(data: Mapping[str, Any]) -> FinetuneConfig:
     """Reads what `to_dict` wrote. Raises ConfigError on a key that does not exist."""
     values = dict(data)
-    lora = dict(values.pop("lora", {}))
-    if isinstance(lora.get("target_modules"), list):
-        lora["target_modules"] = tuple(lora["target_modules"])
-    optimizer = dict(values.pop("optimizer", {}))
-    for cls, given in ((FinetuneConfig, values), (LoraConfig, lora), (OptimizerConfig, optimizer)):
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in given:
-            require(key in known, key, f"unknown setting of {cls.__name__}; known: {', '.join(sorted(known))}")
-    return FinetuneConfig(lora=LoraConfig(**lora), optimizer=OptimizerConfig(**optimizer), **values)
+    sections: dict[str, Any] = {}
+    for name, cls in _SECTIONS.items():
+        given = values.pop(name, None)
+        if given is None:
+            continue
+        require(isinstance(given, Mapping), name, f"must be a table of {cls.__name__}'s settings, got {given!r}")
+        tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+        _check_known(cls, given)
+        sections[name] = cls(**{**given, **tuples})
+    _check_known(FinetuneConfig, values)
+    return FinetuneConfig(**sections, **values)
+
+
+_SECTIONS: Mapping[str, type] = {
+    "lora": LoraConfig, "ia3": IA3Config, "bottleneck": BottleneckConfig, "optimizer": OptimizerConfig
+}
+
+
+def _check_known(cls: type, given: Mapping[str, Any]) -> None:
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in given:
+        require(key in known, key, f"unknown setting of {cls.__name__}; known: {', '.join(sorted(known))}")

@@ -23,13 +23,12 @@ from typer.core import TyperCommand
 
 from coserve.compiler import baselines
 from coserve.compiler.baselines import Baselines
-from coserve.compiler.plan import LayerBypass
 from coserve.compiler.report import LayerReport, report
-from coserve.config import LoraConfig
+from coserve.config import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.core import ConfigError
 from coserve.engine.budget import shape_adapter
 from coserve.engine.estimate import PARTS, Estimate, Shape, estimate
-from coserve.model.architecture import Architecture, read_architecture
+from coserve.model.architecture import read_architecture
 from coserve.model.locate import locate_model
 from coserve.plots import memory_plan
 from coserve.runtime.plans import layer_bypasses
@@ -42,23 +41,27 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
-    """What is trained. targets: names of modules, or "all-linear"."""
+class Asked:
+    """What is trained. rank: or the width of a bottleneck; targets: names of modules, "all-linear", or None for the kind's own."""
 
     kind: str
     rank: int
-    targets: tuple[str, ...] | str
+    targets: tuple[str, ...] | str | None
     dropout: float
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The targets, if there are any."""
+        return {} if self.targets is None else {"target_modules": self.targets}
 
-def _lora(arch: Architecture, adapter: Adapter) -> tuple[list[LayerBypass], int]:
-    config = LoraConfig(r=adapter.rank, target_modules=adapter.targets, dropout=adapter.dropout)  # type: ignore[arg-type]
-    shape = shape_adapter(arch, config)
-    return layer_bypasses(arch, shape, dropout=adapter.dropout), shape.flat.numel()
 
-
-ADAPTERS: Mapping[str, Callable[[Architecture, Adapter], tuple[list[LayerBypass], int]]] = {"lora": _lora}
-"""Kind -> its bypasses, one per layer, and the number of its parameters."""
+ADAPTERS: Mapping[str, Callable[[Asked], AdapterConfig]] = {
+    "lora": lambda asked: LoraConfig(r=asked.rank, dropout=asked.dropout, **asked.given),
+    "dora": lambda asked: LoraConfig(r=asked.rank, use_dora=True, **asked.given),
+    "ia3": lambda asked: IA3Config(**asked.given),
+    "bottleneck": lambda asked: BottleneckConfig(size=asked.rank),
+}
+"""Kind -> its settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +70,8 @@ class Planned:
 
     model: str
     shape: Shape
-    adapter: Adapter
+    adapter: Asked
+    targets: tuple[str, ...] | str
     dtype: str
     activation_memory: str
     estimate: Estimate
@@ -90,8 +94,8 @@ class PlanCommand(TyperCommand):
 def plan(
     model: Annotated[str | None, typer.Argument(help="Model (SmolLM2); config.json is enough.")] = None,
     adapter: Annotated[str, typer.Option(help=f"Kind of adapter: {', '.join(ADAPTERS)}.")] = "lora",
-    rank: Annotated[int, typer.Option("--rank", "-r", help="The adapter's rank.")] = 16,
-    target_modules: Annotated[str, typer.Option(help="all-linear, or names joined by commas.")] = "all-linear",
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of LoRA and DoRA, width of a bottleneck.")] = 16,
+    target_modules: Annotated[str | None, typer.Option(help="all-linear, or names joined by commas (the kind's own).")] = None,
     dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
     sequence_length: Annotated[int, typer.Option(help="Tokens of an example.")] = 1024,
     max_microbatch_tokens: Annotated[int | None, typer.Option(help="Tokens packed together (--sequence-length).")] = None,
@@ -107,10 +111,11 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="Draw stages and curve into this PNG.")] = None,
 ) -> None:
     """What finetuning keeps from forward to backward, why, and how much memory it takes at which cost."""
-    names = tuple(name.strip() for name in target_modules.split(",") if name.strip())
-    targets = target_modules if target_modules == "all-linear" else names
+    targets: tuple[str, ...] | str | None = target_modules
+    if target_modules is not None and target_modules != "all-linear":
+        targets = tuple(name.strip() for name in target_modules.split(",") if name.strip())
     planned = make_plan(
-        locate_model(model), Adapter(kind=adapter, rank=rank, targets=targets, dropout=dropout), dtype=dtype,
+        locate_model(model), Asked(kind=adapter, rank=rank, targets=targets, dropout=dropout), dtype=dtype,
         sequence_length=sequence_length, num_tokens=max_microbatch_tokens or sequence_length, window_tokens=window_tokens,
         activation_memory=activation_memory, with_baselines=not no_baselines,
     )
@@ -133,7 +138,7 @@ def plan(
 
 
 def make_plan(
-    directory: Path, adapter: Adapter, *, dtype: str, sequence_length: int, num_tokens: int, window_tokens: int,
+    directory: Path, adapter: Asked, *, dtype: str, sequence_length: int, num_tokens: int, window_tokens: int,
     activation_memory: str, with_baselines: bool,
 ) -> Planned:
     """Plans training for a model directory. Raises ConfigError, CapacityError."""
@@ -151,10 +156,13 @@ def make_plan(
         )
     start = time.perf_counter()
     arch = read_architecture(directory)
-    bypasses, num_parameters = ADAPTERS[adapter.kind](arch, adapter)
+    settings = ADAPTERS[adapter.kind](adapter)
+    targets = () if isinstance(settings, BottleneckConfig) else settings.target_modules
+    empty = shape_adapter(arch, settings)
+    bypasses = layer_bypasses(arch, empty, dropout=empty.dropout)
     shape = Shape(
         arch=arch, itemsize=DTYPES[dtype].itemsize, num_tokens=num_tokens, sequence_length=sequence_length,
-        window_tokens=min(window_tokens, num_tokens), num_parameters=num_parameters,
+        window_tokens=min(window_tokens, num_tokens), num_parameters=empty.flat.numel(),
     )
     result = estimate(shape, bypasses, read_limit(activation_memory))
     kept = report(result.plan, itemsize=shape.itemsize)
@@ -162,11 +170,11 @@ def make_plan(
     beside = Baselines(peft=None, checkpointing=None, reason="left out (--no-baselines)")
     if with_baselines:
         beside = baselines.measure(
-            directory, adapter=adapter.kind, rank=adapter.rank, targets=adapter.targets, dtype=DTYPES[dtype],
+            directory, adapter=adapter.kind, rank=adapter.rank, targets=targets, dtype=DTYPES[dtype],
             sequence_length=sequence_length, num_tokens=num_tokens,
         )
     return Planned(
-        model=directory.name, shape=shape, adapter=adapter, dtype=dtype, activation_memory=activation_memory, estimate=result,
+        model=directory.name, shape=shape, adapter=adapter, targets=targets, dtype=dtype, activation_memory=activation_memory, estimate=result,
         kept=kept, baselines=beside, seconds=seconds,
     )
 
@@ -186,10 +194,11 @@ def read_limit(text: str) -> float | None:
 
 def title(planned: Planned) -> str:
     """The training in one line."""
-    targets, shape = planned.adapter.targets, planned.shape
+    asked, targets, shape = planned.adapter, planned.targets, planned.shape
     sites = targets if isinstance(targets, str) else ", ".join(targets)
+    size = "" if asked.kind == "ia3" else f" r{asked.rank}"
     return (
-        f"{planned.model}: {planned.adapter.kind} r{planned.adapter.rank} on {sites}, {planned.dtype}, micro-batch of "
+        f"{planned.model}: {asked.kind}{size}{f' on {sites}' if sites else ''}, {planned.dtype}, micro-batch of "
         f"{shape.num_tokens} tokens, windows of {shape.window_tokens}"
     )
 
@@ -204,7 +213,7 @@ def to_json(planned: Planned) -> str:
         "model": planned.model,
         "adapter": {
             "kind": planned.adapter.kind, "rank": planned.adapter.rank, "num_parameters": shape.num_parameters,
-            "target_modules": planned.adapter.targets, "dropout": planned.adapter.dropout,
+            "target_modules": planned.targets, "dropout": planned.adapter.dropout,
         },
         "sequence_length": shape.sequence_length, "max_microbatch_tokens": shape.num_tokens,
         "window_tokens": shape.window_tokens, "dtype": planned.dtype, "activation_memory": planned.activation_memory,

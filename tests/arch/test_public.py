@@ -7,6 +7,7 @@ import inspect
 import coserve
 
 PUBLIC = [
+    "BottleneckConfig",
     "CapacityError",
     "Chunk",
     "ConfigError",
@@ -16,6 +17,7 @@ PUBLIC = [
     "FinetuneConfig",
     "FinetuneResult",
     "Generator",
+    "IA3Config",
     "InvalidRequest",
     "JobFailed",
     "JobHandle",

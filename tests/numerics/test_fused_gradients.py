@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coserve.config import LINEAR_SITES, LoraConfig
+from coserve.config import LINEAR_SITES, AdapterConfig, LoraConfig
 from coserve.core import Direction, Unit
 from coserve.kernels import attention as attention_kernels
 from coserve.model.weights import ModelWeights
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool, block_bytes
 from coserve.runtime.executor import Executor, TrainExecutor
@@ -59,7 +59,7 @@ class Mix:
     """Two jobs and what runs beside them. poison: whose adapter is NaN, "job" (the first) or "request" (the first adapter)."""
 
     jobs: tuple[Case, Case]
-    served: tuple[LoraConfig, LoraConfig]
+    served: tuple[AdapterConfig, AdapterConfig]
     block_tokens: int
     poison: str | None
     seed: int
@@ -77,7 +77,7 @@ def lora_configs(draw: st.DrawFn) -> LoraConfig:
 
 
 @st.composite
-def mixes(draw: st.DrawFn) -> Mix:
+def mixes(draw: st.DrawFn, configs: st.SearchStrategy[AdapterConfig] = lora_configs()) -> Mix:  # noqa: B008 a constant
     family, sliding_window = draw(st.sampled_from(VARIANTS))
     query_block, jobs = draw(st.sampled_from([2, 4, 256])), []
     for _ in range(2):
@@ -87,9 +87,9 @@ def mixes(draw: st.DrawFn) -> Mix:
         seed = draw(st.integers(0, 2**32 - 1))
         rng = np.random.default_rng(seed)
         examples = tuple(random_example(rng, i, length) for i, length in enumerate(lengths))
-        jobs.append(Case(family, sliding_window, draw(lora_configs()), examples, objective, query_block, seed))
+        jobs.append(Case(family, sliding_window, draw(configs), examples, objective, query_block, seed))
     return Mix(
-        jobs=(jobs[0], jobs[1]), served=(draw(lora_configs()), draw(lora_configs())),
+        jobs=(jobs[0], jobs[1]), served=(draw(configs), draw(configs)),
         block_tokens=draw(st.sampled_from([1, 3, 4])), poison=draw(st.sampled_from([None, None, "job", "request"])),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
@@ -101,13 +101,13 @@ def mixes(draw: st.DrawFn) -> Mix:
 class Training:
     """One job's micro-batch in an arena. `steps` are its units in order; fused ones ride in a pass."""
 
-    def __init__(self, case: Case, adapter: LoraAdapter, train: TrainExecutor, rng: Random) -> None:
+    def __init__(self, case: Case, adapter: Adapter, train: TrainExecutor, rng: Random) -> None:
         self.case, self.adapter, self.train, self.rng = case, adapter, train, rng
         self.batch = pack(case.examples, device=CPU, seed=case.seed, step=3)
         self.plan = training_plan(train.arch, adapter, itemsize=8)
         self.layout = microbatch_layout(self.plan, self.batch.num_tokens, train.arch, 8, forward_only=False)
         self.state: InFlight | None = None
-        self.present: LoraAdapter | None = None
+        self.present: Adapter | None = None
 
     def steps(self, arena: Tensor) -> Iterator[tuple[Unit, bool]]:
         """(unit, whether it is fused). A DPO job's reference runs first, over the bare backbone."""
@@ -211,7 +211,7 @@ class Run:
 
     trainings: list[Training]
     requests: list[Request]
-    adapters: dict[int, LoraAdapter]
+    adapters: dict[int, Adapter]
     disturbed: float
     num_fused: int
 
@@ -234,7 +234,9 @@ def run_mix(mix: Mix) -> Run:
     served = [random_adapter(weights, config, mix.seed + number) for number, config in enumerate(mix.served)]
     trained = [random_adapter(weights, case.config, case.seed) for case in mix.jobs]
     if mix.poison is not None:
-        {"job": trained, "request": served}[mix.poison][0].flat.fill_(torch.nan)
+        poisoned = {"job": trained, "request": served}[mix.poison][0]
+        poisoned.flat.fill_(torch.nan)
+        poisoned.refresh()
     adapters = {slots.place(number, adapter): adapter for number, adapter in enumerate(served)}
     trainings = [Training(case, adapter, train, rng) for case, adapter in zip(mix.jobs, trained, strict=True)]
 

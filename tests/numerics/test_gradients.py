@@ -23,14 +23,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import LINEAR_SITES, LoraConfig
+from coserve.config import LINEAR_SITES, AdapterConfig, LoraConfig
 from coserve.core import Direction, Example, Unit
 from coserve.finetune.objectives import PreferenceObjective, Scored, SupervisedObjective
 from coserve.kernels import attention as attention_kernels
 from coserve.kernels.reference import dropout
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import ModelWeights, load_weights
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
+from coserve.peft.kinds import new_adapter
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.memory import Arena
 from coserve.runtime.microbatch import InFlight, PackedBatch, pack
@@ -64,7 +65,7 @@ def pair(family: str, sliding_window: int | None) -> Pair:
 class Case:
     family: str
     sliding_window: int | None
-    config: LoraConfig
+    config: AdapterConfig
     examples: tuple[Example, ...]
     objective: str
     query_block: int
@@ -101,16 +102,17 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(family, sliding_window, config, examples, objective, draw(st.sampled_from([2, 4, 256])), seed, budget)
 
 
-def random_adapter(weights: ModelWeights, config: LoraConfig, seed: int) -> LoraAdapter:
-    """An adapter whose A and B are both far from 0."""
-    adapter = LoraAdapter.create(weights.architecture, config, dtype=torch.float64, device=CPU, seed=seed)
+def random_adapter(weights: ModelWeights, config: AdapterConfig, seed: int) -> Adapter:
+    """An adapter whose parameters are all far from where they start."""
+    adapter = new_adapter(weights, config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     adapter.flat.copy_(torch.randn(adapter.flat.shape, generator=generator, dtype=torch.float64) * 0.3)
+    adapter.refresh()
     return adapter.trainable()
 
 
 def train_by_units(
-    case: Case, weights: ModelWeights, adapter: LoraAdapter, forward: Sequence[Unit] | None = None,
+    case: Case, weights: ModelWeights, adapter: Adapter, forward: Sequence[Unit] | None = None,
     backward: Sequence[Unit] | None = None,
 ) -> InFlight:
     """One micro-batch through random units, with the objective in between."""
@@ -166,7 +168,7 @@ def coefficients(case: Case, state: InFlight, references: list[float] | None) ->
     return torch.cat(parts)
 
 
-def reference_gradients(case: Case, reference: torch.nn.Module, adapter: LoraAdapter) -> dict[str, Tensor]:
+def reference_gradients(case: Case, reference: torch.nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     model = oracle.with_adapter(reference, adapter)
     try:
         if case.objective == "sft":

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from coserve import cli
-from coserve.config import SamplingConfig
-from coserve.core import CapacityError
+from coserve.config import BottleneckConfig, IA3Config, SamplingConfig
+from coserve.core import CapacityError, ConfigError
 from coserve.engine import finetuning as finetuning_engine
 from coserve.engine.budget import GIB, shape_adapter
 from coserve.engine.finetuning import finetune
@@ -276,6 +276,47 @@ def test_continuing_from_an_adapter(place: Place, run: Run, trained: Path) -> No
     assert losses(place.out)[0] < losses(place.tmp / "fresh")[0] - 0.3
 
 
+@pytest.mark.parametrize(("kind", "args", "fields"), [
+    ("ia3", ("--target-modules", "v_proj,up_proj,down_proj"), {"peft_type": "IA3", "feedforward_modules": ["down_proj"]}),
+    ("dora", ("--rank", 4), {"peft_type": "LORA", "use_dora": True, "r": 4}),
+    ("bottleneck", ("--size", 8, "--placement", "houlsby", "--activation", "gelu"),
+     {"peft_type": "COSERVE_BOTTLENECK", "size": 8, "placement": "houlsby", "activation": "gelu"}),
+])
+def test_other_kinds_of_adapter(
+    place: Place, run: Run, kind: str, args: tuple[object, ...], fields: dict[str, object]
+) -> None:
+    """Trained, resumed, written, and continued from."""
+    command = ("finetune", place.model, place.data, "--kind", kind, "--batch-size", 4, "--learning-rate", 0.02, *args)
+    result = run(*command, "-o", place.out, "--max-steps", 3, "--checkpoint-steps", 2)
+    assert (result.code, result.err) == (0, "")
+    saved = json.loads((place.out / "adapter_config.json").read_text())
+    assert fields.items() <= saved.items()
+    tensors = load_file(place.out / "adapter_model.safetensors")
+    shutil.rmtree(place.out / "checkpoints" / "step-00000003")
+    again = run(*command, "-o", place.out, "--max-steps", 3, "--checkpoint-steps", 2, "--resume")
+    assert (again.code, again.err) == (0, "")
+    for name, tensor in load_file(place.out / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, tensors[name])
+    more = run("finetune", place.model, place.data, "--adapter", place.out, "-o", place.tmp / "more", "--max-steps", 1)
+    assert (more.code, more.err) == (0, "")
+    assert fields.items() <= json.loads((place.tmp / "more" / "adapter_config.json").read_text()).items()
+
+
+def test_a_settings_file_chooses_the_kind(place: Place) -> None:
+    path = place.tmp / "settings.toml"
+    path.write_text('[bottleneck]\nsize = 5\nactivation = "gelu"\n')
+    assert cli._config(path, {"placement": "houlsby"}).adapter == BottleneckConfig(
+        size=5, activation="gelu", placement="houlsby"
+    )
+    with pytest.raises(ConfigError, match=r"kind: it is ia3, but the settings file has a table \[bottleneck\]"):
+        cli._config(path, {}, "ia3")
+    path.write_text('[ia3]\ntarget_modules = ["k_proj", "up_proj"]\n')
+    assert cli._config(path, {}).adapter == IA3Config(target_modules=("k_proj", "up_proj"))
+    path.write_text('[ia3]\nfeedforward_modules = ["up_proj"]\n')
+    with pytest.raises(ConfigError, match="feedforward_modules: up_proj must be among target_modules"):
+        cli._config(path, {})
+
+
 def test_overriding_lora_settings_by_an_adapter_warns(place: Place, trained: Path) -> None:
     def warnings(**given: Any) -> list[str]:
         events: list[JobEvent] = []
@@ -287,7 +328,7 @@ def test_overriding_lora_settings_by_an_adapter_warns(place: Place, trained: Pat
     assert warnings() == []
     (message,) = warnings(r=2, dropout=0.5)
     assert str(trained) in message
-    assert "lora" in message
+    assert "adapter's settings" in message
 
 
 @pytest.mark.parametrize(("choice", "num_examples"), [("drop", 2), ("truncate", 3)])
@@ -626,11 +667,23 @@ def test_plan_counts_what_is_kept(place: Place, run: Run) -> None:
 
 
 @pytest.mark.parametrize(("args", "message"), [
+    (("--adapter", "vera"), r"^error: kind: must be lora, dora, ia3 or bottleneck"),
+    (("--adapter", "ia3", "--rank", 4), r"^error: rank: ia3 adapters have no such setting"),
+    (("--adapter", "dora", "--dropout", 0.1), r"^error: dropout: must be 0 with use_dora"),
     (("--dtype", "int8"), r"^error: dtype: must be"), (("--rank", 0), r"^error: r: rank"),
     (("--target-modules", "w_proj"), r"^error: target_modules: .*w_proj"), (("--dropout", 2), r"^error: dropout: must be"),
 ])
 def test_bad_plans(place: Place, run: Run, args: tuple[object, ...], message: str) -> None:
     assert_one_line(run("plan", place.model, *args), message)
+
+
+@pytest.mark.parametrize(("kind", "args", "kept"), [
+    ("ia3", (), "ia3_out"), ("dora", ("--rank", 4), "dora"), ("bottleneck", ("--rank", 4), "relu"),
+])
+def test_plan_of_other_kinds(place: Place, run: Run, kind: str, args: tuple[object, ...], kept: str) -> None:
+    result = run("plan", place.model, "--adapter", kind, *args)
+    assert (result.code, result.err) == (0, "")
+    assert kept in result.out
 
 
 def test_plan_of_a_model_that_does_not_exist(place: Place, run: Run) -> None:

@@ -840,7 +840,8 @@ def test_lora_programs_agree_with_autograd(
     plan = training_plan(arch, adapter, itemsize=8)
     assert plan.lowest_trained == min(index for index, _ in targets)
     bypasses = layer_bypasses(arch, adapter, dropout=dropout)
-    serving = serving_plan(arch, [adapter.factor_widths(index) for index in range(2)], itemsize=8) if dropout == 0 else None
+    widths = [adapter.factor_widths(index) for index in range(2)]
+    serving = serving_plan(arch, [adapter.kind], widths, itemsize=8) if dropout == 0 else None
     compare_with_autograd(weights, plan, bypasses, adapter, lengths, forward, backward, seed, serving)
 
 
@@ -858,7 +859,7 @@ def test_scoring_and_serving_programs_compute_the_same_rows_as_training() -> Non
         outputs.append(state.hidden(2).clone())
     assert torch.allclose(outputs[0], outputs[1], rtol=1e-13, atol=1e-12)
 
-    plan = serving_plan(arch, [adapter.factor_widths(index) for index in range(2)], itemsize=8)
+    plan = serving_plan(arch, [adapter.kind], [adapter.factor_widths(index) for index in range(2)], itemsize=8)
     served = serve(train, state, plan, adapter)
     assert torch.allclose(served, outputs[0], rtol=0, atol=1e-12)
 
@@ -866,7 +867,7 @@ def test_scoring_and_serving_programs_compute_the_same_rows_as_training() -> Non
 # --- other bypasses: the same passes, no other change ---------------------------------------------------------------------
 
 
-class Script:
+class Script(NoBypass):
     """A bypass at one site as a list of steps. Each but "up" makes a value of width `rank`, which later steps name by number:
 
     ("x",), ("out",): a factor of the site's input or output. ("mix", i): a factor of value i. ("gate", i, j): silu(i) * j.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -15,12 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from coserve.config import LINEAR_SITES, LoraConfig
+from coserve.config import LINEAR_SITES, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.core import CoserveError, InvalidRequest, NotFound
 from coserve.engine.generation import Generator
 from coserve.engine.model import LoadedModel, load_model
+from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.kinds import new_adapter
+from tests import oracle
 from tests.oracle import load_oracle
 from tests.tiny_directory import build_tiny_directory
 
@@ -46,17 +49,22 @@ def peft_logits(model: Any) -> Tensor:
         return model.eval()(torch.tensor([TOKENS])).logits[0]
 
 
-def coserve_logits(model: LoadedModel, adapter: LoraAdapter | None) -> Tensor:
+def coserve_logits(model: LoadedModel, adapter: Adapter | None) -> Tensor:
     return Generator(model, adapter).logits(TOKENS)
 
 
 def random_peft(directory: Path, target: Path, *, seed: int = 0, **config: Any) -> Any:
     """A PEFT adapter with random A and B, saved by PEFT; returns the PEFT model."""
-    model = peft.get_peft_model(load_oracle(directory), peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    return random_peft_of(directory, target, peft.LoraConfig(task_type="CAUSAL_LM", **config), seed=seed)
+
+
+def random_peft_of(directory: Path, target: Path, config: peft.PeftConfig, *, seed: int = 0) -> Any:
+    """The same for any kind."""
+    model = peft.get_peft_model(load_oracle(directory), config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "ia3_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     model.save_pretrained(target)
     return model
@@ -133,16 +141,15 @@ COSERVE_CONFIGS: dict[str, LoraConfig] = {
 }
 
 
-def random_adapter(model: LoadedModel, config: LoraConfig, seed: int = 3) -> LoraAdapter:
-    adapter = LoraAdapter.create(
-        model.architecture, config, dtype=model.weights.dtype, device=model.weights.device, seed=seed
-    )
+def random_adapter(model: LoadedModel, config: AdapterConfig, seed: int = 3) -> Adapter:
+    adapter = new_adapter(model.weights, config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     adapter.flat.copy_(torch.randn(adapter.flat.shape, generator=generator) * 0.3)
+    adapter.refresh()
     return adapter
 
 
-def saved(model: LoadedModel, adapter: LoraAdapter, directory: Path) -> Path:
+def saved(model: LoadedModel, adapter: Adapter, directory: Path) -> Path:
     directory.mkdir()
     save_adapter(directory, adapter, adapter.flat, base_name=model.name, fingerprint=model.fingerprint)
     return directory
@@ -196,6 +203,78 @@ def test_loaded_config_says_what_the_file_says(tmp_path: Path, directories: dict
     assert not config.rank_pattern
 
 
+# --- other kinds than LoRA ---
+
+OTHER_PEFT_CONFIGS: dict[str, peft.PeftConfig] = {
+    "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ia3 by its own defaults": peft.IA3Config(),
+    "ia3 everywhere": peft.IA3Config(target_modules="all-linear", feedforward_modules=["q_proj", "o_proj"]),
+    "ia3 in one layer": peft.IA3Config(target_modules=["layers.1.mlp.down_proj", "o_proj"], feedforward_modules=["o_proj"]),
+    "dora": peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", use_dora=True),
+    "dora with rslora and patterns": peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], use_dora=True, use_rslora=True, lora_dropout=0.3,
+        rank_pattern={r"layers\.1\..*": 2}, alpha_pattern={"up_proj": 9},
+    ),
+}
+
+
+@pytest.mark.parametrize("config", OTHER_PEFT_CONFIGS.values(), ids=OTHER_PEFT_CONFIGS.keys())
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_other_kinds_from_peft_and_back(
+    tmp_path: Path, directories: dict[str, Path], models: dict[str, LoadedModel], family: str, config: peft.PeftConfig
+) -> None:
+    theirs = random_peft_of(directories[family], tmp_path / "peft", copy.deepcopy(config))
+    expected, model = peft_logits(theirs), models[family]
+    adapter = model.load_adapter(tmp_path / "peft")
+    assert_same(coserve_logits(model, adapter), expected)
+    assert (expected - coserve_logits(model, None)).abs().max() > 1e-2, "the adapter changes the logits"
+    directory = saved(model, adapter, tmp_path / "coserve")
+    again = peft.PeftModel.from_pretrained(load_oracle(directories[family]), str(directory))
+    assert_same(peft_logits(again), expected)
+    before, after = (peft.get_peft_model_state_dict(m) for m in (theirs, again))
+    assert before.keys() == after.keys(), "PEFT would train the same modules"
+    for name, tensor in before.items():
+        torch.testing.assert_close(tensor.double(), after[name].double(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_bottlenecks_come_back_from_their_files(
+    tmp_path: Path, models: dict[str, LoadedModel], placement: str, activation: str
+) -> None:
+    model = models["llama"]
+    config = BottleneckConfig(size=6, placement=placement, activation=activation)
+    adapter = random_adapter(model, config)
+    again = model.load_adapter(saved(model, adapter, tmp_path / "adapter"))
+    assert again.config == config
+    assert torch.equal(again.flat, adapter.flat)
+    expected = peft_logits(oracle.with_adapter(load_oracle(model.directory), adapter))
+    assert_same(coserve_logits(model, again), expected)
+
+
+@pytest.mark.parametrize("config", [IA3Config(), LoraConfig(r=4, use_dora=True), BottleneckConfig()])
+def test_a_new_adapter_changes_nothing(models: dict[str, LoadedModel], config: AdapterConfig) -> None:
+    model = models["qwen2"]
+    torch.testing.assert_close(
+        coserve_logits(model, new_adapter(model.weights, config, seed=0)), coserve_logits(model, None), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(("config", "fields", "message"), [
+    (BottleneckConfig(), {"size": 5}, "adapter_down.*expected"), (BottleneckConfig(), {"activation": "tanh"}, "relu or gelu"),
+    (BottleneckConfig(), {"placement": "houlsby"}, "no such tensor"), (IA3Config(), {"peft_type": "LORA"}, "no place for"),
+    (IA3Config(), {"fan_in_fan_out": True}, "fan_in_fan_out"), (IA3Config(), {"peft_type": "COSERVE_BOTTLENECK"}, "missing"),
+])
+def test_other_kinds_that_cannot_be_used(
+    tmp_path: Path, models: dict[str, LoadedModel], config: AdapterConfig, fields: dict[str, Any], message: str
+) -> None:
+    directory = saved(models["llama"], random_adapter(models["llama"], config), tmp_path / "adapter")
+    edit_config(**fields)(directory)
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        models["llama"].load_adapter(directory)
+    assert caught.value.param == "adapter"
+
+
 # --- what is refused, and what is not ---
 
 
@@ -245,9 +324,9 @@ def truncate(directory: Path) -> None:
 
 WEIGHTS = "adapter_model.safetensors"
 REFUSED: dict[str, tuple[Callable[[Path], object], type[CoserveError], str]] = {
-    "not LORA": (edit_config(peft_type="IA3"), InvalidRequest, "peft_type 'IA3'.*LORA"),
+    "another kind": (edit_config(peft_type="VERA"), InvalidRequest, "peft_type 'VERA'.*LORA"),
     "no peft_type": (edit_config(peft_type=...), InvalidRequest, "peft_type None"),
-    "DoRA": (edit_config(use_dora=True), InvalidRequest, "use_dora"),
+    "DoRA without lengths": (edit_config(use_dora=True), InvalidRequest, "lora_magnitude_vector.*no such tensor"),
     "biases": (edit_config(bias="all"), InvalidRequest, "bias='all'"),
     "biases of LoRA": (edit_config(lora_bias=True), InvalidRequest, "lora_bias"),
     "saved modules": (edit_config(modules_to_save=["lm_head"]), InvalidRequest, "modules_to_save"),

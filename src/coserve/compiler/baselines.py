@@ -38,6 +38,10 @@ _UNMASKED = "coserve_sdpa_unmasked"
 PeftConfig = Callable[[Any, int, Sequence[str]], Any]
 CONFIGS: Mapping[str, PeftConfig] = {
     "lora": lambda peft, rank, targets: peft.LoraConfig(r=rank, target_modules=list(targets)),
+    "dora": lambda peft, rank, targets: peft.LoraConfig(r=rank, target_modules=list(targets), use_dora=True),
+    "ia3": lambda peft, rank, targets: peft.IA3Config(
+        target_modules=list(targets), feedforward_modules=[name for name in targets if name == "down_proj"]
+    ),
 }
 """The adapter kinds that peft has: (the module peft, rank, target modules) -> its configuration."""
 

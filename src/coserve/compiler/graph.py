@@ -92,20 +92,25 @@ def producers(nodes: Iterable[Node]) -> dict[str, Node]:
 
 
 def counterparts(own: Graph, larger: Graph) -> dict[str, str]:
-    """{value of `own`: the value of `larger` that its readers read}. `larger` adds to more values than `own` does: where it
-    adds to a value, the sum takes that value's part, and everything after it may have another name."""
+    """{value of `own`: the last value of `larger` that equals it in rows which only `own`'s bypass changes}. `larger` adds to
+    more values than `own` does: the sum takes the value's part, and everything after it may have another name."""
 
-    def place(node: Node, inputs: Iterable[str]) -> object:
+    def place(node: Node, inputs: Iterable[str | None]) -> object:
         return node.op, node.weight, tuple(inputs), tuple(node.attrs.items())
 
-    nodes = {place(node, node.inputs): node for node in larger.nodes}
-    sums = {node.inputs[0]: node.outputs[0] for node in larger.nodes if node.op == "add"}
-    added = {node.inputs[0] for node in own.nodes if node.op == "add"}
+    twins = {place(node, node.inputs): node for node in own.nodes}
+    equal: dict[str, str] = {larger.input: own.input}
     result = {own.input: larger.input}
-    for node in own.nodes:
-        twin = nodes[place(node, (result[name] for name in node.inputs))]
-        for name, found in zip(node.outputs, twin.outputs, strict=True):
-            result[name] = found if name in added else sums.get(found, found)
+    for node in larger.nodes:
+        inputs = [equal.get(name) for name in node.inputs]
+        twin = twins.get(place(node, inputs))
+        if twin is not None:
+            pairs = list(zip(twin.outputs, node.outputs, strict=True))
+        else:
+            pairs = [(inputs[0], node.outputs[0])] if node.op == "add" and inputs[0] is not None else []
+        for value, found in pairs:
+            equal[found] = value
+            result[value] = found
     return result
 
 

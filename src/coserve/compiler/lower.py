@@ -73,7 +73,7 @@ def _fuse_adds(nodes: Sequence[Node], memory: _Memory) -> list[_Step]:
             fusable = (
                 source is nodes[index - 1] and source.row.accumulates and uses[second] == 1
                 and second not in memory.immutable and memory.free_after(first, index)
-                and memory.root(first) not in {memory.root(name) for name in source.inputs}
+                and (source.row.inplace or memory.root(first) not in {memory.root(name) for name in source.inputs})
                 and node.outputs[0] not in memory.fixed
             )
             if fusable and source is not None:

@@ -39,6 +39,15 @@ class Tracer:
     def segment_linear(self, x: Value, name: str) -> Value:
         return self.node("segment_linear", (x,), self.value(name, self.factor_widths[name]), name)
 
+    def segment_scale(self, x: Value, name: str) -> Value:
+        return self.node("segment_scale", (x,), self.value(name, x.width), name)
+
+    def relu(self, x: Value) -> Value:
+        return self.node("relu", (x,), self.value(f"{x.name}.relu", x.width))
+
+    def gelu(self, x: Value) -> Value:
+        return self.node("gelu", (x,), self.value(f"{x.name}.gelu", x.width))
+
     def rope(self, x: Value) -> Value:
         return self.node("rope", (x,), self.value(f"{x.name}.rope", x.width))
 

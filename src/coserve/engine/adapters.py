@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from coserve.core import CapacityError, InvalidRequest, NotFound
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
 from coserve.runtime.adapters import AdapterSlots
 
 
@@ -24,7 +24,7 @@ class AdapterVersion(NamedTuple):
 
 @dataclass(slots=True)
 class _Held:
-    adapter: LoraAdapter
+    adapter: Adapter
     users: int = 0
 
 
@@ -49,14 +49,13 @@ class AdapterRegistry:
     def num_users(self) -> int:
         return sum(held.users for held in self._held.values())
 
-    def publish(self, name: str, adapter: LoraAdapter) -> AdapterVersion:
+    def publish(self, name: str, adapter: Adapter) -> AdapterVersion:
         """A new version of a name. `adapter` must not change any more. Raises InvalidRequest for a bad name or rank."""
         if not name:
             raise InvalidRequest("name: an adapter needs a name", param="name")
-        largest = max((site.rank for site in adapter.sites), default=0)
-        if largest > self.slots.max_rank:
+        if adapter.rank > self.slots.max_rank:
             raise InvalidRequest(
-                f"adapter: {name} has rank {largest}, over max_lora_rank={self.slots.max_rank}; raise that",
+                f"adapter: {name} has rank {adapter.rank}, over max_lora_rank={self.slots.max_rank}; raise that",
                 param="max_lora_rank",
             )
         self._numbers += 1
@@ -75,7 +74,7 @@ class AdapterRegistry:
             raise NotFound(f"adapter: there is no {name!r}; loaded: {', '.join(self.names) or 'none'}", param="adapter")
         self._drop_unused(version)
 
-    def get(self, name: str) -> LoraAdapter:
+    def get(self, name: str) -> Adapter:
         """The newest version's adapter. Raises NotFound."""
         return self._held[self._find(name)].adapter
 

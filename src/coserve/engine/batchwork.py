@@ -22,7 +22,7 @@ from coserve.core import Group
 from coserve.finetune.batches import pack_groups
 from coserve.finetune.job import StepLoss
 from coserve.finetune.objectives import Objective, Scored
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.microbatch import InFlight, MicrobatchLayout, PackedBatch, microbatch_layout, pack
 from coserve.runtime.transfer import to_device
@@ -37,8 +37,8 @@ class BatchSource(Protocol):
     plan: ModelPlan
     scoring: ModelPlan
     reference_scoring: ModelPlan
-    adapter: LoraAdapter
-    reference: LoraAdapter | None
+    adapter: Adapter
+    reference: Adapter | None
     reference_sums: dict[int, float]
     """Summed log-probabilities under the reference, by example, remembered from batch to batch."""
 
@@ -51,7 +51,7 @@ class Microbatch:
     groups: Sequence[Group]
     batch: PackedBatch
     plan: ModelPlan
-    adapter: LoraAdapter | None
+    adapter: Adapter | None
     forward_only: bool
     is_reference: bool
     deterministic: bool
@@ -89,7 +89,7 @@ class BatchWork:
         return self._microbatch(groups, step, plan, self.source.adapter, forward_only=not self.train, reference=False)
 
     def _microbatch(
-        self, groups: Sequence[Group], step: int, plan: ModelPlan, adapter: LoraAdapter | None, *, forward_only: bool,
+        self, groups: Sequence[Group], step: int, plan: ModelPlan, adapter: Adapter | None, *, forward_only: bool,
         reference: bool,
     ) -> Microbatch:
         examples = [example for group in groups for example in group.examples]

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import LoraConfig
+from coserve.config import AdapterConfig
 from coserve.core import CapacityError, Group
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import expected_shapes
 from coserve.model.decoder import linear_shapes
-from coserve.peft.lora import LoraAdapter, lora_layout
+from coserve.peft.adapter import Adapter
+from coserve.peft.kinds import empty_adapter
 from coserve.runtime.executor import head_rows
 from coserve.runtime.memory import arena_rows
 from coserve.runtime.microbatch import microbatch_layout
@@ -39,11 +40,9 @@ def packed_bytes(arch: Architecture, itemsize: int) -> int:
     return itemsize * (linears + 2 * arch.vocab_size * arch.hidden_size)
 
 
-def shape_adapter(arch: Architecture, config: LoraConfig) -> LoraAdapter:
+def shape_adapter(arch: Architecture, config: AdapterConfig) -> Adapter:
     """An adapter without memory, for planning."""
-    sites = lora_layout(arch, config)
-    flat = torch.empty(sum(site.num_elements for site in sites), device="meta")
-    return LoraAdapter(config, sites, flat, num_layers=arch.num_layers)
+    return empty_adapter(arch, config, dtype=torch.float32, device=torch.device("meta"))
 
 
 def training_bytes(
@@ -97,7 +96,7 @@ class FittedPlan(NamedTuple):
         )
 
 
-def fit_plan(arch: Architecture, adapter: LoraAdapter, room: float, workload: Workload, *, itemsize: int) -> FittedPlan:
+def fit_plan(arch: Architecture, adapter: Adapter, room: float, workload: Workload, *, itemsize: int) -> FittedPlan:
     """The plan with the fewest FLOPs whose largest micro-batch takes at most `room` bytes in flight; if none does, the smallest
     plan."""
 
@@ -118,7 +117,7 @@ def fit_plan(arch: Architecture, adapter: LoraAdapter, room: float, workload: Wo
 
 
 def asked_plan(
-    arch: Architecture, adapter: LoraAdapter, workload: Workload, activation_memory_bytes: int | None, *, itemsize: int
+    arch: Architecture, adapter: Adapter, workload: Workload, activation_memory_bytes: int | None, *, itemsize: int
 ) -> FittedPlan:
     """The plan for a setting, whatever there is. Raises CapacityError if no plan meets it."""
     room = math.inf if activation_memory_bytes is None else activation_memory_bytes

@@ -31,7 +31,7 @@ from coserve.engine.requests import Chunk, RequestHandle
 from coserve.engine.requesttable import RequestTable
 from coserve.engine.step import Lookup, StepRunner
 from coserve.finetune.job import JobEvent
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool, block_bytes
 from coserve.runtime.executor import TrainExecutor
@@ -204,7 +204,7 @@ class Engine:
         adapter = self.model.load_adapter(Path(directory))
         self._inbox.call(lambda: self.adapters.publish(name, adapter))
 
-    def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
         """The same from memory; `adapter` must not change afterwards."""
         self._inbox.call(lambda: self.adapters.publish(name, adapter))
 
@@ -231,11 +231,11 @@ class Engine:
             handle.listen(event)
             listen(event)
 
-        lora = config.lora if start is None else self.model.load_adapter(Path(start)).config
-        self.jobs.check_config(config, lora, handle.name)
+        adapter = config.adapter if start is None else self.model.load_adapter(Path(start)).config
+        self.jobs.check_config(config, adapter, handle.name)
         prepared = prepare_beside(
             self.model, data, directory, config, validation=validation, start=start, resume=resume, listen=hear,
-            check=lambda train, held_out: self.jobs.check_data(train, held_out, config, lora),
+            check=lambda train, held_out: self.jobs.check_data(train, held_out, config, adapter),
         )
         for plan in (prepared.trainer.plan, prepared.trainer.scoring):
             self.train.prepare(plan)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from coserve.finetune.job import Job, JobEvent, StepRow, refuse_changes
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.linear import can_pack
 from coserve.model.locate import locate_model
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
 from coserve.tokenizer import ChatTokenizer
 
 
@@ -50,7 +50,7 @@ class FinetuneResult:
 
     directory: Path
     model: LoadedModel
-    adapter: LoraAdapter
+    adapter: Adapter
     rows: tuple[StepRow, ...]
 
 
@@ -80,7 +80,7 @@ def _choose_plan(
     arch: Architecture, config: FinetuneConfig, dataset: Dataset, device: torch.device, dtype: torch.dtype, *, loaded: bool
 ) -> FittedPlan:
     """The plan with the fewest FLOPs for which there is memory. A deterministic job's depends on its settings only."""
-    adapter, available, itemsize = shape_adapter(arch, config.lora), available_bytes(device), dtype.itemsize
+    adapter, available, itemsize = shape_adapter(arch, config.adapter), available_bytes(device), dtype.itemsize
     workload = Workload.of(dataset.groups, config.batch_size, config.max_microbatch_tokens)
     chosen = asked_plan(arch, adapter, workload, config.activation_memory_bytes, itemsize=itemsize)
 
@@ -142,7 +142,7 @@ class PreparedJob:
     directory: Path
     dataset: Dataset
 
-    def finish(self) -> LoraAdapter:
+    def finish(self) -> Adapter:
         """Writes the tuned adapter into the directory; returns it."""
         _write_adapter(self.directory, self.trainer)
         assert self.trainer.published is not None
@@ -158,9 +158,9 @@ def prepare(
     listen(JobEvent(level="info", message=str(fitted)))
     adapter = loaded.load_adapter(Path(start)) if start is not None else None
     if adapter is not None:
-        if config.lora not in (LoraConfig(), adapter.config):
-            listen(JobEvent(level="warn", message=f"the lora settings are those of {start}; the ones given are not used"))
-        config = replace(config, lora=adapter.config)
+        if config.adapter not in (LoraConfig(), adapter.config):
+            listen(JobEvent(level="warn", message=f"the adapter's settings are those of {start}; the ones given are not used"))
+        config = config.with_adapter(adapter.config)
     trainer = LoraTrainer(
         loaded, config, start=adapter, plan=fitted.plan, warn=lambda m: listen(JobEvent(level="warn", message=m))
     )
@@ -206,7 +206,7 @@ def finetune(
     start: str | os.PathLike[str] | None = None, resume: bool = False, device: str = "auto", dtype: str = "auto",
     listen: Callable[[JobEvent], None] = lambda event: None,
 ) -> FinetuneResult:
-    """Finetunes a LoRA adapter on a JSON Lines file and writes it to a directory.
+    """Finetunes an adapter (LoRA unless the settings name another kind) on a JSON Lines file and writes it to a directory.
 
     model: a name as for `load_model`, or a loaded one. start: an adapter directory to continue from. resume: go on with the
     job in `output` from its newest whole checkpoint. listen: called with every event. Raises InvalidRequest, NotFound,
@@ -235,7 +235,7 @@ def finetune(
     fitted = _choose_plan(arch, config, train, place, kind, loaded=isinstance(model, LoadedModel))
     loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, dtype=dtype)
     if start is not None:
-        trained = replace(config, lora=loaded.load_adapter(Path(start)).config)
+        trained = config.with_adapter(loaded.load_adapter(Path(start)).config)
         fitted = _choose_plan(arch, trained, train, place, kind, loaded=True)
     prepared = prepare(
         loaded, data_path, directory, config, train=train, held_out=held_out, validation=validation, start=start, resume=resume,

@@ -13,7 +13,7 @@ from coserve.core import InvalidRequest
 from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
 from coserve.engine.requests import Chunk
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
 from coserve.runtime.cache import block_bytes
 from coserve.runtime.spans import NO_ADAPTER, RowSpan
 from coserve.scheduler.latency import LatencyModel
@@ -26,7 +26,7 @@ _ADAPTER = "adapter"
 class Generator:
     """Generates with the base or one adapter. Rows without an adapter in the same batch use the base."""
 
-    def __init__(self, model: LoadedModel, adapter: LoraAdapter | None = None) -> None:
+    def __init__(self, model: LoadedModel, adapter: Adapter | None = None) -> None:
         self.model, self.adapter, self.arch = model, adapter, model.architecture
 
     def generate(
@@ -86,7 +86,7 @@ class Generator:
         scheduler = SchedulerConfig(
             policy="inference-only", max_num_seqs=len(lengths), max_num_batched_tokens=max(PREFILL_TOKENS, len(lengths))
         )
-        rank = 1 if self.adapter is None else max((site.rank for site in self.adapter.sites), default=1)
+        rank = 1 if self.adapter is None else max(1, self.adapter.rank)
         config = EngineConfig(
             scheduler=scheduler, memory_bytes=blocks * size, inference_share=1.0, block_tokens=BLOCK_TOKENS, max_lora_rank=rank
         )

@@ -26,8 +26,8 @@ from coserve.engine.batchwork import BatchWork, Microbatch
 from coserve.engine.finetuning import PreparedJob
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.job import Checkpoint, ForwardBackward, JobEvent, OptimStep, Publish, Score, StepRow, Verb
+from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
-from coserve.peft.lora import LoraAdapter
 from coserve.scheduler.arenas import Arena
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 
@@ -147,7 +147,7 @@ class Host(Protocol):
     def copy_adapter(self, copy: AdapterCopy) -> None:
         """The next plan carries it."""
 
-    def publish(self, name: str, adapter: LoraAdapter) -> None:
+    def publish(self, name: str, adapter: Adapter) -> None:
         """A new version that requests can use."""
 
     def shrink_windows(self) -> bool:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from coserve.config import EngineConfig, FinetuneConfig, LoraConfig
+from coserve.config import AdapterConfig, BottleneckConfig, EngineConfig, FinetuneConfig
 from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan, WorkUnit
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.batchwork import Microbatch
@@ -24,7 +24,7 @@ from coserve.engine.finetuning import PreparedJob
 from coserve.engine.jobs import JobHandle, LiveJob
 from coserve.finetune.datasets import Dataset
 from coserve.model.architecture import Architecture
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import scoring_plan
@@ -71,7 +71,7 @@ class JobTable:
 
     # --- refusals ---
 
-    def check_config(self, config: FinetuneConfig, lora: LoraConfig, name: str) -> None:
+    def check_config(self, config: FinetuneConfig, adapter: AdapterConfig, name: str) -> None:
         """Refuses settings that an engine can't follow. Raises ConfigError, InvalidRequest."""
         grid, most = config.grid_tokens, self.config.scheduler.max_window_tokens
         if grid is not None and grid > most:
@@ -79,19 +79,21 @@ class JobTable:
                 f"window_tokens: a deterministic job's windows have {grid} tokens, over the engine's max_window_tokens={most}; "
                 "raise that, or lower window_tokens", param="window_tokens",
             )
-        rank = max((site.rank for site in shape_adapter(self.arch, lora).sites), default=0)
+        rank = shape_adapter(self.arch, adapter).rank
         if rank > self.config.max_lora_rank:
+            field = "size" if isinstance(adapter, BottleneckConfig) else "r"
             raise ConfigError(
-                f"r: rank {rank} is over max_lora_rank={self.config.max_lora_rank}; raise that, or lower r", param="r"
+                f"{field}: rank {rank} is over max_lora_rank={self.config.max_lora_rank}; raise that, or lower {field}",
+                param=field,
             )
         if any(job.handle.name == name for job in list(self.jobs.values())):
             raise InvalidRequest(f"name: a job called {name!r} is running; name another", param="name")
 
-    def check_data(self, train: Dataset, held_out: Dataset | None, config: FinetuneConfig, lora: LoraConfig) -> FittedPlan:
+    def check_data(self, train: Dataset, held_out: Dataset | None, config: FinetuneConfig, settings: AdapterConfig) -> FittedPlan:
         """The job's plan: the one with the fewest FLOPs whose largest micro-batch fits beside what inference is guaranteed.
         Refuses a job for which there is none; a deterministic job's plan depends on no room, only on its settings."""
         arch, itemsize = self.arch, self.itemsize
-        adapter, room = shape_adapter(arch, lora), self._room
+        adapter, room = shape_adapter(arch, settings), self._room
         workload = Workload.of(train.groups, config.batch_size, config.max_microbatch_tokens)
         chosen = asked_plan(arch, adapter, workload, config.activation_memory_bytes, itemsize=itemsize)
         if chosen.num_bytes > room and not config.deterministic:
@@ -203,7 +205,7 @@ class JobTable:
     def copy_adapter(self, copy: AdapterCopy) -> None:
         self.scheduler.copy_adapter(copy)
 
-    def publish(self, name: str, adapter: LoraAdapter) -> None:
+    def publish(self, name: str, adapter: Adapter) -> None:
         self.adapters.publish(name, adapter)
 
     def shrink_windows(self) -> bool:

@@ -14,8 +14,8 @@ from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.locate import locate_model
 from coserve.model.weights import ModelWeights, load_weights
+from coserve.peft.adapter import Adapter
 from coserve.peft.format import load_adapter
-from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import Executor
 from coserve.tokenizer import ChatTokenizer
 
@@ -37,11 +37,9 @@ class LoadedModel:
     def architecture(self) -> Architecture:
         return self.weights.architecture
 
-    def load_adapter(self, directory: Path) -> LoraAdapter:
+    def load_adapter(self, directory: Path) -> Adapter:
         """An adapter in PEFT's format for this base."""
-        return load_adapter(
-            directory, self.architecture, dtype=self.weights.dtype, device=self.weights.device, fingerprint=self.fingerprint
-        )
+        return load_adapter(directory, self.weights, fingerprint=self.fingerprint)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -17,8 +17,9 @@ from coserve.engine.model import LoadedModel
 from coserve.finetune.job import StepLoss
 from coserve.finetune.objectives import OBJECTIVES
 from coserve.finetune.optimizer import FlatAdamW
+from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.kinds import new_adapter
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.plans import scoring_plan
 
@@ -45,19 +46,16 @@ class LoraTrainer:
     """
 
     def __init__(
-        self, model: LoadedModel, config: FinetuneConfig, *, start: LoraAdapter | None = None,
+        self, model: LoadedModel, config: FinetuneConfig, *, start: Adapter | None = None,
         plan: ModelPlan | None = None, warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.config, self.warn = model, config, warn
         arch, weights = model.architecture, model.weights
-        adapter = start or LoraAdapter.create(
-            arch, config.lora, dtype=weights.dtype, device=weights.device, seed=config.seed
-        )
-        self.adapter = adapter.trainable()
+        self.adapter = (start or new_adapter(weights, config.adapter, seed=config.seed)).trainable()
         assert self.adapter.grad is not None
         self.objective = OBJECTIVES[config.objective](config)
         self.reference = start.copy() if start is not None else None
-        self.optimizer = FlatAdamW(config.optimizer, self.adapter.flat, self.adapter.grad)
+        self.optimizer = FlatAdamW(config.optimizer, self.adapter.flat, self.adapter.grad, changed=self.adapter.refresh)
         self.executor = TrainExecutor(model.executor)
         itemsize = weights.dtype.itemsize
         if plan is None:
@@ -67,7 +65,7 @@ class LoraTrainer:
         self.scoring = scoring_plan(arch, self.adapter, itemsize=itemsize)
         self.reference_scoring = scoring_plan(arch, self.reference, itemsize=itemsize)
         self.window = config.grid_tokens or config.window_tokens
-        self.published: LoraAdapter | None = None
+        self.published: Adapter | None = None
         self.reference_sums: dict[int, float] = {}
 
     # --- verbs ---

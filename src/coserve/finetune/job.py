@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from coserve.config import FinetuneConfig
-from coserve.core import Group, InvalidRequest, JobFailed
+from coserve.config import FinetuneConfig, finetune_config_from_dict, to_dict
+from coserve.core import ConfigError, Group, InvalidRequest, JobFailed
 from coserve.finetune.batches import BatchOrder
 from coserve.finetune.checkpoints import (
     Cursor,
@@ -192,12 +192,23 @@ def _row(record: Mapping[str, str]) -> StepRow:
 def refuse_changes(facts: Mapping[str, object], recorded: Mapping[str, object], where: str) -> None:
     """Raises InvalidRequest, naming the first field that differs, unless a resumed job is the one that was recorded."""
     for name, value in facts.items():
-        changed = _first_difference(name, value, recorded.get(name))
+        found = recorded.get(name)
+        if name == "settings" and isinstance(found, Mapping):
+            found = _with_defaults(found)
+        changed = _first_difference(name, value, found)
         if changed is not None:
             raise InvalidRequest(
                 f"resume: {changed} has changed since {where} was written; use the same model, data and settings, or another "
                 "output directory", param=changed,
             )
+
+
+def _with_defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Recorded settings with those that came to be later at their defaults; as they are where they can't be read."""
+    try:
+        return to_dict(finetune_config_from_dict(settings))
+    except (ConfigError, TypeError):
+        return settings
 
 
 def _first_difference(name: str, value: object, recorded: object) -> str | None:

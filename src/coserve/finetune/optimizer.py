@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,10 +28,14 @@ class FlatAdamW:
     """Decoupled AdamW (Loshchilov and Hutter 2019) over a flat parameter.
 
     working: the adapter's tensor in the model's dtype; grad: float32 of the same length. The float32 master is the working
-    tensor itself when that is float32 (float64 in tests). PyTorch's fused kernel does the arithmetic.
+    tensor itself when that is float32 (float64 in tests). PyTorch's fused kernel does the arithmetic. changed: called when all
+    elements have new values.
     """
 
-    def __init__(self, config: OptimizerConfig, working: Tensor, grad: Tensor) -> None:
+    def __init__(
+        self, config: OptimizerConfig, working: Tensor, grad: Tensor, *, changed: Callable[[], None] = lambda: None
+    ) -> None:
+        self._changed = changed
         self.config, self.working, self.grad = config, working, grad
         self.master = working if working.dtype == grad.dtype else working.to(grad.dtype)
         self.exp_avg = torch.zeros_like(self.master)
@@ -64,6 +68,7 @@ class FlatAdamW:
     def close_step(self) -> None:
         """All elements have been updated. Comes before the next forward unit."""
         self.num_updates += 1
+        self._changed()
 
     def slices(self, rate: float) -> Iterator[int]:
         """One update, a slice per turn; yields the elements done so far."""
@@ -89,3 +94,4 @@ class FlatAdamW:
             tensor.copy_(state[name])
         self.working.copy_(self.master)
         self.num_updates = num_updates
+        self._changed()

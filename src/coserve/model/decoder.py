@@ -29,14 +29,20 @@ MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 
 class Bypass(Protocol):
-    """A trainable subgraph beside the backbone: reads a site's tensors and adds to the site's output."""
+    """A trainable subgraph beside the backbone: reads a site's tensors and adds to the site's input or output."""
+
+    def enter(self, ops: Vocabulary[V], site: str, x: V) -> V:
+        """The site's input with the bypass added; `x` itself where the bypass has nothing there."""
 
     def apply(self, ops: Vocabulary[V], site: str, x: V, out: V) -> V:
         """The site's output with the bypass added; `out` itself where the bypass has nothing at this site."""
 
 
 class NoBypass:
-    """The bare backbone."""
+    """The bare backbone; and what kinds of bypass override."""
+
+    def enter(self, ops: Vocabulary[V], site: str, x: V) -> V:
+        return x
 
     def apply(self, ops: Vocabulary[V], site: str, x: V, out: V) -> V:
         return out
@@ -56,6 +62,7 @@ def layer(ops: Vocabulary[V], arch: Architecture, bypass: Bypass, x: V) -> V:
     """One decoder layer: x and the result are the residual stream, one row per token."""
 
     def project(site: str, value: V) -> V:
+        value = bypass.enter(ops, site, value)
         return bypass.apply(ops, site, value, ops.linear(value, site))
 
     normed = ops.rmsnorm(x, "input_layernorm")

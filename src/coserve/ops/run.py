@@ -6,7 +6,7 @@ layer's parameter (a FrozenLinear, a norm vector, or the name of an adapter's fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,20 +19,25 @@ class Factor(NamedTuple):
     """One factor of one adapter for one site of one layer.
 
     matrix: [out, in] in the model's dtype; scale multiplies the product; grad: float32 [out, in] or None when not trained.
+    A scaling's matrix is its vector less 1, [width, 1]; it scales the distance from `center` [width], 0 if None. slope [width]:
+    d vector / d parameter; None where the parameter is the vector.
     """
 
     matrix: Tensor
     scale: float
     grad: Tensor | None
+    center: Tensor | None = None
+    slope: Tensor | None = None
 
 
 class FactorStack(NamedTuple):
     """One factor of many adapters: rows before ends[0] use matrices[0], and so on. matrices: [adapters, in, out]; ends: int32
-    [adapters], ascending; scale: of every row, or [rows, 1]."""
+    [adapters], ascending; scale: of every row, or [rows, 1]; center: as a Factor's, the same for all."""
 
     matrices: Tensor
     ends: Tensor
     scale: Tensor | float
+    center: Tensor | None = None
 
 
 class RowContext(Protocol):
@@ -63,6 +68,9 @@ class RowContext(Protocol):
         """Its gradients; on return d_k and d_v hold the window's final rows."""
 
 
+_SUM_ROWS = 256
+"""Rows whose element-wise products are in memory at once while they are summed."""
+
 Runner = Callable[[RowContext, Any, Mapping[str, Any], bool, Sequence[Tensor], Sequence[Tensor]], None]
 
 
@@ -82,10 +90,25 @@ def _linear_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accum
     weight.input_grad(outs[0], ins[0], accumulate)
 
 
+def _written(
+    rows: RowContext, weight: Any, accumulate: bool, out: Tensor
+) -> Iterator[tuple[slice, Factor | FactorStack]]:
+    """The segments of a factor. An output that isn't added to gets 0 in all other rows."""
+    done = 0
+    for part, factor in rows.segments(weight):
+        start, end, _ = part.indices(out.shape[0])
+        if not accumulate and done < start:
+            out[done:start].zero_()
+        yield part, factor
+        done = end
+    if not accumulate and done < out.shape[0]:
+        out[done:].zero_()
+
+
 def _segment_linear(
     rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
 ) -> None:
-    for part, factor in rows.segments(weight):
+    for part, factor in _written(rows, weight, accumulate, outs[0]):
         out, x = outs[0][part], ins[0][part]
         if isinstance(factor, FactorStack):
             _, num_in, num_out = factor.matrices.shape
@@ -120,6 +143,64 @@ def _segment_linear_wgrad(
             factor.grad.addmm_(grad.T, x, alpha=factor.scale)
         else:
             factor.grad.add_(grad.T @ x, alpha=factor.scale)
+
+
+def _segment_scale(
+    rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
+) -> None:
+    """out (+)= (x - center) * vector, of which x may be the memory that is added to."""
+    for part, factor in _written(rows, weight, accumulate, outs[0]):
+        out, x = outs[0][part], ins[0][part]
+        if isinstance(factor, FactorStack):
+            counts = torch.diff(factor.ends, prepend=factor.ends.new_zeros(1))
+            vector = factor.matrices[:, 0].repeat_interleave(counts, dim=0, output_size=out.shape[0])
+        else:
+            vector = factor.matrix[:, 0]
+        if accumulate:
+            out.addcmul_(x, vector)
+        else:
+            torch.mul(x, vector, out=out)
+        if factor.center is not None:
+            out.sub_(vector * factor.center)
+
+
+def _segment_scale_dgrad(
+    rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
+) -> None:
+    for part, factor in rows.segments(weight):
+        assert isinstance(factor, Factor)
+        out, grad, vector = outs[0][part], ins[0][part], factor.matrix[:, 0]
+        if accumulate:
+            out.addcmul_(grad, vector)
+        else:
+            torch.mul(grad, vector, out=out)
+
+
+def _segment_scale_wgrad(
+    rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
+) -> None:
+    for part, factor in rows.segments(weight):
+        assert isinstance(factor, Factor) and factor.grad is not None
+        total = factor.grad.new_zeros(factor.grad.shape[0])
+        for grad, x in zip(ins[0][part].split(_SUM_ROWS), ins[1][part].split(_SUM_ROWS), strict=True):
+            total += (grad.to(total.dtype) * (x if factor.center is None else x - factor.center)).sum(0)
+        factor.grad[:, 0].add_(total if factor.slope is None else total * factor.slope)
+
+
+def _relu(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+    torch.clamp(ins[0], min=0, out=outs[0])
+
+
+def _relu_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+    torch.ops.aten.threshold_backward.grad_input(ins[0], ins[1], 0, grad_input=outs[0])
+
+
+def _gelu(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+    torch.ops.aten.gelu.out(ins[0], out=outs[0])
+
+
+def _gelu_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+    torch.ops.aten.gelu_backward.grad_input(ins[0], ins[1], grad_input=outs[0])
 
 
 def _rope(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
@@ -174,6 +255,13 @@ RUNNERS: dict[str, Runner] = {
     "segment_linear": _segment_linear,
     "segment_linear_dgrad": _segment_linear_dgrad,
     "segment_linear_wgrad": _segment_linear_wgrad,
+    "segment_scale": _segment_scale,
+    "segment_scale_dgrad": _segment_scale_dgrad,
+    "segment_scale_wgrad": _segment_scale_wgrad,
+    "relu": _relu,
+    "relu_dgrad": _relu_dgrad,
+    "gelu": _gelu,
+    "gelu_dgrad": _gelu_dgrad,
     "rope": _rope,
     "rope_dgrad": _rope_dgrad,
     "attention": _attention,

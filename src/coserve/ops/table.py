@@ -48,6 +48,8 @@ class Operator:
     """The kernel can add into its output instead of writing it."""
     whole: tuple[str, ...] = ()
     """Inputs that are read (or gradients that are written) for other tokens than the window's."""
+    signs: tuple[str, ...] = ()
+    """Inputs of which it is only read whether they are above 0: a bit each would do."""
     parallel: tuple[tuple[str, str, str], ...] = ()
     """Legal (input, weight, output) states; "" where there is no weight."""
 
@@ -89,6 +91,23 @@ TABLE: dict[str, Operator] = {
         parallel=(*_EACH, ("+", "", "+")),
         gradients=(Gradient("identity", ("d:out",), ("a",)), Gradient("identity", ("d:out",), ("b",))),
     ),
+    # inplace and accumulates: it may add into the memory of its own input
+    "segment_scale": Operator(
+        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True, accumulates=True,
+        parallel=(("=", "=", "="), ("|", "|", "|")),
+        gradients=(
+            Gradient("segment_scale_wgrad", ("d:out", "x"), ("weight",)),
+            Gradient("segment_scale_dgrad", ("d:out",), ("x",)),
+        ),
+    ),
+    "relu": Operator(
+        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True, parallel=_EACH,
+        gradients=(Gradient("relu_dgrad", ("d:out", "out"), ("x",)),),
+    ),
+    "gelu": Operator(
+        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True, parallel=_EACH,
+        gradients=(Gradient("gelu_dgrad", ("d:out", "x"), ("x",)),),
+    ),
     "dropout": Operator(
         inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True, parallel=_EACH,
         gradients=(Gradient("dropout_dgrad", ("d:out",), ("x",)),),
@@ -106,5 +125,13 @@ TABLE: dict[str, Operator] = {
         whole=("k", "v", "d_k", "d_v"),
     ),
     "silu_mul_dgrad": Operator(inputs=("grad", "gate", "up"), outputs=("d_gate", "d_up"), cost=Cost.ELEMENTWISE),
+    "segment_scale_wgrad": Operator(inputs=("grad", "x"), outputs=("weight",), cost=Cost.ELEMENTWISE),
+    "segment_scale_dgrad": Operator(
+        inputs=("grad",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True, accumulates=True
+    ),
+    "relu_dgrad": Operator(
+        inputs=("grad", "out"), outputs=("d_x",), cost=Cost.ELEMENTWISE, inplace=True, signs=("out",)
+    ),
+    "gelu_dgrad": Operator(inputs=("grad", "x"), outputs=("d_x",), cost=Cost.ELEMENTWISE, inplace=True),
     "dropout_dgrad": Operator(inputs=("grad",), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True),
 }

@@ -17,7 +17,8 @@ class TorchOps:
     """One layer's operators on tensors.
 
     norms: {name: [width]}; linears: {site: (weight [out, in], bias [out] or None)}; factors: {name: (matrix [out, in],
-    scale)}; cos, sin: [T, K]; starts: first row of each packed sequence; dropout_keys: int64 [T]; site_keys: {site: key}.
+    scale)}, for a scaling (vector less 1 [width, 1], 1); cos, sin: [T, K]; starts: first row of each packed sequence;
+    dropout_keys: int64 [T]; site_keys: {site: key}.
     """
 
     def __init__(
@@ -39,6 +40,15 @@ class TorchOps:
     def segment_linear(self, x: Tensor, name: str) -> Tensor:
         matrix, scale = self.factors[name]
         return torch.nn.functional.linear(x, matrix) * scale
+
+    def segment_scale(self, x: Tensor, name: str) -> Tensor:
+        return x * self.factors[name][0][:, 0]
+
+    def relu(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(x)
 
     def rope(self, x: Tensor) -> Tensor:
         return reference.rope(x, self.cos, self.sin)

@@ -21,6 +21,15 @@ class Vocabulary(Protocol[V]):
     def segment_linear(self, x: V, name: str) -> V:
         """Factor `name` of each row's adapter, times its scale; 0 for rows without an adapter."""
 
+    def segment_scale(self, x: V, name: str) -> V:
+        """What scaling by the vector `name` of each row's adapter adds to x; 0 for rows without an adapter."""
+
+    def relu(self, x: V) -> V:
+        """max(x, 0)."""
+
+    def gelu(self, x: V) -> V:
+        """x Phi(x), exactly."""
+
     def rope(self, x: V) -> V:
         """Rotary embedding of each head at the row's position."""
 

@@ -7,7 +7,7 @@ even where shapes agree. Files made by PEFT have none and are judged by their sh
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from coserve.config import LoraConfig
+from coserve.config import LINEAR_SITES, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig, to_dict
 from coserve.core import InvalidRequest, NotFound
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MODULE_PATHS
-from coserve.peft.lora import LoraAdapter, lora_layout
+from coserve.model.weights import ModelWeights
+from coserve.peft.adapter import Adapter, all_modules
+from coserve.peft.kinds import empty_adapter
+from coserve.peft.lora import lora_layout
+from coserve.peft.tensors import PREFIX, from_file, tensor_name, tensor_shape, to_file
 
 CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE = "adapter_config.json", "adapter_model.safetensors", "coserve.json"
-_PREFIX = "base_model.model."
 _UNSUPPORTED = (
-    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication", "trainable_token_indices",
+    "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication", "trainable_token_indices",
     "target_parameters", "use_qalora", "alora_invocation_tokens", "megatron_config", "use_bdlora", "kasa_config",
     "arrow_config",
 )
@@ -33,26 +36,36 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def save_adapter(directory: Path, adapter: LoraAdapter, flat: torch.Tensor, *, base_name: str, fingerprint: str) -> None:
+def save_adapter(directory: Path, adapter: Adapter, flat: torch.Tensor, *, base_name: str, fingerprint: str) -> None:
     """Writes an adapter with the values of `flat` (the adapter's layout, any float dtype) into an existing directory."""
     config = adapter.config
-    sites = tuple(dict.fromkeys(site.site for site in adapter.sites))
-    targets = sites if config.target_modules == "all-linear" else config.target_modules
-    fields = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True,
-        "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": sorted(targets),
-        "bias": "none", "fan_in_fan_out": False, "use_rslora": config.use_rslora, "use_dora": False,
-        "init_lora_weights": True, "modules_to_save": None,
-        "rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern),
-    }
-    tensors = {}
-    for site in adapter.sites:
-        a, b = site.factors(flat.detach().cpu())
-        tensors[f"{_PREFIX}{site.module}.lora_A.weight"] = a.contiguous()
-        tensors[f"{_PREFIX}{site.module}.lora_B.weight"] = b.contiguous()
+    if isinstance(config, LoraConfig):
+        fields = _lora_fields(config, adapter)
+    elif isinstance(config, IA3Config):
+        fields = {
+            "peft_type": "IA3", "target_modules": sorted(config.targets), "feedforward_modules": sorted(config.input_targets),
+            "fan_in_fan_out": False, "init_ia3_weights": True,
+        }
+    elif config is None:
+        raise InvalidRequest("adapter: its kind has no file format", param="adapter")
+    else:
+        fields = {"peft_type": BOTTLENECK, **to_dict(config)}
+    fields |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True, "modules_to_save": None}
+    tensors = {tensor_name(p): to_file(adapter, p, flat) for p in adapter.parameters}
     (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
     (directory / ORIGIN_FILE).write_text(json.dumps({"base_fingerprint": fingerprint}, indent=2) + "\n")
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _lora_fields(config: LoraConfig, adapter: Adapter) -> dict[str, Any]:
+    sites = dict.fromkeys(p.site for p in adapter.parameters)
+    targets = sites if config.target_modules == "all-linear" else config.target_modules
+    return {
+        "peft_type": "LORA", "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
+        "target_modules": sorted(targets), "bias": "none", "fan_in_fan_out": False, "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora, "init_lora_weights": True, "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -71,9 +84,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not (directory / CONFIG_FILE).is_file():
         raise NotFound(f"adapter: {directory} has no {CONFIG_FILE}; give a directory in PEFT's format", param="adapter")
     fields = _read_json(directory / CONFIG_FILE)
-    if fields.get("peft_type") != "LORA":
+    if fields.get("peft_type") not in _KINDS:
         raise InvalidRequest(
-            f"adapter: {directory} has peft_type {fields.get('peft_type')!r}; only LORA can be loaded", param="adapter"
+            f"adapter: {directory} has peft_type {fields.get('peft_type')!r}; only {', '.join(_KINDS)} can be loaded",
+            param="adapter",
         )
     for key in _UNSUPPORTED:
         if fields.get(key):
@@ -92,24 +106,55 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return fields
 
 
-def _lora_config(fields: Mapping[str, Any], targets: tuple[str, ...], ranks: Mapping[str, int], directory: Path) -> LoraConfig:
+def _lora_config(
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arch: Architecture, directory: Path
+) -> LoraConfig:
     """The adapter's settings. Ranks come from the tensors, so any spelling of `target_modules` is understood."""
-    try:
-        r = int(fields["r"])
-        return LoraConfig(
-            r=r, alpha=float(fields.get("lora_alpha", r)), dropout=float(fields.get("lora_dropout") or 0.0),
-            target_modules=targets, use_rslora=bool(fields.get("use_rslora", False)),
-            rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
-            alpha_pattern=dict(fields.get("alpha_pattern") or {}),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InvalidRequest(f"adapter: {directory / CONFIG_FILE} can't be used: {what}", param="adapter") from error
+    targets, ranks = _match(shapes, arch, directory)
+    r = int(fields["r"])
+    return LoraConfig(
+        r=r, alpha=float(fields.get("lora_alpha", r)), dropout=float(fields.get("lora_dropout") or 0.0),
+        target_modules=targets, use_rslora=bool(fields.get("use_rslora", False)), use_dora=bool(fields.get("use_dora", False)),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern=dict(fields.get("alpha_pattern") or {}),
+    )
 
 
-def load_adapter(
-    directory: Path, arch: Architecture, *, dtype: torch.dtype, device: torch.device, fingerprint: str
-) -> LoraAdapter:
+def _ia3_config(
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arch: Architecture, directory: Path
+) -> IA3Config:
+    """Which modules are scaled, and where, by the tensors: a row [1, in] scales the input."""
+    known = {f"{PREFIX}{module}.ia3_l": (module, site) for (_, site), module in all_modules(arch.num_layers).items()}
+    found: dict[str, tuple[str, bool]] = {}
+    for name, shape in shapes.items():
+        if name not in known:
+            raise _unknown(name, arch, directory)
+        module, site = known[name]
+        found[module] = site, shape[:1] == (1,)
+    kinds = set(found.values())
+    if len(dict(kinds)) == len(kinds) and len(found) == len(kinds) * arch.num_layers:
+        names = sorted(kinds, key=lambda kind: LINEAR_SITES.index(kind[0]))
+    else:
+        names = [(module, scales_input) for module, (_, scales_input) in found.items()]
+    return IA3Config(
+        target_modules=tuple(name for name, _ in names), feedforward_modules=tuple(name for name, row in names if row)
+    )
+
+
+def _bottleneck_config(
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arch: Architecture, directory: Path
+) -> BottleneckConfig:
+    return BottleneckConfig(size=fields["size"], placement=fields["placement"], activation=fields["activation"])
+
+
+BOTTLENECK = "COSERVE_BOTTLENECK"
+"""peft_type of bottleneck adapters, which PEFT doesn't have."""
+_KINDS: Mapping[str, Callable[..., AdapterConfig]] = {
+    "LORA": _lora_config, "IA3": _ia3_config, BOTTLENECK: _bottleneck_config
+}
+
+
+def load_adapter(directory: Path, weights: ModelWeights, *, fingerprint: str) -> Adapter:
     """Reads an adapter for this base. Raises NotFound, InvalidRequest (another base, shape or kind; unreadable)."""
     fields = _read_config(directory)
     origin = directory / ORIGIN_FILE
@@ -121,23 +166,56 @@ def load_adapter(
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 not a dict
-            targets, ranks = _match({name: tuple(part.get_shape()) for name, part in parts.items()}, arch, directory)
             for name, part in parts.items():
                 if part.get_dtype() not in _FLOATS:
                     raise InvalidRequest(
                         f"adapter: {directory} stores {name} as {part.get_dtype()}; supported are {', '.join(_FLOATS)}",
                         param="adapter",
                     )
-            config = _lora_config(fields, targets, ranks, directory)
-            sites = lora_layout(arch, config)
-            flat = torch.empty(sum(site.num_elements for site in sites), dtype=dtype, device=device)
-            for site in sites:
-                a, b = site.factors(flat)
-                a.copy_(file.get_tensor(f"{_PREFIX}{site.module}.lora_A.weight"))
-                b.copy_(file.get_tensor(f"{_PREFIX}{site.module}.lora_B.weight"))
+            shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+            config = _config(fields, shapes, weights.architecture, directory)
+            adapter = empty_adapter(weights.architecture, config, dtype=weights.dtype, device=weights.device)
+            _check_shapes(adapter, shapes, directory)
+            adapter.bind(weights)
+            for p in adapter.parameters:
+                from_file(adapter, p, file.get_tensor(tensor_name(p)))
     except SafetensorError as error:
         raise InvalidRequest(f"adapter: {directory / WEIGHTS_FILE} can't be read ({error})", param="adapter") from error
-    return LoraAdapter(config, sites, flat, num_layers=arch.num_layers)
+    adapter.refresh()
+    return adapter
+
+
+def _config(
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arch: Architecture, directory: Path
+) -> AdapterConfig:
+    if not shapes:
+        raise InvalidRequest(f"adapter: {directory / WEIGHTS_FILE} holds no {fields['peft_type']} tensors", param="adapter")
+    try:
+        return _KINDS[fields["peft_type"]](fields, shapes, arch, directory)
+    except InvalidRequest:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise InvalidRequest(f"adapter: {directory / CONFIG_FILE} can't be used: {what}", param="adapter") from error
+
+
+def _check_shapes(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> None:
+    expected = {tensor_name(p): tensor_shape(p) for p in adapter.parameters}
+    for name in (*shapes, *expected):
+        if shapes.get(name) != expected.get(name):
+            given = "no such tensor" if name not in shapes else f"shape {list(shapes[name])}"
+            wanted = "none" if name not in expected else list(expected[name])
+            raise InvalidRequest(
+                f"adapter: {directory} does not fit this base and its own settings: {name}: {given}, expected {wanted}",
+                param="adapter",
+            )
+
+
+def _unknown(name: str, arch: Architecture, directory: Path) -> InvalidRequest:
+    return InvalidRequest(
+        f"adapter: {directory} has a tensor {name}, which this base has no place for; known modules: "
+        f"{', '.join(MODULE_PATHS)} of {arch.num_layers} layers", param="adapter",
+    )
 
 
 def _match(
@@ -145,19 +223,19 @@ def _match(
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     """Checks every tensor against the base. Returns the targets (full names if some layers lack one) and {module: rank}."""
     full = lora_layout(arch, LoraConfig(r=1))
-    known = {f"{_PREFIX}{site.module}.lora_{part}.weight": (site, part) for site in full for part in "AB"}
+    lengths = {f"{PREFIX}{site.module}" for site in full}
+    known = {f"{PREFIX}{site.module}.lora_{part}.weight": (site, part) for site in full for part in "AB"}
     kinds: dict[str, None] = {}
     ranks: dict[str, int] = {}
     for name, shape in shapes.items():
+        if name.removesuffix(".lora_magnitude_vector") in lengths:
+            continue
         if name not in known:
-            raise InvalidRequest(
-                f"adapter: {directory} has a tensor {name}, which this base has no place for; known modules: "
-                f"{', '.join(MODULE_PATHS)} of {arch.num_layers} layers", param="adapter",
-            )
+            raise _unknown(name, arch, directory)
         site, part = known[name]
         rank = (shape or (0,))[0 if part == "A" else -1]
         fits = (rank, site.num_in) if part == "A" else (site.num_out, rank)
-        other = f"{_PREFIX}{site.module}.lora_{'B' if part == 'A' else 'A'}.weight"
+        other = f"{PREFIX}{site.module}.lora_{'B' if part == 'A' else 'A'}.weight"
         partner = shapes.get(other) or (0,)
         if rank < 1 or shape != fits or partner[-1 if part == "A" else 0] != rank:
             raise InvalidRequest(

@@ -1,16 +1,16 @@
-"""LoRA: the bypass in the operator vocabulary, and an adapter as one flat tensor.
+"""LoRA and DoRA: the bypass in the operator vocabulary, and the adapter.
 
 R rank. A site's update is scale * (dropout(x) A^T) B^T with A [R, in] and B [out, R]; scale = alpha / R, or alpha / sqrt(R)
-with rsLoRA. Source: Hu et al. 2021; names and defaults as in PEFT.
+with rsLoRA. Sources: Hu et al. 2021, Liu et al. 2024 (DoRA); names and defaults as in PEFT.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,18 +18,26 @@ from torch import Tensor
 from coserve.config import LINEAR_SITES, LoraConfig
 from coserve.core import ConfigError
 from coserve.model.architecture import Architecture
-from coserve.model.decoder import MODULE_PATHS, linear_shapes
+from coserve.model.decoder import MERGED, NoBypass, linear_shapes
+from coserve.model.linear import FrozenLinear
+from coserve.model.weights import ModelWeights
 from coserve.ops.run import Factor
 from coserve.ops.vocabulary import Vocabulary
+from coserve.peft.adapter import Adapter, Parameter, module_name, sites_with, targeted_modules
 
 V = TypeVar("V")
 
 
-class LoraBypass:
-    """LoRA at some sites of a layer."""
+class LoraBypass(NoBypass):
+    """LoRA at some sites of a layer; `rescaled` ones are DoRA's."""
 
-    def __init__(self, sites: frozenset[str], dropout: float = 0.0) -> None:
-        self.sites, self.dropout = sites, dropout
+    def __init__(self, sites: Collection[str], dropout: float = 0.0, rescaled: Collection[str] = ()) -> None:
+        self.sites, self.dropout, self.rescaled = sites, dropout, rescaled
+
+    @classmethod
+    def of(cls, names: Collection[str], dropout: float) -> LoraBypass:
+        """The kind: the sites of SITE.lora_A and SITE.dora."""
+        return cls(sites_with(names, "lora_A"), dropout, sites_with(names, "dora"))
 
     def apply(self, ops: Vocabulary[V], site: str, x: V, out: V) -> V:
         if site not in self.sites:
@@ -37,12 +45,14 @@ class LoraBypass:
         if self.dropout > 0:
             x = ops.dropout(x, site, self.dropout)
         delta = ops.segment_linear(ops.segment_linear(x, f"{site}.lora_A"), f"{site}.lora_B")
-        return ops.add(out, delta, f"{site}+lora")
+        out = ops.add(out, delta, f"{site}+lora")
+        return ops.add(out, ops.segment_scale(out, f"{site}.dora"), f"{site}+dora") if site in self.rescaled else out
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSite:
-    """Where one site's factors lie in the flat tensor, in elements: A [rank, num_in] then B [num_out, rank]."""
+    """Where one site's factors lie in the flat tensor, in elements: A [rank, num_in], B [num_out, rank], and DoRA's lengths
+    [num_out], less those of the frozen weight's rows."""
 
     layer: int
     site: str
@@ -51,26 +61,42 @@ class LoraSite:
     num_out: int
     num_in: int
     offset: int
+    dora: bool = False
 
     @property
     def num_elements(self) -> int:
-        return self.rank * (self.num_in + self.num_out)
+        return self.rank * (self.num_in + self.num_out) + (self.num_out if self.dora else 0)
 
     def factors(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """Views of A and B in a flat tensor of this layout."""
         middle = self.offset + self.rank * self.num_in
         a = flat[self.offset : middle].view(self.rank, self.num_in)
-        return a, flat[middle : self.offset + self.num_elements].view(self.num_out, self.rank)
+        return a, flat[middle : middle + self.rank * self.num_out].view(self.num_out, self.rank)
+
+    def lengths(self, flat: Tensor) -> Tensor:
+        """View of DoRA's lengths (PEFT's magnitude) [num_out], less those of the frozen weight's rows."""
+        end = self.offset + self.num_elements
+        return flat[end - self.num_out : end]
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        a = Parameter(
+            layer=self.layer, name=f"{self.site}.lora_A", shape=(self.rank, self.num_in), offset=self.offset, rank_axis=0,
+            bound=1 / math.sqrt(self.num_in),  # as PEFT draws it: Kaiming, a = sqrt 5
+        )
+        b = Parameter(
+            layer=self.layer, name=f"{self.site}.lora_B", shape=(self.num_out, self.rank), offset=a.offset + a.num_elements,
+            rank_axis=1, scale=self.scale,
+        )
+        if not self.dora:
+            return a, b
+        end = b.offset + b.num_elements
+        return a, b, Parameter(layer=self.layer, name=f"{self.site}.dora", shape=(self.num_out, 1), offset=end)
 
     @property
     def module(self) -> str:
         """The module's full name in Hugging Face's model."""
         return module_name(self.layer, self.site)
-
-
-def module_name(layer: int, site: str) -> str:
-    """A linear's full name in Hugging Face's model."""
-    return f"model.layers.{layer}.{MODULE_PATHS[site]}"
 
 
 def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
@@ -84,80 +110,112 @@ def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> flo
     return default
 
 
-def _targeted(name: str, targets: tuple[str, ...]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
 def lora_layout(arch: Architecture, config: LoraConfig) -> tuple[LoraSite, ...]:
     """The sites a config names, in layer order. Raises ConfigError for a target that matches no module."""
     shapes = linear_shapes(arch)
     targets = LINEAR_SITES if config.target_modules == "all-linear" else config.target_modules
-    names = {(layer, site): module_name(layer, site) for layer in range(arch.num_layers) for site in LINEAR_SITES}
-    for target in targets:
-        if not any(_targeted(name, (target,)) for name in names.values()):
-            raise ConfigError(
-                f"target_modules: no module is called {target!r}; these exist: {', '.join(LINEAR_SITES)} (all of them: "
-                "all-linear)", param="target_modules",
-            )
     sites: list[LoraSite] = []
     offset = 0
-    for (layer, site), name in names.items():
-        if not _targeted(name, tuple(targets)):
-            continue
+    for (layer, site), name in targeted_modules(arch.num_layers, targets).items():
         rank = int(_by_pattern(config.rank_pattern, name, config.r))
         alpha = _by_pattern(config.alpha_pattern, name, config.alpha)
         num_out, num_in = shapes[site]
         scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        sites.append(LoraSite(layer, site, rank, scale, num_out, num_in, offset))
+        sites.append(LoraSite(layer, site, rank, scale, num_out, num_in, offset, config.use_dora))
         offset += sites[-1].num_elements
     return tuple(sites)
 
 
-class LoraAdapter:
-    """One version of an adapter on a device: a flat tensor in the model's dtype, and its factors by layer and name.
+class _Base(NamedTuple):
+    """A site's frozen weight: `rows` of a linear that may hold several sites' and has `width` of them; bias [out]; the rows'
+    lengths [out], in float32 or wider."""
 
-    `grad`, a flat float32 tensor of the same layout (float64 when the model is), makes it trainable.
-    """
+    linear: FrozenLinear
+    width: int
+    rows: slice
+    bias: Tensor | None
+    lengths: Tensor
+
+
+class LoraAdapter(Adapter):
+    """LoRA or DoRA. DoRA multiplies row i of the updated weight W + s B A by length_i / |row i|, as a scaling of the output
+    about the bias; the norm is no part of the gradient. `bind` gives it the backbone, without which it can't run."""
+
+    config: LoraConfig
 
     def __init__(
-        self, config: LoraConfig, sites: tuple[LoraSite, ...], flat: Tensor, *, num_layers: int, grad: Tensor | None = None
+        self, config: LoraConfig, sites: Sequence[LoraSite], flat: Tensor, *, num_layers: int, grad: Tensor | None = None,
+        bases: Mapping[tuple[int, str], _Base] | None = None,
     ) -> None:
-        self.config, self.sites, self.flat, self.grad = config, sites, flat, grad
-        self.num_layers = num_layers
-        self._factors: list[dict[str, Factor]] = [{} for _ in range(num_layers)]
-        for site in sites:
-            a, b = site.factors(flat)
-            grad_a, grad_b = (None, None) if grad is None else site.factors(grad)
-            self._factors[site.layer][f"{site.site}.lora_A"] = Factor(a, 1.0, grad_a)
-            self._factors[site.layer][f"{site.site}.lora_B"] = Factor(b, site.scale, grad_b)
+        super().__init__(
+            config, LoraBypass.of, [p for site in sites for p in site.parameters], flat, num_layers=num_layers, grad=grad
+        )
+        self.sites, self._bases = tuple(sites), bases
+        if bases is not None:
+            self.refresh()
 
     @classmethod
     def create(
         cls, arch: Architecture, config: LoraConfig, *, dtype: torch.dtype, device: torch.device, seed: int
     ) -> LoraAdapter:
-        """A new adapter: A uniform as PEFT draws it (Kaiming, a = sqrt 5), B zero."""
+        """A new LoRA adapter, which needs no backbone: A uniform, B zero."""
         sites = lora_layout(arch, config)
-        flat = torch.zeros(sum(site.num_elements for site in sites), dtype=torch.float32)
-        generator = torch.Generator().manual_seed(seed)
-        for site in sites:
-            bound = 1 / math.sqrt(site.num_in)
-            site.factors(flat)[0].uniform_(-bound, bound, generator=generator)
-        return cls(config, sites, flat.to(device=device, dtype=dtype), num_layers=arch.num_layers)
+        flat = torch.empty(sum(site.num_elements for site in sites), dtype=dtype, device=device)
+        return cls(config, sites, flat, num_layers=arch.num_layers).start(seed)
+
+    @torch.no_grad()
+    def bind(self, weights: ModelWeights) -> None:
+        if not self.config.use_dora:
+            return
+        wide = torch.promote_types(self.flat.dtype, torch.float32)
+        shapes, bases = linear_shapes(weights.architecture), {}
+        for site in self.sites:
+            linears = weights.layers[site.layer].linears
+            name, together = next((item for item in MERGED.items() if site.site in item[1]), (site.site, (site.site,)))
+            widths = [shapes[each][0] for each in together]
+            start = sum(widths[: together.index(site.site)])
+            own = linears[site.site]
+            lengths = torch.linalg.vector_norm(own.weight, dim=1, dtype=wide)
+            rows = slice(start, start + site.num_out)
+            bases[site.layer, site.site] = _Base(linears[name], sum(widths), rows, own.bias, lengths)
+        self._bases = bases
+        self.refresh()
+
+    def origin(self, p: Parameter) -> Tensor | None:
+        if p.part != "dora":
+            return None
+        assert self._bases is not None, "a DoRA adapter is bound to its backbone first"
+        return self._bases[p.layer, p.site].lengths[:, None]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recomputes DoRA's scalings from A, B and the lengths. Comes after every optimizer step."""
+        if self._bases is None:
+            return
+        for site in self.sites:
+            base, factor = self._bases[site.layer, site.site], self._factors[site.layer][f"{site.site}.dora"]
+            norms = self._norms(site, base)
+            matrix = ((base.lengths - norms + site.lengths(self.flat)) / norms).to(self.flat.dtype)[:, None]
+            self._factors[site.layer][f"{site.site}.dora"] = factor._replace(
+                matrix=matrix, center=base.bias, slope=1 / norms
+            )
+
+    def _norms(self, site: LoraSite, base: _Base) -> Tensor:
+        """|W + s B A| by rows [out], from products as thin as the rank: |W|^2 + 2 s (W A^T).B + s^2 (B A A^T).B."""
+        a, b = site.factors(self.flat)
+        product = a.new_empty(site.rank, base.width)
+        base.linear.forward(product, a)
+        product = product[:, base.rows] if base.bias is None else product[:, base.rows] - base.bias
+        lengths = base.lengths
+        wide_a, wide_b = a.to(lengths.dtype), b.to(lengths.dtype)
+        cross = (product.T * wide_b).sum(1)
+        own = ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
+        return (lengths.square() + 2 * site.scale * cross + site.scale**2 * own).clamp_(min=0).sqrt_()
 
     def factor(self, layer: int, name: str) -> Factor | None:
-        """The factor `SITE.lora_A` or `SITE.lora_B` of a layer, if the adapter has it."""
-        return self._factors[layer].get(name)
+        factor = super().factor(layer, name)
+        assert factor is None or not self.config.use_dora or self._bases is not None, "DoRA is bound to its backbone first"
+        return factor
 
-    def factor_widths(self, layer: int) -> dict[str, int]:
-        """{factor: out features} of a layer."""
-        return {name: factor.matrix.shape[0] for name, factor in self._factors[layer].items()}
-
-    def trainable(self) -> LoraAdapter:
-        """The same memory with a gradient buffer."""
-        wide = torch.promote_types(self.flat.dtype, torch.float32)
-        grad = torch.zeros(self.flat.shape, dtype=wide, device=self.flat.device)
-        return LoraAdapter(self.config, self.sites, self.flat, num_layers=self.num_layers, grad=grad)
-
-    def copy(self) -> LoraAdapter:
-        """An independent version with the present values."""
-        return LoraAdapter(self.config, self.sites, self.flat.clone(), num_layers=self.num_layers)
+    def _over(self, flat: Tensor, grad: Tensor | None) -> Self:
+        return type(self)(self.config, self.sites, flat, num_layers=self.num_layers, grad=grad, bases=self._bases)

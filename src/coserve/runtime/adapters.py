@@ -1,7 +1,7 @@
 """Adapter versions that requests use at present, stacked so that one product serves rows of many adapters.
 
 Per layer and factor one tensor [slots, in, out]: `SITE.lora_A` [slots, features, R] and `SITE.lora_B` [slots, R, features], R
-the largest rank present. A site that an adapter lacks is 0 in its slot.
+the largest rank present; a scaling's vector [slots, 1, features]. A factor that an adapter lacks is 0 in its slot.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from coserve.core import CapacityError
 from coserve.model.architecture import Architecture
-from coserve.model.decoder import linear_shapes
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter, Kind, Parameter
 
 _RANK_STEP = 8
 """Ranks are rounded up to this: rows of the grouped product are multiples of 16 bytes."""
@@ -29,33 +28,36 @@ class AdapterSlots:
         self.arch, self.dtype, self.device = arch, dtype, device
         self.max_slots, self.max_rank = max_slots, max_rank
         self.num_slots = 0
-        self.rank = 0
+        self._ranks: dict[str, int] = {}
         self._stacks: list[dict[str, Tensor]] = [{} for _ in range(arch.num_layers)]
-        self._shapes = linear_shapes(arch)
         self._scales: dict[tuple[int, str], dict[int, float]] = {}
+        self._centers: dict[tuple[int, str], Tensor] = {}
+        self._kinds: dict[Kind, None] = {}
         self._placed: dict[Hashable, int] = {}
         self._free: list[int] = []
 
-    def place(self, key: Hashable, adapter: LoraAdapter) -> int:
+    def place(self, key: Hashable, adapter: Adapter) -> int:
         """The slot of an adapter, which is copied there if it isn't yet. Raises CapacityError."""
         if key in self._placed:
             return self._placed[key]
-        largest = max(site.rank for site in adapter.sites)
-        if largest > self.max_rank:
+        if adapter.rank > self.max_rank:
             raise CapacityError(
-                f"adapter: its rank {largest} is over max_lora_rank={self.max_rank}; raise that", param="max_lora_rank"
+                f"adapter: its rank {adapter.rank} is over max_lora_rank={self.max_rank}; raise that", param="max_lora_rank"
             )
         if not self._free:
             self._grow()
-        rank = -(-largest // _RANK_STEP) * _RANK_STEP
-        if rank > self.rank:
-            self._widen(rank)
+        self._widen(adapter)
         slot = self._free.pop(0)
-        for site in adapter.sites:
-            a, b = site.factors(adapter.flat)
-            self._stack(site.layer, f"{site.site}.lora_A")[slot, :, : site.rank] = a.T
-            self._stack(site.layer, f"{site.site}.lora_B")[slot, : site.rank] = b.T
-            self._scales.setdefault((site.layer, site.site), {})[slot] = site.scale
+        for p in adapter.parameters:
+            factor = adapter.factor(p.layer, p.name)
+            assert factor is not None
+            num_out, num_in = p.shape
+            self._stack(p)[slot, :num_in, :num_out] = factor.matrix.T
+            if p.scale is not None:
+                self._scales.setdefault((p.layer, p.name), {})[slot] = p.scale
+            if factor.center is not None:
+                self._centers[p.layer, p.name] = factor.center
+        self._kinds.setdefault(adapter.kind)
         self._placed[key] = slot
         return slot
 
@@ -78,19 +80,27 @@ class AdapterSlots:
 
     def scale(self, layer: int, name: str, slot: int) -> float:
         """What an adapter's product with a factor is multiplied by."""
-        site, _, part = name.rpartition(".")
-        return self._scales.get((layer, site), {}).get(slot, 0.0) if part == "lora_B" else 1.0
+        scales = self._scales.get((layer, name))
+        return 1.0 if scales is None else scales.get(slot, 0.0)
+
+    def center(self, layer: int, name: str) -> Tensor | None:
+        """What a scaling leaves where it is: the backbone's, so the same for all adapters."""
+        return self._centers.get((layer, name))
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of all adapters that were ever placed, as the stacks are."""
+        return tuple(self._kinds)
 
     def widths(self, layer: int) -> dict[str, int]:
         """{factor: out features} of what adapters have in a layer."""
         return {name: stack.shape[2] for name, stack in self._stacks[layer].items()}
 
-    def _stack(self, layer: int, name: str) -> Tensor:
-        if name not in self._stacks[layer]:
-            num_out, num_in = self._shapes[name.rsplit(".", 1)[0]]
-            shape = (num_in, self.rank) if name.endswith("lora_A") else (self.rank, num_out)
-            self._stacks[layer][name] = torch.zeros(self.num_slots, *shape, dtype=self.dtype, device=self.device)
-        return self._stacks[layer][name]
+    def _stack(self, p: Parameter) -> Tensor:
+        if p.name not in self._stacks[p.layer]:
+            num_out, num_in = (self._ranks[p.part] if axis == p.rank_axis else size for axis, size in enumerate(p.shape))
+            self._stacks[p.layer][p.name] = torch.zeros(self.num_slots, num_in, num_out, dtype=self.dtype, device=self.device)
+        return self._stacks[p.layer][p.name]
 
     def _grow(self) -> None:
         if self.num_slots >= self.max_slots:
@@ -104,10 +114,17 @@ class AdapterSlots:
         self._free += range(self.num_slots, self.num_slots + more)
         self.num_slots += more
 
-    def _widen(self, rank: int) -> None:
-        more = rank - self.rank
-        for stacks in self._stacks:
-            for name, stack in stacks.items():
-                size = (0, more) if name.endswith("lora_A") else (0, 0, 0, more)
-                stacks[name] = torch.nn.functional.pad(stack, size)
-        self.rank = rank
+    def _widen(self, adapter: Adapter) -> None:
+        """Makes room for an adapter's ranks, in all layers alike."""
+        axes = {p.part: p.rank_axis for p in adapter.parameters if p.rank_axis is not None}
+        largest = {part: max(p.shape[axis] for p in adapter.parameters if p.part == part) for part, axis in axes.items()}
+        for part, rank in largest.items():
+            rank = -(-rank // _RANK_STEP) * _RANK_STEP
+            more = rank - self._ranks.setdefault(part, rank)
+            if more <= 0:
+                continue
+            self._ranks[part] = rank
+            size = (0, more) if axes[part] == 0 else (0, 0, 0, more)
+            for stacks in self._stacks:
+                for name in [name for name in stacks if name.endswith(f".{part}")]:
+                    stacks[name] = torch.nn.functional.pad(stacks[name], size)

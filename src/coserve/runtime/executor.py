@@ -22,7 +22,7 @@ from coserve.core import Direction, Unit
 from coserve.kernels import library
 from coserve.model.weights import ModelWeights
 from coserve.ops.run import RowContext
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
 from coserve.runtime.memory import Workspace, columns
 from coserve.runtime.microbatch import InFlight, PackedBatch, microbatch_layout
 from coserve.runtime.rows import RotaryTable, TrainRows
@@ -91,11 +91,11 @@ class TrainExecutor:
                         weights.linears[call.weight].prepare(backward=call.op == "linear_dgrad")
         self.weights.head.prepare()
 
-    def run(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> None:
+    def run(self, state: InFlight, unit: Unit, adapter: Adapter | None) -> None:
         """One unit, forward or backward."""
         (self._forward if unit.direction is Direction.FORWARD else self._backward)(state, unit, adapter)
 
-    def rows(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> TrainRows:
+    def rows(self, state: InFlight, unit: Unit, adapter: Adapter | None) -> TrainRows:
         """A unit's rows as operators see them."""
         batch = state.batch
         longest = max(end - begin for begin, end in batch.bounds)
@@ -112,7 +112,7 @@ class TrainExecutor:
         rows.values = columns(state.arena.storage(layer, plan.values.storage), plan.values)
         return plan
 
-    def _forward(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> None:
+    def _forward(self, state: InFlight, unit: Unit, adapter: Adapter | None) -> None:
         start, end = unit.start, unit.end
         rows = self.rows(state, unit, adapter)
         if unit.layer_start == 0:
@@ -149,7 +149,7 @@ class TrainExecutor:
         if grad is not None:
             state.grad_TD[index] = grad
 
-    def _backward(self, state: InFlight, unit: Unit, adapter: LoraAdapter | None) -> None:
+    def _backward(self, state: InFlight, unit: Unit, adapter: Adapter | None) -> None:
         assert state.coefficients_set, "the objective's coefficients come before the first backward unit"
         start, end, whole = unit.start, unit.end, state.batch.num_tokens
         assert unit.layer_end - unit.layer_start == 1 or (start, end) == (0, whole), "accumulators exist for one layer only"

@@ -20,7 +20,7 @@ from coserve.compiler.program import FusedLayer, Place, Program, Storage
 from coserve.core import Unit
 from coserve.kernels import library
 from coserve.ops.run import Factor, FactorStack
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.executor import Executor, TrainExecutor
@@ -40,7 +40,7 @@ class TrainWindow(NamedTuple):
 
     state: InFlight
     unit: Unit
-    adapter: LoraAdapter | None
+    adapter: Adapter | None
 
 
 class BatchRows:
@@ -181,17 +181,18 @@ class PassExecutor:
 
     def _programs(self, window: TrainWindow | None, with_adapters: bool) -> tuple[list[Program], tuple[FusedLayer, ...]]:
         widths = [self.adapters.widths(layer) if with_adapters else {} for layer in range(self.arch.num_layers)]
-        key = tuple(tuple(sorted(layer.items())) for layer in widths)
+        kinds = self.adapters.kinds if with_adapters else ()
+        key = (kinds, tuple(tuple(sorted(layer.items())) for layer in widths))
         itemsize = self.weights.dtype.itemsize
         if window is None:
             if key not in self._plans:
-                self._plans[key] = serving_plan(self.arch, widths, itemsize=itemsize)
+                self._plans[key] = serving_plan(self.arch, kinds, widths, itemsize=itemsize)
             return [layer.forward for layer in self._plans[key].layers], ()
         own = window.state.plan
         entry = self._fused.get((id(own), key))
         if entry is None or entry[0] is not own:
-            dropout = 0.0 if window.adapter is None or window.state.forward_only else window.adapter.config.dropout
-            layers = fused_plan(self.arch, window.adapter, widths, own, dropout=dropout, itemsize=itemsize)
+            dropout = 0.0 if window.adapter is None or window.state.forward_only else window.adapter.dropout
+            layers = fused_plan(self.arch, window.adapter, kinds, widths, own, dropout=dropout, itemsize=itemsize)
             if len(self._fused) >= _MAX_FUSED:  # plans of jobs that are long over
                 self._fused.clear()
             entry = self._fused[id(own), key] = (own, layers)

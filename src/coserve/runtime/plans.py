@@ -2,71 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from coserve.compiler.flops import SEQUENCE_LENGTH
 from coserve.compiler.plan import LayerBypass, ModelPlan, Point, frontier, plan_fused, plan_inference, plan_training
 from coserve.compiler.program import FusedLayer
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import NoBypass
-from coserve.peft.lora import LoraAdapter, LoraBypass
+from coserve.peft.adapter import Adapter, Kind, Together
 
 
-def layer_bypasses(arch: Architecture, adapter: LoraAdapter | None, *, dropout: float = 0.0) -> list[LayerBypass]:
+def layer_bypasses(arch: Architecture, adapter: Adapter | None, *, dropout: float = 0.0) -> list[LayerBypass]:
     """One entry per layer; `dropout` is the adapter's in training and 0 otherwise."""
     if adapter is None:
-        return [LayerBypass(key=(), bypass=NoBypass(), factor_widths={})] * arch.num_layers
-    return [_bypass(adapter.factor_widths(layer), dropout) for layer in range(arch.num_layers)]
+        return [_bypass((), {}, 0.0)] * arch.num_layers
+    return [_bypass((adapter.kind,), adapter.factor_widths(layer), dropout) for layer in range(arch.num_layers)]
 
 
-def _bypass(widths: Mapping[str, int], dropout: float) -> LayerBypass:
-    """LoRA at the sites of some factors."""
+def _bypass(kinds: Collection[Kind], widths: Mapping[str, int], dropout: float) -> LayerBypass:
+    """The bypasses that some parameters make up."""
     if not widths:
         return LayerBypass(key=(), bypass=NoBypass(), factor_widths={})
-    sites = frozenset(name.rsplit(".", 1)[0] for name in widths)
-    key = (tuple(sorted(widths.items())), dropout)
-    return LayerBypass(key=key, bypass=LoraBypass(sites, dropout), factor_widths=widths)
+    names = frozenset(widths)
+    key = (tuple(kinds), tuple(sorted(widths.items())), dropout)
+    return LayerBypass(key=key, bypass=Together([kind(names, dropout) for kind in kinds]), factor_widths=widths)
 
 
 def training_plan(
-    arch: Architecture, adapter: LoraAdapter | None, *, itemsize: int, arena_budget: float | None = None,
+    arch: Architecture, adapter: Adapter | None, *, itemsize: int, arena_budget: float | None = None,
     sequence_length: int = SEQUENCE_LENGTH,
 ) -> ModelPlan:
     """Forward and backward programs for an adapter's training; with None, forward only (reference log-probabilities).
 
     arena_budget, sequence_length: as for `plan_training`. Raises ConfigError.
     """
-    dropout = 0.0 if adapter is None else adapter.config.dropout
+    dropout = 0.0 if adapter is None else adapter.dropout
     bypasses = layer_bypasses(arch, adapter, dropout=dropout)
     return plan_training(arch, bypasses, itemsize=itemsize, arena_budget=arena_budget, sequence_length=sequence_length)
 
 
 def training_frontier(
-    arch: Architecture, adapter: LoraAdapter, *, itemsize: int, sequence_length: int = SEQUENCE_LENGTH
+    arch: Architecture, adapter: Adapter, *, itemsize: int, sequence_length: int = SEQUENCE_LENGTH
 ) -> tuple[Point, ...]:
     """The arena budgets that an adapter's training can meet, and what each costs."""
-    bypasses = layer_bypasses(arch, adapter, dropout=adapter.config.dropout)
+    bypasses = layer_bypasses(arch, adapter, dropout=adapter.dropout)
     return frontier(arch, bypasses, itemsize=itemsize, sequence_length=sequence_length)
 
 
-def scoring_plan(arch: Architecture, adapter: LoraAdapter | None, *, itemsize: int) -> ModelPlan:
+def scoring_plan(arch: Architecture, adapter: Adapter | None, *, itemsize: int) -> ModelPlan:
     """Forward programs over training rows that keep only K and V, without dropout: validation and references."""
     return plan_training(arch, layer_bypasses(arch, adapter), itemsize=itemsize, forward_only=True)
 
 
-def serving_plan(arch: Architecture, widths: Sequence[Mapping[str, int]], *, itemsize: int) -> ModelPlan:
-    """Forward programs for requests. widths: per layer, {factor: out features} of all their adapters."""
-    return plan_inference(arch, [_bypass(layer, 0.0) for layer in widths], itemsize=itemsize)
+def serving_plan(
+    arch: Architecture, kinds: Collection[Kind], widths: Sequence[Mapping[str, int]], *, itemsize: int
+) -> ModelPlan:
+    """Forward programs for requests. kinds: of their adapters; widths: per layer, {factor: out features} of them all."""
+    return plan_inference(arch, [_bypass(kinds, layer, 0.0) for layer in widths], itemsize=itemsize)
 
 
 def fused_plan(
-    arch: Architecture, adapter: LoraAdapter | None, widths: Sequence[Mapping[str, int]], own: ModelPlan, *, dropout: float,
-    itemsize: int,
+    arch: Architecture, adapter: Adapter | None, kinds: Collection[Kind], widths: Sequence[Mapping[str, int]],
+    own: ModelPlan, *, dropout: float, itemsize: int,
 ) -> tuple[FusedLayer, ...]:
     """Forward programs for requests' rows and training rows of `adapter` together. own: the training rows' plan."""
+    if adapter is not None:
+        kinds = tuple(dict.fromkeys((*kinds, adapter.kind)))
     merged = []
     for layer, serving in enumerate(widths):
         trained = {} if adapter is None else adapter.factor_widths(layer)
         both = {name: max(serving.get(name, 0), trained.get(name, 0)) for name in {**trained, **serving}}
-        merged.append(_bypass(both, dropout))
+        merged.append(_bypass(kinds, both, dropout))
     return plan_fused(arch, merged, own, itemsize=itemsize)

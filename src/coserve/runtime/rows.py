@@ -11,7 +11,7 @@ from coserve.kernels.choose import attention_for
 from coserve.kernels.reference import hash_key
 from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor
-from coserve.peft.lora import LoraAdapter
+from coserve.peft.adapter import Adapter
 
 
 class RotaryTable:
@@ -46,7 +46,7 @@ class TrainRows:
     """Rows [start, end) of a micro-batch; `layer`, the arena's K and V and the accumulators are set before each program."""
 
     def __init__(
-        self, adapter: LoraAdapter | None, bounds: Sequence[tuple[int, int]], start: int, end: int,
+        self, adapter: Adapter | None, bounds: Sequence[tuple[int, int]], start: int, end: int,
         cos: Tensor, sin: Tensor, dropout_keys: Tensor, windows: Sequence[int | None],
     ) -> None:
         self.adapter, self.bounds, self.start, self.end = adapter, bounds, start, end

@@ -176,12 +176,13 @@ class SpanRows:
             return
         for part in self._segments:
             scales = {slot: self.adapters.scale(self.layer, name, slot) for slot in part.counts}
+            center = self.adapters.center(self.layer, name)
             rows = slice(part.first, part.end)
             if part.ends is None:
                 ((slot, scale),) = scales.items()
-                yield rows, Factor(stack[slot].T, scale, None)
+                yield rows, Factor(stack[slot].T, scale, None, center)
             else:
-                yield rows, FactorStack(stack, part.ends, self._row_scales(part, scales))
+                yield rows, FactorStack(stack, part.ends, self._row_scales(part, scales), center)
 
     def _row_scales(self, part: _Segments, scales: dict[int, float]) -> Tensor | float:
         """[rows, 1], or the one scale of all; made once per different set."""

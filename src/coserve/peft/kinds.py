@@ -1,0 +1,35 @@
+"""The kinds of adapter by their settings."""
+
+from __future__ import annotations
+
+import torch
+
+from coserve.config import AdapterConfig, IA3Config, LoraConfig
+from coserve.model.architecture import Architecture
+from coserve.model.weights import ModelWeights
+from coserve.peft.adapter import Adapter, Kind, num_elements
+from coserve.peft.bottleneck import BottleneckBypass, bottleneck_layout
+from coserve.peft.ia3 import IA3Bypass, ia3_layout
+from coserve.peft.lora import LoraAdapter, lora_layout
+
+
+def empty_adapter(arch: Architecture, config: AdapterConfig, *, dtype: torch.dtype, device: torch.device) -> Adapter:
+    """An adapter whose values have not been written. Raises ConfigError for a target that matches no module."""
+    if isinstance(config, LoraConfig):
+        sites = lora_layout(arch, config)
+        flat = torch.empty(sum(site.num_elements for site in sites), dtype=dtype, device=device)
+        return LoraAdapter(config, sites, flat, num_layers=arch.num_layers)
+    kind: Kind
+    if isinstance(config, IA3Config):
+        kind, parameters = IA3Bypass, ia3_layout(arch, config)
+    else:
+        kind, parameters = BottleneckBypass, bottleneck_layout(arch, config)
+    flat = torch.empty(num_elements(parameters), dtype=dtype, device=device)
+    return Adapter(config, kind, parameters, flat, num_layers=arch.num_layers)
+
+
+def new_adapter(weights: ModelWeights, config: AdapterConfig, *, seed: int) -> Adapter:
+    """An adapter as a job starts it, for a backbone: it changes nothing yet."""
+    adapter = empty_adapter(weights.architecture, config, dtype=weights.dtype, device=weights.device)
+    adapter.bind(weights)
+    return adapter.start(seed)

@@ -1,0 +1,42 @@
+"""Parameters as files hold them: PEFT's names and shapes for LoRA, DoRA and IA3, the like for bottlenecks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from coserve.peft.adapter import Adapter, Parameter
+
+PREFIX = "base_model.model."
+SUFFIXES = {
+    "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "dora": "lora_magnitude_vector",
+    "ia3_in": "ia3_l", "ia3_out": "ia3_l",
+    "relu_down": "adapter_down.weight", "relu_up": "adapter_up.weight",
+    "gelu_down": "adapter_down.weight", "gelu_up": "adapter_up.weight",
+}
+"""{part of a parameter's name: what follows the module's name in a file}."""
+
+
+def tensor_name(p: Parameter) -> str:
+    """The parameter's name in a file."""
+    return f"{PREFIX}{p.module}.{SUFFIXES[p.part]}"
+
+
+def tensor_shape(p: Parameter) -> tuple[int, ...]:
+    """Its shape there: lengths [out]; IA3's factors [out, 1], or [1, in] of an input."""
+    return {"dora": p.shape[:1], "ia3_in": p.shape[::-1]}.get(p.part, p.shape)
+
+
+def to_file(adapter: Adapter, p: Parameter, flat: Tensor) -> Tensor:
+    """The parameter's value in `flat`, on the host, as a file holds it."""
+    value, origin = p.of(flat).detach().cpu(), adapter.origin(p)
+    if origin is not None:
+        value = (value + origin.cpu()).to(value.dtype)
+    return value.reshape(tensor_shape(p)).contiguous()
+
+
+def from_file(adapter: Adapter, p: Parameter, value: Tensor) -> None:
+    """Writes a file's value into the adapter."""
+    value, origin = value.reshape(p.shape), adapter.origin(p)
+    if origin is not None:
+        value = value.to(origin.dtype) - origin.cpu()
+    p.of(adapter.flat).copy_(value)

@@ -1,0 +1,169 @@
+"""The strictest tests for every kind of adapter: gradients equal autograd through transformers + peft, also beside other kinds.
+
+IA3 and DoRA are held against peft's own modules, through files; bottlenecks against hooks on transformers' modules.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from coserve.config import (
+    LINEAR_SITES,
+    AdapterConfig,
+    BottleneckConfig,
+    FinetuneConfig,
+    IA3Config,
+    LoraConfig,
+    OptimizerConfig,
+)
+from coserve.engine.model import LoadedModel
+from coserve.engine.trainer import LoraTrainer
+from coserve.model.checkpoint import Checkpoint
+from coserve.model.weights import load_weights
+from coserve.peft.tensors import tensor_name, to_file
+from coserve.runtime.executor import Executor
+from tests import oracle
+from tests.numerics.test_fused_gradients import Mix, check, fixed_mix, lora_configs, mixes
+from tests.numerics.test_gradients import CPU, TOLERANCE, VARIANTS, Case, error_of, random_example
+from tests.numerics.test_training_loop import random_groups
+from tests.tiny_models import build_tiny_model
+
+SITE_LISTS = st.lists(st.sampled_from(LINEAR_SITES), min_size=1, max_size=7, unique=True)
+
+KINDS: dict[str, AdapterConfig] = {
+    "ia3": IA3Config(),
+    "ia3 everywhere": IA3Config(target_modules="all-linear", feedforward_modules=("q_proj", "up_proj", "o_proj")),
+    "houlsby relu": BottleneckConfig(size=5, placement="houlsby"),
+    "pfeiffer gelu": BottleneckConfig(size=3, activation="gelu"),
+    "dora": LoraConfig(r=4, alpha=6, use_dora=True),
+}
+
+
+@st.composite
+def ia3_configs(draw: st.DrawFn) -> IA3Config:
+    names = draw(SITE_LISTS)
+    if draw(st.booleans()):
+        names = [f"layers.{draw(st.integers(0, 2))}.mlp.down_proj", *(name for name in names if name != "down_proj")]
+    inputs = draw(st.none() | st.lists(st.sampled_from(names), unique=True))
+    return IA3Config(target_modules=tuple(names), feedforward_modules=None if inputs is None else tuple(inputs))
+
+
+BOTTLENECKS = st.builds(
+    BottleneckConfig, size=st.integers(1, 9), placement=st.sampled_from(["houlsby", "pfeiffer"]),
+    activation=st.sampled_from(["relu", "gelu"]),
+)
+
+
+@st.composite
+def dora_configs(draw: st.DrawFn) -> LoraConfig:
+    names = draw(SITE_LISTS)
+    return LoraConfig(
+        r=draw(st.integers(1, 6)), alpha=draw(st.floats(1, 16)), target_modules=tuple(names), use_dora=True,
+        use_rslora=draw(st.booleans()), rank_pattern=draw(st.sampled_from([{}, {names[0]: 3}, {r"layers\.1\..*": 2}])),
+    )
+
+
+ANY = st.one_of(ia3_configs(), BOTTLENECKS, dora_configs())
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    family, sliding_window = draw(st.sampled_from(VARIANTS))
+    objective = draw(st.sampled_from(["sft", "dpo"]))
+    lengths = draw(st.lists(st.integers(2, 20), min_size=1, max_size=3))
+    lengths = [*lengths, *reversed(lengths)] if objective == "dpo" else lengths
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    examples = tuple(random_example(rng, i, length) for i, length in enumerate(lengths))
+    return Case(family, sliding_window, draw(ANY), examples, objective, draw(st.sampled_from([2, 256])), seed)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_any_split_of_any_kind_equals_autograd(case: Case) -> None:
+    assert error_of(case) <= TOLERANCE
+
+
+@pytest.mark.full
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_any_split_of_any_kind_equals_autograd_at_length(case: Case) -> None:
+    assert error_of(case) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(kind: str) -> None:
+    rng = np.random.default_rng(5)
+    examples = tuple(random_example(rng, i, length) for i, length in enumerate([19, 6, 23]))
+    assert error_of(Case("qwen3", None, KINDS[kind], examples, "sft", 4, 11)) <= TOLERANCE
+
+
+# --- in one batch: jobs and requests of different kinds ---
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(mix=mixes(st.one_of(ANY, ANY, ANY, lora_configs())))
+def test_kinds_together_equal_the_oracle(mix: Mix) -> None:
+    check(mix)
+
+
+@pytest.mark.full
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(mix=mixes(st.one_of(ANY, ANY, ANY, lora_configs())))
+def test_kinds_together_equal_the_oracle_at_length(mix: Mix) -> None:
+    check(mix)
+
+
+def beside_lora(kind: str, poison: str | None) -> Mix:
+    """A job and a request of the kind, and a job and a request with LoRA at all sites."""
+    first, second = fixed_mix("qwen2", None).jobs
+    job = Case("qwen2", None, KINDS[kind], first.examples, "sft", 4, 31)
+    return Mix((job, second), (KINDS[kind], LoraConfig(r=9, alpha=9)), 3, poison, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_beside_lora(kind: str) -> None:
+    check(beside_lora(kind, None))
+
+
+@pytest.mark.parametrize("kind", ["ia3 everywhere", "houlsby relu", "dora"])
+def test_nan_stays_with_its_owner(kind: str) -> None:
+    check(beside_lora(kind, "request"))
+
+
+# --- step by step ---
+
+
+@pytest.mark.parametrize("kind", ["ia3", "dora", "houlsby relu"])
+def test_steps_follow_a_plain_loop(tmp_path: Path, kind: str) -> None:
+    """DoRA's norm is that of the present weights at every step; and every parameter ends where peft's own does."""
+    directory = build_tiny_model("qwen2", tmp_path / "model")
+    weights = load_weights(Checkpoint(directory), dtype=torch.float64, device=CPU)
+    model = LoadedModel("tiny", directory, "tiny", None, weights, Executor(weights))  # type: ignore[arg-type]  # no text here
+    config = FinetuneConfig(
+        max_microbatch_tokens=64, window_tokens=24, optimizer=OptimizerConfig(max_grad_norm=0, eps=1e-4)
+    ).with_adapter(KINDS[kind])
+    trainer = LoraTrainer(model, config)
+    reference = oracle.with_adapter(oracle.load_oracle(directory), trainer.adapter.copy())
+    parameters = dict(reference.named_parameters())
+    trained = [p for p in parameters.values() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0, eps=1e-4)
+    groups = random_groups(np.random.default_rng(3), 12)
+    for step in range(6):
+        chosen = groups[2 * step : 2 * step + 2]
+        trainer.forward_backward(chosen, step)
+        trainer.optim_step(1e-2)
+        oracle.sft_loss(reference, [group.examples[0] for group in chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for p in trainer.adapter.parameters:
+        stem = tensor_name(p).removesuffix(".weight")
+        theirs = next(parameters[name] for name in (f"{stem}.default.weight", f"{stem}.default") if name in parameters)
+        own = to_file(trainer.adapter, p, trainer.adapter.flat)
+        torch.testing.assert_close(own, theirs.detach(), rtol=1e-7, atol=1e-9)
