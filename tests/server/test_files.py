@@ -47,8 +47,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     none = cast(Any, None)
     services = Services(
         config=ServerConfig(max_file_bytes=MAX_BYTES), engine=none, tokenizer=none, store=store,
-        tenants=Tenants(store, [("alice", "key-a"), ("bob", "key-b"), ("carol", "key-c")]), files=files, jobs=none, models=none, metrics=none,
-        draw_seed=none,
+        tenants=Tenants(store, [("alice", "key-a"), ("bob", "key-b"), ("carol", "key-c")]), files=files, jobs=none, models=none,
+        metrics=none, draw_seed=none,
     )
     app = FastAPI()
     app.state.services = services
