@@ -1,5 +1,5 @@
-"""`coserve plan`: totals against what a micro-batch and the loss head really take, the choice for a limit, the baselines against
-a real run of transformers + peft, and the command's output.
+"""`coserve plan`: totals against what a micro-batch and the loss head really take, the choice for a limit, the baselines
+against a real run of transformers + peft, and the command's output.
 
 The models are config.json files alone: SmolLM2-135M's and Llama-3.1-70B's shapes, and a tiny one where something runs.
 """
@@ -27,7 +27,7 @@ from coserve.compiler.plan import LayerBypass, plan_training
 from coserve.compiler.report import report
 from coserve.config import LINEAR_SITES, LoraConfig
 from coserve.core import CapacityError, ConfigError
-from coserve.engine.budget import shape_adapter, training_bytes
+from coserve.engine.budget import Workload, fit_plan, shape_adapter, training_bytes
 from coserve.engine.estimate import STAGES, Estimate, Shape, estimate, keep_everything, loss_bytes
 from coserve.kernels import library
 from coserve.model.architecture import read_architecture
@@ -230,6 +230,15 @@ def test_a_limit_is_met_closely(smollm2: Case, share: float) -> None:
     assert found.extra_flops_ratio <= fitting.extra_flops_ratio
 
 
+def test_a_job_with_the_plans_limit_gets_the_plan(smollm2: Case) -> None:
+    found = smollm2.estimate(0.4)
+    adapter = shape_adapter(smollm2.shape.arch, LoraConfig(r=16))
+    job = fit_plan(smollm2.shape.arch, adapter, found.in_flight_bytes, Workload(1024, 1024), itemsize=4)
+    assert job.fits
+    assert (job.num_bytes, job.plan.arena_bytes) == (found.in_flight_bytes, found.plan.arena_bytes)
+    assert job.plan.recompute_flops == found.plan.recompute_flops
+
+
 def test_a_limit_that_asks_for_nothing(smollm2: Case) -> None:
     free, loose = smollm2.estimate(), smollm2.estimate(1e15)
     assert [stage.parts for stage in free.stages] == [stage.parts for stage in loose.stages]
@@ -237,7 +246,8 @@ def test_a_limit_that_asks_for_nothing(smollm2: Case) -> None:
 
 
 def test_a_limit_that_nothing_meets_is_refused_with_numbers(large: Case) -> None:
-    with pytest.raises(CapacityError, match=r"takes at least 2\.\d+ GB \(kept activations 1\.\d+, .*\), and 1 GB are") as caught:
+    message = r"takes at least 2\.\d+ GB \(kept activations 1\.\d+, .*\), and 1 GB are"
+    with pytest.raises(CapacityError, match=message) as caught:
         large.estimate(1 * GB)
     assert caught.value.param == "activation_memory"
 
