@@ -102,7 +102,7 @@ def memory_plan(
         theirs = [size / unit for size, _ in baselines.values()]
         left.barh(range(len(stages), len(labels)), theirs, color=_ORANGE, label="saved by PyTorch" if theirs else None)
         for place, value in enumerate([*ends, *theirs]):
-            left.text(value, place, f" {value:.3g}", va="center", fontsize=10)
+            left.text(value, place, f" {value:.0f}" if value >= 100 else f" {value:.3g}", va="center", fontsize=10)
         left.set_yticks(range(len(labels)), labels)
         left.invert_yaxis()
         left.set(xlabel=f"{name} at the peak", xlim=(0, 1.12 * max(*ends, *theirs)))

@@ -29,7 +29,7 @@ from coserve.runtime.cache import KeyValuePool, block_bytes
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.fused import PassExecutor, TrainWindow
 from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
-from coserve.runtime.plans import scoring_plan, training_plan
+from coserve.runtime.plans import scoring_plan
 from coserve.runtime.spans import NO_ADAPTER, RowSpan
 from tests import oracle
 from tests.numerics.test_gradients import (
@@ -37,6 +37,7 @@ from tests.numerics.test_gradients import (
     TOLERANCE,
     VARIANTS,
     Case,
+    budgeted_plan,
     coefficients,
     pair,
     random_adapter,
@@ -87,7 +88,8 @@ def mixes(draw: st.DrawFn, configs: st.SearchStrategy[AdapterConfig] = lora_conf
         seed = draw(st.integers(0, 2**32 - 1))
         rng = np.random.default_rng(seed)
         examples = tuple(random_example(rng, i, length) for i, length in enumerate(lengths))
-        jobs.append(Case(family, sliding_window, draw(configs), examples, objective, query_block, seed))
+        budget = draw(st.sampled_from([1.0, 0.6, 0.3, 0.0]))
+        jobs.append(Case(family, sliding_window, draw(configs), examples, objective, query_block, seed, budget))
     return Mix(
         jobs=(jobs[0], jobs[1]), served=(draw(configs), draw(configs)),
         block_tokens=draw(st.sampled_from([1, 3, 4])), poison=draw(st.sampled_from([None, None, "job", "request"])),
@@ -104,7 +106,7 @@ class Training:
     def __init__(self, case: Case, adapter: Adapter, train: TrainExecutor, rng: Random) -> None:
         self.case, self.adapter, self.train, self.rng = case, adapter, train, rng
         self.batch = pack(case.examples, device=CPU, seed=case.seed, step=3)
-        self.plan = training_plan(train.arch, adapter, itemsize=8)
+        self.plan = budgeted_plan(train.weights, adapter, case.budget)
         self.layout = microbatch_layout(self.plan, self.batch.num_tokens, train.arch, 8, forward_only=False)
         self.state: InFlight | None = None
         self.present: Adapter | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,15 @@ from torch import Tensor
 
 from coserve.config import FinetuneConfig, LoraConfig
 from coserve.core import CapacityError, Group
+from coserve.engine import finetuning
 from coserve.engine.budget import (
     GIB,
+    FittedPlan,
+    Workload,
     _host_available,
+    asked_plan,
     available_bytes,
+    fit_plan,
     packed_bytes,
     require_memory,
     shape_adapter,
@@ -29,13 +36,14 @@ from coserve.model.linear import PackedHead, PackedLinear, can_pack
 from coserve.model.weights import load_weights
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.memory import Arena
-from coserve.runtime.microbatch import InFlight, pack
+from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
 from coserve.runtime.plans import training_plan
 from tests.tiny_directory import build_tiny_directory, chat_lines, write_lines
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 DTYPES = ("float32", "bfloat16", "float64")
 LORA = LoraConfig(r=4)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +190,70 @@ def test_weights_are_loaded_packed_exactly_where_the_budget_says(directories: di
         weights = load_weights(Checkpoint(directories["llama"]), dtype=dtype, device=torch.device("cpu"))
         packed = isinstance(weights.head, PackedHead)
         assert packed == can_pack(dtype, torch.device("cpu"))
+
+
+# --- the plan that fits ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_plan_for_any_room(directories: dict[str, Path], family: str, itemsize: int) -> None:
+    """It fits, keeps as much as fits, and runs less again where there is more room; below the least nothing fits."""
+    arch = Checkpoint(directories[family]).architecture
+    adapter, workload = shape_adapter(arch, LORA), Workload(333, 100)
+
+    def fitted(room: float) -> FittedPlan:
+        return fit_plan(arch, adapter, room, workload, itemsize=itemsize)
+
+    most, least = fitted(math.inf), fitted(0)
+    assert most.fits and not most.plan.recompute_flops and not least.fits
+    before = least
+    for share in (0.0, 0.1, 0.35, 0.6, 0.85, 1.0):
+        room = least.num_bytes + share * (most.num_bytes - least.num_bytes)
+        found = fitted(room)
+        assert found.fits and found.num_bytes <= room
+        assert found.num_bytes == microbatch_layout(found.plan, 333, arch, itemsize, forward_only=False).total
+        assert found.plan.recompute_flops <= before.plan.recompute_flops
+        before = found
+    assert before.plan.recompute_flops == 0
+    with pytest.raises(CapacityError, match=rf"at least {least.num_bytes} bytes, {most.num_bytes} without") as caught:
+        asked_plan(arch, adapter, workload, least.num_bytes - 1, itemsize=itemsize)
+    assert caught.value.param == "activation_memory_bytes"
+
+
+def test_finetune_takes_the_plan_that_there_is_memory_for(
+    directories: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(directories["llama"]), device="cpu", dtype="float32")
+    config = FinetuneConfig(lora=LORA, batch_size=9, max_steps=2, window_tokens=64)
+    arch, adapter = model.architecture, shape_adapter(model.architecture, LORA)
+    groups = load_groups(data, model.tokenizer, objective="sft", max_length=512, too_long="error").groups
+    workload = Workload.of(groups, 9, config.max_microbatch_tokens)
+
+    def needs(room: float) -> int:
+        parts = training_bytes(
+            arch, fit_plan(arch, adapter, room, workload, itemsize=4).plan, adapter.flat.numel(),
+            microbatch_tokens=workload.num_tokens, window_tokens=64, itemsize=4, packed=can_pack(torch.float32, CPU),
+        )
+        return sum(parts.values()) - parts["weights"]
+
+    most, least = needs(math.inf), needs(0)
+    little = (most + least) // 2
+    weights = {}
+    for name, available in (("plenty", None), ("little", little)):
+        monkeypatch.setattr(finetuning, "available_bytes", lambda device, available=available: available)
+        events: list[str] = []
+        result = finetuning.finetune(
+            data, tmp_path / name, model=model, config=config, listen=lambda e, events=events: events.append(e.message)
+        )
+        again = [line for line in events if "of the matrix products again" in line]
+        assert bool(again) == (name == "little")
+        weights[name] = result.adapter.flat
+    assert torch.allclose(weights["plenty"], weights["little"], rtol=1e-3, atol=1e-5)
+    for refused, available in ((replace(config, deterministic=True), little), (config, least - 1)):
+        monkeypatch.setattr(finetuning, "available_bytes", lambda device, available=available: available)
+        with pytest.raises(CapacityError, match="not enough memory"):
+            finetuning.finetune(data, tmp_path / "refused", model=model, config=refused)
 
 
 # --- what there is ---

@@ -100,6 +100,12 @@ def test_kinds(contents: Contents, kind: str) -> None:
     assert kind_of(contents) == kind
 
 
+def test_a_backward_unit_pays_for_what_it_runs_again() -> None:
+    model = fresh()
+    again = model.unit_seconds(BACKWARD._replace(again=0.75))
+    assert again == pytest.approx(model.unit_seconds(BACKWARD) + 0.75 * model.unit_seconds(FORWARD))
+
+
 # Profile points.
 
 

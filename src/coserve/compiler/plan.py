@@ -86,11 +86,12 @@ class Point(NamedTuple):
     extra_flops_ratio: float
 
 
-class _Layers:
-    """The layers of a training plan: graphs by what makes them differ, choices and programs as they are asked for."""
+class TrainingPlans:
+    """All plans of one training: graphs by what makes layers differ, their choices and programs as they are asked for."""
 
     def __init__(
-        self, arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, forward_only: bool, sequence_length: int
+        self, arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, forward_only: bool = False,
+        sequence_length: int = SEQUENCE_LENGTH,
     ) -> None:
         self.itemsize = itemsize
         nothing = len(bypasses)
@@ -108,6 +109,7 @@ class _Layers:
                 self.graphs[key] = prune(joint, trainable=trainable.__contains__, input_gradient=index > lowest)
                 self.contexts[key] = context
         self._curves: dict[object, list[LayerPlan]] = {}
+        self._first: ModelPlan | None = None
 
     def lower(self, key: object, remat: Rematerialized) -> LayerPlan:
         joint = self.graphs[key]
@@ -172,6 +174,31 @@ class _Layers:
                 chosen[layer], total = number - 1, total + larger
         return [self.curve(key)[number] for key, number in zip(self.keys, chosen, strict=True)]
 
+    def plan(self, arena_budget: float | None) -> ModelPlan:
+        """The fewest FLOPs within a budget, as `plan_training` says."""
+        if self._first is None:
+            self._first = ModelPlan(layers=tuple(self.first()))
+        if arena_budget is None or self._first.arena_bytes <= arena_budget:
+            return self._first
+        return ModelPlan(layers=tuple(self.within(arena_budget)))
+
+    def frontier(self, num_points: int) -> tuple[Point, ...]:
+        """As the function of that name."""
+        chosen = [self.curve(key)[0] for key in self.keys]
+        work = sum(plan.flops.forward + plan.flops.backward for plan in chosen)
+        arena_bytes, flops = sum(plan.arena_bytes for plan in chosen), 0
+        points = [Point(arena_bytes, 0.0)]
+        for layer, number in self.steps():
+            plan, following = self.curve(self.keys[layer])[number - 1 : number + 1]
+            arena_bytes -= plan.arena_bytes - following.arena_bytes
+            flops += following.flops.recompute - plan.flops.recompute
+            points.append(Point(arena_bytes, flops / max(1, work)))
+        if len(points) <= num_points:
+            return tuple(points)
+        least, most = points[-1].arena_bytes, points[0].arena_bytes
+        wanted = [most - (most - least) * number / (num_points - 1) for number in range(num_points)]
+        return tuple(dict.fromkeys(next(p for p in points if p.arena_bytes <= size) for size in wanted))
+
 
 def plan_training(
     arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, forward_only: bool = False,
@@ -183,11 +210,10 @@ def plan_training(
     all layers, met by running those matrix products again that cost the fewest FLOPs per byte; None: none of them.
     sequence_length: of a typical example, which sets attention's FLOPs. Raises ConfigError if the budget can't be met.
     """
-    layers = _Layers(arch, bypasses, itemsize=itemsize, forward_only=forward_only, sequence_length=sequence_length)
-    plan = ModelPlan(layers=tuple(layers.first()))
-    if arena_budget is None or plan.arena_bytes <= arena_budget:
-        return plan
-    return ModelPlan(layers=tuple(layers.within(arena_budget)))
+    plans = TrainingPlans(
+        arch, bypasses, itemsize=itemsize, forward_only=forward_only, sequence_length=sequence_length
+    )
+    return plans.plan(arena_budget)
 
 
 def frontier(
@@ -195,21 +221,8 @@ def frontier(
     num_points: int = 25,
 ) -> tuple[Point, ...]:
     """Budgets from the most bytes to the fewest, in order of rising FLOPs: `num_points`, or all where there are fewer."""
-    layers = _Layers(arch, bypasses, itemsize=itemsize, forward_only=False, sequence_length=sequence_length)
-    chosen = [layers.curve(key)[0] for key in layers.keys]
-    work = sum(plan.flops.forward + plan.flops.backward for plan in chosen)
-    arena_bytes, flops = sum(plan.arena_bytes for plan in chosen), 0
-    points = [Point(arena_bytes, 0.0)]
-    for layer, number in layers.steps():
-        plan, following = layers.curve(layers.keys[layer])[number - 1 : number + 1]
-        arena_bytes -= plan.arena_bytes - following.arena_bytes
-        flops += following.flops.recompute - plan.flops.recompute
-        points.append(Point(arena_bytes, flops / max(1, work)))
-    if len(points) <= num_points:
-        return tuple(points)
-    least, most = points[-1].arena_bytes, points[0].arena_bytes
-    wanted = [most - (most - least) * number / (num_points - 1) for number in range(num_points)]
-    return tuple(dict.fromkeys(next(p for p in points if p.arena_bytes <= size) for size in wanted))
+    plans = TrainingPlans(arch, bypasses, itemsize=itemsize, sequence_length=sequence_length)
+    return plans.frontier(num_points)
 
 
 def plan_inference(arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int) -> ModelPlan:

@@ -26,7 +26,7 @@ from coserve.compiler.graph import JointGraph, Node
 from coserve.compiler.mincut import source_side
 
 _FINE = 1 << 20
-"""Nodes of equal cost per byte differ by their place over this, so that a choice may stop between them."""
+"""Nodes of equal cost per byte differ by their depth over this, so that a choice may stop between them."""
 _SOURCE, _SINK = -1, -2
 
 
@@ -72,12 +72,16 @@ class _Choices:
 
     @cached_property
     def flops(self) -> tuple[int, ...]:
-        """By node, times _FINE, and a little more for later ones; products of one input that may be merged cost the same."""
-        places: dict[tuple[str, tuple[str, ...]], int] = {}
-        return tuple(
-            node_flops(node, self.joint.forward.values, self.context) * (_FINE + places.setdefault((node.op, node.inputs), i))
-            for i, node in enumerate(self.joint.forward.nodes)
-        )
+        """By node, times _FINE, and a little more for deeper ones. Products of one input, which may be merged, cost the same:
+        they are kept or run again together."""
+        depths = {self.joint.forward.input: 0}
+        result = []
+        for node in self.joint.forward.nodes:
+            flops = node_flops(node, self.joint.forward.values, self.context)
+            depth = max(depths[name] for name in node.inputs) + (flops > 0)
+            depths |= dict.fromkeys(node.outputs, depth)
+            result.append(flops * (_FINE + depth))
+        return tuple(result)
 
     def cut(self, byte_price: int, flop_price: int) -> frozenset[int]:
         """Numbers of the nodes to run again for the least cost; among equals, the fewest nodes."""

@@ -15,7 +15,7 @@ from coserve.config import AdapterConfig
 from coserve.core import CapacityError, Group
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import expected_shapes
-from coserve.model.decoder import linear_shapes
+from coserve.model.decoder import MERGED, linear_shapes
 from coserve.peft.adapter import Adapter
 from coserve.peft.kinds import empty_adapter
 from coserve.runtime.executor import head_rows
@@ -40,6 +40,18 @@ def packed_bytes(arch: Architecture, itemsize: int) -> int:
     return itemsize * (linears + 2 * arch.vocab_size * arch.hidden_size)
 
 
+def split_bytes(arch: Architecture, plan: ModelPlan, itemsize: int) -> int:
+    """Bytes that the packed layout adds for linears of a merged matrix that a plan also multiplies by alone."""
+    shapes = linear_shapes(arch)
+    parts = {site for sites in MERGED.values() for site in sites}
+    total = 0
+    for layer in plan.layers:
+        calls = [*layer.forward.calls, *(layer.backward.calls if layer.backward is not None else ())]
+        alone = {call.weight for call in calls if call.op == "linear"} & parts
+        total += sum(math.prod(shapes[site]) for site in alone if site is not None)
+    return itemsize * total
+
+
 def shape_adapter(arch: Architecture, config: AdapterConfig) -> Adapter:
     """An adapter without memory, for planning."""
     return empty_adapter(arch, config, dtype=torch.float32, device=torch.device("meta"))
@@ -57,7 +69,7 @@ def training_bytes(
     copies = itemsize + 3 * wide + (0 if wide == itemsize else wide)
     return {
         "weights": weight_bytes(arch, itemsize),
-        "packed copies of them": packed_bytes(arch, itemsize) if packed else 0,
+        "packed copies of them": packed_bytes(arch, itemsize) + split_bytes(arch, plan, itemsize) if packed else 0,
         "kept activations": plan.arena_bytes * arena_rows(microbatch_tokens),
         "gradients": streams * microbatch_tokens,
         "workspace": max(plan.work_bytes * -(-window // _WORK_ALIGN) * _WORK_ALIGN, head),

@@ -6,12 +6,12 @@ Owns: what a stage is, how a total is made of parts, and the choice of a plan fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from coserve.compiler.graph import JointGraph
 from coserve.compiler.lower import lower
-from coserve.compiler.plan import LayerBypass, ModelPlan, frontier, plan_training
+from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans
 from coserve.compiler.program import LayerPlan
 from coserve.compiler.rematerialize import Kept, Rematerialized
 from coserve.core import CapacityError
@@ -117,9 +117,9 @@ class Estimate:
 
 def loss_bytes(arch: Architecture, window_tokens: int, itemsize: int) -> int:
     """What the loss head takes beside the workspace: hidden and gradient rows of a window of labels, and for a chunk of them
-    three tensors of rows; for a dtype below 4 bytes also the logits in float32 and their gradient."""
+    four tensors of rows; for a dtype below 4 bytes also the logits in float32 and their gradient."""
     rows = min(head_rows(arch.vocab_size, itemsize), window_tokens)
-    streams = (2 * window_tokens + 3 * rows) * arch.hidden_size * itemsize
+    streams = (2 * window_tokens + 4 * rows) * arch.hidden_size * itemsize
     return streams + (rows * arch.vocab_size * (4 + itemsize) if itemsize < 4 else 0)
 
 
@@ -141,25 +141,17 @@ def _everything(joint: JointGraph) -> Rematerialized:
 def estimate(shape: Shape, bypasses: Sequence[LayerBypass], limit: float | None, num_points: int = 25) -> Estimate:
     """All stages and the curve. limit: of the total in windows, in bytes, or below 1 as a share of the fastest plan's total;
     None: no matrix product is made again. Raises CapacityError."""
-
-    def plan(arena_budget: float | None) -> ModelPlan:
-        return plan_training(
-            shape.arch, bypasses, itemsize=shape.itemsize, sequence_length=shape.sequence_length, arena_budget=arena_budget
-        )
-
-    fastest = plan(None)
-    points = frontier(
-        shape.arch, bypasses, itemsize=shape.itemsize, sequence_length=shape.sequence_length, num_points=num_points
-    )
-    curve = [fastest, *(plan(point.arena_bytes) for point in points[1:])]
+    plans = TrainingPlans(shape.arch, bypasses, itemsize=shape.itemsize, sequence_length=shape.sequence_length)
+    fastest = plans.plan(None)
+    curve = [fastest, *(plans.plan(point.arena_bytes) for point in plans.frontier(num_points)[1:])]
     if limit is not None and limit < 1:
         limit *= shape.total(fastest)
-    asked = fastest if limit is None else _fit(shape, curve, plan, limit)
-    plans = {"prune": keep_everything(shape.arch, fastest, shape.itemsize), "rematerialize": fastest}
+    asked = fastest if limit is None else _fit(shape, curve, plans, limit)
+    own = {"prune": keep_everything(shape.arch, fastest, shape.itemsize), "rematerialize": fastest}
     notes = {**STAGES, "budget": "as before: nothing less was asked"} if asked is fastest else STAGES
     work = fastest.forward_flops + fastest.backward_flops
     return Estimate(
-        plan=asked, stages=tuple(_stage(shape, name, note, plans.get(name, asked)) for name, note in notes.items()),
+        plan=asked, stages=tuple(_stage(shape, name, note, own.get(name, asked)) for name, note in notes.items()),
         curve=tuple(
             CurvePoint(bytes_per_token=p.arena_bytes, total_bytes=shape.total(p), extra_flops_ratio=p.extra_flops_ratio)
             for p in curve
@@ -168,7 +160,7 @@ def estimate(shape: Shape, bypasses: Sequence[LayerBypass], limit: float | None,
     )
 
 
-def _fit(shape: Shape, curve: Sequence[ModelPlan], plan: Callable[[float], ModelPlan], limit: float) -> ModelPlan:
+def _fit(shape: Shape, curve: Sequence[ModelPlan], plans: TrainingPlans, limit: float) -> ModelPlan:
     """The plan with the fewest FLOPs whose total is at most `limit` bytes: between the curve's first that is and its last that
     isn't. Raises CapacityError."""
     fitting = next((number for number, point in enumerate(curve) if shape.total(point) <= limit), None)
@@ -183,7 +175,7 @@ def _fit(shape: Shape, curve: Sequence[ModelPlan], plan: Callable[[float], Model
     found = curve[fitting]
     low, high = float(found.arena_bytes), float(curve[max(0, fitting - 1)].arena_bytes)
     for _ in range(_HALVINGS):
-        tried = plan((low + high) / 2)
+        tried = plans.plan((low + high) / 2)
         if shape.total(tried) <= limit:
             found, low = tried, (low + high) / 2
         else:

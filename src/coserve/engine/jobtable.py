@@ -98,11 +98,11 @@ class JobTable:
         chosen = asked_plan(arch, adapter, workload, config.activation_memory_bytes, itemsize=itemsize)
         if chosen.num_bytes > room and not config.deterministic:
             chosen = fit_plan(arch, adapter, room, workload, itemsize=itemsize)
-        self._check_room(chosen.num_tokens, chosen.num_bytes)
+        self._check_room(chosen.num_tokens, chosen.num_bytes, "" if config.deterministic else "at least ")
         if held_out is not None:
             tokens = min(config.max_microbatch_tokens, sum(group.num_tokens for group in held_out.groups))
             scoring = scoring_plan(arch, adapter, itemsize=itemsize)
-            self._check_room(tokens, microbatch_layout(scoring, tokens, arch, itemsize, forward_only=True).total)
+            self._check_room(tokens, microbatch_layout(scoring, tokens, arch, itemsize, forward_only=True).total, "")
         return chosen
 
     @property
@@ -110,11 +110,11 @@ class JobTable:
         """Bytes of the pool that jobs may have."""
         return (self.blocks.num_blocks - self.blocks.guaranteed_blocks) * self.pool.block_bytes
 
-    def _check_room(self, num_tokens: int, needed: int) -> None:
+    def _check_room(self, num_tokens: int, needed: int, least: str) -> None:
         if needed > self._room:
             raise CapacityError(
-                f"max_microbatch_tokens: a micro-batch of {num_tokens} tokens needs {needed / GIB:.2f} GiB and jobs may have "
-                f"{self._room / GIB:.2f} GiB of the pool; lower max_microbatch_tokens, or raise memory_bytes",
+                f"max_microbatch_tokens: a micro-batch of {num_tokens} tokens needs {least}{needed / GIB:.2f} GiB and jobs may "
+                f"have {self._room / GIB:.2f} GiB of the pool; lower max_microbatch_tokens, or raise memory_bytes",
                 param="max_microbatch_tokens",
             )
 

@@ -232,6 +232,8 @@ def non_negative_least_squares(matrix_MN: np.ndarray, target_M: np.ndarray) -> n
 
 
 _VERSION = 2
+_PROFILED = UnitCost._fields[:5]
+"""All but `again`: nothing is run again while a machine is measured."""
 
 
 def save_profile(path: Path, key: str, samples: Sequence[Sample]) -> None:
@@ -239,7 +241,7 @@ def save_profile(path: Path, key: str, samples: Sequence[Sample]) -> None:
     data = {"version": _VERSION, "key": key, "samples": [
         {
             "inference": None if contents.inference is None else contents.inference._asdict(),
-            "units": [unit._asdict() for unit in contents.units],
+            "units": [dict(zip(_PROFILED, unit, strict=False)) for unit in contents.units],
             "optimizer_elements": contents.optimizer_elements,
             "seconds": seconds,
         } for contents, seconds in samples
@@ -269,9 +271,9 @@ def load_profile(path: Path, key: str) -> list[Sample] | None:
 def _read_sample(item: Any) -> Sample:
     """Raises one of load_profile's errors on anything that save_profile doesn't write."""
     inference = None if item["inference"] is None else PassCost(**item["inference"])
-    units = tuple(UnitCost(**unit) for unit in item["units"])
+    units = tuple(UnitCost(*(unit[name] for name in _PROFILED)) for unit in item["units"])
     elements, seconds = item["optimizer_elements"], item["seconds"]
-    counts = [*(inference or ()), *(count for unit in units for count in unit[1:]), elements]
+    counts = [*(inference or ()), *(count for unit in units for count in unit[1 : len(_PROFILED)]), elements]
     if not all(type(count) is int and count >= 0 for count in counts) or not all(type(unit.backward) is bool for unit in units):
         raise ValueError("not a profile's counts")
     if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
