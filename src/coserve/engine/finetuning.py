@@ -136,6 +136,7 @@ def prepare(
     """A job on a loaded model, in its directory; gone back to its newest checkpoint with `resume`."""
     adapter = loaded.load_adapter(Path(start)) if start is not None else None
     if adapter is not None:
+        assert adapter.config is not None, "what a file holds has settings"
         if config.adapter not in (LoraConfig(), adapter.config):
             listen(JobEvent(level="warn", message=f"the adapter's settings are those of {start}; the ones given are not used"))
         config = config.with_adapter(adapter.config)
