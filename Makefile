@@ -27,7 +27,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not full and not gpu"
 
 test-full: $(READY)
-	$(BIN)/python -m pytest -m "full"
+	$(BIN)/python -m pytest -m "full" --durations 20
 
 lint: $(READY)
 	$(BIN)/ruff check .

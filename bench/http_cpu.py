@@ -41,9 +41,22 @@ SETTLE_S = 8.0
 DRAIN_S = 60.0
 
 
+def processor_seconds(pid: int) -> float:
+    """Of a process and all its threads so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def processor_use(api: int) -> dict[str, float]:
+    """Seconds by process: this one, which is the client, the API's, and its child, the engine's."""
+    children = Path(f"/proc/{api}/task/{api}/children").read_text().split()
+    engine = sum(processor_seconds(int(child)) for child in children)
+    return {"client": time.process_time(), "api": processor_seconds(api), "engine": engine}
+
+
 @contextlib.contextmanager
-def server(options: argparse.Namespace, engine: str, directory: Path) -> Iterator[str]:
-    """A server's address; it is ended afterwards."""
+def server(options: argparse.Namespace, engine: str, directory: Path) -> Iterator[tuple[str, int]]:
+    """A server's address and process; it is ended afterwards."""
     threads, _, wait = engine.partition(":")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -64,7 +77,7 @@ def server(options: argparse.Namespace, engine: str, directory: Path) -> Iterato
             if process.poll() is not None or time.monotonic() > deadline:
                 sys.exit(f"the server did not start:\n{(directory / 'log').read_text()}")
             time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process.pid
     finally:
         process.terminate()
         process.wait(60)
@@ -119,7 +132,7 @@ def measure(options: argparse.Namespace, engine: str, seed: int) -> dict[str, An
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         data = write_training_file(directory / "train.jsonl", tokenizer, words, mean_tokens=512, count=256, seed=seed)
-        with server(options, engine, directory) as url:
+        with server(options, engine, directory) as (url, pid):
             client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
             model = client.models.list().data[0].id
             asyncio.run(load(url, model, [a._replace(due_s=0.0) for a in arrivals[:2]], texts[:2]))  # warms up
@@ -133,12 +146,14 @@ def measure(options: argparse.Namespace, engine: str, seed: int) -> dict[str, An
             while not finetuned(url):
                 time.sleep(0.2)
             time.sleep(SETTLE_S)
-            before, started = finetuned(url), time.monotonic()
+            before, used, started = finetuned(url), processor_use(pid), time.monotonic()
             records = asyncio.run(load(url, model, arrivals, texts))
-            rate = (finetuned(url) - before) / (time.monotonic() - started)
+            seconds = time.monotonic() - started
+            rate = (finetuned(url) - before) / seconds
+            shares = {name: (now - used[name]) / seconds for name, now in processor_use(pid).items()}
             client.fine_tuning.jobs.cancel(job.id)
     row = summarize(records, objectives, arrivals[-1].due_s)
-    return {"engine": engine, "repeat": seed, "rate": options.rate, "finetune_tokens_per_s": rate, **row}
+    return {"engine": engine, "repeat": seed, "rate": options.rate, "finetune_tokens_per_s": rate, "cores_used": shares, **row}
 
 
 def main() -> None:
@@ -158,7 +173,8 @@ def main() -> None:
             rows.append(measure(options, engine, repeat))
             row = rows[-1]
             print(f"{engine}: {row['slo_attainment']:.1%} of {row['num_requests']} in time, TPOT p50 "
-                  f"{row['tpot_ms']['p50']:.0f} ms, finetuning {row['finetune_tokens_per_s']:.0f} tokens/s", flush=True)
+                  f"{row['tpot_ms']['p50']:.0f} ms, finetuning {row['finetune_tokens_per_s']:.0f} tokens/s; cores used: "
+                  + ", ".join(f"{name} {share:.2f}" for name, share in row["cores_used"].items()), flush=True)
     result = {
         "device": device_name(torch.device("cpu")), "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
         "versions": versions(), "command": " ".join(["python", "bench/http_cpu.py", *sys.argv[1:]]),

@@ -23,9 +23,24 @@ Placement = Literal["houlsby", "pfeiffer"]
 Activation = Literal["relu", "gelu"]
 
 
-def _require(condition: bool, name: str, message: str) -> None:
+def require(condition: bool, name: str, message: str) -> None:
+    """Raises ConfigError about a setting unless the condition holds."""
     if not condition:
         raise ConfigError(f"{name}: {message}", param=name)
+
+
+def require_least(config: Any, least: int, *names: str) -> None:
+    """Settings of at least so much; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= least, name, f"must be {f'at least {least}' if least else '0 or more'}, got {value}")
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Settings above 0; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, name, f"must be positive, got {value}")
 
 
 def _check_numbers(config: Any) -> None:
@@ -36,10 +51,10 @@ def _check_numbers(config: Any) -> None:
             continue
         if kind.startswith("int"):
             whole = isinstance(value, int) and not isinstance(value, bool)
-            _require(whole, f.name, f"must be a whole number, got {value!r}")
+            require(whole, f.name, f"must be a whole number, got {value!r}")
         elif kind.startswith("float"):
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            _require(number, f.name, f"must be a finite number, got {value!r}")
+            require(number, f.name, f"must be a finite number, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +79,14 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        _require(self.r >= 1, "r", f"rank must be at least 1, got {self.r}")
-        _require(self.alpha > 0, "alpha", f"must be positive, got {self.alpha}")
-        _require(0 <= self.dropout < 1, "dropout", f"must be in [0, 1), got {self.dropout}")
-        _require(bool(self.target_modules), "target_modules", "name at least one module, or 'all-linear'")
+        require(self.r >= 1, "r", f"rank must be at least 1, got {self.r}")
+        require_positive(self, "alpha")
+        require(0 <= self.dropout < 1, "dropout", f"must be in [0, 1), got {self.dropout}")
+        require(bool(self.target_modules), "target_modules", "name at least one module, or 'all-linear'")
         for name, rank in self.rank_pattern.items():
-            _require(rank >= 1, "rank_pattern", f"rank of {name!r} must be at least 1, got {rank}")
+            require(rank >= 1, "rank_pattern", f"rank of {name!r} must be at least 1, got {rank}")
         for name, alpha in self.alpha_pattern.items():
-            _require(alpha > 0, "alpha_pattern", f"alpha of {name!r} must be positive, got {alpha}")
+            require(alpha > 0, "alpha_pattern", f"alpha of {name!r} must be positive, got {alpha}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +99,13 @@ class IA3Config:
     """Those of them whose input is scaled instead of their output; None: down_proj, where it is targeted."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.target_modules), "target_modules", "name at least one module, or 'all-linear'")
+        require(bool(self.target_modules), "target_modules", "name at least one module, or 'all-linear'")
         listed = isinstance(self.target_modules, tuple) or self.target_modules == "all-linear"
-        _require(listed, "target_modules", f"must be a list of names, or 'all-linear', got {self.target_modules!r}")
+        require(listed, "target_modules", f"must be a list of names, or 'all-linear', got {self.target_modules!r}")
         inputs = self.feedforward_modules
-        _require(inputs is None or isinstance(inputs, tuple), "feedforward_modules", f"must be a list of names, got {inputs!r}")
+        require(inputs is None or isinstance(inputs, tuple), "feedforward_modules", f"must be a list of names, got {inputs!r}")
         outside = [n for n in self.feedforward_modules or () if n not in self.targets]
-        _require(not outside, "feedforward_modules", f"{', '.join(outside)} must be among target_modules too")
+        require(not outside, "feedforward_modules", f"{', '.join(outside)} must be among target_modules too")
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -117,9 +132,9 @@ class BottleneckConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        _require(self.size >= 1, "size", f"must be at least 1, got {self.size}")
-        _require(self.placement in ("houlsby", "pfeiffer"), "placement", f"must be houlsby or pfeiffer, got {self.placement!r}")
-        _require(self.activation in ("relu", "gelu"), "activation", f"must be relu or gelu, got {self.activation!r}")
+        require_least(self, 1, "size")
+        require(self.placement in ("houlsby", "pfeiffer"), "placement", f"must be houlsby or pfeiffer, got {self.placement!r}")
+        require(self.activation in ("relu", "gelu"), "activation", f"must be relu or gelu, got {self.activation!r}")
 
 
 AdapterConfig = LoraConfig | IA3Config | BottleneckConfig
@@ -145,16 +160,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        _require(self.learning_rate > 0, "learning_rate", f"must be positive, got {self.learning_rate}")
-        _require(self.schedule in ("constant", "linear", "cosine"), "schedule",
-                 f"must be constant, linear or cosine, got {self.schedule!r}")
-        _require(self.warmup_steps >= 0, "warmup_steps", f"must be 0 or more, got {self.warmup_steps}")
-        _require(0 <= self.beta1 < 1, "beta1", f"must be in [0, 1), got {self.beta1}")
-        _require(0 <= self.beta2 < 1, "beta2", f"must be in [0, 1), got {self.beta2}")
-        _require(self.eps > 0, "eps", f"must be positive, got {self.eps}")
-        _require(self.weight_decay >= 0, "weight_decay", f"must be 0 or more, got {self.weight_decay}")
-        _require(self.max_grad_norm >= 0, "max_grad_norm", f"must be 0 or more, got {self.max_grad_norm}")
-        _require(self.slice_elements >= 1, "slice_elements", f"must be at least 1, got {self.slice_elements}")
+        require_positive(self, "learning_rate", "eps")
+        require_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm")
+        require_least(self, 1, "slice_elements")
+        require(self.schedule in ("constant", "linear", "cosine"), "schedule",
+                f"must be constant, linear or cosine, got {self.schedule!r}")
+        require(0 <= self.beta1 < 1, "beta1", f"must be in [0, 1), got {self.beta1}")
+        require(0 <= self.beta2 < 1, "beta2", f"must be in [0, 1), got {self.beta2}")
 
 
 GRID_TOKENS = 128
@@ -203,26 +215,18 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        _require(self.ia3 is None or self.bottleneck is None, "bottleneck",
-                 "a job trains one kind of adapter; leave out ia3 or bottleneck")
-        _require(self.adapter is self.lora or self.lora == LoraConfig(), "lora",
-                 "a job trains one kind of adapter; leave out lora, or ia3 and bottleneck")
-        _require(not (self.lora.use_dora and self.lora.dropout), "dropout", "must be 0 with use_dora")
-        _require(self.objective in ("sft", "dpo"), "objective", f"must be sft or dpo, got {self.objective!r}")
-        _require(self.dpo_beta > 0, "dpo_beta", f"must be positive, got {self.dpo_beta}")
-        _require(self.epochs > 0, "epochs", f"must be positive, got {self.epochs}")
-        _require(self.max_steps is None or self.max_steps >= 1, "max_steps",
-                 f"must be at least 1, got {self.max_steps}")
-        for name in ("batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints"):
-            value = getattr(self, name)
-            _require(value >= 1, name, f"must be at least 1, got {value}")
-        _require(self.max_length is None or self.max_length >= 2, "max_length",
-                 f"must be at least 2, got {self.max_length}")
-        _require(self.too_long in ("error", "drop", "truncate"), "too_long",
-                 f"must be error, drop or truncate, got {self.too_long!r}")
-        for name in ("checkpoint_steps", "validation_steps"):
-            value = getattr(self, name)
-            _require(value >= 0, name, f"must be 0 or more, got {value}")
+        require(self.ia3 is None or self.bottleneck is None, "bottleneck",
+                "a job trains one kind of adapter; leave out ia3 or bottleneck")
+        require(self.adapter is self.lora or self.lora == LoraConfig(), "lora",
+                "a job trains one kind of adapter; leave out lora, or ia3 and bottleneck")
+        require(not (self.lora.use_dora and self.lora.dropout), "dropout", "must be 0 with use_dora")
+        require(self.objective in ("sft", "dpo"), "objective", f"must be sft or dpo, got {self.objective!r}")
+        require_positive(self, "dpo_beta", "epochs")
+        require_least(self, 1, "max_steps", "batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints")
+        require_least(self, 2, "max_length")
+        require_least(self, 0, "checkpoint_steps", "validation_steps")
+        require(self.too_long in ("error", "drop", "truncate"), "too_long",
+                f"must be error, drop or truncate, got {self.too_long!r}")
 
     @property
     def adapter(self) -> AdapterConfig:
@@ -276,24 +280,22 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        _require(self.max_tokens >= 1, "max_tokens", f"must be at least 1, got {self.max_tokens}")
-        _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens",
-                 f"must be from 0 to max_tokens, got {self.min_tokens}")
-        _require(self.temperature >= 0, "temperature", f"must be 0 or more, got {self.temperature}")
-        _require(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], got {self.top_p}")
-        _require(self.top_k >= 0, "top_k", f"must be 0 or more, got {self.top_k}")
-        _require(0 <= self.min_p <= 1, "min_p", f"must be in [0, 1], got {self.min_p}")
+        require_least(self, 1, "max_tokens", "n")
+        require_least(self, 0, "temperature", "top_k")
+        require_positive(self, "repetition_penalty")
+        require(0 <= self.min_tokens <= self.max_tokens, "min_tokens",
+                f"must be from 0 to max_tokens, got {self.min_tokens}")
+        require(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], got {self.top_p}")
+        require(0 <= self.min_p <= 1, "min_p", f"must be in [0, 1], got {self.min_p}")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            _require(-2 <= value <= 2, name, f"must be from -2 to 2, got {value}")
-        _require(self.repetition_penalty > 0, "repetition_penalty", f"must be positive, got {self.repetition_penalty}")
+            require(-2 <= value <= 2, name, f"must be from -2 to 2, got {value}")
         for token, bias in self.logit_bias.items():
-            _require(-100 <= bias <= 100, "logit_bias", f"of token {token} must be from -100 to 100, got {bias}")
-        _require(all(self.stop), "stop", "an empty text would end every output; leave it out")
-        _require(self.n >= 1, "n", f"must be at least 1, got {self.n}")
+            require(-100 <= bias <= 100, "logit_bias", f"of token {token} must be from -100 to 100, got {bias}")
+        require(all(self.stop), "stop", "an empty text would end every output; leave it out")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            _require(value is None or 0 <= value <= 20, name, f"must be from 0 to 20, got {value}")
+            require(value is None or 0 <= value <= 20, name, f"must be from 0 to 20, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,15 +329,10 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         _check_numbers(self)
         parse_policy(self.policy)
-        for name in ("tpot_ms", "ttft_ms", "preemption_quantum_ms"):
-            value = getattr(self, name)
-            _require(value > 0, name, f"must be positive, got {value}")
-        _require(self.itl_factor >= 1, "itl_factor", f"must be at least 1, got {self.itl_factor}")
-        _require(0 <= self.finetune_min_share < 1, "finetune_min_share", f"must be in [0, 1), got {self.finetune_min_share}")
-        _require(self.reserve is None or 0 <= self.reserve < 1, "reserve", f"must be in [0, 1), got {self.reserve}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_window_tokens", "max_microbatches"):
-            value = getattr(self, name)
-            _require(value >= 1, name, f"must be at least 1, got {value}")
+        require_positive(self, "tpot_ms", "ttft_ms", "preemption_quantum_ms")
+        require_least(self, 1, "itl_factor", "max_num_seqs", "max_num_batched_tokens", "max_window_tokens", "max_microbatches")
+        require(0 <= self.finetune_min_share < 1, "finetune_min_share", f"must be in [0, 1), got {self.finetune_min_share}")
+        require(self.reserve is None or 0 <= self.reserve < 1, "reserve", f"must be in [0, 1), got {self.reserve}")
 
 
 POLICIES = ("coserve", "inference-only", "finetune-only", "temporal:N", "dynamic-temporal", "layer-sliced")
@@ -346,7 +343,7 @@ def parse_policy(name: str) -> tuple[str, int]:
     kind, _, count = name.partition(":")
     if kind == "temporal" and count.isdigit() and int(count) >= 1:
         return kind, int(count)
-    _require(name in POLICIES and kind != "temporal", "policy", f"must be one of {', '.join(POLICIES)}, got {name!r}")
+    require(name in POLICIES and kind != "temporal", "policy", f"must be one of {', '.join(POLICIES)}, got {name!r}")
     return name, 0
 
 
@@ -372,12 +369,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        size = self.memory_bytes
-        _require(size is None or size > 0, "memory_bytes", f"must be positive, got {size}")
-        _require(0 < self.inference_share <= 1, "inference_share", f"must be in (0, 1], got {self.inference_share}")
-        for name in ("block_tokens", "max_adapters", "max_lora_rank", "max_waiting"):
-            value = getattr(self, name)
-            _require(value >= 1, name, f"must be at least 1, got {value}")
+        require_positive(self, "memory_bytes")
+        require_least(self, 1, "block_tokens", "max_adapters", "max_lora_rank", "max_waiting")
+        require(0 < self.inference_share <= 1, "inference_share", f"must be in (0, 1], got {self.inference_share}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -401,7 +395,7 @@ def finetune_config_from_dict(data: Mapping[str, Any]) -> FinetuneConfig:
         given = values.pop(name, None)
         if given is None:
             continue
-        _require(isinstance(given, Mapping), name, f"must be a table of {cls.__name__}'s settings, got {given!r}")
+        require(isinstance(given, Mapping), name, f"must be a table of {cls.__name__}'s settings, got {given!r}")
         tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
         _check_known(cls, given)
         sections[name] = cls(**{**given, **tuples})
@@ -417,4 +411,4 @@ _SECTIONS: Mapping[str, type] = {
 def _check_known(cls: type, given: Mapping[str, Any]) -> None:
     known = {f.name for f in dataclasses.fields(cls)}
     for key in given:
-        _require(key in known, key, f"unknown setting of {cls.__name__}; known: {', '.join(sorted(known))}")
+        require(key in known, key, f"unknown setting of {cls.__name__}; known: {', '.join(sorted(known))}")

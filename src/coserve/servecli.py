@@ -15,21 +15,23 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import uvicorn
 from rich.console import Console
+from typer.core import TyperCommand
 
 from coserve.core import ConfigError
 from coserve.server.app import create_app, index_url, open_services
 from coserve.server.errors import Unauthorized
+from coserve.server.index.store import Store
+from coserve.server.index.tenants import make_key
 from coserve.server.locks import make_private
 from coserve.server.records import now
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig, read_settings
-from coserve.server.store import Store
-from coserve.server.tenants import make_key
+from coserve.server.vllmflags import drop_flags
 
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
 console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -42,6 +44,13 @@ _NO_KEY = "EMPTY"
 
 DataDirOption = Annotated[Path | None, typer.Option(help="Files, jobs, adapters and the index (coserve-data).")]
 DatabaseOption = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the index (SQLite in the data directory).")]
+
+
+class _ServeCommand(TyperCommand):
+    """Takes vLLM's flags that ask for what happens anyway."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, drop_flags(args))
 
 
 def serve(
@@ -62,7 +71,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Source of the seeds of requests that give none (random).")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine (all cores).")] = None,
-    lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=DIRECTORY of an adapter; repeatable.")] = None,
+    lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=DIRECTORY of an adapter, or JSON; repeatable.")] = None,
     max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank (64).")] = None,
     max_loras: Annotated[int | None, typer.Option(help="Adapters used at once (128).")] = None,
     adapter_root: Annotated[str | None, typer.Option(help="/v1/load_lora_adapter takes directories below.")] = None,
@@ -76,6 +85,7 @@ def serve(
     data_dir: DataDirOption = None,
     database_url: DatabaseOption = None,
     max_file_bytes: Annotated[int | None, typer.Option(help="Largest upload (512 MiB).")] = None,
+    max_tenant_file_bytes: Annotated[int | None, typer.Option(help="All files of a tenant (64 GiB).")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest other body (16 MiB).")] = None,
     organization: Annotated[str | None, typer.Option(help="Third part of tuned models' names (coserve).")] = None,
     vllm_metrics: Annotated[bool | None, typer.Option("--vllm-metrics", help="Metrics under vLLM's names too.")] = None,
@@ -83,18 +93,9 @@ def serve(
 ) -> None:
     """Serve a model and finetune on it, with OpenAI's API."""
     given = {name: value for name, value in context.params.items() if name != "config" and value not in (None, (), [])}
-    if "lora_modules" in given:
-        given["lora_modules"] = [_module(text) for text in given["lora_modules"]]
     settings = read_settings(config, given)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     asyncio.run(run_server(settings))
-
-
-def _module(text: str) -> tuple[str, str]:
-    name, equals, directory = text.partition("=")
-    if not (name and equals and directory):
-        raise ConfigError(f"lora_modules: write it as NAME=DIRECTORY, got {text!r}", param="lora_modules")
-    return name, directory
 
 
 class _Server(uvicorn.Server):
@@ -246,5 +247,5 @@ def _time(seconds: int) -> str:
 
 def add_commands(app: typer.Typer) -> None:
     """Puts them into the command `coserve`."""
-    app.command("serve")(serve)
+    app.command("serve", cls=_ServeCommand)(serve)
     app.add_typer(keys_app, name="keys")

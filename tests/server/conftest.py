@@ -1,6 +1,7 @@
 """Whole servers on a tiny model, as `coserve serve` starts them: a process for the API, which has one for the engine.
 
-`server` is shared by all tests of a run; `start_server` gives a test its own, to be killed or told otherwise.
+`server` is shared by all tests of a run; `start_server` gives a test its own, to be killed or told otherwise. `site` has the
+routes of inference without an engine: on fakes, in the test's own process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from coserve.tokenizer import ChatTokenizer
+from tests.server.sites import Site, open_site
 from tests.tiny_directory import build_tiny_directory
+from tests.tiny_tokenizer import build_tiny_tokenizer
 
 START_S = 120.0
 _PROGRAM = "from coserve.cli import main; main()"
@@ -147,14 +151,30 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def start_server(tiny_model: Path, tmp_path: Path) -> Iterator[StartServer]:
-    """start_server(*options, data_dir=None): servers that end with the test."""
+    """start_server(*options, data_dir=None, model=None): servers that end with the test; of the tiny model by default."""
     running: list[RunningServer] = []
 
-    def start(*options: str, data_dir: Path | None = None) -> RunningServer:
-        running.append(RunningServer(tiny_model, data_dir or tmp_path / "data", *options))
+    def start(*options: str, data_dir: Path | None = None, model: Path | None = None) -> RunningServer:
+        running.append(RunningServer(model or tiny_model, data_dir or tmp_path / "data", *options))
         return running[-1]
 
     yield start
     for one in running:
         with contextlib.suppress(subprocess.TimeoutExpired):
             one.stop()
+
+
+@pytest.fixture(scope="module")
+def running_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """The one that a file's tests share."""
+    tokenizer = ChatTokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    with open_site(tokenizer) as site:
+        yield site
+
+
+@pytest.fixture
+def site(running_site: Site) -> Iterator[Site]:
+    """A site on which nothing has been asked yet. Every request of the test must have been counted as ended."""
+    running_site.reset()
+    yield running_site
+    assert all(meter.ends for meter in running_site.metrics.meters), "a request was never counted as ended"

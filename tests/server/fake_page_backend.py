@@ -24,13 +24,13 @@ from starlette.datastructures import UploadFile
 from coserve.config import SamplingConfig
 from coserve.core import CoserveError, InvalidRequest, NotFound
 from coserve.server.errors import Unauthorized, error_body, status_of
-from coserve.server.jobbody import CreateJob
-from coserve.server.jobobjects import Pace, checkpoint_object, event_object, job_object, step_data, step_message
-from coserve.server.messages import Tokens
-from coserve.server.metrics import ServerMetrics, ServerState
+from coserve.server.jobs.body import CreateJob
+from coserve.server.jobs.objects import Pace, checkpoint_object, event_object, job_object, step_data, step_message
+from coserve.server.link.messages import Tokens
 from coserve.server.records import ENDED, CheckpointRecord, EventRecord, JobRecord
 from coserve.server.routes.page import router
 from coserve.server.settings import ServerConfig
+from coserve.server.stats.metrics import ServerMetrics, ServerState
 
 BASE = "smollm2-135m-instruct"
 TUNED = f"ft:{BASE}:coserve:harbour-guide:5f1c2a"

@@ -14,14 +14,14 @@ from starlette.datastructures import UploadFile
 from coserve.core import CoserveError, NotFound
 from coserve.finetune.job import MetricsTable, StepRow
 from coserve.server.errors import EngineUnavailable
-from coserve.server.files import FileService
-from coserve.server.jobbody import read_body
-from coserve.server.jobs import JobService
-from coserve.server.messages import JobEnded, JobHappened, Problem, Ready
+from coserve.server.index.files import FileService
+from coserve.server.index.store import Store
+from coserve.server.jobs.body import read_body
+from coserve.server.jobs.service import JobService
+from coserve.server.link.messages import JobEnded, JobHappened, Problem, Ready
 from coserve.server.models import ModelDirectory
 from coserve.server.records import EventRecord, JobRecord
 from coserve.server.settings import ServerConfig
-from coserve.server.store import Store
 from tests.tiny_directory import chat_lines
 
 SECONDS = 10.0
@@ -153,7 +153,7 @@ class Bench:
         self.engine = FakeEngine(model)
         engine: Any = self.engine
         self.store = Store(f"sqlite:///{data_dir / 'coserve.db'}")
-        self.files = FileService(data_dir / "files", self.store, 1 << 20)
+        self.files = FileService(data_dir / "files", self.store, 1 << 20, 1 << 30)
         self.files.rebuild()
         self.models = ModelDirectory(self.store, engine, self.config)
         self.jobs = JobService(store=self.store, files=self.files, models=self.models, engine=engine, config=self.config)

@@ -21,6 +21,8 @@ from coserve.servecli import bind
 from coserve.server.errors import EngineUnavailable, Unauthorized
 from coserve.server.handlers import field_name, install_handlers
 from coserve.server.middleware import BodyLimits, LastResort
+from coserve.server.settings import read_settings
+from coserve.server.vllmflags import drop_flags
 from tests.server.conftest import RunningServer
 
 LIMIT = 1000
@@ -206,11 +208,33 @@ def test_keys_are_made_shown_once_and_revoked(tmp_path: Path) -> None:
     (("--data-dir", "/proc/coserve"), "data_dir: /proc/coserve can't be made"),
     (("--slo-tpot-ms", "-1"), "tpot_ms: must be positive, got -1"),
     (("--lora-modules", "x"), "lora_modules: write it as NAME=DIRECTORY"),
+    (("--lora-modules", '{"name": "a"}'), "lora_modules: write it as NAME=DIRECTORY"),
+    (("--lora-modules", '{"name": "a", "path": '), "lora_modules: .* isn't JSON"),
+    (("--lora-modules", '{"name": "a", "path": ["b"]}'), "lora_modules: must be names and directories, got 'a' and"),
+    (("--lora-modules", '{"name": "a", "path": "b", "base_model_name": "c"}'), "lora_modules: 'base_model_name' has no"),
+    (("--lora-modules", "a=b", "--lora-modules", "a=c"), "lora_modules: the name 'a' is given twice"),
+    (("--enable-lora", "--no-enable-prefix-caching"), "--no-enable-prefix-caching: the prefix .* on; leave it out"),
+    (("-tp", "2"), "--tensor-parallel-size: one process .* on one device; leave it out or give 1"),
+    (("--block_size=32",), "--block-size: .*; leave it out or give 16"),
+    (("--chat-template",), "--chat-template: the model's own"),
     (("--config", "none.toml"), "config: none.toml can't be read"),
 ])
 def test_settings_are_refused_before_anything_starts(options: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CliRunner().invoke(cli, ["serve", "--port", "0", *options], catch_exceptions=False)
+
+
+def test_adapters_are_given_in_three_forms() -> None:
+    expected = (("a", "x/a"), ("b", "y=z"))
+    for given in (["a=x/a", "b=y=z"], ["a=x/a", '{"name": "b", "path": "y=z"}'], {"a": "x/a", "b": "y=z"}):
+        assert read_settings(None, {"lora_modules": given}).lora_modules == expected
+
+
+def test_flags_of_vllm_that_ask_for_what_happens_anyway_are_dropped() -> None:
+    given = ["model", "--enable-lora", "--port", "1", "-tp", "1", "--kv_cache_dtype=auto", "--enable-chunked-prefill"]
+    assert drop_flags(given) == ["model", "--port", "1"]
+    kept = ["--enable-lora=no", "--enable-lor", "--max-loras", "4", "--", "--enforce-eager"]
+    assert drop_flags(kept) == kept, "the parser's to judge"
 
 
 # --- a whole server ---

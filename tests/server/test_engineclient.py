@@ -23,15 +23,25 @@ from coserve.engine.model import LoadedModel, load_model
 from coserve.engine.step import Lookup
 from coserve.peft.format import save_adapter
 from coserve.scheduler.latency import LatencyModel
-from coserve.server import engineclient, enginemain
-from coserve.server.engineclient import EngineClient, RequestStream, merge_tokens
 from coserve.server.errors import EngineUnavailable
+from coserve.server.link import engineclient, enginemain
+from coserve.server.link.engineclient import EngineClient, RequestStream, merge_tokens
+from coserve.server.link.mailbox import Mailbox
+from coserve.server.link.messages import (
+    Failed,
+    Generate,
+    JobEnded,
+    JobHappened,
+    Progress,
+    Ready,
+    Tokens,
+    decode_from_engine,
+    encode,
+)
+from coserve.server.link.setup import Setup, read_setup, write_setup
+from coserve.server.link.supervisor import MAX_FAILURES, restart_delay_s
 from coserve.server.locks import hold
-from coserve.server.mailbox import Mailbox
-from coserve.server.messages import Failed, Generate, JobEnded, JobHappened, Progress, Ready, Tokens, decode_from_engine, encode
 from coserve.server.settings import ServerConfig
-from coserve.server.setup import Setup, read_setup, write_setup
-from coserve.server.supervisor import MAX_FAILURES, restart_delay_s
 from tests.tiny_directory import chat_lines, write_lines
 from tests.tiny_engine import LATENCY, random_adapter
 
@@ -109,7 +119,7 @@ def joined(chunks: list[Tokens]) -> Tokens:
 def chunk(number: int, *, index: int = 0, reason: str | None = None) -> Tokens:
     return Tokens(
         id="r", index=index, text=f"{number},", token_ids=[number], time_s=float(number), finish_reason=reason,
-        cached_tokens=3 if number == 0 else 0,
+        cached_tokens=3 if number == 0 else 0, begun_s=-1.5 if number == 0 else None,
     )
 
 
@@ -124,6 +134,7 @@ def test_a_slow_reader_gets_one_chunk_per_output_of_all_that_came() -> None:
         assert first.token_ids == list(range(5001)) and first.text.startswith("0,1,2,") and first.text.endswith(",5000,")
         assert (first.index, second.index) == (0, 1)
         assert (first.finish_reason, first.cached_tokens, first.time_s) == ("length", 3, 5000.0)
+        assert first.begun_s == -1.5
         assert second.token_ids == list(range(5000)) and second.finish_reason is None
         stream.push(chunk(7, index=1, reason="stop"))
         assert [part.finish_reason async for part in stream] == ["stop"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -14,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.datastructures import UploadFile
 
 from coserve.core import CapacityError, ConfigError, InvalidRequest, NotFound
-from coserve.server import files as files_module
-from coserve.server.files import FileService
-from coserve.server.store import Store
+from coserve.server.errors import TooLarge
+from coserve.server.index import files as files_module
+from coserve.server.index.files import FileService
+from coserve.server.index.store import Store
 
-MAX_BYTES = 100_000
+MAX_BYTES, MAX_TENANT_BYTES = 100_000, 1 << 30
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def service(tmp_path: Path, store: Store) -> FileService:
-    return FileService(tmp_path / "files", store, MAX_BYTES)
+    return FileService(tmp_path / "files", store, MAX_BYTES, MAX_TENANT_BYTES)
 
 
 def test_results(service: FileService, store: Store) -> None:
@@ -43,12 +47,27 @@ def test_results(service: FileService, store: Store) -> None:
     assert service.save_result("alice", "empty.csv", b"").bytes == 0
 
 
+def test_uploads_at_once_share_the_tenants_limit(tmp_path: Path, store: Store) -> None:
+    content = b'{"text": "hello"}\n'
+    service = FileService(tmp_path / "files", store, MAX_BYTES, 3 * len(content))
+
+    async def upload_all() -> list[Any]:
+        files = [UploadFile(io.BytesIO(content), size=len(content), filename="x.jsonl") for _ in range(8)]
+        saving = (service.save_upload("alice", file, "fine-tune") for file in files)
+        return await asyncio.gather(*saving, return_exceptions=True)
+
+    failed = [outcome for outcome in asyncio.run(upload_all()) if isinstance(outcome, BaseException)]
+    assert len(failed) == 5 and all(isinstance(error, TooLarge) for error in failed)
+    assert len(store.all_files()) == len(list((tmp_path / "files").iterdir())) == 3
+    assert service.save_result("alice", "metrics.csv", content).bytes == len(content), "a job's result is never refused"
+
+
 def test_the_index_is_rebuilt(service: FileService, tmp_path: Path) -> None:
     records = [service.save_result(tenant, f"{tenant}.csv", b"x") for tenant in ("alice", "bob")]
     fresh = Store(f"sqlite:///{tmp_path}/fresh.db")
-    FileService(tmp_path / "files", fresh, MAX_BYTES).rebuild()
+    FileService(tmp_path / "files", fresh, MAX_BYTES, MAX_TENANT_BYTES).rebuild()
     assert sorted(fresh.all_files(), key=lambda r: r.tenant) == records
-    FileService(tmp_path / "files", fresh, MAX_BYTES).rebuild()
+    FileService(tmp_path / "files", fresh, MAX_BYTES, MAX_TENANT_BYTES).rebuild()
     assert len(fresh.all_files()) == 2
     fresh.close()
 
@@ -178,11 +197,11 @@ def test_a_delete_that_broke_off_can_be_tried_again(
 _SAVE_FOR_EVER = """
 import sys
 from pathlib import Path
-from coserve.server.files import FileService
-from coserve.server.store import Store
+from coserve.server.index.files import FileService
+from coserve.server.index.store import Store
 
 root = Path(sys.argv[1])
-service = FileService(root / "files", Store(f"sqlite:///{root}/coserve.db"), 1 << 30)
+service = FileService(root / "files", Store(f"sqlite:///{root}/coserve.db"), 1 << 30, 1 << 40)
 print("ready", flush=True)
 while True:
     first = service.save_result("alice", "first.csv", b"1" * 300_000)
@@ -199,7 +218,7 @@ def test_kills_at_any_time(tmp_path: Path) -> None:
             time.sleep(0.05 + 0.037 * number)
             process.kill()
         store = Store(f"sqlite:///{tmp_path}/coserve.db")
-        service = FileService(tmp_path / "files", store, MAX_BYTES)
+        service = FileService(tmp_path / "files", store, MAX_BYTES, MAX_TENANT_BYTES)
         service.rebuild()
         records = store.all_files()
         assert records and {path.name for path in (tmp_path / "files").iterdir()} == {record.id for record in records}
@@ -211,7 +230,7 @@ def test_kills_at_any_time(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_made(tmp_path: Path, store: Store) -> None:
     (tmp_path / "files").write_text("in the way")
     with pytest.raises(ConfigError):
-        FileService(tmp_path / "files", store, MAX_BYTES)
+        FileService(tmp_path / "files", store, MAX_BYTES, MAX_TENANT_BYTES)
 
 
 def test_result_names_are_checked_too(service: FileService) -> None:

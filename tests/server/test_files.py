@@ -17,16 +17,16 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from coserve.server.files import FileService
 from coserve.server.handlers import install_handlers
+from coserve.server.index.files import FileService
+from coserve.server.index.store import Store
+from coserve.server.index.tenants import Tenants
 from coserve.server.records import JobRecord
 from coserve.server.routes import files as routes
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig
-from coserve.server.store import Store
-from coserve.server.tenants import Tenants
 
-MAX_BYTES = 100_000
+MAX_BYTES, MAX_TENANT_BYTES = 100_000, 1_000_000
 LINE = '{"messages": [{"role": "user", "content": "héllo"}, {"role": "assistant", "content": "hi"}]}'
 CONTENT = f"{LINE}\n{LINE}\n".encode()
 
@@ -40,15 +40,15 @@ class Running(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The files' routes alone, with two tenants, on a port of this machine."""
+    """The files' routes alone, with three tenants, on a port of this machine."""
     root = tmp_path_factory.mktemp("server")
     store = Store(f"sqlite:///{root}/coserve.db")
-    files = FileService(root / "files", store, MAX_BYTES)
+    files = FileService(root / "files", store, MAX_BYTES, MAX_TENANT_BYTES)
     none = cast(Any, None)
     services = Services(
         config=ServerConfig(max_file_bytes=MAX_BYTES), engine=none, tokenizer=none, store=store,
-        tenants=Tenants(store, [("alice", "key-a"), ("bob", "key-b")]), files=files, jobs=none, models=none, metrics=none,
-        draw_seed=none,
+        tenants=Tenants(store, [("alice", "key-a"), ("bob", "key-b"), ("carol", "key-c")]), files=files, jobs=none, models=none,
+        metrics=none, draw_seed=none,
     )
     app = FastAPI()
     app.state.services = services
@@ -239,6 +239,18 @@ def test_the_size_limit(alice: openai.OpenAI) -> None:
         with pytest.raises(openai.APIStatusError) as error:
             upload(alice, CONTENT + padding + b" " * more)
         assert error.value.status_code == 413 and error.value.param == "file"
+
+
+def test_the_limit_of_a_tenants_files(server: Running, bob: openai.OpenAI) -> None:
+    padding = b" " * (MAX_BYTES - len(CONTENT))
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="key-c", max_retries=0, timeout=20) as carol:
+        made = [upload(carol, CONTENT + padding) for _ in range(MAX_TENANT_BYTES // MAX_BYTES)]
+        with pytest.raises(openai.APIStatusError, match="delete files that you no longer need") as error:
+            upload(carol, b"{}")
+        assert error.value.status_code == 413 and error.value.param == "file"
+        assert upload(bob).bytes == len(CONTENT), "others have limits of their own"
+        carol.files.delete(made[0].id)
+        assert upload(carol, CONTENT + padding).bytes == MAX_BYTES
 
 
 def test_the_size_limit_without_a_content_length(http: httpx.Client) -> None:

@@ -5,30 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 
 import openai
-import pytest
 
-from coserve.tokenizer import ChatTokenizer
 from tests.server.fakes import ADAPTER, ANSWER, MAX_MODEL_LEN, MODEL, Script, send
-from tests.server.sites import CHAT_PATH, HI, Site, open_site
-from tests.tiny_tokenizer import build_tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    tokenizer = ChatTokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-    with open_site(tokenizer) as site:
-        yield site
-
-
-@pytest.fixture
-def site(running: Site) -> Iterator[Site]:
-    running.reset()
-    yield running
-    assert all(meter.ends for meter in running.metrics.meters), "a request was never counted as ended"
-
+from tests.server.sites import CHAT_PATH, HI, Site
 
 # --- chat ---
 

@@ -59,6 +59,22 @@ def test_greedy_text_is_the_engines(client: openai.OpenAI, name: str, tiny_model
     assert (chat.usage.prompt_tokens, chat.usage.completion_tokens) == (len(chat_ids), len(expected_chat.token_ids))
 
 
+def test_the_parts_of_a_latency_make_the_whole(client: openai.OpenAI, name: str, server: RunningServer) -> None:
+    client.completions.create(model=name, prompt=[PROMPT, "Hello"], max_tokens=4, n=2)
+    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+
+    def measured(what: str) -> float:
+        found = re.search(rf"^coserve_{what}\{{[^}}]*\}} (\S+)$", text, re.MULTILINE)
+        assert found, what
+        return float(found[1])
+
+    parts = [f"request_{part}_time_seconds" for part in ("queue", "prefill")]
+    count = measured("time_to_first_token_seconds_count")
+    assert count >= 2 and [measured(f"{part}_count") for part in parts] == [count, count]
+    sums = [measured(f"{part}_sum") for part in parts]
+    assert min(sums) > 0 and sum(sums) == pytest.approx(measured("time_to_first_token_seconds_sum"))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_stream_says_the_same(client: openai.OpenAI, name: str, temperature: float) -> None:
     settings = {"model": name, "prompt": ["Hello", PROMPT], "max_tokens": 32, "temperature": temperature, "seed": 5, "n": 2}

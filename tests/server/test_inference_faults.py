@@ -5,33 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
 from coserve.core import CapacityError, CoserveError
-from coserve.server import sse
 from coserve.server.errors import EngineUnavailable
-from coserve.tokenizer import ChatTokenizer
+from coserve.server.inference import sse
 from tests.server.fakes import ANSWER, MODEL, Script, send, wait_for
-from tests.server.sites import CHAT_PATH, HI, TEXT_PATH, Site, open_site, post
-from tests.tiny_tokenizer import build_tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    tokenizer = ChatTokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-    with open_site(tokenizer) as site:
-        yield site
-
-
-@pytest.fixture
-def site(running: Site) -> Iterator[Site]:
-    running.reset()
-    yield running
-    assert all(meter.ends for meter in running.metrics.meters), "a request was never counted as ended"
+from tests.server.sites import CHAT_PATH, HI, TEXT_PATH, Site, post
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -13,7 +13,7 @@ import pytest
 
 from coserve.core import CapacityError, InvalidRequest, JobFailed, NotFound
 from coserve.server.errors import Conflict, Forbidden
-from coserve.server.messages import JobHappened, Problem
+from coserve.server.link.messages import JobHappened, Problem
 from tests.server.jobs_bench import Bench, until
 from tests.tiny_directory import chat_lines, preference_lines
 from tests.tiny_tokenizer import build_tiny_tokenizer
@@ -621,7 +621,7 @@ def test_a_full_disk_at_creation_leaves_nothing(play: Callable[..., None], monke
             raise CapacityError("no space left")
 
         with monkeypatch.context() as patch:
-            patch.setattr("coserve.server.jobs.write_manifest", refuse)
+            patch.setattr("coserve.server.jobs.service.write_manifest", refuse)
             with pytest.raises(CapacityError):
                 await bench.create()
         assert not list((bench.config.data_dir / "jobs").iterdir())
@@ -633,7 +633,7 @@ def test_a_full_disk_at_creation_leaves_nothing(play: Callable[..., None], monke
 def test_a_full_disk_at_the_end_is_waited_for(play: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
-        monkeypatch.setattr("coserve.server.jobrunner.RETRY_S", 0.01)
+        monkeypatch.setattr("coserve.server.jobs.runner.RETRY_S", 0.01)
         refused: list[int] = []
 
         def refuse(*_: object) -> None:
@@ -641,7 +641,7 @@ def test_a_full_disk_at_the_end_is_waited_for(play: Callable[..., None], monkeyp
             raise CapacityError("no space left")
 
         with monkeypatch.context() as patch:
-            patch.setattr("coserve.server.jobrunner.write_manifest", refuse)
+            patch.setattr("coserve.server.jobs.runner.write_manifest", refuse)
             bench.engine.end(id)
             await until(lambda: len(refused) > 2)
             assert bench.store.get_job("me", id).status == "running"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from coserve.server.jobrunner import JobRunner
+from coserve.server.jobs.runner import JobRunner
 from tests.server.jobs_bench import Bench, until
 from tests.tiny_tokenizer import build_tiny_tokenizer
 

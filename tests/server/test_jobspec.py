@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from coserve.core import InvalidRequest
-from coserve.server.jobbody import read_body
-from coserve.server.jobspec import Resolved, read_spec, resolve
+from coserve.server.jobs.body import read_body
+from coserve.server.jobs.spec import Resolved, read_spec, resolve
 from coserve.server.settings import ServerConfig
 
 SERVER = ServerConfig(max_lora_rank=32)
@@ -159,10 +159,10 @@ def test_wrong_fields_are_named(fields: dict[str, Any], param: str, message: str
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coserve.server.jobspec.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("coserve.server.jobs.spec.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InvalidRequest, match="pip install tensorboard"):
         spec_of(integrations=[{"type": "tensorboard"}])
-    monkeypatch.setattr("coserve.server.jobspec.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("coserve.server.jobs.spec.importlib.util.find_spec", lambda name: object())
     assert spec_of(integrations=[{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}]).integrations == (
         {"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}},)
 

@@ -1,8 +1,8 @@
 """Jobs on a server whose processes are killed again and again, on a disk that is full, read-only, or has lied.
 
-COSERVE_KILLS: how many kills (4); COSERVE_KILL_SEED: which ones. What counts: every job ends,
-each of its steps is on record once,
-and its losses are those of a run that nobody disturbed, to the last bit.
+COSERVE_KILLS: how many kills (4); COSERVE_KILL_SEED: which ones; COSERVE_KILL_MODEL: a model's directory (a tiny model). What
+counts: every job ends, each of its steps is on record once, and its losses are those of a run that nobody disturbed, to the
+last bit.
 """
 
 from __future__ import annotations
@@ -27,14 +27,26 @@ from tests.server.conftest import RunningServer, StartServer, is_alive, run_cose
 from tests.tiny_directory import chat_lines
 
 pytestmark = pytest.mark.full
+pytest_plugins = ["tests.server.postgres"]
 
 KILLS = int(os.environ.get("COSERVE_KILLS", "4"))
 SEED = int(os.environ.get("COSERVE_KILL_SEED", "0"))
-EPOCHS, BATCH, LINES = 20, 4, 24
+MODEL = os.environ.get("COSERVE_KILL_MODEL")
+EPOCHS, BATCH, LINES = 20 if MODEL is None else 4, 4, 24
 STEPS = EPOCHS * LINES // BATCH
 ENDED = ("succeeded", "failed", "cancelled")
 LINES_OF = "".join(json.dumps(line) + "\n" for line in chat_lines(LINES)).encode()
 Row = dict[str, str]
+
+
+@pytest.fixture
+def start_server(start_server: StartServer) -> StartServer:
+    """Servers of COSERVE_KILL_MODEL, if it is set."""
+
+    def start(*options: str, data_dir: Path | None = None) -> RunningServer:
+        return start_server(*options, "--kv-cache-memory-bytes", str(1 << 30), data_dir=data_dir, model=Path(str(MODEL)))
+
+    return start_server if MODEL is None else start
 
 
 class Jobs:
@@ -143,10 +155,18 @@ def kill(*pids: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def index(request: pytest.FixtureRequest) -> list[str]:
+    """Options of a server whose index lies in such a database."""
+    if request.param == "sqlite":
+        return []
+    return ["--database-url", str(request.getfixturevalue("postgres_url"))]
+
+
 @pytest.mark.timeout(600 + 60 * KILLS)
-def test_random_kills_lose_and_repeat_nothing(start_server: StartServer, tmp_path: Path) -> None:
+def test_random_kills_lose_and_repeat_nothing(start_server: StartServer, tmp_path: Path, index: list[str]) -> None:
     draw = random.Random(SEED)
-    server = start_server("--deterministic")
+    server = start_server("--deterministic", *index)
     jobs = Jobs(server)
     seeds = iter(range(1000))
     for _ in range(KILLS):
@@ -161,8 +181,8 @@ def test_random_kills_lose_and_repeat_nothing(start_server: StartServer, tmp_pat
             continue
         kill(*(server.pid, engine) if draw.random() < 0.5 else (engine, server.pid)) if target == "both" else kill(server.pid)
         server.process.wait(10)
-        wait_until(lambda: not is_alive(engine), 5)  # noqa: B023
-        jobs.server = server = start_server("--deterministic", data_dir=server.data_dir)
+        wait_until(lambda: not is_alive(engine), 30)  # noqa: B023  # one that is still importing looks at its parent after that
+        jobs.server = server = start_server("--deterministic", *index, data_dir=server.data_dir)
     wait_until(lambda: not jobs.unfinished(), 240)
     expected = undisturbed(start_server, tmp_path / "reference", list(jobs.seeds.values()))
     for id, seed in jobs.seeds.items():

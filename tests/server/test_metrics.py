@@ -11,11 +11,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coserve.config import SamplingConfig
-from coserve.server.enginemetrics import COUNTERS
-from coserve.server.livestats import Counters, Window, percentile
-from coserve.server.messages import JobEnded, Tokens
-from coserve.server.metrics import Objectives, RequestMeter, ServerMetrics, ServerState
+from coserve.server.link.messages import JobEnded, Tokens
 from coserve.server.settings import ServerConfig
+from coserve.server.stats.enginemetrics import COUNTERS
+from coserve.server.stats.livestats import Counters, Window, percentile
+from coserve.server.stats.metrics import Objectives, RequestMeter, ServerMetrics, ServerState
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "docs" / "grafana.json"
 
@@ -61,8 +61,10 @@ class Room:
         return found
 
 
-def tokens(time_s: float, *, index: int = 0, count: int = 1, cached: int = 0) -> Tokens:
-    return Tokens(id="r", index=index, text="x" * count, token_ids=[1] * count, time_s=time_s, cached_tokens=cached)
+def tokens(time_s: float, *, index: int = 0, count: int = 1, cached: int = 0, begun_s: float | None = None) -> Tokens:
+    return Tokens(
+        id="r", index=index, text="x" * count, token_ids=[1] * count, time_s=time_s, cached_tokens=cached, begun_s=begun_s
+    )
 
 
 def stats(time_s: float, **values: Any) -> dict[str, Any]:
@@ -94,6 +96,21 @@ def test_latencies_are_counted_from_the_arrival_and_pooled() -> None:
     assert found["coserve_prompt_tokens_total"] == 7
     assert found["coserve_generation_tokens_total"] == 3
     assert found['coserve_request_success_total{"finished_reason": "stop"}'] == 1
+
+
+@pytest.mark.parametrize("begun_s", [0.12, None])
+def test_the_parts_of_a_latency(begun_s: float | None) -> None:
+    room = Room(vllm_metrics=True)
+    meter, start = room.begin(), room.clock.now
+    meter.tokens(tokens(start + 0.3, begun_s=None if begun_s is None else start + begun_s))
+    meter.tokens(tokens(start + 0.45))
+    meter.end("stop")
+    found = room.samples()
+    for prefix in ("coserve_", "vllm:"):
+        for part, seconds in (("queue", 0.12), ("prefill", 0.18), ("inference", 0.33)):
+            name = f"{prefix}request_{part}_time_seconds"
+            assert found[f"{name}_count"] == (begun_s is not None)
+            assert found[f"{name}_sum"] == pytest.approx(0.0 if begun_s is None else seconds)
 
 
 def test_gaps_are_per_output_when_there_are_several() -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from coserve.core import ConfigError, InvalidRequest, NotFound
 from coserve.server.errors import Forbidden
+from coserve.server.index.store import Store
 from coserve.server.models import ModelDirectory, engine_name
 from coserve.server.records import AdapterRecord
 from coserve.server.settings import ServerConfig
-from coserve.server.store import Store
 from tests.server.jobs_bench import FakeEngine, write_adapter
 
 Story = Callable[[ModelDirectory, FakeEngine], Coroutine[Any, Any, None]]

@@ -9,8 +9,8 @@ import fastapi.routing
 import pytest
 
 from coserve.server.app import create_app
-from coserve.server.jobbody import CreateJob
-from coserve.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from coserve.server.inference.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from coserve.server.jobs.body import CreateJob
 from coserve.server.routes.adapters import LoadAdapterBody, UnloadAdapterBody
 from coserve.server.settings import ServerConfig
 
@@ -84,6 +84,14 @@ def test_every_post_says_what_it_takes() -> None:
         takes = "requestBody" in operation(method, path)
         assert takes == (path in BODIES or path == "/v1/files") if method == "POST" else not takes, (method, path)
     assert set(schema_of("POST", "/v1/files", "multipart/form-data")["properties"]) == {"file", "purpose"}
+
+
+def test_keys_are_asked_for_where_they_are() -> None:
+    (scheme,) = DOCUMENT["components"]["securitySchemes"].items()
+    assert scheme[0] == "key" and (scheme[1]["type"], scheme[1]["scheme"]) == ("http", "bearer")
+    for method, path in OPERATIONS:
+        asked = operation(method, path).get("security")
+        assert asked == (None if path in ("/health", "/ping", "/version", "/metrics") else [{"key": []}]), (method, path)
 
 
 def test_the_jobs_filter_is_listed() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from coserve.core import InvalidRequest
-from coserve.server.bodies import openapi_body, parse_object, read_body
-from coserve.server.fields import CHAT, COMPLETIONS
-from coserve.server.protocol import ChatRequest, CompletionRequest
+from coserve.server.inference.bodies import openapi_body, parse_object, read_body
+from coserve.server.inference.fields import CHAT, COMPLETIONS
+from coserve.server.inference.protocol import ChatRequest, CompletionRequest
 from coserve.tokenizer import ChatTokenizer
 from tests.server.fakes import MODEL, FakeEngineClient, make_app, make_services, send, serve
 from tests.tiny_tokenizer import build_tiny_tokenizer

@@ -13,9 +13,9 @@ from fastapi.testclient import TestClient
 
 from coserve.core import CoserveError
 from coserve.server.errors import EngineUnavailable, Unauthorized, error_body, status_of
-from coserve.server.metrics import ServerMetrics
 from coserve.server.routes import status
 from coserve.server.settings import ServerConfig
+from coserve.server.stats.metrics import ServerMetrics
 
 
 class FakeEngine:

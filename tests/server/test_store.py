@@ -15,10 +15,10 @@ import pytest
 from sqlalchemy import Connection, create_engine, make_url, text
 
 from coserve.core import CapacityError, ConfigError, InvalidRequest, NotFound
-from coserve.server import database, tables
 from coserve.server.errors import Conflict
+from coserve.server.index import database, tables
+from coserve.server.index.store import Store
 from coserve.server.records import AdapterRecord, CheckpointRecord, FileRecord, JobRecord, KeyRecord
-from coserve.server.store import Store
 
 pytest_plugins = ["tests.server.postgres"]
 
@@ -81,6 +81,9 @@ def test_files_of_a_tenant(store: Store) -> None:
             call("b", "file-1")
         with pytest.raises(NotFound):
             call("a", "file-2")
+    store.add_file(file("file-3", bytes=2**40))
+    assert store.count_file_bytes("a") == file("file-1").bytes + 2**40 and store.count_file_bytes("b") == 0
+    store.delete_file("a", "file-3")
     store.delete_file("a", "file-1")
     assert store.list_files("a") == ([], False) and store.all_files() == []
 

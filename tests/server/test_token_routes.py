@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
-from coserve.tokenizer import ChatTokenizer
 from tests.server.fakes import ADAPTER, MAX_MODEL_LEN, MODEL, send
-from tests.server.sites import CHAT_PATH, HI, TEXT_PATH, Site, open_site
-from tests.tiny_tokenizer import build_tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    tokenizer = ChatTokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-    with open_site(tokenizer) as site:
-        yield site
-
-
-@pytest.fixture
-def site(running: Site) -> Iterator[Site]:
-    running.reset()
-    yield running
-    assert all(meter.ends for meter in running.metrics.meters), "a request was never counted as ended"
+from tests.server.sites import CHAT_PATH, HI, TEXT_PATH, Site
 
 
 def test_models(site: Site) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from coserve.finetune.job import MetricsTable, StepRow
-from coserve.server.manifest import write_manifest
+from coserve.server.index.manifest import write_manifest
+from coserve.server.jobs.trackers import export_metrics
 from coserve.server.records import JobRecord
-from coserve.server.trackers import export_metrics
 
 WANDB = """
 import json, os, pathlib
@@ -46,7 +47,7 @@ def job(tmp_path: Path) -> tuple[Path, JobRecord]:
 def test_weights_and_biases(job: tuple[Path, JobRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, record = job
     (tmp_path / "wandb.py").write_text(WANDB)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     assert export_metrics(directory, record) == []
     said = json.loads((directory / "wandb.json").read_text())
     assert (said["mode"], said["project"]) == (["offline", "offline"], "facts")
@@ -56,6 +57,6 @@ def test_weights_and_biases(job: tuple[Path, JobRecord], tmp_path: Path, monkeyp
 def test_a_package_that_fails_is_said(job: tuple[Path, JobRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, record = job
     (tmp_path / "wandb.py").write_text("raise RuntimeError('no room for a run')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     (problem,) = export_metrics(directory, record)
     assert "wandb" in problem and "no room for a run" in problem

@@ -259,13 +259,15 @@ def test_summary_of_requests_counts_unfinished_ones_as_missed() -> None:
 
 
 def test_row_cost_is_recovered_from_runs_of_different_rates() -> None:
-    runs = [Observation(0.04 * n + 0.0013 * rows, n, rows) for n, rows in ((100, 900), (80, 2000), (120, 400))]
+    runs = [Observation(0.04 * n + 0.0013 * rows, n, rows) for n, rows in ((100, 900), (80, 2000), (120, 400), (90, 1500))]
     assert fit_row_cost(runs) == pytest.approx(RowCost(0.04, 0.0013))
 
 
-def test_row_cost_of_one_run_and_of_none() -> None:
-    assert fit_row_cost([]) is None and fit_row_cost([Observation(0.0, 0, 0)]) is None
-    cost = fit_row_cost([Observation(2.0, 10, 100)])
+def test_row_cost_of_runs_alike_and_of_too_few() -> None:
+    run = Observation(2.0, 10, 100)
+    assert all(fit_row_cost([run] * count) is None for count in range(4))
+    assert fit_row_cost([run] * 3 + [Observation(0.0, 0, 0)]) is None, "an empty run says nothing"
+    cost = fit_row_cost([run] * 4)
     assert cost is not None and cost.fixed_s * 10 + cost.row_s * 100 == pytest.approx(2.0)
 
 
@@ -525,6 +527,15 @@ def test_throughput_is_a_median_and_its_share_is_taken_inside_each_repeat() -> N
     assert row["num_requests"] == 6 and row["slo_attainment"] == pytest.approx(5 / 6)
     assert row["goodput"] == pytest.approx(5 / 30)
     assert "bound" not in row and "row_cost" not in data and "peak_memory_bytes" not in row
+
+
+@pytest.mark.parametrize(("count", "fitted"), [(3, False), (4, True)])
+def test_bound_needs_four_inference_only_runs(count: int, fitted: bool) -> None:
+    run = run_of([record(0.1, [0.2, 0.25])], [Sample(0.0, 0.0), Sample(10.0, 0.0)])
+    probes = tuple(Cell("inference-only", 0.0, 1.0, i, run) for i in range(count - 1))
+    cells = (Cell("inference-only", 0.5, 1.0, 0, run), Cell("coserve", 0.5, 1.0, 0, run))
+    data = make_results(Measured(OBJECTIVES, None, 2.0, probes, cells, ()), replace(CONFIG, burst=None), "tiny")
+    assert ("row_cost" in data) == fitted and all(("bound" in row) == fitted for row in data["results"])
 
 
 def test_prediction_errors_of_repeats_are_medians_per_kind() -> None:

@@ -35,7 +35,7 @@ from coserve.demo.story import TPOT_MS, TTFT_MS, DemoResult, DemoSettings, run_d
 from coserve.demo.traffic import BURST, PROMPTS, Chat, Figures, Objectives, Traffic, chat_once, chat_rate, measure, summarize
 from coserve.demo.watch import FINETUNE, INFERENCE, Sample, Watch, add_sample, rate, trained_until
 from coserve.finetune.datasets import Dataset, load_groups
-from coserve.server.jobbody import read_body
+from coserve.server.jobs.body import read_body
 from coserve.tokenizer import ChatTokenizer
 from tests.tiny_directory import build_tiny_directory
 

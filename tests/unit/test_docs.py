@@ -15,10 +15,11 @@ import pytest
 import typer
 
 from coserve.cli import app
-from coserve.server import fields, protocol
-from coserve.server.jobbody import Extras
-from coserve.server.metrics import Objectives, ServerMetrics, ServerState
+from coserve.server.inference import fields, protocol
+from coserve.server.jobs.body import Extras
 from coserve.server.settings import ServerConfig, read_settings
+from coserve.server.stats.metrics import Objectives, ServerMetrics, ServerState
+from coserve.server.vllmflags import FLAGS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -228,13 +229,33 @@ def test_extra_fields_of_jobs_are_listed() -> None:
     assert sorted(listed) == sorted(Extras.model_fields)
 
 
+def test_flags_of_vllm_are_listed_as_they_are() -> None:
+    listed = {}
+    for names, taken, why in rows(section(page_text("api-differences.md"), "Flags of vllm serve")):
+        neutral = None if taken == "taken" else tuple(code(taken))
+        listed |= dict.fromkeys(code(names), (neutral, why))
+    assert listed == {
+        name: (None, "done anyway") if not flag.reason else (flag.neutral or (), flag.reason) for name, flag in FLAGS.items()
+    }
+    command, _ = find_command(["coserve", "serve"])
+    assert not listed.keys() & options(command), "a setting is no foreign flag"
+
+
 # --- the map of the server ---
 
 
 def test_every_file_of_the_server_is_on_the_map() -> None:
-    named = set(code(section(page_text("architecture.md"), "The server")))
-    there = {path.name for path in (ROOT / "src" / "coserve" / "server").glob("*.py")} - {"__init__.py"}
-    assert there <= named, there - named
+    server = ROOT / "src" / "coserve" / "server"
+    named: dict[str, set[str]] = {"": set()}
+    for what, files in rows(section(page_text("architecture.md"), "The server")):
+        folder = code(what)[0].rstrip("/") if code(what) else ""
+        named.setdefault(folder, set()).update(name for name in code(files) if name.endswith(".py"))
+    there: dict[str, set[str]] = {}
+    for path in server.rglob("*.py"):
+        folder = path.parent.relative_to(server).as_posix().removeprefix(".")
+        if path.name != "__init__.py" and folder != "routes":
+            there.setdefault(folder, set()).add(path.name)
+    assert there == named
 
 
 # --- metrics ---

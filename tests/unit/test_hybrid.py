@@ -232,6 +232,9 @@ def test_the_latest_arrival_is_preempted_and_computed_again(lag: int) -> None:
     fake.run()
     assert all(map(whole, requests)) and fake.scheduler.num_preemptions > 0
     assert requests[0].state.preemptions == 0
+    for state in (request.state for request in requests):
+        assert state.begun_s is not None and state.first_token_s is not None
+        assert state.arrival_s <= state.begun_s <= state.first_token_s, "the first time counts, not the one after a preemption"
     assert [r.finished_s for r in requests] == sorted(r.finished_s or 0 for r in requests)
     assert fake.pool.num_used == 0
     fake.pool.check_integrity()

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from coserve.config import require, require_least, require_positive
 from coserve.core import ConfigError, InvalidRequest, NotFound
 
 
@@ -54,15 +55,11 @@ class ArrivalConfig:
 
     def __post_init__(self) -> None:
         parse_kind(self.kind)
-        for name in ("prompt_tokens", "output_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}", param=name)
-        if self.max_tokens < 2:
-            raise ConfigError(f"max_tokens: must be at least 2, got {self.max_tokens}", param="max_tokens")
-        if self.length_scale is not None and self.length_scale <= 0:
-            raise ConfigError(f"length_scale: must be positive, got {self.length_scale}", param="length_scale")
-        if self.length_scale is not None and not self.kind.startswith("trace:"):
-            raise ConfigError("length_scale: only a trace has lengths to scale", param="length_scale")
+        require_least(self, 1, "prompt_tokens", "output_tokens")
+        require_least(self, 2, "max_tokens")
+        require_positive(self, "length_scale")
+        require(self.length_scale is None or self.kind.startswith("trace:"), "length_scale",
+                "only a trace has lengths to scale")
 
 
 def parse_kind(text: str) -> tuple[str, float, Path | None]:

@@ -18,6 +18,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+LEAST_RUNS = 4
+"""Inference-only runs below which no cost is fitted: two costs through two or three runs are those runs' noise."""
+
 
 class Observation(NamedTuple):
     """An inference-only run. busy_s: seconds inside iterations; rows: prompt and output tokens computed."""
@@ -35,9 +38,12 @@ class RowCost(NamedTuple):
 
 
 def fit_row_cost(observations: Sequence[Observation]) -> RowCost | None:
-    """Least squares over runs of different rates, each weighted by 1 / busy_s, with both costs at least 0; None without any."""
+    """Least squares over runs of different rates, each weighted by 1 / busy_s, with both costs at least 0.
+
+    None for fewer than LEAST_RUNS runs.
+    """
     used = [o for o in observations if o.busy_s > 0 and o.iterations > 0 and o.rows > 0]
-    if not used:
+    if len(used) < LEAST_RUNS:
         return None
     points = [(o.iterations / o.busy_s, o.rows / o.busy_s) for o in used]
     xx, xy, yy = (sum(p[i] * p[j] for p in points) for i, j in ((0, 0), (0, 1), (1, 1)))
@@ -47,7 +53,7 @@ def fit_row_cost(observations: Sequence[Observation]) -> RowCost | None:
         fixed, row = (x * yy - y * xy) / determinant, (y * xx - x * xy) / determinant
         if fixed >= 0 and row >= 0:
             return RowCost(fixed, row)
-    # One run, or runs alike: a single cost explains them; the fixed one where it leaves less error than the row's.
+    # Runs alike: a single cost explains them; the fixed one where it leaves less error than the row's.
     alone = [RowCost(x / xx, 0.0), RowCost(0.0, y / yy)]
     return min(alone, key=lambda c: sum((c.fixed_s * p[0] + c.row_s * p[1] - 1) ** 2 for p in points))
 

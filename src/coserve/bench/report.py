@@ -12,6 +12,7 @@ from typing import Any
 
 from coserve.bench.burst import BACK_SHARE
 from coserve.bench.charts import Bar, Line, bar_chart, line_chart, number
+from coserve.bench.machine import LEAST_RUNS
 
 Row = Mapping[str, Any]
 
@@ -99,7 +100,7 @@ def _overview(rows: Sequence[Row], data: Mapping[str, Any], colors: Mapping[str,
     draw = _bars if len(loads) == 1 else _lines
     attainment, throughput = draw(loaded, loads, alone, spread, colors)
     key = "".join(f'<li><i style="background:{color}"></i>{escape(policy)}</li>' for policy, color in colors.items())
-    dashed = "" if alone is None else "<li>dashed: the bound of this machine</li>"
+    dashed = "<li>dashed: the bound of this machine</li>" if _bounds(loaded, alone) else ""
     where = f" at {loads[0]:.0%} of capacity" if len(loads) == 1 else " against load"
     return (
         f'<h2>Attainment and finetuning{where}</h2><ul class="key">{key}{dashed}</ul><div class="charts">'
@@ -255,7 +256,7 @@ def _cell(row: Row, show: Any) -> str:
 def _method(data: Mapping[str, Any]) -> str:
     settings, cost = data.get("settings", {}), data.get("row_cost")
     arrivals = settings.get("arrivals", {})
-    measured = "" if cost is None else (
+    measured = f" Not measured: it takes {LEAST_RUNS} inference-only runs." if cost is None else (
         f" Measured: {cost['fixed_ms']:.3g} ms per iteration and {cost['row_ms']:.3g} ms per row."
     )
     return (

@@ -25,8 +25,8 @@ from coserve.bench.capacity import allowed_misses, find_capacity
 from coserve.bench.cells import CellStore, run_from_dict, run_to_dict
 from coserve.bench.driver import BenchEngine, Job, Run, RunConfig, run_load
 from coserve.bench.metrics import Objectives, meets
-from coserve.config import FinetuneConfig, parse_policy
-from coserve.core import ConfigError, CoserveError
+from coserve.config import FinetuneConfig, parse_policy, require, require_least, require_positive
+from coserve.core import CoserveError
 
 SPATIAL = "spatial"
 WARMUP_SHARE = 0.1
@@ -84,17 +84,11 @@ class SharingConfig:
         for policy in self.policies:
             if policy != SPATIAL:
                 parse_policy(policy)
-        for name in ("requests", "pairs", "capacity_requests"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}", param=name)
-        for name in ("ttft_ms", "tpot_factor", "capacity_start", "capacity_tolerance", "alone_s", "drain_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: must be positive, got {getattr(self, name)}", param=name)
-        for name in ("tpot_ms", "capacity"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: must be positive, got {getattr(self, name)}", param=name)
-        if not self.loads or not all(load > 0 for load in self.loads):
-            raise ConfigError(f"loads: must be positive shares of capacity, got {self.loads}", param="loads")
+        require_least(self, 1, "requests", "pairs", "capacity_requests")
+        require_positive(self, "ttft_ms", "tpot_factor", "capacity_start", "capacity_tolerance", "alone_s", "drain_s",
+                         "tpot_ms", "capacity")
+        require(bool(self.loads) and all(load > 0 for load in self.loads), "loads",
+                f"must be positive shares of capacity, got {self.loads}")
 
 
 class Setup(NamedTuple):

@@ -42,13 +42,17 @@ class Output:
 
 
 class RequestHandle:
-    """A submitted request. outputs: n of them; prompt_logprobs: of the prompt's tokens from the second on, if asked for."""
+    """A submitted request. outputs: n of them; prompt_logprobs: of the prompt's tokens from the second on, if asked for.
+
+    From the first token on: cached_tokens, what the prefix cache had; begun_s, when its prompt began to be computed.
+    """
 
     def __init__(self, prompt_ids: Sequence[int], config: SamplingConfig, arrival_s: float, cancel: Callable[[], None]) -> None:
         self.prompt_ids, self.config, self.arrival_s = list(prompt_ids), config, arrival_s
         self.outputs = [Output(index) for index in range(config.n)]
         self.prompt_logprobs: list[TokenLogprob] = []
         self.cached_tokens = 0
+        self.begun_s: float | None = None
         self.error: CoserveError | None = None
         self._cancel = cancel
         self._done = threading.Event()

@@ -124,7 +124,7 @@ class RequestTable:
         for number, tokens in result.tokens.items():
             request = self.live[number]
             if request.index == 0 and not request.handle.token_ids:
-                request.handle.cached_tokens = request.state.cached_tokens
+                request.handle.cached_tokens, request.handle.begun_s = request.state.cached_tokens, request.state.begun_s
             for sibling in request.siblings:
                 self.scheduler.add_request(sibling.state)
             request.siblings.clear()

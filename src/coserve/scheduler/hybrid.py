@@ -276,6 +276,8 @@ class HybridScheduler:
                 continue
             if not was_running:
                 running.append(request)
+            if request.begun_s is None:
+                request.begun_s = now
             span = request.next_span(chunk)
             spans.append(span)
             request.take(span)

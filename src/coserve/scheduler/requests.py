@@ -26,7 +26,7 @@ class RequestState:
 
     key: what its prefix may be shared under. cacheable: whether it may take cached blocks (prompt logprobs need every row).
     computed: tokens whose K and V are in the cache or planned. every_logit: the logits of each of its prompt's rows are wanted,
-    once; logits_planned: of how many first rows they have been.
+    once; logits_planned: of how many first rows they have been. begun_s: when its first row was planned.
     """
 
     id: int
@@ -43,6 +43,7 @@ class RequestState:
     computed: int = 0
     logits_planned: int = 0
     in_flight: int = 0
+    begun_s: float | None = None
     first_token_s: float | None = None
     running: bool = False
     cached_tokens: int = 0

@@ -20,19 +20,19 @@ from random import Random
 from fastapi import FastAPI
 from sqlalchemy import URL
 
-from coserve.server.engineclient import EngineClient
-from coserve.server.files import FileService
 from coserve.server.handlers import ERROR_RESPONSES, install_handlers
-from coserve.server.jobs import JobService
+from coserve.server.index.files import FileService
+from coserve.server.index.store import Store
+from coserve.server.index.tenants import Tenants, read_keys
+from coserve.server.jobs.service import JobService
+from coserve.server.link.engineclient import EngineClient
 from coserve.server.locks import hold, make_private
-from coserve.server.metrics import ServerMetrics
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.models import ModelDirectory
 from coserve.server.routes import adapters, files, finetuning, inference, page, status, tokens
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig
-from coserve.server.store import Store
-from coserve.server.tenants import Tenants, read_keys
+from coserve.server.stats.metrics import ServerMetrics
 from coserve.tokenizer import ChatTokenizer
 
 LOCK_FILE, INDEX_FILE = "server.lock", "coserve.db"
@@ -61,7 +61,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         store = Store(index_url(config))
         stack.callback(store.close)
         tenants = Tenants(store, [*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
-        uploads = FileService(config.data_dir / "files", store, config.max_file_bytes)
+        uploads = FileService(config.data_dir / "files", store, config.max_file_bytes, config.max_tenant_file_bytes)
         await asyncio.to_thread(uploads.rebuild)
         engine = EngineClient(config, report=report)
         stack.push_async_callback(engine.stop)

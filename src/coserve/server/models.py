@@ -1,7 +1,7 @@
 """Which model names there are, whose they are, and whether the engine holds the adapter behind one.
 
 Owns: names of the base and of adapters, loading an adapter into the engine when it is first asked for, the runtime routes'
-checks of directories. Does not own: how adapters come about (jobs.py), their rows (store.py).
+checks of directories. Does not own: how adapters come about (jobs/service.py), their rows (index/store.py).
 
 An adapter's name in the engine is TENANT/NAME, so that tenants can use the same names.
 """
@@ -18,11 +18,11 @@ from urllib.parse import quote
 
 from coserve.core import ConfigError, CoserveError, InvalidRequest, NotFound
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
-from coserve.server.engineclient import EngineClient
 from coserve.server.errors import Forbidden
+from coserve.server.index.store import Store
+from coserve.server.link.engineclient import EngineClient
 from coserve.server.records import AdapterRecord, now
 from coserve.server.settings import ServerConfig
-from coserve.server.store import Store
 
 SHARED = ""
 """The tenant of --lora-modules: everybody."""

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from coserve.server.engineclient import EngineClient
-from coserve.server.files import FileService
-from coserve.server.jobs import JobService
-from coserve.server.metrics import ServerMetrics
+from coserve.server.index.files import FileService
+from coserve.server.index.store import Store
+from coserve.server.index.tenants import Tenants
+from coserve.server.jobs.service import JobService
+from coserve.server.link.engineclient import EngineClient
 from coserve.server.models import ModelDirectory
 from coserve.server.settings import ServerConfig
-from coserve.server.store import Store
-from coserve.server.tenants import Tenants
+from coserve.server.stats.metrics import ServerMetrics
 from coserve.tokenizer import ChatTokenizer
 
 
@@ -44,7 +45,16 @@ async def get_services(request: Request) -> Services:
 Served = Annotated[Services, Depends(get_services)]
 
 
-async def get_tenant(request: Request, services: Served) -> str:
+_bearer = HTTPBearer(
+    scheme_name="key", auto_error=False,
+    description="An API key, as `Authorization: Bearer KEY`. None is asked for until one was made.",
+)
+"""For the OpenAPI document alone: who a key is, and what is said without one, is Tenants' to tell."""
+
+
+async def get_tenant(
+    request: Request, services: Served, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> str:
     """Who asks; the index is read at most once a second for it. Raises Unauthorized."""
     return services.tenants.identify(request.headers.get("authorization"))
 

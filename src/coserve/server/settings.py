@@ -6,17 +6,20 @@ Sources: defaults < TOML file < command line. Names are vLLM's where the meaning
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coserve.config import EngineConfig, SchedulerConfig
+from coserve.config import EngineConfig, SchedulerConfig, require, require_least
 from coserve.core import ConfigError
 
 DEFAULT_DATA_DIR = Path("coserve-data")
 AUTO = "auto"
+MODULE_JSON = '{"name": NAME, "path": DIRECTORY}'
+"""An entry of lora_modules in vLLM's form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,8 @@ class ServerConfig:
     database_url: str | None = None
     """SQLAlchemy URL of the index; None: SQLite in data_dir."""
     max_file_bytes: int = 512 << 20
+    max_tenant_file_bytes: int = 64 << 30
+    """Of all files of a tenant together, results of jobs included; uploads beyond are refused."""
     max_body_bytes: int = 16 << 20
     """Of a request that isn't an upload."""
     organization: str = "coserve"
@@ -87,18 +92,14 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         self.engine_config()  # its own checks
-        for name, least in (
-            ("port", 0), ("max_num_queued_reqs", 1), ("max_jobs", 1), ("max_file_bytes", 1), ("max_body_bytes", 1),
-        ):
-            _require(getattr(self, name) >= least, name, f"must be at least {least}, got {getattr(self, name)}")
-        _require(self.port < 65536, "port", f"must be below 65536, got {self.port}")
-        _require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len",
-                 f"must be at least 2, got {self.max_model_len}")
-        _require(self.threads is None or self.threads >= 1, "threads", f"must be at least 1, got {self.threads}")
-        _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization",
-                 f"must be in (0, 1], got {self.gpu_memory_utilization}")
-        _require(self.shutdown_timeout >= 0, "shutdown_timeout", f"must be 0 or more, got {self.shutdown_timeout}")
-        _require(all(self.api_key), "api_key", "an empty key would let everybody in; leave it out")
+        require_least(self, 0, "port", "shutdown_timeout")
+        require_least(self, 1, "max_num_queued_reqs", "max_jobs", "max_file_bytes", "max_tenant_file_bytes", "max_body_bytes",
+                      "threads")
+        require_least(self, 2, "max_model_len")
+        require(self.port < 65536, "port", f"must be below 65536, got {self.port}")
+        require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization",
+                f"must be in (0, 1], got {self.gpu_memory_utilization}")
+        require(all(self.api_key), "api_key", "an empty key would let everybody in; leave it out")
         self.training_share(1 << 40)
 
     def engine_config(self, pool_bytes: int | None = None) -> EngineConfig:
@@ -122,16 +123,11 @@ class ServerConfig:
             number = float(self.activation_memory)
         except ValueError:
             number = -1.0
-        _require(0 <= number < float("inf"), "activation_memory",
-                 f"must be bytes, a share below 1, or auto, got {self.activation_memory!r}")
+        require(0 <= number < float("inf"), "activation_memory",
+                f"must be bytes, a share below 1, or auto, got {self.activation_memory!r}")
         share = number if number < 1 else number / pool_bytes
-        _require(share < 1, "activation_memory", f"{number:.0f} bytes leave nothing of the pool's {pool_bytes} to inference")
+        require(share < 1, "activation_memory", f"{number:.0f} bytes leave nothing of the pool's {pool_bytes} to inference")
         return share
-
-
-def _require(condition: bool, name: str, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}: {message}", param=name)
 
 
 def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServerConfig:
@@ -148,15 +144,45 @@ def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServerConfig:
     data |= {key: value for key, value in given.items() if value is not None}
     known = {f.name: f for f in dataclasses.fields(ServerConfig)}
     for key in data:
-        _require(key in known, key, f"unknown setting; known: {', '.join(sorted(known))}")
+        require(key in known, key, f"unknown setting; known: {', '.join(sorted(known))}")
     return ServerConfig(**{key: _read(key, str(known[key].type), value) for key, value in data.items()})
+
+
+def _read_modules(value: Any) -> tuple[tuple[str, str], ...]:
+    """(name, directory) of each: from a table of names and directories, or from a list of NAME=DIRECTORY and of vLLM's JSON."""
+    items = [value] if isinstance(value, str) else value
+    require(isinstance(items, Mapping | list | tuple), "lora_modules", f"must be a table or a list, got {value!r}")
+    pairs = list(items.items()) if isinstance(items, Mapping) else [_read_module(item) for item in items]
+    for name, directory in pairs:
+        require(all(isinstance(part, str) and part for part in (name, directory)), "lora_modules",
+                f"must be names and directories, got {name!r} and {directory!r}")
+    names = [name for name, _ in pairs]
+    for name in names:
+        require(names.count(name) == 1, "lora_modules", f"the name {name!r} is given twice")
+    return tuple(pairs)
+
+
+def _read_module(item: Any) -> tuple[Any, Any]:
+    form = f"write it as NAME=DIRECTORY or as {MODULE_JSON}"
+    require(isinstance(item, str), "lora_modules", f"{form}, got {item!r}")
+    if not item.lstrip().startswith("{"):
+        name, equals, directory = item.partition("=")
+        require(bool(name and equals and directory), "lora_modules", f"{form}, got {item!r}")
+        return name, directory
+    try:
+        data = json.loads(item)
+    except ValueError as error:
+        raise ConfigError(f"lora_modules: {item!r} isn't JSON ({error}); {form}", param="lora_modules") from error
+    for key in data:
+        require(key in ("name", "path"), "lora_modules", f"{key!r} has no meaning here; {form}")
+    require(len(data) == 2, "lora_modules", f"{form}, got {item!r}")
+    return data["name"], data["path"]
 
 
 def _read(name: str, kind: str, value: Any) -> Any:
     """A value in its field's type."""
     if name == "lora_modules":
-        pairs = value.items() if isinstance(value, Mapping) else value
-        return tuple((str(key), str(directory)) for key, directory in pairs)
+        return _read_modules(value)
     if name == "activation_memory":
         return str(value)
     if name == "data_dir":
@@ -165,6 +191,6 @@ def _read(name: str, kind: str, value: Any) -> Any:
         return (value,) if isinstance(value, str) else tuple(value)
     expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     allowed = expected[kind.partition(" ")[0]]
-    _require(isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool)), name,
+    require(isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool)), name,
              f"must be of type {kind}, got {value!r}")
     return value

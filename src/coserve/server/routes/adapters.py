@@ -1,6 +1,7 @@
 """Adapters as things: load and unload by directory (vLLM's routes), download in PEFT's format, deletion of tuned models.
 
-Owns: bodies and paths, the archive. Does not own: names and directories (models.py), what a job's deletion means (jobs.py).
+Owns: bodies and paths, the archive. Does not own: names and directories (models.py), what a job's deletion means
+(jobs/service.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from starlette.background import BackgroundTask
 from coserve.core import NotFound
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from coserve.server.errors import Forbidden
-from coserve.server.files import storage_errors
+from coserve.server.index.files import storage_errors
 from coserve.server.services import Served, Tenant
 
 router = APIRouter(prefix="/v1", tags=["adapters"])

@@ -1,6 +1,6 @@
 """/v1/files: upload, list, look at, download and delete files.
 
-Owns: reading the multipart body within its limits, OpenAI's file object. Does not own: where files are kept (files.py).
+Owns: reading the multipart body within its limits, OpenAI's file object. Does not own: where files are kept (index/files.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from coserve.core import InvalidRequest
-from coserve.server.disk import storage_errors
 from coserve.server.errors import TooLarge
-from coserve.server.files import FINE_TUNE
-from coserve.server.paging import After, FileLimit, Order, cursor_page
+from coserve.server.index.disk import storage_errors
+from coserve.server.index.files import FINE_TUNE
+from coserve.server.index.paging import After, FileLimit, Order, cursor_page
 from coserve.server.records import FileRecord
 from coserve.server.services import Served, Tenant
 

@@ -1,6 +1,6 @@
 """/v1/fine_tuning/jobs: create, look at, steer and follow finetuning jobs, in OpenAI's words.
 
-Owns: paths and query parameters, what is said of a wrong body. Does not own: everything behind them (jobs.py).
+Owns: paths and query parameters, what is said of a wrong body. Does not own: everything behind them (jobs/service.py).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from coserve.core import InvalidRequest
-from coserve.server.jobbody import CreateJob, explain
-from coserve.server.jobobjects import checkpoint_object, event_object
-from coserve.server.paging import After, Limit, cursor_page
+from coserve.server.index.paging import After, Limit, cursor_page
+from coserve.server.inference.sse import DONE, EventStream
+from coserve.server.jobs.body import CreateJob, explain
+from coserve.server.jobs.objects import checkpoint_object, event_object
 from coserve.server.records import EventRecord
 from coserve.server.services import Served, Services, Tenant
-from coserve.server.sse import DONE, EventStream
 
 
 class _CreateRoute(APIRoute):
-    """Says what is wrong with a body in jobbody's words."""
+    """Says what is wrong with a body in jobs/body.py's words."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's, with its errors translated."""

@@ -1,7 +1,6 @@
 """/v1/chat/completions and /v1/completions, whole or as a stream of events.
 
-Owns: the way of a request from its body through the engine to its response. Does not own: any of its steps (bodies.py,
-prompts.py, answers.py, responses.py, sse.py).
+Owns: the way of a request from its body through the engine to its response. Does not own: any of its steps (inference/).
 """
 
 from __future__ import annotations
@@ -16,14 +15,12 @@ import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
 from coserve.core import InvalidRequest
-from coserve.server.answers import Answers, Asker, Question
-from coserve.server.bodies import body_reader, openapi_body
-from coserve.server.fields import CHAT, COMPLETIONS
-from coserve.server.messages import Tokens
-from coserve.server.prompts import Prompt, conversation_prompt, output_limit, text_prompts
-from coserve.server.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
-from coserve.server.records import new_id, now
-from coserve.server.responses import (
+from coserve.server.inference.answers import Answers, Asker, Question
+from coserve.server.inference.bodies import body_reader, openapi_body
+from coserve.server.inference.fields import CHAT, COMPLETIONS
+from coserve.server.inference.prompts import Prompt, conversation_prompt, output_limit, text_prompts
+from coserve.server.inference.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
+from coserve.server.inference.responses import (
     Echo,
     Tally,
     TokenTexts,
@@ -32,8 +29,10 @@ from coserve.server.responses import (
     completion_choices,
     completion_response,
 )
+from coserve.server.inference.sse import DONE, EventStream, unless_gone
+from coserve.server.link.messages import Tokens
+from coserve.server.records import new_id, now
 from coserve.server.services import Served, Services, Tenant
-from coserve.server.sse import DONE, EventStream, unless_gone
 
 router = APIRouter(tags=["inference"])
 ChatBody = Annotated[ChatRequest, Depends(body_reader(ChatRequest, CHAT))]

@@ -1,6 +1,6 @@
 """/health, /ping, /version, /metrics, and /api/live for the web page.
 
-Owns: what a probe or a scraper is told while the engine is down. Does not own: the figures (metrics.py).
+Owns: what a probe or a scraper is told while the engine is down. Does not own: the figures (stats/metrics.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from coserve.server.errors import EngineUnavailable
-from coserve.server.metrics import ServerState
 from coserve.server.services import Served, Services, Tenant
+from coserve.server.stats.metrics import ServerState
 
 router = APIRouter(tags=["status"])
 _STATS_TIMEOUT_S = 5.0

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 
 from coserve.core import InvalidRequest
-from coserve.server.bodies import body_reader, openapi_body
-from coserve.server.fields import DETOKENIZE, TOKENIZE
+from coserve.server.inference.bodies import body_reader, openapi_body
+from coserve.server.inference.fields import DETOKENIZE, TOKENIZE
+from coserve.server.inference.prompts import conversation_prompt, text_prompts
+from coserve.server.inference.protocol import DetokenizeRequest, TokenizeRequest
 from coserve.server.models import ServedModel
-from coserve.server.prompts import conversation_prompt, text_prompts
-from coserve.server.protocol import DetokenizeRequest, TokenizeRequest
 from coserve.server.services import Served, Services, Tenant
 
 router = APIRouter(tags=["models"])

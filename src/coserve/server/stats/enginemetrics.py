@@ -45,9 +45,9 @@ _VLLM = frozenset((
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions", "prompt_tokens",
     "prompt_tokens_cached", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "request_success",
     "admission_rejections", "time_to_first_token_seconds", "inter_token_latency_seconds",
-    "request_time_per_output_token_seconds", "e2e_request_latency_seconds", "request_decode_time_seconds",
-    "request_prompt_tokens", "request_generation_tokens", "request_max_num_generation_tokens", "request_params_n",
-    "request_params_max_tokens",
+    "request_time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds",
+    "request_prefill_time_seconds", "request_decode_time_seconds", "request_inference_time_seconds", "request_prompt_tokens",
+    "request_generation_tokens", "request_max_num_generation_tokens", "request_params_n", "request_params_max_tokens",
 ))
 _VLLM_REASONS = {"cancelled": "abort"}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coserve.server.messages import LogprobEntry, Tokens
+from coserve.server.link.messages import LogprobEntry, Tokens
 from coserve.tokenizer import ChatTokenizer
 
 _LEAST_LOGPROB = -9999.0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from coserve.finetune.job import MetricsTable
-from coserve.server.manifest import read_manifest
+from coserve.server.index.manifest import read_manifest
 from coserve.server.records import JobRecord
 
 TIMEOUT_S = 120.0
@@ -28,7 +28,7 @@ def export_metrics(directory: Path, record: JobRecord) -> list[str]:
     """Writes the metrics of a job in `directory` for each of its integrations; what went wrong, a line each."""
     problems = []
     for number, item in enumerate(record.integrations):
-        command = [sys.executable, "-m", "coserve.server.trackers", str(directory), str(number)]
+        command = [sys.executable, "-m", "coserve.server.jobs.trackers", str(directory), str(number)]
         environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
         try:
             done = subprocess.run(

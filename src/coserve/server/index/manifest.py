@@ -1,7 +1,7 @@
 """A job's manifest, jobs/ID/request.json: the truth about the job, from which the index can be rebuilt.
 
-Owns: the file's form, writing it so that a crash leaves the old one or the new one. Does not own: when it is written (jobs.py),
-what else lies in a job's directory (joboutputs.py).
+Owns: the file's form, writing it so that a crash leaves the old one or the new one. Does not own: when it is written
+(jobs/service.py), what else lies in a job's directory (jobs/outputs.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from coserve.core import InvalidRequest
-from coserve.server.disk import storage_errors, sync_directory
+from coserve.server.index.disk import storage_errors, sync_directory
 from coserve.server.records import JobRecord
 
 MANIFEST_FILE = "request.json"

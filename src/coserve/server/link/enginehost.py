@@ -21,7 +21,7 @@ from coserve.engine.jobs import JobHandle
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.finetune.job import JobEvent, MetricsTable
 from coserve.server.errors import EngineUnavailable, error_name
-from coserve.server.messages import (
+from coserve.server.link.messages import (
     ActJob,
     Cancel,
     Failed,
@@ -224,6 +224,7 @@ class _RequestReporter:
         self._post(Tokens(
             id=self._id, index=chunk.index, text=chunk.text, token_ids=list(chunk.token_ids), time_s=time.monotonic(),
             finish_reason=chunk.finish_reason, cached_tokens=handle.cached_tokens if self._first else 0,
+            begun_s=handle.begun_s if self._first else None,
             logprobs=_entries(chunk.logprobs), prompt_logprobs=_entries(handle.prompt_logprobs) if last else [],
         ))
         self._first = False

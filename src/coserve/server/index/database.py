@@ -16,9 +16,9 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
 
 from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest
-from coserve.server.disk import FULL
 from coserve.server.errors import Conflict
-from coserve.server.tables import prepare_schema
+from coserve.server.index.disk import FULL
+from coserve.server.index.tables import prepare_schema
 
 _READS = "coserve_reads"
 _PRAGMAS = ("busy_timeout = 5000", "journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON")

@@ -1,6 +1,6 @@
 """Which job runs next, and how fast a job runs: pure rules over jobs that haven't ended.
 
-Owns: the order of the queue, the estimate of a job's end. Does not own: starting jobs (jobs.py), shares among running ones
+Owns: the order of the queue, the estimate of a job's end. Does not own: starting jobs (runner.py), shares among running ones
 (the engine's scheduler).
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from coserve.server.jobobjects import Pace
+from coserve.server.jobs.objects import Pace
 from coserve.server.records import JobRecord
 
 _PACE_STEPS = 20

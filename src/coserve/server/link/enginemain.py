@@ -1,4 +1,4 @@
-"""The engine's process: python -m coserve.server.enginemain. Its standard input gives a Setup, then stays open.
+"""The engine's process: python -m coserve.server.link.enginemain. Its standard input gives a Setup, then stays open.
 
 Owns: this process's life: the lock on the data directory, loading, the order of ending. It ends at once when the API process
 has gone: the input's end says so. An error in the engine's thread ends it too; whoever started it starts another.
@@ -23,12 +23,12 @@ from coserve.engine.budget import available_bytes, weight_bytes
 from coserve.engine.engine import DEFAULT_POOL_SHARE, Engine
 from coserve.engine.model import LoadedModel, load_model
 from coserve.model.checkpoint import expected_shapes
-from coserve.server.enginehost import EngineHost, make_problem
+from coserve.server.link.enginehost import EngineHost, make_problem
+from coserve.server.link.mailbox import Mailbox
+from coserve.server.link.messages import Progress, Ready, Replied
+from coserve.server.link.setup import START_CALL, read_setup
 from coserve.server.locks import hold
-from coserve.server.mailbox import Mailbox
-from coserve.server.messages import Progress, Ready, Replied
 from coserve.server.settings import ServerConfig
-from coserve.server.setup import START_CALL, read_setup
 
 LOCK_FILE = "engine.lock"
 LOCK_WAIT_S = 30.0

@@ -18,10 +18,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from coserve.config import SamplingConfig
-from coserve.server.enginemetrics import COUNTERS, engine_families, server_families, vllm_aliases
-from coserve.server.livestats import Counters, Window, percentile
-from coserve.server.messages import JobEnded, JobHappened, Tokens
+from coserve.server.link.messages import JobEnded, JobHappened, Tokens
 from coserve.server.settings import ServerConfig
+from coserve.server.stats.enginemetrics import COUNTERS, engine_families, server_families, vllm_aliases
+from coserve.server.stats.livestats import Counters, Window, percentile
 
 WINDOW_S = 60.0
 """Percentiles and attainment are of the last minute."""
@@ -38,7 +38,10 @@ _HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
     ("inter_token_latency_seconds", "Gaps between an output's tokens, of all requests.", _TOKEN_S),
     ("request_time_per_output_token_seconds", "Per output, over its tokens after the first.", _TOKEN_S),
     ("e2e_request_latency_seconds", "From a request's arrival to its end.", _REQUEST_S),
+    ("request_queue_time_seconds", "From a request's arrival to the first of its prompt's rows.", _TTFT_S),
+    ("request_prefill_time_seconds", "From there to its first token.", _TTFT_S),
     ("request_decode_time_seconds", "From a request's first token to its last.", _REQUEST_S),
+    ("request_inference_time_seconds", "From the first of its prompt's rows to its last token.", _REQUEST_S),
     ("request_prompt_tokens", "Prompt tokens per request.", _COUNTS),
     ("request_generation_tokens", "Output tokens per request, of all its outputs.", _COUNTS),
     ("request_max_num_generation_tokens", "Tokens of a request's longest output.", _COUNTS),
@@ -233,6 +236,7 @@ class RequestMeter:
     def __init__(self, metrics: ServerMetrics, prompt_tokens: int, arrival_s: float, objectives: Objectives) -> None:
         self._metrics, self._prompt_tokens, self._arrival_s = metrics, prompt_tokens, arrival_s
         self._objectives = objectives
+        self._begun_s: float | None = None
         self._outputs: dict[int, _Output] = {}
         self._ended = False
 
@@ -245,6 +249,10 @@ class RequestMeter:
             ttft_s = message.time_s - self._arrival_s
             metrics.histograms["time_to_first_token_seconds"].observe(ttft_s)
             metrics.ttft_s.add(message.time_s, ttft_s)
+            self._begun_s = message.begun_s
+            if message.begun_s is not None:
+                metrics.histograms["request_queue_time_seconds"].observe(message.begun_s - self._arrival_s)
+                metrics.histograms["request_prefill_time_seconds"].observe(message.time_s - message.begun_s)
             metrics.prompt_tokens.inc(self._prompt_tokens)
             metrics.cached_tokens.inc(message.cached_tokens)
         metrics.generation_tokens.inc(count)
@@ -280,6 +288,8 @@ class RequestMeter:
         counts = [output.num_tokens for output in outputs]
         histograms["e2e_request_latency_seconds"].observe(last_s - self._arrival_s)
         histograms["request_decode_time_seconds"].observe(last_s - min(output.first_s for output in outputs))
+        if self._begun_s is not None:
+            histograms["request_inference_time_seconds"].observe(last_s - self._begun_s)
         histograms["request_prompt_tokens"].observe(self._prompt_tokens)
         histograms["request_generation_tokens"].observe(sum(counts))
         histograms["request_max_num_generation_tokens"].observe(max(counts))

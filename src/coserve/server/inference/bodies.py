@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from coserve.core import InvalidRequest
-from coserve.server.fields import FieldPolicy
+from coserve.server.inference.fields import FieldPolicy
 
 Model = TypeVar("Model", bound=BaseModel)
 

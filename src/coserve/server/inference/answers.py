@@ -2,7 +2,7 @@
 
     prompts p0 p1   n = 2     choices: p0/0 p0/1 p1/0 p1/1, numbered 0 1 2 3
 
-Owns: opening, merging and closing the streams, and their meters. Does not own: the wire (engineclient.py), responses.
+Owns: opening, merging and closing the streams, and their meters. Does not own: the wire (link/engineclient.py), responses.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from coserve.config import SamplingConfig
 from coserve.core import CapacityError, CoserveError
-from coserve.server.engineclient import RequestStream
 from coserve.server.errors import EngineUnavailable
-from coserve.server.messages import Tokens
-from coserve.server.metrics import RequestMeter
+from coserve.server.link.engineclient import RequestStream
+from coserve.server.link.messages import Tokens
 from coserve.server.models import ServedModel
 from coserve.server.services import Services
+from coserve.server.stats.metrics import RequestMeter
 
 
 class Question(NamedTuple):

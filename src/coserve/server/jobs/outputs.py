@@ -1,6 +1,6 @@
 """What a job leaves on disk, and the models it stands for: checkpoints, the tuned adapter, the result file.
 
-    jobs/ID/request.json       the manifest (manifest.py)
+    jobs/ID/request.json       the manifest (index/manifest.py)
     jobs/ID/start/             the adapter that the job continues, copied at its creation
     jobs/ID/output/            the engine's: job.json, metrics.csv, checkpoints/step-NNNNNNNN/, the tuned adapter
     jobs/ID/tensorboard, wandb runs of integrations (trackers.py)
@@ -22,13 +22,13 @@ from coserve.core import InvalidRequest, NotFound
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.finetune.job import MetricsTable, StepRow
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
-from coserve.server.disk import storage_errors
-from coserve.server.files import FINE_TUNE, FileService
-from coserve.server.jobdata import DataFile
-from coserve.server.jobobjects import checkpoint_model, result_csv, step_metrics
+from coserve.server.index.disk import storage_errors
+from coserve.server.index.files import FINE_TUNE, FileService
+from coserve.server.index.store import Store
+from coserve.server.jobs.data import DataFile
+from coserve.server.jobs.objects import checkpoint_model, result_csv, step_metrics
 from coserve.server.models import ModelDirectory
 from coserve.server.records import AdapterRecord, CheckpointRecord, JobRecord, new_id, now
-from coserve.server.store import Store
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PAGE = 1000

@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import unicodedata
 from contextlib import suppress
 from pathlib import Path
@@ -29,10 +30,10 @@ import msgspec
 from starlette.datastructures import UploadFile
 
 from coserve.core import ConfigError, InvalidRequest, NotFound
-from coserve.server.disk import storage_errors, sync_directory, write_new
 from coserve.server.errors import Conflict, TooLarge
+from coserve.server.index.disk import storage_errors, sync_directory, write_new
+from coserve.server.index.store import Store
 from coserve.server.records import FileRecord, new_id, now
-from coserve.server.store import Store
 
 FINE_TUNE = "fine-tune"
 RESULTS = "fine-tune-results"
@@ -52,11 +53,15 @@ _log = logging.getLogger(__name__)
 class FileService:
     """Files of all tenants; any thread may use it."""
 
-    def __init__(self, directory: Path, store: Store, max_bytes: int) -> None:
-        """directory: is made if it isn't there. max_bytes: of one upload. Raises ConfigError where it can't be made."""
+    def __init__(self, directory: Path, store: Store, max_bytes: int, max_tenant_bytes: int) -> None:
+        """directory: is made if it isn't there. max_bytes: of one upload; max_tenant_bytes: of all files of a tenant.
+
+        Raises ConfigError where it can't be made.
+        """
         self._directory = directory
         self._store = store
-        self._max_bytes = max_bytes
+        self._max_bytes, self._max_tenant_bytes = max_bytes, max_tenant_bytes
+        self._listing = threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -66,6 +71,7 @@ class FileService:
         """Copies an upload to disk, then lists it. Raises TooLarge, InvalidRequest (naming the field), CapacityError."""
         _check_purpose(purpose)
         filename = clean_filename(upload.filename)
+        await asyncio.to_thread(self._check_quota, tenant, upload.size or 0)  # before it is copied
         # A thread does it all: the upload is a file of the parser's by now.
         return await asyncio.to_thread(self._save, tenant, filename, upload.file, purpose, check=True)
 
@@ -133,9 +139,12 @@ class FileService:
                 )
                 write_new(staged / _META, json.dumps(dataclasses.asdict(record), indent=1).encode())
                 sync_directory(staged)
-                staged.rename(kept)
-                sync_directory(self._directory)
-            self._store.add_file(record)
+                with self._listing:
+                    if check:
+                        self._check_quota(tenant, size)  # other uploads may have come first
+                    staged.rename(kept)
+                    sync_directory(self._directory)
+                    self._store.add_file(record)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             shutil.rmtree(kept, ignore_errors=True)
@@ -159,6 +168,15 @@ class FileService:
             file.flush()
             os.fsync(file.fileno())
         return size, digest.hexdigest()
+
+    def _check_quota(self, tenant: str, size: int) -> None:
+        """Raises TooLarge for an upload of `size` bytes that would take the tenant's files over their limit."""
+        held = self._store.count_file_bytes(tenant)
+        if held + size > self._max_tenant_bytes:
+            raise TooLarge(
+                f"file: its {size} bytes beside the {held} of your other files are more than the {self._max_tenant_bytes} that "
+                "they may have together; delete files that you no longer need", param="file",
+            )
 
     def _check_chunk(self, size: int, chunk: bytes, decoder: codecs.IncrementalDecoder) -> None:
         if size > self._max_bytes:

@@ -17,7 +17,8 @@ from sqlalchemy import URL, Column, ColumnElement, Connection, Row, Select, Tabl
 from sqlalchemy.dialects import postgresql, sqlite
 
 from coserve.core import InvalidRequest, NotFound
-from coserve.server.database import Database
+from coserve.server.index.database import Database
+from coserve.server.index.tables import adapters, checkpoints, events, files, jobs, keys
 from coserve.server.records import (
     ENDED,
     AdapterRecord,
@@ -28,7 +29,6 @@ from coserve.server.records import (
     KeyRecord,
     new_id,
 )
-from coserve.server.tables import adapters, checkpoints, events, files, jobs, keys
 
 
 class _Record(Protocol):
@@ -109,6 +109,12 @@ class Store:
             query = _page(connection, files, (files.c.created_at, files.c.seq), mine, after=after, order=order)
             rows = connection.execute(query.where(*wanted).limit(limit + 1)).all()
         return _records(FileRecord, rows[:limit]), len(rows) > limit
+
+    def count_file_bytes(self, tenant: str) -> int:
+        """Of all files of a tenant together."""
+        query = select(func.coalesce(func.sum(files.c.bytes), 0)).where(files.c.tenant == tenant)
+        with self._database.read() as connection:
+            return int(connection.execute(query).scalar_one())
 
     def all_files(self) -> list[FileRecord]:
         """Every tenant's, oldest first."""

@@ -18,8 +18,8 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
+from coserve.server.link.setup import Setup, write_setup
 from coserve.server.settings import ServerConfig
-from coserve.server.setup import Setup, write_setup
 
 ENGINE_ENVIRONMENT: Mapping[str, str] = {
     # A thread of OpenMP that waits for the others spins by default. With the API process on one of the cores, it spins for the
@@ -56,7 +56,7 @@ class EngineProcess:
             usable = zmq.has("ipc") and len(os.fsencode(path)) <= _LONGEST_PATH
             socket.bind(f"ipc://{path}" if usable else "tcp://127.0.0.1:*")
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "coserve.server.enginemain", stdin=asyncio.subprocess.PIPE,
+                sys.executable, "-P", "-m", "coserve.server.link.enginemain", stdin=asyncio.subprocess.PIPE,
                 env={**ENGINE_ENVIRONMENT, **os.environ},
             )
             assert process.stdin is not None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from coserve.core import InvalidRequest
-from coserve.server.protocol import ROLES, ChatMessage, ContentPart
+from coserve.server.inference.protocol import ROLES, ChatMessage, ContentPart
 from coserve.tokenizer import ChatTokenizer
 
 _LONG_CHARS = 4096

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 
 from coserve.core import ConfigError
 from coserve.server.errors import Unauthorized
+from coserve.server.index.store import Store
 from coserve.server.records import KeyRecord, new_id, now
-from coserve.server.store import Store
 
 DEFAULT_TENANT = "default"
 _CACHE_S = 1.0

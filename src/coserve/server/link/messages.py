@@ -133,8 +133,9 @@ class LogprobEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tokens(Message, frozen=True, kw_only=True):
-    """What one iteration added to one output. The first of a request has cached_tokens; the last of an output its
-    finish_reason: stop, length or cancelled. prompt_logprobs: with an output's last chunk, if asked for."""
+    """What one iteration added to one output. The first of a request has cached_tokens and begun_s, when its prompt began to be
+    computed; the last of an output its finish_reason: stop, length or cancelled. prompt_logprobs: with an output's last chunk,
+    if asked for."""
 
     id: str
     index: int
@@ -143,6 +144,7 @@ class Tokens(Message, frozen=True, kw_only=True):
     time_s: float
     finish_reason: str | None = None
     cached_tokens: int = 0
+    begun_s: float | None = None
     logprobs: list[LogprobEntry] = []
     prompt_logprobs: list[LogprobEntry] = []
 

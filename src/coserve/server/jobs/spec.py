@@ -1,7 +1,7 @@
 """What a create body asks for: fields that belong together are checked, 'auto' becomes numbers, a FinetuneConfig comes out.
 
 Owns: OpenAI's words against FinetuneConfig's, the rules of 'auto', limits of a job. Does not own: single fields' types
-(jobbody.py), whether files and models exist (jobs.py).
+(body.py), whether files and models exist (service.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from coserve.config import LINEAR_SITES, FinetuneConfig, LoraConfig, Objective, OptimizerConfig
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.batches import BatchOrder
-from coserve.server.jobbody import AUTO, CreateJob, Extras, Hyperparameters, PreferenceHyperparameters
+from coserve.server.jobs.body import AUTO, CreateJob, Extras, Hyperparameters, PreferenceHyperparameters
 from coserve.server.settings import ServerConfig
 
 MAX_EPOCHS = 1000

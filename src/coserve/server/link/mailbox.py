@@ -13,7 +13,7 @@ from types import TracebackType
 
 import zmq
 
-from coserve.server.messages import FromEngine, ToEngine, decode_to_engine, encode
+from coserve.server.link.messages import FromEngine, ToEngine, decode_to_engine, encode
 
 GATHER_S = 5e-4
 """After the first message posted the loop waits so long, so that the chunks of one iteration travel together."""

@@ -1,10 +1,10 @@
 """Finetuning jobs of all tenants, as routes see them: created, checked, steered, listed; found again at the server's start.
 
     create -> validating_files -> queued -> running -> succeeded | failed | cancelled
-              (a thread reads the data)   (jobrunner.py and the engine)
+              (a thread reads the data)   (runner.py and the engine)
 
 Owns: who may do what with which job, validation of the data, the index's recovery from manifests. Does not own: bodies
-(jobspec.py), what happens from the queue on (jobrunner.py), files and models of a job (joboutputs.py).
+(spec.py), what happens from the queue on (runner.py), files and models of a job (outputs.py).
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any
 
 from coserve.config import finetune_config_from_dict, to_dict
 from coserve.core import CapacityError, CoserveError, NotFound
-from coserve.server.disk import storage_errors, sync_directory
-from coserve.server.engineclient import EngineClient
 from coserve.server.errors import Conflict, Forbidden
-from coserve.server.files import FileService
-from coserve.server.jobbody import CreateJob
-from coserve.server.jobdata import DataReader
-from coserve.server.jobobjects import Pace, has_ended, job_object
-from coserve.server.joboutputs import JobOutputs
-from coserve.server.jobqueue import LiveJob
-from coserve.server.jobrunner import END_FIELDS, JobRunner
-from coserve.server.jobspec import read_spec, resolve
-from coserve.server.manifest import find_manifests, is_job_id, write_manifest
+from coserve.server.index.disk import storage_errors, sync_directory
+from coserve.server.index.files import FileService
+from coserve.server.index.manifest import find_manifests, is_job_id, write_manifest
+from coserve.server.index.store import Store
+from coserve.server.jobs.body import CreateJob
+from coserve.server.jobs.data import DataReader
+from coserve.server.jobs.objects import Pace, has_ended, job_object
+from coserve.server.jobs.outputs import JobOutputs
+from coserve.server.jobs.queue import LiveJob
+from coserve.server.jobs.runner import END_FIELDS, JobRunner
+from coserve.server.jobs.spec import read_spec, resolve
+from coserve.server.link.engineclient import EngineClient
 from coserve.server.models import ModelDirectory
 from coserve.server.records import CheckpointRecord, EventRecord, JobRecord, new_id, now
 from coserve.server.settings import ServerConfig
-from coserve.server.store import Store
 
 MAX_UNFINISHED = 1000
 """Jobs of one tenant that may wait or run."""

@@ -3,7 +3,7 @@
     event loop --write(action)--> the thread: index, manifests, files --event--> followers' queues, on the event loop
 
 So a slow disk or database delays the record, never the streams of other users. Owns: the thread, the followers. Does not own:
-what is written (jobs.py).
+what is written (service.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from coserve.core import CoserveError
+from coserve.server.index.store import Store
 from coserve.server.records import EventRecord, JobRecord, now
-from coserve.server.store import Store
 
 _PAGE = 1000
 _T = TypeVar("_T")

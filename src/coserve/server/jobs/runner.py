@@ -3,8 +3,8 @@
     queued --_pump--> StartJob --> running: JobHappened ... JobEnded --> finish: manifest, models, events, the index's row
 
 A job that the engine has begun (output/job.json) is always resumed; so after any crash, of the engine or of the server, `pump`
-just starts what has not ended. Owns: LiveJobs and their changes. Does not own: how jobs come about (jobs.py), the order of the
-queue (jobqueue.py), words and objects (jobobjects.py), directories (joboutputs.py).
+just starts what has not ended. Owns: LiveJobs and their changes. Does not own: how jobs come about (service.py), the order of
+the queue (queue.py), words and objects (objects.py), directories (outputs.py).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from typing import Any, Literal, TypeVar
 from coserve.config import finetune_config_from_dict
 from coserve.core import CapacityError, CoserveError
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
-from coserve.server.engineclient import EngineClient
 from coserve.server.errors import EngineUnavailable, make_error
-from coserve.server.jobjournal import JobJournal
-from coserve.server.jobobjects import error_object, step_data, step_message, step_metrics, tuned_name
-from coserve.server.joboutputs import JobOutputs
-from coserve.server.jobqueue import LiveJob, next_job
-from coserve.server.manifest import write_manifest
-from coserve.server.messages import JobEnded, JobHappened
+from coserve.server.index.manifest import write_manifest
+from coserve.server.index.store import Store
+from coserve.server.jobs.journal import JobJournal
+from coserve.server.jobs.objects import error_object, step_data, step_message, step_metrics, tuned_name
+from coserve.server.jobs.outputs import JobOutputs
+from coserve.server.jobs.queue import LiveJob, next_job
+from coserve.server.jobs.trackers import export_metrics
+from coserve.server.link.engineclient import EngineClient
+from coserve.server.link.messages import JobEnded, JobHappened
 from coserve.server.models import ModelDirectory, engine_name
 from coserve.server.records import JobRecord, JobStatus, now
 from coserve.server.settings import ServerConfig
-from coserve.server.store import Store
-from coserve.server.trackers import export_metrics
 
 END_FIELDS = (
     "status", "finished_at", "paused", "error", "fine_tuned_model", "result_files", "trained_tokens", "step", "num_steps",

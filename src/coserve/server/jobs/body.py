@@ -1,6 +1,6 @@
 """The body that creates a finetuning job, as pydantic models: OpenAI's fields and ours, types and ranges of single fields.
 
-Owns: which fields there are, what is said about one that isn't known. Does not own: what fields mean together (jobspec.py).
+Owns: which fields there are, what is said about one that isn't known. Does not own: what fields mean together (spec.py).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class _Body(BaseModel):
 
 
 class Hyperparameters(_Body):
-    """A number, or auto: see jobspec.resolve."""
+    """A number, or auto, whose rules are in docs/finetuning.md."""
 
     n_epochs: Number = AUTO
     batch_size: Whole = AUTO

@@ -21,7 +21,7 @@ import zmq.asyncio
 from coserve.config import SamplingConfig
 from coserve.core import CoserveError, InvalidRequest
 from coserve.server.errors import EngineUnavailable, make_error
-from coserve.server.messages import (
+from coserve.server.link.messages import (
     ActJob,
     Cancel,
     Failed,
@@ -43,9 +43,9 @@ from coserve.server.messages import (
     decode_from_engine,
     encode,
 )
+from coserve.server.link.setup import START_CALL
+from coserve.server.link.supervisor import EngineProcess, restart_delay_s
 from coserve.server.settings import ServerConfig
-from coserve.server.setup import START_CALL
-from coserve.server.supervisor import EngineProcess, restart_delay_s
 
 STOP_S = 30.0
 """What an engine gets to write its checkpoints at the end."""
@@ -61,7 +61,8 @@ def merge_tokens(parts: Sequence[Tokens]) -> Tokens:
     last = parts[-1]
     return msgspec.structs.replace(
         last, text="".join(part.text for part in parts), token_ids=[token for part in parts for token in part.token_ids],
-        cached_tokens=max(part.cached_tokens for part in parts), logprobs=[entry for part in parts for entry in part.logprobs],
+        cached_tokens=max(part.cached_tokens for part in parts), begun_s=parts[0].begun_s,
+        logprobs=[entry for part in parts for entry in part.logprobs],
     )
 
 

@@ -1,6 +1,7 @@
 """Jobs, events and checkpoints as OpenAI's objects, and the words of a job's events.
 
-Owns: their fields, what a job is called, metrics of a step. Does not own: rows (records.py), when something happens (jobs.py).
+Owns: their fields, what a job is called, metrics of a step. Does not own: rows (records.py), when something happens
+(service.py).
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""What the server remembers: rows, files, manifests, and whose they are."""

@@ -1,0 +1,1 @@
+"""Finetuning jobs, from the body of a request to a tuned model."""

@@ -1,0 +1,1 @@
+"""What the server measures and tells of itself."""
