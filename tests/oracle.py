@@ -62,8 +62,8 @@ class BottleneckModel(torch.nn.Module):
 
         return add
 
-    def forward(self, **inputs: Any) -> Any:
-        return self.model(**inputs)
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.model(*inputs, **named)
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
         return ((name.replace(".weight", ".default.weight"), value) for name, value in self.tensors.items())

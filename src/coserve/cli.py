@@ -128,7 +128,7 @@ def _config(path: Path | None, given: dict[str, Any], kind: str | None = None) -
         owners = [section for section, names in _ADAPTERS.items() if name in names]
         if owners and chosen not in owners:
             word = {"r": "rank"}.get(name, name)
-            raise ConfigError(f"{word}: {chosen} adapters have no such setting; {' and '.join(owners)} adapters have", param=word)
+            raise ConfigError(f"{word}: {chosen} adapters have no such setting, {' and '.join(owners)} do", param=word)
         home = chosen if owners else "optimizer" if name in optimizer else None
         (data if home is None else data.setdefault(home, {}))[name] = value
     return finetune_config_from_dict(data)

@@ -132,7 +132,7 @@ class BottleneckConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        require(self.size >= 1, "size", f"must be at least 1, got {self.size}")
+        require_least(self, 1, "size")
         require(self.placement in ("houlsby", "pfeiffer"), "placement", f"must be houlsby or pfeiffer, got {self.placement!r}")
         require(self.activation in ("relu", "gelu"), "activation", f"must be relu or gelu, got {self.activation!r}")
 

@@ -131,7 +131,7 @@ def train_by_units(
     return state
 
 
-def budgeted_plan(weights: ModelWeights, adapter: LoraAdapter, share: float) -> ModelPlan:
+def budgeted_plan(weights: ModelWeights, adapter: Adapter, share: float) -> ModelPlan:
     """The plan that keeps at most `share` of what there is between the least and the most."""
     arch, itemsize = weights.architecture, weights.dtype.itemsize
     points = training_frontier(arch, adapter, itemsize=itemsize)

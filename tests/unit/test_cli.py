@@ -278,7 +278,7 @@ def test_continuing_from_an_adapter(place: Place, run: Run, trained: Path) -> No
 
 @pytest.mark.parametrize(("kind", "args", "fields"), [
     ("ia3", ("--target-modules", "v_proj,up_proj,down_proj"), {"peft_type": "IA3", "feedforward_modules": ["down_proj"]}),
-    ("dora", ("--rank", 4), {"peft_type": "LORA", "use_dora": True, "r": 4}),
+    pytest.param("dora", ("--rank", 4), {"peft_type": "LORA", "use_dora": True, "r": 4}, marks=pytest.mark.full),
     ("bottleneck", ("--size", 8, "--placement", "houlsby", "--activation", "gelu"),
      {"peft_type": "COSERVE_BOTTLENECK", "size": 8, "placement": "houlsby", "activation": "gelu"}),
 ])

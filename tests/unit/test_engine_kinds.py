@@ -69,6 +69,6 @@ def test_jobs_and_requests_of_all_kinds_at_once(
 
 def test_a_size_over_the_limit_is_refused(engines: MakeEngine, directory: Path, tmp_path: Path) -> None:
     engine = engines(max_lora_rank=4)
-    job = engine.finetune(directory / "sft.jsonl", tmp_path / "wide", JOB.with_adapter(BottleneckConfig(size=5)))
-    drive(engine)
-    assert isinstance(job.error, ConfigError) and job.error.param == "size"
+    with pytest.raises(ConfigError) as caught:
+        engine.finetune(directory / "sft.jsonl", tmp_path / "wide", JOB.with_adapter(BottleneckConfig(size=5)))
+    assert caught.value.param == "size"

@@ -349,7 +349,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[CoserveError], str]] = {
     "truncated weights": (truncate, InvalidRequest, f"{WEIGHTS} can't be read"),
     "garbage weights": (write(WEIGHTS, b"\x10" * 200), InvalidRequest, f"{WEIGHTS} can't be read"),
     "empty weights file": (write(WEIGHTS, b""), InvalidRequest, f"{WEIGHTS} can't be read"),
-    "no tensors": (edit_tensors(lambda t: t.clear()), InvalidRequest, "holds no LoRA tensors"),
+    "no tensors": (edit_tensors(lambda t: t.clear()), InvalidRequest, "holds no LORA tensors"),
     "another width": (put({Q_A: torch.zeros(4, 48)}), InvalidRequest, r"q_proj.*\[4, 48\].*\[4, 32\]"),
     "another height": (put({Q_B: torch.zeros(33, 4)}), InvalidRequest, r"q_proj.*\[33, 4\]"),
     "three dimensions": (put({Q_A: torch.zeros(4, 32, 1)}), InvalidRequest, "q_proj"),

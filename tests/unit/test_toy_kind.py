@@ -4,6 +4,7 @@ the package as it is."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from coserve.compiler.graph import check
 from coserve.config import LoraConfig, OptimizerConfig
 from coserve.core import InvalidRequest
 from coserve.finetune.optimizer import FlatAdamW
+from coserve.model.architecture import Architecture
 from coserve.model.decoder import NoBypass
+from coserve.ops.vocabulary import Vocabulary
 from coserve.peft.adapter import Adapter, Parameter, num_elements
 from coserve.peft.format import save_adapter
 from coserve.peft.lora import LoraAdapter
@@ -22,16 +25,18 @@ from coserve.runtime.plans import layer_bypasses, serving_plan, training_plan
 from tests.numerics.test_gradients import Case, pair, random_example, train_by_units
 from tests.unit.test_compiler import CPU, F64, assert_memory_is_sound, compare_with_autograd, make_arch, random_weights
 
+V = TypeVar("V")
+
 # --- the kind ---
 
 
 class ToyBypass(NoBypass):
     """out + s (down(silu(gate(x)) * up(x))) at the MLP's first product, where s is a vector."""
 
-    def __init__(self, names, dropout):
+    def __init__(self, names: frozenset[str], dropout: float) -> None:
         self.names = names
 
-    def apply(self, ops, site, x, out):
+    def apply(self, ops: Vocabulary[V], site: str, x: V, out: V) -> V:
         if f"{site}.toy_gate" not in self.names:
             return out
         gate, up = (ops.segment_linear(x, f"{site}.toy_{part}") for part in ("gate", "up"))
@@ -40,15 +45,16 @@ class ToyBypass(NoBypass):
         return ops.add(out, ops.segment_scale(out, f"{site}.toy_scale"))
 
 
-def toy_adapter(arch, size, site="up_proj"):
-    parameters = []
+def toy_adapter(arch: Architecture, size: int, site: str = "up_proj") -> Adapter:
+    parameters: list[Parameter] = []
     for layer in range(arch.num_layers):
-        for part, shape, axis, bound in (
-            ("gate", (size, arch.hidden_size), 0, 0.3), ("up", (size, arch.hidden_size), 0, 0.3),
-            ("down", (arch.intermediate_size, size), 1, 0.3), ("scale", (arch.intermediate_size, 1), None, 0.3),
+        for part, shape, axis in (
+            ("gate", (size, arch.hidden_size), 0), ("up", (size, arch.hidden_size), 0),
+            ("down", (arch.intermediate_size, size), 1), ("scale", (arch.intermediate_size, 1), None),
         ):
+            offset = num_elements(parameters)
             parameters.append(Parameter(
-                layer=layer, name=f"{site}.toy_{part}", shape=shape, offset=num_elements(parameters), rank_axis=axis, bound=bound
+                layer=layer, name=f"{site}.toy_{part}", shape=shape, offset=offset, rank_axis=axis, bound=0.3
             ))
     flat = torch.empty(num_elements(parameters), dtype=F64)
     return Adapter(None, ToyBypass, parameters, flat, num_layers=arch.num_layers).start(0).trainable()

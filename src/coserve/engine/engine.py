@@ -232,6 +232,7 @@ class Engine:
             listen(event)
 
         adapter = config.adapter if start is None else self.model.load_adapter(Path(start)).config
+        assert adapter is not None, "what a file holds has settings"
         self.jobs.check_config(config, adapter, handle.name)
         prepared = prepare_beside(
             self.model, data, directory, config, validation=validation, start=start, resume=resume, listen=hear,

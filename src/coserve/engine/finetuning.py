@@ -158,6 +158,7 @@ def prepare(
     listen(JobEvent(level="info", message=str(fitted)))
     adapter = loaded.load_adapter(Path(start)) if start is not None else None
     if adapter is not None:
+        assert adapter.config is not None, "what a file holds has settings"
         if config.adapter not in (LoraConfig(), adapter.config):
             listen(JobEvent(level="warn", message=f"the adapter's settings are those of {start}; the ones given are not used"))
         config = config.with_adapter(adapter.config)
