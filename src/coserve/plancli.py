@@ -42,7 +42,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What is trained. rank: or the width of a bottleneck; targets: names of modules, "all-linear", or None for the kind's own."""
+    """What is trained. rank: or the width of a bottleneck; targets: names of modules, "all-linear", or None: the kind's own."""
 
     kind: str
     rank: int
@@ -174,8 +174,8 @@ def make_plan(
             sequence_length=sequence_length, num_tokens=num_tokens,
         )
     return Planned(
-        model=directory.name, shape=shape, adapter=adapter, targets=targets, dtype=dtype, activation_memory=activation_memory, estimate=result,
-        kept=kept, baselines=beside, seconds=seconds,
+        model=directory.name, shape=shape, adapter=adapter, targets=targets, dtype=dtype,
+        activation_memory=activation_memory, estimate=result, kept=kept, baselines=beside, seconds=seconds,
     )
 
 

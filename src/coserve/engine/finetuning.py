@@ -236,8 +236,9 @@ def finetune(
     fitted = _choose_plan(arch, config, train, place, kind, loaded=isinstance(model, LoadedModel))
     loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, dtype=dtype)
     if start is not None:
-        trained = config.with_adapter(loaded.load_adapter(Path(start)).config)
-        fitted = _choose_plan(arch, trained, train, place, kind, loaded=True)
+        settings = loaded.load_adapter(Path(start)).config
+        assert settings is not None, "what a file holds has settings"
+        fitted = _choose_plan(arch, config.with_adapter(settings), train, place, kind, loaded=True)
     prepared = prepare(
         loaded, data_path, directory, config, train=train, held_out=held_out, validation=validation, start=start, resume=resume,
         listen=listen, fitted=fitted,

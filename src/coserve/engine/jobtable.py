@@ -89,7 +89,9 @@ class JobTable:
         if any(job.handle.name == name for job in list(self.jobs.values())):
             raise InvalidRequest(f"name: a job called {name!r} is running; name another", param="name")
 
-    def check_data(self, train: Dataset, held_out: Dataset | None, config: FinetuneConfig, settings: AdapterConfig) -> FittedPlan:
+    def check_data(
+        self, train: Dataset, held_out: Dataset | None, config: FinetuneConfig, settings: AdapterConfig
+    ) -> FittedPlan:
         """The job's plan: the one with the fewest FLOPs whose largest micro-batch fits beside what inference is guaranteed.
         Refuses a job for which there is none; a deterministic job's plan depends on no room, only on its settings."""
         arch, itemsize = self.arch, self.itemsize
