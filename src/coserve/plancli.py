@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from typer.core import TyperCommand
 from coserve.compiler import baselines
 from coserve.compiler.baselines import Baselines
 from coserve.compiler.report import LayerReport, report
-from coserve.config import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
+from coserve.config import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig, finetune_config_from_dict, to_dict
 from coserve.core import ConfigError
 from coserve.engine.budget import shape_adapter
 from coserve.engine.estimate import PARTS, Estimate, Shape, estimate
@@ -40,28 +40,37 @@ UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 
 AUTO = "auto"
 
 
+ADAPTERS: Mapping[str, tuple[str, type]] = {
+    "lora": ("lora", LoraConfig), "dora": ("lora", LoraConfig), "ia3": ("ia3", IA3Config),
+    "bottleneck": ("bottleneck", BottleneckConfig),
+}
+"""Kind -> its settings: their name in FinetuneConfig, and their class."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What is trained. rank: or the width of a bottleneck; targets: names of modules, "all-linear", or None: the kind's own."""
+    """What is trained; None: the kind's default. rank: or the width of a bottleneck; targets: modules' names, or "all-linear"."""
 
     kind: str
-    rank: int
+    rank: int | None
     targets: tuple[str, ...] | str | None
-    dropout: float
+    dropout: float | None
 
-    @property
-    def given(self) -> dict[str, Any]:
-        """The targets, if there are any."""
-        return {} if self.targets is None else {"target_modules": self.targets}
-
-
-ADAPTERS: Mapping[str, Callable[[Asked], AdapterConfig]] = {
-    "lora": lambda asked: LoraConfig(r=asked.rank, dropout=asked.dropout, **asked.given),
-    "dora": lambda asked: LoraConfig(r=asked.rank, use_dora=True, **asked.given),
-    "ia3": lambda asked: IA3Config(**asked.given),
-    "bottleneck": lambda asked: BottleneckConfig(size=asked.rank),
-}
-"""Kind -> its settings."""
+    def settings(self) -> AdapterConfig:
+        """Of the adapter. Raises ConfigError, also for a setting that the kind hasn't."""
+        if self.kind not in ADAPTERS:
+            raise ConfigError(f"adapter: {self.kind!r} can't be planned; known: {', '.join(ADAPTERS)}", param="adapter")
+        section, cls = ADAPTERS[self.kind]
+        given: dict[str, Any] = {"use_dora": True} if self.kind == "dora" else {}
+        known = {field.name for field in fields(cls)}
+        sizes = {"size" if self.kind == "bottleneck" else "r": ("rank", self.rank)}
+        asked = {**sizes, "target_modules": ("target_modules", self.targets), "dropout": ("dropout", self.dropout)}
+        for name, (word, value) in asked.items():
+            if value is not None and name not in known:
+                raise ConfigError(f"{word}: {self.kind} adapters have no such setting", param=word)
+            if value is not None:
+                given[name] = value
+        return finetune_config_from_dict({section: given}).adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +79,8 @@ class Planned:
 
     model: str
     shape: Shape
-    adapter: Asked
-    targets: tuple[str, ...] | str
+    kind: str
+    settings: AdapterConfig
     dtype: str
     activation_memory: str
     estimate: Estimate
@@ -94,9 +103,9 @@ class PlanCommand(TyperCommand):
 def plan(
     model: Annotated[str | None, typer.Argument(help="Model (SmolLM2); config.json is enough.")] = None,
     adapter: Annotated[str, typer.Option(help=f"Kind of adapter: {', '.join(ADAPTERS)}.")] = "lora",
-    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of LoRA and DoRA, width of a bottleneck.")] = 16,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank (16), or width of a bottleneck (64).")] = None,
     target_modules: Annotated[str | None, typer.Option(help="all-linear, or names joined by commas (the kind's own).")] = None,
-    dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of an example.")] = 1024,
     max_microbatch_tokens: Annotated[int | None, typer.Option(help="Tokens packed together (--sequence-length).")] = None,
     window_tokens: Annotated[int, typer.Option(help="Tokens per unit in the last stage and the curve.")] = 256,
@@ -142,8 +151,7 @@ def make_plan(
     activation_memory: str, with_baselines: bool,
 ) -> Planned:
     """Plans training for a model directory. Raises ConfigError, CapacityError."""
-    if adapter.kind not in ADAPTERS:
-        raise ConfigError(f"adapter: {adapter.kind!r} can't be planned; known: {', '.join(ADAPTERS)}", param="adapter")
+    settings = adapter.settings()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: must be {', '.join(DTYPES)}, got {dtype!r}", param="dtype")
     for name, value in (("sequence_length", sequence_length), ("window_tokens", window_tokens)):
@@ -156,8 +164,6 @@ def make_plan(
         )
     start = time.perf_counter()
     arch = read_architecture(directory)
-    settings = ADAPTERS[adapter.kind](adapter)
-    targets = () if isinstance(settings, BottleneckConfig) else settings.target_modules
     empty = shape_adapter(arch, settings)
     bypasses = layer_bypasses(arch, empty, dropout=empty.dropout)
     shape = Shape(
@@ -170,11 +176,11 @@ def make_plan(
     beside = Baselines(peft=None, checkpointing=None, reason="left out (--no-baselines)")
     if with_baselines:
         beside = baselines.measure(
-            directory, adapter=adapter.kind, rank=adapter.rank, targets=targets, dtype=DTYPES[dtype],
+            directory, adapter=adapter.kind, rank=_rank(settings), targets=_targets(settings), dtype=DTYPES[dtype],
             sequence_length=sequence_length, num_tokens=num_tokens,
         )
     return Planned(
-        model=directory.name, shape=shape, adapter=adapter, targets=targets, dtype=dtype,
+        model=directory.name, shape=shape, kind=adapter.kind, settings=settings, dtype=dtype,
         activation_memory=activation_memory, estimate=result, kept=kept, baselines=beside, seconds=seconds,
     )
 
@@ -192,13 +198,23 @@ def read_limit(text: str) -> float | None:
     return float(found[1]) * UNITS[found[2] or ""]
 
 
+def _rank(settings: AdapterConfig) -> int:
+    """Or a bottleneck's width; 0 where there is none."""
+    return settings.r if isinstance(settings, LoraConfig) else settings.size if isinstance(settings, BottleneckConfig) else 0
+
+
+def _targets(settings: AdapterConfig) -> tuple[str, ...] | str:
+    return () if isinstance(settings, BottleneckConfig) else settings.target_modules
+
+
 def title(planned: Planned) -> str:
     """The training in one line."""
-    asked, targets, shape = planned.adapter, planned.targets, planned.shape
+    settings, shape = planned.settings, planned.shape
+    targets = _targets(settings)
     sites = targets if isinstance(targets, str) else ", ".join(targets)
-    size = "" if asked.kind == "ia3" else f" r{asked.rank}"
+    size = f" r{_rank(settings)}" if _rank(settings) else ""
     return (
-        f"{planned.model}: {asked.kind}{size}{f' on {sites}' if sites else ''}, {planned.dtype}, micro-batch of "
+        f"{planned.model}: {planned.kind}{size}{f' on {sites}' if sites else ''}, {planned.dtype}, micro-batch of "
         f"{shape.num_tokens} tokens, windows of {shape.window_tokens}"
     )
 
@@ -212,8 +228,7 @@ def to_json(planned: Planned) -> str:
     return json.dumps({
         "model": planned.model,
         "adapter": {
-            "kind": planned.adapter.kind, "rank": planned.adapter.rank, "num_parameters": shape.num_parameters,
-            "target_modules": planned.targets, "dropout": planned.adapter.dropout,
+            "kind": planned.kind, "num_parameters": shape.num_parameters, **to_dict(planned.settings),
         },
         "sequence_length": shape.sequence_length, "max_microbatch_tokens": shape.num_tokens,
         "window_tokens": shape.window_tokens, "dtype": planned.dtype, "activation_memory": planned.activation_memory,

@@ -26,7 +26,7 @@ STAGES: Mapping[str, str] = {
     "prune": "what the pruned backward reads",
     "rematerialize": "element-wise values made again",
     "budget": "matrix products made again, to fit",
-    "compress": "as before: no value is read for its sign alone",
+    "compress": "as before: no kept value is compressed",
     _IN_WINDOWS: "one window's transients instead of a micro-batch's",
 }
 """Name -> what the stage is left with, in order. A stage's window is the whole micro-batch before the last one."""
