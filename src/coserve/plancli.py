@@ -49,7 +49,7 @@ ADAPTERS: Mapping[str, tuple[str, type]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What is trained; None: the kind's default. rank: or the width of a bottleneck; targets: modules' names, or "all-linear"."""
+    """What is trained; None: the kind's default. rank: or a bottleneck's width; targets: modules' names, or "all-linear"."""
 
     kind: str
     rank: int | None
