@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from coserve import FinetuneConfig, LoadedModel, LoraConfig, OptimizerConfig, load_model
 from coserve.core import Example, Group
-from coserve.engine.trainer import LoraTrainer
+from coserve.engine.trainer import AdapterTrainer
 from coserve.model.decoder import linear_shapes
 from coserve.model.linear import PackedLinear
 from coserve.runtime.executor import head_rows
@@ -65,14 +65,14 @@ def long_example(model: LoadedModel, length: int) -> Example:
     return Example(index=0, token_ids=ids, weights=np.ones(length, np.float32))
 
 
-def coserve_trainer(model: LoadedModel, microbatch_tokens: int) -> LoraTrainer:
-    return LoraTrainer(model, FinetuneConfig(
+def coserve_trainer(model: LoadedModel, microbatch_tokens: int) -> AdapterTrainer:
+    return AdapterTrainer(model, FinetuneConfig(
         lora=LoraConfig(r=16, alpha=32), max_microbatch_tokens=microbatch_tokens,
         optimizer=OptimizerConfig(learning_rate=RATE, max_grad_norm=1.0),
     ))
 
 
-def coserve_step(trainer: LoraTrainer, examples: Sequence[Example]) -> float:
+def coserve_step(trainer: AdapterTrainer, examples: Sequence[Example]) -> float:
     loss = trainer.forward_backward([Group(index=e.index, examples=(e,)) for e in examples], 0).loss
     trainer.optim_step(RATE)
     return loss

@@ -19,7 +19,7 @@ from coserve.config import EngineConfig, FinetuneConfig, LoraConfig, OptimizerCo
 from coserve.core import Example, Group
 from coserve.engine.engine import Engine
 from coserve.engine.profiling import Profiler
-from coserve.engine.trainer import LoraTrainer
+from coserve.engine.trainer import AdapterTrainer
 from coserve.runtime.fused import PassExecutor
 from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost
 
@@ -148,7 +148,7 @@ class Alone:
             lora=LORA, optimizer=OptimizerConfig(learning_rate=1e-4), batch_size=1, max_microbatch_tokens=tokens,
             window_tokens=self.sizes.window_tokens, max_steps=100,
         )
-        trainer = LoraTrainer(self.model.loaded, config)
+        trainer = AdapterTrainer(self.model.loaded, config)
         groups = training_groups(self.model, tokens, self.sizes.steps + 1)
         losses = []
         begin = 0.0

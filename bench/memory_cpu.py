@@ -26,7 +26,7 @@ from finetune_cpu import RATE, PeftPeer, coserve_step, long_example, peak_bytes,
 
 from coserve import FinetuneConfig, LoraConfig, OptimizerConfig, load_model
 from coserve.engine.budget import Workload, fit_plan, shape_adapter, training_bytes
-from coserve.engine.trainer import LoraTrainer
+from coserve.engine.trainer import AdapterTrainer
 from coserve.model.linear import can_pack
 from coserve.model.locate import locate_model
 from coserve.tokenizer import ChatTokenizer
@@ -49,7 +49,7 @@ def probe_coserve(tokens: int, share: float) -> dict[str, Any]:
     allowed = math.ceil(least.num_bytes + share * (most.num_bytes - least.num_bytes))
     example = long_example(model, tokens)
     held = resident_bytes()
-    trainer = LoraTrainer(model, FinetuneConfig(
+    trainer = AdapterTrainer(model, FinetuneConfig(
         lora=LORA, max_microbatch_tokens=tokens, max_length=tokens, window_tokens=WINDOW, activation_memory_bytes=allowed,
         optimizer=OptimizerConfig(learning_rate=RATE, max_grad_norm=1.0),
     ))

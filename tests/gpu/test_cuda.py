@@ -12,7 +12,7 @@ from coserve.config import FinetuneConfig, LoraConfig, SamplingConfig
 from coserve.core import Group
 from coserve.engine.generation import Generator
 from coserve.engine.model import LoadedModel
-from coserve.engine.trainer import LoraTrainer
+from coserve.engine.trainer import AdapterTrainer
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import load_weights
 from coserve.runtime.executor import Executor
@@ -31,7 +31,7 @@ def load(directory: Path, device: str, dtype: torch.dtype) -> LoadedModel:
 def gradients(model: LoadedModel, flat: torch.Tensor) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(2)
     examples = [random_example(rng, i, length) for i, length in enumerate([40, 25, 300, 60])]
-    trainer = LoraTrainer(model, FinetuneConfig(lora=LoraConfig(r=4, alpha=8), window_tokens=130))
+    trainer = AdapterTrainer(model, FinetuneConfig(lora=LoraConfig(r=4, alpha=8), window_tokens=130))
     trainer.adapter.flat.copy_(flat)
     trainer.forward_backward([Group(index=e.index, examples=(e,)) for e in examples], 0)
     return {name: g.double().cpu() for name, g in oracle.own_gradients(trainer.adapter).items()}
@@ -42,7 +42,7 @@ def gradients(model: LoadedModel, flat: torch.Tensor) -> dict[str, torch.Tensor]
 def test_gradients_equal_the_cpus(tmp_path: Path, family: str, dtype: torch.dtype, tolerance: float) -> None:
     directory = build_tiny_model(family, tmp_path / "m", dtype=torch.bfloat16)
     exact = load(directory, "cpu", torch.float64)
-    sizes = LoraTrainer(exact, FinetuneConfig(lora=LoraConfig(r=4, alpha=8))).adapter.flat.shape
+    sizes = AdapterTrainer(exact, FinetuneConfig(lora=LoraConfig(r=4, alpha=8))).adapter.flat.shape
     flat = torch.randn(sizes, generator=torch.Generator().manual_seed(0)).mul_(0.2).bfloat16()
     own, reference = gradients(load(directory, "cuda", dtype), flat), gradients(exact, flat)
     mean = np.mean([oracle.relative_error(own[name], reference[name]) for name in reference])

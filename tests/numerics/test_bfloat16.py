@@ -11,7 +11,7 @@ import torch
 from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.core import Group
 from coserve.engine.model import LoadedModel
-from coserve.engine.trainer import LoraTrainer
+from coserve.engine.trainer import AdapterTrainer
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import load_weights
 from coserve.peft.lora import LoraAdapter
@@ -33,7 +33,7 @@ def test_gradients_are_as_exact_as_pefts(tmp_path: Path, family: str) -> None:
     rng = np.random.default_rng(2)
     examples = [random_example(rng, i, length) for i, length in enumerate([40, 25, 31, 60])]
     config = FinetuneConfig(lora=LoraConfig(r=4, alpha=8), max_microbatch_tokens=256, window_tokens=50)
-    trainer = LoraTrainer(load(directory, torch.bfloat16), config)
+    trainer = AdapterTrainer(load(directory, torch.bfloat16), config)
     flat = torch.randn(trainer.adapter.flat.shape, generator=torch.Generator().manual_seed(0)).mul_(0.2).bfloat16()
     trainer.adapter.flat.copy_(flat)
     loss = trainer.forward_backward([Group(index=e.index, examples=(e,)) for e in examples], 0).loss
@@ -60,7 +60,7 @@ def test_small_updates_are_not_lost_to_rounding(tmp_path: Path) -> None:
     """Steps far below bfloat16's resolution add up in the float32 master."""
     directory = build_tiny_model("llama", tmp_path / "m", dtype=torch.bfloat16)
     config = FinetuneConfig(lora=LoraConfig(r=4), optimizer=OptimizerConfig(learning_rate=1e-6))
-    trainer = LoraTrainer(load(directory, torch.bfloat16), config)
+    trainer = AdapterTrainer(load(directory, torch.bfloat16), config)
     before = trainer.optimizer.master.clone()
     examples = [random_example(np.random.default_rng(0), 0, 30)]
     for step in range(3):

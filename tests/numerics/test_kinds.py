@@ -23,7 +23,7 @@ from coserve.config import (
     OptimizerConfig,
 )
 from coserve.engine.model import LoadedModel
-from coserve.engine.trainer import LoraTrainer
+from coserve.engine.trainer import AdapterTrainer
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import load_weights
 from coserve.peft.tensors import tensor_name, to_file
@@ -154,7 +154,7 @@ def test_steps_follow_a_plain_loop(tmp_path: Path, kind: str) -> None:
     config = FinetuneConfig(
         max_microbatch_tokens=64, window_tokens=24, optimizer=OptimizerConfig(max_grad_norm=0, eps=1e-4)
     ).with_adapter(KINDS[kind])
-    trainer = LoraTrainer(model, config)
+    trainer = AdapterTrainer(model, config)
     reference = oracle.with_adapter(oracle.load_oracle(directory), trainer.adapter.copy())
     parameters = dict(reference.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]

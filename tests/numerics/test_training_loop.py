@@ -12,7 +12,7 @@ from transformers import get_scheduler
 from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.core import Example, Group
 from coserve.engine.model import LoadedModel
-from coserve.engine.trainer import LoraTrainer
+from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.optimizer import learning_rate
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import load_weights
@@ -51,7 +51,7 @@ def test_20_steps_follow_a_plain_peft_loop(tmp_path: Path, family: str, schedule
             learning_rate=1e-2, schedule=schedule, warmup_steps=4, weight_decay=0.01, max_grad_norm=0.5, slice_elements=1000
         ),
     )
-    trainer = LoraTrainer(model, config)
+    trainer = AdapterTrainer(model, config)
     start = LoraAdapter(config.lora, trainer.adapter.sites, trainer.adapter.flat.clone(), num_layers=3)
     groups = random_groups(np.random.default_rng(3), steps * batch)
 
@@ -83,7 +83,7 @@ def test_20_steps_follow_a_plain_peft_loop(tmp_path: Path, family: str, schedule
 
 def test_a_trained_adapter_lowers_the_loss(tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path / "model")
-    trainer = LoraTrainer(model, FinetuneConfig(lora=LoraConfig(r=8), max_microbatch_tokens=128))
+    trainer = AdapterTrainer(model, FinetuneConfig(lora=LoraConfig(r=8), max_microbatch_tokens=128))
     groups = random_groups(np.random.default_rng(0), 4)
     before = trainer.score(groups).loss
     for step in range(30):
@@ -98,10 +98,10 @@ def test_out_of_memory_shrinks_the_window_and_restarts_the_step(
     model = tiny_model("llama", tmp_path / "model")
     groups = random_groups(np.random.default_rng(0), 4)
     config = FinetuneConfig(lora=LoraConfig(r=2), max_microbatch_tokens=128, window_tokens=128)
-    calm = LoraTrainer(model, config)
+    calm = AdapterTrainer(model, config)
     expected = calm.forward_backward(groups, 0)
     warnings: list[str] = []
-    trainer = LoraTrainer(model, config, warn=warnings.append)
+    trainer = AdapterTrainer(model, config, warn=warnings.append)
     run = trainer.executor.run
 
     def scarce(state, unit, adapter):  # noqa: ANN001, ANN202 mirrors the method
@@ -131,7 +131,7 @@ def test_float32_gradients_are_as_exact_as_pefts(capsys: pytest.CaptureFixture[s
         )
         examples.append(Example(index=index, token_ids=ids, weights=weights))
     config = FinetuneConfig(lora=LoraConfig(r=16, alpha=32), max_microbatch_tokens=2048, window_tokens=200)
-    trainer = LoraTrainer(model, config)
+    trainer = AdapterTrainer(model, config)
     generator = torch.Generator().manual_seed(0)
     trainer.adapter.flat.copy_(torch.randn(trainer.adapter.flat.shape, generator=generator) * 0.02)
     trainer.forward_backward([Group(index=e.index, examples=(e,)) for e in examples], 0)

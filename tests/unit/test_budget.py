@@ -28,7 +28,7 @@ from coserve.engine.budget import (
     weight_bytes,
 )
 from coserve.engine.model import LoadedModel, load_model
-from coserve.engine.trainer import LoraTrainer
+from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.batches import pack_groups
 from coserve.finetune.datasets import load_groups
 from coserve.model.checkpoint import Checkpoint
@@ -62,12 +62,12 @@ def num_bytes(*tensors: Tensor) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def make_trainer(directory: Path, dtype: str, *, window: int = 64, microbatch: int = 512, r: int = 4) -> LoraTrainer:
+def make_trainer(directory: Path, dtype: str, *, window: int = 64, microbatch: int = 512, r: int = 4) -> AdapterTrainer:
     config = FinetuneConfig(lora=LoraConfig(r=r), window_tokens=window, max_microbatch_tokens=microbatch, batch_size=9)
-    return LoraTrainer(load_model(str(directory), device="cpu", dtype=dtype), config)
+    return AdapterTrainer(load_model(str(directory), device="cpu", dtype=dtype), config)
 
 
-def needed_by(trainer: LoraTrainer, microbatch_tokens: int) -> dict[str, int]:
+def needed_by(trainer: AdapterTrainer, microbatch_tokens: int) -> dict[str, int]:
     model, config = trainer.model, trainer.config
     return training_bytes(
         model.architecture, trainer.plan, trainer.adapter.flat.numel(), microbatch_tokens=microbatch_tokens,
@@ -124,7 +124,7 @@ def test_packed_weights_after_a_training_step(directories: dict[str, Path], data
     assert 0.9 * said <= held <= said
 
 
-def groups_of(trainer: LoraTrainer, data: Path) -> tuple[Group, ...]:
+def groups_of(trainer: AdapterTrainer, data: Path) -> tuple[Group, ...]:
     return load_groups(data, trainer.model.tokenizer, objective="sft", max_length=512, too_long="error").groups
 
 

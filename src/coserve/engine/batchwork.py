@@ -2,7 +2,7 @@
 
     groups --pack--> micro-batches --begin--> forward units --answer--> backward units --close--> the batch's loss
 
-Who runs the units, and in which order, is the caller's: `LoraTrainer` sweeps through one micro-batch at a time, the engine's
+Who runs the units, and in which order, is the caller's: `AdapterTrainer` sweeps through one micro-batch at a time, the engine's
 scheduler takes them as they fit. A DPO batch begins with forward-only micro-batches of the reference policy.
 """
 

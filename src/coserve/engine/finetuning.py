@@ -33,7 +33,7 @@ from coserve.engine.budget import (
     training_bytes,
 )
 from coserve.engine.model import LoadedModel, load_model, resolve_device, resolve_dtype
-from coserve.engine.trainer import LoraTrainer
+from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.checkpoints import write_atomically
 from coserve.finetune.datasets import Dataset, load_groups
 from coserve.finetune.job import Job, JobEvent, StepRow, refuse_changes
@@ -138,7 +138,7 @@ class PreparedJob:
     """A job that may begin: everything that could be refused has been looked at, and its directory is there."""
 
     job: Job
-    trainer: LoraTrainer
+    trainer: AdapterTrainer
     directory: Path
     dataset: Dataset
 
@@ -162,7 +162,7 @@ def prepare(
         if config.adapter not in (LoraConfig(), adapter.config):
             listen(JobEvent(level="warn", message=f"the adapter's settings are those of {start}; the ones given are not used"))
         config = config.with_adapter(adapter.config)
-    trainer = LoraTrainer(
+    trainer = AdapterTrainer(
         loaded, config, start=adapter, plan=fitted.plan, warn=lambda m: listen(JobEvent(level="warn", message=m))
     )
     facts = {
@@ -274,7 +274,7 @@ def _read_job(directory: Path) -> dict[str, Any]:
         raise InvalidRequest(f"output: {directory / 'job.json'} can't be read ({error})", param="output") from error
 
 
-def _write_adapter(directory: Path, trainer: LoraTrainer) -> None:
+def _write_adapter(directory: Path, trainer: AdapterTrainer) -> None:
     """Puts the adapter's files into the output directory, each by rename, the configuration last."""
     staged = directory / "adapter"
     write_atomically(staged, trainer.save)

@@ -38,7 +38,7 @@ def sweep(num_layers: int, lowest: int, num_tokens: int, window: int, *, forward
             yield Unit(Direction.BACKWARD, layer, layer + 1, start, min(start + window, num_tokens))
 
 
-class LoraTrainer:
+class AdapterTrainer:
     """One job's adapter, its optimizer and its plans.
 
     start: an adapter to continue from (also the DPO reference). plan: of the adapter's training; default: what `config` asks
