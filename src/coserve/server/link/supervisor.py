@@ -22,8 +22,8 @@ from coserve.server.link.setup import Setup, write_setup
 from coserve.server.settings import ServerConfig
 
 ENGINE_ENVIRONMENT: Mapping[str, str] = {
-    # A thread of OpenMP that waits for the others spins by default. With the API process on one of the cores, it spins for the
-    # core that the thread it waits for needs: products of two threads took 15 times as long on a machine of two cores.
+    # Every thread that has multiplied has an OpenMP team of its own: the one that loads the weights, the engine's. A waiting
+    # team that spins takes the core that the other one needs: with active waiting two threads are as slow as one.
     "OMP_WAIT_POLICY": "passive",
 }
 """Of the engine's process, unless the user has set them."""
