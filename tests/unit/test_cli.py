@@ -667,7 +667,7 @@ def test_plan_counts_what_is_kept(place: Place, run: Run) -> None:
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (("--adapter", "vera"), r"^error: kind: must be lora, dora, ia3 or bottleneck"),
+    (("--adapter", "vera"), r"^error: adapter: 'vera' can't be planned"),
     (("--adapter", "ia3", "--rank", 4), r"^error: rank: ia3 adapters have no such setting"),
     (("--adapter", "dora", "--dropout", 0.1), r"^error: dropout: must be 0 with use_dora"),
     (("--dtype", "int8"), r"^error: dtype: must be"), (("--rank", 0), r"^error: r: rank"),
