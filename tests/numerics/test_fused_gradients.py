@@ -33,6 +33,7 @@ from coserve.runtime.plans import scoring_plan
 from coserve.runtime.spans import NO_ADAPTER, RowSpan
 from tests import oracle
 from tests.numerics.test_gradients import (
+    AT_LENGTH,
     CPU,
     TOLERANCE,
     VARIANTS,
@@ -331,7 +332,7 @@ def test_fused_training_and_requests_equal_the_oracle(mix: Mix) -> None:
 
 
 @pytest.mark.full
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=AT_LENGTH // 3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mix=mixes())
 def test_fused_training_and_requests_equal_the_oracle_at_length(mix: Mix) -> None:
     check(mix)

@@ -30,7 +30,7 @@ from coserve.peft.tensors import tensor_name, to_file
 from coserve.runtime.executor import Executor
 from tests import oracle
 from tests.numerics.test_fused_gradients import Mix, check, fixed_mix, lora_configs, mixes
-from tests.numerics.test_gradients import CPU, TOLERANCE, VARIANTS, Case, error_of, random_example
+from tests.numerics.test_gradients import AT_LENGTH, CPU, TOLERANCE, VARIANTS, Case, error_of, random_example
 from tests.numerics.test_training_loop import random_groups
 from tests.tiny_models import build_tiny_model
 
@@ -91,7 +91,7 @@ def test_any_split_of_any_kind_equals_autograd(case: Case) -> None:
 
 
 @pytest.mark.full
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=AT_LENGTH // 10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_any_split_of_any_kind_equals_autograd_at_length(case: Case) -> None:
     assert error_of(case) <= TOLERANCE
@@ -114,7 +114,7 @@ def test_kinds_together_equal_the_oracle(mix: Mix) -> None:
 
 
 @pytest.mark.full
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=AT_LENGTH // 30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mix=mixes(st.one_of(ANY, ANY, ANY, lora_configs())))
 def test_kinds_together_equal_the_oracle_at_length(mix: Mix) -> None:
     check(mix)
