@@ -248,6 +248,18 @@ def peak_memory(tokens: int, threads: int) -> dict[str, Any]:
             "ratio": peaks["coserve"] / peaks["peft"]}
 
 
+def run_facts(script: str, threads: int) -> dict[str, Any]:
+    """Where, when and on what a script of this directory ran."""
+    names = ("torch", "transformers", "peft", "coserve")
+    return {
+        "device": f"{platform.machine()} CPU, {threads} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "command": " ".join(["python", f"bench/{script}", *sys.argv[1:]]),
+        "model": "SmolLM2-135M-Instruct, float32, LoRA r16 on all linears",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=5)
@@ -274,13 +286,8 @@ def main() -> None:
     ):
         results.append(compare(name, model, peer, examples, microbatch=microbatch, batch_size=batch_size, pairs=pairs))
     results.append(saved_bytes(model, peer, middle))
-    names = ("torch", "transformers", "peft", "coserve")
     record = {
-        "device": f"{platform.machine()} CPU, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "date": datetime.date.today().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "command": " ".join(["python", "bench/finetune_cpu.py", *sys.argv[1:]]),
-        "model": "SmolLM2-135M-Instruct, float32, LoRA r16 on all linears",
+        **run_facts(Path(__file__).name, args.threads),
         "text": "GSM8K" if GSM8K.is_file() else "random tokens",
         "results": results,
     }

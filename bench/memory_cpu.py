@@ -11,18 +11,15 @@ process held before training plus what the plan says, so that it can be compared
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import math
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from finetune_cpu import RATE, PeftPeer, coserve_step, long_example, peak_bytes, seconds
+from finetune_cpu import RATE, PeftPeer, coserve_step, long_example, peak_bytes, run_facts, seconds
 
 from coserve import FinetuneConfig, LoraConfig, OptimizerConfig, load_model
 from coserve.engine.budget import Workload, fit_plan, shape_adapter, training_bytes
@@ -119,15 +116,7 @@ def main() -> None:
     for row in rows:
         row["peak_over_peft"] = row["peak_bytes"] / peft["peak_bytes"]
         row["speed_over_peft"] = row["tokens_per_s"] / peft["tokens_per_s"]
-    names = ("torch", "transformers", "peft", "coserve")
-    record = {
-        "device": f"{platform.machine()} CPU, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "date": datetime.date.today().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "command": " ".join(["python", "bench/memory_cpu.py", *sys.argv[1:]]),
-        "model": "SmolLM2-135M-Instruct, float32, LoRA r16 on all linears",
-        "tokens": args.tokens, "results": rows,
-    }
+    record = {**run_facts(Path(__file__).name, args.threads), "tokens": args.tokens, "results": rows}
     args.output.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -5,7 +5,6 @@ What must agree: metrics.csv but for seconds, and the bytes of the adapter. `cos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -46,11 +45,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(directory: Path) -> LoadedModel:
     return build_model(directory / "model")
-
-
-@pytest.fixture
-def engines(model: LoadedModel) -> Iterator[MakeEngine]:
-    yield from tracked_engines(model)
 
 
 def result(output: Path) -> Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -18,7 +17,7 @@ from coserve.engine.model import LoadedModel
 from coserve.engine.requests import RequestHandle
 from tests import oracle
 from tests.tiny_directory import chat_lines, write_lines
-from tests.tiny_engine import MakeEngine, PlanLog, build_model, drive, prompt, random_adapter, tracked_engines
+from tests.tiny_engine import MakeEngine, PlanLog, build_model, drive, prompt, random_adapter
 
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.95, seed=7)
@@ -40,11 +39,6 @@ def reference(model: LoadedModel) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def expected(reference: PreTrainedModel) -> list[list[int]]:
     return [greedy(reference, ids) for ids in PROMPTS]
-
-
-@pytest.fixture
-def engines(model: LoadedModel) -> Iterator[MakeEngine]:
-    yield from tracked_engines(model)
 
 
 def greedy(reference: torch.nn.Module, ids: list[int], count: int = 24) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import pytest
@@ -35,20 +34,12 @@ from coserve.runtime.plans import training_plan
 from tests.tiny_directory import build_tiny_directory, chat_line, chat_lines, preference_lines, write_lines
 from tests.tiny_models import build_tiny_model
 from tests.tiny_tokenizer import build_tiny_tokenizer
+from tests.unit.conftest import Ran, Run
 
 SOURCE = Path(__file__).parents[2] / "src"
 RESULT_FILES = {
     "adapter_config.json", "adapter_model.safetensors", "checkpoints", "coserve.json", "job.json", "loss.png", "metrics.csv",
 }
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
 
 
 @dataclass(frozen=True)
@@ -90,23 +81,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(shared: Path, tmp_path: Path) -> Place:
     return Place(shared / "model", shared / "data.jsonl", tmp_path)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: object, stdin: str = "") -> Ran:
-        monkeypatch.setattr(sys, "argv", ["coserve", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return Ran(int(code or 0), captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from coserve.engine.model import LoadedModel
 from coserve.engine.profiling import Profiler
 from coserve.peft.format import save_adapter
 from coserve.scheduler.latency import PassCost
-from tests.tiny_engine import MakeEngine, build_model, drive, prompt, random_adapter, tracked_engines
+from tests.tiny_engine import MakeEngine, build_model, drive, prompt, random_adapter
 
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
 
@@ -25,11 +25,6 @@ GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return build_model(tmp_path_factory.mktemp("engine") / "model")
-
-
-@pytest.fixture
-def engines(model: LoadedModel) -> Iterator[MakeEngine]:
-    yield from tracked_engines(model)
 
 
 def ask(engine: Engine, adapter: str | None) -> list[int]:

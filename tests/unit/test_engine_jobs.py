@@ -7,7 +7,6 @@ import json
 import re
 import threading
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +47,6 @@ from tests.tiny_engine import (
     drive,
     make_engine,
     prompt,
-    tracked_engines,
 )
 
 SFT = FinetuneConfig(
@@ -72,11 +70,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(directory: Path) -> LoadedModel:
     return build_model(directory / "model")
-
-
-@pytest.fixture
-def engines(model: LoadedModel) -> Iterator[MakeEngine]:
-    yield from tracked_engines(model)
 
 
 def assert_same_result(directory: Path, reference: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from coserve.core import ConfigError
 from coserve.engine.finetuning import finetune
 from coserve.engine.model import LoadedModel
 from tests.tiny_directory import chat_lines, write_lines
-from tests.tiny_engine import MakeEngine, build_model, drive, prompt, tracked_engines
+from tests.tiny_engine import MakeEngine, build_model, drive, prompt
 from tests.unit.test_engine_jobs import GREEDY, assert_same_result
 
 KINDS: dict[str, AdapterConfig] = {
@@ -34,11 +33,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(directory: Path) -> LoadedModel:
     return build_model(directory / "model")
-
-
-@pytest.fixture
-def engines(model: LoadedModel) -> Iterator[MakeEngine]:
-    yield from tracked_engines(model)
 
 
 def test_jobs_and_requests_of_all_kinds_at_once(

@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from dataclasses import replace
 
 import pytest
@@ -18,7 +18,7 @@ from coserve.core import CapacityError, ConfigError, CoserveError, InvalidReques
 from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
 from coserve.engine.requests import Chunk
-from tests.tiny_engine import MakeEngine, assert_nothing_left, build_model, drive, make_engine, prompt, tracked_engines
+from tests.tiny_engine import MakeEngine, assert_nothing_left, build_model, drive, make_engine, prompt
 
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=400)
@@ -28,11 +28,6 @@ IDS = prompt(20)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return build_model(tmp_path_factory.mktemp("engine") / "model")
-
-
-@pytest.fixture
-def engines(model: LoadedModel) -> Iterator[MakeEngine]:
-    yield from tracked_engines(model)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coserve import cli
 from coserve.compiler import baselines
 from coserve.compiler.plan import LayerBypass, plan_training
 from coserve.compiler.report import report
@@ -37,6 +37,7 @@ from coserve.plancli import read_limit
 from coserve.runtime.executor import head_rows
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import layer_bypasses
+from tests.unit.conftest import Run
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
@@ -345,28 +346,12 @@ def test_baselines_are_left_out_with_a_reason(models: Path, monkeypatch: pytest.
 # --- the command ---
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    def call(*args: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["coserve", "plan", *map(str, args)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return Ran(int(code or 0), captured.out, captured.err)
-
-    return call
+def plan(run: Run) -> Run:
+    return partial(run, "plan")
 
 
-def test_plan_as_json(plan: Callable[..., Ran], models: Path, smollm2: Case) -> None:
+def test_plan_as_json(plan: Run, models: Path, smollm2: Case) -> None:
     result = plan(models / "smollm2", "--activation-memory", "500MB", "--json")
     assert (result.code, result.err) == (0, "")
     data = json.loads(result.out)
@@ -387,7 +372,7 @@ def test_plan_as_json(plan: Callable[..., Ran], models: Path, smollm2: Case) -> 
     assert data["seconds"]["plan"] < 5
 
 
-def test_plan_writes_files_and_says_the_same_on_the_terminal(plan: Callable[..., Ran], models: Path, tmp_path: Path) -> None:
+def test_plan_writes_files_and_says_the_same_on_the_terminal(plan: Run, models: Path, tmp_path: Path) -> None:
     result = plan(
         models / "tiny", "--target-modules", "down_proj", "--json", tmp_path / "plan.json", "--plot", tmp_path / "plan.png",
         "--activation-memory", "0.7", "--dtype", "bfloat16",
@@ -402,7 +387,7 @@ def test_plan_writes_files_and_says_the_same_on_the_terminal(plan: Callable[...,
     assert "curve" in result.out
 
 
-def test_json_without_a_file_goes_to_standard_output_wherever_it_stands(plan: Callable[..., Ran], models: Path) -> None:
+def test_json_without_a_file_goes_to_standard_output_wherever_it_stands(plan: Run, models: Path) -> None:
     outputs = [
         plan(models / "tiny", "--json", "--no-baselines"), plan("--no-baselines", models / "tiny", "--json"),
         plan(models / "tiny", "--no-baselines", "--json", "-"),
@@ -420,7 +405,7 @@ def test_json_without_a_file_goes_to_standard_output_wherever_it_stands(plan: Ca
     (("--activation-memory", "lots"), "activation_memory: write bytes"),
     (("--activation-memory", "1kB"), "activation_memory: a micro-batch of 1024 tokens takes at least"),
 ])
-def test_bad_arguments_are_one_line(plan: Callable[..., Ran], models: Path, args: tuple[str, ...], message: str) -> None:
+def test_bad_arguments_are_one_line(plan: Run, models: Path, args: tuple[str, ...], message: str) -> None:
     result = plan(models / "tiny", *args)
     assert result.code == 2
     assert result.out == ""

@@ -23,7 +23,7 @@ from coserve.server.settings import ServerConfig
 
 ENGINE_ENVIRONMENT: Mapping[str, str] = {
     # Every thread that has multiplied has an OpenMP team of its own: the one that loads the weights, the engine's. A waiting
-    # team that spins takes the core that the other one needs: with active waiting two threads are as slow as one.
+    # team that spins takes the core that the other one needs: with active waiting two threads are slower than one.
     "OMP_WAIT_POLICY": "passive",
 }
 """Of the engine's process, unless the user has set them."""
