@@ -21,6 +21,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 TooLong = Literal["error", "drop", "truncate"]
 Placement = Literal["houlsby", "pfeiffer"]
 Activation = Literal["relu", "gelu"]
+Compression = Literal["none", "lossless", "fp8"]
 
 
 def require(condition: bool, name: str, message: str) -> None:
@@ -199,6 +200,9 @@ class FinetuneConfig:
     activation_memory_bytes: int | None = None
     """What one micro-batch may take in flight. Where keeping everything takes more, backward runs some of forward's products
     again; None: that happens only where there is too little memory otherwise."""
+    activation_compression: Compression = "lossless"
+    """How kept activations are stored. lossless: bits where backward reads only signs. fp8: nearly all in 8-bit floats, which
+    changes gradients a little; none: as they are."""
     max_length: int | None = None
     """Longest example in tokens; default: `max_microbatch_tokens` or the model's limit, whichever is less."""
     too_long: TooLong = "error"
@@ -229,6 +233,8 @@ class FinetuneConfig:
                       "activation_memory_bytes")
         require_least(self, 2, "max_length")
         require_least(self, 0, "checkpoint_steps", "validation_steps")
+        require(self.activation_compression in ("none", "lossless", "fp8"), "activation_compression",
+                f"must be none, lossless or fp8, got {self.activation_compression!r}")
         require(self.too_long in ("error", "drop", "truncate"), "too_long",
                 f"must be error, drop or truncate, got {self.too_long!r}")
 

@@ -24,7 +24,15 @@ from typer.core import TyperCommand
 from coserve.compiler import baselines
 from coserve.compiler.baselines import Baselines
 from coserve.compiler.report import LayerReport, report
-from coserve.config import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig, finetune_config_from_dict, to_dict
+from coserve.config import (
+    AdapterConfig,
+    BottleneckConfig,
+    Compression,
+    IA3Config,
+    LoraConfig,
+    finetune_config_from_dict,
+    to_dict,
+)
 from coserve.core import ConfigError
 from coserve.engine.budget import shape_adapter
 from coserve.engine.estimate import PARTS, Estimate, Shape, estimate
@@ -83,6 +91,7 @@ class Planned:
     settings: AdapterConfig
     dtype: str
     activation_memory: str
+    activation_compression: Compression
     estimate: Estimate
     kept: tuple[LayerReport, ...]
     baselines: Baselines
@@ -113,6 +122,9 @@ def plan(
     activation_memory: Annotated[
         str, typer.Option(help="Limit of the total: bytes (12.5GB), a share below 1 of the fastest plan's, or auto: none.")
     ] = AUTO,
+    activation_compression: Annotated[
+        str, typer.Option(help="none, lossless (sign bits) or fp8, which changes gradients a little.")
+    ] = "lossless",
     no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Leave transformers + peft out.")] = False,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="[FILE|-]", help="Write the plan as JSON; - or nothing: standard output.")
@@ -126,7 +138,8 @@ def plan(
     planned = make_plan(
         locate_model(model), Asked(kind=adapter, rank=rank, targets=targets, dropout=dropout), dtype=dtype,
         sequence_length=sequence_length, num_tokens=max_microbatch_tokens or sequence_length, window_tokens=window_tokens,
-        activation_memory=activation_memory, with_baselines=not no_baselines,
+        activation_memory=activation_memory, activation_compression=activation_compression,
+        with_baselines=not no_baselines,
     )
     if json_file == "-":
         print(to_json(planned))
@@ -148,7 +161,7 @@ def plan(
 
 def make_plan(
     directory: Path, adapter: Asked, *, dtype: str, sequence_length: int, num_tokens: int, window_tokens: int,
-    activation_memory: str, with_baselines: bool,
+    activation_memory: str, activation_compression: str = "lossless", with_baselines: bool,
 ) -> Planned:
     """Plans training for a model directory. Raises ConfigError, CapacityError."""
     settings = adapter.settings()
@@ -170,7 +183,8 @@ def make_plan(
         arch=arch, itemsize=DTYPES[dtype].itemsize, num_tokens=num_tokens, sequence_length=sequence_length,
         window_tokens=min(window_tokens, num_tokens), num_parameters=empty.flat.numel(),
     )
-    result = estimate(shape, bypasses, read_limit(activation_memory))
+    compression = finetune_config_from_dict({"activation_compression": activation_compression}).activation_compression
+    result = estimate(shape, bypasses, read_limit(activation_memory), compression=compression)
     kept = report(result.plan, itemsize=shape.itemsize)
     seconds = time.perf_counter() - start
     beside = Baselines(peft=None, checkpointing=None, reason="left out (--no-baselines)")
@@ -181,7 +195,8 @@ def make_plan(
         )
     return Planned(
         model=directory.name, shape=shape, kind=adapter.kind, settings=settings, dtype=dtype,
-        activation_memory=activation_memory, estimate=result, kept=kept, baselines=beside, seconds=seconds,
+        activation_memory=activation_memory, activation_compression=compression, estimate=result, kept=kept,
+        baselines=beside, seconds=seconds,
     )
 
 
@@ -213,9 +228,10 @@ def title(planned: Planned) -> str:
     targets = _targets(settings)
     sites = targets if isinstance(targets, str) else ", ".join(targets)
     size = f" r{_rank(settings)}" if _rank(settings) else ""
+    stored = ", kept values in fp8" if planned.activation_compression == "fp8" else ""
     return (
         f"{planned.model}: {planned.kind}{size}{f' on {sites}' if sites else ''}, {planned.dtype}, micro-batch of "
-        f"{shape.num_tokens} tokens, windows of {shape.window_tokens}"
+        f"{shape.num_tokens} tokens, windows of {shape.window_tokens}{stored}"
     )
 
 
@@ -232,6 +248,7 @@ def to_json(planned: Planned) -> str:
         },
         "sequence_length": shape.sequence_length, "max_microbatch_tokens": shape.num_tokens,
         "window_tokens": shape.window_tokens, "dtype": planned.dtype, "activation_memory": planned.activation_memory,
+        "activation_compression": planned.activation_compression,
         "stages": [
             {"name": stage.name, "bytes_per_token": stage.bytes_per_token, "total_bytes": stage.total_bytes,
              "extra_flops_ratio": stage.extra_flops_ratio, "parts": stage.parts, "note": stage.note}

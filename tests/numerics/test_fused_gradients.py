@@ -107,7 +107,7 @@ class Training:
     def __init__(self, case: Case, adapter: Adapter, train: TrainExecutor, rng: Random) -> None:
         self.case, self.adapter, self.train, self.rng = case, adapter, train, rng
         self.batch = pack(case.examples, device=CPU, seed=case.seed, step=3)
-        self.plan = budgeted_plan(train.weights, adapter, case.budget)
+        self.plan = budgeted_plan(train.weights, adapter, case.budget, case.compression)
         self.layout = microbatch_layout(self.plan, self.batch.num_tokens, train.arch, 8, forward_only=False)
         self.state: InFlight | None = None
         self.present: Adapter | None = None
@@ -377,12 +377,25 @@ def test_dropout_is_the_same_fused_and_unfused(family: str, seed: int) -> None:
         replace(case, config=replace(case.config, dropout=0.3), objective="sft", seed=seed + number)
         for number, case in enumerate(mix.jobs)
     )
-    mix = replace(mix, jobs=jobs)
+    check_against_unfused(replace(mix, jobs=jobs))
+
+
+@pytest.mark.parametrize(("family", "seed"), [("llama", 1), ("qwen3", 2), ("mistral", 3)])
+@pytest.mark.parametrize("budget", [1.0, 0.4])
+def test_fp8_is_the_same_fused_and_unfused(family: str, seed: int, budget: float) -> None:
+    """What is kept is rounded row by row, in whatever pass a row is; requests' rows are not."""
+    mix = fixed_mix(family, None, seed=seed)
+    jobs = tuple(replace(case, compression="fp8", budget=budget) for case in mix.jobs)
+    check_against_unfused(replace(mix, jobs=jobs))
+
+
+def check_against_unfused(mix: Mix) -> None:
+    """Gradients of fused training are those of the same jobs alone; requests' logits are right."""
     run = run_mix(mix)
     assert run.num_fused >= 2
     assert run.disturbed <= TOLERANCE
     assert request_error(mix, run) <= TOLERANCE
-    weights = pair(family, None).weights
+    weights = pair(mix.jobs[0].family, None).weights
     for case, training in zip(mix.jobs, run.trainings, strict=True):
         adapter = random_adapter(weights, case.config, case.seed)
         train_by_units(case, weights, adapter)

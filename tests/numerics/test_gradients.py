@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import LINEAR_SITES, AdapterConfig, LoraConfig
+from coserve.config import LINEAR_SITES, AdapterConfig, Compression, LoraConfig
 from coserve.core import Direction, Example, Unit
 from coserve.finetune.objectives import PreferenceObjective, Scored, SupervisedObjective
 from coserve.kernels import attention as attention_kernels
@@ -74,6 +74,7 @@ class Case:
     seed: int
     budget: float = 1.0
     """What is kept, from 0 (as little as can be) to 1 (all that costs a matrix product)."""
+    compression: Compression = "lossless"
 
 
 def random_example(rng: np.random.Generator, index: int, length: int) -> Example:
@@ -122,7 +123,7 @@ def train_by_units(
     rng, layers = Random(case.seed), weights.architecture.num_layers
     batch = pack(case.examples, device=CPU, seed=case.seed, step=3)
     references = reference_sums(case, executor, batch) if case.objective == "dpo" else None
-    plan = budgeted_plan(weights, adapter, case.budget)
+    plan = budgeted_plan(weights, adapter, case.budget, case.compression)
     state = executor.begin(batch, plan)
     for unit in forward or forward_units(rng, layers, batch.num_tokens):
         executor.run(state, unit, adapter)
@@ -133,13 +134,15 @@ def train_by_units(
     return state
 
 
-def budgeted_plan(weights: ModelWeights, adapter: Adapter, share: float) -> ModelPlan:
+def budgeted_plan(
+    weights: ModelWeights, adapter: Adapter, share: float, compression: Compression = "lossless"
+) -> ModelPlan:
     """The plan that keeps at most `share` of what there is between the least and the most."""
     arch, itemsize = weights.architecture, weights.dtype.itemsize
-    points = training_frontier(arch, adapter, itemsize=itemsize)
+    points = training_frontier(arch, adapter, itemsize=itemsize, compression=compression)
     most, least = points[0].arena_bytes, points[-1].arena_bytes
     budget = least + share * (most - least)
-    plan = training_plan(arch, adapter, itemsize=itemsize, arena_budget=budget)
+    plan = training_plan(arch, adapter, itemsize=itemsize, arena_budget=budget, compression=compression)
     assert plan.arena_bytes <= budget
     return plan
 

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coserve.compiler.differentiate import differentiate
-from coserve.compiler.graph import Graph, JointGraph, Node, Value, check, producers
+from coserve.compiler.graph import Element, Graph, JointGraph, Node, Value, check, producers
 from coserve.compiler.plan import LayerBypass, ModelPlan, plan_fused, plan_inference, plan_training
 from coserve.compiler.program import LayerPlan, Place, Program, Storage
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import Rematerialized, rematerialize
 from coserve.compiler.trace import Tracer, trace
-from coserve.config import LINEAR_SITES, LoraConfig
+from coserve.config import LINEAR_SITES, Compression, LoraConfig
 from coserve.core import Direction, Example, Unit
 from coserve.kernels import reference
 from coserve.model.architecture import Architecture
@@ -118,7 +118,7 @@ def test_trace_writes_the_bare_layer_down() -> None:
         "attention": 16, "log_sum_exp": 4, "o_proj": 12, "h": 12, "post_attention_layernorm": 12, "gate_proj": 20,
         "up_proj": 20, "silu_mul": 20, "down_proj": 12, "y": 12,
     }
-    assert [name for name, value in graph.values.items() if value.wide] == ["log_sum_exp"]
+    assert [name for name, value in graph.values.items() if value.element is Element.WIDE] == ["log_sum_exp"]
     assert graph.nodes[0].attrs == {"eps": 1e-5}
 
 
@@ -493,7 +493,7 @@ def live_ranges(program: Program) -> dict[int, Span]:
 def extent(storage: Storage, itemsize: int) -> tuple[int, int]:
     """First and end byte per row."""
     assert storage.offset % 16 == 0
-    return storage.offset, storage.offset + storage.width * (max(4, itemsize) if storage.wide else itemsize)
+    return storage.offset, storage.offset + storage.width * storage.element.num_bytes(itemsize)
 
 
 def assert_memory_is_sound(program: Program, itemsize: int) -> None:
@@ -512,8 +512,7 @@ def assert_memory_is_sound(program: Program, itemsize: int) -> None:
 
 def assert_arena_is_sound(plan: LayerPlan, itemsize: int) -> None:
     parts = [
-        (s.offset, s.offset + s.width * (max(4, itemsize) if s.wide else itemsize))
-        for s in plan.arena if s.place is Place.ARENA
+        extent(storage, itemsize) for storage in plan.arena if storage.place is Place.ARENA
     ]
     if plan.keeps_input:
         parts.append((plan.input_offset, plan.input_offset + plan.arena[0].width * itemsize))
@@ -645,25 +644,30 @@ def lora_layers(sites: Iterable[str], rank: int, dropout: float) -> list[LayerBy
 @given(
     own=st.sets(st.sampled_from(LINEAR_SITES)), others=st.sets(st.sampled_from(LINEAR_SITES)), qk_norm=st.booleans(),
     dropout=st.sampled_from([0.0, 0.3]), itemsize=st.sampled_from([2, 4, 8]), forward_only=st.booleans(),
+    compression=st.sampled_from(["none", "fp8"]),
 )
 def test_fused_programs_hold_what_training_keeps(
-    own: set[str], others: set[str], qk_norm: bool, dropout: float, itemsize: int, forward_only: bool
+    own: set[str], others: set[str], qk_norm: bool, dropout: float, itemsize: int, forward_only: bool, compression: Compression
 ) -> None:
     """All that the training rows' plan keeps is there, whole, when the program has ended; rows without an adapter at a site
     never read what only other rows wrote."""
     arch = make_arch(qk_norm=qk_norm)
-    training = plan_training(arch, lora_layers(own, 3, dropout), itemsize=itemsize, forward_only=forward_only)
+    training = plan_training(
+        arch, lora_layers(own, 3, dropout), itemsize=itemsize, forward_only=forward_only, compression=compression
+    )
     fused = plan_fused(arch, lora_layers(own | others, 5, dropout), training, itemsize=itemsize)
-    for plan, (program, copies) in zip(training.layers, [(f.program, f.copies) for f in fused], strict=True):
+    for plan, (program, keeps) in zip(training.layers, [(f.program, f.keeps) for f in fused], strict=True):
         assert_memory_is_sound(program, itemsize)
         for call in program.calls:
             assert call.op != "segment_linear" or call.accumulate or (call.weight or "").endswith("lora_A")
         wanted = {slot for slot in plan.kept_slots.values() if slot not in (plan.keys, plan.values)}
-        assert {kept for _, kept in copies} == wanted
+        assert {slot for keep in keeps for slot in keep.targets} == wanted
         spans = live_ranges(program)
-        for work, kept in copies:
-            assert work.width >= kept.width
-            storage = program.storages[work.storage]
+        for keep in keeps:
+            work, storage = keep.source, program.storages[keep.source.storage]
+            assert work.width >= keep.width == keep.targets[0].width
+            if keep.pack is not None and storage.place is Place.INPUT:
+                continue
             assert storage.place is Place.WORK
             for number, span in spans.items():
                 low, high = extent(program.storages[number], itemsize)

@@ -29,7 +29,7 @@ from coserve.compiler.plan import ModelPlan, Point, frontier, plan_fused, plan_t
 from coserve.compiler.program import Place
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import _Choices, curve, rematerialize
-from coserve.config import LINEAR_SITES, LoraConfig
+from coserve.config import LINEAR_SITES, Compression, LoraConfig
 from coserve.core import ConfigError, Direction, Unit
 from coserve.engine.budget import shape_adapter
 from coserve.model.architecture import Architecture
@@ -117,7 +117,7 @@ def lower_hull(points: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def test_curve_is_the_hull_of_all_choices(seed: int) -> None:
     """Against every set of nodes to run again. Equal slopes may stop between; so may choices that cost the same."""
     joint = random_joint(Random(seed))
-    choices = _Choices(joint, 4, 3.0)
+    choices = _Choices(joint, 4, 3.0, False)
     count = len(joint.forward.nodes)
     every = [frozenset(chosen) for size in range(count + 1) for chosen in combinations(range(count), size)]
     wanted = lower_hull([choices.cost(again) for again in every])
@@ -223,20 +223,23 @@ def test_any_budget_is_met_at_the_least_flops(arch: Architecture, sites: list[st
 @given(
     own=st.sets(st.sampled_from(LINEAR_SITES), min_size=1), others=st.sets(st.sampled_from(LINEAR_SITES)),
     qk_norm=st.booleans(), dropout=st.sampled_from([0.0, 0.3]), number=st.integers(0, 30),
+    compression=st.sampled_from(["none", "fp8"]),
 )
 def test_fused_programs_hold_what_a_smaller_plan_keeps(
-    own: set[str], others: set[str], qk_norm: bool, dropout: float, number: int
+    own: set[str], others: set[str], qk_norm: bool, dropout: float, number: int, compression: Compression
 ) -> None:
     arch = make_arch(qk_norm=qk_norm)
     layers = lora_layers(own, 3, dropout)
-    points = frontier(arch, layers, itemsize=4)
+    points = frontier(arch, layers, itemsize=4, compression=compression)
     budget = points[min(number, len(points) - 1)].arena_bytes
-    training = plan_training(arch, layers, itemsize=4, arena_budget=budget)
+    training = plan_training(arch, layers, itemsize=4, arena_budget=budget, compression=compression)
     fused = plan_fused(arch, lora_layers(own | others, 5, dropout), training, itemsize=4)
-    for plan, (program, copies) in zip(training.layers, [(f.program, f.copies) for f in fused], strict=True):
+    for plan, (program, keeps) in zip(training.layers, [(f.program, f.keeps) for f in fused], strict=True):
         assert_memory_is_sound(program, 4)
-        assert {kept for _, kept in copies} == {s for s in plan.kept_slots.values() if s not in (plan.keys, plan.values)}
-        assert all(program.storages[work.storage].place is Place.WORK for work, _ in copies)
+        wanted = {slot for slot in plan.kept_slots.values() if slot not in (plan.keys, plan.values)}
+        assert {slot for keep in keeps for slot in keep.targets} == wanted
+        places = [program.storages[keep.source.storage].place for keep in keeps if keep.pack is None]
+        assert all(place is Place.WORK for place in places)
 
 
 # --- running ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,17 +10,34 @@ from typing import Any
 from coserve.ops.table import TABLE, Operator
 
 
+class Element(enum.Enum):
+    """What a value's elements are."""
+
+    MODEL = "the model's dtype"
+    WIDE = "float32 whatever the model's dtype; float64 when that is float64"
+    BYTE = "bytes, whose meaning only the operators know that write and read them"
+
+    def num_bytes(self, itemsize: int) -> int:
+        """Of one element, for a model dtype of `itemsize` bytes."""
+        return {Element.MODEL: itemsize, Element.WIDE: max(itemsize, 4), Element.BYTE: 1}[self]
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
-    """width: elements per token. wide: kept in float32 whatever the model's dtype (float64 when that is float64)."""
+    """width: elements per token."""
 
     name: str
     width: int
-    wide: bool = False
+    element: Element = Element.MODEL
 
     def num_bytes(self, itemsize: int) -> int:
         """Bytes per token, for a model dtype of `itemsize` bytes."""
-        return self.width * (max(itemsize, 4) if self.wide else itemsize)
+        return self.width * self.element.num_bytes(itemsize)
+
+    def fp8_bytes(self, itemsize: int) -> int:
+        """The same where it can be kept in fp8, with the byte of its scale, if that is less."""
+        size = self.num_bytes(itemsize)
+        return min(size, self.width + 1) if self.element is Element.MODEL else size
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ outputs are column slices of one storage. Workspace offsets come from live range
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from coserve.compiler.graph import JointGraph, Node, Value, counterparts, producers
-from coserve.compiler.program import Call, FusedLayer, LayerPlan, Place, Program, Slot, Storage
+from coserve.compiler.graph import Element, JointGraph, Node, Value, counterparts, producers
+from coserve.compiler.program import Call, FusedLayer, Keep, LayerPlan, Place, Program, Slot, Storage
 from coserve.compiler.rematerialize import Rematerialized
-from coserve.ops.run import RUNNERS
+from coserve.ops.run import RUNNERS, Runner
 
 _ALIGN = 16
 _FOREVER = 1 << 30
@@ -126,7 +126,7 @@ def _place_work(spans: Mapping[int, tuple[int, int, int]]) -> tuple[dict[int, in
 
 
 def _size(storage: Storage, itemsize: int) -> int:
-    return _align(Value("", storage.width, storage.wide).num_bytes(itemsize))
+    return _align(storage.width * storage.element.num_bytes(itemsize))
 
 
 class _Homes:
@@ -144,7 +144,7 @@ class _Homes:
         values = [self.memory.values[root] for root in roots]
         width = sum(value.width for value in values)
         kept = roots[0] in self.arena
-        storage = Storage(Place.ARENA if kept else Place.WORK, width, values[0].wide, self.arena_bytes if kept else 0)
+        storage = Storage(Place.ARENA if kept else Place.WORK, width, values[0].element, self.arena_bytes if kept else 0)
         storages.append(storage)
         if kept:
             self.arena_bytes += _size(storage, self.itemsize)
@@ -170,6 +170,9 @@ def _assemble(
     outlive: values that someone reads after the last step.
     """
     homes = _Homes(memory, arena, itemsize)
+    packed = [root for root in arena if memory.values[root].element is Element.BYTE]
+    if packed:  # side by side, as one would be padded; wide ones first, so that they begin on even columns
+        homes.give(sorted(packed, key=lambda root: (-memory.values[root].width, root)))
     for index, step in enumerate(steps):
         roots = [root for name in step.outputs if (root := memory.root(name)) not in homes.slots and root[:3] != "dW:"]
         for together in [roots] if step.node.op == "linear" and roots else [[root] for root in roots]:
@@ -250,12 +253,13 @@ def lower(
     """Programs for one layer. `remat` None makes an inference plan: nothing is kept, K and V go where the batch says."""
     graph = joint.forward
     kept = tuple(k.name for k in remat.kept) if remat is not None else ()
+    nodes = [node for node in graph.nodes if not node.row.packs or node.outputs[0] in kept]
     keeps_input = graph.input in kept
-    storages = [Storage(Place.INPUT, graph.values[graph.input].width, False),
-                Storage(Place.OUTPUT, graph.values[graph.output].width, False)]
+    storages = [Storage(Place.INPUT, graph.values[graph.input].width, Element.MODEL),
+                Storage(Place.OUTPUT, graph.values[graph.output].width, Element.MODEL)]
     ends = {graph.input: Slot(0, 0, storages[0].width), graph.output: Slot(1, 0, storages[1].width)}
     memory = _Memory(graph.values, dict(ends), storages, {graph.input, graph.output, *kept})
-    steps = _fuse_adds(graph.nodes, memory)
+    steps = _fuse_adds(nodes, memory)
     arena = {memory.root(name) for name in kept if name != graph.input}
     places = {name: memory.root(name) in arena for name in graph.values}
     steps = _merge(steps, merged, places)
@@ -282,20 +286,28 @@ def lower_fused(
     """A forward program for rows of requests and of training together, of which the training rows are kept as `own` keeps them.
 
     All values lie in the workspace, over all rows; after the program, the training rows of the kept ones are copied to the
-    arena. `joint` may have more bypass sites than `own`, those of requests' adapters.
+    arena, or packed into it. `joint` may have more bypass sites than `own`, those of requests' adapters.
     """
     graph = joint.forward
-    storages = [Storage(Place.INPUT, graph.values[graph.input].width, False),
-                Storage(Place.OUTPUT, graph.values[graph.output].width, False)]
+    storages = [Storage(Place.INPUT, graph.values[graph.input].width, Element.MODEL),
+                Storage(Place.OUTPUT, graph.values[graph.output].width, Element.MODEL)]
     ends = {graph.input: Slot(0, 0, storages[0].width), graph.output: Slot(1, 0, storages[1].width)}
-    names = counterparts(own.joint.forward, graph)
-    kept = {names[name]: slot for name, slot in own.kept_slots.items()}
-    memory = _Memory(graph.values, dict(ends), storages, {graph.input, graph.output, *kept})
+    names, kept = counterparts(own.joint.forward, graph), own.kept_slots
+    packing = [node for node in own.joint.forward.nodes if node.row.packs and node.outputs[0] in kept]
+    packed = {name for node in packing for name in node.outputs}
+    values = {names[name] for name in kept.keys() - packed} | {names[node.inputs[0]] for node in packing}
+    memory = _Memory(graph.values, dict(ends), storages, {graph.input, graph.output, *values})
     steps = _merge(_fuse_adds(graph.nodes, memory), merged, dict.fromkeys(graph.values, False))
-    program, slots, _ = _assemble(steps, memory, set(), itemsize, outlive=tuple(kept))
+    program, slots, _ = _assemble(steps, memory, set(), itemsize, outlive=tuple(values))
     whole = {own.keys, own.values}
-    copies = tuple((slots[name], slot) for name, slot in kept.items() if slot not in whole)
-    return FusedLayer(program=program, copies=copies)
+    own_values = own.joint.forward.values
+
+    def keep(name: str, targets: Iterable[str], pack: Runner | None) -> Keep:
+        return Keep(slots[names[name]], own_values[name].width, tuple(kept[target] for target in targets), pack)
+
+    copies = [keep(name, (name,), None) for name, slot in kept.items() if name not in packed and slot not in whole]
+    packs = [keep(node.inputs[0], node.outputs, RUNNERS[node.op]) for node in packing]
+    return FusedLayer(program=program, keeps=(*copies, *packs))
 
 
 def _lower_backward(
@@ -303,7 +315,7 @@ def _lower_backward(
     merged: Mapping[str, tuple[str, ...]], itemsize: int,
 ) -> Program:
     gradient = Slot(len(storages), 0, joint.values[joint.output_grad].width)
-    storages.append(Storage(Place.GRAD, gradient.width, False))
+    storages.append(Storage(Place.GRAD, gradient.width, Element.MODEL))
     memory = _Memory(joint.values, {**kept, joint.output_grad: gradient}, storages, set(kept))
     nodes = _with_recompute(joint, remat.recompute)
     if joint.input_grad is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
+from coserve.compiler.compress import pack_signs, to_fp8
 from coserve.compiler.differentiate import differentiate
 from coserve.compiler.flops import SEQUENCE_LENGTH, layer_flops, mean_context
 from coserve.compiler.graph import JointGraph
@@ -15,6 +16,7 @@ from coserve.compiler.program import FusedLayer, LayerPlan
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import Rematerialized, curve, rematerialize
 from coserve.compiler.trace import trace
+from coserve.config import Compression
 from coserve.core import ConfigError
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED, Bypass
@@ -91,9 +93,9 @@ class TrainingPlans:
 
     def __init__(
         self, arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, forward_only: bool = False,
-        sequence_length: int = SEQUENCE_LENGTH,
+        sequence_length: int = SEQUENCE_LENGTH, compression: Compression = "lossless",
     ) -> None:
-        self.itemsize = itemsize
+        self.itemsize, self.fp8 = itemsize, compression == "fp8"
         nothing = len(bypasses)
         lowest = nothing if forward_only else next((i for i, b in enumerate(bypasses) if b.factor_widths), nothing)
         self.keys: list[object] = []
@@ -106,26 +108,34 @@ class TrainingPlans:
             if key not in self.graphs:
                 joint = differentiate(trace(arch, bypass.bypass, bypass.factor_widths))
                 trainable = frozenset() if forward_only else frozenset(bypass.factor_widths)
-                self.graphs[key] = prune(joint, trainable=trainable.__contains__, input_gradient=index > lowest)
+                pruned = prune(joint, trainable=trainable.__contains__, input_gradient=index > lowest)
+                self.graphs[key] = pruned if compression == "none" else pack_signs(pruned)
                 self.contexts[key] = context
         self._curves: dict[object, list[LayerPlan]] = {}
         self._first: ModelPlan | None = None
 
+    @property
+    def compresses(self) -> bool:
+        """Whether anything may be kept in fewer bytes than it has."""
+        return self.fp8 or any(node.row.packs for joint in self.graphs.values() for node in joint.forward.nodes)
+
     def lower(self, key: object, remat: Rematerialized) -> LayerPlan:
         joint = self.graphs[key]
+        if self.fp8:
+            joint, remat = to_fp8(joint, remat, self.itemsize)
         plan = lower(joint, remat, merged=MERGED, itemsize=self.itemsize)
         return replace(plan, flops=layer_flops(joint, remat.recompute, self.contexts[key]))
 
     def first(self) -> list[LayerPlan]:
         """By layer, without recomputing a matrix product."""
-        plans = {key: self.lower(key, rematerialize(joint, self.itemsize)) for key, joint in self.graphs.items()}
+        plans = {key: self.lower(key, rematerialize(joint, self.itemsize, fp8=self.fp8)) for key, joint in self.graphs.items()}
         return [plans[key] for key in self.keys]
 
     def curve(self, key: object) -> list[LayerPlan]:
         """A layer's choices in order of rising FLOPs, each with fewer bytes than the one before."""
         if key not in self._curves:
             plans: list[LayerPlan] = []
-            for remat in curve(self.graphs[key], self.itemsize, self.contexts[key]):
+            for remat in curve(self.graphs[key], self.itemsize, self.contexts[key], fp8=self.fp8):
                 plan = self.lower(key, remat)
                 if not plans or plan.arena_bytes < plans[-1].arena_bytes:
                     plans.append(plan)
@@ -202,26 +212,29 @@ class TrainingPlans:
 
 def plan_training(
     arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, forward_only: bool = False,
-    arena_budget: float | None = None, sequence_length: int = SEQUENCE_LENGTH,
+    arena_budget: float | None = None, sequence_length: int = SEQUENCE_LENGTH, compression: Compression = "lossless",
 ) -> ModelPlan:
     """Forward and backward programs of every layer. A layer's input gradient exists only above the lowest bypass.
 
     `forward_only` trains nothing: what is kept is K and V, which later windows read. arena_budget: bytes per token kept over
     all layers, met by running those matrix products again that cost the fewest FLOPs per byte; None: none of them.
-    sequence_length: of a typical example, which sets attention's FLOPs. Raises ConfigError if the budget can't be met.
+    sequence_length: of a typical example, which sets attention's FLOPs. compression: of what is kept, as
+    FinetuneConfig.activation_compression. Raises ConfigError if the budget can't be met.
     """
     plans = TrainingPlans(
-        arch, bypasses, itemsize=itemsize, forward_only=forward_only, sequence_length=sequence_length
+        arch, bypasses, itemsize=itemsize, forward_only=forward_only, sequence_length=sequence_length, compression=compression
     )
     return plans.plan(arena_budget)
 
 
 def frontier(
     arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, sequence_length: int = SEQUENCE_LENGTH,
-    num_points: int = 25,
+    num_points: int = 25, compression: Compression = "lossless",
 ) -> tuple[Point, ...]:
     """Budgets from the most bytes to the fewest, in order of rising FLOPs: `num_points`, or all where there are fewer."""
-    plans = TrainingPlans(arch, bypasses, itemsize=itemsize, sequence_length=sequence_length)
+    plans = TrainingPlans(
+        arch, bypasses, itemsize=itemsize, sequence_length=sequence_length, compression=compression
+    )
     return plans.frontier(num_points)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coserve.compiler.flops import NO_FLOPS, LayerFlops
-from coserve.compiler.graph import JointGraph, Node
+from coserve.compiler.graph import Element, JointGraph, Node
 from coserve.compiler.rematerialize import Kept
 from coserve.ops.run import Runner
 
@@ -34,7 +34,7 @@ class Storage:
 
     place: Place
     width: int
-    wide: bool
+    element: Element
     offset: int = 0
 
 
@@ -96,9 +96,21 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """How one value comes into the arena: the first `width` columns of its rows in `source` are copied to `targets`, or packed
+    into them by `pack`. The source may be wider: a product with an adapter's first factor has the width of the batch's largest
+    rank."""
+
+    source: Slot
+    width: int
+    targets: tuple[Slot, ...]
+    pack: Runner | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FusedLayer:
-    """A forward program over rows of requests and of training. copies: (workspace slot, arena slot) of kept values, whose
-    training rows are copied after it; K and V are not among them, as attention writes them."""
+    """A forward program over rows of requests and of training. keeps: what follows it, for the training rows of the kept
+    values; K and V are not among them, as attention writes them."""
 
     program: Program
-    copies: tuple[tuple[Slot, Slot], ...]
+    keeps: tuple[Keep, ...]

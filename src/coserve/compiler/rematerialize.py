@@ -56,6 +56,7 @@ class _Choices:
     joint: JointGraph
     itemsize: int
     context: float
+    fp8: bool
 
     @cached_property
     def whole(self) -> frozenset[str]:
@@ -63,7 +64,10 @@ class _Choices:
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
-        return {name: value.num_bytes(self.itemsize) for name, value in self.joint.forward.values.items()}
+        return {
+            name: value.fp8_bytes(self.itemsize) if self.fp8 and name not in self.whole else value.num_bytes(self.itemsize)
+            for name, value in self.joint.forward.values.items()
+        }
 
     @cached_property
     def make(self) -> Mapping[str, int]:
@@ -152,16 +156,16 @@ class _Choices:
         )
 
 
-def rematerialize(joint: JointGraph, itemsize: int = 4) -> Rematerialized:
-    """The fewest bytes without recomputing a matrix product."""
-    choices = _Choices(joint, itemsize, 1.0)
+def rematerialize(joint: JointGraph, itemsize: int = 4, *, fp8: bool = False) -> Rematerialized:
+    """The fewest bytes without recomputing a matrix product. fp8: what can be will be kept so (compress.py)."""
+    choices = _Choices(joint, itemsize, 1.0, fp8)
     return choices.describe(choices.cut(1, sum(choices.sizes.values()) + 1))
 
 
-def curve(joint: JointGraph, itemsize: int, context: float) -> tuple[Rematerialized, ...]:
+def curve(joint: JointGraph, itemsize: int, context: float, *, fp8: bool = False) -> tuple[Rematerialized, ...]:
     """All choices of one layer that are best at some price of a FLOP, from no matrix product recomputed to fewest bytes.
 
-    context: tokens that a query sees, on average (`flops.mean_context`).
+    context: tokens that a query sees, on average (`flops.mean_context`). fp8: as for `rematerialize`.
     """
-    choices = _Choices(joint, itemsize, context)
+    choices = _Choices(joint, itemsize, context, fp8)
     return tuple(choices.describe(again) for again in choices.hull())

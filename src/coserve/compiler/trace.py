@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from coserve.compiler.graph import Graph, Node, Value
+from coserve.compiler.graph import Element, Graph, Node, Value
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import Bypass, layer, linear_shapes
 
@@ -20,10 +20,10 @@ class Tracer:
         self.values: dict[str, Value] = {}
         self.nodes: list[Node] = []
 
-    def value(self, name: str, width: int, *, wide: bool = False) -> Value:
+    def value(self, name: str, width: int, element: Element = Element.MODEL) -> Value:
         while name in self.values:
             name += "'"
-        self.values[name] = Value(name, width, wide)
+        self.values[name] = Value(name, width, element)
         return self.values[name]
 
     def node(self, op: str, inputs: tuple[Value, ...], out: Value, weight: str | None = None, **attrs: Any) -> Value:
@@ -53,7 +53,7 @@ class Tracer:
 
     def attention(self, q: Value, k: Value, v: Value) -> Value:
         out = self.value("attention", q.width)
-        lse = self.value("log_sum_exp", q.width // self.arch.head_dim, wide=True)
+        lse = self.value("log_sum_exp", q.width // self.arch.head_dim, Element.WIDE)
         self.nodes.append(Node("attention", (q.name, k.name, v.name), (out.name, lse.name)))
         return out
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import AdapterConfig
+from coserve.config import AdapterConfig, Compression
 from coserve.core import CapacityError, Group
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import expected_shapes
@@ -99,43 +99,52 @@ class FittedPlan(NamedTuple):
     num_tokens: int
     num_bytes: int
     fits: bool
+    compression: Compression
 
     def __str__(self) -> str:
         again = f"backward runs {self.plan.extra_flops_ratio:.1%} of the matrix products again"
+        rounded = ", in fp8, which changes gradients a little" if self.compression == "fp8" else ""
         return (
             f"a micro-batch of {self.num_tokens} tokens takes {self.num_bytes / GIB:.3f} GiB, {self.plan.arena_bytes} bytes "
-            f"per token are kept; {again if self.plan.recompute_flops else 'no matrix product is run again'}"
+            f"per token are kept{rounded}; {again if self.plan.recompute_flops else 'no matrix product is run again'}"
         )
 
 
-def fit_plan(arch: Architecture, adapter: Adapter, room: float, workload: Workload, *, itemsize: int) -> FittedPlan:
+def fit_plan(
+    arch: Architecture, adapter: Adapter, room: float, workload: Workload, *, itemsize: int,
+    compression: Compression = "lossless",
+) -> FittedPlan:
     """The plan with the fewest FLOPs whose largest micro-batch takes at most `room` bytes in flight; if none does, the smallest
     plan."""
 
     def fitted(arena_budget: float | None) -> FittedPlan:
         plan = training_plan(
-            arch, adapter, itemsize=itemsize, arena_budget=arena_budget, sequence_length=workload.sequence_length
+            arch, adapter, itemsize=itemsize, arena_budget=arena_budget, sequence_length=workload.sequence_length,
+            compression=compression,
         )
         layout = microbatch_layout(plan, workload.num_tokens, arch, itemsize, forward_only=False)
-        return FittedPlan(plan, workload.num_tokens, layout.total, layout.total <= room)
+        return FittedPlan(plan, workload.num_tokens, layout.total, layout.total <= room, compression)
 
     most = fitted(None)
     if most.fits:
         return most
     layout = microbatch_layout(most.plan, workload.num_tokens, arch, itemsize, forward_only=False)
     budget = (room - layout.total + layout.arena) // 64 * 64 / arena_rows(workload.num_tokens)
-    least = training_frontier(arch, adapter, itemsize=itemsize, sequence_length=workload.sequence_length)[-1].arena_bytes
+    least = training_frontier(
+        arch, adapter, itemsize=itemsize, sequence_length=workload.sequence_length, compression=compression
+    )[-1].arena_bytes
     return fitted(max(budget, least))
 
 
 def asked_plan(
-    arch: Architecture, adapter: Adapter, workload: Workload, activation_memory_bytes: int | None, *, itemsize: int
+    arch: Architecture, adapter: Adapter, workload: Workload, activation_memory_bytes: int | None, *, itemsize: int,
+    compression: Compression = "lossless",
 ) -> FittedPlan:
     """The plan for a setting, whatever there is. Raises CapacityError if no plan meets it."""
     room = math.inf if activation_memory_bytes is None else activation_memory_bytes
-    found = fit_plan(arch, adapter, room, workload, itemsize=itemsize)
+    found = fit_plan(arch, adapter, room, workload, itemsize=itemsize, compression=compression)
     if not found.fits:
-        most = fit_plan(arch, adapter, math.inf, workload, itemsize=itemsize)
+        most = fit_plan(arch, adapter, math.inf, workload, itemsize=itemsize, compression=compression)
         raise CapacityError(
             f"activation_memory_bytes: a micro-batch of {workload.num_tokens} tokens takes at least {found.num_bytes} bytes, "
             f"{most.num_bytes} without running a product again, and {activation_memory_bytes} are allowed; raise it, or lower "

@@ -14,6 +14,7 @@ from coserve.compiler.lower import lower
 from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans
 from coserve.compiler.program import LayerPlan
 from coserve.compiler.rematerialize import Kept, Rematerialized
+from coserve.config import Compression
 from coserve.core import CapacityError
 from coserve.engine.budget import training_bytes
 from coserve.model.architecture import Architecture
@@ -26,10 +27,15 @@ STAGES: Mapping[str, str] = {
     "prune": "what the pruned backward reads",
     "rematerialize": "element-wise values made again",
     "budget": "matrix products made again, to fit",
-    "compress": "as before: no kept value is compressed",
+    "compress": "kept values in fewer bytes",
     _IN_WINDOWS: "one window's transients instead of a micro-batch's",
 }
 """Name -> what the stage is left with, in order. A stage's window is the whole micro-batch before the last one."""
+
+_COMPRESSED: Mapping[Compression, str] = {
+    "none": "as before: not asked for", "lossless": "bits where only signs are read",
+    "fp8": "kept values in 8-bit floats, which changes gradients a little",
+}
 
 PARTS = ("kept activations", "gradients", "workspace", "loss")
 """What a total is the sum of. gradients: of the residual stream, with its parked rows, and of one layer's keys and values."""
@@ -138,17 +144,35 @@ def _everything(joint: JointGraph) -> Rematerialized:
     return Rematerialized(kept=kept, recompute=())
 
 
-def estimate(shape: Shape, bypasses: Sequence[LayerBypass], limit: float | None, num_points: int = 25) -> Estimate:
+def estimate(
+    shape: Shape, bypasses: Sequence[LayerBypass], limit: float | None, num_points: int = 25,
+    compression: Compression = "lossless",
+) -> Estimate:
     """All stages and the curve. limit: of the total in windows, in bytes, or below 1 as a share of the fastest plan's total;
-    None: no matrix product is made again. Raises CapacityError."""
-    plans = TrainingPlans(shape.arch, bypasses, itemsize=shape.itemsize, sequence_length=shape.sequence_length)
-    fastest = plans.plan(None)
-    curve = [fastest, *(plans.plan(point.arena_bytes) for point in plans.frontier(num_points)[1:])]
+    None: no matrix product is made again. Stages before `compress` are of plans for the same limit without compression, or of
+    the smallest where none meets it. Raises CapacityError."""
+
+    def planned(how: Compression) -> TrainingPlans:
+        return TrainingPlans(
+            shape.arch, bypasses, itemsize=shape.itemsize, sequence_length=shape.sequence_length, compression=how
+        )
+
+    plans = planned(compression)
+    whole = planned("none") if plans.compresses else plans
+    fastest, first = plans.plan(None), whole.plan(None)
+    curve = _curve(plans, num_points)
     if limit is not None and limit < 1:
         limit *= shape.total(fastest)
-    asked = fastest if limit is None else _fit(shape, curve, plans, limit)
-    own = {"prune": keep_everything(shape.arch, fastest, shape.itemsize), "rematerialize": fastest}
-    notes = {**STAGES, "budget": "as before: nothing less was asked"} if asked is fastest else STAGES
+    asked = before = fastest
+    if limit is not None:
+        asked = before = _fit(shape, curve, plans, limit)
+        _check_limit(shape, asked, limit)
+    if whole is not plans:
+        before = first if limit is None else _fit(shape, _curve(whole, num_points), whole, limit)
+    own = {"prune": keep_everything(shape.arch, first, shape.itemsize), "rematerialize": first, "budget": before}
+    notes = {**STAGES, "compress": _COMPRESSED[compression] if whole is not plans else "as before: nothing to compress"}
+    if before is first:
+        notes["budget"] = "as before: nothing less was asked"
     work = fastest.forward_flops + fastest.backward_flops
     return Estimate(
         plan=asked, stages=tuple(_stage(shape, name, note, own.get(name, asked)) for name, note in notes.items()),
@@ -160,18 +184,26 @@ def estimate(shape: Shape, bypasses: Sequence[LayerBypass], limit: float | None,
     )
 
 
-def _fit(shape: Shape, curve: Sequence[ModelPlan], plans: TrainingPlans, limit: float) -> ModelPlan:
-    """The plan with the fewest FLOPs whose total is at most `limit` bytes: between the curve's first that is and its last that
-    isn't. Raises CapacityError."""
-    fitting = next((number for number, point in enumerate(curve) if shape.total(point) <= limit), None)
-    if fitting is None:
-        least = min(curve, key=shape.total)
+def _curve(plans: TrainingPlans, num_points: int) -> list[ModelPlan]:
+    return [plans.plan(None), *(plans.plan(point.arena_bytes) for point in plans.frontier(num_points)[1:])]
+
+
+def _check_limit(shape: Shape, least: ModelPlan, limit: float) -> None:
+    if shape.total(least) > limit:
         parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in shape.parts(least, shape.window_tokens).items())
         raise CapacityError(
             f"activation_memory: a micro-batch of {shape.num_tokens} tokens takes at least {shape.total(least) / 1e9:.3g} GB "
             f"({parts}), and {limit / 1e9:.3g} GB are allowed; lower max_microbatch_tokens or window_tokens",
             param="activation_memory",
         )
+
+
+def _fit(shape: Shape, curve: Sequence[ModelPlan], plans: TrainingPlans, limit: float) -> ModelPlan:
+    """The plan with the fewest FLOPs whose total is at most `limit` bytes: between the curve's first that is and its last that
+    isn't. If none is, the one with the smallest total."""
+    fitting = next((number for number, point in enumerate(curve) if shape.total(point) <= limit), None)
+    if fitting is None:
+        return min(curve, key=shape.total)
     found = curve[fitting]
     low, high = float(found.arena_bytes), float(curve[max(0, fitting - 1)].arena_bytes)
     for _ in range(_HALVINGS):

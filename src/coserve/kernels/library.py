@@ -118,6 +118,46 @@ def silu_mul_dgrad(d_gate: Tensor, d_up: Tensor, grad: Tensor, gate: Tensor, up:
     torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
 
 
+def sign_bits(out: Tensor, x: Tensor) -> None:
+    """out: uint8 [T, ceil(D / 8)]; bit i % 8 of byte i // 8 says whether x[:, i] > 0."""
+    bits = torch.zeros(x.shape[0], out.shape[1] * 8, dtype=torch.uint8, device=x.device)
+    torch.gt(x, 0, out=bits[:, : x.shape[1]])
+    shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
+    torch.sum(bits.unflatten(1, (-1, 8)) << shifts, dim=2, dtype=torch.uint8, out=out)
+
+
+def sign_values(out: Tensor, bits: Tensor) -> None:
+    """What `sign_bits` packed: 1 where x > 0, else 0."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    out.copy_(((bits[:, :, None] >> shifts) & 1).flatten(1)[:, : out.shape[1]])
+
+
+_FP8 = torch.float8_e4m3fn
+_FP8_LARGEST = 0.875
+"""Largest fraction of a row's power of two: e4m3's largest number is 448 = 0.875 * 2**9."""
+_EXPONENT_BIAS = 127
+
+
+def fp8_encode(bits: Tensor, exponent: Tensor, x: Tensor) -> None:
+    """x = e4m3 * 2**e, where e is a row's own and so that the row's largest element is just within e4m3's range.
+
+    bits: uint8 [T, D], e4m3's; exponent: uint8 [T, 1], e + 127. Elements keep 4 significant bits down to 2**-15 of the row's
+    largest, and lose them below. A row that isn't finite becomes NaN.
+    """
+    largest = x.abs().amax(1, keepdim=True)
+    fraction, power = torch.frexp(largest)
+    scale = (power - 9 + (fraction > _FP8_LARGEST)).clamp_(-_EXPONENT_BIAS + 1, _EXPONENT_BIAS)
+    exponent.copy_(scale + _EXPONENT_BIAS)
+    shrink = torch.exp2(-scale.to(x.dtype)).masked_fill_(~largest.isfinite(), torch.nan)
+    bits.view(_FP8).copy_(x * shrink)
+
+
+def fp8_decode(out: Tensor, bits: Tensor, exponent: Tensor) -> None:
+    """What `fp8_encode` packed, in the dtype of `out`."""
+    out.copy_(bits.view(_FP8))
+    out.mul_(torch.exp2(exponent.to(out.dtype) - _EXPONENT_BIAS))
+
+
 def dropout(out: Tensor, x: Tensor, row_keys_T: Tensor, site_key: int, p: float, accumulate: bool = False) -> None:
     """Inverted dropout by the counter hash; its own gradient."""
     mask = dropout_keep(row_keys_T, site_key, x.shape[-1], p)

@@ -247,6 +247,22 @@ def _dropout(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate
     library.dropout(out[training], x[training], rows.dropout_keys, key, attrs["p"], accumulate)
 
 
+def _sign_bits(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+    library.sign_bits(outs[0], ins[0])
+
+
+def _sign_values(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+    library.sign_values(outs[0], ins[0])
+
+
+def _fp8_encode(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+    library.fp8_encode(outs[0], outs[1], ins[0])
+
+
+def _fp8_decode(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+    library.fp8_decode(outs[0], ins[0], ins[1])
+
+
 RUNNERS: dict[str, Runner] = {
     "rmsnorm": _rmsnorm,
     "rmsnorm_dgrad": _rmsnorm_dgrad,
@@ -271,4 +287,8 @@ RUNNERS: dict[str, Runner] = {
     "add": _add,
     "dropout": _dropout,
     "dropout_dgrad": _dropout,
+    "sign_bits": _sign_bits,
+    "sign_values": _sign_values,
+    "fp8_encode": _fp8_encode,
+    "fp8_decode": _fp8_decode,
 }

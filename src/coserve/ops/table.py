@@ -50,6 +50,8 @@ class Operator:
     """Inputs that are read (or gradients that are written) for other tokens than the window's."""
     signs: tuple[str, ...] = ()
     """Inputs of which it is only read whether they are above 0: a bit each would do."""
+    packs: bool = False
+    """It makes a smaller form of its input, which only backward reads."""
     parallel: tuple[tuple[str, str, str], ...] = ()
     """Legal (input, weight, output) states; "" where there is no weight."""
 
@@ -112,6 +114,13 @@ TABLE: dict[str, Operator] = {
         inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True, parallel=_EACH,
         gradients=(Gradient("dropout_dgrad", ("d:out",), ("x",)),),
     ),
+    # smaller forms of kept values, and what backward makes of them (compiler/compress.py)
+    "sign_bits": Operator(inputs=("x",), outputs=("bits",), cost=Cost.ELEMENTWISE, packs=True, signs=("x",), parallel=_EACH),
+    "sign_values": Operator(inputs=("bits",), outputs=("x",), cost=Cost.ELEMENTWISE, parallel=_EACH),
+    "fp8_encode": Operator(
+        inputs=("x",), outputs=("bits", "exponent"), cost=Cost.ELEMENTWISE, packs=True, parallel=_EACH
+    ),
+    "fp8_decode": Operator(inputs=("bits", "exponent"), outputs=("x",), cost=Cost.ELEMENTWISE, parallel=_EACH),
     # backward operators
     "rmsnorm_dgrad": Operator(inputs=("grad", "x"), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True),
     "rmsnorm_wgrad": Operator(inputs=("grad", "x"), outputs=("weight",), cost=Cost.ELEMENTWISE),

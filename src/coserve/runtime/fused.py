@@ -128,7 +128,7 @@ class PassExecutor:
             ids = window.state.batch.token_ids[window.unit.start : window.unit.end]
             torch.index_select(self.weights.embedding, 0, ids, out=hidden[serving:])
         with_adapters = any(span.slot != NO_ADAPTER for span in (*decode, *prefill))
-        programs, copies = self._programs(window, with_adapters)
+        programs, fused = self._programs(window, with_adapters)
         for layer, program in enumerate(programs):
             rows.turn_to(layer)
             if window is not None:
@@ -143,7 +143,8 @@ class PassExecutor:
 
             self.executor.execute(program, layer, rows, total, external)
             if window is not None:
-                self._keep(window, layer, program, copies[layer], serving, total, ends)
+                assert training is not None
+                self._keep(window, training, fused[layer], total, ends)
             hidden, following = following, hidden
         if window is not None:
             start, end = window.unit.start, window.unit.end
@@ -165,18 +166,22 @@ class PassExecutor:
         return self._streams[0, :rows], self._streams[1, :rows]
 
     def _keep(
-        self, window: TrainWindow, layer: int, program: Program, copies: FusedLayer, serving: int, total: int,
-        ends: Mapping[Place, Tensor],
+        self, window: TrainWindow, rows: TrainRows, fused: FusedLayer, total: int, ends: Mapping[Place, Tensor]
     ) -> None:
-        """Copies the window's kept values of a layer from the workspace to its arena."""
+        """Brings the window's kept values of the layer that `rows` are at, the last of `total` rows, into its arena."""
+        program, layer = fused.program, rows.layer
         tensors = dict(zip(program.slots, self.executor.workspace.tensors(program, total), strict=True))
         state, (_, _, _, start, end) = window.state, window.unit
-        for work, kept in copies.copies:
-            source = tensors[work]
-            if source is None:
-                source = columns(ends[program.storages[work.storage].place], work)
-            # a product with an adapter's first factor has the width of the batch's largest rank
-            columns(state.arena.storage(layer, kept.storage), kept)[start:end] = source[serving:, : kept.width]
+        for keep in fused.keeps:
+            whole = tensors[keep.source]
+            if whole is None:
+                whole = columns(ends[program.storages[keep.source.storage].place], keep.source)
+            source = whole[total - (end - start) :, : keep.width]
+            targets = [columns(state.arena.storage(layer, slot.storage), slot)[start:end] for slot in keep.targets]
+            if keep.pack is None:
+                targets[0].copy_(source)
+            else:
+                keep.pack(rows, None, {}, False, targets, [source])
         state.forward_rows[layer] = end
 
     def _programs(self, window: TrainWindow | None, with_adapters: bool) -> tuple[list[Program], tuple[FusedLayer, ...]]:

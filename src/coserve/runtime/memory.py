@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coserve.compiler.graph import Element
 from coserve.compiler.plan import ModelPlan
 from coserve.compiler.program import LayerPlan, Place, Program, Slot, Storage
 
@@ -20,7 +21,8 @@ _ALIGN = 64
 
 def storage_dtype(storage: Storage, dtype: torch.dtype) -> torch.dtype:
     """The element type of a storage, for a model of `dtype`."""
-    return torch.promote_types(dtype, torch.float32) if storage.wide else dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    return {Element.MODEL: dtype, Element.WIDE: wide, Element.BYTE: torch.uint8}[storage.element]
 
 
 def carve(buffer: Tensor, offset: int, rows: int, storage: Storage, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from coserve.compiler.flops import SEQUENCE_LENGTH
 from coserve.compiler.plan import LayerBypass, ModelPlan, Point, frontier, plan_fused, plan_inference, plan_training
 from coserve.compiler.program import FusedLayer
+from coserve.config import Compression
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import NoBypass
 from coserve.peft.adapter import Adapter, Kind, Together
@@ -30,23 +31,26 @@ def _bypass(kinds: Collection[Kind], widths: Mapping[str, int], dropout: float) 
 
 def training_plan(
     arch: Architecture, adapter: Adapter | None, *, itemsize: int, arena_budget: float | None = None,
-    sequence_length: int = SEQUENCE_LENGTH,
+    sequence_length: int = SEQUENCE_LENGTH, compression: Compression = "lossless",
 ) -> ModelPlan:
     """Forward and backward programs for an adapter's training; with None, forward only (reference log-probabilities).
 
-    arena_budget, sequence_length: as for `plan_training`. Raises ConfigError.
+    arena_budget, sequence_length, compression: as for `plan_training`. Raises ConfigError.
     """
     dropout = 0.0 if adapter is None else adapter.dropout
     bypasses = layer_bypasses(arch, adapter, dropout=dropout)
-    return plan_training(arch, bypasses, itemsize=itemsize, arena_budget=arena_budget, sequence_length=sequence_length)
+    return plan_training(
+        arch, bypasses, itemsize=itemsize, arena_budget=arena_budget, sequence_length=sequence_length, compression=compression
+    )
 
 
 def training_frontier(
-    arch: Architecture, adapter: Adapter, *, itemsize: int, sequence_length: int = SEQUENCE_LENGTH
+    arch: Architecture, adapter: Adapter, *, itemsize: int, sequence_length: int = SEQUENCE_LENGTH,
+    compression: Compression = "lossless",
 ) -> tuple[Point, ...]:
     """The arena budgets that an adapter's training can meet, and what each costs."""
     bypasses = layer_bypasses(arch, adapter, dropout=adapter.dropout)
-    return frontier(arch, bypasses, itemsize=itemsize, sequence_length=sequence_length)
+    return frontier(arch, bypasses, itemsize=itemsize, sequence_length=sequence_length, compression=compression)
 
 
 def scoring_plan(arch: Architecture, adapter: Adapter | None, *, itemsize: int) -> ModelPlan:

@@ -1,0 +1,83 @@
+"""Pass 5: kept values in fewer bytes.
+
+Signs, exactly: what backward reads only for its sign is kept as a bit per element. The pass runs before rematerialization,
+which then sees the bits as one more value that can be kept.
+
+    forward   out = relu(h);  bits = sign_bits(out)         backward   out~ = sign_values(bits);  d_h = relu_dgrad(d_out, out~)
+
+fp8, on request, as it changes gradients: every kept value of the model's dtype that only its own window reads, as e4m3 with a
+power of two per row. Forward computes with the value itself; backward, and what it runs again, with the decoded one. K and V
+stay, as later windows' forward reads them, and so does log-sum-exp. The pass runs after rematerialization, whose choice knows
+the sizes.
+
+    forward   g = linear(x);  g.fp8, g.exponent = fp8_encode(g)        backward   g = fp8_decode(g.fp8, g.exponent);  ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from coserve.compiler.graph import Element, Graph, JointGraph, Node, Value
+from coserve.compiler.rematerialize import Kept, Rematerialized
+
+
+def pack_signs(joint: JointGraph) -> JointGraph:
+    """Sign bits for every forward value that backward reads, and reads only for its signs."""
+    read: set[str] = set()
+    whole: set[str] = set()
+    for node in joint.backward:
+        for name, value in zip(node.row.inputs, node.inputs, strict=True):
+            (read if name in node.row.signs else whole).add(value)
+    values = [joint.forward.values[name] for name in joint.forward.values if name in read - whole]
+    bits = {value.name: Value(f"{value.name}.signs", -(-value.width // 8), Element.BYTE) for value in values}
+    copies = {value.name: Value(f"{value.name}.sign", value.width) for value in values}
+    packing = [Node("sign_bits", (name,), (value.name,)) for name, value in bits.items()]
+    unpacking = {name: Node("sign_values", (value.name,), (copies[name].name,)) for name, value in bits.items()}
+
+    def backward() -> Iterator[Node]:
+        for node in joint.backward:
+            for name in node.inputs:
+                if name in unpacking:
+                    yield unpacking.pop(name)
+            yield replace(node, inputs=tuple(copies[name].name if name in copies else name for name in node.inputs))
+
+    return replace(
+        joint, forward=_with(joint.forward, bits.values(), packing), backward=tuple(backward()),
+        values={**joint.values, **{value.name: value for value in (*bits.values(), *copies.values())}},
+    )
+
+
+def to_fp8(joint: JointGraph, remat: Rematerialized, itemsize: int) -> tuple[JointGraph, Rematerialized]:
+    """The same choice with kept values in fp8, where that is smaller."""
+    graph, whole = joint.forward, joint.read_whole()
+    kept: list[Kept] = []
+    values: list[Value] = []
+    encode: list[Node] = []
+    decode: list[Node] = []
+    for entry in remat.kept:
+        value = graph.values[entry.name]
+        if value.name in whole or value.fp8_bytes(itemsize) >= value.num_bytes(itemsize):
+            kept.append(entry)
+            continue
+        bits = Value(f"{value.name}.fp8", value.width, Element.BYTE)
+        exponent = Value(f"{value.name}.exponent", 1, Element.BYTE)
+        values += [bits, exponent]
+        kept += [Kept(bits.name, entry.reason), Kept(exponent.name, f"to decode {bits.name}")]
+        encode.append(Node("fp8_encode", (value.name,), (bits.name, exponent.name)))
+        decode.append(Node("fp8_decode", (bits.name, exponent.name), (value.name,)))
+    compressed = replace(
+        joint, forward=_with(graph, values, encode), values={**joint.values, **{value.name: value for value in values}}
+    )
+    num_bytes = sum(compressed.values[entry.name].num_bytes(itemsize) for entry in kept)
+    return compressed, replace(remat, kept=tuple(kept), recompute=(*decode, *remat.recompute), num_bytes=num_bytes)
+
+
+def _with(graph: Graph, values: Iterable[Value], packing: Iterable[Node]) -> Graph:
+    """The graph with nodes that each read one value, right after that is made."""
+    waiting = {node.inputs[0]: node for node in packing}
+    nodes = [waiting[graph.input]] if graph.input in waiting else []
+    for node in graph.nodes:
+        nodes.append(node)
+        nodes += [waiting[name] for name in node.outputs if name in waiting]
+    return replace(graph, values={**graph.values, **{value.name: value for value in values}}, nodes=tuple(nodes))
