@@ -54,6 +54,11 @@ class Node:
     def row(self) -> Operator:
         return TABLE[self.op]
 
+    @property
+    def exact_inputs(self) -> tuple[str, ...]:
+        """Its inputs of `Operator.exact`."""
+        return tuple(value for name, value in zip(self.row.inputs, self.inputs, strict=True) if name in self.row.exact)
+
     def __str__(self) -> str:
         weight = f"[{self.weight}]" if self.weight else ""
         return f"{', '.join(self.outputs)} = {self.op}{weight}({', '.join(self.inputs)})"
@@ -88,6 +93,10 @@ class JointGraph:
         """Forward values that the backward nodes read, in forward order."""
         read = {name for node in self.backward for name in node.inputs}
         return tuple(name for name in self.forward.values if name in read)
+
+    def read_exactly(self) -> frozenset[str]:
+        """Forward values that backward must see as forward did, or make again with what came of them (`Operator.exact`)."""
+        return frozenset(value for node in self.forward.nodes for value in node.exact_inputs)
 
     def read_whole(self) -> frozenset[str]:
         """Forward values that some node reads for other tokens than its window's."""

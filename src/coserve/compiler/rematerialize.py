@@ -7,6 +7,10 @@ A choice is a cut of the layer's graph, values and nodes between a source and a 
     node   --its FLOPs--> sink                             cut: the node runs again
     node   --for ever--> each of its inputs                what runs again needs its inputs
 
+and in fp8, where what is made again differs a little from what it was,
+
+    node   --for ever--> nodes that rely on its output     log-sum-exp must belong to the q that backward sees
+
 For every price of a FLOP in bytes the least cut is the best choice, exactly; over all prices they are the lower convex hull of
 (bytes, FLOPs), from "all that costs a matrix product" to "the layer's input only". Element-wise nodes cost nothing.
 
@@ -64,8 +68,9 @@ class _Choices:
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
+        as_they_are = self.whole | self.joint.read_exactly() if self.fp8 else self.joint.forward.values.keys()
         return {
-            name: value.fp8_bytes(self.itemsize) if self.fp8 and name not in self.whole else value.num_bytes(self.itemsize)
+            name: value.num_bytes(self.itemsize) if name in as_they_are else value.fp8_bytes(self.itemsize)
             for name, value in self.joint.forward.values.items()
         }
 
@@ -103,6 +108,9 @@ class _Choices:
                 yield number, _SINK, self.flops[number] * flop_price * finest + 1
                 for name in node.inputs:
                     yield number, name, forever
+                for name in node.exact_inputs if self.fp8 else ():
+                    if name in self.make:
+                        yield self.make[name], number, forever
 
         return frozenset(n for n in source_side(edges(), _SOURCE, _SINK) if isinstance(n, int) and n >= 0)
 

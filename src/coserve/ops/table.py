@@ -52,6 +52,8 @@ class Operator:
     """Inputs of which it is only read whether they are above 0: a bit each would do."""
     packs: bool = False
     """It makes a smaller form of its input, which only backward reads."""
+    exact: tuple[str, ...] = ()
+    """Inputs that backward must see as forward did, unless it makes the outputs again too: it relies on what came of them."""
     parallel: tuple[tuple[str, str, str], ...] = ()
     """Legal (input, weight, output) states; "" where there is no weight."""
 
@@ -80,7 +82,7 @@ TABLE: dict[str, Operator] = {
         gradients=(Gradient("rope_dgrad", ("d:out",), ("x",)),),
     ),
     "attention": Operator(
-        inputs=("q", "k", "v"), outputs=("out", "lse"), cost=Cost.ATTENTION, products=2, whole=("k", "v"),
+        inputs=("q", "k", "v"), outputs=("out", "lse"), cost=Cost.ATTENTION, products=2, whole=("k", "v"), exact=("q",),
         parallel=(("|", "", "|"),),
         gradients=(Gradient("attention_dgrad", ("d:out", "q", "k", "v", "out", "lse"), ("q", "k", "v")),),
     ),
