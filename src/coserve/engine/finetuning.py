@@ -82,7 +82,7 @@ def _choose_plan(
     """The plan with the fewest FLOPs for which there is memory. A deterministic job's depends on its settings only."""
     adapter, available, itemsize = shape_adapter(arch, config.adapter), available_bytes(device), dtype.itemsize
     workload = Workload.of(dataset.groups, config.batch_size, config.max_microbatch_tokens)
-    chosen = asked_plan(arch, adapter, workload, config.activation_memory_bytes, itemsize=itemsize)
+    chosen = asked_plan(arch, adapter, workload, config.activation_memory, itemsize=itemsize)
 
     def needs(plan: ModelPlan) -> dict[str, int]:
         needed = training_bytes(

@@ -97,7 +97,7 @@ class JobTable:
         arch, itemsize = self.arch, self.itemsize
         adapter, room = shape_adapter(arch, settings), self._room
         workload = Workload.of(train.groups, config.batch_size, config.max_microbatch_tokens)
-        chosen = asked_plan(arch, adapter, workload, config.activation_memory_bytes, itemsize=itemsize)
+        chosen = asked_plan(arch, adapter, workload, config.activation_memory, itemsize=itemsize)
         if chosen.num_bytes > room and not config.deterministic:
             chosen = fit_plan(arch, adapter, room, workload, itemsize=itemsize)
         self._check_room(chosen.num_tokens, chosen.num_bytes, "" if config.deterministic else "at least ")
