@@ -129,7 +129,7 @@ def make_plan(
     directory: Path, adapter: Asked, *, dtype: str, sequence_length: int, num_tokens: int, window_tokens: int, limit: str,
     with_baselines: bool,
 ) -> Planned:
-    """Plans training for a model directory. limit: of the total, as `read_memory` reads it. Raises ConfigError, CapacityError."""
+    """Plans training for a model directory. limit: of the total, for `read_memory`. Raises ConfigError, CapacityError."""
     settings = adapter.settings()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: must be {', '.join(DTYPES)}, got {dtype!r}", param="dtype")

@@ -99,8 +99,8 @@ _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "/detokenize": ({"tokens": [5]}, {"model": "str", "tokens": "tokens"}),
     "/v1/fine_tuning/jobs": (
         {"training_file": "file-" + "0" * 24},
-        {**dict.fromkeys(("rank", "size", "warmup_steps", "max_length", "max_microbatch_tokens", "checkpoint_steps", "keep_checkpoints",
-                          "validation_steps", "max_steps", "priority", "deadline", "seed"), "int"),
+        {**dict.fromkeys(("rank", "size", "warmup_steps", "max_length", "max_microbatch_tokens", "checkpoint_steps",
+                          "keep_checkpoints", "validation_steps", "max_steps", "priority", "deadline", "seed"), "int"),
          **dict.fromkeys(("alpha", "dropout", "learning_rate", "weight_decay", "max_grad_norm", "weight"), "number"),
          "deterministic": "bool", "model": "str", "training_file": "file", "method": "method", "suffix": "suffix",
          "hyperparameters": "hyperparameters", "metadata": "metadata", "integrations": "integrations",

@@ -65,7 +65,7 @@ def test_an_adapter_by_its_kinds_name() -> None:
     assert adapter_of_kind("dora", {"rank": 4}, words) == LoraConfig(r=4, use_dora=True)
     assert adapter_of_kind("ia3", {"modules": ["k_proj"]}, words) == IA3Config(target_modules=("k_proj",))
     assert adapter_of_kind("bottleneck", {}, words) == BottleneckConfig()
-    with pytest.raises(ConfigError, match="^modules: bottleneck adapters have no such setting; they have size$"):
+    with pytest.raises(ConfigError, match=r"^modules: bottleneck adapters have no such setting; they have size$"):
         adapter_of_kind("bottleneck", {"modules": ["k_proj"]}, words)
 
 

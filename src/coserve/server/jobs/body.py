@@ -141,7 +141,8 @@ class Integration(_Body):
 
 class Extras(_Body):
     """Fields beyond OpenAI's (extra_body of its client); what each does is said at FinetuneConfig's fields. adapter: a kind,
-    which has some of the fields from rank to activation (spec.py refuses the others); priority: lower runs earlier; weight: share among running jobs; deadline: Unix seconds, earlier ones run first among equal priority."""
+    which has some of the fields from rank to activation. priority: lower runs earlier; weight: share among running jobs;
+    deadline: Unix seconds, earlier ones run first among equal priority."""
 
     adapter: AdapterKind | None = None
     rank: Size | None = None

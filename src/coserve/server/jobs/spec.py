@@ -92,8 +92,9 @@ def resolve(
 
     n_epochs: 3; up to 25 where there are fewer than 34 examples, so that about 100 are seen; fewer where 3 passes would be
     more than 25,000 examples. batch_size: examples / 16, from 1 to 16. beta: 0.1. The learning rate is 2e-4 (for DPO
-    4e-4 / rank, from 5e-6 to 5e-5; a bottleneck's size counts as its rank, ia3's is 1) times learning_rate_multiplier, whose auto is 1. checkpoint_steps: once per epoch, at least
-    every 25 steps. max_length: what a micro-batch and the model can hold.
+    4e-4 / rank, from 5e-6 to 5e-5; a bottleneck's size counts as its rank, ia3's rank as 1) times learning_rate_multiplier,
+    whose auto is 1. checkpoint_steps: once per epoch, at least every 25 steps. max_length: what a micro-batch and the model
+    can hold.
 
     Raises InvalidRequest that names the field.
     """
