@@ -292,6 +292,14 @@ def test_a_settings_file_chooses_the_kind(place: Place) -> None:
         cli._config(path, {})
 
 
+def test_a_settings_file_limits_memory_by_number_or_text(place: Place) -> None:
+    path = place.tmp / "settings.toml"
+    for written, expected in (("0.5", 0.5), ("12_500_000", 12_500_000), ('"800MiB"', "800MiB"), ('"auto"', "auto")):
+        path.write_text(f"activation_memory = {written}\n")
+        assert cli._config(path, {}).activation_memory == expected
+        assert cli._config(path, {"activation_memory": "1GB"}).activation_memory == "1GB"
+
+
 def test_overriding_lora_settings_by_an_adapter_warns(place: Place, trained: Path) -> None:
     def warnings(**given: Any) -> list[str]:
         events: list[JobEvent] = []
