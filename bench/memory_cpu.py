@@ -47,7 +47,7 @@ def probe_coserve(tokens: int, share: float) -> dict[str, Any]:
     example = long_example(model, tokens)
     held = resident_bytes()
     trainer = AdapterTrainer(model, FinetuneConfig(
-        lora=LORA, max_microbatch_tokens=tokens, max_length=tokens, window_tokens=WINDOW, activation_memory_bytes=allowed,
+        lora=LORA, max_microbatch_tokens=tokens, max_length=tokens, window_tokens=WINDOW, activation_memory=allowed,
         optimizer=OptimizerConfig(learning_rate=RATE, max_grad_norm=1.0),
     ))
     coserve_step(trainer, [example])

@@ -18,15 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from coserve.bench.cli import bench_app
-from coserve.config import (
-    BottleneckConfig,
-    FinetuneConfig,
-    IA3Config,
-    LoraConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    finetune_config_from_dict,
-)
+from coserve.config import ADAPTERS, FinetuneConfig, OptimizerConfig, SamplingConfig, finetune_config_from_dict
 from coserve.core import ConfigError, CoserveError, InvalidRequest
 from coserve.demo.command import demo
 from coserve.engine.budget import GIB
@@ -134,10 +126,7 @@ def _config(path: Path | None, given: dict[str, Any], kind: str | None = None) -
     return finetune_config_from_dict(data)
 
 
-_ADAPTERS = {
-    name: {f.name for f in dataclasses.fields(config)}
-    for name, config in (("lora", LoraConfig), ("ia3", IA3Config), ("bottleneck", BottleneckConfig))
-}
+_ADAPTERS = {section: {f.name for f in dataclasses.fields(config)} for section, config in ADAPTERS.values()}
 """{table of a TOML file: its settings}."""
 
 
@@ -146,9 +135,9 @@ def _choose_adapter(data: dict[str, Any], kind: str | None) -> str:
     others = [name for name in _ADAPTERS if name != "lora" and name in data]
     if kind is None:
         return others[0] if others else "lora"
-    if kind not in (*_ADAPTERS, "dora"):
-        raise ConfigError(f"kind: must be lora, dora, ia3 or bottleneck, got {kind!r}", param="kind")
-    chosen = "lora" if kind == "dora" else kind
+    if kind not in ADAPTERS:
+        raise ConfigError(f"kind: must be one of {', '.join(ADAPTERS)}, got {kind!r}", param="kind")
+    chosen, _ = ADAPTERS[kind]
     for name in others:
         if name != chosen:
             raise ConfigError(f"kind: it is {kind}, but the settings file has a table [{name}]; leave one out", param="kind")
@@ -177,6 +166,12 @@ def finetune_command(
     batch_size: Annotated[int | None, typer.Option(help="Examples per optimizer step (8).")] = None,
     max_microbatch_tokens: Annotated[int | None, typer.Option(help="Tokens packed together (2048).")] = None,
     window_tokens: Annotated[int | None, typer.Option(help="Tokens per unit (1024).")] = None,
+    activation_memory: Annotated[
+        str | None, typer.Option(help="Of a micro-batch: bytes (12.5GB), a share below 1 of the fastest plan's, or auto.")
+    ] = None,
+    activation_compression: Annotated[
+        str | None, typer.Option(help="Of what is kept: lossless, fp8 (changes gradients a little) or none (lossless).")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest example in tokens.")] = None,
     too_long: Annotated[str | None, typer.Option(help="Longer examples: error, drop or truncate.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate (2e-4).")] = None,
@@ -184,7 +179,7 @@ def finetune_command(
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Gradient clipping; 0 turns it off (1.0).")] = None,
-    kind: Annotated[str | None, typer.Option(help="Kind of adapter: lora (default), dora, ia3 or bottleneck.")] = None,
+    kind: Annotated[str | None, typer.Option(help=f"Kind of adapter: {', '.join(ADAPTERS)} (lora).")] = None,
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="LoRA rank (16).")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha (32).")] = None,
     dropout: Annotated[float | None, typer.Option(help="LoRA dropout (0).")] = None,
@@ -208,9 +203,10 @@ def finetune_command(
         raise ConfigError(f"data: give [MODEL] DATA.jsonl, got {len(paths)} arguments: {' '.join(paths)}", param="data")
     settings = _config(config, {
         "objective": objective, "dpo_beta": dpo_beta, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
-        "max_microbatch_tokens": max_microbatch_tokens, "window_tokens": window_tokens, "max_length": max_length,
-        "too_long": too_long, "learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup_steps,
-        "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "r": rank, "alpha": alpha, "dropout": dropout,
+        "max_microbatch_tokens": max_microbatch_tokens, "window_tokens": window_tokens, "activation_memory": activation_memory,
+        "activation_compression": activation_compression, "max_length": max_length, "too_long": too_long,
+        "learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup_steps, "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm, "r": rank, "alpha": alpha, "dropout": dropout,
         "target_modules": _targets(target_modules), "use_rslora": use_rslora, "seed": seed,
         "feedforward_modules": _targets(feedforward_modules), "size": size, "placement": placement, "activation": activation,
         "rank_pattern": _pattern(rank_pattern, "rank_pattern", int) or None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,6 +23,12 @@ TooLong = Literal["error", "drop", "truncate"]
 Placement = Literal["houlsby", "pfeiffer"]
 Activation = Literal["relu", "gelu"]
 Compression = Literal["none", "lossless", "fp8"]
+AdapterKind = Literal["lora", "dora", "ia3", "bottleneck"]
+
+AUTO = "auto"
+Memory = float | str
+"""Bytes (12.5e9, '12.5GB', '800MiB'), a share below 1 (0.5, '0.5') of what the setting says, or 'auto'; see `read_memory`."""
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
 def require(condition: bool, name: str, message: str) -> None:
@@ -56,6 +63,19 @@ def _check_numbers(config: Any) -> None:
         elif kind.startswith("float"):
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             require(number, f.name, f"must be a finite number, got {value!r}")
+
+
+def read_memory(value: Memory) -> float | None:
+    """Bytes, or a number below 1, a share; None for 'auto'. Raises ConfigError that says what to write."""
+    text = str(value).strip().lower()
+    if text == AUTO:
+        return None
+    found = re.fullmatch(r"([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)\s*([kmg]i?b)?", text)
+    number = 0.0 if found is None else float(found[1]) * _UNITS[found[2] or ""]
+    whole = found is not None and (found[2] is None or number >= 1)
+    require(whole and 0 < number < math.inf, "activation_memory",
+            f"write bytes (12500000000, 12.5GB, 800MiB), a share below 1, or auto, got {value!r}")
+    return number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,11 +217,11 @@ class FinetuneConfig:
     """Examples of a step are packed into micro-batches of at most this many tokens."""
     window_tokens: int = 1024
     """Largest window of a unit, in packed tokens."""
-    activation_memory_bytes: int | None = None
-    """What one micro-batch may take in flight. Where keeping everything takes more, backward runs some of forward's products
-    again; None: that happens only where there is too little memory otherwise."""
+    activation_memory: Memory = AUTO
+    """What one micro-batch may take in flight: bytes, or a share below 1 of what it takes where no matrix product is run twice.
+    Where that is too little, backward runs some of forward's products again; auto: only where memory is short otherwise."""
     activation_compression: Compression = "lossless"
-    """How kept activations are stored. lossless: bits where backward reads only signs. fp8: nearly all in 8-bit floats, which
+    """How kept activations are stored. lossless: bits where backward reads only signs. fp8: most of them as 8-bit floats, which
     changes gradients a little; none: as they are."""
     max_length: int | None = None
     """Longest example in tokens; default: `max_microbatch_tokens` or the model's limit, whichever is less."""
@@ -226,11 +246,11 @@ class FinetuneConfig:
                 "a job trains one kind of adapter; leave out ia3 or bottleneck")
         require(self.adapter is self.lora or self.lora == LoraConfig(), "lora",
                 "a job trains one kind of adapter; leave out lora, or ia3 and bottleneck")
-        require(not (self.lora.use_dora and self.lora.dropout), "dropout", "must be 0 with use_dora")
+        require(not (self.lora.use_dora and self.lora.dropout), "dropout", "must be 0 for DoRA")
         require(self.objective in ("sft", "dpo"), "objective", f"must be sft or dpo, got {self.objective!r}")
         require_positive(self, "dpo_beta", "epochs")
-        require_least(self, 1, "max_steps", "batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints",
-                      "activation_memory_bytes")
+        require_least(self, 1, "max_steps", "batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints")
+        read_memory(self.activation_memory)
         require_least(self, 2, "max_length")
         require_least(self, 0, "checkpoint_steps", "validation_steps")
         require(self.activation_compression in ("none", "lossless", "fp8"), "activation_compression",
@@ -422,3 +442,23 @@ def _check_known(cls: type, given: Mapping[str, Any]) -> None:
     known = {f.name for f in dataclasses.fields(cls)}
     for key in given:
         require(key in known, key, f"unknown setting of {cls.__name__}; known: {', '.join(sorted(known))}")
+
+
+ADAPTERS: Mapping[str, tuple[str, type]] = {
+    "lora": ("lora", LoraConfig), "dora": ("lora", LoraConfig), "ia3": ("ia3", IA3Config),
+    "bottleneck": ("bottleneck", BottleneckConfig),
+}
+"""Kind -> its settings: their name in FinetuneConfig, and their class."""
+
+
+def adapter_of_kind(kind: str, given: Mapping[str, Any], words: Mapping[str, str]) -> AdapterConfig:
+    """An adapter's settings. given: by the caller's words; words: {word: field} of everything that the caller may give of any
+    kind. Raises ConfigError, also for a setting that the kind hasn't."""
+    require(kind in ADAPTERS, "adapter", f"must be one of {', '.join(ADAPTERS)}, got {kind!r}")
+    section, cls = ADAPTERS[kind]
+    fields = {f.name for f in dataclasses.fields(cls)}
+    own = [word for word, name in words.items() if name in fields]
+    for word in given:
+        require(word in own, word, f"{kind} adapters have no such setting; they have {', '.join(own)}")
+    values = {words[word]: value for word, value in given.items()}
+    return finetune_config_from_dict({section: values | ({"use_dora": True} if kind == "dora" else {})}).adapter

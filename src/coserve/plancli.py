@@ -1,16 +1,14 @@
 """`coserve plan`: what training keeps and why, its peak memory stage by stage, the curve and the baselines.
 
-Owns: arguments, the adapter kinds by name, the table, the JSON. Does not own: the figures (engine/estimate.py,
-compiler/baselines.py) or the picture (plots.py).
+Owns: arguments, the table, the JSON. Does not own: the figures (engine/estimate.py, compiler/baselines.py) or the picture
+(plots.py).
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,12 +23,15 @@ from coserve.compiler import baselines
 from coserve.compiler.baselines import Baselines
 from coserve.compiler.report import LayerReport, report
 from coserve.config import (
+    ADAPTERS,
+    AUTO,
     AdapterConfig,
     BottleneckConfig,
     Compression,
-    IA3Config,
     LoraConfig,
+    adapter_of_kind,
     finetune_config_from_dict,
+    read_memory,
     to_dict,
 )
 from coserve.core import ConfigError
@@ -44,15 +45,6 @@ from coserve.runtime.plans import layer_bypasses
 console = Console(highlight=False)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-AUTO = "auto"
-
-
-ADAPTERS: Mapping[str, tuple[str, type]] = {
-    "lora": ("lora", LoraConfig), "dora": ("lora", LoraConfig), "ia3": ("ia3", IA3Config),
-    "bottleneck": ("bottleneck", BottleneckConfig),
-}
-"""Kind -> its settings: their name in FinetuneConfig, and their class."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,32 +58,22 @@ class Asked:
 
     def settings(self) -> AdapterConfig:
         """Of the adapter. Raises ConfigError, also for a setting that the kind hasn't."""
-        if self.kind not in ADAPTERS:
-            raise ConfigError(f"adapter: {self.kind!r} can't be planned; known: {', '.join(ADAPTERS)}", param="adapter")
-        section, cls = ADAPTERS[self.kind]
-        given: dict[str, Any] = {"use_dora": True} if self.kind == "dora" else {}
-        known = {field.name for field in fields(cls)}
-        sizes = {"size" if self.kind == "bottleneck" else "r": ("rank", self.rank)}
-        asked = {**sizes, "target_modules": ("target_modules", self.targets), "dropout": ("dropout", self.dropout)}
-        for name, (word, value) in asked.items():
-            if value is not None and name not in known:
-                raise ConfigError(f"{word}: {self.kind} adapters have no such setting", param=word)
-            if value is not None:
-                given[name] = value
-        return finetune_config_from_dict({section: given}).adapter
+        asked = {"rank": self.rank, "target_modules": self.targets, "dropout": self.dropout}
+        words = {name: name for name in asked} | {"rank": "size" if self.kind == "bottleneck" else "r"}
+        return adapter_of_kind(self.kind, {word: value for word, value in asked.items() if value is not None}, words)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """Everything that is shown. seconds: of planning, without baselines."""
+    """Everything that is shown. limit: of the total, as asked; seconds: of planning, without baselines."""
 
     model: str
     shape: Shape
     kind: str
     settings: AdapterConfig
     dtype: str
-    activation_memory: str
-    activation_compression: Compression
+    limit: str
+    compression: Compression
     estimate: Estimate
     kept: tuple[LayerReport, ...]
     baselines: Baselines
@@ -138,8 +120,7 @@ def plan(
     planned = make_plan(
         locate_model(model), Asked(kind=adapter, rank=rank, targets=targets, dropout=dropout), dtype=dtype,
         sequence_length=sequence_length, num_tokens=max_microbatch_tokens or sequence_length, window_tokens=window_tokens,
-        activation_memory=activation_memory, activation_compression=activation_compression,
-        with_baselines=not no_baselines,
+        limit=activation_memory, compression=activation_compression, with_baselines=not no_baselines,
     )
     if json_file == "-":
         print(to_json(planned))
@@ -160,10 +141,11 @@ def plan(
 
 
 def make_plan(
-    directory: Path, adapter: Asked, *, dtype: str, sequence_length: int, num_tokens: int, window_tokens: int,
-    activation_memory: str, activation_compression: str = "lossless", with_baselines: bool,
+    directory: Path, adapter: Asked, *, dtype: str, sequence_length: int, num_tokens: int, window_tokens: int, limit: str,
+    compression: str = "lossless", with_baselines: bool,
 ) -> Planned:
-    """Plans training for a model directory. Raises ConfigError, CapacityError."""
+    """Plans training for a model directory. limit: of the total, for `read_memory`; compression: as
+    FinetuneConfig.activation_compression. Raises ConfigError, CapacityError."""
     settings = adapter.settings()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: must be {', '.join(DTYPES)}, got {dtype!r}", param="dtype")
@@ -183,8 +165,8 @@ def make_plan(
         arch=arch, itemsize=DTYPES[dtype].itemsize, num_tokens=num_tokens, sequence_length=sequence_length,
         window_tokens=min(window_tokens, num_tokens), num_parameters=empty.flat.numel(),
     )
-    compression = finetune_config_from_dict({"activation_compression": activation_compression}).activation_compression
-    result = estimate(shape, bypasses, read_limit(activation_memory), compression=compression)
+    stored = finetune_config_from_dict({"activation_compression": compression}).activation_compression
+    result = estimate(shape, bypasses, read_memory(limit), compression=stored)
     kept = report(result.plan, itemsize=shape.itemsize)
     seconds = time.perf_counter() - start
     beside = Baselines(peft=None, checkpointing=None, reason="left out (--no-baselines)")
@@ -194,23 +176,9 @@ def make_plan(
             sequence_length=sequence_length, num_tokens=num_tokens,
         )
     return Planned(
-        model=directory.name, shape=shape, kind=adapter.kind, settings=settings, dtype=dtype,
-        activation_memory=activation_memory, activation_compression=compression, estimate=result, kept=kept,
-        baselines=beside, seconds=seconds,
+        model=directory.name, shape=shape, kind=adapter.kind, settings=settings, dtype=dtype, limit=limit,
+        compression=stored, estimate=result, kept=kept, baselines=beside, seconds=seconds,
     )
-
-
-def read_limit(text: str) -> float | None:
-    """Bytes of '12.5GB', '800 MiB', '2e9'; a number below 1 as it is, a share; None for 'auto'. Raises ConfigError."""
-    if text.strip().lower() == AUTO:
-        return None
-    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e\d+)?|\.\d+)\s*([kmg]i?b)?\s*", text.lower())
-    if found is None or float(found[1]) == 0:
-        raise ConfigError(
-            f"activation_memory: write bytes (12500000000, 12.5GB, 800MiB), a share below 1, or auto, got {text!r}",
-            param="activation_memory",
-        )
-    return float(found[1]) * UNITS[found[2] or ""]
 
 
 def _rank(settings: AdapterConfig) -> int:
@@ -228,7 +196,7 @@ def title(planned: Planned) -> str:
     targets = _targets(settings)
     sites = targets if isinstance(targets, str) else ", ".join(targets)
     size = f" r{_rank(settings)}" if _rank(settings) else ""
-    stored = ", kept values in fp8" if planned.activation_compression == "fp8" else ""
+    stored = ", kept values in fp8" if planned.compression == "fp8" else ""
     return (
         f"{planned.model}: {planned.kind}{size}{f' on {sites}' if sites else ''}, {planned.dtype}, micro-batch of "
         f"{shape.num_tokens} tokens, windows of {shape.window_tokens}{stored}"
@@ -247,8 +215,8 @@ def to_json(planned: Planned) -> str:
             "kind": planned.kind, "num_parameters": shape.num_parameters, **to_dict(planned.settings),
         },
         "sequence_length": shape.sequence_length, "max_microbatch_tokens": shape.num_tokens,
-        "window_tokens": shape.window_tokens, "dtype": planned.dtype, "activation_memory": planned.activation_memory,
-        "activation_compression": planned.activation_compression,
+        "window_tokens": shape.window_tokens, "dtype": planned.dtype, "limit": planned.limit,
+        "activation_compression": planned.compression,
         "stages": [
             {"name": stage.name, "bytes_per_token": stage.bytes_per_token, "total_bytes": stage.total_bytes,
              "extra_flops_ratio": stage.extra_flops_ratio, "parts": stage.parts, "note": stage.note}
@@ -257,7 +225,7 @@ def to_json(planned: Planned) -> str:
         "kept": [asdict(entry) for entry in planned.kept],
         "curve": [asdict(point) for point in result.curve],
         "baselines": _baselines_json(planned) if beside.reason is None else {"absent": beside.reason},
-        "activation_memory_bytes": result.in_flight_bytes,
+        "activation_memory": result.in_flight_bytes,
         "beside_every_total": result.apart,
         "seconds": {"plan": planned.seconds, "baselines": beside.seconds},
     }, indent=1)
@@ -306,7 +274,7 @@ def show(planned: Planned) -> None:
         "workspace per row of a window", soft_wrap=True,
     )
     console.print(
-        f"a job with activation_memory_bytes = {result.in_flight_bytes} gets this plan; planned in {planned.seconds:.1f} s",
+        f"a job with activation_memory = {result.in_flight_bytes} gets this plan; planned in {planned.seconds:.1f} s",
         soft_wrap=True,
     )
 

@@ -79,7 +79,7 @@ def serve(
     slo_ttft_ms: Annotated[float | None, typer.Option(help="Objective to the first token (3000).")] = None,
     policy: Annotated[str | None, typer.Option(help="coserve, inference-only, finetune-only, temporal:N, ...")] = None,
     finetune_min_share: Annotated[float | None, typer.Option(help="Share of time that jobs always get (0).")] = None,
-    activation_memory: Annotated[str | None, typer.Option(help="Of the pool, for training: bytes, a share, auto.")] = None,
+    activation_memory: Annotated[str | None, typer.Option(help="Of the pool, for training: 12.5GB, a share, auto.")] = None,
     max_jobs: Annotated[int | None, typer.Option(help="Jobs that run at once (4).")] = None,
     deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Jobs: same losses after a restart.")] = None,
     data_dir: DataDirOption = None,

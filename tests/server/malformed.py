@@ -71,6 +71,8 @@ _WRONG: dict[str, tuple[Any, ...]] = {
     {"a": {}}),
     "integrations": (1, "x", {}, [1], [{}], [{"type": "x"}], [{"type": "wandb"}], [{"type": "wandb", "wandb": {"project": 1}}]),
     "target_modules": (1, "x", {}, [], [1], ["nothing"], ["x"] * 2000),
+    "modules": (1, "x", {}, [1], ["nothing"], ["x"] * 2000),
+    "memory": (0, -1, -1e308, True, [1], {}, "", "lots", "0", "-1", "1 apple", "x" * 600),
     "suffix": (1, True, [], {}, "", "a b", "../x", "x" * 65, "ä", "a\n"),
     "word": (1, True, [], {}, "", "nothing", "x" * 600),
 }
@@ -97,12 +99,13 @@ _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "/detokenize": ({"tokens": [5]}, {"model": "str", "tokens": "tokens"}),
     "/v1/fine_tuning/jobs": (
         {"training_file": "file-" + "0" * 24},
-        {**dict.fromkeys(("rank", "warmup_steps", "max_length", "max_microbatch_tokens", "checkpoint_steps", "keep_checkpoints",
-                          "validation_steps", "max_steps", "priority", "deadline", "seed"), "int"),
+        {**dict.fromkeys(("rank", "size", "warmup_steps", "max_length", "max_microbatch_tokens", "checkpoint_steps",
+                          "keep_checkpoints", "validation_steps", "max_steps", "priority", "deadline", "seed"), "int"),
          **dict.fromkeys(("alpha", "dropout", "learning_rate", "weight_decay", "max_grad_norm", "weight"), "number"),
          "deterministic": "bool", "model": "str", "training_file": "file", "method": "method", "suffix": "suffix",
          "hyperparameters": "hyperparameters", "metadata": "metadata", "integrations": "integrations",
-         "target_modules": "target_modules", "schedule": "word", "too_long": "word"},
+         "target_modules": "target_modules", "feedforward_modules": "modules", "activation_memory": "memory",
+         **dict.fromkeys(("adapter", "placement", "activation", "activation_compression", "schedule", "too_long"), "word")},
     ),
     "/v1/load_lora_adapter": (
         {"lora_name": "a", "lora_path": "nothing"},

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from coserve.config import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.core import InvalidRequest
 from coserve.server.jobs.body import read_body
 from coserve.server.jobs.spec import Resolved, read_spec, resolve
@@ -77,6 +78,35 @@ def test_extra_fields_reach_the_config() -> None:
     assert (config.max_steps, config.deterministic) == (17, True)
 
 
+@pytest.mark.parametrize(("fields", "expected"), [
+    ({}, LoraConfig()), ({"adapter": "lora", "rank": 4}, LoraConfig(r=4)),
+    ({"adapter": "dora", "rank": 4, "target_modules": ["q_proj"]}, LoraConfig(r=4, target_modules=("q_proj",), use_dora=True)),
+    ({"adapter": "ia3"}, IA3Config()),
+    ({"adapter": "ia3", "target_modules": ["k_proj", "up_proj"], "feedforward_modules": ["up_proj"]},
+     IA3Config(target_modules=("k_proj", "up_proj"), feedforward_modules=("up_proj",))),
+    ({"adapter": "ia3", "feedforward_modules": []}, IA3Config(feedforward_modules=())),
+    ({"adapter": "bottleneck", "size": 8, "placement": "houlsby", "activation": "gelu"},
+     BottleneckConfig(size=8, placement="houlsby", activation="gelu")),
+])
+def test_kinds_of_adapter(fields: dict[str, Any], expected: AdapterConfig) -> None:
+    found = resolved(64, **fields)
+    assert found.config.adapter == expected
+    assert spec_of(**fields).settings == fields, "they are shown as given"
+
+
+@pytest.mark.parametrize(("fields", "rate"), [
+    ({"adapter": "bottleneck", "size": 32}, 1.25e-5), ({"adapter": "ia3"}, 5e-5), ({"adapter": "dora", "rank": 16}, 2.5e-5),
+])
+def test_rates_of_dpo_by_kind(fields: dict[str, Any], rate: float) -> None:
+    assert resolved(64, method={"type": "dpo"}, **fields).config.optimizer.learning_rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("value", ["auto", "12.5GB", "0.5", 0.5, 5_000_000])
+def test_activation_memory_reaches_the_config_as_given(value: float | str) -> None:
+    assert resolved(64, activation_memory=value).config.activation_memory == value
+    assert spec_of(activation_memory=value).settings == {"activation_memory": value}
+
+
 def test_a_rate_of_ones_own_is_reported_as_multiplier() -> None:
     found = resolved(64, learning_rate=1e-3)
     assert found.method["supervised"]["hyperparameters"]["learning_rate_multiplier"] == pytest.approx(5)
@@ -135,6 +165,25 @@ PREFERENCE = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}
     ({"seed": 10**400}, "seed", "less"),
     ({"rank": 0}, "rank", "greater"),
     ({"rank": 33}, "rank", "--max-lora-rank"),
+    ({"adapter": "prefix"}, "adapter", "'lora', 'dora', 'ia3' or 'bottleneck'"),
+    ({"adapter": "ia3", "rank": 4}, "rank", "ia3 adapters have no such setting; they have target_modules, feedforward_modules"),
+    ({"adapter": "bottleneck", "target_modules": ["q_proj"]}, "target_modules", "they have size, placement, activation"),
+    ({"adapter": "dora", "size": 4}, "size", "they have rank, alpha, dropout, target_modules"),
+    ({"placement": "houlsby"}, "placement", "lora adapters have no such setting"),
+    ({"adapter": "bottleneck", "placement": "left"}, "placement", "'houlsby' or 'pfeiffer'"),
+    ({"adapter": "bottleneck", "activation": "tanh"}, "activation", "'relu' or 'gelu'"),
+    ({"adapter": "bottleneck", "size": 33}, "size", "--max-lora-rank"),
+    ({"adapter": "bottleneck", "size": 0}, "size", "greater"),
+    ({"adapter": "dora", "rank": 33}, "rank", "--max-lora-rank"),
+    ({"adapter": "dora", "dropout": 0.1}, "dropout", "must be 0 for DoRA"),
+    ({"adapter": "ia3", "target_modules": ["k_prj"]}, "target_modules", "did you mean k_proj"),
+    ({"adapter": "ia3", "feedforward_modules": ["up_prj"]}, "feedforward_modules", "did you mean up_proj"),
+    ({"adapter": "ia3", "feedforward_modules": ["up_proj"]}, "feedforward_modules", "among target_modules"),
+    ({"adapter": "ia3", "feedforward_modules": [1]}, "feedforward_modules[0]", "string"),
+    ({"activation_memory": "lots"}, "activation_memory", "write bytes (12500000000, 12.5GB, 800MiB), a share below 1, or auto"),
+    ({"activation_memory": 0}, "activation_memory", "write bytes"),
+    ({"activation_memory": True}, "activation_memory", "a number or a string"),
+    ({"activation_memory": float("nan")}, "activation_memory", "write bytes"),
     ({"alpha": 0}, "alpha", "positive"),
     ({"dropout": 1.0}, "dropout", "[0, 1)"),
     ({"learning_rate": 0}, "learning_rate", "positive"),

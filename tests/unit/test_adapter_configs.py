@@ -13,6 +13,7 @@ from coserve.config import (
     FinetuneConfig,
     IA3Config,
     LoraConfig,
+    adapter_of_kind,
     finetune_config_from_dict,
     to_dict,
 )
@@ -35,6 +36,9 @@ from tests.unit.test_compiler import CPU, F64, make_arch
     (lambda: FinetuneConfig(ia3=IA3Config(), lora=LoraConfig(r=4)), "lora"),
     (lambda: FinetuneConfig(lora=LoraConfig(use_dora=True, dropout=0.1)), "dropout"),
     (lambda: finetune_config_from_dict({"ia3": {"rank": 4}}), "rank"),
+    (lambda: adapter_of_kind("prefix", {}, {}), "adapter"),
+    (lambda: adapter_of_kind("ia3", {"rank": 4}, {"rank": "r", "modules": "target_modules"}), "rank"),
+    (lambda: adapter_of_kind("dora", {"dropout": 0.1}, {"dropout": "dropout"}), "dropout"),
     (lambda: finetune_config_from_dict({"bottleneck": 64}), "bottleneck"),
     (lambda: finetune_config_from_dict({"adapter": {}}), "adapter"),
     (lambda: empty_adapter(make_arch(), IA3Config(target_modules=("w_proj",)), dtype=F64, device=CPU), "target_modules"),
@@ -54,6 +58,15 @@ def test_settings_come_back_from_plain_types(adapter: AdapterConfig) -> None:
     config = FinetuneConfig().with_adapter(adapter)
     assert config.adapter == adapter
     assert finetune_config_from_dict(to_dict(config)) == config
+
+
+def test_an_adapter_by_its_kinds_name() -> None:
+    words = {"rank": "r", "modules": "target_modules", "size": "size"}
+    assert adapter_of_kind("dora", {"rank": 4}, words) == LoraConfig(r=4, use_dora=True)
+    assert adapter_of_kind("ia3", {"modules": ["k_proj"]}, words) == IA3Config(target_modules=("k_proj",))
+    assert adapter_of_kind("bottleneck", {}, words) == BottleneckConfig()
+    with pytest.raises(ConfigError, match=r"^modules: bottleneck adapters have no such setting; they have size$"):
+        adapter_of_kind("bottleneck", {"modules": ["k_proj"]}, words)
 
 
 def test_a_job_from_before_there_were_kinds_resumes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coserve.config import FinetuneConfig, LoraConfig
+from coserve.config import FinetuneConfig, LoraConfig, finetune_config_from_dict
 from coserve.core import CapacityError, Group
 from coserve.engine import finetuning
 from coserve.engine.budget import (
@@ -216,9 +217,19 @@ def test_a_plan_for_any_room(directories: dict[str, Path], family: str, itemsize
         assert found.plan.recompute_flops <= before.plan.recompute_flops
         before = found
     assert before.plan.recompute_flops == 0
+
+    def asked(value: float | str) -> FittedPlan:
+        return asked_plan(arch, adapter, workload, FinetuneConfig(activation_memory=value), itemsize=itemsize)
+
+    wanted = fitted(0.8 * most.num_bytes)
+    for value in (0.8, "0.8", 0.8 * most.num_bytes, f"{0.8 * most.num_bytes / 1000!r} kB"):
+        assert asked(value).num_bytes == wanted.num_bytes
+    assert asked("auto").num_bytes == most.num_bytes
     with pytest.raises(CapacityError, match=rf"at least {least.num_bytes} bytes, {most.num_bytes} without") as caught:
-        asked_plan(arch, adapter, workload, least.num_bytes - 1, itemsize=itemsize)
-    assert caught.value.param == "activation_memory_bytes"
+        asked(least.num_bytes - 1)
+    assert caught.value.param == "activation_memory"
+    with pytest.raises(CapacityError, match=f"and {0.01 * most.num_bytes:.0f} are allowed"):
+        asked(0.01)
 
 
 def test_finetune_takes_the_plan_that_there_is_memory_for(
@@ -254,6 +265,22 @@ def test_finetune_takes_the_plan_that_there_is_memory_for(
         monkeypatch.setattr(finetuning, "available_bytes", lambda device, available=available: available)
         with pytest.raises(CapacityError, match="not enough memory"):
             finetuning.finetune(data, tmp_path / "refused", model=model, config=refused)
+
+
+def test_a_resumed_job_gets_the_same_plan(directories: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    model = load_model(str(directories["llama"]), device="cpu", dtype="float32")
+    plans: dict[bool, list[str]] = {}
+    config = FinetuneConfig(lora=LORA, batch_size=9, max_steps=1, window_tokens=64, activation_memory=0.7)
+    for resume in (False, True):
+        lines = plans.setdefault(resume, [])
+        finetuning.finetune(
+            data, tmp_path / "job", model=model, config=config, resume=resume,
+            listen=lambda event, lines=lines: lines.append(event.message),
+        )
+        config = finetune_config_from_dict(json.loads((tmp_path / "job" / "job.json").read_text())["settings"])
+    chosen = {resume: [line for line in lines if "of the matrix products again" in line] for resume, lines in plans.items()}
+    assert len(chosen[False]) == 1
+    assert chosen[True] == chosen[False]
 
 
 # --- what there is ---

@@ -163,6 +163,7 @@ def test_every_option_reaches_its_setting(place: Place, run: Run) -> None:
         "--objective": ("sft", "objective", "sft"), "--dpo-beta": (0.3, "dpo_beta", 0.3), "--epochs": (2.5, "epochs", 2.5),
         "--max-steps": (2, "max_steps", 2), "--batch-size": (3, "batch_size", 3),
         "--max-microbatch-tokens": (300, "max_microbatch_tokens", 300), "--window-tokens": (64, "window_tokens", 64),
+        "--activation-memory": ("0.9", "activation_memory", "0.9"),
         "--max-length": (200, "max_length", 200), "--too-long": ("drop", "too_long", "drop"),
         "--learning-rate": (0.003, "optimizer.learning_rate", 0.003), "--schedule": ("cosine", "optimizer.schedule", "cosine"),
         "--warmup-steps": (1, "optimizer.warmup_steps", 1), "--weight-decay": (0.01, "optimizer.weight_decay", 0.01),
@@ -289,6 +290,14 @@ def test_a_settings_file_chooses_the_kind(place: Place) -> None:
     path.write_text('[ia3]\nfeedforward_modules = ["up_proj"]\n')
     with pytest.raises(ConfigError, match="feedforward_modules: up_proj must be among target_modules"):
         cli._config(path, {})
+
+
+def test_a_settings_file_limits_memory_by_number_or_text(place: Place) -> None:
+    path = place.tmp / "settings.toml"
+    for written, expected in (("0.5", 0.5), ("12_500_000", 12_500_000), ('"800MiB"', "800MiB"), ('"auto"', "auto")):
+        path.write_text(f"activation_memory = {written}\n")
+        assert cli._config(path, {}).activation_memory == expected
+        assert cli._config(path, {"activation_memory": "1GB"}).activation_memory == "1GB"
 
 
 def test_overriding_lora_settings_by_an_adapter_warns(place: Place, trained: Path) -> None:
@@ -520,6 +529,11 @@ BAD_OPTIONS: dict[str, tuple[Callable[[Place], Sequence[object]], str]] = {
     "too_long": (options("--too-long", "wrap"), r"too_long: must be error, drop or truncate"),
     "rank": (options("--rank", 0), r"r: rank must be at least 1"),
     "alpha": (options("--alpha", -1), r"alpha: must be positive"),
+    "activation_memory": (options("--activation-memory", "lots"), r"activation_memory: write bytes \(.*12\.5GB.*got 'lots'"),
+    "activation_memory that no plan meets": (
+        options("--activation-memory", "2kB"), r"activation_memory: a micro-batch of \d+ tokens takes at least \d+ bytes"
+    ),
+    "kind": (options("--kind", "prefix"), r"kind: must be one of lora, dora, ia3, bottleneck, got 'prefix'"),
     "dropout": (options("--dropout", 1), r"dropout: must be in \[0, 1\)"),
     "epochs": (options("--epochs", 0), r"epochs: must be positive"),
     "epochs nan": (options("--epochs", "nan"), r"epochs: must be a finite number"),
@@ -641,9 +655,9 @@ def test_plan_counts_what_is_kept(place: Place, run: Run) -> None:
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (("--adapter", "vera"), r"^error: adapter: 'vera' can't be planned"),
-    (("--adapter", "ia3", "--rank", 4), r"^error: rank: ia3 adapters have no such setting"),
-    (("--adapter", "dora", "--dropout", 0.1), r"^error: dropout: must be 0 with use_dora"),
+    (("--adapter", "vera"), r"^error: adapter: must be one of lora, dora, ia3, bottleneck, got 'vera'"),
+    (("--adapter", "ia3", "--rank", 4), r"^error: rank: ia3 adapters have no such setting; they have target_modules"),
+    (("--adapter", "dora", "--dropout", 0.1), r"^error: dropout: must be 0 for DoRA"),
     (("--dtype", "int8"), r"^error: dtype: must be"), (("--rank", 0), r"^error: r: rank"),
     (("--target-modules", "w_proj"), r"^error: target_modules: .*w_proj"), (("--dropout", 2), r"^error: dropout: must be"),
 ])

@@ -349,11 +349,11 @@ def test_a_job_with_little_room_runs_products_again(
     data = directory / "sft.jsonl"
     config = replace(SFT, max_microbatch_tokens=200)
     finetune(data, tmp_path / "reference", model=model, config=config)
-    for number, (blocks, asked) in enumerate([(100, None), (4096, 450_000)]):
+    for number, (blocks, asked) in enumerate([(100, "auto"), (4096, 450_000), (4096, "0.45MB"), (4096, 0.7)]):
         engine = engines(num_blocks=blocks)
         events: list[str] = []
         job = engine.finetune(
-            data, tmp_path / f"job{number}", replace(config, activation_memory_bytes=asked),
+            data, tmp_path / f"job{number}", replace(config, activation_memory=asked),
             listen=lambda event, events=events: events.append(event.message),
         )
         (chosen,) = (line for line in events if "matrix products again" in line)
@@ -394,8 +394,8 @@ def test_a_job_that_the_pool_can_never_hold_is_refused(engines: MakeEngine, dire
     engine = engines(num_blocks=30)
     name = refused(engine, tmp_path / "out", directory / "sft.jsonl", SFT, CapacityError)
     assert name == "max_microbatch_tokens"
-    tight = replace(SFT, activation_memory_bytes=1000)
-    assert refused(engines(), tmp_path / "out", directory / "sft.jsonl", tight, CapacityError) == "activation_memory_bytes"
+    tight = replace(SFT, activation_memory=1000)
+    assert refused(engines(), tmp_path / "out", directory / "sft.jsonl", tight, CapacityError) == "activation_memory"
     steady = replace(SFT, deterministic=True)
     assert refused(engines(num_blocks=100), tmp_path / "out", directory / "sft.jsonl", steady, CapacityError) == name
     small = replace(SFT, max_microbatch_tokens=70, batch_size=1, max_steps=2)

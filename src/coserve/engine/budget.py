@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import AdapterConfig, Compression
+from coserve.config import AdapterConfig, Compression, FinetuneConfig, read_memory
 from coserve.core import CapacityError, Group
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import expected_shapes
@@ -137,18 +137,20 @@ def fit_plan(
 
 
 def asked_plan(
-    arch: Architecture, adapter: Adapter, workload: Workload, activation_memory_bytes: int | None, *, itemsize: int,
-    compression: Compression = "lossless",
+    arch: Architecture, adapter: Adapter, workload: Workload, config: FinetuneConfig, *, itemsize: int
 ) -> FittedPlan:
-    """The plan for a setting, whatever there is. Raises CapacityError if no plan meets it."""
-    room = math.inf if activation_memory_bytes is None else activation_memory_bytes
+    """The plan for a job's settings, whatever memory there is. Raises CapacityError if no plan meets them."""
+    limit, compression = read_memory(config.activation_memory), config.activation_compression
+    most = fit_plan(arch, adapter, math.inf, workload, itemsize=itemsize, compression=compression)
+    if limit is None:
+        return most
+    room = limit * most.num_bytes if limit < 1 else limit
     found = fit_plan(arch, adapter, room, workload, itemsize=itemsize, compression=compression)
     if not found.fits:
-        most = fit_plan(arch, adapter, math.inf, workload, itemsize=itemsize, compression=compression)
         raise CapacityError(
-            f"activation_memory_bytes: a micro-batch of {workload.num_tokens} tokens takes at least {found.num_bytes} bytes, "
-            f"{most.num_bytes} without running a product again, and {activation_memory_bytes} are allowed; raise it, or lower "
-            "max_microbatch_tokens", param="activation_memory_bytes",
+            f"activation_memory: a micro-batch of {workload.num_tokens} tokens takes at least {found.num_bytes} bytes, "
+            f"{most.num_bytes} without running a product again, and {room:.0f} are allowed; raise it, or lower "
+            "max_microbatch_tokens", param="activation_memory",
         )
     return found
 

@@ -106,7 +106,7 @@ class CurvePoint:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """plan: the one that was asked for. in_flight_bytes: what its micro-batch takes of the pool, which is the limit that a job
-    is given (`activation_memory_bytes`). apart: bytes beside every total. checkpointing_flops_ratio: forward run again, over
+    is given (`activation_memory`). apart: bytes beside every total. checkpointing_flops_ratio: forward run again, over
     forward and backward, which is what gradient checkpointing costs."""
 
     plan: ModelPlan

@@ -82,8 +82,7 @@ def _choose_plan(
     """The plan with the fewest FLOPs for which there is memory. A deterministic job's depends on its settings only."""
     adapter, available, itemsize = shape_adapter(arch, config.adapter), available_bytes(device), dtype.itemsize
     workload = Workload.of(dataset.groups, config.batch_size, config.max_microbatch_tokens)
-    compression = config.activation_compression
-    chosen = asked_plan(arch, adapter, workload, config.activation_memory_bytes, itemsize=itemsize, compression=compression)
+    chosen = asked_plan(arch, adapter, workload, config, itemsize=itemsize)
 
     def needs(plan: ModelPlan) -> dict[str, int]:
         needed = training_bytes(
@@ -100,7 +99,7 @@ def _choose_plan(
             break
         # once more where the smaller plan's workspace is larger
         chosen = fit_plan(
-            arch, adapter, chosen.num_bytes - over, workload, itemsize=itemsize, compression=compression
+            arch, adapter, chosen.num_bytes - over, workload, itemsize=itemsize, compression=config.activation_compression
         )
     require_memory(needs(chosen.plan), available)
     return chosen

@@ -97,12 +97,11 @@ class JobTable:
         arch, itemsize = self.arch, self.itemsize
         adapter, room = shape_adapter(arch, settings), self._room
         workload = Workload.of(train.groups, config.batch_size, config.max_microbatch_tokens)
-        compression = config.activation_compression
-        chosen = asked_plan(
-            arch, adapter, workload, config.activation_memory_bytes, itemsize=itemsize, compression=compression
-        )
+        chosen = asked_plan(arch, adapter, workload, config, itemsize=itemsize)
         if chosen.num_bytes > room and not config.deterministic:
-            chosen = fit_plan(arch, adapter, room, workload, itemsize=itemsize, compression=compression)
+            chosen = fit_plan(
+                arch, adapter, room, workload, itemsize=itemsize, compression=config.activation_compression
+            )
         self._check_room(chosen.num_tokens, chosen.num_bytes, "" if config.deterministic else "at least ")
         if held_out is not None:
             tokens = min(config.max_microbatch_tokens, sum(group.num_tokens for group in held_out.groups))

@@ -60,10 +60,7 @@ class AdapterTrainer:
         itemsize = weights.dtype.itemsize
         if plan is None:
             workload = Workload(config.max_microbatch_tokens, config.max_length or config.max_microbatch_tokens)
-            plan = asked_plan(
-                arch, self.adapter, workload, config.activation_memory_bytes, itemsize=itemsize,
-                compression=config.activation_compression,
-            ).plan
+            plan = asked_plan(arch, self.adapter, workload, config, itemsize=itemsize).plan
         self.plan = plan
         self.scoring = scoring_plan(arch, self.adapter, itemsize=itemsize)
         self.reference_scoring = scoring_plan(arch, self.reference, itemsize=itemsize)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coserve.config import EngineConfig, SchedulerConfig, require, require_least
+from coserve.config import EngineConfig, SchedulerConfig, read_memory, require, require_least
 from coserve.core import ConfigError
 
 DEFAULT_DATA_DIR = Path("coserve-data")
@@ -69,7 +69,7 @@ class ServerConfig:
     finetune_min_share: float = 0.0
     """Share of time that jobs get even where objectives are missed, in [0, 1)."""
     activation_memory: str = AUTO
-    """Part of the pool that training may take: bytes, a share below 1, or auto."""
+    """Part of the pool that training may take: bytes (also 12.5GB, 800MiB), a share below 1 (0: no training), or auto."""
     max_jobs: int = 4
     """Finetuning jobs that run at once; more wait."""
     deterministic: bool = False
@@ -117,14 +117,9 @@ class ServerConfig:
 
     def training_share(self, pool_bytes: int) -> float:
         """The part of a pool that training may take, in [0, 1). Raises ConfigError."""
-        if self.activation_memory == AUTO:
+        number = 0.0 if self.activation_memory in ("0", "0.0") else read_memory(self.activation_memory)
+        if number is None:
             return 1 - EngineConfig().inference_share
-        try:
-            number = float(self.activation_memory)
-        except ValueError:
-            number = -1.0
-        require(0 <= number < float("inf"), "activation_memory",
-                f"must be bytes, a share below 1, or auto, got {self.activation_memory!r}")
         share = number if number < 1 else number / pool_bytes
         require(share < 1, "activation_memory", f"{number:.0f} bytes leave nothing of the pool's {pool_bytes} to inference")
         return share

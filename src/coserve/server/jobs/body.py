@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
+from coserve.config import Activation, AdapterKind, Compression, Placement
 from coserve.core import InvalidRequest
 from coserve.server.handlers import field_name
 
@@ -63,13 +64,23 @@ def _targets(value: Any) -> list[str] | str:
     raise PydanticCustomError("targets", "must be a list of module names, or 'all-linear'")
 
 
+def _memory(value: Any) -> int | float | str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return _text(value)
+    raise PydanticCustomError("memory", "must be a number or a string: bytes, a share below 1, or 'auto'")
+
+
 _Choice = int | float | Literal["auto"]
 Number = Annotated[Any, PlainValidator(_number_or_auto, json_schema_input_type=_Choice)]
 Whole = Annotated[Any, PlainValidator(_whole_or_auto, json_schema_input_type=int | Literal["auto"])]
 Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str)]
 Pairs = Annotated[dict[str, str], PlainValidator(_pairs, json_schema_input_type=dict[str, str])]
 Targets = Annotated[Any, PlainValidator(_targets, json_schema_input_type=list[str] | Literal["all-linear"])]
+MemoryLimit = Annotated[Any, PlainValidator(_memory, json_schema_input_type=float | str)]
 Count = Annotated[int, Field(ge=0, le=_LIMIT)]
+Size = Annotated[int, Field(ge=1, le=_LIMIT)]
 Rate = Annotated[float, Field(ge=0, le=1e9)]
 
 
@@ -129,13 +140,19 @@ class Integration(_Body):
 
 
 class Extras(_Body):
-    """Fields beyond OpenAI's (extra_body of its client); what each does is said at FinetuneConfig's fields. priority: lower
-    runs earlier; weight: share among running jobs; deadline: Unix seconds, earlier ones run first among equal priority."""
+    """Fields beyond OpenAI's (extra_body of its client); what each does is said at FinetuneConfig's fields. adapter: a kind,
+    which has some of the fields from rank to activation. priority: lower runs earlier; weight: share among running jobs;
+    deadline: Unix seconds, earlier ones run first among equal priority."""
 
-    rank: Annotated[int, Field(ge=1, le=_LIMIT)] | None = None
+    adapter: AdapterKind | None = None
+    rank: Size | None = None
     alpha: Rate | None = None
     dropout: Rate | None = None
     target_modules: Targets | None = None
+    feedforward_modules: list[Text] | None = Field(default=None, max_length=_MAX_TARGETS)
+    size: Size | None = None
+    placement: Placement | None = None
+    activation: Activation | None = None
     learning_rate: Rate | None = None
     schedule: Text | None = None
     warmup_steps: Count | None = None
@@ -144,6 +161,8 @@ class Extras(_Body):
     max_length: Count | None = None
     too_long: Text | None = None
     max_microbatch_tokens: Count | None = None
+    activation_memory: MemoryLimit | None = None
+    activation_compression: Compression | None = None
     checkpoint_steps: Count | None = None
     keep_checkpoints: Count | None = None
     validation_steps: Count | None = None

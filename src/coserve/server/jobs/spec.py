@@ -14,7 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coserve.config import LINEAR_SITES, FinetuneConfig, LoraConfig, Objective, OptimizerConfig
+from coserve.config import (
+    LINEAR_SITES,
+    AdapterConfig,
+    BottleneckConfig,
+    FinetuneConfig,
+    LoraConfig,
+    Objective,
+    OptimizerConfig,
+    adapter_of_kind,
+)
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.batches import BatchOrder
 from coserve.server.jobs.body import AUTO, CreateJob, Extras, Hyperparameters, PreferenceHyperparameters
@@ -25,10 +34,13 @@ MAX_STEPS = 2**31 - 1
 CHECKPOINT_STEPS = 25
 """A checkpoint at least so often, if nothing is said."""
 _SEEDS = 2**31
-_LORA = {"rank": "r", "alpha": "alpha", "dropout": "dropout", "target_modules": "target_modules"}
+_SAME = ("alpha", "dropout", "target_modules", "feedforward_modules", "size", "placement", "activation")
+_ADAPTER = {"rank": "r", **{name: name for name in _SAME}}
+"""Fields of all kinds of adapter, and their settings' names."""
 _OPTIMIZER = ("learning_rate", "schedule", "warmup_steps", "weight_decay", "max_grad_norm")
 _JOB = (
-    "too_long", "max_microbatch_tokens", "checkpoint_steps", "keep_checkpoints", "validation_steps", "max_steps",
+    "too_long", "max_microbatch_tokens", "activation_memory", "activation_compression", "checkpoint_steps",
+    "keep_checkpoints", "validation_steps", "max_steps",
 )
 _QUEUE = ("priority", "weight", "deadline")
 _WORDS = {"r": "rank", "epochs": "n_epochs", "dpo_beta": "beta"}
@@ -80,8 +92,9 @@ def resolve(
 
     n_epochs: 3; up to 25 where there are fewer than 34 examples, so that about 100 are seen; fewer where 3 passes would be
     more than 25,000 examples. batch_size: examples / 16, from 1 to 16. beta: 0.1. The learning rate is 2e-4 (for DPO
-    4e-4 / rank, from 5e-6 to 5e-5) times learning_rate_multiplier, whose auto is 1. checkpoint_steps: once per epoch, at least
-    every 25 steps. max_length: what a micro-batch and the model can hold.
+    4e-4 / rank, from 5e-6 to 5e-5; a bottleneck's size counts as its rank, ia3's rank as 1) times learning_rate_multiplier,
+    whose auto is 1. checkpoint_steps: once per epoch, at least every 25 steps. max_length: what a micro-batch and the model
+    can hold.
 
     Raises InvalidRequest that names the field.
     """
@@ -89,31 +102,39 @@ def resolve(
     objective: Objective = "dpo" if kind == "dpo" else "sft"
     numbers = _numbers(kind, method[kind]["hyperparameters"], num_examples or 1)
     order = BatchOrder(num_groups=num_examples or 1, batch_size=numbers["batch_size"], seed=seed, shuffle=True)
-    lora_settings: dict[str, Any] = {name: settings[field] for field, name in _LORA.items() if field in settings}
-    if isinstance(lora_settings.get("target_modules"), list):
-        lora_settings["target_modules"] = tuple(lora_settings["target_modules"])
     try:
-        lora = LoraConfig(**lora_settings)
-        base_rate = 2e-4 if objective == "sft" else min(5e-5, max(5e-6, 4e-4 / lora.r))
+        adapter_settings = {name: settings[name] for name in _ADAPTER if name in settings}
+        adapter = adapter_of_kind(settings.get("adapter", "lora"), adapter_settings, _ADAPTER)
+        size_field, rank = _rank(adapter)
+        base_rate = 2e-4 if objective == "sft" else min(5e-5, max(5e-6, 4e-4 / rank))
         rate = {"learning_rate": base_rate * numbers["learning_rate_multiplier"]}
         optimizer = OptimizerConfig(**(rate | {name: settings[name] for name in _OPTIMIZER if name in settings}))
         rest: dict[str, Any] = {"checkpoint_steps": min(order.steps_per_epoch, CHECKPOINT_STEPS)}
         config = FinetuneConfig(
-            lora=lora, optimizer=optimizer, objective=objective, epochs=numbers["n_epochs"], batch_size=numbers["batch_size"],
+            optimizer=optimizer, objective=objective, epochs=numbers["n_epochs"], batch_size=numbers["batch_size"],
             dpo_beta=numbers.get("beta", FinetuneConfig().dpo_beta), seed=seed,
             deterministic=server.deterministic or settings.get("deterministic", False),
             max_length=_max_length(objective, settings, max_model_len),
             **rest | {name: settings[name] for name in _JOB if name in settings},
-        )
+        ).with_adapter(adapter)
     except ConfigError as error:
         raise _in_api_words(error) from error
-    if lora.r > server.max_lora_rank:
-        raise InvalidRequest(f"rank: {lora.r} is over this server's --max-lora-rank {server.max_lora_rank}", param="rank")
+    if rank > server.max_lora_rank:
+        raise InvalidRequest(
+            f"{size_field}: {rank} is over this server's --max-lora-rank {server.max_lora_rank}", param=size_field
+        )
     numbers["learning_rate_multiplier"] = optimizer.learning_rate / base_rate
     num_steps = order.num_steps(config)
     if num_steps > MAX_STEPS:
         raise InvalidRequest(f"n_epochs: {num_steps} steps are too many; train on fewer epochs", param="n_epochs")
     return Resolved(config=config, method={"type": kind, kind: {"hyperparameters": numbers}}, num_steps=num_steps)
+
+
+def _rank(adapter: AdapterConfig) -> tuple[str, int]:
+    """What --max-lora-rank limits: the field and its number; 1 where there is none."""
+    if isinstance(adapter, BottleneckConfig):
+        return "size", adapter.size
+    return "rank", adapter.r if isinstance(adapter, LoraConfig) else 1
 
 
 def _numbers(kind: str, given: Mapping[str, Any], examples: int) -> dict[str, Any]:
@@ -176,15 +197,16 @@ def _method(body: CreateJob) -> dict[str, Any]:
 
 
 def _check_targets(settings: Mapping[str, Any]) -> None:
-    targets = settings.get("target_modules", ())
-    for target in targets if isinstance(targets, list) else ():
-        name = target.rpartition(".")[2]
-        if name not in LINEAR_SITES:
-            near = difflib.get_close_matches(name, LINEAR_SITES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InvalidRequest(
-                f"target_modules: there is no {name[:64]!r}; known: {', '.join(LINEAR_SITES)}{hint}", param="target_modules"
-            )
+    for field in ("target_modules", "feedforward_modules"):
+        targets = settings.get(field, ())
+        for target in targets if isinstance(targets, list) else ():
+            name = target.rpartition(".")[2]
+            if name not in LINEAR_SITES:
+                near = difflib.get_close_matches(name, LINEAR_SITES, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise InvalidRequest(
+                    f"{field}: there is no {name[:64]!r}; known: {', '.join(LINEAR_SITES)}{hint}", param=field
+                )
 
 
 def _check_integration(item: Mapping[str, Any]) -> None:
