@@ -136,6 +136,37 @@ def test_stages_come_in_order_and_only_lose(smollm2: Case, limit: float | None) 
     assert windows.parts["workspace"] < compress.parts["workspace"]
 
 
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_fp8_is_a_stage_of_its_own(large: Case, limit: float | None) -> None:
+    """Before it, the plan for the same limit without it: more bytes, or where a limit was met, more FLOPs."""
+    exact = large.estimate(limit)
+    found = estimate(large.shape, large.bypasses, None if limit is None else exact.stages[-1].total_bytes, compression="fp8")
+    prune, again, budget, compress, windows = found.stages
+    assert [prune.parts, again.parts] == [stage.parts for stage in exact.stages[:2]]
+    assert (budget.bytes_per_token, budget.extra_flops_ratio) == pytest.approx(
+        (exact.stages[2].bytes_per_token, exact.stages[2].extra_flops_ratio), rel=0.02
+    )
+    assert "fp8" not in compress.note and "changes gradients" in compress.note
+    assert compress.bytes_per_token == windows.bytes_per_token == found.plan.arena_bytes
+    if limit is None:
+        assert compress.bytes_per_token < 0.57 * budget.bytes_per_token
+        assert windows.extra_flops_ratio == 0
+    else:
+        assert windows.total_bytes <= exact.stages[-1].total_bytes
+        assert windows.extra_flops_ratio < 0.3 * budget.extra_flops_ratio
+    names = {value.name for entry in report(found.plan, itemsize=2) for value in entry.kept}
+    assert "gate_proj.fp8" in names and not any("exponent" in name for name in names)
+
+
+def test_a_limit_that_only_fp8_meets(large: Case) -> None:
+    least = min(point.total_bytes for point in large.estimate().curve)
+    limit = 0.8 * least
+    with pytest.raises(CapacityError):
+        large.estimate(limit)
+    found = estimate(large.shape, large.bypasses, limit, compression="fp8")
+    assert found.stages[-1].total_bytes <= limit < found.stages[2].total_bytes
+
+
 @pytest.mark.parametrize("targets", [LINEAR_SITES, ("down_proj",), ("q_proj", "v_proj")])
 def test_the_first_stage_keeps_what_the_pruned_backward_reads(models: Path, targets: tuple[str, ...]) -> None:
     case = make_case(models / "tiny", targets=targets)

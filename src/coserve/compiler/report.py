@@ -12,7 +12,7 @@ from coserve.ops.table import TABLE, Cost
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptValue:
-    """One kept value of a layer: elements and bytes per token, and why it is kept."""
+    """One kept value of a layer: elements and bytes per token (in fp8 with its exponent), and why it is kept."""
 
     name: str
     width: int
@@ -38,16 +38,22 @@ class LayerReport:
 def _describe(plan: LayerPlan, layers: tuple[int, ...], itemsize: int) -> LayerReport:
     graph = plan.joint.forward
     size = {name: value.num_bytes(itemsize) for name, value in graph.values.items()}
+    packed = {node.outputs[0]: node.outputs for node in graph.nodes if node.row.packs}
+    beside = {name for outputs in packed.values() for name in outputs[1:]}
     kept = tuple(
-        KeptValue(name=k.name, width=graph.values[k.name].width, num_bytes=size[k.name], reason=k.reason) for k in plan.kept
+        KeptValue(
+            name=k.name, width=graph.values[k.name].width, reason=k.reason,
+            num_bytes=sum(size[name] for name in packed.get(k.name, (k.name,))),
+        )
+        for k in plan.kept if k.name not in beside
     )
-    make = producers(graph.nodes)
-    names = {k.name for k in kept}
-    recomputed = tuple(f"{name} by {make[name].op}" for name in plan.joint.saved() if name not in names)
+    make = producers(node for node in plan.recompute if node.inputs[0] not in packed)
+    recomputed = tuple(f"{name} by {make[name].op}" for name in plan.joint.saved() if name in make)
     again = (call for call in (plan.backward.calls if plan.backward else ()) if TABLE[call.op].gradients)
     products = tuple(call.weight or call.op for call in again if TABLE[call.op].cost is not Cost.ELEMENTWISE)
     return LayerReport(
-        layers=layers, kept=kept, recomputed=recomputed, products=products, all_bytes=sum(size.values()),
+        layers=layers, kept=kept, recomputed=recomputed, products=products,
+        all_bytes=sum(size[name] for node in graph.nodes for name in node.outputs if not node.row.packs) + size[graph.input],
         read_bytes=sum(size[name] for name in plan.joint.saved()), arena_bytes=plan.arena_bytes,
     )
 
