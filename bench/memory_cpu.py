@@ -1,11 +1,13 @@
 """Memory against speed of one training step on a CPU: coserve at several budgets, peft with and without checkpointing.
 
-    python bench/memory_cpu.py [--tokens 4096] [--threads 2] [--shares 1 0.5 0.25 0] [--output bench/results/memory_cpu.json]
+    python bench/memory_cpu.py [--tokens 4096] [--threads 2] [--shares 1 0.5 0.25 0] [--fp8-shares 1 0]
+        [--output bench/results/memory_cpu.json]
 
 SmolLM2 in float32, LoRA r16 on all linears, one example of `tokens` tokens, all of them trained. Every row is a fresh process:
 two steps, the second timed; peak is the process's largest resident size. A share is a place between the least that a
-micro-batch can take in flight (0: the layers' inputs, K and V) and the most (1: nothing is run again). `predicted` is what the
-process held before training plus what the plan says, so that it can be compared with the peak.
+micro-batch can take in flight (0: the layers' inputs, K and V) and the most (1: nothing is run again), with kept values in fp8
+where the row says so. `predicted` is what the process held before training plus what the plan says, so that it can be compared
+with the peak.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from finetune_cpu import RATE, PeftPeer, coserve_step, long_example, peak_bytes, run_facts, seconds
 
 from coserve import FinetuneConfig, LoraConfig, OptimizerConfig, load_model
+from coserve.config import Compression
 from coserve.engine.budget import Workload, fit_plan, shape_adapter, training_bytes
 from coserve.engine.trainer import AdapterTrainer
 from coserve.model.linear import can_pack
@@ -38,16 +41,19 @@ def resident_bytes() -> int:
     return pages * 4096
 
 
-def probe_coserve(tokens: int, share: float) -> dict[str, Any]:
+def probe_coserve(tokens: int, share: float, compression: Compression) -> dict[str, Any]:
     """Two steps under the budget at `share`."""
     model = load_model(device="cpu", dtype="float32")
     arch, adapter, workload = model.architecture, shape_adapter(model.architecture, LORA), Workload(tokens, tokens)
-    most, least = (fit_plan(arch, adapter, room, workload, itemsize=4) for room in (math.inf, 0))
+    most, least = (
+        fit_plan(arch, adapter, room, workload, itemsize=4, compression=compression) for room in (math.inf, 0)
+    )
     allowed = math.ceil(least.num_bytes + share * (most.num_bytes - least.num_bytes))
     example = long_example(model, tokens)
     held = resident_bytes()
     trainer = AdapterTrainer(model, FinetuneConfig(
         lora=LORA, max_microbatch_tokens=tokens, max_length=tokens, window_tokens=WINDOW, activation_memory=allowed,
+        activation_compression=compression,
         optimizer=OptimizerConfig(learning_rate=RATE, max_grad_norm=1.0),
     ))
     coserve_step(trainer, [example])
@@ -79,8 +85,12 @@ def probe_peft(tokens: int, *, checkpointing: bool) -> dict[str, Any]:
 
 def probe(method: str, tokens: int) -> None:
     """Prints one row."""
-    name, _, share = method.partition(":")
-    row = probe_coserve(tokens, float(share)) if name == "coserve" else probe_peft(tokens, checkpointing=share != "")
+    name, _, rest = method.partition(":")
+    share, _, fp8 = rest.partition(":")
+    if name == "coserve":
+        row = probe_coserve(tokens, float(share), "fp8" if fp8 else "lossless")
+    else:
+        row = probe_peft(tokens, checkpointing=rest != "")
     print(json.dumps({**row, "tokens_per_s": tokens / row["seconds"], "peak_bytes": peak_bytes()}))
 
 
@@ -103,6 +113,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shares", type=float, nargs="+", default=[1, 0.5, 0.25, 0])
+    parser.add_argument("--fp8-shares", type=float, nargs="*", default=[1, 0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory_cpu.json")
     parser.add_argument("--probe", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -110,7 +121,10 @@ def main() -> None:
     if args.probe:
         probe(args.probe, args.tokens)
         return
-    methods = [*(f"coserve:{share:g}" for share in args.shares), "peft", "peft:checkpointing"]
+    methods = [
+        *(f"coserve:{share:g}" for share in args.shares), *(f"coserve:{share:g}:fp8" for share in args.fp8_shares),
+        "peft", "peft:checkpointing",
+    ]
     rows = [measure(method, args.tokens, args.threads) for method in methods]
     peft = next(row for row in rows if row["method"] == "peft")
     for row in rows:

@@ -82,6 +82,15 @@ def test_fp8_is_within_half_a_unit(seed: int, dtype: torch.dtype, width: int, po
     assert torch.equal(rows, have), "a row's bytes depend on that row"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_code_is_read_as_pytorch_reads_it(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)[None]
+    out = torch.empty(1, 256, dtype=dtype)
+    library.fp8_decode(out, codes, torch.full((1, 1), 127, dtype=torch.uint8))
+    wanted = codes.view(torch.float8_e4m3fn).to(dtype)
+    assert torch.equal(out[~wanted.isnan()], wanted[~wanted.isnan()])
+
+
 def test_fp8_at_the_ends_of_its_range() -> None:
     exact = torch.tensor([[448.0, -448.0, 2.0**-6, 0.0], [449.0, 1.0, 0.5, -0.25], [0.0, 0.0, 0.0, 0.0]])
     have = through_fp8(exact)
