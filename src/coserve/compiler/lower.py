@@ -1,4 +1,4 @@
-"""Pass 5: from a pruned graph to flat programs: aliasing, merged products, and one offset per storage.
+"""Pass 6: from a pruned graph to flat programs: aliasing, merged products, and one offset per storage.
 
     values  --alias-->  classes (values that share memory)  --merge-->  storages  --place-->  offsets
 
