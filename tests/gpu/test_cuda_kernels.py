@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coserve.kernels import cuda_attention, reference
+from coserve.kernels import cuda_attention, library, reference
 from coserve.kernels.triton import available, paged_decode, segments
 
 SHAPES = [(4, 4, 64), (6, 2, 128), (2, 1, 16)]
@@ -181,3 +181,24 @@ def test_segments(lengths: list[int], num_in: int, num_out: int, accumulate: boo
     offsets = torch.tensor(lengths).cumsum(0).to(torch.int32).cuda()
     segments.segment_linear(out, x, weight, offsets, alpha=0.5, accumulate=accumulate)
     close(out, want, TOLERANCE[dtype], "out")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_packed_values_are_the_cpus(dtype: torch.dtype) -> None:
+    x = torch.randn(70, 577, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[3] *= 1000
+    x[5, 4] = math.inf
+    found = []
+    for device in ("cpu", "cuda"):
+        rows = x.to(device)
+        bits, exponent, signs = (torch.zeros(70, n, dtype=torch.uint8, device=device) for n in (577, 1, 73))
+        decoded, positive = torch.empty_like(rows), torch.empty_like(rows)
+        library.fp8_encode(bits, exponent, rows)
+        library.fp8_decode(decoded, bits, exponent)
+        library.sign_bits(signs, rows)
+        library.sign_values(positive, signs)
+        found.append([part.cpu() for part in (exponent, decoded.nan_to_num(nan=9.0), signs, positive)])
+    for have, want in zip(*found, strict=True):
+        assert torch.equal(have, want)
