@@ -96,6 +96,14 @@ def test_a_job_with_a_share_of_memory(jobs: Jobs) -> None:
     assert losses["auto"] == pytest.approx(losses[0.6], rel=1e-4)
 
 
+def test_a_job_that_keeps_values_in_fp8(jobs: Jobs) -> None:
+    job = jobs.create(rank=4, activation_compression="fp8", activation_memory=0.7)
+    done = jobs.end(job)
+    assert done.status == "succeeded", done
+    assert done.model_extra["settings"]["activation_compression"] == "fp8"
+    assert any("are kept, in fp8, which changes gradients a little; backward runs" in line for line in jobs.messages(job))
+
+
 def test_memory_that_no_plan_meets_fails_the_job_with_numbers(jobs: Jobs) -> None:
     failed = jobs.end(jobs.create(activation_memory="2kB"))
     assert (failed.status, failed.error.code, failed.error.param) == ("failed", "insufficient_memory", "activation_memory")
@@ -105,6 +113,7 @@ def test_memory_that_no_plan_meets_fails_the_job_with_numbers(jobs: Jobs) -> Non
 @pytest.mark.parametrize(("fields", "param"), [
     ({"adapter": "prefix"}, "adapter"), ({"adapter": "ia3", "rank": 4}, "rank"), ({"size": 4}, "size"),
     ({"adapter": "bottleneck", "size": 65}, "size"), ({"activation_memory": "lots"}, "activation_memory"),
+    ({"activation_compression": "fp4"}, "activation_compression"),
 ])
 def test_wrong_settings_are_refused(jobs: Jobs, fields: dict[str, Any], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
