@@ -6,6 +6,7 @@ bottlenecks against hooks on transformers' modules.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,17 @@ from coserve.peft.tensors import tensor_name, to_file
 from coserve.runtime.executor import Executor
 from tests import oracle
 from tests.numerics.test_fused_gradients import Mix, check, fixed_mix, mixes
-from tests.numerics.test_gradients import AT_LENGTH, CPU, TOLERANCE, VARIANTS, Case, error_of, random_example
+from tests.numerics.test_gradients import (
+    AT_LENGTH,
+    CPU,
+    TOLERANCE,
+    VARIANTS,
+    Case,
+    error_of,
+    pair,
+    random_adapter,
+    random_example,
+)
 from tests.numerics.test_training_loop import random_groups
 from tests.tiny_models import build_tiny_model
 
@@ -93,7 +104,7 @@ def cases(draw: st.DrawFn, configs: st.SearchStrategy[AdapterConfig] = ANY) -> C
     return Case(family, sliding_window, draw(configs), examples, objective, query_block, seed, draw(BUDGETS))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_any_split_under_any_budget_of_any_kind_equals_autograd(case: Case) -> None:
     assert error_of(case) <= TOLERANCE
@@ -112,6 +123,29 @@ def test_every_kind(kind: str, budget: float) -> None:
     rng = np.random.default_rng(5)
     examples = tuple(random_example(rng, i, length) for i, length in enumerate([19, 6, 23]))
     assert error_of(Case("qwen3", None, KINDS[kind], examples, "sft", 4, 11, budget)) <= TOLERANCE
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(config=low_rank_configs(use_dora=True), seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_norms_by_slices_are_those_of_the_whole(config: LoraConfig, seed: int, data: st.DataObject) -> None:
+    """However an optimizer step is cut, and in a copy, which doesn't work them out again."""
+    weights = pair("qwen2", None).weights
+    sliced, whole = (random_adapter(weights, config, seed) for _ in range(2))
+    total = whole.flat.numel()
+    cuts = data.draw(st.lists(st.integers(0, total), max_size=8).map(sorted))
+    new = torch.randn(total, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    for start, end in pairwise([0, *cuts, total]):
+        sliced.flat[start:end] = new[start:end]
+        sliced.refresh(start, end)
+    whole.flat.copy_(new)
+    whole.refresh()
+    for p in whole.parameters:
+        factor = whole.factor(p.layer, p.name)
+        for other in (sliced, sliced.copy(), whole.copy()):
+            found = other.factor(p.layer, p.name)
+            assert factor is not None and found is not None
+            assert torch.equal(found.matrix, factor.matrix)
+            assert factor.slope is None or (found.slope is not None and torch.equal(found.slope, factor.slope))
 
 
 # --- in one batch: jobs and requests of different kinds ---
