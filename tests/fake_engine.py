@@ -204,7 +204,8 @@ class FakeRunner:
                 top = not backward and unit.layer_end == work.num_layers
                 units.append(UnitCost(backward, unit.end - unit.start, unit.layer_end - unit.layer_start,
                                       work.pairs(unit.start, unit.end), work.labels(unit.start, unit.end) if top else 0))
-        return Contents(cost, tuple(units), sum(part.end - part.start for part in plan.optimizer))
+        refresh = sum(self.scheduler.jobs[part.job].refreshing(part.end - part.start) for part in plan.optimizer)
+        return Contents(cost, tuple(units), sum(part.end - part.start for part in plan.optimizer), refresh)
 
     # --- run ---
 

@@ -43,3 +43,18 @@ def backward_units(rng: Random, num_layers: int, lowest: int, num_tokens: int) -
             start = rng.randint(0, end - 1) if rng.random() < 0.8 else 0
             yield Unit(Direction.BACKWARD, layer, layer + 1, start, end)
             end = start
+
+
+def mirrored_units(
+    rng: Random, num_layers: int, lowest: int, num_tokens: int, grid: int = 1
+) -> tuple[list[Unit], list[Unit]]:
+    """Forward in a random staircase of windows that begin at multiples of `grid`, and backward in the windows that forward had
+    in each layer."""
+    blocks = forward_units(rng, num_layers, -(-num_tokens // grid))
+    forward = [unit._replace(start=unit.start * grid, end=min(unit.end * grid, num_tokens)) for unit in blocks]
+    backward = [
+        Unit(Direction.BACKWARD, layer, layer + 1, unit.start, unit.end)
+        for layer in reversed(range(lowest, num_layers))
+        for unit in reversed(forward) if unit.layer_start <= layer < unit.layer_end
+    ]
+    return forward, backward

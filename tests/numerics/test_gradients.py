@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coserve.compiler.plan import ModelPlan
+from coserve.compiler.plan import ModelPlan, TrainingPlans
 from coserve.config import LINEAR_SITES, AdapterConfig, Compression, LoraConfig
 from coserve.core import Direction, Example, Unit
 from coserve.finetune.objectives import PreferenceObjective, Scored, SupervisedObjective
@@ -36,7 +36,7 @@ from coserve.peft.kinds import new_adapter
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.memory import Arena
 from coserve.runtime.microbatch import InFlight, PackedBatch, pack
-from coserve.runtime.plans import scoring_plan, training_frontier, training_plan
+from coserve.runtime.plans import layer_bypasses, scoring_plan
 from coserve.runtime.rows import site_key
 from tests import oracle
 from tests.splits import backward_units, forward_units
@@ -116,14 +116,14 @@ def random_adapter(weights: ModelWeights, config: AdapterConfig, seed: int) -> A
 
 def train_by_units(
     case: Case, weights: ModelWeights, adapter: Adapter, forward: Sequence[Unit] | None = None,
-    backward: Sequence[Unit] | None = None,
+    backward: Sequence[Unit] | None = None, plan: ModelPlan | None = None,
 ) -> InFlight:
-    """One micro-batch through random units, with the objective in between."""
+    """One micro-batch through random units, with the objective in between; by default under the plan of the case's budget."""
     executor = TrainExecutor(Executor(weights))
     rng, layers = Random(case.seed), weights.architecture.num_layers
     batch = pack(case.examples, device=CPU, seed=case.seed, step=3)
     references = reference_sums(case, executor, batch) if case.objective == "dpo" else None
-    plan = budgeted_plan(weights, adapter, case.budget, case.compression)
+    plan = plan or budgeted_plan(weights, adapter, case.budget, case.compression)
     state = executor.begin(batch, plan)
     for unit in forward or forward_units(rng, layers, batch.num_tokens):
         executor.run(state, unit, adapter)
@@ -134,22 +134,31 @@ def train_by_units(
     return state
 
 
-def budgeted_plan(
-    weights: ModelWeights, adapter: Adapter, share: float, compression: Compression = "lossless"
-) -> ModelPlan:
+def training_plans(weights: ModelWeights, adapter: Adapter, compression: Compression = "lossless") -> TrainingPlans:
+    """All plans of an adapter's training."""
+    bypasses = layer_bypasses(weights.architecture, adapter, dropout=adapter.dropout)
+    return TrainingPlans(weights.architecture, bypasses, itemsize=weights.dtype.itemsize, compression=compression)
+
+
+def within_share(plans: TrainingPlans, share: float) -> ModelPlan:
     """The plan that keeps at most `share` of what there is between the least and the most."""
-    arch, itemsize = weights.architecture, weights.dtype.itemsize
-    points = training_frontier(arch, adapter, itemsize=itemsize, compression=compression)
+    points = plans.frontier(num_points=2)
     most, least = points[0].arena_bytes, points[-1].arena_bytes
     budget = least + share * (most - least)
-    plan = training_plan(arch, adapter, itemsize=itemsize, arena_budget=budget, compression=compression)
+    plan = plans.plan(budget)
     assert plan.arena_bytes <= budget
     return plan
 
 
+def budgeted_plan(
+    weights: ModelWeights, adapter: Adapter, share: float, compression: Compression = "lossless"
+) -> ModelPlan:
+    return within_share(training_plans(weights, adapter, compression), share)
+
+
 def reference_sums(case: Case, executor: TrainExecutor, batch: PackedBatch) -> list[float]:
     """Log-probability sums of the bare backbone, through forward-only units."""
-    plan = scoring_plan(executor.arch, None, itemsize=8)
+    plan = scoring_plan(executor.arch, None, itemsize=executor.weights.dtype.itemsize)
     state = executor.begin(batch, plan, forward_only=True)
     for unit in forward_units(Random(case.seed + 1), executor.arch.num_layers, batch.num_tokens):
         executor.run(state, unit, None)

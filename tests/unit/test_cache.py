@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coserve.config import LINEAR_SITES, LoraConfig
+from coserve.config import LINEAR_SITES, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.core import BlockMove, CapacityError
 from coserve.kernels import reference
 from coserve.model.architecture import Architecture
 from coserve.ops.run import RUNNERS, Factor, FactorStack
+from coserve.peft.adapter import Kind
+from coserve.peft.kinds import empty_adapter
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool, block_bytes
@@ -294,12 +296,13 @@ def test_one_adapter_is_a_plain_product_and_several_are_grouped() -> None:
 def test_a_slot_is_zeroed_before_another_adapter_has_it() -> None:
     """Sites and columns that the next one lacks must not be the former's."""
     slots = make_slots(max_slots=2)
+    slots.place("other", make_adapter(3, r=12))
     wide, narrow = make_adapter(1, r=12), make_adapter(2, r=2, target_modules=("q_proj",))
     wide.flat.fill_(math.nan)
     slot = slots.place("wide", wide)
     slots.remove("wide")
     assert slots.place("narrow", narrow) == slots.place("narrow", narrow) == slot
-    assert slots.keys == ("narrow",)
+    assert slots.keys == ("other", "narrow")
     for layer in range(LAYERS):
         for name in slots.widths(layer):
             stack, own = slots.factor(layer, name), narrow.factor(layer, name)
@@ -311,6 +314,44 @@ def test_a_slot_is_zeroed_before_another_adapter_has_it() -> None:
                 rank_part = stack[slot][:, :2] if name.endswith("A") else stack[slot][:2]
                 assert torch.equal(rank_part, own.matrix.T)
                 assert stack[slot].count_nonzero() == own.matrix.count_nonzero()
+
+
+def test_passes_run_the_operators_of_the_adapters_that_are_present() -> None:
+    """In whatever order adapters come and go, those present are all that counts: a plan that was made once is found again."""
+    slots, arch = make_slots(), make_arch()
+    configs: dict[str, AdapterConfig] = {
+        "lora": LoraConfig(r=4, target_modules=("q_proj",)), "ia3": IA3Config(),
+        "relu": BottleneckConfig(size=8, placement="houlsby"), "gelu": BottleneckConfig(size=8, activation="gelu"),
+    }
+    adapters = {name: empty_adapter(arch, config, dtype=F64, device=CPU).start(0) for name, config in configs.items()}
+
+    def seen() -> tuple[tuple[Kind, ...], list[dict[str, int]]]:
+        widths = [slots.widths(layer) for layer in range(LAYERS)]
+        assert slots.layout == (slots.kinds, tuple(tuple(sorted(layer.items())) for layer in widths))
+        return slots.kinds, widths
+
+    for name in ("lora", "ia3", "relu"):
+        slots.place(name, adapters[name])
+    together = seen()
+    assert slots.kinds == tuple(adapters[name].kind for name in ("lora", "ia3", "relu"))
+    for name in ("ia3", "relu"):
+        slots.remove(name)
+    assert seen() == ((adapters["lora"].kind,), [{"q_proj.lora_A": 8, "q_proj.lora_B": 16}] * LAYERS)
+    assert slots.factor(0, "v_proj.ia3_out") is None
+    slots.place("gelu", adapters["gelu"])
+    assert [name for name in slots.widths(0) if "relu" in name] == []
+    slots.remove("gelu")
+    slots.remove("lora")
+    assert seen() == ((), [{}] * LAYERS)
+    for name in ("relu", "lora", "ia3"):
+        slots.place(name, adapters[name])
+    assert seen() == together
+    slots.place("second", adapters["ia3"])
+    slots.remove("ia3")
+    assert seen() == together, "one of two has gone"
+    stack, factor = slots.factor(1, "v_proj.ia3_out"), adapters["ia3"].factor(1, "v_proj.ia3_out")
+    assert stack is not None and factor is not None
+    assert torch.equal(stack[slots.place("second", adapters["ia3"])], factor.matrix.T)
 
 
 def test_adapters_that_do_not_fit_are_refused() -> None:

@@ -66,3 +66,30 @@ def test_a_size_over_the_limit_is_refused(engines: MakeEngine, directory: Path, 
     with pytest.raises(ConfigError) as caught:
         engine.finetune(directory / "sft.jsonl", tmp_path / "wide", JOB.with_adapter(BottleneckConfig(size=5)))
     assert caught.value.param == "size"
+
+
+def test_passes_forget_a_kind_that_has_gone(
+    engines: MakeEngine, model: LoadedModel, directory: Path, tmp_path: Path
+) -> None:
+    """After a DoRA adapter is unloaded a LoRA request runs the plan that it ran before; when it comes back, theirs together."""
+    engine, plans = engines(), []
+    for name in ("lora", "dora"):
+        config = replace(JOB.with_adapter(KINDS[name]), max_steps=1)
+        finetune(directory / "sft.jsonl", tmp_path / name, model=model, config=config)
+    engine.load_adapter("lora", tmp_path / "lora")
+
+    def answer(adapter: str) -> list[int]:
+        return engine.generate([prompt(9)], SHORT, adapter=adapter)[0].token_ids
+
+    said = answer("lora")
+    made = engine.passes._plans
+    alone = dict(made)
+    for _ in range(2):
+        engine.load_adapter("dora", tmp_path / "dora")
+        answer("dora")
+        plans.append(len(made))
+        engine.unload_adapter("dora")
+        assert engine.passes.adapters.layout in alone
+        assert answer("lora") == said
+    assert plans == [len(alone) + 1] * 2
+    assert len(made) == plans[0]

@@ -43,7 +43,7 @@ def law(contents: Contents) -> float:
         per_layer = 2e-4 + 2.5e-5 * unit.rows + 5e-6 * min(unit.rows, 128) + 2e-9 * unit.pairs
         seconds += (2 if unit.backward else 1) * (3e-4 + unit.layers * per_layer) + 6e-4 * unit.labels
     if contents.optimizer_elements:
-        seconds += 1e-4 + 4e-9 * contents.optimizer_elements
+        seconds += 1e-4 + 4e-9 * contents.optimizer_elements + contents.refresh_seconds
     return seconds
 
 
@@ -78,6 +78,7 @@ def units(draw: st.DrawFn) -> UnitCost:
 
 CONTENTS = st.builds(
     Contents, st.none() | passes(), st.lists(units(), max_size=3).map(tuple), st.sampled_from([0, 1, 50_000, 1_000_000]),
+    st.sampled_from([0.0, 0.02]),
 )
 
 
@@ -104,6 +105,16 @@ def test_a_backward_unit_pays_for_what_it_runs_again() -> None:
     model = fresh()
     again = model.unit_seconds(BACKWARD._replace(again=0.75))
     assert again == pytest.approx(model.unit_seconds(BACKWARD) + 0.75 * model.unit_seconds(FORWARD))
+
+
+def test_an_optimizer_slice_pays_for_what_follows_from_it() -> None:
+    model, bare = fresh(), fresh().optimizer_seconds(5000)
+    contents = Contents(DECODE, (), 5000, 0.02)
+    assert model.optimizer_seconds(5000, 0.02) == pytest.approx(bare + 0.02)
+    assert model.seconds(contents) == pytest.approx(model.seconds(Contents(DECODE, (), 5000)) + 0.02)
+    for _ in range(100):
+        model.observe(contents, law(contents) + 0.03)
+    assert model.corrections["optimizer"] > 1.1, "what was measured when the job began is corrected too"
 
 
 # Profile points.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -146,7 +147,8 @@ def test_low_precision_working_copy_follows_a_float32_master() -> None:
 
 def test_slices_report_progress_and_the_update_counts_once() -> None:
     working, cfg = noise(SIZE, seed=0), config()
-    ours = FlatAdamW(cfg, working, noise(SIZE, seed=1))
+    told: list[tuple[int, int]] = []
+    ours = FlatAdamW(cfg, working, noise(SIZE, seed=1), changed=lambda start, end: told.append((start, end)))
     before = working.clone()
     turns = ours.slices(1e-2)
     assert next(turns) == 10
@@ -155,6 +157,9 @@ def test_slices_report_progress_and_the_update_counts_once() -> None:
     assert ours.num_updates == 0
     assert list(turns) == [*range(20, SIZE, 10), SIZE]
     assert ours.num_updates == 1
+    assert told == list(pairwise([*range(0, SIZE, 10), SIZE]))
+    ours.load(ours.state(), 1)
+    assert told[-1] == (0, SIZE)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

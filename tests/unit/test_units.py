@@ -71,6 +71,18 @@ def test_optimizer_slices_fill_the_time_and_cover_the_step() -> None:
     assert len(parts) >= 8 and all(plan.predicted_s <= 0.05 + 1e-9 for _, plan in fake.plans)
 
 
+def test_optimizer_slices_leave_time_for_what_follows_from_them() -> None:
+    """A step's norms take 300 ms: they come slice by slice, each as predicted, and no iteration is stretched."""
+    fake = engine(law(elements=1e-7), preemption_quantum_ms=50.0)
+    job = fake.add_job([[50]], elements=2_000_000, steps=2)
+    job.work.refresh_seconds = 0.3
+    fake.run(20.0)
+    steps = [(plan, sum(part.end - part.start for part in plan.optimizer)) for _, plan in fake.plans if plan.optimizer]
+    assert job.steps_done == 2 and sum(elements for _, elements in steps) == 4_000_000
+    for plan, elements in steps:
+        assert 1e-7 * elements + 0.3 * elements / 2_000_000 <= plan.predicted_s <= 0.05 + 1e-9
+
+
 # --- patience: an inefficient unit waits, since slack that is not used adds up ---
 
 

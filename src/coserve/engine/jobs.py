@@ -162,7 +162,7 @@ class LiveJob:
     ) -> None:
         self.number, self.prepared, self.handle, self.host = number, prepared, handle, host
         self.job, self.trainer = prepared.job, prepared.trainer
-        self.work = JobWork(id=number, tenant=tenant, weight=weight)
+        self.work = JobWork(id=number, tenant=tenant, weight=weight, refresh_seconds=self.trainer.refresh_seconds)
         self.failure: Exception | None = None
         self._driver: Generator[Verb, Any, None] = self.job.work()
         self._answer: Any = None

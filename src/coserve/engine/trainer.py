@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -65,6 +66,7 @@ class AdapterTrainer:
         self.scoring = scoring_plan(arch, self.adapter, itemsize=itemsize)
         self.reference_scoring = scoring_plan(arch, self.reference, itemsize=itemsize)
         self.window = config.grid_tokens or config.window_tokens
+        self.refresh_seconds = self._refresh_seconds()
         self.published: Adapter | None = None
         self.reference_sums: dict[int, float] = {}
 
@@ -110,6 +112,14 @@ class AdapterTrainer:
         self.optimizer.load(state, num_updates)
 
     # --- inside ---
+
+    def _refresh_seconds(self) -> float:
+        """What an optimizer step adds for kinds of which more follows from the parameters: DoRA's norms."""
+        started = time.perf_counter()
+        self.adapter.refresh()
+        if self.adapter.flat.device.type == "cuda":
+            torch.cuda.synchronize(self.adapter.flat.device)
+        return time.perf_counter() - started
 
     def _run(self, groups: Sequence[Group], step: int, *, train: bool) -> StepLoss:
         """One micro-batch after another, in the plainest order of units."""

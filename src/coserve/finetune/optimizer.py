@@ -28,12 +28,13 @@ class FlatAdamW:
     """Decoupled AdamW (Loshchilov and Hutter 2019) over a flat parameter.
 
     working: the adapter's tensor in the model's dtype; grad: float32 of the same length. The float32 master is the working
-    tensor itself when that is float32 (float64 in tests). PyTorch's fused kernel does the arithmetic. changed: called when all
-    elements have new values.
+    tensor itself when that is float32 (float64 in tests). PyTorch's fused kernel does the arithmetic. changed(start, end): is
+    called when elements [start, end) are new, in ascending order.
     """
 
     def __init__(
-        self, config: OptimizerConfig, working: Tensor, grad: Tensor, *, changed: Callable[[], None] = lambda: None
+        self, config: OptimizerConfig, working: Tensor, grad: Tensor, *,
+        changed: Callable[[int, int], None] = lambda start, end: None,
     ) -> None:
         self._changed = changed
         self.config, self.working, self.grad = config, working, grad
@@ -60,6 +61,7 @@ class FlatAdamW:
         if self.master is not self.working:
             self.working[part] = self.master[part]
         self.grad[part].zero_()
+        self._changed(start, end)
 
     def _step(self) -> Tensor:
         """The number of updates so far, made on the device: a copy of it would wait, and the kernel reads it there."""
@@ -68,7 +70,6 @@ class FlatAdamW:
     def close_step(self) -> None:
         """All elements have been updated. Comes before the next forward unit."""
         self.num_updates += 1
-        self._changed()
 
     def slices(self, rate: float) -> Iterator[int]:
         """One update, a slice per turn; yields the elements done so far."""
@@ -94,4 +95,4 @@ class FlatAdamW:
             tensor.copy_(state[name])
         self.working.copy_(self.master)
         self.num_updates = num_updates
-        self._changed()
+        self._changed(0, self.working.numel())

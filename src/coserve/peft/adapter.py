@@ -118,8 +118,9 @@ class Adapter:
     def bind(self, weights: ModelWeights) -> None:
         """Tells the adapter which backbone it is on, for kinds that depend on it. Comes before the first use."""
 
-    def refresh(self) -> None:
-        """Brings what follows from the parameters up to date, after they have changed."""
+    def refresh(self, start: int = 0, end: int | None = None) -> None:
+        """Brings what follows from the parameters up to date, after they have changed: from those that end in elements
+        [start, end) of the flat tensor; None: all from `start` on."""
 
     def trainable(self) -> Self:
         """The same memory with a gradient buffer."""

@@ -151,8 +151,6 @@ class LoraAdapter(Adapter):
             config, LoraBypass.of, [p for site in sites for p in site.parameters], flat, num_layers=num_layers, grad=grad
         )
         self.sites, self._bases = tuple(sites), bases
-        if bases is not None:
-            self.refresh()
 
     @classmethod
     def create(
@@ -188,11 +186,15 @@ class LoraAdapter(Adapter):
         return self._bases[p.layer, p.site].lengths[:, None]
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Recomputes DoRA's scalings from A, B and the lengths. Comes after every optimizer step."""
+    def refresh(self, start: int = 0, end: int | None = None) -> None:
+        """Recomputes DoRA's scalings from A, B and the lengths: site by site, as the slices of an optimizer step reach its
+        end."""
         if self._bases is None:
             return
+        end = self.flat.numel() if end is None else end
         for site in self.sites:
+            if not start < site.offset + site.num_elements <= end:
+                continue
             base, factor = self._bases[site.layer, site.site], self._factors[site.layer][f"{site.site}.dora"]
             norms = self._norms(site, base)
             matrix = ((base.lengths - norms + site.lengths(self.flat)) / norms).to(self.flat.dtype)[:, None]
@@ -218,4 +220,10 @@ class LoraAdapter(Adapter):
         return factor
 
     def _over(self, flat: Tensor, grad: Tensor | None) -> Self:
-        return type(self)(self.config, self.sites, flat, num_layers=self.num_layers, grad=grad, bases=self._bases)
+        other = type(self)(self.config, self.sites, flat, num_layers=self.num_layers, grad=grad, bases=self._bases)
+        if self._bases is not None:
+            for site in self.sites:  # scalings are replaced, never written to
+                name, factors = f"{site.site}.dora", other._factors[site.layer]
+                own = self._factors[site.layer][name]
+                factors[name] = factors[name]._replace(matrix=own.matrix, center=own.center, slope=own.slope)
+        return other

@@ -1,12 +1,15 @@
 """Adapter versions that requests use at present, stacked so that one product serves rows of many adapters.
 
 Per layer and factor one tensor [slots, in, out]: `SITE.lora_A` [slots, features, R] and `SITE.lora_B` [slots, R, features], R
-the largest rank present; a scaling's vector [slots, 1, features]. A factor that an adapter lacks is 0 in its slot.
+the largest rank so far; a scaling's vector [slots, 1, features]. A factor that an adapter lacks is 0 in its slot. What passes
+run follows the adapters that are present: a factor that none of them has is not seen, while its memory waits for the next one.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +20,12 @@ from coserve.peft.adapter import Adapter, Kind, Parameter
 
 _RANK_STEP = 8
 """Ranks are rounded up to this: rows of the grouped product are multiples of 16 bytes."""
+
+
+class _Placed(NamedTuple):
+    slot: int
+    kind: Kind
+    parameters: tuple[Parameter, ...]
 
 
 class AdapterSlots:
@@ -32,20 +41,25 @@ class AdapterSlots:
         self._stacks: list[dict[str, Tensor]] = [{} for _ in range(arch.num_layers)]
         self._scales: dict[tuple[int, str], dict[int, float]] = {}
         self._centers: dict[tuple[int, str], Tensor] = {}
-        self._kinds: dict[Kind, None] = {}
-        self._placed: dict[Hashable, int] = {}
+        self._kinds: Counter[Kind] = Counter()
+        """Adapters present, in the order in which kinds first came: a kind that comes back finds its plans."""
+        self._users: list[Counter[str]] = [Counter() for _ in range(arch.num_layers)]
+        """Adapters present that have a factor, per layer."""
+        self._placed: dict[Hashable, _Placed] = {}
         self._free: list[int] = []
+        self._layout: Hashable = None
 
     def place(self, key: Hashable, adapter: Adapter) -> int:
         """The slot of an adapter, which is copied there if it isn't yet. Raises CapacityError."""
         if key in self._placed:
-            return self._placed[key]
+            return self._placed[key].slot
         if adapter.rank > self.max_rank:
             raise CapacityError(
                 f"adapter: its rank {adapter.rank} is over max_lora_rank={self.max_rank}; raise that", param="max_lora_rank"
             )
         if not self._free:
             self._grow()
+        self._layout = None
         self._widen(adapter)
         slot = self._free.pop(0)
         for p in adapter.parameters:
@@ -57,16 +71,20 @@ class AdapterSlots:
                 self._scales.setdefault((p.layer, p.name), {})[slot] = p.scale
             if factor.center is not None:
                 self._centers[p.layer, p.name] = factor.center
-        self._kinds.setdefault(adapter.kind)
-        self._placed[key] = slot
+        for p in adapter.parameters:
+            self._users[p.layer][p.name] += 1
+        self._kinds[adapter.kind] += 1
+        self._placed[key] = _Placed(slot, adapter.kind, adapter.parameters)
         return slot
 
     def remove(self, key: Hashable) -> None:
         """Frees a slot and zeroes it."""
-        slot = self._placed.pop(key)
-        for stacks in self._stacks:
-            for stack in stacks.values():
-                stack[slot] = 0
+        slot, kind, parameters = self._placed.pop(key)
+        self._kinds[kind] -= 1
+        self._layout = None
+        for p in parameters:
+            self._users[p.layer][p.name] -= 1
+            self._stacks[p.layer][p.name][slot] = 0
         self._free.append(slot)
 
     @property
@@ -76,7 +94,7 @@ class AdapterSlots:
 
     def factor(self, layer: int, name: str) -> Tensor | None:
         """[slots, in, out], or None where no adapter has the factor."""
-        return self._stacks[layer].get(name)
+        return self._stacks[layer][name] if self._users[layer][name] else None
 
     def scale(self, layer: int, name: str, slot: int) -> float:
         """What an adapter's product with a factor is multiplied by."""
@@ -89,12 +107,20 @@ class AdapterSlots:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """Of all adapters that were ever placed, as the stacks are."""
-        return tuple(self._kinds)
+        """Of the adapters that are present."""
+        return tuple(kind for kind, users in self._kinds.items() if users)
 
     def widths(self, layer: int) -> dict[str, int]:
-        """{factor: out features} of what adapters have in a layer."""
-        return {name: stack.shape[2] for name, stack in self._stacks[layer].items()}
+        """{factor: out features} of what the adapters that are present have in a layer."""
+        return {name: stack.shape[2] for name, stack in self._stacks[layer].items() if self._users[layer][name]}
+
+    @property
+    def layout(self) -> Hashable:
+        """Kinds and widths of all layers, to find plans by."""
+        if self._layout is None:
+            widths = tuple(tuple(sorted(self.widths(layer).items())) for layer in range(self.arch.num_layers))
+            self._layout = (self.kinds, widths)
+        return self._layout
 
     def _stack(self, p: Parameter) -> Tensor:
         if p.name not in self._stacks[p.layer]:

@@ -20,7 +20,7 @@ from coserve.compiler.program import FusedLayer, Place, Program, Storage
 from coserve.core import Unit
 from coserve.kernels import library
 from coserve.ops.run import Factor, FactorStack
-from coserve.peft.adapter import Adapter
+from coserve.peft.adapter import Adapter, Kind
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.executor import Executor, TrainExecutor
@@ -31,8 +31,8 @@ from coserve.runtime.plans import fused_plan, serving_plan
 from coserve.runtime.rows import TrainRows
 from coserve.runtime.spans import NO_ADAPTER, RowSpan, SpanRows
 
-_MAX_FUSED = 64
-"""Fused plans that are kept."""
+_MAX_PLANS = 64
+"""Plans of passes that are kept, of those with a training window and of those without."""
 
 
 class TrainWindow(NamedTuple):
@@ -185,20 +185,26 @@ class PassExecutor:
         state.forward_rows[layer] = end
 
     def _programs(self, window: TrainWindow | None, with_adapters: bool) -> tuple[list[Program], tuple[FusedLayer, ...]]:
-        widths = [self.adapters.widths(layer) if with_adapters else {} for layer in range(self.arch.num_layers)]
-        kinds = self.adapters.kinds if with_adapters else ()
-        key = (kinds, tuple(tuple(sorted(layer.items())) for layer in widths))
-        itemsize = self.weights.dtype.itemsize
+        key, itemsize = self.adapters.layout if with_adapters else None, self.weights.dtype.itemsize
+
+        def serving() -> tuple[tuple[Kind, ...], list[dict[str, int]]]:
+            layers = range(self.arch.num_layers)
+            if not with_adapters:
+                return (), [{} for _ in layers]
+            return self.adapters.kinds, [self.adapters.widths(layer) for layer in layers]
+
         if window is None:
             if key not in self._plans:
-                self._plans[key] = serving_plan(self.arch, kinds, widths, itemsize=itemsize)
+                if len(self._plans) >= _MAX_PLANS:  # of adapters that are long gone
+                    self._plans.clear()
+                self._plans[key] = serving_plan(self.arch, *serving(), itemsize=itemsize)
             return [layer.forward for layer in self._plans[key].layers], ()
         own = window.state.plan
         entry = self._fused.get((id(own), key))
         if entry is None or entry[0] is not own:
             dropout = 0.0 if window.adapter is None or window.state.forward_only else window.adapter.dropout
-            layers = fused_plan(self.arch, window.adapter, kinds, widths, own, dropout=dropout, itemsize=itemsize)
-            if len(self._fused) >= _MAX_FUSED:  # plans of jobs that are long over
+            layers = fused_plan(self.arch, window.adapter, *serving(), own, dropout=dropout, itemsize=itemsize)
+            if len(self._fused) >= _MAX_PLANS:  # plans of jobs that are long over
                 self._fused.clear()
             entry = self._fused[id(own), key] = (own, layers)
         return [layer.program for layer in entry[1]], entry[1]

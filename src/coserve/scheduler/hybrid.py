@@ -121,7 +121,8 @@ class HybridScheduler:
         cost = self._pass_cost(decode, prefill)
         chosen = self._finetune(now, turn, jobs, only, budget, cost)
         copies, self._copies = tuple(self._copies), []
-        contents = Contents(chosen.inference, chosen.costs, sum(part.end - part.start for part in chosen.optimizer))
+        elements = sum(part.end - part.start for part in chosen.optimizer)
+        contents = Contents(chosen.inference, chosen.costs, elements, chosen.refresh_seconds)
         plan = StepPlan(
             number=self._number, decode=tuple(decode), prefill=tuple(prefill), units=chosen.units, optimizer=chosen.optimizer,
             copies=copies, kind=kind_of(contents), predicted_s=self.latency.seconds(contents),

@@ -4,7 +4,7 @@ its correction from what iterations took. Does not own: measuring and fitting (s
     seconds = iteration's constant
             + k (constant + curve(rows) + curve(head rows) + ...)   one pass over all layers; k by part: decode, prefill, fused
             + k_forward   (constant + layers x (curve(rows) + pairs) + ...)  per unit        k_backward likewise
-            + k_optimizer (constant + elements)
+            + k_optimizer (constant + elements + what was measured of their adapter)
 
 A curve is piecewise linear and rises: its features are the amounts inside each piece, its coefficients slopes of 0 or more. The
 coefficients come from a profile; the factors k follow the iterations. A prediction is plain floats, since a scheduler makes
@@ -58,11 +58,13 @@ class UnitCost(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What an iteration holds."""
+    """What an iteration holds. refresh_seconds: of what follows from the optimizer's elements, as measured when their job
+    began."""
 
     inference: PassCost | None
     units: tuple[UnitCost, ...]
     optimizer_elements: int
+    refresh_seconds: float = 0.0
 
 
 class ErrorSummary(NamedTuple):
@@ -242,9 +244,9 @@ class LatencyModel:
             return self._factors["backward"] * seconds
         return self._factors["forward"] * self._forward(cost, cost.layers)
 
-    def optimizer_seconds(self, elements: int) -> float:
+    def optimizer_seconds(self, elements: int, refresh_seconds: float = 0.0) -> float:
         """An optimizer slice; nothing for no elements."""
-        return self._factors["optimizer"] * self._optimizer((elements,)) if elements else 0.0
+        return self._factors["optimizer"] * (self._optimizer((elements,)) + refresh_seconds) if elements else 0.0
 
     def seconds(self, contents: Contents) -> float:
         """A whole iteration."""
@@ -264,7 +266,7 @@ class LatencyModel:
             "decode": factors["decode"] * decode, "prefill": factors["prefill"] * prefill, "fused": factors["fused"] * fused,
             "forward": forward,
             "backward": backward,
-            "optimizer": self.optimizer_seconds(contents.optimizer_elements),
+            "optimizer": self.optimizer_seconds(contents.optimizer_elements, contents.refresh_seconds),
         }
 
     def observe(self, contents: Contents, measured_seconds: float) -> None:

@@ -48,7 +48,8 @@ class Candidate(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What an iteration does for jobs. inference: the pass, fused rows included; tokens: by job, forward-token equivalents."""
+    """What an iteration does for jobs. inference: the pass, fused rows included; tokens: by job, forward-token equivalents;
+    refresh_seconds: as in Contents."""
 
     units: tuple[WorkUnit, ...]
     costs: tuple[UnitCost, ...]
@@ -56,6 +57,7 @@ class Chosen(NamedTuple):
     inference: PassCost | None
     seconds: float
     tokens: dict[int, float]
+    refresh_seconds: float = 0.0
 
 
 class UnitPicker:
@@ -85,14 +87,15 @@ class UnitPicker:
         costs: list[UnitCost] = []
         slices: list[OptimizerSlice] = []
         tokens: dict[int, float] = {}
-        left, elements, riding = seconds, 0, 1.0
+        left, refreshing, riding = seconds, 0.0, 1.0
         least = LEAST_EFFICIENCY if patient and self._waited < PATIENCE else 0.0
         while len(units) + len(slices) < MAX_UNITS:
-            part = self._optimizer_slice(jobs, left)
-            if part is not None:
+            taken = self._optimizer_slice(jobs, left)
+            if taken is not None:
+                part, refresh = taken
                 slices.append(part)
-                elements += part.end - part.start
-                left -= self.latency.optimizer_seconds(part.end - part.start)
+                refreshing += refresh
+                left -= self.latency.optimizer_seconds(part.end - part.start, refresh)
                 continue
             fusing = inference if fuse and not any(unit.fused for unit in units) else None
             found = self._best(jobs, left, fusing, least, only, riding, {unit.microbatch for unit in units})
@@ -110,7 +113,7 @@ class UnitPicker:
                 inference = self._with_fused(inference, work, best.unit.unit)
             work.advance(best.unit.unit)
         self._waited = 0 if units or slices else self._waited + 1
-        return Chosen(tuple(units), tuple(costs), tuple(slices), inference, seconds - left, tokens)
+        return Chosen(tuple(units), tuple(costs), tuple(slices), inference, seconds - left, tokens, refreshing)
 
     def _stuck_unit(
         self, jobs: Sequence[JobWork], seconds: float, only: MicrobatchWork | None
@@ -200,15 +203,20 @@ class UnitPicker:
             known = self._possible[key] = min(1.0, self._ideal(cost) / max(self.latency.unit_seconds(cost), 1e-9))
         return known
 
-    def _optimizer_slice(self, jobs: Sequence[JobWork], left: float) -> OptimizerSlice | None:
+    def _optimizer_slice(self, jobs: Sequence[JobWork], left: float) -> tuple[OptimizerSlice, float] | None:
+        """A slice that fits, and the seconds that were measured of what follows from it."""
         for job in jobs:
             if not job.optimizer_left:
                 continue
+
+            def seconds(elements: int, job: JobWork = job) -> float:
+                return self.latency.optimizer_seconds(elements, job.refreshing(elements))
+
             elements = min(job.optimizer_left, LEAST_SLICE)
-            while elements < job.optimizer_left and self.latency.optimizer_seconds(2 * elements) <= left:
+            while elements < job.optimizer_left and seconds(2 * elements) <= left:
                 elements = min(2 * elements, job.optimizer_left)
-            if self.latency.optimizer_seconds(elements) <= left:
-                return job.take_slice(elements)
+            if seconds(elements) <= left:
+                return job.take_slice(elements), job.refreshing(elements)
         return None
 
     # --- shapes ---

@@ -107,7 +107,8 @@ class MicrobatchWork:
 @dataclass(slots=True, kw_only=True)
 class JobWork:
     """One job: its micro-batches in flight and its optimizer step. weight: its share among jobs. optimizer: elements
-    [0, optimizer_done) of optimizer_elements are planned; 0 elements: no step under way."""
+    [0, optimizer_done) of optimizer_elements are planned; 0 elements: no step under way. refresh_seconds: what follows from the
+    parameters (DoRA's norms) takes so long after a whole step, measured once."""
 
     id: int
     tenant: str
@@ -116,6 +117,7 @@ class JobWork:
     microbatches: dict[int, MicrobatchWork] = field(default_factory=dict)
     optimizer_elements: int = 0
     optimizer_done: int = 0
+    refresh_seconds: float = 0.0
 
     def take_slice(self, elements: int) -> OptimizerSlice:
         """The next slice of the optimizer step, of at most `elements`."""
@@ -127,3 +129,7 @@ class JobWork:
     @property
     def optimizer_left(self) -> int:
         return self.optimizer_elements - self.optimizer_done
+
+    def refreshing(self, elements: int) -> float:
+        """Seconds, as measured, of what follows from so many elements of the present step."""
+        return self.refresh_seconds * elements / self.optimizer_elements
