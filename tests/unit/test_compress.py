@@ -92,6 +92,16 @@ def test_every_code_is_read_as_pytorch_reads_it(dtype: torch.dtype) -> None:
     assert torch.equal(out[~wanted.isnan()], wanted[~wanted.isnan()])
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), power=st.integers(-12, 12))
+def test_fp8_of_float16(seed: int, power: int) -> None:
+    """Its rows can't be multiplied by more than its own largest power of two."""
+    torch.manual_seed(seed)
+    x = (torch.randn(4, 33) * 2.0**power).half()
+    bound = torch.maximum(x.abs().float() / 16, x.abs().amax(1, keepdim=True) * 2.0**-18).clamp(min=2.0**-24)
+    assert torch.all((through_fp8(x).float() - x.float()).abs() <= bound * (1 + 1e-6))
+
+
 def test_fp8_at_the_ends_of_its_range() -> None:
     exact = torch.tensor([[448.0, -448.0, 2.0**-6, 0.0], [449.0, 1.0, 0.5, -0.25], [0.0, 0.0, 0.0, 0.0]])
     have = through_fp8(exact)

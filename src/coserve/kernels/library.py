@@ -8,6 +8,7 @@ Outputs and inputs may be column slices of wider rows (stride > width) unless a 
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -149,10 +150,11 @@ def fp8_encode(bits: Tensor, exponent: Tensor, x: Tensor) -> None:
     largest, and lose them below. A row that isn't finite becomes NaN.
     """
     rows = _CACHED_ROWS if x.device.type == "cpu" else x.shape[0]
+    least = -min(_EXPONENT_BIAS - 1, int(math.log2(torch.finfo(x.dtype).max)))  # float16 has no larger power to multiply by
     for part, stored, power in zip(x.split(rows), bits.view(_FP8).split(rows), exponent.split(rows), strict=True):
         largest = part.abs().amax(1, keepdim=True)
-        fraction, scale = torch.frexp(largest)
-        scale = (scale - 9 + (fraction > _FP8_LARGEST)).clamp_(-_EXPONENT_BIAS + 1, _EXPONENT_BIAS)
+        fraction, scale = torch.frexp(largest.to(_wide(x.dtype)))
+        scale = (scale - 9 + (fraction > _FP8_LARGEST)).clamp_(least, _EXPONENT_BIAS)
         power.copy_((scale + _EXPONENT_BIAS).masked_fill_(~largest.isfinite(), _NOT_FINITE))
         stored.copy_(part * torch.exp2(-scale.to(x.dtype)))
 
