@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune_cpu import GSM8K, gsm8k_examples, run_facts
+from finetune_cpu import GSM8K, chat, gsm8k_examples, run_facts
 from matplotlib.figure import Figure
 
 from coserve import FinetuneConfig, LoraConfig, OptimizerConfig, finetune, load_model
@@ -46,8 +46,7 @@ def write_chats(source: Path, count: int | None, path: Path) -> Path:
     lines = source.read_text(encoding="utf-8").splitlines()[:count]
     with path.open("w", encoding="utf-8") as file:
         for problem in map(json.loads, lines):
-            turns = [("user", problem["question"]), ("assistant", problem["answer"])]
-            file.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+            file.write(json.dumps({"messages": chat(problem)}) + "\n")
     return path
 
 

@@ -41,6 +41,11 @@ STEP_EXAMPLES = 16
 FLOOR_ROWS = 1024
 
 
+def chat(problem: dict[str, str]) -> list[dict[str, str]]:
+    """A problem of GSM8K as messages."""
+    return [{"role": "user", "content": problem["question"]}, {"role": "assistant", "content": problem["answer"]}]
+
+
 def gsm8k_examples(model: LoadedModel, count: int) -> list[Example]:
     """Question and answer as a chat; only the answer is trained."""
     examples = []
@@ -49,9 +54,7 @@ def gsm8k_examples(model: LoadedModel, count: int) -> list[Example]:
     for index in range(count):
         if lines:
             problem = json.loads(lines[index])
-            ids, weights = model.tokenizer.encode_training(
-                [{"role": "user", "content": problem["question"]}, {"role": "assistant", "content": problem["answer"]}]
-            )
+            ids, weights = model.tokenizer.encode_training(chat(problem))
         else:
             length = int(rng.integers(100, 350))
             ids, weights = rng.integers(0, 49152, length), (np.arange(length) > length // 2).astype(np.float32)

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from coserve.bench.cli import bench_app
-from coserve.config import ADAPTERS, FinetuneConfig, OptimizerConfig, SamplingConfig, finetune_config_from_dict
+from coserve.config import FinetuneConfig, OptimizerConfig, SamplingConfig
+from coserve.configdata import ADAPTERS, finetune_config_from_dict
 from coserve.core import ConfigError, CoserveError, InvalidRequest
 from coserve.demo.command import demo
 from coserve.engine.budget import GIB

@@ -22,18 +22,8 @@ from typer.core import TyperCommand
 from coserve.compiler import baselines
 from coserve.compiler.baselines import Baselines
 from coserve.compiler.report import LayerReport, report
-from coserve.config import (
-    ADAPTERS,
-    AUTO,
-    AdapterConfig,
-    BottleneckConfig,
-    Compression,
-    LoraConfig,
-    adapter_of_kind,
-    finetune_config_from_dict,
-    read_memory,
-    to_dict,
-)
+from coserve.config import AUTO, AdapterConfig, BottleneckConfig, Compression, LoraConfig, read_memory
+from coserve.configdata import ADAPTERS, adapter_of_kind, finetune_config_from_dict, to_dict
 from coserve.core import ConfigError
 from coserve.engine.budget import shape_adapter
 from coserve.engine.estimate import PARTS, Estimate, Shape, estimate

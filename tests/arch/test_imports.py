@@ -17,6 +17,7 @@ SRC = Path(__file__).resolve().parents[2] / "src"
 RANKS: Mapping[str, float] = {
     "core": 0,
     "config": 0.5,  # the design gives both 0; a ConfigError is one of core's errors, so config stands on core
+    "configdata": 0.7,  # reads and writes what config declares
     "tokenizer": 1, "parallel": 1, "kernels": 1,
     "textstream": 1.5,  # stands on the tokenizer's incremental detokenizer
     "ops": 2,

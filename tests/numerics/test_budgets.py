@@ -32,6 +32,7 @@ from coserve.kernels import attention as attention_kernels
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.decoder import MERGED
 from coserve.model.weights import ModelWeights, load_weights
+from coserve.runtime.plans import training_plans
 from tests import oracle
 from tests.numerics.test_gradients import (
     AT_LENGTH,
@@ -42,7 +43,6 @@ from tests.numerics.test_gradients import (
     random_adapter,
     random_example,
     train_by_units,
-    training_plans,
     within_share,
 )
 from tests.numerics.test_kinds import ANY, KINDS, cases, low_rank_configs
@@ -95,14 +95,18 @@ def gradients(case: Case, weights: ModelWeights, plan: ModelPlan) -> dict[str, T
 def compare(case: Case) -> None:
     """A case under its budget and without one."""
     weights = single(case.family, case.sliding_window)
-    plans = training_plans(weights, random_adapter(weights, case.config, case.seed))
+    plans = training_plans(
+        weights.architecture, random_adapter(weights, case.config, case.seed), itemsize=weights.dtype.itemsize
+    )
     plan, whole = within_share(plans, case.budget), plans.plan(None)
     if same_arithmetic(plan, whole):
         found, expected = (gradients(case, weights, each) for each in (plan, whole))
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
         return
     weights = pair(case.family, case.sliding_window).weights
-    plans = training_plans(weights, random_adapter(weights, case.config, case.seed))
+    plans = training_plans(
+        weights.architecture, random_adapter(weights, case.config, case.seed), itemsize=weights.dtype.itemsize
+    )
     found, expected = (gradients(case, weights, each) for each in (within_share(plans, case.budget), plans.plan(None)))
     assert oracle.worst_error(found, expected) <= TOLERANCE
 
@@ -116,7 +120,9 @@ def test_bits_along_the_curve(kind: str, share: float) -> None:
     examples = tuple(random_example(rng, i, length) for i, length in enumerate([19, 6, 23]))
     config = KINDS.get(kind, LoraConfig(r=4, alpha=6))
     case, weights = Case("llama", None, config, examples, "sft", 4, 11), single("llama", None)
-    plans = training_plans(weights, random_adapter(weights, config, 11))
+    plans = training_plans(
+        weights.architecture, random_adapter(weights, config, 11), itemsize=weights.dtype.itemsize
+    )
     whole, points = plans.plan(None), plans.frontier(num_points=25)
     same = [plan for plan in (plans.plan(p.arena_bytes) for p in points) if same_arithmetic(plan, whole)]
     assert len(same) >= share * len(points)

@@ -36,7 +36,7 @@ from coserve.peft.kinds import new_adapter
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.memory import Arena
 from coserve.runtime.microbatch import InFlight, PackedBatch, pack
-from coserve.runtime.plans import layer_bypasses, scoring_plan
+from coserve.runtime.plans import scoring_plan, training_plans
 from coserve.runtime.rows import site_key
 from tests import oracle
 from tests.splits import backward_units, forward_units
@@ -134,12 +134,6 @@ def train_by_units(
     return state
 
 
-def training_plans(weights: ModelWeights, adapter: Adapter, compression: Compression = "lossless") -> TrainingPlans:
-    """All plans of an adapter's training."""
-    bypasses = layer_bypasses(weights.architecture, adapter, dropout=adapter.dropout)
-    return TrainingPlans(weights.architecture, bypasses, itemsize=weights.dtype.itemsize, compression=compression)
-
-
 def within_share(plans: TrainingPlans, share: float) -> ModelPlan:
     """The plan that keeps at most `share` of what there is between the least and the most."""
     points = plans.frontier(num_points=2)
@@ -153,7 +147,8 @@ def within_share(plans: TrainingPlans, share: float) -> ModelPlan:
 def budgeted_plan(
     weights: ModelWeights, adapter: Adapter, share: float, compression: Compression = "lossless"
 ) -> ModelPlan:
-    return within_share(training_plans(weights, adapter, compression), share)
+    plans = training_plans(weights.architecture, adapter, itemsize=weights.dtype.itemsize, compression=compression)
+    return within_share(plans, share)
 
 
 def reference_sums(case: Case, executor: TrainExecutor, batch: PackedBatch) -> list[float]:

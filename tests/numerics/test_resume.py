@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, to_dict
+from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig
+from coserve.configdata import to_dict
 from coserve.engine.finetuning import finetune
 from coserve.engine.model import LoadedModel, load_model
 from coserve.finetune import job as job_module
@@ -181,7 +182,7 @@ def test_the_comparison_would_see_a_lost_moment(
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from coserve.config import finetune_config_from_dict
+from coserve.configdata import finetune_config_from_dict
 from coserve.engine.finetuning import finetune
 
 model, data, output, config = sys.argv[1:]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from coserve.config import FinetuneConfig, LoraConfig, finetune_config_from_dict
+from coserve.config import FinetuneConfig, LoraConfig
+from coserve.configdata import finetune_config_from_dict
 from coserve.core import CapacityError, Group
 from coserve.engine import finetuning
 from coserve.engine.budget import (

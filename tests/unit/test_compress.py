@@ -17,7 +17,7 @@ from coserve.compiler.compress import pack_signs, to_fp8
 from coserve.compiler.differentiate import differentiate
 from coserve.compiler.graph import Element, Graph, Node, Value, check
 from coserve.compiler.lower import lower
-from coserve.compiler.plan import ModelPlan, TrainingPlans, frontier, plan_training
+from coserve.compiler.plan import ModelPlan, TrainingPlans, plan_training
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import curve, rematerialize
 from coserve.config import LINEAR_SITES, Compression, LoraConfig
@@ -203,7 +203,7 @@ def test_q_is_made_again_only_with_what_came_of_it(sites: tuple[str, ...], qk_no
 def test_programs_are_sound(sites: set[str], qk_norm: bool, dropout: float, itemsize: int, number: int) -> None:
     arch = make_arch(qk_norm=qk_norm)
     layers = lora_layers(sites, 3, dropout)
-    points = frontier(arch, layers, itemsize=itemsize, compression="fp8")
+    points = TrainingPlans(arch, layers, itemsize=itemsize, compression="fp8").frontier()
     point = points[min(number, len(points) - 1)]
     plan = plan_training(arch, layers, itemsize=itemsize, arena_budget=point.arena_bytes, compression="fp8")
     assert plan.arena_bytes == point.arena_bytes

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, to_dict
+from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig
+from coserve.configdata import to_dict
 from coserve.core import Example, Group, InvalidRequest, JobFailed
 from coserve.finetune.checkpoints import Cursor, latest_checkpoint, read_manifest, save_checkpoint
 from coserve.finetune.job import Job, JobEvent, MetricsTable, StepLoss, StepRow

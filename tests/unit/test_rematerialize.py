@@ -25,7 +25,7 @@ from coserve.compiler.differentiate import differentiate
 from coserve.compiler.flops import layer_flops, mean_context
 from coserve.compiler.graph import Graph, JointGraph, Node, Value
 from coserve.compiler.mincut import source_side
-from coserve.compiler.plan import ModelPlan, Point, frontier, plan_fused, plan_training
+from coserve.compiler.plan import ModelPlan, Point, TrainingPlans, plan_fused, plan_training
 from coserve.compiler.program import Place
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import _Choices, curve, rematerialize
@@ -39,7 +39,7 @@ from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.memory import arena_rows
 from coserve.runtime.microbatch import InFlight, pack
-from coserve.runtime.plans import layer_bypasses, training_frontier, training_plan
+from coserve.runtime.plans import layer_bypasses, training_plan, training_plans
 from tests.numerics.test_gradients import random_example
 from tests.splits import backward_units, forward_units
 from tests.tiny_models import build_tiny_model
@@ -182,8 +182,8 @@ def test_llama_70b(targets: tuple[str, ...] | str) -> None:
     """1024 tokens in 2 bytes. The issue's totals, which count all else too, are 15.5, 12.5, 7.9 and 3.4 GB."""
     started = time.process_time()
     layers = bypasses(LLAMA_70B, targets)
-    assert len(frontier(LLAMA_70B, layers, itemsize=2)) >= 12
-    points = frontier(LLAMA_70B, layers, itemsize=2, num_points=10**6)
+    assert len(TrainingPlans(LLAMA_70B, layers, itemsize=2).frontier()) >= 12
+    points = TrainingPlans(LLAMA_70B, layers, itemsize=2).frontier(num_points=10**6)
     for share, most in ((0.0, 15.15), (0.10, 10.6), (0.23, 6.1), (0.37, 1.7)):
         found = min((p for p in points if p.extra_flops_ratio <= share), key=lambda p: p.arena_bytes)
         plan = plan_training(LLAMA_70B, layers, itemsize=2, arena_budget=found.arena_bytes)
@@ -202,7 +202,7 @@ ARCHS = st.sampled_from([make_arch(layers=5), make_arch(layers=2, inner=48, qk_n
 @given(arch=ARCHS, sites=SITE_SETS.filter(bool), share=st.floats(0, 1), itemsize=st.sampled_from([2, 4, 8]))
 def test_any_budget_is_met_at_the_least_flops(arch: Architecture, sites: list[str], share: float, itemsize: int) -> None:
     layers = bypasses(arch, tuple(sites))
-    points = frontier(arch, layers, itemsize=itemsize, num_points=10**6)
+    points = TrainingPlans(arch, layers, itemsize=itemsize).frontier(num_points=10**6)
     assert [a.arena_bytes > b.arena_bytes and a.extra_flops_ratio <= b.extra_flops_ratio for a, b in pairwise(points)]
     most, least = points[0].arena_bytes, points[-1].arena_bytes
     budget = least + share * (most - least)
@@ -230,7 +230,7 @@ def test_fused_programs_hold_what_a_smaller_plan_keeps(
 ) -> None:
     arch = make_arch(qk_norm=qk_norm)
     layers = lora_layers(own, 3, dropout)
-    points = frontier(arch, layers, itemsize=4, compression=compression)
+    points = TrainingPlans(arch, layers, itemsize=4, compression=compression).frontier()
     budget = points[min(number, len(points) - 1)].arena_bytes
     training = plan_training(arch, layers, itemsize=4, arena_budget=budget, compression=compression)
     fused = plan_fused(arch, lora_layers(own | others, 5, dropout), training, itemsize=4)
@@ -261,9 +261,7 @@ def adapter_of(weights: ModelWeights, config: LoraConfig, seed: int) -> LoraAdap
 def budgeted(
     weights: ModelWeights, adapter: LoraAdapter, point: Point, compression: Compression = "lossless"
 ) -> ModelPlan:
-    return training_plan(
-        weights.architecture, adapter, itemsize=4, arena_budget=point.arena_bytes, compression=compression
-    )
+    return training_plans(weights.architecture, adapter, itemsize=4, compression=compression).plan(point.arena_bytes)
 
 
 def train(
@@ -308,7 +306,7 @@ def test_gradients_are_the_same_bits_in_the_same_windows(
     """Windows that are alike in both directions: what runs again is the same arithmetic on the same rows."""
     weights = weights_of(family)
     adapter = adapter_of(weights, LoraConfig(r=4, alpha=6, target_modules=targets, dropout=dropout), 3)
-    points = training_frontier(weights.architecture, adapter, itemsize=4)
+    points = training_plans(weights.architecture, adapter, itemsize=4).frontier()
     assert adapter.grad is not None
     for window in (64, 16):
         found = []
@@ -332,7 +330,7 @@ def test_the_arena_holds_what_the_plan_says(
     gradients are those of the plan that keeps everything, to float32's rounding (fp8's: test_compress.py)."""
     weights = weights_of(family)
     adapter = adapter_of(weights, LoraConfig(r=4, target_modules=tuple(sites), dropout=dropout), 3)
-    points = training_frontier(weights.architecture, adapter, itemsize=4, compression=compression)
+    points = training_plans(weights.architecture, adapter, itemsize=4, compression=compression).frontier()
     plan = budgeted(weights, adapter, points[min(number, len(points) - 1)], compression)
     units = split(seed, plan)
     train(weights, adapter, training_plan(weights.architecture, adapter, itemsize=4), units)

@@ -8,8 +8,8 @@ which then sees the bits as one more value that can be kept.
 fp8, on request, as it changes gradients: every kept value of the model's dtype that only its own window reads, as e4m3 with a
 power of two per row. Forward computes with the value itself; backward, and what it runs again, with the decoded one. K and V
 stay, as later windows' forward reads them. So do q and log-sum-exp: softmax(q K^T) is found from both, and where they don't
-belong together its rows don't sum to 1, which is most of what fp8 would cost. The pass runs after rematerialization, whose
-choice knows the sizes and makes q again only with log-sum-exp.
+belong together its rows don't sum to 1. The pass runs after rematerialization, whose choice knows the sizes and makes q again
+only with log-sum-exp.
 
     forward   g = linear(x);  g.fp8, g.exponent = fp8_encode(g)        backward   g = fp8_decode(g.fp8, g.exponent);  ...
 """

@@ -192,8 +192,8 @@ class TrainingPlans:
             return self._first
         return ModelPlan(layers=tuple(self.within(arena_budget)))
 
-    def frontier(self, num_points: int) -> tuple[Point, ...]:
-        """As the function of that name."""
+    def frontier(self, num_points: int = 25) -> tuple[Point, ...]:
+        """Budgets from the most bytes to the fewest, in order of rising FLOPs: `num_points`, or all where there are fewer."""
         chosen = [self.curve(key)[0] for key in self.keys]
         work = sum(plan.flops.forward + plan.flops.backward for plan in chosen)
         arena_bytes, flops = sum(plan.arena_bytes for plan in chosen), 0
@@ -225,17 +225,6 @@ def plan_training(
         arch, bypasses, itemsize=itemsize, forward_only=forward_only, sequence_length=sequence_length, compression=compression
     )
     return plans.plan(arena_budget)
-
-
-def frontier(
-    arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, sequence_length: int = SEQUENCE_LENGTH,
-    num_points: int = 25, compression: Compression = "lossless",
-) -> tuple[Point, ...]:
-    """Budgets from the most bytes to the fewest, in order of rising FLOPs: `num_points`, or all where there are fewer."""
-    plans = TrainingPlans(
-        arch, bypasses, itemsize=itemsize, sequence_length=sequence_length, compression=compression
-    )
-    return plans.frontier(num_points)
 
 
 def plan_inference(arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int) -> ModelPlan:

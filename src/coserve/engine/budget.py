@@ -21,7 +21,7 @@ from coserve.peft.kinds import empty_adapter
 from coserve.runtime.executor import head_rows
 from coserve.runtime.memory import arena_rows
 from coserve.runtime.microbatch import microbatch_layout
-from coserve.runtime.plans import training_frontier, training_plan
+from coserve.runtime.plans import training_plans
 
 _WORK_ALIGN = 64
 """The workspace rounds its rows up to this (runtime/memory.py)."""
@@ -117,11 +117,12 @@ def fit_plan(
     """The plan with the fewest FLOPs whose largest micro-batch takes at most `room` bytes in flight; if none does, the smallest
     plan."""
 
+    plans = training_plans(
+        arch, adapter, itemsize=itemsize, sequence_length=workload.sequence_length, compression=compression
+    )
+
     def fitted(arena_budget: float | None) -> FittedPlan:
-        plan = training_plan(
-            arch, adapter, itemsize=itemsize, arena_budget=arena_budget, sequence_length=workload.sequence_length,
-            compression=compression,
-        )
+        plan = plans.plan(arena_budget)
         layout = microbatch_layout(plan, workload.num_tokens, arch, itemsize, forward_only=False)
         return FittedPlan(plan, workload.num_tokens, layout.total, layout.total <= room, compression)
 
@@ -130,10 +131,7 @@ def fit_plan(
         return most
     layout = microbatch_layout(most.plan, workload.num_tokens, arch, itemsize, forward_only=False)
     budget = (room - layout.total + layout.arena) // 64 * 64 / arena_rows(workload.num_tokens)
-    least = training_frontier(
-        arch, adapter, itemsize=itemsize, sequence_length=workload.sequence_length, compression=compression
-    )[-1].arena_bytes
-    return fitted(max(budget, least))
+    return fitted(max(budget, plans.frontier(num_points=2)[-1].arena_bytes))
 
 
 def asked_plan(

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import FinetuneConfig, LoraConfig, to_dict
+from coserve.config import FinetuneConfig, LoraConfig
+from coserve.configdata import to_dict
 from coserve.core import ConfigError, InvalidRequest
 from coserve.engine.budget import (
     FittedPlan,

@@ -115,11 +115,14 @@ class AdapterTrainer:
 
     def _refresh_seconds(self) -> float:
         """What an optimizer step adds for kinds of which more follows from the parameters: DoRA's norms."""
-        started = time.perf_counter()
+        def now() -> float:
+            if self.adapter.flat.device.type == "cuda":
+                torch.cuda.synchronize(self.adapter.flat.device)
+            return time.perf_counter()
+
+        started = now()
         self.adapter.refresh()
-        if self.adapter.flat.device.type == "cuda":
-            torch.cuda.synchronize(self.adapter.flat.device)
-        return time.perf_counter() - started
+        return now() - started
 
     def _run(self, groups: Sequence[Group], step: int, *, train: bool) -> StepLoss:
         """One micro-batch after another, in the plainest order of units."""

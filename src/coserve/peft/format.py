@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from coserve.config import LINEAR_SITES, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig, to_dict
+from coserve.config import LINEAR_SITES, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
+from coserve.configdata import to_dict
 from coserve.core import InvalidRequest, NotFound
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MODULE_PATHS

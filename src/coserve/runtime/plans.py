@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from coserve.compiler.flops import SEQUENCE_LENGTH
-from coserve.compiler.plan import LayerBypass, ModelPlan, Point, frontier, plan_fused, plan_inference, plan_training
+from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans, plan_fused, plan_inference, plan_training
 from coserve.compiler.program import FusedLayer
 from coserve.config import Compression
 from coserve.model.architecture import Architecture
@@ -29,28 +29,18 @@ def _bypass(kinds: Collection[Kind], widths: Mapping[str, int], dropout: float) 
     return LayerBypass(key=key, bypass=Together([kind(names, dropout) for kind in kinds]), factor_widths=widths)
 
 
-def training_plan(
-    arch: Architecture, adapter: Adapter | None, *, itemsize: int, arena_budget: float | None = None,
-    sequence_length: int = SEQUENCE_LENGTH, compression: Compression = "lossless",
-) -> ModelPlan:
-    """Forward and backward programs for an adapter's training; with None, forward only (reference log-probabilities).
-
-    arena_budget, sequence_length, compression: as for `plan_training`. Raises ConfigError.
-    """
-    dropout = 0.0 if adapter is None else adapter.dropout
-    bypasses = layer_bypasses(arch, adapter, dropout=dropout)
-    return plan_training(
-        arch, bypasses, itemsize=itemsize, arena_budget=arena_budget, sequence_length=sequence_length, compression=compression
-    )
-
-
-def training_frontier(
+def training_plans(
     arch: Architecture, adapter: Adapter, *, itemsize: int, sequence_length: int = SEQUENCE_LENGTH,
     compression: Compression = "lossless",
-) -> tuple[Point, ...]:
-    """The arena budgets that an adapter's training can meet, and what each costs."""
+) -> TrainingPlans:
+    """All plans of an adapter's training, one per budget. sequence_length, compression: as for `plan_training`."""
     bypasses = layer_bypasses(arch, adapter, dropout=adapter.dropout)
-    return frontier(arch, bypasses, itemsize=itemsize, sequence_length=sequence_length, compression=compression)
+    return TrainingPlans(arch, bypasses, itemsize=itemsize, sequence_length=sequence_length, compression=compression)
+
+
+def training_plan(arch: Architecture, adapter: Adapter, *, itemsize: int) -> ModelPlan:
+    """Forward and backward programs for an adapter's training, without running a matrix product again."""
+    return training_plans(arch, adapter, itemsize=itemsize).plan(None)
 
 
 def scoring_plan(arch: Architecture, adapter: Adapter | None, *, itemsize: int) -> ModelPlan:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from coserve.config import finetune_config_from_dict
+from coserve.configdata import finetune_config_from_dict
 from coserve.core import CapacityError, CoserveError
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.server.errors import EngineUnavailable, make_error

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from coserve.config import finetune_config_from_dict, to_dict
+from coserve.configdata import finetune_config_from_dict, to_dict
 from coserve.core import CapacityError, CoserveError, NotFound
 from coserve.server.errors import Conflict, Forbidden
 from coserve.server.index.disk import storage_errors, sync_directory

@@ -14,16 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coserve.config import (
-    LINEAR_SITES,
-    AdapterConfig,
-    BottleneckConfig,
-    FinetuneConfig,
-    LoraConfig,
-    Objective,
-    OptimizerConfig,
-    adapter_of_kind,
-)
+from coserve.config import LINEAR_SITES, AdapterConfig, BottleneckConfig, FinetuneConfig, LoraConfig, Objective, OptimizerConfig
+from coserve.configdata import adapter_of_kind
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.batches import BatchOrder
 from coserve.server.jobs.body import AUTO, CreateJob, Extras, Hyperparameters, PreferenceHyperparameters

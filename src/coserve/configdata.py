@@ -1,0 +1,80 @@
+"""Settings as plain data: the tables of JSON and TOML, and adapters by the name of their kind.
+
+Owns: how settings are written and read back, the kinds' names. Does not own: what settings there are (config.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from coserve.config import (
+    AdapterConfig,
+    BottleneckConfig,
+    FinetuneConfig,
+    IA3Config,
+    LoraConfig,
+    OptimizerConfig,
+    require,
+)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON types; `finetune_config_from_dict` reads a FinetuneConfig back."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def finetune_config_from_dict(data: Mapping[str, Any]) -> FinetuneConfig:
+    """Reads what `to_dict` wrote. Raises ConfigError on a key that does not exist."""
+    values = dict(data)
+    sections: dict[str, Any] = {}
+    for name, cls in _SECTIONS.items():
+        given = values.pop(name, None)
+        if given is None:
+            continue
+        require(isinstance(given, Mapping), name, f"must be a table of {cls.__name__}'s settings, got {given!r}")
+        tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+        _check_known(cls, given)
+        sections[name] = cls(**{**given, **tuples})
+    _check_known(FinetuneConfig, values)
+    return FinetuneConfig(**sections, **values)
+
+
+_SECTIONS: Mapping[str, type] = {
+    "lora": LoraConfig, "ia3": IA3Config, "bottleneck": BottleneckConfig, "optimizer": OptimizerConfig
+}
+
+
+def _check_known(cls: type, given: Mapping[str, Any]) -> None:
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in given:
+        require(key in known, key, f"unknown setting of {cls.__name__}; known: {', '.join(sorted(known))}")
+
+
+ADAPTERS: Mapping[str, tuple[str, type]] = {
+    "lora": ("lora", LoraConfig), "dora": ("lora", LoraConfig), "ia3": ("ia3", IA3Config),
+    "bottleneck": ("bottleneck", BottleneckConfig),
+}
+"""Kind -> its settings: their name in FinetuneConfig, and their class."""
+
+
+def adapter_of_kind(kind: str, given: Mapping[str, Any], words: Mapping[str, str]) -> AdapterConfig:
+    """An adapter's settings. given: by the caller's words; words: {word: field} of everything that the caller may give of any
+    kind. Raises ConfigError, also for a setting that the kind hasn't."""
+    require(kind in ADAPTERS, "adapter", f"must be one of {', '.join(ADAPTERS)}, got {kind!r}")
+    section, cls = ADAPTERS[kind]
+    fields = {f.name for f in dataclasses.fields(cls)}
+    own = [word for word, name in words.items() if name in fields]
+    for word in given:
+        require(word in own, word, f"{kind} adapters have no such setting; they have {', '.join(own)}")
+    values = {words[word]: value for word, value in given.items()}
+    return finetune_config_from_dict({section: values | ({"use_dora": True} if kind == "dora" else {})}).adapter
