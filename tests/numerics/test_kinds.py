@@ -137,8 +137,12 @@ def test_norms_by_slices_are_those_of_the_whole(config: LoraConfig, seed: int, d
     for start, end in pairwise([0, *cuts, total]):
         sliced.flat[start:end] = new[start:end]
         sliced.refresh(start, end)
+    lengths = [p for p in whole.parameters if p.name.endswith(".dora")]
+    before = [whole.factor(p.layer, p.name) for p in lengths]
     whole.flat.copy_(new)
     whole.refresh()
+    after = [whole.factor(p.layer, p.name) for p in lengths]
+    assert lengths and not any(a and b and torch.equal(a.matrix, b.matrix) for a, b in zip(after, before, strict=True))
     for p in whole.parameters:
         factor = whole.factor(p.layer, p.name)
         for other in (sliced, sliced.copy(), whole.copy()):
