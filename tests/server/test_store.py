@@ -337,6 +337,21 @@ def test_two_starts_at_once(url: str) -> None:
     assert _versions(url) == [1]
 
 
+def test_a_start_waits_while_another_turns_wal_on() -> None:
+    """SQLite says so at once, without its busy timeout."""
+    said: list[str] = []
+
+    class Busy:
+        def execute(self, text: str) -> sqlite3.Cursor:
+            said.append(text)
+            if len(said) < 3:
+                raise sqlite3.OperationalError("database is locked")
+            return sqlite3.connect(":memory:").execute("SELECT 1")
+
+    database._execute_pragma(Busy(), "journal_mode = WAL")  # type: ignore[arg-type]  # as much of a connection as is used
+    assert said == ["PRAGMA journal_mode = WAL"] * 3
+
+
 # --- databases that can't be used ---
 
 

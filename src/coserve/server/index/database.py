@@ -5,6 +5,8 @@ Owns: URLs, pragmas, transactions. Does not own: tables (tables.py), queries (st
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,8 @@ from coserve.server.index.disk import FULL
 from coserve.server.index.tables import prepare_schema
 
 _READS = "coserve_reads"
-_PRAGMAS = ("busy_timeout = 5000", "journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON")
+_BUSY_S = 5.0
+_PRAGMAS = (f"busy_timeout = {_BUSY_S * 1e3:.0f}", "journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON")
 """A transaction that a loss of power takes back is found again in the manifests, so NORMAL is enough."""
 
 _FAILURES = {
@@ -98,7 +101,7 @@ def _connect_sqlite(url: URL) -> Engine:
     def prepare(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the module's own BEGINs come too late and not before a change of tables
         for pragma in _PRAGMAS:
-            connection.execute(f"PRAGMA {pragma}").close()
+            _execute_pragma(connection, pragma)
 
     def begin(connection: Connection) -> None:
         # A transaction that reads, then writes, fails at once if another one wrote in between; so writers wait at the start.
@@ -107,6 +110,19 @@ def _connect_sqlite(url: URL) -> Engine:
     event.listen(engine, "connect", prepare)
     event.listen(engine, "begin", begin)
     return engine
+
+
+def _execute_pragma(connection: sqlite3.Connection, pragma: str) -> None:
+    """Waits for another connection that turns WAL on at the same moment, as SQLite's busy timeout doesn't."""
+    deadline = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            connection.execute(f"PRAGMA {pragma}").close()
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _connect_postgres(url: URL) -> Engine:
