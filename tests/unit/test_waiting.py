@@ -10,7 +10,7 @@ import pytest
 
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
-from coserve.scheduler.waiting import WaitingRequests
+from coserve.scheduler.waiting import WaitingRequests, is_overdue
 from tests.fake_engine import FakeEngine
 from tests.unit.test_hybrid import decoding, engine
 
@@ -20,6 +20,7 @@ def request(number: int, rng: random.Random) -> RequestState:
     state = RequestState(
         id=number, tenant=rng.choice("abcde"), prompt=[1, 2, 3], max_tokens=8, key=PrefixKey("", None, 0),
         arrival_s=rng.choice([0.0, 1.0, rng.uniform(0, 9)]), ttft_s=rng.choice([0.5, 1.0, 6.0]), tpot_s=0.2,
+        fcfs_s=rng.uniform(0, 12),
     )
     if rng.random() < 0.2:
         state.output, state.first_token_s = [5] * rng.randrange(1, 9), rng.uniform(0, 9)
@@ -41,11 +42,16 @@ def test_the_order_is_that_of_a_sort(seed: int) -> None:
     assert len(waiting) == len(kept)
     served = {tenant: rng.choice([0.0, 1.0, 2.5]) for tenant in "abcde"}
     for now in (0.0, 1.0, 1.5, 4.0, 20.0):
+        come: dict[str, list[RequestState]] = {}
+        for r in sorted((r for r in kept.values() if not r.num_sampled), key=lambda r: (r.fcfs_s, r.id)):
+            come.setdefault(r.tenant, []).append(r)
+        overdue = {tenant for tenant, states in come.items() if is_overdue(states[0], now)}
+        assert waiting.overdue(now) == overdue
         expected = sorted(
             (r for r in kept.values() if not r.in_flight and not r.sampled_enough),
-            key=lambda r: (r.hopeless(now, 0.0), served[r.tenant], r.arrival_s + r.ttft_s, r.id),
+            key=lambda r: (served[r.tenant], r.fcfs_s if r.tenant in overdue else r.arrival_s + r.ttft_s, r.id),
         )
-        assert [r.id for r in waiting.in_order(now, served.__getitem__)] == [r.id for r in expected]
+        assert [r.id for r in waiting.in_order(served.__getitem__, overdue)] == [r.id for r in expected]
 
 
 def test_admitting_while_looking() -> None:
@@ -55,7 +61,7 @@ def test_admitting_while_looking() -> None:
     for state in requests:
         waiting.add(state)
     seen = []
-    for place, state in enumerate(waiting.in_order(2.0, lambda tenant: 0.0)):
+    for place, state in enumerate(waiting.in_order(lambda tenant: 0.0, {"a"})):
         seen.append(state.id)
         waiting.discard(state)
         if place % 3 == 0:

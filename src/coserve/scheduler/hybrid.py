@@ -21,14 +21,19 @@ from coserve.scheduler.fairness import TokenCounters
 from coserve.scheduler.latency import Contents, LatencyModel, PassCost, kind_of
 from coserve.scheduler.policies import Policy, Turn
 from coserve.scheduler.requests import RequestState
+from coserve.scheduler.turns import FairTurns
 from coserve.scheduler.units import Chosen, UnitPicker
-from coserve.scheduler.waiting import WaitingRequests
+from coserve.scheduler.waiting import WaitingRequests, by_arrival, by_deadline, is_overdue
 from coserve.scheduler.work import JobWork, MicrobatchWork
 
 LEAST_CHUNK = 16
 """Prompt tokens below which a chunk waits for a larger one."""
-URGENT = 0.5
-"""Share of its TTFT objective after which a waiting request may take running requests' slack, up to the ITL cap."""
+PROMPT_STEP = 0.1
+"""Share by which a new request moves the mean time that prompts take."""
+MOST_SKIPPED = 16
+"""Prompts behind one that waits for slack, among which late ones are looked for."""
+LATE = 0.8
+"""Share of its TTFT objective after which a prompt that waits beside jobs is late."""
 
 
 class HybridScheduler:
@@ -45,6 +50,8 @@ class HybridScheduler:
         self._copies: list[AdapterCopy] = []
         self._running: dict[int, RequestState] = {}
         self._waiting = WaitingRequests()
+        self._turns = FairTurns()
+        self._typical_prompt_s = 0.0
         self._by_tenant: Counter[str] = Counter()
         self._number = 0
         self._contents: dict[int, Contents] = {}
@@ -59,6 +66,9 @@ class HybridScheduler:
         self._enter_tenant(request.tenant)
         self._by_tenant[request.tenant] += 1
         self.requests[request.id] = request
+        seconds = self._prompt_seconds(request)
+        self._typical_prompt_s += PROMPT_STEP * (seconds - self._typical_prompt_s)
+        request.fcfs_s = self._turns.enter(request.tenant, request.arrival_s, seconds, len(self._by_tenant))
         self._waiting.add(request)
 
     def remove_request(self, number: int) -> RequestState | None:
@@ -69,6 +79,7 @@ class HybridScheduler:
         self._by_tenant[request.tenant] -= 1
         if not self._by_tenant[request.tenant]:
             del self._by_tenant[request.tenant]
+            self._turns.leave(request.tenant)
         if request.running:
             del self._running[number]
             self.pool.free(number)
@@ -113,13 +124,15 @@ class HybridScheduler:
         turn = self.policy.turn(self._has_inference(), has_finetuning, self._can_wait(only, now))
         decode: list[Span] = []
         prefill: list[Span] = []
-        budget = self.deadlines.budget(self._running.values(), now)
+        running = self._running.values()
+        budget = self.deadlines.for_prompts(running, now)
+        spare = self.deadlines.for_jobs(running, now, self._typical_prompt_s)
         if turn is not Turn.FINETUNING:
             decode = self._decode()
             prefill, waits = self._prefill(now, decode, budget)
-            turn = Turn.INFERENCE if waits else turn
+            spare = 0.0 if waits or self._others_late(now) else spare
         cost = self._pass_cost(decode, prefill)
-        chosen = self._finetune(now, turn, jobs, only, budget, cost)
+        chosen = self._finetune(now, turn, jobs, only, spare, cost)
         copies, self._copies = tuple(self._copies), []
         elements = sum(part.end - part.start for part in chosen.optimizer)
         contents = Contents(chosen.inference, chosen.costs, elements, chosen.refresh_seconds)
@@ -242,38 +255,37 @@ class HybridScheduler:
         self.num_preemptions += 1
 
     def _prefill(self, now: float, decode: Sequence[Span], budget: float) -> tuple[list[Span], bool]:
-        """Chunks of prompts by earliest deadline, the least served tenant first, as long as the pass stays in its budget; and
-        whether a prompt waits for running requests to gain slack."""
+        """Chunks of prompts, as long as the pass stays in its budget, or in what a late prompt may take; and whether a prompt
+        waits for running requests to gain slack. One that does holds up those behind it, unless they are late."""
         spans: list[Span] = []
         running = list(self._running.values())
-        blocked = False
+        blocked, skipped = False, 0
 
         def has_place() -> bool:
-            return not blocked and len(running) < self.config.max_num_seqs
+            return not blocked and skipped <= MOST_SKIPPED and len(running) < self.config.max_num_seqs
 
         for request in self._prompts(now, has_place):
-            limit, most = budget, budget
-            if decode:
-                most = max(budget, self.deadlines.cap(running))
-                urgent = now - request.arrival_s > URGENT * request.ttft_s and not request.hopeless(now, 0.0)
-                limit = most if urgent else budget
+            if len(decode) + sum(span.length for span in spans) >= self.config.max_num_batched_tokens:
+                break
+            late = self._late(request, now)
+            if skipped and not late:
+                skipped += 1
+                continue
+            limit, most = self._limits(request, running, now, budget, late=late) if decode else (budget, budget)
             was_running = request.running
             if not was_running:
                 self._admit(request)
             chunk = self._chunk(request, decode, spans, limit)
             wanted = self._even_part(request, self._chunk(request, decode, spans, most))
-            if limit < most and chunk < wanted:
-                if not was_running:
-                    self._release(request)
-                return spans, True
-            chunk = min(chunk, wanted)
+            chunk, short = min(chunk, wanted), limit < most and chunk < wanted
             busy = {span.request for span in (*decode, *spans)}
-            if chunk == 0 or not self._grow(request, request.computed + chunk, busy if was_running else None):
+            if short or not chunk or not self._grow(request, request.computed + chunk, busy if was_running else None):
                 if not was_running:
                     self._release(request)
-                if chunk == 0:
-                    break
-                blocked = True
+                if short or not chunk:
+                    skipped += 1
+                else:
+                    blocked = True
                 continue
             if not was_running:
                 running.append(request)
@@ -282,18 +294,49 @@ class HybridScheduler:
             span = request.next_span(chunk)
             spans.append(span)
             request.take(span)
-        return spans, False
+        return spans, skipped > 0
+
+    def _limits(
+        self, request: RequestState, running: Sequence[RequestState], now: float, budget: float, *, late: bool
+    ) -> tuple[float, float]:
+        """What a pass with this prompt may take, and what it is worth to wait for."""
+        served = self.tenants.served(request.tenant)
+        others = [r for r in running if r.tenant != request.tenant and self.tenants.served(r.tenant) <= served]
+        spared = self.deadlines.for_others_prompts(others, now, self._typical_prompt_s)
+        limit = spared if late else min(budget, spared)
+        return limit, max(limit, min(self.deadlines.cap(running), spared))
+
+    def _late(self, request: RequestState, now: float) -> bool:
+        """Whether a prompt would be through by now, first come, first served: running requests then wait for it. Beside jobs,
+        which leave running requests no more slack than they need, not before most of its own objective has passed."""
+        allowed_s = request.arrival_s + LATE * request.ttft_s if self._awake else 0.0
+        return now > max(request.fcfs_s, allowed_s)
+
+    def _others_late(self, now: float) -> bool:
+        """Whether the next of those that wait for a place is late: jobs then leave the machine to those who have one."""
+        first = next(self._waiting.in_order(self.tenants.served, self._waiting.overdue(now)), None)
+        return first is not None and self._late(first, now)
+
+    def _prompt_seconds(self, request: RequestState) -> float:
+        """What a request's prompt, less what the prefix cache has of it, adds to a pass."""
+        cached = self.pool.match(request.key, request.tokens()) if request.cacheable else 0
+        rows = len(request.prompt) - cached
+        pairs = rows * (2 * cached + rows + 1) // 2
+        least, whole = PassCost(1, 1, 0, 0, 1, 0, 0, 0, 0, 1), PassCost(rows, 1, 0, 0, pairs, 0, 0, 0, 0, 1)
+        return self.latency.pass_seconds(whole) - self.latency.pass_seconds(least)
 
     def _prompts(self, now: float, has_place: Callable[[], bool]) -> Iterator[RequestState]:
         """Requests whose prompts are not through, in the order in which they get rows. Without a place only those that run:
         they must go on, or they never give their memory back."""
 
-        def precedence(request: RequestState) -> tuple[bool, float, float, int]:
-            served = self.tenants.served(request.tenant)
-            return request.hopeless(now, 0.0), served, request.arrival_s + request.ttft_s, request.id
-
         begun = [r for r in self._running.values() if not r.decoding and not r.sampled_enough and not r.in_flight]
-        waiting = self._waiting.in_order(now, self.tenants.served) if has_place() else iter(())
+        overdue = {r.tenant for r in begun if is_overdue(r, now)} | self._waiting.overdue(now)
+
+        def precedence(request: RequestState) -> tuple[float, float, int]:
+            key = by_arrival if request.tenant in overdue else by_deadline
+            return self.tenants.served(request.tenant), *key(request)
+
+        waiting = self._waiting.in_order(self.tenants.served, overdue) if has_place() else iter(())
         first = next(waiting, None)
         for request in sorted(begun, key=precedence):
             before = precedence(request)
@@ -354,11 +397,11 @@ class HybridScheduler:
     # --- finetuning ---
 
     def _finetune(
-        self, now: float, turn: Turn, jobs: Sequence[JobWork], only: MicrobatchWork | None, budget: float, cost: PassCost | None
+        self, now: float, turn: Turn, jobs: Sequence[JobWork], only: MicrobatchWork | None, spare: float, cost: PassCost | None
     ) -> Chosen:
         base = 0.0 if cost is None else self.latency.pass_seconds(cost)
-        left = self.policy.seconds(turn, budget - base - self.latency.constant_seconds)
-        left = max(left, self._owed_s)
+        left = self.policy.seconds(turn, spare - base - self.latency.constant_seconds)
+        left = max(min(left, self.config.preemption_quantum_ms / 1e3), self._owed_s)
         if left <= 0 or not jobs or turn is Turn.INFERENCE:
             return Chosen((), (), (), cost, 0.0, {})
         patient = turn is Turn.BOTH and cost is not None

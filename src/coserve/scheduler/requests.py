@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,8 @@ class RequestState:
 
     key: what its prefix may be shared under. cacheable: whether it may take cached blocks (prompt logprobs need every row).
     computed: tokens whose K and V are in the cache or planned. every_logit: the logits of each of its prompt's rows are wanted,
-    once; logits_planned: of how many first rows they have been. begun_s: when its first row was planned.
+    once; logits_planned: of how many first rows they have been. begun_s: when its first row was planned. fcfs_s: when it would
+    have its first token if requests were served as they come (turns.py).
     """
 
     id: int
@@ -44,6 +46,7 @@ class RequestState:
     logits_planned: int = 0
     in_flight: int = 0
     begun_s: float | None = None
+    fcfs_s: float = math.inf
     first_token_s: float | None = None
     running: bool = False
     cached_tokens: int = 0
@@ -94,10 +97,14 @@ class RequestState:
             return self.arrival_s + self.ttft_s
         return self.first_token_s + self.num_sampled * self.tpot_s
 
-    def slack_s(self, now: float, reserve: float) -> float:
-        """Seconds that its next token may take. reserve: relative error of a prediction to be ready for."""
-        ahead = min(1.0, RESERVES * reserve) * min(1.0, self.num_sampled / RAMP_TOKENS)
-        return self.deadline_s - ahead * self.tpot_s - now
+    def slack_s(self, now: float, reserve: float, prompt_s: float = 0.0) -> float:
+        """Seconds that its next token may take.
+
+        reserve: the relative error of a prediction to be ready for. prompt_s: the time to be kept for somebody's prompt that
+        may come before its last token; it is put aside evenly over its tokens.
+        """
+        ahead = min(1.0, RESERVES * reserve) * min(1.0, self.num_sampled / RAMP_TOKENS) * self.tpot_s
+        return self.deadline_s - ahead - prompt_s * self.num_sampled / self.max_tokens - now
 
     def hopeless(self, now: float, token_s: float) -> bool:
         """Whether it will miss its objective even if each of its tokens took only `token_s` from now on."""
