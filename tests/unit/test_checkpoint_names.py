@@ -94,13 +94,14 @@ def test_other_names_are_refused(tmp_path: Path, change: Callable[[Tensors], obj
 def test_a_short_head_beside_tied_embeddings_is_refused(tmp_path: Path) -> None:
     build_tiny_model("llama", tmp_path, tie=True)
     rewrite(tmp_path, lambda tensors: tensors.update({HEAD: torch.zeros(50, 32)}))
-    with pytest.warns(UserWarning, match="differs"), pytest.raises(InvalidRequest, match=r"shape \[50, 32\], expected \[97, 32\]"):
+    shapes = r"shape \[50, 32\], expected \[97, 32\]"
+    with pytest.warns(UserWarning, match="differs"), pytest.raises(InvalidRequest, match=shapes):
         Checkpoint(tmp_path)
 
 
 def test_a_model_that_is_cut_short_says_which_tensors_are_left_over(tmp_path: Path) -> None:
     edit(build_tiny_model("llama", tmp_path), num_hidden_layers=2)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="are ignored") as caught:
         Checkpoint(tmp_path)
     (message,) = [str(warning.message) for warning in caught if "ignored" in str(warning.message)]
     assert "model.layers.2.input_layernorm.weight" in message and " and 5 more" in message
@@ -108,7 +109,9 @@ def test_a_model_that_is_cut_short_says_which_tensors_are_left_over(tmp_path: Pa
     check_equal(tmp_path)  # transformers cuts it too
 
 
-@pytest.mark.parametrize("name", ["lm_head.bias", "score.weight", "model.vision_tower.proj.weight", "v_head.summary.weight", "model.scale"])
+@pytest.mark.parametrize("name", [
+    "lm_head.bias", "score.weight", "model.vision_tower.proj.weight", "v_head.summary.weight", "model.scale",
+])
 def test_any_tensor_that_nothing_reads_is_named(tmp_path: Path, name: str) -> None:
     build_tiny_model("llama", tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.update({name: torch.zeros(4, 4)}))

@@ -153,7 +153,7 @@ def test_what_would_change_the_model_is_refused_by_name(
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"prompt_format": "alpaca", "owner": {"name": "x"}}, "fields that coserve does not know are ignored: owner, prompt_format"),
+    ({"prompt_format": "alpaca", "owner": {"name": "x"}}, "that coserve does not know are ignored: owner, prompt_format"),
     ({"attention_dropout": 0.1}, "attention_dropout = 0.1 is ignored"),
     ({"auto_map": {"AutoModelForCausalLM": "code.Model"}}, "never run"),
 ])

@@ -139,15 +139,6 @@ def test_directory_is_complete(tiny_gguf: Path, tmp_path: Path) -> None:
     assert tokenizer.tokenize("  12ab<|im_end|>") == ["ĠĠ", "1", "2", "ab", "<|im_end|>"]
 
 
-def test_unknown_pre_tokenizer_warns(tmp_path: Path) -> None:
-    def edit(writer: gguf.GGUFWriter, _: dict[str, np.ndarray]) -> None:
-        writer.kv_data[0]["tokenizer.ggml.pre"] = replace(writer.kv_data[0]["tokenizer.ggml.pre"], value="novel")
-
-    file = write_gguf(build_tiny_model("llama", tmp_path / "source"), tmp_path / "tiny.gguf", edit=edit)
-    with pytest.warns(UserWarning, match=r"tokenizer\.ggml\.pre 'novel' is not known"):
-        convert_gguf(file, tmp_path / "converted")
-
-
 def test_bfloat16_and_shards(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHARD_BYTES", 10_000)
     whole = Checkpoint(tiny_gguf.parent / "llama")

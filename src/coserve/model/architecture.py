@@ -223,7 +223,8 @@ def _check_class(raw: Mapping[str, Any], config: PreTrainedConfig, family: Famil
         raise ConfigError(f"model_type: transformers reads {config.model_type} as {theirs}, which is not supported; "
                           f"coserve knows {family.class_name}", param="model_type")
     written = FAMILIES.get(str(raw.get("model_type")), family)
-    known = {name.casefold() for one in (family, written) for name in (one.class_name, one.class_name.replace("ForCausalLM", "Model"))}
+    known = {one.class_name.casefold() for one in (family, written)}
+    known |= {name.replace("forcausallm", "model") for name in known}
     names = raw.get("architectures") or []
     for name in names if isinstance(names, list) else [names]:
         if str(name).casefold() not in known:

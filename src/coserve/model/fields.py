@@ -37,8 +37,8 @@ EXPECTED: Mapping[str, Any] = {"is_causal": True, "is_encoder_decoder": False, "
 """Fields that transformers' own masks and models look for, with the only value that is supported."""
 
 ROPE_READ = frozenset({
-    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
-    "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "mscale", "mscale_all_dim", "truncate",
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
+    "beta_slow", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "mscale", "mscale_all_dim", "truncate",
     "partial_rotary_factor",
 })
 """Fields of rope_parameters that transformers' rotary embeddings read."""
@@ -68,8 +68,8 @@ def check_fields(raw: Mapping[str, Any], family_fields: frozenset[str], source: 
             continue
         if "drop" not in name and _COMPUTES.search(name.lower()):
             raise ConfigError(
-                f"{name}: {_short(value)} in {source} is not supported for a {raw.get('model_type')} model; remove the field if "
-                "it does not change what the model computes", param=name)
+                f"{name}: {_short(value)} in {source} is not supported for a {raw.get('model_type')} model; remove the field "
+                "if it does not change what the model computes", param=name)
         passed.append(name)
     for key in ("rope_parameters", "rope_scaling"):
         for name, value in (raw[key].items() if isinstance(raw.get(key), dict) else ()):

