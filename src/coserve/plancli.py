@@ -200,8 +200,8 @@ def title(planned: Planned) -> str:
 
 
 def to_json(planned: Planned) -> str:
-    """The whole plan. Bytes; ratios are of matrix FLOPs over forward and backward. kv_cache: what serving keeps of each token of
-    a request."""
+    """The whole plan. Bytes; ratios are of matrix FLOPs over forward and backward. kv_cache: what serving keeps of a request's
+    token."""
     result, shape, beside = planned.estimate, planned.shape, planned.baselines
     return json.dumps({
         "model": planned.model,
@@ -338,7 +338,8 @@ def _show_baselines(planned: Planned) -> None:
         return
     theirs, extra = beside.checkpointing, planned.estimate.checkpointing_flops_ratio
     say(f"saves {size_text(beside.peft.total_bytes)} at no extra FLOPs,",
-        f"with gradient checkpointing {size_text(theirs.total_bytes)} at {extra:.1%};", f"took {beside.seconds:.1f} s", head="peft")
+        f"with gradient checkpointing {size_text(theirs.total_bytes)} at {extra:.1%};", f"took {beside.seconds:.1f} s",
+        head="peft")
     say(f"{baselines.METHOD};", head="method:")
     say(baselines.ATTENTION_PATH, head="attention:")
 
