@@ -45,8 +45,8 @@ RecordT = TypeVar("RecordT", bound=_Record)
 
 
 class Store:
-    """The index. Lists come as (entries, whether more follow); `after` is the id of the last entry of the page before, which may
-    be deleted by then; InvalidRequest is raised where the list never had such an entry."""
+    """The index. Lists come as (entries, whether more follow); `after` is the id of the last entry of the page before, deleted
+    or not, and InvalidRequest is raised where the list never had such an entry."""
 
     def __init__(self, url: str | URL) -> None:
         """url: SQLAlchemy's, of SQLite or PostgreSQL. Raises ConfigError where the database can't be used."""
