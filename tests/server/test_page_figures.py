@@ -25,7 +25,8 @@ __all__ = ["browser"]  # a fixture
 def test_finetunings_share_is_of_the_same_seconds_as_its_rate() -> None:
     """After a job's end both are 0, though a minute ago the engine trained most of the time."""
     metrics = ServerMetrics(ServerConfig(), BASE)
-    counters: dict[str, float] = dict.fromkeys(("inference_tokens", "prompt_tokens", "finetune_tokens", "busy_s", "finetune_busy_s"), 0)
+    names = ("inference_tokens", "prompt_tokens", "finetune_tokens", "busy_s", "finetune_busy_s")
+    counters: dict[str, float] = dict.fromkeys(names, 0)
     live: Mapping[str, Any] = {}
     for second in range(40 + 2 * int(RATE_S)):
         if second < 40:

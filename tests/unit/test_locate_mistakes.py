@@ -20,7 +20,7 @@ def response(status: int) -> httpx.Response:
 
 def wrapped(inner: Exception) -> Exception:
     """As huggingface_hub raises it without network."""
-    outer = errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder ... please check your connection.")
+    outer = errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder. Please check your connection.")
     outer.__cause__ = inner
     return outer
 
