@@ -37,6 +37,8 @@ from coserve.runtime.plans import layer_bypasses
 
 console = Console(highlight=False)
 
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -104,9 +106,13 @@ def plan(
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="[FILE|-]", help="Write the plan as JSON; - or nothing: standard output.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw stages and curve into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw stages and curve into this picture.")] = None,
 ) -> None:
     """What finetuning keeps from forward to backward, why, and how much memory it takes at which cost."""
+    if plot is not None:
+        _check_output(plot, "plot", PLOT_SUFFIXES)
+    if json_file not in (None, "-"):
+        _check_output(Path(str(json_file)), "json")
     targets: tuple[str, ...] | str | None = target_modules
     if target_modules is not None and target_modules != "all-linear":
         targets = tuple(name.strip() for name in target_modules.split(",") if name.strip())
@@ -131,6 +137,15 @@ def plan(
             {name: (point.total_bytes, ratios[name]) for name, point in points.items() if point is not None},
             plot, title=title(planned),
         )
+
+
+def _check_output(path: Path, name: str, suffixes: Sequence[str] = ()) -> None:
+    """Before anything is computed. Raises ConfigError for a file that can't be written."""
+    if suffixes and path.suffix not in suffixes:
+        raise ConfigError(f"{name}: the file's name must end in {', '.join(suffixes)}, got {path}", param=name)
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a directory" if path.is_dir() else f"can't be made, as there is no directory {path.parent}"
+        raise ConfigError(f"{name}: {path} {what}", param=name)
 
 
 def make_plan(
@@ -301,8 +316,8 @@ def show(planned: Planned) -> None:
     say(f"{result.plan.arena_bytes} bytes kept per token,", f"{result.plan.work_bytes} bytes of workspace per row of a window",
         head="whole model:")
     shared = [f"{size} on each of {ranks} ranks" for ranks, size in kv_bytes_by_ranks(planned.shape).items() if ranks > 1]
-    sizes = [f"{kv_bytes(planned.shape.arch, planned.shape.itemsize)} bytes per token of a request", *shared]
-    say(*listed(sizes), head="KV cache:")
+    cache = [f"{kv_bytes(planned.shape.arch, planned.shape.itemsize)} bytes per token of a request", *shared]
+    say(*listed(cache), head="KV cache:")
     say(f"a job with activation_memory = {result.in_flight_bytes} gets this plan;", f"planned in {planned.seconds:.1f} s")
 
 

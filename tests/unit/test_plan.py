@@ -447,6 +447,9 @@ def test_json_without_a_file_goes_to_standard_output_wherever_it_stands(plan: Ru
     (("--window-tokens", "0"), "window_tokens: must be at least 1"),
     (("--max-microbatch-tokens", "100"), "max_microbatch_tokens: 100 is less than one sequence of 1024"),
     (("--activation-memory", "lots"), "activation_memory: write bytes"),
+    (("--plot", "plan.txt"), "plot: the file's name must end in .png, .svg, .pdf, got plan.txt"),
+    (("--plot", "/nowhere/plan.png"), "plot: /nowhere/plan.png can't be made, as there is no directory /nowhere"),
+    (("--json", "/"), "json: / is a directory"),
     (("--activation-memory", "1kB"), "activation_memory: a micro-batch of 1024 tokens takes at least"),
 ])
 def test_bad_arguments_are_one_line(plan: Run, models: Path, args: tuple[str, ...], message: str) -> None:
