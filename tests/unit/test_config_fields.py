@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from coserve import cli
 from coserve.core import ConfigError
 from coserve.engine.generation import Generator
 from coserve.engine.model import LoadedModel
@@ -161,6 +162,11 @@ def test_what_is_passed_over_is_named(tmp_path: Path, changes: dict[str, Any], w
     edit(build_tiny_model("llama", tmp_path), **changes)
     with pytest.warns(UserWarning, match=words):
         read_architecture(tmp_path)
+
+
+def test_the_command_shows_a_warning_in_one_line() -> None:
+    assert cli._format_warning(UserWarning("config.json: odd"), UserWarning, "x.py", 1) == "warning: config.json: odd\n"
+    assert "x.py:1: DeprecationWarning" in cli._format_warning(DeprecationWarning("old"), DeprecationWarning, "x.py", 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -34,7 +34,7 @@ def describe(label: str, stored: bool, expected_s: float | None) -> str:
     if kind == "peer":
         what = "transformers.generate at batch 8, for the objective per token"
     elif kind == "capacity":
-        what = f"can this machine hold {rest} requests/s without training?"
+        what = f"whether this machine holds {rest} requests/s without training"
     elif label.startswith("finetune-only"):
         what = "finetuning alone"
     elif kind == "burst":
