@@ -9,6 +9,7 @@ import dataclasses
 import resource
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -270,8 +271,19 @@ def chat(
         messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
+def _format_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning for users is one line; others keep Python's form, with the place in the code."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _python_format(message, category, filename, lineno, line)
+
+
+_python_format = warnings.formatwarning
+
+
 def main() -> None:
     """Entry point: errors that a user can mend become one line and exit code 2."""
+    warnings.formatwarning = _format_warning
     try:
         app()
     except (CoserveError, OSError) as error:

@@ -7,7 +7,9 @@ Owns: arguments, the table, the JSON. Does not own: the figures (engine/estimate
 from __future__ import annotations
 
 import json
+import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,12 +29,15 @@ from coserve.configdata import ADAPTERS, adapter_of_kind, finetune_config_from_d
 from coserve.core import ConfigError
 from coserve.engine.budget import shape_adapter
 from coserve.engine.estimate import PARTS, Estimate, Shape, estimate
-from coserve.model.architecture import read_architecture
+from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.locate import locate_model
 from coserve.plots import memory_plan
+from coserve.runtime.cache import block_bytes
 from coserve.runtime.plans import layer_bypasses
 
 console = Console(highlight=False)
+
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -101,9 +106,13 @@ def plan(
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="[FILE|-]", help="Write the plan as JSON; - or nothing: standard output.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw stages and curve into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw stages and curve into this picture.")] = None,
 ) -> None:
     """What finetuning keeps from forward to backward, why, and how much memory it takes at which cost."""
+    if plot is not None:
+        _check_output(plot, "plot", PLOT_SUFFIXES)
+    if json_file not in (None, "-"):
+        _check_output(Path(str(json_file)), "json")
     targets: tuple[str, ...] | str | None = target_modules
     if target_modules is not None and target_modules != "all-linear":
         targets = tuple(name.strip() for name in target_modules.split(",") if name.strip())
@@ -128,6 +137,15 @@ def plan(
             {name: (point.total_bytes, ratios[name]) for name, point in points.items() if point is not None},
             plot, title=title(planned),
         )
+
+
+def _check_output(path: Path, name: str, suffixes: Sequence[str] = ()) -> None:
+    """Before anything is computed. Raises ConfigError for a file that can't be written."""
+    if suffixes and path.suffix not in suffixes:
+        raise ConfigError(f"{name}: the file's name must end in {', '.join(suffixes)}, got {path}", param=name)
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a directory" if path.is_dir() else f"can't be made, as there is no directory {path.parent}"
+        raise ConfigError(f"{name}: {path} {what}", param=name)
 
 
 def make_plan(
@@ -163,7 +181,7 @@ def make_plan(
     if with_baselines:
         beside = baselines.measure(
             directory, adapter=adapter.kind, rank=_rank(settings), targets=_targets(settings), dtype=DTYPES[dtype],
-            sequence_length=sequence_length, num_tokens=num_tokens,
+            sequence_length=sequence_length, num_tokens=num_tokens, dropout=getattr(settings, "dropout", 0.0),
         )
     return Planned(
         model=directory.name, shape=shape, kind=adapter.kind, settings=settings, dtype=dtype, limit=limit,
@@ -197,7 +215,8 @@ def title(planned: Planned) -> str:
 
 
 def to_json(planned: Planned) -> str:
-    """The whole plan. Bytes; ratios are of matrix FLOPs over forward and backward."""
+    """The whole plan. Bytes; ratios are of matrix FLOPs over forward and backward. kv_cache: what serving keeps of a request's
+    token."""
     result, shape, beside = planned.estimate, planned.shape, planned.baselines
     return json.dumps({
         "model": planned.model,
@@ -216,6 +235,10 @@ def to_json(planned: Planned) -> str:
         "curve": [asdict(point) for point in result.curve],
         "baselines": _baselines_json(planned) if beside.reason is None else {"absent": beside.reason},
         "activation_memory": result.in_flight_bytes,
+        "kv_cache": {
+            "bytes_per_token": kv_bytes(shape.arch, shape.itemsize),
+            "bytes_per_token_per_rank": {str(ranks): size for ranks, size in kv_bytes_by_ranks(shape).items()},
+        },
         "beside_every_total": result.apart,
         "seconds": {"plan": planned.seconds, "baselines": beside.seconds},
     }, indent=1)
@@ -232,6 +255,18 @@ def _baselines_json(planned: Planned) -> dict[str, Any]:
     }
 
 
+def kv_bytes(arch: Architecture, itemsize: int) -> int:
+    """K and V of one token in all layers."""
+    return block_bytes(arch, 1, itemsize)
+
+
+def kv_bytes_by_ranks(shape: Shape) -> dict[int, int]:
+    """{ranks: bytes of a token on each of them}, for every number of ranks among which the key-value heads can be shared out
+    evenly, as tensor parallelism does. coserve runs on one."""
+    arch, heads = shape.arch, shape.arch.num_kv_heads
+    return {ranks: kv_bytes(arch, shape.itemsize) // ranks for ranks in range(1, heads + 1) if heads % ranks == 0}
+
+
 # --- the terminal ---
 
 
@@ -242,10 +277,30 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
 
 
+def say(*clauses: str, head: str = "", style: str | None = None) -> None:
+    """A line of clauses behind a bold head; where it is wider than the terminal, it goes on in an indented line after a whole
+    clause, or inside of one that is wider by itself. Clauses bring their own commas."""
+    rows, width = [head], console.width
+    for clause in clauses:
+        joined = f"{rows[-1]} {clause}" if rows[-1] else clause
+        if len(joined) <= width:
+            rows[-1] = joined
+        else:
+            rows += textwrap.wrap(clause, width, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
+    for row in rows:
+        bold = head if row.startswith(head) else ""
+        console.print(f"[bold]{bold}[/bold]{row[len(bold):]}" if bold else row, style=style, soft_wrap=True)
+
+
+def listed(items: Sequence[str]) -> list[str]:
+    """With a comma after each but the last."""
+    return [f"{item}," for item in items[:-1]] + list(items[-1:])
+
+
 def show(planned: Planned) -> None:
     """Tables of what is kept, of stages and baselines, and the curve."""
     result = planned.estimate
-    console.print(title(planned), style="bold", soft_wrap=True)
+    say(*listed(title(planned).split(", ")), style="bold")
     for entry in planned.kept:
         _show_kept(entry)
     table = Table("stage", "kept", *PARTS[1:], "total", "FLOPs", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
@@ -254,19 +309,27 @@ def show(planned: Planned) -> None:
         table.add_row(stage.name, *sizes, f"+{stage.extra_flops_ratio:.1%}")
     console.print(table)
     for stage in result.stages:
-        console.print(f"{stage.name}: {stage.note}; {stage.bytes_per_token} bytes kept per token", soft_wrap=True)
-    console.print(f"beside every total: {', '.join(f'{k} {size_text(v)}' for k, v in result.apart.items())}", soft_wrap=True)
-    steps = (f"{size_text(point.total_bytes)} +{point.extra_flops_ratio:.1%}" for point in result.curve)
-    console.print("[bold]curve[/bold] (total, matrix FLOPs run again): " + ", ".join(steps), soft_wrap=True)
+        say(f"{stage.note};", f"{stage.bytes_per_token} bytes kept per token", head=f"{stage.name}:")
+    say(*listed([f"{name} {size_text(size)}" for name, size in result.apart.items()]), head="beside every total:")
+    _show_curve(planned)
     _show_baselines(planned)
-    console.print(
-        f"[bold]whole model:[/bold] {result.plan.arena_bytes} bytes kept per token, {result.plan.work_bytes} bytes of "
-        "workspace per row of a window", soft_wrap=True,
-    )
-    console.print(
-        f"a job with activation_memory = {result.in_flight_bytes} gets this plan; planned in {planned.seconds:.1f} s",
-        soft_wrap=True,
-    )
+    say(f"{result.plan.arena_bytes} bytes kept per token,", f"{result.plan.work_bytes} bytes of workspace per row of a window",
+        head="whole model:")
+    shared = [f"{size} on each of {ranks} ranks" for ranks, size in kv_bytes_by_ranks(planned.shape).items() if ranks > 1]
+    cache = [f"{kv_bytes(planned.shape.arch, planned.shape.itemsize)} bytes per token of a request", *shared]
+    say(*listed(cache), head="KV cache:")
+    say(f"a job with activation_memory = {result.in_flight_bytes} gets this plan;", f"planned in {planned.seconds:.1f} s")
+
+
+def _show_curve(planned: Planned) -> None:
+    """Four columns, the cheapest plan first; --json has every byte."""
+    points = [(size_text(point.total_bytes), f"+{point.extra_flops_ratio:.1%}") for point in planned.estimate.curve]
+    rows = -(-len(points) // 4)
+    say("total and matrix FLOPs run again, each column downwards", head="curve:")
+    grid = Table(*("", "") * (-(-len(points) // rows)), box=None, show_header=False, pad_edge=True)
+    for row in range(rows):
+        grid.add_row(*(cell for point in points[row::rows] for cell in point))
+    console.print(grid)
 
 
 def _show_kept(entry: LayerReport) -> None:
@@ -277,25 +340,23 @@ def _show_kept(entry: LayerReport) -> None:
     for value in entry.kept:
         table.add_row(value.name, str(value.width), str(value.num_bytes), value.reason)
     console.print(table)
-    console.print(f"made again: {', '.join(entry.recomputed) or 'nothing'}", soft_wrap=True)
-    console.print(f"matrix products run again: {', '.join(entry.products) or 'none'}", soft_wrap=True)
-    console.print(
-        f"bytes per token and layer: {entry.all_bytes} for every forward value, {entry.read_bytes} read by the pruned "
-        f"backward, {entry.arena_bytes} kept", soft_wrap=True,
-    )
+    say(*(listed(entry.recomputed) or ["nothing"]), head="made again:")
+    say(*(listed(entry.products) or ["none"]), head="matrix products run again:")
+    say(f"{entry.all_bytes} for every forward value,", f"{entry.read_bytes} read by the pruned backward,",
+        f"{entry.arena_bytes} kept", head="bytes per token and layer:")
 
 
 def _show_baselines(planned: Planned) -> None:
     beside = planned.baselines
     if beside.peft is None or beside.checkpointing is None:
-        console.print(f"baselines: {beside.reason}", soft_wrap=True)
+        say(str(beside.reason), head="baselines:")
         return
     theirs, extra = beside.checkpointing, planned.estimate.checkpointing_flops_ratio
-    console.print(
-        f"[bold]peft[/bold] saves {size_text(beside.peft.total_bytes)} at no extra FLOPs, [bold]with gradient "
-        f"checkpointing[/bold] {size_text(theirs.total_bytes)} at {extra:.1%}; took {beside.seconds:.1f} s", soft_wrap=True,
-    )
-    console.print(f"  method: {baselines.METHOD}; attention: {baselines.ATTENTION_PATH}", soft_wrap=True)
+    say(f"saves {size_text(beside.peft.total_bytes)} at no extra FLOPs,",
+        f"with gradient checkpointing {size_text(theirs.total_bytes)} at {extra:.1%};", f"took {beside.seconds:.1f} s",
+        head="peft")
+    say(f"{baselines.METHOD};", head="method:")
+    say(baselines.ATTENTION_PATH, head="attention:")
 
 
 def add_plan(app: typer.Typer) -> None:

@@ -14,13 +14,14 @@ The trained part of an assistant turn is what a model has to produce after `enco
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from coserve.core import InvalidRequest, NotFound
 
@@ -28,6 +29,8 @@ Message = Mapping[str, Any]
 """A chat message: role, content, possibly name, and for an assistant possibly `weight` (0: not trained)."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+EXACT_KEY = "coserve_exact"
+"""In tokenizer_config.json: tokenizer.json is the whole truth. For some families AutoTokenizer replaces parts of it."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "coserve-probe"
 _REPLACEMENT = "\ufffd"
@@ -35,6 +38,11 @@ _MAX_HELD = 3
 """A cut UTF-8 character has at most 3 bytes; it decodes to 1 (byte-level) or to as many (byte fallback) U+FFFD."""
 _MAX_PENDING, _KEPT_PENDING = 24, 12
 """Pending ids of a detokenizer are cut back to the last 12, more than 3 held characters of 3 one-byte ids each."""
+
+
+def _is_exact(directory: Path) -> bool:
+    config = directory / "tokenizer_config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get(EXACT_KEY))
 
 
 class ChatTokenizer:
@@ -64,7 +72,8 @@ class ChatTokenizer:
         if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
             raise NotFound(f"no tokenizer in {directory}: expected {' or '.join(_TOKENIZER_FILES)}", param="model")
         try:
-            hf_tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            reader = PreTrainedTokenizerFast if _is_exact(directory) else AutoTokenizer
+            hf_tokenizer = reader.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # the libraries below raise plain Exception for a damaged file
             message = f"the tokenizer in {directory} can't be read: {_one_line(error)}"
             raise InvalidRequest(message, param="model") from error

@@ -119,9 +119,7 @@ def test_tied_head_in_the_file(tmp_path: Path) -> None:
     embedding = "model.embed_tokens.weight"
     rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()}))
     assert Checkpoint(tmp_path).has("lm_head.weight")
-    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding] + 1}))
-    with pytest.raises(InvalidRequest, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
-        Checkpoint(tmp_path)
+    assert Checkpoint(tmp_path).architecture.tie_word_embeddings
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])

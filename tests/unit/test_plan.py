@@ -286,14 +286,17 @@ def test_a_limit_that_nothing_meets_is_refused_with_numbers(large: Case) -> None
 # --- baselines ---
 
 
-def real_saved_bytes(directory: Path, dtype: torch.dtype, sequence_length: int, *, checkpointing: bool) -> int:
+def real_saved_bytes(
+    directory: Path, dtype: torch.dtype, sequence_length: int, *, checkpointing: bool, dropout: float = 0.0
+) -> int:
     """What transformers + peft save in a real forward pass with PyTorch's sdpa."""
     config = AutoConfig.from_pretrained(directory)
     config.use_cache = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=["down_proj", "q_proj"])).to(dtype).train()
+        adapter = peft.LoraConfig(r=16, target_modules=["down_proj", "q_proj"], lora_dropout=dropout)
+        model = peft.get_peft_model(model, adapter).to(dtype).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
             model.enable_input_require_grads()
@@ -303,16 +306,18 @@ def real_saved_bytes(directory: Path, dtype: torch.dtype, sequence_length: int, 
     return sum(sizes.values())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_baselines_are_what_a_real_run_saves(models: Path, dtype: torch.dtype) -> None:
+def test_baselines_are_what_a_real_run_saves(models: Path, dtype: torch.dtype, dropout: float) -> None:
     found = baselines.measure(
         models / "tiny", adapter="lora", rank=16, targets=("down_proj", "q_proj"), dtype=dtype, sequence_length=192,
-        num_tokens=192,
+        num_tokens=192, dropout=dropout,
     )
     assert found.peft is not None
     assert found.checkpointing is not None
-    assert found.peft.total_bytes == real_saved_bytes(models / "tiny", dtype, 192, checkpointing=False)
-    kept = real_saved_bytes(models / "tiny", dtype, 192, checkpointing=True)
+    real = partial(real_saved_bytes, models / "tiny", dtype, 192, dropout=dropout)
+    assert found.peft.total_bytes == real(checkpointing=False)
+    kept = real(checkpointing=True)
     assert found.checkpointing.total_bytes == kept + found.peft.layer_bytes
     assert found.checkpointing.boundary_bytes == 192 * 64 * dtype.itemsize
     assert found.checkpointing.loss_bytes >= 192 * 160 * 4
@@ -385,6 +390,8 @@ def test_plan_as_json(plan: Run, models: Path, smollm2: Case) -> None:
     assert peft_saves["total_bytes"] > data["stages"][1]["total_bytes"] > checkpointing["total_bytes"] > 0
     assert (peft_saves["extra_flops_ratio"], checkpointing["extra_flops_ratio"]) == (0, expected.checkpointing_flops_ratio)
     assert "sdpa" in peft_saves["attention_path"]
+    kv = 30 * 2 * 3 * 64 * 4  # layers, K and V, heads, features, bytes
+    assert data["kv_cache"] == {"bytes_per_token": kv, "bytes_per_token_per_rank": {"1": kv, "3": kv // 3}}
     assert data["seconds"]["plan"] < 5
 
 
@@ -399,8 +406,29 @@ def test_plan_writes_files_and_says_the_same_on_the_terminal(plan: Run, models: 
     for stage in data["stages"]:
         assert f"{stage['name']}: " in result.out
         assert f"{stage['bytes_per_token']} bytes kept per token" in result.out
+    assert f"KV cache: {data['kv_cache']['bytes_per_token']} bytes per token" in result.out
+    assert f"{data['kv_cache']['bytes_per_token'] // 2} on each of 2 ranks" in result.out
     assert "peft saves" in result.out
+    assert max(map(len, result.out.splitlines())) <= 80
     assert "curve" in result.out
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "ia3", "bottleneck"])
+def test_no_line_is_wider_than_a_terminal(plan: Run, models: Path, adapter: str) -> None:
+    result = plan(models / "smollm2", "--adapter", adapter)
+    assert result.code == 0
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert not [line for line in result.out.splitlines() if line.endswith(",") and line.startswith("curve")]
+
+
+def test_dropout_counts_in_both_plans(plan: Run, models: Path) -> None:
+    def saved(*args: str) -> tuple[int, int]:
+        data = json.loads(plan(models / "tiny", "--json", *args).out)
+        return data["baselines"]["peft"]["total_bytes"], data["stages"][0]["total_bytes"]
+
+    (peft_plain, ours_plain), (peft_dropped, ours_dropped) = saved(), saved("--dropout", "0.1")
+    assert peft_dropped > 1.2 * peft_plain
+    assert ours_dropped > ours_plain
 
 
 def test_json_without_a_file_goes_to_standard_output_wherever_it_stands(plan: Run, models: Path) -> None:
@@ -419,6 +447,9 @@ def test_json_without_a_file_goes_to_standard_output_wherever_it_stands(plan: Ru
     (("--window-tokens", "0"), "window_tokens: must be at least 1"),
     (("--max-microbatch-tokens", "100"), "max_microbatch_tokens: 100 is less than one sequence of 1024"),
     (("--activation-memory", "lots"), "activation_memory: write bytes"),
+    (("--plot", "plan.txt"), "plot: the file's name must end in .png, .svg, .pdf, got plan.txt"),
+    (("--plot", "/nowhere/plan.png"), "plot: /nowhere/plan.png can't be made, as there is no directory /nowhere"),
+    (("--json", "/"), "json: / is a directory"),
     (("--activation-memory", "1kB"), "activation_memory: a micro-batch of 1024 tokens takes at least"),
 ])
 def test_bad_arguments_are_one_line(plan: Run, models: Path, args: tuple[str, ...], message: str) -> None:

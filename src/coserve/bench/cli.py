@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from coserve.bench.arrivals import ArrivalConfig, make_arrivals
 from coserve.bench.cells import CellStore
 from coserve.bench.engines import EngineMaker, ModelChoice
+from coserve.bench.narrate import describe, introduction
 from coserve.bench.peer import transformers_tpot_ms
 from coserve.bench.report import make_page
 from coserve.bench.results import make_results
@@ -62,7 +63,9 @@ def sharing(
     finetune_batch: Annotated[int, typer.Option(help="Training examples per optimizer step.")] = 8,
     max_microbatch_tokens: Annotated[int, typer.Option(help="Training tokens packed together.")] = 2048,
     burst: Annotated[bool, typer.Option("--burst", help="Also a burst to 3x from 20% of capacity.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Three policies at half of capacity, one repeat.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Three policies at half of capacity, one repeat; ten minutes or so.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of arrivals, prompts and training data.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads (all cores).")] = None,
     spatial_threads: Annotated[str | None, typer.Option(help="Threads of serving,training under spatial (half each).")] = None,
@@ -117,7 +120,7 @@ def sharing(
     (output / "sharing.json").write_text(json.dumps(result, indent=1) + "\n")
     (output / "sharing.html").write_text(make_page(result), encoding="utf-8")
     for row in result["results"]:
-        console.print(summary_line(row), highlight=False, soft_wrap=True)
+        console.print(summary_line(row), highlight=False, markup=False)
     print(f"results in {output / 'sharing.json'}, page in {output / 'sharing.html'}")
 
 
@@ -131,13 +134,15 @@ def _measure(config: SharingConfig, setup: Setup, common: dict[str, Any], loaded
         def listen(label: str, stored: bool) -> None:
             """Tells which cell comes next. The one before it is done."""
             nonlocal started
-            if not console.is_terminal:
-                console.print(f"{label}{' (kept from before)' if stored else ''}", highlight=False, soft_wrap=True)
+            console.print(describe(label, stored, store.expected_s), highlight=False, markup=False)
             counted = label.split("-")[0] not in search
             progress.update(task, description=label, advance=1 if counted and started else 0)
             started = started or counted
 
-        bench = Sharing(config, setup, CellStore(setup.directory, common, listen))
+        store = CellStore(setup.directory, common, listen)
+        bench = Sharing(config, setup, store)
+        for line in introduction(config, bench.num_cells()):
+            console.print(line, style="dim", highlight=False, markup=False)
         progress.update(task, total=bench.num_cells())
         measured = bench.measure()
         progress.update(task, completed=bench.num_cells())

@@ -155,6 +155,7 @@ class Sharing:
         config = self.config
         if config.tpot_ms is not None:
             return Objectives(ttft_ms=config.ttft_ms, tpot_ms=config.tpot_ms), None
+        self.store.expected_s = None
         peer_ms = float(self.store.get("peer", {}, lambda: {"ms": self.setup.measure_peer_ms()})["ms"])
         return Objectives(ttft_ms=config.ttft_ms, tpot_ms=config.tpot_factor * peer_ms), peer_ms
 
@@ -179,6 +180,7 @@ class Sharing:
                 arrivals, limit = self._poisson(rate, count), allowed_misses(count)
                 plan = replace(_window(arrivals, 0, config.drain_s), give_up=(objectives, limit))
                 settings = {"requests": count, **self._settings(rate, objectives)}
+                self.store.expected_s = plan.window_end_s
                 run = run_from_dict(self.store.get(f"capacity-{rate:.4g}", settings, lambda: run_to_dict(run_load(
                     engine(), arrivals, self.setup.prompts((config.seed, 1, len(probes))), plan, sleep=self.setup.sleep,
                 ))))
@@ -253,6 +255,7 @@ class Sharing:
             ):
                 return run_to_dict(run_load(engine, arrivals, prompt, plan, sleep=self.setup.sleep, job=job))
 
+        self.store.expected_s = plan.window_end_s
         return run_from_dict(self.store.get(label, {"repeat": repeat, **settings}, execute))
 
     @contextlib.contextmanager

@@ -35,15 +35,17 @@ METHOD = (
 _UNMASKED = "coserve_sdpa_unmasked"
 """Causal attention needs no mask tensor; transformers would make one for fake tensors, and not for real ones."""
 
-PeftConfig = Callable[[Any, int, Sequence[str]], Any]
+PeftConfig = Callable[[Any, int, Sequence[str], float], Any]
 CONFIGS: Mapping[str, PeftConfig] = {
-    "lora": lambda peft, rank, targets: peft.LoraConfig(r=rank, target_modules=list(targets)),
-    "dora": lambda peft, rank, targets: peft.LoraConfig(r=rank, target_modules=list(targets), use_dora=True),
-    "ia3": lambda peft, rank, targets: peft.IA3Config(
+    "lora": lambda peft, rank, targets, dropout: peft.LoraConfig(r=rank, target_modules=list(targets), lora_dropout=dropout),
+    "dora": lambda peft, rank, targets, dropout: peft.LoraConfig(
+        r=rank, target_modules=list(targets), lora_dropout=dropout, use_dora=True
+    ),
+    "ia3": lambda peft, rank, targets, dropout: peft.IA3Config(
         target_modules=list(targets), feedforward_modules=[name for name in targets if name == "down_proj"]
     ),
 }
-"""The adapter kinds that peft has: (the module peft, rank, target modules) -> its configuration."""
+"""The adapter kinds that peft has: (the module peft, rank, target modules, dropout) -> its configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +71,10 @@ class Baselines:
 
 def measure(
     directory: Path, *, adapter: str, rank: int, targets: tuple[str, ...] | str, dtype: torch.dtype, sequence_length: int,
-    num_tokens: int,
+    num_tokens: int, dropout: float = 0.0,
 ) -> Baselines:
-    """Bytes that one forward pass over `num_tokens` tokens in sequences of `sequence_length` saves for backward."""
+    """Bytes that one forward pass over `num_tokens` tokens in sequences of `sequence_length` saves for backward. dropout: of
+    the adapter's input, whose masks are saved too."""
     start = time.perf_counter()
     if adapter not in CONFIGS:
         return Baselines(peft=None, checkpointing=None, reason=f"peft has no {adapter} adapter")
@@ -84,7 +87,7 @@ def measure(
     def saved(num_layers: int, *, checkpointing: bool) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations between peft and transformers
-            config = CONFIGS[adapter](peft, rank, sites)
+            config = CONFIGS[adapter](peft, rank, sites, dropout)
             model = _model(directory, num_layers, dtype, lambda base: peft.get_peft_model(base, config))
             found = saved_bytes(model, sequence_length, checkpointing=checkpointing)
         return found * num_tokens // sequence_length

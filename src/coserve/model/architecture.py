@@ -1,7 +1,7 @@
 """The decoder's shape, read from a Hugging Face config.json: one frozen record for every family.
 
-Owns: which families are known and how they differ (a table), rotary frequencies, end-of-sequence ids. Does not own:
-weights (checkpoint.py), the tokenizer. Source of meaning: the modeling files of transformers 5.
+Owns: which families are known and how they differ (a table), rotary frequencies, end-of-sequence ids. Does not own: fields
+that are not read (fields.py), weights (checkpoint.py), the tokenizer. Source of meaning: the modeling files of transformers 5.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from coserve.core import ConfigError, InvalidRequest, NotFound
+from coserve.model.fields import check_fields
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length of the sequence."""
@@ -59,6 +61,10 @@ class Architecture:
 class Family:
     """How one model type differs from the others. The functions take its configuration."""
 
+    class_name: str
+    """transformers' class of the causal language model."""
+    fields: frozenset[str]
+    """Fields of config.json that this family reads beside those of every family."""
     qkv_bias: Callable[[PreTrainedConfig], bool]
     o_bias: Callable[[PreTrainedConfig], bool]
     mlp_bias: Callable[[PreTrainedConfig], bool]
@@ -87,34 +93,47 @@ def _full_attention(config: PreTrainedConfig) -> tuple[int | None, ...]:
 
 
 def _one_window(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """Mistral: every layer has the same window, or none."""
+    """Mistral: every layer has the same window, or none. (With layer_types transformers takes it for a Ministral.)"""
     return (config.sliding_window,) * config.num_hidden_layers
 
 
 def _window_by_layer_type(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """Qwen: transformers fills layer_types from use_sliding_window and max_window_layers when the file has none."""
+    """Qwen, Ministral: transformers fills layer_types where the file has none (Qwen: from use_sliding_window and
+    max_window_layers)."""
     for layer_type in config.layer_types:
         if layer_type not in ("full_attention", "sliding_attention"):
             raise ConfigError(f"layer_types: {layer_type!r} is not supported", param="layer_types")
+    if "sliding_attention" in config.layer_types and config.sliding_window is None:
+        raise ConfigError("sliding_window: layer_types names sliding_attention, but no window is in use; give sliding_window, "
+                          "for Qwen with use_sliding_window = true", param="sliding_window")
     return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types)
 
 
+_WINDOWS = frozenset({"sliding_window", "layer_types"})
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
-        qkv_bias=_attention_bias, o_bias=_attention_bias, mlp_bias=_mlp_bias, qk_norm=False,
-        sliding_windows=_full_attention,
+        class_name="LlamaForCausalLM", fields=frozenset({"attention_bias", "mlp_bias"}), qkv_bias=_attention_bias,
+        o_bias=_attention_bias, mlp_bias=_mlp_bias, qk_norm=False, sliding_windows=_full_attention,
     ),
     "mistral": Family(
-        qkv_bias=_never, o_bias=_never, mlp_bias=_never, qk_norm=False, sliding_windows=_one_window,
+        class_name="MistralForCausalLM", fields=frozenset({"sliding_window"}), qkv_bias=_never, o_bias=_never,
+        mlp_bias=_never, qk_norm=False, sliding_windows=_one_window,
     ),
     "qwen2": Family(
-        qkv_bias=_always, o_bias=_never, mlp_bias=_never, qk_norm=False, sliding_windows=_window_by_layer_type,
+        class_name="Qwen2ForCausalLM", fields=_WINDOWS | {"use_sliding_window"}, qkv_bias=_always, o_bias=_never,
+        mlp_bias=_never, qk_norm=False, sliding_windows=_window_by_layer_type,
     ),
     "qwen3": Family(
-        qkv_bias=_attention_bias, o_bias=_attention_bias, mlp_bias=_never, qk_norm=True,
+        class_name="Qwen3ForCausalLM", fields=_WINDOWS | {"use_sliding_window", "attention_bias"}, qkv_bias=_attention_bias,
+        o_bias=_attention_bias, mlp_bias=_never, qk_norm=True, sliding_windows=_window_by_layer_type,
+    ),
+    "ministral": Family(
+        class_name="MinistralForCausalLM", fields=_WINDOWS, qkv_bias=_never, o_bias=_never, mlp_bias=_never, qk_norm=False,
         sliding_windows=_window_by_layer_type,
     ),
 }
+"""By the model type that transformers gives a configuration, which is not always the one that its file states."""
 
 
 def one_line(error: BaseException) -> str:
@@ -140,15 +159,19 @@ def read_architecture(directory: Path) -> Architecture:
 
     Raises NotFound without config.json, InvalidRequest where it is not JSON, and ConfigError naming the field for
     whatever the decoder cannot compute: unknown families, multi-modal models, other activations, rotary embeddings
-    that depend on the sequence length or cover part of a head.
+    that depend on the sequence length or cover part of a head, and fields that are not known to be without influence.
     """
     raw = read_json(directory / "config.json")
-    family = _family_of(raw, directory)
+    _refuse_multimodal(raw, directory)
+    _known_family(raw.get("model_type"))  # before transformers reads the file: its own message lists hundreds
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and huggingface_hub raise many unrelated types here
         raise ConfigError(f"{directory / 'config.json'}: {one_line(error)}") from error
-    if config.hidden_act != "silu":
+    family = _known_family(config.model_type)
+    _check_class(raw, config, family)
+    check_fields(raw, family.fields, str(directory / "config.json"))
+    if config.hidden_act not in ("silu", "swish"):  # two names of one function
         raise ConfigError(f"hidden_act: only silu is supported, got {config.hidden_act!r}", param="hidden_act")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inv_freq, scaling = _rope(config, head_dim)
@@ -177,18 +200,36 @@ def read_architecture(directory: Path) -> Architecture:
     return architecture
 
 
-def _family_of(raw: Mapping[str, Any], directory: Path) -> Family:
+def _refuse_multimodal(raw: Mapping[str, Any], directory: Path) -> None:
     for key in ("vision_config", "audio_config", "text_config"):
         if key in raw:
             raise ConfigError(
                 f"{key}: {directory} is a multi-modal model; only text decoders are supported", param=key
             )
-    model_type = raw.get("model_type")
+
+
+def _known_family(model_type: object) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"model_type: {model_type!r} is not supported; known are {', '.join(FAMILIES)}", param="model_type"
         )
     return FAMILIES[model_type]
+
+
+def _check_class(raw: Mapping[str, Any], config: PreTrainedConfig, family: Family) -> None:
+    """transformers would build the class that the family stands for, and the file was written for it or its base."""
+    theirs = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if theirs != family.class_name:
+        raise ConfigError(f"model_type: transformers reads {config.model_type} as {theirs}, which is not supported; "
+                          f"coserve knows {family.class_name}", param="model_type")
+    written = FAMILIES.get(str(raw.get("model_type")), family)
+    known = {one.class_name.casefold() for one in (family, written)}
+    known |= {name.replace("forcausallm", "model") for name in known}
+    names = raw.get("architectures") or []
+    for name in names if isinstance(names, list) else [names]:
+        if str(name).casefold() not in known:
+            raise ConfigError(f"architectures: {name!r} is not supported for a {config.model_type} model; "
+                              f"{family.class_name} is", param="architectures")
 
 
 def _rope(config: PreTrainedConfig, head_dim: int) -> tuple[tuple[float, ...], float]:
@@ -207,9 +248,12 @@ def _rope(config: PreTrainedConfig, head_dim: int) -> tuple[tuple[float, ...], f
     if partial not in (None, 1, 1.0):
         raise ConfigError(f"partial_rotary_factor: only 1 is supported, got {partial}",
                           param="partial_rotary_factor")
+    theta = parameters.get("rope_theta")
+    if not isinstance(theta, int | float) or not 0 < theta < float("inf"):
+        raise ConfigError(f"rope_theta: must be a positive number, got {theta!r}", param="rope_theta")
     if rope_type == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
-        return tuple((1.0 / (parameters["rope_theta"] ** exponents)).tolist()), 1.0
+        return tuple((1.0 / (theta ** exponents)).tolist()), 1.0
     try:
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:

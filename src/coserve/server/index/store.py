@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
-from sqlalchemy import URL, Column, ColumnElement, Connection, Row, Select, Table, delete, func, select, tuple_, update
+from sqlalchemy import URL, Column, Connection, Row, Select, Table, delete, func, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from coserve.core import InvalidRequest, NotFound
+from coserve.core import CapacityError, InvalidRequest, NotFound
 from coserve.server.index.database import Database
-from coserve.server.index.tables import adapters, checkpoints, events, files, jobs, keys
+from coserve.server.index.tables import adapters, checkpoints, events, files, jobs, keys, removed
 from coserve.server.records import (
     ENDED,
     AdapterRecord,
@@ -28,7 +28,11 @@ from coserve.server.records import (
     JobRecord,
     KeyRecord,
     new_id,
+    now,
 )
+
+_REMEMBERED_S = 30 * 24 * 3600
+"""How long the place of a deleted entry is known."""
 
 
 class _Record(Protocol):
@@ -41,8 +45,8 @@ RecordT = TypeVar("RecordT", bound=_Record)
 
 
 class Store:
-    """The index. Lists come as (entries, whether more follow); `after` is the id of the last entry of the page before, and
-    InvalidRequest is raised where there is no such entry."""
+    """The index. Lists come as (entries, whether more follow); `after` is the id of the last entry of the page before, deleted
+    or not, and InvalidRequest is raised where the list never had such an entry."""
 
     def __init__(self, url: str | URL) -> None:
         """url: SQLAlchemy's, of SQLite or PostgreSQL. Raises ConfigError where the database can't be used."""
@@ -94,20 +98,19 @@ class Store:
 
     def delete_file(self, tenant: str, id: str) -> None:
         """Raises NotFound, also for another tenant's."""
-        with self._database.write() as connection:
-            if connection.execute(delete(files).where(files.c.tenant == tenant, files.c.id == id)).rowcount == 0:
-                raise NotFound(f"there is no file {id[:64]}", param="file_id")
+        if not self._remove(_FILES, tenant, id):
+            raise NotFound(f"there is no file {id[:64]}", param="file_id")
 
     def list_files(
         self, tenant: str, *, purpose: str | None = None, after: str | None = None, limit: int = 10_000,
         order: Literal["asc", "desc"] = "desc",
     ) -> tuple[list[FileRecord], bool]:
         """A tenant's files by creation time; desc: newest first."""
-        mine = [files.c.tenant == tenant]
-        wanted = mine if purpose is None else [*mine, files.c.purpose == purpose]
         with self._database.read() as connection:
-            query = _page(connection, files, (files.c.created_at, files.c.seq), mine, after=after, order=order)
-            rows = connection.execute(query.where(*wanted).limit(limit + 1)).all()
+            query = _page(connection, _FILES, tenant, after=after, order=order)
+            if purpose is not None:
+                query = query.where(files.c.purpose == purpose)
+            rows = connection.execute(query.limit(limit + 1)).all()
         return _records(FileRecord, rows[:limit]), len(rows) > limit
 
     def count_file_bytes(self, tenant: str) -> int:
@@ -145,11 +148,10 @@ class Store:
         self, tenant: str, *, after: str | None = None, limit: int = 20, metadata: dict[str, str] | None = None,
     ) -> tuple[list[JobRecord], bool]:
         """A tenant's jobs, newest first. metadata: only jobs that have all of these pairs."""
-        mine = [jobs.c.tenant == tenant]
         wanted = (metadata or {}).items()
         found: list[JobRecord] = []
         with self._database.read() as connection:
-            query = _page(connection, jobs, (jobs.c.created_at, jobs.c.seq), mine, after=after).where(*mine)
+            query = _page(connection, _JOBS, tenant, after=after)
             if not wanted:
                 query = query.limit(limit + 1)
             # Pairs are compared here, since the databases disagree about keys with quotes and dots.
@@ -193,10 +195,8 @@ class Store:
 
     def list_events(self, job: str, *, after: str | None = None, limit: int = 20) -> tuple[list[EventRecord], bool]:
         """A job's events, newest first."""
-        mine = [events.c.job == job]
         with self._database.read() as connection:
-            query = _page(connection, events, (events.c.seq,), mine, after=after)
-            rows = connection.execute(query.where(*mine).limit(limit + 1)).all()
+            rows = connection.execute(_page(connection, _EVENTS, job, after=after).limit(limit + 1)).all()
         return _records(EventRecord, rows[:limit]), len(rows) > limit
 
     # --- checkpoints ---
@@ -216,17 +216,14 @@ class Store:
 
     def list_checkpoints(self, job: str, *, after: str | None = None, limit: int = 10) -> tuple[list[CheckpointRecord], bool]:
         """A job's checkpoints, that of the last step first."""
-        mine = [checkpoints.c.job == job]
         with self._database.read() as connection:
-            query = _page(connection, checkpoints, (checkpoints.c.step,), mine, after=after)
-            rows = connection.execute(query.where(*mine).limit(limit + 1)).all()
+            rows = connection.execute(_page(connection, _CHECKPOINTS, job, after=after).limit(limit + 1)).all()
         return _records(CheckpointRecord, rows[:limit]), len(rows) > limit
 
     def delete_checkpoint(self, id: str) -> None:
         """Raises NotFound."""
-        with self._database.write() as connection:
-            if connection.execute(delete(checkpoints).where(checkpoints.c.id == id)).rowcount == 0:
-                raise NotFound(f"there is no checkpoint {id[:64]}", param="id")
+        if not self._remove(_CHECKPOINTS, None, id):
+            raise NotFound(f"there is no checkpoint {id[:64]}", param="id")
 
     # --- adapters ---
 
@@ -255,6 +252,43 @@ class Store:
             if connection.execute(delete(adapters).where(same)).rowcount == 0:
                 raise NotFound(f"there is no adapter {name[:64]}", param="lora_name")
 
+    # --- lists ---
+
+    def _remove(self, listing: _List, owner: str | None, id: str) -> bool:
+        """Deletes an entry and remembers its place; on a full disk it only deletes. owner None: whoever's. Returns whether
+        there was one."""
+        table = listing.table
+        mine = [table.c.id == id, *([] if owner is None else [listing.owner == owner])]
+        try:
+            with self._database.write() as connection:
+                found = connection.execute(select(listing.owner, *listing.key).where(*mine)).first()
+                if found is None:
+                    return False
+                connection.execute(delete(table).where(*mine))
+                connection.execute(delete(removed).where(removed.c.removed_at < now() - _REMEMBERED_S))
+                _put(connection, removed, (removed.c.list, removed.c.owner, removed.c.id), {
+                    "list": table.name, "owner": found[0], "id": id, "place": [*found[1:]], "removed_at": now(),
+                })
+        except CapacityError as error:
+            if "busy" in str(error):
+                raise
+            with self._database.write() as connection:
+                return connection.execute(delete(table).where(*mine)).rowcount > 0
+        return True
+
+
+class _List(NamedTuple):
+    """Entries with ids that are listed by pages. owner: the column that says in whose list an entry is; key: their order."""
+
+    table: Table
+    owner: Column[str]
+    key: tuple[Column[int], ...]
+
+
+_FILES = _List(files, files.c.tenant, (files.c.created_at, files.c.seq))
+_JOBS = _List(jobs, jobs.c.tenant, (jobs.c.created_at, jobs.c.seq))
+_EVENTS = _List(events, events.c.job, (events.c.seq,))
+_CHECKPOINTS = _List(checkpoints, checkpoints.c.job, (checkpoints.c.step,))
 
 
 def _values(record: _Record) -> dict[str, Any]:
@@ -284,14 +318,18 @@ def _get_job(connection: Connection, tenant: str | None, id: str, *, lock: bool 
 
 
 def _page(
-    connection: Connection, table: Table, key: tuple[Column[int], ...], mine: Sequence[ColumnElement[bool]], *,
-    after: str | None, order: Literal["asc", "desc"] = "desc",
+    connection: Connection, listing: _List, owner: str, *, after: str | None, order: Literal["asc", "desc"] = "desc",
 ) -> Select[Any]:
-    """The entries by their key, from behind the one that `after` names, which has to be among those of `mine`."""
-    query = select(table).order_by(*(column.asc() if order == "asc" else column.desc() for column in key))
+    """An owner's entries in their order, from behind the one that `after` names or named. Raises InvalidRequest."""
+    table, key = listing.table, listing.key
+    ordered = (column.asc() if order == "asc" else column.desc() for column in key)
+    query = select(table).where(listing.owner == owner).order_by(*ordered)
     if after is None:
         return query
-    place = connection.execute(select(*key).where(*mine, table.c.id == after)).first()
+    place = connection.execute(select(*key).where(listing.owner == owner, table.c.id == after)).first()
+    if place is None:
+        gone = (removed.c.list == table.name) & (removed.c.owner == owner) & (removed.c.id == after)
+        place = connection.execute(select(removed.c.place).where(gone)).scalar()
     if place is None:
         raise InvalidRequest(f"after: there is no entry {after[:64]} in this list", param="after")
     return query.where(tuple_(*key) > tuple(place) if order == "asc" else tuple_(*key) < tuple(place))

@@ -102,6 +102,13 @@ adapters = Table(
     Column("directory", Text, nullable=False), _time(), Column("job", Text), UniqueConstraint("tenant", "name"),
 )
 
+removed = Table(
+    "removed", SCHEMA, Column("list", Text, primary_key=True), Column("owner", Text, primary_key=True),
+    Column("id", Text, primary_key=True), Column("place", _Document, nullable=False), _time("removed_at"),
+)
+"""Where deleted entries stood in their lists, so that a page may go on behind one. An index without this table gets it; it
+needs no schema version of its own, as older coserves pass it over."""
+
 Migration = Callable[[Connection], None]
 MIGRATIONS: tuple[Migration, ...] = ()
 """MIGRATIONS[i] takes an index of version i + 1 to version i + 2. It must not use the tables above, which change."""
@@ -130,4 +137,5 @@ def prepare_schema(connection: Connection, migrations: Sequence[Migration] = MIG
         )
     for migrate in migrations[found - 1:]:
         migrate(connection)
+    removed.create(connection, checkfirst=True)
     connection.execute(update(version).values(version=known))

@@ -28,6 +28,12 @@ async function refreshModels() {
   setTimeout(refreshModels, MODELS_MS);
 }
 
+// A phone shows the charts on request; where there is room they are always there.
+const roomy = window.matchMedia("(min-width: 720px)");
+const unfold = () => (byId("more-figures").open = roomy.matches);
+roomy.addEventListener("change", unfold);
+unfold();
+
 setText(byId("api-base"), new URL("v1", document.baseURI).href);
 new LiveView().run();
 jobs.run();

@@ -8,7 +8,8 @@ const charts = new Set();
 const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 /**
- * series: [{label, color (a CSS variable), format, scale?, width?, dash?, points?, constant?}]; scales: uPlot's, by name;
+ * series: [{label, color (a CSS variable), format, scale?, width?, dash?, points?, constant?, optional? (in the legend only with
+ * data)}]; scales: uPlot's, by name;
  * axes: [{scale, side?, color?, format}] of the y scales; steps: distances that x ticks may have; formatX(value, step): for
  * ticks; formatReadout: for what is under the pointer. The first datum is always x.
  */
@@ -17,7 +18,9 @@ export class LineChart {
     this.options = { series, scales, axes, steps, formatX, formatReadout, x };
     this.readout = el("span", { class: "readout", "aria-hidden": true });
     this.plot = el("div", { class: "plot", role: "img", "aria-label": title });
-    const legend = el("ul", { class: "legend" }, ...series.map((line) => el("li", {}, swatch(line), line.label)));
+    this.entries = series.map((line) => el("li", { hidden: line.optional }, swatch(line), line.label));
+    const legend = el("ul", { class: "legend" }, ...this.entries);
+    legend.hidden = series.length === 1;
     figure.append(el("figcaption", {}, el(heading, {}, title), this.readout, legend), this.plot);
     this.title = title;
     this.data = [[], ...series.map(() => [])];
@@ -28,6 +31,9 @@ export class LineChart {
   /** data: [x, ...series]; summary: the same in words, for those who don't see the picture. */
   set(data, summary) {
     this.data = data;
+    this.options.series.forEach((line, i) => {
+      if (line.optional) this.entries[i].hidden = data[i + 1].every((value) => value === null);
+    });
     const label = `${this.title}: ${summary}`;
     if (this.plot.getAttribute("aria-label") !== label) this.plot.setAttribute("aria-label", label);
     if (this.uplot) this.uplot.setData(data);

@@ -1,7 +1,7 @@
 // Asks two models the same question and shows both answers as they come. Each side keeps its own conversation.
 
 import { stream } from "./api.js";
-import { byId, el, milliseconds, number, setNotice, setText } from "./dom.js";
+import { byId, el, milliseconds, modelLabel, modelOption, number, setNotice, setText } from "./dom.js";
 
 const SIDES = ["left", "right"];
 
@@ -10,6 +10,7 @@ export class ChatView {
     this.turns = { left: [], right: [] };
     this.stopper = null;
     this.names = null;
+    this.offered = null; // a tuned model that came while the right side stayed with another one
     this.following = true; // the right side moves on to each new model until somebody picks one or asks
     byId("chat-form").onsubmit = (event) => {
       event.preventDefault();
@@ -23,6 +24,7 @@ export class ChatView {
     };
     byId("chat-stop").onclick = () => this.stopper?.abort();
     byId("chat-new").onclick = () => this.clear();
+    byId("chat-offer-take").onclick = () => this.choose(this.offered);
     for (const side of SIDES) byId(`chat-${side}`).onchange = () => this.picked(side);
   }
 
@@ -32,6 +34,7 @@ export class ChatView {
     const tuned = models.filter((model) => model.parent).sort((a, b) => (b.created ?? 0) - (a.created ?? 0));
     const names = models.map((model) => model.id).join("\n");
     if (names === this.names) return;
+    const before = this.names?.split("\n");
     this.names = names;
     const chosen = Object.fromEntries(SIDES.map((side) => [side, byId(`chat-${side}`).value]));
     const isGone = (name) => name !== "" && !models.some((model) => model.id === name);
@@ -41,18 +44,28 @@ export class ChatView {
     fill(byId("chat-left"), base, tuned, false, left);
     fill(byId("chat-right"), base, tuned, true, right);
     for (const side of SIDES) if (byId(`chat-${side}`).value !== chosen[side]) this.turns[side] = [];
+    const fresh = tuned.find(({ id }) => before && !before.includes(id) && !id.includes(":ckpt-step-"));
+    this.offer(fresh?.id ?? (isGone(this.offered ?? "") ? null : this.offered));
+  }
+
+  /** Says that a model can be asked which the right side does not show; null: no model. */
+  offer(name) {
+    this.offered = name === byId("chat-right").value ? null : name;
+    setText(byId("chat-offer-text"), this.offered ? `New: ${modelLabel(this.offered)}.` : "");
+    byId("chat-offer").hidden = !this.offered;
   }
 
   /** Another model starts another conversation. */
   picked(side) {
     this.turns[side] = [];
     if (side === "right") this.following = false;
+    this.offer(this.offered);
   }
 
   /** Puts a model on the right and the cursor into the question. */
   choose(name) {
     const select = byId("chat-right");
-    if (![...select.options].some((option) => option.value === name)) select.append(el("option", { value: name }, name));
+    if (![...select.options].some((option) => option.value === name)) select.append(modelOption(name));
     select.value = name;
     this.picked("right");
     byId("chat").scrollIntoView({ block: "start" });
@@ -130,7 +143,7 @@ export class ChatView {
 }
 
 function fill(select, base, tuned, mayBeEmpty, chosen) {
-  const group = (label, models) => el("optgroup", { label }, ...models.map((model) => el("option", { value: model.id }, model.id)));
+  const group = (label, models) => el("optgroup", { label }, ...models.map((model) => modelOption(model.id)));
   const parts = [];
   if (mayBeEmpty) parts.push(el("option", { value: "" }, tuned.length ? "Nobody" : "No tuned model yet"));
   if (base.length) parts.push(group("Base", base));
@@ -151,7 +164,7 @@ function readSettings() {
 function answerBox(model) {
   const text = el("p", { class: "text" });
   const note = el("p", { class: "note" }, "Waiting for the first token");
-  const box = el("div", { class: "answer" }, el("p", { class: "who" }, model), text, note);
+  const box = el("div", { class: "answer" }, el("p", { class: "who", title: model }, modelLabel(model)), text, note);
   const follow = () => {
     const log = byId("chat-log");
     if (log.scrollHeight - log.scrollTop - log.clientHeight < 80) log.scrollTop = log.scrollHeight;

@@ -24,6 +24,18 @@ export function setNotice(node, text) {
   node.hidden = !text;
 }
 
+/** What tells models apart, first: 'harbour-guide 5f1c2a, step 60' for ft:BASE:ORGANIZATION:SUFFIX:ID:ckpt-step-60. */
+export function modelLabel(name) {
+  const parts = name.split(":");
+  if (parts[0] !== "ft" || parts.length < 5) return name;
+  const step = /^ckpt-step-(\d+)$/.exec(parts.at(-1))?.[1];
+  const [suffix, id] = parts.slice(step ? -3 : -2);
+  return `${suffix ? `${suffix} ` : ""}${id}${step ? `, step ${step}` : ""}`;
+}
+
+/** An option of a list of models; its whole name is the value, and shown on request. */
+export const modelOption = (name) => el("option", { value: name, title: name }, modelLabel(name));
+
 const plain = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const one = new Intl.NumberFormat("en", { maximumFractionDigits: 1, minimumFractionDigits: 1 });
 

@@ -26,7 +26,7 @@ export class JobDetail {
       title: "Loss", heading: "h4", formatX: (step) => (Number.isInteger(step) ? String(step) : ""), formatReadout: (step) => `Step ${step}`,
       series: [
         { label: "Training", color: "--finetuning", format: loss },
-        { label: "Validation", color: "--inference", format: loss, points: true },
+        { label: "Validation", color: "--inference", format: loss, points: true, optional: true },
       ],
       scales: { y: { range: (_, least, most) => lossRange(least, most) } }, axes: [{ scale: "y", format: (value) => String(Number(value.toPrecision(3))) }],
       x: { range: (_, least, most) => [least ?? 0, Math.max(most ?? 1, (least ?? 0) + 1)] },
@@ -34,6 +34,7 @@ export class JobDetail {
     if (job.id === this.id) return;
     this.id = job.id;
     this.events = new Map();
+    this.order = []; // ids of events as the server lists them: the newest first
     this.steps = new Map();
     this.complete = false; // whether the events were read back to the first one
     this.seenEnd = false;
@@ -62,10 +63,14 @@ export class JobDetail {
 
   async readEvents(id) {
     let after = "";
+    const walked = [];
     for (;;) {
       const { data, has_more: hasMore } = await get(`v1/fine_tuning/jobs/${id}/events?limit=${PAGE}${after}`);
       if (id !== this.id) return;
       const met = data.some((event) => this.events.has(event.id));
+      walked.push(...data.map((event) => event.id));
+      const listed = new Set(walked);
+      this.order = [...walked, ...this.order.filter((known) => !listed.has(known))];
       for (const event of data) {
         this.events.set(event.id, event);
         if (event.type === "metrics" && event.data) this.steps.set(event.data.step, event.data);
@@ -122,9 +127,9 @@ export class JobDetail {
     const valid = steps.map((row) => row.valid_loss ?? row.full_valid_loss ?? null);
     const lastValid = valid.findLast((value) => value !== null);
     this.chart.set([steps.map((row) => row.step), train, valid],
-      steps.length ? `step ${steps.at(-1).step}, training ${loss(train.at(-1))}, validation ${loss(lastValid)}` : "no step yet");
-    const shown = [...this.events.values()].filter((event) => event.type !== "metrics")
-      .sort((a, b) => b.created_at - a.created_at).slice(0, MAX_SHOWN);
+      steps.length ? `step ${steps.at(-1).step}, training ${loss(train.at(-1))}${lastValid === undefined ? "" : `, validation ${loss(lastValid)}`}`
+        : "no step yet");
+    const shown = this.order.map((known) => this.events.get(known)).filter((event) => event.type !== "metrics").slice(0, MAX_SHOWN);
     const text = shown.map((event) => event.id).join();
     if (text === this.eventsText && shown.length) return;
     this.eventsText = text;

@@ -9,6 +9,7 @@ const LEAST_S = 60;
 const TIME_STEPS_S = [15, 30, 60, 120];
 const PERIOD_MS = 1000;
 const GAP_S = 5;
+const ENOUGH = 100; // values of which a 99th percentile is more than the largest, and is judged
 const COLUMNS = ["time", "inference", "finetuning", "ttft50", "ttft99", "tpot50", "tpot99"];
 const SEGMENTS = [
   ["used", "Requests", "--inference"],
@@ -30,18 +31,8 @@ export class LiveView {
   constructor() {
     this.history = Object.fromEntries(COLUMNS.map((name) => [name, []]));
     this.objectives = { ttft_ms: null, tpot_ms: null };
-    this.rate = new LineChart(byId("chart-rate"), {
-      title: "Tokens per second", x: lastMinutes, steps: TIME_STEPS_S, formatX: (time, step) => timeOfDay(time, step < 60), formatReadout: (time) => timeOfDay(time, true),
-      series: [
-        { label: "Inference (left)", color: "--inference", scale: "inference", format: number },
-        { label: "Finetuning (right)", color: "--finetuning", scale: "finetuning", format: number },
-      ],
-      scales: { inference: { range: upTo(10) }, finetuning: { range: upTo(10) } },
-      axes: [
-        { scale: "inference", color: "--inference", format: number },
-        { scale: "finetuning", side: 1, color: "--finetuning", format: number },
-      ],
-    });
+    this.rate = this.rateChart("chart-rate", "Inference", "--inference");
+    this.training = this.rateChart("chart-training", "Finetuning", "--finetuning");
     this.ttft = this.latencyChart("chart-ttft", "Time to first token", "ttft_ms");
     this.tpot = this.latencyChart("chart-tpot", "Time per output token", "tpot_ms");
     this.bar = Object.fromEntries(SEGMENTS.map(([name, , color]) => {
@@ -56,6 +47,15 @@ export class LiveView {
       mark.style.background = `var(${color})`;
       return el("li", {}, mark, label, " ", this.amounts[name]);
     }));
+  }
+
+  /** One workload's tokens per second, on an axis of its own: a token costs each of them something else. */
+  rateChart(id, label, color) {
+    return new LineChart(byId(id), {
+      title: `${label}, tokens/s`, x: lastMinutes, steps: TIME_STEPS_S,
+      formatX: (time, step) => timeOfDay(time, step < 60), formatReadout: (time) => timeOfDay(time, true),
+      series: [{ label, color, format: number }], scales: { y: { range: upTo(10) } }, axes: [{ scale: "y", format: number }],
+    });
   }
 
   latencyChart(id, title, objective) {
@@ -117,19 +117,20 @@ export class LiveView {
     setText(byId("tile-inference"), number(inference.tokens_per_s));
     setText(byId("note-inference"), `${number(inference.prompt_tokens_per_s)} prompt tokens/s`);
     setText(byId("tile-finetuning"), number(finetuning.tokens_per_s));
-    setText(byId("note-finetuning"), finetuning.share === null ? "no job" : `${percent(finetuning.share)} of the engine’s time`);
+    setText(byId("note-finetuning"), trainingNote(finetuning));
     for (const name of ["ttft", "tpot"]) {
-      const measured = inference[`${name}_ms`].p99;
+      const { p99, count } = inference[`${name}_ms`];
       const limit = objectives[`${name}_ms`];
-      setText(byId(`tile-${name}`), milliseconds(measured));
-      const late = measured !== null && measured > limit;
+      setText(byId(`tile-${name}`), milliseconds(p99));
+      setText(byId(`of-${name}`), count > 0 && count < ENOUGH ? `slowest of ${count}` : "p99");
+      const late = p99 !== null && p99 > limit;
       setText(byId(`note-${name}`), `${late ? "over the objective of" : "objective"} ${milliseconds(limit)}`);
-      byId(`tile-box-${name}`).classList.toggle("late", late);
+      byId(`tile-box-${name}`).classList.toggle("late", late && count >= ENOUGH);
     }
-    const met = inference.attainment;
+    const { attainment: met, judged } = inference;
     setText(byId("tile-attainment"), percent(met));
-    setText(byId("note-attainment"), met === null ? "no request ended lately" : `of the requests of the last ${number(span)} s`);
-    byId("tile-box-attainment").classList.toggle("late", met !== null && met < 0.95);
+    setText(byId("note-attainment"), met === null ? "no request ended lately" : `of ${requests(judged)} in ${number(span)} s`);
+    byId("tile-box-attainment").classList.toggle("late", met !== null && met < 0.95 && judged >= ENOUGH);
     setText(byId("tile-running"), number(inference.running));
     setText(byId("note-running"), `${number(inference.waiting)} waiting, ${number(inference.requests_last_minute)} in the last minute`);
   }
@@ -158,8 +159,8 @@ export class LiveView {
     while (history.time[0] < now - HISTORY_S) for (const name of COLUMNS) history[name].shift();
     const line = (limit) => history.time.map(() => limit);
     const { inference, finetuning, ttft50, ttft99, tpot50, tpot99 } = history;
-    this.rate.set([history.time, inference, finetuning],
-      `now inference ${number(inference.at(-1))}, finetuning ${number(finetuning.at(-1))}`);
+    this.rate.set([history.time, inference], `now ${number(inference.at(-1))}`);
+    this.training.set([history.time, finetuning], `now ${number(finetuning.at(-1))}`);
     this.ttft.set([history.time, ttft50, ttft99, line(this.objectives.ttft_ms)],
       `p50 ${milliseconds(ttft50.at(-1))}, p99 ${milliseconds(ttft99.at(-1))}, objective ${milliseconds(this.objectives.ttft_ms)}`);
     this.tpot.set([history.time, tpot50, tpot99, line(this.objectives.tpot_ms)],
@@ -172,9 +173,17 @@ export class LiveView {
   }
 }
 
+const requests = (count) => (count === 1 ? "1 request" : `${number(count)} requests`);
+
+/** Rate and share are of the same few seconds. */
+function trainingNote({ jobs, share, tokens_per_s: rate }) {
+  if (share === null || (jobs === 0 && !rate)) return "no job is training";
+  return `${percent(share)} of the engine’s time`;
+}
+
 /** How far predicted iteration times are off: of iterations with finetuning, or of the commonest kind. */
 function predictionError(errors) {
   const kinds = Object.values(errors).sort((a, b) => b.iterations - a.iterations);
   const error = errors.finetuning ?? kinds[0];
-  return error ? `${percent(error.median)} median` : "–";
+  return error ? percent(error.median) : "–";
 }

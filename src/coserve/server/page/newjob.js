@@ -1,7 +1,7 @@
 // The form that starts a job: uploads the files, creates the job, puts the server's complaints beside the fields they name.
 
 import { post, upload } from "./api.js";
-import { byId, bytes, el, setNotice, setText } from "./dom.js";
+import { byId, bytes, modelOption, setNotice, setText } from "./dom.js";
 
 const FIELDS = ["training_file", "validation_file", "model", "suffix", "n_epochs", "rank", "learning_rate"];
 
@@ -52,7 +52,7 @@ export class JobForm {
     this.names = names.join("\n");
     const select = byId("job-model");
     const before = select.value;
-    select.replaceChildren(...names.map((name) => el("option", { value: name }, name)));
+    select.replaceChildren(...names.map(modelOption));
     select.value = names.includes(before) ? before : (models.find((model) => !model.parent)?.id ?? "");
   }
 

@@ -157,7 +157,8 @@ class ServerMetrics:
         return generate_latest(registry)
 
     def live(self, stats: Mapping[str, Any] | None, state: ServerState | None = None) -> dict[str, Any]:
-        """What the web page shows. Latencies in milliseconds, of the last minute; None where nothing was measured."""
+        """What the web page shows. Latencies in milliseconds, of the last minute, with the number of values; rates, and
+        finetuning's share of the engine's time beside its rate, of the last RATE_S seconds. None where nothing was measured."""
         self._sample(stats)
         state = state or ServerState(ready=stats is not None)
         known, now = stats or {}, self.clock()
@@ -170,10 +171,11 @@ class ServerMetrics:
                 "tokens_per_s": self._rate("inference_tokens"), "prompt_tokens_per_s": self._rate("prompt_tokens"),
                 "running": int(known.get("running", 0)), "waiting": int(known.get("waiting", 0)),
                 "ttft_ms": _percentiles_ms(self.ttft_s, now), "tpot_ms": _percentiles_ms(self.tpot_s, now),
-                "attainment": self.met["both"].mean(now), "requests_last_minute": len(self.arrivals.values(now)),
+                "attainment": self.met["both"].mean(now), "judged": len(self.met["both"].values(now)),
+                "requests_last_minute": len(self.arrivals.values(now)),
             },
             "finetuning": {
-                "tokens_per_s": self._rate("finetune_tokens"), "share": self._share(), "jobs": int(known.get("jobs", 0)),
+                "tokens_per_s": self._rate("finetune_tokens"), "share": self._share(RATE_S), "jobs": int(known.get("jobs", 0)),
                 "jobs_by_status": dict(state.jobs),
             },
             "memory": {**blocks, "num_blocks": sum(blocks.values()), "block_bytes": int(pool.get("block_bytes", 0))},
@@ -194,9 +196,9 @@ class ServerMetrics:
         risen = self._counters.rises(RATE_S)
         return None if risen is None else risen[1].get(name, 0.0) / risen[0]
 
-    def _share(self) -> float | None:
-        """Finetuning's part of the time that the engine worked in the last minute; 0 if it did not work."""
-        risen = self._counters.rises(WINDOW_S)
+    def _share(self, span_s: float = WINDOW_S) -> float | None:
+        """Finetuning's part of the time that the engine worked in the last `span_s` seconds; 0 if it did not work."""
+        risen = self._counters.rises(span_s)
         if risen is None:
             return None
         busy = risen[1].get("busy_s", 0.0)
@@ -206,7 +208,7 @@ class ServerMetrics:
 def _percentiles_ms(window: Window, now_s: float) -> dict[str, float | None]:
     ordered = window.values(now_s)
     values = {"p50": percentile(ordered, 0.5), "p99": percentile(ordered, 0.99)}
-    return {name: None if value is None else value * 1e3 for name, value in values.items()}
+    return {"count": len(ordered), **{name: None if value is None else value * 1e3 for name, value in values.items()}}
 
 
 class _Output:
