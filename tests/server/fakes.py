@@ -24,6 +24,7 @@ from fastapi import FastAPI
 
 from coserve.config import SamplingConfig
 from coserve.core import CoserveError, NotFound
+from coserve.detokenizer import IncrementalDetokenizer
 from coserve.server.errors import EngineUnavailable, Unauthorized
 from coserve.server.handlers import install_handlers
 from coserve.server.link.engineclient import RequestStream
@@ -33,7 +34,7 @@ from coserve.server.models import ServedModel
 from coserve.server.routes import inference, tokens
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig
-from coserve.tokenizer import ChatTokenizer, IncrementalDetokenizer
+from coserve.tokenizer import ChatTokenizer
 
 ANSWER = "Hello, grün 🙂 world."
 MODEL, ADAPTER = "tiny", "tiny-tuned"
@@ -100,7 +101,7 @@ class FakeEngineClient:
         sampling, ids = asked.sampling, self.tokenizer.encode(script.text)
         count = min(len(ids), sampling.max_tokens)
         reason = "length" if sampling.max_tokens < len(ids) else "stop"
-        texts = [IncrementalDetokenizer(self.tokenizer) for _ in range(sampling.n)]
+        texts = [IncrementalDetokenizer(self.tokenizer, context=asked.prompt_ids) for _ in range(sampling.n)]
         for place in range(max(count, 1)):
             await asyncio.sleep(script.interval_s)
             if script.error is not None and place >= script.error_at:

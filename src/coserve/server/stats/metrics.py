@@ -241,9 +241,15 @@ class RequestMeter:
         self._ended = False
 
     def tokens(self, message: Tokens) -> None:
-        """What the engine sent for the request, in order. A message without tokens (a cancellation) measures nothing."""
+        """What the engine sent for the request, in order. A message without tokens measures nothing, but where only the prompt
+        was wanted, its tokens."""
         metrics, count = self._metrics, len(message.token_ids)
-        if self._ended or not count:
+        if self._ended:
+            return
+        if not count:
+            if message.finish_reason == "length" and message.begun_s is not None and not self._outputs:
+                metrics.prompt_tokens.inc(self._prompt_tokens)
+                metrics.cached_tokens.inc(message.cached_tokens)
             return
         if not self._outputs:
             ttft_s = message.time_s - self._arrival_s
