@@ -15,7 +15,6 @@ The trained part of an assistant turn is what a model has to produce after `enco
 from __future__ import annotations
 
 import functools
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,13 +104,12 @@ class ChatTokenizer:
         """Whether the vocabulary has a token of this id."""
         return self._hf.convert_ids_to_tokens(token_id) is not None
 
-    def offsets(self, text: str, ids: Sequence[int]) -> list[int] | None:
-        """Where in `text` each of its ids begins, in characters, as the tokenizer says; None if these aren't the text's ids."""
+    def ends(self, text: str, ids: Sequence[int]) -> list[int] | None:
+        """Where in `text` each of its ids ends, in characters, as the tokenizer says; None if these aren't the text's ids."""
         for special in (True, False):
             encoded = self._hf(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
             if encoded["input_ids"] == list(ids):
-                ends = (end for _, end in encoded["offset_mapping"])
-                return [0, *itertools.accumulate(ends, max)][:-1]  # a space that is no part of a token goes to the next one
+                return [end for _, end in encoded["offset_mapping"]]
         return None
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:

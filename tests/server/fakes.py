@@ -102,7 +102,17 @@ class FakeEngineClient:
         count = min(len(ids), sampling.max_tokens)
         reason = "length" if sampling.max_tokens < len(ids) else "stop"
         texts = [IncrementalDetokenizer(self.tokenizer, context=asked.prompt_ids) for _ in range(sampling.n)]
-        for place in range(max(count, 1)):
+        if not count:
+            prompt = asked.prompt_ids[1:] if sampling.prompt_logprobs is not None else []
+            for index in range(sampling.n):
+                stream.push(Tokens(
+                    id=stream.id, index=index, text="", token_ids=[], time_s=time.perf_counter(), finish_reason="length",
+                    begun_s=time.perf_counter(),
+                    prompt_logprobs=[logprob(token, sampling.prompt_logprobs or 0) for token in prompt],
+                ))
+            asked.finished = True
+            return None
+        for place in range(count):
             await asyncio.sleep(script.interval_s)
             if script.error is not None and place >= script.error_at:
                 return stream.fail(script.error)

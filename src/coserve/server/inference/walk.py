@@ -75,4 +75,17 @@ def prompt_offsets(tokenizer: ChatTokenizer, ids: Sequence[int], text: str) -> l
                 written += len(spelled)
     if "".join(pieces) == text:
         return offsets
-    return tokenizer.offsets(text, ids) or offsets  # the tokenizer has changed the text, by a normal form say
+    ends = tokenizer.ends(text, ids)  # the tokenizer has changed the text, by a normal form say
+    return offsets if ends is None else _fitted(tokenizer, ids, text, ends)
+
+
+def _fitted(tokenizer: ChatTokenizer, ids: Sequence[int], text: str, ends: Sequence[int]) -> list[int]:
+    """Where tokens begin that end at `ends`: where their own text is right before it, else where the one before ends."""
+    offsets: list[int] = []
+    before = 0
+    for token, end in zip(ids, ends, strict=True):
+        own = tokenizer.token_bytes[token].decode(errors="ignore")
+        start = end - len(own)
+        offsets.append(start if start >= before and text[start:end] == own else before)
+        before = max(before, end)
+    return offsets
