@@ -18,7 +18,8 @@ from coserve.detokenizer import IncrementalDetokenizer
 from coserve.tokenizer import ChatTokenizer
 
 _FIRST_SIGN, _NUM_SIGNS = 0xD800, 0x800
-"""Half surrogates stand for special tokens in what is searched: no text holds them."""
+"""Half surrogates stand for special tokens in what is searched: no text holds them. The last one: for those that no stop string
+writes out."""
 
 
 class _Found(NamedTuple):
@@ -73,8 +74,8 @@ class TextStream:
     The stop string that is complete first ends the text; of several that are complete at the same character, the one that
     starts first, so no part of the others is left over. How the text is cut into tokens makes no difference.
 
-    A special token that a stop string writes out, alone or among other characters, matches as a whole even where it doesn't
-    show in the text. A part of a token that doesn't show never matches.
+    A stop string is looked for in the text, and in the text with all special tokens written out where it writes one out itself,
+    alone or among other characters. There a special token matches as a whole: a part of one that doesn't show never does.
 
     context: the prompt's ids. min_tokens: a stop string that is complete with one of the first so many ids is text.
     """
@@ -85,6 +86,7 @@ class TextStream:
     ) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens, context=context)
         self._matcher = StopMatcher(stop)
+        self._special_ids = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._signs, self._written = _with_signs(tokenizer, stop if skip_special_tokens else ())
         self._signed = StopMatcher(list(self._written)) if self._written else None
         self._left = min_tokens
@@ -107,7 +109,7 @@ class TextStream:
         if self._stopped is not None:
             return ""
         self._left -= 1
-        return self._emit(self._advance(self._detokenizer.push(token_id), self._signs.get(token_id, "")))
+        return self._emit(self._advance(self._detokenizer.push(token_id), self._sign(token_id)))
 
     def finish(self, ending: int | None = None) -> str:
         """The rest, at the end of the output: what was held back, unless it ends in a stop string.
@@ -116,7 +118,7 @@ class TextStream:
         if self._stopped is not None:
             return ""
         self._left -= ending is not None
-        piece = self._advance("", "" if ending is None else self._signs.get(ending, ""))
+        piece = self._advance("", "" if ending is None else self._sign(ending))
         if self._stopped is None:
             piece += self._advance(self._detokenizer.finish(), "")
         rest, self._held = self._held, ""
@@ -137,6 +139,10 @@ class TextStream:
         self._stopped, self._held = self._written.get(first.stop, first.stop), ""
         return text[: seen - first.num_chars]
 
+    def _sign(self, token_id: int) -> str:
+        """What stands for an id that doesn't show; nothing for others."""
+        return self._signs.get(token_id, chr(_FIRST_SIGN + _NUM_SIGNS - 1)) if token_id in self._special_ids else ""
+
     def _emit(self, piece: str) -> str:
         if piece:
             self._pieces.append(piece)
@@ -149,7 +155,7 @@ def _with_signs(tokenizer: ChatTokenizer, stops: Sequence[str]) -> tuple[dict[in
 
     def sign(found: re.Match[str]) -> str:
         token_id = tokenizer.special_tokens[found[0]]
-        if token_id not in signs and len(signs) == _NUM_SIGNS:
+        if token_id not in signs and len(signs) == _NUM_SIGNS - 1:
             return found[0]
         return signs.setdefault(token_id, chr(_FIRST_SIGN + len(signs)))
 

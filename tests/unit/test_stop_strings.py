@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coserve.textstream import StopMatcher, TextStream
 from coserve.tokenizer import ChatTokenizer
@@ -111,3 +114,36 @@ def test_a_token_costs_the_same_however_much_there_was(stops: list[str]) -> None
     last = [seconds(place) for place in range(6000 * 16, 6000 * 20, 6000)]
     assert sum(last) < 5 * sum(first) + 0.05
     assert sum(last) < 2.0, "some microseconds a character"
+
+
+SPECIAL = (END, "<|im_start|>")
+
+
+def cut(symbols: Sequence[str], stops: Sequence[str]) -> str:
+    """The text before the first stop string, by trying every end: in what shows, and in whole symbols where it writes out a
+    special token."""
+    for end in range(1, len(symbols) + 1):
+        shown = "".join(symbol for symbol in symbols[:end] if symbol not in SPECIAL)
+        found = [stop for stop in stops if symbols[end - 1] not in SPECIAL and shown.endswith(stop)]
+        sizes = [len(stop) for stop in found]
+        for stop in stops:
+            parts = [part for part in re.split(f"({'|'.join(map(re.escape, SPECIAL))})|(.)", stop, flags=re.DOTALL) if part]
+            if set(parts) & set(SPECIAL) and list(symbols[max(0, end - len(parts)) : end]) == parts:
+                sizes.append(sum(part not in SPECIAL for part in parts))
+        if sizes:
+            return shown[: len(shown) - max(sizes)]
+    return "".join(symbol for symbol in symbols if symbol not in SPECIAL)
+
+
+WRITTEN = st.lists(st.sampled_from(["a", "b", "\n", END]), min_size=1, max_size=3).map("".join)
+
+
+@given(
+    symbols=st.lists(st.sampled_from(["a", "b", "\n", *SPECIAL]), max_size=12),
+    stops=st.lists(WRITTEN, min_size=1, max_size=3),
+)
+@settings(deadline=None, max_examples=400)
+def test_the_first_stop_string_of_any(tokenizer: ChatTokenizer, symbols: list[str], stops: list[str]) -> None:
+    stream = TextStream(tokenizer, stops)
+    ids = [token for symbol in symbols for token in tokenizer.encode(symbol)]
+    assert "".join(feed(stream, ids)) == cut(symbols, stops)
