@@ -283,7 +283,8 @@ class RequestMeter:
         for tpot_s in tpots_s:
             metrics.histograms["request_time_per_output_token_seconds"].observe(tpot_s)
             metrics.tpot_s.add(now, tpot_s)
-        if reason != "cancelled":  # the caller's choice says nothing about the server
+        wanted = bool(outputs) or reason != "length"  # a prompt that is only scored has no token to be in time
+        if reason != "cancelled" and wanted:  # the caller's choice says nothing about the server
             metrics.judge(self._objectives, now, ttft_s, max(tpots_s, default=None), failed=reason == "error")
         self._observe_sizes(outputs, reason)
 
