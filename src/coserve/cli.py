@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from coserve.bench.cli import bench_app
-from coserve.config import FinetuneConfig, OptimizerConfig, SamplingConfig
+from coserve.config import FinetuneConfig, OptimizerConfig, SamplingConfig, require
 from coserve.configdata import ADAPTERS, finetune_config_from_dict
 from coserve.core import ConfigError, CoserveError, InvalidRequest
 from coserve.demo.command import demo
@@ -239,6 +239,7 @@ def chat(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Talk to a model, with or without an adapter. Ends with Ctrl-D."""
+    require(max_tokens >= 1, "max_tokens", f"must be at least 1, got {max_tokens}")
     sampling = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     loaded = load_model(model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"))
     generator = Generator(loaded, loaded.load_adapter(adapter) if adapter is not None else None)
