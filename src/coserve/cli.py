@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from coserve.bench.cli import bench_app
-from coserve.config import FinetuneConfig, OptimizerConfig, SamplingConfig
+from coserve.config import FinetuneConfig, OptimizerConfig, SamplingConfig, require
 from coserve.configdata import ADAPTERS, finetune_config_from_dict
 from coserve.core import ConfigError, CoserveError, InvalidRequest
 from coserve.demo.command import demo
+from coserve.detokenizer import IncrementalDetokenizer
 from coserve.engine.budget import GIB
 from coserve.engine.finetuning import finetune
 from coserve.engine.generation import Generator
@@ -31,7 +32,6 @@ from coserve.finetune.job import JobEvent
 from coserve.plancli import add_plan
 from coserve.plots import loss_curve
 from coserve.servecli import add_commands
-from coserve.tokenizer import IncrementalDetokenizer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
 app.add_typer(bench_app, name="bench")
@@ -240,6 +240,7 @@ def chat(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Talk to a model, with or without an adapter. Ends with Ctrl-D."""
+    require(max_tokens >= 1, "max_tokens", f"must be at least 1, got {max_tokens}")
     sampling = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     loaded = load_model(model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"))
     generator = Generator(loaded, loaded.load_adapter(adapter) if adapter is not None else None)
@@ -253,15 +254,16 @@ def chat(
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        stream = IncrementalDetokenizer(loaded.tokenizer)
         pieces: list[str] = []
-
-        def show(_: int, token: int, stream: IncrementalDetokenizer = stream, pieces: list[str] = pieces) -> None:
-            pieces.append(stream.push(token))
-            print(pieces[-1], end="", flush=True)
-
         try:
-            generator.generate([loaded.tokenizer.encode_chat(messages)], sampling, on_token=show)
+            prompt = loaded.tokenizer.encode_chat(messages)
+            stream = IncrementalDetokenizer(loaded.tokenizer, context=prompt)
+
+            def show(_: int, token: int, stream: IncrementalDetokenizer = stream, pieces: list[str] = pieces) -> None:
+                pieces.append(stream.push(token))
+                print(pieces[-1], end="", flush=True)
+
+            generator.generate([prompt], sampling, on_token=show)
         except InvalidRequest as error:
             console.print(f"{error}; the conversation starts again", style="yellow")
             messages = list(start)

@@ -281,8 +281,9 @@ class SamplingConfig:
     """How one request picks its tokens, in vLLM's words."""
 
     max_tokens: int = 256
+    """0: none; only the prompt's log-probabilities, if asked for."""
     min_tokens: int = 0
-    """End-of-sequence and stop tokens are excluded before so many."""
+    """End-of-sequence and stop tokens are excluded before so many, and no stop string ends the output."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -310,8 +311,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        require_least(self, 1, "max_tokens", "n")
-        require_least(self, 0, "temperature", "top_k")
+        require_least(self, 1, "n")
+        require_least(self, 0, "max_tokens", "temperature", "top_k")
         require_positive(self, "repetition_penalty")
         require(0 <= self.min_tokens <= self.max_tokens, "min_tokens",
                 f"must be from 0 to max_tokens, got {self.min_tokens}")

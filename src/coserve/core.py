@@ -30,6 +30,10 @@ class InvalidRequest(CoserveError, ValueError):
     """A user's input (a data file, an adapter, a request) can't be used as it is."""
 
 
+class ContextExceeded(InvalidRequest):
+    """A prompt, alone or with the output that was asked for, is longer than the model or its cache takes."""
+
+
 class NotFound(CoserveError, LookupError):
     """A named thing (model, adapter, file, job) does not exist."""
 

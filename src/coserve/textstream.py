@@ -9,9 +9,63 @@ Owns: what is held back because it may turn out to belong to a stop string. Does
 
 from __future__ import annotations
 
+import bisect
+import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from coserve.tokenizer import ChatTokenizer, IncrementalDetokenizer
+from coserve.detokenizer import IncrementalDetokenizer
+from coserve.tokenizer import ChatTokenizer
+
+_FIRST_SIGN, _NUM_SIGNS = 0xD800, 0x800
+"""Half surrogates stand for special tokens in what is searched: no text holds them. The last one: for those that no stop string
+writes out."""
+
+
+class _Found(NamedTuple):
+    """A stop string that is complete after `end` characters of what was fed last; num_chars: how many of its own show."""
+
+    end: int
+    num_chars: int
+    stop: str
+
+
+class StopMatcher:
+    """Looks for stop strings in a text that comes in pieces.
+
+    Keeps the longest end of the text that begins a stop string, and nothing else. A character costs a few searches among the
+    sorted stop strings, however much text there was and however long they are; nothing is prepared from them beforehand.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        assert all(stops), "an empty stop string ends every text"
+        self._stops = sorted(set(stops))
+        ends: dict[str, list[str]] = {}
+        for stop in sorted(self._stops, key=len, reverse=True):
+            ends.setdefault(stop[-1], []).append(stop)
+        self._by_end = {character: tuple(found) for character, found in ends.items()}
+        self._firsts = frozenset(stop[0] for stop in self._stops)
+        self.held = ""
+        """The longest end of the text that is a proper prefix of a stop string."""
+
+    def feed(self, new: str, *, may_stop: bool = True) -> _Found | None:
+        """Goes on by `new`. Returns the stop string that is complete first, of several the longest; none unless may_stop."""
+        for end, character in enumerate(new, 1):
+            text = self.held + character
+            ending = self._by_end.get(character, ())
+            if may_stop and ending and text.endswith(ending):
+                stop = next(stop for stop in ending if text.endswith(stop))
+                return _Found(end, _num_shown(stop), stop)
+            start = 0
+            while start < len(text) and not (text[start] in self._firsts and self._begins(text[start:])):
+                start += 1
+            self.held = text[start:]
+        return None
+
+    def _begins(self, text: str) -> bool:
+        """Whether a stop string goes on after `text`."""
+        place = bisect.bisect_right(self._stops, text)
+        return place < len(self._stops) and self._stops[place].startswith(text)
 
 
 class TextStream:
@@ -19,13 +73,24 @@ class TextStream:
 
     The stop string that is complete first ends the text; of several that are complete at the same character, the one that
     starts first, so no part of the others is left over. How the text is cut into tokens makes no difference.
+
+    A stop string is looked for in the text, and in the text with all special tokens written out where it writes one out itself,
+    alone or among other characters. There a special token matches as a whole: a part of one that doesn't show never does.
+
+    context: the prompt's ids. min_tokens: a stop string that is complete with one of the first so many ids is text.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str] = (), *, skip_special_tokens: bool = True) -> None:
-        assert all(stop), "an empty stop string ends every text"
-        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
-        self._stop = tuple(stop)
-        self._held = ""  # a proper prefix of a stop string
+    def __init__(
+        self, tokenizer: ChatTokenizer, stop: Sequence[str] = (), *, skip_special_tokens: bool = True,
+        context: Sequence[int] = (), min_tokens: int = 0,
+    ) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens, context=context)
+        self._matcher = StopMatcher(stop)
+        self._special_ids = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._signs, self._written = _with_signs(tokenizer, stop if skip_special_tokens else ())
+        self._signed = StopMatcher(list(self._written)) if self._written else None
+        self._left = min_tokens
+        self._held = ""  # what a stop string may yet take
         self._pieces: list[str] = []
         self._stopped: str | None = None
 
@@ -43,34 +108,65 @@ class TextStream:
         """The text that became final with this id; nothing after a stop string."""
         if self._stopped is not None:
             return ""
-        return self._emit(self._advance(self._detokenizer.push(token_id)))
+        self._left -= 1
+        return self._emit(self._advance(self._detokenizer.push(token_id), self._sign(token_id)))
 
-    def finish(self) -> str:
-        """The rest, at the end of the output: what was held back, unless it ends in a stop string."""
+    def finish(self, ending: int | None = None) -> str:
+        """The rest, at the end of the output: what was held back, unless it ends in a stop string.
+
+        ending: the id that ended the output and isn't part of its text; a special one may complete a stop string."""
         if self._stopped is not None:
             return ""
-        piece = self._advance(self._detokenizer.finish())
+        self._left -= ending is not None
+        piece = self._advance("", "" if ending is None else self._sign(ending))
+        if self._stopped is None:
+            piece += self._advance(self._detokenizer.finish(), "")
         rest, self._held = self._held, ""
         return self._emit(piece + rest)
 
-    def _advance(self, new: str) -> str:
-        """The final part of what was held and `new`."""
-        text = self._held + new
-        found = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
-        if found:
-            _, end, self._stopped = min(found)
-            self._held = ""
-        else:
-            end = len(text) - self._num_undecided(text)
+    def _advance(self, new: str, sign: str) -> str:
+        """The final part of what was held and `new`. sign: of a special token that came instead."""
+        text, may_stop = self._held + new, self._left < 0
+        found = [self._matcher.feed(new, may_stop=may_stop)]
+        if self._signed is not None:
+            found.append(self._signed.feed(new + sign, may_stop=may_stop))
+        first = min((each for each in found if each is not None), key=lambda each: (each.end, -each.num_chars), default=None)
+        if first is None:
+            end = len(text) - max(len(self._matcher.held), _num_shown(self._signed.held) if self._signed else 0)
             self._held = text[end:]
-        return text[:end]
+            return text[:end]
+        seen = len(self._held) + min(first.end, len(new))  # a sign is no character of the text
+        self._stopped, self._held = self._written.get(first.stop, first.stop), ""
+        return text[: seen - first.num_chars]
 
-    def _num_undecided(self, text: str) -> int:
-        """Characters of the longest suffix that is a proper prefix of a stop string."""
-        prefixes = (stop[:length] for stop in self._stop for length in range(1, min(len(stop), len(text) + 1)))
-        return max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
+    def _sign(self, token_id: int) -> str:
+        """What stands for an id that doesn't show; nothing for others."""
+        return self._signs.get(token_id, chr(_FIRST_SIGN + _NUM_SIGNS - 1)) if token_id in self._special_ids else ""
 
     def _emit(self, piece: str) -> str:
         if piece:
             self._pieces.append(piece)
         return piece
+
+
+def _with_signs(tokenizer: ChatTokenizer, stops: Sequence[str]) -> tuple[dict[int, str], dict[str, str]]:
+    """Signs of the special tokens that stop strings write out, by id; and those stop strings, by what they are with signs."""
+    signs: dict[int, str] = {}
+
+    def sign(found: re.Match[str]) -> str:
+        token_id = tokenizer.special_tokens[found[0]]
+        if token_id not in signs and len(signs) == _NUM_SIGNS - 1:
+            return found[0]
+        return signs.setdefault(token_id, chr(_FIRST_SIGN + len(signs)))
+
+    longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
+    if not stops or not longest_first:
+        return {}, {}
+    special = re.compile("|".join(map(re.escape, longest_first)))
+    written = {special.sub(sign, stop): stop for stop in stops}
+    return signs, {signed: stop for signed, stop in written.items() if signed != stop}
+
+
+def _num_shown(text: str) -> int:
+    """Characters that aren't signs."""
+    return sum(not _FIRST_SIGN <= ord(character) < _FIRST_SIGN + _NUM_SIGNS for character in text)

@@ -1,7 +1,8 @@
-"""Text to token ids and back: chat template, encoding with loss weights, incremental detokenizer.
+"""Text to token ids and back: chat template, encoding with loss weights.
 
 Owns: what a conversation looks like in tokens and which of those tokens are trained. Does not own: file formats of
-datasets, truncation, stop conditions. The tokenizer itself and its chat template are Hugging Face's.
+datasets, truncation, text as it comes (detokenizer.py), stop conditions. The tokenizer and its chat template are Hugging
+Face's.
 
 The trained part of an assistant turn is what a model has to produce after `encode_chat` of the messages before it:
 
@@ -24,6 +25,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from coserve.core import InvalidRequest, NotFound
+from coserve.tokenbytes import TokenBytes
 
 Message = Mapping[str, Any]
 """A chat message: role, content, possibly name, and for an assistant possibly `weight` (0: not trained)."""
@@ -33,11 +35,6 @@ EXACT_KEY = "coserve_exact"
 """In tokenizer_config.json: tokenizer.json is the whole truth. For some families AutoTokenizer replaces parts of it."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "coserve-probe"
-_REPLACEMENT = "\ufffd"
-_MAX_HELD = 3
-"""A cut UTF-8 character has at most 3 bytes; it decodes to 1 (byte-level) or to as many (byte fallback) U+FFFD."""
-_MAX_PENDING, _KEPT_PENDING = 24, 12
-"""Pending ids of a detokenizer are cut back to the last 12, more than 3 held characters of 3 one-byte ids each."""
 
 
 def _is_exact(directory: Path) -> bool:
@@ -56,6 +53,8 @@ class ChatTokenizer:
         special = {index: token for index, token in self._hf.added_tokens_decoder.items() if token.special}
         self.special_ids: frozenset[int] = frozenset(special)
         self._special_texts = tuple(token.content for token in special.values() if token.content)
+        self.special_tokens = {token.content: index for index, token in special.items() if token.content}
+        self.token_bytes = TokenBytes(hf_tokenizer)
         bos = self._hf.bos_token_id
         self._bos = [bos] if bos is not None and self.encode("a", add_special_tokens=True)[:1] == [bos] else []
         alone = self.encode("a")
@@ -113,6 +112,14 @@ class ChatTokenizer:
     def has_token(self, token_id: int) -> bool:
         """Whether the vocabulary has a token of this id."""
         return self._hf.convert_ids_to_tokens(token_id) is not None
+
+    def ends(self, text: str, ids: Sequence[int]) -> list[int] | None:
+        """Where in `text` each of its ids ends, in characters, as the tokenizer says; None if these aren't the text's ids."""
+        for special in (True, False):
+            encoded = self._hf(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+            if encoded["input_ids"] == list(ids):
+                return [end for _, end in encoded["offset_mapping"]]
+        return None
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as the chat template writes it.
@@ -245,60 +252,6 @@ class ChatTokenizer:
         if self.eos_token_id is None:
             raise InvalidRequest("the model's tokenizer names no EOS token, which ends a training text", param="model")
         return ids if ids[-1:] == [self.eos_token_id] else [*ids, self.eos_token_id]
-
-
-class IncrementalDetokenizer:
-    """Turns ids into text as they come: what `push` returns is final.
-
-    The outputs of `push` and `finish` together equal `tokenizer.decode(ids)` wherever that has no U+FFFD; with a
-    byte-level decoder they equal it always. A call decodes a bounded number of ids. For byte-level decoders and
-    SentencePiece's, with or without byte fallback.
-
-    Ids are pending from the first whose text isn't out yet. They are decoded behind a fixed ordinary token (the
-    anchor), as decoders treat the first token of a sequence specially: it loses its leading space.
-    """
-
-    def __init__(self, tokenizer: ChatTokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
-        self._anchor = tokenizer.encode("a")
-        self._anchor_chars = len(tokenizer.decode(self._anchor))
-        self._started = False  # the first ids have no anchor before them
-        self._pending: list[int] = []
-        self._num_emitted = 0  # characters of the pending ids' text that are out
-
-    def push(self, token_id: int) -> str:
-        """The text that became final with this id: possibly none, never the start of an unfinished character."""
-        token_id = int(token_id)
-        if token_id in self._skipped_ids or not self._tokenizer.has_token(token_id):
-            return ""
-        self._pending.append(token_id)
-        text = self._pending_text()
-        held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_HELD)
-        new = text[self._num_emitted : len(text) - held]
-        self._num_emitted = max(self._num_emitted, len(text) - held)
-        if not held:
-            self._forget_all()
-        elif len(self._pending) > _MAX_PENDING:
-            self._pending = self._pending[-_KEPT_PENDING:]
-            self._started = True
-            self._num_emitted = max(0, len(self._pending_text()) - held)
-        return new
-
-    def finish(self) -> str:
-        """The rest: U+FFFD for a character whose last bytes never came, else nothing."""
-        rest = self._pending_text()[self._num_emitted :]
-        self._forget_all()
-        return rest
-
-    def _pending_text(self) -> str:
-        if not self._started:
-            return self._tokenizer.decode(self._pending, self._skip_special_tokens)
-        return self._tokenizer.decode(self._anchor + self._pending, self._skip_special_tokens)[self._anchor_chars :]
-
-    def _forget_all(self) -> None:
-        self._pending, self._num_emitted, self._started = [], 0, True
 
 
 def _trained_turns(messages: Sequence[Message]) -> list[int]:

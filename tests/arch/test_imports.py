@@ -18,8 +18,10 @@ RANKS: Mapping[str, float] = {
     "core": 0,
     "config": 0.5,  # the design gives both 0; a ConfigError is one of core's errors, so config stands on core
     "configdata": 0.7,  # reads and writes what config declares
+    "tokenbytes": 0.9,  # the tokenizer knows its tokens' bytes
     "tokenizer": 1, "parallel": 1, "kernels": 1,
-    "textstream": 1.5,  # stands on the tokenizer's incremental detokenizer
+    "detokenizer": 1.3,  # stands on the tokenizer
+    "textstream": 1.5,  # stands on the detokenizer
     "ops": 2,
     "model": 3,
     "peft": 3.5,  # the design gives model and peft 3; an adapter is laid out by the decoder's shapes, so peft stands on model

@@ -24,6 +24,7 @@ from fastapi import FastAPI
 
 from coserve.config import SamplingConfig
 from coserve.core import CoserveError, NotFound
+from coserve.detokenizer import IncrementalDetokenizer
 from coserve.server.errors import EngineUnavailable, Unauthorized
 from coserve.server.handlers import install_handlers
 from coserve.server.link.engineclient import RequestStream
@@ -33,7 +34,7 @@ from coserve.server.models import ServedModel
 from coserve.server.routes import inference, tokens
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig
-from coserve.tokenizer import ChatTokenizer, IncrementalDetokenizer
+from coserve.tokenizer import ChatTokenizer
 
 ANSWER = "Hello, grün 🙂 world."
 MODEL, ADAPTER = "tiny", "tiny-tuned"
@@ -100,8 +101,18 @@ class FakeEngineClient:
         sampling, ids = asked.sampling, self.tokenizer.encode(script.text)
         count = min(len(ids), sampling.max_tokens)
         reason = "length" if sampling.max_tokens < len(ids) else "stop"
-        texts = [IncrementalDetokenizer(self.tokenizer) for _ in range(sampling.n)]
-        for place in range(max(count, 1)):
+        texts = [IncrementalDetokenizer(self.tokenizer, context=asked.prompt_ids) for _ in range(sampling.n)]
+        if not count:
+            prompt = asked.prompt_ids[1:] if sampling.prompt_logprobs is not None else []
+            for index in range(sampling.n):
+                stream.push(Tokens(
+                    id=stream.id, index=index, text="", token_ids=[], time_s=time.perf_counter(), finish_reason="length",
+                    begun_s=time.perf_counter(),
+                    prompt_logprobs=[logprob(token, sampling.prompt_logprobs or 0) for token in prompt],
+                ))
+            asked.finished = True
+            return None
+        for place in range(count):
             await asyncio.sleep(script.interval_s)
             if script.error is not None and place >= script.error_at:
                 return stream.fail(script.error)

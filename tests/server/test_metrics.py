@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -96,6 +97,20 @@ def test_latencies_are_counted_from_the_arrival_and_pooled() -> None:
     assert found["coserve_prompt_tokens_total"] == 7
     assert found["coserve_generation_tokens_total"] == 3
     assert found['coserve_request_success_total{"finished_reason": "stop"}'] == 1
+
+
+def test_a_prompt_that_is_only_scored_has_its_tokens_counted_and_misses_no_objective() -> None:
+    room = Room()
+    meter = room.begin(max_tokens=0, n=2)
+    room.clock.now += 100
+    first = tokens(room.clock.now, count=0, cached=3, begun_s=room.clock.now - 1)
+    meter.tokens(msgspec.structs.replace(first, finish_reason="length"))
+    meter.tokens(msgspec.structs.replace(tokens(room.clock.now, index=1, count=0), finish_reason="length"))
+    meter.end("length")
+    found = room.samples()
+    assert (found["coserve_prompt_tokens_total"], found["coserve_generation_tokens_total"]) == (7, 0)
+    assert found['coserve_request_success_total{"finished_reason": "length"}'] == 1
+    assert room.metrics.met["both"].mean(room.clock.now) is None
 
 
 @pytest.mark.parametrize("begun_s", [0.12, None])

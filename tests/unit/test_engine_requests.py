@@ -202,7 +202,7 @@ def test_errors_name_the_field(
 
 
 def test_settings_are_checked_before_they_reach_an_engine() -> None:
-    for settings in ({"n": 0}, {"max_tokens": 0}, {"stop": ("",)}, {"min_tokens": 9, "max_tokens": 3}):
+    for settings in ({"n": 0}, {"max_tokens": -1}, {"stop": ("",)}, {"min_tokens": 9, "max_tokens": 3}):
         with pytest.raises(ConfigError) as caught:
             SamplingConfig(**settings)
         assert caught.value.param == next(iter(settings))

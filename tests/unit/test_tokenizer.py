@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from coserve.core import InvalidRequest, NotFound
-from coserve.tokenizer import ChatTokenizer, IncrementalDetokenizer
+from coserve.detokenizer import IncrementalDetokenizer
+from coserve.tokenizer import ChatTokenizer
 from tests.tiny_tokenizer import CHATML, SMOL_CHATML, build_sentencepiece_tokenizer, build_tiny_tokenizer
 
 EOT = "<|im_end|>"

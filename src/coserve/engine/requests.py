@@ -151,6 +151,9 @@ class LiveRequest:
 
     def accept(self, tokens: Sequence[Sampled], now: float) -> bool:
         """Takes sampled tokens; True if the output has ended. Tokens after its end are dropped."""
+        if not self.config.max_tokens:
+            self.end("length", now)
+            return True
         ids: list[int] = []
         logprobs: list[TokenLogprob] = []
         text, reason = "", None
@@ -161,12 +164,13 @@ class LiveRequest:
                 logprobs.append(token.logprob)
             if token.token in self.ending and have + len(ids) > self.config.min_tokens:
                 reason = "stop"
-            else:
-                text += self.stream.push(token.token)
-                if self.stream.stopped is not None:
-                    reason = "stop"
-                elif have + len(ids) >= self.config.max_tokens:
-                    reason = "length"
+                text += self.stream.finish(token.token)
+                break
+            text += self.stream.push(token.token)
+            if self.stream.stopped is not None:
+                reason = "stop"
+            elif have + len(ids) >= self.config.max_tokens:
+                reason = "length"
             if reason is not None:
                 text += self.stream.finish()
                 break
@@ -176,5 +180,5 @@ class LiveRequest:
         return reason is not None
 
     def end(self, reason: str, now: float) -> None:
-        """Ends the output from outside: cancelled or error."""
+        """Ends the output without another token: cancelled, error, or length where none was wanted."""
         self.handle.push(Chunk(index=self.index, text=self.stream.finish(), finish_reason=reason), now)

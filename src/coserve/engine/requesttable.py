@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 from coserve.config import SamplingConfig
-from coserve.core import CoserveError, InvalidRequest, StepPlan, StepResult
+from coserve.core import ContextExceeded, CoserveError, InvalidRequest, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.model import LoadedModel
 from coserve.engine.requests import Chunk, LiveRequest, RequestHandle
@@ -46,13 +46,13 @@ class RequestTable:
                 raise InvalidRequest(f"{name}: token ids must be from 0 to {arch.vocab_size - 1}", param=name)
         total = len(ids) + config.max_tokens
         if total > arch.max_position_embeddings:
-            raise InvalidRequest(
+            raise ContextExceeded(
                 f"prompt: {len(ids)} tokens and max_tokens {config.max_tokens} exceed the model's "
                 f"{arch.max_position_embeddings}; shorten one of them", param="max_tokens",
             )
         room = self.blocks.guaranteed_blocks * self.blocks.block_tokens
         if total > room:
-            raise InvalidRequest(
+            raise ContextExceeded(
                 f"prompt: {len(ids)} tokens and max_tokens {config.max_tokens} exceed the {room} tokens that the key-value "
                 "cache is guaranteed; shorten one of them, or raise memory_bytes", param="max_tokens",
             )
@@ -75,11 +75,13 @@ class RequestTable:
             key = PrefixKey(tenant, None, 0) if version is None else PrefixKey(tenant, version.name, version.number)
             every_logit = config.prompt_logprobs is not None and index == 0
             state = RequestState(
-                id=self.new_number(), tenant=tenant, prompt=handle.prompt_ids, max_tokens=config.max_tokens, key=key,
+                id=self.new_number(), tenant=tenant, prompt=handle.prompt_ids, max_tokens=max(1, config.max_tokens), key=key,
                 arrival_s=handle.arrival_s, tpot_s=objectives[0], ttft_s=objectives[1],
                 cacheable=not every_logit, every_logit=every_logit,
             )
-            stream = TextStream(self.model.tokenizer, config.stop)
+            stream = TextStream(
+                self.model.tokenizer, config.stop, context=handle.prompt_ids, min_tokens=config.min_tokens
+            )
             lives.append(LiveRequest(
                 handle=handle, index=index, state=state, config=config, stream=stream, ending=ending, version=version, slot=slot
             ))

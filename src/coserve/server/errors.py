@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, JobFailed, NotFound
+from coserve.core import CapacityError, ConfigError, ContextExceeded, CoserveError, InvalidRequest, JobFailed, NotFound
 
 
 class Unauthorized(CoserveError):
@@ -42,6 +42,7 @@ _KINDS = (
     _Kind(TooLarge, 413, "invalid_request_error", "too_large"),
     _Kind(CapacityError, 429, "rate_limit_error", "rate_limit_exceeded"),
     _Kind(EngineUnavailable, 503, "server_error", "engine_unavailable"),
+    _Kind(ContextExceeded, 400, "invalid_request_error", "context_length_exceeded"),
     _Kind(InvalidRequest, 400, "invalid_request_error", None),
     _Kind(ConfigError, 400, "invalid_request_error", None),
     _Kind(JobFailed, 500, "server_error", "job_failed"),
@@ -62,7 +63,8 @@ def status_of(error: CoserveError) -> int:
 def error_body(error: CoserveError) -> dict[str, Any]:
     """{"error": {message, type, param, code}}, of a response or of a stream's last event."""
     kind = _kind(error)
-    code = "model_not_found" if isinstance(error, NotFound) and error.param == "model" else kind.code
+    is_model = isinstance(error, NotFound) and error.param in ("model", "adapter")  # the engine's word for one is adapter
+    code = "model_not_found" if is_model else kind.code
     return {"error": {"message": str(error), "type": kind.type, "param": error.param, "code": code}}
 
 

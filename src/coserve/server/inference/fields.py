@@ -31,8 +31,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "return_tokens_as_token_ids": (False,),
-    "return_token_ids": (False,),
     "truncate_prompt_tokens": (),
     "truncation_side": (),
     "allowed_token_ids": (),

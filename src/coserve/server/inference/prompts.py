@@ -9,7 +9,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from coserve.core import InvalidRequest
+from coserve.core import ContextExceeded, InvalidRequest
+from coserve.detokenizer import shown_text
 from coserve.server.inference.protocol import ROLES, ChatMessage, ContentPart
 from coserve.tokenizer import ChatTokenizer
 
@@ -54,7 +55,7 @@ async def text_prompts(
     def encode(item: str | list[int]) -> Prompt:
         if isinstance(item, str):
             return Prompt(tokenizer.encode(item, add_special_tokens), item)
-        return Prompt(item, tokenizer.decode(item))
+        return Prompt(item, shown_text(tokenizer, item))
 
     prompts = await _beside(lambda: [encode(item) for item in given], sum(len(item) for item in given))
     if not all(prompt.ids for prompt in prompts):
@@ -91,15 +92,15 @@ def output_limit(
     Raises InvalidRequest if that's too much, naming the field.
     """
     left = limit - num_prompt
-    if left < 1:
-        raise InvalidRequest(
+    if left < (asked != 0):
+        raise ContextExceeded(
             f"{prompt_field}: this model's maximum context length is {limit} tokens, output included, and the prompt alone has "
             f"{num_prompt}; shorten it", param=prompt_field,
         )
     if asked is None:
         return left if default is None else min(default, left)
     if asked > left:
-        raise InvalidRequest(
+        raise ContextExceeded(
             f"{tokens_field}: {num_prompt} tokens of prompt and {asked} of output exceed this model's maximum context length "
             f"of {limit} tokens; ask for at most {left}", param=tokens_field,
         )
@@ -112,9 +113,9 @@ def _check_size(tokenizer: ChatTokenizer, size: int, limit: int, field: str, uni
     size: in characters or token ids.
     """
     if size > limit * (tokenizer.longest_token if unit == "characters" else 1):
-        raise InvalidRequest(
-            f"{field}: this model's context length is {limit} tokens, output included, and the prompt alone has {size} {unit}; "
-            "shorten it", param=field,
+        raise ContextExceeded(
+            f"{field}: this model's maximum context length is {limit} tokens, output included, and the prompt alone has {size} "
+            f"{unit}; shorten it", param=field,
         )
 
 

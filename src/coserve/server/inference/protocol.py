@@ -82,6 +82,10 @@ class GenerationRequest(Body):
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_OUTPUTS)] | None = None
     prompt_logprobs: NumLogprobs | None = None
+    return_token_ids: bool | None = None
+    """The ids of the prompt and of the output too."""
+    return_tokens_as_token_ids: bool | None = None
+    """Log-probabilities call tokens by their ids, as `token_id:7`."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     slo_tpot_ms: Milliseconds | None = None
@@ -103,6 +107,16 @@ class GenerationRequest(Body):
     def continuous_usage(self) -> bool:
         """Whether every chunk of a stream has the usage so far."""
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Likeliest tokens to tell at each place; None: no log-probabilities."""
+        raise NotImplementedError
+
+    @property
+    def wants_names(self) -> bool:
+        """Whether the response names single tokens."""
+        return self.num_logprobs is not None or self.prompt_logprobs is not None
 
     def check(self) -> None:
         """What several fields say together. Raises InvalidRequest."""
@@ -178,10 +192,23 @@ class CompletionRequest(GenerationRequest):
     """/v1/completions. best_of: only n itself, as there is no choosing among more."""
 
     prompt: Annotated[Any, WithJsonSchema(_PROMPT)]
+    max_tokens: Annotated[int, Field(ge=0, le=_INT31)] | None = None
+    """0: no output; with echo and logprobs the prompt is scored."""
     echo: bool | None = None
     logprobs: NumLogprobs | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_OUTPUTS)] | None = None
     add_special_tokens: bool | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Likeliest tokens to tell at each place; None: no log-probabilities."""
+        return self.logprobs
+
+    @property
+    def scores_prompt(self) -> int | None:
+        """Likeliest tokens to tell at each place of the prompt, for echo or prompt_logprobs; None: no log-probabilities."""
+        asked = [count for count in (self.logprobs if self.echo else None, self.prompt_logprobs) if count is not None]
+        return max(asked, default=None)
 
     def check(self) -> None:
         """What several fields say together. Raises InvalidRequest."""

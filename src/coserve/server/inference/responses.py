@@ -1,6 +1,7 @@
 """Responses and chunks of the inference routes, in OpenAI's shapes.
 
-Owns: what a finished or growing output looks like. Does not own: where tokens come from (answers.py), framing (sse.py).
+Owns: what a finished or growing output looks like. Does not own: where tokens come from (answers.py), what they are
+called and where they stand (walk.py), framing (sse.py).
 """
 
 from __future__ import annotations
@@ -9,25 +10,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from coserve.server.inference.prompts import Prompt
+from coserve.server.inference.walk import TokenWalk, prompt_offsets
 from coserve.server.link.messages import LogprobEntry, Tokens
 from coserve.tokenizer import ChatTokenizer
 
 _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON has no number for."""
-_CUT = "\ufffd"
 
 
-class TokenTexts:
-    """Texts of single tokens, each decoded once."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What a request wants to see beside its text. logprobs, prompt_logprobs: how many of the likeliest tokens, None for no
+    log-probabilities; token_ids: the ids too; by_id: log-probabilities call tokens by their ids."""
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._texts: dict[int, str] = {}
-
-    def __getitem__(self, token: int) -> str:
-        if token not in self._texts:
-            self._texts[token] = self._tokenizer.decode([token])
-        return self._texts[token]
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    token_ids: bool = False
+    by_id: bool = False
 
 
 @dataclass(slots=True)
@@ -35,14 +35,14 @@ class Output:
     """A choice as far as it is made."""
 
     pieces: list[str] = field(default_factory=list)
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[LogprobEntry] = field(default_factory=list)
     finish_reason: str | None = None
 
     def add(self, tokens: Tokens) -> None:
         """Takes what came."""
         self.pieces.append(tokens.text)
-        self.num_tokens += len(tokens.token_ids)
+        self.token_ids += tokens.token_ids
         self.logprobs += tokens.logprobs
         self.finish_reason = tokens.finish_reason
 
@@ -76,7 +76,7 @@ class Tally:
 
     def usage(self) -> dict[str, Any]:
         """Tokens of all prompts and outputs so far."""
-        prompt, output = sum(self.num_prompt_tokens), sum(output.num_tokens for output in self.outputs)
+        prompt, output = sum(self.num_prompt_tokens), sum(len(output.token_ids) for output in self.outputs)
         return {
             "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": sum(self.cached_tokens.values())},
@@ -87,133 +87,154 @@ class Tally:
 
 
 def chat_response(
-    head: Mapping[str, Any], tally: Tally, texts: TokenTexts, *, logprobs: bool, prompt_logprobs: bool
+    head: Mapping[str, Any], tally: Tally, shown: Shown, prompt_ids: Sequence[int], *, tokenizer: ChatTokenizer
 ) -> dict[str, Any]:
     """A chat.completion. head: id, created, model, system_fingerprint."""
-    choices = [
-        {
+    choices = []
+    for index, output in enumerate(tally.outputs):
+        walk = TokenWalk(tokenizer, context=prompt_ids, by_id=shown.by_id)
+        choice = {
             "index": index, "message": {"role": "assistant", "content": output.text, "refusal": None},
-            "logprobs": chat_logprobs(output.logprobs, texts) if logprobs else None, "finish_reason": output.finish_reason,
+            "logprobs": None if shown.logprobs is None else chat_logprobs(output.logprobs, walk),
+            "finish_reason": output.finish_reason,
         }
-        for index, output in enumerate(tally.outputs)
-    ]
+        choices.append({**choice, "token_ids": output.token_ids} if shown.token_ids else choice)
     body = {**head, "object": "chat.completion", "choices": choices, "usage": tally.usage()}
-    if prompt_logprobs:
-        body["prompt_logprobs"] = vllm_prompt_logprobs(tally.prompt_logprobs.get(0, []), texts)
+    if shown.prompt_logprobs is not None:
+        walk = TokenWalk(tokenizer, by_id=shown.by_id)
+        body["prompt_logprobs"] = vllm_prompt_logprobs(
+            prompt_ids, tally.prompt_logprobs.get(0, []), walk, shown.prompt_logprobs
+        )
+    if shown.token_ids:
+        body["prompt_token_ids"] = prompt_ids
     return body
 
 
-def chat_choices(index: int, tokens: Tokens, texts: TokenTexts, *, first: bool, logprobs: bool) -> Iterator[dict[str, Any]]:
+def chat_choices(index: int, tokens: Tokens, walk: TokenWalk, shown: Shown, *, first: bool) -> Iterator[dict[str, Any]]:
     """Choices of the chunks for tokens that came: the role before the first, nothing where no text came."""
     if first:
         yield {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-    if tokens.text or tokens.finish_reason or (logprobs and tokens.logprobs):
-        yield {
-            "index": index, "delta": {"content": tokens.text} if tokens.text else {},
-            "logprobs": chat_logprobs(tokens.logprobs, texts) if logprobs and tokens.logprobs else None,
+    logprobs = chat_logprobs(tokens.logprobs, walk) if shown.logprobs is not None and tokens.logprobs else None
+    if tokens.text or tokens.finish_reason or logprobs or (shown.token_ids and tokens.token_ids):
+        choice = {
+            "index": index, "delta": {"content": tokens.text} if tokens.text else {}, "logprobs": logprobs,
             "finish_reason": tokens.finish_reason,
         }
+        yield {**choice, "token_ids": tokens.token_ids} if shown.token_ids else choice
 
 
-def chat_logprobs(entries: Sequence[LogprobEntry], texts: TokenTexts) -> dict[str, Any]:
-    """Of a chat choice."""
-    content = [
-        {**_chat_token(entry.token, entry.logprob, texts),
-         "top_logprobs": [_chat_token(token, logprob, texts) for token, logprob in entry.top]}
-        for entry in entries
-    ]
+def chat_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dict[str, Any]:
+    """Of a chat choice. bytes: what a token adds to the text, so that those of all tokens together are the text; none for a
+    special token, which doesn't show."""
+    content = []
+    for entry in entries:
+        step = walk.step(entry.token)
+        names = walk.names(step, entry)
+        content.append({
+            "token": step.name, "logprob": _number(entry.logprob), "bytes": list(step.added),
+            "top_logprobs": [
+                {"token": names[token], "logprob": _number(logprob),
+                 "bytes": list(step.added if token == entry.token else walk.spelled(token))}
+                for token, logprob in entry.top
+            ],
+        })
     return {"content": content, "refusal": None}
-
-
-def _chat_token(token: int, logprob: float, texts: TokenTexts) -> dict[str, Any]:
-    """bytes: None for a part of a character, whose text isn't its bytes."""
-    text = texts[token]
-    return {"token": text, "logprob": _number(logprob), "bytes": None if _CUT in text else list(text.encode())}
 
 
 # --- completions ---
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Echo:
-    """A prompt that is written before its outputs."""
-
-    ids: Sequence[int]
-    text: str
-
-
 def completion_response(
-    head: Mapping[str, Any], tally: Tally, texts: TokenTexts, *, logprobs: bool, prompt_logprobs: bool,
-    echoes: Sequence[Echo] | None,
+    head: Mapping[str, Any], tally: Tally, shown: Shown, prompts: Sequence[Prompt], *, tokenizer: ChatTokenizer, echo: bool
 ) -> dict[str, Any]:
-    """A text_completion. echoes: of the prompts, None if they weren't asked for."""
+    """A text_completion. echo: the prompts come before their outputs."""
     choices = []
     for index, output in enumerate(tally.outputs):
-        prompt = index // tally.n
-        echo = echoes[prompt] if echoes else None
-        shown = None
-        if logprobs:
-            before = None if echo is None else (echo.ids[0], tally.prompt_logprobs.get(prompt, []))
-            shown = completion_logprobs(output.logprobs, texts, 0, before)
+        prompt, scores = prompts[index // tally.n], tally.prompt_logprobs.get(index // tally.n, [])
+        before = prompt.text if echo else ""
+        logprobs = None
+        if shown.logprobs is not None:
+            walk = TokenWalk(tokenizer, context=prompt.ids, offset=len(before), by_id=shown.by_id)
+            logprobs = completion_logprobs(output.logprobs, walk)
+            if echo:
+                told = prompt_logprobs(prompt, scores, tokenizer, shown)
+                logprobs = {name: told[name] + logprobs[name] for name in told}
         choice = {
-            "index": index, "text": (echo.text if echo else "") + output.text, "logprobs": shown,
-            "finish_reason": output.finish_reason,
+            "index": index, "text": before + output.text, "logprobs": logprobs, "finish_reason": output.finish_reason,
         }
-        if prompt_logprobs:
-            choice["prompt_logprobs"] = vllm_prompt_logprobs(tally.prompt_logprobs.get(prompt, []), texts)
+        if shown.prompt_logprobs is not None:
+            walk = TokenWalk(tokenizer, by_id=shown.by_id)
+            choice["prompt_logprobs"] = vllm_prompt_logprobs(prompt.ids, scores, walk, shown.prompt_logprobs)
+        if shown.token_ids:
+            choice |= {"prompt_token_ids": prompt.ids, "token_ids": output.token_ids}
         choices.append(choice)
     return {**head, "object": "text_completion", "choices": choices, "usage": tally.usage()}
 
 
 def completion_choices(
-    index: int, tokens: Tokens, texts: TokenTexts, *, echo: str | None, logprobs: bool, offset: int
+    index: int, tokens: Tokens, walk: TokenWalk, shown: Shown, *, echo: str | None
 ) -> Iterator[dict[str, Any]]:
-    """Choices of the chunks for tokens that came. echo: the prompt, before the first; offset: characters of text before."""
+    """Choices of the chunks for tokens that came. echo: the prompt, before the first."""
     if echo:
         yield {"index": index, "text": echo, "logprobs": None, "finish_reason": None}
-    if tokens.text or tokens.finish_reason or (logprobs and tokens.logprobs):
-        yield {
-            "index": index, "text": tokens.text,
-            "logprobs": completion_logprobs(tokens.logprobs, texts, offset) if logprobs and tokens.logprobs else None,
-            "finish_reason": tokens.finish_reason,
-        }
+    logprobs = completion_logprobs(tokens.logprobs, walk) if shown.logprobs is not None and tokens.logprobs else None
+    if tokens.text or tokens.finish_reason or logprobs or (shown.token_ids and tokens.token_ids):
+        choice = {"index": index, "text": tokens.text, "logprobs": logprobs, "finish_reason": tokens.finish_reason}
+        yield {**choice, "token_ids": tokens.token_ids} if shown.token_ids else choice
 
 
-def completion_logprobs(
-    entries: Sequence[LogprobEntry], texts: TokenTexts, offset: int, echo: tuple[int, Sequence[LogprobEntry]] | None = None
-) -> dict[str, Any]:
-    """Of a completion's choice. offset: where its text starts; echo: the prompt's first token, and the rest of the prompt."""
+def completion_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dict[str, list[Any]]:
+    """Of a completion's choice. top_logprobs: by name, the token itself first."""
     tokens: list[str] = []
-    values: list[float | None] = []
-    tops: list[dict[str, float] | None] = []
-    if echo is not None:
-        tokens, values, tops = [texts[echo[0]]], [None], [None]
-        entries = [*echo[1], *entries]
+    values: list[float] = []
+    tops: list[dict[str, float]] = []
+    offsets: list[int] = []
     for entry in entries:
-        tokens.append(texts[entry.token])
-        values.append(_number(entry.logprob))
-        top = {texts[entry.token]: _number(entry.logprob)}
+        step = walk.step(entry.token)
+        names = walk.names(step, entry)
+        top = {step.name: _number(entry.logprob)}
         for token, logprob in entry.top:
-            top.setdefault(texts[token], _number(logprob))
+            top.setdefault(names[token], _number(logprob))
+        tokens.append(step.name)
+        values.append(_number(entry.logprob))
         tops.append(top)
-    offsets = []
-    for token_text in tokens:
-        offsets.append(offset)
-        offset += len(token_text)
+        offsets.append(step.offset)
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 
-def vllm_prompt_logprobs(entries: Sequence[LogprobEntry], texts: TokenTexts) -> list[dict[str, Any] | None]:
+def prompt_logprobs(
+    prompt: Prompt, scores: Sequence[LogprobEntry], tokenizer: ChatTokenizer, shown: Shown
+) -> dict[str, list[Any]]:
+    """The same of a prompt that is echoed. scores: of its tokens from the second on; the first has none."""
+    first = LogprobEntry(token=prompt.ids[0], logprob=0.0, top=[])
+    told = completion_logprobs(
+        [first, *_cut(scores, shown.logprobs or 0)], TokenWalk(tokenizer, by_id=shown.by_id)
+    )
+    told["token_logprobs"][0] = told["top_logprobs"][0] = None
+    told["text_offset"] = prompt_offsets(tokenizer, prompt.ids, prompt.text)
+    return told
+
+
+def vllm_prompt_logprobs(
+    prompt_ids: Sequence[int], scores: Sequence[LogprobEntry], walk: TokenWalk, count: int
+) -> list[dict[str, Any] | None]:
     """In vLLM's shape: for each prompt token those of its place by token id, for the first None. rank: None if unknown."""
     found: list[dict[str, Any] | None] = [None]
-    for entry in entries:
+    walk.step(prompt_ids[0])
+    for entry in _cut(scores, count):
+        names = walk.names(walk.step(entry.token), entry)
         ranked = {token: (logprob, rank) for rank, (token, logprob) in enumerate(entry.top, start=1)}
         ranked.setdefault(entry.token, (entry.logprob, 0))
         found.append({
-            str(token): {"logprob": _number(logprob), "rank": rank or None, "decoded_token": texts[token]}
+            str(token): {"logprob": _number(logprob), "rank": rank or None, "decoded_token": names[token]}
             for token, (logprob, rank) in ranked.items()
         })
     return found
+
+
+def _cut(entries: Sequence[LogprobEntry], count: int) -> list[LogprobEntry]:
+    """With at most so many of the likeliest tokens: echo and prompt_logprobs may ask for different numbers of them."""
+    return [LogprobEntry(token=entry.token, logprob=entry.logprob, top=entry.top[:count]) for entry in entries]
 
 
 def _number(logprob: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import msgspec
@@ -21,15 +21,15 @@ from coserve.server.inference.fields import CHAT, COMPLETIONS
 from coserve.server.inference.prompts import Prompt, conversation_prompt, output_limit, text_prompts
 from coserve.server.inference.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
 from coserve.server.inference.responses import (
-    Echo,
+    Shown,
     Tally,
-    TokenTexts,
     chat_choices,
     chat_response,
     completion_choices,
     completion_response,
 )
 from coserve.server.inference.sse import DONE, EventStream, unless_gone
+from coserve.server.inference.walk import TokenWalk
 from coserve.server.link.messages import Tokens
 from coserve.server.records import new_id, now
 from coserve.server.services import Served, Services, Tenant
@@ -44,7 +44,7 @@ _CLIENT_LEFT = 499
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Exchange:
     """A request on its way. head: what every response and chunk begins with; whole: the response's body in the end; parts:
-    choices of the chunks for a choice's new tokens."""
+    choices of the chunks for a choice's new tokens; opening: what the first chunk has beside them."""
 
     body: GenerationRequest
     head: dict[str, Any]
@@ -52,6 +52,7 @@ class _Exchange:
     answers: Answers
     whole: Callable[[], dict[str, Any]]
     parts: Callable[[int, Tokens], Iterator[dict[str, Any]]]
+    opening: dict[str, Any] = field(default_factory=dict)
 
 
 @router.post("/v1/chat/completions", openapi_extra=openapi_body(ChatRequest))
@@ -73,20 +74,24 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
         max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.num_logprobs, draw_seed=services.draw_seed
     )
     answers = await _ask(services, tenant, name, body, [Question(ids, sampling)], arrival_s)
-    tally, texts, begun = Tally([len(ids)], body.num_outputs), TokenTexts(services.tokenizer), set[int]()
+    tally, tokenizer, shown = Tally([len(ids)], body.num_outputs), services.tokenizer, await _shown(services, body)
     head = _head(services, "chatcmpl", name)
-    logprobs = body.num_logprobs is not None
+    walks: dict[int, TokenWalk] = {}
 
     def whole() -> dict[str, Any]:
-        return chat_response(head, tally, texts, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs is not None)
+        return chat_response(head, tally, shown, ids, tokenizer=tokenizer)
 
     def parts(choice: int, tokens: Tokens) -> Iterator[dict[str, Any]]:
-        first = choice not in begun
-        begun.add(choice)
-        return chat_choices(choice, tokens, texts, first=first, logprobs=logprobs)
+        first = choice not in walks
+        if first:
+            walks[choice] = TokenWalk(tokenizer, context=ids, by_id=shown.by_id)
+        return chat_choices(choice, tokens, walks[choice], shown, first=first)
 
-    return await _respond(request, _Exchange(body=body, head=head, tally=tally, answers=answers, whole=whole, parts=parts),
-                          "chat.completion.chunk")
+    exchange = _Exchange(
+        body=body, head=head, tally=tally, answers=answers, whole=whole, parts=parts,
+        opening={"prompt_token_ids": ids} if shown.token_ids else {},
+    )
+    return await _respond(request, exchange, "chat.completion.chunk")
 
 
 @router.post("/v1/completions", openapi_extra=openapi_body(CompletionRequest))
@@ -100,22 +105,20 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
         add_special_tokens=body.add_special_tokens is not False,
     )
     answers = await _ask(services, tenant, name, body, _questions(services, body, prompts), arrival_s)
-    tally, texts = Tally([len(prompt.ids) for prompt in prompts], body.num_outputs), TokenTexts(services.tokenizer)
-    head = _head(services, "cmpl", name)
-    echoes = [Echo(ids=prompt.ids, text=prompt.text) for prompt in prompts] if body.echo else None
-    logprobs = body.logprobs is not None
-    ends: dict[int, int] = {}
+    tally, tokenizer = Tally([len(prompt.ids) for prompt in prompts], body.num_outputs), services.tokenizer
+    shown, head = await _shown(services, body), _head(services, "cmpl", name)
+    walks: dict[int, TokenWalk] = {}
 
     def whole() -> dict[str, Any]:
-        return completion_response(
-            head, tally, texts, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs is not None, echoes=echoes
-        )
+        return completion_response(head, tally, shown, prompts, tokenizer=tokenizer, echo=bool(body.echo))
 
     def parts(choice: int, tokens: Tokens) -> Iterator[dict[str, Any]]:
-        echo = echoes[choice // tally.n].text if echoes and choice not in ends else None
-        start = ends.get(choice, 0)
-        ends[choice] = start + sum(len(texts[entry.token]) for entry in tokens.logprobs)
-        return completion_choices(choice, tokens, texts, echo=echo, logprobs=logprobs, offset=start)
+        prompt, first = prompts[choice // tally.n], choice not in walks
+        if first:
+            walks[choice] = TokenWalk(tokenizer, context=prompt.ids, by_id=shown.by_id)
+        found = completion_choices(choice, tokens, walks[choice], shown, echo=prompt.text if body.echo and first else None)
+        for number, part in enumerate(found):
+            yield {**part, "prompt_token_ids": prompt.ids} if shown.token_ids and first and not number else part
 
     return await _respond(request, _Exchange(body=body, head=head, tally=tally, answers=answers, whole=whole, parts=parts),
                           "text_completion")
@@ -145,8 +148,7 @@ def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Pr
         sampling = body.sampling(
             max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.logprobs, draw_seed=services.draw_seed
         )
-        if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
-            sampling = replace(sampling, prompt_logprobs=body.logprobs)
+        sampling = replace(sampling, prompt_logprobs=body.scores_prompt)
         questions.append(Question(prompt.ids, sampling))
     return questions
 
@@ -158,6 +160,16 @@ async def _ask(
     model = await services.models.prepare(tenant, name)
     asker = Asker(tenant=tenant, model=model, arrival_s=arrival_s, tpot_ms=body.slo_tpot_ms, ttft_ms=body.slo_ttft_ms)
     return Answers(services, asker, questions)
+
+
+async def _shown(services: Services, body: GenerationRequest) -> Shown:
+    """What the response holds beside texts. Tokens are named in a thread before it is needed: that takes a while once."""
+    if body.wants_names and not body.return_tokens_as_token_ids:
+        await asyncio.to_thread(services.tokenizer.token_bytes.name, 0)
+    return Shown(
+        logprobs=body.num_logprobs, prompt_logprobs=body.prompt_logprobs, token_ids=bool(body.return_token_ids),
+        by_id=bool(body.return_tokens_as_token_ids),
+    )
 
 
 def _head(services: Services, prefix: str, name: str) -> dict[str, Any]:
@@ -187,10 +199,12 @@ async def _respond(request: Request, exchange: _Exchange, chunk_object: str) -> 
 async def _events(exchange: _Exchange, chunk_object: str) -> AsyncGenerator[bytes, None]:
     """A stream's events: chunks, a chunk of usage if asked for, the end."""
     body, tally, head = exchange.body, exchange.tally, {**exchange.head, "object": chunk_object}
+    opening = exchange.opening
     async for prompt, tokens in exchange.answers:
         choice = tally.add(prompt, tokens)
         for part in exchange.parts(choice, tokens):
-            chunk = {**head, "choices": [part]}
+            chunk = {**head, "choices": [part], **opening}
+            opening = {}
             if body.include_usage:
                 chunk["usage"] = tally.usage() if body.continuous_usage else None
             yield msgspec.json.encode(chunk)

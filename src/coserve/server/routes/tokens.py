@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 
 from coserve.core import InvalidRequest
+from coserve.detokenizer import whole_text
 from coserve.server.inference.bodies import body_reader, openapi_body
 from coserve.server.inference.fields import DETOKENIZE, TOKENIZE
 from coserve.server.inference.prompts import conversation_prompt, text_prompts
@@ -66,7 +67,7 @@ async def detokenize(services: Served, tenant: Tenant, body: DetokenizeBody) -> 
     last = services.engine.info.vocab_size - 1
     if body.tokens and max(body.tokens) > last:
         raise InvalidRequest(f"tokens: token ids must be from 0 to {last}", param="tokens")
-    return {"prompt": await asyncio.to_thread(services.tokenizer.decode, body.tokens, False)}
+    return {"prompt": await asyncio.to_thread(whole_text, services.tokenizer, body.tokens)}
 
 
 async def _check_model(services: Services, tenant: str, name: str | None) -> None:

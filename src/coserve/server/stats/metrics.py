@@ -243,9 +243,15 @@ class RequestMeter:
         self._ended = False
 
     def tokens(self, message: Tokens) -> None:
-        """What the engine sent for the request, in order. A message without tokens (a cancellation) measures nothing."""
+        """What the engine sent for the request, in order. A message without tokens measures nothing, but where only the prompt
+        was wanted, its tokens."""
         metrics, count = self._metrics, len(message.token_ids)
-        if self._ended or not count:
+        if self._ended:
+            return
+        if not count:
+            if message.finish_reason == "length" and message.begun_s is not None and not self._outputs:
+                metrics.prompt_tokens.inc(self._prompt_tokens)
+                metrics.cached_tokens.inc(message.cached_tokens)
             return
         if not self._outputs:
             ttft_s = message.time_s - self._arrival_s
@@ -279,7 +285,8 @@ class RequestMeter:
         for tpot_s in tpots_s:
             metrics.histograms["request_time_per_output_token_seconds"].observe(tpot_s)
             metrics.tpot_s.add(now, tpot_s)
-        if reason != "cancelled":  # the caller's choice says nothing about the server
+        wanted = bool(outputs) or reason != "length"  # a prompt that is only scored has no token to be in time
+        if reason != "cancelled" and wanted:  # the caller's choice says nothing about the server
             metrics.judge(self._objectives, now, ttft_s, max(tpots_s, default=None), failed=reason == "error")
         self._observe_sizes(outputs, reason)
 

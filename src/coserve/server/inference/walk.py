@@ -1,0 +1,91 @@
+"""A choice's tokens in its text: what each is called, what it adds, where it begins.
+
+    context  "Hi" | tokens   " the"  E2            9C            93            "<|im_end|>"
+                    name     " the"  "bytes:\\xe2"  "bytes:\\x9c"  "bytes:\\x93"  "<|im_end|>"
+                    offset   0       4             4             4             5
+
+Owns: the words of log-probabilities. Does not own: how bytes become text (detokenizer.py), the shape of a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from coserve.detokenizer import IncrementalDetokenizer
+from coserve.server.link.messages import LogprobEntry
+from coserve.tokenizer import ChatTokenizer
+
+
+class Step(NamedTuple):
+    """A token at its place. added: its bytes in the text, none if it doesn't show; offset: characters of the text before it."""
+
+    name: str
+    added: bytes
+    offset: int
+
+
+class TokenWalk:
+    """Follows one text. context: the ids before it; offset: characters before it; by_id: tokens are called `token_id:7`."""
+
+    def __init__(
+        self, tokenizer: ChatTokenizer, *, context: Sequence[int] = (), offset: int = 0, by_id: bool = False
+    ) -> None:
+        self._bytes, self._special_ids = tokenizer.token_bytes, tokenizer.special_ids
+        self._detokenizer = IncrementalDetokenizer(tokenizer, context=context)
+        self._offset, self._by_id = offset, by_id
+
+    def step(self, token: int) -> Step:
+        """The next token."""
+        self._detokenizer.push(token)
+        added = self._detokenizer.added
+        name = self._name(token)
+        if added and added != self._bytes[token] and not self._by_id:
+            name = added.decode()  # the first token of a whole text, without its space
+        return Step(name, added, self._offset + self._detokenizer.start)
+
+    def names(self, step: Step, entry: LogprobEntry) -> dict[int, str]:
+        """Names of an entry's tokens, all different."""
+        found = {token: self._name(token) for token, _ in entry.top}
+        if step.name in found.values():
+            found = {token: f"token_id:{token}" if name == step.name else name for token, name in found.items()}
+        return {**found, entry.token: step.name}
+
+    def spelled(self, token: int) -> bytes:
+        """What a token would add to a text that has begun."""
+        return b"" if token in self._special_ids else self._bytes[token]
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self._by_id else self._bytes.name(token)
+
+
+def prompt_offsets(tokenizer: ChatTokenizer, ids: Sequence[int], text: str) -> list[int]:
+    """Where a prompt's tokens begin in its text, in characters. A special token takes place where the text writes it out."""
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    pieces: list[str] = []
+    offsets: list[int] = []
+    written = 0  # characters of special tokens
+    for token in ids:
+        pieces.append(detokenizer.push(token))
+        offsets.append(detokenizer.start + written)
+        if token in tokenizer.special_ids:
+            spelled = tokenizer.token_bytes[token].decode()
+            if text.startswith(spelled, offsets[-1]):
+                pieces.append(spelled)
+                written += len(spelled)
+    if "".join(pieces) == text:
+        return offsets
+    ends = tokenizer.ends(text, ids)  # the tokenizer has changed the text, by a normal form say
+    return offsets if ends is None else _fitted(tokenizer, ids, text, ends)
+
+
+def _fitted(tokenizer: ChatTokenizer, ids: Sequence[int], text: str, ends: Sequence[int]) -> list[int]:
+    """Where tokens begin that end at `ends`: where their own text is right before it, else where the one before ends."""
+    offsets: list[int] = []
+    before = 0
+    for token, end in zip(ids, ends, strict=True):
+        own = tokenizer.token_bytes[token].decode(errors="ignore")
+        start = end - len(own)
+        offsets.append(start if start >= before and text[start:end] == own else before)
+        before = max(before, end)
+    return offsets
