@@ -286,13 +286,14 @@ class Engine:
         return self
 
     def close(self) -> None:
-        """Stops the thread, cancels what is left, waits for files being written and gives the pool's memory back."""
+        """Stops the thread, cancels requests, has each job write a checkpoint to `resume` from, waits for files being written and
+        gives the pool's memory back."""
         self._inbox.stop()
         with self._inbox.lock:
             self._inbox.close()
-            self.jobs.cancel_all()
             self.requests.cancel(list(self.requests.live))
-        self.jobs.writer.shutdown()
+            self.jobs.stop_all()
+        self.jobs.close()
         self.pool.release()
 
     def __enter__(self) -> Engine:

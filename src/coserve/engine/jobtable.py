@@ -64,6 +64,7 @@ class JobTable:
         self.new_number = new_number
         self.max_microbatches = config.scheduler.max_microbatches
         self.writer: ThreadExecutor = ThreadPoolExecutor(1, "coserve-writer")
+        self.recorder: ThreadExecutor = ThreadPoolExecutor(1, "coserve-recorder")
         self.jobs: dict[int, LiveJob] = {}
         self.microbatches: dict[int, Microbatch] = {}
         self.owners: dict[int, int] = {}
@@ -165,11 +166,16 @@ class JobTable:
                 job.handle.trained_tokens += tokens
         return total
 
-    def cancel_all(self) -> None:
-        """Ends every job."""
+    def stop_all(self) -> None:
+        """Ends every job's run; each leaves a checkpoint to go on from."""
         for job in list(self.jobs.values()):
-            job.cancel()
+            job.stop()
             self._remove_job(job)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self.recorder.shutdown()
+        self.writer.shutdown()
 
     def fail_all(self, error: CoserveError) -> None:
         """The engine has failed: nobody may wait for ever, whatever state things are in."""
