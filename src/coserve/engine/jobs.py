@@ -57,7 +57,7 @@ class JobHandle:
     """A job in an engine. status: running, paused, succeeded, failed or cancelled."""
 
     def __init__(self, name: str, directory: Path, act: Callable[[str], None]) -> None:
-        self.name, self.directory = name, directory
+        self.name, self.directory, self.label = name, directory, name
         self.status = "running"
         self.error: CoserveError | None = None
         self.events: list[JobEvent] = []

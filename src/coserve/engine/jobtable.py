@@ -22,6 +22,7 @@ from coserve.engine.batchwork import Microbatch
 from coserve.engine.budget import GIB, FittedPlan, Workload, asked_plan, fit_plan, shape_adapter
 from coserve.engine.finetuning import PreparedJob
 from coserve.engine.jobs import JobHandle, LiveJob
+from coserve.engine.watching import Watcher
 from coserve.finetune.datasets import Dataset
 from coserve.model.architecture import Architecture
 from coserve.peft.adapter import Adapter
@@ -147,9 +148,10 @@ class JobTable:
         del self.jobs[job.number]
         self.scheduler.remove_job(job.number)
 
-    def pump(self) -> None:
+    def pump(self, watcher: Watcher) -> None:
         """Every job goes as far as it can without running units."""
         for job in list(self.jobs.values()):
+            watcher.begin("a job's work between units", jobs=(job.handle.label,))
             if not job.pump():
                 self._remove_job(job)
 

@@ -278,8 +278,8 @@ class Job:
         return self.directory / "checkpoints"
 
     def resume(self) -> bool:
-        """Goes back to the newest whole checkpoint, if there is one; says how many steps run again. Raises InvalidRequest if the
-        job has changed."""
+        """Goes back to the newest whole checkpoint, if there is one; says how many steps run again. Raises InvalidRequest if
+        the job has changed."""
         found = latest_checkpoint(self.checkpoint_root, lambda message: self.listen(JobEvent(level="warn", message=message)))
         ran = max((row.step for row in self.table.rows()), default=0)
         if found is None:

@@ -95,7 +95,7 @@ def create_app(config: ServerConfig, *, report: Callable[[str], None] = _log.inf
         responses=ERROR_RESPONSES,
     )
     app.add_middleware(BodyLimits, max_bytes=config.max_body_bytes)
-    app.add_middleware(LastResort)
+    app.add_middleware(LastResort, log_requests=config.enable_log_requests)
     install_handlers(app)
     for module in _ROUTES:
         app.include_router(module.router)

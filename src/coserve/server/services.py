@@ -14,6 +14,7 @@ from coserve.server.index.store import Store
 from coserve.server.index.tenants import Tenants
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
+from coserve.server.logs import note_tenant
 from coserve.server.models import ModelDirectory
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
@@ -56,7 +57,9 @@ async def get_tenant(
     request: Request, services: Served, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> str:
     """Who asks; the index is read at most once a second for it. Raises Unauthorized."""
-    return services.tenants.identify(request.headers.get("authorization"))
+    tenant = services.tenants.identify(request.headers.get("authorization"))
+    note_tenant(tenant)
+    return tenant
 
 
 Tenant = Annotated[str, Depends(get_tenant)]

@@ -10,8 +10,9 @@ Owns: who may do what with which job, validation of the data, the index's recove
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from coserve.server.models import ModelDirectory
 from coserve.server.records import CheckpointRecord, EventRecord, JobRecord, new_id, now
 from coserve.server.settings import ServerConfig
 
+_DISK_WAIT_S = 2.0
+"""A change that the disk refuses holds all the same: its answer doesn't wait for longer until it is written."""
 MAX_UNFINISHED = 1000
 """Jobs of one tenant that may wait or run."""
 
@@ -150,7 +153,16 @@ class JobService:
         """Ends a job; its checkpoints stay. Raises NotFound, Conflict."""
         live = await self._unfinished(tenant, id)
         self._runner.act(live, "cancel")
-        await self._runner.finish(live, "cancelled")
+        ended = asyncio.Event()
+
+        async def end() -> None:
+            try:
+                await self._runner.finish(live, "cancelled")
+            finally:
+                ended.set()
+
+        self._runner.spawn(end(), live)
+        await _wait_for_disk(ended.wait())
         return live.record
 
     async def pause(self, tenant: str, id: str) -> JobRecord:
@@ -171,12 +183,14 @@ class JobService:
         self._runner.note(id, "The job was paused" if paused else "The job was resumed")
         written = self._runner.change(live, manifest=True, paused=paused)
         self._runner.pump()
-        await written
+        await _wait_for_disk(asyncio.shield(written))
         return live.record
 
     async def _unfinished(self, tenant: str, id: str) -> LiveJob:
         await asyncio.to_thread(self.get, tenant, id)
         live = self._runner.live.get(id)
+        if live is None and self._runner.ending.get(id) is not None and self._runner.ending[id].status == "succeeded":
+            raise Conflict(f"job {id} has run all its steps; its result is being written", param="fine_tuning_job_id")
         if live is None:
             raise Conflict(f"job {id} has ended", param="fine_tuning_job_id")
         return live
@@ -187,13 +201,14 @@ class JobService:
         """Raises NotFound."""
         if not is_job_id(id):
             raise NotFound("there is no fine-tuning job of this id", param="fine_tuning_job_id")
-        return self._store.get_job(tenant, id)
+        return self._runner.present(self._store.get_job(tenant, id))
 
     def list_jobs(
         self, tenant: str, *, after: str | None, limit: int, metadata: dict[str, str] | None
     ) -> tuple[list[JobRecord], bool]:
         """Newest first, and whether more follow."""
-        return self._store.list_jobs(tenant, after=after, limit=limit, metadata=metadata)
+        found, more = self._store.list_jobs(tenant, after=after, limit=limit, metadata=metadata)
+        return [self._runner.present(record) for record in found], more
 
     def list_events(self, tenant: str, id: str, *, after: str | None, limit: int) -> tuple[list[EventRecord], bool]:
         """Newest first. Raises NotFound."""
@@ -209,7 +224,7 @@ class JobService:
         record = await asyncio.to_thread(self.get, tenant, id)
         if after is not None:
             await asyncio.to_thread(self._store.list_events, id, after=after, limit=1)
-        return self._runner.journal.follow(record, lambda: has_ended(self.get(tenant, id)), after)
+        return self._runner.journal.follow(record, lambda: has_ended(self._store.get_job(tenant, id)), after)
 
     def describe(self, record: JobRecord) -> dict[str, Any]:
         """OpenAI's object, with the pace of a running job."""
@@ -224,7 +239,7 @@ class JobService:
         adapter = await asyncio.to_thread(self._models.find_record, tenant, name)
         if adapter.tenant != tenant or adapter.job is None:
             raise Forbidden(f"model: {name} is not the model of a finetuning job of yours", param="model")
-        if adapter.job in self._runner.live:
+        if adapter.job in self._runner.live or adapter.job in self._runner.ending:
             raise Conflict(f"model: job {adapter.job} has not ended; cancel it first", param="model")
         await self._runner.journal.write(functools.partial(self._outputs.delete_model, adapter))
         await self._models.drop_loaded(tenant, name)
@@ -248,3 +263,8 @@ class JobService:
                     self._store.update_job(record.id, **{name: getattr(record, name) for name in END_FIELDS})
             self._outputs.restore(record, self._runner.tuned(record))
         return self._store.unfinished_jobs()
+
+
+async def _wait_for_disk(written: Awaitable[object]) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(written, _DISK_WAIT_S)

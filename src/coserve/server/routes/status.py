@@ -47,7 +47,8 @@ async def health(services: Served) -> JSONResponse:
     engine = services.engine
     if engine.ready:
         return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "engine unavailable", **({"reason": engine.failure} if engine.failure else {})}, 503)
+    trouble = engine.trouble
+    return JSONResponse({"status": "engine unavailable", **({"reason": trouble} if trouble else {})}, 503)
 
 
 @router.get("/version", summary="The server's version")
