@@ -24,6 +24,10 @@ class FakeEngine:
     def __init__(self) -> None:
         self.ready, self.num_restarts, self.mood, self.failure = True, 3, "well", None
 
+    @property
+    def trouble(self) -> str | None:
+        return self.failure
+
     async def stats(self) -> dict[str, Any]:
         if self.mood == "dying":
             raise EngineUnavailable("the engine has died")

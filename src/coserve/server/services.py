@@ -16,6 +16,7 @@ from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.logs import note_tenant
 from coserve.server.models import ModelDirectory
+from coserve.server.selfwatch import SelfWatch
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
 from coserve.tokenizer import ChatTokenizer
@@ -23,7 +24,8 @@ from coserve.tokenizer import ChatTokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """tokenizer: the base model's, in this process. draw_seed: for a request that gives none, below 2^32."""
+    """tokenizer: the base model's, in this process. draw_seed: for a request that gives none, below 2^32.
+    watch: over this process; None in tests without a server."""
 
     config: ServerConfig
     engine: EngineClient
@@ -35,6 +37,7 @@ class Services:
     models: ModelDirectory
     metrics: ServerMetrics
     draw_seed: Callable[[], int]
+    watch: SelfWatch | None = None
 
 
 async def get_services(request: Request) -> Services:

@@ -45,7 +45,7 @@ class JobJournal:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: dict[str, deque[_Kept]] = {}  # of the thread
         self._busy_since: float | None = None
-        self._closing = False
+        self._closing = self._ending = False
 
     def write(self, action: Callable[[], _T]) -> asyncio.Future[_T]:
         """Runs an action behind those before it. A failure is raised where the future is awaited, and logged."""
@@ -160,7 +160,7 @@ class JobJournal:
                 if event.seq > last:
                     last = event.seq
                     yield event
-            while not over:
+            while not (over or self._ending):
                 new = await queue.get()
                 if new is None:
                     return
@@ -173,12 +173,17 @@ class JobJournal:
             if not followers:
                 self._followers.pop(job.id, None)
 
+    def end_streams(self) -> None:
+        """The server is about to end: who follows events is let go."""
+        self._ending = True
+        for job in list(self._followers):
+            self._hand_out(job, None)
+
     async def close(self) -> None:
         """Ends all streams; waits until everything is written that the disk takes. The rest is told again at the next start,
         from manifests and tables."""
         self._closing = True
-        for job in list(self._followers):
-            self._hand_out(job, None)
+        self.end_streams()
         await asyncio.to_thread(self._thread.shutdown)
         for waiting in self._waiting.values():
             for kept in waiting:

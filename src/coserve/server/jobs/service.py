@@ -66,6 +66,14 @@ class JobService:
         """Before the engine's end: jobs go on at the next start. Waits for what is being written."""
         await self._runner.stop()
 
+    def end_streams(self) -> None:
+        """Lets go who follows events: the server is about to end."""
+        self._runner.journal.end_streams()
+
+    def journal_busy_s(self) -> float:
+        """For how long what is being written about jobs has been under way."""
+        return self._runner.journal.busy_s
+
     # --- creation ---
 
     async def create(self, tenant: str, body: CreateJob) -> JobRecord:

@@ -46,7 +46,8 @@ async def health(services: Served) -> JSONResponse:
     """200 or 503."""
     engine = services.engine
     if engine.ready:
-        return JSONResponse({"status": "ok"})
+        problem = None if services.watch is None else services.watch.problem
+        return JSONResponse({"status": "ok", **({"problem": problem} if problem else {})})
     trouble = engine.trouble
     return JSONResponse({"status": "engine unavailable", **({"reason": trouble} if trouble else {})}, 503)
 
