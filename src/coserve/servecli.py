@@ -10,9 +10,11 @@ import asyncio
 import contextlib
 import datetime
 import logging
+import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,6 +110,9 @@ def serve(
         raise typer.Exit(2) from None
     finally:
         handler.close()
+    # All is written and closed. Python would take seconds to free what torch has made, while a restart waits for this process.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 class _Server(uvicorn.Server):

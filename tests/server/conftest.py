@@ -83,7 +83,7 @@ class RunningServer:
             self.process.kill()
             raise
         assert self.process.poll() is None, self.log
-        self.url = self.log.partition('OpenAI(base_url="')[2].partition('/v1"')[0]
+        self.url = self.log.replace('\\"', '"').partition('OpenAI(base_url="')[2].partition('/v1"')[0]
 
     @property
     def log(self) -> str:

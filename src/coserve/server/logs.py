@@ -4,7 +4,8 @@
     json   {"time": "2026-01-31T12:00:00.123Z", "level": "warning", "process": "api", "message": "...", "job": "ftjob-1", ...}
 
 Levels below warning go to standard output, the others to standard error. Owns: formats, context, folding. Does not own: what is
-logged. A logger is told ids by `extra={"job": ...}`; a request's and a tenant's come from the context by themselves.
+logged. A logger is told ids by `extra={"job": ...}`; a request's and a tenant's come from the context by themselves. `fold`:
+False for a line that is written every time; `fields`: more of what JSON holds.
 """
 
 from __future__ import annotations
@@ -137,6 +138,9 @@ class FoldingHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Holds the handler's lock, as logging does around it."""
         try:
+            if not getattr(record, "fold", True):
+                self._write(record)
+                return
             now, trace = time.monotonic(), _trace(record)
             key = (record.levelname, record.name, record.getMessage(), trace, *_ids(record).values())
             known = self._folded.get(key)

@@ -114,4 +114,5 @@ def _log_request(scope: Scope, status: int, seconds: float) -> None:
     client = scope.get("client")
     if client is not None:
         shown["client"] = client[0]
-    _log.info("%s %s: %s in %.3f s", scope["method"], scope["path"], status or "left", seconds, extra={"fields": shown})
+    extra = {"fields": shown, "fold": False}
+    _log.info("%s %s: %s in %.3f s", scope["method"], scope["path"], status or "left", seconds, extra=extra)
