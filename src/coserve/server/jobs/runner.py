@@ -210,7 +210,7 @@ class JobRunner:
             elif live.strike(alone=end.alone):
                 error = JobFailed(
                     f"the engine has stopped {MAX_STRIKES} times or more while it worked on this job at step "
-                    f"{live.furthest + 1}, so the job is given up; the last time: {end.reason}"
+                    f"{max(live.furthest, live.record.step) + 1}, so the job is given up; the last time: {end.reason}"
                 )
                 self.spawn(self.fail(live, error), live)
             else:
@@ -255,11 +255,12 @@ class JobRunner:
                 self.spawn(self._models.drop_loaded(record.tenant, model))
 
         def put() -> None:
-            if (directory / CHECKPOINT_MANIFEST).is_file():  # else keep_checkpoints has taken it already
-                model = self._outputs.put_checkpoint(record, tuned, step, directory, metrics)
-                self.journal.event(record.id, f"Checkpoint created at step {step}, served as {model}")
+            there = (directory / CHECKPOINT_MANIFEST).is_file()  # else keep_checkpoints has taken it already
+            model = self._outputs.put_checkpoint(record, tuned, step, directory, metrics) if there else None
             for gone in self._outputs.prune(record):
                 loop.call_soon_threadsafe(drop, gone)
+            if model is not None:  # last, so that it is there once, however often this is tried
+                self.journal.event(record.id, f"Checkpoint created at step {step}, served as {model}")
 
         self.journal.keep(record.id, put)
 
