@@ -32,7 +32,6 @@ def play(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     """Runs stories one after the other, each on a new server over the same data directory."""
     monkeypatch.setattr(journal, "RETRY_S", 0.01)
     monkeypatch.setattr(runner, "RETRY_S", 0.01)
-    monkeypatch.setattr("coserve.server.jobs.service._DISK_WAIT_S", 0.1)
 
     def run(*stories: Story, **settings: Any) -> None:
         async def one(story: Story) -> None:

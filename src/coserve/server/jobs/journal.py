@@ -63,6 +63,10 @@ class JobJournal:
         self._thread.submit(self._timed, lambda: self._put(job, _Kept(action, future)))
         return future
 
+    def refuses(self, job: str) -> bool:
+        """Whether the disk refuses what is kept of a job."""
+        return job in self._waiting
+
     @property
     def busy_s(self) -> float:
         """For how long the thread has been at the present action."""

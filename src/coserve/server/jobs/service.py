@@ -10,9 +10,9 @@ Owns: who may do what with which job, validation of the data, the index's recove
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ from coserve.server.models import ModelDirectory
 from coserve.server.records import CheckpointRecord, EventRecord, JobRecord, new_id, now
 from coserve.server.settings import ServerConfig
 
-_DISK_WAIT_S = 2.0
-"""A change that the disk refuses holds all the same: its answer doesn't wait for longer until it is written."""
+_DISK_WAIT_S, _LOOK_EVERY_S = 20.0, 0.05
+"""For how long the answer to a change waits for a disk that neither takes nor refuses it; how often it looks."""
 MAX_UNFINISHED = 1000
 """Jobs of one tenant that may wait or run."""
 
@@ -161,16 +161,17 @@ class JobService:
         """Ends a job; its checkpoints stay. Raises NotFound, Conflict."""
         live = await self._unfinished(tenant, id)
         self._runner.act(live, "cancel")
-        ended = asyncio.Event()
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         async def end() -> None:
             try:
                 await self._runner.finish(live, "cancelled")
             finally:
-                ended.set()
+                ended.cancel()
 
         self._runner.spawn(end(), live)
-        await _wait_for_disk(ended.wait())
+        await asyncio.sleep(0)  # it begins
+        await self._written_or_refused(id, ended)
         return live.record
 
     async def pause(self, tenant: str, id: str) -> JobRecord:
@@ -191,8 +192,14 @@ class JobService:
         self._runner.note(id, "The job was paused" if paused else "The job was resumed")
         written = self._runner.change(live, manifest=True, paused=paused)
         self._runner.pump()
-        await _wait_for_disk(asyncio.shield(written))
+        await self._written_or_refused(id, written)
         return live.record
+
+    async def _written_or_refused(self, id: str, written: asyncio.Future[None]) -> None:
+        """A change holds also if the disk refuses it for now: its answer doesn't wait until it takes it."""
+        limit = time.monotonic() + _DISK_WAIT_S
+        while not written.done() and not self._runner.journal.refuses(id) and time.monotonic() < limit:
+            await asyncio.wait([written], timeout=_LOOK_EVERY_S)
 
     async def _unfinished(self, tenant: str, id: str) -> LiveJob:
         await asyncio.to_thread(self.get, tenant, id)
@@ -271,8 +278,3 @@ class JobService:
                     self._store.update_job(record.id, **{name: getattr(record, name) for name in END_FIELDS})
             self._outputs.restore(record, self._runner.tuned(record))
         return self._store.unfinished_jobs()
-
-
-async def _wait_for_disk(written: Awaitable[object]) -> None:
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(written, _DISK_WAIT_S)
