@@ -10,19 +10,21 @@ import asyncio
 import contextlib
 import datetime
 import logging
+import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import uvicorn
-from rich.console import Console
 from typer.core import TyperCommand
 
-from coserve.core import ConfigError
+from coserve.core import ConfigError, CoserveError
+from coserve.server import logs
 from coserve.server.app import create_app, index_url, open_services
 from coserve.server.errors import Unauthorized
 from coserve.server.index.store import Store
@@ -34,7 +36,7 @@ from coserve.server.settings import ServerConfig, read_settings
 from coserve.server.vllmflags import drop_flags
 
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
-console = Console(highlight=False, soft_wrap=True, markup=False)
+_log = logging.getLogger(__name__)
 
 GIB = 1 << 30
 _LAST_ANSWERS_S = 2.0
@@ -90,12 +92,27 @@ def serve(
     organization: Annotated[str | None, typer.Option(help="Third part of tuned models' names (coserve).")] = None,
     vllm_metrics: Annotated[bool | None, typer.Option("--vllm-metrics", help="Metrics under vLLM's names too.")] = None,
     shutdown_timeout: Annotated[float | None, typer.Option(help="Seconds for running requests at the end (10).")] = None,
+    watchdog_timeout: Annotated[float | None, typer.Option(help="Seconds to a restart of a hung engine (60); 0: off.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error (info).")] = None,
+    enable_log_requests: Annotated[bool | None, typer.Option("--enable-log-requests", help="A line per request.")] = None,
 ) -> None:
     """Serve a model and finetune on it, with OpenAI's API."""
     given = {name: value for name, value in context.params.items() if name != "config" and value not in (None, (), [])}
     settings = read_settings(config, given)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    asyncio.run(run_server(settings))
+    handler = logs.configure("api", format=settings.log_format, level=settings.log_level)
+    try:
+        asyncio.run(run_server(settings))
+    except (CoserveError, OSError) as error:
+        if settings.log_format != "json":
+            raise
+        _log.error("%s", error)
+        raise typer.Exit(2) from None
+    finally:
+        handler.close()
+    # All is written and closed. Python would take seconds to free what torch has made, while a restart waits for this process.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 class _Server(uvicorn.Server):
@@ -110,7 +127,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         for line in self.lines:
-            console.print(line)
+            _log.info("%s", line)
 
 
 async def run_server(config: ServerConfig) -> None:
@@ -127,7 +144,7 @@ async def run_server(config: ServerConfig) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, this.cancel)
         try:
-            async with open_services(config, console.print) as services:
+            async with open_services(config, _report) as services:
                 app.state.services = services
                 server.lines = describe(services, listener.getsockname()[1])
 
@@ -135,14 +152,19 @@ async def run_server(config: ServerConfig) -> None:
                     if server.should_exit:
                         server.force_exit = True
                     server.should_exit = True
+                    services.jobs.end_streams()  # they would last as long as their jobs
                     loop.call_later(config.shutdown_timeout, services.engine.fail_requests, "the server is ending")
 
                 for number in (signal.SIGINT, signal.SIGTERM):
                     loop.add_signal_handler(number, end)
                 await server.serve(sockets=[listener])
-                console.print("ending ...")
+                _log.info("ending ...")
         except asyncio.CancelledError:
-            console.print("ended before it was ready")
+            _log.info("ended before it was ready")
+
+
+def _report(line: str) -> None:
+    _log.info("%s", line)
 
 
 def bind(host: str, port: int) -> socket.socket:

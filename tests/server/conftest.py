@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -66,13 +67,13 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> float:
 class RunningServer:
     """One server. url: without /v1; log: what it has printed."""
 
-    def __init__(self, model: Path, data_dir: Path, *options: str) -> None:
+    def __init__(self, model: Path, data_dir: Path, *options: str, program: Sequence[str] = ("-c", _PROGRAM)) -> None:
         data_dir.parent.mkdir(parents=True, exist_ok=True)
         self.model, self.data_dir = model, data_dir
         self._log_path = data_dir.with_name(f"{data_dir.name}-{time.monotonic_ns()}.log")
         with self._log_path.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, "serve", str(model), "--port", "0", "--data-dir", str(data_dir), *_SETTINGS,
+                [sys.executable, *program, "serve", str(model), "--port", "0", "--data-dir", str(data_dir), *_SETTINGS,
                  *options],
                 stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
@@ -82,7 +83,7 @@ class RunningServer:
             self.process.kill()
             raise
         assert self.process.poll() is None, self.log
-        self.url = self.log.partition('OpenAI(base_url="')[2].partition('/v1"')[0]
+        self.url = self.log.replace('\\"', '"').partition('OpenAI(base_url="')[2].partition('/v1"')[0]
 
     @property
     def log(self) -> str:
@@ -154,8 +155,8 @@ def start_server(tiny_model: Path, tmp_path: Path) -> Iterator[StartServer]:
     """start_server(*options, data_dir=None, model=None): servers that end with the test; of the tiny model by default."""
     running: list[RunningServer] = []
 
-    def start(*options: str, data_dir: Path | None = None, model: Path | None = None) -> RunningServer:
-        running.append(RunningServer(model or tiny_model, data_dir or tmp_path / "data", *options))
+    def start(*options: str, data_dir: Path | None = None, model: Path | None = None, **how: Any) -> RunningServer:
+        running.append(RunningServer(model or tiny_model, data_dir or tmp_path / "data", *options, **how))
         return running[-1]
 
     yield start

@@ -27,8 +27,8 @@ from coserve.core import CoserveError, NotFound
 from coserve.detokenizer import IncrementalDetokenizer
 from coserve.server.errors import EngineUnavailable, Unauthorized
 from coserve.server.handlers import install_handlers
-from coserve.server.link.engineclient import RequestStream
 from coserve.server.link.messages import LogprobEntry, Ready, Tokens
+from coserve.server.link.streams import RequestStream
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.models import ServedModel
 from coserve.server.routes import inference, tokens

@@ -19,6 +19,7 @@ from coserve.server.index.store import Store
 from coserve.server.jobs.body import read_body
 from coserve.server.jobs.service import JobService
 from coserve.server.link.messages import JobEnded, JobHappened, Problem, Ready
+from coserve.server.link.supervisor import EngineEnd
 from coserve.server.models import ModelDirectory
 from coserve.server.records import EventRecord, JobRecord
 from coserve.server.settings import ServerConfig
@@ -40,6 +41,7 @@ class FakeEngine:
 
     def __init__(self, model: Path) -> None:
         self.ready, self.generation, self.num_restarts = True, 1, 0
+        self.last_end: EngineEnd | None = None
         self.info = Ready(
             model="some/Base-1", directory=str(model), fingerprint="f", architecture="llama", num_parameters=1, vocab_size=400,
             max_model_len=512, device="cpu", dtype="float32", threads=1, memory={}, start_s=0.1,
@@ -128,8 +130,8 @@ class FakeEngine:
             write_adapter(self._output(job))
         self.say(JobEnded(id=job, status=status, step=step, trained_tokens=step * 100, problem=problem))
 
-    def die(self) -> None:
-        self.ready = False
+    def die(self, end: EngineEnd | None = None) -> None:
+        self.ready, self.last_end = False, end
         self.adapters.clear()
         for listener in self.down_listeners:
             listener()

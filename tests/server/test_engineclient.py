@@ -25,7 +25,7 @@ from coserve.peft.format import save_adapter
 from coserve.scheduler.latency import LatencyModel
 from coserve.server.errors import EngineUnavailable
 from coserve.server.link import engineclient, enginemain
-from coserve.server.link.engineclient import EngineClient, RequestStream, merge_tokens
+from coserve.server.link.engineclient import EngineClient
 from coserve.server.link.mailbox import Mailbox
 from coserve.server.link.messages import (
     Failed,
@@ -39,6 +39,7 @@ from coserve.server.link.messages import (
     encode,
 )
 from coserve.server.link.setup import Setup, read_setup, write_setup
+from coserve.server.link.streams import RequestStream, merge_tokens
 from coserve.server.link.supervisor import MAX_FAILURES, restart_delay_s
 from coserve.server.locks import hold
 from coserve.server.settings import ServerConfig

@@ -633,7 +633,7 @@ def test_a_full_disk_at_creation_leaves_nothing(play: Callable[..., None], monke
 def test_a_full_disk_at_the_end_is_waited_for(play: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
-        monkeypatch.setattr("coserve.server.jobs.runner.RETRY_S", 0.01)
+        monkeypatch.setattr("coserve.server.jobs.journal.RETRY_S", 0.01)
         refused: list[int] = []
 
         def refuse(*_: object) -> None:

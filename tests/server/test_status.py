@@ -24,6 +24,12 @@ class FakeEngine:
     def __init__(self) -> None:
         self.ready, self.num_restarts, self.mood, self.failure = True, 3, "well", None
 
+        self.watch = SimpleNamespace(problem=None)
+
+    @property
+    def trouble(self) -> str | None:
+        return self.failure
+
     async def stats(self) -> dict[str, Any]:
         if self.mood == "dying":
             raise EngineUnavailable("the engine has died")
@@ -56,6 +62,7 @@ def client(engine: FakeEngine) -> TestClient:
     records = [SimpleNamespace(status="running", paused=False), SimpleNamespace(status="running", paused=True),
                SimpleNamespace(status="queued", paused=False)]
     app.state.services = SimpleNamespace(
+        watch=engine.watch,
         engine=engine, store=SimpleNamespace(unfinished_jobs=lambda: records), tenants=FakeTenants(),
         metrics=ServerMetrics(ServerConfig(), "tiny"),
     )
@@ -65,8 +72,10 @@ def client(engine: FakeEngine) -> TestClient:
 @pytest.mark.parametrize("path", ["/health", "/ping"])
 def test_probes_follow_the_engine(client: TestClient, engine: FakeEngine, path: str) -> None:
     assert client.get(path).status_code == 200
-    engine.ready = False
-    assert client.get(path).status_code == 503
+    engine.watch.problem = "the disk doesn't answer"
+    assert (client.get(path).status_code, client.get(path).json()["problem"]) == (200, "the disk doesn't answer")
+    engine.ready, engine.failure = False, "it hangs"
+    assert (client.get(path).status_code, client.get(path).json()["reason"]) == (503, "it hangs")
 
 
 def test_version(client: TestClient) -> None:

@@ -360,7 +360,7 @@ def test_a_failed_job_can_be_resumed(tmp_path: Path) -> None:
     events: list[JobEvent] = []
     job = make_job(tmp_path, config, verbs, events=events)
     assert job.resume()
-    assert (events[0].level, events[0].message) == ("info", "resumed after step 4 from step-00000004")
+    assert (events[0].level, events[0].message) == ("info", "resumed after step 4 from step-00000004; step 5 runs again")
     job.run()
     assert verbs.named("restore") == [(4,)]
     assert [call[0] for call in verbs.calls].count("publish") == 1
@@ -482,7 +482,8 @@ def test_all_checkpoints_damaged_starts_over_and_mends_them(tmp_path: Path) -> N
     events: list[JobEvent] = []
     job = make_job(tmp_path, settings(), FakeVerbs(), events=events)
     assert not job.resume()
-    assert [event.level for event in events] == ["warn"]
+    assert [event.level for event in events] == ["warn", "info"]
+    assert "begins again at step 1; 6 steps run again: 1 to 6" in events[1].message
     job.run()
     assert read_manifest(tmp_path / "checkpoints" / "step-00000006")["step"] == 6
     assert [row.step for row in job.table.rows()] == [1, 2, 3, 4, 5, 6]

@@ -20,7 +20,7 @@ from coserve.core import CoserveError
 START_S = 300.0
 """The first start on a machine measures what it can do."""
 STOP_S = 20.0
-_PAGE = re.compile(r"^page\s+(http://\S+?)/$")
+_PAGE = re.compile(r"^(?:\S+ INFO api )?page\s+(http://\S+?)/$")
 _LAST_LINES = 5
 _T = TypeVar("_T")
 

@@ -30,6 +30,7 @@ from coserve.engine.profiling import latency_model
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.engine.requesttable import RequestTable
 from coserve.engine.step import Lookup, StepRunner
+from coserve.engine.watching import Watcher
 from coserve.finetune.job import JobEvent
 from coserve.peft.adapter import Adapter
 from coserve.runtime.adapters import AdapterSlots
@@ -55,13 +56,13 @@ class Engine:
     """Serves and finetunes on `model`.
 
     latency: the model of iteration times; None profiles the machine once (cached). clock: seconds, rising. runner: None runs on
-    the device. Raises ConfigError, CapacityError.
+    the device. watcher: is told what the engine's thread does. Raises ConfigError, CapacityError.
     """
 
     def __init__(
         self, model: LoadedModel, config: EngineConfig | None = None, *, latency: LatencyModel | None = None,
         clock: Callable[[], float] = time.perf_counter, runner: Runner | None = None,
-        report: Callable[[str], None] = lambda _: None,
+        report: Callable[[str], None] = lambda _: None, watcher: Watcher | None = None,
     ) -> None:
         self.model, self.config, self.clock = model, config or EngineConfig(), clock
         arch, weights, blocks = model.architecture, model.weights, self.config.block_tokens
@@ -87,7 +88,7 @@ class Engine:
         numbers = itertools.count(1).__next__
         self.requests = RequestTable(model, self.blocks, self.scheduler, self.adapters, numbers, clock)
         self.jobs = JobTable(arch, self.config, self.blocks, self.pool, self.scheduler, self.adapters, numbers)
-        self._inbox = Inbox()
+        self._inbox = Inbox(watcher)
         self._counts: dict[str, float] = dict.fromkeys(
             ("iterations", "inference_tokens", "prompt_tokens", "finetune_tokens", "busy_s", "inference_busy_s",
              "finetune_busy_s"), 0.0,
@@ -110,11 +111,13 @@ class Engine:
     def submit(
         self, prompt: Sequence[int] | str, sampling: SamplingConfig | None = None, *, adapter: str | None = None,
         tenant: str = "", tpot_ms: float | None = None, ttft_ms: float | None = None, arrival_s: float | None = None,
+        label: str = "",
     ) -> RequestHandle:
         """Takes a request: token ids, or a text to continue. Thread-safe.
 
         tpot_ms, ttft_ms: its own objectives. arrival_s: when it is counted from; default now. tenant: whose fair share it uses
-        and whose prefixes it may share. Raises InvalidRequest, NotFound (adapter), CapacityError (too many wait).
+        and whose prefixes it may share. label: its name for a watcher. Raises InvalidRequest, NotFound (adapter), CapacityError
+        (too many wait).
         """
         config, limits = sampling or SamplingConfig(), self.config.scheduler
         ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
@@ -129,8 +132,9 @@ class Engine:
         numbers: list[int] = []
         handle = RequestHandle(
             ids, config, self.now() if arrival_s is None else arrival_s,
-            lambda: self._inbox.post(lambda: self.requests.cancel(numbers)),
+            lambda: self._inbox.post(lambda: self.requests.cancel(numbers), f"cancel request {label}"),
         )
+        handle.label = label
         objectives = ((tpot_ms or limits.tpot_ms) / 1e3, (ttft_ms or limits.ttft_ms) / 1e3)
 
         def admit() -> None:
@@ -140,7 +144,7 @@ class Engine:
                 self.requests.refuse(handle, CoserveError(f"the engine stopped: {error!r}"))
                 raise
 
-        self._inbox.post(admit)
+        self._inbox.post(admit, f"admit request {label}")
         return handle
 
     def generate(
@@ -202,30 +206,33 @@ class Engine:
         Raises NotFound, InvalidRequest.
         """
         adapter = self.model.load_adapter(Path(directory))
-        self._inbox.call(lambda: self.adapters.publish(name, adapter))
+        self._inbox.call(lambda: self.adapters.publish(name, adapter), f"publish adapter {name}")
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """The same from memory; `adapter` must not change afterwards."""
-        self._inbox.call(lambda: self.adapters.publish(name, adapter))
+        self._inbox.call(lambda: self.adapters.publish(name, adapter), f"publish adapter {name}")
 
     def unload_adapter(self, name: str) -> None:
         """Requests can't ask for it any more; those that use it go on. Raises NotFound."""
-        self._inbox.call(lambda: self.adapters.remove(name))
+        self._inbox.call(lambda: self.adapters.remove(name), f"remove adapter {name}")
 
     def finetune(
         self, data: str | Path, output: str | Path, config: FinetuneConfig | None = None, *, name: str | None = None,
         validation: str | Path | None = None, start: str | Path | None = None, resume: bool = False, tenant: str = "",
-        weight: float = 1.0, listen: Callable[[JobEvent], None] = lambda event: None,
+        weight: float = 1.0, listen: Callable[[JobEvent], None] = lambda event: None, label: str = "",
     ) -> JobHandle:
         """Starts a finetuning job beside the requests. Each checkpoint and the result can be asked for as adapter `name`.
 
         data, validation: JSON Lines files; output: the job's directory; start: an adapter to continue from; weight: its share
-        among jobs. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is written.
+        among jobs; label: its name for a watcher. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything
+        is written.
         """
         config, directory = config or FinetuneConfig(), Path(output)
         handle = JobHandle(
-            name or directory.name, directory, lambda action: self._inbox.post(lambda: self.jobs.act(handle, action))
+            name or directory.name, directory,
+            lambda action: self._inbox.post(lambda: self.jobs.act(handle, action), f"{action} job {handle.label}"),
         )
+        handle.label = label or handle.name
 
         def hear(event: JobEvent) -> None:
             handle.listen(event)
@@ -241,22 +248,35 @@ class Engine:
         for plan in (prepared.trainer.plan, prepared.trainer.scoring):
             self.train.prepare(plan)
         handle.num_steps, handle.step = prepared.job.num_steps, prepared.job.cursor.step
-        self._inbox.post(lambda: self.jobs.begin(prepared, handle, tenant, weight))
+        self._inbox.post(lambda: self.jobs.begin(prepared, handle, tenant, weight), f"begin job {handle.label}")
         return handle
 
     # --- iterations ---
 
     def step(self) -> bool:
         """One iteration; False if there was nothing to do. Not to be called while the engine has a thread."""
+        watcher = self._inbox.watcher
         with self._inbox.lock:
             self._inbox.drain()
-            self.jobs.pump()
+            self.jobs.pump(watcher)
+            watcher.begin("planning an iteration")
             plan = self.scheduler.schedule(self.now())
             if plan.empty:
                 return False
+            requests, jobs = self._holds(plan)
+            watcher.begin(f"an iteration ({plan.kind})", plan.predicted_s, jobs=jobs, requests=requests)
             result = self.runner.run(plan, self._lookup())
+            watcher.begin("taking what an iteration gave", requests=requests)
             self._commit(plan, result)
             return True
+
+    def _holds(self, plan: StepPlan) -> tuple[list[str], list[str]]:
+        """Labels of the requests and of the jobs that a plan works for, without repeats."""
+        live, jobs, owners = self.requests.live, self.jobs.jobs, self.jobs.owners
+        requests = {live[span.request].handle.label: None for span in plan.spans if span.request in live}
+        numbers = [owners.get(work.microbatch, -1) for work in plan.units]
+        numbers += [part.job for part in plan.optimizer] + [copy.job for copy in plan.copies]
+        return list(requests), list({jobs[number].handle.label: None for number in numbers if number in jobs})
 
     def _lookup(self) -> Lookup:
         jobs = self.jobs
@@ -286,13 +306,14 @@ class Engine:
         return self
 
     def close(self) -> None:
-        """Stops the thread, cancels what is left, waits for files being written and gives the pool's memory back."""
+        """Stops the thread, cancels requests, has each job write a checkpoint to `resume` from, waits for files that are being
+        written and gives the pool's memory back."""
         self._inbox.stop()
         with self._inbox.lock:
             self._inbox.close()
-            self.jobs.cancel_all()
             self.requests.cancel(list(self.requests.live))
-        self.jobs.writer.shutdown()
+            self.jobs.stop_all()
+        self.jobs.close()
         self.pool.release()
 
     def __enter__(self) -> Engine:

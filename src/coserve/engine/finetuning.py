@@ -252,7 +252,9 @@ def finetune(
         prepared.job.run()
     finally:
         torch.use_deterministic_algorithms(were_deterministic)
-    adapter = prepared.finish()
+    prepared.job.insist(prepared.finish)
+    adapter = prepared.trainer.published
+    assert adapter is not None
     return FinetuneResult(directory=directory, model=loaded, adapter=adapter, rows=tuple(prepared.job.table.rows()))
 
 

@@ -14,18 +14,20 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from coserve.core import CoserveError
+from coserve.engine.watching import NobodyWatches, Watcher
 
 _IDLE_WAIT_S = 0.05
 
 
 class Inbox:
-    """Commands for an engine. lock: held by whoever runs an iteration."""
+    """Commands for an engine. lock: held by whoever runs an iteration. watcher: told what the engine's thread does."""
 
-    def __init__(self) -> None:
+    def __init__(self, watcher: Watcher | None = None) -> None:
+        self.watcher = watcher or NobodyWatches()
         self.lock = threading.Lock()
         self.closed = False
         self.failure: CoserveError | None = None
-        self._commands: deque[Callable[[], None]] = deque()
+        self._commands: deque[tuple[str, Callable[[], None]]] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -36,14 +38,15 @@ class Inbox:
 
     # --- commands ---
 
-    def post(self, command: Callable[[], None]) -> None:
-        """Has the engine's thread run a command before its next iteration. Raises CoserveError if there are no more."""
+    def post(self, command: Callable[[], None], what: str) -> None:
+        """Has the engine's thread run a command before its next iteration. what: in words. Raises CoserveError if there are no
+        more."""
         with self._wake:
             self._require_open()
-            self._commands.append(command)
+            self._commands.append((what, command))
             self._wake.notify()
 
-    def call(self, command: Callable[[], object]) -> None:
+    def call(self, command: Callable[[], object], what: str) -> None:
         """Runs a command between two iterations; raises what it raises. A busy engine hardly ever leaves its lock to others."""
         if self._thread is None:
             with self.lock:
@@ -58,7 +61,7 @@ class Inbox:
             except Exception as error:
                 done.set_exception(error)
 
-        self.post(run)
+        self.post(run, what)
         done.result()
 
     def _require_open(self) -> None:
@@ -68,7 +71,9 @@ class Inbox:
     def drain(self) -> None:
         """Runs what has been posted."""
         while self._commands:
-            self._commands.popleft()()
+            what, command = self._commands.popleft()
+            self.watcher.begin(what)
+            command()
 
     # --- the thread ---
 
@@ -111,9 +116,11 @@ class Inbox:
                 self._fail(error, fail)
                 raise
             if not worked:
+                self.watcher.end()
                 with self._wake:
                     if not self._commands and not self._closing:
                         self._wake.wait(_IDLE_WAIT_S)
+        self.watcher.end()
 
     def _fail(self, error: BaseException, fail: Callable[[CoserveError], None]) -> None:
         wrapped = error if isinstance(error, CoserveError) else CoserveError(f"the engine stopped: {error!r}")
@@ -121,7 +128,7 @@ class Inbox:
             self.failure, self.closed = wrapped, True
         while self._commands:  # those who posted them must hear of it; what they need may be broken
             with contextlib.suppress(Exception):
-                self._commands.popleft()()
+                self._commands.popleft()[1]()
         try:
             fail(wrapped)
         finally:

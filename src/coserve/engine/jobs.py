@@ -2,9 +2,11 @@
 
     driver --verb--> forward_backward: micro-batches get arenas, their units get scheduled, the objective answers
                      optim_step: slices       checkpoint: a copy, then written in the background       publish: a copy
+                     write: by a thread
            <-answer- when the last piece has run
 
-Pausing keeps everything where it is. A failure gives all memory back and harms nobody else.
+Pausing keeps everything where it is. A failure gives all memory back and harms nobody else. While the disk refuses a job's
+files the job waits, and nobody else does. At the engine's end a job leaves a checkpoint of its last whole step.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import math
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor as ThreadExecutor
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,13 +24,18 @@ from torch import Tensor
 
 from coserve.core import AdapterCopy, CapacityError, CoserveError, JobFailed, OptimizerSlice
 from coserve.engine.batchwork import BatchWork, Microbatch
+from coserve.engine.diskwrite import DiskWrite
 from coserve.engine.finetuning import PreparedJob
 from coserve.finetune.checkpoints import Cursor
-from coserve.finetune.job import Checkpoint, ForwardBackward, JobEvent, OptimStep, Publish, Score, StepRow, Verb
+from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
+from coserve.finetune.job import Checkpoint, ForwardBackward, JobEvent, OptimStep, Publish, Score, StepRow, Verb, Write
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
 from coserve.scheduler.arenas import Arena
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
+
+_SHORT_WRITE_S = 0.005
+"""What the engine's thread waits for a row to be written: as a rule it takes a hundredth of that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +57,7 @@ class JobHandle:
     """A job in an engine. status: running, paused, succeeded, failed or cancelled."""
 
     def __init__(self, name: str, directory: Path, act: Callable[[str], None]) -> None:
-        self.name, self.directory = name, directory
+        self.name, self.directory, self.label = name, directory, name
         self.status = "running"
         self.error: CoserveError | None = None
         self.events: list[JobEvent] = []
@@ -128,6 +134,9 @@ class Host(Protocol):
 
     max_microbatches: int
     writer: ThreadExecutor
+    """For checkpoints and results."""
+    recorder: ThreadExecutor
+    """For rows, which don't wait for checkpoints."""
 
     def reserve(self, num_bytes: int) -> tuple[Arena, Tensor] | None:
         """Arena memory, or None while there is none."""
@@ -171,8 +180,12 @@ class LiveJob:
         self._in_flight: dict[int, tuple[Microbatch, MicrobatchWork, Arena]] = {}
         self._norm = self._rate = 0.0
         self._updating = False
+        self._updated = 0
         self._copied: bool | None = None
-        self._writes: list[Future[Any]] = []
+        self._row: DiskWrite | None = None
+        self._checkpoints: list[DiskWrite] = []
+        self._result: DiskWrite | None = None
+        self._waiting = False
 
     # --- called by the engine between iterations ---
 
@@ -181,12 +194,15 @@ class LiveJob:
         try:
             if self.failure is not None:
                 self._recover(self.failure)
-            while self._advance():
-                pass
-        except StopIteration:
-            return self._finish()
+            if self._result is None:
+                while self._disk_takes_all() and self._advance():
+                    pass
+            else:
+                self._finish(self._result)
+        except StopIteration:  # the driver is through; checkpoints that are refused haven't let it come so far
+            self._result = DiskWrite(self.host.writer, self.prepared.finish)
         except Exception as error:  # a job's failure is its own
-            self._end("failed", error if isinstance(error, CoserveError) else JobFailed(f"{type(error).__name__}: {error}"))
+            self._end("failed", error if isinstance(error, CoserveError) else JobFailed(_described(error)))
         return not self.handle.finished
 
     def cancel(self) -> None:
@@ -210,8 +226,29 @@ class LiveJob:
                     return False
                 self.work.optimizer_elements = self.work.optimizer_done = 0
                 return self._reply(self._norm)
+            case Write():
+                return self._reply(None) if self._row_is_written() else False
             case _:
                 return self._reply(None) if self._copied else False
+
+    def _disk_takes_all(self) -> bool:
+        """Whether no write is being refused; the first refusal, and the end of it, become events. Raises what doesn't pass."""
+        self._checkpoints = [write for write in self._checkpoints if not write.done()]
+        others = [write for write in (self._row, self._result) if write is not None and not write.done()]
+        refusals = [write.refusal for write in (*self._checkpoints, *others) if write.refusal is not None]
+        if bool(refusals) != self._waiting:
+            self._waiting = bool(refusals)
+            self.job.listen(
+                JobEvent(level="warn", message=waiting_message(refusals[0])) if refusals
+                else JobEvent(level="info", message=GOES_ON)
+            )
+        return not refusals
+
+    def _row_is_written(self) -> bool:
+        if self._row is None or not self._row.done():
+            return False
+        self._row = None
+        return True
 
     def _reply(self, answer: Any) -> bool:
         self._verb, self._answer = None, answer
@@ -227,7 +264,7 @@ class LiveJob:
                 optimizer = self.trainer.optimizer
                 self._norm = optimizer.clip()
                 if math.isfinite(self._norm):  # else the driver ends the job
-                    self._updating, self._rate = True, rate
+                    self._updating, self._updated, self._rate = True, 0, rate
                     self.work.optimizer_elements, self.work.optimizer_done = optimizer.master.numel(), 0
             case Checkpoint():
                 self._copied = False
@@ -235,6 +272,9 @@ class LiveJob:
             case Publish():
                 self._copied = False
                 self.host.copy_adapter(AdapterCopy(self.number, snapshot=False))
+            case Write(_, action):
+                self._row = DiskWrite(self.host.recorder, action)
+                self._row.wait(_SHORT_WRITE_S)
 
     def _pump_batch(self) -> bool:
         batch = self._batch
@@ -277,6 +317,7 @@ class LiveJob:
         """Updates the elements of a slice of the plan."""
         optimizer = self.trainer.optimizer
         optimizer.update(part.start, part.end, self._rate)
+        self._updated = part.end
         if part.end == optimizer.master.numel():
             optimizer.close_step()
             self._updating = False
@@ -287,12 +328,13 @@ class LiveJob:
         self.host.publish(self.handle.name, adapter)
         if copy.snapshot:
             state = {name: tensor.clone() for name, tensor in self.trainer.optimizer.state().items()}
-            self._writes.append(self.host.writer.submit(self._write, self.job.cursor, state))
+            cursor = self.job.cursor
+            self._checkpoints.append(DiskWrite(self.host.writer, lambda: self._write(cursor, state)))
         else:
             self.trainer.published = adapter
         self._copied = True
 
-    def _write(self, cursor: Cursor, state: dict[str, Tensor]) -> None:
+    def _write(self, cursor: Cursor, state: dict[str, Tensor], unrecorded: StepRow | None = None) -> None:
         model = self.trainer.model
 
         def save(directory: Path) -> None:
@@ -300,7 +342,7 @@ class LiveJob:
                 directory, self.trainer.adapter, state["master"], base_name=model.name, fingerprint=model.fingerprint
             )
 
-        self.job.write_checkpoint(cursor, state, save)
+        self.job.write_checkpoint(cursor, state, save, unrecorded=unrecorded)
 
     def fail(self, error: Exception) -> None:
         """A unit, slice or copy raised; dealt with before the next iteration."""
@@ -333,24 +375,77 @@ class LiveJob:
         self._in_flight.clear()
         self._batch = None
 
-    def _finish(self) -> bool:
+    def _finish(self, result: DiskWrite) -> None:
         """The driver is through; the job has ended when its files are written."""
-        if not all(write.done() for write in self._writes):
-            return True
         try:
-            for write in self._writes:
-                write.result()
-            self.prepared.finish()
+            taken = self._disk_takes_all()
         except Exception as error:
-            self._end("failed", JobFailed(f"the job's files can't be written: {error}"))
-        else:
+            raise JobFailed(f"the job's files can't be written: {error}") from error
+        if taken and not self._checkpoints and result.done():
             self._end("succeeded", None)
-        return False
+
+    def stop(self) -> None:
+        """The engine ends, the job doesn't: a checkpoint of its last whole step is written, from which `resume` goes on. What
+        has run of the next step's batch is dropped."""
+        try:
+            if self.failure is None and self._result is None:
+                asked = self._complete_step()
+                if asked or self.job.cursor.step > self.job.saved_step:
+                    state, row = self.trainer.optimizer.state(), self.job.unrecorded
+                    self.host.writer.submit(self._write_last, self.job.cursor, state, row)
+        except StopIteration:
+            pass
+        except Exception as error:  # the checkpoint before is still there
+            self.job.listen(JobEvent(level="warn", message=f"no checkpoint at the end: {_described(error)}"))
+        for write in self._checkpoints:
+            if write.refusal is not None:
+                write.retry()
+        self._end("cancelled", None)
+
+    def _complete_step(self) -> bool:
+        """Goes on to where units would have to run, without running any; True if the driver has asked for a checkpoint that was
+        not copied. Raises what the driver raises."""
+        asked = False
+        while True:
+            match self._verb:
+                case OptimStep():
+                    if self._updating:
+                        self.optimize(OptimizerSlice(self.number, self._updated, self.trainer.optimizer.master.numel()))
+                    self._reply(self._norm)
+                case Write():
+                    if not self._row_is_written():
+                        return asked  # a checkpoint takes the row with it
+                    self._reply(None)
+                case Checkpoint():
+                    asked = asked or not self._copied
+                    self._reply(None)
+                case None if self.job.cursor.step > self.job.saved_step:
+                    pass
+                case _:
+                    return asked
+            self._verb, self._answer = self._driver.send(self._answer), None
+            if isinstance(self._verb, OptimStep):
+                return asked  # of the next step
+            if isinstance(self._verb, Write):
+                self._start(self._verb)
+
+    def _write_last(self, cursor: Cursor, state: dict[str, Tensor], unrecorded: StepRow | None) -> None:
+        try:
+            self._write(cursor, state, unrecorded)
+        except Exception as error:
+            self.job.listen(JobEvent(level="warn", message=f"no checkpoint at the end: {_described(error)}"))
 
     def _end(self, status: str, error: CoserveError | None) -> None:
         self._driver.close()
         self._drop_batch()
+        self._checkpoints.clear()
+        self._row = self._result = None
         if error is not None:
             self.handle.listen(JobEvent(level="error", message=str(error)))
         self.handle.close(status, error)
+
+
+def _described(error: Exception) -> str:
+    reason = refusal_of(error)
+    return f"{type(error).__name__}: {error}" if reason is None else f"{reason} ({error})"
 

@@ -22,6 +22,7 @@ from coserve.engine.batchwork import Microbatch
 from coserve.engine.budget import GIB, FittedPlan, Workload, asked_plan, fit_plan, shape_adapter
 from coserve.engine.finetuning import PreparedJob
 from coserve.engine.jobs import JobHandle, LiveJob
+from coserve.engine.watching import Watcher
 from coserve.finetune.datasets import Dataset
 from coserve.model.architecture import Architecture
 from coserve.peft.adapter import Adapter
@@ -64,6 +65,7 @@ class JobTable:
         self.new_number = new_number
         self.max_microbatches = config.scheduler.max_microbatches
         self.writer: ThreadExecutor = ThreadPoolExecutor(1, "coserve-writer")
+        self.recorder: ThreadExecutor = ThreadPoolExecutor(1, "coserve-recorder")
         self.jobs: dict[int, LiveJob] = {}
         self.microbatches: dict[int, Microbatch] = {}
         self.owners: dict[int, int] = {}
@@ -146,9 +148,10 @@ class JobTable:
         del self.jobs[job.number]
         self.scheduler.remove_job(job.number)
 
-    def pump(self) -> None:
+    def pump(self, watcher: Watcher) -> None:
         """Every job goes as far as it can without running units."""
         for job in list(self.jobs.values()):
+            watcher.begin("a job's work between units", jobs=(job.handle.label,))
             if not job.pump():
                 self._remove_job(job)
 
@@ -165,11 +168,16 @@ class JobTable:
                 job.handle.trained_tokens += tokens
         return total
 
-    def cancel_all(self) -> None:
-        """Ends every job."""
+    def stop_all(self) -> None:
+        """Ends every job's run; each leaves a checkpoint to go on from."""
         for job in list(self.jobs.values()):
-            job.cancel()
+            job.stop()
             self._remove_job(job)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self.recorder.shutdown()
+        self.writer.shutdown()
 
     def fail_all(self, error: CoserveError) -> None:
         """The engine has failed: nobody may wait for ever, whatever state things are in."""

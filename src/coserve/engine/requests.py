@@ -44,7 +44,8 @@ class Output:
 class RequestHandle:
     """A submitted request. outputs: n of them; prompt_logprobs: of the prompt's tokens from the second on, if asked for.
 
-    From the first token on: cached_tokens, what the prefix cache had; begun_s, when its prompt began to be computed.
+    From the first token on: cached_tokens, what the prefix cache had; begun_s, when its prompt began to be computed. label: its
+    name for who watches the engine.
     """
 
     def __init__(self, prompt_ids: Sequence[int], config: SamplingConfig, arrival_s: float, cancel: Callable[[], None]) -> None:
@@ -53,6 +54,7 @@ class RequestHandle:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.cached_tokens = 0
         self.begun_s: float | None = None
+        self.label = ""
         self.error: CoserveError | None = None
         self._cancel = cancel
         self._done = threading.Event()

@@ -1,17 +1,20 @@
 """A supervised or preference job: a driver over the verbs forward_backward, optim_step, save and publish.
 
 Owns: the cursor, the schedule of steps, validations and checkpoints, the table of metrics. Does not own: the verbs (the engine
-gives them), progress display (callers listen to events). Replayed steps overwrite their rows by step number.
+gives them), progress display (callers listen to events). Replayed steps overwrite their rows by step number. Everything that
+a job writes is a verb too, so that whoever runs it decides how to wait while the disk refuses it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,6 +31,7 @@ from coserve.finetune.checkpoints import (
     remove_old,
     save_checkpoint,
 )
+from coserve.finetune.disk import insist
 from coserve.finetune.optimizer import learning_rate
 
 
@@ -102,7 +106,17 @@ class Checkpoint(NamedTuple):
 
     def perform(self, verbs: Verbs) -> None:
         state, _ = verbs.optimizer_state()
-        self.job.write_checkpoint(self.job.cursor, state, verbs.save)
+        self.job.insist(lambda: self.job.write_checkpoint(self.job.cursor, state, verbs.save))
+
+
+class Write(NamedTuple):
+    """A short write into the job's directory. Answered with None when it is done."""
+
+    job: Job
+    action: Callable[[], object]
+
+    def perform(self, verbs: Verbs) -> None:
+        self.job.insist(self.action)
 
 
 class Publish(NamedTuple):
@@ -112,7 +126,7 @@ class Publish(NamedTuple):
         verbs.publish()
 
 
-Verb = ForwardBackward | Score | OptimStep | Checkpoint | Publish
+Verb = ForwardBackward | Score | OptimStep | Checkpoint | Write | Publish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +147,7 @@ class StepRow:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEvent:
     """level: info, warn or error. row: set for the metrics of a step, with the job's number of steps. checkpoint: directory of
-    one that is whole on disk, of step `checkpoint_step`."""
+    one that is whole on disk, of step `checkpoint_step`. resumed_step: the last step that a resumed job doesn't run again."""
 
     level: str
     message: str
@@ -141,6 +155,7 @@ class JobEvent:
     num_steps: int = 0
     checkpoint: Path | None = None
     checkpoint_step: int = 0
+    resumed_step: int | None = None
 
 
 _COLUMNS = tuple(StepRow.__dataclass_fields__)
@@ -176,8 +191,15 @@ class MetricsTable:
         os.replace(temporary, self.path)
 
     def append(self, row: StepRow) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow(_cells(row))
+        """All of the row or nothing: what a full disk has taken of it is cut off again. Raises OSError."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerow(_cells(row))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            raise
 
 
 def _cells(row: StepRow) -> list[str]:
@@ -224,6 +246,14 @@ def _first_difference(name: str, value: object, recorded: object) -> str | None:
     return name
 
 
+def _again(done: int, ran: int) -> str:
+    """The steps that a resumed job runs again, as the end of a sentence. done: steps it has; ran: steps that had run."""
+    count = max(0, ran - done)
+    if count == 0:
+        return ""
+    return f"; step {ran} runs again" if count == 1 else f"; {count} steps run again: {done + 1} to {ran}"
+
+
 class Job:
     """One finetuning job in a directory: `run` from the start or from the newest whole checkpoint."""
 
@@ -240,23 +270,36 @@ class Job:
         self.table = MetricsTable(directory / "metrics.csv")
         self.cursor = Cursor(step=0, trained_tokens=0)
         self.saved_step = 0
+        self.unrecorded: StepRow | None = None
+        """The row of the step at the cursor, until it is in the table."""
 
     @property
     def checkpoint_root(self) -> Path:
         return self.directory / "checkpoints"
 
     def resume(self) -> bool:
-        """Goes back to the newest whole checkpoint, if there is one. Raises InvalidRequest if the job has changed."""
+        """Goes back to the newest whole checkpoint, if there is one; says how many steps run again. Raises InvalidRequest if
+        the job has changed."""
         found = latest_checkpoint(self.checkpoint_root, lambda message: self.listen(JobEvent(level="warn", message=message)))
+        ran = max((row.step for row in self.table.rows()), default=0)
         if found is None:
+            begins = f"there is no checkpoint to go on from: the job begins again at step 1{_again(0, ran)}"
+            self.listen(JobEvent(level="info", message=begins, resumed_step=0, num_steps=self.num_steps))
             return False
         directory, manifest = found
         refuse_changes(self.facts, manifest, directory.name)
         self.verbs.restore(load_optimizer(directory), manifest["step"])
         self.cursor = Cursor(step=manifest["step"], trained_tokens=manifest["trained_tokens"])
         self.saved_step = self.cursor.step
-        self.listen(JobEvent(level="info", message=f"resumed after step {self.cursor.step} from {directory.name}"))
+        unrecorded = manifest.get("unrecorded")
+        self.unrecorded = None if unrecorded is None else StepRow(**unrecorded)
+        message = f"resumed after step {self.cursor.step} from {directory.name}{_again(self.cursor.step, ran)}"
+        self.listen(JobEvent(level="info", message=message, resumed_step=self.cursor.step, num_steps=self.num_steps))
         return True
+
+    def insist(self, action: Callable[[], object]) -> None:
+        """Writes something, waiting as long as the disk refuses it, and says so. Raises what doesn't pass."""
+        insist(action, lambda level, message: self.listen(JobEvent(level=level, message=message)))
 
     def run(self) -> None:
         """All steps that are left, with this job's own verbs. Raises JobFailed."""
@@ -270,7 +313,10 @@ class Job:
 
     def work(self) -> Generator[Verb, Any, None]:
         """The job as a driver: yields a verb, is sent its answer. A checkpoint comes last. Raises JobFailed."""
-        self.table.keep(self.cursor.step)
+        recorded = self.cursor.step - (self.unrecorded is not None)
+        yield Write(self, lambda: self.table.keep(recorded))
+        if self.unrecorded is not None:
+            yield from self._record(self.unrecorded)
         while self.cursor.step < self.num_steps:
             yield from self._step()
         if self.saved_step != self.cursor.step:
@@ -291,20 +337,25 @@ class Job:
             raise JobFailed(message, param="learning_rate")
         seconds = time.perf_counter() - started
         self.cursor = Cursor(step=step + 1, trained_tokens=self.cursor.trained_tokens + result.num_tokens)
-        valid: StepLoss | None = (yield Score(self.validation)) if self._validates() else None
-        row = StepRow(
+        self.unrecorded = StepRow(
             step=step + 1, train_loss=result.loss, train_mean_token_accuracy=result.accuracy, learning_rate=rate,
             grad_norm=norm, tokens=result.num_tokens, seconds=seconds,
-            valid_loss=None if valid is None else valid.loss,
-            valid_mean_token_accuracy=None if valid is None else valid.accuracy,
         )
-        self.table.append(row)
-        extra = "".join(f", {name} {value:.4f}" for name, value in result.extra.items())
-        message = f"step {row.step}: loss {row.train_loss:.4f}{extra}"
-        self.listen(JobEvent(level="info", message=message, row=row, num_steps=self.num_steps))
+        yield from self._record(self.unrecorded, result.extra)
         every = self.config.checkpoint_steps
         if every and self.cursor.step % every == 0:
             yield self._checkpoint()
+
+    def _record(self, row: StepRow, extra: Mapping[str, float] | None = None) -> Generator[Verb, Any, None]:
+        """Validates the step at the cursor, if its time has come, puts its row into the table and tells it."""
+        if self._validates():
+            valid: StepLoss = yield Score(self.validation)
+            row = replace(row, valid_loss=valid.loss, valid_mean_token_accuracy=valid.accuracy)
+        yield Write(self, partial(self.table.append, row))
+        self.unrecorded = None
+        shown = "".join(f", {name} {value:.4f}" for name, value in (extra or {}).items())
+        message = f"step {row.step}: loss {row.train_loss:.4f}{shown}"
+        self.listen(JobEvent(level="info", message=message, row=row, num_steps=self.num_steps))
 
     def _checkpoint(self) -> Checkpoint:
         self.saved_step = self.cursor.step
@@ -314,11 +365,13 @@ class Job:
         every = self.config.validation_steps or self.order.steps_per_epoch
         return bool(self.validation) and (self.cursor.step % every == 0 or self.cursor.step == self.num_steps)
 
-    def write_checkpoint(self, cursor: Cursor, state: Mapping[str, Tensor], save: Callable[[Path], None]) -> Path:
-        """Writes a checkpoint of the step at `cursor`. save: writes the adapter of that step into a directory."""
-        path = save_checkpoint(
-            self.checkpoint_root, cursor, save_adapter=save, optimizer=dict(state), facts=dict(self.facts)
-        )
+    def write_checkpoint(
+        self, cursor: Cursor, state: Mapping[str, Tensor], save: Callable[[Path], None], *, unrecorded: StepRow | None = None,
+    ) -> Path:
+        """Writes a checkpoint of the step at `cursor`. save: writes the adapter of that step into a directory; unrecorded: the
+        step's row, if the table hasn't got it."""
+        facts = dict(self.facts) if unrecorded is None else {**self.facts, "unrecorded": asdict(unrecorded)}
+        path = save_checkpoint(self.checkpoint_root, cursor, save_adapter=save, optimizer=dict(state), facts=facts)
         remove_old(self.checkpoint_root, self.config.keep_checkpoints, newest=cursor.step)
         self.listen(JobEvent(
             level="info", message=f"checkpoint {path.name}", checkpoint=path, checkpoint_step=cursor.step,

@@ -30,6 +30,7 @@ from coserve.server.locks import hold, make_private
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.models import ModelDirectory
 from coserve.server.routes import adapters, files, finetuning, inference, page, status, tokens
+from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
@@ -62,10 +63,9 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         stack.callback(store.close)
         tenants = Tenants(store, [*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
         uploads = FileService(config.data_dir / "files", store, config.max_file_bytes, config.max_tenant_file_bytes)
-        await asyncio.to_thread(uploads.rebuild)
         engine = EngineClient(config, report=report)
         stack.push_async_callback(engine.stop)
-        await engine.start()
+        await asyncio.gather(engine.start(), asyncio.to_thread(uploads.rebuild))
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory))
         models = ModelDirectory(store, engine, config)
         metrics = ServerMetrics(config, models.base_names[0])
@@ -73,9 +73,12 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         jobs = JobService(store=store, files=uploads, models=models, engine=engine, config=config)
         stack.push_async_callback(jobs.stop)
         await jobs.start()
+        watch = SelfWatch(asyncio.get_running_loop(), jobs.journal_busy_s, config.watchdog_timeout)
+        stack.enter_context(watch)
         yield Services(
             config=config, engine=engine, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
             models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32),
+            watch=watch,
         )
 
 
@@ -95,7 +98,7 @@ def create_app(config: ServerConfig, *, report: Callable[[str], None] = _log.inf
         responses=ERROR_RESPONSES,
     )
     app.add_middleware(BodyLimits, max_bytes=config.max_body_bytes)
-    app.add_middleware(LastResort)
+    app.add_middleware(LastResort, log_requests=config.enable_log_requests)
     install_handlers(app)
     for module in _ROUTES:
         app.include_router(module.router)

@@ -27,6 +27,10 @@ class EngineUnavailable(CoserveError, RuntimeError):
     """The engine's process is starting, has died, or is ending."""
 
 
+class StorageRefused(CapacityError):
+    """The disk can't be written for now."""
+
+
 class _Kind(NamedTuple):
     error: type[CoserveError]
     status: int
@@ -40,6 +44,7 @@ _KINDS = (
     _Kind(NotFound, 404, "invalid_request_error", "not_found"),
     _Kind(Conflict, 409, "invalid_request_error", "conflict"),
     _Kind(TooLarge, 413, "invalid_request_error", "too_large"),
+    _Kind(StorageRefused, 429, "rate_limit_error", "rate_limit_exceeded"),
     _Kind(CapacityError, 429, "rate_limit_error", "rate_limit_exceeded"),
     _Kind(EngineUnavailable, 503, "server_error", "engine_unavailable"),
     _Kind(ContextExceeded, 400, "invalid_request_error", "context_length_exceeded"),

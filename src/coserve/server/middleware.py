@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coserve.server.handlers import plain_body
+from coserve.server.logs import about_request
 
 UPLOADS = ("/v1/files", "/v1/files/")
 """POST to these has limits of its own, and may be larger."""
@@ -72,10 +74,10 @@ def _refuse(status: int, message: str) -> JSONResponse:
 
 class LastResort:
     """Names every request, by its own x-request-id if it has one; an unexpected exception is logged under that name and
-    answered with a 500 that tells nothing of the inside."""
+    answered with a 500 that tells nothing of the inside. log_requests: every request gets a line in the log."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, log_requests: bool = False) -> None:
+        self._app, self._log_requests = app, log_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -84,19 +86,33 @@ class LastResort:
             return
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
-        started = False
+        status, began = 0, time.monotonic()
 
         async def named(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 MutableHeaders(scope=message).setdefault(REQUEST_ID, request)
             await send(message)
 
-        try:
-            await self._app(scope, receive, named)
-        except Exception:
-            _log.exception("request %s: %s %s failed", request, scope["method"], scope["path"])
-            if not started:  # else the connection is cut, which tells the client
-                message = f"the server has failed; its log says how, under request {request}"
-                await JSONResponse(plain_body(500, message), 500)(scope, receive, named)
+        with about_request(request):
+            try:
+                await self._app(scope, receive, named)
+            except Exception:
+                _log.exception("request %s: %s %s failed", request, scope["method"], scope["path"])
+                if not status:  # else the connection is cut, which tells the client
+                    message = f"the server has failed; its log says how, under request {request}"
+                    await JSONResponse(plain_body(500, message), 500)(scope, receive, named)
+            finally:
+                if self._log_requests:
+                    _log_request(scope, status, time.monotonic() - began)
+
+
+def _log_request(scope: Scope, status: int, seconds: float) -> None:
+    """The line of --enable-log-requests. status: 0 where the client had left before there was one."""
+    shown = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 4)}
+    client = scope.get("client")
+    if client is not None:
+        shown["client"] = client[0]
+    extra = {"fields": shown, "fold": False}
+    _log.info("%s %s: %s in %.3f s", scope["method"], scope["path"], status or "left", seconds, extra=extra)

@@ -14,7 +14,9 @@ from coserve.server.index.store import Store
 from coserve.server.index.tenants import Tenants
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
+from coserve.server.logs import note_tenant
 from coserve.server.models import ModelDirectory
+from coserve.server.selfwatch import SelfWatch
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
 from coserve.tokenizer import ChatTokenizer
@@ -22,7 +24,8 @@ from coserve.tokenizer import ChatTokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """tokenizer: the base model's, in this process. draw_seed: for a request that gives none, below 2^32."""
+    """tokenizer: the base model's, in this process. draw_seed: for a request that gives none, below 2^32.
+    watch: over this process; None in tests without a server."""
 
     config: ServerConfig
     engine: EngineClient
@@ -34,6 +37,7 @@ class Services:
     models: ModelDirectory
     metrics: ServerMetrics
     draw_seed: Callable[[], int]
+    watch: SelfWatch | None = None
 
 
 async def get_services(request: Request) -> Services:
@@ -56,7 +60,9 @@ async def get_tenant(
     request: Request, services: Served, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> str:
     """Who asks; the index is read at most once a second for it. Raises Unauthorized."""
-    return services.tenants.identify(request.headers.get("authorization"))
+    tenant = services.tenants.identify(request.headers.get("authorization"))
+    note_tenant(tenant)
+    return tenant
 
 
 Tenant = Annotated[str, Depends(get_tenant)]

@@ -18,6 +18,8 @@ from coserve.core import ConfigError
 
 DEFAULT_DATA_DIR = Path("coserve-data")
 AUTO = "auto"
+LOG_FORMATS = ("text", "json")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 MODULE_JSON = '{"name": NAME, "path": DIRECTORY}'
 """An entry of lora_modules in vLLM's form."""
 
@@ -89,10 +91,19 @@ class ServerConfig:
     """Emit metrics under vLLM's names too."""
     shutdown_timeout: float = 10.0
     """Seconds that running requests get at the end."""
+    watchdog_timeout: float = 60.0
+    """Seconds after which an iteration or command of the engine counts as a hang, unless it is predicted to take long: the
+    engine's process is then started again. 0: never."""
+    log_format: str = "text"
+    """text or json: how lines of the log are written."""
+    log_level: str = "info"
+    """debug, info, warning or error: the least that is logged."""
+    enable_log_requests: bool = False
+    """A line of the log per HTTP request."""
 
     def __post_init__(self) -> None:
         self.engine_config()  # its own checks
-        require_least(self, 0, "port", "shutdown_timeout")
+        require_least(self, 0, "port", "shutdown_timeout", "watchdog_timeout")
         require_least(self, 1, "max_num_queued_reqs", "max_jobs", "max_file_bytes", "max_tenant_file_bytes", "max_body_bytes",
                       "threads")
         require_least(self, 2, "max_model_len")
@@ -101,6 +112,9 @@ class ServerConfig:
                 f"must be in (0, 1], got {self.gpu_memory_utilization}")
         require(all(self.api_key), "api_key", "an empty key would let everybody in; leave it out")
         self.training_share(1 << 40)
+        for name, known in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS)):
+            value = getattr(self, name)
+            require(value in known, name, f"must be one of {', '.join(known)}, got {value!r}")
 
     def engine_config(self, pool_bytes: int | None = None) -> EngineConfig:
         """The engine's settings; pool_bytes: what the pool will hold, if it is known."""

@@ -44,7 +44,6 @@ FLAGS: Mapping[str, Flag] = {
     "--generation-config": Flag(("vllm",), "defaults of sampling are OpenAI's, whatever the model's file says"),
     "--no-enable-prefix-caching": Flag(None, "the prefix cache is always on"),
     "--no-enable-chunked-prefill": Flag(None, "prompts are always computed in chunks"),
-    "--enable-log-requests": Flag(None, "requests aren't logged"),
     "--disable-log-stats": Flag(None, "metrics are always at /metrics, and never logged"),
     "--enforce-eager": Flag(None, "CUDA graphs can't be turned off"),
     "--trust-remote-code": Flag(None, "code that comes with a model is never run"),

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from coserve.config import SamplingConfig
 from coserve.core import CapacityError, CoserveError
 from coserve.server.errors import EngineUnavailable
-from coserve.server.link.engineclient import RequestStream
 from coserve.server.link.messages import Tokens
+from coserve.server.link.streams import RequestStream
 from coserve.server.models import ServedModel
 from coserve.server.services import Services
 from coserve.server.stats.metrics import RequestMeter

@@ -2,25 +2,37 @@
 
     event loop --write(action)--> the thread: index, manifests, files --event--> followers' queues, on the event loop
 
-So a slow disk or database delays the record, never the streams of other users. Owns: the thread, the followers. Does not own:
-what is written (service.py).
+So a slow disk or database delays the record, never the streams of other users. What must not be lost is kept: while the disk
+refuses it, it waits, and all that is kept of the same job waits behind it. Owns: the thread, the followers, what waits. Does
+not own: what is written (service.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from coserve.core import CoserveError
+from coserve.core import CapacityError, CoserveError
 from coserve.server.index.store import Store
 from coserve.server.records import EventRecord, JobRecord, now
 
+RETRY_S = 5.0
+"""What the disk refuses (it is full) is tried again."""
 _PAGE = 1000
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
+
+
+class _Kept(NamedTuple):
+    """An action that waits for the disk, and whoever waits for it."""
+
+    action: Callable[[], Any]
+    future: asyncio.Future[Any]
 
 
 class JobJournal:
@@ -31,13 +43,89 @@ class JobJournal:
         self._thread = ThreadPoolExecutor(1, "coserve-jobs")
         self._followers: dict[str, set[asyncio.Queue[EventRecord | None]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: dict[str, deque[_Kept]] = {}  # of the thread
+        self._busy_since: float | None = None
+        self._closing = self._ending = False
 
     def write(self, action: Callable[[], _T]) -> asyncio.Future[_T]:
         """Runs an action behind those before it. A failure is raised where the future is awaited, and logged."""
         self._loop = asyncio.get_running_loop()
-        future = self._loop.run_in_executor(self._thread, action)
+        future = self._loop.run_in_executor(self._thread, self._timed, action)
         future.add_done_callback(_log_failure)
         return future
+
+    def keep(self, job: str, action: Callable[[], _T]) -> asyncio.Future[_T]:
+        """Runs an action behind those before it, again and again while the disk refuses it, before all that is kept of the job
+        later. It must be repeatable. Other failures are raised where the future is awaited, and logged."""
+        self._loop = loop = asyncio.get_running_loop()
+        future: asyncio.Future[_T] = loop.create_future()
+        future.add_done_callback(lambda done: _log_failure(done, job))
+        self._thread.submit(self._timed, lambda: self._put(job, _Kept(action, future)))
+        return future
+
+    def refuses(self, job: str) -> bool:
+        """Whether the disk refuses what is kept of a job."""
+        return job in self._waiting
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the thread has been at the present action."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def _timed(self, action: Callable[[], _T]) -> _T:
+        self._busy_since = time.monotonic()
+        try:
+            return action()
+        finally:
+            self._busy_since = None
+
+    # --- in the thread ---
+
+    def _put(self, job: str, kept: _Kept) -> None:
+        behind = self._waiting.get(job)
+        if behind is not None:
+            behind.append(kept)
+        elif (refusal := self._try(kept)) is not None:
+            _log.warning("the record of a job can't be written (%s); it is tried again", refusal, extra={"job": job})
+            self._waiting[job] = deque([kept])
+            self._later(job)
+
+    def _try(self, kept: _Kept) -> CapacityError | None:
+        """Runs an action; its refusal by the disk, if that is how it went."""
+        try:
+            result = kept.action()
+        except CapacityError as error:
+            return error
+        except Exception as error:
+            self._tell_loop(_set_exception, kept.future, error)
+        else:
+            self._tell_loop(_set_result, kept.future, result)
+        return None
+
+    def _retry(self, job: str) -> None:
+        waiting = self._waiting[job]
+        while waiting:
+            if self._try(waiting[0]) is not None:
+                self._later(job)
+                return
+            waiting.popleft()
+        del self._waiting[job]
+        _log.info("the record of a job is written again", extra={"job": job})
+
+    def _later(self, job: str) -> None:
+        def again() -> None:
+            if not self._closing:
+                self._thread.submit(self._timed, lambda: self._retry(job))
+
+        assert self._loop is not None
+        self._tell_loop(self._loop.call_later, RETRY_S, again)
+
+    def _tell_loop(self, action: Callable[..., object], *arguments: Any) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(action, *arguments)
+
+    # --- events ---
 
     def event(
         self, job: str, message: str, *, level: Literal["info", "warn", "error"] = "info", data: dict[str, Any] | None = None,
@@ -76,7 +164,7 @@ class JobJournal:
                 if event.seq > last:
                     last = event.seq
                     yield event
-            while not over:
+            while not (over or self._ending):
                 new = await queue.get()
                 if new is None:
                     return
@@ -89,25 +177,45 @@ class JobJournal:
             if not followers:
                 self._followers.pop(job.id, None)
 
-    async def close(self) -> None:
-        """Ends all streams; waits until everything is written."""
+    def end_streams(self) -> None:
+        """The server is about to end: who follows events is let go."""
+        self._ending = True
         for job in list(self._followers):
             self._hand_out(job, None)
+
+    async def close(self) -> None:
+        """Ends all streams; waits until everything is written that the disk takes. The rest is told again at the next start,
+        from manifests and tables."""
+        self._closing = True
+        self.end_streams()
         await asyncio.to_thread(self._thread.shutdown)
+        for waiting in self._waiting.values():
+            for kept in waiting:
+                kept.future.cancel()
+        await asyncio.sleep(0)  # what the thread has told the loop
 
     def _tell(self, job: str, event: EventRecord | None) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._hand_out, job, event)
+        self._tell_loop(self._hand_out, job, event)
 
     def _hand_out(self, job: str, event: EventRecord | None) -> None:
         for queue in self._followers.get(job, ()):
             queue.put_nowait(event)
 
 
-def _log_failure(future: asyncio.Future[Any]) -> None:
+def _set_result(future: asyncio.Future[Any], result: Any) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _set_exception(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _log_failure(future: asyncio.Future[Any], job: str = "") -> None:
     if future.cancelled() or (error := future.exception()) is None:
         return
-    if isinstance(error, CoserveError):
-        _log.error("a job's record could not be written: %s", error)
-    else:
-        _log.error("a job's record could not be written", exc_info=error)
+    known = isinstance(error, CoserveError)
+    _log.error(
+        "a job's record could not be written: %s", error, exc_info=None if known else error, extra={"job": job} if job else {}
+    )

@@ -16,6 +16,8 @@ from typing import Any
 from coserve.server.jobs.objects import Pace
 from coserve.server.records import JobRecord
 
+MAX_STRIKES = 3
+"""A job is given up after the engine has ended so often at the same step of it."""
 _PACE_STEPS = 20
 
 
@@ -29,6 +31,20 @@ class LiveJob:
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
     steps: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_PACE_STEPS))
     """(seconds at the end of a step, its tokens); since the job was last started or resumed."""
+    furthest: int = 0
+    """The last step that the job has ever got to, under this server."""
+    strikes: int = 0
+    """How much speaks for it that the job is why the engine ends: see `strike`."""
+    struck_at: int = -1
+
+    def strike(self, *, alone: bool) -> bool:
+        """The engine hung or crashed while it worked on this job; True if it has done so MAX_STRIKES times in a row at the same
+        step. alone: on no request at the same time; otherwise it counts half."""
+        if self.furthest > self.struck_at:
+            self.strikes = 0
+        self.struck_at = max(self.furthest, self.struck_at)
+        self.strikes += 2 if alone else 1
+        return self.strikes >= 2 * MAX_STRIKES
 
     def holds_place(self, generation: int) -> bool:
         """Whether it runs in the present engine. A paused job gives up its place among max_jobs, not its memory."""

@@ -13,20 +13,20 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from coserve.configdata import finetune_config_from_dict
-from coserve.core import CapacityError, CoserveError
+from coserve.core import CapacityError, CoserveError, JobFailed
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
-from coserve.server.errors import EngineUnavailable, make_error
+from coserve.server.errors import EngineUnavailable, StorageRefused, make_error
 from coserve.server.index.manifest import write_manifest
 from coserve.server.index.store import Store
 from coserve.server.jobs.journal import JobJournal
 from coserve.server.jobs.objects import error_object, step_data, step_message, step_metrics, tuned_name
 from coserve.server.jobs.outputs import JobOutputs
-from coserve.server.jobs.queue import LiveJob, next_job
+from coserve.server.jobs.queue import MAX_STRIKES, LiveJob, next_job
 from coserve.server.jobs.trackers import export_metrics
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.link.messages import JobEnded, JobHappened
@@ -39,8 +39,7 @@ END_FIELDS = (
 )
 """What a job's end changes in its record."""
 RETRY_S = 5.0
-"""A job's end that can't be written (the disk is full) is tried again."""
-_T = TypeVar("_T")
+"""A job whose directory can't be written (the disk is full) is started again."""
 _log = logging.getLogger(__name__)
 
 
@@ -53,6 +52,8 @@ class JobRunner:
         self._store, self._outputs, self._models, self._engine, self._config = store, outputs, models, engine, config
         self.journal = JobJournal(store)
         self.live: dict[str, LiveJob] = {}
+        self.ending: dict[str, JobRecord] = {}
+        """Jobs that have ended, until the index has it."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         engine.on_job(self._hear)
@@ -77,11 +78,22 @@ class JobRunner:
                 write_manifest(self._outputs.directory(record.id), record)
             self._store.update_job(record.id, **changes)
 
-        return self.journal.write(put)
+        return self.journal.keep(record.id, put)
 
     def note(self, id: str, message: str, *, level: Literal["info", "warn", "error"] = "info") -> None:
         """Adds an event."""
-        self.journal.write(lambda: self.journal.event(id, message, level=level))
+        if level != "info":
+            _log.warning("%s", message, extra={"job": id})
+        self.journal.keep(id, lambda: self.journal.event(id, message, level=level))
+
+    def present(self, record: JobRecord) -> JobRecord:
+        """A record of the index as it is now: while the disk refuses it, the index lags behind. A job that has succeeded is
+        shown so when the rest of it can be used."""
+        live = self.live.get(record.id)
+        if live is not None:
+            return live.record
+        ending = self.ending.get(record.id)
+        return record if ending is None or ending.status == "succeeded" else ending
 
     def tuned(self, record: JobRecord) -> str:
         """The name that the job's result has or will have."""
@@ -97,7 +109,8 @@ class JobRunner:
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
-        _log.error("finetuning jobs: an unexpected error", exc_info=error)
+        job = {} if live is None else {"job": live.record.id}
+        _log.error("finetuning jobs: an unexpected error", exc_info=error, extra=job)
         if live is not None and not self._stopping:
             self.spawn(self.fail(live, CoserveError("an unexpected error of the server; see its log")))
 
@@ -125,7 +138,7 @@ class JobRunner:
         with contextlib.suppress(CapacityError):  # the journal has logged it
             await self.journal.write(lambda: self._catch_up(live.record))
         try:
-            await self._engine.start_job(**await asyncio.to_thread(self._start_fields, live.record))
+            await self._start(live)
         except EngineUnavailable:
             if live.generation == generation == self._engine.generation:
                 live.generation = None
@@ -137,6 +150,19 @@ class JobRunner:
             self.act(live, "cancel")
         elif live.record.paused:
             self.act(live, "pause")
+
+    async def _start(self, live: LiveJob) -> None:
+        """Waits while the disk refuses the job's directory. Raises what the engine raises."""
+        waited = False
+        while live.record.id in self.live:
+            try:
+                await self._engine.start_job(**await asyncio.to_thread(self._start_fields, live.record))
+                return
+            except StorageRefused as error:
+                if not waited:
+                    self.note(live.record.id, f"The job can't start yet: {error}", level="warn")
+                waited = True
+                await asyncio.sleep(RETRY_S)
 
     def _catch_up(self, record: JobRecord) -> None:
         """In the journal's thread, before a job goes on: an engine or a server that died may have written steps and checkpoints
@@ -174,9 +200,22 @@ class JobRunner:
     # --- what the engine says ---
 
     def _engine_down(self) -> None:
-        for live in self.live.values():
-            if live.generation is not None and live.record.status == "running" and not self._stopping:
-                self.note(live.record.id, "The engine has stopped; the job goes on from its last checkpoint", level="warn")
+        end = self._engine.last_end
+        for live in list(self.live.values()):
+            if live.generation is None or live.record.status != "running" or self._stopping:
+                continue
+            id = live.record.id
+            if end is None or id not in end.jobs or not end.guilty:
+                self.note(id, "The engine has stopped; the job goes on from its last checkpoint", level="warn")
+            elif live.strike(alone=end.alone):
+                error = JobFailed(
+                    f"the engine has stopped {MAX_STRIKES} times or more while it worked on this job at step "
+                    f"{max(live.furthest, live.record.step) + 1}, so the job is given up; the last time: {end.reason}"
+                )
+                self.spawn(self.fail(live, error), live)
+            else:
+                stopped = "The engine has stopped while it worked on this job, which goes on from its last checkpoint"
+                self.note(id, f"{stopped}: {end.reason}", level="warn")
 
     def _hear(self, message: JobHappened | JobEnded) -> None:
         live = self.live.get(message.id)
@@ -191,14 +230,17 @@ class JobRunner:
         elif message.checkpoint is not None:
             self._hear_checkpoint(live, message.checkpoint_step, Path(message.checkpoint))
         else:
+            if message.resumed_step is not None:  # what the page shows are steps that the job has
+                self.change(live, step=message.resumed_step, num_steps=message.num_steps)
             self.note(message.id, message.message, level=message.level)
 
     def _hear_step(self, live: LiveJob, message: JobHappened, row: dict[str, float | int | None]) -> None:
         step, id = int(row["step"] or 0), message.id
         live.rows[step] = step_metrics(row)
+        live.furthest = max(live.furthest, step)
         live.steps.append((message.time_s, int(row["tokens"] or 0)))
         data, text = step_data(row, message.num_steps), step_message(row, message.num_steps)
-        self.journal.write(lambda: self.journal.event(id, text, data=data, step=step))
+        self.journal.keep(id, lambda: self.journal.event(id, text, data=data, step=step))
         self.change(live, step=step, num_steps=message.num_steps)
 
     def _hear_checkpoint(self, live: LiveJob, step: int, directory: Path) -> None:
@@ -213,18 +255,19 @@ class JobRunner:
                 self.spawn(self._models.drop_loaded(record.tenant, model))
 
         def put() -> None:
-            if (directory / CHECKPOINT_MANIFEST).is_file():  # else keep_checkpoints has taken it already
-                model = self._outputs.put_checkpoint(record, tuned, step, directory, metrics)
-                self.journal.event(record.id, f"Checkpoint created at step {step}, served as {model}")
+            there = (directory / CHECKPOINT_MANIFEST).is_file()  # else keep_checkpoints has taken it already
+            model = self._outputs.put_checkpoint(record, tuned, step, directory, metrics) if there else None
             for gone in self._outputs.prune(record):
                 loop.call_soon_threadsafe(drop, gone)
+            if model is not None:  # last, so that it is there once, however often this is tried
+                self.journal.event(record.id, f"Checkpoint created at step {step}, served as {model}")
 
-        self.journal.write(put)
+        self.journal.keep(record.id, put)
 
     def _hear_end(self, message: JobEnded, live: LiveJob | None) -> None:
         counts = {"step": message.step, "trained_tokens": message.trained_tokens}
         if live is None:  # it was cancelled here; the index has its end already
-            self.journal.write(lambda: self._count(message.id, counts))
+            self.journal.keep(message.id, lambda: self._count(message.id, counts))
         elif message.status == "succeeded":
             self.spawn(self.finish(live, "succeeded", **counts))
         elif message.status == "failed":
@@ -250,14 +293,21 @@ class JobRunner:
         id = live.record.id
         if self.live.pop(id, None) is None:
             return
+        if "error" in changes:
+            _log.warning("the job has failed: %s", changes["error"].get("message"), extra={"job": id})
+        self.ending[id] = live.record = dataclasses.replace(
+            live.record, status=status, finished_at=now(), paused=False, **changes
+        )
         if status == "succeeded":
-            changes["fine_tuned_model"] = self.tuned(live.record)
-            changes["result_files"] = (await self._insist(lambda: self._outputs.save_result(live.record)),)
-        live.record = dataclasses.replace(live.record, status=status, finished_at=now(), paused=False, **changes)
+            result = await self.journal.keep(id, lambda: self._outputs.save_result(live.record))
+            live.record = dataclasses.replace(
+                live.record, fine_tuned_model=self.tuned(live.record), result_files=(result,), finished_at=now()
+            )
         warnings: list[str] = []
         if live.record.integrations:
             warnings = await asyncio.to_thread(export_metrics, self._outputs.directory(id), live.record)
-        await self._insist(lambda: self._write_end(live, warnings))
+        await self.journal.keep(id, lambda: self._write_end(live, warnings))
+        self.ending.pop(id, None)
         if status != "succeeded" and live.generation == self._engine.generation:
             await self._models.drop_loaded(live.record.tenant, self.tuned(live.record))
         self.pump()
@@ -289,11 +339,3 @@ class JobRunner:
         for message, level in messages:
             if message not in told:
                 self.journal.event(record.id, message, level=level)
-
-    async def _insist(self, action: Callable[[], _T]) -> _T:
-        while True:
-            try:
-                return await self.journal.write(action)
-            except CapacityError as error:
-                _log.error("a job's end can't be written, trying again in %g s: %s", RETRY_S, error)
-                await asyncio.sleep(RETRY_S)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from coserve.server.models import ModelDirectory
 from coserve.server.records import CheckpointRecord, EventRecord, JobRecord, new_id, now
 from coserve.server.settings import ServerConfig
 
+_DISK_WAIT_S, _LOOK_EVERY_S = 20.0, 0.05
+"""For how long the answer to a change waits for a disk that neither takes nor refuses it; how often it looks."""
 MAX_UNFINISHED = 1000
 """Jobs of one tenant that may wait or run."""
 
@@ -62,6 +65,14 @@ class JobService:
     async def stop(self) -> None:
         """Before the engine's end: jobs go on at the next start. Waits for what is being written."""
         await self._runner.stop()
+
+    def end_streams(self) -> None:
+        """Lets go who follows events: the server is about to end."""
+        self._runner.journal.end_streams()
+
+    def journal_busy_s(self) -> float:
+        """For how long what is being written about jobs has been under way."""
+        return self._runner.journal.busy_s
 
     # --- creation ---
 
@@ -150,7 +161,17 @@ class JobService:
         """Ends a job; its checkpoints stay. Raises NotFound, Conflict."""
         live = await self._unfinished(tenant, id)
         self._runner.act(live, "cancel")
-        await self._runner.finish(live, "cancelled")
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def end() -> None:
+            try:
+                await self._runner.finish(live, "cancelled")
+            finally:
+                ended.cancel()
+
+        self._runner.spawn(end(), live)
+        await asyncio.sleep(0)  # it begins
+        await self._written_or_refused(id, ended)
         return live.record
 
     async def pause(self, tenant: str, id: str) -> JobRecord:
@@ -171,12 +192,20 @@ class JobService:
         self._runner.note(id, "The job was paused" if paused else "The job was resumed")
         written = self._runner.change(live, manifest=True, paused=paused)
         self._runner.pump()
-        await written
+        await self._written_or_refused(id, written)
         return live.record
+
+    async def _written_or_refused(self, id: str, written: asyncio.Future[None]) -> None:
+        """A change holds also if the disk refuses it for now: its answer doesn't wait until it takes it."""
+        limit = time.monotonic() + _DISK_WAIT_S
+        while not written.done() and not self._runner.journal.refuses(id) and time.monotonic() < limit:
+            await asyncio.wait([written], timeout=_LOOK_EVERY_S)
 
     async def _unfinished(self, tenant: str, id: str) -> LiveJob:
         await asyncio.to_thread(self.get, tenant, id)
         live = self._runner.live.get(id)
+        if live is None and self._runner.ending.get(id) is not None and self._runner.ending[id].status == "succeeded":
+            raise Conflict(f"job {id} has run all its steps; its result is being written", param="fine_tuning_job_id")
         if live is None:
             raise Conflict(f"job {id} has ended", param="fine_tuning_job_id")
         return live
@@ -187,13 +216,14 @@ class JobService:
         """Raises NotFound."""
         if not is_job_id(id):
             raise NotFound("there is no fine-tuning job of this id", param="fine_tuning_job_id")
-        return self._store.get_job(tenant, id)
+        return self._runner.present(self._store.get_job(tenant, id))
 
     def list_jobs(
         self, tenant: str, *, after: str | None, limit: int, metadata: dict[str, str] | None
     ) -> tuple[list[JobRecord], bool]:
         """Newest first, and whether more follow."""
-        return self._store.list_jobs(tenant, after=after, limit=limit, metadata=metadata)
+        found, more = self._store.list_jobs(tenant, after=after, limit=limit, metadata=metadata)
+        return [self._runner.present(record) for record in found], more
 
     def list_events(self, tenant: str, id: str, *, after: str | None, limit: int) -> tuple[list[EventRecord], bool]:
         """Newest first. Raises NotFound."""
@@ -209,7 +239,7 @@ class JobService:
         record = await asyncio.to_thread(self.get, tenant, id)
         if after is not None:
             await asyncio.to_thread(self._store.list_events, id, after=after, limit=1)
-        return self._runner.journal.follow(record, lambda: has_ended(self.get(tenant, id)), after)
+        return self._runner.journal.follow(record, lambda: has_ended(self._store.get_job(tenant, id)), after)
 
     def describe(self, record: JobRecord) -> dict[str, Any]:
         """OpenAI's object, with the pace of a running job."""
@@ -224,7 +254,7 @@ class JobService:
         adapter = await asyncio.to_thread(self._models.find_record, tenant, name)
         if adapter.tenant != tenant or adapter.job is None:
             raise Forbidden(f"model: {name} is not the model of a finetuning job of yours", param="model")
-        if adapter.job in self._runner.live:
+        if adapter.job in self._runner.live or adapter.job in self._runner.ending:
             raise Conflict(f"model: job {adapter.job} has not ended; cancel it first", param="model")
         await self._runner.journal.write(functools.partial(self._outputs.delete_model, adapter))
         await self._models.drop_loaded(tenant, name)

@@ -1,7 +1,8 @@
 """The API process's view of the engine: requests, calls and job events over the socket, whichever process is behind it.
 
-When the engine's process dies, everything that waits for it fails at once with EngineUnavailable, and another one is started.
-Owns: who waits for what, restarts. Does not own: how a process is started (supervisor.py). All on one event loop.
+When the engine's process dies, everything that waits for it fails at once with EngineUnavailable, and another one is started;
+one that hangs is ended first. Owns: who waits for what, restarts. Does not own: how a process is started (supervisor.py), when
+it hangs (watchdog.py). All on one event loop.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Literal, cast
 
-import msgspec
 import zmq.asyncio
 
 from coserve.config import SamplingConfig
@@ -43,94 +43,26 @@ from coserve.server.link.messages import (
     decode_from_engine,
     encode,
 )
-from coserve.server.link.setup import START_CALL
-from coserve.server.link.supervisor import EngineProcess, restart_delay_s
+from coserve.server.link.setup import START_CALL, STOP_S
+from coserve.server.link.streams import RequestStream
+from coserve.server.link.supervisor import EngineEnd, EngineProcess, restart_delay_s
+from coserve.server.link.watchdog import LOOK_EVERY_S, Hang, Watchdog
+from coserve.server.logs import present_request
 from coserve.server.settings import ServerConfig
 
-STOP_S = 30.0
-"""What an engine gets to write its checkpoints at the end."""
+_STOP_HANG_S, _STOP_FACTOR = 5.0, 5.0
+"""At the end less is waited for an iteration than while there is no hurry."""
 _LAST_WORDS_S = 0.05
 """What a dead process has sent arrives within this time."""
 _log = logging.getLogger(__name__)
-
-
-def merge_tokens(parts: Sequence[Tokens]) -> Tokens:
-    """Chunks of one output, in order, as one."""
-    if len(parts) == 1:
-        return parts[0]
-    last = parts[-1]
-    return msgspec.structs.replace(
-        last, text="".join(part.text for part in parts), token_ids=[token for part in parts for token in part.token_ids],
-        cached_tokens=max(part.cached_tokens for part in parts), begun_s=parts[0].begun_s,
-        logprobs=[entry for part in parts for entry in part.logprobs],
-    )
-
-
-class RequestStream:
-    """A request's chunks, for one reader, until every output has a finish_reason.
-
-    What comes while nobody reads is held as one chunk per output: never more than the request's own tokens. Raises the
-    request's error, or EngineUnavailable.
-    """
-
-    def __init__(self, request: str, num_outputs: int, cancel: Callable[[RequestStream], None]) -> None:
-        self.id = request
-        self._cancel = cancel
-        self._unread: dict[int, list[Tokens]] = {}
-        self._unfinished = set(range(num_outputs))
-        self._unended = set(self._unfinished)
-        self._error: CoserveError | None = None
-        self._news = asyncio.Event()
-
-    @property
-    def ended(self) -> bool:
-        """Whether the engine is through with it."""
-        return self._error is not None or not self._unended
-
-    def push(self, chunk: Tokens) -> None:
-        """The engine has sent a chunk."""
-        self._unread.setdefault(chunk.index, []).append(chunk)
-        if chunk.finish_reason is not None:
-            self._unended.discard(chunk.index)
-        self._news.set()
-
-    def fail(self, error: CoserveError) -> None:
-        """Nothing follows."""
-        self._error = error
-        self._news.set()
-
-    def __aiter__(self) -> RequestStream:
-        """Itself."""
-        return self
-
-    async def __anext__(self) -> Tokens:
-        while True:
-            if self._unread:
-                index = next(iter(self._unread))
-                chunk = merge_tokens(self._unread.pop(index))
-                if chunk.finish_reason is not None:
-                    self._unfinished.discard(index)
-                return chunk
-            if not self._unfinished:
-                raise StopAsyncIteration
-            if self._error is not None:
-                raise self._error
-            self._news.clear()
-            await self._news.wait()
-
-    async def aclose(self) -> None:
-        """Nobody reads any more; the engine stops working on it."""
-        self._unread.clear()
-        self._unfinished.clear()
-        if not self.ended:
-            self._cancel(self)
 
 
 class EngineClient:
     """The engine, in whichever process it runs.
 
     report: takes a line about a start. info: of the running engine, or of the last one. generation: rises with every start.
-    failure: why no engine is started any more, or None.
+    failure: why no engine is started any more, or None. hang: what the present engine hangs in, until it is ended. last_end:
+    how the last process ended, known when on_down's listeners are called.
     """
 
     def __init__(self, config: ServerConfig, *, report: Callable[[str], None] = _log.info) -> None:
@@ -138,6 +70,8 @@ class EngineClient:
         self.ready = False
         self.generation = self.num_restarts = 0
         self.failure: str | None = None
+        self.hang: str | None = None
+        self.last_end: EngineEnd | None = None
         self._info: Ready | None = None
         self._context: zmq.asyncio.Context | None = None
         self._process: EngineProcess | None = None
@@ -163,6 +97,13 @@ class EngineClient:
     def pid(self) -> int | None:
         """Of the present process."""
         return None if self._process is None else self._process.pid
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it takes no requests, if that is known and not its first start."""
+        if self.ready or self.failure is not None or self.hang is not None or self.last_end is None:
+            return self.failure or (self.hang and f"the engine is being started again: {self.hang}")
+        return f"the engine is being started again: {self.last_end.reason}"
 
     def on_job(self, listener: Callable[[JobHappened | JobEnded], None]) -> None:
         """Called with every event of every job, in order, on the event loop."""
@@ -200,9 +141,7 @@ class EngineClient:
         if process is not None:
             if not asked:
                 process.kill()
-            try:
-                await asyncio.wait_for(process.wait(), STOP_S)
-            except TimeoutError:
+            if not await self._ends_in_time(process):
                 process.kill()
                 await process.wait()
         for task in self._tasks:
@@ -210,6 +149,21 @@ class EngineClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._context is not None:
             self._context.destroy(linger=0)
+
+    async def _ends_in_time(self, process: EngineProcess) -> bool:
+        """Whether the process ends by itself, without hanging, within STOP_S."""
+        ended = asyncio.ensure_future(process.wait())
+        dog, limit = Watchdog(process.page, _STOP_HANG_S), time.monotonic() + STOP_S
+        while time.monotonic() < limit:
+            done, _ = await asyncio.wait([ended], timeout=LOOK_EVERY_S / 2)
+            if done:
+                return True
+            hang = dog.look(factor=_STOP_FACTOR)
+            if hang is not None:
+                _log.error("at the end the engine process hangs and is killed: %s", hang)
+                return False
+        _log.error("the engine process has not ended within %g s and is killed: %s", STOP_S, _doing(process))
+        return False
 
     def fail_requests(self, message: str) -> None:
         """Ends every stream with EngineUnavailable: the server is about to end."""
@@ -228,8 +182,7 @@ class EngineClient:
         while not self._stopping:
             generation = self.generation
             try:
-                code = await self._live()
-                reason = self._problem.message if self._problem is not None else f"it ended with exit code {code}"
+                reason = await self._live()
             except OSError as error:
                 reason = str(error)
             if self._stopping:
@@ -253,29 +206,54 @@ class EngineClient:
             return CoserveError(f"the engine can't start: {reason}")
         return make_error(problem.name, problem.message, problem.param)
 
-    async def _live(self) -> int:
-        """One process, from its start to its end; its exit code."""
+    async def _live(self) -> str:
+        """One process, from its start to its end; why it ended."""
         assert self._context is not None
-        self._problem = None
+        self._problem, self.hang = None, None
         process = await EngineProcess.spawn(self._config, self._context)
         self._process = process
+        watch = asyncio.create_task(self._watch(process))
         reader = asyncio.create_task(self._read(process))
         reader.add_done_callback(lambda ended: self._reader_ended(ended, process))
         try:
             code = await process.wait()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(reader), _LAST_WORDS_S)
-            return code
+            told = self.hang or (self._problem.message if self._problem is not None else None)
+            self.last_end = end = process.describe_end(code, told, hung=self.hang is not None)
+            if not self._stopping and not end.hung and (stacks := process.read_stacks()):
+                _log.error("the engine process crashed; its threads were at:\n%s", stacks)
+            return end.reason
         finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            for task in (reader, watch):
+                task.cancel()
+            await asyncio.gather(reader, watch, return_exceptions=True)
             process.kill()
             self._process = None
             process.close()
             self._go_down("the engine process died; it is being started again")
 
+    async def _watch(self, process: EngineProcess) -> None:
+        """Kills the process when it hangs. Its start may take as long as it takes."""
+        dog = Watchdog(process.page, self._config.watchdog_timeout)
+        while self._config.watchdog_timeout > 0:
+            await asyncio.sleep(LOOK_EVERY_S)
+            hang = dog.look() if self.ready and not self._stopping else None
+            if hang is not None:
+                await self._end_hung(process, hang)
+                return
+
+    async def _end_hung(self, process: EngineProcess, hang: Hang) -> None:
+        self.hang, self.ready = f"it hangs: {hang}", False
+        stacks = await process.ask_stacks()
+        _log.error(
+            "the engine process hangs and is started again: %s. At that time: %s. Its threads:\n%s", hang, _doing(process),
+            stacks or "(it could not write their stacks)",
+        )
+        process.kill()
+
     def _go_down(self, message: str) -> None:
-        was_ready, self.ready = self.ready, False
+        was_up, self.ready = self.ready or self.hang is not None, False
         streams, self._streams = self._streams, {}
         calls, self._calls = self._calls, {}
         for stream in streams.values():
@@ -283,7 +261,7 @@ class EngineClient:
         for call in calls.values():
             if not call.done():
                 call.set_exception(EngineUnavailable(message))
-        if was_ready:
+        if was_up:
             _call_all(self._on_down)
 
     async def _rise(self) -> None:
@@ -355,7 +333,7 @@ class EngineClient:
 
     def _require_ready(self) -> None:
         if not self.ready:
-            raise EngineUnavailable(self.failure or "the engine is starting; try again in a few seconds")
+            raise EngineUnavailable(self.trouble or "the engine is starting; try again in a few seconds")
 
     async def _call(self, make: Callable[[int], ToEngine]) -> Any:
         self._require_ready()
@@ -380,7 +358,7 @@ class EngineClient:
         """Sends a request. arrival_s: of the monotonic clock, default now. Close the stream if it isn't read to its end.
         Raises EngineUnavailable, InvalidRequest."""
         self._require_ready()
-        request = uuid.uuid4().hex
+        request = f"{present_request() or uuid.uuid4().hex}#{next(self._numbers)}"
         stream = RequestStream(request, sampling.n, self._cancel)
         self._send(Generate(
             id=request, prompt_ids=list(prompt_ids), sampling=sampling, adapter=adapter, tenant=tenant, tpot_ms=tpot_ms,
@@ -414,6 +392,15 @@ class EngineClient:
         """Engine.metrics(), and time_s of the monotonic clock. Raises EngineUnavailable."""
         found: dict[str, Any] = await self._call(lambda call: GetStats(call=call))
         return found
+
+
+def _doing(process: EngineProcess) -> str:
+    """What the threads of a process are doing, in words."""
+    now = time.monotonic()
+    return " | ".join(
+        f"{reading.activity} (for {now - reading.begun_s:.1f} s, predicted {reading.predicted_s:.2f} s)"
+        for reading in process.page.read()
+    ) or "nothing"
 
 
 def _call_all(listeners: Iterable[Callable[..., None]], *arguments: Any) -> None:

@@ -19,8 +19,10 @@ from coserve.core import CoserveError, JobFailed, TokenLogprob
 from coserve.engine.engine import Engine
 from coserve.engine.jobs import JobHandle
 from coserve.engine.requests import Chunk, RequestHandle
+from coserve.finetune.disk import refusal_of
 from coserve.finetune.job import JobEvent, MetricsTable
-from coserve.server.errors import EngineUnavailable, error_name
+from coserve.server.errors import EngineUnavailable, StorageRefused, error_name
+from coserve.server.link.activity import ActivityPage, CallPlaces
 from coserve.server.link.messages import (
     ActJob,
     Cancel,
@@ -42,22 +44,39 @@ from coserve.server.link.messages import (
 )
 
 _POOL_THREADS = 4
+_LOAD_S = 5.0
+_LOAD_BYTES_PER_S, _DATA_BYTES_PER_S = 20e6, 1e6
+"""What loading an adapter and preparing a job should take at least: a slow disk, a slow tokenizer. For who watches."""
 _READS = 10
 """Tries of reading the engine's numbers between two changes of them."""
+
+
+def num_bytes(path: Path) -> int:
+    """Of a file, or of the files in a directory; 0 if there is none."""
+    try:
+        return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+    except OSError:
+        return 0
 
 
 def make_problem(error: BaseException) -> Problem:
     """An error as it travels; one that isn't ours says of which kind it is."""
     if isinstance(error, CoserveError):
         return Problem(name=error_name(error), message=str(error), param=error.param)
+    reason = refusal_of(error)
+    if reason is not None:
+        return Problem(name=StorageRefused.__name__, message=f"{reason}; try again when it can be written")
     return Problem(name=CoserveError.__name__, message=f"{type(error).__name__}: {error}")
 
 
 class EngineHost:
-    """post: sends a message, from any thread; stop: called at Shutdown."""
+    """post: sends a message, from any thread; stop: called at Shutdown; places: where the pool's threads say what they do."""
 
-    def __init__(self, engine: Engine, post: Callable[[FromEngine], None], stop: Callable[[], None]) -> None:
+    def __init__(
+        self, engine: Engine, post: Callable[[FromEngine], None], stop: Callable[[], None], places: CallPlaces | None = None
+    ) -> None:
         self._engine, self._post, self._stop = engine, post, stop
+        self._places = places or CallPlaces(ActivityPage(None))
         self._pool = ThreadPoolExecutor(_POOL_THREADS, "coserve-calls")
         self._requests: dict[str, RequestHandle] = {}
         self._jobs: dict[str, JobHandle | None] = {}  # None: being prepared
@@ -72,17 +91,19 @@ class EngineHost:
             case Cancel():
                 self._cancel(message.id)
             case LoadAdapter(call=call, name=name, directory=directory):
-                self._call(call, lambda: self._engine.load_adapter(name, directory))
+                seconds = _LOAD_S + num_bytes(Path(directory)) / _LOAD_BYTES_PER_S
+                self._call(call, lambda: self._engine.load_adapter(name, directory), f"load adapter {name}", seconds)
             case UnloadAdapter(call=call, name=name):
-                self._call(call, lambda: self._engine.unload_adapter(name))
+                self._call(call, lambda: self._engine.unload_adapter(name), f"unload adapter {name}")
             case StartJob():
                 with self._lock:
                     self._jobs[message.id] = None
-                self._call(message.call, lambda: self._start_job(message))
+                seconds = _LOAD_S + num_bytes(Path(message.training_file)) / _DATA_BYTES_PER_S
+                self._call(message.call, lambda: self._start_job(message), f"start job {message.id}", seconds, (message.id,))
             case ActJob():
                 self._act(message.id, message.action)
             case GetStats(call=call):
-                self._call(call, self._stats)
+                self._call(call, self._stats, "figures for metrics")
             case Shutdown():
                 self._stop()
 
@@ -90,10 +111,14 @@ class EngineHost:
         """Takes no more calls; those that wait are dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _call(self, number: int, work: Callable[[], Any]) -> None:
+    def _call(
+        self, number: int, work: Callable[[], Any], what: str, seconds: float = 0.0, jobs: Iterable[str] = ()
+    ) -> None:
         def run() -> None:
             try:
-                reply = Replied(call=number, value=work())
+                with self._places.doing(what, seconds, jobs=jobs):
+                    value = work()
+                reply = Replied(call=number, value=value)
             except Exception as error:  # whatever it is, somebody waits for the answer
                 reply = Replied(call=number, problem=make_problem(error))
             self._post(reply)
@@ -114,7 +139,7 @@ class EngineHost:
         try:
             handle = self._engine.submit(
                 message.prompt_ids, message.sampling, adapter=message.adapter, tenant=message.tenant, tpot_ms=message.tpot_ms,
-                ttft_ms=message.ttft_ms, arrival_s=message.arrival_s,
+                ttft_ms=message.ttft_ms, arrival_s=message.arrival_s, label=message.id,
             )
         except CoserveError as error:
             self._fail(message.id, error)
@@ -144,7 +169,7 @@ class EngineHost:
             handle = self._engine.finetune(
                 message.training_file, message.directory, message.config, name=message.adapter,
                 validation=message.validation_file, start=message.start, resume=message.resume, tenant=message.tenant,
-                weight=message.weight, listen=lambda event: self._job_happened(message.id, event),
+                weight=message.weight, listen=lambda event: self._job_happened(message.id, event), label=message.id,
             )
         except BaseException:
             with self._lock:
@@ -173,6 +198,7 @@ class EngineHost:
             id=job, level=cast(Literal["info", "warn", "error"], event.level), message=event.message, time_s=time.monotonic(),
             row=None if event.row is None else dataclasses.asdict(event.row), num_steps=event.num_steps,
             checkpoint=None if event.checkpoint is None else str(event.checkpoint), checkpoint_step=event.checkpoint_step,
+            resumed_step=event.resumed_step,
         ))
 
     def _job_ended(self, job: str, handle: JobHandle) -> None:
@@ -181,7 +207,7 @@ class EngineHost:
             return
         with self._lock:
             self._jobs.pop(job, None)
-        self._pool.submit(self._report_end, job, handle)
+        self._engine.jobs.recorder.submit(self._report_end, job, handle)  # behind the rows that are still being written
 
     def _report_end(self, job: str, handle: JobHandle) -> None:
         tokens = sum(row.tokens for row in MetricsTable(Path(handle.directory) / "metrics.csv").rows())

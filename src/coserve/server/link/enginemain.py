@@ -6,27 +6,32 @@ has gone: the input's end says so. An error in the engine's thread ends it too; 
 
 from __future__ import annotations
 
+import faulthandler
+import logging
 import math
 import os
 import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
+from coserve.config import EngineConfig
 from coserve.core import ConfigError, CoserveError
 from coserve.engine.budget import available_bytes, weight_bytes
 from coserve.engine.engine import DEFAULT_POOL_SHARE, Engine
 from coserve.engine.model import LoadedModel, load_model
 from coserve.model.checkpoint import expected_shapes
+from coserve.server import logs
+from coserve.server.link.activity import ENGINE, SOCKET, ActivityPage, CallPlaces, start_pulse
 from coserve.server.link.enginehost import EngineHost, make_problem
 from coserve.server.link.mailbox import Mailbox
-from coserve.server.link.messages import Progress, Ready, Replied
-from coserve.server.link.setup import START_CALL, read_setup
+from coserve.server.link.messages import Progress, Ready, Replied, ToEngine
+from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, START_CALL, STOP_S, Setup, read_setup
+from coserve.server.link.supervisor import STACKS_SIGNAL
 from coserve.server.locks import hold
 from coserve.server.settings import ServerConfig
 
@@ -34,6 +39,7 @@ LOCK_FILE = "engine.lock"
 LOCK_WAIT_S = 30.0
 CUDA_WORK_SHARE = 0.15
 """Of what weights leave on a GPU: for adapters, optimizers and the workspace of passes, which lie outside the pool."""
+_log = logging.getLogger(__name__)
 
 
 def num_cores() -> int:
@@ -82,11 +88,11 @@ def make_ready(engine: Engine, asked: int | None, start_s: float) -> Ready:
     )
 
 
-class _Process:
-    """failed: the engine's thread has ended by an error."""
+class EngineProcessMain:
+    """failed: the engine's thread has ended by an error. page: where threads say what they do."""
 
-    def __init__(self, config: ServerConfig, mailbox: Mailbox) -> None:
-        self.config, self.mailbox, self.failed = config, mailbox, False
+    def __init__(self, config: ServerConfig, mailbox: Mailbox, page: ActivityPage) -> None:
+        self.config, self.mailbox, self.page, self.failed = config, mailbox, page, False
 
     def report(self, line: str) -> None:
         """A line about the start, at once."""
@@ -104,18 +110,33 @@ class _Process:
         began = time.monotonic()
         model = self.load()
         settings = self.config.engine_config(pool_bytes(self.config, model.weights.device))
-        engine = Engine(model, settings, clock=time.monotonic, report=self.report)
+        engine = self.make_engine(model, settings)
         ready = make_ready(engine, self.config.max_model_len, time.monotonic() - began)
         threading.excepthook = self._thread_failed
-        host = EngineHost(engine, self.mailbox.post, self.mailbox.stop)
+        host = EngineHost(engine, self.mailbox.post, self.mailbox.stop, CallPlaces(self.page))
+        place = self.page.place(SOCKET)
+
+        def take(message: ToEngine) -> None:
+            place.begin(f"taking a message ({type(message).__name__})")
+            host.take(message)
+            place.end()
+
         with engine:
+            start_pulse(self.page)
             self.mailbox.post(ready)
             self.mailbox.flush()
-            self.mailbox.run(host.take)
+            self.mailbox.run(take)
+            place.begin("the end: jobs write their checkpoints", STOP_S)
         host.close()
 
+    def make_engine(self, model: LoadedModel, settings: EngineConfig) -> Engine:
+        """The engine that is served."""
+        return Engine(model, settings, clock=time.monotonic, report=self.report, watcher=self.page.place(ENGINE))
+
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        threading.__excepthook__(failure)
+        name = "a thread" if failure.thread is None else f"thread {failure.thread.name}"
+        error = failure.exc_value or failure.exc_type()
+        _log.critical("%s of the engine process failed: %r", name, error, exc_info=error)
         self.failed = True
         self.mailbox.stop()
 
@@ -130,14 +151,27 @@ def end_with(parent: BinaryIO) -> None:
     threading.Thread(target=wait, name="coserve-parent", daemon=True).start()
 
 
-def main() -> int:
-    """Exit code: 0 after Shutdown, 1 otherwise."""
+def open_page(setup: Setup) -> ActivityPage:
+    """Where this process's threads say what they do. From now on a crash, or the signal, writes their stacks."""
+    if not setup.watch:
+        return ActivityPage(None)
+    directory = Path(setup.watch)
+    stacks = os.open(directory / STACKS_FILE, os.O_WRONLY | os.O_APPEND)  # open to the end
+    faulthandler.enable(stacks)
+    faulthandler.register(STACKS_SIGNAL, stacks, all_threads=True)
+    return ActivityPage(directory / ACTIVITY_FILE)
+
+
+def main(process_of: type[EngineProcessMain] = EngineProcessMain) -> int:
+    """Exit code: 0 after Shutdown, 1 otherwise. process_of: tests have one whose engine hangs."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a terminal or service: the API process decides
         signal.signal(number, signal.SIG_IGN)
     setup = read_setup(sys.stdin.buffer.readline())
     end_with(sys.stdin.buffer)
+    logs.configure("engine", format=setup.config.log_format, level=setup.config.log_level)
+    page = open_page(setup)
     with Mailbox(setup.address) as mailbox:
-        process = _Process(setup.config, mailbox)
+        process = process_of(setup.config, mailbox, page)
         try:
             lock = Path(setup.config.data_dir) / LOCK_FILE
             with hold(
@@ -146,7 +180,7 @@ def main() -> int:
                 process.run()
         except Exception as error:
             if not isinstance(error, (CoserveError, OSError)):
-                traceback.print_exc()
+                _log.critical("the engine process failed: %r", error, exc_info=error)
             mailbox.post(Replied(call=START_CALL, problem=make_problem(error)))
             return 1
         return 1 if process.failed else 0
@@ -154,5 +188,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     code = main()
+    logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # a call may still run in the pool; nobody waits for it

@@ -165,7 +165,8 @@ class Replied(Message, frozen=True, kw_only=True):
 
 
 class JobHappened(Message, frozen=True, kw_only=True):
-    """An event of a job. row: a StepRow's fields, with a step's metrics; checkpoint: directory of one that is whole on disk."""
+    """An event of a job. row: a StepRow's fields, with a step's metrics; checkpoint: directory of one that is whole on disk.
+    resumed_step: the last step that a resumed job doesn't run again."""
 
     id: str
     level: Literal["info", "warn", "error"]
@@ -175,6 +176,7 @@ class JobHappened(Message, frozen=True, kw_only=True):
     num_steps: int = 0
     checkpoint: str | None = None
     checkpoint_step: int = 0
+    resumed_step: int | None = None
 
 
 class JobEnded(Message, frozen=True, kw_only=True):

@@ -10,13 +10,18 @@ from coserve.server.settings import ServerConfig
 
 START_CALL = 0
 """The call that a Replied answers if the engine can't start."""
+STOP_S = 30.0
+"""What an engine gets at the end, to write its checkpoints."""
+ACTIVITY_FILE, STACKS_FILE = "activity", "stacks"
+"""What the engine's threads do (activity.py), and where their stacks go when they are asked for or the process crashes."""
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """address: of the API's socket."""
+    """address: of the API's socket. watch: a directory with the two files below, for as long as the engine starts; '': none."""
 
     address: str
     config: ServerConfig
+    watch: str = ""
 
 
 def write_setup(setup: Setup) -> bytes:

@@ -2,23 +2,29 @@
 
     spawn -> Ready -> ... -> dies -> spawn -> ...        dies before Ready: wait longer each time, at most MAX_FAILURES in a row
 
-Owns: the command, its environment, the socket's address, the delays. Does not own: what is said over it (engineclient.py).
+Owns: the command, its environment, the socket's address, the delays, asking for stacks. Does not own: what is said over it
+(engineclient.py), when it hangs (watchdog.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import zmq
 import zmq.asyncio
 
-from coserve.server.link.setup import Setup, write_setup
+from coserve.server.link.activity import ActivityPage
+from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, Setup, write_setup
 from coserve.server.settings import ServerConfig
 
 ENGINE_ENVIRONMENT: Mapping[str, str] = {
@@ -30,6 +36,12 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
 DELAYS_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 """Before a restart, by how many processes in a row have died before they were ready."""
 MAX_FAILURES = 5
+STACKS_SIGNAL = signal.SIGUSR1
+"""Has the engine process write the stacks of all its threads, also while one of them holds the interpreter's lock."""
+_STACKS_WAIT_S = 1.0
+_MOST_STACKS = 1 << 16
+ENGINE_MODULE = "coserve.server.link.enginemain"
+"""What runs in it."""
 _LONGEST_PATH = 100
 """Of a socket in the file system; the system's own limit is 104 or 108 bytes."""
 
@@ -39,11 +51,35 @@ def restart_delay_s(failures: int) -> float | None:
     return None if failures >= MAX_FAILURES else DELAYS_S[min(failures, len(DELAYS_S) - 1)]
 
 
+class EngineEnd(NamedTuple):
+    """How a process ended. jobs: those that it worked on at that time; guilty: whether what it worked on may be the cause: it
+    hung, crashed or ran out of memory, rather than being killed from outside; alone: no request was in the same work."""
+
+    reason: str
+    jobs: tuple[str, ...] = ()
+    guilty: bool = False
+    alone: bool = True
+    hung: bool = False
+
+
+def count_oom_kills() -> int:
+    """Processes that the system has ended for lack of memory; 0 where it doesn't say."""
+    try:
+        text = Path("/proc/vmstat").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
+
+
 class EngineProcess:
     """One process, with a socket of its own: nothing that a dead one has sent can be taken for the next one's."""
 
-    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, directory: Path) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, directory: Path, page: ActivityPage, stacks: int
+    ) -> None:
         self._process, self.socket, self._directory = process, socket, directory
+        self.page, self._stacks = page, stacks
+        self._oom_kills = count_oom_kills()
 
     @classmethod
     async def spawn(cls, config: ServerConfig, context: zmq.asyncio.Context) -> EngineProcess:
@@ -55,18 +91,21 @@ class EngineProcess:
             path = directory / "engine"
             usable = zmq.has("ipc") and len(os.fsencode(path)) <= _LONGEST_PATH
             socket.bind(f"ipc://{path}" if usable else "tcp://127.0.0.1:*")
+            page = ActivityPage(directory / ACTIVITY_FILE, create=True)
+            stacks = os.open(directory / STACKS_FILE, os.O_RDONLY | os.O_CREAT, 0o600)
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "coserve.server.link.enginemain", stdin=asyncio.subprocess.PIPE,
+                sys.executable, "-P", "-m", ENGINE_MODULE, stdin=asyncio.subprocess.PIPE,
                 env={**ENGINE_ENVIRONMENT, **os.environ},
             )
             assert process.stdin is not None
             address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-            process.stdin.write(write_setup(Setup(address=address, config=config)))  # and it stays open: see enginemain.py
+            process.stdin.write(write_setup(Setup(address=address, config=config, watch=str(directory))))
+            # and its input stays open: see enginemain.py
         except BaseException:
             socket.close(linger=0)
             shutil.rmtree(directory, ignore_errors=True)
             raise
-        return cls(process, socket, directory)
+        return cls(process, socket, directory, page, stacks)
 
     @property
     def pid(self) -> int:
@@ -85,7 +124,39 @@ class EngineProcess:
         if self._process.returncode is None:
             self._process.kill()
 
+    async def ask_stacks(self) -> str:
+        """The stacks of its threads, as far as it can still write them within a second."""
+        before = os.fstat(self._stacks).st_size
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(STACKS_SIGNAL)
+        limit, size = time.monotonic() + _STACKS_WAIT_S, before
+        while time.monotonic() < limit:
+            await asyncio.sleep(0.1)
+            grown = os.fstat(self._stacks).st_size
+            if grown == size > before:
+                break
+            size = grown
+        return self.read_stacks()
+
+    def read_stacks(self) -> str:
+        """What has been written of stacks: when they were asked for, or by a crash."""
+        return os.pread(self._stacks, _MOST_STACKS, 0).decode(errors="replace")
+
+    def describe_end(self, code: int, told: str | None, *, hung: bool) -> EngineEnd:
+        """The end of this process, which has ended with an exit code. told: the reason, if it is known."""
+        busy = [reading.activity for reading in self.page.read()]
+        jobs = tuple(dict.fromkeys(job for activity in busy for job in activity.jobs))
+        alone = not any(activity.requests for activity in busy)
+        out_of_memory = code == -signal.SIGKILL and count_oom_kills() > self._oom_kills
+        if told is None:
+            told = f"it was ended by signal {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
+            told += ", as the machine ran out of memory" if out_of_memory else ""
+        guilty = hung or out_of_memory or code != -signal.SIGKILL
+        return EngineEnd(told, jobs, guilty, alone, hung)
+
     def close(self) -> None:
         """Frees what it had; it has ended."""
         self.socket.close(linger=0)
+        self.page.close()
+        os.close(self._stacks)
         self.hide()

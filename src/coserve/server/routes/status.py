@@ -46,8 +46,10 @@ async def health(services: Served) -> JSONResponse:
     """200 or 503."""
     engine = services.engine
     if engine.ready:
-        return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "engine unavailable", **({"reason": engine.failure} if engine.failure else {})}, 503)
+        problem = None if services.watch is None else services.watch.problem
+        return JSONResponse({"status": "ok", **({"problem": problem} if problem else {})})
+    trouble = engine.trouble
+    return JSONResponse({"status": "engine unavailable", **({"reason": trouble} if trouble else {})}, 503)
 
 
 @router.get("/version", summary="The server's version")

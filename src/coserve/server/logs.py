@@ -1,0 +1,236 @@
+"""The log of both processes: lines for people or JSON for machines, with the ids of what they are about, repeats folded.
+
+    text   2026-01-31T12:00:00.123Z WARNING api the record of a job can't be written [job=ftjob-1 tenant=alice]
+    json   {"time": "2026-01-31T12:00:00.123Z", "level": "warning", "process": "api", "message": "...", "job": "ftjob-1", ...}
+
+Levels below warning go to standard output, the others to standard error. Owns: formats, context, folding. Does not own: what is
+logged. A logger is told ids by `extra={"job": ...}`; a request's and a tenant's come from the context by themselves. `fold`:
+False for a line that is written every time; `fields`: more of what JSON holds.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, TextIO
+
+IDS = ("request", "tenant", "job")
+"""What a line can be about."""
+FOLD_S = (10.0, 60.0, 600.0)
+"""A line that was just written is counted instead of written again for so long; then longer, while it goes on."""
+_MOST_FOLDED = 256
+_request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="")
+_tenant: contextvars.ContextVar[list[str]] = contextvars.ContextVar("tenant")
+
+
+@contextmanager
+def about_request(request: str) -> Iterator[list[str]]:
+    """Lines logged inside are about a request. Gives a list that gets the tenant, once it is known."""
+    tenant: list[str] = []
+    tokens = _request.set(request), _tenant.set(tenant)
+    try:
+        yield tenant
+    finally:
+        _request.reset(tokens[0])
+        _tenant.reset(tokens[1])
+
+
+def note_tenant(tenant: str) -> None:
+    """Whose request this is."""
+    known = _tenant.get(None)
+    if known is not None:
+        known[:] = [tenant]
+
+
+def present_request() -> str:
+    """The request that is being answered, or ''."""
+    return _request.get()
+
+
+class _Context(logging.Filter):
+    """Puts the context's ids into records that have none; always passes."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not hasattr(record, "request") and _request.get():
+            record.request = _request.get()
+        if not hasattr(record, "tenant") and (tenant := _tenant.get(None)):
+            record.tenant = tenant[0]
+        return True
+
+
+def _ids(record: logging.LogRecord) -> dict[str, str]:
+    return {name: str(value) for name in IDS if (value := getattr(record, name, None))}
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _trace(record: logging.LogRecord) -> str:
+    return "".join(traceback.format_exception(*record.exc_info)).rstrip() if record.exc_info and record.exc_info[1] else ""
+
+
+class TextFormatter(logging.Formatter):
+    """Every line of a record, a traceback's too, begins with time, level and process."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line or more."""
+        head = f"{_time(record)} {record.levelname} {self._process} "
+        ids = " ".join(f"{name}={value}" for name, value in _ids(record).items())
+        first, *rest = record.getMessage().splitlines() or [""]
+        lines = [f"{first} [{ids}]" if ids else first, *rest, *_trace(record).splitlines()]
+        return "\n".join(head + line for line in lines)
+
+
+class JsonFormatter(logging.Formatter):
+    """One line, one object."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        fields: dict[str, Any] = {
+            "time": _time(record), "level": record.levelname.lower(), "process": self._process, "logger": record.name,
+            "message": record.getMessage(), **_ids(record), **getattr(record, "fields", {}),
+        }
+        if trace := _trace(record):
+            fields["exception"] = trace
+        return json.dumps(fields, ensure_ascii=False, default=str)
+
+
+@dataclass(slots=True)
+class _Folded:
+    """A line that was written, and how often it came since."""
+
+    record: logging.LogRecord
+    until_s: float
+    began_s: float
+    window: int = 0
+    count: int = 0
+
+
+class FoldingHandler(logging.Handler):
+    """Writes records to two streams. One that says the same as one just before, of the same ids, is counted; the count is
+    written when the window ends, or at the end of the process."""
+
+    def __init__(self, out: TextIO, error: TextIO) -> None:
+        super().__init__()
+        self._out, self._error = out, error
+        self._folded: dict[tuple[str, ...], _Folded] = {}
+        self._timer: threading.Timer | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Holds the handler's lock, as logging does around it."""
+        try:
+            if not getattr(record, "fold", True):
+                self._write(record)
+                return
+            now, trace = time.monotonic(), _trace(record)
+            key = (record.levelname, record.name, record.getMessage(), trace, *_ids(record).values())
+            known = self._folded.get(key)
+            if known is not None and now < known.until_s:
+                known.count += 1
+                self._wake(known.until_s - now)
+                return
+            if known is None and len(self._folded) >= _MOST_FOLDED:
+                self._sweep(now, everything=True)
+            if known is not None and known.count:
+                self._tell(known, now)
+            self._folded[key] = _Folded(record, now + FOLD_S[0], now)
+            self._write(record)
+        except Exception:
+            self.handleError(record)
+
+    def _write(self, record: logging.LogRecord) -> None:
+        stream = self._error if record.levelno >= logging.WARNING else self._out
+        stream.write(self.format(record) + "\n")
+        stream.flush()
+
+    def _tell(self, folded: _Folded, now: float) -> None:
+        same = folded.record
+        times = "once more" if folded.count == 1 else f"{folded.count} times"
+        text = f"repeated {times} within {now - folded.began_s:.0f} s: {same.getMessage().splitlines()[0]}"
+        told = logging.LogRecord(same.name, same.levelno, same.pathname, same.lineno, "%s", (text,), None)
+        for name in IDS:
+            if hasattr(same, name):
+                setattr(told, name, getattr(same, name))
+        told.fields = {"repeated": folded.count}
+        self._write(told)
+
+    def _wake(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = threading.Timer(seconds + 0.05, self._on_timer)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _on_timer(self) -> None:
+        with self.lock:  # type: ignore[union-attr]
+            self._timer = None
+            now = time.monotonic()
+            self._sweep(now)
+            left = [folded.until_s - now for folded in self._folded.values() if folded.count or folded.window]
+            if left:
+                self._wake(max(0.0, min(left)))
+
+    def _sweep(self, now: float, *, everything: bool = False) -> None:
+        """Tells what was counted in windows that have ended; a line that came in its window gets a longer one."""
+        for key, folded in list(self._folded.items()):
+            if now < folded.until_s and not everything:
+                continue
+            if folded.count:
+                self._tell(folded, now)
+            if everything or not folded.count:
+                del self._folded[key]
+                continue
+            folded.window = min(folded.window + 1, len(FOLD_S) - 1)
+            folded.until_s, folded.began_s, folded.count = now + FOLD_S[folded.window], now, 0
+
+    def close(self) -> None:
+        """Tells what was counted."""
+        with self.lock:  # type: ignore[union-attr]
+            if self._timer is not None:
+                self._timer.cancel()
+            self._sweep(time.monotonic(), everything=True)
+        super().close()
+
+
+def configure(process: str, *, format: str = "text", level: str = "info") -> FoldingHandler:
+    """Sends the log of this process to its streams. process: api or engine; format: text or json; level: the least that is
+    written, of other packages never less than warnings, unless it is debug."""
+    handler = FoldingHandler(sys.stdout, sys.stderr)
+    handler.setFormatter(JsonFormatter(process) if format == "json" else TextFormatter(process))
+    handler.addFilter(_Context())
+    least = getattr(logging, level.upper())
+    logging.basicConfig(level=least if level == "debug" else max(least, logging.WARNING), handlers=[handler], force=True)
+    logging.getLogger("coserve").setLevel(least)
+    logging.captureWarnings(True)
+
+    def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        logging.getLogger("coserve").critical("an unexpected error: %r", error, exc_info=(kind, error, trace))
+
+    def uncaught_in_thread(failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_value is not None:
+            name = "a thread" if failure.thread is None else f"thread {failure.thread.name}"
+            logging.getLogger("coserve").critical(
+                "%s failed: %r", name, failure.exc_value,
+                exc_info=(failure.exc_type, failure.exc_value, failure.exc_traceback),
+            )
+
+    sys.excepthook, threading.excepthook = uncaught, uncaught_in_thread
+    return handler

@@ -1,0 +1,10 @@
+"""`coserve serve` whose engine process is tests/server/hanging_engine.py."""
+
+from __future__ import annotations
+
+from coserve.cli import main
+from coserve.server.link import supervisor
+
+if __name__ == "__main__":
+    supervisor.ENGINE_MODULE = "tests.server.hanging_engine"
+    main()
