@@ -60,6 +60,8 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen at (127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="0: any free one (8000).")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Key of the default tenant; repeatable.")] = None,
+    allowed_hosts: Annotated[list[str] | None, typer.Option(help="Name that a server without keys has; repeatable.")] = None,
+    allowed_origins: Annotated[list[str] | None, typer.Option(help="Website that may use the server; repeatable.")] = None,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name of the base model; repeatable.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Requests that run at once (64).")] = None,

@@ -19,6 +19,7 @@ from random import Random
 
 from fastapi import FastAPI
 from sqlalchemy import URL
+from starlette.middleware.cors import CORSMiddleware
 
 from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.index.files import FileService
@@ -29,6 +30,7 @@ from coserve.server.link.engineclient import EngineClient
 from coserve.server.locks import hold, make_private
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.models import ModelDirectory
+from coserve.server.origins import OriginGuard, OwnNames
 from coserve.server.routes import adapters, files, finetuning, inference, page, status, tokens
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig
@@ -94,7 +96,21 @@ def create_app(config: ServerConfig, *, report: Callable[[str], None] = _log.inf
         docs_url=None, redoc_url=None,  # their pages load scripts from other hosts
         responses=ERROR_RESPONSES,
     )
+
+    async def asks_for_keys() -> bool:
+        services: Services = app.state.services
+        return await services.tenants.asks_for_keys()
+
     app.add_middleware(BodyLimits, max_bytes=config.max_body_bytes)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=[origin.lower() for origin in config.allowed_origins], allow_methods=["*"],
+            allow_headers=["*"], expose_headers=["*"], allow_private_network=True,
+        )
+    app.add_middleware(
+        OriginGuard, names=OwnNames(config.host, config.allowed_hosts), origins=config.allowed_origins,
+        asks_for_keys=asks_for_keys,
+    )
     app.add_middleware(LastResort)
     install_handlers(app)
     for module in _ROUTES:

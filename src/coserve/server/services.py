@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from coserve.server.index.files import FileService
@@ -17,12 +18,17 @@ from coserve.server.link.engineclient import EngineClient
 from coserve.server.models import ModelDirectory
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
+from coserve.server.work import Allowance, WorkPool
 from coserve.tokenizer import ChatTokenizer
+
+MAX_BODY_BYTES = 256 << 20
+"""Of one tenant's bodies that are being read; small ones don't count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """tokenizer: the base model's, in this process. draw_seed: for a request that gives none, below 2^32."""
+    """tokenizer: the base model's, in this process. draw_seed: for a request that gives none, below 2^32. work: for what takes
+    long; bodies: bytes of large bodies that a tenant may have read at once."""
 
     config: ServerConfig
     engine: EngineClient
@@ -34,6 +40,10 @@ class Services:
     models: ModelDirectory
     metrics: ServerMetrics
     draw_seed: Callable[[], int]
+    work: WorkPool = field(default_factory=WorkPool)
+    bodies: Allowance = field(default_factory=lambda: Allowance(
+        MAX_BODY_BYTES, f"the bodies of your requests that are being read have {MAX_BODY_BYTES} bytes already; try again later"
+    ))
 
 
 async def get_services(request: Request) -> Services:
@@ -56,7 +66,7 @@ async def get_tenant(
     request: Request, services: Served, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> str:
     """Who asks; the index is read at most once a second for it. Raises Unauthorized."""
-    return services.tenants.identify(request.headers.get("authorization"))
+    return await run_in_threadpool(services.tenants.identify, request.headers.get("authorization"))
 
 
 Tenant = Annotated[str, Depends(get_tenant)]

@@ -15,6 +15,7 @@ from typing import Any
 
 from coserve.config import EngineConfig, SchedulerConfig, read_memory, require, require_least
 from coserve.core import ConfigError
+from coserve.server.origins import check_allowed
 
 DEFAULT_DATA_DIR = Path("coserve-data")
 AUTO = "auto"
@@ -33,6 +34,10 @@ class ServerConfig:
     """0: any free port."""
     api_key: tuple[str, ...] = ()
     """Keys of the tenant 'default'; with none here and none in the store, no key is asked for."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names beside localhost and --host that a server without keys answers to: NAME, *.NAME, or * for every name."""
+    allowed_origins: tuple[str, ...] = ()
+    """Websites whose pages may use the server, https://NAME; * for every website."""
     served_model_name: tuple[str, ...] = ()
     """Names of the base model; the first one is shown. Default: the model's own."""
     max_model_len: int | None = None
@@ -99,6 +104,7 @@ class ServerConfig:
         require(self.port < 65536, "port", f"must be below 65536, got {self.port}")
         require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization",
                 f"must be in (0, 1], got {self.gpu_memory_utilization}")
+        check_allowed(self.allowed_hosts, self.allowed_origins)
         require(all(self.api_key), "api_key", "an empty key would let everybody in; leave it out")
         self.training_share(1 << 40)
 
@@ -174,6 +180,21 @@ def _read_module(item: Any) -> tuple[Any, Any]:
     return data["name"], data["path"]
 
 
+def _read_texts(name: str, value: Any) -> tuple[str, ...]:
+    """One text, several, or vLLM's JSON lists of them."""
+    texts: list[Any] = []
+    for item in [value] if isinstance(value, str) else value:
+        if isinstance(item, str) and item.startswith("[\""):
+            try:
+                texts += json.loads(item)
+            except ValueError as error:
+                raise ConfigError(f"{name}: {item!r} isn't JSON ({error})", param=name) from error
+        else:
+            texts.append(item)
+    require(all(isinstance(text, str) for text in texts), name, f"must be texts, got {value!r}")
+    return tuple(texts)
+
+
 def _read(name: str, kind: str, value: Any) -> Any:
     """A value in its field's type."""
     if name == "lora_modules":
@@ -183,7 +204,7 @@ def _read(name: str, kind: str, value: Any) -> Any:
     if name == "data_dir":
         return Path(value)
     if kind.startswith("tuple"):
-        return (value,) if isinstance(value, str) else tuple(value)
+        return _read_texts(name, value)
     expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     allowed = expected[kind.partition(" ")[0]]
     require(isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool)), name,
