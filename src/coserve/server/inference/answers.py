@@ -22,6 +22,10 @@ from coserve.server.services import Services
 from coserve.server.stats.metrics import RequestMeter
 
 
+_AT_ONCE = 32
+"""Prompts of one request that are sent to the engine in one go."""
+
+
 class Question(NamedTuple):
     """A prompt, of which sampling.n outputs are wanted."""
 
@@ -61,8 +65,10 @@ class Answers:
 
         Raises the first error of any: EngineUnavailable also where an output was cancelled, CapacityError.
         """
-        for question in self._questions:
+        for number, question in enumerate(self._questions, start=1):
             self._runs.append(self._ask(question))
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)  # others' tokens first
         if len(self._runs) == 1:
             async for tokens in self._follow(self._runs[0]):
                 yield 0, tokens
@@ -84,9 +90,11 @@ class Answers:
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
-        for run in self._runs:
+        for number, run in enumerate(self._runs, start=1):
             run.meter.end("cancelled")  # of no effect if it has ended
             await run.stream.aclose()
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     def _ask(self, question: Question) -> _Run:
         asker, services = self._asker, self._services

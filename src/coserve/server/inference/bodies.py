@@ -15,7 +15,9 @@ which fields a route knows (fields.py), their types (protocol.py), what values t
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -130,10 +132,12 @@ def parse_object(data: bytes, max_values: int = MAX_VALUES) -> dict[str, Any]:
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
     except ValueError as error:  # msgspec's own are of this class too
-        raise InvalidRequest(f"the body isn't JSON: {error}"[:300]) from None
+        raise _no_json(data, error) from None
     if not isinstance(value, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    num_names = _check_values(value, nul=b"\\u0000" in data)
+        raise InvalidRequest("the body must be a JSON object", param="body")
+    num_names, nul = len(value), b"\\u0000" in data
+    for name, item in value.items():
+        num_names += _check_values(name, item, nul)
     if _count_outside_texts(data, b":", enough=num_names) != num_names:
         raise _name_twice(data)
     return value
@@ -167,15 +171,36 @@ def _parts(data: bytes) -> Iterator[np.ndarray]:
         yield np.frombuffer(data, np.uint8, min(_SCAN_BYTES, len(data) - start), start)
 
 
-def _check_values(value: Any, nul: bool) -> int:
-    """Refuses what can't be stored or sent on; how many names all objects have. nul: whether a text may have one."""
-    num_names, left = 0, [value]
+def _no_json(data: bytes, error: ValueError) -> InvalidRequest:
+    """What msgspec says; of a small body that only holds what Python's json takes too, with the field."""
+    if len(data) < 4 * _LARGE_BYTES:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(data)
+            for name, item in value.items() if isinstance(value, dict) else ():
+                if _is_foreign(item):
+                    return InvalidRequest(f"{name}: isn't JSON; no NaN, no Infinity, whole characters", param=name)
+    return InvalidRequest(f"the body isn't JSON: {error}"[:300])
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether it holds NaN, infinity or half of a surrogate pair."""
+    if isinstance(value, dict | list):
+        return any(map(_is_foreign, [*value, *value.values()] if isinstance(value, dict) else value))
+    if isinstance(value, str):
+        return any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _check_values(field: str, value: Any, nul: bool) -> int:
+    """Refuses what can't be stored or sent on; how many names the objects of a field have. nul: whether a text may have one."""
+    param = field[:80] if field.isprintable() else "body"
+    num_names, left = 0, [value, field]
     while left:
         item = left.pop()
         kind = type(item)
         if kind is dict:
             if len(item) > MAX_NAMES:
-                raise InvalidRequest(f"the body has an object of {len(item)} names; at most {MAX_NAMES} are taken")
+                raise InvalidRequest(f"{param}: an object of {len(item)} names; at most {MAX_NAMES} are taken", param=param)
             num_names += len(item)
             left.extend(item.values())
             if nul:
@@ -184,9 +209,9 @@ def _check_values(value: Any, nul: bool) -> int:
             left.extend(item)
         elif kind is int:
             if not -_INT64 <= item < 2 * _INT64:
-                raise InvalidRequest("the body has a number that is too large")
+                raise InvalidRequest(f"{param}: a number is too large", param=param)
         elif nul and kind is str and "\0" in item:
-            raise InvalidRequest("the body has a text with a NUL character")
+            raise InvalidRequest(f"{param}: a text has a NUL character", param=param)
     return num_names
 
 
