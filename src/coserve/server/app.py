@@ -32,9 +32,10 @@ from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.models import ModelDirectory
 from coserve.server.origins import OriginGuard, OwnNames
 from coserve.server.routes import adapters, files, finetuning, inference, page, status, tokens
-from coserve.server.services import Services
+from coserve.server.services import Services, TenantShares
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
+from coserve.server.work import WorkPool
 from coserve.tokenizer import ChatTokenizer
 
 LOCK_FILE, INDEX_FILE = "server.lock", "coserve.db"
@@ -63,7 +64,9 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         store = Store(index_url(config))
         stack.callback(store.close)
         tenants = Tenants(store, [*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
-        uploads = FileService(config.data_dir / "files", store, config.max_file_bytes, config.max_tenant_file_bytes)
+        uploads = FileService(
+            config.data_dir / "files", store, config.max_file_bytes, config.max_tenant_file_bytes, config.max_tenant_files
+        )
         await asyncio.to_thread(uploads.rebuild)
         engine = EngineClient(config, report=report)
         stack.push_async_callback(engine.stop)
@@ -73,11 +76,15 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         metrics = ServerMetrics(config, models.base_names[0])
         engine.on_job(metrics.hear_job)
         jobs = JobService(store=store, files=uploads, models=models, engine=engine, config=config)
+        uploads.held_beside = jobs.disk.bytes_of
         stack.push_async_callback(jobs.stop)
+        work = WorkPool()
+        stack.callback(work.close)
         await jobs.start()
         yield Services(
             config=config, engine=engine, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
-            models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32),
+            models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32), work=work,
+            shares=TenantShares(config),
         )
 
 

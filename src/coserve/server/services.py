@@ -16,19 +16,34 @@ from coserve.server.index.tenants import Tenants
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.models import ModelDirectory
+from coserve.server.places import Places
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
 from coserve.server.work import Allowance, WorkPool
 from coserve.tokenizer import ChatTokenizer
 
-MAX_BODY_BYTES = 256 << 20
-"""Of one tenant's bodies that are being read; small ones don't count."""
+
+class TenantShares:
+    """What each tenant may hold at once.
+
+    places: in the engine's queue; body_bytes: of large bodies that are being read; uploads; streams: of jobs' events.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.places = Places(config.max_num_queued_reqs + config.max_num_seqs, config.max_tenant_queued_reqs)
+        self.body_bytes = Allowance(config.max_tenant_body_bytes, "too many large requests of yours at once; try again later")
+        self.uploads = Allowance(
+            config.max_tenant_uploads, f"{config.max_tenant_uploads} of your uploads run already; try again when one has ended"
+        )
+        self.streams = Allowance(
+            config.max_tenant_streams, f"{config.max_tenant_streams} of your streams of events are open already; close some"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """tokenizer: the base model's, in this process. draw_seed: for a request that gives none, below 2^32. work: for what takes
-    long; bodies: bytes of large bodies that a tenant may have read at once."""
+    long."""
 
     config: ServerConfig
     engine: EngineClient
@@ -41,9 +56,7 @@ class Services:
     metrics: ServerMetrics
     draw_seed: Callable[[], int]
     work: WorkPool = field(default_factory=WorkPool)
-    bodies: Allowance = field(default_factory=lambda: Allowance(
-        MAX_BODY_BYTES, f"the bodies of your requests that are being read have {MAX_BODY_BYTES} bytes already; try again later"
-    ))
+    shares: TenantShares = field(default_factory=lambda: TenantShares(ServerConfig()))
 
 
 async def get_services(request: Request) -> Services:

@@ -85,9 +85,22 @@ class ServerConfig:
     """SQLAlchemy URL of the index; None: SQLite in data_dir."""
     max_file_bytes: int = 512 << 20
     max_tenant_file_bytes: int = 64 << 30
-    """Of all files of a tenant together, results of jobs included; uploads beyond are refused."""
+    """Of all files and jobs' outputs of a tenant together; uploads and jobs beyond are refused, and running jobs wait."""
     max_body_bytes: int = 16 << 20
     """Of a request that isn't an upload."""
+    max_tenant_queued_reqs: int | None = None
+    """Outputs of one tenant that may run or wait; None: all places while nobody else wants one, then its share."""
+    max_tenant_files: int = 10_000
+    max_tenant_jobs: int = 1000
+    """Jobs of one tenant that may wait or run."""
+    max_tenant_uploads: int = 8
+    """Uploads of one tenant at once."""
+    max_tenant_streams: int = 1024
+    """Streams of jobs' events that one tenant may have open."""
+    max_tenant_body_bytes: int = 256 << 20
+    """Bytes of one tenant's large bodies that are being read at once."""
+    max_keep_checkpoints: int = 100
+    """Largest keep_checkpoints of a job."""
     organization: str = "coserve"
     """The third part of a tuned model's name, ft:BASE:ORGANIZATION:SUFFIX:ID."""
     vllm_metrics: bool = False
@@ -99,7 +112,8 @@ class ServerConfig:
         self.engine_config()  # its own checks
         require_least(self, 0, "port", "shutdown_timeout")
         require_least(self, 1, "max_num_queued_reqs", "max_jobs", "max_file_bytes", "max_tenant_file_bytes", "max_body_bytes",
-                      "threads")
+                      "threads", "max_tenant_queued_reqs", "max_tenant_files", "max_tenant_jobs", "max_tenant_uploads",
+                      "max_tenant_streams", "max_tenant_body_bytes", "max_keep_checkpoints")
         require_least(self, 2, "max_model_len")
         require(self.port < 65536, "port", f"must be below 65536, got {self.port}")
         require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization",
@@ -118,7 +132,8 @@ class ServerConfig:
         share = EngineConfig().inference_share if size is None else 1 - self.training_share(size)
         return EngineConfig(
             scheduler=scheduler, memory_bytes=size, max_adapters=self.max_loras, max_lora_rank=self.max_lora_rank,
-            max_waiting=self.max_num_queued_reqs, inference_share=share,
+            max_waiting=2 * self.max_num_queued_reqs + self.max_num_seqs,  # places.py counts; cancelled ones linger
+            inference_share=share,
         )
 
     def training_share(self, pool_bytes: int) -> float:

@@ -3,8 +3,8 @@
     tenant a   [work work work work]      at most NUM_THREADS - 1 of them at once
     tenant b   [work]                     its first work is next, however many of a's wait
 
-A thread doesn't help where it keeps Python's lock: what runs here is bounded beforehand (inference/bodies.py), or gives the lock
-back by itself, as tokenizers do. Owns: whose work is next, what a tenant may hold at once. Does not own: the work.
+A thread doesn't help where it keeps Python's lock: what runs here is bounded beforehand (inference/bodies.py), or gives the
+lock back by itself, as tokenizers do. Owns: whose work is next, what a tenant may hold at once. Does not own: the work.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class WorkPool:
         self._running: Counter[str] = Counter()
 
     async def run(self, tenant: str, work: Callable[[], Result]) -> Result:
-        """What `work` gives, run in a thread in the tenant's turn. Raises what it raises, and CapacityError where too much of the
-        tenant's work waits already."""
+        """What `work` gives, run in a thread in the tenant's turn. Raises what it raises, and CapacityError where too much of
+        the tenant's work waits already."""
         await self._turn(tenant)
         loop = asyncio.get_running_loop()
         try:

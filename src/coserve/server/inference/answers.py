@@ -18,9 +18,9 @@ from coserve.server.errors import EngineUnavailable
 from coserve.server.link.engineclient import RequestStream
 from coserve.server.link.messages import Tokens
 from coserve.server.models import ServedModel
+from coserve.server.places import Claim
 from coserve.server.services import Services
 from coserve.server.stats.metrics import RequestMeter
-
 
 _AT_ONCE = 32
 """Prompts of one request that are sent to the engine in one go."""
@@ -59,13 +59,18 @@ class Answers:
         self._services, self._asker, self._questions = services, asker, questions
         self._runs: list[_Run] = []
         self._pumps: list[asyncio.Task[None]] = []
+        self._claim: Claim | None = None
+        self._refused: CapacityError | None = None
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Tokens]]:
         """(number of the prompt, tokens), until every output has ended.
 
         Raises the first error of any: EngineUnavailable also where an output was cancelled, CapacityError.
         """
+        self._claim = self._take_places()
         for number, question in enumerate(self._questions, start=1):
+            if self._refused is not None:
+                raise self._refused
             self._runs.append(self._ask(question))
             if number % _AT_ONCE == 0:
                 await asyncio.sleep(0)  # others' tokens first
@@ -85,11 +90,27 @@ class Answers:
             else:
                 yield number, item
 
+    def _take_places(self) -> Claim:
+        outputs = sum(question.sampling.n for question in self._questions)
+        try:
+            return self._services.shares.places.take(self._asker.tenant, outputs, self._refuse)
+        except CapacityError:
+            self._services.metrics.rejected("capacity")
+            raise
+
+    def _refuse(self, error: CapacityError) -> None:
+        """Its places are another tenant's now."""
+        self._refused = error
+        for run in self._runs:
+            run.stream.refuse(error)
+
     async def aclose(self) -> None:
         """Cancels in the engine what hasn't ended."""
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
+        if self._claim is not None:
+            self._services.shares.places.give_back(self._claim)
         for number, run in enumerate(self._runs, start=1):
             run.meter.end("cancelled")  # of no effect if it has ended
             await run.stream.aclose()
@@ -120,6 +141,9 @@ class Answers:
         try:
             async for tokens in run.stream:
                 run.meter.tokens(tokens)
+                if self._claim is not None:
+                    self._claim.begun = True
+                    self._services.shares.places.give_back(self._claim, int(tokens.finish_reason is not None))
                 if tokens.finish_reason == "cancelled":
                     raise EngineUnavailable("the request was cancelled by the server; try again")
                 left -= tokens.finish_reason is not None

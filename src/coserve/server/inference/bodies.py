@@ -2,14 +2,14 @@
 
     content type   application/json, before anything is read
     who asks       before anything is read
-    scan           values counted in the bytes: a body of 16 MiB can have millions, and each costs time in all that follows
+    scan           values counted in the bytes: 16 MiB can have millions, and each costs time in all that follows
     decode         msgspec; then names given twice, numbers that are too large, NUL
     validate       pydantic, by the route's model
 
-Large bodies are read in the tenants' turn (work.py). The scan bounds how long one step can keep Python's lock: every step below is
-a single call for the interpreter, and while it runs no thread helps.
+Large bodies are read in the tenants' turn (work.py). The scan bounds how long one step can keep Python's lock: every step
+below is a single call for the interpreter, and while it runs no thread helps.
 
-Owns: what JSON is refused, how much of it, the words for wrong types. Does not own: the size of a body in bytes (middleware.py),
+Owns: what JSON is refused, how much of it, the words for wrong types. Does not own: the bytes of a body (middleware.py),
 which fields a route knows (fields.py), their types (protocol.py), what values together cost (limits.py).
 """
 
@@ -68,7 +68,7 @@ def json_reader(
         size = int(announced) if announced.isdecimal() else services.config.max_body_bytes
         if size < _LARGE_BYTES:
             return convert(parse_object(await _body(request), max_values))
-        with services.bodies.hold(tenant, size):
+        with services.shares.body_bytes.hold(tenant, size):
             data = await _body(request)
             return await services.work.run(tenant, lambda: convert(parse_object(data, max_values)))
 

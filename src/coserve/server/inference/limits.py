@@ -26,7 +26,7 @@ COUNTED_TOKENS = 1 << 16
 
 
 def check_amounts(body: Mapping[str, Any]) -> None:
-    """A body's fields that haven't been validated yet: those of a wrong type are pydantic's to refuse. Raises InvalidRequest."""
+    """Of a body that hasn't been validated; values of a wrong type are pydantic's to refuse. Raises InvalidRequest."""
     messages = body.get("messages")
     if isinstance(messages, list):
         parts = [item["content"] for item in messages if isinstance(item, dict) and isinstance(item.get("content"), list)]
@@ -53,8 +53,8 @@ def check_logprobs(prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling
     if of_prompts + of_outputs > MAX_LOGPROBS:
         param = "prompt_logprobs" if of_prompts > of_outputs else field
         raise InvalidRequest(
-            f"{param}: the response would have up to {of_prompts + of_outputs} log-probabilities, alternatives included, and at "
-            f"most {MAX_LOGPROBS} are given; ask for fewer alternatives, prompts, outputs (n) or tokens (max_tokens)", param=param,
+            f"{param}: the response would have up to {of_prompts + of_outputs} log-probabilities with alternatives; at most "
+            f"{MAX_LOGPROBS} are given. Ask for fewer alternatives, prompts, outputs (n) or tokens (max_tokens)", param=param,
         )
 
 

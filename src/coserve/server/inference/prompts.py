@@ -35,8 +35,8 @@ class Prompt(NamedTuple):
 
 
 async def conversation_prompt(
-    tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, run: Runner, limit: int, add_generation_prompt: bool = True,
-    add_special_tokens: bool = False,
+    tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, run: Runner, limit: int,
+    add_generation_prompt: bool = True, add_special_tokens: bool = False,
 ) -> list[int]:
     """A conversation in tokens. limit: of the context, in tokens. Raises InvalidRequest."""
 
@@ -48,8 +48,9 @@ async def conversation_prompt(
 
     size = 0
     for message in messages:
-        texts = message.content if isinstance(message.content, list) else [message]
-        size += sum(_MESSAGE_CHARS + len((text.text if isinstance(text, ContentPart) else text.content) or "") for text in texts)
+        parts = message.content if isinstance(message.content, list) else [message]
+        texts = (part.text if isinstance(part, ContentPart) else part.content for part in parts)
+        size += sum(_MESSAGE_CHARS + len(text or "") for text in texts)
     return await _beside(run, encode, size)
 
 

@@ -55,8 +55,13 @@ class JobRunner:
         self.live: dict[str, LiveJob] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self._after_checkpoint: Callable[[LiveJob], Coroutine[Any, Any, None]] | None = None
         engine.on_job(self._hear)
         engine.on_down(self._engine_down)
+
+    def on_checkpoint(self, listener: Callable[[LiveJob], Coroutine[Any, Any, None]]) -> None:
+        """Runs on the side after each checkpoint of a job."""
+        self._after_checkpoint = listener
 
     async def stop(self) -> None:
         """What the engine says doesn't count any more; jobs go on at the next start. Waits for what is being written."""
@@ -220,6 +225,8 @@ class JobRunner:
                 loop.call_soon_threadsafe(drop, gone)
 
         self.journal.write(put)
+        if self._after_checkpoint is not None:
+            self.spawn(self._after_checkpoint(live))
 
     def _hear_end(self, message: JobEnded, live: LiveJob | None) -> None:
         counts = {"step": message.step, "trained_tokens": message.trained_tokens}

@@ -49,8 +49,10 @@ class UnloadAdapterBody(BaseModel):
     lora_name: Name
 
 
-LoadBody = Annotated[LoadAdapterBody, Depends(json_reader(partial(validate, model=LoadAdapterBody, policy=FieldPolicy())))]
-UnloadBody = Annotated[UnloadAdapterBody, Depends(json_reader(partial(validate, model=UnloadAdapterBody, policy=FieldPolicy())))]
+_read_load = json_reader(partial(validate, model=LoadAdapterBody, policy=FieldPolicy()))
+_read_unload = json_reader(partial(validate, model=UnloadAdapterBody, policy=FieldPolicy()))
+LoadBody = Annotated[LoadAdapterBody, Depends(_read_load)]
+UnloadBody = Annotated[UnloadAdapterBody, Depends(_read_unload)]
 
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse, openapi_extra=openapi_body(LoadAdapterBody))

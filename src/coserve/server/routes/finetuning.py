@@ -22,7 +22,6 @@ from coserve.server.jobs.objects import checkpoint_object, event_object
 from coserve.server.records import EventRecord
 from coserve.server.services import Served, Services, Tenant
 
-
 _METADATA: dict[str, Any] = {"parameters": [{
     "name": "metadata", "in": "query", "required": False, "style": "deepObject", "explode": True,
     "description": "only jobs with these pairs: metadata[KEY]=VALUE",
@@ -85,7 +84,12 @@ async def list_events(
     event before the first one sent."""
     if stream:
         events = await services.jobs.follow(tenant, job_id, after)
-        return EventStream(_encoded(events), _nothing)
+        services.shares.streams.take(tenant)
+
+        async def close() -> None:
+            services.shares.streams.give_back(tenant)
+
+        return EventStream(_encoded(events), close)
     return await run_in_threadpool(_event_page, services, tenant, job_id, after, limit)
 
 
@@ -107,7 +111,3 @@ async def _encoded(events: AsyncIterator[EventRecord]) -> AsyncGenerator[bytes, 
     async for event in events:
         yield msgspec.json.encode(event_object(event))
     yield DONE
-
-
-async def _nothing() -> None:
-    """A stream of events has nothing to give back."""

@@ -46,8 +46,8 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> Resp
         raise InvalidRequest("prompt: give either prompt or messages", param="prompt")
     if body.messages is not None:
         tokens = await conversation_prompt(
-            services.tokenizer, body.messages, run=run, limit=limit, add_generation_prompt=body.add_generation_prompt is not False,
-            add_special_tokens=bool(body.add_special_tokens),
+            services.tokenizer, body.messages, run=run, limit=limit,
+            add_generation_prompt=body.add_generation_prompt is not False, add_special_tokens=bool(body.add_special_tokens),
         )
     elif body.prompt:
         special = body.add_special_tokens is not False
