@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import gc
 import logging
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +41,7 @@ console = Console(highlight=False, soft_wrap=True, markup=False)
 GIB = 1 << 30
 _LAST_ANSWERS_S = 2.0
 """What connections get to pass on that their requests were ended."""
+_SWITCH_S = 1e-3
 _NO_KEY = "EMPTY"
 """What clients are given where no key is asked for: they insist on one."""
 
@@ -138,6 +141,7 @@ async def run_server(config: ServerConfig) -> None:
         try:
             async with open_services(config, console.print) as services:
                 app.state.services = services
+                _keep_loop_free()
                 server.lines = describe(services, listener.getsockname()[1])
 
                 def end() -> None:
@@ -169,6 +173,14 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ConfigError(f"port: can't listen at {host}:{port} ({error.strerror or error})", param="port") from error
     return listener
+
+
+def _keep_loop_free() -> None:
+    """Threads that read requests give Python's lock to the event loop sooner, and what was made for the start (hundreds of
+    thousands of objects, most of them of imported packages) isn't looked through again by every full collection of garbage."""
+    sys.setswitchinterval(_SWITCH_S)
+    gc.collect()
+    gc.freeze()
 
 
 def _allow_many_files() -> None:

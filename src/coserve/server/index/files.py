@@ -184,8 +184,8 @@ class FileService:
         held = self._store.count_file_bytes(tenant) + self.held_beside(tenant)
         if held + size > self._max_tenant_bytes:
             raise TooLarge(
-                f"file: its {size} bytes beside the {held} of your other files and of your jobs' checkpoints and adapters are "
-                f"more than the {self._max_tenant_bytes} that they may have together; delete some",
+                f"file: its {size} bytes beside the {held} of your other files and your jobs' outputs are more than the "
+                f"{self._max_tenant_bytes} that they may have together; delete files that you no longer need, or models",
                 param="file",
             )
         if self._store.count_files(tenant) >= self._max_tenant_files:

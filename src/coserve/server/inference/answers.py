@@ -23,7 +23,7 @@ from coserve.server.services import Services
 from coserve.server.stats.metrics import RequestMeter
 
 _AT_ONCE = 32
-"""Prompts of one request that are sent to the engine in one go."""
+"""Prompts that are sent, or chunks that are passed on, before others have a turn."""
 
 
 class Question(NamedTuple):
@@ -80,9 +80,12 @@ class Answers:
             return
         inbox: asyncio.Queue[tuple[int, Tokens | Exception | None]] = asyncio.Queue()
         self._pumps = [asyncio.create_task(self._pump(number, run, inbox)) for number, run in enumerate(self._runs)]
-        left = len(self._pumps)
+        left, taken = len(self._pumps), 0
         while left:
             number, item = await inbox.get()
+            taken += 1
+            if taken % _AT_ONCE == 0:
+                await asyncio.sleep(0)  # what is there already comes without a turn of the loop
             if item is None:
                 left -= 1
             elif isinstance(item, Exception):
@@ -162,6 +165,8 @@ class Answers:
         try:
             async for tokens in self._follow(run):
                 inbox.put_nowait((number, tokens))
+                if inbox.qsize() > _AT_ONCE:
+                    await asyncio.sleep(0)
             inbox.put_nowait((number, None))
         except Exception as error:
             inbox.put_nowait((number, error))

@@ -38,6 +38,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 MAX_VALUES = 1 << 18
 """Of a body: texts, numbers, lists and objects, inner ones included. More than a prompt of token ids needs."""
+MAX_INNER = 1 << 15
+"""Lists, objects and names of a body: they cost far more than numbers."""
 MAX_SMALL_VALUES = 1 << 13
 """Of a body that holds no prompt."""
 MAX_NAMES = 1 << 12
@@ -123,6 +125,9 @@ def parse_object(data: bytes, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """A JSON object in UTF-8. Raises InvalidRequest."""
     if _count_outside_texts(data, b",[{", enough=max_values) > max_values:
         raise InvalidRequest(f"the body has more than {max_values} values; send less at once")
+    most = min(max_values, MAX_INNER)
+    if _count_outside_texts(data, b"[{:", enough=most) > most:
+        raise InvalidRequest(f"the body has more than {most} lists, objects and names; send less at once")
     if _count(data, b"\\") > MAX_ESCAPES:
         raise InvalidRequest(f"the body has more than {MAX_ESCAPES} escapes (backslashes); write characters as UTF-8")
     try:

@@ -51,6 +51,8 @@ STOP_S = 30.0
 """What an engine gets to write its checkpoints at the end."""
 _LAST_WORDS_S = 0.05
 """What a dead process has sent arrives within this time."""
+_AT_ONCE = 64
+"""Messages that are heard before others have a turn of the loop."""
 _log = logging.getLogger(__name__)
 
 
@@ -308,8 +310,10 @@ class EngineClient:
 
     async def _read(self, process: EngineProcess) -> None:
         while True:
-            for part in await process.socket.recv_multipart():
+            for number, part in enumerate(await process.socket.recv_multipart(), start=1):
                 self._hear(decode_from_engine(part))
+                if number % _AT_ONCE == 0:
+                    await asyncio.sleep(0)  # who waits for what was heard goes on first
 
     def _hear(self, message: FromEngine) -> None:
         match message:
