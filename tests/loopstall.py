@@ -1,6 +1,7 @@
 """How long an event loop was not free: the longest time between two turns of a task that wants one every few milliseconds.
 
-Both what runs on the loop itself and threads that keep Python's lock show in it. A busy machine does too: `least_stall` tries again.
+What runs on the loop itself and threads that keep Python's lock both show in it. So does a busy machine: `least_stall` tries
+again.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class StallMeter:
 
 
 def least_stall(meter: StallMeter, work: Callable[[], object], limit_s: float, tries: int = 3) -> float:
-    """The longest stall during `work`, in seconds: the least of some tries, as what else the machine does can only add to it."""
+    """The longest stall during `work`, in seconds: the least of some tries, as what else the machine does only adds to it."""
     found = float("inf")
     for _ in range(tries):
         time.sleep(3 * BEAT_S)

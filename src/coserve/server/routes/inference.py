@@ -110,7 +110,8 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
         services.tokenizer, body.prompt, run=run, vocab_size=info.vocab_size, limit=info.max_model_len,
         add_special_tokens=body.add_special_tokens is not False,
     )
-    questions = await run(partial(_questions, services, body, prompts)) if len(prompts) > 1 else _questions(services, body, prompts)
+    ask = partial(_questions, services, body, prompts)
+    questions = await run(ask) if len(prompts) > 1 else ask()
     answers = await _ask(services, tenant, name, body, questions, arrival_s)
     tally, texts = Tally([len(prompt.ids) for prompt in prompts], body.num_outputs), TokenTexts(services.tokenizer)
     head = _head(services, "cmpl", name)
