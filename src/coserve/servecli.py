@@ -30,6 +30,7 @@ from coserve.server.errors import Unauthorized
 from coserve.server.index.store import Store
 from coserve.server.index.tenants import make_key
 from coserve.server.locks import make_private
+from coserve.server.origins import OwnNames
 from coserve.server.records import now
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig, read_settings
@@ -199,6 +200,7 @@ def describe(services: Services, port: int) -> list[str]:
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     asks = _asks_for_keys(services)
     key = "YOUR-KEY" if asks else _NO_KEY
+    open_to_others = not asks and not OwnNames(config.host, ()).is_local
     return [
         f"model     {', '.join(services.models.base_names)}: {info.architecture}, {info.num_parameters / 1e6:.0f} M parameters",
         f"runs      {info.dtype} on {info.device}, {info.threads} threads; requests of up to {info.max_model_len} tokens; "
@@ -208,6 +210,8 @@ def describe(services: Services, port: int) -> list[str]:
         f"holds     {config.slo_tpot_ms:g} ms per token, {config.slo_ttft_ms:g} ms to the first; policy {config.policy}",
         f"data      {config.data_dir.absolute()}",
         f"keys      {'asked for' if asks else 'none: everybody who can reach the port may use it'}",
+        *(["warning   no key is asked for, and other machines can reach this server: make one with `coserve keys add`"]
+          if open_to_others else []),
         f"page      {address}/",
         f'client    OpenAI(base_url="{address}/v1", api_key="{key}")',
     ]

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,15 @@ def messages(count: int) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": ""}] * count}).encode()
 
 
+def encoded(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def said(text: bytes) -> bytes:
+    """A conversation of one message, its text as JSON writes it."""
+    return b'{"messages": [{"role": "user", "content": "' + text + b'"}]}'
+
+
 HI = b'"messages": [{"role": "user", "content": "Hi"}]'
 COSTLY: dict[str, tuple[str, bytes, int]] = {
     "60,000 empty messages": (CHAT, messages(60_000), 400),
@@ -148,20 +158,19 @@ COSTLY: dict[str, tuple[str, bytes, int]] = {
     "long ids": ("/detokenize", filled(b'{"tokens": [', b"1" * 18, b"]}"), 400),
     "a prompt of ids": (TEXT, filled(b'{"prompt": [', b"5", b"]}", 2 * MAX_VALUES - 1000), 400),
     "prompts of ids": (TEXT, filled(b'{"prompt": [', b"[5]", b"]}", MAX_VALUES), 400),
-    "prompts": (TEXT, json.dumps({"prompt": ["Hi"] * 256, "max_tokens": 1, "logit_bias": {str(i): 1 for i in range(300)}}).encode(),
-                200),
-    "many outputs": (TEXT, json.dumps({"prompt": ["Hi"] * 8, "n": 128, "max_tokens": 1}).encode(), 200),
-    "a long text": (CHAT, b'{"messages": [{"role": "user", "content": "' + b"x" * (BODY - 200) + b'"}]}', 400),
-    "a long text of two bytes": (CHAT, b'{"messages": [{"role":"user","content":"' + "ü".encode() * (BODY // 2 - 99) + b'"}]}', 400),
-    "a long text with commas": (CHAT, b'{"messages": [{"role":"user","content":"' + b"a,b:{[" * (BODY // 6 - 99) + b'"}]}', 400),
-    "escapes": (CHAT, b'{"messages": [{"role":"user","content":"' + b"\\n" * (BODY // 2 - 99) + b'"}]}', 400),
-    "escapes that are taken": (CHAT, b'{"messages": [{"role":"user","content":"' + b"\\n" * (MAX_ESCAPES - 9) + b'"}]}', 400),
+    "prompts": (TEXT, encoded(prompt=["Hi"] * 256, max_tokens=1, logit_bias={str(i): 1 for i in range(300)}), 200),
+    "many outputs": (TEXT, encoded(prompt=["Hi"] * 8, n=128, max_tokens=1), 200),
+    "a long text": (CHAT, said(b"x" * (BODY - 200)), 400),
+    "a long text of two bytes": (CHAT, said("ü".encode() * (BODY // 2 - 99)), 400),
+    "a long text with commas": (CHAT, said(b"a,b:{[" * (BODY // 6 - 99)), 400),
+    "escapes": (CHAT, said(b"\\n" * (BODY // 2 - 99)), 400),
+    "escapes that are taken": (CHAT, said(b"\\n" * (MAX_ESCAPES - 9)), 400),
     "a name of megabytes": (CHAT, b'{"' + b"a" * (BODY - 99) + b'": 1}', 400),
     "names": (CHAT, b"{" + HI + b", " + b",".join(b'"k%d":1' % i for i in range(1_200_000)) + b"}", 400),
     "names of an inner object": (CHAT, b'{"messages": [{' + b",".join(b'"k%d":1' % i for i in range(200_000)) + b"}]}", 400),
-    "biases": (TEXT, json.dumps({"prompt": "Hi", "logit_bias": {str(i): "x" for i in range(200_000)}}).encode(), 400),
+    "biases": (TEXT, encoded(prompt="Hi", logit_bias={str(i): "x" for i in range(200_000)}), 400),
     "inner lists": (CHAT, filled(b"{" + HI + b', "metadata": [', b"[[]]", b"]}", MAX_VALUES), 400),
-    "wrong biases": (TEXT, json.dumps({"prompt": "Hi", "logit_bias": {str(i): "x" for i in range(1000)}}).encode(), 400),
+    "wrong biases": (TEXT, encoded(prompt="Hi", logit_bias={str(i): "x" for i in range(1000)}), 400),
     "stops": (TEXT, filled(b'{"prompt": "Hi", "stop": [', b'"x"', b"]}"), 400),
     "a long stop": (TEXT, b'{"prompt": "Hi", "stop": "' + b"x" * (BODY - 99) + b'"}', 400),
     "stop ids": (TEXT, filled(b'{"prompt": "Hi", "stop_token_ids": [', b"1", b"]}", 2 * MAX_VALUES - 1000), 400),
@@ -176,10 +185,10 @@ COSTLY: dict[str, tuple[str, bytes, int]] = {
     "backslashes": (CHAT, b'{"a": "' + b"\\" * (BODY - 99), 400),
     "job targets": (JOBS, filled(b'{"model": "m", "training_file": "f", "target_modules": [', b'"x"', b"]}"), 400),
     "job integrations": (JOBS, filled(b'{"model": "m", "training_file": "f", "integrations": [', b"1", b"]}"), 400),
-    "job integrations that are counted": (JOBS, filled(b'{"model": "m", "training_file": "f", "integrations": [', b"1", b"]}", 15_000),
-                                          400),
-    "job metadata": (JOBS, json.dumps({"model": "m", "training_file": "f", "metadata": {str(i): "x" for i in range(4000)}}).encode(),
-                     400),
+    "job integrations in their limit": (
+        JOBS, filled(b'{"model": "m", "training_file": "f", "integrations": [', b"1", b"]}", 15_000), 400,
+    ),
+    "job metadata": (JOBS, encoded(model="m", training_file="f", metadata={str(i): "x" for i in range(4000)}), 400),
     "job text": (JOBS, b'{"training_file": "f", "model": "' + b"x" * (BODY - 99) + b'"}', 400),
     "adapter name": ("/v1/load_lora_adapter", b'{"lora_path": "p", "lora_name": "' + b"x" * (BODY - 99) + b'"}', 400),
     "adapter names": ("/v1/unload_lora_adapter", b"{" + b",".join(b'"k%d":1' % i for i in range(1_200_000)) + b"}", 400),
@@ -197,14 +206,15 @@ def test_what_is_costly_does_not_stall_the_loop(site: Site, name: str) -> None:
     assert stall < LIMIT_S, f"{name}: {1000 * stall:.0f} ms"
 
 
-@pytest.mark.parametrize("path", [CHAT, TEXT, "/tokenize", "/detokenize", JOBS, "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
-                                  "/v1/files"])
+@pytest.mark.parametrize("path", [
+    CHAT, TEXT, "/tokenize", "/detokenize", JOBS, "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/files",
+])
 def test_who_has_no_key_has_nothing_read(site: Site, path: str) -> None:
     """The answer comes though the body never does."""
     host, port = site.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {BODY}\r\n\r\n"
-                           .encode())
+        head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {BODY}\r\n\r\n"
+        connection.sendall(head.encode())
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 401 ")
 
 
@@ -249,8 +259,8 @@ def test_a_form_made_to_be_slow(site: Site) -> None:
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     for filling in (b"\r\n", b"\r\n--", b"\r", b"-"):
         body = head + filling * ((4 << 20) // len(filling)) + b"\r\n--b--\r\n"
-        kind = {"content-type": "multipart/form-data; boundary=b"}
-        stall = least_stall(site.meter, lambda body=body, kind=kind: site.client.post("/v1/files", content=body, headers=kind), LIMIT_S)  # type: ignore[misc]
+        send = partial(site.client.post, "/v1/files", content=body, headers={"content-type": "multipart/form-data; boundary=b"})
+        stall = least_stall(site.meter, send, LIMIT_S)
         assert stall < LIMIT_S, f"{filling!r}: {1000 * stall:.0f} ms"
 
 

@@ -164,6 +164,9 @@ def test_listening_everywhere_takes_every_address_but_no_name() -> None:
             assert guarded.ask(headers={"host": host}).status_code == 200, host
         for host in ("workstation:8000", "evil.example:8000"):
             assert guarded.ask(headers={"host": host}).status_code == 403, host
+        assert not OwnNames(bound, ()).is_local
+    assert all(OwnNames(bound, ()).is_local for bound in ("127.0.0.1", "::1", "localhost", "127.0.0.5"))
+    assert not any(OwnNames(bound, ("*",)).is_local for bound in ("192.168.1.5", "ai.example.com"))
     assert Guarded(bound="ai.example.com").ask(headers={"host": "ai.example.com:8000"}).status_code == 200
     assert Guarded(bound="192.168.1.5").ask(headers={"host": "192.168.1.5:8000"}).status_code == 200
 

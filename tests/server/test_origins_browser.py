@@ -31,17 +31,20 @@ async base => {
     metrics: () => fetch(base + "/metrics", {mode: "no-cors"}),
     health: () => fetch(base + "/health"),
     text: () => fetch(base + "/v1/chat/completions", {method: "POST", body: chat, mode: "no-cors"}),
-    untyped: () => fetch(base + "/v1/chat/completions", {method: "POST", body: new Blob([chat]), mode: "no-cors"}),
-    json: () => fetch(base + "/v1/chat/completions", {method: "POST", body: chat, headers: {"content-type": "application/json"}}),
+    untyped: () => fetch(base + "/v1/completions", {method: "POST", body: new Blob([chat]), mode: "no-cors"}),
+    json: () => fetch(base + "/v1/completions", {method: "POST", body: chat, headers: {"content-type": "application/json"}}),
     ping: () => fetch(base + "/ping", {method: "POST", mode: "no-cors"}),
     remove: () => fetch(base + "/v1/files/file-1", {method: "DELETE"}),
     upload: () => { const form = new FormData(); form.append("purpose", "fine-tune");
-      form.append("file", new Blob(["{}"]), "a.jsonl"); return fetch(base + "/v1/files", {method: "POST", body: form, mode: "no-cors"}); },
-    cancel: () => fetch(base + "/v1/fine_tuning/jobs/ftjob-1/cancel", {method: "POST", mode: "no-cors", credentials: "include"}),
+      form.append("file", new Blob(["{}"]), "a.jsonl");
+      return fetch(base + "/v1/files", {method: "POST", body: form, mode: "no-cors"}); },
+    cancel: () => fetch(base + "/v1/fine_tuning/jobs/x/cancel", {method: "POST", mode: "no-cors", credentials: "include"}),
   };
   for (const [name, send] of Object.entries(tries)) {
-    try { const answer = await send(); tell(name, answer.type + " " + answer.status + " " + (await answer.text()).slice(0, 200)); }
-    catch (error) { tell(name, "refused"); }
+    try {
+      const answer = await send();
+      tell(name, answer.type + " " + answer.status + " " + (await answer.text()).slice(0, 200));
+    } catch (error) { tell(name, "refused"); }
   }
   tell("beacon", navigator.sendBeacon(base + "/v1/completions", chat));
   const load = (tag, set) => new Promise(done => { const element = document.createElement(tag); set(element);
@@ -50,8 +53,11 @@ async base => {
   tell("image", await load("img", e => e.src = base + "/page/icon.svg"));
   tell("script", await load("script", e => e.src = base + "/page/app.js"));
   await load("iframe", e => e.src = base + "/metrics");
-  await new Promise(done => { const events = new EventSource(base + "/v1/fine_tuning/jobs/ftjob-1/events?stream=true");
-    events.onerror = () => { events.close(); done(); }; events.onopen = () => { tell("events", "open"); events.close(); done(); }; });
+  await new Promise(done => {
+    const events = new EventSource(base + "/v1/fine_tuning/jobs/ftjob-1/events?stream=true");
+    events.onerror = () => { events.close(); done(); };
+    events.onopen = () => { tell("events", "open"); events.close(); done(); };
+  });
   const form = document.createElement("form"); const target = document.createElement("iframe"); target.name = "target";
   form.method = "POST"; form.action = base + "/v1/fine_tuning/jobs"; form.enctype = "text/plain"; form.target = "target";
   document.body.append(target, form);
@@ -104,7 +110,7 @@ def browser() -> Iterator[Any]:
 
 
 def attack(browser: Any, page_url: str, base: str) -> dict[str, str]:
-    """What a page at page_url gets from the server at `base`. The page itself is the attacker's, wherever its name leads by then."""
+    """What a page at page_url gets from the server at `base`. The page is the attacker's, wherever its name leads by then."""
     page = browser.new_page()
     page.route(page_url, lambda route: route.fulfill(content_type="text/html", body="<!doctype html><body>attack</body>"))
     page.goto(page_url)
@@ -145,8 +151,11 @@ def test_a_sandboxed_frame_gets_nothing(browser: Any) -> None:
         page = browser.new_page()
         page.goto(f"http://evil.test:{other}/")
         page.evaluate("""base => new Promise(done => {
-          const frame = document.createElement("iframe"); frame.sandbox = "allow-scripts"; frame.onload = () => setTimeout(done, 500);
-          frame.srcdoc = `<script>fetch("${base}/ping", {method: "POST", mode: "no-cors"}); fetch("${base}/v1/files")<\\/script>`;
+          const frame = document.createElement("iframe");
+          frame.sandbox = "allow-scripts";
+          frame.onload = () => setTimeout(done, 500);
+          frame.srcdoc = `<script>fetch("${base}/ping", {method: "POST", mode: "no-cors"});
+            fetch("${base}/v1/files")<\\/script>`;
           document.body.append(frame); })""", f"http://127.0.0.1:{port}")
         page.close()
         assert guarded.reached == []
@@ -161,7 +170,8 @@ def test_the_own_page_and_allowed_websites_go_on_working(browser: Any) -> None:
         guarded = Guarded(origins=(website,))
         with Served(guarded.app) as port:
             for page_url, base in (
-                (f"http://127.0.0.1:{port}/", ""), (f"http://localhost:{port}/", ""), (f"{website}/", f"http://127.0.0.1:{port}"),
+                (f"http://127.0.0.1:{port}/", ""), (f"http://localhost:{port}/", ""),
+                (f"{website}/", f"http://127.0.0.1:{port}"),
             ):
                 page = browser.new_page()
                 page.goto(page_url)
@@ -174,7 +184,8 @@ def test_a_whole_server_is_left_alone(browser: Any, server: RunningServer) -> No
 
     def state() -> tuple[Any, Any, str]:
         with httpx.Client(base_url=server.url, timeout=30) as client:
-            received = [line for line in client.get("/metrics").text.splitlines() if line.startswith("coserve_requests_received")]
+            lines = client.get("/metrics").text.splitlines()
+            received = [line for line in lines if line.startswith("coserve_requests_received")]
             return client.get("/v1/files").json(), client.get("/v1/fine_tuning/jobs").json(), "".join(received)
 
     before = state()

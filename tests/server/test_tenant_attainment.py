@@ -1,7 +1,7 @@
 """One tenant does all that is costly, at once and without end; another chats and finetunes beside it on a whole server.
 
-Shows its figures with `pytest -s`: attainment, 429s, how soon the second tenant's data are read, the longest stall of the event loop
-as asyncio's debug mode logs it.
+Shows its figures with `pytest -s`: attainment, statuses, how soon the second tenant's data are read, the longest callback of the
+event loop as asyncio's debug mode logs it.
 """
 
 from __future__ import annotations
@@ -75,15 +75,16 @@ def attack(url: str, over: Event) -> None:
                 await client.post(f"{JOBS}/{job.json()['id']}/cancel")
 
     async def play() -> None:
-        limits = httpx.Limits(max_connections=200)
-        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, headers={"authorization": "Bearer sk-of-a"}) as client:
+        limits, key = httpx.Limits(max_connections=200), {"authorization": "Bearer sk-of-a"}
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, headers=key) as client:
             model = (await client.get("/v1/models")).json()["data"][0]["id"]
             flood = json.dumps({"prompt": ["one two three"] * 32, "n": 128, "max_tokens": 64, "ignore_eos": True}).encode()
             shown = json.dumps({"prompt": "one two three " * 100, "max_tokens": 1, "prompt_logprobs": 20}).encode()
             tasks = [repeat(client, path, body) for path, body, _ in list(COSTLY.values())[::4]]
             tasks += [repeat(client, "/v1/completions", flood), repeat(client, "/v1/completions", flood)]
             tasks += [repeat(client, "/v1/completions", shown), jobs(client, model)]
-            tasks += [repeat(client, path, b" " * (15 << 20), authorization="Bearer none") for path in (JOBS, "/v1/load_lora_adapter")]
+            for path in (JOBS, "/v1/load_lora_adapter"):
+                tasks.append(repeat(client, path, b" " * (15 << 20), authorization="Bearer none"))
             await asyncio.gather(*tasks)
 
     asyncio.run(play())

@@ -81,7 +81,7 @@ def test_a_tenant_may_have_a_limit_of_its_own() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_nobody_within_its_share_is_refused(seed: int) -> None:
-    """Whatever tenants do: a request that leaves its tenant within capacity / tenants is taken, and no more is held than fits."""
+    """Whatever tenants do: a request that leaves its tenant within capacity / tenants is taken; no more is held than fits."""
     draw = Random(seed)
     places, live = Places(24), list[Claim]()
 

@@ -75,6 +75,12 @@ class OwnNames:
         self._suffixes = tuple(name[1:].lower() for name in allowed if name.startswith("*."))
         address = _address(bound)
         self._any_address = bound == "" or (address is not None and address.is_unspecified)
+        self._is_local = bound == LOOPBACK_NAME or (address is not None and address.is_loopback)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether --host is reached from this machine only."""
+        return self._is_local
 
     def has(self, host: str) -> bool:
         """host: as `parse_host` gives it."""
