@@ -1,7 +1,7 @@
 """One tenant does all that is costly, at once and without end; another chats and finetunes beside it on a whole server.
 
-Shows its figures with `pytest -s`: attainment, statuses, how soon the second tenant's data are read, the longest callback of the
-event loop as asyncio's debug mode logs it.
+Shows its figures with `pytest -s`: attainment, statuses, how soon the second tenant's data are read, the longest callback of
+the event loop as asyncio's debug mode logs it.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def attack(url: str, over: Event) -> None:
         while not over.is_set():
             with contextlib.suppress(httpx.HTTPError):
                 await client.post(path, content=body, headers={"content-type": "application/json", **headers})
+            await asyncio.sleep(0.05)
 
     async def jobs(client: httpx.AsyncClient, model: str) -> None:
         form = {"file": ("large.jsonl", line * ((25 << 20) // len(line)))}
@@ -125,6 +126,8 @@ def test_a_second_tenant_keeps_its_objectives(server: RunningServer) -> None:
             made: dict[str, Any] = client.post(JOBS, json={"model": model, "training_file": file}).json()
             return wait_until(lambda: client.get(f"{JOBS}/{made['id']}").json()["status"] != "validating_files", 30)
 
+    asyncio.run(chat_once(server.url, headers))  # what is made at the first request isn't the attack's
+    started = len(server.log)
     process.start()
     try:
         time.sleep(8)
@@ -134,14 +137,22 @@ def test_a_second_tenant_keeps_its_objectives(server: RunningServer) -> None:
         over.set()
         process.join(30)
         process.kill()
-    stalls = sorted(float(found) for found in _TOOK.findall(server.log))
+    slow = [line for line in server.log[started:].splitlines() if _TOOK.search(line)]
+    stalls = sorted(float(_TOOK.findall(line)[0]) for line in slow)
     attained = sum(one.in_time for one in chats) / len(chats)
     print(f"\nattainment {attained:.3f} of {len(chats)} chats; statuses {dict(Counter(one.status for one in chats))}; "
           f"slowest first token {max(one.ttft_s for one in chats):.2f} s; data read after {read_s:.2f} s; "
           f"callbacks over 100 ms: {len(stalls)}, longest {1000 * (stalls[-1] if stalls else 0):.0f} ms")
+    for line in slow:
+        print(line[:160], "...", line[-40:])
     assert all(one.status == 200 for one in chats)
     assert attained >= 0.95, sorted(chats, key=lambda one: one.ttft_s)[-10:]
     assert read_s < 5
+
+
+async def chat_once(url: str, headers: dict[str, str]) -> Chat:
+    async with httpx.AsyncClient(base_url=url, timeout=120, headers=headers) as client:
+        return await chat(client)
 
 
 async def _both(play: Any, job: Any) -> tuple[list[Chat], float]:

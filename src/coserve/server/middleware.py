@@ -9,6 +9,7 @@ import logging
 import re
 import uuid
 
+from h11 import LocalProtocolError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -95,6 +96,8 @@ class LastResort:
 
         try:
             await self._app(scope, receive, named)
+        except LocalProtocolError:
+            return  # the client broke HTTP's rules while it was answered: the connection has ended
         except Exception:
             _log.exception("request %s: %s %s failed", request, scope["method"], scope["path"])
             if not started:  # else the connection is cut, which tells the client
