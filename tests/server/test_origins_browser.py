@@ -134,7 +134,8 @@ def test_another_website_gets_nothing_and_causes_nothing(browser: Any) -> None:
         for page in (f"http://evil.test:{other}/", f"http://127.0.0.1:{other}/", f"http://localhost:{port}/attack"):
             assert_nothing(attack(browser, page, f"http://127.0.0.1:{port}"))
             time.sleep(0.3)  # the beacon
-            assert guarded.reached == [], page
+            own = ["/favicon.ico"] if "localhost" in page else []  # the browser's wish for a page that it takes for the server's
+            assert [path for path in guarded.reached if path not in own] == [], page
 
 
 def test_a_rebound_name_gets_nothing_and_causes_nothing(browser: Any) -> None:
