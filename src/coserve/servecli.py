@@ -98,7 +98,7 @@ def serve(
     max_tenant_jobs: Annotated[int | None, typer.Option(help="Jobs of a tenant that wait or run (1000).")] = None,
     max_tenant_uploads: Annotated[int | None, typer.Option(help="Uploads of a tenant at once (8).")] = None,
     max_tenant_streams: Annotated[int | None, typer.Option(help="Streams of events of a tenant (1024).")] = None,
-    max_tenant_body_bytes: Annotated[int | None, typer.Option(help="Large bodies of a tenant at once (256 MiB).")] = None,
+    max_tenant_body_bytes: Annotated[int | None, typer.Option(help="JSON bodies of a tenant at once (256 MiB).")] = None,
     max_keep_checkpoints: Annotated[int | None, typer.Option(help="Largest keep_checkpoints of a job (100).")] = None,
     organization: Annotated[str | None, typer.Option(help="Third part of tuned models' names (coserve).")] = None,
     vllm_metrics: Annotated[bool | None, typer.Option("--vllm-metrics", help="Metrics under vLLM's names too.")] = None,

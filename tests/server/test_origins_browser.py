@@ -134,7 +134,7 @@ def test_another_website_gets_nothing_and_causes_nothing(browser: Any) -> None:
         for page in (f"http://evil.test:{other}/", f"http://127.0.0.1:{other}/", f"http://localhost:{port}/attack"):
             assert_nothing(attack(browser, page, f"http://127.0.0.1:{port}"))
             time.sleep(0.3)  # the beacon
-            own = ["/favicon.ico"] if "localhost" in page else []  # the browser's wish for a page that it takes for the server's
+            own = ["/favicon.ico"] if "localhost" in page else []  # the browser's own wish for such a page
             assert [path for path in guarded.reached if path not in own] == [], page
 
 

@@ -26,7 +26,7 @@ from coserve.tokenizer import ChatTokenizer
 class TenantShares:
     """What each tenant may hold at once.
 
-    places: in the engine's queue; body_bytes: of large bodies that are being read; uploads; streams: of jobs' events.
+    places: in the engine's queue; body_bytes: of JSON bodies that are being read; uploads; streams: of jobs' events.
     """
 
     def __init__(self, config: ServerConfig) -> None:

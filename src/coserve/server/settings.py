@@ -98,7 +98,7 @@ class ServerConfig:
     max_tenant_streams: int = 1024
     """Streams of jobs' events that one tenant may have open."""
     max_tenant_body_bytes: int = 256 << 20
-    """Bytes of one tenant's large bodies that are being read at once."""
+    """Bytes of one tenant's JSON bodies that are being read at once."""
     max_keep_checkpoints: int = 100
     """Largest keep_checkpoints of a job."""
     organization: str = "coserve"

@@ -66,22 +66,25 @@ def json_reader(
 
     async def read(request: Request, services: Served, tenant: Tenant) -> Model:
         check_type(request)
-        announced = request.headers.get("content-length", "")
-        size = int(announced) if announced.isdecimal() else services.config.max_body_bytes
-        if size < _LARGE_BYTES:
-            return convert(parse_object(await _body(request), max_values))
-        with services.shares.body_bytes.hold(tenant, size):
-            data = await _body(request)
+        parts, held, allowance = list[bytes](), 0, services.shares.body_bytes
+        try:
+            async for part in request.stream():
+                if part:
+                    allowance.take(tenant, len(part))
+                    held += len(part)
+                    parts.append(part)
+            data = b"".join(parts)
+            parts.clear()
+            if len(data) < _LARGE_BYTES:
+                return convert(parse_object(data, max_values))
             return await services.work.run(tenant, lambda: convert(parse_object(data, max_values)))
+        except ClientDisconnect as error:
+            raise InvalidRequest("the body breaks off") from error
+        finally:
+            if held:
+                allowance.give_back(tenant, held)
 
     return read
-
-
-async def _body(request: Request) -> bytes:
-    try:
-        return await request.body()
-    except ClientDisconnect as error:
-        raise InvalidRequest("the body breaks off") from error
 
 
 def check_type(request: Request) -> None:
