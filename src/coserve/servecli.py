@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import gc
 import logging
 import os
 import resource
@@ -30,6 +31,7 @@ from coserve.server.errors import Unauthorized
 from coserve.server.index.store import Store
 from coserve.server.index.tenants import make_key
 from coserve.server.locks import make_private
+from coserve.server.origins import OwnNames
 from coserve.server.records import now
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig, read_settings
@@ -41,6 +43,7 @@ _log = logging.getLogger(__name__)
 GIB = 1 << 30
 _LAST_ANSWERS_S = 2.0
 """What connections get to pass on that their requests were ended."""
+_SWITCH_S = 1e-3
 _NO_KEY = "EMPTY"
 """What clients are given where no key is asked for: they insist on one."""
 
@@ -62,6 +65,8 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen at (127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="0: any free one (8000).")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Key of the default tenant; repeatable.")] = None,
+    allowed_hosts: Annotated[list[str] | None, typer.Option(help="Name that a server without keys has; repeatable.")] = None,
+    allowed_origins: Annotated[list[str] | None, typer.Option(help="Website that may use the server; repeatable.")] = None,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name of the base model; repeatable.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Requests that run at once (64).")] = None,
@@ -89,6 +94,13 @@ def serve(
     max_file_bytes: Annotated[int | None, typer.Option(help="Largest upload (512 MiB).")] = None,
     max_tenant_file_bytes: Annotated[int | None, typer.Option(help="All files of a tenant (64 GiB).")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest other body (16 MiB).")] = None,
+    max_tenant_queued_reqs: Annotated[int | None, typer.Option(help="Outputs of a tenant that run or wait (share).")] = None,
+    max_tenant_files: Annotated[int | None, typer.Option(help="Files of a tenant (10000).")] = None,
+    max_tenant_jobs: Annotated[int | None, typer.Option(help="Jobs of a tenant that wait or run (1000).")] = None,
+    max_tenant_uploads: Annotated[int | None, typer.Option(help="Uploads of a tenant at once (8).")] = None,
+    max_tenant_streams: Annotated[int | None, typer.Option(help="Streams of events of a tenant (1024).")] = None,
+    max_tenant_body_bytes: Annotated[int | None, typer.Option(help="JSON bodies of a tenant at once (256 MiB).")] = None,
+    max_keep_checkpoints: Annotated[int | None, typer.Option(help="Largest keep_checkpoints of a job (100).")] = None,
     organization: Annotated[str | None, typer.Option(help="Third part of tuned models' names (coserve).")] = None,
     vllm_metrics: Annotated[bool | None, typer.Option("--vllm-metrics", help="Metrics under vLLM's names too.")] = None,
     shutdown_timeout: Annotated[float | None, typer.Option(help="Seconds for running requests at the end (10).")] = None,
@@ -146,6 +158,7 @@ async def run_server(config: ServerConfig) -> None:
         try:
             async with open_services(config, _report) as services:
                 app.state.services = services
+                _keep_loop_free()
                 server.lines = describe(services, listener.getsockname()[1])
 
                 def end() -> None:
@@ -184,6 +197,14 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _keep_loop_free() -> None:
+    """Threads that read requests give Python's lock to the event loop sooner, and what was made for the start (hundreds of
+    thousands of objects, most of them of imported packages) isn't looked through again by every full collection of garbage."""
+    sys.setswitchinterval(_SWITCH_S)
+    gc.collect()
+    gc.freeze()
+
+
 def _allow_many_files() -> None:
     """Each connection is one; the usual limit is low and may be raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -200,6 +221,7 @@ def describe(services: Services, port: int) -> list[str]:
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     asks = _asks_for_keys(services)
     key = "YOUR-KEY" if asks else _NO_KEY
+    open_to_others = not asks and not OwnNames(config.host, ()).is_local
     return [
         f"model     {', '.join(services.models.base_names)}: {info.architecture}, {info.num_parameters / 1e6:.0f} M parameters",
         f"runs      {info.dtype} on {info.device}, {info.threads} threads; requests of up to {info.max_model_len} tokens; "
@@ -209,6 +231,8 @@ def describe(services: Services, port: int) -> list[str]:
         f"holds     {config.slo_tpot_ms:g} ms per token, {config.slo_ttft_ms:g} ms to the first; policy {config.policy}",
         f"data      {config.data_dir.absolute()}",
         f"keys      {'asked for' if asks else 'none: everybody who can reach the port may use it'}",
+        *(["warning   no key is asked for, and other machines can reach this server: make one with `coserve keys add`"]
+          if open_to_others else []),
         f"page      {address}/",
         f'client    OpenAI(base_url="{address}/v1", api_key="{key}")',
     ]

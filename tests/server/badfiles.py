@@ -211,24 +211,26 @@ FILE_NAMES = ("../../../etc/cron.d/x", "..\\..\\boot.ini", "/etc/passwd", "C:\\x
 "a'b.jsonl", "%2e%2e%2fx")
 """Taken, as names without a directory."""
 
-_GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
-_POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+_GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+_POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 STREAMS: dict[str, bytes] = {
     "garbage": b"\0\xff\xfe" * 100, "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 200,
     "http/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "no version": b"GET /health\r\n\r\n", "version 9.9": b"GET /health HTTP/9.9\r\n\r\n",
     "http/1.0": b"GET /health HTTP/1.0\r\n\r\n",
     "no host": b"GET /health HTTP/1.1\r\n\r\n", "two hosts": _GET + b"Host: y\r\n\r\n",
-    "absolute": b"GET http://x/health HTTP/1.1\r\nHost: x\r\n\r\n",
-    "authority": b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", "asterisk": b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
-    "trace": b"TRACE / HTTP/1.1\r\nHost: x\r\n\r\n",
-    "own method": b"FROBNICATE / HTTP/1.1\r\nHost: x\r\n\r\n", "long method": b"A" * 100_000 + b" / HTTP/1.1\r\n\r\n",
+    "absolute": b"GET http://x/health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "authority": b"CONNECT x:80 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "asterisk": b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "trace": b"TRACE / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "own method": b"FROBNICATE / HTTP/1.1\r\nHost: localhost\r\n\r\n", "long method": b"A" * 100_000 + b" / HTTP/1.1\r\n\r\n",
     "empty lines": b"\r\n" * 1000,
-    "long path": b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-    "dots": b"GET /v1/files/../../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
-    "dots in page": b"GET /page/../../app.py HTTP/1.1\r\nHost: x\r\n\r\n",
-    "raw bytes in path": b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
-    "nul in path": b"GET /\0 HTTP/1.1\r\nHost: x\r\n\r\n", "blank in path": b"GET /a b HTTP/1.1\r\nHost: x\r\n\r\n",
+    "long path": b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "dots": b"GET /v1/files/../../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "dots in page": b"GET /page/../../app.py HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "raw bytes in path": b"GET /\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "nul in path": b"GET /\0 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "blank in path": b"GET /a b HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "long header": _GET + b"X: " + b"y" * 500_000 + b"\r\n\r\n",
     "many headers": _GET + b"".join(b"X-%d: 1\r\n" % i for i in range(20_000)) + b"\r\n", "no colon": _GET + b"X\r\n\r\n",
     "nul in header": _GET + b"X: a\0b\r\n\r\n",
@@ -248,7 +250,7 @@ STREAMS: dict[str, bytes] = {
     b"Sec-WebSocket-Key: x\r\n\r\n",
     "body of get": _GET + b"Content-Length: 4\r\n\r\n\0\xff\0\xff",
     "pipelined garbage": _GET + b"\r\n" + _GET + b"\r\n\0\xff garbage\r\n\r\n", "pipelined": (_GET + b"\r\n") * 200,
-    "smuggled": _POST + b"Content-Length: 2\r\n\r\n{}GET /x HTTP/1.1\r\nHost: x\r\n\r\n",
+    "smuggled": _POST + b"Content-Length: 2\r\n\r\n{}GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "bad auth": _GET + b"Authorization: Bearer \xff\xfe\r\n\r\n",
     "long auth": _GET + b"Authorization: Bearer " + b"x" * 60_000 + b"\r\n\r\n",
     "bad type": _POST.replace(b"application/json", b"\xff;=;;") + b"Content-Length: 2\r\n\r\n{}",

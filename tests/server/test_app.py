@@ -26,6 +26,7 @@ from coserve.server.vllmflags import drop_flags
 from tests.server.conftest import RunningServer
 
 LIMIT = 1000
+JSON = {"content-type": "application/json"}
 
 
 class Message(BaseModel):
@@ -255,7 +256,8 @@ def test_a_server_starts_says_what_it_does_and_answers(server: RunningServer, ti
 @pytest.mark.parametrize(("send", "status"), [
     (lambda url: httpx.get(f"{url}/v1/nothing", timeout=30), 404),
     (lambda url: httpx.put(f"{url}/v1/models", timeout=30), 405),
-    (lambda url: httpx.post(f"{url}/v1/chat/completions", content=b"{", timeout=30), 400),
+    (lambda url: httpx.post(f"{url}/v1/chat/completions", content=b"{", headers=JSON, timeout=30), 400),
+    (lambda url: httpx.post(f"{url}/v1/chat/completions", content=b"{}", timeout=30), 415),
     (lambda url: httpx.post(f"{url}/v1/chat/completions", content=b"x", headers={"content-encoding": "gzip"}, timeout=30), 415),
     (lambda url: httpx.post(f"{url}/v1/completions", content=b" " * (17 << 20), timeout=30), 413),
 ])

@@ -56,8 +56,8 @@ def address(server: RunningServer) -> tuple[str, int]:
 
 def request_bytes(body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    return head.encode() + data
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
 def complete(server: RunningServer, **fields: Any) -> httpx.Response:
@@ -155,7 +155,7 @@ def test_clients_that_do_not_read_hold_up_nobody(start_server: StartServer) -> N
 def test_connections_that_send_a_byte_a_second(start_server: StartServer) -> None:
     server = start_server()
     assert complete(server).status_code == 200
-    head = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: "
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
     held = [socket.create_connection(address(server), timeout=10) for _ in range(200)]
     waits = []
     for byte in head[:8]:

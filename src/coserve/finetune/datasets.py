@@ -29,6 +29,7 @@ _MESSAGE_KEYS = ("role", "content", "name", "weight")
 _UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "tool_call_id", "function_call", "refusal", "audio")
 _TOOL_KEYS = ("tools", "parallel_tool_calls")
 _SHOWN_KEYS = 8
+_MARK = b"\xef\xbb\xbf"
 _MAX_LINE_BYTES = 4 << 20
 """Tokenizing takes up to 250 times the memory of a text."""
 _MAX_MESSAGES = 2048
@@ -93,12 +94,14 @@ def load_groups(
     max_length: int,
     too_long: TooLong,
     param: str = "training_file",
+    on_line: Callable[[], None] = lambda: None,
 ) -> Dataset:
     """Reads a JSON Lines file; each line is one group: an example (sft) or (chosen, rejected) (dpo).
 
     Blank lines are skipped. An example of more than `max_length` tokens is an error, drops its group, or is cut at the
     end, as `too_long` says. Raises NotFound if there is no such file, InvalidRequest with a one-line message that names
-    file, line and field if a line can't be used or none is left; both carry `param`.
+    file, line and field if a line can't be used or none is left; both carry `param`. on_line: called before each line; what
+    it raises ends the reading.
     """
     if not path.is_file():
         raise NotFound(f"no such file: {path}", param=param)
@@ -106,6 +109,9 @@ def load_groups(
     groups: list[Group] = []
     num_lines = num_truncated = num_examples = 0
     for number, line in _lines(data):
+        on_line()
+        if not line:
+            continue
         num_lines += 1
         try:
             sequences = _encode_line(line, tokenizer, objective)
@@ -161,10 +167,14 @@ def _digest(data: bytes, tokenizer: ChatTokenizer, objective: Objective, max_len
 
 
 def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Lines that aren't blank, with their numbers from 1; a UTF-8 byte-order mark is skipped."""
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            yield number, line.strip()
+    """Lines without white space around them, with their numbers from 1; a UTF-8 byte-order mark is skipped."""
+    number, start = 0, len(_MARK) if data.startswith(_MARK) else 0
+    while start <= len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        number += 1
+        yield number, data[start:end].strip()
+        start = end + 1
 
 
 def _fit(sequence: _Sequence, max_length: int, too_long: TooLong) -> _Sequence | None:

@@ -19,6 +19,7 @@ from random import Random
 
 from fastapi import FastAPI
 from sqlalchemy import URL
+from starlette.middleware.cors import CORSMiddleware
 
 from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.index.files import FileService
@@ -29,11 +30,13 @@ from coserve.server.link.engineclient import EngineClient
 from coserve.server.locks import hold, make_private
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.models import ModelDirectory
+from coserve.server.origins import OriginGuard, OwnNames
 from coserve.server.routes import adapters, files, finetuning, inference, page, status, tokens
 from coserve.server.selfwatch import SelfWatch
-from coserve.server.services import Services
+from coserve.server.services import Services, TenantShares
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
+from coserve.server.work import WorkPool
 from coserve.tokenizer import ChatTokenizer
 
 LOCK_FILE, INDEX_FILE = "server.lock", "coserve.db"
@@ -62,7 +65,9 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         store = Store(index_url(config))
         stack.callback(store.close)
         tenants = Tenants(store, [*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
-        uploads = FileService(config.data_dir / "files", store, config.max_file_bytes, config.max_tenant_file_bytes)
+        uploads = FileService(
+            config.data_dir / "files", store, config.max_file_bytes, config.max_tenant_file_bytes, config.max_tenant_files
+        )
         engine = EngineClient(config, report=report)
         stack.push_async_callback(engine.stop)
         await asyncio.gather(engine.start(), asyncio.to_thread(uploads.rebuild))
@@ -71,14 +76,17 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         metrics = ServerMetrics(config, models.base_names[0])
         engine.on_job(metrics.hear_job)
         jobs = JobService(store=store, files=uploads, models=models, engine=engine, config=config)
+        uploads.held_beside = jobs.disk.bytes_of
         stack.push_async_callback(jobs.stop)
+        work = WorkPool()
+        stack.callback(work.close)
         await jobs.start()
         watch = SelfWatch(asyncio.get_running_loop(), jobs.journal_busy_s, config.watchdog_timeout)
         stack.enter_context(watch)
         yield Services(
             config=config, engine=engine, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
-            models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32),
-            watch=watch,
+            models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32), work=work,
+            shares=TenantShares(config), watch=watch,
         )
 
 
@@ -97,7 +105,21 @@ def create_app(config: ServerConfig, *, report: Callable[[str], None] = _log.inf
         docs_url=None, redoc_url=None,  # their pages load scripts from other hosts
         responses=ERROR_RESPONSES,
     )
+
+    async def asks_for_keys() -> bool:
+        services: Services = app.state.services
+        return await services.tenants.asks_for_keys()
+
     app.add_middleware(BodyLimits, max_bytes=config.max_body_bytes)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=[origin.lower() for origin in config.allowed_origins], allow_methods=["*"],
+            allow_headers=["*"], expose_headers=["*"], allow_private_network=True,
+        )
+    app.add_middleware(
+        OriginGuard, names=OwnNames(config.host, config.allowed_hosts), origins=config.allowed_origins,
+        asks_for_keys=asks_for_keys,
+    )
     app.add_middleware(LastResort, log_requests=config.enable_log_requests)
     install_handlers(app)
     for module in _ROUTES:

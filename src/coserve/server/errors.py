@@ -19,6 +19,10 @@ class Conflict(CoserveError):
     """Not in the present state of the thing."""
 
 
+class UnsupportedType(InvalidRequest):
+    """A body of another content type than the route takes."""
+
+
 class TooLarge(InvalidRequest):
     """A body or file over its limit."""
 
@@ -45,6 +49,7 @@ _KINDS = (
     _Kind(Conflict, 409, "invalid_request_error", "conflict"),
     _Kind(TooLarge, 413, "invalid_request_error", "too_large"),
     _Kind(StorageRefused, 429, "rate_limit_error", "rate_limit_exceeded"),
+    _Kind(UnsupportedType, 415, "invalid_request_error", "unsupported_media_type"),
     _Kind(CapacityError, 429, "rate_limit_error", "rate_limit_exceeded"),
     _Kind(EngineUnavailable, 503, "server_error", "engine_unavailable"),
     _Kind(ContextExceeded, 400, "invalid_request_error", "context_length_exceeded"),

@@ -10,6 +10,7 @@ import re
 import time
 import uuid
 
+from h11 import LocalProtocolError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -98,6 +99,8 @@ class LastResort:
         with about_request(request):
             try:
                 await self._app(scope, receive, named)
+            except LocalProtocolError:
+                return  # the client broke HTTP's rules while it was answered: the connection has ended
             except Exception:
                 _log.exception("request %s: %s %s failed", request, scope["method"], scope["path"])
                 if not status:  # else the connection is cut, which tells the client

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from coserve.server.index.files import FileService
@@ -16,16 +17,35 @@ from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.logs import note_tenant
 from coserve.server.models import ModelDirectory
+from coserve.server.places import Places
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
+from coserve.server.work import Allowance, WorkPool
 from coserve.tokenizer import ChatTokenizer
+
+
+class TenantShares:
+    """What each tenant may hold at once.
+
+    places: in the engine's queue; body_bytes: of JSON bodies that are being read; uploads; streams: of jobs' events.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.places = Places(config.max_num_queued_reqs + config.max_num_seqs, config.max_tenant_queued_reqs)
+        self.body_bytes = Allowance(config.max_tenant_body_bytes, "too many large requests of yours at once; try again later")
+        self.uploads = Allowance(
+            config.max_tenant_uploads, f"{config.max_tenant_uploads} of your uploads run already; try again when one has ended"
+        )
+        self.streams = Allowance(
+            config.max_tenant_streams, f"{config.max_tenant_streams} of your streams of events are open already; close some"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """tokenizer: the base model's, in this process. draw_seed: for a request that gives none, below 2^32.
-    watch: over this process; None in tests without a server."""
+    """tokenizer: the base model's, in this process. draw_seed: for a request that gives none, below 2^32. work: for what takes
+    long. watch: over this process; None in tests without a server."""
 
     config: ServerConfig
     engine: EngineClient
@@ -37,6 +57,8 @@ class Services:
     models: ModelDirectory
     metrics: ServerMetrics
     draw_seed: Callable[[], int]
+    work: WorkPool = field(default_factory=WorkPool)
+    shares: TenantShares = field(default_factory=lambda: TenantShares(ServerConfig()))
     watch: SelfWatch | None = None
 
 
@@ -60,7 +82,7 @@ async def get_tenant(
     request: Request, services: Served, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> str:
     """Who asks; the index is read at most once a second for it. Raises Unauthorized."""
-    tenant = services.tenants.identify(request.headers.get("authorization"))
+    tenant = await run_in_threadpool(services.tenants.identify, request.headers.get("authorization"))
     note_tenant(tenant)
     return tenant
 

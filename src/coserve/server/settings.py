@@ -15,6 +15,7 @@ from typing import Any
 
 from coserve.config import EngineConfig, SchedulerConfig, read_memory, require, require_least
 from coserve.core import ConfigError
+from coserve.server.origins import check_allowed
 
 DEFAULT_DATA_DIR = Path("coserve-data")
 AUTO = "auto"
@@ -35,6 +36,10 @@ class ServerConfig:
     """0: any free port."""
     api_key: tuple[str, ...] = ()
     """Keys of the tenant 'default'; with none here and none in the store, no key is asked for."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names beside localhost and --host that a server without keys answers to: NAME, *.NAME, or * for every name."""
+    allowed_origins: tuple[str, ...] = ()
+    """Websites whose pages may use the server, https://NAME; * for every website."""
     served_model_name: tuple[str, ...] = ()
     """Names of the base model; the first one is shown. Default: the model's own."""
     max_model_len: int | None = None
@@ -82,9 +87,22 @@ class ServerConfig:
     """SQLAlchemy URL of the index; None: SQLite in data_dir."""
     max_file_bytes: int = 512 << 20
     max_tenant_file_bytes: int = 64 << 30
-    """Of all files of a tenant together, results of jobs included; uploads beyond are refused."""
+    """Of all files and jobs' outputs of a tenant together; uploads and jobs beyond are refused, and running jobs wait."""
     max_body_bytes: int = 16 << 20
     """Of a request that isn't an upload."""
+    max_tenant_queued_reqs: int | None = None
+    """Outputs of one tenant that may run or wait; None: all places while nobody else wants one, then its share."""
+    max_tenant_files: int = 10_000
+    max_tenant_jobs: int = 1000
+    """Jobs of one tenant that may wait or run."""
+    max_tenant_uploads: int = 8
+    """Uploads of one tenant at once."""
+    max_tenant_streams: int = 1024
+    """Streams of jobs' events that one tenant may have open."""
+    max_tenant_body_bytes: int = 256 << 20
+    """Bytes of one tenant's JSON bodies that are being read at once."""
+    max_keep_checkpoints: int = 100
+    """Largest keep_checkpoints of a job."""
     organization: str = "coserve"
     """The third part of a tuned model's name, ft:BASE:ORGANIZATION:SUFFIX:ID."""
     vllm_metrics: bool = False
@@ -105,11 +123,13 @@ class ServerConfig:
         self.engine_config()  # its own checks
         require_least(self, 0, "port", "shutdown_timeout", "watchdog_timeout")
         require_least(self, 1, "max_num_queued_reqs", "max_jobs", "max_file_bytes", "max_tenant_file_bytes", "max_body_bytes",
-                      "threads")
+                      "threads", "max_tenant_queued_reqs", "max_tenant_files", "max_tenant_jobs", "max_tenant_uploads",
+                      "max_tenant_streams", "max_tenant_body_bytes", "max_keep_checkpoints")
         require_least(self, 2, "max_model_len")
         require(self.port < 65536, "port", f"must be below 65536, got {self.port}")
         require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization",
                 f"must be in (0, 1], got {self.gpu_memory_utilization}")
+        check_allowed(self.allowed_hosts, self.allowed_origins)
         require(all(self.api_key), "api_key", "an empty key would let everybody in; leave it out")
         self.training_share(1 << 40)
         for name, known in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS)):
@@ -126,7 +146,8 @@ class ServerConfig:
         share = EngineConfig().inference_share if size is None else 1 - self.training_share(size)
         return EngineConfig(
             scheduler=scheduler, memory_bytes=size, max_adapters=self.max_loras, max_lora_rank=self.max_lora_rank,
-            max_waiting=self.max_num_queued_reqs, inference_share=share,
+            max_waiting=2 * self.max_num_queued_reqs + self.max_num_seqs,  # places.py counts; cancelled ones linger
+            inference_share=share,
         )
 
     def training_share(self, pool_bytes: int) -> float:
@@ -188,6 +209,21 @@ def _read_module(item: Any) -> tuple[Any, Any]:
     return data["name"], data["path"]
 
 
+def _read_texts(name: str, value: Any) -> tuple[str, ...]:
+    """One text, several, or vLLM's JSON lists of them."""
+    texts: list[Any] = []
+    for item in [value] if isinstance(value, str) else value:
+        if isinstance(item, str) and item.startswith("[\""):
+            try:
+                texts += json.loads(item)
+            except ValueError as error:
+                raise ConfigError(f"{name}: {item!r} isn't JSON ({error})", param=name) from error
+        else:
+            texts.append(item)
+    require(all(isinstance(text, str) for text in texts), name, f"must be texts, got {value!r}")
+    return tuple(texts)
+
+
 def _read(name: str, kind: str, value: Any) -> Any:
     """A value in its field's type."""
     if name == "lora_modules":
@@ -197,7 +233,7 @@ def _read(name: str, kind: str, value: Any) -> Any:
     if name == "data_dir":
         return Path(value)
     if kind.startswith("tuple"):
-        return (value,) if isinstance(value, str) else tuple(value)
+        return _read_texts(name, value)
     expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     allowed = expected[kind.partition(" ")[0]]
     require(isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool)), name,

@@ -63,7 +63,6 @@ FLAGS: Mapping[str, Flag] = {
     "--ssl-keyfile": Flag((), _USE_PROXY),
     "--ssl-certfile": Flag((), _USE_PROXY),
     "--root-path": Flag((), _USE_PROXY),
-    "--allowed-origins": Flag((), _USE_PROXY),
     "--otlp-traces-endpoint": Flag((), "traces aren't sent; metrics are at /metrics"),
 }
 _SHORT = {

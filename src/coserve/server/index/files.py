@@ -22,6 +22,7 @@ import re
 import shutil
 import threading
 import unicodedata
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -53,19 +54,28 @@ _log = logging.getLogger(__name__)
 class FileService:
     """Files of all tenants; any thread may use it."""
 
-    def __init__(self, directory: Path, store: Store, max_bytes: int, max_tenant_bytes: int) -> None:
-        """directory: is made if it isn't there. max_bytes: of one upload; max_tenant_bytes: of all files of a tenant.
+    def __init__(
+        self, directory: Path, store: Store, max_bytes: int, max_tenant_bytes: int, max_tenant_files: int = 1 << 62
+    ) -> None:
+        """directory: is made if it isn't there. max_bytes: of one upload; max_tenant_bytes, max_tenant_files: of all files of a
+        tenant.
 
         Raises ConfigError where it can't be made.
         """
         self._directory = directory
         self._store = store
-        self._max_bytes, self._max_tenant_bytes = max_bytes, max_tenant_bytes
+        self._max_bytes, self._max_tenant_bytes, self._max_tenant_files = max_bytes, max_tenant_bytes, max_tenant_files
+        self.held_beside: Callable[[str], int] = lambda tenant: 0
+        """Bytes of a tenant that count with its files: of its jobs' outputs."""
         self._listing = threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"data_dir: {directory} can't be made ({error.strerror})", param="data_dir") from error
+
+    async def check_room(self, tenant: str, size: int) -> None:
+        """Raises TooLarge where an upload of `size` bytes would be one too many, before it is read."""
+        await asyncio.to_thread(self._check_quota, tenant, size)
 
     async def save_upload(self, tenant: str, upload: UploadFile, purpose: str) -> FileRecord:
         """Copies an upload to disk, then lists it. Raises TooLarge, InvalidRequest (naming the field), CapacityError."""
@@ -171,11 +181,16 @@ class FileService:
 
     def _check_quota(self, tenant: str, size: int) -> None:
         """Raises TooLarge for an upload of `size` bytes that would take the tenant's files over their limit."""
-        held = self._store.count_file_bytes(tenant)
+        held = self._store.count_file_bytes(tenant) + self.held_beside(tenant)
         if held + size > self._max_tenant_bytes:
             raise TooLarge(
-                f"file: its {size} bytes beside the {held} of your other files are more than the {self._max_tenant_bytes} that "
-                "they may have together; delete files that you no longer need", param="file",
+                f"file: its {size} bytes beside the {held} of your other files and your jobs' outputs are more than the "
+                f"{self._max_tenant_bytes} that they may have together; delete files that you no longer need, or models",
+                param="file",
+            )
+        if self._store.count_files(tenant) >= self._max_tenant_files:
+            raise TooLarge(
+                f"file: you have {self._max_tenant_files} files, the most that there may be; delete some", param="file"
             )
 
     def _check_chunk(self, size: int, chunk: bytes, decoder: codecs.IncrementalDecoder) -> None:

@@ -119,6 +119,11 @@ class Store:
         with self._database.read() as connection:
             return int(connection.execute(query).scalar_one())
 
+    def count_files(self, tenant: str) -> int:
+        """How many files a tenant has."""
+        with self._database.read() as connection:
+            return int(connection.execute(select(func.count()).select_from(files).where(files.c.tenant == tenant)).scalar_one())
+
     def all_files(self) -> list[FileRecord]:
         """Every tenant's, oldest first."""
         with self._database.read() as connection:
@@ -161,6 +166,12 @@ class Store:
                 if len(found) > limit:
                     break
         return found[:limit], len(found) > limit
+
+    def job_states(self, tenant: str) -> list[tuple[str, str]]:
+        """(id, status) of a tenant's jobs."""
+        with self._database.read() as connection:
+            rows = connection.execute(select(jobs.c.id, jobs.c.status).where(jobs.c.tenant == tenant)).all()
+        return [(str(row.id), str(row.status)) for row in rows]
 
     def unfinished_jobs(self) -> list[JobRecord]:
         """Every tenant's jobs that haven't ended, oldest first."""

@@ -6,6 +6,7 @@ tenant may see.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -68,6 +69,12 @@ class Tenants:
         if tenant is None:
             raise Unauthorized("this API key isn't known, or was revoked")
         return tenant
+
+    async def asks_for_keys(self) -> bool:
+        """Whether requests need one."""
+        if self._closed or self._clock() < self._open_until:
+            return self._closed
+        return not await asyncio.to_thread(self._is_open)  # it looks into the index
 
     def _is_open(self) -> bool:
         """Whether there is no key, revoked ones included: the last key's end must not let everybody in."""

@@ -18,8 +18,12 @@ from coserve.server.errors import EngineUnavailable
 from coserve.server.link.messages import Tokens
 from coserve.server.link.streams import RequestStream
 from coserve.server.models import ServedModel
+from coserve.server.places import Claim
 from coserve.server.services import Services
 from coserve.server.stats.metrics import RequestMeter
+
+_AT_ONCE = 32
+"""Prompts that are sent, or chunks that are passed on, before others have a turn."""
 
 
 class Question(NamedTuple):
@@ -55,23 +59,33 @@ class Answers:
         self._services, self._asker, self._questions = services, asker, questions
         self._runs: list[_Run] = []
         self._pumps: list[asyncio.Task[None]] = []
+        self._claim: Claim | None = None
+        self._refused: CapacityError | None = None
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Tokens]]:
         """(number of the prompt, tokens), until every output has ended.
 
         Raises the first error of any: EngineUnavailable also where an output was cancelled, CapacityError.
         """
-        for question in self._questions:
+        self._claim = self._take_places()
+        for number, question in enumerate(self._questions, start=1):
+            if self._refused is not None:
+                raise self._refused
             self._runs.append(self._ask(question))
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)  # others' tokens first
         if len(self._runs) == 1:
             async for tokens in self._follow(self._runs[0]):
                 yield 0, tokens
             return
         inbox: asyncio.Queue[tuple[int, Tokens | Exception | None]] = asyncio.Queue()
         self._pumps = [asyncio.create_task(self._pump(number, run, inbox)) for number, run in enumerate(self._runs)]
-        left = len(self._pumps)
+        left, taken = len(self._pumps), 0
         while left:
             number, item = await inbox.get()
+            taken += 1
+            if taken % _AT_ONCE == 0:
+                await asyncio.sleep(0)  # what is there already comes without a turn of the loop
             if item is None:
                 left -= 1
             elif isinstance(item, Exception):
@@ -79,14 +93,32 @@ class Answers:
             else:
                 yield number, item
 
+    def _take_places(self) -> Claim:
+        outputs = sum(question.sampling.n for question in self._questions)
+        try:
+            return self._services.shares.places.take(self._asker.tenant, outputs, self._refuse)
+        except CapacityError:
+            self._services.metrics.rejected("capacity")
+            raise
+
+    def _refuse(self, error: CapacityError) -> None:
+        """Its places are another tenant's now."""
+        self._refused = error
+        for run in self._runs:
+            run.stream.refuse(error)
+
     async def aclose(self) -> None:
         """Cancels in the engine what hasn't ended."""
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
-        for run in self._runs:
+        if self._claim is not None:
+            self._services.shares.places.give_back(self._claim)
+        for number, run in enumerate(self._runs, start=1):
             run.meter.end("cancelled")  # of no effect if it has ended
             await run.stream.aclose()
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     def _ask(self, question: Question) -> _Run:
         asker, services = self._asker, self._services
@@ -112,6 +144,9 @@ class Answers:
         try:
             async for tokens in run.stream:
                 run.meter.tokens(tokens)
+                if self._claim is not None:
+                    self._claim.begun = True
+                    self._services.shares.places.give_back(self._claim, int(tokens.finish_reason is not None))
                 if tokens.finish_reason == "cancelled":
                     raise EngineUnavailable("the request was cancelled by the server; try again")
                 left -= tokens.finish_reason is not None
@@ -130,6 +165,8 @@ class Answers:
         try:
             async for tokens in self._follow(run):
                 inbox.put_nowait((number, tokens))
+                if inbox.qsize() > _AT_ONCE:
+                    await asyncio.sleep(0)
             inbox.put_nowait((number, None))
         except Exception as error:
             inbox.put_nowait((number, error))

@@ -5,9 +5,8 @@ Owns: which messages and prompts are taken. Does not own: the chat template (tok
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from coserve.core import ContextExceeded, InvalidRequest
 from coserve.detokenizer import shown_text
@@ -16,9 +15,17 @@ from coserve.tokenizer import ChatTokenizer
 
 _LONG_CHARS = 4096
 """Longer prompts are tokenized in a thread, so that others' tokens aren't held up."""
+_MESSAGE_CHARS = 64
+"""What the template and the checks take for a message or a part of one, beside its text."""
 _MAX_PROMPTS = 1024
 _UNSUPPORTED = ("tool_calls", "function_call", "audio", "tool_call_id", "reasoning", "reasoning_content")
 Result = TypeVar("Result")
+
+
+class Runner(Protocol):
+    """Runs work in a thread: WorkPool.run of a tenant."""
+
+    def __call__(self, work: Callable[[], Result], /) -> Awaitable[Result]: ...
 
 
 class Prompt(NamedTuple):
@@ -29,35 +36,38 @@ class Prompt(NamedTuple):
 
 
 async def conversation_prompt(
-    tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, limit: int, add_generation_prompt: bool = True,
-    add_special_tokens: bool = False,
+    tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, run: Runner, limit: int,
+    add_generation_prompt: bool = True, add_special_tokens: bool = False,
 ) -> list[int]:
     """A conversation in tokens. limit: of the context, in tokens. Raises InvalidRequest."""
-    turns = template_messages(messages, keep_developer="developer" in (tokenizer.chat_template or ""))
-    _check_size(tokenizer, sum(len(turn["content"]) for turn in turns), limit, "messages")
 
     def encode() -> list[int]:
+        turns = template_messages(messages, keep_developer="developer" in (tokenizer.chat_template or ""))
+        _check_size(tokenizer, sum(len(turn["content"]) for turn in turns), limit, "messages")
         text = tokenizer.render_chat(turns, add_generation_prompt=add_generation_prompt)
         return tokenizer.encode(text, add_special_tokens)
 
-    return await _beside(encode, sum(len(turn["content"]) for turn in turns))
+    size = 0
+    for message in messages:
+        parts = message.content if isinstance(message.content, list) else [message]
+        texts = (part.text if isinstance(part, ContentPart) else part.content for part in parts)
+        size += sum(_MESSAGE_CHARS + len(text or "") for text in texts)
+    return await _beside(run, encode, size)
 
 
 async def text_prompts(
-    tokenizer: ChatTokenizer, prompt: Any, *, vocab_size: int, limit: int, add_special_tokens: bool = True
+    tokenizer: ChatTokenizer, prompt: Any, *, run: Runner, vocab_size: int, limit: int, add_special_tokens: bool = True
 ) -> list[Prompt]:
     """The prompts of a completion: a text, token ids, or a list of either. limit: of the context, in tokens. Raises
     InvalidRequest."""
-    given = _split(prompt, vocab_size)
-    for item in given:
-        _check_size(tokenizer, len(item), limit, "prompt", "characters" if isinstance(item, str) else "token ids")
 
     def encode(item: str | list[int]) -> Prompt:
+        _check_size(tokenizer, len(item), limit, "prompt", "characters" if isinstance(item, str) else "token ids")
         if isinstance(item, str):
             return Prompt(tokenizer.encode(item, add_special_tokens), item)
         return Prompt(item, shown_text(tokenizer, item))
 
-    prompts = await _beside(lambda: [encode(item) for item in given], sum(len(item) for item in given))
+    prompts = await _beside(run, lambda: [encode(item) for item in _split(prompt, vocab_size)], _prompt_size(prompt))
     if not all(prompt.ids for prompt in prompts):
         raise InvalidRequest("prompt: is empty; give at least one token", param="prompt")
     return prompts
@@ -165,6 +175,13 @@ def _token_ids(value: Any, place: str, vocab_size: int) -> list[int]:
     return value
 
 
-async def _beside(work: Callable[[], Result], size: int) -> Result:
+def _prompt_size(prompt: Any) -> int:
+    """Characters or ids of a prompt that hasn't been looked at yet."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        return sum(len(item) if isinstance(item, str | list) else 1 for item in prompt)
+    return len(prompt) if isinstance(prompt, str | list) else 0
+
+
+async def _beside(run: Runner, work: Callable[[], Result], size: int) -> Result:
     """Long work in a thread."""
-    return await asyncio.to_thread(work) if size > _LONG_CHARS else work()
+    return await run(work) if size > _LONG_CHARS else work()

@@ -25,6 +25,8 @@ OPEN_S = 1.0
 HEARTBEAT_S = 15.0
 """An open stream without an event for so long gets a comment, so that nothing between here and the client gives it up."""
 _COMMENT = b": waiting\n\n"
+_AT_ONCE = 16
+"""Events that are sent before others have a turn."""
 Result = TypeVar("Result")
 
 
@@ -61,6 +63,8 @@ class EventStream(StreamingResponse):
         try:
             async for event in self._events:
                 await self._send(send, _framed(event))
+                if self._num_sent % _AT_ONCE == 0:
+                    await asyncio.sleep(0)  # a client that reads fast would keep the loop
         except Exception as error:
             if not self._started:
                 raise

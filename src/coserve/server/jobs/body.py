@@ -42,10 +42,10 @@ def _text(value: Any) -> str:
     """A string that UTF-8 and every database can write."""
     if not isinstance(value, str):
         raise PydanticCustomError("text", "must be a string")
+    if len(value) > _MAX_VALUE:  # first: the rest looks at every character
+        raise PydanticCustomError("text", f"must have at most {_MAX_VALUE} characters")
     if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
         raise PydanticCustomError("text", "holds a NUL or half of a surrogate pair; write whole characters")
-    if len(value) > _MAX_VALUE:
-        raise PydanticCustomError("text", f"must have at most {_MAX_VALUE} characters")
     return value
 
 

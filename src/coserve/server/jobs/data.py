@@ -1,12 +1,21 @@
-"""Reads a job's data before it is queued, in a thread, one job at a time: what the engine would refuse is refused here.
+"""Reads a job's data before it is queued: what the engine would refuse is refused here.
 
-Owns: the tokenizer for it, what is said about the data. Does not own: formats of lines (finetune/datasets.py).
+    a tenant's jobs    one after the other
+    tenants            side by side, each on a thread; MAX_AT_WORK of them at work, in turns of SLICE_S
+
+So a small file of one tenant waits for a moment only, however large those of others are. Turns change and a cancelled reading
+ends between two lines. Owns: the tokenizer for it, the turns, what is said about the data. Does not own: formats of lines
+(finetune/datasets.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +27,12 @@ from coserve.tokenizer import ChatTokenizer
 
 FEW_EXAMPLES = 10
 """OpenAI's least number; fewer are allowed here, with a warning."""
+
+
+MAX_AT_WORK = 2
+MAX_READINGS = 16
+"""Tenants whose data are held in memory at once."""
+SLICE_S = 0.2
 
 
 class DataFile(NamedTuple):
@@ -37,30 +52,134 @@ class DataReport:
     warnings: tuple[str, ...]
 
 
+class _Stopped(Exception):
+    """Nobody wants the report any more."""
+
+
+class _Turns:
+    """Places for threads that read, in the order in which they ask."""
+
+    def __init__(self, num_places: int) -> None:
+        self._lock, self._free = threading.Lock(), num_places
+        self._waiting: deque[threading.Event] = deque()
+
+    def begin(self) -> None:
+        """Waits for a place."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Event()
+            self._waiting.append(turn)
+        turn.wait()
+
+    def end(self) -> None:
+        """Gives the place to who has waited longest."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._free += 1
+
+    def give_way(self) -> None:
+        """Ends and begins anew, if anybody waits."""
+        if self._waiting:
+            self.end()
+            self.begin()
+
+
+class _Reading:
+    """One job's data being read, on a thread of its own."""
+
+    def __init__(self, turns: _Turns) -> None:
+        self._turns, self.stopped = turns, threading.Event()
+        self._since = 0.0
+
+    def run(self, work: Callable[[], DataReport]) -> DataReport:
+        """Does it, in turns with others."""
+        self._turns.begin()
+        try:
+            self._since = time.monotonic()
+            return work()
+        finally:
+            self._turns.end()
+
+    def between_lines(self) -> None:
+        """Raises _Stopped once the reading is to end; lets others go on from time to time."""
+        if self.stopped.is_set():
+            raise _Stopped
+        if time.monotonic() - self._since > SLICE_S:
+            self._turns.give_way()
+            self._since = time.monotonic()
+
+
 class DataReader:
     """Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._turn = asyncio.Lock()
+        self._turns = _Turns(MAX_AT_WORK)
+        self._threads = ThreadPoolExecutor(MAX_READINGS, "coserve-data")
+        self._room = asyncio.Semaphore(MAX_READINGS)
+        self._of_tenant: dict[str, asyncio.Lock] = {}
+        self._tasks: dict[str, asyncio.Task[DataReport]] = {}
         self._tokenizer: tuple[Path, ChatTokenizer] | None = None
+        self._loading = threading.Lock()
 
     async def read(
-        self, model: Path, config: FinetuneConfig, training: DataFile, validation: DataFile | None
-    ) -> DataReport:
-        """model: the base's directory; config: with max_length. Raises InvalidRequest that names file, line and field."""
-        async with self._turn:
-            return await asyncio.to_thread(self._read, model, config, training, validation)
+        self, job: str, tenant: str, model: Path, config: FinetuneConfig, training: DataFile, validation: DataFile | None, *,
+        begin: Callable[[], None] = lambda: None,
+    ) -> DataReport | None:
+        """model: the base's directory; config: with max_length; begin: called when the reading begins. None: it was cancelled.
 
-    def _read(self, model: Path, config: FinetuneConfig, training: DataFile, validation: DataFile | None) -> DataReport:
-        if self._tokenizer is None or self._tokenizer[0] != model:
-            self._tokenizer = model, ChatTokenizer.load(model)
-        tokenizer = self._tokenizer[1]
-        data = _load(training, tokenizer, config)
+        Raises InvalidRequest that names file, line and field.
+        """
+        def work(reading: _Reading) -> DataReport:
+            return self._read(model, config, training, validation, reading.between_lines)
+
+        task = self._tasks[job] = asyncio.create_task(self._in_turn(tenant, work, begin))
+        try:
+            return await task
+        except asyncio.CancelledError:
+            this = asyncio.current_task()
+            if this is not None and this.cancelling():
+                raise
+            return None
+        finally:
+            self._tasks.pop(job, None)
+
+    def cancel(self, job: str) -> None:
+        """Ends the reading of a job's data, if it is being read or waits."""
+        task = self._tasks.get(job)
+        if task is not None:
+            task.cancel()
+
+    async def _in_turn(
+        self, tenant: str, work: Callable[[_Reading], DataReport], begin: Callable[[], None]
+    ) -> DataReport:
+        async with self._of_tenant.setdefault(tenant, asyncio.Lock()), self._room:
+            begin()
+            reading = _Reading(self._turns)
+            try:
+                return await asyncio.wrap_future(self._threads.submit(reading.run, lambda: work(reading)))
+            finally:
+                reading.stopped.set()
+
+    def _load_tokenizer(self, model: Path) -> ChatTokenizer:
+        with self._loading:
+            if self._tokenizer is None or self._tokenizer[0] != model:
+                self._tokenizer = model, ChatTokenizer.load(model)
+            return self._tokenizer[1]
+
+    def _read(
+        self, model: Path, config: FinetuneConfig, training: DataFile, validation: DataFile | None, on_line: Callable[[], None]
+    ) -> DataReport:
+        tokenizer = self._load_tokenizer(model)
+        data = _load(training, tokenizer, config, on_line)
         warnings = [*_remarks(training, data)]
         if len(data.groups) < FEW_EXAMPLES:
             warnings.append(f"{training.name} has {len(data.groups)} examples only; at least {FEW_EXAMPLES} are better")
         if validation is not None:
-            held_out = _load(validation, tokenizer, config)
+            held_out = _load(validation, tokenizer, config, on_line)
             warnings += _remarks(validation, held_out)
             known = {_content(group) for group in data.groups}
             shared = sum(_content(group) in known for group in held_out.groups)
@@ -73,12 +192,12 @@ class DataReader:
         )
 
 
-def _load(file: DataFile, tokenizer: ChatTokenizer, config: FinetuneConfig) -> Dataset:
+def _load(file: DataFile, tokenizer: ChatTokenizer, config: FinetuneConfig, on_line: Callable[[], None]) -> Dataset:
     assert config.max_length is not None
     try:
         return load_groups(
             file.path, tokenizer, objective=config.objective, max_length=config.max_length, too_long=config.too_long,
-            param=file.param,
+            param=file.param, on_line=on_line,
         )
     except NotFound as error:
         raise InvalidRequest(f"{file.name} is no longer on disk", param=file.param) from error

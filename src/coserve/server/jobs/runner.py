@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,8 +56,13 @@ class JobRunner:
         """Jobs that have ended, until the index has it."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self._after_checkpoint: Callable[[LiveJob], Coroutine[Any, Any, None]] | None = None
         engine.on_job(self._hear)
         engine.on_down(self._engine_down)
+
+    def on_checkpoint(self, listener: Callable[[LiveJob], Coroutine[Any, Any, None]]) -> None:
+        """Runs on the side after each checkpoint of a job."""
+        self._after_checkpoint = listener
 
     async def stop(self) -> None:
         """What the engine says doesn't count any more; jobs go on at the next start. Waits for what is being written."""
@@ -263,6 +268,8 @@ class JobRunner:
                 self.journal.event(record.id, f"Checkpoint created at step {step}, served as {model}")
 
         self.journal.keep(record.id, put)
+        if self._after_checkpoint is not None:
+            self.spawn(self._after_checkpoint(live))
 
     def _hear_end(self, message: JobEnded, live: LiveJob | None) -> None:
         counts = {"step": message.step, "trained_tokens": message.trained_tokens}

@@ -18,7 +18,7 @@ from typing import Any
 
 from coserve.configdata import finetune_config_from_dict, to_dict
 from coserve.core import CapacityError, CoserveError, NotFound
-from coserve.server.errors import Conflict, Forbidden
+from coserve.server.errors import Conflict, Forbidden, TooLarge
 from coserve.server.index.disk import storage_errors, sync_directory
 from coserve.server.index.files import FileService
 from coserve.server.index.manifest import find_manifests, is_job_id, write_manifest
@@ -30,6 +30,7 @@ from coserve.server.jobs.outputs import JobOutputs
 from coserve.server.jobs.queue import LiveJob
 from coserve.server.jobs.runner import END_FIELDS, JobRunner
 from coserve.server.jobs.spec import read_spec, resolve
+from coserve.server.jobs.usage import JobDisk
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.models import ModelDirectory
 from coserve.server.records import CheckpointRecord, EventRecord, JobRecord, new_id, now
@@ -37,8 +38,6 @@ from coserve.server.settings import ServerConfig
 
 _DISK_WAIT_S, _LOOK_EVERY_S = 20.0, 0.05
 """For how long the answer to a change waits for a disk that neither takes nor refuses it; how often it looks."""
-MAX_UNFINISHED = 1000
-"""Jobs of one tenant that may wait or run."""
 
 
 class JobService:
@@ -51,6 +50,8 @@ class JobService:
         self._store, self._models, self._engine, self._config = store, models, engine, config
         self._outputs = JobOutputs(config.data_dir / "jobs", store, files, models)
         self._runner = JobRunner(store, self._outputs, models, engine, config)
+        self._runner.on_checkpoint(self._check_disk)
+        self.disk = JobDisk(config.data_dir / "jobs", store)
         self._reader = DataReader()
         self._validating: set[str] = set()
         engine.on_up(self._engine_up)
@@ -78,8 +79,11 @@ class JobService:
 
     async def create(self, tenant: str, body: CreateJob) -> JobRecord:
         """A job, in validating_files. Raises InvalidRequest, NotFound (model), CapacityError."""
-        if sum(live.record.tenant == tenant for live in self._runner.live.values()) >= MAX_UNFINISHED:
-            raise CapacityError(f"{MAX_UNFINISHED} jobs wait or run already; try again when one has ended")
+        most = self._config.max_tenant_jobs
+        if sum(live.record.tenant == tenant for live in self._runner.live.values()) >= most:
+            raise CapacityError(f"{most} of your jobs wait or run already; try again when one has ended")
+        if (problem := await asyncio.to_thread(self._disk_problem, tenant)) is not None:
+            raise TooLarge(f"training_file: {problem}", param="training_file")
         spec = read_spec(body, self._config, self._engine.info.max_model_len)
         model = await asyncio.to_thread(self._models.find, tenant, body.model)
         source = None
@@ -122,13 +126,20 @@ class JobService:
     async def _read_data(self, live: LiveJob) -> None:
         """validating_files -> queued, with every 'auto' a number; or failed."""
         record, runner, info = live.record, self._runner, self._engine.info
-        for kind, id in (("training", record.training_file), ("validation", record.validation_file)):
-            if id is not None:
-                runner.note(record.id, f"Validating {kind} file: {id}")
+
+        def begin() -> None:
+            for kind, id in (("training", record.training_file), ("validation", record.validation_file)):
+                if id is not None:
+                    runner.note(record.id, f"Validating {kind} file: {id}")
+
         try:
             training, validation = await asyncio.to_thread(self._outputs.data_files, record)
             config = finetune_config_from_dict(record.config)
-            report = await self._reader.read(Path(info.directory), config, training, validation)
+            report = await self._reader.read(
+                record.id, record.tenant, Path(info.directory), config, training, validation, begin=begin
+            )
+            if report is None:
+                return  # cancelled
             resolved = resolve(
                 record.method, record.settings, seed=record.seed, num_examples=report.num_examples, server=self._config,
                 max_model_len=info.max_model_len,
@@ -160,6 +171,7 @@ class JobService:
     async def cancel(self, tenant: str, id: str) -> JobRecord:
         """Ends a job; its checkpoints stay. Raises NotFound, Conflict."""
         live = await self._unfinished(tenant, id)
+        self._reader.cancel(id)
         self._runner.act(live, "cancel")
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -187,6 +199,8 @@ class JobService:
         live = await self._unfinished(tenant, id)
         if live.record.paused == paused:
             return live.record
+        if not paused and (problem := await asyncio.to_thread(self._disk_problem, tenant)) is not None:
+            raise Conflict(f"job {id} can't go on: {problem}", param="fine_tuning_job_id")
         self._runner.act(live, "pause" if paused else "resume")
         live.steps.clear()
         self._runner.note(id, "The job was paused" if paused else "The job was resumed")
@@ -200,6 +214,22 @@ class JobService:
         limit = time.monotonic() + _DISK_WAIT_S
         while not written.done() and not self._runner.journal.refuses(id) and time.monotonic() < limit:
             await asyncio.wait([written], timeout=_LOOK_EVERY_S)
+
+    async def _check_disk(self, live: LiveJob) -> None:
+        """After a checkpoint: a job whose tenant holds too much waits, with all that it has done."""
+        record = live.record
+        problem = await asyncio.to_thread(self._disk_problem, record.tenant)
+        if problem is not None and not live.record.paused and record.id in self._runner.live:
+            self._runner.note(record.id, f"The job waits: {problem}, then resume it", level="warn")
+            await self._set_paused(record.tenant, record.id, True)
+
+    def _disk_problem(self, tenant: str) -> str | None:
+        """What to do if a tenant's files and jobs take more than they may."""
+        held, most = self._store.count_file_bytes(tenant) + self.disk.bytes_of(tenant), self._config.max_tenant_file_bytes
+        if held <= most:
+            return None
+        return (f"your files and the checkpoints and adapters of your jobs take {held} bytes of the {most} that they may have "
+                "together; delete files or models that you no longer need")
 
     async def _unfinished(self, tenant: str, id: str) -> LiveJob:
         await asyncio.to_thread(self.get, tenant, id)
@@ -257,6 +287,7 @@ class JobService:
         if adapter.job in self._runner.live or adapter.job in self._runner.ending:
             raise Conflict(f"model: job {adapter.job} has not ended; cancel it first", param="model")
         await self._runner.journal.write(functools.partial(self._outputs.delete_model, adapter))
+        self.disk.forget(adapter.job)
         await self._models.drop_loaded(tenant, name)
 
     # --- the server's start ---

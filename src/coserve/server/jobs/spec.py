@@ -111,6 +111,11 @@ def resolve(
         ).with_adapter(adapter)
     except ConfigError as error:
         raise _in_api_words(error) from error
+    if config.keep_checkpoints > server.max_keep_checkpoints:
+        raise InvalidRequest(
+            f"keep_checkpoints: {config.keep_checkpoints} is over this server's --max-keep-checkpoints "
+            f"{server.max_keep_checkpoints}", param="keep_checkpoints",
+        )
     if rank > server.max_lora_rank:
         raise InvalidRequest(
             f"{size_field}: {rank} is over this server's --max-lora-rank {server.max_lora_rank}", param=size_field

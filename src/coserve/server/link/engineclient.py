@@ -54,6 +54,8 @@ _STOP_HANG_S, _STOP_FACTOR = 5.0, 5.0
 """At the end less is waited for an iteration than while there is no hurry."""
 _LAST_WORDS_S = 0.05
 """What a dead process has sent arrives within this time."""
+_AT_ONCE = 64
+"""Messages that are heard before others have a turn of the loop."""
 _log = logging.getLogger(__name__)
 
 
@@ -280,8 +282,10 @@ class EngineClient:
 
     async def _read(self, process: EngineProcess) -> None:
         while True:
-            for part in await process.socket.recv_multipart():
+            for number, part in enumerate(await process.socket.recv_multipart(), start=1):
                 self._hear(decode_from_engine(part))
+                if number % _AT_ONCE == 0:
+                    await asyncio.sleep(0)  # who waits for what was heard goes on first
 
     def _hear(self, message: FromEngine) -> None:
         match message:

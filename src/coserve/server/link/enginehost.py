@@ -232,7 +232,7 @@ class _RequestReporter:
     ) -> None:
         self._id, self._handle, self._post, self._end = request, handle, post, end
         self._left = len(handle.outputs)
-        self._first = True
+        self._first, self._told_prompt = True, False
         handle.listen(self._hear)
 
     def _hear(self, chunk: Chunk) -> None:
@@ -251,8 +251,10 @@ class _RequestReporter:
             id=self._id, index=chunk.index, text=chunk.text, token_ids=list(chunk.token_ids), time_s=time.monotonic(),
             finish_reason=chunk.finish_reason, cached_tokens=handle.cached_tokens if self._first else 0,
             begun_s=handle.begun_s if self._first else None,
-            logprobs=_entries(chunk.logprobs), prompt_logprobs=_entries(handle.prompt_logprobs) if last else [],
+            logprobs=_entries(chunk.logprobs),
+            prompt_logprobs=_entries(handle.prompt_logprobs) if last and not self._told_prompt else [],
         ))
+        self._told_prompt = self._told_prompt or last  # once: they are the same for all outputs
         self._first = False
 
 

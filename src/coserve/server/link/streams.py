@@ -59,6 +59,12 @@ class RequestStream:
         self._error = error
         self._news.set()
 
+    def refuse(self, error: CoserveError) -> None:
+        """Nothing follows, and the engine stops working on it."""
+        if not self.ended:
+            self._cancel(self)
+            self.fail(error)
+
     def __aiter__(self) -> RequestStream:
         """Itself."""
         return self

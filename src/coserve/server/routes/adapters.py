@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from fastapi.responses import FileResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.background import BackgroundTask
@@ -21,6 +22,8 @@ from coserve.core import NotFound
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from coserve.server.errors import Forbidden
 from coserve.server.index.files import storage_errors
+from coserve.server.inference.bodies import json_reader, openapi_body, validate
+from coserve.server.inference.fields import FieldPolicy
 from coserve.server.services import Served, Tenant
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
@@ -46,15 +49,21 @@ class UnloadAdapterBody(BaseModel):
     lora_name: Name
 
 
-@router.post("/load_lora_adapter", response_class=PlainTextResponse)
-async def load_adapter(body: LoadAdapterBody, services: Served, tenant: Tenant) -> str:
+_read_load = json_reader(partial(validate, model=LoadAdapterBody, policy=FieldPolicy()))
+_read_unload = json_reader(partial(validate, model=UnloadAdapterBody, policy=FieldPolicy()))
+LoadBody = Annotated[LoadAdapterBody, Depends(_read_load)]
+UnloadBody = Annotated[UnloadAdapterBody, Depends(_read_unload)]
+
+
+@router.post("/load_lora_adapter", response_class=PlainTextResponse, openapi_extra=openapi_body(LoadAdapterBody))
+async def load_adapter(services: Served, tenant: Tenant, body: LoadBody) -> str:
     """Serves the adapter in a directory below --adapter-root."""
     await services.models.load(tenant, body.lora_name, body.lora_path, replace=body.load_inplace)
     return f"Success: LoRA adapter '{body.lora_name}' added successfully"
 
 
-@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
-async def unload_adapter(body: UnloadAdapterBody, services: Served, tenant: Tenant) -> str:
+@router.post("/unload_lora_adapter", response_class=PlainTextResponse, openapi_extra=openapi_body(UnloadAdapterBody))
+async def unload_adapter(services: Served, tenant: Tenant, body: UnloadBody) -> str:
     """Takes back what /v1/load_lora_adapter did; requests that use the adapter go on."""
     await services.models.unload(tenant, body.lora_name)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully"

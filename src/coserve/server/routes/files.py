@@ -5,9 +5,12 @@ Owns: reading the multipart body within its limits, OpenAI's file object. Does n
 
 from __future__ import annotations
 
+import asyncio
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
@@ -20,6 +23,7 @@ from coserve.server.errors import TooLarge
 from coserve.server.index.disk import storage_errors
 from coserve.server.index.files import FINE_TUNE
 from coserve.server.index.paging import After, FileLimit, Order, cursor_page
+from coserve.server.inference.pieces import PiecesResponse, encode_large
 from coserve.server.records import FileRecord
 from coserve.server.services import Served, Tenant
 
@@ -28,6 +32,8 @@ router = APIRouter(prefix="/v1/files", tags=["files"])
 _FORM_BYTES = 64 << 10
 """What a form may have beside the file."""
 _MAX_FIELDS = 10
+_MAX_PARSERS = 64
+"""Uploads that are read at once; more wait."""
 _EXPIRY = ("expires_after", "expires_after[anchor]", "expires_after[seconds]")
 _NOTHING = ("", "null")
 _BODY = {
@@ -48,25 +54,28 @@ _BODY = {
 @router.post("", openapi_extra=_BODY)
 async def upload_file(request: Request, services: Served, tenant: Tenant) -> dict[str, Any]:
     """Keeps a file for fine-tuning."""
-    try:
-        form = await _read_form(request, services.config.max_file_bytes)
-    except ClientDisconnect as error:
-        raise InvalidRequest("the connection broke off during the upload") from error
-    try:
-        file, purpose = _read_fields(form)
-        return file_object(await services.files.save_upload(tenant, file, purpose))
-    finally:
-        await form.close()
+    with services.shares.uploads.hold(tenant):
+        announced = request.headers.get("content-length", "")
+        await services.files.check_room(tenant, max(0, int(announced) - _FORM_BYTES) if announced.isdecimal() else 0)
+        try:
+            form = await _read_form(request, services.config.max_file_bytes)
+        except ClientDisconnect as error:
+            raise InvalidRequest("the connection broke off during the upload") from error
+        try:
+            file, purpose = _read_fields(form)
+            return file_object(await services.files.save_upload(tenant, file, purpose))
+        finally:
+            await form.close()
 
 
-@router.get("")
+@router.get("", response_model=dict[str, Any])
 def list_files(
     services: Served, tenant: Tenant, purpose: str | None = None, after: After = None, limit: FileLimit = 10_000,
     order: Order = "desc",
-) -> dict[str, Any]:
+) -> Response:
     """The tenant's files."""
     records, has_more = services.store.list_files(tenant, purpose=purpose, after=after, limit=limit, order=order)
-    return cursor_page([file_object(record) for record in records], has_more)
+    return PiecesResponse(encode_large(cursor_page([file_object(record) for record in records], has_more)))
 
 
 @router.get("/{file_id}")
@@ -104,7 +113,7 @@ async def _read_form(request: Request, max_file_bytes: int) -> FormData:
     """The body, read to its end or to its limit. Raises InvalidRequest, TooLarge, CapacityError, ClientDisconnect."""
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data":
-        raise InvalidRequest("a file is sent as multipart/form-data", param="file")
+        raise InvalidRequest("content-type: a file is sent as multipart/form-data", param="file")
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":
         raise InvalidRequest("a form is sent in UTF-8")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
@@ -114,21 +123,34 @@ async def _read_form(request: Request, max_file_bytes: int) -> FormData:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 18 or int(length) > limit):
         raise too_large
-    received = 0
+    received, loop = 0, asyncio.get_running_loop()
 
-    async def receive() -> Message:
+    async def receive() -> Message:  # on the thread's loop
         nonlocal received
-        message = await request.receive()
+        message = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_next(request), loop))
         received += len(message.get("body", b""))
         if received > limit:
             raise too_large
         return message
 
+    async def parse() -> FormData:
+        return await Request(request.scope, receive).form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_FORM_BYTES)
+
     try:
         with storage_errors():  # the parser keeps large parts in temporary files
-            return await Request(request.scope, receive).form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_FORM_BYTES)
+            return await loop.run_in_executor(_threads(), lambda: asyncio.run(parse()))
     except HTTPException as error:
         raise InvalidRequest(f"the multipart body can't be read: {error.detail}") from error
+
+
+async def _next(request: Request) -> Message:
+    return await request.receive()
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Where forms are parsed, byte by byte in Python: one for each upload, as it waits for its client."""
+    return ThreadPoolExecutor(_MAX_PARSERS, "coserve-upload")
 
 
 def _read_fields(form: FormData) -> tuple[UploadFile, str]:

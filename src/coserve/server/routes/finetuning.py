@@ -1,45 +1,26 @@
 """/v1/fine_tuning/jobs: create, look at, steer and follow finetuning jobs, in OpenAI's words.
 
-Owns: paths and query parameters, what is said of a wrong body. Does not own: everything behind them (jobs/service.py).
+Owns: paths and query parameters. Does not own: everything behind them (jobs/service.py), the body that creates a job
+(jobs/body.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 
 from coserve.core import InvalidRequest
 from coserve.server.index.paging import After, Limit, cursor_page
+from coserve.server.inference.bodies import json_reader, openapi_body
 from coserve.server.inference.sse import DONE, EventStream
-from coserve.server.jobs.body import CreateJob, explain
+from coserve.server.jobs.body import CreateJob, read_body
 from coserve.server.jobs.objects import checkpoint_object, event_object
 from coserve.server.records import EventRecord
 from coserve.server.services import Served, Services, Tenant
-
-
-class _CreateRoute(APIRoute):
-    """Says what is wrong with a body in jobs/body.py's words."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's, with its errors translated."""
-        handle = super().get_route_handler()
-
-        async def handler(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestValidationError as error:
-                if error.errors()[0]["type"] == "json_invalid":
-                    raise
-                raise explain(error.errors()) from error
-
-        return handler
-
 
 _METADATA: dict[str, Any] = {"parameters": [{
     "name": "metadata", "in": "query", "required": False, "style": "deepObject", "explode": True,
@@ -47,11 +28,11 @@ _METADATA: dict[str, Any] = {"parameters": [{
     "schema": {"type": "object", "additionalProperties": {"type": "string"}},
 }]}
 router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
-_creation = APIRouter(route_class=_CreateRoute)
+CreateBody = Annotated[CreateJob, Depends(json_reader(read_body))]
 
 
-@_creation.post("/jobs")
-async def create_job(body: CreateJob, services: Served, tenant: Tenant) -> dict[str, Any]:
+@router.post("/jobs", openapi_extra=openapi_body(CreateJob))
+async def create_job(services: Served, tenant: Tenant, body: CreateBody) -> dict[str, Any]:
     """Creates a job; it is checked, queued and run on its own."""
     return services.jobs.describe(await services.jobs.create(tenant, body))
 
@@ -103,7 +84,12 @@ async def list_events(
     event before the first one sent."""
     if stream:
         events = await services.jobs.follow(tenant, job_id, after)
-        return EventStream(_encoded(events), _nothing)
+        services.shares.streams.take(tenant)
+
+        async def close() -> None:
+            services.shares.streams.give_back(tenant)
+
+        return EventStream(_encoded(events), close)
     return await run_in_threadpool(_event_page, services, tenant, job_id, after, limit)
 
 
@@ -125,10 +111,3 @@ async def _encoded(events: AsyncIterator[EventRecord]) -> AsyncGenerator[bytes, 
     async for event in events:
         yield msgspec.json.encode(event_object(event))
     yield DONE
-
-
-async def _nothing() -> None:
-    """A stream of events has nothing to give back."""
-
-
-router.include_router(_creation)

@@ -9,16 +9,20 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
+from coserve.config import SamplingConfig
 from coserve.core import InvalidRequest
 from coserve.server.inference.answers import Answers, Asker, Question
 from coserve.server.inference.bodies import body_reader, openapi_body
 from coserve.server.inference.fields import CHAT, COMPLETIONS
-from coserve.server.inference.prompts import Prompt, conversation_prompt, output_limit, text_prompts
+from coserve.server.inference.limits import check_amounts, check_logprobs
+from coserve.server.inference.pieces import PiecesResponse, encode_large
+from coserve.server.inference.prompts import Prompt, Runner, conversation_prompt, output_limit, text_prompts
 from coserve.server.inference.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
 from coserve.server.inference.responses import (
     Shown,
@@ -35,18 +39,21 @@ from coserve.server.records import new_id, now
 from coserve.server.services import Served, Services, Tenant
 
 router = APIRouter(tags=["inference"])
-ChatBody = Annotated[ChatRequest, Depends(body_reader(ChatRequest, CHAT))]
-CompletionBody = Annotated[CompletionRequest, Depends(body_reader(CompletionRequest, COMPLETIONS))]
+ChatBody = Annotated[ChatRequest, Depends(body_reader(ChatRequest, CHAT, check_amounts))]
+CompletionBody = Annotated[CompletionRequest, Depends(body_reader(CompletionRequest, COMPLETIONS, check_amounts))]
 _CLIENT_LEFT = 499
 """Nobody reads it but a log."""
+_LONG_ANSWER = 1 << 10
+"""Tokens and log-probabilities of a longer response are written in a thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Exchange:
-    """A request on its way. head: what every response and chunk begins with; whole: the response's body in the end; parts:
-    choices of the chunks for a choice's new tokens; opening: what the first chunk has beside them."""
+    """A request on its way. run: for long work; head: what every response and chunk begins with; whole: the response's body in
+    the end; parts: choices of the chunks for a choice's new tokens; opening: what the first chunk has beside them."""
 
     body: GenerationRequest
+    run: Runner
     head: dict[str, Any]
     tally: Tally
     answers: Answers
@@ -61,8 +68,9 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
     arrival_s = time.perf_counter()
     name = await _model_name(services, tenant, body)
     info = services.engine.info
+    run: Runner = partial(services.work.run, tenant)
     ids = await conversation_prompt(
-        services.tokenizer, body.messages, limit=info.max_model_len,
+        services.tokenizer, body.messages, run=run, limit=info.max_model_len,
         add_generation_prompt=body.add_generation_prompt is not False,
     )
     asked_by = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -73,6 +81,8 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
     sampling = body.sampling(
         max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.num_logprobs, draw_seed=services.draw_seed
     )
+    if not body.stream:
+        check_logprobs([ids], [sampling], "top_logprobs")
     answers = await _ask(services, tenant, name, body, [Question(ids, sampling)], arrival_s)
     tally, tokenizer, shown = Tally([len(ids)], body.num_outputs), services.tokenizer, await _shown(services, body)
     head = _head(services, "chatcmpl", name)
@@ -88,7 +98,7 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
         return chat_choices(choice, tokens, walks[choice], shown, first=first)
 
     exchange = _Exchange(
-        body=body, head=head, tally=tally, answers=answers, whole=whole, parts=parts,
+        body=body, run=run, head=head, tally=tally, answers=answers, whole=whole, parts=parts,
         opening={"prompt_token_ids": ids} if shown.token_ids else {},
     )
     return await _respond(request, exchange, "chat.completion.chunk")
@@ -100,11 +110,14 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
     arrival_s = time.perf_counter()
     name = await _model_name(services, tenant, body)
     info = services.engine.info
+    run: Runner = partial(services.work.run, tenant)
     prompts = await text_prompts(
-        services.tokenizer, body.prompt, vocab_size=info.vocab_size, limit=info.max_model_len,
+        services.tokenizer, body.prompt, run=run, vocab_size=info.vocab_size, limit=info.max_model_len,
         add_special_tokens=body.add_special_tokens is not False,
     )
-    answers = await _ask(services, tenant, name, body, _questions(services, body, prompts), arrival_s)
+    ask = partial(_questions, services, body, prompts)
+    questions = await run(ask) if len(prompts) > 1 else ask()
+    answers = await _ask(services, tenant, name, body, questions, arrival_s)
     tally, tokenizer = Tally([len(prompt.ids) for prompt in prompts], body.num_outputs), services.tokenizer
     shown, head = await _shown(services, body), _head(services, "cmpl", name)
     walks: dict[int, TokenWalk] = {}
@@ -120,8 +133,8 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
         for number, part in enumerate(found):
             yield {**part, "prompt_token_ids": prompt.ids} if shown.token_ids and first and not number else part
 
-    return await _respond(request, _Exchange(body=body, head=head, tally=tally, answers=answers, whole=whole, parts=parts),
-                          "text_completion")
+    exchange = _Exchange(body=body, run=run, head=head, tally=tally, answers=answers, whole=whole, parts=parts)
+    return await _respond(request, exchange, "text_completion")
 
 
 async def _model_name(services: Services, tenant: str, body: GenerationRequest) -> str:
@@ -140,16 +153,23 @@ def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Pr
     if len(prompts) * body.num_outputs > limit:
         raise InvalidRequest(f"prompt: {len(prompts)} prompts with n={body.num_outputs} are more than the {limit} outputs that "
                              "this server takes at once", param="prompt")
+    common: SamplingConfig | None = None
     questions = []
     for prompt in prompts:
         max_tokens = output_limit(
             len(prompt.ids), body.max_tokens, default=DEFAULT_COMPLETION_TOKENS, limit=info.max_model_len, prompt_field="prompt"
         )
-        sampling = body.sampling(
-            max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.logprobs, draw_seed=services.draw_seed
-        )
-        sampling = replace(sampling, prompt_logprobs=body.scores_prompt)
+        if common is None:
+            common = body.sampling(
+                max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.logprobs, draw_seed=services.draw_seed
+            )
+            sampling = common = replace(common, prompt_logprobs=body.scores_prompt)
+        else:
+            seed = services.draw_seed() if body.seed is None else body.seed
+            sampling = replace(common, max_tokens=max_tokens, seed=seed)
         questions.append(Question(prompt.ids, sampling))
+    if not body.stream:
+        check_logprobs([prompt.ids for prompt in prompts], [question.sampling for question in questions], "logprobs")
     return questions
 
 
@@ -184,16 +204,20 @@ async def _respond(request: Request, exchange: _Exchange, chunk_object: str) -> 
     if exchange.body.stream:
         return EventStream(_events(exchange, chunk_object), answers.aclose)
 
-    async def collect() -> bytes:
+    async def collect() -> list[bytes]:
+        size = 0
         async for prompt, tokens in answers:
             tally.add(prompt, tokens)
-        return msgspec.json.encode(exchange.whole())
+            size += len(tokens.token_ids) + sum(1 + len(entry.top) for entry in tokens.logprobs + tokens.prompt_logprobs)
+        if size > _LONG_ANSWER:
+            return await exchange.run(lambda: encode_large(exchange.whole()))
+        return [msgspec.json.encode(exchange.whole())]
 
     try:
         content = await unless_gone(request.receive, collect())
     finally:
         await answers.aclose()
-    return Response(status_code=_CLIENT_LEFT) if content is None else Response(content, media_type="application/json")
+    return Response(status_code=_CLIENT_LEFT) if content is None else PiecesResponse(content)
 
 
 async def _events(exchange: _Exchange, chunk_object: str) -> AsyncGenerator[bytes, None]:
@@ -202,6 +226,7 @@ async def _events(exchange: _Exchange, chunk_object: str) -> AsyncGenerator[byte
     opening = exchange.opening
     async for prompt, tokens in exchange.answers:
         choice = tally.add(prompt, tokens)
+        tally.outputs[choice].logprobs.clear()  # sent below, not kept
         for part in exchange.parts(choice, tokens):
             chunk = {**head, "choices": [part], **opening}
             opening = {}

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Response
 
 from coserve.core import InvalidRequest
 from coserve.detokenizer import whole_text
 from coserve.server.inference.bodies import body_reader, openapi_body
 from coserve.server.inference.fields import DETOKENIZE, TOKENIZE
+from coserve.server.inference.limits import COUNTED_TOKENS, check_amounts
+from coserve.server.inference.pieces import PiecesResponse, encode_large
 from coserve.server.inference.prompts import conversation_prompt, text_prompts
 from coserve.server.inference.protocol import DetokenizeRequest, TokenizeRequest
 from coserve.server.models import ServedModel
 from coserve.server.services import Served, Services, Tenant
 
 router = APIRouter(tags=["models"])
-TokenizeBody = Annotated[TokenizeRequest, Depends(body_reader(TokenizeRequest, TOKENIZE))]
+TokenizeBody = Annotated[TokenizeRequest, Depends(body_reader(TokenizeRequest, TOKENIZE, check_amounts))]
 DetokenizeBody = Annotated[DetokenizeRequest, Depends(body_reader(DetokenizeRequest, DETOKENIZE))]
 
-_COUNTED = 1 << 16
-"""Texts that are longer than the context are tokenized too, up to so many tokens."""
 
-
-@router.get("/v1/models")
-def list_models(services: Served, tenant: Tenant) -> dict[str, Any]:
+@router.get("/v1/models", response_model=dict[str, Any])
+def list_models(services: Served, tenant: Tenant) -> Response:
     """The base model's names and the tenant's adapters."""
-    return {"object": "list", "data": [_entry(services, model) for model in services.models.list(tenant)]}
+    data = [_entry(services, model) for model in services.models.list(tenant)]
+    return PiecesResponse(encode_large({"object": "list", "data": data}))
 
 
 @router.get("/v1/models/{model:path}")
@@ -36,38 +37,40 @@ def retrieve_model(services: Served, tenant: Tenant, model: str) -> dict[str, An
     return _entry(services, services.models.find(tenant, model))
 
 
-@router.post("/tokenize", openapi_extra=openapi_body(TokenizeRequest))
-async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> dict[str, Any]:
+@router.post("/tokenize", openapi_extra=openapi_body(TokenizeRequest), response_model=dict[str, Any])
+async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> Response:
     """Token ids of a text or a conversation."""
     await _check_model(services, tenant, body.model)
     info = services.engine.info
-    limit = max(info.max_model_len, _COUNTED)
+    limit, run = max(info.max_model_len, COUNTED_TOKENS), partial(services.work.run, tenant)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("prompt: give either prompt or messages", param="prompt")
     if body.messages is not None:
         tokens = await conversation_prompt(
-            services.tokenizer, body.messages, limit=limit, add_generation_prompt=body.add_generation_prompt is not False,
-            add_special_tokens=bool(body.add_special_tokens),
+            services.tokenizer, body.messages, run=run, limit=limit,
+            add_generation_prompt=body.add_generation_prompt is not False, add_special_tokens=bool(body.add_special_tokens),
         )
     elif body.prompt:
         special = body.add_special_tokens is not False
         prompts = await text_prompts(
-            services.tokenizer, body.prompt, vocab_size=info.vocab_size, limit=limit, add_special_tokens=special
+            services.tokenizer, body.prompt, run=run, vocab_size=info.vocab_size, limit=limit, add_special_tokens=special
         )
         tokens = prompts[0].ids
     else:
         tokens = []
-    return {"tokens": tokens, "count": len(tokens), "max_model_len": info.max_model_len}
+    return PiecesResponse(encode_large({"tokens": tokens, "count": len(tokens), "max_model_len": info.max_model_len}))
 
 
 @router.post("/detokenize", openapi_extra=openapi_body(DetokenizeRequest))
 async def detokenize(services: Served, tenant: Tenant, body: DetokenizeBody) -> dict[str, Any]:
     """The text of token ids, special tokens written out."""
     await _check_model(services, tenant, body.model)
-    last = services.engine.info.vocab_size - 1
+    last, most = services.engine.info.vocab_size - 1, max(services.engine.info.max_model_len, COUNTED_TOKENS)
+    if len(body.tokens) > most:
+        raise InvalidRequest(f"tokens: {len(body.tokens)} token ids, at most {most} are taken", param="tokens")
     if body.tokens and max(body.tokens) > last:
         raise InvalidRequest(f"tokens: token ids must be from 0 to {last}", param="tokens")
-    return {"prompt": await asyncio.to_thread(whole_text, services.tokenizer, body.tokens)}
+    return {"prompt": await services.work.run(tenant, partial(whole_text, services.tokenizer, body.tokens))}
 
 
 async def _check_model(services: Services, tenant: str, name: str | None) -> None:
