@@ -12,7 +12,7 @@ from torch import Tensor
 from coserve.compiler.plan import ModelPlan
 from coserve.config import FinetuneConfig
 from coserve.core import CapacityError, Direction, Group, Unit
-from coserve.engine.batchwork import BatchWork
+from coserve.engine.batchwork import BatchWork, ReferenceSums
 from coserve.engine.budget import Workload, asked_plan
 from coserve.engine.model import LoadedModel
 from coserve.finetune.job import StepLoss
@@ -68,7 +68,7 @@ class AdapterTrainer:
         self.window = config.grid_tokens or config.window_tokens
         self.refresh_seconds = self._refresh_seconds()
         self.published: Adapter | None = None
-        self.reference_sums: dict[int, float] = {}
+        self.reference_sums = ReferenceSums()
 
     # --- verbs ---
 
