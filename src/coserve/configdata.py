@@ -45,6 +45,8 @@ def finetune_config_from_dict(data: Mapping[str, Any]) -> FinetuneConfig:
         tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
         _check_known(cls, given)
         sections[name] = cls(**{**given, **tuples})
+    if sections.get("lora") == LoraConfig() and ("ia3" in sections or "bottleneck" in sections):
+        del sections["lora"]  # as jobs were once written down
     _check_known(FinetuneConfig, values)
     return FinetuneConfig(**sections, **values)
 

@@ -47,6 +47,10 @@ class ChatTokenizer:
         self._hf: Any = hf_tokenizer
         special = {index: token for index, token in self._hf.added_tokens_decoder.items() if token.special}
         self.special_ids: frozenset[int] = frozenset(special)
+        self.marker_ids: frozenset[int] = frozenset(
+            index for index, token in self._hf.added_tokens_decoder.items() if token.special or token.content.strip()
+        )
+        """Added tokens that aren't white space: what templates mark turns with, whether declared special or not."""
         self._special_texts = tuple(token.content for token in special.values() if token.content)
         bos = self._hf.bos_token_id
         self._bos = [bos] if bos is not None and self.encode("a", add_special_tokens=True)[:1] == [bos] else []
@@ -100,6 +104,11 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Ids beyond the vocabulary decode to nothing; bytes that aren't UTF-8 to U+FFFD."""
         return self._hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def is_white_space(self, token_id: int) -> bool:
+        """Whether a token stands for white space only."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        return bool(text) and not text.strip()
 
     def has_token(self, token_id: int) -> bool:
         """Whether the vocabulary has a token of this id."""

@@ -1,7 +1,8 @@
-"""DPO beside validation data: the loss is ln 2 where policy and reference agree, and a resumed run ends as an uninterrupted one.
+"""DPO beside validation data: ln 2 where policy and reference agree, and a resumed run ends as an uninterrupted one.
 
-Training and validation data share an adapter, an executor and the memory of what the reference says; each must be as if the other
-were not there. Checked for the blocking `finetune`, an engine alone, and an engine whose training rides in passes of requests.
+Training and validation data share an adapter, an executor and the memory of what the reference says; each must be as if
+the other were not there. Checked for the blocking `finetune`, an engine alone, and an engine whose training rides in passes
+of requests.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def test_dropout_never_reaches_validation(model: LoadedModel, directory: Path, t
 def test_a_continued_adapter_is_its_own_reference(model: LoadedModel, directory: Path, tmp_path: Path) -> None:
     start = _saved(model, random_adapter(model, 4), tmp_path / "start")
     finetune(
-        directory / "train.jsonl", tmp_path / "out", model=model, config=replace(STILL, lora=LoraConfig()), start=start,
+        directory / "train.jsonl", tmp_path / "out", model=model, config=replace(STILL, lora=None), start=start,
         validation=directory / "valid.jsonl",
     )
     assert_ln_2(rows_of(tmp_path / "out"))
@@ -184,7 +185,7 @@ def test_what_a_resumed_run_would_silently_read_anew_is_compared(
     """Other validation data give other losses in one table; another start is another reference."""
     start = _saved(model, random_adapter(model, 4), tmp_path / "start")
     valid = write_lines(tmp_path / "valid.jsonl", [preference_line("q", "yes", "no")])
-    options = {"model": model, "config": replace(STILL, lora=LoraConfig(), max_steps=2), "validation": valid, "start": start}
+    options = {"model": model, "config": replace(STILL, lora=None, max_steps=2), "validation": valid, "start": start}
     finetune(directory / "train.jsonl", tmp_path / "out", **options)  # type: ignore[arg-type]
     if changed == "validation_digest":
         write_lines(valid, [preference_line("q", "no", "yes")])
@@ -203,7 +204,7 @@ def test_what_a_resumed_run_would_silently_read_anew_is_compared(
 def test_losses_and_margins_are_trls(
     model: LoadedModel, directory: Path, tmp_path: Path, continued: bool
 ) -> None:
-    """TRL's sigmoid loss: sums (not averages) of response log-probabilities, the mean over pairs; with transformers and peft."""
+    """TRL's sigmoid loss: sums, not averages, of response log-probabilities, the mean over pairs; by transformers and peft."""
     train, valid = (_load(model, directory / f"{name}.jsonl") for name in ("train", "valid"))
     start = random_adapter(model, 4) if continued else None
     config = replace(STILL, dpo_beta=0.3)

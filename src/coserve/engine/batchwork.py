@@ -131,8 +131,8 @@ class BatchWork:
         keys = [ReferenceSums.key(group) for group in groups] if self.source.objective.needs_reference else []
         batch = pack(examples, device=device, seed=self.source.config.seed, step=step)
         return Microbatch(
-            groups=groups, keys=keys, batch=batch, plan=plan, adapter=adapter, forward_only=forward_only, is_reference=reference,
-            deterministic=self.source.config.deterministic,
+            groups=groups, keys=keys, batch=batch, plan=plan, adapter=adapter, forward_only=forward_only,
+            is_reference=reference, deterministic=self.source.config.deterministic,
         )
 
     # --- the course of one micro-batch ---
@@ -175,12 +175,12 @@ class BatchWork:
         logprobs, correct = state.logprobs.cpu(), state.correct.cpu()
         weights = torch.from_numpy(micro.batch.host_label_weights)
         coefficients: list[Tensor] = []
-        known = [self.source.reference_sums[key] for key in micro.keys] or [(None,)] * len(micro.groups)
-        for group, references in zip(micro.groups, known, strict=True):
+        references = iter([total for key in micro.keys for total in self.source.reference_sums[key]])
+        for group in micro.groups:
             scored = []
-            for _, reference in zip(group.examples, references, strict=True):
+            for _ in group.examples:
                 part = slice(*next(bounds))
-                scored.append(Scored(logprobs[part], weights[part], reference))
+                scored.append(Scored(logprobs[part], weights[part], next(references, None)))
             outcome = self.source.objective.outcome(scored, self.normalizer)
             coefficients += outcome.coefficients
             self._loss += outcome.loss

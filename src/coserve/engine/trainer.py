@@ -43,16 +43,17 @@ class AdapterTrainer:
     """One job's adapter, its optimizer and its plans.
 
     start: an adapter to continue from (also the DPO reference). plan: of the adapter's training; default: what `config` asks
-    for, with micro-batches as large as they may be.
+    for, with micro-batches as large as they may be. end_token_ids: what the data teaches as ends of answers.
     """
 
     def __init__(
         self, model: LoadedModel, config: FinetuneConfig, *, start: Adapter | None = None,
-        plan: ModelPlan | None = None, warn: Callable[[str], None] = lambda _: None,
+        plan: ModelPlan | None = None, end_token_ids: Sequence[int] = (), warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.config, self.warn = model, config, warn
         arch, weights = model.architecture, model.weights
         self.adapter = (start or new_adapter(weights, config.adapter, seed=config.seed)).trainable()
+        self.adapter.end_token_ids = tuple(sorted({*self.adapter.end_token_ids, *end_token_ids}))
         assert self.adapter.grad is not None
         self.objective = OBJECTIVES[config.objective](config)
         self.reference = start.copy() if start is not None else None
