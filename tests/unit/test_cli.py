@@ -557,7 +557,7 @@ BAD_OPTIONS: dict[str, tuple[Callable[[Place], Sequence[object]], str]] = {
     "adapter without config": (lambda p: ("--adapter", p.tmp), r"adapter: .* has no adapter_config\.json"),
     "nothing to resume": (options("--resume"), r"output: .* holds no job to resume"),
     "unknown setting": (toml("batchsize = 3"), r"batchsize: unknown setting.*batch_size"),
-    "unknown LoRA setting": (toml("[lora]\nrank = 3"), r"rank: unknown setting of LoraConfig"),
+    "unknown LoRA setting": (toml("[lora]\nrank = 3"), r"rank: unknown setting of LoraConfig; here it is called r"),
     "unknown table": (toml("[lorra]\nr = 3"), r"lorra: unknown setting"),
     "a table that is none": (toml("lora = 3"), r"lora: .*table"),
     "a setting out of range": (toml("[optimizer]\nlearning_rate = -1"), r"learning_rate: must be positive"),

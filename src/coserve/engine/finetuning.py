@@ -189,9 +189,13 @@ def prepare(
         assert adapter.config is not None, "what a file holds has settings"
         unused = unused_settings(given_settings(config.given_adapter), adapter.config) if config.given_adapter else []
         if unused:
-            listen(JobEvent(level="warn", message=not_used(Path(str(start)).name, unused)))
+            listen(JobEvent(level="warn", message=not_used(str(start), unused)))
     config = config.with_adapter(config.adapter if adapter is None or adapter.config is None else adapter.config)
-    ends = taught_end_tokens(train.groups, loaded.tokenizer, max_length=_max_length(config, loaded.architecture))
+    taught = {
+        *taught_end_tokens(train.groups, loaded.tokenizer, max_length=_max_length(config, loaded.architecture)),
+        *(() if adapter is None else adapter.end_token_ids),
+    }
+    ends = () if taught <= loaded.end_token_ids else sorted(taught | loaded.end_token_ids)
     trainer = AdapterTrainer(
         loaded, config, start=adapter, plan=fitted.plan, end_token_ids=ends,
         warn=lambda m: listen(JobEvent(level="warn", message=m)),

@@ -43,7 +43,7 @@ class AdapterTrainer:
     """One job's adapter, its optimizer and its plans.
 
     start: an adapter to continue from (also the DPO reference). plan: of the adapter's training; default: what `config` asks
-    for, with micro-batches as large as they may be. end_token_ids: what the data teaches as ends of answers.
+    for, with micro-batches as large as they may be. end_token_ids: see Adapter's.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class AdapterTrainer:
         self.model, self.config, self.warn = model, config, warn
         arch, weights = model.architecture, model.weights
         self.adapter = (start or new_adapter(weights, config.adapter, seed=config.seed)).trainable()
-        self.adapter.end_token_ids = tuple(sorted({*self.adapter.end_token_ids, *end_token_ids}))
+        self.adapter.end_token_ids = tuple(end_token_ids)
         assert self.adapter.grad is not None
         self.objective = OBJECTIVES[config.objective](config)
         self.reference = start.copy() if start is not None else None

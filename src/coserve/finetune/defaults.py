@@ -136,7 +136,7 @@ def unused_settings(given: Mapping[str, Any], used: AdapterConfig) -> list[str]:
 
 def not_used(name: str, unused: Sequence[str]) -> str:
     """A warning about settings that `unused_settings` found. name: the continued adapter's, in its user's words."""
-    return f"{name} is continued with its own settings; not used: {'; '.join(unused)}"
+    return f"the adapter's settings are those of {name}, which is continued; not used: {'; '.join(unused)}"
 
 
 def given_settings(adapter: AdapterConfig) -> dict[str, Any]:

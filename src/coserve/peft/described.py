@@ -23,10 +23,12 @@ def described_adapter(directory: Path) -> AdapterConfig:
         fields = json.loads((directory / CONFIG_FILE).read_text())
         return _KINDS[fields["peft_type"]](fields)
     except OSError as error:
-        raise NotFound(f"adapter: {directory.name} has no {CONFIG_FILE}; give a directory in PEFT's format",
-                       param="adapter") from error
+        message = f"{directory} has no {CONFIG_FILE}; give a directory in PEFT's format"
+        if not directory.is_dir():
+            message = f"there is no directory {directory}"
+        raise NotFound(f"adapter: {message}", param="adapter") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidRequest(f"adapter: {directory.name}/{CONFIG_FILE} can't be used: {error}", param="adapter") from error
+        raise InvalidRequest(f"adapter: {directory / CONFIG_FILE} can't be used: {error}", param="adapter") from error
 
 
 def _lora(fields: Mapping[str, Any]) -> LoraConfig:

@@ -2,7 +2,9 @@
 
 A base may name one token as its end while the chats that an adapter is trained on close a turn with another (ChatML on a base
 that ends at </s>): the adapter learns to write that one, so whoever serves it has to stop there. The file has the form that
-transformers gives it, and PEFT ignores it. Does not own: which tokens training teaches (finetune/taught.py), when a request ends (engine/).
+transformers gives it, and PEFT ignores it.
+
+Does not own: which tokens training teaches (finetune/taught.py), when a request ends (engine/).
 """
 
 from __future__ import annotations
