@@ -265,7 +265,7 @@ def finetune_command(
     placement: Annotated[str | None, typer.Option(help="Bottlenecks: pfeiffer or houlsby.")] = None,
     activation: Annotated[str | None, typer.Option(help="Bottlenecks: relu or gelu.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of order, dropout and A's start (0).")] = None,
-    checkpoint_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints (an epoch, at most 25; 0: at the end).")] = None,
+    checkpoint_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints (0: at the end).")] = None,
     validation_steps: Annotated[int | None, typer.Option(help="Steps between validations (0: each epoch).")] = None,
     deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Bit-identical after a resume.")] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,

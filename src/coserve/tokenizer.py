@@ -106,8 +106,9 @@ class ChatTokenizer:
         return self._hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
     def is_white_space(self, token_id: int) -> bool:
-        """Whether a token stands for white space only."""
-        text = self.decode([token_id], skip_special_tokens=False)
+        """Whether a token stands for white space only, behind other text."""
+        before = self.encode("a")  # decoders drop a first space
+        text = self.decode([*before, token_id], skip_special_tokens=False)[len(self.decode(before)) :]
         return bool(text) and not text.strip()
 
     def has_token(self, token_id: int) -> bool:
