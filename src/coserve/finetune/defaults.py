@@ -141,7 +141,8 @@ def not_used(name: str, unused: Sequence[str]) -> str:
 
 def given_settings(adapter: AdapterConfig) -> dict[str, Any]:
     """An adapter's settings as `unused_settings` takes them."""
-    return {"kind": _kind(adapter)} | {name: value for name, value in to_dict(adapter).items() if name != "use_dora"}
+    given = {name: value for name, value in to_dict(adapter).items() if name != "use_dora" and value is not None}
+    return {"kind": _kind(adapter), **given}
 
 
 def _kind(adapter: AdapterConfig) -> str:
