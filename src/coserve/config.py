@@ -180,7 +180,7 @@ class OptimizerConfig:
     """AdamW with a learning-rate schedule, in the words of Hugging Face's TrainingArguments."""
 
     learning_rate: float | Auto = AUTO
-    """The peak. auto: 2e-4; for DPO less, by the adapter's kind and rank."""
+    """The peak. auto: by the model's width, 2e-4 from 4096 features on; for DPO by the adapter's kind and rank."""
     schedule: Schedule = "linear"
     """After warm-up: constant, linear to 0 at the last step, or a half cosine to 0."""
     warmup_steps: int = 0

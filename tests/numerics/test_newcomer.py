@@ -59,7 +59,7 @@ def test_twenty_chats_and_the_defaults_teach_every_fact(tmp_path: Path) -> None:
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = coserve(tmp_path, "finetune", "data.jsonl", "--output", "my-adapter")
-    assert re.search(r"^100 steps \(5 epochs, batch_size 1\), learning_rate 0\.0002", shown, re.M), shown
+    assert re.search(r"^100 steps \(5 epochs, batch_size 1\), learning_rate 0\.0014", shown, re.M), shown
     right = []
     for question, (_, fact) in FACTS.items():  # a new chat for each
         answer = coserve(tmp_path, "chat", "--adapter", "my-adapter", stdin=f"{question}\n").strip()

@@ -807,7 +807,7 @@ def test_defaults_come_from_the_data_and_are_shown(place: Place, run: Run) -> No
     data = place.lines(*chat_lines(2), name="two.jsonl")
     result = run("finetune", place.model, data, "-o", place.out, "--max-steps", 1)
     assert (result.code, result.err) == (0, "")
-    assert "1 steps (max_steps, batch_size 1), learning_rate 0.0002 (linear), checkpoint_steps 2; lora of rank 16" in result.out
+    assert "1 steps (max_steps, batch_size 1), learning_rate 0.002 (linear), checkpoint_steps 2; lora of rank 16" in result.out
     assert settings_of(place.out)["epochs"] == 25
 
 

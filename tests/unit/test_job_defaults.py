@@ -43,11 +43,12 @@ def numbers(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in NUMBERS} | {"learning_rate": settings["optimizer"]["learning_rate"]}
 
 
-def from_api(num_examples: int, continued: AdapterConfig | None = None, **fields: Any) -> FinetuneConfig:
+def from_api(num_examples: int, continued: AdapterConfig | None = None, width: int | None = None, **fields: Any) -> FinetuneConfig:
     server = ServerConfig(max_lora_rank=512)
     spec = read_spec(read_body({"model": "base", "training_file": "f", **fields}), server, 512, continued)
     return resolve(
-        spec.method, spec.settings, seed=0, num_examples=num_examples, server=server, max_model_len=512, continued=continued
+        spec.method, spec.settings, seed=0, num_examples=num_examples, server=server, max_model_len=512, continued=continued,
+        hidden_size=width,
     ).config
 
 
@@ -75,7 +76,7 @@ def model(directory: Path) -> LoadedModel:
 def test_numbers_follow_the_data_the_same_for_everyone(
     num_examples: int, expected: tuple[int, int, int], objective: Objective
 ) -> None:
-    found = resolve_settings(FinetuneConfig(objective=objective), num_examples)
+    found = resolve_settings(FinetuneConfig(objective=objective), num_examples, hidden_size=None)
     assert tuple(getattr(found, name) for name in NUMBERS) == expected
     assert found.optimizer.learning_rate == (2e-4 if objective == "sft" else 2.5e-5)
     api = from_api(num_examples, method={"type": "supervised" if objective == "sft" else "dpo"})
@@ -118,6 +119,16 @@ def test_the_rate_of_dpo_follows_the_adapter_that_is_continued(adapter: AdapterC
     assert resolve_settings(given, 20, continued=adapter).optimizer.learning_rate == pytest.approx(rate)
 
 
+@pytest.mark.parametrize(("width", "rate"), [
+    (None, 2e-4), (64, 2e-3), (576, 1.4e-3), (1024, 8e-4), (2048, 4e-4), (4096, 2e-4), (8192, 2e-4),
+])
+def test_the_rate_of_supervised_jobs_follows_the_models_width(width: int | None, rate: float) -> None:
+    assert resolve_settings(FinetuneConfig(), 20, hidden_size=width).optimizer.learning_rate == pytest.approx(rate)
+    assert from_api(20, width=width).optimizer.learning_rate == pytest.approx(rate)
+    halved = from_api(20, width=width, hyperparameters={"learning_rate_multiplier": 0.5})
+    assert halved.optimizer.learning_rate == pytest.approx(rate / 2)
+
+
 # --- the three ways in ---
 
 
@@ -132,12 +143,13 @@ def test_python_an_engine_and_the_api_choose_alike_and_say_so(
     job = engine.finetune(data, tmp_path / "b", config)
     drive(engine)
     chosen = [numbers(json.loads((tmp_path / part / "job.json").read_text())["settings"]) for part in "ab"]
-    api = from_api(3, max_steps=1, method={"type": "supervised" if name == "chats" else "dpo"})
+    width = model.architecture.hidden_size
+    api = from_api(3, width=width, max_steps=1, method={"type": "supervised" if name == "chats" else "dpo"})
     assert chosen[0] == chosen[1] == numbers(to_dict(api))
     assert chosen[0]["batch_size"] == 1
     for heard in (events, job.events):
-        (line,) = [event.message for event in heard if "chosen from the data" in event.message]
-        assert re.match(r"1 steps \(max_steps, batch_size 1\), learning_rate (0\.0002|2\.5e-05) \(linear\)", line)
+        (line,) = [event.message for event in heard if "chosen for this data and model" in event.message]
+        assert re.match(r"1 steps \(max_steps, batch_size 1\), learning_rate (0\.002|2\.5e-05) \(linear\)", line)
 
 
 def test_the_line_about_settings() -> None:
@@ -145,7 +157,7 @@ def test_the_line_about_settings() -> None:
     settings = resolve_settings(asked, 20)
     assert describe_settings(asked, settings, 50) == (
         "50 steps (5 epochs, batch_size 2), learning_rate 0.0002 (linear), checkpoint_steps 10; lora of rank 16, alpha 32; "
-        "chosen from the data: epochs, checkpoint_steps, learning_rate"
+        "chosen for this data and model: epochs, checkpoint_steps, learning_rate"
     )
     assert "chosen" not in describe_settings(settings, settings, 50)
 

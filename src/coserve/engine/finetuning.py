@@ -132,14 +132,15 @@ def _load_data(
 
 
 def _resolve(
-    config: FinetuneConfig, dataset: Dataset, directory: Path, start: str | os.PathLike[str] | None, resume: bool
+    config: FinetuneConfig, dataset: Dataset, arch: Architecture, directory: Path, start: str | os.PathLike[str] | None,
+    resume: bool,
 ) -> FinetuneConfig:
     """The job's settings as numbers. A resumed job's are those that it began with."""
     if resume:
         recorded = _read_job(directory).get("settings")
         config = keep_numbers(config, recorded if isinstance(recorded, dict) else {})
     continued = None if start is None else described_adapter(Path(start))
-    return resolve_settings(config, len(dataset.groups), continued=continued)
+    return resolve_settings(config, len(dataset.groups), continued=continued, hidden_size=arch.hidden_size)
 
 
 def _check_vocabulary(dataset: Dataset, arch: Architecture, base: Path) -> None:
@@ -237,7 +238,7 @@ def prepare_beside(
         if dataset is not None:
             _check_vocabulary(dataset, arch, loaded.directory)
     _tell(train, listen)
-    settings = _resolve(config, train, directory, start, resume)
+    settings = _resolve(config, train, arch, directory, start, resume)
     fitted = check(train, held_out, settings)
     return prepare(
         loaded, data_path, directory, config, settings, train=train, held_out=held_out, validation=validation, start=start,
@@ -278,7 +279,7 @@ def finetune(
         if dataset is not None:
             _check_vocabulary(dataset, arch, base)
     _tell(train, listen)
-    settings = _resolve(asked, train, directory, start, resume)
+    settings = _resolve(asked, train, arch, directory, start, resume)
     fitted = _choose_plan(arch, settings, train, place, kind, loaded=isinstance(model, LoadedModel))
     loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, dtype=dtype)
     if start is not None:

@@ -1,6 +1,6 @@
-"""What 'auto' means: the numbers of a job that are chosen from its data and its adapter, for command, API and Python alike.
+"""What 'auto' means: numbers of a job that are chosen from data, adapter and model, for command, API and Python alike.
 
-    resolve_settings(config, number of examples, the adapter that is continued) -> config without 'auto'
+    resolve_settings(config, number of examples, the adapter that is continued, the model's width) -> config without 'auto'
 
 Owns: those rules, what is said about them. Does not own: fixed defaults (config.py). A resumed job keeps the numbers that it
 began with, whatever the rules have become since: `keep_numbers`.
@@ -27,7 +27,10 @@ BATCHES = 16
 """Batches that the examples are cut into, as long as they don't get larger than MAX_BATCH_SIZE."""
 CHECKPOINT_STEPS = 25
 """A checkpoint at least so often."""
-SUPERVISED_RATE = 2e-4
+SUPERVISED_RATE, RATE_WIDTH, MAX_SUPERVISED_RATE = 2e-4, 4096, 2e-3
+"""The rate that is common for adapters on models of 7 to 8 billion parameters, whose hidden size that is. Narrower models take
+higher ones, about in inverse proportion (as found for LoRA by Schulman et al. 2025, "LoRA Without Regret"): with less a small
+model doesn't learn in a short job what it is told."""
 
 
 def auto_epochs(num_examples: int) -> int:
@@ -49,23 +52,26 @@ def adapter_size(adapter: AdapterConfig) -> int:
     return adapter.r if isinstance(adapter, LoraConfig) else 1
 
 
-def auto_learning_rate(objective: Objective, adapter: AdapterConfig) -> float:
-    """The peak rate."""
-    return SUPERVISED_RATE if objective == "sft" else min(5e-5, max(5e-6, 4e-4 / adapter_size(adapter)))
+def auto_learning_rate(objective: Objective, adapter: AdapterConfig, hidden_size: int | None) -> float:
+    """The peak rate. hidden_size: the model's; None: RATE_WIDTH."""
+    if objective == "dpo":
+        return min(5e-5, max(5e-6, 4e-4 / adapter_size(adapter)))
+    rate = SUPERVISED_RATE * max(1.0, RATE_WIDTH / (hidden_size or RATE_WIDTH))
+    return min(MAX_SUPERVISED_RATE, float(f"{rate:.2g}"))
 
 
 def resolve_settings(
-    config: FinetuneConfig, num_examples: int, *, continued: AdapterConfig | None = None
+    config: FinetuneConfig, num_examples: int, *, continued: AdapterConfig | None = None, hidden_size: int | None = None
 ) -> FinetuneConfig:
     """The same job with numbers for all that is 'auto'; what was given stays. continued: settings of the adapter that the job
-    continues, if it does."""
+    continues, if it does. hidden_size: the model's."""
     epochs = auto_epochs(num_examples) if config.epochs == AUTO else config.epochs
     batch_size = auto_batch_size(num_examples) if config.batch_size == AUTO else config.batch_size
     order = BatchOrder(num_groups=num_examples, batch_size=settled(batch_size), seed=config.seed, shuffle=config.shuffle)
     every = min(order.steps_per_epoch, CHECKPOINT_STEPS) if config.checkpoint_steps == AUTO else config.checkpoint_steps
     rate = config.optimizer.learning_rate
     if rate == AUTO:
-        rate = auto_learning_rate(config.objective, continued or config.adapter)
+        rate = auto_learning_rate(config.objective, continued or config.adapter, hidden_size)
     return replace(
         config, epochs=epochs, batch_size=batch_size, checkpoint_steps=every,
         optimizer=replace(config.optimizer, learning_rate=rate),
@@ -100,7 +106,7 @@ def describe_settings(asked: FinetuneConfig, settings: FinetuneConfig, num_steps
     return (
         f"{num_steps} steps ({passes}, batch_size {settings.batch_size}), learning_rate {optimizer.learning_rate:g} "
         f"({optimizer.schedule}), checkpoint_steps {every}; {describe_adapter(settings.adapter)}"
-        + (f"; chosen from the data: {', '.join(automatic)}" if automatic else "")
+        + (f"; chosen for this data and model: {', '.join(automatic)}" if automatic else "")
     )
 
 

@@ -125,7 +125,7 @@ class JobService:
             start = self._outputs.start_directory(record)
             resolved = resolve(
                 record.method, record.settings, seed=record.seed, num_examples=report.num_examples, server=self._config,
-                max_model_len=info.max_model_len,
+                max_model_len=info.max_model_len, hidden_size=info.hidden_size or None,
                 continued=None if start is None else await asyncio.to_thread(self._outputs.continued, start),
             )
         except CoserveError as error:

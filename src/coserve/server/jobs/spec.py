@@ -87,12 +87,12 @@ def read_spec(
 
 def resolve(
     method: Mapping[str, Any], settings: Mapping[str, Any], *, seed: int, num_examples: int | None, server: ServerConfig,
-    max_model_len: int, continued: AdapterConfig | None = None,
+    max_model_len: int, continued: AdapterConfig | None = None, hidden_size: int | None = None,
 ) -> Resolved:
     """The settings of a job. num_examples: None before the data is read, where 'auto' stays; else numbers are chosen as for
     every job (finetune/defaults.py) and learning_rate_multiplier, whose auto is 1, multiplies the automatic rate. continued:
-    settings of the adapter that the job continues, which are then the job's. beta: 0.1. max_length: what a micro-batch and the
-    model can hold.
+    settings of the adapter that the job continues, which are then the job's. hidden_size: the model's. beta: 0.1. max_length:
+    what a micro-batch and the model can hold.
 
     Raises InvalidRequest that names the field.
     """
@@ -104,7 +104,7 @@ def resolve(
     try:
         adapter = _adapter(settings, continued)
         size_field, rank = _rank(continued or adapter)
-        base_rate = auto_learning_rate(objective, continued or adapter)
+        base_rate = auto_learning_rate(objective, continued or adapter, hidden_size)
         rate = {"learning_rate": base_rate * given["learning_rate_multiplier"]} if "learning_rate_multiplier" in given else {}
         config = FinetuneConfig(
             optimizer=OptimizerConfig(**rate | {name: settings[name] for name in _OPTIMIZER if name in settings}),
@@ -124,7 +124,7 @@ def resolve(
         )
     if num_examples is None:
         return Resolved(config=config, method=dict(method), num_steps=0)
-    config = resolve_settings(config, num_examples, continued=continued)
+    config = resolve_settings(config, num_examples, continued=continued, hidden_size=hidden_size)
     order = BatchOrder(num_groups=num_examples, batch_size=settled(config.batch_size), seed=seed, shuffle=True)
     num_steps = order.num_steps(config)
     if num_steps > MAX_STEPS:
