@@ -322,7 +322,8 @@ def chat(
     """Talk to a model, with or without an adapter. Ends with Ctrl-D."""
     sampling = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     loaded = load_model(model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"))
-    generator = Generator(loaded, loaded.load_adapter(adapter) if adapter is not None else None)
+    tuned = loaded.load_adapter(adapter) if adapter is not None else None
+    generator, ends = Generator(loaded, tuned), loaded.end_token_ids.union(() if tuned is None else tuned.end_token_ids)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     while True:
@@ -337,8 +338,9 @@ def chat(
         pieces: list[str] = []
 
         def show(_: int, token: int, stream: IncrementalDetokenizer = stream, pieces: list[str] = pieces) -> None:
-            pieces.append(stream.push(token))
-            print(pieces[-1], end="", flush=True)
+            if token not in ends:
+                pieces.append(stream.push(token))
+                print(pieces[-1], end="", flush=True)
 
         try:
             generator.generate([loaded.tokenizer.encode_chat(messages)], sampling, on_token=show)

@@ -43,7 +43,9 @@ def numbers(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in NUMBERS} | {"learning_rate": settings["optimizer"]["learning_rate"]}
 
 
-def from_api(num_examples: int, continued: AdapterConfig | None = None, width: int | None = None, **fields: Any) -> FinetuneConfig:
+def from_api(
+    num_examples: int, continued: AdapterConfig | None = None, width: int | None = None, **fields: Any
+) -> FinetuneConfig:
     server = ServerConfig(max_lora_rank=512)
     spec = read_spec(read_body({"model": "base", "training_file": "f", **fields}), server, 512, continued)
     return resolve(
