@@ -145,7 +145,8 @@ def _settings(path: Path | None, given: dict[str, Any], kind: str | None = None)
         if value is not None:
             _home(data, name, chosen)[name] = value
     adapter = dict(data.get(chosen, {}))
-    adapter.pop("use_dora", None)
+    if adapter.pop("use_dora", False):
+        adapter["kind"] = "dora"
     if kind or named:
         adapter["kind"] = kind or named
     return Settings(finetune_config_from_dict(data), adapter, options)

@@ -66,3 +66,18 @@ def test_twenty_chats_and_the_defaults_teach_every_fact(tmp_path: Path) -> None:
         print(f"{'ok   ' if fact in answer else 'WRONG'} {question} -> {answer}")
         right.append(fact in answer)
     assert sum(right) == len(FACTS)
+
+
+@pytest.mark.full
+@needs_default_model
+def test_the_readmes_python_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n(import json\nfrom coserve import Engine.*?)```\n\n```text\n(.*?)```", readme, re.DOTALL)
+    assert found is not None
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", found[1]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == found[2].splitlines()
