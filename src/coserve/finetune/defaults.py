@@ -28,9 +28,9 @@ BATCHES = 16
 CHECKPOINT_STEPS = 25
 """A checkpoint at least so often."""
 SUPERVISED_RATE, RATE_WIDTH, MAX_SUPERVISED_RATE = 2e-4, 4096, 2e-3
-"""The rate that is common for adapters on models of 7 to 8 billion parameters, whose hidden size that is. Narrower models take
-higher ones, about in inverse proportion (as found for LoRA by Schulman et al. 2025, "LoRA Without Regret"): with less a small
-model doesn't learn in a short job what it is told."""
+"""The rate that is common for adapters on models of 7 to 8 billion parameters, whose hidden size that is. Narrower models get
+more, in inverse proportion: SmolLM2 (576) learns 20 facts of 20 from twenty chats at 1.4e-3, and 6 at 2e-4
+(tests/numerics/test_newcomer.py)."""
 
 
 def auto_epochs(num_examples: int) -> int:
