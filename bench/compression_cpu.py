@@ -37,7 +37,7 @@ LAST = 10
 def settings(method: str, steps: int, batch_size: int) -> FinetuneConfig:
     return FinetuneConfig(
         lora=LoraConfig(r=16, alpha=32), optimizer=OptimizerConfig(learning_rate=2e-4), max_steps=steps, batch_size=batch_size,
-        validation_steps=EVERY, seed=0, activation_compression=method,  # type: ignore[arg-type]  # one of METHODS
+        validation_steps=EVERY, checkpoint_steps=0, seed=0, activation_compression=method,  # type: ignore[arg-type]  # one of METHODS
     )
 
 

@@ -21,7 +21,15 @@ from statistics import median, quantiles
 
 import torch
 
-from coserve import EngineConfig, FinetuneConfig, LoraConfig, SamplingConfig, SchedulerConfig, load_model
+from coserve import (
+    EngineConfig,
+    FinetuneConfig,
+    LoraConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    SchedulerConfig,
+    load_model,
+)
 from coserve.core import Sampled, StepPlan, StepResult
 from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
@@ -61,7 +69,10 @@ def steps(model: LoadedModel, requests: int, adapters: int, iterations: int) -> 
     with tempfile.TemporaryDirectory() as directory:
         data = Path(directory) / "data.jsonl"
         data.write_text("".join(json.dumps({"text": "a quiet river " * 60}) + "\n" for _ in range(64)))
-        engine.finetune(data, Path(directory) / "job", FinetuneConfig(max_microbatch_tokens=1024))
+        engine.finetune(data, Path(directory) / "job", FinetuneConfig(
+            max_microbatch_tokens=1024, epochs=3, batch_size=8, checkpoint_steps=0,
+            optimizer=OptimizerConfig(learning_rate=2e-4),
+        ))
         sampling = SamplingConfig(max_tokens=iterations + 200, ignore_eos=True, stop=("never said",))
         for number in range(requests):
             name = f"adapter-{number % adapters}" if adapters else None

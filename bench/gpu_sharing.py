@@ -102,6 +102,7 @@ class Sharing:
             if policy != "inference-only":
                 job = engine.finetune(data, output, FinetuneConfig(
                     lora=LORA, optimizer=OptimizerConfig(learning_rate=1e-5), batch_size=2, max_steps=10_000,
+                    checkpoint_steps=0,
                     max_microbatch_tokens=cells.example_tokens, window_tokens=min(2048, cells.example_tokens),
                 ), name="job")
             for rate in rates:

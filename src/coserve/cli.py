@@ -5,14 +5,14 @@ Owns: arguments, progress display, exit codes. An error that the user can mend i
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 import sys
 import tomllib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from coserve.bench.cli import bench_app
 from coserve.config import FinetuneConfig, OptimizerConfig, SamplingConfig, require
-from coserve.configdata import ADAPTERS, finetune_config_from_dict
+from coserve.configdata import ADAPTERS, finetune_config_from_dict, setting_names
 from coserve.core import ConfigError, CoserveError, InvalidRequest
 from coserve.demo.command import demo
 from coserve.detokenizer import IncrementalDetokenizer
@@ -28,7 +28,9 @@ from coserve.engine.budget import GIB
 from coserve.engine.finetuning import finetune
 from coserve.engine.generation import Generator
 from coserve.engine.model import load_model
+from coserve.finetune.defaults import not_used, unused_settings
 from coserve.finetune.job import JobEvent
+from coserve.peft.described import described_adapter
 from coserve.plancli import add_plan
 from coserve.plots import loss_curve
 from coserve.servecli import add_commands
@@ -40,8 +42,10 @@ add_plan(app)
 app.command()(demo)
 console = Console()
 
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-DtypeOption = Annotated[str, typer.Option(help="auto (float32 on the CPU, bfloat16 on CUDA), float32, bfloat16, float64.")]
+DEVICE_HELP = "auto, cpu or cuda."
+DTYPE_HELP = "auto (float32 on the CPU, bfloat16 on CUDA), float32, bfloat16, float64."
+DeviceOption = Annotated[str, typer.Option(help=DEVICE_HELP)]
+DtypeOption = Annotated[str, typer.Option(help=DTYPE_HELP)]
 
 
 class TrainingDisplay:
@@ -89,10 +93,12 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _pattern(text: str | None, name: str, kind: Callable[[str], float]) -> dict[str, float]:
-    """Reads 'q_proj=8,down_proj=32'."""
+def _pattern(text: str | None, name: str, kind: Callable[[str], float]) -> dict[str, float] | None:
+    """Reads 'q_proj=8,down_proj=32'; None of None."""
+    if text is None:
+        return None
     result = {}
-    for item in (text or "").split(","):
+    for item in text.split(","):
         if not item:
             continue
         key, _, value = item.partition("=")
@@ -103,39 +109,104 @@ def _pattern(text: str | None, name: str, kind: Callable[[str], float]) -> dict[
     return result
 
 
+class Settings(NamedTuple):
+    """What files and flags ask for. adapter: the adapter's settings among it that were written down, by their fields' names,
+    and its `kind`; options: flags that aren't settings of a job (validation, adapter, resume, device, dtype)."""
+
+    config: FinetuneConfig
+    adapter: dict[str, Any]
+    options: dict[str, Any]
+
+
 def _config(path: Path | None, given: dict[str, Any], kind: str | None = None) -> FinetuneConfig:
-    """Defaults, then the TOML file, then the command line. kind: of adapter."""
-    data: dict[str, Any] = {}
-    if path is not None:
-        try:
-            data = tomllib.loads(path.read_text())
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config: {path} can't be read as TOML ({error})", param="config") from error
-    for section in (*_ADAPTERS, "optimizer"):
-        if not isinstance(data.get(section, {}), dict):
-            raise ConfigError(f"{section}: must be a table, [{section}], in {path}", param=section)
-    chosen = _choose_adapter(data, kind)
-    optimizer = {f.name for f in dataclasses.fields(OptimizerConfig)}
+    """Only the settings of a job: see `_settings`."""
+    return _settings(path, given, kind).config
+
+
+def _settings(path: Path | None, given: dict[str, Any], kind: str | None = None) -> Settings:
+    """Defaults, then the TOML file, then the command line. kind: of adapter. Raises ConfigError."""
+    data = {} if path is None else _read_toml(path)
+    loose = {name: data.pop(name) for name in list(data) if name not in _TABLES}
+    options = {name: loose.pop(name) for name in _OPTIONS if name in loose}
+    for name, value in options.items():
+        kinds = "true or false" if name == "resume" else "a text"
+        if isinstance(value, bool) != (name == "resume") or not isinstance(value, bool | str):
+            raise ConfigError(f"{name}: must be {kinds} in {path}, got {value!r}", param=name)
+    named = None if "kind" not in loose else str(loose.pop("kind"))
+    chosen = _choose_adapter(data, kind or named)
+    for name, value in loose.items():
+        where = _home(data, name, chosen)
+        if where.get(name, value) != value:
+            word = _word(name)
+            raise ConfigError(
+                f"{word}: is {value!r} at the top level of {path} and {where[name]!r} in its table; leave one out", param=word
+            )
+        where[name] = value
     for name, value in given.items():
-        if value is None:
-            continue
-        owners = [section for section, names in _ADAPTERS.items() if name in names]
-        if owners and chosen not in owners:
-            word = {"r": "rank"}.get(name, name)
-            raise ConfigError(f"{word}: {chosen} adapters have no such setting, {' and '.join(owners)} do", param=word)
-        home = chosen if owners else "optimizer" if name in optimizer else None
-        (data if home is None else data.setdefault(home, {}))[name] = value
-    return finetune_config_from_dict(data)
+        if value is not None:
+            _home(data, name, chosen)[name] = value
+    adapter = dict(data.get(chosen, {}))
+    if adapter.pop("use_dora", False):
+        adapter["kind"] = "dora"
+    if kind or named:
+        adapter["kind"] = kind or named
+    return Settings(finetune_config_from_dict(data), adapter, options)
 
 
-_ADAPTERS = {section: {f.name for f in dataclasses.fields(config)} for section, config in ADAPTERS.values()}
+def _read_toml(path: Path) -> dict[str, Any]:
+    """A settings file, by fields' names: tables as they are, flags' names at the top level as fields."""
+    try:
+        data = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} can't be read as TOML ({error})", param="config") from error
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        name = {"rank": "r"}.get(key.replace("-", "_"), key.replace("-", "_"))
+        if name in _TABLES and not isinstance(value, dict):
+            raise ConfigError(f"{name}: must be a table, [{name}], in {path}", param=name)
+        if name in found:
+            raise ConfigError(f"{_word(name)}: is there twice in {path}", param=_word(name))
+        if name in ("output", "config", "model", "data"):
+            raise ConfigError(f"{name}: give it on the command line, not in {path}", param=name)
+        if isinstance(value, str) and name in ("target_modules", "feedforward_modules"):
+            value = _targets(value)
+        elif isinstance(value, str) and name in _PATTERNS:
+            value = _pattern(value, name, _PATTERNS[name])
+        found[name] = value
+    return found
+
+
+def _home(data: dict[str, Any], name: str, chosen: str) -> dict[str, Any]:
+    """The table that a setting belongs to. chosen: the adapter's."""
+    owners = [section for section, names in _ADAPTERS.items() if name in names]
+    if owners and chosen not in owners:
+        word = _word(name)
+        raise ConfigError(f"{word}: {chosen} adapters have no such setting, {' and '.join(owners)} do", param=word)
+    if owners or name in setting_names(OptimizerConfig):
+        table: dict[str, Any] = data.setdefault(chosen if owners else "optimizer", {})
+        return table
+    return data
+
+
+def _word(name: str) -> str:
+    """A field's name as the flag is called."""
+    return {"r": "rank"}.get(name, name)
+
+
+_ADAPTERS = {section: setting_names(config) for section, config in ADAPTERS.values()}
 """{table of a TOML file: its settings}."""
+_TABLES = (*_ADAPTERS, "optimizer")
+_OPTIONS = ("validation", "adapter", "resume", "device", "dtype")
+"""Flags of `coserve finetune` that a settings file may hold too, but aren't settings of a job."""
+_PATTERNS: dict[str, Callable[[str], float]] = {"rank_pattern": int, "alpha_pattern": float}
 
 
 def _choose_adapter(data: dict[str, Any], kind: str | None) -> str:
     """The table of the kind of adapter that is asked for, by `kind` or by the table itself; it is there afterwards."""
     others = [name for name in _ADAPTERS if name != "lora" and name in data]
     if kind is None:
+        if others and "lora" in data:
+            raise ConfigError(f"lora: the settings file has a table [{others[0]}] too; leave one out", param="lora")
         return others[0] if others else "lora"
     if kind not in ADAPTERS:
         raise ConfigError(f"kind: must be one of {', '.join(ADAPTERS)}, got {kind!r}", param="kind")
@@ -143,6 +214,8 @@ def _choose_adapter(data: dict[str, Any], kind: str | None) -> str:
     for name in others:
         if name != chosen:
             raise ConfigError(f"kind: it is {kind}, but the settings file has a table [{name}]; leave one out", param="kind")
+    if chosen != "lora" and "lora" in data:
+        raise ConfigError(f"kind: it is {kind}, but the settings file has a table [lora]; leave one out", param="kind")
     data.setdefault(chosen, {})
     if kind in ("lora", "dora"):
         data["lora"]["use_dora"] = kind == "dora"
@@ -163,9 +236,9 @@ def finetune_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the job in --output.")] = False,
     objective: Annotated[str | None, typer.Option(help="sft or dpo.")] = None,
     dpo_beta: Annotated[float | None, typer.Option(help="DPO's inverse temperature.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data (3).")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data (3, more of few examples).")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, over --epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per optimizer step (8).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per optimizer step (1 to 16, by the data).")] = None,
     max_microbatch_tokens: Annotated[int | None, typer.Option(help="Tokens packed together (2048).")] = None,
     window_tokens: Annotated[int | None, typer.Option(help="Tokens per unit (1024).")] = None,
     activation_memory: Annotated[
@@ -176,7 +249,7 @@ def finetune_command(
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest example in tokens.")] = None,
     too_long: Annotated[str | None, typer.Option(help="Longer examples: error, drop or truncate.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate (2e-4).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate (2e-4; less for dpo).")] = None,
     schedule: Annotated[str | None, typer.Option(help="constant, linear or cosine.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
@@ -197,13 +270,13 @@ def finetune_command(
     checkpoint_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints (0: at the end).")] = None,
     validation_steps: Annotated[int | None, typer.Option(help="Steps between validations (0: each epoch).")] = None,
     deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Bit-identical after a resume.")] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
 ) -> None:
-    """Finetune an adapter on a JSON Lines file."""
+    """Finetune an adapter on a JSON Lines file. What isn't given is chosen from the data and shown at the start."""
     if len(paths) > 2:
         raise ConfigError(f"data: give [MODEL] DATA.jsonl, got {len(paths)} arguments: {' '.join(paths)}", param="data")
-    settings = _config(config, {
+    asked = _settings(config, {
         "objective": objective, "dpo_beta": dpo_beta, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
         "max_microbatch_tokens": max_microbatch_tokens, "window_tokens": window_tokens, "activation_memory": activation_memory,
         "activation_compression": activation_compression, "max_length": max_length, "too_long": too_long,
@@ -211,14 +284,23 @@ def finetune_command(
         "max_grad_norm": max_grad_norm, "r": rank, "alpha": alpha, "dropout": dropout,
         "target_modules": _targets(target_modules), "use_rslora": use_rslora, "seed": seed,
         "feedforward_modules": _targets(feedforward_modules), "size": size, "placement": placement, "activation": activation,
-        "rank_pattern": _pattern(rank_pattern, "rank_pattern", int) or None,
-        "alpha_pattern": _pattern(alpha_pattern, "alpha_pattern", float) or None,
+        "rank_pattern": _pattern(rank_pattern, "rank_pattern", int),
+        "alpha_pattern": _pattern(alpha_pattern, "alpha_pattern", float),
         "checkpoint_steps": checkpoint_steps, "validation_steps": validation_steps, "deterministic": deterministic,
     }, kind)
+    settings, options = asked.config, asked.options
+    start = adapter if adapter is not None else options.get("adapter")
     with TrainingDisplay() as display:
+        if start is not None:
+            unused = unused_settings(asked.adapter, described_adapter(Path(start)))
+            if unused:
+                display(JobEvent(level="warn", message=not_used(str(start), unused)))
+            settings = replace(settings, lora=None, ia3=None, bottleneck=None)
         result = finetune(
-            paths[-1], output, model=paths[0] if len(paths) == 2 else None, config=settings, validation=validation,
-            start=adapter, resume=resume, device=device, dtype=dtype, listen=display,
+            paths[-1], output, model=paths[0] if len(paths) == 2 else None, config=settings, start=start,
+            validation=validation if validation is not None else options.get("validation"),
+            resume=resume or bool(options.get("resume")), device=device or options.get("device", "auto"),
+            dtype=dtype or options.get("dtype", "auto"), listen=display,
         )
     unit = "DPO loss per pair (nats)" if settings.objective == "dpo" else "cross-entropy per label token (nats)"
     loss_curve(result.rows, output / "loss.png", title=f"{result.model.name} on {Path(paths[-1]).name}", unit=unit)
@@ -243,7 +325,8 @@ def chat(
     require(max_tokens >= 1, "max_tokens", f"must be at least 1, got {max_tokens}")
     sampling = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     loaded = load_model(model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"))
-    generator = Generator(loaded, loaded.load_adapter(adapter) if adapter is not None else None)
+    tuned = loaded.load_adapter(adapter) if adapter is not None else None
+    generator, ends = Generator(loaded, tuned), loaded.end_token_ids.union(() if tuned is None else tuned.end_token_ids)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     while True:
@@ -260,8 +343,9 @@ def chat(
             stream = IncrementalDetokenizer(loaded.tokenizer, context=prompt)
 
             def show(_: int, token: int, stream: IncrementalDetokenizer = stream, pieces: list[str] = pieces) -> None:
-                pieces.append(stream.push(token))
-                print(pieces[-1], end="", flush=True)
+                if token not in ends:
+                    pieces.append(stream.push(token))
+                    print(pieces[-1], end="", flush=True)
 
             generator.generate([prompt], sampling, on_token=show)
         except InvalidRequest as error:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from coserve.core import ConfigError
 
@@ -25,7 +25,9 @@ Activation = Literal["relu", "gelu"]
 Compression = Literal["none", "lossless", "fp8"]
 AdapterKind = Literal["lora", "dora", "ia3", "bottleneck"]
 
-AUTO = "auto"
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
+"""Of a job's setting: chosen from its data and its adapter (finetune/defaults.py)."""
 Memory = float | str
 """Bytes (12.5e9, '12.5GB', '800MiB'), a share below 1 (0.5, '0.5') of what the setting says, or 'auto'; see `read_memory`."""
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
@@ -38,31 +40,43 @@ def require(condition: bool, name: str, message: str) -> None:
 
 
 def require_least(config: Any, least: int, *names: str) -> None:
-    """Settings of at least so much; None passes."""
+    """Settings of at least so much; None and 'auto' pass."""
     for name in names:
         value = getattr(config, name)
-        require(value is None or value >= least, name, f"must be {f'at least {least}' if least else '0 or more'}, got {value}")
+        passes = value is None or value == AUTO or value >= least
+        require(passes, name, f"must be {f'at least {least}' if least else '0 or more'}, got {value}")
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Settings above 0; None passes."""
+    """Settings above 0; None and 'auto' pass."""
     for name in names:
         value = getattr(config, name)
-        require(value is None or value > 0, name, f"must be positive, got {value}")
+        require(value is None or value == AUTO or value > 0, name, f"must be positive, got {value}")
 
 
 def _check_numbers(config: Any) -> None:
     """Refuses text, fractions and infinities where a field wants a (whole) number."""
     for f in dataclasses.fields(config):
         value, kind = getattr(config, f.name), str(f.type)
-        if kind.endswith("| None") and value is None:
+        optional, chosen = kind.endswith("| None"), kind.endswith("| Auto")
+        if (optional and value is None) or (chosen and value == AUTO):
             continue
+        hint = " or 'auto'" if chosen else ""
         if kind.startswith("int"):
             whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole, f.name, f"must be a whole number, got {value!r}")
+            require(whole, f.name, f"must be a whole number{hint}, got {value!r}")
         elif kind.startswith("float"):
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            require(number, f.name, f"must be a finite number, got {value!r}")
+            require(number, f.name, f"must be a finite number{hint}, got {value!r}")
+
+
+_N = TypeVar("_N", int, float)
+
+
+def settled(value: _N | Auto) -> _N:
+    """A setting that is no longer 'auto': the job's data is known."""
+    assert not isinstance(value, str), "resolve_settings comes first"
+    return value
 
 
 def read_memory(value: Memory) -> float | None:
@@ -165,7 +179,8 @@ AdapterConfig = LoraConfig | IA3Config | BottleneckConfig
 class OptimizerConfig:
     """AdamW with a learning-rate schedule, in the words of Hugging Face's TrainingArguments."""
 
-    learning_rate: float = 2e-4
+    learning_rate: float | Auto = AUTO
+    """The peak. auto: by the model's width, 2e-4 from 4096 features on; for DPO by the adapter's kind and rank."""
     schedule: Schedule = "linear"
     """After warm-up: constant, linear to 0 at the last step, or a half cosine to 0."""
     warmup_steps: int = 0
@@ -197,22 +212,23 @@ leave: a window of 128 takes most of the best rate on a CPU, and its loss head f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneConfig:
-    """One finetuning job."""
+    """One finetuning job. What is 'auto' is chosen once the data is known, by `finetune.defaults.resolve_settings`."""
 
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """The adapter, unless `ia3` or `bottleneck` is set."""
+    lora: LoraConfig | None = None
+    """The adapter, where neither `ia3` nor `bottleneck` is set; None: a LoRA adapter with the defaults, or the adapter that the
+    job continues."""
     ia3: IA3Config | None = None
     bottleneck: BottleneckConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     objective: Objective = "sft"
     dpo_beta: float = 0.1
     """DPO's inverse temperature."""
-    epochs: float = 3.0
-    """Passes over the data; ignored when `max_steps` is set."""
+    epochs: float | Auto = AUTO
+    """Passes over the data; ignored when `max_steps` is set. auto: 3; more of few examples, so that about 100 are seen."""
     max_steps: int | None = None
     """Optimizer steps."""
-    batch_size: int = 8
-    """Examples (for DPO: pairs) per optimizer step."""
+    batch_size: int | Auto = AUTO
+    """Examples (for DPO: pairs) per optimizer step. auto: a sixteenth of the examples, from 1 to 16."""
     max_microbatch_tokens: int = 2048
     """Examples of a step are packed into micro-batches of at most this many tokens."""
     window_tokens: int = 1024
@@ -230,8 +246,8 @@ class FinetuneConfig:
     shuffle: bool = True
     """A new order each epoch, from `seed`; False keeps the file's order."""
     seed: int = 0
-    checkpoint_steps: int = 0
-    """A checkpoint every so many optimizer steps; 0: only at the end."""
+    checkpoint_steps: int | Auto = AUTO
+    """A checkpoint every so many optimizer steps; 0: only at the end. auto: once an epoch, at least every 25 steps."""
     keep_checkpoints: int = 3
     """Older checkpoints are deleted beyond this many."""
     validation_steps: int = 0
@@ -244,9 +260,9 @@ class FinetuneConfig:
         _check_numbers(self)
         require(self.ia3 is None or self.bottleneck is None, "bottleneck",
                 "a job trains one kind of adapter; leave out ia3 or bottleneck")
-        require(self.adapter is self.lora or self.lora == LoraConfig(), "lora",
+        require(self.lora is None or self.given_adapter is self.lora, "lora",
                 "a job trains one kind of adapter; leave out lora, or ia3 and bottleneck")
-        require(not (self.lora.use_dora and self.lora.dropout), "dropout", "must be 0 for DoRA")
+        require(self.lora is None or not (self.lora.use_dora and self.lora.dropout), "dropout", "must be 0 for DoRA")
         require(self.objective in ("sft", "dpo"), "objective", f"must be sft or dpo, got {self.objective!r}")
         require_positive(self, "dpo_beta", "epochs")
         require_least(self, 1, "max_steps", "batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints")
@@ -260,14 +276,19 @@ class FinetuneConfig:
 
     @property
     def adapter(self) -> AdapterConfig:
-        """The settings of the kind of adapter that the job trains."""
+        """The settings of the kind of adapter that the job trains, if it continues none."""
+        return self.given_adapter or LoraConfig()
+
+    @property
+    def given_adapter(self) -> AdapterConfig | None:
+        """The settings of an adapter that were given; None if there are none."""
         return self.ia3 or self.bottleneck or self.lora
 
     def with_adapter(self, adapter: AdapterConfig) -> FinetuneConfig:
         """The same job on another adapter."""
         ia3 = adapter if isinstance(adapter, IA3Config) else None
         bottleneck = adapter if isinstance(adapter, BottleneckConfig) else None
-        lora = adapter if isinstance(adapter, LoraConfig) else LoraConfig()
+        lora = adapter if isinstance(adapter, LoraConfig) else None
         return dataclasses.replace(self, lora=lora, ia3=ia3, bottleneck=bottleneck)
 
     @property

@@ -6,7 +6,8 @@ Owns: how settings are written and read back, the kinds' names. Does not own: wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from coserve.config import (
@@ -45,6 +46,8 @@ def finetune_config_from_dict(data: Mapping[str, Any]) -> FinetuneConfig:
         tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
         _check_known(cls, given)
         sections[name] = cls(**{**given, **tuples})
+    if sections.get("lora") == LoraConfig() and ("ia3" in sections or "bottleneck" in sections):
+        del sections["lora"]  # as jobs were once written down
     _check_known(FinetuneConfig, values)
     return FinetuneConfig(**sections, **values)
 
@@ -55,9 +58,27 @@ _SECTIONS: Mapping[str, type] = {
 
 
 def _check_known(cls: type, given: Mapping[str, Any]) -> None:
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = setting_names(cls)
     for key in given:
-        require(key in known, key, f"unknown setting of {cls.__name__}; known: {', '.join(sorted(known))}")
+        require(key in known, key, f"unknown setting of {cls.__name__}; {_hint(key, known)}known: {', '.join(sorted(known))}")
+
+
+def setting_names(cls: type) -> frozenset[str]:
+    """Of a settings class."""
+    return frozenset(f.name for f in dataclasses.fields(cls))
+
+
+def _hint(key: str, known: Collection[str]) -> str:
+    """Where a setting that is none of this table belongs, or which one of the table is likely meant."""
+    name = {"rank": "r"}.get(key, key)
+    homes = ["at the top level"] if name in setting_names(FinetuneConfig) - _SECTIONS.keys() else []
+    homes += [f"in {section}" for section, cls in _SECTIONS.items() if name in setting_names(cls)]
+    if name in known:
+        return f"here it is called {name}; "
+    if homes:
+        return f"it belongs {' or '.join(homes)}; "
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 ADAPTERS: Mapping[str, tuple[str, type]] = {

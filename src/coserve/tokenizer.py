@@ -52,6 +52,10 @@ class ChatTokenizer:
         self._hf: Any = hf_tokenizer
         special = {index: token for index, token in self._hf.added_tokens_decoder.items() if token.special}
         self.special_ids: frozenset[int] = frozenset(special)
+        self.marker_ids: frozenset[int] = frozenset(
+            index for index, token in self._hf.added_tokens_decoder.items() if token.special or token.content.strip()
+        )
+        """Added tokens that aren't white space: what templates mark turns with, whether declared special or not."""
         self._special_texts = tuple(token.content for token in special.values() if token.content)
         self.special_tokens = {token.content: index for index, token in special.items() if token.content}
         self.token_bytes = TokenBytes(hf_tokenizer)
@@ -108,6 +112,12 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Ids beyond the vocabulary decode to nothing; bytes that aren't UTF-8 to U+FFFD."""
         return self._hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def is_white_space(self, token_id: int) -> bool:
+        """Whether a token stands for white space only, behind other text."""
+        before = self.encode("a")  # decoders drop a first space
+        text = self.decode([*before, token_id], skip_special_tokens=False)[len(self.decode(before)) :]
+        return bool(text) and not text.strip()
 
     def has_token(self, token_id: int) -> bool:
         """Whether the vocabulary has a token of this id."""

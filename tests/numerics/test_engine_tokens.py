@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coserve.config import FinetuneConfig, LoraConfig, SamplingConfig, SchedulerConfig
+from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
 from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
 from coserve.engine.requests import RequestHandle
@@ -155,7 +155,10 @@ def test_beside_a_job_tokens_are_the_same(
     engine = engines()
     log = PlanLog(engine)
     data = write_lines(tmp_path / "data.jsonl", chat_lines(30))
-    config = FinetuneConfig(max_steps=400, max_microbatch_tokens=128, lora=LoraConfig(r=4, dropout=dropout))
+    config = FinetuneConfig(
+        max_steps=400, max_microbatch_tokens=128, lora=LoraConfig(r=4, dropout=dropout), batch_size=8, checkpoint_steps=0,
+        optimizer=OptimizerConfig(learning_rate=2e-4),
+    )
     job = engine.finetune(data, tmp_path / "out", config)
     handles = arriving(engine, GREEDY)
     assert tokens(handles) == expected

@@ -378,7 +378,9 @@ def test_a_job_is_refused_paused_and_cancelled(loop: Loop, tmp_path: Path) -> No
     with pytest.raises(InvalidRequest, match="JSON"):
         start_job(loop, tmp_path, "refused", training_file=str(bad))
     assert not (tmp_path / "refused").exists()
-    endless = FinetuneConfig(lora=LoraConfig(r=4), batch_size=2, max_steps=100_000, max_microbatch_tokens=256)
+    endless = FinetuneConfig(
+        lora=LoraConfig(r=4), batch_size=2, max_steps=100_000, max_microbatch_tokens=256, checkpoint_steps=0
+    )
     start_job(loop, tmp_path, "long", config=endless)
     loop.wait(lambda: any(m.id == "long" and isinstance(m, JobHappened) and m.row for m in loop.job_messages))
     loop.client.act_job("long", "pause")
@@ -401,7 +403,7 @@ def test_a_cancel_during_the_start_of_a_job_is_not_lost(loop: Loop, tmp_path: Pa
         data = write_lines(tmp_path / "data.jsonl", chat_lines(12))
         start = asyncio.ensure_future(loop.client.start_job(
             id="early", adapter="t/early", training_file=str(data), validation_file=None, directory=str(tmp_path / "early"),
-            config=FinetuneConfig(lora=LoraConfig(r=4), max_steps=100_000), resume=False,
+            config=FinetuneConfig(lora=LoraConfig(r=4), max_steps=100_000, checkpoint_steps=0), resume=False,
         ))
         await asyncio.sleep(0)
         loop.client.act_job("early", "cancel")
@@ -413,7 +415,9 @@ def test_a_cancel_during_the_start_of_a_job_is_not_lost(loop: Loop, tmp_path: Pa
 
 
 def test_a_killed_engine_fails_all_at_once_and_comes_back(loop: Loop, tmp_path: Path) -> None:
-    endless = FinetuneConfig(lora=LoraConfig(r=4), batch_size=2, max_steps=100_000, max_microbatch_tokens=256)
+    endless = FinetuneConfig(
+        lora=LoraConfig(r=4), batch_size=2, max_steps=100_000, max_microbatch_tokens=256, checkpoint_steps=0
+    )
     start_job(loop, tmp_path, "cut", config=endless)
     generation, restarts = loop.client.generation, loop.client.num_restarts
 

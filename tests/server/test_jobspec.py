@@ -148,7 +148,7 @@ PREFERENCE = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}
     ({"hyperparameters": {"n_epochs": float("inf")}}, "hyperparameters.n_epochs", "number"),
     ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "positive"),
     ({"hyperparameters": {"n_epochs": 1001}}, "n_epochs", "at most 1000"),
-    ({"hyperparameters": {}, "method": {"type": "supervised", "supervised": {"hyperparameters": {}}}},
+    ({"hyperparameters": {"n_epochs": 2}, "method": {"type": "supervised", "supervised": {"hyperparameters": {}}}},
      "hyperparameters", "method only"),
     ({"method": {"type": "reinforcement"}}, "method.type", "reinforcement"),
     ({"method": {"type": "magic"}}, "method.type", "supervised or dpo"),

@@ -62,7 +62,7 @@ def test_an_adapter_by_its_kinds_name() -> None:
 
 
 def test_a_job_from_before_there_were_kinds_resumes() -> None:
-    now = to_dict(FinetuneConfig())
+    now = to_dict(FinetuneConfig(lora=LoraConfig()))
     before = {name: value for name, value in now.items() if name not in ("ia3", "bottleneck")}
     before["lora"] = {name: value for name, value in now["lora"].items() if name != "use_dora"}
     refuse_changes({"settings": now}, {"settings": before}, "job.json")

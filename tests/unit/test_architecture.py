@@ -91,10 +91,10 @@ def test_qwen_windows_of_published_files(tmp_path: Path) -> None:
     assert read_architecture(tmp_path).sliding_windows == (9, None, None)
 
 
-def test_eos_comes_from_the_generation_config_first(tmp_path: Path) -> None:
+def test_eos_is_what_either_config_names_the_generation_configs_first(tmp_path: Path) -> None:
     generation = build_tiny_model("llama", tmp_path) / "generation_config.json"
     edit(generation, eos_token_id=[5, 3, 5])
-    assert read_architecture(tmp_path).eos_token_ids == (5, 3)
+    assert read_architecture(tmp_path).eos_token_ids == (5, 3, 2)
     edit(generation, remove=("eos_token_id",))
     assert read_architecture(tmp_path).eos_token_ids == (2,)
     generation.unlink()

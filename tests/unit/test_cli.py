@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from coserve import cli
-from coserve.config import BottleneckConfig, IA3Config, SamplingConfig
+from coserve.config import BottleneckConfig, IA3Config, LoraConfig, SamplingConfig
 from coserve.core import CapacityError, ConfigError
 from coserve.engine import finetuning as finetuning_engine
 from coserve.engine.budget import GIB, shape_adapter
@@ -557,7 +557,7 @@ BAD_OPTIONS: dict[str, tuple[Callable[[Place], Sequence[object]], str]] = {
     "adapter without config": (lambda p: ("--adapter", p.tmp), r"adapter: .* has no adapter_config\.json"),
     "nothing to resume": (options("--resume"), r"output: .* holds no job to resume"),
     "unknown setting": (toml("batchsize = 3"), r"batchsize: unknown setting.*batch_size"),
-    "unknown LoRA setting": (toml("[lora]\nrank = 3"), r"rank: unknown setting of LoraConfig"),
+    "unknown LoRA setting": (toml("[lora]\nrank = 3"), r"rank: unknown setting of LoraConfig; here it is called r"),
     "unknown table": (toml("[lorra]\nr = 3"), r"lorra: unknown setting"),
     "a table that is none": (toml("lora = 3"), r"lora: .*table"),
     "a setting out of range": (toml("[optimizer]\nlearning_rate = -1"), r"learning_rate: must be positive"),
@@ -755,3 +755,70 @@ def test_demo_never_deletes_a_strangers_directory(place: Place, run: Run) -> Non
     (place.out / "thesis.txt").write_text("mine")
     assert_one_line(run("demo", "-o", place.out), r"^error: output: .* holds no earlier demo")
     assert contents(place.out) == {"thesis.txt": b"mine"}
+
+
+# --- finetune: settings files and defaults ---
+
+
+FLAT = (
+    'max-steps = 2\nlearning_rate = 0.003\nrank = 3\nalpha = 5\ntarget_modules = "q_proj,v_proj"\nschedule = "cosine"\n'
+    'rank_pattern = "q_proj=2"\nseed = 4\n'
+)
+
+
+def test_a_settings_file_takes_the_flags_names_at_the_top_level(place: Place, run: Run) -> None:
+    held_out = place.lines(*chat_lines(2), name="held_out.jsonl")
+    toml = place.file(f'{FLAT}validation = "{held_out}"\ndtype = "float64"\nkind = "lora"\n', "flat.toml")
+    result = run("finetune", place.model, place.data, "-o", place.out, "--config", toml, "--alpha", 7)
+    assert (result.code, result.err) == (0, "")
+    settings = settings_of(place.out)
+    assert (settings["max_steps"], settings["seed"]) == (2, 4)
+    assert (settings["optimizer"]["learning_rate"], settings["optimizer"]["schedule"]) == (0.003, "cosine")
+    assert (settings["lora"]["r"], settings["lora"]["alpha"]) == (3, 7)
+    assert (settings["lora"]["target_modules"], settings["lora"]["rank_pattern"]) == (["q_proj", "v_proj"], {"q_proj": 2})
+    assert "validation loss" in result.out
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("rank = 3\n[lora]\nr = 4", r"rank: is 3 at the top level of .* and 4 in its table; leave one out"),
+    ("learning_rate = 1e-3\n[optimizer]\nlearning_rate = 1e-4", r"learning_rate: is 0\.001 at the top level"),
+    ("max_steps = 1\nmax-steps = 2", r"max_steps: is there twice"),
+    ('kind = "ia3"\nrank = 4', r"rank: ia3 adapters have no such setting, lora do"),
+    ('kind = "ia3"\n[lora]\nr = 4', r"kind: it is ia3, but the settings file has a table \[lora\]"),
+    ("[ia3]\n[lora]\nr = 16", r"lora: the settings file has a table \[ia3\] too"),
+    ('kind = ["lora"]', r"kind: must be one of"), ("validation = 3", r"validation: must be a text"),
+    ('resume = "yes"', r"resume: must be true or false"), ('output = "x"', r"output: give it on the command line"),
+    ("[optimizer]\nrank = 3", r"rank: unknown setting of OptimizerConfig; it belongs in lora; "),
+    ("[lora]\nlearning_rate = 3", r"learning_rate: unknown setting of LoraConfig; it belongs in optimizer; "),
+    ("[lora]\nbatch_size = 3", r"batch_size: unknown setting of LoraConfig; it belongs at the top level; "),
+    ("batch_siez = 3", r"batch_siez: unknown setting of FinetuneConfig; did you mean batch_size\? "),
+])
+def test_bad_settings_files(place: Place, run: Run, text: str, message: str) -> None:
+    toml = place.file(text, "settings.toml")
+    assert_refused(run("finetune", place.model, place.data, "-o", place.out, "--config", toml), place, rf"^error: {message}")
+
+
+def test_the_same_value_twice_in_a_settings_file_is_fine(place: Place) -> None:
+    config = cli._config(place.file("rank = 4\n[lora]\nr = 4\n", "settings.toml"), {})
+    assert config.lora == LoraConfig(r=4)
+
+
+def test_defaults_come_from_the_data_and_are_shown(place: Place, run: Run) -> None:
+    data = place.lines(*chat_lines(2), name="two.jsonl")
+    result = run("finetune", place.model, data, "-o", place.out, "--max-steps", 1)
+    assert (result.code, result.err) == (0, "")
+    assert "1 steps (max_steps, batch_size 1), learning_rate 0.002 (linear), checkpoint_steps 2; lora of rank 16" in result.out
+    assert settings_of(place.out)["epochs"] == 25
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ((), None), (("--rank", 4), None), (("--kind", "lora"), None), (("--dropout", 0), None),
+    (("--rank", 16), "rank 16 (it has 4)"), (("--kind", "ia3"), "kind ia3 (it is lora)"),
+])
+def test_only_flags_that_were_given_are_said_to_be_unused(
+    place: Place, run: Run, trained: Path, flags: tuple[object, ...], expected: str | None
+) -> None:
+    result = run("finetune", place.model, place.data, "-o", place.out, "--adapter", trained, "--max-steps", 1, *flags)
+    assert (result.code, result.err) == (0, "")
+    found = re.findall(r"not used: (.*)$", result.out, re.M)
+    assert found == ([] if expected is None else [expected])

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import typer
 
-from coserve.cli import app
+from coserve.cli import _config, app
+from coserve.config import FinetuneConfig
 from coserve.server.inference import fields, protocol
 from coserve.server.jobs.body import Extras
 from coserve.server.settings import ServerConfig, read_settings
@@ -171,13 +172,21 @@ def test_every_flag_named_is_one_of_the_server() -> None:
     assert options(command) - {"--help", "--config"} <= named
 
 
+def is_a_jobs(block: str) -> bool:
+    """Whether a settings file is one of `coserve finetune`, not of `coserve serve`."""
+    return "learning_rate" in block
+
+
 def test_settings_files_can_be_read(tmp_path: Path) -> None:
     files = [block for page in PAGES for block in blocks(page.read_text(encoding="utf-8"), "toml")]
     assert files
     for number, block in enumerate(files):
         path = tmp_path / f"{number}.toml"
         path.write_text(block)
-        assert read_settings(path, {}) != ServerConfig()
+        if is_a_jobs(block):
+            assert _config(path, {}) != FinetuneConfig()
+        else:
+            assert read_settings(path, {}) != ServerConfig()
 
 
 # --- routes ---

@@ -50,7 +50,7 @@ from tests.tiny_engine import (
 )
 
 SFT = FinetuneConfig(
-    max_steps=6, batch_size=4, max_microbatch_tokens=512, lora=LoraConfig(r=4, dropout=0.1),
+    max_steps=6, batch_size=4, max_microbatch_tokens=512, checkpoint_steps=0, lora=LoraConfig(r=4, dropout=0.1),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
 )
 DPO = replace(SFT, objective="dpo", lora=LoraConfig(r=8, target_modules=("q_proj", "down_proj")))

@@ -19,7 +19,9 @@ KINDS: dict[str, AdapterConfig] = {
     "lora": LoraConfig(r=4), "dora": LoraConfig(r=4, use_dora=True), "ia3": IA3Config(),
     "bottleneck": BottleneckConfig(size=8, placement="houlsby"),
 }
-JOB = FinetuneConfig(max_steps=4, batch_size=4, max_microbatch_tokens=256, optimizer=OptimizerConfig(learning_rate=2e-2))
+JOB = FinetuneConfig(
+    max_steps=4, batch_size=4, max_microbatch_tokens=256, checkpoint_steps=0, optimizer=OptimizerConfig(learning_rate=2e-2)
+)
 SHORT = replace(GREEDY, max_tokens=12)
 
 

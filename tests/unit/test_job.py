@@ -26,7 +26,7 @@ COLUMNS = [
     "step", "train_loss", "train_mean_token_accuracy", "learning_rate", "grad_norm", "tokens", "seconds", "valid_loss",
     "valid_mean_token_accuracy",
 ]
-FACTS = {"base_fingerprint": "abc", "data_digest": "def", "settings": to_dict(FinetuneConfig()), "start": None}
+FACTS = {"base_fingerprint": "abc", "data_digest": "def", "settings": to_dict(FinetuneConfig(lora=LoraConfig())), "start": None}
 
 
 class Crash(RuntimeError):
@@ -107,7 +107,8 @@ def some_groups(count: int) -> list[Group]:
 
 def settings(**changes: Any) -> FinetuneConfig:
     """Two epochs of five groups, two a step: steps of 2, 2, 1, 2, 2, 1 groups."""
-    given: dict[str, Any] = {"batch_size": 2, "epochs": 2, "shuffle": False, **changes}
+    fixed: dict[str, Any] = {"checkpoint_steps": 0, "optimizer": OptimizerConfig(learning_rate=2e-4)}
+    given: dict[str, Any] = {"batch_size": 2, "epochs": 2, "shuffle": False, **fixed, **changes}
     return FinetuneConfig(**given)
 
 
@@ -391,8 +392,9 @@ CHANGED: list[tuple[dict[str, Any], str]] = [
     ({"base_fingerprint": "other"}, "base_fingerprint"),
     ({"data_digest": "other"}, "data_digest"),
     ({"start": "adapters/a"}, "start"),
-    ({"settings": to_dict(FinetuneConfig(batch_size=3))}, "settings.batch_size"),
-    ({"settings": to_dict(FinetuneConfig(optimizer=OptimizerConfig(learning_rate=1.0)))}, "settings.optimizer.learning_rate"),
+    ({"settings": to_dict(FinetuneConfig(lora=LoraConfig(), batch_size=3))}, "settings.batch_size"),
+    ({"settings": to_dict(FinetuneConfig(lora=LoraConfig(), optimizer=OptimizerConfig(learning_rate=1.0)))},
+     "settings.optimizer.learning_rate"),
     ({"settings": to_dict(FinetuneConfig(lora=LoraConfig(rank_pattern={"q_proj": 4})))}, "settings.lora.rank_pattern"),
 ]
 

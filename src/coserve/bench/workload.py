@@ -60,5 +60,5 @@ def endless_job(batch_size: int, max_microbatch_tokens: int) -> FinetuneConfig:
     """A job that trains for as long as it is let: fixed accumulation, no checkpoints."""
     return FinetuneConfig(
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="constant"), max_steps=1_000_000, batch_size=batch_size,
-        max_microbatch_tokens=max_microbatch_tokens, too_long="truncate",
+        max_microbatch_tokens=max_microbatch_tokens, too_long="truncate", checkpoint_steps=0,
     )

@@ -78,6 +78,10 @@ class AdapterRegistry:
         """The newest version's adapter. Raises NotFound."""
         return self._held[self._find(name)].adapter
 
+    def adapter(self, version: AdapterVersion) -> Adapter:
+        """A version's adapter, while it is in use."""
+        return self._held[version].adapter
+
     def acquire(self, name: str) -> tuple[AdapterVersion, int]:
         """The newest version, in use once more, and its slot. Raises NotFound, CapacityError."""
         version = self._find(name)

@@ -8,6 +8,7 @@ scheduler takes them as they fit. A DPO batch begins with forward-only micro-bat
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,40 @@ from coserve.runtime.microbatch import InFlight, MicrobatchLayout, PackedBatch, 
 from coserve.runtime.transfer import to_device
 
 
+class ReferenceSums:
+    """Summed log-probabilities under a job's reference policy, one per example of a group, remembered from batch to batch.
+
+    They are found by what the group holds, its tokens and loss weights, never by where it stands in a file: training and
+    validation data share this memory, and a sum is a function of the content alone.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[bytes, tuple[float, ...]] = {}
+
+    @staticmethod
+    def key(group: Group) -> bytes:
+        """Names a group by its content."""
+        digest = hashlib.sha256()
+        for example in group.examples:
+            digest.update(example.num_tokens.to_bytes(8, "little"))
+            digest.update(example.token_ids.tobytes())
+            digest.update(example.weights.tobytes())
+        return digest.digest()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._sums
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def __getitem__(self, key: bytes) -> tuple[float, ...]:
+        return self._sums[key]
+
+    def remember(self, key: bytes, sums: Sequence[float]) -> None:
+        """The sums of a group's examples, in their order."""
+        self._sums[key] = tuple(sums)
+
+
 class BatchSource(Protocol):
     """What a batch needs of its job's trainer."""
 
@@ -39,16 +74,16 @@ class BatchSource(Protocol):
     reference_scoring: ModelPlan
     adapter: Adapter
     reference: Adapter | None
-    reference_sums: dict[int, float]
-    """Summed log-probabilities under the reference, by example, remembered from batch to batch."""
+    reference_sums: ReferenceSums
 
 
 @dataclass(slots=True, kw_only=True)
 class Microbatch:
-    """One micro-batch. is_reference: it only scores the reference policy. deterministic: its units' sums have one order. state:
-    None until it has memory."""
+    """One micro-batch. keys: its groups' in ReferenceSums, where the objective needs a reference. is_reference: it only scores
+    the reference policy. deterministic: its units' sums have one order. state: None until it has memory."""
 
     groups: Sequence[Group]
+    keys: Sequence[bytes]
     batch: PackedBatch
     plan: ModelPlan
     adapter: Adapter | None
@@ -75,13 +110,12 @@ class BatchWork:
         numbers."""
         if not self.source.objective.needs_reference:
             return []
-        groups = [g for micro in packed for g in micro if g.examples[0].index not in self.source.reference_sums]
-        unique = {group.examples[0].index: group for group in groups}.values()
+        unique = {ReferenceSums.key(group): group for micro in packed for group in micro}
         return [
             self._microbatch(
                 [group], 0, self.source.reference_scoring, self.source.reference, forward_only=True, reference=True
             )
-            for group in unique
+            for key, group in unique.items() if key not in self.source.reference_sums
         ]
 
     def _policy(self, groups: Sequence[Group], step: int) -> Microbatch:
@@ -94,10 +128,11 @@ class BatchWork:
     ) -> Microbatch:
         examples = [example for group in groups for example in group.examples]
         device = self.source.executor.weights.device
+        keys = [ReferenceSums.key(group) for group in groups] if self.source.objective.needs_reference else []
         batch = pack(examples, device=device, seed=self.source.config.seed, step=step)
         return Microbatch(
-            groups=groups, batch=batch, plan=plan, adapter=adapter, forward_only=forward_only, is_reference=reference,
-            deterministic=self.source.config.deterministic,
+            groups=groups, keys=keys, batch=batch, plan=plan, adapter=adapter, forward_only=forward_only,
+            is_reference=reference, deterministic=self.source.config.deterministic,
         )
 
     # --- the course of one micro-batch ---
@@ -125,9 +160,7 @@ class BatchWork:
 
     def can_answer(self, micro: Microbatch) -> bool:
         """Whether the objective has all it needs, once forward is through: a policy's reference may be on its way."""
-        if micro.is_reference or not self.source.objective.needs_reference:
-            return True
-        return all(e.index in self.source.reference_sums for group in micro.groups for e in group.examples)
+        return micro.is_reference or all(key in self.source.reference_sums for key in micro.keys)
 
     def answer(self, micro: Microbatch) -> None:
         """Forward is through: the objective answers, and backward may begin.
@@ -142,12 +175,12 @@ class BatchWork:
         logprobs, correct = state.logprobs.cpu(), state.correct.cpu()
         weights = torch.from_numpy(micro.batch.host_label_weights)
         coefficients: list[Tensor] = []
+        references = iter([total for key in micro.keys for total in self.source.reference_sums[key]])
         for group in micro.groups:
             scored = []
-            for example in group.examples:
+            for _ in group.examples:
                 part = slice(*next(bounds))
-                reference = self.source.reference_sums.get(example.index)
-                scored.append(Scored(logprobs[part], weights[part], reference))
+                scored.append(Scored(logprobs[part], weights[part], next(references, None)))
             outcome = self.source.objective.outcome(scored, self.normalizer)
             coefficients += outcome.coefficients
             self._loss += outcome.loss
@@ -161,9 +194,8 @@ class BatchWork:
 
     def _remember(self, micro: Microbatch, state: InFlight) -> None:
         weighted = state.logprobs.cpu().double() * torch.from_numpy(micro.batch.host_label_weights)
-        examples = [example for group in micro.groups for example in group.examples]
-        for example, (first, end) in zip(examples, micro.batch.label_bounds, strict=True):
-            self.source.reference_sums[example.index] = float(weighted[first:end].sum())
+        (key,) = micro.keys
+        self.source.reference_sums.remember(key, [float(weighted[first:end].sum()) for first, end in micro.batch.label_bounds])
 
     def close(self, micro: Microbatch) -> None:
         """The micro-batch is through; its memory is free."""

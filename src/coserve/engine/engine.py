@@ -223,9 +223,9 @@ class Engine:
     ) -> JobHandle:
         """Starts a finetuning job beside the requests. Each checkpoint and the result can be asked for as adapter `name`.
 
-        data, validation: JSON Lines files; output: the job's directory; start: an adapter to continue from; weight: its share
-        among jobs; label: its name for a watcher. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything
-        is written.
+        data, validation: JSON Lines files; output: the job's directory; config: what it leaves 'auto' is chosen from the data,
+        and an event says the numbers; start: an adapter to continue from; weight: its share among jobs; label: its name for a
+        watcher. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is written.
         """
         config, directory = config or FinetuneConfig(), Path(output)
         handle = JobHandle(
@@ -243,7 +243,7 @@ class Engine:
         self.jobs.check_config(config, adapter, handle.name)
         prepared = prepare_beside(
             self.model, data, directory, config, validation=validation, start=start, resume=resume, listen=hear,
-            check=lambda train, held_out: self.jobs.check_data(train, held_out, config, adapter),
+            check=lambda train, held_out, settings: self.jobs.check_data(train, held_out, settings, adapter),
         )
         for plan in (prepared.trainer.plan, prepared.trainer.scoring):
             self.train.prepare(plan)

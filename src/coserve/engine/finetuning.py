@@ -1,6 +1,7 @@
 """One finetuning job from files to files: what `coserve finetune` and `coserve.finetune` run.
 
     OUTPUT/  adapter_config.json, adapter_model.safetensors, coserve.json   the tuned adapter, in PEFT's format, at the end
+             generation_config.json                                         the tokens that end its answers, if any were taught
              metrics.csv                                                    one row per optimizer step
              job.json                                                       model, data and settings
              checkpoints/step-NNNNNNNN/                                     to resume from
@@ -10,6 +11,7 @@ Everything that can be refused is refused before the output directory is made.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import FinetuneConfig, LoraConfig
+from coserve.config import FinetuneConfig, settled
 from coserve.configdata import to_dict
 from coserve.core import ConfigError, InvalidRequest
 from coserve.engine.budget import (
@@ -37,11 +39,22 @@ from coserve.engine.model import LoadedModel, load_model, resolve_device, resolv
 from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.checkpoints import write_atomically
 from coserve.finetune.datasets import Dataset, load_groups
+from coserve.finetune.defaults import (
+    describe_settings,
+    given_settings,
+    keep_numbers,
+    not_used,
+    resolve_settings,
+    unused_settings,
+)
 from coserve.finetune.job import Job, JobEvent, StepRow, refuse_changes
+from coserve.finetune.taught import taught_end_tokens
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.linear import can_pack
 from coserve.model.locate import locate_model
 from coserve.peft.adapter import Adapter
+from coserve.peft.described import described_adapter
+from coserve.peft.format import WEIGHTS_FILE
 from coserve.tokenizer import ChatTokenizer
 
 
@@ -82,7 +95,7 @@ def _choose_plan(
 ) -> FittedPlan:
     """The plan with the fewest FLOPs for which there is memory. A deterministic job's depends on its settings only."""
     adapter, available, itemsize = shape_adapter(arch, config.adapter), available_bytes(device), dtype.itemsize
-    workload = Workload.of(dataset.groups, config.batch_size, config.max_microbatch_tokens)
+    workload = Workload.of(dataset.groups, settled(config.batch_size), config.max_microbatch_tokens)
     chosen = asked_plan(arch, adapter, workload, config, itemsize=itemsize)
 
     def needs(plan: ModelPlan) -> dict[str, int]:
@@ -116,6 +129,18 @@ def _load_data(
     if validation is None:
         return train, None
     return train, load_groups(validation, tokenizer, param="validation_file", **limits)
+
+
+def _resolve(
+    config: FinetuneConfig, dataset: Dataset, arch: Architecture, directory: Path, start: str | os.PathLike[str] | None,
+    resume: bool,
+) -> FinetuneConfig:
+    """The job's settings as numbers. A resumed job's are those that it began with."""
+    if resume:
+        recorded = _read_job(directory).get("settings")
+        config = keep_numbers(config, recorded if isinstance(recorded, dict) else {})
+    continued = None if start is None else described_adapter(Path(start))
+    return resolve_settings(config, len(dataset.groups), continued=continued, hidden_size=arch.hidden_size)
 
 
 def _check_vocabulary(dataset: Dataset, arch: Architecture, base: Path) -> None:
@@ -153,27 +178,38 @@ class PreparedJob:
 
 
 def prepare(
-    loaded: LoadedModel, data: Path, directory: Path, config: FinetuneConfig, *, train: Dataset, held_out: Dataset | None,
-    validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
+    loaded: LoadedModel, data: Path, directory: Path, asked: FinetuneConfig, config: FinetuneConfig, *, train: Dataset,
+    held_out: Dataset | None, validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
     listen: Callable[[JobEvent], None], fitted: FittedPlan,
 ) -> PreparedJob:
-    """A job on a loaded model, in its directory; gone back to its newest checkpoint with `resume`."""
+    """A job on a loaded model, in its directory; gone back to its newest checkpoint with `resume`. asked: the settings as they
+    were given; config: the same as numbers."""
     listen(JobEvent(level="info", message=str(fitted)))
     adapter = loaded.load_adapter(Path(start)) if start is not None else None
     if adapter is not None:
         assert adapter.config is not None, "what a file holds has settings"
-        if config.adapter not in (LoraConfig(), adapter.config):
-            listen(JobEvent(level="warn", message=f"the adapter's settings are those of {start}; the ones given are not used"))
-        config = config.with_adapter(adapter.config)
+        unused = unused_settings(given_settings(config.given_adapter), adapter.config) if config.given_adapter else []
+        if unused:
+            listen(JobEvent(level="warn", message=not_used(str(start), unused)))
+    config = config.with_adapter(config.adapter if adapter is None or adapter.config is None else adapter.config)
+    taught = {
+        *taught_end_tokens(train.groups, loaded.tokenizer, max_length=_max_length(config, loaded.architecture)),
+        *(() if adapter is None else adapter.end_token_ids),
+    }
+    ends = () if taught <= loaded.end_token_ids else sorted(taught | loaded.end_token_ids)
     trainer = AdapterTrainer(
-        loaded, config, start=adapter, plan=fitted.plan, warn=lambda m: listen(JobEvent(level="warn", message=m))
+        loaded, config, start=adapter, plan=fitted.plan, end_token_ids=ends,
+        warn=lambda m: listen(JobEvent(level="warn", message=m)),
     )
     facts = {
         "base_fingerprint": loaded.fingerprint, "data_digest": train.report.digest,
-        "start": None if start is None else str(start), "settings": to_dict(config),
+        "validation_digest": None if held_out is None else held_out.report.digest,
+        "start": None if start is None else str(start), "start_digest": None if start is None else _digest(Path(start)),
+        "settings": to_dict(config),
         "threads": torch.get_num_threads() if config.deterministic else None,
     }
     job = Job(config, train.groups, held_out.groups if held_out else (), trainer, directory, facts=facts, listen=listen)
+    listen(JobEvent(level="info", message=describe_settings(asked, config, job.num_steps)))
     if resume:
         refuse_changes(facts, _read_job(directory), "job.json")
         job.resume()
@@ -182,10 +218,15 @@ def prepare(
     return PreparedJob(job=job, trainer=trainer, directory=directory, dataset=train)
 
 
+def _digest(start: Path) -> str:
+    """Of an adapter's weights."""
+    return hashlib.sha256((start / WEIGHTS_FILE).read_bytes()).hexdigest()
+
+
 def prepare_beside(
     loaded: LoadedModel, data: str | os.PathLike[str], output: str | os.PathLike[str], config: FinetuneConfig, *,
     validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
-    listen: Callable[[JobEvent], None], check: Callable[[Dataset, Dataset | None], FittedPlan],
+    listen: Callable[[JobEvent], None], check: Callable[[Dataset, Dataset | None, FinetuneConfig], FittedPlan],
 ) -> PreparedJob:
     """A job for an engine, whose pool gives it memory. check: chooses the plan, or refuses the data before anything is written.
     Raises as `finetune` does."""
@@ -197,10 +238,11 @@ def prepare_beside(
         if dataset is not None:
             _check_vocabulary(dataset, arch, loaded.directory)
     _tell(train, listen)
-    fitted = check(train, held_out)
+    settings = _resolve(config, train, arch, directory, start, resume)
+    fitted = check(train, held_out, settings)
     return prepare(
-        loaded, data_path, directory, config, train=train, held_out=held_out, validation=validation, start=start, resume=resume,
-        listen=listen, fitted=fitted,
+        loaded, data_path, directory, config, settings, train=train, held_out=held_out, validation=validation, start=start,
+        resume=resume, listen=listen, fitted=fitted,
     )
 
 
@@ -212,11 +254,12 @@ def finetune(
 ) -> FinetuneResult:
     """Finetunes an adapter (LoRA unless the settings name another kind) on a JSON Lines file and writes it to a directory.
 
-    model: a name as for `load_model`, or a loaded one. start: an adapter directory to continue from. resume: go on with the
+    model: a name as for `load_model`, or a loaded one. config: what it leaves 'auto' is chosen from the data, and an event says
+    the numbers. start: an adapter directory to continue from. resume: go on with the
     job in `output` from its newest whole checkpoint. listen: called with every event. Raises InvalidRequest, NotFound,
     ConfigError, CapacityError before anything is written, JobFailed during the run.
     """
-    config = config or FinetuneConfig()
+    asked = config or FinetuneConfig()
     directory, data_path = Path(output), Path(data)
     _check_output(directory, resume)
 
@@ -231,23 +274,24 @@ def finetune(
         kind = resolve_dtype(dtype, place)
         base = locate_model(model, report=report)
         arch, tokenizer = read_architecture(base), ChatTokenizer.load(base)
-    train, held_out = _load_data(data_path, Path(validation) if validation else None, tokenizer, config, arch)
+    train, held_out = _load_data(data_path, Path(validation) if validation else None, tokenizer, asked, arch)
     for dataset in (train, held_out):
         if dataset is not None:
             _check_vocabulary(dataset, arch, base)
     _tell(train, listen)
-    fitted = _choose_plan(arch, config, train, place, kind, loaded=isinstance(model, LoadedModel))
+    settings = _resolve(asked, train, arch, directory, start, resume)
+    fitted = _choose_plan(arch, settings, train, place, kind, loaded=isinstance(model, LoadedModel))
     loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, dtype=dtype)
     if start is not None:
-        settings = loaded.load_adapter(Path(start)).config
-        assert settings is not None, "what a file holds has settings"
-        fitted = _choose_plan(arch, config.with_adapter(settings), train, place, kind, loaded=True)
+        continued = loaded.load_adapter(Path(start)).config
+        assert continued is not None, "what a file holds has settings"
+        fitted = _choose_plan(arch, settings.with_adapter(continued), train, place, kind, loaded=True)
     prepared = prepare(
-        loaded, data_path, directory, config, train=train, held_out=held_out, validation=validation, start=start, resume=resume,
-        listen=listen, fitted=fitted,
+        loaded, data_path, directory, asked, settings, train=train, held_out=held_out, validation=validation, start=start,
+        resume=resume, listen=listen, fitted=fitted,
     )
     were_deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(were_deterministic or config.deterministic)
+    torch.use_deterministic_algorithms(were_deterministic or settings.deterministic)
     try:
         prepared.job.run()
     finally:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from coserve.config import AdapterConfig, BottleneckConfig, EngineConfig, FinetuneConfig
+from coserve.config import AdapterConfig, BottleneckConfig, EngineConfig, FinetuneConfig, settled
 from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan, WorkUnit
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.batchwork import Microbatch
@@ -98,7 +98,7 @@ class JobTable:
         Refuses a job for which there is none; a deterministic job's plan depends on no room, only on its settings."""
         arch, itemsize = self.arch, self.itemsize
         adapter, room = shape_adapter(arch, settings), self._room
-        workload = Workload.of(train.groups, config.batch_size, config.max_microbatch_tokens)
+        workload = Workload.of(train.groups, settled(config.batch_size), config.max_microbatch_tokens)
         chosen = asked_plan(arch, adapter, workload, config, itemsize=itemsize)
         if chosen.num_bytes > room and not config.deterministic:
             chosen = fit_plan(

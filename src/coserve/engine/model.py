@@ -37,6 +37,13 @@ class LoadedModel:
     def architecture(self) -> Architecture:
         return self.weights.architecture
 
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """The tokens that end an output: those of the model's configurations, and the tokenizer's end of sequence."""
+        own = self.tokenizer.eos_token_id
+        ids = {*self.architecture.eos_token_ids, *([] if own is None else [own])}
+        return frozenset(token for token in ids if 0 <= token < self.architecture.vocab_size)
+
     def load_adapter(self, directory: Path) -> Adapter:
         """An adapter in PEFT's format for this base."""
         return load_adapter(directory, self.weights, fingerprint=self.fingerprint)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from coserve.config import SamplingConfig
 from coserve.core import ContextExceeded, CoserveError, InvalidRequest, StepPlan, StepResult
-from coserve.engine.adapters import AdapterRegistry
+from coserve.engine.adapters import AdapterRegistry, AdapterVersion
 from coserve.engine.model import LoadedModel
 from coserve.engine.requests import Chunk, LiveRequest, RequestHandle
 from coserve.runtime.spans import NO_ADAPTER
@@ -61,8 +61,7 @@ class RequestTable:
         self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: tuple[float, float], numbers: list[int]
     ) -> None:
         """A request with its outputs begins. objectives: TPOT and TTFT in seconds; numbers: gets its outputs' numbers."""
-        config, arch = handle.config, self.model.architecture
-        ending = frozenset(config.stop_token_ids) | (frozenset() if config.ignore_eos else frozenset(arch.eos_token_ids))
+        config = handle.config
         lives: list[LiveRequest] = []
         for index in range(config.n):
             try:
@@ -79,6 +78,7 @@ class RequestTable:
                 arrival_s=handle.arrival_s, tpot_s=objectives[0], ttft_s=objectives[1],
                 cacheable=not every_logit, every_logit=every_logit,
             )
+            ending = self._ending(config, version)
             stream = TextStream(
                 self.model.tokenizer, config.stop, context=handle.prompt_ids, min_tokens=config.min_tokens
             )
@@ -89,6 +89,14 @@ class RequestTable:
         self.live |= {live.state.id: live for live in lives}
         lives[0].siblings += lives[1:]
         self.scheduler.add_request(lives[0].state)
+
+    def _ending(self, config: SamplingConfig, version: AdapterVersion | None) -> frozenset[int]:
+        """The tokens that end an output: the request's own, the base's, and those that training taught its adapter."""
+        asked = frozenset(config.stop_token_ids)
+        if config.ignore_eos:
+            return asked
+        taught = frozenset() if version is None else frozenset(self.adapters.adapter(version).end_token_ids)
+        return asked | self.model.end_token_ids | taught
 
     def refuse(self, handle: RequestHandle, error: CoserveError) -> None:
         """A request that doesn't begin."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from coserve.compiler.plan import ModelPlan
 from coserve.config import FinetuneConfig
 from coserve.core import CapacityError, Direction, Group, Unit
-from coserve.engine.batchwork import BatchWork
+from coserve.engine.batchwork import BatchWork, ReferenceSums
 from coserve.engine.budget import Workload, asked_plan
 from coserve.engine.model import LoadedModel
 from coserve.finetune.job import StepLoss
@@ -43,16 +43,17 @@ class AdapterTrainer:
     """One job's adapter, its optimizer and its plans.
 
     start: an adapter to continue from (also the DPO reference). plan: of the adapter's training; default: what `config` asks
-    for, with micro-batches as large as they may be.
+    for, with micro-batches as large as they may be. end_token_ids: see Adapter's.
     """
 
     def __init__(
         self, model: LoadedModel, config: FinetuneConfig, *, start: Adapter | None = None,
-        plan: ModelPlan | None = None, warn: Callable[[str], None] = lambda _: None,
+        plan: ModelPlan | None = None, end_token_ids: Sequence[int] = (), warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.config, self.warn = model, config, warn
         arch, weights = model.architecture, model.weights
         self.adapter = (start or new_adapter(weights, config.adapter, seed=config.seed)).trainable()
+        self.adapter.end_token_ids = tuple(end_token_ids)
         assert self.adapter.grad is not None
         self.objective = OBJECTIVES[config.objective](config)
         self.reference = start.copy() if start is not None else None
@@ -68,7 +69,7 @@ class AdapterTrainer:
         self.window = config.grid_tokens or config.window_tokens
         self.refresh_seconds = self._refresh_seconds()
         self.published: Adapter | None = None
-        self.reference_sums: dict[int, float] = {}
+        self.reference_sums = ReferenceSums()
 
     # --- verbs ---
 

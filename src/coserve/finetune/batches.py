@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coserve.config import FinetuneConfig
+from coserve.config import FinetuneConfig, settled
 from coserve.core import Group
 
 
@@ -40,7 +40,7 @@ class BatchOrder:
         """Optimizer steps of the whole job."""
         if config.max_steps is not None:
             return config.max_steps
-        return max(1, math.ceil(config.epochs * self.steps_per_epoch))
+        return max(1, math.ceil(settled(config.epochs) * self.steps_per_epoch))
 
 
 def pack_groups(groups: Sequence[Group], max_tokens: int) -> list[list[Group]]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from coserve.config import FinetuneConfig
+from coserve.config import FinetuneConfig, settled
 from coserve.configdata import finetune_config_from_dict, to_dict
 from coserve.core import ConfigError, Group, InvalidRequest, JobFailed
 from coserve.finetune.batches import BatchOrder
@@ -212,9 +212,15 @@ def _row(record: Mapping[str, str]) -> StepRow:
     return StepRow(**values)  # type: ignore[arg-type]  # the columns are StepRow's fields
 
 
+_LATER_FACTS = ("validation_digest", "start_digest")
+"""Jobs that earlier versions began don't have them."""
+
+
 def refuse_changes(facts: Mapping[str, object], recorded: Mapping[str, object], where: str) -> None:
     """Raises InvalidRequest, naming the first field that differs, unless a resumed job is the one that was recorded."""
     for name, value in facts.items():
+        if name in _LATER_FACTS and name not in recorded:
+            continue
         found = recorded.get(name)
         if name == "settings" and isinstance(found, Mapping):
             found = _with_defaults(found)
@@ -264,7 +270,7 @@ class Job:
         self.config, self.groups, self.validation, self.verbs = config, groups, validation, verbs
         self.directory, self.facts, self.listen = directory, facts, listen
         self.order = BatchOrder(
-            num_groups=len(groups), batch_size=config.batch_size, seed=config.seed, shuffle=config.shuffle
+            num_groups=len(groups), batch_size=settled(config.batch_size), seed=config.seed, shuffle=config.shuffle
         )
         self.num_steps = self.order.num_steps(config)
         self.table = MetricsTable(directory / "metrics.csv")
@@ -342,7 +348,7 @@ class Job:
             grad_norm=norm, tokens=result.num_tokens, seconds=seconds,
         )
         yield from self._record(self.unrecorded, result.extra)
-        every = self.config.checkpoint_steps
+        every = settled(self.config.checkpoint_steps)
         if every and self.cursor.step % every == 0:
             yield self._checkpoint()
 

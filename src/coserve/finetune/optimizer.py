@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from coserve.config import OptimizerConfig
+from coserve.config import OptimizerConfig, settled
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """The rate of step `step` (from 0), as Hugging Face's schedulers give it: warm-up starts at 0."""
+    peak = settled(config.learning_rate)
     if step < config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
+        return peak * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
     if config.schedule == "linear":
-        return config.learning_rate * max(0.0, 1 - progress)
+        return peak * max(0.0, 1 - progress)
     if config.schedule == "cosine":
-        return config.learning_rate * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-    return config.learning_rate
+        return peak * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak
 
 
 class FlatAdamW:

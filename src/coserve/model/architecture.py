@@ -263,16 +263,17 @@ def _rope(config: PreTrainedConfig, head_dim: int) -> tuple[tuple[float, ...], f
 
 
 def _eos_token_ids(directory: Path, config: PreTrainedConfig) -> tuple[int, ...]:
-    """generation_config.json decides, as in transformers' generate(); config.json where it says nothing."""
+    """Those of generation_config.json, then those that only config.json names: the model may write either as its end."""
     path = directory / "generation_config.json"
-    value = read_json(path).get("eos_token_id") if path.exists() else None
-    if value is None:
-        value = getattr(config, "eos_token_id", None)
-    if value is None:
-        return ()
-    ids = tuple(value) if isinstance(value, list) else (value,)
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise ConfigError(f"eos_token_id: must be a token id or a list of them, got {value!r}", param="eos_token_id")
+    values = [read_json(path).get("eos_token_id") if path.exists() else None, getattr(config, "eos_token_id", None)]
+    ids: list[int] = []
+    for value in values:
+        if value is None:
+            continue
+        found = list(value) if isinstance(value, list) else [value]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
+            raise ConfigError(f"eos_token_id: must be a token id or a list of them, got {value!r}", param="eos_token_id")
+        ids += found
     return tuple(dict.fromkeys(ids))
 
 

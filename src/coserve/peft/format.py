@@ -1,5 +1,6 @@
 """PEFT's adapter directory: adapter_config.json and adapter_model.safetensors, in and out.
 
+`generation_config.json` beside them names the tokens that end its answers (endtokens.py), where training taught any.
 `coserve.json` beside them names the base it was trained on (a fingerprint), so that an adapter of another base is refused
 even where shapes agree. Files made by PEFT have none and are judged by their shapes.
 """
@@ -22,6 +23,7 @@ from coserve.model.architecture import Architecture
 from coserve.model.decoder import MODULE_PATHS
 from coserve.model.weights import ModelWeights
 from coserve.peft.adapter import Adapter, all_modules
+from coserve.peft.endtokens import read_end_tokens, write_end_tokens
 from coserve.peft.kinds import empty_adapter
 from coserve.peft.lora import lora_layout
 from coserve.peft.tensors import PREFIX, from_file, tensor_name, tensor_shape, to_file
@@ -55,6 +57,7 @@ def save_adapter(directory: Path, adapter: Adapter, flat: torch.Tensor, *, base_
     tensors = {tensor_name(p): to_file(adapter, p, flat) for p in adapter.parameters}
     (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
     (directory / ORIGIN_FILE).write_text(json.dumps({"base_fingerprint": fingerprint}, indent=2) + "\n")
+    write_end_tokens(directory, adapter.end_token_ids)
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
@@ -183,6 +186,7 @@ def load_adapter(directory: Path, weights: ModelWeights, *, fingerprint: str) ->
     except SafetensorError as error:
         raise InvalidRequest(f"adapter: {directory / WEIGHTS_FILE} can't be read ({error})", param="adapter") from error
     adapter.refresh()
+    adapter.end_token_ids = read_end_tokens(directory, weights.architecture.vocab_size)
     return adapter
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from coserve.core import ConfigError, CoserveError, InvalidRequest, NotFound
+from coserve.peft.endtokens import ENDS_FILE
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from coserve.server.errors import Forbidden
 from coserve.server.index.store import Store
@@ -217,7 +218,8 @@ class ModelDirectory:
         root = Path(self._config.adapter_root).resolve()
         try:
             directory = (root / path).resolve()
-            places = [directory, *((directory / name).resolve() for name in (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE))]
+            names = (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE, ENDS_FILE)
+            places = [directory, *((directory / name).resolve() for name in names)]
             inside = all(place.is_relative_to(root) for place in places)
             there = inside and directory.is_dir()
         except (OSError, RuntimeError) as error:  # too long a name, a circle of links

@@ -5,7 +5,6 @@ Owns: which fields there are, what is said about one that isn't known. Does not 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -13,11 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
-from coserve.config import Activation, AdapterKind, Compression, Placement
+from coserve.config import AUTO, Activation, AdapterKind, Compression, Placement
 from coserve.core import InvalidRequest
 from coserve.server.handlers import field_name
+from coserve.server.jobs.hints import FieldHints
 
-AUTO: Literal["auto"] = "auto"
 _LIMIT = 2**31 - 1
 _MAX_TARGETS = 1000
 _MAX_METADATA, _MAX_KEY, _MAX_VALUE = 16, 64, 512
@@ -191,6 +190,7 @@ class CreateJob(Extras):
 _MODELS: tuple[type[BaseModel], ...] = (
     CreateJob, Method, Supervised, Preference, PreferenceHyperparameters, Hyperparameters, Integration, Wandb
 )
+_HINTS = FieldHints(CreateJob, deprecated=("hyperparameters",))
 _FIELDS = frozenset(name for model in _MODELS for name in model.model_fields)
 
 
@@ -207,8 +207,7 @@ def explain(errors: Sequence[Any]) -> InvalidRequest:
     first = errors[0]
     path = first["loc"]
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(path[-1]), _FIELDS, n=1)
-        message = "unknown field" + (f"; did you mean {near[0]}?" if near else "")
+        message = _HINTS.of([part for part in path if part != "body"], first.get("input"))
     else:  # without the names that pydantic gives to the branches of a choice
         path = [part for part in path if isinstance(part, int) or part in _FIELDS]
         message = "the field is missing" if first["type"] == "missing" else first["msg"]

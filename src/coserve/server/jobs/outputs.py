@@ -18,9 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coserve.core import InvalidRequest, NotFound
+from coserve.config import AdapterConfig
+from coserve.core import CoserveError, InvalidRequest, NotFound
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.finetune.job import MetricsTable, StepRow
+from coserve.peft.described import described_adapter
+from coserve.peft.endtokens import ENDS_FILE
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from coserve.server.index.disk import storage_errors
 from coserve.server.index.files import FINE_TUNE, FileService
@@ -58,6 +61,13 @@ class JobOutputs:
         """The adapter that the job continues."""
         return None if record.start is None else self.root / record.id / "start"
 
+    def continued(self, directory: Path) -> AdapterConfig:
+        """Settings of an adapter that is to be continued. Raises NotFound."""
+        try:
+            return described_adapter(directory)
+        except CoserveError as error:
+            raise NotFound("model: the files of this adapter are gone or damaged", param="model") from error
+
     def copy_start(self, job: str, source: Path) -> None:
         """Keeps a copy of the adapter to continue, whatever becomes of the one it is copied from. Raises NotFound."""
         target = self.root / job / "start"
@@ -68,8 +78,9 @@ class JobOutputs:
                     shutil.copyfile(source / name, target / name)
             except FileNotFoundError as error:
                 raise NotFound("model: the files of this adapter are gone", param="model") from error
-            if (source / ORIGIN_FILE).is_file():
-                shutil.copyfile(source / ORIGIN_FILE, target / ORIGIN_FILE)
+            for name in (ORIGIN_FILE, ENDS_FILE):
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, target / name)
 
     def data_files(self, record: JobRecord) -> tuple[DataFile, DataFile | None]:
         """The training file and the validation file, if there is one. Raises InvalidRequest naming the field."""

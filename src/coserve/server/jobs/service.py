@@ -18,6 +18,7 @@ from typing import Any
 
 from coserve.configdata import finetune_config_from_dict, to_dict
 from coserve.core import CapacityError, CoserveError, NotFound
+from coserve.finetune.defaults import not_used
 from coserve.server.errors import Conflict, Forbidden, TooLarge
 from coserve.server.index.disk import storage_errors, sync_directory
 from coserve.server.index.files import FileService
@@ -29,7 +30,7 @@ from coserve.server.jobs.objects import Pace, has_ended, job_object
 from coserve.server.jobs.outputs import JobOutputs
 from coserve.server.jobs.queue import LiveJob
 from coserve.server.jobs.runner import END_FIELDS, JobRunner
-from coserve.server.jobs.spec import read_spec, resolve
+from coserve.server.jobs.spec import read_spec, resolve, unused
 from coserve.server.jobs.usage import JobDisk
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.models import ModelDirectory
@@ -84,11 +85,12 @@ class JobService:
             raise CapacityError(f"{most} of your jobs wait or run already; try again when one has ended")
         if (problem := await asyncio.to_thread(self._disk_problem, tenant)) is not None:
             raise TooLarge(f"training_file: {problem}", param="training_file")
-        spec = read_spec(body, self._config, self._engine.info.max_model_len)
         model = await asyncio.to_thread(self._models.find, tenant, body.model)
         source = None
         if model.adapter is not None:
             source = Path((await asyncio.to_thread(self._models.find_record, tenant, body.model)).directory)
+        continued = None if source is None else await asyncio.to_thread(self._outputs.continued, source)
+        spec = read_spec(body, self._config, self._engine.info.max_model_len, continued)
         record = JobRecord(
             id=new_id("ftjob"), tenant=tenant, created_at=now(), base=body.model, training_file=body.training_file,
             validation_file=body.validation_file, config=to_dict(spec.config), method=spec.method, settings=spec.settings,
@@ -97,6 +99,8 @@ class JobService:
         )
         await asyncio.to_thread(self._outputs.data_files, record)
         await self._runner.journal.write(functools.partial(self._write_new, record, source))
+        if continued is not None and (left := unused(spec.settings, continued)):
+            self._runner.note(record.id, not_used(body.model, left), level="warn")
         live = self._runner.live[record.id] = LiveJob(record)
         self._validate(live)
         return record
@@ -140,9 +144,11 @@ class JobService:
             )
             if report is None:
                 return  # cancelled
+            start = self._outputs.start_directory(record)
             resolved = resolve(
                 record.method, record.settings, seed=record.seed, num_examples=report.num_examples, server=self._config,
-                max_model_len=info.max_model_len,
+                max_model_len=info.max_model_len, hidden_size=info.hidden_size or None,
+                continued=None if start is None else await asyncio.to_thread(self._outputs.continued, start),
             )
         except CoserveError as error:
             await runner.fail(live, error)

@@ -1,30 +1,36 @@
 """What a create body asks for: fields that belong together are checked, 'auto' becomes numbers, a FinetuneConfig comes out.
 
-Owns: OpenAI's words against FinetuneConfig's, the rules of 'auto', limits of a job. Does not own: single fields' types
-(body.py), whether files and models exist (service.py).
+Owns: OpenAI's words against FinetuneConfig's, limits of a job. Does not own: single fields' types (body.py), what 'auto' means
+(finetune/defaults.py), whether files and models exist (service.py).
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coserve.config import LINEAR_SITES, AdapterConfig, BottleneckConfig, FinetuneConfig, LoraConfig, Objective, OptimizerConfig
+from coserve.config import (
+    LINEAR_SITES,
+    AdapterConfig,
+    BottleneckConfig,
+    FinetuneConfig,
+    Objective,
+    OptimizerConfig,
+    settled,
+)
 from coserve.configdata import adapter_of_kind
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.batches import BatchOrder
+from coserve.finetune.defaults import adapter_size, auto_learning_rate, given_settings, resolve_settings, unused_settings
 from coserve.server.jobs.body import AUTO, CreateJob, Extras, Hyperparameters, PreferenceHyperparameters
 from coserve.server.settings import ServerConfig
 
 MAX_EPOCHS = 1000
 MAX_STEPS = 2**31 - 1
-CHECKPOINT_STEPS = 25
-"""A checkpoint at least so often, if nothing is said."""
 _SEEDS = 2**31
 _SAME = ("alpha", "dropout", "target_modules", "feedforward_modules", "size", "placement", "activation")
 _ADAPTER = {"rank": "r", **{name: name for name in _SAME}}
@@ -59,8 +65,10 @@ class Resolved:
     num_steps: int
 
 
-def read_spec(body: CreateJob, server: ServerConfig, max_model_len: int) -> JobSpec:
-    """Raises InvalidRequest that names the field."""
+def read_spec(
+    body: CreateJob, server: ServerConfig, max_model_len: int, continued: AdapterConfig | None = None
+) -> JobSpec:
+    """continued: settings of the adapter that the job continues. Raises InvalidRequest that names the field."""
     method = _method(body)
     settings = {
         name: value for name in Extras.model_fields if name not in _QUEUE and (value := getattr(body, name)) is not None
@@ -72,45 +80,44 @@ def read_spec(body: CreateJob, server: ServerConfig, max_model_len: int) -> JobS
     integrations = tuple(item.model_dump(exclude_none=True) for item in body.integrations or ())
     for item in integrations:
         _check_integration(item)
-    resolved = resolve(method, settings, seed=seed, num_examples=None, server=server, max_model_len=max_model_len)
+    resolved = resolve(method, settings, seed=seed, num_examples=None, server=server, max_model_len=max_model_len,
+                       continued=continued)
     return JobSpec(method=method, settings=settings, seed=seed, integrations=integrations, config=resolved.config)
 
 
 def resolve(
     method: Mapping[str, Any], settings: Mapping[str, Any], *, seed: int, num_examples: int | None, server: ServerConfig,
-    max_model_len: int,
+    max_model_len: int, continued: AdapterConfig | None = None, hidden_size: int | None = None,
 ) -> Resolved:
-    """The numbers behind 'auto'. num_examples: None before the data is read; the numbers are then provisional.
-
-    n_epochs: 3; up to 25 where there are fewer than 34 examples, so that about 100 are seen; fewer where 3 passes would be
-    more than 25,000 examples. batch_size: examples / 16, from 1 to 16. beta: 0.1. The learning rate is 2e-4 (for DPO
-    4e-4 / rank, from 5e-6 to 5e-5; a bottleneck's size counts as its rank, ia3's rank as 1) times learning_rate_multiplier,
-    whose auto is 1. checkpoint_steps: once per epoch, at least every 25 steps. max_length: what a micro-batch and the model
-    can hold.
+    """The settings of a job. num_examples: None before the data is read, where 'auto' stays; else numbers are chosen as for
+    every job (finetune/defaults.py) and learning_rate_multiplier, whose auto is 1, multiplies the automatic rate. continued:
+    settings of the adapter that the job continues, which are then the job's. hidden_size: the model's. beta: 0.1. max_length:
+    what a micro-batch and the model can hold.
 
     Raises InvalidRequest that names the field.
     """
     kind = method["type"]
     objective: Objective = "dpo" if kind == "dpo" else "sft"
-    numbers = _numbers(kind, method[kind]["hyperparameters"], num_examples or 1)
-    order = BatchOrder(num_groups=num_examples or 1, batch_size=numbers["batch_size"], seed=seed, shuffle=True)
+    given = {name: value for name, value in method[kind]["hyperparameters"].items() if value != AUTO}
+    if given.get("n_epochs", 0) > MAX_EPOCHS:
+        raise InvalidRequest(f"n_epochs: must be at most {MAX_EPOCHS}, got {given['n_epochs']}", param="n_epochs")
     try:
-        adapter_settings = {name: settings[name] for name in _ADAPTER if name in settings}
-        adapter = adapter_of_kind(settings.get("adapter", "lora"), adapter_settings, _ADAPTER)
-        size_field, rank = _rank(adapter)
-        base_rate = 2e-4 if objective == "sft" else min(5e-5, max(5e-6, 4e-4 / rank))
-        rate = {"learning_rate": base_rate * numbers["learning_rate_multiplier"]}
-        optimizer = OptimizerConfig(**(rate | {name: settings[name] for name in _OPTIMIZER if name in settings}))
-        rest: dict[str, Any] = {"checkpoint_steps": min(order.steps_per_epoch, CHECKPOINT_STEPS)}
+        adapter = _adapter(settings, continued)
+        size_field, rank = _rank(continued or adapter)
+        base_rate = auto_learning_rate(objective, continued or adapter, hidden_size)
+        rate = {"learning_rate": base_rate * given["learning_rate_multiplier"]} if "learning_rate_multiplier" in given else {}
         config = FinetuneConfig(
-            optimizer=optimizer, objective=objective, epochs=numbers["n_epochs"], batch_size=numbers["batch_size"],
-            dpo_beta=numbers.get("beta", FinetuneConfig().dpo_beta), seed=seed,
+            optimizer=OptimizerConfig(**rate | {name: settings[name] for name in _OPTIMIZER if name in settings}),
+            objective=objective, epochs=given.get("n_epochs", AUTO), batch_size=given.get("batch_size", AUTO),
+            dpo_beta=given.get("beta", FinetuneConfig().dpo_beta), seed=seed,
             deterministic=server.deterministic or settings.get("deterministic", False),
             max_length=_max_length(objective, settings, max_model_len),
-            **rest | {name: settings[name] for name in _JOB if name in settings},
-        ).with_adapter(adapter)
+            **{name: settings[name] for name in _JOB if name in settings},
+        )
     except ConfigError as error:
         raise _in_api_words(error) from error
+    if continued is None:
+        config = config.with_adapter(adapter)
     if config.keep_checkpoints > server.max_keep_checkpoints:
         raise InvalidRequest(
             f"keep_checkpoints: {config.keep_checkpoints} is over this server's --max-keep-checkpoints "
@@ -120,37 +127,38 @@ def resolve(
         raise InvalidRequest(
             f"{size_field}: {rank} is over this server's --max-lora-rank {server.max_lora_rank}", param=size_field
         )
-    numbers["learning_rate_multiplier"] = optimizer.learning_rate / base_rate
+    if num_examples is None:
+        return Resolved(config=config, method=dict(method), num_steps=0)
+    config = resolve_settings(config, num_examples, continued=continued, hidden_size=hidden_size)
+    order = BatchOrder(num_groups=num_examples, batch_size=settled(config.batch_size), seed=seed, shuffle=True)
     num_steps = order.num_steps(config)
     if num_steps > MAX_STEPS:
         raise InvalidRequest(f"n_epochs: {num_steps} steps are too many; train on fewer epochs", param="n_epochs")
+    numbers = {
+        "n_epochs": config.epochs, "batch_size": config.batch_size,
+        "learning_rate_multiplier": settled(config.optimizer.learning_rate) / base_rate,
+    } | ({"beta": config.dpo_beta} if kind == "dpo" else {})
     return Resolved(config=config, method={"type": kind, kind: {"hyperparameters": numbers}}, num_steps=num_steps)
+
+
+def _adapter(settings: Mapping[str, Any], continued: AdapterConfig | None) -> AdapterConfig:
+    """A new adapter's settings. Of a job that continues one they are only looked at, as far as they are of its kind."""
+    given = {name: settings[name] for name in _ADAPTER if name in settings}
+    if continued is None:
+        return adapter_of_kind(settings.get("adapter", "lora"), given, _ADAPTER)
+    own = given_settings(continued)
+    return adapter_of_kind(own["kind"], {name: value for name, value in given.items() if _ADAPTER[name] in own}, _ADAPTER)
+
+
+def unused(settings: Mapping[str, Any], continued: AdapterConfig) -> list[str]:
+    """The adapter's settings in a body that a job has no use for, since the adapter that it continues has others."""
+    given = {_ADAPTER[name]: settings[name] for name in _ADAPTER if name in settings}
+    return unused_settings(given | ({"kind": settings["adapter"]} if "adapter" in settings else {}), continued)
 
 
 def _rank(adapter: AdapterConfig) -> tuple[str, int]:
     """What --max-lora-rank limits: the field and its number; 1 where there is none."""
-    if isinstance(adapter, BottleneckConfig):
-        return "size", adapter.size
-    return "rank", adapter.r if isinstance(adapter, LoraConfig) else 1
-
-
-def _numbers(kind: str, given: Mapping[str, Any], examples: int) -> dict[str, Any]:
-    """Hyperparameters, with what was given over what 'auto' means."""
-    numbers: dict[str, Any] = {
-        "n_epochs": _auto_epochs(examples), "batch_size": min(16, max(1, examples // 16)), "learning_rate_multiplier": 1.0,
-    }
-    if kind == "dpo":
-        numbers["beta"] = FinetuneConfig().dpo_beta
-    numbers |= {name: value for name, value in given.items() if value != AUTO}
-    if numbers["n_epochs"] > MAX_EPOCHS:
-        raise InvalidRequest(f"n_epochs: must be at most {MAX_EPOCHS}, got {numbers['n_epochs']}", param="n_epochs")
-    return numbers
-
-
-def _auto_epochs(examples: int) -> int:
-    if 3 * examples < 100:
-        return min(25, math.ceil(100 / examples))
-    return 3 if 3 * examples <= 25_000 else max(1, 25_000 // examples)
+    return "size" if isinstance(adapter, BottleneckConfig) else "rank", adapter_size(adapter)
 
 
 def _max_length(objective: str, settings: Mapping[str, Any], max_model_len: int) -> int:
@@ -186,11 +194,15 @@ def _method(body: CreateJob) -> dict[str, Any]:
                 raise InvalidRequest(f"method.{other}: the method's type is {kind}; leave it out", param=f"method.{other}")
         part = getattr(body.method, kind)
         told = part.hyperparameters if part is not None else None
-    if told is not None and body.hyperparameters is not None:
+    if told is not None and body.hyperparameters is not None and not _tells_nothing(body.hyperparameters):
         raise InvalidRequest("hyperparameters: give them in method only", param="hyperparameters")
     told = told or body.hyperparameters or Hyperparameters()
     form = PreferenceHyperparameters if kind == "dpo" else Hyperparameters
     return {"type": kind, kind: {"hyperparameters": {name: getattr(told, name, AUTO) for name in form.model_fields}}}
+
+
+def _tells_nothing(numbers: Hyperparameters) -> bool:
+    return all(getattr(numbers, name) == AUTO for name in type(numbers).model_fields)
 
 
 def _check_targets(settings: Mapping[str, Any]) -> None:

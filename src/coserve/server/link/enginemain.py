@@ -79,7 +79,8 @@ def make_ready(engine: Engine, asked: int | None, start_s: float) -> Ready:
     return Ready(
         model=model.name, directory=str(model.directory), fingerprint=model.fingerprint, architecture=arch.model_type,
         num_parameters=sum(math.prod(shape) for shape in expected_shapes(arch).values()), vocab_size=arch.vocab_size,
-        max_model_len=max_model_len(engine, asked), device=weights.device.type,
+        max_model_len=max_model_len(engine, asked), hidden_size=engine.model.architecture.hidden_size,
+        device=weights.device.type,
         dtype=str(weights.dtype).removeprefix("torch."), threads=torch.get_num_threads(), start_s=start_s,
         memory={
             "weights": weight_bytes(arch, weights.dtype.itemsize), "pool": blocks.num_blocks * size,

@@ -117,6 +117,7 @@ class Ready(Message, frozen=True, kw_only=True):
     num_parameters: int
     vocab_size: int
     max_model_len: int
+    hidden_size: int = 0
     device: str
     dtype: str
     threads: int

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.background import BackgroundTask
 
 from coserve.core import NotFound
+from coserve.peft.endtokens import ENDS_FILE
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from coserve.server.errors import Forbidden
 from coserve.server.index.files import storage_errors
@@ -98,8 +99,9 @@ def _archive(directory: Path) -> str:
             with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for name in (CONFIG_FILE, WEIGHTS_FILE):
                     archive.write(directory / name, name)
-                if (directory / ORIGIN_FILE).is_file():
-                    archive.write(directory / ORIGIN_FILE, ORIGIN_FILE)
+                for name in (ORIGIN_FILE, ENDS_FILE):
+                    if (directory / name).is_file():
+                        archive.write(directory / name, name)
         except FileNotFoundError as error:
             os.unlink(path)
             raise NotFound("model: the files of this adapter are gone", param="model") from error

@@ -1,0 +1,169 @@
+"""What 'auto' means: numbers of a job that are chosen from data, adapter and model, for command, API and Python alike.
+
+    resolve_settings(config, number of examples, the adapter that is continued, the model's width) -> config without 'auto'
+
+Owns: those rules, what is said about them. Does not own: fixed defaults (config.py). A resumed job keeps the numbers that it
+began with, whatever the rules have become since: `keep_numbers`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from coserve.config import AUTO, LINEAR_SITES, AdapterConfig, BottleneckConfig, FinetuneConfig, LoraConfig, Objective, settled
+from coserve.configdata import to_dict
+from coserve.finetune.batches import BatchOrder
+
+EPOCHS, MAX_EPOCHS = 3, 25
+SEEN = 100
+"""Examples that a job sees at least, by more epochs (up to MAX_EPOCHS) where there are few."""
+MOST_SEEN = 25_000
+"""Examples that it sees at most, by fewer epochs (down to 1) where there are many."""
+MAX_BATCH_SIZE = 16
+BATCHES = 16
+"""Batches that the examples are cut into, as long as they don't get larger than MAX_BATCH_SIZE."""
+CHECKPOINT_STEPS = 25
+"""A checkpoint at least so often."""
+SUPERVISED_RATE, RATE_WIDTH, MAX_SUPERVISED_RATE = 2e-4, 4096, 2e-3
+"""The rate that is common for adapters on models of 7 to 8 billion parameters, whose hidden size that is. Narrower models get
+more, in inverse proportion: SmolLM2 (576) learns 20 facts of 20 from twenty chats at 1.4e-3, and 6 at 2e-4
+(tests/numerics/test_newcomer.py)."""
+
+
+def auto_epochs(num_examples: int) -> int:
+    """Passes over so many examples."""
+    if EPOCHS * num_examples < SEEN:
+        return min(MAX_EPOCHS, math.ceil(SEEN / num_examples))
+    return EPOCHS if EPOCHS * num_examples <= MOST_SEEN else max(1, MOST_SEEN // num_examples)
+
+
+def auto_batch_size(num_examples: int) -> int:
+    """Examples per optimizer step."""
+    return min(MAX_BATCH_SIZE, max(1, num_examples // BATCHES))
+
+
+def adapter_size(adapter: AdapterConfig) -> int:
+    """What counts as an adapter's rank: a bottleneck's size; 1 for IA3."""
+    if isinstance(adapter, BottleneckConfig):
+        return adapter.size
+    return adapter.r if isinstance(adapter, LoraConfig) else 1
+
+
+def auto_learning_rate(objective: Objective, adapter: AdapterConfig, hidden_size: int | None) -> float:
+    """The peak rate. hidden_size: the model's; None: RATE_WIDTH."""
+    if objective == "dpo":
+        return min(5e-5, max(5e-6, 4e-4 / adapter_size(adapter)))
+    rate = SUPERVISED_RATE * max(1.0, RATE_WIDTH / (hidden_size or RATE_WIDTH))
+    return min(MAX_SUPERVISED_RATE, float(f"{rate:.2g}"))
+
+
+def resolve_settings(
+    config: FinetuneConfig, num_examples: int, *, continued: AdapterConfig | None = None, hidden_size: int | None = None
+) -> FinetuneConfig:
+    """The same job with numbers for all that is 'auto'; what was given stays. continued: settings of the adapter that the job
+    continues, if it does. hidden_size: the model's."""
+    epochs = auto_epochs(num_examples) if config.epochs == AUTO else config.epochs
+    batch_size = auto_batch_size(num_examples) if config.batch_size == AUTO else config.batch_size
+    order = BatchOrder(num_groups=num_examples, batch_size=settled(batch_size), seed=config.seed, shuffle=config.shuffle)
+    every = min(order.steps_per_epoch, CHECKPOINT_STEPS) if config.checkpoint_steps == AUTO else config.checkpoint_steps
+    rate = config.optimizer.learning_rate
+    if rate == AUTO:
+        rate = auto_learning_rate(config.objective, continued or config.adapter, hidden_size)
+    return replace(
+        config, epochs=epochs, batch_size=batch_size, checkpoint_steps=every,
+        optimizer=replace(config.optimizer, learning_rate=rate),
+    )
+
+
+def keep_numbers(config: FinetuneConfig, recorded: Mapping[str, Any]) -> FinetuneConfig:
+    """The same job with the numbers of its record (settings as `to_dict` writes them) for all that is 'auto'."""
+    changes = {name: recorded[name] for name in ("epochs", "batch_size", "checkpoint_steps")
+               if getattr(config, name) == AUTO and _is_number(recorded.get(name))}
+    optimizer = recorded.get("optimizer")
+    if config.optimizer.learning_rate == AUTO and isinstance(optimizer, Mapping):
+        rate = optimizer.get("learning_rate", AUTO)
+        if _is_number(rate):
+            changes["optimizer"] = replace(config.optimizer, learning_rate=rate)
+    return replace(config, **changes)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def describe_settings(asked: FinetuneConfig, settings: FinetuneConfig, num_steps: int) -> str:
+    """One line about a job's numbers, and which of them were chosen from the data. settings: resolved, with its adapter."""
+    optimizer = settings.optimizer
+    passes = f"{settings.epochs:g} epochs" if settings.max_steps is None else "max_steps"
+    every = settings.checkpoint_steps or "none but the last"
+    automatic = [name for name in ("epochs", "batch_size", "checkpoint_steps") if getattr(asked, name) == AUTO]
+    if settings.max_steps is not None and "epochs" in automatic:
+        automatic.remove("epochs")
+    automatic += ["learning_rate"] if asked.optimizer.learning_rate == AUTO else []
+    return (
+        f"{num_steps} steps ({passes}, batch_size {settings.batch_size}), learning_rate {optimizer.learning_rate:g} "
+        f"({optimizer.schedule}), checkpoint_steps {every}; {describe_adapter(settings.adapter)}"
+        + (f"; chosen for this data and model: {', '.join(automatic)}" if automatic else "")
+    )
+
+
+def describe_adapter(adapter: AdapterConfig) -> str:
+    """Its kind and what makes its size, in a few words."""
+    if isinstance(adapter, LoraConfig):
+        kind = "dora" if adapter.use_dora else "lora"
+        return f"{kind} of rank {adapter.r}, alpha {adapter.alpha:g}"
+    if isinstance(adapter, BottleneckConfig):
+        return f"bottleneck of size {adapter.size}, {adapter.placement}"
+    return "ia3"
+
+
+_WORDS = {"r": "rank", "use_dora": "kind"}
+
+
+def unused_settings(given: Mapping[str, Any], used: AdapterConfig) -> list[str]:
+    """What was asked of an adapter and isn't what the continued one has, as 'rank 16 (it has 4)'. given: by the names of the
+    adapters' settings, and `kind`."""
+    kind, values = _kind(used), to_dict(used)
+    found = []
+    if given.get("kind", kind) != kind:
+        found.append(f"kind {given['kind']} (it is {kind})")
+    for name, value in given.items():
+        if name == "kind":
+            continue
+        if name not in values:
+            found.append(f"{_WORDS.get(name, name)} {_shown(value)} (it has none)")
+        elif _comparable(name, value) != _comparable(name, values[name]):
+            found.append(f"{_WORDS.get(name, name)} {_shown(value)} (it has {_shown(values[name])})")
+    return found
+
+
+def not_used(name: str, unused: Sequence[str]) -> str:
+    """A warning about settings that `unused_settings` found. name: the continued adapter's, in its user's words."""
+    return f"the adapter's settings are those of {name}, which is continued; not used: {'; '.join(unused)}"
+
+
+def given_settings(adapter: AdapterConfig) -> dict[str, Any]:
+    """An adapter's settings as `unused_settings` takes them."""
+    given = {name: value for name, value in to_dict(adapter).items() if name != "use_dora" and value is not None}
+    return {"kind": _kind(adapter), **given}
+
+
+def _kind(adapter: AdapterConfig) -> str:
+    if isinstance(adapter, LoraConfig):
+        return "dora" if adapter.use_dora else "lora"
+    return "bottleneck" if isinstance(adapter, BottleneckConfig) else "ia3"
+
+
+def _comparable(name: str, value: Any) -> Any:
+    if name in ("target_modules", "feedforward_modules") and value is not None:
+        return set(LINEAR_SITES) if value == "all-linear" else set(value)
+    return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

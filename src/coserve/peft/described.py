@@ -1,0 +1,60 @@
+"""What an adapter's directory says of itself in adapter_config.json, without reading its weights.
+
+For defaults and warnings before a model is there. Does not own: whether the adapter can be used (format.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from coserve.config import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
+from coserve.core import InvalidRequest, NotFound
+from coserve.peft.format import BOTTLENECK, CONFIG_FILE
+
+
+def described_adapter(directory: Path) -> AdapterConfig:
+    """An adapter's settings as its configuration states them; PEFT's defaults where it says nothing. Raises NotFound,
+    InvalidRequest."""
+    try:
+        fields = json.loads((directory / CONFIG_FILE).read_text())
+        return _KINDS[fields["peft_type"]](fields)
+    except OSError as error:
+        message = f"{directory} has no {CONFIG_FILE}; give a directory in PEFT's format"
+        if not directory.is_dir():
+            message = f"there is no directory {directory}"
+        raise NotFound(f"adapter: {message}", param="adapter") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidRequest(f"adapter: {directory / CONFIG_FILE} can't be used: {error}", param="adapter") from error
+
+
+def _lora(fields: Mapping[str, Any]) -> LoraConfig:
+    return LoraConfig(
+        r=fields.get("r", 8), alpha=fields.get("lora_alpha", 8), dropout=fields.get("lora_dropout") or 0.0,
+        target_modules=_names(fields.get("target_modules")) or "all-linear", use_rslora=bool(fields.get("use_rslora")),
+        use_dora=bool(fields.get("use_dora")), rank_pattern=fields.get("rank_pattern") or {},
+        alpha_pattern=fields.get("alpha_pattern") or {},
+    )
+
+
+def _ia3(fields: Mapping[str, Any]) -> IA3Config:
+    targets = IA3Config(target_modules=_names(fields.get("target_modules")) or IA3Config().target_modules)
+    inputs = tuple(_names(fields.get("feedforward_modules")) or ())
+    return replace(targets, feedforward_modules=inputs) if set(inputs) <= set(targets.targets) else targets
+
+
+def _bottleneck(fields: Mapping[str, Any]) -> BottleneckConfig:
+    return BottleneckConfig(size=fields["size"], placement=fields["placement"], activation=fields["activation"])
+
+
+def _names(value: Any) -> Any:
+    """A list as a tuple; a regular expression, which PEFT allows, as the one name it is here."""
+    if value is None or value == "all-linear":
+        return value
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+_KINDS: Mapping[str, Callable[[Mapping[str, Any]], AdapterConfig]] = {"LORA": _lora, "IA3": _ia3, BOTTLENECK: _bottleneck}

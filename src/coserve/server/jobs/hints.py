@@ -1,0 +1,85 @@
+"""What is said about a field of a body that isn't known where it stands: where it belongs, or which one is likely meant."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+_NEAR = 0.8
+"""How alike two names are, at least, for one to be a slip of the other (difflib's ratio)."""
+_OTHER_WORDS = {
+    "epochs": "n_epochs", "num_epochs": "n_epochs", "num_train_epochs": "n_epochs", "lr": "learning_rate",
+    "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size", "r": "rank", "lora_r": "rank",
+    "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "dpo_beta": "beta", "max_seq_length": "max_length",
+    "max_seq_len": "max_length", "lr_scheduler_type": "schedule", "save_steps": "checkpoint_steps",
+    "eval_steps": "validation_steps", "save_total_limit": "keep_checkpoints", "kind": "adapter", "adapter_type": "adapter",
+}
+"""Words of other tools for fields here."""
+
+
+class FieldHints:
+    """Of one form. deprecated: places that no hint names if there is another."""
+
+    def __init__(self, form: type[BaseModel], deprecated: Sequence[str] = ()) -> None:
+        self._levels = dict(_levels(form, ()))
+        self._homes: dict[str, list[str]] = {}
+        for place, level in self._levels.items():
+            for name in level.model_fields:
+                self._homes.setdefault(name, []).append(_shown(place))
+        for homes in self._homes.values():
+            current = [home for home in homes if home not in deprecated]
+            homes[:] = current or homes
+
+    def of(self, path: Sequence[int | str], value: Any) -> str:
+        """A message about the last part of `path`, which isn't known there."""
+        name, place = str(path[-1]), tuple(part for part in path[:-1] if not isinstance(part, int))
+        level = self._levels.get(place)
+        here = list(level.model_fields) if level is not None else []
+        if name == "extra_body" and not place:
+            return "unknown field; extra_body is an argument of OpenAI's client: put its fields at the top level of the body"
+        if name in self._homes:
+            return f"unknown field here; it belongs {self._where(name, place)}"
+        meant = _OTHER_WORDS.get(name.lower())
+        if meant is None:
+            near = difflib.get_close_matches(name, here, 1, _NEAR) or difflib.get_close_matches(name, self._homes, 1, _NEAR)
+            meant = near[0] if near else None
+        if meant is not None:
+            where = "" if meant in here else f" It belongs {self._where(meant, place)}"
+            return f"unknown field; did you mean {meant}?{where}"
+        inside = [key for key in value if key in self._homes] if isinstance(value, Mapping) else []
+        if inside:
+            return "unknown field; " + "; ".join(f"{key} belongs {self._where(key, place)}" for key in inside[:8])
+        return "unknown field" + (f"; known here: {', '.join(here)}" if 0 < len(here) <= 8 else "")
+
+    def _where(self, name: str, place: tuple[int | str, ...]) -> str:
+        """The places of a field: those of the branch that was begun, if there are any."""
+        homes = self._homes[name]
+        for end in range(len(place), 0, -1):
+            branch = [home for home in homes if (home + ".").startswith(_shown(place[:end]) + ".")]
+            if branch:
+                homes = branch
+                break
+        return " or ".join(f"in {home}" if home else "at the top level of the body" for home in homes)
+
+
+def _levels(form: type[BaseModel], place: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], type[BaseModel]]]:
+    """Every form in a form, with the fields on the way to it."""
+    yield place, form
+    for name, field in form.model_fields.items():
+        for part in _forms(field.annotation):
+            yield from _levels(part, (*place, name))
+
+
+def _forms(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from _forms(part)
+
+
+def _shown(place: Sequence[int | str]) -> str:
+    return ".".join(map(str, place))
