@@ -25,6 +25,7 @@ from coserve.peft.format import save_adapter
 from coserve.scheduler.latency import LatencyModel
 from coserve.server.errors import EngineUnavailable
 from coserve.server.link import engineclient, enginemain
+from coserve.server.link.activity import ActivityPage
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.link.mailbox import Mailbox
 from coserve.server.link.messages import (
@@ -192,7 +193,7 @@ def test_a_lock_has_one_holder(tmp_path: Path) -> None:
 
 
 def test_an_error_of_the_engines_thread_ends_the_process_and_no_job(
-    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken:
         def run(self, plan: StepPlan, lookup: Lookup) -> StepResult:
@@ -203,12 +204,13 @@ def test_an_error_of_the_engines_thread_ends_the_process_and_no_job(
 
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(enginemain, "Engine", make)
+    page = ActivityPage(None)
     context = zmq.Context()
     with context.socket(zmq.PAIR) as api:
         port = api.bind_to_random_port("tcp://127.0.0.1")
         with Mailbox(f"tcp://127.0.0.1:{port}") as mailbox:
             api.send(encode(Generate(id="r", prompt_ids=PROMPT, sampling=GREEDY, arrival_s=time.monotonic())))
-            process = enginemain._Process(make_config(model.directory, tmp_path), mailbox)
+            process = enginemain.EngineProcessMain(make_config(model.directory, tmp_path), mailbox, page)
             process.run()
             assert process.failed
         sent = []
@@ -219,7 +221,9 @@ def test_an_error_of_the_engines_thread_ends_the_process_and_no_job(
     assert (failed.id, failed.problem.name) == ("r", "EngineUnavailable")
     assert any(isinstance(message, Ready) for message in sent)
     assert not any(isinstance(message, JobEnded) for message in sent)
-    assert "ZeroDivisionError: a bug" in capsys.readouterr().err
+    assert "ZeroDivisionError: a bug" in caplog.text
+    doing = [str(reading.activity) for reading in page.read()]
+    assert any(text.startswith("an iteration") and "requests r" in text for text in doing), "the one that failed is still told"
 
 
 def test_a_message_posted_while_the_bell_is_read_silences_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
