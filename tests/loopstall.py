@@ -42,7 +42,7 @@ class StallMeter:
             last = now
 
 
-def least_stall(meter: StallMeter, work: Callable[[], object], limit_s: float, tries: int = 3) -> float:
+def least_stall(meter: StallMeter, work: Callable[[], object], limit_s: float, tries: int = 6) -> float:
     """The longest stall during `work`, in seconds: the least of some tries, as what else the machine does only adds to it."""
     found = float("inf")
     for _ in range(tries):

@@ -28,10 +28,10 @@ from coserve.core import ConfigError, CoserveError
 from coserve.server import logs
 from coserve.server.app import create_app, index_url, open_services
 from coserve.server.errors import Unauthorized
+from coserve.server.hostnames import OwnNames
 from coserve.server.index.store import Store
 from coserve.server.index.tenants import make_key
 from coserve.server.locks import make_private
-from coserve.server.origins import OwnNames
 from coserve.server.records import now
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig, read_settings

@@ -15,7 +15,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 from coserve.core import ConfigError
-from coserve.server.origins import OriginGuard, OwnNames, check_allowed, is_own_origin, parse_host
+from coserve.server.hostnames import OwnNames, check_allowed, is_own_origin, parse_host
+from coserve.server.origins import OriginGuard
 from coserve.server.settings import read_settings
 
 Headers = dict[str, str]

@@ -22,6 +22,7 @@ from sqlalchemy import URL
 from starlette.middleware.cors import CORSMiddleware
 
 from coserve.server.handlers import ERROR_RESPONSES, install_handlers
+from coserve.server.hostnames import OwnNames
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
 from coserve.server.index.tenants import Tenants, read_keys
@@ -30,7 +31,7 @@ from coserve.server.link.engineclient import EngineClient
 from coserve.server.locks import hold, make_private
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.models import ModelDirectory
-from coserve.server.origins import OriginGuard, OwnNames
+from coserve.server.origins import OriginGuard
 from coserve.server.routes import adapters, files, finetuning, inference, page, status, tokens
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services, TenantShares

@@ -15,7 +15,7 @@ from typing import Any
 
 from coserve.config import EngineConfig, SchedulerConfig, read_memory, require, require_least
 from coserve.core import ConfigError
-from coserve.server.origins import check_allowed
+from coserve.server.hostnames import check_allowed
 
 DEFAULT_DATA_DIR = Path("coserve-data")
 AUTO = "auto"

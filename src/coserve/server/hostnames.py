@@ -1,0 +1,91 @@
+"""Names and addresses that a server has, and the websites that may use it: how headers and settings write them.
+
+Owns: parsing, which host is the server's own. Does not own: what is refused for it (origins.py).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from coserve.config import require
+
+ANY = "*"
+LOOPBACK_NAME = "localhost"
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?")
+_ALLOWED_NAME = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_PORTS = {"http": 80, "https": 443}
+
+
+class Place(NamedTuple):
+    """A host and port as a URL names them; port None: the scheme's own."""
+
+    host: str
+    port: int | None
+
+
+def parse_host(header: str) -> Place | None:
+    """A Host header in lower case, without the brackets of IPv6; None if it is none."""
+    match = _HOST.fullmatch(header.strip())
+    if match is None or int(match[2] or 0) > 65535:
+        return None
+    return Place(match[1].lower().strip("[]"), None if match[2] is None else int(match[2]))
+
+
+def is_own_origin(origin: str, host: Place) -> bool:
+    """Whether an Origin header names the server that the Host header named: http or https (behind a proxy), the same host and
+    port. `null`, which sandboxed pages and files send, is nobody's."""
+    match = _ORIGIN.fullmatch(origin.strip().lower())
+    if match is None or match[1] not in _PORTS or int(match[3] or 0) > 65535:
+        return False
+    default = _PORTS[match[1]]
+    return match[2].strip("[]") == host.host and int(match[3] or default) == (default if host.port is None else host.port)
+
+
+class OwnNames:
+    """The names and addresses that a server without keys answers to."""
+
+    def __init__(self, bound: str, allowed: Sequence[str]) -> None:
+        """bound: --host; allowed: --allowed-hosts."""
+        self._any = ANY in allowed
+        self._names = {LOOPBACK_NAME, bound.lower().strip("[]"), *(name.lower().strip("[]") for name in allowed)}
+        self._suffixes = tuple(name[1:].lower() for name in allowed if name.startswith("*."))
+        address = _address(bound)
+        self._any_address = bound == "" or (address is not None and address.is_unspecified)
+        self._is_local = bound == LOOPBACK_NAME or (address is not None and address.is_loopback)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether --host is reached from this machine only."""
+        return self._is_local
+
+    def has(self, host: str) -> bool:
+        """host: as `parse_host` gives it."""
+        if self._any or host in self._names or (self._suffixes and host.endswith(self._suffixes)):
+            return True
+        address = _address(host)  # an address can't be rebound: only names are looked up
+        return address is not None and (self._any_address or address.is_loopback or address.is_unspecified)
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        found = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return mapped or found
+
+
+def check_allowed(hosts: Sequence[str], origins: Sequence[str]) -> None:
+    """The settings of these names. Raises ConfigError that names the setting."""
+    for name in hosts:
+        known = name == ANY or _ALLOWED_NAME.fullmatch(name) is not None or _address(name.strip("[]")) is not None
+        require(known, "allowed_hosts",
+                f"must be names without scheme and port, such as ai.example.com or *.example.com, got {name!r}")
+    for origin in origins:
+        match = _ORIGIN.fullmatch(origin.lower())
+        require(origin == ANY or (match is not None and match[1] in _PORTS), "allowed_origins",
+                f"must be scheme, name and port of a website, such as https://app.example.com, got {origin!r}")
