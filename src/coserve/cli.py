@@ -271,7 +271,9 @@ def chat(
         messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def _format_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """A warning for users is one line; others keep Python's form, with the place in the code."""
     if category is UserWarning:
         return f"warning: {message}\n"
