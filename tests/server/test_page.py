@@ -187,6 +187,7 @@ def _inked(page: Any, selector: str) -> bool:
     return bool(page.evaluate(
         """(selector) => {
           const canvas = document.querySelector(selector);
+          if (canvas === null) return false;  // not drawn yet
           const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
           let count = 0;
           for (let i = 0; i < data.length; i += 4) {

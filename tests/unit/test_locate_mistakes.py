@@ -76,7 +76,7 @@ def test_a_directory_that_holds_a_gguf_file(home: Path) -> None:
         locate_model("models/empty")
 
 
-@pytest.mark.parametrize("command", ["plan", "chat", "finetune", "serve", "bench"])
+@pytest.mark.parametrize("command", ["plan", "chat", "finetune", "bench", pytest.param("serve", marks=pytest.mark.full)])
 def test_every_command_says_it_in_one_line(run: Run, home: Path, command: str) -> None:
     data = home / "data.jsonl"
     data.write_text('{"text": "a"}\n')
