@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from coserve.config import LINEAR_SITES, AdapterConfig
+from coserve.config import LINEAR_SITES, AdapterConfig, shown
 from coserve.core import ConfigError
 from coserve.model.decoder import MODULE_PATHS, Bypass, NoBypass
 from coserve.model.weights import ModelWeights
@@ -183,7 +183,7 @@ def targeted_modules(num_layers: int, targets: Sequence[str], field: str = "targ
     for target in targets:
         if not any(is_targeted(name, (target,)) for name in names.values()):
             raise ConfigError(
-                f"{field}: no module is called {target!r}; these exist: {', '.join(LINEAR_SITES)} (all of them: "
+                f"{field}: no module is called {shown(target)}; these exist: {', '.join(LINEAR_SITES)} (all of them: "
                 "all-linear)", param=field,
             )
     return {key: name for key, name in names.items() if is_targeted(name, targets)}
