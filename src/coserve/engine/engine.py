@@ -37,7 +37,7 @@ from coserve.runtime.cache import KeyValuePool, block_bytes
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor
 from coserve.scheduler.blocks import BlockPool
-from coserve.scheduler.hybrid import HybridScheduler
+from coserve.scheduler.hybrid import FREE_SEATS, HybridScheduler
 from coserve.scheduler.latency import LatencyModel
 
 DEFAULT_POOL_SHARE = 0.4
@@ -77,7 +77,10 @@ class Engine:
         slots = AdapterSlots(
             arch, weights.dtype, weights.device, max_slots=self.config.max_adapters, max_rank=self.config.max_lora_rank
         )
-        self.adapters = AdapterRegistry(slots, lambda version: pool.forget(version.name, version.number))
+        self._inbox = Inbox()
+        self.adapters = AdapterRegistry(
+            slots, lambda version: pool.forget(version.name, version.number), load=model.load_adapter, post=self._inbox.post
+        )
         self.train = TrainExecutor(model.executor)
         self.passes = PassExecutor(model.executor, self.train, self.pool, slots, cuda_graphs=self.config.cuda_graphs)
         self.runner: Runner = runner or StepRunner(self.passes, self.train, clock)
@@ -87,7 +90,6 @@ class Engine:
         numbers = itertools.count(1).__next__
         self.requests = RequestTable(model, self.blocks, self.scheduler, self.adapters, numbers, clock)
         self.jobs = JobTable(arch, self.config, self.blocks, self.pool, self.scheduler, self.adapters, numbers)
-        self._inbox = Inbox()
         self._counts: dict[str, float] = dict.fromkeys(
             ("iterations", "inference_tokens", "prompt_tokens", "finetune_tokens", "busy_s", "inference_busy_s",
              "finetune_busy_s"), 0.0,
@@ -197,15 +199,17 @@ class Engine:
     # --- adapters and jobs ---
 
     def load_adapter(self, name: str, directory: str | Path) -> None:
-        """Loads an adapter in PEFT's format under a name that requests may ask for; a newer version if the name exists.
+        """Loads an adapter in PEFT's format under a name that requests may ask for; a newer version if the name exists. The
+        files must stay as they are: they are read again when the adapter is asked for after `max_adapters` others.
 
-        Raises NotFound, InvalidRequest.
+        Raises NotFound, InvalidRequest; the name's version so far stays then.
         """
-        adapter = self.model.load_adapter(Path(directory))
-        self._inbox.call(lambda: self.adapters.publish(name, adapter))
+        place = Path(directory).absolute()
+        adapter = self.model.load_adapter(place)
+        self._inbox.call(lambda: self.adapters.publish(name, adapter, place))
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """The same from memory; `adapter` must not change afterwards."""
+        """The same from memory, where it stays; `adapter` must not change afterwards."""
         self._inbox.call(lambda: self.adapters.publish(name, adapter))
 
     def unload_adapter(self, name: str) -> None:
@@ -292,6 +296,8 @@ class Engine:
             self._inbox.close()
             self.jobs.cancel_all()
             self.requests.cancel(list(self.requests.live))
+        self.adapters.close()
+        self.scheduler.seats = FREE_SEATS
         self.jobs.writer.shutdown()
         self.pool.release()
 
@@ -355,5 +361,6 @@ class Engine:
             "reserve": self.scheduler.latency.reserve(),
             "unit_shapes": [{**shape._asdict(), "count": count} for shape, count in self.jobs.shapes.copy().items()],
             "adapters": list(self.adapters.names), "adapter_versions": self.adapters.num_versions,
+            "adapters_resident": self.adapters.num_resident, "adapters_waiting": self.adapters.num_waiting,
             "memory": {**pool._asdict(), "block_bytes": self.pool.block_bytes},
         }

@@ -150,6 +150,9 @@ class Host(Protocol):
     def publish(self, name: str, adapter: Adapter) -> None:
         """A new version that requests can use."""
 
+    def stored(self, name: str, adapter: Adapter, directory: Path) -> None:
+        """A published adapter lies in a directory from now on."""
+
     def shrink_windows(self) -> bool:
         """After out-of-memory: smaller windows; False if they are smallest."""
 
@@ -340,7 +343,7 @@ class LiveJob:
         try:
             for write in self._writes:
                 write.result()
-            self.prepared.finish()
+            self.host.stored(self.handle.name, self.prepared.finish(), self.handle.directory)
         except Exception as error:
             self._end("failed", JobFailed(f"the job's files can't be written: {error}"))
         else:

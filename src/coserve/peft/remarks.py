@@ -113,7 +113,7 @@ def token_warnings(directory: Path, knows: Callable[[str], bool] | None) -> Iter
         return
     if new:
         yield (
-            f"the adapter's own tokenizer has {list_names(new)}, which the base's lacks: the base's tokenizer is used, and to it"
+            f"the adapter's own tokenizer has {list_names(new)}, which the base's lacks: the base's one is used, and to that"
             " this is ordinary text"
         )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from coserve.config import SchedulerConfig
 from coserve.core import AdapterCopy, CapacityError, Span, StepPlan
@@ -20,6 +21,7 @@ from coserve.scheduler.deadlines import Deadlines
 from coserve.scheduler.fairness import TokenCounters
 from coserve.scheduler.latency import Contents, LatencyModel, PassCost, kind_of
 from coserve.scheduler.policies import Policy, Turn
+from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
 from coserve.scheduler.units import Chosen, UnitPicker
 from coserve.scheduler.waiting import WaitingRequests
@@ -29,6 +31,29 @@ LEAST_CHUNK = 16
 """Prompt tokens below which a chunk waits for a larger one."""
 URGENT = 0.5
 """Share of its TTFT objective after which a waiting request may take running requests' slack, up to the ITL cap."""
+
+
+class Seats(Protocol):
+    """What a request needs beside memory in order to run: its adapter's slot."""
+
+    def claim(self, request: RequestState) -> bool:
+        """Takes it; False if there is none now. The request waits then until `HybridScheduler.unpark`."""
+
+    def unclaim(self, request: RequestState, *, has_run: bool) -> None:
+        """Gives it back. has_run: False if the request could not begin after all."""
+
+
+class _Free:
+    """Seats for everybody."""
+
+    def claim(self, request: RequestState) -> bool:
+        return True
+
+    def unclaim(self, request: RequestState, *, has_run: bool) -> None:
+        pass
+
+
+FREE_SEATS: Seats = _Free()
 
 
 class HybridScheduler:
@@ -45,6 +70,9 @@ class HybridScheduler:
         self._copies: list[AdapterCopy] = []
         self._running: dict[int, RequestState] = {}
         self._waiting = WaitingRequests()
+        self.seats = FREE_SEATS
+        self._parked: dict[PrefixKey, dict[int, RequestState]] = {}
+        """Requests that wait for a seat, by the adapter version in their keys: out of the way of all others."""
         self._by_tenant: Counter[str] = Counter()
         self._number = 0
         self._contents: dict[int, Contents] = {}
@@ -72,9 +100,17 @@ class HybridScheduler:
         if request.running:
             del self._running[number]
             self.pool.free(number)
+            self.seats.unclaim(request, has_run=True)
         else:
             self._waiting.discard(request)
+            self._parked.get(request.key, {}).pop(number, None)
         return request
+
+    def unpark(self, adapter: str, version: int) -> None:
+        """Requests of an adapter version that waited for a seat may ask again, each in its tenant's order."""
+        for key in [key for key in self._parked if (key.adapter, key.version) == (adapter, version)]:
+            for request in self._parked.pop(key).values():
+                self._waiting.add(request)
 
     def add_job(self, job: JobWork) -> None:
         """A job may get units."""
@@ -100,7 +136,7 @@ class HybridScheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + sum(map(len, self._parked.values()))
 
     # --- one iteration ---
 
@@ -237,7 +273,7 @@ class HybridScheduler:
 
     def preempt(self, request: RequestState) -> None:
         """Takes a request's memory; it waits, and its tokens are computed again under the adapter version it began with."""
-        self._release(request)
+        self._release(request, has_run=True)
         request.preemptions += 1
         self.num_preemptions += 1
 
@@ -258,8 +294,8 @@ class HybridScheduler:
                 urgent = now - request.arrival_s > URGENT * request.ttft_s and not request.hopeless(now, 0.0)
                 limit = most if urgent else budget
             was_running = request.running
-            if not was_running:
-                self._admit(request)
+            if not was_running and not self._admit(request):
+                continue
             chunk = self._chunk(request, decode, spans, limit)
             wanted = self._even_part(request, self._chunk(request, decode, spans, most))
             if limit < most and chunk < wanted:
@@ -313,19 +349,25 @@ class HybridScheduler:
         left = request.total - request.computed
         return -(-left // -(-left // most)) if most else 0
 
-    def _admit(self, request: RequestState) -> None:
-        """A waiting request takes what the prefix cache has of it."""
+    def _admit(self, request: RequestState) -> bool:
+        """A waiting request takes its seat and what the prefix cache has of it; False if there is no seat."""
+        if not self.seats.claim(request):
+            self._waiting.discard(request)
+            self._parked.setdefault(request.key, {})[request.id] = request
+            return False
         prefix = request.tokens() if request.cacheable else []
         request.computed = request.cached_tokens = self.pool.acquire(request.id, request.key, prefix)
         request.running = True
         self._waiting.discard(request)
         self._running[request.id] = request
+        return True
 
-    def _release(self, request: RequestState) -> None:
+    def _release(self, request: RequestState, *, has_run: bool = False) -> None:
         self.pool.free(request.id)
         request.running, request.computed = False, 0
         del self._running[request.id]
         self._waiting.add(request)
+        self.seats.unclaim(request, has_run=has_run)
 
     def _chunk(self, request: RequestState, decode: Sequence[Span], spans: Sequence[Span], seconds: float) -> int:
         """The most tokens of a prompt whose pass is predicted to stay within `seconds`."""
