@@ -105,8 +105,8 @@ class AdapterRegistry:
 
     @property
     def directories(self) -> list[str]:
-        """Where versions may still be read from."""
-        return [str(held.directory) for held in self._held.values() if held.directory is not None]
+        """Where versions may still be read from. Thread-safe."""
+        return [str(held.directory) for held in list(self._held.values()) if held.directory is not None]
 
     def publish(self, name: str, adapter: Adapter, directory: Path | None = None) -> AdapterVersion:
         """A new version of a name. `adapter` must not change any more; with a directory, which must not change either, it is

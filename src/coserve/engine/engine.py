@@ -216,6 +216,11 @@ class Engine:
         """Requests can't ask for it any more; those that use it go on. Raises NotFound."""
         self._inbox.call(lambda: self.adapters.remove(name))
 
+    @property
+    def adapter_directories(self) -> list[str]:
+        """Where adapters may still be read from. Thread-safe."""
+        return self.adapters.directories
+
     def finetune(
         self, data: str | Path, output: str | Path, config: FinetuneConfig | None = None, *, name: str | None = None,
         validation: str | Path | None = None, start: str | Path | None = None, resume: bool = False, tenant: str = "",

@@ -23,6 +23,7 @@ from coserve.peft.adapter import Adapter, Parameter
 from coserve.peft.foreign import refuse
 from coserve.peft.gate import Base, PassedAdapter, read_adapter
 from coserve.peft.kinds import adapter_layout, empty_adapter
+from coserve.peft.remarks import GENERATION_FILE
 from coserve.peft.tensors import BOTTLENECK, CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE, from_file, tensor_name, to_file
 
 __all__ = ["CONFIG_FILE", "ORIGIN_FILE", "WEIGHTS_FILE", "admit_adapter", "load_adapter", "save_adapter"]
@@ -96,5 +97,5 @@ def admit_adapter(source: Path, target: Path, base: Base, *, max_rank: int = MAX
     _write(target, passed.config, adapter_layout(base.architecture, passed.config), passed.tensors, passed.base_name, origin)
     if passed.end_tokens:
         text = json.dumps({"eos_token_id": list(passed.end_tokens)}, indent=2)
-        (target / "generation_config.json").write_text(text + "\n")
+        (target / GENERATION_FILE).write_text(text + "\n")
     return passed

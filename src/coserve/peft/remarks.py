@@ -18,6 +18,9 @@ from coserve.peft.foreign import open_regular, read_json_object, refuse, shown_n
 from coserve.peft.patterns import compile_pattern
 from coserve.peft.tensors import WEIGHTS_FILE
 
+GENERATION_FILE = "generation_config.json"
+REMARK_FILES = (GENERATION_FILE, "added_tokens.json", "tokenizer_config.json", "tokenizer.json")
+"""Files beside an adapter that are looked into."""
 _MAX_TOKENIZER_BYTES = 1 << 20
 """Of tokenizer.json only the beginning is read: added tokens stand there."""
 
@@ -95,7 +98,7 @@ def plain_values(origin: Mapping[str, Any]) -> dict[str, Any]:
 def end_tokens(directory: Path, arch: Architecture) -> tuple[int, ...]:
     """eos_token_id of generation_config.json; none where that can't be read."""
     try:
-        told = read_optional(directory / "generation_config.json").get("eos_token_id")
+        told = read_optional(directory / GENERATION_FILE).get("eos_token_id")
     except InvalidRequest:
         return ()
     ids: list[Any] = told if isinstance(told, list) else [told]
@@ -120,11 +123,11 @@ def token_warnings(directory: Path, knows: Callable[[str], bool] | None) -> Iter
 
 def _added_tokens(directory: Path) -> set[str]:
     """Tokens that the tokenizer's files beside the adapter call added. Raises InvalidRequest."""
-    found: set[str] = set(read_optional(directory / "added_tokens.json"))
-    decoder = read_optional(directory / "tokenizer_config.json").get("added_tokens_decoder")
+    found: set[str] = set(read_optional(directory / REMARK_FILES[1]))
+    decoder = read_optional(directory / REMARK_FILES[2]).get("added_tokens_decoder")
     entries = list(decoder.values()) if isinstance(decoder, dict) else []
     try:
-        with open_regular(directory / "tokenizer.json") as (file, _):
+        with open_regular(directory / REMARK_FILES[3]) as (file, _):
             text = file.read(_MAX_TOKENIZER_BYTES).decode(errors="replace")
     except FileNotFoundError:
         text = ""

@@ -73,7 +73,8 @@ class JobService:
         model = await asyncio.to_thread(self._models.find, tenant, body.model)
         source = None
         if model.adapter is not None:
-            source = Path((await asyncio.to_thread(self._models.find_record, tenant, body.model)).directory)
+            found = await asyncio.to_thread(self._models.find_record, tenant, body.model)
+            source = Path((await asyncio.to_thread(self._models.find_files, found)).directory)
         record = JobRecord(
             id=new_id("ftjob"), tenant=tenant, created_at=now(), base=body.model, training_file=body.training_file,
             validation_file=body.validation_file, config=to_dict(spec.config), method=spec.method, settings=spec.settings,

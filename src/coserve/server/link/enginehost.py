@@ -72,9 +72,9 @@ class EngineHost:
             case Cancel():
                 self._cancel(message.id)
             case LoadAdapter(call=call, name=name, directory=directory):
-                self._call(call, lambda: self._engine.load_adapter(name, directory))
+                self._change_adapters(call, lambda: self._engine.load_adapter(name, directory))
             case UnloadAdapter(call=call, name=name):
-                self._call(call, lambda: self._engine.unload_adapter(name))
+                self._change_adapters(call, lambda: self._engine.unload_adapter(name))
             case StartJob():
                 with self._lock:
                     self._jobs[message.id] = None
@@ -99,6 +99,13 @@ class EngineHost:
             self._post(reply)
 
         self._pool.submit(run)
+
+    def _change_adapters(self, number: int, change: Callable[[], None]) -> None:
+        def work() -> list[str]:
+            change()
+            return self._engine.adapter_directories
+
+        self._call(number, work)
 
     def _stats(self) -> dict[str, Any]:
         for _ in range(_READS):

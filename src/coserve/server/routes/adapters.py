@@ -48,9 +48,10 @@ class UnloadAdapterBody(BaseModel):
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse)
 async def load_adapter(body: LoadAdapterBody, services: Served, tenant: Tenant) -> str:
-    """Serves the adapter in a directory below --adapter-root."""
-    await services.models.load(tenant, body.lora_name, body.lora_path, replace=body.load_inplace)
-    return f"Success: LoRA adapter '{body.lora_name}' added successfully"
+    """Serves the adapter in a directory below --adapter-root. What its maker should know follows, a line each."""
+    warnings = await services.models.load(tenant, body.lora_name, body.lora_path, replace=body.load_inplace)
+    done = f"Success: LoRA adapter '{body.lora_name}' added successfully"
+    return "\n".join((done, *(f"Warning: {warning}" for warning in warnings)))
 
 
 @router.post("/unload_lora_adapter", response_class=PlainTextResponse)
@@ -68,7 +69,7 @@ def download_adapter(model: str, services: Served, tenant: Tenant) -> FileRespon
     record = services.models.find_record(tenant, model)
     if record.tenant != tenant:
         raise Forbidden(f"model: {model} is not an adapter of yours", param="model")
-    archive = _archive(Path(record.directory))
+    archive = _archive(Path(services.models.find_files(record).directory))
     name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in model)
     afterwards = BackgroundTask(os.unlink, archive)
     return FileResponse(archive, media_type="application/zip", filename=f"{name}.zip", background=afterwards)
