@@ -94,7 +94,7 @@ def _pattern(text: str | None, name: str, kind: Callable[[str], float]) -> dict[
     for item in (text or "").split(","):
         if not item:
             continue
-        key, _, value = item.partition("=")
+        key, _, value = item.rpartition("=")
         try:
             result[key] = kind(value)
         except ValueError as error:
@@ -241,7 +241,7 @@ def chat(
     """Talk to a model, with or without an adapter. Ends with Ctrl-D."""
     sampling = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     loaded = load_model(model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"))
-    generator = Generator(loaded, loaded.load_adapter(adapter) if adapter is not None else None)
+    generator = Generator(loaded, loaded.load_adapter(adapter, warn=_warn) if adapter is not None else None)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     while True:
@@ -268,6 +268,10 @@ def chat(
         pieces.append(stream.finish())
         print(pieces[-1], flush=True)
         messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def _warn(message: str) -> None:
+    console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
