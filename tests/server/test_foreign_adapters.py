@@ -1,5 +1,5 @@
-"""Adapters from outside in the server: checked before anything uses them, with the real reason and without the server's paths; a
-copy is served, so that files which change later change nothing."""
+"""Adapters from outside in the server: checked before anything uses them, with the real reason and without the server's paths.
+A copy is served, so that files which change later change nothing."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_bad_adapter_is_refused_everywhere_with_its_reason(
     tmp_path: Path, make: Callable[..., Any], write: Callable[[Path], object], reason: str
 ) -> None:
     write(tmp_path / "root" / "bad")
-    with pytest.raises(ConfigError, match="^lora_modules: mine=") as at_start:
+    with pytest.raises(ConfigError, match=r"^lora_modules: mine=") as at_start:
         make(lora_modules=(("mine", str(tmp_path / "root" / "bad")),))
     assert reason in str(at_start.value)
 
