@@ -37,8 +37,9 @@ from coserve.runtime.cache import KeyValuePool, block_bytes
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor
 from coserve.scheduler.blocks import BlockPool
-from coserve.scheduler.hybrid import FREE_SEATS, HybridScheduler
+from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.seats import FREE_SEATS
 
 DEFAULT_POOL_SHARE = 0.4
 """Share of the free memory that the pool takes if nothing is said."""

@@ -66,10 +66,10 @@ def _refuse_adapter(path: Path) -> None:
         told = read_json(path / "adapter_config.json").get("base_model_name_or_path")
     except (InvalidRequest, RecursionError):
         told = None
-    known = isinstance(told, str) and told.isprintable() and 0 < len(told) <= 500
-    base, here = shlex.quote(told) if known else "MODEL", shlex.quote(str(path))
+    known = told if isinstance(told, str) and told.isprintable() and 0 < len(told) <= 500 else None
+    base, here = "MODEL" if known is None else shlex.quote(known), shlex.quote(str(path))
     raise InvalidRequest(
-        f"model: {path} is an adapter{f' of {told}' if known else ''}, not a model; give the model it was trained on, and the "
+        f"model: {path} is an adapter{'' if known is None else f' of {known}'}, not a model; give the model it was trained on, and the "
         f"adapter beside it: coserve serve {base} --lora-modules NAME={here}, coserve chat {base} --adapter {here}, "
         f"coserve finetune {base} DATA.jsonl --adapter {here} -o NEW, coserve plan {base}", param="model",
     )

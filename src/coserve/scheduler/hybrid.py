@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Protocol
 
 from coserve.config import SchedulerConfig
 from coserve.core import AdapterCopy, CapacityError, Span, StepPlan
@@ -23,6 +22,7 @@ from coserve.scheduler.latency import Contents, LatencyModel, PassCost, kind_of
 from coserve.scheduler.policies import Policy, Turn
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
+from coserve.scheduler.seats import FREE_SEATS
 from coserve.scheduler.units import Chosen, UnitPicker
 from coserve.scheduler.waiting import WaitingRequests
 from coserve.scheduler.work import JobWork, MicrobatchWork
@@ -31,29 +31,6 @@ LEAST_CHUNK = 16
 """Prompt tokens below which a chunk waits for a larger one."""
 URGENT = 0.5
 """Share of its TTFT objective after which a waiting request may take running requests' slack, up to the ITL cap."""
-
-
-class Seats(Protocol):
-    """What a request needs beside memory in order to run: its adapter's slot."""
-
-    def claim(self, request: RequestState) -> bool:
-        """Takes it; False if there is none now. The request waits then until `HybridScheduler.unpark`."""
-
-    def unclaim(self, request: RequestState, *, has_run: bool) -> None:
-        """Gives it back. has_run: False if the request could not begin after all."""
-
-
-class _Free:
-    """Seats for everybody."""
-
-    def claim(self, request: RequestState) -> bool:
-        return True
-
-    def unclaim(self, request: RequestState, *, has_run: bool) -> None:
-        pass
-
-
-FREE_SEATS: Seats = _Free()
 
 
 class HybridScheduler:
@@ -103,7 +80,9 @@ class HybridScheduler:
             self.seats.unclaim(request, has_run=True)
         else:
             self._waiting.discard(request)
-            self._parked.get(request.key, {}).pop(number, None)
+            parked = self._parked.get(request.key, {})
+            if parked.pop(number, None) is not None and not parked:
+                del self._parked[request.key]
         return request
 
     def unpark(self, adapter: str, version: int) -> None:
