@@ -68,9 +68,9 @@ def _refuse_adapter(path: Path) -> None:
         told = None
     known = told if isinstance(told, str) and told.isprintable() and 0 < len(told) <= 500 else None
     base, here = "MODEL" if known is None else shlex.quote(known), shlex.quote(str(path))
+    of = "" if known is None else f" of {known}"
     raise InvalidRequest(
-        f"model: {path} is an adapter{'' if known is None else f' of {known}'}, not a model; give the model it was trained on, and the "
-        f"adapter beside it: coserve serve {base} --lora-modules NAME={here}, coserve chat {base} --adapter {here}, "
+        f"model: {path} is an adapter{of}, not a model; give the model it was trained on, and the adapter beside it: coserve serve {base} --lora-modules NAME={here}, coserve chat {base} --adapter {here}, "
         f"coserve finetune {base} DATA.jsonl --adapter {here} -o NEW, coserve plan {base}", param="model",
     )
 

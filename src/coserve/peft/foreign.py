@@ -52,10 +52,11 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise refuse(f"{shown_name(path.name)} can't be read ({getattr(error, 'strerror', error)})") from error
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise refuse(f"{shown_name(path.name)} can't be read (it is no regular file)")
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise refuse(f"{shown_name(path.name)} can't be read (it is no regular file)")
         yield file, found.st_size
 
 
