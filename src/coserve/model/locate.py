@@ -70,7 +70,8 @@ def _refuse_adapter(path: Path) -> None:
     base, here = "MODEL" if known is None else shlex.quote(known), shlex.quote(str(path))
     of = "" if known is None else f" of {known}"
     raise InvalidRequest(
-        f"model: {path} is an adapter{of}, not a model; give the model it was trained on, and the adapter beside it: coserve serve {base} --lora-modules NAME={here}, coserve chat {base} --adapter {here}, "
+        f"model: {path} is an adapter{of}, not a model; give the model it was trained on, and the adapter beside it: "
+        f"coserve serve {base} --lora-modules NAME={here}, coserve chat {base} --adapter {here}, "
         f"coserve finetune {base} DATA.jsonl --adapter {here} -o NEW, coserve plan {base}", param="model",
     )
 
