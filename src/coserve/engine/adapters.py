@@ -42,11 +42,12 @@ class AdapterVersion(NamedTuple):
 @dataclass(slots=True)
 class _Held:
     """A version. adapter: its values, where they aren't in a slot or on disk only; directory: where they can be read again.
-    users: requests of it; running: those that have claimed its slot. fresh: it has its slot for requests that have not run yet.
+    end_token_ids: what the adapter was taught to end with. users: requests of it; running: those that have claimed its slot. fresh: it has its slot for requests that have not run yet.
     used: number of its latest claim."""
 
     adapter: Adapter | None
     directory: Path | None
+    end_token_ids: tuple[int, ...] = ()
     users: int = 0
     running: int = 0
     fresh: bool = False
@@ -122,7 +123,7 @@ class AdapterRegistry:
         version = AdapterVersion(name, self._numbers)
         previous = self._newest.get(name)
         self._newest[name] = version
-        held = self._held[version] = _Held(adapter, directory)
+        held = self._held[version] = _Held(adapter, directory, adapter.end_token_ids)
         if previous is not None:
             self._drop_unused(previous)
         if directory is not None:
@@ -153,6 +154,10 @@ class AdapterRegistry:
             return held.adapter
         assert held.directory is not None
         return self._load(held.directory)
+
+    def end_token_ids(self, version: AdapterVersion) -> tuple[int, ...]:
+        """Tokens that end the version's answers beside the base's."""
+        return self._held[version].end_token_ids
 
     # --- requests ---
 

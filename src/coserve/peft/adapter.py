@@ -77,6 +77,8 @@ class Adapter:
     ) -> None:
         self.config, self.kind, self.parameters, self.flat, self.grad = config, kind, tuple(parameters), flat, grad
         self.num_layers = num_layers
+        self.end_token_ids: tuple[int, ...] = ()
+        """Tokens that end its answers beside the base's (endtokens.py)."""
         self._factors: list[dict[str, Factor]] = [{} for _ in range(num_layers)]
         for p in self.parameters:
             factor = Factor(p.of(flat), 1.0 if p.scale is None else p.scale, None if grad is None else p.of(grad))
@@ -125,14 +127,18 @@ class Adapter:
     def trainable(self) -> Self:
         """The same memory with a gradient buffer."""
         wide = torch.promote_types(self.flat.dtype, torch.float32)
-        return self._over(self.flat, torch.zeros(self.flat.shape, dtype=wide, device=self.flat.device))
+        return self._with_ends(self._over(self.flat, torch.zeros(self.flat.shape, dtype=wide, device=self.flat.device)))
 
     def copy(self) -> Self:
         """An independent version with the present values."""
-        return self._over(self.flat.clone(), None)
+        return self._with_ends(self._over(self.flat.clone(), None))
 
     def _over(self, flat: Tensor, grad: Tensor | None) -> Self:
         return type(self)(self.config, self.kind, self.parameters, flat, num_layers=self.num_layers, grad=grad)
+
+    def _with_ends(self, other: Self) -> Self:
+        other.end_token_ids = self.end_token_ids
+        return other
 
 
 class Together(NoBypass):

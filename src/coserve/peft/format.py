@@ -81,6 +81,7 @@ def load_adapter(
     for p in adapter.parameters:
         from_file(adapter, p, passed.tensors[tensor_name(p)])
     adapter.refresh()
+    adapter.end_token_ids = passed.end_tokens
     for p in adapter.parameters:  # what follows from the values and from the base: DoRA's scalings
         factor = adapter.factor(p.layer, p.name)
         assert factor is not None

@@ -96,13 +96,13 @@ def plain_values(origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def end_tokens(directory: Path, arch: Architecture) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json; none where that can't be read."""
+    """eos_token_id of generation_config.json, ascending; none where that can't be read."""
     try:
         told = read_optional(directory / GENERATION_FILE).get("eos_token_id")
     except InvalidRequest:
         return ()
     ids: list[Any] = told if isinstance(told, list) else [told]
-    return tuple(number for number in ids[:100] if is_whole(number) and 0 <= number < arch.vocab_size)
+    return tuple(sorted({number for number in ids[:100] if is_whole(number) and 0 <= number < arch.vocab_size}))
 
 
 def token_warnings(directory: Path, knows: Callable[[str], bool] | None) -> Iterator[str]:
