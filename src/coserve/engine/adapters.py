@@ -42,8 +42,8 @@ class AdapterVersion(NamedTuple):
 @dataclass(slots=True)
 class _Held:
     """A version. adapter: its values, where they aren't in a slot or on disk only; directory: where they can be read again.
-    end_token_ids: what the adapter was taught to end with. users: requests of it; running: those that have claimed its slot. fresh: it has its slot for requests that have not run yet.
-    used: number of its latest claim."""
+    end_token_ids: what it was taught to end with. users: requests of it; running: those that have claimed its slot. fresh: it
+    has its slot for requests that have not run yet. used: number of its latest claim."""
 
     adapter: Adapter | None
     directory: Path | None
