@@ -114,9 +114,10 @@ class ModelDirectory:
         record = self.find_record(tenant, name) if known else await asyncio.to_thread(self.find_record, tenant, name)
         adapter = engine_name(record.tenant, name)
         async with self._locks.setdefault(adapter, asyncio.Lock()):
+            if self._records.get((tenant, name)) is not record:  # replaced or unloaded while this waited
+                record = await asyncio.to_thread(self.find_record, tenant, name)
+                adapter = engine_name(record.tenant, name)
             try:
-                if self._records.get((tenant, name)) is not record:  # replaced or unloaded while this waited
-                    record = await asyncio.to_thread(self.find_record, tenant, name)
                 record = await self._checked(record)
                 wanted = (self._engine.generation, record.directory)
                 if self._loaded.get(adapter) != wanted:
