@@ -101,7 +101,7 @@ def _pattern(text: str | None, name: str, kind: Callable[[str], float]) -> dict[
     for item in text.split(","):
         if not item:
             continue
-        key, _, value = item.partition("=")
+        key, _, value = item.rpartition("=")
         try:
             result[key] = kind(value)
         except ValueError as error:
@@ -325,7 +325,7 @@ def chat(
     require(max_tokens >= 1, "max_tokens", f"must be at least 1, got {max_tokens}")
     sampling = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     loaded = load_model(model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"))
-    tuned = loaded.load_adapter(adapter) if adapter is not None else None
+    tuned = loaded.load_adapter(adapter, warn=_warn) if adapter is not None else None
     generator, ends = Generator(loaded, tuned), loaded.end_token_ids.union(() if tuned is None else tuned.end_token_ids)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -355,6 +355,10 @@ def chat(
         pieces.append(stream.finish())
         print(pieces[-1], flush=True)
         messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def _warn(message: str) -> None:
+    console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _format_warning(

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar
 
 from coserve.core import ConfigError
 
@@ -33,6 +33,14 @@ Memory = float | str
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
+MAX_RANK = 1 << 14
+"""Largest rank of an adapter, and largest size of a bottleneck: wider than the layers of most models."""
+MAX_SETTING = 1e9
+"""Largest alpha, learning rate and the like: far beyond what is of use, far below what overflows in a product."""
+MAX_PATTERNS = 10_000
+"""Most entries of a rank_pattern or alpha_pattern: more than there are linears in the largest models."""
+
+
 def require(condition: bool, name: str, message: str) -> None:
     """Raises ConfigError about a setting unless the condition holds."""
     if not condition:
@@ -47,11 +55,41 @@ def require_least(config: Any, least: int, *names: str) -> None:
         require(passes, name, f"must be {f'at least {least}' if least else '0 or more'}, got {value}")
 
 
+def require_most(config: Any, most: float, *names: str) -> None:
+    """Settings of at most so much; None and 'auto' pass."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value == AUTO or value <= most, name, f"must be at most {most:g}, got {shown(value)}")
+
+
 def require_positive(config: Any, *names: str) -> None:
     """Settings above 0; None and 'auto' pass."""
     for name in names:
         value = getattr(config, name)
         require(value is None or value == AUTO or value > 0, name, f"must be positive, got {value}")
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether a value is a whole number that 64 bits hold; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a finite number; a whole one of so many digits that no float holds it is none."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value as error messages quote it: on one line, and cut where it is long."""
+    if isinstance(value, int) and not is_whole(value):
+        return "a whole number of more than 64 bits" if not isinstance(value, bool) else repr(value)
+    if isinstance(value, list | tuple | Mapping) and len(value) > most:
+        return f"a {'table' if isinstance(value, Mapping) else 'list'} of {len(value)} entries"
+    try:
+        text = repr(value[: most + 1] if isinstance(value, str) else value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits inside
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _check_numbers(config: Any) -> None:
@@ -63,11 +101,9 @@ def _check_numbers(config: Any) -> None:
             continue
         hint = " or 'auto'" if chosen else ""
         if kind.startswith("int"):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole, f.name, f"must be a whole number{hint}, got {value!r}")
+            require(is_whole(value), f.name, f"must be a whole number{hint}, got {shown(value)}")
         elif kind.startswith("float"):
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            require(number, f.name, f"must be a finite number{hint}, got {value!r}")
+            require(is_number(value), f.name, f"must be a finite number{hint}, got {shown(value)}")
 
 
 _N = TypeVar("_N", int, float)
@@ -90,6 +126,20 @@ def read_memory(value: Memory) -> float | None:
     require(whole and 0 < number < math.inf, "activation_memory",
             f"write bytes (12500000000, 12.5GB, 800MiB), a share below 1, or auto, got {value!r}")
     return number
+
+
+def check_pattern(field: str, pattern: Any) -> None:
+    """Refuses a rank_pattern or alpha_pattern that is no table of module names and ranks or alphas. Raises ConfigError."""
+    require(isinstance(pattern, Mapping), field, f"must be a table of module names and numbers, got {shown(pattern)}")
+    require(len(pattern) <= MAX_PATTERNS, field, f"must have at most {MAX_PATTERNS} entries, got {len(pattern)}")
+    for name, value in pattern.items():
+        require(isinstance(name, str) and bool(name), field, f"must have module names as keys, got {shown(name)}")
+        if field == "rank_pattern":
+            good = is_whole(value) and 1 <= value <= MAX_RANK
+            require(good, field, f"rank of {shown(name)} must be a whole number from 1 to {MAX_RANK}, got {shown(value)}")
+        else:
+            good = is_number(value) and 0 < value <= MAX_SETTING
+            require(good, field, f"alpha of {shown(name)} must be positive and at most {MAX_SETTING:g}, got {shown(value)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +165,13 @@ class LoraConfig:
     def __post_init__(self) -> None:
         _check_numbers(self)
         require(self.r >= 1, "r", f"rank must be at least 1, got {self.r}")
+        require_most(self, MAX_RANK, "r")
         require_positive(self, "alpha")
+        require_most(self, MAX_SETTING, "alpha")
         require(0 <= self.dropout < 1, "dropout", f"must be in [0, 1), got {self.dropout}")
         require(bool(self.target_modules), "target_modules", "name at least one module, or 'all-linear'")
-        for name, rank in self.rank_pattern.items():
-            require(rank >= 1, "rank_pattern", f"rank of {name!r} must be at least 1, got {rank}")
-        for name, alpha in self.alpha_pattern.items():
-            require(alpha > 0, "alpha_pattern", f"alpha of {name!r} must be positive, got {alpha}")
+        check_pattern("rank_pattern", self.rank_pattern)
+        check_pattern("alpha_pattern", self.alpha_pattern)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +218,7 @@ class BottleneckConfig:
     def __post_init__(self) -> None:
         _check_numbers(self)
         require_least(self, 1, "size")
+        require_most(self, MAX_RANK, "size")
         require(self.placement in ("houlsby", "pfeiffer"), "placement", f"must be houlsby or pfeiffer, got {self.placement!r}")
         require(self.activation in ("relu", "gelu"), "activation", f"must be relu or gelu, got {self.activation!r}")
 
@@ -198,6 +249,7 @@ class OptimizerConfig:
         _check_numbers(self)
         require_positive(self, "learning_rate", "eps")
         require_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm")
+        require_most(self, MAX_SETTING, "learning_rate", "eps", "weight_decay", "max_grad_norm")
         require_least(self, 1, "slice_elements")
         require(self.schedule in ("constant", "linear", "cosine"), "schedule",
                 f"must be constant, linear or cosine, got {self.schedule!r}")
@@ -265,6 +317,7 @@ class FinetuneConfig:
         require(self.lora is None or not (self.lora.use_dora and self.lora.dropout), "dropout", "must be 0 for DoRA")
         require(self.objective in ("sft", "dpo"), "objective", f"must be sft or dpo, got {self.objective!r}")
         require_positive(self, "dpo_beta", "epochs")
+        require_most(self, MAX_SETTING, "dpo_beta", "epochs")
         require_least(self, 1, "max_steps", "batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints")
         read_memory(self.activation_memory)
         require_least(self, 2, "max_length")

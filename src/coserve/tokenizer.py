@@ -92,6 +92,10 @@ class ChatTokenizer:
         """Characters that one token can stand for, at most; of tokenizers that drop characters, those that are left."""
         return max(len(token) for token in self._hf.get_vocab())
 
+    def knows(self, token: str) -> bool:
+        """Whether a text is one token of the vocabulary, added ones included."""
+        return self._hf.backend_tokenizer.token_to_id(token) is not None
+
     @property
     def eos_token_id(self) -> int | None:
         return self._hf.eos_token_id

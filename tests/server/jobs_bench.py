@@ -83,16 +83,18 @@ class FakeEngine:
     def act_job(self, job: str, action: str) -> None:
         self.acts.append((job, action))
 
-    async def load_adapter(self, name: str, directory: str) -> None:
+    async def load_adapter(self, name: str, directory: str) -> list[str]:
         if not (Path(directory) / "adapter_config.json").is_file():
             raise NotFound(f"adapter: there is no directory {directory}", param="adapter")
         self.loads.append((name, directory))
         self.adapters[name] = directory
+        return list(self.adapters.values())
 
-    async def unload_adapter(self, name: str) -> None:
+    async def unload_adapter(self, name: str) -> list[str]:
         if name not in self.adapters:
             raise NotFound(f"adapter: there is no {name}", param="adapter")
         del self.adapters[name]
+        return list(self.adapters.values())
 
     def say(self, message: JobHappened | JobEnded) -> None:
         for listener in self.job_listeners:

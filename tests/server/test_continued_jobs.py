@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from coserve.core import NotFound
-from coserve.peft.endtokens import ENDS_FILE
+from coserve.peft.remarks import GENERATION_FILE
 from coserve.server.records import JobRecord
 from tests.server.jobs_bench import Bench, until
 from tests.tiny_directory import preference_lines
@@ -43,7 +43,7 @@ async def tuned(bench: Bench, config: dict[str, Any]) -> JobRecord:
     record = await bench.status(id, "succeeded")
     output = bench.config.data_dir / "jobs" / id / "output"
     (output / "adapter_config.json").write_text(json.dumps(config))
-    (output / ENDS_FILE).write_text('{"eos_token_id": [0, 2]}')
+    (output / GENERATION_FILE).write_text('{"eos_token_id": [0, 2]}')
     return record
 
 
@@ -60,7 +60,7 @@ def test_the_rate_of_dpo_is_that_of_the_continued_adapter(model: Path, tmp_path:
         shown = bench.jobs.describe(await bench.status(job.id, "running"))
         assert shown["method"]["dpo"]["hyperparameters"]["learning_rate_multiplier"] == 1.0
         start = bench.config.data_dir / "jobs" / job.id / "start"
-        assert json.loads((start / ENDS_FILE).read_text()) == {"eos_token_id": [0, 2]}
+        assert json.loads((start / GENERATION_FILE).read_text()) == {"eos_token_id": [0, 2]}
         await bench.settle()
         assert not any(event.level == "warn" for event in bench.events(job.id))
 

@@ -15,7 +15,9 @@ from coserve.server.index.store import Store
 from coserve.server.models import ModelDirectory, engine_name
 from coserve.server.records import AdapterRecord
 from coserve.server.settings import ServerConfig
-from tests.server.jobs_bench import FakeEngine, write_adapter
+from tests.server.jobs_bench import FakeEngine
+from tests.tiny_adapter import write_tiny_adapter as write_adapter
+from tests.tiny_adapter import write_tiny_config
 
 Story = Callable[[ModelDirectory, FakeEngine], Coroutine[Any, Any, None]]
 
@@ -26,11 +28,12 @@ class Place:
     def __init__(self, path: Path) -> None:
         self.path, self.root = path, path / "adapters"
         self.root.mkdir()
+        write_tiny_config(path)
         self.store = Store(f"sqlite:///{path / 'index.db'}")
 
     def make(self, **settings: Any) -> tuple[ModelDirectory, FakeEngine]:
         engine: Any = FakeEngine(self.path)
-        config = ServerConfig(**{"adapter_root": str(self.root), **settings})
+        config = ServerConfig(**{"adapter_root": str(self.root), "data_dir": self.path / "data", **settings})
         return ModelDirectory(self.store, engine, config), engine
 
     def play(self, story: Story, **settings: Any) -> None:
@@ -94,7 +97,9 @@ def test_an_adapter_is_loaded_once_per_engine(place: Place) -> None:
         record = adapter(place, "mine")
         models.add(record)
         await asyncio.gather(*(models.prepare("me", "mine") for _ in range(5)))
-        assert engine.loads == [("me/mine", record.directory)]
+        ((name, directory),) = engine.loads
+        assert name == "me/mine" and Path(directory).parent == place.path / "data/adapters"
+        assert models.find_record("me", "mine").directory == directory != record.directory
         engine.die()
         await engine.rise()
         assert (await models.prepare("me", "mine")).adapter == "me/mine"
@@ -107,7 +112,7 @@ def test_an_adapter_is_loaded_once_per_engine(place: Place) -> None:
 def test_an_adapter_whose_files_are_gone(place: Place) -> None:
     async def story(models: ModelDirectory, engine: FakeEngine) -> None:
         models.add(AdapterRecord(name="gone", tenant="me", directory=str(place.path / "none"), created_at=1))
-        with pytest.raises(InvalidRequest, match="missing or damaged") as caught:
+        with pytest.raises(InvalidRequest, match="there is no directory none") as caught:
             await models.prepare("me", "gone")
         assert str(place.path) not in str(caught.value)
 
@@ -131,23 +136,24 @@ def test_modules_of_the_command_line(place: Place) -> None:
     models, _ = place.make()
     with pytest.raises(NotFound):
         models.find("me", "shared")  # no longer on the command line
-    with pytest.raises(ConfigError, match="has no adapter_config"):
+    with pytest.raises(ConfigError, match="there is no directory none"):
         place.make(lora_modules=(("none", str(place.path / "none")),))
 
 
 def test_loading_and_unloading_at_run_time(place: Place) -> None:
     async def story(models: ModelDirectory, engine: FakeEngine) -> None:
         directory = write_adapter(place.root / "a")
-        await models.load("me", "x", str(directory))
-        assert engine.loads == [("me/x", str(directory))]
+        assert await models.load("me", "x", str(directory)) == ()
+        ((name, first),) = engine.loads
+        assert name == "me/x" and Path(first).parent == place.path / "data/adapters"
         await models.prepare("me", "x")
         assert len(engine.loads) == 1
         with pytest.raises(InvalidRequest, match="already been loaded"):
             await models.load("me", "x", "a")
-        other = write_adapter(place.root / "b")
+        write_adapter(place.root / "b", seed=1)
         await models.load("me", "x", "b", replace=True)
-        assert engine.loads[-1] == ("me/x", str(other))
-        assert models.find_record("me", "x").directory == str(other)
+        assert models.find_record("me", "x").directory == engine.loads[-1][1] != first
+        assert not Path(first).exists()
         await models.load("them", "x", "a")
         with pytest.raises(NotFound):
             await models.unload("nobody", "x")
@@ -155,6 +161,7 @@ def test_loading_and_unloading_at_run_time(place: Place) -> None:
         assert list(engine.adapters) == ["them/x"]
         with pytest.raises(NotFound):
             models.find("me", "x")
+        assert [str(path) for path in (place.path / "data/adapters").iterdir()] == [engine.adapters["them/x"]]
 
     place.play(story)
 

@@ -20,7 +20,7 @@ from coserve.engine.generation import Generator
 from coserve.engine.model import LoadedModel, load_model
 from coserve.finetune.datasets import load_groups
 from coserve.finetune.taught import taught_end_tokens
-from coserve.peft.endtokens import ENDS_FILE, read_end_tokens
+from coserve.peft.remarks import GENERATION_FILE, end_tokens
 from coserve.tokenizer import ChatTokenizer
 from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
 from tests.tiny_engine import MakeEngine, drive, make_engine, prompt
@@ -117,7 +117,7 @@ def test_an_adapter_that_an_engine_trains_ends_there_too(engines: MakeEngine, di
     assert job.status == "succeeded"
     assert outcome(engine, "mine", TURN_END) == ("stop", 1)
     for path in (tmp_path / "job", *(tmp_path / "job" / "checkpoints").iterdir()):
-        assert json.loads((path / ENDS_FILE).read_text()) == {"eos_token_id": [TEXT_END, TURN_END]}
+        assert json.loads((path / GENERATION_FILE).read_text()) == {"eos_token_id": [TEXT_END, TURN_END]}
 
 
 def test_a_generator_ends_there(model: LoadedModel, tuned: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_generator_ends_there(model: LoadedModel, tuned: Path) -> None:
 
 
 def test_it_is_stored_in_a_form_that_peft_ignores(directory: Path, tuned: Path) -> None:
-    assert json.loads((tuned / ENDS_FILE).read_text()) == {"eos_token_id": [TEXT_END, TURN_END]}
+    assert json.loads((tuned / GENERATION_FILE).read_text()) == {"eos_token_id": [TEXT_END, TURN_END]}
     base = AutoModelForCausalLM.from_pretrained(directory / "model")
     assert peft.PeftModel.from_pretrained(base, str(tuned)).generation_config.eos_token_id == TEXT_END
 
@@ -142,7 +142,7 @@ def test_a_continued_adapter_keeps_what_it_was_taught(
 
 def test_nothing_is_written_where_the_base_ends_there_anyway(model: LoadedModel, directory: Path, tmp_path: Path) -> None:
     out = finetune(directory / "text.jsonl", tmp_path / "out", model=model, config=CONFIG).directory
-    assert not (out / ENDS_FILE).exists()
+    assert not (out / GENERATION_FILE).exists()
     assert model.load_adapter(out).end_token_ids == ()
 
 
@@ -196,9 +196,9 @@ def test_an_answer_of_weight_0_teaches_no_end(tmp_path: Path) -> None:
     ('{"eos_token_id": null}', ()), ('{"max_length": 20}', ()), ('{"eos_token_id": []}', ()),
 ])
 def test_files_of_others_are_read(tmp_path: Path, text: str, expected: tuple[int, ...]) -> None:
-    assert read_end_tokens(tmp_path, 400) == ()
-    (tmp_path / ENDS_FILE).write_text(text)
-    assert read_end_tokens(tmp_path, 400) == expected
+    assert end_tokens(tmp_path, 400) == ()
+    (tmp_path / GENERATION_FILE).write_text(text)
+    assert end_tokens(tmp_path, 400) == expected
 
 
 @pytest.mark.parametrize("text", [
@@ -206,9 +206,9 @@ def test_files_of_others_are_read(tmp_path: Path, text: str, expected: tuple[int
     "[" * 100_000, '{"eos_token_id": [[2]]}', "\xff",
 ])
 def test_damaged_files_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
-    (tmp_path / ENDS_FILE).write_bytes(text.encode("latin-1"))
-    with pytest.raises(InvalidRequest, match=rf"^adapter: .*{ENDS_FILE}") as caught:
-        read_end_tokens(tmp_path, 400)
+    (tmp_path / GENERATION_FILE).write_bytes(text.encode("latin-1"))
+    with pytest.raises(InvalidRequest, match=rf"^adapter: .*{GENERATION_FILE}") as caught:
+        end_tokens(tmp_path, 400)
     assert "\n" not in str(caught.value) and str(tmp_path) not in str(caught.value)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from coserve.config import EngineConfig, SamplingConfig, SchedulerConfig
-from coserve.core import CapacityError, InvalidRequest, NotFound
+from coserve.core import InvalidRequest, NotFound
 from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
 from coserve.engine.profiling import Profiler
@@ -97,8 +97,7 @@ def test_slots_are_taken_over_from_adapters_without_users(engines: MakeEngine, m
     assert [ask(engine, str(number)) for number in range(4)] == found
     handles = [engine.submit(prompt(20), GREEDY, adapter=str(number)) for number in range(3)]
     drive(engine)
-    assert [handle.token_ids for handle in handles[:2]] == found[:2]
-    assert isinstance(handles[2].error, CapacityError) and handles[2].error.param == "max_adapters"
+    assert [handle.token_ids for handle in handles] == found[:3], "the third waited for a slot"
 
 
 def test_a_running_engine_takes_adapters(engines: MakeEngine, model: LoadedModel) -> None:

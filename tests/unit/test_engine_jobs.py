@@ -216,7 +216,7 @@ def test_a_job_that_explodes_harms_nobody(engines: MakeEngine, model: LoadedMode
     sampling = replace(GREEDY, temperature=0.8, logprobs=2)
     expected = engines().generate([prompt(n) for n in (5, 20, 40)], sampling)
     engine = engines()
-    hot = replace(ENDLESS, optimizer=OptimizerConfig(learning_rate=1e30, schedule="constant"))
+    hot = replace(ENDLESS, optimizer=OptimizerConfig(learning_rate=1e9, schedule="constant"))
     bad = engine.finetune(directory / "sft.jsonl", tmp_path / "bad", hot)
     good = engine.finetune(directory / "sft.jsonl", tmp_path / "good", SFT)
     handles = []

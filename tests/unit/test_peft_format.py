@@ -327,7 +327,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[CoserveError], str]] = {
     "another kind": (edit_config(peft_type="VERA"), InvalidRequest, "peft_type 'VERA'.*LORA"),
     "no peft_type": (edit_config(peft_type=...), InvalidRequest, "peft_type None"),
     "DoRA without lengths": (edit_config(use_dora=True), InvalidRequest, "lora_magnitude_vector.*no such tensor"),
-    "biases": (edit_config(bias="all"), InvalidRequest, "bias='all'"),
+    "biases": (edit_config(bias="all"), InvalidRequest, "bias must be .none"),
     "biases of LoRA": (edit_config(lora_bias=True), InvalidRequest, "lora_bias"),
     "saved modules": (edit_config(modules_to_save=["lm_head"]), InvalidRequest, "modules_to_save"),
     "block diagonal": (edit_config(use_bdlora={"nblocks": 2}), InvalidRequest, "use_bdlora"),

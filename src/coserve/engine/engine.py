@@ -40,6 +40,7 @@ from coserve.runtime.fused import PassExecutor
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.seats import FREE_SEATS
 
 DEFAULT_POOL_SHARE = 0.4
 """Share of the free memory that the pool takes if nothing is said."""
@@ -78,7 +79,11 @@ class Engine:
         slots = AdapterSlots(
             arch, weights.dtype, weights.device, max_slots=self.config.max_adapters, max_rank=self.config.max_lora_rank
         )
-        self.adapters = AdapterRegistry(slots, lambda version: pool.forget(version.name, version.number))
+        self._inbox = Inbox(watcher)
+        self.adapters = AdapterRegistry(
+            slots, lambda version: pool.forget(version.name, version.number), load=model.load_adapter,
+            post=lambda command: self._inbox.post(command, "an adapter was read"),
+        )
         self.train = TrainExecutor(model.executor)
         self.passes = PassExecutor(model.executor, self.train, self.pool, slots, cuda_graphs=self.config.cuda_graphs)
         self.runner: Runner = runner or StepRunner(self.passes, self.train, clock)
@@ -88,7 +93,6 @@ class Engine:
         numbers = itertools.count(1).__next__
         self.requests = RequestTable(model, self.blocks, self.scheduler, self.adapters, numbers, clock)
         self.jobs = JobTable(arch, self.config, self.blocks, self.pool, self.scheduler, self.adapters, numbers)
-        self._inbox = Inbox(watcher)
         self._counts: dict[str, float] = dict.fromkeys(
             ("iterations", "inference_tokens", "prompt_tokens", "finetune_tokens", "busy_s", "inference_busy_s",
              "finetune_busy_s"), 0.0,
@@ -201,20 +205,27 @@ class Engine:
     # --- adapters and jobs ---
 
     def load_adapter(self, name: str, directory: str | Path) -> None:
-        """Loads an adapter in PEFT's format under a name that requests may ask for; a newer version if the name exists.
+        """Loads an adapter in PEFT's format under a name that requests may ask for; a newer version if the name exists. The
+        files must stay as they are: they are read again when the adapter is asked for after `max_adapters` others.
 
-        Raises NotFound, InvalidRequest.
+        Raises NotFound, InvalidRequest; the name's version so far stays then.
         """
-        adapter = self.model.load_adapter(Path(directory))
-        self._inbox.call(lambda: self.adapters.publish(name, adapter), f"publish adapter {name}")
+        place = Path(directory).absolute()
+        adapter = self.model.load_adapter(place)
+        self._inbox.call(lambda: self.adapters.publish(name, adapter, place), f"publish adapter {name}")
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """The same from memory; `adapter` must not change afterwards."""
+        """The same from memory, where it stays; `adapter` must not change afterwards."""
         self._inbox.call(lambda: self.adapters.publish(name, adapter), f"publish adapter {name}")
 
     def unload_adapter(self, name: str) -> None:
         """Requests can't ask for it any more; those that use it go on. Raises NotFound."""
         self._inbox.call(lambda: self.adapters.remove(name), f"remove adapter {name}")
+
+    @property
+    def adapter_directories(self) -> list[str]:
+        """Where adapters may still be read from. Thread-safe."""
+        return self.adapters.directories
 
     def finetune(
         self, data: str | Path, output: str | Path, config: FinetuneConfig | None = None, *, name: str | None = None,
@@ -313,6 +324,8 @@ class Engine:
             self._inbox.close()
             self.requests.cancel(list(self.requests.live))
             self.jobs.stop_all()
+        self.adapters.close()
+        self.scheduler.seats = FREE_SEATS
         self.jobs.close()
         self.pool.release()
 
@@ -376,5 +389,6 @@ class Engine:
             "reserve": self.scheduler.latency.reserve(),
             "unit_shapes": [{**shape._asdict(), "count": count} for shape, count in self.jobs.shapes.copy().items()],
             "adapters": list(self.adapters.names), "adapter_versions": self.adapters.num_versions,
+            "adapters_resident": self.adapters.num_resident, "adapters_waiting": self.adapters.num_waiting,
             "memory": {**pool._asdict(), "block_bytes": self.pool.block_bytes},
         }

@@ -67,8 +67,8 @@ class Generator:
         """[T, vocabulary] logits of every position of one prompt, through the paged path."""
         engine = self._engine([len(token_ids)])
         engine.blocks.allocate(0, len(token_ids))
-        slot = NO_ADAPTER if self.adapter is None else engine.adapters.acquire(_ADAPTER)[1]
-        span = RowSpan(0, len(token_ids), engine.blocks.table(0), slot)
+        slot = None if self.adapter is None else engine.adapters.claim(engine.adapters.acquire(_ADAPTER))
+        span = RowSpan(0, len(token_ids), engine.blocks.table(0), NO_ADAPTER if slot is None else slot)
         with torch.no_grad():
             ids = torch.tensor(list(token_ids), device=self.model.weights.device)
             return engine.passes.logits(engine.passes.run(ids, [], [span], None))

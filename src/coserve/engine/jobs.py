@@ -159,6 +159,9 @@ class Host(Protocol):
     def publish(self, name: str, adapter: Adapter) -> None:
         """A new version that requests can use."""
 
+    def stored(self, name: str, adapter: Adapter, directory: Path) -> None:
+        """A published adapter lies in a directory from now on."""
+
     def shrink_windows(self) -> bool:
         """After out-of-memory: smaller windows; False if they are smallest."""
 
@@ -382,6 +385,8 @@ class LiveJob:
         except Exception as error:
             raise JobFailed(f"the job's files can't be written: {error}") from error
         if taken and not self._checkpoints and result.done():
+            assert self.trainer.published is not None
+            self.host.stored(self.handle.name, self.trainer.published, self.handle.directory)
             self._end("succeeded", None)
 
     def stop(self) -> None:

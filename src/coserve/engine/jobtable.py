@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor as ThreadExecutor
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -219,6 +220,9 @@ class JobTable:
 
     def publish(self, name: str, adapter: Adapter) -> None:
         self.adapters.publish(name, adapter)
+
+    def stored(self, name: str, adapter: Adapter, directory: Path) -> None:
+        self.adapters.store(name, adapter, directory.absolute())
 
     def shrink_windows(self) -> bool:
         picker = self.scheduler.picker

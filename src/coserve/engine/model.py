@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from coserve.peft.adapter import Adapter
 from coserve.peft.format import load_adapter
 from coserve.runtime.executor import Executor
 from coserve.tokenizer import ChatTokenizer
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -44,9 +47,11 @@ class LoadedModel:
         ids = {*self.architecture.eos_token_ids, *([] if own is None else [own])}
         return frozenset(token for token in ids if 0 <= token < self.architecture.vocab_size)
 
-    def load_adapter(self, directory: Path) -> Adapter:
-        """An adapter in PEFT's format for this base."""
-        return load_adapter(directory, self.weights, fingerprint=self.fingerprint)
+    def load_adapter(self, directory: Path, warn: Callable[[str], None] = _log.warning) -> Adapter:
+        """An adapter in PEFT's format for this base. warn: takes what its maker should know; default: the log. Raises NotFound,
+        InvalidRequest."""
+        knows = self.tokenizer.knows
+        return load_adapter(directory, self.weights, fingerprint=self.fingerprint, knows_token=knows, warn=warn)
 
 
 def resolve_device(device: str) -> torch.device:

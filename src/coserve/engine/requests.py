@@ -134,8 +134,8 @@ class RequestHandle:
 
 @dataclass(slots=True, kw_only=True)
 class LiveRequest:
-    """One output being made. ending: token ids that end it; slot: its adapter's, or -1. siblings: outputs of the same request
-    that start when this one's prompt is computed, so that they share its blocks."""
+    """One output being made. ending: token ids that end it; slot: its adapter's while it runs, or -1. siblings: outputs of the
+    same request that start when this one's prompt is computed, so that they share its blocks."""
 
     handle: RequestHandle
     index: int

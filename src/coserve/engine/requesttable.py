@@ -31,6 +31,9 @@ class RequestTable:
     ) -> None:
         self.model, self.blocks, self.scheduler, self.adapters = model, blocks, scheduler, adapters
         self.new_number, self.now = new_number, now
+        scheduler.seats = self
+        adapters.wake = lambda version: scheduler.unpark(version.name, version.number)
+        adapters.fail = self.fail_version
         self.live: dict[int, LiveRequest] = {}
         self.num_finished = self.num_cancelled = 0
 
@@ -65,7 +68,7 @@ class RequestTable:
         lives: list[LiveRequest] = []
         for index in range(config.n):
             try:
-                version, slot = (None, NO_ADAPTER) if adapter is None else self.adapters.acquire(adapter)
+                version = None if adapter is None else self.adapters.acquire(adapter)
             except CoserveError as error:
                 for live in lives:
                     self._release(live)
@@ -83,7 +86,8 @@ class RequestTable:
                 self.model.tokenizer, config.stop, context=handle.prompt_ids, min_tokens=config.min_tokens
             )
             lives.append(LiveRequest(
-                handle=handle, index=index, state=state, config=config, stream=stream, ending=ending, version=version, slot=slot
+                handle=handle, index=index, state=state, config=config, stream=stream, ending=ending, version=version,
+                slot=NO_ADAPTER,
             ))
         numbers += [live.state.id for live in lives]
         self.live |= {live.state.id: live for live in lives}
@@ -95,7 +99,7 @@ class RequestTable:
         asked = frozenset(config.stop_token_ids)
         if config.ignore_eos:
             return asked
-        taught = frozenset() if version is None else frozenset(self.adapters.adapter(version).end_token_ids)
+        taught = frozenset() if version is None else frozenset(self.adapters.end_token_ids(version))
         return asked | self.model.end_token_ids | taught
 
     def refuse(self, handle: RequestHandle, error: CoserveError) -> None:
@@ -114,8 +118,9 @@ class RequestTable:
                 self.num_cancelled += 1
 
     def _end_request(self, number: int) -> None:
-        request = self.live.pop(number)
+        request = self.live[number]
         self.scheduler.remove_request(number)
+        del self.live[number]
         for sibling in request.siblings:
             if sibling.state.id in self.live:
                 self.scheduler.add_request(sibling.state)
@@ -124,6 +129,32 @@ class RequestTable:
     def _release(self, request: LiveRequest) -> None:
         if request.version is not None:
             self.adapters.release(request.version)
+
+    # --- the scheduler's seats: slots of adapters ---
+
+    def claim(self, state: RequestState) -> bool:
+        """A request is about to run: it gets its adapter's slot, if there is one now."""
+        request = self.live[state.id]
+        if request.version is None:
+            return True
+        slot = self.adapters.claim(request.version, state.tenant)
+        request.slot = NO_ADAPTER if slot is None else slot
+        return slot is not None
+
+    def unclaim(self, state: RequestState, *, has_run: bool) -> None:
+        """A request does not run any more, or could not begin."""
+        request = self.live[state.id]
+        if request.version is not None:
+            request.slot = NO_ADAPTER
+            self.adapters.unclaim(request.version, has_run=has_run)
+
+    def fail_version(self, version: AdapterVersion, error: CoserveError) -> None:
+        """An adapter can't be read: the requests that wait for it end."""
+        for number, request in list(self.live.items()):
+            if request.version == version:
+                request.handle.error = error
+                request.end("error", self.now())
+                self._end_request(number)
 
     def take(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Gives requests what an iteration sampled for them."""

@@ -12,11 +12,12 @@ import hashlib
 import importlib.util
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from coserve.core import InvalidRequest, NotFound
-from coserve.model.architecture import one_line
+from coserve.model.architecture import one_line, read_json
 from coserve.model.gguf import convert_gguf
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -46,6 +47,7 @@ def locate_model(name: str | None, *, cache_dir: Path | None = None, report: Rep
         return _converted(_default_file(), cache_dir, report)
     path = Path(name).expanduser()
     if path.is_dir():
+        _refuse_adapter(path)
         return _with_config(path)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -57,6 +59,24 @@ def locate_model(name: str | None, *, cache_dir: Path | None = None, report: Rep
         raise NotFound(f"model {name!r}: no such directory, not {DEFAULT_MODEL}, and hub ids look like org/name"
                        f"{_nearest(path)}")
     return _download(name, report)
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Says what to do with an adapter's directory where a model's is expected. Raises InvalidRequest."""
+    if (path / "config.json").is_file() or not (path / "adapter_config.json").is_file():
+        return
+    try:
+        told = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    except (InvalidRequest, RecursionError):
+        told = None
+    known = told if isinstance(told, str) and told.isprintable() and 0 < len(told) <= 500 else None
+    base, here = "MODEL" if known is None else shlex.quote(known), shlex.quote(str(path))
+    of = "" if known is None else f" of {known}"
+    raise InvalidRequest(
+        f"model: {path} is an adapter{of}, not a model; give the model it was trained on, and the adapter beside it: "
+        f"coserve serve {base} --lora-modules NAME={here}, coserve chat {base} --adapter {here}, "
+        f"coserve finetune {base} DATA.jsonl --adapter {here} -o NEW, coserve plan {base}", param="model",
+    )
 
 
 def model_cache_dir() -> Path:

@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from coserve.config import LINEAR_SITES, AdapterConfig
+from coserve.config import LINEAR_SITES, AdapterConfig, shown
 from coserve.core import ConfigError
 from coserve.model.decoder import MODULE_PATHS, Bypass, NoBypass
 from coserve.model.weights import ModelWeights
@@ -78,7 +78,7 @@ class Adapter:
         self.config, self.kind, self.parameters, self.flat, self.grad = config, kind, tuple(parameters), flat, grad
         self.num_layers = num_layers
         self.end_token_ids: tuple[int, ...] = ()
-        """Tokens that end its answers beside the base's (endtokens.py)."""
+        """Tokens that end its answers beside the base's (generation_config.json)."""
         self._factors: list[dict[str, Factor]] = [{} for _ in range(num_layers)]
         for p in self.parameters:
             factor = Factor(p.of(flat), 1.0 if p.scale is None else p.scale, None if grad is None else p.of(grad))
@@ -189,7 +189,7 @@ def targeted_modules(num_layers: int, targets: Sequence[str], field: str = "targ
     for target in targets:
         if not any(is_targeted(name, (target,)) for name in names.values()):
             raise ConfigError(
-                f"{field}: no module is called {target!r}; these exist: {', '.join(LINEAR_SITES)} (all of them: "
+                f"{field}: no module is called {shown(target)}; these exist: {', '.join(LINEAR_SITES)} (all of them: "
                 "all-linear)", param=field,
             )
     return {key: name for key, name in names.items() if is_targeted(name, targets)}

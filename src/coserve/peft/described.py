@@ -5,30 +5,32 @@ For defaults and warnings before a model is there. Does not own: whether the ada
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coserve.config import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
-from coserve.core import InvalidRequest, NotFound
-from coserve.peft.format import BOTTLENECK, CONFIG_FILE
+from coserve.core import NotFound
+from coserve.peft.fields import read_fields
+from coserve.peft.foreign import read_json_object, refuse
+from coserve.peft.tensors import BOTTLENECK, CONFIG_FILE
 
 
 def described_adapter(directory: Path) -> AdapterConfig:
     """An adapter's settings as its configuration states them; PEFT's defaults where it says nothing. Raises NotFound,
     InvalidRequest."""
     try:
-        fields = json.loads((directory / CONFIG_FILE).read_text())
-        return _KINDS[fields["peft_type"]](fields)
-    except OSError as error:
-        message = f"{directory} has no {CONFIG_FILE}; give a directory in PEFT's format"
+        fields = read_fields(read_json_object(directory / CONFIG_FILE))
+    except FileNotFoundError as error:
+        what = f"{directory.name} has no {CONFIG_FILE}; give a directory in PEFT's format"
         if not directory.is_dir():
-            message = f"there is no directory {directory}"
-        raise NotFound(f"adapter: {message}", param="adapter") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidRequest(f"adapter: {directory / CONFIG_FILE} can't be used: {error}", param="adapter") from error
+            what = f"there is no directory {directory.name}"
+        raise NotFound(f"adapter: {what}", param="adapter") from error
+    try:
+        return _KINDS[fields["peft_type"]](fields)
+    except ValueError as error:
+        raise refuse(f"{CONFIG_FILE} can't be used: {error}") from error
 
 
 def _lora(fields: Mapping[str, Any]) -> LoraConfig:

@@ -7,7 +7,6 @@ with rsLoRA. Sources: Hu et al. 2021, Liu et al. 2024 (DoRA); names and defaults
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self, TypeVar
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from coserve.config import LINEAR_SITES, LoraConfig
-from coserve.core import ConfigError
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED, NoBypass, linear_shapes
 from coserve.model.linear import FrozenLinear
@@ -24,6 +22,7 @@ from coserve.model.weights import ModelWeights
 from coserve.ops.run import Factor
 from coserve.ops.vocabulary import Vocabulary
 from coserve.peft.adapter import Adapter, Parameter, module_name, sites_with, targeted_modules
+from coserve.peft.patterns import by_pattern, require_matches
 
 V = TypeVar("V")
 
@@ -99,26 +98,20 @@ class LoraSite:
         return module_name(self.layer, self.site)
 
 
-def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """The entry whose key (a suffix of the path, or a regular expression) matches the module's name, as in PEFT."""
-    for key, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        except re.error as error:
-            raise ConfigError(f"pattern: {key!r} is no module name or regular expression ({error})", param="pattern") from error
-    return default
-
-
 def lora_layout(arch: Architecture, config: LoraConfig) -> tuple[LoraSite, ...]:
-    """The sites a config names, in layer order. Raises ConfigError for a target that matches no module."""
+    """The sites a config names, in layer order. Raises ConfigError for a target or a pattern that matches no module."""
     shapes = linear_shapes(arch)
     targets = LINEAR_SITES if config.target_modules == "all-linear" else config.target_modules
+    modules = targeted_modules(arch.num_layers, targets)
+    names = list(modules.values())
+    ranks, idle_ranks = by_pattern(config.rank_pattern, names, "rank_pattern")
+    alphas, idle_alphas = by_pattern(config.alpha_pattern, names, "alpha_pattern")
+    require_matches(idle_ranks, names, "rank_pattern")
+    require_matches(idle_alphas, names, "alpha_pattern")
     sites: list[LoraSite] = []
     offset = 0
-    for (layer, site), name in targeted_modules(arch.num_layers, targets).items():
-        rank = int(_by_pattern(config.rank_pattern, name, config.r))
-        alpha = _by_pattern(config.alpha_pattern, name, config.alpha)
+    for (layer, site), name in modules.items():
+        rank, alpha = ranks.get(name, config.r), alphas.get(name, config.alpha)
         num_out, num_in = shapes[site]
         scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         sites.append(LoraSite(layer, site, rank, scale, num_out, num_in, offset, config.use_dora))

@@ -6,6 +6,11 @@ from torch import Tensor
 
 from coserve.peft.adapter import Adapter, Parameter
 
+CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE = "adapter_config.json", "adapter_model.safetensors", "coserve.json"
+"""The files of an adapter's directory; ORIGIN_FILE is ours, and says which base the adapter was trained on."""
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE)
+BOTTLENECK = "COSERVE_BOTTLENECK"
+"""peft_type of bottleneck adapters, which PEFT doesn't have."""
 PREFIX = "base_model.model."
 SUFFIXES = {
     "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "dora": "lora_magnitude_vector",

@@ -87,9 +87,21 @@ class AdapterSlots:
             self._stacks[p.layer][p.name][slot] = 0
         self._free.append(slot)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._placed
+
+    def slot_of(self, key: Hashable) -> int:
+        """The slot of what is placed."""
+        return self._placed[key].slot
+
+    @property
+    def has_free(self) -> bool:
+        """Whether one more can be placed."""
+        return bool(self._free) or self.num_slots < self.max_slots
+
     @property
     def keys(self) -> tuple[Hashable, ...]:
-        """What is placed."""
+        """What is placed, in the order in which it was."""
         return tuple(self._placed)
 
     def factor(self, layer: int, name: str) -> Tensor | None:

@@ -20,7 +20,9 @@ from coserve.scheduler.deadlines import Deadlines
 from coserve.scheduler.fairness import TokenCounters
 from coserve.scheduler.latency import Contents, LatencyModel, PassCost, kind_of
 from coserve.scheduler.policies import Policy, Turn
+from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
+from coserve.scheduler.seats import FREE_SEATS
 from coserve.scheduler.turns import FairTurns
 from coserve.scheduler.units import Chosen, UnitPicker
 from coserve.scheduler.waiting import WaitingRequests, by_arrival, by_deadline, is_overdue
@@ -52,6 +54,9 @@ class HybridScheduler:
         self._waiting = WaitingRequests()
         self._turns = FairTurns()
         self._typical_prompt_s = 0.0
+        self.seats = FREE_SEATS
+        self._parked: dict[PrefixKey, dict[int, RequestState]] = {}
+        """Requests that wait for a seat, by the adapter version in their keys: out of the way of all others."""
         self._by_tenant: Counter[str] = Counter()
         self._number = 0
         self._contents: dict[int, Contents] = {}
@@ -83,9 +88,19 @@ class HybridScheduler:
         if request.running:
             del self._running[number]
             self.pool.free(number)
+            self.seats.unclaim(request, has_run=True)
         else:
             self._waiting.discard(request)
+            parked = self._parked.get(request.key, {})
+            if parked.pop(number, None) is not None and not parked:
+                del self._parked[request.key]
         return request
+
+    def unpark(self, adapter: str, version: int) -> None:
+        """Requests of an adapter version that waited for a seat may ask again, each in its tenant's order."""
+        for key in [key for key in self._parked if (key.adapter, key.version) == (adapter, version)]:
+            for request in self._parked.pop(key).values():
+                self._waiting.add(request)
 
     def add_job(self, job: JobWork) -> None:
         """A job may get units."""
@@ -111,7 +126,7 @@ class HybridScheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + sum(map(len, self._parked.values()))
 
     # --- one iteration ---
 
@@ -250,7 +265,7 @@ class HybridScheduler:
 
     def preempt(self, request: RequestState) -> None:
         """Takes a request's memory; it waits, and its tokens are computed again under the adapter version it began with."""
-        self._release(request)
+        self._release(request, has_run=True)
         request.preemptions += 1
         self.num_preemptions += 1
 
@@ -273,8 +288,8 @@ class HybridScheduler:
                 continue
             limit, most = self._limits(request, running, now, budget, late=late) if decode else (budget, budget)
             was_running = request.running
-            if not was_running:
-                self._admit(request)
+            if not was_running and not self._admit(request):
+                continue
             chunk = self._chunk(request, decode, spans, limit)
             wanted = self._even_part(request, self._chunk(request, decode, spans, most))
             chunk, short = min(chunk, wanted), limit < most and chunk < wanted
@@ -356,19 +371,25 @@ class HybridScheduler:
         left = request.total - request.computed
         return -(-left // -(-left // most)) if most else 0
 
-    def _admit(self, request: RequestState) -> None:
-        """A waiting request takes what the prefix cache has of it."""
+    def _admit(self, request: RequestState) -> bool:
+        """A waiting request takes its seat and what the prefix cache has of it; False if there is no seat."""
+        if not self.seats.claim(request):
+            self._waiting.discard(request)
+            self._parked.setdefault(request.key, {})[request.id] = request
+            return False
         prefix = request.tokens() if request.cacheable else []
         request.computed = request.cached_tokens = self.pool.acquire(request.id, request.key, prefix)
         request.running = True
         self._waiting.discard(request)
         self._running[request.id] = request
+        return True
 
-    def _release(self, request: RequestState) -> None:
+    def _release(self, request: RequestState, *, has_run: bool = False) -> None:
         self.pool.free(request.id)
         request.running, request.computed = False, 0
         del self._running[request.id]
         self._waiting.add(request)
+        self.seats.unclaim(request, has_run=has_run)
 
     def _chunk(self, request: RequestState, decode: Sequence[Span], spans: Sequence[Span], seconds: float) -> int:
         """The most tokens of a prompt whose pass is predicted to stay within `seconds`."""

@@ -1,7 +1,8 @@
 """Which model names there are, whose they are, and whether the engine holds the adapter behind one.
 
 Owns: names of the base and of adapters, loading an adapter into the engine when it is first asked for, the runtime routes'
-checks of directories. Does not own: how adapters come about (jobs/service.py), their rows (index/store.py).
+checks of directories. Does not own: how adapters come about (jobs/service.py), their rows (index/store.py), the copies of
+those from outside (shelf.py).
 
 An adapter's name in the engine is TENANT/NAME, so that tenants can use the same names.
 """
@@ -10,20 +11,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from coserve.core import ConfigError, CoserveError, InvalidRequest, NotFound
-from coserve.peft.endtokens import ENDS_FILE
-from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
+from coserve.peft.remarks import REMARK_FILES
+from coserve.peft.tensors import ADAPTER_FILES
 from coserve.server.errors import Forbidden
 from coserve.server.index.store import Store
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.records import AdapterRecord, now
 from coserve.server.settings import ServerConfig
+from coserve.server.shelf import AdapterShelf, Admitted
+from coserve.tokenizer import ChatTokenizer
 
 SHARED = ""
 """The tenant of --lora-modules: everybody."""
@@ -51,9 +55,13 @@ def engine_name(tenant: str, name: str) -> str:
 class ModelDirectory:
     """Rows that were looked up are kept: this process is the only writer. Methods that aren't coroutines are thread-safe."""
 
-    def __init__(self, store: Store, engine: EngineClient, config: ServerConfig) -> None:
-        """Makes the rows of --lora-modules agree with the configuration. Raises ConfigError for a directory without adapter."""
+    def __init__(
+        self, store: Store, engine: EngineClient, config: ServerConfig, tokenizer: ChatTokenizer | None = None
+    ) -> None:
+        """Checks the adapters of --lora-modules and makes their rows agree with the configuration. The engine must have been
+        started. Raises ConfigError that says what is wrong with one."""
         self._store, self._engine, self._config = store, engine, config
+        self._shelf = AdapterShelf(config.data_dir / "adapters", engine, config.max_lora_rank, tokenizer)
         self._started = now()
         self._records: dict[tuple[str, str], AdapterRecord] = {}
         self._loaded: dict[str, tuple[int, str]] = {}
@@ -106,16 +114,42 @@ class ModelDirectory:
         record = self.find_record(tenant, name) if known else await asyncio.to_thread(self.find_record, tenant, name)
         adapter = engine_name(record.tenant, name)
         async with self._locks.setdefault(adapter, asyncio.Lock()):
-            wanted = (self._engine.generation, record.directory)
-            if self._loaded.get(adapter) != wanted:
-                try:
+            if self._records.get((tenant, name)) is not record:  # replaced or unloaded while this waited
+                record = await asyncio.to_thread(self.find_record, tenant, name)
+                adapter = engine_name(record.tenant, name)
+            try:
+                record = await self._checked(record)
+                wanted = (self._engine.generation, record.directory)
+                if self._loaded.get(adapter) != wanted:
                     await self._engine.load_adapter(adapter, record.directory)
-                except (InvalidRequest, NotFound) as error:
-                    self._forget_row(record)
-                    _log.warning("adapter %s can't be loaded: %s", adapter, error)
-                    raise InvalidRequest(f"{name} can't be loaded: its files are missing or damaged", param="model") from error
-                self._loaded[adapter] = wanted
+                    self._loaded[adapter] = wanted
+            except (InvalidRequest, NotFound) as error:
+                self._forget_row(record)
+                _log.warning("adapter %s can't be loaded: %s", adapter, error)
+                raise InvalidRequest(
+                    f"{name} can't be loaded: {str(error).removeprefix('adapter: ')}", param="model"
+                ) from error
         return self._served(record)
+
+    async def _checked(self, record: AdapterRecord) -> AdapterRecord:
+        """The row of a copy on the shelf; one from before there was a shelf is checked now. Jobs' own need no check."""
+        if record.job is not None or self._shelf.holds(record.directory):
+            return record
+        return await asyncio.to_thread(self.find_files, record)
+
+    def find_files(self, record: AdapterRecord) -> AdapterRecord:
+        """The same row, of files that have passed the gate. Raises NotFound, InvalidRequest, CapacityError."""
+        if record.job is not None or self._shelf.holds(record.directory):
+            return record
+        admitted = self._shelf.admit(Path(record.directory))
+        self._report(record.name, admitted)
+        checked = dataclasses.replace(record, directory=admitted.directory)
+        self.add(checked)
+        return checked
+
+    def _report(self, name: str, admitted: Admitted) -> None:
+        for warning in admitted.warnings:
+            _log.warning("adapter %s: %s", name, warning)
 
     def note_loaded(self, record: AdapterRecord, generation: int) -> None:
         """The engine of that start has the adapter already: a job published it."""
@@ -126,9 +160,17 @@ class ModelDirectory:
         adapter = engine_name(tenant, name)
         self._loaded.pop(adapter, None)
         self._locks.pop(adapter, None)
+        held: list[str] | None = []
         if self._engine.ready:
+            held = None
             with contextlib.suppress(CoserveError):  # not there, or the engine has just died: gone either way
-                await self._engine.unload_adapter(adapter)
+                held = await self._engine.unload_adapter(adapter)
+        await self._sweep(held)
+
+    async def _sweep(self, held: Collection[str] | None) -> None:
+        """Deletes copies that nobody needs. held: directories of the engine's adapters; None: not known."""
+        if held is not None:
+            await asyncio.to_thread(self._shelf.sweep, held)
 
     # --- rows ---
 
@@ -153,22 +195,54 @@ class ModelDirectory:
             if record.tenant == SHARED and record.name not in given:
                 self._store.delete_adapter(SHARED, record.name)
         for name, directory in given.items():
-            if not (Path(directory) / CONFIG_FILE).is_file():
-                raise ConfigError(f"lora_modules: {name}: {directory} has no {CONFIG_FILE}", param="lora_modules")
+            try:
+                admitted = self._shelf.admit(Path(directory))
+            except (InvalidRequest, NotFound) as error:
+                reason = str(error).removeprefix("adapter: ")
+                raise ConfigError(f"lora_modules: {name}={directory}: {reason}", param="lora_modules") from error
+            self._report(name, admitted)
             self._store.put_adapter(
-                AdapterRecord(name=name, tenant=SHARED, directory=str(Path(directory).resolve()), created_at=self._started)
+                AdapterRecord(name=name, tenant=SHARED, directory=admitted.directory, created_at=self._started)
             )
+        self._shelf.keep_only(self._store.adapter_directories())
 
     # --- what /v1/load_lora_adapter and /v1/unload_lora_adapter do ---
 
-    async def load(self, tenant: str, name: str, path: str, *, replace: bool = False) -> None:
-        """Serves the adapter in a directory below the configured root. replace: an adapter of this name gets a new version.
+    async def load(self, tenant: str, name: str, path: str, *, replace: bool = False) -> tuple[str, ...]:
+        """Serves the adapter in a directory below the configured root; what its maker should know. replace: an adapter of this
+        name gets a new version; the old one stays if the new one can't be used.
 
-        Raises Forbidden, InvalidRequest.
+        Raises Forbidden, InvalidRequest, CapacityError.
         """
         directory = self._below_root(path)
         self._check_name(name)
-        existing = await asyncio.to_thread(self._store.find_adapter, tenant, name)
+        adapter = engine_name(tenant, name)
+        async with self._locks.setdefault(adapter, asyncio.Lock()):
+            existing = await asyncio.to_thread(self._find_loaded, tenant, name, replace)
+            try:
+                admitted = await self._shelf.admit_soon(directory)
+            except (InvalidRequest, NotFound) as error:
+                raise InvalidRequest(str(error), param="lora_path") from error
+            self._report(name, admitted)
+            generation = self._engine.generation
+            record = AdapterRecord(name=name, tenant=tenant, directory=admitted.directory, created_at=now())
+            try:
+                held = await self._engine.load_adapter(adapter, record.directory)
+                await asyncio.to_thread(self.add, record)
+            except BaseException as error:
+                self._shelf.retire(record.directory)
+                if isinstance(error, InvalidRequest | NotFound):
+                    raise InvalidRequest(str(error), param="lora_path") from error
+                raise
+            self.note_loaded(record, generation)
+            if existing is not None:
+                self._shelf.retire(existing.directory)
+        await self._sweep(held)
+        return admitted.warnings
+
+    def _find_loaded(self, tenant: str, name: str, replace: bool) -> AdapterRecord | None:
+        """The adapter that a loaded one replaces. Raises InvalidRequest where it must not."""
+        existing = self._store.find_adapter(tenant, name)
         if existing is not None and (existing.tenant != tenant or existing.job is not None):
             raise InvalidRequest(
                 f"lora_name: {name} is a model of a finetuning job or of --lora-modules; choose another name", param="lora_name"
@@ -177,14 +251,7 @@ class ModelDirectory:
             raise InvalidRequest(
                 f"lora_name: {name} has already been loaded; unload it first, or set load_inplace", param="lora_name"
             )
-        generation = self._engine.generation
-        record = AdapterRecord(name=name, tenant=tenant, directory=str(directory), created_at=now())
-        try:
-            await self._engine.load_adapter(engine_name(tenant, name), record.directory)
-        except (InvalidRequest, NotFound) as error:
-            raise InvalidRequest(str(error), param="lora_path") from error
-        await asyncio.to_thread(self.add, record)
-        self.note_loaded(record, generation)
+        return existing
 
     async def unload(self, tenant: str, name: str) -> None:
         """Takes back what `load` did. Raises NotFound, Forbidden."""
@@ -199,6 +266,7 @@ class ModelDirectory:
                 f"lora_name: {name} is the model of a finetuning job; DELETE /v1/models/{name} deletes it", param="lora_name"
             )
         await asyncio.to_thread(self.remove, record)
+        self._shelf.retire(record.directory)
         await self.drop_loaded(tenant, name)
 
     def _check_name(self, name: str) -> None:
@@ -218,8 +286,7 @@ class ModelDirectory:
         root = Path(self._config.adapter_root).resolve()
         try:
             directory = (root / path).resolve()
-            names = (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE, ENDS_FILE)
-            places = [directory, *((directory / name).resolve() for name in names)]
+            places = [directory, *((directory / name).resolve() for name in (*ADAPTER_FILES, *REMARK_FILES))]
             inside = all(place.is_relative_to(root) for place in places)
             there = inside and directory.is_dir()
         except (OSError, RuntimeError) as error:  # too long a name, a circle of links

@@ -47,7 +47,7 @@ FLAGS: Mapping[str, Flag] = {
     "--disable-log-stats": Flag(None, "metrics are always at /metrics, and never logged"),
     "--enforce-eager": Flag(None, "CUDA graphs can't be turned off"),
     "--trust-remote-code": Flag(None, "code that comes with a model is never run"),
-    "--max-cpu-loras": Flag((), "adapters are kept in memory up to --max-loras"),
+    "--max-cpu-loras": Flag((), "adapters are kept in memory up to --max-loras, others on disk"),
     "--fully-sharded-loras": Flag(None, _ONE_PROCESS),
     "--scheduling-policy": Flag((), "the next request is the least served tenant's; see --policy for who gets the time"),
     "--max-num-queued-tokens": Flag((), "limit the queue with --max-num-queued-reqs"),

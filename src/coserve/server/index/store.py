@@ -256,6 +256,11 @@ class Store:
         with self._database.read() as connection:
             return _records(AdapterRecord, connection.execute(query).all())
 
+    def adapter_directories(self) -> set[str]:
+        """Where the adapters of all tenants lie."""
+        with self._database.read() as connection:
+            return set(connection.execute(select(adapters.c.directory)).scalars())
+
     def delete_adapter(self, tenant: str, name: str) -> None:
         """Raises NotFound, also for everybody's where tenant isn't ''."""
         with self._database.write() as connection:

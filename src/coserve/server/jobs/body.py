@@ -5,14 +5,13 @@ Owns: which fields there are, what is said about one that isn't known. Does not 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
-from coserve.config import AUTO, Activation, AdapterKind, Compression, Placement
+from coserve.config import AUTO, Activation, AdapterKind, Compression, Placement, is_number
 from coserve.core import InvalidRequest
 from coserve.server.handlers import field_name
 from coserve.server.jobs.hints import FieldHints
@@ -25,7 +24,7 @@ _MAX_METADATA, _MAX_KEY, _MAX_VALUE = 16, 64, 512
 def _number_or_auto(value: Any) -> int | float | str:
     if value is None or value == AUTO:
         return AUTO
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 < value <= _LIMIT:
+    if is_number(value) and 0 < value <= _LIMIT:
         return value
     raise PydanticCustomError("number", "must be a positive number or 'auto'")
 

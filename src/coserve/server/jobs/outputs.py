@@ -23,8 +23,8 @@ from coserve.core import CoserveError, InvalidRequest, NotFound
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.finetune.job import MetricsTable, StepRow
 from coserve.peft.described import described_adapter
-from coserve.peft.endtokens import ENDS_FILE
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
+from coserve.peft.remarks import GENERATION_FILE
 from coserve.server.index.disk import storage_errors
 from coserve.server.index.files import FINE_TUNE, FileService
 from coserve.server.index.store import Store
@@ -78,7 +78,7 @@ class JobOutputs:
                     shutil.copyfile(source / name, target / name)
             except FileNotFoundError as error:
                 raise NotFound("model: the files of this adapter are gone", param="model") from error
-            for name in (ORIGIN_FILE, ENDS_FILE):
+            for name in (ORIGIN_FILE, GENERATION_FILE):
                 if (source / name).is_file():
                     shutil.copyfile(source / name, target / name)
 

@@ -88,7 +88,8 @@ class JobService:
         model = await asyncio.to_thread(self._models.find, tenant, body.model)
         source = None
         if model.adapter is not None:
-            source = Path((await asyncio.to_thread(self._models.find_record, tenant, body.model)).directory)
+            found = await asyncio.to_thread(self._models.find_record, tenant, body.model)
+            source = Path((await asyncio.to_thread(self._models.find_files, found)).directory)
         continued = None if source is None else await asyncio.to_thread(self._outputs.continued, source)
         spec = read_spec(body, self._config, self._engine.info.max_model_len, continued)
         record = JobRecord(

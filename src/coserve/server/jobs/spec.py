@@ -21,6 +21,7 @@ from coserve.config import (
     Objective,
     OptimizerConfig,
     settled,
+    shown,
 )
 from coserve.configdata import adapter_of_kind
 from coserve.core import ConfigError, InvalidRequest
@@ -214,7 +215,8 @@ def _check_targets(settings: Mapping[str, Any]) -> None:
                 near = difflib.get_close_matches(name, LINEAR_SITES, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise InvalidRequest(
-                    f"{field}: there is no {name[:64]!r}; known: {', '.join(LINEAR_SITES)}{hint}", param=field
+                    f"{field}: no module is called {shown(target)}, and expressions are not taken in a list; known: "
+                    f"{', '.join(LINEAR_SITES)}{hint}", param=field,
                 )
 
 

@@ -375,13 +375,16 @@ class EngineClient:
         if self._streams.pop(stream.id, None) is not None:
             self._send(Cancel(id=stream.id))
 
-    async def load_adapter(self, name: str, directory: str) -> None:
-        """A newer version, if the name exists. Raises what the engine raises."""
-        await self._call(lambda call: LoadAdapter(call=call, name=name, directory=directory))
+    async def load_adapter(self, name: str, directory: str) -> list[str]:
+        """A newer version, if the name exists. Returns the directories that adapters may still be read from. Raises what the
+        engine raises."""
+        held: list[str] = await self._call(lambda call: LoadAdapter(call=call, name=name, directory=directory))
+        return held
 
-    async def unload_adapter(self, name: str) -> None:
-        """Requests that use it go on. Raises what the engine raises."""
-        await self._call(lambda call: UnloadAdapter(call=call, name=name))
+    async def unload_adapter(self, name: str) -> list[str]:
+        """Requests that use it go on. Returns and raises as `load_adapter`."""
+        held: list[str] = await self._call(lambda call: UnloadAdapter(call=call, name=name))
+        return held
 
     async def start_job(self, **fields: Any) -> None:
         """fields: StartJob's, without `call`. Returns when the job may get units. Raises what the engine raises."""

@@ -92,9 +92,11 @@ class EngineHost:
                 self._cancel(message.id)
             case LoadAdapter(call=call, name=name, directory=directory):
                 seconds = _LOAD_S + num_bytes(Path(directory)) / _LOAD_BYTES_PER_S
-                self._call(call, lambda: self._engine.load_adapter(name, directory), f"load adapter {name}", seconds)
+                self._change_adapters(
+                    call, lambda: self._engine.load_adapter(name, directory), f"load adapter {name}", seconds
+                )
             case UnloadAdapter(call=call, name=name):
-                self._call(call, lambda: self._engine.unload_adapter(name), f"unload adapter {name}")
+                self._change_adapters(call, lambda: self._engine.unload_adapter(name), f"unload adapter {name}")
             case StartJob():
                 with self._lock:
                     self._jobs[message.id] = None
@@ -124,6 +126,13 @@ class EngineHost:
             self._post(reply)
 
         self._pool.submit(run)
+
+    def _change_adapters(self, number: int, change: Callable[[], None], what: str, seconds: float = 0.0) -> None:
+        def work() -> list[str]:
+            change()
+            return self._engine.adapter_directories
+
+        self._call(number, work, what, seconds)
 
     def _stats(self) -> dict[str, Any]:
         for _ in range(_READS):

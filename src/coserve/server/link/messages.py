@@ -50,7 +50,8 @@ class Cancel(Message, frozen=True, kw_only=True):
 
 
 class LoadAdapter(Message, frozen=True, kw_only=True):
-    """An adapter in PEFT's format, under a name; a newer version of it if the name exists."""
+    """An adapter that has passed the gate, under a name; a newer version of it if the name exists. The reply's value: the
+    directories that adapters may still be read from."""
 
     call: int
     name: str
@@ -58,7 +59,7 @@ class LoadAdapter(Message, frozen=True, kw_only=True):
 
 
 class UnloadAdapter(Message, frozen=True, kw_only=True):
-    """Requests that use it go on."""
+    """Requests that use it go on. The reply's value as of LoadAdapter."""
 
     call: int
     name: str

@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.background import BackgroundTask
 
 from coserve.core import NotFound
-from coserve.peft.endtokens import ENDS_FILE
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
+from coserve.peft.remarks import GENERATION_FILE
 from coserve.server.errors import Forbidden
 from coserve.server.index.files import storage_errors
 from coserve.server.inference.bodies import json_reader, openapi_body, validate
@@ -58,9 +58,10 @@ UnloadBody = Annotated[UnloadAdapterBody, Depends(_read_unload)]
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse, openapi_extra=openapi_body(LoadAdapterBody))
 async def load_adapter(services: Served, tenant: Tenant, body: LoadBody) -> str:
-    """Serves the adapter in a directory below --adapter-root."""
-    await services.models.load(tenant, body.lora_name, body.lora_path, replace=body.load_inplace)
-    return f"Success: LoRA adapter '{body.lora_name}' added successfully"
+    """Serves the adapter in a directory below --adapter-root. What its maker should know follows, a line each."""
+    warnings = await services.models.load(tenant, body.lora_name, body.lora_path, replace=body.load_inplace)
+    done = f"Success: LoRA adapter '{body.lora_name}' added successfully"
+    return "\n".join((done, *(f"Warning: {warning}" for warning in warnings)))
 
 
 @router.post("/unload_lora_adapter", response_class=PlainTextResponse, openapi_extra=openapi_body(UnloadAdapterBody))
@@ -78,7 +79,7 @@ def download_adapter(model: str, services: Served, tenant: Tenant) -> FileRespon
     record = services.models.find_record(tenant, model)
     if record.tenant != tenant:
         raise Forbidden(f"model: {model} is not an adapter of yours", param="model")
-    archive = _archive(Path(record.directory))
+    archive = _archive(Path(services.models.find_files(record).directory))
     name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in model)
     afterwards = BackgroundTask(os.unlink, archive)
     return FileResponse(archive, media_type="application/zip", filename=f"{name}.zip", background=afterwards)
@@ -99,7 +100,7 @@ def _archive(directory: Path) -> str:
             with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for name in (CONFIG_FILE, WEIGHTS_FILE):
                     archive.write(directory / name, name)
-                for name in (ORIGIN_FILE, ENDS_FILE):
+                for name in (ORIGIN_FILE, GENERATION_FILE):
                     if (directory / name).is_file():
                         archive.write(directory / name, name)
         except FileNotFoundError as error:
