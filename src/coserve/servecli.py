@@ -62,6 +62,9 @@ def serve(
     api_key: Annotated[list[str] | None, typer.Option(help="Key of the default tenant; repeatable.")] = None,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name of the base model; repeatable.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")] = None,
+    allow_control_tokens: Annotated[
+        bool | None, typer.Option("--allow-control-tokens", help="Control tokens written out in messages count.")
+    ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Requests that run at once (64).")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Inference rows per iteration (2048).")] = None,
     max_num_queued_reqs: Annotated[int | None, typer.Option(help="Requests that may wait (4096).")] = None,

@@ -18,6 +18,7 @@ RANKS: Mapping[str, float] = {
     "core": 0,
     "config": 0.5,  # the design gives both 0; a ConfigError is one of core's errors, so config stands on core
     "configdata": 0.7,  # reads and writes what config declares
+    "chat": 0.8,  # conversations as text; the tokenizer stands on it
     "tokenizer": 1, "parallel": 1, "kernels": 1,
     "textstream": 1.5,  # stands on the tokenizer's incremental detokenizer
     "ops": 2,

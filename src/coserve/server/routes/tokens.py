@@ -46,7 +46,7 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> dict
     if body.messages is not None:
         tokens = await conversation_prompt(
             services.tokenizer, body.messages, limit=limit, add_generation_prompt=body.add_generation_prompt is not False,
-            add_special_tokens=bool(body.add_special_tokens),
+            add_special_tokens=bool(body.add_special_tokens), allow_control_tokens=services.config.allow_control_tokens,
         )
     elif body.prompt:
         special = body.add_special_tokens is not False
