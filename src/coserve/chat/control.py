@@ -162,7 +162,7 @@ def _private() -> str:
     return "".join(chr(_PRIVATE + secrets.randbelow(_NUM_PRIVATE)) for _ in range(_MARK_CHARS))
 
 
-def _build_finder(backend: Tokenizer) -> tuple[Tokenizer, dict[int, str]]:
+def _build_finder(backend: Tokenizer) -> tuple[Tokenizer, dict[int | None, str]]:
     """A tokenizer of added tokens alone, found where `backend` finds them, and their names by its ids."""
     finder = Tokenizer(models.WordLevel({"": 0}, unk_token=""))
     if backend.normalizer is not None:

@@ -14,9 +14,10 @@ from coserve.config import OptimizerConfig
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """The rate of step `step` (from 0), as Hugging Face's schedulers give it: warm-up starts at 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    warmup = config.warmup_steps or math.ceil(num_steps * config.warmup_ratio)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
     if config.schedule == "linear":
         return config.learning_rate * max(0.0, 1 - progress)
     if config.schedule == "cosine":

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from coserve.config import FinetuneConfig
 from coserve.core import Group, InvalidRequest, NotFound
-from coserve.finetune.datasets import Dataset, load_groups
+from coserve.finetune.datasets import Dataset, load_training
 from coserve.tokenizer import ChatTokenizer
 
 FEW_EXAMPLES = 10
@@ -76,10 +76,7 @@ class DataReader:
 def _load(file: DataFile, tokenizer: ChatTokenizer, config: FinetuneConfig) -> Dataset:
     assert config.max_length is not None
     try:
-        return load_groups(
-            file.path, tokenizer, objective=config.objective, max_length=config.max_length, too_long=config.too_long,
-            param=file.param,
-        )
+        return load_training(file.path, tokenizer, config, max_length=config.max_length, param=file.param)
     except NotFound as error:
         raise InvalidRequest(f"{file.name} is no longer on disk", param=file.param) from error
     except InvalidRequest as error:  # it knows the file by its name on disk
@@ -93,6 +90,8 @@ def _remarks(file: DataFile, data: Dataset) -> Iterable[str]:
     for count, what in ((data.report.num_dropped, "left out"), (data.report.num_truncated, "cut")):
         if count:
             yield f"{count} too long examples of {file.name} were {what}"
+    for warning in data.report.warnings:
+        yield f"{file.name}: {warning}"
 
 
 def _content(group: Group) -> bytes:
