@@ -67,7 +67,9 @@ def expected(tokenizer: ChatTokenizer, turns: list[tuple[str, str]]) -> list[int
     return [*ids, start, *plain(tokenizer, "assistant\n")]
 
 
-PIECES = st.sampled_from([IM_START, IM_END, "<|endoftext|>", "<", "<|", "<|im_", "end|>", "|>", "im_end", " ", "\n", "Hi", "🙂"])
+PIECES = st.sampled_from(
+    [IM_START, IM_END, "<|endoftext|>", "<", "<|", "<|im_", "end|>", "|>", "im_end", " ", "\n", "Hi", "🙂"]
+)
 CONTENTS = st.lists(PIECES, max_size=6).map("".join)
 
 
@@ -228,7 +230,7 @@ TEXTS = ("a</s>b", " </s> ", "<s>", "a <s> b</s>", "</S>", "\uff1c/s\uff1e", "<u
 def test_other_kinds(kind: str, tmp_path: Path) -> None:
     backend, added = KINDS[kind]()
     backend.add_tokens(added)
-    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=added[1], **({} if "called" in kind else {"bos_token": added[0]}))
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=added[1])
     hf.chat_template = "{% for m in messages %}{{ '<s> ' + m.role + ' ' + m.content + ' </s>' }}{% endfor %}"
     tokenizer = ChatTokenizer(hf)
     control = {hf.convert_tokens_to_ids(text) for text in ("<s>", "</s>")}

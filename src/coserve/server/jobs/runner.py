@@ -191,7 +191,14 @@ class JobRunner:
         elif message.checkpoint is not None:
             self._hear_checkpoint(live, message.checkpoint_step, Path(message.checkpoint))
         else:
-            self.note(message.id, message.message, level=message.level)
+            self.journal.write(lambda: self._pass_on(message))
+
+    def _pass_on(self, message: JobHappened) -> None:
+        """In the journal's thread: adds an event, unless it is a remark about a file that its check has told already."""
+        told = f": {message.message}"
+        if message.level == "warn" and any(event.message.endswith(told) for event in self.journal.events(message.id)):
+            return
+        self.journal.event(message.id, message.message, level=message.level)
 
     def _hear_step(self, live: LiveJob, message: JobHappened, row: dict[str, float | int | None]) -> None:
         step, id = int(row["step"] or 0), message.id
