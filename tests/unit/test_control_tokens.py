@@ -219,11 +219,16 @@ KINDS: dict[str, Callable[[], tuple[Tokenizer, list[AddedToken]]]] = {
     "unigram, no prefix": lambda: (unigram("never"), special()),
     "white space swallowed": lambda: (byte_level(), special(lstrip=True, rstrip=True)),
     "whole words only": lambda: (byte_level(), special(single_word=True)),
+    "one character": lambda: (byte_level(), [*special(), AddedToken("#", special=True, normalized=False)]),
+    "one in another": lambda: (byte_level(), [*special(), AddedToken("</</s>", special=True, normalized=False)]),
     "not called special": lambda: (byte_level(), special(special=False)),
     "normalized, lower case": lambda: (byte_level(normalizers.Lowercase()), special(special=False, normalized=True)),
     "normalized, NFKC": lambda: (byte_level(normalizers.NFKC()), special(normalized=True)),
 }
-TEXTS = ("a</s>b", " </s> ", "<s>", "a <s> b</s>", "</S>", "\uff1c/s\uff1e", "<unk>!", "plain", "<", "a</", "</s</s>>")
+TEXTS = (
+    "a</s>b", " </s> ", "<s>", "a <s> b</s>", "</S>", "\uff1c/s\uff1e", "<unk>!", "plain", "<", "a</", "</s</s>>", "#",
+    "</</s></s>", "#<s>#",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -233,7 +238,7 @@ def test_other_kinds(kind: str, tmp_path: Path) -> None:
     hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=added[1])
     hf.chat_template = "{% for m in messages %}{{ '<s> ' + m.role + ' ' + m.content + ' </s>' }}{% endfor %}"
     tokenizer = ChatTokenizer(hf)
-    control = {hf.convert_tokens_to_ids(text) for text in ("<s>", "</s>")}
+    control = {hf.convert_tokens_to_ids(token.content) for token in added if token.content != "<unk>"}
     for text in TEXTS:
         messages = [*user(text), {"role": "assistant", "content": text}]
         ids = tokenizer.encode_chat(messages, add_generation_prompt=False)

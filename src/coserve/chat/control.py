@@ -1,9 +1,9 @@
 """Control tokens that a user writes out in a text: kept plain text, while those that the chat template writes stay tokens.
 
     content         a<|end|>b                          what a user sent
-    mark            a<|end|>b, its control text cut    before the template sees it: every character followed by a mark
-    render          <|user|>a<|end|>b<|end|>           the template trims, splits and joins it like any other text
-    settle          <|user|> and the last <|end|> are whole, so they are the template's: they get other names, and marks go
+    mark            aXb                                before the template sees it: X, a mark, stands for the control text
+    render          <|user|>aXb<|end|>                 the template trims, splits and joins it like any other text
+    settle          <|USER|>a<|end|>b<|END|>           what the template wrote gets other names, X is what it stands for
     encode          by a copy of the tokenizer that knows control tokens by those other names only
 
 The marks and the other names are random private-use characters, made once per tokenizer, so that no text can hold them. The
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import re
 import secrets
 import threading
 from collections.abc import Callable, Collection
@@ -28,6 +29,8 @@ from coserve.core import InvalidRequest
 
 _PRIVATE, _NUM_PRIVATE = 0x100000, 0xFFFE
 """The second plane of private-use characters."""
+_NUMBERS = 0xF0000
+"""The first plane: a mark's last character is the number of a control token from here on."""
 _MARK_CHARS = 3
 
 
@@ -57,7 +60,11 @@ class ControlTexts:
         self._backend = backend
         self._names = frozenset(name for name in names if not name.isspace())
         self._unknown = unknown
-        self._mark, self._rename = _private(), _private()
+        self._listed = sorted(self._names)
+        self._numbers = {name: number for number, name in enumerate(self._listed)}
+        self._mark, self._cut, self._rename = _private(), _private(), _private()
+        last = chr(_NUMBERS + max(0, len(self._listed) - 1))
+        self._marks = re.compile(f"{self._mark}([{chr(_NUMBERS)}-{last}])|{self._cut}")
         self._starts = frozenset(name[:n] for name in self._names for n in range(1, len(name)))
         self._longest = max(map(len, self._names), default=0)
         self._finder, self._by_id = _build_finder(backend)
@@ -69,28 +76,36 @@ class ControlTexts:
         return bool(self._find(text))
 
     def mark(self, text: str) -> str:
-        """The text with its control texts cut, for the template."""
-        pieces, last = [], 0
-        for found in self._find(text):
-            pieces += [text[last : found.start], self._mark.join(text[found.start : found.end]), self._mark]
-            last = found.end
-        text = "".join([*pieces, text[last:]])
+        """The text with marks for its control texts, for the template. Raises InvalidRequest where that is no use."""
+        found = self._find(text)
+        if found:
+            text = _edit(text, [(item.start, item.end, self._placeholder(text[item.start : item.end])) for item in found])
+            if self._find(text):
+                raise _not_copied()
         body = text.rstrip()  # a control text that only begins here might end in what the template puts behind
         if any(body[-n:] in self._starts for n in range(1, min(self._longest, len(body) + 1))):
-            return body + self._mark + text[len(body) :]
+            return body + self._cut + text[len(body) :]
         return text
+
+    def _placeholder(self, surface: str) -> str:
+        """surface: a control text; it isn't its token's name where the tokenizer normalizes texts."""
+        number = self._numbers.get(surface)
+        return self._cut.join([*surface, ""]) if number is None else self._mark + chr(_NUMBERS + number)
 
     def unmark(self, text: str) -> str:
         """The text as it was before `mark`."""
-        return text.replace(self._mark, "")
+        return self._marks.sub(lambda match: self._restored(match[1]), text)
+
+    def _restored(self, number: str | None) -> str:
+        """What a mark stands for; nothing for a cut."""
+        return "" if number is None else self._listed[ord(number) - _NUMBERS]
 
     def settle(self, rendered: str) -> Settled:
         """What to tokenize, of a text rendered from marked content."""
-        if self._mark not in rendered:
+        edits = [(match.start(), match.end(), self._restored(match[1])) for match in self._marks.finditer(rendered)]
+        if not edits:
             return Settled(rendered, False, 0, lambda position: position)
-        own, clean = self._find(rendered), self.unmark(rendered)
-        edits = [(at, at + len(self._mark), "") for at in _occurrences(rendered, self._mark)]
-        place = _mover(edits)
+        own, clean, place = self._find(rendered), _edit(rendered, edits), _mover(edits)
         if [(place(found.start), place(found.end)) for found in own] == [found[:2] for found in self._find(clean)]:
             return Settled(clean, False, 0, place)
         edits = sorted([*edits, *((found.start, found.end, self._renamed(found.name)) for found in own)])
@@ -173,14 +188,6 @@ def _build_finder(backend: Tokenizer) -> tuple[Tokenizer, dict[int | None, str]]
         for token in added
     ])
     return finder, {finder.token_to_id(token.content): token.content for token in added}
-
-
-def _occurrences(text: str, part: str) -> list[int]:
-    found, at = [], text.find(part)
-    while at >= 0:
-        found.append(at)
-        at = text.find(part, at + len(part))
-    return found
 
 
 def _edit(text: str, edits: list[tuple[int, int, str]]) -> str:
