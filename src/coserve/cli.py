@@ -34,6 +34,7 @@ from coserve.peft.described import described_adapter
 from coserve.plancli import add_plan
 from coserve.plots import loss_curve
 from coserve.servecli import add_commands
+from coserve.tokenizer import TextRules
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
 app.add_typer(bench_app, name="bench")
@@ -249,9 +250,15 @@ def finetune_command(
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest example in tokens.")] = None,
     too_long: Annotated[str | None, typer.Option(help="Longer examples: error, drop or truncate.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate (2e-4; less for dpo).")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="keep, or merge: put into the first user turn (keep).")] = None,
+    allow_control_tokens: Annotated[
+        bool | None, typer.Option("--allow-control-tokens", help="Control tokens written out in the data count.")
+    ] = None,
+    template_date: Annotated[str | None, typer.Option(help="Today for chat templates, YYYY-MM-DD (the start's day).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate (auto: by the model's width).")] = None,
     schedule: Annotated[str | None, typer.Option(help="constant, linear or cosine.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
+    warmup_ratio: Annotated[float | None, typer.Option(help="The same as a share of all steps.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Gradient clipping; 0 turns it off (1.0).")] = None,
     kind: Annotated[str | None, typer.Option(help=f"Kind of adapter: {', '.join(ADAPTERS)} (lora).")] = None,
@@ -280,7 +287,9 @@ def finetune_command(
         "objective": objective, "dpo_beta": dpo_beta, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
         "max_microbatch_tokens": max_microbatch_tokens, "window_tokens": window_tokens, "activation_memory": activation_memory,
         "activation_compression": activation_compression, "max_length": max_length, "too_long": too_long,
-        "learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup_steps, "weight_decay": weight_decay,
+        "system_prompt": system_prompt, "allow_control_tokens": allow_control_tokens, "template_date": template_date,
+        "learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup_steps, "warmup_ratio": warmup_ratio,
+        "weight_decay": weight_decay,
         "max_grad_norm": max_grad_norm, "r": rank, "alpha": alpha, "dropout": dropout,
         "target_modules": _targets(target_modules), "use_rslora": use_rslora, "seed": seed,
         "feedforward_modules": _targets(feedforward_modules), "size": size, "placement": placement, "activation": activation,
@@ -318,6 +327,9 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    allow_control_tokens: Annotated[
+        bool, typer.Option("--allow-control-tokens", help="Control tokens written out in what you type count.")
+    ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
@@ -328,7 +340,7 @@ def chat(
     tuned = loaded.load_adapter(adapter, warn=_warn) if adapter is not None else None
     generator, ends = Generator(loaded, tuned), loaded.end_token_ids.union(() if tuned is None else tuned.end_token_ids)
     start = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
+    messages, rules = list(start), TextRules(allow_control_tokens=allow_control_tokens)
     while True:
         try:
             line = console.input("[bold]> [/bold]") if console.is_terminal else input()
@@ -339,7 +351,7 @@ def chat(
         messages.append({"role": "user", "content": line})
         pieces: list[str] = []
         try:
-            prompt = loaded.tokenizer.encode_chat(messages)
+            prompt = loaded.tokenizer.encode_chat(messages, rules=rules)
             stream = IncrementalDetokenizer(loaded.tokenizer, context=prompt)
 
             def show(_: int, token: int, stream: IncrementalDetokenizer = stream, pieces: list[str] = pieces) -> None:

@@ -6,6 +6,7 @@ Owns: names, units, defaults and the checks that need no model. Nothing here is 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ LINEAR_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 Objective = Literal["sft", "dpo"]
 Schedule = Literal["constant", "linear", "cosine"]
 TooLong = Literal["error", "drop", "truncate"]
+SystemPrompt = Literal["keep", "merge"]
 Placement = Literal["houlsby", "pfeiffer"]
 Activation = Literal["relu", "gelu"]
 Compression = Literal["none", "lossless", "fp8"]
@@ -142,6 +144,13 @@ def check_pattern(field: str, pattern: Any) -> None:
             require(good, field, f"alpha of {shown(name)} must be positive and at most {MAX_SETTING:g}, got {shown(value)}")
 
 
+def _is_date(value: object) -> bool:
+    try:
+        return isinstance(value, str) and datetime.date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
     """A LoRA adapter, in PEFT's words (r, lora_alpha, lora_dropout, target_modules, ...)."""
@@ -236,6 +245,8 @@ class OptimizerConfig:
     """After warm-up: constant, linear to 0 at the last step, or a half cosine to 0."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly from 0."""
+    warmup_ratio: float = 0.0
+    """The same as a share of all steps, in [0, 1], instead of `warmup_steps`."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -250,6 +261,8 @@ class OptimizerConfig:
         require_positive(self, "learning_rate", "eps")
         require_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm")
         require_most(self, MAX_SETTING, "learning_rate", "eps", "weight_decay", "max_grad_norm")
+        require(0 <= self.warmup_ratio <= 1, "warmup_ratio", f"must be in [0, 1], got {self.warmup_ratio}")
+        require(not (self.warmup_steps and self.warmup_ratio), "warmup_ratio", "give it or warmup_steps, not both")
         require_least(self, 1, "slice_elements")
         require(self.schedule in ("constant", "linear", "cosine"), "schedule",
                 f"must be constant, linear or cosine, got {self.schedule!r}")
@@ -295,6 +308,12 @@ class FinetuneConfig:
     """Longest example in tokens; default: `max_microbatch_tokens` or the model's limit, whichever is less."""
     too_long: TooLong = "error"
     """What happens to an example that is longer: refused, left out, or cut at the end."""
+    system_prompt: SystemPrompt = "keep"
+    """merge: system messages become the beginning of the next user turn, for chat templates that refuse them."""
+    allow_control_tokens: bool = False
+    """Control tokens that a text of the data writes out are control tokens, not plain text."""
+    template_date: str | None = None
+    """What chat templates that write today's date are told, as YYYY-MM-DD; None: the day on which the job begins."""
     shuffle: bool = True
     """A new order each epoch, from `seed`; False keeps the file's order."""
     seed: int = 0
@@ -326,6 +345,11 @@ class FinetuneConfig:
                 f"must be none, lossless or fp8, got {self.activation_compression!r}")
         require(self.too_long in ("error", "drop", "truncate"), "too_long",
                 f"must be error, drop or truncate, got {self.too_long!r}")
+        require(self.system_prompt in ("keep", "merge"), "system_prompt", f"must be keep or merge, got {self.system_prompt!r}")
+        require(isinstance(self.allow_control_tokens, bool), "allow_control_tokens",
+                f"must be true or false, got {self.allow_control_tokens!r}")
+        require(self.template_date is None or _is_date(self.template_date), "template_date",
+                f"write it as YYYY-MM-DD, got {self.template_date!r}")
 
     @property
     def adapter(self) -> AdapterConfig:

@@ -69,6 +69,9 @@ def serve(
     allowed_origins: Annotated[list[str] | None, typer.Option(help="Website that may use the server; repeatable.")] = None,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name of the base model; repeatable.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")] = None,
+    allow_control_tokens: Annotated[
+        bool | None, typer.Option("--allow-control-tokens", help="Control tokens written out in messages count.")
+    ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Requests that run at once (64).")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Inference rows per iteration (2048).")] = None,
     max_num_queued_reqs: Annotated[int | None, typer.Option(help="Requests that may wait (4096).")] = None,

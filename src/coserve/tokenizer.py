@@ -10,36 +10,64 @@ The trained part of an assistant turn is what a model has to produce after `enco
     |-- messages[:1] + generation prompt -|         |
     |-- messages[:2] -----------------------------------|
                                           |trained-|       up to the end-of-turn token, not the white space after it
+
+Control tokens that a message writes out (an end-of-turn marker in a user's text) are plain text, in requests and in training
+alike, unless `TextRules.allow_control_tokens` says otherwise; see chat/control.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from coserve.chat.control import ControlTexts, Settled
+from coserve.chat.template import PROBE, ChatTemplate, Message, one_line
 from coserve.core import InvalidRequest, NotFound
 from coserve.tokenbytes import TokenBytes
-
-Message = Mapping[str, Any]
-"""A chat message: role, content, possibly name, and for an assistant possibly `weight` (0: not trained)."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 EXACT_KEY = "coserve_exact"
 """In tokenizer_config.json: tokenizer.json is the whole truth. For some families AutoTokenizer replaces parts of it."""
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PROBE = "coserve-probe"
 
 
 def _is_exact(directory: Path) -> bool:
     config = directory / "tokenizer_config.json"
     return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get(EXACT_KEY))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRules:
+    """How texts are read. allow_control_tokens: whether a control token that a text writes out is one. now: the time that chat
+    templates are told which write today's date; None: the machine's clock."""
+
+    allow_control_tokens: bool = False
+    now: datetime | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Notes:
+    """What a user should know about examples that were encoded. last_turn_only: conversations of which only the last assistant
+    turn is trained, as the template renders earlier ones otherwise; control_texts: texts with control tokens written out, which
+    were taken as plain text."""
+
+    last_turn_only: int = 0
+    control_texts: int = 0
+
+
+class _Rendered(NamedTuple):
+    """A conversation as text, contents marked (see chat/control.py), and what of it is trained: ranges [start, end)."""
+
+    text: str
+    spans: list[tuple[int, int]]
 
 
 class ChatTokenizer:
@@ -60,7 +88,7 @@ class ChatTokenizer:
         self.special_tokens = {token.content: index for index, token in special.items() if token.content}
         self.token_bytes = TokenBytes(hf_tokenizer)
         bos = self._hf.bos_token_id
-        self._bos = [bos] if bos is not None and self.encode("a", add_special_tokens=True)[:1] == [bos] else []
+        self._bos: list[int] = [bos] if bos is not None and self.encode("a", add_special_tokens=True)[:1] == [bos] else []
         alone = self.encode("a")
         self._adds_prefix_space = self.decode(alone + alone) == "a a"
 
@@ -78,7 +106,7 @@ class ChatTokenizer:
             reader = PreTrainedTokenizerFast if _is_exact(directory) else AutoTokenizer
             hf_tokenizer = reader.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # the libraries below raise plain Exception for a damaged file
-            message = f"the tokenizer in {directory} can't be read: {_one_line(error)}"
+            message = f"the tokenizer in {directory} can't be read: {one_line(error)}"
             raise InvalidRequest(message, param="model") from error
         return cls(hf_tokenizer)
 
@@ -109,6 +137,22 @@ class ChatTokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)
 
+    @property
+    def knows_developer(self) -> bool:
+        """Whether the chat template has a developer role of its own; else such messages are given as the system's."""
+        return self.has_chat_template and self._template.knows_developer
+
+    @property
+    def takes_system(self) -> bool:
+        """Whether the chat template renders system messages."""
+        return self.has_chat_template and self._template.takes_system
+
+    def prepare_control_texts(self) -> None:
+        """Does ahead of time what the first message with a control token written out needs. For a tokenizer of 150,000 tokens
+        that takes about a second."""
+        with contextlib.suppress(InvalidRequest):  # such messages will be refused, others not
+            self._controls.prepare()
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Special tokens written out in `text` become special tokens."""
         return self._hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
@@ -135,149 +179,228 @@ class ChatTokenizer:
                 return [end for _, end in encoded["offset_mapping"]]
         return None
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None
+    ) -> str:
         """The conversation as the chat template writes it.
 
         Raises InvalidRequest if there is no template, or the template refuses the conversation.
         """
-        if not self.has_chat_template:
-            raise InvalidRequest("the model's tokenizer has no chat template; give plain text", param="messages")
-        try:
-            return self._hf.apply_chat_template(
-                _for_template(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template is foreign code: whatever it raises is about these messages
-            message = f"the model's chat template refuses the conversation: {_one_line(error)}"
-            raise InvalidRequest(message, param="messages") from error
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, now=now)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """A prompt for the next assistant turn: the conversation with the generation prompt."""
-        return self.encode(self.render_chat(messages, add_generation_prompt=True))
+    def encode_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, add_special_tokens: bool = False,
+        rules: TextRules = TextRules(),
+    ) -> list[int]:
+        """A prompt for the next assistant turn: the conversation with the generation prompt. Raises InvalidRequest."""
+        marked = self._marked(messages, rules)
+        settled = self._controls.settle(self._render(marked, add_generation_prompt, rules))
+        if settled.copy:
+            return self._controls.encode(settled, add_special_tokens).ids
+        return self.encode(settled.text, add_special_tokens)
 
-    def encode_training(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_training(
+        self, messages: Sequence[Message], rules: TextRules = TextRules(), notes: Notes | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """A conversation as token ids (int64 [n]) and loss weights (float32 [n]).
 
         The ids are those of the whole rendered conversation, tokenized once. Weights are 1 for tokens that hold a
         character of an assistant turn's content or of its end-of-turn token, else 0 (see the module's figure); turns
         with `weight: 0` get 0. If the template renders a turn differently inside the conversation than at its end,
-        the template's own `{% generation %}` blocks decide instead.
-        Raises InvalidRequest if that happens and the template has no such blocks.
+        the template's own `{% generation %}` blocks decide instead; without them only the last trained turn is trained,
+        the conversation ends with it, and `notes` counts that.
+        Raises InvalidRequest if what to train on is undefined even so.
         """
-        text = self.render_chat(messages, add_generation_prompt=False)
-        try:
-            spans = self._trained_spans(messages, text)
-        except InvalidRequest:
-            if not _GENERATION_TAG.search(self.chat_template or ""):
-                raise
-            return self._encode_by_generation_tag(messages)
-        encoded = self._hf(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = np.asarray(encoded["input_ids"], dtype=np.int64)
-        starts, ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        notes = Notes() if notes is None else notes
+        if not rules.allow_control_tokens:
+            notes.control_texts += sum(self._controls.holds(message["content"]) for message in messages)
+        marked = self._marked(messages, rules)
+        rendered = self._render_training(marked, rules, notes)
+        settled = self._controls.settle(rendered.text)
+        ids, starts, ends = self._with_offsets(settled)
         weights = np.zeros(len(ids), dtype=np.float32)
-        for start, end in spans:
-            weights[(starts < end) & (ends > start)] = 1.0  # byte-level: a lone space is empty, at its end
+        for start, end in rendered.spans:
+            # byte-level: a lone space is empty, at its end
+            weights[(starts < settled.place(end)) & (ends > settled.place(start))] = 1.0
         return ids, weights
 
-    def encode_completion(self, prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_completion(
+        self, prompt: str, completion: str, rules: TextRules = TextRules(), notes: Notes | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (int64 [n]) and loss weights (float32 [n]) of a prompt (0) and its completion and EOS (1).
 
-        Prompt and completion are tokenized apart, so the prompt's ids are those of a request with this prompt.
-        Raises InvalidRequest if the tokenizer has no EOS token.
+        Prompt and completion are tokenized apart, so the prompt's ids are those of a request with this prompt (control tokens
+        written out aside). An EOS token written out at the completion's end, with or without white space behind it, is the one
+        that ends it. Raises InvalidRequest if the tokenizer has no EOS token.
         """
-        prompt_ids = self._with_bos(self.encode(prompt))
-        completion_ids = self._with_eos(self._encode_continuation(completion))
+        eos = self._require_eos()
+        self._note_texts(notes, rules, self._without_bos(prompt), self._without_eos(completion))
+        prompt_ids = self._bos + self._encode_text(self._without_bos(prompt), rules)
+        completion_ids = [*self._encode_continuation(self._without_eos(completion), rules), eos]
         weights = np.ones(len(prompt_ids) + len(completion_ids), dtype=np.float32)
         weights[: len(prompt_ids)] = 0.0
         return np.asarray(prompt_ids + completion_ids, dtype=np.int64), weights
 
-    def encode_text(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_text(
+        self, text: str, rules: TextRules = TextRules(), notes: Notes | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (int64 [n]) and loss weights (float32 [n]) of a text with EOS: all 1.
 
-        BOS and EOS are not doubled where the text already writes them out. Raises InvalidRequest if the tokenizer has
-        no EOS token.
+        BOS and EOS are not doubled where the text already writes them out, the EOS with or without white space behind it.
+        Raises InvalidRequest if the tokenizer has no EOS token.
         """
-        ids = self._with_eos(self._with_bos(self.encode(text)))
+        eos = self._require_eos()
+        body = self._without_eos(self._without_bos(text))
+        self._note_texts(notes, rules, body)
+        ids = [*self._bos, *self._encode_text(body, rules), eos]
         return np.asarray(ids, dtype=np.int64), np.ones(len(ids), dtype=np.float32)
 
-    def _trained_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Character ranges [start, end) of `text`, the rendered conversation, that are trained."""
-        spans = []
-        for i in _trained_turns(messages):
-            prompt = self._render_prompt(messages, i)
-            turn = self.render_chat(messages[: i + 1], add_generation_prompt=False)
-            if not text.startswith(turn):
-                raise InvalidRequest(
-                    f"messages[{i}]: the model's chat template renders this turn differently at the end of a "
-                    "conversation than inside it (as templates do that strip earlier thinking), so what to train on is "
-                    "undefined; give earlier assistant messages weight 0, or write one example per assistant turn",
-                    param="messages",
-                )
-            if not turn.startswith(prompt) or turn == prompt:
-                raise InvalidRequest(
-                    f"messages[{i}]: the model's chat template does not start this turn as it starts a reply "
-                    f"({prompt[-40:]!r}), so what to train on is undefined; give prompt and completion as strings",
-                    param="messages",
-                )
-            end = len(turn)
-            closed = turn.rstrip()
-            if len(closed) > len(prompt) and closed.endswith(self._special_texts):
-                end = len(closed)
-            spans.append((len(prompt), end))
-        return spans
+    # --- control tokens ---
 
-    def _render_prompt(self, messages: Sequence[Message], i: int) -> str:
+    @functools.cached_property
+    def _controls(self) -> ControlTexts:
+        return ControlTexts(self._hf.backend_tokenizer, self._control_names(), self._hf.unk_token)
+
+    def _control_names(self) -> set[str]:
+        """Special tokens, and added tokens that the template writes around turns though they aren't called special."""
+        names = {*self._special_texts, *self._hf.all_special_tokens, *(getattr(self._hf, "chat_control_tokens", None) or ())}
+        turns = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
+        if self.has_chat_template:
+            with contextlib.suppress(InvalidRequest):
+                written = self.render_chat(turns, add_generation_prompt=False)
+                added = {index: token.content for index, token in self._hf.added_tokens_decoder.items()}
+                names |= {added[index] for index in self.encode(written) if index in added}
+        return {name for name in names if name}
+
+    def _marked(self, messages: Sequence[Message], rules: TextRules) -> list[Message]:
+        """The messages as the template may see them: control tokens in their texts cut, unless they are allowed."""
+        if rules.allow_control_tokens:
+            return list(messages)
+        return [
+            {key: self._controls.mark(value) if isinstance(value, str) else value for key, value in message.items()}
+            for message in messages
+        ]
+
+    def _encode_text(self, text: str, rules: TextRules) -> list[int]:
+        """Ids of a text that no template has written."""
+        if rules.allow_control_tokens:
+            return self.encode(text)
+        settled = self._controls.settle(self._controls.mark(text))
+        return self._controls.encode(settled, False).ids if settled.copy else self.encode(settled.text)
+
+    def _note_texts(self, notes: Notes | None, rules: TextRules, *texts: str) -> None:
+        if notes is not None and not rules.allow_control_tokens:
+            notes.control_texts += sum(self._controls.holds(text) for text in texts)
+
+    # --- conversations ---
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        """Raises InvalidRequest if there is none."""
+        source = self.chat_template
+        if source is None:
+            raise InvalidRequest("the model's tokenizer has no chat template; give plain text", param="messages")
+        return ChatTemplate(source, self._hf.special_tokens_map)
+
+    def _render(self, marked: Sequence[Message], add_generation_prompt: bool, rules: TextRules) -> str:
+        try:
+            return self.render_chat(marked, add_generation_prompt=add_generation_prompt, now=rules.now)
+        except InvalidRequest as error:
+            raise InvalidRequest(self._controls.unmark(str(error)), param=error.param) from error
+
+    def _render_training(self, marked: Sequence[Message], rules: TextRules, notes: Notes) -> _Rendered:
+        """The conversation, or its part up to the last trained turn; see `encode_training`."""
+        text = self._render(marked, False, rules)
+        trained = _trained_turns(marked)
+        try:
+            return _Rendered(text, [self._trained_span(marked, i, text, rules) for i in trained])
+        except InvalidRequest:
+            if self._template.has_generation_tags:
+                return self._render_by_generation_tag(marked, rules)
+            if trained == [len(marked) - 1]:
+                raise
+        last = trained[-1]
+        until = marked[: last + 1]
+        text = self._render(until, False, rules)
+        rendered = _Rendered(text, [self._trained_span(until, last, text, rules)])
+        notes.last_turn_only += len(trained) > 1
+        return rendered
+
+    def _trained_span(self, marked: Sequence[Message], i: int, text: str, rules: TextRules) -> tuple[int, int]:
+        """The characters [start, end) of `text`, the rendered conversation, that turn i trains."""
+        prompt = self._render_prompt(marked, i, rules)
+        turn = self._render(marked[: i + 1], False, rules)
+        if not text.startswith(turn):
+            raise InvalidRequest(
+                f"messages[{i}]: the model's chat template renders this turn differently at the end of a conversation than "
+                "inside it", param="messages",
+            )
+        if not turn.startswith(prompt) or turn == prompt:
+            raise InvalidRequest(
+                f"messages[{i}]: the model's chat template does not start this turn as it starts a reply "
+                f"({self._controls.unmark(prompt)[-40:]!r}), so what to train on is undefined; give prompt and completion as "
+                "strings", param="messages",
+            )
+        closed = turn.rstrip()
+        ends = len(closed) > len(prompt) and closed.endswith(self._special_texts)
+        return len(prompt), len(closed) if ends else len(turn)
+
+    def _render_prompt(self, marked: Sequence[Message], i: int, rules: TextRules) -> str:
         """What is rendered before the content of assistant turn i."""
         if i > 0:
-            return self.render_chat(messages[:i], add_generation_prompt=True)
+            return self._render(marked[:i], True, rules)
         # Templates can't render an empty conversation: look where the content of this one goes.
-        probe = self.render_chat([{**messages[0], "content": _PROBE}], add_generation_prompt=False)
-        return probe.partition(_PROBE)[0]
+        probe = self._render([{**marked[0], "content": PROBE}], False, rules)
+        return probe.partition(PROBE)[0]
 
-    def _encode_by_generation_tag(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-        encoded = self._hf.apply_chat_template(
-            _for_template(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        weights = np.asarray(encoded["assistant_masks"], dtype=np.float32)
-        edges = np.flatnonzero(np.diff(weights, prepend=0.0, append=0.0))
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        trained = _trained_turns(messages)
-        if len(edges) != 2 * len(turns):
+    def _render_by_generation_tag(self, marked: Sequence[Message], rules: TextRules) -> _Rendered:
+        text, spans = self._template.render_generated(marked, now=rules.now)
+        turns = [i for i, message in enumerate(marked) if message["role"] == "assistant"]
+        if len(spans) != len(turns):
             raise InvalidRequest(
-                f"the chat template marks {len(edges) // 2} generated passages in a conversation of {len(turns)} "
+                f"the chat template marks {len(spans)} generated passages in a conversation of {len(turns)} "
                 "assistant turns, so what to train on is undefined; write one example per assistant turn",
                 param="messages",
             )
-        for i, start, end in zip(turns, edges[::2], edges[1::2], strict=True):
-            weights[start:end] = float(i in trained)
-        return np.asarray(encoded["input_ids"], dtype=np.int64), weights
+        trained = _trained_turns(marked)
+        return _Rendered(text, [span for i, span in zip(turns, spans, strict=True) if i in trained])
 
-    def _encode_continuation(self, text: str) -> list[int]:
+    def _with_offsets(self, settled: Settled) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids, and the characters [start, end) of each, int64 [n]."""
+        if settled.copy:
+            encoding = self._controls.encode(settled, False)
+            ids, offsets = encoding.ids, encoding.offsets
+        else:
+            encoded = self._hf(settled.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+        return np.asarray(ids, dtype=np.int64), starts, ends
+
+    # --- plain texts ---
+
+    def _encode_continuation(self, text: str, rules: TextRules) -> list[int]:
         """Ids of a text that follows other text: without the space that SentencePiece puts before a first word."""
         if self._adds_prefix_space:
-            before, both = self.encode("\n"), self.encode("\n" + text)
+            before, both = self.encode("\n"), self._encode_text("\n" + text, rules)
             if both[: len(before)] == before:
                 return both[len(before) :]
-        return self.encode(text)
+        return self._encode_text(text, rules)
 
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        return ids if ids[:1] == self._bos else self._bos + ids
+    def _without_bos(self, text: str) -> str:
+        """Without the BOS token at its start, where the tokenizer puts one there."""
+        return text.removeprefix(self._hf.bos_token) if self._bos else text
 
-    def _with_eos(self, ids: list[int]) -> list[int]:
+    def _without_eos(self, text: str) -> str:
+        """Without the EOS tokens at its end, and the white space behind them."""
+        while (body := text.rstrip()).endswith(self._hf.eos_token):
+            text = body.removesuffix(self._hf.eos_token)
+        return text
+
+    def _require_eos(self) -> int:
         if self.eos_token_id is None:
             raise InvalidRequest("the model's tokenizer names no EOS token, which ends a training text", param="model")
-        return ids if ids[-1:] == [self.eos_token_id] else [*ids, self.eos_token_id]
+        return self.eos_token_id
 
 
 def _trained_turns(messages: Sequence[Message]) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)]
-
-
-def _for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages without our own key."""
-    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-
-
-def _one_line(error: Exception) -> str:
-    """An error's text on one line, at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -19,6 +19,7 @@ RANKS: Mapping[str, float] = {
     "config": 0.5,  # the design gives both 0; a ConfigError is one of core's errors, so config stands on core
     "configdata": 0.7,  # reads and writes what config declares
     "tokenbytes": 0.9,  # the tokenizer knows its tokens' bytes
+    "chat": 0.8,  # conversations as text; the tokenizer stands on it
     "tokenizer": 1, "parallel": 1, "kernels": 1,
     "detokenizer": 1.3,  # stands on the tokenizer
     "textstream": 1.5,  # stands on the detokenizer

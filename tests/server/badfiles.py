@@ -75,8 +75,8 @@ def _records() -> Iterator[tuple[str, Any]]:
         yield f"message {shown}", {"messages": [value, *_message()]}
         yield f"role {shown}", {"messages": _message(role=value)}
         yield f"prompt {shown}", {"prompt": value, "completion": ["x"]}
-        yield f"unknown key {shown}", {"messages": _message(), "colour": value}
-        yield f"unknown message key {shown}", {"messages": _message(colour=value)}
+        if value is not None:
+            yield f"unknown message key {shown}", {"messages": _message(colour=value)}
         if value not in ("", "x"):
             yield f"completion {shown}", {"prompt": "x", "completion": value}
             yield f"text {shown}", {"text": value}
@@ -100,14 +100,13 @@ def _records() -> Iterator[tuple[str, Any]]:
         "role upper": {"messages": [{"role": "USER", "content": "q"}, answer]}, "no content": {"messages": [{"role": "user"},
         answer]},
         "no role": {"messages": [{"content": "x"}, answer]}, "no completion": {"prompt": "x"}, "no prompt": {"completion": "x"},
-        "mixed": {"prompt": "x", "completion": [answer]}, "long text": {"text": _LONG},
+        "mixed": {"prompt": [user], "completion": "x"}, "long text": {"text": _LONG},
         "long content": {"messages": _message(content=_LONG)},
         "long key": {"x" * 100_000: 1}, "many keys": {str(i): i for i in range(20_000)}, "all formats": {"messages": [],
         "text": "x"},
-        "many messages": {"messages": [user, answer] * 5000}, "parts": {"messages": _message(content=[{"type": "text",
-        "text": "x"}])},
+        "many messages": {"messages": [user, answer] * 5000}, "parts": {"messages": _message(content=[{"type": "text"}])},
         "openai input": {"input": {"messages": [user]}}, "list in list": {"messages": [[user, answer]]},
-        "alpaca": {"instruction": "x", "output": "y"},
+        "alpaca": {"instruction": "x", "output": ["y"]}, "two layouts": {"messages": [user, answer], "conversations": [user]},
         "sharegpt": {"conversations": [{"from": "human", "value": "x"}]},
         "function call": {"messages": _message(function_call={"name": "x"})},
     }.items()
@@ -122,7 +121,8 @@ def _pairs() -> Iterator[tuple[str, Any]]:
         shown = json.dumps(value)
         for base in (right, turns):
             for key in base:
-                yield f"{key} {shown}", {**base, key: value}
+                if (key, value) != ("prompt", None):
+                    yield f"{key} {shown}", {**base, key: value}
     for base in (right, turns):
         for key in base:
             yield f"without {key}", {name: value for name, value in base.items() if name != key}
@@ -154,7 +154,7 @@ def readable_files() -> dict[str, bytes]:
         "line separator": json.dumps(chat_line("a\u2028b", "c\u0085d"), ensure_ascii=False).encode(),
         "twice the same": GOOD * 2,
         "nul escape": json.dumps(chat_line("a\0b", "c")).encode(), "nulls": json.dumps({**chat_line("a", "b"),
-        "tools": None}).encode(),
+        "tools": None}).encode(), "other column": json.dumps({**chat_line("a", "b"), "colour": [{}]}).encode(),
     }
 
 

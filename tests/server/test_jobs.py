@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import datetime
 import shutil
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -660,3 +661,21 @@ def test_a_directory_without_manifest_is_no_job(play: Callable[..., None], tmp_p
     directory.mkdir(parents=True)
     play(nothing)
     shutil.rmtree(directory)
+
+
+def test_the_data_of_a_job_is_read_as_of_its_creation_and_remarked_on_once(play: Callable[..., None]) -> None:
+    async def scene(bench: Bench) -> None:
+        id = await bench.started(training_file=await bench.upload([{**line, "colour": 1} for line in chat_lines(32)]))
+        job = bench.store.get_job(None, id)
+        day = datetime.date.fromtimestamp(job.created_at).isoformat()
+        (start,) = bench.engine.starts
+        assert (job.config["template_date"], start["config"].template_date) == (day, day)
+        remark = 'columns that no layout has are ignored: "colour"'
+        for message in (remark, "something else", "something else"):
+            bench.engine.say(JobHappened(id=id, level="warn", message=message, time_s=1.0))
+        await bench.settle()
+        warned = [event.message for event in bench.events(id) if event.level == "warn"]
+        assert len([message for message in warned if message.endswith(remark)]) == 1
+        assert warned.count("something else") == 2
+
+    play(scene)

@@ -9,7 +9,9 @@ import pytest
 from coserve.config import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.core import InvalidRequest
 from coserve.server.jobs.body import read_body
+from coserve.server.jobs.objects import tuned_name
 from coserve.server.jobs.spec import Resolved, read_spec, resolve
+from coserve.server.records import JobRecord
 from coserve.server.settings import ServerConfig
 
 SERVER = ServerConfig(max_lora_rank=32)
@@ -48,6 +50,22 @@ def test_numbers_are_taken_as_given_and_reported() -> None:
     assert found.config.seed == 7
     assert found.config.optimizer.learning_rate == pytest.approx(1e-4)
     assert found.method["supervised"]["hyperparameters"] == given
+
+
+def test_settings_of_the_data_reach_the_config() -> None:
+    config = resolved(
+        64, system_prompt="merge", allow_control_tokens=True, template_date="2025-01-31", warmup_ratio=0.25
+    ).config
+    assert (config.system_prompt, config.allow_control_tokens, config.template_date) == ("merge", True, "2025-01-31")
+    assert config.optimizer.warmup_ratio == 0.25
+
+
+@pytest.mark.parametrize(("suffix", "shown"), [("my.model.v1.2", "my-model-v1-2"), ("..", "--"), ("plain_1", "plain_1")])
+def test_dots_of_a_suffix_are_made_safe(suffix: str, shown: str) -> None:
+    body = read_body({"model": "base", "training_file": "file-1", "suffix": suffix})
+    record = JobRecord(id="ftjob-12345678", tenant="me", created_at=1, base="base", training_file="file-1", config={},
+                       method={}, suffix=body.suffix)
+    assert tuned_name(record, "some/Base-1.5", "me") == f"ft:Base-1.5:me:{shown}:12345678"
 
 
 def test_deprecated_hyperparameters_count() -> None:
@@ -156,6 +174,12 @@ PREFERENCE = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}
     ({"method": PREFERENCE}, "method.dpo.hyperparameters.beta", "positive"),
     ({"suffix": "a/b"}, "suffix", "pattern"),
     ({"suffix": "a" * 65}, "suffix", "pattern"),
+    ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_ratio", "not both"),
+    ({"warmup_ratio": 2}, "warmup_ratio", "must be in"),
+    ({"system_prompt": "drop"}, "system_prompt", "keep or merge"),
+    ({"template_date": "31.1.2025"}, "template_date", "YYYY-MM-DD"),
+    ({"template_date": "2025-02-30"}, "template_date", "YYYY-MM-DD"),
+    ({"allow_control_tokens": "yes"}, "allow_control_tokens", "bool"),
     ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "16"),
     ({"metadata": {"k" * 65: ""}}, "metadata", "64"),
     ({"metadata": {"k": "v" * 513}}, "metadata", "512"),

@@ -153,17 +153,22 @@ SFT_REFUSALS = {
     "nesting": ("[" * 100_000, "JSON: maximum recursion depth exceeded"),
     "not UTF-8": (b'{"text": "gr\xfcn"}', "encoding: not UTF-8 (byte 12 of the line); save the file as UTF-8"),
     "not an object": ("[1]", "line: a JSON object is expected, got a list"),
-    "no known format": ({"instruction": "x", "output": "y"},
-                        'keys: "instruction", "output": no known format; for objective sft give {messages} or '
-                        "{prompt, completion} or {text}"),
+    "no known format": ({"question": "x", "answer": "y"},
+                        'keys: "question", "answer": no known format; for objective sft give {messages} or '
+                        "{conversations} or {prompt, completion} or {instruction, output} or {text}"),
     "no keys": ({}, "keys: none: no known format"),
     "half a format": ({"prompt": "x"}, 'keys: "prompt": no known format'),
     "wrong objective": (PAIR, "prompt, chosen, rejected: this is a line for objective dpo, but the objective is sft; "
-                        "give {messages} or {prompt, completion} or {text}, or set the objective to dpo"),
-    "unknown key": ({**CHAT, "id": 3}, '"id": unknown key; remove it'),
-    "two formats": ({**CHAT, "text": "x"}, '"text": unknown key; remove it'),
+                        "give {messages} or {conversations} or {prompt, completion} or {instruction, output} or {text}, "
+                        "or set the objective to dpo"),
+    "two layouts": ({**CHAT, "prompt": "x", "completion": "y"},
+                    "prompt, completion: the line has messages too; leave out what is not to be trained"),
+    "only good or bad": ({"prompt": "x", "completion": "y", "label": False},
+                         "label: completions that are only called good or bad are not supported"),
+    "key twice": ('{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}',
+                  '"role": the key is in one object twice; keep one of them'),
     "tools": ({**CHAT, "tools": [{}]}, "tools: tools are not supported yet; remove it"),
-    "parallel tools": ({**CHAT, "parallel_tool_calls": True}, "parallel_tool_calls: tools are not supported yet"),
+    "parallel tools": ({**CHAT, "parallel_tool_calls": False}, "parallel_tool_calls: tools are not supported yet"),
     "messages no list": ({"messages": "Hi"}, "messages: a list of messages is expected, got a string"),
     "messages null": ({"messages": None}, "messages: a list of messages is expected, got nothing"),
     "messages empty": (messages(), "messages: the list is empty; give at least one message"),
@@ -182,8 +187,10 @@ SFT_REFUSALS = {
                     'messages[0]."mood": unknown key; remove it (known: role, content, name, weight)'),
     "tool calls": (messages(HI, {**HELLO, "tool_calls": [{}]}), "messages[1].tool_calls: not supported yet; remove it"),
     "content missing": (messages(HI, {"role": "assistant"}), "messages[1].content: a string is expected, got nothing"),
-    "content parts": (messages({"role": "user", "content": [{"type": "text", "text": "Hi"}]}, HELLO),
-                      "messages[0].content: a string is expected, got a list"),
+    "content parts": (messages({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, HELLO),
+                      "messages[0].content[0]: a part of type 'image_url' is not supported yet; the model reads text"),
+    "no content parts": (messages({"role": "user", "content": []}, HELLO),
+                         "messages[0].content: a string is expected, got a list"),
     "surrogate": ('{"text": "\\ud83d!"}',
                   "text: holds half of a surrogate pair (\\ud800-\\udfff); write whole characters"),
     "name": (messages({**HI, "name": 7}, HELLO), "messages[0].name: a string is expected, got a number"),
@@ -207,8 +214,11 @@ SFT_REFUSALS = {
 }
 DPO_REFUSALS = {
     "messages": (CHAT, "messages: this is a line for objective sft, but the objective is dpo; give {input, "
-                 "preferred_output, non_preferred_output} or {prompt, chosen, rejected}, or set the objective to sft"),
-    "no prompt": ({"chosen": "a", "rejected": "b"}, "no known format; for objective dpo give {input, preferred_output"),
+                 "preferred_output, non_preferred_output} or {prompt, chosen, rejected} or {conversations, chosen, "
+                 "rejected} or {instruction, chosen, rejected} or {chosen, rejected}, or set the objective to sft"),
+    "no prompt": ({"chosen": [HELLO], "rejected": [BYE]},
+                  "chosen, rejected: they have no first message in common; begin both with the prompt, or give a prompt"),
+    "one answer": ({"prompt": "x", "chosen": "a"}, "no known format; for objective dpo give {input, preferred_output"),
     "mixed kinds": ({**PAIR, "rejected": [BYE]}, "rejected: a list, but prompt is a string"),
     "rejected type": ({**PAIR, "rejected": None}, "rejected: a string is expected, got nothing"),
     "rejected role": ({"prompt": [HI], "chosen": [HELLO], "rejected": [HI]}, "rejected: no assistant message"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from coserve.config import OptimizerConfig, Schedule
+from coserve.core import ConfigError
 from coserve.finetune.optimizer import FlatAdamW, learning_rate
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -183,3 +184,19 @@ def test_state_round_trip(dtype: torch.dtype) -> None:
         assert torch.equal(second.state()[name], tensor), name
     assert torch.equal(second.working, first.working)
     assert second.num_updates == first.num_updates == 8
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("ratio", "steps"), [(0.1, 3), (0.5, 13), (1.0, 25), (0.001, 1)])
+def test_a_warm_up_by_ratio_is_one_by_steps(schedule: Schedule, ratio: float, steps: int) -> None:
+    by_ratio = OptimizerConfig(schedule=schedule, warmup_ratio=ratio)
+    by_steps = OptimizerConfig(schedule=schedule, warmup_steps=steps)
+    rates = [[learning_rate(config, step, 25) for step in range(25)] for config in (by_ratio, by_steps)]
+    assert rates[0] == rates[1]
+
+
+def test_a_warm_up_is_given_once() -> None:
+    with pytest.raises(ConfigError, match="warmup_ratio: give it or warmup_steps, not both"):
+        OptimizerConfig(warmup_steps=3, warmup_ratio=0.1)
+    with pytest.raises(ConfigError, match=r"warmup_ratio: must be in \[0, 1\]"):
+        OptimizerConfig(warmup_ratio=1.5)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coserve.core import InvalidRequest, NotFound
 from coserve.detokenizer import IncrementalDetokenizer
-from coserve.tokenizer import ChatTokenizer
+from coserve.tokenizer import ChatTokenizer, Notes
 from tests.tiny_tokenizer import CHATML, SMOL_CHATML, build_sentencepiece_tokenizer, build_tiny_tokenizer
 
 EOT = "<|im_end|>"
@@ -214,10 +214,23 @@ def test_any_content_is_trained_in_full(tokenizer: ChatTokenizer, replies: list[
     assert trained_text(tokenizer, ids, weights) == "".join(reply + EOT for reply in replies)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(build: Build) -> None:
-    stripping = build(STRIPPING_PLAIN)
-    with pytest.raises(InvalidRequest, match=r"messages\[1\]: .*renders this turn differently.*weight 0"):
-        stripping.encode_training(turns("Hi", "One", "And?", "Two"))
+def test_a_template_that_rewrites_earlier_turns_trains_the_last_one(build: Build) -> None:
+    stripping, notes = build(STRIPPING_PLAIN), Notes()
+    messages = turns("Hi", "One", "And?", "Two")
+    ids, weights = stripping.encode_training(messages, notes=notes)
+    assert trained_text(stripping, ids, weights) == f"<think>\n\n</think>\n\nTwo{EOT}"
+    assert ids.tolist() == stripping.encode(stripping.render_chat(messages, add_generation_prompt=False))
+    assert notes.last_turn_only == 1
+
+
+def test_a_rewritten_turn_before_untrained_ones_ends_the_conversation(build: Build) -> None:
+    stripping, notes = build(STRIPPING_PLAIN), Notes()
+    messages = [*turns("Hi", "One", "And?", "Two"), *turns("So?", "Three")]
+    messages[1]["weight"] = messages[5]["weight"] = 0
+    ids, weights = stripping.encode_training(messages, notes=notes)
+    assert trained_text(stripping, ids, weights) == f"<think>\n\n</think>\n\nTwo{EOT}"
+    assert ids.tolist() == stripping.encode(stripping.render_chat(messages[:4], add_generation_prompt=False))
+    assert notes.last_turn_only == 0
 
 
 def test_a_template_whose_replies_start_otherwise_is_refused(build: Build) -> None:

@@ -11,6 +11,8 @@ Everything that can be refused is refused before the output directory is made.
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import hashlib
 import json
 import os
@@ -38,7 +40,7 @@ from coserve.engine.budget import (
 from coserve.engine.model import LoadedModel, load_model, resolve_device, resolve_dtype
 from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.checkpoints import write_atomically
-from coserve.finetune.datasets import Dataset, load_groups
+from coserve.finetune.datasets import Dataset, load_training
 from coserve.finetune.defaults import (
     describe_settings,
     given_settings,
@@ -122,13 +124,22 @@ def _choose_plan(
 def _load_data(
     path: Path, validation: Path | None, tokenizer: ChatTokenizer, config: FinetuneConfig, arch: Architecture
 ) -> tuple[Dataset, Dataset | None]:
-    limits: dict[str, Any] = {
-        "objective": config.objective, "max_length": _max_length(config, arch), "too_long": config.too_long
-    }
-    train = load_groups(path, tokenizer, **limits)
+    max_length = _max_length(config, arch)
+    train = load_training(path, tokenizer, config, max_length=max_length)
     if validation is None:
         return train, None
-    return train, load_groups(validation, tokenizer, param="validation_file", **limits)
+    return train, load_training(validation, tokenizer, config, max_length=max_length, param="validation_file")
+
+
+def _dated(config: FinetuneConfig, directory: Path, resume: bool) -> FinetuneConfig:
+    """With the day that chat templates are told: as given, or as it was when the job began, or today."""
+    if config.template_date is not None:
+        return config
+    date: Any = datetime.date.today().isoformat()
+    if resume:
+        settings = _read_job(directory).get("settings")
+        date = settings.get("template_date") if isinstance(settings, dict) else None
+    return dataclasses.replace(config, template_date=date)
 
 
 def _resolve(
@@ -159,6 +170,8 @@ def _tell(dataset: Dataset, listen: Callable[[JobEvent], None]) -> None:
     for count, what in ((report.num_dropped, "dropped"), (report.num_truncated, "truncated")):
         if count:
             listen(JobEvent(level="warn", message=f"{count} too long examples were {what}"))
+    for warning in report.warnings:
+        listen(JobEvent(level="warn", message=warning))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +245,7 @@ def prepare_beside(
     Raises as `finetune` does."""
     directory, data_path = Path(output), Path(data)
     _check_output(directory, resume)
+    config = _dated(config, directory, resume)
     arch = loaded.architecture
     train, held_out = _load_data(data_path, Path(validation) if validation else None, loaded.tokenizer, config, arch)
     for dataset in (train, held_out):
@@ -255,13 +269,13 @@ def finetune(
     """Finetunes an adapter (LoRA unless the settings name another kind) on a JSON Lines file and writes it to a directory.
 
     model: a name as for `load_model`, or a loaded one. config: what it leaves 'auto' is chosen from the data, and an event says
-    the numbers. start: an adapter directory to continue from. resume: go on with the
-    job in `output` from its newest whole checkpoint. listen: called with every event. Raises InvalidRequest, NotFound,
-    ConfigError, CapacityError before anything is written, JobFailed during the run.
+    the numbers. start: an adapter directory to continue from. resume: go on with the job in `output` from its newest whole
+    checkpoint. listen: called with every event. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is
+    written, JobFailed during the run.
     """
-    asked = config or FinetuneConfig()
     directory, data_path = Path(output), Path(data)
     _check_output(directory, resume)
+    asked = _dated(config or FinetuneConfig(), directory, resume)
 
     def report(message: str) -> None:
         listen(JobEvent(level="info", message=message))

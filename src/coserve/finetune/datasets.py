@@ -1,10 +1,8 @@
 """Training files (JSON Lines) to groups of token ids with loss weights.
 
-Owns: the accepted line formats, every check of a user's line, what happens to lines that are too long. Does not own:
-tokenization and which tokens of a conversation are trained (coserve.tokenizer), order and batching.
-
-Formats: OpenAI's fine-tuning API (https://platform.openai.com/docs/guides/fine-tuning) and TRL's "Dataset formats"
-(https://huggingface.co/docs/trl/dataset_formats); `_FORMATS` lists them.
+Owns: what happens to lines that are too long, the report on a file, its digest. Does not own: how lines are read
+(jsonlines.py), the accepted layouts (layouts.py), tokenization and which tokens of a conversation are trained
+(coserve.tokenizer), order and batching.
 """
 
 from __future__ import annotations
@@ -13,27 +11,18 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from coserve.config import Objective, TooLong
+from coserve.config import FinetuneConfig, Objective, SystemPrompt, TooLong
 from coserve.core import Example, Group, InvalidRequest, NotFound
-from coserve.tokenizer import ChatTokenizer
+from coserve.finetune.jsonlines import LineError, numbered_lines, read_object, shown
+from coserve.finetune.layouts import Encoded, LineReader
+from coserve.tokenizer import ChatTokenizer, TextRules
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Accepted roles and what the chat template is given."""
-_UNSUPPORTED_ROLES = ("tool", "function")
-_MESSAGE_KEYS = ("role", "content", "name", "weight")
-_UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "tool_call_id", "function_call", "refusal", "audio")
-_TOOL_KEYS = ("tools", "parallel_tool_calls")
-_SHOWN_KEYS = 8
-_MARK = b"\xef\xbb\xbf"
-_MAX_LINE_BYTES = 4 << 20
-"""Tokenizing takes up to 250 times the memory of a text."""
-_MAX_MESSAGES = 2048
-"""Of one example: which tokens are trained is found in time that grows with its square."""
+_SHOWN_COLUMNS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +42,9 @@ class DatasetReport:
     longest: int
     """Tokens of the longest example, after cutting."""
     digest: str
-    """SHA-256 (hex) of the file's bytes and the settings that change the groups: equal digests, equal groups."""
+    """SHA-256 (hex) of the file's bytes, the settings that change the groups, and the groups' token ids and weights."""
+    warnings: tuple[str, ...] = ()
+    """What its owner should know: ignored columns, conversations trained in part, control tokens taken as text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,26 +55,16 @@ class Dataset:
     report: DatasetReport
 
 
-class _Sequence(NamedTuple):
-    """One encoded example: `field` is the line's key to blame, token_ids int64 [n], weights float32 [n]."""
-
-    field: str
-    token_ids: np.ndarray
-    weights: np.ndarray
-
-
-class _LineError(Exception):
-    """`field`: what is wrong with it and what to do, without file and line."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-
-
-class _Format(NamedTuple):
-    objective: Objective
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    encode: Callable[[dict[str, Any], ChatTokenizer], list[_Sequence]]
+def load_training(
+    path: Path, tokenizer: ChatTokenizer, config: FinetuneConfig, *, max_length: int, param: str = "training_file",
+    on_line: Callable[[], None] = lambda: None,
+) -> Dataset:
+    """`load_groups` by a job's settings."""
+    return load_groups(
+        path, tokenizer, objective=config.objective, max_length=max_length, too_long=config.too_long,
+        system_prompt=config.system_prompt, template_date=config.template_date,
+        allow_control_tokens=config.allow_control_tokens, param=param, on_line=on_line,
+    )
 
 
 def load_groups(
@@ -93,31 +74,29 @@ def load_groups(
     objective: Objective,
     max_length: int,
     too_long: TooLong,
+    system_prompt: SystemPrompt = "keep",
+    template_date: str | None = None,
+    allow_control_tokens: bool = False,
     param: str = "training_file",
     on_line: Callable[[], None] = lambda: None,
 ) -> Dataset:
     """Reads a JSON Lines file; each line is one group: an example (sft) or (chosen, rejected) (dpo).
 
     Blank lines are skipped. An example of more than `max_length` tokens is an error, drops its group, or is cut at the
-    end, as `too_long` says. Raises NotFound if there is no such file, InvalidRequest with a one-line message that names
-    file, line and field if a line can't be used or none is left; both carry `param`. on_line: called before each line; what
-    it raises ends the reading.
+    end, as `too_long` says; the settings after that are FinetuneConfig's. on_line: called before each line; what it raises ends
+    the reading. Raises NotFound if there is no such file, InvalidRequest with a one-line message that names file, line and
+    field if a line can't be used or none is left; both carry `param`.
     """
     if not path.is_file():
         raise NotFound(f"no such file: {path}", param=param)
     data = path.read_bytes()
+    now = None if template_date is None else datetime.fromisoformat(template_date)
+    rules = TextRules(allow_control_tokens=allow_control_tokens, now=now)
+    reader = LineReader(tokenizer=tokenizer, objective=objective, rules=rules, system_prompt=system_prompt)
     groups: list[Group] = []
     num_lines = num_truncated = num_examples = 0
-    for number, line in _lines(data):
-        on_line()
-        if not line:
-            continue
+    for sequences, fitted in _read(path.name, data, reader, max_length, too_long, param, on_line):
         num_lines += 1
-        try:
-            sequences = _encode_line(line, tokenizer, objective)
-            fitted = [_fit(sequence, max_length, too_long) for sequence in sequences]
-        except (_LineError, InvalidRequest) as error:
-            raise InvalidRequest(f"{path.name}, line {number}: {' '.join(str(error).split())}", param=param) from error
         kept = [sequence for sequence in fitted if sequence is not None]
         if len(kept) < len(sequences):
             continue
@@ -139,12 +118,48 @@ def load_groups(
         num_tokens=sum(example.num_tokens for example in examples),
         num_label_tokens=sum(int(np.count_nonzero(example.weights[1:])) for example in examples),
         longest=max(example.num_tokens for example in examples),
-        digest=_digest(data, tokenizer, objective, max_length, too_long),
+        digest=_digest(data, examples, tokenizer, objective, max_length, too_long),
+        warnings=tuple(_warnings(reader, num_lines)),
     )
     return Dataset(groups=tuple(groups), report=report)
 
 
-def _group(index: int, first_example: int, sequences: list[_Sequence]) -> Group:
+def _read(
+    name: str, data: bytes, reader: LineReader, max_length: int, too_long: TooLong, param: str, on_line: Callable[[], None]
+) -> Iterator[tuple[list[Encoded], list[Encoded | None]]]:
+    """The examples of each line, as they are and within `max_length`. Raises InvalidRequest, naming file and line."""
+    place = name
+    try:
+        for number, line in numbered_lines(data):
+            on_line()
+            if not line:
+                continue
+            place = f"{name}, line {number}"
+            sequences = reader.read(read_object(line))
+            yield sequences, [_fit(sequence, max_length, too_long) for sequence in sequences]
+    except (LineError, InvalidRequest) as error:
+        raise InvalidRequest(f"{place}: {' '.join(str(error).split())}", param=param) from error
+
+
+def _warnings(reader: LineReader, num_lines: int) -> Iterator[str]:
+    if reader.ignored:
+        names = [shown(name) for name in reader.ignored]
+        more = [f"and {len(names) - _SHOWN_COLUMNS} more"] if len(names) > _SHOWN_COLUMNS else []
+        yield f"columns that no layout has are ignored: {', '.join([*names[:_SHOWN_COLUMNS], *more])}"
+    if reader.last_turn_only:
+        yield (
+            f"{reader.last_turn_only} of {num_lines} conversations are trained in their last assistant turn only: the model's "
+            "chat template renders earlier turns differently inside a conversation than at its end; to train them too, write "
+            "one example per turn"
+        )
+    if reader.control_texts:
+        yield (
+            f"{reader.control_texts} of {num_lines} lines hold control tokens written out in their texts, which are trained as "
+            "plain text; with allow_control_tokens they are control tokens"
+        )
+
+
+def _group(index: int, first_example: int, sequences: list[Encoded]) -> Group:
     return Group(
         index=index,
         examples=tuple(
@@ -154,7 +169,9 @@ def _group(index: int, first_example: int, sequences: list[_Sequence]) -> Group:
     )
 
 
-def _digest(data: bytes, tokenizer: ChatTokenizer, objective: Objective, max_length: int, too_long: TooLong) -> str:
+def _digest(
+    data: bytes, examples: list[Example], tokenizer: ChatTokenizer, objective: Objective, max_length: int, too_long: TooLong
+) -> str:
     settings = {
         "objective": objective,
         "max_length": max_length,
@@ -163,231 +180,25 @@ def _digest(data: bytes, tokenizer: ChatTokenizer, objective: Objective, max_len
         "vocab_size": tokenizer.vocab_size,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    return hashlib.sha256(hashlib.sha256(data).digest() + json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(hashlib.sha256(data).digest() + json.dumps(settings, sort_keys=True).encode())
+    for example in examples:
+        digest.update(np.int64(example.num_tokens).tobytes() + example.token_ids.tobytes() + example.weights.tobytes())
+    return digest.hexdigest()
 
 
-def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Lines without white space around them, with their numbers from 1; a UTF-8 byte-order mark is skipped."""
-    number, start = 0, len(_MARK) if data.startswith(_MARK) else 0
-    while start <= len(data):
-        end = data.find(b"\n", start)
-        end = len(data) if end < 0 else end
-        number += 1
-        yield number, data[start:end].strip()
-        start = end + 1
-
-
-def _fit(sequence: _Sequence, max_length: int, too_long: TooLong) -> _Sequence | None:
-    """The sequence within `max_length`, or None to drop it. Raises _LineError."""
+def _fit(sequence: Encoded, max_length: int, too_long: TooLong) -> Encoded | None:
+    """The sequence within `max_length`, or None to drop it. Raises LineError."""
     field, token_ids, weights = sequence
     if not weights[1:].any():
-        raise _LineError(field, "no trained token; give an assistant message (of weight 1) or a completion with text")
+        raise LineError(field, "no trained token; give an assistant message (of weight 1) or a completion with text")
     if len(token_ids) <= max_length:
         return sequence
     if too_long == "error":
-        raise _LineError(
+        raise LineError(
             field,
             f"{len(token_ids)} tokens, more than max_length {max_length}; shorten the example, raise max_length, or "
             "set too_long to drop or truncate",
         )
     if too_long == "drop" or not weights[1:max_length].any():
         return None
-    return _Sequence(field, token_ids[:max_length], weights[:max_length])
-
-
-def _encode_line(line: bytes, tokenizer: ChatTokenizer, objective: Objective) -> list[_Sequence]:
-    """The examples of one line. Raises _LineError, or InvalidRequest from the tokenizer."""
-    if len(line) > _MAX_LINE_BYTES:
-        raise _LineError("line", f"{len(line)} bytes, more than {_MAX_LINE_BYTES}; split the example")
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise _LineError("encoding", f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise _LineError("JSON", f"{error.msg} at column {error.colno}; give one JSON object per line") from error
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python reads
-        raise _LineError("JSON", f"{error}; give one plain JSON object per line") from error
-    if not isinstance(record, dict):
-        raise _LineError("line", f"a JSON object is expected, got {_kind(record)}")
-    chosen = _match(record, objective)
-    for key in record:
-        if key not in chosen.required + chosen.optional:
-            known = ", ".join(chosen.required + chosen.optional)
-            raise _LineError(_shown(key), f"unknown key; remove it (known beside {chosen.required[0]!r}: {known})")
-    _refuse_tools(record, "")
-    return chosen.encode(record, tokenizer)
-
-
-def _match(record: dict[str, Any], objective: Objective) -> _Format:
-    """The format whose required keys the line has."""
-    matches = [f for f in _FORMATS if all(key in record for key in f.required)]
-    for f in matches:
-        if f.objective == objective:
-            return f
-    wanted = " or ".join("{" + ", ".join(f.required) + "}" for f in _FORMATS if f.objective == objective)
-    if matches:
-        raise _LineError(
-            ", ".join(matches[0].required),
-            f"this is a line for objective {matches[0].objective}, but the objective is {objective}; give {wanted}, or "
-            f"set the objective to {matches[0].objective}",
-        )
-    given = ", ".join([_shown(key) for key in list(record)[:_SHOWN_KEYS]] + ["..."] * (len(record) > _SHOWN_KEYS)) or "none"
-    raise _LineError("keys", f"{given}: no known format; for objective {objective} give {wanted}")
-
-
-def _encode_messages(record: dict[str, Any], tokenizer: ChatTokenizer) -> list[_Sequence]:
-    """OpenAI's and TRL's chat format."""
-    messages = _messages(record["messages"], "messages")
-    _require_response(messages, "messages")
-    return [_Sequence("messages", *tokenizer.encode_training(messages))]
-
-
-def _encode_prompt_completion(record: dict[str, Any], tokenizer: ChatTokenizer) -> list[_Sequence]:
-    """TRL's prompt-completion format, in strings or messages."""
-    return _encode_responses(record["prompt"], "prompt", record, ("completion",), tokenizer)
-
-
-def _encode_text(record: dict[str, Any], tokenizer: ChatTokenizer) -> list[_Sequence]:
-    """TRL's language modeling format."""
-    return [_Sequence("text", *tokenizer.encode_text(_text(record["text"], "text")))]
-
-
-def _encode_preference(record: dict[str, Any], tokenizer: ChatTokenizer) -> list[_Sequence]:
-    """TRL's preference format, in strings or messages."""
-    return _encode_responses(record["prompt"], "prompt", record, ("chosen", "rejected"), tokenizer)
-
-
-def _encode_openai_preference(record: dict[str, Any], tokenizer: ChatTokenizer) -> list[_Sequence]:
-    """OpenAI's preference format: messages only."""
-    given = record["input"]
-    if not isinstance(given, dict) or "messages" not in given:
-        raise _LineError("input", 'an object with a list "messages" is expected')
-    for key in given:
-        if key not in ("messages", *_TOOL_KEYS):
-            raise _LineError(f"input.{_shown(key)}", "unknown key; remove it (known: messages)")
-    _refuse_tools(given, "input.")
-    fields = ("preferred_output", "non_preferred_output")
-    for field, value in (("input.messages", given["messages"]), *((field, record[field]) for field in fields)):
-        if not isinstance(value, list):
-            raise _LineError(field, f"a list of messages is expected, got {_kind(value)}")
-    return _encode_responses(given["messages"], "input.messages", record, fields, tokenizer)
-
-
-def _encode_responses(
-    prompt: object, prompt_field: str, record: dict[str, Any], fields: tuple[str, ...], tokenizer: ChatTokenizer
-) -> list[_Sequence]:
-    """One sequence per field: the prompt, not trained, and the response of that field."""
-    for field in fields:
-        if isinstance(record[field], list) != isinstance(prompt, list):
-            raise _LineError(
-                field,
-                f"{_kind(record[field])}, but {prompt_field} is {_kind(prompt)}; give both as strings or both as lists "
-                "of messages",
-            )
-    if not isinstance(prompt, list):
-        start = _text(prompt, prompt_field)
-        return [_Sequence(field, *tokenizer.encode_completion(start, _text(record[field], field))) for field in fields]
-    context = _messages(prompt, prompt_field)
-    for i, message in enumerate(context):
-        if message.get("weight") == 1:
-            raise _LineError(f"{prompt_field}[{i}].weight", "nothing of a prompt is trained; remove it")
-        if message["role"] == "assistant":
-            message["weight"] = 0
-    if context[-1]["role"] == "assistant":
-        raise _LineError(prompt_field, "the last message is the assistant's; end the prompt with another role")
-    sequences = []
-    for field in fields:
-        response = _messages(record[field], field)
-        _require_response(response, field)
-        sequences.append(_Sequence(field, *tokenizer.encode_training(context + response)))
-    return sequences
-
-
-def _messages(value: object, field: str) -> list[dict[str, Any]]:
-    """A checked list of messages, in the roles of the chat template. Raises _LineError."""
-    if not isinstance(value, list):
-        raise _LineError(field, f"a list of messages is expected, got {_kind(value)}")
-    if not value:
-        raise _LineError(field, "the list is empty; give at least one message")
-    if len(value) > _MAX_MESSAGES:
-        raise _LineError(field, f"{len(value)} messages, more than {_MAX_MESSAGES}; split the example")
-    return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
-
-
-def _message(message: object, field: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise _LineError(field, f"an object with role and content is expected, got {_kind(message)}")
-    for key, value in message.items():
-        if key in _UNSUPPORTED_MESSAGE_KEYS:
-            if value:
-                raise _LineError(f"{field}.{key}", "not supported yet; remove it or leave the example out")
-        elif key not in _MESSAGE_KEYS:
-            raise _LineError(f"{field}.{_shown(key)}", f"unknown key; remove it (known: {', '.join(_MESSAGE_KEYS)})")
-    role = message.get("role")
-    if role in _UNSUPPORTED_ROLES:
-        raise _LineError(f"{field}.role", f"{role} messages are not supported yet; leave the example out")
-    if not isinstance(role, str) or role not in _ROLES:
-        got = "is missing" if "role" not in message else f"{_shown(role)} is unknown"
-        raise _LineError(f"{field}.role", f"{got}; use system, user or assistant")
-    checked = {"role": _ROLES[role], "content": _text(message.get("content"), f"{field}.content")}
-    if message.get("name") is not None:
-        checked["name"] = _text(message["name"], f"{field}.name")
-    weight = message.get("weight")
-    if weight is None:
-        return checked
-    if role != "assistant":
-        raise _LineError(f"{field}.weight", f"only assistant messages have a weight, not {role} messages; remove it")
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise _LineError(f"{field}.weight", f"0 or 1 is expected, got {_shown(weight)}")
-    return {**checked, "weight": weight}
-
-
-def _require_response(messages: list[dict[str, Any]], field: str) -> None:
-    if all(message["role"] != "assistant" for message in messages):
-        raise _LineError(field, "no assistant message; add one, it is what is trained")
-    if messages[-1]["role"] != "assistant":
-        raise _LineError(
-            f"{field}[{len(messages) - 1}].role",
-            f"the last message must be the assistant's, this one is of role {messages[-1]['role']}; remove it or add a "
-            "reply",
-        )
-
-
-def _refuse_tools(record: dict[str, Any], prefix: str) -> None:
-    for key in _TOOL_KEYS:
-        if record.get(key):
-            raise _LineError(prefix + key, "tools are not supported yet; remove it or leave the example out")
-
-
-def _text(value: object, field: str) -> str:
-    """Raises _LineError unless the value is a string that UTF-8 can write."""
-    if not isinstance(value, str):
-        raise _LineError(field, f"a string is expected, got {_kind(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise _LineError(field, "holds half of a surrogate pair (\\ud800-\\udfff); write whole characters") from error
-    return value
-
-
-def _kind(value: object) -> str:
-    """A JSON value's type, in JSON's words."""
-    if value is None:
-        return "nothing"
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names[type(value)]
-
-
-def _shown(value: object) -> str:
-    """A user's value as JSON, at most 60 characters."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-_FORMATS = (
-    _Format("sft", ("messages",), _TOOL_KEYS, _encode_messages),
-    _Format("sft", ("prompt", "completion"), (), _encode_prompt_completion),
-    _Format("sft", ("text",), (), _encode_text),
-    _Format("dpo", ("input", "preferred_output", "non_preferred_output"), (), _encode_openai_preference),
-    _Format("dpo", ("prompt", "chosen", "rejected"), (), _encode_preference),
-)
+    return Encoded(field, token_ids[:max_length], weights[:max_length])

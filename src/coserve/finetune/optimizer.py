@@ -14,10 +14,10 @@ from coserve.config import OptimizerConfig, settled
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """The rate of step `step` (from 0), as Hugging Face's schedulers give it: warm-up starts at 0."""
-    peak = settled(config.learning_rate)
-    if step < config.warmup_steps:
-        return peak * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    peak, warmup = settled(config.learning_rate), config.warmup_steps or math.ceil(num_steps * config.warmup_ratio)
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
     if config.schedule == "linear":
         return peak * max(0.0, 1 - progress)
     if config.schedule == "cosine":

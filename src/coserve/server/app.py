@@ -73,6 +73,8 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         stack.push_async_callback(engine.stop)
         await asyncio.gather(engine.start(), asyncio.to_thread(uploads.rebuild))
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory))
+        if not config.allow_control_tokens:
+            await asyncio.to_thread(tokenizer.prepare_control_texts)
         models = await asyncio.to_thread(ModelDirectory, store, engine, config, tokenizer)
         metrics = ServerMetrics(config, models.base_names[0])
         engine.on_job(metrics.hear_job)

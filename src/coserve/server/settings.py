@@ -44,6 +44,8 @@ class ServerConfig:
     """Names of the base model; the first one is shown. Default: the model's own."""
     max_model_len: int | None = None
     """Longest prompt and output together, in tokens."""
+    allow_control_tokens: bool = False
+    """Control tokens that a chat message writes out are control tokens, not plain text."""
     max_num_seqs: int = 64
     """Requests that run at once."""
     max_num_batched_tokens: int = 2048

@@ -4,14 +4,13 @@
     files/ID/meta.json    the FileRecord: the truth that the index is rebuilt from
     files/ID.tmp/         one that is being written or deleted; removed at the next start
 
-Owns: that layout, checks of uploads, that a file is there whole or not at all. Does not own: the index (Store), what training
-makes of a file (finetune/datasets.py). A user's file name is data: no path is made of it.
+Owns: that layout, limits of uploads, that a file is there whole or not at all. Does not own: the index (Store), how JSON Lines
+are read (finetune/jsonlines.py). A user's file name is data: no path is made of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import codecs
 import dataclasses
 import hashlib
 import io
@@ -31,6 +30,7 @@ import msgspec
 from starlette.datastructures import UploadFile
 
 from coserve.core import ConfigError, InvalidRequest, NotFound
+from coserve.finetune.jsonlines import UploadCheck
 from coserve.server.errors import Conflict, TooLarge
 from coserve.server.index.disk import storage_errors, sync_directory, write_new
 from coserve.server.index.store import Store
@@ -42,8 +42,6 @@ _CONTENT = "content"
 _META = "meta.json"
 _UNFINISHED = ".tmp"
 _CHUNK_BYTES = 1 << 20
-_HEAD_BYTES = 1 << 20
-"""What is looked at to see whether a file is JSON Lines at all."""
 _MAX_NAME_LENGTH = 255
 _UNPRINTABLE = ("Cc", "Cs")
 """Unicode's categories: control characters, halves of pairs."""
@@ -163,18 +161,18 @@ class FileService:
 
     def _copy(self, source: BinaryIO, target: Path, *, check: bool) -> tuple[int, str]:
         """Bytes and their SHA-256. check: as an upload's."""
-        size, digest, head = 0, hashlib.sha256(), bytearray()
-        decoder = codecs.getincrementaldecoder("utf-8")()
+        size, digest, judge = 0, hashlib.sha256(), UploadCheck()
         with target.open("xb") as file:
             while chunk := source.read(_CHUNK_BYTES):
                 size += len(chunk)
                 if check:
-                    self._check_chunk(size, chunk, decoder)
-                    head += chunk[: _HEAD_BYTES - len(head)]
+                    if size > self._max_bytes:
+                        raise TooLarge(f"file: more than {self._max_bytes} bytes, the most that a file may have", param="file")
+                    judge.feed(chunk)
                 digest.update(chunk)
                 file.write(chunk)
             if check:
-                _check_end(size, bytes(head), decoder)
+                judge.finish()
             file.flush()
             os.fsync(file.fileno())
         return size, digest.hexdigest()
@@ -193,14 +191,6 @@ class FileService:
                 f"file: you have {self._max_tenant_files} files, the most that there may be; delete some", param="file"
             )
 
-    def _check_chunk(self, size: int, chunk: bytes, decoder: codecs.IncrementalDecoder) -> None:
-        if size > self._max_bytes:
-            raise TooLarge(f"file: more than {self._max_bytes} bytes, the most that a file may have", param="file")
-        try:
-            decoder.decode(chunk)
-        except UnicodeDecodeError as error:
-            raise InvalidRequest("file: isn't valid UTF-8; a file for fine-tuning is JSON Lines", param="file") from error
-
 
 def _check_purpose(purpose: str) -> None:
     """Raises InvalidRequest for a purpose that uploads can't have."""
@@ -218,27 +208,6 @@ def clean_filename(name: str | None) -> str:
     if any(unicodedata.category(character) in _UNPRINTABLE for character in base):
         raise InvalidRequest("file: its name has a control character", param="file")
     return base
-
-
-def _check_end(size: int, head: bytes, decoder: codecs.IncrementalDecoder) -> None:
-    """Raises InvalidRequest for a file that is empty, ends inside a character or isn't JSON Lines at all."""
-    if size == 0:
-        raise InvalidRequest("file: is empty", param="file")
-    try:
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest("file: isn't valid UTF-8, it ends inside a character", param="file") from error
-    lines = head.split(b"\n")
-    cut = lines.pop() if len(head) < size else b""  # the rest of the last line wasn't looked at
-    if not (cut.lstrip().startswith(b"{") or any(map(_is_object, lines))):
-        raise InvalidRequest("file: has no line that is a JSON object; a file for fine-tuning is JSON Lines", param="file")
-
-
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line.decode()), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _read_meta(directory: Path) -> FileRecord | None:

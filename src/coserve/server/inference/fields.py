@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from coserve.chat.messages import NO_TOOLS, is_neutral
 from coserve.core import InvalidRequest
 
 _IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
@@ -66,11 +67,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "max_new_tokens": (),
 }
 _CHAT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True,),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
+    **NO_TOOLS,
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
@@ -119,18 +116,13 @@ class FieldPolicy:
                 continue
             if name not in self.neutral:
                 raise InvalidRequest(f"{name[:80]}: there is no such field{self._hint(name, implemented)}", param=name[:80])
-            if value is not None and not any(_same(value, neutral) for neutral in self.neutral[name]):
+            if not is_neutral(value, self.neutral[name]):
                 raise InvalidRequest(f"{name}: is not supported yet; leave it out", param=name)
         return {name: value for name, value in body.items() if name in implemented and value is not None}
 
     def _hint(self, name: str, implemented: Collection[str]) -> str:
         close = difflib.get_close_matches(name[:80], sorted({*implemented, *self.neutral, *self.ignored}), n=1)
         return f"; did you mean {close[0]}?" if close else ""
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    """Equal, and not merely as 1 and true are."""
-    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
 CHAT = FieldPolicy(ignored=_IGNORED, neutral={**_NEUTRAL, **_CHAT_NEUTRAL})

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from coserve.chat.messages import ROLES, TOOL_ROLES, UNSUPPORTED, is_neutral, join_parts
 from coserve.core import ContextExceeded, InvalidRequest
 from coserve.detokenizer import shown_text
-from coserve.server.inference.protocol import ROLES, ChatMessage, ContentPart
-from coserve.tokenizer import ChatTokenizer
+from coserve.server.inference.protocol import ChatMessage, ContentPart
+from coserve.tokenizer import ChatTokenizer, TextRules
 
 _LONG_CHARS = 4096
 """Longer prompts are tokenized in a thread, so that others' tokens aren't held up."""
 _MESSAGE_CHARS = 64
 """What the template and the checks take for a message or a part of one, beside its text."""
 _MAX_PROMPTS = 1024
-_UNSUPPORTED = ("tool_calls", "function_call", "audio", "tool_call_id", "reasoning", "reasoning_content")
 Result = TypeVar("Result")
 
 
@@ -37,15 +37,18 @@ class Prompt(NamedTuple):
 
 async def conversation_prompt(
     tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, run: Runner, limit: int,
-    add_generation_prompt: bool = True, add_special_tokens: bool = False,
+    add_generation_prompt: bool = True, add_special_tokens: bool = False, allow_control_tokens: bool = False,
 ) -> list[int]:
-    """A conversation in tokens. limit: of the context, in tokens. Raises InvalidRequest."""
+    """A conversation in tokens. limit: of the context, in tokens; allow_control_tokens: whether those that a message writes out
+    are control tokens, not plain text. Raises InvalidRequest."""
+    rules = TextRules(allow_control_tokens=allow_control_tokens)
 
     def encode() -> list[int]:
-        turns = template_messages(messages, keep_developer="developer" in (tokenizer.chat_template or ""))
+        turns = template_messages(messages, keep_developer=tokenizer.knows_developer)
         _check_size(tokenizer, sum(len(turn["content"]) for turn in turns), limit, "messages")
-        text = tokenizer.render_chat(turns, add_generation_prompt=add_generation_prompt)
-        return tokenizer.encode(text, add_special_tokens)
+        return tokenizer.encode_chat(
+            turns, add_generation_prompt=add_generation_prompt, add_special_tokens=add_special_tokens, rules=rules
+        )
 
     size = 0
     for message in messages:
@@ -58,8 +61,8 @@ async def conversation_prompt(
 async def text_prompts(
     tokenizer: ChatTokenizer, prompt: Any, *, run: Runner, vocab_size: int, limit: int, add_special_tokens: bool = True
 ) -> list[Prompt]:
-    """The prompts of a completion: a text, token ids, or a list of either. limit: of the context, in tokens. Raises
-    InvalidRequest."""
+    """The prompts of a completion: a text, token ids, or a list of either. Control tokens written out in a text are control
+    tokens: a raw prompt is the caller's own template. limit: of the context, in tokens. Raises InvalidRequest."""
 
     def encode(item: str | list[int]) -> Prompt:
         _check_size(tokenizer, len(item), limit, "prompt", "characters" if isinstance(item, str) else "token ids")
@@ -81,12 +84,12 @@ def template_messages(messages: Sequence[ChatMessage], *, keep_developer: bool =
     turns = []
     for number, message in enumerate(messages):
         place = f"messages[{number}]"
-        if message.role in ("tool", "function"):
+        if message.role in TOOL_ROLES:
             raise InvalidRequest(f"{place}.role: tools are not supported yet; leave them out", param=f"{place}.role")
         if message.role not in ROLES:
             raise InvalidRequest(f"{place}.role: must be one of {', '.join(ROLES)}", param=f"{place}.role")
-        for name in _UNSUPPORTED:
-            if getattr(message, name):
+        for name, neutral in UNSUPPORTED.items():
+            if not is_neutral(getattr(message, name), neutral):
                 raise InvalidRequest(f"{place}.{name}: is not supported yet; leave it out", param=f"{place}.{name}")
         role = "system" if message.role == "developer" and not keep_developer else message.role
         turn = {"role": role, "content": _content(message, place)}
@@ -132,23 +135,10 @@ def _check_size(tokenizer: ChatTokenizer, size: int, limit: int, field: str, uni
 def _content(message: ChatMessage, place: str) -> str:
     """A message's text; parts are joined by line ends."""
     if isinstance(message.content, list):
-        return "\n".join(_part(part, f"{place}.content[{number}]") for number, part in enumerate(message.content))
+        return join_parts([part.model_dump() for part in message.content], f"{place}.content")
     if message.content is None and message.role != "assistant":
         raise InvalidRequest(f"{place}.content: is missing", param=f"{place}.content")
     return message.content or ""
-
-
-def _part(part: ContentPart, place: str) -> str:
-    if part.type != "text":
-        raise InvalidRequest(
-            f"{place}: a part of type {part.type[:40]!r} is not supported yet; the model reads text", param=f"{place}.type"
-        )
-    if part.text is None:
-        raise InvalidRequest(f"{place}.text: is missing", param=f"{place}.text")
-    for name, value in (part.model_extra or {}).items():
-        if name != "cache_control" and value is not None:  # a caching hint that clients of other services send along
-            raise InvalidRequest(f"{place}.{name[:80]}: there is no such field", param=f"{place}.{name[:80]}")
-    return part.text
 
 
 def _split(prompt: Any, vocab_size: int) -> list[str | list[int]]:

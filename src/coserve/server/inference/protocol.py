@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+from coserve.chat.messages import ROLES
 from coserve.config import SamplingConfig
 from coserve.core import InvalidRequest
 
@@ -19,7 +20,6 @@ MAX_OUTPUTS = 128
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16
-ROLES = ("system", "developer", "user", "assistant")
 
 _INT64 = 1 << 63
 _INT31 = (1 << 31) - 1

@@ -154,10 +154,14 @@ class Extras(_Body):
     learning_rate: Rate | None = None
     schedule: Text | None = None
     warmup_steps: Count | None = None
+    warmup_ratio: Rate | None = None
     weight_decay: Rate | None = None
     max_grad_norm: Rate | None = None
     max_length: Count | None = None
     too_long: Text | None = None
+    system_prompt: Text | None = None
+    allow_control_tokens: bool | None = None
+    template_date: Text | None = None
     max_microbatch_tokens: Count | None = None
     activation_memory: MemoryLimit | None = None
     activation_compression: Compression | None = None
@@ -181,7 +185,7 @@ class CreateJob(Extras):
     hyperparameters: Hyperparameters | None = None
     """Deprecated by OpenAI: those of the method."""
     seed: Count | None = None
-    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     metadata: Pairs | None = None
     integrations: list[Integration] | None = Field(default=None, max_length=5)
 

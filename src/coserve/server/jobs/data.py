@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from coserve.config import FinetuneConfig
 from coserve.core import Group, InvalidRequest, NotFound
-from coserve.finetune.datasets import Dataset, load_groups
+from coserve.finetune.datasets import Dataset, load_training
 from coserve.tokenizer import ChatTokenizer
 
 FEW_EXAMPLES = 10
@@ -195,9 +195,8 @@ class DataReader:
 def _load(file: DataFile, tokenizer: ChatTokenizer, config: FinetuneConfig, on_line: Callable[[], None]) -> Dataset:
     assert config.max_length is not None
     try:
-        return load_groups(
-            file.path, tokenizer, objective=config.objective, max_length=config.max_length, too_long=config.too_long,
-            param=file.param, on_line=on_line,
+        return load_training(
+            file.path, tokenizer, config, max_length=config.max_length, param=file.param, on_line=on_line
         )
     except NotFound as error:
         raise InvalidRequest(f"{file.name} is no longer on disk", param=file.param) from error
@@ -212,6 +211,8 @@ def _remarks(file: DataFile, data: Dataset) -> Iterable[str]:
     for count, what in ((data.report.num_dropped, "left out"), (data.report.num_truncated, "cut")):
         if count:
             yield f"{count} too long examples of {file.name} were {what}"
+    for warning in data.report.warnings:
+        yield f"{file.name}: {warning}"
 
 
 def _content(group: Group) -> bytes:

@@ -39,9 +39,10 @@ class Pace:
 
 
 def tuned_name(record: JobRecord, base: str, organization: str) -> str:
-    """ft:BASE:ORGANIZATION:SUFFIX:ID, without the slashes and colons that a base's name may have."""
+    """ft:BASE:ORGANIZATION:SUFFIX:ID, without slashes and colons that a base's name may have; a suffix's dots are dashes."""
+    suffix = (record.suffix or "").replace(".", "-")
     last = base.rstrip("/").rpartition("/")[2]
-    return f"ft:{re.sub(r'[^A-Za-z0-9._-]', '-', last)}:{organization}:{record.suffix or ''}:{record.id[-8:]}"
+    return f"ft:{re.sub(r'[^A-Za-z0-9._-]', '-', last)}:{organization}:{suffix}:{record.id[-8:]}"
 
 
 def checkpoint_model(tuned: str, step: int) -> str:

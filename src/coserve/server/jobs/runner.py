@@ -237,7 +237,16 @@ class JobRunner:
         else:
             if message.resumed_step is not None:  # what the page shows are steps that the job has
                 self.change(live, step=message.resumed_step, num_steps=message.num_steps)
-            self.note(message.id, message.message, level=message.level)
+            if message.level != "info":
+                _log.warning("%s", message.message, extra={"job": message.id})
+            self.journal.keep(message.id, lambda: self._pass_on(message))
+
+    def _pass_on(self, message: JobHappened) -> None:
+        """In the journal's thread: adds an event, unless it is a remark about a file that its check has told already."""
+        told = f": {message.message}"
+        if message.level == "warn" and any(event.message.endswith(told) for event in self.journal.events(message.id)):
+            return
+        self.journal.event(message.id, message.message, level=message.level)
 
     def _hear_step(self, live: LiveJob, message: JobHappened, row: dict[str, float | int | None]) -> None:
         step, id = int(row["step"] or 0), message.id

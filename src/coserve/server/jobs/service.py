@@ -10,12 +10,15 @@ Owns: who may do what with which job, validation of the data, the index's recove
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import datetime
 import functools
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from coserve.config import FinetuneConfig
 from coserve.configdata import finetune_config_from_dict, to_dict
 from coserve.core import CapacityError, CoserveError, NotFound
 from coserve.finetune.defaults import not_used
@@ -92,9 +95,11 @@ class JobService:
             source = Path((await asyncio.to_thread(self._models.find_files, found)).directory)
         continued = None if source is None else await asyncio.to_thread(self._outputs.continued, source)
         spec = read_spec(body, self._config, self._engine.info.max_model_len, continued)
+        created_at = now()
         record = JobRecord(
-            id=new_id("ftjob"), tenant=tenant, created_at=now(), base=body.model, training_file=body.training_file,
-            validation_file=body.validation_file, config=to_dict(spec.config), method=spec.method, settings=spec.settings,
+            id=new_id("ftjob"), tenant=tenant, created_at=created_at, base=body.model, training_file=body.training_file,
+            validation_file=body.validation_file, config=to_dict(_dated(spec.config, created_at)),
+            method=spec.method, settings=spec.settings,
             start=None if source is None else body.model, suffix=body.suffix, seed=spec.seed, integrations=spec.integrations,
             metadata=body.metadata or {}, priority=body.priority or 0, weight=body.weight or 1.0, deadline=body.deadline,
         )
@@ -162,8 +167,8 @@ class JobService:
             runner.note(record.id, warning, level="warn")
         runner.note(record.id, f"Files validated, moving job to queued state: {report.summary}")
         runner.change(
-            live, manifest=True, status="queued", config=to_dict(resolved.config), method=resolved.method,
-            num_steps=resolved.num_steps,
+            live, manifest=True, status="queued", config=to_dict(_dated(resolved.config, record.created_at)),
+            method=resolved.method, num_steps=resolved.num_steps,
         )
         runner.pump()
 
@@ -316,3 +321,10 @@ class JobService:
                     self._store.update_job(record.id, **{name: getattr(record, name) for name in END_FIELDS})
             self._outputs.restore(record, self._runner.tuned(record))
         return self._store.unfinished_jobs()
+
+
+def _dated(config: FinetuneConfig, created_at: int) -> FinetuneConfig:
+    """With the day that chat templates are told: the job's own, whenever its data is read."""
+    if config.template_date is not None:
+        return config
+    return dataclasses.replace(config, template_date=datetime.date.fromtimestamp(created_at).isoformat())

@@ -36,8 +36,9 @@ _SEEDS = 2**31
 _SAME = ("alpha", "dropout", "target_modules", "feedforward_modules", "size", "placement", "activation")
 _ADAPTER = {"rank": "r", **{name: name for name in _SAME}}
 """Fields of all kinds of adapter, and their settings' names."""
-_OPTIMIZER = ("learning_rate", "schedule", "warmup_steps", "weight_decay", "max_grad_norm")
+_OPTIMIZER = ("learning_rate", "schedule", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm")
 _JOB = (
+    "system_prompt", "allow_control_tokens", "template_date",
     "too_long", "max_microbatch_tokens", "activation_memory", "activation_compression", "checkpoint_steps",
     "keep_checkpoints", "validation_steps", "max_steps",
 )

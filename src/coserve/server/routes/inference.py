@@ -72,6 +72,7 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
     ids = await conversation_prompt(
         services.tokenizer, body.messages, run=run, limit=info.max_model_len,
         add_generation_prompt=body.add_generation_prompt is not False,
+        allow_control_tokens=services.config.allow_control_tokens,
     )
     asked_by = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = output_limit(

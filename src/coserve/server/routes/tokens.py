@@ -49,6 +49,7 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> Resp
         tokens = await conversation_prompt(
             services.tokenizer, body.messages, run=run, limit=limit,
             add_generation_prompt=body.add_generation_prompt is not False, add_special_tokens=bool(body.add_special_tokens),
+            allow_control_tokens=services.config.allow_control_tokens,
         )
     elif body.prompt:
         special = body.add_special_tokens is not False

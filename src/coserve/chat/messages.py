@@ -1,0 +1,72 @@
+"""What a chat message may hold: one set of rules for requests and for training data.
+
+Owns: roles, values that ask for what happens anyway, content in parts. Does not own: how either side names a place in its
+input, message fields that only one of them knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from coserve.core import InvalidRequest
+
+ROLES = ("system", "developer", "user", "assistant")
+TOOL_ROLES = ("tool", "function")
+"""Known, but not supported yet."""
+Neutral = Mapping[str, tuple[Any, ...]]
+"""{field: the values that ask for what happens anyway}; null always does."""
+
+NO_TOOLS: Neutral = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+}
+"""Fields beside a conversation, where it has no tools."""
+_EMPTY: tuple[Any, ...] = ([], {}, "")
+UNSUPPORTED: Neutral = dict.fromkeys(
+    ("tool_calls", "tool_call_id", "function_call", "audio", "reasoning", "reasoning_content"), _EMPTY
+)
+"""Fields of a message that must be empty."""
+IGNORED = ("refusal", "annotations", "provider_specific_fields")
+"""Fields of a message, left over from an earlier response, that are no part of the conversation."""
+
+
+def same(value: Any, other: Any) -> bool:
+    """Equal, and not merely as 1 and true are."""
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+
+
+def is_neutral(value: Any, neutral: Collection[Any]) -> bool:
+    """Whether the value is null or one of the neutral ones."""
+    return value is None or any(same(value, other) for other in neutral)
+
+
+def join_parts(parts: Sequence[Any], place: str) -> str:
+    """The text of a message's content in parts of type text, joined by line ends. Raises InvalidRequest, naming the part.
+
+    A part's `cache_control` (a hint for other services) and null fields are ignored.
+    """
+    return "\n".join(_part(part, f"{place}[{number}]") for number, part in enumerate(parts))
+
+
+def _part(part: Any, place: str) -> str:
+    if not isinstance(part, Mapping):
+        raise InvalidRequest(f"{place}: a part must be an object with type and text", param=place)
+    kind = part.get("type")
+    if kind != "text":
+        shown = repr(kind[:40]) if isinstance(kind, str) else "that is no name"
+        raise InvalidRequest(
+            f"{place}: a part of type {shown} is not supported yet; the model reads text", param=f"{place}.type"
+        )
+    text = part.get("text")
+    if text is None:
+        raise InvalidRequest(f"{place}.text: is missing", param=f"{place}.text")
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{place}.text: must be a string", param=f"{place}.text")
+    for name, value in part.items():
+        if name not in ("type", "text", "cache_control") and value is not None:
+            raise InvalidRequest(f"{place}.{name[:80]}: there is no such field", param=f"{place}.{name[:80]}")
+    return text

@@ -1,0 +1,153 @@
+"""JSON Lines files: the one reader for uploads and for training.
+
+Owns: encodings, lines, JSON objects. Does not own: what a line means (layouts.py). A UTF-8 byte order mark is skipped; a file
+that is in another encoding is refused by its name.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from coserve.core import InvalidRequest
+
+MAX_LINE_BYTES = 4 << 20
+"""Tokenizing takes up to 250 times the memory of a text."""
+_HEAD_BYTES = 1 << 20
+"""What is looked at to see whether an upload is JSON Lines at all."""
+_SAVE = "save it as UTF-8"
+_SIGNS = (
+    (codecs.BOM_UTF32_LE, f"UTF-32, not UTF-8; {_SAVE}"),  # before UTF-16's, whose mark is its beginning
+    (codecs.BOM_UTF32_BE, f"UTF-32, not UTF-8; {_SAVE}"),
+    (codecs.BOM_UTF16_LE, f"UTF-16, not UTF-8; {_SAVE}"),
+    (codecs.BOM_UTF16_BE, f"UTF-16, not UTF-8; {_SAVE}"),
+    (b"\x1f\x8b", "compressed (gzip); give the file inside"),
+    (b"PK\x03\x04", "compressed (zip); give the file inside"),
+    (b"BZh", "compressed (bzip2); give the file inside"),
+    (b"\xfd7zXZ\x00", "compressed (xz); give the file inside"),
+    (b"\x28\xb5\x2f\xfd", "compressed (zstd); give the file inside"),
+    (b"PAR1", "a Parquet file; write it as JSON Lines"),
+)
+_SHOWN_KEY = 60
+
+
+class LineError(Exception):
+    """`field`: what is wrong with it and what to do, without file and line."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+
+
+def foreign_format(head: bytes) -> str | None:
+    """What a file is in instead of UTF-8 text, by its first bytes and in words, with what to do; None if they don't tell."""
+    for sign, words in _SIGNS:
+        if head.startswith(sign):
+            return words
+    zeros = [byte == 0 for byte in head[:4]]  # JSON begins with an ASCII character
+    if zeros in ([False, True, True, True], [True, True, True, False]):
+        return f"UTF-32, not UTF-8; {_SAVE}"
+    if zeros[:2] in ([False, True], [True, False]):
+        return f"UTF-16, not UTF-8; {_SAVE}"
+    return None
+
+
+def numbered_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Lines without white space around them, with their numbers from 1; a blank one is empty. Raises LineError for a file that
+    isn't UTF-8 by its first bytes."""
+    problem = foreign_format(data[:16])
+    if problem is not None:
+        raise LineError("encoding", f"the file is {problem}")
+    number, start = 0, len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    while start <= len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        number += 1
+        yield number, data[start:end].strip()
+        start = end + 1
+
+
+def read_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line. Raises LineError, also for a key that is in one object twice."""
+    if len(line) > MAX_LINE_BYTES:
+        raise LineError("line", f"{len(line)} bytes, more than {MAX_LINE_BYTES}; split the example")
+    try:
+        record = json.loads(line.decode(), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise LineError("encoding", f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise LineError("JSON", f"{error.msg} at column {error.colno}; give one JSON object per line") from error
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python reads
+        raise LineError("JSON", f"{error}; give one plain JSON object per line") from error
+    if not isinstance(record, dict):
+        raise LineError("line", f"a JSON object is expected, got {kind(record)}")
+    return record
+
+
+def kind(value: object) -> str:
+    """A JSON value's type, in JSON's words."""
+    if value is None:
+        return "nothing"
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names[type(value)]
+
+
+def shown(value: object) -> str:
+    """A user's value as JSON, at most 60 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN_KEY else text[: _SHOWN_KEY - 3] + "..."
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise LineError(shown(key), "the key is in one object twice; keep one of them")
+        found[key] = value
+    return found
+
+
+class UploadCheck:
+    """Judges an upload while it is copied: UTF-8 text with a JSON object among its first lines. What the lines say is judged
+    when a job reads them."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._head = bytearray()
+        self._size = 0
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes. Raises InvalidRequest."""
+        self._head += chunk[: _HEAD_BYTES - len(self._head)]
+        if self._size == 0 and (problem := foreign_format(chunk[:16])) is not None:
+            raise _refused(f"is {problem}")
+        self._size += len(chunk)
+        try:
+            self._decoder.decode(chunk)
+        except UnicodeDecodeError as error:
+            raise _refused("isn't valid UTF-8; a file for fine-tuning is JSON Lines") from error
+
+    def finish(self) -> None:
+        """After the last bytes. Raises InvalidRequest for a file that is empty, ends inside a character or has no object."""
+        if self._size == 0:
+            raise _refused("is empty")
+        try:
+            self._decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            raise _refused("isn't valid UTF-8, it ends inside a character") from error
+        lines = bytes(self._head).removeprefix(codecs.BOM_UTF8).split(b"\n")
+        cut = lines.pop() if len(self._head) < self._size else b""  # the rest of the last line wasn't looked at
+        if not (cut.lstrip().startswith(b"{") or any(map(_is_object, lines))):
+            raise _refused("has no line that is a JSON object; a file for fine-tuning is JSON Lines")
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode()), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _refused(message: str) -> InvalidRequest:
+    return InvalidRequest(f"file: {message}", param="file")

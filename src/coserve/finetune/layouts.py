@@ -1,0 +1,336 @@
+"""What a line of a training file says, in each of the layouts that people have: from a JSON object to token ids and weights.
+
+Owns: the accepted layouts (`_LAYOUTS`), which part of a line is the prompt, where the system prompt goes. Does not own: how
+lines are read (jsonlines.py), messages one by one (turns.py), tokenization and which tokens of a conversation are trained
+(coserve.tokenizer), lengths (datasets.py).
+
+Layouts: OpenAI's fine-tuning API (https://platform.openai.com/docs/guides/fine-tuning), TRL's "Dataset formats"
+(https://huggingface.co/docs/trl/dataset_formats), alpaca (https://github.com/tatsu-lab/stanford_alpaca) and ShareGPT, with the
+optional columns that LLaMA-Factory (https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md) describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from coserve.chat.messages import NO_TOOLS, is_neutral
+from coserve.config import Objective, SystemPrompt
+from coserve.core import InvalidRequest
+from coserve.finetune.jsonlines import LineError, kind, shown
+from coserve.finetune.turns import Turn, merge_system, read_text, read_turns, same_turns
+from coserve.tokenizer import ChatTokenizer, Notes, TextRules
+
+_SHOWN_KEYS = 8
+_WEAKEST = "text"
+"""A column of this name beside another layout is a rendering of it, as alpaca's files have it."""
+
+
+class Encoded(NamedTuple):
+    """One encoded example: `field` is the line's key to blame, token_ids int64 [n], weights float32 [n]."""
+
+    field: str
+    token_ids: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(slots=True, kw_only=True)
+class LineReader:
+    """Reads the lines of one file. ignored: columns that no layout has, in the order in which they came; last_turn_only,
+    control_texts: lines of which tokenizer.Notes tells that."""
+
+    tokenizer: ChatTokenizer
+    objective: Objective
+    rules: TextRules
+    system_prompt: SystemPrompt
+    ignored: dict[str, None] = field(default_factory=dict)
+    last_turn_only: int = 0
+    control_texts: int = 0
+    _notes: Notes = field(default_factory=Notes)
+
+    def read(self, record: dict[str, Any]) -> list[Encoded]:
+        """The examples of one line: one, or (chosen, rejected). Raises LineError, or InvalidRequest from the tokenizer."""
+        layout = _match(record, self.objective)
+        _refuse_tools(record, "")
+        if isinstance(record.get("label"), bool) and layout.required == ("prompt", "completion"):
+            raise LineError("label", "completions that are only called good or bad are not supported; give pairs, or remove it")
+        self.ignored.update(dict.fromkeys(
+            key for key in record if key not in layout.required + layout.optional and key not in NO_TOOLS
+        ))
+        self._notes = Notes()
+        examples = layout.encode(record, self)
+        self.last_turn_only += self._notes.last_turn_only > 0
+        self.control_texts += self._notes.control_texts > 0
+        return examples
+
+    def turns(self, value: object, place: str) -> list[Turn]:
+        """A checked list of messages, in the roles of the chat template. Raises LineError, InvalidRequest."""
+        return read_turns(value, place, keep_developer=self.tokenizer.knows_developer)
+
+    def chat(self, place: str, context: Sequence[Turn], response: Sequence[Turn]) -> Encoded:
+        """A conversation of which only the response is trained."""
+        turns = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in context] + [*response]
+        _require_response(response, place)
+        if self.system_prompt == "merge":
+            turns = merge_system(turns, place)
+        try:
+            return Encoded(place, *self.tokenizer.encode_training(turns, self.rules, self._notes))
+        except InvalidRequest as error:
+            if self.tokenizer.takes_system or all(turn["role"] != "system" for turn in turns):
+                raise
+            raise InvalidRequest(
+                f"{error}; with system_prompt merge the system prompt becomes part of the first user turn", param=error.param
+            ) from error
+
+    def completion(self, place: str, prompt: str, text: str) -> Encoded:
+        """A text that continues a text."""
+        return Encoded(place, *self.tokenizer.encode_completion(prompt, text, self.rules, self._notes))
+
+    def text(self, place: str, text: str) -> Encoded:
+        """A text that is trained whole."""
+        return Encoded(place, *self.tokenizer.encode_text(text, self.rules, self._notes))
+
+
+class _Layout(NamedTuple):
+    objective: Objective
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    encode: Callable[[dict[str, Any], LineReader], list[Encoded]]
+
+
+def _match(record: dict[str, Any], objective: Objective) -> _Layout:
+    """The layout whose required keys the line has; null counts as absent, unless no layout is found otherwise."""
+    given = [key for key, value in record.items() if value is not None]
+    for keys in (given, list(record)):
+        matches = [layout for layout in _LAYOUTS if all(key in keys for key in layout.required)]
+        own = [layout for layout in matches if layout.objective == objective]
+        if own:
+            return _only(own)
+    wanted = " or ".join("{" + ", ".join(f.required) + "}" for f in _LAYOUTS if f.objective == objective)
+    if matches:
+        raise LineError(
+            ", ".join(matches[0].required),
+            f"this is a line for objective {matches[0].objective}, but the objective is {objective}; give {wanted}, or "
+            f"set the objective to {matches[0].objective}",
+        )
+    keys_shown = ", ".join([shown(key) for key in list(record)[:_SHOWN_KEYS]] + ["..."] * (len(record) > _SHOWN_KEYS))
+    raise LineError("keys", f"{keys_shown or 'none'}: no known format; for objective {objective} give {wanted}")
+
+
+def _only(matches: list[_Layout]) -> _Layout:
+    """The one that is meant. Raises LineError where two layouts say different things."""
+    first = matches[0]
+    for other in matches[1:]:
+        if not {*other.required} <= {*first.required, _WEAKEST}:
+            raise LineError(
+                ", ".join(other.required), f"the line has {', '.join(first.required)} too; leave out what is not to be trained"
+            )
+    return first
+
+
+def _refuse_tools(record: dict[str, Any], prefix: str) -> None:
+    for key, neutral in NO_TOOLS.items():
+        if not is_neutral(record.get(key), neutral):
+            raise LineError(prefix + key, "tools are not supported yet; remove it or leave the example out")
+
+
+def _require_response(turns: Sequence[Turn], place: str) -> None:
+    if all(turn["role"] != "assistant" for turn in turns):
+        raise LineError(place, "no assistant message; add one, it is what is trained")
+    if turns[-1]["role"] != "assistant":
+        raise LineError(
+            f"{place}[{len(turns) - 1}].role",
+            f"the last message must be the assistant's, this one is of role {turns[-1]['role']}; remove it or add a "
+            "reply",
+        )
+
+
+# --- layouts, one function each ---
+
+
+def _messages(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
+    return [reader.chat("messages", (), reader.turns(record["messages"], "messages"))]
+
+
+def _sharegpt(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
+    return [reader.chat("conversations", (), [*_system(record), *reader.turns(record["conversations"], "conversations")])]
+
+
+def _alpaca(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
+    answer = {"role": "assistant", "content": read_text(record["output"], "output")}
+    return [reader.chat("output", (), [*_instruction(record), answer])]
+
+
+def _prompt_completion(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
+    return _responses(record["prompt"], "prompt", record, ("completion",), reader)
+
+
+def _text(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
+    return [reader.text("text", read_text(record["text"], "text"))]
+
+
+def _preference(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
+    return _responses(record["prompt"], "prompt", record, ("chosen", "rejected"), reader)
+
+
+def _openai_preference(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
+    given = record["input"]
+    if not isinstance(given, dict) or "messages" not in given:
+        raise LineError("input", 'an object with a list "messages" is expected')
+    for key, value in given.items():
+        if key not in ("messages", *NO_TOOLS) and value is not None:
+            raise LineError(f"input.{shown(key)}", "unknown key; remove it (known: messages)")
+    _refuse_tools(given, "input.")
+    fields = ("preferred_output", "non_preferred_output")
+    for name, value in (("input.messages", given["messages"]), *((name, record[name]) for name in fields)):
+        if not isinstance(value, list):
+            raise LineError(name, f"a list of messages is expected, got {kind(value)}")
+    return _responses(given["messages"], "input.messages", record, fields, reader)
+
+
+def _alpaca_preference(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
+    context, fields = _instruction(record), ("chosen", "rejected")
+    answers = {name: {"role": "assistant", "content": read_text(record[name], name)} for name in fields}
+    return [reader.chat(name, context, [answers[name]]) for name in fields]
+
+
+def _sharegpt_preference(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
+    context = [*_system(record), *reader.turns(record["conversations"], "conversations")]
+    return [_continued(context, "conversations", _turns_of(record, name, reader), name, reader)
+            for name in ("chosen", "rejected")]
+
+
+def _implicit_preference(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
+    """The prompt is what both begin with."""
+    fields = ("chosen", "rejected")
+    chosen, rejected = (record[name] for name in fields)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        texts = [read_text(record[name], name) for name in fields]
+        start = _common_words(*texts)
+        return [reader.completion(name, start, text[len(start) :]) for name, text in zip(fields, texts, strict=True)]
+    both = [_turns_of(record, name, reader) for name in fields]
+    shared = 0
+    while shared < min(map(len, both)) - 1 and same_turns(both[0][shared : shared + 1], both[1][shared : shared + 1]):
+        shared += 1
+    while shared and both[0][shared - 1]["role"] == "assistant":
+        shared -= 1
+    if not shared:
+        raise LineError(
+            "chosen, rejected", "they have no first message in common; begin both with the prompt, or give a prompt"
+        )
+    return [reader.chat(name, turns[:shared], turns[shared:]) for name, turns in zip(fields, both, strict=True)]
+
+
+# --- parts of layouts ---
+
+
+def _system(record: dict[str, Any]) -> list[Turn]:
+    """A system turn, if the line has a column for it."""
+    text = read_text(record.get("system") or "", "system")
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _instruction(record: dict[str, Any]) -> list[Turn]:
+    """The turns before the answer of an alpaca line."""
+    turns = _system(record)
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise LineError("history", f"a list of [question, answer] is expected, got {kind(history)}")
+    for number, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise LineError(f"history[{number}]", "[question, answer] is expected")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": read_text(text, f"history[{number}]")})
+    parts = [read_text(record["instruction"], "instruction"), read_text(record.get("input") or "", "input")]
+    question = "\n".join(part for part in parts if part)
+    if not question:
+        raise LineError("instruction", "it is empty, and there is no input; give a question")
+    return [*turns, {"role": "user", "content": question}]
+
+
+def _turns_of(record: dict[str, Any], name: str, reader: LineReader) -> list[Turn]:
+    """A list of messages, or one message."""
+    value = record[name]
+    return reader.turns([value] if isinstance(value, dict) else value, name)
+
+
+def _responses(
+    prompt: object, prompt_field: str, record: dict[str, Any], fields: tuple[str, ...], reader: LineReader
+) -> list[Encoded]:
+    """One example per field: the prompt, not trained, and the response of that field, which may repeat the prompt."""
+    asked_in_text = isinstance(prompt, str) and all(isinstance(record[name], list) for name in fields)
+    for name in fields:
+        if not asked_in_text and isinstance(record[name], list) != isinstance(prompt, list):
+            raise LineError(
+                name, f"{kind(record[name])}, but {prompt_field} is {kind(prompt)}; give both as strings or both as lists of "
+                "messages",
+            )
+    if asked_in_text:
+        question = read_text(prompt, prompt_field)
+        parts = [_split_at(question, prompt_field, reader.turns(record[name], name), name) for name in fields]
+        for name, (before, _) in zip(fields, parts, strict=True):
+            if not same_turns(before, parts[0][0]):
+                raise LineError(name, f"what comes before the answer differs from {fields[0]}'s; give both the same prompt")
+        return [reader.chat(name, before, after) for name, (before, after) in zip(fields, parts, strict=True)]
+    if not isinstance(prompt, list):
+        start = read_text(prompt, prompt_field)
+        return [reader.completion(name, start, read_text(record[name], name)) for name in fields]
+    context = reader.turns(prompt, prompt_field)
+    for i, turn in enumerate(context):
+        if turn.get("weight") == 1:
+            raise LineError(f"{prompt_field}[{i}].weight", "nothing of a prompt is trained; remove it")
+    return [_continued(context, prompt_field, reader.turns(record[name], name), name, reader) for name in fields]
+
+
+def _continued(context: list[Turn], prompt_field: str, response: list[Turn], place: str, reader: LineReader) -> Encoded:
+    """A response in messages, behind its prompt or as the whole conversation."""
+    _require_response(response, place)
+    if context[-1]["role"] == "assistant":
+        raise LineError(prompt_field, "the last message is the assistant's; end the prompt with another role")
+    if response[0]["role"] == "assistant":
+        return reader.chat(place, context, response)
+    if same_turns(response[: len(context)], context) and len(response) > len(context):
+        return reader.chat(place, context, response[len(context) :])
+    if context[-1]["role"] == "user" or response[0]["role"] != "user":
+        raise LineError(
+            place, f"a whole conversation, but not one that begins with {prompt_field}; give the answer alone, or that start"
+        )
+    return reader.chat(place, context, response)
+
+
+def _split_at(
+    question: str, prompt_field: str, response: Sequence[Turn], place: str
+) -> tuple[Sequence[Turn], Sequence[Turn]]:
+    """Prompt and answer: the question and a response to it, or the parts of a whole conversation that asks it."""
+    _require_response(response, place)
+    if response[0]["role"] == "assistant":
+        return [{"role": "user", "content": question}], response
+    asked = [i for i, turn in enumerate(response) if turn["role"] == "user" and turn["content"].strip() == question.strip()]
+    if not asked:
+        raise LineError(place, f"a whole conversation, but not one that asks what {prompt_field} says; give the answer alone")
+    return response[: asked[0] + 1], response[asked[0] + 1 :]
+
+
+def _common_words(some: str, other: str) -> str:
+    """The beginning that two texts share, without the word in which they part and the white space before it."""
+    pairs = zip(some, other, strict=False)
+    start = some[: next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(some), len(other)))]
+    return start[: max(start.rfind(" "), start.rfind("\n"), 0)]
+
+
+_LAYOUTS = (
+    _Layout("sft", ("messages",), (), _messages),
+    _Layout("sft", ("conversations",), ("system",), _sharegpt),
+    _Layout("sft", ("prompt", "completion"), (), _prompt_completion),
+    _Layout("sft", ("instruction", "output"), ("input", "system", "history"), _alpaca),
+    _Layout("sft", ("text",), (), _text),
+    _Layout("dpo", ("input", "preferred_output", "non_preferred_output"), (), _openai_preference),
+    _Layout("dpo", ("prompt", "chosen", "rejected"), (), _preference),
+    _Layout("dpo", ("conversations", "chosen", "rejected"), ("system",), _sharegpt_preference),
+    _Layout("dpo", ("instruction", "chosen", "rejected"), ("input", "system", "history"), _alpaca_preference),
+    _Layout("dpo", ("chosen", "rejected"), (), _implicit_preference),
+)
+"""The first one that a line has counts."""
