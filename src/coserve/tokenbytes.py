@@ -105,8 +105,8 @@ class TokenBytes:
         return self._decode([*self._anchor, token])[len(self._anchor_text) :].encode() if fixed is None else fixed
 
     def _fixed(self, piece: str, token: int) -> bytes | None:
-        """The bytes of an entry that are known without asking the decoder. Among byte-level entries an added token is plain text,
-        where the decoder would take its letters for bytes."""
+        """The bytes of an entry that are known without asking the decoder. Among byte-level entries an added token is plain
+        text, where the decoder would take its letters for bytes."""
         if self._byte_level:
             if token in self._added:
                 return self._added[token].encode()

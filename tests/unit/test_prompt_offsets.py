@@ -13,9 +13,10 @@ from coserve.tokenizer import ChatTokenizer
 from tests.tiny_tokenizer import build_sentencepiece_tokenizer, build_tiny_tokenizer
 
 TEXTS = [
-    "The quick brown fox", "Grüße, Straße", "中文测试，你好", "日本語のテスト", "한국어 시험", "Привет, мир", "שלום עולם", "مرحبا \u200f123",
-    "हिन्दी क्षेत्र", "ไทยภาษา", "தமிழ் மொழி", "ქართული", "Ελληνικά", "አማርኛ", "👨\u200d👩\u200d👧 🏳\ufe0f\u200d🌈 👍🏽", "\x00\x07\x1b[0m \ufeff",
-    "  two  spaces   ", "x  <|im_end|>  y", "plain added grün!",
+    "The quick brown fox", "Grüße, Straße", "中文测试 你好", "日本語のテスト", "한국어 시험", "Привет, мир", "שלום עולם",
+    "مرحبا \u200f123", "हिन्दी क्षेत्र", "ไทยภาษา", "தமிழ் மொழி", "ქართული", "Ελληνικά", "አማርኛ",
+    "👨\u200d👩\u200d👧 🏳\ufe0f\u200d🌈 👍🏽", "\x00\x07\x1b[0m \ufeff", "  two  spaces   ",
+    "x  <|im_end|>  y", "plain added grün!",
 ]
 
 

@@ -43,7 +43,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Granite Code": {**LLAMA, "attention_bias": True, "mlp_bias": True, "attention_dropout": 0.1},
     "InternLM 2 as a Llama": {**LLAMA, "attn_implementation": "eager", "bias": False},
     "InternLM as a Llama": {**LLAMA, "bias": True, "attention_bias": True},
-    "Vicuna 16k": {**LLAMA, "max_length": 4096, "max_sequence_length": 16384, "rope_scaling": {"factor": 4.0, "type": "linear"}},
+    "Vicuna 16k": {**LLAMA, "max_length": 4096, "max_sequence_length": 16384,
+                   "rope_scaling": {"factor": 4.0, "type": "linear"}},
     "Llama 2 with YaRN": {**LLAMA, "auto_map": {"AutoModelForCausalLM": "m.C"}, "rope_scaling": {**YARN, "finetuned": True}},
     "Llama 2 of Together": {**LLAMA, "use_flashattn": True, "log_scale": False},
     "Unsloth's Llama": {**LLAMA, "unsloth_version": "2024.9", "unsloth_fixed": True, "rope_scaling": LLAMA3_ROPE},
@@ -87,7 +88,8 @@ def test_fields_of_published_checkpoints_are_taken(tmp_path: Path, name: str) ->
 
 @pytest.mark.parametrize(("fields", "refused"), [
     ({"activation": "gelu"}, "activation"), ({"num_layers": 5}, "num_layers"), ({"norm_eps": 1e-6}, "norm_eps"),
-    ({"bias": True}, "bias"), ({"rope_base": 5e5}, "rope_base"), ({"position_embedding_type": "alibi"}, "position_embedding_type"),
+    ({"bias": True}, "bias"), ({"rope_base": 5e5}, "rope_base"),
+    ({"position_embedding_type": "alibi"}, "position_embedding_type"),
     ({"normalization": "LayerNorm"}, "normalization"), ({"layer_types": ["sliding_attention"] * 4}, "layer_types"),
     ({"fused_ffn": True}, "fused_ffn"), ({"activation": ["silu"]}, "activation"),
 ])

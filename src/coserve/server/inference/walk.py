@@ -81,7 +81,8 @@ def prompt_offsets(tokenizer: ChatTokenizer, ids: Sequence[int], text: str) -> l
 
 
 def _fitted(tokenizer: ChatTokenizer, ids: Sequence[int], text: str, ends: Sequence[int]) -> list[int]:
-    """Where tokens begin that end at `ends`: where the text that they finish is right before it, else where the one before ends.
+    """Where tokens begin that end at `ends`: where the text that they finish is right before it, else where the one before
+    ends.
 
     Those that only begin a character end with it, and begin where it does. A space that the tokenizer has put before the text
     takes no place.
