@@ -87,7 +87,8 @@ def check_fields(raw: Mapping[str, Any], family_fields: frozenset[str], source: 
             continue
         if _is_neutral(name, value) or _agrees(name, value, raw):
             continue
-        if "drop" not in name and not _KERNELS.search(name.lower()) and _COMPUTES.search(name.lower()):
+        kernel = isinstance(value, bool | str) and _KERNELS.search(name.lower())
+        if "drop" not in name and not kernel and _COMPUTES.search(name.lower()):
             raise ConfigError(
                 f"{name}: {_short(value)} in {source} is not supported for a {raw.get('model_type')} model; remove the field "
                 "if it does not change what the model computes", param=name)
