@@ -91,7 +91,8 @@ def test_fields_of_published_checkpoints_are_taken(tmp_path: Path, name: str) ->
     ({"bias": True}, "bias"), ({"rope_base": 5e5}, "rope_base"),
     ({"position_embedding_type": "alibi"}, "position_embedding_type"),
     ({"normalization": "LayerNorm"}, "normalization"), ({"layer_types": ["sliding_attention"] * 4}, "layer_types"),
-    ({"fused_ffn": True}, "fused_ffn"), ({"flash_attn_window": 8}, "flash_attn_window"), ({"activation": ["silu"]}, "activation"),
+    ({"fused_ffn": True}, "fused_ffn"), ({"flash_attn_window": 8}, "flash_attn_window"),
+    ({"activation": ["silu"]}, "activation"),
 ])
 def test_a_second_name_that_disagrees_is_refused(tmp_path: Path, fields: dict[str, Any], refused: str) -> None:
     with pytest.raises(ConfigError) as caught:
