@@ -105,11 +105,11 @@ class TokenBytes:
         return self._decode([*self._anchor, token])[len(self._anchor_text) :].encode() if fixed is None else fixed
 
     def _fixed(self, piece: str, token: int) -> bytes | None:
-        """The bytes of an entry that are known without asking the decoder. An added token is plain text, where a decoder would
-        take its letters for bytes."""
-        if token in self._added and (self._byte_level or self._byte_fallback):
-            return self._added[token].encode()
+        """The bytes of an entry that are known without asking the decoder. Among byte-level entries an added token is plain
+        text, where the decoder would take its letters for bytes."""
         if self._byte_level:
+            if token in self._added:
+                return self._added[token].encode()
             try:
                 return bytes([_LETTERS[letter] for letter in piece])
             except KeyError:  # an entry in plain text, as the decoder takes it too

@@ -51,6 +51,10 @@ CHAT_PAYLOADS: dict[str, dict[str, Any]] = {
         "max_completion_tokens": 4, "stop": None, "ignore_eos": True,
         "messages": [{"role": "user", "content": [{"type": "text", "text": "some words"}]}],
     },
+    "lm-eval": {
+        "model": MODEL, "messages": [{"role": "user", "content": "some words", "type": "text"}], "max_tokens": 8,
+        "temperature": 0, "stop": ["Q:", "<|im_end|>"], "seed": 1234,
+    },
     "vllm bench": {
         "model": MODEL, "messages": [{"role": "user", "content": [{"type": "text", "text": "some words"}]}], "temperature": 0.0,
         "repetition_penalty": 1.0, "max_completion_tokens": 4, "stream": True, "stream_options": {"include_usage": True},

@@ -199,13 +199,13 @@ def _left_over(directory: Path, names: list[str], num_layers: int) -> str:
 
 
 def _refuse_quantised(raw: Mapping[str, Any], directory: Path) -> None:
-    quantisation = raw.get("quantization_config")
-    if quantisation is None:
-        return
-    method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-    raise InvalidRequest(
-        f"{directory} holds a quantised checkpoint (quantization_config, method {method}); use the original "
-        "bfloat16 or float32 weights")
+    for field in ("quantization_config", "quantization", "compression_config"):  # the second is MLX's
+        quantisation = raw.get(field)
+        if quantisation:
+            method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+            raise InvalidRequest(
+                f"{directory} holds a quantised checkpoint ({field}, method {method}); use the original bfloat16 or float32 "
+                "weights")
 
 
 def _unreadable(path: Path, error: Exception) -> InvalidRequest:

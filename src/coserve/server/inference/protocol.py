@@ -7,7 +7,7 @@ Owns: types and ranges of fields, and their way into a SamplingConfig. Does not 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -151,11 +151,13 @@ class ContentPart(BaseModel):
 
 class ChatMessage(Body):
     """One turn. What an assistant's turn may bring along from an earlier response is taken if it's empty; refusal, annotations
-    and provider_specific_fields (litellm's notes) in any case, as they are no part of the conversation."""
+    and provider_specific_fields (litellm's notes) in any case, as they are no part of the conversation. type: as lm-eval
+    ("text") and the Responses API ("message") write beside the role."""
 
     role: Annotated[str, Field(json_schema_extra={"enum": list(ROLES)})]
     content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: str | None = None
+    type: Literal["text", "message"] | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
     tool_calls: list[Any] | None = None

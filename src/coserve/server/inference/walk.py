@@ -9,6 +9,7 @@ Owns: the words of log-probabilities. Does not own: how bytes become text (detok
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -80,12 +81,21 @@ def prompt_offsets(tokenizer: ChatTokenizer, ids: Sequence[int], text: str) -> l
 
 
 def _fitted(tokenizer: ChatTokenizer, ids: Sequence[int], text: str, ends: Sequence[int]) -> list[int]:
-    """Where tokens begin that end at `ends`: where their own text is right before it, else where the one before ends."""
+    """Where tokens begin that end at `ends`: where the text that they finish is right before it, else where the one before
+    ends.
+
+    Those that only begin a character end with it, and begin where it does. A space that the tokenizer has put before the text
+    takes no place.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     offsets: list[int] = []
     before = 0
     for token, end in zip(ids, ends, strict=True):
-        own = tokenizer.token_bytes[token].decode(errors="ignore")
+        own = decoder.decode(tokenizer.token_bytes[token])
+        end -= bool(own and decoder.getstate()[0])  # the character that it leaves unfinished
+        if own.startswith(" ") and not text[:end].endswith(own):
+            own = own[1:]
         start = end - len(own)
-        offsets.append(start if start >= before and text[start:end] == own else before)
-        before = max(before, end)
+        offsets.append(start if own and start >= before and text[start:end] == own else before)
+        before = max(before, end) if own else before
     return offsets
