@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from coserve.core import CapacityError, CoserveError
+from coserve.finetune.disk import refusal_of
 from coserve.server.index.store import Store
 from coserve.server.records import EventRecord, JobRecord, now
 
@@ -91,13 +92,13 @@ class JobJournal:
             self._waiting[job] = deque([kept])
             self._later(job)
 
-    def _try(self, kept: _Kept) -> CapacityError | None:
+    def _try(self, kept: _Kept) -> Exception | None:
         """Runs an action; its refusal by the disk, if that is how it went."""
         try:
             result = kept.action()
-        except CapacityError as error:
-            return error
         except Exception as error:
+            if isinstance(error, CapacityError) or refusal_of(error) is not None:
+                return error
             self._tell_loop(_set_exception, kept.future, error)
         else:
             self._tell_loop(_set_result, kept.future, result)
