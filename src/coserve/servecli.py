@@ -158,7 +158,7 @@ async def run_server(config: ServerConfig) -> None:
         timeout_graceful_shutdown=int(config.shutdown_timeout + _LAST_ANSWERS_S),
     ))
     with bind(config.host, config.port) as listener:
-        ends = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup has SIGHUP ignored
+        ends = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores it
         for number in ends:
             loop.add_signal_handler(number, this.cancel)
         try:
