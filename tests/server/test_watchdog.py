@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import zmq
 
 from coserve.core import CoserveError
 from coserve.server.jobs.queue import LiveJob
+from coserve.server.link import enginemain
 from coserve.server.link.activity import (
     ENGINE,
     FIRST_CALL,
@@ -79,6 +81,15 @@ def test_every_end_of_a_process_has_a_reason(tmp_path: Path, code: int, reason: 
     nothing: Any = None
     process = EngineProcess(nothing, nothing, tmp_path, ActivityPage(None), 0)
     assert process.describe_end(code, None, hung=False).reason == reason
+
+
+def test_a_server_that_was_killed_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(enginemain.os, "_exit", ended.append)
+    (tmp_path / "coserve-1").mkdir()
+    enginemain.end_with(io.BytesIO(), str(tmp_path / "coserve-1"))
+    wait_until(lambda: ended == [1], 5)
+    assert not (tmp_path / "coserve-1").exists()
 
 
 def test_a_start_that_gets_no_socket_fails_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
