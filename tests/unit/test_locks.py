@@ -12,9 +12,9 @@ from coserve.server.locks import hold
 
 
 def test_a_lock_names_its_holder_and_is_free_afterwards(tmp_path: Path) -> None:
-    with hold(tmp_path / "lock"):
-        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()};"), hold(tmp_path / "lock"):
-            pass
+    in_use = pytest.raises(ConfigError, match=f"in use by process {os.getpid()};")
+    with hold(tmp_path / "lock"), in_use, hold(tmp_path / "lock"):
+        pass
     with hold(tmp_path / "lock"):
         assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 
@@ -24,6 +24,5 @@ def test_a_lock_holds_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    with hold(tmp_path / "lock"):
-        with pytest.raises(ConfigError, match="in use by process unknown"), hold(tmp_path / "lock"):
-            pass
+    with hold(tmp_path / "lock"), pytest.raises(ConfigError, match="in use by process unknown"), hold(tmp_path / "lock"):
+        pass

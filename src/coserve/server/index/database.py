@@ -5,6 +5,7 @@ Owns: URLs, pragmas, transactions. Does not own: tables (tables.py), queries (st
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from coserve.server.index.tables import prepare_schema
 
 _READS = "coserve_reads"
 _BUSY_S = 5.0
+_LEAST_ROOM = 64 << 10
+"""Bytes that SQLite takes on the disk when it opens an index, about."""
 _PRAGMAS = (f"busy_timeout = {_BUSY_S * 1e3:.0f}", "journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON")
 """A transaction that a loss of power takes back is found again in the manifests, so NORMAL is enough."""
 
@@ -159,6 +162,8 @@ def _opening_failed(url: URL, error: DBAPIError) -> ConfigError:
                            param="database_url")
     if "not a database" in reason or "malformed" in reason:
         return _damaged(str(url.database), reason)
+    if shutil.disk_usage(Path(str(url.database)).parent).free < _LEAST_ROOM:
+        reason = f"{FULL} ({reason})"
     return ConfigError(f"data_dir: the index {url.database} can't be opened: {reason}", param="data_dir")
 
 
