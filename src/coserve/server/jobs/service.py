@@ -309,7 +309,7 @@ class JobService:
         adapter = await asyncio.to_thread(self._models.find_record, tenant, name)
         if adapter.tenant != tenant or adapter.job is None:
             raise Forbidden(f"model: {name} is not the model of a finetuning job of yours", param="model")
-        if adapter.job in self._runner.live or adapter.job in self._runner.ending:
+        if not has_ended(await asyncio.to_thread(self.get, tenant, adapter.job)):
             raise Conflict(f"model: job {adapter.job} has not ended; cancel it first", param="model")
         await self._runner.journal.write(functools.partial(self._outputs.delete_model, adapter))
         self.disk.forget(adapter.job)
