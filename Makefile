@@ -1,6 +1,8 @@
 # Two commands for newcomers: `make demo` and `make test`. Everything lands in .venv.
 
 PYTHON ?= python3
+# Processes of make test.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -24,7 +26,7 @@ demo: $(READY)
 	$(BIN)/coserve demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not full and not gpu"
+	$(BIN)/python -m pytest -m "not full and not gpu" --numprocesses $(WORKERS) --dist loadfile
 
 test-full: $(READY)
 	$(BIN)/python -m pytest -m "full" --durations 20

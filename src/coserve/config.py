@@ -73,7 +73,7 @@ def require_positive(config: Any, *names: str) -> None:
 
 def is_whole(value: Any) -> TypeGuard[int]:
     """Whether a value is a whole number that 64 bits hold; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

@@ -92,7 +92,7 @@ def cases(draw: st.DrawFn) -> Case:
     config = LoraConfig(
         r=draw(st.integers(1, 6)), alpha=draw(st.floats(1, 16)), target_modules=tuple(targets),
         use_rslora=draw(st.booleans()), rank_pattern=draw(st.sampled_from([{}, {names[0]: 3}])),
-        alpha_pattern=draw(st.sampled_from([{}, {names[-1]: 5.0}])),
+        alpha_pattern=draw(st.sampled_from([{}, {names[-1] if only_layer is None else names[0]: 5.0}])),
     )
     objective = draw(st.sampled_from(["sft", "dpo"]))
     lengths = draw(st.lists(st.integers(2, 24), min_size=1, max_size=4))

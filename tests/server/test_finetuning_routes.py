@@ -21,7 +21,8 @@ from fastapi import FastAPI
 from coserve.server.handlers import install_handlers
 from coserve.server.routes import adapters, finetuning
 from coserve.server.services import Services
-from tests.server.jobs_bench import Bench, write_adapter
+from tests.server.jobs_bench import Bench
+from tests.tiny_adapter import write_tiny_adapter, write_tiny_config
 from tests.tiny_tokenizer import build_tiny_tokenizer
 
 
@@ -78,6 +79,10 @@ class Site:
         done.result(30)
 
     async def _act(self, action: Callable[[], Any]) -> None:
+        for _ in range(500):  # a job is said to run a moment before the engine is asked
+            if self.bench.engine.starts:
+                break
+            await asyncio.sleep(0.01)
         action()
         await self.bench.settle()
 
@@ -93,8 +98,7 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    model = tmp_path / "model"
-    model.mkdir()
+    model = write_tiny_config(tmp_path / "model")
     found = Site(build_tiny_tokenizer(model), tmp_path / "data")
     yield found
     found.close()
@@ -211,7 +215,7 @@ def test_wrong_queries(site: Site, query: str) -> None:
 
 
 def test_adapters_at_run_time(site: Site) -> None:
-    write_adapter(site.root / "a")
+    write_tiny_adapter(site.root / "a")
     body = {"lora_name": "x", "lora_path": "a"}
     reply = site.post("/load_lora_adapter", body)
     assert (reply.status_code, reply.text) == (200, "Success: LoRA adapter 'x' added successfully")

@@ -151,8 +151,8 @@ EXTREMES: tuple[dict[str, Any], ...] = (
     {"slo_tpot_ms": 1e-3, "slo_ttft_ms": 1e-3}, {"slo_tpot_ms": 1e7, "slo_ttft_ms": 1e7}, {"top_p": 5e-324}, {"min_p": 5e-324},
     {"min_p": 1}, {"temperature": 100, "min_tokens": 8}, {"temperature": 5e-324}, {"repetition_penalty": 0.01},
     {"repetition_penalty": 100}, {"logit_bias": {str(token): -100 for token in range(390)}}, {"logit_bias": {"5": 100}},
-    {"seed": 2**63 - 1, "n": 3}, {"seed": -(2**63)}, {"top_k": 2**31 - 1}, {"top_k": 1}, {"stop": ["x" * 20_000]},
-    {"stop_token_ids": [5] * 20_000}, {"presence_penalty": 2, "frequency_penalty": -2}, {"logprobs": 20, "prompt_logprobs": 20},
+    {"seed": 2**63 - 1, "n": 3}, {"seed": -(2**63)}, {"top_k": 2**31 - 1}, {"top_k": 1}, {"stop": ["x" * 1024]},
+    {"stop_token_ids": [5] * 1024}, {"presence_penalty": 2, "frequency_penalty": -2}, {"logprobs": 20, "prompt_logprobs": 20},
     {"stop_token_ids": list(range(390)), "min_tokens": 8}, {"temperature": 1, "top_k": 1, "top_p": 1e-9, "min_p": 1},
 )
 

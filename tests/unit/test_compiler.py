@@ -829,11 +829,11 @@ def test_lora_programs_agree_with_autograd(
     arch: Architecture, targets: set[tuple[int, str]], rank: int, other_rank: int, rslora: bool, dropout: float,
     lengths: list[int], forward: list[int], backward: list[int], seed: int,
 ) -> None:
+    modules = sorted(f"{index}.{'self_attn' if site in ATTENTION_SITES else 'mlp'}.{site}" for index, site in targets)
+    of_others = {"o_proj": "o_proj", "layers.1.mlp.*": "1.mlp."}  # a pattern must match a module that there is
     config = LoraConfig(
-        r=rank, alpha=3.0, dropout=dropout, use_rslora=rslora,
-        rank_pattern={"o_proj": other_rank, "layers.1.mlp.*": other_rank},
-        target_modules=tuple(sorted(f"{index}.{'self_attn' if site in ATTENTION_SITES else 'mlp'}.{site}"
-                                    for index, site in targets)),
+        r=rank, alpha=3.0, dropout=dropout, use_rslora=rslora, target_modules=tuple(modules),
+        rank_pattern={key: other_rank for key, part in of_others.items() if any(part in module for module in modules)},
     )
     generator = torch.Generator().manual_seed(seed)
     weights = random_weights(arch, generator)

@@ -189,8 +189,8 @@ def test_state_round_trip(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize(("ratio", "steps"), [(0.1, 3), (0.5, 13), (1.0, 25), (0.001, 1)])
 def test_a_warm_up_by_ratio_is_one_by_steps(schedule: Schedule, ratio: float, steps: int) -> None:
-    by_ratio = OptimizerConfig(schedule=schedule, warmup_ratio=ratio)
-    by_steps = OptimizerConfig(schedule=schedule, warmup_steps=steps)
+    by_ratio = OptimizerConfig(learning_rate=1e-3, schedule=schedule, warmup_ratio=ratio)
+    by_steps = OptimizerConfig(learning_rate=1e-3, schedule=schedule, warmup_steps=steps)
     rates = [[learning_rate(config, step, 25) for step in range(25)] for config in (by_ratio, by_steps)]
     assert rates[0] == rates[1]
 

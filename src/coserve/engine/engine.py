@@ -79,10 +79,10 @@ class Engine:
         slots = AdapterSlots(
             arch, weights.dtype, weights.device, max_slots=self.config.max_adapters, max_rank=self.config.max_lora_rank
         )
-        self._inbox = Inbox(watcher)
+        inbox = self._inbox = Inbox(watcher)
         self.adapters = AdapterRegistry(
             slots, lambda version: pool.forget(version.name, version.number), load=model.load_adapter,
-            post=lambda command: self._inbox.post(command, "an adapter was read"),
+            post=lambda command: inbox.post(command, "an adapter was read"),
         )
         self.train = TrainExecutor(model.executor)
         self.passes = PassExecutor(model.executor, self.train, self.pool, slots, cuda_graphs=self.config.cuda_graphs)
