@@ -261,6 +261,25 @@ def test_a_server_that_ends_on_a_full_disk_tells_the_rest_at_its_next_start(play
     play(before, after)
 
 
+def test_a_busy_index_does_not_hold_up_the_end(play: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_LAST_TRIES_S", 0.3)
+    tries: list[int] = []
+
+    def busy() -> None:
+        tries.append(1)
+        time.sleep(0.2)
+        raise StorageRefused("the index is busy; try again")
+
+    async def story(bench: Bench) -> None:
+        records = bench.jobs._runner.journal
+        futures = [records.keep(f"job-{number}", busy) for number in range(50)]
+        await records.close()
+        assert len(tries) < 6
+        assert all(future.cancelled() for future in futures), "nobody waits for them"
+
+    play(story)
+
+
 # --- where a job is ---
 
 
