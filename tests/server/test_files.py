@@ -209,7 +209,7 @@ def test_ids_that_are_paths(http: httpx.Client, id: str) -> None:
 
 @pytest.mark.parametrize("content", [
     b"", b"\n\n\n", b"hello\nworld\n", b"[1, 2]\n3\n", b"\x80abc\n", CONTENT + b"\xc3", CONTENT + b"\xff\xfe",
-    LINE.encode("utf-16"), LINE.encode("utf-16-le"), gzip.compress(CONTENT), b"PK\x03\x04" + bytes(100), bytes(5000),
+    LINE.encode("utf-16"), LINE.encode("utf-16-le"), gzip.compress(CONTENT, mtime=0), b"PK\x03\x04" + bytes(100), bytes(5000),
     b"[" * 50_000, b'{"a":' * 10_000, b"9" * 50_000,
 ])
 def test_contents_that_are_no_json_lines(alice: openai.OpenAI, content: bytes) -> None:
@@ -316,7 +316,7 @@ _FILE = b'Content-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\
     _multipart(_FILE.replace(b"a.jsonl", b"a\x01.jsonl"), _PURPOSE),
     _multipart(_FILE.replace(b'name="file"', b'name="file'), _PURPOSE), _multipart(b": \r\n\r\n", _FILE),
     _multipart(b"A" * 70_000 + b": b\r\n\r\n", _FILE), _multipart(*[_PURPOSE] * 1000), _multipart(b"no colon\r\n\r\nx", _FILE),
-    gzip.compress(_multipart(_FILE, _PURPOSE)),
+    gzip.compress(_multipart(_FILE, _PURPOSE), mtime=0),
 ])
 def test_malformed_multipart(http: httpx.Client, body: bytes) -> None:
     answer = http.post("/v1/files", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"})

@@ -396,6 +396,24 @@ def test_a_flooding_tenant_harms_itself_only(blocks: int, lag: int) -> None:
     assert (fake.scheduler.num_preemptions > 10) == (blocks == 400)
 
 
+def test_a_tenant_does_not_hold_all_places_while_another_waits() -> None:
+    """Without it the other tenant would wait until one of the flood's long outputs has ended."""
+    fake = engine(max_num_seqs=8, num_blocks=1 << 14)
+    flood = [fake.submit(20, 3000, tenant="flood", tpot_s=9.0) for _ in range(40)]
+    for _ in range(60):
+        step(fake)
+    assert fake.scheduler.num_running == 8
+    few = [fake.submit(20, 10, tenant="few") for _ in range(6)]
+    start = fake.clock()
+    while not all(request.finished_s for request in few):
+        step(fake)
+        assert sum(r.state.running for r in flood) >= 4, "the flood keeps its own share"
+    assert all(request.met for request in few) and fake.clock() - start < 2
+    while not all(request.finished_s for request in flood[:2]):
+        step(fake)
+    assert all(whole(request) for request in flood if request.finished_s)
+
+
 def test_a_tenant_that_is_behind_and_asks_again_keeps_what_it_is_owed() -> None:
     fake = engine()
     tenants = fake.scheduler.tenants

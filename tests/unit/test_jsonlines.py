@@ -24,7 +24,7 @@ FOREIGN = {
     "utf-32": (LINE.encode("utf-32"), "UTF-32, not UTF-8; save it as UTF-8"),
     "utf-32 without mark": (LINE.encode("utf-32-le"), "UTF-32, not UTF-8"),
     "utf-32, big, without mark": (LINE.encode("utf-32-be"), "UTF-32, not UTF-8"),
-    "gzip": (gzip.compress(LINE.encode()), "compressed (gzip); give the file inside"),
+    "gzip": (gzip.compress(LINE.encode(), mtime=0), "compressed (gzip); give the file inside"),
     "parquet": (b"PAR1" + bytes(20), "a Parquet file; write it as JSON Lines"),
 }
 GOOD = {

@@ -143,6 +143,7 @@ class HybridScheduler:
         budget = self.deadlines.for_prompts(running, now)
         spare = self.deadlines.for_jobs(running, now, self._typical_prompt_s)
         if turn is not Turn.FINETUNING:
+            self._share_places(now)
             decode = self._decode()
             prefill, waits = self._prefill(now, decode, budget)
             spare = 0.0 if waits or self._others_late(now) else spare
@@ -320,6 +321,21 @@ class HybridScheduler:
         spared = self.deadlines.for_others_prompts(others, now, self._typical_prompt_s)
         limit = spared if late else min(budget, spared)
         return limit, max(limit, min(self.deadlines.cap(running), spared))
+
+    def _share_places(self, now: float) -> None:
+        """Where every place is taken, a waiting tenant that has fewer than its share of them gets one from the tenant that has
+        most; its latest request waits then, and finds most of its prefix in the cache when it goes on."""
+        if not self._waiting or self.num_running < self.config.max_num_seqs:
+            return
+        first = next(self._waiting.in_order(self.tenants.served, self._waiting.overdue(now)), None)
+        if first is None:
+            return
+        held = Counter(request.tenant for request in self._running.values())
+        tenant, most = held.most_common(1)[0]
+        share = self.config.max_num_seqs // len(self._by_tenant)
+        if held[first.tenant] < share < most:
+            others = (request for request in self._running.values() if request.tenant == tenant)
+            self.preempt(max(others, key=lambda request: (request.arrival_s, request.id)))
 
     def _late(self, request: RequestState, now: float) -> bool:
         """Whether a prompt would be through by now, first come, first served: running requests then wait for it. Beside jobs,
