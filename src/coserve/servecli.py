@@ -31,6 +31,7 @@ from coserve.server.errors import Unauthorized
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.store import Store
 from coserve.server.index.tenants import make_key
+from coserve.server.link.setup import STOP_SIGNALS
 from coserve.server.locks import make_private
 from coserve.server.records import now
 from coserve.server.services import Services
@@ -126,7 +127,8 @@ def serve(
     finally:
         handler.close()
     # All is written and closed. Python would take seconds to free what torch has made, while a restart waits for this process.
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # a pipe that nobody reads any more
+        sys.stdout.flush()
     os._exit(0)
 
 
@@ -146,7 +148,7 @@ class _Server(uvicorn.Server):
 
 
 async def run_server(config: ServerConfig) -> None:
-    """Serves until SIGINT or SIGTERM. Raises what keeps it from starting."""
+    """Serves until one of STOP_SIGNALS. Raises what keeps it from starting."""
     _allow_many_files()
     loop, this = asyncio.get_running_loop(), asyncio.current_task()
     assert this is not None
@@ -156,7 +158,8 @@ async def run_server(config: ServerConfig) -> None:
         timeout_graceful_shutdown=int(config.shutdown_timeout + _LAST_ANSWERS_S),
     ))
     with bind(config.host, config.port) as listener:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        ends = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores it
+        for number in ends:
             loop.add_signal_handler(number, this.cancel)
         try:
             async with open_services(config, _report) as services:
@@ -171,7 +174,7 @@ async def run_server(config: ServerConfig) -> None:
                     services.jobs.end_streams()  # they would last as long as their jobs
                     loop.call_later(config.shutdown_timeout, services.engine.fail_requests, "the server is ending")
 
-                for number in (signal.SIGINT, signal.SIGTERM):
+                for number in ends:
                     loop.add_signal_handler(number, end)
                 await server.serve(sockets=[listener])
                 _log.info("ending ...")

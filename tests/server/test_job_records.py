@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -12,8 +14,10 @@ from typing import Any
 import pytest
 
 from coserve.core import CapacityError
+from coserve.finetune.job import MetricsTable
 from coserve.server.errors import Conflict, StorageRefused
-from coserve.server.jobs import journal, runner
+from coserve.server.index import manifest
+from coserve.server.jobs import journal, runner, service
 from coserve.server.link.messages import JobHappened, Problem
 from coserve.server.link.supervisor import EngineEnd
 from tests.server.jobs_bench import Bench, until
@@ -179,6 +183,63 @@ def test_a_job_whose_directory_is_refused_starts_later(play: Callable[..., None]
     play(story)
 
 
+def test_a_job_that_waits_for_the_disk_is_started_once_in_the_next_engine(
+    play: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(bench: Bench) -> None:
+        monkeypatch.setattr(runner, "RETRY_S", 0.2)
+        bench.engine.refusal = StorageRefused("the disk is full")
+        job = await bench.create()
+        await until(lambda: bool(bench.messages(job.id)) and "can't start yet" in bench.messages(job.id)[-1])
+        bench.engine.die()
+        bench.engine.refusal = None
+        await bench.engine.rise()  # before the first one's wait is over
+        await asyncio.sleep(0.5)
+        assert len(bench.engine.starts) == 2, "one in each engine: a second would be refused, and the job fail"
+        assert bench.jobs.get("me", job.id).status == "running"
+
+    play(story)
+
+
+def test_an_index_that_does_not_answer_fails_no_job(play: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
+    async def story(bench: Bench) -> None:
+        def away(*_: object) -> None:
+            tries.append(1)
+            raise StorageRefused("the index's database can't be reached")
+
+        monkeypatch.setattr(service, "RETRY_S", 0.01)
+        job = await bench.create()
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.store, "get_file", away)
+            await until(lambda: len(tries) > 3)
+        await until(lambda: len(bench.engine.starts) == 1)
+        assert bench.jobs.get("me", job.id).status == "running"
+
+    play(story)
+
+
+def test_too_many_open_files_at_the_end_of_a_job_are_waited_for(play: Callable[..., None]) -> None:
+    async def story(bench: Bench) -> None:
+        id = await bench.started()
+        bench.engine.step(id, 1)
+        tries: list[int] = []
+
+        def refuse(*_: object) -> None:
+            tries.append(1)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(manifest.os, "replace", refuse)
+            patch.setattr(MetricsTable, "rows", refuse)
+            bench.engine.end(id)
+            await until(lambda: len(tries) > 2)
+        await bench.status(id, "succeeded")
+
+    play(story)
+
+
 def test_a_server_that_ends_on_a_full_disk_tells_the_rest_at_its_next_start(play: Callable[..., None]) -> None:
     ids: list[str] = []
 
@@ -198,6 +259,25 @@ def test_a_server_that_ends_on_a_full_disk_tells_the_rest_at_its_next_start(play
         assert [event.step for event in bench.events(ids[0]) if event.step is not None] == [1, 2]
 
     play(before, after)
+
+
+def test_a_busy_index_does_not_hold_up_the_end(play: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_LAST_TRIES_S", 0.3)
+    tries: list[int] = []
+
+    def busy() -> None:
+        tries.append(1)
+        time.sleep(0.2)
+        raise StorageRefused("the index is busy; try again")
+
+    async def story(bench: Bench) -> None:
+        records = bench.jobs._runner.journal
+        futures = [records.keep(f"job-{number}", busy) for number in range(50)]
+        await records.close()
+        assert len(tries) < 6
+        assert all(future.cancelled() for future in futures), "nobody waits for them"
+
+    play(story)
 
 
 # --- where a job is ---

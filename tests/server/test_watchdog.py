@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import io
 import json
 import os
 import signal
@@ -14,11 +17,26 @@ from typing import Any
 
 import httpx
 import pytest
+import zmq
 
+from coserve.core import CoserveError
 from coserve.server.jobs.queue import LiveJob
-from coserve.server.link.activity import ENGINE, FIRST_CALL, PLACES, PULSE, ActivityPage, CallPlaces, start_pulse
+from coserve.server.link import enginemain
+from coserve.server.link.activity import (
+    ENGINE,
+    FIRST_CALL,
+    PLACE_BYTES,
+    PLACES,
+    PULSE,
+    ActivityPage,
+    CallPlaces,
+    start_pulse,
+)
+from coserve.server.link.engineclient import EngineClient
+from coserve.server.link.supervisor import EngineProcess
 from coserve.server.link.watchdog import FACTOR, Watchdog
 from coserve.server.records import JobRecord
+from coserve.server.settings import ServerConfig
 from tests.server.conftest import RunningServer, StartServer, is_alive, wait_until
 from tests.server.hanging_engine import HANG
 from tests.tiny_directory import chat_lines
@@ -48,6 +66,40 @@ def test_what_does_not_end_is_a_hang_after_the_timeout_and_not_before(tmp_path: 
     dog = Watchdog(other, 60)
     assert look_for(dog, 60) == []
     assert look_for(dog, 0, start=61) == ["an iteration (decode); jobs ftjob-1; requests r1, r2 after 61"]
+
+
+def test_the_page_has_its_room_on_the_disk(tmp_path: Path) -> None:
+    ActivityPage(tmp_path / "page", create=True).close()
+    taken = (tmp_path / "page").stat().st_blocks * 512
+    assert taken >= PLACES * PLACE_BYTES, "a full disk would end whoever writes to it by SIGBUS"
+
+
+@pytest.mark.parametrize(("code", "reason"), [
+    (-9, "it was ended by signal SIGKILL"), (-40, "it was ended by signal 40"), (3, "it ended with exit code 3"),
+])
+def test_every_end_of_a_process_has_a_reason(tmp_path: Path, code: int, reason: str) -> None:
+    nothing: Any = None
+    process = EngineProcess(nothing, nothing, tmp_path, ActivityPage(None), 0)
+    assert process.describe_end(code, None, hung=False).reason == reason
+
+
+def test_a_server_that_was_killed_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(enginemain.os, "_exit", ended.append)
+    (tmp_path / "coserve-1").mkdir()
+    enginemain.end_with(io.BytesIO(), str(tmp_path / "coserve-1"))
+    wait_until(lambda: ended == [1], 5)
+    assert not (tmp_path / "coserve-1").exists()
+
+
+def test_a_start_that_gets_no_socket_fails_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def spawn(*_: object) -> EngineProcess:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    monkeypatch.setattr(EngineProcess, "spawn", spawn)
+    client = EngineClient(ServerConfig(data_dir=tmp_path))
+    with pytest.raises(CoserveError, match="can't start: Too many open files"):
+        asyncio.run(asyncio.wait_for(client.start(), 10))
 
 
 def test_what_is_predicted_to_take_long_gets_a_multiple_of_that() -> None:

@@ -121,6 +121,22 @@ def test_a_row_that_a_full_disk_took_half_of_leaves_no_trace(tmp_path: Path) -> 
     assert [row.step for row in table.rows()] == [1, 2]
 
 
+def test_a_table_that_a_full_disk_refuses_leaves_the_old_one_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = MetricsTable(tmp_path / "metrics.csv")
+    table.keep(0)
+    table.append(ROW)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        table.keep(0)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"] and len(table.rows()) == 1
+
+
 # --- a job that waits ---
 
 

@@ -68,6 +68,34 @@ def test_a_line_break_in_what_users_give_makes_no_line_of_its_own() -> None:
     log = Log("text")
     log.logger.warning("name: %s", "x\n2026-01-01T00:00:00.000Z ERROR api forged")
     assert all(HEAD.match(line) for line in log.lines) and log.lines[1].count("WARNING") == 1
+    assert HEAD.sub("", log.lines[1]).startswith("| "), "it is seen to belong to the line before"
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\rb", "a\x85b", "\x9b31m", "\u202eabc", "\u2028x", "\x00", "\ud800", "a\x08"])
+def test_what_steers_a_terminal_or_cant_be_written_is_written_out(log: Log, text: str) -> None:
+    log.logger.warning("path: %s", text, extra={"job": f"id {text}\n"})
+    try:
+        raise ValueError(text)
+    except ValueError:
+        log.logger.exception("it failed")
+    written = log.err.getvalue()
+    written.encode()
+    assert all(letter.isprintable() or letter == "\n" for letter in written), written
+    if isinstance(log.handler.formatter, JsonFormatter):
+        assert json.loads(log.lines[0])["message"] == f"path: {text}"
+
+
+class _Gone(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_stream_that_nobody_reads_costs_lines_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log("text")
+    log.handler._out = _Gone()
+    log.logger.info("lost")
+    log.logger.warning("kept")
+    assert "kept" in log.err.getvalue() and capsys.readouterr() == ("", "")
 
 
 def test_repeats_are_counted(monkeypatch: pytest.MonkeyPatch, log: Log) -> None:

@@ -25,6 +25,11 @@ _RUST_CODE = re.compile(r"code: (\d+)|os error (\d+)")
 """Where safetensors' errors carry the system's number."""
 
 
+def is_full(error: OSError) -> bool:
+    """Whether there is no room, on the disk or in a quota."""
+    return error.errno in _FULL
+
+
 def refusal_of(error: BaseException) -> str | None:
     """Why the disk refuses a write, in a few words; None for an error that more tries don't mend."""
     code: int | None = None

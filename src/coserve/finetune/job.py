@@ -184,11 +184,22 @@ class MetricsTable:
         """Drops rows after `last_step`: they will be run again."""
         rows = [row for row in self.rows() if row.step <= last_step]
         temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(_COLUMNS)
-            writer.writerows(_cells(row) for row in rows)
-        os.replace(temporary, self.path)
+        try:
+            with temporary.open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(_COLUMNS)
+                writer.writerows(_cells(row) for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def sync(self) -> None:
+        """All rows are on the disk when this returns, as far as a loss of power is concerned. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def append(self, row: StepRow) -> None:
         """All of the row or nothing: what a full disk has taken of it is cut off again. Raises OSError."""
@@ -377,6 +388,7 @@ class Job:
         """Writes a checkpoint of the step at `cursor`. save: writes the adapter of that step into a directory; unrecorded: the
         step's row, if the table hasn't got it."""
         facts = dict(self.facts) if unrecorded is None else {**self.facts, "unrecorded": asdict(unrecorded)}
+        self.table.sync()  # no checkpoint is ahead of the table
         path = save_checkpoint(self.checkpoint_root, cursor, save_adapter=save, optimizer=dict(state), facts=facts)
         remove_old(self.checkpoint_root, self.config.keep_checkpoints, newest=cursor.step)
         self.listen(JobEvent(

@@ -32,7 +32,7 @@ class EngineUnavailable(CoserveError, RuntimeError):
 
 
 class StorageRefused(CapacityError):
-    """The disk can't be written for now."""
+    """The disk, or the index's database, refuses for now."""
 
 
 class _Kind(NamedTuple):

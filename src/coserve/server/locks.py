@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
@@ -45,9 +46,9 @@ def hold(path: Path, *, timeout_s: float = 0.0, waiting: Callable[[], None] = la
                     "another data_dir", param="data_dir",
                 )
             time.sleep(_LOOK_EVERY_S)
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without the number
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{os.getpid()}\n".encode("ascii"))
         yield
 
 

@@ -11,8 +11,10 @@ False for a line that is written every time; `fields`: more of what JSON holds.
 from __future__ import annotations
 
 import contextvars
+import io
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -29,6 +31,9 @@ IDS = ("request", "tenant", "job")
 FOLD_S = (10.0, 60.0, 600.0)
 """A line that was just written is counted instead of written again for so long; then longer, while it goes on."""
 _MOST_FOLDED = 256
+_CONTINUED = "| "
+_UNSHOWN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What would steer a terminal, break a line, turn the order of letters around, or can't be written as UTF-8."""
 _request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="")
 _tenant: contextvars.ContextVar[list[str]] = contextvars.ContextVar("tenant")
 
@@ -80,8 +85,14 @@ def _trace(record: logging.LogRecord) -> str:
     return "".join(traceback.format_exception(*record.exc_info)).rstrip() if record.exc_info and record.exc_info[1] else ""
 
 
+def _shown(line: str) -> str:
+    """A line with what must not reach a terminal written out, as in Python's strings."""
+    return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), line)
+
+
 class TextFormatter(logging.Formatter):
-    """Every line of a record, a traceback's too, begins with time, level and process."""
+    """Every line of a record, a traceback's too, begins with time, level and process. All but the first go on with '| ', so
+    that what users send can't pass for a record."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -92,8 +103,9 @@ class TextFormatter(logging.Formatter):
         head = f"{_time(record)} {record.levelname} {self._process} "
         ids = " ".join(f"{name}={value}" for name, value in _ids(record).items())
         first, *rest = record.getMessage().splitlines() or [""]
-        lines = [f"{first} [{ids}]" if ids else first, *rest, *_trace(record).splitlines()]
-        return "\n".join(head + line for line in lines)
+        lines = [f"{first} [{ids}]" if ids else first]
+        lines += [_CONTINUED + line for line in (*rest, *_trace(record).splitlines())]
+        return "\n".join(head + _shown(line) for line in lines)
 
 
 class JsonFormatter(logging.Formatter):
@@ -111,7 +123,7 @@ class JsonFormatter(logging.Formatter):
         }
         if trace := _trace(record):
             fields["exception"] = trace
-        return json.dumps(fields, ensure_ascii=False, default=str)
+        return json.dumps(fields, default=str)  # all of it ASCII: any stream takes it, nothing steers a terminal
 
 
 @dataclass(slots=True)
@@ -159,8 +171,12 @@ class FoldingHandler(logging.Handler):
 
     def _write(self, record: logging.LogRecord) -> None:
         stream = self._error if record.levelno >= logging.WARNING else self._out
-        stream.write(self.format(record) + "\n")
-        stream.flush()
+        line = self.format(record) + "\n"
+        try:
+            stream.write(line)
+            stream.flush()
+        except OSError:  # a pipe that nobody reads any more, a full disk: the server goes on without this line
+            pass
 
     def _tell(self, folded: _Folded, now: float) -> None:
         same = folded.record
@@ -213,6 +229,9 @@ class FoldingHandler(logging.Handler):
 def configure(process: str, *, format: str = "text", level: str = "info") -> FoldingHandler:
     """Sends the log of this process to its streams. process: api or engine; format: text or json; level: the least that is
     written, of other packages never less than warnings, unless it is debug."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the locale has no such letter
     handler = FoldingHandler(sys.stdout, sys.stderr)
     handler.setFormatter(JsonFormatter(process) if format == "json" else TextFormatter(process))
     handler.addFilter(_Context())

@@ -5,6 +5,7 @@ Owns: URLs, pragmas, transactions. Does not own: tables (tables.py), queries (st
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -17,13 +18,15 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
 
-from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest
-from coserve.server.errors import Conflict
+from coserve.core import ConfigError, CoserveError, InvalidRequest
+from coserve.server.errors import Conflict, StorageRefused
 from coserve.server.index.disk import FULL
 from coserve.server.index.tables import prepare_schema
 
 _READS = "coserve_reads"
 _BUSY_S = 5.0
+_LEAST_ROOM = 64 << 10
+"""Bytes that SQLite takes on the disk when it opens an index, about."""
 _PRAGMAS = (f"busy_timeout = {_BUSY_S * 1e3:.0f}", "journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON")
 """A transaction that a loss of power takes back is found again in the manifests, so NORMAL is enough."""
 
@@ -32,6 +35,7 @@ _FAILURES = {
     "disk i/o error": "the disk of the data directory fails to read or write; see the system's log",
     "readonly database": "the data directory can't be written",
     "database is locked": "the index is busy; try again",
+    "unable to open database file": "the index can't be opened for now; try again",
 }
 """What SQLite says, in lower case, and what a user is told."""
 
@@ -66,7 +70,7 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """A transaction: all of it, or nothing.
 
-        Raises CapacityError (disk full, database busy or away), Conflict (exists already), InvalidRequest (can't be stored).
+        Raises StorageRefused (disk full, database busy or away), Conflict (exists already), InvalidRequest (can't be stored).
         """
         with _translated(), self.engine.begin() as connection:
             yield connection
@@ -158,6 +162,8 @@ def _opening_failed(url: URL, error: DBAPIError) -> ConfigError:
                            param="database_url")
     if "not a database" in reason or "malformed" in reason:
         return _damaged(str(url.database), reason)
+    if shutil.disk_usage(Path(str(url.database)).parent).free < _LEAST_ROOM:
+        reason = f"{FULL} ({reason})"
     return ConfigError(f"data_dir: the index {url.database} can't be opened: {reason}", param="data_dir")
 
 
@@ -179,13 +185,13 @@ def _translate(error: DBAPIError) -> CoserveError | None:
     reason = str(error.orig).lower()
     for said, told in _FAILURES.items():
         if said in reason:
-            return CapacityError(told)
+            return StorageRefused(told)
     if isinstance(error, IntegrityError):
         return Conflict("an entry with this name or id exists already")
     if isinstance(error, DataError):  # NUL in a text, a number out of range
         return InvalidRequest(f"a value can't be stored: {error.orig}")
     if getattr(error.orig, "sqlstate", None) == "53100":
-        return CapacityError("the disk of the index's database is full")
+        return StorageRefused("the disk of the index's database is full")
     if isinstance(error, OperationalError) and hasattr(error.orig, "sqlstate"):  # psycopg: no connection
-        return CapacityError("the index's database can't be reached; try again")
+        return StorageRefused("the index's database can't be reached; try again")
     return None

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from coserve.core import CapacityError
+from coserve.finetune.disk import is_full, refusal_of
+from coserve.server.errors import StorageRefused
 
 FULL = "the disk of the data directory is full; free some space and try again"
 
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """The operating system's refusals to write as CapacityError. What is left is a bug of ours."""
+    """The operating system's refusals as StorageRefused. What is left is a bug of ours."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CapacityError(FULL) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise CapacityError(f"the data directory can't be written ({error.strerror})") from error
-        if error.errno == errno.EIO:
-            raise CapacityError("the disk of the data directory fails; see the system's log") from error
-        raise
+        reason = refusal_of(error)
+        if reason is None:
+            raise
+        raise StorageRefused(FULL if is_full(error) else f"the data directory can't be written ({error.strerror})") from error
 
 
 def write_new(path: Path, data: bytes) -> None:

@@ -18,11 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from coserve.core import CapacityError, CoserveError
+from coserve.finetune.disk import refusal_of
 from coserve.server.index.store import Store
 from coserve.server.records import EventRecord, JobRecord, now
 
 RETRY_S = 5.0
 """What the disk refuses (it is full) is tried again."""
+_LAST_TRIES_S = 2.0
+"""At the end, what comes behind something that was refused is tried for so long; the rest is told at the next start."""
 _PAGE = 1000
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -45,7 +48,8 @@ class JobJournal:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: dict[str, deque[_Kept]] = {}  # of the thread
         self._busy_since: float | None = None
-        self._closing = self._ending = False
+        self._closing_s: float | None = None  # when the end began
+        self._ending = False
 
     def write(self, action: Callable[[], _T]) -> asyncio.Future[_T]:
         """Runs an action behind those before it. A failure is raised where the future is awaited, and logged."""
@@ -86,18 +90,25 @@ class JobJournal:
         behind = self._waiting.get(job)
         if behind is not None:
             behind.append(kept)
+        elif self._gives_up:
+            self._waiting[job] = deque([kept])
         elif (refusal := self._try(kept)) is not None:
             _log.warning("the record of a job can't be written (%s); it is tried again", refusal, extra={"job": job})
             self._waiting[job] = deque([kept])
             self._later(job)
 
-    def _try(self, kept: _Kept) -> CapacityError | None:
+    @property
+    def _gives_up(self) -> bool:
+        """Whether the server's end waits no longer: each try of an index that is busy takes seconds."""
+        return self._closing_s is not None and bool(self._waiting) and time.monotonic() - self._closing_s > _LAST_TRIES_S
+
+    def _try(self, kept: _Kept) -> Exception | None:
         """Runs an action; its refusal by the disk, if that is how it went."""
         try:
             result = kept.action()
-        except CapacityError as error:
-            return error
         except Exception as error:
+            if isinstance(error, CapacityError) or refusal_of(error) is not None:
+                return error
             self._tell_loop(_set_exception, kept.future, error)
         else:
             self._tell_loop(_set_result, kept.future, result)
@@ -105,17 +116,19 @@ class JobJournal:
 
     def _retry(self, job: str) -> None:
         waiting = self._waiting[job]
-        while waiting:
+        while waiting and not self._gives_up:
             if self._try(waiting[0]) is not None:
                 self._later(job)
                 return
             waiting.popleft()
+        if waiting:
+            return
         del self._waiting[job]
         _log.info("the record of a job is written again", extra={"job": job})
 
     def _later(self, job: str) -> None:
         def again() -> None:
-            if not self._closing:
+            if self._closing_s is None:
                 self._thread.submit(self._timed, lambda: self._retry(job))
 
         assert self._loop is not None
@@ -186,7 +199,7 @@ class JobJournal:
     async def close(self) -> None:
         """Ends all streams; waits until everything is written that the disk takes. The rest is told again at the next start,
         from manifests and tables."""
-        self._closing = True
+        self._closing_s = time.monotonic()
         self.end_streams()
         await asyncio.to_thread(self._thread.shutdown)
         for waiting in self._waiting.values():

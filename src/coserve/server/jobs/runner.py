@@ -158,8 +158,10 @@ class JobRunner:
 
     async def _start(self, live: LiveJob) -> None:
         """Waits while the disk refuses the job's directory. Raises what the engine raises."""
-        waited = False
+        waited, generation = False, live.generation
         while live.record.id in self.live:
+            if live.generation != generation:
+                raise EngineUnavailable("another engine has the job by now")
             try:
                 await self._engine.start_job(**await asyncio.to_thread(self._start_fields, live.record))
                 return

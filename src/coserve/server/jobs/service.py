@@ -13,6 +13,7 @@ import asyncio
 import dataclasses
 import datetime
 import functools
+import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from coserve.config import FinetuneConfig
 from coserve.configdata import finetune_config_from_dict, to_dict
 from coserve.core import CapacityError, CoserveError, NotFound
 from coserve.finetune.defaults import not_used
-from coserve.server.errors import Conflict, Forbidden, TooLarge
+from coserve.server.errors import Conflict, Forbidden, StorageRefused, TooLarge
 from coserve.server.index.disk import storage_errors, sync_directory
 from coserve.server.index.files import FileService
 from coserve.server.index.manifest import find_manifests, is_job_id, write_manifest
@@ -32,13 +33,15 @@ from coserve.server.jobs.data import DataReader
 from coserve.server.jobs.objects import Pace, has_ended, job_object
 from coserve.server.jobs.outputs import JobOutputs
 from coserve.server.jobs.queue import LiveJob
-from coserve.server.jobs.runner import END_FIELDS, JobRunner
+from coserve.server.jobs.runner import END_FIELDS, RETRY_S, JobRunner
 from coserve.server.jobs.spec import read_spec, resolve, unused
 from coserve.server.jobs.usage import JobDisk
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.models import ModelDirectory
 from coserve.server.records import CheckpointRecord, EventRecord, JobRecord, new_id, now
 from coserve.server.settings import ServerConfig
+
+_log = logging.getLogger(__name__)
 
 _DISK_WAIT_S, _LOOK_EVERY_S = 20.0, 0.05
 """For how long the answer to a change waits for a disk that neither takes nor refuses it; how often it looks."""
@@ -133,6 +136,12 @@ class JobService:
             self._validating.add(live.record.id)
             self._runner.spawn(self._read_data(live), live)
 
+    async def _validate_later(self, live: LiveJob) -> None:
+        """The disk or the index doesn't answer for now, which is no fault of the job."""
+        await asyncio.sleep(RETRY_S)
+        if live.record.id in self._runner.live and live.record.status == "validating_files":
+            self._validate(live)
+
     async def _read_data(self, live: LiveJob) -> None:
         """validating_files -> queued, with every 'auto' a number; or failed."""
         record, runner, info = live.record, self._runner, self._engine.info
@@ -156,6 +165,10 @@ class JobService:
                 max_model_len=info.max_model_len, hidden_size=info.hidden_size or None,
                 continued=None if start is None else await asyncio.to_thread(self._outputs.continued, start),
             )
+        except StorageRefused as error:
+            _log.warning("the files of a job can't be validated yet: %s", error, extra={"job": record.id})
+            runner.spawn(self._validate_later(live))
+            return
         except CoserveError as error:
             await runner.fail(live, error)
             return
@@ -296,7 +309,7 @@ class JobService:
         adapter = await asyncio.to_thread(self._models.find_record, tenant, name)
         if adapter.tenant != tenant or adapter.job is None:
             raise Forbidden(f"model: {name} is not the model of a finetuning job of yours", param="model")
-        if adapter.job in self._runner.live or adapter.job in self._runner.ending:
+        if not has_ended(await asyncio.to_thread(self.get, tenant, adapter.job)):
             raise Conflict(f"model: job {adapter.job} has not ended; cancel it first", param="model")
         await self._runner.journal.write(functools.partial(self._outputs.delete_model, adapter))
         self.disk.forget(adapter.job)

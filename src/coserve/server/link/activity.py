@@ -106,7 +106,8 @@ class ActivityPage:
             return
         with path.open("w+b" if create else "r+b") as file:
             if create:
-                file.truncate(PLACES * PLACE_BYTES)
+                file.write(bytes(PLACES * PLACE_BYTES))  # takes its room now: without it, whoever writes to the map is killed
+                file.flush()
             self._memory = mmap.mmap(file.fileno(), PLACES * PLACE_BYTES)
 
     def place(self, number: int) -> Place:

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Literal, cast
 
+import zmq
 import zmq.asyncio
 
 from coserve.config import SamplingConfig
@@ -185,8 +186,10 @@ class EngineClient:
             generation = self.generation
             try:
                 reason = await self._live()
-            except OSError as error:
+            except Exception as error:  # no sockets, files or processes are left: it is tried again all the same
                 reason = str(error)
+                if not isinstance(error, (OSError, zmq.ZMQError)):
+                    _log.exception("the engine's process can't be started or heard")
             if self._stopping:
                 return
             if self._first is not None and not self._first.done():

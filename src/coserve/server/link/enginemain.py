@@ -10,6 +10,7 @@ import faulthandler
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -30,7 +31,7 @@ from coserve.server.link.activity import ENGINE, SOCKET, ActivityPage, CallPlace
 from coserve.server.link.enginehost import EngineHost, make_problem
 from coserve.server.link.mailbox import Mailbox
 from coserve.server.link.messages import Progress, Ready, Replied, ToEngine
-from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, START_CALL, STOP_S, Setup, read_setup
+from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, START_CALL, STOP_S, STOP_SIGNALS, Setup, read_setup
 from coserve.server.link.supervisor import STACKS_SIGNAL
 from coserve.server.locks import hold
 from coserve.server.settings import ServerConfig
@@ -142,11 +143,14 @@ class EngineProcessMain:
         self.mailbox.stop()
 
 
-def end_with(parent: BinaryIO) -> None:
-    """Ends this process, whatever it does, when the other end of `parent` has gone."""
+def end_with(parent: BinaryIO, leftover: str = "") -> None:
+    """Ends this process, whatever it does, when the other end of `parent` has gone. leftover: a directory that a parent which
+    was killed has left behind."""
 
     def wait() -> None:
         parent.read()
+        if leftover:
+            shutil.rmtree(leftover, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=wait, name="coserve-parent", daemon=True).start()
@@ -165,10 +169,10 @@ def open_page(setup: Setup) -> ActivityPage:
 
 def main(process_of: type[EngineProcessMain] = EngineProcessMain) -> int:
     """Exit code: 0 after Shutdown, 1 otherwise. process_of: tests have one whose engine hangs."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a terminal or service: the API process decides
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     setup = read_setup(sys.stdin.buffer.readline())
-    end_with(sys.stdin.buffer)
+    end_with(sys.stdin.buffer, setup.watch)
     logs.configure("engine", format=setup.config.log_format, level=setup.config.log_level)
     page = open_page(setup)
     with Mailbox(setup.address) as mailbox:

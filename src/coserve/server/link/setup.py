@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import msgspec
 
 from coserve.server.settings import ServerConfig
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""End a server in order. A terminal sends them to both processes: the API process decides, the engine's ignores them."""
 START_CALL = 0
 """The call that a Replied answers if the engine can't start."""
 STOP_S = 30.0

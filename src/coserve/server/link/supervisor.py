@@ -51,6 +51,13 @@ def restart_delay_s(failures: int) -> float | None:
     return None if failures >= MAX_FAILURES else DELAYS_S[min(failures, len(DELAYS_S) - 1)]
 
 
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return str(number)
+
+
 class EngineEnd(NamedTuple):
     """How a process ended. jobs: those that it worked on at that time; guilty: whether what it worked on may be the cause: it
     hung, crashed or ran out of memory, rather than being killed from outside; alone: no request was in the same work."""
@@ -149,7 +156,7 @@ class EngineProcess:
         alone = not any(activity.requests for activity in busy)
         out_of_memory = code == -signal.SIGKILL and count_oom_kills() > self._oom_kills
         if told is None:
-            told = f"it was ended by signal {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
+            told = f"it was ended by signal {_signal_name(-code)}" if code < 0 else f"it ended with exit code {code}"
             told += ", as the machine ran out of memory" if out_of_memory else ""
         guilty = hung or out_of_memory or code != -signal.SIGKILL
         return EngineEnd(told, jobs, guilty, alone, hung)
