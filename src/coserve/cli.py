@@ -5,6 +5,7 @@ Owns: arguments, progress display, exit codes. An error that the user can mend i
 
 from __future__ import annotations
 
+import datetime
 import resource
 import sys
 import tomllib
@@ -169,7 +170,7 @@ def _settings(path: Path | None, given: dict[str, Any], kind: str | None = None)
 def _read_toml(path: Path) -> dict[str, Any]:
     """A settings file, by fields' names: tables as they are, flags' names at the top level as fields."""
     try:
-        data = tomllib.loads(path.read_text())
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} can't be read as TOML ({error})", param="config") from error
     found: dict[str, Any] = {}
@@ -185,6 +186,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
             value = _targets(value)
         elif isinstance(value, str) and name in _PATTERNS:
             value = _pattern(value, name, _PATTERNS[name])
+        elif type(value) is datetime.date and name == "template_date":
+            value = value.isoformat()
         found[name] = value
     return found
 

@@ -140,6 +140,25 @@ def test_nan_in_a_settings_file_is_named(tmp_path: Path, name: str) -> None:
         cli._config(tmp_path / "settings.toml", {})
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("use_rslora = 'no'", "use_rslora: must be true or false, got 'no'"), ("use_dora = 1", "use_dora: must be true or"),
+    ("deterministic = 'no'", "deterministic: must be true or false"), ("shuffle = 0", "shuffle: must be true or false"),
+    ("allow_control_tokens = 'true'", "allow_control_tokens: must be true or false"), ("seed = -1", "seed: must be 0 or more"),
+    ("target_modules = 3", "target_modules: must be a list of names"), ("target_modules = ['q_proj', 3]", "must be a list of"),
+    ("kind = 'ia3'\nfeedforward_modules = [3]", "feedforward_modules: must be a list of names"),
+])
+def test_values_of_a_settings_file_that_would_mean_something_else(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "settings.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        cli._config(tmp_path / "settings.toml", {})
+
+
+def test_a_settings_file_from_windows_and_a_date_without_quotes(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_bytes(b"\xef\xbb\xbfepochs = 2\r\ntemplate_date = 2025-01-31\r\n")
+    config = cli._config(tmp_path / "settings.toml", {})
+    assert (config.epochs, config.template_date) == (2, "2025-01-31")
+
+
 def test_auto_survives_being_written_down() -> None:
     assert finetune_config_from_dict(json.loads(json.dumps(to_dict(FinetuneConfig())))) == FinetuneConfig()
 
