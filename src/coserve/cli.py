@@ -5,6 +5,7 @@ Owns: arguments, progress display, exit codes. An error that the user can mend i
 
 from __future__ import annotations
 
+import datetime
 import resource
 import sys
 import tomllib
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from coserve.bench.cli import bench_app
-from coserve.config import FinetuneConfig, OptimizerConfig, SamplingConfig, require
+from coserve.config import AUTO, FinetuneConfig, OptimizerConfig, SamplingConfig, require
 from coserve.configdata import ADAPTERS, finetune_config_from_dict, setting_names
 from coserve.core import ConfigError, CoserveError, InvalidRequest
 from coserve.demo.command import demo
@@ -94,6 +95,18 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _rate_or_auto(text: str) -> float | str:
+    return AUTO if text == AUTO else float(text)
+
+
+def _count_or_auto(text: str) -> int | str:
+    return AUTO if text == AUTO else int(text)
+
+
+RATE: dict[str, Any] = {"parser": _rate_or_auto, "metavar": "FLOAT|auto"}
+COUNT: dict[str, Any] = {"parser": _count_or_auto, "metavar": "INTEGER|auto"}
+
+
 def _pattern(text: str | None, name: str, kind: Callable[[str], float]) -> dict[str, float] | None:
     """Reads 'q_proj=8,down_proj=32'; None of None."""
     if text is None:
@@ -137,7 +150,7 @@ def _settings(path: Path | None, given: dict[str, Any], kind: str | None = None)
     chosen = _choose_adapter(data, kind or named)
     for name, value in loose.items():
         where = _home(data, name, chosen)
-        if where.get(name, value) != value:
+        if name in where and where[name] != value:
             word = _word(name)
             raise ConfigError(
                 f"{word}: is {value!r} at the top level of {path} and {where[name]!r} in its table; leave one out", param=word
@@ -157,7 +170,7 @@ def _settings(path: Path | None, given: dict[str, Any], kind: str | None = None)
 def _read_toml(path: Path) -> dict[str, Any]:
     """A settings file, by fields' names: tables as they are, flags' names at the top level as fields."""
     try:
-        data = tomllib.loads(path.read_text())
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} can't be read as TOML ({error})", param="config") from error
     found: dict[str, Any] = {}
@@ -173,6 +186,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
             value = _targets(value)
         elif isinstance(value, str) and name in _PATTERNS:
             value = _pattern(value, name, _PATTERNS[name])
+        elif type(value) is datetime.date and name == "template_date":
+            value = value.isoformat()
         found[name] = value
     return found
 
@@ -237,9 +252,9 @@ def finetune_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the job in --output.")] = False,
     objective: Annotated[str | None, typer.Option(help="sft or dpo.")] = None,
     dpo_beta: Annotated[float | None, typer.Option(help="DPO's inverse temperature.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data (3, more of few examples).")] = None,
+    epochs: Annotated[Any, typer.Option(**RATE, help="Passes over the data (3, more of few examples).")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, over --epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per optimizer step (1 to 16, by the data).")] = None,
+    batch_size: Annotated[Any, typer.Option(**COUNT, help="Examples per optimizer step (1 to 16, by the data).")] = None,
     max_microbatch_tokens: Annotated[int | None, typer.Option(help="Tokens packed together (2048).")] = None,
     window_tokens: Annotated[int | None, typer.Option(help="Tokens per unit (1024).")] = None,
     activation_memory: Annotated[
@@ -255,7 +270,7 @@ def finetune_command(
         bool | None, typer.Option("--allow-control-tokens", help="Control tokens written out in the data count.")
     ] = None,
     template_date: Annotated[str | None, typer.Option(help="Today for chat templates, YYYY-MM-DD (the start's day).")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate (auto: by the model's width).")] = None,
+    learning_rate: Annotated[Any, typer.Option(**RATE, help="Peak learning rate (auto: by the model's width).")] = None,
     schedule: Annotated[str | None, typer.Option(help="constant, linear or cosine.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
     warmup_ratio: Annotated[float | None, typer.Option(help="The same as a share of all steps.")] = None,
@@ -274,7 +289,7 @@ def finetune_command(
     placement: Annotated[str | None, typer.Option(help="Bottlenecks: pfeiffer or houlsby.")] = None,
     activation: Annotated[str | None, typer.Option(help="Bottlenecks: relu or gelu.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of order, dropout and A's start (0).")] = None,
-    checkpoint_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints (0: at the end).")] = None,
+    checkpoint_steps: Annotated[Any, typer.Option(**COUNT, help="Steps between checkpoints (0: at the end).")] = None,
     validation_steps: Annotated[int | None, typer.Option(help="Steps between validations (0: each epoch).")] = None,
     deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Bit-identical after a resume.")] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,

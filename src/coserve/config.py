@@ -94,8 +94,9 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def _check_numbers(config: Any) -> None:
-    """Refuses text, fractions and infinities where a field wants a (whole) number."""
+def _check_types(config: Any) -> None:
+    """Refuses text, fractions and infinities where a field wants a (whole) number, and all but true and false where it wants
+    those."""
     for f in dataclasses.fields(config):
         value, kind = getattr(config, f.name), str(f.type)
         optional, chosen = kind.endswith("| None"), kind.endswith("| Auto")
@@ -106,6 +107,8 @@ def _check_numbers(config: Any) -> None:
             require(is_whole(value), f.name, f"must be a whole number{hint}, got {shown(value)}")
         elif kind.startswith("float"):
             require(is_number(value), f.name, f"must be a finite number{hint}, got {shown(value)}")
+        elif kind == "bool":
+            require(isinstance(value, bool), f.name, f"must be true or false, got {shown(value)}")
 
 
 _N = TypeVar("_N", int, float)
@@ -144,6 +147,16 @@ def check_pattern(field: str, pattern: Any) -> None:
             require(good, field, f"alpha of {shown(name)} must be positive and at most {MAX_SETTING:g}, got {shown(value)}")
 
 
+def _are_names(value: object) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(name, str) and name for name in value)
+
+
+def _check_targets(value: object) -> None:
+    require(bool(value), "target_modules", "name at least one module, or 'all-linear'")
+    require(value == "all-linear" or _are_names(value), "target_modules",
+            f"must be a list of names, or 'all-linear', got {shown(value)}")
+
+
 def _is_date(value: object) -> bool:
     try:
         return isinstance(value, str) and datetime.date.fromisoformat(value).isoformat() == value
@@ -172,13 +185,13 @@ class LoraConfig:
     """DoRA: the updated weight's rows are brought to trained lengths."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        _check_types(self)
         require(self.r >= 1, "r", f"rank must be at least 1, got {self.r}")
         require_most(self, MAX_RANK, "r")
         require_positive(self, "alpha")
         require_most(self, MAX_SETTING, "alpha")
         require(0 <= self.dropout < 1, "dropout", f"must be in [0, 1), got {self.dropout}")
-        require(bool(self.target_modules), "target_modules", "name at least one module, or 'all-linear'")
+        _check_targets(self.target_modules)
         check_pattern("rank_pattern", self.rank_pattern)
         check_pattern("alpha_pattern", self.alpha_pattern)
 
@@ -193,11 +206,9 @@ class IA3Config:
     """Those of them whose input is scaled instead of their output; None: down_proj, where it is targeted."""
 
     def __post_init__(self) -> None:
-        require(bool(self.target_modules), "target_modules", "name at least one module, or 'all-linear'")
-        listed = isinstance(self.target_modules, tuple) or self.target_modules == "all-linear"
-        require(listed, "target_modules", f"must be a list of names, or 'all-linear', got {self.target_modules!r}")
+        _check_targets(self.target_modules)
         inputs = self.feedforward_modules
-        require(inputs is None or isinstance(inputs, tuple), "feedforward_modules", f"must be a list of names, got {inputs!r}")
+        require(inputs is None or _are_names(inputs), "feedforward_modules", f"must be a list of names, got {shown(inputs)}")
         outside = [n for n in self.feedforward_modules or () if n not in self.targets]
         require(not outside, "feedforward_modules", f"{', '.join(outside)} must be among target_modules too")
 
@@ -225,7 +236,7 @@ class BottleneckConfig:
     activation: Activation = "relu"
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        _check_types(self)
         require_least(self, 1, "size")
         require_most(self, MAX_RANK, "size")
         require(self.placement in ("houlsby", "pfeiffer"), "placement", f"must be houlsby or pfeiffer, got {self.placement!r}")
@@ -257,7 +268,7 @@ class OptimizerConfig:
     """An optimizer step is cut into slices of this many parameters, so that it never stalls an iteration."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        _check_types(self)
         require_positive(self, "learning_rate", "eps")
         require_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm")
         require_most(self, MAX_SETTING, "learning_rate", "eps", "weight_decay", "max_grad_norm")
@@ -328,7 +339,7 @@ class FinetuneConfig:
     beside the job."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        _check_types(self)
         require(self.ia3 is None or self.bottleneck is None, "bottleneck",
                 "a job trains one kind of adapter; leave out ia3 or bottleneck")
         require(self.lora is None or self.given_adapter is self.lora, "lora",
@@ -340,14 +351,12 @@ class FinetuneConfig:
         require_least(self, 1, "max_steps", "batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints")
         read_memory(self.activation_memory)
         require_least(self, 2, "max_length")
-        require_least(self, 0, "checkpoint_steps", "validation_steps")
+        require_least(self, 0, "checkpoint_steps", "validation_steps", "seed")
         require(self.activation_compression in ("none", "lossless", "fp8"), "activation_compression",
                 f"must be none, lossless or fp8, got {self.activation_compression!r}")
         require(self.too_long in ("error", "drop", "truncate"), "too_long",
                 f"must be error, drop or truncate, got {self.too_long!r}")
         require(self.system_prompt in ("keep", "merge"), "system_prompt", f"must be keep or merge, got {self.system_prompt!r}")
-        require(isinstance(self.allow_control_tokens, bool), "allow_control_tokens",
-                f"must be true or false, got {self.allow_control_tokens!r}")
         require(self.template_date is None or _is_date(self.template_date), "template_date",
                 f"write it as YYYY-MM-DD, got {self.template_date!r}")
 
@@ -408,7 +417,7 @@ class SamplingConfig:
     """The same for the prompt's tokens."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        _check_types(self)
         require_least(self, 1, "n")
         require_least(self, 0, "max_tokens", "temperature", "top_k")
         require_positive(self, "repetition_penalty")
@@ -456,7 +465,7 @@ class SchedulerConfig:
     """Micro-batches of one job in flight at once, memory permitting."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        _check_types(self)
         parse_policy(self.policy)
         require_positive(self, "tpot_ms", "ttft_ms", "preemption_quantum_ms")
         require_least(self, 1, "itl_factor", "max_num_seqs", "max_num_batched_tokens", "max_window_tokens", "max_microbatches")
@@ -497,7 +506,7 @@ class EngineConfig:
     """Replay decode-only iterations as CUDA graphs."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        _check_types(self)
         require_positive(self, "memory_bytes")
         require_least(self, 1, "block_tokens", "max_adapters", "max_lora_rank", "max_waiting")
         require(0 < self.inference_share <= 1, "inference_share", f"must be in (0, 1], got {self.inference_share}")

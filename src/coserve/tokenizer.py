@@ -329,7 +329,7 @@ class ChatTokenizer:
     def _trained_span(self, marked: Sequence[Message], i: int, text: str, rules: TextRules) -> tuple[int, int]:
         """The characters [start, end) of `text`, the rendered conversation, that turn i trains."""
         prompt = self._render_prompt(marked, i, rules)
-        turn = self._render(marked[: i + 1], False, rules)
+        turn = self._render(marked[: i + 1], False, rules).removesuffix(self._farewell)
         if not text.startswith(turn):
             raise InvalidRequest(
                 f"messages[{i}]: the model's chat template renders this turn differently at the end of a conversation than "
@@ -344,6 +344,17 @@ class ChatTokenizer:
         closed = turn.rstrip()
         ends = len(closed) > len(prompt) and closed.endswith(self._special_texts)
         return len(prompt), len(closed) if ends else len(turn)
+
+    @functools.cached_property
+    def _farewell(self) -> str:
+        """The EOS token that a template writes behind a conversation, though not behind each turn (Phi-3's); else nothing."""
+        turns = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
+        eos = self._hf.eos_token
+        with contextlib.suppress(InvalidRequest):
+            whole, inside = (self.render_chat(part, add_generation_prompt=False) for part in (turns[:2], turns))
+            if eos and whole.endswith(eos) and not inside.startswith(whole) and inside.startswith(whole.removesuffix(eos)):
+                return str(eos)
+        return ""
 
     def _render_prompt(self, marked: Sequence[Message], i: int, rules: TextRules) -> str:
         """What is rendered before the content of assistant turn i."""

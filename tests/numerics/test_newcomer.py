@@ -51,6 +51,7 @@ def coserve(directory: Path, *arguments: str, stdin: str = "") -> str:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 @needs_default_model
 def test_twenty_chats_and_the_defaults_teach_every_fact(tmp_path: Path) -> None:
     lines = [
@@ -69,6 +70,7 @@ def test_twenty_chats_and_the_defaults_teach_every_fact(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 @needs_default_model
 def test_the_readmes_python_prints_what_the_readme_shows(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from coserve import cli
 from coserve.config import (
     AdapterConfig,
     BottleneckConfig,
@@ -105,6 +107,56 @@ def test_what_is_given_wins_also_where_it_is_0_or_as_the_default() -> None:
 def test_auto_is_the_only_word(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_the_word_auto_is_taken_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a flag, in a settings file (over which a flag goes) and in a body: it is what happens anyway."""
+    asked: list[FinetuneConfig] = []
+
+    def finetune(*_: object, config: FinetuneConfig, **__: object) -> None:
+        asked.append(config)
+        raise ConfigError("enough", param="data")
+
+    monkeypatch.setattr(cli, "finetune", finetune)
+    names = (*NUMBERS, "learning_rate")
+    file = tmp_path / "settings.toml"
+    for text, flags in (("", "auto"), ("auto", None), ("3", "auto")):
+        file.write_text("".join(f"{name} = {text if text == '3' else json.dumps(text)}\n" for name in names if text))
+        arguments = [f"--{name.replace('_', '-')}={flags}" for name in names if flags]
+        CliRunner().invoke(cli.app, ["finetune", "x.jsonl", "--output", "out", "--config", str(file), *arguments])
+    assert asked == [FinetuneConfig()] * 3
+    spec = read_spec(read_body({
+        "model": "base", "training_file": "f", "learning_rate": "auto", "checkpoint_steps": "auto",
+        "hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": 2},
+    }), ServerConfig(), 512)
+    assert spec.settings == {}
+    assert numbers(to_dict(spec.config)) | {"learning_rate": "auto"} == dict.fromkeys(names, "auto")
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "learning_rate", "alpha", "weight_decay"])
+def test_nan_in_a_settings_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "settings.toml").write_text(f"{name} = nan\n")
+    with pytest.raises(ConfigError, match=f"^{name}: must be a"):
+        cli._config(tmp_path / "settings.toml", {})
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("use_rslora = 'no'", "use_rslora: must be true or false, got 'no'"), ("use_dora = 1", "use_dora: must be true or"),
+    ("deterministic = 'no'", "deterministic: must be true or false"), ("shuffle = 0", "shuffle: must be true or false"),
+    ("allow_control_tokens = 'true'", "allow_control_tokens: must be true or false"), ("seed = -1", "seed: must be 0 or more"),
+    ("target_modules = 3", "target_modules: must be a list of names"), ("target_modules = ['q_proj', 3]", "must be a list of"),
+    ("kind = 'ia3'\nfeedforward_modules = [3]", "feedforward_modules: must be a list of names"),
+])
+def test_values_of_a_settings_file_that_would_mean_something_else(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "settings.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        cli._config(tmp_path / "settings.toml", {})
+
+
+def test_a_settings_file_from_windows_and_a_date_without_quotes(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_bytes(b"\xef\xbb\xbfepochs = 2\r\ntemplate_date = 2025-01-31\r\n")
+    config = cli._config(tmp_path / "settings.toml", {})
+    assert (config.epochs, config.template_date) == (2, "2025-01-31")
 
 
 def test_auto_survives_being_written_down() -> None:

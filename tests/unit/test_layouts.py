@@ -192,6 +192,12 @@ def test_an_implicit_prompt_in_texts(
     ({"instruction": "x", "output": "y", "tools": [{}]}, "sft", "tools: tools are not supported"),
     ({"messages": [HI, {**HELLO, "tool_calls": 0}]}, "sft", "messages[1].tool_calls: not supported"),
     ({"messages": [HI, HELLO], "tools": False}, "sft", "tools: tools are not supported"),
+    ({"messages": [HI, HELLO], "tools": '[{"name": "f"}]'}, "sft", "tools: tools are not supported"),
+    ({"question": "Hi", "chosen": "Hello", "rejected": "Go"}, "dpo", "question: a column beside chosen and rejected that no"),
+    ({"input": "Hi", "chosen": "A: Hello", "rejected": "A: Go"}, "dpo", "input: a column beside chosen and rejected that no"),
+    ({"conversations": [HELLO, HI], "system": "Be."}, "sft", "conversations[1].role: the last message must be"),
+    ("[", "sft", "write each object of a JSON array on a line of its own"),
+    ('[{"text": "x"}]', "sft", "got a list; write each object of a JSON array on a line of its own"),
     ({"messages": [HI, turn("assistant", None, refusal="no")]}, "sft", "messages[1].content: a string is expected"),
     ('{"text": "x", "a": {"b": [{"c": 1, "c": 1}]}}', "sft", '"c": the key is in one object twice'),
     ('{"text": "x", "text": "y"}', "sft", '"text": the key is in one object twice'),
@@ -221,7 +227,26 @@ def test_control_tokens_in_data_are_told(load: Callable[..., Dataset]) -> None:
     assert load(chat, allow_control_tokens=True).report.warnings == ()
 
 
+@pytest.mark.parametrize("record", [
+    {"messages": [HI, HELLO], "system": "Be."}, {"messages": [HI, HELLO], "system": "Be.", "tools": ""},
+    {"conversations": [HI, HELLO], "system": "Be.", "tools": "[]"},
+])
+def test_columns_beside_a_conversation(load: Callable[..., Dataset], build: Build, record: Record) -> None:
+    dataset = load(record)
+    assert dataset.report.warnings == ()
+    assert parts(dataset, build(CHATML)) == [[(said("system", "Be.") + ASKED, [f"Hello{EOT}"])]]
+
+
 # --- templates that rewrite earlier turns ---
+
+
+def test_an_end_of_the_conversation_is_no_end_of_a_turn(load: Callable[..., Dataset], build: Build) -> None:
+    """As Phi-3's template, which writes its EOS token behind the last turn only: every answer is trained all the same."""
+    template = CHATML.replace("'<|im_end|>'", "'<|endoftext|>'")
+    template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    dataset = load({"messages": [HI, HELLO, HI, BYE]}, template=template)
+    assert dataset.report.warnings == ()
+    assert parts(dataset, build(template))[0][0][1] == ["Hello<|endoftext|>", "Go away<|endoftext|>"]
 
 
 def test_several_turns_where_only_the_last_keeps_its_form(load: Callable[..., Dataset], build: Build) -> None:
@@ -278,6 +303,8 @@ def test_merging_in_every_layout(load: Callable[..., Dataset], build: Build) -> 
     two = {"messages": [SYSTEM, turn("system", "Brief."), HI, HELLO, SYSTEM, HI, BYE]}
     (((first, runs),),) = parts(load(two, system_prompt="merge"), build(CHATML))
     assert (first, runs) == (said("user", "Be.\n\nBrief.\n\nHi") + HEAD, [f"Hello{EOT}", f"Go away{EOT}"])
+    nothing = {"messages": [turn("system", ""), HI, HELLO]}
+    assert parts(load(nothing, system_prompt="merge"), build(CHATML)) == [[(ASKED, [f"Hello{EOT}"])]]
     with pytest.raises(InvalidRequest, match="no user message behind it"):
         load({"messages": [SYSTEM, HELLO]}, system_prompt="merge")
 

@@ -18,6 +18,7 @@ MAX_LINE_BYTES = 4 << 20
 _HEAD_BYTES = 1 << 20
 """What is looked at to see whether an upload is JSON Lines at all."""
 _SAVE = "save it as UTF-8"
+_UNPACK = "write each object of a JSON array on a line of its own"
 _SIGNS = (
     (codecs.BOM_UTF32_LE, f"UTF-32, not UTF-8; {_SAVE}"),  # before UTF-16's, whose mark is its beginning
     (codecs.BOM_UTF32_BE, f"UTF-32, not UTF-8; {_SAVE}"),
@@ -77,11 +78,13 @@ def read_object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise LineError("encoding", f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise LineError("JSON", f"{error.msg} at column {error.colno}; give one JSON object per line") from error
+        todo = _UNPACK if line.startswith(b"[") else "give one JSON object per line"
+        raise LineError("JSON", f"{error.msg} at column {error.colno}; {todo}") from error
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python reads
         raise LineError("JSON", f"{error}; give one plain JSON object per line") from error
     if not isinstance(record, dict):
-        raise LineError("line", f"a JSON object is expected, got {kind(record)}")
+        todo = f"; {_UNPACK}" if isinstance(record, list) else ""
+        raise LineError("line", f"a JSON object is expected, got {kind(record)}{todo}")
     return record
 
 
@@ -139,7 +142,9 @@ class UploadCheck:
         lines = bytes(self._head).removeprefix(codecs.BOM_UTF8).split(b"\n")
         cut = lines.pop() if len(self._head) < self._size else b""  # the rest of the last line wasn't looked at
         if not (cut.lstrip().startswith(b"{") or any(map(_is_object, lines))):
-            raise _refused("has no line that is a JSON object; a file for fine-tuning is JSON Lines")
+            listed = lines and lines[0].lstrip().startswith(b"[")
+            todo = _UNPACK if listed else "a file for fine-tuning is JSON Lines"
+            raise _refused(f"has no line that is a JSON object; {todo}")
 
 
 def _is_object(line: bytes) -> bool:

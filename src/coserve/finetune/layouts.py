@@ -25,6 +25,10 @@ from coserve.finetune.turns import Turn, merge_system, read_text, read_turns, sa
 from coserve.tokenizer import ChatTokenizer, Notes, TextRules
 
 _SHOWN_KEYS = 8
+_NO_TOOLS_WRITTEN = ("", "[]")
+"""A column `tools` of LLaMA-Factory's is text."""
+_QUESTIONS = ("question", "query", "input", "instruction")
+"""Columns of other layouts that hold a prompt."""
 _WEAKEST = "text"
 """A column of this name beside another layout is a rendering of it, as alpaca's files have it."""
 
@@ -133,7 +137,7 @@ def _only(matches: list[_Layout]) -> _Layout:
 
 def _refuse_tools(record: dict[str, Any], prefix: str) -> None:
     for key, neutral in NO_TOOLS.items():
-        if not is_neutral(record.get(key), neutral):
+        if not is_neutral(record.get(key), (*neutral, *_NO_TOOLS_WRITTEN) if key == "tools" else neutral):
             raise LineError(prefix + key, "tools are not supported yet; remove it or leave the example out")
 
 
@@ -152,11 +156,11 @@ def _require_response(turns: Sequence[Turn], place: str) -> None:
 
 
 def _messages(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
-    return [reader.chat("messages", (), reader.turns(record["messages"], "messages"))]
+    return [reader.chat("messages", _system(record), reader.turns(record["messages"], "messages"))]
 
 
 def _sharegpt(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
-    return [reader.chat("conversations", (), [*_system(record), *reader.turns(record["conversations"], "conversations")])]
+    return [reader.chat("conversations", _system(record), reader.turns(record["conversations"], "conversations"))]
 
 
 def _alpaca(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
@@ -210,6 +214,9 @@ def _implicit_preference(record: dict[str, Any], reader: LineReader) -> list[Enc
     if isinstance(chosen, str) and isinstance(rejected, str):
         texts = [read_text(record[name], name) for name in fields]
         start = _common_words(*texts)
+        for name in _QUESTIONS:
+            if record.get(name):
+                raise LineError(name, "a column beside chosen and rejected that no layout has; call it prompt, or remove it")
         return [reader.completion(name, start, text[len(start) :]) for name, text in zip(fields, texts, strict=True)]
     both = [_turns_of(record, name, reader) for name in fields]
     shared = 0
@@ -322,7 +329,7 @@ def _common_words(some: str, other: str) -> str:
 
 
 _LAYOUTS = (
-    _Layout("sft", ("messages",), (), _messages),
+    _Layout("sft", ("messages",), ("system",), _messages),
     _Layout("sft", ("conversations",), ("system",), _sharegpt),
     _Layout("sft", ("prompt", "completion"), (), _prompt_completion),
     _Layout("sft", ("instruction", "output"), ("input", "system", "history"), _alpaca),

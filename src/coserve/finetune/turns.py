@@ -64,7 +64,7 @@ def merge_system(turns: Sequence[Turn], place: str) -> list[Turn]:
     waiting: list[str] = []
     for turn in turns:
         if turn["role"] == "system":
-            waiting.append(turn["content"])
+            waiting += [turn["content"]] if turn["content"] else []
         elif turn["role"] == "user" and waiting:
             merged.append({**turn, "content": "\n\n".join([*waiting, turn["content"]])})
             waiting = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
 from coserve.config import AUTO, Activation, AdapterKind, Compression, Placement, is_number
@@ -82,6 +82,14 @@ Size = Annotated[int, Field(ge=1, le=_LIMIT)]
 Rate = Annotated[float, Field(ge=0, le=1e9)]
 
 
+def _auto_is_absent(value: Any) -> Any:
+    return None if value == AUTO else value
+
+
+RateOrAuto = Annotated[Rate | None, BeforeValidator(_auto_is_absent, json_schema_input_type=Rate | Literal["auto"] | None)]
+CountOrAuto = Annotated[Count | None, BeforeValidator(_auto_is_absent, json_schema_input_type=Count | Literal["auto"] | None)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -151,7 +159,7 @@ class Extras(_Body):
     size: Size | None = None
     placement: Placement | None = None
     activation: Activation | None = None
-    learning_rate: Rate | None = None
+    learning_rate: RateOrAuto = None
     schedule: Text | None = None
     warmup_steps: Count | None = None
     warmup_ratio: Rate | None = None
@@ -165,7 +173,7 @@ class Extras(_Body):
     max_microbatch_tokens: Count | None = None
     activation_memory: MemoryLimit | None = None
     activation_compression: Compression | None = None
-    checkpoint_steps: Count | None = None
+    checkpoint_steps: CountOrAuto = None
     keep_checkpoints: Count | None = None
     validation_steps: Count | None = None
     max_steps: Count | None = None
