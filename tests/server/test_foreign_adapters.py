@@ -4,6 +4,7 @@ A copy is served, so that files which change later change nothing."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import time
@@ -15,7 +16,8 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from coserve.core import ConfigError, CoserveError, InvalidRequest
+from coserve.core import ConfigError, CoserveError, InvalidRequest, NotFound
+from coserve.server.errors import TooLarge
 from coserve.server.index.store import Store
 from coserve.server.models import ModelDirectory
 from coserve.server.records import AdapterRecord
@@ -172,6 +174,108 @@ def test_a_directory_in_the_place_of_one_is_checked_when_a_job_continues_it(tmp_
     models.add(AdapterRecord(name="old", tenant="me", directory=str(source), created_at=1))
     with pytest.raises(CoserveError, match="NaN"):
         models.find_files(models.find_record("me", "old"))
+
+
+def copies_of(data_dir: Path) -> set[str]:
+    return {str(path) for path in (data_dir / "adapters").iterdir()}
+
+
+def test_copies_count_for_the_disk_of_their_tenant(tmp_path: Path, make: Callable[..., Any]) -> None:
+    for rank in (4, 8):
+        write_tiny_adapter(tmp_path / "root" / f"rank-{rank}", rank=rank)
+    _models, _ = make(lora_modules=(("everybodys", str(tmp_path / "root/rank-4")),))
+    (copy,) = (tmp_path / "data/adapters").iterdir()
+    size = sum(path.stat().st_size for path in copy.iterdir())
+
+    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+        assert models.copied_bytes("a") == models.copied_bytes("") - size == 0
+        await models.load("a", "x", "rank-4")
+        await models.load("a", "y", "rank-4")
+        assert models.copied_bytes("a") == 2 * size and models.copied_bytes("b") == 0
+        before = copies_of(tmp_path / "data")
+        for name, path, replace in (("z", "rank-4", False), ("y", "rank-8", True)):
+            with pytest.raises(TooLarge, match="unload adapters") as caught:
+                await models.load("a", name, path, replace=replace)
+            assert caught.value.param == "lora_path" and copies_of(tmp_path / "data") == before
+        await models.load("a", "y", "rank-4", replace=True)  # in the room of the one that goes
+        await models.load("b", "z", "rank-4")  # others have room of their own
+        engine.adapters["a request's"] = models.find_record("a", "y").directory
+        await models.unload("a", "y")
+        assert models.copied_bytes("a") == 2 * size, "a request still needs it"
+        del engine.adapters["a request's"]
+        await models.unload("a", "x")
+        assert models.copied_bytes("a") == 0
+        await models.load("a", "z", "rank-8")
+
+    play(make(lora_modules=(("everybodys", str(tmp_path / "root/rank-4")),), max_tenant_file_bytes=int(2.5 * size)), story)
+
+
+def test_a_tenant_has_only_so_many_adapters(tmp_path: Path, make: Callable[..., Any]) -> None:
+    write_tiny_adapter(tmp_path / "root" / "a")
+
+    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+        await models.load("a", "x", "a")
+        with pytest.raises(TooLarge, match="you have 1 adapters"):
+            await models.load("a", "y", "a")
+        await models.load("a", "x", "a", replace=True)
+        await models.load("b", "y", "a")
+
+    play(make(max_tenant_files=1), story)
+
+
+def test_loading_and_unloading_at_once_leaves_nothing_behind(tmp_path: Path, make: Callable[..., Any]) -> None:
+    write_tiny_adapter(tmp_path / "root" / "a")
+
+    async def try_to(what: Coroutine[Any, Any, Any]) -> None:
+        with contextlib.suppress(InvalidRequest, NotFound):
+            await what
+
+    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+        await asyncio.gather(*(
+            try_to(models.load("me", "x", "a", replace=bool(number % 2)) if number % 3 else models.unload("me", "x"))
+            for number in range(24)
+        ))
+        rows = {record.directory for record in models._store.list_adapters("me")}
+        assert copies_of(tmp_path / "data") == rows == set(engine.adapters.values())
+        for number in range(50):
+            await try_to(models.load("me", f"n{number}", "nothing"))
+            await try_to(models.load("me", f"n{number}", "a/.."))
+        assert len(models._locks) == 0, "names that were tried take no memory"
+
+    play(make(), story)
+
+
+def test_a_row_that_is_read_while_it_is_replaced_is_not_kept(
+    tmp_path: Path, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, _ = make()
+    old, new = (AdapterRecord(name="x", tenant="me", directory=name, created_at=1) for name in ("old", "new"))
+    models.add(old)
+    read = models._store.find_adapter
+
+    def read_slowly(tenant: str, name: str) -> AdapterRecord | None:
+        found = read(tenant, name)
+        monkeypatch.undo()
+        models.add(new)
+        return found
+
+    monkeypatch.setattr(models._store, "find_adapter", read_slowly)
+    assert models.find_record("me", "x") == old
+    assert models.find_record("me", "x") == new
+
+
+def test_a_copy_may_be_retired_while_others_are_deleted(tmp_path: Path, make: Callable[..., Any]) -> None:
+    models, _ = make()
+    shelf = models._shelf
+
+    class Held(list[str]):
+        def __contains__(self, directory: object) -> bool:
+            shelf.retire(str(shelf.root / f"{Path(str(directory)).name}+"), "me")
+            return False
+
+    shelf.retire(str(shelf.root / "a"), "me")
+    shelf.sweep(Held())
+    assert shelf.retired("me") == [str(shelf.root / "a+")]
 
 
 # --- a real server ---

@@ -77,6 +77,7 @@ OF_PAGES: dict[str, Headers] = {
     "a frame": {**HOST, "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "iframe"},
     "an image of another port": {**HOST, "sec-fetch-site": "same-site", "sec-fetch-mode": "no-cors"},
     "contradictory": {**HOST, "origin": "https://evil.example", "sec-fetch-site": "same-origin"},
+    "a value that no browser sends": {**HOST, "sec-fetch-site": "none, cross-site"},
     "a rebound name": {"host": "evil.example:8000"},
     "a rebound name's own script": {"host": "evil.example:8000", "origin": "http://evil.example:8000"},
     "a rebound name, as its own site": {"host": "evil.example:8000", "sec-fetch-site": "same-origin"},
@@ -218,6 +219,8 @@ def test_names_and_origins_are_read_as_browsers_write_them() -> None:
         assert parse_host(text) is None, text
     host = parse_host("a.example:80")
     assert host is not None and is_own_origin("http://a.example", host) and not is_own_origin("https://a.example", host)
+    for blank in ("\xa0", "\x85", "\v"):  # Python strips them, HTTP doesn't
+        assert parse_host(f"a.b{blank}") is None and not is_own_origin(f"http://a.example{blank}", host)
 
 
 @pytest.mark.parametrize(("hosts", "origins"), [

@@ -13,6 +13,7 @@ import pytest
 
 from coserve.core import CapacityError, InvalidRequest
 from coserve.server.errors import Conflict, TooLarge
+from coserve.server.records import AdapterRecord
 from tests.server.jobs_bench import Bench, until
 from tests.tiny_directory import chat_lines
 from tests.tiny_tokenizer import build_tiny_tokenizer
@@ -86,6 +87,21 @@ def test_outputs_of_jobs_count_with_the_files(model: Path, tmp_path: Path) -> No
         (directory / "optimizer.safetensors").unlink()
         await bench.jobs.resume("a", job)
         assert bench.store.get_job(None, job).paused is False
+
+    run(model, tmp_path, play, max_tenant_file_bytes=2_000_000)
+
+
+def test_copies_of_adapters_count_with_the_files(model: Path, tmp_path: Path) -> None:
+    async def play(bench: Bench) -> None:
+        copy = bench.models._shelf.root / "copy"
+        copy.mkdir(parents=True)
+        (copy / "adapter_model.safetensors").write_bytes(b"x" * 2_000_000)
+        bench.models.add(AdapterRecord(name="mine", tenant="a", directory=str(copy), created_at=1))
+        assert bench.jobs.disk.bytes_of("a") == 2_000_000 and bench.jobs.disk.bytes_of("b") == 0
+        with pytest.raises(TooLarge) as error:
+            await bench.upload(tenant="a")
+        assert error.value.param == "file"
+        await bench.upload(tenant="b")
 
     run(model, tmp_path, play, max_tenant_file_bytes=2_000_000)
 

@@ -7,6 +7,8 @@ from typing import Any
 import openai
 import pytest
 
+from coserve.server.inference.limits import COUNTED_TOKENS
+from coserve.tokenizer import ChatTokenizer
 from tests.server.fakes import ADAPTER, MAX_MODEL_LEN, MODEL, send
 from tests.server.sites import CHAT_PATH, HI, TEXT_PATH, Site
 
@@ -77,3 +79,15 @@ def test_tokenize_and_back(site: Site) -> None:
 def test_token_routes_refuse_by_name(site: Site, path: str, body: dict[str, Any], param: str) -> None:
     reply = send(site.port, path, body)
     assert (reply.status, reply.error["param"]) == (400, param), reply.text
+
+
+def test_texts_of_too_many_tokens_are_refused_after_the_first(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = "e" + "\u0301" * COUNTED_TOKENS  # few characters, two tokens each
+    for body, param in (({"prompt": marks}, "prompt"), ({"messages": [{"role": "user", "content": marks}]}, "messages")):
+        refused = send(site.port, "/tokenize", body)
+        assert (refused.status, refused.error["param"], refused.error["code"]) == (400, param, "context_length_exceeded")
+    read: list[str] = []
+    encode = ChatTokenizer.encode
+    monkeypatch.setattr(ChatTokenizer, "encode", lambda self, text, *rest: read.append(text) or encode(self, text, *rest))
+    assert send(site.port, TEXT_PATH, {"model": MODEL, "prompt": ["\u0301" * MAX_MODEL_LEN] * 9}).status == 400
+    assert len(read) == 1

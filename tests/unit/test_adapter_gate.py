@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -141,6 +142,22 @@ def test_settings_of_jobs_follow_the_same_rules(make: Callable[[], Any]) -> None
     assert caught.value.param and str(caught.value).startswith(f"{caught.value.param}: ") and len(str(caught.value)) < 300
 
 
+def test_what_is_wrong_with_a_factor_is_said(base: Base, tmp_path: Path) -> None:
+    q = tensor_of(0, "q_proj", "A"), tensor_of(0, "q_proj", "B")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({q[1]: None}, f"has {q[0]}, but not {q[1]}"),
+        ({q[0]: torch.zeros(0, 32), q[1]: torch.zeros(32, 0)}, "lora_A.weight has shape [0, 32], expected [rank, 32]"),
+        ({q[0]: torch.zeros(4, 31)}, "lora_A.weight has shape [4, 31], expected [rank, 32]"),
+        ({q[1]: torch.zeros(32, 5)}, f"{q[0]} has rank 4, but {q[1]} has shape [32, 5]"),
+    ]
+    for changes, reason in cases:
+        directory = write_tiny_adapter(tmp_path / "a")
+        tensors = {**load_file(directory / WEIGHTS), **changes}
+        save_file({name: value for name, value in tensors.items() if value is not None}, directory / WEIGHTS)
+        with pytest.raises(InvalidRequest, match=re.escape(reason)):
+            read_adapter(directory, base)
+
+
 # --- patterns ---
 
 
@@ -273,7 +290,7 @@ def test_a_huge_sparse_file_is_refused_before_it_is_read(base: Base, tmp_path: P
     for rank in (1 << 30, 4):
         (directory / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 8}))
         began = time.perf_counter()
-        with pytest.raises(InvalidRequest, match=r"\br\b|rank"):
+        with pytest.raises(InvalidRequest, match=r"\br\b|rank|without the other"):
             read_adapter(directory, base)
         assert time.perf_counter() - began < 1.0
 

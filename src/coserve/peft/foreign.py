@@ -27,6 +27,7 @@ MAX_JSON_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 8 << 20
 """Of a safetensors file: a hundred times what an adapter of a large model takes."""
 _MAX_DEPTH = 64
+_MAX_DIGITS = 4000
 _ELEMENT_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
     "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -95,7 +96,8 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
 def _parse(data: bytes | bytearray, name: str) -> Any:
     try:
         found = json.loads(
-            data.decode(), parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_doubles
+            data.decode(), parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole,
+            object_pairs_hook=_without_doubles,
         )
         _check_depth(found)
     except RecursionError as error:
@@ -114,6 +116,12 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:40]} is too large a number")
     return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"{text[:40]}... is too large a number")
+    return int(text)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -84,7 +84,8 @@ def read_adapter(directory: Path, base: Base, *, max_rank: int = MAX_RANK) -> Pa
     base_name = shown_name(base_name) if isinstance(base_name, str) else None
     origin = read_optional(directory / ORIGIN_FILE)
     if origin.get("base_fingerprint") not in (None, base.fingerprint):
-        raise refuse(f"{name} was trained on another base ({base_name}); load that model")
+        other = "" if base_name is None else f" ({base_name})"
+        raise refuse(f"{ORIGIN_FILE}: {name} was trained on another base{other}; load that model")
     try:
         with open_tensors(directory / WEIGHTS_FILE) as file:
             return _read(file, fields, base, max_rank, directory, base_name=base_name, origin=origin)
@@ -184,13 +185,15 @@ def _match(shapes: Mapping[str, tuple[int, ...]], arch: Architecture) -> tuple[t
         p = known[name]
         is_a = p.part == "lora_A"
         rank = (shape or (0,))[0 if is_a else -1]
-        fits = (rank, p.shape[1]) if is_a else (p.shape[0], rank)
-        partner = shapes.get(f"{PREFIX}{p.module}.lora_{'B' if is_a else 'A'}.weight") or (0,)
-        if rank < 1 or shape != fits or partner[-1 if is_a else 0] != rank:
-            raise refuse(
-                f"it does not fit this base: {name} has shape {list(shape)}, expected {list(fits)} with its other factor of "
-                "the same rank"
-            )
+        wanted: list[Any] = ["rank", p.shape[1]] if is_a else [p.shape[0], "rank"]
+        if rank < 1 or shape != tuple(rank if size == "rank" else size for size in wanted):
+            expected = ", ".join(map(str, wanted))
+            raise refuse(f"it does not fit this base: {name} has shape {list(shape)}, expected [{expected}]")
+        other = f"{PREFIX}{p.module}.lora_{'B' if is_a else 'A'}.weight"
+        if other not in shapes:
+            raise refuse(f"{WEIGHTS_FILE} has {name}, but not {other}: one factor without the other")
+        if (shapes[other] or (0,))[-1 if is_a else 0] != rank:
+            raise refuse(f"{name} has rank {rank}, but {other} has shape {list(shapes[other])}: both must have one rank")
         sites[p.module], ranks[p.module] = p.site, rank
     if not ranks:
         raise refuse(f"{WEIGHTS_FILE} holds no LoRA tensors")

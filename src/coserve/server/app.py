@@ -80,6 +80,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         engine.on_job(metrics.hear_job)
         jobs = JobService(store=store, files=uploads, models=models, engine=engine, config=config)
         uploads.held_beside = jobs.disk.bytes_of
+        models.held_bytes = uploads.held_bytes
         stack.push_async_callback(jobs.stop)
         work = WorkPool()
         stack.callback(work.close)

@@ -17,6 +17,8 @@ LOOPBACK_NAME = "localhost"
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?")
 _ALLOWED_NAME = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_BLANKS = " \t"
+"""What HTTP allows around a header's value; Unicode's other blanks belong to no name."""
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -29,7 +31,7 @@ class Place(NamedTuple):
 
 def parse_host(header: str) -> Place | None:
     """A Host header in lower case, without the brackets of IPv6; None if it is none."""
-    match = _HOST.fullmatch(header.strip())
+    match = _HOST.fullmatch(header.strip(_BLANKS))
     if match is None or int(match[2] or 0) > 65535:
         return None
     return Place(match[1].lower().strip("[]"), None if match[2] is None else int(match[2]))
@@ -38,7 +40,7 @@ def parse_host(header: str) -> Place | None:
 def is_own_origin(origin: str, host: Place) -> bool:
     """Whether an Origin header names the server that the Host header named: http or https (behind a proxy), the same host and
     port. `null`, which sandboxed pages and files send, is nobody's."""
-    match = _ORIGIN.fullmatch(origin.strip().lower())
+    match = _ORIGIN.fullmatch(origin.strip(_BLANKS).lower())
     if match is None or match[1] not in _PORTS or int(match[3] or 0) > 65535:
         return False
     default = _PORTS[match[1]]

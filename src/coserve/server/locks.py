@@ -1,13 +1,19 @@
-"""Locks on files of the data directory: one server, one engine, at a time. The system frees them when a process dies."""
+"""Locks: on files of the data directory (one server, one engine, at a time; the system frees them when a process dies), and by
+name on an event loop."""
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import contextlib
+=======
+import asyncio
+>>>>>>> r-serve
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from coserve.core import ConfigError
@@ -62,3 +68,26 @@ def _take(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+class NameLocks:
+    """A lock for each name that somebody holds or waits for. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._users: Counter[str] = Counter()
+
+    @asynccontextmanager
+    async def hold(self, name: str) -> AsyncIterator[None]:
+        """Waits until nobody else holds the name's lock."""
+        self._users[name] += 1
+        try:
+            async with self._locks.setdefault(name, asyncio.Lock()):
+                yield
+        finally:
+            self._users[name] -= 1
+            if not self._users[name]:
+                del self._users[name], self._locks[name]
+
+    def __len__(self) -> int:
+        return len(self._locks)

@@ -13,17 +13,20 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 from coserve.core import ConfigError, CoserveError, InvalidRequest, NotFound
 from coserve.peft.remarks import REMARK_FILES
 from coserve.peft.tensors import ADAPTER_FILES
-from coserve.server.errors import Forbidden
+from coserve.server.errors import Forbidden, TooLarge
 from coserve.server.index.store import Store
 from coserve.server.link.engineclient import EngineClient
+from coserve.server.locks import NameLocks
 from coserve.server.records import AdapterRecord, now
 from coserve.server.settings import ServerConfig
 from coserve.server.shelf import AdapterShelf, Admitted
@@ -65,7 +68,11 @@ class ModelDirectory:
         self._started = now()
         self._records: dict[tuple[str, str], AdapterRecord] = {}
         self._loaded: dict[str, tuple[int, str]] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks = NameLocks()
+        self._rows = threading.Lock()
+        self._num_changes = 0
+        self.held_bytes: Callable[[str], int] = self.copied_bytes
+        """What counts of a tenant for --max-tenant-file-bytes."""
         self._register_modules()
 
     @property
@@ -83,13 +90,15 @@ class ModelDirectory:
 
     def find_record(self, tenant: str, name: str) -> AdapterRecord:
         """The adapter's row: the tenant's own or a shared one. Raises NotFound."""
-        record = self._records.get((tenant, name))
+        record, before = self._records.get((tenant, name)), self._num_changes
         if record is None and name.isprintable() and len(name) <= MAX_NAME:
             record = self._store.find_adapter(tenant, name)
         if record is None:
             shown = name[:64] if name.isprintable() else "of this name"
             raise NotFound(f"there is no model {shown}; GET /v1/models lists those there are", param="model")
-        self._records[tenant, name] = record
+        with self._rows:
+            if self._num_changes == before:  # else the row that was read may be gone already
+                self._records[tenant, name] = record
         return record
 
     def list(self, tenant: str) -> Sequence[ServedModel]:
@@ -113,7 +122,7 @@ class ModelDirectory:
         known = (tenant, name) in self._records
         record = self.find_record(tenant, name) if known else await asyncio.to_thread(self.find_record, tenant, name)
         adapter = engine_name(record.tenant, name)
-        async with self._locks.setdefault(adapter, asyncio.Lock()):
+        async with self._locks.hold(adapter):
             if self._records.get((tenant, name)) is not record:  # replaced or unloaded while this waited
                 record = await asyncio.to_thread(self.find_record, tenant, name)
                 adapter = engine_name(record.tenant, name)
@@ -159,7 +168,6 @@ class ModelDirectory:
         """Takes an adapter out of the engine, if it is there; requests that use it go on."""
         adapter = engine_name(tenant, name)
         self._loaded.pop(adapter, None)
-        self._locks.pop(adapter, None)
         held: list[str] | None = []
         if self._engine.ready:
             held = None
@@ -186,8 +194,10 @@ class ModelDirectory:
         self._forget_row(record)
 
     def _forget_row(self, record: AdapterRecord) -> None:
-        for key in [key for key, kept in list(self._records.items()) if kept.name == record.name]:
-            self._records.pop(key, None)
+        with self._rows:
+            self._num_changes += 1
+            for key in [key for key, kept in self._records.items() if kept.name == record.name]:
+                del self._records[key]
 
     def _register_modules(self) -> None:
         given = dict(self._config.lora_modules)
@@ -212,15 +222,17 @@ class ModelDirectory:
         """Serves the adapter in a directory below the configured root; what its maker should know. replace: an adapter of this
         name gets a new version; the old one stays if the new one can't be used.
 
-        Raises Forbidden, InvalidRequest, CapacityError.
+        Raises Forbidden, InvalidRequest, TooLarge, CapacityError.
         """
         directory = self._below_root(path)
         self._check_name(name)
         adapter = engine_name(tenant, name)
-        async with self._locks.setdefault(adapter, asyncio.Lock()):
+        async with self._locks.hold(adapter):
             existing = await asyncio.to_thread(self._find_loaded, tenant, name, replace)
             try:
-                admitted = await self._shelf.admit_soon(directory)
+                admitted = await self._shelf.admit_soon(directory, partial(self._check_room, tenant, existing))
+            except TooLarge:
+                raise
             except (InvalidRequest, NotFound) as error:
                 raise InvalidRequest(str(error), param="lora_path") from error
             self._report(name, admitted)
@@ -230,13 +242,14 @@ class ModelDirectory:
                 held = await self._engine.load_adapter(adapter, record.directory)
                 await asyncio.to_thread(self.add, record)
             except BaseException as error:
-                self._shelf.retire(record.directory)
+                self._shelf.retire(record.directory, tenant)
+                self._loaded.pop(adapter, None)  # the engine may have it all the same: the old one is loaded again
                 if isinstance(error, InvalidRequest | NotFound):
                     raise InvalidRequest(str(error), param="lora_path") from error
                 raise
             self.note_loaded(record, generation)
             if existing is not None:
-                self._shelf.retire(existing.directory)
+                self._shelf.retire(existing.directory, tenant)
         await self._sweep(held)
         return admitted.warnings
 
@@ -255,19 +268,46 @@ class ModelDirectory:
 
     async def unload(self, tenant: str, name: str) -> None:
         """Takes back what `load` did. Raises NotFound, Forbidden."""
-        try:
-            record = await asyncio.to_thread(self.find_record, tenant, name)
-        except NotFound as error:
-            raise NotFound(f"lora_name: there is no adapter {name[:64]!r}", param="lora_name") from error
-        if record.tenant != tenant:
-            raise Forbidden(f"lora_name: {name} was given by --lora-modules", param="lora_name")
-        if record.job is not None:
-            raise Forbidden(
-                f"lora_name: {name} is the model of a finetuning job; DELETE /v1/models/{name} deletes it", param="lora_name"
+        async with self._locks.hold(engine_name(tenant, name)):
+            try:
+                record = await asyncio.to_thread(self.find_record, tenant, name)
+            except NotFound as error:
+                raise NotFound(f"lora_name: there is no adapter {name[:64]!r}", param="lora_name") from error
+            if record.tenant != tenant:
+                raise Forbidden(f"lora_name: {name} was given by --lora-modules", param="lora_name")
+            if record.job is not None:
+                raise Forbidden(
+                    f"lora_name: {name} is the model of a finetuning job; DELETE /v1/models/{name} deletes it",
+                    param="lora_name",
+                )
+            await asyncio.to_thread(self.remove, record)
+            self._shelf.retire(record.directory, tenant)
+            await self.drop_loaded(tenant, name)
+
+    def _copies(self, tenant: str) -> Sequence[str]:
+        """Directories of a tenant's copies of adapters from outside, older versions that requests still use included."""
+        own = [record.directory for record in self._store.list_adapters(tenant) if record.tenant == tenant]
+        return [directory for directory in own if self._shelf.holds(directory)] + self._shelf.retired(tenant)
+
+    def copied_bytes(self, tenant: str) -> int:
+        """What a tenant's copies take on disk. Those of --lora-modules are nobody's."""
+        return sum(map(self._shelf.bytes_of, self._copies(tenant)))
+
+    def _check_room(self, tenant: str, replaced: AdapterRecord | None, size: int) -> None:
+        """Raises TooLarge for a copy that would take the tenant over its limit. replaced: the version that goes for it."""
+        most, held = self._config.max_tenant_file_bytes, self.held_bytes(tenant)
+        held -= 0 if replaced is None else self._shelf.bytes_of(replaced.directory)
+        if held + size > most:
+            raise TooLarge(
+                f"lora_path: a copy of the adapter takes {size} bytes, and beside the {held} of your files, jobs' outputs and "
+                f"other adapters that is more than the {most} that they may have together; unload adapters or delete files or "
+                "models that you no longer need", param="lora_path",
             )
-        await asyncio.to_thread(self.remove, record)
-        self._shelf.retire(record.directory)
-        await self.drop_loaded(tenant, name)
+        if replaced is None and len(self._copies(tenant)) >= self._config.max_tenant_files:
+            raise TooLarge(
+                f"lora_path: you have {self._config.max_tenant_files} adapters loaded, the most that there may be; unload some",
+                param="lora_path",
+            )
 
     def _check_name(self, name: str) -> None:
         if not name or len(name) > MAX_NAME or not name.isprintable():

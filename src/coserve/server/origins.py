@@ -2,7 +2,7 @@
 
     Host             a name or address of this server            else a page whose name was rebound to this address (403)
     Origin           this server's own page, or an allowed one   else another website's script or form (403)
-    Sec-Fetch-Site   not cross-site or same-site                 else another website's image, script, frame (403)
+    Sec-Fetch-Site   same-origin, none or missing                else another website's image, script, frame (403)
 
 Without a key, that a request comes from this machine proves nothing: every open website can have the browser send one. So all
 of these are checked, on every route and method, reading ones too. Programs (curl, the openai client) send neither Origin nor
@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from coserve.server.handlers import plain_body
 from coserve.server.hostnames import ANY, OwnNames, Place, is_own_origin, parse_host
 
-_FOREIGN = ("cross-site", "same-site")
+_OWN = ("same-origin", "none")
 """Of Sec-Fetch-Site; same-site is another port or subdomain, which is another website all the same."""
 _SHOWN = 80
 _PRIVATE = (("cross-origin-resource-policy", "same-origin"), ("x-content-type-options", "nosniff"))
@@ -83,7 +83,7 @@ class OriginGuard:
             shown = origins[0][:_SHOWN]
             return 403, (f"origin: other websites can't use this server, and this request is from {shown}; start it with "
                          f"--allowed-origins {shown} if that is yours"), "origin"
-        if any(site.strip().lower() in _FOREIGN for site in headers.getlist("sec-fetch-site")) and not _is_link(scope, headers):
+        if any(site.strip().lower() not in _OWN for site in headers.getlist("sec-fetch-site")) and not _is_link(scope, headers):
             return 403, "sec-fetch-site: other websites can't use this server; open its page itself", "sec-fetch-site"
         return None
 

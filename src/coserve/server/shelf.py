@@ -13,7 +13,7 @@ import asyncio
 import shutil
 import threading
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from coserve.finetune.checkpoints import write_atomically
 from coserve.model.architecture import read_architecture
 from coserve.peft.format import admit_adapter
 from coserve.peft.gate import Base
-from coserve.server.index.disk import storage_errors
+from coserve.server.index.disk import directory_bytes, storage_errors
 from coserve.server.link.engineclient import EngineClient
 from coserve.tokenizer import ChatTokenizer
 
@@ -44,37 +44,56 @@ class AdapterShelf:
         self._base: Base | None = None
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1, "coserve-gate")
-        self._retired: set[str] = set()
+        self._retired: dict[str, str] = {}  # copy -> whose it was
+        self._sizes: dict[str, int] = {}
 
     def holds(self, directory: str) -> bool:
         """Whether a directory is one of these copies."""
         return Path(directory).parent == self.root
 
-    def admit(self, source: Path) -> Admitted:
-        """Checks a foreign adapter and copies what passed. Raises NotFound, InvalidRequest, CapacityError."""
+    def admit(self, source: Path, check_room: Callable[[int], None] = lambda size: None) -> Admitted:
+        """Checks a foreign adapter and copies what passed. check_room: raises where there is none for a copy of so many bytes.
+        Raises NotFound, InvalidRequest, CapacityError."""
         with self._lock, storage_errors():
             target, base = self.root / uuid.uuid4().hex, self._find_base()
             warnings: list[str] = []
-            write_atomically(
-                target,
-                lambda place: warnings.extend(admit_adapter(source, place, base, max_rank=self._max_rank).warnings),
-            )
+
+            def fill(place: Path) -> None:
+                warnings.extend(admit_adapter(source, place, base, max_rank=self._max_rank).warnings)
+                check_room(directory_bytes(str(place)))
+
+            write_atomically(target, fill)
             return Admitted(str(target), tuple(warnings))
 
-    async def admit_soon(self, source: Path) -> Admitted:
+    async def admit_soon(self, source: Path, check_room: Callable[[int], None]) -> Admitted:
         """`admit` in a thread of its own, off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self.admit, source)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self.admit, source, check_room)
 
-    def retire(self, directory: str) -> None:
-        """No name stands for a copy any more."""
+    def bytes_of(self, directory: str) -> int:
+        """Of a copy; 0 of what isn't one. It never changes, so it is read once."""
+        if not self.holds(directory):
+            return 0
+        size = self._sizes.get(directory)
+        if size is None:
+            size = self._sizes[directory] = directory_bytes(directory)
+        return size
+
+    def retire(self, directory: str, tenant: str) -> None:
+        """No name stands for a copy any more; it is the tenant's until it is deleted."""
         if self.holds(directory):
-            self._retired.add(directory)
+            self._retired[directory] = tenant
+
+    def retired(self, tenant: str) -> list[str]:
+        """A tenant's copies that no name stands for and that are still there."""
+        return [directory for directory, owner in list(self._retired.items()) if owner == tenant]
 
     def sweep(self, held: Collection[str]) -> None:
         """Deletes retired copies but those that requests in the engine may still need."""
-        for directory in [directory for directory in self._retired if directory not in held]:
-            shutil.rmtree(directory, ignore_errors=True)
-            self._retired.discard(directory)
+        for directory in list(self._retired):
+            if directory not in held:
+                shutil.rmtree(directory, ignore_errors=True)
+                self._retired.pop(directory, None)
+                self._sizes.pop(directory, None)
 
     def keep_only(self, directories: Collection[str]) -> None:
         """At the server's start: deletes all other copies."""

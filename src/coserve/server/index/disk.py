@@ -1,4 +1,4 @@
-"""Writing to the data directory: durable, and its refusals in the words of the error tree."""
+"""Writing to the data directory: durable, and its refusals in the words of the error tree. How much is in it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,21 @@ def storage_errors() -> Iterator[None]:
         if reason is None:
             raise
         raise StorageRefused(FULL if is_full(error) else f"the data directory can't be written ({error.strerror})") from error
+
+
+def directory_bytes(path: str) -> int:
+    """Of all files below; those that vanish meanwhile don't count."""
+    total = 0
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    total += directory_bytes(entry.path)
+                else:
+                    total += entry.stat(follow_symlinks=False).st_size
+    except OSError:
+        return total
+    return total
 
 
 def write_new(path: Path, data: bytes) -> None:

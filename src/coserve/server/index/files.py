@@ -64,12 +64,16 @@ class FileService:
         self._store = store
         self._max_bytes, self._max_tenant_bytes, self._max_tenant_files = max_bytes, max_tenant_bytes, max_tenant_files
         self.held_beside: Callable[[str], int] = lambda tenant: 0
-        """Bytes of a tenant that count with its files: of its jobs' outputs."""
+        """Bytes of a tenant that count with its files: of its jobs' outputs and the adapters it loaded."""
         self._listing = threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"data_dir: {directory} can't be made ({error.strerror})", param="data_dir") from error
+
+    def held_bytes(self, tenant: str) -> int:
+        """What counts of a tenant already."""
+        return self._store.count_file_bytes(tenant) + self.held_beside(tenant)
 
     async def check_room(self, tenant: str, size: int) -> None:
         """Raises TooLarge where an upload of `size` bytes would be one too many, before it is read."""
@@ -179,10 +183,10 @@ class FileService:
 
     def _check_quota(self, tenant: str, size: int) -> None:
         """Raises TooLarge for an upload of `size` bytes that would take the tenant's files over their limit."""
-        held = self._store.count_file_bytes(tenant) + self.held_beside(tenant)
+        held = self.held_bytes(tenant)
         if held + size > self._max_tenant_bytes:
             raise TooLarge(
-                f"file: its {size} bytes beside the {held} of your other files and your jobs' outputs are more than the "
+                f"file: its {size} bytes beside the {held} of your other files, jobs' outputs and adapters are more than the "
                 f"{self._max_tenant_bytes} that they may have together; delete files that you no longer need, or models",
                 param="file",
             )

@@ -46,9 +46,11 @@ async def conversation_prompt(
     def encode() -> list[int]:
         turns = template_messages(messages, keep_developer=tokenizer.knows_developer)
         _check_size(tokenizer, sum(len(turn["content"]) for turn in turns), limit, "messages")
-        return tokenizer.encode_chat(
+        ids = tokenizer.encode_chat(
             turns, add_generation_prompt=add_generation_prompt, add_special_tokens=add_special_tokens, rules=rules
         )
+        _check_size(tokenizer, len(ids), limit, "messages", "tokens")
+        return ids
 
     size = 0
     for message in messages:
@@ -67,7 +69,9 @@ async def text_prompts(
     def encode(item: str | list[int]) -> Prompt:
         _check_size(tokenizer, len(item), limit, "prompt", "characters" if isinstance(item, str) else "token ids")
         if isinstance(item, str):
-            return Prompt(tokenizer.encode(item, add_special_tokens), item)
+            ids = tokenizer.encode(item, add_special_tokens)
+            _check_size(tokenizer, len(ids), limit, "prompt", "tokens")  # before the next one is read
+            return Prompt(ids, item)
         return Prompt(item, shown_text(tokenizer, item))
 
     prompts = await _beside(run, lambda: [encode(item) for item in _split(prompt, vocab_size)], _prompt_size(prompt))
@@ -123,7 +127,7 @@ def output_limit(
 def _check_size(tokenizer: ChatTokenizer, size: int, limit: int, field: str, unit: str = "characters") -> None:
     """Refuses what is longer than the context whatever its tokens are: to count those of megabytes takes minutes and gigabytes.
 
-    size: in characters or token ids.
+    unit: of `size`: characters, tokens, token ids.
     """
     if size > limit * (tokenizer.longest_token if unit == "characters" else 1):
         raise ContextExceeded(

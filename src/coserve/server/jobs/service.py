@@ -35,7 +35,7 @@ from coserve.server.jobs.outputs import JobOutputs
 from coserve.server.jobs.queue import LiveJob
 from coserve.server.jobs.runner import END_FIELDS, RETRY_S, JobRunner
 from coserve.server.jobs.spec import read_spec, resolve, unused
-from coserve.server.jobs.usage import JobDisk
+from coserve.server.jobs.usage import TenantDisk
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.models import ModelDirectory
 from coserve.server.records import CheckpointRecord, EventRecord, JobRecord, new_id, now
@@ -58,7 +58,7 @@ class JobService:
         self._outputs = JobOutputs(config.data_dir / "jobs", store, files, models)
         self._runner = JobRunner(store, self._outputs, models, engine, config)
         self._runner.on_checkpoint(self._check_disk)
-        self.disk = JobDisk(config.data_dir / "jobs", store)
+        self.disk = TenantDisk(config.data_dir / "jobs", store, models.copied_bytes)
         self._reader = DataReader()
         self._validating: set[str] = set()
         engine.on_up(self._engine_up)
@@ -249,12 +249,12 @@ class JobService:
             await self._set_paused(record.tenant, record.id, True)
 
     def _disk_problem(self, tenant: str) -> str | None:
-        """What to do if a tenant's files and jobs take more than they may."""
+        """What to do if a tenant's files, jobs and adapters take more than they may."""
         held, most = self._store.count_file_bytes(tenant) + self.disk.bytes_of(tenant), self._config.max_tenant_file_bytes
         if held <= most:
             return None
-        return (f"your files and the checkpoints and adapters of your jobs take {held} bytes of the {most} that they may have "
-                "together; delete files or models that you no longer need")
+        return (f"your files, your jobs' checkpoints and adapters and the adapters you loaded take {held} bytes of the {most} "
+                "that they may have together; delete files or models, or unload adapters, that you no longer need")
 
     async def _unfinished(self, tenant: str, id: str) -> LiveJob:
         await asyncio.to_thread(self.get, tenant, id)

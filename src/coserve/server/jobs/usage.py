@@ -1,34 +1,37 @@
-"""Bytes that jobs hold on disk, by tenant: checkpoints, tuned adapters, what integrations write.
+"""Bytes on disk beside the files, by tenant: jobs' checkpoints, tuned adapters and what integrations write; copies of adapters
+from outside.
 
 Owns: counting them. Does not own: files (index/files.py), what is refused for them (service.py).
 """
 
 from __future__ import annotations
 
-import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+from coserve.server.index.disk import directory_bytes
 from coserve.server.index.store import Store
 from coserve.server.records import ENDED
 
 
-class JobDisk:
+class TenantDisk:
     """Any thread may use it. The directory of a job that has ended is read once, until `forget`."""
 
-    def __init__(self, root: Path, store: Store) -> None:
-        self._root, self._store = root, store
+    def __init__(self, root: Path, store: Store, copied_bytes: Callable[[str], int]) -> None:
+        """root: of the jobs' directories; copied_bytes: of the copies of a tenant's adapters."""
+        self._root, self._store, self._copied_bytes = root, store, copied_bytes
         self._lock = threading.Lock()
         self._known: dict[str, int] = {}
 
     def bytes_of(self, tenant: str) -> int:
-        """Of all jobs of a tenant."""
-        total = 0
+        """Of all jobs and copied adapters of a tenant."""
+        total = self._copied_bytes(tenant)
         for id, status in self._store.job_states(tenant):
             with self._lock:
                 size = self._known.get(id)
             if size is None:
-                size = _directory_bytes(str(self._root / id))
+                size = directory_bytes(str(self._root / id))
                 if status in ENDED:
                     with self._lock:
                         self._known[id] = size
@@ -40,17 +43,3 @@ class JobDisk:
         with self._lock:
             self._known.pop(job, None)
 
-
-def _directory_bytes(path: str) -> int:
-    """Of all files below; those that vanish meanwhile don't count."""
-    total = 0
-    try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    total += _directory_bytes(entry.path)
-                else:
-                    total += entry.stat(follow_symlinks=False).st_size
-    except OSError:
-        return total
-    return total
