@@ -3,11 +3,8 @@ name on an event loop."""
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import contextlib
-=======
 import asyncio
->>>>>>> r-serve
+import contextlib
 import fcntl
 import os
 import time
