@@ -79,6 +79,8 @@ def low_rank_configs(draw: st.DrawFn, use_dora: bool, dropout: float = 0.0) -> L
     if draw(st.booleans()):
         names = [f"layers.{draw(st.integers(0, 2))}.mlp.up_proj", *(name for name in names if name != "up_proj")]
     ranks: list[dict[str, int]] = [{}, {names[-1]: 3}, {r"layers\.1\..*": 2}, {r"layers\.0\..*": 7, r"layers\.2\..*": 1}]
+    if names[-1].startswith("layers."):
+        ranks = ranks[:2]  # a pattern must match a module that there is
     return LoraConfig(
         r=draw(st.integers(1, 12)), alpha=draw(st.floats(1, 16)), target_modules=tuple(names), use_dora=use_dora,
         use_rslora=draw(st.booleans()), rank_pattern=draw(st.sampled_from(ranks)), dropout=dropout,
