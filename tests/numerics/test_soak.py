@@ -103,7 +103,7 @@ class Soak:
             objective=objective, max_steps=rng.randrange(1, 8), batch_size=4, max_microbatch_tokens=rng.choice((80, 128)),
             checkpoint_steps=rng.choice((0, 2)), keep_checkpoints=1,
             lora=LoraConfig(r=rng.choice((2, 8)), dropout=rng.choice((0.0, 0.1))),
-            optimizer=OptimizerConfig(learning_rate=rng.choice((1e-3, 1e-3, 1e30))),
+            optimizer=OptimizerConfig(learning_rate=rng.choice((1e-3, 1e-3, 1e9))),
         )
         self.counts["jobs"] += 1
         output, data = self.directory / f"job-{self.counts['jobs']}", self.directory / f"{objective}.jsonl"
