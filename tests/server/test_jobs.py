@@ -518,6 +518,34 @@ def test_continuing_a_tuned_model(play: Callable[..., None]) -> None:
     play(story)
 
 
+def test_a_deleted_result_takes_the_checkpoint_with_its_weights(play: Callable[..., None], tmp_path: Path) -> None:
+    names: list[str] = []
+
+    async def before(bench: Bench) -> None:
+        id = await bench.started()
+        for step in (5, 10):
+            bench.engine.step(id, step)
+            bench.engine.checkpoint(id, step)
+        bench.engine.end(id, step=10)
+        tuned = (await bench.status(id, "succeeded")).fine_tuned_model or ""
+        await bench.settle()
+        checkpoints, _ = bench.jobs.list_checkpoints("me", id, after=None, limit=10)
+        last, first = (checkpoint.model for checkpoint in checkpoints)
+        assert await bench.jobs.delete_model("me", tuned) == [tuned, last]
+        names.extend([tuned, last, first])
+
+    async def after(bench: Bench) -> None:
+        for name in names[:2]:
+            with pytest.raises(NotFound):
+                bench.models.find("me", name)
+        assert bench.models.find("me", names[2]).name == names[2], "other weights stay"
+
+    play(before)
+    for path in (tmp_path / "data").glob("coserve.db*"):
+        path.unlink()
+    play(after)
+
+
 def test_deleting_models(play: Callable[..., None], tmp_path: Path) -> None:
     ids: dict[str, str] = {}
 

@@ -148,18 +148,27 @@ class JobOutputs:
         if record.fine_tuned_model is not None and (self.output(record.id) / CONFIG_FILE).is_file():
             self.put_tuned(record, record.fine_tuned_model)
 
-    def delete_model(self, adapter: AdapterRecord) -> None:
-        """Takes a job's model out of the index and its files off the disk, so that no rebuild brings it back."""
-        self._models.remove(adapter)
+    def delete_model(self, adapter: AdapterRecord, last_step: int) -> list[str]:
+        """Takes a job's model out of the index and its files off the disk, so that no rebuild brings it back. With the job's
+        result goes the checkpoint of its last step, which has the same weights. Returns the names that are gone."""
         assert adapter.job is not None
-        for checkpoint in self._checkpoints(adapter.job):
-            if checkpoint.model == adapter.name:
-                self._store.delete_checkpoint(checkpoint.id)
-                shutil.rmtree(checkpoint.directory, ignore_errors=True)
-                return
+        checkpoints = self._checkpoints(adapter.job)
+        own = [checkpoint for checkpoint in checkpoints if checkpoint.model == adapter.name]
+        gone = own or [checkpoint for checkpoint in checkpoints if checkpoint.step == last_step]
+        self._models.remove(adapter)
+        for checkpoint in gone:
+            twin = self._store.find_adapter(adapter.tenant, checkpoint.model)
+            if twin is not None:
+                self._models.remove(twin)
+            self._store.delete_checkpoint(checkpoint.id)
+            shutil.rmtree(checkpoint.directory, ignore_errors=True)
+        names = list(dict.fromkeys([adapter.name, *(checkpoint.model for checkpoint in gone)]))
+        if own:
+            return names
         with storage_errors():
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 (Path(adapter.directory) / name).unlink(missing_ok=True)
+        return names
 
     def save_result(self, record: JobRecord) -> str:
         """The result file's id, always the same of a job: CSV in base64, as OpenAI's clients expect it."""

@@ -302,18 +302,22 @@ class JobService:
         pace: Pace | None = None if live is None or has_ended(record) else live.pace()
         return job_object(record, self._config.organization, pace)
 
-    async def delete_model(self, tenant: str, name: str) -> None:
-        """Deletes one of the tenant's own tuned models, its files too. Raises NotFound, Forbidden, Conflict."""
+    async def delete_model(self, tenant: str, name: str) -> list[str]:
+        """Deletes one of the tenant's own tuned models, its files too. Returns the names that are gone: with a job's result
+        goes the checkpoint of its last step. Raises NotFound, Forbidden, Conflict."""
         if name in self._models.base_names:
             raise Forbidden(f"model: {name} is the base model", param="model")
         adapter = await asyncio.to_thread(self._models.find_record, tenant, name)
         if adapter.tenant != tenant or adapter.job is None:
             raise Forbidden(f"model: {name} is not the model of a finetuning job of yours", param="model")
-        if not has_ended(await asyncio.to_thread(self.get, tenant, adapter.job)):
+        job = await asyncio.to_thread(self.get, tenant, adapter.job)
+        if not has_ended(job):
             raise Conflict(f"model: job {adapter.job} has not ended; cancel it first", param="model")
-        await self._runner.journal.write(functools.partial(self._outputs.delete_model, adapter))
+        gone = await self._runner.journal.write(functools.partial(self._outputs.delete_model, adapter, job.step))
         self.disk.forget(adapter.job)
-        await self._models.drop_loaded(tenant, name)
+        for model in gone:
+            await self._models.drop_loaded(tenant, model)
+        return gone
 
     # --- the server's start ---
 

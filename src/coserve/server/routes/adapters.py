@@ -87,9 +87,10 @@ def download_adapter(model: str, services: Served, tenant: Tenant) -> FileRespon
 
 @router.delete("/models/{model:path}")
 async def delete_model(model: str, services: Served, tenant: Tenant) -> dict[str, Any]:
-    """Deletes a model that a job of one's own has made."""
-    await services.jobs.delete_model(tenant, model)
-    return {"id": model, "object": "model", "deleted": True}
+    """Deletes a model that a job of one's own has made. also_deleted: names of checkpoints with the same weights."""
+    gone = await services.jobs.delete_model(tenant, model)
+    also = [name for name in gone if name != model]
+    return {"id": model, "object": "model", "deleted": True, **({"also_deleted": also} if also else {})}
 
 
 def _archive(directory: Path) -> str:
