@@ -5,15 +5,18 @@ Owns: shapes, weights from a generator, a tokenizer whose texts are numbers (so 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from coserve import load_model
 from coserve.engine.model import LoadedModel
@@ -22,6 +25,7 @@ from coserve.model.decoder import MERGED, linear_shapes
 from coserve.model.linear import make_head, make_linear
 from coserve.model.weights import LayerWeights, ModelWeights
 from coserve.runtime.executor import Executor
+from coserve.tokenizer import ChatTokenizer
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-3.1-8b": {
@@ -35,27 +39,16 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 STD = 0.02
 
 
-class NumberTokenizer:
-    """Texts are token ids in decimal, one word each; any other word is token 0. Has what the engine and data reader ask for."""
-
-    eos_token_id = None
-    has_chat_template = False
-    chat_template = None
-    special_ids: frozenset[int] = frozenset()
+class NumberTokenizer(ChatTokenizer):
+    """Texts are token ids in decimal, one word each; any other word is token 0. A training text gets no end token, so that it
+    has as many tokens as words."""
 
     def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+        words = Tokenizer(WordLevel({str(token): token for token in range(vocab_size)}, unk_token="0"))
+        words.pre_tokenizer = Whitespace()
+        super().__init__(PreTrainedTokenizerFast(tokenizer_object=words))
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return [int(word) if word.isdigit() else 0 for word in text.split()]
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return "".join(f"{token} " for token in ids)
-
-    def has_token(self, token_id: int) -> bool:
-        return 0 <= token_id < self.vocab_size
-
-    def encode_text(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_text(self, text: str, *_: object) -> tuple[np.ndarray, np.ndarray]:
         ids = np.array(self.encode(text), np.int64)
         return ids, np.ones(len(ids), np.float32)
 
@@ -75,7 +68,7 @@ def make_model(name: str, device: torch.device) -> BenchModel:
         return BenchModel(name, _random_model(name, config, device), config)
     loaded = load_model(None if name == "smollm2" else name, device=device.type)
     arch = loaded.architecture
-    loaded = replace(loaded, tokenizer=NumberTokenizer(arch.vocab_size))  # type: ignore[arg-type]
+    loaded = replace(loaded, tokenizer=NumberTokenizer(arch.vocab_size))
     return BenchModel(Path(name).name, loaded, _config_of(arch))
 
 

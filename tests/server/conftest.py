@@ -64,6 +64,10 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> float:
     return time.monotonic() - began
 
 
+_PATH = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+"""Some programs of tests are in tests/: the engine's process must find them too."""
+
+
 class RunningServer:
     """One server. url: without /v1; log: what it has printed."""
 
@@ -75,7 +79,7 @@ class RunningServer:
             self.process = subprocess.Popen(
                 [sys.executable, *program, "serve", str(model), "--port", "0", "--data-dir", str(data_dir), *_SETTINGS,
                  *options],
-                stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _PATH},
             )
         try:
             wait_until(lambda: "OpenAI(base_url=" in self.log or self.process.poll() is not None, START_S)

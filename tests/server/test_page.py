@@ -174,7 +174,7 @@ def test_the_page_fits_and_both_workloads_are_drawn(
     page.context.close()
 
 
-def until(condition: Callable[[], bool], seconds: float = 15) -> None:
+def until(condition: Callable[[], bool], seconds: float = 40) -> None:
     """Waits. (The page's policy forbids playwright's own way, which evaluates text.)"""
     deadline = time.monotonic() + seconds
     while not condition():
