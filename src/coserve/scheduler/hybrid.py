@@ -272,10 +272,10 @@ class HybridScheduler:
 
     def _prefill(self, now: float, decode: Sequence[Span], budget: float) -> tuple[list[Span], bool]:
         """Chunks of prompts, as long as the pass stays in its budget, or in what a late prompt may take; and whether a prompt
-        waits for running requests to gain slack. One that does holds up those behind it, unless they are late."""
+        waits for running requests to gain slack. One that does holds up those behind it, but for late ones of its tenant."""
         spans: list[Span] = []
         running = list(self._running.values())
-        blocked, skipped = False, 0
+        blocked, skipped, first = False, 0, ""
 
         def has_place() -> bool:
             return not blocked and skipped <= MOST_SKIPPED and len(running) < self.config.max_num_seqs
@@ -284,7 +284,7 @@ class HybridScheduler:
             if len(decode) + sum(span.length for span in spans) >= self.config.max_num_batched_tokens:
                 break
             late = self._late(request, now)
-            if skipped and not late:
+            if skipped and not (late and request.tenant == first):
                 skipped += 1
                 continue
             limit, most = self._limits(request, running, now, budget, late=late) if decode else (budget, budget)
@@ -299,7 +299,7 @@ class HybridScheduler:
                 if not was_running:
                     self._release(request)
                 if short or not chunk:
-                    skipped += 1
+                    skipped, first = skipped + 1, first or request.tenant
                 else:
                     blocked = True
                 continue
