@@ -104,8 +104,6 @@ async def chat(client: httpx.AsyncClient) -> Chat:
 
 
 @pytest.mark.full
-@pytest.mark.xfail(strict=False, reason="0.21 of the chats in time on an idle machine, their first tokens wait for the whole "
-                   "flood; 0.97 on a loaded one: the cause is not found yet")
 def test_a_second_tenant_keeps_its_objectives(server: RunningServer) -> None:
     spawn = multiprocessing.get_context("spawn")
     over = spawn.Event()

@@ -438,13 +438,18 @@ def test_the_most_served_tenants_latest_request_is_preempted() -> None:
     assert all(map(whole, [*old, new]))
 
 
-def test_a_new_tenant_starts_level_with_one_that_only_trains() -> None:
-    fake = engine()
-    fake.add_job([[500]] * 4, tenant="trains")
-    fake.run(10.0)
-    fake.submit(50, 2, tenant="new")
-    step(fake)
-    assert fake.scheduler.tenants.served("new") > 0.5 * fake.scheduler.tenants.served("trains")
+def test_a_tenants_own_job_does_not_put_its_requests_behind_a_flood() -> None:
+    fake = FakeEngine(
+        SchedulerConfig(tpot_ms=100.0, ttft_ms=3000.0, reserve=0.05), law(once=0.004, row=0.0005, layers=1e-5, row_layer=1e-7),
+        check_cache=False,
+    )
+    for _ in range(2000):
+        fake.submit(20, 64, tenant="flood")
+    fake.add_job([[256] * 4] * 4, tenant="few")
+    few = [fake.submit(30, 16, tenant="few", at=8.0 + i / 3) for i in range(20)]
+    fake.run(20.0)
+    assert sum(fake.runner.trained.values()) > 20_000, "its job has had a lot"
+    assert all(request.met for request in few)
 
 
 def test_the_least_share_is_kept_though_deadlines_are_missed() -> None:

@@ -47,7 +47,9 @@ class HybridScheduler:
         self.picker = UnitPicker(latency, num_layers, config.max_window_tokens)
         self.requests: dict[int, RequestState] = {}
         self.jobs: dict[int, JobWork] = {}
-        self.tenants, self.job_counters = TokenCounters(), TokenCounters()
+        self.tenants, self.trainers, self.job_counters = TokenCounters(), TokenCounters(), TokenCounters()
+        """Of tenants, what their requests and what their jobs have had: finetuning takes what inference leaves, so that it
+        doesn't count against a tenant's requests."""
         self.num_preemptions = 0
         self._copies: list[AdapterCopy] = []
         self._running: dict[int, RequestState] = {}
@@ -202,16 +204,17 @@ class HybridScheduler:
         for job in jobs:
             if job.id not in self._awake:  # new, or resumed
                 self.job_counters.enter(job.id, self._awake, job.weight)
-                self._enter_tenant(job.tenant)
+                training = {self.jobs[number].tenant for number in self._awake if number in self.jobs}
+                if job.tenant not in training:
+                    self.trainers.enter(job.tenant, training)
         self._awake = {job.id for job in jobs}
-        return sorted(jobs, key=lambda j: (self.tenants.served(j.tenant), self.job_counters.served(j.id)))
+        return sorted(jobs, key=lambda j: (self.trainers.served(j.tenant), self.job_counters.served(j.id)))
 
     def _enter_tenant(self, tenant: str) -> None:
         """A tenant has something more to run. Only one that had nothing is lifted to the others' level: whoever is behind
         and asks again keeps what it is owed."""
-        training = {self.jobs[number].tenant for number in self._awake}
-        if tenant not in self._by_tenant and tenant not in training:
-            self.tenants.enter(tenant, {*self._by_tenant, *training})
+        if tenant not in self._by_tenant:
+            self.tenants.enter(tenant, self._by_tenant)
 
     def _can_wait(self, work: MicrobatchWork | None, now: float) -> bool:
         """Whether every request is running and can wait while the micro-batch runs from end to end."""
@@ -455,7 +458,7 @@ class HybridScheduler:
             self.tenants.charge(self.requests[span.request].tenant, span.length)
         for job, tokens in chosen.tokens.items():
             self.job_counters.charge(job, tokens)
-            self.tenants.charge(self.jobs[job].tenant, tokens)
+            self.trainers.charge(self.jobs[job].tenant, tokens)
         share = chosen.seconds / plan.predicted_s if plan.predicted_s > 0 else 0.0
         self._shares[plan.number] = share
         if has_finetuning:
