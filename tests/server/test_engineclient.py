@@ -27,10 +27,11 @@ from coserve.server.errors import EngineUnavailable
 from coserve.server.link import engineclient, enginemain
 from coserve.server.link.activity import ActivityPage
 from coserve.server.link.engineclient import EngineClient
-from coserve.server.link.mailbox import Mailbox
+from coserve.server.link.mailbox import MOST_UNHEARD, Mailbox
 from coserve.server.link.messages import (
     Failed,
     Generate,
+    Heard,
     JobEnded,
     JobHappened,
     Progress,
@@ -38,9 +39,10 @@ from coserve.server.link.messages import (
     Tokens,
     decode_from_engine,
     encode,
+    merge_tokens,
 )
 from coserve.server.link.setup import Setup, read_setup, write_setup
-from coserve.server.link.streams import RequestStream, merge_tokens
+from coserve.server.link.streams import RequestStream
 from coserve.server.link.supervisor import MAX_FAILURES, restart_delay_s
 from coserve.server.locks import hold
 from coserve.server.settings import ServerConfig
@@ -246,10 +248,39 @@ def test_a_message_posted_while_the_bell_is_read_silences_nothing(monkeypatch: p
                 mailbox.post(Progress(line=line))
                 while api.poll(1000) and line not in heard:
                     heard += [decode_from_engine(part).line for part in api.recv_multipart()]
+                    api.send(encode(Heard()))
             mailbox.stop()
             thread.join(5)
     context.term()
     assert heard == ["first", "meanwhile", "last"]
+
+
+def test_while_the_api_is_slow_each_output_is_one_chunk_and_nothing_is_lost() -> None:
+    context = zmq.Context()
+    with context.socket(zmq.PAIR) as api:
+        port = api.bind_to_random_port("tcp://127.0.0.1")
+        with Mailbox(f"tcp://127.0.0.1:{port}") as mailbox:
+            thread = threading.Thread(target=mailbox.run, args=(lambda message: None,), daemon=True)
+            thread.start()
+            for number in range(MOST_UNHEARD):
+                mailbox.post(chunk(number))
+                assert api.poll(5000), "a batch is sent at once"
+                assert [decode_from_engine(part).token_ids for part in api.recv_multipart()] == [[number]]
+            for number in range(2, 5000):
+                mailbox.post(chunk(number))
+                mailbox.post(chunk(number, index=1))
+            mailbox.post(Progress(line="later"))
+            mailbox.post(chunk(5000, reason="stop"))
+            assert not api.poll(200), "more than the API has heard is on its way"
+            api.send(encode(Heard()))
+            assert api.poll(5000)
+            first, second, line = [decode_from_engine(part) for part in api.recv_multipart()]
+            mailbox.stop()
+            thread.join(5)
+    context.term()
+    assert (first.index, first.token_ids, first.finish_reason) == (0, list(range(2, 5001)), "stop")
+    assert (second.index, second.token_ids, second.finish_reason) == (1, list(range(2, 5000)), None)
+    assert line == Progress(line="later")
 
 
 # --- one process for all ---

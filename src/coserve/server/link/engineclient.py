@@ -29,6 +29,7 @@ from coserve.server.link.messages import (
     FromEngine,
     Generate,
     GetStats,
+    Heard,
     JobEnded,
     JobHappened,
     LoadAdapter,
@@ -289,6 +290,7 @@ class EngineClient:
                 self._hear(decode_from_engine(part))
                 if number % _AT_ONCE == 0:
                     await asyncio.sleep(0)  # who waits for what was heard goes on first
+            process.socket.send(encode(Heard()))
 
     def _hear(self, message: FromEngine) -> None:
         match message:

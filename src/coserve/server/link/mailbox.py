@@ -1,5 +1,11 @@
 """The engine process's end of the wire: one thread owns the socket, any thread may post.
 
+    post   t1 t2 u1 | t3 u2 t4 u3 | v1 u4 ...          chunks of the outputs t, u and v
+    send   t1 t2 u1 | t3 u2 | t4 u3-u4 v1 | ...        two batches are unheard: what is posted gathers until one is heard
+
+The engine can make chunks faster than the API process hears them. Nothing is lost and nobody waits longer for that: while two
+batches are on their way, new chunks of one output become one chunk, so that a batch never holds more than each output's news.
+
 Owns: the socket, the order of what is sent, waking up. Does not own: what messages mean (enginehost.py).
 """
 
@@ -13,12 +19,39 @@ from types import TracebackType
 
 import zmq
 
-from coserve.server.link.messages import FromEngine, ToEngine, decode_to_engine, encode
+from coserve.server.link.messages import FromEngine, Heard, ToEngine, Tokens, decode_to_engine, encode, merge_tokens
 
 GATHER_S = 5e-4
 """After the first message posted the loop waits so long, so that the chunks of one iteration travel together."""
+MOST_UNHEARD = 2
+"""Batches on their way: one that is being heard and the next, so that the API never waits for one that could be there."""
 _MOST_AT_ONCE = 64
 """Messages taken before those posted are sent."""
+
+
+class _Batch:
+    """Messages to be sent, in the order of posting; the chunks of one output have the place of the first of them."""
+
+    def __init__(self) -> None:
+        self._messages: list[FromEngine | list[Tokens]] = []
+        self._chunks: dict[tuple[str, int], list[Tokens]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._messages)
+
+    def add(self, message: FromEngine) -> None:
+        """A message goes last, or to its output's chunks."""
+        if not isinstance(message, Tokens):
+            self._messages.append(message)
+            return
+        chunks = self._chunks.setdefault((message.id, message.index), [])
+        if not chunks:
+            self._messages.append(chunks)
+        chunks.append(message)
+
+    def parts(self) -> list[bytes]:
+        """The messages as bytes."""
+        return [encode(merge_tokens(message) if isinstance(message, list) else message) for message in self._messages]
 
 
 class Mailbox:
@@ -32,6 +65,7 @@ class Mailbox:
         self._posted: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
         self._bell, self._bell_rope = os.pipe()
         self._rung = self._stopped = False
+        self._batch, self._num_unheard = _Batch(), 0
 
     def __enter__(self) -> Mailbox:
         return self
@@ -55,13 +89,20 @@ class Mailbox:
             os.write(self._bell_rope, b"!")
 
     def flush(self) -> None:
-        """Sends what has been posted, as the parts of one message."""
-        parts = [encode(self._posted.get_nowait()) for _ in range(self._posted.qsize())]
-        if parts:
-            self._socket.send_multipart(parts)
+        """Sends what has been posted, as the parts of one message, whatever is unheard."""
+        self._gather()
+        if self._batch:
+            self._socket.send_multipart(self._batch.parts())
+            self._batch = _Batch()
+            self._num_unheard += 1
+
+    def _gather(self) -> None:
+        for _ in range(self._posted.qsize()):
+            self._batch.add(self._posted.get_nowait())
 
     def run(self, take: Callable[[ToEngine], None]) -> None:
-        """Gives messages to `take` as they come and sends what is posted, until `stop`."""
+        """Gives messages to `take` as they come and sends what is posted, until `stop`. What is posted waits while MOST_UNHEARD
+        batches are unheard."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._bell, zmq.POLLIN)
@@ -73,9 +114,11 @@ class Mailbox:
                 # After the read, or a ring in between would be read and yet count as pending, and nobody would ring again.
                 # Before the queue is looked at: what comes later rings again.
                 self._rung = False
-            self.flush()
+                self._gather()
             if self._socket in ready:
                 self._take_some(take)
+            if self._num_unheard < MOST_UNHEARD:
+                self.flush()
 
     def _take_some(self, take: Callable[[ToEngine], None]) -> None:
         for _ in range(_MOST_AT_ONCE):
@@ -83,7 +126,11 @@ class Mailbox:
                 data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            take(decode_to_engine(data))
+            message = decode_to_engine(data)
+            if isinstance(message, Heard):
+                self._num_unheard -= 1
+            else:
+                take(message)
 
     def close(self) -> None:
         """Sends what is left; waits up to a second for it to leave."""

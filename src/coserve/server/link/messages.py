@@ -1,6 +1,6 @@
 """What the API process and the engine process say to each other: msgpack over a ZeroMQ pair of sockets.
 
-    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, GetStats, Shutdown
+    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, GetStats, Heard, Shutdown
     engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded
 
 A `call` number is answered by one Replied. Times are seconds of the machine's monotonic clock, which both processes share.
@@ -8,6 +8,7 @@ A `call` number is answered by one Replied. Times are seconds of the machine's m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -95,6 +96,10 @@ class GetStats(Message, frozen=True, kw_only=True):
     call: int
 
 
+class Heard(Message, frozen=True, kw_only=True):
+    """A batch of the engine's messages has been heard, so that another may be sent."""
+
+
 class Shutdown(Message, frozen=True, kw_only=True):
     """Write what is being written, then end."""
 
@@ -151,6 +156,18 @@ class Tokens(Message, frozen=True, kw_only=True):
     prompt_logprobs: list[LogprobEntry] = []
 
 
+def merge_tokens(parts: Sequence[Tokens]) -> Tokens:
+    """Chunks of one output, in order, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    last = parts[-1]
+    return msgspec.structs.replace(
+        last, text="".join(part.text for part in parts), token_ids=[token for part in parts for token in part.token_ids],
+        cached_tokens=max(part.cached_tokens for part in parts), begun_s=parts[0].begun_s,
+        logprobs=[entry for part in parts for entry in part.logprobs],
+    )
+
+
 class Failed(Message, frozen=True, kw_only=True):
     """A request has ended by an error; nothing follows."""
 
@@ -191,7 +208,7 @@ class JobEnded(Message, frozen=True, kw_only=True):
     problem: Problem | None = None
 
 
-ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | GetStats | Shutdown
+ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | GetStats | Heard | Shutdown
 FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded
 
 _encoder = msgspec.msgpack.Encoder()

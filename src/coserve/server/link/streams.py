@@ -6,24 +6,10 @@ Owns: what was sent and not read yet. Does not own: where it comes from (enginec
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-
-import msgspec
+from collections.abc import Callable
 
 from coserve.core import CoserveError
-from coserve.server.link.messages import Tokens
-
-
-def merge_tokens(parts: Sequence[Tokens]) -> Tokens:
-    """Chunks of one output, in order, as one."""
-    if len(parts) == 1:
-        return parts[0]
-    last = parts[-1]
-    return msgspec.structs.replace(
-        last, text="".join(part.text for part in parts), token_ids=[token for part in parts for token in part.token_ids],
-        cached_tokens=max(part.cached_tokens for part in parts), begun_s=parts[0].begun_s,
-        logprobs=[entry for part in parts for entry in part.logprobs],
-    )
+from coserve.server.link.messages import Tokens, merge_tokens
 
 
 class RequestStream:
