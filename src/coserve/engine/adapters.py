@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from coserve.core import CoserveError, InvalidRequest, NotFound
+from coserve.engine.threads import SideThreads
 from coserve.peft.adapter import Adapter
 from coserve.runtime.adapters import AdapterSlots
 
@@ -78,7 +78,7 @@ class AdapterRegistry:
         self._granted: dict[str, int] = {}
         self._closing: AdapterVersion | None = None
         self._numbers = self._uses = 0
-        self._loader = ThreadPoolExecutor(1, "coserve-adapters")
+        self._loader = SideThreads(1, "coserve-adapters")
 
     # --- names ---
 

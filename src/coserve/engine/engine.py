@@ -30,6 +30,7 @@ from coserve.engine.profiling import latency_model
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.engine.requesttable import RequestTable
 from coserve.engine.step import Lookup, StepRunner
+from coserve.engine.threads import borrowed_team, give_team_back
 from coserve.engine.watching import Watcher
 from coserve.finetune.job import JobEvent
 from coserve.peft.adapter import Adapter
@@ -211,7 +212,8 @@ class Engine:
         Raises NotFound, InvalidRequest; the name's version so far stays then.
         """
         place = Path(directory).absolute()
-        adapter = self.model.load_adapter(place)
+        with borrowed_team():
+            adapter = self.model.load_adapter(place)
         self._inbox.call(lambda: self.adapters.publish(name, adapter, place), f"publish adapter {name}")
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
@@ -249,15 +251,16 @@ class Engine:
             handle.listen(event)
             listen(event)
 
-        adapter = config.adapter if start is None else self.model.load_adapter(Path(start)).config
-        assert adapter is not None, "what a file holds has settings"
-        self.jobs.check_config(config, adapter, handle.name)
-        prepared = prepare_beside(
-            self.model, data, directory, config, validation=validation, start=start, resume=resume, listen=hear,
-            check=lambda train, held_out, settings: self.jobs.check_data(train, held_out, settings, adapter),
-        )
-        for plan in (prepared.trainer.plan, prepared.trainer.scoring):
-            self.train.prepare(plan)
+        with borrowed_team():
+            adapter = config.adapter if start is None else self.model.load_adapter(Path(start)).config
+            assert adapter is not None, "what a file holds has settings"
+            self.jobs.check_config(config, adapter, handle.name)
+            prepared = prepare_beside(
+                self.model, data, directory, config, validation=validation, start=start, resume=resume, listen=hear,
+                check=lambda train, held_out, settings: self.jobs.check_data(train, held_out, settings, adapter),
+            )
+            for plan in (prepared.trainer.plan, prepared.trainer.scoring):
+                self.train.prepare(plan)
         handle.num_steps, handle.step = prepared.job.num_steps, prepared.job.cursor.step
         self._inbox.post(lambda: self.jobs.begin(prepared, handle, tenant, weight), f"begin job {handle.label}")
         return handle
@@ -313,6 +316,7 @@ class Engine:
 
     def start(self) -> Engine:
         """Gives the engine a thread of its own; returns the engine."""
+        give_team_back()  # what the calling thread has loaded and measured with
         self._inbox.start(self.step, self._fail)
         return self
 

@@ -10,7 +10,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor as ThreadExecutor
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from coserve.engine.batchwork import Microbatch
 from coserve.engine.budget import GIB, FittedPlan, Workload, asked_plan, fit_plan, shape_adapter
 from coserve.engine.finetuning import PreparedJob
 from coserve.engine.jobs import JobHandle, LiveJob
+from coserve.engine.threads import SideThreads
 from coserve.engine.watching import Watcher
 from coserve.finetune.datasets import Dataset
 from coserve.model.architecture import Architecture
@@ -65,8 +65,8 @@ class JobTable:
         self.blocks, self.pool, self.scheduler, self.adapters = blocks, pool, scheduler, adapters
         self.new_number = new_number
         self.max_microbatches = config.scheduler.max_microbatches
-        self.writer: ThreadExecutor = ThreadPoolExecutor(1, "coserve-writer")
-        self.recorder: ThreadExecutor = ThreadPoolExecutor(1, "coserve-recorder")
+        self.writer: ThreadExecutor = SideThreads(1, "coserve-writer")
+        self.recorder: ThreadExecutor = SideThreads(1, "coserve-recorder")
         self.jobs: dict[int, LiveJob] = {}
         self.microbatches: dict[int, Microbatch] = {}
         self.owners: dict[int, int] = {}

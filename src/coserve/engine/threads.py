@@ -1,0 +1,52 @@
+"""OpenMP's threads: PyTorch shares a CPU product among a team of threads, and each thread that asks has its own team.
+
+    one team      As many threads as cores. Between two products they spin for a moment, so that the next one begins at once.
+    two teams     More threads than cores. libgomp then lets all of them sleep at every wait, and decoding becomes slower.
+
+So the engine's thread keeps its team, and every other thread gives its own back when its work is done. On a machine without
+libgomp nothing is given back, and nothing is wrong but the speed. Source: OpenMP 5.0, section 3.2.44 (omp_pause_resource_all).
+Owns: giving teams back. Does not own: how many threads a team has (torch.set_num_threads).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+_PAUSE_HARD = 2
+"""omp_pause_hard: the threads end."""
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def give_team_back() -> None:
+    """Ends the OpenMP threads of the calling thread's team. Its next product makes new ones, in a fraction of a millisecond."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no OpenMP 5, or a system where a process can't be searched
+        ctypes.CDLL(None).omp_pause_resource_all(_PAUSE_HARD)
+
+
+@contextlib.contextmanager
+def borrowed_team() -> Iterator[None]:
+    """For work beside the engine's thread: what it multiplies with is given back at its end."""
+    try:
+        yield
+    finally:
+        give_team_back()
+
+
+class SideThreads(ThreadPoolExecutor):
+    """A pool of threads for work beside the engine's thread. Each gives its team back after each piece of work."""
+
+    def submit(
+        self, fn: Callable[Parameters, Result], /, *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Future[Result]:
+        return super().submit(_run, partial(fn, *args, **kwargs))
+
+
+def _run(work: Callable[[], Result]) -> Result:
+    with borrowed_team():
+        return work()
