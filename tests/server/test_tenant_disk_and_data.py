@@ -133,3 +133,17 @@ def test_numbers_of_files_and_jobs_and_kept_checkpoints(model: Path, tmp_path: P
             assert error.value.param == "keep_checkpoints"
 
     run(model, tmp_path, play, max_tenant_files=3, max_tenant_jobs=2, max_keep_checkpoints=10)
+
+
+def test_jobs_that_are_created_at_the_same_time_count_too(model: Path, tmp_path: Path) -> None:
+    async def play(bench: Bench) -> None:
+        file = await bench.upload(tenant="a")
+        made = await asyncio.gather(*(bench.create("a", training_file=file) for _ in range(6)), return_exceptions=True)
+        refused = [error for error in made if isinstance(error, CapacityError)]
+        assert len(refused) == 4 and len(bench.store.job_states("a")) == 2
+        for _ in range(2):
+            with pytest.raises(InvalidRequest):  # what fails gives its place back
+                await bench.create("b", training_file="file-none")
+        await bench.create("b")
+
+    run(model, tmp_path, play, max_tenant_jobs=2)
