@@ -226,4 +226,3 @@ def _read_meta(directory: Path) -> FileRecord | None:
         _log.warning("%s is left out: its %s doesn't describe it", directory, _META)
         return None
     return record
-

@@ -106,11 +106,6 @@ def openapi_body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def read_body(data: bytes, model: type[Model], policy: FieldPolicy) -> Model:
-    """A body of bytes as a `model`. Raises InvalidRequest."""
-    return validate(parse_object(data), model, policy)
-
-
 def validate(
     body: Mapping[str, Any], model: type[Model], policy: FieldPolicy,
     check: Callable[[Mapping[str, Any]], None] = lambda body: None,

@@ -23,16 +23,17 @@ from typing import NamedTuple
 from coserve.config import FinetuneConfig
 from coserve.core import Group, InvalidRequest, NotFound
 from coserve.finetune.datasets import Dataset, load_training
+from coserve.server.locks import NameLocks
 from coserve.tokenizer import ChatTokenizer
 
 FEW_EXAMPLES = 10
 """OpenAI's least number; fewer are allowed here, with a warning."""
-
-
 MAX_AT_WORK = 2
+"""Threads that read at the same moment; the others wait for their turn."""
 MAX_READINGS = 16
 """Tenants whose data are held in memory at once."""
 SLICE_S = 0.2
+"""Length of a turn, in seconds."""
 
 
 class DataFile(NamedTuple):
@@ -120,7 +121,7 @@ class DataReader:
         self._turns = _Turns(MAX_AT_WORK)
         self._threads = ThreadPoolExecutor(MAX_READINGS, "coserve-data")
         self._room = asyncio.Semaphore(MAX_READINGS)
-        self._of_tenant: dict[str, asyncio.Lock] = {}
+        self._of_tenant = NameLocks()
         self._tasks: dict[str, asyncio.Task[DataReport]] = {}
         self._tokenizer: tuple[Path, ChatTokenizer] | None = None
         self._loading = threading.Lock()
@@ -156,7 +157,7 @@ class DataReader:
     async def _in_turn(
         self, tenant: str, work: Callable[[_Reading], DataReport], begin: Callable[[], None]
     ) -> DataReport:
-        async with self._of_tenant.setdefault(tenant, asyncio.Lock()), self._room:
+        async with self._of_tenant.hold(tenant), self._room:
             begin()
             reading = _Reading(self._turns)
             try:

@@ -45,7 +45,7 @@ from coserve.server.settings import ServerConfig
 _log = logging.getLogger(__name__)
 
 _DISK_WAIT_S, _LOOK_EVERY_S = 20.0, 0.05
-"""For how long the answer to a change waits for a disk that neither takes nor refuses it, and how often it looks, in seconds."""
+"""Seconds that the answer to a change waits for a disk that neither takes nor refuses it, and between two looks at it."""
 
 
 class JobService:

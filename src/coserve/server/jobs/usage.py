@@ -42,4 +42,3 @@ class TenantDisk:
         """The job's directory has changed."""
         with self._lock:
             self._known.pop(job, None)
-

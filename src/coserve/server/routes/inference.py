@@ -65,7 +65,7 @@ class _Exchange:
 @router.post("/v1/chat/completions", openapi_extra=openapi_body(ChatRequest))
 async def create_chat_completion(request: Request, services: Served, tenant: Tenant, body: ChatBody) -> Response:
     """A conversation's next turn."""
-    arrival_s = time.perf_counter()
+    arrival_s = time.monotonic()
     name = await _model_name(services, tenant, body)
     info = services.engine.info
     run: Runner = partial(services.work.run, tenant)
@@ -108,7 +108,7 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
 @router.post("/v1/completions", openapi_extra=openapi_body(CompletionRequest))
 async def create_completion(request: Request, services: Served, tenant: Tenant, body: CompletionBody) -> Response:
     """Continuations of one or more prompts."""
-    arrival_s = time.perf_counter()
+    arrival_s = time.monotonic()
     name = await _model_name(services, tenant, body)
     info = services.engine.info
     run: Runner = partial(services.work.run, tenant)

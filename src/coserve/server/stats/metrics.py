@@ -72,7 +72,7 @@ class _Snapshot(Collector):
 class ServerMetrics:
     """The server's metrics. model_name: the label, of the base model; clock: seconds, as the engine's."""
 
-    def __init__(self, config: ServerConfig, model_name: str, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, config: ServerConfig, model_name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.config, self.model_name, self.clock = config, model_name, clock
         self.started_s = clock()
         self.registry = CollectorRegistry()
