@@ -3,9 +3,10 @@
     a tenant's jobs    one after the other
     tenants            side by side, each on a thread; MAX_AT_WORK of them at work, in turns of SLICE_S
 
-So a small file of one tenant waits for a moment only, however large those of others are. Turns change and a cancelled reading
-ends between two lines. Owns: the tokenizer for it, the turns, what is said about the data. Does not own: formats of lines
-(finetune/datasets.py).
+So a small file of one tenant waits for a moment only, however large those of others are. Turns change between two lines, and
+there a cancelled reading ends.
+
+Owns: the tokenizer for it, the turns, what is said about the data. Does not own: formats of lines (finetune/datasets.py).
 """
 
 from __future__ import annotations
