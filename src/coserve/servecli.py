@@ -43,10 +43,11 @@ _log = logging.getLogger(__name__)
 
 GIB = 1 << 30
 _LAST_ANSWERS_S = 2.0
-"""What connections get to pass on that their requests were ended."""
+"""Seconds that connections get at the end to tell their clients that their requests were ended."""
 _SWITCH_S = 1e-3
+"""Seconds after which a thread that computes is asked to give Python's lock to another one."""
 _NO_KEY = "EMPTY"
-"""What clients are given where no key is asked for: they insist on one."""
+"""The key to write where none is asked for: OpenAI's client insists on one."""
 
 DataDirOption = Annotated[Path | None, typer.Option(help="Files, jobs, adapters and the index (coserve-data).")]
 DatabaseOption = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the index (SQLite in the data directory).")]
@@ -90,7 +91,7 @@ def serve(
     slo_ttft_ms: Annotated[float | None, typer.Option(help="Objective to the first token (3000).")] = None,
     policy: Annotated[str | None, typer.Option(help="coserve, inference-only, finetune-only, temporal:N, ...")] = None,
     finetune_min_share: Annotated[float | None, typer.Option(help="Share of time that jobs always get (0).")] = None,
-    activation_memory: Annotated[str | None, typer.Option(help="Of the pool, for training: 12.5GB, a share, auto.")] = None,
+    activation_memory: Annotated[str | None, typer.Option(help="Part of the pool for training: 12.5GB, a share, auto.")] = None,
     max_jobs: Annotated[int | None, typer.Option(help="Jobs that run at once (4).")] = None,
     deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Jobs: same losses after a restart.")] = None,
     data_dir: DataDirOption = None,
@@ -126,14 +127,15 @@ def serve(
         raise typer.Exit(2) from None
     finally:
         handler.close()
-    # All is written and closed. Python would take seconds to free what torch has made, while a restart waits for this process.
+    # All is written and closed. Without _exit Python would take seconds to free its objects, while a restart waits for this
+    # process to end.
     with contextlib.suppress(OSError):  # a pipe that nobody reads any more
         sys.stdout.flush()
     os._exit(0)
 
 
 class _Server(uvicorn.Server):
-    """Signals are this module's: uvicorn would raise them once more at its end. lines: shown once it listens."""
+    """Leaves signals to this module, since uvicorn would raise them once more at its end. lines: logged once it listens."""
 
     lines: Sequence[str] = ()
 
@@ -220,7 +222,7 @@ def _allow_many_files() -> None:
 
 
 def describe(services: Services, port: int) -> list[str]:
-    """The start-up log: what is served, how memory is split, what holds, and the line to paste into a client."""
+    """Lines of the start-up log: what is served, how memory is split, the objectives, and the line to paste into a client."""
     config, info = services.config, services.engine.info
     memory = {name: f"{size / GIB:.2f} GiB" for name, size in info.memory.items()}
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host

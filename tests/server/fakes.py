@@ -106,8 +106,8 @@ class FakeEngineClient:
             prompt = asked.prompt_ids[1:] if sampling.prompt_logprobs is not None else []
             for index in range(sampling.n):
                 stream.push(Tokens(
-                    id=stream.id, index=index, text="", token_ids=[], time_s=time.perf_counter(), finish_reason="length",
-                    begun_s=time.perf_counter(),
+                    id=stream.id, index=index, text="", token_ids=[], time_s=time.monotonic(), finish_reason="length",
+                    begun_s=time.monotonic(),
                     prompt_logprobs=[logprob(token, sampling.prompt_logprobs or 0) for token in prompt],
                 ))
             asked.finished = True
@@ -124,7 +124,7 @@ class FakeEngineClient:
                 finish = "cancelled" if script.cancel_at == place else reason if last else None
                 prompt = asked.prompt_ids[1:] if last and sampling.prompt_logprobs is not None else []
                 stream.push(Tokens(
-                    id=stream.id, index=index, text=text, token_ids=[ids[place]], time_s=time.perf_counter(),
+                    id=stream.id, index=index, text=text, token_ids=[ids[place]], time_s=time.monotonic(),
                     finish_reason=finish, cached_tokens=3 if place == 0 and index == 0 else 0,
                     logprobs=[] if sampling.logprobs is None else [logprob(ids[place], sampling.logprobs)],
                     prompt_logprobs=[logprob(token, sampling.prompt_logprobs or 0) for token in prompt],
@@ -201,7 +201,7 @@ class FakeMetrics:
         self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float, ttft_ms: float | None,
         tpot_ms: float | None,
     ) -> FakeMeter:
-        assert abs(time.perf_counter() - arrival_s) < 60
+        assert abs(time.monotonic() - arrival_s) < 60
         self.meters.append(FakeMeter(model, prompt_tokens))
         return self.meters[-1]
 

@@ -207,7 +207,11 @@ def test_keys_are_made_shown_once_and_revoked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     (("--data-dir", "/proc/coserve"), "data_dir: /proc/coserve can't be made"),
-    (("--slo-tpot-ms", "-1"), "tpot_ms: must be positive, got -1"),
+    (("--slo-tpot-ms", "-1"), "^slo_tpot_ms: must be positive, got -1"),
+    (("--kv-cache-memory-bytes", "0"), "^kv_cache_memory_bytes: must be positive, got 0"),
+    (("--max-num-queued-reqs", "-40"), "^max_num_queued_reqs: must be at least 1, got -40"),
+    (("--max-loras", "0"), "^max_loras: must be at least 1, got 0"),
+    (("--shutdown-timeout", "inf"), "^shutdown_timeout: must be finite, got inf"),
     (("--lora-modules", "x"), "lora_modules: write it as NAME=DIRECTORY"),
     (("--lora-modules", '{"name": "a"}'), "lora_modules: write it as NAME=DIRECTORY"),
     (("--lora-modules", '{"name": "a", "path": '), "lora_modules: .* isn't JSON"),
@@ -223,6 +227,21 @@ def test_keys_are_made_shown_once_and_revoked(tmp_path: Path) -> None:
 def test_settings_are_refused_before_anything_starts(options: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CliRunner().invoke(cli, ["serve", "--port", "0", *options], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("allowed_hosts = 5", "^allowed_hosts: must be a text or a list of texts, got 5"),
+    ("api_key = true", "^api_key: must be a text or a list of texts, got True"),
+    ("served_model_name = {a = 1}", "^served_model_name: must be a text or a list of texts, got {'a': 1}"),
+    ("allowed_origins = [1]", "^allowed_origins: must be texts, got \\[1\\]"),
+    ("data_dir = 5", "^data_dir: must be the path of a directory, got 5"),
+    ("port = 80.0", "^port: must be of type int, got 80.0"),
+])
+def test_values_of_a_wrong_type_in_the_settings_file_are_refused_by_name(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text(line)
+    with pytest.raises(ConfigError, match=message):
+        read_settings(path, {})
 
 
 def test_adapters_are_given_in_three_forms() -> None:

@@ -223,6 +223,24 @@ def test_a_tenant_has_only_so_many_adapters(tmp_path: Path, make: Callable[..., 
     play(make(max_tenant_files=1), story)
 
 
+def test_adapters_that_are_loaded_at_the_same_time_count_too(tmp_path: Path, make: Callable[..., Any]) -> None:
+    write_tiny_adapter(tmp_path / "root" / "a")
+
+    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+        load_adapter = engine.load_adapter
+
+        async def slow(name: str, directory: str) -> list[str]:
+            await asyncio.sleep(0.2)
+            return await load_adapter(name, directory)
+
+        engine.load_adapter = slow  # type: ignore[method-assign]
+        made = await asyncio.gather(*(models.load("me", f"x{n}", "a") for n in range(4)), return_exceptions=True)
+        assert sum(isinstance(error, TooLarge) for error in made) == 3
+        assert len(await asyncio.to_thread(models.list, "me")) == 2, "the base and one adapter"
+
+    play(make(max_tenant_files=1), story)
+
+
 def test_loading_and_unloading_at_once_leaves_nothing_behind(tmp_path: Path, make: Callable[..., Any]) -> None:
     write_tiny_adapter(tmp_path / "root" / "a")
 

@@ -98,14 +98,20 @@ def test_a_server_that_dies_behind_the_result_file_has_one(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids: list[str] = []
+    killed: list[object] = []
+
+    def kill(*arguments: object) -> None:
+        killed.append(arguments)
+        die()
 
     async def before(bench: Bench) -> None:
         ids.append(await bench.started())
         bench.engine.step(ids[0], 1)
         with monkeypatch.context() as patch:
-            patch.setattr(JobRunner, "_write_end", die)
+            patch.setattr(JobRunner, "_write_end", kill)
             bench.engine.end(ids[0], step=1)
             await until(lambda: bool(bench.store.list_files("me", purpose="fine-tune-results")[0]))
+            await until(lambda: bool(killed))  # the file is listed a moment before
             await bench.settle()
         assert bench.store.get_job("me", ids[0]).status == "running"
 

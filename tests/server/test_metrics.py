@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coserve.config import SamplingConfig
-from coserve.server.link.messages import JobEnded, Tokens
+from coserve.server.link.messages import JobEnded, Tokens, merge_tokens
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.enginemetrics import COUNTERS
 from coserve.server.stats.livestats import Counters, Window, percentile
@@ -155,6 +155,27 @@ def test_a_chunk_of_several_tokens_is_one_gap_and_several_tokens() -> None:
     assert found["coserve_inter_token_latency_seconds_count"] == 1
     assert found["coserve_request_time_per_output_token_seconds_sum"] == pytest.approx(0.1)
     assert found["coserve_prompt_tokens_cached_total"] == 5
+
+
+def test_chunks_that_were_merged_are_measured_from_their_first_to_their_last_token() -> None:
+    """While the API process is behind, it hears many tokens at once."""
+    times_s = [0.3, 0.5, 0.7, 0.9, 1.1]
+    apart, together = Room(), Room()
+    for room, parts in ((apart, [[time_s] for time_s in times_s]), (together, [times_s[:3], times_s[3:]])):
+        meter = room.begin()
+        for part in parts:
+            chunks = [tokens(1000 + time_s, begun_s=1000.1 if time_s == times_s[0] else None) for time_s in part]
+            half = len(chunks) // 2
+            meter.tokens(merge_tokens([merge_tokens(chunks[:half]), *chunks[half:]] if half else chunks))
+        meter.end("stop")
+    for name in (
+        "time_to_first_token", "request_time_per_output_token", "request_prefill_time", "request_decode_time",
+        "e2e_request_latency",
+    ):
+        name = f"coserve_{name}_seconds_sum"
+        assert together.samples()[name] == pytest.approx(apart.samples()[name]), name
+    name = 'coserve_slo_requests_total{"met": "false", "objective": "tpot"}'
+    assert together.samples()[name] == apart.samples()[name] == 1, "200 ms per token, of 100"
 
 
 def test_a_request_is_held_against_its_own_objectives() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coserve.core import InvalidRequest
-from coserve.server.inference.bodies import openapi_body, parse_object, read_body
+from coserve.server.inference.bodies import openapi_body, parse_object, validate
 from coserve.server.inference.fields import CHAT, COMPLETIONS
 from coserve.server.inference.protocol import ChatRequest, CompletionRequest
 from coserve.tokenizer import ChatTokenizer
@@ -280,7 +280,7 @@ def test_every_neutral_value_is_taken() -> None:
 
 def test_nulls_of_implemented_fields_count_as_not_given() -> None:
     body = dict.fromkeys(ChatRequest.model_fields) | {"messages": HI}
-    request = read_body(json.dumps(body).encode(), ChatRequest, CHAT)
+    request = validate(parse_object(json.dumps(body).encode()), ChatRequest, CHAT)
     assert request == ChatRequest.model_validate({"messages": HI})
 
 

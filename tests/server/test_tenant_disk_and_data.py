@@ -7,12 +7,16 @@ import json
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from coserve.core import CapacityError, InvalidRequest
 from coserve.server.errors import Conflict, TooLarge
+from coserve.server.index.disk import directory_bytes
+from coserve.server.jobs import usage
+from coserve.server.jobs.usage import TenantDisk
 from coserve.server.records import AdapterRecord
 from tests.server.jobs_bench import Bench, until
 from tests.tiny_directory import chat_lines
@@ -133,3 +137,38 @@ def test_numbers_of_files_and_jobs_and_kept_checkpoints(model: Path, tmp_path: P
             assert error.value.param == "keep_checkpoints"
 
     run(model, tmp_path, play, max_tenant_files=3, max_tenant_jobs=2, max_keep_checkpoints=10)
+
+
+def test_jobs_that_are_created_at_the_same_time_count_too(model: Path, tmp_path: Path) -> None:
+    async def play(bench: Bench) -> None:
+        file = await bench.upload(tenant="a")
+        made = await asyncio.gather(*(bench.create("a", training_file=file) for _ in range(6)), return_exceptions=True)
+        refused = [error for error in made if isinstance(error, CapacityError)]
+        assert len(refused) == 4 and len(bench.store.job_states("a")) == 2
+        for _ in range(2):
+            with pytest.raises(InvalidRequest):  # what fails gives its place back
+                await bench.create("b", training_file="file-none")
+        await bench.create("b")
+
+    run(model, tmp_path, play, max_tenant_jobs=2)
+
+
+def test_a_directory_that_changes_while_it_is_counted_is_counted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Any = SimpleNamespace(job_states=lambda tenant: [("ftjob-1", "succeeded")])
+    disk = TenantDisk(tmp_path, store, lambda tenant: 0)
+    file = tmp_path / "ftjob-1" / "adapter"
+    file.parent.mkdir()
+    file.write_bytes(b"x" * 1000)
+
+    def count_and_delete(path: str) -> int:
+        size = directory_bytes(path)
+        if file.exists():  # another thread deletes the model once its bytes have been counted
+            file.unlink()
+            disk.forget("ftjob-1")
+        return size
+
+    monkeypatch.setattr(usage, "directory_bytes", count_and_delete)
+    assert disk.bytes_of("a") == 1000
+    assert disk.bytes_of("a") == 0

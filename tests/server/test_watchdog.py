@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 import zmq
+import zmq.asyncio
 
 from coserve.core import CoserveError
 from coserve.server.jobs.queue import LiveJob
@@ -100,6 +102,32 @@ def test_a_start_that_gets_no_socket_fails_with_a_reason(tmp_path: Path, monkeyp
     client = EngineClient(ServerConfig(data_dir=tmp_path))
     with pytest.raises(CoserveError, match="can't start: Too many open files"):
         asyncio.run(asyncio.wait_for(client.start(), 10))
+
+
+def test_a_process_that_cannot_be_started_leaves_no_open_file_and_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory for another process")
+
+    def num_open() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    async def play() -> tuple[int, int]:
+        context = zmq.asyncio.Context()
+        counts = []
+        for _ in range(4):  # the first one starts the context's own threads
+            with pytest.raises(OSError, match="no memory"):
+                await EngineProcess.spawn(ServerConfig(data_dir=tmp_path), context)
+            await asyncio.sleep(0.05)  # a socket is closed by the context's thread
+            counts.append(num_open())
+        context.destroy(linger=0)
+        return counts[0], counts[-1]
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
+    first, last = asyncio.run(play())
+    assert last <= first and not list(tmp_path.glob("coserve-*"))
 
 
 def test_what_is_predicted_to_take_long_gets_a_multiple_of_that() -> None:

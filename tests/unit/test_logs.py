@@ -144,3 +144,10 @@ def test_threads_write_whole_lines() -> None:
     for thread in threads:
         thread.join()
     assert len({json.loads(line)["message"] for line in log.lines}) == 800
+
+
+def test_an_empty_message_is_folded_like_any_other(log: Log) -> None:
+    for _ in range(3):
+        log.logger.warning("")
+    log.handler.close()
+    assert len(log.lines) == 2 and "repeated 2 times" in log.lines[1]

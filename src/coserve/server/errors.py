@@ -12,11 +12,11 @@ class Unauthorized(CoserveError):
 
 
 class Forbidden(CoserveError):
-    """Not with these settings."""
+    """The server's settings don't allow it, or the thing isn't the tenant's own."""
 
 
 class Conflict(CoserveError):
-    """Not in the present state of the thing."""
+    """The present state of the thing doesn't allow it."""
 
 
 class UnsupportedType(InvalidRequest):
@@ -58,7 +58,7 @@ _KINDS = (
     _Kind(JobFailed, 500, "server_error", "job_failed"),
 )
 RETRY_AFTER_S = 1
-"""With every 429 and 503."""
+"""Seconds in the Retry-After header of every 429 and 503."""
 
 
 def _kind(error: CoserveError) -> _Kind:
@@ -79,11 +79,11 @@ def error_body(error: CoserveError) -> dict[str, Any]:
 
 
 def error_name(error: CoserveError) -> str:
-    """Its class, to carry it from one process to another; `make_error` reads it."""
+    """The name of its class, which travels from one process to another; `make_error` reads it."""
     return _kind(error).error.__name__
 
 
 def make_error(name: str, message: str, param: str | None) -> CoserveError:
-    """The error of a class's name."""
+    """The error of a class's name; CoserveError for a name that isn't known."""
     kinds = {kind.error.__name__: kind.error for kind in _KINDS}
     return kinds.get(name, CoserveError)(message, param=param)

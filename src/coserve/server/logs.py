@@ -3,9 +3,11 @@
     text   2026-01-31T12:00:00.123Z WARNING api the record of a job can't be written [job=ftjob-1 tenant=alice]
     json   {"time": "2026-01-31T12:00:00.123Z", "level": "warning", "process": "api", "message": "...", "job": "ftjob-1", ...}
 
-Levels below warning go to standard output, the others to standard error. Owns: formats, context, folding. Does not own: what is
-logged. A logger is told ids by `extra={"job": ...}`; a request's and a tenant's come from the context by themselves. `fold`:
-False for a line that is written every time; `fields`: more of what JSON holds.
+Levels below warning go to standard output, the others to standard error. Whoever logs gives the ids by `extra={"job": ...}`;
+those of the request and of its tenant come from the context. `extra` may also have `fold`, which is False for a line that is
+written every time, and `fields`, a dictionary of what JSON lines hold besides.
+
+Owns: formats, context, folding. Does not own: what is logged.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from typing import Any, TextIO
 IDS = ("request", "tenant", "job")
 """What a line can be about."""
 FOLD_S = (10.0, 60.0, 600.0)
-"""A line that was just written is counted instead of written again for so long; then longer, while it goes on."""
+"""Windows of folding: so long, a line that was just written is only counted. While it goes on, the next window is longer."""
 _MOST_FOLDED = 256
+"""Different lines that are remembered to be counted."""
 _CONTINUED = "| "
 _UNSHOWN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What would steer a terminal, break a line, turn the order of letters around, or can't be written as UTF-8."""
@@ -85,6 +88,11 @@ def _trace(record: logging.LogRecord) -> str:
     return "".join(traceback.format_exception(*record.exc_info)).rstrip() if record.exc_info and record.exc_info[1] else ""
 
 
+def _message_lines(record: logging.LogRecord) -> list[str]:
+    """The lines of a record's message: at least one, which may be empty."""
+    return record.getMessage().splitlines() or [""]
+
+
 def _shown(line: str) -> str:
     """A line with what must not reach a terminal written out, as in Python's strings."""
     return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), line)
@@ -102,7 +110,7 @@ class TextFormatter(logging.Formatter):
         """One line or more."""
         head = f"{_time(record)} {record.levelname} {self._process} "
         ids = " ".join(f"{name}={value}" for name, value in _ids(record).items())
-        first, *rest = record.getMessage().splitlines() or [""]
+        first, *rest = _message_lines(record)
         lines = [f"{first} [{ids}]" if ids else first]
         lines += [_CONTINUED + line for line in (*rest, *_trace(record).splitlines())]
         return "\n".join(head + _shown(line) for line in lines)
@@ -128,7 +136,8 @@ class JsonFormatter(logging.Formatter):
 
 @dataclass(slots=True)
 class _Folded:
-    """A line that was written, and how often it came since."""
+    """A line that was written, and how often it came since. until_s, began_s: its window's end and begin, in seconds of the
+    monotonic clock; window: which of FOLD_S that is."""
 
     record: logging.LogRecord
     until_s: float
@@ -148,7 +157,7 @@ class FoldingHandler(logging.Handler):
         self._timer: threading.Timer | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Holds the handler's lock, as logging does around it."""
+        """Writes the record, or counts it. Called by logging, which holds the handler's lock."""
         try:
             if not getattr(record, "fold", True):
                 self._write(record)
@@ -181,7 +190,7 @@ class FoldingHandler(logging.Handler):
     def _tell(self, folded: _Folded, now: float) -> None:
         same = folded.record
         times = "once more" if folded.count == 1 else f"{folded.count} times"
-        text = f"repeated {times} within {now - folded.began_s:.0f} s: {same.getMessage().splitlines()[0]}"
+        text = f"repeated {times} within {now - folded.began_s:.0f} s: {_message_lines(same)[0]}"
         told = logging.LogRecord(same.name, same.levelno, same.pathname, same.lineno, "%s", (text,), None)
         for name in IDS:
             if hasattr(same, name):
@@ -228,7 +237,7 @@ class FoldingHandler(logging.Handler):
 
 def configure(process: str, *, format: str = "text", level: str = "info") -> FoldingHandler:
     """Sends the log of this process to its streams. process: api or engine; format: text or json; level: the least that is
-    written, of other packages never less than warnings, unless it is debug."""
+    written. Other packages' lines below warning are written at level debug only."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the locale has no such letter

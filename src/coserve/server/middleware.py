@@ -26,6 +26,12 @@ _GIVEN_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 _log = logging.getLogger(__name__)
 
 
+def announced_bytes(headers: Headers) -> int:
+    """The length of a body by its Content-Length header, at most 10^18; 0 where there is none, as of a body in chunks."""
+    length = headers.get("content-length", "")
+    return min(int(length[:19]), 10**18) if length.isdecimal() else 0
+
+
 class BodyLimits:
     """Refuses bodies over `max_bytes` (413), counted as they come, and compressed ones (415): nothing here unpacks any."""
 
@@ -45,8 +51,7 @@ class BodyLimits:
         if scope["method"] == "POST" and scope["path"] in UPLOADS:
             await self._app(scope, receive, send)
             return
-        length = headers.get("content-length", "")
-        if length.isdecimal() and (len(length) > 18 or int(length) > self._max_bytes):
+        if announced_bytes(headers) > self._max_bytes:
             await _refuse(413, self._too_large())(scope, receive, send)
             return
         await self._app(scope, self._counted(receive), send)

@@ -227,7 +227,8 @@ class ModelDirectory:
         directory = self._below_root(path)
         self._check_name(name)
         adapter = engine_name(tenant, name)
-        async with self._locks.hold(adapter):
+        # A tenant's adapters are loaded one after the other: each counts for its limits before the next is checked.
+        async with self._locks.hold(engine_name(tenant, "")), self._locks.hold(adapter):
             existing = await asyncio.to_thread(self._find_loaded, tenant, name, replace)
             try:
                 admitted = await self._shelf.admit_soon(directory, partial(self._check_room, tenant, existing))

@@ -4,10 +4,10 @@
     Origin           this server's own page, or an allowed one   else another website's script or form (403)
     Sec-Fetch-Site   same-origin, none or missing                else another website's image, script, frame (403)
 
-Without a key, that a request comes from this machine proves nothing: every open website can have the browser send one. So all
-of these are checked, on every route and method, reading ones too. Programs (curl, the openai client) send neither Origin nor
-Sec-Fetch-Site. Where keys are asked for nothing is checked here: a browser adds no key by itself, and no other website can
-read or guess it.
+Where no key is asked for, a request from this machine proves nothing: every open website can have the browser send one. So all
+three headers are checked, on every route and for every method, reading ones too. Programs (curl, the openai client) send
+neither Origin nor Sec-Fetch-Site. Where keys are asked for, nothing is checked here: a browser adds no key by itself, and no
+other website can read or guess it.
 
 Owns: these rules. Does not own: which names are the server's (hostnames.py), the headers that let an allowed origin read
 (Starlette's CORSMiddleware, see app.py), bodies' content types (inference/bodies.py).

@@ -44,8 +44,8 @@ class TenantShares:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """tokenizer: the base model's, in this process. draw_seed: for a request that gives none, below 2^32. work: for what takes
-    long. watch: over this process; None in tests without a server."""
+    """tokenizer: the base model's, in this process. draw_seed: a seed below 2^32 for a request that gives none. work: threads
+    for what takes long. watch: the watch over this process; None in tests without a server."""
 
     config: ServerConfig
     engine: EngineClient
@@ -75,13 +75,13 @@ _bearer = HTTPBearer(
     scheme_name="key", auto_error=False,
     description="An API key, as `Authorization: Bearer KEY`. None is asked for until one was made.",
 )
-"""For the OpenAPI document alone: who a key is, and what is said without one, is Tenants' to tell."""
+"""For the OpenAPI document alone. Tenants finds out whose a key is, and refuses a request without one."""
 
 
 async def get_tenant(
     request: Request, services: Served, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> str:
-    """Who asks; the index is read at most once a second for it. Raises Unauthorized."""
+    """Who asks. The index is read at most once a second for a key. Raises Unauthorized."""
     tenant = await run_in_threadpool(services.tenants.identify, request.headers.get("authorization"))
     note_tenant(tenant)
     return tenant

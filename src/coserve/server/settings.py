@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MODULE_JSON = '{"name": NAME, "path": DIRECTORY}'
 """An entry of lora_modules in vLLM's form."""
+_ENGINE_NAMES = {
+    "tpot_ms": "slo_tpot_ms", "ttft_ms": "slo_ttft_ms", "memory_bytes": "kv_cache_memory_bytes", "max_adapters": "max_loras",
+}
+"""Fields of the engine's settings that have another name here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +64,7 @@ class ServerConfig:
     dtype: str = AUTO
     device: str = AUTO
     seed: int | None = None
-    """Where the seeds come from of requests that give none; None: never the same twice."""
+    """Source of the seeds of requests that give none; None: other seeds at every start."""
     threads: int | None = None
     """CPU threads of the engine; None: all cores."""
     lora_modules: tuple[tuple[str, str], ...] = ()
@@ -122,13 +127,13 @@ class ServerConfig:
     """A line of the log per HTTP request."""
 
     def __post_init__(self) -> None:
-        self.engine_config()  # its own checks
         require_least(self, 0, "port", "shutdown_timeout", "watchdog_timeout")
         require_least(self, 1, "max_num_queued_reqs", "max_jobs", "max_file_bytes", "max_tenant_file_bytes", "max_body_bytes",
                       "threads", "max_tenant_queued_reqs", "max_tenant_files", "max_tenant_jobs", "max_tenant_uploads",
                       "max_tenant_streams", "max_tenant_body_bytes", "max_keep_checkpoints")
         require_least(self, 2, "max_model_len")
         require(self.port < 65536, "port", f"must be below 65536, got {self.port}")
+        require(math.isfinite(self.shutdown_timeout), "shutdown_timeout", f"must be finite, got {self.shutdown_timeout}")
         require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization",
                 f"must be in (0, 1], got {self.gpu_memory_utilization}")
         check_allowed(self.allowed_hosts, self.allowed_origins)
@@ -137,6 +142,10 @@ class ServerConfig:
         for name, known in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS)):
             value = getattr(self, name)
             require(value in known, name, f"must be one of {', '.join(known)}, got {value!r}")
+        try:
+            self.engine_config()  # its own checks
+        except ConfigError as error:
+            raise _in_own_words(error) from error
 
     def engine_config(self, pool_bytes: int | None = None) -> EngineConfig:
         """The engine's settings; pool_bytes: what the pool will hold, if it is known."""
@@ -160,6 +169,12 @@ class ServerConfig:
         share = number if number < 1 else number / pool_bytes
         require(share < 1, "activation_memory", f"{number:.0f} bytes leave nothing of the pool's {pool_bytes} to inference")
         return share
+
+
+def _in_own_words(error: ConfigError) -> ConfigError:
+    """An error about a field of the engine's settings, under the name that the field has here."""
+    name = _ENGINE_NAMES.get(error.param or "")
+    return error if name is None else ConfigError(f"{name}: {str(error).removeprefix(f'{error.param}: ')}", param=name)
 
 
 def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServerConfig:
@@ -213,6 +228,7 @@ def _read_module(item: Any) -> tuple[Any, Any]:
 
 def _read_texts(name: str, value: Any) -> tuple[str, ...]:
     """One text, several, or vLLM's JSON lists of them."""
+    require(isinstance(value, str | list | tuple), name, f"must be a text or a list of texts, got {value!r}")
     texts: list[Any] = []
     for item in [value] if isinstance(value, str) else value:
         if isinstance(item, str) and item.startswith("[\""):
@@ -233,11 +249,12 @@ def _read(name: str, kind: str, value: Any) -> Any:
     if name == "activation_memory":
         return str(value)
     if name == "data_dir":
+        require(isinstance(value, str | Path), name, f"must be the path of a directory, got {value!r}")
         return Path(value)
     if kind.startswith("tuple"):
         return _read_texts(name, value)
     expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     allowed = expected[kind.partition(" ")[0]]
     require(isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool)), name,
-             f"must be of type {kind}, got {value!r}")
+            f"must be of type {kind}, got {value!r}")
     return value

@@ -37,7 +37,7 @@ class Admitted(NamedTuple):
 
 
 class AdapterShelf:
-    """The copies below `root`. tokenizer: the base's, to know an adapter's new tokens by."""
+    """The copies below `root`. tokenizer: the base's; without one, nobody warns of tokens that an adapter adds."""
 
     def __init__(self, root: Path, engine: EngineClient, max_rank: int, tokenizer: ChatTokenizer | None) -> None:
         self.root, self._engine, self._max_rank, self._tokenizer = root.absolute(), engine, min(max_rank, MAX_RANK), tokenizer

@@ -26,9 +26,9 @@ from coserve.server.index.tables import prepare_schema
 _READS = "coserve_reads"
 _BUSY_S = 5.0
 _LEAST_ROOM = 64 << 10
-"""Bytes that SQLite takes on the disk when it opens an index, about."""
+"""About how many bytes SQLite takes on the disk when it opens an index."""
 _PRAGMAS = (f"busy_timeout = {_BUSY_S * 1e3:.0f}", "journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON")
-"""A transaction that a loss of power takes back is found again in the manifests, so NORMAL is enough."""
+"""synchronous = NORMAL is enough: what a loss of power takes out of the index is found again in the manifests."""
 
 _FAILURES = {
     "database or disk is full": FULL,

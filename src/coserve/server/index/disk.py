@@ -1,4 +1,4 @@
-"""Writing to the data directory: durable, and its refusals in the words of the error tree. How much is in it."""
+"""The data directory's disk: durable writes, its refusals as errors of the error tree, how many bytes a directory holds."""
 
 from __future__ import annotations
 

@@ -84,13 +84,13 @@ class FileService:
         _check_purpose(purpose)
         filename = clean_filename(upload.filename)
         await asyncio.to_thread(self._check_quota, tenant, upload.size or 0)  # before it is copied
-        # A thread does it all: the upload is a file of the parser's by now.
+        # One thread does all of it, since the upload is whole by now, in a temporary file of the form's parser.
         return await asyncio.to_thread(self._save, tenant, filename, upload.file, purpose, check=True)
 
     def save_result(
         self, tenant: str, filename: str, content: bytes, purpose: str = RESULTS, *, id: str | None = None
     ) -> FileRecord:
-        """A file that a job made. id: of the new file; if there is one already, it stays. Raises CapacityError."""
+        """Keeps a file that a job made. id: the new file's; a file that has it already stays. Raises CapacityError."""
         if id is not None:
             with suppress(NotFound):
                 return self._store.get_file(tenant, id)
@@ -116,7 +116,8 @@ class FileService:
         gone = self._directory / f"{id}{_UNFINISHED}"
         with storage_errors(), suppress(FileNotFoundError):
             (self._directory / id).rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)  # first: the index may need the space; a second try finds the entry alone
+        # The bytes go first, since the index may need their space. If the index refuses, a second try finds the entry alone.
+        shutil.rmtree(gone, ignore_errors=True)
         self._store.delete_file(tenant, id)
 
     def rebuild(self) -> None:
@@ -226,4 +227,3 @@ def _read_meta(directory: Path) -> FileRecord | None:
         _log.warning("%s is left out: its %s doesn't describe it", directory, _META)
         return None
     return record
-

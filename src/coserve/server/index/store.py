@@ -137,7 +137,7 @@ class Store:
             connection.execute(jobs.insert().values(_values(record)))
 
     def get_job(self, tenant: str | None, id: str) -> JobRecord:
-        """tenant None: whoever's. Raises NotFound, also for another tenant's."""
+        """tenant None: anybody's job. Raises NotFound, also for another tenant's."""
         with self._database.read() as connection:
             return _get_job(connection, tenant, id)
 
@@ -271,8 +271,8 @@ class Store:
     # --- lists ---
 
     def _remove(self, listing: _List, owner: str | None, id: str) -> bool:
-        """Deletes an entry and remembers its place; on a full disk it only deletes. owner None: whoever's. Returns whether
-        there was one."""
+        """Deletes an entry and remembers its place; on a full disk it only deletes. owner None: anybody's entry. Returns
+        whether there was one."""
         table = listing.table
         mine = [table.c.id == id, *([] if owner is None else [listing.owner == owner])]
         try:

@@ -1,4 +1,4 @@
-"""One HTTP request's questions to the engine: a stream for each prompt, merged, and counted once each.
+"""One HTTP request's questions to the engine: a stream for each prompt, all merged into one, and a meter for each prompt.
 
     prompts p0 p1   n = 2     choices: p0/0 p0/1 p1/0 p1/1, numbered 0 1 2 3
 
@@ -55,7 +55,7 @@ class Answers:
     """What the engine says to some questions, all with the same n. Close it, however it ends."""
 
     def __init__(self, services: Services, asker: Asker, questions: Sequence[Question]) -> None:
-        """Takes everything to the engine with the first iteration."""
+        """Nothing is sent to the engine before the first step of the iteration."""
         self._services, self._asker, self._questions = services, asker, questions
         self._runs: list[_Run] = []
         self._pumps: list[asyncio.Task[None]] = []
@@ -65,7 +65,7 @@ class Answers:
     async def __aiter__(self) -> AsyncIterator[tuple[int, Tokens]]:
         """(number of the prompt, tokens), until every output has ended.
 
-        Raises the first error of any: EngineUnavailable also where an output was cancelled, CapacityError.
+        Raises the first error of any prompt: CapacityError, or EngineUnavailable, also where the server cancelled an output.
         """
         self._claim = self._take_places()
         for number, question in enumerate(self._questions, start=1):
@@ -85,7 +85,7 @@ class Answers:
             number, item = await inbox.get()
             taken += 1
             if taken % _AT_ONCE == 0:
-                await asyncio.sleep(0)  # what is there already comes without a turn of the loop
+                await asyncio.sleep(0)  # `get` of what is there already leaves the loop no turn
             if item is None:
                 left -= 1
             elif isinstance(item, Exception):
@@ -102,7 +102,7 @@ class Answers:
             raise
 
     def _refuse(self, error: CapacityError) -> None:
-        """Its places are another tenant's now."""
+        """The request's places are another tenant's now."""
         self._refused = error
         for run in self._runs:
             run.stream.refuse(error)

@@ -106,11 +106,6 @@ def openapi_body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def read_body(data: bytes, model: type[Model], policy: FieldPolicy) -> Model:
-    """A body of bytes as a `model`. Raises InvalidRequest."""
-    return validate(parse_object(data), model, policy)
-
-
 def validate(
     body: Mapping[str, Any], model: type[Model], policy: FieldPolicy,
     check: Callable[[Mapping[str, Any]], None] = lambda body: None,
@@ -180,7 +175,7 @@ def _parts(data: bytes) -> Iterator[np.ndarray]:
 
 
 def _no_json(data: bytes, error: ValueError) -> InvalidRequest:
-    """What msgspec says; of a small body that only holds what Python's json takes too, with the field."""
+    """What msgspec says. For a small body that Python's json can read, the message names the field instead."""
     if len(data) < 4 * _LARGE_BYTES:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(data)
@@ -200,7 +195,8 @@ def _is_foreign(value: Any) -> bool:
 
 
 def _check_values(field: str, value: Any, nul: bool) -> int:
-    """Refuses what can't be stored or sent on; how many names the objects of a field have. nul: whether a text may have one."""
+    """Refuses values that can't be stored or sent on. Returns how many names the field's objects have together. nul: whether
+    the body has escaped NUL characters, so that texts are to be searched for them."""
     param = field[:80] if field.isprintable() else "body"
     num_names, left = 0, [value, field]
     while left:

@@ -1,4 +1,4 @@
-"""How much a request of the inference routes may ask for: counts that bound what it costs, checked before it is worked on.
+"""How much a request of the inference routes may ask for. These counts bound its cost and are checked before any work.
 
 Owns: the numbers that aren't a field's own range (protocol.py), what is said about them. Does not own: the size of a body
 (middleware.py), how many values it has (bodies.py), whether there is room for it now (places.py).
@@ -26,7 +26,8 @@ COUNTED_TOKENS = 1 << 16
 
 
 def check_amounts(body: Mapping[str, Any]) -> None:
-    """Of a body that hasn't been validated; values of a wrong type are pydantic's to refuse. Raises InvalidRequest."""
+    """Checks a body that hasn't been validated: values of a wrong type pass here, and pydantic refuses them. Raises
+    InvalidRequest."""
     messages = body.get("messages")
     if isinstance(messages, list):
         parts = [item["content"] for item in messages if isinstance(item, dict) and isinstance(item.get("content"), list)]

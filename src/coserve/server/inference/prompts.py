@@ -17,7 +17,7 @@ from coserve.tokenizer import ChatTokenizer, TextRules
 _LONG_CHARS = 4096
 """Longer prompts are tokenized in a thread, so that others' tokens aren't held up."""
 _MESSAGE_CHARS = 64
-"""What the template and the checks take for a message or a part of one, beside its text."""
+"""What a message, or a part of one, counts for beside its text: the template and the checks take time for each."""
 _MAX_PROMPTS = 1024
 Result = TypeVar("Result")
 
@@ -81,7 +81,8 @@ async def text_prompts(
 
 
 def template_messages(messages: Sequence[ChatMessage], *, keep_developer: bool = False) -> list[dict[str, Any]]:
-    """Messages for a chat template: plain texts. keep_developer: whether it knows that role, else it's the system's.
+    """Messages for a chat template: plain texts. keep_developer: whether the template knows the role developer, which otherwise
+    becomes system.
 
     Raises InvalidRequest for roles, parts and calls that aren't supported.
     """
@@ -125,9 +126,9 @@ def output_limit(
 
 
 def _check_size(tokenizer: ChatTokenizer, size: int, limit: int, field: str, unit: str = "characters") -> None:
-    """Refuses what is longer than the context whatever its tokens are: to count those of megabytes takes minutes and gigabytes.
+    """Refuses what is longer than the context whatever its tokens are, since to tokenize megabytes takes minutes and gigabytes.
 
-    unit: of `size`: characters, tokens, token ids.
+    unit: what `size` counts: characters, tokens or token ids.
     """
     if size > limit * (tokenizer.longest_token if unit == "characters" else 1):
         raise ContextExceeded(
@@ -177,5 +178,5 @@ def _prompt_size(prompt: Any) -> int:
 
 
 async def _beside(run: Runner, work: Callable[[], Result], size: int) -> Result:
-    """Long work in a thread."""
+    """What `work` gives. Long work runs in a thread. size: characters or ids that it is about."""
     return await run(work) if size > _LONG_CHARS else work()

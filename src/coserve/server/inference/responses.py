@@ -205,7 +205,7 @@ def completion_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dic
 def prompt_logprobs(
     prompt: Prompt, scores: Sequence[LogprobEntry], tokenizer: ChatTokenizer, shown: Shown
 ) -> dict[str, list[Any]]:
-    """The same of a prompt that is echoed. scores: of its tokens from the second on; the first has none."""
+    """`completion_logprobs` of an echoed prompt. scores: of its tokens from the second on; the first has none."""
     first = LogprobEntry(token=prompt.ids[0], logprob=0.0, top=[])
     told = completion_logprobs(
         [first, *_cut(scores, shown.logprobs or 0)], TokenWalk(tokenizer, by_id=shown.by_id)
@@ -233,7 +233,7 @@ def vllm_prompt_logprobs(
 
 
 def _cut(entries: Sequence[LogprobEntry], count: int) -> list[LogprobEntry]:
-    """With at most so many of the likeliest tokens: echo and prompt_logprobs may ask for different numbers of them."""
+    """The entries with at most `count` of the likeliest tokens: echo and prompt_logprobs may ask for different numbers."""
     return [LogprobEntry(token=entry.token, logprob=entry.logprob, top=entry.top[:count]) for entry in entries]
 
 

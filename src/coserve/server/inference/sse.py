@@ -21,9 +21,9 @@ from coserve.server.errors import error_body
 
 DONE = b"[DONE]"
 OPEN_S = 1.0
-"""A stream without an event for so long opens all the same."""
+"""Seconds without an event after which a stream opens all the same."""
 HEARTBEAT_S = 15.0
-"""An open stream without an event for so long gets a comment, so that nothing between here and the client gives it up."""
+"""Seconds without an event after which an open stream gets a comment, so that no proxy on the way gives it up."""
 _COMMENT = b": waiting\n\n"
 _AT_ONCE = 16
 """Events that are sent before others have a turn."""

@@ -81,11 +81,11 @@ def prompt_offsets(tokenizer: ChatTokenizer, ids: Sequence[int], text: str) -> l
 
 
 def _fitted(tokenizer: ChatTokenizer, ids: Sequence[int], text: str, ends: Sequence[int]) -> list[int]:
-    """Where tokens begin that end at `ends`: where the text that they finish is right before it, else where the one before
-    ends.
+    """Where tokens begin, in characters of the text, if they end at `ends`.
 
-    Those that only begin a character end with it, and begin where it does. A space that the tokenizer has put before the text
-    takes no place.
+    A token's own text should stand right before its end: then the token begins where that text does. Otherwise it begins where
+    the token before it ends. A token that only begins a character ends together with that character, and begins where the
+    character does. A space that the tokenizer has put before the text takes no place.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     offsets: list[int] = []

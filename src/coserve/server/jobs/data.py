@@ -3,9 +3,10 @@
     a tenant's jobs    one after the other
     tenants            side by side, each on a thread; MAX_AT_WORK of them at work, in turns of SLICE_S
 
-So a small file of one tenant waits for a moment only, however large those of others are. Turns change and a cancelled reading
-ends between two lines. Owns: the tokenizer for it, the turns, what is said about the data. Does not own: formats of lines
-(finetune/datasets.py).
+So a small file of one tenant waits for a moment only, however large those of others are. Turns change between two lines, and
+there a cancelled reading ends.
+
+Owns: the tokenizer for it, the turns, what is said about the data. Does not own: formats of lines (finetune/datasets.py).
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from typing import NamedTuple
 from coserve.config import FinetuneConfig
 from coserve.core import Group, InvalidRequest, NotFound
 from coserve.finetune.datasets import Dataset, load_training
+from coserve.server.locks import NameLocks
 from coserve.tokenizer import ChatTokenizer
 
 FEW_EXAMPLES = 10
 """OpenAI's least number; fewer are allowed here, with a warning."""
-
-
 MAX_AT_WORK = 2
+"""Threads that read at the same moment; the others wait for their turn."""
 MAX_READINGS = 16
 """Tenants whose data are held in memory at once."""
 SLICE_S = 0.2
+"""Length of a turn, in seconds."""
 
 
 class DataFile(NamedTuple):
@@ -120,7 +122,7 @@ class DataReader:
         self._turns = _Turns(MAX_AT_WORK)
         self._threads = ThreadPoolExecutor(MAX_READINGS, "coserve-data")
         self._room = asyncio.Semaphore(MAX_READINGS)
-        self._of_tenant: dict[str, asyncio.Lock] = {}
+        self._of_tenant = NameLocks()
         self._tasks: dict[str, asyncio.Task[DataReport]] = {}
         self._tokenizer: tuple[Path, ChatTokenizer] | None = None
         self._loading = threading.Lock()
@@ -156,7 +158,7 @@ class DataReader:
     async def _in_turn(
         self, tenant: str, work: Callable[[_Reading], DataReport], begin: Callable[[], None]
     ) -> DataReport:
-        async with self._of_tenant.setdefault(tenant, asyncio.Lock()), self._room:
+        async with self._of_tenant.hold(tenant), self._room:
             begin()
             reading = _Reading(self._turns)
             try:

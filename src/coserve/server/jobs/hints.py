@@ -1,4 +1,4 @@
-"""What is said about a field of a body that isn't known where it stands: where it belongs, or which one is likely meant."""
+"""Hints about a field of a body that isn't known at its place: where the field belongs, or which field is likely meant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 _NEAR = 0.8
-"""How alike two names are, at least, for one to be a slip of the other (difflib's ratio)."""
+"""The least likeness (difflib's ratio) of two names for one to count as a misspelling of the other."""
 _OTHER_WORDS = {
     "epochs": "n_epochs", "num_epochs": "n_epochs", "num_train_epochs": "n_epochs", "lr": "learning_rate",
     "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size", "r": "rank", "lora_r": "rank",
@@ -18,11 +18,11 @@ _OTHER_WORDS = {
     "max_seq_len": "max_length", "lr_scheduler_type": "schedule", "save_steps": "checkpoint_steps",
     "eval_steps": "validation_steps", "save_total_limit": "keep_checkpoints", "kind": "adapter", "adapter_type": "adapter",
 }
-"""Words of other tools for fields here."""
+"""Other tools' names of fields, and the names of these fields here."""
 
 
 class FieldHints:
-    """Of one form. deprecated: places that no hint names if there is another."""
+    """Hints for one form. deprecated: places that no hint names if a field has another place too."""
 
     def __init__(self, form: type[BaseModel], deprecated: Sequence[str] = ()) -> None:
         self._levels = dict(_levels(form, ()))

@@ -23,9 +23,9 @@ from coserve.server.index.store import Store
 from coserve.server.records import EventRecord, JobRecord, now
 
 RETRY_S = 5.0
-"""What the disk refuses (it is full) is tried again."""
+"""Seconds after which an action that the disk has refused, for example since it is full, is tried again."""
 _LAST_TRIES_S = 2.0
-"""At the end, what comes behind something that was refused is tried for so long; the rest is told at the next start."""
+"""Seconds at the end in which actions are still tried although the disk refuses others; the rest follows at the next start."""
 _PAGE = 1000
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class _Kept(NamedTuple):
 
 
 class JobJournal:
-    """Coroutines and `write` belong to the event loop; `event`, `update` and `events` to any thread."""
+    """Coroutines, `write` and `keep` belong to the event loop; `event` and `end` to actions; `events` to any thread."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -99,11 +99,11 @@ class JobJournal:
 
     @property
     def _gives_up(self) -> bool:
-        """Whether the server's end waits no longer: each try of an index that is busy takes seconds."""
+        """Whether it is too late to try: the server is ending, and each try of an index that is busy takes seconds."""
         return self._closing_s is not None and bool(self._waiting) and time.monotonic() - self._closing_s > _LAST_TRIES_S
 
     def _try(self, kept: _Kept) -> Exception | None:
-        """Runs an action; its refusal by the disk, if that is how it went."""
+        """Runs an action. Returns the disk's refusal, or None if there was none."""
         try:
             result = kept.action()
         except Exception as error:

@@ -34,7 +34,7 @@ class LiveJob:
     furthest: int = 0
     """The last step that the job has ever got to, under this server."""
     strikes: int = 0
-    """How much speaks for it that the job is why the engine ends: see `strike`."""
+    """Evidence that the job is the cause of the engine's ends; `strike` counts it."""
     struck_at: int = -1
 
     def strike(self, *, alone: bool) -> bool:

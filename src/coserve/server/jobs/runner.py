@@ -1,6 +1,6 @@
 """Jobs that haven't ended, on the event loop: which are handed to the engine, what the engine tells of them, how they end.
 
-    queued --_pump--> StartJob --> running: JobHappened ... JobEnded --> finish: manifest, models, events, the index's row
+    queued --pump--> StartJob --> running: JobHappened ... JobEnded --> finish: manifest, models, events, the index's row
 
 A job that the engine has begun (output/job.json) is always resumed; so after any crash, of the engine or of the server, `pump`
 just starts what has not ended. Owns: LiveJobs and their changes. Does not own: how jobs come about (service.py), the order of
@@ -39,7 +39,7 @@ END_FIELDS = (
 )
 """What a job's end changes in its record."""
 RETRY_S = 5.0
-"""A job whose directory can't be written (the disk is full) is started again."""
+"""Seconds after which a job is started again whose directory can't be written, for example on a full disk."""
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +53,7 @@ class JobRunner:
         self.journal = JobJournal(store)
         self.live: dict[str, LiveJob] = {}
         self.ending: dict[str, JobRecord] = {}
-        """Jobs that have ended, until the index has it."""
+        """Jobs that have ended, until the index knows of their end."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._after_checkpoint: Callable[[LiveJob], Coroutine[Any, Any, None]] | None = None
@@ -92,8 +92,8 @@ class JobRunner:
         self.journal.keep(id, lambda: self.journal.event(id, message, level=level))
 
     def present(self, record: JobRecord) -> JobRecord:
-        """A record of the index as it is now: while the disk refuses it, the index lags behind. A job that has succeeded is
-        shown so when the rest of it can be used."""
+        """The job of a record from the index, as it is now: the index lags behind while the disk refuses writes. A job is shown
+        as succeeded only when its model and files can be used."""
         live = self.live.get(record.id)
         if live is not None:
             return live.record

@@ -15,6 +15,7 @@ import datetime
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from coserve.server.settings import ServerConfig
 _log = logging.getLogger(__name__)
 
 _DISK_WAIT_S, _LOOK_EVERY_S = 20.0, 0.05
-"""For how long the answer to a change waits for a disk that neither takes nor refuses it; how often it looks."""
+"""Seconds that the answer to a change waits for a disk that neither takes nor refuses it, and between two looks at it."""
 
 
 class JobService:
@@ -61,6 +62,7 @@ class JobService:
         self.disk = TenantDisk(config.data_dir / "jobs", store, models.copied_bytes)
         self._reader = DataReader()
         self._validating: set[str] = set()
+        self._creating: Counter[str] = Counter()  # jobs by tenant that are not live yet
         engine.on_up(self._engine_up)
 
     async def start(self) -> None:
@@ -87,8 +89,16 @@ class JobService:
     async def create(self, tenant: str, body: CreateJob) -> JobRecord:
         """A job, in validating_files. Raises InvalidRequest, NotFound (model), CapacityError."""
         most = self._config.max_tenant_jobs
-        if sum(live.record.tenant == tenant for live in self._runner.live.values()) >= most:
+        unfinished = sum(live.record.tenant == tenant for live in self._runner.live.values())
+        if unfinished + self._creating[tenant] >= most:
             raise CapacityError(f"{most} of your jobs wait or run already; try again when one has ended")
+        self._creating[tenant] += 1
+        try:
+            return await self._create(tenant, body)
+        finally:
+            self._creating[tenant] -= 1
+
+    async def _create(self, tenant: str, body: CreateJob) -> JobRecord:
         if (problem := await asyncio.to_thread(self._disk_problem, tenant)) is not None:
             raise TooLarge(f"training_file: {problem}", param="training_file")
         model = await asyncio.to_thread(self._models.find, tenant, body.model)
@@ -235,7 +245,7 @@ class JobService:
         return live.record
 
     async def _written_or_refused(self, id: str, written: asyncio.Future[None]) -> None:
-        """A change holds also if the disk refuses it for now: its answer doesn't wait until it takes it."""
+        """Waits until a change is written, or the disk refuses it for now: the change holds then too, and is written later."""
         limit = time.monotonic() + _DISK_WAIT_S
         while not written.done() and not self._runner.journal.refuses(id) and time.monotonic() < limit:
             await asyncio.wait([written], timeout=_LOOK_EVERY_S)
@@ -341,7 +351,7 @@ class JobService:
 
 
 def _dated(config: FinetuneConfig, created_at: int) -> FinetuneConfig:
-    """With the day that chat templates are told: the job's own, whenever its data is read."""
+    """The settings with a date for chat templates: the day of the job's creation, whenever its data is read."""
     if config.template_date is not None:
         return config
     return dataclasses.replace(config, template_date=datetime.date.fromtimestamp(created_at).isoformat())

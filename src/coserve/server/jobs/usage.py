@@ -23,17 +23,18 @@ class TenantDisk:
         self._root, self._store, self._copied_bytes = root, store, copied_bytes
         self._lock = threading.Lock()
         self._known: dict[str, int] = {}
+        self._num_forgotten = 0
 
     def bytes_of(self, tenant: str) -> int:
         """Of all jobs and copied adapters of a tenant."""
         total = self._copied_bytes(tenant)
         for id, status in self._store.job_states(tenant):
             with self._lock:
-                size = self._known.get(id)
+                size, before = self._known.get(id), self._num_forgotten
             if size is None:
                 size = directory_bytes(str(self._root / id))
-                if status in ENDED:
-                    with self._lock:
+                with self._lock:
+                    if status in ENDED and self._num_forgotten == before:  # else the directory may have changed meanwhile
                         self._known[id] = size
             total += size
         return total
@@ -41,5 +42,5 @@ class TenantDisk:
     def forget(self, job: str) -> None:
         """The job's directory has changed."""
         with self._lock:
+            self._num_forgotten += 1
             self._known.pop(job, None)
-

@@ -1,4 +1,4 @@
-"""What the engine process is doing, on a page of memory that both processes have: readable whatever the engine process does.
+"""What the engine process is doing, on a page of memory that both processes share: readable even while that process hangs.
 
     engine process: Place.begin / end  --> | place 0 | place 1 | ... |  --> API process: ActivityPage.read (watchdog.py)
 

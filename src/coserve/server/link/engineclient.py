@@ -53,9 +53,9 @@ from coserve.server.logs import present_request
 from coserve.server.settings import ServerConfig
 
 _STOP_HANG_S, _STOP_FACTOR = 5.0, 5.0
-"""At the end less is waited for an iteration than while there is no hurry."""
+"""The watchdog's timeout and factor while the server ends: it is less patient then."""
 _LAST_WORDS_S = 0.05
-"""What a dead process has sent arrives within this time."""
+"""Seconds within which the last messages of a dead process arrive."""
 _AT_ONCE = 64
 """Messages that are heard before others have a turn of the loop."""
 _log = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ class EngineClient:
     """The engine, in whichever process it runs.
 
     report: takes a line about a start. info: of the running engine, or of the last one. generation: rises with every start.
-    failure: why no engine is started any more, or None. hang: what the present engine hangs in, until it is ended. last_end:
-    how the last process ended, known when on_down's listeners are called.
+    failure: why no engine is started any more, or None. hang: what the engine hung in, from then until the next process starts.
+    last_end: how the last process ended, known when on_down's listeners are called.
     """
 
     def __init__(self, config: ServerConfig, *, report: Callable[[str], None] = _log.info) -> None:
@@ -105,9 +105,11 @@ class EngineClient:
     @property
     def trouble(self) -> str | None:
         """Why it takes no requests, if that is known and not its first start."""
-        if self.ready or self.failure is not None or self.hang is not None or self.last_end is None:
-            return self.failure or (self.hang and f"the engine is being started again: {self.hang}")
-        return f"the engine is being started again: {self.last_end.reason}"
+        if self.failure is not None:
+            return self.failure
+        end = None if self.ready or self.last_end is None else self.last_end.reason
+        reason = self.hang or end
+        return None if reason is None else f"the engine is being started again: {reason}"
 
     def on_job(self, listener: Callable[[JobHappened | JobEnded], None]) -> None:
         """Called with every event of every job, in order, on the event loop."""

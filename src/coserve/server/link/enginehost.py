@@ -46,7 +46,8 @@ from coserve.server.link.messages import (
 _POOL_THREADS = 4
 _LOAD_S = 5.0
 _LOAD_BYTES_PER_S, _DATA_BYTES_PER_S = 20e6, 1e6
-"""What loading an adapter and preparing a job should take at least: a slow disk, a slow tokenizer. For who watches."""
+"""Speeds of a slow disk and of a slow tokenizer: from them the watchdog is told how long loading an adapter and preparing a job
+may take."""
 _READS = 10
 """Tries of reading the engine's numbers between two changes of them."""
 
@@ -60,7 +61,7 @@ def num_bytes(path: Path) -> int:
 
 
 def make_problem(error: BaseException) -> Problem:
-    """An error as it travels; one that isn't ours says of which kind it is."""
+    """An error as it travels. The message of one that isn't a CoserveError begins with its class."""
     if isinstance(error, CoserveError):
         return Problem(name=error_name(error), message=str(error), param=error.param)
     reason = refusal_of(error)
@@ -79,8 +80,8 @@ class EngineHost:
         self._places = places or CallPlaces(ActivityPage(None))
         self._pool = ThreadPoolExecutor(_POOL_THREADS, "coserve-calls")
         self._requests: dict[str, RequestHandle] = {}
-        self._jobs: dict[str, JobHandle | None] = {}  # None: being prepared
-        self._early: dict[str, list[str]] = {}  # what was asked of a job being prepared
+        self._jobs: dict[str, JobHandle | None] = {}  # None: the job is being prepared
+        self._early: dict[str, list[str]] = {}  # actions on jobs that are being prepared, in order
         self._lock = threading.Lock()
 
     def take(self, message: ToEngine) -> None:
@@ -185,11 +186,10 @@ class EngineHost:
                 del self._jobs[message.id]
                 self._early.pop(message.id, None)
             raise
-        with self._lock:
+        with self._lock:  # held throughout: an action that comes now is later than the early ones
             self._jobs[message.id] = handle
-            early = self._early.pop(message.id, [])
-        for action in early:
-            _act(handle, action)
+            for action in self._early.pop(message.id, []):
+                _act(handle, action)
         handle.watch(lambda ended: self._job_ended(message.id, ended))
 
     def _act(self, job: str, action: str) -> None:

@@ -39,7 +39,7 @@ from coserve.server.settings import ServerConfig
 LOCK_FILE = "engine.lock"
 LOCK_WAIT_S = 30.0
 CUDA_WORK_SHARE = 0.15
-"""Of what weights leave on a GPU: for adapters, optimizers and the workspace of passes, which lie outside the pool."""
+"""Share of the memory that weights leave on a GPU for what lies outside the pool: adapters, optimizers, workspace of passes."""
 _log = logging.getLogger(__name__)
 
 
@@ -102,6 +102,7 @@ class EngineProcessMain:
         self.mailbox.flush()
 
     def load(self) -> LoadedModel:
+        """The model that the settings name."""
         config = self.config
         torch.set_num_threads(config.threads or num_cores())
         self.report(f"loading {config.model or 'the default model'} ...")

@@ -22,7 +22,7 @@ import zmq
 from coserve.server.link.messages import FromEngine, Heard, ToEngine, Tokens, decode_to_engine, encode, merge_tokens
 
 GATHER_S = 5e-4
-"""After the first message posted the loop waits so long, so that the chunks of one iteration travel together."""
+"""Seconds that the loop waits after the first message was posted, so that the chunks of one iteration travel together."""
 MOST_UNHEARD = 2
 """Batches on their way: one that is being heard and the next, so that the API never waits for one that could be there."""
 _MOST_AT_ONCE = 64

@@ -142,7 +142,7 @@ class LogprobEntry(msgspec.Struct, frozen=True, kw_only=True):
 class Tokens(Message, frozen=True, kw_only=True):
     """What one iteration added to one output. The first of a request has cached_tokens and begun_s, when its prompt began to be
     computed; the last of an output its finish_reason: stop, length or cancelled. prompt_logprobs: with an output's last chunk,
-    if asked for."""
+    if asked for. Of chunks that were merged, time_s is the time of the last and first_s that of the first."""
 
     id: str
     index: int
@@ -152,6 +152,8 @@ class Tokens(Message, frozen=True, kw_only=True):
     finish_reason: str | None = None
     cached_tokens: int = 0
     begun_s: float | None = None
+    first_s: float | None = None
+    """None: time_s."""
     logprobs: list[LogprobEntry] = []
     prompt_logprobs: list[LogprobEntry] = []
 
@@ -160,10 +162,11 @@ def merge_tokens(parts: Sequence[Tokens]) -> Tokens:
     """Chunks of one output, in order, as one."""
     if len(parts) == 1:
         return parts[0]
-    last = parts[-1]
+    first, last = parts[0], parts[-1]
     return msgspec.structs.replace(
         last, text="".join(part.text for part in parts), token_ids=[token for part in parts for token in part.token_ids],
-        cached_tokens=max(part.cached_tokens for part in parts), begun_s=parts[0].begun_s,
+        cached_tokens=max(part.cached_tokens for part in parts), begun_s=first.begun_s,
+        first_s=first.time_s if first.first_s is None else first.first_s,
         logprobs=[entry for part in parts for entry in part.logprobs],
     )
 

@@ -10,17 +10,18 @@ import msgspec
 from coserve.server.settings import ServerConfig
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""End a server in order. A terminal sends them to both processes: the API process decides, the engine's ignores them."""
+"""Signals that end a server in order. A terminal sends them to both processes; the engine's ignores them."""
 START_CALL = 0
 """The call that a Replied answers if the engine can't start."""
 STOP_S = 30.0
-"""What an engine gets at the end, to write its checkpoints."""
+"""Seconds that an engine gets at the end to write its checkpoints."""
 ACTIVITY_FILE, STACKS_FILE = "activity", "stacks"
 """What the engine's threads do (activity.py), and where their stacks go when they are asked for or the process crashes."""
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """address: of the API's socket. watch: a directory with the two files below, for as long as the engine starts; '': none."""
+    """address: of the API's socket. watch: a directory with ACTIVITY_FILE and STACKS_FILE, which is deleted once the engine has
+    started; '': none."""
 
     address: str
     config: ServerConfig

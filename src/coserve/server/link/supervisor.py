@@ -32,9 +32,9 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
     # team that spins takes the core that the other one needs: with active waiting two threads are slower than one.
     "OMP_WAIT_POLICY": "passive",
 }
-"""Of the engine's process, unless the user has set them."""
+"""Variables of the engine process's environment; a value that the user has set wins."""
 DELAYS_S = (0.0, 1.0, 2.0, 5.0, 10.0)
-"""Before a restart, by how many processes in a row have died before they were ready."""
+"""Waits before a restart, by the number of processes in a row that have died before they were ready."""
 MAX_FAILURES = 5
 STACKS_SIGNAL = signal.SIGUSR1
 """Has the engine process write the stacks of all its threads, also while one of them holds the interpreter's lock."""
@@ -60,7 +60,7 @@ def _signal_name(number: int) -> str:
 
 class EngineEnd(NamedTuple):
     """How a process ended. jobs: those that it worked on at that time; guilty: whether what it worked on may be the cause: it
-    hung, crashed or ran out of memory, rather than being killed from outside; alone: no request was in the same work."""
+    hung, crashed or ran out of memory, and was not killed from outside; alone: no request was in the same work."""
 
     reason: str
     jobs: tuple[str, ...] = ()
@@ -91,15 +91,19 @@ class EngineProcess:
     @classmethod
     async def spawn(cls, config: ServerConfig, context: zmq.asyncio.Context) -> EngineProcess:
         """Starts one. Raises OSError."""
-        directory = Path(tempfile.mkdtemp(prefix="coserve-"))  # only its owner can look into it
-        socket = context.socket(zmq.PAIR)
-        socket.set_hwm(0)  # both ends always read
-        try:
+        with contextlib.ExitStack() as undo:  # of what was made, if anything below fails
+            directory = Path(tempfile.mkdtemp(prefix="coserve-"))  # only its owner can look into it
+            undo.callback(shutil.rmtree, directory, ignore_errors=True)
+            socket = context.socket(zmq.PAIR)
+            undo.callback(socket.close, linger=0)
+            socket.set_hwm(0)  # both ends always read
             path = directory / "engine"
             usable = zmq.has("ipc") and len(os.fsencode(path)) <= _LONGEST_PATH
             socket.bind(f"ipc://{path}" if usable else "tcp://127.0.0.1:*")
             page = ActivityPage(directory / ACTIVITY_FILE, create=True)
+            undo.callback(page.close)
             stacks = os.open(directory / STACKS_FILE, os.O_RDONLY | os.O_CREAT, 0o600)
+            undo.callback(os.close, stacks)
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", ENGINE_MODULE, stdin=asyncio.subprocess.PIPE,
                 env={**ENGINE_ENVIRONMENT, **os.environ},
@@ -107,15 +111,13 @@ class EngineProcess:
             assert process.stdin is not None
             address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
             process.stdin.write(write_setup(Setup(address=address, config=config, watch=str(directory))))
-            # and its input stays open: see enginemain.py
-        except BaseException:
-            socket.close(linger=0)
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-        return cls(process, socket, directory, page, stacks)
+            # The input stays open: its end tells the engine that this process has gone (enginemain.py).
+            undo.pop_all()
+            return cls(process, socket, directory, page, stacks)
 
     @property
     def pid(self) -> int:
+        """The process's number."""
         return self._process.pid
 
     async def wait(self) -> int:

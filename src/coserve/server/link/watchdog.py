@@ -1,4 +1,4 @@
-"""Sees that the engine process hangs: something that a thread has begun doesn't end within its bound.
+"""Notices that the engine process hangs: something that a thread has begun doesn't end within its bound.
 
     every second: read the page --> how long has each place been at the same thing --> Hang, if one is over its bound
 
@@ -17,7 +17,7 @@ from coserve.server.link.activity import PULSE, ActivityPage, Reading
 
 LOOK_EVERY_S = 1.0
 _MOST_PER_LOOK_S = 2.0
-"""A look counts at most so much, however long ago the one before was."""
+"""Seconds that one look counts at most, however long ago the look before was."""
 FACTOR = 20.0
 """A thing may take so many times what was predicted: a machine that is loaded tenfold is no hang."""
 
@@ -35,7 +35,7 @@ class Hang(NamedTuple):
 
 
 class Watchdog:
-    """Over one engine process. timeout_s: of what is predicted to be short."""
+    """The watch over one engine process. timeout_s: the bound of what is predicted to be short."""
 
     def __init__(self, page: ActivityPage, timeout_s: float) -> None:
         self._page, self._timeout_s = page, timeout_s

@@ -22,7 +22,7 @@ from coserve.core import NotFound
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from coserve.peft.remarks import GENERATION_FILE
 from coserve.server.errors import Forbidden
-from coserve.server.index.files import storage_errors
+from coserve.server.index.disk import storage_errors
 from coserve.server.inference.bodies import json_reader, openapi_body, validate
 from coserve.server.inference.fields import FieldPolicy
 from coserve.server.services import Served, Tenant

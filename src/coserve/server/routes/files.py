@@ -24,6 +24,7 @@ from coserve.server.index.disk import storage_errors
 from coserve.server.index.files import FINE_TUNE
 from coserve.server.index.paging import After, FileLimit, Order, cursor_page
 from coserve.server.inference.pieces import PiecesResponse, encode_large
+from coserve.server.middleware import announced_bytes
 from coserve.server.records import FileRecord
 from coserve.server.services import Served, Tenant
 
@@ -55,8 +56,7 @@ _BODY = {
 async def upload_file(request: Request, services: Served, tenant: Tenant) -> dict[str, Any]:
     """Keeps a file for fine-tuning."""
     with services.shares.uploads.hold(tenant):
-        announced = request.headers.get("content-length", "")
-        await services.files.check_room(tenant, max(0, int(announced) - _FORM_BYTES) if announced.isdecimal() else 0)
+        await services.files.check_room(tenant, max(0, announced_bytes(request.headers) - _FORM_BYTES))
         try:
             form = await _read_form(request, services.config.max_file_bytes)
         except ClientDisconnect as error:
@@ -120,8 +120,7 @@ async def _read_form(request: Request, max_file_bytes: int) -> FormData:
         raise InvalidRequest("an upload with a content-encoding isn't supported; send it uncompressed", param="file")
     limit = max_file_bytes + _FORM_BYTES
     too_large = TooLarge(f"file: more than {max_file_bytes} bytes, the most that a file may have", param="file")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and (len(length) > 18 or int(length) > limit):
+    if announced_bytes(request.headers) > limit:
         raise too_large
     received, loop = 0, asyncio.get_running_loop()
 

@@ -42,7 +42,7 @@ router = APIRouter(tags=["inference"])
 ChatBody = Annotated[ChatRequest, Depends(body_reader(ChatRequest, CHAT, check_amounts))]
 CompletionBody = Annotated[CompletionRequest, Depends(body_reader(CompletionRequest, COMPLETIONS, check_amounts))]
 _CLIENT_LEFT = 499
-"""Nobody reads it but a log."""
+"""The status of a request whose client has left: only a log shows it."""
 _LONG_ANSWER = 1 << 10
 """Tokens and log-probabilities of a longer response are written in a thread."""
 
@@ -65,7 +65,7 @@ class _Exchange:
 @router.post("/v1/chat/completions", openapi_extra=openapi_body(ChatRequest))
 async def create_chat_completion(request: Request, services: Served, tenant: Tenant, body: ChatBody) -> Response:
     """A conversation's next turn."""
-    arrival_s = time.perf_counter()
+    arrival_s = time.monotonic()
     name = await _model_name(services, tenant, body)
     info = services.engine.info
     run: Runner = partial(services.work.run, tenant)
@@ -108,7 +108,7 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
 @router.post("/v1/completions", openapi_extra=openapi_body(CompletionRequest))
 async def create_completion(request: Request, services: Served, tenant: Tenant, body: CompletionBody) -> Response:
     """Continuations of one or more prompts."""
-    arrival_s = time.perf_counter()
+    arrival_s = time.monotonic()
     name = await _model_name(services, tenant, body)
     info = services.engine.info
     run: Runner = partial(services.work.run, tenant)
@@ -184,7 +184,7 @@ async def _ask(
 
 
 async def _shown(services: Services, body: GenerationRequest) -> Shown:
-    """What the response holds beside texts. Tokens are named in a thread before it is needed: that takes a while once."""
+    """What the response holds beside texts. The first naming of a token takes a while, so a thread names one beforehand."""
     if body.wants_names and not body.return_tokens_as_token_ids:
         await asyncio.to_thread(services.tokenizer.token_bytes.name, 0)
     return Shown(

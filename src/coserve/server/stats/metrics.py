@@ -72,7 +72,7 @@ class _Snapshot(Collector):
 class ServerMetrics:
     """The server's metrics. model_name: the label, of the base model; clock: seconds, as the engine's."""
 
-    def __init__(self, config: ServerConfig, model_name: str, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, config: ServerConfig, model_name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.config, self.model_name, self.clock = config, model_name, clock
         self.started_s = clock()
         self.registry = CollectorRegistry()
@@ -216,9 +216,8 @@ class _Output:
 
     __slots__ = ("first_s", "last_s", "num_tokens")
 
-    def __init__(self, time_s: float, num_tokens: int) -> None:
-        self.first_s = self.last_s = time_s
-        self.num_tokens = num_tokens
+    def __init__(self, first_s: float, last_s: float, num_tokens: int) -> None:
+        self.first_s, self.last_s, self.num_tokens = first_s, last_s, num_tokens
 
     @property
     def tpot_s(self) -> float | None:
@@ -243,8 +242,8 @@ class RequestMeter:
         self._ended = False
 
     def tokens(self, message: Tokens) -> None:
-        """What the engine sent for the request, in order. A message without tokens measures nothing, but where only the prompt
-        was wanted, its tokens."""
+        """Measures what the engine sent for the request, in order. A message without tokens measures nothing, except where only
+        the prompt was wanted: then the prompt's tokens are counted."""
         metrics, count = self._metrics, len(message.token_ids)
         if self._ended:
             return
@@ -253,22 +252,23 @@ class RequestMeter:
                 metrics.prompt_tokens.inc(self._prompt_tokens)
                 metrics.cached_tokens.inc(message.cached_tokens)
             return
+        first_s = message.time_s if message.first_s is None else message.first_s
         if not self._outputs:
-            ttft_s = message.time_s - self._arrival_s
+            ttft_s = first_s - self._arrival_s
             metrics.histograms["time_to_first_token_seconds"].observe(ttft_s)
-            metrics.ttft_s.add(message.time_s, ttft_s)
+            metrics.ttft_s.add(first_s, ttft_s)
             self._begun_s = message.begun_s
             if message.begun_s is not None:
                 metrics.histograms["request_queue_time_seconds"].observe(message.begun_s - self._arrival_s)
-                metrics.histograms["request_prefill_time_seconds"].observe(message.time_s - message.begun_s)
+                metrics.histograms["request_prefill_time_seconds"].observe(first_s - message.begun_s)
             metrics.prompt_tokens.inc(self._prompt_tokens)
             metrics.cached_tokens.inc(message.cached_tokens)
         metrics.generation_tokens.inc(count)
         output = self._outputs.get(message.index)
         if output is None:
-            self._outputs[message.index] = _Output(message.time_s, count)
+            self._outputs[message.index] = _Output(first_s, message.time_s, count)
             return
-        metrics.histograms["inter_token_latency_seconds"].observe(message.time_s - output.last_s)
+        metrics.histograms["inter_token_latency_seconds"].observe(first_s - output.last_s)
         output.last_s = message.time_s
         output.num_tokens += count
 
