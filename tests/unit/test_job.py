@@ -507,6 +507,16 @@ def test_a_damaged_newest_checkpoint_does_not_crowd_out_a_whole_one(tmp_path: Pa
     assert found[1]["step"] == 5
 
 
+@pytest.mark.parametrize(("keep", "left"), [(3, [2, 4]), (1, [4])])
+def test_a_checkpoint_that_is_written_late_does_not_delete_a_newer_one(tmp_path: Path, keep: int, left: list[int]) -> None:
+    """As when the disk refused the older one at first."""
+    verbs = FakeVerbs()
+    job = make_job(tmp_path, settings(keep_checkpoints=keep), verbs)
+    for step in (4, 2):
+        job.write_checkpoint(Cursor(step=step, trained_tokens=step), verbs.state, verbs.save)
+    assert checkpoint_names(tmp_path) == [f"step-{step:08d}" for step in left]
+
+
 def test_leftovers_of_an_interrupted_write_are_ignored_and_removed(tmp_path: Path) -> None:
     config = settings(checkpoint_steps=2)
     interrupted(tmp_path, config, fail_at=4)

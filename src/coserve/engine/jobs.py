@@ -392,6 +392,9 @@ class LiveJob:
     def stop(self) -> None:
         """The engine ends, the job doesn't: a checkpoint of its last whole step is written, from which `resume` goes on. What
         has run of the next step's batch is dropped."""
+        for write in self._checkpoints:  # before the last one, so that they are written in the order of their steps
+            if write.refusal is not None:
+                write.retry()
         try:
             if self.failure is None and self._result is None:
                 asked = self._complete_step()
@@ -402,9 +405,6 @@ class LiveJob:
             pass
         except Exception as error:  # the checkpoint before is still there
             self.job.listen(JobEvent(level="warn", message=f"no checkpoint at the end: {_described(error)}"))
-        for write in self._checkpoints:
-            if write.refusal is not None:
-                write.retry()
         self._end("cancelled", None)
 
     def _complete_step(self) -> bool:

@@ -287,6 +287,9 @@ class Job:
         self.table = MetricsTable(directory / "metrics.csv")
         self.cursor = Cursor(step=0, trained_tokens=0)
         self.saved_step = 0
+        """The step of the latest checkpoint that was asked for; it may not be on the disk yet."""
+        self.written_step = 0
+        """The step of the newest checkpoint that this run has written or went back to."""
         self.unrecorded: StepRow | None = None
         """The row of the step at the cursor, until it is in the table."""
 
@@ -307,7 +310,7 @@ class Job:
         refuse_changes(self.facts, manifest, directory.name)
         self.verbs.restore(load_optimizer(directory), manifest["step"])
         self.cursor = Cursor(step=manifest["step"], trained_tokens=manifest["trained_tokens"])
-        self.saved_step = self.cursor.step
+        self.saved_step = self.written_step = self.cursor.step
         unrecorded = manifest.get("unrecorded")
         self.unrecorded = None if unrecorded is None else StepRow(**unrecorded)
         message = f"resumed after step {self.cursor.step} from {directory.name}{_again(self.cursor.step, ran)}"
@@ -386,11 +389,12 @@ class Job:
         self, cursor: Cursor, state: Mapping[str, Tensor], save: Callable[[Path], None], *, unrecorded: StepRow | None = None,
     ) -> Path:
         """Writes a checkpoint of the step at `cursor`. save: writes the adapter of that step into a directory; unrecorded: the
-        step's row, if the table hasn't got it."""
+        step's row, if the table hasn't got it. A write that the disk refused may come after a newer checkpoint's, which stays."""
         facts = dict(self.facts) if unrecorded is None else {**self.facts, "unrecorded": asdict(unrecorded)}
         self.table.sync()  # no checkpoint is ahead of the table
         path = save_checkpoint(self.checkpoint_root, cursor, save_adapter=save, optimizer=dict(state), facts=facts)
-        remove_old(self.checkpoint_root, self.config.keep_checkpoints, newest=cursor.step)
+        self.written_step = max(self.written_step, cursor.step)
+        remove_old(self.checkpoint_root, self.config.keep_checkpoints, newest=self.written_step)
         self.listen(JobEvent(
             level="info", message=f"checkpoint {path.name}", checkpoint=path, checkpoint_step=cursor.step,
         ))
