@@ -113,11 +113,11 @@ def _pattern(text: str | None, name: str, kind: Callable[[str], float]) -> dict[
         return None
     result = {}
     for item in text.split(","):
-        if not item:
+        if not item.strip():
             continue
         key, _, value = item.rpartition("=")
         try:
-            result[key] = kind(value)
+            result[key.strip()] = kind(value)
         except ValueError as error:
             raise ConfigError(f"{name}: write it as q_proj=8,down_proj=32, got {text!r}", param=name) from error
     return result

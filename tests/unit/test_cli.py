@@ -171,7 +171,7 @@ def test_every_option_reaches_its_setting(place: Place, run: Run) -> None:
         "--dropout": (0.1, "lora.dropout", 0.1),
         "--target-modules": ("q_proj, up_proj", "lora.target_modules", ["q_proj", "up_proj"]),
         "--rank-pattern": ("q_proj=2", "lora.rank_pattern", {"q_proj": 2}),
-        "--alpha-pattern": ("q_proj=1.5,up_proj=4", "lora.alpha_pattern", {"q_proj": 1.5, "up_proj": 4.0}),
+        "--alpha-pattern": ("q_proj=1.5, up_proj=4", "lora.alpha_pattern", {"q_proj": 1.5, "up_proj": 4.0}),
         "--seed": (5, "seed", 5), "--checkpoint-steps": (1, "checkpoint_steps", 1),
         "--validation-steps": (1, "validation_steps", 1),
     }

@@ -139,11 +139,11 @@ class UploadCheck:
             self._decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             raise _refused("isn't valid UTF-8, it ends inside a character") from error
-        lines = bytes(self._head).removeprefix(codecs.BOM_UTF8).split(b"\n")
+        head = bytes(self._head).removeprefix(codecs.BOM_UTF8)
+        lines = head.split(b"\n")
         cut = lines.pop() if len(self._head) < self._size else b""  # the rest of the last line wasn't looked at
         if not (cut.lstrip().startswith(b"{") or any(map(_is_object, lines))):
-            listed = lines and lines[0].lstrip().startswith(b"[")
-            todo = _UNPACK if listed else "a file for fine-tuning is JSON Lines"
+            todo = _UNPACK if head.lstrip().startswith(b"[") else "a file for fine-tuning is JSON Lines"
             raise _refused(f"has no line that is a JSON object; {todo}")
 
 

@@ -233,7 +233,10 @@ class Vocabulary:
             return None
         if not isinstance(values, list) or len(values) < len(self.tokens):
             raise self._error(name, f"must have a value for each of {len(self.tokens)} tokens")
-        return [kind(value) for value in values[:len(self.tokens)]]
+        try:
+            return [kind(value) for value in values[:len(self.tokens)]]
+        except (TypeError, ValueError) as error:
+            raise self._error(name, "must hold numbers") from error
 
     def _error(self, name: str, what: str) -> InvalidRequest:
         return InvalidRequest(f"{self.source}: {PREFIX}{name} {what}")
