@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from coserve.bench.cli import bench_app
 from coserve.config import AUTO, FinetuneConfig, OptimizerConfig, SamplingConfig, require
 from coserve.configdata import ADAPTERS, finetune_config_from_dict, setting_names
-from coserve.core import ConfigError, CoserveError, InvalidRequest
+from coserve.core import ConfigError, CoserveError, InvalidRequest, one_line
 from coserve.demo.command import demo
 from coserve.detokenizer import IncrementalDetokenizer
 from coserve.engine.budget import GIB
@@ -130,11 +130,6 @@ class Settings(NamedTuple):
     config: FinetuneConfig
     adapter: dict[str, Any]
     options: dict[str, Any]
-
-
-def _config(path: Path | None, given: dict[str, Any], kind: str | None = None) -> FinetuneConfig:
-    """Only the settings of a job: see `_settings`."""
-    return _settings(path, given, kind).config
 
 
 def _settings(path: Path | None, given: dict[str, Any], kind: str | None = None) -> Settings:
@@ -406,5 +401,5 @@ def main() -> None:
     try:
         app()
     except (CoserveError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

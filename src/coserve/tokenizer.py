@@ -30,8 +30,8 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from coserve.chat.control import ControlTexts, Settled
-from coserve.chat.template import PROBE, ChatTemplate, Message, one_line
-from coserve.core import InvalidRequest, NotFound
+from coserve.chat.template import PROBE, ChatTemplate, Message
+from coserve.core import InvalidRequest, NotFound, one_line
 from coserve.tokenbytes import TokenBytes
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -106,7 +106,7 @@ class ChatTokenizer:
             reader = PreTrainedTokenizerFast if _is_exact(directory) else AutoTokenizer
             hf_tokenizer = reader.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # the libraries below raise plain Exception for a damaged file
-            message = f"the tokenizer in {directory} can't be read: {one_line(error)}"
+            message = f"the tokenizer in {directory} can't be read: {one_line(error, 300)}"
             raise InvalidRequest(message, param="model") from error
         return cls(hf_tokenizer)
 

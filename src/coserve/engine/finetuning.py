@@ -122,13 +122,17 @@ def _choose_plan(
 
 
 def _load_data(
-    path: Path, validation: Path | None, tokenizer: ChatTokenizer, config: FinetuneConfig, arch: Architecture
+    path: Path, validation: str | os.PathLike[str] | None, tokenizer: ChatTokenizer, config: FinetuneConfig,
+    arch: Architecture, base: Path,
 ) -> tuple[Dataset, Dataset | None]:
+    """Training and validation data, whose tokens the model has. base: the model's directory, for messages."""
     max_length = _max_length(config, arch)
-    train = load_training(path, tokenizer, config, max_length=max_length)
-    if validation is None:
-        return train, None
-    return train, load_training(validation, tokenizer, config, max_length=max_length, param="validation_file")
+    train, held_out = load_training(path, tokenizer, config, max_length=max_length), None
+    _check_vocabulary(train, arch, base)
+    if validation:
+        held_out = load_training(Path(validation), tokenizer, config, max_length=max_length, param="validation_file")
+        _check_vocabulary(held_out, arch, base)
+    return train, held_out
 
 
 def _dated(config: FinetuneConfig, directory: Path, resume: bool) -> FinetuneConfig:
@@ -247,10 +251,7 @@ def prepare_beside(
     _check_output(directory, resume)
     config = _dated(config, directory, resume)
     arch = loaded.architecture
-    train, held_out = _load_data(data_path, Path(validation) if validation else None, loaded.tokenizer, config, arch)
-    for dataset in (train, held_out):
-        if dataset is not None:
-            _check_vocabulary(dataset, arch, loaded.directory)
+    train, held_out = _load_data(data_path, validation, loaded.tokenizer, config, arch, loaded.directory)
     _tell(train, listen)
     settings = _resolve(config, train, arch, directory, start, resume)
     fitted = check(train, held_out, settings)
@@ -288,10 +289,7 @@ def finetune(
         kind = resolve_dtype(dtype, place)
         base = locate_model(model, report=report)
         arch, tokenizer = read_architecture(base), ChatTokenizer.load(base)
-    train, held_out = _load_data(data_path, Path(validation) if validation else None, tokenizer, asked, arch)
-    for dataset in (train, held_out):
-        if dataset is not None:
-            _check_vocabulary(dataset, arch, base)
+    train, held_out = _load_data(data_path, validation, tokenizer, asked, arch, base)
     _tell(train, listen)
     settings = _resolve(asked, train, arch, directory, start, resume)
     fitted = _choose_plan(arch, settings, train, place, kind, loaded=isinstance(model, LoadedModel))

@@ -22,10 +22,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from coserve.core import AdapterCopy, CapacityError, CoserveError, JobFailed, OptimizerSlice
+from coserve.core import AdapterCopy, CoserveError, JobFailed, OptimizerSlice
 from coserve.engine.batchwork import BatchWork, Microbatch
 from coserve.engine.diskwrite import DiskWrite
 from coserve.engine.finetuning import PreparedJob
+from coserve.engine.trainer import out_of_memory
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
 from coserve.finetune.job import Checkpoint, ForwardBackward, JobEvent, OptimStep, Publish, Score, StepRow, Verb, Write
@@ -361,9 +362,7 @@ class LiveJob:
             raise error
         fixed = self.trainer.config.deterministic
         if fixed or not self.host.shrink_windows():
-            reason = "and deterministic keeps the windows" if fixed else "at the smallest window"
-            message = f"out of memory, {reason}; lower max_microbatch_tokens ({error})"
-            raise CapacityError(message, param="max_microbatch_tokens") from error
+            raise out_of_memory(error, deterministic=fixed) from error
         self.job.listen(JobEvent(level="warn", message="out of memory: smaller windows; the optimizer batch starts again"))
         self._drop_batch()
         assert self.trainer.adapter.grad is not None

@@ -23,6 +23,7 @@ from coserve.engine.budget import GIB, FittedPlan, Workload, asked_plan, fit_pla
 from coserve.engine.finetuning import PreparedJob
 from coserve.engine.jobs import JobHandle, LiveJob
 from coserve.engine.threads import SideThreads
+from coserve.engine.trainer import MIN_WINDOW
 from coserve.engine.watching import Watcher
 from coserve.finetune.datasets import Dataset
 from coserve.model.architecture import Architecture
@@ -34,8 +35,6 @@ from coserve.scheduler.arenas import Arena
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.work import MicrobatchWork
-
-SMALLEST_WINDOW = 32
 
 
 class UnitShape(NamedTuple):
@@ -226,7 +225,7 @@ class JobTable:
 
     def shrink_windows(self) -> bool:
         picker = self.scheduler.picker
-        if picker.max_window // 2 < SMALLEST_WINDOW:
+        if picker.max_window // 2 < MIN_WINDOW:
             return False
         picker.max_window //= 2
         return True

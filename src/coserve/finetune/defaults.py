@@ -13,7 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from coserve.config import AUTO, LINEAR_SITES, AdapterConfig, BottleneckConfig, FinetuneConfig, LoraConfig, Objective, settled
+from coserve.config import (
+    AUTO,
+    LINEAR_SITES,
+    AdapterConfig,
+    BottleneckConfig,
+    FinetuneConfig,
+    LoraConfig,
+    Objective,
+    is_number,
+    settled,
+)
 from coserve.configdata import to_dict
 from coserve.finetune.batches import BatchOrder
 
@@ -81,17 +91,13 @@ def resolve_settings(
 def keep_numbers(config: FinetuneConfig, recorded: Mapping[str, Any]) -> FinetuneConfig:
     """The same job with the numbers of its record (settings as `to_dict` writes them) for all that is 'auto'."""
     changes = {name: recorded[name] for name in ("epochs", "batch_size", "checkpoint_steps")
-               if getattr(config, name) == AUTO and _is_number(recorded.get(name))}
+               if getattr(config, name) == AUTO and is_number(recorded.get(name))}
     optimizer = recorded.get("optimizer")
     if config.optimizer.learning_rate == AUTO and isinstance(optimizer, Mapping):
         rate = optimizer.get("learning_rate", AUTO)
-        if _is_number(rate):
+        if is_number(rate):
             changes["optimizer"] = replace(config.optimizer, learning_rate=rate)
     return replace(config, **changes)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def describe_settings(asked: FinetuneConfig, settings: FinetuneConfig, num_steps: int) -> str:
@@ -113,11 +119,10 @@ def describe_settings(asked: FinetuneConfig, settings: FinetuneConfig, num_steps
 def describe_adapter(adapter: AdapterConfig) -> str:
     """Its kind and what makes its size, in a few words."""
     if isinstance(adapter, LoraConfig):
-        kind = "dora" if adapter.use_dora else "lora"
-        return f"{kind} of rank {adapter.r}, alpha {adapter.alpha:g}"
+        return f"{_kind(adapter)} of rank {adapter.r}, alpha {adapter.alpha:g}"
     if isinstance(adapter, BottleneckConfig):
         return f"bottleneck of size {adapter.size}, {adapter.placement}"
-    return "ia3"
+    return _kind(adapter)
 
 
 _WORDS = {"r": "rank", "use_dora": "kind"}

@@ -388,8 +388,11 @@ class Job:
     def write_checkpoint(
         self, cursor: Cursor, state: Mapping[str, Tensor], save: Callable[[Path], None], *, unrecorded: StepRow | None = None,
     ) -> Path:
-        """Writes a checkpoint of the step at `cursor`. save: writes the adapter of that step into a directory; unrecorded: the
-        step's row, if the table hasn't got it. A write that the disk refused may come after a newer checkpoint's, which stays."""
+        """Writes a checkpoint of the step at `cursor`, and deletes those beyond `keep_checkpoints`. A newer one stays: if
+        the disk refused this one at first, the next one may have been written before it.
+
+        save: writes the adapter of that step into a directory. unrecorded: the step's row, if the table hasn't got it.
+        """
         facts = dict(self.facts) if unrecorded is None else {**self.facts, "unrecorded": asdict(unrecorded)}
         self.table.sync()  # no checkpoint is ahead of the table
         path = save_checkpoint(self.checkpoint_root, cursor, save_adapter=save, optimizer=dict(state), facts=facts)

@@ -18,8 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from coserve.core import InvalidRequest
-from coserve.model.architecture import one_line
+from coserve.core import InvalidRequest, one_line
 from coserve.tokenizer import EXACT_KEY
 
 Get = Callable[[str], Any]

@@ -19,7 +19,8 @@ from coserve.peft.patterns import compile_pattern
 from coserve.peft.tensors import WEIGHTS_FILE
 
 GENERATION_FILE = "generation_config.json"
-REMARK_FILES = (GENERATION_FILE, "added_tokens.json", "tokenizer_config.json", "tokenizer.json")
+_ADDED_FILE, _TOKENIZER_CONFIG_FILE, _TOKENIZER_FILE = "added_tokens.json", "tokenizer_config.json", "tokenizer.json"
+REMARK_FILES = (GENERATION_FILE, _ADDED_FILE, _TOKENIZER_CONFIG_FILE, _TOKENIZER_FILE)
 """Files beside an adapter that are looked into."""
 _MAX_END_TOKENS = 100
 _MAX_TOKENIZER_BYTES = 1 << 20
@@ -125,11 +126,11 @@ def token_warnings(directory: Path, knows: Callable[[str], bool] | None) -> Iter
 
 def _added_tokens(directory: Path) -> set[str]:
     """Tokens that the tokenizer's files beside the adapter call added. Raises InvalidRequest."""
-    found: set[str] = set(read_optional(directory / REMARK_FILES[1]))
-    decoder = read_optional(directory / REMARK_FILES[2]).get("added_tokens_decoder")
+    found: set[str] = set(read_optional(directory / _ADDED_FILE))
+    decoder = read_optional(directory / _TOKENIZER_CONFIG_FILE).get("added_tokens_decoder")
     entries = list(decoder.values()) if isinstance(decoder, dict) else []
     try:
-        with open_regular(directory / REMARK_FILES[3]) as (file, _):
+        with open_regular(directory / _TOKENIZER_FILE) as (file, _):
             text = file.read(_MAX_TOKENIZER_BYTES).decode(errors="replace")
     except FileNotFoundError:
         text = ""
@@ -138,7 +139,7 @@ def _added_tokens(directory: Path) -> set[str]:
         try:
             told, _ = json.JSONDecoder().raw_decode(rest.lstrip(" \t\r\n:"))
         except (ValueError, RecursionError) as error:
-            raise refuse("tokenizer.json can't be read as JSON") from error
+            raise refuse(f"{_TOKENIZER_FILE} can't be read as JSON") from error
         entries += told if isinstance(told, list) else []
     contents = (entry.get("content") for entry in entries if isinstance(entry, dict))
     return found | {content for content in contents if isinstance(content, str)}
