@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -89,6 +90,8 @@ class ChatTokenizer:
         self.token_bytes = TokenBytes(hf_tokenizer)
         bos = self._hf.bos_token_id
         self._bos: list[int] = [bos] if bos is not None and self.encode("a", add_special_tokens=True)[:1] == [bos] else []
+        self._making_controls = threading.Lock()
+        self._made_controls: ControlTexts | None = None
         alone = self.encode("a")
         self._adds_prefix_space = self.decode(alone + alone) == "a a"
 
@@ -257,9 +260,13 @@ class ChatTokenizer:
 
     # --- control tokens ---
 
-    @functools.cached_property
+    @property
     def _controls(self) -> ControlTexts:
-        return ControlTexts(self._hf.backend_tokenizer, self._control_names(), self._hf.unk_token)
+        """Made once, also where two threads ask first: one of them could not read the other's marks."""
+        with self._making_controls:
+            if self._made_controls is None:
+                self._made_controls = ControlTexts(self._hf.backend_tokenizer, self._control_names(), self._hf.unk_token)
+            return self._made_controls
 
     def _control_names(self) -> set[str]:
         """Special tokens, and added tokens that the template writes around turns though they aren't called special."""
