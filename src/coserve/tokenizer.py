@@ -47,8 +47,8 @@ def _is_exact(directory: Path) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRules:
-    """How texts are read. allow_control_tokens: whether a control token that a text writes out is one. now: the time that chat
-    templates are told which write today's date; None: the machine's clock."""
+    """How texts are read. allow_control_tokens: whether a control token that a text writes out is one. now: the time for chat
+    templates that write today's date; None: the machine's clock."""
 
     allow_control_tokens: bool = False
     now: datetime | None = None
@@ -56,9 +56,9 @@ class TextRules:
 
 @dataclass(slots=True, kw_only=True)
 class Notes:
-    """What a user should know about examples that were encoded. last_turn_only: conversations of which only the last assistant
-    turn is trained, as the template renders earlier ones otherwise; control_texts: texts with control tokens written out, which
-    were taken as plain text."""
+    """What a user should know about examples that were encoded, as counts. last_turn_only: conversations of which only the last
+    assistant turn is trained, because the template renders earlier turns differently inside a conversation than at its end.
+    control_texts: texts that write control tokens out, which were taken as plain text."""
 
     last_turn_only: int = 0
     control_texts: int = 0
@@ -120,7 +120,7 @@ class ChatTokenizer:
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """Characters that one token can stand for, at most; of tokenizers that drop characters, those that are left."""
+        """The most characters that one token can stand for. Characters that the tokenizer drops from a text are not counted."""
         return max(len(token) for token in self._hf.get_vocab())
 
     def knows(self, token: str) -> bool:
@@ -223,7 +223,7 @@ class ChatTokenizer:
         ids, starts, ends = self._with_offsets(settled)
         weights = np.zeros(len(ids), dtype=np.float32)
         for start, end in rendered.spans:
-            # byte-level: a lone space is empty, at its end
+            # Byte-level tokenizers may give a lone space an empty range at its end; so a space before the span doesn't count.
             weights[(starts < settled.place(end)) & (ends > settled.place(start))] = 1.0
         return ids, weights
 
@@ -232,9 +232,9 @@ class ChatTokenizer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (int64 [n]) and loss weights (float32 [n]) of a prompt (0) and its completion and EOS (1).
 
-        Prompt and completion are tokenized apart, so the prompt's ids are those of a request with this prompt (control tokens
-        written out aside). An EOS token written out at the completion's end, with or without white space behind it, is the one
-        that ends it. Raises InvalidRequest if the tokenizer has no EOS token.
+        Prompt and completion are tokenized apart. So the prompt's ids are those of a request with this prompt, unless it writes
+        control tokens out. If the completion writes out an EOS token at its end, with or without white space behind it, no
+        second one is added. Raises InvalidRequest if the tokenizer has no EOS token.
         """
         eos = self._require_eos()
         self._note_texts(notes, rules, self._without_bos(prompt), self._without_eos(completion))

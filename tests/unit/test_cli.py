@@ -780,7 +780,7 @@ def test_a_settings_file_takes_the_flags_names_at_the_top_level(place: Place, ru
 @pytest.mark.parametrize(("text", "message"), [
     ("rank = 3\n[lora]\nr = 4", r"rank: is 3 at the top level of .* and 4 in its table; leave one out"),
     ("learning_rate = 1e-3\n[optimizer]\nlearning_rate = 1e-4", r"learning_rate: is 0\.001 at the top level"),
-    ("max_steps = 1\nmax-steps = 2", r"max_steps: is there twice"),
+    ("max_steps = 1\nmax-steps = 2", r"max_steps: is given twice"),
     ('kind = "ia3"\nrank = 4', r"rank: ia3 adapters have no such setting, lora do"),
     ('kind = "ia3"\n[lora]\nr = 4', r"kind: it is ia3, but the settings file has a table \[lora\]"),
     ("[ia3]\n[lora]\nr = 16", r"lora: the settings file has a table \[ia3\] too"),

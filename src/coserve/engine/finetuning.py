@@ -76,9 +76,10 @@ def _max_length(config: FinetuneConfig, arch: Architecture) -> int:
     limit = min(share, arch.max_position_embeddings)
     if config.max_length is not None and config.max_length > limit:
         raise ConfigError(
-            f"max_length: {config.max_length} is more than {limit}, which a micro-batch of max_microbatch_tokens="
-            f"{config.max_microbatch_tokens} (and the model's {arch.max_position_embeddings}) can hold; raise "
-            "max_microbatch_tokens or lower max_length", param="max_length",
+            f"max_length: {config.max_length} is more than {limit}: an example must fit into the model's "
+            f"{arch.max_position_embeddings} positions and into {'half of ' if config.objective == 'dpo' else ''}"
+            f"max_microbatch_tokens={config.max_microbatch_tokens}; lower max_length, or raise max_microbatch_tokens",
+            param="max_length",
         )
     return config.max_length or limit
 
@@ -136,7 +137,7 @@ def _load_data(
 
 
 def _dated(config: FinetuneConfig, directory: Path, resume: bool) -> FinetuneConfig:
-    """With the day that chat templates are told: as given, or as it was when the job began, or today."""
+    """The settings with the date for chat templates: the given one, for a resumed job the one it began with, or today's."""
     if config.template_date is not None:
         return config
     date: Any = datetime.date.today().isoformat()
@@ -245,8 +246,8 @@ def prepare_beside(
     validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
     listen: Callable[[JobEvent], None], check: Callable[[Dataset, Dataset | None, FinetuneConfig], FittedPlan],
 ) -> PreparedJob:
-    """A job for an engine, whose pool gives it memory. check: chooses the plan, or refuses the data before anything is written.
-    Raises as `finetune` does."""
+    """A job for an engine, whose pool gives it memory. check(training data, validation data, settings): chooses the plan, or
+    refuses the data before anything is written. Raises as `finetune` does."""
     directory, data_path = Path(output), Path(data)
     _check_output(directory, resume)
     config = _dated(config, directory, resume)

@@ -51,7 +51,7 @@ class JobProgress:
 
 
 def _nothing(action: str) -> None:
-    """What an ended job does."""
+    """What an ended job does when it is asked for something."""
 
 
 class JobHandle:
@@ -203,7 +203,7 @@ class LiveJob:
                     pass
             else:
                 self._finish(self._result)
-        except StopIteration:  # the driver is through; checkpoints that are refused haven't let it come so far
+        except StopIteration:  # the driver is through; while a checkpoint was refused it would not have come so far
             self._result = DiskWrite(self.host.writer, self.prepared.finish)
         except Exception as error:  # a job's failure is its own
             self._end("failed", error if isinstance(error, CoserveError) else JobFailed(_described(error)))
@@ -236,7 +236,8 @@ class LiveJob:
                 return self._reply(None) if self._copied else False
 
     def _disk_takes_all(self) -> bool:
-        """Whether no write is being refused; the first refusal, and the end of it, become events. Raises what doesn't pass."""
+        """Whether no write is being refused. The first refusal becomes an event, and so does their end. Raises errors that more
+        tries don't mend."""
         self._checkpoints = [write for write in self._checkpoints if not write.done()]
         others = [write for write in (self._row, self._result) if write is not None and not write.done()]
         refusals = [write.refusal for write in (*self._checkpoints, *others) if write.refusal is not None]
@@ -429,7 +430,7 @@ class LiveJob:
                     return asked
             self._verb, self._answer = self._driver.send(self._answer), None
             if isinstance(self._verb, OptimStep):
-                return asked  # of the next step
+                return asked  # this starts the next step, which is left to the resumed job
             if isinstance(self._verb, Write):
                 self._start(self._verb)
 

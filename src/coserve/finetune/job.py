@@ -1,8 +1,9 @@
-"""A supervised or preference job: a driver over the verbs forward_backward, optim_step, save and publish.
+"""A supervised or preference job: a driver that asks for one verb after another (forward_backward, score, optim_step,
+checkpoint, write, publish).
 
 Owns: the cursor, the schedule of steps, validations and checkpoints, the table of metrics. Does not own: the verbs (the engine
 gives them), progress display (callers listen to events). Replayed steps overwrite their rows by step number. Everything that
-a job writes is a verb too, so that whoever runs it decides how to wait while the disk refuses it.
+a job writes is a verb too, so that whoever runs the job decides how it waits while the disk refuses a write.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ class MetricsTable:
             raise
 
     def sync(self) -> None:
-        """All rows are on the disk when this returns, as far as a loss of power is concerned. Raises OSError."""
+        """When this returns, not even a loss of power takes a row that was appended. Raises OSError."""
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -244,7 +245,7 @@ def refuse_changes(facts: Mapping[str, object], recorded: Mapping[str, object], 
 
 
 def _with_defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Recorded settings with those that came to be later at their defaults; as they are where they can't be read."""
+    """Recorded settings, completed with the defaults of settings that later versions added; unchanged if they can't be read."""
     try:
         return to_dict(finetune_config_from_dict(settings))
     except (ConfigError, TypeError):
@@ -264,7 +265,8 @@ def _first_difference(name: str, value: object, recorded: object) -> str | None:
 
 
 def _again(done: int, ran: int) -> str:
-    """The steps that a resumed job runs again, as the end of a sentence. done: steps it has; ran: steps that had run."""
+    """The steps that a resumed job runs again, as the end of a sentence. done: steps in its checkpoint; ran: steps that had
+    run."""
     count = max(0, ran - done)
     if count == 0:
         return ""

@@ -31,7 +31,7 @@ _KNOWN = frozenset({
 })
 """Keys below PREFIX that are read or refused by value; ids of special tokens beside them."""
 _REFUSED = ("add_sep_token", "remove_extra_whitespaces", "precompiled_charsmap")
-"""What changes ids in ways that the tokenizers of these families don't have."""
+"""Keys that change ids in ways that the tokenizers of these families don't have."""
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 """llama.cpp's types of tokens that matter here."""
@@ -80,7 +80,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 
 
 class Vocabulary:
-    """A GGUF file's tokens with their types, and its settings."""
+    """A GGUF file's tokens with their types, and what else it says about its tokenizer."""
 
     def __init__(self, get: Get, keys: Sequence[str], source: Path) -> None:
         """keys: all of the file's; source: for messages. Raises InvalidRequest naming the key that can't be understood."""

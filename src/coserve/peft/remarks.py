@@ -34,7 +34,7 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
 
 
 def named_by(told: str | list[str] | None, modules: Sequence[str], field: str) -> set[str] | None:
-    """The modules that a field of names or with an expression means; None where that can't be told."""
+    """The modules that a field means, which is a list of names or a regular expression; None where that can't be told."""
     if told is None:
         return None
     if isinstance(told, list):
@@ -87,7 +87,7 @@ def read_optional(path: Path) -> dict[str, Any]:
 
 
 def plain_values(origin: Mapping[str, Any]) -> dict[str, Any]:
-    """What may go on beside the adapter: our own file's numbers, names, and lists of them."""
+    """What of a foreign coserve.json is kept beside the adapter: numbers, short texts, and lists of them."""
     def good(value: Any) -> bool:
         return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 1000)
 
@@ -119,8 +119,8 @@ def token_warnings(directory: Path, knows: Callable[[str], bool] | None) -> Iter
         return
     if new:
         yield (
-            f"the adapter's own tokenizer has {list_names(new)}, which the base's lacks: the base's one is used, and to that"
-            " this is ordinary text"
+            f"the adapter's own tokenizer has {list_names(new)}, which the base's lacks; the base's tokenizer is used, and "
+            "takes them as ordinary text"
         )
 
 
