@@ -93,12 +93,13 @@ class AdapterRegistry:
 
     @property
     def num_users(self) -> int:
-        return sum(held.users for held in self._held.values())
+        """Requests that use a version. Thread-safe."""
+        return sum(held.users for held in list(self._held.values()))
 
     @property
     def num_resident(self) -> int:
-        """Adapters in memory: in slots, staged, or nowhere else yet."""
-        return sum(held.adapter is not None or version in self.slots for version, held in self._held.items())
+        """Adapters in memory: in slots, staged, or nowhere else yet. Thread-safe."""
+        return sum(held.adapter is not None or version in self.slots for version, held in list(self._held.items()))
 
     @property
     def num_waiting(self) -> int:
