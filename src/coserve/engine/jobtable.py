@@ -88,6 +88,9 @@ class JobTable:
                 f"{field}: rank {rank} is over max_lora_rank={self.config.max_lora_rank}; raise that, or lower {field}",
                 param=field,
             )
+        self._check_name(name)
+
+    def _check_name(self, name: str) -> None:
         if any(job.handle.name == name for job in list(self.jobs.values())):
             raise InvalidRequest(f"name: a job called {name!r} is running; name another", param="name")
 
@@ -127,7 +130,12 @@ class JobTable:
     # --- the life of jobs ---
 
     def begin(self, prepared: PreparedJob, handle: JobHandle, tenant: str, weight: float) -> None:
-        """A job may get units from now on."""
+        """A job may get units from now on. It fails at once if a job of its name has begun while this one was prepared."""
+        try:
+            self._check_name(handle.name)
+        except InvalidRequest as error:
+            handle.close("failed", error)
+            return
         job = LiveJob(self.new_number(), prepared, handle, self, tenant=tenant, weight=weight)
         self.jobs[job.number] = job
         self.scheduler.add_job(job.work)
