@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from coserve.bench.cli import bench_app
 from coserve.config import AUTO, FinetuneConfig, OptimizerConfig, SamplingConfig, require
 from coserve.configdata import ADAPTERS, finetune_config_from_dict, setting_names
-from coserve.core import ConfigError, CoserveError, InvalidRequest
+from coserve.core import ConfigError, CoserveError, InvalidRequest, one_line
 from coserve.demo.command import demo
 from coserve.detokenizer import IncrementalDetokenizer
 from coserve.engine.budget import GIB
@@ -113,32 +113,28 @@ def _pattern(text: str | None, name: str, kind: Callable[[str], float]) -> dict[
         return None
     result = {}
     for item in text.split(","):
-        if not item:
+        if not item.strip():
             continue
         key, _, value = item.rpartition("=")
         try:
-            result[key] = kind(value)
+            result[key.strip()] = kind(value)
         except ValueError as error:
             raise ConfigError(f"{name}: write it as q_proj=8,down_proj=32, got {text!r}", param=name) from error
     return result
 
 
 class Settings(NamedTuple):
-    """What files and flags ask for. adapter: the adapter's settings among it that were written down, by their fields' names,
-    and its `kind`; options: flags that aren't settings of a job (validation, adapter, resume, device, dtype)."""
+    """What a settings file and flags ask for. config: the job's settings. adapter: those settings of the adapter that were
+    given, by their fields' names, and its `kind` if that was given. options: the file's values of flags that aren't settings of
+    a job (validation, adapter, resume, device, dtype)."""
 
     config: FinetuneConfig
     adapter: dict[str, Any]
     options: dict[str, Any]
 
 
-def _config(path: Path | None, given: dict[str, Any], kind: str | None = None) -> FinetuneConfig:
-    """Only the settings of a job: see `_settings`."""
-    return _settings(path, given, kind).config
-
-
 def _settings(path: Path | None, given: dict[str, Any], kind: str | None = None) -> Settings:
-    """Defaults, then the TOML file, then the command line. kind: of adapter. Raises ConfigError."""
+    """Defaults, then the TOML file, then the command line. kind: the adapter's, from the command line. Raises ConfigError."""
     data = {} if path is None else _read_toml(path)
     loose = {name: data.pop(name) for name in list(data) if name not in _TABLES}
     options = {name: loose.pop(name) for name in _OPTIONS if name in loose}
@@ -168,7 +164,7 @@ def _settings(path: Path | None, given: dict[str, Any], kind: str | None = None)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    """A settings file, by fields' names: tables as they are, flags' names at the top level as fields."""
+    """A settings file as {field's name: value} and its tables. Names of flags at its top level become fields' names."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -179,7 +175,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         if name in _TABLES and not isinstance(value, dict):
             raise ConfigError(f"{name}: must be a table, [{name}], in {path}", param=name)
         if name in found:
-            raise ConfigError(f"{_word(name)}: is there twice in {path}", param=_word(name))
+            raise ConfigError(f"{_word(name)}: is given twice in {path}", param=_word(name))
         if name in ("output", "config", "model", "data"):
             raise ConfigError(f"{name}: give it on the command line, not in {path}", param=name)
         if isinstance(value, str) and name in ("target_modules", "feedforward_modules"):
@@ -205,7 +201,7 @@ def _home(data: dict[str, Any], name: str, chosen: str) -> dict[str, Any]:
 
 
 def _word(name: str) -> str:
-    """A field's name as the flag is called."""
+    """The name of a field's flag."""
     return {"r": "rank"}.get(name, name)
 
 
@@ -406,5 +402,5 @@ def main() -> None:
     try:
         app()
     except (CoserveError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

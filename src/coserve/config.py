@@ -29,7 +29,7 @@ AdapterKind = Literal["lora", "dora", "ia3", "bottleneck"]
 
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
-"""Of a job's setting: chosen from its data and its adapter (finetune/defaults.py)."""
+"""The value of a setting that is to be chosen from the job's data, adapter and model (finetune/defaults.py)."""
 Memory = float | str
 """Bytes (12.5e9, '12.5GB', '800MiB'), a share below 1 (0.5, '0.5') of what the setting says, or 'auto'; see `read_memory`."""
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
@@ -50,7 +50,7 @@ def require(condition: bool, name: str, message: str) -> None:
 
 
 def require_least(config: Any, least: int, *names: str) -> None:
-    """Settings of at least so much; None and 'auto' pass."""
+    """Raises ConfigError for the first of these settings that is below `least`. None and 'auto' pass."""
     for name in names:
         value = getattr(config, name)
         passes = value is None or value == AUTO or value >= least
@@ -58,26 +58,26 @@ def require_least(config: Any, least: int, *names: str) -> None:
 
 
 def require_most(config: Any, most: float, *names: str) -> None:
-    """Settings of at most so much; None and 'auto' pass."""
+    """Raises ConfigError for the first of these settings that is above `most`. None and 'auto' pass."""
     for name in names:
         value = getattr(config, name)
         require(value is None or value == AUTO or value <= most, name, f"must be at most {most:g}, got {shown(value)}")
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Settings above 0; None and 'auto' pass."""
+    """Raises ConfigError for the first of these settings that isn't above 0. None and 'auto' pass."""
     for name in names:
         value = getattr(config, name)
         require(value is None or value == AUTO or value > 0, name, f"must be positive, got {value}")
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether a value is a whole number that 64 bits hold; True and False are none."""
+    """Whether a value is a whole number that 64 bits hold. True and False are no numbers here."""
     return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a value is a finite number; a whole one of so many digits that no float holds it is none."""
+    """Whether a value is a finite number. A whole number must fit into 64 bits, so that a float holds it too."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
@@ -95,8 +95,8 @@ def shown(value: Any, most: int = 80) -> str:
 
 
 def _check_types(config: Any) -> None:
-    """Refuses text, fractions and infinities where a field wants a (whole) number, and all but true and false where it wants
-    those."""
+    """Raises ConfigError for a field whose value isn't of its type: a whole number, a finite number, or true or false. Fields
+    of other types are not looked at."""
     for f in dataclasses.fields(config):
         value, kind = getattr(config, f.name), str(f.type)
         optional, chosen = kind.endswith("| None"), kind.endswith("| Auto")
@@ -115,13 +115,13 @@ _N = TypeVar("_N", int, float)
 
 
 def settled(value: _N | Auto) -> _N:
-    """A setting that is no longer 'auto': the job's data is known."""
+    """The number of a setting that was perhaps 'auto', once `resolve_settings` has replaced that."""
     assert not isinstance(value, str), "resolve_settings comes first"
     return value
 
 
 def read_memory(value: Memory) -> float | None:
-    """Bytes, or a number below 1, a share; None for 'auto'. Raises ConfigError that says what to write."""
+    """Returns bytes, a share as a number below 1, or None for 'auto'. Raises ConfigError that says what to write."""
     text = str(value).strip().lower()
     if text == AUTO:
         return None
@@ -282,8 +282,8 @@ class OptimizerConfig:
 
 
 GRID_TOKENS = 128
-"""Largest window of a deterministic job. Its windows can't shrink under load, so that each must fit into the time that requests
-leave: a window of 128 takes most of the best rate on a CPU, and its loss head fits under the default ITL cap."""
+"""Largest window of a deterministic job, in tokens. Its windows can't shrink under load, so each must fit into the time that
+requests leave. Windows of 128 reach most of the best rate on a CPU, and their loss head fits under the default ITL cap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,7 +300,8 @@ class FinetuneConfig:
     dpo_beta: float = 0.1
     """DPO's inverse temperature."""
     epochs: float | Auto = AUTO
-    """Passes over the data; ignored when `max_steps` is set. auto: 3; more of few examples, so that about 100 are seen."""
+    """Passes over the data; ignored when `max_steps` is set. auto: 3; more where there are few examples, so that a job
+    sees about 100 of them, and fewer where there are very many."""
     max_steps: int | None = None
     """Optimizer steps."""
     batch_size: int | Auto = AUTO
@@ -311,7 +312,7 @@ class FinetuneConfig:
     """Largest window of a unit, in packed tokens."""
     activation_memory: Memory = AUTO
     """What one micro-batch may take in flight: bytes, or a share below 1 of what it takes where no matrix product is run twice.
-    Where that is too little, backward runs some of forward's products again; auto: only where memory is short otherwise."""
+    To keep within a lower limit, backward runs some of forward's products again. auto: a limit only where memory is short."""
     activation_compression: Compression = "lossless"
     """How kept activations are stored. lossless: bits where backward reads only signs. fp8: most of them as 8-bit floats, which
     changes gradients a little; none: as they are."""
@@ -320,11 +321,11 @@ class FinetuneConfig:
     too_long: TooLong = "error"
     """What happens to an example that is longer: refused, left out, or cut at the end."""
     system_prompt: SystemPrompt = "keep"
-    """merge: system messages become the beginning of the next user turn, for chat templates that refuse them."""
+    """keep, or merge: system messages become the beginning of the next user turn, for chat templates that refuse them."""
     allow_control_tokens: bool = False
-    """Control tokens that a text of the data writes out are control tokens, not plain text."""
+    """Whether control tokens that a text of the data writes out are control tokens. If not, they are plain text."""
     template_date: str | None = None
-    """What chat templates that write today's date are told, as YYYY-MM-DD; None: the day on which the job begins."""
+    """Today's date for chat templates that write it, as YYYY-MM-DD; None: the day on which the job begins."""
     shuffle: bool = True
     """A new order each epoch, from `seed`; False keeps the file's order."""
     seed: int = 0
@@ -390,7 +391,7 @@ class SamplingConfig:
     max_tokens: int = 256
     """0: none; only the prompt's log-probabilities, if asked for."""
     min_tokens: int = 0
-    """End-of-sequence and stop tokens are excluded before so many, and no stop string ends the output."""
+    """Before the output has so many tokens, no end-of-sequence or stop token is sampled and no stop string ends it."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -447,8 +448,8 @@ class SchedulerConfig:
     ttft_ms: float = 3000.0
     """Objective: milliseconds from arrival to the first token; a request may set its own."""
     itl_factor: float = 2.0
-    """No iteration with running requests is planned longer than this times the least TPOT objective among them, but for a
-    deterministic job's unit that is longer by itself."""
+    """No iteration with running requests is planned longer than this times the least TPOT objective among them. The exception
+    is a deterministic job's unit that is longer by itself."""
     preemption_quantum_ms: float = 250.0
     """Longest planned iteration when nothing is running: what a new arrival may wait."""
     finetune_min_share: float = 0.0

@@ -47,7 +47,7 @@ def finetune_config_from_dict(data: Mapping[str, Any]) -> FinetuneConfig:
         _check_known(cls, given)
         sections[name] = cls(**{**given, **tuples})
     if sections.get("lora") == LoraConfig() and ("ia3" in sections or "bottleneck" in sections):
-        del sections["lora"]  # as jobs were once written down
+        del sections["lora"]  # earlier versions wrote the default LoRA settings beside those of another kind
     _check_known(FinetuneConfig, values)
     return FinetuneConfig(**sections, **values)
 
@@ -64,12 +64,12 @@ def _check_known(cls: type, given: Mapping[str, Any]) -> None:
 
 
 def setting_names(cls: type) -> frozenset[str]:
-    """Of a settings class."""
+    """The names of a class's settings."""
     return frozenset(f.name for f in dataclasses.fields(cls))
 
 
 def _hint(key: str, known: Collection[str]) -> str:
-    """Where a setting that is none of this table belongs, or which one of the table is likely meant."""
+    """For a setting that the table doesn't have: where it belongs, or which setting of the table is likely meant."""
     name = {"rank": "r"}.get(key, key)
     homes = ["at the top level"] if name in setting_names(FinetuneConfig) - _SECTIONS.keys() else []
     homes += [f"in {section}" for section, cls in _SECTIONS.items() if name in setting_names(cls)]
@@ -89,8 +89,8 @@ ADAPTERS: Mapping[str, tuple[str, type]] = {
 
 
 def adapter_of_kind(kind: str, given: Mapping[str, Any], words: Mapping[str, str]) -> AdapterConfig:
-    """An adapter's settings. given: by the caller's words; words: {word: field} of everything that the caller may give of any
-    kind. Raises ConfigError, also for a setting that the kind hasn't."""
+    """An adapter's settings. given: {word: value}, in the caller's words; words: {word: field} of all that the caller may give,
+    whatever the kind. Raises ConfigError, also for a setting that the kind doesn't have."""
     require(kind in ADAPTERS, "adapter", f"must be one of {', '.join(ADAPTERS)}, got {kind!r}")
     section, cls = ADAPTERS[kind]
     fields = {f.name for f in dataclasses.fields(cls)}

@@ -46,6 +46,12 @@ class JobFailed(CoserveError, RuntimeError):
     """A finetuning step failed. The job ends; the engine and other jobs go on."""
 
 
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """An error's message without line breaks, or its type where it has none. most: characters; a longer message is cut."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if most is None or len(text) <= most else f"{text[: most - 3]}..."
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
     """One training sequence.

@@ -22,10 +22,10 @@ _CHARACTER_BYTES = 4
 class IncrementalDetokenizer:
     """Turns ids into text as they come: what `push` returns is final.
 
-    context: the tokens before them, a prompt's. A text that goes on keeps its first space, which SentencePiece's decoders take
-    from the start of a whole text, and a character that the context has begun is finished, as the first one of the output.
-    `push` and `finish` together give the tokens' bytes as UTF-8, with U+FFFD for what isn't. The work per id depends on neither
-    the number of ids nor the length of the text.
+    context: the tokens before the first id, such as a prompt's. Behind such a context the output keeps its first space, which
+    SentencePiece's decoders leave out at the start of a whole text. A character that the context has begun is finished as the
+    first one of the output. `push` and `finish` together give the tokens' bytes as UTF-8, with U+FFFD for what isn't UTF-8. The
+    work per id depends on neither the number of ids nor the length of the text.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class IncrementalDetokenizer:
         return self._decoder.decode(b"", final=True)
 
     def _take_context(self, context: Sequence[int]) -> None:
-        """Takes what matters of it: whether it shows anything, and the character that it leaves unfinished."""
+        """Remembers whether the context shows anything, and the character that it leaves unfinished."""
         last: list[bytes] = []
         for token_id in reversed(context):
             added = b"" if token_id in self._hidden else self._bytes[int(token_id)]
@@ -80,8 +80,8 @@ def whole_text(tokenizer: ChatTokenizer, ids: Sequence[int]) -> str:
 
 
 def shown_text(tokenizer: ChatTokenizer, ids: Sequence[int]) -> str:
-    """The text of a prompt's ids, without special tokens and without a character that the last ids only begin: it is the first
-    character of what follows."""
+    """The text of a prompt's ids, without special tokens. A character that the last ids only begin is left out, since it is the
+    first character of what follows."""
     spelled, hidden = tokenizer.token_bytes, tokenizer.special_ids
     shown = [token_id for token_id in ids if token_id not in hidden and spelled[token_id]]
     parts = [spelled.at_start(token_id) for token_id in shown[:1]] + [spelled[token_id] for token_id in shown[1:]]

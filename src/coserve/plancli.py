@@ -44,7 +44,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What is trained; None: the kind's default. rank: or a bottleneck's width; targets: modules' names, or "all-linear"."""
+    """What is trained; None stands for the kind's default. rank: of a bottleneck, its width. targets: modules' names, or
+    "all-linear"."""
 
     kind: str
     rank: int | None
@@ -52,7 +53,7 @@ class Asked:
     dropout: float | None
 
     def settings(self) -> AdapterConfig:
-        """Of the adapter. Raises ConfigError, also for a setting that the kind hasn't."""
+        """The adapter's settings. Raises ConfigError, also for a setting that the kind doesn't have."""
         asked = {"rank": self.rank, "target_modules": self.targets, "dropout": self.dropout}
         words = {name: name for name in asked} | {"rank": "size" if self.kind == "bottleneck" else "r"}
         return adapter_of_kind(self.kind, {word: value for word, value in asked.items() if value is not None}, words)
@@ -140,7 +141,7 @@ def plan(
 
 
 def _check_output(path: Path, name: str, suffixes: Sequence[str] = ()) -> None:
-    """Before anything is computed. Raises ConfigError for a file that can't be written."""
+    """Called before anything is computed. Raises ConfigError for a file that can't be written."""
     if suffixes and path.suffix not in suffixes:
         raise ConfigError(f"{name}: the file's name must end in {', '.join(suffixes)}, got {path}", param=name)
     if path.is_dir() or not path.parent.is_dir():
@@ -190,7 +191,7 @@ def make_plan(
 
 
 def _rank(settings: AdapterConfig) -> int:
-    """Or a bottleneck's width; 0 where there is none."""
+    """An adapter's rank, or a bottleneck's width; 0 for a kind that has neither."""
     return settings.r if isinstance(settings, LoraConfig) else settings.size if isinstance(settings, BottleneckConfig) else 0
 
 
@@ -278,8 +279,8 @@ def size_text(num_bytes: float) -> str:
 
 
 def say(*clauses: str, head: str = "", style: str | None = None) -> None:
-    """A line of clauses behind a bold head; where it is wider than the terminal, it goes on in an indented line after a whole
-    clause, or inside of one that is wider by itself. Clauses bring their own commas."""
+    """Prints a line of clauses behind a bold head. Where it is wider than the terminal, it goes on in an indented line. Lines
+    end after a whole clause, unless a clause is wider than the terminal by itself. Clauses bring their own commas."""
     rows, width = [head], console.width
     for clause in clauses:
         joined = f"{rows[-1]} {clause}" if rows[-1] else clause
@@ -293,7 +294,7 @@ def say(*clauses: str, head: str = "", style: str | None = None) -> None:
 
 
 def listed(items: Sequence[str]) -> list[str]:
-    """With a comma after each but the last."""
+    """The items, with a comma behind each but the last."""
     return [f"{item}," for item in items[:-1]] + list(items[-1:])
 
 

@@ -18,12 +18,13 @@ from coserve.detokenizer import IncrementalDetokenizer
 from coserve.tokenizer import ChatTokenizer
 
 _FIRST_SIGN, _NUM_SIGNS = 0xD800, 0x800
-"""Half surrogates stand for special tokens in what is searched: no text holds them. The last one: for those that no stop string
-writes out."""
+"""Signs: half surrogates, which no text holds, stand for special tokens in what is searched. The last one stands for all those
+that no stop string writes out."""
 
 
 class _Found(NamedTuple):
-    """A stop string that is complete after `end` characters of what was fed last; num_chars: how many of its own show."""
+    """A stop string that is complete after `end` characters of what was fed last. num_chars: how many characters of the text it
+    takes, which signs of special tokens don't."""
 
     end: int
     num_chars: int
@@ -33,8 +34,9 @@ class _Found(NamedTuple):
 class StopMatcher:
     """Looks for stop strings in a text that comes in pieces.
 
-    Keeps the longest end of the text that begins a stop string, and nothing else. A character costs a few searches among the
-    sorted stop strings, however much text there was and however long they are; nothing is prepared from them beforehand.
+    Keeps the longest end of the text that begins a stop string, and nothing else of it. A character costs a few searches among
+    the sorted stop strings, however much text there was. Beforehand they are only sorted and listed by their last characters:
+    there is no automaton, whose size would grow with their lengths.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -74,10 +76,11 @@ class TextStream:
     The stop string that is complete first ends the text; of several that are complete at the same character, the one that
     starts first, so no part of the others is left over. How the text is cut into tokens makes no difference.
 
-    A stop string is looked for in the text, and in the text with all special tokens written out where it writes one out itself,
-    alone or among other characters. There a special token matches as a whole: a part of one that doesn't show never does.
+    A stop string is looked for in the text. One that writes out a special token, alone or among other characters, is also
+    looked for in the text with all special tokens written out. There a special token that doesn't show matches as a whole or
+    not at all.
 
-    context: the prompt's ids. min_tokens: a stop string that is complete with one of the first so many ids is text.
+    context: the prompt's ids. min_tokens: a stop string that is complete within the first so many ids doesn't end the text.
     """
 
     def __init__(

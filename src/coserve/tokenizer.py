@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,8 +31,8 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from coserve.chat.control import ControlTexts, Settled
-from coserve.chat.template import PROBE, ChatTemplate, Message, one_line
-from coserve.core import InvalidRequest, NotFound
+from coserve.chat.template import PROBE, ChatTemplate, Message
+from coserve.core import InvalidRequest, NotFound, one_line
 from coserve.tokenbytes import TokenBytes
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -46,8 +47,8 @@ def _is_exact(directory: Path) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRules:
-    """How texts are read. allow_control_tokens: whether a control token that a text writes out is one. now: the time that chat
-    templates are told which write today's date; None: the machine's clock."""
+    """How texts are read. allow_control_tokens: whether a control token that a text writes out is one. now: the time for chat
+    templates that write today's date; None: the machine's clock."""
 
     allow_control_tokens: bool = False
     now: datetime | None = None
@@ -55,9 +56,9 @@ class TextRules:
 
 @dataclass(slots=True, kw_only=True)
 class Notes:
-    """What a user should know about examples that were encoded. last_turn_only: conversations of which only the last assistant
-    turn is trained, as the template renders earlier ones otherwise; control_texts: texts with control tokens written out, which
-    were taken as plain text."""
+    """What a user should know about examples that were encoded, as counts. last_turn_only: conversations of which only the last
+    assistant turn is trained, because the template renders earlier turns differently inside a conversation than at its end.
+    control_texts: texts that write control tokens out, which were taken as plain text."""
 
     last_turn_only: int = 0
     control_texts: int = 0
@@ -89,6 +90,8 @@ class ChatTokenizer:
         self.token_bytes = TokenBytes(hf_tokenizer)
         bos = self._hf.bos_token_id
         self._bos: list[int] = [bos] if bos is not None and self.encode("a", add_special_tokens=True)[:1] == [bos] else []
+        self._making_controls = threading.Lock()
+        self._made_controls: ControlTexts | None = None
         alone = self.encode("a")
         self._adds_prefix_space = self.decode(alone + alone) == "a a"
 
@@ -106,7 +109,7 @@ class ChatTokenizer:
             reader = PreTrainedTokenizerFast if _is_exact(directory) else AutoTokenizer
             hf_tokenizer = reader.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # the libraries below raise plain Exception for a damaged file
-            message = f"the tokenizer in {directory} can't be read: {one_line(error)}"
+            message = f"the tokenizer in {directory} can't be read: {one_line(error, 300)}"
             raise InvalidRequest(message, param="model") from error
         return cls(hf_tokenizer)
 
@@ -117,7 +120,7 @@ class ChatTokenizer:
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """Characters that one token can stand for, at most; of tokenizers that drop characters, those that are left."""
+        """The most characters that one token can stand for. Characters that the tokenizer drops from a text are not counted."""
         return max(len(token) for token in self._hf.get_vocab())
 
     def knows(self, token: str) -> bool:
@@ -220,7 +223,7 @@ class ChatTokenizer:
         ids, starts, ends = self._with_offsets(settled)
         weights = np.zeros(len(ids), dtype=np.float32)
         for start, end in rendered.spans:
-            # byte-level: a lone space is empty, at its end
+            # Byte-level tokenizers may give a lone space an empty range at its end; so a space before the span doesn't count.
             weights[(starts < settled.place(end)) & (ends > settled.place(start))] = 1.0
         return ids, weights
 
@@ -229,9 +232,9 @@ class ChatTokenizer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (int64 [n]) and loss weights (float32 [n]) of a prompt (0) and its completion and EOS (1).
 
-        Prompt and completion are tokenized apart, so the prompt's ids are those of a request with this prompt (control tokens
-        written out aside). An EOS token written out at the completion's end, with or without white space behind it, is the one
-        that ends it. Raises InvalidRequest if the tokenizer has no EOS token.
+        Prompt and completion are tokenized apart. So the prompt's ids are those of a request with this prompt, unless it writes
+        control tokens out. If the completion writes out an EOS token at its end, with or without white space behind it, no
+        second one is added. Raises InvalidRequest if the tokenizer has no EOS token.
         """
         eos = self._require_eos()
         self._note_texts(notes, rules, self._without_bos(prompt), self._without_eos(completion))
@@ -257,9 +260,13 @@ class ChatTokenizer:
 
     # --- control tokens ---
 
-    @functools.cached_property
+    @property
     def _controls(self) -> ControlTexts:
-        return ControlTexts(self._hf.backend_tokenizer, self._control_names(), self._hf.unk_token)
+        """Made once, also where two threads ask first: one of them could not read the other's marks."""
+        with self._making_controls:
+            if self._made_controls is None:
+                self._made_controls = ControlTexts(self._hf.backend_tokenizer, self._control_names(), self._hf.unk_token)
+            return self._made_controls
 
     def _control_names(self) -> set[str]:
         """Special tokens, and added tokens that the template writes around turns though they aren't called special."""

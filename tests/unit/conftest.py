@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from coserve import cli
+from coserve.config import FinetuneConfig
 
 
 class Ran(NamedTuple):
@@ -19,6 +21,11 @@ class Ran(NamedTuple):
 
 
 Run = Callable[..., Ran]
+
+
+def config_of(path: Path | None, given: dict[str, Any], kind: str | None = None) -> FinetuneConfig:
+    """The settings of a job that a settings file and flags ask for."""
+    return cli._settings(path, given, kind).config
 
 
 @pytest.fixture

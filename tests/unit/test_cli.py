@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from coserve import cli
 from coserve.config import BottleneckConfig, IA3Config, LoraConfig, SamplingConfig
 from coserve.core import CapacityError, ConfigError
 from coserve.engine import finetuning as finetuning_engine
@@ -34,7 +33,7 @@ from coserve.runtime.plans import training_plan
 from tests.tiny_directory import build_tiny_directory, chat_line, chat_lines, preference_lines, write_lines
 from tests.tiny_models import build_tiny_model
 from tests.tiny_tokenizer import build_tiny_tokenizer
-from tests.unit.conftest import Ran, Run
+from tests.unit.conftest import Ran, Run, config_of
 
 SOURCE = Path(__file__).parents[2] / "src"
 RESULT_FILES = {
@@ -87,7 +86,7 @@ def place(shared: Path, tmp_path: Path) -> Place:
 def trained(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory of a run whose adapter speaks differently from the base."""
     directory = tmp_path_factory.mktemp("trained") / "out"
-    settings = cli._config(None, {"max_steps": 6, "batch_size": 6, "learning_rate": 0.02, "r": 4, "checkpoint_steps": 2})
+    settings = config_of(None, {"max_steps": 6, "batch_size": 6, "learning_rate": 0.02, "r": 4, "checkpoint_steps": 2})
     finetune(shared / "data.jsonl", directory, model=str(shared / "model"), config=settings)
     return directory
 
@@ -171,7 +170,7 @@ def test_every_option_reaches_its_setting(place: Place, run: Run) -> None:
         "--dropout": (0.1, "lora.dropout", 0.1),
         "--target-modules": ("q_proj, up_proj", "lora.target_modules", ["q_proj", "up_proj"]),
         "--rank-pattern": ("q_proj=2", "lora.rank_pattern", {"q_proj": 2}),
-        "--alpha-pattern": ("q_proj=1.5,up_proj=4", "lora.alpha_pattern", {"q_proj": 1.5, "up_proj": 4.0}),
+        "--alpha-pattern": ("q_proj=1.5, up_proj=4", "lora.alpha_pattern", {"q_proj": 1.5, "up_proj": 4.0}),
         "--seed": (5, "seed", 5), "--checkpoint-steps": (1, "checkpoint_steps", 1),
         "--validation-steps": (1, "validation_steps", 1),
     }
@@ -280,31 +279,31 @@ def test_other_kinds_of_adapter(
 def test_a_settings_file_chooses_the_kind(place: Place) -> None:
     path = place.tmp / "settings.toml"
     path.write_text('[bottleneck]\nsize = 5\nactivation = "gelu"\n')
-    assert cli._config(path, {"placement": "houlsby"}).adapter == BottleneckConfig(
+    assert config_of(path, {"placement": "houlsby"}).adapter == BottleneckConfig(
         size=5, activation="gelu", placement="houlsby"
     )
     with pytest.raises(ConfigError, match=r"kind: it is ia3, but the settings file has a table \[bottleneck\]"):
-        cli._config(path, {}, "ia3")
+        config_of(path, {}, "ia3")
     path.write_text('[ia3]\ntarget_modules = ["k_proj", "up_proj"]\n')
-    assert cli._config(path, {}).adapter == IA3Config(target_modules=("k_proj", "up_proj"))
+    assert config_of(path, {}).adapter == IA3Config(target_modules=("k_proj", "up_proj"))
     path.write_text('[ia3]\nfeedforward_modules = ["up_proj"]\n')
     with pytest.raises(ConfigError, match="feedforward_modules: up_proj must be among target_modules"):
-        cli._config(path, {})
+        config_of(path, {})
 
 
 def test_a_settings_file_limits_memory_by_number_or_text(place: Place) -> None:
     path = place.tmp / "settings.toml"
     for written, expected in (("0.5", 0.5), ("12_500_000", 12_500_000), ('"800MiB"', "800MiB"), ('"auto"', "auto")):
         path.write_text(f"activation_memory = {written}\n")
-        assert cli._config(path, {}).activation_memory == expected
-        assert cli._config(path, {"activation_memory": "1GB"}).activation_memory == "1GB"
+        assert config_of(path, {}).activation_memory == expected
+        assert config_of(path, {"activation_memory": "1GB"}).activation_memory == "1GB"
 
 
 def test_overriding_lora_settings_by_an_adapter_warns(place: Place, trained: Path) -> None:
     def warnings(**given: Any) -> list[str]:
         events: list[JobEvent] = []
         shutil.rmtree(place.out, ignore_errors=True)
-        config = cli._config(None, {"max_steps": 1, **given})
+        config = config_of(None, {"max_steps": 1, **given})
         finetune(place.data, place.out, model=str(place.model), config=config, start=trained, listen=events.append)
         return [event.message for event in events if event.level == "warn"]
 
@@ -479,7 +478,7 @@ def test_bad_data(place: Place, run: Run, data: Callable[[Place], Path], message
 def other_adapter(place: Place) -> Path:
     """An adapter of another base with the same shapes."""
     base = build_tiny_directory(place.tmp / "other", seed=1)
-    config = cli._config(None, {"max_steps": 1})
+    config = config_of(None, {"max_steps": 1})
     return finetune(place.data, place.tmp / "other-adapter", model=str(base), config=config).directory
 
 
@@ -644,7 +643,7 @@ def test_plan_counts_what_is_kept(place: Place, run: Run) -> None:
     result = run("plan", only_config, "--rank", 4, "--target-modules", "q_proj,v_proj", "--dtype", "bfloat16")
     assert (result.code, result.err) == (0, "")
     arch = read_architecture(place.model)
-    lora = cli._config(None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}).lora
+    lora = config_of(None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}).lora
     plan = training_plan(arch, shape_adapter(arch, lora), itemsize=2)
     assert f"whole model: {plan.arena_bytes} bytes kept per token" in result.out
     assert f"{plan.work_bytes} bytes of workspace per row" in result.out
@@ -781,7 +780,7 @@ def test_a_settings_file_takes_the_flags_names_at_the_top_level(place: Place, ru
 @pytest.mark.parametrize(("text", "message"), [
     ("rank = 3\n[lora]\nr = 4", r"rank: is 3 at the top level of .* and 4 in its table; leave one out"),
     ("learning_rate = 1e-3\n[optimizer]\nlearning_rate = 1e-4", r"learning_rate: is 0\.001 at the top level"),
-    ("max_steps = 1\nmax-steps = 2", r"max_steps: is there twice"),
+    ("max_steps = 1\nmax-steps = 2", r"max_steps: is given twice"),
     ('kind = "ia3"\nrank = 4', r"rank: ia3 adapters have no such setting, lora do"),
     ('kind = "ia3"\n[lora]\nr = 4', r"kind: it is ia3, but the settings file has a table \[lora\]"),
     ("[ia3]\n[lora]\nr = 16", r"lora: the settings file has a table \[ia3\] too"),
@@ -798,7 +797,7 @@ def test_bad_settings_files(place: Place, run: Run, text: str, message: str) -> 
 
 
 def test_the_same_value_twice_in_a_settings_file_is_fine(place: Place) -> None:
-    config = cli._config(place.file("rank = 4\n[lora]\nr = 4\n", "settings.toml"), {})
+    config = config_of(place.file("rank = 4\n[lora]\nr = 4\n", "settings.toml"), {})
     assert config.lora == LoraConfig(r=4)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,23 @@ def test_the_flag_makes_them_tokens_again(tokenizer: ChatTokenizer) -> None:
     assert tokenizer.encode_chat(user(ATTACK), rules=ALLOWED) == tokenizer.encode(rendered)
     assert tokenizer.encode_chat(user(ATTACK)) != tokenizer.encode(rendered)
     assert tokenizer.decode(tokenizer.encode_chat(user(ATTACK)), skip_special_tokens=False) == rendered
+
+
+def test_threads_that_come_first_together_share_the_marks(tmp_path: Path) -> None:
+    """Marks are random: with two sets of them, a text marked by one would keep its marks in the other's tokens."""
+    tokenizer, names = ChatTokenizer.load(build_tiny_tokenizer(tmp_path)), ChatTokenizer._control_names
+    together = threading.Barrier(2)
+
+    def slow(self: ChatTokenizer) -> set[str]:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.3)
+        return names(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChatTokenizer, "_control_names", slow)
+        with ThreadPoolExecutor(2) as pool:
+            first, second = pool.map(lambda _: tokenizer._controls, range(2))
+    assert first is second
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])

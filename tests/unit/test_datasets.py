@@ -189,6 +189,11 @@ SFT_REFUSALS = {
     "content missing": (messages(HI, {"role": "assistant"}), "messages[1].content: a string is expected, got nothing"),
     "content parts": (messages({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, HELLO),
                       "messages[0].content[0]: a part of type 'image_url' is not supported yet; the model reads text"),
+    "content part's key": (messages({"role": "user", "content": [{"type": "text", "text": "Hi", "mood": 1}]}, HELLO),
+                           "messages[0].content[0].mood: there is no such field; remove it"),
+    "content part's key of half a character": (
+        messages({"role": "user", "content": [{"type": "text", "text": "Hi", "\ud800": 1}]}, HELLO),
+        "messages[0].content[0].'\\ud800': there is no such field"),
     "no content parts": (messages({"role": "user", "content": []}, HELLO),
                          "messages[0].content: a string is expected, got a list"),
     "surrogate": ('{"text": "\\ud83d!"}',

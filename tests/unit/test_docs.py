@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import typer
 
-from coserve.cli import _config, app
+from coserve.cli import app
 from coserve.config import FinetuneConfig
 from coserve.server.inference import fields, protocol
 from coserve.server.jobs.body import Extras
 from coserve.server.settings import ServerConfig, read_settings
 from coserve.server.stats.metrics import Objectives, ServerMetrics, ServerState
 from coserve.server.vllmflags import FLAGS
+from tests.unit.conftest import config_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -184,7 +185,7 @@ def test_settings_files_can_be_read(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.toml"
         path.write_text(block)
         if is_a_jobs(block):
-            assert _config(path, {}) != FinetuneConfig()
+            assert config_of(path, {}) != FinetuneConfig()
         else:
             assert read_settings(path, {}) != ServerConfig()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
 from coserve.engine.profiling import Profiler
 from coserve.peft.format import save_adapter
+from coserve.runtime.adapters import AdapterSlots
 from coserve.scheduler.latency import PassCost
 from tests.tiny_engine import MakeEngine, build_model, drive, prompt, random_adapter
 
@@ -98,6 +99,24 @@ def test_slots_are_taken_over_from_adapters_without_users(engines: MakeEngine, m
     handles = [engine.submit(prompt(20), GREEDY, adapter=str(number)) for number in range(3)]
     drive(engine)
     assert [handle.token_ids for handle in handles] == found[:3], "the third waited for a slot"
+
+
+def test_metrics_are_read_while_the_engines_thread_changes_adapters(
+    engines: MakeEngine, model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, adapter, in_slot = engines(), random_adapter(model, 4), AdapterSlots.__contains__
+    save_adapter(tmp_path, adapter, adapter.flat, base_name=model.name, fingerprint=model.fingerprint)
+    for name in ("one", "two"):
+        engine.load_adapter(name, tmp_path)
+
+    def meanwhile(slots: AdapterSlots, key: Hashable) -> bool:
+        """What another thread may do in the middle of this one's look."""
+        monkeypatch.undo()
+        engine.add_adapter("three", adapter)
+        return in_slot(slots, key)
+
+    monkeypatch.setattr(AdapterSlots, "__contains__", meanwhile)
+    assert engine.metrics()["adapters_resident"] == 2
 
 
 def test_a_running_engine_takes_adapters(engines: MakeEngine, model: LoadedModel) -> None:

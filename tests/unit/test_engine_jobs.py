@@ -133,6 +133,18 @@ def test_two_jobs_at_once_end_as_alone(engines: MakeEngine, model: LoadedModel, 
     assert engine.adapters.names == ("dpo", "sft") or engine.adapters.names == ("sft", "dpo")
 
 
+def test_a_second_job_of_a_name_fails_though_both_were_prepared_before_one_began(
+    engines: MakeEngine, directory: Path, tmp_path: Path
+) -> None:
+    """Both would publish under the name, and requests would get the one or the other."""
+    engine = engines()
+    first, second = (engine.finetune(directory / "sft.jsonl", tmp_path / place / "tuned", SFT) for place in ("a", "b"))
+    drive(engine)
+    assert (first.status, second.status) == ("succeeded", "failed")
+    with pytest.raises(InvalidRequest, match="name: a job called 'tuned' is running; name another"):
+        second.result()
+
+
 def test_checkpoints_are_served_and_requests_keep_their_version(
     engines: MakeEngine, directory: Path, tmp_path: Path
 ) -> None:

@@ -254,6 +254,7 @@ def test_sentencepiece_without_bos(tmp_path: Path) -> None:
     ({"add_eos_token": True, "eos_token_id": None}, r"add_eos_token is true, but tokenizer\.ggml\.eos_token_id is missing"),
     ({"merges": ["h e", "zz qq"]}, r"merges 'h e' does not join|merges 'zz qq' does not join"),
     ({"token_type": [1, 1, 1]}, r"token_type must have a value for each of"),
+    ({"token_type": ["normal"] * 400}, r"token_type must hold numbers"),
     ({"merges": None}, r"tokenizer\.ggml\.merges is missing"),
 ])
 def test_what_is_not_understood_is_refused_by_name(tmp_path: Path, keys: dict[str, Any], message: str) -> None:

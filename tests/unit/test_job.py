@@ -19,6 +19,7 @@ from transformers import get_scheduler
 from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.configdata import to_dict
 from coserve.core import Example, Group, InvalidRequest, JobFailed
+from coserve.finetune import checkpoints
 from coserve.finetune.checkpoints import Cursor, latest_checkpoint, read_manifest, save_checkpoint
 from coserve.finetune.job import Job, JobEvent, MetricsTable, StepLoss, StepRow
 
@@ -505,6 +506,32 @@ def test_a_damaged_newest_checkpoint_does_not_crowd_out_a_whole_one(tmp_path: Pa
     found = latest_checkpoint(tmp_path / "checkpoints", lambda message: None)
     assert found is not None
     assert found[1]["step"] == 5
+
+
+@pytest.mark.parametrize(("keep", "left"), [(3, [2, 4]), (1, [4])])
+def test_a_checkpoint_that_is_written_late_does_not_delete_a_newer_one(tmp_path: Path, keep: int, left: list[int]) -> None:
+    """As when the disk refused the older one at first."""
+    verbs = FakeVerbs()
+    job = make_job(tmp_path, settings(keep_checkpoints=keep), verbs)
+    for step in (4, 2):
+        job.write_checkpoint(Cursor(step=step, trained_tokens=step), verbs.state, verbs.save)
+    assert checkpoint_names(tmp_path) == [f"step-{step:08d}" for step in left]
+
+
+def test_a_checkpoint_that_another_process_deletes_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the server does when a user deletes the checkpoint's model."""
+    remove = checkpoints.shutil.rmtree
+
+    def beaten(path: Path, **options: Any) -> None:
+        if path.name == "step-00000001":
+            remove(path)
+        remove(path, **options)
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", beaten)
+    make_job(tmp_path, settings(checkpoint_steps=1, keep_checkpoints=1), FakeVerbs()).run()
+    assert checkpoint_names(tmp_path) == ["step-00000006"]
 
 
 def test_leftovers_of_an_interrupted_write_are_ignored_and_removed(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from coserve.server.jobs.spec import read_spec, resolve, unused
 from coserve.server.settings import ServerConfig
 from tests.tiny_directory import chat_lines, preference_lines, write_lines
 from tests.tiny_engine import MakeEngine, build_model, drive
+from tests.unit.conftest import config_of
 
 NUMBERS = ("epochs", "batch_size", "checkpoint_steps")
 CONTINUED: list[tuple[AdapterConfig, float]] = [
@@ -137,7 +138,7 @@ def test_the_word_auto_is_taken_everywhere(tmp_path: Path, monkeypatch: pytest.M
 def test_nan_in_a_settings_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "settings.toml").write_text(f"{name} = nan\n")
     with pytest.raises(ConfigError, match=f"^{name}: must be a"):
-        cli._config(tmp_path / "settings.toml", {})
+        config_of(tmp_path / "settings.toml", {})
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -150,12 +151,12 @@ def test_nan_in_a_settings_file_is_named(tmp_path: Path, name: str) -> None:
 def test_values_of_a_settings_file_that_would_mean_something_else(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "settings.toml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        cli._config(tmp_path / "settings.toml", {})
+        config_of(tmp_path / "settings.toml", {})
 
 
 def test_a_settings_file_from_windows_and_a_date_without_quotes(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_bytes(b"\xef\xbb\xbfepochs = 2\r\ntemplate_date = 2025-01-31\r\n")
-    config = cli._config(tmp_path / "settings.toml", {})
+    config = config_of(tmp_path / "settings.toml", {})
     assert (config.epochs, config.template_date) == (2, "2025-01-31")
 
 

@@ -73,6 +73,8 @@ def test_what_one_takes_the_other_takes(name: str, tmp_path: Path, tokenizer: Ch
     (b"[1]\n2\n", "no line that is a JSON object"), (codecs.BOM_UTF8, "no line that is a JSON object"),
     (codecs.BOM_UTF8 + b"[]", "write each object of a JSON array on a line of its own"),
     (b'[\n  {\n    "text": "x"\n  }\n]\n', "write each object of a JSON array on a line of its own"),
+    (b"[" + b", ".join([LINE.encode()] * 100_000) + b"]", "write each object of a JSON array on a line of its own"),
+    (b"\n[1]\n", "write each object of a JSON array on a line of its own"),
 ])
 def test_uploads_that_are_no_json_lines(content: bytes, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as caught:

@@ -24,7 +24,7 @@ class CellStore:
     def __init__(self, directory: Path, common: Mapping[str, Any], listen: Callable[[str, bool], None]) -> None:
         self._directory, self._common, self._listen = directory / "cells", dict(common), listen
         self.expected_s: float | None = None
-        """How long the next cell may take, where its maker said so."""
+        """Seconds that the next cell may take; None where that isn't known."""
 
     def get(self, label: str, settings: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stored result of a cell, or `run`'s, stored. An unreadable file is run again."""

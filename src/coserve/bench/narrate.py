@@ -5,7 +5,7 @@ from __future__ import annotations
 from coserve.bench.sharing import SPATIAL, SharingConfig
 
 PEER_S = 60
-"""Loading transformers' model and seven generations of SmolLM2 on two cores; others take their size's share."""
+"""Seconds to load transformers' model and generate seven times with it: SmolLM2 on two cores. Larger models take longer."""
 PROBES = (4, 8)
 """Runs that the search for capacity usually takes."""
 
@@ -29,7 +29,8 @@ def introduction(config: SharingConfig, num_cells: int) -> list[str]:
 
 
 def describe(label: str, stored: bool, expected_s: float | None) -> str:
-    """A run in words. label: as in the CellStore; expected_s: how long its requests come."""
+    """A run in words. label: as in the CellStore. stored: whether its result is there already. expected_s: seconds during which
+    its requests come."""
     kind, _, rest = label.partition("-")
     if kind == "peer":
         what = "transformers.generate at batch 8, for the objective per token"

@@ -1,14 +1,14 @@
 """Control tokens that a user writes out in a text: kept plain text, while those that the chat template writes stay tokens.
 
     content         a<|end|>b                          what a user sent
-    mark            aXb                                before the template sees it: X, a mark, stands for the control text
+    mark            aXb                                a mark, X, takes the control text's place before the template sees it
     render          <|user|>aXb<|end|>                 the template trims, splits and joins it like any other text
-    settle          <|USER|>a<|end|>b<|END|>           what the template wrote gets other names, X is what it stands for
+    settle          <|USER|>a<|end|>b<|END|>           control tokens of the template get other names; X becomes its text
     encode          by a copy of the tokenizer that knows control tokens by those other names only
 
 The marks and the other names are random private-use characters, made once per tokenizer, so that no text can hold them. The
-copy is the tokenizer's own settings with names exchanged: what is around a token (stripped white space, prefix spaces) is as
-ever. Texts in which nothing was cut never come here.
+copy has the tokenizer's own settings with other names, so it treats what is around a token (white space to strip, prefix
+spaces) as the tokenizer does. A text without marks never needs the copy.
 
 Owns: finding, marking, the copy. Does not own: which tokens are control tokens (tokenizer.py).
 """
@@ -43,8 +43,8 @@ class _Found(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A rendered text, ready for tokenizing. copy: whether it is for the copy of the tokenizer. num_own: control tokens of the
-    template in such a text. place: from a position in the rendered text to one in this."""
+    """A rendered text, ready for tokenizing. copy: whether the copy of the tokenizer must read it; if so, num_own is the number
+    of control tokens that the template wrote. place: turns a position in the rendered text into one in `text`."""
 
     text: str
     copy: bool
@@ -56,7 +56,8 @@ class ControlTexts:
     """The control tokens of one tokenizer as texts. Any thread may use it."""
 
     def __init__(self, backend: Tokenizer, names: Collection[str], unknown: str | None) -> None:
-        """names: of the control tokens; unknown: of the token for what the vocabulary can't write: plain text may give it."""
+        """names: of the control tokens. unknown: the name of the token for what the vocabulary can't write, which plain text
+        may hold; None if there is none."""
         self._backend = backend
         self._names = frozenset(name for name in names if not name.isspace())
         self._unknown = unknown
@@ -76,7 +77,8 @@ class ControlTexts:
         return bool(self._find(text))
 
     def mark(self, text: str) -> str:
-        """The text with marks for its control texts, for the template. Raises InvalidRequest where that is no use."""
+        """The text with marks for its control texts, for the template. Raises InvalidRequest if it holds control texts even
+        so."""
         found = self._find(text)
         if found:
             text = _edit(text, [(item.start, item.end, self._placeholder(text[item.start : item.end])) for item in found])

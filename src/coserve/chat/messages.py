@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from coserve.config import shown
 from coserve.core import InvalidRequest
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -57,9 +58,9 @@ def _part(part: Any, place: str) -> str:
         raise InvalidRequest(f"{place}: a part must be an object with type and text", param=place)
     kind = part.get("type")
     if kind != "text":
-        shown = repr(kind[:40]) if isinstance(kind, str) else "that is no name"
+        named = repr(kind[:40]) if isinstance(kind, str) else "that is no name"
         raise InvalidRequest(
-            f"{place}: a part of type {shown} is not supported yet; the model reads text", param=f"{place}.type"
+            f"{place}: a part of type {named} is not supported yet; the model reads text", param=f"{place}.type"
         )
     text = part.get("text")
     if text is None:
@@ -68,5 +69,6 @@ def _part(part: Any, place: str) -> str:
         raise InvalidRequest(f"{place}.text: must be a string", param=f"{place}.text")
     for name, value in part.items():
         if name not in ("type", "text", "cache_control") and value is not None:
-            raise InvalidRequest(f"{place}.{name[:80]}: there is no such field", param=f"{place}.{name[:80]}")
+            field = f"{place}.{name if name.isprintable() and len(name) <= 80 else shown(name)}"
+            raise InvalidRequest(f"{field}: there is no such field; remove it", param=field)
     return text

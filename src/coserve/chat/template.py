@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
-from coserve.core import InvalidRequest
+from coserve.core import InvalidRequest, one_line
 
 Message = Mapping[str, Any]
 """A chat message: role, content, possibly name, and for an assistant possibly `weight` (0: not trained)."""
@@ -90,11 +90,5 @@ class ChatTemplate:
         return None if text is None else re.sub(f"developer|{_NO_ROLE}", "", text, flags=re.IGNORECASE)
 
 
-def one_line(error: Exception) -> str:
-    """An error's text on one line, at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
 def _refused(error: Exception) -> InvalidRequest:
-    return InvalidRequest(f"the model's chat template refuses the conversation: {one_line(error)}", param="messages")
+    return InvalidRequest(f"the model's chat template refuses the conversation: {one_line(error, 300)}", param="messages")

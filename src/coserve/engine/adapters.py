@@ -1,6 +1,6 @@
 """Named adapters and their versions: immutable, counted by the requests that use them, in memory as far as they have slots.
 
-    publish --> on disk (directory) or in memory (a job's)    acquire: a request is of a version     claim: it runs, in a slot
+    publish --> on disk (directory) or in memory (a job's)    acquire: a request gets a version      claim: it runs, in a slot
                           |  loader's thread, one after another                                             |
                           +--> staged --> a slot: free, or of the idle version used longest ago <-----------+
 
@@ -41,9 +41,9 @@ class AdapterVersion(NamedTuple):
 
 @dataclass(slots=True)
 class _Held:
-    """A version. adapter: its values, where they aren't in a slot or on disk only; directory: where they can be read again.
-    end_token_ids: what it was taught to end with. users: requests of it; running: those that have claimed its slot. fresh: it
-    has its slot for requests that have not run yet. used: number of its latest claim."""
+    """A version. adapter: its values; None where they are in its slot or only on disk. directory: where they can be read again.
+    end_token_ids: tokens that it was taught to end with. users: requests that use it. running: those of them that have claimed
+    its slot. fresh: it got its slot for requests that have not run yet. used: rises with every claim and placement."""
 
     adapter: Adapter | None
     directory: Path | None
@@ -61,8 +61,9 @@ def _nobody(*_: object) -> None:
 
 class AdapterRegistry:
     """forget(version): called when a version is gone, so that nothing cached under it can be matched. load: reads a directory,
-    in the loader's thread; post: has the engine's thread run something; wake(version): requests of a version that waited may
-    claim again; fail(version, error): it can't be read, and its requests must end. The engine's thread calls all methods."""
+    in the loader's thread. post: has the engine's thread run something. wake(version): called when requests that waited for a
+    version may claim again. fail(version, error): called when it can't be read, so that its requests must end. The engine's
+    thread calls all methods, unless they say otherwise."""
 
     def __init__(
         self, slots: AdapterSlots, forget: Callable[[AdapterVersion], None], *, load: Callable[[Path], Adapter],
@@ -74,7 +75,7 @@ class AdapterRegistry:
         self._newest: dict[str, AdapterVersion] = {}
         self._held: dict[AdapterVersion, _Held] = {}
         self._waiting: dict[AdapterVersion, str] = {}
-        """Versions that want a slot, with the tenant that asked first, in order of asking."""
+        """Versions that requests wait for, with the tenant that asked first, in order of asking."""
         self._granted: dict[str, int] = {}
         self._closing: AdapterVersion | None = None
         self._numbers = self._uses = 0
@@ -92,12 +93,13 @@ class AdapterRegistry:
 
     @property
     def num_users(self) -> int:
-        return sum(held.users for held in self._held.values())
+        """Requests that use a version. Thread-safe."""
+        return sum(held.users for held in list(self._held.values()))
 
     @property
     def num_resident(self) -> int:
-        """Adapters in memory: in slots, staged, or nowhere else yet."""
-        return sum(held.adapter is not None or version in self.slots for version, held in self._held.items())
+        """Adapters in memory: in slots, staged, or nowhere else yet. Thread-safe."""
+        return sum(held.adapter is not None or version in self.slots for version, held in list(self._held.items()))
 
     @property
     def num_waiting(self) -> int:

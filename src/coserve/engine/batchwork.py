@@ -32,8 +32,8 @@ from coserve.runtime.transfer import to_device
 class ReferenceSums:
     """Summed log-probabilities under a job's reference policy, one per example of a group, remembered from batch to batch.
 
-    They are found by what the group holds, its tokens and loss weights, never by where it stands in a file: training and
-    validation data share this memory, and a sum is a function of the content alone.
+    They are found by what the group holds, its tokens and loss weights, since a sum depends on nothing else. Its place in a
+    file would not do: training and validation data share this memory.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class Microbatch:
 
 
 class BatchWork:
-    """`step` keys the dropout masks; train False: validation, without gradients and without dropout."""
+    """step: the key of the dropout masks. train: False for validation, which has no gradients and no dropout."""
 
     def __init__(self, source: BatchSource, groups: Sequence[Group], step: int, *, train: bool) -> None:
         self.source, self.train = source, train

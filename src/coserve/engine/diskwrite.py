@@ -26,7 +26,8 @@ class DiskWrite:
         wait([self._try], seconds)
 
     def done(self) -> bool:
-        """Whether it is written. After a refusal starts the next try when its time has come. Raises what doesn't pass."""
+        """Whether it is written. After a refusal, starts the next try when its time has come. Raises errors that more tries
+        don't mend."""
         if self._again_s is not None:
             if time.monotonic() < self._again_s:
                 return False

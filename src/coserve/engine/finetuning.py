@@ -76,9 +76,10 @@ def _max_length(config: FinetuneConfig, arch: Architecture) -> int:
     limit = min(share, arch.max_position_embeddings)
     if config.max_length is not None and config.max_length > limit:
         raise ConfigError(
-            f"max_length: {config.max_length} is more than {limit}, which a micro-batch of max_microbatch_tokens="
-            f"{config.max_microbatch_tokens} (and the model's {arch.max_position_embeddings}) can hold; raise "
-            "max_microbatch_tokens or lower max_length", param="max_length",
+            f"max_length: {config.max_length} is more than {limit}: an example must fit into the model's "
+            f"{arch.max_position_embeddings} positions and into {'half of ' if config.objective == 'dpo' else ''}"
+            f"max_microbatch_tokens={config.max_microbatch_tokens}; lower max_length, or raise max_microbatch_tokens",
+            param="max_length",
         )
     return config.max_length or limit
 
@@ -122,17 +123,21 @@ def _choose_plan(
 
 
 def _load_data(
-    path: Path, validation: Path | None, tokenizer: ChatTokenizer, config: FinetuneConfig, arch: Architecture
+    path: Path, validation: str | os.PathLike[str] | None, tokenizer: ChatTokenizer, config: FinetuneConfig,
+    arch: Architecture, base: Path,
 ) -> tuple[Dataset, Dataset | None]:
+    """Training and validation data, whose tokens the model has. base: the model's directory, for messages."""
     max_length = _max_length(config, arch)
-    train = load_training(path, tokenizer, config, max_length=max_length)
-    if validation is None:
-        return train, None
-    return train, load_training(validation, tokenizer, config, max_length=max_length, param="validation_file")
+    train, held_out = load_training(path, tokenizer, config, max_length=max_length), None
+    _check_vocabulary(train, arch, base)
+    if validation:
+        held_out = load_training(Path(validation), tokenizer, config, max_length=max_length, param="validation_file")
+        _check_vocabulary(held_out, arch, base)
+    return train, held_out
 
 
 def _dated(config: FinetuneConfig, directory: Path, resume: bool) -> FinetuneConfig:
-    """With the day that chat templates are told: as given, or as it was when the job began, or today."""
+    """The settings with the date for chat templates: the given one, for a resumed job the one it began with, or today's."""
     if config.template_date is not None:
         return config
     date: Any = datetime.date.today().isoformat()
@@ -241,16 +246,13 @@ def prepare_beside(
     validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
     listen: Callable[[JobEvent], None], check: Callable[[Dataset, Dataset | None, FinetuneConfig], FittedPlan],
 ) -> PreparedJob:
-    """A job for an engine, whose pool gives it memory. check: chooses the plan, or refuses the data before anything is written.
-    Raises as `finetune` does."""
+    """A job for an engine, whose pool gives it memory. check(training data, validation data, settings): chooses the plan, or
+    refuses the data before anything is written. Raises as `finetune` does."""
     directory, data_path = Path(output), Path(data)
     _check_output(directory, resume)
     config = _dated(config, directory, resume)
     arch = loaded.architecture
-    train, held_out = _load_data(data_path, Path(validation) if validation else None, loaded.tokenizer, config, arch)
-    for dataset in (train, held_out):
-        if dataset is not None:
-            _check_vocabulary(dataset, arch, loaded.directory)
+    train, held_out = _load_data(data_path, validation, loaded.tokenizer, config, arch, loaded.directory)
     _tell(train, listen)
     settings = _resolve(config, train, arch, directory, start, resume)
     fitted = check(train, held_out, settings)
@@ -288,10 +290,7 @@ def finetune(
         kind = resolve_dtype(dtype, place)
         base = locate_model(model, report=report)
         arch, tokenizer = read_architecture(base), ChatTokenizer.load(base)
-    train, held_out = _load_data(data_path, Path(validation) if validation else None, tokenizer, asked, arch)
-    for dataset in (train, held_out):
-        if dataset is not None:
-            _check_vocabulary(dataset, arch, base)
+    train, held_out = _load_data(data_path, validation, tokenizer, asked, arch, base)
     _tell(train, listen)
     settings = _resolve(asked, train, arch, directory, start, resume)
     fitted = _choose_plan(arch, settings, train, place, kind, loaded=isinstance(model, LoadedModel))

@@ -22,10 +22,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from coserve.core import AdapterCopy, CapacityError, CoserveError, JobFailed, OptimizerSlice
+from coserve.core import AdapterCopy, CoserveError, JobFailed, OptimizerSlice
 from coserve.engine.batchwork import BatchWork, Microbatch
 from coserve.engine.diskwrite import DiskWrite
 from coserve.engine.finetuning import PreparedJob
+from coserve.engine.trainer import out_of_memory
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
 from coserve.finetune.job import Checkpoint, ForwardBackward, JobEvent, OptimStep, Publish, Score, StepRow, Verb, Write
@@ -50,7 +51,7 @@ class JobProgress:
 
 
 def _nothing(action: str) -> None:
-    """What an ended job does."""
+    """What an ended job does when it is asked for something."""
 
 
 class JobHandle:
@@ -202,7 +203,7 @@ class LiveJob:
                     pass
             else:
                 self._finish(self._result)
-        except StopIteration:  # the driver is through; checkpoints that are refused haven't let it come so far
+        except StopIteration:  # the driver is through; while a checkpoint was refused it would not have come so far
             self._result = DiskWrite(self.host.writer, self.prepared.finish)
         except Exception as error:  # a job's failure is its own
             self._end("failed", error if isinstance(error, CoserveError) else JobFailed(_described(error)))
@@ -235,7 +236,8 @@ class LiveJob:
                 return self._reply(None) if self._copied else False
 
     def _disk_takes_all(self) -> bool:
-        """Whether no write is being refused; the first refusal, and the end of it, become events. Raises what doesn't pass."""
+        """Whether no write is being refused. The first refusal becomes an event, and so does their end. Raises errors that more
+        tries don't mend."""
         self._checkpoints = [write for write in self._checkpoints if not write.done()]
         others = [write for write in (self._row, self._result) if write is not None and not write.done()]
         refusals = [write.refusal for write in (*self._checkpoints, *others) if write.refusal is not None]
@@ -361,9 +363,7 @@ class LiveJob:
             raise error
         fixed = self.trainer.config.deterministic
         if fixed or not self.host.shrink_windows():
-            reason = "and deterministic keeps the windows" if fixed else "at the smallest window"
-            message = f"out of memory, {reason}; lower max_microbatch_tokens ({error})"
-            raise CapacityError(message, param="max_microbatch_tokens") from error
+            raise out_of_memory(error, deterministic=fixed) from error
         self.job.listen(JobEvent(level="warn", message="out of memory: smaller windows; the optimizer batch starts again"))
         self._drop_batch()
         assert self.trainer.adapter.grad is not None
@@ -392,6 +392,9 @@ class LiveJob:
     def stop(self) -> None:
         """The engine ends, the job doesn't: a checkpoint of its last whole step is written, from which `resume` goes on. What
         has run of the next step's batch is dropped."""
+        for write in self._checkpoints:  # before the last one, so that they are written in the order of their steps
+            if write.refusal is not None:
+                write.retry()
         try:
             if self.failure is None and self._result is None:
                 asked = self._complete_step()
@@ -402,9 +405,6 @@ class LiveJob:
             pass
         except Exception as error:  # the checkpoint before is still there
             self.job.listen(JobEvent(level="warn", message=f"no checkpoint at the end: {_described(error)}"))
-        for write in self._checkpoints:
-            if write.refusal is not None:
-                write.retry()
         self._end("cancelled", None)
 
     def _complete_step(self) -> bool:
@@ -430,7 +430,7 @@ class LiveJob:
                     return asked
             self._verb, self._answer = self._driver.send(self._answer), None
             if isinstance(self._verb, OptimStep):
-                return asked  # of the next step
+                return asked  # this starts the next step, which is left to the resumed job
             if isinstance(self._verb, Write):
                 self._start(self._verb)
 

@@ -23,6 +23,7 @@ from coserve.engine.budget import GIB, FittedPlan, Workload, asked_plan, fit_pla
 from coserve.engine.finetuning import PreparedJob
 from coserve.engine.jobs import JobHandle, LiveJob
 from coserve.engine.threads import SideThreads
+from coserve.engine.trainer import MIN_WINDOW
 from coserve.engine.watching import Watcher
 from coserve.finetune.datasets import Dataset
 from coserve.model.architecture import Architecture
@@ -34,8 +35,6 @@ from coserve.scheduler.arenas import Arena
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.work import MicrobatchWork
-
-SMALLEST_WINDOW = 32
 
 
 class UnitShape(NamedTuple):
@@ -89,6 +88,9 @@ class JobTable:
                 f"{field}: rank {rank} is over max_lora_rank={self.config.max_lora_rank}; raise that, or lower {field}",
                 param=field,
             )
+        self._check_name(name)
+
+    def _check_name(self, name: str) -> None:
         if any(job.handle.name == name for job in list(self.jobs.values())):
             raise InvalidRequest(f"name: a job called {name!r} is running; name another", param="name")
 
@@ -128,7 +130,12 @@ class JobTable:
     # --- the life of jobs ---
 
     def begin(self, prepared: PreparedJob, handle: JobHandle, tenant: str, weight: float) -> None:
-        """A job may get units from now on."""
+        """A job may get units from now on. It fails at once if a job of its name has begun while this one was prepared."""
+        try:
+            self._check_name(handle.name)
+        except InvalidRequest as error:
+            handle.close("failed", error)
+            return
         job = LiveJob(self.new_number(), prepared, handle, self, tenant=tenant, weight=weight)
         self.jobs[job.number] = job
         self.scheduler.add_job(job.work)
@@ -226,7 +233,7 @@ class JobTable:
 
     def shrink_windows(self) -> bool:
         picker = self.scheduler.picker
-        if picker.max_window // 2 < SMALLEST_WINDOW:
+        if picker.max_window // 2 < MIN_WINDOW:
             return False
         picker.max_window //= 2
         return True

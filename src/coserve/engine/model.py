@@ -13,7 +13,7 @@ import torch
 from coserve.core import ConfigError
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import Checkpoint
-from coserve.model.locate import locate_model
+from coserve.model.locate import DEFAULT_MODEL, locate_model
 from coserve.model.weights import ModelWeights, load_weights
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import load_adapter
@@ -97,5 +97,5 @@ def load_model(
     tokenizer = ChatTokenizer.load(directory)
     weights = load_weights(checkpoint, dtype=kind, device=place)
     return LoadedModel(
-        name or "SmolLM2-135M-Instruct", directory, base_fingerprint(checkpoint), tokenizer, weights, Executor(weights)
+        name or DEFAULT_MODEL, directory, base_fingerprint(checkpoint), tokenizer, weights, Executor(weights)
     )

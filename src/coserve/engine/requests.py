@@ -44,8 +44,8 @@ class Output:
 class RequestHandle:
     """A submitted request. outputs: n of them; prompt_logprobs: of the prompt's tokens from the second on, if asked for.
 
-    From the first token on: cached_tokens, what the prefix cache had; begun_s, when its prompt began to be computed. label: its
-    name for who watches the engine.
+    Known from the first token on: cached_tokens, how many of the prompt's tokens the prefix cache had; begun_s, when its prompt
+    began to be computed. label: its name in what a Watcher is told.
     """
 
     def __init__(self, prompt_ids: Sequence[int], config: SamplingConfig, arrival_s: float, cancel: Callable[[], None]) -> None:
@@ -134,8 +134,8 @@ class RequestHandle:
 
 @dataclass(slots=True, kw_only=True)
 class LiveRequest:
-    """One output being made. ending: token ids that end it; slot: its adapter's while it runs, or -1. siblings: outputs of the
-    same request that start when this one's prompt is computed, so that they share its blocks."""
+    """One output being made. ending: token ids that end it. slot: its adapter's while it runs, else -1. siblings: outputs of
+    the same request, which start once this one's prompt is computed and share its blocks."""
 
     handle: RequestHandle
     index: int

@@ -25,6 +25,13 @@ from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.plans import scoring_plan
 
 MIN_WINDOW = 32
+"""Tokens: windows are not made smaller than this when memory runs out."""
+
+
+def out_of_memory(error: torch.OutOfMemoryError, *, deterministic: bool) -> CapacityError:
+    """The error of a job whose windows can't get smaller."""
+    reason = "and deterministic keeps the windows" if deterministic else "at the smallest window"
+    return CapacityError(f"out of memory, {reason}; lower max_microbatch_tokens ({error})", param="max_microbatch_tokens")
 
 
 def sweep(num_layers: int, lowest: int, num_tokens: int, window: int, *, forward_only: bool = False) -> Iterator[Unit]:
@@ -82,10 +89,7 @@ class AdapterTrainer:
             except torch.OutOfMemoryError as error:
                 self.adapter.grad.zero_()
                 if self.window // 2 < MIN_WINDOW or self.config.deterministic:
-                    reason = "and deterministic keeps the windows" if self.config.deterministic else "at the smallest window"
-                    raise CapacityError(
-                        f"out of memory, {reason}; lower max_microbatch_tokens ({error})", param="max_microbatch_tokens"
-                    ) from error
+                    raise out_of_memory(error, deterministic=self.config.deterministic) from error
                 self.window //= 2
                 self.warn(f"out of memory: windows are now at most {self.window} tokens; the step starts again")
 

@@ -12,13 +12,13 @@ from typing import Protocol
 
 
 class Watcher(Protocol):
-    """Told by the engine's thread. A call must be short."""
+    """What the engine's thread calls. A call must be short, since the thread waits for it."""
 
     def begin(
         self, what: str, seconds: float = 0.0, *, jobs: Iterable[str] = (), requests: Iterable[str] = ()
     ) -> None:
-        """The thread begins something that is predicted to take so long; jobs, requests: whom it is done for. What it began
-        before has ended."""
+        """The thread begins `what`, and has ended what it began before. seconds: how long it is predicted to take. jobs,
+        requests: the labels of those it is done for."""
 
     def end(self) -> None:
         """The thread has nothing to do."""

@@ -9,6 +9,7 @@ Written under a temporary name, fsynced, renamed. Nothing is ever loaded by pick
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -136,6 +137,7 @@ def remove_old(root: Path, keep: int, *, newest: int) -> None:
     kept = [directory for directory in found if directory.name <= checkpoint_name(newest)][-keep:]
     for directory in found:
         if directory not in kept:
-            shutil.rmtree(directory)
+            with contextlib.suppress(FileNotFoundError):  # its owner may delete it at the same time, in another process
+                shutil.rmtree(directory)
     for leftover in root.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from coserve.config import FinetuneConfig, Objective, SystemPrompt, TooLong
-from coserve.core import Example, Group, InvalidRequest, NotFound
+from coserve.core import Example, Group, InvalidRequest, NotFound, one_line
 from coserve.finetune.jsonlines import LineError, numbered_lines, read_object, shown
 from coserve.finetune.layouts import Encoded, LineReader
 from coserve.tokenizer import ChatTokenizer, TextRules
@@ -138,7 +138,7 @@ def _read(
             sequences = reader.read(read_object(line))
             yield sequences, [_fit(sequence, max_length, too_long) for sequence in sequences]
     except (LineError, InvalidRequest) as error:
-        raise InvalidRequest(f"{place}: {' '.join(str(error).split())}", param=param) from error
+        raise InvalidRequest(f"{place}: {one_line(error)}", param=param) from error
 
 
 def _warnings(reader: LineReader, num_lines: int) -> Iterator[str]:

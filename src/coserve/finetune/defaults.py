@@ -13,7 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from coserve.config import AUTO, LINEAR_SITES, AdapterConfig, BottleneckConfig, FinetuneConfig, LoraConfig, Objective, settled
+from coserve.config import (
+    AUTO,
+    LINEAR_SITES,
+    AdapterConfig,
+    BottleneckConfig,
+    FinetuneConfig,
+    LoraConfig,
+    Objective,
+    is_number,
+    settled,
+)
 from coserve.configdata import to_dict
 from coserve.finetune.batches import BatchOrder
 
@@ -28,8 +38,8 @@ BATCHES = 16
 CHECKPOINT_STEPS = 25
 """A checkpoint at least so often."""
 SUPERVISED_RATE, RATE_WIDTH, MAX_SUPERVISED_RATE = 2e-4, 4096, 2e-3
-"""The rate that is common for adapters on models of 7 to 8 billion parameters, whose hidden size that is. Narrower models get
-more, in inverse proportion: SmolLM2 (576) learns 20 facts of 20 from twenty chats at 1.4e-3, and 6 at 2e-4
+"""2e-4 is common for adapters on models of 7 to 8 billion parameters, whose hidden size is 4096. Narrower models get more, in
+inverse proportion, up to 2e-3: SmolLM2 (hidden size 576) learns 20 facts of 20 from twenty chats at 1.4e-3, and 6 at 2e-4
 (tests/numerics/test_newcomer.py)."""
 
 
@@ -81,17 +91,13 @@ def resolve_settings(
 def keep_numbers(config: FinetuneConfig, recorded: Mapping[str, Any]) -> FinetuneConfig:
     """The same job with the numbers of its record (settings as `to_dict` writes them) for all that is 'auto'."""
     changes = {name: recorded[name] for name in ("epochs", "batch_size", "checkpoint_steps")
-               if getattr(config, name) == AUTO and _is_number(recorded.get(name))}
+               if getattr(config, name) == AUTO and is_number(recorded.get(name))}
     optimizer = recorded.get("optimizer")
     if config.optimizer.learning_rate == AUTO and isinstance(optimizer, Mapping):
         rate = optimizer.get("learning_rate", AUTO)
-        if _is_number(rate):
+        if is_number(rate):
             changes["optimizer"] = replace(config.optimizer, learning_rate=rate)
     return replace(config, **changes)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def describe_settings(asked: FinetuneConfig, settings: FinetuneConfig, num_steps: int) -> str:
@@ -111,21 +117,20 @@ def describe_settings(asked: FinetuneConfig, settings: FinetuneConfig, num_steps
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:
-    """Its kind and what makes its size, in a few words."""
+    """An adapter's kind and what determines its size, in a few words."""
     if isinstance(adapter, LoraConfig):
-        kind = "dora" if adapter.use_dora else "lora"
-        return f"{kind} of rank {adapter.r}, alpha {adapter.alpha:g}"
+        return f"{_kind(adapter)} of rank {adapter.r}, alpha {adapter.alpha:g}"
     if isinstance(adapter, BottleneckConfig):
         return f"bottleneck of size {adapter.size}, {adapter.placement}"
-    return "ia3"
+    return _kind(adapter)
 
 
 _WORDS = {"r": "rank", "use_dora": "kind"}
 
 
 def unused_settings(given: Mapping[str, Any], used: AdapterConfig) -> list[str]:
-    """What was asked of an adapter and isn't what the continued one has, as 'rank 16 (it has 4)'. given: by the names of the
-    adapters' settings, and `kind`."""
+    """Settings that were asked for and that the continued adapter doesn't have, each as 'rank 16 (it has 4)'. given: {name:
+    value} by the names of adapters' settings, with `kind` if that was asked for. used: the continued adapter's settings."""
     kind, values = _kind(used), to_dict(used)
     found = []
     if given.get("kind", kind) != kind:

@@ -51,8 +51,8 @@ GOES_ON = "the disk takes the job's files again; the job goes on"
 
 
 def insist(action: Callable[[], object], tell: Callable[[str, str], None]) -> None:
-    """Tries until the disk takes it, for a job that has a process of its own. tell(level, message): called when it begins to
-    wait and when it goes on. Raises what doesn't pass."""
+    """Repeats a write until the disk takes it, for a job that has a process of its own. tell(level, message): called when the
+    job begins to wait and when it goes on. Raises errors that more tries don't mend."""
     waited = False
     while True:
         try:

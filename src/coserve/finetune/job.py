@@ -1,8 +1,9 @@
-"""A supervised or preference job: a driver over the verbs forward_backward, optim_step, save and publish.
+"""A supervised or preference job: a driver that asks for one verb after another (forward_backward, score, optim_step,
+checkpoint, write, publish).
 
 Owns: the cursor, the schedule of steps, validations and checkpoints, the table of metrics. Does not own: the verbs (the engine
 gives them), progress display (callers listen to events). Replayed steps overwrite their rows by step number. Everything that
-a job writes is a verb too, so that whoever runs it decides how to wait while the disk refuses it.
+a job writes is a verb too, so that whoever runs the job decides how it waits while the disk refuses a write.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ class MetricsTable:
             raise
 
     def sync(self) -> None:
-        """All rows are on the disk when this returns, as far as a loss of power is concerned. Raises OSError."""
+        """When this returns, not even a loss of power takes a row that was appended. Raises OSError."""
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -244,7 +245,7 @@ def refuse_changes(facts: Mapping[str, object], recorded: Mapping[str, object], 
 
 
 def _with_defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Recorded settings with those that came to be later at their defaults; as they are where they can't be read."""
+    """Recorded settings, completed with the defaults of settings that later versions added; unchanged if they can't be read."""
     try:
         return to_dict(finetune_config_from_dict(settings))
     except (ConfigError, TypeError):
@@ -264,7 +265,8 @@ def _first_difference(name: str, value: object, recorded: object) -> str | None:
 
 
 def _again(done: int, ran: int) -> str:
-    """The steps that a resumed job runs again, as the end of a sentence. done: steps it has; ran: steps that had run."""
+    """The steps that a resumed job runs again, as the end of a sentence. done: steps in its checkpoint; ran: steps that had
+    run."""
     count = max(0, ran - done)
     if count == 0:
         return ""
@@ -287,6 +289,9 @@ class Job:
         self.table = MetricsTable(directory / "metrics.csv")
         self.cursor = Cursor(step=0, trained_tokens=0)
         self.saved_step = 0
+        """The step of the latest checkpoint that was asked for; it may not be on the disk yet."""
+        self.written_step = 0
+        """The step of the newest checkpoint that this run has written or went back to."""
         self.unrecorded: StepRow | None = None
         """The row of the step at the cursor, until it is in the table."""
 
@@ -307,7 +312,7 @@ class Job:
         refuse_changes(self.facts, manifest, directory.name)
         self.verbs.restore(load_optimizer(directory), manifest["step"])
         self.cursor = Cursor(step=manifest["step"], trained_tokens=manifest["trained_tokens"])
-        self.saved_step = self.cursor.step
+        self.saved_step = self.written_step = self.cursor.step
         unrecorded = manifest.get("unrecorded")
         self.unrecorded = None if unrecorded is None else StepRow(**unrecorded)
         message = f"resumed after step {self.cursor.step} from {directory.name}{_again(self.cursor.step, ran)}"
@@ -385,12 +390,16 @@ class Job:
     def write_checkpoint(
         self, cursor: Cursor, state: Mapping[str, Tensor], save: Callable[[Path], None], *, unrecorded: StepRow | None = None,
     ) -> Path:
-        """Writes a checkpoint of the step at `cursor`. save: writes the adapter of that step into a directory; unrecorded: the
-        step's row, if the table hasn't got it."""
+        """Writes a checkpoint of the step at `cursor`, and deletes those beyond `keep_checkpoints`. A newer one stays: if
+        the disk refused this one at first, the next one may have been written before it.
+
+        save: writes the adapter of that step into a directory. unrecorded: the step's row, if the table hasn't got it.
+        """
         facts = dict(self.facts) if unrecorded is None else {**self.facts, "unrecorded": asdict(unrecorded)}
         self.table.sync()  # no checkpoint is ahead of the table
         path = save_checkpoint(self.checkpoint_root, cursor, save_adapter=save, optimizer=dict(state), facts=facts)
-        remove_old(self.checkpoint_root, self.config.keep_checkpoints, newest=cursor.step)
+        self.written_step = max(self.written_step, cursor.step)
+        remove_old(self.checkpoint_root, self.config.keep_checkpoints, newest=self.written_step)
         self.listen(JobEvent(
             level="info", message=f"checkpoint {path.name}", checkpoint=path, checkpoint_step=cursor.step,
         ))

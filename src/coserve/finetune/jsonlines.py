@@ -14,9 +14,9 @@ from typing import Any
 from coserve.core import InvalidRequest
 
 MAX_LINE_BYTES = 4 << 20
-"""Tokenizing takes up to 250 times the memory of a text."""
+"""The longest line. Tokenizing a text takes up to 250 times its memory, which this bounds."""
 _HEAD_BYTES = 1 << 20
-"""What is looked at to see whether an upload is JSON Lines at all."""
+"""The part of an upload that is searched for a JSON object."""
 _SAVE = "save it as UTF-8"
 _UNPACK = "write each object of a JSON array on a line of its own"
 _SIGNS = (
@@ -31,18 +31,18 @@ _SIGNS = (
     (b"\x28\xb5\x2f\xfd", "compressed (zstd); give the file inside"),
     (b"PAR1", "a Parquet file; write it as JSON Lines"),
 )
-_SHOWN_KEY = 60
+_SHOWN_CHARS = 60
 
 
 class LineError(Exception):
-    """`field`: what is wrong with it and what to do, without file and line."""
+    """A line that can't be used. The message says what is wrong with `field` and what to do, without file and line."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
 
 
 def foreign_format(head: bytes) -> str | None:
-    """What a file is in instead of UTF-8 text, by its first bytes and in words, with what to do; None if they don't tell."""
+    """What a file's first bytes show it to be instead of UTF-8 text, in words, with what to do; None if they don't show it."""
     for sign, words in _SIGNS:
         if head.startswith(sign):
             return words
@@ -99,7 +99,7 @@ def kind(value: object) -> str:
 def shown(value: object) -> str:
     """A user's value as JSON, at most 60 characters."""
     text = json.dumps(value)
-    return text if len(text) <= _SHOWN_KEY else text[: _SHOWN_KEY - 3] + "..."
+    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 3] + "..."
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -139,11 +139,11 @@ class UploadCheck:
             self._decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             raise _refused("isn't valid UTF-8, it ends inside a character") from error
-        lines = bytes(self._head).removeprefix(codecs.BOM_UTF8).split(b"\n")
+        head = bytes(self._head).removeprefix(codecs.BOM_UTF8)
+        lines = head.split(b"\n")
         cut = lines.pop() if len(self._head) < self._size else b""  # the rest of the last line wasn't looked at
         if not (cut.lstrip().startswith(b"{") or any(map(_is_object, lines))):
-            listed = lines and lines[0].lstrip().startswith(b"[")
-            todo = _UNPACK if listed else "a file for fine-tuning is JSON Lines"
+            todo = _UNPACK if head.lstrip().startswith(b"[") else "a file for fine-tuning is JSON Lines"
             raise _refused(f"has no line that is a JSON object; {todo}")
 
 

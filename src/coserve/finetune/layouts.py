@@ -26,7 +26,7 @@ from coserve.tokenizer import ChatTokenizer, Notes, TextRules
 
 _SHOWN_KEYS = 8
 _NO_TOOLS_WRITTEN = ("", "[]")
-"""A column `tools` of LLaMA-Factory's is text."""
+"""Values of LLaMA-Factory's column `tools`, which holds text, that say that there are none."""
 _QUESTIONS = ("question", "query", "input", "instruction")
 """Columns of other layouts that hold a prompt."""
 _WEAKEST = "text"
@@ -43,8 +43,8 @@ class Encoded(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class LineReader:
-    """Reads the lines of one file. ignored: columns that no layout has, in the order in which they came; last_turn_only,
-    control_texts: lines of which tokenizer.Notes tells that."""
+    """Reads the lines of one file. ignored: columns that the lines' layouts don't have, in the order in which they came.
+    last_turn_only, control_texts: how many lines have what tokenizer.Notes counts under that name."""
 
     tokenizer: ChatTokenizer
     objective: Objective
@@ -241,7 +241,7 @@ def _system(record: dict[str, Any]) -> list[Turn]:
 
 
 def _instruction(record: dict[str, Any]) -> list[Turn]:
-    """The turns before the answer of an alpaca line."""
+    """The turns before the answer of an alpaca line. Raises LineError."""
     turns = _system(record)
     history = record.get("history") or []
     if not isinstance(history, list):

@@ -30,7 +30,7 @@ def taught_end_tokens(groups: Sequence[Group], tokenizer: ChatTokenizer, *, max_
 
 
 def _ends(example: Example, max_length: int, is_white_space: Callable[[int], bool]) -> Iterator[int]:
-    """The last token of every trained passage that is no white space."""
+    """Of every trained passage, the last token that is no white space."""
     edges = np.flatnonzero(np.diff(example.weights > 0, prepend=False, append=False))
     for start, end in edges.reshape(-1, 2).tolist():
         if end == example.num_tokens >= max_length:

@@ -19,13 +19,13 @@ _ROLES = {
     "system": "system", "developer": "developer", "user": "user", "assistant": "assistant",
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
 }
-"""Accepted roles, ShareGPT's from the fifth on, and the chat template's."""
+"""{accepted role: the chat template's}; the first four are OpenAI's words, the others ShareGPT's."""
 _OPENAI_ROLES = 4
 _TOOL_ROLES = (*TOOL_ROLES, "function_call", "observation")
 _KEYS = ("role", "content", "name", "weight")
 _SHAREGPT_KEYS = ("from", "value", "name", "weight")
 _MAX_TURNS = 2048
-"""Of one example: which tokens are trained is found in time that grows with its square."""
+"""Messages of one example. The time to find its trained tokens grows with the square of this."""
 
 
 def read_turns(value: object, place: str, *, keep_developer: bool) -> list[Turn]:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from coserve.core import ConfigError, InvalidRequest, NotFound
+from coserve.core import ConfigError, InvalidRequest, NotFound, one_line
 from coserve.model.fields import check_fields
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -134,11 +134,6 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 """By the model type that transformers gives a configuration, which is not always the one that its file states."""
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from coserve.core import InvalidRequest, NotFound
-from coserve.model.architecture import Architecture, one_line, read_architecture, read_json
+from coserve.core import InvalidRequest, NotFound, one_line
+from coserve.model.architecture import Architecture, read_architecture, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -31,7 +31,7 @@ INERT = frozenset({
     "use_flash_attention", "use_flash_attention_2", "gradient_checkpointing", "unsloth_version", "unsloth_fixed",
     "transformers.js_config", "auto_map", "attention_dropout", "dual_chunk_attention_config",
 })
-"""Of no influence on logits in transformers' classes of these families."""
+"""Fields without influence on logits in transformers' classes of these families."""
 
 _KERNELS = re.compile("flash_?att|^use_fused_|^fused_attention$|^_?attn_impl|^kv_cache_|sdpa|xformers|liger")
 """Names of fields that choose how something is computed or stored, not what."""
@@ -44,7 +44,7 @@ _SAME_AS: Mapping[str, str] = {
     "norm_eps": "rms_norm_eps", "layer_norm_eps": "rms_norm_eps", "layer_norm_epsilon": "rms_norm_eps",
     "rope_base": "rope_theta", "rotary_emb_base": "rope_theta", "bias": "attention_bias", "attn_bias": "attention_bias",
 }
-"""Other programs' names of fields: there they may repeat what the field itself says."""
+"""{another program's name of a field: the field}. Under such a name a file may only repeat what the field itself says."""
 
 _AGREE: Mapping[str, tuple[Any, ...]] = {
     "activation": ("silu", "swish", "swiglu"), "activation_function": ("silu", "swish", "swiglu"),
@@ -70,7 +70,7 @@ _COMPUTES = re.compile(
     "position|qk|residual|rope|rotary|router|scal|sink|softcap|sparse|ssm|vision|window"
 )
 _FACTOR = re.compile("factor|multiplier|scal|pct|ratio")
-"""Where 1 changes nothing."""
+"""Names of fields where the value 1 changes nothing."""
 
 
 def check_fields(raw: Mapping[str, Any], family_fields: frozenset[str], source: str) -> None:
@@ -115,7 +115,7 @@ def _is_neutral(name: str, value: Any) -> bool:
 
 
 def _agrees(name: str, value: Any, raw: Mapping[str, Any]) -> bool:
-    """Whether it repeats another field, or what the decoder does in any case."""
+    """Whether a field repeats another one, or says what the decoder does in any case."""
     if name == "layer_types":  # of a family without windows
         return isinstance(value, list) and all(kind == "full_attention" for kind in value)
     return value in _AGREE.get(name, ()) or (name in _SAME_AS and value == raw.get(_SAME_AS[name]))

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from coserve.core import ConfigError, InvalidRequest, NotFound
-from coserve.model.architecture import Architecture, one_line, read_architecture
+from coserve.core import ConfigError, InvalidRequest, NotFound, one_line
+from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.checkpoint import INDEX_FILE, SINGLE_FILE, expected_shapes
 from coserve.model.ggufvocab import Vocabulary, write_tokenizer
 

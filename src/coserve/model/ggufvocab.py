@@ -18,8 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from coserve.core import InvalidRequest
-from coserve.model.architecture import one_line
+from coserve.core import InvalidRequest, one_line
 from coserve.tokenizer import EXACT_KEY
 
 Get = Callable[[str], Any]
@@ -32,7 +31,7 @@ _KNOWN = frozenset({
 })
 """Keys below PREFIX that are read or refused by value; ids of special tokens beside them."""
 _REFUSED = ("add_sep_token", "remove_extra_whitespaces", "precompiled_charsmap")
-"""What changes ids in ways that the tokenizers of these families don't have."""
+"""Keys that change ids in ways that the tokenizers of these families don't have."""
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 """llama.cpp's types of tokens that matter here."""
@@ -81,7 +80,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 
 
 class Vocabulary:
-    """A GGUF file's tokens with their types, and its settings."""
+    """A GGUF file's tokens with their types, and what else it says about its tokenizer."""
 
     def __init__(self, get: Get, keys: Sequence[str], source: Path) -> None:
         """keys: all of the file's; source: for messages. Raises InvalidRequest naming the key that can't be understood."""
@@ -233,7 +232,10 @@ class Vocabulary:
             return None
         if not isinstance(values, list) or len(values) < len(self.tokens):
             raise self._error(name, f"must have a value for each of {len(self.tokens)} tokens")
-        return [kind(value) for value in values[:len(self.tokens)]]
+        try:
+            return [kind(value) for value in values[:len(self.tokens)]]
+        except (TypeError, ValueError) as error:
+            raise self._error(name, "must hold numbers") from error
 
     def _error(self, name: str, what: str) -> InvalidRequest:
         return InvalidRequest(f"{self.source}: {PREFIX}{name} {what}")

@@ -16,8 +16,8 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from coserve.core import InvalidRequest, NotFound
-from coserve.model.architecture import one_line, read_json
+from coserve.core import InvalidRequest, NotFound, one_line
+from coserve.model.architecture import read_json
 from coserve.model.gguf import convert_gguf
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -145,7 +145,7 @@ def _why(error: BaseException) -> str:
         return "that is no name of a model on the Hugging Face hub"
     if names & _OFFLINE:
         return "no network"
-    return f"the Hugging Face hub could not give it ({type(error).__name__}: {one_line(error)[:200]})"
+    return f"the Hugging Face hub could not give it ({type(error).__name__}: {one_line(error, 200)})"
 
 
 _OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "ConnectTimeout", "gaierror",
@@ -177,7 +177,7 @@ def _nearest(path: Path) -> str:
 
 def _with_config(directory: Path) -> Path:
     """The directory. Raises NotFound, with what may be meant, where it holds no model."""
-    if (directory / "config.json").is_file() or (directory / "adapter_config.json").is_file():
+    if (directory / "config.json").is_file():
         return directory
     found = sorted(directory.glob("*.gguf")) + sorted(path.parent for path in directory.glob("*/config.json"))
     hint = "; a model directory has one"

@@ -1,6 +1,6 @@
 """What an adapter's directory says of itself in adapter_config.json, without reading its weights.
 
-For defaults and warnings before a model is there. Does not own: whether the adapter can be used (format.py).
+For defaults and warnings before a model is there. Does not own: whether the adapter can be used (gate.py).
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ def described_adapter(directory: Path) -> AdapterConfig:
 
 def _lora(fields: Mapping[str, Any]) -> LoraConfig:
     return LoraConfig(
-        r=fields.get("r", 8), alpha=fields.get("lora_alpha", 8), dropout=fields.get("lora_dropout") or 0.0,
-        target_modules=_names(fields.get("target_modules")) or "all-linear", use_rslora=bool(fields.get("use_rslora")),
-        use_dora=bool(fields.get("use_dora")), rank_pattern=fields.get("rank_pattern") or {},
-        alpha_pattern=fields.get("alpha_pattern") or {},
+        r=fields["r"], alpha=fields["lora_alpha"], dropout=fields["lora_dropout"],
+        target_modules=_names(fields["target_modules"]) or "all-linear", use_rslora=fields["use_rslora"],
+        use_dora=fields["use_dora"], rank_pattern=fields["rank_pattern"], alpha_pattern=fields["alpha_pattern"],
     )
 
 
 def _ia3(fields: Mapping[str, Any]) -> IA3Config:
-    targets = IA3Config(target_modules=_names(fields.get("target_modules")) or IA3Config().target_modules)
-    inputs = tuple(_names(fields.get("feedforward_modules")) or ())
+    targets = IA3Config(target_modules=_names(fields["target_modules"]) or IA3Config().target_modules)
+    inputs = tuple(_names(fields["feedforward_modules"]) or ())
     return replace(targets, feedforward_modules=inputs) if set(inputs) <= set(targets.targets) else targets
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from coserve.config import is_whole, shown
-from coserve.core import InvalidRequest
+from coserve.core import InvalidRequest, one_line
 
 MAX_JSON_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 8 << 20
@@ -103,7 +103,7 @@ def _parse(data: bytes | bytearray, name: str) -> Any:
     except RecursionError as error:
         raise refuse(f"{name} can't be read as JSON (it is nested too deeply)") from error
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ones
-        raise refuse(f"{name} can't be read as JSON ({' '.join(str(error).split())[:200]})") from error
+        raise refuse(f"{name} can't be read as JSON ({one_line(error, 200)})") from error
     return found
 
 

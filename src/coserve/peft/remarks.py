@@ -19,7 +19,8 @@ from coserve.peft.patterns import compile_pattern
 from coserve.peft.tensors import WEIGHTS_FILE
 
 GENERATION_FILE = "generation_config.json"
-REMARK_FILES = (GENERATION_FILE, "added_tokens.json", "tokenizer_config.json", "tokenizer.json")
+_ADDED_FILE, _TOKENIZER_CONFIG_FILE, _TOKENIZER_FILE = "added_tokens.json", "tokenizer_config.json", "tokenizer.json"
+REMARK_FILES = (GENERATION_FILE, _ADDED_FILE, _TOKENIZER_CONFIG_FILE, _TOKENIZER_FILE)
 """Files beside an adapter that are looked into."""
 _MAX_END_TOKENS = 100
 _MAX_TOKENIZER_BYTES = 1 << 20
@@ -33,7 +34,7 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
 
 
 def named_by(told: str | list[str] | None, modules: Sequence[str], field: str) -> set[str] | None:
-    """The modules that a field of names or with an expression means; None where that can't be told."""
+    """The modules that a field means, which is a list of names or a regular expression; None where that can't be told."""
     if told is None:
         return None
     if isinstance(told, list):
@@ -86,7 +87,7 @@ def read_optional(path: Path) -> dict[str, Any]:
 
 
 def plain_values(origin: Mapping[str, Any]) -> dict[str, Any]:
-    """What may go on beside the adapter: our own file's numbers, names, and lists of them."""
+    """What of a foreign coserve.json is kept beside the adapter: numbers, short texts, and lists of them."""
     def good(value: Any) -> bool:
         return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 1000)
 
@@ -118,18 +119,18 @@ def token_warnings(directory: Path, knows: Callable[[str], bool] | None) -> Iter
         return
     if new:
         yield (
-            f"the adapter's own tokenizer has {list_names(new)}, which the base's lacks: the base's one is used, and to that"
-            " this is ordinary text"
+            f"the adapter's own tokenizer has {list_names(new)}, which the base's lacks; the base's tokenizer is used, and "
+            "takes them as ordinary text"
         )
 
 
 def _added_tokens(directory: Path) -> set[str]:
     """Tokens that the tokenizer's files beside the adapter call added. Raises InvalidRequest."""
-    found: set[str] = set(read_optional(directory / REMARK_FILES[1]))
-    decoder = read_optional(directory / REMARK_FILES[2]).get("added_tokens_decoder")
+    found: set[str] = set(read_optional(directory / _ADDED_FILE))
+    decoder = read_optional(directory / _TOKENIZER_CONFIG_FILE).get("added_tokens_decoder")
     entries = list(decoder.values()) if isinstance(decoder, dict) else []
     try:
-        with open_regular(directory / REMARK_FILES[3]) as (file, _):
+        with open_regular(directory / _TOKENIZER_FILE) as (file, _):
             text = file.read(_MAX_TOKENIZER_BYTES).decode(errors="replace")
     except FileNotFoundError:
         text = ""
@@ -138,7 +139,7 @@ def _added_tokens(directory: Path) -> set[str]:
         try:
             told, _ = json.JSONDecoder().raw_decode(rest.lstrip(" \t\r\n:"))
         except (ValueError, RecursionError) as error:
-            raise refuse("tokenizer.json can't be read as JSON") from error
+            raise refuse(f"{_TOKENIZER_FILE} can't be read as JSON") from error
         entries += told if isinstance(told, list) else []
     contents = (entry.get("content") for entry in entries if isinstance(entry, dict))
     return found | {content for content in contents if isinstance(content, str)}
