@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,21 +16,11 @@ from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
-from tests.tiny_engine import MakeEngine, build_model, drive, prompt, random_adapter, tracked_engines
+from tests.tiny_engine import MakeEngine, drive, prompt, random_adapter, tracked_engines
 
 GREEDY = SamplingConfig(max_tokens=8, temperature=0, ignore_eos=True)
 LONG = SamplingConfig(max_tokens=60, temperature=0, ignore_eos=True)
 NUM = 12
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return build_model(tmp_path_factory.mktemp("slots") / "model")
-
-
-@pytest.fixture
-def engines(model: LoadedModel) -> Iterator[MakeEngine]:
-    yield from tracked_engines(model)
 
 
 @pytest.fixture(scope="module")
