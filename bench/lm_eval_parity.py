@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -114,12 +115,13 @@ def numbers(said: Any) -> tuple[list[float], list[Any]]:
 
 
 def compare(task: str, mine: dict[str, Any], yours: dict[str, Any]) -> tuple[float, int]:
-    """How far two runs of a task are apart: the largest difference of a log-likelihood, and the documents whose greedy flags or
-    generated texts differ."""
+    """How far two runs of a task are apart: the largest difference of a log-likelihood, infinite where one is no number; and
+    the number of documents whose greedy flags or generated texts differ."""
     distance, others = 0.0, 0
     for one, other in zip(mine["samples"][task], yours["samples"][task], strict=True):
         (values, rest), (other_values, other_rest) = numbers(one), numbers(other)
-        distance = max([distance, *(abs(a - b) for a, b in zip(values, other_values, strict=True))])
+        gaps = [abs(a - b) for a, b in zip(values, other_values, strict=True)]
+        distance = max([distance, *(math.inf if math.isnan(gap) else gap for gap in gaps)])
         others += rest != other_rest
     return distance, others
 
