@@ -15,26 +15,22 @@ than 1e-3 from the one in float64, which both in float32 approximate.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import datetime
 import json
-import socket
-import subprocess
+import math
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
+from served import serve
 
 from coserve.bench.cli import device_name, versions
 from coserve.model.locate import DEFAULT_MODEL, locate_model
 
-START_S = 180.0
 TOLERANCE = 1e-3
 DEMO = Path(__file__).parents[1] / "src" / "coserve" / "demo" / "train.jsonl"
 SIGNS = ("🙂", "👍🏽", "中文", "naïve ✓", "日本語", "🦄🦄")
@@ -89,30 +85,6 @@ def write_tasks(directory: Path, pairs: list[tuple[str, str]]) -> None:
         (directory / f"{name}.yaml").write_text(head + task.lstrip(), encoding="utf-8")
 
 
-@contextlib.contextmanager
-def server(directory: Path) -> Iterator[str]:
-    """The address of a server of the default model, which is ended afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "coserve", "serve", "--port", str(port), "--data-dir", str(directory / "data")]
-    with (directory / "log").open("w") as log:
-        process = subprocess.Popen([*command, "--dtype", "float32"], stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + START_S
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"the server did not start:\n{(directory / 'log').read_text()}")
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
 def evaluate(manager: TaskManager, model: str, arguments: dict[str, Any], batch_size: int) -> dict[str, Any]:
     """lm-eval's results: metrics by task, and what the model said to each document."""
     found = lm_eval.simple_evaluate(
@@ -143,12 +115,13 @@ def numbers(said: Any) -> tuple[list[float], list[Any]]:
 
 
 def compare(task: str, mine: dict[str, Any], yours: dict[str, Any]) -> tuple[float, int]:
-    """How far two runs of a task are apart: the largest difference of a log-likelihood, and the documents whose greedy flags or
-    generated texts differ."""
+    """How far two runs of a task are apart: the largest difference of a log-likelihood, infinite where one is no number; and
+    the number of documents whose greedy flags or generated texts differ."""
     distance, others = 0.0, 0
     for one, other in zip(mine["samples"][task], yours["samples"][task], strict=True):
         (values, rest), (other_values, other_rest) = numbers(one), numbers(other)
-        distance = max([distance, *(abs(a - b) for a, b in zip(values, other_values, strict=True))])
+        gaps = [abs(a - b) for a, b in zip(values, other_values, strict=True)]
+        distance = max([distance, *(math.inf if math.isnan(gap) else gap for gap in gaps)])
         others += rest != other_rest
     return distance, others
 
@@ -171,7 +144,7 @@ def main() -> None:
             evaluate(manager, "hf", {"pretrained": checkpoint, "dtype": dtype, "device": "cpu"}, 1)
             for dtype in ("float32", "float64")
         )
-        with server(directory) as url:
+        with serve(directory, "--dtype", "float32") as (url, _):
             for batch_size in (1, options.batch_size):
                 arguments = {
                     "model": DEFAULT_MODEL, "base_url": f"{url}/v1/completions", "tokenizer": checkpoint,
@@ -193,7 +166,7 @@ def main() -> None:
                   f"{row['coserve_to_float64']:.1e} | {row['hf_to_float64']:.1e} |")
     options.output.write_text(json.dumps({
         "command": f"python bench/lm_eval_parity.py --data {options.data.name} --documents {options.documents}",
-        "model": DEFAULT_MODEL, "dtype": "float32",
+        "date": datetime.date.today().isoformat(), "model": DEFAULT_MODEL, "dtype": "float32",
         "device": device_name(torch.device("cpu")), "versions": {**versions(), "lm_eval": lm_eval.__version__}, "rows": rows,
     }, indent=2) + "\n", encoding="utf-8")
     if any(row["differ"] or not row["coserve_to_float64"] < TOLERANCE for row in rows):

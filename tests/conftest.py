@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coserve.engine.model import LoadedModel
-from tests.tiny_engine import MakeEngine, tracked_engines
+from tests.tiny_engine import MakeEngine, build_model, tracked_engines
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,13 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """The tiny model. A file, or a folder's conftest, may have another one under this name."""
+    return build_model(tmp_path_factory.mktemp("model") / "model")
+
+
 @pytest.fixture
 def engines(model: LoadedModel) -> Iterator[MakeEngine]:
-    """Makes engines for the test file's own `model`."""
+    """Makes engines for the `model` that the test file sees."""
     yield from tracked_engines(model)

@@ -22,9 +22,10 @@ from coserve.engine.finetuning import finetune
 from coserve.engine.model import LoadedModel
 from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.datasets import Dataset, load_groups
-from coserve.finetune.job import JobEvent, MetricsTable, StepRow
+from coserve.finetune.job import JobEvent, StepRow
 from coserve.peft.lora import LoraAdapter
 from tests import oracle
+from tests.outcome import result, rows_of
 from tests.tiny_directory import preference_line, write_lines
 from tests.tiny_engine import MakeEngine, PlanLog, build_model, drive, prompt, random_adapter
 
@@ -57,15 +58,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(directory: Path) -> LoadedModel:
     return build_model(directory / "model")
-
-
-def rows_of(output: Path) -> list[StepRow]:
-    return [replace(row, seconds=0.0) for row in MetricsTable(output / "metrics.csv").rows()]
-
-
-def result(output: Path) -> tuple[list[StepRow], bytes]:
-    """What a run computed: its rows without the time they took, and the adapter's bytes."""
-    return rows_of(output), (output / "adapter_model.safetensors").read_bytes()
 
 
 def assert_ln_2(rows: list[StepRow]) -> None:

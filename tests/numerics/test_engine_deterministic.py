@@ -17,10 +17,10 @@ from coserve.core import CapacityError, ConfigError, StepPlan
 from coserve.engine.engine import Engine
 from coserve.engine.finetuning import finetune
 from coserve.engine.model import LoadedModel, load_model
-from coserve.finetune.job import MetricsTable, StepRow
 from coserve.finetune.optimizer import FlatAdamW
 from coserve.runtime.executor import TrainExecutor
 from coserve.scheduler.units import LEAST_SLICE
+from tests.outcome import result
 from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
 from tests.tiny_engine import MakeEngine, PlanLog, build_model, drive, prompt, tracked_engines
 
@@ -30,7 +30,6 @@ SFT = FinetuneConfig(
 )
 DPO = replace(SFT, objective="dpo", max_microbatch_tokens=400)
 GREEDY = SamplingConfig(max_tokens=12, temperature=0, ignore_eos=True)
-Result = tuple[list[StepRow], bytes]
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +44,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(directory: Path) -> LoadedModel:
     return build_model(directory / "model")
-
-
-def result(output: Path) -> Result:
-    """What a run computed: its rows without the time they took, and the adapter's bytes."""
-    rows = [replace(row, seconds=0.0) for row in MetricsTable(output / "metrics.csv").rows()]
-    return rows, (output / "adapter_model.safetensors").read_bytes()
 
 
 def run_beside(engine: Engine, seed: int, steps: int | None = None) -> list[StepPlan]:

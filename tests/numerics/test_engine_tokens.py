@@ -17,18 +17,13 @@ from coserve.engine.model import LoadedModel
 from coserve.engine.requests import RequestHandle
 from tests import oracle
 from tests.tiny_directory import chat_lines, write_lines
-from tests.tiny_engine import MakeEngine, PlanLog, build_model, drive, prompt, random_adapter
+from tests.tiny_engine import MakeEngine, PlanLog, drive, prompt, random_adapter
 
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.95, seed=7)
 PROMPTS = [prompt(n) for n in (1, 5, 16, 17, 33, 64, 90, 31)]
 TINY_POOL = {"num_blocks": 14, "share": 1.0}
 """Room for three or four of the prompts with their outputs."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return build_model(tmp_path_factory.mktemp("engine") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ from coserve.configdata import to_dict
 from coserve.engine.finetuning import finetune
 from coserve.engine.model import LoadedModel, load_model
 from coserve.finetune import job as job_module
-from coserve.finetune.job import Job, JobEvent, MetricsTable, StepRow, Verb
+from coserve.finetune.job import Job, JobEvent, Verb
+from tests.outcome import result
 from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
 
 ROOT = Path(__file__).parents[2]
@@ -57,12 +58,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(directory: Path) -> LoadedModel:
     return load_model(str(directory / "model"), device="cpu", dtype="float32")
-
-
-def result(output: Path) -> tuple[list[StepRow], bytes]:
-    """What a run computed: its rows without the time they took, and the adapter's bytes."""
-    rows = [replace(row, seconds=0.0) for row in MetricsTable(output / "metrics.csv").rows()]
-    return rows, (output / "adapter_model.safetensors").read_bytes()
 
 
 def run_with_crashes(

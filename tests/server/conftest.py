@@ -1,18 +1,20 @@
 """Whole servers on a tiny model, as `coserve serve` starts them: a process for the API, which has one for the engine.
 
 `server` is shared by all tests of a run; `start_server` gives a test its own, to be killed or told otherwise. `site` has the
-routes of inference without an engine: on fakes, in the test's own process.
+routes of inference without an engine: on fakes, in the test's own process. `play` runs stories of jobs on a fake engine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import httpx
 import pytest
 
 from coserve.tokenizer import ChatTokenizer
+from tests.server.jobs_bench import play_stories
 from tests.server.sites import Site, open_site
 from tests.tiny_directory import build_tiny_directory
 from tests.tiny_tokenizer import build_tiny_tokenizer
@@ -53,6 +56,11 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def resident_bytes(pid: int) -> int:
+    """A process's memory that is not swapped out."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> float:
@@ -136,6 +144,7 @@ class RunningServer:
 
 
 StartServer = Callable[..., RunningServer]
+Play = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
@@ -167,6 +176,18 @@ def start_server(tiny_model: Path, tmp_path: Path) -> Iterator[StartServer]:
     for one in running:
         with contextlib.suppress(subprocess.TimeoutExpired):
             one.stop()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tokenizer and no weights, which is what the API process reads of a model."""
+    return build_tiny_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def play(model: Path, tmp_path: Path) -> Play:
+    """play(*stories, **settings): as `play_stories`, over a data directory of the test's own."""
+    return partial(play_stories, model, tmp_path / "data")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """An engine process for tests, started in place of coserve.server.link.enginemain: it hangs when it is told to.
 
-The file HANG in the data directory says how: 'gil TEXT', 'sleep TEXT' or 'crash TEXT', where TEXT is part of the label of a
-request or job in the iteration, or 'load' to hang while an adapter is loaded.
+The file `hang` in the data directory says how and when: 'gil TEXT', 'sleep TEXT' or 'crash TEXT' in an iteration that holds a
+request or job whose label contains TEXT, or 'gil load' while an adapter is loaded. Without the file nothing hangs.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from coserve.engine.step import Lookup
 from coserve.server.link.enginemain import EngineProcessMain, main
 
 HANG = "hang"
+LOADING = "gil load"
 
 
 def hang(how: str) -> None:
-    """For ever."""
+    """For ever, or crashes; any other word does nothing."""
     if how == "gil":
         re.match(r"([a-z._0-9]+)+!", "a" * 64)  # in C, without giving the interpreter's lock back
     elif how == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
-    elif how == "error":
-        raise ZeroDivisionError("a bug")
     while how == "sleep":
         time.sleep(1)
 
@@ -59,7 +58,7 @@ class HangingProcess(EngineProcessMain):
         load = engine.load_adapter
 
         def load_adapter(name: str, directory: str | Path) -> None:
-            if orders.exists() and orders.read_text() == "gil load":
+            if orders.exists() and orders.read_text() == LOADING:
                 hang("gil")
             load(name, directory)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +210,18 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(SECONDS):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+Story = Callable[[Bench], Coroutine[Any, Any, None]]
+"""What a test does with one server."""
+
+
+def play_stories(model: Path, data_dir: Path, *stories: Story, **settings: Any) -> None:
+    """Runs stories one after the other, each on a new server over the same data directory."""
+
+    async def one(story: Story) -> None:
+        async with Bench(model, data_dir, **settings) as bench:
+            await story(bench)
+
+    for story in stories:
+        asyncio.run(asyncio.wait_for(one(story), 60))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +11,14 @@ import pytest
 from coserve.core import NotFound
 from coserve.peft.remarks import GENERATION_FILE
 from coserve.server.records import JobRecord
+from tests.server.conftest import Play
 from tests.server.jobs_bench import Bench, until
 from tests.tiny_directory import preference_lines
-from tests.tiny_tokenizer import build_tiny_tokenizer
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "rank 64": {"peft_type": "LORA", "r": 64, "lora_alpha": 128}, "rank 4": {"peft_type": "LORA", "r": 4, "lora_alpha": 8},
     "ia3": {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []},
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_tokenizer(tmp_path_factory.mktemp("model"))
-
-
-def play(model: Path, data: Path, story: Callable[[Bench], Coroutine[Any, Any, None]]) -> None:
-    async def run() -> None:
-        async with Bench(model, data) as bench:
-            await story(bench)
-
-    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 async def tuned(bench: Bench, config: dict[str, Any]) -> JobRecord:
@@ -48,7 +33,7 @@ async def tuned(bench: Bench, config: dict[str, Any]) -> JobRecord:
 
 
 @pytest.mark.parametrize(("name", "rate"), [("rank 64", 6.25e-6), ("rank 4", 5e-5), ("ia3", 5e-5)])
-def test_the_rate_of_dpo_is_that_of_the_continued_adapter(model: Path, tmp_path: Path, name: str, rate: float) -> None:
+def test_the_rate_of_dpo_is_that_of_the_continued_adapter(play: Play, name: str, rate: float) -> None:
     async def story(bench: Bench) -> None:
         first = await tuned(bench, CONFIGS[name])
         pairs = await bench.upload(preference_lines(20))
@@ -64,7 +49,7 @@ def test_the_rate_of_dpo_is_that_of_the_continued_adapter(model: Path, tmp_path:
         await bench.settle()
         assert not any(event.level == "warn" for event in bench.events(job.id))
 
-    play(model, tmp_path / "data", story)
+    play(story)
 
 
 @pytest.mark.parametrize(("fields", "unused"), [
@@ -73,7 +58,7 @@ def test_the_rate_of_dpo_is_that_of_the_continued_adapter(model: Path, tmp_path:
     ({"size": 64}, "size 64 (it has none)"),
 ])
 def test_settings_that_are_not_used_are_named_by_the_models_name(
-    model: Path, tmp_path: Path, fields: dict[str, Any], unused: str | None
+    play: Play, tmp_path: Path, fields: dict[str, Any], unused: str | None
 ) -> None:
     async def story(bench: Bench) -> None:
         first = await tuned(bench, CONFIGS["rank 4"])
@@ -85,10 +70,10 @@ def test_settings_that_are_not_used_are_named_by_the_models_name(
         assert warned == ([] if unused is None else [expected])
         assert not any(str(tmp_path) in event.message for event in bench.events(job.id))
 
-    play(model, tmp_path / "data", story)
+    play(story)
 
 
-def test_a_model_whose_files_are_damaged_is_not_continued(model: Path, tmp_path: Path) -> None:
+def test_a_model_whose_files_are_damaged_is_not_continued(play: Play, tmp_path: Path) -> None:
     async def story(bench: Bench) -> None:
         first = await tuned(bench, CONFIGS["rank 4"])
         (bench.config.data_dir / "jobs" / first.id / "output" / "adapter_config.json").write_text("{")
@@ -96,4 +81,4 @@ def test_a_model_whose_files_are_damaged_is_not_continued(model: Path, tmp_path:
             await bench.create(model=first.fine_tuned_model)
         assert str(tmp_path) not in str(caught.value)
 
-    play(model, tmp_path / "data", story)
+    play(story)

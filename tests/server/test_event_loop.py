@@ -11,7 +11,6 @@ import gc
 import json
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +19,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from coserve.core import InvalidRequest
@@ -33,6 +31,7 @@ from coserve.server.services import Services
 from coserve.tokenizer import ChatTokenizer
 from tests.loopstall import StallMeter, least_stall
 from tests.server.badfiles import forms
+from tests.server.bench_site import BenchSite
 from tests.server.fakes import MODEL, FakeEngineClient, FakeMetrics, FakeModels, Script
 from tests.server.jobs_bench import Bench
 from tests.server.malformed import raw_bodies, wrong_fields
@@ -63,46 +62,35 @@ class Models(FakeModels):
         self.find(tenant, name)
 
 
-class Site:
-    """All of it on a loop of its own, with a meter."""
+class Site(BenchSite):
+    """All of it, with a meter on its loop."""
 
     def __init__(self, model: Path, data_dir: Path) -> None:
         self.meter = StallMeter()
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(model, data_dir)), daemon=True)
-        self._thread.start()
-        assert self._ready.wait(30)
+        self._tokenizer = ChatTokenizer.load(model)
+        super().__init__(model, data_dir)
+        self.loop.call_soon_threadsafe(self.meter.start)
         self.client = httpx.Client(base_url=self.url, timeout=120, headers={"authorization": "Bearer me"})
 
-    async def _main(self, model: Path, data_dir: Path) -> None:
-        tokenizer = ChatTokenizer.load(model)
-        async with Bench(model, data_dir) as bench:
-            self.engine = FakeEngineClient(tokenizer)
-            fakes: Any = (Tenants(), self.engine, Models(), FakeMetrics())
-            app = FastAPI()
-            app.state.services = self.services = Services(
-                config=bench.config, tenants=fakes[0], engine=fakes[1], models=fakes[2], metrics=fakes[3], tokenizer=tokenizer,
-                store=bench.store, files=bench.files, jobs=bench.jobs, draw_seed=lambda: 1,
-            )
-            app.add_middleware(BodyLimits, max_bytes=BODY)
-            app.add_middleware(LastResort)
-            install_handlers(app)
-            for module in (inference, tokens, files, finetuning, adapters):
-                app.include_router(module.router)
-            self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
-            serving = asyncio.create_task(self.server.serve())
-            while not self.server.started:
-                await asyncio.sleep(0.01)
-            self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
-            self.meter.start()
-            self._ready.set()
-            await serving
-            self.meter.stop()
+    def make_app(self, bench: Bench) -> FastAPI:
+        self.engine = FakeEngineClient(self._tokenizer)
+        fakes: Any = (Tenants(), self.engine, Models(), FakeMetrics())
+        app = FastAPI()
+        app.state.services = Services(
+            config=bench.config, tenants=fakes[0], engine=fakes[1], models=fakes[2], metrics=fakes[3],
+            tokenizer=self._tokenizer, store=bench.store, files=bench.files, jobs=bench.jobs, draw_seed=lambda: 1,
+        )
+        app.add_middleware(BodyLimits, max_bytes=BODY)
+        app.add_middleware(LastResort)
+        install_handlers(app)
+        for module in (inference, tokens, files, finetuning, adapters):
+            app.include_router(module.router)
+        return app
 
     def close(self) -> None:
         self.client.close()
-        self.server.should_exit = True
-        self._thread.join(30)
+        self.loop.call_soon_threadsafe(self.meter.stop)
+        super().close()
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple, cast
 import httpx
 import openai
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from coserve.server.handlers import install_handlers
@@ -25,6 +23,7 @@ from coserve.server.records import JobRecord
 from coserve.server.routes import files as routes
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig
+from tests.server.fakes import serve
 
 MAX_BYTES, MAX_TENANT_BYTES = 100_000, 1_000_000
 LINE = '{"messages": [{"role": "user", "content": "héllo"}, {"role": "assistant", "content": "hi"}]}'
@@ -54,15 +53,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     app.state.services = services
     app.include_router(routes.router)
     install_handlers(app)
-    listening = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield Running(f"http://127.0.0.1:{listening.getsockname()[1]}", store, files, root / "files")
-    running.should_exit = True
-    thread.join(10)
+    with serve(app) as port:
+        yield Running(f"http://127.0.0.1:{port}", store, files, root / "files")
     store.close()
 
 

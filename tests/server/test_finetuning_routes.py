@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,12 +14,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from coserve.server.handlers import install_handlers
 from coserve.server.routes import adapters, finetuning
 from coserve.server.services import Services
+from tests.server.bench_site import BenchSite
 from tests.server.jobs_bench import Bench
 from tests.tiny_adapter import write_tiny_adapter, write_tiny_config
 from tests.tiny_tokenizer import build_tiny_tokenizer
@@ -33,43 +32,28 @@ class Tenants:
         return (authorization or "Bearer nobody").removeprefix("Bearer ")
 
 
-class Site:
-    """A served bench; `act` runs the engine's part on the server's loop."""
+class Site(BenchSite):
+    """The routes of jobs and adapters. url: with /v1; `act` runs the engine's part on the server's loop."""
 
     def __init__(self, model: Path, data_dir: Path) -> None:
         self.root = data_dir / "adapters"
         self.root.mkdir(parents=True)
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(model, data_dir)), daemon=True)
-        self._thread.start()
-        assert self._ready.wait(30)
+        super().__init__(model, data_dir, adapter_root=str(self.root))
+        self.url += "/v1"
         self.client = self.client_of("me")
 
-    async def _main(self, model: Path, data_dir: Path) -> None:
-        self.loop = asyncio.get_running_loop()
-        async with Bench(model, data_dir, adapter_root=str(self.root)) as self.bench:
-            bench, absent = self.bench, None
-            tenants, engine, nothing = Tenants(), bench.engine, absent
-            app = FastAPI()
-            app.state.services = Services(
-                config=bench.config, engine=engine, tokenizer=nothing, store=bench.store, tenants=tenants,  # type: ignore[arg-type]
-                files=bench.files, jobs=bench.jobs, models=bench.models, metrics=nothing, draw_seed=nothing,  # type: ignore[arg-type]
-            )
-            install_handlers(app)
-            app.include_router(finetuning.router)
-            app.include_router(adapters.router)
-            self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
-            serving = asyncio.create_task(self.server.serve())
-            while not self.server.started:
-                await asyncio.sleep(0.01)
-            self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}/v1"
-            self._ready.set()
-            await serving
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self._thread.join(30)
-        assert not self._thread.is_alive()
+    def make_app(self, bench: Bench) -> FastAPI:
+        fakes: Any = (Tenants(), bench.engine)
+        absent: Any = None
+        app = FastAPI()
+        app.state.services = Services(
+            config=bench.config, tenants=fakes[0], engine=fakes[1], store=bench.store, files=bench.files, jobs=bench.jobs,
+            models=bench.models, tokenizer=absent, metrics=absent, draw_seed=absent,
+        )
+        install_handlers(app)
+        app.include_router(finetuning.router)
+        app.include_router(adapters.router)
+        return app
 
     def client_of(self, tenant: str) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url, api_key=tenant, max_retries=0)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from tests.server.conftest import RunningServer, StartServer, wait_until
+from tests.server.conftest import RunningServer, StartServer, resident_bytes, wait_until
 from tests.tiny_directory import chat_lines
 
 QUEUE, OVER, SEQS = 10_000, 200, 16
@@ -35,10 +35,6 @@ def metric(server: RunningServer, name: str) -> float:
 
 def unanswered(server: RunningServer) -> float:
     return metric(server, "num_requests_running") + metric(server, "num_requests_waiting")
-
-
-def resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def num_sockets(pid: int) -> int:

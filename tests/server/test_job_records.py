@@ -6,9 +6,8 @@ import asyncio
 import errno
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,32 +19,14 @@ from coserve.server.index import manifest
 from coserve.server.jobs import journal, runner, service
 from coserve.server.link.messages import JobHappened, Problem
 from coserve.server.link.supervisor import EngineEnd
+from tests.server.conftest import Play
 from tests.server.jobs_bench import Bench, until
-from tests.tiny_tokenizer import build_tiny_tokenizer
-
-Story = Callable[[Bench], Coroutine[Any, Any, None]]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_tokenizer(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def play(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs stories one after the other, each on a new server over the same data directory."""
+@pytest.fixture(autouse=True)
+def _tries_come_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "RETRY_S", 0.01)
     monkeypatch.setattr(runner, "RETRY_S", 0.01)
-
-    def run(*stories: Story, **settings: Any) -> None:
-        async def one(story: Story) -> None:
-            async with Bench(model, tmp_path / "data", **settings) as bench:
-                await story(bench)
-
-        for story in stories:
-            asyncio.run(asyncio.wait_for(one(story), 60))
-
-    return run
 
 
 @contextmanager
@@ -68,7 +49,7 @@ def full(bench: Bench) -> Iterator[list[int]]:
 
 
 def test_steps_that_could_not_be_written_down_are_written_in_order_later(
-    play: Callable[..., None], caplog: pytest.LogCaptureFixture
+    play: Play, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
@@ -89,7 +70,7 @@ def test_steps_that_could_not_be_written_down_are_written_in_order_later(
 
 
 @pytest.mark.parametrize("paused", [False, True])
-def test_pause_and_cancel_hold_while_they_can_not_be_written(play: Callable[..., None], paused: bool) -> None:
+def test_pause_and_cancel_hold_while_they_can_not_be_written(play: Play, paused: bool) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         await bench.settle()
@@ -116,7 +97,7 @@ def test_pause_and_cancel_hold_while_they_can_not_be_written(play: Callable[...,
     play(story, after)
 
 
-def test_a_failure_that_can_not_be_written_is_told_all_the_same(play: Callable[..., None]) -> None:
+def test_a_failure_that_can_not_be_written_is_told_all_the_same(play: Play) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         await bench.settle()
@@ -131,7 +112,7 @@ def test_a_failure_that_can_not_be_written_is_told_all_the_same(play: Callable[.
     play(story)
 
 
-def test_a_success_is_told_when_the_result_can_be_used(play: Callable[..., None]) -> None:
+def test_a_success_is_told_when_the_result_can_be_used(play: Play) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         bench.engine.step(id, 1)
@@ -148,7 +129,7 @@ def test_a_success_is_told_when_the_result_can_be_used(play: Callable[..., None]
     play(story)
 
 
-def test_one_jobs_records_do_not_hold_up_another_job(play: Callable[..., None]) -> None:
+def test_one_jobs_records_do_not_hold_up_another_job(play: Play) -> None:
     async def story(bench: Bench) -> None:
         first, second = await bench.started(), await bench.started()
         add = bench.store.add_event
@@ -169,7 +150,7 @@ def test_one_jobs_records_do_not_hold_up_another_job(play: Callable[..., None]) 
     play(story)
 
 
-def test_a_job_whose_directory_is_refused_starts_later(play: Callable[..., None]) -> None:
+def test_a_job_whose_directory_is_refused_starts_later(play: Play) -> None:
     async def story(bench: Bench) -> None:
         bench.engine.refusal = StorageRefused("the disk is full; try again when it can be written")
         job = await bench.create()
@@ -184,7 +165,7 @@ def test_a_job_whose_directory_is_refused_starts_later(play: Callable[..., None]
 
 
 def test_a_job_that_waits_for_the_disk_is_started_once_in_the_next_engine(
-    play: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story(bench: Bench) -> None:
         monkeypatch.setattr(runner, "RETRY_S", 0.2)
@@ -201,7 +182,7 @@ def test_a_job_that_waits_for_the_disk_is_started_once_in_the_next_engine(
     play(story)
 
 
-def test_an_index_that_does_not_answer_fails_no_job(play: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_does_not_answer_fails_no_job(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     tries: list[int] = []
 
     async def story(bench: Bench) -> None:
@@ -220,7 +201,7 @@ def test_an_index_that_does_not_answer_fails_no_job(play: Callable[..., None], m
     play(story)
 
 
-def test_too_many_open_files_at_the_end_of_a_job_are_waited_for(play: Callable[..., None]) -> None:
+def test_too_many_open_files_at_the_end_of_a_job_are_waited_for(play: Play) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         bench.engine.step(id, 1)
@@ -240,7 +221,7 @@ def test_too_many_open_files_at_the_end_of_a_job_are_waited_for(play: Callable[.
     play(story)
 
 
-def test_a_server_that_ends_on_a_full_disk_tells_the_rest_at_its_next_start(play: Callable[..., None]) -> None:
+def test_a_server_that_ends_on_a_full_disk_tells_the_rest_at_its_next_start(play: Play) -> None:
     ids: list[str] = []
 
     async def before(bench: Bench) -> None:
@@ -261,7 +242,7 @@ def test_a_server_that_ends_on_a_full_disk_tells_the_rest_at_its_next_start(play
     play(before, after)
 
 
-def test_a_busy_index_does_not_hold_up_the_end(play: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_index_does_not_hold_up_the_end(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_LAST_TRIES_S", 0.3)
     tries: list[int] = []
 
@@ -283,7 +264,7 @@ def test_a_busy_index_does_not_hold_up_the_end(play: Callable[..., None], monkey
 # --- where a job is ---
 
 
-def test_the_step_that_is_shown_goes_back_when_steps_run_again(play: Callable[..., None]) -> None:
+def test_the_step_that_is_shown_goes_back_when_steps_run_again(play: Play) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         for step in range(1, 9):
@@ -314,7 +295,7 @@ async def die_and_rise(bench: Bench, end: EngineEnd) -> None:
     await bench.settle()
 
 
-def test_a_job_that_ends_the_engine_three_times_is_given_up(play: Callable[..., None]) -> None:
+def test_a_job_that_ends_the_engine_three_times_is_given_up(play: Play) -> None:
     async def story(bench: Bench) -> None:
         id, other = await bench.started(), await bench.started()
         bench.engine.step(id, 1)
@@ -337,7 +318,7 @@ def test_a_job_that_ends_the_engine_three_times_is_given_up(play: Callable[..., 
     EngineEnd("it was ended by signal SIGKILL", jobs=("every",), guilty=False),
     EngineEnd("it hangs: no end for 60 s of: load adapter x", guilty=True, hung=True),
 ])
-def test_a_job_is_not_given_up_for_what_it_has_not_done(play: Callable[..., None], end: EngineEnd) -> None:
+def test_a_job_is_not_given_up_for_what_it_has_not_done(play: Play, end: EngineEnd) -> None:
     """Kills from outside, and hangs of other work, however many."""
     async def story(bench: Bench) -> None:
         id = await bench.started()
@@ -348,7 +329,7 @@ def test_a_job_is_not_given_up_for_what_it_has_not_done(play: Callable[..., None
     play(story)
 
 
-def test_who_follows_events_is_let_go_when_the_server_ends(play: Callable[..., None]) -> None:
+def test_who_follows_events_is_let_go_when_the_server_ends(play: Play) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         events = await bench.jobs.follow("me", id, None)

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import datetime
 import shutil
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +14,12 @@ import pytest
 from coserve.core import CapacityError, InvalidRequest, JobFailed, NotFound
 from coserve.server.errors import Conflict, Forbidden
 from coserve.server.link.messages import JobHappened, Problem
+from tests.server.conftest import Play
 from tests.server.jobs_bench import Bench, until
 from tests.tiny_directory import chat_lines, preference_lines
-from tests.tiny_tokenizer import build_tiny_tokenizer
-
-Story = Callable[[Bench], Coroutine[Any, Any, None]]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_tokenizer(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def play(model: Path, tmp_path: Path) -> Callable[..., None]:
-    """Runs stories one after the other, each on a new server over the same data directory."""
-
-    def run(*stories: Story, **settings: Any) -> None:
-        async def one(story: Story) -> None:
-            async with Bench(model, tmp_path / "data", **settings) as bench:
-                await story(bench)
-
-        for story in stories:
-            asyncio.run(asyncio.wait_for(one(story), 60))
-
-    return run
-
-
-def test_a_job_from_creation_to_success(play: Callable[..., None]) -> None:
+def test_a_job_from_creation_to_success(play: Play) -> None:
     async def story(bench: Bench) -> None:
         validation = await bench.upload(chat_lines(40)[30:])
         job = await bench.create(
@@ -102,7 +79,7 @@ def test_a_job_from_creation_to_success(play: Callable[..., None]) -> None:
      "facts.jsonl, line 2"),
     (b'{"messages": "' + b"x" * 10 + b'"}\n', "line 1: messages"),
 ])
-def test_bad_lines_fail_the_job(play: Callable[..., None], content: bytes, message: str) -> None:
+def test_bad_lines_fail_the_job(play: Play, content: bytes, message: str) -> None:
     async def story(bench: Bench) -> None:
         job = await bench.create(training_file=await bench.upload(content))
         failed = await bench.status(job.id, "failed")
@@ -116,7 +93,7 @@ def test_bad_lines_fail_the_job(play: Callable[..., None], content: bytes, messa
     play(story)
 
 
-def test_bad_validation_data_and_wrong_objective(play: Callable[..., None]) -> None:
+def test_bad_validation_data_and_wrong_objective(play: Play) -> None:
     async def story(bench: Bench) -> None:
         job = await bench.create(validation_file=await bench.upload(b'{"messages": 1}\n'))
         failed = await bench.status(job.id, "failed")
@@ -131,7 +108,7 @@ def test_bad_validation_data_and_wrong_objective(play: Callable[..., None]) -> N
     play(story)
 
 
-def test_what_creation_refuses_at_once(play: Callable[..., None]) -> None:
+def test_what_creation_refuses_at_once(play: Play) -> None:
     async def story(bench: Bench) -> None:
         theirs = await bench.upload(tenant="them")
         for fields, param in (
@@ -151,7 +128,7 @@ def test_what_creation_refuses_at_once(play: Callable[..., None]) -> None:
     play(story)
 
 
-def test_tenants_see_their_own_jobs(play: Callable[..., None]) -> None:
+def test_tenants_see_their_own_jobs(play: Play) -> None:
     async def story(bench: Bench) -> None:
         mine = await bench.started()
         for call in (bench.jobs.cancel, bench.jobs.pause, bench.jobs.resume):
@@ -176,7 +153,7 @@ def test_tenants_see_their_own_jobs(play: Callable[..., None]) -> None:
     play(story)
 
 
-def test_cancelling(play: Callable[..., None]) -> None:
+def test_cancelling(play: Play) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         bench.engine.checkpoint(id, 1)
@@ -200,7 +177,7 @@ def test_cancelling(play: Callable[..., None]) -> None:
     play(story)
 
 
-def test_cancelling_while_the_engine_starts_the_job(play: Callable[..., None]) -> None:
+def test_cancelling_while_the_engine_starts_the_job(play: Play) -> None:
     async def story(bench: Bench) -> None:
         bench.engine.gate.clear()
         job = await bench.create()
@@ -214,7 +191,7 @@ def test_cancelling_while_the_engine_starts_the_job(play: Callable[..., None]) -
     play(story)
 
 
-def test_pausing_and_resuming(play: Callable[..., None]) -> None:
+def test_pausing_and_resuming(play: Play) -> None:
     async def story(bench: Bench) -> None:
         first = await bench.started()
         second = await bench.create()
@@ -234,7 +211,7 @@ def test_pausing_and_resuming(play: Callable[..., None]) -> None:
     play(story, max_jobs=1)
 
 
-def test_a_waiting_job_can_be_paused(play: Callable[..., None]) -> None:
+def test_a_waiting_job_can_be_paused(play: Play) -> None:
     async def story(bench: Bench) -> None:
         first = await bench.started()
         second = await bench.create()
@@ -249,7 +226,7 @@ def test_a_waiting_job_can_be_paused(play: Callable[..., None]) -> None:
     play(story, max_jobs=1)
 
 
-def test_the_order_of_the_queue(play: Callable[..., None]) -> None:
+def test_the_order_of_the_queue(play: Play) -> None:
     async def story(bench: Bench) -> None:
         running = await bench.started()
         made = {}
@@ -272,7 +249,7 @@ def test_the_order_of_the_queue(play: Callable[..., None]) -> None:
     play(story, max_jobs=1)
 
 
-def test_the_tenant_with_fewer_running_jobs_is_next(play: Callable[..., None]) -> None:
+def test_the_tenant_with_fewer_running_jobs_is_next(play: Play) -> None:
     async def story(bench: Bench) -> None:
         first, second = await bench.started("me"), await bench.started("me")
         mine = await bench.create("me", priority=-9)
@@ -291,7 +268,7 @@ def test_the_tenant_with_fewer_running_jobs_is_next(play: Callable[..., None]) -
     (CapacityError("max_microbatch_tokens: too much", param="max_microbatch_tokens"), "insufficient_memory"),
     (InvalidRequest("content, line 1: bad", param="training_file"), "invalid_training_file"),
 ])
-def test_the_engines_refusal_fails_the_job(play: Callable[..., None], error: Any, code: str) -> None:
+def test_the_engines_refusal_fails_the_job(play: Play, error: Any, code: str) -> None:
     async def story(bench: Bench) -> None:
         bench.engine.refusal = error
         job = await bench.create()
@@ -303,7 +280,7 @@ def test_the_engines_refusal_fails_the_job(play: Callable[..., None], error: Any
     play(story)
 
 
-def test_a_failing_job(play: Callable[..., None]) -> None:
+def test_a_failing_job(play: Play) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         problem = Problem(name=JobFailed.__name__, message="the loss is nan at step 3", param="learning_rate")
@@ -318,7 +295,7 @@ def test_a_failing_job(play: Callable[..., None]) -> None:
     play(story)
 
 
-def test_old_checkpoints_go_with_their_models(play: Callable[..., None]) -> None:
+def test_old_checkpoints_go_with_their_models(play: Play) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         bench.engine.step(id, 1)
@@ -338,7 +315,7 @@ def test_old_checkpoints_go_with_their_models(play: Callable[..., None]) -> None
     play(story)
 
 
-def test_the_engine_dies_and_jobs_go_on(play: Callable[..., None]) -> None:
+def test_the_engine_dies_and_jobs_go_on(play: Play) -> None:
     async def story(bench: Bench) -> None:
         running, paused, gone = [await bench.started() for _ in range(3)]
         bench.engine.step(running, 1)
@@ -366,7 +343,7 @@ def test_the_engine_dies_and_jobs_go_on(play: Callable[..., None]) -> None:
     play(story)
 
 
-def test_the_engine_dies_while_it_starts_a_job(play: Callable[..., None]) -> None:
+def test_the_engine_dies_while_it_starts_a_job(play: Play) -> None:
     async def story(bench: Bench) -> None:
         bench.engine.gate.clear()
         job = await bench.create()
@@ -383,7 +360,7 @@ def test_the_engine_dies_while_it_starts_a_job(play: Callable[..., None]) -> Non
     play(story)
 
 
-def test_the_engines_warnings_are_passed_on(play: Callable[..., None]) -> None:
+def test_the_engines_warnings_are_passed_on(play: Play) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         bench.engine.say(JobHappened(id=id, level="warn", message="step-00000004 is damaged; using the one before", time_s=1.0))
@@ -394,7 +371,7 @@ def test_the_engines_warnings_are_passed_on(play: Callable[..., None]) -> None:
     play(story)
 
 
-def test_a_new_server_goes_on(play: Callable[..., None]) -> None:
+def test_a_new_server_goes_on(play: Play) -> None:
     ids: dict[str, str] = {}
 
     async def before(bench: Bench) -> None:
@@ -416,7 +393,7 @@ def test_a_new_server_goes_on(play: Callable[..., None]) -> None:
     play(after, max_jobs=3)
 
 
-def test_a_job_that_was_being_validated_is_validated_again(play: Callable[..., None]) -> None:
+def test_a_job_that_was_being_validated_is_validated_again(play: Play) -> None:
     made: list[str] = []
 
     async def before(bench: Bench) -> None:
@@ -431,7 +408,7 @@ def test_a_job_that_was_being_validated_is_validated_again(play: Callable[..., N
     play(before, after)
 
 
-def test_a_lost_index_is_rebuilt(play: Callable[..., None], tmp_path: Path) -> None:
+def test_a_lost_index_is_rebuilt(play: Play, tmp_path: Path) -> None:
     ids: dict[str, Any] = {}
 
     async def before(bench: Bench) -> None:
@@ -462,7 +439,7 @@ def test_a_lost_index_is_rebuilt(play: Callable[..., None], tmp_path: Path) -> N
     play(after)
 
 
-def test_a_damaged_manifest_harms_nobody_else(play: Callable[..., None], tmp_path: Path) -> None:
+def test_a_damaged_manifest_harms_nobody_else(play: Play, tmp_path: Path) -> None:
     ids: list[str] = []
 
     async def before(bench: Bench) -> None:
@@ -481,7 +458,7 @@ def test_a_damaged_manifest_harms_nobody_else(play: Callable[..., None], tmp_pat
     play(after)
 
 
-def test_an_end_that_only_the_manifest_knows(play: Callable[..., None]) -> None:
+def test_an_end_that_only_the_manifest_knows(play: Play) -> None:
     made: list[str] = []
 
     async def before(bench: Bench) -> None:
@@ -501,7 +478,7 @@ def test_an_end_that_only_the_manifest_knows(play: Callable[..., None]) -> None:
     play(before, after)
 
 
-def test_continuing_a_tuned_model(play: Callable[..., None]) -> None:
+def test_continuing_a_tuned_model(play: Play) -> None:
     async def story(bench: Bench) -> None:
         first = await bench.started()
         bench.engine.end(first)
@@ -518,7 +495,7 @@ def test_continuing_a_tuned_model(play: Callable[..., None]) -> None:
     play(story)
 
 
-def test_a_deleted_result_takes_the_checkpoint_with_its_weights(play: Callable[..., None], tmp_path: Path) -> None:
+def test_a_deleted_result_takes_the_checkpoint_with_its_weights(play: Play, tmp_path: Path) -> None:
     names: list[str] = []
 
     async def before(bench: Bench) -> None:
@@ -546,7 +523,7 @@ def test_a_deleted_result_takes_the_checkpoint_with_its_weights(play: Callable[.
     play(after)
 
 
-def test_deleting_models(play: Callable[..., None], tmp_path: Path) -> None:
+def test_deleting_models(play: Play, tmp_path: Path) -> None:
     ids: dict[str, str] = {}
 
     async def before(bench: Bench) -> None:
@@ -582,7 +559,7 @@ def test_deleting_models(play: Callable[..., None], tmp_path: Path) -> None:
     play(after)
 
 
-def test_following_events(play: Callable[..., None]) -> None:
+def test_following_events(play: Play) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         bench.engine.step(id, 1)
@@ -610,7 +587,7 @@ def test_following_events(play: Callable[..., None]) -> None:
     play(story)
 
 
-def test_a_followers_stream_ends_with_the_server(play: Callable[..., None]) -> None:
+def test_a_followers_stream_ends_with_the_server(play: Play) -> None:
     tasks: list[asyncio.Task[None]] = []
 
     async def story(bench: Bench) -> None:
@@ -628,7 +605,7 @@ def test_a_followers_stream_ends_with_the_server(play: Callable[..., None]) -> N
     play(story)
 
 
-def test_what_the_engine_says_at_its_end_is_not_the_jobs(play: Callable[..., None]) -> None:
+def test_what_the_engine_says_at_its_end_is_not_the_jobs(play: Play) -> None:
     made: list[str] = []
 
     async def before(bench: Bench) -> None:
@@ -646,7 +623,7 @@ def test_what_the_engine_says_at_its_end_is_not_the_jobs(play: Callable[..., Non
     play(before, after)
 
 
-def test_a_full_disk_at_creation_leaves_nothing(play: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_creation_leaves_nothing(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(bench: Bench) -> None:
         def refuse(*_: object) -> None:
             raise CapacityError("no space left")
@@ -661,7 +638,7 @@ def test_a_full_disk_at_creation_leaves_nothing(play: Callable[..., None], monke
     play(story)
 
 
-def test_a_full_disk_at_the_end_is_waited_for(play: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_the_end_is_waited_for(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         monkeypatch.setattr("coserve.server.jobs.journal.RETRY_S", 0.01)
@@ -682,7 +659,7 @@ def test_a_full_disk_at_the_end_is_waited_for(play: Callable[..., None], monkeyp
     play(story)
 
 
-def test_a_directory_without_manifest_is_no_job(play: Callable[..., None], tmp_path: Path) -> None:
+def test_a_directory_without_manifest_is_no_job(play: Play, tmp_path: Path) -> None:
     async def nothing(bench: Bench) -> None:
         assert bench.jobs.list_jobs("me", after=None, limit=20, metadata=None)[0] == []
 
@@ -692,7 +669,7 @@ def test_a_directory_without_manifest_is_no_job(play: Callable[..., None], tmp_p
     shutil.rmtree(directory)
 
 
-def test_the_data_of_a_job_is_read_as_of_its_creation_and_remarked_on_once(play: Callable[..., None]) -> None:
+def test_the_data_of_a_job_is_read_as_of_its_creation_and_remarked_on_once(play: Play) -> None:
     async def scene(bench: Bench) -> None:
         id = await bench.started(training_file=await bench.upload([{**line, "colour": 1} for line in chat_lines(32)]))
         job = bench.store.get_job(None, id)

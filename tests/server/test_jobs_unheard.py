@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from coserve.server.jobs.runner import JobRunner
+from tests.server.conftest import Play
 from tests.server.jobs_bench import Bench, until
-from tests.tiny_tokenizer import build_tiny_tokenizer
-
-Story = Callable[[Bench], Coroutine[Any, Any, None]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_tokenizer(tmp_path_factory.mktemp("model"))
-
-
-def play(model: Path, data_dir: Path, *stories: Story) -> None:
-    """One after the other, each on a new server over the same data directory."""
-
-    async def one(story: Story) -> None:
-        async with Bench(model, data_dir) as bench:
-            await story(bench)
-
-    for story in stories:
-        asyncio.run(asyncio.wait_for(one(story), 60))
 
 
 @contextmanager
@@ -54,7 +33,7 @@ def die(*_: object) -> None:
     raise RuntimeError("killed here")
 
 
-def test_steps_and_checkpoints_that_a_dead_engine_wrote(model: Path, tmp_path: Path) -> None:
+def test_steps_and_checkpoints_that_a_dead_engine_wrote(play: Play) -> None:
     async def story(bench: Bench) -> None:
         id = await bench.started()
         bench.engine.step(id, 1)
@@ -74,10 +53,10 @@ def test_steps_and_checkpoints_that_a_dead_engine_wrote(model: Path, tmp_path: P
         assert losses == [4.0, 2.0, 3.0, 1.0]
         assert [event.data.get("valid_loss") for event in bench.events(id) if event.data is not None][:2] == [None, 1.5]
 
-    play(model, tmp_path / "data", story)
+    play(story)
 
 
-def test_steps_that_a_dead_server_did_not_hear(model: Path, tmp_path: Path) -> None:
+def test_steps_that_a_dead_server_did_not_hear(play: Play) -> None:
     ids: list[str] = []
 
     async def before(bench: Bench) -> None:
@@ -91,11 +70,11 @@ def test_steps_that_a_dead_server_did_not_hear(model: Path, tmp_path: Path) -> N
         await until(lambda: len(bench.engine.starts) == 1)
         assert (steps(bench, ids[0]), checkpoints(bench, ids[0])) == ([1, 2], [2])
 
-    play(model, tmp_path / "data", before, after)
+    play(before, after)
 
 
 def test_a_server_that_dies_behind_the_result_file_has_one(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids: list[str] = []
     killed: list[object] = []
@@ -121,11 +100,11 @@ def test_a_server_that_dies_behind_the_result_file_has_one(
         done = await bench.status(ids[0], "succeeded")
         assert [file.id for file in bench.store.list_files("me", purpose="fine-tune-results")[0]] == list(done.result_files)
 
-    play(model, tmp_path / "data", before, after)
+    play(before, after)
 
 
 def test_a_server_that_dies_behind_the_manifest_tells_the_end_once(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids: list[str] = []
 
@@ -147,4 +126,4 @@ def test_a_server_that_dies_behind_the_manifest_tells_the_end_once(
         assert bench.messages(ids[0]).count("The job has successfully completed") == 1
         assert sum(message.startswith("New fine-tuned model") for message in bench.messages(ids[0])) == 1
 
-    play(model, tmp_path / "data", before, after, after)
+    play(before, after, after)

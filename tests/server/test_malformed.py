@@ -6,12 +6,10 @@ The tables are in malformed.py and badfiles.py; more comes from the OpenAPI docu
 from __future__ import annotations
 
 import json
-import resource
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -22,7 +20,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
 from tests.server.badfiles import BOUNDARY, FILE_NAMES, GOOD, STREAMS, BadFile, forms, readable_files, training_files
-from tests.server.conftest import RunningServer, wait_until
+from tests.server.conftest import RunningServer, resident_bytes, wait_until
 from tests.server.malformed import (
     ID_ROUTES,
     IDS,
@@ -51,10 +49,6 @@ def metrics(server: RunningServer) -> dict[str, float]:
             name, _, value = line.rpartition(" ")
             found[name.partition("{")[0]] += float(value)
     return found
-
-
-def resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def greedy(server: RunningServer) -> list[dict[str, Any]]:

@@ -1,7 +1,5 @@
-"""Websites and a server without keys: which headers are let through, and what pages in a real browser get and cause.
-
-The browser's tests need Chromium and playwright, as those of test_page.py; they are skipped without.
-"""
+"""Websites and a server without keys: which headers are let through. What pages in a real browser get and cause is in
+test_origins_browser.py."""
 
 from __future__ import annotations
 

@@ -1,25 +1,24 @@
 """Websites against a server without keys, in headless Chromium: another origin's page, and a page whose name was rebound to the
 server's address. What they get is nothing, and nothing of what they send reaches a route.
 
-Needs Chromium and playwright, as the tests of test_page.py do; skipped without.
+Needs Chromium and playwright; skipped without.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from starlette.responses import HTMLResponse
 
+from tests.server.browsers import launch
 from tests.server.conftest import RunningServer
+from tests.server.fakes import serve
 from tests.server.test_origins import Guarded
-from tests.server.test_page import CHROMIUM, FLAGS
 
 ATTACK = """
 async base => {
@@ -67,25 +66,6 @@ async base => {
 """
 
 
-class Served:
-    """An application on a port of its own."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-
-    def __enter__(self) -> int:
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.02)
-        port: int = self._server.servers[0].sockets[0].getsockname()[1]
-        return port
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join(10)
-
-
 def blank_site() -> FastAPI:
     app = FastAPI()
 
@@ -99,14 +79,8 @@ def blank_site() -> FastAPI:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Names of .test are looked up as a rebinding attacker's would be: all are this machine."""
-    api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    with api.sync_playwright() as playwright:
-        flags = [*FLAGS, "--host-resolver-rules=MAP *.test 127.0.0.1"]
-        found = playwright.chromium.launch(executable_path=CHROMIUM, chromium_sandbox=False, args=flags)
+    with launch("--host-resolver-rules=MAP *.test 127.0.0.1") as found:
         yield found
-        found.close()
 
 
 def attack(browser: Any, page_url: str, base: str) -> dict[str, str]:
@@ -130,7 +104,7 @@ def assert_nothing(got: dict[str, str]) -> None:
 
 def test_another_website_gets_nothing_and_causes_nothing(browser: Any) -> None:
     guarded = Guarded()
-    with Served(guarded.app) as port, Served(blank_site()) as other:
+    with serve(guarded.app) as port, serve(blank_site()) as other:
         for page in (f"http://evil.test:{other}/", f"http://127.0.0.1:{other}/", f"http://localhost:{port}/attack"):
             assert_nothing(attack(browser, page, f"http://127.0.0.1:{port}"))
             time.sleep(0.3)  # the beacon
@@ -140,7 +114,7 @@ def test_another_website_gets_nothing_and_causes_nothing(browser: Any) -> None:
 
 def test_a_rebound_name_gets_nothing_and_causes_nothing(browser: Any) -> None:
     guarded = Guarded()
-    with Served(guarded.app) as port:
+    with serve(guarded.app) as port:
         assert_nothing(attack(browser, f"http://rebound.test:{port}/attack", f"http://rebound.test:{port}"))
         time.sleep(0.3)
         assert guarded.reached == []
@@ -148,7 +122,7 @@ def test_a_rebound_name_gets_nothing_and_causes_nothing(browser: Any) -> None:
 
 def test_a_sandboxed_frame_gets_nothing(browser: Any) -> None:
     guarded = Guarded()
-    with Served(guarded.app) as port, Served(blank_site()) as other:
+    with serve(guarded.app) as port, serve(blank_site()) as other:
         page = browser.new_page()
         page.goto(f"http://evil.test:{other}/")
         page.evaluate("""base => new Promise(done => {
@@ -166,10 +140,10 @@ def test_the_own_page_and_allowed_websites_go_on_working(browser: Any) -> None:
     send = """async base => { const sent = await fetch(base + "/v1/chat/completions", {method: "POST", body: "{}",
       headers: {"content-type": "application/json", "authorization": "Bearer x"}});
       return (await sent.text()) + (await (await fetch(base + "/v1/files")).text()); }"""
-    with Served(blank_site()) as other:
+    with serve(blank_site()) as other:
         website = f"http://app.test:{other}"
         guarded = Guarded(origins=(website,))
-        with Served(guarded.app) as port:
+        with serve(guarded.app) as port:
             for page_url, base in (
                 (f"http://127.0.0.1:{port}/", ""), (f"http://localhost:{port}/", ""),
                 (f"{website}/", f"http://127.0.0.1:{port}"),
@@ -190,7 +164,7 @@ def test_a_whole_server_is_left_alone(browser: Any, server: RunningServer) -> No
             return client.get("/v1/files").json(), client.get("/v1/fine_tuning/jobs").json(), "".join(received)
 
     before = state()
-    with Served(blank_site()) as other:
+    with serve(blank_site()) as other:
         assert_nothing(attack(browser, f"http://evil.test:{other}/", server.url))
     assert_nothing(attack(browser, f"http://rebound.test:{port}/attack", f"http://rebound.test:{port}"))
     time.sleep(0.5)

@@ -9,26 +9,21 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 
 from coserve.server.routes.page import assets
+from tests.server.browsers import launch
 from tests.server.fake_page_backend import BASE, TUNED, FakeBackend, create_app
+from tests.server.fakes import serve
 
 WIDTHS = (390, 820, 1440)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync")
 OWN = [path for path in assets() if not path.startswith("vendor/")]
 
 
@@ -99,36 +94,20 @@ class Site:
 
     def __init__(self, api_key: str | None = None) -> None:
         self.backend = FakeBackend(api_key)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(create_app(self.backend), port=self.port, log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self._serving = serve(create_app(self.backend))
 
-    def __enter__(self) -> Site:
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.02)
+    def __enter__(self) -> Self:
+        self.url = f"http://127.0.0.1:{self._serving.__enter__()}/"
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        self.thread.join(10)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
+    def __exit__(self, *reason: Any) -> None:
+        self._serving.__exit__(*reason)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, chromium_sandbox=False, args=list(FLAGS))
+    with launch() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,25 +17,17 @@ from coserve.server.index.disk import directory_bytes
 from coserve.server.jobs import usage
 from coserve.server.jobs.usage import TenantDisk
 from coserve.server.records import AdapterRecord
-from tests.server.jobs_bench import Bench, until
+from tests.server.jobs_bench import Bench, Story, until
 from tests.tiny_directory import chat_lines
-from tests.tiny_tokenizer import build_tiny_tokenizer
-
-Play = Callable[[Bench], Coroutine[Any, Any, None]]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_tokenizer(tmp_path_factory.mktemp("model"))
-
-
-def run(model: Path, directory: Path, play: Play, **settings: Any) -> None:
+def run(model: Path, directory: Path, story: Story, **settings: Any) -> None:
     async def main() -> None:
         async with Bench(model, directory / "data", **settings) as bench:
             bench.files.held_beside = bench.jobs.disk.bytes_of
             bench.files._max_bytes, bench.files._max_tenant_bytes = 64 << 20, bench.config.max_tenant_file_bytes
             bench.files._max_tenant_files = bench.config.max_tenant_files
-            await play(bench)
+            await story(bench)
 
     asyncio.run(main())
 

@@ -1,4 +1,4 @@
-"""The command `coserve`, called in this process."""
+"""The command `coserve`, called in this process; tiny tokenizers of the two kinds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 
 from coserve import cli
 from coserve.config import FinetuneConfig
+from coserve.tokenizer import ChatTokenizer
+from tests.tiny_tokenizer import build_sentencepiece_tokenizer, build_tiny_tokenizer
 
 
 class Ran(NamedTuple):
@@ -43,3 +45,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Ran(int(code or 0), captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    """Byte-level, with a few merges."""
+    return ChatTokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("bpe")))
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    """With byte fallback, and a space before the first word."""
+    return ChatTokenizer.load(build_sentencepiece_tokenizer(tmp_path_factory.mktemp("spm")))

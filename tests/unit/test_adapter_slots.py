@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,21 +16,11 @@ from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
-from tests.tiny_engine import MakeEngine, build_model, drive, prompt, random_adapter, tracked_engines
+from tests.tiny_engine import MakeEngine, drive, make_engine, prompt, random_adapter
 
 GREEDY = SamplingConfig(max_tokens=8, temperature=0, ignore_eos=True)
 LONG = SamplingConfig(max_tokens=60, temperature=0, ignore_eos=True)
 NUM = 12
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return build_model(tmp_path_factory.mktemp("slots") / "model")
-
-
-@pytest.fixture
-def engines(model: LoadedModel) -> Iterator[MakeEngine]:
-    yield from tracked_engines(model)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +38,11 @@ def adapters(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> li
 def expected(model: LoadedModel, adapters: list[Path]) -> list[list[int]]:
     """What each adapter says to prompt(20), from an engine with room for all."""
     found: list[list[int]] = []
-    for engine in tracked_engines(model):
-        one = engine(max_adapters=NUM)
-        for number, directory in enumerate(adapters):
-            one.load_adapter(str(number), directory)
-            found.append(one.generate([prompt(20)], GREEDY, adapter=str(number))[0].token_ids)
-        break
+    engine = make_engine(model, max_adapters=NUM)
+    for number, directory in enumerate(adapters):
+        engine.load_adapter(str(number), directory)
+        found.append(engine.generate([prompt(20)], GREEDY, adapter=str(number))[0].token_ids)
+    engine.close()
     assert len({tuple(tokens) for tokens in found}) == NUM
     return found
 

@@ -630,7 +630,6 @@ def test_page_of_a_run_without_bound_bursts_or_finetune_only(tmp_path: Path) -> 
     assert len(page.titles) == 2
 
 
-@pytest.mark.skipif(importlib.util.find_spec("coserve.engine.engine") is None, reason="the fused engine is not built yet")
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--policies", "coserve,fast"], "policy"), (["--loads", "half"], "loads"), (["--arrivals", "gamma:0"], "arrivals"),
     (["--spatial-threads", "2"], "spatial_threads"), (["--pairs", "0"], "pairs"),

@@ -969,7 +969,6 @@ def test_other_adapter_kinds_need_no_change(site: str, steps: list[tuple[Any, ..
     compare_script(site, steps)
 
 
-
 @pytest.mark.parametrize("steps", [
     [("x",), ("up", 0), ("x",), ("sum", 0, 1), ("up", 2)],  # wrong when served
     [("x",), ("gate", 0, 0), ("up", 1), ("sum", 1, 0), ("up", 0)],  # wrong in training too

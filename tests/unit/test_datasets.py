@@ -27,11 +27,6 @@ OPENAI_PAIR: dict[str, Any] = {
 CHATML_HI = f"<|im_start|>user\nHi{EOT}\n<|im_start|>assistant\n"
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return ChatTokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("bpe")))
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "train.jsonl"

@@ -18,14 +18,9 @@ from coserve.engine.profiling import Profiler
 from coserve.peft.format import save_adapter
 from coserve.runtime.adapters import AdapterSlots
 from coserve.scheduler.latency import PassCost
-from tests.tiny_engine import MakeEngine, build_model, drive, prompt, random_adapter
+from tests.tiny_engine import MakeEngine, drive, prompt, random_adapter
 
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return build_model(tmp_path_factory.mktemp("engine") / "model")
 
 
 def ask(engine: Engine, adapter: str | None) -> list[int]:

@@ -10,15 +10,10 @@ from coserve.config import SamplingConfig
 from coserve.core import ContextExceeded
 from coserve.detokenizer import IncrementalDetokenizer
 from coserve.engine.model import LoadedModel
-from tests.tiny_engine import MakeEngine, build_model, prompt
+from tests.tiny_engine import MakeEngine, prompt
 
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
 IDS = prompt(20)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return build_model(tmp_path_factory.mktemp("engine") / "model")
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -18,16 +18,11 @@ from coserve.core import CapacityError, ConfigError, CoserveError, InvalidReques
 from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
 from coserve.engine.requests import Chunk
-from tests.tiny_engine import MakeEngine, assert_nothing_left, build_model, drive, make_engine, prompt
+from tests.tiny_engine import MakeEngine, assert_nothing_left, drive, make_engine, prompt
 
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=400)
 IDS = prompt(20)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return build_model(tmp_path_factory.mktemp("engine") / "model")
 
 
 @pytest.fixture

@@ -23,23 +23,13 @@ from coserve.finetune import job as job_module
 from coserve.finetune.disk import refusal_of
 from coserve.finetune.job import JobEvent, MetricsTable, StepRow
 from tests.tiny_directory import chat_lines, write_lines
-from tests.tiny_engine import MakeEngine, build_model, drive, prompt, tracked_engines
+from tests.tiny_engine import MakeEngine, drive, prompt
 
 SFT = FinetuneConfig(max_steps=6, batch_size=4, max_microbatch_tokens=512, lora=LoraConfig(r=4), checkpoint_steps=2)
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
 ROW = StepRow(
     step=1, train_loss=1.0, train_mean_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, tokens=10, seconds=0.1
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return build_model(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture
-def engines(model: LoadedModel) -> Any:
-    yield from tracked_engines(model)
 
 
 @pytest.fixture

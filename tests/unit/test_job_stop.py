@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,15 @@ from coserve.engine.jobs import LiveJob
 from coserve.engine.model import LoadedModel
 from coserve.finetune import job as job_module
 from coserve.finetune.checkpoints import latest_checkpoint
-from coserve.finetune.job import JobEvent, MetricsTable, OptimStep, Score, StepRow
+from coserve.finetune.job import JobEvent, OptimStep, Score
+from tests.outcome import rows_of
 from tests.tiny_directory import chat_lines, write_lines
-from tests.tiny_engine import MakeEngine, build_model, drive, make_engine, tracked_engines
+from tests.tiny_engine import MakeEngine, drive, make_engine
 
 SFT = FinetuneConfig(
     max_steps=8, batch_size=4, max_microbatch_tokens=512, lora=LoraConfig(r=4, dropout=0.1), checkpoint_steps=100,
     deterministic=True, optimizer=OptimizerConfig(learning_rate=1e-3), validation_steps=3,
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return build_model(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture
-def engines(model: LoadedModel) -> Any:
-    yield from tracked_engines(model)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +44,6 @@ def whole(model: LoadedModel, directory: Path, tmp_path_factory: pytest.TempPath
     drive(engine)
     engine.close()
     return output
-
-
-def rows(output: Path) -> list[StepRow]:
-    return [replace(row, seconds=0.0) for row in MetricsTable(output / "metrics.csv").rows()]
 
 
 def start(engine: Engine, directory: Path, output: Path, events: list[JobEvent] | None = None, **options: Any) -> Any:
@@ -114,7 +100,7 @@ def test_a_stopped_job_goes_on_without_running_a_step_again(
     if done:
         assert [event.message for event in events if event.resumed_step == done] == [
             f"resumed after step {done} from step-{done:08d}"]
-    assert rows(output) == rows(whole)
+    assert rows_of(output) == rows_of(whole)
     assert (output / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
@@ -134,7 +120,7 @@ def test_every_iteration_is_a_good_moment_to_stop(engines: MakeEngine, directory
     assert turn >= 2, "it was stopped"
     assert [event.row.step for event in told if event.row is not None] == list(range(1, 9))
     assert not [event.message for event in told if "run again:" in event.message or "runs again" in event.message]
-    assert rows(output) == rows(whole)
+    assert rows_of(output) == rows_of(whole)
 
 
 def test_a_cancelled_job_writes_no_more(engines: MakeEngine, directory: Path, tmp_path: Path) -> None:

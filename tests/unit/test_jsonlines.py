@@ -13,7 +13,6 @@ from coserve.core import InvalidRequest
 from coserve.finetune.datasets import load_groups
 from coserve.finetune.jsonlines import LineError, UploadCheck, read_object
 from coserve.tokenizer import ChatTokenizer
-from tests.tiny_tokenizer import build_tiny_tokenizer
 
 LINE = json.dumps({"text": "hé"}, ensure_ascii=False)
 FOREIGN = {
@@ -31,11 +30,6 @@ GOOD = {
     "mark": codecs.BOM_UTF8 + LINE.encode(), "mark and lines": codecs.BOM_UTF8 + f"{LINE}\r\n{LINE}\n".encode(),
     "plain": LINE.encode(), "blank lines": f"\n \n{LINE}".encode(), "blanks before": f"  {LINE}".encode(),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return ChatTokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("bpe")))
 
 
 def upload(content: bytes, size: int = 7) -> None:

@@ -12,14 +12,9 @@ from hypothesis import strategies as st
 
 from coserve.textstream import StopMatcher, TextStream
 from coserve.tokenizer import ChatTokenizer
-from tests.tiny_tokenizer import build_sentencepiece_tokenizer, build_tiny_tokenizer
+from tests.tiny_tokenizer import build_sentencepiece_tokenizer
 
 END = "<|im_end|>"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return ChatTokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("bpe")))
 
 
 def feed(stream: TextStream, ids: Sequence[int]) -> list[str]:

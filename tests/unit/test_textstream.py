@@ -10,23 +10,11 @@ from hypothesis import strategies as st
 
 from coserve.textstream import TextStream
 from coserve.tokenizer import ChatTokenizer
-from tests.tiny_tokenizer import build_sentencepiece_tokenizer, build_tiny_tokenizer
 from tests.unit.test_tokenizer import byte_tokenizer
 
 STOPS = st.lists(st.text("ab🙂é", min_size=1, max_size=4), max_size=4)
 
 PIECES = (b"hello", b"aa", b"ba", "🙂".encode(), "é🙂".encode(), b"lo\xf0\x9f", b"\x99\x82", b"aab")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    """Byte-level, with a few merges."""
-    return ChatTokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("bpe")))
-
-
-@pytest.fixture(scope="module")
-def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return ChatTokenizer.load(build_sentencepiece_tokenizer(tmp_path_factory.mktemp("spm")))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coserve.detokenizer import IncrementalDetokenizer, shown_text
 from coserve.tokenizer import ChatTokenizer
-from tests.tiny_tokenizer import build_sentencepiece_tokenizer, build_tiny_tokenizer
+from tests.tiny_tokenizer import build_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,6 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     tokenizer = ChatTokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("bpe")))
     tokenizer._hf.add_tokens([AddedToken("plain added"), AddedToken("grün!")])
     return ChatTokenizer(tokenizer._hf)
-
-
-@pytest.fixture(scope="module")
-def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return ChatTokenizer.load(build_sentencepiece_tokenizer(tmp_path_factory.mktemp("spm")))
 
 
 def word_pieces() -> ChatTokenizer:

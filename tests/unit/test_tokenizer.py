@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from coserve.core import InvalidRequest, NotFound
 from coserve.detokenizer import IncrementalDetokenizer
 from coserve.tokenizer import ChatTokenizer, Notes
-from tests.tiny_tokenizer import CHATML, SMOL_CHATML, build_sentencepiece_tokenizer, build_tiny_tokenizer
+from tests.tiny_tokenizer import CHATML, SMOL_CHATML, build_tiny_tokenizer
 
 EOT = "<|im_end|>"
 STRIPPING = (
@@ -58,11 +58,6 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.fixture(scope="module")
 def tokenizer(build: Build) -> ChatTokenizer:
     return build(CHATML)
-
-
-@pytest.fixture(scope="module")
-def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return ChatTokenizer.load(build_sentencepiece_tokenizer(tmp_path_factory.mktemp("spm")))
 
 
 @pytest.fixture(scope="module")
