@@ -726,7 +726,8 @@ def oracle_layer(
     return TorchOps(
         eps=arch.rms_norm_eps, norms=weights.layers[index].norms,
         linears={site: (linears[site].weight, linears[site].bias) for site in LINEAR_SITES}, factors=factors,
-        cos=rows.cos, sin=rows.sin, starts=tuple(begin for begin, _ in state.batch.bounds),
+        cos=rows.cos, sin=rows.sin[:, arch.head_dim // 2 :].repeat(1, 2),
+        starts=tuple(begin for begin, _ in state.batch.bounds),
         window=arch.sliding_windows[index], dropout_keys=state.batch.dropout_keys,
         site_keys={site: site_key(index, site) for site in LINEAR_SITES},
     )

@@ -8,6 +8,7 @@ Outputs and inputs may be column slices of wider rows (stride > width) unless a 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Protocol
 
@@ -53,13 +54,19 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@functools.lru_cache(maxsize=64)
+def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
+
+
 def _rstd(x_TgD: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x_TgD, dim=-1, keepdim=True, dtype=_wide(x_TgD.dtype))
-    return norm.square_().div_(x_TgD.shape[-1]).add_(eps).rsqrt_()
+    return torch.addcmul(_scalar(eps, norm.dtype, norm.device), norm, norm, value=1 / x_TgD.shape[-1]).rsqrt_()
 
 
 def _groups(x: Tensor, group: int) -> Tensor:
-    return x.unflatten(-1, (-1, group))
+    """[T, D] as [T, D / group, group]; x itself where that is one group."""
+    return x if x.shape[-1] == group else x.unflatten(-1, (-1, group))
 
 
 def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
@@ -92,17 +99,15 @@ def rmsnorm_dgrad(out: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: flo
 
 
 def rope(out: Tensor, x: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, inverse: bool = False) -> None:
-    """Rotary embedding per head (half-split layout); `inverse` turns back, which is its gradient. `out` may be `x`."""
+    """Rotary embedding per head (half-split layout); `inverse` turns back, which is its gradient. `out` may be `x`.
+
+    sin_TK: its first half is negated, so that it multiplies a head whose halves are swapped.
+    """
     head = cos_TK.shape[-1]
-    half = head // 2
     x_THK, out_THK = x.unflatten(-1, (-1, head)), out.unflatten(-1, (-1, head))
-    cos, sin = cos_TK[:, None, :half], sin_TK[:, None, :half]
-    x1, x2 = x_THK[..., :half], x_THK[..., half:]
-    turned_1, turned_2 = x2 * sin, x1 * sin
-    if out.data_ptr() != x.data_ptr():
-        out_THK.copy_(x_THK)
-    out_THK[..., :half].mul_(cos).add_(turned_1, alpha=1 if inverse else -1)
-    out_THK[..., half:].mul_(cos).add_(turned_2, alpha=-1 if inverse else 1)
+    swapped = x_THK.roll(head // 2, -1)
+    torch.mul(x_THK, cos_TK.unsqueeze(1), out=out_THK)
+    out_THK.addcmul_(swapped, sin_TK.unsqueeze(1), value=-1 if inverse else 1)
 
 
 def silu_mul(out: Tensor, gate: Tensor, up: Tensor) -> None:

@@ -46,12 +46,19 @@ class KeyValuePool:
         self._blocks = self.buffer.view(held, self.block_bytes)
         self._gathered = self.rows.new_empty(2, 0, self.rows.shape[1])
         self._heads = torch.arange(self.kv_heads, device=device)
+        step = self.kv_heads * block_tokens
+        self._layers = [self._tokens[half * step :] for half in range(2 * self.num_layers)]
+        """Memory from a layer's keys on, then from its values on, as rows of K elements; layer by layer."""
+        self._layer_blocks = [self.rows[half * self.kv_heads :] for half in range(2 * self.num_layers)]
+        """The same as rows of a block's tokens."""
 
     def release(self) -> None:
         """Gives the memory back; nothing may use the pool any more."""
         self.buffer, self.rows, self._tokens, self._blocks, self._gathered = (
             tensor.new_empty(0) for tensor in (self.buffer, self.rows, self._tokens, self._blocks, self._gathered)
         )
+        self._layers.clear()
+        self._layer_blocks.clear()
 
     @property
     def layer_rows(self) -> int:
@@ -79,9 +86,8 @@ class KeyValuePool:
 
     def write(self, layer: int, token_rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores k and v [T, G * K] at `token_rows`."""
-        first = token_rows + layer * self.layer_rows * self.block_tokens
-        self._tokens.index_copy_(0, first, k.reshape(-1, self.width))
-        self._tokens.index_copy_(0, first + self.kv_heads * self.block_tokens, v.reshape(-1, self.width))
+        self._layers[2 * layer].index_copy_(0, token_rows, k.reshape(-1, self.width))
+        self._layers[2 * layer + 1].index_copy_(0, token_rows, v.reshape(-1, self.width))
 
     def block_rows(self, blocks: Tensor) -> Tensor:
         """int64 [..., G, n] from int64 blocks [..., n]: rows of the blocks' keys in layer 0."""
@@ -94,20 +100,20 @@ class KeyValuePool:
 
     def values(self, layer: int) -> Tensor:
         """Memory from the values of `layer` on, as rows of K elements."""
-        return self._tokens[(layer * self.layer_rows + self.kv_heads) * self.block_tokens :]
+        return self._layers[2 * layer + 1]
 
     def keys(self, layer: int, block_rows: Tensor) -> Tensor:
         """Keys [..., G, n * block_tokens, K] of `block_rows` [..., G, n]; valid until the next call."""
-        return self._select(0, layer * self.layer_rows, block_rows)
+        return self._select(0, layer, block_rows)
 
     def gather(self, layer: int, block_rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [..., G, n * block_tokens, K] of `block_rows` [..., G, n]; valid until the next call."""
-        return self.keys(layer, block_rows), self._select(1, layer * self.layer_rows + self.kv_heads, block_rows)
+        return self.keys(layer, block_rows), self._select(1, layer, block_rows)
 
-    def _select(self, kv: int, first: int, block_rows: Tensor) -> Tensor:
-        """`block_rows` [..., G, n] counted from row `first`, copied to the scratch memory of keys or of values."""
+    def _select(self, kv: int, layer: int, block_rows: Tensor) -> Tensor:
+        """A layer's keys (kv = 0) or values (kv = 1) of `block_rows` [..., G, n], copied to scratch memory."""
         if block_rows.numel() > self._gathered.shape[1]:
             self._gathered = self.rows.new_empty(2, block_rows.numel(), self.rows.shape[1])
         found = self._gathered[kv, : block_rows.numel()]
-        torch.index_select(self.rows[first:], 0, block_rows.flatten(), out=found)
+        torch.index_select(self._layer_blocks[2 * layer + kv], 0, block_rows.flatten(), out=found)
         return found.view(*block_rows.shape[:-1], block_rows.shape[-1] * self.block_tokens, self.width)

@@ -49,17 +49,14 @@ class Executor:
         self, program: Program, layer: int, rows: RowContext, num_rows: int, external: Callable[[int, Storage], Tensor]
     ) -> None:
         """Runs a program for one layer; external(number, storage) gives the window's rows of storages outside the workspace."""
-        tensors = [
-            columns(external(slot.storage, program.storages[slot.storage]), slot) if planned is None else planned
-            for slot, planned in zip(program.slots, self.workspace.tensors(program, num_rows), strict=True)
-        ]
-        weights = self.weights.layers[layer]
-        for call in program.calls:
-            name = call.weight
-            weight = name if name is None or call.op.startswith("segment_") else weights.parameter(call.op, name)
-            call.run(
-                rows, weight, call.attrs, call.accumulate, [tensors[i] for i in call.outs], [tensors[i] for i in call.ins]
-            )
+        bound = self.workspace.bind(program, num_rows)
+        bound.fill(external)
+        try:
+            weights = bound.weights(layer, self.weights.layers[layer].parameter)
+            for (run, attrs, accumulate, outs, ins), weight in zip(bound.calls, weights, strict=True):
+                run(rows, weight, attrs, accumulate, outs, ins)
+        finally:
+            bound.fill(None)
 
 
 class TrainExecutor:

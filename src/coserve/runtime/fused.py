@@ -170,7 +170,7 @@ class PassExecutor:
     ) -> None:
         """Brings the window's kept values of the layer that `rows` are at, the last of `total` rows, into its arena."""
         program, layer = fused.program, rows.layer
-        tensors = dict(zip(program.slots, self.executor.workspace.tensors(program, total), strict=True))
+        tensors = dict(zip(program.slots, self.executor.workspace.bind(program, total).tensors, strict=True))
         state, (_, _, _, start, end) = window.state, window.unit
         for keep in fused.keeps:
             whole = tensors[keep.source]

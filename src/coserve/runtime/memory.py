@@ -9,14 +9,19 @@ Offsets come from the compiler, per row, so that every window size has its own d
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from coserve.compiler.graph import Element
 from coserve.compiler.plan import ModelPlan
 from coserve.compiler.program import LayerPlan, Place, Program, Slot, Storage
+from coserve.ops.run import Runner
 
 _ALIGN = 64
+_MOST_BOUND = 256
 
 
 def storage_dtype(storage: Storage, dtype: torch.dtype) -> torch.dtype:
@@ -37,14 +42,53 @@ def columns(tensor: Tensor, slot: Slot) -> Tensor:
     return tensor if slot.width == tensor.shape[1] else tensor[:, slot.column : slot.column + slot.width]
 
 
+class BoundProgram:
+    """A program's calls with their tensors in place, for one number of rows.
+
+    tensors: one per slot, None for slots outside the workspace. Those are put in for each execution, and taken out again, so
+    that nothing is kept alive.
+    """
+
+    def __init__(self, program: Program, tensors: list[Tensor | None]) -> None:
+        self.program, self.tensors = program, tensors
+        self.calls: list[tuple[Runner, Mapping[str, Any], bool, list[Tensor], list[Tensor]]] = []
+        self._holes: dict[Slot, list[tuple[list[Any], int]]] = {}
+        self._weights: dict[int, list[Any]] = {}
+        for call in program.calls:
+            outs, ins = self._places(call.outs), self._places(call.ins)
+            self.calls.append((call.run, call.attrs, call.accumulate, outs, ins))
+
+    def _places(self, numbers: tuple[int, ...]) -> list[Any]:
+        places: list[Any] = [self.tensors[number] for number in numbers]
+        for index, number in enumerate(numbers):
+            if self.tensors[number] is None:
+                self._holes.setdefault(self.program.slots[number], []).append((places, index))
+        return places
+
+    def fill(self, external: Callable[[int, Storage], Tensor] | None) -> None:
+        """Puts in the window's rows of storages outside the workspace; None takes them out."""
+        for slot, places in self._holes.items():
+            found = None if external is None else columns(external(slot.storage, self.program.storages[slot.storage]), slot)
+            for tensors, index in places:
+                tensors[index] = found
+
+    def weights(self, layer: int, parameter: Callable[[str, str], Any]) -> list[Any]:
+        """What each call computes with in a layer: parameter(operator, name), the name of an adapter's factor, or None."""
+        if layer not in self._weights:
+            self._weights[layer] = [
+                name if (name := call.weight) is None or call.op.startswith("segment_") else parameter(call.op, name)
+                for call in self.program.calls
+            ]
+        return self._weights[layer]
+
+
 class Workspace:
     """Transient memory of one engine: grown to the largest need, shared by layers, directions and the loss head."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
-        self._views: dict[tuple[int, int], list[Tensor | None]] = {}
-        self._programs: dict[int, Program] = {}
+        self._bound: dict[tuple[int, int], BoundProgram] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -53,27 +97,22 @@ class Workspace:
     def reserve(self, num_bytes: int) -> Tensor:
         """The first `num_bytes` of the workspace."""
         if num_bytes > self._buffer.numel():
-            self._forget_views()
+            self._bound.clear()
             self._buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
             self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         return self._buffer[:num_bytes]
 
-    def _forget_views(self) -> None:
-        """And the programs, which are kept only so that no other gets the id of one that has views."""
-        self._views.clear()
-        self._programs.clear()
-
-    def tensors(self, program: Program, rows: int) -> list[Tensor | None]:
-        """One tensor per slot of a program for `rows` rows; None for slots outside the workspace."""
-        key = (id(program), rows)
-        if key not in self._views:
+    def bind(self, program: Program, rows: int) -> BoundProgram:
+        """A program over the workspace, for `rows` rows."""
+        key = (id(program), rows)  # a bound program keeps its program, so that no other gets its id
+        if key not in self._bound:
             stride = -(-rows // _ALIGN) * _ALIGN
             buffer = self.reserve(program.work_bytes * stride)
-            if len(self._views) > 256:
-                self._forget_views()
-            self._programs[id(program)] = program
-            self._views[key] = [self._tensor(buffer, program, slot, rows, stride) for slot in program.slots]
-        return self._views[key]
+            if len(self._bound) > _MOST_BOUND:
+                self._bound.clear()
+            tensors = [self._tensor(buffer, program, slot, rows, stride) for slot in program.slots]
+            self._bound[key] = BoundProgram(program, tensors)
+        return self._bound[key]
 
     def _tensor(self, buffer: Tensor, program: Program, slot: Slot, rows: int, stride: int) -> Tensor | None:
         storage = program.storages[slot.storage]

@@ -15,7 +15,10 @@ from coserve.peft.adapter import Adapter
 
 
 class RotaryTable:
-    """cos and sin by position, float-exact as Hugging Face computes them (in float32; float64 for float64 models)."""
+    """cos and sin by position, float-exact as Hugging Face computes them (in float32; float64 for float64 models).
+
+    The first half of sin is negated, as the kernel wants it (`library.rope`).
+    """
 
     def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         self.inv_freq = torch.tensor(arch.rope_inv_freq, dtype=torch.float32, device=device)
@@ -38,8 +41,8 @@ class RotaryTable:
         if longest > self._cos.shape[0]:
             size = max(longest, 2 * self._cos.shape[0])
             angles = torch.outer(torch.arange(size, dtype=torch.float32, device=self.inv_freq.device), self.inv_freq)
-            both = torch.cat((angles, angles), dim=-1)
-            self._cos, self._sin = ((f(both) * self.scale).to(self.dtype) for f in (torch.cos, torch.sin))
+            cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
+            self._cos, self._sin = torch.cat((cos, cos), -1).to(self.dtype), torch.cat((-sin, sin), -1).to(self.dtype)
 
 
 class TrainRows:
