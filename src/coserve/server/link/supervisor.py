@@ -28,11 +28,10 @@ from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, Setup, write_s
 from coserve.server.settings import ServerConfig
 
 ENGINE_ENVIRONMENT: Mapping[str, str] = {
-    # Every thread that has multiplied has an OpenMP team of its own: the one that loads the weights, the engine's. A waiting
-    # team that spins takes the core that the other one needs: with active waiting two threads are slower than one.
-    "OMP_WAIT_POLICY": "passive",
+    # Linux: malloc asks for huge pages. Decoding reads all weights once per token, page by page of the processor's tables.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""Variables of the engine process's environment; a value that the user has set wins."""
+"""Of the engine's process, unless the user has set them."""
 DELAYS_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 """Waits before a restart, by the number of processes in a row that have died before they were ready."""
 MAX_FAILURES = 5
