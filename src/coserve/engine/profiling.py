@@ -48,10 +48,11 @@ def cache_directory() -> Path:
 
 
 def profile_key(passes: PassExecutor, fingerprint: str) -> str:
-    """What a profile holds for: model, device, dtype, threads, versions."""
+    """What a profile holds for: model, device, dtype, layout of the weights, threads, versions."""
     weights = passes.weights
     device = torch.cuda.get_device_name(weights.device) if weights.device.type == "cuda" else platform.processor()
-    return f"{fingerprint} {weights.device.type} {device} {weights.dtype} {torch.get_num_threads()} {torch.__version__}"
+    kind = f"{weights.device.type} {device} {weights.dtype} {weights.layout}"
+    return f"{fingerprint} {kind} {torch.get_num_threads()} {torch.__version__}"
 
 
 def latency_model(
