@@ -21,15 +21,15 @@ needs_default_model = pytest.mark.skipif(
 needs_gsm8k = pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K file is not beside the project")
 
 
-def default_model() -> LoadedModel:
-    """SmolLM2 in float32, and all of the machine's threads for it."""
+def default_model(dtype: str = "float32") -> LoadedModel:
+    """SmolLM2, and all of the machine's threads for it."""
     torch.set_num_threads(os.cpu_count() or 1)
-    return _load()
+    return _load(dtype)
 
 
 @cache
-def _load() -> LoadedModel:
-    return load_model(None, device="cpu", dtype="float32")
+def _load(dtype: str) -> LoadedModel:
+    return load_model(None, device="cpu", dtype=dtype)
 
 
 def gsm8k_problems(count: int) -> list[dict[str, str]]:

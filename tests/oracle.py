@@ -26,9 +26,11 @@ from coserve.peft.format import WEIGHTS_FILE, save_adapter
 from coserve.peft.tensors import tensor_name, tensor_shape
 
 
-def load_oracle(directory: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """Hugging Face's model of a directory; exact norms when float64."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+def load_oracle(
+    directory: Path, dtype: torch.dtype = torch.float64, *, rounded_to: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Hugging Face's model of a directory; exact norms when float64. rounded_to: what its weights are rounded to before."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=rounded_to or dtype, attn_implementation="sdpa").to(dtype)
     if dtype == torch.float64:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
@@ -90,9 +92,10 @@ def with_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel | Bottle
 
 
 def label_logprobs(model: torch.nn.Module, example: Example) -> Tensor:
-    """log p of every label token of one example."""
+    """log p of every label token of one example, from logits in float32 or wider as in transformers' own loss."""
     ids = torch.from_numpy(example.token_ids)[None]
     logits = model(input_ids=ids).logits[0, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     rows = torch.from_numpy(example.weights[1:] != 0)
     return torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0][rows]
 

@@ -574,6 +574,34 @@ def test_decode_attention(case: Case, contexts: list[int], dtype: torch.dtype) -
         assert_close(out[row : row + 1], want.flatten(1), f"row {row}")
 
 
+def test_attention_in_bfloat16_is_as_exact_as_the_library() -> None:
+    """Against float64: scores of ten and more, over several blocks of queries and over gathered keys of decode rows. Merged
+    parts cost one rounding more; scores that were rounded to bfloat16 would be off several times as far."""
+    heads, share, width, length = 2, 3, 64, 700
+    make = Maker(3, BF16)
+    q = make.noise(length, heads * share * width, scale=3)
+    k, v = make.noise(length, heads * width), make.noise(length, heads * width)
+
+    def theirs(dtype: torch.dtype) -> Tensor:
+        split = [t.to(dtype).unflatten(-1, (-1, width)).transpose(0, 1)[None] for t in (q, k, v)]
+        found = torch.nn.functional.scaled_dot_product_attention(*split, is_causal=True, enable_gqa=True)
+        return found[0].transpose(0, 1).flatten(1)
+
+    want = theirs(F64)
+    allowed = 1.5 * float((theirs(BF16) - want).norm())
+    out, lse = make.blank(*q.shape), torch.empty(length, heads * share)
+    kernel.attention(out, lse, q, k, v, width=width, begin=0, first=0, last=length, window=None)
+    assert float((out - want).norm()) <= allowed
+    rows = torch.arange(length)[-128:]
+    keys, values = (t.unflatten(-1, (-1, width)).transpose(0, 1).expand(len(rows), -1, -1, -1) for t in (k, v))
+    bias = torch.zeros(len(rows), 1, 1, length).masked_fill_(torch.arange(length) > rows[:, None, None, None], -math.inf)
+    value_rows = torch.arange(heads * length, dtype=torch.int32).view(1, heads, 1, length).expand(len(rows), -1, share, -1)
+    decoded = make.blank(len(rows), q.shape[1])
+    kernel.decode_attention(decoded, q[rows], keys, values[0].reshape(-1, width), value_rows, bias.to(BF16))
+    allowed = 1.5 * float((theirs(BF16)[rows] - want[rows]).norm())
+    assert float((decoded - want[rows]).norm()) <= allowed
+
+
 def test_reference_attention_is_softmax_by_hand() -> None:
     """The specification itself against scaled_dot_product_attention and, for a sliding window, against a loop."""
     torch.manual_seed(0)

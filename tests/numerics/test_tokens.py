@@ -1,4 +1,4 @@
-"""Logits and greedy tokens equal transformers'; adapters mean the same on both sides."""
+"""Logits and greedy tokens equal transformers'; adapters mean the same on both sides. bfloat16 is as exact as theirs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import load_weights
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import Executor
+from coserve.runtime.spans import NO_ADAPTER, RowSpan
 from coserve.tokenizer import ChatTokenizer
 from tests import oracle
 from tests.default_model import default_model, gsm8k_problems, needs_default_model, needs_gsm8k
@@ -149,3 +150,89 @@ def test_default_model_equals_transformers(capsys: pytest.CaptureFixture[str]) -
     assert distance["packed"] <= 1e-5 * distance["largest logit"]
     assert distance["packed from float64"] <= 1.5 * distance["transformers from float64"]
     assert near_ties <= 2
+
+
+def decoded_logits(model: LoadedModel, ids: list[int], first: int) -> torch.Tensor:
+    """[T - first, V] logits of positions first .. T - 1, each from a pass that decodes that token alone."""
+    generator = Generator(model)
+    engine = generator._engine([len(ids)])
+    engine.blocks.allocate(0, len(ids))
+    table, device = engine.blocks.table(0), model.weights.device
+    rows = []
+    with torch.no_grad():
+        engine.passes.run(torch.tensor(ids[:first], device=device), [], [RowSpan(0, first, table, NO_ADAPTER)], None)
+        for position in range(first, len(ids)):
+            span = RowSpan(position, position + 1, table, NO_ADAPTER)
+            hidden = engine.passes.run(torch.tensor(ids[position : position + 1], device=device), [span], [], None)
+            rows.append(engine.passes.logits(hidden)[0].clone())
+    engine.close()
+    return torch.stack(rows)
+
+
+def label_errors(logits: torch.Tensor, exact: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """|log p - exact log p| of each next token. logits, exact: rows of the last positions but one."""
+    following = torch.tensor(ids[-logits.shape[0] :])[:, None]
+    own, true = (torch.log_softmax(each.double(), -1).gather(1, following)[:, 0] for each in (logits, exact))
+    return (own - true).abs()
+
+
+def test_decoded_logits_in_bfloat16_are_as_exact_as_transformers(tmp_path: Path) -> None:
+    directory = build_tiny_model("llama", tmp_path / "m", dtype=torch.bfloat16)
+    weights = load_weights(Checkpoint(directory), dtype=torch.bfloat16, device=torch.device("cpu"))
+    model = LoadedModel("tiny", directory, "tiny", None, weights, Executor(weights))  # type: ignore[arg-type]  # no text here
+    ids = prompt(150)
+    theirs, exact = (oracle.load_oracle(directory, dtype) for dtype in (torch.bfloat16, torch.float64))
+    with torch.no_grad():
+        expected, want = (each(torch.tensor([ids])).logits[0, :-1] for each in (theirs, exact))
+    allowed = 1.5 * label_errors(expected, want, ids).mean()
+    assert label_errors(Generator(model).logits(ids)[:-1], want, ids).mean() <= allowed
+    assert label_errors(decoded_logits(model, ids[:-1], 70), want[70:], ids).mean() <= allowed
+
+
+@pytest.mark.full
+@needs_default_model
+@needs_gsm8k
+def test_default_model_in_bfloat16(capsys: pytest.CaptureFixture[str]) -> None:
+    """SmolLM2 against transformers in bfloat16: greedy tokens of 24 real prompts x 32, and log-probabilities of a text against
+    float64 with the same weights. Outputs first differ only where float64 has the two tokens almost equal: bfloat16's numbers
+    beside 16 lie 0.125 apart."""
+    model = default_model("bfloat16")
+    reference, exact = (
+        oracle.load_oracle(model.directory, dtype, rounded_to=torch.bfloat16) for dtype in (torch.bfloat16, torch.float64)
+    )
+    problems = gsm8k_problems(40)
+    prompts = [model.tokenizer.encode_chat([{"role": "user", "content": problem["question"]}]) for problem in problems[:24]]
+    found = Generator(model).generate(prompts, SamplingConfig(max_tokens=32, temperature=0))
+    differences, gaps = [], []
+    for ids, tokens in zip(prompts, found, strict=True):
+        output = reference.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)
+        expected = output[0, len(ids) :].tolist()
+        if tokens == expected:
+            continue
+        first = next(i for i, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b)
+        with torch.no_grad():
+            logits = exact(torch.tensor([[*ids, *expected[:first]]])).logits[0, -1]
+        differences.append(first)
+        gaps.append(abs(float(logits[tokens[first]] - logits[expected[first]])))
+    text = model.tokenizer.encode("\n".join(f"{problem['question']}\n{problem['answer']}" for problem in problems[24:30]))
+    with torch.no_grad():
+        theirs, want = (each(torch.tensor([text])).logits[0, :-1] for each in (reference, exact))
+    start = len(text) - 64
+    errors = {
+        "transformers": label_errors(theirs, want, text),
+        "coserve": label_errors(Generator(model).logits(text)[:-1], want, text),
+        "transformers, last 63": label_errors(theirs[start:], want[start:], text),
+        "coserve, last 63 decoded": label_errors(decoded_logits(model, text[:-1], start), want[start:], text),
+    }
+    mean = {name: round(float(each.mean()), 4) for name, each in errors.items()}
+    largest = {name: round(float(each.max()), 3) for name, each in errors.items()}
+    with capsys.disabled():
+        print(
+            f"\nSmolLM2 in bfloat16: {24 - len(differences)} of 24 outputs equal transformers'; the others first differ at "
+            f"tokens {sorted(differences)}, where float64's logits are {[round(gap, 3) for gap in gaps]} apart\nerrors of "
+            f"log-probabilities of {len(text)} tokens: mean {mean}, largest {largest}"
+        )
+    assert max(gaps, default=0) < 0.5
+    assert len(differences) <= 12
+    assert mean["coserve"] <= 1.5 * mean["transformers"]
+    assert mean["coserve, last 63 decoded"] <= 1.5 * mean["transformers, last 63"]

@@ -1,4 +1,4 @@
-"""20 optimizer steps follow a plain peft loop; in float32 the real model's gradients are as exact as peft's own."""
+"""20 optimizer steps follow a plain peft loop; the real model's gradients are as exact as peft's, in either dtype."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from coserve.core import Example, Group
 from coserve.engine.model import LoadedModel
 from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.optimizer import learning_rate
+from coserve.kernels.attention import QUERY_BLOCK
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import load_weights
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import Executor
+from coserve.tokenizer import ChatTokenizer
 from tests import oracle
 from tests.default_model import default_model, gsm8k_problems, needs_default_model, needs_gsm8k
 from tests.tiny_models import FAMILIES, build_tiny_model
@@ -117,30 +119,41 @@ def test_out_of_memory_shrinks_the_window_and_restarts_the_step(
     torch.testing.assert_close(trainer.adapter.grad, calm.adapter.grad, rtol=1e-4, atol=1e-6)
 
 
+def gsm8k_conversations(tokenizer: ChatTokenizer) -> list[Example]:
+    """Two problems, and a conversation of three: its attention goes over two blocks of queries."""
+    turns = [
+        [{"role": "user", "content": problem["question"]}, {"role": "assistant", "content": problem["answer"]}]
+        for problem in gsm8k_problems(5)
+    ]
+    conversations = [*turns[:2], [message for pair in turns[2:] for message in pair]]
+    examples = []
+    for index, messages in enumerate(conversations):
+        ids, weights = tokenizer.encode_training(messages)
+        examples.append(Example(index=index, token_ids=ids, weights=weights))
+    assert max(example.num_tokens for example in examples) > QUERY_BLOCK
+    return examples
+
+
 @pytest.mark.full
 @needs_default_model
 @needs_gsm8k
-def test_float32_gradients_are_as_exact_as_pefts(capsys: pytest.CaptureFixture[str]) -> None:
-    """SmolLM2 on GSM8K text: error against float64 autograd at most twice that of transformers + peft in float32."""
-    model = default_model()
-    tokenizer = model.tokenizer
-    examples = []
-    for index, problem in enumerate(gsm8k_problems(3)):
-        ids, weights = tokenizer.encode_training(
-            [{"role": "user", "content": problem["question"]}, {"role": "assistant", "content": problem["answer"]}]
-        )
-        examples.append(Example(index=index, token_ids=ids, weights=weights))
-    config = FinetuneConfig(lora=LoraConfig(r=16, alpha=32), max_microbatch_tokens=2048, window_tokens=200)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_as_exact_as_pefts(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """SmolLM2 on GSM8K text: error against float64 autograd at most twice that of transformers + peft in the same dtype."""
+    model = default_model(dtype)
+    kind = model.weights.dtype
+    examples = gsm8k_conversations(model.tokenizer)
+    config = FinetuneConfig(lora=LoraConfig(r=16, alpha=32), max_microbatch_tokens=4096, window_tokens=200)
     trainer = AdapterTrainer(model, config)
     generator = torch.Generator().manual_seed(0)
     trainer.adapter.flat.copy_(torch.randn(trainer.adapter.flat.shape, generator=generator) * 0.02)
     trainer.forward_backward([Group(index=e.index, examples=(e,)) for e in examples], 0)
     own = oracle.own_gradients(trainer.adapter)
     found = {}
-    for name, dtype in (("peft", torch.float32), ("exact", torch.float64)):
-        flat = trainer.adapter.flat.to(dtype)
+    for name, wide in (("peft", kind), ("exact", torch.float64)):
+        flat = trainer.adapter.flat.to(wide)
         adapter = LoraAdapter(config.lora, trainer.adapter.sites, flat, num_layers=model.architecture.num_layers)
-        reference = oracle.with_adapter(oracle.load_oracle(model.directory, dtype), adapter)
+        reference = oracle.with_adapter(oracle.load_oracle(model.directory, wide, rounded_to=kind), adapter)
         oracle.sft_loss(reference, examples).backward()
         found[name] = {key: value.double() for key, value in oracle.gradients(reference, adapter).items()}
         del reference
@@ -152,6 +165,6 @@ def test_float32_gradients_are_as_exact_as_pefts(capsys: pytest.CaptureFixture[s
     mean = {name: float(np.mean(values)) for name, values in errors.items()}
     worst = {name: max(values) for name, values in errors.items()}
     with capsys.disabled():
-        print(f"\nfloat32 gradient error against float64: mean {mean}, worst tensor {worst}")
+        print(f"\n{dtype} gradient error against float64: mean {mean}, worst tensor {worst}")
     assert mean["coserve"] <= 2 * mean["peft"]
     assert worst["coserve"] <= 2 * worst["peft"]

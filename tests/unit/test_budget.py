@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from coserve.config import FinetuneConfig, LoraConfig
+from coserve.config import EngineConfig, FinetuneConfig, LoraConfig
 from coserve.configdata import finetune_config_from_dict
 from coserve.core import CapacityError, Group
+from coserve.engine import engine as engine_module
 from coserve.engine import finetuning
 from coserve.engine.budget import (
     GIB,
@@ -25,25 +26,28 @@ from coserve.engine.budget import (
     fit_plan,
     packed_bytes,
     require_memory,
+    settle_copies,
     shape_adapter,
     training_bytes,
     weight_bytes,
 )
-from coserve.engine.model import LoadedModel, load_model
+from coserve.engine.generation import Generator
+from coserve.engine.model import DTYPES, load_model
 from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.batches import pack_groups
 from coserve.finetune.datasets import load_groups
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.linear import PackedHead, PackedLinear, can_pack
-from coserve.model.weights import load_weights
+from coserve.model.weights import ModelWeights, load_weights
 from coserve.peft.lora import LoraAdapter
+from coserve.runtime.cache import block_bytes
 from coserve.runtime.memory import Arena
 from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
 from coserve.runtime.plans import training_plan
+from coserve.scheduler.latency import LatencyModel
 from tests.tiny_directory import build_tiny_directory, chat_lines, write_lines
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-DTYPES = ("float32", "bfloat16", "float64")
 LORA = LoraConfig(r=4)
 CPU = torch.device("cpu")
 
@@ -88,9 +92,8 @@ def test_weights_are_the_tensors_of_the_checkpoint(tmp_path: Path, family: str, 
     assert weight_bytes(checkpoint.architecture, stored.itemsize) == checkpoint.num_bytes
 
 
-def plain_tensors(model: LoadedModel) -> list[Tensor]:
+def plain_tensors(weights: ModelWeights) -> list[Tensor]:
     """Every tensor of weights in the plain layout."""
-    weights = model.weights
     found = [weights.embedding, weights.norm, weights.head.table]
     for layer in weights.layers:
         found += layer.norms.values()
@@ -101,29 +104,41 @@ def plain_tensors(model: LoadedModel) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_weights_on_the_device(directories: dict[str, Path], family: str, dtype: str) -> None:
-    model = load_model(str(directories[family]), device="cpu", dtype=dtype)
-    assert num_bytes(*plain_tensors(model)) == weight_bytes(model.architecture, model.weights.dtype.itemsize)
+    weights = load_weights(Checkpoint(directories[family]), dtype=DTYPES[dtype], device=CPU, packed=False)
+    assert num_bytes(*plain_tensors(weights)) == weight_bytes(weights.architecture, weights.dtype.itemsize)
 
 
-@pytest.mark.skipif(not can_pack(torch.float32, torch.device("cpu")), reason="this processor has no packed layout")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_weights_after_a_training_step(directories: dict[str, Path], data: Path, family: str) -> None:
-    """Linears are held twice (but for the lowest layer's first, whose input gradient nobody reads), the head twice more."""
-    trainer = make_trainer(directories[family], "float32")
-    weights, arch = trainer.model.weights, trainer.model.architecture
+def test_packed_weights_after_a_training_step(directories: dict[str, Path], data: Path, family: str, dtype: str) -> None:
+    """Linears are held twice (but for the lowest layer's first, whose input gradient nobody reads), the head twice more; where
+    one copy is all, there is no byte more."""
+    if not can_pack(DTYPES[dtype], CPU):
+        pytest.skip("this processor has no packed layout")
+    trainer = make_trainer(directories[family], dtype)
+    weights, arch, itemsize = trainer.model.weights, trainer.model.architecture, DTYPES[dtype].itemsize
+    weights.hold_one_copy(True)
     trainer.forward_backward(groups_of(trainer, data), 0)
-    held = num_bytes(weights.embedding, weights.norm, weights.head.table)
+    trainer.executor.prepare(trainer.plan)
+    assert held_bytes(weights) == weight_bytes(arch, itemsize)
+    weights.hold_one_copy(False)
+    trainer.forward_backward(groups_of(trainer, data), 1)
+    said = weight_bytes(arch, itemsize) + packed_bytes(arch, itemsize)
+    assert 0.9 * said <= held_bytes(weights) <= said
+    assert weights.copied_bytes == held_bytes(weights) - weight_bytes(arch, itemsize)
+
+
+def held_bytes(weights: ModelWeights) -> int:
+    """Bytes of everything that packed weights hold."""
+    itemsize, held = weights.dtype.itemsize, num_bytes(weights.embedding, weights.norm, weights.head.table)
     for layer in weights.layers:
         held += num_bytes(*layer.norms.values(), *(x.bias for x in layer.linears.values() if x.bias is not None))
         for linear in layer.linears.values():
             assert isinstance(linear, PackedLinear)
-            held += sum(4 * copy.numel() for copy in (linear._forward, linear._backward) if copy is not None)
+            held += sum(itemsize * copy.numel() for copy in (linear._forward, linear._backward) if copy is not None)
     head = weights.head
     assert isinstance(head, PackedHead)
-    assert head._backward is not None
-    held += 4 * (head._backward.numel() + sum(block.numel() for block in head._blocks))
-    said = weight_bytes(arch, 4) + packed_bytes(arch, 4)
-    assert 0.9 * said <= held <= said
+    return held + sum(itemsize * copy.numel() for copy in (*head._blocks, head._backward) if copy is not None)
 
 
 def groups_of(trainer: AdapterTrainer, data: Path) -> tuple[Group, ...]:
@@ -233,39 +248,129 @@ def test_a_plan_for_any_room(directories: dict[str, Path], family: str, itemsize
         asked(0.01)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_finetune_takes_the_plan_that_there_is_memory_for(
-    directories: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    directories: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    model = load_model(str(directories["llama"]), device="cpu", dtype="float32")
+    """With less and less memory: packed copies of weights, then one copy of each, then products run again, then a refusal."""
+    model = load_model(str(directories["llama"]), device="cpu", dtype=dtype)
     config = FinetuneConfig(lora=LORA, batch_size=9, max_steps=2, window_tokens=64)
     arch, adapter = model.architecture, shape_adapter(model.architecture, LORA)
     groups = load_groups(data, model.tokenizer, objective="sft", max_length=512, too_long="error").groups
-    workload = Workload.of(groups, 9, config.max_microbatch_tokens)
+    workload, itemsize = Workload.of(groups, 9, config.max_microbatch_tokens), DTYPES[dtype].itemsize
+    packed = can_pack(DTYPES[dtype], CPU)
 
-    def needs(room: float) -> int:
+    def needs(room: float, one_copy: bool) -> int:
+        plan = fit_plan(arch, adapter, room, workload, itemsize=itemsize).plan
         parts = training_bytes(
-            arch, fit_plan(arch, adapter, room, workload, itemsize=4).plan, adapter.flat.numel(),
-            microbatch_tokens=workload.num_tokens, window_tokens=64, itemsize=4, packed=can_pack(torch.float32, CPU),
+            arch, plan, adapter.flat.numel(), microbatch_tokens=workload.num_tokens, window_tokens=64, itemsize=itemsize,
+            packed=packed, one_copy=one_copy,
         )
         return sum(parts.values()) - parts["weights"]
 
-    most, least = needs(math.inf), needs(0)
-    little = (most + least) // 2
+    def have(available: int | None) -> None:
+        monkeypatch.setattr(finetuning, "available_bytes", lambda device: available)
+        model.weights.hold_one_copy(True)  # what an earlier run has left would count as memory that can be had
+
+    once, least = needs(math.inf, True), needs(0, True)
+    cases = {"plenty": None, "enough": needs(math.inf, False), "once": once, "little": (once + least) // 2}
     weights = {}
-    for name, available in (("plenty", None), ("little", little)):
-        monkeypatch.setattr(finetuning, "available_bytes", lambda device, available=available: available)
+    for name, available in cases.items():
+        have(available)
         events: list[str] = []
         result = finetuning.finetune(
             data, tmp_path / name, model=model, config=config, listen=lambda e, events=events: events.append(e.message)
         )
         again = [line for line in events if "of the matrix products again" in line]
         assert bool(again) == (name == "little")
-        weights[name] = result.adapter.flat
-    assert torch.allclose(weights["plenty"], weights["little"], rtol=1e-3, atol=1e-5)
-    for refused, available in ((replace(config, deterministic=True), little), (config, least - 1)):
-        monkeypatch.setattr(finetuning, "available_bytes", lambda device, available=available: available)
+        said = [line for line in events if line.startswith("each weight matrix is held once")]
+        assert bool(said) == (packed and name in ("once", "little"))
+        assert (model.weights.copied_bytes > 0) == (packed and name in ("plenty", "enough"))
+        weights[name] = result.adapter.flat.float()
+    for name in cases:
+        distance = torch.linalg.vector_norm(weights[name] - weights["plenty"]) / torch.linalg.vector_norm(weights["plenty"])
+        assert distance < {"float32": 1e-3, "bfloat16": 0.05}[dtype]
+    for refused, available in ((replace(config, deterministic=True), cases["little"]), (config, least - 1)):
+        have(available)
         with pytest.raises(CapacityError, match="not enough memory"):
             finetuning.finetune(data, tmp_path / "refused", model=model, config=refused)
+
+
+def test_copies_in_memory_can_be_had_back(
+    directories: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that an earlier job has left with packed copies needs no more memory for them, and can give them back."""
+    if not can_pack(torch.float32, CPU):
+        pytest.skip("this processor has no packed layout")
+    model = load_model(str(directories["llama"]), device="cpu", dtype="float32")
+    config = FinetuneConfig(lora=LORA, batch_size=9, max_steps=1, window_tokens=64)
+    finetuning.finetune(data, tmp_path / "first", model=model, config=config)
+    held, asked = model.weights.copied_bytes, []
+    assert held > 0
+    monkeypatch.setattr(finetuning, "require_memory", lambda needed, available: asked.append((needed, available)))
+    monkeypatch.setattr(finetuning, "available_bytes", lambda device: 10 * GIB)
+    finetuning.finetune(data, tmp_path / "second", model=model, config=config)
+    needed, available = asked[0]
+    assert available == 10 * GIB + held and needed["packed copies of them"] >= held
+    assert model.weights.copied_bytes == held
+
+
+# --- how often an engine holds weights ---
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_holds_copies_where_memory_allows(directories: dict[str, Path], dtype: str, training: bool) -> None:
+    weights = load_weights(Checkpoint(directories["llama"]), dtype=DTYPES[dtype], device=CPU)
+    if not can_pack(DTYPES[dtype], CPU):
+        assert settle_copies(weights, 0, training=training) is None
+        return
+    needed = packed_bytes(weights.architecture, weights.dtype.itemsize, training=training)
+    assert needed < packed_bytes(weights.architecture, weights.dtype.itemsize) or training
+    for free, layout in ((None, "packed"), (2 * needed, "packed"), (2 * needed - 2, "packed once"), (0, "packed once")):
+        line = settle_copies(weights, free, training=training)
+        assert weights.layout == layout
+        said = {"packed": "packed copies of the weights: up to", "packed once": "each weight matrix is held once: "}
+        assert line is not None and line.startswith(said[layout])
+    weights.hold_one_copy(False)
+    for each in weights.products:
+        each.prepare() if isinstance(each, PackedHead) else each.prepare(backward=training)
+    held = weights.copied_bytes
+    assert held > 0
+    settle_copies(weights, max(0, 2 * (needed - held)), training=training)
+    assert (weights.layout, weights.copied_bytes) == ("packed", held), "what is held already needs no more memory"
+
+
+def test_an_engine_counts_what_its_pool_leaves(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not can_pack(torch.float32, CPU):
+        pytest.skip("this processor has no packed layout")
+    model = load_model(str(directories["llama"]), device="cpu", dtype="float32")
+    needed = packed_bytes(model.architecture, 4)
+    pool = 64 * block_bytes(model.architecture, 16, 4)
+    for free, layout in ((2 * needed, "packed"), (2 * needed - 8, "packed once")):
+        monkeypatch.setattr(engine_module, "available_bytes", lambda device, free=free: pool + free)
+        lines: list[str] = []
+        config = EngineConfig(memory_bytes=pool, block_tokens=16)
+        engine = engine_module.Engine(model, config, latency=LatencyModel({}), report=lines.append)
+        assert model.weights.layout == layout and len(lines) == 1
+        engine.close()
+
+
+def test_tokens_and_gradients_do_not_need_copies(directories: dict[str, Path], data: Path) -> None:
+    """The same model with packed copies and without: the same to rounding."""
+    trainer = make_trainer(directories["qwen3"], "float32")
+    weights, groups = trainer.model.weights, groups_of(trainer, data)
+    found = {}
+    for one_copy in (False, True):
+        weights.hold_one_copy(one_copy)
+        logits = Generator(trainer.model).logits(range(40))
+        weights.hold_one_copy(one_copy)  # the generator's engine has chosen by the memory that there is
+        assert trainer.adapter.grad is not None
+        trainer.adapter.grad.zero_()
+        trainer.forward_backward(groups, 0)
+        found[one_copy] = (logits, trainer.adapter.grad.clone())
+    for one, several in zip(found[True], found[False], strict=True):
+        assert torch.allclose(one, several, rtol=1e-4, atol=1e-5)
 
 
 def test_a_resumed_job_gets_the_same_plan(directories: dict[str, Path], data: Path, tmp_path: Path) -> None:

@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost, kind_of
 from coserve.scheduler.profile import (
     Sample,
+    by_layer,
     fit,
     load_profile,
+    needed_points,
     non_negative_least_squares,
     profile_points,
+    row_layers,
     save_profile,
     sequence_length,
 )
@@ -138,6 +141,77 @@ def test_points_keep_to_the_limits(num_layers: int, max_rows: int) -> None:
     kinds = {kind_of(contents) for contents in points}
     assert kinds >= {"decode", "prefill", "forward", "backward", "optimizer", "decode+backward", "forward+backward"}
     assert max_rows < 32 or kinds >= {"decode+prefill", "decode+fused"}
+
+
+@pytest.mark.parametrize("max_rows", [1, 32, 2048, 100_000])
+@pytest.mark.parametrize("num_layers", [1, 2, 30])
+def test_needed_points_are_among_the_points_and_small(num_layers: int, max_rows: int) -> None:
+    points, needed = profile_points(num_layers, max_rows), needed_points(num_layers, max_rows)
+    assert set(needed) <= set(points) and len(needed) == len(set(needed)) <= 20
+    assert max(row_layers(point, num_layers) for point in needed) <= max(2048, 64 * num_layers)
+
+
+LAYERS = 32
+
+
+def without_adapters(contents: Contents) -> Contents:
+    """As the profile runs it."""
+    cost = contents.inference
+    return contents if cost is None else contents._replace(inference=cost._replace(adapter_segments=0))
+
+
+def large_law(contents: Contents) -> float:
+    """A model of 8 billion parameters on the same cores: reading the weights takes as long as a dozen rows' products."""
+    seconds, cost = 1e-3, contents.inference
+    if cost:
+        seconds += max(0.65, 0.2 + 0.034 * cost.rows) + 6e-3 * cost.head_rows + 2e-3 * cost.decode_rows
+        seconds += 6e-6 * cost.decode_context + LAYERS * 6e-8 * (cost.prefill_pairs + cost.fused_pairs)
+        seconds += 1e-3 * cost.fused_rows + 1.2e-2 * cost.fused_labels
+    for unit in contents.units:
+        per_layer = max(2e-2, 6e-3 + 1.05e-3 * unit.rows) + 6e-8 * unit.pairs
+        seconds += unit.layers * (1.3 * per_layer + 0.1 if unit.backward else per_layer) + 1.2e-2 * unit.labels
+    return seconds + (1e-4 + 4e-9 * contents.optimizer_elements if contents.optimizer_elements else 0)
+
+
+def test_the_needed_points_make_a_law() -> None:
+    """Two fifths of the points and a fifth of their time, without a long pass: the rest is predicted to a third, long prompts,
+    decoding and units far better."""
+    needed = [without_adapters(contents) for contents in needed_points(LAYERS, 2048)]
+    samples = [(contents, large_law(contents)) for contents in needed]
+    others = [each for each in map(without_adapters, profile_points(LAYERS, 2048)) if each not in needed]
+    assert sum(seconds for _, seconds in samples) < 0.25 * sum(map(large_law, profile_points(LAYERS, 2048)))
+    derived = [sample for sample in (by_layer(contents, samples, LAYERS) for contents in others) if sample is not None]
+    assert len(derived) == 3
+    model = fit(samples + derived)
+    errors = [abs(model.seconds(contents) / large_law(contents) - 1) for contents in others]
+    assert max(errors) < 0.33 and np.median(errors) < 0.05
+    long = [PassCost(rows, 1, 0, 0, rows * (rows + 1) // 2, 0, 0, 0, 0, 1) for rows in (200, 512, 1024, 2048)]
+    for contents in (*(Contents(cost, (), 0) for cost in long), Contents(None, (FORWARD,), 0), Contents(None, (BACKWARD,), 0)):
+        assert model.seconds(contents) == pytest.approx(large_law(contents), rel=0.15)
+
+
+def test_a_pass_by_layers() -> None:
+    unit = UnitCost(False, 256, 2, 32896, 0)
+    samples = [(Contents(None, (unit,), 0), 0.4), (Contents(None, (unit,), 0), 0.3), (Contents(DECODE, (), 0), 0.05)]
+    prefill = PassCost(256, 1, 0, 0, 32896, 0, 0, 0, 0, 1)
+    fused = PassCost(264, 8, 8, 4096, 0, 256, 32896, 0, 0)
+    for cost, seconds in ((prefill, 12 * 0.15), (fused, 12 * 0.15 + 0.05)):
+        contents = Contents(cost, (), 0)
+        assert by_layer(contents, samples, 12) == (contents, pytest.approx(seconds))
+    for unknown in (
+        Contents(prefill._replace(rows=128, prefill_pairs=8256), (), 0), Contents(fused._replace(fused_labels=9), (), 0),
+        Contents(fused._replace(decode_rows=4, rows=260), (), 0), Contents(prefill, (unit,), 0), Contents(None, (unit,), 0),
+        Contents(prefill, (), 9), Contents(PassCost(8, 8, 8, 99, 0, 0, 0, 0, 0), (), 0),
+        Contents(PassCost(520, 9, 8, 99, 32896, 256, 32896, 0, 0), (), 0),
+    ):
+        assert by_layer(unknown, samples, 12) is None
+    short, unit = Contents(PassCost(32, 1, 0, 0, 528, 0, 0, 0, 0, 1), (), 0), UnitCost(False, 32, 1, 528, 0)
+    assert by_layer(short, [(Contents(None, (unit,), 0), 0.1)], 12) is None
+
+
+def test_row_layers() -> None:
+    assert row_layers(Contents(DECODE, (FORWARD, BACKWARD), 9), 12) == 8 * 12 + 2 * 256 * 4
+    assert row_layers(Contents(None, (), 9), 12) == 0
 
 
 def whole_sequences(rows: int, pairs: int) -> int:

@@ -16,6 +16,8 @@ from coserve.core import CapacityError, Group
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import expected_shapes
 from coserve.model.decoder import MERGED, linear_shapes
+from coserve.model.linear import PackedHead
+from coserve.model.weights import ModelWeights
 from coserve.peft.adapter import Adapter
 from coserve.peft.kinds import empty_adapter
 from coserve.runtime.executor import head_rows
@@ -26,6 +28,9 @@ from coserve.runtime.plans import training_plans
 _WORK_ALIGN = 64
 """The workspace rounds its rows up to this (runtime/memory.py)."""
 
+COPIES_SHARE = 0.5
+"""Share of the memory beside an engine's pool that packed copies of weights may take; workspaces and adapters need some too."""
+
 GIB = 1 << 30
 
 
@@ -34,10 +39,37 @@ def weight_bytes(arch: Architecture, itemsize: int) -> int:
     return itemsize * sum(math.prod(shape) for shape in expected_shapes(arch).values())
 
 
-def packed_bytes(arch: Architecture, itemsize: int) -> int:
-    """Bytes that the packed layout (model/linear.py) adds in training: the linears' transposes, the head and its transpose."""
+def packed_bytes(arch: Architecture, itemsize: int, *, training: bool = True) -> int:
+    """Bytes that the packed layout (model/linear.py) adds: the head, and in training the linears' transposes and the head's."""
+    head = arch.vocab_size * arch.hidden_size
     linears = arch.num_layers * sum(math.prod(shape) for shape in linear_shapes(arch).values())
-    return itemsize * (linears + 2 * arch.vocab_size * arch.hidden_size)
+    return itemsize * (linears + 2 * head if training else head)
+
+
+def unpacked_bytes(arch: Architecture, itemsize: int) -> int:
+    """Bytes of the largest matrix that is unpacked for a product where the packed layout is held once."""
+    shapes = linear_shapes(arch)
+    whole = [sum(math.prod(shapes[site]) for site in sites) for sites in MERGED.values()]
+    return itemsize * max(*whole, *(math.prod(shape) for shape in shapes.values()))
+
+
+def settle_copies(weights: ModelWeights, free: int | None, *, training: bool) -> str | None:
+    """Lets the weights have packed copies beyond one of each matrix exactly where memory allows it.
+
+    free: bytes that are not spoken for otherwise, None if that can't be told; training: whether backward will run. Returns a
+    line for the log, None for weights that are not packed.
+    """
+    if not isinstance(weights.head, PackedHead):
+        return None
+    needed = packed_bytes(weights.architecture, weights.dtype.itemsize, training=training)
+    room = math.inf if free is None else COPIES_SHARE * free + weights.copied_bytes
+    weights.hold_one_copy(needed > room)
+    if needed <= room:
+        return f"packed copies of the weights: up to {needed / GIB:.2f} GiB more"
+    return (
+        f"each weight matrix is held once: packed copies would take {needed / GIB:.2f} GiB more, and {room / GIB:.2f} GiB are "
+        "free for them; input gradients unpack it every time"
+    )
 
 
 def split_bytes(arch: Architecture, plan: ModelPlan, itemsize: int) -> int:
@@ -59,17 +91,23 @@ def shape_adapter(arch: Architecture, config: AdapterConfig) -> Adapter:
 
 def training_bytes(
     arch: Architecture, plan: ModelPlan, num_parameters: int, *, microbatch_tokens: int, window_tokens: int, itemsize: int,
-    packed: bool = False,
+    packed: bool = False, one_copy: bool = False,
 ) -> dict[str, int]:
-    """Bytes by purpose for one job whose largest micro-batch has `microbatch_tokens` tokens. packed: as in `load_weights`."""
+    """Bytes by purpose for one job whose largest micro-batch has `microbatch_tokens` tokens. packed: as in `load_weights`;
+    one_copy: whether of packed matrices each is held once."""
     wide = max(itemsize, 4)
     window = min(window_tokens, microbatch_tokens)
     head = min(head_rows(arch.vocab_size, itemsize), window) * arch.vocab_size * itemsize
     streams = 3 * arch.hidden_size * itemsize + 2 * arch.num_kv_heads * arch.head_dim * wide
     copies = itemsize + 3 * wide + (0 if wide == itemsize else wide)
+    layouts = 0
+    if packed:
+        layouts = (
+            unpacked_bytes(arch, itemsize) if one_copy else packed_bytes(arch, itemsize) + split_bytes(arch, plan, itemsize)
+        )
     return {
         "weights": weight_bytes(arch, itemsize),
-        "packed copies of them": packed_bytes(arch, itemsize) + split_bytes(arch, plan, itemsize) if packed else 0,
+        "packed copies of them": layouts,
         "kept activations": plan.arena_bytes * arena_rows(microbatch_tokens),
         "gradients": streams * microbatch_tokens,
         "workspace": max(plan.work_bytes * -(-window // _WORK_ALIGN) * _WORK_ALIGN, head),

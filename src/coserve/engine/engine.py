@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from coserve.config import EngineConfig, FinetuneConfig, SamplingConfig
 from coserve.core import CapacityError, ConfigError, CoserveError, NotFound, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry
-from coserve.engine.budget import available_bytes
+from coserve.engine.budget import available_bytes, settle_copies
 from coserve.engine.finetuning import prepare_beside
 from coserve.engine.inbox import Inbox
 from coserve.engine.jobs import JobHandle
@@ -72,6 +72,8 @@ class Engine:
         num_blocks = self._pool_bytes() // size
         if num_blocks < 1:
             raise CapacityError(f"memory_bytes: one block of the key-value cache takes {size} bytes", param="memory_bytes")
+        self._settle_copies(num_blocks * size, training=latency is None or self.config.scheduler.policy != "inference-only",
+                            report=report)
         pool = self.blocks = BlockPool(
             num_blocks, blocks, guaranteed_blocks=math.ceil(num_blocks * self.config.inference_share),
             caching=self.config.prefix_caching,
@@ -106,6 +108,15 @@ class Engine:
         if available is None:
             raise ConfigError("memory_bytes: the free memory can't be told here; give it", param="memory_bytes")
         return int(available * DEFAULT_POOL_SHARE)
+
+    def _settle_copies(self, pool_bytes: int, *, training: bool, report: Callable[[str], None]) -> None:
+        """What the pool and its rows leave of the memory decides how often weights are held. training: whether backward units
+        will run, be it in the profile only."""
+        available = available_bytes(self.model.weights.device)
+        free = None if available is None else max(0, available - pool_bytes)
+        line = settle_copies(self.model.weights, free, training=training)
+        if line is not None:
+            report(line)
 
     # --- requests ---
 

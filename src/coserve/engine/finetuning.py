@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,7 +37,7 @@ from coserve.engine.budget import (
     shape_adapter,
     training_bytes,
 )
-from coserve.engine.model import LoadedModel, load_model, resolve_device, resolve_dtype
+from coserve.engine.model import DTYPES, LoadedModel, dtype_name, load_model, resolve_device, resolve_dtype
 from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.checkpoints import write_atomically
 from coserve.finetune.datasets import Dataset, load_training
@@ -54,6 +54,7 @@ from coserve.finetune.taught import taught_end_tokens
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.linear import can_pack
 from coserve.model.locate import locate_model
+from coserve.model.weights import ModelWeights
 from coserve.peft.adapter import Adapter
 from coserve.peft.described import described_adapter
 from coserve.peft.format import WEIGHTS_FILE
@@ -93,33 +94,46 @@ def _check_output(directory: Path, resume: bool) -> None:
         )
 
 
+class _Chosen(NamedTuple):
+    """one_copy: whether there is memory for one copy of each weight matrix only."""
+
+    fitted: FittedPlan
+    one_copy: bool
+
+
 def _choose_plan(
-    arch: Architecture, config: FinetuneConfig, dataset: Dataset, device: torch.device, dtype: torch.dtype, *, loaded: bool
-) -> FittedPlan:
-    """The plan with the fewest FLOPs for which there is memory. A deterministic job's depends on its settings only."""
+    arch: Architecture, config: FinetuneConfig, dataset: Dataset, device: torch.device, dtype: torch.dtype,
+    loaded: ModelWeights | None,
+) -> _Chosen:
+    """The plan with the fewest FLOPs for which there is memory; packed copies of weights go before activations do. A
+    deterministic job's plan depends on its settings only. loaded: the weights, if they are in memory already."""
     adapter, available, itemsize = shape_adapter(arch, config.adapter), available_bytes(device), dtype.itemsize
+    if available is not None and loaded is not None:
+        available += loaded.copied_bytes  # which are counted below, and can be dropped
     workload = Workload.of(dataset.groups, settled(config.batch_size), config.max_microbatch_tokens)
     chosen = asked_plan(arch, adapter, workload, config, itemsize=itemsize)
+    packed = can_pack(dtype, device)
 
-    def needs(plan: ModelPlan) -> dict[str, int]:
+    def needs(plan: ModelPlan, one_copy: bool) -> dict[str, int]:
         needed = training_bytes(
             arch, plan, adapter.flat.numel(), microbatch_tokens=workload.num_tokens, window_tokens=config.window_tokens,
-            itemsize=itemsize, packed=can_pack(dtype, device),
+            itemsize=itemsize, packed=packed, one_copy=one_copy,
         )
-        if loaded:
+        if loaded is not None:
             needed.pop("weights")
         return needed
 
+    one_copy = packed and available is not None and sum(needs(chosen.plan, False).values()) > available
     while available is not None and not config.deterministic and chosen.fits:
-        over = sum(needs(chosen.plan).values()) - available
+        over = sum(needs(chosen.plan, one_copy).values()) - available
         if over <= 0:
             break
         # once more where the smaller plan's workspace is larger
         chosen = fit_plan(
             arch, adapter, chosen.num_bytes - over, workload, itemsize=itemsize, compression=config.activation_compression
         )
-    require_memory(needs(chosen.plan), available)
-    return chosen
+    require_memory(needs(chosen.plan, one_copy), available)
+    return _Chosen(chosen, one_copy)
 
 
 def _load_data(
@@ -225,6 +239,7 @@ def prepare(
         "start": None if start is None else str(start), "start_digest": None if start is None else _digest(Path(start)),
         "settings": to_dict(config),
         "threads": torch.get_num_threads() if config.deterministic else None,
+        "products": f"{dtype_name(loaded.weights.dtype)} {loaded.weights.layout}" if config.deterministic else None,
     }
     job = Job(config, train.groups, held_out.groups if held_out else (), trainer, directory, facts=facts, listen=listen)
     listen(JobEvent(level="info", message=describe_settings(asked, config, job.num_steps)))
@@ -232,7 +247,7 @@ def prepare(
         refuse_changes(facts, _read_job(directory), "job.json")
         job.resume()
     else:
-        _open_job(directory, loaded.name, data, validation, facts)
+        _open_job(directory, loaded.name, data, validation, {"dtype": dtype_name(loaded.weights.dtype), **facts})
     return PreparedJob(job=job, trainer=trainer, directory=directory, dataset=train)
 
 
@@ -287,18 +302,23 @@ def finetune(
         place, kind = model.weights.device, model.weights.dtype
     else:
         place = resolve_device(device)
-        kind = resolve_dtype(dtype, place)
+        kind = resolve_dtype(_recorded_dtype(directory, place) if resume and dtype == "auto" else dtype, place, report)
         base = locate_model(model, report=report)
         arch, tokenizer = read_architecture(base), ChatTokenizer.load(base)
     train, held_out = _load_data(data_path, validation, tokenizer, asked, arch, base)
     _tell(train, listen)
     settings = _resolve(asked, train, arch, directory, start, resume)
-    fitted = _choose_plan(arch, settings, train, place, kind, loaded=isinstance(model, LoadedModel))
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, dtype=dtype)
+    fitted, one_copy = _choose_plan(
+        arch, settings, train, place, kind, model.weights if isinstance(model, LoadedModel) else None
+    )
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, dtype=dtype_name(kind))
     if start is not None:
         continued = loaded.load_adapter(Path(start)).config
         assert continued is not None, "what a file holds has settings"
-        fitted = _choose_plan(arch, settings.with_adapter(continued), train, place, kind, loaded=True)
+        fitted, one_copy = _choose_plan(arch, settings.with_adapter(continued), train, place, kind, loaded.weights)
+    loaded.weights.hold_one_copy(one_copy)
+    if one_copy:
+        report("each weight matrix is held once: there is no memory for packed copies; input gradients unpack it every time")
     prepared = prepare(
         loaded, data_path, directory, asked, settings, train=train, held_out=held_out, validation=validation, start=start,
         resume=resume, listen=listen, fitted=fitted,
@@ -334,6 +354,13 @@ def _read_job(directory: Path) -> dict[str, Any]:
         return dict(json.loads((directory / "job.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InvalidRequest(f"output: {directory / 'job.json'} can't be read ({error})", param="output") from error
+
+
+def _recorded_dtype(directory: Path, device: torch.device) -> str:
+    """What a job began in, which is what 'auto' means when it is resumed. Jobs that earlier versions began don't say: there
+    'auto' was float32 on the CPU."""
+    found = _read_job(directory).get("dtype")
+    return found if found in DTYPES else "float32" if device.type == "cpu" else "auto"
 
 
 def _write_adapter(directory: Path, trainer: AdapterTrainer) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from coserve.core import ConfigError
+from coserve.kernels.processor import bfloat16_products
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.locate import DEFAULT_MODEL, locate_model
@@ -23,6 +24,11 @@ from coserve.tokenizer import ChatTokenizer
 _log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that settings have for it."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +71,19 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """'auto' is float32 on the CPU and bfloat16 on CUDA."""
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: must be auto or one of {', '.join(DTYPES)}, got {dtype!r}", param="dtype")
-    return DTYPES[dtype]
+def resolve_dtype(dtype: str, device: torch.device, report: Callable[[str], None] = lambda _: None) -> torch.dtype:
+    """'auto' is bfloat16 on CUDA and on a CPU that multiplies it, else float32. report: is told what 'auto' has become and why.
+    Raises ConfigError for a name that is not known."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype: must be auto or one of {', '.join(DTYPES)}, got {dtype!r}", param="dtype")
+        return DTYPES[dtype]
+    if device.type != "cpu":
+        report("bfloat16: CUDA devices multiply it")
+        return torch.bfloat16
+    products = bfloat16_products()
+    report(f"{'bfloat16' if products.supported else 'float32'}: {products.reason}")
+    return torch.bfloat16 if products.supported else torch.float32
 
 
 def base_fingerprint(checkpoint: Checkpoint) -> str:
@@ -91,7 +103,7 @@ def load_model(
     Raises NotFound, InvalidRequest, ConfigError, CapacityError.
     """
     place = resolve_device(device)
-    kind = resolve_dtype(dtype, place)
+    kind = resolve_dtype(dtype, place, report)
     directory = locate_model(name, report=report)
     checkpoint = Checkpoint(directory)
     tokenizer = ChatTokenizer.load(directory)

@@ -28,11 +28,22 @@ from coserve.scheduler.arenas import Arena
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost
 from coserve.scheduler.prefix import PrefixKey
-from coserve.scheduler.profile import fit, load_profile, profile_points, save_profile, sequence_length
+from coserve.scheduler.profile import (
+    Sample,
+    by_layer,
+    fit,
+    load_profile,
+    needed_points,
+    profile_points,
+    row_layers,
+    save_profile,
+    sequence_length,
+)
 
 SHORT_S, LONG_S = 0.05, 0.25
 """Points are run twice; shorter ones three times, of which the first is not counted, longer ones once."""
-WARM_ROWS = 64
+LIMIT_S = 20.0
+"""After so many seconds no point is begun that the fit can do without."""
 CHECK_POINTS = 3
 STALE = 1.5
 """A kept profile so many times slower than the machine is now was measured while it was busy. (One that is faster is kept: a
@@ -48,10 +59,11 @@ def cache_directory() -> Path:
 
 
 def profile_key(passes: PassExecutor, fingerprint: str) -> str:
-    """What a profile holds for: model, device, dtype, threads, versions."""
+    """What a profile holds for: model, device, dtype, layout of the weights, threads, versions."""
     weights = passes.weights
     device = torch.cuda.get_device_name(weights.device) if weights.device.type == "cuda" else platform.processor()
-    return f"{fingerprint} {weights.device.type} {device} {weights.dtype} {torch.get_num_threads()} {torch.__version__}"
+    kind = f"{weights.device.type} {device} {weights.dtype} {weights.layout}"
+    return f"{fingerprint} {kind} {torch.get_num_threads()} {torch.__version__}"
 
 
 def latency_model(
@@ -88,17 +100,32 @@ class Profiler:
         self.plan = training_plan(self.arch, self.adapter, itemsize=passes.weights.dtype.itemsize)
 
     @torch.no_grad()
-    def measure(self, max_rows: int) -> list[tuple[Contents, float]]:
-        """All points that the pool has room for."""
+    def measure(self, max_rows: int, limit_s: float = LIMIT_S) -> list[Sample]:
+        """All points that the pool has room for and the limit has time for; those that a fit needs whatever the limit. Long
+        passes that are left out follow from what one layer takes."""
+        layers, rows = self.arch.num_layers, min(max_rows, self.arch.max_position_embeddings)
+        self.train.prepare(self.plan)
+        self._run(Contents(PassCost(1, 1, 1, 1, 0, 0, 0, 0, 0), (), 0))  # the output head is laid out at its first use
+        started = time.perf_counter()
+        needed = needed_points(layers, rows)
+        samples = [sample for point in needed for sample in self._run(self._without_adapters(point))]
+        more = [point for point in profile_points(layers, rows) if point not in needed]
+        more.sort(key=lambda point: row_layers(point, layers), reverse=True)
+        while more and time.perf_counter() - started + self._expected(more[-1], samples) <= limit_s:
+            samples += self._run(self._without_adapters(more.pop()))
+        left = [by_layer(self._without_adapters(point), samples, layers) for point in more]
+        return samples + [sample for sample in left if sample is not None]
+
+    def _expected(self, point: Contents, samples: Sequence[Sample]) -> float:
+        """Seconds that a point may take, by the samples that hold at least half as much, or by the largest."""
         layers = self.arch.num_layers
-        pairs = WARM_ROWS * (WARM_ROWS + 1) // 2
-        units = tuple(UnitCost(backward, WARM_ROWS, layers, pairs, 0) for backward in (False, True))
-        self._run(Contents(PassCost(WARM_ROWS, 1, 0, 0, pairs, 0, 0, 0, 0), units, 0))  # weights are laid out at first use
-        points = profile_points(layers, min(max_rows, self.arch.max_position_embeddings))
-        return [sample for point in points for sample in self._run(self._without_adapters(point))]
+        size = row_layers(point, layers)
+        like = [(row_layers(contents, layers), seconds) for contents, seconds in samples]
+        least = min(size / 2, max((held for held, _ in like), default=0))
+        return max((seconds * size / held for held, seconds in like if held >= least > 0), default=0.0)
 
     @torch.no_grad()
-    def slowdown(self, samples: Sequence[tuple[Contents, float]]) -> float:
+    def slowdown(self, samples: Sequence[Sample]) -> float:
         """How many times slower the samples are than the same points now, by a few inference passes; 1 if none can be run."""
         kept: dict[Contents, float] = {}
         for point, seconds in samples:
@@ -118,7 +145,7 @@ class Profiler:
             return point
         return point._replace(inference=point.inference._replace(adapter_segments=0))
 
-    def _run(self, point: Contents) -> list[tuple[Contents, float]]:
+    def _run(self, point: Contents) -> list[Sample]:
         actions: list[Callable[[], object]] = []
         arenas: list[Arena] = []
         try:

@@ -158,7 +158,8 @@ def attention(
         out_h, lse_h = _heads(out[rows], width), lse_TH[rows].transpose(0, 1).unsqueeze(0)
         if mask is None:
             total = torch.logaddexp(lse_h, lse)
-            o = torch.lerp(out_h, o, (lse - total).exp_().unsqueeze(-1).to(o.dtype))
+            share = (lse - total).exp_().unsqueeze(-1)
+            o = torch.lerp(out_h.to(share.dtype), o.to(share.dtype), share)
             lse = total
         out_h.copy_(o)
         lse_h.copy_(lse)
@@ -207,17 +208,18 @@ def decode_attention(out: Tensor, q: Tensor, k_BGSK: Tensor, values_NK: Tensor, 
     """Attention of one row per sequence over its gathered keys, and over values where they lie.
 
     q, out: [B, G * H * K], H query heads of each key-value head; rows_BGHS: int32, rows of values_NK; bias: [B, 1, 1, S], 0 or
-    -inf. Tokens that the bias excludes must be finite.
+    -inf. Tokens that the bias excludes must be finite. Scores are float32 or wider: rounded to bfloat16 they would change
+    weights by percents.
     """
     batch, kv_heads, share, num_keys = rows_BGHS.shape
-    width = k_BGSK.shape[-1]
-    q_BGHK = q.view(batch, kv_heads, share, width)
+    width, wide = k_BGSK.shape[-1], torch.promote_types(q.dtype, torch.float32)
+    q_BGHK, k_BGSK = q.view(batch, kv_heads, share, width).to(wide), k_BGSK.to(wide)
     if share % _PRODUCT_ROWS and share > 1:
         q_BGHK = torch.nn.functional.pad(q_BGHK, (0, 0, 0, -share % _PRODUCT_ROWS))
     scores = torch.bmm(q_BGHK.flatten(0, 1), k_BGSK.flatten(0, 1).transpose(1, 2)).unflatten(0, (batch, kv_heads))
     weights = torch.softmax(torch.add(bias, scores[:, :, :share], alpha=1 / math.sqrt(width)), dim=-1)
     starts = torch.arange(0, rows_BGHS.numel(), num_keys, dtype=rows_BGHS.dtype, device=rows_BGHS.device)
     sums, *_ = torch.embedding_bag(
-        values_NK, rows_BGHS.flatten(), starts, mode=0, per_sample_weights=weights.flatten()
+        values_NK, rows_BGHS.flatten(), starts, mode=0, per_sample_weights=weights.to(values_NK.dtype).flatten()
     )
     out.copy_(sums.view(batch, -1))

@@ -1,8 +1,9 @@
 """Frozen linears as objects with two products, x W^T and dy W, in a layout of their own.
 
 `FrozenLinear` computes with the plain matrix. `PackedLinear` keeps oneDNN's blocked copies instead, one per product, each
-made at its first use: faster on the CPU at any number of rows, most at few. A quantized layout is
-another class with the same methods.
+made at its first use: faster on the CPU at any number of rows, most at few. Where memory is short it holds the forward
+product's copy alone (`hold_one_copy`), and unpacks it for each product of another kind. A quantized layout is another class
+with the same methods.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from coserve.kernels.processor import bfloat16_products
 
 HEAD_BLOCK = 8192
 """Vocabulary rows per packed block of the output head: a block's logits are still in cache when they are copied out."""
@@ -48,14 +51,26 @@ class FrozenLinear:
     def prepare(self, *, backward: bool) -> None:
         """Makes what the product's first use would make: nothing here."""
 
+    def hold_one_copy(self, wanted: bool) -> None:
+        """Whether the matrix may be held only once from now on; copies beyond that are dropped. Here there are none."""
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of copies beyond one of each matrix."""
+        return 0
+
     def rows(self, start: int, end: int) -> FrozenLinear:
         """The linear of output features [start, end), sharing memory."""
         return FrozenLinear(self._weight[start:end], None if self.bias is None else self.bias[start:end])
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether packed layouts exist for this dtype and device."""
-    return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    """Whether packed layouts pay for this dtype on this device: float32 on a CPU, bfloat16 on one that multiplies it."""
+    if device.type != "cpu":
+        return False
+    if dtype == torch.bfloat16:
+        return bfloat16_products().supported
+    return dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 def _pack(weight: Tensor) -> Tensor:
@@ -66,12 +81,20 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+def _num_bytes(packed: Tensor | None) -> int:
+    """A packed tensor has no storage that could be asked."""
+    return 0 if packed is None else packed.numel() * packed.element_size()
+
+
 class PackedLinear(FrozenLinear):
     """The same products from packed copies; the plain matrix is made again from them where someone asks."""
 
     def __init__(self, dense: Callable[[], Tensor], bias: Tensor | None) -> None:
+        """dense: makes the plain matrix, of one that is part of another's."""
         self.bias = bias
         self._dense = dense
+        self._is_part = True
+        self._one_copy = False
         self._forward: Tensor | None = None
         self._backward: Tensor | None = None
 
@@ -80,7 +103,7 @@ class PackedLinear(FrozenLinear):
         """Packs a matrix, which the caller may then drop."""
         packed = _pack(weight)
         linear = cls(packed.to_dense, bias)
-        linear._forward = packed
+        linear._is_part, linear._forward = False, packed
         return linear
 
     @property
@@ -88,21 +111,37 @@ class PackedLinear(FrozenLinear):
         return self._dense()
 
     def prepare(self, *, backward: bool) -> None:
-        """Packs the matrix for one product, which takes far longer than the product."""
+        """Packs the matrix for one product, which takes far longer than the product. Does nothing where one copy is all."""
+        if self._one_copy:
+            return
         if backward and self._backward is None:
             self._backward = _pack(self._dense().T)
         elif not backward and self._forward is None:
             self._forward = _pack(self._dense())
 
+    def hold_one_copy(self, wanted: bool) -> None:
+        self._one_copy = wanted
+        if wanted:
+            self._backward = None
+            self._forward = None if self._is_part else self._forward
+
+    @property
+    def copied_bytes(self) -> int:
+        return _num_bytes(self._backward) + (_num_bytes(self._forward) if self._is_part else 0)
+
     def forward(self, out: Tensor, x: Tensor, accumulate: bool = False) -> None:
         self.prepare(backward=False)
-        assert self._forward is not None
+        if self._forward is None:
+            FrozenLinear(self.weight, self.bias).forward(out, x, accumulate)
+            return
         y = _product(x, self._forward, self.bias)
         out.add_(y) if accumulate else out.copy_(y)
 
     def input_grad(self, out: Tensor, grad: Tensor, accumulate: bool = False) -> None:
         self.prepare(backward=True)
-        assert self._backward is not None
+        if self._backward is None:
+            FrozenLinear(self.weight).input_grad(out, grad, accumulate)
+            return
         dx = _product(grad, self._backward)
         out.add_(dx) if accumulate else out.copy_(dx)
 
@@ -131,16 +170,47 @@ class OutputHead:
     def prepare(self) -> None:
         """Makes what the first use in training would make: nothing here."""
 
+    def hold_one_copy(self, wanted: bool) -> None:
+        """As a linear's."""
+
+    @property
+    def layout(self) -> str:
+        """The layout's name; all matrices of a model have the same."""
+        return "plain"
+
+    @property
+    def copied_bytes(self) -> int:
+        """As a linear's."""
+        return 0
+
 
 class PackedHead(OutputHead):
-    """The head in packed blocks of the vocabulary, made at first use."""
+    """The head in packed blocks of the vocabulary, made at first use beside the table, which lookups read; the table alone
+    where one copy is all."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__(table)
+        self._one_copy = False
         self._blocks: list[Tensor] = []
         self._backward: Tensor | None = None
 
+    def hold_one_copy(self, wanted: bool) -> None:
+        self._one_copy = wanted
+        if wanted:
+            self._blocks, self._backward = [], None
+
+    @property
+    def layout(self) -> str:
+        return "packed once" if self._one_copy else "packed"
+
+    @property
+    def copied_bytes(self) -> int:
+        return sum(map(_num_bytes, (*self._blocks, self._backward)))
+
     def logits(self, out: Tensor, x: Tensor) -> None:
+        if self._one_copy:
+            super().logits(out, x)
+            return
         if not self._blocks:
             self._blocks = [_pack(block) for block in self.table.split(HEAD_BLOCK)]
         start = 0
@@ -150,13 +220,12 @@ class PackedHead(OutputHead):
             start = end
 
     def prepare(self) -> None:
-        if self._backward is None:
+        if self._backward is None and not self._one_copy:
             self._backward = _pack(self.table.T)
 
     def input_grad(self, grad: Tensor) -> Tensor:
         self.prepare()
-        assert self._backward is not None
-        return _product(grad, self._backward)
+        return super().input_grad(grad) if self._backward is None else _product(grad, self._backward)
 
 
 def make_linear(weight: Tensor, bias: Tensor | None, *, packed: bool) -> FrozenLinear:

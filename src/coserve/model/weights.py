@@ -48,6 +48,27 @@ class ModelWeights:
     def device(self) -> torch.device:
         return self.embedding.device
 
+    @property
+    def products(self) -> tuple[FrozenLinear | OutputHead, ...]:
+        """The objects that hold matrices: every linear, and the head."""
+        return (*(linear for layer in self.layers for linear in layer.linears.values()), self.head)
+
+    @property
+    def layout(self) -> str:
+        """'plain', 'packed', or 'packed once' where each matrix is held only once."""
+        return self.head.layout
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of packed copies beyond one of each matrix."""
+        return sum(each.copied_bytes for each in self.products)
+
+    def hold_one_copy(self, wanted: bool) -> None:
+        """Whether each matrix may be held only once from now on; copies beyond that are dropped. Products that would read them
+        get slower, and their last bits change."""
+        for each in self.products:
+            each.hold_one_copy(wanted)
+
 
 def _merge(
     checkpoint: Checkpoint, prefix: str, sites: Sequence[str], has_bias: bool, dtype: torch.dtype, device: torch.device,
@@ -99,7 +120,7 @@ def load_weights(
 ) -> ModelWeights:
     """Streams a checkpoint onto the device. progress(layers done, layers).
 
-    packed: whether linears are kept in the processor's own layout; default: in float32 on a CPU that has one.
+    packed: whether linears are kept in the processor's own layout; default: where that pays (`can_pack`).
     """
     if packed is None:
         packed = can_pack(dtype, device)

@@ -58,6 +58,14 @@ _WINDOWS = (
 )
 """Long and short examples in windows of like size tell rows from attention; many and few layers tell layers from units."""
 
+_NEEDED_PASSES = (
+    _Pass(decode=1), _Pass(decode=8, context=512), _Pass(decode=32), _Pass(prefill=32), _Pass(prefill=64, every_logit=True),
+    _Pass(decode=8, fused=32, labels=True, adapters=1),
+)
+_LONG_ROWS = 128
+"""Rows of a pass from which on the products take most of its time, rather than reading the weights."""
+_NEEDED_WINDOWS = (_Window(32, 1, 32), _Window(128, 4, 128), _Window(512, 1, 512), _Window(2048, 1, 2048))
+
 
 def sequence_length(rows: int, pairs: int) -> int:
     """Length of each of the whole, equally long sequences that `rows` of a profile point consist of: n tokens that start a
@@ -85,6 +93,47 @@ def profile_points(num_layers: int, max_rows: int) -> list[Contents]:
         Contents(None, (forward[2], backward[2]), 0),
     ]
     return list(dict.fromkeys(points))
+
+
+def needed_points(num_layers: int, max_rows: int) -> list[Contents]:
+    """Those of `profile_points` that a fit can't do without: few rows or few layers, and yet every feature of the law."""
+    units = [_unit_cost(spec, back, num_layers, max_rows) for back in (False, True) for spec in _NEEDED_WINDOWS]
+    needed = {
+        *(Contents(_pass_cost(spec, max_rows), (), 0) for spec in _NEEDED_PASSES),
+        *(Contents(None, (unit,), 0) for unit in units),
+    }
+    return [
+        point for point in profile_points(num_layers, max_rows)
+        if point in needed or point.optimizer_elements or any(unit.labels for unit in point.units)
+    ]
+
+
+def by_layer(point: Contents, samples: Sequence[Sample], num_layers: int) -> Sample | None:
+    """A long pass that was not timed, from what is known of one layer: its prefilled or fused rows take what a forward unit of
+    the same rows takes per layer, beside what its decode rows take alone. None for other points, and where these are not known.
+    """
+    cost = point.inference
+    if cost is None or point.units or point.optimizer_elements or cost.fused_labels:
+        return None
+    prefilled = (cost.rows - cost.decode_rows - cost.fused_rows, cost.prefill_pairs)
+    parts = [part for part in (prefilled, (cost.fused_rows, cost.fused_pairs)) if part[0]]
+    if len(parts) != 1 or parts[0][0] < _LONG_ROWS:
+        return None
+    layer = [
+        seconds / unit.layers for contents, seconds in samples if contents.inference is None and len(contents.units) == 1
+        for unit in contents.units if (unit.rows, unit.pairs) == parts[0] and not unit.backward and not unit.labels
+    ]
+    decode = [
+        seconds for contents, seconds in samples if contents.inference is not None and not contents.units
+        and contents.inference.rows == contents.inference.decode_rows == cost.decode_rows
+    ] if cost.decode_rows else [0.0]
+    return (point, min(decode) + num_layers * min(layer)) if layer and decode else None
+
+
+def row_layers(contents: Contents, num_layers: int) -> int:
+    """Rows times layers: what an iteration's time grows with."""
+    rows = 0 if contents.inference is None else contents.inference.rows * num_layers
+    return rows + sum(unit.rows * unit.layers for unit in contents.units)
 
 
 def _whole(rows: int, length: int, limit: int) -> tuple[int, int]:

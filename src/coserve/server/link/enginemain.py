@@ -24,7 +24,7 @@ from coserve.config import EngineConfig
 from coserve.core import ConfigError, CoserveError
 from coserve.engine.budget import available_bytes, weight_bytes
 from coserve.engine.engine import DEFAULT_POOL_SHARE, Engine
-from coserve.engine.model import LoadedModel, load_model
+from coserve.engine.model import LoadedModel, dtype_name, load_model
 from coserve.model.checkpoint import expected_shapes
 from coserve.server import logs
 from coserve.server.link.activity import ENGINE, SOCKET, ActivityPage, CallPlaces, start_pulse
@@ -82,7 +82,7 @@ def make_ready(engine: Engine, asked: int | None, start_s: float) -> Ready:
         num_parameters=sum(math.prod(shape) for shape in expected_shapes(arch).values()), vocab_size=arch.vocab_size,
         max_model_len=max_model_len(engine, asked), hidden_size=engine.model.architecture.hidden_size,
         device=weights.device.type,
-        dtype=str(weights.dtype).removeprefix("torch."), threads=torch.get_num_threads(), start_s=start_s,
+        dtype=dtype_name(weights.dtype), threads=torch.get_num_threads(), start_s=start_s,
         memory={
             "weights": weight_bytes(arch, weights.dtype.itemsize), "pool": blocks.num_blocks * size,
             "inference": blocks.guaranteed_blocks * size, "training": (blocks.num_blocks - blocks.guaranteed_blocks) * size,
