@@ -565,8 +565,9 @@ def test_decode_attention(case: Case, contexts: list[int], dtype: torch.dtype) -
         bias[row, ..., first:context] = 0
     out = make.blank(*q.shape)
     value_rows = torch.arange(batch * case.kv_heads * longest, dtype=torch.int32).view(batch, case.kv_heads, 1, longest)
-    value_rows = value_rows.expand(-1, -1, case.share, -1)
-    kernel.decode_attention(out, q, k, v.reshape(-1, case.width), value_rows, bias)
+    value_rows = value_rows.expand(-1, -1, case.share, -1).flatten()
+    starts = torch.arange(0, len(value_rows), longest, dtype=torch.int32)
+    kernel.decode_attention(out, q, k, v.reshape(-1, case.width), value_rows, starts, bias)
     for row, context in enumerate(contexts):
         q_THK = q[row : row + 1].to(F64).unflatten(-1, (-1, case.width))
         k_SGK, v_SGK = (t[row, :, :context].to(F64).transpose(0, 1) for t in (k, v))
@@ -595,9 +596,11 @@ def test_attention_in_bfloat16_is_as_exact_as_the_library() -> None:
     rows = torch.arange(length)[-128:]
     keys, values = (t.unflatten(-1, (-1, width)).transpose(0, 1).expand(len(rows), -1, -1, -1) for t in (k, v))
     bias = torch.zeros(len(rows), 1, 1, length).masked_fill_(torch.arange(length) > rows[:, None, None, None], -math.inf)
-    value_rows = torch.arange(heads * length, dtype=torch.int32).view(1, heads, 1, length).expand(len(rows), -1, share, -1)
+    value_rows = torch.arange(heads * length, dtype=torch.int32).view(1, heads, 1, length)
+    value_rows = value_rows.expand(len(rows), -1, share, -1).flatten()
+    starts = torch.arange(0, len(value_rows), length, dtype=torch.int32)
     decoded = make.blank(len(rows), q.shape[1])
-    kernel.decode_attention(decoded, q[rows], keys, values[0].reshape(-1, width), value_rows, bias.to(BF16))
+    kernel.decode_attention(decoded, q[rows], keys, values[0].reshape(-1, width), value_rows, starts, bias.to(BF16))
     allowed = 1.5 * float((theirs(BF16)[rows] - want[rows]).norm())
     assert float((decoded - want[rows]).norm()) <= allowed
 

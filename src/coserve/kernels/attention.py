@@ -204,22 +204,23 @@ def attention_dgrad(
             dq_h.add_(part(saved(rows), begin, block.row, 1, False, None))
 
 
-def decode_attention(out: Tensor, q: Tensor, k_BGSK: Tensor, values_NK: Tensor, rows_BGHS: Tensor, bias: Tensor) -> None:
+def decode_attention(
+    out: Tensor, q: Tensor, k_BGSK: Tensor, values_NK: Tensor, rows: Tensor, starts: Tensor, bias: Tensor
+) -> None:
     """Attention of one row per sequence over its gathered keys, and over values where they lie.
 
-    q, out: [B, G * H * K], H query heads of each key-value head; rows_BGHS: int32, rows of values_NK; bias: [B, 1, 1, S], 0 or
-    -inf. Tokens that the bias excludes must be finite. Scores are float32 or wider: rounded to bfloat16 they would change
-    weights by percents.
+    q, out: [B, G * H * K], H query heads of each key-value head; rows: int32 [B * G * H * S], rows of values_NK, once per query
+    head; starts: int32 [B * G * H], where each query head's begin; bias: [B, 1, 1, S], 0 or -inf. Tokens that the bias excludes
+    must be finite. Scores are float32 or wider: rounded to bfloat16 they would change weights by percents.
     """
-    batch, kv_heads, share, num_keys = rows_BGHS.shape
-    width, wide = k_BGSK.shape[-1], torch.promote_types(q.dtype, torch.float32)
+    batch, kv_heads, _, width = k_BGSK.shape
+    share, wide = q.shape[1] // (kv_heads * width), torch.promote_types(q.dtype, torch.float32)
     q_BGHK, k_BGSK = q.view(batch, kv_heads, share, width).to(wide), k_BGSK.to(wide)
     if share % _PRODUCT_ROWS and share > 1:
         q_BGHK = torch.nn.functional.pad(q_BGHK, (0, 0, 0, -share % _PRODUCT_ROWS))
     scores = torch.bmm(q_BGHK.flatten(0, 1), k_BGSK.flatten(0, 1).transpose(1, 2)).unflatten(0, (batch, kv_heads))
     weights = torch.softmax(torch.add(bias, scores[:, :, :share], alpha=1 / math.sqrt(width)), dim=-1)
-    starts = torch.arange(0, rows_BGHS.numel(), num_keys, dtype=rows_BGHS.dtype, device=rows_BGHS.device)
     sums, *_ = torch.embedding_bag(
-        values_NK, rows_BGHS.flatten(), starts, mode=0, per_sample_weights=weights.to(values_NK.dtype).flatten()
+        values_NK, rows, starts, mode=0, per_sample_weights=weights.to(values_NK.dtype).flatten()
     )
     out.copy_(sums.view(batch, -1))

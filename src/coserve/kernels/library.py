@@ -72,11 +72,7 @@ def _groups(x: Tensor, group: int) -> Tensor:
 def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """out = x / rms(x) * weight, over groups of weight.numel() features."""
     x_g, out_g = _groups(x, weight.shape[0]), _groups(out, weight.shape[0])
-    rstd = _rstd(x_g, eps)
-    if rstd.dtype == x.dtype:
-        torch.mul(x_g, rstd, out=out_g)
-    else:  # rounded to the model's dtype once before the weight, as Hugging Face does
-        out_g.copy_(x_g.to(rstd.dtype) * rstd)
+    torch.mul(x_g, _rstd(x_g, eps), out=out_g)  # rounded to the model's dtype once before the weight, as Hugging Face does
     out_g.mul_(weight)
 
 

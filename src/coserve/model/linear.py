@@ -8,7 +8,9 @@ with the same methods.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,8 +79,14 @@ def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
 
+@functools.cache
+def _linear_pointwise() -> Any:
+    """oneDNN's product with a packed matrix, looked up once; not every build of PyTorch has it."""
+    return torch.ops.mkldnn._linear_pointwise.default
+
+
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return _linear_pointwise()(x, packed, bias, "none", [], "")
 
 
 def _num_bytes(packed: Tensor | None) -> int:

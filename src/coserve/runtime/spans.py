@@ -48,12 +48,13 @@ _GATHERED_BYTES = 10 << 20
 
 
 class _DecodeGroup(NamedTuple):
-    """Decode rows of like context. rows: slice or int64 [n]; block_rows: [n, G, blocks]; value_rows: int32 [n, G, H / G, S];
-    bias: [n, 1, 1, S], 0 or -inf."""
+    """Decode rows of like context. rows: slice or int64 [n]; block_rows: [n, G, blocks]; value_rows: int32 [n * H * S], per query
+    head, of which each begins at starts: int32 [n * H]; bias: [n, 1, 1, S], 0 or -inf."""
 
     rows: slice | Tensor
     block_rows: Tensor
     value_rows: Tensor
+    starts: Tensor
     bias: Tensor
 
 
@@ -165,7 +166,9 @@ class SpanRows:
             in_a_row = bool((np.diff(chosen) == 1).all())
             rows = slice(int(chosen[0]), int(chosen[-1]) + 1) if in_a_row else torch.from_numpy(chosen).to(device)
             block_rows = self.pool.block_rows(torch.from_numpy(table).to(device))
-            groups.append(_DecodeGroup(rows, block_rows, self.pool.value_rows(block_rows, self.share), bias))
+            value_rows = self.pool.value_rows(block_rows, self.share).flatten()
+            starts = torch.arange(0, len(value_rows), len(keys), dtype=torch.int32, device=device)
+            groups.append(_DecodeGroup(rows, block_rows, value_rows, starts, bias))
             first += len(chosen)
         return groups
 
@@ -205,10 +208,10 @@ class SpanRows:
         for group in self._decode_windows.get(window, ()):
             keys, values = self.pool.keys(self.layer, group.block_rows), self.pool.values(self.layer)
             if isinstance(group.rows, slice):
-                decode_attention(out[group.rows], q[group.rows], keys, values, group.value_rows, group.bias)
+                decode_attention(out[group.rows], q[group.rows], keys, values, group.value_rows, group.starts, group.bias)
             else:
                 part = torch.empty(len(group.rows), out.shape[1], dtype=out.dtype, device=out.device)
-                decode_attention(part, q[group.rows], keys, values, group.value_rows, group.bias)
+                decode_attention(part, q[group.rows], keys, values, group.value_rows, group.starts, group.bias)
                 out[group.rows] = part
         for rows, span, context in self._prefill:
             keys, values = k[rows], v[rows]
