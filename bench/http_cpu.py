@@ -15,12 +15,10 @@ import contextlib
 import datetime
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -28,6 +26,7 @@ from typing import Any
 import httpx
 import torch
 from openai import AsyncOpenAI, OpenAI, OpenAIError
+from servers import Server, descendants, processor_seconds, running_server
 
 from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals
 from coserve.bench.cli import device_name, versions
@@ -36,51 +35,25 @@ from coserve.bench.workload import prompts, word_ids, write_training_file
 from coserve.model.locate import locate_model
 from coserve.tokenizer import ChatTokenizer
 
-START_S = 180.0
 SETTLE_S = 8.0
 DRAIN_S = 60.0
 
 
-def processor_seconds(pid: int) -> float:
-    """Of a process and all its threads so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def processor_use(api: int) -> dict[str, float]:
     """Seconds by process: this one, which is the client, the API's, and its child, the engine's."""
-    children = Path(f"/proc/{api}/task/{api}/children").read_text().split()
-    engine = sum(processor_seconds(int(child)) for child in children)
+    engine = sum(map(processor_seconds, descendants(api)))
     return {"client": time.process_time(), "api": processor_seconds(api), "engine": engine}
 
 
-@contextlib.contextmanager
-def server(options: argparse.Namespace, engine: str, directory: Path) -> Iterator[tuple[str, int]]:
-    """A server's address and process; it is ended afterwards."""
+def server(options: argparse.Namespace, engine: str, directory: Path) -> contextlib.AbstractContextManager[Server]:
+    """A server under one engine setting; it is ended afterwards."""
     threads, _, wait = engine.partition(":")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "coserve", "serve", "--port", str(port), "--threads", threads,
+        sys.executable, "-m", "coserve", "serve", "--threads", threads,
         "--data-dir", str(directory / "data"), "--slo-tpot-ms", str(options.tpot_ms),
         "--slo-ttft-ms", str(options.ttft_ms), "--policy", options.policy,
     ]
-    with (directory / "log").open("w") as log:
-        process = subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": wait}, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + START_S
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"the server did not start:\n{(directory / 'log').read_text()}")
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}", process.pid
-    finally:
-        process.terminate()
-        process.wait(60)
+    return running_server(command, directory / "log", {**os.environ, "OMP_WAIT_POLICY": wait})
 
 
 async def send(client: AsyncOpenAI, model: str, arrival: Arrival, prompt: list[int], origin: float) -> RequestRecord:
@@ -132,7 +105,8 @@ def measure(options: argparse.Namespace, engine: str, seed: int) -> dict[str, An
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         data = write_training_file(directory / "train.jsonl", tokenizer, words, mean_tokens=512, count=256, seed=seed)
-        with server(options, engine, directory) as (url, pid):
+        with server(options, engine, directory) as api:
+            url, pid = api.url, api.group.pid
             client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
             model = client.models.list().data[0].id
             asyncio.run(load(url, model, [a._replace(due_s=0.0) for a in arrivals[:2]], texts[:2]))  # warms up

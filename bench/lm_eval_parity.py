@@ -17,24 +17,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
+from servers import Server, running_server
 
 from coserve.bench.cli import device_name, versions
 from coserve.model.locate import DEFAULT_MODEL, locate_model
 
-START_S = 180.0
 TOLERANCE = 1e-3
 DEMO = Path(__file__).parents[1] / "src" / "coserve" / "demo" / "train.jsonl"
 SIGNS = ("🙂", "👍🏽", "中文", "naïve ✓", "日本語", "🦄🦄")
@@ -89,28 +84,10 @@ def write_tasks(directory: Path, pairs: list[tuple[str, str]]) -> None:
         (directory / f"{name}.yaml").write_text(head + task.lstrip(), encoding="utf-8")
 
 
-@contextlib.contextmanager
-def server(directory: Path) -> Iterator[str]:
-    """The address of a server of the default model, which is ended afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "coserve", "serve", "--port", str(port), "--data-dir", str(directory / "data")]
-    with (directory / "log").open("w") as log:
-        process = subprocess.Popen([*command, "--dtype", "float32"], stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + START_S
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"the server did not start:\n{(directory / 'log').read_text()}")
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
+def server(directory: Path) -> contextlib.AbstractContextManager[Server]:
+    """A server of the default model, which is ended afterwards."""
+    command = [sys.executable, "-m", "coserve", "serve", "--data-dir", str(directory / "data"), "--dtype", "float32"]
+    return running_server(command, directory / "log")
 
 
 def evaluate(manager: TaskManager, model: str, arguments: dict[str, Any], batch_size: int) -> dict[str, Any]:
@@ -171,10 +148,10 @@ def main() -> None:
             evaluate(manager, "hf", {"pretrained": checkpoint, "dtype": dtype, "device": "cpu"}, 1)
             for dtype in ("float32", "float64")
         )
-        with server(directory) as url:
+        with server(directory) as started:
             for batch_size in (1, options.batch_size):
                 arguments = {
-                    "model": DEFAULT_MODEL, "base_url": f"{url}/v1/completions", "tokenizer": checkpoint,
+                    "model": DEFAULT_MODEL, "base_url": f"{started.url}/v1/completions", "tokenizer": checkpoint,
                     "tokenizer_backend": "huggingface", "tokenized_requests": True, "num_concurrent": 1,
                 }
                 ours = evaluate(manager, "local-completions", arguments, batch_size)
