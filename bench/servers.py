@@ -18,8 +18,8 @@ from pathlib import Path
 
 import httpx
 
-START_S = 300.0
-"""Longest wait for a server to become healthy."""
+START_S = 600.0
+"""Longest wait for a server to become healthy: vLLM compiles at its first start."""
 STOP_S = 60.0
 """Longest wait for a server to end by itself."""
 HALTED_S = 0.1
@@ -35,6 +35,12 @@ def processor_seconds(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_seconds() -> float:
+    """Of all the machine's processors so far, whoever used them."""
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def descendants(pid: int) -> list[int]:

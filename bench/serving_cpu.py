@@ -37,7 +37,7 @@ from typing import NamedTuple
 import httpx
 import torch
 from loads import CompletionClient, Load, run_load
-from servers import ProcessGroup, log_end, running_server
+from servers import ProcessGroup, busy_seconds, log_end, running_server
 from serving_engine import running_engine
 from serving_rows import COSERVE, IN_PROCESS, VLLM, Cell, capacity, cell_summary, describe, describe_ratios, make_rows
 
@@ -215,15 +215,14 @@ class Measurement:
     ) -> Cell:
         with running(system):
             system.run(self._closed(pair, 1, 1, 2))  # after a halt
-            client, server, started = time.process_time(), system.group.processor_seconds(), time.monotonic()
+            before, started = processor_use(system), time.monotonic()
             records = system.run(load)
             seconds = time.monotonic() - started
-            cell = Cell(
-                system=system.name, dtype=pair.dtype, pair=pair.number, clients=load.clients, rate=rate,
-                records=tuple(records), prefill_s=prefill_s, floor_s=floor_s,
-                client_cores=(time.process_time() - client) / seconds,
-                server_cores=(system.group.processor_seconds() - server) / seconds,
-            )
+            client, server, other = ((b - a) / seconds for a, b in zip(before, processor_use(system), strict=True))
+        cell = Cell(
+            system=system.name, dtype=pair.dtype, pair=pair.number, clients=load.clients, rate=rate, records=tuple(records),
+            prefill_s=prefill_s, floor_s=floor_s, client_cores=client, server_cores=server, other_cores=other,
+        )
         say(f"pair {pair.number + 1}, {describe(cell)}")
         return cell
 
@@ -236,6 +235,12 @@ def running(system: System) -> Iterator[None]:
         yield
     finally:
         system.group.halt()
+
+
+def processor_use(system: System) -> tuple[float, float, float]:
+    """Processor seconds so far of this process, which is the client, of the system, and of all others on the machine."""
+    client, server = time.process_time(), system.group.processor_seconds()
+    return client, server, busy_seconds() - client - server
 
 
 def say(line: str) -> None:

@@ -29,7 +29,8 @@ class Cell:
 
     clients: of the closed loop; None: Poisson arrivals at `rate` requests per second. records: their times are seconds from
     the cell's start. prefill_s: see the module. floor_s: time in which the machine reads the weights once.
-    client_cores, server_cores: processor seconds per second.
+    client_cores, server_cores, other_cores: processor seconds per second of this process, of the system, and of all others on
+    the machine, which an undisturbed run has none of.
     """
 
     system: str
@@ -42,6 +43,7 @@ class Cell:
     floor_s: float
     client_cores: float
     server_cores: float
+    other_cores: float
 
     @property
     def done(self) -> list[RequestRecord]:
@@ -123,7 +125,7 @@ def describe(cell: Cell) -> str:
         f"{cell.dtype}, {load}, {cell.system}: {cell.output_tokens_per_s:.1f} output tokens/s, TTFT p50 / p99 "
         f"{ttft['p50']:.0f} / {ttft['p99']:.0f} ms, TPOT {tpot['p50']:.1f} / {tpot['p99']:.1f} ms, "
         f"{len(cell.records) - len(cell.done)} failures, {cell.seconds:.0f} s; cores used: client {cell.client_cores:.2f}, "
-        f"server {cell.server_cores:.2f}"
+        f"server {cell.server_cores:.2f}, others {cell.other_cores:.2f}"
     )
 
 
@@ -156,7 +158,8 @@ def _row(cells: Sequence[Cell]) -> dict[str, Any]:
         row["floor_ms"] = median(cell.floor_s for cell in cells) * 1e3
         row["share_of_floor"] = median(cell.floor_s * 1e3 / median(cell.tpot_ms) for cell in cells if cell.tpot_ms)
     row["cores_used"] = {
-        "client": median(cell.client_cores for cell in cells), "server": median(cell.server_cores for cell in cells)
+        "client": median(cell.client_cores for cell in cells), "server": median(cell.server_cores for cell in cells),
+        "others": median(cell.other_cores for cell in cells),
     }
     return row
 

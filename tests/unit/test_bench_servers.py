@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from servers import ProcessGroup, descendants, processor_seconds, running_server
+from servers import ProcessGroup, busy_seconds, descendants, processor_seconds, running_server
 
 BUSY = "while True: pass"
 SPAWN = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {BUSY!r}]{{}}); print(1, flush=True)"
@@ -39,6 +39,13 @@ def test_a_halted_group_takes_no_processor() -> None:
         group.resume()
         group.resume()  # one that isn't halted goes on
         until(lambda: group.processor_seconds() - before > 0.1)
+
+
+def test_what_a_process_uses_is_among_what_all_use() -> None:
+    machine = busy_seconds()
+    with process(f"print(1, flush=True)\n{BUSY}") as group:
+        until(lambda: group.processor_seconds() > 0.2)
+        assert busy_seconds() - machine > 0.15
 
 
 def test_a_process_that_leaves_the_group_is_noticed() -> None:

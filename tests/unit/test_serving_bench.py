@@ -38,7 +38,7 @@ def record(due_s: float, ttft_s: float, tokens: int = 3, tpot_s: float = 0.1, *,
 def cell(system: str, pair: int, *records: RequestRecord, clients: int | None = 1, rate: float | None = None) -> Cell:
     return Cell(
         system=system, dtype="float32", pair=pair, clients=clients, rate=rate, records=records, prefill_s=0.2, floor_s=0.02,
-        client_cores=0.01, server_cores=1.9,
+        client_cores=0.01, server_cores=1.9, other_cores=0.05,
     )
 
 
@@ -77,7 +77,7 @@ def test_a_row_holds_latencies_failures_and_the_share_of_the_floor() -> None:
     assert row["tpot_ms"]["p50"] == pytest.approx(50) and row["tpot_ms"]["p99"] == pytest.approx(80, rel=0.02)
     assert row["share_of_floor"] == pytest.approx((20 / 50 + 20 / 80) / 2) and row["floor_ms"] == pytest.approx(20)
     assert row["output_tokens_per_s"] == pytest.approx((6 / 0.5 + 3 / 0.46) / 2), "tokens of failures don't count"
-    assert row["cores_used"] == {"client": 0.01, "server": 1.9}
+    assert row["cores_used"] == {"client": 0.01, "server": 1.9, "others": 0.05}
     assert "ratio_vllm" not in row
     assert cell_summary(mine[1])["pair"] == 1 and json.dumps(row, allow_nan=False)
     assert "1 clients, coserve: 6.5 output tokens/s" in describe(mine[1]) and "1 failures" in describe(mine[1])
