@@ -1,16 +1,17 @@
 """The server under load while a job trains: requests by the openai client on the same machine. One run, one JSON.
 
-    python bench/http_cpu.py --rate 0.74 --tpot-ms 143 [--engines 2:passive,2:active,1:passive] [--requests 60] [--output FILE]
+    python bench/http_cpu.py --rate 0.74 --tpot-ms 143 [--engines 2:,2:passive,1:] [--requests 60] [--output FILE]
 
-Each engine setting is THREADS:WAIT, threads of the engine process and OpenMP's wait policy there. A fresh server per setting
-and repeat, the settings one after another. Poisson arrivals, 128 tokens in, 64 out. A request is timed where the client sees
-it: from when it was due to each chunk.
+Each engine setting is THREADS:WAIT: threads of the engine process, and OpenMP's wait policy there; without WAIT its default. Each
+setting and repeat gets a fresh server, one after another. Poisson arrivals, 128 tokens in, 64 out. A request is timed where the
+client sees it: from when it was due to each chunk.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import datetime
 import json
 import os
@@ -25,7 +26,7 @@ from typing import Any
 import httpx
 import torch
 from openai import AsyncOpenAI, OpenAI, OpenAIError
-from served import serve
+from servers import Server, descendants, processor_seconds, running_server
 
 from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals
 from coserve.bench.cli import device_name, versions
@@ -38,17 +39,21 @@ SETTLE_S = 8.0
 DRAIN_S = 60.0
 
 
-def processor_seconds(pid: int) -> float:
-    """Of a process and all its threads so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def processor_use(api: int) -> dict[str, float]:
     """Seconds by process: this one, which is the client, the API's, and its child, the engine's."""
-    children = Path(f"/proc/{api}/task/{api}/children").read_text().split()
-    engine = sum(processor_seconds(int(child)) for child in children)
+    engine = sum(map(processor_seconds, descendants(api)))
     return {"client": time.process_time(), "api": processor_seconds(api), "engine": engine}
+
+
+def server(options: argparse.Namespace, engine: str, directory: Path) -> contextlib.AbstractContextManager[Server]:
+    """A server under one engine setting; it is ended afterwards."""
+    threads, _, wait = engine.partition(":")
+    command = [
+        sys.executable, "-m", "coserve", "serve", "--threads", threads,
+        "--data-dir", str(directory / "data"), "--slo-tpot-ms", str(options.tpot_ms),
+        "--slo-ttft-ms", str(options.ttft_ms), "--policy", options.policy,
+    ]
+    return running_server(command, directory / "log", {**os.environ, **({"OMP_WAIT_POLICY": wait} if wait else {})})
 
 
 async def send(client: AsyncOpenAI, model: str, arrival: Arrival, prompt: list[int], origin: float) -> RequestRecord:
@@ -100,12 +105,8 @@ def measure(options: argparse.Namespace, engine: str, seed: int) -> dict[str, An
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         data = write_training_file(directory / "train.jsonl", tokenizer, words, mean_tokens=512, count=256, seed=seed)
-        threads, _, wait = engine.partition(":")
-        settings = (
-            "--threads", threads, "--slo-tpot-ms", str(options.tpot_ms), "--slo-ttft-ms", str(options.ttft_ms),
-            "--policy", options.policy,
-        )
-        with serve(directory, *settings, env={"OMP_WAIT_POLICY": wait}) as (url, pid):
+        with server(options, engine, directory) as api:
+            url, pid = api.url, api.group.pid
             client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
             model = client.models.list().data[0].id
             asyncio.run(load(url, model, [a._replace(due_s=0.0) for a in arrivals[:2]], texts[:2]))  # warms up
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, required=True, help="requests per second")
     parser.add_argument("--tpot-ms", type=float, required=True, help="objective")
     parser.add_argument("--ttft-ms", type=float, default=3000.0, help="objective")
-    parser.add_argument("--engines", default="2:passive,2:active,1:passive", help="THREADS:WAIT, joined by commas")
+    parser.add_argument("--engines", default="2:,2:passive,1:", help="THREADS:WAIT, joined by commas")
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--pairs", type=int, default=1, help="repeats, interleaved")
     parser.add_argument("--policy", default="coserve")

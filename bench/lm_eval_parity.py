@@ -15,6 +15,7 @@ than 1e-3 from the one in float64, which both in float32 approximate.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -26,7 +27,7 @@ from typing import Any
 import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
-from served import serve
+from servers import Server, running_server
 
 from coserve.bench.cli import device_name, versions
 from coserve.model.locate import DEFAULT_MODEL, locate_model
@@ -83,6 +84,12 @@ def write_tasks(directory: Path, pairs: list[tuple[str, str]]) -> None:
     for name, task in TASKS.items():
         head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
         (directory / f"{name}.yaml").write_text(head + task.lstrip(), encoding="utf-8")
+
+
+def server(directory: Path) -> contextlib.AbstractContextManager[Server]:
+    """A server of the default model, which is ended afterwards."""
+    command = [sys.executable, "-m", "coserve", "serve", "--data-dir", str(directory / "data"), "--dtype", "float32"]
+    return running_server(command, directory / "log")
 
 
 def evaluate(manager: TaskManager, model: str, arguments: dict[str, Any], batch_size: int) -> dict[str, Any]:
@@ -144,10 +151,10 @@ def main() -> None:
             evaluate(manager, "hf", {"pretrained": checkpoint, "dtype": dtype, "device": "cpu"}, 1)
             for dtype in ("float32", "float64")
         )
-        with serve(directory, "--dtype", "float32") as (url, _):
+        with server(directory) as started:
             for batch_size in (1, options.batch_size):
                 arguments = {
-                    "model": DEFAULT_MODEL, "base_url": f"{url}/v1/completions", "tokenizer": checkpoint,
+                    "model": DEFAULT_MODEL, "base_url": f"{started.url}/v1/completions", "tokenizer": checkpoint,
                     "tokenizer_backend": "huggingface", "tokenized_requests": True, "num_concurrent": 1,
                 }
                 ours = evaluate(manager, "local-completions", arguments, batch_size)
