@@ -2,9 +2,9 @@
 
     python bench/http_cpu.py --rate 0.74 --tpot-ms 143 [--engines 2:,2:passive,1:] [--requests 60] [--output FILE]
 
-Each engine setting is THREADS:WAIT: threads of the engine process, and OpenMP's wait policy there; without WAIT its default. Each
-setting and repeat gets a fresh server, one after another. Poisson arrivals, 128 tokens in, 64 out. A request is timed where the
-client sees it: from when it was due to each chunk.
+Each engine setting is THREADS:WAIT: threads of the engine process, and OpenMP's wait policy there, or nothing. Each setting and
+repeat gets a fresh server, one after another. Poisson arrivals, 128 tokens in, 64 out. A request is timed where the client
+sees it: from when it was due to each chunk.
 """
 
 from __future__ import annotations

@@ -48,8 +48,11 @@ _GATHERED_BYTES = 10 << 20
 
 
 class _DecodeGroup(NamedTuple):
-    """Decode rows of like context. rows: slice or int64 [n]; block_rows: [n, G, blocks]; value_rows: int32 [n * H * S], once
-    per query head; starts: int32 [n * H], where each query head's begin; bias: [n, 1, 1, S], 0 or -inf."""
+    """Decode rows of like context.
+
+    rows: slice or int64 [n]; block_rows: [n, G, blocks]; value_rows: int32 [n * H * S], once per query head; starts: int32
+    [n * H], where each query head's begin; bias: [n, 1, 1, S], 0 or -inf.
+    """
 
     rows: slice | Tensor
     block_rows: Tensor
