@@ -293,12 +293,12 @@ class FakeEngine:
     ) -> FakeRequest:
         """A request that arrives at a time, by default now. prompt: its tokens, or how many (unlike all others')."""
         self._numbers += 1
-        number, config = self._numbers, self.scheduler.config
+        number, default = self._numbers, self.scheduler.objectives
         tokens = [number * 1_000_003 + i for i in range(prompt)] if isinstance(prompt, int) else list(prompt)
         state = RequestState(
             id=number, tenant=tenant, prompt=tokens, max_tokens=max_tokens, key=key,
-            arrival_s=self.clock() if at is None else at, tpot_s=tpot_s or config.tpot_ms / 1e3,
-            ttft_s=ttft_s or config.ttft_ms / 1e3, cacheable=not every_logit, every_logit=every_logit,
+            arrival_s=self.clock() if at is None else at, tpot_s=tpot_s or default.tpot_s,
+            ttft_s=ttft_s or default.ttft_s, cacheable=not every_logit, every_logit=every_logit,
         )
         request = FakeRequest(state=state, stop_at=min(max_tokens, stop_at or max_tokens), cancel_at=cancel_at)
         self.requests[number] = request

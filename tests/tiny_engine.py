@@ -39,8 +39,9 @@ def make_engine(
     """An engine whose pool has `num_blocks` blocks of 16 tokens. options: of EngineConfig."""
     arch = model.architecture
     size = arch.num_layers * 2 * arch.num_kv_heads * BLOCK * arch.head_dim * model.weights.dtype.itemsize
+    scheduler = scheduler or SchedulerConfig(tpot_ms=20, ttft_ms=3000)
     config = EngineConfig(
-        memory_bytes=num_blocks * size, inference_share=share, scheduler=scheduler or SchedulerConfig(tpot_ms=20), **options  # type: ignore[arg-type]
+        memory_bytes=num_blocks * size, inference_share=share, scheduler=scheduler, **options  # type: ignore[arg-type]
     )
     return Engine(model, config, latency=LatencyModel(dict(LATENCY)))
 

@@ -32,6 +32,11 @@ AUTO: Auto = "auto"
 """The value of a setting that is to be chosen from the job's data, adapter and model (finetune/defaults.py)."""
 Memory = float | str
 """Bytes (12.5e9, '12.5GB', '800MiB'), a share below 1 (0.5, '0.5') of what the setting says, or 'auto'; see `read_memory`."""
+BestEffort = Literal["none"]
+BEST_EFFORT: BestEffort = "none"
+"""Of a latency objective: nothing is promised."""
+ObjectiveMs = float | BestEffort
+"""A latency objective in milliseconds, or best effort."""
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
@@ -109,6 +114,19 @@ def _check_types(config: Any) -> None:
             require(is_number(value), f.name, f"must be a finite number{hint}, got {shown(value)}")
         elif kind == "bool":
             require(isinstance(value, bool), f.name, f"must be true or false, got {shown(value)}")
+
+
+def check_objective(name: str, value: Any) -> None:
+    """Refuses a latency objective that is neither None nor an ObjectiveMs. Raises ConfigError."""
+    good = value is None or (isinstance(value, str) and value == BEST_EFFORT) or (is_number(value) and value > 0)
+    require(good, name, f'must be a positive number of milliseconds or "none" (best effort), got {shown(value)}')
+
+
+def objective_seconds(value: ObjectiveMs | None, default_s: float) -> float:
+    """A latency objective in seconds; math.inf: best effort. default_s: what None means."""
+    if isinstance(value, str):
+        return math.inf
+    return default_s if value is None else value / 1e3
 
 
 _N = TypeVar("_N", int, float)
@@ -443,13 +461,15 @@ class SchedulerConfig:
 
     policy: str = "coserve"
     """coserve, inference-only, finetune-only, temporal:N, dynamic-temporal or layer-sliced."""
-    tpot_ms: float = 100.0
-    """Objective: milliseconds per output token after the first; a request may set its own."""
-    ttft_ms: float = 3000.0
-    """Objective: milliseconds from arrival to the first token; a request may set its own."""
+    tpot_ms: ObjectiveMs | None = None
+    """Objective: milliseconds per output token after the first, or "none": best effort. None: from the machine's profile, see
+    scheduler/objectives.py. A request may set its own."""
+    ttft_ms: ObjectiveMs | None = None
+    """Objective: milliseconds from arrival to the first token; otherwise as `tpot_ms`."""
     itl_factor: float = 2.0
     """No iteration with running requests is planned longer than this times the least TPOT objective among them. The exception
-    is a deterministic job's unit that is longer by itself."""
+    is a deterministic job's unit that is longer by itself. Beside a job a best-effort request counts as having the objective of
+    the machine's profile."""
     preemption_quantum_ms: float = 250.0
     """Longest planned iteration when nothing is running: what a new arrival may wait."""
     finetune_min_share: float = 0.0
@@ -468,7 +488,9 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         parse_policy(self.policy)
-        require_positive(self, "tpot_ms", "ttft_ms", "preemption_quantum_ms")
+        check_objective("tpot_ms", self.tpot_ms)
+        check_objective("ttft_ms", self.ttft_ms)
+        require_positive(self, "preemption_quantum_ms")
         require_least(self, 1, "itl_factor", "max_num_seqs", "max_num_batched_tokens", "max_window_tokens", "max_microbatches")
         require(0 <= self.finetune_min_share < 1, "finetune_min_share", f"must be in [0, 1), got {self.finetune_min_share}")
         require(self.reserve is None or 0 <= self.reserve < 1, "reserve", f"must be in [0, 1), got {self.reserve}")

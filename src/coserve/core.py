@@ -7,6 +7,7 @@ of any device, policy, or how a noun is stored. Vocabulary: docs/architecture.md
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -50,6 +51,20 @@ def one_line(error: BaseException, most: int | None = None) -> str:
     """An error's message without line breaks, or its type where it has none. most: characters; a longer message is cut."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if most is None or len(text) <= most else f"{text[: most - 3]}..."
+
+
+class Objectives(NamedTuple):
+    """What a request is promised, in seconds: per output token after the first, and from its arrival to the first. math.inf:
+    nothing, which is best effort."""
+
+    tpot_s: float
+    ttft_s: float
+
+    @property
+    def in_ms(self) -> tuple[float | None, float | None]:
+        """TPOT and TTFT in milliseconds, as JSON can say them; None: best effort."""
+        tpot, ttft = (None if seconds == math.inf else round(seconds * 1e3, 6) for seconds in self)
+        return tpot, ttft
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,7 +72,7 @@ def test_losses_are_the_same_bits_whatever_runs_beside_the_job(
     drive(engine)
     shapes = set()
     for seed, quantum, blocks in ((1, 250.0, 4096), (2, 2.0, 900)):
-        engine = engines(num_blocks=blocks, scheduler=SchedulerConfig(tpot_ms=6, preemption_quantum_ms=quantum))
+        engine = engines(num_blocks=blocks, scheduler=SchedulerConfig(tpot_ms=6, ttft_ms=3000, preemption_quantum_ms=quantum))
         start(engine, directory, tmp_path / f"busy{seed}", config)
         plans = run_beside(engine, seed)
         assert any(plan.spans and plan.units for plan in plans) and not any(plan.fused for plan in plans)
@@ -96,7 +96,8 @@ def test_a_job_resumes_in_another_engine_with_the_same_bits(
     drive(whole)
     output, stops = tmp_path / "broken", 0
     while not (output / "adapter_model.safetensors").exists():
-        engine = engines(scheduler=SchedulerConfig(tpot_ms=rng.choice([4, 20]), preemption_quantum_ms=rng.choice([4, 60])))
+        tpot_ms, quantum_ms = rng.choice([4, 20]), rng.choice([4, 60])
+        engine = engines(scheduler=SchedulerConfig(tpot_ms=tpot_ms, ttft_ms=3000, preemption_quantum_ms=quantum_ms))
         start(engine, directory, output, config, resume=(output / "job.json").exists())
         run_beside(engine, stops, steps=6 + 6 * stops)
         engine.close()
@@ -111,7 +112,7 @@ def test_in_bfloat16_too(directory: Path, tmp_path: Path) -> None:
     model = load_model(str(tmp_path / "model"), device="cpu", dtype="bfloat16")
     for name, seed in (("one", 1), ("other", 2)):
         for engine_options in tracked_engines(model):
-            engine = engine_options(scheduler=SchedulerConfig(tpot_ms=4 * seed, preemption_quantum_ms=5.0 * seed))
+            engine = engine_options(scheduler=SchedulerConfig(tpot_ms=4 * seed, ttft_ms=3000, preemption_quantum_ms=5.0 * seed))
             start(engine, directory, tmp_path / name, SFT)
             run_beside(engine, seed)
             drive(engine)
@@ -122,7 +123,7 @@ def test_without_deterministic_the_bits_follow_the_load(engines: MakeEngine, dir
     """Else the tests above would show nothing."""
     config = replace(SFT, deterministic=False)
     for seed, quantum in ((1, 250.0), (2, 2.0)):
-        engine = engines(scheduler=SchedulerConfig(tpot_ms=4, preemption_quantum_ms=quantum))
+        engine = engines(scheduler=SchedulerConfig(tpot_ms=4, ttft_ms=3000, preemption_quantum_ms=quantum))
         start(engine, directory, tmp_path / str(seed), config)
         run_beside(engine, seed)
         drive(engine)

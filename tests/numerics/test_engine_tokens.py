@@ -72,8 +72,8 @@ def test_greedy_tokens_alone_and_together(engines: MakeEngine, expected: list[li
 
 @pytest.mark.parametrize("scheduler", [
     SchedulerConfig(), SchedulerConfig(max_num_batched_tokens=16), SchedulerConfig(max_num_seqs=2),
-    SchedulerConfig(tpot_ms=1.5, ttft_ms=1),
-], ids=["roomy", "small-chunks", "two-at-once", "hurried"])
+    SchedulerConfig(tpot_ms=1.5, ttft_ms=1), SchedulerConfig(tpot_ms="none", ttft_ms="none"),
+], ids=["roomy", "small-chunks", "two-at-once", "hurried", "best-effort"])
 def test_greedy_tokens_at_random_arrivals(engines: MakeEngine, expected: list[list[int]], scheduler: SchedulerConfig) -> None:
     assert tokens(arriving(engines(scheduler=scheduler), GREEDY)) == expected
 

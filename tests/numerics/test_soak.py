@@ -71,7 +71,8 @@ class Soak:
         try:
             self.requests.append(self.engine.submit(
                 prompt(rng.randrange(1, 120), seed=rng.randrange(6)), sampling, adapter=rng.choice(names),
-                tenant=rng.choice("ab"), ttft_ms=rng.choice((1.0, 3000.0)), tpot_ms=rng.choice((2.0, 50.0)),
+                tenant=rng.choice("ab"), ttft_ms=rng.choice((1.0, 3000.0, "none")),
+                tpot_ms=rng.choice((2.0, 50.0, "none")),
             ))
             self.counts["requests"] += 1
         except CapacityError:
@@ -165,7 +166,7 @@ def course(directory: Path) -> None:
     model: LoadedModel = build_model(directory / "model")
     write_lines(directory / "sft.jsonl", chat_lines(20))
     write_lines(directory / "dpo.jsonl", preference_lines(12))
-    scheduler = SchedulerConfig(tpot_ms=20, max_num_batched_tokens=128, max_num_seqs=16)
+    scheduler = SchedulerConfig(tpot_ms=20, ttft_ms=3000, max_num_batched_tokens=128, max_num_seqs=16)
     engine = make_engine(model, num_blocks=160, share=0.1, scheduler=scheduler, max_adapters=64)
     counts = soak(engine, directory, SECONDS)
     assert_nothing_left(engine)

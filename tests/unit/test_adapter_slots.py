@@ -139,7 +139,7 @@ def test_those_that_wait_can_be_cancelled(engines: MakeEngine, adapters: list[Pa
 
 def test_a_flood_for_one_adapter_does_not_keep_another_one_out(engines: MakeEngine, adapters: list[Path]) -> None:
     """The wait is bounded by requests that ran when it began, however many come for the adapter that has the slot."""
-    engine = engines(max_adapters=1, scheduler=SchedulerConfig(tpot_ms=20, max_num_seqs=4))
+    engine = engines(max_adapters=1, scheduler=SchedulerConfig(tpot_ms=20, ttft_ms=3000, max_num_seqs=4))
     load_all(engine, adapters[:2])
     flood = [engine.submit(prompt(20), GREEDY, adapter="0") for _ in range(40)]
     drive(engine, lambda: any(handle.token_ids for handle in flood))

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from coserve.config import SamplingConfig, SchedulerConfig
+from coserve.config import EngineConfig, SamplingConfig, SchedulerConfig
 from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, NotFound
 from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
 from coserve.engine.requests import Chunk
+from coserve.scheduler.latency import LatencyModel
 from tests.tiny_engine import MakeEngine, assert_nothing_left, drive, make_engine, prompt
 
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
@@ -247,6 +250,34 @@ def test_a_late_prompt_is_finished_before_newcomers_take_its_place(engines: Make
         second = engine.submit(prompt(80), GREEDY, ttft_ms=60_000)
         drive(engine, seconds=20)
         assert first.finished and second.finished
+
+
+# --- objectives ---
+
+
+def test_objectives_are_the_profiles_unless_they_are_given(model: LoadedModel) -> None:
+    lines: list[str] = []
+    config = EngineConfig(memory_bytes=1 << 20, scheduler=SchedulerConfig(ttft_ms=700))
+    engine = Engine(model, config, latency=LatencyModel({("iteration", "once", 0): 0.02}), report=lines.append)
+    assert engine.objectives == (0.03, 0.7)
+    assert lines == ["objectives: 30 ms per token (from this machine's profile), 700 ms to the first"]
+    own = [engine.submit(IDS, GREEDY, tpot_ms=tpot_ms, ttft_ms=ttft_ms)
+           for tpot_ms, ttft_ms in ((None, None), (5, "none"), ("none", 900))]
+    engine.step()
+    states = [request.state for request in engine.requests.live.values()]
+    assert [(s.tpot_s, s.ttft_s) for s in states] == [(0.03, 0.7), (0.005, math.inf), (math.inf, 0.9)]
+    drive(engine)
+    assert all(handle.finish_reason == "length" for handle in own)
+    engine.close()
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, True, "None", "fast"])
+def test_a_wrong_objective_is_refused_by_name(engines: MakeEngine, value: Any) -> None:
+    engine = engines()
+    for name in ("tpot_ms", "ttft_ms"):
+        with pytest.raises(ConfigError, match=f'^{name}: must be a positive number of milliseconds or "none"'):
+            engine.submit(IDS, GREEDY, **{name: value})
+    assert engine.idle
 
 
 # --- threads ---

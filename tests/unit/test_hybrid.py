@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -281,7 +282,7 @@ def test_random_lives_in_a_small_pool(seed: int, lag: int) -> None:
         requests.append(fake.submit(
             prompt, tokens, at=at, stop_at=rng.choice([None, rng.randrange(1, tokens + 1)]),
             cancel_at=rng.choice([None, None, None, at + rng.uniform(0, 2)]), tenant=rng.choice("abc"),
-            ttft_s=rng.choice([0.02, 1.0, 5.0]), tpot_s=rng.choice([0.01, 0.1]), every_logit=rng.random() < 0.2,
+            ttft_s=rng.choice([0.02, 1.0, math.inf]), tpot_s=rng.choice([0.01, 0.1, math.inf]), every_logit=rng.random() < 0.2,
             key=PrefixKey("", *rng.choice([(None, 0), ("x", 1), ("x", 2)])),
         ))
     fake.add_job([[100, 50], [30]], steps=3, elements=200_000)

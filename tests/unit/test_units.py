@@ -263,12 +263,20 @@ def test_temporal_runs_whole_microbatches_between_so_many_iterations(interval: i
 
 def test_dynamic_temporal_waits_until_every_request_can() -> None:
     fake = engine(policy="dynamic-temporal")
-    request = fake.submit(30, 1500)
+    request = fake.submit(30, 300)
     fake.add_job([[1000], [1000]])
     fake.run(40.0)
     words = turns(fake)
     assert words.count("M") > 20 and request.met
     assert all(gap < 2.0 for gap in (b - a for a, b in zip(request.token_times, request.token_times[1:], strict=False)))
+
+
+def test_dynamic_temporal_takes_optimizer_steps_though_a_request_runs_all_the_time() -> None:
+    fake = engine(policy="dynamic-temporal")
+    request = fake.submit(30, 4000)
+    job = fake.add_job([[1000], [1000]], elements=100_000_000)
+    fake.run(30.0)
+    assert job.steps_done > 2 and len(request.token_times) > 200
 
 
 @pytest.mark.parametrize("policy", ["coserve", "temporal:3", "dynamic-temporal", "layer-sliced", "inference-only"])

@@ -17,8 +17,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from coserve.config import EngineConfig, FinetuneConfig, SamplingConfig
-from coserve.core import CapacityError, ConfigError, CoserveError, NotFound, StepPlan, StepResult
+from coserve.config import EngineConfig, FinetuneConfig, ObjectiveMs, SamplingConfig
+from coserve.core import CapacityError, ConfigError, CoserveError, NotFound, Objectives, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.budget import available_bytes, settle_copies
 from coserve.engine.finetuning import prepare_beside
@@ -41,6 +41,7 @@ from coserve.runtime.fused import PassExecutor
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.objectives import asked_objectives, describe
 from coserve.scheduler.seats import FREE_SEATS
 
 DEFAULT_POOL_SHARE = 0.4
@@ -92,7 +93,9 @@ class Engine:
         self.runner: Runner = runner or StepRunner(self.passes, self.train, clock)
         if latency is None:
             latency = latency_model(self.passes, self.train, self.blocks, self.config.scheduler, model.fingerprint, report)
-        self.scheduler = HybridScheduler(self.config.scheduler, latency, self.blocks, arch.num_layers)
+        settings = self.config.scheduler
+        self.scheduler = HybridScheduler(settings, latency, self.blocks, arch.num_layers)
+        report(f"objectives: {describe(self.objectives, (settings.tpot_ms, settings.ttft_ms))}")
         numbers = itertools.count(1).__next__
         self.requests = RequestTable(model, self.blocks, self.scheduler, self.adapters, numbers, clock)
         self.jobs = JobTable(arch, self.config, self.blocks, self.pool, self.scheduler, self.adapters, numbers)
@@ -120,21 +123,27 @@ class Engine:
 
     # --- requests ---
 
+    @property
+    def objectives(self) -> Objectives:
+        """Of requests that set none: the settings', or where those say nothing, from the profile."""
+        return self.scheduler.objectives
+
     def now(self) -> float:
         """The engine's clock, in seconds."""
         return self.clock()
 
     def submit(
         self, prompt: Sequence[int] | str, sampling: SamplingConfig | None = None, *, adapter: str | None = None,
-        tenant: str = "", tpot_ms: float | None = None, ttft_ms: float | None = None, arrival_s: float | None = None,
-        label: str = "",
+        tenant: str = "", tpot_ms: ObjectiveMs | None = None, ttft_ms: ObjectiveMs | None = None,
+        arrival_s: float | None = None, label: str = "",
     ) -> RequestHandle:
         """Takes a request: token ids, or a text to continue. Thread-safe.
 
-        tpot_ms, ttft_ms: its own objectives. arrival_s: when it is counted from; default now. tenant: whose fair share it uses
-        and whose prefixes it may share. label: its name for a watcher. Raises InvalidRequest, NotFound (adapter), CapacityError
-        (too many wait).
+        tpot_ms, ttft_ms: its own objectives, or "none": best effort; default the engine's. arrival_s: when it is counted from;
+        default now. tenant: whose fair share it uses and whose prefixes it may share. label: its name for a watcher. Raises
+        ConfigError (objectives), InvalidRequest, NotFound (adapter), CapacityError (too many wait).
         """
+        objectives = asked_objectives(tpot_ms, ttft_ms, self.objectives)
         config, limits = sampling or SamplingConfig(), self.config.scheduler
         ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         self.requests.check(ids, config)
@@ -151,7 +160,6 @@ class Engine:
             lambda: self._inbox.post(lambda: self.requests.cancel(numbers), f"cancel request {label}"),
         )
         handle.label = label
-        objectives = ((tpot_ms or limits.tpot_ms) / 1e3, (ttft_ms or limits.ttft_ms) / 1e3)
 
         def admit() -> None:
             try:

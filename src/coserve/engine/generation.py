@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from coserve.config import EngineConfig, SamplingConfig, SchedulerConfig
+from coserve.config import BEST_EFFORT, EngineConfig, SamplingConfig, SchedulerConfig
 from coserve.core import InvalidRequest
 from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel
@@ -84,13 +84,14 @@ class Generator:
         blocks = sum(-(-length // BLOCK_TOKENS) for length in lengths)
         size = block_bytes(self.arch, BLOCK_TOKENS, self.model.weights.dtype.itemsize)
         scheduler = SchedulerConfig(
-            policy="inference-only", max_num_seqs=len(lengths), max_num_batched_tokens=max(PREFILL_TOKENS, len(lengths))
+            policy="inference-only", tpot_ms=BEST_EFFORT, ttft_ms=BEST_EFFORT, max_num_seqs=len(lengths),
+            max_num_batched_tokens=max(PREFILL_TOKENS, len(lengths)),
         )
         rank = 1 if self.adapter is None else max(1, self.adapter.rank)
         config = EngineConfig(
             scheduler=scheduler, memory_bytes=blocks * size, inference_share=1.0, block_tokens=BLOCK_TOKENS, max_lora_rank=rank
         )
-        engine = Engine(self.model, config, latency=LatencyModel({}))  # no objectives: every time is as good
+        engine = Engine(self.model, config, latency=LatencyModel({}))  # nothing is promised: every time is as good
         if self.adapter is not None:
             engine.add_adapter(_ADAPTER, self.adapter)
         return engine

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 from coserve.config import SamplingConfig
-from coserve.core import ContextExceeded, CoserveError, InvalidRequest, StepPlan, StepResult
+from coserve.core import ContextExceeded, CoserveError, InvalidRequest, Objectives, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry, AdapterVersion
 from coserve.engine.model import LoadedModel
 from coserve.engine.requests import Chunk, LiveRequest, RequestHandle
@@ -61,9 +61,9 @@ class RequestTable:
             )
 
     def admit(
-        self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: tuple[float, float], numbers: list[int]
+        self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: Objectives, numbers: list[int]
     ) -> None:
-        """A request with its outputs begins. objectives: TPOT and TTFT in seconds; numbers: gets its outputs' numbers."""
+        """A request with its outputs begins. numbers: gets its outputs' numbers."""
         config = handle.config
         lives: list[LiveRequest] = []
         for index in range(config.n):
@@ -78,7 +78,7 @@ class RequestTable:
             every_logit = config.prompt_logprobs is not None and index == 0
             state = RequestState(
                 id=self.new_number(), tenant=tenant, prompt=handle.prompt_ids, max_tokens=max(1, config.max_tokens), key=key,
-                arrival_s=handle.arrival_s, tpot_s=objectives[0], ttft_s=objectives[1],
+                arrival_s=handle.arrival_s, tpot_s=objectives.tpot_s, ttft_s=objectives.ttft_s,
                 cacheable=not every_logit, every_logit=every_logit,
             )
             ending = self._ending(config, version)

@@ -6,15 +6,21 @@
             alone
 
 Finetuning may take slack: it can wait, so that nobody falls behind for it. Prompts may take time up to the end of hope: those
-that run make up for it while finetuning waits. Owns: these three, and the reserve. Does not own: what the time is used for
-(hybrid.py, units.py).
+that run make up for it while finetuning waits.
+
+A best-effort request (an objective of math.inf) has slack and hope without end. Prompts may take a preemption quantum beside
+such requests, as beside none. Jobs may not take all that slack: an iteration with a job lasts at most itl_factor x the
+profile's TPOT, or itl_factor x decoding alone where that is longer. Owns: these three, and the reserve. Does not own: what the
+time is used for (hybrid.py, units.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 from coserve.config import SchedulerConfig
+from coserve.core import Objectives
 from coserve.scheduler.latency import LatencyModel, PassCost
 from coserve.scheduler.requests import RequestState
 
@@ -23,10 +29,11 @@ UNBOUNDED = 1e9
 
 
 class Deadlines:
-    """Of the running requests that a method is asked about. Times are in seconds."""
+    """Of the running requests that a method is asked about. Times are in seconds. best_effort: what a request without
+    objectives counts as beside jobs."""
 
-    def __init__(self, config: SchedulerConfig, latency: LatencyModel) -> None:
-        self.config, self.latency = config, latency
+    def __init__(self, config: SchedulerConfig, latency: LatencyModel, best_effort: Objectives) -> None:
+        self.config, self.latency, self.best_effort = config, latency, best_effort
 
     def reserve(self) -> float:
         """Relative error of a prediction to be ready for."""
@@ -34,20 +41,26 @@ class Deadlines:
 
     def cap(self, running: Collection[RequestState]) -> float:
         """What no pass with prompts is planned longer than, as long as none is late. An objective that decoding alone can't
-        hold counts as what that takes."""
-        return self.config.itl_factor * max(min(r.tpot_s for r in running), self._token_seconds(running))
+        hold counts as what that takes. Best effort sets no cap but what a new arrival may wait."""
+        least, token_s = min(r.tpot_s for r in running), self._token_seconds(running)
+        if least == math.inf:
+            return max(self._quantum_s, self.config.itl_factor * token_s)
+        return self.config.itl_factor * max(least, token_s)
 
     def for_jobs(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
         """What an iteration with finetuning may be predicted to take. prompt_s: what is kept for a prompt that may come."""
         if not running:
-            return self.config.preemption_quantum_ms / 1e3
-        return min(self.config.itl_factor * min(r.tpot_s for r in running), self._slack(running, now, prompt_s))
+            return self._quantum_s
+        least = min(r.tpot_s for r in running)
+        if any(r.tpot_s == math.inf for r in running):
+            least = min(least, max(self.best_effort.tpot_s, self._token_seconds(running)))
+        return min(self.config.itl_factor * least, self._slack(running, now, prompt_s))
 
     def for_prompts(self, running: Collection[RequestState], now: float) -> float:
         """What a pass with prompts may be predicted to take so that all who can keep their objectives still can: one may fall
         behind as long as it can make up for it by its last token."""
         if not running:
-            return self.config.preemption_quantum_ms / 1e3
+            return self._quantum_s
         token_s, reserve = self._token_seconds(running), self.reserve()
         behind = (1 + reserve) * token_s
         left = (max(r.slack_s(now, reserve), r.hope_s(behind) - now) for r in running if not r.hopeless(now, token_s))
@@ -57,6 +70,10 @@ class Deadlines:
         """What a pass with prompts of a tenant that has had more may take: it may cost these requests nothing. prompt_s: what
         is kept for the next prompt of their own tenants."""
         return min(self.cap(running), self._slack(running, now, prompt_s)) if running else UNBOUNDED
+
+    @property
+    def _quantum_s(self) -> float:
+        return self.config.preemption_quantum_ms / 1e3
 
     def _slack(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
         """The least of those that can still meet their objective."""

@@ -10,6 +10,7 @@ tensors, texts, what tokens mean, when a request has ended, how long an iteratio
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
@@ -19,6 +20,7 @@ from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.deadlines import Deadlines
 from coserve.scheduler.fairness import TokenCounters
 from coserve.scheduler.latency import Contents, LatencyModel, PassCost, kind_of
+from coserve.scheduler.objectives import best_effort, default_objectives, profile_objectives
 from coserve.scheduler.policies import Policy, Turn
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
@@ -43,7 +45,10 @@ class HybridScheduler:
 
     def __init__(self, config: SchedulerConfig, latency: LatencyModel, pool: BlockPool, num_layers: int) -> None:
         self.config, self.latency, self.pool = config, latency, pool
-        self.policy, self.deadlines = Policy(config.policy), Deadlines(config, latency)
+        profile = profile_objectives(latency)
+        self.objectives = default_objectives(config, profile)
+        """Of requests that set none."""
+        self.policy, self.deadlines = Policy(config.policy), Deadlines(config, latency, best_effort(self.objectives, profile))
         self.picker = UnitPicker(latency, num_layers, config.max_window_tokens)
         self.requests: dict[int, RequestState] = {}
         self.jobs: dict[int, JobWork] = {}
@@ -138,7 +143,7 @@ class HybridScheduler:
         works = [work for job in jobs for work in job.microbatches.values()]
         only = self.policy.microbatch(works)
         has_finetuning = any(work.ready for work in works) or any(job.optimizer_left for job in jobs)
-        turn = self.policy.turn(self._has_inference(), has_finetuning, self._can_wait(only, now))
+        turn = self.policy.turn(self._has_inference(), has_finetuning, self._can_wait(jobs, only, now))
         decode: list[Span] = []
         prefill: list[Span] = []
         running = self._running.values()
@@ -216,12 +221,22 @@ class HybridScheduler:
         if tenant not in self._by_tenant:
             self.tenants.enter(tenant, self._by_tenant)
 
-    def _can_wait(self, work: MicrobatchWork | None, now: float) -> bool:
-        """Whether every request is running and can wait while the micro-batch runs from end to end."""
-        if work is None or not self.policy.adapts:
+    def _can_wait(self, jobs: Sequence[JobWork], work: MicrobatchWork | None, now: float) -> bool:
+        """Whether every request is running and can wait while the micro-batch, or without one the jobs' optimizer steps, run
+        from end to end. One that nothing is due to can, once requests have had as much time as that."""
+        if not self.policy.adapts:
             return False
-        seconds, reserve = self.picker.whole_seconds(work), self.deadlines.reserve()
-        return not self._waiting and all(r.slack_s(now, reserve) > seconds for r in self._running.values())
+        if work is not None:
+            seconds = self.picker.whole_seconds(work)
+        else:
+            stepping = [job for job in jobs if job.optimizer_left]
+            lefts = ((job.optimizer_left, job.refreshing(job.optimizer_left)) for job in stepping)
+            seconds = sum(self.latency.optimizer_seconds(*left) for left in lefts)
+        reserve = self.deadlines.reserve()
+        had = self.policy.inference_s >= seconds
+        return not self._waiting and all(
+            r.slack_s(now, reserve) > seconds and (had or r.deadline_s < math.inf) for r in self._running.values()
+        )
 
     def _pass_cost(self, decode: Sequence[Span], prefill: Sequence[Span]) -> PassCost | None:
         if not decode and not prefill:
@@ -342,8 +357,10 @@ class HybridScheduler:
 
     def _late(self, request: RequestState, now: float) -> bool:
         """Whether a prompt would be through by now, first come, first served: running requests then wait for it. Beside jobs,
-        which leave running requests no more slack than they need, not before most of its own objective has passed."""
-        allowed_s = request.arrival_s + LATE * request.ttft_s if self._awake else 0.0
+        which leave running requests no more slack than they need, not before most of its own objective has passed, or of the
+        profile's if it has none."""
+        ttft_s = request.ttft_s if request.ttft_s < math.inf else self.deadlines.best_effort.ttft_s
+        allowed_s = request.arrival_s + LATE * ttft_s if self._awake else 0.0
         return now > max(request.fcfs_s, allowed_s)
 
     def _others_late(self, now: float) -> bool:

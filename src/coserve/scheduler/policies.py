@@ -40,6 +40,8 @@ class Policy:
         self.fuses = self.kind == "coserve"
         self.adapts = self.kind == "dynamic-temporal"
         self.takes_turns = self.kind in ("temporal", "dynamic-temporal")
+        self.inference_s = 0.0
+        """Predicted time of iterations with requests since the last one with units."""
         self._iterations = 0
         self._under_way: int | None = None
 
@@ -75,6 +77,7 @@ class Policy:
         """Counts inference iterations, and follows the micro-batch under way."""
         if plan.spans:
             self._iterations += 1
+            self.inference_s += plan.predicted_s
         if plan.units:
-            self._iterations = 0
+            self._iterations, self.inference_s = 0, 0.0
             self._under_way = plan.units[0].microbatch

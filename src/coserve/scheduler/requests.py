@@ -23,7 +23,8 @@ RAMP_TOKENS = 8
 
 @dataclass(slots=True, kw_only=True)
 class RequestState:
-    """One output of one request. Times are seconds of the engine's clock; ttft_s and tpot_s are its objectives.
+    """One output of one request. Times are seconds of the engine's clock; ttft_s and tpot_s are its objectives, math.inf where
+    it has none (best effort).
 
     key: what its prefix may be shared under. cacheable: whether it may take cached blocks (prompt logprobs need every row).
     computed: tokens whose K and V are in the cache or planned. every_logit: the logits of each of its prompt's rows are wanted,
@@ -92,7 +93,7 @@ class RequestState:
 
     @property
     def deadline_s(self) -> float:
-        """When its next token is due."""
+        """When its next token is due; math.inf: it isn't."""
         if self.first_token_s is None:
             return self.arrival_s + self.ttft_s
         return self.first_token_s + self.num_sampled * self.tpot_s
@@ -103,7 +104,11 @@ class RequestState:
         reserve: the relative error of a prediction to be ready for. prompt_s: the time to be kept for somebody's prompt that
         may come before its last token; it is put aside evenly over its tokens.
         """
-        ahead = min(1.0, RESERVES * reserve) * min(1.0, self.num_sampled / RAMP_TOKENS) * self.tpot_s
+        if self.deadline_s == math.inf:
+            return math.inf
+        ahead = 0.0
+        if self.tpot_s < math.inf:
+            ahead = min(1.0, RESERVES * reserve) * min(1.0, self.num_sampled / RAMP_TOKENS) * self.tpot_s
         return self.deadline_s - ahead - prompt_s * self.num_sampled / self.max_tokens - now
 
     def hopeless(self, now: float, token_s: float) -> bool:
@@ -114,5 +119,7 @@ class RequestState:
         """When it becomes hopeless."""
         if self.first_token_s is None:
             return self.arrival_s + self.ttft_s
+        if self.tpot_s == math.inf:
+            return math.inf
         left = self.max_tokens - self.num_sampled
         return self.first_token_s + (self.max_tokens - 1) * self.tpot_s - left * token_s

@@ -1,0 +1,86 @@
+"""Objectives of requests that set none, from what the machine's own profile says of a typical load.
+
+    TPOT = TPOT_FACTOR x an iteration that decodes NUM_REQUESTS requests with NUM_TOKENS tokens each
+    TTFT = NUM_REQUESTS prompts of NUM_TOKENS tokens, one after another, each beside those that decode
+
+Both are rounded up to two digits, and are at least LEAST. Owns: that rule, what best effort counts as beside jobs, objectives
+in words. Does not own: what objectives do (deadlines.py, hybrid.py).
+"""
+
+from __future__ import annotations
+
+import math
+
+from coserve.config import ObjectiveMs, SchedulerConfig, check_objective, objective_seconds
+from coserve.core import Objectives
+from coserve.scheduler.latency import LatencyModel, PassCost
+
+NUM_REQUESTS, NUM_TOKENS = 8, 512
+TPOT_FACTOR = 1.5
+"""What jobs and prompts get beside decoding, and what a few more requests may take."""
+LEAST = Objectives(tpot_s=0.010, ttft_s=1.0)
+"""A hundred tokens per second are faster than anybody reads, and a shorter iteration holds too little training."""
+
+
+def profile_objectives(latency: LatencyModel) -> Objectives:
+    """What this machine can promise. latency: fitted to its profile, not yet corrected."""
+    decode = PassCost(NUM_REQUESTS, NUM_REQUESTS, NUM_REQUESTS, NUM_REQUESTS * NUM_TOKENS, 0, 0, 0, 0, 0)
+    prompt = decode._replace(
+        rows=NUM_REQUESTS + NUM_TOKENS, head_rows=NUM_REQUESTS + 1, prefill_pairs=NUM_TOKENS * (NUM_TOKENS + 1) // 2,
+        prefill_spans=1,
+    )
+    decode_s, prompt_s = (latency.constant_seconds + latency.pass_seconds(cost) for cost in (decode, prompt))
+    return Objectives(
+        tpot_s=max(LEAST.tpot_s, _readable(TPOT_FACTOR * decode_s)),
+        ttft_s=max(LEAST.ttft_s, _readable(NUM_REQUESTS * prompt_s)),
+    )
+
+
+def default_objectives(config: SchedulerConfig, profile: Objectives) -> Objectives:
+    """Those of requests that set none: the settings', or the profile's where there are none."""
+    return asked_objectives(config.tpot_ms, config.ttft_ms, profile)
+
+
+def best_effort(default: Objectives, profile: Objectives) -> Objectives:
+    """What a best-effort request counts as beside jobs: the profile's objectives, or the defaults where those are longer, so
+    that it never has more than a request with objectives."""
+    longer = (max(promised, own) if promised < math.inf else own for promised, own in zip(default, profile, strict=True))
+    return Objectives(*longer)
+
+
+def asked_objectives(tpot_ms: ObjectiveMs | None, ttft_ms: ObjectiveMs | None, default: Objectives) -> Objectives:
+    """A request's own objectives, and the defaults where it sets none. Raises ConfigError."""
+    check_objective("tpot_ms", tpot_ms)
+    check_objective("ttft_ms", ttft_ms)
+    return Objectives(objective_seconds(tpot_ms, default.tpot_s), objective_seconds(ttft_ms, default.ttft_s))
+
+
+def describe(
+    objectives: Objectives, given: tuple[ObjectiveMs | None, ObjectiveMs | None], settings: tuple[str, str] | None = None
+) -> str:
+    """As '85 ms per token, 3.2 s to the first (from this machine's profile; set tpot_ms, ttft_ms)'.
+
+    given: what the settings say of TPOT and TTFT, None where that is nothing; settings: their names, if they shall be named.
+    """
+    if objectives == (math.inf, math.inf):
+        return "best effort"
+    parts = [f"{_in_words(objectives.tpot_s)} per token", f"{_in_words(objectives.ttft_s)} to the first"]
+    unset = [place for place in (0, 1) if given[place] is None]
+    if unset:
+        names = "" if settings is None else f"; set {', '.join(settings[place] for place in unset)}"
+        parts[unset[-1]] += f" (from this machine's profile{names})"
+    return ", ".join(parts)
+
+
+def _in_words(seconds: float) -> str:
+    if seconds == math.inf:
+        return "best effort"
+    return f"{seconds:g} s" if seconds >= 1 else f"{seconds * 1e3:g} ms"
+
+
+def _readable(seconds: float) -> float:
+    """Rounded up to two digits."""
+    if seconds <= 0:
+        return 0.0
+    digits = 1 - math.floor(math.log10(seconds))
+    return round(math.ceil(seconds * 10**digits - 1e-6) / 10**digits, 6)
