@@ -25,6 +25,7 @@ import uvicorn
 from typer.core import TyperCommand
 
 from coserve.core import ConfigError, CoserveError
+from coserve.scheduler.objectives import describe as describe_objectives
 from coserve.server import logs
 from coserve.server.app import create_app, index_url, open_services
 from coserve.server.errors import Unauthorized
@@ -87,8 +88,12 @@ def serve(
     max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank (64).")] = None,
     max_loras: Annotated[int | None, typer.Option(help="Adapters used at once (128).")] = None,
     adapter_root: Annotated[str | None, typer.Option(help="/v1/load_lora_adapter takes directories below.")] = None,
-    slo_tpot_ms: Annotated[float | None, typer.Option(help="Objective per output token (100).")] = None,
-    slo_ttft_ms: Annotated[float | None, typer.Option(help="Objective to the first token (3000).")] = None,
+    slo_tpot_ms: Annotated[
+        str | None, typer.Option(metavar="MS|none", help="Objective per output token (by profile); none: best effort.")
+    ] = None,
+    slo_ttft_ms: Annotated[
+        str | None, typer.Option(metavar="MS|none", help="Objective to the first token (by profile); none: best effort.")
+    ] = None,
     policy: Annotated[str | None, typer.Option(help="coserve, inference-only, finetune-only, temporal:N, ...")] = None,
     finetune_min_share: Annotated[float | None, typer.Option(help="Share of time that jobs always get (0).")] = None,
     activation_memory: Annotated[str | None, typer.Option(help="Part of the pool for training: 12.5GB, a share, auto.")] = None,
@@ -227,6 +232,8 @@ def describe(services: Services, port: int) -> list[str]:
     memory = {name: f"{size / GIB:.2f} GiB" for name, size in info.memory.items()}
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    given, flags = (config.slo_tpot_ms, config.slo_ttft_ms), ("--slo-tpot-ms", "--slo-ttft-ms")
+    objectives = describe_objectives(info.objectives, given, flags)
     asks = _asks_for_keys(services)
     key = "YOUR-KEY" if asks else _NO_KEY
     open_to_others = not asks and not OwnNames(config.host, ()).is_local
@@ -236,7 +243,7 @@ def describe(services: Services, port: int) -> list[str]:
         f"ready after {info.start_s:.0f} s",
         f"memory    weights {memory['weights']}; pool {memory['pool']}: {memory['inference']} guaranteed to inference, "
         f"training may take {memory['training']}",
-        f"holds     {config.slo_tpot_ms:g} ms per token, {config.slo_ttft_ms:g} ms to the first; policy {config.policy}",
+        f"holds     {objectives}; policy {config.policy}",
         f"data      {config.data_dir.absolute()}",
         f"keys      {'asked for' if asks else 'none: everybody who can reach the port may use it'}",
         *(["warning   no key is asked for, and other machines can reach this server: make one with `coserve keys add`"]

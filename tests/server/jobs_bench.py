@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.datastructures import UploadFile
 
-from coserve.core import CoserveError, NotFound
+from coserve.core import CoserveError, NotFound, Objectives
 from coserve.finetune.job import MetricsTable, StepRow
 from coserve.server.errors import EngineUnavailable
 from coserve.server.index.files import FileService
@@ -45,6 +45,7 @@ class FakeEngine:
         self.info = Ready(
             model="some/Base-1", directory=str(model), fingerprint="f", architecture="llama", num_parameters=1, vocab_size=400,
             max_model_len=512, device="cpu", dtype="float32", threads=1, memory={}, start_s=0.1,
+            objectives=Objectives(tpot_s=0.1, ttft_s=3.0),
         )
         self.starts: list[dict[str, Any]] = []
         self.acts: list[tuple[str, str]] = []

@@ -116,6 +116,12 @@ def test_settings_arrive(site: Site) -> None:
     assert site.models.prepared == [ADAPTER]
 
 
+def test_best_effort_arrives(site: Site) -> None:
+    for given in ("none", None):
+        site.client.completions.create(model=MODEL, prompt="Hi", max_tokens=2, extra_body={"slo_tpot_ms": given})
+    assert [(asked.tpot_ms, asked.ttft_ms) for asked in site.engine.asked] == [("none", None), (None, None)]
+
+
 def test_requests_without_a_seed_draw_differently(site: Site) -> None:
     for _ in range(3):
         site.client.chat.completions.create(model=MODEL, messages=HI)

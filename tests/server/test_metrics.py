@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -12,11 +15,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coserve.config import SamplingConfig
+from coserve.core import Objectives
 from coserve.server.link.messages import JobEnded, Tokens, merge_tokens
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.enginemetrics import COUNTERS
 from coserve.server.stats.livestats import Counters, Window, percentile
-from coserve.server.stats.metrics import Objectives, RequestMeter, ServerMetrics, ServerState
+from coserve.server.stats.metrics import RequestMeter, ServerMetrics, ServerState
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "docs" / "grafana.json"
 
@@ -36,11 +40,15 @@ class Room:
 
     def __init__(self, **settings: Any) -> None:
         self.clock = Clock()
-        self.metrics = ServerMetrics(ServerConfig(slo_ttft_ms=500, slo_tpot_ms=100, **settings), "tiny", clock=self.clock)
+        self.objectives = Objectives(tpot_s=0.1, ttft_s=0.5)
+        self.metrics = ServerMetrics(ServerConfig(**settings), "tiny", lambda: self.objectives, clock=self.clock)
 
-    def begin(self, prompt_tokens: int = 7, model: str = "tiny", **params: Any) -> RequestMeter:
+    def begin(
+        self, prompt_tokens: int = 7, model: str = "tiny", own: Mapping[str, Any] = MappingProxyType({}), **params: Any
+    ) -> RequestMeter:
+        """own: the request's own objectives."""
         return self.metrics.begin(
-            model=model, prompt_tokens=prompt_tokens, params=SamplingConfig(**params), arrival_s=self.clock.now
+            model=model, prompt_tokens=prompt_tokens, params=SamplingConfig(**params), arrival_s=self.clock.now, **own
         )
 
     def serve(self, times_s: list[float], reason: str = "stop") -> None:
@@ -250,7 +258,7 @@ def test_attainment_is_the_share_that_met_both_objectives() -> None:
 
 def test_exactly_the_objective_is_met_and_an_error_is_missed_and_a_cancellation_is_nothing() -> None:
     room = Room()
-    room.metrics.judge(Objectives(0.5, 0.1), room.clock.now, 0.5, 0.1, failed=False)
+    room.metrics.judge(room.objectives, room.clock.now, 0.5, 0.1, failed=False)
     room.begin().end("error")
     room.begin().end("cancelled")
     found = room.samples()
@@ -266,6 +274,55 @@ def test_the_slowest_of_several_outputs_is_held_against_the_objective() -> None:
         meter.tokens(tokens(start + time_s, index=index))
     meter.end("stop")
     assert room.samples()['coserve_slo_attainment{"objective": "tpot"}'] == 0
+
+
+@pytest.mark.parametrize("of", ["server", "request"])
+def test_best_effort_neither_meets_nor_misses_an_objective(of: str) -> None:
+    room = Room()
+    own: dict[str, Any] = {}
+    if of == "server":
+        room.objectives = Objectives(tpot_s=math.inf, ttft_s=math.inf)
+    else:
+        own = {"tpot_ms": "none", "ttft_ms": "none"}
+    for reason in ("stop", "error"):
+        meter = room.begin(own=own)
+        meter.tokens(tokens(room.clock.now + 9))
+        meter.tokens(tokens(room.clock.now + 19))
+        meter.end(reason)
+    found = room.samples()
+    assert not any(value for name, value in found.items() if name.startswith("coserve_slo_requests_total"))
+    assert not [name for name in found if name.startswith("coserve_slo_attainment")]
+    assert found["coserve_request_time_per_output_token_seconds_sum"] == pytest.approx(20), "but it is measured"
+    live = room.metrics.live(None)
+    assert live["inference"]["attainment"] is None and live["inference"]["judged"] == 0
+    assert live["objectives"] == ({"tpot_ms": None, "ttft_ms": None} if of == "server" else {"tpot_ms": 100, "ttft_ms": 500})
+    shown = [name for name in found if name.startswith("coserve_slo_objective_seconds")]
+    assert len(shown) == (0 if of == "server" else 2), "an objective that there isn't is absent"
+    json.dumps(live, allow_nan=False)
+
+
+def test_a_request_with_one_objective_is_held_against_that_one() -> None:
+    room = Room()
+    for late, tpot_ms, ttft_ms in ((0.2, "none", None), (0.9, "none", None), (9.0, None, "none")):
+        meter = room.begin(own={"tpot_ms": tpot_ms, "ttft_ms": ttft_ms})
+        meter.tokens(tokens(room.clock.now + late))
+        meter.tokens(tokens(room.clock.now + late + 0.05))
+        meter.end("stop")
+    found = room.samples()
+    counts = {name: [found[f'coserve_slo_requests_total{{"met": "{met}", "objective": "{name}"}}'] for met in ("true", "false")]
+              for name in ("ttft", "tpot", "both")}
+    assert counts == {"ttft": [1, 1], "tpot": [1, 0], "both": [2, 1]}
+
+
+def test_objectives_are_those_of_the_present_engine() -> None:
+    room = Room()
+    assert room.samples()['coserve_slo_objective_seconds{"objective": "tpot"}'] == 0.1
+    room.objectives = Objectives(tpot_s=0.25, ttft_s=math.inf)
+    found = room.samples()
+    assert found['coserve_slo_objective_seconds{"objective": "tpot"}'] == 0.25
+    assert 'coserve_slo_objective_seconds{"objective": "ttft"}' not in found
+    room.serve([0.1, 0.3])
+    assert room.samples()['coserve_slo_requests_total{"met": "true", "objective": "both"}'] == 1
 
 
 def test_attainment_forgets_after_a_minute_and_is_absent_without_requests() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from coserve.core import Objectives
 from coserve.server.jobs.objects import event_object
 from coserve.server.records import EventRecord, JobRecord
 from coserve.server.settings import ServerConfig
@@ -17,6 +18,7 @@ from tests.server.fake_page_backend import BASE, TUNED
 from tests.server.test_page import Site, browser, open_page, until
 
 __all__ = ["browser"]  # a fixture
+PROMISED = Objectives(tpot_s=0.1, ttft_s=3.0)
 
 
 # --- the figures ---
@@ -24,7 +26,7 @@ __all__ = ["browser"]  # a fixture
 
 def test_finetunings_share_is_of_the_same_seconds_as_its_rate() -> None:
     """After a job's end both are 0, though a minute ago the engine trained most of the time."""
-    metrics = ServerMetrics(ServerConfig(), BASE)
+    metrics = ServerMetrics(ServerConfig(), BASE, lambda: PROMISED)
     names = ("inference_tokens", "prompt_tokens", "finetune_tokens", "busy_s", "finetune_busy_s")
     counters: dict[str, float] = dict.fromkeys(names, 0)
     live: Mapping[str, Any] = {}
@@ -41,7 +43,7 @@ def test_finetunings_share_is_of_the_same_seconds_as_its_rate() -> None:
 
 def test_percentiles_come_with_their_number_of_values() -> None:
     now = [100.0]
-    metrics = ServerMetrics(ServerConfig(), BASE, clock=lambda: now[0])
+    metrics = ServerMetrics(ServerConfig(), BASE, lambda: PROMISED, clock=lambda: now[0])
     for i in range(6):
         metrics.ttft_s.add(100.0, 0.1 * i)
     live = metrics.live(None)["inference"]
@@ -81,6 +83,23 @@ def test_few_requests_are_counted_and_never_red(browser: Any) -> None:
         site.parts = {"inference": {"ttft_ms": many, "tpot_ms": many, "attainment": 0.5, "judged": 200}}
         until(lambda: page.locator(".tile.late").count() == 3)
         assert page.text_content("#of-ttft") == "p99"
+        assert not complaints
+        page.context.close()
+
+
+@pytest.mark.full
+def test_best_effort_is_named_and_never_red(browser: Any) -> None:
+    many = {"p50": 900.0, "p99": 9000.0, "count": 200}
+    parts = {"ttft_ms": many, "tpot_ms": many, "attainment": None, "judged": 0}
+    with Fixed(objectives={"ttft_ms": None, "tpot_ms": 100.0}, inference=parts) as site:
+        page, complaints = open_page(browser, site)
+        until(lambda: page.text_content("#note-ttft") == "best effort")
+        assert page.text_content("#note-tpot") == "over the objective of 100 ms"
+        assert page.text_content("#note-attainment") == "no request with objectives ended lately"
+        assert page.locator(".tile.late").count() == 1
+        until(lambda: page.locator("#chart-ttft [aria-label$='best effort']").count() == 1)
+        until(lambda: page.locator("#chart-ttft").get_by_text("Objective").is_hidden())
+        assert page.locator("#chart-tpot").get_by_text("Objective").is_visible()
         assert not complaints
         page.context.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,6 +141,10 @@ WRONG_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
     ({"stream": "yes"}, "stream"),
     ({"slo_tpot_ms": 0}, "slo_tpot_ms"),
+    ({"slo_tpot_ms": "fast"}, "slo_tpot_ms"),
+    ({"slo_ttft_ms": "None"}, "slo_ttft_ms"),
+    ({"slo_ttft_ms": True}, "slo_ttft_ms"),
+    ({"slo_ttft_ms": [60]}, "slo_ttft_ms"),
     ({"messages": []}, "messages"),
     ({"messages": "Hi"}, "messages"),
     ({"messages": [1]}, "messages[0]"),
@@ -276,6 +281,24 @@ def test_every_neutral_value_is_taken() -> None:
                 assert policy.apply({name: value}, model.model_fields) == {}
             with pytest.raises(InvalidRequest, match=f"{name}: is not supported yet; leave it out"):
                 policy.apply({name: {"some": "thing"}}, model.model_fields)
+
+
+@pytest.mark.parametrize(("value", "shown"), [
+    (0, "0"), (-5, "-5"), (1e8, "100000000.0"), (1e-9, "1e-09"), (True, "True"), ("60", "'60'"), ("best", "'best'"),
+    ({"a": "{b}"}, "{'a': '{b}'}"), ("x" * 500, "'xxx.*"),
+])
+def test_a_wrong_objective_is_told_in_one_sentence(value: Any, shown: str) -> None:
+    for name in ("slo_tpot_ms", "slo_ttft_ms"):
+        said = f'{name}: must be a positive number of milliseconds (0.001 to 10000000) or "none" (best effort), got '
+        with pytest.raises(InvalidRequest, match=re.escape(said) + (shown if ".*" in shown else re.escape(shown))) as caught:
+            read_body(json.dumps({"messages": HI, name: value}).encode(), ChatRequest, CHAT)
+        assert caught.value.param == name
+
+
+@pytest.mark.parametrize("value", [None, "none", 60, 0.001, 1e7])
+def test_an_objective_is_a_number_or_none(value: Any) -> None:
+    request = read_body(json.dumps({"messages": HI, "slo_tpot_ms": value}).encode(), ChatRequest, CHAT)
+    assert request.slo_tpot_ms == value and request.slo_ttft_ms is None
 
 
 def test_nulls_of_implemented_fields_count_as_not_given() -> None:

@@ -16,10 +16,11 @@ import typer
 
 from coserve.cli import app
 from coserve.config import FinetuneConfig
+from coserve.core import Objectives
 from coserve.server.inference import fields, protocol
 from coserve.server.jobs.body import Extras
 from coserve.server.settings import ServerConfig, read_settings
-from coserve.server.stats.metrics import Objectives, ServerMetrics, ServerState
+from coserve.server.stats.metrics import ServerMetrics, ServerState
 from coserve.server.vllmflags import FLAGS
 from tests.unit.conftest import config_of
 
@@ -160,6 +161,9 @@ def test_every_setting_of_the_server_is_described_with_its_default() -> None:
     settings = ServerConfig()
     for name, default in described.items():
         value = getattr(settings, name)
+        if name in ("slo_tpot_ms", "slo_ttft_ms"):
+            assert value is None and default == "from the profile", "'none' would be best effort"
+            continue
         shown = f"{value:g}" if isinstance(value, float) else str(value)
         assert default == ("none" if value in (None, ()) else "off" if value is False else f"`{shown}`"), name
 
@@ -272,9 +276,9 @@ def test_every_file_of_the_server_is_on_the_map() -> None:
 
 
 def test_metrics_are_listed_as_they_are() -> None:
-    metrics = ServerMetrics(ServerConfig(), "m", clock=lambda: 9.0)
+    metrics = ServerMetrics(ServerConfig(), "m", lambda: Objectives(tpot_s=1.0, ttft_s=1.0), clock=lambda: 9.0)
     metrics.expose({**STATS, "time_s": 1.0})
-    metrics.judge(Objectives(1.0, 1.0), 9.0, 0.1, 0.1, failed=False)
+    metrics.judge(metrics.objectives(), 9.0, 0.1, 0.1, failed=False)
     metrics.rejected("capacity")
     text = metrics.expose({**STATS, "time_s": 9.0}, ServerState(ready=True)).decode()
     exposed = {name for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE) if not name.endswith("_created")}

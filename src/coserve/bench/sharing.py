@@ -25,7 +25,7 @@ from coserve.bench.capacity import allowed_misses, find_capacity
 from coserve.bench.cells import CellStore, run_from_dict, run_to_dict
 from coserve.bench.driver import BenchEngine, Job, Run, RunConfig, run_load
 from coserve.bench.metrics import Objectives, meets
-from coserve.config import FinetuneConfig, parse_policy, require, require_least, require_positive
+from coserve.config import FinetuneConfig, is_number, parse_policy, require, require_least, require_positive
 from coserve.core import CoserveError
 
 SPATIAL = "spatial"
@@ -84,6 +84,10 @@ class SharingConfig:
         for policy in self.policies:
             if policy != SPATIAL:
                 parse_policy(policy)
+        for name in ("tpot_ms", "ttft_ms"):
+            value = getattr(self, name)
+            require(value is None or is_number(value), name, f"must be a number of milliseconds, got {value}: capacity and "
+                    "attainment are counted against it")
         require_least(self, 1, "requests", "pairs", "capacity_requests")
         require_positive(self, "ttft_ms", "tpot_factor", "capacity_start", "capacity_tolerance", "alone_s", "drain_s",
                          "tpot_ms", "capacity")

@@ -76,7 +76,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         if not config.allow_control_tokens:
             await asyncio.to_thread(tokenizer.prepare_control_texts)
         models = await asyncio.to_thread(ModelDirectory, store, engine, config, tokenizer)
-        metrics = ServerMetrics(config, models.base_names[0])
+        metrics = ServerMetrics(config, models.base_names[0], lambda: engine.info.objectives)
         engine.on_job(metrics.hear_job)
         jobs = JobService(store=store, files=uploads, models=models, engine=engine, config=config)
         uploads.held_beside = jobs.disk.bytes_of

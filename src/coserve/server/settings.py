@@ -5,6 +5,7 @@ Sources: defaults < TOML file < command line. Names are vLLM's where the meaning
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coserve.config import EngineConfig, SchedulerConfig, read_memory, require, require_least
+from coserve.config import (
+    EngineConfig,
+    ObjectiveMs,
+    SchedulerConfig,
+    read_memory,
+    require,
+    require_least,
+)
 from coserve.core import ConfigError
 from coserve.server.hostnames import check_allowed
 
@@ -74,10 +82,10 @@ class ServerConfig:
     """Adapters that requests can use at once."""
     adapter_root: str | None = None
     """/v1/load_lora_adapter takes directories below this one; None turns the route off."""
-    slo_tpot_ms: float = 100.0
-    """Objective: milliseconds per output token after the first."""
-    slo_ttft_ms: float = 3000.0
-    """Objective: milliseconds to the first token."""
+    slo_tpot_ms: ObjectiveMs | None = None
+    """Objective: milliseconds per output token after the first, or "none": best effort. None: from the machine's profile."""
+    slo_ttft_ms: ObjectiveMs | None = None
+    """Objective: milliseconds to the first token; otherwise as `slo_tpot_ms`."""
     policy: str = "coserve"
     """As in SchedulerConfig.policy."""
     finetune_min_share: float = 0.0
@@ -242,8 +250,18 @@ def _read_texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _read_objective(value: Any) -> Any:
+    """A number that a command line wrote as text; anything else as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
 def _read(name: str, kind: str, value: Any) -> Any:
     """A value in its field's type."""
+    if kind.startswith("ObjectiveMs"):
+        return _read_objective(value)
     if name == "lora_modules":
         return _read_modules(value)
     if name == "activation_memory":

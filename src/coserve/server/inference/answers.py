@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from coserve.config import SamplingConfig
+from coserve.config import ObjectiveMs, SamplingConfig
 from coserve.core import CapacityError, CoserveError
 from coserve.server.errors import EngineUnavailable
 from coserve.server.link.messages import Tokens
@@ -40,8 +40,8 @@ class Asker:
     tenant: str
     model: ServedModel
     arrival_s: float
-    tpot_ms: float | None = None
-    ttft_ms: float | None = None
+    tpot_ms: ObjectiveMs | None = None
+    ttft_ms: ObjectiveMs | None = None
 
 
 class _Run(NamedTuple):

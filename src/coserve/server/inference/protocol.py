@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from coserve.chat.messages import ROLES
-from coserve.config import SamplingConfig
+from coserve.config import BEST_EFFORT, ObjectiveMs, SamplingConfig, is_number, shown
 from coserve.core import InvalidRequest
 
 MAX_OUTPUTS = 128
@@ -23,6 +24,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 _INT64 = 1 << 63
 _INT31 = (1 << 31) - 1
+_LEAST_MS, _MOST_MS = 1e-3, 1e7
 _PLAIN = (
     "min_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos",
     "n", "prompt_logprobs",
@@ -39,7 +41,23 @@ _PROMPT: dict[str, Any] = {"anyOf": [
 ]}
 Positive = Annotated[int, Field(ge=1, le=_INT31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Milliseconds = Annotated[float, Field(ge=1e-3, le=1e7)]
+
+
+def _check_objective(value: Any) -> Any:
+    """One sentence for all that is wrong, where a union of types would have one for each type."""
+    if value is None or (isinstance(value, str) and value == BEST_EFFORT):
+        return value
+    if is_number(value) and _LEAST_MS <= value <= _MOST_MS:
+        return float(value)
+    raise PydanticCustomError(
+        "objective", 'must be a positive number of milliseconds ({least} to {most}) or "none" (best effort), got {given}',
+        {"least": f"{_LEAST_MS:g}", "most": f"{_MOST_MS:.0f}", "given": shown(value)},
+    )
+
+
+Objective = Annotated[ObjectiveMs | None, PlainValidator(_check_objective), WithJsonSchema({"anyOf": [
+    {"type": "number", "minimum": _LEAST_MS, "maximum": _MOST_MS}, {"type": "string", "const": BEST_EFFORT}, {"type": "null"},
+]})]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_INT31)]], Field(fail_fast=True)]
 
@@ -88,10 +106,10 @@ class GenerationRequest(Body):
     """Log-probabilities call tokens by their ids, as `token_id:7`."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    slo_tpot_ms: Milliseconds | None = None
-    """Objective of this request: per output token after the first."""
-    slo_ttft_ms: Milliseconds | None = None
-    """Objective of this request: to the first token."""
+    slo_tpot_ms: Objective = None
+    """Objective of this request: per output token after the first. "none": best effort; None: the server's."""
+    slo_ttft_ms: Objective = None
+    """Objective of this request: to the first token; otherwise as slo_tpot_ms."""
 
     @property
     def num_outputs(self) -> int:

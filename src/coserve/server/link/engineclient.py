@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import zmq
 import zmq.asyncio
 
-from coserve.config import SamplingConfig
+from coserve.config import ObjectiveMs, SamplingConfig
 from coserve.core import CoserveError, InvalidRequest
 from coserve.server.errors import EngineUnavailable, make_error
 from coserve.server.link.messages import (
@@ -364,7 +364,7 @@ class EngineClient:
 
     def generate(
         self, *, prompt_ids: Sequence[int], sampling: SamplingConfig, adapter: str | None = None, tenant: str = "",
-        tpot_ms: float | None = None, ttft_ms: float | None = None, arrival_s: float | None = None,
+        tpot_ms: ObjectiveMs | None = None, ttft_ms: ObjectiveMs | None = None, arrival_s: float | None = None,
     ) -> RequestStream:
         """Sends a request. arrival_s: of the monotonic clock, default now. Close the stream if it isn't read to its end.
         Raises EngineUnavailable, InvalidRequest."""

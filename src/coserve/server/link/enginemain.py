@@ -83,6 +83,7 @@ def make_ready(engine: Engine, asked: int | None, start_s: float) -> Ready:
         max_model_len=max_model_len(engine, asked), hidden_size=engine.model.architecture.hidden_size,
         device=weights.device.type,
         dtype=dtype_name(weights.dtype), threads=torch.get_num_threads(), start_s=start_s,
+        objectives=engine.objectives,
         memory={
             "weights": weight_bytes(arch, weights.dtype.itemsize), "pool": blocks.num_blocks * size,
             "inference": blocks.guaranteed_blocks * size, "training": (blocks.num_blocks - blocks.guaranteed_blocks) * size,

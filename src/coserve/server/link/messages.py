@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from coserve.config import FinetuneConfig, SamplingConfig
+from coserve.config import FinetuneConfig, ObjectiveMs, SamplingConfig
+from coserve.core import Objectives
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -32,7 +33,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Generate(Message, frozen=True, kw_only=True):
-    """A request. adapter: a name that LoadAdapter or a job has made; objectives: None takes the server's."""
+    """A request. adapter: a name that LoadAdapter or a job has made; objectives: None takes the server's, "none" has none."""
 
     id: str
     prompt_ids: list[int]
@@ -40,8 +41,8 @@ class Generate(Message, frozen=True, kw_only=True):
     arrival_s: float
     adapter: str | None = None
     tenant: str = ""
-    tpot_ms: float | None = None
-    ttft_ms: float | None = None
+    tpot_ms: ObjectiveMs | None = None
+    ttft_ms: ObjectiveMs | None = None
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -114,7 +115,8 @@ class Progress(Message, frozen=True, kw_only=True):
 
 
 class Ready(Message, frozen=True, kw_only=True):
-    """The engine takes requests. max_model_len: tokens of prompt and output together; memory: by name, in bytes."""
+    """The engine takes requests. max_model_len: tokens of prompt and output together; memory: by name, in bytes; objectives: of
+    requests that set none."""
 
     model: str
     directory: str
@@ -128,6 +130,7 @@ class Ready(Message, frozen=True, kw_only=True):
     dtype: str
     threads: int
     memory: dict[str, int]
+    objectives: Objectives
     start_s: float
 
 

@@ -30,7 +30,7 @@ const lastMinutes = { range: (_, least, most) => [Math.max(most - HISTORY_S, Mat
 export class LiveView {
   constructor() {
     this.history = Object.fromEntries(COLUMNS.map((name) => [name, []]));
-    this.objectives = { ttft_ms: null, tpot_ms: null };
+    this.objectives = {}; // not known yet; null: best effort
     this.rate = this.rateChart("chart-rate", "Inference", "--inference");
     this.training = this.rateChart("chart-training", "Finetuning", "--finetuning");
     this.ttft = this.latencyChart("chart-ttft", "Time to first token", "ttft_ms");
@@ -64,7 +64,7 @@ export class LiveView {
       series: [
         { label: "p50", color: "--inference", format: milliseconds },
         { label: "p99", color: "--slow", format: milliseconds },
-        { label: "Objective", color: "--objective", format: milliseconds, dash: [5, 4], width: 1, constant: true },
+        { label: "Objective", color: "--objective", format: milliseconds, dash: [5, 4], width: 1, constant: true, optional: true },
       ],
       scales: { y: { range: (_, __, most) => [0, Math.max(most || 0, this.objectives[objective] || 1) * 1.15] } },
       axes: [{ scale: "y", format: (value) => (value >= 10_000 ? `${number(value / 1000)} s` : number(value)) }],
@@ -123,13 +123,13 @@ export class LiveView {
       const limit = objectives[`${name}_ms`];
       setText(byId(`tile-${name}`), milliseconds(p99));
       setText(byId(`of-${name}`), count > 0 && count < ENOUGH ? `slowest of ${count}` : "p99");
-      const late = p99 !== null && p99 > limit;
-      setText(byId(`note-${name}`), `${late ? "over the objective of" : "objective"} ${milliseconds(limit)}`);
+      const late = limit !== null && p99 !== null && p99 > limit;
+      setText(byId(`note-${name}`), late ? `over the objective of ${milliseconds(limit)}` : objectiveNote(limit));
       byId(`tile-box-${name}`).classList.toggle("late", late && count >= ENOUGH);
     }
     const { attainment: met, judged } = inference;
     setText(byId("tile-attainment"), percent(met));
-    setText(byId("note-attainment"), met === null ? "no request ended lately" : `of ${requests(judged)} in ${number(span)} s`);
+    setText(byId("note-attainment"), met === null ? "no request with objectives ended lately" : `of ${requests(judged)} in ${number(span)} s`);
     byId("tile-box-attainment").classList.toggle("late", met !== null && met < 0.95 && judged >= ENOUGH);
     setText(byId("tile-running"), number(inference.running));
     setText(byId("note-running"), `${number(inference.waiting)} waiting, ${number(inference.requests_last_minute)} in the last minute`);
@@ -157,14 +157,14 @@ export class LiveView {
     if (last !== undefined && now - last > GAP_S) this.push(last + 0.5, {});
     this.push(now, sample);
     while (history.time[0] < now - HISTORY_S) for (const name of COLUMNS) history[name].shift();
-    const line = (limit) => history.time.map(() => limit);
+    const line = (limit) => history.time.map(() => limit ?? null);
     const { inference, finetuning, ttft50, ttft99, tpot50, tpot99 } = history;
     this.rate.set([history.time, inference], `now ${number(inference.at(-1))}`);
     this.training.set([history.time, finetuning], `now ${number(finetuning.at(-1))}`);
     this.ttft.set([history.time, ttft50, ttft99, line(this.objectives.ttft_ms)],
-      `p50 ${milliseconds(ttft50.at(-1))}, p99 ${milliseconds(ttft99.at(-1))}, objective ${milliseconds(this.objectives.ttft_ms)}`);
+      `p50 ${milliseconds(ttft50.at(-1))}, p99 ${milliseconds(ttft99.at(-1))}, ${objectiveNote(this.objectives.ttft_ms)}`);
     this.tpot.set([history.time, tpot50, tpot99, line(this.objectives.tpot_ms)],
-      `p50 ${milliseconds(tpot50.at(-1))}, p99 ${milliseconds(tpot99.at(-1))}, objective ${milliseconds(this.objectives.tpot_ms)}`);
+      `p50 ${milliseconds(tpot50.at(-1))}, p99 ${milliseconds(tpot99.at(-1))}, ${objectiveNote(this.objectives.tpot_ms)}`);
   }
 
   push(time, sample) {
@@ -172,6 +172,8 @@ export class LiveView {
     for (const name of COLUMNS.slice(1)) this.history[name].push(sample[name] ?? null);
   }
 }
+
+const objectiveNote = (limit) => (limit === null ? "best effort" : `objective ${milliseconds(limit)}`);
 
 const requests = (count) => (count === 1 ? "1 request" : `${number(count)} requests`);
 

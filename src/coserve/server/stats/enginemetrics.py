@@ -6,12 +6,15 @@ with each scrape; a counter falls to 0 when the engine restarts, as Prometheus e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
+
+from coserve.core import Objectives
 
 
 class _Row(NamedTuple):
@@ -69,9 +72,13 @@ def _counter(name: str, text: str, labels: Labels, value: float) -> Metric:
 
 
 def server_families(
-    labels: Labels, attainment: Mapping[str, float | None], ready: bool, restarts: int, jobs: Mapping[str, int]
+    labels: Labels, objectives: Objectives, attainment: Mapping[str, float | None], ready: bool, restarts: int,
+    jobs: Mapping[str, int],
 ) -> Iterator[Metric]:
     """What holds with or without an engine."""
+    promised = {"tpot": objectives.tpot_s, "ttft": objectives.ttft_s}
+    yield _gauge("slo_objective_seconds", "Objectives of requests that set none; absent for best effort.", labels,
+                 {name: seconds for name, seconds in promised.items() if seconds < math.inf}, "objective")
     yield _gauge("engine_up", "1 if the engine takes requests.", labels, {"": float(ready)})
     yield _counter("engine_restarts", "Starts of the engine after the first.", labels, restarts)
     statuses = {status: float(jobs.get(status, 0)) for status in ("validating_files", "queued", "running", "paused")}

@@ -8,16 +8,19 @@ needs no key.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from coserve.config import SamplingConfig
+from coserve.config import ObjectiveMs, SamplingConfig
+from coserve.core import Objectives
+from coserve.scheduler.objectives import asked_objectives
 from coserve.server.link.messages import JobEnded, JobHappened, Tokens
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.enginemetrics import COUNTERS, engine_families, server_families, vllm_aliases
@@ -70,10 +73,14 @@ class _Snapshot(Collector):
 
 
 class ServerMetrics:
-    """The server's metrics. model_name: the label, of the base model; clock: seconds, as the engine's."""
+    """The server's metrics. model_name: the label, of the base model; objectives: of requests that set none, as the engine says
+    at present; clock: seconds, as the engine's."""
 
-    def __init__(self, config: ServerConfig, model_name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.config, self.model_name, self.clock = config, model_name, clock
+    def __init__(
+        self, config: ServerConfig, model_name: str, objectives: Callable[[], Objectives], *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config, self.model_name, self.objectives, self.clock = config, model_name, objectives, clock
         self.started_s = clock()
         self.registry = CollectorRegistry()
         labels = (model_name, "0")
@@ -98,26 +105,21 @@ class ServerMetrics:
                         for name in ("ttft", "tpot", "both") for met in (True, False)}
         jobs = counter("finetune_jobs_ended", "Finetuning jobs that ended.", "status")
         self._jobs = {status: jobs.labels(*labels, status) for status in ("succeeded", "failed", "cancelled")}
-        objective = Gauge("coserve_slo_objective_seconds", "The server's objectives.", (*LABELS, "objective"),
-                          registry=self.registry)
-        objective.labels(*labels, "ttft").set(config.slo_ttft_ms / 1e3)
-        objective.labels(*labels, "tpot").set(config.slo_tpot_ms / 1e3)
         self.ttft_s, self.tpot_s, self.arrivals = Window(WINDOW_S), Window(WINDOW_S), Window(WINDOW_S)
         self.met = {name: Window(WINDOW_S) for name in ("ttft", "tpot", "both")}
         self._counters = Counters(WINDOW_S)
 
     def begin(
-        self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float, ttft_ms: float | None = None,
-        tpot_ms: float | None = None,
+        self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float,
+        ttft_ms: ObjectiveMs | None = None, tpot_ms: ObjectiveMs | None = None,
     ) -> RequestMeter:
-        """A request goes to the engine. arrival_s: by this object's clock; objectives None: the server's."""
+        """A request goes to the engine. arrival_s: by this object's clock; objectives: None means the server's."""
         is_base = model in (self.model_name, *self.config.served_model_name)
         self.received["base" if is_base else "adapter"].inc()
         self.histograms["request_params_n"].observe(params.n)
         self.histograms["request_params_max_tokens"].observe(params.max_tokens)
         self.arrivals.add(arrival_s, 1.0)
-        objectives = Objectives((ttft_ms or self.config.slo_ttft_ms) / 1e3, (tpot_ms or self.config.slo_tpot_ms) / 1e3)
-        return RequestMeter(self, prompt_tokens, arrival_s, objectives)
+        return RequestMeter(self, prompt_tokens, arrival_s, asked_objectives(tpot_ms, ttft_ms, self.objectives()))
 
     def rejected(self, reason: str) -> None:
         """A request was refused. reason: one of a few words, as it is a label."""
@@ -131,13 +133,18 @@ class ServerMetrics:
     def judge(
         self, objectives: Objectives, time_s: float, ttft_s: float | None, tpot_s: float | None, failed: bool
     ) -> None:
-        """Holds a request that ended against its objectives. One with a single token has no tpot_s and can't miss it; one that
-        failed misses all."""
-        first = not failed and ttft_s is not None and ttft_s <= objectives.ttft_s
-        later = not failed and (tpot_s is None or tpot_s <= objectives.tpot_s)
-        for name, met in (("ttft", first), ("tpot", later), ("both", first and later)):
-            self._judged[name, met].inc()
-            self.met[name].add(time_s, float(met))
+        """Holds a request that ended against the objectives that it has. One with a single token has no tpot_s and can't miss
+        it; one that failed misses all; one that was served by best effort neither meets nor misses anything."""
+        met = {}
+        if objectives.ttft_s < math.inf:
+            met["ttft"] = not failed and ttft_s is not None and ttft_s <= objectives.ttft_s
+        if objectives.tpot_s < math.inf:
+            met["tpot"] = not failed and (tpot_s is None or tpot_s <= objectives.tpot_s)
+        if met:
+            met["both"] = all(met.values())
+        for name, value in met.items():
+            self._judged[name, value].inc()
+            self.met[name].add(time_s, float(value))
 
     def expose(self, stats: Mapping[str, Any] | None, state: ServerState | None = None) -> bytes:
         """All metrics as Prometheus text. stats: EngineClient.stats(); None while the engine is down."""
@@ -147,7 +154,9 @@ class ServerMetrics:
         attainment = {name: window.mean(now) for name, window in self.met.items()}
         families = [
             *self.registry.collect(),
-            *server_families(labels, attainment, state.ready and stats is not None, state.restarts, state.jobs),
+            *server_families(
+                labels, self.objectives(), attainment, state.ready and stats is not None, state.restarts, state.jobs
+            ),
             *engine_families(labels, stats or {}, self._share()),
         ]
         if self.config.vllm_metrics:
@@ -158,14 +167,16 @@ class ServerMetrics:
 
     def live(self, stats: Mapping[str, Any] | None, state: ServerState | None = None) -> dict[str, Any]:
         """What the web page shows. Latencies in milliseconds, of the last minute, with the number of values; rates, and
-        finetuning's share of the engine's time beside its rate, of the last RATE_S seconds. None where nothing was measured."""
+        finetuning's share of the engine's time beside its rate, of the last RATE_S seconds. None where nothing was measured; an
+        objective that is None is best effort."""
         self._sample(stats)
         state = state or ServerState(ready=stats is not None)
         known, now = stats or {}, self.clock()
         pool = known.get("memory", {})
         blocks = {f"{name}_blocks": int(pool.get(name, 0)) for name in ("used", "cached", "free", "arena")}
+        tpot_ms, ttft_ms = self.objectives().in_ms
         return {
-            "objectives": {"ttft_ms": self.config.slo_ttft_ms, "tpot_ms": self.config.slo_tpot_ms},
+            "objectives": {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms},
             "window_s": WINDOW_S,
             "inference": {
                 "tokens_per_s": self._rate("inference_tokens"), "prompt_tokens_per_s": self._rate("prompt_tokens"),
@@ -222,13 +233,6 @@ class _Output:
     @property
     def tpot_s(self) -> float | None:
         return (self.last_s - self.first_s) / (self.num_tokens - 1) if self.num_tokens > 1 else None
-
-
-class Objectives(NamedTuple):
-    """Of one request, in seconds."""
-
-    ttft_s: float
-    tpot_s: float
 
 
 class RequestMeter:
