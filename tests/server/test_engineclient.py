@@ -92,7 +92,8 @@ class Loop:
 
 def make_config(model: Path, data_dir: Path, **changes: Any) -> ServerConfig:
     data_dir.mkdir(parents=True, exist_ok=True)
-    return ServerConfig(model=str(model), data_dir=data_dir, threads=1, kv_cache_memory_bytes=32 << 20, **changes)
+    settings = {"dtype": "float32", "threads": 1, "kv_cache_memory_bytes": 32 << 20, **changes}
+    return ServerConfig(model=str(model), data_dir=data_dir, **settings)
 
 
 @pytest.fixture(scope="module")
