@@ -45,7 +45,7 @@ app.command()(demo)
 console = Console()
 
 DEVICE_HELP = "auto, cpu or cuda."
-DTYPE_HELP = "auto (float32 on the CPU, bfloat16 on CUDA), float32, bfloat16, float64."
+DTYPE_HELP = "auto (bfloat16 on CUDA and on CPUs that multiply it, else float32), float32, bfloat16, float64."
 DeviceOption = Annotated[str, typer.Option(help=DEVICE_HELP)]
 DtypeOption = Annotated[str, typer.Option(help=DTYPE_HELP)]
 
