@@ -43,6 +43,8 @@ add_commands(app)
 add_plan(app)
 app.command()(demo)
 console = Console()
+notes = Console(stderr=True, quiet=not sys.stderr.isatty())
+"""For lines that only people want, while a result may go into a pipe."""
 
 DEVICE_HELP = "auto, cpu or cuda."
 DTYPE_HELP = "auto (bfloat16 on CUDA and on CPUs that multiply it, else float32), float32, bfloat16, float64."
@@ -347,7 +349,7 @@ def chat(
     """Talk to a model, with or without an adapter. Ends with Ctrl-D."""
     require(max_tokens >= 1, "max_tokens", f"must be at least 1, got {max_tokens}")
     sampling = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    loaded = load_model(model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"))
+    loaded = load_model(model, device=device, dtype=dtype, report=lambda line: notes.print(line, style="dim"))
     tuned = loaded.load_adapter(adapter, warn=_warn) if adapter is not None else None
     generator, ends = Generator(loaded, tuned), loaded.end_token_ids.union(() if tuned is None else tuned.end_token_ids)
     start = [{"role": "system", "content": system}] if system else []
