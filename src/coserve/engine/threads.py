@@ -3,8 +3,10 @@
     one team      As many threads as cores. Between two products they spin for a moment, so that the next one begins at once.
     two teams     More threads than cores. libgomp then lets all of them sleep at every wait, and decoding becomes slower.
 
-So the engine's thread keeps its team, and every other thread gives its own back when its work is done. On a machine without
-libgomp nothing is given back, and nothing is wrong but the speed. Source: OpenMP 5.0, section 3.2.44 (omp_pause_resource_all).
+So the engine's thread keeps its team, and every other thread gives its own back when its work is done. Where PyTorch runs on
+another library than GNU's libgomp, nothing is given back, and nothing is wrong but perhaps the speed. Source: OpenMP 5.0,
+section 3.2.44 (omp_pause_resource_all).
+
 Owns: giving teams back. Does not own: how many threads a team has (torch.set_num_threads).
 """
 
@@ -12,9 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 _PAUSE_HARD = 2
@@ -23,10 +26,23 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
+@functools.cache
+def _libgomp() -> ctypes.CDLL | None:
+    """The library of the process's teams, if it is GNU's: others end the teams of all threads, at work or not."""
+    with contextlib.suppress(OSError):  # no /proc
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            path = line.partition("/")[1] + line.partition("/")[2]
+            if Path(path).name.startswith("libgomp"):
+                return ctypes.CDLL(path)
+    return None
+
+
 def give_team_back() -> None:
     """Ends the OpenMP threads of the calling thread's team. Its next product makes new ones, in a fraction of a millisecond."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # no OpenMP 5, or a system where a process can't be searched
-        ctypes.CDLL(None).omp_pause_resource_all(_PAUSE_HARD)
+    library = _libgomp()
+    if library is not None:
+        with contextlib.suppress(AttributeError):  # older than OpenMP 5
+            library.omp_pause_resource_all(_PAUSE_HARD)
 
 
 @contextlib.contextmanager
@@ -44,7 +60,7 @@ class SideThreads(ThreadPoolExecutor):
     def submit(
         self, fn: Callable[Parameters, Result], /, *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> Future[Result]:
-        return super().submit(_run, partial(fn, *args, **kwargs))
+        return super().submit(_run, functools.partial(fn, *args, **kwargs))
 
 
 def _run(work: Callable[[], Result]) -> Result:
