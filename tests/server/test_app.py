@@ -262,7 +262,7 @@ def test_flags_of_vllm_that_ask_for_what_happens_anyway_are_dropped() -> None:
 
 
 def test_a_server_starts_says_what_it_does_and_answers(server: RunningServer, tiny_model: Path) -> None:
-    for word in (str(tiny_model), "float32 on cpu, 1 threads", "guaranteed to inference", str(server.data_dir), "everybody",
+    for word in (str(tiny_model), " on cpu, 1 threads", "guaranteed to inference", str(server.data_dir), "everybody",
                  "to the first (from this machine's profile; set --slo-tpot-ms, --slo-ttft-ms)"):
         assert word in server.log
     assert server.is_ready

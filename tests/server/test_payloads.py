@@ -291,13 +291,13 @@ def test_a_wrong_objective_is_told_in_one_sentence(value: Any, shown: str) -> No
     for name in ("slo_tpot_ms", "slo_ttft_ms"):
         said = f'{name}: must be a positive number of milliseconds (0.001 to 10000000) or "none" (best effort), got '
         with pytest.raises(InvalidRequest, match=re.escape(said) + (shown if ".*" in shown else re.escape(shown))) as caught:
-            read_body(json.dumps({"messages": HI, name: value}).encode(), ChatRequest, CHAT)
+            validate(parse_object(json.dumps({"messages": HI, name: value}).encode()), ChatRequest, CHAT)
         assert caught.value.param == name
 
 
 @pytest.mark.parametrize("value", [None, "none", 60, 0.001, 1e7])
 def test_an_objective_is_a_number_or_none(value: Any) -> None:
-    request = read_body(json.dumps({"messages": HI, "slo_tpot_ms": value}).encode(), ChatRequest, CHAT)
+    request = validate(parse_object(json.dumps({"messages": HI, "slo_tpot_ms": value}).encode()), ChatRequest, CHAT)
     assert request.slo_tpot_ms == value and request.slo_ttft_ms is None
 
 
