@@ -22,19 +22,27 @@ START_S = 600.0
 """Longest wait for a server to become healthy: vLLM compiles at its first start."""
 STOP_S = 60.0
 """Longest wait for a server to end by itself."""
-HALTED_S = 0.1
-"""Processor seconds that a group may take between being halted and going on: a signal takes effect when a call returns."""
+HALT_S = 10.0
+"""Longest wait for the threads of a group to stop: each does when it next runs and its system call ends."""
+HALTED_S = 0.05
+"""Processor seconds that a halted group may take, since they are counted in hundredths."""
 LOG_BYTES = 4000
 """How much of a log an error quotes."""
+_STATE, _GROUP, _USER, _SYSTEM = 0, 2, 11, 12
+
+
+def _stat(directory: Path) -> list[str]:
+    """What the system says of a process or thread, from its state on (proc(5)); empty if it has ended."""
+    try:
+        return (directory / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def processor_seconds(pid: int) -> float:
     """Of a process and all its threads so far; 0 if it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    fields = _stat(Path(f"/proc/{pid}"))
+    return (int(fields[_USER]) + int(fields[_SYSTEM])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def busy_seconds() -> float:
@@ -65,8 +73,11 @@ class ProcessGroup:
         return sum(map(processor_seconds, (self.pid, *descendants(self.pid))))
 
     def halt(self) -> None:
-        """Stops the group until `resume`."""
+        """Stops the group until `resume`, and waits until all its threads have stopped."""
         self._signal(signal.SIGSTOP)
+        deadline = time.monotonic() + HALT_S
+        while not self._stopped() and time.monotonic() < deadline:
+            time.sleep(0.005)
         self._halted_at = self.processor_seconds()
 
     def resume(self) -> None:
@@ -78,6 +89,19 @@ class ProcessGroup:
         self._signal(signal.SIGCONT)
         if used > HALTED_S:
             raise RuntimeError(f"process {self.pid} and its descendants used {used:.2f} s of the processors while halted")
+
+    def _stopped(self) -> bool:
+        """Whether no thread of the group runs or waits to run on. A descendant that has left the group doesn't count here."""
+        for pid in (self.pid, *descendants(self.pid)):
+            process = Path(f"/proc/{pid}")
+            fields = _stat(process)
+            if not fields or int(fields[_GROUP]) != self.pid:
+                continue
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                threads = [_stat(thread) for thread in (process / "task").iterdir()]
+                if any(thread and thread[_STATE] not in "TtZX" for thread in threads):
+                    return False
+        return True
 
     def kill(self) -> None:
         """Ends the group at once."""
