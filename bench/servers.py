@@ -39,6 +39,14 @@ def _stat(directory: Path) -> list[str]:
         return []
 
 
+def _command(pid: int) -> str:
+    """What a process runs; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:200]
+    except OSError:
+        return ""
+
+
 def processor_seconds(pid: int) -> float:
     """Of a process and all its threads so far; 0 if it has ended."""
     fields = _stat(Path(f"/proc/{pid}"))
@@ -66,11 +74,14 @@ class ProcessGroup:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._halted_at: float | None = None
+        self._halted_at: dict[int, float] | None = None
 
     def processor_seconds(self) -> float:
         """Of the leader and its descendants so far, whatever group those are in."""
-        return sum(map(processor_seconds, (self.pid, *descendants(self.pid))))
+        return sum(self._by_process().values())
+
+    def _by_process(self) -> dict[int, float]:
+        return {pid: processor_seconds(pid) for pid in (self.pid, *descendants(self.pid))}
 
     def halt(self) -> None:
         """Stops the group until `resume`, and waits until all its threads have stopped."""
@@ -78,17 +89,19 @@ class ProcessGroup:
         deadline = time.monotonic() + HALT_S
         while not self._stopped() and time.monotonic() < deadline:
             time.sleep(0.005)
-        self._halted_at = self.processor_seconds()
+        self._halted_at = self._by_process()
 
     def resume(self) -> None:
         """Lets a halted group go on. Raises RuntimeError if the processes used a processor meanwhile: what was measured beside
         them is worth nothing."""
         if self._halted_at is None:
             return
-        used, self._halted_at = self.processor_seconds() - self._halted_at, None
+        before, now, self._halted_at = self._halted_at, self._by_process(), None
         self._signal(signal.SIGCONT)
-        if used > HALTED_S:
-            raise RuntimeError(f"process {self.pid} and its descendants used {used:.2f} s of the processors while halted")
+        used = {pid: seconds - before.get(pid, 0.0) for pid, seconds in now.items()}
+        if sum(used.values()) > HALTED_S:
+            most = ", ".join(f"process {pid} ({_command(pid)}) {seconds:.2f} s" for pid, seconds in used.items() if seconds)
+            raise RuntimeError(f"something let halted processes go on, and they used the processors: {most}")
 
     def _stopped(self) -> bool:
         """Whether no thread of the group runs or waits to run on. A descendant that has left the group doesn't count here."""
