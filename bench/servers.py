@@ -101,7 +101,7 @@ class ProcessGroup:
         used = {pid: seconds - before.get(pid, 0.0) for pid, seconds in now.items()}
         if sum(used.values()) > HALTED_S:
             most = ", ".join(f"process {pid} ({_command(pid)}) {seconds:.2f} s" for pid, seconds in used.items() if seconds)
-            raise RuntimeError(f"halted processes used the processors: {most}")
+            raise RuntimeError(f"something let halted processes go on, and they used the processors: {most}")
 
     def _stopped(self) -> bool:
         """Whether no thread of the group runs or waits to run on. A descendant that has left the group doesn't count here."""
