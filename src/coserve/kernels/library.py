@@ -61,7 +61,8 @@ def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _rstd(x_TgD: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x_TgD, dim=-1, keepdim=True, dtype=_wide(x_TgD.dtype))
-    return torch.addcmul(_scalar(eps, norm.dtype, norm.device), norm, norm, value=1 / x_TgD.shape[-1]).rsqrt_()
+    width, least = (_scalar(value, norm.dtype, norm.device) for value in (x_TgD.shape[-1], eps))
+    return torch.addcdiv(least, norm.square_(), width).rsqrt_()  # 1 / width as a factor would be off alike in every layer
 
 
 def _groups(x: Tensor, group: int) -> Tensor:
