@@ -106,10 +106,11 @@ class Kernels:
             first = (order[:, None, tokens // BLOCK_TOKENS] * 2 + 1) * kv_heads  # of each token's block, its values' first head
             heads_G1 = torch.arange(kv_heads, device=self.device)[:, None]
             rows_BGS = ((first + heads_G1) * BLOCK_TOKENS + tokens % BLOCK_TOKENS).to(torch.int32)
-            rows_BGHS = rows_BGS[:, :, None].expand(-1, -1, heads // kv_heads, -1).contiguous()
+            rows = rows_BGS[:, :, None].expand(-1, -1, heads // kv_heads, -1).flatten()
+            starts = torch.arange(0, len(rows), len(tokens), dtype=torch.int32, device=self.device)
 
             def run() -> None:
-                decode_attention(out, q, gathered[0], cache.view(-1, width), rows_BGHS, bias)
+                decode_attention(out, q, gathered[0], cache.view(-1, width), rows, starts, bias)
         run()
         keys, values = (t[0].transpose(0, 1)[:context].double() for t in gathered)
         want, _ = reference.attention(q[0].double().view(1, heads, width), keys, values, window=None)
