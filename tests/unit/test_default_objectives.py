@@ -34,6 +34,13 @@ def test_objectives_follow_from_eight_typical_requests() -> None:
     assert found == Objectives(tpot_s=0.026, ttft_s=4.3)  # 1.5 x 17 = 25.5 ms and 8 x 529 = 4232 ms, rounded up
 
 
+def test_a_stall_while_a_large_pass_was_measured_does_not_count() -> None:
+    """Prompts come in chunks of 128 or 64 then, at 1 ms a row and 17 ms for each pass with its decode rows."""
+    model = law()
+    stalled = {name: (20 if name[1] == "rows" and name[2] >= 256 else 1) * value for name, value in model.coefficients.items()}
+    assert profile_objectives(LatencyModel(stalled)) == Objectives(tpot_s=0.026, ttft_s=4.7)  # 8 x 4 x (17 + 128) = 4640 ms
+
+
 @pytest.mark.parametrize(("factor", "expected"), [
     (1.0, (0.026, 4.3)), (10.0, (0.26, 43)), (100.0, (2.6, 430)), (0.4, (0.011, 1.7)), (0.1, LEAST), (0.0, LEAST),
 ])

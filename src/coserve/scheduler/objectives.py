@@ -1,7 +1,7 @@
 """Objectives of requests that set none, from what the machine's own profile says of a typical load.
 
     TPOT = TPOT_FACTOR x an iteration that decodes NUM_REQUESTS requests with NUM_TOKENS tokens each
-    TTFT = NUM_REQUESTS prompts of NUM_TOKENS tokens, one after another, each beside those that decode
+    TTFT = NUM_REQUESTS prompts of NUM_TOKENS tokens, one after another, each beside those that decode, in the fastest chunks
 
 Both are rounded up to two digits, and are at least LEAST. Owns: that rule, what best effort counts as beside jobs, objectives
 in words. Does not own: what objectives do (deadlines.py, hybrid.py).
@@ -16,6 +16,8 @@ from coserve.core import Objectives
 from coserve.scheduler.latency import LatencyModel, PassCost
 
 NUM_REQUESTS, NUM_TOKENS = 8, 512
+NUM_CHUNKS = (1, 2, 4, 8)
+"""In how many chunks a prompt may come: the fastest counts, so that a stall while a large pass was measured does not."""
 TPOT_FACTOR = 1.5
 """What jobs and prompts get beside decoding, and what a few more requests may take."""
 LEAST = Objectives(tpot_s=0.010, ttft_s=1.0)
@@ -25,14 +27,20 @@ LEAST = Objectives(tpot_s=0.010, ttft_s=1.0)
 def profile_objectives(latency: LatencyModel) -> Objectives:
     """What this machine can promise. latency: fitted to its profile, not yet corrected."""
     decode = PassCost(NUM_REQUESTS, NUM_REQUESTS, NUM_REQUESTS, NUM_REQUESTS * NUM_TOKENS, 0, 0, 0, 0, 0)
-    prompt = decode._replace(
-        rows=NUM_REQUESTS + NUM_TOKENS, head_rows=NUM_REQUESTS + 1, prefill_pairs=NUM_TOKENS * (NUM_TOKENS + 1) // 2,
-        prefill_spans=1,
-    )
-    decode_s, prompt_s = (latency.constant_seconds + latency.pass_seconds(cost) for cost in (decode, prompt))
+    pairs = NUM_TOKENS * (NUM_TOKENS + 1) // 2
+
+    def seconds(cost: PassCost) -> float:
+        return latency.constant_seconds + latency.pass_seconds(cost)
+
+    def prompt_seconds(num_chunks: int) -> float:
+        return num_chunks * seconds(decode._replace(
+            rows=NUM_REQUESTS + NUM_TOKENS // num_chunks, head_rows=NUM_REQUESTS + 1, prefill_pairs=pairs // num_chunks,
+            prefill_spans=1,
+        ))
+
     return Objectives(
-        tpot_s=max(LEAST.tpot_s, _readable(TPOT_FACTOR * decode_s)),
-        ttft_s=max(LEAST.ttft_s, _readable(NUM_REQUESTS * prompt_s)),
+        tpot_s=max(LEAST.tpot_s, _readable(TPOT_FACTOR * seconds(decode))),
+        ttft_s=max(LEAST.ttft_s, _readable(NUM_REQUESTS * min(map(prompt_seconds, NUM_CHUNKS)))),
     )
 
 
