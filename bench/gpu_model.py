@@ -66,7 +66,9 @@ def make_model(name: str, device: torch.device) -> BenchModel:
     if name in SHAPES:
         config = AutoConfig.for_model("llama", **SHAPES[name])
         return BenchModel(name, _random_model(name, config, device), config)
-    loaded = load_model(None if name == "smollm2" else name, device=device.type)
+    loaded = load_model(
+        None if name == "smollm2" else name, device=device.type, dtype="bfloat16" if device.type == "cuda" else "float32"
+    )
     arch = loaded.architecture
     loaded = replace(loaded, tokenizer=NumberTokenizer(arch.vocab_size))
     return BenchModel(Path(name).name, loaded, _config_of(arch))

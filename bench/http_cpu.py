@@ -62,7 +62,7 @@ def server(options: argparse.Namespace, engine: str, directory: Path) -> Iterato
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "coserve", "serve", "--port", str(port), "--threads", threads,
+        sys.executable, "-m", "coserve", "serve", "--port", str(port), "--threads", threads, "--dtype", "float32",
         "--data-dir", str(directory / "data"), "--slo-tpot-ms", str(options.tpot_ms),
         "--slo-ttft-ms", str(options.ttft_ms), "--policy", options.policy,
     ]

@@ -45,7 +45,9 @@ app.command()(demo)
 console = Console()
 
 DEVICE_HELP = "auto, cpu or cuda."
-DTYPE_HELP = "auto (float32 on the CPU, bfloat16 on CUDA), float32, bfloat16, float64."
+DTYPE_HELP = (
+    "auto (bfloat16 on CUDA and on a CPU that multiplies it, else float32), float32, bfloat16, float64."
+)
 DeviceOption = Annotated[str, typer.Option(help=DEVICE_HELP)]
 DtypeOption = Annotated[str, typer.Option(help=DTYPE_HELP)]
 
@@ -351,7 +353,12 @@ def chat(
     """Talk to a model, with or without an adapter. Ends with Ctrl-D."""
     require(max_tokens >= 1, "max_tokens", f"must be at least 1, got {max_tokens}")
     sampling = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    loaded = load_model(model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"))
+
+    def report(line: str) -> None:
+        if console.is_terminal:  # a pipe gets answers only
+            console.print(line, style="dim")
+
+    loaded = load_model(model, device=device, dtype=dtype, report=report)
     tuned = loaded.load_adapter(adapter, warn=_warn) if adapter is not None else None
     generator, ends = Generator(loaded, tuned), loaded.end_token_ids.union(() if tuned is None else tuned.end_token_ids)
     start = [{"role": "system", "content": system}] if system else []

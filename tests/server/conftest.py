@@ -26,7 +26,9 @@ from tests.tiny_tokenizer import build_tiny_tokenizer
 
 START_S = 120.0
 _PROGRAM = "from coserve.cli import main; main()"
-_SETTINGS = ("--threads", "1", "--kv-cache-memory-bytes", str(32 << 20), "--max-file-bytes", str(4 << 20))
+_SETTINGS = (
+    "--threads", "1", "--dtype", "float32", "--kv-cache-memory-bytes", str(32 << 20), "--max-file-bytes", str(4 << 20),
+)
 
 
 def run_coserve(*arguments: str, timeout: float = START_S) -> subprocess.CompletedProcess[str]:

@@ -38,7 +38,7 @@ def num_running(server: RunningServer) -> float:
 
 
 def test_greedy_text_is_the_engines(client: openai.OpenAI, name: str, tiny_model: Path) -> None:
-    model = load_model(str(tiny_model), device="cpu")
+    model = load_model(str(tiny_model), device="cpu", dtype="float32")
     engine = make_engine(model)
     ids = model.tokenizer.encode(PROMPT)
     expected = engine.generate([ids], SamplingConfig(max_tokens=40, temperature=0, ignore_eos=True))[0]

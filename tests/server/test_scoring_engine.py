@@ -17,7 +17,7 @@ TEXTS = ("The quick brown fox 🦄", "hello hello world", "grün 中文")
 
 
 def test_a_batch_of_ids_is_scored(server: RunningServer, tiny_model: Path) -> None:
-    model = load_model(str(tiny_model), device="cpu")
+    model = load_model(str(tiny_model), device="cpu", dtype="float32")
     prompts = [model.tokenizer.encode(text) for text in TEXTS]
     engine = make_engine(model)
     config = SamplingConfig(max_tokens=1, temperature=0, prompt_logprobs=1, logprobs=1)

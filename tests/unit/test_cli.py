@@ -111,7 +111,7 @@ def last_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
 def test_finetune_end_to_end(place: Place, run: Run) -> None:
     result = run(
         "finetune", place.model, place.data, "-o", place.out, "--epochs", 8, "--batch-size", 6, "--learning-rate", 0.01,
-        "--checkpoint-steps", 5,
+        "--checkpoint-steps", 5, "--dtype", "float32",
     )
     assert (result.code, result.err) == (0, "")
     assert {path.name for path in place.out.iterdir()} == RESULT_FILES
@@ -133,7 +133,7 @@ def test_finetune_end_to_end(place: Place, run: Run) -> None:
     assert f"coserve chat {place.model} --adapter {place.out}" in result.out
 
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.model), str(place.out))
-    ours = load_model(str(place.model))
+    ours = load_model(str(place.model), dtype="float32")
     ids = list(range(3, 60))
     found = Generator(ours, ours.load_adapter(place.out)).logits(ids)
     torch.testing.assert_close(found, last_logits(theirs, ids), rtol=1e-4, atol=1e-4)
@@ -239,7 +239,7 @@ def test_dpo(place: Place, run: Run) -> None:
 def test_continuing_from_an_adapter(place: Place, run: Run, trained: Path) -> None:
     result = run(
         "finetune", place.model, place.data, "-o", place.out, "--adapter", trained, "--max-steps", 1, "--batch-size", 11,
-        "--learning-rate", 1e-30,
+        "--learning-rate", 1e-30, "--dtype", "float32",
     )
     assert (result.code, result.err) == (0, "")
     before, after = (load_file(path / "adapter_model.safetensors") for path in (trained, place.out))

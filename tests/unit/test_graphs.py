@@ -102,7 +102,7 @@ def decode(passes: PassExecutor, requests: Sequence[int], steps: int = 4) -> Ten
 def test_paged_and_captured_decode_equal_the_gathered_one(
     directory: Path, requests: list[int], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    model = load_model(str(directory), device="cpu")
+    model = load_model(str(directory), device="cpu", dtype="float32")
     want = decode(make_passes(model), requests)
     bodies = request.getfixturevalue("played")
     torch.testing.assert_close(decode(make_passes(model), requests), want, rtol=1e-4, atol=1e-5)
@@ -113,7 +113,7 @@ def test_paged_and_captured_decode_equal_the_gathered_one(
 
 
 def test_padding_touches_only_the_scratch_block(directory: Path, played: list[Callable[[], None]]) -> None:
-    passes = make_passes(load_model(str(directory), device="cpu"), cuda_graphs=True)
+    passes = make_passes(load_model(str(directory), device="cpu", dtype="float32"), cuda_graphs=True)
     decode(passes, [0, 1, 2])
     used = {block for number in (0, 1, 2) for block in TABLES[number]} | {NUM_BLOCKS - 1}
     blocks = passes.pool.buffer.view(torch.float32).view(NUM_BLOCKS, -1)
@@ -121,7 +121,7 @@ def test_padding_touches_only_the_scratch_block(directory: Path, played: list[Ca
 
 
 def test_a_grown_workspace_is_captured_anew(directory: Path, played: list[Callable[[], None]]) -> None:
-    model = load_model(str(directory), device="cpu")
+    model = load_model(str(directory), device="cpu", dtype="float32")
     passes = make_passes(model, cuda_graphs=True)
     first = decode(passes, [1, 3])
     passes.executor.workspace.reserve(64 << 20)
@@ -130,7 +130,7 @@ def test_a_grown_workspace_is_captured_anew(directory: Path, played: list[Callab
 
 
 def test_what_differs_runs_eagerly(directory: Path, played: list[Callable[[], None]]) -> None:
-    passes = make_passes(load_model(str(directory), device="cpu"), cuda_graphs=True)
+    passes = make_passes(load_model(str(directory), device="cpu", dtype="float32"), cuda_graphs=True)
     assert passes._graphs is not None
     assert not passes._graphs.takes([RowSpan(0, 1, [0], 1)]), "a row with an adapter"
     assert not passes._graphs.takes([])
@@ -140,7 +140,7 @@ def test_what_differs_runs_eagerly(directory: Path, played: list[Callable[[], No
 def test_a_failed_capture_leaves_eager_passes(
     directory: Path, played: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_model(str(directory), device="cpu")
+    model = load_model(str(directory), device="cpu", dtype="float32")
     want = decode(make_passes(model), [3, 4])
 
     def fail(*_: object) -> Callable[[], None]:

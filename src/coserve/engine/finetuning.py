@@ -234,7 +234,7 @@ def prepare(
         "start": None if start is None else str(start), "start_digest": None if start is None else _digest(Path(start)),
         "settings": to_dict(config),
         "threads": torch.get_num_threads() if config.deterministic else None,
-        "products": f"{dtype_name(loaded.weights.dtype)} {loaded.weights.layout}" if config.deterministic else None,
+        "weights_layout": f"{dtype_name(loaded.weights.dtype)} {loaded.weights.layout}" if config.deterministic else None,
     }
     job = Job(config, train.groups, held_out.groups if held_out else (), trainer, directory, facts=facts, listen=listen)
     listen(JobEvent(level="info", message=describe_settings(asked, config, job.num_steps)))
