@@ -18,20 +18,21 @@ from coserve.kernels.choose import runs_triton
 from coserve.kernels.reference import dropout_keep
 from coserve.kernels.triton.segments import segment_linear
 
-_FEW_ROWS, _SMALL_MATRIX = 16, 1 << 15
-"""Rows of a, and elements of b, up to which a product of bfloat16 on a CPU is faster through float32: the library's own has a
-fixed cost of some 20 us."""
+_FEW_ROWS, _SMALL_MATRIX = 8, 1 << 15
+_FEW_GROUPED_ROWS, _SMALL_STACK = 32, 1 << 17
+"""Rows, and elements of the matrices, up to which a product of bfloat16 on a CPU is faster through float32: the library's own has
+a fixed cost of some 20 us, for each group anew."""
 
 
-def _through_float32(a: Tensor, b: Tensor) -> bool:
-    """Whether a product a @ b, or of a's groups with b's matrices, is made in float32 and then rounded."""
-    small = a.shape[0] <= _FEW_ROWS and b.numel() <= _SMALL_MATRIX
-    return small and a.dtype == torch.bfloat16 and a.device.type == "cpu"
+def _costs_more_to_begin(x: Tensor, matrices: Tensor, rows: int, elements: int) -> bool:
+    """Whether a product is within such limits."""
+    small = x.shape[0] <= rows and matrices.numel() <= elements
+    return small and x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, accumulate: bool = False) -> None:
     """out (+)= alpha * a @ b."""
-    if _through_float32(a, b):
+    if _costs_more_to_begin(a, b, _FEW_ROWS, _SMALL_MATRIX):
         product = (a.float() @ b.float()).mul_(alpha)
         out.add_(product) if accumulate else out.copy_(product)
     elif accumulate:
@@ -57,7 +58,7 @@ def grouped_matmul_into(out: Tensor, x: Tensor, weights_SKN: Tensor, ends_S: Ten
                 matmul_into(out[start:end], x[start:end], weight, accumulate=accumulate)
             start = end
         return
-    if _through_float32(x, weights_SKN):
+    if _costs_more_to_begin(x, weights_SKN, _FEW_GROUPED_ROWS, _SMALL_STACK):
         x, weights_SKN = x.float(), weights_SKN.float()
     product = torch.nn.functional.grouped_mm(x, weights_SKN, offs=ends_S)
     out.add_(product) if accumulate else out.copy_(product)
