@@ -20,8 +20,8 @@ from coserve.kernels.triton.segments import segment_linear
 
 _FEW_ROWS, _SMALL_MATRIX = 8, 1 << 15
 _FEW_GROUPED_ROWS, _SMALL_STACK = 32, 1 << 17
-"""Rows, and elements of the matrices, up to which a product of bfloat16 on a CPU is faster through float32: the library's own has
-a fixed cost of some 20 us, for each group anew."""
+"""Rows, and elements of the matrices, up to which a product of bfloat16 on a CPU is faster through float32: the library's own
+has a fixed cost of some 20 us, for each group anew."""
 
 
 def _costs_more_to_begin(x: Tensor, matrices: Tensor, rows: int, elements: int) -> bool:
