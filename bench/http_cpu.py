@@ -49,7 +49,7 @@ def server(options: argparse.Namespace, engine: str, directory: Path) -> context
     """A server under one engine setting; it is ended afterwards."""
     threads, _, wait = engine.partition(":")
     command = [
-        sys.executable, "-m", "coserve", "serve", "--threads", threads,
+        sys.executable, "-m", "coserve", "serve", "--threads", threads, "--dtype", "float32",
         "--data-dir", str(directory / "data"), "--slo-tpot-ms", str(options.tpot_ms),
         "--slo-ttft-ms", str(options.ttft_ms), "--policy", options.policy,
     ]

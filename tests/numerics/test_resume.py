@@ -20,14 +20,18 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.configdata import to_dict
+from coserve.core import InvalidRequest
+from coserve.engine import model as model_module
 from coserve.engine.finetuning import finetune
 from coserve.engine.model import LoadedModel, load_model
 from coserve.finetune import job as job_module
 from coserve.finetune.job import Job, JobEvent, Verb
+from coserve.kernels.processor import Bfloat16Products
 from tests.outcome import result
 from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
 
@@ -226,3 +230,47 @@ def test_a_killed_process_resumes_bit_identical(tmp_path: Path, directory: Path)
     assert adapter == expected
     names = {path.name for path in (tmp_path / "broken").rglob("*") if "tmp" in path.name}
     assert not names, f"killed writes left {names}"
+
+
+def stopped_after_a_step(data: Path, output: Path, config: FinetuneConfig, **options: Any) -> None:
+    """A job that dies at its second row: its first checkpoint is written."""
+
+    def listen(event: JobEvent) -> None:
+        if event.row is not None and event.row.step == 2:
+            raise Crash
+
+    with pytest.raises(Crash):
+        finetune(data, output, config=replace(config, checkpoint_steps=1, max_steps=4), listen=listen, **options)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_auto_is_the_dtype_that_the_job_began_in(
+    tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """Whatever the processor multiplies when it is resumed, and also for jobs that don't say it: they are float32's."""
+    data, output, base = directory / "sft.jsonl", tmp_path / "out", str(directory / "model")
+    stopped_after_a_step(data, output, SFT, model=base, dtype="float32")
+    record = json.loads((output / "job.json").read_text())
+    assert record.pop("dtype") == "float32"
+    if not named:
+        (output / "job.json").write_text(json.dumps(record))
+    monkeypatch.setattr(model_module, "bfloat16_products", lambda: Bfloat16Products(True, "this one does"))
+    config = replace(SFT, checkpoint_steps=1, max_steps=4)
+    found = finetune(data, output, model=base, config=config, resume=True)
+    assert found.model.weights.dtype == torch.float32
+    fresh = finetune(data, tmp_path / "fresh", model=base, config=config)
+    assert fresh.model.weights.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "fresh" / "job.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_deterministic_job_needs_weights_held_the_same_way(tmp_path: Path, directory: Path, model: LoadedModel) -> None:
+    """Its bits depend on the dtype, and on how often weights are held."""
+    data, output = directory / "sft.jsonl", tmp_path / "out"
+    stopped_after_a_step(data, output, SFT, model=model)
+    assert json.loads((output / "job.json").read_text())["weights_layout"] == f"float32 {model.weights.layout}"
+    config = replace(SFT, checkpoint_steps=1, max_steps=4)
+    other = load_model(str(directory / "model"), device="cpu", dtype="bfloat16")
+    with pytest.raises(InvalidRequest, match="weights_layout has changed") as caught:
+        finetune(data, output, model=other, config=config, resume=True)
+    assert caught.value.param == "weights_layout"
+    finetune(data, output, model=model, config=config, resume=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from coserve.config import EngineConfig, FinetuneConfig, LoraConfig
 from coserve.configdata import finetune_config_from_dict
 from coserve.core import CapacityError, Group
+from coserve.engine import budget, finetuning
 from coserve.engine import engine as engine_module
-from coserve.engine import finetuning
 from coserve.engine.budget import (
     GIB,
     FittedPlan,
@@ -117,6 +117,7 @@ def test_packed_weights_after_a_training_step(directories: dict[str, Path], data
         pytest.skip("this processor has no packed layout")
     trainer = make_trainer(directories[family], dtype)
     weights, arch, itemsize = trainer.model.weights, trainer.model.architecture, DTYPES[dtype].itemsize
+    assert held_bytes(weights) == weight_bytes(arch, itemsize)
     weights.hold_one_copy(True)
     trainer.forward_backward(groups_of(trainer, data), 0)
     trainer.executor.prepare(trainer.plan)
@@ -135,7 +136,8 @@ def held_bytes(weights: ModelWeights) -> int:
         held += num_bytes(*layer.norms.values(), *(x.bias for x in layer.linears.values() if x.bias is not None))
         for linear in layer.linears.values():
             assert isinstance(linear, PackedLinear)
-            held += sum(itemsize * copy.numel() for copy in (linear._forward, linear._backward) if copy is not None)
+            copies = (linear._plain, linear._forward, linear._backward)
+            held += sum(itemsize * copy.numel() for copy in copies if copy is not None)
     head = weights.head
     assert isinstance(head, PackedHead)
     return held + sum(itemsize * copy.numel() for copy in (*head._blocks, head._backward) if copy is not None)
@@ -327,10 +329,10 @@ def test_an_engine_holds_copies_where_memory_allows(directories: dict[str, Path]
         return
     needed = packed_bytes(weights.architecture, weights.dtype.itemsize, training=training)
     assert needed < packed_bytes(weights.architecture, weights.dtype.itemsize) or training
-    for free, layout in ((None, "packed"), (2 * needed, "packed"), (2 * needed - 2, "packed once"), (0, "packed once")):
+    for free, layout in ((None, "packed"), (2 * needed, "packed"), (2 * needed - 2, "held once"), (0, "held once")):
         line = settle_copies(weights, free, training=training)
         assert weights.layout == layout
-        said = {"packed": "packed copies of the weights: up to", "packed once": "each weight matrix is held once: "}
+        said = {"packed": "packed copies of the weights: up to", "held once": "each weight matrix is held once: "}
         assert line is not None and line.startswith(said[layout])
     weights.hold_one_copy(False)
     for each in weights.products:
@@ -341,13 +343,32 @@ def test_an_engine_holds_copies_where_memory_allows(directories: dict[str, Path]
     assert (weights.layout, weights.copied_bytes) == ("packed", held), "what is held already needs no more memory"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_loaded_as_an_engine_will_have_it(
+    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """By the memory that there is, so that a large model is not packed in vain; whoever knows better says it."""
+    if not can_pack(DTYPES[dtype], CPU):
+        pytest.skip("this processor has no packed layout")
+    arch, itemsize = Checkpoint(directories["llama"]).architecture, DTYPES[dtype].itemsize
+    enough = weight_bytes(arch, itemsize) + packed_bytes(arch, itemsize) / 0.3
+    for available, layout in ((None, "packed"), (enough + 64, "packed"), (enough - 64, "held once"), (0, "held once")):
+        monkeypatch.setattr(budget, "available_bytes", lambda device, available=available: available)
+        model = load_model(str(directories["llama"]), device="cpu", dtype=dtype)
+        assert model.weights.layout == layout
+        assert model.weights.copied_bytes == 0
+    assert load_model(str(directories["llama"]), device="cpu", dtype=dtype, one_copy=False).weights.layout == "packed"
+    plain = load_model(str(directories["llama"]), device="cpu", dtype="float64")
+    assert plain.weights.layout == "plain"
+
+
 def test_an_engine_counts_what_its_pool_leaves(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     if not can_pack(torch.float32, CPU):
         pytest.skip("this processor has no packed layout")
     model = load_model(str(directories["llama"]), device="cpu", dtype="float32")
     needed = packed_bytes(model.architecture, 4)
     pool = 64 * block_bytes(model.architecture, 16, 4)
-    for free, layout in ((2 * needed, "packed"), (2 * needed - 8, "packed once")):
+    for free, layout in ((2 * needed, "packed"), (2 * needed - 8, "held once")):
         monkeypatch.setattr(engine_module, "available_bytes", lambda device, free=free: pool + free)
         lines: list[str] = []
         config = EngineConfig(memory_bytes=pool, block_tokens=16)

@@ -45,9 +45,9 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def made(layout: Layout, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
-    linear = make_linear(weight.clone(), None if bias is None else bias.clone(), packed=layout.packed)
-    linear.hold_one_copy(layout.one_copy)
-    return linear
+    return make_linear(
+        weight.clone(), None if bias is None else bias.clone(), packed=layout.packed, one_copy=layout.one_copy
+    )
 
 
 def assert_close(have: Tensor, want: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -117,6 +117,30 @@ def test_the_plain_matrix_comes_back_bit_for_bit(layout: Layout, shape: tuple[in
     assert torch.equal(made(layout, weight, None).weight, weight)
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_copy_may_be_asked_for_and_taken_back(dtype: torch.dtype, first: bool) -> None:
+    """In any order of uses the matrix and its products stay what they are, also those of a part of it."""
+    if not can_pack(dtype, CPU):
+        pytest.skip(f"no packed {dtype} here")
+    weight = noise(40, 24, dtype=dtype)
+    whole = make_linear(weight.clone(), None, packed=True, one_copy=first)
+    part = whole.rows(8, 24)
+    x, grad = noise(3, 24, seed=1, dtype=dtype), noise(3, 40, seed=2, dtype=dtype)
+    for one_copy in (first, not first, first, not first):
+        whole.hold_one_copy(one_copy)
+        part.hold_one_copy(one_copy)
+        y, dx, dx_part = (torch.empty(3, width, dtype=dtype) for width in (16, 24, 24))
+        part.input_grad(dx_part, grad[:, 8:24])
+        whole.input_grad(dx, grad)
+        part.forward(y, x)
+        assert_close(y, x.double() @ weight[8:24].double().T, dtype)
+        assert_close(dx, grad.double() @ weight.double(), dtype)
+        assert_close(dx_part, grad[:, 8:24].double() @ weight[8:24].double(), dtype)
+        assert torch.equal(whole.weight, weight) and torch.equal(part.weight, weight[8:24])
+        assert (whole.copied_bytes > 0) == (part.copied_bytes > 0) == (not one_copy)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_copies_are_counted_and_dropped(dtype: torch.dtype) -> None:
     """Forward of a whole matrix has its one copy; everything else has one more, of the matrix's size, unless one is all."""
@@ -143,7 +167,7 @@ def test_copies_are_counted_and_dropped(dtype: torch.dtype) -> None:
     for each in (whole, part, head):
         each.hold_one_copy(True)
     use_all()
-    assert (whole.copied_bytes, part.copied_bytes, head.copied_bytes, head.layout) == (0, 0, 0, "packed once")
+    assert (whole.copied_bytes, part.copied_bytes, head.copied_bytes, head.layout) == (0, 0, 0, "held once")
     for each in (whole, part, head):
         each.hold_one_copy(False)
     use_all()
@@ -172,8 +196,7 @@ def test_head_in_blocks(layout: Layout, block: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "HEAD_BLOCK", block)
     dtype = layout.dtype
     table = noise(45, 12, dtype=dtype)
-    head = make_head(table, packed=layout.packed)
-    head.hold_one_copy(layout.one_copy)
+    head = make_head(table, packed=layout.packed, one_copy=layout.one_copy)
     assert isinstance(head, OutputHead)
     assert isinstance(head, PackedHead) == layout.packed
     for rows in (1, 6):

@@ -16,7 +16,7 @@ from coserve.core import CapacityError, Group
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import expected_shapes
 from coserve.model.decoder import MERGED, linear_shapes
-from coserve.model.linear import PackedHead
+from coserve.model.linear import PackedHead, can_pack
 from coserve.model.weights import ModelWeights
 from coserve.peft.adapter import Adapter
 from coserve.peft.kinds import empty_adapter
@@ -28,10 +28,16 @@ from coserve.runtime.plans import training_plans
 _WORK_ALIGN = 64
 """The workspace rounds its rows up to this (runtime/memory.py)."""
 
+POOL_SHARE = 0.4
+"""Share of the free memory that an engine's pool takes if nothing is said."""
+
 COPIES_SHARE = 0.5
 """Share of the memory beside an engine's pool that packed copies of weights may take; workspaces and adapters need some too."""
 
 GIB = 1 << 30
+
+SLOWER = "products are slower that way, finetuning's above all"
+"""What is said of weights that are held once."""
 
 
 def weight_bytes(arch: Architecture, itemsize: int) -> int:
@@ -47,7 +53,9 @@ def packed_bytes(arch: Architecture, itemsize: int, *, training: bool = True) ->
 
 
 def unpacked_bytes(arch: Architecture, itemsize: int) -> int:
-    """Bytes of the largest matrix that is unpacked for a product where the packed layout is held once."""
+    """Bytes of the largest matrix that is unpacked for a product where each is held once, packed: in float32."""
+    if itemsize < 4:
+        return 0
     shapes = linear_shapes(arch)
     whole = [sum(math.prod(shapes[site]) for site in sites) for sites in MERGED.values()]
     return itemsize * max(*whole, *(math.prod(shape) for shape in shapes.values()))
@@ -68,8 +76,18 @@ def settle_copies(weights: ModelWeights, free: int | None, *, training: bool) ->
         return f"packed copies of the weights: up to {needed / GIB:.2f} GiB more"
     return (
         f"each weight matrix is held once: packed copies would take {needed / GIB:.2f} GiB more, and {room / GIB:.2f} GiB are "
-        "free for them; input gradients unpack it every time"
+        f"free for them; {SLOWER}"
     )
+
+
+def one_copy_to_load(arch: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights that are about to be loaded are best held once, as far as that can be told: an engine with a pool by
+    default will have it so. Something else may be settled later."""
+    available = available_bytes(device)
+    if available is None or not can_pack(dtype, device):
+        return False
+    free = available - weight_bytes(arch, dtype.itemsize)
+    return packed_bytes(arch, dtype.itemsize) > COPIES_SHARE * (1 - POOL_SHARE) * free
 
 
 def split_bytes(arch: Architecture, plan: ModelPlan, itemsize: int) -> int:

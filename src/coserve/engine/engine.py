@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from coserve.config import EngineConfig, FinetuneConfig, ObjectiveMs, SamplingConfig
 from coserve.core import CapacityError, ConfigError, CoserveError, NotFound, Objectives, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry
-from coserve.engine.budget import available_bytes, settle_copies
+from coserve.engine.budget import POOL_SHARE, available_bytes, settle_copies
 from coserve.engine.finetuning import prepare_beside
 from coserve.engine.inbox import Inbox
 from coserve.engine.jobs import JobHandle
@@ -43,9 +43,6 @@ from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.objectives import asked_objectives, describe
 from coserve.scheduler.seats import FREE_SEATS
-
-DEFAULT_POOL_SHARE = 0.4
-"""Share of the free memory that the pool takes if nothing is said."""
 
 
 class Runner(Protocol):
@@ -110,7 +107,7 @@ class Engine:
         available = available_bytes(self.model.weights.device)
         if available is None:
             raise ConfigError("memory_bytes: the free memory can't be told here; give it", param="memory_bytes")
-        return int(available * DEFAULT_POOL_SHARE)
+        return int(available * POOL_SHARE)
 
     def _settle_copies(self, pool_bytes: int, *, training: bool, report: Callable[[str], None]) -> None:
         """What the pool and its rows leave of the memory decides how often weights are held. training: whether backward units

@@ -28,6 +28,7 @@ from coserve.config import FinetuneConfig, settled
 from coserve.configdata import to_dict
 from coserve.core import ConfigError, InvalidRequest
 from coserve.engine.budget import (
+    SLOWER,
     FittedPlan,
     Workload,
     asked_plan,
@@ -239,7 +240,7 @@ def prepare(
         "start": None if start is None else str(start), "start_digest": None if start is None else _digest(Path(start)),
         "settings": to_dict(config),
         "threads": torch.get_num_threads() if config.deterministic else None,
-        "products": f"{dtype_name(loaded.weights.dtype)} {loaded.weights.layout}" if config.deterministic else None,
+        "weights_layout": f"{dtype_name(loaded.weights.dtype)} {loaded.weights.layout}" if config.deterministic else None,
     }
     job = Job(config, train.groups, held_out.groups if held_out else (), trainer, directory, facts=facts, listen=listen)
     listen(JobEvent(level="info", message=describe_settings(asked, config, job.num_steps)))
@@ -311,14 +312,16 @@ def finetune(
     fitted, one_copy = _choose_plan(
         arch, settings, train, place, kind, model.weights if isinstance(model, LoadedModel) else None
     )
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, dtype=dtype_name(kind))
+    loaded = model if isinstance(model, LoadedModel) else load_model(
+        model, device=device, dtype=dtype_name(kind), one_copy=one_copy
+    )
     if start is not None:
         continued = loaded.load_adapter(Path(start)).config
         assert continued is not None, "what a file holds has settings"
         fitted, one_copy = _choose_plan(arch, settings.with_adapter(continued), train, place, kind, loaded.weights)
     loaded.weights.hold_one_copy(one_copy)
     if one_copy:
-        report("each weight matrix is held once: there is no memory for packed copies; input gradients unpack it every time")
+        report(f"each weight matrix is held once: there is no memory for packed copies; {SLOWER}")
     prepared = prepare(
         loaded, data_path, directory, asked, settings, train=train, held_out=held_out, validation=validation, start=start,
         resume=resume, listen=listen, fitted=fitted,

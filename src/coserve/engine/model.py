@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from coserve.core import ConfigError
+from coserve.engine.budget import one_copy_to_load
 from coserve.kernels.processor import bfloat16_products
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import Checkpoint
@@ -96,9 +97,11 @@ def base_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def load_model(
-    name: str | None = None, *, device: str = "auto", dtype: str = "auto", report: Callable[[str], None] = lambda _: None
+    name: str | None = None, *, device: str = "auto", dtype: str = "auto", report: Callable[[str], None] = lambda _: None,
+    one_copy: bool | None = None,
 ) -> LoadedModel:
-    """Loads a model by name: None (SmolLM2), a directory, a GGUF file or a hub id. report: progress, a line each.
+    """Loads a model by name: None (SmolLM2), a directory, a GGUF file or a hub id. report: progress, a line each. one_copy:
+    whether each weight matrix is held once (model/linear.py); None: by the memory that there is.
 
     Raises NotFound, InvalidRequest, ConfigError, CapacityError.
     """
@@ -107,7 +110,9 @@ def load_model(
     directory = locate_model(name, report=report)
     checkpoint = Checkpoint(directory)
     tokenizer = ChatTokenizer.load(directory)
-    weights = load_weights(checkpoint, dtype=kind, device=place)
+    if one_copy is None:
+        one_copy = one_copy_to_load(checkpoint.architecture, kind, place)
+    weights = load_weights(checkpoint, dtype=kind, device=place, one_copy=one_copy)
     return LoadedModel(
         name or DEFAULT_MODEL, directory, base_fingerprint(checkpoint), tokenizer, weights, Executor(weights)
     )

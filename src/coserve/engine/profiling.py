@@ -259,6 +259,6 @@ class Profiler:
                 window.state.forward_rows = [0] * self.arch.num_layers
             hidden = self.passes.run(ids, decode, prefill, window)
             if cost.head_rows:
-                self.passes.logits(hidden[: cost.head_rows]).argmax(-1).tolist()
+                self.passes.logits(hidden[: cost.head_rows]).float().argmax(-1).tolist()
 
         return run

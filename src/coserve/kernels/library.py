@@ -19,10 +19,24 @@ from coserve.kernels.choose import runs_triton
 from coserve.kernels.reference import dropout_keep
 from coserve.kernels.triton.segments import segment_linear
 
+_FEW_ROWS, _SMALL_MATRIX = 8, 1 << 15
+_FEW_GROUPED_ROWS, _SMALL_STACK = 32, 1 << 17
+"""Rows, and elements of the matrices, up to which a product of bfloat16 on a CPU is faster through float32: the library's own
+has a fixed cost of some 20 us, for each group anew."""
+
+
+def _costs_more_to_begin(x: Tensor, matrices: Tensor, rows: int, elements: int) -> bool:
+    """Whether a product is within such limits."""
+    small = x.shape[0] <= rows and matrices.numel() <= elements
+    return small and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, accumulate: bool = False) -> None:
     """out (+)= alpha * a @ b."""
-    if accumulate:
+    if _costs_more_to_begin(a, b, _FEW_ROWS, _SMALL_MATRIX):
+        product = (a.float() @ b.float()).mul_(alpha)
+        out.add_(product) if accumulate else out.copy_(product)
+    elif accumulate:
         out.addmm_(a, b, alpha=alpha)
     elif alpha == 1.0:
         torch.mm(a, b, out=out)
@@ -45,6 +59,8 @@ def grouped_matmul_into(out: Tensor, x: Tensor, weights_SKN: Tensor, ends_S: Ten
                 matmul_into(out[start:end], x[start:end], weight, accumulate=accumulate)
             start = end
         return
+    if _costs_more_to_begin(x, weights_SKN, _FEW_GROUPED_ROWS, _SMALL_STACK):
+        x, weights_SKN = x.float(), weights_SKN.float()
     product = torch.nn.functional.grouped_mm(x, weights_SKN, offs=ends_S)
     out.add_(product) if accumulate else out.copy_(product)
 
@@ -52,6 +68,10 @@ def grouped_matmul_into(out: Tensor, x: Tensor, weights_SKN: Tensor, ends_S: Ten
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in: at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+_CACHED_ROWS = 256
+"""Rows that several passes are made over at once on a CPU, so that they stay in its cache."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -73,26 +93,47 @@ def _groups(x: Tensor, group: int) -> Tensor:
 def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """out = x / rms(x) * weight, over groups of weight.numel() features."""
     x_g, out_g = _groups(x, weight.shape[0]), _groups(out, weight.shape[0])
-    torch.mul(x_g, _rstd(x_g, eps), out=out_g)  # rounded to the model's dtype once before the weight, as Hugging Face does
+    wide_g = x_g.to(_wide(x.dtype))
+    rstd = _rstd(wide_g, eps)
+    if x.dtype == wide_g.dtype:
+        torch.mul(x_g, rstd, out=out_g)
+    else:  # rounded to the model's dtype once before the weight, as Hugging Face does
+        out_g.copy_(wide_g.mul_(rstd))
     out_g.mul_(weight)
 
 
 def rmsnorm_dgrad(out: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float, accumulate: bool) -> None:
     """Input gradient of `rmsnorm`: rstd * (g - xhat * mean(g * xhat)), g = grad * weight."""
-    group, wide = weight.shape[0], _wide(x.dtype)
-    x_g, out_g = _groups(x, group).to(wide), _groups(out, group)
+    if x.dtype != _wide(x.dtype):
+        rows = _CACHED_ROWS if x.device.type == "cpu" else max(1, x.shape[0])
+        for out_part, grad_part, x_part in zip(out.split(rows), grad.split(rows), x.split(rows), strict=True):
+            dx = _wide_rmsnorm_dgrad(grad_part, x_part, weight, eps)
+            out_part.add_(dx) if accumulate else out_part.copy_(dx)
+        return
+    x_g, out_g = _groups(x, weight.shape[0]), _groups(out, weight.shape[0])
     rstd = _rstd(x_g, eps)
-    scaled = _groups(grad, group).to(wide) * weight
-    dot = torch.linalg.vecdot(scaled, x_g).unsqueeze(-1)
-    factor = dot.mul_(rstd.pow(3)).div_(-group)
-    if out.dtype != wide:
-        dx = torch.addcmul(scaled * rstd, x_g, factor)
-        out_g.add_(dx) if accumulate else out_g.copy_(dx)
-    elif accumulate:
+    scaled = _groups(grad, weight.shape[0]) * weight
+    factor = _norm_factor(scaled, x_g, rstd)
+    if accumulate:
         out_g.addcmul_(scaled, rstd).addcmul_(x_g, factor)
     else:
         torch.mul(scaled, rstd, out=out_g)
         out_g.addcmul_(x_g, factor)
+
+
+def _wide_rmsnorm_dgrad(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The gradient, a new tensor in float32, for a narrower dtype."""
+    group, wide = weight.shape[0], _wide(x.dtype)
+    x_g, scaled = _groups(x, group).to(wide), _groups(grad, group).to(wide).mul_(weight)
+    rstd = _rstd(x_g, eps)
+    factor = _norm_factor(scaled, x_g, rstd)
+    return scaled.mul_(rstd).addcmul_(x_g, factor).flatten(-2)
+
+
+def _norm_factor(scaled_TgD: Tensor, x_TgD: Tensor, rstd: Tensor) -> Tensor:
+    """What x is multiplied by in the gradient: -rstd**3 * mean(scaled * x)."""
+    dot = torch.linalg.vecdot(scaled_TgD, x_TgD).unsqueeze(-1)
+    return dot.mul_(rstd.pow(3)).div_(-x_TgD.shape[-1])
 
 
 def rope(out: Tensor, x: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, inverse: bool = False) -> None:
@@ -141,8 +182,6 @@ _FP8_LARGEST = 0.875
 _EXPONENT_BIAS = 127
 _NOT_FINITE = 255
 """The exponent of a row that isn't finite."""
-_CACHED_ROWS = 256
-"""Rows that several passes are made over at once on a CPU, so that they stay in its cache."""
 
 
 def fp8_encode(bits: Tensor, exponent: Tensor, x: Tensor) -> None:

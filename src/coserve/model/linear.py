@@ -1,9 +1,10 @@
 """Frozen linears as objects with two products, x W^T and dy W, in a layout of their own.
 
 `FrozenLinear` computes with the plain matrix. `PackedLinear` keeps oneDNN's blocked copies instead, one per product, each
-made at its first use: faster on the CPU at any number of rows, most at few. Where memory is short it holds the forward
-product's copy alone (`hold_one_copy`), and unpacks it for each product of another kind. A quantized layout is another class
-with the same methods.
+made at its first use: faster on the CPU at any number of rows, most at few. Where memory is short (`hold_one_copy`) it holds
+one copy for all: in bfloat16 the plain matrix, which is multiplied almost as fast where matrices are large, in float32
+forward's packed one, which it unpacks for each product of another kind. A quantized layout is another class with the same
+methods.
 """
 
 from __future__ import annotations
@@ -89,6 +90,10 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     return _linear_pointwise()(x, packed, bias, "none", [], "")
 
 
+_PLAIN_ONCE = torch.bfloat16
+"""The dtype whose one copy is plain."""
+
+
 def _num_bytes(packed: Tensor | None) -> int:
     """A packed tensor has no storage that could be asked."""
     return 0 if packed is None else packed.numel() * packed.element_size()
@@ -97,45 +102,57 @@ def _num_bytes(packed: Tensor | None) -> int:
 class PackedLinear(FrozenLinear):
     """The same products from packed copies; the plain matrix is made again from them where someone asks."""
 
-    def __init__(self, dense: Callable[[], Tensor], bias: Tensor | None) -> None:
-        """dense: makes the plain matrix, of one that is part of another's."""
+    def __init__(self, whole: Callable[[], Tensor] | None, bias: Tensor | None) -> None:
+        """whole: gives the plain matrix of a linear that is part of another."""
         self.bias = bias
-        self._dense = dense
-        self._is_part = True
+        self._whole = whole
         self._one_copy = False
+        self._plain: Tensor | None = None
         self._forward: Tensor | None = None
         self._backward: Tensor | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """Packs a matrix, which the caller may then drop."""
-        packed = _pack(weight)
-        linear = cls(packed.to_dense, bias)
-        linear._is_part, linear._forward = False, packed
+    def of(cls, weight: Tensor, bias: Tensor | None, *, one_copy: bool = False) -> PackedLinear:
+        """Packs a matrix, which the caller may then drop, or takes it as the one copy where that is plain."""
+        linear = cls(None, bias)
+        linear._one_copy = one_copy
+        if one_copy and weight.dtype == _PLAIN_ONCE:
+            linear._plain = weight
+        else:
+            linear._forward = _pack(weight)
         return linear
 
     @property
     def weight(self) -> Tensor:
-        return self._dense()
+        if self._whole is not None:
+            return self._whole()
+        if self._plain is not None:
+            return self._plain
+        assert self._forward is not None
+        return self._forward.to_dense()
 
     def prepare(self, *, backward: bool) -> None:
         """Packs the matrix for one product, which takes far longer than the product. Does nothing where one copy is all."""
         if self._one_copy:
             return
         if backward and self._backward is None:
-            self._backward = _pack(self._dense().T)
+            self._backward = _pack(self.weight.T)
         elif not backward and self._forward is None:
-            self._forward = _pack(self._dense())
+            self._forward, self._plain = _pack(self.weight), None
 
     def hold_one_copy(self, wanted: bool) -> None:
         self._one_copy = wanted
-        if wanted:
-            self._backward = None
-            self._forward = None if self._is_part else self._forward
+        if not wanted:
+            return
+        self._backward = None
+        if self._whole is not None:
+            self._forward = None
+        elif self._forward is not None and self._forward.dtype == _PLAIN_ONCE:
+            self._plain, self._forward = self._forward.to_dense(), None
 
     @property
     def copied_bytes(self) -> int:
-        return _num_bytes(self._backward) + (_num_bytes(self._forward) if self._is_part else 0)
+        return _num_bytes(self._backward) + (0 if self._whole is None else _num_bytes(self._forward))
 
     def forward(self, out: Tensor, x: Tensor, accumulate: bool = False) -> None:
         self.prepare(backward=False)
@@ -183,7 +200,7 @@ class OutputHead:
 
     @property
     def layout(self) -> str:
-        """The layout's name; all matrices of a model have the same."""
+        """'plain', 'packed', or 'held once' for one copy where there could be packed ones; all of a model's have the same."""
         return "plain"
 
     @property
@@ -209,7 +226,7 @@ class PackedHead(OutputHead):
 
     @property
     def layout(self) -> str:
-        return "packed once" if self._one_copy else "packed"
+        return "held once" if self._one_copy else "packed"
 
     @property
     def copied_bytes(self) -> int:
@@ -236,11 +253,15 @@ class PackedHead(OutputHead):
         return super().input_grad(grad) if self._backward is None else _product(grad, self._backward)
 
 
-def make_linear(weight: Tensor, bias: Tensor | None, *, packed: bool) -> FrozenLinear:
-    """A linear in the layout asked for."""
-    return PackedLinear.of(weight, bias) if packed else FrozenLinear(weight, bias)
+def make_linear(weight: Tensor, bias: Tensor | None, *, packed: bool, one_copy: bool = False) -> FrozenLinear:
+    """A linear in the layout asked for, which may keep the matrix itself."""
+    return PackedLinear.of(weight, bias, one_copy=one_copy) if packed else FrozenLinear(weight, bias)
 
 
-def make_head(table: Tensor, *, packed: bool) -> OutputHead:
+def make_head(table: Tensor, *, packed: bool, one_copy: bool = False) -> OutputHead:
     """An output head in the layout asked for."""
-    return PackedHead(table) if packed else OutputHead(table)
+    if not packed:
+        return OutputHead(table)
+    head = PackedHead(table)
+    head.hold_one_copy(one_copy)
+    return head

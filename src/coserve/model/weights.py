@@ -55,7 +55,7 @@ class ModelWeights:
 
     @property
     def layout(self) -> str:
-        """'plain', 'packed', or 'packed once' where each matrix is held only once."""
+        """As the head's."""
         return self.head.layout
 
     @property
@@ -72,7 +72,7 @@ class ModelWeights:
 
 def _merge(
     checkpoint: Checkpoint, prefix: str, sites: Sequence[str], has_bias: bool, dtype: torch.dtype, device: torch.device,
-    packed: bool,
+    packed: bool, one_copy: bool,
 ) -> FrozenLinear:
     """Reads several linears of one input into one matrix, tensor by tensor."""
     shapes = linear_shapes(checkpoint.architecture)
@@ -87,11 +87,11 @@ def _merge(
         if bias is not None:
             bias[start:end] = checkpoint.read(f"{path}.bias", dtype, device)
         start = end
-    return make_linear(weight, bias, packed=packed)
+    return make_linear(weight, bias, packed=packed, one_copy=one_copy)
 
 
 def _load_layer(
-    checkpoint: Checkpoint, index: int, dtype: torch.dtype, device: torch.device, packed: bool
+    checkpoint: Checkpoint, index: int, dtype: torch.dtype, device: torch.device, packed: bool, one_copy: bool
 ) -> LayerWeights:
     arch = checkpoint.architecture
     prefix = f"model.layers.{index}."
@@ -99,14 +99,15 @@ def _load_layer(
     biased = {"q_proj": arch.qkv_bias, "o_proj": arch.o_bias, "gate_proj": arch.mlp_bias, "down_proj": arch.mlp_bias}
     linears: dict[str, FrozenLinear] = {}
     for name, sites in MERGED.items():
-        whole = _merge(checkpoint, prefix, sites, biased[sites[0]], dtype, device, packed)
+        whole = _merge(checkpoint, prefix, sites, biased[sites[0]], dtype, device, packed, one_copy)
         linears[name] = whole
         start = 0
         for site in sites:
             linears[site] = whole.rows(start, start + shapes[site][0])
+            linears[site].hold_one_copy(one_copy)
             start += shapes[site][0]
     for site in ("o_proj", "down_proj"):
-        linears[site] = _merge(checkpoint, prefix, (site,), biased[site], dtype, device, packed)
+        linears[site] = _merge(checkpoint, prefix, (site,), biased[site], dtype, device, packed, one_copy)
     names = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm"}
     if arch.qk_norm:
         names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
@@ -115,12 +116,13 @@ def _load_layer(
 
 
 def load_weights(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, packed: bool | None = None,
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, packed: bool | None = None, one_copy: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelWeights:
     """Streams a checkpoint onto the device. progress(layers done, layers).
 
     packed: whether linears are kept in the processor's own layout; default: where that pays (`can_pack`).
+    one_copy: whether each matrix is held once (`ModelWeights.hold_one_copy`).
     """
     if packed is None:
         packed = can_pack(dtype, device)
@@ -129,8 +131,8 @@ def load_weights(
     table = embedding if arch.tie_word_embeddings else checkpoint.read("lm_head.weight", dtype, device)
     layers = []
     for index in range(arch.num_layers):
-        layers.append(_load_layer(checkpoint, index, dtype, device, packed))
+        layers.append(_load_layer(checkpoint, index, dtype, device, packed, one_copy))
         if progress is not None:
             progress(index + 1, arch.num_layers)
     norm = checkpoint.read("model.norm.weight", dtype, device)
-    return ModelWeights(arch, embedding, layers, norm, make_head(table, packed=packed))
+    return ModelWeights(arch, embedding, layers, norm, make_head(table, packed=packed, one_copy=one_copy))

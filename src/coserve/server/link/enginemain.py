@@ -22,8 +22,8 @@ import torch
 
 from coserve.config import EngineConfig
 from coserve.core import ConfigError, CoserveError
-from coserve.engine.budget import available_bytes, weight_bytes
-from coserve.engine.engine import DEFAULT_POOL_SHARE, Engine
+from coserve.engine.budget import POOL_SHARE, available_bytes, weight_bytes
+from coserve.engine.engine import Engine
 from coserve.engine.model import LoadedModel, dtype_name, load_model
 from coserve.model.checkpoint import expected_shapes
 from coserve.server import logs
@@ -57,7 +57,7 @@ def pool_bytes(config: ServerConfig, device: torch.device) -> int | None:
         left = total * config.gpu_memory_utilization - (total - free)
         return max(1, int(left * (1 - CUDA_WORK_SHARE)))
     available = available_bytes(device)
-    return None if available is None else int(available * DEFAULT_POOL_SHARE)
+    return None if available is None else int(available * POOL_SHARE)
 
 
 def max_model_len(engine: Engine, asked: int | None) -> int:
