@@ -127,7 +127,7 @@ def _wide_rmsnorm_dgrad(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> 
     x_g, scaled = _groups(x, group).to(wide), _groups(grad, group).to(wide).mul_(weight)
     rstd = _rstd(x_g, eps)
     factor = _norm_factor(scaled, x_g, rstd)
-    return scaled.mul_(rstd).addcmul_(x_g, factor).flatten(-2)
+    return scaled.mul_(rstd).addcmul_(x_g, factor).view_as(x)
 
 
 def _norm_factor(scaled_TgD: Tensor, x_TgD: Tensor, rstd: Tensor) -> Tensor:
