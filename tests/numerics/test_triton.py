@@ -22,6 +22,7 @@ from torch import Tensor
 
 from coserve.kernels import triton as kernels
 from coserve.kernels.triton import paged_decode, segments
+from tests.paged_cache import PagedCache
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not kernels.available(), reason="needs triton")
@@ -93,54 +94,7 @@ def test_splits_cover_the_context_and_stay_fixed_up_to_a_length() -> None:
 # --- paged decode attention -----------------------------------------------------------------------------------------------
 
 
-class Paged:
-    """Random requests over a paged cache. keys, values: per layer and request [context, G, K]."""
-
-    def __init__(
-        self, seed: int, contexts: list[int], *, heads: int, kv_heads: int, width: int, block_tokens: int = 16
-    ) -> None:
-        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-        self.heads, self.kv_heads, self.width, self.block_tokens, self.layers = heads, kv_heads, width, block_tokens, 3
-        self.contexts = torch.tensor(contexts, dtype=torch.int32)
-        needed = [-(-context // block_tokens) for context in contexts]
-        free = list(range(sum(needed) + 5))
-        rng.shuffle(free)
-        # Entries beyond a request's blocks name no block at all: a kernel that follows them leaves the cache.
-        self.tables = torch.full((len(contexts), max(needed) + 2), 2**30, dtype=torch.int32)
-        cache = torch.full((len(free), self.layers, 2, kv_heads, block_tokens, width), math.nan)
-        self.rows = cache.view(-1, block_tokens * width)
-        self.kv: list[list[Tensor]] = [[] for _ in range(self.layers)]
-        for request, (context, blocks) in enumerate(zip(contexts, needed, strict=True)):
-            mine = [free.pop() for _ in range(blocks)]
-            self.tables[request, :blocks] = torch.tensor(mine, dtype=torch.int32)
-            for layer in range(self.layers):
-                kv = torch.randn(2, context, kv_heads, width, generator=generator)
-                self.kv[layer].append(kv)
-                for token in range(context):
-                    cache[mine[token // block_tokens], layer, :, :, token % block_tokens] = kv[:, token]
-        wide = torch.full((len(contexts), heads * width + 12), math.nan)
-        self.q = wide[:, 4:-8]
-        self.q.copy_(torch.randn(self.q.shape, generator=generator) * 3)
-
-    def run(self, layer: int, window: int | None, max_context: int | None = None) -> Tensor:
-        wide = torch.full((len(self.contexts), self.heads * self.width + 6), math.nan)
-        out = wide[:, 2:-4]
-        paged_decode.paged_decode_attention(
-            out, self.q, self.rows, layer=layer, num_layers=self.layers, kv_heads=self.kv_heads,
-            block_tokens=self.block_tokens, tables_BN=self.tables, context_B=self.contexts,
-            max_context=max_context or int(self.contexts.max()), window=window, scale=self.width**-0.5,
-        )
-        assert wide[:, :2].isnan().all() and wide[:, -4:].isnan().all(), "wrote outside its columns"
-        return out
-
-    def reference(self, layer: int, window: int | None) -> Tensor:
-        rows = []
-        for q, kv in zip(self.q, self.kv[layer], strict=True):
-            keys, values = kv[:, -window:] if window is not None else kv
-            keys, values = (t.repeat_interleave(self.heads // self.kv_heads, 1).double() for t in (keys, values))
-            scores = torch.einsum("hk,shk->hs", q.view(self.heads, -1).double(), keys) * self.width**-0.5
-            rows.append(torch.einsum("hs,shk->hk", scores.softmax(-1), values).flatten())
-        return torch.stack(rows)
+KERNEL = paged_decode.paged_decode_attention
 
 
 @pytest.fixture
@@ -155,8 +109,8 @@ def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("window", [None, 1, 40, 500])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (6, 2, 64), (3, 1, 128), (2, 1, 24)])
 def test_paged_decode(heads: int, kv_heads: int, width: int, window: int | None) -> None:
-    paged = Paged(heads + width, [1, 16, 37, 200, 161], heads=heads, kv_heads=kv_heads, width=width)
-    torch.testing.assert_close(paged.run(2, window).double(), paged.reference(2, window), rtol=2e-5, atol=2e-5)
+    paged = PagedCache(heads + width, [1, 16, 37, 200, 161], heads=heads, kv_heads=kv_heads, width=width)
+    torch.testing.assert_close(paged.run(KERNEL, 2, window).double(), paged.reference(2, window), rtol=2e-5, atol=2e-5)
 
 
 @interpreted
@@ -165,36 +119,36 @@ def test_paged_decode_at_its_own_sizes(seed: int) -> None:
     rng = random.Random(seed)
     contexts = [rng.randint(1, 200) for _ in range(rng.randint(1, 4))] + [300] * (seed % 2)
     kv_heads = rng.choice([1, 2, 3])
-    paged = Paged(seed, contexts, heads=kv_heads * rng.choice([1, 2, 5]), kv_heads=kv_heads, width=rng.choice([16, 64]),
+    paged = PagedCache(seed, contexts, heads=kv_heads * rng.choice([1, 2, 5]), kv_heads=kv_heads, width=rng.choice([16, 64]),
                   block_tokens=rng.choice([16, 16, 5]))
     layer, window = rng.randrange(3), rng.choice([None, rng.randint(1, 200)])
-    torch.testing.assert_close(paged.run(layer, window).double(), paged.reference(layer, window), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(paged.run(KERNEL, layer, window).double(), paged.reference(layer, window), rtol=2e-5, atol=2e-5)
 
 
 @interpreted
 @pytest.mark.usefixtures("short_splits")
 def test_a_request_has_the_same_bits_in_any_batch() -> None:
-    paged = Paged(5, [50, 3, 199], heads=4, kv_heads=2, width=16)
-    together = paged.run(1, None)
-    longer = paged.run(1, None, max_context=1000)
+    paged = PagedCache(5, [50, 3, 199], heads=4, kv_heads=2, width=16)
+    together = paged.run(KERNEL, 1, None)
+    longer = paged.run(KERNEL, 1, None, max_context=1000)
     assert torch.equal(together, longer), "more splits, all of them empty"
     for request in range(3):
         alone = slice(request, request + 1)
         paged.contexts, paged.tables, paged.q, kept = (
             paged.contexts[alone], paged.tables[alone], paged.q[alone], (paged.contexts, paged.tables, paged.q)
         )
-        assert torch.equal(paged.run(1, None), together[alone])
+        assert torch.equal(paged.run(KERNEL, 1, None), together[alone])
         paged.contexts, paged.tables, paged.q = kept
 
 
 @interpreted
 @pytest.mark.usefixtures("short_splits")
 def test_a_request_with_nan_spoils_no_other_and_an_empty_one_gives_zeros() -> None:
-    paged = Paged(6, [50, 3, 99], heads=4, kv_heads=2, width=16)
-    want = paged.run(0, None).clone()
+    paged = PagedCache(6, [50, 3, 99], heads=4, kv_heads=2, width=16)
+    want = paged.run(KERNEL, 0, None).clone()
     paged.rows.view(-1, 3, 2, 2, 16, 16)[paged.tables[0, 1], 0, 1] = math.nan
     paged.contexts[1] = 0
-    found = paged.run(0, None)
+    found = paged.run(KERNEL, 0, None)
     assert found[0].isnan().all() and (found[1] == 0).all() and torch.equal(found[2], want[2])
 
 

@@ -71,8 +71,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
         captured.append(body)
         return body
 
-    monkeypatch.setattr(spans, "runs_triton", lambda device: True)
-    monkeypatch.setattr(spans, "paged_decode_attention", play_paged)
+    monkeypatch.setattr(spans, "paged_decode_for", lambda cache, block_tokens: play_paged)
     monkeypatch.setattr(graphs, "runs_triton", lambda device: True)
     monkeypatch.setattr(graphs, "record", record)
     return captured

@@ -33,6 +33,7 @@ from coserve.engine.step import Lookup, StepRunner
 from coserve.engine.threads import borrowed_team, give_team_back
 from coserve.engine.watching import Watcher
 from coserve.finetune.job import JobEvent
+from coserve.kernels.native import compiled_kernels, compiles_for
 from coserve.peft.adapter import Adapter
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool, block_bytes
@@ -66,6 +67,8 @@ class Engine:
     ) -> None:
         self.model, self.config, self.clock = model, config or EngineConfig(), clock
         arch, weights, blocks = model.architecture, model.weights, self.config.block_tokens
+        if compiles_for(weights.dtype, weights.device):
+            report(compiled_kernels().note)
         size = block_bytes(arch, blocks, weights.dtype.itemsize)
         num_blocks = self._pool_bytes() // size
         if num_blocks < 1:

@@ -6,18 +6,18 @@ Every point runs as it would in an iteration, on memory that is taken from the e
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from coserve.cachedir import cache_directory
 from coserve.config import LoraConfig, OptimizerConfig, SchedulerConfig
 from coserve.core import CapacityError, Direction, Example, Unit
 from coserve.finetune.optimizer import FlatAdamW
+from coserve.kernels.native import kernels_for
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor, TrainWindow
@@ -52,17 +52,13 @@ _OWNER = "profile"
 _KEY = PrefixKey("", None, -1)
 
 
-def cache_directory() -> Path:
-    """Where profiles are kept: COSERVE_CACHE, or the user's cache directory."""
-    root = os.environ.get("COSERVE_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coserve"
-
-
 def profile_key(passes: PassExecutor, fingerprint: str) -> str:
-    """What a profile holds for: model, device, dtype, layout of the weights, threads, versions."""
+    """What a profile holds for: model, device, dtype, layout of the weights, kernels, threads, versions."""
     weights = passes.weights
     device = torch.cuda.get_device_name(weights.device) if weights.device.type == "cuda" else platform.processor()
     kind = f"{weights.device.type} {device} {weights.dtype} {weights.layout}"
+    if kernels_for(weights.norm) is not None:
+        kind += " compiled"
     return f"{fingerprint} {kind} {torch.get_num_threads()} {torch.__version__}"
 
 

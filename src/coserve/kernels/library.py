@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from coserve.kernels.choose import runs_triton
+from coserve.kernels.native import kernels_for
 from coserve.kernels.reference import dropout_keep
 from coserve.kernels.triton.segments import segment_linear
 
@@ -92,6 +93,9 @@ def _groups(x: Tensor, group: int) -> Tensor:
 
 def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """out = x / rms(x) * weight, over groups of weight.numel() features."""
+    if (compiled := kernels_for(x)) is not None:
+        compiled.rmsnorm(out, x, weight, eps)
+        return
     x_g, out_g = _groups(x, weight.shape[0]), _groups(out, weight.shape[0])
     wide_g = x_g.to(_wide(x.dtype))
     rstd = _rstd(wide_g, eps)
@@ -141,6 +145,9 @@ def rope(out: Tensor, x: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, inverse: boo
 
     sin_TK: its first half is negated, so that it multiplies a head whose halves are swapped.
     """
+    if (compiled := kernels_for(x)) is not None:
+        compiled.rope(out, x, cos_TK, sin_TK, -1 if inverse else 1)
+        return
     head = cos_TK.shape[-1]
     x_THK, out_THK = x.unflatten(-1, (-1, head)), out.unflatten(-1, (-1, head))
     swapped = x_THK.roll(head // 2, -1)
@@ -150,6 +157,9 @@ def rope(out: Tensor, x: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, inverse: boo
 
 def silu_mul(out: Tensor, gate: Tensor, up: Tensor) -> None:
     """out = silu(gate) * up."""
+    if (compiled := kernels_for(gate)) is not None:
+        compiled.silu_mul(out, gate, up)
+        return
     torch.ops.aten.silu.out(gate, out=out)
     out.mul_(up)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from coserve.core import BlockMove
+from coserve.kernels.native import kernels_for
 from coserve.model.architecture import Architecture
 from coserve.runtime.transfer import to_device
 
@@ -86,6 +87,9 @@ class KeyValuePool:
 
     def write(self, layer: int, token_rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores k and v [T, G * K] at `token_rows`."""
+        if (compiled := kernels_for(k)) is not None:
+            compiled.write_cache(self._layers[2 * layer], self._layers[2 * layer + 1], token_rows, k, v, self.width)
+            return
         self._layers[2 * layer].index_copy_(0, token_rows, k.reshape(-1, self.width))
         self._layers[2 * layer + 1].index_copy_(0, token_rows, v.reshape(-1, self.width))
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from coserve.kernels.attention import decode_attention
-from coserve.kernels.choose import attention_for, runs_triton
-from coserve.kernels.triton.paged_decode import paged_decode_attention
+from coserve.kernels.choose import attention_for, paged_decode_for
 from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor, FactorStack
 from coserve.runtime.adapters import AdapterSlots
@@ -71,7 +70,9 @@ class PagedDecode(NamedTuple):
 
     def attention(self, out: Tensor, q: Tensor, pool: KeyValuePool, layer: int, window: int | None) -> None:
         """q, out: [B, H * K], over what the tables hold."""
-        paged_decode_attention(
+        kernel = paged_decode_for(pool.rows, pool.block_tokens)
+        assert kernel is not None
+        kernel(
             out, q, pool.rows, layer=layer, num_layers=pool.num_layers, kv_heads=pool.kv_heads,
             block_tokens=pool.block_tokens, tables_BN=self.tables, context_B=self.contexts, max_context=self.max_context,
             window=window, scale=1 / math.sqrt(pool.width),
@@ -107,7 +108,7 @@ class SpanRows:
         blocks = np.concatenate(
             [np.asarray(s.table, np.int64)[np.arange(s.start, s.end) // pool.block_tokens] for s in spans]
         ) if spans else positions
-        paged = runs_triton(device) and bool(decode)
+        paged = bool(decode) and paged_decode_for(pool.rows, pool.block_tokens) is not None
         tables, contexts = decode_tables(decode, pool.block_tokens, _TABLE_STEP) if paged else (_NONE, _NONE)
         parts = (positions, blocks, contexts, tables)
         on_device = to_device(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)

@@ -1,0 +1,125 @@
+"""Kernels over the rows of a pass on a CPU, in C++ and compiled where they run: one call where tensor operations would be many.
+
+Owns: the guard around a compiler that may not be there, and the calls. `kernels_for` is None for what is not on a CPU, for
+other dtypes than float32 and bfloat16, without a compiler, and with COSERVE_NATIVE=0; library calls do the work then.
+
+T rows, H query heads, G key-value heads, K head width. Features of a row lie side by side in memory; rows may lie apart.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from coserve.kernels.native.build import BuildError, built_library
+
+_MOST_WIDTH, _MOST_BLOCK = 512, 256
+"""Widest head and largest block that decode attention has room for (rows.cpp)."""
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_POINTERS_AND_SIZES = {
+    "rmsnorm": (3, 5, 1), "rope": (4, 5, 1), "silu_mul": (3, 5, 0), "write_cache": (5, 5, 0), "paged_decode": (5, 11, 1),
+}
+"""Of each function in rows.cpp: pointers, then sizes and strides, then factors."""
+
+
+class Compiled(NamedTuple):
+    """kernels: by dtype, none where there is no library; note: a line for a log."""
+
+    kernels: dict[torch.dtype, RowKernels]
+    note: str
+
+
+class RowKernels:
+    """The kernels of one element type. Arguments are checked by nobody: they are what the runtime's tensors are."""
+
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        def function(kernel: str) -> Any:
+            pointers, sizes, factors = _POINTERS_AND_SIZES[kernel]
+            found = getattr(library, f"{kernel}_{name}")
+            found.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * sizes + [ctypes.c_float] * factors
+            found.restype = None
+            return found
+
+        self._rmsnorm, self._rope, self._silu_mul = function("rmsnorm"), function("rope"), function("silu_mul")
+        self._write_cache, self._paged_decode = function("write_cache"), function("paged_decode")
+
+    def rmsnorm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+        """As `library.rmsnorm`."""
+        rows, features = x.shape
+        width = weight.shape[0]
+        self._rmsnorm(
+            out.data_ptr(), x.data_ptr(), weight.data_ptr(), rows, features // width, width, out.stride(0), x.stride(0), eps
+        )
+
+    def rope(self, out: Tensor, x: Tensor, cos_TK: Tensor, sin_TK: Tensor, sign: float) -> None:
+        """As `library.rope`; sign: -1 for its inverse."""
+        (rows, features), width = x.shape, cos_TK.shape[1]
+        self._rope(
+            out.data_ptr(), x.data_ptr(), cos_TK.data_ptr(), sin_TK.data_ptr(), rows, features // width, width,
+            out.stride(0), x.stride(0), sign,
+        )
+
+    def silu_mul(self, out: Tensor, gate: Tensor, up: Tensor) -> None:
+        """As `library.silu_mul`."""
+        rows, width = out.shape
+        self._silu_mul(
+            out.data_ptr(), gate.data_ptr(), up.data_ptr(), rows, width, out.stride(0), gate.stride(0), up.stride(0)
+        )
+
+    def write_cache(self, keys: Tensor, values: Tensor, heads_TG: Tensor, k: Tensor, v: Tensor, width: int) -> None:
+        """Stores k and v [T, G * K]. keys, values: a layer's memory; heads_TG: int64 [T * G], where each head goes, in units of
+        K elements."""
+        rows, features = k.shape
+        self._write_cache(
+            keys.data_ptr(), values.data_ptr(), heads_TG.data_ptr(), k.data_ptr(), v.data_ptr(), rows, features // width, width,
+            k.stride(0), v.stride(0),
+        )
+
+    def paged_decode_attention(
+        self, out: Tensor, q: Tensor, cache: Tensor, *, layer: int, num_layers: int, kv_heads: int, block_tokens: int,
+        tables_BN: Tensor, context_B: Tensor, max_context: int, window: int | None, scale: float,
+    ) -> None:
+        """As `triton.paged_decode.paged_decode_attention`. A request's result is the same bits in every batch."""
+        rows, features = q.shape
+        width = cache.shape[1] // block_tokens
+        layer_elements = kv_heads * cache.shape[1]
+        self._paged_decode(
+            out.data_ptr(), q.data_ptr(), cache.data_ptr() + 2 * layer * layer_elements * cache.element_size(),
+            tables_BN.data_ptr(), context_B.data_ptr(), rows, kv_heads, features // (kv_heads * width), width, out.stride(0),
+            q.stride(0), tables_BN.stride(0), block_tokens, 2 * num_layers * layer_elements, layer_elements, window or 0, scale,
+        )
+
+
+@functools.cache
+def compiled_kernels() -> Compiled:
+    """The kernels and what to say of them. The first call on a machine compiles them, which takes a second or two."""
+    if os.environ.get("COSERVE_NATIVE") == "0":
+        return Compiled({}, "compiled kernels are off (COSERVE_NATIVE=0): decoding takes longer")
+    started = time.perf_counter()
+    try:
+        library = ctypes.PyDLL(str(built_library()))  # a call is short: it keeps Python's lock, which costs a wait to get back
+    except (BuildError, OSError) as error:
+        return Compiled({}, f"no compiled kernels, decoding takes longer: {error}")
+    kernels = {dtype: RowKernels(library, name) for dtype, name in _NAMES.items()}
+    return Compiled(kernels, f"compiled kernels, ready in {time.perf_counter() - started:.1f} s")
+
+
+def compiles_for(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are kernels for this dtype on this device, given a compiler."""
+    return device.type == "cpu" and dtype in _NAMES
+
+
+def kernels_for(x: Tensor) -> RowKernels | None:
+    """The kernels that rows like `x` can have."""
+    return compiled_kernels().kernels.get(x.dtype) if x.is_cpu else None
+
+
+def attends(width: int, block_tokens: int) -> bool:
+    """Whether decode attention has room for heads of this width and blocks of so many tokens."""
+    return width <= _MOST_WIDTH and block_tokens <= _MOST_BLOCK
