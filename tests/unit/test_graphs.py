@@ -71,7 +71,9 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
         captured.append(body)
         return body
 
-    monkeypatch.setattr(spans, "paged_decode_for", lambda cache, block_tokens: play_paged)
+    monkeypatch.setattr(spans, "runs_triton", lambda device: True)
+    monkeypatch.setattr(spans, "paged_decode_attention", play_paged)
+    monkeypatch.setattr(spans.native, "attention_for", lambda rows, block_tokens: None)
     monkeypatch.setattr(graphs, "runs_triton", lambda device: True)
     monkeypatch.setattr(graphs, "record", record)
     return captured

@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from coserve.kernels import attention, cuda_attention, native
+from coserve.kernels import attention, cuda_attention
 from coserve.kernels import triton as triton_kernels
-from coserve.kernels.triton import paged_decode
 
 
 class AttentionKernels(NamedTuple):
@@ -31,13 +30,3 @@ def attention_for(device: torch.device) -> AttentionKernels:
 def runs_triton(device: torch.device) -> bool:
     """Whether the kernels in `kernels.triton` run there: paged decode attention, products of many adapters."""
     return device.type == "cuda" and triton_kernels.available()
-
-
-def paged_decode_for(cache_rows: torch.Tensor, block_tokens: int) -> Callable[..., None] | None:
-    """Decode attention that reads the cache where it lies, with the signature of `triton.paged_decode`'s; None where keys have
-    to be gathered. cache_rows: [rows, block_tokens * K]."""
-    if runs_triton(cache_rows.device):
-        return paged_decode.paged_decode_attention
-    compiled = native.kernels_for(cache_rows)
-    fits = native.attends(cache_rows.shape[1] // block_tokens, block_tokens)
-    return None if compiled is None or not fits else compiled.paged_decode_attention

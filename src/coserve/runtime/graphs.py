@@ -25,7 +25,7 @@ from coserve.kernels.choose import runs_triton
 from coserve.ops.run import Factor, FactorStack
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.executor import Executor
-from coserve.runtime.spans import NO_ADAPTER, PagedDecode, RowSpan, decode_tables, fresh_blocks
+from coserve.runtime.spans import NO_ADAPTER, PagedDecode, RowSpan, block_tables, fresh_blocks
 from coserve.runtime.transfer import to_device
 
 MAX_ROWS = 512
@@ -128,7 +128,7 @@ class DecodeGraphs:
         head, tables = np.zeros((3, rows), np.int32), np.full((rows, -(-context // size)), self.scratch, np.int32)
         head[1] = self.scratch
         if decode:
-            own, head[2, :used] = decode_tables(decode, size, 1)
+            own, head[2, :used] = block_tables(decode, size, 1)
             tables[:used, : own.shape[1]] = own
             head[0, :used] = head[2, :used] - 1
             head[1, :used] = own[np.arange(used), head[0, :used] // size]

@@ -10,15 +10,17 @@ like length, and values where they lie. Whatever an iteration needs on the devic
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from coserve.kernels import native
 from coserve.kernels.attention import decode_attention
-from coserve.kernels.choose import attention_for, paged_decode_for
+from coserve.kernels.choose import attention_for, runs_triton
+from coserve.kernels.triton.paged_decode import paged_decode_attention
 from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor, FactorStack
 from coserve.runtime.adapters import AdapterSlots
@@ -70,12 +72,27 @@ class PagedDecode(NamedTuple):
 
     def attention(self, out: Tensor, q: Tensor, pool: KeyValuePool, layer: int, window: int | None) -> None:
         """q, out: [B, H * K], over what the tables hold."""
-        kernel = paged_decode_for(pool.rows, pool.block_tokens)
-        assert kernel is not None
-        kernel(
+        paged_decode_attention(
             out, q, pool.rows, layer=layer, num_layers=pool.num_layers, kv_heads=pool.kv_heads,
             block_tokens=pool.block_tokens, tables_BN=self.tables, context_B=self.contexts, max_context=self.max_context,
             window=window, scale=1 / math.sqrt(pool.width),
+        )
+
+
+class _PagedSpans(NamedTuple):
+    """All rows for the compiled kernel, `attend`. tables: int32 [B, N]; contexts: int32 [B]; starts: int32 [B + 1], where each
+    span's rows begin."""
+
+    attend: Callable[..., None]
+    tables: Tensor
+    contexts: Tensor
+    starts: Tensor
+
+    def attention(self, out: Tensor, q: Tensor, pool: KeyValuePool, layer: int, window: int | None) -> None:
+        """q, out: [rows, H * K], over what the tables hold."""
+        self.attend(
+            out, q, pool.rows, layer=layer, num_layers=pool.num_layers, kv_heads=pool.kv_heads, block_tokens=pool.block_tokens,
+            tables_BN=self.tables, context_B=self.contexts, starts=self.starts, window=window, scale=1 / math.sqrt(pool.width),
         )
 
 
@@ -108,26 +125,34 @@ class SpanRows:
         blocks = np.concatenate(
             [np.asarray(s.table, np.int64)[np.arange(s.start, s.end) // pool.block_tokens] for s in spans]
         ) if spans else positions
-        paged = bool(decode) and paged_decode_for(pool.rows, pool.block_tokens) is not None
-        tables, contexts = decode_tables(decode, pool.block_tokens, _TABLE_STEP) if paged else (_NONE, _NONE)
+        compiled = native.attention_for(pool.rows, pool.block_tokens)
+        paged: Sequence[RowSpan] = spans if compiled is not None else decode if runs_triton(device) else ()
+        tables, contexts = block_tables(paged, pool.block_tokens, _TABLE_STEP) if paged else (_NONE, _NONE)
         parts = (positions, blocks, contexts, tables)
         on_device = to_device(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)
         sent = on_device.split([part.size for part in parts])
         self.positions = sent[0].long()
         self._token_rows = pool.token_rows(sent[1].long(), self.positions % pool.block_tokens)
         self._fresh = fresh_blocks(spans, pool.block_tokens)
-        self._paged: PagedDecode | None = None
-        self._decode_windows: dict[int | None, list[_DecodeGroup]] = {}
-        if paged:
-            self._paged = PagedDecode(sent[3].view(tables.shape), sent[2], int(contexts.max()))
-        elif decode:
-            self._decode_windows = {window: self._groups(decode, window) for window in set(self.windows)}
-        self._prefill_attention = attention_for(device).forward
         starts = np.cumsum([0, *lengths])
-        self._prefill = [
-            (slice(int(first), int(first) + s.end - s.start), s, self._context(s))
-            for first, s in zip(starts[len(decode) : -1], prefill, strict=True)
-        ]
+        self._paged: PagedDecode | _PagedSpans | None = None
+        self._paged_rows = 0
+        self._decode_windows: dict[int | None, list[_DecodeGroup]] = {}
+        self._prefill: list[tuple[slice, RowSpan, Tensor | None]] = []
+        self._prefill_attention = attention_for(device).forward
+        if compiled is not None:
+            self._paged_rows = self.num_rows
+            self._paged = _PagedSpans(compiled, sent[3].view(tables.shape), sent[2], torch.from_numpy(starts.astype(np.int32)))
+        else:
+            if paged:
+                self._paged_rows = len(decode)
+                self._paged = PagedDecode(sent[3].view(tables.shape), sent[2], int(contexts.max()))
+            elif decode:
+                self._decode_windows = {window: self._groups(decode, window) for window in set(self.windows)}
+            self._prefill = [
+                (slice(int(first), int(first) + s.end - s.start), s, self._context(s))
+                for first, s in zip(starts[len(decode) : -1], prefill, strict=True)
+            ]
         self._segments = [
             *_segments(decode, 0, adapters.num_slots, device), *_segments(prefill, len(decode), adapters.num_slots, device)
         ]
@@ -207,8 +232,8 @@ class SpanRows:
         self.pool.write(self.layer, self._token_rows, k, v)
         window = self.windows[self.layer]
         if self._paged is not None:
-            decode_rows = slice(self.num_decode)
-            self._paged.attention(out[decode_rows], q[decode_rows], self.pool, self.layer, window)
+            paged = slice(self._paged_rows)
+            self._paged.attention(out[paged], q[paged], self.pool, self.layer, window)
         for group in self._decode_windows.get(window, ()):
             keys, values = self.pool.keys(self.layer, group.block_rows), self.pool.values(self.layer)
             if isinstance(group.rows, slice):
@@ -228,12 +253,12 @@ class SpanRows:
             )
 
 
-def decode_tables(decode: Sequence[RowSpan], size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [B, N] blocks and int32 [B] context tokens of decode rows; N is a multiple of `step`, unused entries are 0."""
-    ends = np.array([span.end for span in decode], np.int32)
+def block_tables(spans: Sequence[RowSpan], size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [B, N] blocks and int32 [B] context tokens of spans; N is a multiple of `step`, unused entries are 0."""
+    ends = np.array([span.end for span in spans], np.int32)
     counts = -(-ends // size)
-    tables = np.zeros((len(decode), -(-int(counts.max()) // step) * step), np.int32)
-    for row, (span, count) in enumerate(zip(decode, counts, strict=True)):
+    tables = np.zeros((len(spans), -(-int(counts.max()) // step) * step), np.int32)
+    for row, (span, count) in enumerate(zip(spans, counts, strict=True)):
         tables[row, :count] = span.table[:count]
     return tables, ends
 

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from coserve.kernels.native.build import BuildError, built_library
 
-_MOST_WIDTH, _MOST_BLOCK = 512, 256
-"""Widest head and largest block that decode attention has room for (rows.cpp)."""
+_MOST_WIDTH = 512
+"""Widest head that attention has room for (rows.cpp)."""
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTERS_AND_SIZES = {
-    "rmsnorm": (3, 5, 1), "rope": (4, 5, 1), "silu_mul": (3, 5, 0), "write_cache": (5, 5, 0), "paged_decode": (5, 11, 1),
+    "rmsnorm": (3, 5, 1), "rope": (4, 5, 1), "silu_mul": (3, 5, 0), "write_cache": (5, 5, 0), "paged_attention": (6, 11, 1),
 }
 """Of each function in rows.cpp: pointers, then sizes and strides, then factors."""
 
@@ -47,7 +48,7 @@ class RowKernels:
             return found
 
         self._rmsnorm, self._rope, self._silu_mul = function("rmsnorm"), function("rope"), function("silu_mul")
-        self._write_cache, self._paged_decode = function("write_cache"), function("paged_decode")
+        self._write_cache, self._paged_attention = function("write_cache"), function("paged_attention")
 
     def rmsnorm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
         """As `library.rmsnorm`."""
@@ -81,18 +82,22 @@ class RowKernels:
             k.stride(0), v.stride(0),
         )
 
-    def paged_decode_attention(
+    def paged_attention(
         self, out: Tensor, q: Tensor, cache: Tensor, *, layer: int, num_layers: int, kv_heads: int, block_tokens: int,
-        tables_BN: Tensor, context_B: Tensor, max_context: int, window: int | None, scale: float,
+        tables_BN: Tensor, context_B: Tensor, starts: Tensor, window: int | None, scale: float,
     ) -> None:
-        """As `triton.paged_decode.paged_decode_attention`. A request's result is the same bits in every batch."""
-        rows, features = q.shape
-        width = cache.shape[1] // block_tokens
-        layer_elements = kv_heads * cache.shape[1]
-        self._paged_decode(
+        """Causal attention of each sequence's last rows over its cached context, of which the last row's token is the last.
+
+        out, q: [T, H * K]; sequence b has rows starts[b] to starts[b + 1]. starts: int32 [B + 1], ascending from 0; context_B:
+        int32, each sequence's tokens; 0 gives zeros. cache, tables_BN, window: as in Triton's `paged_decode_attention`.
+        Accumulates in float32. A row's result is the same bits in every batch.
+        """
+        features, width, layer_elements = q.shape[1], cache.shape[1] // block_tokens, kv_heads * cache.shape[1]
+        self._paged_attention(
             out.data_ptr(), q.data_ptr(), cache.data_ptr() + 2 * layer * layer_elements * cache.element_size(),
-            tables_BN.data_ptr(), context_B.data_ptr(), rows, kv_heads, features // (kv_heads * width), width, out.stride(0),
-            q.stride(0), tables_BN.stride(0), block_tokens, 2 * num_layers * layer_elements, layer_elements, window or 0, scale,
+            tables_BN.data_ptr(), context_B.data_ptr(), starts.data_ptr(), tables_BN.shape[0], kv_heads,
+            features // (kv_heads * width), width, out.stride(0), q.stride(0), tables_BN.stride(0), block_tokens,
+            2 * num_layers * layer_elements, layer_elements, window or 0, scale,
         )
 
 
@@ -120,6 +125,7 @@ def kernels_for(x: Tensor) -> RowKernels | None:
     return compiled_kernels().kernels.get(x.dtype) if x.is_cpu else None
 
 
-def attends(width: int, block_tokens: int) -> bool:
-    """Whether decode attention has room for heads of this width and blocks of so many tokens."""
-    return width <= _MOST_WIDTH and block_tokens <= _MOST_BLOCK
+def attention_for(cache_rows: Tensor, block_tokens: int) -> Callable[..., None] | None:
+    """`RowKernels.paged_attention` for a cache [rows, block_tokens * K], or None where it has no room for such heads."""
+    compiled = kernels_for(cache_rows)
+    return None if compiled is None or cache_rows.shape[1] > _MOST_WIDTH * block_tokens else compiled.paged_attention

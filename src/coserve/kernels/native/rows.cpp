@@ -14,10 +14,14 @@ namespace {
 typedef int64_t Index;
 
 const Index kElementsPerTeam = 1 << 14;  // fewer are done sooner by one thread
-const int kMostWidth = 512;              // of a head, in decode attention; the caller asks for no more
-const int kTile = 16;                    // tokens of a block that are worked on at once
-const int kLanes = 16;                   // features, likewise
-const int kLine = 64;                    // bytes that memory is read by
+const int kLanes = 16, kLine = 64;       // floats that are worked on at once; bytes that memory is read by
+const int kTile = kLanes;                // tokens, and rows of a sequence, that attention works on at once
+const int kMostQueries = 48;             // query heads of those rows, likewise
+const int kMostWidth = 512;              // of a head; the caller asks for no more
+const int kRoom = 8 * kMostWidth;        // floats of those query heads
+
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Places __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 struct Bfloat16 {
     uint16_t bits;
@@ -49,18 +53,36 @@ inline float rounded(float value) {
     return load(result);
 }
 
-// Values as float: where they lie, or turned to it in `room`.
-inline const float* widened(const float* values, float*, Index) { return values; }
-
-inline const float* widened(const Bfloat16* values, float* room, Index count) {
+// Rows of `width` values as floats, padded with zeros to `padded` of them: where they lie, or copied to `room`.
+template <typename T>
+inline const float* copied(const T* values, float* room, Index rows, Index width, Index padded) {
+    for (Index row = 0; row < rows; ++row) {
 #pragma omp simd
-    for (Index i = 0; i < count; ++i) room[i] = load(values[i]);
+        for (Index k = 0; k < width; ++k) room[row * padded + k] = load(values[row * width + k]);
+        for (Index k = width; k < padded; ++k) room[row * padded + k] = 0;
+    }
     return room;
 }
 
-// e^x within two units in the last place, as a loop over it becomes vector instructions. Below -87 it is e^-87, above 88 e^88.
-inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
+inline const float* widened(const float* values, float* room, Index rows, Index width, Index padded) {
+    return width == padded ? values : copied(values, room, rows, width, padded);
+}
+
+inline const float* widened(const Bfloat16* values, float* room, Index rows, Index width, Index padded) {
+    return copied(values, room, rows, width, padded);
+}
+
+inline Lanes load_lanes(const float* values) {
+    Lanes result;
+    memcpy(&result, values, sizeof result);
+    return result;
+}
+
+inline void store_lanes(float* place, Lanes values) { memcpy(place, &values, sizeof values); }
+
+// e^x within two units in the last place, as a loop over it becomes vector instructions. Below -87 it is e^-87, above 88 infinity.
+inline float exponential(float exponent) {
+    float x = exponent < -87.0f ? -87.0f : exponent;
     x = x > 88.0f ? 88.0f : x;
     float n = nearbyintf(x * 1.44269504f);
     float r = x - n * 0.693359375f;
@@ -74,7 +96,7 @@ inline float exponential(float x) {
     int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
     float power;
     memcpy(&power, &bits, sizeof power);
-    return p * power;
+    return exponent > 88.0f ? INFINITY : p * power;
 }
 
 // Rounded to the element type before the weight, as Hugging Face's norm does.
@@ -141,116 +163,195 @@ void write_cache(T* keys, T* values, const Index* heads, const T* k, const T* v,
     }
 }
 
-// Attention of HEADS query heads of one key-value head over tokens [first, last) of their sequence, block by block: of each head
-// the running maximum, sum and weighted values. A block is turned to float once for all of them. WIDTH is K where that is known
-// when this is compiled, else 0.
-template <typename T, int WIDTH, int HEADS>
-void attend(T* out, const T* q, const T* cache, const int32_t* table, Index first, Index last, Index block_tokens,
-            Index block_stride, Index values_offset, Index any_width, float scale) {
-    const int kWidth = WIDTH ? WIDTH : kMostWidth;
-    const Index width = WIDTH ? WIDTH : any_width;
-    float query[HEADS][kWidth], sums[HEADS][kWidth], largest[HEADS], total[HEADS];
-    for (int h = 0; h < HEADS; ++h) {
-        for (Index k = 0; k < width; ++k) query[h][k] = load(q[h * width + k]) * scale, sums[h][k] = 0;
-        largest[h] = -INFINITY, total[h] = first < last ? 0.0f : 1.0f;  // nothing to see: zeros
+// One sequence's part of a batch: rows [row, row_end), of which the last has `context` tokens to see, itself among them.
+struct Sequence {
+    const int32_t* table;
+    Index row, row_end, context;
+};
+
+// Query heads of a key-value head, of some rows of one sequence, and what they have gathered so far. Padded to whole lanes.
+struct Queries {
+    alignas(kLine) float q[kRoom], sums[kRoom], totals[kMostQueries * kLanes];  // a query's total is the sum of its lanes
+    float largest[kMostQueries];
+    Index first[kMostQueries], last[kMostQueries];  // the tokens that each sees
+};
+
+// lanes[i] of the result: sum of the lanes of values[i].
+inline Lanes sums_of(Lanes* values) {
+#define FOLD(STEP, LOW, HIGH)                                                                                                  \
+    for (int i = 0; i < STEP; ++i)                                                                                             \
+    values[i] = __builtin_shuffle(values[i], values[i + STEP], LOW) + __builtin_shuffle(values[i], values[i + STEP], HIGH)
+    const Places low_8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    const Places low_4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
+    const Places low_2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+    const Places low_1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+    FOLD(8, low_8, low_8 + 8);
+    FOLD(4, low_4, low_4 + 4);
+    FOLD(2, low_2, low_2 + 2);
+    FOLD(1, low_1, low_1 + 1);
+#undef FOLD
+    return values[0];
+}
+
+// The largest lane, or `least` if that is larger.
+inline float largest_of(Lanes values, float least) {
+#pragma omp simd reduction(max : least)
+    for (int i = 0; i < kLanes; ++i) least = values[i] > least ? values[i] : least;
+    return least;
+}
+
+// COUNT queries, from number `from` on, meet the keys of tokens [start, start + tokens): their weights, and what they have
+// gathered scaled to the new maximum. VECTORS: lanes per head where that is known, else 0.
+template <int VECTORS, int COUNT>
+void weigh(Queries& queries, Index from, const float* tile, Index start, Index tokens, Index any_vectors, float* weights) {
+    const Index vectors = VECTORS ? VECTORS : any_vectors;
+    Lanes products[COUNT][kTile], query[COUNT][VECTORS ? VECTORS : kMostWidth / kLanes];
+    for (int i = 0; i < COUNT; ++i) {
+        for (Index v = 0; v < vectors; ++v) query[i][v] = load_lanes(queries.q + ((from + i) * vectors + v) * kLanes);
     }
-    for (Index start = first; start < last;) {
+    for (Index t = 0; t < tokens; ++t) {
+        Lanes sums[COUNT] = {};
+        for (Index v = 0; v < vectors; ++v) {
+            Lanes key = load_lanes(tile + (t * vectors + v) * kLanes);
+            for (int i = 0; i < COUNT; ++i) sums[i] += key * query[i][v];
+        }
+        for (int i = 0; i < COUNT; ++i) products[i][t] = sums[i];
+    }
+    for (Index t = tokens; t < kTile; ++t) {
+        for (int i = 0; i < COUNT; ++i) products[i][t] = Lanes{};
+    }
+    for (int i = 0; i < COUNT; ++i) {
+        Index n = from + i, first = queries.first[n] - start, last = queries.last[n] - start;
+        Lanes scores = sums_of(products[i]);
+        float most = queries.largest[n];
+        float* weight = weights + n * kTile;
+        first = first > 0 ? first : 0, last = last < tokens ? last : tokens;
+        const Places numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const Places seen = (numbers >= static_cast<int32_t>(first)) & (numbers < static_cast<int32_t>(last));
+        most = largest_of(seen ? scores : Lanes{} - INFINITY, most);
+        if (most > queries.largest[n]) {
+            float factor = queries.largest[n] == -INFINITY ? 0 : exponential(queries.largest[n] - most);
+            queries.largest[n] = most;
+            float* total = queries.totals + n * kLanes;
+            store_lanes(total, load_lanes(total) * factor);
+            for (Index v = 0; v < vectors; ++v) {
+                float* sum = queries.sums + (n * vectors + v) * kLanes;
+                store_lanes(sum, load_lanes(sum) * factor);
+            }
+        }
+        float* total = queries.totals + n * kLanes;
+#pragma omp simd
+        for (Index t = 0; t < kTile; ++t) {
+            float value = exponential(scores[t] - most);
+            weight[t] = t >= first && t < last ? value : 0;
+            total[t] += weight[t];
+        }
+    }
+}
+
+// The same queries gather the values of those tokens.
+template <int VECTORS, int COUNT>
+void gather(Queries& queries, Index from, const float* tile, Index tokens, Index any_vectors, const float* weights) {
+    const Index vectors = VECTORS ? VECTORS : any_vectors;
+    for (Index v = 0; v < vectors; ++v) {
+        Lanes sums[COUNT];
+        for (int i = 0; i < COUNT; ++i) sums[i] = load_lanes(queries.sums + ((from + i) * vectors + v) * kLanes);
+        for (Index t = 0; t < tokens; ++t) {
+            Lanes value = load_lanes(tile + (t * vectors + v) * kLanes);
+            for (int i = 0; i < COUNT; ++i) sums[i] += weights[(from + i) * kTile + t] * value;
+        }
+        for (int i = 0; i < COUNT; ++i) store_lanes(queries.sums + ((from + i) * vectors + v) * kLanes, sums[i]);
+    }
+}
+
+// Attention of `heads` query heads of one key-value head, of rows [row, row_end) of a sequence, tile by tile: of each query
+// the running maximum, sum and weighted values. A tile of keys or values is turned to float once for all of them.
+template <typename T, int VECTORS>
+void attend(T* out, const T* q, const T* cache, const Sequence& sequence, Index row, Index row_end, Index heads, Index width,
+            Index out_stride, Index q_stride, Index block_tokens, Index block_stride, Index values_offset, Index window,
+            float scale) {
+    const Index vectors = VECTORS ? VECTORS : (width + kLanes - 1) / kLanes, padded = vectors * kLanes;
+    const Index count = (row_end - row) * heads;
+    Queries queries;
+    for (Index n = 0; n < count; ++n) {
+        Index here = row + n / heads, last = sequence.context - (sequence.row_end - 1 - here);
+        const T* from = q + here * q_stride + n % heads * width;
+        for (Index k = 0; k < padded; ++k) queries.q[n * padded + k] = k < width ? load(from[k]) * scale : 0;
+        for (Index k = 0; k < padded; ++k) queries.sums[n * padded + k] = 0;
+        queries.last[n] = last, queries.first[n] = window && last > window ? last - window : 0;
+        for (Index t = 0; t < kLanes; ++t) queries.totals[n * kLanes + t] = last > 0 ? 0 : 1;  // nothing to see: zeros
+        queries.largest[n] = -INFINITY;
+    }
+    alignas(kLine) float room[kTile * (VECTORS ? VECTORS * kLanes : kMostWidth)], weights[kMostQueries * kTile];
+    Index end = queries.last[count - 1];
+    for (Index start = queries.first[0]; start < end;) {
         Index block = start / block_tokens, offset = start - block * block_tokens, left = block_tokens - offset;
-        Index count = left < last - start ? left : last - start;
-        count = count < kTile ? count : kTile;
-        const T* keys = cache + table[block] * block_stride + offset * width;
-        const T* values = keys + values_offset;
-        if (start + count < last) {  // the processor does not guess where the next block lies
-            const T* next = cache + table[(start + count) / block_tokens] * block_stride;
+        Index tokens = left < end - start ? left : end - start;
+        tokens = tokens < kTile ? tokens : kTile;
+        const T* keys = cache + sequence.table[block] * block_stride + offset * width;
+        if (start + left < end && offset + tokens == block_tokens) {  // the processor does not guess where the next block lies
+            const T* next = cache + sequence.table[block + 1] * block_stride;
             for (Index k = 0; k < block_tokens * width; k += kLine / sizeof(T)) {
                 __builtin_prefetch(next + k);
                 __builtin_prefetch(next + values_offset + k);
             }
         }
-        float room[kTile * kWidth], weights[HEADS][kTile];
-        const float* tile = widened(keys, room, count * width);
-        for (int h = 0; h < HEADS; ++h) {
-            float most = largest[h];
-            for (Index t = 0; t < count; ++t) {
-                float dot = 0;
-#pragma omp simd reduction(+ : dot)
-                for (Index k = 0; k < width; ++k) dot += query[h][k] * tile[t * width + k];
-                weights[h][t] = dot;
-                most = dot > most ? dot : most;
-            }
-            if (most > largest[h]) {
-                float factor = largest[h] == -INFINITY ? 0 : exponential(largest[h] - most);
-                total[h] *= factor;
-#pragma omp simd
-                for (Index k = 0; k < width; ++k) sums[h][k] *= factor;
-                largest[h] = most;
-            }
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (Index t = 0; t < count; ++t) {
-                weights[h][t] = exponential(weights[h][t] - most);
-                sum += weights[h][t];
-            }
-            total[h] += sum;
-        }
-        tile = widened(values, room, count * width);
-        for (Index k = 0; k < width; k += kLanes) {
-            Index lanes = width - k < kLanes ? width - k : kLanes;
-            for (int h = 0; h < HEADS; ++h) {
-                float sum[kLanes];
-                for (Index i = 0; i < lanes; ++i) sum[i] = sums[h][k + i];
-                for (Index t = 0; t < count; ++t) {
-#pragma omp simd
-                    for (Index i = 0; i < lanes; ++i) sum[i] += weights[h][t] * tile[t * width + k + i];
-                }
-                for (Index i = 0; i < lanes; ++i) sums[h][k + i] = sum[i];
-            }
-        }
-        start += count;
+        const float* tile = widened(keys, room, tokens, width, padded);
+        Index n = 0;
+        for (; count - n >= 4; n += 4) weigh<VECTORS, 4>(queries, n, tile, start, tokens, vectors, weights);
+        if (count - n == 3) weigh<VECTORS, 3>(queries, n, tile, start, tokens, vectors, weights);
+        if (count - n == 2) weigh<VECTORS, 2>(queries, n, tile, start, tokens, vectors, weights);
+        if (count - n == 1) weigh<VECTORS, 1>(queries, n, tile, start, tokens, vectors, weights);
+        tile = widened(keys + values_offset, room, tokens, width, padded);
+        n = 0;
+        for (; count - n >= 4; n += 4) gather<VECTORS, 4>(queries, n, tile, tokens, vectors, weights);
+        if (count - n == 3) gather<VECTORS, 3>(queries, n, tile, tokens, vectors, weights);
+        if (count - n == 2) gather<VECTORS, 2>(queries, n, tile, tokens, vectors, weights);
+        if (count - n == 1) gather<VECTORS, 1>(queries, n, tile, tokens, vectors, weights);
+        start += tokens;
     }
-    for (int h = 0; h < HEADS; ++h) {
-        for (Index k = 0; k < width; ++k) store(out + h * width + k, sums[h][k] / total[h]);
+    for (Index n = 0; n < count; ++n) {
+        T* to = out + (row + n / heads) * out_stride + n % heads * width;
+        float total = 0;
+        for (Index t = 0; t < kLanes; ++t) total += queries.totals[n * kLanes + t];
+        for (Index k = 0; k < width; ++k) store(to + k, queries.sums[n * padded + k] / total);
     }
 }
 
-// The same for any number of heads, as many at once as are compiled.
-template <typename T, int WIDTH>
-void attend_heads(T* out, const T* q, const T* cache, const int32_t* table, Index first, Index last, Index block_tokens,
-                  Index block_stride, Index values_offset, Index width, float scale, Index heads) {
-    Index h = 0;
-#define ATTEND(N)                                                                                                              \
-    for (; heads - h >= N; h += N)                                                                                             \
-        attend<T, WIDTH, N>(out + h * width, q + h * width, cache, table, first, last, block_tokens, block_stride,             \
-                            values_offset, width, scale)
-    ATTEND(4);
-    ATTEND(3);
-    ATTEND(2);
-    ATTEND(1);
-#undef ATTEND
-}
-
-// q, out: [B, G * share * K]; tables [B, N]: a sequence's blocks; contexts [B]: its tokens. window: how many of the last tokens
-// are seen, 0 for all. cache: the layer's memory from its first key on; value heads lie values_offset elements behind key heads.
+// q, out: [T, G * share * K]; sequence b has rows [starts[b], starts[b + 1]), the blocks in row b of tables [B, N], and
+// contexts[b] tokens with its last row's. window: how many of the last tokens are seen, 0 for all. cache: the layer's memory
+// from its first key on; value heads lie values_offset elements behind key heads.
 template <typename T>
-void paged_decode(T* out, const T* q, const T* cache, const int32_t* tables, const int32_t* contexts, Index rows,
-                  Index kv_heads, Index share, Index width, Index out_stride, Index q_stride, Index table_stride,
-                  Index block_tokens, Index block_stride, Index values_offset, Index window, float scale) {
-    Index together = rows * kv_heads < 8 ? 1 : share, parts = share / together;
+void paged_attention(T* out, const T* q, const T* cache, const int32_t* tables, const int32_t* contexts, const int32_t* starts,
+                     Index sequences, Index kv_heads, Index share, Index width, Index out_stride, Index q_stride,
+                     Index table_stride, Index block_tokens, Index block_stride, Index values_offset, Index window,
+                     float scale) {
+    const Index padded = (width + kLanes - 1) / kLanes * kLanes, most = kRoom / padded < kMostQueries ? kRoom / padded : kMostQueries;
+    const Index rows = starts[sequences] - starts[0];
+    Index heads = rows * kv_heads < 3 ? 1 : share;  // few tasks are cut smaller, so that all threads have one
+    while (heads > most) heads = (heads + 1) / 2;
+    const Index parts = (share + heads - 1) / heads, together = most / heads < kTile ? most / heads : kTile;
+    Index tasks = 0;
+    for (Index b = 0; b < sequences; ++b) tasks += (starts[b + 1] - starts[b] + together - 1) / together;
 #pragma omp parallel for schedule(dynamic, 1)
-    for (Index i = 0; i < rows * kv_heads * parts; ++i) {
-        Index row = i / (kv_heads * parts), group = i / parts % kv_heads, head = group * share + i % parts * together;
-        Index context = contexts[row], first = window && context > window ? context - window : 0;
-        T* to = out + row * out_stride + head * width;
-        const T* from = q + row * q_stride + head * width;
-        const T* keys = cache + group * block_tokens * width;
-        const int32_t* table = tables + row * table_stride;
-        if (width == 64) {
-            attend_heads<T, 64>(to, from, keys, table, first, context, block_tokens, block_stride, values_offset, width, scale, together);
-        } else if (width == 128) {
-            attend_heads<T, 128>(to, from, keys, table, first, context, block_tokens, block_stride, values_offset, width, scale, together);
-        } else {
-            attend_heads<T, 0>(to, from, keys, table, first, context, block_tokens, block_stride, values_offset, width, scale, together);
+    for (Index i = 0; i < tasks * kv_heads * parts; ++i) {
+        Index task = i / (kv_heads * parts), group = i / parts % kv_heads, head = i % parts * heads, b = 0;
+        for (;; ++b) {
+            Index own = (starts[b + 1] - starts[b] + together - 1) / together;
+            if (task < own) break;
+            task -= own;
         }
+        Sequence sequence = {tables + b * table_stride, starts[b], starts[b + 1], contexts[b]};
+        Index row = starts[b] + task * together, row_end = row + together < starts[b + 1] ? row + together : starts[b + 1];
+        Index column = (group * share + head) * width, own_heads = share - head < heads ? share - head : heads;
+        const T* keys = cache + group * block_tokens * width;
+#define ATTEND(VECTORS)                                                                                                        \
+    attend<T, VECTORS>(out + column, q + column, keys, sequence, row, row_end, own_heads, width, out_stride, q_stride,         \
+                       block_tokens, block_stride, values_offset, window, scale)
+        if (width == 64) ATTEND(4);
+        else if (width == 128) ATTEND(8);
+        else ATTEND(0);
+#undef ATTEND
     }
 }
 
@@ -273,12 +374,12 @@ void paged_decode(T* out, const T* q, const T* cache, const int32_t* tables, con
                                        Index kv_heads, Index width, Index k_stride, Index v_stride) {                          \
         write_cache(keys, values, heads, k, v, rows, kv_heads, width, k_stride, v_stride);                                     \
     }                                                                                                                          \
-    extern "C" void paged_decode_##NAME(T* out, const T* q, const T* cache, const int32_t* tables, const int32_t* contexts,    \
-                                        Index rows, Index kv_heads, Index share, Index width, Index out_stride,                \
-                                        Index q_stride, Index table_stride, Index block_tokens, Index block_stride,            \
-                                        Index values_offset, Index window, float scale) {                                      \
-        paged_decode(out, q, cache, tables, contexts, rows, kv_heads, share, width, out_stride, q_stride, table_stride,        \
-                     block_tokens, block_stride, values_offset, window, scale);                                                \
+    extern "C" void paged_attention_##NAME(T* out, const T* q, const T* cache, const int32_t* tables, const int32_t* contexts, \
+                                           const int32_t* starts, Index sequences, Index kv_heads, Index share, Index width,   \
+                                           Index out_stride, Index q_stride, Index table_stride, Index block_tokens,           \
+                                           Index block_stride, Index values_offset, Index window, float scale) {               \
+        paged_attention(out, q, cache, tables, contexts, starts, sequences, kv_heads, share, width, out_stride, q_stride,      \
+                        table_stride, block_tokens, block_stride, values_offset, window, scale);                               \
     }
 
 KERNELS(float, float32)
