@@ -54,7 +54,7 @@ def assert_near(found: Tensor, want: Tensor, roundings: int) -> None:
 @needs_compiler
 @DTYPES
 @ROWS
-@pytest.mark.parametrize(("width", "groups"), [(576, 1), (64, 9), (5, 2), (1, 1)])
+@pytest.mark.parametrize(("width", "groups"), [(1700, 1), (64, 27), (5, 2), (1, 1)])
 def test_rmsnorm(rows: int, width: int, groups: int, dtype: torch.dtype) -> None:
     x, out, weight = wide(rows, width * groups, dtype, 1, 3), wide(rows, width * groups, dtype), wide(1, width, dtype, 2)[0]
     library.rmsnorm(out, x, weight, 1e-5)
@@ -65,7 +65,7 @@ def test_rmsnorm(rows: int, width: int, groups: int, dtype: torch.dtype) -> None
 @DTYPES
 @ROWS
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize(("width", "heads"), [(64, 12), (128, 3), (6, 2)])
+@pytest.mark.parametrize(("width", "heads"), [(64, 27), (128, 3), (6, 2)])
 def test_rope_and_back(rows: int, width: int, heads: int, in_place: bool, dtype: torch.dtype) -> None:
     x = wide(rows, width * heads, dtype, 1)
     cos, sin = (wide(rows, width // 2, dtype, seed).repeat(1, 2) for seed in (2, 3))
@@ -82,11 +82,21 @@ def test_rope_and_back(rows: int, width: int, heads: int, in_place: bool, dtype:
 @needs_compiler
 @DTYPES
 @ROWS
-@pytest.mark.parametrize("width", [1536, 13])
+@pytest.mark.parametrize("width", [1800, 13])
 def test_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:
     gate, up, out = wide(rows, width, dtype, 1, 20), wide(rows, width, dtype, 2), wide(rows, width, dtype)
     library.silu_mul(out, gate, up)
     assert_near(out, reference.silu_mul(gate.double(), up.double()), 3)
+
+
+@needs_compiler
+@DTYPES
+@ROWS
+@pytest.mark.parametrize("width", [1800, 13])
+def test_add(rows: int, width: int, dtype: torch.dtype) -> None:
+    x, y, out = wide(rows, width, dtype, 1), wide(rows, width, dtype, 2), wide(rows, width, dtype)
+    library.add(out, x, y)
+    assert torch.equal(out, x + y)
 
 
 @needs_compiler

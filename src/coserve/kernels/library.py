@@ -172,6 +172,14 @@ def silu_mul_dgrad(d_gate: Tensor, d_up: Tensor, grad: Tensor, gate: Tensor, up:
     torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
 
 
+def add(out: Tensor, x: Tensor, y: Tensor) -> None:
+    """out = x + y; `out` may be either."""
+    if (compiled := kernels_for(x)) is not None:
+        compiled.add(out, x, y)
+        return
+    torch.add(x, y, out=out)
+
+
 def sign_bits(out: Tensor, x: Tensor) -> None:
     """out: uint8 [T, ceil(D / 8)]; bit i % 8 of byte i // 8 says whether x[:, i] > 0."""
     bits = torch.zeros(x.shape[0], out.shape[1] * 8, dtype=torch.uint8, device=x.device)

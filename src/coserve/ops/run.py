@@ -234,7 +234,7 @@ def _silu_mul_dgrad(
 
 
 def _add(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
-    torch.add(ins[0], ins[1], out=outs[0])
+    library.add(outs[0], *ins)
 
 
 def _dropout(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:

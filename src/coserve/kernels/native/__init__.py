@@ -24,7 +24,8 @@ _MOST_WIDTH = 512
 """Widest head that attention has room for (rows.cpp)."""
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTERS_AND_SIZES = {
-    "rmsnorm": (3, 5, 1), "rope": (4, 5, 1), "silu_mul": (3, 5, 0), "write_cache": (5, 5, 0), "paged_attention": (6, 11, 1),
+    "rmsnorm": (3, 5, 1), "rope": (4, 5, 1), "silu_mul": (3, 5, 0), "add": (3, 5, 0), "write_cache": (5, 5, 0),
+    "paged_attention": (6, 11, 1),
 }
 """Of each function in rows.cpp: pointers, then sizes and strides, then factors."""
 
@@ -48,6 +49,7 @@ class RowKernels:
             return found
 
         self._rmsnorm, self._rope, self._silu_mul = function("rmsnorm"), function("rope"), function("silu_mul")
+        self._add = function("add")
         self._write_cache, self._paged_attention = function("write_cache"), function("paged_attention")
 
     def rmsnorm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
@@ -72,6 +74,11 @@ class RowKernels:
         self._silu_mul(
             out.data_ptr(), gate.data_ptr(), up.data_ptr(), rows, width, out.stride(0), gate.stride(0), up.stride(0)
         )
+
+    def add(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+        """As `library.add`."""
+        rows, width = out.shape
+        self._add(out.data_ptr(), x.data_ptr(), y.data_ptr(), rows, width, out.stride(0), x.stride(0), y.stride(0))
 
     def write_cache(self, keys: Tensor, values: Tensor, heads_TG: Tensor, k: Tensor, v: Tensor, width: int) -> None:
         """Stores k and v [T, G * K]. keys, values: a layer's memory; heads_TG: int64 [T * G], where each head goes, in units of

@@ -13,7 +13,7 @@ namespace {
 
 typedef int64_t Index;
 
-const Index kElementsPerTeam = 1 << 14;  // fewer are done sooner by one thread
+const Index kElementsPerTeam = 1 << 16;  // fewer are done sooner by one thread
 const int kLanes = 16, kLine = 64;       // floats that are worked on at once; bytes that memory is read by
 const int kTile = kLanes;                // tokens, and rows of a sequence, that attention works on at once
 const int kMostQueries = 48;             // query heads of those rows, likewise
@@ -139,7 +139,7 @@ void rope(T* out, const T* x, const T* cosine, const T* sine, Index rows, Index 
 template <typename T>
 void silu_mul(T* out, const T* gate, const T* up, Index rows, Index width, Index out_stride, Index gate_stride,
               Index up_stride) {
-#pragma omp parallel for schedule(static) if (rows * width > kElementsPerTeam)
+#pragma omp parallel for schedule(static) if (4 * rows * width > kElementsPerTeam)  // an exponential each
     for (Index row = 0; row < rows; ++row) {
         const T *g = gate + row * gate_stride, *u = up + row * up_stride;
         T* to = out + row * out_stride;
@@ -148,6 +148,16 @@ void silu_mul(T* out, const T* gate, const T* up, Index rows, Index width, Index
             float x = load(g[k]);
             store(to + k, rounded<T>(x / (1 + exponential(-x))) * load(u[k]));
         }
+    }
+}
+
+// out may be x or y.
+template <typename T>
+void add(T* out, const T* x, const T* y, Index rows, Index width, Index out_stride, Index x_stride, Index y_stride) {
+#pragma omp parallel for schedule(static) if (rows * width > kElementsPerTeam)
+    for (Index row = 0; row < rows; ++row) {
+#pragma omp simd
+        for (Index k = 0; k < width; ++k) store(out + row * out_stride + k, load(x[row * x_stride + k]) + load(y[row * y_stride + k]));
     }
 }
 
@@ -292,8 +302,8 @@ void attend(T* out, const T* q, const T* cache, const Sequence& sequence, Index 
         if (start + left < end && offset + tokens == block_tokens) {  // the processor does not guess where the next block lies
             const T* next = cache + sequence.table[block + 1] * block_stride;
             for (Index k = 0; k < block_tokens * width; k += kLine / sizeof(T)) {
-                __builtin_prefetch(next + k);
-                __builtin_prefetch(next + values_offset + k);
+                __builtin_prefetch(next + k, 0, 2);
+                __builtin_prefetch(next + values_offset + k, 0, 2);
             }
         }
         const float* tile = widened(keys, room, tokens, width, padded);
@@ -333,7 +343,8 @@ void paged_attention(T* out, const T* q, const T* cache, const int32_t* tables, 
     const Index parts = (share + heads - 1) / heads, together = most / heads < kTile ? most / heads : kTile;
     Index tasks = 0;
     for (Index b = 0; b < sequences; ++b) tasks += (starts[b + 1] - starts[b] + together - 1) / together;
-#pragma omp parallel for schedule(dynamic, 1)
+    const Index run = tasks < 8 ? 1 : kv_heads * parts;  // a row's key-value heads lie side by side
+#pragma omp parallel for schedule(dynamic, run)
     for (Index i = 0; i < tasks * kv_heads * parts; ++i) {
         Index task = i / (kv_heads * parts), group = i / parts % kv_heads, head = i % parts * heads, b = 0;
         for (;; ++b) {
@@ -369,6 +380,10 @@ void paged_attention(T* out, const T* q, const T* cache, const int32_t* tables, 
     extern "C" void silu_mul_##NAME(T* out, const T* gate, const T* up, Index rows, Index width, Index out_stride,             \
                                     Index gate_stride, Index up_stride) {                                                      \
         silu_mul(out, gate, up, rows, width, out_stride, gate_stride, up_stride);                                              \
+    }                                                                                                                          \
+    extern "C" void add_##NAME(T* out, const T* x, const T* y, Index rows, Index width, Index out_stride, Index x_stride,      \
+                               Index y_stride) {                                                                               \
+        add(out, x, y, rows, width, out_stride, x_stride, y_stride);                                                           \
     }                                                                                                                          \
     extern "C" void write_cache_##NAME(T* keys, T* values, const Index* heads, const T* k, const T* v, Index rows,             \
                                        Index kv_heads, Index width, Index k_stride, Index v_stride) {                          \
