@@ -49,7 +49,7 @@ def server(options: argparse.Namespace, engine: str, directory: Path) -> context
     """A server under one engine setting; it is ended afterwards."""
     threads, _, wait = engine.partition(":")
     command = [
-        sys.executable, "-m", "coserve", "serve", "--threads", threads, "--dtype", "float32",
+        sys.executable, "-m", "coserve", "serve", "--threads", threads, "--dtype", options.dtype,
         "--data-dir", str(directory / "data"), "--slo-tpot-ms", str(options.tpot_ms),
         "--slo-ttft-ms", str(options.ttft_ms), "--policy", options.policy,
     ]
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--pairs", type=int, default=1, help="repeats, interleaved")
     parser.add_argument("--policy", default="coserve")
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "http_cpu.json")
     options = parser.parse_args()
     rows = []

@@ -40,6 +40,7 @@ RANKS: Mapping[str, float] = {
 LAZY: Mapping[str, frozenset[str]] = {
     "coserve.compiler.baselines": frozenset({"peft"}),
     "coserve.demo.client": frozenset({"openai"}),
+    "coserve.kernels.native.build": frozenset({"torch"}),  # its compiler, which takes seconds to import
     "coserve.model.gguf": frozenset({"gguf"}),
     "coserve.model.locate": frozenset({"huggingface_hub"}),
 }

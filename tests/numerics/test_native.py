@@ -265,28 +265,41 @@ def test_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert note_of() == "compiled kernels are off (COSERVE_NATIVE=0): decoding takes longer"
 
 
-def test_without_a_compiler(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(fresh_cache))
-    assert "there is no compiler g++; install g++" in note_of()
+def note_with(compiler: Path | str, cache: Path) -> str:
+    """The same in a process of its own, as Inductor asks for the compiler once."""
+    program = "from coserve.kernels import native; print(native.compiled_kernels().note)"
+    env = {**os.environ, "CXX": str(compiler), "COSERVE_CACHE": str(cache)}
+    done = subprocess.run([sys.executable, "-c", program], check=True, env=env, timeout=120, capture_output=True, text=True)
+    return done.stdout
 
 
-def script(path: Path, text: str) -> str:
+def script(path: Path, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
+    return path
 
 
-def test_with_another_compiler(fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler(tmp_path: Path) -> None:
+    assert "there is no C++ compiler; install g++" in note_with(tmp_path / "none", tmp_path)
+
+
+def test_with_another_compiler(tmp_path: Path) -> None:
     """It would bring another OpenMP library into the process."""
-    monkeypatch.setenv("CXX", script(tmp_path / "other", "echo clang version 19"))
-    assert f"{tmp_path / 'other'} is not GNU's compiler; set CXX to g++" in note_of()
+    other = script(tmp_path / "other", "echo clang version 19")
+    assert f"{other} is not GNU's compiler; set CXX to g++" in note_with(other, tmp_path)
 
 
-def test_with_a_compiler_that_fails(fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = '[ "$1" = --version ] && echo "Free Software Foundation" && exit; echo "rows.cpp:1: error: no room" >&2; exit 1'
-    monkeypatch.setenv("CXX", script(tmp_path / "bad", text))
-    assert note_of().endswith("failed: rows.cpp:1: error: no room")
-    assert not list((fresh_cache / "kernels").glob("rows-*"))
+def test_with_a_compiler_that_fails(tmp_path: Path) -> None:
+    text = '[ "$1" = --version ] && echo "g++ 12" && exit; echo "rows.cpp:1: error: no room" >&2; exit 1'
+    bad = script(tmp_path / "g++", text)
+    assert "the compiler failed: rows.cpp:1: error: no room" in note_with(bad, tmp_path)
+    assert not list((tmp_path / "kernels").glob("*"))
+
+
+def test_with_another_pytorch(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The builder is a private part of it."""
+    monkeypatch.setitem(sys.modules, "torch._inductor.cpp_builder", None)
+    assert "can't compile them" in note_of()
 
 
 @needs_compiler

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import pytest
 
+from coserve.cachedir import cache_directory
 from coserve.tokenizer import ChatTokenizer
 from tests.server.jobs_bench import play_stories
 from tests.server.sites import Site, open_site
@@ -149,8 +150,11 @@ Play = Callable[..., None]
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory; the profile of its speed is kept for the session."""
-    os.environ["COSERVE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """A model directory; the profile of its speed is kept for the session, compiled kernels for all."""
+    cache, kernels = tmp_path_factory.mktemp("cache"), cache_directory() / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    (cache / "kernels").symlink_to(kernels)
+    os.environ["COSERVE_CACHE"] = str(cache)
     return build_tiny_directory(tmp_path_factory.mktemp("model") / "tiny")
 
 

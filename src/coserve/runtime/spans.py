@@ -3,8 +3,9 @@
 Rows are [decode | prefill], each part sorted by adapter slot, rows without an adapter first. B decode rows, T rows of one
 prefill span, S context tokens, N blocks of a table, G key-value heads, K head width.
 
-Decode rows read their context through their tables where the paged kernel runs, else keys from gathered copies, in groups of
-like length, and values where they lie. Whatever an iteration needs on the device goes there in one copy, queued without a wait.
+Where there is a compiled kernel (on a CPU) all rows read their context through their tables, where Triton runs decode rows do.
+Else decode rows read keys from gathered copies, in groups of like length, and values where they lie. Whatever an iteration
+needs on the device goes there in one copy, queued without a wait.
 """
 
 from __future__ import annotations
@@ -114,7 +115,6 @@ class SpanRows:
     ) -> None:
         self.pool, self.adapters, self.windows, self.width = pool, adapters, arch.sliding_windows, arch.head_dim
         self.share = arch.num_heads // arch.num_kv_heads
-        self.prefill, self.num_decode = prefill, len(decode)
         self.layer = 0
         self._scales: dict[object, Tensor] = {}
         device = pool.buffer.device

@@ -1,5 +1,5 @@
-// Kernels over the rows of a pass on a CPU: norm, rotary embedding, gated activation, the key-value cache's writes, and decode
-// attention over its blocks. Each is one call where tensor operations would be five to twenty-five.
+// Kernels over the rows of a pass on a CPU: norm, rotary embedding, gated activation, sum, the key-value cache's writes, and
+// attention over its blocks. Each is one call where tensor operations would be up to twenty-five.
 //
 // T rows, H query heads, G key-value heads, K head width. A stride is in elements, from a row to the next; features of a row
 // lie side by side. Elements are float or bfloat16; sums and intermediate values are float. Work is shared among the threads of
@@ -80,7 +80,8 @@ inline Lanes load_lanes(const float* values) {
 
 inline void store_lanes(float* place, Lanes values) { memcpy(place, &values, sizeof values); }
 
-// e^x within two units in the last place, as a loop over it becomes vector instructions. Below -87 it is e^-87, above 88 infinity.
+// e^x within two units in the last place, without branches, so that a loop over it becomes vector instructions. Below -87 it is
+// e^-87, above 88 infinity.
 inline float exponential(float exponent) {
     float x = exponent < -87.0f ? -87.0f : exponent;
     x = x > 88.0f ? 88.0f : x;
@@ -157,7 +158,9 @@ void add(T* out, const T* x, const T* y, Index rows, Index width, Index out_stri
 #pragma omp parallel for schedule(static) if (rows * width > kElementsPerTeam)
     for (Index row = 0; row < rows; ++row) {
 #pragma omp simd
-        for (Index k = 0; k < width; ++k) store(out + row * out_stride + k, load(x[row * x_stride + k]) + load(y[row * y_stride + k]));
+        for (Index k = 0; k < width; ++k) {
+            store(out + row * out_stride + k, load(x[row * x_stride + k]) + load(y[row * y_stride + k]));
+        }
     }
 }
 
@@ -336,24 +339,25 @@ void paged_attention(T* out, const T* q, const T* cache, const int32_t* tables, 
                      Index sequences, Index kv_heads, Index share, Index width, Index out_stride, Index q_stride,
                      Index table_stride, Index block_tokens, Index block_stride, Index values_offset, Index window,
                      float scale) {
-    const Index padded = (width + kLanes - 1) / kLanes * kLanes, most = kRoom / padded < kMostQueries ? kRoom / padded : kMostQueries;
-    const Index rows = starts[sequences] - starts[0];
-    Index heads = rows * kv_heads < 3 ? 1 : share;  // few tasks are cut smaller, so that all threads have one
+    // A task is some rows of a sequence, one key-value head, and some of its query heads: as many of both as there is room for.
+    const Index padded = (width + kLanes - 1) / kLanes * kLanes, room = kRoom / padded;
+    const Index most = room < kMostQueries ? room : kMostQueries;
+    Index heads = (starts[sequences] - starts[0]) * kv_heads < 3 ? 1 : share;  // small tasks where they are few
     while (heads > most) heads = (heads + 1) / 2;
     const Index parts = (share + heads - 1) / heads, together = most / heads < kTile ? most / heads : kTile;
-    Index tasks = 0;
-    for (Index b = 0; b < sequences; ++b) tasks += (starts[b + 1] - starts[b] + together - 1) / together;
-    const Index run = tasks < 8 ? 1 : kv_heads * parts;  // a row's key-value heads lie side by side
+    Index pieces = 0;  // of sequences, `together` rows each
+    for (Index b = 0; b < sequences; ++b) pieces += (starts[b + 1] - starts[b] + together - 1) / together;
+    const Index run = pieces < 8 ? 1 : kv_heads * parts;  // the key-value heads of a piece lie side by side
 #pragma omp parallel for schedule(dynamic, run)
-    for (Index i = 0; i < tasks * kv_heads * parts; ++i) {
-        Index task = i / (kv_heads * parts), group = i / parts % kv_heads, head = i % parts * heads, b = 0;
+    for (Index i = 0; i < pieces * kv_heads * parts; ++i) {
+        Index piece = i / (kv_heads * parts), group = i / parts % kv_heads, head = i % parts * heads, b = 0;
         for (;; ++b) {
             Index own = (starts[b + 1] - starts[b] + together - 1) / together;
-            if (task < own) break;
-            task -= own;
+            if (piece < own) break;
+            piece -= own;
         }
         Sequence sequence = {tables + b * table_stride, starts[b], starts[b + 1], contexts[b]};
-        Index row = starts[b] + task * together, row_end = row + together < starts[b + 1] ? row + together : starts[b + 1];
+        Index row = starts[b] + piece * together, row_end = row + together < starts[b + 1] ? row + together : starts[b + 1];
         Index column = (group * share + head) * width, own_heads = share - head < heads ? share - head : heads;
         const T* keys = cache + group * block_tokens * width;
 #define ATTEND(VECTORS)                                                                                                        \
