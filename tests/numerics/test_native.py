@@ -150,13 +150,14 @@ def test_attention_of_a_row_each(heads: int, kv_heads: int, width: int, window: 
 @SIZES
 def test_attention_of_many_rows(heads: int, kv_heads: int, width: int, window: int | None, dtype: torch.dtype) -> None:
     """Prompts whole, their last chunks, and single rows, in one batch."""
-    contexts, rows = [70, 33, 200, 5], [70, 17, 1, 5]
-    paged = PagedCache(heads + width, contexts, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype)
-    kernel = native.attention_for(paged.rows, 16)
+    contexts, rows, block_tokens = [70, 33, 200, 5], [70, 17, 1, 5], {1: 40, 40: 5}.get(window or 0, 16)
+    paged = PagedCache(heads + width, contexts, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype,
+                       block_tokens=block_tokens)
+    kernel = native.attention_for(paged.rows, block_tokens)
     assert kernel is not None
     starts = torch.tensor([0, *rows]).cumsum(0).int()
     q, out = wide(sum(rows), heads * width, dtype, 3, 3), wide(sum(rows), heads * width, dtype)
-    kernel(out, q, paged.rows, layer=1, num_layers=3, kv_heads=kv_heads, block_tokens=16, tables_BN=paged.tables,
+    kernel(out, q, paged.rows, layer=1, num_layers=3, kv_heads=kv_heads, block_tokens=block_tokens, tables_BN=paged.tables,
            context_B=paged.contexts, starts=starts, window=window, scale=width**-0.5)
     for first, end, kv in zip(starts, starts[1:], paged.kv[1], strict=False):
         want, _ = reference.attention(q[first:end].double().unflatten(1, (heads, width)), *kv.double(), window=window)
@@ -177,21 +178,22 @@ def test_attention_with_other_blocks(seed: int) -> None:
 
 @needs_compiler
 @DTYPES
-def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("window", [None, 40, 100])
+def test_a_row_has_the_same_bits_in_any_batch(window: int | None, dtype: torch.dtype) -> None:
     """Alone, with rows of other requests, and with earlier rows of its own."""
     paged = PagedCache(5, [50, 3, 199, 16, 17], heads=9, kv_heads=3, width=64, dtype=dtype)
-    together = paged.run(one_row_each, 1, None)
+    together = paged.run(one_row_each, 1, window)
     for request in range(5):
         alone = slice(request, request + 1)
         part = copy.copy(paged)
         part.contexts, part.tables, part.q = (whole[alone] for whole in (paged.contexts, paged.tables, paged.q))
-        assert torch.equal(part.run(one_row_each, 1, None), together[alone])
+        assert torch.equal(part.run(one_row_each, 1, window), together[alone])
         rows = min(30, int(paged.contexts[request]))
         q = torch.cat((torch.randn(rows - 1, q_width := paged.q.shape[1]).to(dtype), paged.q[alone]))
         out, kernel = torch.empty(rows, q_width, dtype=dtype), native.attention_for(paged.rows, 16)
         assert kernel is not None
         kernel(out, q, paged.rows, layer=1, num_layers=3, kv_heads=3, block_tokens=16, tables_BN=part.tables,
-               context_B=part.contexts, starts=torch.tensor([0, rows], dtype=torch.int32), window=None, scale=64**-0.5)
+               context_B=part.contexts, starts=torch.tensor([0, rows], dtype=torch.int32), window=window, scale=64**-0.5)
         assert torch.equal(out[-1:], together[alone])
 
 
@@ -249,15 +251,20 @@ def test_outputs_are_those_without_compiled_kernels(
 @pytest.fixture
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COSERVE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CXX", raising=False)
     return tmp_path / "cache"
 
 
 def note_of() -> str:
     """What a first call would say."""
     found = native.compiled_kernels.__wrapped__()
-    assert not found.kernels
+    assert not found.kernels and found.identity is None
     return found.note
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
 
 
 def test_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,59 +272,64 @@ def test_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert note_of() == "compiled kernels are off (COSERVE_NATIVE=0): decoding takes longer"
 
 
-def note_with(compiler: Path | str, cache: Path) -> str:
-    """The same in a process of its own, as Inductor asks for the compiler once."""
-    program = "from coserve.kernels import native; print(native.compiled_kernels().note)"
-    env = {**os.environ, "CXX": str(compiler), "COSERVE_CACHE": str(cache)}
-    done = subprocess.run([sys.executable, "-c", program], check=True, env=env, timeout=120, capture_output=True, text=True)
-    return done.stdout
+def test_without_a_compiler(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(fresh_cache / "none"))
+    assert note_of().endswith("there is no C++ compiler; install g++, or set CXX to its path")
 
 
-def script(path: Path, text: str) -> Path:
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
-
-
-def test_without_a_compiler(tmp_path: Path) -> None:
-    assert "there is no C++ compiler; install g++" in note_with(tmp_path / "none", tmp_path)
-
-
-def test_with_another_compiler(tmp_path: Path) -> None:
+def test_with_another_compiler(fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would bring another OpenMP library into the process."""
-    other = script(tmp_path / "other", "echo clang version 19")
-    assert f"{other} is not GNU's compiler; set CXX to g++" in note_with(other, tmp_path)
+    monkeypatch.setenv("CXX", script(tmp_path / "clang++", "echo clang version 19"))
+    assert note_of().endswith(f"the C++ compiler is {tmp_path / 'clang++'}, and only g++ is used; set CXX to it")
 
 
-def test_with_a_compiler_that_fails(tmp_path: Path) -> None:
+def test_with_a_compiler_that_fails(fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = '[ "$1" = --version ] && echo "g++ 12" && exit; echo "rows.cpp:1: error: no room" >&2; exit 1'
-    bad = script(tmp_path / "g++", text)
-    assert "the compiler failed: rows.cpp:1: error: no room" in note_with(bad, tmp_path)
-    assert not list((tmp_path / "kernels").glob("*"))
+    monkeypatch.setenv("CXX", script(tmp_path / "g++", text))
+    assert note_of().endswith("the compiler failed: rows.cpp:1: error: no room")
+    assert not list((fresh_cache / "kernels").iterdir())
 
 
-def test_with_another_pytorch(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", ["torch._inductor.cpp_builder", "torch._inductor.exc"])
+def test_with_another_pytorch(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The builder is a private part of it."""
-    monkeypatch.setitem(sys.modules, "torch._inductor.cpp_builder", None)
-    assert "can't compile them" in note_of()
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(build.BuildError, match="can't compile them"):
+        build.compile_library(tmp_path)
 
 
 @needs_compiler
-def test_a_library_is_made_once_and_anew_for_another_source(
+def test_a_library_is_made_once_and_again_when_it_is_damaged_or_made_of_something_else(
     fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = build.built_library()
-    assert first.parent == fresh_cache / "kernels" and [path.name for path in first.parent.iterdir()] == [first.name]
+    assert first.parent == fresh_cache / "kernels" and list(first.parent.iterdir()) == [first]
+    assert stat.S_IMODE(first.stat().st_mode) == 0o755, "others may share the directory"
     changed = first.stat().st_mtime_ns
     assert build.built_library() == first and first.stat().st_mtime_ns == changed
-    other = tmp_path / "rows.cpp"
-    other.write_text(build.SOURCE.read_text() + "// another\n")
-    monkeypatch.setattr(build, "SOURCE", other)
-    assert build.built_library() != first
+    first.write_bytes(first.read_bytes()[:1000])
+    second = build.built_library()
+    assert native._load(second)
+    name = build.library_name()
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_MARCH", "x86-64-v3")
+    assert build.library_name() != name
+
+
+def test_a_library_of_another_system_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def load(path: Path) -> dict[torch.dtype, native.RowKernels]:
+        if len(asked) == 1:
+            raise OSError("version `GLIBC_2.99' not found")
+        return {}
+
+    monkeypatch.setattr(native, "_load", load)
+    monkeypatch.setattr(native, "built_library", lambda anew=False: asked.append(anew) or Path("rows.so"))
+    assert native.compiled_kernels.__wrapped__().note.startswith("compiled kernels, ready") and asked == [False, True]
 
 
 @needs_compiler
-def test_a_cache_that_can_not_be_written_to(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_can_not_be_written_to(fresh_cache: Path) -> None:
     fresh_cache.write_text("a file where the directory would be")
     made = build.built_library()
     assert made.is_file() and fresh_cache not in made.parents
@@ -334,3 +346,11 @@ def test_the_process_has_one_openmp_library() -> None:
         "assert len(names) == 1, names\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=dict(os.environ), timeout=120)
+
+
+def test_with_a_second_openmp_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = ["7f-8f r--p 0 0:0 1  /somewhere/libgomp.so.1", "7f-8f r--p 0 0:0 1  /elsewhere/libiomp5.so"]
+    monkeypatch.setattr(native, "_mapped", lambda: mapped)
+    monkeypatch.setattr(native, "RowKernels", lambda path, name: None)
+    monkeypatch.setattr(native, "built_library", lambda: Path("rows.so"))
+    assert note_of().endswith("would need another OpenMP library than g++ (libgomp.so.1 and libiomp5.so)")

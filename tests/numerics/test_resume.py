@@ -26,11 +26,13 @@ from torch import Tensor
 from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.configdata import to_dict
 from coserve.core import InvalidRequest
+from coserve.engine import finetuning as finetuning_module
 from coserve.engine import model as model_module
 from coserve.engine.finetuning import finetune
 from coserve.engine.model import LoadedModel, load_model
 from coserve.finetune import job as job_module
 from coserve.finetune.job import Job, JobEvent, Verb
+from coserve.kernels import native
 from coserve.kernels.processor import Bfloat16Products
 from tests.outcome import result
 from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
@@ -273,4 +275,21 @@ def test_a_deterministic_job_needs_weights_held_the_same_way(tmp_path: Path, dir
     with pytest.raises(InvalidRequest, match="weights_layout has changed") as caught:
         finetune(data, output, model=other, config=config, resume=True)
     assert caught.value.param == "weights_layout"
+    finetune(data, output, model=model, config=config, resume=True)
+
+
+def test_a_deterministic_job_needs_the_same_kernels(
+    tmp_path: Path, directory: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled kernels and the library's calls differ in their last bits."""
+    data, output = directory / "sft.jsonl", tmp_path / "out"
+    config = replace(SFT, checkpoint_steps=1, max_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "compiled_kernels", lambda: native.Compiled({}, "off"))
+        stopped_after_a_step(data, output, SFT, model=model)
+        assert json.loads((output / "job.json").read_text())["kernels"] is None
+    monkeypatch.setattr(finetuning_module, "kernels_identity", lambda weight: "rows-1")
+    with pytest.raises(InvalidRequest, match="kernels has changed"):
+        finetune(data, output, model=model, config=config, resume=True)
+    monkeypatch.setattr(finetuning_module, "kernels_identity", lambda weight: None)
     finetune(data, output, model=model, config=config, resume=True)

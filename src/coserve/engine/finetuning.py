@@ -52,6 +52,7 @@ from coserve.finetune.defaults import (
 )
 from coserve.finetune.job import Job, JobEvent, StepRow, refuse_changes
 from coserve.finetune.taught import taught_end_tokens
+from coserve.kernels.native import kernels_identity
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.linear import can_pack
 from coserve.model.locate import locate_model
@@ -241,6 +242,7 @@ def prepare(
         "settings": to_dict(config),
         "threads": torch.get_num_threads() if config.deterministic else None,
         "weights_layout": f"{dtype_name(loaded.weights.dtype)} {loaded.weights.layout}" if config.deterministic else None,
+        "kernels": kernels_identity(loaded.weights.norm) if config.deterministic else None,
     }
     job = Job(config, train.groups, held_out.groups if held_out else (), trainer, directory, facts=facts, listen=listen)
     listen(JobEvent(level="info", message=describe_settings(asked, config, job.num_steps)))

@@ -17,7 +17,7 @@ from coserve.cachedir import cache_directory
 from coserve.config import LoraConfig, OptimizerConfig, SchedulerConfig
 from coserve.core import CapacityError, Direction, Example, Unit
 from coserve.finetune.optimizer import FlatAdamW
-from coserve.kernels.native import kernels_for
+from coserve.kernels.native import kernels_identity
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor, TrainWindow
@@ -57,8 +57,8 @@ def profile_key(passes: PassExecutor, fingerprint: str) -> str:
     weights = passes.weights
     device = torch.cuda.get_device_name(weights.device) if weights.device.type == "cuda" else platform.processor()
     kind = f"{weights.device.type} {device} {weights.dtype} {weights.layout}"
-    if kernels_for(weights.norm) is not None:
-        kind += " compiled"
+    if (kernels := kernels_identity(weights.norm)) is not None:
+        kind += f" {kernels}"
     return f"{fingerprint} {kind} {torch.get_num_threads()} {torch.__version__}"
 
 

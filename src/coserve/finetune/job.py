@@ -224,7 +224,7 @@ def _row(record: Mapping[str, str]) -> StepRow:
     return StepRow(**values)  # type: ignore[arg-type]  # the columns are StepRow's fields
 
 
-_LATER_FACTS = ("validation_digest", "start_digest", "weights_layout")
+_LATER_FACTS = ("validation_digest", "start_digest", "weights_layout", "kernels")
 """Jobs that earlier versions began don't have them."""
 
 

@@ -1,4 +1,4 @@
-"""Kernels: `reference` is the specification; `library`, `attention`, `cuda_attention` and `triton` are what runs, by `choose`.
+"""Kernels: `reference` is the specification; `library`, `attention`, `cuda_attention`, `triton` and `native` run.
 
 `reference.py` holds plain, differentiable PyTorch for every operator; tests hold the others (library calls writing into planned
 memory, forward and backward) against it.

@@ -1,4 +1,4 @@
-"""Which kernels a device gets: the one place that asks.
+"""Which kernels a device gets. (Whether compiled ones are there is `native`'s to say.)
 
 Owns: the choice. Does not own: what a kernel does where its library doesn't take the arguments (it falls back by itself).
 """

@@ -1,7 +1,7 @@
-"""The kernels that run: library calls that write into planned memory, on any device.
+"""The kernels that run: library calls that write into planned memory, on any device; on a CPU compiled ones where there are.
 
-T rows (packed tokens), D features, K head width, V vocabulary. Attention is next door, in
-attention.py.
+T rows (packed tokens), D features, K head width, V vocabulary. Attention is next door, in attention.py.
+
 Every function is held against `reference.py` by tests/numerics. `accumulate` adds to `out` instead of writing it.
 Outputs and inputs may be column slices of wider rows (stride > width) unless a function says otherwise.
 """

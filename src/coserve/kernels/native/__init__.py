@@ -8,17 +8,19 @@ T rows, H query heads, G key-value heads, K head width. Features of a row lie si
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from coserve.kernels.native.build import BuildError, built_library
+from coserve.kernels.native.build import BuildError, built_library, library_name
 
 _MOST_WIDTH = 512
 """Widest head that attention has room for (rows.cpp)."""
@@ -31,17 +33,22 @@ _POINTERS_AND_SIZES = {
 
 
 class Compiled(NamedTuple):
-    """kernels: by dtype, none where there is no library; note: a line for a log."""
+    """kernels: by dtype, none where there is no library. note: a line for a log. identity: what differs between libraries whose
+    results may differ in their last bits; None where there is none."""
 
     kernels: dict[torch.dtype, RowKernels]
     note: str
+    identity: str | None = None
 
 
 class RowKernels:
     """The kernels of one element type. Arguments are checked by nobody: they are what the runtime's tensors are."""
 
-    def __init__(self, library: ctypes.CDLL, name: str) -> None:
-        def function(kernel: str) -> Any:
+    def __init__(self, path: Path, name: str) -> None:
+        short = ctypes.PyDLL(str(path))  # keeps Python's lock, which can cost a wait to get back
+        long = ctypes.CDLL(str(path))  # gives it to other threads meanwhile
+
+        def function(kernel: str, library: ctypes.CDLL = short) -> Any:
             pointers, sizes, factors = _POINTERS_AND_SIZES[kernel]
             found = getattr(library, f"{kernel}_{name}")
             found.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * sizes + [ctypes.c_float] * factors
@@ -51,6 +58,7 @@ class RowKernels:
         self._rmsnorm, self._rope, self._silu_mul = function("rmsnorm"), function("rope"), function("silu_mul")
         self._add = function("add")
         self._write_cache, self._paged_attention = function("write_cache"), function("paged_attention")
+        self._long_attention = function("paged_attention", long)
 
     def rmsnorm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
         """As `library.rmsnorm`."""
@@ -100,7 +108,8 @@ class RowKernels:
         Accumulates in float32. A row's result is the same bits in every batch.
         """
         features, width, layer_elements = q.shape[1], cache.shape[1] // block_tokens, kv_heads * cache.shape[1]
-        self._paged_attention(
+        attend = self._long_attention if q.shape[0] > tables_BN.shape[0] else self._paged_attention  # prompts may take seconds
+        attend(
             out.data_ptr(), q.data_ptr(), cache.data_ptr() + 2 * layer * layer_elements * cache.element_size(),
             tables_BN.data_ptr(), context_B.data_ptr(), starts.data_ptr(), tables_BN.shape[0], kv_heads,
             features // (kv_heads * width), width, out.stride(0), q.stride(0), tables_BN.stride(0), block_tokens,
@@ -110,16 +119,35 @@ class RowKernels:
 
 @functools.cache
 def compiled_kernels() -> Compiled:
-    """The kernels and what to say of them. The first call on a machine compiles them, which takes a second or two."""
+    """The kernels and what to say of them. The first call on a machine compiles them, which takes some seconds."""
     if os.environ.get("COSERVE_NATIVE") == "0":
         return Compiled({}, "compiled kernels are off (COSERVE_NATIVE=0): decoding takes longer")
     started = time.perf_counter()
     try:
-        library = ctypes.PyDLL(str(built_library()))  # a call is short: it keeps Python's lock, which costs a wait to get back
+        path = built_library()
+        try:
+            kernels = _load(path)
+        except OSError:  # made on another system
+            path = built_library(anew=True)
+            kernels = _load(path)
     except (BuildError, OSError) as error:
         return Compiled({}, f"no compiled kernels, decoding takes longer: {error}")
-    kernels = {dtype: RowKernels(library, name) for dtype, name in _NAMES.items()}
-    return Compiled(kernels, f"compiled kernels, ready in {time.perf_counter() - started:.1f} s")
+    return Compiled(kernels, f"compiled kernels, ready in {time.perf_counter() - started:.1f} s", library_name())
+
+
+def _load(path: Path) -> dict[torch.dtype, RowKernels]:
+    kernels = {dtype: RowKernels(path, name) for dtype, name in _NAMES.items()}
+    teams = {name for line in _mapped() if (name := Path(line.split()[-1]).name).startswith(("libgomp", "libomp", "libiomp"))}
+    if len(teams) > 1:
+        raise BuildError(f"this PyTorch would need another OpenMP library than g++ ({' and '.join(sorted(teams))})")
+    return kernels
+
+
+def _mapped() -> list[str]:
+    """The files in the process's memory, one per line."""
+    with contextlib.suppress(OSError):
+        return [line for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line]
+    return []
 
 
 def compiles_for(dtype: torch.dtype, device: torch.device) -> bool:
@@ -130,6 +158,11 @@ def compiles_for(dtype: torch.dtype, device: torch.device) -> bool:
 def kernels_for(x: Tensor) -> RowKernels | None:
     """The kernels that rows like `x` can have."""
     return compiled_kernels().kernels.get(x.dtype) if x.is_cpu else None
+
+
+def kernels_identity(x: Tensor) -> str | None:
+    """Which kernels rows like `x` have: what has to be the same for the same bits. None for the library's calls."""
+    return None if kernels_for(x) is None else compiled_kernels().identity
 
 
 def attention_for(cache_rows: Tensor, block_tokens: int) -> Callable[..., None] | None:

@@ -2,8 +2,8 @@
 // attention over its blocks. Each is one call where tensor operations would be up to twenty-five.
 //
 // T rows, H query heads, G key-value heads, K head width. A stride is in elements, from a row to the next; features of a row
-// lie side by side. Elements are float or bfloat16; sums and intermediate values are float. Work is shared among the threads of
-// the calling thread's OpenMP team where it is large enough to be worth waking them.
+// lie side by side. Elements are float or bfloat16; sums and intermediate values are float. The threads of the caller's OpenMP
+// team share attention, and other work where it is large enough to be worth waking them.
 
 #include <math.h>
 #include <stdint.h>
@@ -297,7 +297,8 @@ void attend(T* out, const T* q, const T* cache, const Sequence& sequence, Index 
     }
     alignas(kLine) float room[kTile * (VECTORS ? VECTORS * kLanes : kMostWidth)], weights[kMostQueries * kTile];
     Index end = queries.last[count - 1];
-    for (Index start = queries.first[0]; start < end;) {
+    // Tiles lie on a grid of their own, so that a row's bits do not depend on the rows beside it.
+    for (Index start = queries.first[0] - queries.first[0] % block_tokens % kTile; start < end;) {
         Index block = start / block_tokens, offset = start - block * block_tokens, left = block_tokens - offset;
         Index tokens = left < end - start ? left : end - start;
         tokens = tokens < kTile ? tokens : kTile;
