@@ -277,12 +277,14 @@ def test_without_a_compiler(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert note_of().endswith("there is no C++ compiler; install g++, or set CXX to its path")
 
 
+@pytest.mark.full
 def test_with_another_compiler(fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would bring another OpenMP library into the process."""
     monkeypatch.setenv("CXX", script(tmp_path / "clang++", "echo clang version 19"))
     assert note_of().endswith(f"the C++ compiler is {tmp_path / 'clang++'}, and only g++ is used; set CXX to it")
 
 
+@pytest.mark.full
 def test_with_a_compiler_that_fails(fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = '[ "$1" = --version ] && echo "g++ 12" && exit; echo "rows.cpp:1: error: no room" >&2; exit 1'
     monkeypatch.setenv("CXX", script(tmp_path / "g++", text))
@@ -298,6 +300,7 @@ def test_with_another_pytorch(missing: str, tmp_path: Path, monkeypatch: pytest.
         build.compile_library(tmp_path)
 
 
+@pytest.mark.full
 @needs_compiler
 def test_a_library_is_made_once_and_again_when_it_is_damaged_or_made_of_something_else(
     fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -328,6 +331,7 @@ def test_a_library_of_another_system_is_made_again(monkeypatch: pytest.MonkeyPat
     assert native.compiled_kernels.__wrapped__().note.startswith("compiled kernels, ready") and asked == [False, True]
 
 
+@pytest.mark.full
 @needs_compiler
 def test_a_cache_that_can_not_be_written_to(fresh_cache: Path) -> None:
     fresh_cache.write_text("a file where the directory would be")
