@@ -1,4 +1,4 @@
-"""Where coserve keeps what it can make again: measured profiles, compiled kernels."""
+"""Where coserve keeps what it can make again: converted models, measured profiles, compiled kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import os
 from pathlib import Path
 
 
+def user_directory() -> Path:
+    """coserve under $XDG_CACHE_HOME, else under ~/.cache. It may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coserve"
+
+
 def cache_directory() -> Path:
-    """COSERVE_CACHE, else coserve under $XDG_CACHE_HOME, else under ~/.cache. It may not exist yet."""
+    """Of what is measured or compiled here: COSERVE_CACHE, else the user's. It may not exist yet."""
     root = os.environ.get("COSERVE_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coserve"
+    return Path(root) if root else user_directory()

@@ -120,7 +120,7 @@ def test_bfloat16_is_rounded_as_the_library_rounds() -> None:
 def one_row_each(out: Tensor, q: Tensor, cache: Tensor, **sizes: Any) -> None:
     """The kernel for a row per sequence, called as the paged kernel of Triton is."""
     del sizes["max_context"]
-    kernel = native.attention_for(cache, sizes["block_tokens"])
+    kernel = native.paged_attention_for(cache, sizes["block_tokens"])
     assert kernel is not None
     kernel(out, q, cache, starts=torch.arange(q.shape[0] + 1, dtype=torch.int32), **sizes)
 
@@ -153,7 +153,7 @@ def test_attention_of_many_rows(heads: int, kv_heads: int, width: int, window: i
     contexts, rows, block_tokens = [70, 33, 200, 5], [70, 17, 1, 5], {1: 40, 40: 5}.get(window or 0, 16)
     paged = PagedCache(heads + width, contexts, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype,
                        block_tokens=block_tokens)
-    kernel = native.attention_for(paged.rows, block_tokens)
+    kernel = native.paged_attention_for(paged.rows, block_tokens)
     assert kernel is not None
     starts = torch.tensor([0, *rows]).cumsum(0).int()
     q, out = wide(sum(rows), heads * width, dtype, 3, 3), wide(sum(rows), heads * width, dtype)
@@ -190,7 +190,7 @@ def test_a_row_has_the_same_bits_in_any_batch(window: int | None, dtype: torch.d
         assert torch.equal(part.run(one_row_each, 1, window), together[alone])
         rows = min(30, int(paged.contexts[request]))
         q = torch.cat((torch.randn(rows - 1, q_width := paged.q.shape[1]).to(dtype), paged.q[alone]))
-        out, kernel = torch.empty(rows, q_width, dtype=dtype), native.attention_for(paged.rows, 16)
+        out, kernel = torch.empty(rows, q_width, dtype=dtype), native.paged_attention_for(paged.rows, 16)
         assert kernel is not None
         kernel(out, q, paged.rows, layer=1, num_layers=3, kv_heads=3, block_tokens=16, tables_BN=part.tables,
                context_B=part.contexts, starts=torch.tensor([0, rows], dtype=torch.int32), window=window, scale=64**-0.5)
@@ -217,8 +217,8 @@ def test_scores_far_apart() -> None:
 
 
 def test_what_the_kernels_have_no_room_for_is_left_to_the_library() -> None:
-    assert native.attention_for(torch.empty(2, 16 * 513), 16) is None
-    assert native.attention_for(torch.empty(2, 64, dtype=torch.float64), 16) is None
+    assert native.paged_attention_for(torch.empty(2, 16 * 513), 16) is None
+    assert native.paged_attention_for(torch.empty(2, 64, dtype=torch.float64), 16) is None
     assert native.kernels_for(torch.empty(1, device="meta")) is None
 
 

@@ -73,7 +73,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
 
     monkeypatch.setattr(spans, "runs_triton", lambda device: True)
     monkeypatch.setattr(spans, "paged_decode_attention", play_paged)
-    monkeypatch.setattr(spans.native, "attention_for", lambda rows, block_tokens: None)
+    monkeypatch.setattr(spans.native, "paged_attention_for", lambda rows, block_tokens: None)
     monkeypatch.setattr(graphs, "runs_triton", lambda device: True)
     monkeypatch.setattr(graphs, "record", record)
     return captured

@@ -10,12 +10,12 @@ import contextlib
 import difflib
 import hashlib
 import importlib.util
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from coserve.cachedir import user_directory
 from coserve.core import InvalidRequest, NotFound, one_line
 from coserve.model.architecture import read_json
 from coserve.model.gguf import convert_gguf
@@ -81,8 +81,7 @@ def _refuse_adapter(path: Path) -> None:
 
 def model_cache_dir() -> Path:
     """Where converted models are kept: coserve/models under $XDG_CACHE_HOME, else under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "coserve" / "models"
+    return user_directory() / "models"
 
 
 def _looks_local(name: str) -> bool:

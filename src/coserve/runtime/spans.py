@@ -125,8 +125,12 @@ class SpanRows:
         blocks = np.concatenate(
             [np.asarray(s.table, np.int64)[np.arange(s.start, s.end) // pool.block_tokens] for s in spans]
         ) if spans else positions
-        compiled = native.attention_for(pool.rows, pool.block_tokens)
-        paged: Sequence[RowSpan] = spans if compiled is not None else decode if runs_triton(device) else ()
+        compiled = native.paged_attention_for(pool.rows, pool.block_tokens)
+        paged: Sequence[RowSpan] = ()
+        if compiled is not None:
+            paged = spans
+        elif runs_triton(device):
+            paged = decode
         tables, contexts = block_tables(paged, pool.block_tokens, _TABLE_STEP) if paged else (_NONE, _NONE)
         parts = (positions, blocks, contexts, tables)
         on_device = to_device(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)
@@ -136,16 +140,14 @@ class SpanRows:
         self._fresh = fresh_blocks(spans, pool.block_tokens)
         starts = np.cumsum([0, *lengths])
         self._paged: PagedDecode | _PagedSpans | None = None
-        self._paged_rows = 0
+        self._paged_rows = sum(lengths[: len(paged)])
         self._decode_windows: dict[int | None, list[_DecodeGroup]] = {}
         self._prefill: list[tuple[slice, RowSpan, Tensor | None]] = []
         self._prefill_attention = attention_for(device).forward
         if compiled is not None:
-            self._paged_rows = self.num_rows
             self._paged = _PagedSpans(compiled, sent[3].view(tables.shape), sent[2], torch.from_numpy(starts.astype(np.int32)))
         else:
             if paged:
-                self._paged_rows = len(decode)
                 self._paged = PagedDecode(sent[3].view(tables.shape), sent[2], int(contexts.max()))
             elif decode:
                 self._decode_windows = {window: self._groups(decode, window) for window in set(self.windows)}

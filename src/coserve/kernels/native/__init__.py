@@ -165,7 +165,7 @@ def kernels_identity(x: Tensor) -> str | None:
     return None if kernels_for(x) is None else compiled_kernels().identity
 
 
-def attention_for(cache_rows: Tensor, block_tokens: int) -> Callable[..., None] | None:
+def paged_attention_for(cache_rows: Tensor, block_tokens: int) -> Callable[..., None] | None:
     """`RowKernels.paged_attention` for a cache [rows, block_tokens * K], or None where it has no room for such heads."""
     compiled = kernels_for(cache_rows)
     return None if compiled is None or cache_rows.shape[1] > _MOST_WIDTH * block_tokens else compiled.paged_attention

@@ -1,5 +1,5 @@
 // Kernels over the rows of a pass on a CPU: norm, rotary embedding, gated activation, sum, the key-value cache's writes, and
-// attention over its blocks. Each is one call where tensor operations would be up to twenty-five.
+// attention over its blocks. Each is one call where tensor operations would be many.
 //
 // T rows, H query heads, G key-value heads, K head width. A stride is in elements, from a row to the next; features of a row
 // lie side by side. Elements are float or bfloat16; sums and intermediate values are float. The threads of the caller's OpenMP
