@@ -467,9 +467,9 @@ class SchedulerConfig:
     ttft_ms: ObjectiveMs | None = None
     """Objective: milliseconds from arrival to the first token; otherwise as `tpot_ms`."""
     itl_factor: float = 2.0
-    """No iteration with running requests is planned longer than this times the least TPOT objective among them. The exception
-    is a deterministic job's unit that is longer by itself. Beside a job a best-effort request counts as having the objective of
-    the machine's profile."""
+    """No iteration with running requests is planned longer than this times the least TPOT objective among them. The exceptions
+    are a deterministic job's unit that is longer by itself, and, where `tpot_ms` is None, a chunk of a prompt that may take up
+    to `preemption_quantum_ms`. Beside a job a best-effort request counts as having the objective of the machine's profile."""
     preemption_quantum_ms: float = 250.0
     """Longest planned iteration when nothing is running: what a new arrival may wait."""
     finetune_min_share: float = 0.0

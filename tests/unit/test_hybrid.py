@@ -166,6 +166,27 @@ def test_a_long_prompt_comes_in_chunks_that_running_requests_can_make_up_for(job
     assert request.met and long.met and all(gap <= 0.2 + 1e-9 for gap in gaps(request))
 
 
+def test_a_short_prompt_is_not_cut_for_a_cap_that_nobody_asked_for() -> None:
+    """The profile gives 26 ms per token, so that twice that is a cap of 52 ms; 200 tokens take 211 ms beside one request."""
+
+    def chunks_of(num_tokens: int, own_tpot_s: float | None = None, **settings: Any) -> list[int]:
+        fake = engine(ttft_ms=None, **settings)
+        running = decoding(fake, **({} if own_tpot_s is None else {"tpot_s": own_tpot_s}))
+        for _ in range(60):
+            step(fake)
+        prompt = fake.submit(num_tokens, 2)
+        plans = []
+        while not prompt.token_times:
+            plans.append(step(fake))
+        assert running.finished_s is None and all(plan.decode for plan in plans)
+        return [span.length for plan in plans for span in plan.prefill]
+
+    assert chunks_of(200, tpot_ms=None) == [200]
+    assert chunks_of(700, tpot_ms=None) == [234, 233, 233], "even chunks within the quantum of 250 ms"
+    assert len(chunks_of(200, tpot_ms=26)) > 2, "the server's objective"
+    assert len(chunks_of(200, 0.02, tpot_ms=None)) > 2, "the running request's own"
+
+
 def gaps(request: FakeRequest) -> list[float]:
     return [b - a for a, b in zip(request.token_times, request.token_times[1:], strict=False)]
 

@@ -87,6 +87,12 @@ def test_both_products(
             product(out, given_, accumulate)
             assert_close(out, want + base.double() if accumulate else want, dtype)
             assert not strided or wide[:, :margin].isnan().all(), "columns beside the output were written"
+    product = linear.product(x)
+    assert (product is not None) == (layout.packed and not (layout.one_copy and dtype == torch.bfloat16))
+    if product is not None:
+        out = torch.empty(rows, num_out, dtype=dtype)
+        linear.forward(out, x)
+        assert torch.equal(product, out)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

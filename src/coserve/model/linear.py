@@ -44,6 +44,10 @@ class FrozenLinear:
         else:
             torch.mm(x, self._weight.T, out=out)
 
+    def product(self, x: Tensor) -> Tensor | None:
+        """x [T, in] W^T + bias as a new tensor [T, out]; None if `forward`, which writes to the caller's memory, is faster."""
+        return None
+
     def input_grad(self, out: Tensor, grad: Tensor, accumulate: bool = False) -> None:
         """out [T, in] (+)= grad [T, out] W."""
         if accumulate:
@@ -155,12 +159,15 @@ class PackedLinear(FrozenLinear):
         return _num_bytes(self._backward) + (0 if self._whole is None else _num_bytes(self._forward))
 
     def forward(self, out: Tensor, x: Tensor, accumulate: bool = False) -> None:
-        self.prepare(backward=False)
-        if self._forward is None:
+        y = self.product(x)
+        if y is None:
             FrozenLinear(self.weight, self.bias).forward(out, x, accumulate)
-            return
-        y = _product(x, self._forward, self.bias)
-        out.add_(y) if accumulate else out.copy_(y)
+        else:
+            out.add_(y) if accumulate else out.copy_(y)
+
+    def product(self, x: Tensor) -> Tensor | None:
+        self.prepare(backward=False)
+        return None if self._forward is None else _product(x, self._forward, self.bias)
 
     def input_grad(self, out: Tensor, grad: Tensor, accumulate: bool = False) -> None:
         self.prepare(backward=True)

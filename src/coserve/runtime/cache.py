@@ -44,7 +44,8 @@ class KeyValuePool:
         self.buffer = torch.empty(held * self.block_bytes, dtype=torch.uint8, device=device)
         self.rows = self.buffer.view(dtype).view(-1, block_tokens * self.width)
         self._tokens = self.rows.view(-1, self.width)
-        self._blocks = self.buffer.view(held, self.block_bytes)
+        self._blocks = self.buffer.view(torch.int64).view(held, -1)
+        """A row per block. Wide elements, as a fill takes a time by the element."""
         self._gathered = self.rows.new_empty(2, 0, self.rows.shape[1])
         self._heads = torch.arange(self.kv_heads, device=device)
         step = self.kv_heads * block_tokens

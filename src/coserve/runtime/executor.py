@@ -46,17 +46,28 @@ class Executor:
         self.rotary = RotaryTable(self.arch, weights.dtype, weights.device)
 
     def execute(
-        self, program: Program, layer: int, rows: RowContext, num_rows: int, external: Callable[[int, Storage], Tensor]
+        self, program: Program, layer: int, rows: RowContext, num_rows: int, external: Callable[[int, Storage], Tensor], *,
+        workspace_read: bool = True,
     ) -> None:
-        """Runs a program for one layer; external(number, storage) gives the window's rows of storages outside the workspace."""
+        """Runs a program for one layer; external(number, storage) gives the window's rows of storages outside the workspace.
+
+        workspace_read: whether someone reads the workspace afterwards. Otherwise products that a library gives in memory of its
+        own stay there, which saves their copy.
+        """
         bound = self.workspace.bind(program, num_rows)
-        bound.fill(external)
         try:
+            bound.fill(external)
             weights = bound.weights(layer, self.weights.layers[layer].parameter)
-            for (run, attrs, accumulate, outs, ins), weight in zip(bound.calls, weights, strict=True):
-                run(rows, weight, attrs, accumulate, outs, ins)
+            for call, storage, weight in zip(bound.calls, bound.products, weights, strict=True):
+                run, attrs, accumulate, outs, ins = call
+                product = None if storage is None or workspace_read else weight.product(ins[0])
+                if product is None:
+                    run(rows, weight, attrs, accumulate, outs, ins)
+                else:
+                    assert storage is not None
+                    bound.put(storage, product)
         finally:
-            bound.fill(None)
+            bound.clear()
 
 
 class TrainExecutor:

@@ -141,7 +141,7 @@ class PassExecutor:
             def external(number: int, storage: Storage, ends: dict[Place, Tensor] = ends) -> Tensor:
                 return ends[storage.place]
 
-            self.executor.execute(program, layer, rows, total, external)
+            self.executor.execute(program, layer, rows, total, external, workspace_read=window is not None)
             if window is not None:
                 assert training is not None
                 self._keep(window, training, fused[layer], total, ends)

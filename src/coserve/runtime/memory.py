@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coserve.compiler.graph import Element
 from coserve.compiler.plan import ModelPlan
-from coserve.compiler.program import LayerPlan, Place, Program, Slot, Storage
+from coserve.compiler.program import Call, LayerPlan, Place, Program, Slot, Storage
 from coserve.ops.run import Runner
 
 _ALIGN = 64
@@ -47,30 +47,58 @@ class BoundProgram:
 
     tensors: one per slot, None for slots outside the workspace. Those are put in for each execution, and taken out again, so
     that nothing is kept alive.
+    products: of each call that is the first to write a storage of the workspace, and writes all of it as a linear's product,
+    the number of that storage; of other calls None. The product may be put in the storage's place instead of copied into it.
     """
 
     def __init__(self, program: Program, tensors: list[Tensor | None]) -> None:
         self.program, self.tensors = program, tensors
         self.calls: list[tuple[Runner, Mapping[str, Any], bool, list[Tensor], list[Tensor]]] = []
-        self._holes: dict[Slot, list[tuple[list[Any], int]]] = {}
+        self.products: list[int | None] = []
+        self._uses: dict[int, dict[int, list[tuple[list[Any], int]]]] = {}
+        """By storage, by slot: where the slot's tensor stands in the calls."""
+        self._put: list[int] = []
         self._weights: dict[int, list[Any]] = {}
         for call in program.calls:
+            self.products.append(self._product(call))
             outs, ins = self._places(call.outs), self._places(call.ins)
             self.calls.append((call.run, call.attrs, call.accumulate, outs, ins))
+        self._outside = [number for number in self._uses if program.storages[number].place is not Place.WORK]
+
+    def _product(self, call: Call) -> int | None:
+        if call.op != "linear" or call.accumulate:
+            return None
+        slot = self.program.slots[call.outs[0]]
+        storage = self.program.storages[slot.storage]
+        whole = storage.place is Place.WORK and slot.width == storage.width
+        return slot.storage if whole and slot.storage not in self._uses else None
 
     def _places(self, numbers: tuple[int, ...]) -> list[Any]:
         places: list[Any] = [self.tensors[number] for number in numbers]
         for index, number in enumerate(numbers):
-            if self.tensors[number] is None:
-                self._holes.setdefault(self.program.slots[number], []).append((places, index))
+            uses = self._uses.setdefault(self.program.slots[number].storage, {})
+            uses.setdefault(number, []).append((places, index))
         return places
 
-    def fill(self, external: Callable[[int, Storage], Tensor] | None) -> None:
-        """Puts in the window's rows of storages outside the workspace; None takes them out."""
-        for slot, places in self._holes.items():
-            found = None if external is None else columns(external(slot.storage, self.program.storages[slot.storage]), slot)
+    def put(self, storage: int, rows: Tensor) -> None:
+        """Lets `rows` [n, width] be a storage's memory until `clear`."""
+        self._put.append(storage)
+        for number, places in self._uses[storage].items():
+            found = columns(rows, self.program.slots[number])
             for tensors, index in places:
                 tensors[index] = found
+
+    def fill(self, external: Callable[[int, Storage], Tensor]) -> None:
+        """Puts in the window's rows of storages outside the workspace."""
+        for storage in self._outside:
+            self.put(storage, external(storage, self.program.storages[storage]))
+
+    def clear(self) -> None:
+        """Takes out all that was put in."""
+        while self._put:
+            for number, places in self._uses[self._put.pop()].items():
+                for tensors, index in places:
+                    tensors[index] = self.tensors[number]
 
     def weights(self, layer: int, parameter: Callable[[str, str], Any]) -> list[Any]:
         """What each call computes with in a layer: parameter(operator, name), the name of an adapter's factor, or None."""

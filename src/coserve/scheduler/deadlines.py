@@ -1,7 +1,8 @@
 """How long an iteration may take, by what running requests were promised.
 
     slack   until the first of the next tokens is due
-    cap     itl_factor x the least TPOT objective
+    cap     itl_factor x the least TPOT objective. Where objectives come from the profile, as nobody gave any, it is at least
+            the time of a chunk of FAST_CHUNK tokens.
     hope    until the first request can't meet its objective any more, even if each of its tokens took no longer than decoding
             alone
 
@@ -26,6 +27,8 @@ from coserve.scheduler.requests import RequestState
 
 UNBOUNDED = 1e9
 """Seconds that anything fits into."""
+FAST_CHUNK = 256
+"""Prompt tokens that are not cut for a cap that nobody has asked for: pieces take longer in all, and the prompt waits."""
 
 
 class Deadlines:
@@ -45,7 +48,10 @@ class Deadlines:
         least, token_s = min(r.tpot_s for r in running), self._token_seconds(running)
         if least == math.inf:
             return max(self._quantum_s, self.config.itl_factor * token_s)
-        return self.config.itl_factor * max(least, token_s)
+        cap = self.config.itl_factor * max(least, token_s)
+        if self.config.tpot_ms is not None or least < self.best_effort.tpot_s:
+            return cap
+        return max(cap, min(self._quantum_s, self._token_seconds(running, FAST_CHUNK)))
 
     def for_jobs(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
         """What an iteration with finetuning may be predicted to take. prompt_s: what is kept for a prompt that may come."""
@@ -90,8 +96,9 @@ class Deadlines:
         times = (r.hope_s(token_s) - now if desperate else r.slack_s(now, reserve) for r in hopeful)
         return min(times, default=UNBOUNDED)
 
-    def _token_seconds(self, running: Collection[RequestState]) -> float:
-        """An iteration that gives each of them a token and does nothing else."""
-        rows = len(running)
-        cost = PassCost(rows, rows, rows, sum(r.total for r in running), 0, 0, 0, 0, len({r.key for r in running}))
+    def _token_seconds(self, running: Collection[RequestState], prompt: int = 0) -> float:
+        """An iteration that gives each of them a token, and does nothing else but to begin a prompt with so many tokens."""
+        rows, pairs, adapters = len(running), prompt * (prompt + 1) // 2, len({r.key for r in running})
+        context, spans = sum(r.total for r in running), int(prompt > 0)
+        cost = PassCost(rows + prompt, rows + spans, rows, context, pairs, 0, 0, 0, adapters, spans)
         return self.latency.pass_seconds(cost) + self.latency.constant_seconds
