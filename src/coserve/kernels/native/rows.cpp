@@ -9,6 +9,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 typedef int64_t Index;
@@ -72,10 +78,34 @@ inline const float* widened(const Bfloat16* values, float* room, Index rows, Ind
     return copied(values, room, rows, width, padded);
 }
 
-inline Lanes load_lanes(const float* values) {
+inline Lanes load_lanes(const void* values) {
     Lanes result;
     memcpy(&result, values, sizeof result);
     return result;
+}
+
+// Whether the processor multiplies elements of a type as they are, and adds the products up as floats.
+template <typename T>
+inline constexpr bool kMultiplied = false;
+
+#ifdef __AVX512BF16__
+template <>
+inline constexpr bool kMultiplied<Bfloat16> = true;
+
+// x and y are 2 * kLanes elements each: lane i gains the products of elements 2 i and 2 i + 1.
+inline Lanes add_products(Lanes sums, Lanes x, Lanes y) {
+    return reinterpret_cast<Lanes>(_mm512_dpbf16_ps(
+        reinterpret_cast<__m512>(sums), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y)));
+}
+#else
+inline Lanes add_products(Lanes sums, Lanes, Lanes) { return sums; }  // is never called
+#endif
+
+// 2 * kLanes elements as floats: those with even numbers first, which takes one instruction, and then the odd ones.
+inline void widen_two(const Bfloat16* values, Lanes* even, Lanes* odd) {
+    Places bits;
+    memcpy(&bits, values, sizeof bits);
+    *even = reinterpret_cast<Lanes>(bits << 16), *odd = reinterpret_cast<Lanes>(bits & -0x10000);
 }
 
 inline void store_lanes(float* place, Lanes values) { memcpy(place, &values, sizeof values); }
@@ -183,8 +213,11 @@ struct Sequence {
 };
 
 // Query heads of a key-value head, of some rows of one sequence, and what they have gathered so far. Padded to whole lanes.
+// Q: float, or the element type where elements are multiplied as they are.
+template <typename Q>
 struct Queries {
-    alignas(kLine) float q[kRoom], sums[kRoom], totals[kMostQueries * kLanes];  // a query's total is the sum of its lanes
+    alignas(kLine) Q q[kRoom];
+    alignas(kLine) float sums[kRoom], totals[kMostQueries * kLanes];  // a query's total is the sum of its lanes
     float largest[kMostQueries];
     Index first[kMostQueries], last[kMostQueries];  // the tokens that each sees
 };
@@ -214,19 +247,23 @@ inline float largest_of(Lanes values, float least) {
 }
 
 // COUNT queries, from number `from` on, meet the keys of tokens [start, start + tokens): their weights, and what they have
-// gathered scaled to the new maximum. VECTORS: lanes per head where that is known, else 0.
-template <int VECTORS, int COUNT>
-void weigh(Queries& queries, Index from, const float* tile, Index start, Index tokens, Index any_vectors, float* weights) {
+// gathered scaled to the new maximum. VECTORS: lanes of floats per head where that is known, else 0.
+template <typename Q, int VECTORS, int COUNT>
+void weigh(Queries<Q>& queries, Index from, const Q* tile, Index start, Index tokens, Index any_vectors, float scale,
+           float* weights) {
     const Index vectors = VECTORS ? VECTORS : any_vectors;
+    const Index per_load = kLanes * sizeof(float) / sizeof(Q), loads = vectors * kLanes / per_load;
     Lanes products[COUNT][kTile], query[COUNT][VECTORS ? VECTORS : kMostWidth / kLanes];
     for (int i = 0; i < COUNT; ++i) {
-        for (Index v = 0; v < vectors; ++v) query[i][v] = load_lanes(queries.q + ((from + i) * vectors + v) * kLanes);
+        for (Index v = 0; v < loads; ++v) query[i][v] = load_lanes(queries.q + ((from + i) * loads + v) * per_load);
     }
     for (Index t = 0; t < tokens; ++t) {
         Lanes sums[COUNT] = {};
-        for (Index v = 0; v < vectors; ++v) {
-            Lanes key = load_lanes(tile + (t * vectors + v) * kLanes);
-            for (int i = 0; i < COUNT; ++i) sums[i] += key * query[i][v];
+        for (Index v = 0; v < loads; ++v) {
+            Lanes key = load_lanes(tile + (t * loads + v) * per_load);
+            for (int i = 0; i < COUNT; ++i) {
+                sums[i] = kMultiplied<Q> ? add_products(sums[i], key, query[i][v]) : sums[i] + key * query[i][v];
+            }
         }
         for (int i = 0; i < COUNT; ++i) products[i][t] = sums[i];
     }
@@ -235,7 +272,7 @@ void weigh(Queries& queries, Index from, const float* tile, Index start, Index t
     }
     for (int i = 0; i < COUNT; ++i) {
         Index n = from + i, first = queries.first[n] - start, last = queries.last[n] - start;
-        Lanes scores = sums_of(products[i]);
+        Lanes scores = sums_of(products[i]) * scale;
         float most = queries.largest[n];
         float* weight = weights + n * kTile;
         first = first > 0 ? first : 0, last = last < tokens ? last : tokens;
@@ -262,10 +299,27 @@ void weigh(Queries& queries, Index from, const float* tile, Index start, Index t
     }
 }
 
-// The same queries gather the values of those tokens.
-template <int VECTORS, int COUNT>
-void gather(Queries& queries, Index from, const float* tile, Index tokens, Index any_vectors, const float* weights) {
+// The same queries gather the values of those tokens. Sums over elements that are multiplied as they are lie as `widen_two`
+// gives them.
+template <typename Q, int VECTORS, int COUNT>
+void gather(Queries<Q>& queries, Index from, const Q* tile, Index tokens, Index any_vectors, const float* weights) {
     const Index vectors = VECTORS ? VECTORS : any_vectors;
+    if constexpr (kMultiplied<Q>) {
+        for (Index v = 0; v < vectors; v += 2) {
+            Lanes sums[2][COUNT], values[2];
+            for (int i = 0; i < 2 * COUNT; ++i) {
+                sums[i % 2][i / 2] = load_lanes(queries.sums + ((from + i / 2) * vectors + v + i % 2) * kLanes);
+            }
+            for (Index t = 0; t < tokens; ++t) {
+                widen_two(tile + (t * vectors + v) * kLanes, values, values + 1);
+                for (int i = 0; i < 2 * COUNT; ++i) sums[i % 2][i / 2] += weights[(from + i / 2) * kTile + t] * values[i % 2];
+            }
+            for (int i = 0; i < 2 * COUNT; ++i) {
+                store_lanes(queries.sums + ((from + i / 2) * vectors + v + i % 2) * kLanes, sums[i % 2][i / 2]);
+            }
+        }
+        return;
+    }
     for (Index v = 0; v < vectors; ++v) {
         Lanes sums[COUNT];
         for (int i = 0; i < COUNT; ++i) sums[i] = load_lanes(queries.sums + ((from + i) * vectors + v) * kLanes);
@@ -278,18 +332,22 @@ void gather(Queries& queries, Index from, const float* tile, Index tokens, Index
 }
 
 // Attention of `heads` query heads of one key-value head, of rows [row, row_end) of a sequence, tile by tile: of each query
-// the running maximum, sum and weighted values. A tile of keys or values is turned to float once for all of them.
+// the running maximum, sum and weighted values. A tile of keys or values is turned to float once for all of them, unless its
+// elements are multiplied as they are.
 template <typename T, int VECTORS>
 void attend(T* out, const T* q, const T* cache, const Sequence& sequence, Index row, Index row_end, Index heads, Index width,
             Index out_stride, Index q_stride, Index block_tokens, Index block_stride, Index values_offset, Index window,
             float scale) {
+    constexpr bool as_they_are = kMultiplied<T> && VECTORS % 2 == 0 && VECTORS > 0;
+    using Q = std::conditional_t<as_they_are, T, float>;
     const Index vectors = VECTORS ? VECTORS : (width + kLanes - 1) / kLanes, padded = vectors * kLanes;
     const Index count = (row_end - row) * heads;
-    Queries queries;
+    Queries<Q> queries;
     for (Index n = 0; n < count; ++n) {
         Index here = row + n / heads, last = sequence.context - (sequence.row_end - 1 - here);
         const T* from = q + here * q_stride + n % heads * width;
-        for (Index k = 0; k < padded; ++k) queries.q[n * padded + k] = k < width ? load(from[k]) * scale : 0;
+        if constexpr (as_they_are) memcpy(queries.q + n * padded, from, padded * sizeof(T));
+        else copied(from, queries.q + n * padded, 1, width, padded);
         for (Index k = 0; k < padded; ++k) queries.sums[n * padded + k] = 0;
         queries.last[n] = last, queries.first[n] = window && last > window ? last - window : 0;
         for (Index t = 0; t < kLanes; ++t) queries.totals[n * kLanes + t] = last > 0 ? 0 : 1;  // nothing to see: zeros
@@ -310,25 +368,31 @@ void attend(T* out, const T* q, const T* cache, const Sequence& sequence, Index 
                 __builtin_prefetch(next + values_offset + k, 0, 2);
             }
         }
-        const float* tile = widened(keys, room, tokens, width, padded);
+        const Q* tile;
+        if constexpr (as_they_are) tile = keys;
+        else tile = widened(keys, room, tokens, width, padded);
         Index n = 0;
-        for (; count - n >= 4; n += 4) weigh<VECTORS, 4>(queries, n, tile, start, tokens, vectors, weights);
-        if (count - n == 3) weigh<VECTORS, 3>(queries, n, tile, start, tokens, vectors, weights);
-        if (count - n == 2) weigh<VECTORS, 2>(queries, n, tile, start, tokens, vectors, weights);
-        if (count - n == 1) weigh<VECTORS, 1>(queries, n, tile, start, tokens, vectors, weights);
-        tile = widened(keys + values_offset, room, tokens, width, padded);
+        for (; count - n >= 4; n += 4) weigh<Q, VECTORS, 4>(queries, n, tile, start, tokens, vectors, scale, weights);
+        if (count - n == 3) weigh<Q, VECTORS, 3>(queries, n, tile, start, tokens, vectors, scale, weights);
+        if (count - n == 2) weigh<Q, VECTORS, 2>(queries, n, tile, start, tokens, vectors, scale, weights);
+        if (count - n == 1) weigh<Q, VECTORS, 1>(queries, n, tile, start, tokens, vectors, scale, weights);
+        if constexpr (as_they_are) tile = keys + values_offset;
+        else tile = widened(keys + values_offset, room, tokens, width, padded);
         n = 0;
-        for (; count - n >= 4; n += 4) gather<VECTORS, 4>(queries, n, tile, tokens, vectors, weights);
-        if (count - n == 3) gather<VECTORS, 3>(queries, n, tile, tokens, vectors, weights);
-        if (count - n == 2) gather<VECTORS, 2>(queries, n, tile, tokens, vectors, weights);
-        if (count - n == 1) gather<VECTORS, 1>(queries, n, tile, tokens, vectors, weights);
+        for (; count - n >= 4; n += 4) gather<Q, VECTORS, 4>(queries, n, tile, tokens, vectors, weights);
+        if (count - n == 3) gather<Q, VECTORS, 3>(queries, n, tile, tokens, vectors, weights);
+        if (count - n == 2) gather<Q, VECTORS, 2>(queries, n, tile, tokens, vectors, weights);
+        if (count - n == 1) gather<Q, VECTORS, 1>(queries, n, tile, tokens, vectors, weights);
         start += tokens;
     }
     for (Index n = 0; n < count; ++n) {
         T* to = out + (row + n / heads) * out_stride + n % heads * width;
         float total = 0;
         for (Index t = 0; t < kLanes; ++t) total += queries.totals[n * kLanes + t];
-        for (Index k = 0; k < width; ++k) store(to + k, queries.sums[n * padded + k] / total);
+        for (Index k = 0; k < width; ++k) {
+            Index place = as_they_are ? k / (2 * kLanes) * (2 * kLanes) + k % 2 * kLanes + k % (2 * kLanes) / 2 : k;
+            store(to + k, queries.sums[n * padded + place] / total);
+        }
     }
 }
 
