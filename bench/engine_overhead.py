@@ -32,9 +32,9 @@ from coserve import (
 )
 from coserve.core import Sampled, StepPlan, StepResult
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel
 from coserve.engine.step import Lookup
 from coserve.peft.lora import LoraAdapter
+from coserve.runtime.loaded import LoadedModel
 from coserve.runtime.spans import NO_ADAPTER, RowSpan, SpanRows
 from coserve.scheduler.latency import LatencyModel
 

@@ -21,7 +21,7 @@ from gpu_passes import LORA
 from coserve.bench.arrivals import ArrivalConfig, make_arrivals
 from coserve.bench.driver import Run, RunConfig, run_load
 from coserve.bench.metrics import Objectives, summarize
-from coserve.config import EngineConfig, FinetuneConfig, OptimizerConfig, SchedulerConfig
+from coserve.config.settings import EngineConfig, FinetuneConfig, OptimizerConfig, SchedulerConfig
 from coserve.engine.engine import Engine
 from coserve.scheduler.latency import LatencyModel
 

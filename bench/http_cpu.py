@@ -29,11 +29,11 @@ from openai import AsyncOpenAI, OpenAI, OpenAIError
 from servers import Server, descendants, processor_seconds, running_server
 
 from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals
-from coserve.bench.cli import device_name, versions
 from coserve.bench.metrics import Objectives, RequestRecord, summarize
 from coserve.bench.workload import prompts, word_ids, write_training_file
+from coserve.cli.bench import device_name, versions
 from coserve.model.locate import locate_model
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 SETTLE_S = 8.0
 DRAIN_S = 60.0

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coserve.config import SchedulerConfig
+from coserve.config.settings import SchedulerConfig
 from coserve.core import Direction, Sampled, Span, StepPlan, StepResult, Unit, WorkUnit
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler

@@ -21,7 +21,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 
-from coserve.config import SamplingConfig
+from coserve.config.settings import SamplingConfig
 from coserve.core import CoserveError, InvalidRequest, NotFound, Objectives
 from coserve.server.errors import Unauthorized, error_body, status_of
 from coserve.server.jobs.body import CreateJob

@@ -22,9 +22,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from coserve.config import ObjectiveMs, SamplingConfig
+from coserve.config.settings import ObjectiveMs, SamplingConfig
 from coserve.core import CoserveError, NotFound, Objectives
-from coserve.detokenizer import IncrementalDetokenizer
 from coserve.server.errors import EngineUnavailable, Unauthorized
 from coserve.server.handlers import install_handlers
 from coserve.server.link.messages import LogprobEntry, Ready, Tokens
@@ -34,7 +33,8 @@ from coserve.server.models import ServedModel
 from coserve.server.routes import inference, tokens
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.detokenizer import IncrementalDetokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 ANSWER = "Hello, grün 🙂 world."
 MODEL, ADAPTER = "tiny", "tiny-tuned"

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import pytest
 import zmq
 
-from coserve.config import EngineConfig, FinetuneConfig, LoraConfig, SamplingConfig
+from coserve.config.settings import EngineConfig, FinetuneConfig, LoraConfig, SamplingConfig
 from coserve.core import ConfigError, InvalidRequest, NotFound, StepPlan, StepResult
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel, load_model
 from coserve.engine.step import Lookup
 from coserve.peft.format import save_adapter
+from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.scheduler.latency import LatencyModel
 from coserve.server.errors import EngineUnavailable
 from coserve.server.link import engineclient, enginemain

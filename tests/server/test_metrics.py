@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from coserve.config import SamplingConfig
+from coserve.config.settings import SamplingConfig
 from coserve.core import Objectives
 from coserve.server.link.messages import JobEnded, Tokens, merge_tokens
 from coserve.server.settings import ServerConfig

@@ -28,7 +28,7 @@ from coserve.bench.report import make_page
 from coserve.bench.results import make_results, prediction_errors
 from coserve.bench.sharing import BurstConfig, Cell, Measured, Setup, Sharing, SharingConfig
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
-from coserve.config import FinetuneConfig, SamplingConfig
+from coserve.config.settings import FinetuneConfig, SamplingConfig
 from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, JobFailed, NotFound
 
 OBJECTIVES = Objectives(ttft_ms=1000.0, tpot_ms=100.0)
@@ -636,7 +636,7 @@ def test_page_of_a_run_without_bound_bursts_or_finetune_only(tmp_path: Path) -> 
     (["--arrivals", "trace:missing.csv"], "no trace file"),
 ])
 def test_command_line_refuses_before_it_loads_a_model(arguments: list[str], message: str) -> None:
-    command = importlib.import_module("coserve.bench.cli").bench_app
+    command = importlib.import_module("coserve.cli.bench").bench_app
     found = CliRunner().invoke(command, ["sharing", *arguments])
     assert isinstance(found.exception, ConfigError | NotFound) and message in str(found.exception)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from coserve.config import SchedulerConfig
+from coserve.config.settings import SchedulerConfig
 from coserve.scheduler.objectives import profile_objectives
 from coserve.scheduler.requests import RequestState
 from tests.fake_engine import BASE, FakeEngine, FakeRequest

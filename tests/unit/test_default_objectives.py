@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from coserve.bench.sharing import SharingConfig
-from coserve.config import SamplingConfig, SchedulerConfig
+from coserve.config.settings import SamplingConfig, SchedulerConfig
 from coserve.core import ConfigError, Objectives
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.objectives import LEAST, describe, profile_objectives

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from coserve.config import FinetuneConfig, LoraConfig
+from coserve.config.settings import FinetuneConfig, LoraConfig
 from coserve.core import ConfigError, InvalidRequest
 from coserve.demo import client as client_module
 from coserve.demo import watch as watch_module
@@ -36,7 +36,7 @@ from coserve.demo.traffic import BURST, PROMPTS, Chat, Figures, Objectives, Traf
 from coserve.demo.watch import FINETUNE, INFERENCE, Sample, Watch, add_sample, rate, trained_until
 from coserve.finetune.datasets import Dataset, load_groups
 from coserve.server.jobs.body import read_body
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_directory import build_tiny_directory
 
 OBJECTIVES = Objectives(tpot_ms=100, ttft_ms=1000)

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import typer
 
-from coserve.cli import app
-from coserve.config import FinetuneConfig
+from coserve.cli.main import app
+from coserve.cli.vllmflags import FLAGS
+from coserve.config.settings import FinetuneConfig
 from coserve.core import Objectives
 from coserve.server.inference import fields, protocol
 from coserve.server.jobs.body import Extras
 from coserve.server.settings import ServerConfig, read_settings
 from coserve.server.stats.metrics import ServerMetrics, ServerState
-from coserve.server.vllmflags import FLAGS
 from tests.unit.conftest import config_of
 
 ROOT = Path(__file__).parents[2]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from coserve.config import EngineConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import EngineConfig, SamplingConfig, SchedulerConfig
 from coserve.core import InvalidRequest, NotFound
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel
-from coserve.engine.profiling import Profiler
 from coserve.peft.format import save_adapter
+from coserve.profiling.measure import Profiler
 from coserve.runtime.adapters import AdapterSlots
+from coserve.runtime.loaded import LoadedModel
 from coserve.scheduler.latency import PassCost
 from tests.tiny_engine import MakeEngine, drive, prompt, random_adapter
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from coserve.config import EngineConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import EngineConfig, SamplingConfig, SchedulerConfig
 from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, NotFound
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel
 from coserve.engine.requests import Chunk
+from coserve.runtime.loaded import LoadedModel
 from coserve.scheduler.latency import LatencyModel
 from tests.tiny_engine import MakeEngine, assert_nothing_left, drive, make_engine, prompt
 

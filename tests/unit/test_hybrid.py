@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coserve.bench.machine import RowCost, inference_share
-from coserve.config import SchedulerConfig
+from coserve.config.settings import SchedulerConfig
 from coserve.core import Direction, StepPlan
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.prefix import PrefixKey

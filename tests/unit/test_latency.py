@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost, kind_of
-from coserve.scheduler.profile import (
+from coserve.profiling.fit import (
     Sample,
     by_layer,
     fit,
@@ -25,6 +24,7 @@ from coserve.scheduler.profile import (
     save_profile,
     sequence_length,
 )
+from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost, kind_of
 
 Law = Callable[[Contents], float]
 DECODE = PassCost(8, 8, 8, 4096, 0, 0, 0, 0, 0)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from coserve.engine import profiling
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel
-from coserve.engine.profiling import Profiler
+from coserve.profiling import measure as profiling
+from coserve.profiling.fit import Sample, fit, needed_points, profile_points, row_layers
+from coserve.profiling.measure import Profiler
+from coserve.runtime.loaded import LoadedModel
 from coserve.scheduler.latency import Contents
-from coserve.scheduler.profile import Sample, fit, needed_points, profile_points, row_layers
 from tests.tiny_engine import MakeEngine, build_model
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coserve.config import SamplingConfig
+from coserve.config.settings import SamplingConfig
 from coserve.runtime import sampler
 from coserve.runtime.sampler import SamplerRow, gumbel_noise, prompt_logprobs, sample, sample_rows
 

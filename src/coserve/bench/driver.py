@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from coserve.bench.arrivals import Arrival
 from coserve.bench.metrics import Objectives, RequestRecord, meets
-from coserve.config import FinetuneConfig, SamplingConfig
+from coserve.config.settings import FinetuneConfig, SamplingConfig
 from coserve.core import CoserveError, JobFailed
 
 LONGEST_SLEEP_S = 1e-3

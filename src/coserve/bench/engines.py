@@ -20,10 +20,10 @@ import torch
 from coserve.bench.driver import BenchEngine, Handle, Job
 from coserve.bench.metrics import Objectives
 from coserve.bench.sharing import SPATIAL
-from coserve.config import EngineConfig, FinetuneConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import EngineConfig, FinetuneConfig, SamplingConfig, SchedulerConfig
 from coserve.core import CoserveError, JobFailed
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel, load_model
+from coserve.runtime.loaded import LoadedModel, load_model
 
 START_S = 300.0
 """Longest wait for the child to load its model and start its job."""

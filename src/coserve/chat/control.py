@@ -10,7 +10,7 @@ The marks and the other names are random private-use characters, made once per t
 copy has the tokenizer's own settings with other names, so it treats what is around a token (white space to strip, prefix
 spaces) as the tokenizer does. A text without marks never needs the copy.
 
-Owns: finding, marking, the copy. Does not own: which tokens are control tokens (tokenizer.py).
+Owns: finding, marking, the copy. Does not own: which tokens are control tokens (text/tokenizer.py).
 """
 
 from __future__ import annotations

@@ -17,16 +17,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from coserve.config import EngineConfig, FinetuneConfig, ObjectiveMs, SamplingConfig
+from coserve.config.settings import EngineConfig, FinetuneConfig, ObjectiveMs, SamplingConfig
 from coserve.core import CapacityError, ConfigError, CoserveError, NotFound, Objectives, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry
-from coserve.engine.budget import POOL_SHARE, available_bytes, settle_copies
-from coserve.engine.finetuning import prepare_beside
 from coserve.engine.inbox import Inbox
 from coserve.engine.jobs import JobHandle
 from coserve.engine.jobtable import JobTable
-from coserve.engine.model import LoadedModel
-from coserve.engine.profiling import latency_model
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.engine.requesttable import RequestTable
 from coserve.engine.step import Lookup, StepRunner
@@ -34,16 +30,20 @@ from coserve.engine.threads import borrowed_team, give_team_back
 from coserve.engine.watching import Watcher
 from coserve.finetune.job import JobEvent
 from coserve.kernels.native import compiled_kernels, compiles_for
+from coserve.model.memory import POOL_SHARE, available_bytes, settle_copies
 from coserve.peft.adapter import Adapter
+from coserve.profiling.measure import latency_model
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool, block_bytes
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor
+from coserve.runtime.loaded import LoadedModel
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.objectives import asked_objectives, describe
 from coserve.scheduler.seats import FREE_SEATS
+from coserve.training.finetuning import prepare_beside
 
 
 class Runner(Protocol):

@@ -23,10 +23,7 @@ import torch
 from torch import Tensor
 
 from coserve.core import AdapterCopy, CoserveError, JobFailed, OptimizerSlice
-from coserve.engine.batchwork import BatchWork, Microbatch
 from coserve.engine.diskwrite import DiskWrite
-from coserve.engine.finetuning import PreparedJob
-from coserve.engine.trainer import out_of_memory
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
 from coserve.finetune.job import Checkpoint, ForwardBackward, JobEvent, OptimStep, Publish, Score, StepRow, Verb, Write
@@ -34,6 +31,9 @@ from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
 from coserve.scheduler.arenas import Arena
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
+from coserve.training.batchwork import BatchWork, Microbatch
+from coserve.training.finetuning import PreparedJob
+from coserve.training.trainer import out_of_memory
 
 _SHORT_WRITE_S = 0.005
 """What the engine's thread waits for a row to be written: as a rule it takes a hundredth of that."""

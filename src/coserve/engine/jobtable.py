@@ -15,19 +15,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from coserve.config import AdapterConfig, BottleneckConfig, EngineConfig, FinetuneConfig, settled
+from coserve.config.settings import AdapterConfig, BottleneckConfig, EngineConfig, FinetuneConfig, settled
 from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan, WorkUnit
 from coserve.engine.adapters import AdapterRegistry
-from coserve.engine.batchwork import Microbatch
-from coserve.engine.budget import GIB, FittedPlan, Workload, asked_plan, fit_plan, shape_adapter
-from coserve.engine.finetuning import PreparedJob
 from coserve.engine.jobs import JobHandle, LiveJob
 from coserve.engine.threads import SideThreads
-from coserve.engine.trainer import MIN_WINDOW
 from coserve.engine.watching import Watcher
 from coserve.finetune.datasets import Dataset
 from coserve.model.architecture import Architecture
+from coserve.model.memory import GIB
 from coserve.peft.adapter import Adapter
+from coserve.planning.budget import FittedPlan, Workload, asked_plan, fit_plan, shape_adapter
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import scoring_plan
@@ -35,6 +33,9 @@ from coserve.scheduler.arenas import Arena
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.work import MicrobatchWork
+from coserve.training.batchwork import Microbatch
+from coserve.training.finetuning import PreparedJob
+from coserve.training.trainer import MIN_WINDOW
 
 
 class UnitShape(NamedTuple):

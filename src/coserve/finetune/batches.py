@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coserve.config import FinetuneConfig, settled
+from coserve.config.settings import FinetuneConfig, settled
 from coserve.core import Group
 
 

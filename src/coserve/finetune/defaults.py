@@ -2,7 +2,7 @@
 
     resolve_settings(config, number of examples, the adapter that is continued, the model's width) -> config without 'auto'
 
-Owns: those rules, what is said about them. Does not own: fixed defaults (config.py). A resumed job keeps the numbers that it
+Owns: those rules, what is said about them. Does not own: fixed defaults (config/settings.py). A resumed job keeps the numbers that it
 began with, whatever the rules have become since: `keep_numbers`.
 """
 
@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from coserve.config import (
+from coserve.config.data import to_dict
+from coserve.config.settings import (
     AUTO,
     LINEAR_SITES,
     AdapterConfig,
@@ -24,7 +25,6 @@ from coserve.config import (
     is_number,
     settled,
 )
-from coserve.configdata import to_dict
 from coserve.finetune.batches import BatchOrder
 
 EPOCHS, MAX_EPOCHS = 3, 25

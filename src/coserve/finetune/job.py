@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from coserve.config import FinetuneConfig, settled
-from coserve.configdata import finetune_config_from_dict, to_dict
+from coserve.config.data import finetune_config_from_dict, to_dict
+from coserve.config.settings import FinetuneConfig, settled
 from coserve.core import ConfigError, Group, InvalidRequest, JobFailed
 from coserve.finetune.batches import BatchOrder
 from coserve.finetune.checkpoints import (

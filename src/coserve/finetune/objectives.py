@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from coserve.config import FinetuneConfig
+from coserve.config.settings import FinetuneConfig
 from coserve.core import Group
 
 

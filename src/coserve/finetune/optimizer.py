@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from coserve.config import OptimizerConfig, settled
+from coserve.config.settings import OptimizerConfig, settled
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

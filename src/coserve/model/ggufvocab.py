@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from coserve.core import InvalidRequest, one_line
-from coserve.tokenizer import EXACT_KEY
+from coserve.text.tokenizer import EXACT_KEY
 
 Get = Callable[[str], Any]
 """The value of a metadata key, None where the file hasn't got it."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from coserve.compiler.flops import SEQUENCE_LENGTH
 from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans, plan_fused, plan_inference, plan_training
 from coserve.compiler.program import FusedLayer
-from coserve.config import Compression
+from coserve.config.settings import Compression
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import NoBypass
 from coserve.peft.adapter import Adapter, Kind, Together

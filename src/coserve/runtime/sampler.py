@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from coserve.config import SamplingConfig
+from coserve.config.settings import SamplingConfig
 from coserve.core import Sampled, TokenLogprob
 from coserve.kernels.reference import hash_key, mix32
 from coserve.runtime.transfer import to_device

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from coserve.config import SchedulerConfig
+from coserve.config.settings import SchedulerConfig
 from coserve.core import Objectives
 from coserve.scheduler.latency import LatencyModel, PassCost
 from coserve.scheduler.requests import RequestState

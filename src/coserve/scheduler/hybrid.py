@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
-from coserve.config import SchedulerConfig
+from coserve.config.settings import SchedulerConfig
 from coserve.core import AdapterCopy, CapacityError, Span, StepPlan
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.deadlines import Deadlines

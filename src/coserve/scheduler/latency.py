@@ -1,5 +1,5 @@
 """How long an iteration will take. Owns: what an iteration costs in counts, the terms of the latency law, its prediction and
-its correction from what iterations took. Does not own: measuring and fitting (scheduler/profile.py), or any decision.
+its correction from what iterations took. Does not own: measuring and fitting (profiling/), or any decision.
 
     seconds = iteration's constant
             + k (constant + curve(rows) + curve(head rows) + ...)   one pass over all layers; k by part: decode, prefill, fused

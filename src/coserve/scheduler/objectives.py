@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from coserve.config import ObjectiveMs, SchedulerConfig, check_objective, objective_seconds
+from coserve.config.settings import ObjectiveMs, SchedulerConfig, check_objective, objective_seconds
 from coserve.core import Objectives
 from coserve.scheduler.latency import LatencyModel, PassCost
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 
-from coserve.config import parse_policy
+from coserve.config.settings import parse_policy
 from coserve.core import StepPlan
 from coserve.scheduler.deadlines import UNBOUNDED
 from coserve.scheduler.work import MicrobatchWork, Phase

@@ -1,7 +1,7 @@
 """The application: its routes, and the services behind them from start to end.
 
 Owns: in which order services start and stop, the data directory's lock. Does not own: what they do, the listening socket
-(servecli.py).
+(cli/serve.py).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from coserve.server.services import Services, TenantShares
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
 from coserve.server.work import WorkPool
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 LOCK_FILE, INDEX_FILE = "server.lock", "coserve.db"
 KEYS_VARIABLE = "COSERVE_API_KEYS"

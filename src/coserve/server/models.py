@@ -30,7 +30,7 @@ from coserve.server.locks import NameLocks
 from coserve.server.records import AdapterRecord, now
 from coserve.server.settings import ServerConfig
 from coserve.server.shelf import AdapterShelf, Admitted
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 SHARED = ""
 """The tenant of --lora-modules: everybody."""

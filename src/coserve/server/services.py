@@ -22,7 +22,7 @@ from coserve.server.selfwatch import SelfWatch
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
 from coserve.server.work import Allowance, WorkPool
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 
 class TenantShares:

@@ -1,4 +1,4 @@
-"""What `coserve serve` can be told: the server's own knobs, beside those of config.py.
+"""What `coserve serve` can be told: the server's own knobs, beside those of config/settings.py.
 
 Sources: defaults < TOML file < command line. Names are vLLM's where the meaning is the same.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coserve.config import (
+from coserve.config.settings import (
     EngineConfig,
     ObjectiveMs,
     SchedulerConfig,

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from coserve.config import ObjectiveMs, SamplingConfig
+from coserve.config.settings import ObjectiveMs, SamplingConfig
 from coserve.core import CapacityError, CoserveError
 from coserve.server.errors import EngineUnavailable
 from coserve.server.link.messages import Tokens

@@ -1,6 +1,6 @@
 """What a request says to the model, in tokens: a conversation or texts, and how much output the context leaves.
 
-Owns: which messages and prompts are taken. Does not own: the chat template (tokenizer.py), the fields' types (protocol.py).
+Owns: which messages and prompts are taken. Does not own: the chat template (text/tokenizer.py), the fields' types (protocol.py).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from coserve.chat.messages import ROLES, TOOL_ROLES, UNSUPPORTED, is_neutral, join_parts
 from coserve.core import ContextExceeded, InvalidRequest
-from coserve.detokenizer import shown_text
 from coserve.server.inference.protocol import ChatMessage, ContentPart
-from coserve.tokenizer import ChatTokenizer, TextRules
+from coserve.text.detokenizer import shown_text
+from coserve.text.tokenizer import ChatTokenizer, TextRules
 
 _LONG_CHARS = 4096
 """Longer prompts are tokenized in a thread, so that others' tokens aren't held up."""

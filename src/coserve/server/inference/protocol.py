@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 from pydantic_core import PydanticCustomError
 
 from coserve.chat.messages import ROLES
-from coserve.config import BEST_EFFORT, ObjectiveMs, SamplingConfig, is_number, shown
+from coserve.config.settings import BEST_EFFORT, ObjectiveMs, SamplingConfig, is_number, shown
 from coserve.core import InvalidRequest
 
 MAX_OUTPUTS = 128

@@ -13,7 +13,7 @@ from typing import Any
 from coserve.server.inference.prompts import Prompt
 from coserve.server.inference.walk import TokenWalk, prompt_offsets
 from coserve.server.link.messages import LogprobEntry, Tokens
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON has no number for."""

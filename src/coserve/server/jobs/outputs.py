@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coserve.config import AdapterConfig
+from coserve.config.settings import AdapterConfig
 from coserve.core import CoserveError, InvalidRequest, NotFound
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.finetune.job import MetricsTable, StepRow

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from coserve.configdata import finetune_config_from_dict
+from coserve.config.data import finetune_config_from_dict
 from coserve.core import CapacityError, CoserveError, JobFailed
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.server.errors import EngineUnavailable, StorageRefused, make_error

@@ -20,8 +20,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from coserve.config import FinetuneConfig
-from coserve.configdata import finetune_config_from_dict, to_dict
+from coserve.config.data import finetune_config_from_dict, to_dict
+from coserve.config.settings import FinetuneConfig
 from coserve.core import CapacityError, CoserveError, NotFound
 from coserve.finetune.defaults import not_used
 from coserve.server.errors import Conflict, Forbidden, StorageRefused, TooLarge

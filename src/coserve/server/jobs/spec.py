@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coserve.config import (
+from coserve.config.data import adapter_of_kind
+from coserve.config.settings import (
     LINEAR_SITES,
     AdapterConfig,
     BottleneckConfig,
@@ -23,7 +24,6 @@ from coserve.config import (
     settled,
     shown,
 )
-from coserve.configdata import adapter_of_kind
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.batches import BatchOrder
 from coserve.finetune.defaults import adapter_size, auto_learning_rate, given_settings, resolve_settings, unused_settings

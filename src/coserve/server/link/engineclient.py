@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import zmq
 import zmq.asyncio
 
-from coserve.config import ObjectiveMs, SamplingConfig
+from coserve.config.settings import ObjectiveMs, SamplingConfig
 from coserve.core import CoserveError, InvalidRequest
 from coserve.server.errors import EngineUnavailable, make_error
 from coserve.server.link.messages import (

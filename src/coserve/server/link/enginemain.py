@@ -20,12 +20,12 @@ from typing import BinaryIO
 
 import torch
 
-from coserve.config import EngineConfig
+from coserve.config.settings import EngineConfig
 from coserve.core import ConfigError, CoserveError
-from coserve.engine.budget import POOL_SHARE, available_bytes, weight_bytes
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel, dtype_name, load_model
 from coserve.model.checkpoint import expected_shapes
+from coserve.model.memory import POOL_SHARE, available_bytes, weight_bytes
+from coserve.runtime.loaded import LoadedModel, dtype_name, load_model
 from coserve.server import logs
 from coserve.server.link.activity import ENGINE, SOCKET, ActivityPage, CallPlaces, start_pulse
 from coserve.server.link.enginehost import EngineHost, make_problem

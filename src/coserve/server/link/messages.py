@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from coserve.config import FinetuneConfig, ObjectiveMs, SamplingConfig
+from coserve.config.settings import FinetuneConfig, ObjectiveMs, SamplingConfig
 from coserve.core import Objectives
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
-from coserve.config import SamplingConfig
+from coserve.config.settings import SamplingConfig
 from coserve.core import InvalidRequest
 from coserve.server.inference.answers import Answers, Asker, Question
 from coserve.server.inference.bodies import body_reader, openapi_body

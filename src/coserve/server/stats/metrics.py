@@ -18,7 +18,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from coserve.config import ObjectiveMs, SamplingConfig
+from coserve.config.settings import ObjectiveMs, SamplingConfig
 from coserve.core import Objectives
 from coserve.scheduler.objectives import asked_objectives
 from coserve.server.link.messages import JobEnded, JobHappened, Tokens

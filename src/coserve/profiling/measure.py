@@ -14,21 +14,12 @@ import numpy as np
 import torch
 
 from coserve.cachedir import cache_directory
-from coserve.config import LoraConfig, OptimizerConfig, SchedulerConfig
+from coserve.config.settings import LoraConfig, OptimizerConfig, SchedulerConfig
 from coserve.core import CapacityError, Direction, Example, Unit
 from coserve.finetune.optimizer import FlatAdamW
 from coserve.kernels.native import kernels_identity
 from coserve.peft.lora import LoraAdapter
-from coserve.runtime.executor import TrainExecutor
-from coserve.runtime.fused import PassExecutor, TrainWindow
-from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
-from coserve.runtime.plans import training_plan
-from coserve.runtime.spans import NO_ADAPTER, RowSpan
-from coserve.scheduler.arenas import Arena
-from coserve.scheduler.blocks import BlockPool
-from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost
-from coserve.scheduler.prefix import PrefixKey
-from coserve.scheduler.profile import (
+from coserve.profiling.fit import (
     Sample,
     by_layer,
     fit,
@@ -39,6 +30,15 @@ from coserve.scheduler.profile import (
     save_profile,
     sequence_length,
 )
+from coserve.runtime.executor import TrainExecutor
+from coserve.runtime.fused import PassExecutor, TrainWindow
+from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
+from coserve.runtime.plans import training_plan
+from coserve.runtime.spans import NO_ADAPTER, RowSpan
+from coserve.scheduler.arenas import Arena
+from coserve.scheduler.blocks import BlockPool
+from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost
+from coserve.scheduler.prefix import PrefixKey
 
 SHORT_S, LONG_S = 0.05, 0.25
 """Points are run twice; shorter ones three times, of which the first is not counted, longer ones once."""

@@ -14,8 +14,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coserve.detokenizer import IncrementalDetokenizer
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.detokenizer import IncrementalDetokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 _FIRST_SIGN, _NUM_SIGNS = 0xD800, 0x800
 """Signs: half surrogates, which no text holds, stand for special tokens in what is searched. The last one stands for all those

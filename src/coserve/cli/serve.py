@@ -24,6 +24,7 @@ import typer
 import uvicorn
 from typer.core import TyperCommand
 
+from coserve.cli.vllmflags import drop_flags
 from coserve.core import ConfigError, CoserveError
 from coserve.scheduler.objectives import describe as describe_objectives
 from coserve.server import logs
@@ -37,7 +38,6 @@ from coserve.server.locks import make_private
 from coserve.server.records import now
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig, read_settings
-from coserve.server.vllmflags import drop_flags
 
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
 _log = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ from coserve.compiler.lower import lower
 from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans
 from coserve.compiler.program import LayerPlan
 from coserve.compiler.rematerialize import Kept, Rematerialized
-from coserve.config import Compression
+from coserve.config.settings import Compression
 from coserve.core import CapacityError
-from coserve.engine.budget import training_bytes
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED
+from coserve.planning.budget import training_bytes
 from coserve.runtime.executor import head_rows
 from coserve.runtime.microbatch import microbatch_layout
 

@@ -29,7 +29,7 @@ from coserve.bench.results import make_results
 from coserve.bench.sharing import BurstConfig, Setup, Sharing, SharingConfig
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.core import ConfigError
-from coserve.engine.model import LoadedModel, load_model
+from coserve.runtime.loaded import LoadedModel, load_model
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure co-serving on this machine.")
 console = Console()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import FinetuneConfig
+from coserve.config.settings import FinetuneConfig
 from coserve.core import Group
 from coserve.finetune.batches import pack_groups
 from coserve.finetune.job import StepLoss
