@@ -53,7 +53,7 @@ def one_line(error: BaseException, most: int | None = None) -> str:
     return text if most is None or len(text) <= most else f"{text[: most - 3]}..."
 
 
-class Objectives(NamedTuple):
+class Slo(NamedTuple):
     """What a request is promised, in seconds: per output token after the first, and from its arrival to the first. math.inf:
     nothing, which is best effort."""
 

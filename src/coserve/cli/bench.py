@@ -26,7 +26,7 @@ from coserve.bench.narrate import describe, introduction
 from coserve.bench.peer import transformers_tpot_ms
 from coserve.bench.report import make_page
 from coserve.bench.results import make_results
-from coserve.bench.sharing import BurstConfig, Setup, Sharing, SharingConfig
+from coserve.bench.sharing import BurstConfig, Sharing, SharingConfig, SharingSetup
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.core import ConfigError
 from coserve.runtime.loaded import LoadedModel, load_model
@@ -102,7 +102,7 @@ def sharing(
     write_training_file(
         data, loaded.tokenizer, words, mean_tokens=finetune_tokens, count=TRAINING_EXAMPLES, seed=seed)
     job = endless_job(finetune_batch, max_microbatch_tokens)
-    setup = Setup(
+    setup = SharingSetup(
         make_engine=EngineMaker(
             loaded, ModelChoice(name=model, device=device, dtype=dtype, threads=count), (shares[0], shares[1])),
         prompts=lambda source: prompts(words, source),
@@ -124,7 +124,7 @@ def sharing(
     print(f"results in {output / 'sharing.json'}, page in {output / 'sharing.html'}")
 
 
-def _measure(config: SharingConfig, setup: Setup, common: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
+def _measure(config: SharingConfig, setup: SharingSetup, common: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("start")

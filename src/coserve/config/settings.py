@@ -35,7 +35,7 @@ Memory = float | str
 BestEffort = Literal["none"]
 BEST_EFFORT: BestEffort = "none"
 """Of a latency objective: nothing is promised."""
-ObjectiveMs = float | BestEffort
+SloMs = float | BestEffort
 """A latency objective in milliseconds, or best effort."""
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
@@ -122,7 +122,7 @@ def check_objective(name: str, value: Any) -> None:
     require(good, name, f'must be a positive number of milliseconds or "none" (best effort), got {shown(value)}')
 
 
-def objective_seconds(value: ObjectiveMs | None, default_s: float) -> float:
+def objective_seconds(value: SloMs | None, default_s: float) -> float:
     """A latency objective in seconds; math.inf: best effort. default_s: what None means."""
     if isinstance(value, str):
         return math.inf
@@ -461,10 +461,10 @@ class SchedulerConfig:
 
     policy: str = "coserve"
     """coserve, inference-only, finetune-only, temporal:N, dynamic-temporal or layer-sliced."""
-    tpot_ms: ObjectiveMs | None = None
+    tpot_ms: SloMs | None = None
     """Objective: milliseconds per output token after the first, or "none": best effort. None: from the machine's profile, see
-    scheduler/objectives.py. A request may set its own."""
-    ttft_ms: ObjectiveMs | None = None
+    scheduler/slo.py. A request may set its own."""
+    ttft_ms: SloMs | None = None
     """Objective: milliseconds from arrival to the first token; otherwise as `tpot_ms`."""
     itl_factor: float = 2.0
     """No iteration with running requests is planned longer than this times the least TPOT objective among them. The exceptions

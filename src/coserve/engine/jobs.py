@@ -26,10 +26,10 @@ from coserve.core import AdapterCopy, CoserveError, JobFailed, OptimizerSlice
 from coserve.engine.diskwrite import DiskWrite
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
-from coserve.finetune.job import Checkpoint, ForwardBackward, JobEvent, OptimStep, Publish, Score, StepRow, Verb, Write
+from coserve.finetune.job import ForwardBackward, JobEvent, OptimStep, Publish, SaveCheckpoint, Score, StepRow, Verb, Write
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
-from coserve.scheduler.arenas import Arena
+from coserve.scheduler.arenas import ArenaBlocks
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 from coserve.training.batchwork import BatchWork, Microbatch
 from coserve.training.finetuning import PreparedJob
@@ -139,10 +139,10 @@ class Host(Protocol):
     recorder: ThreadExecutor
     """For rows, which don't wait for checkpoints."""
 
-    def reserve(self, num_bytes: int) -> tuple[Arena, Tensor] | None:
+    def reserve(self, num_bytes: int) -> tuple[ArenaBlocks, Tensor] | None:
         """Arena memory, or None while there is none."""
 
-    def release(self, arena: Arena) -> None:
+    def release(self, arena: ArenaBlocks) -> None:
         """Gives it back."""
 
     def new_number(self) -> int:
@@ -181,7 +181,7 @@ class LiveJob:
         self._answer: Any = None
         self._verb: Verb | None = None
         self._batch: BatchWork | None = None
-        self._in_flight: dict[int, tuple[Microbatch, MicrobatchWork, Arena]] = {}
+        self._in_flight: dict[int, tuple[Microbatch, MicrobatchWork, ArenaBlocks]] = {}
         self._norm = self._rate = 0.0
         self._updating = False
         self._updated = 0
@@ -193,7 +193,7 @@ class LiveJob:
 
     # --- called by the engine between iterations ---
 
-    def pump(self) -> bool:
+    def advance(self) -> bool:
         """Goes as far as possible without running units; False when the job has ended."""
         try:
             if self.failure is not None:
@@ -271,7 +271,7 @@ class LiveJob:
                 if math.isfinite(self._norm):  # else the driver ends the job
                     self._updating, self._updated, self._rate = True, 0, rate
                     self.work.optimizer_elements, self.work.optimizer_done = optimizer.master.numel(), 0
-            case Checkpoint():
+            case SaveCheckpoint():
                 self._copied = False
                 self.host.copy_adapter(AdapterCopy(self.number, snapshot=True))
             case Publish():
@@ -307,7 +307,7 @@ class LiveJob:
                 id=number, job=self.number, num_tokens=micro.batch.num_tokens,
                 num_layers=self.trainer.model.architecture.num_layers, lowest=micro.plan.lowest_trained,
                 bounds=micro.batch.bounds, label_rows=micro.batch.host_label_rows.tolist(), forward_only=micro.forward_only,
-                grid=grid, again=micro.plan.recompute_flops / max(1, micro.plan.trained_forward_flops),
+                grid=grid, recompute_fraction=micro.plan.recompute_flops / max(1, micro.plan.trained_forward_flops),
             )
             self._in_flight[number] = (micro, work, arena)
             self.host.microbatch_begun(number, micro, work)
@@ -421,7 +421,7 @@ class LiveJob:
                     if not self._row_is_written():
                         return asked  # a checkpoint takes the row with it
                     self._reply(None)
-                case Checkpoint():
+                case SaveCheckpoint():
                     asked = asked or not self._copied
                     self._reply(None)
                 case None if self.job.cursor.step > self.job.saved_step:

@@ -29,7 +29,7 @@ from coserve.planning.budget import FittedPlan, Workload, asked_plan, fit_plan, 
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import scoring_plan
-from coserve.scheduler.arenas import Arena
+from coserve.scheduler.arenas import ArenaBlocks
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.work import MicrobatchWork
@@ -157,11 +157,11 @@ class JobTable:
         del self.jobs[job.number]
         self.scheduler.remove_job(job.number)
 
-    def pump(self, watcher: Watcher) -> None:
+    def advance(self, watcher: Watcher) -> None:
         """Every job goes as far as it can without running units."""
         for job in list(self.jobs.values()):
             watcher.begin("a job's work between units", jobs=(job.handle.label,))
-            if not job.pump():
+            if not job.advance():
                 self._remove_job(job)
 
     def count(self, plan: StepPlan) -> float:
@@ -201,7 +201,7 @@ class JobTable:
 
     # --- what jobs ask for ---
 
-    def reserve(self, num_bytes: int) -> tuple[Arena, Tensor] | None:
+    def reserve(self, num_bytes: int) -> tuple[ArenaBlocks, Tensor] | None:
         try:
             arena, moves = self.blocks.reserve_arena(-(-num_bytes // self.pool.block_bytes))
         except CapacityError:
@@ -209,7 +209,7 @@ class JobTable:
         self.pool.move(moves)
         return arena, self.pool.arena(arena.first, arena.end)
 
-    def release(self, arena: Arena) -> None:
+    def release(self, arena: ArenaBlocks) -> None:
         self.blocks.release_arena(arena)
 
     def microbatch_begun(self, number: int, micro: Microbatch, work: MicrobatchWork) -> None:

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 from coserve.config.settings import SamplingConfig
-from coserve.core import ContextExceeded, CoserveError, InvalidRequest, Objectives, StepPlan, StepResult
+from coserve.core import ContextExceeded, CoserveError, InvalidRequest, Slo, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry, AdapterVersion
 from coserve.engine.requests import Chunk, LiveRequest, RequestHandle
 from coserve.runtime.loaded import LoadedModel
@@ -61,7 +61,7 @@ class RequestTable:
             )
 
     def admit(
-        self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: Objectives, numbers: list[int]
+        self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: Slo, numbers: list[int]
     ) -> None:
         """A request with its outputs begins. numbers: gets its outputs' numbers."""
         config = handle.config

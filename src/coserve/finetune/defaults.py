@@ -2,8 +2,8 @@
 
     resolve_settings(config, number of examples, the adapter that is continued, the model's width) -> config without 'auto'
 
-Owns: those rules, what is said about them. Does not own: fixed defaults (config/settings.py). A resumed job keeps the numbers that it
-began with, whatever the rules have become since: `keep_numbers`.
+Owns: those rules, what is said about them. Does not own: fixed defaults (config/settings.py). A resumed job keeps the numbers
+that it began with, whatever the rules have become since: `keep_numbers`.
 """
 
 from __future__ import annotations

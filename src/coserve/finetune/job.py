@@ -99,7 +99,7 @@ class OptimStep(NamedTuple):
         return verbs.optim_step(self.rate)
 
 
-class Checkpoint(NamedTuple):
+class SaveCheckpoint(NamedTuple):
     """The present weights and optimizer state, to be written by `Job.write_checkpoint`; published too by an engine that
     serves. Answered with None."""
 
@@ -127,7 +127,7 @@ class Publish(NamedTuple):
         verbs.publish()
 
 
-Verb = ForwardBackward | Score | OptimStep | Checkpoint | Write | Publish
+Verb = ForwardBackward | Score | OptimStep | SaveCheckpoint | Write | Publish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,9 +379,9 @@ class Job:
         message = f"step {row.step}: loss {row.train_loss:.4f}{shown}"
         self.listen(JobEvent(level="info", message=message, row=row, num_steps=self.num_steps))
 
-    def _checkpoint(self) -> Checkpoint:
+    def _checkpoint(self) -> SaveCheckpoint:
         self.saved_step = self.cursor.step
-        return Checkpoint(self)
+        return SaveCheckpoint(self)
 
     def _validates(self) -> bool:
         every = self.config.validation_steps or self.order.steps_per_epoch

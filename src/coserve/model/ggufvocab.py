@@ -79,7 +79,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 """By `tokenizer.ggml.pre`."""
 
 
-class Vocabulary:
+class GGUFVocabulary:
     """A GGUF file's tokens with their types, and what else it says about its tokenizer."""
 
     def __init__(self, get: Get, keys: Sequence[str], source: Path) -> None:
@@ -241,7 +241,7 @@ class Vocabulary:
         return InvalidRequest(f"{self.source}: {PREFIX}{name} {what}")
 
 
-def write_tokenizer(vocabulary: Vocabulary, chat_template: object, directory: Path) -> None:
+def write_tokenizer(vocabulary: GGUFVocabulary, chat_template: object, directory: Path) -> None:
     """Writes the tokenizer files into a model's directory. Raises InvalidRequest for a vocabulary that can't be built."""
     try:
         built = vocabulary.build()

@@ -141,7 +141,7 @@ class Adapter:
         return other
 
 
-class Together(NoBypass):
+class CompositeBypass(NoBypass):
     """The bypasses of all kinds in a batch. A row's adapter has the parameters of one of them; the others leave it alone."""
 
     def __init__(self, bypasses: Sequence[Bypass]) -> None:

@@ -20,11 +20,11 @@ from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.deadlines import Deadlines
 from coserve.scheduler.fairness import TokenCounters
 from coserve.scheduler.latency import Contents, LatencyModel, PassCost, kind_of
-from coserve.scheduler.objectives import best_effort, default_objectives, profile_objectives
-from coserve.scheduler.policies import Policy, Turn
+from coserve.scheduler.policies import IterationKind, Policy
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
 from coserve.scheduler.seats import FREE_SEATS
+from coserve.scheduler.slo import best_effort, default_slo, profile_slo
 from coserve.scheduler.turns import FairTurns
 from coserve.scheduler.units import Chosen, UnitPicker
 from coserve.scheduler.waiting import WaitingRequests, by_arrival, by_deadline, is_overdue
@@ -45,8 +45,8 @@ class HybridScheduler:
 
     def __init__(self, config: SchedulerConfig, latency: LatencyModel, pool: BlockPool, num_layers: int) -> None:
         self.config, self.latency, self.pool = config, latency, pool
-        profile = profile_objectives(latency)
-        self.objectives = default_objectives(config, profile)
+        profile = profile_slo(latency)
+        self.objectives = default_slo(config, profile)
         """Of requests that set none."""
         self.policy, self.deadlines = Policy(config.policy), Deadlines(config, latency, best_effort(self.objectives, profile))
         self.picker = UnitPicker(latency, num_layers, config.max_window_tokens)
@@ -149,7 +149,7 @@ class HybridScheduler:
         running = self._running.values()
         budget = self.deadlines.for_prompts(running, now)
         spare = self.deadlines.for_jobs(running, now, self._typical_prompt_s)
-        if turn is not Turn.FINETUNING:
+        if turn is not IterationKind.FINETUNING:
             self._share_places(now)
             decode = self._decode()
             prefill, waits = self._prefill(now, decode, budget)
@@ -454,17 +454,18 @@ class HybridScheduler:
     # --- finetuning ---
 
     def _finetune(
-        self, now: float, turn: Turn, jobs: Sequence[JobWork], only: MicrobatchWork | None, spare: float, cost: PassCost | None
+        self, now: float, turn: IterationKind, jobs: Sequence[JobWork], only: MicrobatchWork | None, spare: float,
+        cost: PassCost | None,
     ) -> Chosen:
         base = 0.0 if cost is None else self.latency.pass_seconds(cost)
         left = self.policy.seconds(turn, spare - base - self.latency.constant_seconds)
         left = max(min(left, self.config.preemption_quantum_ms / 1e3), self._owed_s)
-        if left <= 0 or not jobs or turn is Turn.INFERENCE:
+        if left <= 0 or not jobs or turn is IterationKind.INFERENCE:
             return Chosen((), (), (), cost, 0.0, {})
-        patient = turn is Turn.BOTH and cost is not None
+        patient = turn is IterationKind.BOTH and cost is not None
 
-        def stretch(desperate: bool) -> float:
-            most = self.deadlines.stretched(self._running.values(), now, desperate=desperate)
+        def stretch(overdue: bool) -> float:
+            most = self.deadlines.stretched(self._running.values(), now, overdue=overdue)
             return most - base - self.latency.constant_seconds
 
         return self.picker.pick(jobs, left, cost, fuse=self.policy.fuses, patient=patient, only=only, stretch=stretch)

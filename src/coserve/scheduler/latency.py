@@ -54,12 +54,16 @@ class UnitCost(NamedTuple):
     layers: int
     pairs: int
     labels: int
-    again: float = 0.0
+    recompute_fraction: float = 0.0
 
 
 class Contents(NamedTuple):
-    """What an iteration holds. refresh_seconds: of what follows from the optimizer's elements, as measured when their job
-    began."""
+    """What an iteration holds.
+
+    inference: the pass, None without one. units: the units that are not fused into it. optimizer_elements: parameters that the
+    optimizer updates. refresh_seconds: the time to refresh what adapters derive from those parameters, such as DoRA's norms; it
+    was measured when their job began.
+    """
 
     inference: PassCost | None
     units: tuple[UnitCost, ...]
@@ -239,8 +243,8 @@ class LatencyModel:
         """A unit that is not fused."""
         if cost.backward:
             seconds = self._backward(cost, cost.layers)
-            if cost.again:
-                seconds += cost.again * self._forward(cost, cost.layers)
+            if cost.recompute_fraction:
+                seconds += cost.recompute_fraction * self._forward(cost, cost.layers)
             return self._factors["backward"] * seconds
         return self._factors["forward"] * self._forward(cost, cost.layers)
 

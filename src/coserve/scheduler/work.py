@@ -39,7 +39,7 @@ class MicrobatchWork:
     label_rows: Sequence[int]
     forward_only: bool = False
     grid: int | None = None
-    again: float = 0.0
+    recompute_fraction: float = 0.0
     phase: Phase = Phase.FORWARD
     start: int = 0
     end: int = 0

@@ -30,7 +30,7 @@ from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.locks import hold, make_private
 from coserve.server.middleware import BodyLimits, LastResort
-from coserve.server.models import ModelDirectory
+from coserve.server.models import ModelRegistry
 from coserve.server.origins import OriginGuard
 from coserve.server.routes import adapters, files, finetuning, inference, page, status, tokens
 from coserve.server.selfwatch import SelfWatch
@@ -75,7 +75,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory))
         if not config.allow_control_tokens:
             await asyncio.to_thread(tokenizer.prepare_control_texts)
-        models = await asyncio.to_thread(ModelDirectory, store, engine, config, tokenizer)
+        models = await asyncio.to_thread(ModelRegistry, store, engine, config, tokenizer)
         metrics = ServerMetrics(config, models.base_names[0], lambda: engine.info.objectives)
         engine.on_job(metrics.hear_job)
         jobs = JobService(store=store, files=uploads, models=models, engine=engine, config=config)

@@ -55,7 +55,7 @@ def engine_name(tenant: str, name: str) -> str:
     return f"{quote(tenant, safe='')}/{name}"
 
 
-class ModelDirectory:
+class ModelRegistry:
     """Rows that were looked up are kept: this process is the only writer. Methods that aren't coroutines are thread-safe."""
 
     def __init__(

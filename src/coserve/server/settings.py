@@ -17,8 +17,8 @@ from typing import Any
 
 from coserve.config.settings import (
     EngineConfig,
-    ObjectiveMs,
     SchedulerConfig,
+    SloMs,
     read_memory,
     require,
     require_least,
@@ -82,9 +82,9 @@ class ServerConfig:
     """Adapters that requests can use at once."""
     adapter_root: str | None = None
     """/v1/load_lora_adapter takes directories below this one; None turns the route off."""
-    slo_tpot_ms: ObjectiveMs | None = None
+    slo_tpot_ms: SloMs | None = None
     """Objective: milliseconds per output token after the first, or "none": best effort. None: from the machine's profile."""
-    slo_ttft_ms: ObjectiveMs | None = None
+    slo_ttft_ms: SloMs | None = None
     """Objective: milliseconds to the first token; otherwise as `slo_tpot_ms`."""
     policy: str = "coserve"
     """As in SchedulerConfig.policy."""

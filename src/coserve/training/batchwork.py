@@ -22,7 +22,7 @@ from coserve.config.settings import FinetuneConfig
 from coserve.core import Group
 from coserve.finetune.batches import pack_groups
 from coserve.finetune.job import StepLoss
-from coserve.finetune.objectives import Objective, Scored
+from coserve.finetune.objectives import Scored, TrainingLoss
 from coserve.peft.adapter import Adapter
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.microbatch import InFlight, MicrobatchLayout, PackedBatch, microbatch_layout, pack
@@ -67,7 +67,7 @@ class BatchSource(Protocol):
     """What a batch needs of its job's trainer."""
 
     config: FinetuneConfig
-    objective: Objective
+    objective: TrainingLoss
     executor: TrainExecutor
     plan: ModelPlan
     scoring: ModelPlan

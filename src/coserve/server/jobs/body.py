@@ -214,7 +214,8 @@ def read_body(data: Any) -> CreateJob:
 
 
 def explain(errors: Sequence[Any]) -> InvalidRequest:
-    """pydantic's first error, of a body in this form, in a user's words: with the field's path, and the likely one meant."""
+    """The first validation error of a body, in a user's words: with the field's path, and for an unknown field the known one
+    that was probably meant. errors: pydantic's, of a body in this form."""
     first = errors[0]
     path = first["loc"]
     if first["type"] == "extra_forbidden":

@@ -31,7 +31,7 @@ from coserve.server.link.activity import ENGINE, SOCKET, ActivityPage, CallPlace
 from coserve.server.link.enginehost import EngineHost, make_problem
 from coserve.server.link.mailbox import Mailbox
 from coserve.server.link.messages import Progress, Ready, Replied, ToEngine
-from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, START_CALL, STOP_S, STOP_SIGNALS, Setup, read_setup
+from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, START_CALL, STOP_S, STOP_SIGNALS, EngineSetup, read_setup
 from coserve.server.link.supervisor import STACKS_SIGNAL
 from coserve.server.locks import hold
 from coserve.server.settings import ServerConfig
@@ -158,7 +158,7 @@ def end_with(parent: BinaryIO, leftover: str = "") -> None:
     threading.Thread(target=wait, name="coserve-parent", daemon=True).start()
 
 
-def open_page(setup: Setup) -> ActivityPage:
+def open_page(setup: EngineSetup) -> ActivityPage:
     """Where this process's threads say what they do. From now on a crash, or the signal, writes their stacks."""
     if not setup.watch:
         return ActivityPage(None)
