@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coserve.core import Contents, PassCost, UnitCost
 from coserve.profiling.fit import (
     ProfilePoint,
     by_layer,
@@ -24,7 +25,7 @@ from coserve.profiling.fit import (
     save_profile,
     sequence_length,
 )
-from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost, kind_of
+from coserve.scheduler.latency import LatencyModel, kind_of
 
 Law = Callable[[Contents], float]
 DECODE = PassCost(8, 8, 8, 4096, 0, 0, 0, 0, 0)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from coserve.core import Contents
 from coserve.engine.engine import Engine
 from coserve.profiling import measure as profiling
 from coserve.profiling.fit import ProfilePoint, fit, needed_points, profile_points, row_layers
 from coserve.profiling.measure import Profiler
 from coserve.runtime.loaded import LoadedModel
-from coserve.scheduler.latency import Contents
 from tests.tiny_engine import MakeEngine, build_model
 
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from coserve.core import Direction, StepPlan, Unit, WorkUnit
-from coserve.scheduler.latency import PassCost
+from coserve.core import Direction, PassCost, StepPlan, Unit, WorkUnit
 from coserve.scheduler.units import PATIENCE, UnitPicker
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 from tests.fake_engine import FakeEngine

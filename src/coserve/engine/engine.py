@@ -329,7 +329,7 @@ class Engine:
         counts["prompt_tokens"] += sum(span.length for span in plan.prefill)
         counts["finetune_tokens"] += self.jobs.count(plan)
         counts["busy_s"] += result.seconds
-        share = self.scheduler.finetune_share_of(plan)
+        share = plan.finetune_share
         counts["finetune_busy_s"] += share * result.seconds
         counts["inference_busy_s"] += (1 - share) * result.seconds
 
@@ -377,11 +377,6 @@ class Engine:
     def closed(self) -> bool:
         """Whether it takes nothing any more: closed, or stopped by an error."""
         return self._loop.closed
-
-    @property
-    def alive(self) -> bool:
-        """Whether it takes requests and jobs: neither closed nor stopped by an error."""
-        return not self._loop.closed
 
     @property
     def failure(self) -> CoserveError | None:

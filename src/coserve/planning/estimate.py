@@ -150,9 +150,9 @@ def estimate(
 ) -> Estimate:
     """All stages and the curve of memory against recomputation.
 
-    limit: what the whole may take in windows: bytes, or below 1 a share of the fastest plan's total. With None no matrix product
-    is run again. Stages before `compress` show the plan for the same limit without compression. If no plan without compression
-    fits, they show the smallest. Raises CapacityError if no plan fits with compression.
+    limit: what the whole may take in windows: bytes, or below 1 a share of the fastest plan's total. With None no matrix
+    product is run again. Stages before `compress` show the plan for the same limit without compression. If no plan without
+    compression fits, they show the smallest. Raises CapacityError if no plan fits with compression.
     """
 
     def planned(how: Compression) -> TrainingPlans:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from coserve.scheduler.latency import TERMS, Coefficient, Contents, LatencyModel, PassCost, UnitCost
+from coserve.core import Contents, PassCost, UnitCost
+from coserve.scheduler.latency import TERMS, Coefficient, LatencyModel
 
 ProfilePoint = tuple[Contents, float]
 """What an iteration held, and the seconds that it took."""

@@ -15,7 +15,7 @@ import torch
 
 from coserve.cachedir import cache_directory
 from coserve.config.settings import LoraConfig, OptimizerConfig, SchedulerConfig
-from coserve.core import CapacityError, Direction, Example, Unit
+from coserve.core import CapacityError, Contents, Direction, Example, PassCost, Unit, UnitCost
 from coserve.finetune.optimizer import FlatAdamW
 from coserve.kernels.native import kernels_identity
 from coserve.peft.lora import LoraAdapter
@@ -37,7 +37,7 @@ from coserve.runtime.plans import training_plan
 from coserve.runtime.spans import NO_ADAPTER, RowSpan
 from coserve.scheduler.arenas import ArenaBlocks
 from coserve.scheduler.blocks import BlockPool
-from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost
+from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.prefix import PrefixKey
 
 SHORT_S, LONG_S = 0.05, 0.25

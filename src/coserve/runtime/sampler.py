@@ -72,12 +72,6 @@ def sample_rows(
     return [Sampled(token, logprobs.get(number)) for number, token in enumerate(tokens)]
 
 
-def sample(logits_V: Tensor, config: SamplingConfig, position: int) -> int:
-    """The next token of one request at `position` (tokens before it), without penalties: the tokens aren't known."""
-    row = SamplerRow(config, config.seed, position, (), (), frozenset())
-    return sample_rows(logits_V[None], [row])[0].token
-
-
 def prompt_logprobs(logits_TV: Tensor, next_tokens: Sequence[int], count: int) -> list[TokenLogprob]:
     """Log-probability of next_tokens[t] by the logits of row t, and of that row's `count` likeliest tokens."""
     assert logits_TV.shape[0] == len(next_tokens)

@@ -22,8 +22,8 @@ import math
 from collections.abc import Collection
 
 from coserve.config.settings import SchedulerConfig
-from coserve.core import Slo
-from coserve.scheduler.latency import LatencyModel, PassCost
+from coserve.core import PassCost, Slo
+from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.requests import RequestState
 
 UNBOUNDED = 1e9

@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from coserve.config.settings import SchedulerConfig
-from coserve.core import AdapterCopy, CapacityError, Span, StepPlan
+from coserve.core import AdapterCopy, CapacityError, Contents, PassCost, Span, StepPlan
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.deadlines import Deadlines
 from coserve.scheduler.fairness import TokenCounters
-from coserve.scheduler.latency import Contents, LatencyModel, PassCost, kind_of
+from coserve.scheduler.latency import LatencyModel, kind_of
 from coserve.scheduler.policies import IterationKind, Policy
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
@@ -66,10 +66,8 @@ class HybridScheduler:
         """Requests that wait for a seat, by the adapter version in their keys: out of the way of all others."""
         self._by_tenant: Counter[str] = Counter()
         self._number = 0
-        self._contents: dict[int, Contents] = {}
         self._awake: set[int] = set()
         self._owed_s = 0.0
-        self._shares: dict[int, float] = {}
 
     # --- requests and jobs ---
 
@@ -159,13 +157,14 @@ class HybridScheduler:
         copies, self._copies = tuple(self._copies), []
         elements = sum(part.end - part.start for part in chosen.optimizer)
         contents = Contents(chosen.inference, chosen.costs, elements, chosen.refresh_seconds)
+        predicted_s = self.latency.seconds(contents)
         plan = StepPlan(
             number=self._number, decode=tuple(decode), prefill=tuple(prefill), units=chosen.units, optimizer=chosen.optimizer,
-            copies=copies, kind=kind_of(contents), predicted_s=self.latency.seconds(contents),
+            copies=copies, kind=kind_of(contents), contents=contents, predicted_s=predicted_s,
+            finetune_share=chosen.seconds / predicted_s if predicted_s > 0 else 0.0,
         )
         if not plan.empty:
             self._number += 1
-            self._contents[plan.number] = contents
             self.policy.planned(plan)
             self._account(plan, chosen, has_finetuning)
         return plan
@@ -183,7 +182,7 @@ class HybridScheduler:
                     request.first_token_s = now
             if request.running:
                 self._seal(request, span)
-        contents = self._contents.pop(plan.number)
+        contents = plan.contents
         if contents.inference or contents.units or contents.optimizer_elements:
             self.latency.observe(contents, seconds)
 
@@ -193,10 +192,6 @@ class HybridScheduler:
         if end // size > span.start // size:
             tokens = request.tokens()
             self.pool.seal(request.id, request.key, tokens, min(end, len(tokens)))
-
-    def finetune_share_of(self, plan: StepPlan) -> float:
-        """Share of a plan's predicted time that is a job's; asked once, after its commit."""
-        return self._shares.pop(plan.number, 0.0)
 
     def _has_inference(self) -> bool:
         return self.policy.inference and bool(self.requests)
@@ -477,8 +472,6 @@ class HybridScheduler:
         for job, tokens in chosen.tokens.items():
             self.job_counters.charge(job, tokens)
             self.trainers.charge(self.jobs[job].tenant, tokens)
-        share = chosen.seconds / plan.predicted_s if plan.predicted_s > 0 else 0.0
-        self._shares[plan.number] = share
         if has_finetuning:
             due = self.config.finetune_min_share * plan.predicted_s - chosen.seconds
             self._owed_s = min(max(0.0, self._owed_s + due), self.config.preemption_quantum_ms / 1e3)

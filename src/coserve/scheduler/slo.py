@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 
 from coserve.config.settings import SchedulerConfig, SloMs, check_objective, objective_seconds
-from coserve.core import Slo
-from coserve.scheduler.latency import LatencyModel, PassCost
+from coserve.core import PassCost, Slo
+from coserve.scheduler.latency import LatencyModel
 
 NUM_REQUESTS, NUM_TOKENS = 8, 512
 NUM_CHUNKS = (1, 2, 4, 8)

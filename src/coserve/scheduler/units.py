@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import NamedTuple
 
-from coserve.core import Direction, OptimizerSlice, Unit, WorkUnit
+from coserve.core import Direction, OptimizerSlice, PassCost, Unit, UnitCost, WorkUnit
 from coserve.scheduler.deadlines import UNBOUNDED
-from coserve.scheduler.latency import LatencyModel, PassCost, UnitCost
+from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 
 WINDOWS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)

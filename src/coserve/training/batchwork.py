@@ -173,7 +173,7 @@ class BatchWork:
             return
         state, bounds = micro.state, iter(micro.batch.label_bounds)
         logprobs, correct = state.logprobs.cpu(), state.correct.cpu()
-        weights = torch.from_numpy(micro.batch.host_label_weights)
+        weights = micro.batch.label_weights
         coefficients: list[Tensor] = []
         references = iter([total for key in micro.keys for total in self.source.reference_sums[key]])
         for group in micro.groups:
@@ -193,7 +193,7 @@ class BatchWork:
         self._tokens += micro.batch.num_tokens
 
     def _remember(self, micro: Microbatch, state: InFlight) -> None:
-        weighted = state.logprobs.cpu().double() * torch.from_numpy(micro.batch.host_label_weights)
+        weighted = state.logprobs.cpu().double() * micro.batch.label_weights
         (key,) = micro.keys
         self.source.reference_sums.remember(key, [float(weighted[first:end].sum()) for first, end in micro.batch.label_bounds])
 
