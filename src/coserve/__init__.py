@@ -23,7 +23,7 @@ from coserve.core import (
 )
 from coserve.engine.engine import Engine
 from coserve.engine.generation import Generator
-from coserve.engine.jobs import JobHandle, JobProgress
+from coserve.engine.jobhandle import JobHandle, JobProgress
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.training.finetuning import FinetuneResult, finetune

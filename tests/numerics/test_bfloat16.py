@@ -15,7 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from coserve.config.settings import AdapterConfig, BottleneckConfig, FinetuneConfig, IA3Config, LoraConfig, OptimizerConfig
+from coserve.config.settings import (
+    AdapterConfig,
+    BottleneckConfig,
+    FinetuneConfig,
+    IA3Config,
+    LoraConfig,
+    OptimizerConfig,
+)
 from coserve.core import Example, Group
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.linear import can_pack

@@ -12,7 +12,14 @@ from random import Random
 import pytest
 import torch
 
-from coserve.config.settings import GRID_TOKENS, FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import (
+    GRID_TOKENS,
+    FinetuneConfig,
+    LoraConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    SchedulerConfig,
+)
 from coserve.core import CapacityError, ConfigError, StepPlan
 from coserve.engine.engine import Engine
 from coserve.finetune.optimizer import FlatAdamW

@@ -21,7 +21,7 @@ import pytest
 from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
 from coserve.core import CapacityError, NotFound
 from coserve.engine.engine import Engine
-from coserve.engine.jobs import JobHandle
+from coserve.engine.jobhandle import JobHandle
 from coserve.engine.requests import RequestHandle
 from coserve.runtime.loaded import LoadedModel
 from tests.tiny_directory import chat_lines, preference_lines, write_lines

@@ -22,7 +22,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from coserve.config.settings import SamplingConfig, SloMs
+from coserve.config.settings import SamplingConfig
+from coserve.config.values import SloMs
 from coserve.core import CoserveError, NotFound, Slo
 from coserve.server.errors import EngineUnavailable, Unauthorized
 from coserve.server.handlers import install_handlers

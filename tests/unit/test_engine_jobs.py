@@ -30,7 +30,7 @@ from coserve.core import (
     WorkUnit,
 )
 from coserve.engine.engine import Engine
-from coserve.engine.jobs import JobHandle
+from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobtable import shape_of
 from coserve.finetune import job as job_module
 from coserve.finetune.checkpoints import read_manifest

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from coserve.config.settings import AdapterConfig, BottleneckConfig, FinetuneConfig, IA3Config, LoraConfig, OptimizerConfig
+from coserve.config.settings import (
+    AdapterConfig,
+    BottleneckConfig,
+    FinetuneConfig,
+    IA3Config,
+    LoraConfig,
+    OptimizerConfig,
+)
 from coserve.core import ConfigError
 from coserve.runtime.loaded import LoadedModel
 from coserve.training.finetuning import finetune

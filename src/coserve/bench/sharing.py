@@ -25,7 +25,8 @@ from coserve.bench.capacity import allowed_misses, find_capacity
 from coserve.bench.cells import CellStore, run_from_dict, run_to_dict
 from coserve.bench.driver import BenchEngine, DrivenJob, Run, RunConfig, run_load
 from coserve.bench.metrics import SloInMs, meets
-from coserve.config.settings import FinetuneConfig, is_number, parse_policy, require, require_least, require_positive
+from coserve.config.settings import FinetuneConfig, parse_policy
+from coserve.config.values import is_number, require, require_least, require_positive
 from coserve.core import CoserveError
 
 SPATIAL = "spatial"

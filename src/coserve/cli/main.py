@@ -23,7 +23,8 @@ from coserve.cli.bench import bench_app
 from coserve.cli.plan import add_plan
 from coserve.cli.serve import add_commands
 from coserve.config.data import ADAPTERS, finetune_config_from_dict, setting_names
-from coserve.config.settings import AUTO, FinetuneConfig, OptimizerConfig, SamplingConfig, require
+from coserve.config.settings import FinetuneConfig, OptimizerConfig, SamplingConfig
+from coserve.config.values import AUTO, require
 from coserve.core import ConfigError, CoserveError, InvalidRequest, one_line
 from coserve.demo.command import demo
 from coserve.engine.generation import Generator

@@ -25,7 +25,8 @@ from coserve.compiler import baselines
 from coserve.compiler.baselines import Baselines
 from coserve.compiler.report import LayerReport, report
 from coserve.config.data import ADAPTERS, adapter_of_kind, finetune_config_from_dict, to_dict
-from coserve.config.settings import AUTO, AdapterConfig, BottleneckConfig, Compression, LoraConfig, read_memory
+from coserve.config.settings import AdapterConfig, BottleneckConfig, Compression, LoraConfig
+from coserve.config.values import AUTO, read_memory
 from coserve.core import ConfigError
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.locate import locate_model

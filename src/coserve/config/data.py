@@ -17,8 +17,8 @@ from coserve.config.settings import (
     IA3Config,
     LoraConfig,
     OptimizerConfig,
-    require,
 )
+from coserve.config.values import require
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from coserve.config.settings import EngineConfig, FinetuneConfig, SamplingConfig, SloMs
+from coserve.config.settings import EngineConfig, FinetuneConfig, SamplingConfig
+from coserve.config.values import SloMs
 from coserve.core import CapacityError, ConfigError, CoserveError, NotFound, Slo, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry
-from coserve.engine.jobs import JobHandle
+from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobtable import JobTable
 from coserve.engine.loop import EngineLoop
 from coserve.engine.requests import Chunk, RequestHandle

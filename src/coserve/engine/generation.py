@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from coserve.config.settings import BEST_EFFORT, EngineConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import EngineConfig, SamplingConfig, SchedulerConfig
+from coserve.config.values import BEST_EFFORT
 from coserve.core import InvalidRequest
 from coserve.engine.engine import Engine
 from coserve.engine.requests import Chunk

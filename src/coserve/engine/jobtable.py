@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from coserve.config.settings import AdapterConfig, BottleneckConfig, EngineConfig, FinetuneConfig, settled
+from coserve.config.settings import AdapterConfig, BottleneckConfig, EngineConfig, FinetuneConfig
+from coserve.config.values import settled
 from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan, WorkUnit
 from coserve.engine.adapters import AdapterRegistry
-from coserve.engine.jobs import JobHandle, LiveJob
+from coserve.engine.jobhandle import JobHandle
+from coserve.engine.jobs import LiveJob
 from coserve.engine.threads import SideThreads
 from coserve.engine.watching import Watcher
 from coserve.finetune.datasets import Dataset

@@ -14,17 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from coserve.config.data import to_dict
-from coserve.config.settings import (
-    AUTO,
-    LINEAR_SITES,
-    AdapterConfig,
-    BottleneckConfig,
-    FinetuneConfig,
-    LoraConfig,
-    Objective,
-    is_number,
-    settled,
-)
+from coserve.config.settings import LINEAR_SITES, AdapterConfig, BottleneckConfig, FinetuneConfig, LoraConfig, Objective
+from coserve.config.values import AUTO, is_number, settled
 from coserve.finetune.batches import BatchOrder
 
 EPOCHS, MAX_EPOCHS = 3, 25

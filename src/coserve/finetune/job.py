@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from coserve.config.data import finetune_config_from_dict, to_dict
-from coserve.config.settings import FinetuneConfig, settled
+from coserve.config.settings import FinetuneConfig
+from coserve.config.values import settled
 from coserve.core import ConfigError, Group, InvalidRequest, JobFailed
 from coserve.finetune.batches import BatchOrder
 from coserve.finetune.checkpoints import (

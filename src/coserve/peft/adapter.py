@@ -13,7 +13,8 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from coserve.config.settings import LINEAR_SITES, AdapterConfig, shown
+from coserve.config.settings import LINEAR_SITES, AdapterConfig
+from coserve.config.values import shown
 from coserve.core import ConfigError
 from coserve.model.decoder import MODULE_PATHS, Bypass, NoBypass
 from coserve.model.weights import ModelWeights

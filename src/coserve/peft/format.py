@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coserve.config.data import to_dict
-from coserve.config.settings import MAX_RANK, AdapterConfig, IA3Config, LoraConfig
+from coserve.config.settings import AdapterConfig, IA3Config, LoraConfig
+from coserve.config.values import MAX_RANK
 from coserve.core import InvalidRequest
 from coserve.model.weights import ModelWeights
 from coserve.peft.adapter import Adapter, Parameter

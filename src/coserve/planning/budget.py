@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config.settings import AdapterConfig, Compression, FinetuneConfig, read_memory
+from coserve.config.settings import AdapterConfig, Compression, FinetuneConfig
+from coserve.config.values import read_memory
 from coserve.core import CapacityError, Group
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED, linear_shapes

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 
-from coserve.config.settings import SchedulerConfig, SloMs, check_objective, objective_seconds
+from coserve.config.settings import SchedulerConfig
+from coserve.config.values import SloMs, check_objective, objective_seconds
 from coserve.core import PassCost, Slo
 from coserve.scheduler.latency import LatencyModel
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coserve.config.settings import require
+from coserve.config.values import require
 
 ANY = "*"
 LOOPBACK_NAME = "localhost"

@@ -15,14 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coserve.config.settings import (
-    EngineConfig,
-    SchedulerConfig,
-    SloMs,
-    read_memory,
-    require,
-    require_least,
-)
+from coserve.config.settings import EngineConfig, SchedulerConfig
+from coserve.config.values import SloMs, read_memory, require, require_least
 from coserve.core import ConfigError
 from coserve.server.hostnames import check_allowed
 
@@ -260,7 +254,7 @@ def _read_objective(value: Any) -> Any:
 
 def _read(name: str, kind: str, value: Any) -> Any:
     """A value in its field's type."""
-    if kind.startswith("ObjectiveMs"):
+    if kind.startswith("SloMs"):
         return _read_objective(value)
     if name == "lora_modules":
         return _read_modules(value)

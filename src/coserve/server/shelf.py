@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from coserve.config.settings import MAX_RANK
+from coserve.config.values import MAX_RANK
 from coserve.finetune.checkpoints import write_atomically
 from coserve.model.architecture import read_architecture
 from coserve.peft.format import admit_adapter

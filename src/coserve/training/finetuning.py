@@ -25,7 +25,8 @@ import torch
 
 from coserve.compiler.plan import ModelPlan
 from coserve.config.data import to_dict
-from coserve.config.settings import FinetuneConfig, settled
+from coserve.config.settings import FinetuneConfig
+from coserve.config.values import settled
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.checkpoints import write_atomically
 from coserve.finetune.datasets import Dataset, load_training

@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from coserve.config.settings import SamplingConfig, SloMs
+from coserve.config.settings import SamplingConfig
+from coserve.config.values import SloMs
 from coserve.core import CapacityError, CoserveError
 from coserve.server.errors import EngineUnavailable
 from coserve.server.link.messages import Tokens

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 from pydantic_core import PydanticCustomError
 
 from coserve.chat.messages import ROLES
-from coserve.config.settings import BEST_EFFORT, SamplingConfig, SloMs, is_number, shown
+from coserve.config.settings import SamplingConfig
+from coserve.config.values import BEST_EFFORT, SloMs, is_number, shown
 from coserve.core import InvalidRequest
 
 MAX_OUTPUTS = 128

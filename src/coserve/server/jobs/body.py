@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
-from coserve.config.settings import AUTO, Activation, AdapterKind, Compression, Placement, is_number
+from coserve.config.settings import Activation, AdapterKind, Compression, Placement
+from coserve.config.values import AUTO, is_number
 from coserve.core import InvalidRequest
 from coserve.server.handlers import field_name
 from coserve.server.jobs.hints import FieldHints

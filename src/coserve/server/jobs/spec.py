@@ -21,9 +21,8 @@ from coserve.config.settings import (
     FinetuneConfig,
     Objective,
     OptimizerConfig,
-    settled,
-    shown,
 )
+from coserve.config.values import settled, shown
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.batches import BatchOrder
 from coserve.finetune.defaults import adapter_size, auto_learning_rate, given_settings, resolve_settings, unused_settings

@@ -19,7 +19,8 @@ from typing import Any, Literal, cast
 import zmq
 import zmq.asyncio
 
-from coserve.config.settings import SamplingConfig, SloMs
+from coserve.config.settings import SamplingConfig
+from coserve.config.values import SloMs
 from coserve.core import CoserveError, InvalidRequest
 from coserve.server.errors import EngineUnavailable, make_error
 from coserve.server.link.messages import (

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from coserve.config.settings import FinetuneConfig, SamplingConfig, SloMs
+from coserve.config.settings import FinetuneConfig, SamplingConfig
+from coserve.config.values import SloMs
 from coserve.core import Slo
 
 

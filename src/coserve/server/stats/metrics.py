@@ -18,7 +18,8 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from coserve.config.settings import SamplingConfig, SloMs
+from coserve.config.settings import SamplingConfig
+from coserve.config.values import SloMs
 from coserve.core import Slo
 from coserve.scheduler.slo import asked_slo
 from coserve.server.link.messages import JobEnded, JobHappened, Tokens
