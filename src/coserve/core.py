@@ -193,7 +193,7 @@ class UnitCost(NamedTuple):
     """A unit of finetuning work that is not fused.
 
     pairs: query-key pairs of the window per layer; labels: label rows through the loss head, of forward units that reach the
-    top, else 0; again: how much of forward a backward unit runs again, by matrix FLOPs, from 0 to 1.
+    top, else 0; recompute_fraction: the share of forward, by matrix FLOPs, that a backward unit runs again, from 0 to 1.
     """
 
     backward: bool

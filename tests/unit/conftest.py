@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from coserve.cli.main import main as cli
+from coserve.cli import main as cli
 from coserve.config.settings import FinetuneConfig
 from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizer import build_sentencepiece_tokenizer, build_tiny_tokenizer

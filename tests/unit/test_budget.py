@@ -18,12 +18,12 @@ from coserve.engine import engine as engine_module
 from coserve.engine.generation import Generator
 from coserve.finetune.batches import pack_groups
 from coserve.finetune.datasets import load_groups
+from coserve.model import memory
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.linear import PackedHead, PackedLinear, can_pack
 from coserve.model.memory import GIB, _host_available, available_bytes, packed_bytes, settle_copies, weight_bytes
 from coserve.model.weights import ModelWeights, load_weights
 from coserve.peft.lora import LoraAdapter
-from coserve.planning import budget
 from coserve.planning.budget import (
     FittedPlan,
     Workload,
@@ -349,7 +349,7 @@ def test_a_model_is_loaded_as_an_engine_will_have_it(
     arch, itemsize = Checkpoint(directories["llama"]).architecture, DTYPES[dtype].itemsize
     enough = weight_bytes(arch, itemsize) + packed_bytes(arch, itemsize) / 0.3
     for available, layout in ((None, "packed"), (enough + 64, "packed"), (enough - 64, "held once"), (0, "held once")):
-        monkeypatch.setattr(budget, "available_bytes", lambda device, available=available: available)
+        monkeypatch.setattr(memory, "available_bytes", lambda device, available=available: available)
         model = load_model(str(directories["llama"]), device="cpu", dtype=dtype)
         assert model.weights.layout == layout
         assert model.weights.copied_bytes == 0

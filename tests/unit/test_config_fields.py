@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coserve.cli.main import main as cli
+from coserve.cli import main as cli
 from coserve.core import ConfigError
 from coserve.engine.generation import Generator
 from coserve.model import architecture

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from coserve.cli.main import main as cli
+from coserve.cli import main as cli
 from coserve.config.data import finetune_config_from_dict, to_dict
 from coserve.config.settings import (
     AdapterConfig,
     BottleneckConfig,
-    ConfigError,
     FinetuneConfig,
     IA3Config,
     LoraConfig,
     Objective,
     OptimizerConfig,
 )
+from coserve.core import ConfigError
 from coserve.finetune.defaults import describe_settings, given_settings, resolve_settings, unused_settings
 from coserve.finetune.job import JobEvent
 from coserve.peft.described import described_adapter

@@ -283,7 +283,7 @@ def non_negative_least_squares(matrix_MN: np.ndarray, target_M: np.ndarray) -> n
 
 _VERSION = 2
 _PROFILED = UnitCost._fields[:5]
-"""All but `again`: nothing is run again while a machine is measured."""
+"""All but `recompute_fraction`: nothing is run again while a machine is measured."""
 
 
 def save_profile(path: Path, key: str, samples: Sequence[ProfilePoint]) -> None:
