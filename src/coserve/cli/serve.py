@@ -32,12 +32,12 @@ from coserve.server.app import create_app, index_url, open_services
 from coserve.server.errors import Unauthorized
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.store import Store
-from coserve.server.index.tenants import make_key
 from coserve.server.link.setup import STOP_SIGNALS
 from coserve.server.locks import make_private
 from coserve.server.records import now
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig, read_settings
+from coserve.server.tenants import make_key
 
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
 _log = logging.getLogger(__name__)

@@ -25,7 +25,6 @@ from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
-from coserve.server.index.tenants import Tenants, read_keys
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.locks import hold, make_private
@@ -37,6 +36,7 @@ from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services, TenantShares
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
+from coserve.server.tenants import Tenants, read_keys
 from coserve.server.work import WorkPool
 from coserve.text.tokenizer import ChatTokenizer
 

@@ -12,7 +12,6 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
-from coserve.server.index.tenants import Tenants
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.logs import note_tenant
@@ -21,6 +20,7 @@ from coserve.server.places import Places
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
+from coserve.server.tenants import Tenants
 from coserve.server.work import Allowance, WorkPool
 from coserve.text.tokenizer import ChatTokenizer
 
