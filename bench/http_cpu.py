@@ -31,7 +31,7 @@ from servers import Server, descendants, processor_seconds, running_server
 from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals
 from coserve.bench.metrics import RequestRecord, SloInMs, summarize
 from coserve.bench.workload import prompts, word_ids, write_training_file
-from coserve.cli.bench import device_name, versions
+from coserve.machine import device_name, versions
 from coserve.model.locate import locate_model
 from coserve.text.tokenizer import ChatTokenizer
 

@@ -44,7 +44,7 @@ from serving_rows import COSERVE, IN_PROCESS, VLLM, Cell, capacity, cell_summary
 from coserve.bench.arrivals import ArrivalConfig, make_arrivals
 from coserve.bench.metrics import RequestRecord
 from coserve.bench.workload import prompts, word_ids
-from coserve.cli.bench import device_name, versions
+from coserve.machine import device_name, versions
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.locate import locate_model
 from coserve.model.memory import weight_bytes

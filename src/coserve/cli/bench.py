@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
 import sys
 import time
@@ -29,13 +27,13 @@ from coserve.bench.results import make_results
 from coserve.bench.sharing import BurstConfig, Sharing, SharingConfig, SharingSetup
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.core import ConfigError
+from coserve.machine import device_name, versions
 from coserve.runtime.loaded import LoadedModel, load_model
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure co-serving on this machine.")
 console = Console()
 
 QUICK_POLICIES = "coserve,temporal:16,dynamic-temporal"
-PACKAGES = ("coserve", "torch", "transformers")
 TRAINING_EXAMPLES = 256
 
 
@@ -152,23 +150,6 @@ def _measure(config: SharingConfig, setup: SharingSetup, common: dict[str, Any],
         "command": "coserve " + shlex.join(sys.argv[1:]), **make_results(measured, config, loaded.name),
         "common": {key: value for key, value in common.items() if key not in ("device", "versions")},
     }
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of what the figures depend on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with its cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = names[0] if names else name
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def summary_line(row: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ Every point runs as it would in an iteration, on memory that is taken from the e
 from __future__ import annotations
 
 import hashlib
-import platform
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,6 +17,7 @@ from coserve.config.settings import LoraConfig, OptimizerConfig, SchedulerConfig
 from coserve.core import CapacityError, Contents, Direction, Example, PassCost, Unit, UnitCost
 from coserve.finetune.optimizer import FlatAdamW
 from coserve.kernels.native import kernels_identity
+from coserve.machine import device_name
 from coserve.peft.lora import LoraAdapter
 from coserve.profiling.fit import (
     ProfilePoint,
@@ -55,8 +55,7 @@ _KEY = PrefixKey("", None, -1)
 def profile_key(passes: PassExecutor, fingerprint: str) -> str:
     """What a profile holds for: model, device, dtype, layout of the weights, kernels, threads, versions."""
     weights = passes.weights
-    device = torch.cuda.get_device_name(weights.device) if weights.device.type == "cuda" else platform.processor()
-    kind = f"{weights.device.type} {device} {weights.dtype} {weights.layout}"
+    kind = f"{weights.device.type} {device_name(weights.device)} {weights.dtype} {weights.layout}"
     if (kernels := kernels_identity(weights.norm)) is not None:
         kind += f" {kernels}"
     return f"{fingerprint} {kind} {torch.get_num_threads()} {torch.__version__}"
