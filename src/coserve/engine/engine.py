@@ -292,7 +292,7 @@ class Engine:
         watcher = self._loop.watcher
         with self._loop.lock:
             self._loop.drain()
-            self.jobs.pump(watcher)
+            self.jobs.advance(watcher)
             watcher.begin("planning an iteration")
             plan = self.scheduler.schedule(self.now())
             if plan.empty:

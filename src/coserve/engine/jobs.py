@@ -132,7 +132,7 @@ class LiveJob:
             self._start(self._verb)
         match self._verb:
             case ForwardBackward() | Score():
-                return self._pump_batch()
+                return self._advance_batch()
             case OptimStep():
                 if self._updating:
                     return False
@@ -189,7 +189,7 @@ class LiveJob:
                 self._row = DiskWrite(self.host.recorder, action)
                 self._row.wait(_SHORT_WRITE_S)
 
-    def _pump_batch(self) -> bool:
+    def _advance_batch(self) -> bool:
         batch = self._batch
         assert batch is not None
         for number, (micro, work, arena) in list(self._in_flight.items()):
