@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from coserve import FinetuneConfig, LoraConfig, OptimizerConfig, finetune, load_model
 from coserve.core import Group
-from coserve.engine.trainer import AdapterTrainer
+from coserve.training.trainer import AdapterTrainer
 
 METHODS = ("lossless", "fp8")
 HELD_OUT = 32

@@ -12,7 +12,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -32,9 +31,10 @@ from coserve import (
 )
 from coserve.core import Sampled, StepPlan, StepResult
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel
 from coserve.engine.step import Lookup
+from coserve.machine import device_name
 from coserve.peft.lora import LoraAdapter
+from coserve.runtime.loaded import LoadedModel
 from coserve.runtime.spans import NO_ADAPTER, RowSpan, SpanRows
 from coserve.scheduler.latency import LatencyModel
 
@@ -118,7 +118,7 @@ def main() -> None:
             print(f"{experiment}, {requests} requests, {row['adapters']} adapters: median {row['median_ms']:.2f} ms, "
                   f"p95 {row['p95_ms']:.2f} ms", flush=True)
     record = {
-        "device": f"{platform.processor() or platform.machine()}, 1 thread", "date": datetime.date.today().isoformat(),
+        "device": f"{device_name(torch.device('cpu'))}, 1 thread", "date": datetime.date.today().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch",)},
         "command": " ".join(["python", "bench/engine_overhead.py", *sys.argv[1:]]), "results": results,
     }

@@ -30,10 +30,10 @@ from transformers import AutoModelForCausalLM
 
 from coserve import FinetuneConfig, LoadedModel, LoraConfig, OptimizerConfig, load_model
 from coserve.core import Example, Group
-from coserve.engine.trainer import AdapterTrainer
 from coserve.model.decoder import linear_shapes
 from coserve.model.linear import PackedLinear
 from coserve.runtime.executor import head_rows
+from coserve.training.trainer import AdapterTrainer
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
 RATE = 1e-4
@@ -231,7 +231,7 @@ def probe(method: str, tokens: int) -> None:
         coserve_step(coserve_trainer(model, tokens), [long_example(model, tokens)])
     else:
         from coserve.model.locate import locate_model
-        from coserve.tokenizer import ChatTokenizer
+        from coserve.text.tokenizer import ChatTokenizer
 
         directory = locate_model(None)
         stand_in = argparse.Namespace(tokenizer=ChatTokenizer.load(directory))

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from coserve import load_model
-from coserve.engine.model import LoadedModel
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED, linear_shapes
 from coserve.model.linear import make_head, make_linear
 from coserve.model.weights import LayerWeights, ModelWeights
 from coserve.runtime.executor import Executor
-from coserve.tokenizer import ChatTokenizer
+from coserve.runtime.loaded import LoadedModel
+from coserve.text.tokenizer import ChatTokenizer
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-3.1-8b": {

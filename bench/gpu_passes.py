@@ -15,13 +15,13 @@ import torch
 from gpu_clock import peak_bytes, release, synchronize
 from gpu_model import BenchModel, Operations, forward_operations, num_linear_weights, training_operations
 
-from coserve.config import EngineConfig, FinetuneConfig, LoraConfig, OptimizerConfig, SchedulerConfig
-from coserve.core import Example, Group
+from coserve.config.settings import EngineConfig, FinetuneConfig, LoraConfig, OptimizerConfig, SchedulerConfig
+from coserve.core import Contents, Example, Group, PassCost, UnitCost
 from coserve.engine.engine import Engine
-from coserve.engine.profiling import Profiler
-from coserve.engine.trainer import AdapterTrainer
+from coserve.profiling.measure import Profiler
 from coserve.runtime.fused import PassExecutor
-from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost
+from coserve.scheduler.latency import LatencyModel
+from coserve.training.trainer import AdapterTrainer
 
 
 class Sizes(NamedTuple):

@@ -17,7 +17,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from coserve.config import LINEAR_SITES
+from coserve.config.settings import LINEAR_SITES
 
 
 def run_peer(model: BenchModel, device: torch.device, *, example_tokens: int, steps: int) -> Iterator[dict[str, Any]]:

@@ -20,8 +20,8 @@ from gpu_passes import LORA
 
 from coserve.bench.arrivals import ArrivalConfig, make_arrivals
 from coserve.bench.driver import Run, RunConfig, run_load
-from coserve.bench.metrics import Objectives, summarize
-from coserve.config import EngineConfig, FinetuneConfig, OptimizerConfig, SchedulerConfig
+from coserve.bench.metrics import SloInMs, summarize
+from coserve.config.settings import EngineConfig, FinetuneConfig, OptimizerConfig, SchedulerConfig
 from coserve.engine.engine import Engine
 from coserve.scheduler.latency import LatencyModel
 
@@ -130,7 +130,7 @@ class Sharing:
         )
 
     def _row(self, policy: str, rate: float, run: Run, engine: Engine) -> dict[str, Any]:
-        objectives = Objectives(ttft_ms=self.cells.ttft_ms, tpot_ms=self.cells.tpot_ms)
+        objectives = SloInMs(ttft_ms=self.cells.ttft_ms, tpot_ms=self.cells.tpot_ms)
         row: dict[str, Any] = {"policy": policy, "rate": rate, **summarize(run.records, objectives, run.window_s)}
         if rate:
             row["inference_tokens_per_s"] = run.inference_tokens / run.window_s

@@ -29,11 +29,11 @@ from openai import AsyncOpenAI, OpenAI, OpenAIError
 from servers import Server, descendants, processor_seconds, running_server
 
 from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals
-from coserve.bench.cli import device_name, versions
-from coserve.bench.metrics import Objectives, RequestRecord, summarize
+from coserve.bench.metrics import RequestRecord, SloInMs, summarize
 from coserve.bench.workload import prompts, word_ids, write_training_file
+from coserve.machine import device_name, versions
 from coserve.model.locate import locate_model
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 SETTLE_S = 8.0
 DRAIN_S = 60.0
@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace, engine: str, seed: int) -> dict[str, An
     """One server, one load."""
     tokenizer = ChatTokenizer.load(locate_model(None))
     words = word_ids(tokenizer)
-    objectives = Objectives(ttft_ms=options.ttft_ms, tpot_ms=options.tpot_ms)
+    objectives = SloInMs(ttft_ms=options.ttft_ms, tpot_ms=options.tpot_ms)
     arrivals = make_arrivals(ArrivalConfig(), options.rate, options.requests, seed)
     source = prompts(words, (seed, 9))
     texts = [source(arrival.prompt_tokens) for arrival in arrivals]

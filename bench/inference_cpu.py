@@ -12,7 +12,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from coserve import EngineConfig, SamplingConfig, SchedulerConfig, load_model
 from coserve.engine.engine import Engine
+from coserve.machine import device_name
 from coserve.scheduler.latency import LatencyModel
 
 
@@ -83,7 +83,7 @@ def main() -> None:
         print(f"batch {batch}: coserve {rates['coserve']:.1f}, transformers {rates['transformers']:.1f} output tokens/s; "
               f"median ratio {ratio:.2f}", flush=True)
     record = {
-        "device": f"{platform.processor() or platform.machine()}, {options.threads} threads",
+        "device": f"{device_name(torch.device('cpu'))}, {options.threads} threads",
         "date": datetime.date.today().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "command": " ".join(["python", "bench/inference_cpu.py", *sys.argv[1:]]),

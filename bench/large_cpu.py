@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from servers import descendants, running_server
 from transformers import AutoConfig
 
-from coserve.bench.cli import device_name, versions
+from coserve.machine import device_name, versions
 from coserve.model.architecture import read_architecture
 from coserve.model.checkpoint import expected_shapes
 from coserve.model.locate import locate_model

@@ -29,7 +29,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from servers import Server, running_server
 
-from coserve.bench.cli import device_name, versions
+from coserve.machine import device_name, versions
 from coserve.model.locate import DEFAULT_MODEL, locate_model
 
 TOLERANCE = 1e-3

@@ -24,12 +24,12 @@ import torch
 from finetune_cpu import RATE, PeftPeer, coserve_step, long_example, peak_bytes, run_facts, seconds
 
 from coserve import FinetuneConfig, LoraConfig, OptimizerConfig, load_model
-from coserve.config import Compression
-from coserve.engine.budget import Workload, fit_plan, shape_adapter, training_bytes
-from coserve.engine.trainer import AdapterTrainer
+from coserve.config.settings import Compression
 from coserve.model.linear import can_pack
 from coserve.model.locate import locate_model
-from coserve.tokenizer import ChatTokenizer
+from coserve.planning.budget import Workload, fit_plan, shape_adapter, training_bytes
+from coserve.text.tokenizer import ChatTokenizer
+from coserve.training.trainer import AdapterTrainer
 
 LORA = LoraConfig(r=16, alpha=32)
 WINDOW = 1024

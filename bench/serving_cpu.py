@@ -42,13 +42,13 @@ from serving_engine import running_engine
 from serving_rows import COSERVE, IN_PROCESS, VLLM, Cell, capacity, cell_summary, describe, describe_ratios, make_rows
 
 from coserve.bench.arrivals import ArrivalConfig, make_arrivals
-from coserve.bench.cli import device_name, versions
 from coserve.bench.metrics import RequestRecord
 from coserve.bench.workload import prompts, word_ids
-from coserve.engine.budget import weight_bytes
+from coserve.machine import device_name, versions
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.locate import locate_model
-from coserve.tokenizer import ChatTokenizer
+from coserve.model.memory import weight_bytes
+from coserve.text.tokenizer import ChatTokenizer
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 64
 MAX_MODEL_LEN = 2048

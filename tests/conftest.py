@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from coserve.engine.model import LoadedModel
+from coserve.runtime.loaded import LoadedModel
 from tests.tiny_engine import MakeEngine, build_model, tracked_engines
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coserve.engine.model import LoadedModel, load_model
+from coserve.runtime.loaded import LoadedModel, load_model
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
 

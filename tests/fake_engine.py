@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coserve.config import SchedulerConfig
-from coserve.core import Direction, Sampled, Span, StepPlan, StepResult, Unit, WorkUnit
+from coserve.config.settings import SchedulerConfig
+from coserve.core import Contents, Direction, PassCost, Sampled, Span, StepPlan, StepResult, Unit, UnitCost, WorkUnit
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
-from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost
+from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase

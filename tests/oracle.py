@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from coserve.config import BottleneckConfig
+from coserve.config.settings import BottleneckConfig
 from coserve.core import Example
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import WEIGHTS_FILE, save_adapter

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from coserve.config import EngineConfig, LoraConfig, SchedulerConfig
+from coserve.config.settings import EngineConfig, LoraConfig, SchedulerConfig
 from coserve.core import StepPlan, StepResult
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel, load_model
 from coserve.engine.step import Lookup
 from coserve.peft.lora import LoraAdapter
+from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.scheduler.latency import LatencyModel
 from tests.tiny_directory import build_tiny_directory
 

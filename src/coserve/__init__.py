@@ -3,7 +3,7 @@
     from coserve import Engine, EngineConfig, FinetuneConfig, LoraConfig, SamplingConfig, load_model
 """
 
-from coserve.config import (
+from coserve.config.settings import (
     BottleneckConfig,
     EngineConfig,
     FinetuneConfig,
@@ -22,11 +22,11 @@ from coserve.core import (
     NotFound,
 )
 from coserve.engine.engine import Engine
-from coserve.engine.finetuning import FinetuneResult, finetune
 from coserve.engine.generation import Generator
-from coserve.engine.jobs import JobHandle, JobProgress
-from coserve.engine.model import LoadedModel, load_model
+from coserve.engine.jobhandle import JobHandle, JobProgress
 from coserve.engine.requests import Chunk, RequestHandle
+from coserve.runtime.loaded import LoadedModel, load_model
+from coserve.training.finetuning import FinetuneResult, finetune
 
 __all__ = [
     "BottleneckConfig",

@@ -1,6 +1,6 @@
 """`python -m coserve`: the command without its script."""
 
-from coserve.cli import main
+from coserve.cli.main import main
 
 if __name__ == "__main__":
     main()

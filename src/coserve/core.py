@@ -53,7 +53,7 @@ def one_line(error: BaseException, most: int | None = None) -> str:
     return text if most is None or len(text) <= most else f"{text[: most - 3]}..."
 
 
-class Objectives(NamedTuple):
+class Slo(NamedTuple):
     """What a request is promised, in seconds: per output token after the first, and from its arrival to the first. math.inf:
     nothing, which is best effort."""
 
@@ -168,12 +168,66 @@ class BlockMove(NamedTuple):
     target: int
 
 
+class PassCost(NamedTuple):
+    """One inference pass over all layers.
+
+    rows: decode, prefill and fused; head_rows: rows through the output head for logits; decode_context: sum of context tokens
+    over decode rows; prefill_pairs, fused_pairs: query-key pairs per layer; fused_rows: finetuning rows among `rows`, whose
+    kept values are written; fused_labels: label rows through the loss head; adapter_segments: different adapters among the
+    rows; prefill_spans: prompts.
+    """
+
+    rows: int
+    head_rows: int
+    decode_rows: int
+    decode_context: int
+    prefill_pairs: int
+    fused_rows: int
+    fused_pairs: int
+    fused_labels: int
+    adapter_segments: int
+    prefill_spans: int = 0
+
+
+class UnitCost(NamedTuple):
+    """A unit of finetuning work that is not fused.
+
+    pairs: query-key pairs of the window per layer; labels: label rows through the loss head, of forward units that reach the
+    top, else 0; recompute_fraction: the share of forward, by matrix FLOPs, that a backward unit runs again, from 0 to 1.
+    """
+
+    backward: bool
+    rows: int
+    layers: int
+    pairs: int
+    labels: int
+    recompute_fraction: float = 0.0
+
+
+class Contents(NamedTuple):
+    """What an iteration holds.
+
+    inference: the pass, None without one. units: the units that are not fused into it. optimizer_elements: parameters that the
+    optimizer updates. refresh_seconds: the time to refresh what adapters derive from those parameters, such as DoRA's norms; it
+    was measured when their job began.
+    """
+
+    inference: PassCost | None
+    units: tuple[UnitCost, ...]
+    optimizer_elements: int
+    refresh_seconds: float = 0.0
+
+
+NO_CONTENTS = Contents(None, (), 0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """What one iteration runs. Validation windows are forward units of micro-batches that have no backward.
 
     Rows are packed [decode | prefill | fused finetuning]; units that are not fused follow one by one, then optimizer slices
-    and copies. predicted_s: seconds by the latency model. kind: what it holds, such as 'decode+backward', for error metrics.
+    and copies. contents: its cost in counts. predicted_s: seconds by the latency model. finetune_share: the share of those
+    seconds that is a job's, from 0 to 1. kind: what it holds, such as 'decode+backward', for error metrics.
     """
 
     number: int
@@ -183,7 +237,9 @@ class StepPlan:
     optimizer: tuple[OptimizerSlice, ...] = ()
     copies: tuple[AdapterCopy, ...] = ()
     kind: str = "idle"
+    contents: Contents = NO_CONTENTS
     predicted_s: float = 0.0
+    finetune_share: float = 0.0
 
     @property
     def spans(self) -> tuple[Span, ...]:

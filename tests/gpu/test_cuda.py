@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from coserve.config import FinetuneConfig, LoraConfig, SamplingConfig
+from coserve.config.settings import FinetuneConfig, LoraConfig, SamplingConfig
 from coserve.core import Group
 from coserve.engine.generation import Generator
-from coserve.engine.model import LoadedModel
-from coserve.engine.trainer import AdapterTrainer
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import load_weights
 from coserve.runtime.executor import Executor
+from coserve.runtime.loaded import LoadedModel
+from coserve.training.trainer import AdapterTrainer
 from tests import oracle
 from tests.numerics.test_gradients import random_example
 from tests.tiny_models import FAMILIES, build_tiny_model

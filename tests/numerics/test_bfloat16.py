@@ -15,16 +15,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from coserve.config import AdapterConfig, BottleneckConfig, FinetuneConfig, IA3Config, LoraConfig, OptimizerConfig
+from coserve.config.settings import (
+    AdapterConfig,
+    BottleneckConfig,
+    FinetuneConfig,
+    IA3Config,
+    LoraConfig,
+    OptimizerConfig,
+)
 from coserve.core import Example, Group
-from coserve.engine.model import LoadedModel
-from coserve.engine.trainer import AdapterTrainer
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.linear import can_pack
 from coserve.model.weights import ModelWeights, load_weights
 from coserve.peft.adapter import Adapter
 from coserve.peft.kinds import new_adapter
 from coserve.runtime.executor import Executor
+from coserve.runtime.loaded import LoadedModel
+from coserve.training.trainer import AdapterTrainer
 from tests import oracle
 from tests.numerics.test_gradients import Case, random_example, reference_gradients, train_by_units
 from tests.tiny_models import FAMILIES, build_tiny_model

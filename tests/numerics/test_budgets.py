@@ -27,7 +27,7 @@ from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan
 from coserve.compiler.program import Call, LayerPlan
-from coserve.config import LoraConfig
+from coserve.config.settings import LoraConfig
 from coserve.kernels import attention as attention_kernels
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.decoder import MERGED

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig
+from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig
 from coserve.core import InvalidRequest
-from coserve.engine.batchwork import ReferenceSums
-from coserve.engine.finetuning import finetune
-from coserve.engine.model import LoadedModel
-from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.datasets import Dataset, load_groups
 from coserve.finetune.job import JobEvent, StepRow
 from coserve.peft.lora import LoraAdapter
+from coserve.runtime.loaded import LoadedModel
+from coserve.training.batchwork import ReferenceSums
+from coserve.training.finetuning import finetune
+from coserve.training.trainer import AdapterTrainer
 from tests import oracle
 from tests.outcome import result, rows_of
 from tests.tiny_directory import preference_line, write_lines

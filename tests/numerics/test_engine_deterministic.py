@@ -12,14 +12,21 @@ from random import Random
 import pytest
 import torch
 
-from coserve.config import GRID_TOKENS, FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import (
+    GRID_TOKENS,
+    FinetuneConfig,
+    LoraConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    SchedulerConfig,
+)
 from coserve.core import CapacityError, ConfigError, StepPlan
 from coserve.engine.engine import Engine
-from coserve.engine.finetuning import finetune
-from coserve.engine.model import LoadedModel, load_model
 from coserve.finetune.optimizer import FlatAdamW
 from coserve.runtime.executor import TrainExecutor
+from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.scheduler.units import LEAST_SLICE
+from coserve.training.finetuning import finetune
 from tests.outcome import result
 from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
 from tests.tiny_engine import MakeEngine, PlanLog, build_model, drive, prompt, tracked_engines

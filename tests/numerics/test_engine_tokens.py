@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel
 from coserve.engine.requests import RequestHandle
+from coserve.runtime.loaded import LoadedModel
 from tests import oracle
 from tests.tiny_directory import chat_lines, write_lines
 from tests.tiny_engine import MakeEngine, PlanLog, drive, prompt, random_adapter

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coserve.config import LINEAR_SITES, AdapterConfig, LoraConfig
+from coserve.config.settings import LINEAR_SITES, AdapterConfig, LoraConfig
 from coserve.core import Direction, Unit
 from coserve.kernels import attention as attention_kernels
 from coserve.model.weights import ModelWeights

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan, TrainingPlans
-from coserve.config import LINEAR_SITES, AdapterConfig, Compression, LoraConfig
+from coserve.config.settings import LINEAR_SITES, AdapterConfig, Compression, LoraConfig
 from coserve.core import Direction, Example, Unit
 from coserve.finetune.objectives import PreferenceObjective, Scored, SupervisedObjective
 from coserve.kernels import attention as attention_kernels

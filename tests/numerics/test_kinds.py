@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coserve.config import (
+from coserve.config.settings import (
     LINEAR_SITES,
     AdapterConfig,
     BottleneckConfig,
@@ -24,12 +24,12 @@ from coserve.config import (
     LoraConfig,
     OptimizerConfig,
 )
-from coserve.engine.model import LoadedModel
-from coserve.engine.trainer import AdapterTrainer
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import load_weights
 from coserve.peft.tensors import tensor_name, to_file
 from coserve.runtime.executor import Executor
+from coserve.runtime.loaded import LoadedModel
+from coserve.training.trainer import AdapterTrainer
 from tests import oracle
 from tests.numerics.test_fused_gradients import Mix, check, fixed_mix, mixes
 from tests.numerics.test_gradients import (

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from coserve import SamplingConfig
 from coserve.engine.generation import Generator
-from coserve.engine.model import load_model
 from coserve.kernels import library, native, reference
 from coserve.kernels.native import build
+from coserve.runtime.loaded import load_model
 from tests.paged_cache import PagedCache
 from tests.tiny_directory import build_tiny_directory
 

@@ -41,7 +41,7 @@ FACTS: dict[str, tuple[str, str]] = {
 
 def coserve(directory: Path, *arguments: str, stdin: str = "") -> str:
     """Runs the command there; what it printed."""
-    command = [sys.executable, "-c", "from coserve.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from coserve.cli.main import main; main()", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
         command, cwd=directory, env=environment, input=stdin, capture_output=True, text=True, timeout=1800, check=False

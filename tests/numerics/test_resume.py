@@ -23,17 +23,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig
-from coserve.configdata import to_dict
+from coserve.config.data import to_dict
+from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.core import InvalidRequest
-from coserve.engine import finetuning as finetuning_module
-from coserve.engine import model as model_module
-from coserve.engine.finetuning import finetune
-from coserve.engine.model import LoadedModel, load_model
 from coserve.finetune import job as job_module
 from coserve.finetune.job import Job, JobEvent, Verb
 from coserve.kernels import native
 from coserve.kernels.processor import Bfloat16Products
+from coserve.runtime import loaded as model_module
+from coserve.runtime.loaded import LoadedModel, load_model
+from coserve.training import finetuning as finetuning_module
+from coserve.training.finetuning import finetune
 from tests.outcome import result
 from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
 
@@ -183,8 +183,8 @@ def test_the_comparison_would_see_a_lost_moment(
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from coserve.configdata import finetune_config_from_dict
-from coserve.engine.finetuning import finetune
+from coserve.config.data import finetune_config_from_dict
+from coserve.training.finetuning import finetune
 
 model, data, output, config = sys.argv[1:]
 

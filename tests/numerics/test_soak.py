@@ -18,12 +18,12 @@ from random import Random
 
 import pytest
 
-from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
 from coserve.core import CapacityError, NotFound
 from coserve.engine.engine import Engine
-from coserve.engine.jobs import JobHandle
-from coserve.engine.model import LoadedModel
+from coserve.engine.jobhandle import JobHandle
 from coserve.engine.requests import RequestHandle
+from coserve.runtime.loaded import LoadedModel
 from tests.tiny_directory import chat_lines, preference_lines, write_lines
 from tests.tiny_engine import assert_nothing_left, build_model, drive, make_engine, prompt, random_adapter
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from coserve.config import LoraConfig, SamplingConfig
+from coserve.config.settings import LoraConfig, SamplingConfig
 from coserve.engine.generation import Generator
-from coserve.engine.model import LoadedModel
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import load_weights
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import Executor
+from coserve.runtime.loaded import LoadedModel
 from coserve.runtime.spans import NO_ADAPTER, RowSpan
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 from tests import oracle
 from tests.default_model import default_model, gsm8k_problems, needs_default_model, needs_gsm8k
 from tests.tiny_models import FAMILIES, build_tiny_model

@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig
+from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.core import Example, Group
-from coserve.engine.model import LoadedModel
-from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.optimizer import learning_rate
 from coserve.kernels.attention import QUERY_BLOCK
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import load_weights
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import Executor
-from coserve.tokenizer import ChatTokenizer
+from coserve.runtime.loaded import LoadedModel
+from coserve.text.tokenizer import ChatTokenizer
+from coserve.training.trainer import AdapterTrainer
 from tests import oracle
 from tests.default_model import default_model, gsm8k_problems, needs_default_model, needs_gsm8k
 from tests.tiny_models import FAMILIES, build_tiny_model

@@ -22,14 +22,14 @@ import httpx
 import pytest
 
 from coserve.cachedir import cache_directory
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 from tests.server.jobs_bench import play_stories
 from tests.server.sites import Site, open_site
 from tests.tiny_directory import build_tiny_directory
 from tests.tiny_tokenizer import build_tiny_tokenizer
 
 START_S = 120.0
-_PROGRAM = "from coserve.cli import main; main()"
+_PROGRAM = "from coserve.cli.main import main; main()"
 _SETTINGS = ("--dtype", "float32", "--threads", "1", "--kv-cache-memory-bytes", str(32 << 20), "--max-file-bytes", str(4 << 20))
 
 

@@ -21,8 +21,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 
-from coserve.config import SamplingConfig
-from coserve.core import CoserveError, InvalidRequest, NotFound, Objectives
+from coserve.config.settings import SamplingConfig
+from coserve.core import CoserveError, InvalidRequest, NotFound, Slo
 from coserve.server.errors import Unauthorized, error_body, status_of
 from coserve.server.jobs.body import CreateJob
 from coserve.server.jobs.objects import Pace, checkpoint_object, event_object, job_object, step_data, step_message
@@ -44,7 +44,7 @@ class FakeBackend:
         self.api_key = api_key
         self.started = time.time()
         self.random = random.Random(5)
-        self.metrics = ServerMetrics(ServerConfig(), BASE, lambda: Objectives(tpot_s=0.1, ttft_s=1.5))
+        self.metrics = ServerMetrics(ServerConfig(), BASE, lambda: Slo(tpot_s=0.1, ttft_s=1.5))
         self.fed_s = self.metrics.clock() - 60
         self.counters = dict.fromkeys(
             ("inference_tokens", "prompt_tokens", "finetune_tokens", "busy_s", "inference_busy_s", "finetune_busy_s"), 0.0

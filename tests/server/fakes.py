@@ -22,9 +22,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from coserve.config import ObjectiveMs, SamplingConfig
-from coserve.core import CoserveError, NotFound, Objectives
-from coserve.detokenizer import IncrementalDetokenizer
+from coserve.config.settings import SamplingConfig
+from coserve.config.values import SloMs
+from coserve.core import CoserveError, NotFound, Slo
 from coserve.server.errors import EngineUnavailable, Unauthorized
 from coserve.server.handlers import install_handlers
 from coserve.server.link.messages import LogprobEntry, Ready, Tokens
@@ -34,7 +34,8 @@ from coserve.server.models import ServedModel
 from coserve.server.routes import inference, tokens
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.detokenizer import IncrementalDetokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 ANSWER = "Hello, grün 🙂 world."
 MODEL, ADAPTER = "tiny", "tiny-tuned"
@@ -61,8 +62,8 @@ class Asked:
     sampling: SamplingConfig
     adapter: str | None
     tenant: str
-    tpot_ms: ObjectiveMs | None
-    ttft_ms: ObjectiveMs | None
+    tpot_ms: SloMs | None
+    ttft_ms: SloMs | None
     arrival_s: float | None
     cancelled: bool = False
     finished: bool = False
@@ -77,12 +78,12 @@ class FakeEngineClient:
         self.info = Ready(
             model=MODEL, directory="", fingerprint="fp-tiny", architecture="llama", num_parameters=1, vocab_size=vocab_size,
             max_model_len=MAX_MODEL_LEN, device="cpu", dtype="float32", threads=1, memory={}, start_s=0.0,
-            objectives=Objectives(tpot_s=0.1, ttft_s=3.0),
+            objectives=Slo(tpot_s=0.1, ttft_s=3.0),
         )
         self._tasks: set[asyncio.Task[None]] = set()
 
     def generate(self, *, prompt_ids: Sequence[int], sampling: SamplingConfig, adapter: str | None = None, tenant: str = "",
-                 tpot_ms: ObjectiveMs | None = None, ttft_ms: ObjectiveMs | None = None,
+                 tpot_ms: SloMs | None = None, ttft_ms: SloMs | None = None,
                  arrival_s: float | None = None) -> RequestStream:
         if not self.ready:
             raise EngineUnavailable("the engine is starting; try again in a few seconds")
@@ -201,7 +202,7 @@ class FakeMetrics:
 
     def begin(
         self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float,
-        ttft_ms: ObjectiveMs | None, tpot_ms: ObjectiveMs | None,
+        ttft_ms: SloMs | None, tpot_ms: SloMs | None,
     ) -> FakeMeter:
         assert abs(time.monotonic() - arrival_s) < 60
         self.meters.append(FakeMeter(model, prompt_tokens))

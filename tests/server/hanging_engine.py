@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coserve.core import StepPlan, StepResult
-from coserve.engine.engine import Engine, Runner
+from coserve.engine.engine import Engine, PlanRunner
 from coserve.engine.step import Lookup
 from coserve.server.link.enginemain import EngineProcessMain, main
 
@@ -36,7 +36,7 @@ def hang(how: str) -> None:
 class HangingRunner:
     """Hangs in iterations that hold what the file names."""
 
-    def __init__(self, inner: Runner, engine: Engine, orders: Path) -> None:
+    def __init__(self, inner: PlanRunner, engine: Engine, orders: Path) -> None:
         self._inner, self._engine, self._orders = inner, engine, orders
 
     def run(self, plan: StepPlan, lookup: Lookup) -> StepResult:

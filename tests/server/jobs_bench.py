@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.datastructures import UploadFile
 
-from coserve.core import CoserveError, NotFound, Objectives
+from coserve.core import CoserveError, NotFound, Slo
 from coserve.finetune.job import MetricsTable, StepRow
 from coserve.server.errors import EngineUnavailable
 from coserve.server.index.files import FileService
@@ -20,7 +20,7 @@ from coserve.server.jobs.body import read_body
 from coserve.server.jobs.service import JobService
 from coserve.server.link.messages import JobEnded, JobHappened, Problem, Ready
 from coserve.server.link.supervisor import EngineEnd
-from coserve.server.models import ModelDirectory
+from coserve.server.models import ModelRegistry
 from coserve.server.records import EventRecord, JobRecord
 from coserve.server.settings import ServerConfig
 from tests.tiny_directory import chat_lines
@@ -45,7 +45,7 @@ class FakeEngine:
         self.info = Ready(
             model="some/Base-1", directory=str(model), fingerprint="f", architecture="llama", num_parameters=1, vocab_size=400,
             max_model_len=512, device="cpu", dtype="float32", threads=1, memory={}, start_s=0.1,
-            objectives=Objectives(tpot_s=0.1, ttft_s=3.0),
+            objectives=Slo(tpot_s=0.1, ttft_s=3.0),
         )
         self.starts: list[dict[str, Any]] = []
         self.acts: list[tuple[str, str]] = []
@@ -160,7 +160,7 @@ class Bench:
         self.store = Store(f"sqlite:///{data_dir / 'coserve.db'}")
         self.files = FileService(data_dir / "files", self.store, 1 << 20, 1 << 30)
         self.files.rebuild()
-        self.models = ModelDirectory(self.store, engine, self.config)
+        self.models = ModelRegistry(self.store, engine, self.config)
         self.jobs = JobService(store=self.store, files=self.files, models=self.models, engine=engine, config=self.config)
 
     async def __aenter__(self) -> Bench:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coserve.cli import main
+from coserve.cli.main import main
 from coserve.server.link import supervisor
 
 if __name__ == "__main__":

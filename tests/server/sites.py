@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 from tests.server.fakes import (
     ANSWER,
     FakeEngineClient,

@@ -15,14 +15,14 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 from typer.testing import CliRunner
 
-from coserve.cli import app as cli
+from coserve.cli.main import app as cli
+from coserve.cli.serve import bind
+from coserve.cli.vllmflags import drop_flags
 from coserve.core import CapacityError, ConfigError, NotFound
-from coserve.servecli import bind
 from coserve.server.errors import EngineUnavailable, Unauthorized
 from coserve.server.handlers import field_name, install_handlers
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.settings import read_settings
-from coserve.server.vllmflags import drop_flags
 from tests.server.conftest import RunningServer
 
 LIMIT = 1000

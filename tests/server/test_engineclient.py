@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import pytest
 import zmq
 
-from coserve.config import EngineConfig, FinetuneConfig, LoraConfig, SamplingConfig
+from coserve.config.settings import EngineConfig, FinetuneConfig, LoraConfig, SamplingConfig
 from coserve.core import ConfigError, InvalidRequest, NotFound, StepPlan, StepResult
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel, load_model
 from coserve.engine.step import Lookup
 from coserve.peft.format import save_adapter
+from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.scheduler.latency import LatencyModel
 from coserve.server.errors import EngineUnavailable
 from coserve.server.link import engineclient, enginemain
@@ -41,7 +41,7 @@ from coserve.server.link.messages import (
     encode,
     merge_tokens,
 )
-from coserve.server.link.setup import Setup, read_setup, write_setup
+from coserve.server.link.setup import EngineSetup, read_setup, write_setup
 from coserve.server.link.streams import RequestStream
 from coserve.server.link.supervisor import MAX_FAILURES, restart_delay_s
 from coserve.server.locks import hold
@@ -178,9 +178,9 @@ def test_delays_grow_and_end() -> None:
 
 def test_the_setup_survives_its_line(tmp_path: Path) -> None:
     config = ServerConfig(model="m", data_dir=tmp_path, api_key=("k",), lora_modules=(("a", "b"),), max_model_len=9)
-    line = write_setup(Setup(address="ipc://x", config=config))
+    line = write_setup(EngineSetup(address="ipc://x", config=config))
     assert line.count(b"\n") == 1
-    assert read_setup(line) == Setup(address="ipc://x", config=config)
+    assert read_setup(line) == EngineSetup(address="ipc://x", config=config)
 
 
 def test_a_lock_has_one_holder(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from coserve.config import FinetuneConfig
+from coserve.config.settings import FinetuneConfig
 from coserve.server.link.enginehost import EngineHost
 from coserve.server.link.messages import ActJob, FromEngine, Replied, StartJob
 

@@ -28,7 +28,7 @@ from coserve.server.inference.bodies import MAX_ESCAPES, MAX_VALUES
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.routes import adapters, files, finetuning, inference, tokens
 from coserve.server.services import Services
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 from tests.loopstall import StallMeter, least_stall
 from tests.server.badfiles import forms
 from tests.server.bench_site import BenchSite

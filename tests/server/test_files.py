@@ -18,11 +18,11 @@ from fastapi import FastAPI
 from coserve.server.handlers import install_handlers
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
-from coserve.server.index.tenants import Tenants
 from coserve.server.records import JobRecord
 from coserve.server.routes import files as routes
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig
+from coserve.server.tenants import Tenants
 from tests.server.fakes import serve
 
 MAX_BYTES, MAX_TENANT_BYTES = 100_000, 1_000_000

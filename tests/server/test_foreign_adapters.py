@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from coserve.core import ConfigError, CoserveError, InvalidRequest, NotFound
 from coserve.server.errors import TooLarge
 from coserve.server.index.store import Store
-from coserve.server.models import ModelDirectory
+from coserve.server.models import ModelRegistry
 from coserve.server.records import AdapterRecord
 from coserve.server.settings import ServerConfig
 from tests.server.conftest import RunningServer
 from tests.server.jobs_bench import FakeEngine
 from tests.tiny_adapter import tensor_of, write_tiny_adapter, write_tiny_config
 
-Story = Callable[[ModelDirectory, FakeEngine], Coroutine[Any, Any, None]]
+Story = Callable[[ModelRegistry, FakeEngine], Coroutine[Any, Any, None]]
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -68,20 +68,20 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[..., tuple[ModelDirectory, FakeEngine]]:
+def make(tmp_path: Path) -> Callable[..., tuple[ModelRegistry, FakeEngine]]:
     write_tiny_config(tmp_path / "base")
     (tmp_path / "root").mkdir()
     store = Store(f"sqlite:///{tmp_path / 'index.db'}")
 
-    def models(**settings: Any) -> tuple[ModelDirectory, FakeEngine]:
+    def models(**settings: Any) -> tuple[ModelRegistry, FakeEngine]:
         engine: Any = FakeEngine(tmp_path / "base")
         config = ServerConfig(adapter_root=str(tmp_path / "root"), data_dir=tmp_path / "data", **settings)
-        return ModelDirectory(store, engine, config), engine
+        return ModelRegistry(store, engine, config), engine
 
     return models
 
 
-def play(made: tuple[ModelDirectory, FakeEngine], story: Story) -> None:
+def play(made: tuple[ModelRegistry, FakeEngine], story: Story) -> None:
     asyncio.run(asyncio.wait_for(story(*made), 60))
 
 
@@ -94,7 +94,7 @@ def test_a_bad_adapter_is_refused_everywhere_with_its_reason(
         make(lora_modules=(("mine", str(tmp_path / "root" / "bad")),))
     assert reason in str(at_start.value)
 
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         write_tiny_adapter(tmp_path / "root" / "good")
         await models.load("me", "x", "good")
         before = models.find_record("me", "x")
@@ -114,7 +114,7 @@ def test_a_bad_adapter_is_refused_everywhere_with_its_reason(
 def test_what_is_served_is_a_copy(tmp_path: Path, make: Callable[..., Any]) -> None:
     source = write_tiny_adapter(tmp_path / "root" / "a", alpha_pattern={"(q|v)_proj": 4}, later_field=[1])
 
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         await models.load("me", "x", "a")
         copy = Path(models.find_record("me", "x").directory)
         fields = json.loads((copy / "adapter_config.json").read_text())
@@ -138,7 +138,7 @@ def test_copies_go_with_their_names(tmp_path: Path, make: Callable[..., Any]) ->
     def copies() -> set[str]:
         return {str(path) for path in (tmp_path / "data/adapters").iterdir()}
 
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         for seed in range(3):
             await models.load("me", "x", str(seed), replace=True)
             assert copies() == {models.find_record("me", "x").directory}
@@ -155,7 +155,7 @@ def test_warnings_are_in_the_answer_and_in_the_log(
 ) -> None:
     write_tiny_adapter(tmp_path / "root" / "a", target_modules=["q_proj", "v_proj", "c_attn"])
 
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         (warning,) = await models.load("me", "x", "a")
         assert "no module called c_attn" in warning and warning in caplog.text
 
@@ -187,7 +187,7 @@ def test_copies_count_for_the_disk_of_their_tenant(tmp_path: Path, make: Callabl
     (copy,) = (tmp_path / "data/adapters").iterdir()
     size = sum(path.stat().st_size for path in copy.iterdir())
 
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         assert models.copied_bytes("a") == models.copied_bytes("") - size == 0
         await models.load("a", "x", "rank-4")
         await models.load("a", "y", "rank-4")
@@ -213,7 +213,7 @@ def test_copies_count_for_the_disk_of_their_tenant(tmp_path: Path, make: Callabl
 def test_a_tenant_has_only_so_many_adapters(tmp_path: Path, make: Callable[..., Any]) -> None:
     write_tiny_adapter(tmp_path / "root" / "a")
 
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         await models.load("a", "x", "a")
         with pytest.raises(TooLarge, match="you have 1 adapters"):
             await models.load("a", "y", "a")
@@ -226,7 +226,7 @@ def test_a_tenant_has_only_so_many_adapters(tmp_path: Path, make: Callable[..., 
 def test_adapters_that_are_loaded_at_the_same_time_count_too(tmp_path: Path, make: Callable[..., Any]) -> None:
     write_tiny_adapter(tmp_path / "root" / "a")
 
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         load_adapter = engine.load_adapter
 
         async def slow(name: str, directory: str) -> list[str]:
@@ -248,7 +248,7 @@ def test_loading_and_unloading_at_once_leaves_nothing_behind(tmp_path: Path, mak
         with contextlib.suppress(InvalidRequest, NotFound):
             await what
 
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         await asyncio.gather(*(
             try_to(models.load("me", "x", "a", replace=bool(number % 2)) if number % 3 else models.unload("me", "x"))
             for number in range(24)

@@ -11,8 +11,8 @@ import httpx
 import openai
 import pytest
 
-from coserve.config import SamplingConfig
-from coserve.engine.model import load_model
+from coserve.config.settings import SamplingConfig
+from coserve.runtime.loaded import load_model
 from tests.server.conftest import RunningServer, wait_until
 from tests.server.sites import TEXT_PATH, post
 from tests.tiny_engine import make_engine

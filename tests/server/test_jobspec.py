@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coserve.config import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
+from coserve.config.settings import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.core import InvalidRequest
 from coserve.server.jobs.body import read_body
 from coserve.server.jobs.objects import tuned_name

@@ -14,8 +14,8 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from coserve.config import SamplingConfig
-from coserve.core import Objectives
+from coserve.config.settings import SamplingConfig
+from coserve.core import Slo
 from coserve.server.link.messages import JobEnded, Tokens, merge_tokens
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.enginemetrics import COUNTERS
@@ -40,7 +40,7 @@ class Room:
 
     def __init__(self, **settings: Any) -> None:
         self.clock = Clock()
-        self.objectives = Objectives(tpot_s=0.1, ttft_s=0.5)
+        self.objectives = Slo(tpot_s=0.1, ttft_s=0.5)
         self.metrics = ServerMetrics(ServerConfig(**settings), "tiny", lambda: self.objectives, clock=self.clock)
 
     def begin(
@@ -281,7 +281,7 @@ def test_best_effort_neither_meets_nor_misses_an_objective(of: str) -> None:
     room = Room()
     own: dict[str, Any] = {}
     if of == "server":
-        room.objectives = Objectives(tpot_s=math.inf, ttft_s=math.inf)
+        room.objectives = Slo(tpot_s=math.inf, ttft_s=math.inf)
     else:
         own = {"tpot_ms": "none", "ttft_ms": "none"}
     for reason in ("stop", "error"):
@@ -317,7 +317,7 @@ def test_a_request_with_one_objective_is_held_against_that_one() -> None:
 def test_objectives_are_those_of_the_present_engine() -> None:
     room = Room()
     assert room.samples()['coserve_slo_objective_seconds{"objective": "tpot"}'] == 0.1
-    room.objectives = Objectives(tpot_s=0.25, ttft_s=math.inf)
+    room.objectives = Slo(tpot_s=0.25, ttft_s=math.inf)
     found = room.samples()
     assert found['coserve_slo_objective_seconds{"objective": "tpot"}'] == 0.25
     assert 'coserve_slo_objective_seconds{"objective": "ttft"}' not in found

@@ -12,14 +12,14 @@ import pytest
 from coserve.core import ConfigError, InvalidRequest, NotFound
 from coserve.server.errors import Forbidden
 from coserve.server.index.store import Store
-from coserve.server.models import ModelDirectory, engine_name
+from coserve.server.models import ModelRegistry, engine_name
 from coserve.server.records import AdapterRecord
 from coserve.server.settings import ServerConfig
 from tests.server.jobs_bench import FakeEngine
 from tests.tiny_adapter import write_tiny_adapter as write_adapter
 from tests.tiny_adapter import write_tiny_config
 
-Story = Callable[[ModelDirectory, FakeEngine], Coroutine[Any, Any, None]]
+Story = Callable[[ModelRegistry, FakeEngine], Coroutine[Any, Any, None]]
 
 
 class Place:
@@ -31,10 +31,10 @@ class Place:
         write_tiny_config(path)
         self.store = Store(f"sqlite:///{path / 'index.db'}")
 
-    def make(self, **settings: Any) -> tuple[ModelDirectory, FakeEngine]:
+    def make(self, **settings: Any) -> tuple[ModelRegistry, FakeEngine]:
         engine: Any = FakeEngine(self.path)
         config = ServerConfig(**{"adapter_root": str(self.root), "data_dir": self.path / "data", **settings})
-        return ModelDirectory(self.store, engine, config), engine
+        return ModelRegistry(self.store, engine, config), engine
 
     def play(self, story: Story, **settings: Any) -> None:
         async def run() -> None:
@@ -93,7 +93,7 @@ def test_engine_names_are_unique() -> None:
 
 
 def test_an_adapter_is_loaded_once_per_engine(place: Place) -> None:
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         record = adapter(place, "mine")
         models.add(record)
         await asyncio.gather(*(models.prepare("me", "mine") for _ in range(5)))
@@ -110,7 +110,7 @@ def test_an_adapter_is_loaded_once_per_engine(place: Place) -> None:
 
 
 def test_an_adapter_whose_files_are_gone(place: Place) -> None:
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         models.add(AdapterRecord(name="gone", tenant="me", directory=str(place.path / "none"), created_at=1))
         with pytest.raises(InvalidRequest, match="there is no directory none") as caught:
             await models.prepare("me", "gone")
@@ -122,7 +122,7 @@ def test_an_adapter_whose_files_are_gone(place: Place) -> None:
 def test_modules_of_the_command_line(place: Place) -> None:
     directory = write_adapter(place.path / "shared")
 
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         assert models.find("me", "shared").adapter == "/shared"
         assert (await models.prepare("them", "shared")).adapter == "/shared"
         assert len(engine.loads) == 1
@@ -141,7 +141,7 @@ def test_modules_of_the_command_line(place: Place) -> None:
 
 
 def test_loading_and_unloading_at_run_time(place: Place) -> None:
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         directory = write_adapter(place.root / "a")
         assert await models.load("me", "x", str(directory)) == ()
         ((name, first),) = engine.loads
@@ -167,7 +167,7 @@ def test_loading_and_unloading_at_run_time(place: Place) -> None:
 
 
 def test_what_can_not_be_loaded(place: Place) -> None:
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         outside = write_adapter(place.path / "outside")
         (place.root / "link").symlink_to(outside)
         sly = write_adapter(place.root / "sly")
@@ -198,7 +198,7 @@ def test_what_can_not_be_loaded(place: Place) -> None:
 
 
 def test_loading_is_off_without_a_root(place: Place) -> None:
-    async def story(models: ModelDirectory, engine: FakeEngine) -> None:
+    async def story(models: ModelRegistry, engine: FakeEngine) -> None:
         with pytest.raises(Forbidden, match="--adapter-root"):
             await models.load("me", "x", "a")
 

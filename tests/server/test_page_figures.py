@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coserve.core import Objectives
+from coserve.core import Slo
 from coserve.server.jobs.objects import event_object
 from coserve.server.records import EventRecord, JobRecord
 from coserve.server.settings import ServerConfig
@@ -18,7 +18,7 @@ from tests.server.fake_page_backend import BASE, TUNED
 from tests.server.test_page import Site, browser, open_page, until
 
 __all__ = ["browser"]  # a fixture
-PROMISED = Objectives(tpot_s=0.1, ttft_s=3.0)
+PROMISED = Slo(tpot_s=0.1, ttft_s=3.0)
 
 
 # --- the figures ---

@@ -13,7 +13,7 @@ from coserve.core import InvalidRequest
 from coserve.server.inference.bodies import openapi_body, parse_object, validate
 from coserve.server.inference.fields import CHAT, COMPLETIONS
 from coserve.server.inference.protocol import ChatRequest, CompletionRequest
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 from tests.server.fakes import MODEL, FakeEngineClient, make_app, make_services, send, serve
 from tests.tiny_tokenizer import build_tiny_tokenizer
 

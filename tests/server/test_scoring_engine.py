@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from coserve.config import SamplingConfig
-from coserve.engine.model import load_model
+from coserve.config.settings import SamplingConfig
+from coserve.runtime.loaded import load_model
 from tests.server.conftest import RunningServer
 from tests.tiny_engine import make_engine
 

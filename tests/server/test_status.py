@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 
-from coserve.core import CoserveError, Objectives
+from coserve.core import CoserveError, Slo
 from coserve.server.errors import EngineUnavailable, Unauthorized, error_body, status_of
 from coserve.server.routes import status
 from coserve.server.settings import ServerConfig
@@ -64,7 +64,7 @@ def client(engine: FakeEngine) -> TestClient:
     app.state.services = SimpleNamespace(
         watch=engine.watch,
         engine=engine, store=SimpleNamespace(unfinished_jobs=lambda: records), tenants=FakeTenants(),
-        metrics=ServerMetrics(ServerConfig(), "tiny", lambda: Objectives(tpot_s=0.1, ttft_s=3.0)),
+        metrics=ServerMetrics(ServerConfig(), "tiny", lambda: Slo(tpot_s=0.1, ttft_s=3.0)),
     )
     return TestClient(app)
 

@@ -10,7 +10,7 @@ import pytest
 from coserve.core import ConfigError
 from coserve.server.errors import Unauthorized
 from coserve.server.index.store import Store
-from coserve.server.index.tenants import Tenants, digest_key, make_key, read_keys
+from coserve.server.tenants import Tenants, digest_key, make_key, read_keys
 
 
 class FakeClock:

@@ -15,10 +15,10 @@ import openai
 import pytest
 from tokenizers import normalizers
 
-from coserve.detokenizer import shown_text
 from coserve.server.inference.walk import prompt_offsets
 from coserve.server.link.messages import LogprobEntry
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.detokenizer import shown_text
+from coserve.text.tokenizer import ChatTokenizer
 from tests.server import fakes
 from tests.server.fakes import MAX_MODEL_LEN, MODEL, Script, send
 from tests.server.sites import CHAT_PATH, HI, TEXT_PATH, Site, open_site

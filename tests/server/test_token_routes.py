@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from coserve.server.inference.limits import COUNTED_TOKENS
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 from tests.server.fakes import ADAPTER, MAX_MODEL_LEN, MODEL, send
 from tests.server.sites import CHAT_PATH, HI, TEXT_PATH, Site
 

@@ -22,7 +22,7 @@ import zmq
 import zmq.asyncio
 
 from coserve.core import CoserveError
-from coserve.server.jobs.queue import LiveJob
+from coserve.server.jobs.queue import UnfinishedJob
 from coserve.server.link import enginemain
 from coserve.server.link.activity import (
     ENGINE,
@@ -224,8 +224,8 @@ def test_the_pulse_falls_silent_with_the_process() -> None:
 # --- a job that ends the engine again and again ---
 
 
-def live_job() -> LiveJob:
-    return LiveJob(JobRecord(
+def live_job() -> UnfinishedJob:
+    return UnfinishedJob(JobRecord(
         id="ftjob-1", tenant="me", created_at=1, base="b", training_file="file-1", validation_file=None, config={},
         method={}, settings={}, start=None, suffix=None, seed=0, integrations=(), metadata={}, priority=0, weight=1.0,
         deadline=None,

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from coserve import cli
-from coserve.config import FinetuneConfig
-from coserve.tokenizer import ChatTokenizer
+from coserve.cli import main as cli
+from coserve.config.settings import FinetuneConfig
+from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizer import build_sentencepiece_tokenizer, build_tiny_tokenizer
 
 

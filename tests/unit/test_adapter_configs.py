@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from coserve.config import AdapterConfig, BottleneckConfig, FinetuneConfig, IA3Config, LoraConfig
-from coserve.configdata import adapter_of_kind, finetune_config_from_dict, to_dict
+from coserve.config.data import adapter_of_kind, finetune_config_from_dict, to_dict
+from coserve.config.settings import AdapterConfig, BottleneckConfig, FinetuneConfig, IA3Config, LoraConfig
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.job import refuse_changes
 from coserve.peft.kinds import empty_adapter

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coserve.config import MAX_RANK, BottleneckConfig, FinetuneConfig, LoraConfig, OptimizerConfig, shown
+from coserve.config.settings import BottleneckConfig, FinetuneConfig, LoraConfig, OptimizerConfig
+from coserve.config.values import MAX_RANK, shown
 from coserve.core import ConfigError, CoserveError, InvalidRequest
 from coserve.model.architecture import read_architecture
 from coserve.peft.fields import IA3, LORA, NO_EFFECT, UNSUPPORTED

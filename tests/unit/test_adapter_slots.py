@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from coserve.config import SamplingConfig, SchedulerConfig
+from coserve.config.settings import SamplingConfig, SchedulerConfig
 from coserve.core import InvalidRequest
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
+from coserve.runtime.loaded import LoadedModel
 from tests.tiny_engine import MakeEngine, drive, make_engine, prompt, random_adapter
 
 GREEDY = SamplingConfig(max_tokens=8, temperature=0, ignore_eos=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coserve.config import FinetuneConfig
+from coserve.config.settings import FinetuneConfig
 from coserve.core import Example, Group
 from coserve.finetune.batches import BatchOrder, pack_groups
 

@@ -21,17 +21,17 @@ from coserve.bench.burst import BIN_S, Series, bin_series, read_burst
 from coserve.bench.capacity import allowed_misses, find_capacity
 from coserve.bench.cells import CellStore, run_from_dict, run_to_dict
 from coserve.bench.charts import ticks
-from coserve.bench.driver import Run, RunConfig, Sample, run_load
+from coserve.bench.driver import Run, RunConfig, TokensDone, run_load
 from coserve.bench.machine import Observation, RowCost, fit_row_cost, gain_bound, inference_share
-from coserve.bench.metrics import Objectives, RequestRecord, meets, summarize, summary, wilson
+from coserve.bench.metrics import RequestRecord, SloInMs, meets, summarize, summary, wilson
 from coserve.bench.report import make_page
 from coserve.bench.results import make_results, prediction_errors
-from coserve.bench.sharing import BurstConfig, Cell, Measured, Setup, Sharing, SharingConfig
+from coserve.bench.sharing import BurstConfig, Cell, Measured, Sharing, SharingConfig, SharingSetup
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
-from coserve.config import FinetuneConfig, SamplingConfig
+from coserve.config.settings import FinetuneConfig, SamplingConfig
 from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, JobFailed, NotFound
 
-OBJECTIVES = Objectives(ttft_ms=1000.0, tpot_ms=100.0)
+OBJECTIVES = SloInMs(ttft_ms=1000.0, tpot_ms=100.0)
 
 
 class FakeClock:
@@ -124,7 +124,7 @@ def record(due_s: float = 0.0, times: Sequence[float] = (), finished: bool = Tru
     return RequestRecord(due_s=due_s, prompt_tokens=4, token_times=tuple(times), finished=finished)
 
 
-def run_of(records: Sequence[RequestRecord] = (), samples: Sequence[Sample] = (), window_s: float = 10.0) -> Run:
+def run_of(records: Sequence[RequestRecord] = (), samples: Sequence[TokensDone] = (), window_s: float = 10.0) -> Run:
     return Run(records=tuple(records), window_s=window_s, inference_tokens=0, samples=tuple(samples), busy_s=1.0,
                iterations=10, rows=20)
 
@@ -364,7 +364,7 @@ def test_refused_requests_have_missed() -> None:
 
 def test_a_hopeless_run_is_given_up_early() -> None:
     engine = FakeEngine(FakeClock())
-    run = drive(engine, count=400, give_up=(Objectives(ttft_ms=1000.0, tpot_ms=1.0), 2))
+    run = drive(engine, count=400, give_up=(SloInMs(ttft_ms=1000.0, tpot_ms=1.0), 2))
     assert run.gave_up and len(run.records) < 40
 
 
@@ -403,7 +403,7 @@ def test_burst_without_a_dip_or_without_a_return() -> None:
 
 
 def test_series_bins_tokens_queue_and_finetuning() -> None:
-    run = run_of([record(0.1, [0.6, 0.7, 0.8])], [Sample(0.0, 100.0), Sample(0.5, 150.0), Sample(1.0, 150.0)], 1.0)
+    run = run_of([record(0.1, [0.6, 0.7, 0.8])], [TokensDone(0.0, 100.0), TokensDone(0.5, 150.0), TokensDone(1.0, 150.0)], 1.0)
     series = bin_series(run)
     assert series.time_s == (0.0, 0.25, 0.5, 0.75)
     assert series.inference_tokens_per_s == (0, 0, 8, 4) and series.queue == (1, 1, 0, 0)
@@ -454,7 +454,7 @@ class Lab:
         self.peers = 0
         clock = FakeClock()
 
-        def make_engine(policy: str, objectives: Objectives) -> FakeEngine:
+        def make_engine(policy: str, objectives: SloInMs) -> FakeEngine:
             if len(self.engines) == fail_at:
                 raise RuntimeError("stopped here")
             assert objectives.tpot_ms == 50.0
@@ -466,7 +466,7 @@ class Lab:
             return 40.0
 
         source: Callable[[Sequence[int]], Callable[[int], list[int]]] = lambda seed: prompts(np.arange(20), seed)  # noqa: E731
-        setup = Setup(make_engine, source, peer, directory / "data", endless_job(8, 512), directory, clock.sleep)
+        setup = SharingSetup(make_engine, source, peer, directory / "data", endless_job(8, 512), directory, clock.sleep)
         store = CellStore(directory, {"seed": 0}, lambda label, stored: self.labels.append((label, stored)))
         self.sharing = Sharing(config, setup, store)
 
@@ -514,7 +514,7 @@ def test_whole_measurement(tmp_path: Path) -> None:
 
 def test_throughput_is_a_median_and_its_share_is_taken_inside_each_repeat() -> None:
     def cell(policy: str, load: float, repeat: int, rate: float, records: Sequence[RequestRecord] = ()) -> Cell:
-        return Cell(policy, load, 2 * load, repeat, run_of(records, [Sample(0.0, 5.0), Sample(10.0, 5.0 + 10 * rate)]))
+        return Cell(policy, load, 2 * load, repeat, run_of(records, [TokensDone(0.0, 5.0), TokensDone(10.0, 5.0 + 10 * rate)]))
 
     good, bad = record(0.1, [0.2, 0.25]), record(0.1, [2.0])
     cells = [cell("finetune-only", 0.0, i, rate) for i, rate in enumerate((100.0, 200.0, 50.0))]
@@ -531,7 +531,7 @@ def test_throughput_is_a_median_and_its_share_is_taken_inside_each_repeat() -> N
 
 @pytest.mark.parametrize(("count", "fitted"), [(3, False), (4, True)])
 def test_bound_needs_four_inference_only_runs(count: int, fitted: bool) -> None:
-    run = run_of([record(0.1, [0.2, 0.25])], [Sample(0.0, 0.0), Sample(10.0, 0.0)])
+    run = run_of([record(0.1, [0.2, 0.25])], [TokensDone(0.0, 0.0), TokensDone(10.0, 0.0)])
     probes = tuple(Cell("inference-only", 0.0, 1.0, i, run) for i in range(count - 1))
     cells = (Cell("inference-only", 0.5, 1.0, 0, run), Cell("coserve", 0.5, 1.0, 0, run))
     data = make_results(Measured(OBJECTIVES, None, 2.0, probes, cells, ()), replace(CONFIG, burst=None), "tiny")
@@ -636,7 +636,7 @@ def test_page_of_a_run_without_bound_bursts_or_finetune_only(tmp_path: Path) -> 
     (["--arrivals", "trace:missing.csv"], "no trace file"),
 ])
 def test_command_line_refuses_before_it_loads_a_model(arguments: list[str], message: str) -> None:
-    command = importlib.import_module("coserve.bench.cli").bench_app
+    command = importlib.import_module("coserve.cli.bench").bench_app
     found = CliRunner().invoke(command, ["sharing", *arguments])
     assert isinstance(found.exception, ConfigError | NotFound) and message in str(found.exception)
 

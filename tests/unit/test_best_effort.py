@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from coserve.config import SchedulerConfig
-from coserve.scheduler.objectives import profile_objectives
+from coserve.config.settings import SchedulerConfig
 from coserve.scheduler.requests import RequestState
+from coserve.scheduler.slo import profile_slo
 from tests.fake_engine import BASE, FakeEngine, FakeRequest
 from tests.unit.test_hybrid import law
 from tests.unit.test_starvation import UNHURRIED_MS, closed_loop, machine, waits
 
 NONE = math.inf
 PASS, ROW = 0.022, 0.0013
-PROFILE = profile_objectives(machine())
+PROFILE = profile_slo(machine())
 JOB: dict[str, Any] = {"microbatches": [[256] * 4] * 4, "elements": 5_000_000}
 
 
@@ -133,7 +133,7 @@ def test_a_shorter_objective_beside_best_effort_is_kept() -> None:
 def test_a_prompt_without_an_objective_is_late_in_time_beside_a_job(tpot_s: float) -> None:
     """A running request leaves no time for it, and its own objective never comes near: the profile's stands in."""
     slow = law(once=0.0995)  # decoding leaves next to nothing of 0.1 s
-    ttft_s = profile_objectives(slow).ttft_s
+    ttft_s = profile_slo(slow).ttft_s
     fake = FakeEngine(SchedulerConfig(tpot_ms=100.0, ttft_ms=3000.0, reserve=0.0), slow, check_cache=False)
     decoding(fake, 1, 60)
     fake.add_job([[500]] * 4)
@@ -212,7 +212,7 @@ def test_no_figure_of_a_request_without_objectives_is_undefined(
                          tpot_s=tpot_s)
 
     def figures() -> list[float]:
-        return [state.deadline_s, state.slack_s(1.5, reserve, 0.1), state.hope_s(0.02)]
+        return [state.deadline_s, state.slack_s(1.5, reserve, 0.1), state.feasible_until_s(0.02)]
 
     assert figures() == pytest.approx([NONE] * 3 if ttft_s == NONE else [3.0, 1.5, 3.0])
     state.in_flight = 1  # sampled by a plan that isn't committed
@@ -220,4 +220,4 @@ def test_no_figure_of_a_request_without_objectives_is_undefined(
     state.in_flight, state.first_token_s = 0, 2.0
     state.output.append(7)
     assert not any(map(math.isnan, figures())) and (figures()[0] == NONE) == (tpot_s == NONE)
-    assert (figures()[1] == NONE) == (tpot_s == NONE) and not state.hopeless(1.0, 0.02)
+    assert (figures()[1] == NONE) == (tpot_s == NONE) and not state.infeasible(1.0, 0.02)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from coserve.core import BlockMove, CapacityError
-from coserve.scheduler.arenas import Arena
+from coserve.scheduler.arenas import ArenaBlocks
 from coserve.scheduler.blocks import BlockPool, PoolStats
 from coserve.scheduler.prefix import PrefixKey
 
@@ -223,12 +223,12 @@ def test_a_forgotten_version_is_not_matched_nor_sealed_again() -> None:
 def test_arenas_grow_from_the_top_and_fill_gaps_first() -> None:
     pool = BlockPool(12, 2)
     top, middle, low = (pool.reserve_arena(n)[0] for n in (2, 3, 1))
-    assert (top, middle, low, pool.boundary) == (Arena(10, 12), Arena(7, 10), Arena(6, 7), 6)
+    assert (top, middle, low, pool.boundary) == (ArenaBlocks(10, 12), ArenaBlocks(7, 10), ArenaBlocks(6, 7), 6)
     pool.release_arena(middle)
     assert (pool.boundary, pool.num_free, pool.stats().arena) == (6, 9, 3)
-    assert pool.reserve_arena(2) == (Arena(8, 10), [])
-    assert pool.reserve_arena(2) == (Arena(4, 6), [])
-    for arena in (low, Arena(4, 6), top, Arena(8, 10)):
+    assert pool.reserve_arena(2) == (ArenaBlocks(8, 10), [])
+    assert pool.reserve_arena(2) == (ArenaBlocks(4, 6), [])
+    for arena in (low, ArenaBlocks(4, 6), top, ArenaBlocks(8, 10)):
         pool.check_integrity()
         pool.release_arena(arena)
     assert (pool.boundary, pool.num_free) == (12, 12)
@@ -254,7 +254,7 @@ def test_owned_blocks_in_the_way_move_with_their_prefixes_and_cached_ones_go() -
     table = pool.table("b")
     pool.free("low")
     arena, moves = pool.reserve_arena(3)
-    assert (arena, moves) == (Arena(3, 6), [BlockMove(3, 0), BlockMove(4, 1)])
+    assert (arena, moves) == (ArenaBlocks(3, 6), [BlockMove(3, 0), BlockMove(4, 1)])
     assert (pool.table("a"), pool.table("b"), table) == ([2, 0, 1], [2, 0], [2, 0])
     assert (pool.match(KEY, [1, 2, 3, 4, 9]), pool.match(KEY, [7, 7, 7])) == (4, 0)
     pool.check_integrity()
@@ -266,7 +266,7 @@ def test_a_move_evicts_what_is_cached_below() -> None:
     computed(pool, "b", [3, 4])
     pool.allocate("b", 4)
     pool.free("a")
-    assert pool.reserve_arena(1) == (Arena(2, 3), [BlockMove(2, 0)]) and pool.table("b") == [1, 0]
+    assert pool.reserve_arena(1) == (ArenaBlocks(2, 3), [BlockMove(2, 0)]) and pool.table("b") == [1, 0]
     assert pool.match(KEY, [1, 2, 3]) == 0 and pool.match(KEY, [3, 4, 5]) == 2
     pool.check_integrity()
 
@@ -339,7 +339,7 @@ class Pool(RuleBasedStateMachine):
         self.guaranteed = guaranteed
         self.memory: dict[tuple[int, int], Content] = {}  # (block, slot)
         self.requests: dict[object, Request] = {}
-        self.arenas: list[Arena] = []
+        self.arenas: list[ArenaBlocks] = []
         self.epochs = dict.fromkeys(ADAPTERS, 0)
 
     def slot(self, owner: object, position: int) -> tuple[int, int]:
@@ -421,7 +421,7 @@ class Pool(RuleBasedStateMachine):
             assert stats == pool.stats() and tables == [pool.table(owner) for owner in self.requests]
             return
         arena, moves = pool.reserve_arena(num_blocks)
-        assert arena == Arena(fits[-1], fits[-1] + num_blocks)
+        assert arena == ArenaBlocks(fits[-1], fits[-1] + num_blocks)
         assert {move.source for move in moves} == owned & {*range(*arena)}
         for source, target in moves:
             for slot in range(pool.block_tokens):

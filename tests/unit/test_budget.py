@@ -11,40 +11,36 @@ import pytest
 import torch
 from torch import Tensor
 
-from coserve.config import EngineConfig, FinetuneConfig, LoraConfig
-from coserve.configdata import finetune_config_from_dict
+from coserve.config.data import finetune_config_from_dict
+from coserve.config.settings import EngineConfig, FinetuneConfig, LoraConfig
 from coserve.core import CapacityError, Group
-from coserve.engine import budget, finetuning
 from coserve.engine import engine as engine_module
-from coserve.engine.budget import (
-    GIB,
-    FittedPlan,
-    Workload,
-    _host_available,
-    asked_plan,
-    available_bytes,
-    fit_plan,
-    packed_bytes,
-    require_memory,
-    settle_copies,
-    shape_adapter,
-    training_bytes,
-    weight_bytes,
-)
 from coserve.engine.generation import Generator
-from coserve.engine.model import DTYPES, load_model
-from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.batches import pack_groups
 from coserve.finetune.datasets import load_groups
+from coserve.model import memory
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.linear import PackedHead, PackedLinear, can_pack
+from coserve.model.memory import GIB, _host_available, available_bytes, packed_bytes, settle_copies, weight_bytes
 from coserve.model.weights import ModelWeights, load_weights
 from coserve.peft.lora import LoraAdapter
+from coserve.planning.budget import (
+    FittedPlan,
+    Workload,
+    asked_plan,
+    fit_plan,
+    require_memory,
+    shape_adapter,
+    training_bytes,
+)
 from coserve.runtime.cache import block_bytes
+from coserve.runtime.loaded import DTYPES, load_model
 from coserve.runtime.memory import Arena
 from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
 from coserve.runtime.plans import training_plan
 from coserve.scheduler.latency import LatencyModel
+from coserve.training import finetuning
+from coserve.training.trainer import AdapterTrainer
 from tests.tiny_directory import build_tiny_directory, chat_lines, write_lines
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -353,7 +349,7 @@ def test_a_model_is_loaded_as_an_engine_will_have_it(
     arch, itemsize = Checkpoint(directories["llama"]).architecture, DTYPES[dtype].itemsize
     enough = weight_bytes(arch, itemsize) + packed_bytes(arch, itemsize) / 0.3
     for available, layout in ((None, "packed"), (enough + 64, "packed"), (enough - 64, "held once"), (0, "held once")):
-        monkeypatch.setattr(budget, "available_bytes", lambda device, available=available: available)
+        monkeypatch.setattr(memory, "available_bytes", lambda device, available=available: available)
         model = load_model(str(directories["llama"]), device="cpu", dtype=dtype)
         assert model.weights.layout == layout
         assert model.weights.copied_bytes == 0

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coserve.config import LINEAR_SITES, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
+from coserve.config.settings import LINEAR_SITES, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.core import BlockMove, CapacityError
 from coserve.kernels import reference
 from coserve.model.architecture import Architecture

@@ -20,16 +20,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from coserve.config import BottleneckConfig, IA3Config, LoraConfig, SamplingConfig
+from coserve.config.settings import BottleneckConfig, IA3Config, LoraConfig, SamplingConfig
 from coserve.core import CapacityError, ConfigError
-from coserve.engine import finetuning as finetuning_engine
-from coserve.engine.budget import GIB, shape_adapter
-from coserve.engine.finetuning import finetune
 from coserve.engine.generation import Generator
-from coserve.engine.model import load_model
 from coserve.finetune.job import JobEvent, MetricsTable
 from coserve.model.architecture import read_architecture
+from coserve.model.memory import GIB
+from coserve.planning.budget import shape_adapter
+from coserve.runtime.loaded import load_model
 from coserve.runtime.plans import training_plan
+from coserve.training import finetuning as finetuning_engine
+from coserve.training.finetuning import finetune
 from tests.tiny_directory import build_tiny_directory, chat_line, chat_lines, preference_lines, write_lines
 from tests.tiny_models import build_tiny_model
 from tests.tiny_tokenizer import build_tiny_tokenizer
@@ -151,7 +152,7 @@ def test_a_real_process_refuses_in_one_line(place: Place) -> None:
 
 
 def in_a_process(*args: object) -> Ran:
-    command = [sys.executable, "-c", "from coserve.cli import main; main()", *map(str, args)]
+    command = [sys.executable, "-c", "from coserve.cli.main import main; main()", *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     return Ran(done.returncode, done.stdout, done.stderr)

@@ -25,7 +25,7 @@ from coserve.compiler.program import LayerPlan, Place, Program, Storage
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import Rematerialized, rematerialize
 from coserve.compiler.trace import Tracer, trace
-from coserve.config import LINEAR_SITES, Compression, LoraConfig
+from coserve.config.settings import LINEAR_SITES, Compression, LoraConfig
 from coserve.core import Direction, Example, Unit
 from coserve.kernels import reference
 from coserve.model.architecture import Architecture

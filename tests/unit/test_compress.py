@@ -20,14 +20,14 @@ from coserve.compiler.lower import lower
 from coserve.compiler.plan import ModelPlan, TrainingPlans, plan_training
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import curve, rematerialize
-from coserve.config import LINEAR_SITES, Compression, LoraConfig
+from coserve.config.settings import LINEAR_SITES, Compression, LoraConfig
 from coserve.core import Direction, Unit
-from coserve.engine.budget import Workload, fit_plan, shape_adapter
 from coserve.kernels import library
 from coserve.model.decoder import MERGED, NoBypass
 from coserve.model.weights import ModelWeights
 from coserve.ops.vocabulary import Vocabulary
 from coserve.peft.adapter import Adapter, Parameter, num_elements
+from coserve.planning.budget import Workload, fit_plan, shape_adapter
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.memory import columns
 from coserve.runtime.microbatch import InFlight, pack

@@ -11,17 +11,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coserve import cli
+from coserve.cli import main as cli
 from coserve.core import ConfigError
 from coserve.engine.generation import Generator
-from coserve.engine.model import LoadedModel
 from coserve.model import architecture
 from coserve.model.architecture import FAMILIES, read_architecture
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.fields import EXPECTED, INERT, READ
 from coserve.model.weights import load_weights
 from coserve.runtime.executor import Executor
-from coserve.tokenizer import ChatTokenizer
+from coserve.runtime.loaded import LoadedModel
+from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_models import build_tiny_model
 from tests.tiny_tokenizer import build_tiny_tokenizer
 

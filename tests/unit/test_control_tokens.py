@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from coserve.core import InvalidRequest
-from coserve.tokenizer import ChatTokenizer, Notes, TextRules
+from coserve.text.tokenizer import ChatTokenizer, Notes, TextRules
 from tests.tiny_tokenizer import CHATML, IM_END, IM_START, build_sentencepiece_tokenizer, build_tiny_tokenizer
 
 ALLOWED = TextRules(allow_control_tokens=True)

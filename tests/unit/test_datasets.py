@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coserve.config import Objective, TooLong
+from coserve.config.settings import Objective, TooLong
 from coserve.core import InvalidRequest, NotFound
 from coserve.finetune.datasets import Dataset, load_groups
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizer import build_tiny_tokenizer
 
 EOT = "<|im_end|>"

@@ -12,12 +12,12 @@ import msgspec
 import pytest
 
 from coserve.bench.sharing import SharingConfig
-from coserve.config import SamplingConfig, SchedulerConfig
-from coserve.core import ConfigError, Objectives
+from coserve.config.settings import SamplingConfig, SchedulerConfig
+from coserve.core import ConfigError, Slo
 from coserve.scheduler.latency import LatencyModel
-from coserve.scheduler.objectives import LEAST, describe, profile_objectives
+from coserve.scheduler.slo import LEAST, describe_slo, profile_slo
 from coserve.server.link.messages import Generate, decode_to_engine, encode
-from coserve.server.link.setup import Setup, read_setup, write_setup
+from coserve.server.link.setup import EngineSetup, read_setup, write_setup
 from coserve.server.settings import ServerConfig, read_settings
 from tests.fake_engine import FakeEngine
 from tests.unit.test_hybrid import law
@@ -30,15 +30,15 @@ WRONG: tuple[Any, ...] = (
 
 def test_objectives_follow_from_eight_typical_requests() -> None:
     """law: 10 ms a pass and 1 ms for each row after the first, so that 8 rows take 17 ms and 520 rows 529 ms."""
-    found = profile_objectives(law())
-    assert found == Objectives(tpot_s=0.026, ttft_s=4.3)  # 1.5 x 17 = 25.5 ms and 8 x 529 = 4232 ms, rounded up
+    found = profile_slo(law())
+    assert found == Slo(tpot_s=0.026, ttft_s=4.3)  # 1.5 x 17 = 25.5 ms and 8 x 529 = 4232 ms, rounded up
 
 
 def test_a_stall_while_a_large_pass_was_measured_does_not_count() -> None:
     """Prompts come in chunks of 128 or 64 then, at 1 ms a row and 17 ms for each pass with its decode rows."""
     model = law()
     stalled = {name: (20 if name[1] == "rows" and name[2] >= 256 else 1) * value for name, value in model.coefficients.items()}
-    assert profile_objectives(LatencyModel(stalled)) == Objectives(tpot_s=0.026, ttft_s=4.7)  # 8 x 4 x (17 + 128) = 4640 ms
+    assert profile_slo(LatencyModel(stalled)) == Slo(tpot_s=0.026, ttft_s=4.7)  # 8 x 4 x (17 + 128) = 4640 ms
 
 
 @pytest.mark.parametrize(("factor", "expected"), [
@@ -48,17 +48,17 @@ def test_a_slower_machine_promises_less_and_a_fast_one_no_more_than_is_of_use(
     factor: float, expected: tuple[float, float]
 ) -> None:
     model = law()
-    assert profile_objectives(LatencyModel({name: factor * value for name, value in model.coefficients.items()})) == expected
+    assert profile_slo(LatencyModel({name: factor * value for name, value in model.coefficients.items()})) == expected
 
 
 def test_two_digits_are_kept_where_they_are_exact() -> None:
     for milliseconds in range(10, 100):
         model = LatencyModel({("iteration", "once", 0): milliseconds / 1.5e3})
-        assert profile_objectives(model).tpot_s == milliseconds / 1e3
+        assert profile_slo(model).tpot_s == milliseconds / 1e3
 
 
 def test_settings_go_before_the_profile() -> None:
-    def default(**settings: Any) -> Objectives:
+    def default(**settings: Any) -> Slo:
         return FakeEngine(SchedulerConfig(**settings), law()).scheduler.objectives
 
     assert default() == (0.026, 4.3)
@@ -78,17 +78,17 @@ def test_settings_go_before_the_profile() -> None:
     ((NONE, NONE), ("none", "none"), "best effort"),
 ])
 def test_objectives_in_words(objectives: tuple[float, float], given: tuple[Any, Any], text: str) -> None:
-    assert describe(Objectives(*objectives), given, ("A", "B")) == text
+    assert describe_slo(Slo(*objectives), given, ("A", "B")) == text
 
 
 def test_words_without_the_settings_names() -> None:
     text = "85 ms per token, 3 s to the first (from this machine's profile)"
-    assert describe(Objectives(0.085, 3.0), (None, None)) == text
+    assert describe_slo(Slo(0.085, 3.0), (None, None)) == text
 
 
 def test_json_has_no_infinity() -> None:
-    assert Objectives(NONE, NONE).in_ms == (None, None)
-    assert json.dumps(Objectives(0.07, 0.57).in_ms) == "[70.0, 570.0]"
+    assert Slo(NONE, NONE).in_ms == (None, None)
+    assert json.dumps(Slo(0.07, 0.57).in_ms) == "[70.0, 570.0]"
 
 
 @pytest.mark.parametrize("value", WRONG, ids=repr)
@@ -118,7 +118,7 @@ def test_a_server_is_told_by_text_or_by_toml(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [None, "none", 60, 0.25])
 def test_best_effort_reaches_the_engine_s_process(value: Any) -> None:
     config = ServerConfig(slo_tpot_ms=value)
-    line = write_setup(Setup(address="a", config=config))
+    line = write_setup(EngineSetup(address="a", config=config))
     assert b"nfinity" not in line and read_setup(line).config.slo_tpot_ms == value
     asked = Generate(id="r", prompt_ids=[1], sampling=SamplingConfig(), arrival_s=0.0, tpot_ms=value)
     assert decode_to_engine(encode(asked)) == asked

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from coserve.config import FinetuneConfig, LoraConfig
+from coserve.bench.metrics import SloInMs
+from coserve.config.settings import FinetuneConfig, LoraConfig
 from coserve.core import ConfigError, InvalidRequest
 from coserve.demo import client as client_module
 from coserve.demo import watch as watch_module
@@ -32,14 +33,14 @@ from coserve.demo.questions import ANSWER_TOKENS, Answer, ask_both, is_right, qu
 from coserve.demo.report import DemoReport
 from coserve.demo.server import DemoFailed, Server, beside, open_server
 from coserve.demo.story import TPOT_MS, TTFT_MS, DemoResult, DemoSettings, run_demo
-from coserve.demo.traffic import BURST, PROMPTS, Chat, Figures, Objectives, Traffic, chat_once, chat_rate, measure, summarize
-from coserve.demo.watch import FINETUNE, INFERENCE, Sample, Watch, add_sample, rate, trained_until
+from coserve.demo.traffic import BURST, PROMPTS, Chat, Figures, Traffic, chat_once, chat_rate, measure, summarize
+from coserve.demo.watch import FINETUNE, INFERENCE, TokensAt, Watch, add_sample, rate, trained_until
 from coserve.finetune.datasets import Dataset, load_groups
 from coserve.server.jobs.body import read_body
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_directory import build_tiny_directory
 
-OBJECTIVES = Objectives(tpot_ms=100, ttft_ms=1000)
+OBJECTIVES = SloInMs(tpot_ms=100, ttft_ms=1000)
 REPORT_KEYS = {
     "slo_attainment", "tpot_ms_p50", "tpot_ms_p99", "tpot_slo_ms", "finetune_tokens_per_s", "finetune_alone_tokens_per_s",
     "loss_first", "loss_last", "num_requests", "num_failed", "facts_right_base", "facts_right_tuned", "facts_total",
@@ -156,9 +157,9 @@ def test_is_right_wants_a_keyword_as_a_whole_word(answer: str, keywords: tuple[s
 def test_a_chats_times() -> None:
     chat = Chat(sent_s=1.0, first_s=1.5, last_s=2.5, num_tokens=11)
     assert (chat.ttft_ms, chat.tpot_ms) == (pytest.approx(500), pytest.approx(100))
-    assert chat.meets(Objectives(tpot_ms=100.001, ttft_ms=501))
-    assert not chat.meets(Objectives(tpot_ms=99, ttft_ms=501))
-    assert not chat.meets(Objectives(tpot_ms=101, ttft_ms=499))
+    assert chat.meets(SloInMs(tpot_ms=100.001, ttft_ms=501))
+    assert not chat.meets(SloInMs(tpot_ms=99, ttft_ms=501))
+    assert not chat.meets(SloInMs(tpot_ms=101, ttft_ms=499))
     one = Chat(sent_s=1.0, first_s=1.5, last_s=1.5, num_tokens=1)
     assert one.tpot_ms is None and one.meets(OBJECTIVES)
     assert not Chat(sent_s=1.0, error="gone").meets(OBJECTIVES)
@@ -167,7 +168,7 @@ def test_a_chats_times() -> None:
 def test_figures_of_chats() -> None:
     chats = [Chat(sent_s=0.0, first_s=0.1, last_s=0.1 + n / 100, num_tokens=11) for n in range(1, 101)]
     failed = [Chat(sent_s=0.0, error="no"), Chat(sent_s=0.0, first_s=0.1, last_s=0.2, num_tokens=2, error="broke off")]
-    figures = summarize([*chats, *failed], Objectives(tpot_ms=50.5, ttft_ms=1000))
+    figures = summarize([*chats, *failed], SloInMs(tpot_ms=50.5, ttft_ms=1000))
     assert (figures.num_requests, figures.num_failed) == (102, 2)
     assert figures.attainment == pytest.approx(50 / 102), "failed ones miss"
     assert figures.tpot_ms_p50 == pytest.approx(50.5), "and have no times"
@@ -177,10 +178,10 @@ def test_figures_of_chats() -> None:
 
 
 def test_rates_of_counters() -> None:
-    samples: list[Sample] = []
+    samples: list[TokensAt] = []
     for second, (finetune, inference) in enumerate([(0, 0), (100, 0), (100, 10), (50, 20), (0, 0)]):
         add_sample(samples, float(second), {FINETUNE: finetune, INFERENCE: inference})
-    assert samples[-1] == Sample(time_s=4.0, finetune_tokens=250, inference_tokens=30)
+    assert samples[-1] == TokensAt(time_s=4.0, finetune_tokens=250, inference_tokens=30)
     assert rate(samples, "finetune_tokens", 1.0, 3.0) == pytest.approx(75)
     assert rate(samples, "inference_tokens", 0.0, 9.0) == pytest.approx(7.5)
     assert rate(samples, "finetune_tokens", 3.5, 9.0) is None
@@ -198,7 +199,7 @@ def test_the_watch_goes_on_when_the_engine_begins_anew(monkeypatch: pytest.Monke
             raise item
         return item
 
-    async def look() -> list[Sample]:
+    async def look() -> list[TokensAt]:
         watch = Watch(connect_to(FakeClient()), lambda: None)
         for _ in range(4):
             await watch.look()
@@ -460,7 +461,7 @@ def listens(url: str) -> bool:
 def tiny_settings(model: Path, output: Path) -> DemoSettings:
     prepare(output)
     return DemoSettings(
-        data_dir=output / DATA, log=output / LOG, model=str(model), objectives=Objectives(tpot_ms=TPOT_MS, ttft_ms=TTFT_MS),
+        data_dir=output / DATA, log=output / LOG, model=str(model), objectives=SloInMs(tpot_ms=TPOT_MS, ttft_ms=TTFT_MS),
         options=("--threads", "1", "--kv-cache-memory-bytes", str(32 << 20)), alone_s=1.0,
     )
 

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import typer
 
-from coserve.cli import app
-from coserve.config import FinetuneConfig
-from coserve.core import Objectives
+from coserve.cli.main import app
+from coserve.cli.vllmflags import FLAGS
+from coserve.config.settings import FinetuneConfig
+from coserve.core import Slo
 from coserve.server.inference import fields, protocol
 from coserve.server.jobs.body import Extras
 from coserve.server.settings import ServerConfig, read_settings
 from coserve.server.stats.metrics import ServerMetrics, ServerState
-from coserve.server.vllmflags import FLAGS
 from tests.unit.conftest import config_of
 
 ROOT = Path(__file__).parents[2]
@@ -276,7 +276,7 @@ def test_every_file_of_the_server_is_on_the_map() -> None:
 
 
 def test_metrics_are_listed_as_they_are() -> None:
-    metrics = ServerMetrics(ServerConfig(), "m", lambda: Objectives(tpot_s=1.0, ttft_s=1.0), clock=lambda: 9.0)
+    metrics = ServerMetrics(ServerConfig(), "m", lambda: Slo(tpot_s=1.0, ttft_s=1.0), clock=lambda: 9.0)
     metrics.expose({**STATS, "time_s": 1.0})
     metrics.judge(metrics.objectives(), 9.0, 0.1, 0.1, failed=False)
     metrics.rejected("capacity")

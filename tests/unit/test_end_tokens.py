@@ -13,15 +13,15 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig
+from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig
 from coserve.core import Example, Group, InvalidRequest
-from coserve.engine.finetuning import finetune
 from coserve.engine.generation import Generator
-from coserve.engine.model import LoadedModel, load_model
 from coserve.finetune.datasets import load_groups
 from coserve.finetune.taught import taught_end_tokens
 from coserve.peft.remarks import GENERATION_FILE, end_tokens
-from coserve.tokenizer import ChatTokenizer
+from coserve.runtime.loaded import LoadedModel, load_model
+from coserve.text.tokenizer import ChatTokenizer
+from coserve.training.finetuning import finetune
 from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
 from tests.tiny_engine import MakeEngine, drive, make_engine, prompt
 from tests.tiny_tokenizer import CHATML, END_OF_TEXT, IM_END, IM_START, build_sentencepiece_tokenizer, build_tiny_tokenizer

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from coserve.config import EngineConfig, SamplingConfig, SchedulerConfig
-from coserve.core import InvalidRequest, NotFound
+from coserve.config.settings import EngineConfig, SamplingConfig, SchedulerConfig
+from coserve.core import InvalidRequest, NotFound, PassCost
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel
-from coserve.engine.profiling import Profiler
 from coserve.peft.format import save_adapter
+from coserve.profiling.measure import Profiler
 from coserve.runtime.adapters import AdapterSlots
-from coserve.scheduler.latency import PassCost
+from coserve.runtime.loaded import LoadedModel
 from tests.tiny_engine import MakeEngine, drive, prompt, random_adapter
 
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)
@@ -175,7 +174,7 @@ def test_adapters_come_and_go_while_requests_use_them(engines: MakeEngine, model
         stop.set()
         for user in users:
             user.join(30)
-        assert engine.alive and not odd
+        assert not engine.closed and not odd
     assert {tuple(tokens) for tokens in served} == {tuple(tokens) for tokens in wanted}
     assert engine.adapters.num_versions == 0
 

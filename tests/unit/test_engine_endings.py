@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from coserve.config import SamplingConfig
+from coserve.config.settings import SamplingConfig
 from coserve.core import ContextExceeded
-from coserve.detokenizer import IncrementalDetokenizer
-from coserve.engine.model import LoadedModel
+from coserve.runtime.loaded import LoadedModel
+from coserve.text.detokenizer import IncrementalDetokenizer
 from tests.tiny_engine import MakeEngine, prompt
 
 GREEDY = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True)

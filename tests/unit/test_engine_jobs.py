@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
 from coserve.core import (
     CapacityError,
     ConfigError,
@@ -30,14 +30,14 @@ from coserve.core import (
     WorkUnit,
 )
 from coserve.engine.engine import Engine
-from coserve.engine.finetuning import finetune
-from coserve.engine.jobs import JobHandle
+from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobtable import shape_of
-from coserve.engine.model import LoadedModel
 from coserve.finetune import job as job_module
 from coserve.finetune.checkpoints import read_manifest
 from coserve.finetune.job import MetricsTable
 from coserve.runtime.executor import TrainExecutor
+from coserve.runtime.loaded import LoadedModel
+from coserve.training.finetuning import finetune
 from tests.tiny_directory import chat_lines, preference_lines, write_lines
 from tests.tiny_engine import (
     MakeEngine,

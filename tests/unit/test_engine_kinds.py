@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from coserve.config import AdapterConfig, BottleneckConfig, FinetuneConfig, IA3Config, LoraConfig, OptimizerConfig
+from coserve.config.settings import (
+    AdapterConfig,
+    BottleneckConfig,
+    FinetuneConfig,
+    IA3Config,
+    LoraConfig,
+    OptimizerConfig,
+)
 from coserve.core import ConfigError
-from coserve.engine.finetuning import finetune
-from coserve.engine.model import LoadedModel
+from coserve.runtime.loaded import LoadedModel
+from coserve.training.finetuning import finetune
 from tests.tiny_directory import chat_lines, write_lines
 from tests.tiny_engine import MakeEngine, build_model, drive, prompt
 from tests.unit.test_engine_jobs import GREEDY, assert_same_result

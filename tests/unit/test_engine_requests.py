@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from coserve.config import EngineConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import EngineConfig, SamplingConfig, SchedulerConfig
 from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, NotFound
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel
 from coserve.engine.requests import Chunk
+from coserve.runtime.loaded import LoadedModel
 from coserve.scheduler.latency import LatencyModel
 from tests.tiny_engine import MakeEngine, assert_nothing_left, drive, make_engine, prompt
 
@@ -343,15 +343,15 @@ def test_a_crash_of_the_engine_leaves_nobody_waiting(engines: MakeEngine, monkey
 def test_a_dead_thread_is_seen_and_waited_for(engines: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, caught = engines(), []
     monkeypatch.setattr(threading, "excepthook", lambda args: caught.append(args.exc_value))
-    assert engine.alive and engine.failure is None
+    assert not engine.closed and engine.failure is None
     engine.start()
-    assert engine.alive and not engine.wait_failed(0.01)
+    assert not engine.closed and not engine.wait_failed(0.01)
     first = engine.submit(IDS, LONG)
     while not first.token_ids:
         time.sleep(1e-3)
     monkeypatch.setattr(engine.runner, "run", lambda *_: 1 / 0)
     assert engine.wait_failed(20)
-    assert not engine.alive and "ZeroDivisionError" in str(engine.failure)
+    assert engine.closed and "ZeroDivisionError" in str(engine.failure)
     assert first.finished and first.error is engine.failure, "by then everyone knows"
     for call in (lambda: engine.submit(IDS, GREEDY), lambda: engine.unload_adapter("x"), lambda: engine.add_adapter("x", None)):
         with pytest.raises(CoserveError, match="ZeroDivisionError"):
@@ -384,7 +384,7 @@ def test_a_request_that_can_not_begin_ends_with_the_engine(engines: MakeEngine, 
 def test_a_closed_engine_has_not_failed(engines: MakeEngine) -> None:
     engine = engines().start()
     engine.close()
-    assert not engine.alive and engine.closed and not engine.wait_failed() and engine.failure is None
+    assert engine.closed and not engine.wait_failed() and engine.failure is None
     with pytest.raises(CoserveError, match="closed"):
         engine.unload_adapter("x")
     engine.close()

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from coserve.core import InvalidRequest
 from coserve.model.gguf import GgufFile, convert_gguf, read_config
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_models import build_tiny_model
 from tests.tiny_tokenizer import build_sentencepiece_tokenizer
 from tests.unit.test_gguf import write_gguf

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from coserve.engine.model import LoadedModel, load_model
 from coserve.kernels import choose, reference
 from coserve.runtime import graphs, spans
 from coserve.runtime.adapters import AdapterSlots
@@ -23,6 +22,7 @@ from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.fused import PassExecutor
 from coserve.runtime.graphs import DecodeGraphs
+from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.runtime.spans import NO_ADAPTER, RowSpan
 from tests.tiny_directory import build_tiny_directory
 

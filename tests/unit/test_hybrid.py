@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coserve.bench.machine import RowCost, inference_share
-from coserve.config import SchedulerConfig
+from coserve.config.settings import SchedulerConfig
 from coserve.core import Direction, StepPlan
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.prefix import PrefixKey
@@ -531,7 +531,7 @@ def test_finetuning_yields_to_a_burst_within_one_iteration_and_comes_back() -> N
     while fake.clock() < 30:
         plan, start = step(fake), fake.plans[-1][0]
         waiting = fake.scheduler.num_waiting
-        share = fake.scheduler.finetune_share_of(plan)
+        share = plan.finetune_share
         before, after = (before + share * plan.predicted_s, after) if start < 5 else (before, after + share)
         if waiting and start >= 5.05:
             yielded = share if yielded is None else max(yielded, share)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig
-from coserve.configdata import to_dict
+from coserve.config.data import to_dict
+from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.core import Example, Group, InvalidRequest, JobFailed
 from coserve.finetune import checkpoints
 from coserve.finetune.checkpoints import Cursor, latest_checkpoint, read_manifest, save_checkpoint

@@ -11,26 +11,26 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from coserve import cli
-from coserve.config import (
+from coserve.cli import main as cli
+from coserve.config.data import finetune_config_from_dict, to_dict
+from coserve.config.settings import (
     AdapterConfig,
     BottleneckConfig,
-    ConfigError,
     FinetuneConfig,
     IA3Config,
     LoraConfig,
     Objective,
     OptimizerConfig,
 )
-from coserve.configdata import finetune_config_from_dict, to_dict
-from coserve.engine.finetuning import finetune
-from coserve.engine.model import LoadedModel
+from coserve.core import ConfigError
 from coserve.finetune.defaults import describe_settings, given_settings, resolve_settings, unused_settings
 from coserve.finetune.job import JobEvent
 from coserve.peft.described import described_adapter
+from coserve.runtime.loaded import LoadedModel
 from coserve.server.jobs.body import read_body
 from coserve.server.jobs.spec import read_spec, resolve, unused
 from coserve.server.settings import ServerConfig
+from coserve.training.finetuning import finetune
 from tests.tiny_directory import chat_lines, preference_lines, write_lines
 from tests.tiny_engine import MakeEngine, build_model, drive
 from tests.unit.conftest import config_of

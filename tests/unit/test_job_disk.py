@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from coserve.config import FinetuneConfig, LoraConfig, SamplingConfig
+from coserve.config.settings import FinetuneConfig, LoraConfig, SamplingConfig
 from coserve.engine import diskwrite
 from coserve.engine.engine import Engine
-from coserve.engine.finetuning import finetune
-from coserve.engine.model import LoadedModel
 from coserve.finetune import checkpoints, disk
 from coserve.finetune import job as job_module
 from coserve.finetune.disk import refusal_of
 from coserve.finetune.job import JobEvent, MetricsTable, StepRow
+from coserve.runtime.loaded import LoadedModel
+from coserve.training.finetuning import finetune
 from tests.tiny_directory import chat_lines, write_lines
 from tests.tiny_engine import MakeEngine, drive, prompt
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from coserve.config import FinetuneConfig, LoraConfig, OptimizerConfig
+from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.core import OptimizerSlice
 from coserve.engine.engine import Engine
 from coserve.engine.jobs import LiveJob
-from coserve.engine.model import LoadedModel
 from coserve.finetune import job as job_module
 from coserve.finetune.checkpoints import latest_checkpoint
 from coserve.finetune.job import JobEvent, OptimStep, Score
+from coserve.runtime.loaded import LoadedModel
 from tests.outcome import rows_of
 from tests.tiny_directory import chat_lines, write_lines
 from tests.tiny_engine import MakeEngine, drive, make_engine

@@ -12,7 +12,7 @@ import pytest
 from coserve.core import InvalidRequest
 from coserve.finetune.datasets import load_groups
 from coserve.finetune.jsonlines import LineError, UploadCheck, read_object
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 LINE = json.dumps({"text": "hé"}, ensure_ascii=False)
 FOREIGN = {

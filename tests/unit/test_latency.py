@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost, kind_of
-from coserve.scheduler.profile import (
-    Sample,
+from coserve.core import Contents, PassCost, UnitCost
+from coserve.profiling.fit import (
+    ProfilePoint,
     by_layer,
     fit,
     load_profile,
@@ -25,6 +25,7 @@ from coserve.scheduler.profile import (
     save_profile,
     sequence_length,
 )
+from coserve.scheduler.latency import LatencyModel, kind_of
 
 Law = Callable[[Contents], float]
 DECODE = PassCost(8, 8, 8, 4096, 0, 0, 0, 0, 0)
@@ -50,7 +51,7 @@ def law(contents: Contents) -> float:
     return seconds
 
 
-def profile(keep: Callable[[Contents], bool] = lambda contents: True, measure: Law = law) -> list[Sample]:
+def profile(keep: Callable[[Contents], bool] = lambda contents: True, measure: Law = law) -> list[ProfilePoint]:
     return [(contents, measure(contents)) for contents in profile_points(12, 2048) if keep(contents)]
 
 
@@ -106,7 +107,7 @@ def test_kinds(contents: Contents, kind: str) -> None:
 
 def test_a_backward_unit_pays_for_what_it_runs_again() -> None:
     model = fresh()
-    again = model.unit_seconds(BACKWARD._replace(again=0.75))
+    again = model.unit_seconds(BACKWARD._replace(recompute_fraction=0.75))
     assert again == pytest.approx(model.unit_seconds(BACKWARD) + 0.75 * model.unit_seconds(FORWARD))
 
 
@@ -304,7 +305,7 @@ def test_fit_of_one_sample() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(CONTENTS, st.floats(1e-6, 1e3)), min_size=1, max_size=12), passes(), units(), st.integers(1, 3000))
 def test_any_profile_gives_costs_that_never_fall_with_rows(
-    samples: list[Sample], cost: PassCost, unit: UnitCost, more: int,
+    samples: list[ProfilePoint], cost: PassCost, unit: UnitCost, more: int,
 ) -> None:
     model = fit(samples)
     assert all(coefficient >= 0 for coefficient in model.coefficients.values())

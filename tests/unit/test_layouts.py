@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from coserve.config import Objective, SystemPrompt
+from coserve.config.settings import Objective, SystemPrompt
 from coserve.core import InvalidRequest
 from coserve.finetune.datasets import Dataset, load_groups
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 from tests.chat_templates import ALTERNATING, DATED, DEVELOPER, REWRITING
 from tests.tiny_tokenizer import CHATML, build_tiny_tokenizer
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from coserve.config import FinetuneConfig, read_memory
-from coserve.configdata import finetune_config_from_dict, to_dict
+from coserve.config.data import finetune_config_from_dict, to_dict
+from coserve.config.settings import FinetuneConfig
+from coserve.config.values import read_memory
 from coserve.core import ConfigError
 from coserve.finetune.job import refuse_changes
 from coserve.server.link.messages import StartJob, decode_to_engine, encode

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coserve.config import FinetuneConfig
+from coserve.config.settings import FinetuneConfig
 from coserve.core import Example, Group
 from coserve.finetune.objectives import OBJECTIVES, PreferenceObjective, Scored, SupervisedObjective
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from coserve.config import OptimizerConfig, Schedule
+from coserve.config.settings import OptimizerConfig, Schedule
 from coserve.core import ConfigError
 from coserve.finetune.optimizer import FlatAdamW, learning_rate
 

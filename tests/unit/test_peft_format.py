@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from coserve.config import LINEAR_SITES, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
+from coserve.config.settings import LINEAR_SITES, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.core import CoserveError, InvalidRequest, NotFound
 from coserve.engine.generation import Generator
-from coserve.engine.model import LoadedModel, load_model
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
 from coserve.peft.kinds import new_adapter
+from coserve.runtime.loaded import LoadedModel, load_model
 from tests import oracle
 from tests.oracle import load_oracle
 from tests.tiny_directory import build_tiny_directory

@@ -25,14 +25,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from coserve.compiler import baselines
 from coserve.compiler.plan import LayerBypass, plan_training
 from coserve.compiler.report import report
-from coserve.config import LINEAR_SITES, LoraConfig
+from coserve.config.settings import LINEAR_SITES, LoraConfig
 from coserve.core import CapacityError
-from coserve.engine.budget import Workload, fit_plan, shape_adapter, training_bytes
-from coserve.engine.estimate import STAGES, Estimate, Shape, estimate, keep_everything, loss_bytes
 from coserve.kernels import library
 from coserve.model.architecture import read_architecture
 from coserve.model.linear import OutputHead
 from coserve.ops.table import TABLE
+from coserve.planning.budget import Workload, fit_plan, shape_adapter, training_bytes
+from coserve.planning.estimate import STAGES, Estimate, Shape, estimate, keep_everything, loss_bytes
 from coserve.runtime.executor import head_rows
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import layer_bypasses

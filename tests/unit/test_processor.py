@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from coserve.core import ConfigError
-from coserve.engine.model import resolve_dtype
 from coserve.kernels.processor import CAPS, bfloat16_products
+from coserve.runtime.loaded import resolve_dtype
 
 CPU = torch.device("cpu")
 

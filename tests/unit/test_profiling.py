@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from coserve.engine import profiling
+from coserve.core import Contents
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel
-from coserve.engine.profiling import Profiler
-from coserve.scheduler.latency import Contents
-from coserve.scheduler.profile import Sample, fit, needed_points, profile_points, row_layers
+from coserve.profiling import measure as profiling
+from coserve.profiling.fit import ProfilePoint, fit, needed_points, profile_points, row_layers
+from coserve.profiling.measure import Profiler
+from coserve.runtime.loaded import LoadedModel
 from tests.tiny_engine import MakeEngine, build_model
 
 
@@ -30,7 +30,7 @@ class SlowMachine:
     def takes(self, point: Contents) -> float:
         return 1e-4 + self.seconds * row_layers(point, self.layers)
 
-    def run(self, point: Contents) -> list[Sample]:
+    def run(self, point: Contents) -> list[ProfilePoint]:
         taken = self.takes(point)
         self.ran.append(point)
         self.now += taken

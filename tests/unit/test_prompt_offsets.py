@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 from tokenizers import AddedToken, normalizers
 
-from coserve.detokenizer import IncrementalDetokenizer
 from coserve.server.inference.walk import prompt_offsets
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.detokenizer import IncrementalDetokenizer
+from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizer import build_sentencepiece_tokenizer, build_tiny_tokenizer
 
 TEXTS = [

@@ -29,13 +29,13 @@ from coserve.compiler.plan import ModelPlan, Point, TrainingPlans, plan_fused, p
 from coserve.compiler.program import Place
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import _Choices, curve, rematerialize
-from coserve.config import LINEAR_SITES, Compression, LoraConfig
+from coserve.config.settings import LINEAR_SITES, Compression, LoraConfig
 from coserve.core import ConfigError, Direction, Unit
-from coserve.engine.budget import shape_adapter
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import ModelWeights, load_weights
 from coserve.peft.lora import LoraAdapter
+from coserve.planning.budget import shape_adapter
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.memory import arena_rows
 from coserve.runtime.microbatch import InFlight, pack

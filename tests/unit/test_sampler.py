@@ -13,12 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coserve.config import SamplingConfig
+from coserve.config.settings import SamplingConfig
 from coserve.runtime import sampler
-from coserve.runtime.sampler import SamplerRow, gumbel_noise, prompt_logprobs, sample, sample_rows
+from coserve.runtime.sampler import SamplerRow, gumbel_noise, prompt_logprobs, sample_rows
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.3, -3.0, 1.9, 0.0, -1.0])
+
+
+def sample(logits_V: Tensor, config: SamplingConfig, position: int) -> int:
+    """The next token of one request without penalties, which has `position` tokens."""
+    row = SamplerRow(config, config.seed, position, (), (), frozenset())
+    return sample_rows(logits_V[None], [row])[0].token
 
 
 def draws(logits: Tensor, config: SamplingConfig, count: int) -> Tensor:

@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from coserve.config import SchedulerConfig
+from coserve.config.settings import SchedulerConfig
 from coserve.scheduler.latency import LatencyModel
 from tests.fake_engine import FakeEngine, FakeRequest
 from tests.unit.test_hybrid import law

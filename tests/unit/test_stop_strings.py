@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coserve.textstream import StopMatcher, TextStream
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.stream import StopMatcher, TextStream
+from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizer import build_sentencepiece_tokenizer
 
 END = "<|im_end|>"

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from coserve.detokenizer import IncrementalDetokenizer, shown_text
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.detokenizer import IncrementalDetokenizer, shown_text
+from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizer import build_tiny_tokenizer
 
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from coserve.core import InvalidRequest, NotFound
-from coserve.detokenizer import IncrementalDetokenizer
-from coserve.tokenizer import ChatTokenizer, Notes
+from coserve.text.detokenizer import IncrementalDetokenizer
+from coserve.text.tokenizer import ChatTokenizer, Notes
 from tests.tiny_tokenizer import CHATML, SMOL_CHATML, build_tiny_tokenizer
 
 EOT = "<|im_end|>"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from coserve.compiler.graph import check
-from coserve.config import LoraConfig, OptimizerConfig
+from coserve.config.settings import LoraConfig, OptimizerConfig
 from coserve.core import InvalidRequest
 from coserve.finetune.optimizer import FlatAdamW
 from coserve.model.architecture import Architecture

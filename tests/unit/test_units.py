@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from coserve.core import Direction, StepPlan, Unit, WorkUnit
-from coserve.scheduler.latency import PassCost
+from coserve.core import Direction, PassCost, StepPlan, Unit, WorkUnit
 from coserve.scheduler.units import PATIENCE, UnitPicker
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 from tests.fake_engine import FakeEngine
@@ -123,7 +122,7 @@ def test_a_backward_that_runs_forward_again_gets_fewer_layers_in_the_same_time()
     for again in (0.0, 0.5):
         picker, jobs, cost = small_slack(engine(law(layers=0.002, row_layer=0.00002), num_layers=4))
         work = jobs[0].microbatches[1]
-        work.again, work.phase, work.start, work.end = again, Phase.BACKWARD, 2000, 2000
+        work.recompute_fraction, work.phase, work.start, work.end = again, Phase.BACKWARD, 2000, 2000
         found, = (u.unit for u in picker.pick(jobs, 0.2, cost, fuse=False).units[:1])
         layers.append(found.layer_end - found.layer_start)
         assert (found.direction, found.end - found.start) == (Direction.BACKWARD, 2000)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coserve.config import require, require_least, require_positive
+from coserve.config.values import require, require_least, require_positive
 from coserve.core import ConfigError, InvalidRequest, NotFound
 
 

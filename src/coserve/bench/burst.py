@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coserve.bench.driver import Run, Sample
+from coserve.bench.driver import Run, TokensDone
 from coserve.bench.metrics import RequestRecord
 
 BIN_S = 0.25
@@ -58,7 +58,7 @@ def bin_series(run: Run) -> Series:
     )
 
 
-def finetuned_at(samples: Sequence[Sample], times: np.ndarray) -> np.ndarray:
+def finetuned_at(samples: Sequence[TokensDone], times: np.ndarray) -> np.ndarray:
     """Finetuning tokens done at each time [n], by interpolation."""
     return np.interp(times, [s.time_s for s in samples], [s.finetune_tokens for s in samples])
 

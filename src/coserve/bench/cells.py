@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from coserve.bench.driver import Run, Sample
+from coserve.bench.driver import Run, TokensDone
 from coserve.bench.metrics import RequestRecord
 
 
@@ -58,4 +58,4 @@ def run_to_dict(run: Run) -> dict[str, Any]:
 def run_from_dict(data: Mapping[str, Any]) -> Run:
     """Reads what `run_to_dict` wrote."""
     records = tuple(RequestRecord(**{**r, "token_times": tuple(r["token_times"])}) for r in data["records"])
-    return Run(**{**data, "records": records, "samples": tuple(Sample(*s) for s in data["samples"])})
+    return Run(**{**data, "records": records, "samples": tuple(TokensDone(*s) for s in data["samples"])})

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from coserve.bench.arrivals import Arrival
-from coserve.bench.metrics import Objectives, RequestRecord, meets
-from coserve.config import FinetuneConfig, SamplingConfig
+from coserve.bench.metrics import RequestRecord, SloInMs, meets
+from coserve.config.settings import FinetuneConfig, SamplingConfig
 from coserve.core import CoserveError, JobFailed
 
 LONGEST_SLEEP_S = 1e-3
@@ -35,7 +35,7 @@ class Handle(Protocol):
     def cancel(self) -> None: ...
 
 
-class Job(Protocol):
+class DrivenJob(Protocol):
     """A finetuning job in the engine. error: why it failed."""
 
     @property
@@ -50,13 +50,13 @@ class BenchEngine(Protocol):
 
     def submit(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Handle: ...
     def step(self) -> bool: ...
-    def finetune(self, data_path: Path, output_dir: Path, config: FinetuneConfig, *, name: str) -> Job: ...
+    def finetune(self, data_path: Path, output_dir: Path, config: FinetuneConfig, *, name: str) -> DrivenJob: ...
     def now(self) -> float: ...
     def metrics(self) -> Mapping[str, Any]: ...
     def close(self) -> None: ...
 
 
-class Sample(NamedTuple):
+class TokensDone(NamedTuple):
     """Finetuning done until a time: seconds from the window's start, forward-token equivalents."""
 
     time_s: float
@@ -73,7 +73,7 @@ class RunConfig:
     """Longest wait for requests after the window."""
     sample_s: float | None = None
     """Finetuning is sampled so often over the window; None: at its start and end."""
-    give_up: tuple[Objectives, int] | None = None
+    give_up: tuple[SloInMs, int] | None = None
     """Stop as soon as more than so many requests have missed these objectives."""
 
 
@@ -86,7 +86,7 @@ class Run:
     records: tuple[RequestRecord, ...]
     window_s: float
     inference_tokens: int
-    samples: tuple[Sample, ...]
+    samples: tuple[TokensDone, ...]
     busy_s: float
     iterations: int
     rows: int
@@ -110,7 +110,7 @@ class _Injected(NamedTuple):
 
 def run_load(
     engine: BenchEngine, arrivals: Sequence[Arrival], prompt: Callable[[int], Sequence[int]], config: RunConfig, *,
-    sleep: Callable[[float], None], job: Job | None = None,
+    sleep: Callable[[float], None], job: DrivenJob | None = None,
 ) -> Run:
     """Injects the arrivals (sorted by due time) and steps the engine until all is done. prompt: token ids of a length.
 
@@ -120,7 +120,7 @@ def run_load(
     before = _Counters.read(engine)
     start = engine.now()
     injected: list[_Injected] = []
-    samples: list[Sample] = []
+    samples: list[TokensDone] = []
     gave_up, next_check = False, 0.0
     while True:
         now = engine.now() - start
@@ -177,7 +177,7 @@ def _submit(engine: BenchEngine, arrival: Arrival, prompt_ids: Sequence[int]) ->
         return _Injected(arrival, None)
 
 
-def _sample(engine: BenchEngine, config: RunConfig, now: float, samples: list[Sample]) -> None:
+def _sample(engine: BenchEngine, config: RunConfig, now: float, samples: list[TokensDone]) -> None:
     """Takes the sample that is due: one at the window's start, one at its end, and between them every `sample_s`."""
     time_s = now - config.window_start_s
     window_s = config.window_end_s - config.window_start_s
@@ -185,7 +185,7 @@ def _sample(engine: BenchEngine, config: RunConfig, now: float, samples: list[Sa
         return
     wanted = window_s if config.sample_s is None else config.sample_s + (samples[-1].time_s if samples else 0.0)
     if not samples or time_s >= min(wanted, window_s):
-        samples.append(Sample(time_s, float(engine.metrics().get("finetune_tokens", 0.0))))
+        samples.append(TokensDone(time_s, float(engine.metrics().get("finetune_tokens", 0.0))))
 
 
 def _record(item: _Injected, origin: float, window_start_s: float) -> RequestRecord:
@@ -198,7 +198,7 @@ def _record(item: _Injected, origin: float, window_start_s: float) -> RequestRec
     )
 
 
-def _num_missed(injected: Sequence[_Injected], objectives: Objectives, start: float, now: float) -> int:
+def _num_missed(injected: Sequence[_Injected], objectives: SloInMs, start: float, now: float) -> int:
     """Requests that can't meet the objectives any more."""
     missed = 0
     for item in injected:

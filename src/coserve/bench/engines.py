@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from coserve.bench.driver import BenchEngine, Handle, Job
-from coserve.bench.metrics import Objectives
+from coserve.bench.driver import BenchEngine, DrivenJob, Handle
+from coserve.bench.metrics import SloInMs
 from coserve.bench.sharing import SPATIAL
-from coserve.config import EngineConfig, FinetuneConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import EngineConfig, FinetuneConfig, SamplingConfig, SchedulerConfig
 from coserve.core import CoserveError, JobFailed
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel, load_model
+from coserve.runtime.loaded import LoadedModel, load_model
 
 START_S = 300.0
 """Longest wait for the child to load its model and start its job."""
@@ -47,7 +47,7 @@ class EngineMaker:
     def __init__(self, model: LoadedModel, choice: ModelChoice, spatial_threads: tuple[int, int]) -> None:
         self.model, self.choice, self.spatial_threads = model, choice, spatial_threads
 
-    def __call__(self, policy: str, objectives: Objectives) -> BenchEngine:
+    def __call__(self, policy: str, objectives: SloInMs) -> BenchEngine:
         torch.set_num_threads(self.choice.threads)
         gc.collect()  # the last engine's pool is free when the engine, a web of references, is collected
         if policy != SPATIAL:
@@ -62,7 +62,7 @@ class EngineMaker:
         return SpatialEngine(engine, child, objectives, memory)
 
 
-def _config(policy: str, objectives: Objectives, memory_bytes: int | None = None) -> EngineConfig:
+def _config(policy: str, objectives: SloInMs, memory_bytes: int | None = None) -> EngineConfig:
     scheduler = SchedulerConfig(policy=policy, tpot_ms=objectives.tpot_ms, ttft_ms=objectives.ttft_ms)
     return EngineConfig(scheduler=scheduler, memory_bytes=memory_bytes)
 
@@ -70,7 +70,7 @@ def _config(policy: str, objectives: Objectives, memory_bytes: int | None = None
 class SpatialEngine:
     """Serves here, trains in a child: the interface of one engine over both."""
 
-    def __init__(self, engine: Engine, child: ModelChoice, objectives: Objectives, memory_bytes: int | None) -> None:
+    def __init__(self, engine: Engine, child: ModelChoice, objectives: SloInMs, memory_bytes: int | None) -> None:
         self._engine, self._child, self._objectives, self._memory_bytes = engine, child, objectives, memory_bytes
         self._job: ChildJob | None = None
 
@@ -80,7 +80,7 @@ class SpatialEngine:
     def step(self) -> bool:
         return self._engine.step()
 
-    def finetune(self, data_path: Path, output_dir: Path, config: FinetuneConfig, *, name: str) -> Job:
+    def finetune(self, data_path: Path, output_dir: Path, config: FinetuneConfig, *, name: str) -> DrivenJob:
         """Starts the child and waits until it trains. Raises JobFailed if it doesn't."""
         engine_config = _config("finetune-only", self._objectives, self._memory_bytes)
         self._job = ChildJob(self._child, engine_config, data_path, output_dir, config)

@@ -16,7 +16,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Objectives:
+class SloInMs:
     """What a request has to meet, in milliseconds."""
 
     ttft_ms: float
@@ -48,7 +48,7 @@ class RequestRecord:
         return [(b - a) * 1e3 for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
 
 
-def meets(record: RequestRecord, objectives: Objectives) -> bool:
+def meets(record: RequestRecord, objectives: SloInMs) -> bool:
     """Failed, dropped and unfinished requests miss."""
     ttft, tpot = record.ttft_ms, record.tpot_ms
     return record.finished and ttft is not None and ttft <= objectives.ttft_ms and (tpot is None or tpot <= objectives.tpot_ms)
@@ -69,7 +69,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def summarize(records: Sequence[RequestRecord], objectives: Objectives, window_s: float) -> dict[str, Any]:
+def summarize(records: Sequence[RequestRecord], objectives: SloInMs, window_s: float) -> dict[str, Any]:
     """The latency keys of a result row. window_s: the seconds over which the requests were due, all repeats together.
 
     Latencies are of the requests that finished. A key without a value is absent.

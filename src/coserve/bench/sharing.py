@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals, make_burst
 from coserve.bench.capacity import allowed_misses, find_capacity
 from coserve.bench.cells import CellStore, run_from_dict, run_to_dict
-from coserve.bench.driver import BenchEngine, Job, Run, RunConfig, run_load
-from coserve.bench.metrics import Objectives, meets
-from coserve.config import FinetuneConfig, is_number, parse_policy, require, require_least, require_positive
+from coserve.bench.driver import BenchEngine, DrivenJob, Run, RunConfig, run_load
+from coserve.bench.metrics import SloInMs, meets
+from coserve.config.settings import FinetuneConfig, parse_policy
+from coserve.config.values import is_number, require, require_least, require_positive
 from coserve.core import CoserveError
 
 SPATIAL = "spatial"
@@ -95,10 +96,10 @@ class SharingConfig:
                 f"must be positive shares of capacity, got {self.loads}")
 
 
-class Setup(NamedTuple):
+class SharingSetup(NamedTuple):
     """What the measurement runs on. prompts: a source of prompts from a seed; directory: for the jobs' outputs."""
 
-    make_engine: Callable[[str, Objectives], BenchEngine]
+    make_engine: Callable[[str, SloInMs], BenchEngine]
     prompts: Callable[[Sequence[int]], Callable[[int], Sequence[int]]]
     measure_peer_ms: Callable[[], float]
     training_file: Path
@@ -120,7 +121,7 @@ class Cell(NamedTuple):
 class Measured(NamedTuple):
     """All that was measured; results.py makes rows of it. probes: inference-only runs of the search for capacity."""
 
-    objectives: Objectives
+    objectives: SloInMs
     peer_ms: float | None
     capacity: float
     probes: tuple[Cell, ...]
@@ -131,7 +132,7 @@ class Measured(NamedTuple):
 class Sharing:
     """The whole measurement, from cells on disk where they are, else run."""
 
-    def __init__(self, config: SharingConfig, setup: Setup, store: CellStore) -> None:
+    def __init__(self, config: SharingConfig, setup: SharingSetup, store: CellStore) -> None:
         self.config, self.setup, self.store = config, setup, store
 
     def measure(self) -> Measured:
@@ -155,15 +156,15 @@ class Sharing:
         bursts = len(policies - {"inference-only"}) if self.config.burst is not None else 0
         return self.config.pairs * (1 + len(self.config.loads) * len(policies)) + bursts
 
-    def _objectives(self) -> tuple[Objectives, float | None]:
+    def _objectives(self) -> tuple[SloInMs, float | None]:
         config = self.config
         if config.tpot_ms is not None:
-            return Objectives(ttft_ms=config.ttft_ms, tpot_ms=config.tpot_ms), None
+            return SloInMs(ttft_ms=config.ttft_ms, tpot_ms=config.tpot_ms), None
         self.store.expected_s = None
         peer_ms = float(self.store.get("peer", {}, lambda: {"ms": self.setup.measure_peer_ms()})["ms"])
-        return Objectives(ttft_ms=config.ttft_ms, tpot_ms=config.tpot_factor * peer_ms), peer_ms
+        return SloInMs(ttft_ms=config.ttft_ms, tpot_ms=config.tpot_factor * peer_ms), peer_ms
 
-    def _capacity(self, objectives: Objectives) -> tuple[float, list[Cell]]:
+    def _capacity(self, objectives: SloInMs) -> tuple[float, list[Cell]]:
         config = self.config
         probes: list[Cell] = []
         if config.capacity is not None:
@@ -200,7 +201,7 @@ class Sharing:
         prompt = self.setup.prompts((self.config.seed, 0))
         run_load(engine, arrivals, prompt, _window(arrivals, 0, self.config.drain_s), sleep=self.setup.sleep)
 
-    def _num_staying(self, rate: float, objectives: Objectives) -> int:
+    def _num_staying(self, rate: float, objectives: SloInMs) -> int:
         """Requests that run at once where each takes all the time that its objective allows."""
         sample = make_arrivals(self.config.arrivals, 1.0, self.config.requests, self.config.seed)
         return math.ceil(rate * objectives.tpot_ms / 1e3 * mean(arrival.output_tokens for arrival in sample))
@@ -212,18 +213,18 @@ class Sharing:
         times = make_arrivals(replace(config.arrivals, kind="poisson", length_scale=None), rate, count, config.seed)
         return [a._replace(due_s=t.due_s) for a, t in zip(lengths, times, strict=True)]
 
-    def _settings(self, rate: float, objectives: Objectives) -> dict[str, Any]:
+    def _settings(self, rate: float, objectives: SloInMs) -> dict[str, Any]:
         """What every run's result depends on, for its key."""
         return {"rate": rate, "objectives": asdict(objectives), "arrivals": asdict(self.config.arrivals)}
 
-    def _alone(self, objectives: Objectives, repeat: int) -> Cell:
+    def _alone(self, objectives: SloInMs, repeat: int) -> Cell:
         config = self.config
         plan = RunConfig(window_start_s=config.settle_s, window_end_s=config.settle_s + config.alone_s)
         settings = {"alone_s": config.alone_s, "settle_s": config.settle_s, "objectives": asdict(objectives)}
         run = self._stored("finetune-only", f"finetune-only-{repeat}", settings, objectives, [], plan, repeat)
         return Cell("finetune-only", 0.0, 0.0, repeat, run)
 
-    def _cell(self, policy: str, load: float, rate: float, repeat: int, objectives: Objectives) -> Cell:
+    def _cell(self, policy: str, load: float, rate: float, repeat: int, objectives: SloInMs) -> Cell:
         config = self.config
         warmup = max(1, round(WARMUP_SHARE * config.requests), self._num_staying(rate, objectives))
         arrivals = make_arrivals(config.arrivals, rate, warmup + config.requests, config.seed + repeat)
@@ -233,7 +234,7 @@ class Sharing:
         run = self._stored(policy, f"{policy}-{load:g}-{repeat}", settings, objectives, arrivals, plan, repeat)
         return Cell(policy, load, rate, repeat, run)
 
-    def _burst(self, policy: str, capacity: float, objectives: Objectives) -> Cell:
+    def _burst(self, policy: str, capacity: float, objectives: SloInMs) -> Cell:
         config, burst = self.config, self.config.burst
         assert burst is not None
         rate = burst.base_load * capacity
@@ -247,7 +248,7 @@ class Sharing:
             policy, f"burst-{policy}", settings, objectives, arrivals, plan, 0))
 
     def _stored(
-        self, policy: str, label: str, settings: dict[str, Any], objectives: Objectives, arrivals: list[Arrival],
+        self, policy: str, label: str, settings: dict[str, Any], objectives: SloInMs, arrivals: list[Arrival],
         plan: RunConfig, repeat: int,
     ) -> Run:
         """A run in a fresh engine, with a job unless the policy is inference-only."""
@@ -263,7 +264,7 @@ class Sharing:
         return run_from_dict(self.store.get(label, {"repeat": repeat, **settings}, execute))
 
     @contextlib.contextmanager
-    def _job(self, engine: BenchEngine, policy: str) -> Iterator[Job | None]:
+    def _job(self, engine: BenchEngine, policy: str) -> Iterator[DrivenJob | None]:
         """A job that trains inside the block; its output is not kept."""
         if policy == "inference-only":
             yield None

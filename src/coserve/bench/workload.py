@@ -14,13 +14,13 @@ from typing import Protocol
 
 import numpy as np
 
-from coserve.config import FinetuneConfig, OptimizerConfig
+from coserve.config.settings import FinetuneConfig, OptimizerConfig
 
 NUM_WORDS = 2000
 
 
 class Tokenizer(Protocol):
-    """What is needed of coserve.tokenizer.ChatTokenizer."""
+    """What is needed of coserve.text.tokenizer.ChatTokenizer."""
 
     @property
     def vocab_size(self) -> int: ...

@@ -10,7 +10,7 @@ The marks and the other names are random private-use characters, made once per t
 copy has the tokenizer's own settings with other names, so it treats what is around a token (white space to strip, prefix
 spaces) as the tokenizer does. A text without marks never needs the copy.
 
-Owns: finding, marking, the copy. Does not own: which tokens are control tokens (tokenizer.py).
+Owns: finding, marking, the copy. Does not own: which tokens are control tokens (text/tokenizer.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NUMBERS = 0xF0000
 _MARK_CHARS = 3
 
 
-class _Found(NamedTuple):
+class _ControlText(NamedTuple):
     """A control text at [start, end) of a text."""
 
     start: int
@@ -134,10 +134,10 @@ class ControlTexts:
     def _renamed(self, name: str | None) -> str:
         return f"{self._rename}{name}{self._rename}"
 
-    def _find(self, text: str) -> list[_Found]:
+    def _find(self, text: str) -> list[_ControlText]:
         encoding = self._finder.encode(text, add_special_tokens=False)
         found = [
-            _Found(start, end, self._by_id[id])
+            _ControlText(start, end, self._by_id[id])
             for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True) if id in self._by_id
         ]
         return [item for item in found if item.name in self._names]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from coserve.config import shown
+from coserve.config.values import shown
 from coserve.core import InvalidRequest
 
 ROLES = ("system", "developer", "user", "assistant")

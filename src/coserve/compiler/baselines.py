@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from coserve.config import LINEAR_SITES
+from coserve.config.settings import LINEAR_SITES
 
 ATTENTION_PATH = "sdpa without a mask: PyTorch's flash kernel, which saves q, k, v, output and log-sum-exp"
 METHOD = (

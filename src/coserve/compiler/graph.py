@@ -119,8 +119,16 @@ def producers(nodes: Iterable[Node]) -> dict[str, Node]:
 
 
 def counterparts(own: Graph, larger: Graph) -> dict[str, str]:
-    """{value of `own`: the last value of `larger` that equals it in rows which only `own`'s bypass changes}. `larger` adds to
-    more values than `own` does: the sum takes the value's part, and everything after it may have another name."""
+    """Maps each value of the training graph `own` to its equal in `larger`, the graph of a fused pass (value numbering).
+
+    `larger` has the bypasses of requests' adapters too. In rows of the training job those add nothing, so that a sum with one
+    equals its first term:
+
+        own     q = linear(x)                        rope(q)
+        larger  q = linear(x)   q2 = add(q, lora)    rope(q2)       q -> q2, the last value that equals q
+
+    Returns {name in `own`: name in `larger`}.
+    """
 
     def place(node: Node, inputs: Iterable[str | None]) -> object:
         return node.op, node.weight, tuple(inputs), tuple(node.attrs.items())

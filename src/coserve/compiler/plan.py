@@ -16,7 +16,7 @@ from coserve.compiler.program import FusedLayer, LayerPlan
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import Rematerialized, curve, rematerialize
 from coserve.compiler.trace import trace
-from coserve.config import Compression
+from coserve.config.settings import Compression
 from coserve.core import ConfigError
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED, Bypass

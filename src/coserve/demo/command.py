@@ -15,12 +15,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from coserve.bench.metrics import SloInMs
 from coserve.core import ConfigError, InvalidRequest
 from coserve.demo.client import require_client
 from coserve.demo.display import Display, answers_table, summary_lines
 from coserve.demo.server import DemoFailed, Server
 from coserve.demo.story import TPOT_MS, TTFT_MS, DemoResult, DemoSettings, run_demo
-from coserve.demo.traffic import Objectives
 from coserve.demo.watch import SHORT_S
 from coserve.finetune.job import MetricsTable
 from coserve.plots import latency_curve, loss_curve, throughput_chart
@@ -43,7 +43,7 @@ def demo(
         raise ConfigError(f"slo_tpot_ms: must be above 0, got {slo_tpot_ms:g}", param="slo_tpot_ms")
     prepare(output)
     settings = DemoSettings(
-        data_dir=output / DATA, log=output / LOG, objectives=Objectives(tpot_ms=slo_tpot_ms, ttft_ms=TTFT_MS)
+        data_dir=output / DATA, log=output / LOG, objectives=SloInMs(tpot_ms=slo_tpot_ms, ttft_ms=TTFT_MS)
     )
     sys.exit(asyncio.run(run(settings, output, json_file, keep=keep)))
 

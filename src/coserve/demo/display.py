@@ -15,9 +15,10 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from coserve.bench.metrics import SloInMs
 from coserve.demo.questions import Answer
 from coserve.demo.report import DemoReport
-from coserve.demo.traffic import Figures, Objectives
+from coserve.demo.traffic import Figures
 
 LINE_S = 5.0
 _LONGEST_BASE = 90
@@ -35,7 +36,7 @@ class Board:
     inference_rate: float
     num_running: int
     figures: Figures
-    objectives: Objectives
+    objectives: SloInMs
 
 
 class Display:
@@ -141,7 +142,7 @@ def answers_table(answers: Sequence[Answer]) -> Table:
     return table
 
 
-def summary_lines(report: DemoReport, objectives: Objectives) -> list[str]:
+def summary_lines(report: DemoReport, objectives: SloInMs) -> list[str]:
     """The end's numbers."""
     figures, total = report.figures, len(report.answers)
     beside, alone = report.finetune_tokens_per_s, report.finetune_alone_tokens_per_s

@@ -13,14 +13,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from coserve.bench.metrics import SloInMs
 from coserve.demo.client import Connection, connect
 from coserve.demo.display import Board, Display
 from coserve.demo.job import SEED, create_job
 from coserve.demo.questions import ask_both, questions
 from coserve.demo.report import DemoReport
 from coserve.demo.server import START_S, DemoFailed, Server, beside, open_server, serve_command
-from coserve.demo.traffic import BURST, Chat, Objectives, Traffic, chat_rate, measure, summarize
-from coserve.demo.watch import Sample, Watch, rate, trained_until
+from coserve.demo.traffic import BURST, Chat, Traffic, chat_rate, measure, summarize
+from coserve.demo.watch import TokensAt, Watch, rate, trained_until
 
 TPOT_MS, TTFT_MS = 150.0, 3000.0
 """The demo's objectives: about 1.25 times what a token takes transformers.generate at batch 8 on two cores, and the server's
@@ -37,7 +38,7 @@ class DemoSettings:
 
     data_dir: Path
     log: Path
-    objectives: Objectives
+    objectives: SloInMs
     model: str | None = None
     options: tuple[str, ...] = ()
     """More of `coserve serve`."""
@@ -58,7 +59,7 @@ class DemoResult:
 
     report: DemoReport
     chats: tuple[Chat, ...]
-    samples: tuple[Sample, ...]
+    samples: tuple[TokensAt, ...]
     chat_s: tuple[float, float]
     tuned: str
     job: str

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from coserve.bench.metrics import SloInMs
 from coserve.demo.client import Connection
 
 if TYPE_CHECKING:
@@ -39,14 +40,6 @@ _MIN_RATE, _MAX_RATE = 0.1, 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Objectives:
-    """What a request has to meet, in milliseconds."""
-
-    tpot_ms: float
-    ttft_ms: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
     """What one request experienced. Times are seconds of one clock; error: why it failed, or None."""
 
@@ -68,7 +61,7 @@ class Chat:
             return None
         return (self.last_s - self.first_s) / (self.num_tokens - 1) * 1e3
 
-    def meets(self, objectives: Objectives) -> bool:
+    def meets(self, objectives: SloInMs) -> bool:
         """A failed request meets none; one of a single token has no time per token to miss."""
         if self.error is not None or self.ttft_ms is None:
             return False
@@ -86,7 +79,7 @@ class Figures:
     tpot_ms_p99: float | None
 
 
-def summarize(chats: Sequence[Chat], objectives: Objectives) -> Figures:
+def summarize(chats: Sequence[Chat], objectives: SloInMs) -> Figures:
     """attainment: the share that met both objectives; failed ones miss."""
     times = [chat.tpot_ms for chat in chats if chat.error is None and chat.tpot_ms is not None]
     return Figures(

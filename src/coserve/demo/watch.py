@@ -27,7 +27,7 @@ _EVENTS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class TokensAt:
     """Tokens so far at a time (seconds, the clock of time.perf_counter)."""
 
     time_s: float
@@ -35,16 +35,16 @@ class Sample:
     inference_tokens: float
 
 
-def add_sample(samples: list[Sample], time_s: float, counters: dict[str, float]) -> None:
+def add_sample(samples: list[TokensAt], time_s: float, counters: dict[str, float]) -> None:
     """A counter that fell has begun anew (the engine was restarted): what it has now is added."""
-    last = samples[-1] if samples else Sample(time_s=time_s, finetune_tokens=0, inference_tokens=0)
-    samples.append(Sample(
+    last = samples[-1] if samples else TokensAt(time_s=time_s, finetune_tokens=0, inference_tokens=0)
+    samples.append(TokensAt(
         time_s=time_s, finetune_tokens=last.finetune_tokens + counters[FINETUNE],
         inference_tokens=last.inference_tokens + counters[INFERENCE],
     ))
 
 
-def rate(samples: list[Sample], kind: str, since_s: float, until_s: float) -> float | None:
+def rate(samples: list[TokensAt], kind: str, since_s: float, until_s: float) -> float | None:
     """Tokens per second of finetune_tokens or inference_tokens between two times; None without two samples there."""
     part = [sample for sample in samples if since_s <= sample.time_s <= until_s]
     if len(part) < 2:
@@ -53,7 +53,7 @@ def rate(samples: list[Sample], kind: str, since_s: float, until_s: float) -> fl
     return rise / (part[-1].time_s - part[0].time_s)
 
 
-def trained_until(samples: list[Sample]) -> float:
+def trained_until(samples: list[TokensAt]) -> float:
     """Time of the first sample that has all finetuning tokens."""
     return next(sample.time_s for sample in samples if sample.finetune_tokens == samples[-1].finetune_tokens)
 
@@ -65,7 +65,7 @@ class Watch:
         self._connection, self._show = connection, show
         self._seen: dict[str, float] = {}
         self._moved_s = time.perf_counter()
-        self.samples: list[Sample] = []
+        self.samples: list[TokensAt] = []
         self.losses: dict[int, float] = {}
         self.job: FineTuningJob | None = None
         self.num_steps = 0

@@ -139,7 +139,7 @@ class AdapterRegistry:
         for version, held in self._held.items():
             if version.name == name and held.adapter is adapter:
                 held.directory, held.adapter = directory, None
-                self.pump()
+                self.advance()
                 return
 
     def remove(self, name: str) -> None:
@@ -179,14 +179,14 @@ class AdapterRegistry:
             if held.directory is not None:
                 held.adapter = None  # what was read ahead for it
         self._drop_unused(version)
-        self.pump()
+        self.advance()
 
     def claim(self, version: AdapterVersion, tenant: str = "") -> int | None:
         """The slot in which a request of a version may run now, or None: `wake` says when to ask again."""
         if not self._is_open(version):
             if version not in self._waiting:
                 self._waiting[version] = tenant
-                self.pump()
+                self.advance()
             if not self._is_open(version):
                 return None
         held = self._held[version]
@@ -199,11 +199,11 @@ class AdapterRegistry:
         held = self._held[version]
         held.running -= 1
         held.fresh = not has_run
-        self.pump()
+        self.advance()
 
     # --- slots ---
 
-    def pump(self) -> None:
+    def advance(self) -> None:
         """Gives slots to versions that wait, as far as there are any; where there are none, one closes."""
         order = sorted(self._waiting, key=lambda v: self._granted.get(self._waiting[v], 0))  # stable: then in order of asking
         self._closing = None
@@ -286,7 +286,7 @@ class AdapterRegistry:
                 self.fail(version, error)
             elif held.users and version in self._waiting:
                 held.adapter = adapter
-        self.pump()
+        self.advance()
 
     def _find(self, name: str) -> AdapterVersion:
         if name not in self._newest:

@@ -1,9 +1,9 @@
 """The engine: requests and finetuning jobs on one model, in one process. Each iteration: schedule -> execute -> commit.
 
-    any thread: submit, cancel, finetune --inbox--> the engine's thread: step() --handles--> whoever waits
+    any thread: submit, cancel, finetune --commands--> the engine's thread: step() --handles--> whoever waits
 
 Drive it by calling `step`, or `start` a thread. Owns: the public methods, the step. Does not own: what an iteration holds
-(scheduler/), how it runs (step.py), the thread (inbox.py), what becomes of requests (requesttable.py) and jobs (jobtable.py).
+(scheduler/), how it runs (step.py), the thread (loop.py), what becomes of requests (requesttable.py) and jobs (jobtable.py).
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from coserve.config import EngineConfig, FinetuneConfig, ObjectiveMs, SamplingConfig
-from coserve.core import CapacityError, ConfigError, CoserveError, NotFound, Objectives, StepPlan, StepResult
+from coserve.config.settings import EngineConfig, FinetuneConfig, SamplingConfig
+from coserve.config.values import SloMs
+from coserve.core import CapacityError, ConfigError, CoserveError, NotFound, Slo, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry
-from coserve.engine.budget import POOL_SHARE, available_bytes, settle_copies
-from coserve.engine.finetuning import prepare_beside
-from coserve.engine.inbox import Inbox
-from coserve.engine.jobs import JobHandle
+from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobtable import JobTable
-from coserve.engine.model import LoadedModel
-from coserve.engine.profiling import latency_model
+from coserve.engine.loop import EngineLoop
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.engine.requesttable import RequestTable
 from coserve.engine.step import Lookup, StepRunner
@@ -34,19 +31,23 @@ from coserve.engine.threads import borrowed_team, give_team_back
 from coserve.engine.watching import Watcher
 from coserve.finetune.job import JobEvent
 from coserve.kernels.native import compiled_kernels, compiles_for
+from coserve.model.memory import POOL_SHARE, available_bytes, settle_copies
 from coserve.peft.adapter import Adapter
+from coserve.profiling.measure import latency_model
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool, block_bytes
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor
+from coserve.runtime.loaded import LoadedModel
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.latency import LatencyModel
-from coserve.scheduler.objectives import asked_objectives, describe
 from coserve.scheduler.seats import FREE_SEATS
+from coserve.scheduler.slo import asked_slo, describe_slo
+from coserve.training.finetuning import prepare_beside
 
 
-class Runner(Protocol):
+class PlanRunner(Protocol):
     """What executes plans; tests have one without tensors."""
 
     def run(self, plan: StepPlan, lookup: Lookup) -> StepResult:
@@ -62,7 +63,7 @@ class Engine:
 
     def __init__(
         self, model: LoadedModel, config: EngineConfig | None = None, *, latency: LatencyModel | None = None,
-        clock: Callable[[], float] = time.perf_counter, runner: Runner | None = None,
+        clock: Callable[[], float] = time.perf_counter, runner: PlanRunner | None = None,
         report: Callable[[str], None] = lambda _: None, watcher: Watcher | None = None,
     ) -> None:
         self.model, self.config, self.clock = model, config or EngineConfig(), clock
@@ -83,19 +84,19 @@ class Engine:
         slots = AdapterSlots(
             arch, weights.dtype, weights.device, max_slots=self.config.max_adapters, max_rank=self.config.max_lora_rank
         )
-        inbox = self._inbox = Inbox(watcher)
+        loop = self._loop = EngineLoop(watcher)
         self.adapters = AdapterRegistry(
             slots, lambda version: pool.forget(version.name, version.number), load=model.load_adapter,
-            post=lambda command: inbox.post(command, "an adapter was read"),
+            post=lambda command: loop.post(command, "an adapter was read"),
         )
         self.train = TrainExecutor(model.executor)
         self.passes = PassExecutor(model.executor, self.train, self.pool, slots, cuda_graphs=self.config.cuda_graphs)
-        self.runner: Runner = runner or StepRunner(self.passes, self.train, clock)
+        self.runner: PlanRunner = runner or StepRunner(self.passes, self.train, clock)
         if latency is None:
             latency = latency_model(self.passes, self.train, self.blocks, self.config.scheduler, model.fingerprint, report)
         settings = self.config.scheduler
         self.scheduler = HybridScheduler(settings, latency, self.blocks, arch.num_layers)
-        report(f"objectives: {describe(self.objectives, (settings.tpot_ms, settings.ttft_ms))}")
+        report(f"objectives: {describe_slo(self.objectives, (settings.tpot_ms, settings.ttft_ms))}")
         numbers = itertools.count(1).__next__
         self.requests = RequestTable(model, self.blocks, self.scheduler, self.adapters, numbers, clock)
         self.jobs = JobTable(arch, self.config, self.blocks, self.pool, self.scheduler, self.adapters, numbers)
@@ -124,7 +125,7 @@ class Engine:
     # --- requests ---
 
     @property
-    def objectives(self) -> Objectives:
+    def objectives(self) -> Slo:
         """Of requests that set none: the settings', or where those say nothing, from the profile."""
         return self.scheduler.objectives
 
@@ -134,7 +135,7 @@ class Engine:
 
     def submit(
         self, prompt: Sequence[int] | str, sampling: SamplingConfig | None = None, *, adapter: str | None = None,
-        tenant: str = "", tpot_ms: ObjectiveMs | None = None, ttft_ms: ObjectiveMs | None = None,
+        tenant: str = "", tpot_ms: SloMs | None = None, ttft_ms: SloMs | None = None,
         arrival_s: float | None = None, label: str = "",
     ) -> RequestHandle:
         """Takes a request: token ids, or a text to continue. Thread-safe.
@@ -143,7 +144,7 @@ class Engine:
         default now. tenant: whose fair share it uses and whose prefixes it may share. label: its name for a watcher. Raises
         ConfigError (objectives), InvalidRequest, NotFound (adapter), CapacityError (too many wait).
         """
-        objectives = asked_objectives(tpot_ms, ttft_ms, self.objectives)
+        objectives = asked_slo(tpot_ms, ttft_ms, self.objectives)
         config, limits = sampling or SamplingConfig(), self.config.scheduler
         ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         self.requests.check(ids, config)
@@ -151,13 +152,13 @@ class Engine:
             raise NotFound(
                 f"adapter: there is no {adapter!r}; loaded: {', '.join(self.adapters.names) or 'none'}", param="adapter"
             )
-        present = len(self.requests.live) + len(self._inbox)
+        present = len(self.requests.live) + len(self._loop)
         if present >= self.config.max_waiting + limits.max_num_seqs:
             raise CapacityError(f"{present} requests are running or waiting; try again later", param="max_waiting")
         numbers: list[int] = []
         handle = RequestHandle(
             ids, config, self.now() if arrival_s is None else arrival_s,
-            lambda: self._inbox.post(lambda: self.requests.cancel(numbers), f"cancel request {label}"),
+            lambda: self._loop.post(lambda: self.requests.cancel(numbers), f"cancel request {label}"),
         )
         handle.label = label
 
@@ -168,7 +169,7 @@ class Engine:
                 self.requests.refuse(handle, CoserveError(f"the engine stopped: {error!r}"))
                 raise
 
-        self._inbox.post(admit, f"admit request {label}")
+        self._loop.post(admit, f"admit request {label}")
         return handle
 
     def generate(
@@ -193,7 +194,7 @@ class Engine:
         """Submits a prompt; yields its chunks as they come. Leaving the iterator early cancels the request."""
         handle = self.submit(prompt, sampling, **options)
         try:
-            yield from handle.chunks(None if self._inbox.has_thread else self._step_or_wait)
+            yield from handle.chunks(None if self._loop.has_thread else self._step_or_wait)
         finally:
             handle.cancel()
 
@@ -201,7 +202,7 @@ class Engine:
         self, prompt: Sequence[int] | str, sampling: SamplingConfig | None = None, **options: Any
     ) -> AsyncIterator[Chunk]:
         """`stream` for asyncio. The engine must have been started."""
-        if not self._inbox.has_thread:
+        if not self._loop.has_thread:
             raise ConfigError("astream: start() the engine first: it needs a thread of its own")
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Chunk]()
         handle = self.submit(prompt, sampling, **options)
@@ -233,15 +234,15 @@ class Engine:
         place = Path(directory).absolute()
         with borrowed_team():
             adapter = self.model.load_adapter(place)
-        self._inbox.call(lambda: self.adapters.publish(name, adapter, place), f"publish adapter {name}")
+        self._loop.call(lambda: self.adapters.publish(name, adapter, place), f"publish adapter {name}")
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """The same from memory, where it stays; `adapter` must not change afterwards."""
-        self._inbox.call(lambda: self.adapters.publish(name, adapter), f"publish adapter {name}")
+        self._loop.call(lambda: self.adapters.publish(name, adapter), f"publish adapter {name}")
 
     def unload_adapter(self, name: str) -> None:
         """Requests can't ask for it any more; those that use it go on. Raises NotFound."""
-        self._inbox.call(lambda: self.adapters.remove(name), f"remove adapter {name}")
+        self._loop.call(lambda: self.adapters.remove(name), f"remove adapter {name}")
 
     @property
     def adapter_directories(self) -> list[str]:
@@ -262,7 +263,7 @@ class Engine:
         config, directory = config or FinetuneConfig(), Path(output)
         handle = JobHandle(
             name or directory.name, directory,
-            lambda action: self._inbox.post(lambda: self.jobs.act(handle, action), f"{action} job {handle.label}"),
+            lambda action: self._loop.post(lambda: self.jobs.act(handle, action), f"{action} job {handle.label}"),
         )
         handle.label = label or handle.name
 
@@ -281,17 +282,17 @@ class Engine:
             for plan in (prepared.trainer.plan, prepared.trainer.scoring):
                 self.train.prepare(plan)
         handle.num_steps, handle.step = prepared.job.num_steps, prepared.job.cursor.step
-        self._inbox.post(lambda: self.jobs.begin(prepared, handle, tenant, weight), f"begin job {handle.label}")
+        self._loop.post(lambda: self.jobs.begin(prepared, handle, tenant, weight), f"begin job {handle.label}")
         return handle
 
     # --- iterations ---
 
     def step(self) -> bool:
         """One iteration; False if there was nothing to do. Not to be called while the engine has a thread."""
-        watcher = self._inbox.watcher
-        with self._inbox.lock:
-            self._inbox.drain()
-            self.jobs.pump(watcher)
+        watcher = self._loop.watcher
+        with self._loop.lock:
+            self._loop.drain()
+            self.jobs.advance(watcher)
             watcher.begin("planning an iteration")
             plan = self.scheduler.schedule(self.now())
             if plan.empty:
@@ -329,22 +330,22 @@ class Engine:
         counts["prompt_tokens"] += sum(span.length for span in plan.prefill)
         counts["finetune_tokens"] += self.jobs.count(plan)
         counts["busy_s"] += result.seconds
-        share = self.scheduler.finetune_share_of(plan)
+        share = plan.finetune_share
         counts["finetune_busy_s"] += share * result.seconds
         counts["inference_busy_s"] += (1 - share) * result.seconds
 
     def start(self) -> Engine:
         """Gives the engine a thread of its own; returns the engine."""
         give_team_back()  # what the calling thread has loaded and measured with
-        self._inbox.start(self.step, self._fail)
+        self._loop.start(self.step, self._fail)
         return self
 
     def close(self) -> None:
         """Stops the thread, cancels requests, has each job write a checkpoint to `resume` from, waits for files that are being
         written and gives the pool's memory back."""
-        self._inbox.stop()
-        with self._inbox.lock:
-            self._inbox.close()
+        self._loop.stop()
+        with self._loop.lock:
+            self._loop.close()
             self.requests.cancel(list(self.requests.live))
             self.jobs.stop_all()
         self.adapters.close()
@@ -368,7 +369,7 @@ class Engine:
             self._step_or_wait()
 
     def _step_or_wait(self) -> None:
-        if self._inbox.has_thread or not self.step():
+        if self._loop.has_thread or not self.step():
             time.sleep(1e-3)
 
     # --- what is going on ---
@@ -376,28 +377,23 @@ class Engine:
     @property
     def closed(self) -> bool:
         """Whether it takes nothing any more: closed, or stopped by an error."""
-        return self._inbox.closed
-
-    @property
-    def alive(self) -> bool:
-        """Whether it takes requests and jobs: neither closed nor stopped by an error."""
-        return not self._inbox.closed
+        return self._loop.closed
 
     @property
     def failure(self) -> CoserveError | None:
         """The error that ended the engine's thread, if one did. By the time that `wait_failed` returns, all requests and jobs
         have it."""
-        return self._inbox.failure
+        return self._loop.failure
 
     def wait_failed(self, timeout: float | None = None) -> bool:
         """Blocks until the engine's thread has died of an error: True. False if the engine is closed first, or after `timeout`
         seconds."""
-        return self._inbox.wait_ended(timeout) and self._inbox.failure is not None
+        return self._loop.wait_ended(timeout) and self._loop.failure is not None
 
     @property
     def idle(self) -> bool:
         """Whether there is no request and no job."""
-        return not self.requests.live and not self.jobs.jobs and not len(self._inbox)
+        return not self.requests.live and not self.jobs.jobs and not len(self._loop)
 
     def metrics(self) -> dict[str, Any]:
         """Counters since the start and the present state. finetune_tokens: forward-token equivalents, forward and backward

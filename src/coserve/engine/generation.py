@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from coserve.config import BEST_EFFORT, EngineConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import EngineConfig, SamplingConfig, SchedulerConfig
+from coserve.config.values import BEST_EFFORT
 from coserve.core import InvalidRequest
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel
 from coserve.engine.requests import Chunk
 from coserve.peft.adapter import Adapter
 from coserve.runtime.cache import block_bytes
+from coserve.runtime.loaded import LoadedModel
 from coserve.runtime.spans import NO_ADAPTER, RowSpan
 from coserve.scheduler.latency import LatencyModel
 

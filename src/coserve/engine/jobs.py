@@ -12,10 +12,8 @@ files the job waits, and nobody else does. At the engine's end a job leaves a ch
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Executor as ThreadExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,111 +21,21 @@ import torch
 from torch import Tensor
 
 from coserve.core import AdapterCopy, CoserveError, JobFailed, OptimizerSlice
-from coserve.engine.batchwork import BatchWork, Microbatch
 from coserve.engine.diskwrite import DiskWrite
-from coserve.engine.finetuning import PreparedJob
-from coserve.engine.trainer import out_of_memory
+from coserve.engine.jobhandle import JobHandle
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
-from coserve.finetune.job import Checkpoint, ForwardBackward, JobEvent, OptimStep, Publish, Score, StepRow, Verb, Write
+from coserve.finetune.job import ForwardBackward, JobEvent, OptimStep, Publish, SaveCheckpoint, Score, StepRow, Verb, Write
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
-from coserve.scheduler.arenas import Arena
+from coserve.scheduler.arenas import ArenaBlocks
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
+from coserve.training.batchwork import BatchWork, Microbatch
+from coserve.training.finetuning import PreparedJob
+from coserve.training.trainer import out_of_memory
 
 _SHORT_WRITE_S = 0.005
 """What the engine's thread waits for a row to be written: as a rule it takes a hundredth of that."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobProgress:
-    """trained_tokens: forward-token equivalents of the units that have run, forward and backward counting half each."""
-
-    status: str
-    step: int
-    num_steps: int
-    trained_tokens: float
-    last: StepRow | None
-
-
-def _nothing(action: str) -> None:
-    """What an ended job does when it is asked for something."""
-
-
-class JobHandle:
-    """A job in an engine. status: running, paused, succeeded, failed or cancelled."""
-
-    def __init__(self, name: str, directory: Path, act: Callable[[str], None]) -> None:
-        self.name, self.directory, self.label = name, directory, name
-        self.status = "running"
-        self.error: CoserveError | None = None
-        self.events: list[JobEvent] = []
-        self.step = self.num_steps = 0
-        self.trained_tokens = 0.0
-        self.last: StepRow | None = None
-        self._act = act
-        self._done = threading.Event()
-        self._watchers: list[Callable[[JobHandle], None]] = []
-        self._lock = threading.Lock()
-
-    @property
-    def finished(self) -> bool:
-        return self._done.is_set()
-
-    def progress(self) -> JobProgress:
-        """Where the job is."""
-        return JobProgress(
-            status=self.status, step=self.step, num_steps=self.num_steps, trained_tokens=self.trained_tokens, last=self.last
-        )
-
-    def pause(self) -> None:
-        """No more units after the present iteration; the job's memory stays."""
-        if not self.finished:
-            self._act("pause")
-
-    def resume(self) -> None:
-        """Goes on where it was paused."""
-        if not self.finished:
-            self._act("resume")
-
-    def cancel(self) -> None:
-        """Ends the job; checkpoints that are written stay."""
-        if not self.finished:
-            self._act("cancel")
-
-    def result(self, timeout: float | None = None) -> Path:
-        """Waits for the end; the tuned adapter's directory. Raises JobFailed, or TimeoutError after `timeout` seconds. For
-        engines with a thread of their own."""
-        if not self._done.wait(timeout):
-            raise TimeoutError(f"job {self.name} is still {self.status}")
-        if self.error is not None:
-            raise self.error
-        if self.status == "cancelled":
-            raise JobFailed(f"job {self.name} was cancelled")
-        return self.directory
-
-    def listen(self, event: JobEvent) -> None:
-        """Takes an event of the job."""
-        self.events.append(event)
-        if event.row is not None:
-            self.last, self.step, self.num_steps = event.row, event.row.step, event.num_steps
-
-    def watch(self, listener: Callable[[JobHandle], None]) -> None:
-        """Calls `listener` once when the job ends, from the engine's thread; now, if it has ended."""
-        with self._lock:
-            if not self.finished:
-                self._watchers.append(listener)
-                return
-        listener(self)
-
-    def close(self, status: str, error: CoserveError | None) -> None:
-        """The engine ends the job."""
-        with self._lock:
-            self.status, self.error = status, error
-            self._done.set()
-        self._act = _nothing  # it holds the engine
-        for watcher in self._watchers:
-            watcher(self)
 
 
 class Host(Protocol):
@@ -139,10 +47,10 @@ class Host(Protocol):
     recorder: ThreadExecutor
     """For rows, which don't wait for checkpoints."""
 
-    def reserve(self, num_bytes: int) -> tuple[Arena, Tensor] | None:
+    def reserve(self, num_bytes: int) -> tuple[ArenaBlocks, Tensor] | None:
         """Arena memory, or None while there is none."""
 
-    def release(self, arena: Arena) -> None:
+    def release(self, arena: ArenaBlocks) -> None:
         """Gives it back."""
 
     def new_number(self) -> int:
@@ -181,7 +89,7 @@ class LiveJob:
         self._answer: Any = None
         self._verb: Verb | None = None
         self._batch: BatchWork | None = None
-        self._in_flight: dict[int, tuple[Microbatch, MicrobatchWork, Arena]] = {}
+        self._in_flight: dict[int, tuple[Microbatch, MicrobatchWork, ArenaBlocks]] = {}
         self._norm = self._rate = 0.0
         self._updating = False
         self._updated = 0
@@ -193,7 +101,7 @@ class LiveJob:
 
     # --- called by the engine between iterations ---
 
-    def pump(self) -> bool:
+    def advance(self) -> bool:
         """Goes as far as possible without running units; False when the job has ended."""
         try:
             if self.failure is not None:
@@ -224,7 +132,7 @@ class LiveJob:
             self._start(self._verb)
         match self._verb:
             case ForwardBackward() | Score():
-                return self._pump_batch()
+                return self._advance_batch()
             case OptimStep():
                 if self._updating:
                     return False
@@ -271,7 +179,7 @@ class LiveJob:
                 if math.isfinite(self._norm):  # else the driver ends the job
                     self._updating, self._updated, self._rate = True, 0, rate
                     self.work.optimizer_elements, self.work.optimizer_done = optimizer.master.numel(), 0
-            case Checkpoint():
+            case SaveCheckpoint():
                 self._copied = False
                 self.host.copy_adapter(AdapterCopy(self.number, snapshot=True))
             case Publish():
@@ -281,7 +189,7 @@ class LiveJob:
                 self._row = DiskWrite(self.host.recorder, action)
                 self._row.wait(_SHORT_WRITE_S)
 
-    def _pump_batch(self) -> bool:
+    def _advance_batch(self) -> bool:
         batch = self._batch
         assert batch is not None
         for number, (micro, work, arena) in list(self._in_flight.items()):
@@ -307,7 +215,7 @@ class LiveJob:
                 id=number, job=self.number, num_tokens=micro.batch.num_tokens,
                 num_layers=self.trainer.model.architecture.num_layers, lowest=micro.plan.lowest_trained,
                 bounds=micro.batch.bounds, label_rows=micro.batch.host_label_rows.tolist(), forward_only=micro.forward_only,
-                grid=grid, again=micro.plan.recompute_flops / max(1, micro.plan.trained_forward_flops),
+                grid=grid, recompute_fraction=micro.plan.recompute_flops / max(1, micro.plan.trained_forward_flops),
             )
             self._in_flight[number] = (micro, work, arena)
             self.host.microbatch_begun(number, micro, work)
@@ -421,7 +329,7 @@ class LiveJob:
                     if not self._row_is_written():
                         return asked  # a checkpoint takes the row with it
                     self._reply(None)
-                case Checkpoint():
+                case SaveCheckpoint():
                     asked = asked or not self._copied
                     self._reply(None)
                 case None if self.job.cursor.step > self.job.saved_step:

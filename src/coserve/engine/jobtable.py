@@ -15,26 +15,29 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from coserve.config import AdapterConfig, BottleneckConfig, EngineConfig, FinetuneConfig, settled
+from coserve.config.settings import AdapterConfig, BottleneckConfig, EngineConfig, FinetuneConfig
+from coserve.config.values import settled
 from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan, WorkUnit
 from coserve.engine.adapters import AdapterRegistry
-from coserve.engine.batchwork import Microbatch
-from coserve.engine.budget import GIB, FittedPlan, Workload, asked_plan, fit_plan, shape_adapter
-from coserve.engine.finetuning import PreparedJob
-from coserve.engine.jobs import JobHandle, LiveJob
+from coserve.engine.jobhandle import JobHandle
+from coserve.engine.jobs import LiveJob
 from coserve.engine.threads import SideThreads
-from coserve.engine.trainer import MIN_WINDOW
 from coserve.engine.watching import Watcher
 from coserve.finetune.datasets import Dataset
 from coserve.model.architecture import Architecture
+from coserve.model.memory import GIB
 from coserve.peft.adapter import Adapter
+from coserve.planning.budget import FittedPlan, Workload, asked_plan, fit_plan, shape_adapter
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import scoring_plan
-from coserve.scheduler.arenas import Arena
+from coserve.scheduler.arenas import ArenaBlocks
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.work import MicrobatchWork
+from coserve.training.batchwork import Microbatch
+from coserve.training.finetuning import PreparedJob
+from coserve.training.trainer import MIN_WINDOW
 
 
 class UnitShape(NamedTuple):
@@ -156,11 +159,11 @@ class JobTable:
         del self.jobs[job.number]
         self.scheduler.remove_job(job.number)
 
-    def pump(self, watcher: Watcher) -> None:
+    def advance(self, watcher: Watcher) -> None:
         """Every job goes as far as it can without running units."""
         for job in list(self.jobs.values()):
             watcher.begin("a job's work between units", jobs=(job.handle.label,))
-            if not job.pump():
+            if not job.advance():
                 self._remove_job(job)
 
     def count(self, plan: StepPlan) -> float:
@@ -200,7 +203,7 @@ class JobTable:
 
     # --- what jobs ask for ---
 
-    def reserve(self, num_bytes: int) -> tuple[Arena, Tensor] | None:
+    def reserve(self, num_bytes: int) -> tuple[ArenaBlocks, Tensor] | None:
         try:
             arena, moves = self.blocks.reserve_arena(-(-num_bytes // self.pool.block_bytes))
         except CapacityError:
@@ -208,7 +211,7 @@ class JobTable:
         self.pool.move(moves)
         return arena, self.pool.arena(arena.first, arena.end)
 
-    def release(self, arena: Arena) -> None:
+    def release(self, arena: ArenaBlocks) -> None:
         self.blocks.release_arena(arena)
 
     def microbatch_begun(self, number: int, micro: Microbatch, work: MicrobatchWork) -> None:

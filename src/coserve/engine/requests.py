@@ -10,11 +10,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from coserve.config import SamplingConfig
+from coserve.config.settings import SamplingConfig
 from coserve.core import CoserveError, Sampled, TokenLogprob
 from coserve.engine.adapters import AdapterVersion
 from coserve.scheduler.requests import RequestState
-from coserve.textstream import TextStream
+from coserve.text.stream import TextStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

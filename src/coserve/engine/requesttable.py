@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 
-from coserve.config import SamplingConfig
-from coserve.core import ContextExceeded, CoserveError, InvalidRequest, Objectives, StepPlan, StepResult
+from coserve.config.settings import SamplingConfig
+from coserve.core import ContextExceeded, CoserveError, InvalidRequest, Slo, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry, AdapterVersion
-from coserve.engine.model import LoadedModel
 from coserve.engine.requests import Chunk, LiveRequest, RequestHandle
+from coserve.runtime.loaded import LoadedModel
 from coserve.runtime.spans import NO_ADAPTER
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
-from coserve.textstream import TextStream
+from coserve.text.stream import TextStream
 
 
 class RequestTable:
@@ -61,7 +61,7 @@ class RequestTable:
             )
 
     def admit(
-        self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: Objectives, numbers: list[int]
+        self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: Slo, numbers: list[int]
     ) -> None:
         """A request with its outputs begins. numbers: gets its outputs' numbers."""
         config = handle.config

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from coserve.core import AdapterCopy, OptimizerSlice, Sampled, Span, StepPlan, StepResult, TokenLogprob, WorkUnit
-from coserve.engine.batchwork import Microbatch
 from coserve.engine.requests import LiveRequest
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor, TrainWindow
 from coserve.runtime.sampler import SamplerRow, prompt_logprobs, sample_rows
 from coserve.runtime.spans import RowSpan
 from coserve.runtime.transfer import to_device
+from coserve.training.batchwork import Microbatch
 
 
 class JobActions(Protocol):

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coserve.config import FinetuneConfig, settled
+from coserve.config.settings import FinetuneConfig
+from coserve.config.values import settled
 from coserve.core import Group
 
 

@@ -2,7 +2,7 @@
 
 Owns: what happens to lines that are too long, the report on a file, its digest. Does not own: how lines are read
 (jsonlines.py), the accepted layouts (layouts.py), tokenization and which tokens of a conversation are trained
-(coserve.tokenizer), order and batching.
+(coserve.text.tokenizer), order and batching.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from coserve.config import FinetuneConfig, Objective, SystemPrompt, TooLong
+from coserve.config.settings import FinetuneConfig, Objective, SystemPrompt, TooLong
 from coserve.core import Example, Group, InvalidRequest, NotFound, one_line
 from coserve.finetune.jsonlines import LineError, numbered_lines, read_object, shown
 from coserve.finetune.layouts import Encoded, LineReader
-from coserve.tokenizer import ChatTokenizer, TextRules
+from coserve.text.tokenizer import ChatTokenizer, TextRules
 
 _SHOWN_COLUMNS = 20
 

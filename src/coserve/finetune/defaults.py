@@ -2,8 +2,8 @@
 
     resolve_settings(config, number of examples, the adapter that is continued, the model's width) -> config without 'auto'
 
-Owns: those rules, what is said about them. Does not own: fixed defaults (config.py). A resumed job keeps the numbers that it
-began with, whatever the rules have become since: `keep_numbers`.
+Owns: those rules, what is said about them. Does not own: fixed defaults (config/settings.py). A resumed job keeps the numbers
+that it began with, whatever the rules have become since: `keep_numbers`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from coserve.config import (
-    AUTO,
-    LINEAR_SITES,
-    AdapterConfig,
-    BottleneckConfig,
-    FinetuneConfig,
-    LoraConfig,
-    Objective,
-    is_number,
-    settled,
-)
-from coserve.configdata import to_dict
+from coserve.config.data import to_dict
+from coserve.config.settings import LINEAR_SITES, AdapterConfig, BottleneckConfig, FinetuneConfig, LoraConfig, Objective
+from coserve.config.values import AUTO, is_number, settled
 from coserve.finetune.batches import BatchOrder
 
 EPOCHS, MAX_EPOCHS = 3, 25

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from coserve.config import FinetuneConfig, settled
-from coserve.configdata import finetune_config_from_dict, to_dict
+from coserve.config.data import finetune_config_from_dict, to_dict
+from coserve.config.settings import FinetuneConfig
+from coserve.config.values import settled
 from coserve.core import ConfigError, Group, InvalidRequest, JobFailed
 from coserve.finetune.batches import BatchOrder
 from coserve.finetune.checkpoints import (
@@ -99,7 +100,7 @@ class OptimStep(NamedTuple):
         return verbs.optim_step(self.rate)
 
 
-class Checkpoint(NamedTuple):
+class SaveCheckpoint(NamedTuple):
     """The present weights and optimizer state, to be written by `Job.write_checkpoint`; published too by an engine that
     serves. Answered with None."""
 
@@ -127,7 +128,7 @@ class Publish(NamedTuple):
         verbs.publish()
 
 
-Verb = ForwardBackward | Score | OptimStep | Checkpoint | Write | Publish
+Verb = ForwardBackward | Score | OptimStep | SaveCheckpoint | Write | Publish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,9 +380,9 @@ class Job:
         message = f"step {row.step}: loss {row.train_loss:.4f}{shown}"
         self.listen(JobEvent(level="info", message=message, row=row, num_steps=self.num_steps))
 
-    def _checkpoint(self) -> Checkpoint:
+    def _checkpoint(self) -> SaveCheckpoint:
         self.saved_step = self.cursor.step
-        return Checkpoint(self)
+        return SaveCheckpoint(self)
 
     def _validates(self) -> bool:
         every = self.config.validation_steps or self.order.steps_per_epoch

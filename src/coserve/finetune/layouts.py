@@ -2,7 +2,7 @@
 
 Owns: the accepted layouts (`_LAYOUTS`), which part of a line is the prompt, where the system prompt goes. Does not own: how
 lines are read (jsonlines.py), messages one by one (turns.py), tokenization and which tokens of a conversation are trained
-(coserve.tokenizer), lengths (datasets.py).
+(coserve.text.tokenizer), lengths (datasets.py).
 
 Layouts: OpenAI's fine-tuning API (https://platform.openai.com/docs/guides/fine-tuning), TRL's "Dataset formats"
 (https://huggingface.co/docs/trl/dataset_formats), alpaca (https://github.com/tatsu-lab/stanford_alpaca) and ShareGPT, with the
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coserve.chat.messages import NO_TOOLS, is_neutral
-from coserve.config import Objective, SystemPrompt
+from coserve.config.settings import Objective, SystemPrompt
 from coserve.core import InvalidRequest
 from coserve.finetune.jsonlines import LineError, kind, shown
 from coserve.finetune.turns import Turn, merge_system, read_text, read_turns, same_turns
-from coserve.tokenizer import ChatTokenizer, Notes, TextRules
+from coserve.text.tokenizer import ChatTokenizer, Notes, TextRules
 
 _SHOWN_KEYS = 8
 _NO_TOOLS_WRITTEN = ("", "[]")

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from coserve.config import FinetuneConfig
+from coserve.config.settings import FinetuneConfig
 from coserve.core import Group
 
 
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
     metrics: Mapping[str, float]
 
 
-class Objective(Protocol):
+class TrainingLoss(Protocol):
     """What a job needs of its loss."""
 
     needs_reference: bool
@@ -95,7 +95,7 @@ class PreferenceObjective:
         return Outcome(coefficients, float(-torch.nn.functional.logsigmoid(logit) / normalizer), metrics)
 
 
-OBJECTIVES: Mapping[str, Callable[[FinetuneConfig], Objective]] = {
+OBJECTIVES: Mapping[str, Callable[[FinetuneConfig], TrainingLoss]] = {
     "sft": lambda config: SupervisedObjective(),
     "dpo": lambda config: PreferenceObjective(config.dpo_beta),
 }

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from coserve.config import OptimizerConfig, settled
+from coserve.config.settings import OptimizerConfig
+from coserve.config.values import settled
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from coserve.core import Example, Group
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 
 def taught_end_tokens(groups: Sequence[Group], tokenizer: ChatTokenizer, *, max_length: int) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What the processor multiplies in hardware, as far as oneDNN, which does the CPU's products, may use it.
 
-Owns: the question whether bfloat16 pays on this CPU. Does not own: what follows from it (engine/model.py, model/linear.py).
+Owns: the question whether bfloat16 pays on this CPU. Does not own: what follows from it (runtime/loaded.py, model/linear.py).
 `torch.ops.mkldnn._is_mkldnn_bf16_supported` does not answer it: it is also true where oneDNN multiplies bfloat16 through
 float32, which takes several times as long as float32 itself.
 """

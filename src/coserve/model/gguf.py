@@ -25,7 +25,7 @@ from transformers import AutoConfig, GenerationConfig
 from coserve.core import ConfigError, InvalidRequest, NotFound, one_line
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.checkpoint import INDEX_FILE, SINGLE_FILE, expected_shapes
-from coserve.model.ggufvocab import Vocabulary, write_tokenizer
+from coserve.model.ggufvocab import GGUFVocabulary, write_tokenizer
 
 SHARD_BYTES = 2 << 30
 """Weights are written in files of at most this size (unless one tensor is larger), so that few are in memory."""
@@ -121,9 +121,9 @@ class GgufFile:
         """The value of a key under the architecture's prefix, or None."""
         return self.get(f"{self.architecture}.{key}")
 
-    def vocabulary(self) -> Vocabulary:
+    def vocabulary(self) -> GGUFVocabulary:
         """Tokens and what is said of them. Raises InvalidRequest."""
-        return Vocabulary(self.get, list(self._reader.fields), self.path)
+        return GGUFVocabulary(self.get, list(self._reader.fields), self.path)
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as float32 [rows, columns], dequantised where the file stores blocks."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from coserve.core import InvalidRequest, one_line
-from coserve.tokenizer import EXACT_KEY
+from coserve.text.tokenizer import EXACT_KEY
 
 Get = Callable[[str], Any]
 """The value of a metadata key, None where the file hasn't got it."""
@@ -79,7 +79,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 """By `tokenizer.ggml.pre`."""
 
 
-class Vocabulary:
+class GGUFVocabulary:
     """A GGUF file's tokens with their types, and what else it says about its tokenizer."""
 
     def __init__(self, get: Get, keys: Sequence[str], source: Path) -> None:
@@ -241,7 +241,7 @@ class Vocabulary:
         return InvalidRequest(f"{self.source}: {PREFIX}{name} {what}")
 
 
-def write_tokenizer(vocabulary: Vocabulary, chat_template: object, directory: Path) -> None:
+def write_tokenizer(vocabulary: GGUFVocabulary, chat_template: object, directory: Path) -> None:
     """Writes the tokenizer files into a model's directory. Raises InvalidRequest for a vocabulary that can't be built."""
     try:
         built = vocabulary.build()

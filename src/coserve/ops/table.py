@@ -53,7 +53,8 @@ class Operator:
     packs: bool = False
     """It makes a smaller form of its input, which only backward reads."""
     exact: tuple[str, ...] = ()
-    """Inputs that backward must see as forward did, unless it makes the outputs again too: it relies on what came of them."""
+    """Inputs whose bits must be the same in backward as in forward, unless backward recomputes the outputs too: the gradient
+    combines them with those outputs."""
     parallel: tuple[tuple[str, str, str], ...] = ()
     """Legal (input, weight, output) states; "" where there is no weight."""
 

@@ -13,7 +13,8 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from coserve.config import LINEAR_SITES, AdapterConfig, shown
+from coserve.config.settings import LINEAR_SITES, AdapterConfig
+from coserve.config.values import shown
 from coserve.core import ConfigError
 from coserve.model.decoder import MODULE_PATHS, Bypass, NoBypass
 from coserve.model.weights import ModelWeights
@@ -141,7 +142,7 @@ class Adapter:
         return other
 
 
-class Together(NoBypass):
+class CompositeBypass(NoBypass):
     """The bypasses of all kinds in a batch. A row's adapter has the parameters of one of them; the others leave it alone."""
 
     def __init__(self, bypasses: Sequence[Bypass]) -> None:

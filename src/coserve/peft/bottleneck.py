@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection
 from typing import TypeVar
 
-from coserve.config import BottleneckConfig
+from coserve.config.settings import BottleneckConfig
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import NoBypass
 from coserve.ops.vocabulary import Vocabulary

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coserve.config import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
+from coserve.config.settings import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.core import NotFound
 from coserve.peft.fields import read_fields
 from coserve.peft.foreign import read_json_object, refuse

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from coserve.config import MAX_RANK, MAX_SETTING, check_pattern, is_number, is_whole, shown
+from coserve.config.values import MAX_RANK, MAX_SETTING, check_pattern, is_number, is_whole, shown
 from coserve.core import ConfigError
 from coserve.peft.foreign import refuse
 from coserve.peft.tensors import BOTTLENECK, CONFIG_FILE

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from coserve.config import is_whole, shown
+from coserve.config.values import is_whole, shown
 from coserve.core import InvalidRequest, one_line
 
 MAX_JSON_BYTES = 1 << 20

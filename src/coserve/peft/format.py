@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coserve.config import MAX_RANK, AdapterConfig, IA3Config, LoraConfig
-from coserve.configdata import to_dict
+from coserve.config.data import to_dict
+from coserve.config.settings import AdapterConfig, IA3Config, LoraConfig
+from coserve.config.values import MAX_RANK
 from coserve.core import InvalidRequest
 from coserve.model.weights import ModelWeights
 from coserve.peft.adapter import Adapter, Parameter

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from coserve.config import LINEAR_SITES, MAX_RANK, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
+from coserve.config.settings import LINEAR_SITES, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
+from coserve.config.values import MAX_RANK
 from coserve.core import ConfigError, InvalidRequest, NotFound
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MODULE_PATHS

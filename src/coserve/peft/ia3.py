@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TypeVar
 
-from coserve.config import IA3Config
+from coserve.config.settings import IA3Config
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import NoBypass, linear_shapes
 from coserve.ops.vocabulary import Vocabulary

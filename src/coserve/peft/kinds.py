@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from coserve.config import AdapterConfig, IA3Config, LoraConfig
+from coserve.config.settings import AdapterConfig, IA3Config, LoraConfig
 from coserve.model.architecture import Architecture
 from coserve.model.weights import ModelWeights
 from coserve.peft.adapter import Adapter, Kind, Parameter, num_elements

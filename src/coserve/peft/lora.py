@@ -14,7 +14,7 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from coserve.config import LINEAR_SITES, LoraConfig
+from coserve.config.settings import LINEAR_SITES, LoraConfig
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED, NoBypass, linear_shapes
 from coserve.model.linear import FrozenLinear

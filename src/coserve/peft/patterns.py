@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import re2
 
-from coserve.config import shown
+from coserve.config.values import shown
 from coserve.core import ConfigError
 
 V = TypeVar("V")

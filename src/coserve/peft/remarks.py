@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coserve.config import is_whole, shown
+from coserve.config.values import is_whole, shown
 from coserve.core import ConfigError, InvalidRequest
 from coserve.model.architecture import Architecture
 from coserve.peft.adapter import all_modules

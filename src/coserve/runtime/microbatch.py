@@ -26,9 +26,9 @@ from coserve.runtime.transfer import to_device
 class PackedBatch:
     """token_ids, positions, dropout_keys: int64 [T]; bounds: (first row, end row) per example.
 
-    label_rows: int64 [N], the rows with a label, ascending; labels: int64 [N]; label_weights: float32 [N];
-    label_bounds: (first, end) among the labels per example. host_label_rows, host_label_weights: the same as label_rows and
-    label_weights, for whoever must not wait for the device.
+    label_rows: int64 [N], the rows with a label, ascending; labels: int64 [N]; label_bounds: (first, end) among the labels per
+    example. host_label_rows: the same as label_rows, for whoever must not wait for the device. label_weights: float32 [N], on
+    the host.
     """
 
     examples: tuple[Example, ...]
@@ -37,11 +37,10 @@ class PackedBatch:
     bounds: tuple[tuple[int, int], ...]
     label_rows: Tensor
     labels: Tensor
-    label_weights: Tensor
     label_bounds: tuple[tuple[int, int], ...]
     dropout_keys: Tensor
     host_label_rows: np.ndarray
-    host_label_weights: np.ndarray
+    label_weights: Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -73,11 +72,10 @@ def pack(examples: Sequence[Example], *, device: torch.device, seed: int = 0, st
         bounds=tuple(bounds),
         label_rows=tensor(rows, torch.int64),
         labels=tensor(labels, torch.int64),
-        label_weights=tensor(weights, torch.float32),
         label_bounds=tuple(label_bounds),
         dropout_keys=to_device(torch.cat(keys), device),
         host_label_rows=np.concatenate(rows),
-        host_label_weights=np.concatenate(weights).astype(np.float32),
+        label_weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
     )
 
 

@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from coserve.compiler.flops import SEQUENCE_LENGTH
 from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans, plan_fused, plan_inference, plan_training
 from coserve.compiler.program import FusedLayer
-from coserve.config import Compression
+from coserve.config.settings import Compression
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import NoBypass
-from coserve.peft.adapter import Adapter, Kind, Together
+from coserve.peft.adapter import Adapter, CompositeBypass, Kind
 
 
 def layer_bypasses(arch: Architecture, adapter: Adapter | None, *, dropout: float = 0.0) -> list[LayerBypass]:
@@ -26,7 +26,7 @@ def _bypass(kinds: Collection[Kind], widths: Mapping[str, int], dropout: float) 
         return LayerBypass(key=(), bypass=NoBypass(), factor_widths={})
     names = frozenset(widths)
     key = (tuple(kinds), tuple(sorted(widths.items())), dropout)
-    return LayerBypass(key=key, bypass=Together([kind(names, dropout) for kind in kinds]), factor_widths=widths)
+    return LayerBypass(key=key, bypass=CompositeBypass([kind(names, dropout) for kind in kinds]), factor_widths=widths)
 
 
 def training_plans(

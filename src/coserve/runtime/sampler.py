@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from coserve.config import SamplingConfig
+from coserve.config.settings import SamplingConfig
 from coserve.core import Sampled, TokenLogprob
 from coserve.kernels.reference import hash_key, mix32
 from coserve.runtime.transfer import to_device
@@ -70,12 +70,6 @@ def sample_rows(
     tokens: list[int] = tokens_B.tolist()
     logprobs = _sampled_logprobs(raw_BV, tokens, rows)
     return [Sampled(token, logprobs.get(number)) for number, token in enumerate(tokens)]
-
-
-def sample(logits_V: Tensor, config: SamplingConfig, position: int) -> int:
-    """The next token of one request at `position` (tokens before it), without penalties: the tokens aren't known."""
-    row = SamplerRow(config, config.seed, position, (), (), frozenset())
-    return sample_rows(logits_V[None], [row])[0].token
 
 
 def prompt_logprobs(logits_TV: Tensor, next_tokens: Sequence[int], count: int) -> list[TokenLogprob]:

@@ -98,7 +98,8 @@ class _PagedSpans(NamedTuple):
 
 
 class _Segments(NamedTuple):
-    """Rows [first, end) that have adapters. counts: rows by slot used; ends: int32 [slots], None where one has them all."""
+    """Rows [first, end) that have adapters, sorted by slot. counts: the number of rows of each slot that is used. ends: int32
+    [slots], the row at which each slot's rows end; None if all rows use one slot."""
 
     first: int
     end: int

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Arena(NamedTuple):
+class ArenaBlocks(NamedTuple):
     """Blocks [first, end) of a training job."""
 
     first: int
@@ -24,11 +24,11 @@ class Arena(NamedTuple):
         return self.end - self.first
 
 
-def highest_fit(arenas: Sequence[Arena], num_blocks: int, size: int) -> Arena | None:
+def highest_fit(arenas: Sequence[ArenaBlocks], num_blocks: int, size: int) -> ArenaBlocks | None:
     """The highest `size` contiguous blocks outside `arenas` (in ascending order); None if there are none."""
     end = num_blocks
     for arena in reversed(arenas):
         if end - arena.end >= size:
             break
         end = arena.first
-    return Arena(end - size, end) if end >= size else None
+    return ArenaBlocks(end - size, end) if end >= size else None

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from coserve.core import BlockMove, CapacityError
-from coserve.scheduler.arenas import Arena, highest_fit
-from coserve.scheduler.prefix import Node, PrefixKey, PrefixTree
+from coserve.scheduler.arenas import ArenaBlocks, highest_fit
+from coserve.scheduler.prefix import PrefixKey, PrefixNode, PrefixTree
 
 
 class PoolStats(NamedTuple):
@@ -41,7 +41,7 @@ class _Owner:
 
     key: PrefixKey | None = None
     table: list[int] = field(default_factory=list)
-    chain: list[Node] = field(default_factory=list)
+    chain: list[PrefixNode] = field(default_factory=list)
     cacheable: bool = True
 
 
@@ -55,7 +55,7 @@ class BlockPool:
         self._holders = [0] * num_blocks  # tables that a block is in
         self._free = list(range(num_blocks))  # a heap
         self._cached: OrderedDict[int, None] = OrderedDict()  # longest unused first, a prefix after all that continue it
-        self._arenas: list[Arena] = []  # in ascending order
+        self._arenas: list[ArenaBlocks] = []  # in ascending order
         self._tree = PrefixTree(block_tokens)
         self._hits_tokens = self._queried_tokens = 0
 
@@ -167,7 +167,7 @@ class BlockPool:
                 state.cacheable = False
         self._release(self._tree.forget(adapter, version))
 
-    def reserve_arena(self, num_blocks: int) -> tuple[Arena, list[BlockMove]]:
+    def reserve_arena(self, num_blocks: int) -> tuple[ArenaBlocks, list[BlockMove]]:
         """Contiguous blocks for a training job, as high as they fit, and the copies to make, in order, before they are written.
 
         Cached blocks in the way are evicted, owned ones move to the lowest blocks that can be had; tables change in place, at
@@ -191,7 +191,7 @@ class BlockPool:
         self._arenas = sorted([*self._arenas, arena])
         return arena, self._move([block for block in blocks if self._holders[block]])
 
-    def release_arena(self, arena: Arena) -> None:
+    def release_arena(self, arena: ArenaBlocks) -> None:
         """The arena's blocks are free again."""
         self._arenas.remove(arena)
         for block in range(arena.first, arena.end):

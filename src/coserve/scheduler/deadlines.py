@@ -1,18 +1,19 @@
 """How long an iteration may take, by what running requests were promised.
 
-    slack   until the first of the next tokens is due
-    cap     itl_factor x the least TPOT objective. Where objectives come from the profile, as nobody gave any, it is at least
-            the time of a chunk of FAST_CHUNK tokens.
-    hope    until the first request can't meet its objective any more, even if each of its tokens took no longer than decoding
-            alone
+    slack           the time until the first of the next tokens is due
+    cap             itl_factor x the least TPOT objective. Where objectives come from the profile, as nobody gave any, it is at
+                    least the time of a chunk of FAST_CHUNK tokens.
+    feasible until  the time from which on a request misses its objective even if each of its tokens takes no longer than
+                    decoding alone. From then on the request is infeasible.
 
-Finetuning may take slack: it can wait, so that nobody falls behind for it. Prompts may take time up to the end of hope: those
-that run make up for it while finetuning waits.
+Finetuning may take slack, because it can wait: nobody falls behind for it. A prompt may take more, until the first running
+request would become infeasible. The running requests catch up while finetuning waits.
 
-A best-effort request (an objective of math.inf) has slack and hope without end. Prompts may take a preemption quantum beside
-such requests, as beside none. Jobs may not take all that slack: an iteration with a job lasts at most itl_factor x the
-profile's TPOT, or itl_factor x decoding alone where that is longer. Owns: these three, and the reserve. Does not own: what the
-time is used for (hybrid.py, units.py).
+A best-effort request has an objective of math.inf, so that it has endless slack and is always feasible. Beside such requests
+alone a prompt may take a preemption quantum, as beside none. A job may not take all of their slack: an iteration with a job
+lasts at most itl_factor x the profile's TPOT, or itl_factor x decoding alone where that is longer.
+
+Owns: slack, cap, feasibility, the reserve. Does not own: what the time is used for (hybrid.py, units.py).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from coserve.config import SchedulerConfig
-from coserve.core import Objectives
-from coserve.scheduler.latency import LatencyModel, PassCost
+from coserve.config.settings import SchedulerConfig
+from coserve.core import PassCost, Slo
+from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.requests import RequestState
 
 UNBOUNDED = 1e9
@@ -32,10 +33,11 @@ FAST_CHUNK = 256
 
 
 class Deadlines:
-    """Of the running requests that a method is asked about. Times are in seconds. best_effort: what a request without
-    objectives counts as beside jobs."""
+    """Limits that running requests set. Each method takes the requests that run. All times are in seconds.
 
-    def __init__(self, config: SchedulerConfig, latency: LatencyModel, best_effort: Objectives) -> None:
+    best_effort: the objectives that a best-effort request counts as having beside jobs."""
+
+    def __init__(self, config: SchedulerConfig, latency: LatencyModel, best_effort: Slo) -> None:
         self.config, self.latency, self.best_effort = config, latency, best_effort
 
     def reserve(self) -> float:
@@ -69,8 +71,8 @@ class Deadlines:
             return self._quantum_s
         token_s, reserve = self._token_seconds(running), self.reserve()
         behind = (1 + reserve) * token_s
-        left = (max(r.slack_s(now, reserve), r.hope_s(behind) - now) for r in running if not r.hopeless(now, token_s))
-        return min([self.cap(running), *left])
+        feasible = [r for r in running if not r.infeasible(now, token_s)]
+        return min([self.cap(running), *(max(r.slack_s(now, reserve), r.feasible_until_s(behind) - now) for r in feasible)])
 
     def for_others_prompts(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
         """What a pass with prompts of a tenant that has had more may take: it may cost these requests nothing. prompt_s: what
@@ -84,16 +86,19 @@ class Deadlines:
     def _slack(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
         """The least of those that can still meet their objective."""
         token_s, reserve = self._token_seconds(running), self.reserve()
-        return min((r.slack_s(now, reserve, prompt_s) for r in running if not r.hopeless(now, token_s)), default=UNBOUNDED)
+        return min((r.slack_s(now, reserve, prompt_s) for r in running if not r.infeasible(now, token_s)), default=UNBOUNDED)
 
-    def stretched(self, running: Collection[RequestState], now: float, *, desperate: bool) -> float:
-        """What an iteration may take where there is nothing shorter to run: all slack, over the cap; in despair until the end
-        of hope, or without end where jobs are to have a least share."""
-        if not running or (desperate and self.config.finetune_min_share > 0):
+    def stretched(self, running: Collection[RequestState], now: float, *, overdue: bool) -> float:
+        """What an iteration may take where a job has nothing shorter to run. It may take all slack, even over the cap.
+
+        overdue: whether the job has waited so long that the iteration may last until the first request becomes infeasible. It
+        may last without limit where jobs are to have a least share.
+        """
+        if not running or (overdue and self.config.finetune_min_share > 0):
             return UNBOUNDED
         token_s, reserve = self._token_seconds(running), self.reserve()
-        hopeful = [r for r in running if not r.hopeless(now, token_s)]
-        times = (r.hope_s(token_s) - now if desperate else r.slack_s(now, reserve) for r in hopeful)
+        feasible = [r for r in running if not r.infeasible(now, token_s)]
+        times = (r.feasible_until_s(token_s) - now if overdue else r.slack_s(now, reserve) for r in feasible)
         return min(times, default=UNBOUNDED)
 
     def _token_seconds(self, running: Collection[RequestState], prompt: int = 0) -> float:

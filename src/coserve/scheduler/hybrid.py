@@ -14,17 +14,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
-from coserve.config import SchedulerConfig
-from coserve.core import AdapterCopy, CapacityError, Span, StepPlan
+from coserve.config.settings import SchedulerConfig
+from coserve.core import AdapterCopy, CapacityError, Contents, PassCost, Span, StepPlan
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.deadlines import Deadlines
 from coserve.scheduler.fairness import TokenCounters
-from coserve.scheduler.latency import Contents, LatencyModel, PassCost, kind_of
-from coserve.scheduler.objectives import best_effort, default_objectives, profile_objectives
-from coserve.scheduler.policies import Policy, Turn
+from coserve.scheduler.latency import LatencyModel, kind_of
+from coserve.scheduler.policies import IterationKind, Policy
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
 from coserve.scheduler.seats import FREE_SEATS
+from coserve.scheduler.slo import best_effort, default_slo, profile_slo
 from coserve.scheduler.turns import FairTurns
 from coserve.scheduler.units import Chosen, UnitPicker
 from coserve.scheduler.waiting import WaitingRequests, by_arrival, by_deadline, is_overdue
@@ -45,8 +45,8 @@ class HybridScheduler:
 
     def __init__(self, config: SchedulerConfig, latency: LatencyModel, pool: BlockPool, num_layers: int) -> None:
         self.config, self.latency, self.pool = config, latency, pool
-        profile = profile_objectives(latency)
-        self.objectives = default_objectives(config, profile)
+        profile = profile_slo(latency)
+        self.objectives = default_slo(config, profile)
         """Of requests that set none."""
         self.policy, self.deadlines = Policy(config.policy), Deadlines(config, latency, best_effort(self.objectives, profile))
         self.picker = UnitPicker(latency, num_layers, config.max_window_tokens)
@@ -66,10 +66,8 @@ class HybridScheduler:
         """Requests that wait for a seat, by the adapter version in their keys: out of the way of all others."""
         self._by_tenant: Counter[str] = Counter()
         self._number = 0
-        self._contents: dict[int, Contents] = {}
         self._awake: set[int] = set()
         self._owed_s = 0.0
-        self._shares: dict[int, float] = {}
 
     # --- requests and jobs ---
 
@@ -149,7 +147,7 @@ class HybridScheduler:
         running = self._running.values()
         budget = self.deadlines.for_prompts(running, now)
         spare = self.deadlines.for_jobs(running, now, self._typical_prompt_s)
-        if turn is not Turn.FINETUNING:
+        if turn is not IterationKind.FINETUNING:
             self._share_places(now)
             decode = self._decode()
             prefill, waits = self._prefill(now, decode, budget)
@@ -159,13 +157,14 @@ class HybridScheduler:
         copies, self._copies = tuple(self._copies), []
         elements = sum(part.end - part.start for part in chosen.optimizer)
         contents = Contents(chosen.inference, chosen.costs, elements, chosen.refresh_seconds)
+        predicted_s = self.latency.seconds(contents)
         plan = StepPlan(
             number=self._number, decode=tuple(decode), prefill=tuple(prefill), units=chosen.units, optimizer=chosen.optimizer,
-            copies=copies, kind=kind_of(contents), predicted_s=self.latency.seconds(contents),
+            copies=copies, kind=kind_of(contents), contents=contents, predicted_s=predicted_s,
+            finetune_share=chosen.seconds / predicted_s if predicted_s > 0 else 0.0,
         )
         if not plan.empty:
             self._number += 1
-            self._contents[plan.number] = contents
             self.policy.planned(plan)
             self._account(plan, chosen, has_finetuning)
         return plan
@@ -183,7 +182,7 @@ class HybridScheduler:
                     request.first_token_s = now
             if request.running:
                 self._seal(request, span)
-        contents = self._contents.pop(plan.number)
+        contents = plan.contents
         if contents.inference or contents.units or contents.optimizer_elements:
             self.latency.observe(contents, seconds)
 
@@ -193,10 +192,6 @@ class HybridScheduler:
         if end // size > span.start // size:
             tokens = request.tokens()
             self.pool.seal(request.id, request.key, tokens, min(end, len(tokens)))
-
-    def finetune_share_of(self, plan: StepPlan) -> float:
-        """Share of a plan's predicted time that is a job's; asked once, after its commit."""
-        return self._shares.pop(plan.number, 0.0)
 
     def _has_inference(self) -> bool:
         return self.policy.inference and bool(self.requests)
@@ -454,17 +449,18 @@ class HybridScheduler:
     # --- finetuning ---
 
     def _finetune(
-        self, now: float, turn: Turn, jobs: Sequence[JobWork], only: MicrobatchWork | None, spare: float, cost: PassCost | None
+        self, now: float, turn: IterationKind, jobs: Sequence[JobWork], only: MicrobatchWork | None, spare: float,
+        cost: PassCost | None,
     ) -> Chosen:
         base = 0.0 if cost is None else self.latency.pass_seconds(cost)
         left = self.policy.seconds(turn, spare - base - self.latency.constant_seconds)
         left = max(min(left, self.config.preemption_quantum_ms / 1e3), self._owed_s)
-        if left <= 0 or not jobs or turn is Turn.INFERENCE:
+        if left <= 0 or not jobs or turn is IterationKind.INFERENCE:
             return Chosen((), (), (), cost, 0.0, {})
-        patient = turn is Turn.BOTH and cost is not None
+        patient = turn is IterationKind.BOTH and cost is not None
 
-        def stretch(desperate: bool) -> float:
-            most = self.deadlines.stretched(self._running.values(), now, desperate=desperate)
+        def stretch(overdue: bool) -> float:
+            most = self.deadlines.stretched(self._running.values(), now, overdue=overdue)
             return most - base - self.latency.constant_seconds
 
         return self.picker.pick(jobs, left, cost, fuse=self.policy.fuses, patient=patient, only=only, stretch=stretch)
@@ -476,8 +472,6 @@ class HybridScheduler:
         for job, tokens in chosen.tokens.items():
             self.job_counters.charge(job, tokens)
             self.trainers.charge(self.jobs[job].tenant, tokens)
-        share = chosen.seconds / plan.predicted_s if plan.predicted_s > 0 else 0.0
-        self._shares[plan.number] = share
         if has_finetuning:
             due = self.config.finetune_min_share * plan.predicted_s - chosen.seconds
             self._owed_s = min(max(0.0, self._owed_s + due), self.config.preemption_quantum_ms / 1e3)

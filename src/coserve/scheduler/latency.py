@@ -1,5 +1,5 @@
-"""How long an iteration will take. Owns: what an iteration costs in counts, the terms of the latency law, its prediction and
-its correction from what iterations took. Does not own: measuring and fitting (scheduler/profile.py), or any decision.
+"""How long an iteration will take. Owns: the terms of the latency law, its prediction, its correction from what
+iterations took. Does not own: measuring and fitting (profiling/), or any decision.
 
     seconds = iteration's constant
             + k (constant + curve(rows) + curve(head rows) + ...)   one pass over all layers; k by part: decode, prefill, fused
@@ -20,51 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import mul
 from typing import NamedTuple
 
-
-class PassCost(NamedTuple):
-    """One inference pass over all layers.
-
-    rows: decode, prefill and fused; head_rows: rows through the output head for logits; decode_context: sum of context tokens
-    over decode rows; prefill_pairs, fused_pairs: query-key pairs per layer; fused_rows: finetuning rows among `rows`, whose
-    kept values are written; fused_labels: label rows through the loss head; adapter_segments: different adapters among the
-    rows; prefill_spans: prompts.
-    """
-
-    rows: int
-    head_rows: int
-    decode_rows: int
-    decode_context: int
-    prefill_pairs: int
-    fused_rows: int
-    fused_pairs: int
-    fused_labels: int
-    adapter_segments: int
-    prefill_spans: int = 0
-
-
-class UnitCost(NamedTuple):
-    """A unit of finetuning work that is not fused.
-
-    pairs: query-key pairs of the window per layer; labels: label rows through the loss head, of forward units that reach the
-    top, else 0; again: how much of forward a backward unit runs again, by matrix FLOPs, from 0 to 1.
-    """
-
-    backward: bool
-    rows: int
-    layers: int
-    pairs: int
-    labels: int
-    again: float = 0.0
-
-
-class Contents(NamedTuple):
-    """What an iteration holds. refresh_seconds: of what follows from the optimizer's elements, as measured when their job
-    began."""
-
-    inference: PassCost | None
-    units: tuple[UnitCost, ...]
-    optimizer_elements: int
-    refresh_seconds: float = 0.0
+from coserve.core import Contents, PassCost, UnitCost
 
 
 class ErrorSummary(NamedTuple):
@@ -239,8 +195,8 @@ class LatencyModel:
         """A unit that is not fused."""
         if cost.backward:
             seconds = self._backward(cost, cost.layers)
-            if cost.again:
-                seconds += cost.again * self._forward(cost, cost.layers)
+            if cost.recompute_fraction:
+                seconds += cost.recompute_fraction * self._forward(cost, cost.layers)
             return self._factors["backward"] * seconds
         return self._factors["forward"] * self._forward(cost, cost.layers)
 

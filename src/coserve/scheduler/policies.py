@@ -16,13 +16,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 
-from coserve.config import parse_policy
+from coserve.config.settings import parse_policy
 from coserve.core import StepPlan
 from coserve.scheduler.deadlines import UNBOUNDED
 from coserve.scheduler.work import MicrobatchWork, Phase
 
 
-class Turn(enum.Enum):
+class IterationKind(enum.Enum):
     """What an iteration may hold."""
 
     BOTH = "both"
@@ -45,23 +45,23 @@ class Policy:
         self._iterations = 0
         self._under_way: int | None = None
 
-    def turn(self, has_inference: bool, has_finetuning: bool, can_wait: bool) -> Turn:
+    def turn(self, has_inference: bool, has_finetuning: bool, can_wait: bool) -> IterationKind:
         """The next iteration's. has_finetuning: there is a unit or slice to run; can_wait: every running request can wait for a
         whole micro-batch."""
         if not self.inference:
-            return Turn.FINETUNING
+            return IterationKind.FINETUNING
         if not self.takes_turns:
-            return Turn.BOTH
+            return IterationKind.BOTH
         if not has_finetuning:
-            return Turn.INFERENCE
+            return IterationKind.INFERENCE
         due = can_wait if self.adapts else self._iterations >= self.interval
         if self._under_way is not None or due or not has_inference:
-            return Turn.FINETUNING
-        return Turn.INFERENCE
+            return IterationKind.FINETUNING
+        return IterationKind.INFERENCE
 
-    def seconds(self, turn: Turn, left: float) -> float:
+    def seconds(self, turn: IterationKind, left: float) -> float:
         """Time for units: what is left, or as long as a whole micro-batch takes."""
-        return UNBOUNDED if self.takes_turns and turn is Turn.FINETUNING else left
+        return UNBOUNDED if self.takes_turns and turn is IterationKind.FINETUNING else left
 
     def microbatch(self, works: Sequence[MicrobatchWork]) -> MicrobatchWork | None:
         """Whose turn it is among micro-batches of jobs that are not paused: the one under way, another if that has to wait for

@@ -23,14 +23,14 @@ class PrefixKey(NamedTuple):
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Node:
+class PrefixNode:
     """One full block of tokens after those of its parent. block: None once dropped, and in a root."""
 
     key: PrefixKey
-    parent: Node | None
+    parent: PrefixNode | None
     tokens: tuple[int, ...]
     block: int | None
-    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    children: dict[tuple[int, ...], PrefixNode] = field(default_factory=dict)
 
 
 class PrefixTree:
@@ -38,8 +38,8 @@ class PrefixTree:
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
-        self._roots: dict[PrefixKey, Node] = {}
-        self._nodes: dict[int, Node] = {}
+        self._roots: dict[PrefixKey, PrefixNode] = {}
+        self._nodes: dict[int, PrefixNode] = {}
 
     def __contains__(self, block: int) -> bool:
         return block in self._nodes
@@ -49,10 +49,10 @@ class PrefixTree:
         above = self._nodes[block].parent
         return above.block if above else None
 
-    def find(self, key: PrefixKey, tokens: Sequence[int]) -> list[Node]:
+    def find(self, key: PrefixKey, tokens: Sequence[int]) -> list[PrefixNode]:
         """The nodes of the longest known prefix of `tokens` in whole blocks. The last token is never covered: a request has
         to run at least one row to get its logits."""
-        chain: list[Node] = []
+        chain: list[PrefixNode] = []
         node = self._roots.get(key)
         for start in range(0, len(tokens) - self.block_tokens, self.block_tokens):
             node = node and node.children.get(tuple(tokens[start:start + self.block_tokens]))
@@ -61,14 +61,14 @@ class PrefixTree:
             chain.append(node)
         return chain
 
-    def intern(self, key: PrefixKey, parent: Node | None, tokens: tuple[int, ...], block: int) -> Node:
+    def intern(self, key: PrefixKey, parent: PrefixNode | None, tokens: tuple[int, ...], block: int) -> PrefixNode:
         """The node of `tokens` after `parent` (None: at the start). A new one is held by `block`, a known one by another."""
         if parent is None:
-            parent = self._roots.setdefault(key, Node(key, None, (), None))
+            parent = self._roots.setdefault(key, PrefixNode(key, None, (), None))
         node = parent.children.get(tokens)
         if node is None:
             assert block not in self._nodes and len(tokens) == self.block_tokens
-            node = parent.children[tokens] = self._nodes[block] = Node(key, parent, tokens, block)
+            node = parent.children[tokens] = self._nodes[block] = PrefixNode(key, parent, tokens, block)
         return node
 
     def drop(self, block: int) -> list[int]:
@@ -91,7 +91,7 @@ class PrefixTree:
         node = self._nodes[target] = self._nodes.pop(source)
         node.block = target
 
-    def _detach(self, top: Node) -> list[int]:
+    def _detach(self, top: PrefixNode) -> list[int]:
         blocks, pending = [], [top]
         while pending:
             node = pending.pop()
@@ -105,7 +105,7 @@ class PrefixTree:
 
     def check_integrity(self) -> None:
         """The nodes by block are those under the roots, and no root is bare."""
-        reached: dict[int, Node] = {}
+        reached: dict[int, PrefixNode] = {}
         pending = list(self._roots.values())
         assert all(root.children for root in pending)
         while pending:

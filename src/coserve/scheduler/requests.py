@@ -111,12 +111,12 @@ class RequestState:
             ahead = min(1.0, RESERVES * reserve) * min(1.0, self.num_sampled / RAMP_TOKENS) * self.tpot_s
         return self.deadline_s - ahead - prompt_s * self.num_sampled / self.max_tokens - now
 
-    def hopeless(self, now: float, token_s: float) -> bool:
+    def infeasible(self, now: float, token_s: float) -> bool:
         """Whether it will miss its objective even if each of its tokens took only `token_s` from now on."""
-        return now > self.hope_s(token_s)
+        return now > self.feasible_until_s(token_s)
 
-    def hope_s(self, token_s: float) -> float:
-        """When it becomes hopeless."""
+    def feasible_until_s(self, token_s: float) -> float:
+        """The time after which it is infeasible, in seconds of the scheduler's clock."""
         if self.first_token_s is None:
             return self.arrival_s + self.ttft_s
         if self.tpot_s == math.inf:

@@ -6,7 +6,8 @@ in it (fused) do. The choice is the latency model's.
 
 A micro-batch on a grid has no choice of windows, and is never fused. When it is its job's turn and not even one layer fits,
 the job is stuck: after PATIENCE such iterations other jobs wait too, so that slack adds up, and one unit may take all of the
-slack, over the ITL cap; after DESPERATE it may take what leaves no request without hope, and the others go on.
+slack, over the ITL cap. After OVERDUE iterations the unit may last until the first request would become infeasible, and the
+other jobs go on.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import NamedTuple
 
-from coserve.core import Direction, OptimizerSlice, Unit, WorkUnit
+from coserve.core import Direction, OptimizerSlice, PassCost, Unit, UnitCost, WorkUnit
 from coserve.scheduler.deadlines import UNBOUNDED
-from coserve.scheduler.latency import LatencyModel, PassCost, UnitCost
+from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 
 WINDOWS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
@@ -24,12 +25,14 @@ FUSED_WINDOWS = (512, 256, 128, 64, 32, 16)
 REFERENCE_ROWS = 1024
 """Rows of the window that sets the best rate."""
 LEAST_EFFICIENCY = 0.85
-"""Less efficient units, compared with the largest that are left, wait for an iteration with more time: slack that is not used
-adds up..."""
+"""A unit runs if its efficiency is at least this share of what the largest windows that are left would have. Otherwise it
+waits for an iteration with more time, since slack that is not used adds up."""
 PATIENCE = 8
-"""...for so many iterations."""
-DESPERATE = 64
+"""Iterations for which units wait for more time."""
+OVERDUE = 64
+"""Iterations after which a unit on a grid that fits nowhere may delay requests."""
 MAX_UNITS = 16
+"""Units and optimizer slices of one iteration."""
 LEAST_SLICE = 1 << 16
 """Elements of the smallest optimizer slice."""
 
@@ -70,24 +73,24 @@ class UnitPicker:
 
     def pick(
         self, jobs: Sequence[JobWork], seconds: float, inference: PassCost | None, *, fuse: bool, patient: bool = True,
-        only: MicrobatchWork | None = None, stretch: Callable[[bool], float] = lambda desperate: UNBOUNDED,
+        only: MicrobatchWork | None = None, stretch: Callable[[bool], float] = lambda overdue: UNBOUNDED,
     ) -> Chosen:
         """Units for `seconds`, advancing the micro-batches. jobs: in order of precedence; only: of this micro-batch; stretch:
         seconds that a unit on a grid may take where `seconds` is too little for it, asked only then."""
         stuck = self._stuck_unit(jobs, seconds, only)
         self._stuck = 0 if stuck is None else self._stuck + 1
         if stuck is not None and (self._stuck > PATIENCE or not patient):
-            desperate = self._stuck > DESPERATE
-            if stuck[2].seconds <= stretch(desperate):
+            overdue = self._stuck > OVERDUE
+            if stuck[2].seconds <= stretch(overdue):
                 self._stuck = 0
                 return self._alone(*stuck, inference)
-            if not desperate:
+            if not overdue:
                 return Chosen((), (), (), inference, 0.0, {})
         units: list[WorkUnit] = []
         costs: list[UnitCost] = []
         slices: list[OptimizerSlice] = []
         tokens: dict[int, float] = {}
-        left, refreshing, riding = seconds, 0.0, 1.0
+        left, refreshing, fused_efficiency = seconds, 0.0, 1.0
         least = LEAST_EFFICIENCY if patient and self._waited < PATIENCE else 0.0
         while len(units) + len(slices) < MAX_UNITS:
             taken = self._optimizer_slice(jobs, left)
@@ -98,7 +101,7 @@ class UnitPicker:
                 left -= self.latency.optimizer_seconds(part.end - part.start, refresh)
                 continue
             fusing = inference if fuse and not any(unit.fused for unit in units) else None
-            found = self._best(jobs, left, fusing, least, only, riding, {unit.microbatch for unit in units})
+            found = self._best(jobs, left, fusing, least, only, fused_efficiency, {unit.microbatch for unit in units})
             if found is None:
                 break
             job, work, best = found
@@ -109,7 +112,7 @@ class UnitPicker:
                 costs.append(best.cost)
             else:
                 assert inference is not None
-                riding = max(1.0, best.efficiency)
+                fused_efficiency = max(1.0, best.efficiency)
                 inference = self._with_fused(inference, work, best.unit.unit)
             work.advance(best.unit.unit)
         self._waited = 0 if units or slices else self._waited + 1
@@ -157,7 +160,7 @@ class UnitPicker:
             )
         if not work.forward_only:
             layers = max(0, work.backward_layer + 1 - work.lowest)
-            total += self.latency.unit_seconds(UnitCost(True, rows, layers, work.pairs(0, rows), 0, work.again))
+            total += self.latency.unit_seconds(UnitCost(True, rows, layers, work.pairs(0, rows), 0, work.recompute_fraction))
         return total
 
     def _tokens(self, unit: Unit) -> float:
@@ -166,15 +169,20 @@ class UnitPicker:
 
     def _best(
         self, jobs: Sequence[JobWork], left: float, inference: PassCost | None, least: float, only: MicrobatchWork | None,
-        riding: float, begun: Container[int],
+        fused_efficiency: float, begun: Container[int],
     ) -> tuple[JobWork, MicrobatchWork, Candidate] | None:
-        """begun: micro-batches with units in this plan, which the pass would overtake. riding: how efficient rows are in the
-        pass: where that is more than 1, forward windows had better wait for the next pass while there is backward work."""
+        """The unit with the best efficiency, of the first job that has one that fits.
+
+        least: the share of the best efficiency that a unit must have. begun: the micro-batches that have units in this plan.
+        The pass runs before those units, so that it can't take later rows of them. fused_efficiency: the efficiency of rows
+        that were fused into this plan's pass. Above 1, forward windows that are not fused are deferred to the next pass while
+        there is backward work.
+        """
 
         def rank(item: tuple[Candidate, MicrobatchWork]) -> tuple[float, float]:
             candidate, _ = item
             waits = candidate.cost is not None and not candidate.cost.backward
-            return round(candidate.efficiency / (riding if waits else 1.0), 2), candidate.work
+            return round(candidate.efficiency / (fused_efficiency if waits else 1.0), 2), candidate.work
 
         for job in jobs:
             found: list[tuple[Candidate, MicrobatchWork]] = []
@@ -196,7 +204,7 @@ class UnitPicker:
         backward = work.phase is Phase.BACKWARD
         ahead = work.num_tokens - work.end if work.between_windows else work.end - work.row
         rows = min(work.backward_row if backward else ahead, work.grid or self.max_window)
-        key = (backward, rows, work.again if backward else 0.0)
+        key = (backward, rows, work.recompute_fraction if backward else 0.0)
         known = self._possible.get(key)
         if known is None:
             cost = UnitCost(backward, rows, self.num_layers, 0, 0, key[2])
@@ -289,7 +297,7 @@ class UnitPicker:
 
         def cost(layers: int) -> UnitCost:
             top = not backward and first + layers == self.num_layers
-            labels, again = work.labels(start, end) if top else 0, work.again if backward else 0.0
+            labels, again = work.labels(start, end) if top else 0, work.recompute_fraction if backward else 0.0
             return UnitCost(backward, end - start, layers, pairs, labels, again)
 
         one = self.latency.unit_seconds(cost(1))

@@ -27,8 +27,8 @@ class Phase(enum.Enum):
 class MicrobatchWork:
     """One micro-batch in flight. bounds: rows [first, end) per example; label_rows: ascending; lowest: the lowest trained
     layer; forward_only: there is no backward (validation, references). grid: windows begin at multiples of it and go through
-    layers whole, so that no sum depends on how much time there was; None: any windows. again: how much of forward its backward
-    runs again, from 0 to 1."""
+    layers whole, so that no sum depends on how much time there was; None: any windows. recompute_fraction: the share of
+    forward, by matrix FLOPs, that its backward runs again, from 0 to 1."""
 
     id: int
     job: int
@@ -39,7 +39,7 @@ class MicrobatchWork:
     label_rows: Sequence[int]
     forward_only: bool = False
     grid: int | None = None
-    again: float = 0.0
+    recompute_fraction: float = 0.0
     phase: Phase = Phase.FORWARD
     start: int = 0
     end: int = 0

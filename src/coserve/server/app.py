@@ -1,7 +1,7 @@
 """The application: its routes, and the services behind them from start to end.
 
 Owns: in which order services start and stop, the data directory's lock. Does not own: what they do, the listening socket
-(servecli.py).
+(cli/serve.py).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
-from coserve.server.index.tenants import Tenants, read_keys
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.locks import hold, make_private
 from coserve.server.middleware import BodyLimits, LastResort
-from coserve.server.models import ModelDirectory
+from coserve.server.models import ModelRegistry
 from coserve.server.origins import OriginGuard
 from coserve.server.routes import adapters, files, finetuning, inference, page, status, tokens
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services, TenantShares
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
+from coserve.server.tenants import Tenants, read_keys
 from coserve.server.work import WorkPool
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 LOCK_FILE, INDEX_FILE = "server.lock", "coserve.db"
 KEYS_VARIABLE = "COSERVE_API_KEYS"
@@ -75,7 +75,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory))
         if not config.allow_control_tokens:
             await asyncio.to_thread(tokenizer.prepare_control_texts)
-        models = await asyncio.to_thread(ModelDirectory, store, engine, config, tokenizer)
+        models = await asyncio.to_thread(ModelRegistry, store, engine, config, tokenizer)
         metrics = ServerMetrics(config, models.base_names[0], lambda: engine.info.objectives)
         engine.on_job(metrics.hear_job)
         jobs = JobService(store=store, files=uploads, models=models, engine=engine, config=config)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coserve.config import require
+from coserve.config.values import require
 
 ANY = "*"
 LOOPBACK_NAME = "localhost"
@@ -22,22 +22,22 @@ _BLANKS = " \t"
 _PORTS = {"http": 80, "https": 443}
 
 
-class Place(NamedTuple):
+class HostPort(NamedTuple):
     """A host and port as a URL names them; port None: the scheme's own."""
 
     host: str
     port: int | None
 
 
-def parse_host(header: str) -> Place | None:
+def parse_host(header: str) -> HostPort | None:
     """A Host header in lower case, without the brackets of IPv6; None if it is none."""
     match = _HOST.fullmatch(header.strip(_BLANKS))
     if match is None or int(match[2] or 0) > 65535:
         return None
-    return Place(match[1].lower().strip("[]"), None if match[2] is None else int(match[2]))
+    return HostPort(match[1].lower().strip("[]"), None if match[2] is None else int(match[2]))
 
 
-def is_own_origin(origin: str, host: Place) -> bool:
+def is_own_origin(origin: str, host: HostPort) -> bool:
     """Whether an Origin header names the server that the Host header named: http or https (behind a proxy), the same host and
     port. `null`, which sandboxed pages and files send, is nobody's."""
     match = _ORIGIN.fullmatch(origin.strip(_BLANKS).lower())

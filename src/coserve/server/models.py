@@ -30,7 +30,7 @@ from coserve.server.locks import NameLocks
 from coserve.server.records import AdapterRecord, now
 from coserve.server.settings import ServerConfig
 from coserve.server.shelf import AdapterShelf, Admitted
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 SHARED = ""
 """The tenant of --lora-modules: everybody."""
@@ -55,7 +55,7 @@ def engine_name(tenant: str, name: str) -> str:
     return f"{quote(tenant, safe='')}/{name}"
 
 
-class ModelDirectory:
+class ModelRegistry:
     """Rows that were looked up are kept: this process is the only writer. Methods that aren't coroutines are thread-safe."""
 
     def __init__(

@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coserve.server.handlers import plain_body
-from coserve.server.hostnames import ANY, OwnNames, Place, is_own_origin, parse_host
+from coserve.server.hostnames import ANY, HostPort, OwnNames, is_own_origin, parse_host
 
 _OWN = ("same-origin", "none")
 """Of Sec-Fetch-Site; same-site is another port or subdomain, which is another website all the same."""
@@ -66,7 +66,7 @@ class OriginGuard:
         headers = Headers(scope=scope)
         given = headers.getlist("host")
         if not given and scope.get("http_version") == "1.0":  # no browser speaks it
-            host = Place("", None)
+            host = HostPort("", None)
         elif len(given) != 1 or (parsed := parse_host(given[0])) is None:
             return 400, "host: one Host header with the server's name is expected", "host"
         elif not self._names.has(parsed.host):

@@ -12,17 +12,17 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
-from coserve.server.index.tenants import Tenants
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.logs import note_tenant
-from coserve.server.models import ModelDirectory
+from coserve.server.models import ModelRegistry
 from coserve.server.places import Places
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
+from coserve.server.tenants import Tenants
 from coserve.server.work import Allowance, WorkPool
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 
 class TenantShares:
@@ -54,7 +54,7 @@ class Services:
     tenants: Tenants
     files: FileService
     jobs: JobService
-    models: ModelDirectory
+    models: ModelRegistry
     metrics: ServerMetrics
     draw_seed: Callable[[], int]
     work: WorkPool = field(default_factory=WorkPool)

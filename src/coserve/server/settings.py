@@ -1,4 +1,4 @@
-"""What `coserve serve` can be told: the server's own knobs, beside those of config.py.
+"""What `coserve serve` can be told: the server's own knobs, beside those of config/settings.py.
 
 Sources: defaults < TOML file < command line. Names are vLLM's where the meaning is the same.
 """
@@ -15,14 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coserve.config import (
-    EngineConfig,
-    ObjectiveMs,
-    SchedulerConfig,
-    read_memory,
-    require,
-    require_least,
-)
+from coserve.config.settings import EngineConfig, SchedulerConfig
+from coserve.config.values import SloMs, read_memory, require, require_least
 from coserve.core import ConfigError
 from coserve.server.hostnames import check_allowed
 
@@ -82,9 +76,9 @@ class ServerConfig:
     """Adapters that requests can use at once."""
     adapter_root: str | None = None
     """/v1/load_lora_adapter takes directories below this one; None turns the route off."""
-    slo_tpot_ms: ObjectiveMs | None = None
+    slo_tpot_ms: SloMs | None = None
     """Objective: milliseconds per output token after the first, or "none": best effort. None: from the machine's profile."""
-    slo_ttft_ms: ObjectiveMs | None = None
+    slo_ttft_ms: SloMs | None = None
     """Objective: milliseconds to the first token; otherwise as `slo_tpot_ms`."""
     policy: str = "coserve"
     """As in SchedulerConfig.policy."""
@@ -260,7 +254,7 @@ def _read_objective(value: Any) -> Any:
 
 def _read(name: str, kind: str, value: Any) -> Any:
     """A value in its field's type."""
-    if kind.startswith("ObjectiveMs"):
+    if kind.startswith("SloMs"):
         return _read_objective(value)
     if name == "lora_modules":
         return _read_modules(value)

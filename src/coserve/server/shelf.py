@@ -18,15 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from coserve.config import MAX_RANK
-from coserve.engine.model import DTYPES
+from coserve.config.values import MAX_RANK
 from coserve.finetune.checkpoints import write_atomically
 from coserve.model.architecture import read_architecture
 from coserve.peft.format import admit_adapter
 from coserve.peft.gate import Base
+from coserve.runtime.loaded import DTYPES
 from coserve.server.index.disk import directory_bytes, storage_errors
 from coserve.server.link.engineclient import EngineClient
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 
 class Admitted(NamedTuple):

@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from coserve.config import ObjectiveMs, SamplingConfig
+from coserve.config.settings import SamplingConfig
+from coserve.config.values import SloMs
 from coserve.core import CapacityError, CoserveError
 from coserve.server.errors import EngineUnavailable
 from coserve.server.link.messages import Tokens
@@ -40,8 +41,8 @@ class Asker:
     tenant: str
     model: ServedModel
     arrival_s: float
-    tpot_ms: ObjectiveMs | None = None
-    ttft_ms: ObjectiveMs | None = None
+    tpot_ms: SloMs | None = None
+    ttft_ms: SloMs | None = None
 
 
 class _Run(NamedTuple):
@@ -55,7 +56,7 @@ class Answers:
     """What the engine says to some questions, all with the same n. Close it, however it ends."""
 
     def __init__(self, services: Services, asker: Asker, questions: Sequence[Question]) -> None:
-        """Nothing is sent to the engine before the first step of the iteration."""
+        """Nothing is sent to the engine until somebody iterates."""
         self._services, self._asker, self._questions = services, asker, questions
         self._runs: list[_Run] = []
         self._pumps: list[asyncio.Task[None]] = []

@@ -1,6 +1,7 @@
 """What a request says to the model, in tokens: a conversation or texts, and how much output the context leaves.
 
-Owns: which messages and prompts are taken. Does not own: the chat template (tokenizer.py), the fields' types (protocol.py).
+Owns: which messages and prompts are taken. Does not own: the chat template (text/tokenizer.py), the fields' types
+(protocol.py).
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from coserve.chat.messages import ROLES, TOOL_ROLES, UNSUPPORTED, is_neutral, join_parts
 from coserve.core import ContextExceeded, InvalidRequest
-from coserve.detokenizer import shown_text
 from coserve.server.inference.protocol import ChatMessage, ContentPart
-from coserve.tokenizer import ChatTokenizer, TextRules
+from coserve.text.detokenizer import shown_text
+from coserve.text.tokenizer import ChatTokenizer, TextRules
 
 _LONG_CHARS = 4096
 """Longer prompts are tokenized in a thread, so that others' tokens aren't held up."""
@@ -22,7 +23,7 @@ _MAX_PROMPTS = 1024
 Result = TypeVar("Result")
 
 
-class Runner(Protocol):
+class ThreadRunner(Protocol):
     """Runs work in a thread: WorkPool.run of a tenant."""
 
     def __call__(self, work: Callable[[], Result], /) -> Awaitable[Result]: ...
@@ -36,7 +37,7 @@ class Prompt(NamedTuple):
 
 
 async def conversation_prompt(
-    tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, run: Runner, limit: int,
+    tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, run: ThreadRunner, limit: int,
     add_generation_prompt: bool = True, add_special_tokens: bool = False, allow_control_tokens: bool = False,
 ) -> list[int]:
     """A conversation in tokens. limit: of the context, in tokens; allow_control_tokens: whether those that a message writes out
@@ -61,7 +62,7 @@ async def conversation_prompt(
 
 
 async def text_prompts(
-    tokenizer: ChatTokenizer, prompt: Any, *, run: Runner, vocab_size: int, limit: int, add_special_tokens: bool = True
+    tokenizer: ChatTokenizer, prompt: Any, *, run: ThreadRunner, vocab_size: int, limit: int, add_special_tokens: bool = True
 ) -> list[Prompt]:
     """The prompts of a completion: a text, token ids, or a list of either. Control tokens written out in a text are control
     tokens: a raw prompt is the caller's own template. limit: of the context, in tokens. Raises InvalidRequest."""
@@ -177,6 +178,6 @@ def _prompt_size(prompt: Any) -> int:
     return len(prompt) if isinstance(prompt, str | list) else 0
 
 
-async def _beside(run: Runner, work: Callable[[], Result], size: int) -> Result:
+async def _beside(run: ThreadRunner, work: Callable[[], Result], size: int) -> Result:
     """What `work` gives. Long work runs in a thread. size: characters or ids that it is about."""
     return await run(work) if size > _LONG_CHARS else work()

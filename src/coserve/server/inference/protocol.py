@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 from pydantic_core import PydanticCustomError
 
 from coserve.chat.messages import ROLES
-from coserve.config import BEST_EFFORT, ObjectiveMs, SamplingConfig, is_number, shown
+from coserve.config.settings import SamplingConfig
+from coserve.config.values import BEST_EFFORT, SloMs, is_number, shown
 from coserve.core import InvalidRequest
 
 MAX_OUTPUTS = 128
@@ -55,7 +56,7 @@ def _check_objective(value: Any) -> Any:
     )
 
 
-Objective = Annotated[ObjectiveMs | None, PlainValidator(_check_objective), WithJsonSchema({"anyOf": [
+SloField = Annotated[SloMs | None, PlainValidator(_check_objective), WithJsonSchema({"anyOf": [
     {"type": "number", "minimum": _LEAST_MS, "maximum": _MOST_MS}, {"type": "string", "const": BEST_EFFORT}, {"type": "null"},
 ]})]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
@@ -106,9 +107,9 @@ class GenerationRequest(Body):
     """Log-probabilities call tokens by their ids, as `token_id:7`."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    slo_tpot_ms: Objective = None
+    slo_tpot_ms: SloField = None
     """Objective of this request: per output token after the first. "none": best effort; None: the server's."""
-    slo_ttft_ms: Objective = None
+    slo_ttft_ms: SloField = None
     """Objective of this request: to the first token; otherwise as slo_tpot_ms."""
 
     @property

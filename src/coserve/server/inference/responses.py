@@ -13,7 +13,7 @@ from typing import Any
 from coserve.server.inference.prompts import Prompt
 from coserve.server.inference.walk import TokenWalk, prompt_offsets
 from coserve.server.link.messages import LogprobEntry, Tokens
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON has no number for."""
@@ -31,7 +31,7 @@ class Shown:
 
 
 @dataclass(slots=True)
-class Output:
+class PartialChoice:
     """A choice as far as it is made."""
 
     pieces: list[str] = field(default_factory=list)
@@ -58,12 +58,12 @@ class Tally:
 
     num_prompt_tokens: Sequence[int]
     n: int
-    outputs: list[Output] = field(init=False)
+    outputs: list[PartialChoice] = field(init=False)
     cached_tokens: dict[int, int] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[LogprobEntry]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.outputs = [Output() for _ in range(self.n * len(self.num_prompt_tokens))]
+        self.outputs = [PartialChoice() for _ in range(self.n * len(self.num_prompt_tokens))]
 
     def add(self, prompt: int, tokens: Tokens) -> int:
         """Takes what came for a prompt; gives the choice's number."""

@@ -4,7 +4,7 @@
                     name     " the"  "bytes:\\xe2"  "bytes:\\x9c"  "bytes:\\x93"  "<|im_end|>"
                     offset   0       4             4             4             5
 
-Owns: the words of log-probabilities. Does not own: how bytes become text (detokenizer.py), the shape of a response.
+Owns: the words of log-probabilities. Does not own: how bytes become text (text/detokenizer.py), the shape of a response.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import codecs
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coserve.detokenizer import IncrementalDetokenizer
 from coserve.server.link.messages import LogprobEntry
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.detokenizer import IncrementalDetokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 
 class Step(NamedTuple):

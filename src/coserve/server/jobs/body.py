@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
-from coserve.config import AUTO, Activation, AdapterKind, Compression, Placement, is_number
+from coserve.config.settings import Activation, AdapterKind, Compression, Placement
+from coserve.config.values import AUTO, is_number
 from coserve.core import InvalidRequest
 from coserve.server.handlers import field_name
 from coserve.server.jobs.hints import FieldHints
@@ -214,7 +215,8 @@ def read_body(data: Any) -> CreateJob:
 
 
 def explain(errors: Sequence[Any]) -> InvalidRequest:
-    """pydantic's first error, of a body in this form, in a user's words: with the field's path, and the likely one meant."""
+    """The first validation error of a body, in a user's words: with the field's path, and for an unknown field the known one
+    that was probably meant. errors: pydantic's, of a body in this form."""
     first = errors[0]
     path = first["loc"]
     if first["type"] == "extra_forbidden":

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from coserve.config import FinetuneConfig
+from coserve.config.settings import FinetuneConfig
 from coserve.core import Group, InvalidRequest, NotFound
 from coserve.finetune.datasets import Dataset, load_training
 from coserve.server.locks import NameLocks
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 FEW_EXAMPLES = 10
 """OpenAI's least number; fewer are allowed here, with a warning."""

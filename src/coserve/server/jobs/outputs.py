@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coserve.config import AdapterConfig
+from coserve.config.settings import AdapterConfig
 from coserve.core import CoserveError, InvalidRequest, NotFound
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.finetune.job import MetricsTable, StepRow
@@ -30,7 +30,7 @@ from coserve.server.index.files import FINE_TUNE, FileService
 from coserve.server.index.store import Store
 from coserve.server.jobs.data import DataFile
 from coserve.server.jobs.objects import checkpoint_model, result_csv, step_metrics
-from coserve.server.models import ModelDirectory
+from coserve.server.models import ModelRegistry
 from coserve.server.records import AdapterRecord, CheckpointRecord, JobRecord, new_id, now
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -40,7 +40,7 @@ _PAGE = 1000
 class JobOutputs:
     """Of all jobs below `root`."""
 
-    def __init__(self, root: Path, store: Store, files: FileService, models: ModelDirectory) -> None:
+    def __init__(self, root: Path, store: Store, files: FileService, models: ModelRegistry) -> None:
         self.root, self._store, self._files, self._models = root, store, files, models
         with storage_errors():
             root.mkdir(parents=True, exist_ok=True)

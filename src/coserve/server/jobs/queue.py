@@ -22,7 +22,7 @@ _PACE_STEPS = 20
 
 
 @dataclass(slots=True)
-class LiveJob:
+class UnfinishedJob:
     """A job that hasn't ended. generation: the engine's start under which it was handed to the engine, None if it wasn't;
     rows: metrics of steps since the last checkpoint."""
 
@@ -62,7 +62,7 @@ class LiveJob:
         return Pace(tokens_per_second=round(tokens / seconds, 1), finish=math.ceil(time.time() + left * per_step))
 
 
-def next_job(jobs: Iterable[LiveJob], generation: int) -> LiveJob | None:
+def next_job(jobs: Iterable[UnfinishedJob], generation: int) -> UnfinishedJob | None:
     """The waiting job to start: one that ran before the engine's restart; else of the tenant with the fewest running jobs;
     then by priority (lower first), deadline (earlier first), age. jobs: oldest first."""
     known = list(jobs)
@@ -72,7 +72,7 @@ def next_job(jobs: Iterable[LiveJob], generation: int) -> LiveJob | None:
         if job.record.status in ("queued", "running") and job.generation != generation and not job.record.paused
     ]
 
-    def key(job: LiveJob) -> tuple[bool, int, int, float]:
+    def key(job: UnfinishedJob) -> tuple[bool, int, int, float]:
         record = job.record
         deadline = math.inf if record.deadline is None else record.deadline
         return record.status != "running", running[record.tenant], record.priority, deadline

@@ -1,6 +1,6 @@
 """Jobs that haven't ended, on the event loop: which are handed to the engine, what the engine tells of them, how they end.
 
-    queued --pump--> StartJob --> running: JobHappened ... JobEnded --> finish: manifest, models, events, the index's row
+    queued --advance--> StartJob --> running: JobHappened ... JobEnded --> finish: manifest, models, events, the index's row
 
 A job that the engine has begun (output/job.json) is always resumed; so after any crash, of the engine or of the server, `pump`
 just starts what has not ended. Owns: LiveJobs and their changes. Does not own: how jobs come about (service.py), the order of
@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from coserve.configdata import finetune_config_from_dict
+from coserve.config.data import finetune_config_from_dict
 from coserve.core import CapacityError, CoserveError, JobFailed
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.server.errors import EngineUnavailable, StorageRefused, make_error
@@ -26,11 +26,11 @@ from coserve.server.index.store import Store
 from coserve.server.jobs.journal import JobJournal
 from coserve.server.jobs.objects import error_object, step_data, step_message, step_metrics, tuned_name
 from coserve.server.jobs.outputs import JobOutputs
-from coserve.server.jobs.queue import MAX_STRIKES, LiveJob, next_job
+from coserve.server.jobs.queue import MAX_STRIKES, UnfinishedJob, next_job
 from coserve.server.jobs.trackers import export_metrics
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.link.messages import JobEnded, JobHappened
-from coserve.server.models import ModelDirectory, engine_name
+from coserve.server.models import ModelRegistry, engine_name
 from coserve.server.records import JobRecord, JobStatus, now
 from coserve.server.settings import ServerConfig
 
@@ -47,20 +47,20 @@ class JobRunner:
     """All of it belongs to the event loop."""
 
     def __init__(
-        self, store: Store, outputs: JobOutputs, models: ModelDirectory, engine: EngineClient, config: ServerConfig
+        self, store: Store, outputs: JobOutputs, models: ModelRegistry, engine: EngineClient, config: ServerConfig
     ) -> None:
         self._store, self._outputs, self._models, self._engine, self._config = store, outputs, models, engine, config
         self.journal = JobJournal(store)
-        self.live: dict[str, LiveJob] = {}
+        self.live: dict[str, UnfinishedJob] = {}
         self.ending: dict[str, JobRecord] = {}
         """Jobs that have ended, until the index knows of their end."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self._after_checkpoint: Callable[[LiveJob], Coroutine[Any, Any, None]] | None = None
+        self._after_checkpoint: Callable[[UnfinishedJob], Coroutine[Any, Any, None]] | None = None
         engine.on_job(self._hear)
         engine.on_down(self._engine_down)
 
-    def on_checkpoint(self, listener: Callable[[LiveJob], Coroutine[Any, Any, None]]) -> None:
+    def on_checkpoint(self, listener: Callable[[UnfinishedJob], Coroutine[Any, Any, None]]) -> None:
         """Runs on the side after each checkpoint of a job."""
         self._after_checkpoint = listener
 
@@ -74,7 +74,7 @@ class JobRunner:
 
     # --- records ---
 
-    def change(self, live: LiveJob, *, manifest: bool = False, **changes: Any) -> asyncio.Future[None]:
+    def change(self, live: UnfinishedJob, *, manifest: bool = False, **changes: Any) -> asyncio.Future[None]:
         """Changes a job's record: now here, soon in the index; done when written."""
         record = live.record = dataclasses.replace(live.record, **changes)
 
@@ -104,13 +104,13 @@ class JobRunner:
         """The name that the job's result has or will have."""
         return record.fine_tuned_model or tuned_name(record, self._models.base_names[0], self._config.organization)
 
-    def spawn(self, work: Coroutine[Any, Any, None], live: LiveJob | None = None) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None], live: UnfinishedJob | None = None) -> None:
         """Runs work on the side. live: the job that fails if the work does."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._task_ended(done, live))
 
-    def _task_ended(self, task: asyncio.Task[None], live: LiveJob | None) -> None:
+    def _task_ended(self, task: asyncio.Task[None], live: UnfinishedJob | None) -> None:
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
@@ -121,7 +121,7 @@ class JobRunner:
 
     # --- the queue ---
 
-    def pump(self) -> None:
+    def advance(self) -> None:
         """Starts jobs while there is room."""
         if self._stopping or not self._engine.ready:
             return
@@ -134,7 +134,7 @@ class JobRunner:
             live.steps.clear()
             self.spawn(self._launch(live), live)
 
-    async def _launch(self, live: LiveJob) -> None:
+    async def _launch(self, live: UnfinishedJob) -> None:
         """Hands a job to the engine. A refusal is the job's end; a lost engine is not."""
         id, generation = live.record.id, live.generation
         if live.record.status == "queued":
@@ -156,7 +156,7 @@ class JobRunner:
         elif live.record.paused:
             self.act(live, "pause")
 
-    async def _start(self, live: LiveJob) -> None:
+    async def _start(self, live: UnfinishedJob) -> None:
         """Waits while the disk refuses the job's directory. Raises what the engine raises."""
         waited, generation = False, live.generation
         while live.record.id in self.live:
@@ -199,7 +199,7 @@ class JobRunner:
             "tenant": record.tenant, "weight": record.weight,
         }
 
-    def act(self, live: LiveJob, action: Literal["pause", "resume", "cancel"]) -> None:
+    def act(self, live: UnfinishedJob, action: Literal["pause", "resume", "cancel"]) -> None:
         """Tells the engine, if it holds the job."""
         if self._engine.ready and live.generation == self._engine.generation:
             self._engine.act_job(live.record.id, action)
@@ -250,7 +250,7 @@ class JobRunner:
             return
         self.journal.event(message.id, message.message, level=message.level)
 
-    def _hear_step(self, live: LiveJob, message: JobHappened, row: dict[str, float | int | None]) -> None:
+    def _hear_step(self, live: UnfinishedJob, message: JobHappened, row: dict[str, float | int | None]) -> None:
         step, id = int(row["step"] or 0), message.id
         live.rows[step] = step_metrics(row)
         live.furthest = max(live.furthest, step)
@@ -259,7 +259,7 @@ class JobRunner:
         self.journal.keep(id, lambda: self.journal.event(id, text, data=data, step=step))
         self.change(live, step=step, num_steps=message.num_steps)
 
-    def _hear_checkpoint(self, live: LiveJob, step: int, directory: Path) -> None:
+    def _hear_checkpoint(self, live: UnfinishedJob, step: int, directory: Path) -> None:
         record, tuned = live.record, self.tuned(live.record)
         metrics = live.rows.get(step, {"step": step})
         for old in [number for number in live.rows if number <= step]:
@@ -282,7 +282,7 @@ class JobRunner:
         if self._after_checkpoint is not None:
             self.spawn(self._after_checkpoint(live))
 
-    def _hear_end(self, message: JobEnded, live: LiveJob | None) -> None:
+    def _hear_end(self, message: JobEnded, live: UnfinishedJob | None) -> None:
         counts = {"step": message.step, "trained_tokens": message.trained_tokens}
         if live is None:  # it was cancelled here; the index has its end already
             self.journal.keep(message.id, lambda: self._count(message.id, counts))
@@ -301,11 +301,11 @@ class JobRunner:
 
     # --- ends ---
 
-    async def fail(self, live: LiveJob, error: CoserveError, **counts: int) -> None:
+    async def fail(self, live: UnfinishedJob, error: CoserveError, **counts: int) -> None:
         """The job has failed."""
         await self.finish(live, "failed", error=error_object(error), **counts)
 
-    async def finish(self, live: LiveJob, status: JobStatus, **changes: Any) -> None:
+    async def finish(self, live: UnfinishedJob, status: JobStatus, **changes: Any) -> None:
         """Ends a job, unless it has ended. The manifest is written first and the index's row last: who reads the status can use
         the rest. Tries until the disk takes it."""
         id = live.record.id
@@ -328,9 +328,9 @@ class JobRunner:
         self.ending.pop(id, None)
         if status != "succeeded" and live.generation == self._engine.generation:
             await self._models.drop_loaded(live.record.tenant, self.tuned(live.record))
-        self.pump()
+        self.advance()
 
-    def _write_end(self, live: LiveJob, warnings: list[str]) -> None:
+    def _write_end(self, live: UnfinishedJob, warnings: list[str]) -> None:
         """In the journal's thread."""
         record, id = live.record, live.record.id
         write_manifest(self._outputs.directory(id), record)

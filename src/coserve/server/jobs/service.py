@@ -20,8 +20,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from coserve.config import FinetuneConfig
-from coserve.configdata import finetune_config_from_dict, to_dict
+from coserve.config.data import finetune_config_from_dict, to_dict
+from coserve.config.settings import FinetuneConfig
 from coserve.core import CapacityError, CoserveError, NotFound
 from coserve.finetune.defaults import not_used
 from coserve.server.errors import Conflict, Forbidden, StorageRefused, TooLarge
@@ -33,12 +33,12 @@ from coserve.server.jobs.body import CreateJob
 from coserve.server.jobs.data import DataReader
 from coserve.server.jobs.objects import Pace, has_ended, job_object
 from coserve.server.jobs.outputs import JobOutputs
-from coserve.server.jobs.queue import LiveJob
+from coserve.server.jobs.queue import UnfinishedJob
 from coserve.server.jobs.runner import END_FIELDS, RETRY_S, JobRunner
 from coserve.server.jobs.spec import read_spec, resolve, unused
 from coserve.server.jobs.usage import TenantDisk
 from coserve.server.link.engineclient import EngineClient
-from coserve.server.models import ModelDirectory
+from coserve.server.models import ModelRegistry
 from coserve.server.records import CheckpointRecord, EventRecord, JobRecord, new_id, now
 from coserve.server.settings import ServerConfig
 
@@ -52,7 +52,7 @@ class JobService:
     """Coroutines belong to the event loop; the other public methods to any thread."""
 
     def __init__(
-        self, *, store: Store, files: FileService, models: ModelDirectory, engine: EngineClient, config: ServerConfig
+        self, *, store: Store, files: FileService, models: ModelRegistry, engine: EngineClient, config: ServerConfig
     ) -> None:
         """Raises CapacityError where the data directory can't be written."""
         self._store, self._models, self._engine, self._config = store, models, engine, config
@@ -68,7 +68,7 @@ class JobService:
     async def start(self) -> None:
         """Reads manifests into the index, then goes on with unfinished jobs. The engine must have been started."""
         for record in await self._runner.journal.write(self._recover):
-            self._runner.live[record.id] = LiveJob(record)
+            self._runner.live[record.id] = UnfinishedJob(record)
         if self._engine.ready:
             await self._engine_up()
 
@@ -120,7 +120,7 @@ class JobService:
         await self._runner.journal.write(functools.partial(self._write_new, record, source))
         if continued is not None and (left := unused(spec.settings, continued)):
             self._runner.note(record.id, not_used(body.model, left), level="warn")
-        live = self._runner.live[record.id] = LiveJob(record)
+        live = self._runner.live[record.id] = UnfinishedJob(record)
         self._validate(live)
         return record
 
@@ -141,18 +141,18 @@ class JobService:
             raise
         self._runner.journal.event(record.id, f"Created fine-tuning job: {record.id}")
 
-    def _validate(self, live: LiveJob) -> None:
+    def _validate(self, live: UnfinishedJob) -> None:
         if live.record.id not in self._validating:
             self._validating.add(live.record.id)
             self._runner.spawn(self._read_data(live), live)
 
-    async def _validate_later(self, live: LiveJob) -> None:
+    async def _validate_later(self, live: UnfinishedJob) -> None:
         """The disk or the index doesn't answer for now, which is no fault of the job."""
         await asyncio.sleep(RETRY_S)
         if live.record.id in self._runner.live and live.record.status == "validating_files":
             self._validate(live)
 
-    async def _read_data(self, live: LiveJob) -> None:
+    async def _read_data(self, live: UnfinishedJob) -> None:
         """validating_files -> queued, with every 'auto' a number; or failed."""
         record, runner, info = live.record, self._runner, self._engine.info
 
@@ -193,13 +193,13 @@ class JobService:
             live, manifest=True, status="queued", config=to_dict(_dated(resolved.config, record.created_at)),
             method=resolved.method, num_steps=resolved.num_steps,
         )
-        runner.pump()
+        runner.advance()
 
     async def _engine_up(self) -> None:
         for live in list(self._runner.live.values()):
             if live.record.status == "validating_files":
                 self._validate(live)
-        self._runner.pump()
+        self._runner.advance()
 
     # --- steering ---
 
@@ -240,7 +240,7 @@ class JobService:
         live.steps.clear()
         self._runner.note(id, "The job was paused" if paused else "The job was resumed")
         written = self._runner.change(live, manifest=True, paused=paused)
-        self._runner.pump()
+        self._runner.advance()
         await self._written_or_refused(id, written)
         return live.record
 
@@ -250,7 +250,7 @@ class JobService:
         while not written.done() and not self._runner.journal.refuses(id) and time.monotonic() < limit:
             await asyncio.wait([written], timeout=_LOOK_EVERY_S)
 
-    async def _check_disk(self, live: LiveJob) -> None:
+    async def _check_disk(self, live: UnfinishedJob) -> None:
         """After a checkpoint: a job whose tenant holds too much waits, with all that it has done."""
         record = live.record
         problem = await asyncio.to_thread(self._disk_problem, record.tenant)
@@ -266,7 +266,7 @@ class JobService:
         return (f"your files, your jobs' checkpoints and adapters and the adapters you loaded take {held} bytes of the {most} "
                 "that they may have together; delete files or models, or unload adapters, that you no longer need")
 
-    async def _unfinished(self, tenant: str, id: str) -> LiveJob:
+    async def _unfinished(self, tenant: str, id: str) -> UnfinishedJob:
         await asyncio.to_thread(self.get, tenant, id)
         live = self._runner.live.get(id)
         if live is None and self._runner.ending.get(id) is not None and self._runner.ending[id].status == "succeeded":

@@ -13,17 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coserve.config import (
+from coserve.config.data import adapter_of_kind
+from coserve.config.settings import (
     LINEAR_SITES,
     AdapterConfig,
     BottleneckConfig,
     FinetuneConfig,
     Objective,
     OptimizerConfig,
-    settled,
-    shown,
 )
-from coserve.configdata import adapter_of_kind
+from coserve.config.values import settled, shown
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.batches import BatchOrder
 from coserve.finetune.defaults import adapter_size, auto_learning_rate, given_settings, resolve_settings, unused_settings

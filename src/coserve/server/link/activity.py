@@ -63,7 +63,7 @@ _decoder = msgspec.json.Decoder(Activity)
 _encoder = msgspec.json.Encoder()
 
 
-class Place:
+class ActivityRow:
     """One thread's part of the page, for writing. A Watcher."""
 
     def __init__(self, memory: mmap.mmap, place: int) -> None:
@@ -110,9 +110,9 @@ class ActivityPage:
                 file.flush()
             self._memory = mmap.mmap(file.fileno(), PLACES * PLACE_BYTES)
 
-    def place(self, number: int) -> Place:
+    def place(self, number: int) -> ActivityRow:
         """A thread's."""
-        return Place(self._memory, number)
+        return ActivityRow(self._memory, number)
 
     def read(self) -> list[Reading]:
         """Of all busy places; one that is being written again and again is left out, since its thread does not hang."""

@@ -19,7 +19,8 @@ from typing import Any, Literal, cast
 import zmq
 import zmq.asyncio
 
-from coserve.config import ObjectiveMs, SamplingConfig
+from coserve.config.settings import SamplingConfig
+from coserve.config.values import SloMs
 from coserve.core import CoserveError, InvalidRequest
 from coserve.server.errors import EngineUnavailable, make_error
 from coserve.server.link.messages import (
@@ -364,7 +365,7 @@ class EngineClient:
 
     def generate(
         self, *, prompt_ids: Sequence[int], sampling: SamplingConfig, adapter: str | None = None, tenant: str = "",
-        tpot_ms: ObjectiveMs | None = None, ttft_ms: ObjectiveMs | None = None, arrival_s: float | None = None,
+        tpot_ms: SloMs | None = None, ttft_ms: SloMs | None = None, arrival_s: float | None = None,
     ) -> RequestStream:
         """Sends a request. arrival_s: of the monotonic clock, default now. Close the stream if it isn't read to its end.
         Raises EngineUnavailable, InvalidRequest."""

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 from coserve.core import CoserveError, JobFailed, TokenLogprob
 from coserve.engine.engine import Engine
-from coserve.engine.jobs import JobHandle
+from coserve.engine.jobhandle import JobHandle
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.finetune.disk import refusal_of
 from coserve.finetune.job import JobEvent, MetricsTable

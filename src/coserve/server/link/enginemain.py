@@ -20,18 +20,18 @@ from typing import BinaryIO
 
 import torch
 
-from coserve.config import EngineConfig
+from coserve.config.settings import EngineConfig
 from coserve.core import ConfigError, CoserveError
-from coserve.engine.budget import POOL_SHARE, available_bytes, weight_bytes
 from coserve.engine.engine import Engine
-from coserve.engine.model import LoadedModel, dtype_name, load_model
 from coserve.model.checkpoint import expected_shapes
+from coserve.model.memory import POOL_SHARE, available_bytes, weight_bytes
+from coserve.runtime.loaded import LoadedModel, dtype_name, load_model
 from coserve.server import logs
 from coserve.server.link.activity import ENGINE, SOCKET, ActivityPage, CallPlaces, start_pulse
 from coserve.server.link.enginehost import EngineHost, make_problem
 from coserve.server.link.mailbox import Mailbox
 from coserve.server.link.messages import Progress, Ready, Replied, ToEngine
-from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, START_CALL, STOP_S, STOP_SIGNALS, Setup, read_setup
+from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, START_CALL, STOP_S, STOP_SIGNALS, EngineSetup, read_setup
 from coserve.server.link.supervisor import STACKS_SIGNAL
 from coserve.server.locks import hold
 from coserve.server.settings import ServerConfig
@@ -158,7 +158,7 @@ def end_with(parent: BinaryIO, leftover: str = "") -> None:
     threading.Thread(target=wait, name="coserve-parent", daemon=True).start()
 
 
-def open_page(setup: Setup) -> ActivityPage:
+def open_page(setup: EngineSetup) -> ActivityPage:
     """Where this process's threads say what they do. From now on a crash, or the signal, writes their stacks."""
     if not setup.watch:
         return ActivityPage(None)

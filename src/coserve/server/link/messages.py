@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from coserve.config import FinetuneConfig, ObjectiveMs, SamplingConfig
-from coserve.core import Objectives
+from coserve.config.settings import FinetuneConfig, SamplingConfig
+from coserve.config.values import SloMs
+from coserve.core import Slo
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -41,8 +42,8 @@ class Generate(Message, frozen=True, kw_only=True):
     arrival_s: float
     adapter: str | None = None
     tenant: str = ""
-    tpot_ms: ObjectiveMs | None = None
-    ttft_ms: ObjectiveMs | None = None
+    tpot_ms: SloMs | None = None
+    ttft_ms: SloMs | None = None
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -130,7 +131,7 @@ class Ready(Message, frozen=True, kw_only=True):
     dtype: str
     threads: int
     memory: dict[str, int]
-    objectives: Objectives
+    objectives: Slo
     start_s: float
 
 

@@ -19,7 +19,7 @@ ACTIVITY_FILE, STACKS_FILE = "activity", "stacks"
 """What the engine's threads do (activity.py), and where their stacks go when they are asked for or the process crashes."""
 
 
-class Setup(msgspec.Struct, frozen=True, kw_only=True):
+class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     """address: of the API's socket. watch: a directory with ACTIVITY_FILE and STACKS_FILE, which is deleted once the engine has
     started; '': none."""
 
@@ -28,14 +28,14 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     watch: str = ""
 
 
-def write_setup(setup: Setup) -> bytes:
+def write_setup(setup: EngineSetup) -> bytes:
     """One line."""
     return msgspec.json.encode(setup, enc_hook=str) + b"\n"  # a Path as text
 
 
-def read_setup(line: bytes) -> Setup:
+def read_setup(line: bytes) -> EngineSetup:
     """The reverse. Raises msgspec.ValidationError."""
-    return msgspec.json.decode(line, type=Setup, dec_hook=_read_other)
+    return msgspec.json.decode(line, type=EngineSetup, dec_hook=_read_other)
 
 
 def _read_other(kind: type, value: Any) -> Any:

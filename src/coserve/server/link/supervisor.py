@@ -24,7 +24,7 @@ import zmq
 import zmq.asyncio
 
 from coserve.server.link.activity import ActivityPage
-from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, Setup, write_setup
+from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, EngineSetup, write_setup
 from coserve.server.settings import ServerConfig
 
 ENGINE_ENVIRONMENT: Mapping[str, str] = {
@@ -109,7 +109,7 @@ class EngineProcess:
             )
             assert process.stdin is not None
             address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-            process.stdin.write(write_setup(Setup(address=address, config=config, watch=str(directory))))
+            process.stdin.write(write_setup(EngineSetup(address=address, config=config, watch=str(directory))))
             # The input stays open: its end tells the engine that this process has gone (enginemain.py).
             undo.pop_all()
             return cls(process, socket, directory, page, stacks)

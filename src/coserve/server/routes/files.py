@@ -22,10 +22,10 @@ from coserve.core import InvalidRequest
 from coserve.server.errors import TooLarge
 from coserve.server.index.disk import storage_errors
 from coserve.server.index.files import FINE_TUNE
-from coserve.server.index.paging import After, FileLimit, Order, cursor_page
 from coserve.server.inference.pieces import PiecesResponse, encode_large
 from coserve.server.middleware import announced_bytes
 from coserve.server.records import FileRecord
+from coserve.server.routes.paging import After, FileLimit, Order, cursor_page
 from coserve.server.services import Served, Tenant
 
 router = APIRouter(prefix="/v1/files", tags=["files"])

@@ -14,12 +14,12 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 
 from coserve.core import InvalidRequest
-from coserve.server.index.paging import After, Limit, cursor_page
 from coserve.server.inference.bodies import json_reader, openapi_body
 from coserve.server.inference.sse import DONE, EventStream
 from coserve.server.jobs.body import CreateJob, read_body
 from coserve.server.jobs.objects import checkpoint_object, event_object
 from coserve.server.records import EventRecord
+from coserve.server.routes.paging import After, Limit, cursor_page
 from coserve.server.services import Served, Services, Tenant
 
 _METADATA: dict[str, Any] = {"parameters": [{

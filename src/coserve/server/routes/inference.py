@@ -15,14 +15,14 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
-from coserve.config import SamplingConfig
+from coserve.config.settings import SamplingConfig
 from coserve.core import InvalidRequest
 from coserve.server.inference.answers import Answers, Asker, Question
 from coserve.server.inference.bodies import body_reader, openapi_body
 from coserve.server.inference.fields import CHAT, COMPLETIONS
 from coserve.server.inference.limits import check_amounts, check_logprobs
 from coserve.server.inference.pieces import PiecesResponse, encode_large
-from coserve.server.inference.prompts import Prompt, Runner, conversation_prompt, output_limit, text_prompts
+from coserve.server.inference.prompts import Prompt, ThreadRunner, conversation_prompt, output_limit, text_prompts
 from coserve.server.inference.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
 from coserve.server.inference.responses import (
     Shown,
@@ -53,7 +53,7 @@ class _Exchange:
     the end; parts: choices of the chunks for a choice's new tokens; opening: what the first chunk has beside them."""
 
     body: GenerationRequest
-    run: Runner
+    run: ThreadRunner
     head: dict[str, Any]
     tally: Tally
     answers: Answers
@@ -68,7 +68,7 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
     arrival_s = time.monotonic()
     name = await _model_name(services, tenant, body)
     info = services.engine.info
-    run: Runner = partial(services.work.run, tenant)
+    run: ThreadRunner = partial(services.work.run, tenant)
     ids = await conversation_prompt(
         services.tokenizer, body.messages, run=run, limit=info.max_model_len,
         add_generation_prompt=body.add_generation_prompt is not False,
@@ -111,7 +111,7 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
     arrival_s = time.monotonic()
     name = await _model_name(services, tenant, body)
     info = services.engine.info
-    run: Runner = partial(services.work.run, tenant)
+    run: ThreadRunner = partial(services.work.run, tenant)
     prompts = await text_prompts(
         services.tokenizer, body.prompt, run=run, vocab_size=info.vocab_size, limit=info.max_model_len,
         add_special_tokens=body.add_special_tokens is not False,

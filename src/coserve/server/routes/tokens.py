@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Response
 
 from coserve.core import InvalidRequest
-from coserve.detokenizer import whole_text
 from coserve.server.inference.bodies import body_reader, openapi_body
 from coserve.server.inference.fields import DETOKENIZE, TOKENIZE
 from coserve.server.inference.limits import COUNTED_TOKENS, check_amounts
@@ -18,6 +17,7 @@ from coserve.server.inference.prompts import conversation_prompt, text_prompts
 from coserve.server.inference.protocol import DetokenizeRequest, TokenizeRequest
 from coserve.server.models import ServedModel
 from coserve.server.services import Served, Services, Tenant
+from coserve.text.detokenizer import whole_text
 
 router = APIRouter(tags=["models"])
 TokenizeBody = Annotated[TokenizeRequest, Depends(body_reader(TokenizeRequest, TOKENIZE, check_amounts))]

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
-from coserve.core import Objectives
+from coserve.core import Slo
 
 
 class _Row(NamedTuple):
@@ -72,7 +72,7 @@ def _counter(name: str, text: str, labels: Labels, value: float) -> Metric:
 
 
 def server_families(
-    labels: Labels, objectives: Objectives, attainment: Mapping[str, float | None], ready: bool, restarts: int,
+    labels: Labels, objectives: Slo, attainment: Mapping[str, float | None], ready: bool, restarts: int,
     jobs: Mapping[str, int],
 ) -> Iterator[Metric]:
     """What holds with or without an engine."""

@@ -18,9 +18,10 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from coserve.config import ObjectiveMs, SamplingConfig
-from coserve.core import Objectives
-from coserve.scheduler.objectives import asked_objectives
+from coserve.config.settings import SamplingConfig
+from coserve.config.values import SloMs
+from coserve.core import Slo
+from coserve.scheduler.slo import asked_slo
 from coserve.server.link.messages import JobEnded, JobHappened, Tokens
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.enginemetrics import COUNTERS, engine_families, server_families, vllm_aliases
@@ -77,7 +78,7 @@ class ServerMetrics:
     at present; clock: seconds, as the engine's."""
 
     def __init__(
-        self, config: ServerConfig, model_name: str, objectives: Callable[[], Objectives], *,
+        self, config: ServerConfig, model_name: str, objectives: Callable[[], Slo], *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.model_name, self.objectives, self.clock = config, model_name, objectives, clock
@@ -111,7 +112,7 @@ class ServerMetrics:
 
     def begin(
         self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float,
-        ttft_ms: ObjectiveMs | None = None, tpot_ms: ObjectiveMs | None = None,
+        ttft_ms: SloMs | None = None, tpot_ms: SloMs | None = None,
     ) -> RequestMeter:
         """A request goes to the engine. arrival_s: by this object's clock; objectives: None means the server's."""
         is_base = model in (self.model_name, *self.config.served_model_name)
@@ -119,7 +120,7 @@ class ServerMetrics:
         self.histograms["request_params_n"].observe(params.n)
         self.histograms["request_params_max_tokens"].observe(params.max_tokens)
         self.arrivals.add(arrival_s, 1.0)
-        return RequestMeter(self, prompt_tokens, arrival_s, asked_objectives(tpot_ms, ttft_ms, self.objectives()))
+        return RequestMeter(self, prompt_tokens, arrival_s, asked_slo(tpot_ms, ttft_ms, self.objectives()))
 
     def rejected(self, reason: str) -> None:
         """A request was refused. reason: one of a few words, as it is a label."""
@@ -131,7 +132,7 @@ class ServerMetrics:
             self._jobs[message.status].inc()
 
     def judge(
-        self, objectives: Objectives, time_s: float, ttft_s: float | None, tpot_s: float | None, failed: bool
+        self, objectives: Slo, time_s: float, ttft_s: float | None, tpot_s: float | None, failed: bool
     ) -> None:
         """Holds a request that ended against the objectives that it has. One with a single token has no tpot_s and can't miss
         it; one that failed misses all; one that was served by best effort neither meets nor misses anything."""
@@ -238,7 +239,7 @@ class _Output:
 class RequestMeter:
     """Follows one request to its end."""
 
-    def __init__(self, metrics: ServerMetrics, prompt_tokens: int, arrival_s: float, objectives: Objectives) -> None:
+    def __init__(self, metrics: ServerMetrics, prompt_tokens: int, arrival_s: float, objectives: Slo) -> None:
         self._metrics, self._prompt_tokens, self._arrival_s = metrics, prompt_tokens, arrival_s
         self._objectives = objectives
         self._begun_s: float | None = None

@@ -6,14 +6,30 @@ Owns: names, units, defaults and the checks that need no model. Nothing here is 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard, TypeVar
+from typing import Literal
 
-from coserve.core import ConfigError
+from coserve.config.values import (
+    AUTO,
+    MAX_RANK,
+    MAX_SETTING,
+    Auto,
+    Memory,
+    SloMs,
+    are_names,
+    check_objective,
+    check_pattern,
+    check_targets,
+    check_types,
+    is_date,
+    read_memory,
+    require,
+    require_least,
+    require_most,
+    require_positive,
+    shown,
+)
 
 LINEAR_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven linear kinds of a decoder layer, by the names that Hugging Face and PEFT use."""
@@ -26,160 +42,6 @@ Placement = Literal["houlsby", "pfeiffer"]
 Activation = Literal["relu", "gelu"]
 Compression = Literal["none", "lossless", "fp8"]
 AdapterKind = Literal["lora", "dora", "ia3", "bottleneck"]
-
-Auto = Literal["auto"]
-AUTO: Auto = "auto"
-"""The value of a setting that is to be chosen from the job's data, adapter and model (finetune/defaults.py)."""
-Memory = float | str
-"""Bytes (12.5e9, '12.5GB', '800MiB'), a share below 1 (0.5, '0.5') of what the setting says, or 'auto'; see `read_memory`."""
-BestEffort = Literal["none"]
-BEST_EFFORT: BestEffort = "none"
-"""Of a latency objective: nothing is promised."""
-ObjectiveMs = float | BestEffort
-"""A latency objective in milliseconds, or best effort."""
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-
-
-MAX_RANK = 1 << 14
-"""Largest rank of an adapter, and largest size of a bottleneck: wider than the layers of most models."""
-MAX_SETTING = 1e9
-"""Largest alpha, learning rate and the like: far beyond what is of use, far below what overflows in a product."""
-MAX_PATTERNS = 10_000
-"""Most entries of a rank_pattern or alpha_pattern: more than there are linears in the largest models."""
-
-
-def require(condition: bool, name: str, message: str) -> None:
-    """Raises ConfigError about a setting unless the condition holds."""
-    if not condition:
-        raise ConfigError(f"{name}: {message}", param=name)
-
-
-def require_least(config: Any, least: int, *names: str) -> None:
-    """Raises ConfigError for the first of these settings that is below `least`. None and 'auto' pass."""
-    for name in names:
-        value = getattr(config, name)
-        passes = value is None or value == AUTO or value >= least
-        require(passes, name, f"must be {f'at least {least}' if least else '0 or more'}, got {value}")
-
-
-def require_most(config: Any, most: float, *names: str) -> None:
-    """Raises ConfigError for the first of these settings that is above `most`. None and 'auto' pass."""
-    for name in names:
-        value = getattr(config, name)
-        require(value is None or value == AUTO or value <= most, name, f"must be at most {most:g}, got {shown(value)}")
-
-
-def require_positive(config: Any, *names: str) -> None:
-    """Raises ConfigError for the first of these settings that isn't above 0. None and 'auto' pass."""
-    for name in names:
-        value = getattr(config, name)
-        require(value is None or value == AUTO or value > 0, name, f"must be positive, got {value}")
-
-
-def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether a value is a whole number that 64 bits hold. True and False are no numbers here."""
-    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a value is a finite number. A whole number must fit into 64 bits, so that a float holds it too."""
-    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def shown(value: Any, most: int = 80) -> str:
-    """A value as error messages quote it: on one line, and cut where it is long."""
-    if isinstance(value, int) and not is_whole(value):
-        return "a whole number of more than 64 bits" if not isinstance(value, bool) else repr(value)
-    if isinstance(value, list | tuple | Mapping) and len(value) > most:
-        return f"a {'table' if isinstance(value, Mapping) else 'list'} of {len(value)} entries"
-    try:
-        text = repr(value[: most + 1] if isinstance(value, str) else value)
-    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits inside
-        return f"a {type(value).__name__}"
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def _check_types(config: Any) -> None:
-    """Raises ConfigError for a field whose value isn't of its type: a whole number, a finite number, or true or false. Fields
-    of other types are not looked at."""
-    for f in dataclasses.fields(config):
-        value, kind = getattr(config, f.name), str(f.type)
-        optional, chosen = kind.endswith("| None"), kind.endswith("| Auto")
-        if (optional and value is None) or (chosen and value == AUTO):
-            continue
-        hint = " or 'auto'" if chosen else ""
-        if kind.startswith("int"):
-            require(is_whole(value), f.name, f"must be a whole number{hint}, got {shown(value)}")
-        elif kind.startswith("float"):
-            require(is_number(value), f.name, f"must be a finite number{hint}, got {shown(value)}")
-        elif kind == "bool":
-            require(isinstance(value, bool), f.name, f"must be true or false, got {shown(value)}")
-
-
-def check_objective(name: str, value: Any) -> None:
-    """Refuses a latency objective that is neither None nor an ObjectiveMs. Raises ConfigError."""
-    good = value is None or (isinstance(value, str) and value == BEST_EFFORT) or (is_number(value) and value > 0)
-    require(good, name, f'must be a positive number of milliseconds or "none" (best effort), got {shown(value)}')
-
-
-def objective_seconds(value: ObjectiveMs | None, default_s: float) -> float:
-    """A latency objective in seconds; math.inf: best effort. default_s: what None means."""
-    if isinstance(value, str):
-        return math.inf
-    return default_s if value is None else value / 1e3
-
-
-_N = TypeVar("_N", int, float)
-
-
-def settled(value: _N | Auto) -> _N:
-    """The number of a setting that was perhaps 'auto', once `resolve_settings` has replaced that."""
-    assert not isinstance(value, str), "resolve_settings comes first"
-    return value
-
-
-def read_memory(value: Memory) -> float | None:
-    """Returns bytes, a share as a number below 1, or None for 'auto'. Raises ConfigError that says what to write."""
-    text = str(value).strip().lower()
-    if text == AUTO:
-        return None
-    found = re.fullmatch(r"([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)\s*([kmg]i?b)?", text)
-    number = 0.0 if found is None else float(found[1]) * _UNITS[found[2] or ""]
-    whole = found is not None and (found[2] is None or number >= 1)
-    require(whole and 0 < number < math.inf, "activation_memory",
-            f"write bytes (12500000000, 12.5GB, 800MiB), a share below 1, or auto, got {value!r}")
-    return number
-
-
-def check_pattern(field: str, pattern: Any) -> None:
-    """Refuses a rank_pattern or alpha_pattern that is no table of module names and ranks or alphas. Raises ConfigError."""
-    require(isinstance(pattern, Mapping), field, f"must be a table of module names and numbers, got {shown(pattern)}")
-    require(len(pattern) <= MAX_PATTERNS, field, f"must have at most {MAX_PATTERNS} entries, got {len(pattern)}")
-    for name, value in pattern.items():
-        require(isinstance(name, str) and bool(name), field, f"must have module names as keys, got {shown(name)}")
-        if field == "rank_pattern":
-            good = is_whole(value) and 1 <= value <= MAX_RANK
-            require(good, field, f"rank of {shown(name)} must be a whole number from 1 to {MAX_RANK}, got {shown(value)}")
-        else:
-            good = is_number(value) and 0 < value <= MAX_SETTING
-            require(good, field, f"alpha of {shown(name)} must be positive and at most {MAX_SETTING:g}, got {shown(value)}")
-
-
-def _are_names(value: object) -> bool:
-    return isinstance(value, tuple | list) and all(isinstance(name, str) and name for name in value)
-
-
-def _check_targets(value: object) -> None:
-    require(bool(value), "target_modules", "name at least one module, or 'all-linear'")
-    require(value == "all-linear" or _are_names(value), "target_modules",
-            f"must be a list of names, or 'all-linear', got {shown(value)}")
-
-
-def _is_date(value: object) -> bool:
-    try:
-        return isinstance(value, str) and datetime.date.fromisoformat(value).isoformat() == value
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,13 +65,13 @@ class LoraConfig:
     """DoRA: the updated weight's rows are brought to trained lengths."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         require(self.r >= 1, "r", f"rank must be at least 1, got {self.r}")
         require_most(self, MAX_RANK, "r")
         require_positive(self, "alpha")
         require_most(self, MAX_SETTING, "alpha")
         require(0 <= self.dropout < 1, "dropout", f"must be in [0, 1), got {self.dropout}")
-        _check_targets(self.target_modules)
+        check_targets(self.target_modules)
         check_pattern("rank_pattern", self.rank_pattern)
         check_pattern("alpha_pattern", self.alpha_pattern)
 
@@ -224,9 +86,9 @@ class IA3Config:
     """Those of them whose input is scaled instead of their output; None: down_proj, where it is targeted."""
 
     def __post_init__(self) -> None:
-        _check_targets(self.target_modules)
+        check_targets(self.target_modules)
         inputs = self.feedforward_modules
-        require(inputs is None or _are_names(inputs), "feedforward_modules", f"must be a list of names, got {shown(inputs)}")
+        require(inputs is None or are_names(inputs), "feedforward_modules", f"must be a list of names, got {shown(inputs)}")
         outside = [n for n in self.feedforward_modules or () if n not in self.targets]
         require(not outside, "feedforward_modules", f"{', '.join(outside)} must be among target_modules too")
 
@@ -254,7 +116,7 @@ class BottleneckConfig:
     activation: Activation = "relu"
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         require_least(self, 1, "size")
         require_most(self, MAX_RANK, "size")
         require(self.placement in ("houlsby", "pfeiffer"), "placement", f"must be houlsby or pfeiffer, got {self.placement!r}")
@@ -286,7 +148,7 @@ class OptimizerConfig:
     """An optimizer step is cut into slices of this many parameters, so that it never stalls an iteration."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         require_positive(self, "learning_rate", "eps")
         require_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm")
         require_most(self, MAX_SETTING, "learning_rate", "eps", "weight_decay", "max_grad_norm")
@@ -358,7 +220,7 @@ class FinetuneConfig:
     beside the job."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         require(self.ia3 is None or self.bottleneck is None, "bottleneck",
                 "a job trains one kind of adapter; leave out ia3 or bottleneck")
         require(self.lora is None or self.given_adapter is self.lora, "lora",
@@ -376,7 +238,7 @@ class FinetuneConfig:
         require(self.too_long in ("error", "drop", "truncate"), "too_long",
                 f"must be error, drop or truncate, got {self.too_long!r}")
         require(self.system_prompt in ("keep", "merge"), "system_prompt", f"must be keep or merge, got {self.system_prompt!r}")
-        require(self.template_date is None or _is_date(self.template_date), "template_date",
+        require(self.template_date is None or is_date(self.template_date), "template_date",
                 f"write it as YYYY-MM-DD, got {self.template_date!r}")
 
     @property
@@ -436,7 +298,7 @@ class SamplingConfig:
     """The same for the prompt's tokens."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         require_least(self, 1, "n")
         require_least(self, 0, "max_tokens", "temperature", "top_k")
         require_positive(self, "repetition_penalty")
@@ -461,10 +323,10 @@ class SchedulerConfig:
 
     policy: str = "coserve"
     """coserve, inference-only, finetune-only, temporal:N, dynamic-temporal or layer-sliced."""
-    tpot_ms: ObjectiveMs | None = None
+    tpot_ms: SloMs | None = None
     """Objective: milliseconds per output token after the first, or "none": best effort. None: from the machine's profile, see
-    scheduler/objectives.py. A request may set its own."""
-    ttft_ms: ObjectiveMs | None = None
+    scheduler/slo.py. A request may set its own."""
+    ttft_ms: SloMs | None = None
     """Objective: milliseconds from arrival to the first token; otherwise as `tpot_ms`."""
     itl_factor: float = 2.0
     """No iteration with running requests is planned longer than this times the least TPOT objective among them. The exceptions
@@ -486,7 +348,7 @@ class SchedulerConfig:
     """Micro-batches of one job in flight at once, memory permitting."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         parse_policy(self.policy)
         check_objective("tpot_ms", self.tpot_ms)
         check_objective("ttft_ms", self.ttft_ms)
@@ -529,7 +391,7 @@ class EngineConfig:
     """Replay decode-only iterations as CUDA graphs."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         require_positive(self, "memory_bytes")
         require_least(self, 1, "block_tokens", "max_adapters", "max_lora_rank", "max_waiting")
         require(0 < self.inference_share <= 1, "inference_share", f"must be in (0, 1], got {self.inference_share}")

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 
 from coserve.core import ConfigError
-from coserve.engine.budget import one_copy_to_load
 from coserve.kernels.processor import bfloat16_products
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.locate import DEFAULT_MODEL, locate_model
+from coserve.model.memory import one_copy_to_load
 from coserve.model.weights import ModelWeights, load_weights
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import load_adapter
 from coserve.runtime.executor import Executor
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 _log = logging.getLogger(__name__)
 

@@ -24,20 +24,20 @@ import typer
 import uvicorn
 from typer.core import TyperCommand
 
+from coserve.cli.vllmflags import drop_flags
 from coserve.core import ConfigError, CoserveError
-from coserve.scheduler.objectives import describe as describe_objectives
+from coserve.scheduler.slo import describe_slo
 from coserve.server import logs
 from coserve.server.app import create_app, index_url, open_services
 from coserve.server.errors import Unauthorized
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.store import Store
-from coserve.server.index.tenants import make_key
 from coserve.server.link.setup import STOP_SIGNALS
 from coserve.server.locks import make_private
 from coserve.server.records import now
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig, read_settings
-from coserve.server.vllmflags import drop_flags
+from coserve.server.tenants import make_key
 
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
 _log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ async def run_server(config: ServerConfig) -> None:
             async with open_services(config, _report) as services:
                 app.state.services = services
                 _keep_loop_free()
-                server.lines = describe(services, listener.getsockname()[1])
+                server.lines = startup_lines(services, listener.getsockname()[1])
 
                 def end() -> None:
                     if server.should_exit:
@@ -226,14 +226,14 @@ def _allow_many_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def describe(services: Services, port: int) -> list[str]:
+def startup_lines(services: Services, port: int) -> list[str]:
     """Lines of the start-up log: what is served, how memory is split, the objectives, and the line to paste into a client."""
     config, info = services.config, services.engine.info
     memory = {name: f"{size / GIB:.2f} GiB" for name, size in info.memory.items()}
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     given, flags = (config.slo_tpot_ms, config.slo_ttft_ms), ("--slo-tpot-ms", "--slo-ttft-ms")
-    objectives = describe_objectives(info.objectives, given, flags)
+    objectives = describe_slo(info.objectives, given, flags)
     asks = _asks_for_keys(services)
     key = "YOUR-KEY" if asks else _NO_KEY
     open_to_others = not asks and not OwnNames(config.host, ()).is_local

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from coserve.scheduler.latency import TERMS, Coefficient, Contents, LatencyModel, PassCost, UnitCost
+from coserve.core import Contents, PassCost, UnitCost
+from coserve.scheduler.latency import TERMS, Coefficient, LatencyModel
 
-Sample = tuple[Contents, float]
+ProfilePoint = tuple[Contents, float]
 """What an iteration held, and the seconds that it took."""
 
 
@@ -108,7 +109,7 @@ def needed_points(num_layers: int, max_rows: int) -> list[Contents]:
     ]
 
 
-def by_layer(point: Contents, samples: Sequence[Sample], num_layers: int) -> Sample | None:
+def by_layer(point: Contents, samples: Sequence[ProfilePoint], num_layers: int) -> ProfilePoint | None:
     """A long pass that was not timed, from what is known of one layer: its prefilled or fused rows take what a forward unit of
     the same rows takes per layer, beside what its decode rows take alone. None for other points, and where these are not known.
     """
@@ -185,7 +186,7 @@ _SUBSTITUTES: tuple[tuple[str, str, str, str, float], ...] = (
 What has no known substitute costs nothing."""
 
 
-def fit(samples: Sequence[Sample]) -> LatencyModel:
+def fit(samples: Sequence[ProfilePoint]) -> LatencyModel:
     """The non-negative coefficients of least squared relative error.
 
     samples: at least one, of positive seconds. Features that no sample holds take a substitute's coefficient, or 0.
@@ -282,10 +283,10 @@ def non_negative_least_squares(matrix_MN: np.ndarray, target_M: np.ndarray) -> n
 
 _VERSION = 2
 _PROFILED = UnitCost._fields[:5]
-"""All but `again`: nothing is run again while a machine is measured."""
+"""All but `recompute_fraction`: nothing is run again while a machine is measured."""
 
 
-def save_profile(path: Path, key: str, samples: Sequence[Sample]) -> None:
+def save_profile(path: Path, key: str, samples: Sequence[ProfilePoint]) -> None:
     """Writes a profile in one piece. key: whatever makes timings comparable: model, device, dtype, threads. Raises OSError."""
     data = {"version": _VERSION, "key": key, "samples": [
         {
@@ -306,7 +307,7 @@ def save_profile(path: Path, key: str, samples: Sequence[Sample]) -> None:
         raise
 
 
-def load_profile(path: Path, key: str) -> list[Sample] | None:
+def load_profile(path: Path, key: str) -> list[ProfilePoint] | None:
     """The samples of a profile; None where there is none for this key that can be read. Never raises."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -317,7 +318,7 @@ def load_profile(path: Path, key: str) -> list[Sample] | None:
         return None
 
 
-def _read_sample(item: Any) -> Sample:
+def _read_sample(item: Any) -> ProfilePoint:
     """Raises one of load_profile's errors on anything that save_profile doesn't write."""
     inference = None if item["inference"] is None else PassCost(**item["inference"])
     units = tuple(UnitCost(*(unit[name] for name in _PROFILED)) for unit in item["units"])

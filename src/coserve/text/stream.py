@@ -14,8 +14,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coserve.detokenizer import IncrementalDetokenizer
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.detokenizer import IncrementalDetokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 _FIRST_SIGN, _NUM_SIGNS = 0xD800, 0x800
 """Signs: half surrogates, which no text holds, stand for special tokens in what is searched. The last one stands for all those
@@ -94,7 +94,6 @@ class TextStream:
         self._signed = StopMatcher(list(self._written)) if self._written else None
         self._left = min_tokens
         self._held = ""  # what a stop string may yet take
-        self._pieces: list[str] = []
         self._stopped: str | None = None
 
     @property
@@ -102,17 +101,12 @@ class TextStream:
         """The stop string that ended the text."""
         return self._stopped
 
-    @property
-    def text(self) -> str:
-        """All pieces so far, joined."""
-        return "".join(self._pieces)
-
     def push(self, token_id: int) -> str:
         """The text that became final with this id; nothing after a stop string."""
         if self._stopped is not None:
             return ""
         self._left -= 1
-        return self._emit(self._advance(self._detokenizer.push(token_id), self._sign(token_id)))
+        return self._advance(self._detokenizer.push(token_id), self._sign(token_id))
 
     def finish(self, ending: int | None = None) -> str:
         """The rest, at the end of the output: what was held back, unless it ends in a stop string.
@@ -125,7 +119,7 @@ class TextStream:
         if self._stopped is None:
             piece += self._advance(self._detokenizer.finish(), "")
         rest, self._held = self._held, ""
-        return self._emit(piece + rest)
+        return piece + rest
 
     def _advance(self, new: str, sign: str) -> str:
         """The final part of what was held and `new`. sign: of a special token that came instead."""
@@ -145,11 +139,6 @@ class TextStream:
     def _sign(self, token_id: int) -> str:
         """What stands for an id that doesn't show; nothing for others."""
         return self._signs.get(token_id, chr(_FIRST_SIGN + _NUM_SIGNS - 1)) if token_id in self._special_ids else ""
-
-    def _emit(self, piece: str) -> str:
-        if piece:
-            self._pieces.append(piece)
-        return piece
 
 
 def _with_signs(tokenizer: ChatTokenizer, stops: Sequence[str]) -> tuple[dict[int, str], dict[str, str]]:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import FinetuneConfig
+from coserve.config.settings import FinetuneConfig
 from coserve.core import Group
 from coserve.finetune.batches import pack_groups
 from coserve.finetune.job import StepLoss
-from coserve.finetune.objectives import Objective, Scored
+from coserve.finetune.objectives import Scored, TrainingLoss
 from coserve.peft.adapter import Adapter
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.microbatch import InFlight, MicrobatchLayout, PackedBatch, microbatch_layout, pack
@@ -67,7 +67,7 @@ class BatchSource(Protocol):
     """What a batch needs of its job's trainer."""
 
     config: FinetuneConfig
-    objective: Objective
+    objective: TrainingLoss
     executor: TrainExecutor
     plan: ModelPlan
     scoring: ModelPlan
@@ -173,7 +173,7 @@ class BatchWork:
             return
         state, bounds = micro.state, iter(micro.batch.label_bounds)
         logprobs, correct = state.logprobs.cpu(), state.correct.cpu()
-        weights = torch.from_numpy(micro.batch.host_label_weights)
+        weights = micro.batch.label_weights
         coefficients: list[Tensor] = []
         references = iter([total for key in micro.keys for total in self.source.reference_sums[key]])
         for group in micro.groups:
@@ -193,7 +193,7 @@ class BatchWork:
         self._tokens += micro.batch.num_tokens
 
     def _remember(self, micro: Microbatch, state: InFlight) -> None:
-        weighted = state.logprobs.cpu().double() * torch.from_numpy(micro.batch.host_label_weights)
+        weighted = state.logprobs.cpu().double() * micro.batch.label_weights
         (key,) = micro.keys
         self.source.reference_sums.remember(key, [float(weighted[first:end].sum()) for first, end in micro.batch.label_bounds])
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import AdapterConfig, Compression, FinetuneConfig, read_memory
+from coserve.config.settings import AdapterConfig, Compression, FinetuneConfig
+from coserve.config.values import read_memory
 from coserve.core import CapacityError, Group
 from coserve.model.architecture import Architecture
-from coserve.model.checkpoint import expected_shapes
 from coserve.model.decoder import MERGED, linear_shapes
-from coserve.model.linear import PackedHead, can_pack
-from coserve.model.weights import ModelWeights
+from coserve.model.memory import GIB, packed_bytes, unpacked_bytes, weight_bytes
 from coserve.peft.adapter import Adapter
 from coserve.peft.kinds import empty_adapter
 from coserve.runtime.executor import head_rows
@@ -27,67 +24,6 @@ from coserve.runtime.plans import training_plans
 
 _WORK_ALIGN = 64
 """The workspace rounds its rows up to this (runtime/memory.py)."""
-
-POOL_SHARE = 0.4
-"""Share of the free memory that an engine's pool takes if nothing is said."""
-
-COPIES_SHARE = 0.5
-"""Share of the memory beside an engine's pool that packed copies of weights may take; workspaces and adapters need some too."""
-
-GIB = 1 << 30
-
-SLOWER = "products are slower that way, finetuning's above all"
-"""What is said of weights that are held once."""
-
-
-def weight_bytes(arch: Architecture, itemsize: int) -> int:
-    """Bytes of the backbone's weights."""
-    return itemsize * sum(math.prod(shape) for shape in expected_shapes(arch).values())
-
-
-def packed_bytes(arch: Architecture, itemsize: int, *, training: bool = True) -> int:
-    """Bytes that the packed layout (model/linear.py) adds: the head, and in training the linears' transposes and the head's."""
-    head = arch.vocab_size * arch.hidden_size
-    linears = arch.num_layers * sum(math.prod(shape) for shape in linear_shapes(arch).values())
-    return itemsize * (linears + 2 * head if training else head)
-
-
-def unpacked_bytes(arch: Architecture, itemsize: int) -> int:
-    """Bytes of the largest matrix that is unpacked for a product where each is held once, packed: in float32."""
-    if itemsize < 4:
-        return 0
-    shapes = linear_shapes(arch)
-    whole = [sum(math.prod(shapes[site]) for site in sites) for sites in MERGED.values()]
-    return itemsize * max(*whole, *(math.prod(shape) for shape in shapes.values()))
-
-
-def settle_copies(weights: ModelWeights, free: int | None, *, training: bool) -> str | None:
-    """Lets the weights have packed copies beyond one of each matrix exactly where memory allows it.
-
-    free: bytes that are not spoken for otherwise, None if that can't be told; training: whether backward will run. Returns a
-    line for the log, None for weights that are not packed.
-    """
-    if not isinstance(weights.head, PackedHead):
-        return None
-    needed = packed_bytes(weights.architecture, weights.dtype.itemsize, training=training)
-    room = math.inf if free is None else COPIES_SHARE * free + weights.copied_bytes
-    weights.hold_one_copy(needed > room)
-    if needed <= room:
-        return f"packed copies of the weights: up to {needed / GIB:.2f} GiB more"
-    return (
-        f"each weight matrix is held once: packed copies would take {needed / GIB:.2f} GiB more, and {room / GIB:.2f} GiB are "
-        f"free for them; {SLOWER}"
-    )
-
-
-def one_copy_to_load(arch: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights that are about to be loaded are best held once, as far as that can be told: an engine with a pool by
-    default will have it so. Something else may be settled later."""
-    available = available_bytes(device)
-    if available is None or not can_pack(dtype, device):
-        return False
-    free = available - weight_bytes(arch, dtype.itemsize)
-    return packed_bytes(arch, dtype.itemsize) > COPIES_SHARE * (1 - POOL_SHARE) * free
 
 
 def split_bytes(arch: Architecture, plan: ModelPlan, itemsize: int) -> int:
@@ -207,31 +143,6 @@ def asked_plan(
             "max_microbatch_tokens", param="activation_memory",
         )
     return found
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be taken on the device; None where it can't be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return _host_available(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
-
-
-def _host_available(meminfo: Path, cgroup: Path) -> int | None:
-    """The lesser of the host's MemAvailable and what the control group's limit leaves; file cache counts as free."""
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError:
-        return None
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    try:
-        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        left = int(limit) - int(used)
-    except (OSError, ValueError):
-        return free
-    with contextlib.suppress(OSError, ValueError):
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        left += int(stat.get("inactive_file", 0))
-    return left if free is None else min(free, left)
 
 
 def require_memory(needed: Mapping[str, int], available: int | None) -> None:

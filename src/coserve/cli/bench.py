@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
 import sys
 import time
@@ -26,16 +24,16 @@ from coserve.bench.narrate import describe, introduction
 from coserve.bench.peer import transformers_tpot_ms
 from coserve.bench.report import make_page
 from coserve.bench.results import make_results
-from coserve.bench.sharing import BurstConfig, Setup, Sharing, SharingConfig
+from coserve.bench.sharing import BurstConfig, Sharing, SharingConfig, SharingSetup
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.core import ConfigError
-from coserve.engine.model import LoadedModel, load_model
+from coserve.machine import device_name, versions
+from coserve.runtime.loaded import LoadedModel, load_model
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure co-serving on this machine.")
 console = Console()
 
 QUICK_POLICIES = "coserve,temporal:16,dynamic-temporal"
-PACKAGES = ("coserve", "torch", "transformers")
 TRAINING_EXAMPLES = 256
 
 
@@ -102,7 +100,7 @@ def sharing(
     write_training_file(
         data, loaded.tokenizer, words, mean_tokens=finetune_tokens, count=TRAINING_EXAMPLES, seed=seed)
     job = endless_job(finetune_batch, max_microbatch_tokens)
-    setup = Setup(
+    setup = SharingSetup(
         make_engine=EngineMaker(
             loaded, ModelChoice(name=model, device=device, dtype=dtype, threads=count), (shares[0], shares[1])),
         prompts=lambda source: prompts(words, source),
@@ -124,7 +122,7 @@ def sharing(
     print(f"results in {output / 'sharing.json'}, page in {output / 'sharing.html'}")
 
 
-def _measure(config: SharingConfig, setup: Setup, common: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
+def _measure(config: SharingConfig, setup: SharingSetup, common: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("start")
@@ -152,23 +150,6 @@ def _measure(config: SharingConfig, setup: Setup, common: dict[str, Any], loaded
         "command": "coserve " + shlex.join(sys.argv[1:]), **make_results(measured, config, loaded.name),
         "common": {key: value for key, value in common.items() if key not in ("device", "versions")},
     }
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of what the figures depend on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with its cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = names[0] if names else name
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def summary_line(row: dict[str, Any]) -> str:

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import FinetuneConfig
+from coserve.config.settings import FinetuneConfig
 from coserve.core import CapacityError, Direction, Group, Unit
-from coserve.engine.batchwork import BatchWork, ReferenceSums
-from coserve.engine.budget import Workload, asked_plan
-from coserve.engine.model import LoadedModel
 from coserve.finetune.job import StepLoss
 from coserve.finetune.objectives import OBJECTIVES
 from coserve.finetune.optimizer import FlatAdamW
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
 from coserve.peft.kinds import new_adapter
+from coserve.planning.budget import Workload, asked_plan
 from coserve.runtime.executor import TrainExecutor
+from coserve.runtime.loaded import LoadedModel
 from coserve.runtime.plans import scoring_plan
+from coserve.training.batchwork import BatchWork, ReferenceSums
 
 MIN_WINDOW = 32
 """Tokens: windows are not made smaller than this when memory runs out."""

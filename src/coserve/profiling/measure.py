@@ -6,7 +6,6 @@ Every point runs as it would in an iteration, on memory that is taken from the e
 from __future__ import annotations
 
 import hashlib
-import platform
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,22 +13,14 @@ import numpy as np
 import torch
 
 from coserve.cachedir import cache_directory
-from coserve.config import LoraConfig, OptimizerConfig, SchedulerConfig
-from coserve.core import CapacityError, Direction, Example, Unit
+from coserve.config.settings import LoraConfig, OptimizerConfig, SchedulerConfig
+from coserve.core import CapacityError, Contents, Direction, Example, PassCost, Unit, UnitCost
 from coserve.finetune.optimizer import FlatAdamW
 from coserve.kernels.native import kernels_identity
+from coserve.machine import device_name
 from coserve.peft.lora import LoraAdapter
-from coserve.runtime.executor import TrainExecutor
-from coserve.runtime.fused import PassExecutor, TrainWindow
-from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
-from coserve.runtime.plans import training_plan
-from coserve.runtime.spans import NO_ADAPTER, RowSpan
-from coserve.scheduler.arenas import Arena
-from coserve.scheduler.blocks import BlockPool
-from coserve.scheduler.latency import Contents, LatencyModel, PassCost, UnitCost
-from coserve.scheduler.prefix import PrefixKey
-from coserve.scheduler.profile import (
-    Sample,
+from coserve.profiling.fit import (
+    ProfilePoint,
     by_layer,
     fit,
     load_profile,
@@ -39,6 +30,15 @@ from coserve.scheduler.profile import (
     save_profile,
     sequence_length,
 )
+from coserve.runtime.executor import TrainExecutor
+from coserve.runtime.fused import PassExecutor, TrainWindow
+from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
+from coserve.runtime.plans import training_plan
+from coserve.runtime.spans import NO_ADAPTER, RowSpan
+from coserve.scheduler.arenas import ArenaBlocks
+from coserve.scheduler.blocks import BlockPool
+from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.prefix import PrefixKey
 
 SHORT_S, LONG_S = 0.05, 0.25
 """Points are run twice; shorter ones three times, of which the first is not counted, longer ones once."""
@@ -55,8 +55,7 @@ _KEY = PrefixKey("", None, -1)
 def profile_key(passes: PassExecutor, fingerprint: str) -> str:
     """What a profile holds for: model, device, dtype, layout of the weights, kernels, threads, versions."""
     weights = passes.weights
-    device = torch.cuda.get_device_name(weights.device) if weights.device.type == "cuda" else platform.processor()
-    kind = f"{weights.device.type} {device} {weights.dtype} {weights.layout}"
+    kind = f"{weights.device.type} {device_name(weights.device)} {weights.dtype} {weights.layout}"
     if (kernels := kernels_identity(weights.norm)) is not None:
         kind += f" {kernels}"
     return f"{fingerprint} {kind} {torch.get_num_threads()} {torch.__version__}"
@@ -96,7 +95,7 @@ class Profiler:
         self.plan = training_plan(self.arch, self.adapter, itemsize=passes.weights.dtype.itemsize)
 
     @torch.no_grad()
-    def measure(self, max_rows: int, limit_s: float = LIMIT_S) -> list[Sample]:
+    def measure(self, max_rows: int, limit_s: float = LIMIT_S) -> list[ProfilePoint]:
         """All points that the pool has room for and the limit has time for; those that a fit needs whatever the limit. Long
         passes that are left out follow from what one layer takes."""
         layers, rows = self.arch.num_layers, min(max_rows, self.arch.max_position_embeddings)
@@ -112,7 +111,7 @@ class Profiler:
         left = [by_layer(self._without_adapters(point), samples, layers) for point in more]
         return samples + [sample for sample in left if sample is not None]
 
-    def _expected(self, point: Contents, samples: Sequence[Sample]) -> float:
+    def _expected(self, point: Contents, samples: Sequence[ProfilePoint]) -> float:
         """Seconds that a point may take, by the samples that hold at least half as much, or by the largest."""
         layers = self.arch.num_layers
         size = row_layers(point, layers)
@@ -121,7 +120,7 @@ class Profiler:
         return max((seconds * size / held for held, seconds in like if held >= least > 0), default=0.0)
 
     @torch.no_grad()
-    def slowdown(self, samples: Sequence[Sample]) -> float:
+    def slowdown(self, samples: Sequence[ProfilePoint]) -> float:
         """How many times slower the samples are than the same points now, by a few inference passes; 1 if none can be run."""
         kept: dict[Contents, float] = {}
         for point, seconds in samples:
@@ -141,9 +140,9 @@ class Profiler:
             return point
         return point._replace(inference=point.inference._replace(adapter_segments=0))
 
-    def _run(self, point: Contents) -> list[Sample]:
+    def _run(self, point: Contents) -> list[ProfilePoint]:
         actions: list[Callable[[], object]] = []
-        arenas: list[Arena] = []
+        arenas: list[ArenaBlocks] = []
         try:
             if point.inference is not None:
                 actions.append(self._pass(point.inference, arenas))
@@ -170,13 +169,13 @@ class Profiler:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - started
 
-    def _arena(self, num_bytes: int, arenas: list[Arena]) -> torch.Tensor:
+    def _arena(self, num_bytes: int, arenas: list[ArenaBlocks]) -> torch.Tensor:
         arena, moves = self.blocks.reserve_arena(-(-num_bytes // self.passes.pool.block_bytes))
         assert not moves
         arenas.append(arena)
         return self.passes.pool.arena(arena.first, arena.end)
 
-    def _flight(self, rows: int, pairs: int, labels: int, arenas: list[Arena]) -> InFlight:
+    def _flight(self, rows: int, pairs: int, labels: int, arenas: list[ArenaBlocks]) -> InFlight:
         """A micro-batch whose first `rows` rows are whole sequences with so many query-key pairs and labels."""
         length = max(2, sequence_length(rows, pairs))
         rng = np.random.default_rng(0)
@@ -193,7 +192,7 @@ class Profiler:
         layout = microbatch_layout(self.plan, batch.num_tokens, self.arch, itemsize, forward_only=False)
         return self.train.begin(batch, self.plan, buffer=self._arena(layout.total, arenas))
 
-    def _unit(self, cost: UnitCost, arenas: list[Arena]) -> Callable[[], object]:
+    def _unit(self, cost: UnitCost, arenas: list[ArenaBlocks]) -> Callable[[], object]:
         state, layers = self._flight(cost.rows, cost.pairs, cost.labels, arenas), self.arch.num_layers
         rows = state.batch.num_tokens
         if cost.backward:
@@ -219,7 +218,7 @@ class Profiler:
         optimizer = FlatAdamW(OptimizerConfig(), flat, torch.zeros(elements, dtype=wide, device=self.device))
         return lambda: optimizer.update(0, elements, 1e-4)
 
-    def _pass(self, cost: PassCost, arenas: list[Arena]) -> Callable[[], object]:
+    def _pass(self, cost: PassCost, arenas: list[ArenaBlocks]) -> Callable[[], object]:
         window = None
         if cost.fused_rows:
             state = self._flight(cost.fused_rows, cost.fused_pairs, cost.fused_labels, arenas)

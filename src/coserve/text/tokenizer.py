@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from coserve.chat.control import ControlTexts, Settled
 from coserve.chat.template import PROBE, ChatTemplate, Message
 from coserve.core import InvalidRequest, NotFound, one_line
-from coserve.tokenbytes import TokenBytes
+from coserve.text.tokenbytes import TokenBytes
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 EXACT_KEY = "coserve_exact"

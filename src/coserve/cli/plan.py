@@ -1,6 +1,6 @@
 """`coserve plan`: what training keeps and why, its peak memory stage by stage, the curve and the baselines.
 
-Owns: arguments, the table, the JSON. Does not own: the figures (engine/estimate.py, compiler/baselines.py) or the picture
+Owns: arguments, the table, the JSON. Does not own: the figures (planning/estimate.py, compiler/baselines.py) or the picture
 (plots.py).
 """
 
@@ -24,13 +24,14 @@ from typer.core import TyperCommand
 from coserve.compiler import baselines
 from coserve.compiler.baselines import Baselines
 from coserve.compiler.report import LayerReport, report
-from coserve.config import AUTO, AdapterConfig, BottleneckConfig, Compression, LoraConfig, read_memory
-from coserve.configdata import ADAPTERS, adapter_of_kind, finetune_config_from_dict, to_dict
+from coserve.config.data import ADAPTERS, adapter_of_kind, finetune_config_from_dict, to_dict
+from coserve.config.settings import AdapterConfig, BottleneckConfig, Compression, LoraConfig
+from coserve.config.values import AUTO, read_memory
 from coserve.core import ConfigError
-from coserve.engine.budget import shape_adapter
-from coserve.engine.estimate import PARTS, Estimate, Shape, estimate
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.locate import locate_model
+from coserve.planning.budget import shape_adapter
+from coserve.planning.estimate import PARTS, Estimate, Shape, estimate
 from coserve.plots import memory_plan
 from coserve.runtime.cache import block_bytes
 from coserve.runtime.plans import layer_bypasses

@@ -19,7 +19,7 @@ from coserve.engine.watching import NobodyWatches, Watcher
 _IDLE_WAIT_S = 0.05
 
 
-class Inbox:
+class EngineLoop:
     """Commands for an engine. lock: held by whoever runs an iteration. watcher: told what the engine's thread does."""
 
     def __init__(self, watcher: Watcher | None = None) -> None:

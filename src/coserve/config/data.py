@@ -1,6 +1,6 @@
 """Settings as plain data: the tables of JSON and TOML, and adapters by the name of their kind.
 
-Owns: how settings are written and read back, the kinds' names. Does not own: what settings there are (config.py).
+Owns: how settings are written and read back, the kinds' names. Does not own: what settings there are (settings.py).
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from coserve.config import (
+from coserve.config.settings import (
     AdapterConfig,
     BottleneckConfig,
     FinetuneConfig,
     IA3Config,
     LoraConfig,
     OptimizerConfig,
-    require,
 )
+from coserve.config.values import require
 
 
 def to_dict(config: Any) -> dict[str, Any]:

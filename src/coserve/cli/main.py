@@ -19,23 +19,24 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from coserve.bench.cli import bench_app
-from coserve.config import AUTO, FinetuneConfig, OptimizerConfig, SamplingConfig, require
-from coserve.configdata import ADAPTERS, finetune_config_from_dict, setting_names
+from coserve.cli.bench import bench_app
+from coserve.cli.plan import add_plan
+from coserve.cli.serve import add_commands
+from coserve.config.data import ADAPTERS, finetune_config_from_dict, setting_names
+from coserve.config.settings import FinetuneConfig, OptimizerConfig, SamplingConfig
+from coserve.config.values import AUTO, require
 from coserve.core import ConfigError, CoserveError, InvalidRequest, one_line
 from coserve.demo.command import demo
-from coserve.detokenizer import IncrementalDetokenizer
-from coserve.engine.budget import GIB
-from coserve.engine.finetuning import finetune
 from coserve.engine.generation import Generator
-from coserve.engine.model import load_model
 from coserve.finetune.defaults import not_used, unused_settings
 from coserve.finetune.job import JobEvent
+from coserve.model.memory import GIB
 from coserve.peft.described import described_adapter
-from coserve.plancli import add_plan
 from coserve.plots import loss_curve
-from coserve.servecli import add_commands
-from coserve.tokenizer import TextRules
+from coserve.runtime.loaded import load_model
+from coserve.text.detokenizer import IncrementalDetokenizer
+from coserve.text.tokenizer import TextRules
+from coserve.training.finetuning import finetune
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
 app.add_typer(bench_app, name="bench")

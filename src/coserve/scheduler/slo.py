@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import math
 
-from coserve.config import ObjectiveMs, SchedulerConfig, check_objective, objective_seconds
-from coserve.core import Objectives
-from coserve.scheduler.latency import LatencyModel, PassCost
+from coserve.config.settings import SchedulerConfig
+from coserve.config.values import SloMs, check_objective, objective_seconds
+from coserve.core import PassCost, Slo
+from coserve.scheduler.latency import LatencyModel
 
 NUM_REQUESTS, NUM_TOKENS = 8, 512
 NUM_CHUNKS = (1, 2, 4, 8)
 """In how many chunks a prompt may come: the fastest counts, so that a stall while a large pass was measured does not."""
 TPOT_FACTOR = 1.5
 """What jobs and prompts get beside decoding, and what a few more requests may take."""
-LEAST = Objectives(tpot_s=0.010, ttft_s=1.0)
+LEAST = Slo(tpot_s=0.010, ttft_s=1.0)
 """A hundred tokens per second are faster than anybody reads, and a shorter iteration holds too little training."""
 
 
-def profile_objectives(latency: LatencyModel) -> Objectives:
+def profile_slo(latency: LatencyModel) -> Slo:
     """What this machine can promise. latency: fitted to its profile, not yet corrected."""
     decode = PassCost(NUM_REQUESTS, NUM_REQUESTS, NUM_REQUESTS, NUM_REQUESTS * NUM_TOKENS, 0, 0, 0, 0, 0)
     pairs = NUM_TOKENS * (NUM_TOKENS + 1) // 2
@@ -38,33 +39,33 @@ def profile_objectives(latency: LatencyModel) -> Objectives:
             prefill_spans=1,
         ))
 
-    return Objectives(
+    return Slo(
         tpot_s=max(LEAST.tpot_s, _readable(TPOT_FACTOR * seconds(decode))),
         ttft_s=max(LEAST.ttft_s, _readable(NUM_REQUESTS * min(map(prompt_seconds, NUM_CHUNKS)))),
     )
 
 
-def default_objectives(config: SchedulerConfig, profile: Objectives) -> Objectives:
+def default_slo(config: SchedulerConfig, profile: Slo) -> Slo:
     """Those of requests that set none: the settings', or the profile's where there are none."""
-    return asked_objectives(config.tpot_ms, config.ttft_ms, profile)
+    return asked_slo(config.tpot_ms, config.ttft_ms, profile)
 
 
-def best_effort(default: Objectives, profile: Objectives) -> Objectives:
+def best_effort(default: Slo, profile: Slo) -> Slo:
     """What a best-effort request counts as beside jobs: the profile's objectives, or the defaults where those are longer, so
     that it never has more than a request with objectives."""
     longer = (max(promised, own) if promised < math.inf else own for promised, own in zip(default, profile, strict=True))
-    return Objectives(*longer)
+    return Slo(*longer)
 
 
-def asked_objectives(tpot_ms: ObjectiveMs | None, ttft_ms: ObjectiveMs | None, default: Objectives) -> Objectives:
+def asked_slo(tpot_ms: SloMs | None, ttft_ms: SloMs | None, default: Slo) -> Slo:
     """A request's own objectives, and the defaults where it sets none. Raises ConfigError."""
     check_objective("tpot_ms", tpot_ms)
     check_objective("ttft_ms", ttft_ms)
-    return Objectives(objective_seconds(tpot_ms, default.tpot_s), objective_seconds(ttft_ms, default.ttft_s))
+    return Slo(objective_seconds(tpot_ms, default.tpot_s), objective_seconds(ttft_ms, default.ttft_s))
 
 
-def describe(
-    objectives: Objectives, given: tuple[ObjectiveMs | None, ObjectiveMs | None], settings: tuple[str, str] | None = None
+def describe_slo(
+    objectives: Slo, given: tuple[SloMs | None, SloMs | None], settings: tuple[str, str] | None = None
 ) -> str:
     """As '85 ms per token, 3.2 s to the first (from this machine's profile; set tpot_ms, ttft_ms)'.
 

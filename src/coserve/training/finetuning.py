@@ -24,22 +24,10 @@ from typing import Any, NamedTuple
 import torch
 
 from coserve.compiler.plan import ModelPlan
-from coserve.config import FinetuneConfig, settled
-from coserve.configdata import to_dict
+from coserve.config.data import to_dict
+from coserve.config.settings import FinetuneConfig
+from coserve.config.values import settled
 from coserve.core import ConfigError, InvalidRequest
-from coserve.engine.budget import (
-    SLOWER,
-    FittedPlan,
-    Workload,
-    asked_plan,
-    available_bytes,
-    fit_plan,
-    require_memory,
-    shape_adapter,
-    training_bytes,
-)
-from coserve.engine.model import DTYPES, LoadedModel, dtype_name, load_model, resolve_device, resolve_dtype
-from coserve.engine.trainer import AdapterTrainer
 from coserve.finetune.checkpoints import write_atomically
 from coserve.finetune.datasets import Dataset, load_training
 from coserve.finetune.defaults import (
@@ -56,11 +44,23 @@ from coserve.kernels.native import kernels_identity
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.linear import can_pack
 from coserve.model.locate import locate_model
+from coserve.model.memory import SLOWER, available_bytes
 from coserve.model.weights import ModelWeights
 from coserve.peft.adapter import Adapter
 from coserve.peft.described import described_adapter
 from coserve.peft.format import WEIGHTS_FILE
-from coserve.tokenizer import ChatTokenizer
+from coserve.planning.budget import (
+    FittedPlan,
+    Workload,
+    asked_plan,
+    fit_plan,
+    require_memory,
+    shape_adapter,
+    training_bytes,
+)
+from coserve.runtime.loaded import DTYPES, LoadedModel, dtype_name, load_model, resolve_device, resolve_dtype
+from coserve.text.tokenizer import ChatTokenizer
+from coserve.training.trainer import AdapterTrainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """From token ids to text as they come, after whatever came before: the one decoder behind texts, offsets and bytes.
 
 Owns: where characters begin and end among tokens. Does not own: the bytes of a token (tokenbytes.py), stop strings
-(textstream.py).
+(stream.py).
 
     context  "in" | tokens   " the"  E2  9C  93   "<|im_end|>" hidden
                     push     " the"  ""  ""  "✓"  ""
@@ -13,7 +13,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from coserve.tokenizer import ChatTokenizer
+from coserve.text.tokenizer import ChatTokenizer
 
 _CHARACTER_BYTES = 4
 """At most, in UTF-8."""

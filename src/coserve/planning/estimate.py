@@ -14,11 +14,11 @@ from coserve.compiler.lower import lower
 from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans
 from coserve.compiler.program import LayerPlan
 from coserve.compiler.rematerialize import Kept, Rematerialized
-from coserve.config import Compression
+from coserve.config.settings import Compression
 from coserve.core import CapacityError
-from coserve.engine.budget import training_bytes
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED
+from coserve.planning.budget import training_bytes
 from coserve.runtime.executor import head_rows
 from coserve.runtime.microbatch import microbatch_layout
 
@@ -148,9 +148,12 @@ def estimate(
     shape: Shape, bypasses: Sequence[LayerBypass], limit: float | None, num_points: int = 25,
     compression: Compression = "lossless",
 ) -> Estimate:
-    """All stages and the curve. limit: of the total in windows, in bytes, or below 1 as a share of the fastest plan's total;
-    None: no matrix product is made again. Stages before `compress` are of plans for the same limit without compression, or of
-    the smallest where none meets it. Raises CapacityError."""
+    """All stages and the curve of memory against recomputation.
+
+    limit: what the whole may take in windows: bytes, or below 1 a share of the fastest plan's total. With None no matrix
+    product is run again. Stages before `compress` show the plan for the same limit without compression. If no plan without
+    compression fits, they show the smallest. Raises CapacityError if no plan fits with compression.
+    """
 
     def planned(how: Compression) -> TrainingPlans:
         return TrainingPlans(

@@ -1,0 +1,1 @@
+"""What rows and units cost on this machine: measuring and fitting."""

@@ -1,0 +1,1 @@
+"""Running finetuning jobs on tensors."""
