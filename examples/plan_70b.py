@@ -22,7 +22,7 @@ def main() -> None:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(LLAMA_70B))
     limit = ["--activation-memory", sys.argv[1]] if len(sys.argv) > 1 else []
-    command = [sys.executable, "-m", "coserve", "plan", str(directory), "--no-baselines", *limit]
+    command = [sys.executable, "-m", "coserve", "plan", str(directory), "--dtype", "bfloat16", "--no-baselines", *limit]
     raise SystemExit(subprocess.run(command, check=False).returncode)
 
 
