@@ -16,8 +16,8 @@ from coserve.config.settings import SchedulerConfig
 from coserve.scheduler.requests import RequestState
 from coserve.scheduler.slo import profile_slo
 from tests.fake_engine import BASE, FakeEngine, FakeRequest
-from tests.unit.test_hybrid import law
-from tests.unit.test_starvation import UNHURRIED_MS, closed_loop, machine, waits
+from tests.fake_machine import law
+from tests.scheduler.test_starvation import UNHURRIED_MS, closed_loop, machine, waits
 
 NONE = math.inf
 PASS, ROW = 0.022, 0.0013

@@ -18,9 +18,9 @@ from coserve.config.settings import (
 from coserve.core import ConfigError
 from coserve.runtime.loaded import LoadedModel
 from coserve.training.finetuning import finetune
+from tests.engine.test_engine_jobs import GREEDY, assert_same_result
 from tests.tiny_directory import chat_lines, write_lines
 from tests.tiny_engine import MakeEngine, build_model, drive, prompt
-from tests.unit.test_engine_jobs import GREEDY, assert_same_result
 
 KINDS: dict[str, AdapterConfig] = {
     "lora": LoraConfig(r=4), "dora": LoraConfig(r=4, use_dora=True), "ia3": IA3Config(),

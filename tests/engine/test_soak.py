@@ -183,7 +183,7 @@ def course(directory: Path) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(3 * SECONDS + 300)
 def test_nothing_leaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-c", "import sys, pathlib; from tests.numerics.test_soak import course; "
+    command = [sys.executable, "-c", "import sys, pathlib; from tests.engine.test_soak import course; "
                "course(pathlib.Path(sys.argv[1]))", str(tmp_path)]
     done = subprocess.run(command, env={**os.environ, **QUIET_LIBRARIES}, capture_output=True, text=True, check=False)
     with capsys.disabled():

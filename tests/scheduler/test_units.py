@@ -11,7 +11,7 @@ from coserve.core import Direction, PassCost, StepPlan, Unit, WorkUnit
 from coserve.scheduler.units import PATIENCE, UnitPicker
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 from tests.fake_engine import FakeEngine
-from tests.unit.test_hybrid import decoding, engine, law, step
+from tests.fake_machine import decoding, engine, law, step
 
 
 def row_layers(works: Sequence[WorkUnit]) -> int:

@@ -13,7 +13,7 @@ import pytest
 from coserve.config.settings import SchedulerConfig
 from coserve.scheduler.latency import LatencyModel
 from tests.fake_engine import FakeEngine, FakeRequest
-from tests.unit.test_hybrid import law
+from tests.fake_machine import law
 
 UNHURRIED_MS = 1e9
 

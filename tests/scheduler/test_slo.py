@@ -20,7 +20,7 @@ from coserve.server.link.messages import Generate, decode_to_engine, encode
 from coserve.server.link.setup import EngineSetup, read_setup, write_setup
 from coserve.server.settings import ServerConfig, read_settings
 from tests.fake_engine import FakeEngine
-from tests.unit.test_hybrid import law
+from tests.fake_machine import law
 
 NONE = math.inf
 WRONG: tuple[Any, ...] = (

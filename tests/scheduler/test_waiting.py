@@ -12,7 +12,7 @@ from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
 from coserve.scheduler.waiting import WaitingRequests, is_overdue
 from tests.fake_engine import FakeEngine
-from tests.unit.test_hybrid import decoding, engine
+from tests.fake_machine import decoding, engine
 
 
 def request(number: int, rng: random.Random) -> RequestState:
