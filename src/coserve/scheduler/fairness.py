@@ -17,7 +17,7 @@ class TokenCounters:
         self._weights: dict[Hashable, float] = {}
 
     def enter(self, party: Hashable, active: Iterable[Hashable], weight: float = 1.0) -> None:
-        """A party has work again, beside the `active` ones."""
+        """A party has work again. It starts level with the least served of the `active` parties, those that have work."""
         level = min((self._served.get(other, 0.0) for other in active if other != party), default=0.0)
         self._served[party] = max(self._served.get(party, 0.0), level)
         self._weights[party] = weight
@@ -27,7 +27,7 @@ class TokenCounters:
         self._served[party] = self._served.get(party, 0.0) + tokens / self._weights.get(party, 1.0)
 
     def served(self, party: Hashable) -> float:
-        """What it has had, in tokens per weight."""
+        """The tokens that a party has had, divided by its weight."""
         return self._served.get(party, 0.0)
 
     def leave(self, party: Hashable) -> None:

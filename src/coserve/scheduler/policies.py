@@ -46,8 +46,8 @@ class Policy:
         self._under_way: int | None = None
 
     def turn(self, has_inference: bool, has_finetuning: bool, can_wait: bool) -> IterationKind:
-        """The next iteration's. has_finetuning: there is a unit or slice to run; can_wait: every running request can wait for a
-        whole micro-batch."""
+        """What the next iteration may hold. has_finetuning: whether there is a unit or an optimizer slice to run. can_wait:
+        whether every running request can wait until a whole micro-batch is through."""
         if not self.inference:
             return IterationKind.FINETUNING
         if not self.takes_turns:
@@ -60,12 +60,13 @@ class Policy:
         return IterationKind.INFERENCE
 
     def seconds(self, turn: IterationKind, left: float) -> float:
-        """Time for units: what is left, or as long as a whole micro-batch takes."""
+        """The time that units may take. left: what requests leave. Where whole micro-batches take turns with requests, a
+        micro-batch's turn has no limit."""
         return UNBOUNDED if self.takes_turns and turn is IterationKind.FINETUNING else left
 
     def microbatch(self, works: Sequence[MicrobatchWork]) -> MicrobatchWork | None:
-        """Whose turn it is among micro-batches of jobs that are not paused: the one under way, another if that has to wait for
-        it. None: no units can run, or no turns are taken."""
+        """The micro-batch whose turn it is, among those of jobs that are not paused. It is the one under way, unless that one
+        waits for another. None if no unit can run, or if micro-batches don't take turns."""
         if not self.takes_turns:
             return None
         if not any(work.id == self._under_way and work.phase is not Phase.DONE for work in works):

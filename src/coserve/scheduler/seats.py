@@ -14,10 +14,11 @@ class Seats(Protocol):
     """What a request needs beside memory in order to run: its adapter's slot."""
 
     def claim(self, request: RequestState) -> bool:
-        """Takes it; False if there is none now. The request waits then until `HybridScheduler.unpark`."""
+        """Takes a slot for the request. Returns False if there is none now; the request then waits for
+        `HybridScheduler.unpark`."""
 
     def unclaim(self, request: RequestState, *, has_run: bool) -> None:
-        """Gives it back. has_run: False if the request could not begin after all."""
+        """Gives the request's slot back. has_run: False if the request could not begin after all."""
 
 
 class _Free:

@@ -46,13 +46,15 @@ def profile_slo(latency: LatencyModel) -> Slo:
 
 
 def default_slo(config: SchedulerConfig, profile: Slo) -> Slo:
-    """Those of requests that set none: the settings', or the profile's where there are none."""
+    """The objectives of requests that set none: those of the settings, or the profile's where the settings have none."""
     return asked_slo(config.tpot_ms, config.ttft_ms, profile)
 
 
 def best_effort(default: Slo, profile: Slo) -> Slo:
-    """What a best-effort request counts as beside jobs: the profile's objectives, or the defaults where those are longer, so
-    that it never has more than a request with objectives."""
+    """The objectives that a best-effort request counts as having beside jobs.
+
+    They are the profile's, or the defaults where those are longer. So best effort is never better than an objective.
+    """
     longer = (max(promised, own) if promised < math.inf else own for promised, own in zip(default, profile, strict=True))
     return Slo(*longer)
 

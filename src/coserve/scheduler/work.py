@@ -106,9 +106,12 @@ class MicrobatchWork:
 
 @dataclass(slots=True, kw_only=True)
 class JobWork:
-    """One job: its micro-batches in flight and its optimizer step. weight: its share among jobs. optimizer: elements
-    [0, optimizer_done) of optimizer_elements are planned; 0 elements: no step under way. refresh_seconds: what follows from the
-    parameters (DoRA's norms) takes so long after a whole step, measured once."""
+    """One job: its micro-batches in flight and its optimizer step.
+
+    weight: its share among jobs. Of the step's optimizer_elements parameters [0, optimizer_done) are planned; 0 elements mean
+    that no step is under way. refresh_seconds: the time that it takes after a whole step to refresh what follows from the
+    parameters, such as DoRA's norms; it was measured once.
+    """
 
     id: int
     tenant: str
