@@ -256,8 +256,11 @@ class LatencyModel:
             self._factors[group] = _clamp(factor, _SMALLEST_FACTOR, _LARGEST_FACTOR)
 
     def reserve(self) -> float:
-        """The share of a budget to keep back for errors of the prediction: the 95th percentile of (measured - predicted) / predicted over the last iterations
-        that held finetuning work, from 0.02 to 0.5; 0.1 until there are enough of them."""
+        """The share of a budget to keep back for errors of the prediction, from 0.02 to 0.5.
+
+        It is the 95th percentile of (measured - predicted) / predicted over the last iterations that held finetuning work, and
+        0.1 until there are enough of them.
+        """
         if len(self._finetuning) < _RESERVE_MINIMUM:
             return 0.1
         return _clamp(_percentile(self._finetuning, 0.95), 0.02, 0.5)

@@ -93,7 +93,7 @@ class RequestState:
 
     @property
     def deadline_s(self) -> float:
-        """The time at which its next token is due, in seconds of the engine's clock. math.inf if nothing is due (best effort)."""
+        """When its next token is due, in seconds of the engine's clock; math.inf if nothing is due (best effort)."""
         if self.first_token_s is None:
             return self.arrival_s + self.ttft_s
         return self.first_token_s + self.num_sampled * self.tpot_s
