@@ -141,6 +141,7 @@ def test_a_short_prompt_is_not_cut_for_a_cap_that_nobody_asked_for() -> None:
     assert chunks_of(700, tpot_ms=None) == [234, 233, 233], "even chunks within the quantum of 250 ms"
     assert len(chunks_of(200, tpot_ms=26)) > 2, "the server's objective"
     assert len(chunks_of(200, 0.02, tpot_ms=None)) > 2, "the running request's own"
+    assert len(chunks_of(200, 0.03, tpot_ms=None)) > 2, "though it is longer than the profile's"
 
 
 def gaps(request: FakeRequest) -> list[float]:

@@ -1,8 +1,8 @@
 """How long an iteration may take, by what running requests were promised.
 
     slack           the time until the first of the next tokens is due
-    cap             itl_factor x the least TPOT objective. Where objectives come from the profile, as nobody gave any, it is at
-                    least the time of a chunk of FAST_CHUNK tokens.
+    cap             itl_factor x the least TPOT objective. The profile's objective, which nobody gave, allows a chunk of
+                    FAST_CHUNK tokens too, if that takes no longer than the preemption quantum.
     feasible until  the time from which on a request misses its objective even if each of its tokens takes no longer than
                     decoding alone. From then on the request is infeasible.
 
@@ -29,7 +29,7 @@ from coserve.scheduler.requests import RequestState
 UNBOUNDED = 1e9
 """Seconds that anything fits into."""
 FAST_CHUNK = 256
-"""Prompt tokens that are not cut for a cap that nobody has asked for: pieces take longer in all, and the prompt waits."""
+"""Tokens of a chunk that the profile's objective allows: smaller chunks take longer in all, and the prompt waits."""
 
 
 class Deadlines:
@@ -45,15 +45,20 @@ class Deadlines:
         return self.latency.reserve() if self.config.reserve is None else self.config.reserve
 
     def cap(self, running: Collection[RequestState]) -> float:
-        """What no pass with prompts is planned longer than, as long as none is late. An objective that decoding alone can't
-        hold counts as what that takes. Best effort sets no cap but what a new arrival may wait."""
+        """What no pass with prompts is planned longer than, as long as none is late.
+
+        An objective that decoding alone can't hold counts as what that takes. Best effort sets no cap but what a new arrival may
+        wait. Where requests have the profile's objective, the cap allows a chunk of FAST_CHUNK tokens.
+        """
         least, token_s = min(r.tpot_s for r in running), self._token_seconds(running)
         if least == math.inf:
             return max(self._quantum_s, self.config.itl_factor * token_s)
         cap = self.config.itl_factor * max(least, token_s)
-        if self.config.tpot_ms is not None or least < self.best_effort.tpot_s:
+        if self.config.tpot_ms is not None:
             return cap
-        return max(cap, min(self._quantum_s, self._token_seconds(running, FAST_CHUNK)))
+        asked = [r.tpot_s for r in running if r.tpot_s not in (self.best_effort.tpot_s, math.inf)]
+        asked_cap = self.config.itl_factor * max(min(asked), token_s) if asked else UNBOUNDED
+        return max(cap, min(self._quantum_s, self._token_seconds(running, FAST_CHUNK), asked_cap))
 
     def for_jobs(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
         """What an iteration with finetuning may be predicted to take. prompt_s: what is kept for a prompt that may come."""
