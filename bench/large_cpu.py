@@ -1,6 +1,6 @@
 """A model of Llama-3.1-8B's size on a CPU: whether it fits, how long it takes to start, to answer and to train. One JSON.
 
-    python bench/large_cpu.py [--directory build/llama-8b] [--output bench/results/large_cpu.json]
+    python bench/large_cpu.py [--directory build/llama-3.1-8b] [--output bench/results/large_cpu.json]
 
 The checkpoint has the true shapes, nine safetensors shards and random bfloat16 weights; it is drawn once and takes 16 GB of
 disk. Its tokenizer is the default model's. Served and trained as a user would, with default flags and one after the other:

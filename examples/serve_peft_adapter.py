@@ -22,6 +22,8 @@ def main() -> None:
         handles = {name: engine.submit(prompt, sampling, adapter=name) for name in (None, "mine")}
         for name, handle in handles.items():
             handle.wait()
+            if handle.error is not None:
+                raise handle.error
             print(f"{name or 'base'}: {handle.text}", flush=True)
 
 

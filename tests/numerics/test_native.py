@@ -199,10 +199,11 @@ def test_a_row_has_the_same_bits_in_any_batch(window: int | None, dtype: torch.d
 
 @needs_compiler
 @DTYPES
-def test_a_request_with_nan_spoils_no_other_and_an_empty_one_gives_zeros(dtype: torch.dtype) -> None:
-    paged = PagedCache(6, [50, 3, 99], heads=4, kv_heads=2, width=16, dtype=dtype)
+@pytest.mark.parametrize("width", [16, 64])
+def test_a_request_with_nan_spoils_no_other_and_an_empty_one_gives_zeros(width: int, dtype: torch.dtype) -> None:
+    paged = PagedCache(6, [50, 3, 99], heads=4, kv_heads=2, width=width, dtype=dtype)
     want = paged.run(one_row_each, 0, None).clone()
-    paged.rows.view(-1, 3, 2, 2, 16, 16)[int(paged.tables[0, 1]), 0, 1] = math.nan
+    paged.rows.view(-1, 3, 2, 2, 16, width)[int(paged.tables[0, 1]), 0, 1] = math.nan
     paged.contexts[1] = 0
     found = paged.run(one_row_each, 0, None)
     assert found[0].isnan().all() and (found[1] == 0).all() and torch.equal(found[2], want[2])

@@ -329,9 +329,10 @@ class SchedulerConfig:
     ttft_ms: SloMs | None = None
     """Objective: milliseconds from arrival to the first token; otherwise as `tpot_ms`."""
     itl_factor: float = 2.0
-    """No iteration with running requests is planned longer than this times the least TPOT objective among them. The exceptions
-    are a deterministic job's unit that is longer by itself, and a chunk of a prompt beside requests that have the profile's
-    objective since nobody gave one: it may take up to `preemption_quantum_ms`. Beside a job a best-effort request counts as having the objective of the machine's profile."""
+    """No iteration with running requests is planned longer than this times the least TPOT objective among them. There are two
+    exceptions. A deterministic job's unit may be longer by itself. Beside requests that have the profile's objective, since
+    nobody gave one, a chunk of a prompt may take up to `preemption_quantum_ms`. Beside a job a best-effort request counts as
+    having the objective of the machine's profile."""
     preemption_quantum_ms: float = 250.0
     """Longest planned iteration when nothing is running: what a new arrival may wait."""
     finetune_min_share: float = 0.0

@@ -1,5 +1,5 @@
 """From a short profile to a latency model. Owns: which iterations are worth timing, the fit, the profile's file. Does not own:
-running them (engine), or the law that is fitted (scheduler/latency.py)."""
+running them (measure.py), or the law that is fitted (scheduler/latency.py)."""
 
 from __future__ import annotations
 

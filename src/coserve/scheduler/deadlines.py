@@ -47,8 +47,8 @@ class Deadlines:
     def cap(self, running: Collection[RequestState]) -> float:
         """What no pass with prompts is planned longer than, as long as none is late.
 
-        An objective that decoding alone can't hold counts as what that takes. Best effort sets no cap but what a new arrival may
-        wait. Where requests have the profile's objective, the cap allows a chunk of FAST_CHUNK tokens.
+        An objective that decoding alone can't hold counts as what that takes. Best effort sets no cap but what a new arrival
+        may wait. Where requests have the profile's objective, the cap allows a chunk of FAST_CHUNK tokens.
         """
         least, token_s = min(r.tpot_s for r in running), self._token_seconds(running)
         if least == math.inf:

@@ -2,9 +2,9 @@
 
     queued --advance--> StartJob --> running: JobHappened ... JobEnded --> finish: manifest, models, events, the index's row
 
-A job that the engine has begun (output/job.json) is always resumed; so after any crash, of the engine or of the server, `pump`
-just starts what has not ended. Owns: LiveJobs and their changes. Does not own: how jobs come about (service.py), the order of
-the queue (queue.py), words and objects (objects.py), directories (outputs.py).
+A job that the engine has begun (output/job.json) is always resumed; so after any crash, of the engine or of the server,
+`advance` just starts what has not ended. Owns: UnfinishedJobs and their changes. Does not own: how jobs come about
+(service.py), the order of the queue (queue.py), words and objects (objects.py), directories (outputs.py).
 """
 
 from __future__ import annotations

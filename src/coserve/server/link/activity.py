@@ -1,9 +1,9 @@
 """What the engine process is doing, on a page of memory that both processes share: readable even while that process hangs.
 
-    engine process: Place.begin / end  --> | place 0 | place 1 | ... |  --> API process: ActivityPage.read (watchdog.py)
+    engine process: ActivityRow.begin / end --> | row 0 | row 1 | ... | --> API process: ActivityPage.read (watchdog.py)
 
 A thread that hangs may hold the interpreter's lock, so that no other thread of its process can tell; so each thread writes down
-what it begins before it begins. A place is one thread's: only it writes there, with a number that is odd while it does.
+what it begins before it begins. A row is one thread's: only it writes there, with a number that is odd while it does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine's process: python -m coserve.server.link.enginemain. Its standard input gives a Setup, then stays open.
+"""The engine's process: python -m coserve.server.link.enginemain. Its standard input gives an EngineSetup, and stays open.
 
 Owns: this process's life: the lock on the data directory, loading, the order of ending. It ends at once when the API process
 has gone: the input's end says so. An error in the engine's thread ends it too; whoever started it starts another.

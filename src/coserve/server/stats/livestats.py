@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 
-class Reading(NamedTuple):
+class Moment(NamedTuple):
     """A value, or several of one moment, by name."""
 
     time_s: float
@@ -59,7 +59,7 @@ class Counters:
 
     def __init__(self, span_s: float, spacing_s: float = 0.2) -> None:
         self.span_s, self.spacing_s = span_s, spacing_s
-        self._samples: deque[Reading] = deque()
+        self._samples: deque[Moment] = deque()
 
     def add(self, time_s: float, values: Mapping[str, float]) -> None:
         """Samples closer to the last one than `spacing_s` are left out, however many readers there are."""
@@ -69,7 +69,7 @@ class Counters:
                 self._samples.clear()
             elif time_s - last.time_s < self.spacing_s:
                 return
-        self._samples.append(Reading(time_s, dict(values)))
+        self._samples.append(Moment(time_s, dict(values)))
         while self._samples[0].time_s < time_s - self.span_s:
             self._samples.popleft()
 
