@@ -23,7 +23,7 @@ import pytest
 from tests.server.conftest import RunningServer, StartServer, resident_bytes, wait_until
 from tests.tiny_directory import chat_lines
 
-QUEUE, OVER, SEQS = 10_000, 200, 16
+QUEUE, OVER, SEQS = 10_000, 500, 16
 LONG = {"max_tokens": 400, "ignore_eos": True}
 MIB = 1 << 20
 
