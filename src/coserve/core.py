@@ -1,7 +1,7 @@
 """The nouns that cross rooms, and the error tree.
 
-Owns: errors, training examples and groups, units of finetuning work, what one iteration runs and gives. Does not own: tensors
-of any device, policy, or how a noun is stored. Vocabulary: docs/architecture.md.
+Owns: errors, training examples and groups, units of finetuning work, what one iteration runs, costs and gives. Does not own:
+tensors of any device, policy, or how a noun is stored. Vocabulary: docs/architecture.md.
 """
 
 from __future__ import annotations

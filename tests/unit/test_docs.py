@@ -25,7 +25,7 @@ from coserve.server.stats.metrics import ServerMetrics, ServerState
 from tests.unit.conftest import config_of
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").glob("*.md"))]
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(ServerConfig)}
 STATS: dict[str, Any] = {
     **dict.fromkeys(("iterations", "inference_tokens", "prompt_tokens", "finetune_tokens"), 1), "busy_s": 1.0,
@@ -116,6 +116,14 @@ def find_command(words: list[str]) -> tuple[Any, list[str]]:
 def options(command: Any) -> set[str]:
     named = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
     return {"--help"} | {name for name in named if name.startswith("-")}
+
+
+@pages
+def test_files_of_the_project_that_are_named_exist(page: Path) -> None:
+    """From the root, from the package, or from the server, whose section in architecture.md begins there."""
+    package = ROOT / "src" / "coserve"
+    named = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|cpp|sh))`", page.read_text(encoding="utf-8"))
+    assert not [path for path in named if not any((root / path).is_file() for root in (ROOT, package, package / "server"))]
 
 
 @pages

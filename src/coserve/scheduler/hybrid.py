@@ -20,7 +20,7 @@ from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.deadlines import Deadlines
 from coserve.scheduler.fairness import TokenCounters
 from coserve.scheduler.latency import LatencyModel, kind_of
-from coserve.scheduler.policies import IterationKind, Policy
+from coserve.scheduler.policies import Policy, Turn
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
 from coserve.scheduler.seats import FREE_SEATS
@@ -147,7 +147,7 @@ class HybridScheduler:
         running = self._running.values()
         budget = self.deadlines.for_prompts(running, now)
         spare = self.deadlines.for_jobs(running, now, self._typical_prompt_s)
-        if turn is not IterationKind.FINETUNING:
+        if turn is not Turn.FINETUNING:
             self._share_places(now)
             decode = self._decode()
             prefill, waits = self._prefill(now, decode, budget)
@@ -449,15 +449,14 @@ class HybridScheduler:
     # --- finetuning ---
 
     def _finetune(
-        self, now: float, turn: IterationKind, jobs: Sequence[JobWork], only: MicrobatchWork | None, spare: float,
-        cost: PassCost | None,
+        self, now: float, turn: Turn, jobs: Sequence[JobWork], only: MicrobatchWork | None, spare: float, cost: PassCost | None
     ) -> Chosen:
         base = 0.0 if cost is None else self.latency.pass_seconds(cost)
         left = self.policy.seconds(turn, spare - base - self.latency.constant_seconds)
         left = max(min(left, self.config.preemption_quantum_ms / 1e3), self._owed_s)
-        if left <= 0 or not jobs or turn is IterationKind.INFERENCE:
+        if left <= 0 or not jobs or turn is Turn.INFERENCE:
             return Chosen((), (), (), cost, 0.0, {})
-        patient = turn is IterationKind.BOTH and cost is not None
+        patient = turn is Turn.BOTH and cost is not None
 
         def stretch(overdue: bool) -> float:
             most = self.deadlines.stretched(self._running.values(), now, overdue=overdue)

@@ -22,7 +22,7 @@ from coserve.scheduler.deadlines import UNBOUNDED
 from coserve.scheduler.work import MicrobatchWork, Phase
 
 
-class IterationKind(enum.Enum):
+class Turn(enum.Enum):
     """What an iteration may hold."""
 
     BOTH = "both"
@@ -45,24 +45,24 @@ class Policy:
         self._iterations = 0
         self._under_way: int | None = None
 
-    def turn(self, has_inference: bool, has_finetuning: bool, can_wait: bool) -> IterationKind:
+    def turn(self, has_inference: bool, has_finetuning: bool, can_wait: bool) -> Turn:
         """What the next iteration may hold. has_finetuning: whether there is a unit or an optimizer slice to run. can_wait:
         whether every running request can wait until a whole micro-batch is through."""
         if not self.inference:
-            return IterationKind.FINETUNING
+            return Turn.FINETUNING
         if not self.takes_turns:
-            return IterationKind.BOTH
+            return Turn.BOTH
         if not has_finetuning:
-            return IterationKind.INFERENCE
+            return Turn.INFERENCE
         due = can_wait if self.adapts else self._iterations >= self.interval
         if self._under_way is not None or due or not has_inference:
-            return IterationKind.FINETUNING
-        return IterationKind.INFERENCE
+            return Turn.FINETUNING
+        return Turn.INFERENCE
 
-    def seconds(self, turn: IterationKind, left: float) -> float:
+    def seconds(self, turn: Turn, left: float) -> float:
         """The time that units may take. left: what requests leave. Where whole micro-batches take turns with requests, a
         micro-batch's turn has no limit."""
-        return UNBOUNDED if self.takes_turns and turn is IterationKind.FINETUNING else left
+        return UNBOUNDED if self.takes_turns and turn is Turn.FINETUNING else left
 
     def microbatch(self, works: Sequence[MicrobatchWork]) -> MicrobatchWork | None:
         """The micro-batch whose turn it is, among those of jobs that are not paused. It is the one under way, unless that one
