@@ -27,7 +27,7 @@ from coserve import FinetuneConfig, LoraConfig, OptimizerConfig, load_model
 from coserve.config.settings import Compression
 from coserve.model.linear import can_pack
 from coserve.model.locate import locate_model
-from coserve.planning.budget import Workload, fit_plan, shape_adapter, training_bytes
+from coserve.planning.budget import JobPlans, Workload, shape_adapter, training_bytes
 from coserve.text.tokenizer import ChatTokenizer
 from coserve.training.trainer import AdapterTrainer
 
@@ -45,9 +45,8 @@ def probe_coserve(tokens: int, share: float, compression: Compression) -> dict[s
     """Two steps under the budget at `share`."""
     model = load_model(device="cpu", dtype="float32")
     arch, adapter, workload = model.architecture, shape_adapter(model.architecture, LORA), Workload(tokens, tokens)
-    most, least = (
-        fit_plan(arch, adapter, room, workload, itemsize=4, compression=compression) for room in (math.inf, 0)
-    )
+    plans = JobPlans(arch, adapter, workload, itemsize=4, compression=compression)
+    most, least = plans.fastest(), plans.fit(0)
     allowed = math.ceil(least.num_bytes + share * (most.num_bytes - least.num_bytes))
     example = long_example(model, tokens)
     held = resident_bytes()

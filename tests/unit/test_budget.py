@@ -26,9 +26,8 @@ from coserve.model.weights import ModelWeights, load_weights
 from coserve.peft.lora import LoraAdapter
 from coserve.planning.budget import (
     FittedPlan,
+    JobPlans,
     Workload,
-    asked_plan,
-    fit_plan,
     require_memory,
     shape_adapter,
     training_bytes,
@@ -215,25 +214,25 @@ def test_weights_are_loaded_packed_exactly_where_the_budget_says(directories: di
 def test_a_plan_for_any_room(directories: dict[str, Path], family: str, itemsize: int) -> None:
     """It fits, keeps as much as fits, and runs less again where there is more room; below the least nothing fits."""
     arch = Checkpoint(directories[family]).architecture
-    adapter, workload = shape_adapter(arch, LORA), Workload(333, 100)
+    plans = JobPlans(arch, shape_adapter(arch, LORA), Workload(333, 100), itemsize=itemsize)
 
     def fitted(room: float) -> FittedPlan:
-        return fit_plan(arch, adapter, room, workload, itemsize=itemsize)
+        return plans.fit(room)
 
     most, least = fitted(math.inf), fitted(0)
-    assert most.fits and not most.plan.recompute_flops and not least.fits
+    assert not most.plan.recompute_flops and most.num_bytes == plans.fastest().num_bytes
     before = least
     for share in (0.0, 0.1, 0.35, 0.6, 0.85, 1.0):
         room = least.num_bytes + share * (most.num_bytes - least.num_bytes)
         found = fitted(room)
-        assert found.fits and found.num_bytes <= room
+        assert found.num_bytes <= room
         assert found.num_bytes == microbatch_layout(found.plan, 333, arch, itemsize, forward_only=False).total
         assert found.plan.recompute_flops <= before.plan.recompute_flops
         before = found
     assert before.plan.recompute_flops == 0
 
     def asked(value: float | str) -> FittedPlan:
-        return asked_plan(arch, adapter, workload, FinetuneConfig(activation_memory=value), itemsize=itemsize)
+        return plans.asked(FinetuneConfig(activation_memory=value))
 
     wanted = fitted(0.8 * most.num_bytes)
     for value in (0.8, "0.8", 0.8 * most.num_bytes, f"{0.8 * most.num_bytes / 1000!r} kB"):
@@ -259,7 +258,7 @@ def test_finetune_takes_the_plan_that_there_is_memory_for(
     packed = can_pack(DTYPES[dtype], CPU)
 
     def needs(room: float, one_copy: bool) -> int:
-        plan = fit_plan(arch, adapter, room, workload, itemsize=itemsize).plan
+        plan = JobPlans(arch, adapter, workload, itemsize=itemsize).fit(room).plan
         parts = training_bytes(
             arch, plan, adapter.flat.numel(), microbatch_tokens=workload.num_tokens, window_tokens=64, itemsize=itemsize,
             packed=packed, one_copy=one_copy,

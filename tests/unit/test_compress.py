@@ -27,7 +27,7 @@ from coserve.model.decoder import MERGED, NoBypass
 from coserve.model.weights import ModelWeights
 from coserve.ops.vocabulary import Vocabulary
 from coserve.peft.adapter import Adapter, Parameter, num_elements
-from coserve.planning.budget import Workload, fit_plan, shape_adapter
+from coserve.planning.budget import JobPlans, Workload, shape_adapter
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.memory import columns
 from coserve.runtime.microbatch import InFlight, pack
@@ -221,7 +221,7 @@ def test_settings_choose() -> None:
     arch = make_arch()
     adapter = shape_adapter(arch, LoraConfig(r=4))
     found = {
-        how: fit_plan(arch, adapter, 1e12, Workload(64, 64), itemsize=4, compression=how)
+        how: JobPlans(arch, adapter, Workload(64, 64), itemsize=4, compression=how).fit(1e12)
         for how in ("none", "lossless", "fp8")
     }
     assert found["fp8"].num_bytes < found["lossless"].num_bytes == found["none"].num_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 
 from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.core import OptimizerSlice
+from coserve.engine import jobs as engine_jobs
 from coserve.engine.engine import Engine
 from coserve.engine.jobs import LiveJob
+from coserve.engine.verbs import BatchRun, OptimizerRun
 from coserve.finetune import job as job_module
 from coserve.finetune.checkpoints import latest_checkpoint
-from coserve.finetune.job import JobEvent, OptimStep, Score
+from coserve.finetune.job import JobEvent
 from coserve.runtime.loaded import LoadedModel
 from tests.outcome import rows_of
 from tests.tiny_directory import chat_lines, write_lines
@@ -46,10 +49,13 @@ def whole(model: LoadedModel, directory: Path, tmp_path_factory: pytest.TempPath
     return output
 
 
-def start(engine: Engine, directory: Path, output: Path, events: list[JobEvent] | None = None, **options: Any) -> Any:
+def start(
+    engine: Engine, directory: Path, output: Path, events: list[JobEvent] | None = None, config: FinetuneConfig = SFT,
+    **options: Any,
+) -> Any:
     listen = (lambda event: None) if events is None else events.append
     return engine.finetune(
-        directory / "train.jsonl", output, SFT, validation=directory / "valid.jsonl", listen=listen, **options
+        directory / "train.jsonl", output, config, validation=directory / "valid.jsonl", listen=listen, **options
     )
 
 
@@ -60,15 +66,25 @@ def saved_step(output: Path) -> int:
 
 def in_optimizer(job: LiveJob) -> bool:
     """Some elements are updated, and some not."""
-    return isinstance(job._verb, OptimStep) and 0 < job._updated < job.trainer.optimizer.master.numel()
+    return isinstance(job._run, OptimizerRun) and 0 < job._run.updated < job._run.num_elements
 
 
 def validating(job: LiveJob) -> bool:
-    return isinstance(job._verb, Score)
+    return isinstance(job._run, BatchRun) and not job._run.train
 
 
 def in_batch(job: LiveJob) -> bool:
-    return bool(job._in_flight) and not isinstance(job._verb, Score)
+    return isinstance(job._run, BatchRun) and job._run.train and bool(job._run._in_flight)
+
+
+def stop_in_optimizer(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """From `step` on, slices of the optimizer update half of their elements, so that a step's update never ends by itself."""
+    optimize = LiveJob.optimize
+
+    def half(job: LiveJob, part: OptimizerSlice) -> None:
+        optimize(job, part._replace(end=part.end // 2) if job.job.cursor.step >= step else part)
+
+    monkeypatch.setattr(LiveJob, "optimize", half)
 
 
 @pytest.mark.parametrize("place", [in_optimizer, validating, in_batch])
@@ -78,13 +94,7 @@ def test_a_stopped_job_goes_on_without_running_a_step_again(
 ) -> None:
     output, engine = tmp_path / "out", engines()
     if place is in_optimizer:
-        optimize = LiveJob.optimize
-
-        def half(job: LiveJob, part: OptimizerSlice) -> None:
-            wanted = part._replace(end=part.end // 2) if job.job.cursor.step >= step else part
-            optimize(job, wanted)
-
-        monkeypatch.setattr(LiveJob, "optimize", half)
+        stop_in_optimizer(monkeypatch, step)
     start(engine, directory, output)
     (live,) = (engine.step(), *engine.jobs.jobs.values())[1:]
     drive(engine, lambda: live.job.cursor.step >= step and place(live))
@@ -102,6 +112,22 @@ def test_a_stopped_job_goes_on_without_running_a_step_again(
             f"resumed after step {done} from step-{done:08d}"]
     assert rows_of(output) == rows_of(whole)
     assert (output / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_checkpoint_that_is_due_at_the_stop_is_written(
+    engines: MakeEngine, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """The stop ends the optimizer's step, after which the job asks for a checkpoint, be it the first or a later one."""
+    output, engine = tmp_path / "out", engines()
+    stop_in_optimizer(monkeypatch, step)
+    start(engine, directory, output, config=replace(SFT, checkpoint_steps=1))
+    (live,) = (engine.step(), *engine.jobs.jobs.values())[1:]
+    drive(engine, lambda: live.job.cursor.step >= step and in_optimizer(live))
+    monkeypatch.undo()
+    monkeypatch.setattr(engine_jobs, "_SHORT_WRITE_S", 60.0)  # rows are written while the stop waits, as on a quiet machine
+    engine.close()
+    assert saved_step(output) == step + 1
 
 
 def test_every_iteration_is_a_good_moment_to_stop(engines: MakeEngine, directory: Path, whole: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from coserve.kernels import library
 from coserve.model.architecture import read_architecture
 from coserve.model.linear import OutputHead
 from coserve.ops.table import TABLE
-from coserve.planning.budget import Workload, fit_plan, shape_adapter, training_bytes
+from coserve.planning.budget import JobPlans, Workload, shape_adapter, training_bytes
 from coserve.planning.estimate import STAGES, Estimate, Shape, estimate, keep_everything, loss_bytes
 from coserve.runtime.executor import head_rows
 from coserve.runtime.microbatch import microbatch_layout
@@ -264,8 +264,7 @@ def test_a_limit_is_met_closely(smollm2: Case, share: float) -> None:
 def test_a_job_with_the_plans_limit_gets_the_plan(smollm2: Case) -> None:
     found = smollm2.estimate(0.4)
     adapter = shape_adapter(smollm2.shape.arch, LoraConfig(r=16))
-    job = fit_plan(smollm2.shape.arch, adapter, found.in_flight_bytes, Workload(1024, 1024), itemsize=4)
-    assert job.fits
+    job = JobPlans(smollm2.shape.arch, adapter, Workload(1024, 1024), itemsize=4).fit(found.in_flight_bytes)
     assert (job.num_bytes, job.plan.arena_bytes) == (found.in_flight_bytes, found.plan.arena_bytes)
     assert job.plan.recompute_flops == found.plan.recompute_flops
 

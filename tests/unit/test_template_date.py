@@ -11,7 +11,7 @@ import pytest
 from coserve.config.settings import FinetuneConfig
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.job import refuse_changes
-from coserve.training.finetuning import _dated
+from coserve.training.request import _dated
 
 
 def test_a_resumed_job_keeps_its_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

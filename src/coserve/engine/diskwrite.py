@@ -15,6 +15,9 @@ from coserve.finetune.disk import RETRY_S, refusal_of
 class DiskWrite:
     """refusal: why the last try failed, None while none has."""
 
+    answer = None
+    """As the run of a verb has one (verbs.py): nobody waits for more than its end."""
+
     def __init__(self, thread: Executor, action: Callable[[], object]) -> None:
         self._thread, self._action = thread, action
         self.refusal: str | None = None

@@ -44,7 +44,8 @@ from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.seats import FREE_SEATS
 from coserve.scheduler.slo import asked_slo, describe_slo
-from coserve.training.finetuning import prepare_beside
+from coserve.training.finetuning import prepare
+from coserve.training.request import JobRequest
 
 
 class PlanRunner(Protocol):
@@ -207,11 +208,11 @@ class Engine:
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Chunk]()
         handle = self.submit(prompt, sampling, **options)
 
-        def hear(chunk: Chunk) -> None:
+        def notify(chunk: Chunk) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(inbox.put_nowait, chunk)
 
-        handle.listen(hear)
+        handle.listen(notify)
         left = len(handle.outputs)
         try:
             while left:
@@ -260,25 +261,23 @@ class Engine:
         and an event says the numbers; start: an adapter to continue from; weight: its share among jobs; label: its name for a
         watcher. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is written.
         """
-        config, directory = config or FinetuneConfig(), Path(output)
+        directory = Path(output)
         handle = JobHandle(
             name or directory.name, directory,
             lambda action: self._loop.post(lambda: self.jobs.act(handle, action), f"{action} job {handle.label}"),
         )
         handle.label = label or handle.name
 
-        def hear(event: JobEvent) -> None:
+        def notify(event: JobEvent) -> None:
             handle.listen(event)
             listen(event)
 
+        request = JobRequest.of(data, directory, config, validation=validation, start=start, resume=resume, listen=notify)
         with borrowed_team():
-            adapter = config.adapter if start is None else self.model.load_adapter(Path(start)).config
-            assert adapter is not None, "what a file holds has settings"
-            self.jobs.check_config(config, adapter, handle.name)
-            prepared = prepare_beside(
-                self.model, data, directory, config, validation=validation, start=start, resume=resume, listen=hear,
-                check=lambda train, held_out, settings: self.jobs.check_data(train, held_out, settings, adapter),
-            )
+            request = request.read_start(self.model)
+            self.jobs.check(request, handle.name)
+            job = request.resolve(self.model)
+            prepared = prepare(job, self.model, self.jobs.choose_plan(job))
             for plan in (prepared.trainer.plan, prepared.trainer.scoring):
                 self.train.prepare(plan)
         handle.num_steps, handle.step = prepared.job.num_steps, prepared.job.cursor.step
@@ -321,7 +320,7 @@ class Engine:
         ids = {number: [sampled.token for sampled in tokens] for number, tokens in result.tokens.items()}
         self.scheduler.commit(plan, ids, now, result.seconds)
         self._count(plan, result)
-        self.requests.take(plan, result, now)
+        self.requests.apply(plan, result, now)
 
     def _count(self, plan: StepPlan, result: StepResult) -> None:
         counts = self._counts

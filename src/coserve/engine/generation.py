@@ -50,11 +50,11 @@ class Generator:
                 prompt, replace(sampling, seed=sampling.seed + index), adapter=_ADAPTER if with_adapter else None
             )
 
-            def tell(chunk: Chunk, index: int = index) -> None:
+            def notify(chunk: Chunk, index: int = index) -> None:
                 for token in chunk.token_ids:
                     on_token(index, token)
 
-            handle.listen(tell)
+            handle.listen(notify)
             handles.append(handle)
         while engine.step():
             pass

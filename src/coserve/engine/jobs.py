@@ -1,8 +1,6 @@
 """A finetuning job in the engine: its driver's verbs carried out unit by unit, between and beside requests.
 
-    driver --verb--> forward_backward: micro-batches get arenas, their units get scheduled, the objective answers
-                     optim_step: slices       checkpoint: a copy, then written in the background       publish: a copy
-                     write: by a thread
+    driver --verb--> its run (verbs.py): units, slices, copies within plans, or a write by a thread
            <-answer- when the last piece has run
 
 Pausing keeps everything where it is. A failure gives all memory back and harms nobody else. While the disk refuses a job's
@@ -11,11 +9,9 @@ files the job waits, and nobody else does. At the engine's end a job leaves a ch
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
-from concurrent.futures import Executor as ThreadExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,56 +19,17 @@ from torch import Tensor
 from coserve.core import AdapterCopy, CoserveError, JobFailed, OptimizerSlice
 from coserve.engine.diskwrite import DiskWrite
 from coserve.engine.jobhandle import JobHandle
+from coserve.engine.verbs import BatchRun, CopyRun, Host, OptimizerRun, VerbRun
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
-from coserve.finetune.job import ForwardBackward, JobEvent, OptimStep, Publish, SaveCheckpoint, Score, StepRow, Verb, Write
-from coserve.peft.adapter import Adapter
+from coserve.finetune.job import ForwardBackward, JobEvent, OptimStep, SaveCheckpoint, Score, StepRow, Verb, Write
 from coserve.peft.format import save_adapter
-from coserve.scheduler.arenas import ArenaBlocks
-from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
-from coserve.training.batchwork import BatchWork, Microbatch
+from coserve.scheduler.work import JobWork
 from coserve.training.finetuning import PreparedJob
 from coserve.training.trainer import out_of_memory
 
 _SHORT_WRITE_S = 0.005
 """What the engine's thread waits for a row to be written: as a rule it takes a hundredth of that."""
-
-
-class Host(Protocol):
-    """What a job asks of its engine."""
-
-    max_microbatches: int
-    writer: ThreadExecutor
-    """For checkpoints and results."""
-    recorder: ThreadExecutor
-    """For rows, which don't wait for checkpoints."""
-
-    def reserve(self, num_bytes: int) -> tuple[ArenaBlocks, Tensor] | None:
-        """Arena memory, or None while there is none."""
-
-    def release(self, arena: ArenaBlocks) -> None:
-        """Gives it back."""
-
-    def new_number(self) -> int:
-        """A number for a micro-batch."""
-
-    def microbatch_begun(self, number: int, micro: Microbatch, work: MicrobatchWork) -> None:
-        """It may get units."""
-
-    def microbatch_closed(self, number: int) -> None:
-        """It is through."""
-
-    def copy_adapter(self, copy: AdapterCopy) -> None:
-        """The next plan carries it."""
-
-    def publish(self, name: str, adapter: Adapter) -> None:
-        """A new version that requests can use."""
-
-    def stored(self, name: str, adapter: Adapter, directory: Path) -> None:
-        """A published adapter lies in a directory from now on."""
-
-    def shrink_windows(self) -> bool:
-        """After out-of-memory: smaller windows; False if they are smallest."""
 
 
 class LiveJob:
@@ -87,14 +44,7 @@ class LiveJob:
         self.failure: Exception | None = None
         self._driver: Generator[Verb, Any, None] = self.job.work()
         self._answer: Any = None
-        self._verb: Verb | None = None
-        self._batch: BatchWork | None = None
-        self._in_flight: dict[int, tuple[Microbatch, MicrobatchWork, ArenaBlocks]] = {}
-        self._norm = self._rate = 0.0
-        self._updating = False
-        self._updated = 0
-        self._copied: bool | None = None
-        self._row: DiskWrite | None = None
+        self._run: VerbRun | None = None
         self._checkpoints: list[DiskWrite] = []
         self._result: DiskWrite | None = None
         self._waiting = False
@@ -127,27 +77,33 @@ class LiveJob:
 
     def _advance(self) -> bool:
         """One step of the driver or of its verb; False if units have to run first."""
-        if self._verb is None:
-            self._verb, self._answer = self._driver.send(self._answer), None
-            self._start(self._verb)
-        match self._verb:
-            case ForwardBackward() | Score():
-                return self._advance_batch()
-            case OptimStep():
-                if self._updating:
-                    return False
-                self.work.optimizer_elements = self.work.optimizer_done = 0
-                return self._reply(self._norm)
-            case Write():
-                return self._reply(None) if self._row_is_written() else False
+        if self._run is None:
+            self._run = self._begin(self._driver.send(self._answer))
+        if not self._run.done():
+            return False
+        self._answer, self._run = self._run.answer, None
+        return True
+
+    def _begin(self, verb: Verb) -> VerbRun:
+        match verb:
+            case ForwardBackward(groups, step):
+                return BatchRun(self.trainer, self.host, self.number, groups, step, train=True)
+            case Score(groups):
+                return BatchRun(self.trainer, self.host, self.number, groups, train=False)
+            case OptimStep(rate):
+                return OptimizerRun(self.trainer, self.work, rate)
+            case Write(_, action):
+                write = DiskWrite(self.host.recorder, action)
+                write.wait(_SHORT_WRITE_S)
+                return write
             case _:
-                return self._reply(None) if self._copied else False
+                return CopyRun(self.host, self.number, snapshot=isinstance(verb, SaveCheckpoint))
 
     def _disk_takes_all(self) -> bool:
         """Whether no write is being refused. The first refusal becomes an event, and so does their end. Raises errors that more
         tries don't mend."""
         self._checkpoints = [write for write in self._checkpoints if not write.done()]
-        others = [write for write in (self._row, self._result) if write is not None and not write.done()]
+        others = [write for write in (self._run, self._result) if isinstance(write, DiskWrite) and not write.done()]
         refusals = [write.refusal for write in (*self._checkpoints, *others) if write.refusal is not None]
         if bool(refusals) != self._waiting:
             self._waiting = bool(refusals)
@@ -157,86 +113,16 @@ class LiveJob:
             )
         return not refusals
 
-    def _row_is_written(self) -> bool:
-        if self._row is None or not self._row.done():
-            return False
-        self._row = None
-        return True
-
-    def _reply(self, answer: Any) -> bool:
-        self._verb, self._answer = None, answer
-        return True
-
-    def _start(self, verb: Verb) -> None:
-        match verb:
-            case ForwardBackward(groups, step):
-                self._batch = BatchWork(self.trainer, groups, step, train=True)
-            case Score(groups):
-                self._batch = BatchWork(self.trainer, groups, 0, train=False)
-            case OptimStep(rate):
-                optimizer = self.trainer.optimizer
-                self._norm = optimizer.clip()
-                if math.isfinite(self._norm):  # else the driver ends the job
-                    self._updating, self._updated, self._rate = True, 0, rate
-                    self.work.optimizer_elements, self.work.optimizer_done = optimizer.master.numel(), 0
-            case SaveCheckpoint():
-                self._copied = False
-                self.host.copy_adapter(AdapterCopy(self.number, snapshot=True))
-            case Publish():
-                self._copied = False
-                self.host.copy_adapter(AdapterCopy(self.number, snapshot=False))
-            case Write(_, action):
-                self._row = DiskWrite(self.host.recorder, action)
-                self._row.wait(_SHORT_WRITE_S)
-
-    def _advance_batch(self) -> bool:
-        batch = self._batch
-        assert batch is not None
-        for number, (micro, work, arena) in list(self._in_flight.items()):
-            if work.phase is Phase.OBJECTIVE and batch.can_answer(micro):
-                batch.answer(micro)
-                work.answer()
-            if work.phase is Phase.DONE:
-                del self._in_flight[number]
-                batch.close(micro)
-                self.host.microbatch_closed(number)
-                self.host.release(arena)
-        grid = self.trainer.config.grid_tokens
-        # A deterministic job adds its gradients in one order only.
-        most = self.host.max_microbatches if grid is None else 1
-        while batch.next is not None and len(self._in_flight) < most:
-            reserved = self.host.reserve(batch.layout(batch.next).total)
-            if reserved is None:
-                break
-            arena, buffer = reserved
-            micro = batch.begin(buffer)
-            number = self.host.new_number()
-            work = MicrobatchWork(
-                id=number, job=self.number, num_tokens=micro.batch.num_tokens,
-                num_layers=self.trainer.model.architecture.num_layers, lowest=micro.plan.lowest_trained,
-                bounds=micro.batch.bounds, label_rows=micro.batch.host_label_rows.tolist(), forward_only=micro.forward_only,
-                grid=grid, recompute_fraction=micro.plan.recompute_flops / max(1, micro.plan.trained_forward_flops),
-            )
-            self._in_flight[number] = (micro, work, arena)
-            self.host.microbatch_begun(number, micro, work)
-        if batch.finished:
-            self._batch = None
-            return self._reply(batch.result())
-        return False
-
     # --- called while a plan runs ---
 
     def optimize(self, part: OptimizerSlice) -> None:
         """Updates the elements of a slice of the plan."""
-        optimizer = self.trainer.optimizer
-        optimizer.update(part.start, part.end, self._rate)
-        self._updated = part.end
-        if part.end == optimizer.master.numel():
-            optimizer.close_step()
-            self._updating = False
+        assert isinstance(self._run, OptimizerRun)
+        self._run.update(part.start, part.end)
 
     def copy_adapter(self, copy: AdapterCopy) -> None:
         """Publishes the working weights; with a snapshot, the checkpoint is written by the host's writer."""
+        assert isinstance(self._run, CopyRun)
         adapter = self.trainer.adapter.copy()
         self.host.publish(self.handle.name, adapter)
         if copy.snapshot:
@@ -245,7 +131,7 @@ class LiveJob:
             self._checkpoints.append(DiskWrite(self.host.writer, lambda: self._write(cursor, state)))
         else:
             self.trainer.published = adapter
-        self._copied = True
+        self._run.copied = True
 
     def _write(self, cursor: Cursor, state: dict[str, Tensor], unrecorded: StepRow | None = None) -> None:
         model = self.trainer.model
@@ -267,24 +153,15 @@ class LiveJob:
         """Out of memory: the optimizer batch starts again with smaller windows, unless they are fixed. Anything else ends the
         job."""
         self.failure = None
-        if not isinstance(error, torch.OutOfMemoryError) or not isinstance(self._verb, ForwardBackward | Score):
+        if not isinstance(error, torch.OutOfMemoryError) or not isinstance(self._run, BatchRun):
             raise error
         fixed = self.trainer.config.deterministic
         if fixed or not self.host.shrink_windows():
             raise out_of_memory(error, deterministic=fixed) from error
         self.job.listen(JobEvent(level="warn", message="out of memory: smaller windows; the optimizer batch starts again"))
-        self._drop_batch()
         assert self.trainer.adapter.grad is not None
         self.trainer.adapter.grad.zero_()
-        self._start(self._verb)
-
-    def _drop_batch(self) -> None:
-        for number, (micro, _, arena) in self._in_flight.items():
-            micro.state = None
-            self.host.microbatch_closed(number)
-            self.host.release(arena)
-        self._in_flight.clear()
-        self._batch = None
+        self._run.restart()
 
     def _finish(self, result: DiskWrite) -> None:
         """The driver is through; the job has ended when its files are written."""
@@ -316,31 +193,25 @@ class LiveJob:
         self._end("cancelled", None)
 
     def _complete_step(self) -> bool:
-        """Goes on to where units would have to run, without running any; True if the driver has asked for a checkpoint that was
-        not copied. Raises what the driver raises."""
-        asked = False
-        while True:
-            match self._verb:
-                case OptimStep():
-                    if self._updating:
-                        self.optimize(OptimizerSlice(self.number, self._updated, self.trainer.optimizer.master.numel()))
-                    self._reply(self._norm)
-                case Write():
-                    if not self._row_is_written():
-                        return asked  # a checkpoint takes the row with it
-                    self._reply(None)
-                case SaveCheckpoint():
-                    asked = asked or not self._copied
-                    self._reply(None)
-                case None if self.job.cursor.step > self.job.saved_step:
-                    pass
-                case _:
-                    return asked
-            self._verb, self._answer = self._driver.send(self._answer), None
-            if isinstance(self._verb, OptimStep):
-                return asked  # this starts the next step, which is left to the resumed job
-            if isinstance(self._verb, Write):
-                self._start(self._verb)
+        """Goes on to where units would have to run, without running any; True if the job wants a checkpoint of the state that
+        it has then. Raises what the driver raises."""
+        run, answer = self._run, self._answer
+        while run is not None or self.job.cursor.step > self.job.saved_step:
+            match run:
+                case OptimizerRun():
+                    run.complete()
+                case DiskWrite():
+                    if not run.done():
+                        break  # a checkpoint takes the row with it
+                case CopyRun():
+                    return run.snapshot and not run.copied
+                case BatchRun():
+                    break
+            verb = self._driver.send(answer if run is None else run.answer)
+            if not isinstance(verb, Write):  # any other verb starts a part of the job that is left to the one who resumes it
+                return isinstance(verb, SaveCheckpoint)
+            run = self._begin(verb)
+        return False
 
     def _write_last(self, cursor: Cursor, state: dict[str, Tensor], unrecorded: StepRow | None) -> None:
         try:
@@ -350,9 +221,10 @@ class LiveJob:
 
     def _end(self, status: str, error: CoserveError | None) -> None:
         self._driver.close()
-        self._drop_batch()
+        if isinstance(self._run, BatchRun):
+            self._run.drop()
         self._checkpoints.clear()
-        self._row = self._result = None
+        self._run = self._result = None
         if error is not None:
             self.handle.listen(JobEvent(level="error", message=str(error)))
         self.handle.close(status, error)

@@ -15,19 +15,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from coserve.config.settings import AdapterConfig, BottleneckConfig, EngineConfig, FinetuneConfig
-from coserve.config.values import settled
+from coserve.config.settings import BottleneckConfig, EngineConfig
 from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan, WorkUnit
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobs import LiveJob
 from coserve.engine.threads import SideThreads
 from coserve.engine.watching import Watcher
-from coserve.finetune.datasets import Dataset
 from coserve.model.architecture import Architecture
 from coserve.model.memory import GIB
 from coserve.peft.adapter import Adapter
-from coserve.planning.budget import FittedPlan, Workload, asked_plan, fit_plan, shape_adapter
+from coserve.planning.budget import FittedPlan, shape_adapter
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import scoring_plan
@@ -37,6 +35,7 @@ from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.work import MicrobatchWork
 from coserve.training.batchwork import Microbatch
 from coserve.training.finetuning import PreparedJob
+from coserve.training.request import JobRequest, ResolvedJob
 from coserve.training.trainer import MIN_WINDOW
 
 
@@ -76,9 +75,9 @@ class JobTable:
 
     # --- refusals ---
 
-    def check_config(self, config: FinetuneConfig, adapter: AdapterConfig, name: str) -> None:
-        """Refuses settings that an engine can't follow. Raises ConfigError, InvalidRequest."""
-        grid, most = config.grid_tokens, self.config.scheduler.max_window_tokens
+    def check(self, request: JobRequest, name: str) -> None:
+        """Refuses what this engine can't do for a job, before its data is read. Raises ConfigError, InvalidRequest."""
+        grid, most, adapter = request.config.grid_tokens, self.config.scheduler.max_window_tokens, request.adapter
         if grid is not None and grid > most:
             raise ConfigError(
                 f"window_tokens: a deterministic job's windows have {grid} tokens, over the engine's max_window_tokens={most}; "
@@ -97,23 +96,15 @@ class JobTable:
         if any(job.handle.name == name for job in list(self.jobs.values())):
             raise InvalidRequest(f"name: a job called {name!r} is running; name another", param="name")
 
-    def check_data(
-        self, train: Dataset, held_out: Dataset | None, config: FinetuneConfig, settings: AdapterConfig
-    ) -> FittedPlan:
+    def choose_plan(self, job: ResolvedJob) -> FittedPlan:
         """The job's plan: the one with the fewest FLOPs whose largest micro-batch fits beside what inference is guaranteed.
-        Refuses a job for which there is none; a deterministic job's plan depends on no room, only on its settings."""
-        arch, itemsize = self.arch, self.itemsize
-        adapter, room = shape_adapter(arch, settings), self._room
-        workload = Workload.of(train.groups, settled(config.batch_size), config.max_microbatch_tokens)
-        chosen = asked_plan(arch, adapter, workload, config, itemsize=itemsize)
-        if chosen.num_bytes > room and not config.deterministic:
-            chosen = fit_plan(
-                arch, adapter, room, workload, itemsize=itemsize, compression=config.activation_compression
-            )
-        self._check_room(chosen.num_tokens, chosen.num_bytes, "" if config.deterministic else "at least ")
-        if held_out is not None:
-            tokens = min(config.max_microbatch_tokens, sum(group.num_tokens for group in held_out.groups))
-            scoring = scoring_plan(arch, adapter, itemsize=itemsize)
+        Raises CapacityError for a job for which there is none."""
+        arch, itemsize, settings = self.arch, self.itemsize, job.settings
+        chosen = job.plans(arch, itemsize).for_job(settings, self._room)
+        self._check_room(chosen.num_tokens, chosen.num_bytes, "" if settings.deterministic else "at least ")
+        if job.held_out is not None:
+            tokens = min(settings.max_microbatch_tokens, sum(group.num_tokens for group in job.held_out.groups))
+            scoring = scoring_plan(arch, shape_adapter(arch, settings.adapter), itemsize=itemsize)
             self._check_room(tokens, microbatch_layout(scoring, tokens, arch, itemsize, forward_only=True).total, "")
         return chosen
 

@@ -156,7 +156,7 @@ class RequestTable:
                 request.end("error", self.now())
                 self._end_request(number)
 
-    def take(self, plan: StepPlan, result: StepResult, now: float) -> None:
+    def apply(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Gives requests what an iteration sampled for them."""
         starts = {span.request: span.start for span in plan.spans}
         for number, logprobs in result.prompt_logprobs.items():

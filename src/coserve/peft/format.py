@@ -28,7 +28,7 @@ from coserve.peft.kinds import adapter_layout, empty_adapter
 from coserve.peft.remarks import GENERATION_FILE
 from coserve.peft.tensors import BOTTLENECK, CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE, from_file, tensor_name, to_file
 
-__all__ = ["CONFIG_FILE", "ORIGIN_FILE", "WEIGHTS_FILE", "admit_adapter", "load_adapter", "save_adapter"]
+__all__ = ["CONFIG_FILE", "ORIGIN_FILE", "WEIGHTS_FILE", "admit_adapter", "bind_adapter", "save_adapter"]
 
 
 def save_adapter(directory: Path, adapter: Adapter, flat: torch.Tensor, *, base_name: str, fingerprint: str) -> None:
@@ -74,13 +74,9 @@ def _lora_fields(config: LoraConfig, parameters: tuple[Parameter, ...]) -> dict[
     }
 
 
-def load_adapter(
-    directory: Path, weights: ModelWeights, *, fingerprint: str, knows_token: Callable[[str], bool] | None = None,
-    warn: Callable[[str], None] = lambda _: None,
-) -> Adapter:
-    """Reads an adapter for this base. warn: takes what its maker should know, a line each. Raises NotFound, InvalidRequest
-    (another base, shape or kind; unreadable; not finite)."""
-    passed = read_adapter(directory, Base(weights.architecture, fingerprint, weights.dtype, knows_token))
+def bind_adapter(passed: PassedAdapter, weights: ModelWeights, *, warn: Callable[[str], None] = lambda _: None) -> Adapter:
+    """An adapter that passed the gate, on its base's weights. warn: takes what its maker should know, a line each. Raises
+    InvalidRequest if what follows from both is not finite."""
     for warning in passed.warnings:
         warn(warning)
     adapter = empty_adapter(weights.architecture, passed.config, dtype=weights.dtype, device=weights.device)

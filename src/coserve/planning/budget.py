@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from coserve.compiler.plan import ModelPlan
+from coserve.compiler.plan import ModelPlan, TrainingPlans
 from coserve.config.settings import AdapterConfig, Compression, FinetuneConfig
 from coserve.config.values import read_memory
 from coserve.core import CapacityError, Group
@@ -85,12 +85,11 @@ class Workload(NamedTuple):
 
 
 class FittedPlan(NamedTuple):
-    """A plan and what its largest micro-batch takes in flight: kept values, hidden and gradient rows."""
+    """A plan, and what its largest micro-batch of `num_tokens` tokens takes in flight: kept values, hidden rows, gradients."""
 
     plan: ModelPlan
     num_tokens: int
     num_bytes: int
-    fits: bool
     compression: Compression
 
     def __str__(self) -> str:
@@ -102,46 +101,81 @@ class FittedPlan(NamedTuple):
         )
 
 
-def fit_plan(
-    arch: Architecture, adapter: Adapter, room: float, workload: Workload, *, itemsize: int,
-    compression: Compression = "lossless",
-) -> FittedPlan:
-    """The plan with the fewest FLOPs whose largest micro-batch takes at most `room` bytes in flight; if none does, the smallest
-    plan."""
+class JobPlans:
+    """The plans among which a job's is chosen. They differ in what is kept from forward to backward, and so in memory and in
+    FLOPs.
 
-    plans = training_plans(
-        arch, adapter, itemsize=itemsize, sequence_length=workload.sequence_length, compression=compression
-    )
+    compression: of kept values, as FinetuneConfig's activation_compression. itemsize: bytes per element of the model.
+    """
 
-    def fitted(arena_budget: float | None) -> FittedPlan:
-        plan = plans.plan(arena_budget)
-        layout = microbatch_layout(plan, workload.num_tokens, arch, itemsize, forward_only=False)
-        return FittedPlan(plan, workload.num_tokens, layout.total, layout.total <= room, compression)
-
-    most = fitted(None)
-    if most.fits:
-        return most
-    layout = microbatch_layout(most.plan, workload.num_tokens, arch, itemsize, forward_only=False)
-    budget = (room - layout.total + layout.arena) // 64 * 64 / arena_rows(workload.num_tokens)
-    return fitted(max(budget, plans.frontier(num_points=2)[-1].arena_bytes))
-
-
-def asked_plan(
-    arch: Architecture, adapter: Adapter, workload: Workload, config: FinetuneConfig, *, itemsize: int
-) -> FittedPlan:
-    """The plan for a job's settings, whatever memory there is. Raises CapacityError if no plan meets them."""
-    limit, compression = read_memory(config.activation_memory), config.activation_compression
-    most = fit_plan(arch, adapter, math.inf, workload, itemsize=itemsize, compression=compression)
-    if limit is None:
-        return most
-    room = limit * most.num_bytes if limit < 1 else limit
-    found = fit_plan(arch, adapter, room, workload, itemsize=itemsize, compression=compression)
-    if not found.fits:
-        raise CapacityError(
-            f"activation_memory: a micro-batch of {workload.num_tokens} tokens takes at least {found.num_bytes} bytes, "
-            f"{most.num_bytes} without running a product again, and {room:.0f} are allowed; raise it, or lower "
-            "max_microbatch_tokens", param="activation_memory",
+    def __init__(
+        self, arch: Architecture, adapter: Adapter, workload: Workload, *, itemsize: int, compression: Compression = "lossless"
+    ) -> None:
+        self._arch, self._workload, self._itemsize, self._compression = arch, workload, itemsize, compression
+        self._plans = training_plans(
+            arch, adapter, itemsize=itemsize, sequence_length=workload.sequence_length, compression=compression
         )
+
+    def in_flight(self, plan: ModelPlan) -> int:
+        """Bytes that a plan's largest micro-batch takes in flight."""
+        return microbatch_layout(plan, self._workload.num_tokens, self._arch, self._itemsize, forward_only=False).total
+
+    def fastest(self) -> FittedPlan:
+        """The plan with the fewest FLOPs, whatever memory it takes."""
+        return self._fitted(self._plans.plan(None))
+
+    def fit(self, limit: float, cost: Callable[[ModelPlan], float] | None = None) -> FittedPlan:
+        """The plan with the fewest FLOPs that costs at most `limit` bytes; if none does, the one that costs least. cost: of a
+        plan, in bytes; default: what it takes in flight."""
+        return self._fitted(choose_plan(self._plans, limit, cost or self.in_flight))
+
+    def asked(self, config: FinetuneConfig) -> FittedPlan:
+        """The plan for a job's `activation_memory`, whatever memory there is. Raises CapacityError if no plan meets it."""
+        limit, most = read_memory(config.activation_memory), self.fastest()
+        if limit is None:
+            return most
+        room = limit * most.num_bytes if limit < 1 else limit
+        found = self.fit(room)
+        if found.num_bytes > room:
+            raise CapacityError(
+                f"activation_memory: a micro-batch of {found.num_tokens} tokens takes at least {found.num_bytes} bytes, "
+                f"{most.num_bytes} without running a product again, and {room:.0f} are allowed; raise it, or lower "
+                "max_microbatch_tokens", param="activation_memory",
+            )
+        return found
+
+    def for_job(
+        self, config: FinetuneConfig, limit: float | None, cost: Callable[[ModelPlan], float] | None = None
+    ) -> FittedPlan:
+        """The plan for a job's settings where `limit` bytes are free (None: nobody can tell). A deterministic job's depends on
+        its settings only, so that a resumed one has the same. The caller refuses a plan that costs more. cost: as for `fit`."""
+        asked = self.asked(config)
+        cost = cost or self.in_flight
+        if limit is None or config.deterministic or cost(asked.plan) <= limit:
+            return asked
+        # What is in flight stays within what was asked for, even where a plan that keeps more would cost less otherwise.
+        return self.fit(limit, lambda plan: cost(plan) if self.in_flight(plan) <= asked.num_bytes else math.inf)
+
+    def _fitted(self, plan: ModelPlan) -> FittedPlan:
+        return FittedPlan(plan, self._workload.num_tokens, self.in_flight(plan), self._compression)
+
+
+def choose_plan(plans: TrainingPlans, limit: float, cost: Callable[[ModelPlan], float]) -> ModelPlan:
+    """The plan with the fewest FLOPs that costs at most `limit` bytes: between the first point of the frontier that does and
+    the last before it that doesn't. If no point does, the one that costs least."""
+    frontier = [plans.plan(None), *(plans.plan(point.arena_bytes) for point in plans.frontier()[1:])]
+    fitting = next((number for number, point in enumerate(frontier) if cost(point) <= limit), None)
+    if fitting is None:
+        return min(frontier, key=cost)
+    found = frontier[fitting]
+    low, high = found.arena_bytes, frontier[max(0, fitting - 1)].arena_bytes
+    while high - low > 1:
+        budget = (low + high) // 2
+        tried = plans.plan(budget)
+        if cost(tried) <= limit:
+            found, low = tried, budget
+        else:
+            high = budget
     return found
 
 

@@ -18,7 +18,7 @@ from coserve.config.settings import Compression
 from coserve.core import CapacityError
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED
-from coserve.planning.budget import training_bytes
+from coserve.planning.budget import choose_plan, training_bytes
 from coserve.runtime.executor import head_rows
 from coserve.runtime.microbatch import microbatch_layout
 
@@ -163,15 +163,15 @@ def estimate(
     plans = planned(compression)
     whole = planned("none") if plans.compresses else plans
     fastest, first = plans.plan(None), whole.plan(None)
-    curve = _curve(plans, num_points)
+    curve = [fastest, *(plans.plan(point.arena_bytes) for point in plans.frontier(num_points)[1:])]
     if limit is not None and limit < 1:
         limit *= shape.total(fastest)
     asked = before = fastest
     if limit is not None:
-        asked = before = _fit(shape, curve, plans, limit)
+        asked = before = choose_plan(plans, limit, shape.total)
         _check_limit(shape, asked, limit)
     if whole is not plans:
-        before = first if limit is None else _fit(shape, _curve(whole, num_points), whole, limit)
+        before = first if limit is None else choose_plan(whole, limit, shape.total)
     own = {"prune": keep_everything(shape.arch, first, shape.itemsize), "rematerialize": first, "budget": before}
     notes = {**STAGES, "compress": _COMPRESSED[compression] if whole is not plans else "as before: nothing to compress"}
     if before is first:
@@ -187,10 +187,6 @@ def estimate(
     )
 
 
-def _curve(plans: TrainingPlans, num_points: int) -> list[ModelPlan]:
-    return [plans.plan(None), *(plans.plan(point.arena_bytes) for point in plans.frontier(num_points)[1:])]
-
-
 def _check_limit(shape: Shape, least: ModelPlan, limit: float) -> None:
     if shape.total(least) > limit:
         parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in shape.parts(least, shape.window_tokens).items())
@@ -199,27 +195,6 @@ def _check_limit(shape: Shape, least: ModelPlan, limit: float) -> None:
             f"({parts}), and {limit / 1e9:.3g} GB are allowed; lower max_microbatch_tokens or window_tokens",
             param="activation_memory",
         )
-
-
-def _fit(shape: Shape, curve: Sequence[ModelPlan], plans: TrainingPlans, limit: float) -> ModelPlan:
-    """The plan with the fewest FLOPs whose total is at most `limit` bytes: between the curve's first that is and its last that
-    isn't. If none is, the one with the smallest total."""
-    fitting = next((number for number, point in enumerate(curve) if shape.total(point) <= limit), None)
-    if fitting is None:
-        return min(curve, key=shape.total)
-    found = curve[fitting]
-    low, high = float(found.arena_bytes), float(curve[max(0, fitting - 1)].arena_bytes)
-    for _ in range(_HALVINGS):
-        tried = plans.plan((low + high) / 2)
-        if shape.total(tried) <= limit:
-            found, low = tried, (low + high) / 2
-        else:
-            high = (low + high) / 2
-    return found
-
-
-_HALVINGS = 10
-"""Of the range between two points of the curve."""
 
 
 def _stage(shape: Shape, name: str, note: str, plan: ModelPlan) -> Stage:

@@ -1,4 +1,4 @@
-"""A model ready to work: weights on a device, tokenizer, executor."""
+"""A model by its name: found on disk, then ready to work with weights on a device, tokenizer and executor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from coserve.model.locate import DEFAULT_MODEL, locate_model
 from coserve.model.memory import one_copy_to_load
 from coserve.model.weights import ModelWeights, load_weights
 from coserve.peft.adapter import Adapter
-from coserve.peft.format import load_adapter
+from coserve.peft.format import bind_adapter
+from coserve.peft.gate import Base, read_adapter
 from coserve.runtime.executor import Executor
 from coserve.text.tokenizer import ChatTokenizer
 
@@ -33,8 +34,36 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A model whose files are known, and where and in what its weights would be. name: as the user gave it; fingerprint:
+    identifies the base in adapters and checkpoints."""
+
+    name: str
+    checkpoint: Checkpoint
+    fingerprint: str
+    tokenizer: ChatTokenizer
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.directory
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.checkpoint.architecture
+
+    def load(self, one_copy: bool | None = None) -> LoadedModel:
+        """Reads the weights. one_copy: as for `load_model`. Raises InvalidRequest, CapacityError."""
+        if one_copy is None:
+            one_copy = one_copy_to_load(self.architecture, self.dtype, self.device)
+        weights = load_weights(self.checkpoint, dtype=self.dtype, device=self.device, one_copy=one_copy)
+        return LoadedModel(self.name, self.directory, self.fingerprint, self.tokenizer, weights, Executor(weights))
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """name: as the user gave it; fingerprint: identifies the base in adapters and checkpoints."""
+    """A model with its weights in memory. name, fingerprint: as FoundModel's."""
 
     name: str
     directory: Path
@@ -54,11 +83,23 @@ class LoadedModel:
         ids = {*self.architecture.eos_token_ids, *([] if own is None else [own])}
         return frozenset(token for token in ids if 0 <= token < self.architecture.vocab_size)
 
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.dtype
+
     def load_adapter(self, directory: Path, warn: Callable[[str], None] = _log.warning) -> Adapter:
         """An adapter in PEFT's format for this base. warn: takes what its maker should know; default: the log. Raises NotFound,
         InvalidRequest."""
-        knows = self.tokenizer.knows
-        return load_adapter(directory, self.weights, fingerprint=self.fingerprint, knows_token=knows, warn=warn)
+        return bind_adapter(read_adapter(directory, adapter_base(self)), self.weights, warn=warn)
+
+
+def adapter_base(model: FoundModel | LoadedModel) -> Base:
+    """What an adapter must fit to be used on a model."""
+    return Base(model.architecture, model.fingerprint, model.dtype, model.tokenizer.knows)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -96,6 +137,17 @@ def base_fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(repr(shapes).encode() + norm.numpy().tobytes()).hexdigest()[:16]
 
 
+def find_model(
+    name: str | None = None, *, device: str = "auto", dtype: str = "auto", report: Callable[[str], None] = lambda _: None
+) -> FoundModel:
+    """A model by name, without its weights: as `load_model`."""
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place, report)
+    checkpoint = Checkpoint(locate_model(name, report=report))
+    tokenizer = ChatTokenizer.load(checkpoint.directory)
+    return FoundModel(name or DEFAULT_MODEL, checkpoint, base_fingerprint(checkpoint), tokenizer, place, kind)
+
+
 def load_model(
     name: str | None = None, *, device: str = "auto", dtype: str = "auto", report: Callable[[str], None] = lambda _: None,
     one_copy: bool | None = None,
@@ -105,14 +157,4 @@ def load_model(
 
     Raises NotFound, InvalidRequest, ConfigError, CapacityError.
     """
-    place = resolve_device(device)
-    kind = resolve_dtype(dtype, place, report)
-    directory = locate_model(name, report=report)
-    checkpoint = Checkpoint(directory)
-    tokenizer = ChatTokenizer.load(directory)
-    if one_copy is None:
-        one_copy = one_copy_to_load(checkpoint.architecture, kind, place)
-    weights = load_weights(checkpoint, dtype=kind, device=place, one_copy=one_copy)
-    return LoadedModel(
-        name or DEFAULT_MODEL, directory, base_fingerprint(checkpoint), tokenizer, weights, Executor(weights)
-    )
+    return find_model(name, device=device, dtype=dtype, report=report).load(one_copy)

@@ -18,7 +18,7 @@ from coserve.finetune.optimizer import FlatAdamW
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
 from coserve.peft.kinds import new_adapter
-from coserve.planning.budget import Workload, asked_plan
+from coserve.planning.budget import JobPlans, Workload
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.loaded import LoadedModel
 from coserve.runtime.plans import scoring_plan
@@ -69,7 +69,10 @@ class AdapterTrainer:
         itemsize = weights.dtype.itemsize
         if plan is None:
             workload = Workload(config.max_microbatch_tokens, config.max_length or config.max_microbatch_tokens)
-            plan = asked_plan(arch, self.adapter, workload, config, itemsize=itemsize).plan
+            plans = JobPlans(
+                arch, self.adapter, workload, itemsize=itemsize, compression=config.activation_compression
+            )
+            plan = plans.asked(config).plan
         self.plan = plan
         self.scoring = scoring_plan(arch, self.adapter, itemsize=itemsize)
         self.reference_scoring = scoring_plan(arch, self.reference, itemsize=itemsize)

@@ -1,0 +1,180 @@
+"""What a job's driver has asked for, while it is under way in an engine: one object per verb.
+
+    forward_backward, score -> BatchRun: micro-batches get arenas, their units get scheduled, the objective answers
+    optim_step -> OptimizerRun: slices         checkpoint, publish -> CopyRun: a copy within a plan
+
+A short write is a DiskWrite (diskwrite.py). Does not own: which verb comes next (jobs.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Executor as ThreadExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from coserve.core import AdapterCopy, Group
+from coserve.finetune.job import StepLoss
+from coserve.peft.adapter import Adapter
+from coserve.scheduler.arenas import ArenaBlocks
+from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
+from coserve.training.batchwork import BatchWork, Microbatch
+from coserve.training.trainer import AdapterTrainer
+
+
+class Host(Protocol):
+    """What a job asks of its engine."""
+
+    max_microbatches: int
+    writer: ThreadExecutor
+    """For checkpoints and results."""
+    recorder: ThreadExecutor
+    """For rows, which don't wait for checkpoints."""
+
+    def reserve(self, num_bytes: int) -> tuple[ArenaBlocks, Tensor] | None:
+        """Arena memory, or None while there is none."""
+
+    def release(self, arena: ArenaBlocks) -> None:
+        """Gives it back."""
+
+    def new_number(self) -> int:
+        """A number for a micro-batch."""
+
+    def microbatch_begun(self, number: int, micro: Microbatch, work: MicrobatchWork) -> None:
+        """It may get units."""
+
+    def microbatch_closed(self, number: int) -> None:
+        """It is through."""
+
+    def copy_adapter(self, copy: AdapterCopy) -> None:
+        """The next plan carries it."""
+
+    def publish(self, name: str, adapter: Adapter) -> None:
+        """A new version that requests can use."""
+
+    def stored(self, name: str, adapter: Adapter, directory: Path) -> None:
+        """A published adapter lies in a directory from now on."""
+
+    def shrink_windows(self) -> bool:
+        """After out-of-memory: smaller windows; False if they are smallest."""
+
+
+class VerbRun(Protocol):
+    """A verb under way."""
+
+    @property
+    def answer(self) -> Any:
+        """What the driver is sent when the verb is through."""
+
+    def done(self) -> bool:
+        """Goes as far as possible without running units; whether the verb is through."""
+
+
+class BatchRun:
+    """An optimizer batch, or a validation where `train` is False, as micro-batches in flight. job: the job's number. step: the
+    key of the dropout masks."""
+
+    def __init__(
+        self, trainer: AdapterTrainer, host: Host, job: int, groups: Sequence[Group], step: int = 0, *, train: bool
+    ) -> None:
+        self._trainer, self._host, self._job, self.train = trainer, host, job, train
+        self._new_batch = partial(BatchWork, trainer, groups, step, train=train)
+        self._batch = self._new_batch()
+        self._in_flight: dict[int, tuple[Microbatch, MicrobatchWork, ArenaBlocks]] = {}
+
+    @property
+    def answer(self) -> StepLoss:
+        return self._batch.result()
+
+    def done(self) -> bool:
+        for number, (micro, work, arena) in list(self._in_flight.items()):
+            if work.phase is Phase.OBJECTIVE and self._batch.can_answer(micro):
+                self._batch.answer(micro)
+                work.answer()
+            if work.phase is Phase.DONE:
+                del self._in_flight[number]
+                self._batch.close(micro)
+                self._release(number, arena)
+        # A deterministic job adds its gradients in one order only.
+        most = self._host.max_microbatches if self._trainer.config.grid_tokens is None else 1
+        while self._batch.next is not None and len(self._in_flight) < most:
+            reserved = self._host.reserve(self._batch.layout(self._batch.next).total)
+            if reserved is None:
+                break
+            self._begin(*reserved)
+        return self._batch.finished
+
+    def _begin(self, arena: ArenaBlocks, buffer: Tensor) -> None:
+        micro, number = self._batch.begin(buffer), self._host.new_number()
+        work = MicrobatchWork(
+            id=number, job=self._job, num_tokens=micro.batch.num_tokens,
+            num_layers=self._trainer.model.architecture.num_layers, lowest=micro.plan.lowest_trained,
+            bounds=micro.batch.bounds, label_rows=micro.batch.host_label_rows.tolist(), forward_only=micro.forward_only,
+            grid=self._trainer.config.grid_tokens,
+            recompute_fraction=micro.plan.recompute_flops / max(1, micro.plan.trained_forward_flops),
+        )
+        self._in_flight[number] = (micro, work, arena)
+        self._host.microbatch_begun(number, micro, work)
+
+    def drop(self) -> None:
+        """Ends it before it is through; its memory is given back."""
+        for number, (micro, _, arena) in self._in_flight.items():
+            micro.state = None
+            self._release(number, arena)
+        self._in_flight.clear()
+
+    def restart(self) -> None:
+        """Begins the batch again. The gradients must have been set to zero."""
+        self.drop()
+        self._batch = self._new_batch()
+
+    def _release(self, number: int, arena: ArenaBlocks) -> None:
+        self._host.microbatch_closed(number)
+        self._host.release(arena)
+
+
+class OptimizerRun:
+    """An optimizer step, in slices of elements. work: through which the scheduler learns how many are left. rate: the learning
+    rate."""
+
+    def __init__(self, trainer: AdapterTrainer, work: JobWork, rate: float) -> None:
+        self._optimizer, self._work, self._rate = trainer.optimizer, work, rate
+        self.answer = self._optimizer.clip()
+        self.updated = 0
+        self.num_elements = self._optimizer.master.numel() if math.isfinite(self.answer) else 0  # else the driver ends the job
+        work.optimizer_elements, work.optimizer_done = self.num_elements, 0
+
+    def done(self) -> bool:
+        if self.updated < self.num_elements:
+            return False
+        self._work.optimizer_elements = self._work.optimizer_done = 0
+        return True
+
+    def update(self, start: int, end: int) -> None:
+        """Updates elements [start, end)."""
+        self._optimizer.update(start, end, self._rate)
+        self.updated = end
+        if end == self.num_elements:
+            self._optimizer.close_step()
+
+    def complete(self) -> None:
+        """Updates what is left."""
+        if self.updated < self.num_elements:
+            self.update(self.updated, self.num_elements)
+
+
+class CopyRun:
+    """A copy of the working weights, which a plan carries. snapshot: with the optimizer's state, for a checkpoint."""
+
+    answer = None
+
+    def __init__(self, host: Host, job: int, *, snapshot: bool) -> None:
+        self.copied, self.snapshot = False, snapshot
+        host.copy_adapter(AdapterCopy(job, snapshot=snapshot))
+
+    def done(self) -> bool:
+        return self.copied
