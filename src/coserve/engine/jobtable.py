@@ -56,7 +56,7 @@ def shape_of(work: WorkUnit) -> UnitShape:
 
 
 class JobTable:
-    """Jobs by number, and the engine as they see it (jobs.Host). new_number: never gives one twice."""
+    """Jobs by number, and the engine as they see it (verbs.Host). new_number: never gives one twice."""
 
     def __init__(
         self, arch: Architecture, config: EngineConfig, blocks: BlockPool, pool: KeyValuePool, scheduler: HybridScheduler,
@@ -100,7 +100,7 @@ class JobTable:
         """The job's plan: the one with the fewest FLOPs whose largest micro-batch fits beside what inference is guaranteed.
         Raises CapacityError for a job for which there is none."""
         arch, itemsize, settings = self.arch, self.itemsize, job.settings
-        chosen = job.plans(arch, itemsize).for_job(settings, self._room)
+        chosen = job.plans.for_job(settings, self._room)
         self._check_room(chosen.num_tokens, chosen.num_bytes, "" if settings.deterministic else "at least ")
         if job.held_out is not None:
             tokens = min(settings.max_microbatch_tokens, sum(group.num_tokens for group in job.held_out.groups))

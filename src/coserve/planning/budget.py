@@ -111,14 +111,15 @@ class JobPlans:
     def __init__(
         self, arch: Architecture, adapter: Adapter, workload: Workload, *, itemsize: int, compression: Compression = "lossless"
     ) -> None:
-        self._arch, self._workload, self._itemsize, self._compression = arch, workload, itemsize, compression
+        self._arch, self._itemsize, self._compression = arch, itemsize, compression
+        self.num_tokens = workload.num_tokens
         self._plans = training_plans(
             arch, adapter, itemsize=itemsize, sequence_length=workload.sequence_length, compression=compression
         )
 
     def in_flight(self, plan: ModelPlan) -> int:
         """Bytes that a plan's largest micro-batch takes in flight."""
-        return microbatch_layout(plan, self._workload.num_tokens, self._arch, self._itemsize, forward_only=False).total
+        return microbatch_layout(plan, self.num_tokens, self._arch, self._itemsize, forward_only=False).total
 
     def fastest(self) -> FittedPlan:
         """The plan with the fewest FLOPs, whatever memory it takes."""
@@ -157,7 +158,7 @@ class JobPlans:
         return self.fit(limit, lambda plan: cost(plan) if self.in_flight(plan) <= asked.num_bytes else math.inf)
 
     def _fitted(self, plan: ModelPlan) -> FittedPlan:
-        return FittedPlan(plan, self._workload.num_tokens, self.in_flight(plan), self._compression)
+        return FittedPlan(plan, self.num_tokens, self.in_flight(plan), self._compression)
 
 
 def choose_plan(plans: TrainingPlans, limit: float, cost: Callable[[ModelPlan], float]) -> ModelPlan:

@@ -63,9 +63,8 @@ class _Chosen(NamedTuple):
 def _choose_plan(job: ResolvedJob, model: Model) -> _Chosen:
     """The plan with the fewest FLOPs for which the device has memory; packed copies of weights go before activations do.
     Raises CapacityError if there is too little for any plan."""
-    settings, arch, itemsize = job.settings, model.architecture, model.dtype.itemsize
+    settings, arch, available = job.settings, model.architecture, available_bytes(model.device)
     loaded = model.weights if isinstance(model, LoadedModel) else None
-    available, plans = available_bytes(model.device), job.plans(arch, itemsize)
     if available is not None and loaded is not None:
         available += loaded.copied_bytes  # which are counted below, and can be dropped
     packed = can_pack(model.dtype, model.device)
@@ -73,16 +72,16 @@ def _choose_plan(job: ResolvedJob, model: Model) -> _Chosen:
 
     def needs(plan: ModelPlan, one_copy: bool) -> dict[str, int]:
         needed = training_bytes(
-            arch, plan, num_parameters, microbatch_tokens=job.workload.num_tokens, window_tokens=settings.window_tokens,
-            itemsize=itemsize, packed=packed, one_copy=one_copy,
+            arch, plan, num_parameters, microbatch_tokens=job.plans.num_tokens, window_tokens=settings.window_tokens,
+            itemsize=model.dtype.itemsize, packed=packed, one_copy=one_copy,
         )
         if loaded is not None:
             needed.pop("weights")
         return needed
 
-    asked = plans.asked(settings).plan
+    asked = job.plans.asked(settings).plan
     one_copy = packed and available is not None and sum(needs(asked, False).values()) > available
-    fitted = plans.for_job(settings, available, lambda plan: sum(needs(plan, one_copy).values()))
+    fitted = job.plans.for_job(settings, available, lambda plan: sum(needs(plan, one_copy).values()))
     require_memory(needs(fitted.plan, one_copy), available)
     return _Chosen(fitted, one_copy)
 

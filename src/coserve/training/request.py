@@ -96,7 +96,14 @@ class JobRequest:
             recorded = read_record(self.directory).get("settings")
             config = keep_numbers(config, recorded if isinstance(recorded, dict) else {})
         settings = resolve_settings(config.with_adapter(self.adapter), len(train.groups), hidden_size=arch.hidden_size)
-        return ResolvedJob(request=self, train=train, held_out=held_out, settings=settings, max_length=limit)
+        plans = JobPlans(
+            arch, shape_adapter(arch, self.adapter),
+            Workload.of(train.groups, settled(settings.batch_size), settings.max_microbatch_tokens),
+            itemsize=model.dtype.itemsize, compression=settings.activation_compression,
+        )
+        return ResolvedJob(
+            request=self, train=train, held_out=held_out, settings=settings, max_length=limit, plans=plans
+        )
 
     def _describe(self, train: Dataset) -> None:
         report = train.report
@@ -125,6 +132,7 @@ class ResolvedJob:
     """A request whose files have been read.
 
     settings: with a number wherever 'auto' stood, and with the adapter that is trained. max_length: of an example, in tokens.
+    plans: among which the job's is chosen.
     """
 
     request: JobRequest
@@ -132,18 +140,7 @@ class ResolvedJob:
     held_out: Dataset | None
     settings: FinetuneConfig
     max_length: int
-
-    @property
-    def workload(self) -> Workload:
-        """What the job's plan is chosen for."""
-        return Workload.of(self.train.groups, settled(self.settings.batch_size), self.settings.max_microbatch_tokens)
-
-    def plans(self, arch: Architecture, itemsize: int) -> JobPlans:
-        """The plans that the job may have. itemsize: bytes per element of the model."""
-        return JobPlans(
-            arch, shape_adapter(arch, self.settings.adapter), self.workload, itemsize=itemsize,
-            compression=self.settings.activation_compression,
-        )
+    plans: JobPlans
 
 
 def read_record(directory: Path) -> dict[str, Any]:
