@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-full lint types bench openapi clean
+.PHONY: setup demo test test-full lint types bench openapi pictures clean
 
 setup: $(READY)
 
@@ -42,6 +42,9 @@ bench: $(READY)
 
 openapi: $(READY)
 	$(BIN)/python docs/openapi.py
+
+pictures: $(READY)
+	$(BIN)/python docs/pictures.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info demo-output
