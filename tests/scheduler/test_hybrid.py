@@ -220,7 +220,7 @@ def test_the_latest_arrival_is_preempted_and_computed_again(lag: int) -> None:
     fake = engine(num_blocks=12, lag=lag)
     requests = [fake.submit(30, 60, at=0.001 * i) for i in range(4)]
     fake.run()
-    assert all(map(whole, requests)) and fake.scheduler.num_preemptions > 0
+    assert all(map(whole, requests)) and fake.scheduler.admission.num_preemptions > 0
     assert requests[0].state.preemptions == 0
     for state in (request.state for request in requests):
         assert state.begun_s is not None and state.first_token_s is not None
@@ -372,7 +372,7 @@ def test_a_flooding_tenant_harms_itself_only(blocks: int, lag: int) -> None:
     assert attainment(light) >= 0.95
     assert sum(request.finished_s is not None for request in flood) > 20, "the flood is served too"
     assert attainment(flood) < 0.5, "there is more than can be served"
-    assert (fake.scheduler.num_preemptions > 10) == (blocks == 400)
+    assert (fake.scheduler.admission.num_preemptions > 10) == (blocks == 400)
 
 
 def test_a_tenant_does_not_hold_all_places_while_another_waits() -> None:

@@ -322,7 +322,7 @@ def test_forward_then_the_objective_then_backward() -> None:
         assert work.phase is Phase.FORWARD and work.ready
         work.advance(Unit(Direction.FORWARD, *unit))
     assert work.phase is Phase.OBJECTIVE and not work.ready
-    work.answer()
+    work.on_objective()
     for unit in [(2, 3, 5, 10), (2, 3, 0, 5), (0, 2, 0, 10)]:
         assert work.phase is Phase.BACKWARD
         work.advance(Unit(Direction.BACKWARD, *unit))

@@ -195,7 +195,7 @@ class LiveJob:
         for number, (micro, work, arena) in list(self._in_flight.items()):
             if work.phase is Phase.OBJECTIVE and batch.can_answer(micro):
                 batch.answer(micro)
-                work.answer()
+                work.on_objective()
             if work.phase is Phase.DONE:
                 del self._in_flight[number]
                 batch.close(micro)
