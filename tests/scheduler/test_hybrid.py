@@ -148,6 +148,21 @@ def gaps(request: FakeRequest) -> list[float]:
     return [b - a for a, b in zip(request.token_times, request.token_times[1:], strict=False)]
 
 
+def test_a_prompt_that_waits_for_slack_takes_nothing_until_it_begins() -> None:
+    """Its prefix is looked up, with every iteration that it waits, but it counts in the pool's figures once."""
+    fake = engine(law(once=0.098))  # decoding leaves next to nothing of 0.1 s
+    decoding(fake, 60)
+    fake.add_job([[500]] * 4)
+    before, request = fake.pool.stats(), fake.submit(64, 2, ttft_s=2.0)
+    step(fake)
+    for _ in range(10):
+        assert not request.state.running and fake.pool.stats()[4:] == before[4:]
+        step(fake)
+    fake.run(fake.clock() + 8)
+    assert request.finished_s is not None
+    assert fake.pool.stats().queried_tokens == before.queried_tokens + 64
+
+
 def test_the_earliest_deadline_is_prefilled_first() -> None:
     fake = engine(max_num_batched_tokens=64)
     relaxed = fake.submit(200, 2)
