@@ -74,10 +74,6 @@ class Admission:
         request.computed = self.pool.touch(request.key, request.tokens()) if request.cacheable else 0
         return True
 
-    def unclaim(self, request: RequestState) -> None:
-        """Takes back the seat of a waiting request that can't run yet."""
-        self.seats.unclaim(request, has_run=False)
-
     def allocate(self, request: RequestState, num_tokens: int, busy: Container[int]) -> bool:
         """Gives a request with a seat blocks for its first `num_tokens` tokens, so that it runs. False if there are too few.
 

@@ -8,7 +8,7 @@ from coserve.scheduler.requests import RequestState
 
 
 class PassDraft:
-    """Spans that were added so far. requests: the numbers of their requests. cost: of a pass with these spans."""
+    """The spans so far. requests: the numbers of their requests. cost: of a pass with these spans."""
 
     def __init__(self) -> None:
         self.decode: list[Span] = []

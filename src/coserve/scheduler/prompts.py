@@ -2,8 +2,8 @@
 
     order     the least served tenant's prompts first; within a tenant as in waiting.py
     limit     what the pass may take with this prompt. A late prompt may take more than the budget.
-    chunk     an even part of what is left of the prompt. If the limit is too short for it today, the prompt waits until
-              running requests have gained slack.
+    chunk     an even part of what is left of the prompt. If the limit is too short for it now, the prompt waits until running
+              requests have gained slack.
 
 A prompt that waits for slack holds up all behind it, except late ones of its own tenant. Owns: these rules. Does not own: who
 waits and who has memory (admission.py), what running requests can spare (deadlines.py).
@@ -11,9 +11,11 @@ waits and who has memory (admission.py), what running requests can spare (deadli
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 
 from coserve.config.settings import SchedulerConfig
 from coserve.core import PassCost
@@ -27,9 +29,9 @@ from coserve.scheduler.waiting import by_arrival, by_deadline, is_overdue
 LEAST_CHUNK = 16
 """Tokens of the smallest chunk, unless less is left of the prompt."""
 TYPICAL_STEP = 0.1
-"""How far a new prompt's time moves the typical one's: this share of their difference."""
+"""A new prompt moves the typical prompt's time by this share of their difference."""
 MOST_SKIPPED = 16
-"""How many prompts behind one that waits for slack are looked at for late ones."""
+"""While a prompt waits for slack, so many prompts behind it are searched for late ones."""
 LATE = 0.8
 """Beside jobs a prompt isn't late before this share of its TTFT objective has passed."""
 
@@ -54,8 +56,8 @@ class PromptPicker:
     def share_places(self, now: float, num_tenants: int) -> None:
         """Gives a place to a waiting tenant that has fewer than its share, if all places are taken.
 
-        The tenant that has most of them gives it: its latest request is preempted. When that goes on, it finds most of its
-        prefix in the cache. num_tenants: how many tenants have requests.
+        The tenant that has most of them gives it: its latest request is preempted. When that request goes on, it finds most of
+        its prefix in the cache. num_tenants: how many tenants have requests.
         """
         if len(self.admission.running) < self.config.max_num_seqs:
             return
@@ -90,7 +92,7 @@ class PromptPicker:
                 continue
             limits = self._limits(request, running, now, budget, late=late) if draft.decode else (budget, budget)
             if not was_running and not self.admission.claim(request):
-                continue
+                continue  # it is parked
             chunk = self._chunk(request, draft, *limits)
             if chunk and self.admission.allocate(request, request.computed + chunk, draft.requests):
                 if not was_running:
@@ -100,7 +102,7 @@ class PromptPicker:
                 draft.add(request, chunk)
                 continue
             if not was_running:
-                self.admission.unclaim(request)
+                self.admission.seats.unclaim(request, has_run=False)
             if chunk:
                 out_of_memory = True
             else:
@@ -125,18 +127,10 @@ class PromptPicker:
             key = by_arrival if request.tenant in overdue else by_deadline
             return served(request.tenant), *key(request)
 
-        queue = waiting.in_order(served, overdue) if has_place() else iter(())
-        first = next(queue, None)
-        for request in sorted(begun, key=precedence):
-            before = precedence(request)
-            while first is not None and has_place() and precedence(first) < before:
-                yield first
-                first = next(queue, None)
+        queue = takewhile(lambda _: has_place(), waiting.in_order(served, overdue) if has_place() else ())
+        for request in heapq.merge(sorted(begun, key=precedence), queue, key=precedence):
             if request.running or has_place():
                 yield request
-        while first is not None and has_place():
-            yield first
-            first = next(queue, None)
 
     def _is_late(self, request: RequestState, now: float, beside_jobs: bool) -> bool:
         """Whether a prompt would be through by now if requests were served as they come. Running requests wait for a late one.

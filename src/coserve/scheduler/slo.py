@@ -19,10 +19,9 @@ from coserve.scheduler.latency import LatencyModel
 
 NUM_REQUESTS, NUM_TOKENS = 8, 512
 NUM_CHUNKS = (1, 2, 4, 8)
-"""In how many chunks a prompt may come. The fastest number counts, so that a large pass that was measured during a stall
-does not."""
+"""In how many chunks a prompt may come. The fastest way counts, since one large pass may have been measured during a stall."""
 TPOT_FACTOR = 1.5
-"""What it exceeds 1 by is left to jobs, prompts and a few more requests."""
+"""The part above 1 leaves time for jobs, prompts and a few more requests."""
 LEAST = Slo(tpot_s=0.010, ttft_s=1.0)
 """Nobody reads more than a hundred tokens per second, and a shorter iteration holds too little training."""
 
@@ -68,10 +67,8 @@ def asked_slo(tpot_ms: SloMs | None, ttft_ms: SloMs | None, default: Slo) -> Slo
     return Slo(objective_seconds(tpot_ms, default.tpot_s), objective_seconds(ttft_ms, default.ttft_s))
 
 
-def describe_slo(
-    slo: Slo, given: tuple[SloMs | None, SloMs | None], settings: tuple[str, str] | None = None
-) -> str:
-    """Objectives in words, as '85 ms per token, 3.2 s to the first (from this machine's profile; set tpot_ms, ttft_ms)'.
+def describe_slo(slo: Slo, given: tuple[SloMs | None, SloMs | None], settings: tuple[str, str] | None = None) -> str:
+    """Objectives in words, such as '85 ms per token, 3.2 s to the first (from this machine's profile; set tpot_ms, ttft_ms)'.
 
     given: TPOT and TTFT in the settings, None where nothing was set. settings: the names of these two; None leaves them out.
     """

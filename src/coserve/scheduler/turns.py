@@ -1,7 +1,7 @@
 """When a request would have its first token if requests were served as they come.
 
-This time is the request's fcfs_s. After it, a prompt is late (prompts.py). After 1.5 times as long, its tenant's prompts go in
-order of arrival (waiting.py).
+This time is the request's fcfs_s. A prompt that still waits then is late (prompts.py). Once it has waited 1.5 times as long,
+its tenant's prompts go in order of arrival (waiting.py).
 
 Each tenant has a clock: a prompt begins when the tenant's prompts before it are through, and it gets the tenant's share of the
 machine. Decoding isn't counted, so that a real engine that serves first come, first served is never earlier.

@@ -8,7 +8,7 @@ Units wait in two cases. StarvationGuard ends the wait:
 
     inefficient   No shape that fits is efficient. Slack that is not used adds up, so that a larger one fits later. After
                   PATIENCE iterations any shape will do.
-    stuck         A micro-batch on a grid has no choice of windows, and is never fused. It is its job's turn, and the unit does
+    stuck         A micro-batch on a grid has no choice of windows, and is never fused. When its job's turn comes, its unit may
                   not fit even over one layer. After PATIENCE iterations other jobs wait too, so that slack adds up, and the
                   unit may take all of the slack, over the ITL cap. After OVERDUE iterations the unit may last until the first
                   request would become infeasible, and other jobs go on.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 from coserve.core import Direction, OptimizerSlice, PassCost, Unit, UnitCost, WorkUnit
@@ -55,8 +56,12 @@ class Candidate(NamedTuple):
         return self.work / max(self.seconds, 1e-9)
 
 
-_Found = tuple[JobWork, MicrobatchWork, Candidate]
-"""A unit that comes next, of which job and micro-batch."""
+class _Found(NamedTuple):
+    """A unit that may come next, with its job and micro-batch."""
+
+    job: JobWork
+    work: MicrobatchWork
+    candidate: Candidate
 
 
 @dataclass(slots=True)
@@ -90,7 +95,7 @@ class StarvationGuard:
         return LEAST_EFFICIENCY if patient and self._idle < PATIENCE else 0.0
 
     def may_stretch(self, patient: bool) -> bool:
-        """Whether a stuck unit may take more than its share of the iteration, and other jobs wait for it."""
+        """Whether a stuck unit may take more than what is left of the iteration, and other jobs wait for it."""
         return self._stuck > PATIENCE or not patient
 
     @property
@@ -133,11 +138,10 @@ class UnitPicker:
         stuck = self._stuck_unit(jobs, seconds, only)
         self.guard.on_turn(is_stuck=stuck is not None)
         if stuck is not None and self.guard.may_stretch(patient):
-            unit = stuck[2]
-            if unit.seconds <= stretch(self.guard.is_overdue):
+            if stuck.candidate.seconds <= stretch(self.guard.is_overdue):
                 self.guard.on_stretched()
-                self._add(chosen, *stuck)
-                chosen.seconds = unit.seconds
+                self._add(chosen, stuck)
+                chosen.seconds = stuck.candidate.seconds
                 return chosen
             if not self.guard.is_overdue:
                 return chosen
@@ -151,13 +155,14 @@ class UnitPicker:
             found = self._best(chosen, jobs, left, least, only, fuse=fuse)
             if found is None:
                 break
-            left -= found[2].seconds
-            self._add(chosen, *found)
+            left -= found.candidate.seconds
+            self._add(chosen, found)
         chosen.seconds = seconds - left
         self.guard.on_filled(is_empty=not (chosen.units or chosen.optimizer))
         return chosen
 
-    def _add(self, chosen: Chosen, job: JobWork, work: MicrobatchWork, best: Candidate) -> None:
+    def _add(self, chosen: Chosen, found: _Found) -> None:
+        job, work, best = found
         unit = best.unit.unit
         chosen.units.append(best.unit)
         tokens = (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / self.num_layers
@@ -197,17 +202,13 @@ class UnitPicker:
             if ready:
                 least = [(self._least(work), work) for work in ready if work.grid is not None]
                 candidate, work = min(least, key=lambda item: item[0].seconds, default=(None, ready[0]))
-                return (job, work, candidate) if candidate is not None and candidate.seconds > seconds else None
+                return _Found(job, work, candidate) if candidate is not None and candidate.seconds > seconds else None
         return None
 
     def _least(self, work: MicrobatchWork) -> Candidate:
         """The next unit of a micro-batch on a grid, over one layer."""
-        if work.phase is Phase.FORWARD:
-            start, end = self._forward_window(work)
-            found = self._layers(work, Direction.FORWARD, work.layer, work.layer + 1, start, end, UNBOUNDED)
-        else:
-            row, layer = work.backward_row, work.backward_layer
-            found = self._layers(work, Direction.BACKWARD, layer, layer + 1, row - self._backward_rows(work), row, UNBOUNDED)
+        *_, shape = self._shapes(work)
+        found = self._fitted(work, shape._replace(layer_end=shape.layer_start + 1), UNBOUNDED)
         assert found is not None
         return found
 
@@ -248,14 +249,15 @@ class UnitPicker:
             for work in job.microbatches.values():
                 if not work.ready or (only is not None and work is not only):
                     continue
-                candidates = [*self._candidates(work, left)]
+                fitted = (self._fitted(work, shape, left) for shape in self._shapes(work))
+                candidates = list(islice(filter(None, fitted), 1))
                 if inference is not None and work.id not in begun:
                     candidates += self._fused_candidates(work, left, inference)
                 bar = least * self._best_efficiency(work)
                 found += [(candidate, work) for candidate in candidates if candidate.efficiency >= bar]
             if found:
                 candidate, work = max(found, key=rank)
-                return job, work, candidate
+                return _Found(job, work, candidate)
         return None
 
     def _best_efficiency(self, work: MicrobatchWork) -> float:
@@ -272,60 +274,26 @@ class UnitPicker:
 
     # --- shapes ---
 
-    def _candidates(self, work: MicrobatchWork, left: float) -> Iterator[Candidate]:
-        if work.phase is Phase.FORWARD:
-            yield from self._forward(work, left)
-        elif work.phase is Phase.BACKWARD:
-            yield from self._backward(work, left)
-
-    def _forward(self, work: MicrobatchWork, left: float) -> Iterator[Candidate]:
-        """The next forward unit that is not fused, if one fits.
-
-        Between windows it is a new window, the largest that fits, over as many layers as fit. Within a window it is the whole
-        window over as many layers as fit, or else the largest piece of it that fits over one layer.
-        """
-        layers = self.num_layers
-        if work.grid is not None:
-            shapes = [(*self._forward_window(work), layers)]
-        elif work.between_windows:
-            shapes = [(work.end, work.end + rows, layers) for rows in self._sizes(work.num_tokens - work.end)]
-        else:
-            whole = [(work.start, work.end, layers)] if work.row == work.start else []
-            pieces = ((work.row, work.row + rows, work.layer + 1) for rows in self._sizes(work.end - work.row))
-            shapes = [*whole, *pieces]
-        for start, end, last in shapes:
-            candidate = self._layers(work, Direction.FORWARD, work.layer, last, start, end, left)
-            if candidate is not None:
-                yield candidate
-                return
-
-    def _backward(self, work: MicrobatchWork, left: float) -> Iterator[Candidate]:
-        """The next backward unit, if one fits: whole layers if the micro-batch fits into one window, or else the largest window
-        that fits of one layer, from the right."""
-        top = work.backward_layer + 1
-        if work.backward_row == work.num_tokens <= (work.grid or self.max_window):
-            candidate = self._layers(work, Direction.BACKWARD, work.lowest, top, 0, work.num_tokens, left)
-            if candidate is not None:
-                yield candidate
-                return
-        for rows in self._sizes(work.backward_row) if work.grid is None else [self._backward_rows(work)]:
-            start = work.backward_row - rows
-            candidate = self._layers(work, Direction.BACKWARD, top - 1, top, start, work.backward_row, left)
-            if candidate is not None:
-                yield candidate
-                return
-
-    @staticmethod
-    def _forward_window(work: MicrobatchWork) -> tuple[int, int]:
-        """The next window on a grid, or the one under way."""
-        assert work.grid is not None
-        return (work.end, min(work.end + work.grid, work.num_tokens)) if work.between_windows else (work.start, work.end)
-
-    @staticmethod
-    def _backward_rows(work: MicrobatchWork) -> int:
-        """How many rows there are down to the next multiple of the grid."""
-        assert work.grid is not None
-        return (work.backward_row - 1) % work.grid + 1
+    def _shapes(self, work: MicrobatchWork) -> Iterator[Unit]:
+        """The units that may come next and are not fused, the largest first, each over as many layers as it may have."""
+        if work.phase is Phase.BACKWARD:
+            top, row = work.backward_layer + 1, work.backward_row
+            if row == work.num_tokens <= (work.grid or self.max_window):
+                yield Unit(Direction.BACKWARD, work.lowest, top, 0, row)
+            for rows in self._sizes(row) if work.grid is None else [(row - 1) % work.grid + 1]:
+                yield Unit(Direction.BACKWARD, top - 1, top, row - rows, row)
+            return
+        window = Unit(Direction.FORWARD, work.layer, self.num_layers, work.start, work.end)
+        if work.between_windows:
+            ahead = work.num_tokens - work.end
+            for rows in self._sizes(ahead) if work.grid is None else [min(work.grid, ahead)]:
+                yield window._replace(start=work.end, end=work.end + rows)
+            return
+        if work.row == work.start:
+            yield window
+        if work.grid is None:
+            for rows in self._sizes(work.end - work.row):
+                yield window._replace(layer_end=work.layer + 1, start=work.row, end=work.row + rows)
 
     def _sizes(self, rows: int) -> Iterator[int]:
         """Window sizes to try, the largest first. All `rows` at once are tried too, if the limit allows them."""
@@ -335,11 +303,10 @@ class UnitPicker:
             if size < limit:
                 yield size
 
-    def _layers(
-        self, work: MicrobatchWork, direction: Direction, first: int, last: int, start: int, end: int, left: float
-    ) -> Candidate | None:
-        """The unit over as many of the layers [first, last) as fit into `left` seconds; None if not even one fits. Forward
-        begins with the lowest layer, backward with the highest."""
+    def _fitted(self, work: MicrobatchWork, shape: Unit, left: float) -> Candidate | None:
+        """The unit over as many of its layers as fit into `left` seconds; None if not even one fits. Forward begins with the
+        lowest layer, backward with the highest."""
+        direction, first, last, start, end = shape
         backward = direction is Direction.BACKWARD
         pairs = work.pairs(start, end)
 
