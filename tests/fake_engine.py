@@ -204,7 +204,7 @@ class FakeRunner:
                 top = not backward and unit.layer_end == work.num_layers
                 units.append(UnitCost(backward, unit.end - unit.start, unit.layer_end - unit.layer_start,
                                       work.pairs(unit.start, unit.end), work.labels(unit.start, unit.end) if top else 0))
-        refresh = sum(self.scheduler.jobs[part.job].refreshing(part.end - part.start) for part in plan.optimizer)
+        refresh = sum(self.scheduler.jobs[part.job].slice_refresh_seconds(part.end - part.start) for part in plan.optimizer)
         return Contents(cost, tuple(units), sum(part.end - part.start for part in plan.optimizer), refresh)
 
     # --- run ---
@@ -293,7 +293,7 @@ class FakeEngine:
     ) -> FakeRequest:
         """A request that arrives at a time, by default now. prompt: its tokens, or how many (unlike all others')."""
         self._numbers += 1
-        number, default = self._numbers, self.scheduler.objectives
+        number, default = self._numbers, self.scheduler.slo
         tokens = [number * 1_000_003 + i for i in range(prompt)] if isinstance(prompt, int) else list(prompt)
         state = RequestState(
             id=number, tenant=tenant, prompt=tokens, max_tokens=max_tokens, key=key,
@@ -395,7 +395,7 @@ class FakeEngine:
         for work in list(job.waiting):
             progress = self.runner.microbatches[work.id]
             if work.id in job.through and work.phase is Phase.OBJECTIVE and (all_forward or not job.grouped):
-                work.answer()
+                work.on_objective()
                 progress.answered = True
                 job.through.discard(work.id)
                 if work.forward_only:

@@ -127,6 +127,19 @@ def test_without_caching_nothing_is_shared() -> None:
     assert (pool.num_cached, pool.num_free) == (0, 4)
 
 
+def test_a_touched_prefix_is_evicted_last() -> None:
+    pool = BlockPool(4, 2)
+    remembered(pool, "a", [1, 2, 3, 4])  # blocks 0, 1
+    remembered(pool, "b", [5, 6, 7, 8])  # blocks 2, 3
+    assert pool.touch(KEY, [1, 2, 3, 4, 5]) == 4 and pool.touch(KEY, [9, 9, 9]) == 0
+    pool.check_integrity()
+    pool.allocate("c", 4)
+    assert pool.table("c") == [3, 2] and pool.match(KEY, [1, 2, 3, 4, 5]) == 4
+    pool.allocate("c", 6)
+    assert pool.table("c") == [3, 2, 1], "of the touched prefix the last block"
+    assert (pool.stats().hits_tokens, pool.stats().queried_tokens) == (0, 8), "touching is no use of the cache"
+
+
 def test_free_blocks_go_before_cached_ones_and_a_prefix_outlives_what_continues_it() -> None:
     pool = BlockPool(5, 2)
     remembered(pool, "a", [1, 2, 3, 4])  # blocks 0, 1
@@ -353,10 +366,13 @@ class Pool(RuleBasedStateMachine):
         return {block for owner in self.requests for block in self.pool.table(owner)}
 
     @precondition(lambda self: len(self.requests) < 5)
-    @rule(data=st.data(), key=KEYS, tokens=TOKENS, at_once=st.booleans())
-    def arrive(self, data: st.DataObject, key: PrefixKey, tokens: list[int], at_once: bool) -> None:
+    @rule(data=st.data(), key=KEYS, tokens=TOKENS, at_once=st.booleans(), touched=st.booleans())
+    def arrive(self, data: st.DataObject, key: PrefixKey, tokens: list[int], at_once: bool, touched: bool) -> None:
         owner = data.draw(st.sampled_from([each for each in OWNERS if each not in self.requests]))
         matched = self.pool.match(key, tokens)
+        if touched:
+            assert self.pool.touch(key, tokens) == matched
+            self.pool.check_integrity()
         covered = self.pool.acquire(owner, key, tokens)
         assert covered == matched and covered % self.pool.block_tokens == 0 and covered <= max(0, len(tokens) - 1)
         assert len(self.pool.table(owner)) * self.pool.block_tokens == covered

@@ -148,6 +148,21 @@ def gaps(request: FakeRequest) -> list[float]:
     return [b - a for a, b in zip(request.token_times, request.token_times[1:], strict=False)]
 
 
+def test_a_prompt_that_waits_for_slack_takes_nothing_until_it_begins() -> None:
+    """Its prefix is looked up, with every iteration that it waits, but it counts in the pool's figures once."""
+    fake = engine(law(once=0.098))  # decoding leaves next to nothing of 0.1 s
+    decoding(fake, 60)
+    fake.add_job([[500]] * 4)
+    before, request = fake.pool.stats(), fake.submit(64, 2, ttft_s=2.0)
+    step(fake)
+    for _ in range(10):
+        assert not request.state.running and fake.pool.stats()[4:] == before[4:]
+        step(fake)
+    fake.run(fake.clock() + 8)
+    assert request.finished_s is not None
+    assert fake.pool.stats().queried_tokens == before.queried_tokens + 64
+
+
 def test_the_earliest_deadline_is_prefilled_first() -> None:
     fake = engine(max_num_batched_tokens=64)
     relaxed = fake.submit(200, 2)
@@ -220,7 +235,7 @@ def test_the_latest_arrival_is_preempted_and_computed_again(lag: int) -> None:
     fake = engine(num_blocks=12, lag=lag)
     requests = [fake.submit(30, 60, at=0.001 * i) for i in range(4)]
     fake.run()
-    assert all(map(whole, requests)) and fake.scheduler.num_preemptions > 0
+    assert all(map(whole, requests)) and fake.scheduler.admission.num_preemptions > 0
     assert requests[0].state.preemptions == 0
     for state in (request.state for request in requests):
         assert state.begun_s is not None and state.first_token_s is not None
@@ -372,7 +387,7 @@ def test_a_flooding_tenant_harms_itself_only(blocks: int, lag: int) -> None:
     assert attainment(light) >= 0.95
     assert sum(request.finished_s is not None for request in flood) > 20, "the flood is served too"
     assert attainment(flood) < 0.5, "there is more than can be served"
-    assert (fake.scheduler.num_preemptions > 10) == (blocks == 400)
+    assert (fake.scheduler.admission.num_preemptions > 10) == (blocks == 400)
 
 
 def test_a_tenant_does_not_hold_all_places_while_another_waits() -> None:

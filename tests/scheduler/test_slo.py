@@ -59,7 +59,7 @@ def test_two_digits_are_kept_where_they_are_exact() -> None:
 
 def test_settings_go_before_the_profile() -> None:
     def default(**settings: Any) -> Slo:
-        return FakeEngine(SchedulerConfig(**settings), law()).scheduler.objectives
+        return FakeEngine(SchedulerConfig(**settings), law()).scheduler.slo
 
     assert default() == (0.026, 4.3)
     assert default(tpot_ms=60) == (0.06, 4.3)

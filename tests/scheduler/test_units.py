@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from coserve.core import Direction, PassCost, StepPlan, Unit, WorkUnit
-from coserve.scheduler.units import PATIENCE, UnitPicker
+from coserve.scheduler.units import OVERDUE, PATIENCE, UnitPicker
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 from tests.fake_engine import FakeEngine
 from tests.fake_machine import decoding, engine, law, step
@@ -127,6 +127,26 @@ def test_a_backward_that_runs_forward_again_gets_fewer_layers_in_the_same_time()
         layers.append(found.layer_end - found.layer_start)
         assert (found.direction, found.end - found.start) == (Direction.BACKWARD, 2000)
     assert layers[1] < layers[0]
+
+
+def test_a_stuck_unit_waits_then_stops_others_then_lets_them_go_on() -> None:
+    """One job's unit never fits, whatever it may stretch to. Another job has small units."""
+    picker, (small,), cost = small_slack(engine(law(layers=0.002, row_layer=0.00002)))
+    long = MicrobatchWork(id=2, job=2, num_tokens=2000, num_layers=4, lowest=0, bounds=[(0, 2000)], label_rows=[], grid=2000)
+    stuck, asked = JobWork(id=2, tenant="", microbatches={2: long}), list[bool]()
+
+    def stretch(overdue: bool) -> float:
+        asked.append(overdue)
+        return 0.0
+
+    ran = []
+    for _ in range(OVERDUE + 2):
+        small.microbatches[1].start = small.microbatches[1].end = small.microbatches[1].layer = small.microbatches[1].row = 0
+        ran.append(bool(picker.pick([stuck, small], 0.03, cost, fuse=False, stretch=stretch).units))
+    assert ran == [True] * PATIENCE + [False] * (OVERDUE - PATIENCE) + [True] * 2
+    assert asked == [False] * (OVERDUE - PATIENCE) + [True] * 2
+    assert picker.pick([stuck, small], 0.03, cost, fuse=False, stretch=lambda overdue: 1.0).units[0].microbatch == 2
+    assert picker.pick([stuck, small], 0.03, cost, fuse=False, stretch=stretch).units[0].microbatch == 1, "it counts anew"
 
 
 # --- a deterministic job's grid ---
@@ -322,7 +342,7 @@ def test_forward_then_the_objective_then_backward() -> None:
         assert work.phase is Phase.FORWARD and work.ready
         work.advance(Unit(Direction.FORWARD, *unit))
     assert work.phase is Phase.OBJECTIVE and not work.ready
-    work.answer()
+    work.on_objective()
     for unit in [(2, 3, 5, 10), (2, 3, 0, 5), (0, 2, 0, 10)]:
         assert work.phase is Phase.BACKWARD
         work.advance(Unit(Direction.BACKWARD, *unit))

@@ -39,10 +39,10 @@ from coserve.runtime.cache import KeyValuePool, block_bytes
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor
 from coserve.runtime.loaded import LoadedModel
+from coserve.scheduler.admission import Seats
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.latency import LatencyModel
-from coserve.scheduler.seats import FREE_SEATS
 from coserve.scheduler.slo import asked_slo, describe_slo
 from coserve.training.finetuning import prepare
 from coserve.training.request import JobRequest
@@ -128,7 +128,7 @@ class Engine:
     @property
     def objectives(self) -> Slo:
         """Of requests that set none: the settings', or where those say nothing, from the profile."""
-        return self.scheduler.objectives
+        return self.scheduler.slo
 
     def now(self) -> float:
         """The engine's clock, in seconds."""
@@ -348,7 +348,7 @@ class Engine:
             self.requests.cancel(list(self.requests.live))
             self.jobs.stop_all()
         self.adapters.close()
-        self.scheduler.seats = FREE_SEATS
+        self.scheduler.admission.seats = Seats()
         self.jobs.close()
         self.pool.release()
 
@@ -402,7 +402,7 @@ class Engine:
         return {
             **self._counts, "requests_finished": self.requests.num_finished, "requests_cancelled": self.requests.num_cancelled,
             "running": self.scheduler.num_running, "waiting": self.scheduler.num_waiting, "jobs": len(self.jobs.jobs),
-            "preemptions": self.scheduler.num_preemptions,
+            "preemptions": self.scheduler.admission.num_preemptions,
             "prediction_errors": {kind: e._asdict() for kind, e in self.scheduler.latency.errors().items()},
             "reserve": self.scheduler.latency.reserve(),
             "unit_shapes": [{**shape._asdict(), "count": count} for shape, count in self.jobs.shapes.copy().items()],

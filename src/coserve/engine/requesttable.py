@@ -15,6 +15,7 @@ from coserve.engine.adapters import AdapterRegistry, AdapterVersion
 from coserve.engine.requests import Chunk, LiveRequest, RequestHandle
 from coserve.runtime.loaded import LoadedModel
 from coserve.runtime.spans import NO_ADAPTER
+from coserve.scheduler.admission import Seats
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.prefix import PrefixKey
@@ -22,7 +23,7 @@ from coserve.scheduler.requests import RequestState
 from coserve.text.stream import TextStream
 
 
-class RequestTable:
+class RequestTable(Seats):
     """Outputs being made, by number. new_number: never gives one twice; now: the engine's clock."""
 
     def __init__(
@@ -31,8 +32,8 @@ class RequestTable:
     ) -> None:
         self.model, self.blocks, self.scheduler, self.adapters = model, blocks, scheduler, adapters
         self.new_number, self.now = new_number, now
-        scheduler.seats = self
-        adapters.wake = lambda version: scheduler.unpark(version.name, version.number)
+        scheduler.admission.seats = self
+        adapters.wake = lambda version: scheduler.admission.unpark(version.name, version.number)
         adapters.fail = self.fail_version
         self.live: dict[int, LiveRequest] = {}
         self.num_finished = self.num_cancelled = 0

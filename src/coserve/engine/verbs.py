@@ -94,7 +94,7 @@ class BatchRun:
         for number, (micro, work, arena) in list(self._in_flight.items()):
             if work.phase is Phase.OBJECTIVE and self._batch.can_answer(micro):
                 self._batch.answer(micro)
-                work.answer()
+                work.on_objective()
             if work.phase is Phase.DONE:
                 del self._in_flight[number]
                 self._batch.close(micro)

@@ -3,8 +3,8 @@
     blocks:   0 .. 9 | 10 11 12 13 | 14 15 16 | 17 18 19       [10, 14) and [17, 20) are arenas, boundary = 10
                           arena        gap       arena
 
-The blocks of a gap are ordinary ones for the cache: since it fills from the bottom, they are the last that it takes. An
-arena that fits into a gap goes there, at its upper end; else below all others.
+A gap is left where an arena was released. Its blocks are ordinary ones for the key-value cache, which takes the lowest blocks
+first and these last. A new arena goes to the upper end of the highest gap that it fits into, or else below all other arenas.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ class ArenaBlocks(NamedTuple):
 
 
 def highest_fit(arenas: Sequence[ArenaBlocks], num_blocks: int, size: int) -> ArenaBlocks | None:
-    """The highest `size` contiguous blocks outside `arenas` (in ascending order); None if there are none."""
+    """The highest `size` contiguous blocks of a pool of `num_blocks` that are in no arena; None if there are none.
+
+    arenas: in ascending order.
+    """
     end = num_blocks
     for arena in reversed(arenas):
         if end - arena.end >= size:

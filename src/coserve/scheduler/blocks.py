@@ -3,12 +3,19 @@
     blocks:   0  1  2  3  4  5  6  7 | 8  9 10 11       owners' blocks from the bottom, lowest first;
     held by:  AB A  B  c  B  c  -  - | arena            training arenas from the top (arenas.py)
 
-Every block is in one of four states: owned (in the tables of one or more owners), cached (idle: no owner, but it holds a known
-prefix and is kept until its room is wanted), free, or part of an arena. Only full blocks enter the prefix tree (prefix.py), so
-a shared block is never written again. `seal` enters them, `acquire` shares them, eviction takes the longest unused first.
+Every block is in one of four states:
 
-The tree may know a prefix by another block than an owner's own, when two owners computed it at the same time. If that block is
-evicted, all below it in the tree go out with it, the owner's blocks included; the owner's next `seal` enters its own instead.
+    owned     It is in the table of an owner, or in those of several.
+    cached    It has no owner, but holds a known prefix. It is kept until its memory is needed.
+    free      It holds nothing.
+    arena     It is part of a training arena.
+
+The prefix tree (prefix.py) knows which block holds which tokens. Only full blocks enter it, so that a shared block is never
+written again. `seal` enters blocks, `acquire` shares them, and eviction takes the longest unused ones out.
+
+When two owners compute the same prefix at the same time, the tree knows it by the block of one of them. If that block is
+evicted, all blocks that continue its prefix leave the tree too, those of the other owner included. The next `seal` of the
+other owner enters its own blocks instead.
 """
 
 from __future__ import annotations
@@ -25,7 +32,8 @@ from coserve.scheduler.prefix import PrefixKey, PrefixNode, PrefixTree
 
 
 class PoolStats(NamedTuple):
-    """used, cached, free, arena: blocks in each state, which add up to the pool. Tokens: of all `acquire` calls so far."""
+    """used (owned), cached, free, arena: the number of blocks in each state. queried_tokens: tokens that all calls of `acquire`
+    looked up. hits_tokens: those of them that they found."""
 
     used: int
     cached: int
@@ -37,7 +45,7 @@ class PoolStats(NamedTuple):
 
 @dataclass(slots=True)
 class _Owner:
-    """chain: the tree's nodes of the first sealed blocks. cacheable: False once its key was forgotten."""
+    """chain: the tree's nodes of its first blocks, as far as they were sealed. cacheable: False once its key was forgotten."""
 
     key: PrefixKey | None = None
     table: list[int] = field(default_factory=list)
@@ -46,22 +54,23 @@ class _Owner:
 
 
 class BlockPool:
-    """Fixed-size blocks of `block_tokens` tokens. guaranteed_blocks: arenas leave that many. caching: False shares nothing."""
+    """Blocks of `block_tokens` tokens each. guaranteed_blocks: how many of them arenas always leave. caching: whether prefixes
+    are shared."""
 
     def __init__(self, num_blocks: int, block_tokens: int, *, guaranteed_blocks: int = 0, caching: bool = True) -> None:
         self.num_blocks, self.block_tokens = num_blocks, block_tokens
         self.guaranteed_blocks, self.caching = guaranteed_blocks, caching
         self._owners: dict[Hashable, _Owner] = {}
-        self._holders = [0] * num_blocks  # tables that a block is in
+        self._holders = [0] * num_blocks  # how many tables each block is in
         self._free = list(range(num_blocks))  # a heap
-        self._cached: OrderedDict[int, None] = OrderedDict()  # longest unused first, a prefix after all that continue it
+        self._cached: OrderedDict[int, None] = OrderedDict()  # longest unused first; a prefix comes after all that continue it
         self._arenas: list[ArenaBlocks] = []  # in ascending order
         self._tree = PrefixTree(block_tokens)
         self._hits_tokens = self._queried_tokens = 0
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be had at once: free or cached, those in gaps between arenas included."""
+        """Blocks that can be had at once: free or cached ones. Those in gaps between arenas count."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -95,12 +104,21 @@ class BlockPool:
     def match(self, key: PrefixKey, tokens: Sequence[int]) -> int:
         """How many leading tokens `acquire` would cover: whole blocks, at most len(tokens) - 1. Changes nothing.
 
-        Those of their blocks that are cached count in `num_free` until they are acquired.
+        The cached ones among their blocks count in `num_free` until they are acquired.
         """
         return len(self._tree.find(key, tokens)) * self.block_tokens
 
+    def touch(self, key: PrefixKey, tokens: Sequence[int]) -> int:
+        """The same as `match`, but the blocks count as used just now: they are evicted last."""
+        chain = self._tree.find(key, tokens)
+        for node in reversed(chain):
+            assert node.block is not None
+            if node.block in self._cached:
+                self._cached.move_to_end(node.block)
+        return len(chain) * self.block_tokens
+
     def acquire(self, owner: Hashable, key: PrefixKey, tokens: Sequence[int]) -> int:
-        """A new owner's table starts with the known blocks of `tokens`; returns the number of tokens they hold."""
+        """Begins a new owner's table with the known blocks of `tokens`. Returns the number of tokens that they hold."""
         assert owner not in self._owners
         chain = self._tree.find(key, tokens)
         self._owners[owner] = _Owner(key, [], chain)
@@ -115,9 +133,10 @@ class BlockPool:
         return covered
 
     def allocate(self, owner: Hashable, num_tokens: int) -> None:
-        """Grows the owner's table to hold `num_tokens` tokens: the lowest free blocks, then the longest unused cached ones.
+        """Grows the owner's table until it holds `num_tokens` tokens.
 
-        Raises CapacityError, changing nothing, if it can't.
+        The lowest free blocks are taken first, then the longest unused cached ones. Raises CapacityError if there are too few;
+        nothing has changed then.
         """
         held = len(self._owners[owner].table) if owner in self._owners else 0
         missing = -(-num_tokens // self.block_tokens) - held
@@ -130,14 +149,15 @@ class BlockPool:
             table.append(block)
 
     def seal(self, owner: Hashable, key: PrefixKey, tokens: Sequence[int], num_tokens: int) -> None:
-        """The owner's blocks hold tokens[:num_tokens] by now: the full ones may be shared. Looks at new blocks only."""
+        """The owner's blocks hold tokens[:num_tokens] by now, and the full ones may be shared from now on. Only tokens of new
+        blocks are read."""
         state = self._owners[owner]
         assert state.key in (None, key) and num_tokens <= len(tokens)
         state.key = key
         if not (self.caching and state.cacheable):
             return
         chain = state.chain
-        while chain and chain[-1].block is None:  # went out with an evicted block above it
+        while chain and chain[-1].block is None:  # it left the tree with an evicted block before it
             chain.pop()
         for position in range(len(chain), num_tokens // self.block_tokens):
             start = position * self.block_tokens
@@ -155,24 +175,25 @@ class BlockPool:
                     self._cached[block] = None
                 else:
                     heapq.heappush(self._free, block)
-            # The tree's block of this prefix may be another one; used just now, it outlives what continues it.
+            # The tree may know this prefix by another block. That counts as used too, so that it outlives what continues it.
             known = state.chain[position].block if position < len(state.chain) else None
             if known is not None and known in self._cached:
                 self._cached.move_to_end(known)
 
     def forget(self, adapter: str | None, version: int) -> None:
-        """No prefix of an adapter's version, of any salt, is matched again, nor sealed by an owner that has it as key now."""
+        """Forgets every prefix of an adapter's version, under any salt. Present owners with such a key seal nothing more."""
         for state in self._owners.values():
             if state.key is not None and (state.key.adapter, state.key.version) == (adapter, version):
                 state.cacheable = False
         self._release(self._tree.forget(adapter, version))
 
     def reserve_arena(self, num_blocks: int) -> tuple[ArenaBlocks, list[BlockMove]]:
-        """Contiguous blocks for a training job, as high as they fit, and the copies to make, in order, before they are written.
+        """Takes contiguous blocks for a training job, as high as they fit.
 
-        Cached blocks in the way are evicted, owned ones move to the lowest blocks that can be had; tables change in place, at
-        a cost of O(blocks in the pool). Raises CapacityError, changing nothing, if too little would be left for the owners or
-        for the guaranteed share, or if no stretch between arenas is long enough.
+        Cached blocks in the way are evicted, and owned ones move to the lowest blocks that can be had. Returns the arena and
+        these moves. Their copies must be made, in this order, before the arena is written. The tables of owners have changed
+        already. The cost is O(blocks in the pool). Raises CapacityError if fewer blocks would be left than owners hold or than
+        are guaranteed, or if no gap is long enough; nothing has changed then.
         """
         assert num_blocks >= 1
         left = self.num_blocks - self.num_arena - num_blocks
@@ -198,13 +219,13 @@ class BlockPool:
             heapq.heappush(self._free, block)
 
     def _take(self) -> int:
-        """Takes the lowest free block; without one, what a prefix that was not used for longest held."""
+        """Takes the lowest free block. If none is free, the longest unused prefix is evicted first."""
         if not self._free:
             self._release(self._tree.drop(next(iter(self._cached))))
         return heapq.heappop(self._free)
 
     def _release(self, blocks: Sequence[int]) -> None:
-        """These blocks went out of the tree: those without an owner are free."""
+        """Frees those of the blocks that have no owner. They have left the tree."""
         for block in blocks:
             if block in self._cached:
                 del self._cached[block]
@@ -222,7 +243,7 @@ class BlockPool:
         return moves
 
     def check_integrity(self) -> None:
-        """Asserts that every block is in one state, and that tables, holders, tree and order of eviction agree."""
+        """Asserts that each block is in one state, and that tables, holders, tree and order of eviction agree."""
         holders = Counter(block for state in self._owners.values() for block in state.table)
         assert all(self._holders[block] == holders[block] for block in range(self.num_blocks))
         arenas = [block for arena in self._arenas for block in range(arena.first, arena.end)]

@@ -1,19 +1,21 @@
-"""How long an iteration may take, by what running requests were promised.
+"""How long an iteration may take, so that running requests get what they were promised.
 
-    slack           the time until the first of the next tokens is due
-    cap             itl_factor x the least TPOT objective. The profile's objective, which nobody gave, allows a chunk of
-                    FAST_CHUNK tokens too, if that takes no longer than the preemption quantum.
-    feasible until  the time from which on a request misses its objective even if each of its tokens takes no longer than
-                    decoding alone. From then on the request is infeasible.
+    slack           the time until the first running request's next token is due
+    cap             itl_factor x the least TPOT objective. If that objective comes from the profile, since nobody gave one, the
+                    cap also allows a chunk of FAST_CHUNK tokens that takes no longer than the preemption quantum.
+    feasible until  the last moment at which a request can still meet its TPOT objective, if each of its tokens then takes as
+                    long as decoding alone. After it the request is infeasible.
 
-Finetuning may take slack, because it can wait: nobody falls behind for it. A prompt may take more, until the first running
-request would become infeasible. The running requests catch up while finetuning waits.
+An iteration with finetuning lasts no longer than the slack, so that no request falls behind for a job. An iteration with a
+prompt may last longer, until the first running request would become infeasible. Requests that fell behind catch up while
+finetuning waits.
 
-A best-effort request has an objective of math.inf, so that it has endless slack and is always feasible. Beside such requests
-alone a prompt may take a preemption quantum, as beside none. A job may not take all of their slack: an iteration with a job
-lasts at most itl_factor x the profile's TPOT, or itl_factor x decoding alone where that is longer.
+A best-effort request has an objective of math.inf, so that its slack has no end and it is always feasible. Where all running
+requests are best effort, an iteration with a prompt may last for a preemption quantum, as where none runs. An iteration with
+finetuning beside a best-effort request lasts at most itl_factor x the profile's TPOT, or itl_factor x decoding alone if that
+is longer.
 
-Owns: slack, cap, feasibility, the reserve. Does not own: what the time is used for (hybrid.py, units.py).
+Owns: slack, cap, feasibility, the reserve. Does not own: what the time is used for (prompts.py, units.py).
 """
 
 from __future__ import annotations
@@ -29,26 +31,27 @@ from coserve.scheduler.requests import RequestState
 UNBOUNDED = 1e9
 """Seconds that anything fits into."""
 FAST_CHUNK = 256
-"""Tokens of a chunk that the profile's objective allows: smaller chunks take longer in all, and the prompt waits."""
+"""Tokens of a chunk that the profile's objective always allows. A prompt in smaller chunks would take longer in all."""
 
 
 class Deadlines:
-    """Limits that running requests set. Each method takes the requests that run. All times are in seconds.
+    """Limits that running requests set to an iteration. Each method takes the requests that run. All times are in seconds.
 
-    best_effort: the objectives that a best-effort request counts as having beside jobs."""
+    best_effort: the objectives that a best-effort request counts as having beside jobs.
+    """
 
     def __init__(self, config: SchedulerConfig, latency: LatencyModel, best_effort: Slo) -> None:
         self.config, self.latency, self.best_effort = config, latency, best_effort
 
     def reserve(self) -> float:
-        """Relative error of a prediction to be ready for."""
+        """The relative error of a prediction that slack is kept for."""
         return self.latency.reserve() if self.config.reserve is None else self.config.reserve
 
     def cap(self, running: Collection[RequestState]) -> float:
-        """What no pass with prompts is planned longer than, as long as none is late.
+        """The longest that a pass with prompts may be predicted to take, unless one of the prompts is late.
 
-        An objective that decoding alone can't hold counts as what that takes. Best effort sets no cap but what a new arrival
-        may wait. Where requests have the profile's objective, the cap allows a chunk of FAST_CHUNK tokens.
+        An objective shorter than decoding alone counts as the time that decoding takes. If all requests are best effort, the
+        cap is the preemption quantum, or itl_factor x decoding alone if that is longer.
         """
         least, token_s = min(r.tpot_s for r in running), self._token_seconds(running)
         if least == math.inf:
@@ -61,7 +64,7 @@ class Deadlines:
         return max(cap, min(self._quantum_s, self._token_seconds(running, FAST_CHUNK), asked_cap))
 
     def for_jobs(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
-        """What an iteration with finetuning may be predicted to take. prompt_s: what is kept for a prompt that may come."""
+        """The longest that an iteration with finetuning may be predicted to take. prompt_s: kept for a prompt that may come."""
         if not running:
             return self._quantum_s
         least = min(r.tpot_s for r in running)
@@ -70,8 +73,10 @@ class Deadlines:
         return min(self.config.itl_factor * least, self._slack(running, now, prompt_s))
 
     def for_prompts(self, running: Collection[RequestState], now: float) -> float:
-        """What a pass with prompts may be predicted to take so that all who can keep their objectives still can: one may fall
-        behind as long as it can make up for it by its last token."""
+        """The longest that a pass with prompts may be predicted to take so that no request becomes infeasible.
+
+        A request may fall behind as long as it can make up for it by its last token.
+        """
         if not running:
             return self._quantum_s
         token_s, reserve = self._token_seconds(running), self.reserve()
@@ -80,8 +85,10 @@ class Deadlines:
         return min([self.cap(running), *(max(r.slack_s(now, reserve), r.feasible_until_s(behind) - now) for r in feasible)])
 
     def for_others_prompts(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
-        """What a pass with prompts of a tenant that has had more may take: it may cost these requests nothing. prompt_s: what
-        is kept for the next prompt of their own tenants."""
+        """The longest that a pass may take with a prompt of a tenant that has had more than these requests' tenants.
+
+        They don't fall behind for it. prompt_s: kept for the next prompt of their own tenants.
+        """
         return min(self.cap(running), self._slack(running, now, prompt_s)) if running else UNBOUNDED
 
     @property
@@ -89,15 +96,15 @@ class Deadlines:
         return self.config.preemption_quantum_ms / 1e3
 
     def _slack(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
-        """The least of those that can still meet their objective."""
+        """The least slack among requests that can still meet their objective."""
         token_s, reserve = self._token_seconds(running), self.reserve()
         return min((r.slack_s(now, reserve, prompt_s) for r in running if not r.infeasible(now, token_s)), default=UNBOUNDED)
 
     def stretched(self, running: Collection[RequestState], now: float, *, overdue: bool) -> float:
-        """What an iteration may take where a job has nothing shorter to run. It may take all slack, even over the cap.
+        """The longest that an iteration may take if a job has nothing shorter to run: all slack, even over the cap.
 
-        overdue: whether the job has waited so long that the iteration may last until the first request becomes infeasible. It
-        may last without limit where jobs are to have a least share.
+        overdue: the job has waited so long that the iteration may last until the first request becomes infeasible. If jobs are
+        to have a least share of the time, it then has no limit.
         """
         if not running or (overdue and self.config.finetune_min_share > 0):
             return UNBOUNDED
@@ -107,7 +114,7 @@ class Deadlines:
         return min(times, default=UNBOUNDED)
 
     def _token_seconds(self, running: Collection[RequestState], prompt: int = 0) -> float:
-        """An iteration that gives each of them a token, and does nothing else but to begin a prompt with so many tokens."""
+        """Predicts an iteration that gives each request a token. prompt: tokens of a new prompt's first chunk in it."""
         rows, pairs, adapters = len(running), prompt * (prompt + 1) // 2, len({r.key for r in running})
         context, spans = sum(r.total for r in running), int(prompt > 0)
         cost = PassCost(rows + prompt, rows + spans, rows, context, pairs, 0, 0, 0, adapters, spans)

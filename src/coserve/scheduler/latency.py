@@ -1,14 +1,15 @@
-"""How long an iteration will take. Owns: the terms of the latency law, its prediction, its correction from what
-iterations took. Does not own: measuring and fitting (profiling/), or any decision.
+"""How long an iteration will take.
 
     seconds = iteration's constant
             + k (constant + curve(rows) + curve(head rows) + ...)   one pass over all layers; k by part: decode, prefill, fused
             + k_forward   (constant + layers x (curve(rows) + pairs) + ...)  per unit        k_backward likewise
             + k_optimizer (constant + elements + what was measured of their adapter)
 
-A curve is piecewise linear and rises: its features are the amounts inside each piece, its coefficients slopes of 0 or more. The
-coefficients come from a profile; the factors k follow the iterations. A prediction is plain floats, since a scheduler makes
-dozens per iteration.
+A curve is piecewise linear and never falls. Its features are the amounts inside each piece, its coefficients the slopes, which
+are 0 or more. The coefficients come from a profile. The factors k are corrected from what iterations really took. A prediction
+computes with plain floats, since a scheduler makes dozens per iteration.
+
+Owns: the terms of the law, its predictions, their correction. Does not own: measuring and fitting (profiling/), any decision.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class ErrorSummary(NamedTuple):
 
 
 def kind_of(contents: Contents) -> str:
-    """'decode', 'prefill+backward', ...: the parts in a fixed order, joined by '+'; 'idle' if there are none."""
+    """Names the parts of an iteration in a fixed order, joined by '+', such as 'prefill+backward'; 'idle' if there are none."""
     cost, units = contents.inference, contents.units
     parts = (
         ("decode", cost is not None and cost.decode_rows > 0),
@@ -46,9 +47,10 @@ def kind_of(contents: Contents) -> str:
 
 
 class Term(NamedTuple):
-    """A rising curve over one field of a group's cost; with one piece, which starts at 0, a plain product.
+    """A curve over one field of a group's cost. With one piece, which starts at 0, it is a plain product.
 
-    knots: where pieces start; the last has no end. per_layer: multiplied by the unit's layers. The field 'once' is always 1.
+    field: its name; the field 'once' is always 1. knots: where pieces start; the last piece has no end. per_layer: whether the
+    curve's value is multiplied by the unit's layers.
     """
 
     field: str
@@ -77,20 +79,20 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
     "backward": _UNIT_TERMS,
     "optimizer": (Term("once"), Term("elements")),
 }
-"""The law, by group. The constant of a pass is its first row's cost, so that its rows begin to count at 1."""
+"""The law, by group. The constant of a pass includes its first row, so that rows begin to count at 1."""
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "iteration": (), "inference": PassCost._fields, "forward": UnitCost._fields, "backward": UnitCost._fields,
     "optimizer": ("elements",),
 }
-"""The fields of a group's cost."""
+"""The fields of each group's cost, in order."""
 
 Coefficient = tuple[str, str, int]
-"""Names a coefficient: group, field, knot where its piece starts."""
+"""Names a coefficient: its group, its field, and the knot where its piece starts."""
 
 
 class _Curve(NamedTuple):
-    """A term in the form that is fast to evaluate. place: of the field in the cost; values: at the knots."""
+    """A term in a form that is fast to evaluate. place: of the field in the cost. values: of the curve at its knots."""
 
     place: int
     knots: tuple[int, ...]
@@ -104,7 +106,7 @@ class _Curve(NamedTuple):
 
 
 class _Law:
-    """Seconds of one group by its cost, a tuple in the order of FIELDS."""
+    """Maps the cost of one group, a tuple in the order of FIELDS, to seconds."""
 
     def __init__(self, group: str, coefficients: Mapping[Coefficient, float]) -> None:
         fields = FIELDS[group]
@@ -133,11 +135,12 @@ class _Law:
 
 
 _STEP = 0.15
-"""Share of a residual by which one iteration moves its own prediction."""
+"""The share of its relative error by which one iteration corrects its own prediction."""
 _LARGEST_RESIDUAL = 0.5
+"""A relative error counts as at most this."""
 _LARGEST_JUMP = 0.1
-"""A residual counts up to this much more than the last one of its kind: a lone stall hardly moves a prediction, while a lasting
-change counts in full from its second iteration on."""
+"""A relative error counts up to this much more than the last one of the same kind of iteration. So a single stall hardly moves
+a prediction, and a lasting change counts in full from its second iteration on."""
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 0.25, 4.0
 _RESERVE_ITERATIONS, _RESERVE_MINIMUM = 200, 20
 _ERROR_ITERATIONS = 1000
@@ -145,11 +148,11 @@ _FINETUNING = {"fused", "forward", "backward", "optimizer"}
 
 
 class LatencyModel:
-    """Predicts seconds; learns from iterations. All predictions are 0 or more; those of units and of passes without
-    fused rows never fall as rows rise."""
+    """Predicts seconds, and learns from iterations. All predictions are 0 or more. Those of units, and of passes without fused
+    rows, never fall as rows are added."""
 
     def __init__(self, coefficients: Mapping[Coefficient, float]) -> None:
-        """coefficients: seconds per amount, 0 or more; those left out are 0."""
+        """coefficients: seconds per amount, 0 or more. Those that are left out are 0."""
         self.coefficients = dict(coefficients)
         laws = {group: _Law(group, coefficients) for group in TERMS}
         self._constant = laws.pop("iteration").constant
@@ -161,23 +164,23 @@ class LatencyModel:
 
     @property
     def constant_seconds(self) -> float:
-        """What every iteration costs, whatever it holds: part of `seconds` and of no other prediction."""
+        """The seconds that every iteration costs, whatever it holds. They are part of `seconds` and of no other prediction."""
         return self._constant
 
     @property
     def corrections(self) -> dict[str, float]:
-        """Present factor of each part, learnt by `observe`."""
+        """The present factor of each part, as learnt by `observe`."""
         return dict(self._factors)
 
     def pass_seconds(self, cost: PassCost) -> float:
-        """An inference pass."""
+        """Predicts an inference pass, its fused rows included."""
         factors = self._factors
         decode, prefill, fused = self._pass_parts(cost)
         return factors["decode"] * decode + factors["prefill"] * prefill + factors["fused"] * fused
 
     def _pass_parts(self, cost: PassCost) -> tuple[float, float, float]:
-        """A pass by the law: its decode rows alone, what prompts add, what fused rows add. The first part that is there
-        has the pass's constant."""
+        """A pass by the law, without factors: its decode rows alone, what its prompts add, what its fused rows add. The pass's
+        constant is in the first of these parts that there is."""
         serving = cost.rows - cost.fused_rows
         decode = prompts = 0.0
         if cost.decode_rows:
@@ -192,7 +195,7 @@ class LatencyModel:
         return decode, prompts, fused
 
     def unit_seconds(self, cost: UnitCost) -> float:
-        """A unit that is not fused."""
+        """Predicts a unit that is not fused."""
         if cost.backward:
             seconds = self._backward(cost, cost.layers)
             if cost.recompute_fraction:
@@ -201,15 +204,15 @@ class LatencyModel:
         return self._factors["forward"] * self._forward(cost, cost.layers)
 
     def optimizer_seconds(self, elements: int, refresh_seconds: float = 0.0) -> float:
-        """An optimizer slice; nothing for no elements."""
+        """Predicts an optimizer slice; 0 for no elements. refresh_seconds: measured, as in Contents."""
         return self._factors["optimizer"] * (self._optimizer((elements,)) + refresh_seconds) if elements else 0.0
 
     def seconds(self, contents: Contents) -> float:
-        """A whole iteration."""
+        """Predicts a whole iteration."""
         return self._constant + sum(self._parts(contents).values())
 
     def _parts(self, contents: Contents) -> dict[str, float]:
-        """Predicted seconds by part, as corrected."""
+        """Predicted seconds by part, with their factors."""
         forward = backward = 0.0
         for unit in contents.units:
             if unit.backward:
@@ -240,15 +243,15 @@ class LatencyModel:
         self._correct(parts, predicted, self._believed(kind, residual))
 
     def _believed(self, kind: str, residual: float) -> float:
-        """The residual without what looks like a stall."""
+        """The relative error, less what looks like a stall."""
         residual = _clamp(residual, -_LARGEST_RESIDUAL, _LARGEST_RESIDUAL)
         limit = abs(self._last_residual.get(kind, 0.0)) + _LARGEST_JUMP
         self._last_residual[kind] = residual
         return _clamp(residual, -limit, limit)
 
     def _correct(self, parts: Mapping[str, float], predicted: float, residual: float) -> None:
-        """Normalized least mean squares on the factors: each takes of the residual by its share of the predicted time. The
-        constant has a share too, which is left uncorrected."""
+        """Moves the factors by normalized least mean squares: each by its part's share of the predicted time. The iteration's
+        constant has a share too, but no factor."""
         shares = {group: seconds / predicted for group, seconds in parts.items()}
         norm = sum(share * share for share in shares.values()) + (self._constant / predicted) ** 2
         for group, share in shares.items():
@@ -256,18 +259,18 @@ class LatencyModel:
             self._factors[group] = _clamp(factor, _SMALLEST_FACTOR, _LARGEST_FACTOR)
 
     def reserve(self) -> float:
-        """The share of a budget to keep back for errors of the prediction, from 0.02 to 0.5.
+        """The relative error of a prediction that slack is kept for, from 0.02 to 0.5.
 
-        It is the 95th percentile of (measured - predicted) / predicted over the last iterations that held finetuning work, and
-        0.1 until there are enough of them.
+        It is the 95th percentile of (measured - predicted) / predicted over the last iterations with finetuning work, and 0.1
+        until there are enough of them.
         """
         if len(self._finetuning) < _RESERVE_MINIMUM:
             return 0.1
         return _clamp(_percentile(self._finetuning, 0.95), 0.02, 0.5)
 
     def errors(self) -> dict[str, ErrorSummary]:
-        """By kind of iteration, over the last 1000 of it; each prediction is the one made before its iteration was learnt.
-        'finetuning': all kinds that hold finetuning work, together. Any thread may ask."""
+        """The errors by kind of iteration, over the last 1000 of each kind. 'finetuning' is all kinds with finetuning work
+        together. A prediction counts as it was before its iteration was learnt from. Any thread may call this."""
         known = {kind: list(errors) for kind, errors in list(self._errors.items())}
         training = [error for kind, errors in known.items() if _FINETUNING & set(kind.split("+")) for error in errors]
         pooled = {"finetuning": training} if training else {}

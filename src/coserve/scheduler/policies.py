@@ -1,12 +1,12 @@
 """Ways to share a device, as settings of one scheduler.
 
-    policy            inference   finetuning                                              fuses
-    coserve           always      what the deadlines leave                                where it pays
-    layer-sliced      always      the same, never in the inference pass                   no
-    inference-only    always      never                                                   -
-    finetune-only     never       always                                                  -
-    temporal:N        N iterations, then one micro-batch from end to end                  no
-    dynamic-temporal  until every running request can wait, then one micro-batch          no
+    policy            inference   finetuning                                              its rows in the inference pass
+    coserve           always      in the time that deadlines leave                        where that pays
+    layer-sliced      always      in the time that deadlines leave                        never
+    inference-only    always      never
+    finetune-only     never       always
+    temporal:N        N iterations, then one micro-batch from end to end                  never
+    dynamic-temporal  until every running request can wait, then one micro-batch          never
 
 `spatial` is two engines in two processes, one inference-only and one finetune-only (coserve.bench).
 """
@@ -31,7 +31,7 @@ class Turn(enum.Enum):
 
 
 class Policy:
-    """One policy's state: whose turn it is."""
+    """What one policy allows, and whose turn it is."""
 
     def __init__(self, name: str) -> None:
         self.kind, self.interval = parse_policy(name)
@@ -60,13 +60,15 @@ class Policy:
         return Turn.INFERENCE
 
     def seconds(self, turn: Turn, left: float) -> float:
-        """The time that units may take. left: what requests leave. Where whole micro-batches take turns with requests, a
-        micro-batch's turn has no limit."""
+        """The seconds that units may take. left: what requests leave. A whole micro-batch that takes turns with requests has no
+        limit of its own."""
         return UNBOUNDED if self.takes_turns and turn is Turn.FINETUNING else left
 
     def microbatch(self, works: Sequence[MicrobatchWork]) -> MicrobatchWork | None:
-        """The micro-batch whose turn it is, among those of jobs that are not paused. It is the one under way, unless that one
-        waits for another. None if no unit can run, or if micro-batches don't take turns."""
+        """The micro-batch whose turn it is; None if no unit can run, or if micro-batches don't take turns.
+
+        It is the one under way, or the first ready one while that waits for another. works: those of jobs that are not paused.
+        """
         if not self.takes_turns:
             return None
         if not any(work.id == self._under_way and work.phase is not Phase.DONE for work in works):
@@ -74,8 +76,8 @@ class Policy:
         ready = [work for work in works if work.ready]
         return next((work for work in ready if work.id == self._under_way), ready[0] if ready else None)
 
-    def planned(self, plan: StepPlan) -> None:
-        """Counts inference iterations, and follows the micro-batch under way."""
+    def on_planned(self, plan: StepPlan) -> None:
+        """Takes note of a plan: counts iterations with requests, and remembers the micro-batch under way."""
         if plan.spans:
             self._iterations += 1
             self.inference_s += plan.predicted_s

@@ -3,8 +3,8 @@
     (salt, adapter, version) ── [5 7] block 0 ─┬─ [1 2] block 1
                                                └─ [3 3] block 4        5 7 3 3 ... is covered by blocks 0 and 4
 
-A node is found by its parent and its own tokens, both compared exactly: no hash stands for a prefix. Owns: the tree, and which
-node a block has. Does not own: who uses a block and when it is evicted (blocks.py).
+A node is found by its parent and its own tokens. Both are compared exactly, so that no hash stands for a prefix.
+Owns: the tree, and which node a block has. Does not own: who uses a block and when it is evicted (blocks.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 
 class PrefixKey(NamedTuple):
-    """What equal tokens must share to have equal keys and values. salt: the tenant's; adapter: None is the base model."""
+    """Tokens have equal keys and values only under the same one of these. salt: separates tenants. adapter: None for the base
+    model. version: of the adapter."""
 
     salt: str
     adapter: str | None
@@ -24,7 +25,7 @@ class PrefixKey(NamedTuple):
 
 @dataclass(slots=True, eq=False, repr=False)
 class PrefixNode:
-    """One full block of tokens after those of its parent. block: None once dropped, and in a root."""
+    """One full block of tokens, which continues its parent's prefix. block: None in a root, and once the node was dropped."""
 
     key: PrefixKey
     parent: PrefixNode | None
@@ -34,7 +35,7 @@ class PrefixNode:
 
 
 class PrefixTree:
-    """Nodes by key and tokens, and by block. The parent of a node in the tree is in the tree."""
+    """Finds nodes by key and tokens, and by block. A node never outlives its parent in the tree."""
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
@@ -45,13 +46,13 @@ class PrefixTree:
         return block in self._nodes
 
     def parent(self, block: int) -> int | None:
-        """The block of the prefix that this one continues; None at the start."""
+        """The block whose prefix this block continues; None if it is the first of its prefix."""
         above = self._nodes[block].parent
         return above.block if above else None
 
     def find(self, key: PrefixKey, tokens: Sequence[int]) -> list[PrefixNode]:
-        """The nodes of the longest known prefix of `tokens` in whole blocks. The last token is never covered: a request has
-        to run at least one row to get its logits."""
+        """The nodes of the longest known prefix of `tokens`, in whole blocks. They never cover the last token, since a request
+        must run at least one row to get its logits."""
         chain: list[PrefixNode] = []
         node = self._roots.get(key)
         for start in range(0, len(tokens) - self.block_tokens, self.block_tokens):
@@ -62,7 +63,8 @@ class PrefixTree:
         return chain
 
     def intern(self, key: PrefixKey, parent: PrefixNode | None, tokens: tuple[int, ...], block: int) -> PrefixNode:
-        """The node of `tokens` after `parent` (None: at the start). A new one is held by `block`, a known one by another."""
+        """The node of `tokens` after `parent`, which is made if it is not known. parent: None for the first block of a prefix.
+        block: holds the tokens of a new node. A known node keeps its own block."""
         if parent is None:
             parent = self._roots.setdefault(key, PrefixNode(key, None, (), None))
         node = parent.children.get(tokens)
@@ -72,7 +74,7 @@ class PrefixTree:
         return node
 
     def drop(self, block: int) -> list[int]:
-        """Takes a block's node and all below it out; returns their blocks."""
+        """Takes a block's node and all that continue it out of the tree. Returns their blocks."""
         node = self._nodes[block]
         parent = node.parent
         assert parent is not None
@@ -82,12 +84,12 @@ class PrefixTree:
         return self._detach(node)
 
     def forget(self, adapter: str | None, version: int) -> list[int]:
-        """Takes all nodes of an adapter's version out, of every salt; returns their blocks."""
+        """Takes all nodes of an adapter's version out of the tree, under every salt. Returns their blocks."""
         keys = [key for key in self._roots if (key.adapter, key.version) == (adapter, version)]
         return [block for key in keys for block in self._detach(self._roots.pop(key))]
 
     def move(self, source: int, target: int) -> None:
-        """The node of block `source` is held by block `target` from now on."""
+        """Block `target` holds the tokens of the node of block `source` from now on."""
         node = self._nodes[target] = self._nodes.pop(source)
         node.block = target
 
@@ -104,7 +106,7 @@ class PrefixTree:
         return blocks
 
     def check_integrity(self) -> None:
-        """The nodes by block are those under the roots, and no root is bare."""
+        """Asserts that the nodes by block are those under the roots, and that no root is without children."""
         reached: dict[int, PrefixNode] = {}
         pending = list(self._roots.values())
         assert all(root.children for root in pending)

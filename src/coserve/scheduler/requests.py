@@ -15,21 +15,22 @@ from coserve.core import Span
 from coserve.scheduler.prefix import PrefixKey
 
 RESERVES = 2.0
-"""Tokens run ahead of their deadlines by so many reserves, as shares of the TPOT objective, at most by one objective: an error
-of the last prediction must not make the last token late. Kept once per request, not in every iteration..."""
+"""Tokens run ahead of their deadlines by RESERVES x reserve x the TPOT objective, at most by one objective. So an error in the
+last prediction does not make the last token late."""
 RAMP_TOKENS = 8
-"""...and built up over its first tokens, so that a new request doesn't stop finetuning."""
+"""That lead is built up over a request's first RAMP_TOKENS tokens, so that a new request doesn't stop finetuning."""
 
 
 @dataclass(slots=True, kw_only=True)
 class RequestState:
-    """One output of one request. Times are seconds of the engine's clock; ttft_s and tpot_s are its objectives, math.inf where
-    it has none (best effort).
+    """One output of one request. Times are seconds of the engine's clock.
 
-    key: what its prefix may be shared under. cacheable: whether it may take cached blocks (prompt logprobs need every row).
-    computed: tokens whose K and V are in the cache or planned. every_logit: the logits of each of its prompt's rows are wanted,
-    once; logits_planned: of how many first rows they have been. begun_s: when its first row was planned. fcfs_s: when it would
-    have its first token if requests were served as they come (turns.py).
+    ttft_s, tpot_s: its objectives; math.inf where it has none (best effort). key: what its prefix may be shared under.
+    cacheable: whether it may take cached blocks; prompt logprobs need every row. computed: how many of its first tokens have
+    their K and V in the cache or in a plan. every_logit: whether the logits of each of its prompt's rows are wanted, once.
+    logits_planned: of how many first rows they have been planned. begun_s: when its first row was planned. fcfs_s: when it
+    would have its first token if requests were served as they come (turns.py). cached_tokens: what the prefix cache had of it
+    when it last began to run.
     """
 
     id: int
@@ -73,7 +74,7 @@ class RequestState:
         return self.num_sampled >= self.max_tokens
 
     def next_span(self, length: int) -> Span:
-        """The next so many tokens; the last one's logits are sampled from."""
+        """The span of its next `length` tokens. It samples a token if it reaches the last one."""
         end = self.computed + length
         last = end == self.total
         logits = int(last)
@@ -81,8 +82,8 @@ class RequestState:
             logits = max(logits, end - max(self.computed, self.logits_planned))
         return Span(self.id, self.computed, length, logits, last)
 
-    def take(self, span: Span) -> None:
-        """The span is planned."""
+    def advance(self, span: Span) -> None:
+        """Goes on behind a span that was planned."""
         self.computed = span.end
         self.logits_planned = max(self.logits_planned, span.end)
         self.in_flight += int(span.samples)
@@ -101,8 +102,8 @@ class RequestState:
     def slack_s(self, now: float, reserve: float, prompt_s: float = 0.0) -> float:
         """Seconds that its next token may take.
 
-        reserve: the relative error of a prediction to be ready for. prompt_s: the time to be kept for somebody's prompt that
-        may come before its last token; it is put aside evenly over its tokens.
+        reserve: the relative error of a prediction that its tokens' lead allows for. prompt_s: the time of somebody's prompt
+        that may come before its last token. That time is put aside evenly over its tokens.
         """
         if self.deadline_s == math.inf:
             return math.inf
@@ -112,7 +113,7 @@ class RequestState:
         return self.deadline_s - ahead - prompt_s * self.num_sampled / self.max_tokens - now
 
     def infeasible(self, now: float, token_s: float) -> bool:
-        """Whether it will miss its objective even if each of its tokens took only `token_s` from now on."""
+        """Whether it will miss its objective even if each of its tokens takes only `token_s` from now on."""
         return now > self.feasible_until_s(token_s)
 
     def feasible_until_s(self, token_s: float) -> float:

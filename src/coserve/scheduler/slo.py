@@ -1,10 +1,11 @@
-"""Objectives of requests that set none, from what the machine's own profile says of a typical load.
+"""Latency objectives of requests that set none, from what the machine's own profile predicts for a typical load.
 
-    TPOT = TPOT_FACTOR x an iteration that decodes NUM_REQUESTS requests with NUM_TOKENS tokens each
-    TTFT = NUM_REQUESTS prompts of NUM_TOKENS tokens, one after another, each beside those that decode, in the fastest chunks
+    TPOT = TPOT_FACTOR x the time of an iteration that decodes NUM_REQUESTS requests with NUM_TOKENS tokens each
+    TTFT = the time of NUM_REQUESTS prompts of NUM_TOKENS tokens, one after another, each beside those requests that decode
 
-Both are rounded up to two digits, and are at least LEAST. Owns: that rule, what best effort counts as beside jobs, objectives
-in words. Does not own: what objectives do (deadlines.py, hybrid.py).
+Prompts come in the number of chunks that is fastest. Both objectives are rounded up to two digits, and are at least LEAST.
+Owns: that rule, what best effort counts as beside jobs, objectives in words. Does not own: what follows from objectives
+(deadlines.py, prompts.py).
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from coserve.scheduler.latency import LatencyModel
 
 NUM_REQUESTS, NUM_TOKENS = 8, 512
 NUM_CHUNKS = (1, 2, 4, 8)
-"""In how many chunks a prompt may come: the fastest counts, so that a stall while a large pass was measured does not."""
+"""In how many chunks a prompt may come. The fastest way counts, since one large pass may have been measured during a stall."""
 TPOT_FACTOR = 1.5
-"""What jobs and prompts get beside decoding, and what a few more requests may take."""
+"""The part above 1 leaves time for jobs, prompts and a few more requests."""
 LEAST = Slo(tpot_s=0.010, ttft_s=1.0)
-"""A hundred tokens per second are faster than anybody reads, and a shorter iteration holds too little training."""
+"""Nobody reads more than a hundred tokens per second, and a shorter iteration holds too little training."""
 
 
 def profile_slo(latency: LatencyModel) -> Slo:
-    """What this machine can promise. latency: fitted to its profile, not yet corrected."""
+    """What this machine can promise. latency: fitted to the machine's profile, and not corrected online yet."""
     decode = PassCost(NUM_REQUESTS, NUM_REQUESTS, NUM_REQUESTS, NUM_REQUESTS * NUM_TOKENS, 0, 0, 0, 0, 0)
     pairs = NUM_TOKENS * (NUM_TOKENS + 1) // 2
 
@@ -53,7 +54,7 @@ def default_slo(config: SchedulerConfig, profile: Slo) -> Slo:
 def best_effort(default: Slo, profile: Slo) -> Slo:
     """The objectives that a best-effort request counts as having beside jobs.
 
-    They are the profile's, or the defaults where those are longer. So best effort is never better than an objective.
+    They are the profile's, or the defaults where those are longer, so that best effort is never better than the default.
     """
     longer = (max(promised, own) if promised < math.inf else own for promised, own in zip(default, profile, strict=True))
     return Slo(*longer)
@@ -66,16 +67,14 @@ def asked_slo(tpot_ms: SloMs | None, ttft_ms: SloMs | None, default: Slo) -> Slo
     return Slo(objective_seconds(tpot_ms, default.tpot_s), objective_seconds(ttft_ms, default.ttft_s))
 
 
-def describe_slo(
-    objectives: Slo, given: tuple[SloMs | None, SloMs | None], settings: tuple[str, str] | None = None
-) -> str:
-    """As '85 ms per token, 3.2 s to the first (from this machine's profile; set tpot_ms, ttft_ms)'.
+def describe_slo(slo: Slo, given: tuple[SloMs | None, SloMs | None], settings: tuple[str, str] | None = None) -> str:
+    """Objectives in words, such as '85 ms per token, 3.2 s to the first (from this machine's profile; set tpot_ms, ttft_ms)'.
 
-    given: what the settings say of TPOT and TTFT, None where that is nothing; settings: their names, if they shall be named.
+    given: TPOT and TTFT in the settings, None where nothing was set. settings: the names of these two; None leaves them out.
     """
-    if objectives == (math.inf, math.inf):
+    if slo == (math.inf, math.inf):
         return "best effort"
-    parts = [f"{_in_words(objectives.tpot_s)} per token", f"{_in_words(objectives.ttft_s)} to the first"]
+    parts = [f"{_in_words(slo.tpot_s)} per token", f"{_in_words(slo.ttft_s)} to the first"]
     unset = [place for place in (0, 1) if given[place] is None]
     if unset:
         names = "" if settings is None else f"; set {', '.join(settings[place] for place in unset)}"

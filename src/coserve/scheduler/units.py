@@ -1,18 +1,24 @@
 """Which units of finetuning fit into a span of time: the shapes with the best predicted work per second.
 
 Work is counted in seconds at the best rate: what a unit's rows and layers would cost in a large window. A unit's efficiency is
-work / predicted seconds. On a CPU large windows over few layers win; where a pass is bound by reading weights, rows that ride
-in it (fused) do. The choice is the latency model's.
+work / predicted seconds. On a CPU, large windows over few layers are the most efficient. Where reading weights takes most of a
+pass, rows that ride in the pass (fused) are. The latency model decides.
 
-A micro-batch on a grid has no choice of windows, and is never fused. When it is its job's turn and not even one layer fits,
-the job is stuck: after PATIENCE such iterations other jobs wait too, so that slack adds up, and one unit may take all of the
-slack, over the ITL cap. After OVERDUE iterations the unit may last until the first request would become infeasible, and the
-other jobs go on.
+Units wait in two cases. StarvationGuard ends the wait:
+
+    inefficient   No shape that fits is efficient. Slack that is not used adds up, so that a larger one fits later. After
+                  PATIENCE iterations any shape will do.
+    stuck         A micro-batch on a grid has no choice of windows, and is never fused. When its job's turn comes, its unit may
+                  not fit even over one layer. After PATIENCE iterations other jobs wait too, so that slack adds up, and the
+                  unit may take all of the slack, over the ITL cap. After OVERDUE iterations the unit may last until the first
+                  request would become infeasible, and other jobs go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 from coserve.core import Direction, OptimizerSlice, PassCost, Unit, UnitCost, WorkUnit
@@ -25,12 +31,12 @@ FUSED_WINDOWS = (512, 256, 128, 64, 32, 16)
 REFERENCE_ROWS = 1024
 """Rows of the window that sets the best rate."""
 LEAST_EFFICIENCY = 0.85
-"""A unit runs if its efficiency is at least this share of what the largest windows that are left would have. Otherwise it
-waits for an iteration with more time, since slack that is not used adds up."""
+"""A unit runs if its efficiency is at least this share of what the largest window that is left would have. Otherwise it waits
+for an iteration with more time."""
 PATIENCE = 8
 """Iterations for which units wait for more time."""
 OVERDUE = 64
-"""Iterations after which a unit on a grid that fits nowhere may delay requests."""
+"""Iterations after which a stuck unit may delay requests."""
 MAX_UNITS = 16
 """Units and optimizer slices of one iteration."""
 LEAST_SLICE = 1 << 16
@@ -38,7 +44,7 @@ LEAST_SLICE = 1 << 16
 
 
 class Candidate(NamedTuple):
-    """A unit that could come next. work and seconds as above; cost as the latency model wants it (None for a fused unit)."""
+    """A unit that could come next. cost: as the latency model takes it; None for a fused unit."""
 
     unit: WorkUnit
     work: float
@@ -50,17 +56,64 @@ class Candidate(NamedTuple):
         return self.work / max(self.seconds, 1e-9)
 
 
-class Chosen(NamedTuple):
-    """What an iteration does for jobs. inference: the pass, fused rows included; tokens: by job, forward-token equivalents;
-    refresh_seconds: as in Contents."""
+class _Found(NamedTuple):
+    """A unit that may come next, with its job and micro-batch."""
 
-    units: tuple[WorkUnit, ...]
-    costs: tuple[UnitCost, ...]
-    optimizer: tuple[OptimizerSlice, ...]
+    job: JobWork
+    work: MicrobatchWork
+    candidate: Candidate
+
+
+@dataclass(slots=True)
+class Chosen:
+    """What an iteration does for jobs.
+
+    inference: the pass with its fused rows; None without a pass. costs: of the units that are not fused. tokens: what each job
+    gets, in forward-token equivalents. seconds: predicted, of units and slices together. refresh_seconds: as in Contents.
+    fused_efficiency: the efficiency of the fused rows, at least 1; 1 without any.
+    """
+
     inference: PassCost | None
-    seconds: float
-    tokens: dict[int, float]
+    units: list[WorkUnit] = field(default_factory=list)
+    costs: list[UnitCost] = field(default_factory=list)
+    optimizer: list[OptimizerSlice] = field(default_factory=list)
+    tokens: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
     refresh_seconds: float = 0.0
+    fused_efficiency: float = 1.0
+
+
+class StarvationGuard:
+    """Counts the iterations for which units have waited, and says when they need not wait any more."""
+
+    def __init__(self) -> None:
+        self._idle = 0  # iterations in a row without a unit or a slice
+        self._stuck = 0  # iterations in a row in which a unit on a grid did not fit
+
+    def least_efficiency(self, patient: bool) -> float:
+        """The share of the best efficiency that a unit must have. patient: whether waiting gains slack at all."""
+        return LEAST_EFFICIENCY if patient and self._idle < PATIENCE else 0.0
+
+    def may_stretch(self, patient: bool) -> bool:
+        """Whether a stuck unit may take more than what is left of the iteration, and other jobs wait for it."""
+        return self._stuck > PATIENCE or not patient
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether a stuck unit may delay requests. Other jobs no longer wait for it."""
+        return self._stuck > OVERDUE
+
+    def on_turn(self, *, is_stuck: bool) -> None:
+        """An iteration begins. is_stuck: whether the unit whose turn it is does not fit."""
+        self._stuck = self._stuck + 1 if is_stuck else 0
+
+    def on_stretched(self) -> None:
+        """A stuck unit runs."""
+        self._idle = self._stuck = 0
+
+    def on_filled(self, *, is_empty: bool) -> None:
+        """An iteration's time was filled as far as units fit."""
+        self._idle = self._idle + 1 if is_empty else 0
 
 
 class UnitPicker:
@@ -68,90 +121,99 @@ class UnitPicker:
 
     def __init__(self, latency: LatencyModel, num_layers: int, max_window: int) -> None:
         self.latency, self.num_layers, self.max_window = latency, num_layers, max_window
-        self._waited = self._stuck = 0
+        self.guard = StarvationGuard()
         self._possible: dict[tuple[bool, int, float], float] = {}
 
     def pick(
         self, jobs: Sequence[JobWork], seconds: float, inference: PassCost | None, *, fuse: bool, patient: bool = True,
         only: MicrobatchWork | None = None, stretch: Callable[[bool], float] = lambda overdue: UNBOUNDED,
     ) -> Chosen:
-        """Units for `seconds`, advancing the micro-batches. jobs: in order of precedence; only: of this micro-batch; stretch:
-        seconds that a unit on a grid may take where `seconds` is too little for it, asked only then."""
+        """Picks units and optimizer slices for `seconds`, and advances their micro-batches.
+
+        jobs: in order of precedence. inference: the requests' pass. fuse: whether rows may ride in it. patient: whether units
+        may wait for more time. only: the one micro-batch that may get units; None allows all. stretch: called with whether the
+        wait is overdue, gives the seconds that a stuck unit may take.
+        """
+        chosen = Chosen(inference)
         stuck = self._stuck_unit(jobs, seconds, only)
-        self._stuck = 0 if stuck is None else self._stuck + 1
-        if stuck is not None and (self._stuck > PATIENCE or not patient):
-            overdue = self._stuck > OVERDUE
-            if stuck[2].seconds <= stretch(overdue):
-                self._stuck = 0
-                return self._alone(*stuck, inference)
-            if not overdue:
-                return Chosen((), (), (), inference, 0.0, {})
-        units: list[WorkUnit] = []
-        costs: list[UnitCost] = []
-        slices: list[OptimizerSlice] = []
-        tokens: dict[int, float] = {}
-        left, refreshing, fused_efficiency = seconds, 0.0, 1.0
-        least = LEAST_EFFICIENCY if patient and self._waited < PATIENCE else 0.0
-        while len(units) + len(slices) < MAX_UNITS:
-            taken = self._optimizer_slice(jobs, left)
-            if taken is not None:
-                part, refresh = taken
-                slices.append(part)
-                refreshing += refresh
-                left -= self.latency.optimizer_seconds(part.end - part.start, refresh)
+        self.guard.on_turn(is_stuck=stuck is not None)
+        if stuck is not None and self.guard.may_stretch(patient):
+            if stuck.candidate.seconds <= stretch(self.guard.is_overdue):
+                self.guard.on_stretched()
+                self._add(chosen, stuck)
+                chosen.seconds = stuck.candidate.seconds
+                return chosen
+            if not self.guard.is_overdue:
+                return chosen
+        left = seconds
+        least = self.guard.least_efficiency(patient)
+        while len(chosen.units) + len(chosen.optimizer) < MAX_UNITS:
+            slice_seconds = self._add_slice(chosen, jobs, left)
+            if slice_seconds is not None:
+                left -= slice_seconds
                 continue
-            fusing = inference if fuse and not any(unit.fused for unit in units) else None
-            found = self._best(jobs, left, fusing, least, only, fused_efficiency, {unit.microbatch for unit in units})
+            found = self._best(chosen, jobs, left, least, only, fuse=fuse)
             if found is None:
                 break
-            job, work, best = found
-            left -= best.seconds
-            units.append(best.unit)
-            tokens[job.id] = tokens.get(job.id, 0.0) + self._tokens(best.unit.unit)
-            if best.cost is not None:
-                costs.append(best.cost)
-            else:
-                assert inference is not None
-                fused_efficiency = max(1.0, best.efficiency)
-                inference = self._with_fused(inference, work, best.unit.unit)
-            work.advance(best.unit.unit)
-        self._waited = 0 if units or slices else self._waited + 1
-        return Chosen(tuple(units), tuple(costs), tuple(slices), inference, seconds - left, tokens, refreshing)
+            left -= found.candidate.seconds
+            self._add(chosen, found)
+        chosen.seconds = seconds - left
+        self.guard.on_filled(is_empty=not (chosen.units or chosen.optimizer))
+        return chosen
 
-    def _stuck_unit(
-        self, jobs: Sequence[JobWork], seconds: float, only: MicrobatchWork | None
-    ) -> tuple[JobWork, MicrobatchWork, Candidate] | None:
-        """The least unit of the job whose turn it is, if that is more than `seconds`; only on a grid."""
+    def _add(self, chosen: Chosen, found: _Found) -> None:
+        job, work, best = found
+        unit = best.unit.unit
+        chosen.units.append(best.unit)
+        tokens = (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / self.num_layers
+        chosen.tokens[job.id] = chosen.tokens.get(job.id, 0.0) + tokens
+        if best.cost is not None:
+            chosen.costs.append(best.cost)
+        else:
+            assert chosen.inference is not None
+            chosen.inference = self._with_fused(chosen.inference, work, unit)
+            chosen.fused_efficiency = max(1.0, best.efficiency)
+        work.advance(unit)
+
+    def _add_slice(self, chosen: Chosen, jobs: Sequence[JobWork], left: float) -> float | None:
+        """The next optimizer slice that fits, doubled as long as it still fits. Returns its seconds, None if none fits."""
+        for job in jobs:
+            if not job.optimizer_left:
+                continue
+
+            def seconds(elements: int, job: JobWork = job) -> float:
+                return self.latency.optimizer_seconds(elements, job.slice_refresh_seconds(elements))
+
+            elements = min(job.optimizer_left, LEAST_SLICE)
+            while elements < job.optimizer_left and seconds(2 * elements) <= left:
+                elements = min(2 * elements, job.optimizer_left)
+            if seconds(elements) <= left:
+                chosen.optimizer.append(job.take_slice(elements))
+                chosen.refresh_seconds += job.slice_refresh_seconds(elements)
+                return seconds(elements)
+        return None
+
+    def _stuck_unit(self, jobs: Sequence[JobWork], seconds: float, only: MicrobatchWork | None) -> _Found | None:
+        """The smallest unit of the job whose turn it is, if it is on a grid and takes more than `seconds`; else None."""
         for job in jobs:
             if job.optimizer_left:
                 return None
             ready = [work for work in job.microbatches.values() if work.ready and (only is None or work is only)]
-            least = [(self._least(work), work) for work in ready if work.grid is not None]
             if ready:
+                least = [(self._least(work), work) for work in ready if work.grid is not None]
                 candidate, work = min(least, key=lambda item: item[0].seconds, default=(None, ready[0]))
-                return (job, work, candidate) if candidate is not None and candidate.seconds > seconds else None
+                return _Found(job, work, candidate) if candidate is not None and candidate.seconds > seconds else None
         return None
 
     def _least(self, work: MicrobatchWork) -> Candidate:
         """The next unit of a micro-batch on a grid, over one layer."""
-        if work.phase is Phase.FORWARD:
-            start, end = self._forward_window(work)
-            found = self._layers(work, Direction.FORWARD, work.layer, work.layer + 1, start, end, UNBOUNDED)
-        else:
-            row, layer = work.backward_row, work.backward_layer
-            found = self._layers(work, Direction.BACKWARD, layer, layer + 1, row - self._backward_rows(work), row, UNBOUNDED)
+        *_, shape = self._shapes(work)
+        found = self._fitted(work, shape._replace(layer_end=shape.layer_start + 1), UNBOUNDED)
         assert found is not None
         return found
 
-    def _alone(self, job: JobWork, work: MicrobatchWork, best: Candidate, inference: PassCost | None) -> Chosen:
-        """One unit and nothing beside it."""
-        assert best.cost is not None
-        work.advance(best.unit.unit)
-        self._waited = 0
-        return Chosen((best.unit,), (best.cost,), (), inference, best.seconds, {job.id: self._tokens(best.unit.unit)})
-
     def whole_seconds(self, work: MicrobatchWork) -> float:
-        """What is left of a micro-batch, run in one go."""
+        """Predicts what is left of a micro-batch, if it runs in one go."""
         rows, total = work.num_tokens, 0.0
         if work.phase is Phase.FORWARD:
             start = work.start
@@ -163,44 +225,43 @@ class UnitPicker:
             total += self.latency.unit_seconds(UnitCost(True, rows, layers, work.pairs(0, rows), 0, work.recompute_fraction))
         return total
 
-    def _tokens(self, unit: Unit) -> float:
-        """A unit in forward-token equivalents: its rows x layers over all layers."""
-        return (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / self.num_layers
-
     def _best(
-        self, jobs: Sequence[JobWork], left: float, inference: PassCost | None, least: float, only: MicrobatchWork | None,
-        fused_efficiency: float, begun: Container[int],
-    ) -> tuple[JobWork, MicrobatchWork, Candidate] | None:
+        self, chosen: Chosen, jobs: Sequence[JobWork], left: float, least: float, only: MicrobatchWork | None, *, fuse: bool
+    ) -> _Found | None:
         """The unit with the best efficiency, of the first job that has one that fits.
 
-        least: the share of the best efficiency that a unit must have. begun: the micro-batches that have units in this plan.
-        The pass runs before those units, so that it can't take later rows of them. fused_efficiency: the efficiency of rows
-        that were fused into this plan's pass. Above 1, forward windows that are not fused are deferred to the next pass while
-        there is backward work.
+        chosen: what this plan has so far. least: the share of the best efficiency that a unit must have.
+
+        At most one unit is fused. The pass runs before all other units, so that a micro-batch with units in this plan can't
+        fuse later rows. Where fused rows are more efficient than rows at the best rate, a forward window had better ride in
+        the next pass. Its efficiency is divided by theirs, so that backward units come first.
         """
+        begun = {unit.microbatch for unit in chosen.units}
+        inference = chosen.inference if fuse and not any(unit.fused for unit in chosen.units) else None
 
         def rank(item: tuple[Candidate, MicrobatchWork]) -> tuple[float, float]:
             candidate, _ = item
             waits = candidate.cost is not None and not candidate.cost.backward
-            return round(candidate.efficiency / (fused_efficiency if waits else 1.0), 2), candidate.work
+            return round(candidate.efficiency / (chosen.fused_efficiency if waits else 1.0), 2), candidate.work
 
         for job in jobs:
             found: list[tuple[Candidate, MicrobatchWork]] = []
             for work in job.microbatches.values():
                 if not work.ready or (only is not None and work is not only):
                     continue
-                candidates = [*self._candidates(work, left)]
+                fitted = (self._fitted(work, shape, left) for shape in self._shapes(work))
+                candidates = list(islice(filter(None, fitted), 1))
                 if inference is not None and work.id not in begun:
                     candidates += self._fused_candidates(work, left, inference)
                 bar = least * self._best_efficiency(work)
                 found += [(candidate, work) for candidate in candidates if candidate.efficiency >= bar]
             if found:
                 candidate, work = max(found, key=rank)
-                return job, work, candidate
+                return _Found(job, work, candidate)
         return None
 
     def _best_efficiency(self, work: MicrobatchWork) -> float:
-        """Of all layers over the largest window that is left: a small micro-batch can't do better."""
+        """The efficiency of all layers over the largest window that is left. A small micro-batch can't do better."""
         backward = work.phase is Phase.BACKWARD
         ahead = work.num_tokens - work.end if work.between_windows else work.end - work.row
         rows = min(work.backward_row if backward else ahead, work.grid or self.max_window)
@@ -211,87 +272,41 @@ class UnitPicker:
             known = self._possible[key] = min(1.0, self._ideal(cost) / max(self.latency.unit_seconds(cost), 1e-9))
         return known
 
-    def _optimizer_slice(self, jobs: Sequence[JobWork], left: float) -> tuple[OptimizerSlice, float] | None:
-        """A slice that fits, and the seconds that were measured of what follows from it."""
-        for job in jobs:
-            if not job.optimizer_left:
-                continue
-
-            def seconds(elements: int, job: JobWork = job) -> float:
-                return self.latency.optimizer_seconds(elements, job.refreshing(elements))
-
-            elements = min(job.optimizer_left, LEAST_SLICE)
-            while elements < job.optimizer_left and seconds(2 * elements) <= left:
-                elements = min(2 * elements, job.optimizer_left)
-            if seconds(elements) <= left:
-                return job.take_slice(elements), job.refreshing(elements)
-        return None
-
     # --- shapes ---
 
-    def _candidates(self, work: MicrobatchWork, left: float) -> Iterator[Candidate]:
-        if work.phase is Phase.FORWARD:
-            yield from self._forward(work, left)
-        elif work.phase is Phase.BACKWARD:
-            yield from self._backward(work, left)
-
-    def _forward(self, work: MicrobatchWork, left: float) -> Iterator[Candidate]:
-        """A new window, the largest that fits over one layer, or the one under way, over as many layers as fit; else a piece of
-        it over one layer."""
-        layers = self.num_layers
-        if work.grid is not None:
-            shapes = [(*self._forward_window(work), layers)]
-        elif work.between_windows:
-            shapes = [(work.end, work.end + rows, layers) for rows in self._sizes(work.num_tokens - work.end)]
-        else:
-            whole = [(work.start, work.end, layers)] if work.row == work.start else []
-            pieces = ((work.row, work.row + rows, work.layer + 1) for rows in self._sizes(work.end - work.row))
-            shapes = [*whole, *pieces]
-        for start, end, last in shapes:
-            candidate = self._layers(work, Direction.FORWARD, work.layer, last, start, end, left)
-            if candidate is not None:
-                yield candidate
-                return
-
-    def _backward(self, work: MicrobatchWork, left: float) -> Iterator[Candidate]:
-        """Whole layers where the micro-batch fits into one window; else windows of one layer, from the right."""
-        top = work.backward_layer + 1
-        if work.backward_row == work.num_tokens <= (work.grid or self.max_window):
-            candidate = self._layers(work, Direction.BACKWARD, work.lowest, top, 0, work.num_tokens, left)
-            if candidate is not None:
-                yield candidate
-                return
-        for rows in self._sizes(work.backward_row) if work.grid is None else [self._backward_rows(work)]:
-            start = work.backward_row - rows
-            candidate = self._layers(work, Direction.BACKWARD, top - 1, top, start, work.backward_row, left)
-            if candidate is not None:
-                yield candidate
-                return
-
-    @staticmethod
-    def _forward_window(work: MicrobatchWork) -> tuple[int, int]:
-        """The next window on a grid, or the one under way."""
-        assert work.grid is not None
-        return (work.end, min(work.end + work.grid, work.num_tokens)) if work.between_windows else (work.start, work.end)
-
-    @staticmethod
-    def _backward_rows(work: MicrobatchWork) -> int:
-        """Rows down to the next multiple of the grid."""
-        assert work.grid is not None
-        return (work.backward_row - 1) % work.grid + 1
+    def _shapes(self, work: MicrobatchWork) -> Iterator[Unit]:
+        """The units that may come next and are not fused, the largest first, each over as many layers as it may have."""
+        if work.phase is Phase.BACKWARD:
+            top, row = work.backward_layer + 1, work.backward_row
+            if row == work.num_tokens <= (work.grid or self.max_window):
+                yield Unit(Direction.BACKWARD, work.lowest, top, 0, row)
+            for rows in self._sizes(row) if work.grid is None else [(row - 1) % work.grid + 1]:
+                yield Unit(Direction.BACKWARD, top - 1, top, row - rows, row)
+            return
+        window = Unit(Direction.FORWARD, work.layer, self.num_layers, work.start, work.end)
+        if work.between_windows:
+            ahead = work.num_tokens - work.end
+            for rows in self._sizes(ahead) if work.grid is None else [min(work.grid, ahead)]:
+                yield window._replace(start=work.end, end=work.end + rows)
+            return
+        if work.row == work.start:
+            yield window
+        if work.grid is None:
+            for rows in self._sizes(work.end - work.row):
+                yield window._replace(layer_end=work.layer + 1, start=work.row, end=work.row + rows)
 
     def _sizes(self, rows: int) -> Iterator[int]:
-        """Window sizes to try, largest first; an odd remainder counts as one."""
+        """Window sizes to try, the largest first. All `rows` at once are tried too, if the limit allows them."""
         limit = min(rows, self.max_window)
         yield limit
         for size in WINDOWS:
             if size < limit:
                 yield size
 
-    def _layers(
-        self, work: MicrobatchWork, direction: Direction, first: int, last: int, start: int, end: int, left: float
-    ) -> Candidate | None:
-        """The unit over as many of the layers [first, last) as fit: from below for forward, from above for backward."""
+    def _fitted(self, work: MicrobatchWork, shape: Unit, left: float) -> Candidate | None:
+        """The unit over as many of its layers as fit into `left` seconds; None if not even one fits. Forward begins with the
+        lowest layer, backward with the highest."""
+        direction, first, last, start, end = shape
         backward = direction is Direction.BACKWARD
         pairs = work.pairs(start, end)
 
@@ -314,12 +329,12 @@ class UnitPicker:
         return Candidate(WorkUnit(work.id, unit), self._work(chosen, seconds), seconds, chosen)
 
     def _work(self, cost: UnitCost, seconds: float) -> float:
-        """Seconds at the best rate: attention and labels as they are, rows as in a large window."""
+        """The work of a unit that takes `seconds`: its rows at the best rate, attention and labels as they are."""
         bare = cost._replace(pairs=0, labels=0)
         return seconds - self.latency.unit_seconds(bare) + self._ideal(cost)
 
     def _ideal(self, cost: UnitCost) -> float:
-        """A unit's rows and layers at the best rate."""
+        """Seconds of a unit's rows and layers at the best rate, without attention and labels."""
         layers = self.num_layers
         whole = self.latency.unit_seconds(cost._replace(rows=REFERENCE_ROWS, layers=layers, pairs=0, labels=0))
         return whole * cost.rows * cost.layers / (REFERENCE_ROWS * layers)
@@ -332,7 +347,7 @@ class UnitPicker:
         )
 
     def _fused_candidates(self, work: MicrobatchWork, left: float, inference: PassCost) -> Iterator[Candidate]:
-        """A window that rides in the pass, at each size that fits."""
+        """New forward windows that ride in the pass, one of each size that fits."""
         if work.phase is not Phase.FORWARD or not work.between_windows or work.grid is not None:
             return
         alone = self.latency.pass_seconds(inference)

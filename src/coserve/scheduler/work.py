@@ -1,8 +1,11 @@
 """Finetuning work as the scheduler sees it: how far each micro-batch is, in integers, and what may come next.
 
-Forward: windows from left to right; the one under way, [start, end), has passed layers [0, layer), and its rows [start, row)
-the next layer too: a window of many rows can go through a layer in pieces, and has to where the last layer's loss head costs
-more than all layers. Backward: layers from the top; rows [row, T) of the one under way are done.
+Forward: windows go from left to right. The window under way is [start, end). All its rows have passed layers [0, layer), and
+its rows [start, row) have passed the next layer too. So a window can go through a layer in pieces. At the last layer it often
+must, because the loss head of a large window can cost more than all layers.
+
+Backward: layers go from the top down, from right to left in each. Rows [backward_row, num_tokens) of layer `backward_layer` are
+done.
 """
 
 from __future__ import annotations
@@ -18,17 +21,20 @@ from coserve.core import Direction, OptimizerSlice, Unit
 class Phase(enum.Enum):
     FORWARD = "forward"
     OBJECTIVE = "objective"
-    """All rows are through; the objective has not answered yet."""
+    """All rows are through forward, and the training objective has not given its coefficients yet."""
     BACKWARD = "backward"
     DONE = "done"
 
 
 @dataclass(slots=True, kw_only=True)
 class MicrobatchWork:
-    """One micro-batch in flight. bounds: rows [first, end) per example; label_rows: ascending; lowest: the lowest trained
-    layer; forward_only: there is no backward (validation, references). grid: windows begin at multiples of it and go through
-    layers whole, so that no sum depends on how much time there was; None: any windows. recompute_fraction: the share of
-    forward, by matrix FLOPs, that its backward runs again, from 0 to 1."""
+    """One micro-batch in flight.
+
+    lowest: the lowest trained layer. bounds: rows [first, end) of each example. label_rows: rows with a label, ascending.
+    forward_only: whether it has no backward, as for validation and references. grid: windows begin at multiples of it and go
+    through layers whole, so that no sum depends on how much time there was; None allows any windows. recompute_fraction: the
+    share of forward, by matrix FLOPs, that its backward runs again, from 0 to 1.
+    """
 
     id: int
     job: int
@@ -66,16 +72,16 @@ class MicrobatchWork:
 
     @property
     def ready(self) -> bool:
-        """Whether there is a unit that may come next."""
+        """Whether a unit may come next."""
         return self.phase in (Phase.FORWARD, Phase.BACKWARD)
 
-    def answer(self) -> None:
-        """The objective has given its coefficients: backward may begin."""
+    def on_objective(self) -> None:
+        """The training objective has given its coefficients, so that backward may begin."""
         assert self.phase is Phase.OBJECTIVE
         self.phase = Phase.DONE if self.forward_only or self.lowest >= self.num_layers else Phase.BACKWARD
 
     def advance(self, unit: Unit) -> None:
-        """Takes a planned unit as done."""
+        """Goes on behind a unit that was planned."""
         if unit.direction is Direction.FORWARD:
             self._advance_forward(unit)
             return
@@ -108,9 +114,9 @@ class MicrobatchWork:
 class JobWork:
     """One job: its micro-batches in flight and its optimizer step.
 
-    weight: its share among jobs. Of the step's optimizer_elements parameters [0, optimizer_done) are planned; 0 elements mean
-    that no step is under way. refresh_seconds: the time that it takes after a whole step to refresh what follows from the
-    parameters, such as DoRA's norms; it was measured once.
+    weight: its share among jobs. optimizer_elements: parameters that the optimizer step under way updates; 0 without a step.
+    optimizer_done: how many first ones of them are planned. refresh_seconds: how long it takes per step to refresh what
+    adapters derive from the parameters, such as DoRA's norms; it was measured once.
     """
 
     id: int
@@ -133,6 +139,6 @@ class JobWork:
     def optimizer_left(self) -> int:
         return self.optimizer_elements - self.optimizer_done
 
-    def refreshing(self, elements: int) -> float:
-        """Seconds, as measured, of what follows from so many elements of the present step."""
+    def slice_refresh_seconds(self, elements: int) -> float:
+        """The part of refresh_seconds that falls to a slice of the present step."""
         return self.refresh_seconds * elements / self.optimizer_elements
