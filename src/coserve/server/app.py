@@ -70,14 +70,14 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
             config.data_dir / "files", store, config.max_file_bytes, config.max_tenant_file_bytes, config.max_tenant_files
         )
         engine = EngineClient(config, report=report)
-        stack.push_async_callback(engine.stop)
-        await asyncio.gather(engine.start(), asyncio.to_thread(uploads.rebuild))
+        stack.push_async_callback(engine.supervisor.stop)
+        await asyncio.gather(engine.supervisor.start(), asyncio.to_thread(uploads.rebuild))
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory))
         if not config.allow_control_tokens:
             await asyncio.to_thread(tokenizer.prepare_control_texts)
         models = await asyncio.to_thread(ModelRegistry, store, engine, config, tokenizer)
         metrics = ServerMetrics(config, models.base_names[0], lambda: engine.info.objectives)
-        engine.on_job(metrics.hear_job)
+        engine.on_job(metrics.on_job)
         jobs = JobService(store=store, files=uploads, models=models, engine=engine, config=config)
         uploads.held_beside = jobs.disk.bytes_of
         models.held_bytes = uploads.held_bytes

@@ -1,7 +1,8 @@
 """Carries out the API's messages on an engine and reports what becomes of them.
 
-`take` runs on the process's main thread and never waits: what takes long (adapters, the start of jobs) runs in a pool. Chunks
-and ends of jobs come on the engine's thread. Does not own: the socket (mailbox.py), the process's life (enginemain.py).
+`EngineHost.on_message` runs on the process's main thread and never waits: what takes long (adapters, the start of jobs) runs in
+a pool. Chunks and ends of jobs come on the engine's thread. Does not own: the socket (mailbox.py), the process's life
+(enginemain.py).
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class EngineHost:
         self._early: dict[str, list[str]] = {}  # actions on jobs that are being prepared, in order
         self._lock = threading.Lock()
 
-    def take(self, message: ToEngine) -> None:
+    def on_message(self, message: ToEngine) -> None:
         """Begins to carry out a message."""
         match message:
             case Generate():
@@ -241,29 +242,29 @@ class _RequestReporter:
     ) -> None:
         self._id, self._handle, self._post, self._end = request, handle, post, end
         self._left = len(handle.outputs)
-        self._first, self._told_prompt = True, False
-        handle.listen(self._hear)
+        self._first, self._sent_prompt = True, False
+        handle.listen(self._on_chunk)
 
-    def _hear(self, chunk: Chunk) -> None:
+    def _on_chunk(self, chunk: Chunk) -> None:
         handle = self._handle
         last = chunk.finish_reason is not None
         self._left -= last
         failed = chunk.finish_reason == "error"
         if not failed:
-            self._tell(chunk, last)
+            self._post_tokens(chunk, last)
         if not self._left:
             self._end(self._id, (handle.error or CoserveError("the request failed")) if failed else None)
 
-    def _tell(self, chunk: Chunk, last: bool) -> None:
+    def _post_tokens(self, chunk: Chunk, last: bool) -> None:
         handle = self._handle
         self._post(Tokens(
             id=self._id, index=chunk.index, text=chunk.text, token_ids=list(chunk.token_ids), time_s=time.monotonic(),
             finish_reason=chunk.finish_reason, cached_tokens=handle.cached_tokens if self._first else 0,
             begun_s=handle.begun_s if self._first else None,
             logprobs=_entries(chunk.logprobs),
-            prompt_logprobs=_entries(handle.prompt_logprobs) if last and not self._told_prompt else [],
+            prompt_logprobs=_entries(handle.prompt_logprobs) if last and not self._sent_prompt else [],
         ))
-        self._told_prompt = self._told_prompt or last  # once: they are the same for all outputs
+        self._sent_prompt = self._sent_prompt or last  # once: they are the same for all outputs
         self._first = False
 
 

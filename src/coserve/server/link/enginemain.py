@@ -31,8 +31,16 @@ from coserve.server.link.activity import ENGINE, SOCKET, ActivityPage, CallPlace
 from coserve.server.link.enginehost import EngineHost, make_problem
 from coserve.server.link.mailbox import Mailbox
 from coserve.server.link.messages import Progress, Ready, Replied, ToEngine
-from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, START_CALL, STOP_S, STOP_SIGNALS, EngineSetup, read_setup
-from coserve.server.link.supervisor import STACKS_SIGNAL
+from coserve.server.link.setup import (
+    ACTIVITY_FILE,
+    STACKS_FILE,
+    STACKS_SIGNAL,
+    START_CALL,
+    STOP_S,
+    STOP_SIGNALS,
+    EngineSetup,
+    read_setup,
+)
 from coserve.server.locks import hold
 from coserve.server.settings import ServerConfig
 
@@ -120,16 +128,16 @@ class EngineProcessMain:
         host = EngineHost(engine, self.mailbox.post, self.mailbox.stop, CallPlaces(self.page))
         place = self.page.place(SOCKET)
 
-        def take(message: ToEngine) -> None:
+        def on_message(message: ToEngine) -> None:
             place.begin(f"taking a message ({type(message).__name__})")
-            host.take(message)
+            host.on_message(message)
             place.end()
 
         with engine:
             start_pulse(self.page)
             self.mailbox.post(ready)
             self.mailbox.flush()
-            self.mailbox.run(take)
+            self.mailbox.run(on_message)
             place.begin("the end: jobs write their checkpoints", STOP_S)
         host.close()
 

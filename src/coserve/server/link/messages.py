@@ -1,6 +1,6 @@
 """What the API process and the engine process say to each other: msgpack over a ZeroMQ pair of sockets.
 
-    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, GetStats, Heard, Shutdown
+    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, GetStats, Ack, Shutdown
     engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded
 
 A `call` number is answered by one Replied. Times are seconds of the machine's monotonic clock, which both processes share.
@@ -98,8 +98,8 @@ class GetStats(Message, frozen=True, kw_only=True):
     call: int
 
 
-class Heard(Message, frozen=True, kw_only=True):
-    """A batch of the engine's messages has been heard, so that another may be sent."""
+class Ack(Message, frozen=True, kw_only=True):
+    """A batch of the engine's messages has been read, so that another may be sent."""
 
 
 class Shutdown(Message, frozen=True, kw_only=True):
@@ -215,7 +215,7 @@ class JobEnded(Message, frozen=True, kw_only=True):
     problem: Problem | None = None
 
 
-ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | GetStats | Heard | Shutdown
+ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | GetStats | Ack | Shutdown
 FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded
 
 _encoder = msgspec.msgpack.Encoder()

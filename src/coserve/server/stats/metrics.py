@@ -126,7 +126,7 @@ class ServerMetrics:
         """A request was refused. reason: one of a few words, as it is a label."""
         self._rejections.labels(self.model_name, "0", reason).inc()
 
-    def hear_job(self, message: JobHappened | JobEnded) -> None:
+    def on_job(self, message: JobHappened | JobEnded) -> None:
         """A listener for EngineClient.on_job."""
         if isinstance(message, JobEnded):
             self._jobs[message.status].inc()
