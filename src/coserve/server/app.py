@@ -79,8 +79,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         metrics = ServerMetrics(config, models.base_names[0], lambda: engine.info.objectives)
         engine.on_job(metrics.on_job)
         jobs = JobService(store=store, files=uploads, models=models, engine=engine, config=config)
-        uploads.held_beside = jobs.disk.bytes_of
-        models.held_bytes = uploads.held_bytes
+        uploads.held_bytes = models.held_bytes = jobs.disk.bytes_of
         stack.push_async_callback(jobs.stop)
         work = WorkPool()
         stack.callback(work.close)

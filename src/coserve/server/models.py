@@ -72,7 +72,7 @@ class ModelRegistry:
         self._rows = threading.Lock()
         self._num_changes = 0
         self.held_bytes: Callable[[str], int] = self.copied_bytes
-        """What counts of a tenant for --max-tenant-file-bytes."""
+        """How many bytes of a tenant count for --max-tenant-file-bytes. The server counts its files and jobs too."""
         self._register_modules()
 
     @property

@@ -63,17 +63,13 @@ class FileService:
         self._directory = directory
         self._store = store
         self._max_bytes, self._max_tenant_bytes, self._max_tenant_files = max_bytes, max_tenant_bytes, max_tenant_files
-        self.held_beside: Callable[[str], int] = lambda tenant: 0
-        """Bytes of a tenant that count with its files: of its jobs' outputs and the adapters it loaded."""
+        self.held_bytes: Callable[[str], int] = store.count_file_bytes
+        """How many bytes of a tenant count for max_tenant_bytes. The server counts outputs of jobs and loaded adapters too."""
         self._listing = threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"data_dir: {directory} can't be made ({error.strerror})", param="data_dir") from error
-
-    def held_bytes(self, tenant: str) -> int:
-        """What counts of a tenant already."""
-        return self._store.count_file_bytes(tenant) + self.held_beside(tenant)
 
     async def check_room(self, tenant: str, size: int) -> None:
         """Raises TooLarge where an upload of `size` bytes would be one too many, before it is read."""
