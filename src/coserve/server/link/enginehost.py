@@ -1,4 +1,4 @@
-"""Carries out the API's messages on an engine and reports what becomes of them.
+"""Carries out the API process's messages on an engine, and reports what becomes of them.
 
 `EngineHost.on_message` runs on the process's main thread and never waits: what takes long (adapters, the start of jobs) runs in
 a pool. Chunks and ends of jobs come on the engine's thread. Does not own: the socket (mailbox.py), the process's life
@@ -47,14 +47,14 @@ from coserve.server.link.messages import (
 _POOL_THREADS = 4
 _LOAD_S = 5.0
 _LOAD_BYTES_PER_S, _DATA_BYTES_PER_S = 20e6, 1e6
-"""Speeds of a slow disk and of a slow tokenizer: from them the watchdog is told how long loading an adapter and preparing a job
-may take."""
+"""How long loading an adapter and preparing a job may take, for the watchdog: seconds that both may take in any case, and the
+speeds of a slow disk and of a slow tokenizer."""
 _READS = 10
-"""Tries of reading the engine's numbers between two changes of them."""
+"""Tries of reading the engine's statistics while its thread changes them."""
 
 
 def num_bytes(path: Path) -> int:
-    """Of a file, or of the files in a directory; 0 if there is none."""
+    """The bytes of a file, or of the files in a directory; 0 if there is none."""
     try:
         return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
     except OSError:
@@ -62,7 +62,7 @@ def num_bytes(path: Path) -> int:
 
 
 def make_problem(error: BaseException) -> Problem:
-    """An error as it travels. The message of one that isn't a CoserveError begins with its class."""
+    """An error as it travels. If it isn't a CoserveError, the message begins with the name of its class."""
     if isinstance(error, CoserveError):
         return Problem(name=error_name(error), message=str(error), param=error.param)
     reason = refusal_of(error)
@@ -72,7 +72,8 @@ def make_problem(error: BaseException) -> Problem:
 
 
 class EngineHost:
-    """post: sends a message, from any thread; stop: called at Shutdown; places: where the pool's threads say what they do."""
+    """Carries out messages. post: sends a message, from any thread. stop: is called at Shutdown. places: where the pool's
+    threads say what they do."""
 
     def __init__(
         self, engine: Engine, post: Callable[[FromEngine], None], stop: Callable[[], None], places: CallPlaces | None = None
@@ -86,7 +87,7 @@ class EngineHost:
         self._lock = threading.Lock()
 
     def on_message(self, message: ToEngine) -> None:
-        """Begins to carry out a message."""
+        """Begins to carry out a message; what becomes of it is posted."""
         match message:
             case Generate():
                 self._generate(message)
@@ -112,7 +113,7 @@ class EngineHost:
                 self._stop()
 
     def close(self) -> None:
-        """Takes no more calls; those that wait are dropped."""
+        """Drops the calls that wait. Calls that run go on, and nobody waits for them."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _call(
@@ -212,12 +213,12 @@ class EngineHost:
         ))
 
     def _job_ended(self, job: str, handle: JobHandle) -> None:
-        """On the engine's thread, or on the pool's if the job ended at once."""
+        """Runs on the engine's thread, or on the pool's if the job ended at once."""
         if self._engine.closed:  # the process ends, not the job: it goes on in the next one
             return
         with self._lock:
             self._jobs.pop(job, None)
-        self._engine.jobs.recorder.submit(self._report_end, job, handle)  # behind the rows that are still being written
+        self._engine.jobs.recorder.submit(self._report_end, job, handle)  # after the rows that are still being written
 
     def _report_end(self, job: str, handle: JobHandle) -> None:
         tokens = sum(row.tokens for row in MetricsTable(Path(handle.directory) / "metrics.csv").rows())
@@ -234,7 +235,7 @@ def _act(handle: JobHandle, action: str) -> None:
 
 
 class _RequestReporter:
-    """Turns a request's chunks into messages. end(id, error): called once, when nothing follows."""
+    """Turns a request's chunks into messages. end: is called once, at the end, with the request's id and its error."""
 
     def __init__(
         self, request: str, handle: RequestHandle, post: Callable[[FromEngine], None],

@@ -31,15 +31,16 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
     # Linux: malloc asks for huge pages. Decoding reads all weights once per token, page by page of the processor's tables.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""Of the engine's process, unless the user has set them."""
+"""Environment variables of the engine's process, where the user has not set them."""
 _STACKS_WAIT_S = 1.0
+"""Seconds that the process gets to write its stacks."""
 _MAX_STACKS_BYTES = 1 << 16
 _AT_ONCE = 64
 """Messages that are read before others have a turn of the event loop."""
 ENGINE_MODULE = "coserve.server.link.enginemain"
-"""What runs in it."""
-_LONGEST_PATH = 100
-"""Of a socket in the file system; the system's own limit is 104 or 108 bytes."""
+"""The module that runs in the process."""
+_MAX_PATH_BYTES = 100
+"""The longest path of a socket; the system's own limit is 104 or 108 bytes."""
 
 
 def _signal_name(number: int) -> str:
@@ -50,8 +51,14 @@ def _signal_name(number: int) -> str:
 
 
 class EngineEnd(NamedTuple):
-    """How a process ended. jobs: those that it worked on at that time; guilty: whether what it worked on may be the cause: it
-    hung, crashed or ran out of memory, and was not killed from outside; alone: no request was in the same work."""
+    """How a process ended.
+
+    reason: why, in words.
+    jobs: the jobs that it worked on at that time.
+    guilty: whether its work may be the cause: it hung, crashed or ran out of memory, and was not killed from outside.
+    alone: whether its work held no requests beside the jobs.
+    hung: whether it was killed because it hung.
+    """
 
     reason: str
     jobs: tuple[str, ...] = ()
@@ -61,7 +68,7 @@ class EngineEnd(NamedTuple):
 
 
 def count_oom_kills() -> int:
-    """Processes that the system has ended for lack of memory; 0 where it doesn't say."""
+    """How many processes the system has ended for lack of memory since it started; 0 where it doesn't say."""
     try:
         text = Path("/proc/vmstat").read_text(encoding="ascii")
     except OSError:
@@ -70,7 +77,8 @@ def count_oom_kills() -> int:
 
 
 class EngineProcess:
-    """One process, with a socket of its own: nothing that a dead one has sent can be taken for the next one's."""
+    """One process and its socket. Every process has a socket of its own, so that no message of a dead one is taken for the next
+    one's. page: what the threads of the process are doing."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, directory: Path, page: ActivityPage, stacks: int
@@ -81,15 +89,15 @@ class EngineProcess:
 
     @classmethod
     async def spawn(cls, config: ServerConfig, context: zmq.asyncio.Context) -> EngineProcess:
-        """Starts one. Raises OSError."""
-        with contextlib.ExitStack() as undo:  # of what was made, if anything below fails
-            directory = Path(tempfile.mkdtemp(prefix="coserve-"))  # only its owner can look into it
+        """Starts a process. Raises OSError and zmq.ZMQError."""
+        with contextlib.ExitStack() as undo:  # takes back what was made, if anything below fails
+            directory = Path(tempfile.mkdtemp(prefix="coserve-"))  # only its owner can look into a temporary directory
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
             socket = context.socket(zmq.PAIR)
             undo.callback(socket.close, linger=0)
             socket.set_hwm(0)  # both ends always read
             path = directory / "engine"
-            usable = zmq.has("ipc") and len(os.fsencode(path)) <= _LONGEST_PATH
+            usable = zmq.has("ipc") and len(os.fsencode(path)) <= _MAX_PATH_BYTES
             socket.bind(f"ipc://{path}" if usable else "tcp://127.0.0.1:*")
             page = ActivityPage(directory / ACTIVITY_FILE, create=True)
             undo.callback(page.close)
@@ -102,30 +110,30 @@ class EngineProcess:
             assert process.stdin is not None
             address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
             process.stdin.write(write_setup(EngineSetup(address=address, config=config, watch=str(directory))))
-            # The input stays open: its end tells the engine that this process has gone (enginemain.py).
+            # The process's input stays open. Its end tells the engine that this process has gone (enginemain.py).
             undo.pop_all()
             return cls(process, socket, directory, page, stacks)
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The number of the process."""
         return self._process.pid
 
     async def wait(self) -> int:
-        """The exit code, below 0 for a signal, once it has ended."""
+        """Waits until the process has ended. Returns the exit code, or minus the number of the signal that ended it."""
         return await self._process.wait()
 
     def hide(self) -> None:
-        """The process has connected: the address goes, so that nothing is left of it should this process be killed."""
+        """Deletes the directory, once the process has connected: nothing is left behind then if this process is killed."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Ends the process at once."""
         if self._process.returncode is None:
             self._process.kill()
 
     async def ask_stacks(self) -> str:
-        """The stacks of its threads, as far as it can still write them within a second."""
+        """The stacks of the process's threads, as far as it can still write them within a second."""
         before = os.fstat(self._stacks).st_size
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(STACKS_SIGNAL)
@@ -139,7 +147,7 @@ class EngineProcess:
         return self.read_stacks()
 
     def read_stacks(self) -> str:
-        """What has been written of stacks: when they were asked for, or by a crash."""
+        """The stacks that the process has written, because they were asked for or because it crashed."""
         return os.pread(self._stacks, _MAX_STACKS_BYTES, 0).decode(errors="replace")
 
     def send(self, message: ToEngine) -> None:
@@ -161,27 +169,28 @@ class EngineProcess:
             self._socket.send(encode(Ack()))
 
     def describe_work(self) -> str:
-        """What its threads are doing, in words."""
+        """What the process's threads are doing, in words."""
         now = time.monotonic()
         return " | ".join(
             f"{reading.activity} (for {now - reading.begun_s:.1f} s, predicted {reading.predicted_s:.2f} s)"
             for reading in self.page.read()
         ) or "nothing"
 
-    def describe_end(self, code: int, told: str | None, *, hung: bool) -> EngineEnd:
-        """The end of this process, which has ended with an exit code. told: the reason, if it is known."""
+    def describe_end(self, code: int, known: str | None, *, hung: bool) -> EngineEnd:
+        """How this process ended. code: what `wait` returned. known: the reason, if it is known."""
         busy = [reading.activity for reading in self.page.read()]
         jobs = tuple(dict.fromkeys(job for activity in busy for job in activity.jobs))
         alone = not any(activity.requests for activity in busy)
         out_of_memory = code == -signal.SIGKILL and count_oom_kills() > self._oom_kills
-        if told is None:
-            told = f"it was ended by signal {_signal_name(-code)}" if code < 0 else f"it ended with exit code {code}"
-            told += ", as the machine ran out of memory" if out_of_memory else ""
+        reason = known
+        if reason is None:
+            reason = f"it was ended by signal {_signal_name(-code)}" if code < 0 else f"it ended with exit code {code}"
+            reason += ", as the machine ran out of memory" if out_of_memory else ""
         guilty = hung or out_of_memory or code != -signal.SIGKILL
-        return EngineEnd(told, jobs, guilty, alone, hung)
+        return EngineEnd(reason, jobs, guilty, alone, hung)
 
     def close(self) -> None:
-        """Frees what it had; it has ended."""
+        """Frees the socket, the page and the directory of a process that has ended."""
         self._socket.close(linger=0)
         self.page.close()
         os.close(self._stacks)

@@ -21,8 +21,8 @@ from coserve.server.logs import present_request
 class RequestStream:
     """A request's chunks, for one reader, until every output has a finish_reason.
 
-    What comes while nobody reads is held as one chunk per output: never more than the request's own tokens. Raises the
-    request's error, or EngineUnavailable.
+    Chunks that come while nobody reads are merged to one chunk per output. Reading raises the request's error, or
+    EngineUnavailable.
     """
 
     def __init__(self, request: str, num_outputs: int, cancel: Callable[[RequestStream], None]) -> None:
@@ -36,7 +36,7 @@ class RequestStream:
 
     @property
     def ended(self) -> bool:
-        """Whether the engine is through with it."""
+        """Whether the engine has finished the request."""
         return self._error is not None or not self._unended
 
     def push(self, chunk: Tokens) -> None:
@@ -47,12 +47,12 @@ class RequestStream:
         self._news.set()
 
     def fail(self, error: CoserveError) -> None:
-        """Nothing follows."""
+        """Nothing follows; the error is raised after what was not read yet."""
         self._error = error
         self._news.set()
 
     def refuse(self, error: CoserveError) -> None:
-        """Nothing follows, and the engine stops working on it."""
+        """As `fail`, and the engine stops working on the request."""
         if not self.ended:
             self._cancel(self)
             self.fail(error)
@@ -77,7 +77,7 @@ class RequestStream:
             await self._news.wait()
 
     async def aclose(self) -> None:
-        """Nobody reads any more; the engine stops working on it."""
+        """Nobody reads any more, and the engine stops working on the request."""
         self._unread.clear()
         self._unfinished.clear()
         if not self.ended:

@@ -27,17 +27,18 @@ from coserve.server.link.watchdog import LOOK_EVERY_S, Hang, Watchdog
 from coserve.server.settings import ServerConfig
 
 DELAYS_S = (0.0, 1.0, 2.0, 5.0, 10.0)
-"""Waits before a restart, by the number of processes in a row that have died before they were ready."""
+"""Seconds before a restart, by the number of processes in a row that have died before they were ready."""
 MAX_FAILURES = 5
+"""No further process is started after so many in a row have died before they were ready."""
 _STOP_HANG_S, _STOP_FACTOR = 5.0, 5.0
-"""The watchdog's timeout and factor while the server ends: it is less patient then."""
+"""The watchdog's timeout and factor while the server ends, when it is less patient."""
 _LAST_WORDS_S = 0.05
-"""Seconds within which the last messages of a dead process arrive."""
+"""Seconds for the last messages of a dead process to arrive."""
 _log = logging.getLogger(__name__)
 
 
 def restart_delay_s(failures: int) -> float | None:
-    """Seconds before the next start after so many deaths before Ready in a row; None: give up."""
+    """Seconds before the next start; None: give up. failures: how many processes in a row have died before they were ready."""
     return None if failures >= MAX_FAILURES else DELAYS_S[min(failures, len(DELAYS_S) - 1)]
 
 
@@ -175,7 +176,7 @@ class Supervisor:
             except Exception as error:  # no sockets, files or processes are left: it is tried again all the same
                 reason = str(error)
                 if not isinstance(error, (OSError, zmq.ZMQError)):
-                    _log.exception("the engine's process can't be started or heard")
+                    _log.exception("the engine's process can't be started or read")
             if self._stopping:
                 return
             if self._first is not None and not self._first.done():
@@ -210,8 +211,8 @@ class Supervisor:
             code = await process.wait()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(reader), _LAST_WORDS_S)
-            told = self.hang or (self._problem.message if self._problem is not None else None)
-            self.last_end = end = process.describe_end(code, told, hung=self.hang is not None)
+            known = self.hang or (self._problem.message if self._problem is not None else None)
+            self.last_end = end = process.describe_end(code, known, hung=self.hang is not None)
             if not self._stopping and not end.hung and (stacks := process.read_stacks()):
                 _log.error("the engine process crashed; its threads were at:\n%s", stacks)
             return end.reason
