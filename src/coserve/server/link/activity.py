@@ -24,7 +24,7 @@ PLACE_BYTES = 8192
 _HEAD = struct.Struct("<QddI")
 """A row's number, when its work began (seconds of the monotonic clock, 0: idle), predicted seconds, bytes of the text."""
 _NUMBER = struct.Struct("<Q")
-_LARGEST = PLACE_BYTES - _HEAD.size
+_MAX_TEXT_BYTES = PLACE_BYTES - _HEAD.size
 _MAX_NAMES = 64
 _READS = 5
 """Tries of reading a row that is being written."""
@@ -80,7 +80,7 @@ class ActivityRow:
             what=what[:512], jobs=list(jobs)[:_MAX_NAMES], requests=asked[:_MAX_NAMES], num_requests=len(asked)
         )
         text = _encoder.encode(activity)
-        if len(text) > _LARGEST:  # names as long as nobody gives them
+        if len(text) > _MAX_TEXT_BYTES:  # names as long as nobody gives them
             text = _encoder.encode(Activity(what=what[:512], num_requests=len(asked)))
         self._write(time.monotonic(), seconds, text)
 
@@ -124,7 +124,7 @@ class ActivityPage:
         start = place * PLACE_BYTES
         for _ in range(_READS):
             number, begun_s, predicted_s, size = _HEAD.unpack_from(self._memory, start)
-            text = self._memory[start + _HEAD.size : start + _HEAD.size + min(size, _LARGEST)]
+            text = self._memory[start + _HEAD.size : start + _HEAD.size + min(size, _MAX_TEXT_BYTES)]
             if number % 2 == 0 and _NUMBER.unpack_from(self._memory, start)[0] == number:
                 if begun_s == 0.0:
                     return None
