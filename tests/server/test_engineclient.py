@@ -30,19 +30,21 @@ from coserve.server.link.engineclient import EngineClient
 from coserve.server.link.mailbox import MAX_UNACKED, Mailbox
 from coserve.server.link.messages import (
     Ack,
+    Cancel,
     Failed,
     Generate,
     JobEnded,
     JobHappened,
     Progress,
     Ready,
+    ToEngine,
     Tokens,
     decode_from_engine,
     encode,
     merge_tokens,
 )
 from coserve.server.link.setup import EngineSetup, read_setup, write_setup
-from coserve.server.link.streams import RequestStream
+from coserve.server.link.streams import RequestStream, RequestStreams
 from coserve.server.link.supervisor import MAX_FAILURES, restart_delay_s
 from coserve.server.locks import hold
 from coserve.server.settings import ServerConfig
@@ -182,6 +184,33 @@ def test_closing_a_finished_stream_cancels_nothing() -> None:
         assert cancelled == [stream]
 
     asyncio.run(close())
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_all_streams_fail_and_are_cancelled_in_an_engine_that_is_up(up: bool) -> None:
+    async def play() -> None:
+        sent: list[ToEngine] = []
+        is_up = True
+
+        def send(message: ToEngine) -> None:
+            if not is_up:
+                raise EngineUnavailable("it is down")
+            sent.append(message)
+
+        streams = RequestStreams(send)
+        opened = [
+            streams.open(Generate(id=streams.new_id(), prompt_ids=PROMPT, sampling=GREEDY, arrival_s=0.0)) for _ in range(2)
+        ]
+        assert len({stream.id for stream in opened}) == 2
+        is_up = up
+        streams.fail_all("the end")
+        for stream in opened:
+            with pytest.raises(EngineUnavailable, match="the end"):
+                await anext(stream)
+            await stream.aclose()
+        assert sent[2:] == [Cancel(id=stream.id) for stream in opened if up]
+
+    asyncio.run(play())
 
 
 def test_delays_grow_and_end() -> None:
