@@ -19,7 +19,7 @@ from coserve.server.index.store import Store
 from coserve.server.jobs.body import read_body
 from coserve.server.jobs.service import JobService
 from coserve.server.link.messages import JobEnded, JobHappened, Problem, Ready
-from coserve.server.link.supervisor import EngineEnd
+from coserve.server.link.process import EngineEnd
 from coserve.server.models import ModelRegistry
 from coserve.server.records import EventRecord, JobRecord
 from coserve.server.settings import ServerConfig

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from coserve.cli.main import main
-from coserve.server.link import supervisor
+from coserve.server.link import process
 
 if __name__ == "__main__":
-    supervisor.ENGINE_MODULE = "tests.server.hanging_engine"
+    process.ENGINE_MODULE = "tests.server.hanging_engine"
     main()

@@ -24,25 +24,27 @@ from coserve.peft.format import save_adapter
 from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.scheduler.latency import LatencyModel
 from coserve.server.errors import EngineUnavailable
-from coserve.server.link import engineclient, enginemain
+from coserve.server.link import enginemain, supervisor
 from coserve.server.link.activity import ActivityPage
 from coserve.server.link.engineclient import EngineClient
-from coserve.server.link.mailbox import MOST_UNHEARD, Mailbox
+from coserve.server.link.mailbox import MAX_UNACKED, Mailbox
 from coserve.server.link.messages import (
+    Ack,
+    Cancel,
     Failed,
     Generate,
-    Heard,
     JobEnded,
     JobHappened,
     Progress,
     Ready,
+    ToEngine,
     Tokens,
     decode_from_engine,
     encode,
     merge_tokens,
 )
 from coserve.server.link.setup import EngineSetup, read_setup, write_setup
-from coserve.server.link.streams import RequestStream
+from coserve.server.link.streams import RequestStream, RequestStreams
 from coserve.server.link.supervisor import MAX_FAILURES, restart_delay_s
 from coserve.server.locks import hold
 from coserve.server.settings import ServerConfig
@@ -86,6 +88,19 @@ class Loop:
 
         self(wait(), seconds)
 
+    def generate(self, **fields: Any) -> list[Tokens]:
+        """A request's chunks. It is sent on the loop too, as in the server: a zmq.asyncio socket warns outside of one."""
+        async def generate() -> list[Tokens]:
+            return await collect(self.client.generate(**fields))
+
+        return self(generate())
+
+    def act_job(self, job: str, action: str) -> None:
+        async def act() -> None:
+            self.client.act_job(job, action)
+
+        self(act())
+
     def ended(self, job: str) -> list[JobEnded]:
         return [message for message in self.job_messages if isinstance(message, JobEnded) and message.id == job]
 
@@ -99,9 +114,9 @@ def make_config(model: Path, data_dir: Path, **changes: Any) -> ServerConfig:
 @pytest.fixture(scope="module")
 def loop(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     loop = Loop(make_config(tiny_model, tmp_path_factory.mktemp("data")))
-    loop(loop.client.start())
+    loop(loop.client.supervisor.start())
     yield loop
-    loop(loop.client.stop())
+    loop(loop.client.supervisor.stop())
     loop.runner.close()
 
 
@@ -169,6 +184,33 @@ def test_closing_a_finished_stream_cancels_nothing() -> None:
         assert cancelled == [stream]
 
     asyncio.run(close())
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_all_streams_fail_and_are_cancelled_in_an_engine_that_is_up(up: bool) -> None:
+    async def play() -> None:
+        sent: list[ToEngine] = []
+        is_up = True
+
+        def send(message: ToEngine) -> None:
+            if not is_up:
+                raise EngineUnavailable("it is down")
+            sent.append(message)
+
+        streams = RequestStreams(send)
+        opened = [
+            streams.open(Generate(id=streams.new_id(), prompt_ids=PROMPT, sampling=GREEDY, arrival_s=0.0)) for _ in range(2)
+        ]
+        assert len({stream.id for stream in opened}) == 2
+        is_up = up
+        streams.fail_all("the end")
+        for stream in opened:
+            with pytest.raises(EngineUnavailable, match="the end"):
+                await anext(stream)
+            await stream.aclose()
+        assert sent[2:] == [Cancel(id=stream.id) for stream in opened if up]
+
+    asyncio.run(play())
 
 
 def test_delays_grow_and_end() -> None:
@@ -249,7 +291,7 @@ def test_a_message_posted_while_the_bell_is_read_silences_nothing(monkeypatch: p
                 mailbox.post(Progress(line=line))
                 while api.poll(1000) and line not in heard:
                     heard += [decode_from_engine(part).line for part in api.recv_multipart()]
-                    api.send(encode(Heard()))
+                    api.send(encode(Ack()))
             mailbox.stop()
             thread.join(5)
     context.term()
@@ -263,7 +305,7 @@ def test_while_the_api_is_slow_each_output_is_one_chunk_and_nothing_is_lost() ->
         with Mailbox(f"tcp://127.0.0.1:{port}") as mailbox:
             thread = threading.Thread(target=mailbox.run, args=(lambda message: None,), daemon=True)
             thread.start()
-            for number in range(MOST_UNHEARD):
+            for number in range(MAX_UNACKED):
                 mailbox.post(chunk(number))
                 assert api.poll(5000), "a batch is sent at once"
                 assert [decode_from_engine(part).token_ids for part in api.recv_multipart()] == [[number]]
@@ -273,7 +315,7 @@ def test_while_the_api_is_slow_each_output_is_one_chunk_and_nothing_is_lost() ->
             mailbox.post(Progress(line="later"))
             mailbox.post(chunk(5000, reason="stop"))
             assert not api.poll(200), "more than the API has heard is on its way"
-            api.send(encode(Heard()))
+            api.send(encode(Ack()))
             assert api.poll(5000)
             first, second, line = [decode_from_engine(part) for part in api.recv_multipart()]
             mailbox.stop()
@@ -297,7 +339,7 @@ def test_ready_tells_what_there_is(loop: Loop, tiny_model: Path) -> None:
 
 
 def test_outputs_are_those_of_an_engine_in_process(loop: Loop, model: LoadedModel) -> None:
-    chunks = loop(collect(loop.client.generate(prompt_ids=PROMPT, sampling=GREEDY)))
+    chunks = loop.generate(prompt_ids=PROMPT, sampling=GREEDY)
     engine = Engine(model, EngineConfig(memory_bytes=16 << 20), latency=LatencyModel(dict(LATENCY)))
     try:
         (handle,) = engine.generate([PROMPT], GREEDY)
@@ -312,7 +354,7 @@ def test_outputs_are_those_of_an_engine_in_process(loop: Loop, model: LoadedMode
 def test_n_logprobs_and_the_prefix_cache(loop: Loop) -> None:
     prompt = [*range(10, 60)]
     sampling = SamplingConfig(max_tokens=5, ignore_eos=True, n=2, logprobs=3, prompt_logprobs=1)
-    chunks = loop(collect(loop.client.generate(prompt_ids=prompt, sampling=sampling, tenant="a")))
+    chunks = loop.generate(prompt_ids=prompt, sampling=sampling, tenant="a")
     for index in range(2):
         whole = joined([c for c in chunks if c.index == index])
         assert len(whole.token_ids) == len(whole.logprobs) == 5
@@ -321,25 +363,25 @@ def test_n_logprobs_and_the_prefix_cache(loop: Loop) -> None:
         assert [entry.token for entry in whole.prompt_logprobs] == ([] if index else prompt[1:]), "once, with the first output"
     cached = []
     for tenant in ("b", "b", "c"):
-        chunks = loop(collect(loop.client.generate(prompt_ids=prompt, sampling=GREEDY, tenant=tenant)))
+        chunks = loop.generate(prompt_ids=prompt, sampling=GREEDY, tenant=tenant)
         cached.append(joined(chunks).cached_tokens)
     assert cached == [0, 48, 0], "tenants share no prefixes"
 
 
 def test_errors_come_back_as_they_were_raised(loop: Loop, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no 'nobody'") as found:
-        loop(collect(loop.client.generate(prompt_ids=PROMPT, sampling=GREEDY, adapter="nobody")))
+        loop.generate(prompt_ids=PROMPT, sampling=GREEDY, adapter="nobody")
     assert found.value.param == "adapter"
     with pytest.raises(InvalidRequest, match="exceed the model's 512") as refused:
-        loop(collect(loop.client.generate(prompt_ids=PROMPT, sampling=SamplingConfig(max_tokens=512))))
+        loop.generate(prompt_ids=PROMPT, sampling=SamplingConfig(max_tokens=512))
     assert refused.value.param == "max_tokens"
     with pytest.raises(InvalidRequest, match="too large"):
-        loop.client.generate(prompt_ids=[1 << 70], sampling=GREEDY)
+        loop.generate(prompt_ids=[1 << 70], sampling=GREEDY)
     with pytest.raises(NotFound):
         loop(loop.client.load_adapter("x", str(tmp_path / "none")))
     with pytest.raises(NotFound):
         loop(loop.client.unload_adapter("never"))
-    assert len(joined(loop(collect(loop.client.generate(prompt_ids=PROMPT, sampling=GREEDY)))).token_ids) == 12
+    assert len(joined(loop.generate(prompt_ids=PROMPT, sampling=GREEDY)).token_ids) == 12
 
 
 def test_closing_a_stream_ends_the_request(loop: Loop) -> None:
@@ -372,7 +414,7 @@ def test_an_adapter_is_loaded_used_and_unloaded(loop: Loop, model: LoadedModel, 
     save_adapter(tmp_path / "adapter", adapter, adapter.flat, base_name="tiny", fingerprint=model.fingerprint)
     loop(loop.client.load_adapter("t/x", str(tmp_path / "adapter")))
     base, tuned = (
-        joined(loop(collect(loop.client.generate(prompt_ids=PROMPT, sampling=GREEDY, adapter=name)))).token_ids
+        joined(loop.generate(prompt_ids=PROMPT, sampling=GREEDY, adapter=name)).token_ids
         for name in (None, "t/x")
     )
     assert base != tuned
@@ -404,7 +446,7 @@ def test_a_job_tells_its_steps_checkpoints_and_end(loop: Loop, tmp_path: Path) -
     assert isinstance(ended, JobEnded)
     assert (ended.status, ended.step, ended.problem) == ("succeeded", 4, None)
     assert ended.trained_tokens == sum(int(row["tokens"] or 0) for row in rows) > 100
-    answer = joined(loop(collect(loop.client.generate(prompt_ids=PROMPT, sampling=GREEDY, adapter="t/good"))))
+    answer = joined(loop.generate(prompt_ids=PROMPT, sampling=GREEDY, adapter="t/good"))
     assert len(answer.token_ids) == 12
 
 
@@ -419,18 +461,18 @@ def test_a_job_is_refused_paused_and_cancelled(loop: Loop, tmp_path: Path) -> No
     )
     start_job(loop, tmp_path, "long", config=endless)
     loop.wait(lambda: any(m.id == "long" and isinstance(m, JobHappened) and m.row for m in loop.job_messages))
-    loop.client.act_job("long", "pause")
+    loop.act_job("long", "pause")
     loop(asyncio.sleep(0.3))
     count = len(loop.job_messages)
     loop(asyncio.sleep(0.3))
     assert len(loop.job_messages) == count
-    loop.client.act_job("long", "resume")
+    loop.act_job("long", "resume")
     loop.wait(lambda: len(loop.job_messages) > count)
-    loop.client.act_job("long", "cancel")
+    loop.act_job("long", "cancel")
     loop.wait(lambda: loop.ended("long"))
     assert loop.ended("long")[0].status == "cancelled"
-    loop.client.act_job("long", "cancel")
-    loop.client.act_job("nothing", "pause")
+    loop.act_job("long", "cancel")
+    loop.act_job("nothing", "pause")
     assert loop(loop.client.stats())["jobs"] == 0
 
 
@@ -461,7 +503,7 @@ def test_a_killed_engine_fails_all_at_once_and_comes_back(loop: Loop, tmp_path: 
         stream = loop.client.generate(prompt_ids=PROMPT, sampling=LONG)
         await anext(stream)
         waiting = loop.client.generate(prompt_ids=PROMPT, sampling=LONG)
-        pid = loop.client.pid
+        pid = loop.client.supervisor.pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)  # so that the call below is surely waiting
         call = asyncio.ensure_future(loop.client.stats())
@@ -485,7 +527,7 @@ def test_a_killed_engine_fails_all_at_once_and_comes_back(loop: Loop, tmp_path: 
     loop.wait(lambda: loop.client.ready)
     assert (loop.client.generation, loop.client.num_restarts) == (generation + 1, restarts + 1)
     loop.wait(lambda: loop.ups[-1] == generation + 1)
-    assert len(joined(loop(collect(loop.client.generate(prompt_ids=PROMPT, sampling=GREEDY)))).token_ids) == 12
+    assert len(joined(loop.generate(prompt_ids=PROMPT, sampling=GREEDY)).token_ids) == 12
     assert not loop.ended("cut"), "its end is not known: it goes on in another process"
 
 
@@ -501,8 +543,8 @@ def test_what_keeps_an_engine_from_starting_is_said(
 ) -> None:
     loop = Loop(make_config(**{"model": tiny_model, "data_dir": tmp_path, **changes}))
     with pytest.raises(error, match=message):
-        loop(loop.client.start())
-    assert loop.client.pid is None and not loop.client.ready and loop.ups == []
+        loop(loop.client.supervisor.start())
+    assert loop.client.supervisor.pid is None and not loop.client.ready and loop.ups == []
     loop.runner.close()
 
 
@@ -510,20 +552,21 @@ def test_what_keeps_an_engine_from_starting_is_said(
 def test_an_engine_that_never_gets_ready_again_is_given_up(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(engineclient, "restart_delay_s", lambda failures: None if failures == 2 else 0.0)
+    monkeypatch.setattr(supervisor, "restart_delay_s", lambda failures: None if failures == 2 else 0.0)
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     loop = Loop(make_config(model, tmp_path / "data"))
-    loop(loop.client.start())
+    loop(loop.client.supervisor.start())
     model.rename(tmp_path / "moved")
-    assert loop.client.pid is not None
-    os.kill(loop.client.pid, signal.SIGKILL)
-    loop.wait(lambda: loop.client.failure)
-    assert "died 2 times before it was ready" in str(loop.client.failure) and "no such directory" in str(loop.client.failure)
+    assert loop.client.supervisor.pid is not None
+    os.kill(loop.client.supervisor.pid, signal.SIGKILL)
+    loop.wait(lambda: loop.client.supervisor.failure)
+    failure = str(loop.client.supervisor.failure)
+    assert "died 2 times before it was ready" in failure and "no such directory" in failure
     assert "restart the server" in caplog.text
     with pytest.raises(EngineUnavailable, match="died 2 times"):
         loop(loop.client.stats())
-    loop(loop.client.stop())
+    loop(loop.client.supervisor.stop())
     loop.runner.close()
 
 
@@ -532,9 +575,9 @@ def test_stopping_leaves_a_job_to_be_resumed(tiny_model: Path, tmp_path: Path, m
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     loop = Loop(make_config(tiny_model, tmp_path / "data"))
-    loop(loop.client.start())
+    loop(loop.client.supervisor.start())
     assert not list(temporary.iterdir()), "nothing would be left after kill -9"
-    pid = loop.client.pid
+    pid = loop.client.supervisor.pid
     endless = FinetuneConfig(
         lora=LoraConfig(r=4), batch_size=2, max_steps=100_000, checkpoint_steps=1, max_microbatch_tokens=256
     )
@@ -544,7 +587,7 @@ def test_stopping_leaves_a_job_to_be_resumed(tiny_model: Path, tmp_path: Path, m
     async def stop() -> None:
         stream = loop.client.generate(prompt_ids=PROMPT, sampling=LONG)
         await anext(stream)
-        await loop.client.stop()
+        await loop.client.supervisor.stop()
         with pytest.raises(EngineUnavailable, match="ending"):
             await collect(stream)
 

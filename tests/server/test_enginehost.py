@@ -46,12 +46,12 @@ def test_an_early_action_comes_before_a_later_one(tmp_path: Path) -> None:
 
     engine: Any = SimpleNamespace(finetune=finetune)
     host = EngineHost(engine, replies.put, lambda: None)
-    handle.between = threading.Thread(target=lambda: host.take(ActJob(id="job", action="resume")))
-    host.take(StartJob(
+    handle.between = threading.Thread(target=lambda: host.on_message(ActJob(id="job", action="resume")))
+    host.on_message(StartJob(
         call=1, id="job", adapter="a", training_file=str(tmp_path / "data"), validation_file=None, directory=str(tmp_path),
         config=FinetuneConfig(), resume=False,
     ))
-    host.take(ActJob(id="job", action="pause"))
+    host.on_message(ActJob(id="job", action="pause"))
     preparing.set()
     assert replies.get(timeout=10) == Replied(call=1)
     handle.between.join(10)

@@ -18,7 +18,7 @@ from coserve.server.errors import Conflict, StorageRefused
 from coserve.server.index import manifest
 from coserve.server.jobs import journal, runner, service
 from coserve.server.link.messages import JobHappened, Problem
-from coserve.server.link.supervisor import EngineEnd
+from coserve.server.link.process import EngineEnd
 from tests.server.conftest import Play
 from tests.server.jobs_bench import Bench, until
 

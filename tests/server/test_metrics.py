@@ -384,7 +384,7 @@ def test_vllm_names_only_on_demand_and_with_its_words() -> None:
 
 def test_ended_jobs_and_rejections_are_counted() -> None:
     room = Room()
-    room.metrics.hear_job(JobEnded(id="j", status="succeeded", step=4, trained_tokens=10))
+    room.metrics.on_job(JobEnded(id="j", status="succeeded", step=4, trained_tokens=10))
     room.metrics.rejected("capacity")
     found = room.samples()
     assert found['coserve_finetune_jobs_ended_total{"status": "succeeded"}'] == 1

@@ -24,7 +24,7 @@ from tests.tiny_directory import chat_lines
 def run(model: Path, directory: Path, story: Story, **settings: Any) -> None:
     async def main() -> None:
         async with Bench(model, directory / "data", **settings) as bench:
-            bench.files.held_beside = bench.jobs.disk.bytes_of
+            bench.files.held_bytes = bench.jobs.disk.bytes_of
             bench.files._max_bytes, bench.files._max_tenant_bytes = 64 << 20, bench.config.max_tenant_file_bytes
             bench.files._max_tenant_files = bench.config.max_tenant_files
             await story(bench)
@@ -147,7 +147,9 @@ def test_jobs_that_are_created_at_the_same_time_count_too(model: Path, tmp_path:
 def test_a_directory_that_changes_while_it_is_counted_is_counted_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store: Any = SimpleNamespace(job_states=lambda tenant: [("ftjob-1", "succeeded")])
+    store: Any = SimpleNamespace(
+        job_states=lambda tenant: [("ftjob-1", "succeeded")], count_file_bytes=lambda tenant: 0
+    )
     disk = TenantDisk(tmp_path, store, lambda tenant: 0)
     file = tmp_path / "ftjob-1" / "adapter"
     file.parent.mkdir()

@@ -35,7 +35,7 @@ from coserve.server.link.activity import (
     start_pulse,
 )
 from coserve.server.link.engineclient import EngineClient
-from coserve.server.link.supervisor import EngineProcess
+from coserve.server.link.process import EngineProcess
 from coserve.server.link.watchdog import FACTOR, Watchdog
 from coserve.server.records import JobRecord
 from coserve.server.settings import ServerConfig
@@ -102,7 +102,7 @@ def test_a_start_that_gets_no_socket_fails_with_a_reason(tmp_path: Path, monkeyp
     monkeypatch.setattr(EngineProcess, "spawn", spawn)
     client = EngineClient(ServerConfig(data_dir=tmp_path))
     with pytest.raises(CoserveError, match="can't start: Too many open files"):
-        asyncio.run(asyncio.wait_for(client.start(), 10))
+        asyncio.run(asyncio.wait_for(client.supervisor.start(), 10))
 
 
 def test_a_process_that_cannot_be_started_leaves_no_open_file_and_no_directory(

@@ -1,7 +1,7 @@
-"""The application: its routes, and the services behind them from start to end.
+"""The application: its routes, and the start and end of the services behind them.
 
-Owns: in which order services start and stop, the data directory's lock. Does not own: what they do, the listening socket
-(cli/serve.py).
+Owns: the order in which services start and stop, the lock of the data directory. Does not own: what services do, the listening
+socket (cli/serve.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from coserve.text.tokenizer import ChatTokenizer
 
 LOCK_FILE, INDEX_FILE = "server.lock", "coserve.db"
 KEYS_VARIABLE = "COSERVE_API_KEYS"
-"""tenant=key,tenant=key: keys beside those of the settings and of the index."""
+"""An environment variable of the form tenant=key,tenant=key: keys beside those of the settings and of the index."""
 _ROUTES = (inference, tokens, files, finetuning, adapters, status, page)
 _log = logging.getLogger(__name__)
 
@@ -54,10 +54,11 @@ def index_url(config: ServerConfig) -> str | URL:
 
 @asynccontextmanager
 async def open_services(config: ServerConfig, report: Callable[[str], None]) -> AsyncIterator[Services]:
-    """Starts everything, the engine's process included, and stops it in the reverse order.
+    """Starts all services and the engine's process, and stops them in the reverse order.
 
-    report: takes a line about the start. Raises ConfigError for a data directory that can't be used, and what keeps the engine
-    from starting.
+    Raises ConfigError for a data directory that can't be used, and what keeps the engine from starting.
+
+    report: takes a line about the start.
     """
     config = replace(config, data_dir=config.data_dir.absolute())  # the index names directories in it
     make_private(config.data_dir)
@@ -70,17 +71,16 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
             config.data_dir / "files", store, config.max_file_bytes, config.max_tenant_file_bytes, config.max_tenant_files
         )
         engine = EngineClient(config, report=report)
-        stack.push_async_callback(engine.stop)
-        await asyncio.gather(engine.start(), asyncio.to_thread(uploads.rebuild))
+        stack.push_async_callback(engine.supervisor.stop)
+        await asyncio.gather(engine.supervisor.start(), asyncio.to_thread(uploads.rebuild))
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory))
         if not config.allow_control_tokens:
             await asyncio.to_thread(tokenizer.prepare_control_texts)
         models = await asyncio.to_thread(ModelRegistry, store, engine, config, tokenizer)
         metrics = ServerMetrics(config, models.base_names[0], lambda: engine.info.objectives)
-        engine.on_job(metrics.hear_job)
+        engine.on_job(metrics.on_job)
         jobs = JobService(store=store, files=uploads, models=models, engine=engine, config=config)
-        uploads.held_beside = jobs.disk.bytes_of
-        models.held_bytes = uploads.held_bytes
+        uploads.held_bytes = models.held_bytes = jobs.disk.bytes_of
         stack.push_async_callback(jobs.stop)
         work = WorkPool()
         stack.callback(work.close)
@@ -95,8 +95,8 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
 
 
 def create_app(config: ServerConfig, *, report: Callable[[str], None] = _log.info) -> FastAPI:
-    """The application. Its lifespan opens the services; who has opened them already puts them at `app.state.services` and turns
-    the lifespan off."""
+    """The application. Its lifespan opens the services. A caller that has opened them already puts them at `app.state.services`
+    and turns the lifespan off."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -1,4 +1,4 @@
-"""Names and addresses that a server has, and the websites that may use it: how headers and settings write them.
+"""How headers and settings write the names and addresses of a server, and the websites that may use it.
 
 Owns: parsing, which host is the server's own. Does not own: what is refused for it (origins.py).
 """
@@ -18,19 +18,19 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?")
 _ALLOWED_NAME = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _BLANKS = " \t"
-"""What HTTP allows around a header's value; Unicode's other blanks belong to no name."""
+"""What HTTP allows around the value of a header. No name contains Unicode's other blanks."""
 _PORTS = {"http": 80, "https": 443}
 
 
 class HostPort(NamedTuple):
-    """A host and port as a URL names them; port None: the scheme's own."""
+    """A host and port as a URL names them. port: None is the scheme's own."""
 
     host: str
     port: int | None
 
 
 def parse_host(header: str) -> HostPort | None:
-    """A Host header in lower case, without the brackets of IPv6; None if it is none."""
+    """The host, in lower case and without the brackets of IPv6, and the port of a Host header; None if it isn't a valid one."""
     match = _HOST.fullmatch(header.strip(_BLANKS))
     if match is None or int(match[2] or 0) > 65535:
         return None
@@ -48,27 +48,22 @@ def is_own_origin(origin: str, host: HostPort) -> bool:
 
 
 class OwnNames:
-    """The names and addresses that a server without keys answers to."""
+    """The names and addresses that a server without keys answers to. is_local: whether only this machine reaches --host."""
 
     def __init__(self, bound: str, allowed: Sequence[str]) -> None:
-        """bound: --host; allowed: --allowed-hosts."""
+        """bound: the value of --host. allowed: the values of --allowed-hosts."""
         self._any = ANY in allowed
         self._names = {LOOPBACK_NAME, bound.lower().strip("[]"), *(name.lower().strip("[]") for name in allowed)}
         self._suffixes = tuple(name[1:].lower() for name in allowed if name.startswith("*."))
         address = _address(bound)
         self._any_address = bound == "" or (address is not None and address.is_unspecified)
-        self._is_local = bound == LOOPBACK_NAME or (address is not None and address.is_loopback)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether --host is reached from this machine only."""
-        return self._is_local
+        self.is_local = bound == LOOPBACK_NAME or (address is not None and address.is_loopback)
 
     def has(self, host: str) -> bool:
-        """host: as `parse_host` gives it."""
+        """Whether this name or address, as `parse_host` gives it, is the server's own."""
         if self._any or host in self._names or (self._suffixes and host.endswith(self._suffixes)):
             return True
-        address = _address(host)  # an address can't be rebound: only names are looked up
+        address = _address(host)  # only names are looked up, so only a name can be rebound
         return address is not None and (self._any_address or address.is_loopback or address.is_unspecified)
 
 
@@ -82,7 +77,7 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def check_allowed(hosts: Sequence[str], origins: Sequence[str]) -> None:
-    """The settings of these names. Raises ConfigError that names the setting."""
+    """Checks the settings --allowed-hosts and --allowed-origins. Raises ConfigError that names the setting."""
     for name in hosts:
         known = name == ANY or _ALLOWED_NAME.fullmatch(name) is not None or _address(name.strip("[]")) is not None
         require(known, "allowed_hosts",

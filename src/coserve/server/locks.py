@@ -1,5 +1,7 @@
-"""Locks: on files of the data directory (one server, one engine, at a time; the system frees them when a process dies), and by
-name on an event loop."""
+"""Two kinds of lock: on files of the data directory, for one server and one engine at a time; by name on an event loop.
+
+The system frees the lock of a file when the process that holds it dies.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from coserve.core import ConfigError
 
@@ -28,42 +31,41 @@ def make_private(directory: Path) -> None:
 
 @contextmanager
 def hold(path: Path, *, timeout_s: float = 0.0, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds the lock of a file, which gets this process's number.
+    """Holds the lock of a file, and writes this process's number into the file.
 
-    waiting: called once if somebody else has it. Raises ConfigError if they still have it after timeout_s, or the file can't
-    be written.
+    waiting: called once if another process holds the lock.
+
+    Raises ConfigError if that process still holds it after timeout_s, or the file can't be written or locked.
     """
     try:
         file = open(path, "a+", encoding="ascii")  # noqa: SIM115  # held beyond this function's `try`
     except OSError as error:
         raise ConfigError(f"data_dir: {path} can't be written ({error.strerror})", param="data_dir") from error
     with file:
-        limit = time.monotonic() + timeout_s
-        while not _take(file.fileno()):
+        if not _try_lock(file):
             waiting()
-            waiting = _nothing
-            if time.monotonic() >= limit:
-                file.seek(0)
-                raise ConfigError(
-                    f"data_dir: {path.parent} is in use by process {file.read().strip() or 'unknown'}; stop that one, or give "
-                    "another data_dir", param="data_dir",
-                )
-            time.sleep(_LOOK_EVERY_S)
+            limit = time.monotonic() + timeout_s
+            while not _try_lock(file):
+                if time.monotonic() >= limit:
+                    file.seek(0)
+                    raise ConfigError(
+                        f"data_dir: {path.parent} is in use by process {file.read().strip() or 'unknown'}; stop that one, or "
+                        "give another data_dir", param="data_dir",
+                    )
+                time.sleep(_LOOK_EVERY_S)
         with contextlib.suppress(OSError):  # on a full disk the lock holds without the number
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"{os.getpid()}\n".encode("ascii"))
         yield
 
 
-def _nothing() -> None:
-    pass
-
-
-def _take(descriptor: int) -> bool:
+def _try_lock(file: TextIO) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:  # a file system without locks
+        raise ConfigError(f"data_dir: {file.name} can't be locked ({error.strerror})", param="data_dir") from error
     return True
 
 

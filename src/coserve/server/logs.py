@@ -3,9 +3,9 @@
     text   2026-01-31T12:00:00.123Z WARNING api the record of a job can't be written [job=ftjob-1 tenant=alice]
     json   {"time": "2026-01-31T12:00:00.123Z", "level": "warning", "process": "api", "message": "...", "job": "ftjob-1", ...}
 
-Levels below warning go to standard output, the others to standard error. Whoever logs gives the ids by `extra={"job": ...}`;
-those of the request and of its tenant come from the context. `extra` may also have `fold`, which is False for a line that is
-written every time, and `fields`, a dictionary of what JSON lines hold besides.
+Levels below warning go to standard output, the others to standard error. The ids of the request and of its tenant come from the
+context; the caller gives others by `extra={"job": ...}`. `extra` may also have `fold`, which is False for a line that is
+written every time, and `fields`, a dictionary of more fields for JSON lines.
 
 Owns: formats, context, folding. Does not own: what is logged.
 """
@@ -29,21 +29,21 @@ from types import TracebackType
 from typing import Any, TextIO
 
 IDS = ("request", "tenant", "job")
-"""What a line can be about."""
+"""Whose ids a line can have."""
 FOLD_S = (10.0, 60.0, 600.0)
-"""Windows of folding: so long, a line that was just written is only counted. While it goes on, the next window is longer."""
-_MOST_FOLDED = 256
-"""Different lines that are remembered to be counted."""
+"""Seconds for which a line that was just written is only counted. If it came again meanwhile, the next window is longer."""
+_MAX_FOLDED = 256
+"""The most different lines that are remembered to be counted."""
 _CONTINUED = "| "
 _UNSHOWN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What would steer a terminal, break a line, turn the order of letters around, or can't be written as UTF-8."""
+"""Characters that steer a terminal, break a line or turn the order of letters around, or that UTF-8 doesn't have."""
 _request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="")
 _tenant: contextvars.ContextVar[list[str]] = contextvars.ContextVar("tenant")
 
 
 @contextmanager
 def about_request(request: str) -> Iterator[list[str]]:
-    """Lines logged inside are about a request. Gives a list that gets the tenant, once it is known."""
+    """Lines that are logged inside this context get the request's id. Yields a list that gets the tenant once it is known."""
     tenant: list[str] = []
     tokens = _request.set(request), _tenant.set(tenant)
     try:
@@ -54,7 +54,7 @@ def about_request(request: str) -> Iterator[list[str]]:
 
 
 def note_tenant(tenant: str) -> None:
-    """Whose request this is."""
+    """Lines about the present request get the tenant's id from now on."""
     known = _tenant.get(None)
     if known is not None:
         known[:] = [tenant]
@@ -66,7 +66,7 @@ def present_request() -> str:
 
 
 class _Context(logging.Filter):
-    """Puts the context's ids into records that have none; always passes."""
+    """Puts the context's ids into records that have none, and lets all records pass."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not hasattr(record, "request") and _request.get():
@@ -94,20 +94,20 @@ def _message_lines(record: logging.LogRecord) -> list[str]:
 
 
 def _shown(line: str) -> str:
-    """A line with what must not reach a terminal written out, as in Python's strings."""
+    """A line in which characters that must not reach a terminal are written as escapes, as in Python's strings."""
     return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), line)
 
 
 class TextFormatter(logging.Formatter):
-    """Every line of a record, a traceback's too, begins with time, level and process. All but the first go on with '| ', so
-    that what users send can't pass for a record."""
+    """Every line of a record begins with time, level and process, those of a traceback too. After that, all lines but the first
+    have a '| ', so that text from users can't pass for a record."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line or more."""
+        """The record as one line or more."""
         head = f"{_time(record)} {record.levelname} {self._process} "
         ids = " ".join(f"{name}={value}" for name, value in _ids(record).items())
         first, *rest = _message_lines(record)
@@ -117,14 +117,14 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One line, one object."""
+    """Writes a record as one line with one JSON object."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """The record as one line."""
         fields: dict[str, Any] = {
             "time": _time(record), "level": record.levelname.lower(), "process": self._process, "logger": record.name,
             "message": record.getMessage(), **_ids(record), **getattr(record, "fields", {}),
@@ -136,8 +136,12 @@ class JsonFormatter(logging.Formatter):
 
 @dataclass(slots=True)
 class _Folded:
-    """A line that was written, and how often it came since. until_s, began_s: its window's end and begin, in seconds of the
-    monotonic clock; window: which of FOLD_S that is."""
+    """A line that was written.
+
+    until_s, began_s: end and begin of the window in which it is only counted, by the monotonic clock.
+    window: which of FOLD_S the window's length is.
+    count: how often the line came in the window.
+    """
 
     record: logging.LogRecord
     until_s: float
@@ -147,7 +151,7 @@ class _Folded:
 
 
 class FoldingHandler(logging.Handler):
-    """Writes records to two streams. One that says the same as one just before, of the same ids, is counted; the count is
+    """Writes records to two streams. A record with the same text and ids as one just before is only counted. The count is
     written when the window ends, or at the end of the process."""
 
     def __init__(self, out: TextIO, error: TextIO) -> None:
@@ -157,7 +161,7 @@ class FoldingHandler(logging.Handler):
         self._timer: threading.Timer | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes the record, or counts it. Called by logging, which holds the handler's lock."""
+        """Writes or counts the record. The logging module calls this while it holds the handler's lock."""
         try:
             if not getattr(record, "fold", True):
                 self._write(record)
@@ -169,10 +173,10 @@ class FoldingHandler(logging.Handler):
                 known.count += 1
                 self._wake(known.until_s - now)
                 return
-            if known is None and len(self._folded) >= _MOST_FOLDED:
+            if known is None and len(self._folded) >= _MAX_FOLDED:
                 self._sweep(now, everything=True)
             if known is not None and known.count:
-                self._tell(known, now)
+                self._write_count(known, now)
             self._folded[key] = _Folded(record, now + FOLD_S[0], now)
             self._write(record)
         except Exception:
@@ -187,16 +191,16 @@ class FoldingHandler(logging.Handler):
         except OSError:  # a pipe that nobody reads any more, a full disk: the server goes on without this line
             pass
 
-    def _tell(self, folded: _Folded, now: float) -> None:
+    def _write_count(self, folded: _Folded, now: float) -> None:
         same = folded.record
         times = "once more" if folded.count == 1 else f"{folded.count} times"
         text = f"repeated {times} within {now - folded.began_s:.0f} s: {_message_lines(same)[0]}"
-        told = logging.LogRecord(same.name, same.levelno, same.pathname, same.lineno, "%s", (text,), None)
+        line = logging.LogRecord(same.name, same.levelno, same.pathname, same.lineno, "%s", (text,), None)
         for name in IDS:
             if hasattr(same, name):
-                setattr(told, name, getattr(same, name))
-        told.fields = {"repeated": folded.count}
-        self._write(told)
+                setattr(line, name, getattr(same, name))
+        line.fields = {"repeated": folded.count}
+        self._write(line)
 
     def _wake(self, seconds: float) -> None:
         if self._timer is None:
@@ -214,12 +218,12 @@ class FoldingHandler(logging.Handler):
                 self._wake(max(0.0, min(left)))
 
     def _sweep(self, now: float, *, everything: bool = False) -> None:
-        """Tells what was counted in windows that have ended; a line that came in its window gets a longer one."""
+        """Writes the counts of windows that have ended. A line that came again in its window gets a longer one."""
         for key, folded in list(self._folded.items()):
             if now < folded.until_s and not everything:
                 continue
             if folded.count:
-                self._tell(folded, now)
+                self._write_count(folded, now)
             if everything or not folded.count:
                 del self._folded[key]
                 continue
@@ -227,7 +231,7 @@ class FoldingHandler(logging.Handler):
             folded.until_s, folded.began_s, folded.count = now + FOLD_S[folded.window], now, 0
 
     def close(self) -> None:
-        """Tells what was counted."""
+        """Writes all counts."""
         with self.lock:  # type: ignore[union-attr]
             if self._timer is not None:
                 self._timer.cancel()
@@ -236,8 +240,11 @@ class FoldingHandler(logging.Handler):
 
 
 def configure(process: str, *, format: str = "text", level: str = "info") -> FoldingHandler:
-    """Sends the log of this process to its streams. process: api or engine; format: text or json; level: the least that is
-    written. Other packages' lines below warning are written at level debug only."""
+    """Sends the log of this process to standard output and standard error.
+
+    process: api or engine, for the lines. format: text or json. level: the lowest level that is written; lines of other
+    packages below warning are written only if it is debug.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the locale has no such letter

@@ -1,6 +1,7 @@
 """Around every route: limits of bodies, request ids, and what happens to an exception that nobody expected.
 
-Plain ASGI, so that streams pass as they are. Does not own: errors that are expected (handlers.py), an upload's limits (files).
+Plain ASGI, so that streams pass unchanged. Does not own: errors that are expected (handlers.py), limits of uploads
+(index/files.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from coserve.server.handlers import plain_body
 from coserve.server.logs import about_request
 
 UPLOADS = ("/v1/files", "/v1/files/")
-"""POST to these has limits of its own, and may be larger."""
+"""A POST to these paths may be larger, and has limits of its own."""
 REQUEST_ID = "x-request-id"
 _GIVEN_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 _log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def announced_bytes(headers: Headers) -> int:
 
 
 class BodyLimits:
-    """Refuses bodies over `max_bytes` (413), counted as they come, and compressed ones (415): nothing here unpacks any."""
+    """Refuses bodies of more than `max_bytes` (413), counted as they come, and compressed ones (415), which nothing unpacks."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
@@ -60,13 +61,13 @@ class BodyLimits:
         return f"the body exceeds max_body_bytes={self._max_bytes}"
 
     def _counted(self, receive: Receive) -> Receive:
-        taken = 0
+        received = 0
 
         async def counted() -> Message:
-            nonlocal taken
+            nonlocal received
             message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self._max_bytes:
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
                 raise HTTPException(413, self._too_large(), headers={"connection": "close"})
             return message
 
@@ -74,13 +75,13 @@ class BodyLimits:
 
 
 def _refuse(status: int, message: str) -> JSONResponse:
-    """The body that comes is never read, so the connection ends."""
+    """An answer that ends the connection, since the request's body is never read."""
     return JSONResponse(plain_body(status, message), status, headers={"connection": "close"})
 
 
 class LastResort:
-    """Names every request, by its own x-request-id if it has one; an unexpected exception is logged under that name and
-    answered with a 500 that tells nothing of the inside. log_requests: every request gets a line in the log."""
+    """Gives every request an id, its own x-request-id if it has one. An unexpected exception is logged with the id, and the
+    answer is a 500 that names only the id. log_requests: whether every request gets a line in the log."""
 
     def __init__(self, app: ASGIApp, log_requests: bool = False) -> None:
         self._app, self._log_requests = app, log_requests
@@ -117,7 +118,7 @@ class LastResort:
 
 
 def _log_request(scope: Scope, status: int, seconds: float) -> None:
-    """The line of --enable-log-requests. status: 0 where the client had left before there was one."""
+    """Writes the line of --enable-log-requests. status: 0 where the client left before there was one."""
     shown = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 4)}
     client = scope.get("client")
     if client is not None:

@@ -1,8 +1,8 @@
-"""Which model names there are, whose they are, and whether the engine holds the adapter behind one.
+"""Which model names there are, whose they are, and whether the engine holds the adapter of a name.
 
-Owns: names of the base and of adapters, loading an adapter into the engine when it is first asked for, the runtime routes'
-checks of directories. Does not own: how adapters come about (jobs/service.py), their rows (index/store.py), the copies of
-those from outside (shelf.py).
+Owns: names of the base and of adapters, loading an adapter into the engine when it is first asked for, which directories
+/v1/load_lora_adapter may read. Does not own: how jobs make adapters (jobs/service.py), adapters' rows (index/store.py), copies
+of adapters from outside (shelf.py).
 
 An adapter's name in the engine is TENANT/NAME, so that tenants can use the same names.
 """
@@ -33,15 +33,21 @@ from coserve.server.shelf import AdapterShelf, Admitted
 from coserve.text.tokenizer import ChatTokenizer
 
 SHARED = ""
-"""The tenant of --lora-modules: everybody."""
+"""The tenant of the adapters of --lora-modules, which everybody may use."""
 MAX_NAME = 256
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """name: what requests ask for; adapter: the engine's name for it, None for the base; parent: the base of an adapter;
-    created: Unix seconds; root: the base."""
+    """A model that requests can ask for.
+
+    name: what they ask for.
+    adapter: the engine's name of the adapter; None: the base.
+    parent: the base's name, for an adapter.
+    created: Unix seconds.
+    root: the base's name.
+    """
 
     name: str
     adapter: str | None
@@ -51,18 +57,19 @@ class ServedModel:
 
 
 def engine_name(tenant: str, name: str) -> str:
-    """The engine's name of a tenant's adapter; no two are the same."""
+    """The engine's name of a tenant's adapter. Different tenants' adapters have different ones."""
     return f"{quote(tenant, safe='')}/{name}"
 
 
 class ModelRegistry:
-    """Rows that were looked up are kept: this process is the only writer. Methods that aren't coroutines are thread-safe."""
+    """All model names. Rows of the index are read once, since only this process writes them. Methods that aren't coroutines are
+    thread-safe."""
 
     def __init__(
         self, store: Store, engine: EngineClient, config: ServerConfig, tokenizer: ChatTokenizer | None = None
     ) -> None:
-        """Checks the adapters of --lora-modules and makes their rows agree with the configuration. The engine must have been
-        started. Raises ConfigError that says what is wrong with one."""
+        """Checks the adapters of --lora-modules, and makes their rows agree with it, once the engine has started. Raises
+        ConfigError that says what is wrong with an adapter."""
         self._store, self._engine, self._config = store, engine, config
         self._shelf = AdapterShelf(config.data_dir / "adapters", engine, config.max_lora_rank, tokenizer)
         self._started = now()
@@ -72,18 +79,18 @@ class ModelRegistry:
         self._rows = threading.Lock()
         self._num_changes = 0
         self.held_bytes: Callable[[str], int] = self.copied_bytes
-        """What counts of a tenant for --max-tenant-file-bytes."""
+        """How many bytes of a tenant count for --max-tenant-file-bytes. The server counts its files and jobs too."""
         self._register_modules()
 
     @property
     def base_names(self) -> tuple[str, ...]:
-        """Names of the base model; the first one is shown. Known once the engine has started."""
+        """Names of the base model; answers show the first one. They are known once the engine has started."""
         return self._config.served_model_name or (self._engine.info.model,)
 
     # --- names ---
 
     def find(self, tenant: str, name: str) -> ServedModel:
-        """Raises NotFound, also for other tenants' names."""
+        """The model of a name. Raises NotFound, also for names of other tenants."""
         if name in self.base_names:
             return ServedModel(name=name, adapter=None, parent=None, created=self._started, root=self.base_names[0])
         return self._served(self.find_record(tenant, name))
@@ -102,7 +109,7 @@ class ModelRegistry:
         return record
 
     def list(self, tenant: str) -> Sequence[ServedModel]:
-        """The base under each of its names, then adapters."""
+        """All models of a tenant: the base under each of its names, then adapters."""
         return [self.find(tenant, name) for name in self.base_names] + [
             self._served(record) for record in self._store.list_adapters(tenant)
         ]
@@ -116,7 +123,7 @@ class ModelRegistry:
     # --- the engine's side ---
 
     async def prepare(self, tenant: str, name: str) -> ServedModel:
-        """`find`, and sees to it that the engine holds the adapter. Raises NotFound, InvalidRequest, EngineUnavailable."""
+        """The model of a name, once the engine holds its adapter. Raises NotFound, InvalidRequest, EngineUnavailable."""
         if name in self.base_names:
             return self.find(tenant, name)
         known = (tenant, name) in self._records
@@ -141,13 +148,14 @@ class ModelRegistry:
         return self._served(record)
 
     async def _checked(self, record: AdapterRecord) -> AdapterRecord:
-        """The row of a copy on the shelf; one from before there was a shelf is checked now. Jobs' own need no check."""
+        """`find_files`, in a thread where it has to make a copy."""
         if record.job is not None or self._shelf.holds(record.directory):
             return record
         return await asyncio.to_thread(self.find_files, record)
 
     def find_files(self, record: AdapterRecord) -> AdapterRecord:
-        """The same row, of files that have passed the gate. Raises NotFound, InvalidRequest, CapacityError."""
+        """The same row, of files that are checked: a job's own, or a copy on the shelf, which is made now if an older coserve
+        made none. Raises NotFound, InvalidRequest, CapacityError."""
         if record.job is not None or self._shelf.holds(record.directory):
             return record
         admitted = self._shelf.admit(Path(record.directory))
@@ -161,11 +169,11 @@ class ModelRegistry:
             _log.warning("adapter %s: %s", name, warning)
 
     def note_loaded(self, record: AdapterRecord, generation: int) -> None:
-        """The engine of that start has the adapter already: a job published it."""
+        """The engine has the adapter already, because a job has published it. generation: that engine's."""
         self._loaded[engine_name(record.tenant, record.name)] = (generation, record.directory)
 
     async def drop_loaded(self, tenant: str, name: str) -> None:
-        """Takes an adapter out of the engine, if it is there; requests that use it go on."""
+        """Unloads an adapter from the engine, if it is there. Requests that use it go on."""
         adapter = engine_name(tenant, name)
         self._loaded.pop(adapter, None)
         held: list[str] | None = []
@@ -176,19 +184,19 @@ class ModelRegistry:
         await self._sweep(held)
 
     async def _sweep(self, held: Collection[str] | None) -> None:
-        """Deletes copies that nobody needs. held: directories of the engine's adapters; None: not known."""
+        """Deletes copies that nobody needs. held: directories of the engine's adapters; None: unknown, nothing is deleted."""
         if held is not None:
             await asyncio.to_thread(self._shelf.sweep, held)
 
     # --- rows ---
 
     def add(self, record: AdapterRecord) -> None:
-        """A name is served from now on."""
+        """Serves a name from now on."""
         self._store.put_adapter(record)
         self._forget_row(record)
 
     def remove(self, record: AdapterRecord) -> None:
-        """A name is not served any more; see drop_loaded for the engine's side."""
+        """Serves a name no longer; `drop_loaded` unloads it from the engine."""
         with contextlib.suppress(NotFound):
             self._store.delete_adapter(record.tenant, record.name)
         self._forget_row(record)
@@ -219,10 +227,11 @@ class ModelRegistry:
     # --- what /v1/load_lora_adapter and /v1/unload_lora_adapter do ---
 
     async def load(self, tenant: str, name: str, path: str, *, replace: bool = False) -> tuple[str, ...]:
-        """Serves the adapter in a directory below the configured root; what its maker should know. replace: an adapter of this
-        name gets a new version; the old one stays if the new one can't be used.
+        """Serves the adapter in a directory below --adapter-root. Returns warnings for its maker.
 
         Raises Forbidden, InvalidRequest, TooLarge, CapacityError.
+
+        replace: whether an adapter of this name gets a new version; the old one stays if the new one can't be used.
         """
         directory = self._below_root(path)
         self._check_name(name)
@@ -255,7 +264,7 @@ class ModelRegistry:
         return admitted.warnings
 
     def _find_loaded(self, tenant: str, name: str, replace: bool) -> AdapterRecord | None:
-        """The adapter that a loaded one replaces. Raises InvalidRequest where it must not."""
+        """The adapter that has the name already, if there is one. Raises InvalidRequest if it must not be replaced."""
         existing = self._store.find_adapter(tenant, name)
         if existing is not None and (existing.tenant != tenant or existing.job is not None):
             raise InvalidRequest(
@@ -268,7 +277,7 @@ class ModelRegistry:
         return existing
 
     async def unload(self, tenant: str, name: str) -> None:
-        """Takes back what `load` did. Raises NotFound, Forbidden."""
+        """Serves an adapter of `load` no longer. Raises NotFound, Forbidden."""
         async with self._locks.hold(engine_name(tenant, name)):
             try:
                 record = await asyncio.to_thread(self.find_record, tenant, name)
@@ -286,16 +295,16 @@ class ModelRegistry:
             await self.drop_loaded(tenant, name)
 
     def _copies(self, tenant: str) -> Sequence[str]:
-        """Directories of a tenant's copies of adapters from outside, older versions that requests still use included."""
+        """Directories of a tenant's copies of adapters from outside, with older versions that requests still use."""
         own = [record.directory for record in self._store.list_adapters(tenant) if record.tenant == tenant]
         return [directory for directory in own if self._shelf.holds(directory)] + self._shelf.retired(tenant)
 
     def copied_bytes(self, tenant: str) -> int:
-        """What a tenant's copies take on disk. Those of --lora-modules are nobody's."""
+        """How many bytes a tenant's copies take on disk. Those of --lora-modules count for nobody."""
         return sum(map(self._shelf.bytes_of, self._copies(tenant)))
 
     def _check_room(self, tenant: str, replaced: AdapterRecord | None, size: int) -> None:
-        """Raises TooLarge for a copy that would take the tenant over its limit. replaced: the version that goes for it."""
+        """Raises TooLarge if a copy of `size` bytes would exceed the tenant's limit. replaced: the version that it replaces."""
         most, held = self._config.max_tenant_file_bytes, self.held_bytes(tenant)
         held -= 0 if replaced is None else self._shelf.bytes_of(replaced.directory)
         if held + size > most:

@@ -1,13 +1,14 @@
-"""Keeps websites away from a server that asks for no key: a browser on the same machine reaches it as its user does.
+"""Keeps websites away from a server that asks for no key, which a browser on the same machine could reach as its user does.
 
-    Host             a name or address of this server            else a page whose name was rebound to this address (403)
-    Origin           this server's own page, or an allowed one   else another website's script or form (403)
-    Sec-Fetch-Site   same-origin, none or missing                else another website's image, script, frame (403)
+    header           allowed                                     anything else (403) is from
+    Host             a name or address of this server            a page whose name was rebound to this address
+    Origin           this server's own page, or an allowed one   another website's script or form
+    Sec-Fetch-Site   same-origin, none or missing                another website's image, script, frame
 
-Where no key is asked for, a request from this machine proves nothing: every open website can have the browser send one. So all
-three headers are checked, on every route and for every method, reading ones too. Programs (curl, the openai client) send
-neither Origin nor Sec-Fetch-Site. Where keys are asked for, nothing is checked here: a browser adds no key by itself, and no
-other website can read or guess it.
+Where no key is asked for, a request from this machine need not be its user's: any open website can have the browser send one.
+So all three headers are checked, on every route and for every method, also those that only read. Programs (curl, the openai
+client) send neither Origin nor Sec-Fetch-Site. Where keys are asked for, nothing is checked here: a browser adds no key by
+itself, and no other website can read or guess it.
 
 Owns: these rules. Does not own: which names are the server's (hostnames.py), the headers that let an allowed origin read
 (Starlette's CORSMiddleware, see app.py), bodies' content types (inference/bodies.py).
@@ -25,10 +26,10 @@ from coserve.server.handlers import plain_body
 from coserve.server.hostnames import ANY, HostPort, OwnNames, is_own_origin, parse_host
 
 _OWN = ("same-origin", "none")
-"""Of Sec-Fetch-Site; same-site is another port or subdomain, which is another website all the same."""
+"""Allowed values of Sec-Fetch-Site. same-site isn't: it means another port or subdomain, which may be another website."""
 _SHOWN = 80
 _PRIVATE = (("cross-origin-resource-policy", "same-origin"), ("x-content-type-options", "nosniff"))
-"""For browsers that send no Sec-Fetch-Site: no other website's page can embed what it couldn't read."""
+"""For browsers that send no Sec-Fetch-Site: with these headers no other website's page can embed the answer."""
 
 
 class OriginGuard:
@@ -37,7 +38,7 @@ class OriginGuard:
     def __init__(
         self, app: ASGIApp, *, names: OwnNames, origins: Sequence[str], asks_for_keys: Callable[[], Awaitable[bool]]
     ) -> None:
-        """origins: --allowed-origins."""
+        """origins: the values of --allowed-origins."""
         self._app, self._names, self._asks_for_keys = app, names, asks_for_keys
         self._any_origin, self._origins = ANY in origins, frozenset(origin.lower() for origin in origins)
 
@@ -62,7 +63,7 @@ class OriginGuard:
         await self._app(scope, receive, private)
 
     def _problem(self, scope: Scope) -> tuple[int, str, str] | None:
-        """Status, message and header of what is wrong, if anything."""
+        """The status, the message and the header for a request that is refused; None for others."""
         headers = Headers(scope=scope)
         given = headers.getlist("host")
         if not given and scope.get("http_version") == "1.0":  # no browser speaks it
@@ -89,7 +90,7 @@ class OriginGuard:
 
 
 def _is_link(scope: Scope, headers: Headers) -> bool:
-    """Whether somebody follows a link to the page: it may lead here, as the page gives nothing to the website it was on."""
+    """Whether the request follows a link to the page. That is allowed, since the website with the link learns nothing by it."""
     return (
         scope["type"] == "http" and scope["path"] == "/" and scope["method"] == "GET" and not scope.get("query_string")
         and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"

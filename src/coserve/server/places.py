@@ -1,13 +1,13 @@
-"""Places in the engine's queue, shared among tenants before anything is sent to the engine.
+"""Places in the engine's queue, which are shared among tenants before a request is sent to the engine.
 
-    room                  whoever asks gets places, all of them if nobody else wants any
-    no room               each tenant's share is the capacity divided by the tenants that hold or want places:
-        over its share    the one who asks is refused (429)
-        within it         the newest request of the tenant that holds the most is refused instead, one that hasn't begun if
-                          there is one
+    places are free       whoever asks gets them, all of them if nobody else wants any
+    none is free          each tenant's share is the capacity divided by the number of tenants that hold or want places.
+        over its share    a tenant that asks is refused (429).
+        within it         it gets the places of another request, which is refused instead: the newest one of the tenant that
+                          holds the most places, and rather one that hasn't begun.
 
-So a tenant that stays within its share is never refused for what others send. Owns: who holds how many places, who must give
-them back. Does not own: the order in which waiting requests begin (the engine's scheduler).
+So a tenant that stays within its share is never refused because of what others send. Owns: who holds how many places, who must
+give them back. Does not own: the order in which waiting requests begin (the engine's scheduler).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LATER = "try again later"
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """Places of one request, one for each output. begun: whether tokens have come."""
+    """The places of one request, one for each output that has not ended. begun: whether tokens have come."""
 
     tenant: str
     count: int
@@ -32,18 +32,18 @@ class Claim:
 
 
 class Places:
-    """Belongs to one event loop."""
+    """All places of a server. It belongs to one event loop."""
 
     def __init__(self, capacity: int, most: int | None = None) -> None:
-        """capacity: outputs that run or wait; most: of one tenant, even where nobody else wants any."""
+        """capacity: how many outputs run or wait. most: how many of one tenant may, even if nobody else wants any places."""
         self._capacity, self._most = capacity, capacity if most is None else most
         self._held: Counter[str] = Counter()
         self._claims: dict[Claim, None] = {}  # oldest first
 
     def take(self, tenant: str, count: int, refuse: Callable[[CapacityError], None]) -> Claim:
-        """Places for a request of so many outputs. refuse: called if they must be given back; they are gone then.
+        """Places for a request of so many outputs. Raises CapacityError.
 
-        Raises CapacityError.
+        refuse: is called if the request loses its places to another tenant.
         """
         wanted = self._held[tenant] + count
         if wanted > self._most:
@@ -55,7 +55,7 @@ class Places:
         return claim
 
     def give_back(self, claim: Claim, count: int | None = None) -> None:
-        """An output has ended; None: all that are left."""
+        """So many of the request's outputs have ended; None: all of them."""
         count = claim.count if count is None else min(count, claim.count)
         claim.count -= count
         self._held[claim.tenant] -= count

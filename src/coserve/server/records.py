@@ -36,9 +36,14 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
-    """A finetuning job. config: a FinetuneConfig by config.to_dict; method: OpenAI's object as given or defaulted; settings:
-    the extra fields of the create body as given; base: the model's name as the user gave it; start: the adapter that the job
-    continues, or None; deadline: Unix seconds."""
+    """A finetuning job.
+
+    base: the model's name as the user gave it.
+    config: a FinetuneConfig as a dictionary.
+    method: OpenAI's object of this name, as it was given or from defaults.
+    settings: the fields of the request's body that OpenAI doesn't have, as they were given.
+    start: the adapter that training starts from; None: a new one.
+    """
 
     id: str
     tenant: str
@@ -71,7 +76,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventRecord:
-    """Something that happened in a job. seq: rises within the job; step: of a metrics event, of which there is one per step."""
+    """Something that happened in a job. seq: rises within the job. step: a metrics event's; each step has only one."""
 
     id: str
     job: str
@@ -86,7 +91,7 @@ class EventRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord:
-    """A checkpoint that is whole on disk and served as a model of its own."""
+    """A checkpoint that is whole on disk, and that is served as a model of its own."""
 
     id: str
     job: str
@@ -99,7 +104,7 @@ class CheckpointRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRecord:
-    """A model name that stands for an adapter. tenant '': everybody's (--lora-modules). job: that made it, or None."""
+    """A model name that stands for an adapter. tenant: '' for everybody (--lora-modules). job: which one made it, or None."""
 
     name: str
     tenant: str

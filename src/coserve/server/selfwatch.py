@@ -2,8 +2,8 @@
 
     every second: ask the event loop for a sign, look how long the journal has been at one action --> the log, and /health
 
-A loop that stands still answers nobody, not even /health, and no signal: after five times the timeout the process ends, so that
-whoever started it can start it again. Jobs go on from their checkpoints. Time in which this thread doesn't run doesn't count.
+A loop that stands still answers no request, not even /health, and no signal. After GIVE_UP times the timeout the process ends,
+so that a service manager can start it again; jobs go on from their checkpoints. Time counts only while this thread runs.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ from collections.abc import Callable
 
 LOOK_EVERY_S = 1.0
 GIVE_UP = 5
-"""Timeouts of silence after which the process ends."""
+"""After so many timeouts of silence the process ends."""
 _log = logging.getLogger(__name__)
 
 
 def stack_of(thread: threading.Thread) -> str:
-    """Where a thread is."""
+    """The stack of a thread, as text."""
     frame = sys._current_frames().get(thread.ident or 0)
     return "".join(traceback.format_stack(frame)).rstrip() if frame is not None else "(it has ended)"
 
 
 class SelfWatch:
-    """journal_busy_s: for how long the journal has been at the present action; timeout_s: 0 watches nothing. leave: ends the
-    process. Use as a context, on the loop's thread."""
+    """The watch; it lasts as long as this context, which is entered on the loop's thread.
+
+    journal_busy_s: gives for how many seconds the journal has been at the present action.
+    timeout_s: 0 turns the watch off.
+    leave: ends the process with an exit code.
+    """
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, journal_busy_s: Callable[[], float], timeout_s: float, *,
@@ -40,7 +44,7 @@ class SelfWatch:
         self._leave, self._look_every_s = leave, look_every_s
         self._watched = threading.current_thread()
         self._silent_s = 0.0
-        self._told_journal = False
+        self._logged_journal = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="coserve-watch", daemon=True)
 
@@ -54,7 +58,7 @@ class SelfWatch:
 
     @property
     def problem(self) -> str | None:
-        """What /health adds while requests are served all the same."""
+        """What /health says is wrong, although requests are served; None: nothing."""
         seconds = self._journal_busy_s()
         if not 0 < self._timeout_s < seconds:
             return None
@@ -83,7 +87,7 @@ class SelfWatch:
 
     def _look_at_journal(self) -> None:
         problem = self.problem
-        if problem is not None and not self._told_journal:
+        if problem is not None and not self._logged_journal:
             threads = [thread for thread in threading.enumerate() if thread.name.startswith("coserve-jobs")]
             _log.error("%s. Its thread is at:\n%s", problem, "\n".join(map(stack_of, threads)))
-        self._told_journal = problem is not None
+        self._logged_journal = problem is not None

@@ -1,4 +1,4 @@
-"""What routes work with, made once when the server starts (app.py) and passed to them explicitly."""
+"""The objects that routes work with. They are made once, when the server starts (app.py), and passed to routes explicitly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from coserve.text.tokenizer import ChatTokenizer
 class TenantShares:
     """What each tenant may hold at once.
 
-    places: in the engine's queue; body_bytes: of JSON bodies that are being read; uploads; streams: of jobs' events.
+    places: outputs in the engine's queue. body_bytes: bytes of JSON bodies that are being read.
+    uploads: uploads that run. streams: open streams of jobs' events.
     """
 
     def __init__(self, config: ServerConfig) -> None:
@@ -44,8 +45,13 @@ class TenantShares:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """tokenizer: the base model's, in this process. draw_seed: a seed below 2^32 for a request that gives none. work: threads
-    for what takes long. watch: the watch over this process; None in tests without a server."""
+    """The parts of one server.
+
+    tokenizer: the base model's.
+    draw_seed: gives a seed below 2^32 for a request that has none.
+    work: threads for work that would hold up the event loop.
+    watch: the watch over this process; None in tests without a server.
+    """
 
     config: ServerConfig
     engine: EngineClient
@@ -63,7 +69,7 @@ class Services:
 
 
 async def get_services(request: Request) -> Services:
-    """The server's, from the application."""
+    """The parts of the server that answers the request."""
     services: Services = request.app.state.services
     return services
 
@@ -75,13 +81,13 @@ _bearer = HTTPBearer(
     scheme_name="key", auto_error=False,
     description="An API key, as `Authorization: Bearer KEY`. None is asked for until one was made.",
 )
-"""For the OpenAPI document alone. Tenants finds out whose a key is, and refuses a request without one."""
+"""Only describes the header in the OpenAPI document. Tenants.identify checks keys, and refuses requests without one."""
 
 
 async def get_tenant(
     request: Request, services: Served, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> str:
-    """Who asks. The index is read at most once a second for a key. Raises Unauthorized."""
+    """The tenant who sends the request. For each key the index is read at most once a second. Raises Unauthorized."""
     tenant = await run_in_threadpool(services.tenants.identify, request.headers.get("authorization"))
     note_tenant(tenant)
     return tenant

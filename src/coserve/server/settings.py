@@ -1,4 +1,4 @@
-"""What `coserve serve` can be told: the server's own knobs, beside those of config/settings.py.
+"""The settings of `coserve serve`: the server's own, beside those of config/settings.py.
 
 Sources: defaults < TOML file < command line. Names are vLLM's where the meaning is the same.
 """
@@ -37,7 +37,7 @@ class ServerConfig:
     """One server: its HTTP side, its engine, its state."""
 
     model: str | None = None
-    """As for load_model: None (SmolLM2), a directory, a GGUF file or a hub id."""
+    """A directory, a GGUF file or a hub id; None: SmolLM2."""
     host: str = "127.0.0.1"
     port: int = 8000
     """0: any free port."""

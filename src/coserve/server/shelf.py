@@ -1,10 +1,10 @@
-"""Adapters from outside as the server keeps them: each is checked once, in this process, and written below the data directory
-in the form that the gate gives (peft/gate.py). The engine's process and jobs read nothing but these copies, which never change.
+"""Copies of adapters from outside. Each adapter is checked once, in this process, and written below the data directory in the
+form that the check gives (peft/gate.py). The engine's process and jobs read only these copies, which never change.
 
     DATA_DIR/adapters/ID/    one version of one adapter
 
-Owns: that directory. Does not own: which name an adapter has (models.py). Thread-safe; one adapter is checked at a time, so
-that many at once don't add up in memory.
+Owns: that directory. Does not own: which name an adapter has (models.py). Thread-safe. Adapters are checked one at a time,
+since each takes memory meanwhile.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from coserve.text.tokenizer import ChatTokenizer
 
 
 class Admitted(NamedTuple):
-    """directory: the copy; warnings: what the adapter's maker should know."""
+    """A copy. directory: where it is. warnings: what the adapter's maker should know."""
 
     directory: str
     warnings: tuple[str, ...]
 
 
 class AdapterShelf:
-    """The copies below `root`. tokenizer: the base's; without one, nobody warns of tokens that an adapter adds."""
+    """The copies below `root`. tokenizer: the base's; without one there are no warnings about tokens that an adapter adds."""
 
     def __init__(self, root: Path, engine: EngineClient, max_rank: int, tokenizer: ChatTokenizer | None) -> None:
         self.root, self._engine, self._max_rank, self._tokenizer = root.absolute(), engine, min(max_rank, MAX_RANK), tokenizer
@@ -52,8 +52,10 @@ class AdapterShelf:
         return Path(directory).parent == self.root
 
     def admit(self, source: Path, check_room: Callable[[int], None] = lambda size: None) -> Admitted:
-        """Checks a foreign adapter and copies what passed. check_room: raises where there is none for a copy of so many bytes.
-        Raises NotFound, InvalidRequest, CapacityError."""
+        """Checks an adapter from outside and copies it. Raises NotFound, InvalidRequest and CapacityError.
+
+        check_room: raises if there is no room for a copy of so many bytes.
+        """
         with self._lock, storage_errors():
             target, base = self.root / uuid.uuid4().hex, self._find_base()
             warnings: list[str] = []
@@ -66,11 +68,11 @@ class AdapterShelf:
             return Admitted(str(target), tuple(warnings))
 
     async def admit_soon(self, source: Path, check_room: Callable[[int], None]) -> Admitted:
-        """`admit` in a thread of its own, off the event loop."""
+        """`admit`, in a thread beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self.admit, source, check_room)
 
     def bytes_of(self, directory: str) -> int:
-        """Of a copy; 0 of what isn't one. It never changes, so it is read once."""
+        """How many bytes a copy takes; 0 for other directories. A copy never changes, so it is counted once."""
         if not self.holds(directory):
             return 0
         size = self._sizes.get(directory)
@@ -79,7 +81,7 @@ class AdapterShelf:
         return size
 
     def retire(self, directory: str, tenant: str) -> None:
-        """No name stands for a copy any more; it is the tenant's until it is deleted."""
+        """No name stands for a copy any more. It counts for the tenant until it is deleted."""
         if self.holds(directory):
             self._retired[directory] = tenant
 
@@ -88,7 +90,7 @@ class AdapterShelf:
         return [directory for directory, owner in list(self._retired.items()) if owner == tenant]
 
     def sweep(self, held: Collection[str]) -> None:
-        """Deletes retired copies but those that requests in the engine may still need."""
+        """Deletes the retired copies, except those in `held`, which requests in the engine may still need."""
         for directory in list(self._retired):
             if directory not in held:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -96,7 +98,7 @@ class AdapterShelf:
                 self._sizes.pop(directory, None)
 
     def keep_only(self, directories: Collection[str]) -> None:
-        """At the server's start: deletes all other copies."""
+        """Deletes all copies but these; it is called at the server's start."""
         if self.root.is_dir():
             for place in self.root.iterdir():
                 if str(place) not in directories:

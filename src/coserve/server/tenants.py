@@ -22,7 +22,7 @@ from coserve.server.records import KeyRecord, new_id, now
 
 DEFAULT_TENANT = "default"
 _CACHE_S = 1.0
-"""So long a key that was revoked by another process may still be taken."""
+"""Seconds for which a key may still be accepted after another process has revoked it."""
 _CACHE_SIZE = 1024
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _KEY = re.compile(r"[!-~]+")
@@ -30,14 +30,15 @@ _PREFIX_LENGTH = 7
 
 
 class Tenants:
-    """Tenants by API key; any thread may ask."""
+    """The tenants, by API key. Any thread may use it."""
 
     def __init__(
         self, store: Store, api_keys: Sequence[str | tuple[str, str]], *, clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """api_keys: beside those in the store: keys of the default tenant, or (tenant, key). clock: seconds.
+        """Raises ConfigError for a name or key that isn't valid, and for a key of two tenants.
 
-        Raises ConfigError for a name or key that can't be one, or a key of two tenants.
+        api_keys: keys beside those in the store: each is a key of the default tenant, or a pair (tenant, key).
+        clock: gives seconds.
         """
         self._store = store
         self._clock = clock
@@ -55,9 +56,9 @@ class Tenants:
                                   param="api_key")
 
     def identify(self, authorization: str | None) -> str:
-        """The tenant of an Authorization header, 'Bearer KEY'; the default tenant where no key was ever made.
+        """The tenant of an Authorization header, 'Bearer KEY'. Raises Unauthorized.
 
-        Raises Unauthorized.
+        As long as no key was ever made, everybody is the default tenant.
         """
         if self._is_open():
             return DEFAULT_TENANT
@@ -71,13 +72,13 @@ class Tenants:
         return tenant
 
     async def asks_for_keys(self) -> bool:
-        """Whether requests need one."""
+        """Whether requests need a key."""
         if self._closed or self._clock() < self._open_until:
             return self._closed
         return not await asyncio.to_thread(self._is_open)  # it looks into the index
 
     def _is_open(self) -> bool:
-        """Whether there is no key, revoked ones included: the last key's end must not let everybody in."""
+        """Whether no key was ever made. A revoked key counts too: revoking the last one must not let everybody in."""
         if self._closed:
             return False
         if self._clock() < self._open_until:
@@ -89,7 +90,7 @@ class Tenants:
         return True
 
     def _find(self, digest: str) -> str | None:
-        # All are compared, so that the time taken says nothing about them.
+        # All are compared, so that the time which this takes says nothing about the keys.
         same = [tenant for known, tenant in self._configured.items() if hmac.compare_digest(known, digest)]
         if same:
             return same[0]
@@ -109,7 +110,7 @@ class Tenants:
 
 
 def make_key(tenant: str) -> tuple[str, KeyRecord]:
-    """A new key, which is shown once, and its record. Raises ConfigError for a tenant's name that can't be one."""
+    """A new key and its record. Raises ConfigError if the tenant's name isn't valid."""
     key = f"sk-{secrets.token_urlsafe(32)}"
     return key, KeyRecord(
         id=new_id("key"), tenant=check_tenant(tenant), prefix=key[:_PREFIX_LENGTH], digest=digest_key(key), created_at=now(),
@@ -117,7 +118,7 @@ def make_key(tenant: str) -> tuple[str, KeyRecord]:
 
 
 def digest_key(key: str) -> str:
-    """SHA-256, hexadecimal. Keys made here are random, so there is nothing that a slow hash would protect."""
+    """SHA-256, hexadecimal. Keys that are made here are random, so a slow hash would protect nothing."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -133,7 +134,7 @@ def read_keys(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def check_tenant(name: str) -> str:
-    """The name. Raises ConfigError where it can't be one."""
+    """Returns the name. Raises ConfigError if it isn't valid."""
     if _TENANT.fullmatch(name) is None:
         raise ConfigError(
             f"tenant: must be up to 64 letters, digits, dots, dashes and underscores, a letter or digit first, got {name!r}",

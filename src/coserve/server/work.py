@@ -1,10 +1,10 @@
-"""Work of requests that takes more than a few milliseconds, beside the event loop: threads that tenants use in turn.
+"""Threads for work of requests that takes more than a few milliseconds, so that it doesn't hold up the event loop.
 
-    tenant a   [work work work work]      at most NUM_THREADS - 1 of them at once
-    tenant b   [work]                     its first work is next, however many of a's wait
+    tenant a   [work work work work]      at most NUM_THREADS - 1 of them run at once
+    tenant b   [work]                     this is the next to run, however many pieces of work of tenant a wait
 
-A thread doesn't help where it keeps Python's lock: what runs here is bounded beforehand (inference/bodies.py), or gives the
-lock back by itself, as tokenizers do. Owns: whose work is next, what a tenant may hold at once. Does not own: the work.
+While a thread keeps Python's lock, the event loop waits all the same. So the work either has a limited size
+(inference/bodies.py) or gives the lock back, as tokenizers do. Owns: whose work is next, what a tenant may hold at once.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from coserve.core import CapacityError
 
 NUM_THREADS = 4
 MAX_WAITING = 4096
-"""Pieces of work of one tenant."""
+"""The most pieces of work of one tenant that wait."""
 Result = TypeVar("Result")
 
 
 class WorkPool:
-    """Belongs to one event loop. Threads are made when they are first needed."""
+    """The threads, which tenants use in turn. It belongs to one event loop. A thread is made when it is first needed."""
 
     def __init__(self, num_threads: int = NUM_THREADS, max_waiting: int = MAX_WAITING) -> None:
         self._threads = ThreadPoolExecutor(num_threads, "coserve-work")
         self._free, self._share, self._max_waiting = num_threads, max(1, num_threads - 1), max_waiting
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
-        """By tenant; the tenant whose turn is next comes first."""
+        """What waits, by tenant. The tenant whose turn is next comes first."""
         self._running: Counter[str] = Counter()
 
     async def run(self, tenant: str, work: Callable[[], Result]) -> Result:
-        """What `work` gives, run in a thread in the tenant's turn. Raises what it raises, and CapacityError where too much of
-        the tenant's work waits already."""
+        """Runs `work` in a thread when it is the tenant's turn, and returns its result. Raises what `work` raises, and
+        CapacityError if too much of the tenant's work waits already."""
         await self._turn(tenant)
         loop = asyncio.get_running_loop()
         try:
@@ -49,7 +49,7 @@ class WorkPool:
         return await asyncio.wrap_future(running)
 
     def close(self) -> None:
-        """No more work."""
+        """Drops what waits, and takes no more work."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _turn(self, tenant: str) -> None:
@@ -70,7 +70,7 @@ class WorkPool:
             raise
 
     def _begin(self) -> None:
-        """Gives free threads to waiting work, a piece of each tenant in turn."""
+        """Gives free threads to waiting work, one piece of each tenant in turn."""
         passed = 0
         while self._free and passed < len(self._waiting):
             tenant = next(iter(self._waiting))
@@ -90,7 +90,7 @@ class WorkPool:
                 self._waiting[tenant] = waiting  # at the end: others are next
 
     def _ended(self, loop: asyncio.AbstractEventLoop, tenant: str, _: Future[object]) -> None:
-        """On the thread of the work."""
+        """Runs on the work's thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(self._end, tenant)
 
@@ -103,16 +103,16 @@ class WorkPool:
 
 
 class Allowance:
-    """What each tenant may hold of something at once, whatever others hold. Belongs to one thread."""
+    """A limit of what each tenant may hold at once, whatever other tenants hold. It belongs to one thread."""
 
     def __init__(self, most: int, refusal: str) -> None:
-        """refusal: said to who holds too much."""
+        """most: how much a tenant may hold. refusal: the message for a tenant that wants more."""
         self._most, self._refusal = most, refusal
         self._held: Counter[str] = Counter()
 
     @contextlib.contextmanager
     def hold(self, tenant: str, amount: int = 1) -> Iterator[None]:
-        """Holds an amount for a while. Raises CapacityError where that is too much beside what the tenant holds already."""
+        """Holds an amount for as long as the context. Raises CapacityError if the tenant would hold too much then."""
         self.take(tenant, amount)
         try:
             yield
@@ -120,13 +120,13 @@ class Allowance:
             self.give_back(tenant, amount)
 
     def take(self, tenant: str, amount: int = 1) -> None:
-        """Begins to hold it; raises as `hold`."""
+        """Begins to hold an amount. Raises as `hold`."""
         if self._held[tenant] and self._held[tenant] + amount > self._most:
             raise CapacityError(self._refusal)
         self._held[tenant] += amount
 
     def give_back(self, tenant: str, amount: int = 1) -> None:
-        """Ends what `take` began."""
+        """Ends holding an amount that `take` began."""
         self._held[tenant] -= amount
         if not self._held[tenant]:
             del self._held[tenant]

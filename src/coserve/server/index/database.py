@@ -1,4 +1,4 @@
-"""The connection to the index's database: SQLite or PostgreSQL, and its failures in the words of the error tree.
+"""The connection to the index's database, SQLite or PostgreSQL, and the database's failures as errors of the error tree.
 
 Owns: URLs, pragmas, transactions. Does not own: tables (tables.py), queries (store.py).
 """
@@ -25,10 +25,10 @@ from coserve.server.index.tables import prepare_schema
 
 _READS = "coserve_reads"
 _BUSY_S = 5.0
-_LEAST_ROOM = 64 << 10
-"""About how many bytes SQLite takes on the disk when it opens an index."""
+_MIN_FREE_BYTES = 64 << 10
+"""About how many bytes of the disk SQLite needs to open an index."""
 _PRAGMAS = (f"busy_timeout = {_BUSY_S * 1e3:.0f}", "journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON")
-"""synchronous = NORMAL is enough: what a loss of power takes out of the index is found again in the manifests."""
+"""synchronous = NORMAL is enough: what the index loses when the power fails is found again in the manifests."""
 
 _FAILURES = {
     "database or disk is full": FULL,
@@ -37,14 +37,14 @@ _FAILURES = {
     "database is locked": "the index is busy; try again",
     "unable to open database file": "the index can't be opened for now; try again",
 }
-"""What SQLite says, in lower case, and what a user is told."""
+"""Parts of SQLite's messages, in lower case, and what a user reads instead."""
 
 
 class Database:
-    """One database, its tables up to date; any thread may use it."""
+    """One database, with up-to-date tables. Any thread may use it."""
 
     def __init__(self, url: str | URL) -> None:
-        """url: SQLAlchemy's; 'postgresql://' takes psycopg. Raises ConfigError, also for a damaged file or a newer schema."""
+        """Raises ConfigError, also for a damaged file or a newer schema. url: SQLAlchemy's; 'postgresql://' uses psycopg."""
         parsed = _read_url(url)
         self.engine = _connect_sqlite(parsed) if parsed.drivername.startswith("sqlite") else _connect_postgres(parsed)
         self._reading = self.engine.execution_options(**{_READS: True})
@@ -62,13 +62,13 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that sees one state and changes nothing."""
+        """A transaction that only reads, and sees one state throughout."""
         with _translated(), self._reading.begin() as connection:
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction: all of it, or nothing.
+        """A transaction that may write. All of it takes effect, or nothing.
 
         Raises StorageRefused (disk full, database busy or away), Conflict (exists already), InvalidRequest (can't be stored).
         """
@@ -103,12 +103,12 @@ def _connect_sqlite(url: URL) -> Engine:
     engine = create_engine(url, json_serializer=_dump)
 
     def prepare(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # the module's own BEGINs come too late and not before a change of tables
+        connection.isolation_level = None  # sqlite3's own BEGIN comes too late, and not at all before a change of tables
         for pragma in _PRAGMAS:
             _execute_pragma(connection, pragma)
 
     def begin(connection: Connection) -> None:
-        # A transaction that reads, then writes, fails at once if another one wrote in between; so writers wait at the start.
+        # A transaction that reads and then writes fails at once if another one wrote in between. So writers wait at the start.
         connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get(_READS) else "BEGIN IMMEDIATE")
 
     event.listen(engine, "connect", prepare)
@@ -117,7 +117,7 @@ def _connect_sqlite(url: URL) -> Engine:
 
 
 def _execute_pragma(connection: sqlite3.Connection, pragma: str) -> None:
-    """Waits for another connection that turns WAL on at the same moment, as SQLite's busy timeout doesn't."""
+    """Runs a PRAGMA. It waits if another connection turns WAL on at this moment, which SQLite's busy timeout doesn't do."""
     deadline = time.monotonic() + _BUSY_S
     while True:
         try:
@@ -138,7 +138,7 @@ def _connect_postgres(url: URL) -> Engine:
 
 
 def _dump(value: Any) -> str:
-    """JSON; numbers that JSON hasn't, such as NaN, become null."""
+    """A value as JSON. Numbers that JSON doesn't have, such as NaN, become null."""
     return msgspec.json.encode(value).decode()
 
 
@@ -162,14 +162,14 @@ def _opening_failed(url: URL, error: DBAPIError) -> ConfigError:
                            param="database_url")
     if "not a database" in reason or "malformed" in reason:
         return _damaged(str(url.database), reason)
-    if shutil.disk_usage(Path(str(url.database)).parent).free < _LEAST_ROOM:
+    if shutil.disk_usage(Path(str(url.database)).parent).free < _MIN_FREE_BYTES:
         reason = f"{FULL} ({reason})"
     return ConfigError(f"data_dir: the index {url.database} can't be opened: {reason}", param="data_dir")
 
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """The database's errors as ours. What is left is a bug of ours."""
+    """Raises the database's errors as ours. Any other one is a bug of ours, and passes unchanged."""
     try:
         yield
     except (UnicodeEncodeError, OverflowError) as error:

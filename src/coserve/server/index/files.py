@@ -4,8 +4,8 @@
     files/ID/meta.json    the FileRecord: the truth that the index is rebuilt from
     files/ID.tmp/         one that is being written or deleted; removed at the next start
 
-Owns: that layout, limits of uploads, that a file is there whole or not at all. Does not own: the index (Store), how JSON Lines
-are read (finetune/jsonlines.py). A user's file name is data: no path is made of it.
+A file is there whole or not at all. A user's file name is only data: no path is made of it. Owns: that layout, limits of
+uploads. Does not own: the index (Store), how JSON Lines are read (finetune/jsonlines.py).
 """
 
 from __future__ import annotations
@@ -55,32 +55,27 @@ class FileService:
     def __init__(
         self, directory: Path, store: Store, max_bytes: int, max_tenant_bytes: int, max_tenant_files: int = 1 << 62
     ) -> None:
-        """directory: is made if it isn't there. max_bytes: of one upload; max_tenant_bytes, max_tenant_files: of all files of a
-        tenant.
+        """Makes the directory if there is none. Raises ConfigError where it can't be made.
 
-        Raises ConfigError where it can't be made.
+        max_bytes: of one upload. max_tenant_bytes, max_tenant_files: of all files of a tenant.
         """
         self._directory = directory
         self._store = store
         self._max_bytes, self._max_tenant_bytes, self._max_tenant_files = max_bytes, max_tenant_bytes, max_tenant_files
-        self.held_beside: Callable[[str], int] = lambda tenant: 0
-        """Bytes of a tenant that count with its files: of its jobs' outputs and the adapters it loaded."""
+        self.held_bytes: Callable[[str], int] = store.count_file_bytes
+        """How many bytes of a tenant count for max_tenant_bytes. The server counts outputs of jobs and loaded adapters too."""
         self._listing = threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"data_dir: {directory} can't be made ({error.strerror})", param="data_dir") from error
 
-    def held_bytes(self, tenant: str) -> int:
-        """What counts of a tenant already."""
-        return self._store.count_file_bytes(tenant) + self.held_beside(tenant)
-
     async def check_room(self, tenant: str, size: int) -> None:
-        """Raises TooLarge where an upload of `size` bytes would be one too many, before it is read."""
+        """Raises TooLarge if an upload of `size` bytes would exceed the tenant's limits. Call it before the upload is read."""
         await asyncio.to_thread(self._check_quota, tenant, size)
 
     async def save_upload(self, tenant: str, upload: UploadFile, purpose: str) -> FileRecord:
-        """Copies an upload to disk, then lists it. Raises TooLarge, InvalidRequest (naming the field), CapacityError."""
+        """Copies an upload to disk, then puts it into the index. Raises TooLarge, InvalidRequest and CapacityError."""
         _check_purpose(purpose)
         filename = clean_filename(upload.filename)
         await asyncio.to_thread(self._check_quota, tenant, upload.size or 0)  # before it is copied
@@ -90,14 +85,14 @@ class FileService:
     def save_result(
         self, tenant: str, filename: str, content: bytes, purpose: str = RESULTS, *, id: str | None = None
     ) -> FileRecord:
-        """Keeps a file that a job made. id: the new file's; a file that has it already stays. Raises CapacityError."""
+        """Keeps a file that a job has made. Raises CapacityError. id: the new file's; a file with this id stays as it is."""
         if id is not None:
             with suppress(NotFound):
                 return self._store.get_file(tenant, id)
         return self._save(tenant, clean_filename(filename), io.BytesIO(content), purpose, check=False, id=id)
 
     def path(self, record: FileRecord) -> Path:
-        """Where its bytes are."""
+        """Where a file's bytes are."""
         return self._directory / record.id / _CONTENT
 
     def find(self, tenant: str, id: str) -> tuple[FileRecord, Path]:
@@ -108,7 +103,7 @@ class FileService:
         return record, self.path(record)
 
     def delete(self, tenant: str, id: str) -> None:
-        """Raises NotFound, also for another tenant's, and Conflict while a job that hasn't ended uses it."""
+        """Deletes a file. Raises NotFound, also for another tenant's, and Conflict while a job that hasn't ended uses it."""
         self._store.get_file(tenant, id)
         users = [job.id for job in self._store.unfinished_jobs() if id in (job.training_file, job.validation_file)]
         if users:
@@ -121,7 +116,7 @@ class FileService:
         self._store.delete_file(tenant, id)
 
     def rebuild(self) -> None:
-        """At the start: makes the index agree with the directory, and removes what is unfinished."""
+        """Makes the index agree with the directory, and removes unfinished files; it is called at the start."""
         listed = {record.id: record for record in self._store.all_files()}
         found = []
         for entry in sorted(self._directory.iterdir()):
@@ -165,7 +160,7 @@ class FileService:
         return record
 
     def _copy(self, source: BinaryIO, target: Path, *, check: bool) -> tuple[int, str]:
-        """Bytes and their SHA-256. check: as an upload's."""
+        """Copies a file. Returns the number of bytes, and their SHA-256. check: whether the file is checked as an upload."""
         size, digest, judge = 0, hashlib.sha256(), UploadCheck()
         with target.open("xb") as file:
             while chunk := source.read(_CHUNK_BYTES):

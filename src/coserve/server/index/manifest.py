@@ -1,7 +1,7 @@
 """A job's manifest, jobs/ID/request.json: the truth about the job, from which the index can be rebuilt.
 
-Owns: the file's form, writing it so that a crash leaves the old one or the new one. Does not own: when it is written
-(jobs/service.py), what else lies in a job's directory (jobs/outputs.py).
+After a crash there is either the old file or the new one. Owns: the form of the file. Does not own: when it is written
+(jobs/service.py), what else is in a job's directory (jobs/outputs.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_job_id(text: str) -> bool:
-    """Whether a job can be called so."""
+    """Whether a text can be the id of a job."""
     return _JOB_ID.fullmatch(text) is not None
 
 
@@ -50,7 +50,7 @@ def write_manifest(directory: Path, record: JobRecord) -> None:
 
 
 def read_manifest(directory: Path) -> JobRecord:
-    """Raises InvalidRequest if there is none, or it can't be read."""
+    """The job of the manifest in a directory. Raises InvalidRequest if there is none, or it can't be read."""
     try:
         manifest = msgspec.json.decode((directory / MANIFEST_FILE).read_bytes(), type=Manifest)
     except (OSError, msgspec.DecodeError) as error:
@@ -64,7 +64,7 @@ def read_manifest(directory: Path) -> JobRecord:
 
 
 def find_manifests(root: Path) -> Iterator[JobRecord]:
-    """Of all jobs below `root`, oldest first; one that can't be read is logged and left out."""
+    """All jobs below `root` by their manifests, oldest first. One that can't be read is logged and left out."""
     records = []
     for directory in root.glob("ftjob-*"):
         if not is_job_id(directory.name) or not (directory / MANIFEST_FILE).exists():

@@ -1,10 +1,10 @@
-"""The index of keys, files, jobs, events, checkpoints and adapters: what the API process looks things up in.
+"""The index: keys, files, jobs, events, checkpoints and adapters, for looking them up.
 
-Owns: every query. Does not own: tables (tables.py), the connection and its errors (database.py), files on disk, which are
-the truth that the index can be rebuilt from.
+All methods are synchronous and short, and any thread may call them. Each of them may also raise CapacityError, if the disk is
+full or the database busy, and InvalidRequest, for a value that can't be stored, such as NUL in a text.
 
-All methods are synchronous and short, and may be called by any thread. Beside what is said at each, they raise CapacityError
-where the disk is full or the database busy, and InvalidRequest for a value that can't be stored, such as NUL in a text.
+Owns: every query. Does not own: tables (tables.py), the connection and its errors (database.py), files on disk, from which the
+index can be rebuilt.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from coserve.server.records import (
 )
 
 _REMEMBERED_S = 30 * 24 * 3600
-"""How long the place of a deleted entry is known."""
+"""Seconds for which the place of a deleted entry is remembered."""
 
 
 class _Record(Protocol):
@@ -45,8 +45,11 @@ RecordT = TypeVar("RecordT", bound=_Record)
 
 
 class Store:
-    """The index. Lists come as (entries, whether more follow); `after` is the id of the last entry of the page before, deleted
-    or not, and InvalidRequest is raised where the list never had such an entry."""
+    """The index.
+
+    Lists are returned as (entries, whether more follow). after: the id of the last entry of the page before, which may be
+    deleted by now; InvalidRequest is raised if the list never had such an entry.
+    """
 
     def __init__(self, url: str | URL) -> None:
         """url: SQLAlchemy's, of SQLite or PostgreSQL. Raises ConfigError where the database can't be used."""
@@ -59,23 +62,23 @@ class Store:
     # --- keys ---
 
     def add_key(self, record: KeyRecord) -> None:
-        """Raises Conflict where the key exists."""
+        """Adds a key. Raises Conflict where it exists."""
         with self._database.write() as connection:
             connection.execute(keys.insert().values(_values(record)))
 
     def list_keys(self) -> list[KeyRecord]:
-        """All, revoked ones too, oldest first."""
+        """All keys, revoked ones too, oldest first."""
         with self._database.read() as connection:
             return _records(KeyRecord, connection.execute(select(keys).order_by(keys.c.seq)).all())
 
     def find_key(self, digest: str) -> KeyRecord | None:
-        """The key of a digest, also if it is revoked."""
+        """The key with a digest, also if it is revoked."""
         with self._database.read() as connection:
             row = connection.execute(select(keys).where(keys.c.digest == digest)).first()
         return _record(KeyRecord, row) if row else None
 
     def revoke_key(self, id: str, at: int) -> None:
-        """A key that is revoked already keeps its time. Raises NotFound."""
+        """Revokes a key at a time in Unix seconds. One that is revoked already keeps its time. Raises NotFound."""
         with self._database.write() as connection:
             time = func.coalesce(keys.c.revoked_at, at)
             if connection.execute(update(keys).where(keys.c.id == id).values(revoked_at=time)).rowcount == 0:
@@ -114,7 +117,7 @@ class Store:
         return _records(FileRecord, rows[:limit]), len(rows) > limit
 
     def count_file_bytes(self, tenant: str) -> int:
-        """Of all files of a tenant together."""
+        """The bytes of all files of a tenant together."""
         query = select(func.coalesce(func.sum(files.c.bytes), 0)).where(files.c.tenant == tenant)
         with self._database.read() as connection:
             return int(connection.execute(query).scalar_one())
@@ -125,7 +128,7 @@ class Store:
             return int(connection.execute(select(func.count()).select_from(files).where(files.c.tenant == tenant)).scalar_one())
 
     def all_files(self) -> list[FileRecord]:
-        """Every tenant's, oldest first."""
+        """Files of all tenants, oldest first."""
         with self._database.read() as connection:
             return _records(FileRecord, connection.execute(select(files).order_by(files.c.created_at, files.c.seq)).all())
 
@@ -142,7 +145,7 @@ class Store:
             return _get_job(connection, tenant, id)
 
     def update_job(self, id: str, **changes: Any) -> JobRecord:
-        """changes: fields of JobRecord. The job as it is then. Raises NotFound."""
+        """Changes fields of a job, and returns it as it is then. Raises NotFound. changes: fields of JobRecord."""
         with self._database.write() as connection:
             job = dataclasses.replace(_get_job(connection, None, id, lock=True), **changes)
             if changes:
@@ -152,7 +155,7 @@ class Store:
     def list_jobs(
         self, tenant: str, *, after: str | None = None, limit: int = 20, metadata: dict[str, str] | None = None,
     ) -> tuple[list[JobRecord], bool]:
-        """A tenant's jobs, newest first. metadata: only jobs that have all of these pairs."""
+        """A tenant's jobs, newest first. metadata: pairs that the jobs must all have."""
         wanted = (metadata or {}).items()
         found: list[JobRecord] = []
         with self._database.read() as connection:
@@ -185,9 +188,9 @@ class Store:
         self, job: str, *, level: Literal["info", "warn", "error"], type: Literal["message", "metrics"], message: str,
         data: dict[str, Any] | None = None, step: int | None = None, created_at: int,
     ) -> EventRecord:
-        """An event with the job's next seq; a metrics event of a step that has one replaces it and keeps its id and seq.
+        """Adds an event with the job's next seq. Raises NotFound where there is no such job.
 
-        Raises NotFound where there is no such job.
+        A metrics event replaces the one of the same step, if there is one, and takes its id and seq.
         """
         with self._database.write() as connection:
             _get_job(connection, None, job, lock=True)
@@ -213,9 +216,9 @@ class Store:
     # --- checkpoints ---
 
     def put_checkpoint(self, record: CheckpointRecord) -> CheckpointRecord:
-        """A checkpoint as it is stored: one that replaces another of the same job and step takes its id.
+        """Stores a checkpoint, and returns it as it is stored. Raises NotFound where there is no such job.
 
-        Raises NotFound where there is no such job.
+        It replaces the checkpoint of the same job and step, if there is one, and takes its id.
         """
         with self._database.write() as connection:
             _get_job(connection, None, record.job, lock=True)
@@ -226,7 +229,7 @@ class Store:
         return stored
 
     def list_checkpoints(self, job: str, *, after: str | None = None, limit: int = 10) -> tuple[list[CheckpointRecord], bool]:
-        """A job's checkpoints, that of the last step first."""
+        """A job's checkpoints, the one of the last step first."""
         with self._database.read() as connection:
             rows = connection.execute(_page(connection, _CHECKPOINTS, job, after=after).limit(limit + 1)).all()
         return _records(CheckpointRecord, rows[:limit]), len(rows) > limit
@@ -239,30 +242,30 @@ class Store:
     # --- adapters ---
 
     def put_adapter(self, record: AdapterRecord) -> None:
-        """An adapter; one of the same tenant and name is replaced."""
+        """Stores an adapter. It replaces the one of the same tenant and name, if there is one."""
         with self._database.write() as connection:
             _put(connection, adapters, (adapters.c.tenant, adapters.c.name), _values(record))
 
     def find_adapter(self, tenant: str, name: str) -> AdapterRecord | None:
-        """The tenant's adapter of a name, else everybody's."""
+        """The adapter of a name: the tenant's own, else everybody's."""
         query = select(adapters).where(adapters.c.tenant.in_((tenant, "")), adapters.c.name == name)
         with self._database.read() as connection:
             found = _records(AdapterRecord, connection.execute(query).all())
         return max(found, key=lambda adapter: adapter.tenant, default=None)
 
     def list_adapters(self, tenant: str) -> list[AdapterRecord]:
-        """The tenant's and everybody's, oldest first."""
+        """The tenant's adapters and everybody's, oldest first."""
         query = select(adapters).where(adapters.c.tenant.in_((tenant, ""))).order_by(adapters.c.created_at, adapters.c.seq)
         with self._database.read() as connection:
             return _records(AdapterRecord, connection.execute(query).all())
 
     def adapter_directories(self) -> set[str]:
-        """Where the adapters of all tenants lie."""
+        """The directories of all tenants' adapters."""
         with self._database.read() as connection:
             return set(connection.execute(select(adapters.c.directory)).scalars())
 
     def delete_adapter(self, tenant: str, name: str) -> None:
-        """Raises NotFound, also for everybody's where tenant isn't ''."""
+        """Deletes an adapter. Raises NotFound, also for an adapter of everybody's unless tenant is ''."""
         with self._database.write() as connection:
             same = (adapters.c.tenant == tenant) & (adapters.c.name == name)
             if connection.execute(delete(adapters).where(same)).rowcount == 0:
@@ -271,8 +274,10 @@ class Store:
     # --- lists ---
 
     def _remove(self, listing: _List, owner: str | None, id: str) -> bool:
-        """Deletes an entry and remembers its place; on a full disk it only deletes. owner None: anybody's entry. Returns
-        whether there was one."""
+        """Deletes an entry, and remembers its place unless the disk is full. Returns whether there was such an entry.
+
+        owner: in whose list the entry is; None: in anybody's.
+        """
         table = listing.table
         mine = [table.c.id == id, *([] if owner is None else [listing.owner == owner])]
         try:
@@ -294,7 +299,8 @@ class Store:
 
 
 class _List(NamedTuple):
-    """Entries with ids that are listed by pages. owner: the column that says in whose list an entry is; key: their order."""
+    """Entries with ids that are listed by pages. owner: the column that says in whose list an entry is. key: columns that give
+    the order."""
 
     table: Table
     owner: Column[str]
@@ -313,7 +319,7 @@ def _values(record: _Record) -> dict[str, Any]:
 
 
 def _record(kind: type[RecordT], row: Row[Any]) -> RecordT:
-    """A row's record. Lists come from JSON; where a record has a sequence, it is a tuple."""
+    """The record of a row. Sequences in records are tuples; JSON gives lists."""
     values = {name: row._mapping[name] for name in kind.__dataclass_fields__}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
@@ -323,7 +329,8 @@ def _records(kind: type[RecordT], rows: Sequence[Row[Any]]) -> list[RecordT]:
 
 
 def _get_job(connection: Connection, tenant: str | None, id: str, *, lock: bool = False) -> JobRecord:
-    """lock: until the transaction's end (SQLite's write transactions exclude each other anyway). Raises NotFound."""
+    """A job; tenant None: anybody's. Raises NotFound. lock: whether others can't change it until the transaction ends (SQLite's
+    write transactions exclude each other anyway)."""
     query = select(jobs).where(jobs.c.id == id)
     if tenant is not None:
         query = query.where(jobs.c.tenant == tenant)
@@ -336,7 +343,7 @@ def _get_job(connection: Connection, tenant: str | None, id: str, *, lock: bool 
 def _page(
     connection: Connection, listing: _List, owner: str, *, after: str | None, order: Literal["asc", "desc"] = "desc",
 ) -> Select[Any]:
-    """An owner's entries in their order, from behind the one that `after` names or named. Raises InvalidRequest."""
+    """An owner's entries in their order, those that come after the entry with the id `after`. Raises InvalidRequest."""
     table, key = listing.table, listing.key
     ordered = (column.asc() if order == "asc" else column.desc() for column in key)
     query = select(table).where(listing.owner == owner).order_by(*ordered)

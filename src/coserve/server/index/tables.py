@@ -1,4 +1,4 @@
-"""The index's tables, and how an older index becomes a present one.
+"""The tables of the index, and how an older index is brought up to date.
 
 Owns: columns, constraints, the schema's version, migrations. Does not own: connections (database.py), queries (store.py).
 Columns have the names of the fields in records.py; `seq` is the order of insertion where a record has none of its own.
@@ -106,19 +106,20 @@ removed = Table(
     "removed", SCHEMA, Column("list", Text, primary_key=True), Column("owner", Text, primary_key=True),
     Column("id", Text, primary_key=True), Column("place", _Document, nullable=False), _time("removed_at"),
 )
-"""Where deleted entries stood in their lists, so that a page may go on behind one. An index without this table gets it; it
-needs no schema version of its own, as older coserves pass it over."""
+"""Where deleted entries were in their lists, so that a page may begin after one. An index without this table gets it. That
+needs no new schema version, since older coserves ignore the table."""
 
 Migration = Callable[[Connection], None]
 MIGRATIONS: tuple[Migration, ...] = ()
-"""MIGRATIONS[i] takes an index of version i + 1 to version i + 2. It must not use the tables above, which change."""
+"""MIGRATIONS[i] changes an index of version i + 1 into one of version i + 2. It must not use the tables above, which may have
+changed since."""
 
 _MIGRATION_LOCK = 0x636F7365
 """Any number that other programs on the same PostgreSQL don't use."""
 
 
 def prepare_schema(connection: Connection, migrations: Sequence[Migration] = MIGRATIONS) -> None:
-    """Makes the tables in an empty database, or brings older ones up to date, within the connection's transaction.
+    """Makes the tables of an empty database, or brings older ones up to date, in the connection's transaction.
 
     Raises ConfigError where the index was written by a newer coserve.
     """

@@ -260,7 +260,7 @@ class JobService:
 
     def _disk_problem(self, tenant: str) -> str | None:
         """What to do if a tenant's files, jobs and adapters take more than they may."""
-        held, most = self._store.count_file_bytes(tenant) + self.disk.bytes_of(tenant), self._config.max_tenant_file_bytes
+        held, most = self.disk.bytes_of(tenant), self._config.max_tenant_file_bytes
         if held <= most:
             return None
         return (f"your files, your jobs' checkpoints and adapters and the adapters you loaded take {held} bytes of the {most} "

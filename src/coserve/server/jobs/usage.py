@@ -1,7 +1,8 @@
-"""Bytes on disk beside the files, by tenant: jobs' checkpoints, tuned adapters and what integrations write; copies of adapters
-from outside.
+"""How many bytes each tenant has on disk: in files, jobs' checkpoints, tuned adapters, what integrations write, and copies of
+adapters from outside.
 
-Owns: counting them. Does not own: files (index/files.py), what is refused for them (service.py).
+Owns: counting them, which --max-tenant-file-bytes limits. Does not own: what is refused for it (service.py, index/files.py,
+models.py).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class TenantDisk:
         self._num_forgotten = 0
 
     def bytes_of(self, tenant: str) -> int:
-        """Of all jobs and copied adapters of a tenant."""
-        total = self._copied_bytes(tenant)
+        """Of all files, jobs and copied adapters of a tenant."""
+        total = self._store.count_file_bytes(tenant) + self._copied_bytes(tenant)
         for id, status in self._store.job_states(tenant):
             with self._lock:
                 size, before = self._known.get(id), self._num_forgotten

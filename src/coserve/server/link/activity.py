@@ -1,9 +1,9 @@
-"""What the engine process is doing, on a page of memory that both processes share: readable even while that process hangs.
+"""What the engine process is doing, on a page of memory that both processes share, so that it can be read even during a hang.
 
     engine process: ActivityRow.begin / end --> | row 0 | row 1 | ... | --> API process: ActivityPage.read (watchdog.py)
 
-A thread that hangs may hold the interpreter's lock, so that no other thread of its process can tell; so each thread writes down
-what it begins before it begins. A row is one thread's: only it writes there, with a number that is odd while it does.
+A thread that hangs may hold the interpreter's lock, and then no other thread of its process can say anything. So each thread
+writes down what it is about to do beforehand. Only one thread writes to a row. The row's number is odd while it is written.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ PLACES = 8
 """Threads that can be watched: the engine's, the socket's, the pulse, and the pool's."""
 PLACE_BYTES = 8192
 _HEAD = struct.Struct("<QddI")
-"""number, begun (seconds of the monotonic clock, 0: idle), predicted seconds, bytes of the text."""
+"""A row's number, when its work began (seconds of the monotonic clock, 0: idle), predicted seconds, bytes of the text."""
 _NUMBER = struct.Struct("<Q")
-_LARGEST = PLACE_BYTES - _HEAD.size
-_MOST_NAMES = 64
+_MAX_TEXT_BYTES = PLACE_BYTES - _HEAD.size
+_MAX_NAMES = 64
 _READS = 5
+"""Tries of reading a row that is being written."""
 ENGINE, SOCKET, PULSE, FIRST_CALL = 0, 1, 2, 3
 PULSE_S = 0.5
 
 
 class Activity(msgspec.Struct, frozen=True, kw_only=True):
-    """What a thread is doing. jobs, requests: whom it is done for, the first ones of many; num_requests: all of them."""
+    """What a thread is doing. jobs, requests: for whom, at most the first 64. num_requests: how many requests in all."""
 
     what: str
     jobs: list[str] = []
@@ -50,7 +51,7 @@ class Activity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
-    """A place that is busy. number: changes with every beginning; predicted_s: what it should take."""
+    """A place that is busy. number: changes with every new activity. predicted_s: how long the activity should take."""
 
     place: int
     number: int
@@ -64,7 +65,7 @@ _encoder = msgspec.json.Encoder()
 
 
 class ActivityRow:
-    """One thread's part of the page, for writing. A Watcher."""
+    """One thread's part of the page, for writing. It is the engine's Watcher (engine/watching.py)."""
 
     def __init__(self, memory: mmap.mmap, place: int) -> None:
         self._memory, self._start = memory, place * PLACE_BYTES
@@ -73,13 +74,13 @@ class ActivityRow:
     def begin(
         self, what: str, seconds: float = 0.0, *, jobs: Iterable[str] = (), requests: Iterable[str] = ()
     ) -> None:
-        """The thread begins something."""
+        """The thread is about to do something that should take so many seconds."""
         asked = list(requests)
         activity = Activity(
-            what=what[:512], jobs=list(jobs)[:_MOST_NAMES], requests=asked[:_MOST_NAMES], num_requests=len(asked)
+            what=what[:512], jobs=list(jobs)[:_MAX_NAMES], requests=asked[:_MAX_NAMES], num_requests=len(asked)
         )
         text = _encoder.encode(activity)
-        if len(text) > _LARGEST:  # names as long as nobody gives them
+        if len(text) > _MAX_TEXT_BYTES:  # names as long as nobody gives them
             text = _encoder.encode(Activity(what=what[:512], num_requests=len(asked)))
         self._write(time.monotonic(), seconds, text)
 
@@ -97,7 +98,8 @@ class ActivityRow:
 
 
 class ActivityPage:
-    """The page, in a file that both processes map; it may be deleted once they have. Without a path nobody else sees it."""
+    """The page, in a file that both processes map. The file may be deleted once they have. Without a path no other process sees
+    the page."""
 
     def __init__(self, path: Path | None, *, create: bool = False) -> None:
         """Raises OSError."""
@@ -106,23 +108,23 @@ class ActivityPage:
             return
         with path.open("w+b" if create else "r+b") as file:
             if create:
-                file.write(bytes(PLACES * PLACE_BYTES))  # takes its room now: without it, whoever writes to the map is killed
+                file.write(bytes(PLACES * PLACE_BYTES))  # takes room on the disk now: on a full one, writing to the map kills
                 file.flush()
             self._memory = mmap.mmap(file.fileno(), PLACES * PLACE_BYTES)
 
     def place(self, number: int) -> ActivityRow:
-        """A thread's."""
+        """The row of one thread."""
         return ActivityRow(self._memory, number)
 
     def read(self) -> list[Reading]:
-        """Of all busy places; one that is being written again and again is left out, since its thread does not hang."""
+        """All busy places. One that is being written again and again is left out, since its thread doesn't hang."""
         return [reading for place in range(PLACES) if (reading := self._read(place)) is not None]
 
     def _read(self, place: int) -> Reading | None:
         start = place * PLACE_BYTES
         for _ in range(_READS):
             number, begun_s, predicted_s, size = _HEAD.unpack_from(self._memory, start)
-            text = self._memory[start + _HEAD.size : start + _HEAD.size + min(size, _LARGEST)]
+            text = self._memory[start + _HEAD.size : start + _HEAD.size + min(size, _MAX_TEXT_BYTES)]
             if number % 2 == 0 and _NUMBER.unpack_from(self._memory, start)[0] == number:
                 if begun_s == 0.0:
                     return None
@@ -132,12 +134,12 @@ class ActivityPage:
         return None
 
     def close(self) -> None:
-        """Unmaps it."""
+        """Unmaps the page."""
         self._memory.close()
 
 
 class CallPlaces:
-    """Places for the threads of a pool, each of which has one while it works."""
+    """Lends places to the threads of a pool while they work."""
 
     def __init__(self, page: ActivityPage) -> None:
         self._free = [page.place(number) for number in range(FIRST_CALL, PLACES)]
@@ -145,7 +147,7 @@ class CallPlaces:
 
     @contextmanager
     def doing(self, what: str, seconds: float, *, jobs: Iterable[str] = ()) -> Iterator[None]:
-        """Says what the thread does meanwhile, if there is a place."""
+        """Says what the thread does inside the context, if a place is free."""
         with self._lock:
             place = self._free.pop() if self._free else None
         try:
@@ -160,8 +162,8 @@ class CallPlaces:
 
 
 def start_pulse(page: ActivityPage) -> None:
-    """A thread that only says that it runs: when it falls silent, the process has stopped, or something holds the interpreter's
-    lock."""
+    """Starts a thread that only says that it runs. It falls silent when the process is stopped, or something holds the
+    interpreter's lock."""
     place = page.place(PULSE)
 
     def beat() -> None:

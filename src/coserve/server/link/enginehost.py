@@ -1,7 +1,8 @@
-"""Carries out the API's messages on an engine and reports what becomes of them.
+"""Carries out the API process's messages on an engine, and reports what becomes of them.
 
-`take` runs on the process's main thread and never waits: what takes long (adapters, the start of jobs) runs in a pool. Chunks
-and ends of jobs come on the engine's thread. Does not own: the socket (mailbox.py), the process's life (enginemain.py).
+`EngineHost.on_message` runs on the process's main thread and never waits: what takes long (adapters, the start of jobs) runs in
+a pool. Chunks and ends of jobs come on the engine's thread. Does not own: the socket (mailbox.py), the process's life
+(enginemain.py).
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ from coserve.server.link.messages import (
 _POOL_THREADS = 4
 _LOAD_S = 5.0
 _LOAD_BYTES_PER_S, _DATA_BYTES_PER_S = 20e6, 1e6
-"""Speeds of a slow disk and of a slow tokenizer: from them the watchdog is told how long loading an adapter and preparing a job
-may take."""
+"""How long loading an adapter and preparing a job may take, for the watchdog: seconds that both may take in any case, and the
+speeds of a slow disk and of a slow tokenizer."""
 _READS = 10
-"""Tries of reading the engine's numbers between two changes of them."""
+"""Tries of reading the engine's statistics while its thread changes them."""
 
 
 def num_bytes(path: Path) -> int:
-    """Of a file, or of the files in a directory; 0 if there is none."""
+    """The bytes of a file, or of the files in a directory; 0 if there is none."""
     try:
         return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
     except OSError:
@@ -61,7 +62,7 @@ def num_bytes(path: Path) -> int:
 
 
 def make_problem(error: BaseException) -> Problem:
-    """An error as it travels. The message of one that isn't a CoserveError begins with its class."""
+    """An error as it travels. If it isn't a CoserveError, the message begins with the name of its class."""
     if isinstance(error, CoserveError):
         return Problem(name=error_name(error), message=str(error), param=error.param)
     reason = refusal_of(error)
@@ -71,7 +72,8 @@ def make_problem(error: BaseException) -> Problem:
 
 
 class EngineHost:
-    """post: sends a message, from any thread; stop: called at Shutdown; places: where the pool's threads say what they do."""
+    """Carries out messages. post: sends a message, from any thread. stop: is called at Shutdown. places: where the pool's
+    threads say what they do."""
 
     def __init__(
         self, engine: Engine, post: Callable[[FromEngine], None], stop: Callable[[], None], places: CallPlaces | None = None
@@ -84,8 +86,8 @@ class EngineHost:
         self._early: dict[str, list[str]] = {}  # actions on jobs that are being prepared, in order
         self._lock = threading.Lock()
 
-    def take(self, message: ToEngine) -> None:
-        """Begins to carry out a message."""
+    def on_message(self, message: ToEngine) -> None:
+        """Begins to carry out a message; what becomes of it is posted."""
         match message:
             case Generate():
                 self._generate(message)
@@ -111,7 +113,7 @@ class EngineHost:
                 self._stop()
 
     def close(self) -> None:
-        """Takes no more calls; those that wait are dropped."""
+        """Drops the calls that wait. Calls that run go on, and nobody waits for them."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _call(
@@ -211,12 +213,12 @@ class EngineHost:
         ))
 
     def _job_ended(self, job: str, handle: JobHandle) -> None:
-        """On the engine's thread, or on the pool's if the job ended at once."""
+        """Runs on the engine's thread, or on the pool's if the job ended at once."""
         if self._engine.closed:  # the process ends, not the job: it goes on in the next one
             return
         with self._lock:
             self._jobs.pop(job, None)
-        self._engine.jobs.recorder.submit(self._report_end, job, handle)  # behind the rows that are still being written
+        self._engine.jobs.recorder.submit(self._report_end, job, handle)  # after the rows that are still being written
 
     def _report_end(self, job: str, handle: JobHandle) -> None:
         tokens = sum(row.tokens for row in MetricsTable(Path(handle.directory) / "metrics.csv").rows())
@@ -233,7 +235,7 @@ def _act(handle: JobHandle, action: str) -> None:
 
 
 class _RequestReporter:
-    """Turns a request's chunks into messages. end(id, error): called once, when nothing follows."""
+    """Turns a request's chunks into messages. end: is called once, at the end, with the request's id and its error."""
 
     def __init__(
         self, request: str, handle: RequestHandle, post: Callable[[FromEngine], None],
@@ -241,29 +243,29 @@ class _RequestReporter:
     ) -> None:
         self._id, self._handle, self._post, self._end = request, handle, post, end
         self._left = len(handle.outputs)
-        self._first, self._told_prompt = True, False
-        handle.listen(self._hear)
+        self._first, self._sent_prompt = True, False
+        handle.listen(self._on_chunk)
 
-    def _hear(self, chunk: Chunk) -> None:
+    def _on_chunk(self, chunk: Chunk) -> None:
         handle = self._handle
         last = chunk.finish_reason is not None
         self._left -= last
         failed = chunk.finish_reason == "error"
         if not failed:
-            self._tell(chunk, last)
+            self._post_tokens(chunk, last)
         if not self._left:
             self._end(self._id, (handle.error or CoserveError("the request failed")) if failed else None)
 
-    def _tell(self, chunk: Chunk, last: bool) -> None:
+    def _post_tokens(self, chunk: Chunk, last: bool) -> None:
         handle = self._handle
         self._post(Tokens(
             id=self._id, index=chunk.index, text=chunk.text, token_ids=list(chunk.token_ids), time_s=time.monotonic(),
             finish_reason=chunk.finish_reason, cached_tokens=handle.cached_tokens if self._first else 0,
             begun_s=handle.begun_s if self._first else None,
             logprobs=_entries(chunk.logprobs),
-            prompt_logprobs=_entries(handle.prompt_logprobs) if last and not self._told_prompt else [],
+            prompt_logprobs=_entries(handle.prompt_logprobs) if last and not self._sent_prompt else [],
         ))
-        self._told_prompt = self._told_prompt or last  # once: they are the same for all outputs
+        self._sent_prompt = self._sent_prompt or last  # once: they are the same for all outputs
         self._first = False
 
 

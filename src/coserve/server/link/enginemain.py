@@ -1,7 +1,8 @@
-"""The engine's process: python -m coserve.server.link.enginemain. Its standard input gives an EngineSetup, and stays open.
+"""The engine's process: python -m coserve.server.link.enginemain. It reads an EngineSetup from its standard input.
 
-Owns: this process's life: the lock on the data directory, loading, the order of ending. It ends at once when the API process
-has gone: the input's end says so. An error in the engine's thread ends it too; whoever started it starts another.
+The input stays open: its end says that the API process has gone, and then this process ends at once. An error in the engine's
+thread ends this process too, and the API process starts another one. Owns: this process's life: the lock on the data directory,
+loading, the order of ending.
 """
 
 from __future__ import annotations
@@ -31,15 +32,24 @@ from coserve.server.link.activity import ENGINE, SOCKET, ActivityPage, CallPlace
 from coserve.server.link.enginehost import EngineHost, make_problem
 from coserve.server.link.mailbox import Mailbox
 from coserve.server.link.messages import Progress, Ready, Replied, ToEngine
-from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, START_CALL, STOP_S, STOP_SIGNALS, EngineSetup, read_setup
-from coserve.server.link.supervisor import STACKS_SIGNAL
+from coserve.server.link.setup import (
+    ACTIVITY_FILE,
+    STACKS_FILE,
+    STACKS_SIGNAL,
+    START_CALL,
+    STOP_S,
+    STOP_SIGNALS,
+    EngineSetup,
+    read_setup,
+)
 from coserve.server.locks import hold
 from coserve.server.settings import ServerConfig
 
 LOCK_FILE = "engine.lock"
 LOCK_WAIT_S = 30.0
+"""Seconds that the engine before this one gets to end."""
 CUDA_WORK_SHARE = 0.15
-"""Share of the memory that weights leave on a GPU for what lies outside the pool: adapters, optimizers, workspace of passes."""
+"""Of the GPU memory that weights leave: the share for what lies outside the pool (adapters, optimizers, passes' workspace)."""
 _log = logging.getLogger(__name__)
 
 
@@ -49,7 +59,8 @@ def num_cores() -> int:
 
 
 def pool_bytes(config: ServerConfig, device: torch.device) -> int | None:
-    """Bytes for the key-value cache and training arenas, the weights being loaded; None where free memory can't be told."""
+    """Bytes for the key-value cache and training arenas beside the loaded weights; None where the system doesn't say how much
+    memory is free."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device.type == "cuda":
@@ -61,7 +72,7 @@ def pool_bytes(config: ServerConfig, device: torch.device) -> int | None:
 
 
 def max_model_len(engine: Engine, asked: int | None) -> int:
-    """Tokens of prompt and output together that a request may have. Raises ConfigError if more is asked for."""
+    """The most tokens of prompt and output together that a request may have. Raises ConfigError if more are asked for."""
     blocks = engine.blocks
     limits = {
         "the model's positions": engine.model.architecture.max_position_embeddings,
@@ -74,7 +85,7 @@ def max_model_len(engine: Engine, asked: int | None) -> int:
 
 
 def make_ready(engine: Engine, asked: int | None, start_s: float) -> Ready:
-    """What the API process is told of a started engine. Raises ConfigError."""
+    """What the API process learns of a started engine. Raises ConfigError as `max_model_len`."""
     model, blocks, size = engine.model, engine.blocks, engine.pool.block_bytes
     arch, weights = model.architecture, model.weights
     return Ready(
@@ -92,13 +103,13 @@ def make_ready(engine: Engine, asked: int | None, start_s: float) -> Ready:
 
 
 class EngineProcessMain:
-    """failed: the engine's thread has ended by an error. page: where threads say what they do."""
+    """What the process does. page: where threads say what they do. failed: whether a thread has ended by an error."""
 
     def __init__(self, config: ServerConfig, mailbox: Mailbox, page: ActivityPage) -> None:
         self.config, self.mailbox, self.page, self.failed = config, mailbox, page, False
 
     def report(self, line: str) -> None:
-        """A line about the start, at once."""
+        """Sends a line about the start at once."""
         self.mailbox.post(Progress(line=line))
         self.mailbox.flush()
 
@@ -110,7 +121,7 @@ class EngineProcessMain:
         return load_model(config.model, device=config.device, dtype=config.dtype, report=self.report)
 
     def run(self) -> None:
-        """Loads, then serves until Shutdown or an error of the engine's thread. Raises what keeps it from starting."""
+        """Loads the model, then serves until Shutdown or until a thread fails. Raises what keeps the engine from starting."""
         began = time.monotonic()
         model = self.load()
         settings = self.config.engine_config(pool_bytes(self.config, model.weights.device))
@@ -120,16 +131,16 @@ class EngineProcessMain:
         host = EngineHost(engine, self.mailbox.post, self.mailbox.stop, CallPlaces(self.page))
         place = self.page.place(SOCKET)
 
-        def take(message: ToEngine) -> None:
+        def on_message(message: ToEngine) -> None:
             place.begin(f"taking a message ({type(message).__name__})")
-            host.take(message)
+            host.on_message(message)
             place.end()
 
         with engine:
             start_pulse(self.page)
             self.mailbox.post(ready)
             self.mailbox.flush()
-            self.mailbox.run(take)
+            self.mailbox.run(on_message)
             place.begin("the end: jobs write their checkpoints", STOP_S)
         host.close()
 
@@ -146,8 +157,10 @@ class EngineProcessMain:
 
 
 def end_with(parent: BinaryIO, leftover: str = "") -> None:
-    """Ends this process, whatever it does, when the other end of `parent` has gone. leftover: a directory that a parent which
-    was killed has left behind."""
+    """Ends this process, whatever it is doing, when the other end of `parent` has gone.
+
+    leftover: a directory that is deleted then, since a parent that was killed can't do it.
+    """
 
     def wait() -> None:
         parent.read()
@@ -159,7 +172,7 @@ def end_with(parent: BinaryIO, leftover: str = "") -> None:
 
 
 def open_page(setup: EngineSetup) -> ActivityPage:
-    """Where this process's threads say what they do. From now on a crash, or the signal, writes their stacks."""
+    """The page on which this process's threads say what they do. From now on a crash or STACKS_SIGNAL writes their stacks."""
     if not setup.watch:
         return ActivityPage(None)
     directory = Path(setup.watch)
@@ -170,7 +183,7 @@ def open_page(setup: EngineSetup) -> ActivityPage:
 
 
 def main(process_of: type[EngineProcessMain] = EngineProcessMain) -> int:
-    """Exit code: 0 after Shutdown, 1 otherwise. process_of: tests have one whose engine hangs."""
+    """Returns the exit code: 0 after Shutdown, 1 otherwise. process_of: a subclass, in tests of hangs."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     setup = read_setup(sys.stdin.buffer.readline())

@@ -1,10 +1,10 @@
 """The engine process's end of the wire: one thread owns the socket, any thread may post.
 
     post   t1 t2 u1 | t3 u2 t4 u3 | v1 u4 ...          chunks of the outputs t, u and v
-    send   t1 t2 u1 | t3 u2 | t4 u3-u4 v1 | ...        two batches are unheard: what is posted gathers until one is heard
+    send   t1 t2 u1 | t3 u2 | t4 u3-u4 v1 | ...        two batches wait for their Ack: what is posted gathers until one has come
 
-The engine can make chunks faster than the API process hears them. Nothing is lost and nobody waits longer for that: while two
-batches are on their way, new chunks of one output become one chunk, so that a batch never holds more than each output's news.
+The engine can make chunks faster than the API process reads them. Nothing is lost by that, and nobody waits longer: while two
+batches are on their way, new chunks of one output become one chunk, so that a batch holds at most one chunk of each output.
 
 Owns: the socket, the order of what is sent, waking up. Does not own: what messages mean (enginehost.py).
 """
@@ -19,14 +19,14 @@ from types import TracebackType
 
 import zmq
 
-from coserve.server.link.messages import FromEngine, Heard, ToEngine, Tokens, decode_to_engine, encode, merge_tokens
+from coserve.server.link.messages import Ack, FromEngine, ToEngine, Tokens, decode_to_engine, encode, merge_tokens
 
 GATHER_S = 5e-4
 """Seconds that the loop waits after the first message was posted, so that the chunks of one iteration travel together."""
-MOST_UNHEARD = 2
-"""Batches on their way: one that is being heard and the next, so that the API never waits for one that could be there."""
-_MOST_AT_ONCE = 64
-"""Messages taken before those posted are sent."""
+MAX_UNACKED = 2
+"""Batches without an Ack: one that is being read and the next, so that the API never waits for one that could be there."""
+_MAX_AT_ONCE = 64
+"""Messages that are read before what was posted is sent."""
 
 
 class _Batch:
@@ -40,7 +40,7 @@ class _Batch:
         return bool(self._messages)
 
     def add(self, message: FromEngine) -> None:
-        """A message goes last, or to its output's chunks."""
+        """Puts a message last, or a chunk with those of its output."""
         if not isinstance(message, Tokens):
             self._messages.append(message)
             return
@@ -65,7 +65,7 @@ class Mailbox:
         self._posted: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
         self._bell, self._bell_rope = os.pipe()
         self._rung = self._stopped = False
-        self._batch, self._num_unheard = _Batch(), 0
+        self._batch, self._num_unacked = _Batch(), 0
 
     def __enter__(self) -> Mailbox:
         return self
@@ -89,20 +89,20 @@ class Mailbox:
             os.write(self._bell_rope, b"!")
 
     def flush(self) -> None:
-        """Sends what has been posted, as the parts of one message, whatever is unheard."""
+        """Sends what has been posted, as the parts of one message, however many batches have no Ack."""
         self._gather()
         if self._batch:
             self._socket.send_multipart(self._batch.parts())
             self._batch = _Batch()
-            self._num_unheard += 1
+            self._num_unacked += 1
 
     def _gather(self) -> None:
         for _ in range(self._posted.qsize()):
             self._batch.add(self._posted.get_nowait())
 
-    def run(self, take: Callable[[ToEngine], None]) -> None:
-        """Gives messages to `take` as they come and sends what is posted, until `stop`. What is posted waits while MOST_UNHEARD
-        batches are unheard."""
+    def run(self, on_message: Callable[[ToEngine], None]) -> None:
+        """Calls `on_message` with messages as they come and sends what is posted, until `stop`. What is posted waits while
+        MAX_UNACKED batches have no Ack."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._bell, zmq.POLLIN)
@@ -116,21 +116,21 @@ class Mailbox:
                 self._rung = False
                 self._gather()
             if self._socket in ready:
-                self._take_some(take)
-            if self._num_unheard < MOST_UNHEARD:
+                self._read_some(on_message)
+            if self._num_unacked < MAX_UNACKED:
                 self.flush()
 
-    def _take_some(self, take: Callable[[ToEngine], None]) -> None:
-        for _ in range(_MOST_AT_ONCE):
+    def _read_some(self, on_message: Callable[[ToEngine], None]) -> None:
+        for _ in range(_MAX_AT_ONCE):
             try:
                 data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             message = decode_to_engine(data)
-            if isinstance(message, Heard):
-                self._num_unheard -= 1
+            if isinstance(message, Ack):
+                self._num_unacked -= 1
             else:
-                take(message)
+                on_message(message)
 
     def close(self) -> None:
         """Sends what is left; waits up to a second for it to leave."""

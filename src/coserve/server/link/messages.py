@@ -1,6 +1,6 @@
 """What the API process and the engine process say to each other: msgpack over a ZeroMQ pair of sockets.
 
-    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, GetStats, Heard, Shutdown
+    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, GetStats, Ack, Shutdown
     engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded
 
 A `call` number is answered by one Replied. Times are seconds of the machine's monotonic clock, which both processes share.
@@ -19,11 +19,11 @@ from coserve.core import Slo
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Root of all messages."""
+    """Every message is one of the classes below."""
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """An error on the wire: see errors.error_name and make_error."""
+    """An error as it travels; errors.error_name gives the name, errors.make_error the exception of a name."""
 
     name: str
     message: str
@@ -34,7 +34,12 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Generate(Message, frozen=True, kw_only=True):
-    """A request. adapter: a name that LoadAdapter or a job has made; objectives: None takes the server's, "none" has none."""
+    """A request.
+
+    arrival_s: when it arrived at the API process.
+    adapter: a name that LoadAdapter or a job has made; None: the base model.
+    tpot_ms, ttft_ms: the request's own objectives; None takes the server's, and "none" is best effort.
+    """
 
     id: str
     prompt_ids: list[int]
@@ -47,14 +52,16 @@ class Generate(Message, frozen=True, kw_only=True):
 
 
 class Cancel(Message, frozen=True, kw_only=True):
-    """Nobody waits for a request any more."""
+    """Nobody waits for a request any more: the engine stops working on it."""
 
     id: str
 
 
 class LoadAdapter(Message, frozen=True, kw_only=True):
-    """An adapter that has passed the gate, under a name; a newer version of it if the name exists. The reply's value: the
-    directories that adapters may still be read from."""
+    """Loads an adapter that has passed the gate (peft/gate.py), as a newer version if the name exists.
+
+    The reply's value is the list of directories that the engine's adapters may still be read from.
+    """
 
     call: int
     name: str
@@ -62,15 +69,21 @@ class LoadAdapter(Message, frozen=True, kw_only=True):
 
 
 class UnloadAdapter(Message, frozen=True, kw_only=True):
-    """Requests that use it go on. The reply's value as of LoadAdapter."""
+    """Requests that use the adapter go on. The reply's value is that of LoadAdapter."""
 
     call: int
     name: str
 
 
 class StartJob(Message, frozen=True, kw_only=True):
-    """A job in a directory. adapter: the name under which checkpoints and the result are published; start: an adapter's
-    directory to continue from; resume: there is a job in the directory already."""
+    """Starts a job, or continues one.
+
+    adapter: the name under which checkpoints and the result are published.
+    directory: where the job writes.
+    resume: whether the directory holds a job already, which goes on.
+    start: directory of the adapter that training starts from; None: a new adapter.
+    weight: the job's share of finetuning's time, beside the weights of other jobs.
+    """
 
     call: int
     id: str
@@ -86,20 +99,20 @@ class StartJob(Message, frozen=True, kw_only=True):
 
 
 class ActJob(Message, frozen=True, kw_only=True):
-    """Steers a job; of no effect if it has ended."""
+    """Pauses, resumes or cancels a job; one that has ended stays as it is."""
 
     id: str
     action: Literal["pause", "resume", "cancel"]
 
 
 class GetStats(Message, frozen=True, kw_only=True):
-    """Engine.metrics(), in the Replied."""
+    """Asks for Engine.metrics(), which is the reply's value."""
 
     call: int
 
 
-class Heard(Message, frozen=True, kw_only=True):
-    """A batch of the engine's messages has been heard, so that another may be sent."""
+class Ack(Message, frozen=True, kw_only=True):
+    """A batch of the engine's messages has been read, so that another may be sent."""
 
 
 class Shutdown(Message, frozen=True, kw_only=True):
@@ -116,8 +129,13 @@ class Progress(Message, frozen=True, kw_only=True):
 
 
 class Ready(Message, frozen=True, kw_only=True):
-    """The engine takes requests. max_model_len: tokens of prompt and output together; memory: by name, in bytes; objectives: of
-    requests that set none."""
+    """The engine takes requests.
+
+    max_model_len: the most tokens of prompt and output together.
+    memory: bytes of the weights and of the pool's parts, by name.
+    objectives: those of requests that set none.
+    start_s: how many seconds the start took.
+    """
 
     model: str
     directory: str
@@ -144,9 +162,16 @@ class LogprobEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tokens(Message, frozen=True, kw_only=True):
-    """What one iteration added to one output. The first of a request has cached_tokens and begun_s, when its prompt began to be
-    computed; the last of an output its finish_reason: stop, length or cancelled. prompt_logprobs: with an output's last chunk,
-    if asked for. Of chunks that were merged, time_s is the time of the last and first_s that of the first."""
+    """What one iteration added to one output, or several iterations where chunks were merged.
+
+    index: which of the request's outputs.
+    time_s: when the last of the tokens was there.
+    finish_reason: stop, length or cancelled, in an output's last chunk.
+    cached_tokens: how many of the prompt's tokens the prefix cache had, in a request's first chunk.
+    begun_s: when the prompt began to be computed, in a request's first chunk.
+    first_s: when the first of the tokens was there, if chunks were merged; None: at time_s.
+    prompt_logprobs: in the last chunk of the first output that ends, if they were asked for.
+    """
 
     id: str
     index: int
@@ -157,7 +182,6 @@ class Tokens(Message, frozen=True, kw_only=True):
     cached_tokens: int = 0
     begun_s: float | None = None
     first_s: float | None = None
-    """None: time_s."""
     logprobs: list[LogprobEntry] = []
     prompt_logprobs: list[LogprobEntry] = []
 
@@ -183,7 +207,7 @@ class Failed(Message, frozen=True, kw_only=True):
 
 
 class Replied(Message, frozen=True, kw_only=True):
-    """The answer to a call."""
+    """The answer to a call: a value, or the problem because of which there is none."""
 
     call: int
     problem: Problem | None = None
@@ -191,8 +215,14 @@ class Replied(Message, frozen=True, kw_only=True):
 
 
 class JobHappened(Message, frozen=True, kw_only=True):
-    """An event of a job. row: a StepRow's fields, with a step's metrics; checkpoint: directory of one that is whole on disk.
-    resumed_step: the last step that a resumed job doesn't run again."""
+    """An event of a job.
+
+    row: the fields of a StepRow, where a step has ended.
+    num_steps: how many steps the job has in all.
+    checkpoint: directory of a checkpoint that is whole on disk.
+    checkpoint_step: the checkpoint's step.
+    resumed_step: the last step that a resumed job doesn't run again.
+    """
 
     id: str
     level: Literal["info", "warn", "error"]
@@ -206,7 +236,7 @@ class JobHappened(Message, frozen=True, kw_only=True):
 
 
 class JobEnded(Message, frozen=True, kw_only=True):
-    """A job's last message. trained_tokens: tokens through forward and backward, of all runs."""
+    """A job's last message. trained_tokens: tokens that went through forward and backward, in all runs of the job."""
 
     id: str
     status: Literal["succeeded", "failed", "cancelled"]
@@ -215,7 +245,7 @@ class JobEnded(Message, frozen=True, kw_only=True):
     problem: Problem | None = None
 
 
-ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | GetStats | Heard | Shutdown
+ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | GetStats | Ack | Shutdown
 FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded
 
 _encoder = msgspec.msgpack.Encoder()

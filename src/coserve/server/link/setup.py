@@ -1,4 +1,4 @@
-"""What the engine's process is told on its standard input: one line of JSON."""
+"""What the two processes agree on before they can talk: the line of JSON on the engine's standard input, signals, files."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from coserve.server.settings import ServerConfig
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a server in order. A terminal sends them to both processes; the engine's ignores them."""
+STACKS_SIGNAL = signal.SIGUSR1
+"""Has the engine process write the stacks of all its threads, also while one of them holds the interpreter's lock."""
 START_CALL = 0
-"""The call that a Replied answers if the engine can't start."""
+"""The number of a Replied that says why the engine can't start; no call has it."""
 STOP_S = 30.0
 """Seconds that an engine gets at the end to write its checkpoints."""
 ACTIVITY_FILE, STACKS_FILE = "activity", "stacks"
-"""What the engine's threads do (activity.py), and where their stacks go when they are asked for or the process crashes."""
+"""Files in EngineSetup's directory. The first says what the engine's threads are doing (activity.py). The second gets their
+stacks when these are asked for, and when the process crashes."""
 
 
 class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """address: of the API's socket. watch: a directory with ACTIVITY_FILE and STACKS_FILE, which is deleted once the engine has
-    started; '': none."""
+    """What an engine process reads first.
+
+    address: where the API process's socket listens.
+    watch: a directory with ACTIVITY_FILE and STACKS_FILE, which the API process deletes once the engine has started; '': none.
+    """
 
     address: str
     config: ServerConfig
@@ -29,12 +35,12 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_setup(setup: EngineSetup) -> bytes:
-    """One line."""
+    """The setup as one line of JSON, with its line break."""
     return msgspec.json.encode(setup, enc_hook=str) + b"\n"  # a Path as text
 
 
 def read_setup(line: bytes) -> EngineSetup:
-    """The reverse. Raises msgspec.ValidationError."""
+    """The setup in a line of `write_setup`. Raises msgspec.ValidationError."""
     return msgspec.json.decode(line, type=EngineSetup, dec_hook=_read_other)
 
 

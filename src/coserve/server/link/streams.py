@@ -1,22 +1,28 @@
-"""What the engine says about one request, for whoever reads it.
+"""Requests to the engine, which are answered by many chunks.
 
-Owns: what was sent and not read yet. Does not own: where it comes from (engineclient.py), its form for clients (inference/).
+Owns: which chunk belongs to which request, and chunks that were not read yet. Does not own: the socket (process.py), the form
+that clients get (inference/).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import uuid
 from collections.abc import Callable
 
 from coserve.core import CoserveError
-from coserve.server.link.messages import Tokens, merge_tokens
+from coserve.server.errors import EngineUnavailable, make_error
+from coserve.server.link.messages import Cancel, Failed, Generate, ToEngine, Tokens, merge_tokens
+from coserve.server.logs import present_request
 
 
 class RequestStream:
     """A request's chunks, for one reader, until every output has a finish_reason.
 
-    What comes while nobody reads is held as one chunk per output: never more than the request's own tokens. Raises the
-    request's error, or EngineUnavailable.
+    Chunks that come while nobody reads are merged to one chunk per output. Reading raises the request's error, or
+    EngineUnavailable.
     """
 
     def __init__(self, request: str, num_outputs: int, cancel: Callable[[RequestStream], None]) -> None:
@@ -30,7 +36,7 @@ class RequestStream:
 
     @property
     def ended(self) -> bool:
-        """Whether the engine is through with it."""
+        """Whether the engine has finished the request."""
         return self._error is not None or not self._unended
 
     def push(self, chunk: Tokens) -> None:
@@ -41,12 +47,12 @@ class RequestStream:
         self._news.set()
 
     def fail(self, error: CoserveError) -> None:
-        """Nothing follows."""
+        """Nothing follows; the error is raised after what was not read yet."""
         self._error = error
         self._news.set()
 
     def refuse(self, error: CoserveError) -> None:
-        """Nothing follows, and the engine stops working on it."""
+        """As `fail`, and the engine stops working on the request."""
         if not self.ended:
             self._cancel(self)
             self.fail(error)
@@ -71,8 +77,53 @@ class RequestStream:
             await self._news.wait()
 
     async def aclose(self) -> None:
-        """Nobody reads any more; the engine stops working on it."""
+        """Nobody reads any more, and the engine stops working on the request."""
         self._unread.clear()
         self._unfinished.clear()
         if not self.ended:
             self._cancel(self)
+
+
+class RequestStreams:
+    """The streams of all requests that have not ended, by id."""
+
+    def __init__(self, send: Callable[[ToEngine], None]) -> None:
+        """send: raises EngineUnavailable while the engine isn't ready."""
+        self._send = send
+        self._numbers = itertools.count(1)
+        self._streams: dict[str, RequestStream] = {}
+
+    def new_id(self) -> str:
+        """An id that no other request has, which begins with the id of the HTTP request that is being answered, if one is."""
+        return f"{present_request() or uuid.uuid4().hex}#{next(self._numbers)}"
+
+    def open(self, message: Generate) -> RequestStream:
+        """Sends a request. Raises what `send` raises."""
+        stream = RequestStream(message.id, message.sampling.n, self._cancel)
+        self._send(message)
+        self._streams[message.id] = stream
+        return stream
+
+    def on_tokens(self, chunk: Tokens) -> None:
+        """The engine has sent a chunk; nobody may be waiting for it any more."""
+        stream = self._streams.get(chunk.id)
+        if stream is not None:
+            stream.push(chunk)
+            if stream.ended:
+                del self._streams[chunk.id]
+
+    def on_failed(self, message: Failed) -> None:
+        """A request has ended by an error."""
+        stream, problem = self._streams.pop(message.id, None), message.problem
+        if stream is not None:
+            stream.fail(make_error(problem.name, problem.message, problem.param))
+
+    def fail_all(self, message: str) -> None:
+        """Cancels every request; its stream raises EngineUnavailable with the message."""
+        for stream in list(self._streams.values()):
+            stream.refuse(EngineUnavailable(message))
+
+    def _cancel(self, stream: RequestStream) -> None:
+        if self._streams.pop(stream.id, None) is not None:
+            with contextlib.suppress(EngineUnavailable):  # an engine that is down works on nothing
+                self._send(Cancel(id=stream.id))

@@ -1,170 +1,293 @@
-"""The engine's process as the API process sees it: how it is started, how its death is noticed, when the next one starts.
+"""Keeps an engine process running: starts it, watches it, and starts another one when it has died.
 
     spawn -> Ready -> ... -> dies -> spawn -> ...        dies before Ready: wait longer each time, at most MAX_FAILURES in a row
 
-Owns: the command, its environment, the socket's address, the delays, asking for stacks. Does not own: what is said over it
-(engineclient.py), when it hangs (watchdog.py).
+Owns: when a process is started and ended, whether the engine is ready. Does not own: how that is done (process.py), what counts
+as a hang (watchdog.py), who waits for the engine (calls.py, streams.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import shutil
-import signal
-import sys
-import tempfile
+import logging
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
 import zmq
 import zmq.asyncio
 
-from coserve.server.link.activity import ActivityPage
-from coserve.server.link.setup import ACTIVITY_FILE, STACKS_FILE, EngineSetup, write_setup
+from coserve.core import CoserveError
+from coserve.server.errors import EngineUnavailable, make_error
+from coserve.server.link.messages import FromEngine, Problem, Progress, Ready, Replied, Shutdown, ToEngine
+from coserve.server.link.process import EngineEnd, EngineProcess
+from coserve.server.link.setup import START_CALL, STOP_S
+from coserve.server.link.watchdog import LOOK_EVERY_S, Hang, Watchdog
 from coserve.server.settings import ServerConfig
 
-ENGINE_ENVIRONMENT: Mapping[str, str] = {
-    # Linux: malloc asks for huge pages. Decoding reads all weights once per token, page by page of the processor's tables.
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-"""Of the engine's process, unless the user has set them."""
 DELAYS_S = (0.0, 1.0, 2.0, 5.0, 10.0)
-"""Waits before a restart, by the number of processes in a row that have died before they were ready."""
+"""Seconds before a restart, by the number of processes in a row that have died before they were ready."""
 MAX_FAILURES = 5
-STACKS_SIGNAL = signal.SIGUSR1
-"""Has the engine process write the stacks of all its threads, also while one of them holds the interpreter's lock."""
-_STACKS_WAIT_S = 1.0
-_MOST_STACKS = 1 << 16
-ENGINE_MODULE = "coserve.server.link.enginemain"
-"""What runs in it."""
-_LONGEST_PATH = 100
-"""Of a socket in the file system; the system's own limit is 104 or 108 bytes."""
+"""No further process is started after so many in a row have died before they were ready."""
+_STOP_HANG_S, _STOP_FACTOR = 5.0, 5.0
+"""The watchdog's timeout and factor while the server ends, when it is less patient."""
+_LAST_WORDS_S = 0.05
+"""Seconds for the last messages of a dead process to arrive."""
+_log = logging.getLogger(__name__)
 
 
 def restart_delay_s(failures: int) -> float | None:
-    """Seconds before the next start after so many deaths before Ready in a row; None: give up."""
+    """Seconds before the next start; None: give up. failures: how many processes in a row have died before they were ready."""
     return None if failures >= MAX_FAILURES else DELAYS_S[min(failures, len(DELAYS_S) - 1)]
 
 
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return str(number)
+class Supervisor:
+    """The life of the engine, one process after another.
 
-
-class EngineEnd(NamedTuple):
-    """How a process ended. jobs: those that it worked on at that time; guilty: whether what it worked on may be the cause: it
-    hung, crashed or ran out of memory, and was not killed from outside; alone: no request was in the same work."""
-
-    reason: str
-    jobs: tuple[str, ...] = ()
-    guilty: bool = False
-    alone: bool = True
-    hung: bool = False
-
-
-def count_oom_kills() -> int:
-    """Processes that the system has ended for lack of memory; 0 where it doesn't say."""
-    try:
-        text = Path("/proc/vmstat").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
-
-
-class EngineProcess:
-    """One process, with a socket of its own: nothing that a dead one has sent can be taken for the next one's."""
+    ready: whether the engine takes requests.
+    generation: the number of starts that became ready.
+    num_restarts: the number of starts after the first.
+    failure: why no process is started any more; None while one is.
+    hang: what the process hung in, from then until the next one starts.
+    last_end: how the last process ended; it is set before the listeners of `on_down` are called.
+    """
 
     def __init__(
-        self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, directory: Path, page: ActivityPage, stacks: int
+        self, config: ServerConfig, *, report: Callable[[str], None], on_message: Callable[[FromEngine], None],
+        on_lost: Callable[[str], None],
     ) -> None:
-        self._process, self.socket, self._directory = process, socket, directory
-        self.page, self._stacks = page, stacks
-        self._oom_kills = count_oom_kills()
-
-    @classmethod
-    async def spawn(cls, config: ServerConfig, context: zmq.asyncio.Context) -> EngineProcess:
-        """Starts one. Raises OSError."""
-        with contextlib.ExitStack() as undo:  # of what was made, if anything below fails
-            directory = Path(tempfile.mkdtemp(prefix="coserve-"))  # only its owner can look into it
-            undo.callback(shutil.rmtree, directory, ignore_errors=True)
-            socket = context.socket(zmq.PAIR)
-            undo.callback(socket.close, linger=0)
-            socket.set_hwm(0)  # both ends always read
-            path = directory / "engine"
-            usable = zmq.has("ipc") and len(os.fsencode(path)) <= _LONGEST_PATH
-            socket.bind(f"ipc://{path}" if usable else "tcp://127.0.0.1:*")
-            page = ActivityPage(directory / ACTIVITY_FILE, create=True)
-            undo.callback(page.close)
-            stacks = os.open(directory / STACKS_FILE, os.O_RDONLY | os.O_CREAT, 0o600)
-            undo.callback(os.close, stacks)
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", ENGINE_MODULE, stdin=asyncio.subprocess.PIPE,
-                env={**ENGINE_ENVIRONMENT, **os.environ},
-            )
-            assert process.stdin is not None
-            address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-            process.stdin.write(write_setup(EngineSetup(address=address, config=config, watch=str(directory))))
-            # The input stays open: its end tells the engine that this process has gone (enginemain.py).
-            undo.pop_all()
-            return cls(process, socket, directory, page, stacks)
+        """report: takes a line about a start.
+        on_message: takes what the engine says of requests, calls and jobs.
+        on_lost: called when the engine goes down, with the message for whoever waits for it.
+        """
+        self._config, self._report, self._on_message, self._on_lost = config, report, on_message, on_lost
+        self.ready = False
+        self.generation = self.num_restarts = 0
+        self.failure: str | None = None
+        self.hang: str | None = None
+        self.last_end: EngineEnd | None = None
+        self._info: Ready | None = None
+        self._context: zmq.asyncio.Context | None = None
+        self._process: EngineProcess | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._first: asyncio.Future[None] | None = None
+        self._problem: Problem | None = None
+        self._stopping = False
+        self._up_listeners: list[Callable[[], Awaitable[None]]] = []
+        self._down_listeners: list[Callable[[], None]] = []
 
     @property
-    def pid(self) -> int:
-        """The process's number."""
-        return self._process.pid
+    def info(self) -> Ready:
+        """What the running engine has said of itself, or the last one. Raises EngineUnavailable before the first start."""
+        if self._info is None:
+            raise EngineUnavailable("the engine has not started yet")
+        return self._info
 
-    async def wait(self) -> int:
-        """The exit code, below 0 for a signal, once it has ended."""
-        return await self._process.wait()
+    @property
+    def pid(self) -> int | None:
+        """The number of the present process, if there is one."""
+        return None if self._process is None else self._process.pid
 
-    def hide(self) -> None:
-        """The process has connected: the address goes, so that nothing is left of it should this process be killed."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+    @property
+    def trouble(self) -> str | None:
+        """Why the engine takes no requests, if that is known and this is not its first start."""
+        if self.failure is not None:
+            return self.failure
+        end = None if self.ready or self.last_end is None else self.last_end.reason
+        reason = self.hang or end
+        return None if reason is None else f"the engine is being started again: {reason}"
 
-    def kill(self) -> None:
-        """Ends it at once."""
-        if self._process.returncode is None:
-            self._process.kill()
+    def on_up(self, listener: Callable[[], Awaitable[None]]) -> None:
+        """The listener is awaited after every start, when `ready` is true."""
+        self._up_listeners.append(listener)
 
-    async def ask_stacks(self) -> str:
-        """The stacks of its threads, as far as it can still write them within a second."""
-        before = os.fstat(self._stacks).st_size
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(STACKS_SIGNAL)
-        limit, size = time.monotonic() + _STACKS_WAIT_S, before
+    def on_down(self, listener: Callable[[], None]) -> None:
+        """The listener is called when a process that was ready has died or is ended."""
+        self._down_listeners.append(listener)
+
+    def send(self, message: ToEngine) -> None:
+        """Raises EngineUnavailable while the engine isn't ready, and InvalidRequest if a number is too large to travel."""
+        if not self.ready or self._process is None:
+            raise EngineUnavailable(self.trouble or "the engine is starting; try again in a few seconds")
+        self._process.send(message)
+
+    # --- start and end of the server ---
+
+    async def start(self) -> None:
+        """Starts a process and waits until it is ready. Raises what keeps it from starting."""
+        self._context = zmq.asyncio.Context()
+        self._first = asyncio.get_running_loop().create_future()
+        self._run(self._supervise())
+        try:
+            await self._first
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Fails what still waits, lets the process finish what it is writing, and ends it."""
+        self._stopping = True
+        asked = self.ready
+        if asked:
+            self.send(Shutdown())
+        self._go_down("the server is ending")
+        process = self._process
+        if process is not None:
+            if not asked:
+                process.kill()
+            if not await self._ends_in_time(process):
+                process.kill()
+                await process.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._context is not None:
+            self._context.destroy(linger=0)
+
+    async def _ends_in_time(self, process: EngineProcess) -> bool:
+        """Whether the process ends by itself within STOP_S, without hanging."""
+        ended = asyncio.ensure_future(process.wait())
+        dog, limit = Watchdog(process.page, _STOP_HANG_S), time.monotonic() + STOP_S
         while time.monotonic() < limit:
-            await asyncio.sleep(0.1)
-            grown = os.fstat(self._stacks).st_size
-            if grown == size > before:
-                break
-            size = grown
-        return self.read_stacks()
+            done, _ = await asyncio.wait([ended], timeout=LOOK_EVERY_S / 2)
+            if done:
+                return True
+            hang = dog.look(factor=_STOP_FACTOR)
+            if hang is not None:
+                _log.error("at the end the engine process hangs and is killed: %s", hang)
+                return False
+        _log.error("the engine process has not ended within %g s and is killed: %s", STOP_S, process.describe_work())
+        return False
 
-    def read_stacks(self) -> str:
-        """What has been written of stacks: when they were asked for, or by a crash."""
-        return os.pread(self._stacks, _MOST_STACKS, 0).decode(errors="replace")
+    def _run(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    def describe_end(self, code: int, told: str | None, *, hung: bool) -> EngineEnd:
-        """The end of this process, which has ended with an exit code. told: the reason, if it is known."""
-        busy = [reading.activity for reading in self.page.read()]
-        jobs = tuple(dict.fromkeys(job for activity in busy for job in activity.jobs))
-        alone = not any(activity.requests for activity in busy)
-        out_of_memory = code == -signal.SIGKILL and count_oom_kills() > self._oom_kills
-        if told is None:
-            told = f"it was ended by signal {_signal_name(-code)}" if code < 0 else f"it ended with exit code {code}"
-            told += ", as the machine ran out of memory" if out_of_memory else ""
-        guilty = hung or out_of_memory or code != -signal.SIGKILL
-        return EngineEnd(told, jobs, guilty, alone, hung)
+    # --- one process after another ---
 
-    def close(self) -> None:
-        """Frees what it had; it has ended."""
-        self.socket.close(linger=0)
-        self.page.close()
-        os.close(self._stacks)
-        self.hide()
+    async def _supervise(self) -> None:
+        failures = 0
+        while not self._stopping:
+            generation = self.generation
+            try:
+                reason = await self._live()
+            except Exception as error:  # no sockets, files or processes are left: it is tried again all the same
+                reason = str(error)
+                if not isinstance(error, (OSError, zmq.ZMQError)):
+                    _log.exception("the engine's process can't be started or read")
+            if self._stopping:
+                return
+            if self._first is not None and not self._first.done():
+                self._first.set_exception(self._start_error(reason))
+                return
+            failures = 0 if self.generation > generation else failures + 1
+            delay = restart_delay_s(failures)
+            if delay is None:
+                self.failure = f"the engine's process died {failures} times before it was ready; the last time: {reason}"
+                _log.error("%s; restart the server", self.failure)
+                return
+            _log.warning("the engine's process died (%s); starting another in %g s", reason, delay)
+            await asyncio.sleep(delay)
+            self.num_restarts += 1
+
+    def _start_error(self, reason: str) -> CoserveError:
+        problem = self._problem
+        if problem is None:
+            return CoserveError(f"the engine can't start: {reason}")
+        return make_error(problem.name, problem.message, problem.param)
+
+    async def _live(self) -> str:
+        """One process, from its start to its end; returns why it ended."""
+        assert self._context is not None
+        self._problem, self.hang = None, None
+        process = await EngineProcess.spawn(self._config, self._context)
+        self._process = process
+        watch = asyncio.create_task(self._watch(process))
+        reader = asyncio.create_task(process.read(self._on_any_message))
+        reader.add_done_callback(lambda ended: self._on_reader_end(ended, process))
+        try:
+            code = await process.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(reader), _LAST_WORDS_S)
+            known = self.hang or (self._problem.message if self._problem is not None else None)
+            self.last_end = end = process.describe_end(code, known, hung=self.hang is not None)
+            if not self._stopping and not end.hung and (stacks := process.read_stacks()):
+                _log.error("the engine process crashed; its threads were at:\n%s", stacks)
+            return end.reason
+        finally:
+            for task in (reader, watch):
+                task.cancel()
+            await asyncio.gather(reader, watch, return_exceptions=True)
+            process.kill()
+            self._process = None
+            process.close()
+            self._go_down("the engine process died; it is being started again")
+
+    async def _watch(self, process: EngineProcess) -> None:
+        """Kills the process when it hangs. Its start may take as long as it takes."""
+        dog = Watchdog(process.page, self._config.watchdog_timeout)
+        while self._config.watchdog_timeout > 0:
+            await asyncio.sleep(LOOK_EVERY_S)
+            hang = dog.look() if self.ready and not self._stopping else None
+            if hang is not None:
+                await self._end_hung(process, hang)
+                return
+
+    async def _end_hung(self, process: EngineProcess, hang: Hang) -> None:
+        self.hang, self.ready = f"it hangs: {hang}", False
+        stacks = await process.ask_stacks()
+        _log.error(
+            "the engine process hangs and is started again: %s. At that time: %s. Its threads:\n%s", hang,
+            process.describe_work(), stacks or "(it could not write their stacks)",
+        )
+        process.kill()
+
+    def _on_reader_end(self, reader: asyncio.Task[None], process: EngineProcess) -> None:
+        if not reader.cancelled():  # a message that can't be understood: start afresh
+            _log.error("the engine's messages can't be read", exc_info=reader.exception())
+            process.kill()
+
+    def _on_any_message(self, message: FromEngine) -> None:
+        match message:
+            case Ready():
+                self._on_ready(message)
+            case Progress(line=line):
+                self._report(line)
+            case Replied(call=call) if call == START_CALL:
+                self._problem = message.problem
+            case _:
+                self._on_message(message)
+
+    def _on_ready(self, info: Ready) -> None:
+        if self._stopping or self._process is None:
+            return
+        self._process.hide()
+        self._info, self.ready = info, True
+        self.generation += 1
+        self._run(self._notify_up())
+        if self._first is not None and not self._first.done():
+            self._first.set_result(None)
+
+    async def _notify_up(self) -> None:
+        for listener in self._up_listeners:
+            try:
+                await listener()
+            except Exception:  # the others are called all the same
+                _log.exception("after the engine's start")
+
+    def _go_down(self, message: str) -> None:
+        was_up, self.ready = self.ready or self.hang is not None, False
+        self._on_lost(message)
+        if was_up:
+            notify_all(self._down_listeners)
+
+
+def notify_all(listeners: Iterable[Callable[..., None]], *arguments: Any) -> None:
+    """Calls every listener, whatever another one raises."""
+    for listener in listeners:
+        try:
+            listener(*arguments)
+        except Exception:
+            _log.exception("a listener of the engine failed")

@@ -1,11 +1,11 @@
-"""Notices that the engine process hangs: something that a thread has begun doesn't end within its bound.
+"""Notices that the engine process hangs: what a thread has begun doesn't end within a bound.
 
-    every second: read the page --> how long has each place been at the same thing --> Hang, if one is over its bound
+    every second: read the page --> how long has each thread done the same thing --> Hang, if one is over its bound
 
     bound = max(timeout, FACTOR x predicted time)
 
-Time counts only while this process runs too, so that a machine that was asleep, or both processes halted from a terminal, is
-no hang. Owns: the bounds, the counting. Does not own: what follows (engineclient.py).
+Time counts only while this process runs too: it is no hang if the machine was asleep, or both processes were halted from a
+terminal. Owns: the bounds, the counting. Does not own: what follows from a hang (supervisor.py).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import NamedTuple
 from coserve.server.link.activity import PULSE, ActivityPage, Reading
 
 LOOK_EVERY_S = 1.0
-_MOST_PER_LOOK_S = 2.0
-"""Seconds that one look counts at most, however long ago the look before was."""
+_MAX_PER_LOOK_S = 2.0
+"""The most seconds that count between two looks, however long ago the first one was."""
 FACTOR = 20.0
-"""A thing may take so many times what was predicted: a machine that is loaded tenfold is no hang."""
+"""An activity may take so many times as long as was predicted: it is no hang if the machine has ten times too much to do."""
 
 
 class Hang(NamedTuple):
-    """seconds: for which it has been seen at the same thing. beside: what other threads were busy with all that time."""
+    """seconds: for how long the place was seen with this activity. beside: what other threads did for at least half of that."""
 
     reading: Reading
     seconds: float
@@ -35,7 +35,7 @@ class Hang(NamedTuple):
 
 
 class Watchdog:
-    """The watch over one engine process. timeout_s: the bound of what is predicted to be short."""
+    """The watch over one engine process. timeout_s: the bound of an activity that is predicted to be short."""
 
     def __init__(self, page: ActivityPage, timeout_s: float) -> None:
         self._page, self._timeout_s = page, timeout_s
@@ -43,9 +43,9 @@ class Watchdog:
         self._looked: float | None = None
 
     def look(self, *, factor: float = FACTOR, now: float | None = None) -> Hang | None:
-        """The worst hang, if there is one. factor: instead of FACTOR; now: of the monotonic clock."""
+        """The worst hang, if there is one. factor: replaces FACTOR. now: seconds of the monotonic clock; None: read it."""
         now = time.monotonic() if now is None else now
-        passed = 0.0 if self._looked is None else min(now - self._looked, _MOST_PER_LOOK_S)
+        passed = 0.0 if self._looked is None else min(now - self._looked, _MAX_PER_LOOK_S)
         self._looked = now
         seen: dict[int, tuple[int, float]] = {}
         hangs: list[Hang] = []

@@ -1,1 +1,1 @@
-"""What the server measures and tells of itself."""
+"""What the server measures, for Prometheus and for its web page."""

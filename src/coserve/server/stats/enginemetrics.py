@@ -1,7 +1,8 @@
 """The engine's stats as metric families, and the same families under vLLM's names.
 
-Owns: which figure of Engine.metrics() becomes which metric, and which of ours mean what vLLM means by the name. Values come
-with each scrape; a counter falls to 0 when the engine restarts, as Prometheus expects of counters.
+The values are read with each scrape. A counter falls to 0 when the engine restarts, which Prometheus takes into account.
+
+Owns: which figure of Engine.metrics() becomes which metric, and which metrics mean the same as vLLM's of that name.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from coserve.core import Slo
 
 
 class _Row(NamedTuple):
-    """A figure of the stats."""
+    """A figure of the stats: its key there, its metric's name, and the text that explains the metric."""
 
     key: str
     name: str
@@ -36,7 +37,7 @@ _COUNTER_ROWS = (
     _Row("preemptions", "num_preemptions", "Requests that lost their blocks and were computed again."),
 )
 COUNTERS = tuple(row.key for row in _COUNTER_ROWS)
-"""Keys of the stats that only rise."""
+"""Keys of those figures that only rise while the engine lives."""
 _GAUGE_ROWS = (
     _Row("running", "num_requests_running", "Requests that run."),
     _Row("waiting", "num_requests_waiting", "Requests that wait."),
@@ -58,7 +59,7 @@ Labels = Mapping[str, str]
 
 
 def _gauge(name: str, text: str, labels: Labels, values: Mapping[str, float], label: str | None = None) -> Metric:
-    """values: by the value of `label`; without one, a single value under ''."""
+    """A gauge with one value for each value of `label`; without a label, the only value has the key ''."""
     family = GaugeMetricFamily(f"coserve_{name}", text, labels=[*labels, *([label] if label else [])])
     for key, value in values.items():
         family.add_metric([*labels.values(), *([key] if label else [])], value)
@@ -75,7 +76,7 @@ def server_families(
     labels: Labels, objectives: Slo, attainment: Mapping[str, float | None], ready: bool, restarts: int,
     jobs: Mapping[str, int],
 ) -> Iterator[Metric]:
-    """What holds with or without an engine."""
+    """Metrics that are known without an engine too."""
     promised = {"tpot": objectives.tpot_s, "ttft": objectives.ttft_s}
     yield _gauge("slo_objective_seconds", "Objectives of requests that set none; absent for best effort.", labels,
                  {name: seconds for name, seconds in promised.items() if seconds < math.inf}, "objective")
@@ -89,7 +90,7 @@ def server_families(
 
 
 def engine_families(labels: Labels, stats: Mapping[str, Any], share: float | None) -> Iterator[Metric]:
-    """stats: Engine.metrics(), or nothing. share: finetuning's, of the last minute."""
+    """Metrics of the engine's stats. stats: Engine.metrics(), or empty. share: finetuning's share of the last minute."""
     for row in _COUNTER_ROWS:
         if row.key in stats:
             yield _counter(row.name, row.text, labels, stats[row.key])
@@ -141,7 +142,7 @@ def _memory_families(labels: Labels, memory: Mapping[str, int]) -> Iterator[Metr
 
 
 def vllm_aliases(families: Iterable[Metric]) -> list[Metric]:
-    """Those of the families that vLLM has, under its names and with its values of finished_reason."""
+    """The families that vLLM has too, under its names and with its words for finished_reason."""
     aliases = []
     for family in families:
         if family.name.removeprefix("coserve_") not in _VLLM:

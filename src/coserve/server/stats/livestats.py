@@ -1,7 +1,7 @@
-"""Sliding windows: percentiles of what requests measured, and rates of the engine's counters.
+"""Sliding windows: numbers measured by requests, and rates of the engine's counters.
 
-Owns: what is remembered and for how long. Does not own: what a metric means (metrics.py), and no clock: callers give seconds.
-Readers don't change anything, so that several viewers see the same figures.
+Owns: what is remembered, and for how long. Does not own: what a metric means (metrics.py), a clock (callers give the time).
+Reading doesn't change the figures, so that several viewers see the same ones.
 """
 
 from __future__ import annotations
@@ -13,56 +13,56 @@ from typing import NamedTuple
 
 
 class Moment(NamedTuple):
-    """A value, or several of one moment, by name."""
+    """Values of one moment, by name."""
 
     time_s: float
     values: Mapping[str, float]
 
 
 class Window:
-    """Numbers of the last `span_s` seconds, at most `limit` of them."""
+    """The numbers of the last `span_s` seconds; of more than `limit` numbers the latest ones."""
 
     def __init__(self, span_s: float, limit: int = 20_000) -> None:
         self.span_s = span_s
         self._entries: deque[tuple[float, float]] = deque(maxlen=limit)
 
     def add(self, time_s: float, value: float) -> None:
-        """Times may come slightly out of order."""
+        """Adds a number. Times may be slightly out of order."""
         self._entries.append((time_s, value))
 
     def values(self, now_s: float) -> list[float]:
-        """What is not too old, in rising order."""
+        """The numbers that are not too old, in rising order."""
         while self._entries and self._entries[0][0] < now_s - self.span_s:
             self._entries.popleft()
         return sorted(value for time_s, value in self._entries if time_s >= now_s - self.span_s)
 
-    def percentile(self, share: float, now_s: float) -> float | None:
-        """The smallest value that at least this share of the values don't exceed; None without values."""
-        return percentile(self.values(now_s), share)
-
     def mean(self, now_s: float) -> float | None:
-        """None without values."""
+        """The mean of the numbers; None without any."""
         values = self.values(now_s)
         return sum(values) / len(values) if values else None
 
 
 def percentile(ordered: list[float], share: float) -> float | None:
-    """Nearest rank, of values in rising order. share: in (0, 1]."""
+    """The smallest value that at least a share of all values don't exceed (nearest rank); None without values.
+
+    ordered: the values in rising order.
+    share: in (0, 1].
+    """
     if not ordered:
         return None
     return ordered[max(math.ceil(share * len(ordered) - 1e-9), 1) - 1]
 
 
 class Counters:
-    """Samples of rising counters of the last `span_s` seconds. A counter that fell tells of a restart,
-    which forgets what was before."""
+    """Samples of rising counters, of the last `span_s` seconds. When a counter falls, the engine has been restarted, and older
+    samples are forgotten."""
 
     def __init__(self, span_s: float, spacing_s: float = 0.2) -> None:
         self.span_s, self.spacing_s = span_s, spacing_s
         self._samples: deque[Moment] = deque()
 
     def add(self, time_s: float, values: Mapping[str, float]) -> None:
-        """Samples closer to the last one than `spacing_s` are left out, however many readers there are."""
+        """Adds a sample. It is left out if the last one is less than `spacing_s` seconds older, as with many readers."""
         if self._samples:
             last = self._samples[-1]
             if any(values[name] < value for name, value in last.values.items() if name in values):
@@ -74,12 +74,14 @@ class Counters:
             self._samples.popleft()
 
     def clear(self) -> None:
-        """Nothing is known any more: the engine is down."""
+        """Forgets all samples, since the engine is down."""
         self._samples.clear()
 
     def rises(self, span_s: float) -> tuple[float, Mapping[str, float]] | None:
-        """(seconds, by how much each counter rose) over the last `span_s` before the newest sample, or since the sample before
-        it if that is longer ago; None with one sample."""
+        """How much each counter rose: (in how many seconds, by how much), up to the newest sample. None with fewer than two.
+
+        span_s: over how many seconds; more if the last two samples are further apart.
+        """
         if len(self._samples) < 2:
             return None
         last, before = self._samples[-1], self._samples[-2]

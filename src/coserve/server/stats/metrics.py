@@ -1,9 +1,10 @@
 """What the server measures: Prometheus metrics, and the figures of the web page.
 
-Owns: names, buckets, objectives met or missed, one meter per request. Does not own: the engine's counters (they come with its
-stats; enginemetrics.py gives them names), windows (livestats.py). Latencies are counted from a request's arrival in this
-process to the times that the engine stamps on its tokens, which is one clock. Nothing here names a tenant's model, so /metrics
-needs no key.
+Latencies are counted from a request's arrival in this process to the times that the engine gives its tokens, by the same clock.
+No metric names a tenant's model, so /metrics needs no key.
+
+Owns: names, buckets, objectives met or missed, one meter per request. Does not own: the engine's counters, which come with its
+stats and get their names in enginemetrics.py; windows (livestats.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -28,9 +30,9 @@ from coserve.server.stats.enginemetrics import COUNTERS, engine_families, server
 from coserve.server.stats.livestats import Counters, Window, percentile
 
 WINDOW_S = 60.0
-"""Percentiles and attainment are of the last minute."""
+"""Seconds that percentiles and attainment look back."""
 RATE_S = 5.0
-"""Tokens per second are of so many seconds."""
+"""Seconds that rates look back."""
 LABELS = ("model_name", "engine")
 END_REASONS = ("stop", "length", "cancelled", "error")
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
@@ -55,8 +57,12 @@ _HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
 
 
 class ServerState(NamedTuple):
-    """What the engine's stats don't say. ready: counts only beside stats, as an engine that doesn't answer is not up; jobs: how
-    many are in each status, of those that have not ended."""
+    """What the engine's stats don't say.
+
+    ready: whether the engine takes requests. It is shown as down all the same if it has given no stats.
+    restarts: starts of the engine after the first.
+    jobs: how many jobs are in each status, of those that have not ended.
+    """
 
     ready: bool
     restarts: int = 0
@@ -64,7 +70,7 @@ class ServerState(NamedTuple):
 
 
 class _Snapshot(Collector):
-    """Families that are written out once."""
+    """Metric families that are known already."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self.families = list(families)
@@ -74,13 +80,16 @@ class _Snapshot(Collector):
 
 
 class ServerMetrics:
-    """The server's metrics. model_name: the label, of the base model; objectives: of requests that set none, as the engine says
-    at present; clock: seconds, as the engine's."""
+    """The server's metrics."""
 
     def __init__(
         self, config: ServerConfig, model_name: str, objectives: Callable[[], Slo], *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """model_name: the base model's, which labels all metrics.
+        objectives: gives those that the engine has at present for requests that set none.
+        clock: gives seconds, as the engine's clock does.
+        """
         self.config, self.model_name, self.objectives, self.clock = config, model_name, objectives, clock
         self.started_s = clock()
         self.registry = CollectorRegistry()
@@ -114,7 +123,7 @@ class ServerMetrics:
         self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float,
         ttft_ms: SloMs | None = None, tpot_ms: SloMs | None = None,
     ) -> RequestMeter:
-        """A request goes to the engine. arrival_s: by this object's clock; objectives: None means the server's."""
+        """A request goes to the engine. arrival_s: by this object's clock. ttft_ms, tpot_ms: None is the server's objective."""
         is_base = model in (self.model_name, *self.config.served_model_name)
         self.received["base" if is_base else "adapter"].inc()
         self.histograms["request_params_n"].observe(params.n)
@@ -123,19 +132,19 @@ class ServerMetrics:
         return RequestMeter(self, prompt_tokens, arrival_s, asked_slo(tpot_ms, ttft_ms, self.objectives()))
 
     def rejected(self, reason: str) -> None:
-        """A request was refused. reason: one of a few words, as it is a label."""
+        """A request was refused. reason: one of a few words, since it becomes a label."""
         self._rejections.labels(self.model_name, "0", reason).inc()
 
-    def hear_job(self, message: JobHappened | JobEnded) -> None:
-        """A listener for EngineClient.on_job."""
+    def on_job(self, message: JobHappened | JobEnded) -> None:
+        """Counts a job that has ended; a listener for EngineClient.on_job."""
         if isinstance(message, JobEnded):
             self._jobs[message.status].inc()
 
     def judge(
         self, objectives: Slo, time_s: float, ttft_s: float | None, tpot_s: float | None, failed: bool
     ) -> None:
-        """Holds a request that ended against the objectives that it has. One with a single token has no tpot_s and can't miss
-        it; one that failed misses all; one that was served by best effort neither meets nor misses anything."""
+        """Counts whether a request that ended has met its objectives. A request that failed has missed them all. One with a
+        single token has no tpot_s, and can't miss that objective. Best effort is neither met nor missed."""
         met = {}
         if objectives.ttft_s < math.inf:
             met["ttft"] = not failed and ttft_s is not None and ttft_s <= objectives.ttft_s
@@ -148,7 +157,7 @@ class ServerMetrics:
             self.met[name].add(time_s, float(value))
 
     def expose(self, stats: Mapping[str, Any] | None, state: ServerState | None = None) -> bytes:
-        """All metrics as Prometheus text. stats: EngineClient.stats(); None while the engine is down."""
+        """All metrics as Prometheus text. stats: what EngineClient.stats() gave; None while the engine is down."""
         self._sample(stats)
         state = state or ServerState(ready=stats is not None)
         now, labels = self.clock(), {"model_name": self.model_name, "engine": "0"}
@@ -167,9 +176,11 @@ class ServerMetrics:
         return generate_latest(registry)
 
     def live(self, stats: Mapping[str, Any] | None, state: ServerState | None = None) -> dict[str, Any]:
-        """What the web page shows. Latencies in milliseconds, of the last minute, with the number of values; rates, and
-        finetuning's share of the engine's time beside its rate, of the last RATE_S seconds. None where nothing was measured; an
-        objective that is None is best effort."""
+        """What the web page shows.
+
+        Latencies are in milliseconds, of the last minute, with the number of values. Rates and finetuning's share are of the
+        last RATE_S seconds. None stands where nothing was measured, and for an objective of best effort.
+        """
         self._sample(stats)
         state = state or ServerState(ready=stats is not None)
         known, now = stats or {}, self.clock()
@@ -209,7 +220,7 @@ class ServerMetrics:
         return None if risen is None else risen[1].get(name, 0.0) / risen[0]
 
     def _share(self, span_s: float = WINDOW_S) -> float | None:
-        """Finetuning's part of the time that the engine worked in the last `span_s` seconds; 0 if it did not work."""
+        """Finetuning's share of the time in which the engine worked, in the last `span_s` seconds; 0 if it did not work."""
         risen = self._counters.rises(span_s)
         if risen is None:
             return None
@@ -223,13 +234,13 @@ def _percentiles_ms(window: Window, now_s: float) -> dict[str, float | None]:
     return {"count": len(ordered), **{name: None if value is None else value * 1e3 for name, value in values.items()}}
 
 
+@dataclass(slots=True)
 class _Output:
-    """One of a request's outputs so far."""
+    """One of a request's outputs so far: the times of its first and last token, and how many tokens it has."""
 
-    __slots__ = ("first_s", "last_s", "num_tokens")
-
-    def __init__(self, first_s: float, last_s: float, num_tokens: int) -> None:
-        self.first_s, self.last_s, self.num_tokens = first_s, last_s, num_tokens
+    first_s: float
+    last_s: float
+    num_tokens: int
 
     @property
     def tpot_s(self) -> float | None:
@@ -247,8 +258,8 @@ class RequestMeter:
         self._ended = False
 
     def tokens(self, message: Tokens) -> None:
-        """Measures what the engine sent for the request, in order. A message without tokens measures nothing, except where only
-        the prompt was wanted: then the prompt's tokens are counted."""
+        """Measures a chunk; chunks come in order. One without tokens counts nothing, except the prompt's tokens where only the
+        prompt was wanted."""
         metrics, count = self._metrics, len(message.token_ids)
         if self._ended:
             return
@@ -278,7 +289,7 @@ class RequestMeter:
         output.num_tokens += count
 
     def end(self, reason: str) -> None:
-        """The request is over: stop, length, cancelled or error. Later calls change nothing."""
+        """The request is over, for one of END_REASONS. Later calls change nothing."""
         if self._ended:
             return
         self._ended = True
