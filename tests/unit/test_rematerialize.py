@@ -97,7 +97,7 @@ def random_joint(rng: Random) -> JointGraph:
         values[made] = Value(made, values[first].width)
         inputs = (first,) if kind == "rmsnorm" else (first, rng.choice(same))
         nodes.append(Node(kind, inputs, (made,), f"w{number}" if kind == "rmsnorm" else None))
-    joint = differentiate(Graph(values, tuple(nodes), "x", nodes[-1].outputs[0]))
+    joint = differentiate(JointGraph.of(Graph(values, tuple(nodes), "x", nodes[-1].outputs[0])))
     trained = {weight for weight in joint.weight_grads if rng.random() < 0.6}
     return prune(joint, trainable=trained.__contains__, input_gradient=rng.random() < 0.5)
 
