@@ -6,9 +6,11 @@ calls alone; programs run in float64 and must agree with `TorchOps` and autograd
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from coserve.compiler import lower as lowering
+from coserve.compiler import plan as planning
 from coserve.compiler.differentiate import differentiate
-from coserve.compiler.graph import Element, Graph, JointGraph, Node, Value, check, producers
+from coserve.compiler.graph import Element, Graph, JointGraph, Node, Value, producers
+from coserve.compiler.lower import Draft
+from coserve.compiler.passes import run_passes
 from coserve.compiler.plan import LayerBypass, ModelPlan, plan_fused, plan_inference, plan_training
 from coserve.compiler.program import LayerPlan, Place, Program, Storage
 from coserve.compiler.prune import prune
@@ -71,7 +77,7 @@ def pruned_layer(
     sites: Iterable[str], *, input_gradient: bool = True, arch: Architecture | None = None, dropout: float = 0.0, rank: int = 2
 ) -> JointGraph:
     bypass, widths = lora(sites, rank, dropout)
-    joint = differentiate(trace(arch or make_arch(), bypass, widths))
+    joint = differentiate(JointGraph.of(trace(arch or make_arch(), bypass, widths)))
     return prune(joint, trainable=widths.__contains__, input_gradient=input_gradient)
 
 
@@ -159,8 +165,8 @@ def test_trace_gives_equal_names_apart() -> None:
 
 
 def test_differentiate_a_gated_product() -> None:
-    joint = differentiate(gated())
-    check(joint)
+    joint = differentiate(JointGraph.of(gated()))
+    joint.check()
     assert [str(node) for node in joint.backward] == [
         "d:g, d:u = silu_mul_dgrad(d:y, g, u)",
         "d:x = linear_dgrad[up_proj](d:u)",
@@ -177,26 +183,37 @@ def test_differentiate_a_gated_product() -> None:
 
 def test_differentiate_counts_a_value_that_is_added_to_itself_twice() -> None:
     graph = hand_graph({"x": 4, "a": 4, "y": 4}, Node("linear", ("x",), ("a",), "w"), Node("add", ("a", "a"), ("y",)))
-    joint = differentiate(graph)
-    check(joint)
+    joint = differentiate(JointGraph.of(graph))
+    joint.check()
     assert str(joint.backward[0]) == "d:a = add(d:y, d:y)"
 
 
 def test_differentiate_refuses_a_parameter_used_twice() -> None:
     graph = hand_graph({"x": 4, "a": 4, "y": 4}, Node("linear", ("x",), ("a",), "w"), Node("linear", ("a",), ("y",), "w"))
     with pytest.raises(AssertionError, match="used once"):
-        differentiate(graph)
+        differentiate(JointGraph.of(graph))
 
 
 def test_check_refuses_what_is_not_there_or_made_twice() -> None:
-    joint = differentiate(gated())
+    joint = differentiate(JointGraph.of(gated()))
     with pytest.raises(AssertionError, match="not there yet"):
-        check(replace(joint, backward=joint.backward[1:]))
+        replace(joint, backward=joint.backward[1:]).check()
     with pytest.raises(AssertionError, match="twice"):
-        check(replace(joint, backward=(*joint.backward, joint.backward[0])))
+        replace(joint, backward=(*joint.backward, joint.backward[0])).check()
     forward = replace(joint.forward, nodes=tuple(reversed(joint.forward.nodes)))
     with pytest.raises(AssertionError, match="not there yet"):
-        check(replace(joint, forward=forward))
+        replace(joint, forward=forward).check()
+
+
+def test_the_driver_refuses_what_a_pass_breaks_and_logs_each_pass(caplog: pytest.LogCaptureFixture) -> None:
+    def forget(joint: JointGraph) -> JointGraph:
+        return replace(joint, backward=joint.backward[1:])
+
+    caplog.set_level("DEBUG", "coserve.compiler")
+    joint = run_passes(JointGraph.of(gated()), differentiate, partial(prune, trainable=lambda _: False, input_gradient=True))
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["differentiate", "prune"]
+    with pytest.raises(AssertionError, match="not there yet"):
+        run_passes(joint, forget)
 
 
 class Interpreter:
@@ -267,8 +284,8 @@ def test_differentiate_gives_the_gradients_of_autograd_for_frozen_weights_too(qk
     weights |= {name: torch.randn(width, dtype=F64) for name, width in norms.items()}
     angles = torch.randn(5, 2, dtype=F64).repeat(1, 2)
     graph = trace(arch, bypass, widths)
-    joint = differentiate(graph)
-    check(joint)
+    joint = differentiate(JointGraph.of(graph))
+    joint.check()
     assert joint.weight_grads.keys() == weights.keys()
 
     x = torch.randn(5, 12, dtype=F64, requires_grad=True)
@@ -290,18 +307,18 @@ def test_differentiate_gives_the_gradients_of_autograd_for_frozen_weights_too(qk
 
 
 def test_prune_drops_frozen_gradients_and_what_only_they_read() -> None:
-    joint = prune(differentiate(gated()), trainable=lambda _: False, input_gradient=True)
-    check(joint)
+    joint = prune(differentiate(JointGraph.of(gated())), trainable=lambda _: False, input_gradient=True)
+    joint.check()
     assert [node.op for node in joint.backward] == ["silu_mul_dgrad", "linear_dgrad", "add", "linear_dgrad", "add"]
     assert joint.weight_grads == {}
     assert joint.saved() == ("g", "u"), "x was read by weight gradients only"
-    nothing = prune(differentiate(gated()), trainable=lambda _: False, input_gradient=False)
+    nothing = prune(differentiate(JointGraph.of(gated())), trainable=lambda _: False, input_gradient=False)
     assert (nothing.backward, nothing.saved(), nothing.input_grad) == ((), (), None)
 
 
 def test_prune_keeps_only_the_wanted_branch() -> None:
-    joint = prune(differentiate(gated()), trainable={"gate_proj"}.__contains__, input_gradient=False)
-    check(joint)
+    joint = prune(differentiate(JointGraph.of(gated())), trainable={"gate_proj"}.__contains__, input_gradient=False)
+    joint.check()
     assert [str(node) for node in joint.backward] == [
         "d:g, d:u = silu_mul_dgrad(d:y, g, u)", "dW:gate_proj = linear_wgrad[gate_proj](d:g, x)",
     ]
@@ -310,7 +327,7 @@ def test_prune_keeps_only_the_wanted_branch() -> None:
 
 def test_prune_down_proj_only_saves_no_projection_inputs() -> None:
     joint = pruned_layer(["down_proj"])
-    check(joint)
+    joint.check()
     assert joint.weight_grads.keys() == {"down_proj.lora_A", "down_proj.lora_B"}
     assert joint.saved() == (
         "x", "v_proj", "q_proj.rope", "k_proj.rope", "attention", "log_sum_exp", "h", "gate_proj", "up_proj", "silu_mul",
@@ -320,7 +337,7 @@ def test_prune_down_proj_only_saves_no_projection_inputs() -> None:
 
 def test_prune_first_layer_with_down_proj_only_has_no_attention_backward() -> None:
     joint = pruned_layer(["down_proj"], input_gradient=False)
-    check(joint)
+    joint.check()
     assert sorted(node.op for node in joint.backward) == [
         "segment_linear_dgrad", "segment_linear_wgrad", "segment_linear_wgrad",
     ]
@@ -337,7 +354,7 @@ def test_pruned_graphs_are_whole_and_hold_nothing_useless(
     sites: list[str], input_gradient: bool, qk_norm: bool, dropout: float
 ) -> None:
     joint = pruned_layer(sites, input_gradient=input_gradient, arch=make_arch(qk_norm=qk_norm), dropout=dropout)
-    check(joint)
+    joint.check()
     assert joint.weight_grads.keys() == {f"{site}.lora_{part}" for site in sites for part in "AB"}
     made = {name for node in joint.backward for name in node.outputs}
     wanted = set(joint.weight_grads.values()) | ({joint.input_grad} if input_gradient else set())
@@ -361,11 +378,11 @@ def test_rematerialize_a_norm_of_a_saved_value() -> None:
         Node("rmsnorm", ("x",), ("n",), "norm", {"eps": 1e-5}), Node("segment_linear", ("n",), ("a",), "A"),
         Node("segment_linear", ("a",), ("b",), "B"), Node("add", ("x", "b"), ("y",)),
     )
-    both = prune(differentiate(graph), trainable={"A", "B"}.__contains__, input_gradient=True)
+    both = prune(differentiate(JointGraph.of(graph)), trainable={"A", "B"}.__contains__, input_gradient=True)
     assert both.saved() == ("x", "n", "a")
     remat = rematerialize(both)
     assert (names_kept(remat), [n.outputs for n in remat.recompute]) == (["x", "a"], [("n",)])
-    first = prune(differentiate(graph), trainable={"A", "B"}.__contains__, input_gradient=False)
+    first = prune(differentiate(JointGraph.of(graph)), trainable={"A", "B"}.__contains__, input_gradient=False)
     assert first.saved() == ("n", "a")
     remat = rematerialize(first)
     assert (names_kept(remat), remat.recompute) == (["n", "a"], ()), "x instead of n would save nothing"
@@ -393,8 +410,8 @@ def test_rematerialize_a_chain_from_its_narrow_source() -> None:
         Node("silu_mul", ("s", "s"), ("t",)), Node("segment_linear", ("t",), ("a",), "A"),
         Node("segment_linear", ("a",), ("y",), "B"),
     )
-    joint = prune(differentiate(graph), trainable={"A", "B"}.__contains__, input_gradient=True)
-    check(joint)
+    joint = prune(differentiate(JointGraph.of(graph)), trainable={"A", "B"}.__contains__, input_gradient=True)
+    joint.check()
     assert joint.saved() == ("p", "s", "t", "a")
     remat = rematerialize(joint)
     assert names_kept(remat) == ["p", "a"]
@@ -549,6 +566,43 @@ def test_storages_alive_together_lie_apart(
         for program in (plan.forward, plan.backward):
             if program is not None:
                 assert_memory_is_sound(program, itemsize)
+
+
+def overlapping(spans: Mapping[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
+    """Every workspace storage at offset 0."""
+    return dict.fromkeys(spans, 0), max(size for _, _, size in spans.values())
+
+
+def shared_anyway(draft: Draft) -> Draft:
+    """In-place operators write over their input, whoever reads it later."""
+    pairs = [(step.outputs[0], step.node.inputs[0]) for step in draft.steps if step.node.row.inplace]
+    roots: dict[str, str] = {}
+    for out, source in pairs:
+        if out not in draft.slots:
+            roots[out] = roots.get(source, source)
+    return replace(draft, roots=roots)
+
+
+def unkept(*args: Any, **options: Any) -> Rematerialized:
+    """A choice that forgets the last kept value."""
+    choice = rematerialize(*args, **options)
+    return replace(choice, kept=choice.kept[:-1])
+
+
+@pytest.mark.parametrize(("module", "name", "broken", "match"), [
+    (lowering, "_place_work", overlapping, "writes over|does not find"),
+    (lowering, "share_memory", shared_anyway, "writes over|does not find|read after"),
+    (planning, "rematerialize", unkept, "neither kept nor made again"),
+])
+def test_production_refuses_an_unsound_program(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, broken: Callable[..., Any], match: str
+) -> None:
+    bypass, widths = lora(LINEAR_SITES)
+    entry = LayerBypass(key=("one",), bypass=bypass, factor_widths=widths)
+    plan_training(make_arch(), [entry] * 2, itemsize=4)
+    monkeypatch.setattr(module, name, broken)
+    with pytest.raises(AssertionError, match=match):
+        plan_training(make_arch(), [entry] * 2, itemsize=4)
 
 
 def test_workspace_is_reused() -> None:
@@ -952,7 +1006,7 @@ def compare_script(site: str, steps: Sequence[tuple[Any, ...]], seed: int = 0) -
     plan = plan_training(arch, bypasses, itemsize=8)
     serving = plan_inference(arch, bypasses, itemsize=8)
     for each in (*plan.layers, *serving.layers):
-        check(each.joint)
+        each.joint.check()
         for program in (each.forward, each.backward):
             if program is not None:
                 assert_memory_is_sound(program, 8)

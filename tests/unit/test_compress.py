@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coserve.compiler.compress import pack_signs, to_fp8
 from coserve.compiler.differentiate import differentiate
-from coserve.compiler.graph import Element, Graph, Node, Value, check
+from coserve.compiler.graph import Element, Graph, JointGraph, Node, Value
 from coserve.compiler.lower import lower
 from coserve.compiler.plan import ModelPlan, TrainingPlans, plan_training
 from coserve.compiler.prune import prune
@@ -132,9 +132,9 @@ def relu_between(readers: str) -> Graph:
 
 
 def test_signs_are_packed_where_nothing_else_is_read() -> None:
-    joint = prune(differentiate(relu_between("linear")), trainable=lambda name: name == "w", input_gradient=True)
+    joint = prune(differentiate(JointGraph.of(relu_between("linear"))), trainable=lambda name: name == "w", input_gradient=True)
     packed = pack_signs(joint)
-    check(packed)
+    packed.check()
     assert [str(node) for node in packed.forward.nodes[2:]] == ["r.signs = sign_bits(r)", "y = linear[v](r)"]
     assert [str(node) for node in packed.backward[1:3]] == ["r.sign = sign_values(r.signs)", "d:a = relu_dgrad(d:r, r.sign)"]
     assert {kept.name for kept in rematerialize(joint).kept} == {"x", "r"}
@@ -144,7 +144,7 @@ def test_signs_are_packed_where_nothing_else_is_read() -> None:
 
 
 def test_signs_are_not_packed_where_the_value_is_read_too() -> None:
-    joint = prune(differentiate(relu_between("linear")), trainable=lambda name: name == "v", input_gradient=True)
+    joint = prune(differentiate(JointGraph.of(relu_between("linear"))), trainable=lambda name: name == "v", input_gradient=True)
     assert pack_signs(joint) == joint
 
 
@@ -152,8 +152,8 @@ def test_signs_are_not_packed_where_the_value_is_read_too() -> None:
 def test_fp8_takes_all_but_what_others_read(itemsize: int) -> None:
     joint = pruned_layer(["down_proj", "q_proj"], arch=LLAMA_70B, rank=16)
     exact, choice = rematerialize(joint, itemsize), rematerialize(joint, itemsize, fp8=True)
-    compressed, kept = to_fp8(joint, choice, itemsize)
-    check(compressed)
+    kept = to_fp8(itemsize, choice)
+    kept.check()
     names = {entry.name for entry in kept.kept}
     whole = {name for name in names if not name.endswith((".fp8", ".exponent"))}
     assert whole == {"q_proj+lora.rope", "k_proj.rope", "v_proj", "log_sum_exp"}
@@ -186,7 +186,7 @@ def test_q_is_made_again_only_with_what_came_of_it(sites: tuple[str, ...], qk_no
     for remat in curve(joint, 2, 512.0, fp8=True):
         made = {name for node in remat.recompute for name in node.outputs}
         assert q not in made or {"log_sum_exp", "attention"} <= made
-        check(to_fp8(joint, remat, 2)[0])
+        to_fp8(2, remat).check()
         again.append(q in made)
     assert not again[0] and again[-1]
     assert any(
@@ -208,7 +208,7 @@ def test_programs_are_sound(sites: set[str], qk_norm: bool, dropout: float, item
     plan = plan_training(arch, layers, itemsize=itemsize, arena_budget=point.arena_bytes, compression="fp8")
     assert plan.arena_bytes == point.arena_bytes
     for layer in plan.layers:
-        check(layer.joint)
+        layer.joint.check()
         assert_arena_is_sound(layer, itemsize)
         for program in (layer.forward, layer.backward):
             if program is not None:
@@ -280,7 +280,7 @@ def twin_plans(weights: ModelWeights, adapter: Adapter, number: int) -> tuple[Mo
     for key, joint in plans.graphs.items():
         choices = curve(joint, 8, plans.contexts[key], fp8=True)
         remat = choices[min(number, len(choices) - 1)]
-        small[key], whole[key] = plans.lower(key, remat), lower(joint, remat, merged=MERGED, itemsize=8)
+        small[key], whole[key] = plans.lower(key, remat), lower(remat, merged=MERGED, itemsize=8)
     return tuple(ModelPlan(layers=tuple(twin[key] for key in plans.keys)) for twin in (small, whole))  # type: ignore[return-value]
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from coserve.compiler.graph import check
 from coserve.config.settings import LoraConfig, OptimizerConfig
 from coserve.core import InvalidRequest
 from coserve.finetune.optimizer import FlatAdamW
@@ -77,7 +76,7 @@ def test_it_prunes_and_plans() -> None:
     arch = make_arch()
     plan = training_plan(arch, toy_adapter(arch, 3), itemsize=2)
     for layer in plan.layers:
-        check(layer.joint)
+        layer.joint.check()
         assert set(layer.joint.weight_grads) == {f"up_proj.toy_{part}" for part in ("gate", "up", "down", "scale")}
         assert layer.backward is not None
         assert_memory_is_sound(layer.backward, 2)

@@ -49,14 +49,15 @@ def pack_signs(joint: JointGraph) -> JointGraph:
     )
 
 
-def to_fp8(joint: JointGraph, remat: Rematerialized, itemsize: int) -> tuple[JointGraph, Rematerialized]:
-    """The same choice with kept values in fp8, where that is smaller."""
-    graph, whole = joint.forward, joint.read_whole() | joint.read_exactly()
+def to_fp8(itemsize: int, choice: Rematerialized) -> Rematerialized:
+    """The same choice with kept values in fp8, where that is smaller. itemsize: bytes of an element of the model's dtype."""
+    joint, graph = choice.joint, choice.joint.forward
+    whole = joint.read_whole() | joint.read_exactly()
     kept: list[Kept] = []
     values: list[Value] = []
     encode: list[Node] = []
     decode: list[Node] = []
-    for entry in remat.kept:
+    for entry in choice.kept:
         value = graph.values[entry.name]
         if value.name in whole or value.fp8_bytes(itemsize) >= value.num_bytes(itemsize):
             kept.append(entry)
@@ -71,7 +72,9 @@ def to_fp8(joint: JointGraph, remat: Rematerialized, itemsize: int) -> tuple[Joi
         joint, forward=_with(graph, values, encode), values={**joint.values, **{value.name: value for value in values}}
     )
     num_bytes = sum(compressed.values[entry.name].num_bytes(itemsize) for entry in kept)
-    return compressed, replace(remat, kept=tuple(kept), recompute=(*decode, *remat.recompute), num_bytes=num_bytes)
+    return replace(
+        choice, joint=compressed, kept=tuple(kept), recompute=(*decode, *choice.recompute), num_bytes=num_bytes
+    )
 
 
 def _with(graph: Graph, values: Iterable[Value], packing: Iterable[Node]) -> Graph:

@@ -59,8 +59,9 @@ class _Backward:
                 self.contribute(names[result], grad)
 
 
-def differentiate(graph: Graph) -> JointGraph:
-    """All gradients of a layer: of its input and of every parameter, frozen or not."""
+def differentiate(joint: JointGraph) -> JointGraph:
+    """Adds all gradients of a layer: of its input and of every parameter, frozen or not."""
+    graph = joint.forward
     backward = _Backward(graph)
     output_grad = backward.fresh(f"d:{graph.output}", graph.values[graph.output])
     backward.grads[graph.output] = output_grad

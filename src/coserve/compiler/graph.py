@@ -89,6 +89,21 @@ class JointGraph:
     input_grad: str | None
     weight_grads: Mapping[str, str]
 
+    @classmethod
+    def of(cls, forward: Graph) -> JointGraph:
+        """A forward graph before it is differentiated."""
+        return cls(forward, forward.values, (), f"d:{forward.output}", None, {})
+
+    def check(self) -> None:
+        """Raises AssertionError unless every value is made once, and before it is read."""
+        made = {self.forward.input, self.output_grad}
+        for node in (*self.forward.nodes, *self.backward):
+            assert made.issuperset(node.inputs), f"{node} reads a value that is not there yet"
+            assert made.isdisjoint(node.outputs), f"{node} makes a value twice"
+            made.update(node.outputs)
+        ends = {self.forward.output, *self.weight_grads.values(), *([] if self.input_grad is None else [self.input_grad])}
+        assert made >= ends, f"{ends - made} are never made"
+
     def saved(self) -> tuple[str, ...]:
         """Forward values that the backward nodes read, in forward order."""
         read = {name for node in self.backward for name in node.inputs}
@@ -147,17 +162,3 @@ def counterparts(own: Graph, larger: Graph) -> dict[str, str]:
             equal[found] = value
             result[value] = found
     return result
-
-
-def check(joint: JointGraph) -> None:
-    """Every value is made before it is read, once. Run by tests after each pass."""
-    made = {joint.forward.input}
-    for node in joint.forward.nodes:
-        assert made.issuperset(node.inputs), f"{node} reads a value that is not there yet"
-        assert made.isdisjoint(node.outputs), f"{node} makes a value twice"
-        made.update(node.outputs)
-    made.add(joint.output_grad)
-    for node in joint.backward:
-        assert made.issuperset(node.inputs), f"{node} reads a value that is not there yet"
-        assert made.isdisjoint(node.outputs), f"{node} makes a value twice"
-        made.update(node.outputs)

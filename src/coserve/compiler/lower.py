@@ -1,110 +1,156 @@
-"""Pass 6: from a pruned graph to flat programs: aliasing, merged products, and one offset per storage.
+"""Lowering: from a pruned graph to flat programs of calls, in which every value has its place in memory.
 
-    values  --alias-->  classes (values that share memory)  --merge-->  storages  --place-->  offsets
+Four passes work on the draft of a program:
 
-An `add` right after the accumulating kernel that makes its second operand becomes that kernel adding into the first operand's
-memory; in-place operators reuse their input's. Frozen linears of one input in one matrix become one product whose
-outputs are column slices of one storage. Workspace offsets come from live ranges; kept values lie in the arena.
+    share_memory     an in-place operator writes over its input           q' = rope(q)          q' lies where q lay
+    fuse_adds        a product and the sum it goes into are one step      b = B(x); c = a + b   a += B(x); c lies where a lay
+    merge_linears    frozen linears of one input are one product          q, k, v = qkv_proj(x), side by side
+    place            every value gets a storage and an offset: kept ones in the arena, others in the workspace by live ranges
+
+Then the calls are written down.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
 
-from coserve.compiler.graph import Element, JointGraph, Node, Value, counterparts, producers
+from coserve.compiler.graph import Element, JointGraph, Node, Value, counterparts
+from coserve.compiler.passes import run_passes
 from coserve.compiler.program import Call, FusedLayer, Keep, LayerPlan, Place, Program, Slot, Storage
 from coserve.compiler.rematerialize import Rematerialized
 from coserve.ops.run import RUNNERS, Runner
 
 _ALIGN = 16
-_FOREVER = 1 << 30
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Step:
-    """A node to be emitted; accumulate: it adds into `outputs[0]`, whose old content is the value `base`."""
+    """One operator that will run. It writes `outputs`; if `base` is a value, it adds to that one's memory instead."""
 
     node: Node
     outputs: tuple[str, ...]
     base: str | None = None
 
 
-@dataclass(slots=True)
-class _Memory:
-    """Alias classes of values and where each lives."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """One program on its way from nodes to calls. Every lowering pass returns a draft of which more is decided.
+
+    values: all values of the graph, by name. steps: what runs, in order. itemsize: bytes of an element of the model's dtype.
+    given: values that are there before the first step. pinned: values that no step may write over. outlive: values that are
+    read after the last step. arena: values that the program keeps for backward.
+    storages: first those that are given from outside. slots: where values lie; before `place`, only those that are given.
+    roots: {value: the value whose memory it takes over}; a value that isn't there has memory of its own.
+    arena_bytes, work_bytes: per row, after `place`.
+    """
 
     values: Mapping[str, Value]
-    fixed: dict[str, Slot]
-    """Values whose slot is given from outside."""
-    storages: list[Storage]
-    immutable: set[str]
-    parent: dict[str, str] = field(default_factory=dict)
-    last_use: dict[str, int] = field(default_factory=dict)
+    steps: tuple[_Step, ...]
+    itemsize: int
+    given: frozenset[str]
+    pinned: frozenset[str]
+    outlive: tuple[str, ...]
+    arena: frozenset[str] = frozenset()
+    storages: tuple[Storage, ...]
+    slots: Mapping[str, Slot]
+    roots: Mapping[str, str] = field(default_factory=dict)
+    arena_bytes: int = 0
+    work_bytes: int = 0
 
     def root(self, name: str) -> str:
-        while name in self.parent:
-            name = self.parent[name]
-        return name
+        """The value whose memory `name` lies in."""
+        return self.roots.get(name, name)
 
-    def members(self, root: str) -> list[str]:
-        return [name for name in self.values if self.root(name) == root]
+    @property
+    def kept_roots(self) -> frozenset[str]:
+        """The roots of what is kept in the arena."""
+        return frozenset(map(self.root, self.arena))
 
-    def free_after(self, name: str, index: int) -> bool:
-        """Whether the memory of `name` may be overwritten by step `index`."""
-        members = self.members(self.root(name))
-        return all(m not in self.immutable and self.last_use.get(m, -1) <= index for m in members)
+    def check(self) -> None:
+        """Follows every value through memory: each step finds its inputs where they were left, and nothing has been written
+        over them since; what is read after the last step is there too."""
+        held = {name: self.slots.get(name) for name in self.given}
+        for step in self.steps:
+            reads = (*step.node.inputs, *((step.base,) if step.base is not None else ()))
+            assert held.keys() >= {*reads}, f"{step.node} does not find {held.keys() ^ {*reads}}"
+            for name in step.outputs:
+                slot = self.slots.get(name)
+                if slot is not None:
+                    harmed = {other for other, place in held.items() if place is not None and self._overlap(place, slot)}
+                    allowed = {step.base, step.node.inputs[0] if step.node.row.inplace else step.base}
+                    assert harmed.intersection(reads) <= allowed, f"{step.node} writes over {harmed} while it reads them"
+                    for other in harmed:
+                        del held[other]
+                held[name] = slot
+        lost = {*self.outlive, *self.arena, *(self.pinned & self.given)} - held.keys()
+        assert not lost, f"{lost} are read after the program and not there"
+
+    def _overlap(self, one: Slot, other: Slot) -> bool:
+        """Whether two slots share bytes of a row."""
+        if one.storage == other.storage:
+            return one.column < other.column + other.width and other.column < one.column + one.width
+        first, second = self.storages[one.storage], self.storages[other.storage]
+        if first.place is not second.place or first.place not in (Place.WORK, Place.ARENA):
+            return False
+        ends = first.offset + _size(first, self.itemsize), second.offset + _size(second, self.itemsize)
+        return first.offset < ends[1] and second.offset < ends[0]
 
 
-def _fuse_adds(nodes: Sequence[Node], memory: _Memory) -> list[_Step]:
-    """Turns nodes into steps; decides which outputs take over which memory."""
-    make = producers(nodes)
-    uses: dict[str, int] = {}
-    for index, node in enumerate(nodes):
-        for name in node.inputs:
-            uses[name] = uses.get(name, 0) + 1
-            memory.last_use[name] = max(memory.last_use.get(name, -1), index)
-    absorbed: set[str] = set()
-    plan: list[_Step] = []
-    for index, node in enumerate(nodes):
-        if node.op == "add":
-            first, second = node.inputs
-            source = make.get(second)
-            fusable = (
-                source is nodes[index - 1] and source.row.accumulates and uses[second] == 1
-                and second not in memory.immutable and memory.free_after(first, index)
-                and (source.row.inplace or memory.root(first) not in {memory.root(name) for name in source.inputs})
-                and node.outputs[0] not in memory.fixed
-            )
-            if fusable and source is not None:
-                absorbed.add(second)
-                memory.parent[node.outputs[0]] = memory.root(first)
-                plan.append(_Step(source, node.outputs, base=first))
+def share_memory(draft: Draft) -> Draft:
+    """Lets an in-place operator write over its first input if nothing reads that memory afterwards."""
+    last_read = {name: index for index, step in enumerate(draft.steps) for name in step.node.inputs}
+    last_read |= dict.fromkeys((*draft.outlive, *draft.pinned), len(draft.steps))
+    roots: dict[str, str] = {}
+    last_in_class: dict[str, int] = {}
+    for index, step in enumerate(draft.steps):
+        node = step.node
+        if not node.row.inplace or node.outputs[0] in draft.slots:
+            continue
+        (out, *_), (source, *_) = node.outputs, node.inputs
+        root = roots.get(source, source)
+        last = last_in_class.get(root, last_read.get(root, -1))
+        if last <= index:
+            roots[out] = root
+            last_in_class[root] = max(last, last_read.get(out, -1))
+    return replace(draft, roots=roots)
+
+
+def fuse_adds(draft: Draft) -> Draft:
+    """Makes one step of `b = kernel(x); c = a + b` where the kernel can add into memory and c takes over a's."""
+    uses = Counter(name for step in draft.steps for name in step.node.inputs)
+    steps: list[_Step] = []
+    for step in draft.steps:
+        if step.node.op == "add" and steps and step.outputs[0] in draft.roots:
+            (base, added), source = step.node.inputs, steps[-1].node
+            inputs = {draft.root(name) for name in source.inputs}
+            if (
+                added in source.outputs and source.row.accumulates and uses[added] == 1 and added not in draft.pinned
+                and (source.row.inplace or draft.root(base) not in inputs)
+            ):
+                steps[-1] = _Step(source, step.outputs, base)
                 continue
-        if (
-            node.row.inplace and memory.free_after(node.inputs[0], index)
-            and node.outputs[0] not in memory.fixed
-        ):
-            memory.parent[node.outputs[0]] = memory.root(node.inputs[0])
-        plan.append(_Step(node, node.outputs))
-    return [step for step in plan if step.base is not None or not absorbed & set(step.outputs)]
+        steps.append(step)
+    return replace(draft, steps=tuple(steps))
 
 
-def _merge(steps: list[_Step], merged: Mapping[str, tuple[str, ...]], same_place: Mapping[str, bool]) -> list[_Step]:
-    """One step for frozen linears of one input that lie in one matrix, if all their outputs go to the same place."""
-    result = list(steps)
+def merge_linears(merged: Mapping[str, tuple[str, ...]], draft: Draft) -> Draft:
+    """Makes one step of frozen linears of one input that lie in one matrix, if all their outputs go to the same place."""
+    steps, kept = list(draft.steps), draft.kept_roots
     for name, sites in merged.items():
-        group = [s for s in result if s.node.op == "linear" and s.node.weight in sites and s.base is None]
+        group = [s for s in steps if s.node.op == "linear" and s.node.weight in sites and s.base is None]
         if len(group) != len(sites) or len({s.node.inputs for s in group}) != 1:
             continue
-        if len({same_place[s.outputs[0]] for s in group}) != 1:
+        if len({draft.root(s.outputs[0]) in kept for s in group}) != 1:
             continue
-        first = result.index(group[0])
         outputs = tuple(s.outputs[0] for s in sorted(group, key=lambda s: sites.index(s.node.weight or "")))
-        result[first] = _Step(Node("linear", group[0].node.inputs, outputs, name), outputs)
+        steps[steps.index(group[0])] = _Step(Node("linear", group[0].node.inputs, outputs, name), outputs)
         for step in group[1:]:
-            result.remove(step)
-    return result
+            steps.remove(step)
+    return replace(draft, steps=tuple(steps))
 
 
 def _align(size: int) -> int:
@@ -130,81 +176,85 @@ def _size(storage: Storage, itemsize: int) -> int:
 
 
 class _Homes:
-    """Storages being assigned: which place, which columns, and how long each workspace storage lives."""
+    """Storages being handed out: in which place, at which columns, and how long each workspace storage lives."""
 
-    def __init__(self, memory: _Memory, arena: set[str], itemsize: int) -> None:
-        self.memory, self.arena, self.itemsize = memory, arena, itemsize
-        self.slots: dict[str, Slot] = dict(memory.fixed)
+    def __init__(self, draft: Draft) -> None:
+        self.draft, self.kept = draft, draft.kept_roots
+        self.storages, self.slots = list(draft.storages), dict(draft.slots)
         self.arena_bytes = 0
         self.spans: dict[int, tuple[int, int, int]] = {}
 
     def give(self, roots: Sequence[str]) -> None:
-        """One storage for classes that lie side by side."""
-        storages = self.memory.storages
-        values = [self.memory.values[root] for root in roots]
-        width = sum(value.width for value in values)
-        kept = roots[0] in self.arena
-        storage = Storage(Place.ARENA if kept else Place.WORK, width, values[0].element, self.arena_bytes if kept else 0)
-        storages.append(storage)
+        """Gives values one storage, in which they lie side by side."""
+        values = [self.draft.values[root] for root in roots]
+        kept = roots[0] in self.kept
+        storage = Storage(
+            Place.ARENA if kept else Place.WORK, sum(value.width for value in values), values[0].element,
+            self.arena_bytes if kept else 0,
+        )
+        self.storages.append(storage)
         if kept:
-            self.arena_bytes += _size(storage, self.itemsize)
+            self.arena_bytes += _size(storage, self.draft.itemsize)
         column = 0
         for root, value in zip(roots, values, strict=True):
-            self.slots[root] = Slot(len(storages) - 1, column, value.width)
+            self.slots[root] = Slot(len(self.storages) - 1, column, value.width)
             column += value.width
 
     def touch(self, name: str, index: int) -> None:
         """Step `index` uses `name`: its workspace storage lives at least until then."""
-        slot = self.slots.get(self.memory.root(name))
-        if slot is None or self.memory.storages[slot.storage].place is not Place.WORK:
+        slot = self.slots.get(self.draft.root(name))
+        if slot is None or self.storages[slot.storage].place is not Place.WORK:
             return
         first = self.spans[slot.storage][0] if slot.storage in self.spans else index
-        self.spans[slot.storage] = (first, index, _size(self.memory.storages[slot.storage], self.itemsize))
+        self.spans[slot.storage] = (first, index, _size(self.storages[slot.storage], self.draft.itemsize))
 
 
-def _assemble(
-    steps: list[_Step], memory: _Memory, arena: set[str], itemsize: int, outlive: Sequence[str] = ()
-) -> tuple[Program, dict[str, Slot], int]:
-    """Gives every class a storage and every step its slots. Returns the program, all slots by value, arena bytes.
-
-    outlive: values that someone reads after the last step.
-    """
-    homes = _Homes(memory, arena, itemsize)
-    packed = [root for root in arena if memory.values[root].element is Element.BYTE]
+def place(draft: Draft) -> Draft:
+    """Gives every value a slot: kept ones in the arena, all others in the workspace, at offsets found from live ranges."""
+    homes = _Homes(draft)
+    packed = [root for root in homes.kept if draft.values[root].element is Element.BYTE]
     if packed:  # side by side, as one would be padded; wide ones first, so that they begin on even columns
-        homes.give(sorted(packed, key=lambda root: (-memory.values[root].width, root)))
-    for index, step in enumerate(steps):
-        roots = [root for name in step.outputs if (root := memory.root(name)) not in homes.slots and root[:3] != "dW:"]
+        homes.give(sorted(packed, key=lambda root: (-draft.values[root].width, root)))
+    for index, step in enumerate(draft.steps):
+        roots = [root for name in step.outputs if (root := draft.root(name)) not in homes.slots and root[:3] != "dW:"]
         for together in [roots] if step.node.op == "linear" and roots else [[root] for root in roots]:
             homes.give(together)
         for name in (*step.outputs, *step.node.inputs):
             homes.touch(name, index)
-    for name in outlive:
-        homes.touch(name, len(steps))
+    for name in draft.outlive:
+        homes.touch(name, len(draft.steps))
     offsets, work_bytes = _place_work(homes.spans)
-    for number, offset in offsets.items():
-        memory.storages[number] = replace(memory.storages[number], offset=offset)
-    slots = {name: homes.slots[root] for name in memory.values if (root := memory.root(name)) in homes.slots}
-    return _emit(steps, slots, memory.storages, work_bytes), slots, homes.arena_bytes
+    storages = tuple(
+        replace(storage, offset=offsets[number]) if number in offsets else storage
+        for number, storage in enumerate(homes.storages)
+    )
+    slots = {name: homes.slots[root] for name in draft.values if (root := draft.root(name)) in homes.slots}
+    return replace(draft, storages=storages, slots=slots, arena_bytes=homes.arena_bytes, work_bytes=work_bytes)
 
 
-def _emit(steps: list[_Step], slots: Mapping[str, Slot], storages: list[Storage], work_bytes: int) -> Program:
+def _decide(draft: Draft, merged: Mapping[str, tuple[str, ...]]) -> Draft:
+    """All lowering passes: what runs, and where every value lies."""
+    return run_passes(draft, share_memory, fuse_adds, partial(merge_linears, merged), place)
+
+
+def _emit(draft: Draft) -> Program:
+    """The calls of a draft whose values all have slots."""
     numbers: dict[Slot, int] = {}
 
     def number(slot: Slot) -> int:
         return numbers.setdefault(slot, len(numbers))
 
     calls: list[Call] = []
-    previous: _Step | None = None
-    for step in steps:
+    slots = draft.slots
+    for previous, step in pairwise((None, *draft.steps)):
+        assert step is not None
         node = step.node
-        outs: tuple[int, ...]
         beside = _beside(previous, step, slots)
-        previous = step
         if beside is not None:
             both = (number(beside),)
             calls[-1] = replace(calls[-1], outs=both, ins=both)
             continue
+        outs: tuple[int, ...]
         if node.op == "linear" and len(step.outputs) > 1:
             parts = [slots[name] for name in step.outputs]
             outs = (number(Slot(parts[0].storage, 0, sum(p.width for p in parts))),)
@@ -212,7 +262,7 @@ def _emit(steps: list[_Step], slots: Mapping[str, Slot], storages: list[Storage]
             outs = tuple(number(slots[name]) for name in step.outputs if not name.startswith("dW:"))
         ins = tuple(number(slots[name]) for name in node.inputs)
         calls.append(Call(RUNNERS[node.op], node.op, node.weight, node.attrs, step.base is not None, outs, ins))
-    return Program(tuple(calls), tuple(numbers), tuple(storages), work_bytes)
+    return Program(tuple(calls), tuple(numbers), draft.storages, draft.work_bytes)
 
 
 def _beside(previous: _Step | None, step: _Step, slots: Mapping[str, Slot]) -> Slot | None:
@@ -247,36 +297,37 @@ def _with_recompute(joint: JointGraph, recompute: Sequence[Node]) -> list[Node]:
     return result
 
 
-def lower(
-    joint: JointGraph, remat: Rematerialized | None, *, merged: Mapping[str, tuple[str, ...]], itemsize: int
-) -> LayerPlan:
-    """Programs for one layer. `remat` None makes an inference plan: nothing is kept, K and V go where the batch says."""
+def _forward_draft(joint: JointGraph, nodes: Iterable[Node], itemsize: int, kept: Iterable[str], *, to_arena: bool) -> Draft:
+    """A forward program to be. kept: values that backward reads; to_arena: whether the program itself keeps them there."""
     graph = joint.forward
-    kept = tuple(k.name for k in remat.kept) if remat is not None else ()
-    nodes = [node for node in graph.nodes if not node.row.packs or node.outputs[0] in kept]
+    source, target = graph.values[graph.input], graph.values[graph.output]
+    kept = tuple(kept)
+    return Draft(
+        values=graph.values, steps=tuple(_Step(node, node.outputs) for node in nodes), itemsize=itemsize,
+        given=frozenset({graph.input}), pinned=frozenset({graph.input, graph.output, *kept}),
+        outlive=(graph.output, *(() if to_arena else kept)),
+        arena=frozenset(kept) - {graph.input} if to_arena else frozenset(),
+        storages=(Storage(Place.INPUT, source.width, Element.MODEL), Storage(Place.OUTPUT, target.width, Element.MODEL)),
+        slots={graph.input: Slot(0, 0, source.width), graph.output: Slot(1, 0, target.width)},
+    )
+
+
+def lower(choice: Rematerialized, *, merged: Mapping[str, tuple[str, ...]], itemsize: int) -> LayerPlan:
+    """Programs for one layer. If nothing is kept it is a plan for inference: K and V go where the batch says."""
+    joint, graph = choice.joint, choice.joint.forward
+    kept = tuple(k.name for k in choice.kept)
+    nodes = (node for node in graph.nodes if not node.row.packs or node.outputs[0] in kept)
+    draft = _decide(_forward_draft(joint, nodes, itemsize, kept, to_arena=True), merged)
     keeps_input = graph.input in kept
-    storages = [Storage(Place.INPUT, graph.values[graph.input].width, Element.MODEL),
-                Storage(Place.OUTPUT, graph.values[graph.output].width, Element.MODEL)]
-    ends = {graph.input: Slot(0, 0, storages[0].width), graph.output: Slot(1, 0, storages[1].width)}
-    memory = _Memory(graph.values, dict(ends), storages, {graph.input, graph.output, *kept})
-    steps = _fuse_adds(nodes, memory)
-    arena = {memory.root(name) for name in kept if name != graph.input}
-    places = {name: memory.root(name) in arena for name in graph.values}
-    steps = _merge(steps, merged, places)
-    forward, slots, arena_bytes = _assemble(steps, memory, arena, itemsize)
-    input_offset = arena_bytes
-    if keeps_input:
-        arena_bytes += _align(graph.values[graph.input].num_bytes(itemsize))
+    kept_slots = {name: draft.slots[name] for name in kept}
     attention = next((n for n in graph.nodes if n.op == "attention"), None)
-    keys, values = (slots[n] if remat and attention else None for n in (attention.inputs[1:3] if attention else ("", "")))
-    backward = None
-    if remat is not None and joint.backward:
-        backward = _lower_backward(joint, remat, {name: slots[name] for name in kept}, list(storages), merged, itemsize)
+    keys, values = (kept_slots.get(name) for name in (attention.inputs[1:3] if attention else ("", "")))
+    backward = _lower_backward(choice, draft, merged) if joint.backward else None
     return LayerPlan(
-        joint=joint, forward=forward, backward=backward, kept=remat.kept if remat else (), arena=tuple(storages),
-        arena_bytes=arena_bytes, keys=keys, values=values, keeps_input=keeps_input,
-        input_offset=input_offset, kept_slots={name: slots[name] for name in kept if name != graph.input},
-        recompute=remat.recompute if remat else (),
+        joint=joint, forward=_emit(draft), backward=backward, kept=choice.kept, arena=draft.storages,
+        arena_bytes=draft.arena_bytes + (_align(graph.values[graph.input].num_bytes(itemsize)) if keeps_input else 0),
+        keys=keys, values=values, keeps_input=keeps_input, input_offset=draft.arena_bytes,
+        kept_slots={name: slot for name, slot in kept_slots.items() if name != graph.input}, recompute=choice.recompute,
     )
 
 
@@ -288,40 +339,35 @@ def lower_fused(
     All values lie in the workspace, over all rows; after the program, the training rows of the kept ones are copied to the
     arena, or packed into it. `joint` may have more bypass sites than `own`, those of requests' adapters.
     """
-    graph = joint.forward
-    storages = [Storage(Place.INPUT, graph.values[graph.input].width, Element.MODEL),
-                Storage(Place.OUTPUT, graph.values[graph.output].width, Element.MODEL)]
-    ends = {graph.input: Slot(0, 0, storages[0].width), graph.output: Slot(1, 0, storages[1].width)}
-    names, kept = counterparts(own.joint.forward, graph), own.kept_slots
+    names, kept = counterparts(own.joint.forward, joint.forward), own.kept_slots
     packing = [node for node in own.joint.forward.nodes if node.row.packs and node.outputs[0] in kept]
     packed = {name for node in packing for name in node.outputs}
     values = {names[name] for name in kept.keys() - packed} | {names[node.inputs[0]] for node in packing}
-    memory = _Memory(graph.values, dict(ends), storages, {graph.input, graph.output, *values})
-    steps = _merge(_fuse_adds(graph.nodes, memory), merged, dict.fromkeys(graph.values, False))
-    program, slots, _ = _assemble(steps, memory, set(), itemsize, outlive=tuple(values))
+    draft = _decide(_forward_draft(joint, joint.forward.nodes, itemsize, values, to_arena=False), merged)
     whole = {own.keys, own.values}
     own_values = own.joint.forward.values
 
     def keep(name: str, targets: Iterable[str], pack: Runner | None) -> Keep:
-        return Keep(slots[names[name]], own_values[name].width, tuple(kept[target] for target in targets), pack)
+        return Keep(draft.slots[names[name]], own_values[name].width, tuple(kept[target] for target in targets), pack)
 
     copies = [keep(name, (name,), None) for name, slot in kept.items() if name not in packed and slot not in whole]
     packs = [keep(node.inputs[0], node.outputs, RUNNERS[node.op]) for node in packing]
-    return FusedLayer(program=program, keeps=(*copies, *packs))
+    return FusedLayer(program=_emit(draft), keeps=(*copies, *packs))
 
 
-def _lower_backward(
-    joint: JointGraph, remat: Rematerialized, kept: Mapping[str, Slot], storages: list[Storage],
-    merged: Mapping[str, tuple[str, ...]], itemsize: int,
-) -> Program:
-    gradient = Slot(len(storages), 0, joint.values[joint.output_grad].width)
-    storages.append(Storage(Place.GRAD, gradient.width, Element.MODEL))
-    memory = _Memory(joint.values, {**kept, joint.output_grad: gradient}, storages, set(kept))
-    nodes = _with_recompute(joint, remat.recompute)
-    if joint.input_grad is not None:
-        memory.last_use[joint.input_grad] = _FOREVER
-    steps = _merge(_fuse_adds(nodes, memory), merged, dict.fromkeys(joint.values, False))
-    program, slots, _ = _assemble(steps, memory, set(), itemsize)
-    if joint.input_grad is not None and slots[joint.input_grad] != gradient:
+def _lower_backward(choice: Rematerialized, forward: Draft, merged: Mapping[str, tuple[str, ...]]) -> Program:
+    """The backward program that finds in `forward`'s storages what that keeps."""
+    joint = choice.joint
+    kept = {k.name: forward.slots[k.name] for k in choice.kept}
+    gradient = Slot(len(forward.storages), 0, joint.values[joint.output_grad].width)
+    nodes = _with_recompute(joint, choice.recompute)
+    draft = _decide(Draft(
+        values=joint.values, steps=tuple(_Step(node, node.outputs) for node in nodes), itemsize=forward.itemsize,
+        given=frozenset({*kept, joint.output_grad}), pinned=frozenset(kept),
+        outlive=() if joint.input_grad is None else (joint.input_grad,),
+        storages=(*forward.storages, Storage(Place.GRAD, gradient.width, Element.MODEL)),
+        slots={**kept, joint.output_grad: gradient},
+    ), merged)
+    if joint.input_grad is not None and draft.slots[joint.input_grad] != gradient:
         raise NotImplementedError("the layer's input gradient must end where its output gradient began")
-    return program
+    return _emit(draft)

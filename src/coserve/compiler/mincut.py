@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable, Iterable
-from itertools import pairwise
 from typing import TypeVar
+
+import networkx
+from networkx.algorithms.flow import boykov_kolmogorov
 
 N = TypeVar("N", bound=Hashable)
 
@@ -13,29 +14,14 @@ N = TypeVar("N", bound=Hashable)
 def source_side(edges: Iterable[tuple[N, N, int]], source: N, sink: N) -> set[N]:
     """Nodes on the source's side of a cut of least capacity; of several such cuts, the one with the fewest nodes there.
 
-    edges: (from, to, capacity). Shortest augmenting paths (Edmonds and Karp).
+    edges: (from, to, capacity), of which two with the same ends count as one with both capacities. networkx gives the fewest
+    nodes to the sink's side, so it is asked about the reversed graph. Capacities stay Python's integers, so that the cut is
+    exact however large they are.
     """
-    residual: dict[N, dict[N, int]] = {source: {}, sink: {}}
+    reversed_graph = networkx.DiGraph()
+    reversed_graph.add_nodes_from((source, sink))
     for start, end, capacity in edges:
-        there = residual.setdefault(start, {})
-        there[end] = there.get(end, 0) + capacity
-        residual.setdefault(end, {}).setdefault(start, 0)
-    while True:
-        before = {source: source}
-        waiting = deque([source])
-        while waiting and sink not in before:
-            node = waiting.popleft()
-            for following, left in residual[node].items():
-                if left and following not in before:
-                    before[following] = node
-                    waiting.append(following)
-        if sink not in before:
-            return set(before)
-        path = [sink]
-        while path[-1] != source:
-            path.append(before[path[-1]])
-        steps = [(start, end) for end, start in pairwise(path)]
-        flow = min(residual[start][end] for start, end in steps)
-        for start, end in steps:
-            residual[start][end] -= flow
-            residual[end][start] += flow
+        parallel = reversed_graph.get_edge_data(end, start, {"capacity": 0})
+        reversed_graph.add_edge(end, start, capacity=parallel["capacity"] + capacity)
+    _, (_, side) = networkx.minimum_cut(reversed_graph, sink, source, flow_func=boykov_kolmogorov)
+    return side

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from coserve.compiler.differentiate import differentiate
 from coserve.compiler.flops import SEQUENCE_LENGTH, layer_flops, mean_context
 from coserve.compiler.graph import JointGraph
 from coserve.compiler.lower import lower, lower_fused
+from coserve.compiler.passes import run_passes
 from coserve.compiler.program import FusedLayer, LayerPlan
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import Rematerialized, curve, rematerialize
@@ -30,6 +32,10 @@ class LayerBypass:
     key: tuple[object, ...]
     bypass: Bypass
     factor_widths: Mapping[str, int]
+
+    def trace(self, arch: Architecture) -> JointGraph:
+        """The layer's graph, before it is differentiated."""
+        return JointGraph.of(trace(arch, self.bypass, self.factor_widths))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +112,10 @@ class TrainingPlans:
             key = (bypass.key, index > lowest, index >= lowest, context)
             self.keys.append(key)
             if key not in self.graphs:
-                joint = differentiate(trace(arch, bypass.bypass, bypass.factor_widths))
                 trainable = frozenset() if forward_only else frozenset(bypass.factor_widths)
-                pruned = prune(joint, trainable=trainable.__contains__, input_gradient=index > lowest)
-                self.graphs[key] = pruned if compression == "none" else pack_signs(pruned)
+                pruned = partial(prune, trainable=trainable.__contains__, input_gradient=index > lowest)
+                packed = () if compression == "none" else (pack_signs,)
+                self.graphs[key] = run_passes(bypass.trace(arch), differentiate, pruned, *packed)
                 self.contexts[key] = context
         self._curves: dict[object, list[LayerPlan]] = {}
         self._first: ModelPlan | None = None
@@ -119,12 +125,11 @@ class TrainingPlans:
         """Whether anything may be kept in fewer bytes than it has."""
         return self.fp8 or any(node.row.packs for joint in self.graphs.values() for node in joint.forward.nodes)
 
-    def lower(self, key: object, remat: Rematerialized) -> LayerPlan:
-        joint = self.graphs[key]
-        if self.fp8:
-            joint, remat = to_fp8(joint, remat, self.itemsize)
-        plan = lower(joint, remat, merged=MERGED, itemsize=self.itemsize)
-        return replace(plan, flops=layer_flops(joint, remat.recompute, self.contexts[key]))
+    def lower(self, key: object, choice: Rematerialized) -> LayerPlan:
+        """The programs of a choice for the layers of `key`."""
+        choice = run_passes(choice, *((partial(to_fp8, self.itemsize),) if self.fp8 else ()))
+        plan = lower(choice, merged=MERGED, itemsize=self.itemsize)
+        return replace(plan, flops=layer_flops(choice.joint, choice.recompute, self.contexts[key]))
 
     def first(self) -> list[LayerPlan]:
         """By layer, without recomputing a matrix product."""
@@ -233,9 +238,8 @@ def plan_inference(arch: Architecture, bypasses: Sequence[LayerBypass], *, items
     layers = []
     for bypass in bypasses:
         if bypass.key not in cache:
-            joint = differentiate(trace(arch, bypass.bypass, bypass.factor_widths))
-            pruned = prune(joint, trainable=lambda _: False, input_gradient=False)
-            cache[bypass.key] = lower(pruned, None, merged=MERGED, itemsize=itemsize)
+            nothing_kept = Rematerialized(run_passes(bypass.trace(arch)))
+            cache[bypass.key] = lower(nothing_kept, merged=MERGED, itemsize=itemsize)
         layers.append(cache[bypass.key])
     return ModelPlan(layers=tuple(layers))
 
@@ -250,7 +254,7 @@ def plan_fused(
     for bypass, plan in zip(bypasses, own.layers, strict=True):
         key = (bypass.key, id(plan))
         if key not in cache:
-            joint = differentiate(trace(arch, bypass.bypass, bypass.factor_widths))
+            joint = run_passes(bypass.trace(arch))
             cache[key] = lower_fused(joint, plan, merged=MERGED, itemsize=itemsize)
         layers.append(cache[key])
     return tuple(layers)

@@ -44,13 +44,26 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Rematerialized:
-    """kept: stored by forward, in forward order. recompute: forward nodes that backward runs again, in order. Per token: bytes
-    of what is kept, matrix FLOPs of what runs again."""
+    """A choice for one layer. The default keeps nothing, as inference does.
 
-    kept: tuple[Kept, ...]
-    recompute: tuple[Node, ...]
+    kept: values that forward stores, in forward order. recompute: forward nodes that backward runs again, in order. num_bytes:
+    of what is kept, per token. flops: matrix FLOPs of what runs again, per token.
+    """
+
+    joint: JointGraph
+    kept: tuple[Kept, ...] = ()
+    recompute: tuple[Node, ...] = ()
     num_bytes: int = 0
     flops: int = 0
+
+    def check(self) -> None:
+        """Raises AssertionError unless backward finds all that it reads, kept or made again."""
+        self.joint.check()
+        there = {entry.name for entry in self.kept}
+        for node in self.recompute:
+            assert there.issuperset(node.inputs), f"{node} can't run again: an input is not kept"
+            there.update(node.outputs)
+        assert there.issuperset(self.joint.saved()), "backward reads a value that is neither kept nor made again"
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,7 @@ class _Choices:
         reasons |= {v: f"read by {node.op}" + (f" of {node.weight}" if node.weight else "") for v, node in readers.items()}
         assert made.isdisjoint(kept)
         return Rematerialized(
-            kept=tuple(
+            joint, kept=tuple(
                 Kept(name, reasons.get(name, "read by later windows' forward attention")) for name in joint.forward.values
                 if name in kept
             ),

@@ -134,14 +134,14 @@ def keep_everything(arch: Architecture, plan: ModelPlan, itemsize: int) -> Model
     cache: dict[int, LayerPlan] = {}
     for layer in plan.layers:
         if id(layer.joint) not in cache:
-            cache[id(layer.joint)] = lower(layer.joint, _everything(layer.joint), merged=MERGED, itemsize=itemsize)
+            cache[id(layer.joint)] = lower(_everything(layer.joint), merged=MERGED, itemsize=itemsize)
     return ModelPlan(layers=tuple(cache[id(layer.joint)] for layer in plan.layers))
 
 
 def _everything(joint: JointGraph) -> Rematerialized:
     read = {*joint.saved(), *joint.read_whole()}
     kept = tuple(Kept(name, "read by backward") for name in joint.forward.values if name in read)
-    return Rematerialized(kept=kept, recompute=())
+    return Rematerialized(joint, kept)
 
 
 def estimate(
