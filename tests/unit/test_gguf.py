@@ -279,7 +279,7 @@ def test_the_loser_of_a_race_takes_the_winners_directory(tiny_gguf: Path, tmp_pa
         target.mkdir()
         (target / "winner").touch()
 
-    monkeypatch.setattr(module, "_write_tokenizer", slow_tokenizer)
+    monkeypatch.setattr(module, "write_tokenizer", slow_tokenizer)
     assert convert_gguf(tiny_gguf, target) == target
     assert [path.name for path in target.iterdir()] == ["winner"]
     assert [path.name for path in tmp_path.iterdir()] == ["converted"]
@@ -289,7 +289,7 @@ def test_failed_conversion_leaves_nothing(tiny_gguf: Path, tmp_path: Path, monke
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_write_tokenizer", interrupted)
+    monkeypatch.setattr(module, "write_tokenizer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert_gguf(tiny_gguf, tmp_path / "cache" / "converted")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -8,9 +8,6 @@ models are kept (locate.py). Source: gguf-py's constants and llama.cpp's convert
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from coserve.core import ConfigError, InvalidRequest, NotFound, one_line
+from coserve.durable import write_directory
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.checkpoint import INDEX_FILE, SINGLE_FILE, expected_shapes
 from coserve.model.ggufvocab import GGUFVocabulary, write_tokenizer
@@ -219,22 +217,12 @@ def convert_gguf(path: Path, target_dir: Path, *, dtype: torch.dtype = torch.flo
     if target_dir.exists():
         return target_dir
     file = GgufFile(path)
-    target_dir.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target_dir.parent / f".{target_dir.name}.{uuid.uuid4().hex}"
-    scratch.mkdir()
-    try:
-        _write_model(file, scratch, dtype)
-        _write_tokenizer(file, scratch)
-        _sync(*scratch.iterdir(), scratch)
-        try:
-            scratch.rename(target_dir)
-        except OSError:
-            if not target_dir.is_dir():
-                raise
-        else:
-            _sync(target_dir.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+    def fill(directory: Path) -> None:
+        _write_model(file, directory, dtype)
+        write_tokenizer(file.vocabulary(), file.get("tokenizer.chat_template"), directory)
+
+    write_directory(target_dir, fill, cached=True)
     return target_dir
 
 
@@ -366,17 +354,3 @@ def _llama3_parameters(file: GgufFile, theta: float, head_dim: int) -> dict[str,
                              "cannot be written as a Hugging Face config")
     return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low,
             "high_freq_factor": high, "original_max_position_embeddings": context}
-
-
-def _write_tokenizer(file: GgufFile, directory: Path) -> None:
-    write_tokenizer(file.vocabulary(), file.get("tokenizer.chat_template"), directory)
-
-
-def _sync(*paths: Path) -> None:
-    """Wait until files and directories are on the disk."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

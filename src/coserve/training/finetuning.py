@@ -28,7 +28,7 @@ from coserve.config.data import to_dict
 from coserve.config.settings import FinetuneConfig
 from coserve.config.values import settled
 from coserve.core import ConfigError, InvalidRequest
-from coserve.finetune.checkpoints import write_atomically
+from coserve.durable import write_directory
 from coserve.finetune.datasets import Dataset, load_training
 from coserve.finetune.defaults import (
     describe_settings,
@@ -350,7 +350,7 @@ def _open_job(
         (temporary / "job.json").write_text(json.dumps({**record, **facts}, indent=2) + "\n")
 
     directory.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory, fill)
+    write_directory(directory, fill)
 
 
 def _read_job(directory: Path) -> dict[str, Any]:
@@ -371,7 +371,7 @@ def _recorded_dtype(directory: Path, device: torch.device) -> str:
 def _write_adapter(directory: Path, trainer: AdapterTrainer) -> None:
     """Puts the adapter's files into the output directory, each by rename, the configuration last."""
     staged = directory / "adapter"
-    write_atomically(staged, trainer.save)
+    write_directory(staged, trainer.save)
     for path in sorted(staged.iterdir(), key=lambda p: p.name == "adapter_config.json"):
         os.replace(path, directory / path.name)
     staged.rmdir()

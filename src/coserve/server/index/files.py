@@ -30,9 +30,10 @@ import msgspec
 from starlette.datastructures import UploadFile
 
 from coserve.core import ConfigError, InvalidRequest, NotFound
+from coserve.durable import sync, write_file
 from coserve.finetune.jsonlines import UploadCheck
 from coserve.server.errors import Conflict, TooLarge
-from coserve.server.index.disk import storage_errors, sync_directory, write_new
+from coserve.server.index.disk import storage_errors
 from coserve.server.index.store import Store
 from coserve.server.records import FileRecord, new_id, now
 
@@ -150,13 +151,12 @@ class FileService:
                 record = FileRecord(
                     id=id, tenant=tenant, filename=filename, purpose=purpose, bytes=size, sha256=digest, created_at=now(),
                 )
-                write_new(staged / _META, json.dumps(dataclasses.asdict(record), indent=1).encode())
-                sync_directory(staged)
+                write_file(staged / _META, json.dumps(dataclasses.asdict(record), indent=1).encode())
                 with self._listing:
                     if check:
                         self._check_quota(tenant, size)  # other uploads may have come first
                     staged.rename(kept)
-                    sync_directory(self._directory)
+                    sync(self._directory)
                     self._store.add_file(record)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
