@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
-import numpy as np
+from coserve.core import percentile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +65,7 @@ def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """mean, p50 and p99. values: at least one."""
-    return {
-        "mean": float(np.mean(values)), "p50": float(np.percentile(values, 50)), "p99": float(np.percentile(values, 99)),
-    }
+    return {"mean": mean(values), "p50": percentile(values, 0.5), "p99": percentile(values, 0.99)}
 
 
 def summarize(records: Sequence[RequestRecord], objectives: SloInMs, window_s: float) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from coserve.bench.metrics import SloInMs
+from coserve.core import percentile
 from coserve.demo.client import Connection
 
 if TYPE_CHECKING:
@@ -85,8 +84,8 @@ def summarize(chats: Sequence[Chat], objectives: SloInMs) -> Figures:
     return Figures(
         num_requests=len(chats), num_failed=sum(chat.error is not None for chat in chats),
         attainment=sum(chat.meets(objectives) for chat in chats) / len(chats) if chats else None,
-        tpot_ms_p50=float(np.percentile(times, 50)) if times else None,
-        tpot_ms_p99=float(np.percentile(times, 99)) if times else None,
+        tpot_ms_p50=percentile(times, 0.5) if times else None,
+        tpot_ms_p99=percentile(times, 0.99) if times else None,
     )
 
 
