@@ -3,11 +3,15 @@
 Owns: the metadata and tensor names of the GGUF architectures llama, qwen2 and qwen3, dequantisation to plain
 floats, and the atomic write of a directory that transformers loads. Does not own: tokens (ggufvocab.py), where converted
 models are kept (locate.py). Source: gguf-py's constants and llama.cpp's convert_hf_to_gguf.py, undone.
+
+transformers reads GGUF files too, and gives the same weights. But it holds the whole model in float32, where this holds one file of
+SHARD_BYTES, and its tokenizer ignores how the file says that text is split: a tenth of random texts get other tokens in SmolLM2.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,28 +211,27 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     return settings
 
 
-def convert_gguf(path: Path, target_dir: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a GGUF model as a Hugging Face directory (weights, config, generation config, tokenizer, chat template)
-    and return target_dir, which appears whole or not at all.
+def convert_gguf(path: Path, target_dir: Path) -> Path:
+    """Writes a GGUF model as a Hugging Face directory (weights, config, generation config, tokenizer, chat template).
 
-    dtype: of the written weights; float32 keeps dequantised values exactly. An existing target_dir is left as it is,
-    also when another process has made it meanwhile. Raises NotFound, InvalidRequest and ConfigError in one line.
+    Weights are float32, which holds dequantised values exactly. Returns target_dir, which appears whole or not at all. One that is
+    there already, also made by another process meanwhile, is left as it is. Raises NotFound, InvalidRequest and ConfigError.
     """
     if target_dir.exists():
         return target_dir
     file = GgufFile(path)
 
     def fill(directory: Path) -> None:
-        _write_model(file, directory, dtype)
+        _write_model(file, directory)
         write_tokenizer(file.vocabulary(), file.get("tokenizer.chat_template"), directory)
 
     write_directory(target_dir, fill, cached=True)
     return target_dir
 
 
-def _write_model(file: GgufFile, directory: Path, dtype: torch.dtype) -> None:
+def _write_model(file: GgufFile, directory: Path) -> None:
     """config.json, generation_config.json and the weights."""
-    settings = {**read_config(file), "dtype": str(dtype).removeprefix("torch.")}
+    settings = {**read_config(file), "dtype": "float32"}
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     except Exception as error:  # transformers and huggingface_hub raise many unrelated types here
@@ -239,17 +242,16 @@ def _write_model(file: GgufFile, directory: Path, dtype: torch.dtype) -> None:
     architecture = read_architecture(directory)
     shapes = expected_shapes(architecture)
     _check_tensors(file, shapes)
-    shards = _plan_shards(shapes, dtype)
+    shards = _plan_shards(shapes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         target = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _read_weight(file, name, architecture).to(dtype) for name in names}
+        tensors = {name: _read_weight(file, name, architecture) for name in names}
         save_file(tensors, directory / target, metadata={"format": "pt"})
         (directory / target).chmod((directory / "config.json").stat().st_mode)  # safetensors writes for the owner only
         weight_map.update(dict.fromkeys(names, target))
     if len(shards) > 1:
-        total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(map(_num_bytes, shapes.values()))}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
@@ -267,18 +269,22 @@ def _check_tensors(file: GgufFile, shapes: Mapping[str, tuple[int, ...]]) -> Non
         raise InvalidRequest(f"{file.path}: tensor {min(unknown)} has no place in a {file.architecture} decoder")
 
 
-def _plan_shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[list[str]]:
+def _plan_shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
     """Names in order, cut so that no shard exceeds SHARD_BYTES."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if shards[-1] and used + size > SHARD_BYTES:
+        used += _num_bytes(shape)
+        if shards[-1] and used > SHARD_BYTES:
             shards.append([])
-            used = 0
+            used = _num_bytes(shape)
         shards[-1].append(name)
-        used += size
     return shards
+
+
+def _num_bytes(shape: tuple[int, ...]) -> int:
+    """Of a tensor in float32."""
+    return 4 * math.prod(shape)
 
 
 def _read_weight(file: GgufFile, name: str, architecture: Architecture) -> Tensor:
