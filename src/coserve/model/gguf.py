@@ -4,8 +4,8 @@ Owns: the metadata and tensor names of the GGUF architectures llama, qwen2 and q
 floats, and the atomic write of a directory that transformers loads. Does not own: tokens (ggufvocab.py), where converted
 models are kept (locate.py). Source: gguf-py's constants and llama.cpp's convert_hf_to_gguf.py, undone.
 
-transformers reads GGUF files too, and gives the same weights. But it holds the whole model in float32, where this holds one file of
-SHARD_BYTES, and its tokenizer ignores how the file says that text is split: a tenth of random texts get other tokens in SmolLM2.
+transformers reads GGUF files too, and gives the same weights. But it holds the whole model in float32, where this holds one
+file of SHARD_BYTES. And its tokenizer ignores how the file says that text is split: a tenth of random texts get other tokens.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ def read_config(file: GgufFile) -> dict[str, Any]:
 def convert_gguf(path: Path, target_dir: Path) -> Path:
     """Writes a GGUF model as a Hugging Face directory (weights, config, generation config, tokenizer, chat template).
 
-    Weights are float32, which holds dequantised values exactly. Returns target_dir, which appears whole or not at all. One that is
-    there already, also made by another process meanwhile, is left as it is. Raises NotFound, InvalidRequest and ConfigError.
+    Weights are float32, which holds dequantised values exactly. Returns target_dir, which appears whole or not at all. One that
+    is there already, also made by another process meanwhile, is left as it is. Raises NotFound, InvalidRequest and ConfigError.
     """
     if target_dir.exists():
         return target_dir

@@ -39,8 +39,8 @@ Report = Callable[[str], None]
 def locate_model(name: str | None, *, report: Report | None = None) -> Path:
     """The directory of a model, converted or downloaded first where that is needed.
 
-    name: None or DEFAULT_MODEL, an existing directory, an existing .gguf file, or a hub id 'org/name'. report: receives one line
-    before each slow step. Raises NotFound saying what was tried, InvalidRequest for a file of another kind.
+    name: None or DEFAULT_MODEL, an existing directory, an existing .gguf file, or a hub id 'org/name'. report: receives one
+    line before each slow step. Raises NotFound saying what was tried, InvalidRequest for a file of another kind.
     """
     if name is None or name == DEFAULT_MODEL:
         return _converted(_default_file(), report)
