@@ -34,13 +34,13 @@ from coserve.model.linear import FrozenLinear, OutputHead
 from coserve.model.weights import LayerWeights, ModelWeights
 from coserve.ops.run import Factor
 from coserve.ops.table import TABLE, Cost
-from coserve.ops.torch_ops import TorchOps
 from coserve.ops.vocabulary import V, Vocabulary
 from coserve.peft.lora import LoraAdapter, LoraBypass, lora_layout
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.microbatch import InFlight, pack
 from coserve.runtime.plans import layer_bypasses, scoring_plan, serving_plan, training_plan
 from coserve.runtime.rows import TrainRows, site_key
+from tests.torch_ops import TorchOps
 
 CPU, F64 = torch.device("cpu"), torch.float64
 ATTENTION_SITES = LINEAR_SITES[:4]

@@ -429,7 +429,7 @@ def start_program(program: str, tmp_path: Path, *, seconds: float = 20.0) -> tup
     async def start() -> tuple[str, list[str], int | None]:
         async with open_server([sys.executable, "-c", program], tmp_path / "log", lines.append) as server:
             await beside(server.wait_ready(seconds), server.read())
-        return server.url, lines, server.exit_code
+        return server.url, lines, server._process.returncode
 
     return asyncio.run(start())
 

@@ -88,14 +88,12 @@ class FileService:
         # One thread does all of it, since the upload is whole by now, in a temporary file of the form's parser.
         return await asyncio.to_thread(self._save, tenant, filename, upload.file, purpose, check=True)
 
-    def save_result(
-        self, tenant: str, filename: str, content: bytes, purpose: str = RESULTS, *, id: str | None = None
-    ) -> FileRecord:
+    def save_result(self, tenant: str, filename: str, content: bytes, *, id: str | None = None) -> FileRecord:
         """Keeps a file that a job made. id: the new file's; a file that has it already stays. Raises CapacityError."""
         if id is not None:
             with suppress(NotFound):
                 return self._store.get_file(tenant, id)
-        return self._save(tenant, clean_filename(filename), io.BytesIO(content), purpose, check=False, id=id)
+        return self._save(tenant, clean_filename(filename), io.BytesIO(content), RESULTS, check=False, id=id)
 
     def path(self, record: FileRecord) -> Path:
         """Where its bytes are."""
