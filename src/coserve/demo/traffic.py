@@ -61,10 +61,8 @@ class Chat:
         return (self.last_s - self.first_s) / (self.num_tokens - 1) * 1e3
 
     def meets(self, objectives: SloInMs) -> bool:
-        """A failed request meets none; one of a single token has no time per token to miss."""
-        if self.error is not None or self.ttft_ms is None:
-            return False
-        return self.ttft_ms <= objectives.ttft_ms and (self.tpot_ms is None or self.tpot_ms <= objectives.tpot_ms)
+        """A failed request meets none."""
+        return self.error is None and objectives.met_by(self.ttft_ms, self.tpot_ms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

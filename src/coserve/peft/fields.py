@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from coserve.config.settings import BottleneckConfig
 from coserve.config.values import MAX_RANK, MAX_SETTING, check_pattern, is_number, is_whole, shown
 from coserve.core import ConfigError
 from coserve.peft.foreign import refuse
@@ -107,6 +108,11 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
             except ConfigError as error:
                 raise refuse(f"{CONFIG_FILE}: {error}") from error
     return {"peft_type": kind, **fields}
+
+
+def bottleneck_config(fields: Mapping[str, Any]) -> BottleneckConfig:
+    """A bottleneck adapter's settings, all of which are such fields."""
+    return BottleneckConfig(**{name: fields[name] for name in BOTTLENECKS})
 
 
 def _read(raw: Mapping[str, Any], name: str, field: Field) -> Any:
