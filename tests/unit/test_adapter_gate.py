@@ -50,7 +50,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 def scales(base: Base, passed: PassedAdapter) -> dict[str, float]:
     assert isinstance(passed.config, LoraConfig)
-    return {site.module: site.scale for site in lora_layout(base.architecture, passed.config)}
+    return {site.b.module: site.b.scale for site in lora_layout(base.architecture, passed.config)}
 
 
 # --- PEFT's fields ---
