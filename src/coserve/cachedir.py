@@ -6,12 +6,7 @@ import os
 from pathlib import Path
 
 
-def user_directory() -> Path:
-    """coserve under $XDG_CACHE_HOME, else under ~/.cache. It may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coserve"
-
-
 def cache_directory() -> Path:
-    """Of what is measured or compiled here: COSERVE_CACHE, else the user's. It may not exist yet."""
+    """$COSERVE_CACHE, else coserve under $XDG_CACHE_HOME, else under ~/.cache. It may not exist yet."""
     root = os.environ.get("COSERVE_CACHE")
-    return Path(root) if root else user_directory()
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coserve"

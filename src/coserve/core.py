@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,6 +51,14 @@ def one_line(error: BaseException, most: int | None = None) -> str:
     """An error's message without line breaks, or its type where it has none. most: characters; a longer message is cut."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if most is None or len(text) <= most else f"{text[: most - 3]}..."
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value that a share (0 to 1) of at least one value lies below: linear between the nearest two, as numpy's default."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low + (high - low) * (place % 1)
 
 
 class Slo(NamedTuple):

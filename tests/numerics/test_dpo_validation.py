@@ -17,7 +17,7 @@ import torch
 
 from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig
 from coserve.core import InvalidRequest
-from coserve.finetune.datasets import Dataset, load_groups
+from coserve.finetune.datasets import Dataset, load_training
 from coserve.finetune.job import JobEvent, StepRow
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.loaded import LoadedModel
@@ -218,7 +218,7 @@ def test_losses_and_margins_are_trls(
 
 
 def _load(model: LoadedModel, path: Path) -> Dataset:
-    return load_groups(path, model.tokenizer, objective="dpo", max_length=150, too_long="error")
+    return load_training(path, model.tokenizer, FinetuneConfig(objective="dpo"), max_length=150)
 
 
 def _sums(model: LoadedModel, adapter: LoraAdapter | None, pairs) -> list[list[float]]:  # noqa: ANN001 groups' examples

@@ -326,8 +326,8 @@ def test_dropout_equals_autograd_with_the_same_masks(seed: int, family: str, p: 
     model = oracle.with_adapter(models.reference, adapter)
     masked = []
     for site in adapter.sites:
-        layer = model.get_submodule(f"base_model.model.{site.module}")
-        layer.lora_dropout["default"] = MaskedDropout(site_key(site.layer, site.site), p)
+        layer = model.get_submodule(f"base_model.model.{site.a.module}")
+        layer.lora_dropout["default"] = MaskedDropout(site_key(*site.key), p)
         masked.append(layer.lora_dropout["default"])
     total = sum(e.label_weight for e in examples)
     for example, (first, end) in zip(examples, state.batch.bounds, strict=True):

@@ -150,10 +150,11 @@ Play = Callable[..., None]
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory; the profile of its speed is kept for the session, compiled kernels for all."""
-    cache, kernels = tmp_path_factory.mktemp("cache"), cache_directory() / "kernels"
-    kernels.mkdir(parents=True, exist_ok=True)
-    (cache / "kernels").symlink_to(kernels)
+    """A model directory; the profile of its speed is kept for the session, compiled kernels and converted models for all."""
+    cache = tmp_path_factory.mktemp("cache")
+    for name in ("kernels", "models"):
+        (cache_directory() / name).mkdir(parents=True, exist_ok=True)
+        (cache / name).symlink_to(cache_directory() / name)
     os.environ["COSERVE_CACHE"] = str(cache)
     return build_tiny_directory(tmp_path_factory.mktemp("model") / "tiny")
 

@@ -96,7 +96,7 @@ def test_what_is_not_whole_is_left_out(
         service.find("alice", cut.id)
 
 
-@pytest.mark.parametrize("place", ["content", "meta.json", "fsync", "last fsync", "rename", "index"])
+@pytest.mark.parametrize("place", ["content", ".meta.json.tmp", "fsync", "last fsync", "rename", "index"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
 def test_a_disk_that_refuses(
     service: FileService, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, code: int,
@@ -110,9 +110,9 @@ def test_a_disk_that_refuses(
     if place == "fsync":
         monkeypatch.setattr(os, "fsync", refuse)
     elif place == "last fsync":
-        synced = files_module.sync_directory
+        synced = files_module.sync
         monkeypatch.setattr(
-            files_module, "sync_directory", lambda path: (refuse if path.name == "files" else synced)(path),
+            files_module, "sync", lambda path: (refuse if path.name == "files" else synced)(path),
         )
     elif place == "rename":
         monkeypatch.setattr(Path, "rename", refuse)

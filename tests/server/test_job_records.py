@@ -15,7 +15,6 @@ import pytest
 from coserve.core import CapacityError
 from coserve.finetune.job import MetricsTable
 from coserve.server.errors import Conflict, StorageRefused
-from coserve.server.index import manifest
 from coserve.server.jobs import journal, runner, service
 from coserve.server.link.messages import JobHappened, Problem
 from coserve.server.link.process import EngineEnd
@@ -212,7 +211,7 @@ def test_too_many_open_files_at_the_end_of_a_job_are_waited_for(play: Play) -> N
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(manifest.os, "replace", refuse)
+            patch.setattr(os, "replace", refuse)
             patch.setattr(MetricsTable, "rows", refuse)
             bench.engine.end(id)
             await until(lambda: len(tries) > 2)

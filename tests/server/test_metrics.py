@@ -11,15 +11,16 @@ from types import MappingProxyType
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coserve.config.settings import SamplingConfig
-from coserve.core import Slo
+from coserve.core import Slo, percentile
 from coserve.server.link.messages import JobEnded, Tokens, merge_tokens
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.enginemetrics import COUNTERS
-from coserve.server.stats.livestats import Counters, Window, percentile
+from coserve.server.stats.livestats import Counters, Window
 from coserve.server.stats.metrics import RequestMeter, ServerMetrics, ServerState
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "docs" / "grafana.json"
@@ -432,16 +433,17 @@ def test_live_is_json_with_and_without_an_engine() -> None:
         assert live["engine"]["ready"] is (values is not None)
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.5, 2), (0.51, 3), (0.75, 3), (0.99, 4), (1.0, 4), (0.01, 1)])
-def test_percentile_is_nearest_rank(share: float, expected: float) -> None:
-    assert percentile([1, 2, 3, 4], share) == expected
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.51, 0.75, 0.99, 1])
+@pytest.mark.parametrize("values", [[7.0], [4.0, 1.0, 3.0, 2.0], [0.1 * i * i for i in range(101)]])
+def test_percentile_is_numpys(share: float, values: list[float]) -> None:
+    assert percentile(iter(values), share) == pytest.approx(np.percentile(values, 100 * share), rel=1e-12)
 
 
 def test_windows_forget() -> None:
     window = Window(10)
     for time_s in (1.0, 5.0, 4.9, 12.0):
         window.add(time_s, time_s)
-    assert window.values(12.0) == [4.9, 5.0, 12.0]
+    assert window.values(12.0) == [5.0, 4.9, 12.0]
     assert window.mean(30.0) is None
     counters = Counters(10)
     for time_s in range(40):

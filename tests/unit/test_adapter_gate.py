@@ -23,7 +23,7 @@ from coserve.config.settings import BottleneckConfig, FinetuneConfig, LoraConfig
 from coserve.config.values import MAX_RANK, shown
 from coserve.core import ConfigError, CoserveError, InvalidRequest
 from coserve.model.architecture import read_architecture
-from coserve.peft.fields import IA3, LORA, NO_EFFECT, UNSUPPORTED
+from coserve.peft.fields import IA3, LORA, UNSUPPORTED
 from coserve.peft.format import admit_adapter
 from coserve.peft.gate import Base, PassedAdapter, read_adapter
 from coserve.peft.kinds import adapter_layout
@@ -32,6 +32,12 @@ from coserve.peft.patterns import by_pattern
 from tests.tiny_adapter import tensor_of, write_tiny_adapter, write_tiny_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NO_EFFECT = (
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying", "init_ia3_weights",
+)
+"""Fields of PEFT's that say how an adapter began, how it is trained or what it is called."""
 HUGE = 10**400
 Q_A = tensor_of(1, "q_proj", "A")
 
@@ -44,7 +50,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 def scales(base: Base, passed: PassedAdapter) -> dict[str, float]:
     assert isinstance(passed.config, LoraConfig)
-    return {site.module: site.scale for site in lora_layout(base.architecture, passed.config)}
+    return {site.b.module: site.b.scale for site in lora_layout(base.architecture, passed.config)}
 
 
 # --- PEFT's fields ---

@@ -17,7 +17,7 @@ from coserve.core import CapacityError, Group
 from coserve.engine import engine as engine_module
 from coserve.engine.generation import Generator
 from coserve.finetune.batches import pack_groups
-from coserve.finetune.datasets import load_groups
+from coserve.finetune.datasets import load_training
 from coserve.model import memory
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.linear import PackedHead, PackedLinear, can_pack
@@ -139,7 +139,7 @@ def held_bytes(weights: ModelWeights) -> int:
 
 
 def groups_of(trainer: AdapterTrainer, data: Path) -> tuple[Group, ...]:
-    return load_groups(data, trainer.model.tokenizer, objective="sft", max_length=512, too_long="error").groups
+    return load_training(data, trainer.model.tokenizer, FinetuneConfig(), max_length=512).groups
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -253,7 +253,7 @@ def test_finetune_takes_the_plan_that_there_is_memory_for(
     model = load_model(str(directories["llama"]), device="cpu", dtype=dtype)
     config = FinetuneConfig(lora=LORA, batch_size=9, max_steps=2, window_tokens=64)
     arch, adapter = model.architecture, shape_adapter(model.architecture, LORA)
-    groups = load_groups(data, model.tokenizer, objective="sft", max_length=512, too_long="error").groups
+    groups = load_training(data, model.tokenizer, FinetuneConfig(), max_length=512).groups
     workload, itemsize = Workload.of(groups, 9, config.max_microbatch_tokens), DTYPES[dtype].itemsize
     packed = can_pack(DTYPES[dtype], CPU)
 

@@ -40,13 +40,13 @@ from coserve.model.linear import FrozenLinear, OutputHead
 from coserve.model.weights import LayerWeights, ModelWeights
 from coserve.ops.run import Factor
 from coserve.ops.table import TABLE, Cost
-from coserve.ops.torch_ops import TorchOps
 from coserve.ops.vocabulary import V, Vocabulary
 from coserve.peft.lora import LoraAdapter, LoraBypass, lora_layout
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.microbatch import InFlight, pack
 from coserve.runtime.plans import layer_bypasses, scoring_plan, serving_plan, training_plan
 from coserve.runtime.rows import TrainRows, site_key
+from tests.torch_ops import TorchOps
 
 CPU, F64 = torch.device("cpu"), torch.float64
 ATTENTION_SITES = LINEAR_SITES[:4]
@@ -467,7 +467,7 @@ def test_llama_70b_keeps_15_gigabytes_per_1024_tokens() -> None:
     arch = make_arch(layers=80, heads=64, kv_heads=8, head_dim=128, hidden=8192, inner=28672)
     config = LoraConfig(r=16)
     sites = lora_layout(arch, config)
-    flat = torch.empty(sum(site.num_elements for site in sites), device="meta")
+    flat = torch.empty(sites[-1].end, device="meta")
     plan = training_plan(arch, LoraAdapter(config, sites, flat, num_layers=80), itemsize=2)
     others = 64 * 4 + len(LINEAR_SITES) * 16 * 2
     first = 8192 * 2  # layer 0 has no input gradient, so that it keeps its norm's output in the place of x: no less
@@ -893,8 +893,8 @@ def test_lora_programs_agree_with_autograd(
     generator = torch.Generator().manual_seed(seed)
     weights = random_weights(arch, generator)
     sites = lora_layout(arch, config)
-    assert {(s.layer, s.site) for s in sites} == targets
-    flat = 0.4 * torch.randn(sum(s.num_elements for s in sites), dtype=F64, generator=generator)
+    assert {site.key for site in sites} == targets
+    flat = 0.4 * torch.randn(sites[-1].end, dtype=F64, generator=generator)
     adapter = LoraAdapter(config, sites, flat, num_layers=2).trainable()
     plan = training_plan(arch, adapter, itemsize=8)
     assert plan.lowest_trained == min(index for index, _ in targets)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coserve.config.settings import Objective, TooLong
+from coserve.config.settings import FinetuneConfig, Objective, TooLong
 from coserve.core import InvalidRequest, NotFound
-from coserve.finetune.datasets import Dataset, load_groups
+from coserve.finetune.datasets import Dataset, load_training
 from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizer import build_tiny_tokenizer
 
@@ -46,18 +46,13 @@ def load(
     max_length: int = 1000,
     too_long: TooLong = "error",
 ) -> Dataset:
-    return load_groups(path, tokenizer, objective=objective, max_length=max_length, too_long=too_long)
+    return load_training(path, tokenizer, FinetuneConfig(objective=objective, too_long=too_long), max_length=max_length)
 
 
-def refusal(
-    path: Path,
-    tokenizer: ChatTokenizer,
-    objective: Objective = "sft",
-    max_length: int = 1000,
-    too_long: TooLong = "error",
-) -> str:
+def refusal(path: Path, tokenizer: ChatTokenizer, *arguments: Any, **settings: Any) -> str:
+    """What `load` says when it refuses these arguments."""
     with pytest.raises(InvalidRequest) as caught:
-        load(path, tokenizer, objective, max_length, too_long)
+        load(path, tokenizer, *arguments, **settings)
     assert caught.value.param == "training_file"
     message = str(caught.value)
     assert "\n" not in message
@@ -289,7 +284,7 @@ def test_a_missing_file(path: Path, tokenizer: ChatTokenizer) -> None:
 def test_a_validation_file_is_named_so(path: Path, tokenizer: ChatTokenizer) -> None:
     write(path, "[]")
     with pytest.raises(InvalidRequest) as caught:
-        load_groups(path, tokenizer, objective="sft", max_length=9, too_long="error", param="validation_file")
+        load_training(path, tokenizer, FinetuneConfig(), max_length=9, param="validation_file")
     assert caught.value.param == "validation_file"
 
 

@@ -35,7 +35,7 @@ from coserve.demo.server import DemoFailed, Server, beside, open_server
 from coserve.demo.story import TPOT_MS, TTFT_MS, DemoResult, DemoSettings, run_demo
 from coserve.demo.traffic import BURST, PROMPTS, Chat, Figures, Traffic, chat_once, chat_rate, measure, summarize
 from coserve.demo.watch import FINETUNE, INFERENCE, TokensAt, Watch, add_sample, rate, trained_until
-from coserve.finetune.datasets import Dataset, load_groups
+from coserve.finetune.datasets import Dataset, load_training
 from coserve.server.jobs.body import read_body
 from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_directory import build_tiny_directory
@@ -57,10 +57,7 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(model_directory: Path) -> Dataset:
     """The training file, read as a user's file is read."""
     with as_file(files("coserve.demo").joinpath("train.jsonl")) as path:
-        return load_groups(
-            path, ChatTokenizer.load(model_directory), objective=FinetuneConfig().objective,
-            max_length=MAX_MICROBATCH_TOKENS, too_long=FinetuneConfig().too_long,
-        )
+        return load_training(path, ChatTokenizer.load(model_directory), FinetuneConfig(), max_length=MAX_MICROBATCH_TOKENS)
 
 
 def conversations() -> list[list[dict[str, Any]]]:
@@ -429,7 +426,7 @@ def start_program(program: str, tmp_path: Path, *, seconds: float = 20.0) -> tup
     async def start() -> tuple[str, list[str], int | None]:
         async with open_server([sys.executable, "-c", program], tmp_path / "log", lines.append) as server:
             await beside(server.wait_ready(seconds), server.read())
-        return server.url, lines, server.exit_code
+        return server.url, lines, server._process.returncode
 
     return asyncio.run(start())
 

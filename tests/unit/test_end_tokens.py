@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig, SamplingConfig
 from coserve.core import Example, Group, InvalidRequest
 from coserve.engine.generation import Generator
-from coserve.finetune.datasets import load_groups
+from coserve.finetune.datasets import load_training
 from coserve.finetune.taught import taught_end_tokens
 from coserve.peft.remarks import GENERATION_FILE, end_tokens
 from coserve.runtime.loaded import LoadedModel, load_model
@@ -155,10 +155,12 @@ def test_pairs_teach_the_end_of_the_chosen_answer(model: LoadedModel, directory:
 # --- which tokens are ends ---
 
 
-def taught(path: Path, tokenizer: ChatTokenizer, lines: list[dict[str, Any]], **options: Any) -> tuple[int, ...]:
-    settings: dict[str, Any] = {"objective": "sft", "max_length": 200, "too_long": "truncate", **options}
-    data = load_groups(write_lines(path / "data.jsonl", lines), tokenizer, **settings)
-    return taught_end_tokens(data.groups, tokenizer, max_length=settings["max_length"])
+def taught(
+    path: Path, tokenizer: ChatTokenizer, lines: list[dict[str, Any]], *, max_length: int = 200, **options: Any
+) -> tuple[int, ...]:
+    config = FinetuneConfig(**{"too_long": "truncate", **options})
+    data = load_training(write_lines(path / "data.jsonl", lines), tokenizer, config, max_length=max_length)
+    return taught_end_tokens(data.groups, tokenizer, max_length=max_length)
 
 
 def test_a_marker_that_is_no_special_token_counts_behind_its_line_break(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,19 +139,17 @@ def test_directory_is_complete(tiny_gguf: Path, tmp_path: Path) -> None:
     assert tokenizer.tokenize("  12ab<|im_end|>") == ["ĠĠ", "1", "2", "ab", "<|im_end|>"]
 
 
-def test_bfloat16_and_shards(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHARD_BYTES", 10_000)
     whole = Checkpoint(tiny_gguf.parent / "llama")
-    sharded = Checkpoint(convert_gguf(tiny_gguf, tmp_path / "converted", dtype=torch.bfloat16))
+    sharded = Checkpoint(convert_gguf(tiny_gguf, tmp_path / "converted"))
     files = list((tmp_path / "converted").glob("model-*.safetensors"))
     assert len(files) > 3
     assert max(path.stat().st_size for path in files) < 10_000 + 4096
-    assert 2 * sharded.num_bytes == whole.num_bytes
+    assert sharded.num_bytes == whole.num_bytes
     for name in expected_shapes(whole.architecture):
-        expected = whole.read(name, torch.bfloat16)
-        assert torch.equal(sharded.read(name, torch.bfloat16), expected)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
-    assert model.dtype == torch.bfloat16
+        assert torch.equal(sharded.read(name, torch.float32), whole.read(name, torch.float32))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "converted").dtype == torch.float32
 
 
 def test_eos_end_of_turn_and_sliding_window(tmp_path: Path) -> None:
@@ -279,7 +277,7 @@ def test_the_loser_of_a_race_takes_the_winners_directory(tiny_gguf: Path, tmp_pa
         target.mkdir()
         (target / "winner").touch()
 
-    monkeypatch.setattr(module, "_write_tokenizer", slow_tokenizer)
+    monkeypatch.setattr(module, "write_tokenizer", slow_tokenizer)
     assert convert_gguf(tiny_gguf, target) == target
     assert [path.name for path in target.iterdir()] == ["winner"]
     assert [path.name for path in tmp_path.iterdir()] == ["converted"]
@@ -289,14 +287,21 @@ def test_failed_conversion_leaves_nothing(tiny_gguf: Path, tmp_path: Path, monke
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_write_tokenizer", interrupted)
+    monkeypatch.setattr(module, "write_tokenizer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert_gguf(tiny_gguf, tmp_path / "cache" / "converted")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_locate(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+@pytest.mark.parametrize(("variables", "place"), [
+    ({"XDG_CACHE_HOME": "xdg"}, "xdg/coserve/models"), ({"XDG_CACHE_HOME": "xdg", "COSERVE_CACHE": "ours"}, "ours/models"),
+])
+def test_locate(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str], place: str
+) -> None:
+    monkeypatch.delenv("COSERVE_CACHE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
     messages: list[str] = []
     results: list[Path] = []
 
@@ -309,7 +314,7 @@ def test_locate(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for thread in threads:
         thread.join()
     assert results[0] == results[1]
-    assert results[0].parent == tmp_path / "xdg" / "coserve" / "models"
+    assert results[0].parent == tmp_path / place
     assert list(results[0].parent.iterdir()) == [results[0]]
     assert messages
     assert "converting tiny.gguf once" in messages[0]
@@ -317,7 +322,6 @@ def test_locate(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert locate.locate_model(str(tiny_gguf), report=messages.append) == results[0]
     assert messages == []
     assert locate.locate_model(str(results[0])) == results[0]
-    assert locate.locate_model(str(tiny_gguf), cache_dir=tmp_path / "other").parent == tmp_path / "other"
 
 
 def test_locate_sees_a_changed_file(tiny_gguf: Path, tmp_path: Path) -> None:

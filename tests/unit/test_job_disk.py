@@ -46,7 +46,7 @@ class Disk:
         monkeypatch.setattr(diskwrite, "RETRY_S", 0.01)
         self._guard(monkeypatch, MetricsTable, "append")
         self._guard(monkeypatch, job_module, "save_checkpoint")
-        self._guard(monkeypatch, checkpoints, "write_atomically")
+        self._guard(monkeypatch, checkpoints, "write_directory")
 
     def _guard(self, monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> None:
         write: Callable[..., Any] = getattr(place, name)

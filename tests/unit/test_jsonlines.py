@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from coserve.config.settings import FinetuneConfig
 from coserve.core import InvalidRequest
-from coserve.finetune.datasets import load_groups
+from coserve.finetune.datasets import load_training
 from coserve.finetune.jsonlines import LineError, UploadCheck, read_object
 from coserve.text.tokenizer import ChatTokenizer
 
@@ -42,7 +43,7 @@ def upload(content: bytes, size: int = 7) -> None:
 
 def train(path: Path, content: bytes, tokenizer: ChatTokenizer) -> int:
     path.write_bytes(content)
-    return len(load_groups(path, tokenizer, objective="sft", max_length=100, too_long="error").groups)
+    return len(load_training(path, tokenizer, FinetuneConfig(), max_length=100).groups)
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from coserve.config.settings import Objective, SystemPrompt
+from coserve.config.settings import FinetuneConfig, Objective, SystemPrompt
 from coserve.core import InvalidRequest
-from coserve.finetune.datasets import Dataset, load_groups
+from coserve.finetune.datasets import Dataset, load_training
 from coserve.text.tokenizer import ChatTokenizer
 from tests.chat_templates import ALTERNATING, DATED, DEVELOPER, REWRITING
 from tests.tiny_tokenizer import CHATML, build_tiny_tokenizer
@@ -42,7 +42,7 @@ def load(build: Build, tmp_path: Path) -> Callable[..., Dataset]:
         path = tmp_path / "train.jsonl"
         lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
         path.write_text("\n".join(lines) + "\n")
-        return load_groups(path, build(template), objective=objective, max_length=2000, too_long="error", **settings)
+        return load_training(path, build(template), FinetuneConfig(objective=objective, **settings), max_length=2000)
 
     return read
 

@@ -174,7 +174,7 @@ def test_coserve_to_peft_and_back(
     again = model.load_adapter(directory)
     assert torch.equal(again.flat, adapter.flat)
     assert_same(coserve_logits(model, again), expected)
-    assert [site.scale for site in again.sites] == [site.scale for site in adapter.sites]
+    assert again.sites == adapter.sites
     assert again.config.dropout == config.dropout
 
 

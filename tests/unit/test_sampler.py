@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coserve.config.settings import SamplingConfig
 from coserve.runtime import sampler
-from coserve.runtime.sampler import SamplerRow, gumbel_noise, prompt_logprobs, sample_rows
+from coserve.runtime.sampler import SamplerRow, _edited, gumbel_noise, prompt_logprobs, sample_rows
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.3, -3.0, 1.9, 0.0, -1.0])
@@ -113,11 +113,11 @@ def test_top_p_counts_after_temperature_and_after_top_k() -> None:
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**40), position=st.integers(0, 10**6), size=st.integers(1, 50))
 def test_noise_depends_on_seed_position_and_index_only(seed: int, position: int, size: int) -> None:
-    long = gumbel_noise(seed, position, 60, CPU)
-    assert torch.equal(gumbel_noise(seed, position, size, CPU), long[:size]), "a larger vocabulary changed the noise"
+    long = gumbel_noise([(seed, position)], 60, CPU)[0]
+    assert torch.equal(gumbel_noise([(seed, position)], size, CPU)[0], long[:size]), "a larger vocabulary changed the noise"
     assert torch.isfinite(long).all()
-    assert not torch.equal(gumbel_noise(seed + 1, position, 60, CPU), long)
-    assert not torch.equal(gumbel_noise(seed, position + 1, 60, CPU), long)
+    assert not torch.equal(gumbel_noise([(seed + 1, position)], 60, CPU)[0], long)
+    assert not torch.equal(gumbel_noise([(seed, position + 1)], 60, CPU)[0], long)
 
 
 def test_a_token_depends_on_its_own_logits_seed_and_position_only() -> None:
@@ -136,7 +136,7 @@ def test_a_token_depends_on_its_own_logits_seed_and_position_only() -> None:
 
 
 def test_noise_is_gumbel() -> None:
-    noise = torch.cat([gumbel_noise(1, position, 500, CPU) for position in range(40)]).double()
+    noise = torch.cat([gumbel_noise([(1, position)], 500, CPU)[0] for position in range(40)]).double()
     assert noise.dtype == torch.float64
     assert abs(float(noise.mean()) - 0.5772156649) < 5 * math.pi / math.sqrt(6 * noise.numel())
     assert abs(float(noise.std()) - math.pi / math.sqrt(6)) < 0.05
@@ -168,10 +168,11 @@ def row(
 
 
 def edited(logits: Tensor, each: SamplerRow) -> Tensor:
-    """The row's logits as the hook gets them, which is after all that precedes the temperature."""
-    seen: list[Tensor] = []
-    sample_rows(logits[None], [each], lambda number, logits_V: seen.append(logits_V.clone()))
-    return seen[0]
+    """The row's logits after all that precedes the temperature."""
+    before = logits.clone()
+    result = _edited(logits[None].float(), [each])[0]
+    assert torch.equal(logits, before), "the raw logits are needed for log-probabilities"
+    return result
 
 
 def test_repetition_penalty_counts_prompt_and_output_once() -> None:
@@ -197,23 +198,6 @@ def test_endings_are_excluded_before_min_tokens() -> None:
     settings: dict[str, Any] = {"ending": [2, 5, 99], "min_tokens": 2, "logit_bias": {2: 50.0}, "temperature": 0}
     assert sample_rows(LOGITS[None], [row(output=[1], **settings)])[0].token == 0
     assert sample_rows(LOGITS[None], [row(output=[1, 1], **settings)])[0].token == 2
-
-
-def test_the_hook_edits_a_copy_of_each_row() -> None:
-    logits = torch.stack([LOGITS, LOGITS.flip(0)])
-    before = logits.clone()
-
-    def only(number: int, logits_V: Tensor) -> None:
-        assert logits_V.dtype == torch.float32
-        keep = float(logits_V[number])
-        logits_V.fill_(-torch.inf)
-        logits_V[number] = keep
-
-    got = sample_rows(logits, [row(temperature=0, logprobs=1), row(3, 8)], only)
-    assert [each.token for each in got] == [0, 1]
-    assert torch.equal(logits, before)
-    assert got[0].logprob is not None
-    assert got[0].logprob.logprob == pytest.approx(float(torch.log_softmax(LOGITS, 0)[0]), abs=1e-5), "of the raw logits"
 
 
 @pytest.mark.parametrize(("min_p", "kept"), [(1.0, [2]), (0.8, [2, 5]), (0.3, [0, 2, 5]), (0.15, [0, 2, 3, 5])])
@@ -306,7 +290,7 @@ def test_plain_greedy_rows_are_one_argmax(monkeypatch: pytest.MonkeyPatch) -> No
         return to_list(tensor)
 
     monkeypatch.setattr(Tensor, "tolist", counted)
-    for name in ("_edit", "_draw", "_measure", "_noise"):
+    for name in ("_edit", "_draw", "_measure", "gumbel_noise"):
         monkeypatch.delattr(sampler, name)
     logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     got = sample_rows(logits, [row(temperature=0, top_p=0.5)] * 5)

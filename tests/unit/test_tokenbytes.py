@@ -66,7 +66,7 @@ def test_bytes_of_each_kind(byte_level: ChatTokenizer, sentencepiece: ChatTokeni
 def test_other_decoders(make: object) -> None:
     tokenizer = make()  # type: ignore[operator]
     for ids in ([1, 2, 3], [3, 3, 2, 1], [5, 1, 4], [1, 4, 1]):
-        kept = [token for token in ids if tokenizer.has_token(token)]
+        kept = [token for token in ids if tokenizer._hf.convert_ids_to_tokens(token) is not None]
         stream = IncrementalDetokenizer(tokenizer)
         assert "".join(map(stream.push, kept)) + stream.finish() == tokenizer.decode(kept)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from coserve.core import ConfigError
 
 HELD_SHARE = 0.99
+_MOST_DOUBLINGS = 8
 
 
 def allowed_misses(num_requests: int) -> int:
@@ -15,13 +16,13 @@ def allowed_misses(num_requests: int) -> int:
     return math.floor(num_requests * (1 - HELD_SHARE) + 1e-9)
 
 
-def find_capacity(holds: Callable[[float], bool], *, start: float, tolerance: float, halvings: int = 8) -> float:
+def find_capacity(holds: Callable[[float], bool], *, start: float, tolerance: float) -> float:
     """Doubles or halves from `start` (requests per second) to a rate that holds beside one that doesn't, then bisects.
 
     Returns a rate that held; one at most (1 + tolerance) times it did not. Raises ConfigError if none is found.
     """
     low, high = (start, 0.0) if holds(start) else (0.0, start)
-    for _ in range(halvings):
+    for _ in range(_MOST_DOUBLINGS):
         if low and high:
             break
         rate = low * 2 if low else high / 2

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from coserve.bench.driver import Run, TokensDone
 from coserve.bench.metrics import RequestRecord
+from coserve.durable import write_file
 
 
 class CellStore:
@@ -39,9 +39,7 @@ class CellStore:
             self._listen(label, False)
         result = run()
         self._directory.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps({"settings": json.loads(key), "result": result}) + "\n")
-        os.replace(temporary, path)
+        write_file(path, (json.dumps({"settings": json.loads(key), "result": result}) + "\n").encode(), cached=True)
         return result
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
-import numpy as np
+from coserve.core import percentile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,10 @@ class SloInMs:
 
     ttft_ms: float
     tpot_ms: float
+
+    def met_by(self, ttft_ms: float | None, tpot_ms: float | None) -> bool:
+        """Without a first token nothing is met; an output of one token has no TPOT (None) to miss."""
+        return ttft_ms is not None and ttft_ms <= self.ttft_ms and (tpot_ms is None or tpot_ms <= self.tpot_ms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +55,12 @@ class RequestRecord:
 
 def meets(record: RequestRecord, objectives: SloInMs) -> bool:
     """Failed, dropped and unfinished requests miss."""
-    ttft, tpot = record.ttft_ms, record.tpot_ms
-    return record.finished and ttft is not None and ttft <= objectives.ttft_ms and (tpot is None or tpot <= objectives.tpot_ms)
+    return record.finished and objectives.met_by(record.ttft_ms, record.tpot_ms)
 
 
-def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval of a share (E. B. Wilson 1927), 95% by default. total: at least 1."""
+def wilson(hits: int, total: int) -> tuple[float, float]:
+    """The 95% score interval of a share (E. B. Wilson 1927). total: at least 1."""
+    z = 1.959964
     share, square = hits / total, z * z
     middle = (share + square / (2 * total)) / (1 + square / total)
     half = z / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total * total))
@@ -64,9 +69,7 @@ def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """mean, p50 and p99. values: at least one."""
-    return {
-        "mean": float(np.mean(values)), "p50": float(np.percentile(values, 50)), "p99": float(np.percentile(values, 99)),
-    }
+    return {"mean": mean(values), "p50": percentile(values, 0.5), "p99": percentile(values, 0.99)}
 
 
 def summarize(records: Sequence[RequestRecord], objectives: SloInMs, window_s: float) -> dict[str, Any]:

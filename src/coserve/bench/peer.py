@@ -14,18 +14,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-REPEATS = 3
+REPEATS, BATCH, PROMPT_TOKENS, OUTPUT_TOKENS = 3, 8, 128, 64
 
 
-def transformers_tpot_ms(
-    directory: Path, *, dtype: torch.dtype, device: torch.device, batch: int = 8, prompt_tokens: int = 128,
-    output_tokens: int = 64,
-) -> float:
+def transformers_tpot_ms(directory: Path, *, dtype: torch.dtype, device: torch.device) -> float:
     """Milliseconds per output token and request, greedy, at a batch of random prompts: the median of REPEATS."""
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     model.to(device).eval()
     rng = torch.Generator().manual_seed(0)
-    ids_BS = torch.randint(model.config.vocab_size, (batch, prompt_tokens), generator=rng).to(device)
+    ids_BS = torch.randint(model.config.vocab_size, (BATCH, PROMPT_TOKENS), generator=rng).to(device)
 
     def seconds(count: int) -> float:
         begin = time.perf_counter()
@@ -39,4 +36,4 @@ def transformers_tpot_ms(
         return time.perf_counter() - begin
 
     seconds(2)
-    return median((seconds(output_tokens) - seconds(1)) / (output_tokens - 1) for _ in range(REPEATS)) * 1e3
+    return median((seconds(OUTPUT_TOKENS) - seconds(1)) / (OUTPUT_TOKENS - 1) for _ in range(REPEATS)) * 1e3

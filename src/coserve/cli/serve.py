@@ -26,6 +26,7 @@ from typer.core import TyperCommand
 
 from coserve.cli.vllmflags import drop_flags
 from coserve.core import ConfigError, CoserveError
+from coserve.model.memory import GIB
 from coserve.scheduler.slo import describe_slo
 from coserve.server import logs
 from coserve.server.app import create_app, index_url, open_services
@@ -42,7 +43,6 @@ from coserve.server.tenants import make_key
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
 _log = logging.getLogger(__name__)
 
-GIB = 1 << 30
 _LAST_ANSWERS_S = 2.0
 """Seconds that connections get at the end to tell their clients that their requests were ended."""
 _SWITCH_S = 1e-3

@@ -38,11 +38,6 @@ class Server:
         self._listens = asyncio.Event()
         self.url = ""
 
-    @property
-    def exit_code(self) -> int | None:
-        """None while it runs; below 0 for a signal."""
-        return self._process.returncode
-
     async def read(self) -> None:
         """Takes its lines to the log, and to `report` until it listens; then raises DemoFailed, as it has ended."""
         assert self._process.stdout is not None

@@ -4,7 +4,7 @@
                                  optimizer.safetensors                                         (masters and moments)
                                  manifest.json                  (written last: cursor, settings, size and digest of each file)
 
-Written under a temporary name, fsynced, renamed. Nothing is ever loaded by pickle.
+A checkpoint is there whole or not at all (durable.py). Nothing is ever loaded by pickle.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coserve.core import InvalidRequest
+from coserve.durable import write_directory
 
 MANIFEST_FILE, OPTIMIZER_FILE = "manifest.json", "optimizer.safetensors"
 SCHEMA_VERSION = 1
@@ -35,33 +35,6 @@ class Cursor:
 
     step: int
     trained_tokens: int
-
-
-def write_atomically(directory: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a temporary directory, fsyncs it, renames it to `directory`; a previous one of that name is replaced."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        fill(temporary)
-        for path in sorted(temporary.iterdir()):
-            _fsync(path)
-        _fsync(temporary)
-        if directory.exists():
-            shutil.rmtree(directory)
-        temporary.rename(directory)
-        _fsync(directory.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -88,7 +61,7 @@ def save_checkpoint(
         }
         (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
-    write_atomically(directory, fill)
+    write_directory(directory, fill)
     return directory
 
 

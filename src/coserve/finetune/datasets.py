@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coserve.config.settings import FinetuneConfig, Objective, SystemPrompt, TooLong
+from coserve.config.settings import FinetuneConfig, TooLong
 from coserve.core import Example, Group, InvalidRequest, NotFound, one_line
 from coserve.finetune.jsonlines import LineError, numbered_lines, read_object, shown
 from coserve.finetune.layouts import Encoded, LineReader
@@ -59,43 +59,22 @@ def load_training(
     path: Path, tokenizer: ChatTokenizer, config: FinetuneConfig, *, max_length: int, param: str = "training_file",
     on_line: Callable[[], None] = lambda: None,
 ) -> Dataset:
-    """`load_groups` by a job's settings."""
-    return load_groups(
-        path, tokenizer, objective=config.objective, max_length=max_length, too_long=config.too_long,
-        system_prompt=config.system_prompt, template_date=config.template_date,
-        allow_control_tokens=config.allow_control_tokens, param=param, on_line=on_line,
-    )
+    """Reads a JSON Lines file by a job's settings; each line is one group: an example (sft) or (chosen, rejected) (dpo).
 
-
-def load_groups(
-    path: Path,
-    tokenizer: ChatTokenizer,
-    *,
-    objective: Objective,
-    max_length: int,
-    too_long: TooLong,
-    system_prompt: SystemPrompt = "keep",
-    template_date: str | None = None,
-    allow_control_tokens: bool = False,
-    param: str = "training_file",
-    on_line: Callable[[], None] = lambda: None,
-) -> Dataset:
-    """Reads a JSON Lines file; each line is one group: an example (sft) or (chosen, rejected) (dpo).
-
-    Blank lines are skipped. An example of more than `max_length` tokens is an error, drops its group, or is cut at the
-    end, as `too_long` says; the settings after that are FinetuneConfig's. on_line: called before each line; what it raises ends
-    the reading. Raises NotFound if there is no such file, InvalidRequest with a one-line message that names file, line and
-    field if a line can't be used or none is left; both carry `param`.
+    Blank lines are skipped. An example of more than `max_length` tokens is an error, drops its group, or is cut at the end, as
+    config.too_long says. on_line: called before each line; what it raises ends the reading. Raises NotFound if there is no such
+    file, InvalidRequest with a one-line message that names file, line and field if a line can't be used or none is left; both
+    carry `param`.
     """
     if not path.is_file():
         raise NotFound(f"no such file: {path}", param=param)
     data = path.read_bytes()
-    now = None if template_date is None else datetime.fromisoformat(template_date)
-    rules = TextRules(allow_control_tokens=allow_control_tokens, now=now)
-    reader = LineReader(tokenizer=tokenizer, objective=objective, rules=rules, system_prompt=system_prompt)
+    now = None if config.template_date is None else datetime.fromisoformat(config.template_date)
+    rules = TextRules(allow_control_tokens=config.allow_control_tokens, now=now)
+    reader = LineReader(tokenizer=tokenizer, objective=config.objective, rules=rules, system_prompt=config.system_prompt)
     groups: list[Group] = []
     num_lines = num_truncated = num_examples = 0
-    for sequences, fitted in _read(path.name, data, reader, max_length, too_long, param, on_line):
+    for sequences, fitted in _read(path.name, data, reader, max_length, config.too_long, param, on_line):
         num_lines += 1
         kept = [sequence for sequence in fitted if sequence is not None]
         if len(kept) < len(sequences):
@@ -118,7 +97,7 @@ def load_groups(
         num_tokens=sum(example.num_tokens for example in examples),
         num_label_tokens=sum(int(np.count_nonzero(example.weights[1:])) for example in examples),
         longest=max(example.num_tokens for example in examples),
-        digest=_digest(data, examples, tokenizer, objective, max_length, too_long),
+        digest=_digest(data, examples, tokenizer, config, max_length),
         warnings=tuple(_warnings(reader, num_lines)),
     )
     return Dataset(groups=tuple(groups), report=report)
@@ -160,25 +139,16 @@ def _warnings(reader: LineReader, num_lines: int) -> Iterator[str]:
 
 
 def _group(index: int, first_example: int, sequences: list[Encoded]) -> Group:
-    return Group(
-        index=index,
-        examples=tuple(
-            Example(index=first_example + i, token_ids=sequence.token_ids, weights=sequence.weights)
-            for i, sequence in enumerate(sequences)
-        ),
-    )
+    return Group(index=index, examples=tuple(
+        Example(index=first_example + i, token_ids=sequence.token_ids, weights=sequence.weights)
+        for i, sequence in enumerate(sequences)
+    ))
 
 
-def _digest(
-    data: bytes, examples: list[Example], tokenizer: ChatTokenizer, objective: Objective, max_length: int, too_long: TooLong
-) -> str:
+def _digest(data: bytes, examples: list[Example], tokenizer: ChatTokenizer, config: FinetuneConfig, max_length: int) -> str:
     settings = {
-        "objective": objective,
-        "max_length": max_length,
-        "too_long": too_long,
-        "chat_template": tokenizer.chat_template,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_token_id": tokenizer.eos_token_id,
+        "objective": config.objective, "max_length": max_length, "too_long": config.too_long,
+        "chat_template": tokenizer.chat_template, "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
     }
     digest = hashlib.sha256(hashlib.sha256(data).digest() + json.dumps(settings, sort_keys=True).encode())
     for example in examples:

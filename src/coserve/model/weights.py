@@ -6,7 +6,7 @@ Owns: which linears lie in one matrix, and the loading order. Does not own: read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,10 +116,9 @@ def _load_layer(
 
 
 def load_weights(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, packed: bool | None = None, one_copy: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, packed: bool | None = None, one_copy: bool = False
 ) -> ModelWeights:
-    """Streams a checkpoint onto the device. progress(layers done, layers).
+    """Streams a checkpoint onto the device.
 
     packed: whether linears are kept in the processor's own layout; default: where that pays (`can_pack`).
     one_copy: whether each matrix is held once (`ModelWeights.hold_one_copy`).
@@ -129,10 +128,6 @@ def load_weights(
     arch = checkpoint.architecture
     embedding = checkpoint.read("model.embed_tokens.weight", dtype, device)
     table = embedding if arch.tie_word_embeddings else checkpoint.read("lm_head.weight", dtype, device)
-    layers = []
-    for index in range(arch.num_layers):
-        layers.append(_load_layer(checkpoint, index, dtype, device, packed, one_copy))
-        if progress is not None:
-            progress(index + 1, arch.num_layers)
+    layers = [_load_layer(checkpoint, index, dtype, device, packed, one_copy) for index in range(arch.num_layers)]
     norm = checkpoint.read("model.norm.weight", dtype, device)
     return ModelWeights(arch, embedding, layers, norm, make_head(table, packed=packed, one_copy=one_copy))

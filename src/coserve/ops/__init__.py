@@ -1,1 +1,1 @@
-"""The operator vocabulary: `table` says what each operator is, `run` what runs it, `torch_ops` is the differentiable oracle."""
+"""The operator vocabulary: `table` says what each operator is, `run` what runs it."""

@@ -1,7 +1,7 @@
 """One row per operator: names, gradient rules and what they read, memory behaviour, cost, legal parallel states.
 
 Pruning, rematerialization and memory planning read these rows and know no operator by name. A new adapter kind is
-written in these operators; a new operator is one row here, one function in `run.py`, and one in `torch_ops.py`.
+written in these operators; a new operator is one row here, one function in `run.py`, and one in `tests/torch_ops.py`.
 
 Parallel states, in the paper's signs: "-" whole, "|" partitioned over features, "=" replicated, "+" to be reduced.
 """

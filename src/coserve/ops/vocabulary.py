@@ -1,7 +1,7 @@
 """The model-level operators as a protocol: what the decoder and the bypasses are written in.
 
-Values are opaque to the decoder: tensors under `TorchOps`, symbols under the compiler's tracer. Every value has one row per
-token. Parameters are named, never passed: a norm or linear by its site, an adapter's factor as "SITE.lora_A".
+Values are opaque to the decoder: symbols under the compiler's tracer, tensors under the tests' `TorchOps`. Every value has one
+row per token. Parameters are named, never passed: a norm or linear by its site, an adapter's factor as "SITE.lora_A".
 """
 
 from __future__ import annotations

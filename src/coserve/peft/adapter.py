@@ -44,8 +44,9 @@ class Parameter:
     bound: float = 0.0
 
     @property
-    def num_elements(self) -> int:
-        return self.shape[0] * self.shape[1]
+    def end(self) -> int:
+        """The element behind its last one."""
+        return self.offset + self.shape[0] * self.shape[1]
 
     @property
     def site(self) -> str:
@@ -62,7 +63,7 @@ class Parameter:
 
     def of(self, flat: Tensor) -> Tensor:
         """A view in a flat tensor of this layout."""
-        return flat[self.offset : self.offset + self.num_elements].view(self.shape)
+        return flat[self.offset : self.end].view(self.shape)
 
 
 class Adapter:
@@ -166,7 +167,7 @@ def sites_with(names: Iterable[str], part: str) -> frozenset[str]:
 
 def num_elements(parameters: Sequence[Parameter]) -> int:
     """Of the flat tensor that holds them all."""
-    return max((p.offset + p.num_elements for p in parameters), default=0)
+    return max((p.end for p in parameters), default=0)
 
 
 def module_name(layer: int, site: str) -> str:

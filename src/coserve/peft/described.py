@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coserve.config.settings import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
+from coserve.config.settings import AdapterConfig, IA3Config, LoraConfig
 from coserve.core import NotFound
-from coserve.peft.fields import read_fields
+from coserve.peft.fields import bottleneck_config, read_fields
 from coserve.peft.foreign import read_json_object, refuse
 from coserve.peft.tensors import BOTTLENECK, CONFIG_FILE
 
@@ -47,10 +47,6 @@ def _ia3(fields: Mapping[str, Any]) -> IA3Config:
     return replace(targets, feedforward_modules=inputs) if set(inputs) <= set(targets.targets) else targets
 
 
-def _bottleneck(fields: Mapping[str, Any]) -> BottleneckConfig:
-    return BottleneckConfig(size=fields["size"], placement=fields["placement"], activation=fields["activation"])
-
-
 def _names(value: Any) -> Any:
     """A list as a tuple; a regular expression, which PEFT allows, as the one name it is here."""
     if value is None or value == "all-linear":
@@ -58,4 +54,4 @@ def _names(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-_KINDS: Mapping[str, Callable[[Mapping[str, Any]], AdapterConfig]] = {"LORA": _lora, "IA3": _ia3, BOTTLENECK: _bottleneck}
+_KINDS: Mapping[str, Callable[[Mapping[str, Any]], AdapterConfig]] = {"LORA": _lora, "IA3": _ia3, BOTTLENECK: bottleneck_config}

@@ -1,8 +1,8 @@
 """The fields of adapter_config.json, as a table: what each may hold, and what it is where it is missing, as PEFT has it.
 
-A field of PEFT's is read, has no effect on what the adapter computes, or is refused where it is used. Which field is which is
-checked against PEFT's own classes in the tests, so that a new release shows what is missing here. Keys that are in none of the
-three belong to later releases and are ignored. Owns: fields one by one. Does not own: whether they fit the tensors (gate.py).
+A field of PEFT's is read, is refused where it is used, or has no effect on what the adapter computes and is ignored. A test
+holds the list of the last kind and compares all three with PEFT's own classes, so that a new release shows what is missing.
+Owns: fields one by one. Does not own: whether they fit the tensors (gate.py).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from coserve.config.settings import BottleneckConfig
 from coserve.config.values import MAX_RANK, MAX_SETTING, check_pattern, is_number, is_whole, shown
 from coserve.core import ConfigError
 from coserve.peft.foreign import refuse
@@ -80,12 +81,6 @@ UNSUPPORTED = (
     "arrow_config", "monteclora_config",
 )
 """Fields that change what the adapter computes, in ways that are not supported: refused where they are used."""
-NO_EFFECT = (
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
-    "qalora_group_size", "runtime_config", "ensure_weight_tying", "init_ia3_weights",
-)
-"""Fields of PEFT's that say how an adapter began, how it is trained or what it is called."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of init_lora_weights with which PEFT also changes the frozen weights, when it loads such an adapter too."""
 
@@ -113,6 +108,11 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
             except ConfigError as error:
                 raise refuse(f"{CONFIG_FILE}: {error}") from error
     return {"peft_type": kind, **fields}
+
+
+def bottleneck_config(fields: Mapping[str, Any]) -> BottleneckConfig:
+    """A bottleneck adapter's settings, all of which are such fields."""
+    return BottleneckConfig(**{name: fields[name] for name in BOTTLENECKS})
 
 
 def _read(raw: Mapping[str, Any], name: str, field: Field) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor
 from coserve.config.values import is_whole, shown
 from coserve.core import InvalidRequest, one_line
 
-MAX_JSON_BYTES = 1 << 20
+_MAX_JSON_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 8 << 20
 """Of a safetensors file: a hundred times what an adapter of a large model takes."""
 _MAX_DEPTH = 64
@@ -80,12 +80,12 @@ def _read(file: BinaryIO, count: int, name: str) -> bytearray:
 # --- JSON ---
 
 
-def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object with finite numbers and without doubled keys. Raises InvalidRequest, FileNotFoundError."""
     name = path.name
     with open_regular(path) as (file, size):
-        if size > max_bytes:
-            raise refuse(f"{name} can't be read as JSON (it has {size} bytes; at most {max_bytes} are read)")
+        if size > _MAX_JSON_BYTES:
+            raise refuse(f"{name} can't be read as JSON (it has {size} bytes; at most {_MAX_JSON_BYTES} are read)")
         data = _read(file, size, name)
     found = _parse(data, name)
     if not isinstance(found, dict):

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from coserve.config.settings import LINEAR_SITES, AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
+from coserve.config.settings import LINEAR_SITES, AdapterConfig, IA3Config, LoraConfig
 from coserve.config.values import MAX_RANK
 from coserve.core import ConfigError, InvalidRequest, NotFound
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MODULE_PATHS
 from coserve.peft.adapter import Parameter, all_modules
-from coserve.peft.fields import read_fields
+from coserve.peft.fields import bottleneck_config, read_fields
 from coserve.peft.foreign import FLOATS, TensorEntry, TensorFile, open_tensors, read_json_object, refuse, shown_name
 from coserve.peft.kinds import adapter_layout
 from coserve.peft.patterns import by_pattern
@@ -229,14 +229,8 @@ def _ia3_config(
     )
 
 
-def _bottleneck_config(
-    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arch: Architecture, warnings: list[str]
-) -> BottleneckConfig:
-    return BottleneckConfig(size=fields["size"], placement=fields["placement"], activation=fields["activation"])
-
-
 _CONFIGS: Mapping[str, Callable[..., AdapterConfig]] = {
-    "LORA": _lora_config, "IA3": _ia3_config, BOTTLENECK: _bottleneck_config
+    "LORA": _lora_config, "IA3": _ia3_config, BOTTLENECK: lambda fields, *_: bottleneck_config(fields)
 }
 
 

@@ -24,9 +24,7 @@ def adapter_layout(arch: Architecture, config: AdapterConfig) -> tuple[Parameter
 def empty_adapter(arch: Architecture, config: AdapterConfig, *, dtype: torch.dtype, device: torch.device) -> Adapter:
     """An adapter whose values have not been written. Raises ConfigError for a target that matches no module."""
     if isinstance(config, LoraConfig):
-        sites = lora_layout(arch, config)
-        flat = torch.empty(sum(site.num_elements for site in sites), dtype=dtype, device=device)
-        return LoraAdapter(config, sites, flat, num_layers=arch.num_layers)
+        return LoraAdapter.empty(arch, config, dtype=dtype, device=device)
     kind: Kind = IA3Bypass if isinstance(config, IA3Config) else BottleneckBypass
     parameters = adapter_layout(arch, config)
     flat = torch.empty(num_elements(parameters), dtype=dtype, device=device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Self, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from coserve.model.linear import FrozenLinear
 from coserve.model.weights import ModelWeights
 from coserve.ops.run import Factor
 from coserve.ops.vocabulary import Vocabulary
-from coserve.peft.adapter import Adapter, Parameter, module_name, sites_with, targeted_modules
+from coserve.peft.adapter import Adapter, Parameter, sites_with, targeted_modules
 from coserve.peft.patterns import by_pattern, require_matches
 
 V = TypeVar("V")
@@ -48,54 +47,27 @@ class LoraBypass(NoBypass):
         return ops.add(out, ops.segment_scale(out, f"{site}.dora"), f"{site}+dora") if site in self.rescaled else out
 
 
-@dataclass(frozen=True, slots=True)
-class LoraSite:
-    """Where one site's factors lie in the flat tensor, in elements: A [rank, num_in], B [num_out, rank], and DoRA's lengths
-    [num_out], less those of the frozen weight's rows."""
+class LoraSite(NamedTuple):
+    """The parameters of one site: A [R, in] and B [out, R]; and DoRA's lengths (PEFT's magnitude) [out, 1], less those of the
+    frozen weight's rows."""
 
-    layer: int
-    site: str
-    rank: int
-    scale: float
-    num_out: int
-    num_in: int
-    offset: int
-    dora: bool = False
-
-    @property
-    def num_elements(self) -> int:
-        return self.rank * (self.num_in + self.num_out) + (self.num_out if self.dora else 0)
-
-    def factors(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of A and B in a flat tensor of this layout."""
-        middle = self.offset + self.rank * self.num_in
-        a = flat[self.offset : middle].view(self.rank, self.num_in)
-        return a, flat[middle : middle + self.rank * self.num_out].view(self.num_out, self.rank)
-
-    def lengths(self, flat: Tensor) -> Tensor:
-        """View of DoRA's lengths (PEFT's magnitude) [num_out], less those of the frozen weight's rows."""
-        end = self.offset + self.num_elements
-        return flat[end - self.num_out : end]
+    a: Parameter
+    b: Parameter
+    dora: Parameter | None
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        a = Parameter(
-            layer=self.layer, name=f"{self.site}.lora_A", shape=(self.rank, self.num_in), offset=self.offset, rank_axis=0,
-            bound=1 / math.sqrt(self.num_in),  # as PEFT draws it: Kaiming, a = sqrt 5
-        )
-        b = Parameter(
-            layer=self.layer, name=f"{self.site}.lora_B", shape=(self.num_out, self.rank), offset=a.offset + a.num_elements,
-            rank_axis=1, scale=self.scale,
-        )
-        if not self.dora:
-            return a, b
-        end = b.offset + b.num_elements
-        return a, b, Parameter(layer=self.layer, name=f"{self.site}.dora", shape=(self.num_out, 1), offset=end)
+        return tuple(p for p in self if p is not None)
 
     @property
-    def module(self) -> str:
-        """The module's full name in Hugging Face's model."""
-        return module_name(self.layer, self.site)
+    def end(self) -> int:
+        """The element of the flat tensor behind the site's last one."""
+        return self.parameters[-1].end
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """(layer, site)."""
+        return self.a.layer, self.a.site
 
 
 def lora_layout(arch: Architecture, config: LoraConfig) -> tuple[LoraSite, ...]:
@@ -109,13 +81,19 @@ def lora_layout(arch: Architecture, config: LoraConfig) -> tuple[LoraSite, ...]:
     require_matches(idle_ranks, names, "rank_pattern")
     require_matches(idle_alphas, names, "alpha_pattern")
     sites: list[LoraSite] = []
-    offset = 0
     for (layer, site), name in modules.items():
         rank, alpha = ranks.get(name, config.r), alphas.get(name, config.alpha)
         num_out, num_in = shapes[site]
-        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        sites.append(LoraSite(layer, site, rank, scale, num_out, num_in, offset, config.use_dora))
-        offset += sites[-1].num_elements
+        a = Parameter(
+            layer=layer, name=f"{site}.lora_A", shape=(rank, num_in), offset=sites[-1].end if sites else 0, rank_axis=0,
+            bound=1 / math.sqrt(num_in),  # as PEFT draws it: Kaiming, a = sqrt 5
+        )
+        b = Parameter(
+            layer=layer, name=f"{site}.lora_B", shape=(num_out, rank), offset=a.end, rank_axis=1,
+            scale=alpha / (math.sqrt(rank) if config.use_rslora else rank),
+        )
+        dora = Parameter(layer=layer, name=f"{site}.dora", shape=(num_out, 1), offset=b.end) if config.use_dora else None
+        sites.append(LoraSite(a, b, dora))
     return tuple(sites)
 
 
@@ -146,13 +124,17 @@ class LoraAdapter(Adapter):
         self.sites, self._bases = tuple(sites), bases
 
     @classmethod
+    def empty(cls, arch: Architecture, config: LoraConfig, *, dtype: torch.dtype, device: torch.device) -> LoraAdapter:
+        """One whose values have not been written."""
+        sites = lora_layout(arch, config)
+        return cls(config, sites, torch.empty(sites[-1].end, dtype=dtype, device=device), num_layers=arch.num_layers)
+
+    @classmethod
     def create(
         cls, arch: Architecture, config: LoraConfig, *, dtype: torch.dtype, device: torch.device, seed: int
     ) -> LoraAdapter:
         """A new LoRA adapter, which needs no backbone: A uniform, B zero."""
-        sites = lora_layout(arch, config)
-        flat = torch.empty(sum(site.num_elements for site in sites), dtype=dtype, device=device)
-        return cls(config, sites, flat, num_layers=arch.num_layers).start(seed)
+        return cls.empty(arch, config, dtype=dtype, device=device).start(seed)
 
     @torch.no_grad()
     def bind(self, weights: ModelWeights) -> None:
@@ -161,14 +143,14 @@ class LoraAdapter(Adapter):
         wide = torch.promote_types(self.flat.dtype, torch.float32)
         shapes, bases = linear_shapes(weights.architecture), {}
         for site in self.sites:
-            linears = weights.layers[site.layer].linears
-            name, together = next((item for item in MERGED.items() if site.site in item[1]), (site.site, (site.site,)))
+            layer, own_name = site.key
+            linears = weights.layers[layer].linears
+            name, together = next((item for item in MERGED.items() if own_name in item[1]), (own_name, (own_name,)))
             widths = [shapes[each][0] for each in together]
-            start = sum(widths[: together.index(site.site)])
-            own = linears[site.site]
+            start = sum(widths[: together.index(own_name)])
+            own = linears[own_name]
             lengths = torch.linalg.vector_norm(own.weight, dim=1, dtype=wide)
-            rows = slice(start, start + site.num_out)
-            bases[site.layer, site.site] = _Base(linears[name], sum(widths), rows, own.bias, lengths)
+            bases[site.key] = _Base(linears[name], sum(widths), slice(start, start + len(lengths)), own.bias, lengths)
         self._bases = bases
         self.refresh()
 
@@ -186,26 +168,25 @@ class LoraAdapter(Adapter):
             return
         end = self.flat.numel() if end is None else end
         for site in self.sites:
-            if not start < site.offset + site.num_elements <= end:
+            if site.dora is None or not start < site.end <= end:
                 continue
-            base, factor = self._bases[site.layer, site.site], self._factors[site.layer][f"{site.site}.dora"]
+            base, factors = self._bases[site.key], self._factors[site.dora.layer]
             norms = self._norms(site, base)
-            matrix = ((base.lengths - norms + site.lengths(self.flat)) / norms).to(self.flat.dtype)[:, None]
-            self._factors[site.layer][f"{site.site}.dora"] = factor._replace(
-                matrix=matrix, center=base.bias, slope=1 / norms
-            )
+            matrix = ((base.lengths - norms + site.dora.of(self.flat)[:, 0]) / norms).to(self.flat.dtype)[:, None]
+            factors[site.dora.name] = factors[site.dora.name]._replace(matrix=matrix, center=base.bias, slope=1 / norms)
 
     def _norms(self, site: LoraSite, base: _Base) -> Tensor:
         """|W + s B A| by rows [out], from products as thin as the rank: |W|^2 + 2 s (W A^T).B + s^2 (B A A^T).B."""
-        a, b = site.factors(self.flat)
-        product = a.new_empty(site.rank, base.width)
+        a, b = site.a.of(self.flat), site.b.of(self.flat)
+        scale = self._factors[site.b.layer][site.b.name].scale
+        product = a.new_empty(a.shape[0], base.width)
         base.linear.forward(product, a)
         product = product[:, base.rows] if base.bias is None else product[:, base.rows] - base.bias
         lengths = base.lengths
         wide_a, wide_b = a.to(lengths.dtype), b.to(lengths.dtype)
         cross = (product.T * wide_b).sum(1)
         own = ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
-        return (lengths.square() + 2 * site.scale * cross + site.scale**2 * own).clamp_(min=0).sqrt_()
+        return (lengths.square() + 2 * scale * cross + scale**2 * own).clamp_(min=0).sqrt_()
 
     def factor(self, layer: int, name: str) -> Factor | None:
         factor = super().factor(layer, name)
@@ -215,8 +196,7 @@ class LoraAdapter(Adapter):
     def _over(self, flat: Tensor, grad: Tensor | None) -> Self:
         other = type(self)(self.config, self.sites, flat, num_layers=self.num_layers, grad=grad, bases=self._bases)
         if self._bases is not None:
-            for site in self.sites:  # scalings are replaced, never written to
-                name, factors = f"{site.site}.dora", other._factors[site.layer]
-                own = self._factors[site.layer][name]
-                factors[name] = factors[name]._replace(matrix=own.matrix, center=own.center, slope=own.slope)
+            for p in (p for p in self.parameters if p.part == "dora"):  # scalings are replaced, never written to
+                own, factors = self._factors[p.layer][p.name], other._factors[p.layer]
+                factors[p.name] = factors[p.name]._replace(matrix=own.matrix, center=own.center, slope=own.slope)
         return other

@@ -27,10 +27,10 @@ _MAX_TOKENIZER_BYTES = 1 << 20
 """Of tokenizer.json only the beginning is read: added tokens stand there."""
 
 
-def list_names(names: Sequence[str], most: int = 5) -> str:
+def list_names(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(map(shown_name, names[:most])) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - 5
+    return ", ".join(map(shown_name, names[:5])) + (f" and {more} more" if more > 0 else "")
 
 
 def named_by(told: str | list[str] | None, modules: Sequence[str], field: str) -> set[str] | None:

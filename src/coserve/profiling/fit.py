@@ -6,8 +6,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coserve.core import Contents, PassCost, UnitCost
+from coserve.durable import write_file
 from coserve.scheduler.latency import TERMS, Coefficient, LatencyModel
 
 ProfilePoint = tuple[Contents, float]
@@ -297,14 +296,7 @@ def save_profile(path: Path, key: str, samples: Sequence[ProfilePoint]) -> None:
         } for contents, seconds in samples
     ]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_file(path, json.dumps(data).encode(), cached=True, mode=0o600)
 
 
 def load_profile(path: Path, key: str) -> list[ProfilePoint] | None:

@@ -3,11 +3,11 @@
 Owns: the order in which a request's sampling settings act, and the noise. Does not own: when a request ends, texts. A row of
 logits goes through
 
-    raw -> repetition penalty -> presence and frequency penalties -> logit_bias -> min_tokens -> the caller's hook
+    raw -> repetition penalty -> presence and frequency penalties -> logit_bias -> min_tokens
         -> temperature -> top_k -> top_p -> min_p -> noise -> argmax
 
-and a greedy row from the hook straight to the argmax. Log-probabilities are of the raw logits, as vLLM's are. Noise is keyed by
-(seed, position) and rows share no arithmetic that rounds, so neither batching nor preemption changes a result.
+and a greedy row from min_tokens straight to the argmax. Log-probabilities are of the raw logits, as vLLM's are. Noise is keyed
+by (seed, position) and rows share no arithmetic that rounds, so neither batching nor preemption changes a result.
 
 Shapes: B rows (requests), T tokens, V vocabulary.
 """
@@ -15,7 +15,7 @@ Shapes: B rows (requests), T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,19 +49,16 @@ class SamplerRow(NamedTuple):
     ending: frozenset[int]
 
 
-def sample_rows(
-    logits_BV: Tensor, rows: Sequence[SamplerRow], bias: Callable[[int, Tensor], None] | None = None
-) -> list[Sampled]:
+def sample_rows(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
     """The next token of each row. Leaves `logits_BV` as they are; waits for the device once, and once more for logprobs.
 
-    bias: called for each row with its number and its float32 logits [V], after all of the request's own settings but the
-    temperature and what follows; edits them in place. A row with NaN gives the place of its first NaN.
+    A row with NaN gives the place of its first NaN.
     """
     assert logits_BV.shape[0] == len(rows)
     if not rows:
         return []
     raw_BV = logits_BV.float()
-    edited_BV = _edited(raw_BV, rows, bias)
+    edited_BV = _edited(raw_BV, rows)
     tokens_B = edited_BV.argmax(-1)
     drawn = [number for number, row in enumerate(rows) if row.config.temperature >= _GREEDY_BELOW]
     for chunk in _chunks(drawn, raw_BV.shape[1]):
@@ -82,30 +79,23 @@ def prompt_logprobs(logits_TV: Tensor, next_tokens: Sequence[int], count: int) -
     return [_token_logprob(token, numbers) for token, numbers in zip(next_tokens, measured, strict=True)]
 
 
-def gumbel_noise(seed: int, position: int, size: int, device: torch.device) -> Tensor:
-    """float32 [size] of standard Gumbel noise: a hash of seed, position and index."""
-    return _noise([(seed, position)], size, device)[0]
-
-
-def _noise(keys: Iterable[tuple[int, int]], size: int, device: torch.device) -> Tensor:
-    """float32 [B, size]: the noise of each (seed, position)."""
+def gumbel_noise(keys: Iterable[tuple[int, int]], size: int, device: torch.device) -> Tensor:
+    """float32 [B, size] of standard Gumbel noise: a hash of each key, which is (seed, position), and of the index."""
     hashed_B1 = to_device([hash_key(seed, position) for seed, position in keys], device)[:, None]
     bits = mix32(mix32(torch.arange(size, device=device)) ^ hashed_B1)
     uniform = (bits.double() + 0.5) / 2**32
     return -torch.log(-torch.log(uniform)).float()
 
 
-def _edited(raw_BV: Tensor, rows: Sequence[SamplerRow], bias: Callable[[int, Tensor], None] | None) -> Tensor:
+def _edited(raw_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
     """The logits after everything that acts before the temperature: a copy, if anything does."""
     plain = [_is_plain(row) for row in rows]
-    if bias is None and all(plain):
+    if all(plain):
         return raw_BV
     edited_BV = raw_BV.clone()
     for number, row in enumerate(rows):
         if not plain[number]:
             _edit(edited_BV[number], row)
-        if bias is not None:
-            bias(number, edited_BV[number])
     return edited_BV
 
 
@@ -148,7 +138,7 @@ def _draw(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
     if filtered:
         index = to_device(filtered, device)
         scores_BV[index] = _filter(scores_BV[index], [rows[number].config for number in filtered])
-    return (scores_BV + _noise([(row.seed, row.position) for row in rows], scores_BV.shape[1], device)).argmax(-1)
+    return (scores_BV + gumbel_noise([(row.seed, row.position) for row in rows], scores_BV.shape[1], device)).argmax(-1)
 
 
 def _filter(scores_BV: Tensor, configs: Sequence[SamplingConfig]) -> Tensor:

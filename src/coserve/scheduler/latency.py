@@ -17,11 +17,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import mul
 from typing import NamedTuple
 
-from coserve.core import Contents, PassCost, UnitCost
+from coserve.core import Contents, PassCost, UnitCost, percentile
 
 
 class ErrorSummary(NamedTuple):
@@ -266,7 +266,7 @@ class LatencyModel:
         """
         if len(self._finetuning) < _RESERVE_MINIMUM:
             return 0.1
-        return _clamp(_percentile(self._finetuning, 0.95), 0.02, 0.5)
+        return _clamp(percentile(self._finetuning, 0.95), 0.02, 0.5)
 
     def errors(self) -> dict[str, ErrorSummary]:
         """The errors by kind of iteration, over the last 1000 of each kind. 'finetuning' is all kinds with finetuning work
@@ -275,16 +275,10 @@ class LatencyModel:
         training = [error for kind, errors in known.items() if _FINETUNING & set(kind.split("+")) for error in errors]
         pooled = {"finetuning": training} if training else {}
         return {
-            kind: ErrorSummary(len(errors), _percentile(errors, 0.5), _percentile(errors, 0.95))
+            kind: ErrorSummary(len(errors), percentile(errors, 0.5), percentile(errors, 0.95))
             for kind, errors in {**known, **pooled}.items()
         }
 
 
 def _clamp(value: float, low: float, high: float) -> float:
     return max(low, min(value, high))
-
-
-def _percentile(values: Iterable[float], share: float) -> float:
-    """The least value that at least `share` of the values don't exceed."""
-    ordered = sorted(values)
-    return ordered[math.ceil(share * len(ordered)) - 1]

@@ -94,18 +94,10 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         )
 
 
-def create_app(config: ServerConfig, *, report: Callable[[str], None] = _log.info) -> FastAPI:
-    """The application. Its lifespan opens the services. A caller that has opened them already puts them at `app.state.services`
-    and turns the lifespan off."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_services(config, report) as services:
-            app.state.services = services
-            yield
-
+def create_app(config: ServerConfig) -> FastAPI:
+    """The application. Before its first request the services of `open_services` must be at `app.state.services`."""
     app = FastAPI(
-        title="coserve", version=version("coserve"), lifespan=lifespan, redirect_slashes=False,
+        title="coserve", version=version("coserve"), redirect_slashes=False,
         docs_url=None, redoc_url=None,  # their pages load scripts from other hosts
         responses=ERROR_RESPONSES,
     )

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from coserve.config.settings import EngineConfig, SchedulerConfig
-from coserve.config.values import SloMs, read_memory, require, require_least
+from coserve.config.values import AUTO, SloMs, read_memory, require, require_least
 from coserve.core import ConfigError
 from coserve.server.hostnames import check_allowed
 
 DEFAULT_DATA_DIR = Path("coserve-data")
-AUTO = "auto"
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MODULE_JSON = '{"name": NAME, "path": DIRECTORY}'

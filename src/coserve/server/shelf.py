@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coserve.config.values import MAX_RANK
-from coserve.finetune.checkpoints import write_atomically
+from coserve.durable import write_directory
 from coserve.model.architecture import read_architecture
 from coserve.peft.format import admit_adapter
 from coserve.peft.gate import Base
@@ -64,7 +64,7 @@ class AdapterShelf:
                 warnings.extend(admit_adapter(source, place, base, max_rank=self._max_rank).warnings)
                 check_room(directory_bytes(str(place)))
 
-            write_atomically(target, fill)
+            write_directory(target, fill)
             return Admitted(str(target), tuple(warnings))
 
     async def admit_soon(self, source: Path, check_room: Callable[[int], None]) -> Admitted:

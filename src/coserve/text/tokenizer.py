@@ -170,10 +170,6 @@ class ChatTokenizer:
         text = self.decode([*before, token_id], skip_special_tokens=False)[len(self.decode(before)) :]
         return bool(text) and not text.strip()
 
-    def has_token(self, token_id: int) -> bool:
-        """Whether the vocabulary has a token of this id."""
-        return self._hf.convert_ids_to_tokens(token_id) is not None
-
     def ends(self, text: str, ids: Sequence[int]) -> list[int] | None:
         """Where in `text` each of its ids ends, in characters, as the tokenizer says; None if these aren't the text's ids."""
         for special in (True, False):

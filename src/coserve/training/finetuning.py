@@ -25,7 +25,7 @@ import torch
 from coserve.compiler.plan import ModelPlan
 from coserve.config.data import to_dict
 from coserve.config.settings import FinetuneConfig
-from coserve.finetune.checkpoints import write_atomically
+from coserve.durable import write_directory
 from coserve.finetune.datasets import Dataset
 from coserve.finetune.defaults import describe_settings
 from coserve.finetune.job import Job, JobEvent, StepRow, refuse_changes
@@ -191,7 +191,7 @@ def _open_job(request: JobRequest, model: str, facts: Mapping[str, Any]) -> None
         (temporary / "job.json").write_text(json.dumps(record, indent=2) + "\n")
 
     request.directory.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(request.directory, fill)
+    write_directory(request.directory, fill)
 
 
 def _recorded_dtype(directory: Path, device: torch.device) -> str:
@@ -204,7 +204,7 @@ def _recorded_dtype(directory: Path, device: torch.device) -> str:
 def _write_adapter(directory: Path, trainer: AdapterTrainer) -> None:
     """Puts the adapter's files into the output directory, each by rename, the configuration last."""
     staged = directory / "adapter"
-    write_atomically(staged, trainer.save)
+    write_directory(staged, trainer.save)
     for path in sorted(staged.iterdir(), key=lambda p: p.name == "adapter_config.json"):
         os.replace(path, directory / path.name)
     staged.rmdir()

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from coserve.cachedir import cache_directory
+from coserve.durable import write_file
 
 SOURCE = Path(__file__).parent / "rows.cpp"
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
@@ -52,11 +53,7 @@ def built_library(*, anew: bool = False) -> Path:
         try:
             content = _compile_in_child(Path(place)).read_bytes()
             made = directory / _file_name(name, content)
-            handle, whole = tempfile.mkstemp(suffix=".so", dir=directory)
-            with open(handle, "wb") as file:
-                file.write(content)
-            os.chmod(whole, 0o755)
-            os.replace(whole, made)  # at once: another process may look for it
+            write_file(made, content, cached=True, mode=0o755)
         except OSError as error:
             raise BuildError(f"the library can't be written: {error}") from error
     return made

@@ -1,11 +1,10 @@
-"""The data directory's disk: durable writes, its refusals as errors of the error tree, how many bytes a directory holds."""
+"""The data directory's disk: its refusals as errors of the error tree, how many bytes a directory holds."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from coserve.finetune.disk import is_full, refusal_of
 from coserve.server.errors import StorageRefused
@@ -38,20 +37,3 @@ def directory_bytes(path: str) -> int:
     except OSError:
         return total
     return total
-
-
-def write_new(path: Path, data: bytes) -> None:
-    """A new file, on disk when this returns."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Makes a directory's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

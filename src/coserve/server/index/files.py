@@ -30,9 +30,10 @@ import msgspec
 from starlette.datastructures import UploadFile
 
 from coserve.core import ConfigError, InvalidRequest, NotFound
+from coserve.durable import sync, write_file
 from coserve.finetune.jsonlines import UploadCheck
 from coserve.server.errors import Conflict, TooLarge
-from coserve.server.index.disk import storage_errors, sync_directory, write_new
+from coserve.server.index.disk import storage_errors
 from coserve.server.index.store import Store
 from coserve.server.records import FileRecord, new_id, now
 
@@ -82,14 +83,12 @@ class FileService:
         # One thread does all of it, since the upload is whole by now, in a temporary file of the form's parser.
         return await asyncio.to_thread(self._save, tenant, filename, upload.file, purpose, check=True)
 
-    def save_result(
-        self, tenant: str, filename: str, content: bytes, purpose: str = RESULTS, *, id: str | None = None
-    ) -> FileRecord:
+    def save_result(self, tenant: str, filename: str, content: bytes, *, id: str | None = None) -> FileRecord:
         """Keeps a file that a job has made. Raises CapacityError. id: the new file's; a file with this id stays as it is."""
         if id is not None:
             with suppress(NotFound):
                 return self._store.get_file(tenant, id)
-        return self._save(tenant, clean_filename(filename), io.BytesIO(content), purpose, check=False, id=id)
+        return self._save(tenant, clean_filename(filename), io.BytesIO(content), RESULTS, check=False, id=id)
 
     def path(self, record: FileRecord) -> Path:
         """Where a file's bytes are."""
@@ -145,13 +144,12 @@ class FileService:
                 record = FileRecord(
                     id=id, tenant=tenant, filename=filename, purpose=purpose, bytes=size, sha256=digest, created_at=now(),
                 )
-                write_new(staged / _META, json.dumps(dataclasses.asdict(record), indent=1).encode())
-                sync_directory(staged)
+                write_file(staged / _META, json.dumps(dataclasses.asdict(record), indent=1).encode())
                 with self._listing:
                     if check:
                         self._check_quota(tenant, size)  # other uploads may have come first
                     staged.rename(kept)
-                    sync_directory(self._directory)
+                    sync(self._directory)
                     self._store.add_file(record)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)

@@ -7,7 +7,6 @@ After a crash there is either the old file or the new one. Owns: the form of the
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,8 @@ from pathlib import Path
 import msgspec
 
 from coserve.core import InvalidRequest
-from coserve.server.index.disk import storage_errors, sync_directory
+from coserve.durable import write_file
+from coserve.server.index.disk import storage_errors
 from coserve.server.records import JobRecord
 
 MANIFEST_FILE = "request.json"
@@ -39,14 +39,8 @@ def is_job_id(text: str) -> bool:
 def write_manifest(directory: Path, record: JobRecord) -> None:
     """Replaces the manifest in an existing directory. Raises CapacityError if it can't be written; the old one stays."""
     data = msgspec.json.format(msgspec.json.encode(Manifest(schema_version=SCHEMA_VERSION, job=record)), indent=2)
-    temporary = directory / f".{MANIFEST_FILE}.tmp"
     with storage_errors():
-        with temporary.open("wb") as file:
-            file.write(data + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, directory / MANIFEST_FILE)
-        sync_directory(directory)
+        write_file(directory / MANIFEST_FILE, data + b"\n")
 
 
 def read_manifest(directory: Path) -> JobRecord:

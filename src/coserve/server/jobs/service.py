@@ -23,9 +23,10 @@ from typing import Any
 from coserve.config.data import finetune_config_from_dict, to_dict
 from coserve.config.settings import FinetuneConfig
 from coserve.core import CapacityError, CoserveError, NotFound
+from coserve.durable import sync
 from coserve.finetune.defaults import not_used
 from coserve.server.errors import Conflict, Forbidden, StorageRefused, TooLarge
-from coserve.server.index.disk import storage_errors, sync_directory
+from coserve.server.index.disk import storage_errors
 from coserve.server.index.files import FileService
 from coserve.server.index.manifest import find_manifests, is_job_id, write_manifest
 from coserve.server.index.store import Store
@@ -134,7 +135,7 @@ class JobService:
                 self._outputs.copy_start(record.id, source)
             write_manifest(directory, record)
             with storage_errors():
-                sync_directory(self._outputs.root)
+                sync(self._outputs.root)
             self._store.add_job(record)
         except BaseException:
             self._outputs.remove_unfinished_creation(record.id)

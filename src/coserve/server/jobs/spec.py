@@ -22,11 +22,11 @@ from coserve.config.settings import (
     Objective,
     OptimizerConfig,
 )
-from coserve.config.values import settled, shown
+from coserve.config.values import AUTO, settled, shown
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.batches import BatchOrder
 from coserve.finetune.defaults import adapter_size, auto_learning_rate, given_settings, resolve_settings, unused_settings
-from coserve.server.jobs.body import AUTO, CreateJob, Extras, Hyperparameters, PreferenceHyperparameters
+from coserve.server.jobs.body import CreateJob, Extras, Hyperparameters, PreferenceHyperparameters
 from coserve.server.settings import ServerConfig
 
 MAX_EPOCHS = 1000

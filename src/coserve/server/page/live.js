@@ -9,7 +9,7 @@ const LEAST_S = 60;
 const TIME_STEPS_S = [15, 30, 60, 120];
 const PERIOD_MS = 1000;
 const GAP_S = 5;
-const ENOUGH = 100; // values of which a 99th percentile is more than the largest, and is judged
+const ENOUGH = 100; // values that a 99th percentile must be of to be judged
 const COLUMNS = ["time", "inference", "finetuning", "ttft50", "ttft99", "tpot50", "tpot99"];
 const SEGMENTS = [
   ["used", "Requests", "--inference"],
@@ -122,7 +122,7 @@ export class LiveView {
       const { p99, count } = inference[`${name}_ms`];
       const limit = objectives[`${name}_ms`];
       setText(byId(`tile-${name}`), milliseconds(p99));
-      setText(byId(`of-${name}`), count > 0 && count < ENOUGH ? `slowest of ${count}` : "p99");
+      setText(byId(`of-${name}`), count > 0 && count < ENOUGH ? `p99 of ${count}` : "p99");
       const late = limit !== null && p99 !== null && p99 > limit;
       setText(byId(`note-${name}`), late ? `over the objective of ${milliseconds(limit)}` : objectiveNote(limit));
       byId(`tile-box-${name}`).classList.toggle("late", late && count >= ENOUGH);

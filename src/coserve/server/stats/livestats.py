@@ -6,7 +6,6 @@ Reading doesn't change the figures, so that several viewers see the same ones.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -31,26 +30,15 @@ class Window:
         self._entries.append((time_s, value))
 
     def values(self, now_s: float) -> list[float]:
-        """The numbers that are not too old, in rising order."""
+        """The numbers that are not too old, in order of time."""
         while self._entries and self._entries[0][0] < now_s - self.span_s:
             self._entries.popleft()
-        return sorted(value for time_s, value in self._entries if time_s >= now_s - self.span_s)
+        return [value for time_s, value in self._entries if time_s >= now_s - self.span_s]
 
     def mean(self, now_s: float) -> float | None:
         """The mean of the numbers; None without any."""
         values = self.values(now_s)
         return sum(values) / len(values) if values else None
-
-
-def percentile(ordered: list[float], share: float) -> float | None:
-    """The smallest value that at least a share of all values don't exceed (nearest rank); None without values.
-
-    ordered: the values in rising order.
-    share: in (0, 1].
-    """
-    if not ordered:
-        return None
-    return ordered[max(math.ceil(share * len(ordered) - 1e-9), 1) - 1]
 
 
 class Counters:

@@ -22,12 +22,12 @@ from prometheus_client.registry import Collector
 
 from coserve.config.settings import SamplingConfig
 from coserve.config.values import SloMs
-from coserve.core import Slo
+from coserve.core import Slo, percentile
 from coserve.scheduler.slo import asked_slo
 from coserve.server.link.messages import JobEnded, JobHappened, Tokens
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.enginemetrics import COUNTERS, engine_families, server_families, vllm_aliases
-from coserve.server.stats.livestats import Counters, Window, percentile
+from coserve.server.stats.livestats import Counters, Window
 
 WINDOW_S = 60.0
 """Seconds that percentiles and attainment look back."""
@@ -229,9 +229,9 @@ class ServerMetrics:
 
 
 def _percentiles_ms(window: Window, now_s: float) -> dict[str, float | None]:
-    ordered = window.values(now_s)
-    values = {"p50": percentile(ordered, 0.5), "p99": percentile(ordered, 0.99)}
-    return {"count": len(ordered), **{name: None if value is None else value * 1e3 for name, value in values.items()}}
+    values = window.values(now_s)
+    p50, p99 = (percentile(values, share) * 1e3 if values else None for share in (0.5, 0.99))
+    return {"count": len(values), "p50": p50, "p99": p99}
 
 
 @dataclass(slots=True)

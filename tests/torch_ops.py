@@ -1,4 +1,4 @@
-"""The vocabulary on differentiable tensors: the decoder as an ordinary PyTorch model, an oracle in tests.
+"""The operator vocabulary on differentiable tensors: the decoder as an ordinary PyTorch model, which tests compare with.
 
 T packed rows, K head width. Sequences are packed: `starts` gives the first row of each.
 """
