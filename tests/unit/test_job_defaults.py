@@ -27,10 +27,10 @@ from coserve.finetune.defaults import describe_settings, given_settings, resolve
 from coserve.finetune.job import JobEvent
 from coserve.peft.described import described_adapter
 from coserve.runtime.loaded import LoadedModel
-from coserve.server.jobs.body import read_body
 from coserve.server.jobs.spec import read_spec, resolve, unused
 from coserve.server.settings import ServerConfig
 from coserve.training.finetuning import finetune
+from tests.server.jobforms import read_body
 from tests.tiny_directory import chat_lines, preference_lines, write_lines
 from tests.tiny_engine import MakeEngine, build_model, drive
 from tests.unit.conftest import config_of

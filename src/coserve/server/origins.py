@@ -10,7 +10,7 @@ neither Origin nor Sec-Fetch-Site. Where keys are asked for, nothing is checked 
 other website can read or guess it.
 
 Owns: these rules. Does not own: which names are the server's (hostnames.py), the headers that let an allowed origin read
-(Starlette's CORSMiddleware, see app.py), bodies' content types (inference/bodies.py).
+(Starlette's CORSMiddleware, see app.py), bodies' content types (bodies/reader.py).
 """
 
 from __future__ import annotations

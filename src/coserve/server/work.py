@@ -3,7 +3,7 @@
     tenant a   [work work work work]      at most NUM_THREADS - 1 of them at once
     tenant b   [work]                     its first work is next, however many of a's wait
 
-A thread doesn't help where it keeps Python's lock: what runs here is bounded beforehand (inference/bodies.py), or gives the
+A thread doesn't help where it keeps Python's lock: what runs here is bounded beforehand (bodies/parse.py), or gives the
 lock back by itself, as tokenizers do. Owns: whose work is next, what a tenant may hold at once. Does not own: the work.
 """
 

@@ -5,16 +5,14 @@ Owns: which fields there are, what is said about one that isn't known. Does not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from coserve.config.settings import Activation, AdapterKind, Compression, Placement
 from coserve.config.values import AUTO, is_number
-from coserve.core import InvalidRequest
-from coserve.server.handlers import field_name
+from coserve.server.bodies.forms import Body, Form
 from coserve.server.jobs.hints import FieldHints
 
 _LIMIT = 2**31 - 1
@@ -38,13 +36,10 @@ def _whole_or_auto(value: Any) -> int | float | str:
 
 
 def _text(value: Any) -> str:
-    """A string that UTF-8 and every database can write."""
     if not isinstance(value, str):
         raise PydanticCustomError("text", "must be a string")
-    if len(value) > _MAX_VALUE:  # first: the rest looks at every character
+    if len(value) > _MAX_VALUE:
         raise PydanticCustomError("text", f"must have at most {_MAX_VALUE} characters")
-    if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise PydanticCustomError("text", "holds a NUL or half of a surrogate pair; write whole characters")
     return value
 
 
@@ -91,11 +86,7 @@ RateOrAuto = Annotated[Rate | None, BeforeValidator(_auto_is_absent, json_schema
 CountOrAuto = Annotated[Count | None, BeforeValidator(_auto_is_absent, json_schema_input_type=Count | Literal["auto"] | None)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Hyperparameters(_Body):
+class Hyperparameters(Body):
     """A number, or auto, whose rules are in docs/finetuning.md."""
 
     n_epochs: Number = AUTO
@@ -109,19 +100,19 @@ class PreferenceHyperparameters(Hyperparameters):
     beta: Number = AUTO
 
 
-class Supervised(_Body):
+class Supervised(Body):
     """What is told about supervised finetuning."""
 
     hyperparameters: Hyperparameters | None = None
 
 
-class Preference(_Body):
+class Preference(Body):
     """What is told about DPO."""
 
     hyperparameters: PreferenceHyperparameters | None = None
 
 
-class Method(_Body):
+class Method(Body):
     """OpenAI's choice of a method. reinforcement isn't supported."""
 
     type: Text
@@ -130,7 +121,7 @@ class Method(_Body):
     reinforcement: dict[str, Any] | None = None
 
 
-class Wandb(_Body):
+class Wandb(Body):
     """A run of Weights & Biases, written offline."""
 
     project: Text
@@ -139,14 +130,14 @@ class Wandb(_Body):
     tags: list[Text] | None = Field(default=None, max_length=50)
 
 
-class Integration(_Body):
+class Integration(Body):
     """Where metrics go too."""
 
     type: Literal["wandb", "tensorboard"]
     wandb: Wandb | None = None
 
 
-class Extras(_Body):
+class Extras(Body):
     """Fields beyond OpenAI's (extra_body of its client); what each does is said at FinetuneConfig's fields. adapter: a kind,
     which has some of the fields from rank to activation. priority: lower runs earlier; weight: share among running jobs;
     deadline: Unix seconds, earlier ones run first among equal priority."""
@@ -199,32 +190,4 @@ class CreateJob(Extras):
     integrations: list[Integration] | None = Field(default=None, max_length=5)
 
 
-_MODELS: tuple[type[BaseModel], ...] = (
-    CreateJob, Method, Supervised, Preference, PreferenceHyperparameters, Hyperparameters, Integration, Wandb
-)
-_HINTS = FieldHints(CreateJob, deprecated=("hyperparameters",))
-_FIELDS = frozenset(name for model in _MODELS for name in model.model_fields)
-
-
-def read_body(data: Any) -> CreateJob:
-    """Raises InvalidRequest that names the field."""
-    try:
-        return CreateJob.model_validate(data)
-    except ValidationError as error:
-        raise explain(error.errors(include_url=False)) from error
-
-
-def explain(errors: Sequence[Any]) -> InvalidRequest:
-    """The first validation error of a body, in a user's words: with the field's path, and for an unknown field the known one
-    that was probably meant. errors: pydantic's, of a body in this form."""
-    first = errors[0]
-    path = first["loc"]
-    if first["type"] == "extra_forbidden":
-        message = _HINTS.of([part for part in path if part != "body"], first.get("input"))
-    else:  # without the names that pydantic gives to the branches of a choice
-        path = [part for part in path if isinstance(part, int) or part in _FIELDS]
-        message = "the field is missing" if first["type"] == "missing" else first["msg"]
-    param = field_name(path) or "body"
-    if not param.isprintable():
-        param = "body"
-    return InvalidRequest(f"{param}: {message}", param=param)
+CREATE_FORM = Form(model=CreateJob, wording=FieldHints(CreateJob, deprecated=("hyperparameters",)).wording)

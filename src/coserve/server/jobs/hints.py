@@ -34,7 +34,13 @@ class FieldHints:
             current = [home for home in homes if home not in deprecated]
             homes[:] = current or homes
 
-    def of(self, path: Sequence[int | str], value: Any) -> str:
+    def wording(self, path: Sequence[int | str], error: Any) -> str:
+        """What is said about a wrong field. error: pydantic's."""
+        if error["type"] == "extra_forbidden":
+            return self._of(path, error.get("input"))
+        return "the field is missing" if error["type"] == "missing" else str(error["msg"])
+
+    def _of(self, path: Sequence[int | str], value: Any) -> str:
         """A message about the last part of `path`, which isn't known there."""
         name, place = str(path[-1]), tuple(part for part in path[:-1] if not isinstance(part, int))
         level = self._levels.get(place)

@@ -17,8 +17,10 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from coserve.config.settings import SamplingConfig
 from coserve.core import InvalidRequest
+from coserve.server.bodies.forms import Form
+from coserve.server.bodies.parse import MAX_VALUES
+from coserve.server.bodies.reader import body_reader
 from coserve.server.inference.answers import Answers, Asker, Question
-from coserve.server.inference.bodies import body_reader, openapi_body
 from coserve.server.inference.fields import CHAT, COMPLETIONS
 from coserve.server.inference.limits import check_amounts, check_logprobs
 from coserve.server.inference.pieces import PiecesResponse, encode_large
@@ -39,8 +41,12 @@ from coserve.server.records import new_id, now
 from coserve.server.services import Served, Services, Tenant
 
 router = APIRouter(tags=["inference"])
-ChatBody = Annotated[ChatRequest, Depends(body_reader(ChatRequest, CHAT, check_amounts))]
-CompletionBody = Annotated[CompletionRequest, Depends(body_reader(CompletionRequest, COMPLETIONS, check_amounts))]
+CHAT_FORM = Form(model=ChatRequest, prepare=lambda body: check_amounts(CHAT.apply(body)), max_values=MAX_VALUES)
+COMPLETION_FORM = Form(
+    model=CompletionRequest, prepare=lambda body: check_amounts(COMPLETIONS.apply(body)), max_values=MAX_VALUES
+)
+ChatBody = Annotated[ChatRequest, Depends(body_reader(CHAT_FORM))]
+CompletionBody = Annotated[CompletionRequest, Depends(body_reader(COMPLETION_FORM))]
 _CLIENT_LEFT = 499
 """The status of a request whose client has left: only a log shows it."""
 _LONG_ANSWER = 1 << 10
@@ -62,7 +68,7 @@ class _Exchange:
     opening: dict[str, Any] = field(default_factory=dict)
 
 
-@router.post("/v1/chat/completions", openapi_extra=openapi_body(ChatRequest))
+@router.post("/v1/chat/completions", openapi_extra=CHAT_FORM.openapi)
 async def create_chat_completion(request: Request, services: Served, tenant: Tenant, body: ChatBody) -> Response:
     """A conversation's next turn."""
     arrival_s = time.monotonic()
@@ -105,7 +111,7 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
     return await _respond(request, exchange, "chat.completion.chunk")
 
 
-@router.post("/v1/completions", openapi_extra=openapi_body(CompletionRequest))
+@router.post("/v1/completions", openapi_extra=COMPLETION_FORM.openapi)
 async def create_completion(request: Request, services: Served, tenant: Tenant, body: CompletionBody) -> Response:
     """Continuations of one or more prompts."""
     arrival_s = time.monotonic()
