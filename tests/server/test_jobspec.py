@@ -18,15 +18,12 @@ SERVER = ServerConfig(max_lora_rank=32)
 LENGTH = 512
 
 
-def spec_of(**fields: Any) -> Any:
-    return read_spec(read_body({"model": "base", "training_file": "file-1", **fields}), SERVER, LENGTH)
+def spec_of(server: ServerConfig = SERVER, **fields: Any) -> Any:
+    return read_spec(read_body({"model": "base", "training_file": "file-1", **fields}), server, LENGTH)
 
 
 def resolved(num_examples: int, server: ServerConfig = SERVER, **fields: Any) -> Resolved:
-    spec = spec_of(**fields)
-    return resolve(
-        spec.method, spec.settings, seed=spec.seed, num_examples=num_examples, server=server, max_model_len=LENGTH
-    )
+    return resolve(spec_of(server, **fields).config, num_examples)
 
 
 @pytest.mark.parametrize(("num_examples", "epochs", "batch", "steps", "checkpoint"), [

@@ -50,11 +50,8 @@ def from_api(
     num_examples: int, continued: AdapterConfig | None = None, width: int | None = None, **fields: Any
 ) -> FinetuneConfig:
     server = ServerConfig(max_lora_rank=512)
-    spec = read_spec(read_body({"model": "base", "training_file": "f", **fields}), server, 512, continued)
-    return resolve(
-        spec.method, spec.settings, seed=0, num_examples=num_examples, server=server, max_model_len=512, continued=continued,
-        hidden_size=width,
-    ).config
+    spec = read_spec(read_body({"model": "base", "training_file": "f", "seed": 0, **fields}), server, 512, continued, width)
+    return resolve(spec.config, num_examples, continued=continued, hidden_size=width).config
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from coserve.config.data import to_dict
+from coserve.config.data import KNOBS, to_dict
 from coserve.config.settings import LINEAR_SITES, AdapterConfig, BottleneckConfig, FinetuneConfig, LoraConfig, Objective
 from coserve.config.values import AUTO, is_number, settled
 from coserve.finetune.batches import BatchOrder
@@ -116,9 +116,6 @@ def describe_adapter(adapter: AdapterConfig) -> str:
     return _kind(adapter)
 
 
-_WORDS = {"r": "rank", "use_dora": "kind"}
-
-
 def unused_settings(given: Mapping[str, Any], used: AdapterConfig) -> list[str]:
     """Settings that were asked for and that the continued adapter doesn't have, each as 'rank 16 (it has 4)'. given: {name:
     value} by the names of adapters' settings, with `kind` if that was asked for. used: the continued adapter's settings."""
@@ -130,9 +127,9 @@ def unused_settings(given: Mapping[str, Any], used: AdapterConfig) -> list[str]:
         if name == "kind":
             continue
         if name not in values:
-            found.append(f"{_WORDS.get(name, name)} {_shown(value)} (it has none)")
+            found.append(f"{KNOBS[name].word} {_shown(value)} (it has none)")
         elif _comparable(name, value) != _comparable(name, values[name]):
-            found.append(f"{_WORDS.get(name, name)} {_shown(value)} (it has {_shown(values[name])})")
+            found.append(f"{KNOBS[name].word} {_shown(value)} (it has {_shown(values[name])})")
     return found
 
 

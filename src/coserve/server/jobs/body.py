@@ -5,13 +5,15 @@ Owns: which fields there are, what is said about one that isn't known. Does not 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic import BeforeValidator, Field, PlainValidator, create_model
 from pydantic_core import PydanticCustomError
 
-from coserve.config.settings import Activation, AdapterKind, Compression, Placement
-from coserve.config.values import AUTO, is_number
+from coserve.config.data import KNOBS, Knob
+from coserve.config.settings import AdapterKind, Targets
+from coserve.config.values import AUTO, Auto, Memory, is_number
 from coserve.server.bodies.forms import Body, Form
 from coserve.server.jobs.hints import FieldHints
 
@@ -71,7 +73,7 @@ Number = Annotated[Any, PlainValidator(_number_or_auto, json_schema_input_type=_
 Whole = Annotated[Any, PlainValidator(_whole_or_auto, json_schema_input_type=int | Literal["auto"])]
 Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str)]
 Pairs = Annotated[dict[str, str], PlainValidator(_pairs, json_schema_input_type=dict[str, str])]
-Targets = Annotated[Any, PlainValidator(_targets, json_schema_input_type=list[str] | Literal["all-linear"])]
+TargetNames = Annotated[Any, PlainValidator(_targets, json_schema_input_type=list[str] | Literal["all-linear"])]
 MemoryLimit = Annotated[Any, PlainValidator(_memory, json_schema_input_type=float | str)]
 Count = Annotated[int, Field(ge=0, le=_LIMIT)]
 Size = Annotated[int, Field(ge=1, le=_LIMIT)]
@@ -82,8 +84,8 @@ def _auto_is_absent(value: Any) -> Any:
     return None if value == AUTO else value
 
 
-RateOrAuto = Annotated[Rate | None, BeforeValidator(_auto_is_absent, json_schema_input_type=Rate | Literal["auto"] | None)]
-CountOrAuto = Annotated[Count | None, BeforeValidator(_auto_is_absent, json_schema_input_type=Count | Literal["auto"] | None)]
+RateOrAuto = Annotated[Rate | None, BeforeValidator(_auto_is_absent, json_schema_input_type=Rate | Auto | None)]
+CountOrAuto = Annotated[Count | None, BeforeValidator(_auto_is_absent, json_schema_input_type=Count | Auto | None)]
 
 
 class Hyperparameters(Body):
@@ -137,46 +139,23 @@ class Integration(Body):
     wandb: Wandb | None = None
 
 
-class Extras(Body):
-    """Fields beyond OpenAI's (extra_body of its client); what each does is said at FinetuneConfig's fields. adapter: a kind,
-    which has some of the fields from rank to activation. priority: lower runs earlier; weight: share among running jobs;
-    deadline: Unix seconds, earlier ones run first among equal priority."""
-
-    adapter: AdapterKind | None = None
-    rank: Size | None = None
-    alpha: Rate | None = None
-    dropout: Rate | None = None
-    target_modules: Targets | None = None
-    feedforward_modules: list[Text] | None = Field(default=None, max_length=_MAX_TARGETS)
-    size: Size | None = None
-    placement: Placement | None = None
-    activation: Activation | None = None
-    learning_rate: RateOrAuto = None
-    schedule: Text | None = None
-    warmup_steps: Count | None = None
-    warmup_ratio: Rate | None = None
-    weight_decay: Rate | None = None
-    max_grad_norm: Rate | None = None
-    max_length: Count | None = None
-    too_long: Text | None = None
-    system_prompt: Text | None = None
-    allow_control_tokens: bool | None = None
-    template_date: Text | None = None
-    max_microbatch_tokens: Count | None = None
-    activation_memory: MemoryLimit | None = None
-    activation_compression: Compression | None = None
-    checkpoint_steps: CountOrAuto = None
-    keep_checkpoints: Count | None = None
-    validation_steps: Count | None = None
-    max_steps: Count | None = None
-    deterministic: bool | None = None
-    priority: Annotated[int, Field(ge=-_LIMIT, le=_LIMIT)] | None = None
-    weight: Annotated[float, Field(gt=0, le=1000)] | None = None
-    deadline: Annotated[int, Field(ge=0, le=2**40)] | None = None
+_TYPES: Mapping[Any, Any] = {
+    bool: bool, str: Text, int: Count, float: Rate, int | Auto: CountOrAuto, float | Auto: RateOrAuto, Memory: MemoryLimit,
+    Targets: TargetNames, tuple[str, ...]: Annotated[list[Text], Field(max_length=_MAX_TARGETS)],
+}
+"""Type of a setting -> type of its field in a body. A choice of a few words keeps its type."""
+_OTHER_TYPES: Mapping[str, Any] = {"rank": Size, "size": Size, **dict.fromkeys(("schedule", "too_long", "system_prompt"), Text)}
+"""By name. Text: which words there are is checked with the other settings only (config/settings.py)."""
+SETTINGS: Mapping[str, Knob] = {knob.word: knob for knob in KNOBS.values() if knob.told.get("api")}
+"""Settings of a job that a body has as fields beyond OpenAI's (extra_body of its client), by the fields' names."""
 
 
-class CreateJob(Extras):
-    """POST /v1/fine_tuning/jobs."""
+class JobFields(Body):
+    """The body's fields that are no settings of a job.
+
+    adapter: a kind, which has some of the adapters' settings. priority: a lower number runs earlier. weight: the job's share of
+    the time of running jobs. deadline: in Unix seconds; of jobs with equal priority the one with the earliest runs first.
+    """
 
     model: Text
     training_file: Text
@@ -188,6 +167,19 @@ class CreateJob(Extras):
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     metadata: Pairs | None = None
     integrations: list[Integration] | None = Field(default=None, max_length=5)
+    adapter: AdapterKind | None = None
+    priority: Annotated[int, Field(ge=-_LIMIT, le=_LIMIT)] | None = None
+    weight: Annotated[float, Field(gt=0, le=1000)] | None = None
+    deadline: Annotated[int, Field(ge=0, le=2**40)] | None = None
 
 
+def _field(knob: Knob) -> Any:
+    chosen = _OTHER_TYPES.get(knob.word) or (knob.type if get_origin(knob.type) is Literal else _TYPES[knob.type])
+    return chosen | None, None
+
+
+CreateJob: type[JobFields] = create_model(
+    "CreateJob", __base__=JobFields, __doc__="POST /v1/fine_tuning/jobs.",
+    **{name: _field(knob) for name, knob in SETTINGS.items()},
+)
 CREATE_FORM = Form(model=CreateJob, wording=FieldHints(CreateJob, deprecated=("hyperparameters",)).wording)

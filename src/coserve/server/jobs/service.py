@@ -29,7 +29,7 @@ from coserve.server.index.disk import storage_errors, sync_directory
 from coserve.server.index.files import FileService
 from coserve.server.index.manifest import find_manifests, is_job_id, write_manifest
 from coserve.server.index.store import Store
-from coserve.server.jobs.body import CreateJob
+from coserve.server.jobs.body import JobFields
 from coserve.server.jobs.data import DataReader
 from coserve.server.jobs.objects import Pace, has_ended, job_object
 from coserve.server.jobs.outputs import JobOutputs
@@ -86,7 +86,7 @@ class JobService:
 
     # --- creation ---
 
-    async def create(self, tenant: str, body: CreateJob) -> JobRecord:
+    async def create(self, tenant: str, body: JobFields) -> JobRecord:
         """A job, in validating_files. Raises InvalidRequest, NotFound (model), CapacityError."""
         most = self._config.max_tenant_jobs
         unfinished = sum(live.record.tenant == tenant for live in self._runner.live.values())
@@ -98,7 +98,7 @@ class JobService:
         finally:
             self._creating[tenant] -= 1
 
-    async def _create(self, tenant: str, body: CreateJob) -> JobRecord:
+    async def _create(self, tenant: str, body: JobFields) -> JobRecord:
         if (problem := await asyncio.to_thread(self._disk_problem, tenant)) is not None:
             raise TooLarge(f"training_file: {problem}", param="training_file")
         model = await asyncio.to_thread(self._models.find, tenant, body.model)
@@ -107,7 +107,8 @@ class JobService:
             found = await asyncio.to_thread(self._models.find_record, tenant, body.model)
             source = Path((await asyncio.to_thread(self._models.find_files, found)).directory)
         continued = None if source is None else await asyncio.to_thread(self._outputs.continued, source)
-        spec = read_spec(body, self._config, self._engine.info.max_model_len, continued)
+        info = self._engine.info
+        spec = read_spec(body, self._config, info.max_model_len, continued, info.hidden_size or None)
         created_at = now()
         record = JobRecord(
             id=new_id("ftjob"), tenant=tenant, created_at=created_at, base=body.model, training_file=body.training_file,
@@ -170,11 +171,8 @@ class JobService:
             if report is None:
                 return  # cancelled
             start = self._outputs.start_directory(record)
-            resolved = resolve(
-                record.method, record.settings, seed=record.seed, num_examples=report.num_examples, server=self._config,
-                max_model_len=info.max_model_len, hidden_size=info.hidden_size or None,
-                continued=None if start is None else await asyncio.to_thread(self._outputs.continued, start),
-            )
+            continued = None if start is None else await asyncio.to_thread(self._outputs.continued, start)
+            resolved = resolve(config, report.num_examples, continued=continued, hidden_size=info.hidden_size or None)
         except StorageRefused as error:
             _log.warning("the files of a job can't be validated yet: %s", error, extra={"job": record.id})
             runner.spawn(self._validate_later(live))
@@ -190,8 +188,8 @@ class JobService:
             runner.note(record.id, warning, level="warn")
         runner.note(record.id, f"Files validated, moving job to queued state: {report.summary}")
         runner.change(
-            live, manifest=True, status="queued", config=to_dict(_dated(resolved.config, record.created_at)),
-            method=resolved.method, num_steps=resolved.num_steps,
+            live, manifest=True, status="queued", config=to_dict(resolved.config), method=resolved.method,
+            num_steps=resolved.num_steps,
         )
         runner.advance()
 
