@@ -42,7 +42,7 @@ add_plan(app)
 app.command()(demo)
 console = Console()
 notes = Console(stderr=True, quiet=not sys.stderr.isatty())
-"""For lines that only people want, while a result may go into a pipe."""
+"""For lines that only people want. A result on standard output may go into a pipe."""
 
 DEVICE_HELP = "auto, cpu or cuda."
 DTYPE_HELP = "auto (bfloat16 on CUDA and on CPUs that multiply it, else float32), float32, bfloat16, float64."
@@ -51,7 +51,7 @@ DtypeOption = Annotated[str, typer.Option(help=DTYPE_HELP)]
 
 
 class TrainingDisplay:
-    """Events of a job as a progress bar on a terminal, as lines elsewhere."""
+    """Shows events of a job: as a progress bar on a terminal, as lines elsewhere."""
 
     def __init__(self) -> None:
         self.progress = Progress(
@@ -192,7 +192,7 @@ def _warn(message: str) -> None:
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning for users is one line; others keep Python's form, with the place in the code."""
+    """Writes a warning for users as one line. Other warnings keep Python's form, with the place in the code."""
     if category is UserWarning:
         return f"warning: {message}\n"
     return _python_format(message, category, filename, lineno, line)

@@ -49,14 +49,14 @@ _LAST_ANSWERS_S = 2.0
 _SWITCH_S = 1e-3
 """Seconds after which a thread that computes is asked to give Python's lock to another one."""
 _NO_KEY = "EMPTY"
-"""The key to write where none is asked for: OpenAI's client insists on one."""
+"""The key shown in examples if the server asks for none, since OpenAI's client insists on one."""
 
 DataDirOption = Annotated[Path | None, typer.Option(help="Files, jobs, adapters and the index (coserve-data).")]
 DatabaseOption = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the index (SQLite in the data directory).")]
 
 
 class _ServeCommand(TyperCommand):
-    """Takes vLLM's flags that ask for what happens anyway."""
+    """Accepts flags of vLLM that ask for what happens anyway."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, drop_flags(args))
@@ -89,7 +89,7 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to this module, since uvicorn would raise them once more at its end. lines: logged once it listens."""
+    """Leaves signals to this module, since uvicorn would raise them once more at its end. lines: are logged once it listens."""
 
     lines: Sequence[str] = ()
 
@@ -114,7 +114,7 @@ async def run_server(config: ServerConfig) -> None:
         timeout_graceful_shutdown=int(config.shutdown_timeout + _LAST_ANSWERS_S),
     ))
     with bind(config.host, config.port) as listener:
-        ends = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores it
+        ends = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # as nohup does
         for number in ends:
             loop.add_signal_handler(number, this.cancel)
         try:
@@ -160,15 +160,15 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _keep_loop_free() -> None:
-    """Threads that read requests give Python's lock to the event loop sooner, and what was made for the start (hundreds of
-    thousands of objects, most of them of imported packages) isn't looked through again by every full collection of garbage."""
+    """Has threads give Python's lock to the event loop sooner, and takes all objects made so far out of garbage collection.
+    They are hundreds of thousands, most of imported packages, and each full collection would look through them again."""
     sys.setswitchinterval(_SWITCH_S)
     gc.collect()
     gc.freeze()
 
 
 def _allow_many_files() -> None:
-    """Each connection is one; the usual limit is low and may be raised."""
+    """Raises the limit of open files to what is allowed, since each connection is one and the usual limit is low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):
@@ -256,6 +256,6 @@ def _time(seconds: int) -> str:
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Puts them into the command `coserve`."""
+    """Adds `serve` and `keys` to the command `coserve`."""
     app.command("serve", cls=_ServeCommand)(serve)
     app.add_typer(keys_app, name="keys")

@@ -77,7 +77,7 @@ class Knob(NamedTuple):
 
 
 def _knobs(cls: type = FinetuneConfig, section: str = "") -> Iterator[Knob]:
-    """One for each field, those of a section in the section's place."""
+    """A knob for each field, in order. A section's fields come in its place."""
     for f in dataclasses.fields(cls):
         if f.name in _SECTIONS:
             yield from _knobs(_SECTIONS[f.name], f.name)
@@ -121,12 +121,12 @@ ADAPTERS: Mapping[str, tuple[str, type]] = {
     "lora": ("lora", LoraConfig), "dora": ("lora", LoraConfig), "ia3": ("ia3", IA3Config),
     "bottleneck": ("bottleneck", BottleneckConfig),
 }
-"""Kind -> its settings: their name in FinetuneConfig, and their class."""
+"""Kind -> the field of FinetuneConfig with its settings, and their class."""
 
 
 def adapter_of_kind(kind: str, given: Mapping[str, Any], words: Mapping[str, str]) -> AdapterConfig:
-    """An adapter's settings. given: {word: value}, in the caller's words; words: {word: field} of all that the caller may give,
-    whatever the kind. Raises ConfigError, also for a setting that the kind doesn't have."""
+    """An adapter's settings. given: {word: value}, in the caller's words. words: {word: field} for the settings of all kinds.
+    Raises ConfigError, also for a setting that the kind doesn't have."""
     require(kind in ADAPTERS, "adapter", f"must be one of {', '.join(ADAPTERS)}, got {kind!r}")
     section, cls = ADAPTERS[kind]
     fields = {f.name for f in dataclasses.fields(cls)}

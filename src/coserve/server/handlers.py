@@ -39,7 +39,7 @@ def plain_body(status: int, message: str, param: str | None = None) -> dict[str,
 
 
 async def on_coserve_error(request: Request, error: Exception) -> Response:
-    """One of ours, by its class."""
+    """The response to one of our own errors."""
     assert isinstance(error, CoserveError)
     status, headers = status_of(error), {}
     if status in (429, 503):
@@ -57,7 +57,7 @@ async def on_invalid_request(request: Request, error: Exception) -> Response:
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """No such route, another method, a body that breaks off."""
+    """The response where there is no such route, or not with this method, or where a body breaks off."""
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path[:_LONGEST]}"
     known = {404: f"there is no {where}", 405: f"{where}: this route takes other methods"}
@@ -66,7 +66,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Gives the application all of them."""
+    """Adds these handlers to an application."""
     app.add_exception_handler(CoserveError, on_coserve_error)
     app.add_exception_handler(RequestValidationError, on_invalid_request)
     app.add_exception_handler(HTTPException, on_http_error)

@@ -105,7 +105,7 @@ _TOKENIZE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldPolicy:
-    """One route's. implemented: names of the fields of its model."""
+    """The rules of one route. implemented: names of the fields of its model."""
 
     implemented: Collection[str]
     ignored: frozenset[str] = frozenset()

@@ -1,6 +1,8 @@
-"""The body that creates a finetuning job, as pydantic models: OpenAI's fields and ours, types and ranges of single fields.
+"""The body that creates a finetuning job, as pydantic models: OpenAI's fields, and a field for every setting of `KNOBS` that is
+in the API.
 
-Owns: which fields there are, what is said about one that isn't known. Does not own: what fields mean together (spec.py).
+Owns: types and ranges of single fields. Does not own: what fields mean together (spec.py), which settings there are
+(config/settings.py).
 """
 
 from __future__ import annotations
@@ -145,7 +147,7 @@ _TYPES: Mapping[Any, Any] = {
 }
 """Type of a setting -> type of its field in a body. A choice of a few words keeps its type."""
 _OTHER_TYPES: Mapping[str, Any] = {"rank": Size, "size": Size, **dict.fromkeys(("schedule", "too_long", "system_prompt"), Text)}
-"""By name. Text: which words there are is checked with the other settings only (config/settings.py)."""
+"""Types of fields that don't follow from `_TYPES`. The words of a Text are checked in config/settings.py only."""
 SETTINGS: Mapping[str, Knob] = {knob.word: knob for knob in KNOBS.values() if knob.told.get("api")}
 """Settings of a job that a body has as fields beyond OpenAI's (extra_body of its client), by the fields' names."""
 
@@ -162,7 +164,7 @@ class JobFields(Body):
     validation_file: Text | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
-    """Deprecated by OpenAI: those of the method."""
+    """Deprecated by OpenAI, which has them in `method`."""
     seed: Count | None = None
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     metadata: Pairs | None = None

@@ -22,7 +22,7 @@ _OTHER_WORDS = {
 
 
 class FieldHints:
-    """Hints for one form. deprecated: places that no hint names if a field has another place too."""
+    """Hints for one form. deprecated: places that are named in a hint only for a field that has no other place."""
 
     def __init__(self, form: type[BaseModel], deprecated: Sequence[str] = ()) -> None:
         self._levels = dict(_levels(form, ()))
@@ -62,7 +62,7 @@ class FieldHints:
         return "unknown field" + (f"; known here: {', '.join(here)}" if 0 < len(here) <= 8 else "")
 
     def _where(self, name: str, place: tuple[int | str, ...]) -> str:
-        """The places of a field: those of the branch that was begun, if there are any."""
+        """Where a field belongs. If `place` already leads into a branch that has the field, only that branch is named."""
         homes = self._homes[name]
         for end in range(len(place), 0, -1):
             branch = [home for home in homes if (home + ".").startswith(_shown(place[:end]) + ".")]
@@ -73,7 +73,7 @@ class FieldHints:
 
 
 def _levels(form: type[BaseModel], place: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], type[BaseModel]]]:
-    """Every form in a form, with the fields on the way to it."""
+    """Yields (the names of the fields that lead to it, form) for a form and every form inside it."""
     yield place, form
     for name, field in form.model_fields.items():
         for part in _forms(field.annotation):

@@ -1,8 +1,8 @@
 """What a create body asks for, as a FinetuneConfig: fields that belong together are checked, and 'auto' becomes numbers once
 the data is known.
 
-Owns: OpenAI's words against FinetuneConfig's, limits of a job. Does not own: single fields' types (body.py), what 'auto' means
-(finetune/defaults.py), whether files and models exist (service.py).
+Owns: what OpenAI's words are in FinetuneConfig's, limits of a job. Does not own: types of single fields (body.py), what 'auto'
+means (finetune/defaults.py), whether files and models exist (service.py).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _WORDS = {"epochs": "n_epochs", "dpo_beta": "beta"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """A checked body. method: OpenAI's object, with 'auto' where a number isn't known yet; settings: the extra fields given;
-    config: what both mean."""
+    """A checked body. method: OpenAI's object, with 'auto' where a number isn't known yet. settings: the given fields beyond
+    OpenAI's. config: what both mean."""
 
     method: dict[str, Any]
     settings: dict[str, Any]
@@ -53,7 +53,7 @@ class JobSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A job whose data is known. method: OpenAI's object, in numbers; num_steps: optimizer steps of the whole job."""
+    """A job whose data is known. method: OpenAI's object in numbers. num_steps: optimizer steps of the whole job."""
 
     config: FinetuneConfig
     method: dict[str, Any]
@@ -138,7 +138,7 @@ def _of_section(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
 
 
 def _adapter(settings: Mapping[str, Any], continued: AdapterConfig | None) -> AdapterConfig:
-    """A new adapter's settings. Of a job that continues one they are only looked at, as far as they are of its kind."""
+    """Settings of a new adapter. For a job that continues an adapter they are only checked, as far as its kind has them."""
     given = {name: settings[name] for name in _ADAPTER if name in settings}
     if continued is None:
         return adapter_of_kind(settings.get("adapter", "lora"), given, _ADAPTER)
@@ -147,18 +147,18 @@ def _adapter(settings: Mapping[str, Any], continued: AdapterConfig | None) -> Ad
 
 
 def unused(settings: Mapping[str, Any], continued: AdapterConfig) -> list[str]:
-    """The adapter's settings in a body that a job has no use for, since the adapter that it continues has others."""
+    """Settings of adapters that a body asks for in vain, since the continued adapter has others, as texts."""
     given = {_ADAPTER[name]: settings[name] for name in _ADAPTER if name in settings}
     return unused_settings(given | ({"kind": settings["adapter"]} if "adapter" in settings else {}), continued)
 
 
 def _rank(adapter: AdapterConfig) -> tuple[str, int]:
-    """What --max-lora-rank limits: the field and its number; 1 where there is none."""
+    """The field that --max-lora-rank limits, and its value; 1 for a kind that has no such field."""
     return "size" if isinstance(adapter, BottleneckConfig) else "rank", adapter_size(adapter)
 
 
 def _max_length(objective: str, settings: Mapping[str, Any], max_model_len: int) -> int:
-    """In tokens; the engine's rule, so that what passes here passes there."""
+    """Longest example in tokens. The engine has the same rule, so what is accepted here is accepted there."""
     room = settings.get("max_microbatch_tokens", FinetuneConfig().max_microbatch_tokens)
     limit = min(room // 2 if objective == "dpo" else room, max_model_len)
     asked = settings.get("max_length", limit)
@@ -178,7 +178,7 @@ def _in_api_words(error: ConfigError) -> InvalidRequest:
 
 
 def _method(body: JobFields) -> dict[str, Any]:
-    """{type, TYPE: {hyperparameters}}; the deprecated hyperparameters count where the method has none."""
+    """{type, TYPE: {hyperparameters}}. The deprecated hyperparameters are used if the method has none."""
     kind = "supervised" if body.method is None else body.method.type
     if kind == "reinforcement":
         raise InvalidRequest("method.type: reinforcement is not supported; use supervised or dpo", param="method.type")

@@ -48,15 +48,19 @@ COMPLETION_FORM = Form(
 ChatBody = Annotated[ChatRequest, Depends(body_reader(CHAT_FORM))]
 CompletionBody = Annotated[CompletionRequest, Depends(body_reader(COMPLETION_FORM))]
 _CLIENT_LEFT = 499
-"""The status of a request whose client has left: only a log shows it."""
+"""The status of a request whose client has left. Only the log shows it."""
 _LONG_ANSWER = 1 << 10
-"""Tokens and log-probabilities of a longer response are written in a thread."""
+"""A response with more tokens and log-probabilities than this is encoded in a thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Exchange:
-    """A request on its way. run: for long work; head: what every response and chunk begins with; whole: the response's body in
-    the end; parts: choices of the chunks for a choice's new tokens; opening: what the first chunk has beside them."""
+    """A request that is being answered.
+
+    run: runs long work in a thread. head: fields with which the response and every chunk begin. whole: makes the response's
+    body once all outputs have ended. parts: makes the choices to send for a choice's new tokens. opening: further fields of
+    the first chunk.
+    """
 
     body: GenerationRequest
     run: ThreadRunner
@@ -145,7 +149,7 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
 
 
 async def _model_name(services: Services, tenant: str, body: GenerationRequest) -> str:
-    """The model asked for. Raises NotFound, and InvalidRequest for a body that contradicts itself."""
+    """The name of the model that is asked for. Raises NotFound; InvalidRequest if the body's fields contradict each other."""
     names = services.models.base_names
     name = names[0] if body.model is None else body.model
     if name not in names:
@@ -183,14 +187,14 @@ def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Pr
 async def _ask(
     services: Services, tenant: str, name: str, body: GenerationRequest, questions: Sequence[Question], arrival_s: float
 ) -> Answers:
-    """Makes the model ready. Raises what preparing it raises."""
+    """Loads the model's adapter if need be, and asks. Raises what `ModelRegistry.prepare` raises."""
     model = await services.models.prepare(tenant, name)
     asker = Asker(tenant=tenant, model=model, arrival_s=arrival_s, tpot_ms=body.slo_tpot_ms, ttft_ms=body.slo_ttft_ms)
     return Answers(services, asker, questions)
 
 
 async def _shown(services: Services, body: GenerationRequest) -> Shown:
-    """What the response holds beside texts. The first naming of a token takes a while, so a thread names one beforehand."""
+    """What the response has beside its text. Naming the first token takes long (a table is built), so a thread does it here."""
     if body.wants_names and not body.return_tokens_as_token_ids:
         await asyncio.to_thread(services.tokenizer.token_bytes.name, 0)
     return Shown(
@@ -206,7 +210,7 @@ def _head(services: Services, prefix: str, name: str) -> dict[str, Any]:
 
 
 async def _respond(request: Request, exchange: _Exchange, chunk_object: str) -> Response:
-    """A stream, or the whole. Raises the request's error."""
+    """A stream or the whole response. Raises the request's error."""
     answers, tally = exchange.answers, exchange.tally
     if exchange.body.stream:
         return EventStream(_events(exchange, chunk_object), answers.aclose)
@@ -228,7 +232,7 @@ async def _respond(request: Request, exchange: _Exchange, chunk_object: str) -> 
 
 
 async def _events(exchange: _Exchange, chunk_object: str) -> AsyncGenerator[bytes, None]:
-    """A stream's events: chunks, a chunk of usage if asked for, the end."""
+    """A stream's events: chunks, a chunk with the usage if it was asked for, and [DONE]."""
     body, tally, head = exchange.body, exchange.tally, {**exchange.head, "object": chunk_object}
     opening = exchange.opening
     async for prompt, tokens in exchange.answers:
