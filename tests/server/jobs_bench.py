@@ -16,13 +16,13 @@ from coserve.finetune.job import MetricsTable, StepRow
 from coserve.server.errors import EngineUnavailable
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
-from coserve.server.jobs.body import read_body
 from coserve.server.jobs.service import JobService
 from coserve.server.link.messages import JobEnded, JobHappened, Problem, Ready
 from coserve.server.link.process import EngineEnd
 from coserve.server.models import ModelRegistry
 from coserve.server.records import EventRecord, JobRecord
 from coserve.server.settings import ServerConfig
+from tests.server.jobforms import read_body
 from tests.tiny_directory import chat_lines
 
 SECONDS = 10.0

@@ -22,9 +22,9 @@ import pytest
 from fastapi import FastAPI
 
 from coserve.core import InvalidRequest
+from coserve.server.bodies.parse import MAX_ESCAPES, MAX_VALUES
 from coserve.server.errors import Unauthorized
 from coserve.server.handlers import install_handlers
-from coserve.server.inference.bodies import MAX_ESCAPES, MAX_VALUES
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.routes import adapters, files, finetuning, inference, tokens
 from coserve.server.services import Services

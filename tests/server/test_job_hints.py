@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coserve.core import InvalidRequest
-from coserve.server.jobs.body import read_body
+from tests.server.jobforms import read_body
 
 BOTH = "in method.supervised.hyperparameters or in method.dpo.hyperparameters"
 TOP = "at the top level of the body"

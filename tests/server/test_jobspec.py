@@ -8,25 +8,22 @@ import pytest
 
 from coserve.config.settings import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.core import InvalidRequest
-from coserve.server.jobs.body import read_body
 from coserve.server.jobs.objects import tuned_name
 from coserve.server.jobs.spec import Resolved, read_spec, resolve
 from coserve.server.records import JobRecord
 from coserve.server.settings import ServerConfig
+from tests.server.jobforms import read_body
 
 SERVER = ServerConfig(max_lora_rank=32)
 LENGTH = 512
 
 
-def spec_of(**fields: Any) -> Any:
-    return read_spec(read_body({"model": "base", "training_file": "file-1", **fields}), SERVER, LENGTH)
+def spec_of(server: ServerConfig = SERVER, **fields: Any) -> Any:
+    return read_spec(read_body({"model": "base", "training_file": "file-1", **fields}), server, LENGTH)
 
 
 def resolved(num_examples: int, server: ServerConfig = SERVER, **fields: Any) -> Resolved:
-    spec = spec_of(**fields)
-    return resolve(
-        spec.method, spec.settings, seed=spec.seed, num_examples=num_examples, server=server, max_model_len=LENGTH
-    )
+    return resolve(spec_of(server, **fields).config, num_examples)
 
 
 @pytest.mark.parametrize(("num_examples", "epochs", "batch", "steps", "checkpoint"), [
@@ -153,7 +150,7 @@ PREFERENCE = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}
 @pytest.mark.parametrize(("fields", "param", "message"), [
     ({"model": 3}, "model", "string"),
     ({"model": "a\x00b"}, "model", "NUL"),
-    ({"model": "\ud800"}, "model", "surrogate"),
+    ({"model": "\ud800"}, "model", "whole characters"),
     ({"training_file": None}, "training_file", "string"),
     ({"batch_siez": 3}, "batch_siez", "did you mean batch_size"),
     ({"learning_rat": 3}, "learning_rat", "did you mean learning_rate"),
@@ -163,7 +160,7 @@ PREFERENCE = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}
      "method.supervised.hyperparameters.n_epochs", "'auto'"),
     ({"hyperparameters": {"batch_size": 2.5}}, "hyperparameters.batch_size", "whole"),
     ({"hyperparameters": {"n_epochs": True}}, "hyperparameters.n_epochs", "number"),
-    ({"hyperparameters": {"n_epochs": float("inf")}}, "hyperparameters.n_epochs", "number"),
+    ({"hyperparameters": {"n_epochs": float("inf")}}, "hyperparameters", "no Infinity"),
     ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "positive"),
     ({"hyperparameters": {"n_epochs": 1001}}, "n_epochs", "at most 1000"),
     ({"hyperparameters": {"n_epochs": 2}, "method": {"type": "supervised", "supervised": {"hyperparameters": {}}}},
@@ -186,7 +183,7 @@ PREFERENCE = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}
     ({"metadata": {"k": 1}}, "metadata", "string"),
     ({"seed": -1}, "seed", "greater"),
     ({"seed": 2**31}, "seed", "less"),
-    ({"seed": 10**400}, "seed", "less"),
+    ({"seed": 10**400}, "seed", "too large"),
     ({"rank": 0}, "rank", "greater"),
     ({"rank": 33}, "rank", "--max-lora-rank"),
     ({"adapter": "prefix"}, "adapter", "'lora', 'dora', 'ia3' or 'bottleneck'"),
@@ -207,7 +204,7 @@ PREFERENCE = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}
     ({"activation_memory": "lots"}, "activation_memory", "write bytes (12500000000, 12.5GB, 800MiB), a share below 1, or auto"),
     ({"activation_memory": 0}, "activation_memory", "write bytes"),
     ({"activation_memory": True}, "activation_memory", "a number or a string"),
-    ({"activation_memory": float("nan")}, "activation_memory", "write bytes"),
+    ({"activation_memory": float("nan")}, "activation_memory", "no NaN"),
     ({"alpha": 0}, "alpha", "positive"),
     ({"dropout": 1.0}, "dropout", "[0, 1)"),
     ({"learning_rate": 0}, "learning_rate", "positive"),
@@ -219,7 +216,7 @@ PREFERENCE = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}
     ({"target_modules": ["q_prj"]}, "target_modules", "did you mean q_proj"),
     ({"target_modules": "most"}, "target_modules", "all-linear"),
     ({"weight": 0}, "weight", "greater"),
-    ({"weight": float("nan")}, "weight", "finite"),
+    ({"weight": float("nan")}, "weight", "no NaN"),
     ({"priority": 2**40}, "priority", "less"),
     ({"integrations": [{"type": "mlflow"}]}, "integrations[0].type", "wandb"),
     ({"integrations": [{"type": "wandb"}]}, "integrations", "project"),

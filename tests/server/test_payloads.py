@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from coserve.core import InvalidRequest
-from coserve.server.inference.bodies import openapi_body, parse_object, validate
+from coserve.server.bodies.parse import parse_object
 from coserve.server.inference.fields import CHAT, COMPLETIONS
 from coserve.server.inference.protocol import ChatRequest, CompletionRequest
+from coserve.server.routes.inference import CHAT_FORM, COMPLETION_FORM
 from coserve.text.tokenizer import ChatTokenizer
 from tests.server.fakes import MODEL, FakeEngineClient, make_app, make_services, send, serve
 from tests.tiny_tokenizer import build_tiny_tokenizer
@@ -278,9 +279,9 @@ def test_every_neutral_value_is_taken() -> None:
             if name in model.model_fields:
                 continue
             for value in (None, *values):
-                assert policy.apply({name: value}, model.model_fields) == {}
+                assert policy.apply({name: value}) == {}
             with pytest.raises(InvalidRequest, match=f"{name}: is not supported yet; leave it out"):
-                policy.apply({name: {"some": "thing"}}, model.model_fields)
+                policy.apply({name: {"some": "thing"}})
 
 
 @pytest.mark.parametrize(("value", "shown"), [
@@ -291,19 +292,19 @@ def test_a_wrong_objective_is_told_in_one_sentence(value: Any, shown: str) -> No
     for name in ("slo_tpot_ms", "slo_ttft_ms"):
         said = f'{name}: must be a positive number of milliseconds (0.001 to 10000000) or "none" (best effort), got '
         with pytest.raises(InvalidRequest, match=re.escape(said) + (shown if ".*" in shown else re.escape(shown))) as caught:
-            validate(parse_object(json.dumps({"messages": HI, name: value}).encode()), ChatRequest, CHAT)
+            CHAT_FORM.parse(json.dumps({"messages": HI, name: value}).encode())
         assert caught.value.param == name
 
 
 @pytest.mark.parametrize("value", [None, "none", 60, 0.001, 1e7])
 def test_an_objective_is_a_number_or_none(value: Any) -> None:
-    request = validate(parse_object(json.dumps({"messages": HI, "slo_tpot_ms": value}).encode()), ChatRequest, CHAT)
+    request = CHAT_FORM.parse(json.dumps({"messages": HI, "slo_tpot_ms": value}).encode())
     assert request.slo_tpot_ms == value and request.slo_ttft_ms is None
 
 
 def test_nulls_of_implemented_fields_count_as_not_given() -> None:
     body = dict.fromkeys(ChatRequest.model_fields) | {"messages": HI}
-    request = validate(parse_object(json.dumps(body).encode()), ChatRequest, CHAT)
+    request = CHAT_FORM.parse(json.dumps(body).encode())
     assert request == ChatRequest.model_validate({"messages": HI})
 
 
@@ -312,6 +313,6 @@ def test_escaped_text_comes_through() -> None:
 
 
 def test_the_openapi_schema_has_no_references() -> None:
-    text = json.dumps([openapi_body(ChatRequest), openapi_body(CompletionRequest)])
+    text = json.dumps([CHAT_FORM.openapi, COMPLETION_FORM.openapi])
     assert "$ref" not in text
     assert "slo_tpot_ms" in text

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from coserve.cli import main as cli
+from coserve.cli.settings import read_settings
 from coserve.config.settings import FinetuneConfig
 from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizer import build_sentencepiece_tokenizer, build_tiny_tokenizer
@@ -27,7 +28,7 @@ Run = Callable[..., Ran]
 
 def config_of(path: Path | None, given: dict[str, Any], kind: str | None = None) -> FinetuneConfig:
     """The settings of a job that a settings file and flags ask for."""
-    return cli._settings(path, given, kind).config
+    return read_settings(path, given, kind).config
 
 
 @pytest.fixture

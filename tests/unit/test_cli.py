@@ -87,7 +87,7 @@ def place(shared: Path, tmp_path: Path) -> Place:
 def trained(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory of a run whose adapter speaks differently from the base."""
     directory = tmp_path_factory.mktemp("trained") / "out"
-    settings = config_of(None, {"max_steps": 6, "batch_size": 6, "learning_rate": 0.02, "r": 4, "checkpoint_steps": 2})
+    settings = config_of(None, {"max_steps": 6, "batch_size": 6, "learning_rate": 0.02, "rank": 4, "checkpoint_steps": 2})
     finetune(shared / "data.jsonl", directory, model=str(shared / "model"), config=settings)
     return directory
 
@@ -309,7 +309,7 @@ def test_overriding_lora_settings_by_an_adapter_warns(place: Place, trained: Pat
         return [event.message for event in events if event.level == "warn"]
 
     assert warnings() == []
-    (message,) = warnings(r=2, dropout=0.5)
+    (message,) = warnings(rank=2, dropout=0.5)
     assert str(trained) in message
     assert "adapter's settings" in message
 
@@ -644,7 +644,7 @@ def test_plan_counts_what_is_kept(place: Place, run: Run) -> None:
     result = run("plan", only_config, "--rank", 4, "--target-modules", "q_proj,v_proj", "--dtype", "bfloat16")
     assert (result.code, result.err) == (0, "")
     arch = read_architecture(place.model)
-    lora = config_of(None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}).lora
+    lora = config_of(None, {"rank": 4, "target_modules": ["q_proj", "v_proj"]}).lora
     plan = training_plan(arch, shape_adapter(arch, lora), itemsize=2)
     assert f"whole model: {plan.arena_bytes} bytes kept per token" in result.out
     assert f"{plan.work_bytes} bytes of workspace per row" in result.out

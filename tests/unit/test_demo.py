@@ -36,8 +36,8 @@ from coserve.demo.story import TPOT_MS, TTFT_MS, DemoResult, DemoSettings, run_d
 from coserve.demo.traffic import BURST, PROMPTS, Chat, Figures, Traffic, chat_once, chat_rate, measure, summarize
 from coserve.demo.watch import FINETUNE, INFERENCE, TokensAt, Watch, add_sample, rate, trained_until
 from coserve.finetune.datasets import Dataset, load_training
-from coserve.server.jobs.body import read_body
 from coserve.text.tokenizer import ChatTokenizer
+from tests.server.jobforms import read_body
 from tests.tiny_directory import build_tiny_directory
 
 OBJECTIVES = SloInMs(tpot_ms=100, ttft_ms=1000)

@@ -19,7 +19,7 @@ from coserve.cli.vllmflags import FLAGS
 from coserve.config.settings import FinetuneConfig
 from coserve.core import Slo
 from coserve.server.inference import fields, protocol
-from coserve.server.jobs.body import Extras
+from coserve.server.jobs.body import SETTINGS
 from coserve.server.settings import ServerConfig, read_settings
 from coserve.server.stats.metrics import ServerMetrics, ServerState
 from tests.unit.conftest import config_of
@@ -248,7 +248,7 @@ def test_neutral_values_are_listed_as_they_are() -> None:
 
 def test_extra_fields_of_jobs_are_listed() -> None:
     listed = [code(name)[0] for name, *_ in rows(section(page_text("finetuning.md"), "Fields beyond OpenAI's"))]
-    assert sorted(listed) == sorted(Extras.model_fields)
+    assert sorted(listed) == sorted((*SETTINGS, "adapter", "priority", "weight", "deadline"))
 
 
 def test_flags_of_vllm_are_listed_as_they_are() -> None:

@@ -27,10 +27,10 @@ from coserve.finetune.defaults import describe_settings, given_settings, resolve
 from coserve.finetune.job import JobEvent
 from coserve.peft.described import described_adapter
 from coserve.runtime.loaded import LoadedModel
-from coserve.server.jobs.body import read_body
 from coserve.server.jobs.spec import read_spec, resolve, unused
 from coserve.server.settings import ServerConfig
 from coserve.training.finetuning import finetune
+from tests.server.jobforms import read_body
 from tests.tiny_directory import chat_lines, preference_lines, write_lines
 from tests.tiny_engine import MakeEngine, build_model, drive
 from tests.unit.conftest import config_of
@@ -50,11 +50,8 @@ def from_api(
     num_examples: int, continued: AdapterConfig | None = None, width: int | None = None, **fields: Any
 ) -> FinetuneConfig:
     server = ServerConfig(max_lora_rank=512)
-    spec = read_spec(read_body({"model": "base", "training_file": "f", **fields}), server, 512, continued)
-    return resolve(
-        spec.method, spec.settings, seed=0, num_examples=num_examples, server=server, max_model_len=512, continued=continued,
-        hidden_size=width,
-    ).config
+    spec = read_spec(read_body({"model": "base", "training_file": "f", "seed": 0, **fields}), server, 512, continued, width)
+    return resolve(spec.config, num_examples, continued=continued, hidden_size=width).config
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,12 @@ Owns: arguments, progress display, exit codes. An error that the user can mend i
 
 from __future__ import annotations
 
-import datetime
 import resource
 import sys
-import tomllib
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,9 +19,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from coserve.cli.bench import bench_app
 from coserve.cli.plan import add_plan
 from coserve.cli.serve import add_commands
-from coserve.config.data import ADAPTERS, finetune_config_from_dict, setting_names
-from coserve.config.settings import FinetuneConfig, OptimizerConfig, SamplingConfig
-from coserve.config.values import AUTO, require
+from coserve.cli.settings import job_flags, read_settings, with_flags
+from coserve.config.settings import SamplingConfig
+from coserve.config.values import require
 from coserve.core import ConfigError, CoserveError, InvalidRequest, one_line
 from coserve.demo.command import demo
 from coserve.engine.generation import Generator
@@ -45,7 +42,7 @@ add_plan(app)
 app.command()(demo)
 console = Console()
 notes = Console(stderr=True, quiet=not sys.stderr.isatty())
-"""For lines that only people want, while a result may go into a pipe."""
+"""For lines that only people want. A result on standard output may go into a pipe."""
 
 DEVICE_HELP = "auto, cpu or cuda."
 DTYPE_HELP = "auto (bfloat16 on CUDA and on CPUs that multiply it, else float32), float32, bfloat16, float64."
@@ -54,7 +51,7 @@ DtypeOption = Annotated[str, typer.Option(help=DTYPE_HELP)]
 
 
 class TrainingDisplay:
-    """Events of a job as a progress bar on a terminal, as lines elsewhere."""
+    """Shows events of a job: as a progress bar on a terminal, as lines elsewhere."""
 
     def __init__(self) -> None:
         self.progress = Progress(
@@ -98,150 +95,8 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _rate_or_auto(text: str) -> float | str:
-    return AUTO if text == AUTO else float(text)
-
-
-def _count_or_auto(text: str) -> int | str:
-    return AUTO if text == AUTO else int(text)
-
-
-RATE: dict[str, Any] = {"parser": _rate_or_auto, "metavar": "FLOAT|auto"}
-COUNT: dict[str, Any] = {"parser": _count_or_auto, "metavar": "INTEGER|auto"}
-
-
-def _pattern(text: str | None, name: str, kind: Callable[[str], float]) -> dict[str, float] | None:
-    """Reads 'q_proj=8,down_proj=32'; None of None."""
-    if text is None:
-        return None
-    result = {}
-    for item in text.split(","):
-        if not item.strip():
-            continue
-        key, _, value = item.rpartition("=")
-        try:
-            result[key.strip()] = kind(value)
-        except ValueError as error:
-            raise ConfigError(f"{name}: write it as q_proj=8,down_proj=32, got {text!r}", param=name) from error
-    return result
-
-
-class Settings(NamedTuple):
-    """What a settings file and flags ask for. config: the job's settings. adapter: those settings of the adapter that were
-    given, by their fields' names, and its `kind` if that was given. options: the file's values of flags that aren't settings of
-    a job (validation, adapter, resume, device, dtype)."""
-
-    config: FinetuneConfig
-    adapter: dict[str, Any]
-    options: dict[str, Any]
-
-
-def _settings(path: Path | None, given: dict[str, Any], kind: str | None = None) -> Settings:
-    """Defaults, then the TOML file, then the command line. kind: the adapter's, from the command line. Raises ConfigError."""
-    data = {} if path is None else _read_toml(path)
-    loose = {name: data.pop(name) for name in list(data) if name not in _TABLES}
-    options = {name: loose.pop(name) for name in _OPTIONS if name in loose}
-    for name, value in options.items():
-        kinds = "true or false" if name == "resume" else "a text"
-        if isinstance(value, bool) != (name == "resume") or not isinstance(value, bool | str):
-            raise ConfigError(f"{name}: must be {kinds} in {path}, got {value!r}", param=name)
-    named = None if "kind" not in loose else str(loose.pop("kind"))
-    chosen = _choose_adapter(data, kind or named)
-    for name, value in loose.items():
-        where = _home(data, name, chosen)
-        if name in where and where[name] != value:
-            word = _word(name)
-            raise ConfigError(
-                f"{word}: is {value!r} at the top level of {path} and {where[name]!r} in its table; leave one out", param=word
-            )
-        where[name] = value
-    for name, value in given.items():
-        if value is not None:
-            _home(data, name, chosen)[name] = value
-    adapter = dict(data.get(chosen, {}))
-    if adapter.pop("use_dora", False):
-        adapter["kind"] = "dora"
-    if kind or named:
-        adapter["kind"] = kind or named
-    return Settings(finetune_config_from_dict(data), adapter, options)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    """A settings file as {field's name: value} and its tables. Names of flags at its top level become fields' names."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} can't be read as TOML ({error})", param="config") from error
-    found: dict[str, Any] = {}
-    for key, value in data.items():
-        name = {"rank": "r"}.get(key.replace("-", "_"), key.replace("-", "_"))
-        if name in _TABLES and not isinstance(value, dict):
-            raise ConfigError(f"{name}: must be a table, [{name}], in {path}", param=name)
-        if name in found:
-            raise ConfigError(f"{_word(name)}: is given twice in {path}", param=_word(name))
-        if name in ("output", "config", "model", "data"):
-            raise ConfigError(f"{name}: give it on the command line, not in {path}", param=name)
-        if isinstance(value, str) and name in ("target_modules", "feedforward_modules"):
-            value = _targets(value)
-        elif isinstance(value, str) and name in _PATTERNS:
-            value = _pattern(value, name, _PATTERNS[name])
-        elif type(value) is datetime.date and name == "template_date":
-            value = value.isoformat()
-        found[name] = value
-    return found
-
-
-def _home(data: dict[str, Any], name: str, chosen: str) -> dict[str, Any]:
-    """The table that a setting belongs to. chosen: the adapter's."""
-    owners = [section for section, names in _ADAPTERS.items() if name in names]
-    if owners and chosen not in owners:
-        word = _word(name)
-        raise ConfigError(f"{word}: {chosen} adapters have no such setting, {' and '.join(owners)} do", param=word)
-    if owners or name in setting_names(OptimizerConfig):
-        table: dict[str, Any] = data.setdefault(chosen if owners else "optimizer", {})
-        return table
-    return data
-
-
-def _word(name: str) -> str:
-    """The name of a field's flag."""
-    return {"r": "rank"}.get(name, name)
-
-
-_ADAPTERS = {section: setting_names(config) for section, config in ADAPTERS.values()}
-"""{table of a TOML file: its settings}."""
-_TABLES = (*_ADAPTERS, "optimizer")
-_OPTIONS = ("validation", "adapter", "resume", "device", "dtype")
-"""Flags of `coserve finetune` that a settings file may hold too, but aren't settings of a job."""
-_PATTERNS: dict[str, Callable[[str], float]] = {"rank_pattern": int, "alpha_pattern": float}
-
-
-def _choose_adapter(data: dict[str, Any], kind: str | None) -> str:
-    """The table of the kind of adapter that is asked for, by `kind` or by the table itself; it is there afterwards."""
-    others = [name for name in _ADAPTERS if name != "lora" and name in data]
-    if kind is None:
-        if others and "lora" in data:
-            raise ConfigError(f"lora: the settings file has a table [{others[0]}] too; leave one out", param="lora")
-        return others[0] if others else "lora"
-    if kind not in ADAPTERS:
-        raise ConfigError(f"kind: must be one of {', '.join(ADAPTERS)}, got {kind!r}", param="kind")
-    chosen, _ = ADAPTERS[kind]
-    for name in others:
-        if name != chosen:
-            raise ConfigError(f"kind: it is {kind}, but the settings file has a table [{name}]; leave one out", param="kind")
-    if chosen != "lora" and "lora" in data:
-        raise ConfigError(f"kind: it is {kind}, but the settings file has a table [lora]; leave one out", param="kind")
-    data.setdefault(chosen, {})
-    if kind in ("lora", "dora"):
-        data["lora"]["use_dora"] = kind == "dora"
-    return chosen
-
-
-def _targets(text: str | None) -> Any:
-    return text if text is None or text == "all-linear" else [name.strip() for name in text.split(",") if name.strip()]
-
-
 @app.command("finetune")
+@with_flags(job_flags())
 def finetune_command(
     paths: Annotated[list[str], typer.Argument(metavar="[MODEL] DATA.jsonl", help="Model (default SmolLM2) and data.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the adapter, metrics and checkpoints.")],
@@ -249,68 +104,15 @@ def finetune_command(
     adapter: Annotated[Path | None, typer.Option(help="Adapter directory to continue from.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the job in --output.")] = False,
-    objective: Annotated[str | None, typer.Option(help="sft or dpo.")] = None,
-    dpo_beta: Annotated[float | None, typer.Option(help="DPO's inverse temperature.")] = None,
-    epochs: Annotated[Any, typer.Option(**RATE, help="Passes over the data (3, more of few examples).")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, over --epochs.")] = None,
-    batch_size: Annotated[Any, typer.Option(**COUNT, help="Examples per optimizer step (1 to 16, by the data).")] = None,
-    max_microbatch_tokens: Annotated[int | None, typer.Option(help="Tokens packed together (2048).")] = None,
-    window_tokens: Annotated[int | None, typer.Option(help="Tokens per unit (1024).")] = None,
-    activation_memory: Annotated[
-        str | None, typer.Option(help="Of a micro-batch: bytes (12.5GB), a share below 1 of the fastest plan's, or auto.")
-    ] = None,
-    activation_compression: Annotated[
-        str | None, typer.Option(help="Of what is kept: lossless, fp8 (changes gradients a little) or none (lossless).")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest example in tokens.")] = None,
-    too_long: Annotated[str | None, typer.Option(help="Longer examples: error, drop or truncate.")] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="keep, or merge: put into the first user turn (keep).")] = None,
-    allow_control_tokens: Annotated[
-        bool | None, typer.Option("--allow-control-tokens", help="Control tokens written out in the data count.")
-    ] = None,
-    template_date: Annotated[str | None, typer.Option(help="Today for chat templates, YYYY-MM-DD (the start's day).")] = None,
-    learning_rate: Annotated[Any, typer.Option(**RATE, help="Peak learning rate (auto: by the model's width).")] = None,
-    schedule: Annotated[str | None, typer.Option(help="constant, linear or cosine.")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
-    warmup_ratio: Annotated[float | None, typer.Option(help="The same as a share of all steps.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
-    max_grad_norm: Annotated[float | None, typer.Option(help="Gradient clipping; 0 turns it off (1.0).")] = None,
-    kind: Annotated[str | None, typer.Option(help=f"Kind of adapter: {', '.join(ADAPTERS)} (lora).")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", "-r", help="LoRA rank (16).")] = None,
-    alpha: Annotated[float | None, typer.Option(help="LoRA alpha (32).")] = None,
-    dropout: Annotated[float | None, typer.Option(help="LoRA dropout (0).")] = None,
-    target_modules: Annotated[str | None, typer.Option(help="all-linear, or names joined by commas.")] = None,
-    use_rslora: Annotated[bool | None, typer.Option("--use-rslora", help="Scale by alpha / sqrt(r).")] = None,
-    rank_pattern: Annotated[str | None, typer.Option(help="Ranks by module: q_proj=8,down_proj=32.")] = None,
-    alpha_pattern: Annotated[str | None, typer.Option(help="Alphas by module: q_proj=16.")] = None,
-    feedforward_modules: Annotated[str | None, typer.Option(help="IA3: modules whose input is scaled (down_proj).")] = None,
-    size: Annotated[int | None, typer.Option(help="Width of a bottleneck (64).")] = None,
-    placement: Annotated[str | None, typer.Option(help="Bottlenecks: pfeiffer or houlsby.")] = None,
-    activation: Annotated[str | None, typer.Option(help="Bottlenecks: relu or gelu.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of order, dropout and A's start (0).")] = None,
-    checkpoint_steps: Annotated[Any, typer.Option(**COUNT, help="Steps between checkpoints (0: at the end).")] = None,
-    validation_steps: Annotated[int | None, typer.Option(help="Steps between validations (0: each epoch).")] = None,
-    deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Bit-identical after a resume.")] = None,
+    *,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
+    **given: Any,
 ) -> None:
     """Finetune an adapter on a JSON Lines file. What isn't given is chosen from the data and shown at the start."""
     if len(paths) > 2:
         raise ConfigError(f"data: give [MODEL] DATA.jsonl, got {len(paths)} arguments: {' '.join(paths)}", param="data")
-    asked = _settings(config, {
-        "objective": objective, "dpo_beta": dpo_beta, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
-        "max_microbatch_tokens": max_microbatch_tokens, "window_tokens": window_tokens, "activation_memory": activation_memory,
-        "activation_compression": activation_compression, "max_length": max_length, "too_long": too_long,
-        "system_prompt": system_prompt, "allow_control_tokens": allow_control_tokens, "template_date": template_date,
-        "learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup_steps, "warmup_ratio": warmup_ratio,
-        "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm, "r": rank, "alpha": alpha, "dropout": dropout,
-        "target_modules": _targets(target_modules), "use_rslora": use_rslora, "seed": seed,
-        "feedforward_modules": _targets(feedforward_modules), "size": size, "placement": placement, "activation": activation,
-        "rank_pattern": _pattern(rank_pattern, "rank_pattern", int),
-        "alpha_pattern": _pattern(alpha_pattern, "alpha_pattern", float),
-        "checkpoint_steps": checkpoint_steps, "validation_steps": validation_steps, "deterministic": deterministic,
-    }, kind)
+    asked = read_settings(config, given, given.pop("kind"))
     settings, options = asked.config, asked.options
     start = adapter if adapter is not None else options.get("adapter")
     with TrainingDisplay() as display:
@@ -390,7 +192,7 @@ def _warn(message: str) -> None:
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning for users is one line; others keep Python's form, with the place in the code."""
+    """Writes a warning for users as one line. Other warnings keep Python's form, with the place in the code."""
     if category is UserWarning:
         return f"warning: {message}\n"
     return _python_format(message, category, filename, lineno, line)

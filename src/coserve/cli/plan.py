@@ -45,7 +45,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What is trained; None stands for the kind's default. rank: of a bottleneck, its width. targets: modules' names, or
+    """What is to be trained; None is the default of the kind. rank: for a bottleneck its width. targets: modules' names, or
     "all-linear"."""
 
     kind: str
@@ -62,7 +62,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """Everything that is shown. limit: of the total, as asked; seconds: of planning, without baselines."""
+    """Everything that is shown. limit: of the total, as it was asked for. seconds: that planning took, without baselines."""
 
     model: str
     shape: Shape
@@ -78,7 +78,7 @@ class Planned:
 
 
 class PlanCommand(TyperCommand):
-    """`--json` with nothing behind it writes to standard output."""
+    """Lets `--json` without a value mean standard output."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if "--json" in args:
@@ -142,7 +142,7 @@ def plan(
 
 
 def _check_output(path: Path, name: str, suffixes: Sequence[str] = ()) -> None:
-    """Called before anything is computed. Raises ConfigError for a file that can't be written."""
+    """Raises ConfigError for a file that can't be written, before anything is computed."""
     if suffixes and path.suffix not in suffixes:
         raise ConfigError(f"{name}: the file's name must end in {', '.join(suffixes)}, got {path}", param=name)
     if path.is_dir() or not path.parent.is_dir():
@@ -217,8 +217,8 @@ def title(planned: Planned) -> str:
 
 
 def to_json(planned: Planned) -> str:
-    """The whole plan. Bytes; ratios are of matrix FLOPs over forward and backward. kv_cache: what serving keeps of a request's
-    token."""
+    """The whole plan. Sizes are in bytes. Ratios compare matrix FLOPs that run again with those of forward and backward.
+    kv_cache: what serving keeps for a token of a request."""
     result, shape, beside = planned.estimate, planned.shape, planned.baselines
     return json.dumps({
         "model": planned.model,
@@ -280,8 +280,8 @@ def size_text(num_bytes: float) -> str:
 
 
 def say(*clauses: str, head: str = "", style: str | None = None) -> None:
-    """Prints a line of clauses behind a bold head. Where it is wider than the terminal, it goes on in an indented line. Lines
-    end after a whole clause, unless a clause is wider than the terminal by itself. Clauses bring their own commas."""
+    """Prints clauses in one line behind a bold head. If the line is too wide for the terminal, it is broken between two clauses
+    and continued with an indent; only a clause that is itself too wide is broken inside. Clauses bring their own commas."""
     rows, width = [head], console.width
     for clause in clauses:
         joined = f"{rows[-1]} {clause}" if rows[-1] else clause

@@ -24,6 +24,7 @@ import typer
 import uvicorn
 from typer.core import TyperCommand
 
+from coserve.cli.settings import config_flags, with_flags
 from coserve.cli.vllmflags import drop_flags
 from coserve.core import ConfigError, CoserveError
 from coserve.model.memory import GIB
@@ -48,80 +49,28 @@ _LAST_ANSWERS_S = 2.0
 _SWITCH_S = 1e-3
 """Seconds after which a thread that computes is asked to give Python's lock to another one."""
 _NO_KEY = "EMPTY"
-"""The key to write where none is asked for: OpenAI's client insists on one."""
+"""The key shown in examples if the server asks for none, since OpenAI's client insists on one."""
 
 DataDirOption = Annotated[Path | None, typer.Option(help="Files, jobs, adapters and the index (coserve-data).")]
 DatabaseOption = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the index (SQLite in the data directory).")]
 
 
 class _ServeCommand(TyperCommand):
-    """Takes vLLM's flags that ask for what happens anyway."""
+    """Accepts flags of vLLM that ask for what happens anyway."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, drop_flags(args))
 
 
+@with_flags(config_flags(ServerConfig))
 def serve(
-    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Directory, GGUF file or hub id (default SmolLM2).")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen at (127.0.0.1).")] = None,
-    port: Annotated[int | None, typer.Option(help="0: any free one (8000).")] = None,
-    api_key: Annotated[list[str] | None, typer.Option(help="Key of the default tenant; repeatable.")] = None,
-    allowed_hosts: Annotated[list[str] | None, typer.Option(help="Name that a server without keys has; repeatable.")] = None,
-    allowed_origins: Annotated[list[str] | None, typer.Option(help="Website that may use the server; repeatable.")] = None,
-    served_model_name: Annotated[list[str] | None, typer.Option(help="Name of the base model; repeatable.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")] = None,
-    allow_control_tokens: Annotated[
-        bool | None, typer.Option("--allow-control-tokens", help="Control tokens written out in messages count.")
-    ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Requests that run at once (64).")] = None,
-    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Inference rows per iteration (2048).")] = None,
-    max_num_queued_reqs: Annotated[int | None, typer.Option(help="Requests that may wait (4096).")] = None,
-    gpu_memory_utilization: Annotated[float | None, typer.Option(help="Share of the GPU's memory (0.9).")] = None,
-    kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Pool of cache and training.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float64.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Source of the seeds of requests that give none (random).")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine (all cores).")] = None,
-    lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=DIRECTORY of an adapter, or JSON; repeatable.")] = None,
-    max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank (64).")] = None,
-    max_loras: Annotated[int | None, typer.Option(help="Adapters used at once (128).")] = None,
-    adapter_root: Annotated[str | None, typer.Option(help="/v1/load_lora_adapter takes directories below.")] = None,
-    slo_tpot_ms: Annotated[
-        str | None, typer.Option(metavar="MS|none", help="Objective per output token (by profile); none: best effort.")
-    ] = None,
-    slo_ttft_ms: Annotated[
-        str | None, typer.Option(metavar="MS|none", help="Objective to the first token (by profile); none: best effort.")
-    ] = None,
-    policy: Annotated[str | None, typer.Option(help="coserve, inference-only, finetune-only, temporal:N, ...")] = None,
-    finetune_min_share: Annotated[float | None, typer.Option(help="Share of time that jobs always get (0).")] = None,
-    activation_memory: Annotated[str | None, typer.Option(help="Part of the pool for training: 12.5GB, a share, auto.")] = None,
-    max_jobs: Annotated[int | None, typer.Option(help="Jobs that run at once (4).")] = None,
-    deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Jobs: same losses after a restart.")] = None,
-    data_dir: DataDirOption = None,
-    database_url: DatabaseOption = None,
-    max_file_bytes: Annotated[int | None, typer.Option(help="Largest upload (512 MiB).")] = None,
-    max_tenant_file_bytes: Annotated[int | None, typer.Option(help="All files of a tenant (64 GiB).")] = None,
-    max_body_bytes: Annotated[int | None, typer.Option(help="Largest other body (16 MiB).")] = None,
-    max_tenant_queued_reqs: Annotated[int | None, typer.Option(help="Outputs of a tenant that run or wait (share).")] = None,
-    max_tenant_files: Annotated[int | None, typer.Option(help="Files of a tenant (10000).")] = None,
-    max_tenant_jobs: Annotated[int | None, typer.Option(help="Jobs of a tenant that wait or run (1000).")] = None,
-    max_tenant_uploads: Annotated[int | None, typer.Option(help="Uploads of a tenant at once (8).")] = None,
-    max_tenant_streams: Annotated[int | None, typer.Option(help="Streams of events of a tenant (1024).")] = None,
-    max_tenant_body_bytes: Annotated[int | None, typer.Option(help="JSON bodies of a tenant at once (256 MiB).")] = None,
-    max_keep_checkpoints: Annotated[int | None, typer.Option(help="Largest keep_checkpoints of a job (100).")] = None,
-    organization: Annotated[str | None, typer.Option(help="Third part of tuned models' names (coserve).")] = None,
-    vllm_metrics: Annotated[bool | None, typer.Option("--vllm-metrics", help="Metrics under vLLM's names too.")] = None,
-    shutdown_timeout: Annotated[float | None, typer.Option(help="Seconds for running requests at the end (10).")] = None,
-    watchdog_timeout: Annotated[float | None, typer.Option(help="Seconds to a restart of a hung engine (60); 0: off.")] = None,
-    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error (info).")] = None,
-    enable_log_requests: Annotated[bool | None, typer.Option("--enable-log-requests", help="A line per request.")] = None,
+    **given: Any,
 ) -> None:
     """Serve a model and finetune on it, with OpenAI's API."""
-    given = {name: value for name, value in context.params.items() if name != "config" and value not in (None, (), [])}
-    settings = read_settings(config, given)
+    told = {name: value for name, value in {"model": model, **given}.items() if value not in ((), [])}
+    settings = read_settings(config, told)
     handler = logs.configure("api", format=settings.log_format, level=settings.log_level)
     try:
         asyncio.run(run_server(settings))
@@ -140,7 +89,7 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to this module, since uvicorn would raise them once more at its end. lines: logged once it listens."""
+    """Leaves signals to this module, since uvicorn would raise them once more at its end. lines: are logged once it listens."""
 
     lines: Sequence[str] = ()
 
@@ -165,7 +114,7 @@ async def run_server(config: ServerConfig) -> None:
         timeout_graceful_shutdown=int(config.shutdown_timeout + _LAST_ANSWERS_S),
     ))
     with bind(config.host, config.port) as listener:
-        ends = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores it
+        ends = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # as nohup does
         for number in ends:
             loop.add_signal_handler(number, this.cancel)
         try:
@@ -211,15 +160,15 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _keep_loop_free() -> None:
-    """Threads that read requests give Python's lock to the event loop sooner, and what was made for the start (hundreds of
-    thousands of objects, most of them of imported packages) isn't looked through again by every full collection of garbage."""
+    """Has threads give Python's lock to the event loop sooner, and takes all objects made so far out of garbage collection.
+    They are hundreds of thousands, most of imported packages, and each full collection would look through them again."""
     sys.setswitchinterval(_SWITCH_S)
     gc.collect()
     gc.freeze()
 
 
 def _allow_many_files() -> None:
-    """Each connection is one; the usual limit is low and may be raised."""
+    """Raises the limit of open files to what is allowed, since each connection is one and the usual limit is low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):
@@ -307,6 +256,6 @@ def _time(seconds: int) -> str:
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Puts them into the command `coserve`."""
+    """Adds `serve` and `keys` to the command `coserve`."""
     app.command("serve", cls=_ServeCommand)(serve)
     app.add_typer(keys_app, name="keys")

@@ -3,7 +3,8 @@
     asks for what happens anyway     taken, and done already
     all others                       refused, with what to do instead
 
-Owns: which flags those are. Does not own: flags with a meaning here (settings.py); a name in neither is the parser's to refuse.
+Owns: which flags those are. Does not own: flags with a meaning here (server/settings.py). A name in neither is refused by the
+parser.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from coserve.core import ConfigError
 
 
 class Flag(NamedTuple):
-    """neutral: the values that are taken; None: a switch. reason: why not the others; '': a switch that is taken."""
+    """neutral: the values that are accepted; None: the flag is a switch. reason: why others are refused; empty: the switch is
+    accepted."""
 
     neutral: tuple[str, ...] | None
     reason: str

@@ -1,14 +1,15 @@
 """Settings as plain data: the tables of JSON and TOML, and adapters by the name of their kind.
 
-Owns: how settings are written and read back, the kinds' names. Does not own: what settings there are (settings.py).
+Owns: how settings are written and read back, the kinds' names, what users call a job's settings (`KNOBS`, from which flags of
+the command line, keys of settings files and fields of bodies are made). Does not own: what settings there are (settings.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from coserve.config.settings import (
     AdapterConfig,
@@ -18,7 +19,7 @@ from coserve.config.settings import (
     LoraConfig,
     OptimizerConfig,
 )
-from coserve.config.values import require
+from coserve.config.values import field_types, require
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -53,29 +54,64 @@ def finetune_config_from_dict(data: Mapping[str, Any]) -> FinetuneConfig:
 
 
 _SECTIONS: Mapping[str, type] = {
-    "lora": LoraConfig, "ia3": IA3Config, "bottleneck": BottleneckConfig, "optimizer": OptimizerConfig
+    "optimizer": OptimizerConfig, "lora": LoraConfig, "ia3": IA3Config, "bottleneck": BottleneckConfig
 }
 
 
+class Knob(NamedTuple):
+    """A setting of a finetuning job, for all who take settings from users.
+
+    name: of its field. word: what users call it. sections: the tables of a settings file that may hold it, "" for the top
+    level; several kinds of adapter can have the same setting. type: of its values, without None. told: what `knob` was told.
+    """
+
+    name: str
+    word: str
+    sections: tuple[str, ...]
+    type: Any
+    told: Mapping[str, Any]
+
+    @property
+    def of_adapter(self) -> bool:
+        return not {"", "optimizer"} & {*self.sections}
+
+
+def _knobs(cls: type = FinetuneConfig, section: str = "") -> Iterator[Knob]:
+    """A knob for each field, in order. A section's fields come in its place."""
+    for f in dataclasses.fields(cls):
+        if f.name in _SECTIONS:
+            yield from _knobs(_SECTIONS[f.name], f.name)
+        else:
+            yield Knob(f.name, f.metadata.get("word") or f.name, (section,), field_types(cls)[f.name], f.metadata)
+
+
+def _by_name() -> dict[str, Knob]:
+    found: dict[str, Knob] = {}
+    for knob in _knobs():
+        first = found.get(knob.name)
+        found[knob.name] = knob if first is None else first._replace(sections=first.sections + knob.sections)
+    return found
+
+
+KNOBS: Mapping[str, Knob] = _by_name()
+"""By the names of their fields."""
+NAMES: Mapping[str, str] = {knob.word: knob.name for knob in KNOBS.values()}
+"""What users call a setting -> the name of its field."""
+
+
 def _check_known(cls: type, given: Mapping[str, Any]) -> None:
-    known = setting_names(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
     for key in given:
         require(key in known, key, f"unknown setting of {cls.__name__}; {_hint(key, known)}known: {', '.join(sorted(known))}")
 
 
-def setting_names(cls: type) -> frozenset[str]:
-    """The names of a class's settings."""
-    return frozenset(f.name for f in dataclasses.fields(cls))
-
-
 def _hint(key: str, known: Collection[str]) -> str:
     """For a setting that the table doesn't have: where it belongs, or which setting of the table is likely meant."""
-    name = {"rank": "r"}.get(key, key)
-    homes = ["at the top level"] if name in setting_names(FinetuneConfig) - _SECTIONS.keys() else []
-    homes += [f"in {section}" for section, cls in _SECTIONS.items() if name in setting_names(cls)]
+    name = NAMES.get(key, key)
     if name in known:
         return f"here it is called {name}; "
-    if homes:
+    if name in KNOBS:
+        homes = [f"in {section}" if section else "at the top level" for section in KNOBS[name].sections]
         return f"it belongs {' or '.join(homes)}; "
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     return f"did you mean {near[0]}? " if near else ""
@@ -85,12 +121,12 @@ ADAPTERS: Mapping[str, tuple[str, type]] = {
     "lora": ("lora", LoraConfig), "dora": ("lora", LoraConfig), "ia3": ("ia3", IA3Config),
     "bottleneck": ("bottleneck", BottleneckConfig),
 }
-"""Kind -> its settings: their name in FinetuneConfig, and their class."""
+"""Kind -> the field of FinetuneConfig with its settings, and their class."""
 
 
 def adapter_of_kind(kind: str, given: Mapping[str, Any], words: Mapping[str, str]) -> AdapterConfig:
-    """An adapter's settings. given: {word: value}, in the caller's words; words: {word: field} of all that the caller may give,
-    whatever the kind. Raises ConfigError, also for a setting that the kind doesn't have."""
+    """An adapter's settings. given: {word: value}, in the caller's words. words: {word: field} for the settings of all kinds.
+    Raises ConfigError, also for a setting that the kind doesn't have."""
     require(kind in ADAPTERS, "adapter", f"must be one of {', '.join(ADAPTERS)}, got {kind!r}")
     section, cls = ADAPTERS[kind]
     fields = {f.name for f in dataclasses.fields(cls)}

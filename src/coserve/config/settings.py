@@ -23,6 +23,7 @@ from coserve.config.values import (
     check_targets,
     check_types,
     is_date,
+    knob,
     read_memory,
     require,
     require_least,
@@ -34,6 +35,7 @@ from coserve.config.values import (
 LINEAR_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven linear kinds of a decoder layer, by the names that Hugging Face and PEFT use."""
 
+Targets = tuple[str, ...] | Literal["all-linear"]
 Objective = Literal["sft", "dpo"]
 Schedule = Literal["constant", "linear", "cosine"]
 TooLong = Literal["error", "drop", "truncate"]
@@ -48,18 +50,17 @@ AdapterKind = Literal["lora", "dora", "ia3", "bottleneck"]
 class LoraConfig:
     """A LoRA adapter, in PEFT's words (r, lora_alpha, lora_dropout, target_modules, ...)."""
 
-    r: int = 16
-    """Rank of the update."""
-    alpha: float = 32.0
+    r: int = knob(16, "LoRA rank (16).", word="rank", short="-r")
+    alpha: float = knob(32.0, "LoRA alpha (32).")
     """The update is scaled by alpha / r, or alpha / sqrt(r) with `use_rslora`."""
-    dropout: float = 0.0
+    dropout: float = knob(0.0, "LoRA dropout (0).")
     """Probability that a feature of a LoRA input is dropped in training, in [0, 1)."""
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    target_modules: Targets = knob("all-linear", "all-linear, or names joined by commas.")
     """Names of the linear modules that get an adapter: last path components or longer path suffixes."""
-    use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    use_rslora: bool = knob(False, "Scale by alpha / sqrt(r).", api=False)
+    rank_pattern: Mapping[str, int] = knob(dict, "Ranks by module: q_proj=8,down_proj=32.", api=False)
     """Rank by module name (path suffix or regular expression, as in PEFT), over `r`."""
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = knob(dict, "Alphas by module: q_proj=16.", api=False)
     """Alpha by module name (path suffix or regular expression, as in PEFT), over `alpha`."""
     use_dora: bool = False
     """DoRA: the updated weight's rows are brought to trained lengths."""
@@ -80,9 +81,9 @@ class LoraConfig:
 class IA3Config:
     """An IA3 adapter, in PEFT's words: one learned factor per feature of a module's output, or of its input."""
 
-    target_modules: tuple[str, ...] | Literal["all-linear"] = ("k_proj", "v_proj", "down_proj")
+    target_modules: Targets = knob(("k_proj", "v_proj", "down_proj"))
     """Names of the linear modules that are scaled: last path components or longer path suffixes."""
-    feedforward_modules: tuple[str, ...] | None = None
+    feedforward_modules: tuple[str, ...] | None = knob(None, "IA3: modules whose input is scaled (down_proj).")
     """Those of them whose input is scaled instead of their output; None: down_proj, where it is targeted."""
 
     def __post_init__(self) -> None:
@@ -109,18 +110,15 @@ class IA3Config:
 class BottleneckConfig:
     """A bottleneck adapter: down-projection, activation and up-projection (without bias), added to a block's output."""
 
-    size: int = 64
-    """Width of the bottleneck."""
-    placement: Placement = "pfeiffer"
+    size: int = knob(64, "Width of a bottleneck (64).")
+    placement: Placement = knob("pfeiffer", "Bottlenecks: pfeiffer or houlsby.")
     """houlsby: behind attention and behind the MLP; pfeiffer: behind the MLP only."""
-    activation: Activation = "relu"
+    activation: Activation = knob("relu", "Bottlenecks: relu or gelu.")
 
     def __post_init__(self) -> None:
         check_types(self)
         require_least(self, 1, "size")
         require_most(self, MAX_RANK, "size")
-        require(self.placement in ("houlsby", "pfeiffer"), "placement", f"must be houlsby or pfeiffer, got {self.placement!r}")
-        require(self.activation in ("relu", "gelu"), "activation", f"must be relu or gelu, got {self.activation!r}")
 
 
 AdapterConfig = LoraConfig | IA3Config | BottleneckConfig
@@ -130,19 +128,19 @@ AdapterConfig = LoraConfig | IA3Config | BottleneckConfig
 class OptimizerConfig:
     """AdamW with a learning-rate schedule, in the words of Hugging Face's TrainingArguments."""
 
-    learning_rate: float | Auto = AUTO
+    learning_rate: float | Auto = knob(AUTO, "Peak learning rate (auto: by the model's width).")
     """The peak. auto: by the model's width, 2e-4 from 4096 features on; for DPO by the adapter's kind and rank."""
-    schedule: Schedule = "linear"
+    schedule: Schedule = knob("linear", "constant, linear or cosine.")
     """After warm-up: constant, linear to 0 at the last step, or a half cosine to 0."""
-    warmup_steps: int = 0
+    warmup_steps: int = knob(0, "Steps of linear warm-up.")
     """Steps over which the rate rises linearly from 0."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: float = knob(0.0, "The same as a share of all steps.")
     """The same as a share of all steps, in [0, 1], instead of `warmup_steps`."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    weight_decay: float = knob(0.0, "AdamW's weight decay.")
+    max_grad_norm: float = knob(1.0, "Gradient clipping; 0 turns it off (1.0).")
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     slice_elements: int = 1 << 20
     """An optimizer step is cut into slices of this many parameters, so that it never stalls an iteration."""
@@ -155,8 +153,6 @@ class OptimizerConfig:
         require(0 <= self.warmup_ratio <= 1, "warmup_ratio", f"must be in [0, 1], got {self.warmup_ratio}")
         require(not (self.warmup_steps and self.warmup_ratio), "warmup_ratio", "give it or warmup_steps, not both")
         require_least(self, 1, "slice_elements")
-        require(self.schedule in ("constant", "linear", "cosine"), "schedule",
-                f"must be constant, linear or cosine, got {self.schedule!r}")
         require(0 <= self.beta1 < 1, "beta1", f"must be in [0, 1), got {self.beta1}")
         require(0 <= self.beta2 < 1, "beta2", f"must be in [0, 1), got {self.beta2}")
 
@@ -170,52 +166,54 @@ requests leave. Windows of 128 reach most of the best rate on a CPU, and their l
 class FinetuneConfig:
     """One finetuning job. What is 'auto' is chosen once the data is known, by `finetune.defaults.resolve_settings`."""
 
+    objective: Objective = knob("sft", "sft or dpo.", api=False)
+    dpo_beta: float = knob(0.1, "DPO's inverse temperature.", api=False)
+    epochs: float | Auto = knob(AUTO, "Passes over the data (3, more of few examples).", api=False)
+    """Passes over the data; ignored when `max_steps` is set. auto: 3; more where there are few examples, so that a job
+    sees about 100 of them, and fewer where there are very many."""
+    max_steps: int | None = knob(None, "Optimizer steps, over --epochs.")
+    batch_size: int | Auto = knob(AUTO, "Examples per optimizer step (1 to 16, by the data).", api=False)
+    """Examples (for DPO: pairs) per optimizer step. auto: a sixteenth of the examples, from 1 to 16."""
+    max_microbatch_tokens: int = knob(2048, "Tokens packed together (2048).")
+    """Examples of a step are packed into micro-batches of at most this many tokens."""
+    window_tokens: int = knob(1024, "Tokens per unit (1024).", api=False)
+    """Largest window of a unit, in packed tokens."""
+    activation_memory: Memory = knob(
+        AUTO, "Of a micro-batch: bytes (12.5GB), a share below 1 of the fastest plan's, or auto."
+    )
+    """What one micro-batch may take in flight: bytes, or a share below 1 of what it takes where no matrix product is run twice.
+    To keep within a lower limit, backward runs some of forward's products again. auto: a limit only where memory is short."""
+    activation_compression: Compression = knob(
+        "lossless", "Of what is kept: lossless, fp8 (changes gradients a little) or none (lossless)."
+    )
+    """How kept activations are stored. lossless: bits where backward reads only signs. fp8: most of them as 8-bit floats, which
+    changes gradients a little; none: as they are."""
+    max_length: int | None = knob(None, "Longest example in tokens.")
+    """Longest example in tokens; default: `max_microbatch_tokens` or the model's limit, whichever is less."""
+    too_long: TooLong = knob("error", "Longer examples: error, drop or truncate.")
+    """What happens to an example that is longer: refused, left out, or cut at the end."""
+    system_prompt: SystemPrompt = knob("keep", "keep, or merge: put into the first user turn (keep).")
+    """keep, or merge: system messages become the beginning of the next user turn, for chat templates that refuse them."""
+    allow_control_tokens: bool = knob(False, "Control tokens written out in the data count.")
+    """Whether control tokens that a text of the data writes out are control tokens. If not, they are plain text."""
+    template_date: str | None = knob(None, "Today for chat templates, YYYY-MM-DD (the start's day).")
+    """Today's date for chat templates that write it, as YYYY-MM-DD; None: the day on which the job begins."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig | None = None
     """The adapter, where neither `ia3` nor `bottleneck` is set; None: a LoRA adapter with the defaults, or the adapter that the
     job continues."""
     ia3: IA3Config | None = None
     bottleneck: BottleneckConfig | None = None
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    objective: Objective = "sft"
-    dpo_beta: float = 0.1
-    """DPO's inverse temperature."""
-    epochs: float | Auto = AUTO
-    """Passes over the data; ignored when `max_steps` is set. auto: 3; more where there are few examples, so that a job
-    sees about 100 of them, and fewer where there are very many."""
-    max_steps: int | None = None
-    """Optimizer steps."""
-    batch_size: int | Auto = AUTO
-    """Examples (for DPO: pairs) per optimizer step. auto: a sixteenth of the examples, from 1 to 16."""
-    max_microbatch_tokens: int = 2048
-    """Examples of a step are packed into micro-batches of at most this many tokens."""
-    window_tokens: int = 1024
-    """Largest window of a unit, in packed tokens."""
-    activation_memory: Memory = AUTO
-    """What one micro-batch may take in flight: bytes, or a share below 1 of what it takes where no matrix product is run twice.
-    To keep within a lower limit, backward runs some of forward's products again. auto: a limit only where memory is short."""
-    activation_compression: Compression = "lossless"
-    """How kept activations are stored. lossless: bits where backward reads only signs. fp8: most of them as 8-bit floats, which
-    changes gradients a little; none: as they are."""
-    max_length: int | None = None
-    """Longest example in tokens; default: `max_microbatch_tokens` or the model's limit, whichever is less."""
-    too_long: TooLong = "error"
-    """What happens to an example that is longer: refused, left out, or cut at the end."""
-    system_prompt: SystemPrompt = "keep"
-    """keep, or merge: system messages become the beginning of the next user turn, for chat templates that refuse them."""
-    allow_control_tokens: bool = False
-    """Whether control tokens that a text of the data writes out are control tokens. If not, they are plain text."""
-    template_date: str | None = None
-    """Today's date for chat templates that write it, as YYYY-MM-DD; None: the day on which the job begins."""
     shuffle: bool = True
     """A new order each epoch, from `seed`; False keeps the file's order."""
-    seed: int = 0
-    checkpoint_steps: int | Auto = AUTO
+    seed: int = knob(0, "Seed of order, dropout and A's start (0).", api=False)
+    checkpoint_steps: int | Auto = knob(AUTO, "Steps between checkpoints (0: at the end).")
     """A checkpoint every so many optimizer steps; 0: only at the end. auto: once an epoch, at least every 25 steps."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = knob(3)
     """Older checkpoints are deleted beyond this many."""
-    validation_steps: int = 0
+    validation_steps: int = knob(0, "Steps between validations (0: each epoch).")
     """Validation loss every so many optimizer steps; 0: once an epoch, if there is validation data."""
-    deterministic: bool = False
+    deterministic: bool = knob(False, "Bit-identical after a resume.")
     """A fixed grid of windows of at most 128 tokens, and fixed threads: losses are bit-identical after a resume, whatever runs
     beside the job."""
 
@@ -226,18 +224,12 @@ class FinetuneConfig:
         require(self.lora is None or self.given_adapter is self.lora, "lora",
                 "a job trains one kind of adapter; leave out lora, or ia3 and bottleneck")
         require(self.lora is None or not (self.lora.use_dora and self.lora.dropout), "dropout", "must be 0 for DoRA")
-        require(self.objective in ("sft", "dpo"), "objective", f"must be sft or dpo, got {self.objective!r}")
         require_positive(self, "dpo_beta", "epochs")
         require_most(self, MAX_SETTING, "dpo_beta", "epochs")
         require_least(self, 1, "max_steps", "batch_size", "max_microbatch_tokens", "window_tokens", "keep_checkpoints")
         read_memory(self.activation_memory)
         require_least(self, 2, "max_length")
         require_least(self, 0, "checkpoint_steps", "validation_steps", "seed")
-        require(self.activation_compression in ("none", "lossless", "fp8"), "activation_compression",
-                f"must be none, lossless or fp8, got {self.activation_compression!r}")
-        require(self.too_long in ("error", "drop", "truncate"), "too_long",
-                f"must be error, drop or truncate, got {self.too_long!r}")
-        require(self.system_prompt in ("keep", "merge"), "system_prompt", f"must be keep or merge, got {self.system_prompt!r}")
         require(self.template_date is None or is_date(self.template_date), "template_date",
                 f"write it as YYYY-MM-DD, got {self.template_date!r}")
 

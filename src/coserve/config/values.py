@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import math
+import operator
 import re
+import typing
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Any, Literal, TypeGuard, TypeVar
 
 from coserve.core import ConfigError
@@ -31,6 +35,17 @@ MAX_SETTING = 1e9
 """Largest alpha, learning rate and the like: far beyond what is of use, far below what overflows in a product."""
 MAX_PATTERNS = 10_000
 """Most entries of a rank_pattern or alpha_pattern: more than there are linears in the largest models."""
+
+
+def knob(default: Any, help: str = "", *, word: str = "", short: str = "", metavar: str = "", api: bool = True) -> Any:
+    """A setting that users can give, as a dataclass field. A settings file takes every field.
+
+    default: its value, or a function that makes one. help: of its flag on the command line; empty: it has no flag. word: what
+    users call it, if not by the field's name. short: a second flag, of one letter. metavar: what stands for the value in the
+    help. api: of a job's settings, whether the body that creates a job has it too.
+    """
+    metadata = {"help": help, "word": word, "short": short, "metavar": metavar, "api": api}
+    return field(default_factory=default, metadata=metadata) if callable(default) else field(default=default, metadata=metadata)
 
 
 def require(condition: bool, name: str, message: str) -> None:
@@ -84,9 +99,21 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+@functools.cache
+def field_types(config: type) -> dict[str, Any]:
+    """The types of a class's fields, without None."""
+    found = typing.get_type_hints(config)
+    for name, hint in found.items():
+        if type(None) in typing.get_args(hint):
+            found[name] = functools.reduce(operator.or_, (part for part in typing.get_args(hint) if part is not type(None)))
+    return found
+
+
 def check_types(config: Any) -> None:
-    """Raises ConfigError for a field whose value isn't of its type: a whole number, a finite number, or true or false. Fields
-    of other types are not looked at."""
+    """Raises ConfigError for a field whose value isn't of its type: a whole number, a finite number, true or false, or one of
+    a few words. Fields of other types are not looked at."""
+    cls: type = type(config)
+    hints = field_types(cls)
     for f in dataclasses.fields(config):
         value, kind = getattr(config, f.name), str(f.type)
         optional, chosen = kind.endswith("| None"), kind.endswith("| Auto")
@@ -99,6 +126,9 @@ def check_types(config: Any) -> None:
             require(is_number(value), f.name, f"must be a finite number{hint}, got {shown(value)}")
         elif kind == "bool":
             require(isinstance(value, bool), f.name, f"must be true or false, got {shown(value)}")
+        elif typing.get_origin(hints[f.name]) is Literal:
+            *words, last = typing.get_args(hints[f.name])
+            require(value in (*words, last), f.name, f"must be {', '.join(words)} or {last}, got {value!r}")
 
 
 def check_objective(name: str, value: Any) -> None:

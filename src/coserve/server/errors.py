@@ -71,15 +71,15 @@ def status_of(error: CoserveError) -> int:
 
 
 def error_body(error: CoserveError) -> dict[str, Any]:
-    """{"error": {message, type, param, code}}, of a response or of a stream's last event."""
+    """{"error": {message, type, param, code}}, for a response or for the last event of a stream."""
     kind = _kind(error)
-    is_model = isinstance(error, NotFound) and error.param in ("model", "adapter")  # the engine's word for one is adapter
+    is_model = isinstance(error, NotFound) and error.param in ("model", "adapter")  # the engine calls a model an adapter
     code = "model_not_found" if is_model else kind.code
     return {"error": {"message": str(error), "type": kind.type, "param": error.param, "code": code}}
 
 
 def error_name(error: CoserveError) -> str:
-    """The name of its class, which travels from one process to another; `make_error` reads it."""
+    """The name of its class, to send to the other process, where `make_error` reads it."""
     return _kind(error).error.__name__
 
 

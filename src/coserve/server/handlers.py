@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from coserve.core import CoserveError
+from coserve.server.bodies.forms import explain
 from coserve.server.errors import RETRY_AFTER_S, Unauthorized, error_body, status_of
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"default": {
@@ -29,7 +29,6 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"default": {
 }}
 """What every route may answer, for the OpenAPI document."""
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
-_PARTS = ("body", "query", "path", "header", "cookie")
 _LONGEST = 300
 
 
@@ -39,15 +38,8 @@ def plain_body(status: int, message: str, param: str | None = None) -> dict[str,
     return {"error": {"message": message, "type": kind, "param": param, "code": _CODES.get(status)}}
 
 
-def field_name(place: Sequence[int | str]) -> str | None:
-    """('body', 'messages', 0, 'role') -> 'messages[0].role'; None for the body as a whole."""
-    parts = place[1:] if place and place[0] in _PARTS else place
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
-    return name[:_LONGEST] or None
-
-
 async def on_coserve_error(request: Request, error: Exception) -> Response:
-    """One of ours, by its class."""
+    """The response to one of our own errors."""
     assert isinstance(error, CoserveError)
     status, headers = status_of(error), {}
     if status in (429, 503):
@@ -58,18 +50,14 @@ async def on_coserve_error(request: Request, error: Exception) -> Response:
 
 
 async def on_invalid_request(request: Request, error: Exception) -> Response:
-    """What pydantic refuses: 400 with the first field's name."""
+    """A query parameter that FastAPI refuses. Bodies are not read by FastAPI (bodies/reader.py)."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return JSONResponse(plain_body(400, "the body isn't valid JSON"), 400)
-    name = field_name(first["loc"])
-    message = first["msg"][:_LONGEST]
-    return JSONResponse(plain_body(400, f"{name}: {message}" if name else message, name), 400)
+    errors = [{**item, "loc": item["loc"][1:]} for item in error.errors()]  # without "query"
+    return await on_coserve_error(request, explain(errors, dict(request.query_params), lambda path, item: str(item["msg"])))
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """No such route, another method, a body that breaks off."""
+    """The response where there is no such route, or not with this method, or where a body breaks off."""
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path[:_LONGEST]}"
     known = {404: f"there is no {where}", 405: f"{where}: this route takes other methods"}
@@ -78,7 +66,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Gives the application all of them."""
+    """Adds these handlers to an application."""
     app.add_exception_handler(CoserveError, on_coserve_error)
     app.add_exception_handler(RequestValidationError, on_invalid_request)
     app.add_exception_handler(HTTPException, on_http_error)

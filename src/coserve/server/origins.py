@@ -11,7 +11,7 @@ client) send neither Origin nor Sec-Fetch-Site. Where keys are asked for, nothin
 itself, and no other website can read or guess it.
 
 Owns: these rules. Does not own: which names are the server's (hostnames.py), the headers that let an allowed origin read
-(Starlette's CORSMiddleware, see app.py), bodies' content types (inference/bodies.py).
+(Starlette's CORSMiddleware, see app.py), bodies' content types (bodies/reader.py).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from coserve.config.settings import EngineConfig, SchedulerConfig
-from coserve.config.values import AUTO, SloMs, read_memory, require, require_least
+from coserve.config.values import AUTO, SloMs, knob, read_memory, require, require_least
 from coserve.core import ConfigError
 from coserve.server.hostnames import check_allowed
 
@@ -37,95 +37,80 @@ class ServerConfig:
 
     model: str | None = None
     """A directory, a GGUF file or a hub id; None: SmolLM2."""
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """0: any free port."""
-    api_key: tuple[str, ...] = ()
+    host: str = knob("127.0.0.1", "Address to listen at (127.0.0.1).")
+    port: int = knob(8000, "0: any free one (8000).")
+    api_key: tuple[str, ...] = knob((), "Key of the default tenant; repeatable.")
     """Keys of the tenant 'default'; with none here and none in the store, no key is asked for."""
-    allowed_hosts: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = knob((), "Name that a server without keys has; repeatable.")
     """Names beside localhost and --host that a server without keys answers to: NAME, *.NAME, or * for every name."""
-    allowed_origins: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = knob((), "Website that may use the server; repeatable.")
     """Websites whose pages may use the server, https://NAME; * for every website."""
-    served_model_name: tuple[str, ...] = ()
+    served_model_name: tuple[str, ...] = knob((), "Name of the base model; repeatable.")
     """Names of the base model; the first one is shown. Default: the model's own."""
-    max_model_len: int | None = None
-    """Longest prompt and output together, in tokens."""
-    allow_control_tokens: bool = False
-    """Control tokens that a chat message writes out are control tokens, not plain text."""
-    max_num_seqs: int = 64
-    """Requests that run at once."""
-    max_num_batched_tokens: int = 2048
-    """Inference rows per iteration."""
-    max_num_queued_reqs: int = 4096
+    max_model_len: int | None = knob(None, "Longest prompt and output together, in tokens.")
+    allow_control_tokens: bool = knob(False, "Control tokens written out in messages count.")
+    max_num_seqs: int = knob(64, "Requests that run at once (64).")
+    max_num_batched_tokens: int = knob(2048, "Inference rows per iteration (2048).")
+    max_num_queued_reqs: int = knob(4096, "Requests that may wait (4096).")
     """Requests that may wait; more get 429."""
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = knob(0.9, "Share of the GPU's memory (0.9).")
     """Share of the GPU's memory that weights and pool may take."""
-    kv_cache_memory_bytes: int | None = None
+    kv_cache_memory_bytes: int | None = knob(None, "Pool of cache and training.")
     """The pool of the key-value cache and training arenas; None: from what is free."""
-    dtype: str = AUTO
-    device: str = AUTO
-    seed: int | None = None
+    dtype: str = knob(AUTO, "auto, float32, bfloat16 or float64.")
+    device: str = knob(AUTO, "auto, cpu or cuda.")
+    seed: int | None = knob(None, "Source of the seeds of requests that give none (random).")
     """Source of the seeds of requests that give none; None: other seeds at every start."""
-    threads: int | None = None
+    threads: int | None = knob(None, "CPU threads of the engine (all cores).")
     """CPU threads of the engine; None: all cores."""
-    lora_modules: tuple[tuple[str, str], ...] = ()
+    lora_modules: tuple[tuple[str, str], ...] = knob((), "NAME=DIRECTORY of an adapter, or JSON; repeatable.")
     """(name, directory) of adapters served from the start."""
-    max_lora_rank: int = 64
-    max_loras: int = 128
+    max_lora_rank: int = knob(64, "Largest rank (64).")
+    max_loras: int = knob(128, "Adapters used at once (128).")
     """Adapters that requests can use at once."""
-    adapter_root: str | None = None
+    adapter_root: str | None = knob(None, "/v1/load_lora_adapter takes directories below.")
     """/v1/load_lora_adapter takes directories below this one; None turns the route off."""
-    slo_tpot_ms: SloMs | None = None
+    slo_tpot_ms: SloMs | None = knob(None, "Objective per output token (by profile); none: best effort.", metavar="MS|none")
     """Objective: milliseconds per output token after the first, or "none": best effort. None: from the machine's profile."""
-    slo_ttft_ms: SloMs | None = None
+    slo_ttft_ms: SloMs | None = knob(None, "Objective to the first token (by profile); none: best effort.", metavar="MS|none")
     """Objective: milliseconds to the first token; otherwise as `slo_tpot_ms`."""
-    policy: str = "coserve"
+    policy: str = knob("coserve", "coserve, inference-only, finetune-only, temporal:N, ...")
     """As in SchedulerConfig.policy."""
-    finetune_min_share: float = 0.0
+    finetune_min_share: float = knob(0.0, "Share of time that jobs always get (0).")
     """Share of time that jobs get even where objectives are missed, in [0, 1)."""
-    activation_memory: str = AUTO
+    activation_memory: str = knob(AUTO, "Part of the pool for training: 12.5GB, a share, auto.")
     """Part of the pool that training may take: bytes (also 12.5GB, 800MiB), a share below 1 (0: no training), or auto."""
-    max_jobs: int = 4
+    max_jobs: int = knob(4, "Jobs that run at once (4).")
     """Finetuning jobs that run at once; more wait."""
-    deterministic: bool = False
+    deterministic: bool = knob(False, "Jobs: same losses after a restart.")
     """Jobs train on a fixed window grid, unfused: bit-identical losses after a restart."""
-    data_dir: Path = DEFAULT_DATA_DIR
-    """Files, jobs, adapters and the index."""
-    database_url: str | None = None
+    data_dir: Path = knob(DEFAULT_DATA_DIR, "Files, jobs, adapters and the index (coserve-data).")
+    database_url: str | None = knob(None, "SQLAlchemy URL of the index (SQLite in the data directory).")
     """SQLAlchemy URL of the index; None: SQLite in data_dir."""
-    max_file_bytes: int = 512 << 20
-    max_tenant_file_bytes: int = 64 << 30
+    max_file_bytes: int = knob(512 << 20, "Largest upload (512 MiB).")
+    max_tenant_file_bytes: int = knob(64 << 30, "All files of a tenant (64 GiB).")
     """Of all files and jobs' outputs of a tenant together; uploads and jobs beyond are refused, and running jobs wait."""
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = knob(16 << 20, "Largest other body (16 MiB).")
     """Of a request that isn't an upload."""
-    max_tenant_queued_reqs: int | None = None
+    max_tenant_queued_reqs: int | None = knob(None, "Outputs of a tenant that run or wait (share).")
     """Outputs of one tenant that may run or wait; None: all places while nobody else wants one, then its share."""
-    max_tenant_files: int = 10_000
-    max_tenant_jobs: int = 1000
-    """Jobs of one tenant that may wait or run."""
-    max_tenant_uploads: int = 8
-    """Uploads of one tenant at once."""
-    max_tenant_streams: int = 1024
-    """Streams of jobs' events that one tenant may have open."""
-    max_tenant_body_bytes: int = 256 << 20
-    """Bytes of one tenant's JSON bodies that are being read at once."""
-    max_keep_checkpoints: int = 100
-    """Largest keep_checkpoints of a job."""
-    organization: str = "coserve"
+    max_tenant_files: int = knob(10_000, "Files of a tenant (10000).")
+    max_tenant_jobs: int = knob(1000, "Jobs of a tenant that wait or run (1000).")
+    max_tenant_uploads: int = knob(8, "Uploads of a tenant at once (8).")
+    max_tenant_streams: int = knob(1024, "Streams of events of a tenant (1024).")
+    max_tenant_body_bytes: int = knob(256 << 20, "JSON bodies of a tenant at once (256 MiB).")
+    max_keep_checkpoints: int = knob(100, "Largest keep_checkpoints of a job (100).")
+    organization: str = knob("coserve", "Third part of tuned models' names (coserve).")
     """The third part of a tuned model's name, ft:BASE:ORGANIZATION:SUFFIX:ID."""
-    vllm_metrics: bool = False
-    """Emit metrics under vLLM's names too."""
-    shutdown_timeout: float = 10.0
+    vllm_metrics: bool = knob(False, "Metrics under vLLM's names too.")
+    shutdown_timeout: float = knob(10.0, "Seconds for running requests at the end (10).")
     """Seconds that running requests get at the end."""
-    watchdog_timeout: float = 60.0
+    watchdog_timeout: float = knob(60.0, "Seconds to a restart of a hung engine (60); 0: off.")
     """Seconds after which an iteration or command of the engine counts as a hang, unless it is predicted to take long: the
     engine's process is then started again. 0: never."""
-    log_format: str = "text"
-    """text or json: how lines of the log are written."""
-    log_level: str = "info"
-    """debug, info, warning or error: the least that is logged."""
-    enable_log_requests: bool = False
-    """A line of the log per HTTP request."""
+    log_format: str = knob("text", "text or json.")
+    log_level: str = knob("info", "debug, info, warning or error (info).")
+    enable_log_requests: bool = knob(False, "A line per request.")
 
     def __post_init__(self) -> None:
         require_least(self, 0, "port", "shutdown_timeout", "watchdog_timeout")

@@ -4,7 +4,7 @@
     tenant b   [work]                     this is the next to run, however many pieces of work of tenant a wait
 
 While a thread keeps Python's lock, the event loop waits all the same. So the work either has a limited size
-(inference/bodies.py) or gives the lock back, as tokenizers do. Owns: whose work is next, what a tenant may hold at once.
+(bodies/parse.py) or gives the lock back, as tokenizers do. Owns: whose work is next, what a tenant may hold at once.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ from coserve.server.services import Services
 from coserve.server.stats.metrics import RequestMeter
 
 _AT_ONCE = 32
-"""Prompts that are sent, or chunks that are passed on, before others have a turn."""
+"""After so many prompts sent, or chunks passed on, the event loop serves other requests."""
 
 
 class Question(NamedTuple):
-    """A prompt, of which sampling.n outputs are wanted."""
+    """A prompt and how to sample from it. `sampling.n` outputs are wanted."""
 
     prompt_ids: list[int]
     sampling: SamplingConfig
@@ -36,7 +36,8 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asker:
-    """Who asks what for. arrival_s: seconds of the monotonic clock; objectives None: the server's."""
+    """Who asks, and of which model. arrival_s: when the request came, by the monotonic clock. tpot_ms, ttft_ms: its latency
+    objectives; None: the server's."""
 
     tenant: str
     model: ServedModel
@@ -53,7 +54,7 @@ class _Run(NamedTuple):
 
 
 class Answers:
-    """What the engine says to some questions, all with the same n. Close it, however it ends."""
+    """The engine's answers to some questions, which all have the same n. It must be closed, however it ends."""
 
     def __init__(self, services: Services, asker: Asker, questions: Sequence[Question]) -> None:
         """Nothing is sent to the engine until somebody iterates."""
@@ -64,7 +65,7 @@ class Answers:
         self._refused: CapacityError | None = None
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Tokens]]:
-        """(number of the prompt, tokens), until every output has ended.
+        """Yields (number of the prompt, its new tokens) until every output has ended.
 
         Raises the first error of any prompt: CapacityError, or EngineUnavailable, also where the server cancelled an output.
         """
@@ -103,13 +104,13 @@ class Answers:
             raise
 
     def _refuse(self, error: CapacityError) -> None:
-        """The request's places are another tenant's now."""
+        """Ends the request, whose places in the queue have been given to another tenant."""
         self._refused = error
         for run in self._runs:
             run.stream.refuse(error)
 
     async def aclose(self) -> None:
-        """Cancels in the engine what hasn't ended."""
+        """Closes the streams. Outputs that haven't ended are cancelled in the engine."""
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
@@ -140,7 +141,7 @@ class Answers:
         return _Run(stream, meter)
 
     async def _follow(self, run: _Run) -> AsyncIterator[Tokens]:
-        """One prompt's tokens, counted."""
+        """Yields one prompt's tokens and counts them in its meter."""
         left = self._questions[0].sampling.n
         try:
             async for tokens in run.stream:

@@ -17,6 +17,7 @@ from typing import Any
 
 from coserve.chat.messages import NO_TOOLS, is_neutral
 from coserve.core import InvalidRequest
+from coserve.server.inference.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 _IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -104,28 +105,31 @@ _TOKENIZE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldPolicy:
-    """One route's."""
+    """The rules of one route. implemented: names of the fields of its model."""
 
+    implemented: Collection[str]
     ignored: frozenset[str] = frozenset()
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
-    def apply(self, body: Mapping[str, Any], implemented: Collection[str]) -> dict[str, Any]:
+    def apply(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The implemented fields of a body. Raises InvalidRequest, naming a field that is unknown or asks for too much."""
         for name, value in body.items():
-            if name in implemented or name in self.ignored:
+            if name in self.implemented or name in self.ignored:
                 continue
             if name not in self.neutral:
-                raise InvalidRequest(f"{name[:80]}: there is no such field{self._hint(name, implemented)}", param=name[:80])
+                raise InvalidRequest(f"{name[:80]}: there is no such field{self._hint(name)}", param=name[:80])
             if not is_neutral(value, self.neutral[name]):
                 raise InvalidRequest(f"{name}: is not supported yet; leave it out", param=name)
-        return {name: value for name, value in body.items() if name in implemented and value is not None}
+        return {name: value for name, value in body.items() if name in self.implemented and value is not None}
 
-    def _hint(self, name: str, implemented: Collection[str]) -> str:
-        close = difflib.get_close_matches(name[:80], sorted({*implemented, *self.neutral, *self.ignored}), n=1)
+    def _hint(self, name: str) -> str:
+        close = difflib.get_close_matches(name[:80], sorted({*self.implemented, *self.neutral, *self.ignored}), n=1)
         return f"; did you mean {close[0]}?" if close else ""
 
 
-CHAT = FieldPolicy(ignored=_IGNORED, neutral={**_NEUTRAL, **_CHAT_NEUTRAL})
-COMPLETIONS = FieldPolicy(ignored=_IGNORED, neutral={**_NEUTRAL, **_COMPLETION_NEUTRAL})
-TOKENIZE = FieldPolicy(neutral=_TOKENIZE_NEUTRAL)
-DETOKENIZE = FieldPolicy()
+CHAT = FieldPolicy(implemented=ChatRequest.model_fields, ignored=_IGNORED, neutral={**_NEUTRAL, **_CHAT_NEUTRAL})
+COMPLETIONS = FieldPolicy(
+    implemented=CompletionRequest.model_fields, ignored=_IGNORED, neutral={**_NEUTRAL, **_COMPLETION_NEUTRAL}
+)
+TOKENIZE = FieldPolicy(implemented=TokenizeRequest.model_fields, neutral=_TOKENIZE_NEUTRAL)
+DETOKENIZE = FieldPolicy(implemented=DetokenizeRequest.model_fields)

@@ -1,7 +1,7 @@
 """How much a request of the inference routes may ask for. These counts bound its cost and are checked before any work.
 
 Owns: the numbers that aren't a field's own range (protocol.py), what is said about them. Does not own: the size of a body
-(middleware.py), how many values it has (bodies.py), whether there is room for it now (places.py).
+(middleware.py), how many values it has (bodies/parse.py), whether there is room for it now (places.py).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ COUNTED_TOKENS = 1 << 16
 """Texts and ids that are longer than the context are (de)tokenized too, up to so many tokens."""
 
 
-def check_amounts(body: Mapping[str, Any]) -> None:
-    """Checks a body that hasn't been validated: values of a wrong type pass here, and pydantic refuses them. Raises
-    InvalidRequest."""
+def check_amounts(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Checks a body that hasn't been validated, and gives it back. Values of a wrong type pass here, and pydantic refuses them.
+    Raises InvalidRequest."""
     messages = body.get("messages")
     if isinstance(messages, list):
         parts = [item["content"] for item in messages if isinstance(item, dict) and isinstance(item.get("content"), list)]
@@ -40,6 +40,7 @@ def check_amounts(body: Mapping[str, Any]) -> None:
         value = body.get(name)
         if isinstance(value, list | dict):
             _check(name, len(value), most, "entries")
+    return body
 
 
 def check_logprobs(prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingConfig], field: str) -> None:

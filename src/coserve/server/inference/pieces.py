@@ -54,7 +54,7 @@ def _list_pieces(items: list[Any]) -> Iterator[bytes]:
 
 
 def _weight(value: Any) -> int:
-    """Values in it, counted no further than is needed to see that it is large."""
+    """How many values it holds. Counting ends once it is certain that it is large."""
     count, left = 0, [value]
     while left and count <= _STEP_VALUES:
         item = left.pop()

@@ -18,7 +18,7 @@ from coserve.text.tokenizer import ChatTokenizer, TextRules
 _LONG_CHARS = 4096
 """Longer prompts are tokenized in a thread, so that others' tokens aren't held up."""
 _MESSAGE_CHARS = 64
-"""What a message, or a part of one, counts for beside its text: the template and the checks take time for each."""
+"""Characters that a message, or a part of one, counts for beside its text, since template and checks take time for each."""
 _MAX_PROMPTS = 1024
 Result = TypeVar("Result")
 
@@ -30,7 +30,7 @@ class ThreadRunner(Protocol):
 
 
 class Prompt(NamedTuple):
-    """text: as given, or of the ids that were given."""
+    """text: the given one; for a prompt of ids, their text."""
 
     ids: list[int]
     text: str
@@ -40,8 +40,8 @@ async def conversation_prompt(
     tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, run: ThreadRunner, limit: int,
     add_generation_prompt: bool = True, add_special_tokens: bool = False, allow_control_tokens: bool = False,
 ) -> list[int]:
-    """A conversation in tokens. limit: of the context, in tokens; allow_control_tokens: whether those that a message writes out
-    are control tokens, not plain text. Raises InvalidRequest."""
+    """A conversation in tokens. limit: of the context, in tokens. allow_control_tokens: whether control tokens that a message
+    writes out count as such; if not, they are plain text. Raises InvalidRequest."""
     rules = TextRules(allow_control_tokens=allow_control_tokens)
 
     def encode() -> list[int]:
@@ -106,9 +106,9 @@ def template_messages(messages: Sequence[ChatMessage], *, keep_developer: bool =
 def output_limit(
     num_prompt: int, asked: int | None, *, default: int | None, limit: int, prompt_field: str, tokens_field: str = "max_tokens"
 ) -> int:
-    """Tokens of output: as asked for, else the default or what the context of `limit` tokens leaves.
+    """How many tokens the output may have: the number asked for, else the default, else what the context leaves.
 
-    Raises InvalidRequest if that's too much, naming the field.
+    limit: of the context, in tokens. Raises InvalidRequest, naming the field, if the context can't hold so many.
     """
     left = limit - num_prompt
     if left < (asked != 0):
@@ -127,7 +127,7 @@ def output_limit(
 
 
 def _check_size(tokenizer: ChatTokenizer, size: int, limit: int, field: str, unit: str = "characters") -> None:
-    """Refuses what is longer than the context whatever its tokens are, since to tokenize megabytes takes minutes and gigabytes.
+    """Refuses a prompt that can't fit the context however it is tokenized: tokenizing megabytes takes minutes and gigabytes.
 
     unit: what `size` counts: characters, tokens or token ids.
     """
@@ -179,5 +179,5 @@ def _prompt_size(prompt: Any) -> int:
 
 
 async def _beside(run: ThreadRunner, work: Callable[[], Result], size: int) -> Result:
-    """What `work` gives. Long work runs in a thread. size: characters or ids that it is about."""
+    """The result of `work`. It runs in a thread if `size`, in characters or ids, is large."""
     return await run(work) if size > _LONG_CHARS else work()

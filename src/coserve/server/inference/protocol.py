@@ -16,6 +16,7 @@ from coserve.chat.messages import ROLES
 from coserve.config.settings import SamplingConfig
 from coserve.config.values import BEST_EFFORT, SloMs, is_number, shown
 from coserve.core import InvalidRequest
+from coserve.server.bodies.forms import Body
 
 MAX_OUTPUTS = 128
 """Of one prompt."""
@@ -61,12 +62,6 @@ SloField = Annotated[SloMs | None, PlainValidator(_check_objective), WithJsonSch
 ]})]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_INT31)]], Field(fail_fast=True)]
-
-
-class Body(BaseModel):
-    """Root of all bodies: no other fields, no other types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Body):

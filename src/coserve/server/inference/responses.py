@@ -16,13 +16,13 @@ from coserve.server.link.messages import LogprobEntry, Tokens
 from coserve.text.tokenizer import ChatTokenizer
 
 _LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON has no number for."""
+"""Written for a log-probability of minus infinity, which JSON can't express."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """What a request wants to see beside its text. logprobs, prompt_logprobs: how many of the likeliest tokens, None for no
-    log-probabilities; token_ids: the ids too; by_id: log-probabilities call tokens by their ids."""
+    """What a response has beside its text. logprobs, prompt_logprobs: how many of the likeliest tokens are listed; None: no
+    log-probabilities. token_ids: whether ids are listed. by_id: whether log-probabilities name tokens by their ids."""
 
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -32,7 +32,7 @@ class Shown:
 
 @dataclass(slots=True)
 class PartialChoice:
-    """A choice as far as it is made."""
+    """One choice of the response: what has been generated of it so far."""
 
     pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -40,7 +40,7 @@ class PartialChoice:
     finish_reason: str | None = None
 
     def add(self, tokens: Tokens) -> None:
-        """Takes what came."""
+        """Adds new tokens."""
         self.pieces.append(tokens.text)
         self.token_ids += tokens.token_ids
         self.logprobs += tokens.logprobs
@@ -48,13 +48,13 @@ class PartialChoice:
 
     @property
     def text(self) -> str:
-        """All of it so far."""
+        """The text so far."""
         return "".join(self.pieces)
 
 
 @dataclass(slots=True)
 class Tally:
-    """A request's outputs, n for each of its prompts, and what they took."""
+    """A request's outputs so far, n for each of its prompts, and its usage."""
 
     num_prompt_tokens: Sequence[int]
     n: int
@@ -66,7 +66,7 @@ class Tally:
         self.outputs = [PartialChoice() for _ in range(self.n * len(self.num_prompt_tokens))]
 
     def add(self, prompt: int, tokens: Tokens) -> int:
-        """Takes what came for a prompt; gives the choice's number."""
+        """Adds new tokens of a prompt's output. Returns the number of the choice."""
         choice = prompt * self.n + tokens.index
         self.outputs[choice].add(tokens)
         self.cached_tokens[prompt] = max(tokens.cached_tokens, self.cached_tokens.get(prompt, 0))
@@ -89,7 +89,7 @@ class Tally:
 def chat_response(
     head: Mapping[str, Any], tally: Tally, shown: Shown, prompt_ids: Sequence[int], *, tokenizer: ChatTokenizer
 ) -> dict[str, Any]:
-    """A chat.completion. head: id, created, model, system_fingerprint."""
+    """The whole chat.completion. head: id, created, model, system_fingerprint."""
     choices = []
     for index, output in enumerate(tally.outputs):
         walk = TokenWalk(tokenizer, context=prompt_ids, by_id=shown.by_id)
@@ -111,7 +111,7 @@ def chat_response(
 
 
 def chat_choices(index: int, tokens: Tokens, walk: TokenWalk, shown: Shown, *, first: bool) -> Iterator[dict[str, Any]]:
-    """Choices of the chunks for tokens that came: the role before the first, nothing where no text came."""
+    """The choices to send for new tokens, one per chunk. The first chunk has the role; a chunk without text isn't sent."""
     if first:
         yield {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
     logprobs = chat_logprobs(tokens.logprobs, walk) if shown.logprobs is not None and tokens.logprobs else None
@@ -124,8 +124,8 @@ def chat_choices(index: int, tokens: Tokens, walk: TokenWalk, shown: Shown, *, f
 
 
 def chat_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dict[str, Any]:
-    """Of a chat choice. bytes: what a token adds to the text, so that those of all tokens together are the text; none for a
-    special token, which doesn't show."""
+    """Log-probabilities of a chat choice. `bytes` is what a token adds to the text: joined, they are the text. A special
+    token adds nothing."""
     content = []
     for entry in entries:
         step = walk.step(entry.token)
@@ -147,7 +147,7 @@ def chat_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dict[str,
 def completion_response(
     head: Mapping[str, Any], tally: Tally, shown: Shown, prompts: Sequence[Prompt], *, tokenizer: ChatTokenizer, echo: bool
 ) -> dict[str, Any]:
-    """A text_completion. echo: the prompts come before their outputs."""
+    """The whole text_completion. echo: whether each output begins with its prompt."""
     choices = []
     for index, output in enumerate(tally.outputs):
         prompt, scores = prompts[index // tally.n], tally.prompt_logprobs.get(index // tally.n, [])
@@ -174,7 +174,7 @@ def completion_response(
 def completion_choices(
     index: int, tokens: Tokens, walk: TokenWalk, shown: Shown, *, echo: str | None
 ) -> Iterator[dict[str, Any]]:
-    """Choices of the chunks for tokens that came. echo: the prompt, before the first."""
+    """The choices to send for new tokens, one per chunk. echo: a text to send before the first token."""
     if echo:
         yield {"index": index, "text": echo, "logprobs": None, "finish_reason": None}
     logprobs = completion_logprobs(tokens.logprobs, walk) if shown.logprobs is not None and tokens.logprobs else None
@@ -184,7 +184,7 @@ def completion_choices(
 
 
 def completion_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dict[str, list[Any]]:
-    """Of a completion's choice. top_logprobs: by name, the token itself first."""
+    """Log-probabilities of a completion's choice. In top_logprobs the sampled token comes first."""
     tokens: list[str] = []
     values: list[float] = []
     tops: list[dict[str, float]] = []
@@ -205,7 +205,7 @@ def completion_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dic
 def prompt_logprobs(
     prompt: Prompt, scores: Sequence[LogprobEntry], tokenizer: ChatTokenizer, shown: Shown
 ) -> dict[str, list[Any]]:
-    """`completion_logprobs` of an echoed prompt. scores: of its tokens from the second on; the first has none."""
+    """`completion_logprobs` of an echoed prompt. scores: of its second token and all later ones; the first token has none."""
     first = LogprobEntry(token=prompt.ids[0], logprob=0.0, top=[])
     told = completion_logprobs(
         [first, *_cut(scores, shown.logprobs or 0)], TokenWalk(tokenizer, by_id=shown.by_id)
@@ -218,7 +218,7 @@ def prompt_logprobs(
 def vllm_prompt_logprobs(
     prompt_ids: Sequence[int], scores: Sequence[LogprobEntry], walk: TokenWalk, count: int
 ) -> list[dict[str, Any] | None]:
-    """In vLLM's shape: for each prompt token those of its place by token id, for the first None. rank: None if unknown."""
+    """In vLLM's shape: for each token of the prompt a table by token id; None for the first token. An unknown rank is None."""
     found: list[dict[str, Any] | None] = [None]
     walk.step(prompt_ids[0])
     for entry in _cut(scores, count):

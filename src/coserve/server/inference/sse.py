@@ -1,7 +1,7 @@
 """Server-sent events, and the watch for clients that leave.
 
-    first event within a second     status and headers as the first event's outcome demands: an error is a plain error response
-    later                           headers and a comment; an error is an event of its own, and the stream closes without [DONE]
+    first event or error within a second   an error becomes a plain error response with its own status
+    later                                  the response has begun by then: an error becomes an event, and [DONE] is not sent
 
 Owns: framing, comments in silence, what an error becomes, closing. Does not own: what events say (responses.py).
 """
@@ -26,14 +26,14 @@ HEARTBEAT_S = 15.0
 """Seconds without an event after which an open stream gets a comment, so that no proxy on the way gives it up."""
 _COMMENT = b": waiting\n\n"
 _AT_ONCE = 16
-"""Events that are sent before others have a turn."""
+"""After so many events the event loop serves other requests."""
 Result = TypeVar("Result")
 
 
 class EventStream(StreamingResponse):
-    """A response of events, each the bytes of one line. close: awaited once, however it ends; also if the client leaves.
+    """A response of events, each the bytes of one line. close: is awaited once at the end, also if the client leaves.
 
-    `await send` waits for a slow client, and for nobody else.
+    A client that reads slowly delays its own stream only, since `await send` waits for it.
     """
 
     media_type = "text/event-stream"
@@ -76,7 +76,7 @@ class EventStream(StreamingResponse):
             await self._send(send, b"", last=True)
 
     async def _watch(self, receive: Receive, send: Send) -> None:
-        """Returns when the client has left; until then, comments where nothing else is sent."""
+        """Returns when the client has left. Until then it sends comments while there are no events."""
         gone = asyncio.create_task(until_gone(receive))
         try:
             wait_s = OPEN_S
@@ -107,7 +107,7 @@ async def until_gone(receive: Receive) -> None:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """What `work` gives, or None if the client leaves first: then it is cancelled."""
+    """The result of `work`; None if the client leaves first, in which case the work is cancelled."""
     task, gone = asyncio.create_task(work), asyncio.create_task(until_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

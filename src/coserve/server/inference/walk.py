@@ -19,7 +19,7 @@ from coserve.text.tokenizer import ChatTokenizer
 
 
 class Step(NamedTuple):
-    """A token at its place. added: its bytes in the text, none if it doesn't show; offset: characters of the text before it."""
+    """A token in the text. added: the bytes that it adds; none for a special token. offset: where it begins, in characters."""
 
     name: str
     added: bytes
@@ -27,7 +27,8 @@ class Step(NamedTuple):
 
 
 class TokenWalk:
-    """Follows one text. context: the ids before it; offset: characters before it; by_id: tokens are called `token_id:7`."""
+    """Follows one text token by token. context: the ids before it. offset: characters before it. by_id: whether tokens are
+    called `token_id:7`."""
 
     def __init__(
         self, tokenizer: ChatTokenizer, *, context: Sequence[int] = (), offset: int = 0, by_id: bool = False
@@ -37,7 +38,7 @@ class TokenWalk:
         self._offset, self._by_id = offset, by_id
 
     def step(self, token: int) -> Step:
-        """The next token."""
+        """Adds the next token."""
         self._detokenizer.push(token)
         added = self._detokenizer.added
         name = self._name(token)
@@ -46,7 +47,7 @@ class TokenWalk:
         return Step(name, added, self._offset + self._detokenizer.start)
 
     def names(self, step: Step, entry: LogprobEntry) -> dict[int, str]:
-        """Names of an entry's tokens, all different."""
+        """{token id: name} of an entry's tokens. No two have the same name."""
         found = {token: self._name(token) for token, _ in entry.top}
         if step.name in found.values():
             found = {token: f"token_id:{token}" if name == step.name else name for token, name in found.items()}

@@ -1,20 +1,22 @@
-"""The body that creates a finetuning job, as pydantic models: OpenAI's fields and ours, types and ranges of single fields.
+"""The body that creates a finetuning job, as pydantic models: OpenAI's fields, and a field for every setting of `KNOBS` that is
+in the API.
 
-Owns: which fields there are, what is said about one that isn't known. Does not own: what fields mean together (spec.py).
+Owns: types and ranges of single fields. Does not own: what fields mean together (spec.py), which settings there are
+(config/settings.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BeforeValidator, Field, PlainValidator, create_model
 from pydantic_core import PydanticCustomError
 
-from coserve.config.settings import Activation, AdapterKind, Compression, Placement
-from coserve.config.values import AUTO, is_number
-from coserve.core import InvalidRequest
-from coserve.server.handlers import field_name
+from coserve.config.data import KNOBS, Knob
+from coserve.config.settings import AdapterKind, Targets
+from coserve.config.values import AUTO, Auto, Memory, is_number
+from coserve.server.bodies.forms import Body, Form
 from coserve.server.jobs.hints import FieldHints
 
 _LIMIT = 2**31 - 1
@@ -38,13 +40,10 @@ def _whole_or_auto(value: Any) -> int | float | str:
 
 
 def _text(value: Any) -> str:
-    """A string that UTF-8 and every database can write."""
     if not isinstance(value, str):
         raise PydanticCustomError("text", "must be a string")
-    if len(value) > _MAX_VALUE:  # first: the rest looks at every character
+    if len(value) > _MAX_VALUE:
         raise PydanticCustomError("text", f"must have at most {_MAX_VALUE} characters")
-    if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise PydanticCustomError("text", "holds a NUL or half of a surrogate pair; write whole characters")
     return value
 
 
@@ -76,7 +75,7 @@ Number = Annotated[Any, PlainValidator(_number_or_auto, json_schema_input_type=_
 Whole = Annotated[Any, PlainValidator(_whole_or_auto, json_schema_input_type=int | Literal["auto"])]
 Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str)]
 Pairs = Annotated[dict[str, str], PlainValidator(_pairs, json_schema_input_type=dict[str, str])]
-Targets = Annotated[Any, PlainValidator(_targets, json_schema_input_type=list[str] | Literal["all-linear"])]
+TargetNames = Annotated[Any, PlainValidator(_targets, json_schema_input_type=list[str] | Literal["all-linear"])]
 MemoryLimit = Annotated[Any, PlainValidator(_memory, json_schema_input_type=float | str)]
 Count = Annotated[int, Field(ge=0, le=_LIMIT)]
 Size = Annotated[int, Field(ge=1, le=_LIMIT)]
@@ -87,15 +86,11 @@ def _auto_is_absent(value: Any) -> Any:
     return None if value == AUTO else value
 
 
-RateOrAuto = Annotated[Rate | None, BeforeValidator(_auto_is_absent, json_schema_input_type=Rate | Literal["auto"] | None)]
-CountOrAuto = Annotated[Count | None, BeforeValidator(_auto_is_absent, json_schema_input_type=Count | Literal["auto"] | None)]
+RateOrAuto = Annotated[Rate | None, BeforeValidator(_auto_is_absent, json_schema_input_type=Rate | Auto | None)]
+CountOrAuto = Annotated[Count | None, BeforeValidator(_auto_is_absent, json_schema_input_type=Count | Auto | None)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Hyperparameters(_Body):
+class Hyperparameters(Body):
     """A number, or auto, whose rules are in docs/finetuning.md."""
 
     n_epochs: Number = AUTO
@@ -109,19 +104,19 @@ class PreferenceHyperparameters(Hyperparameters):
     beta: Number = AUTO
 
 
-class Supervised(_Body):
+class Supervised(Body):
     """What is told about supervised finetuning."""
 
     hyperparameters: Hyperparameters | None = None
 
 
-class Preference(_Body):
+class Preference(Body):
     """What is told about DPO."""
 
     hyperparameters: PreferenceHyperparameters | None = None
 
 
-class Method(_Body):
+class Method(Body):
     """OpenAI's choice of a method. reinforcement isn't supported."""
 
     type: Text
@@ -130,7 +125,7 @@ class Method(_Body):
     reinforcement: dict[str, Any] | None = None
 
 
-class Wandb(_Body):
+class Wandb(Body):
     """A run of Weights & Biases, written offline."""
 
     project: Text
@@ -139,92 +134,54 @@ class Wandb(_Body):
     tags: list[Text] | None = Field(default=None, max_length=50)
 
 
-class Integration(_Body):
+class Integration(Body):
     """Where metrics go too."""
 
     type: Literal["wandb", "tensorboard"]
     wandb: Wandb | None = None
 
 
-class Extras(_Body):
-    """Fields beyond OpenAI's (extra_body of its client); what each does is said at FinetuneConfig's fields. adapter: a kind,
-    which has some of the fields from rank to activation. priority: lower runs earlier; weight: share among running jobs;
-    deadline: Unix seconds, earlier ones run first among equal priority."""
-
-    adapter: AdapterKind | None = None
-    rank: Size | None = None
-    alpha: Rate | None = None
-    dropout: Rate | None = None
-    target_modules: Targets | None = None
-    feedforward_modules: list[Text] | None = Field(default=None, max_length=_MAX_TARGETS)
-    size: Size | None = None
-    placement: Placement | None = None
-    activation: Activation | None = None
-    learning_rate: RateOrAuto = None
-    schedule: Text | None = None
-    warmup_steps: Count | None = None
-    warmup_ratio: Rate | None = None
-    weight_decay: Rate | None = None
-    max_grad_norm: Rate | None = None
-    max_length: Count | None = None
-    too_long: Text | None = None
-    system_prompt: Text | None = None
-    allow_control_tokens: bool | None = None
-    template_date: Text | None = None
-    max_microbatch_tokens: Count | None = None
-    activation_memory: MemoryLimit | None = None
-    activation_compression: Compression | None = None
-    checkpoint_steps: CountOrAuto = None
-    keep_checkpoints: Count | None = None
-    validation_steps: Count | None = None
-    max_steps: Count | None = None
-    deterministic: bool | None = None
-    priority: Annotated[int, Field(ge=-_LIMIT, le=_LIMIT)] | None = None
-    weight: Annotated[float, Field(gt=0, le=1000)] | None = None
-    deadline: Annotated[int, Field(ge=0, le=2**40)] | None = None
+_TYPES: Mapping[Any, Any] = {
+    bool: bool, str: Text, int: Count, float: Rate, int | Auto: CountOrAuto, float | Auto: RateOrAuto, Memory: MemoryLimit,
+    Targets: TargetNames, tuple[str, ...]: Annotated[list[Text], Field(max_length=_MAX_TARGETS)],
+}
+"""Type of a setting -> type of its field in a body. A choice of a few words keeps its type."""
+_OTHER_TYPES: Mapping[str, Any] = {"rank": Size, "size": Size, **dict.fromkeys(("schedule", "too_long", "system_prompt"), Text)}
+"""Types of fields that don't follow from `_TYPES`. The words of a Text are checked in config/settings.py only."""
+SETTINGS: Mapping[str, Knob] = {knob.word: knob for knob in KNOBS.values() if knob.told.get("api")}
+"""Settings of a job that a body has as fields beyond OpenAI's (extra_body of its client), by the fields' names."""
 
 
-class CreateJob(Extras):
-    """POST /v1/fine_tuning/jobs."""
+class JobFields(Body):
+    """The body's fields that are no settings of a job.
+
+    adapter: a kind, which has some of the adapters' settings. priority: a lower number runs earlier. weight: the job's share of
+    the time of running jobs. deadline: in Unix seconds; of jobs with equal priority the one with the earliest runs first.
+    """
 
     model: Text
     training_file: Text
     validation_file: Text | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
-    """Deprecated by OpenAI: those of the method."""
+    """Deprecated by OpenAI, which has them in `method`."""
     seed: Count | None = None
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     metadata: Pairs | None = None
     integrations: list[Integration] | None = Field(default=None, max_length=5)
+    adapter: AdapterKind | None = None
+    priority: Annotated[int, Field(ge=-_LIMIT, le=_LIMIT)] | None = None
+    weight: Annotated[float, Field(gt=0, le=1000)] | None = None
+    deadline: Annotated[int, Field(ge=0, le=2**40)] | None = None
 
 
-_MODELS: tuple[type[BaseModel], ...] = (
-    CreateJob, Method, Supervised, Preference, PreferenceHyperparameters, Hyperparameters, Integration, Wandb
+def _field(knob: Knob) -> Any:
+    chosen = _OTHER_TYPES.get(knob.word) or (knob.type if get_origin(knob.type) is Literal else _TYPES[knob.type])
+    return chosen | None, None
+
+
+CreateJob: type[JobFields] = create_model(
+    "CreateJob", __base__=JobFields, __doc__="POST /v1/fine_tuning/jobs.",
+    **{name: _field(knob) for name, knob in SETTINGS.items()},
 )
-_HINTS = FieldHints(CreateJob, deprecated=("hyperparameters",))
-_FIELDS = frozenset(name for model in _MODELS for name in model.model_fields)
-
-
-def read_body(data: Any) -> CreateJob:
-    """Raises InvalidRequest that names the field."""
-    try:
-        return CreateJob.model_validate(data)
-    except ValidationError as error:
-        raise explain(error.errors(include_url=False)) from error
-
-
-def explain(errors: Sequence[Any]) -> InvalidRequest:
-    """The first validation error of a body, in a user's words: with the field's path, and for an unknown field the known one
-    that was probably meant. errors: pydantic's, of a body in this form."""
-    first = errors[0]
-    path = first["loc"]
-    if first["type"] == "extra_forbidden":
-        message = _HINTS.of([part for part in path if part != "body"], first.get("input"))
-    else:  # without the names that pydantic gives to the branches of a choice
-        path = [part for part in path if isinstance(part, int) or part in _FIELDS]
-        message = "the field is missing" if first["type"] == "missing" else first["msg"]
-    param = field_name(path) or "body"
-    if not param.isprintable():
-        param = "body"
-    return InvalidRequest(f"{param}: {message}", param=param)
+CREATE_FORM = Form(model=CreateJob, wording=FieldHints(CreateJob, deprecated=("hyperparameters",)).wording)

@@ -3,10 +3,11 @@
     a tenant's jobs    one after the other
     tenants            side by side, each on a thread; MAX_AT_WORK of them at work, in turns of SLICE_S
 
-So a small file of one tenant waits for a moment only, however large those of others are. Turns change between two lines, and
-there a cancelled reading ends.
+So a small file of one tenant is soon read, however large the files of others are. A turn ends between two lines, and so does a
+reading that was cancelled. The engine reads the files once more when the job starts: it runs in another process and needs the
+tokens, while this reading only looks for errors and counts.
 
-Owns: the tokenizer for it, the turns, what is said about the data. Does not own: formats of lines (finetune/datasets.py).
+Owns: the turns, and what is said about the data. Does not own: formats of lines (finetune/datasets.py).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SLICE_S = 0.2
 
 
 class DataFile(NamedTuple):
-    """A file of a job. name: what its owner calls it; param: the field of the create body."""
+    """A file of a job. name: what its owner calls it. param: the field of the body that names it."""
 
     path: Path
     name: str
@@ -47,7 +48,7 @@ class DataFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """num_examples: usable lines of the training file; summary, warnings: for events."""
+    """num_examples: usable lines of the training file. summary, warnings: texts for events."""
 
     num_examples: int
     summary: str
@@ -55,11 +56,11 @@ class DataReport:
 
 
 class _Stopped(Exception):
-    """Nobody wants the report any more."""
+    """The reading was cancelled."""
 
 
 class _Turns:
-    """Places for threads that read, in the order in which they ask."""
+    """A number of places for threads at work; threads get them in the order in which they asked."""
 
     def __init__(self, num_places: int) -> None:
         self._lock, self._free = threading.Lock(), num_places
@@ -76,7 +77,7 @@ class _Turns:
         turn.wait()
 
     def end(self) -> None:
-        """Gives the place to who has waited longest."""
+        """Gives the place to the thread that has waited longest."""
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().set()
@@ -84,7 +85,7 @@ class _Turns:
                 self._free += 1
 
     def give_way(self) -> None:
-        """Ends and begins anew, if anybody waits."""
+        """If a thread waits, gives it this place and waits for another one."""
         if self._waiting:
             self.end()
             self.begin()
@@ -98,7 +99,7 @@ class _Reading:
         self._since = 0.0
 
     def run(self, work: Callable[[], DataReport]) -> DataReport:
-        """Does it, in turns with others."""
+        """Runs the work once there is a place."""
         self._turns.begin()
         try:
             self._since = time.monotonic()
@@ -107,7 +108,7 @@ class _Reading:
             self._turns.end()
 
     def between_lines(self) -> None:
-        """Raises _Stopped once the reading is to end; lets others go on from time to time."""
+        """Raises _Stopped if the reading was cancelled. Gives way to others when its turn is over."""
         if self.stopped.is_set():
             raise _Stopped
         if time.monotonic() - self._since > SLICE_S:
@@ -116,7 +117,7 @@ class _Reading:
 
 
 class DataReader:
-    """Belongs to one event loop."""
+    """Reads data for jobs. It belongs to one event loop."""
 
     def __init__(self) -> None:
         self._turns = _Turns(MAX_AT_WORK)
@@ -131,7 +132,9 @@ class DataReader:
         self, job: str, tenant: str, model: Path, config: FinetuneConfig, training: DataFile, validation: DataFile | None, *,
         begin: Callable[[], None] = lambda: None,
     ) -> DataReport | None:
-        """model: the base's directory; config: with max_length; begin: called when the reading begins. None: it was cancelled.
+        """A report, or None if the reading was cancelled.
+
+        model: the base's directory. config: must have a max_length. begin: is called when the reading begins.
 
         Raises InvalidRequest that names file, line and field.
         """
@@ -202,7 +205,7 @@ def _load(file: DataFile, tokenizer: ChatTokenizer, config: FinetuneConfig, on_l
         )
     except NotFound as error:
         raise InvalidRequest(f"{file.name} is no longer on disk", param=file.param) from error
-    except InvalidRequest as error:  # it knows the file by its name on disk
+    except InvalidRequest as error:  # the message begins with the name of the file on disk
         message = str(error)
         if message.startswith(file.path.name):
             message = file.name + message.removeprefix(file.path.name)

@@ -22,7 +22,7 @@ _OTHER_WORDS = {
 
 
 class FieldHints:
-    """Hints for one form. deprecated: places that no hint names if a field has another place too."""
+    """Hints for one form. deprecated: places that are named in a hint only for a field that has no other place."""
 
     def __init__(self, form: type[BaseModel], deprecated: Sequence[str] = ()) -> None:
         self._levels = dict(_levels(form, ()))
@@ -34,7 +34,13 @@ class FieldHints:
             current = [home for home in homes if home not in deprecated]
             homes[:] = current or homes
 
-    def of(self, path: Sequence[int | str], value: Any) -> str:
+    def wording(self, path: Sequence[int | str], error: Any) -> str:
+        """What is said about a wrong field. error: pydantic's."""
+        if error["type"] == "extra_forbidden":
+            return self._of(path, error.get("input"))
+        return "the field is missing" if error["type"] == "missing" else str(error["msg"])
+
+    def _of(self, path: Sequence[int | str], value: Any) -> str:
         """A message about the last part of `path`, which isn't known there."""
         name, place = str(path[-1]), tuple(part for part in path[:-1] if not isinstance(part, int))
         level = self._levels.get(place)
@@ -56,7 +62,7 @@ class FieldHints:
         return "unknown field" + (f"; known here: {', '.join(here)}" if 0 < len(here) <= 8 else "")
 
     def _where(self, name: str, place: tuple[int | str, ...]) -> str:
-        """The places of a field: those of the branch that was begun, if there are any."""
+        """Where a field belongs. If `place` already leads into a branch that has the field, only that branch is named."""
         homes = self._homes[name]
         for end in range(len(place), 0, -1):
             branch = [home for home in homes if (home + ".").startswith(_shown(place[:end]) + ".")]
@@ -67,7 +73,7 @@ class FieldHints:
 
 
 def _levels(form: type[BaseModel], place: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], type[BaseModel]]]:
-    """Every form in a form, with the fields on the way to it."""
+    """Yields (the names of the fields that lead to it, form) for a form and every form inside it."""
     yield place, form
     for name, field in form.model_fields.items():
         for part in _forms(field.annotation):

@@ -2,9 +2,10 @@
 
     event loop --write(action)--> the thread: index, manifests, files --event--> followers' queues, on the event loop
 
-So a slow disk or database delays the record, never the streams of other users. What must not be lost is kept: while the disk
-refuses it, it waits, and all that is kept of the same job waits behind it. Owns: the thread, the followers, what waits. Does
-not own: what is written (service.py).
+So a slow disk or database delays the record, never the streams of other users. An action that must not be lost is "kept": it
+waits while the disk refuses it, and later kept actions of the same job wait behind it.
+
+Owns: the thread, the followers, what waits. Does not own: what is written (service.py).
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class JobJournal:
         return future
 
     def keep(self, job: str, action: Callable[[], _T]) -> asyncio.Future[_T]:
-        """Runs an action behind those before it, again and again while the disk refuses it, before all that is kept of the job
-        later. It must be repeatable. Other failures are raised where the future is awaited, and logged."""
+        """Runs an action behind those before it, and again while the disk refuses it. Later kept actions of the job wait. It must
+        be repeatable. Other failures are raised where the future is awaited, and logged."""
         self._loop = loop = asyncio.get_running_loop()
         future: asyncio.Future[_T] = loop.create_future()
         future.add_done_callback(lambda done: _log_failure(done, job))
@@ -99,7 +100,7 @@ class JobJournal:
 
     @property
     def _gives_up(self) -> bool:
-        """Whether it is too late to try: the server is ending, and each try of an index that is busy takes seconds."""
+        """Whether it is too late to try again, since the server is ending and each try of a busy index takes seconds."""
         return self._closing_s is not None and bool(self._waiting) and time.monotonic() - self._closing_s > _LAST_TRIES_S
 
     def _try(self, kept: _Kept) -> Exception | None:
@@ -144,7 +145,7 @@ class JobJournal:
         self, job: str, message: str, *, level: Literal["info", "warn", "error"] = "info", data: dict[str, Any] | None = None,
         step: int | None = None,
     ) -> None:
-        """Adds an event now; with a step, the metrics of that step. For actions."""
+        """Adds an event, to be called by actions. step: given if the event has the metrics of this step."""
         record = self._store.add_event(
             job, level=level, type="message" if step is None else "metrics", message=message, data=data, step=step,
             created_at=now(),
@@ -152,11 +153,11 @@ class JobJournal:
         self._tell(job, record)
 
     def end(self, job: str) -> None:
-        """No more events come; followers' streams end. For actions."""
+        """Ends the streams of a job's followers, to be called by actions: no more events come."""
         self._tell(job, None)
 
     def events(self, job: str) -> list[EventRecord]:
-        """All events, oldest first."""
+        """All events of a job, oldest first."""
         found, more = self._store.list_events(job, limit=_PAGE)
         while more:
             page, more = self._store.list_events(job, after=found[-1].id, limit=_PAGE)
@@ -164,8 +165,8 @@ class JobJournal:
         return found[::-1]
 
     async def follow(self, job: JobRecord, ended: Callable[[], bool], after: str | None) -> AsyncIterator[EventRecord]:
-        """Events as they come, those there are first, oldest first, until the job ends. after: an event's id; only later ones.
-        ended: whether the index knows the job's end."""
+        """Yields the events so far and then new ones as they come, until the job ends. after: the id of an event; only later
+        ones are told. ended: tells whether the index knows the job's end."""
         queue: asyncio.Queue[EventRecord | None] = asyncio.Queue()
         self._followers.setdefault(job.id, set()).add(queue)
         try:
@@ -191,7 +192,7 @@ class JobJournal:
                 self._followers.pop(job.id, None)
 
     def end_streams(self) -> None:
-        """The server is about to end: who follows events is let go."""
+        """Ends all followers' streams, since the server is about to end."""
         self._ending = True
         for job in list(self._followers):
             self._hand_out(job, None)

@@ -32,14 +32,14 @@ _FILE_CODES = {"training_file": "invalid_training_file", "validation_file": "inv
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """How fast a running job is. finish: Unix seconds, estimated."""
+    """How fast a running job is. finish: its estimated end in Unix seconds."""
 
     tokens_per_second: float
     finish: int
 
 
 def tuned_name(record: JobRecord, base: str, organization: str) -> str:
-    """ft:BASE:ORGANIZATION:SUFFIX:ID, without slashes and colons that a base's name may have; a suffix's dots are dashes."""
+    """ft:BASE:ORGANIZATION:SUFFIX:ID. Slashes and colons of the base's name are left out; dots of the suffix become dashes."""
     suffix = (record.suffix or "").replace(".", "-")
     last = base.rstrip("/").rpartition("/")[2]
     return f"ft:{re.sub(r'[^A-Za-z0-9._-]', '-', last)}:{organization}:{suffix}:{record.id[-8:]}"
@@ -86,7 +86,7 @@ def checkpoint_object(record: CheckpointRecord) -> dict[str, Any]:
 
 
 def step_metrics(row: Mapping[str, float | int | None]) -> dict[str, Any]:
-    """A checkpoint's metrics, of a StepRow's fields. Validation is always on the whole file, hence full_valid_*."""
+    """A checkpoint's metrics from a StepRow's fields. Validation is always on the whole file, so its names are full_valid_*."""
     names = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
     found = {name: row[name] for name in names if row.get(name) is not None}
     return found | {f"full_{name}": value for name, value in found.items() if name.startswith("valid_")}

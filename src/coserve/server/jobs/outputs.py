@@ -38,7 +38,7 @@ _PAGE = 1000
 
 
 class JobOutputs:
-    """Of all jobs below `root`."""
+    """Directories and models of all jobs. Each job has a directory below `root`."""
 
     def __init__(self, root: Path, store: Store, files: FileService, models: ModelRegistry) -> None:
         self.root, self._store, self._files, self._models = root, store, files, models
@@ -46,7 +46,7 @@ class JobOutputs:
             root.mkdir(parents=True, exist_ok=True)
 
     def directory(self, job: str) -> Path:
-        """The job's own."""
+        """The directory of a job."""
         return self.root / job
 
     def output(self, job: str) -> Path:
@@ -54,7 +54,7 @@ class JobOutputs:
         return self.root / job / "output"
 
     def started(self, job: str) -> bool:
-        """Whether the engine has begun the job: it is to be resumed then."""
+        """Whether the engine has begun the job, which is then to be resumed."""
         return (self.output(job) / "job.json").is_file()
 
     def start_directory(self, record: JobRecord) -> Path | None:
@@ -69,7 +69,7 @@ class JobOutputs:
             raise NotFound("model: the files of this adapter are gone or damaged", param="model") from error
 
     def copy_start(self, job: str, source: Path) -> None:
-        """Keeps a copy of the adapter to continue, whatever becomes of the one it is copied from. Raises NotFound."""
+        """Copies the adapter to continue into the job's directory, since the original may be deleted. Raises NotFound."""
         target = self.root / job / "start"
         with storage_errors():
             target.mkdir(parents=True)
@@ -105,7 +105,7 @@ class JobOutputs:
     # --- models ---
 
     def put_checkpoint(self, record: JobRecord, tuned: str, step: int, directory: Path, metrics: Mapping[str, Any]) -> str:
-        """A checkpoint that is whole on disk is served; the model's name."""
+        """Lists a checkpoint that is whole on disk as a model to be served. Returns the model's name."""
         model = checkpoint_model(tuned, step)
         self._store.put_checkpoint(CheckpointRecord(
             id=new_id("ftckpt").replace("-", "_", 1), job=record.id, created_at=now(), step=step, model=model,
@@ -115,13 +115,13 @@ class JobOutputs:
         return model
 
     def put_tuned(self, record: JobRecord, tuned: str) -> AdapterRecord:
-        """The result is served."""
+        """Lists the job's result as a model to be served."""
         adapter = self._adapter(record, tuned, self.output(record.id))
         self._models.add(adapter)
         return adapter
 
     def prune(self, record: JobRecord) -> list[str]:
-        """Takes back checkpoints whose directories are gone; the models' names."""
+        """Removes checkpoints whose directories are gone. Returns their models' names."""
         gone = []
         for checkpoint in self._checkpoints(record.id):
             directory = Path(checkpoint.directory)
@@ -171,13 +171,13 @@ class JobOutputs:
         return names
 
     def save_result(self, record: JobRecord) -> str:
-        """The result file's id, always the same of a job: CSV in base64, as OpenAI's clients expect it."""
+        """Saves the metrics as the result file: CSV in base64, as OpenAI's clients expect it. Returns its id."""
         content = base64.b64encode(result_csv(self.rows(record.id)))
         id = record.id.replace("ftjob-", "file-", 1)
         return self._files.save_result(record.tenant, "step_metrics.csv", content, id=id).id
 
     def remove_unfinished_creation(self, job: str) -> None:
-        """The job could not be created after all."""
+        """Removes what was written of a job that could not be created."""
         with contextlib.suppress(OSError):
             shutil.rmtree(self.root / job)
 

@@ -17,29 +17,29 @@ from coserve.server.jobs.objects import Pace
 from coserve.server.records import JobRecord
 
 MAX_STRIKES = 3
-"""A job is given up after the engine has ended so often at the same step of it."""
+"""A job is given up after the engine has ended so often while it worked on the same step of the job."""
 _PACE_STEPS = 20
 
 
 @dataclass(slots=True)
 class UnfinishedJob:
-    """A job that hasn't ended. generation: the engine's start under which it was handed to the engine, None if it wasn't;
-    rows: metrics of steps since the last checkpoint."""
+    """A job that hasn't ended. generation: of the engine that it was handed to; None if it wasn't. rows: metrics of the steps
+    since the last checkpoint."""
 
     record: JobRecord
     generation: int | None = None
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
     steps: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_PACE_STEPS))
-    """(seconds at the end of a step, its tokens); since the job was last started or resumed."""
+    """(time at the end of a step in seconds, its tokens), of the steps since the job was last started or resumed."""
     furthest: int = 0
-    """The last step that the job has ever got to, under this server."""
+    """The last step that the job has reached since this server started."""
     strikes: int = 0
     """Evidence that the job is the cause of the engine's ends; `strike` counts it."""
     struck_at: int = -1
 
     def strike(self, *, alone: bool) -> bool:
         """The engine hung or crashed while it worked on this job; True if it has done so MAX_STRIKES times in a row at the same
-        step. alone: on no request at the same time; otherwise it counts half."""
+        step. alone: whether it worked on no request at the same time; if it did, this counts half."""
         if self.furthest > self.struck_at:
             self.strikes = 0
         self.struck_at = max(self.furthest, self.struck_at)
@@ -47,11 +47,11 @@ class UnfinishedJob:
         return self.strikes >= 2 * MAX_STRIKES
 
     def holds_place(self, generation: int) -> bool:
-        """Whether it runs in the present engine. A paused job gives up its place among max_jobs, not its memory."""
+        """Whether it counts among max_jobs: it runs in the present engine and isn't paused. A paused job keeps its memory."""
         return self.generation == generation and not self.record.paused
 
     def pace(self) -> Pace | None:
-        """From the last steps; None before the second one, and while paused."""
+        """How fast the job runs, from its last steps. None before its second step and while it is paused."""
         steps = list(self.steps)
         if len(steps) < 2 or self.record.paused:
             return None
@@ -63,8 +63,8 @@ class UnfinishedJob:
 
 
 def next_job(jobs: Iterable[UnfinishedJob], generation: int) -> UnfinishedJob | None:
-    """The waiting job to start: one that ran before the engine's restart; else of the tenant with the fewest running jobs;
-    then by priority (lower first), deadline (earlier first), age. jobs: oldest first."""
+    """The waiting job to start. A job that ran before the engine's restart comes first, then jobs of the tenant with the fewest
+    running jobs; of several, those of lower priority numbers, of earlier deadlines, the oldest. jobs: oldest first."""
     known = list(jobs)
     running = Counter(job.record.tenant for job in known if job.holds_place(generation))
     waiting = [

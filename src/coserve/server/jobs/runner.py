@@ -37,14 +37,14 @@ from coserve.server.settings import ServerConfig
 END_FIELDS = (
     "status", "finished_at", "paused", "error", "fine_tuned_model", "result_files", "trained_tokens", "step", "num_steps",
 )
-"""What a job's end changes in its record."""
+"""Fields of a job's record that its end changes."""
 RETRY_S = 5.0
-"""Seconds after which a job is started again whose directory can't be written, for example on a full disk."""
+"""Seconds until a job is tried again whose directory can't be written, for example on a full disk."""
 _log = logging.getLogger(__name__)
 
 
 class JobRunner:
-    """All of it belongs to the event loop."""
+    """Starts and follows jobs. All its methods belong to the event loop, except those that say otherwise."""
 
     def __init__(
         self, store: Store, outputs: JobOutputs, models: ModelRegistry, engine: EngineClient, config: ServerConfig
@@ -61,11 +61,11 @@ class JobRunner:
         engine.on_down(self._engine_down)
 
     def on_checkpoint(self, listener: Callable[[UnfinishedJob], Coroutine[Any, Any, None]]) -> None:
-        """Runs on the side after each checkpoint of a job."""
+        """Adds a coroutine to run after each checkpoint of a job."""
         self._after_checkpoint = listener
 
     async def stop(self) -> None:
-        """What the engine says doesn't count any more; jobs go on at the next start. Waits for what is being written."""
+        """Stops listening to the engine, and waits for what is being written. Jobs go on at the server's next start."""
         self._stopping = True
         for task in list(self._tasks):
             task.cancel()
@@ -75,7 +75,7 @@ class JobRunner:
     # --- records ---
 
     def change(self, live: UnfinishedJob, *, manifest: bool = False, **changes: Any) -> asyncio.Future[None]:
-        """Changes a job's record: now here, soon in the index; done when written."""
+        """Changes a job's record, here at once and in the index soon. The future is done once the index has it."""
         record = live.record = dataclasses.replace(live.record, **changes)
 
         def put() -> None:
@@ -86,7 +86,7 @@ class JobRunner:
         return self.journal.keep(record.id, put)
 
     def note(self, id: str, message: str, *, level: Literal["info", "warn", "error"] = "info") -> None:
-        """Adds an event."""
+        """Adds an event to a job."""
         if level != "info":
             _log.warning("%s", message, extra={"job": id})
         self.journal.keep(id, lambda: self.journal.event(id, message, level=level))
@@ -105,7 +105,7 @@ class JobRunner:
         return record.fine_tuned_model or tuned_name(record, self._models.base_names[0], self._config.organization)
 
     def spawn(self, work: Coroutine[Any, Any, None], live: UnfinishedJob | None = None) -> None:
-        """Runs work on the side. live: the job that fails if the work does."""
+        """Runs work in a task of its own. live: the job that fails if the work does."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._task_ended(done, live))
@@ -172,13 +172,13 @@ class JobRunner:
                 await asyncio.sleep(RETRY_S)
 
     def _catch_up(self, record: JobRecord) -> None:
-        """In the journal's thread, before a job goes on: an engine or a server that died may have written steps and checkpoints
-        that nobody has heard of, and the job goes on behind them."""
+        """In the journal's thread, before a job goes on: adds the steps and checkpoints that the index lacks, since an engine or a
+        server died after it had written them."""
         self.tell_steps(record)
         self._outputs.restore(record, self.tuned(record))
 
     def tell_steps(self, record: JobRecord) -> None:
-        """In the journal's thread: adds the events that are missing of the steps in the job's table."""
+        """In the journal's thread: adds the missing events of steps that the job's table has."""
         rows = self._outputs.rows(record.id)
         known = {event.step for event in self.journal.events(record.id)} if rows else set()
         for row in rows:
@@ -188,7 +188,7 @@ class JobRunner:
                 self.journal.event(record.id, text, data=data, step=row.step)
 
     def _start_fields(self, record: JobRecord) -> dict[str, Any]:
-        """StartJob's. Raises InvalidRequest if a file is gone."""
+        """The fields of StartJob. Raises InvalidRequest if a file is gone."""
         training, validation = self._outputs.data_files(record)
         start = self._outputs.start_directory(record)
         return {
@@ -200,7 +200,7 @@ class JobRunner:
         }
 
     def act(self, live: UnfinishedJob, action: Literal["pause", "resume", "cancel"]) -> None:
-        """Tells the engine, if it holds the job."""
+        """Passes the action on to the engine, if it holds the job."""
         if self._engine.ready and live.generation == self._engine.generation:
             self._engine.act_job(live.record.id, action)
 
@@ -244,7 +244,7 @@ class JobRunner:
             self.journal.keep(message.id, lambda: self._pass_on(message))
 
     def _pass_on(self, message: JobHappened) -> None:
-        """In the journal's thread: adds an event, unless it is a remark about a file that its check has told already."""
+        """In the journal's thread: adds an event, but not a remark about a file that was made when the file was checked."""
         told = f": {message.message}"
         if message.level == "warn" and any(event.message.endswith(told) for event in self.journal.events(message.id)):
             return
@@ -306,8 +306,8 @@ class JobRunner:
         await self.finish(live, "failed", error=error_object(error), **counts)
 
     async def finish(self, live: UnfinishedJob, status: JobStatus, **changes: Any) -> None:
-        """Ends a job, unless it has ended. The manifest is written first and the index's row last: who reads the status can use
-        the rest. Tries until the disk takes it."""
+        """Ends a job, unless it has ended. The manifest is written first and the index's row last, so that whoever reads the
+        status can use the model and the files. Tries until the disk takes it."""
         id = live.record.id
         if self.live.pop(id, None) is None:
             return
@@ -331,7 +331,7 @@ class JobRunner:
         self.advance()
 
     def _write_end(self, live: UnfinishedJob, warnings: list[str]) -> None:
-        """In the journal's thread."""
+        """In the journal's thread: writes all that a job's end changes."""
         record, id = live.record, live.record.id
         write_manifest(self._outputs.directory(id), record)
         if record.fine_tuned_model is not None:
@@ -343,7 +343,7 @@ class JobRunner:
         self.journal.end(id)
 
     def tell_end(self, record: JobRecord, warnings: Iterable[str] = ()) -> None:
-        """In the journal's thread: adds the events that are missing of a job that has ended."""
+        """In the journal's thread: adds the missing events of a job that has ended."""
         self.tell_steps(record)
         told = {event.message for event in self.journal.events(record.id)}
         messages: list[tuple[str, Literal["info", "warn", "error"]]] = [(warning, "warn") for warning in warnings]

@@ -30,7 +30,7 @@ from coserve.server.index.disk import storage_errors
 from coserve.server.index.files import FileService
 from coserve.server.index.manifest import find_manifests, is_job_id, write_manifest
 from coserve.server.index.store import Store
-from coserve.server.jobs.body import CreateJob
+from coserve.server.jobs.body import JobFields
 from coserve.server.jobs.data import DataReader
 from coserve.server.jobs.objects import Pace, has_ended, job_object
 from coserve.server.jobs.outputs import JobOutputs
@@ -46,11 +46,11 @@ from coserve.server.settings import ServerConfig
 _log = logging.getLogger(__name__)
 
 _DISK_WAIT_S, _LOOK_EVERY_S = 20.0, 0.05
-"""Seconds that the answer to a change waits for a disk that neither takes nor refuses it, and between two looks at it."""
+"""Seconds that a change waits for a disk that neither takes nor refuses it, and seconds between two looks."""
 
 
 class JobService:
-    """Coroutines belong to the event loop; the other public methods to any thread."""
+    """What tenants can do with jobs. Coroutines belong to the event loop; other public methods to any thread."""
 
     def __init__(
         self, *, store: Store, files: FileService, models: ModelRegistry, engine: EngineClient, config: ServerConfig
@@ -63,7 +63,7 @@ class JobService:
         self.disk = TenantDisk(config.data_dir / "jobs", store, models.copied_bytes)
         self._reader = DataReader()
         self._validating: set[str] = set()
-        self._creating: Counter[str] = Counter()  # jobs by tenant that are not live yet
+        self._creating: Counter[str] = Counter()  # tenant -> number of its jobs that are being created
         engine.on_up(self._engine_up)
 
     async def start(self) -> None:
@@ -74,21 +74,21 @@ class JobService:
             await self._engine_up()
 
     async def stop(self) -> None:
-        """Before the engine's end: jobs go on at the next start. Waits for what is being written."""
+        """To be called before the engine ends. Waits for what is being written; jobs go on at the next start."""
         await self._runner.stop()
 
     def end_streams(self) -> None:
-        """Lets go who follows events: the server is about to end."""
+        """Ends the streams of events, since the server is about to end."""
         self._runner.journal.end_streams()
 
     def journal_busy_s(self) -> float:
-        """For how long what is being written about jobs has been under way."""
+        """For how many seconds the present write about a job has been under way."""
         return self._runner.journal.busy_s
 
     # --- creation ---
 
-    async def create(self, tenant: str, body: CreateJob) -> JobRecord:
-        """A job, in validating_files. Raises InvalidRequest, NotFound (model), CapacityError."""
+    async def create(self, tenant: str, body: JobFields) -> JobRecord:
+        """A new job, whose status is validating_files. Raises InvalidRequest, NotFound (model), CapacityError."""
         most = self._config.max_tenant_jobs
         unfinished = sum(live.record.tenant == tenant for live in self._runner.live.values())
         if unfinished + self._creating[tenant] >= most:
@@ -99,7 +99,7 @@ class JobService:
         finally:
             self._creating[tenant] -= 1
 
-    async def _create(self, tenant: str, body: CreateJob) -> JobRecord:
+    async def _create(self, tenant: str, body: JobFields) -> JobRecord:
         if (problem := await asyncio.to_thread(self._disk_problem, tenant)) is not None:
             raise TooLarge(f"training_file: {problem}", param="training_file")
         model = await asyncio.to_thread(self._models.find, tenant, body.model)
@@ -108,7 +108,8 @@ class JobService:
             found = await asyncio.to_thread(self._models.find_record, tenant, body.model)
             source = Path((await asyncio.to_thread(self._models.find_files, found)).directory)
         continued = None if source is None else await asyncio.to_thread(self._outputs.continued, source)
-        spec = read_spec(body, self._config, self._engine.info.max_model_len, continued)
+        info = self._engine.info
+        spec = read_spec(body, self._config, info.max_model_len, continued, info.hidden_size or None)
         created_at = now()
         record = JobRecord(
             id=new_id("ftjob"), tenant=tenant, created_at=created_at, base=body.model, training_file=body.training_file,
@@ -126,7 +127,7 @@ class JobService:
         return record
 
     def _write_new(self, record: JobRecord, source: Path | None) -> None:
-        """The manifest comes last: without it there is no job."""
+        """Writes the job's directory. The manifest comes last, since without it there is no job."""
         directory = self._outputs.directory(record.id)
         try:
             with storage_errors():
@@ -148,13 +149,13 @@ class JobService:
             self._runner.spawn(self._read_data(live), live)
 
     async def _validate_later(self, live: UnfinishedJob) -> None:
-        """The disk or the index doesn't answer for now, which is no fault of the job."""
+        """Tries again after a while, since the disk or the index refuses for now, which is no fault of the job."""
         await asyncio.sleep(RETRY_S)
         if live.record.id in self._runner.live and live.record.status == "validating_files":
             self._validate(live)
 
     async def _read_data(self, live: UnfinishedJob) -> None:
-        """validating_files -> queued, with every 'auto' a number; or failed."""
+        """Reads the job's data. The job is queued afterwards, with a number for every 'auto', or it has failed."""
         record, runner, info = live.record, self._runner, self._engine.info
 
         def begin() -> None:
@@ -171,11 +172,8 @@ class JobService:
             if report is None:
                 return  # cancelled
             start = self._outputs.start_directory(record)
-            resolved = resolve(
-                record.method, record.settings, seed=record.seed, num_examples=report.num_examples, server=self._config,
-                max_model_len=info.max_model_len, hidden_size=info.hidden_size or None,
-                continued=None if start is None else await asyncio.to_thread(self._outputs.continued, start),
-            )
+            continued = None if start is None else await asyncio.to_thread(self._outputs.continued, start)
+            resolved = resolve(config, report.num_examples, continued=continued, hidden_size=info.hidden_size or None)
         except StorageRefused as error:
             _log.warning("the files of a job can't be validated yet: %s", error, extra={"job": record.id})
             runner.spawn(self._validate_later(live))
@@ -191,8 +189,8 @@ class JobService:
             runner.note(record.id, warning, level="warn")
         runner.note(record.id, f"Files validated, moving job to queued state: {report.summary}")
         runner.change(
-            live, manifest=True, status="queued", config=to_dict(_dated(resolved.config, record.created_at)),
-            method=resolved.method, num_steps=resolved.num_steps,
+            live, manifest=True, status="queued", config=to_dict(resolved.config), method=resolved.method,
+            num_steps=resolved.num_steps,
         )
         runner.advance()
 
@@ -218,17 +216,17 @@ class JobService:
                 ended.cancel()
 
         self._runner.spawn(end(), live)
-        await asyncio.sleep(0)  # it begins
+        await asyncio.sleep(0)  # lets the task begin
         await self._written_or_refused(id, ended)
         return live.record
 
     async def pause(self, tenant: str, id: str) -> JobRecord:
-        """A job that waits doesn't start; one that runs keeps its memory, but not its place among max_jobs. Raises NotFound,
-        Conflict."""
+        """A waiting job won't start. A running one stops; it keeps its memory but gives up its place among max_jobs. Raises
+        NotFound, Conflict."""
         return await self._set_paused(tenant, id, True)
 
     async def resume(self, tenant: str, id: str) -> JobRecord:
-        """Goes on at once if the engine holds the job, else by the queue. Raises NotFound, Conflict."""
+        """The job goes on at once if the engine holds it, else when its turn comes. Raises NotFound, Conflict."""
         return await self._set_paused(tenant, id, False)
 
     async def _set_paused(self, tenant: str, id: str, paused: bool) -> JobRecord:
@@ -246,13 +244,13 @@ class JobService:
         return live.record
 
     async def _written_or_refused(self, id: str, written: asyncio.Future[None]) -> None:
-        """Waits until a change is written, or the disk refuses it for now: the change holds then too, and is written later."""
+        """Waits until a change is written, or refused by the disk for now. A refused change holds too, and is written later."""
         limit = time.monotonic() + _DISK_WAIT_S
         while not written.done() and not self._runner.journal.refuses(id) and time.monotonic() < limit:
             await asyncio.wait([written], timeout=_LOOK_EVERY_S)
 
     async def _check_disk(self, live: UnfinishedJob) -> None:
-        """After a checkpoint: a job whose tenant holds too much waits, with all that it has done."""
+        """After a checkpoint: pauses the job if its tenant has more on disk than it may."""
         record = live.record
         problem = await asyncio.to_thread(self._disk_problem, record.tenant)
         if problem is not None and not live.record.paused and record.id in self._runner.live:
@@ -260,7 +258,7 @@ class JobService:
             await self._set_paused(record.tenant, record.id, True)
 
     def _disk_problem(self, tenant: str) -> str | None:
-        """What to do if a tenant's files, jobs and adapters take more than they may."""
+        """What to tell a tenant whose files, jobs and adapters take more than they may; None if they don't."""
         held, most = self.disk.bytes_of(tenant), self._config.max_tenant_file_bytes
         if held <= most:
             return None
@@ -287,7 +285,7 @@ class JobService:
     def list_jobs(
         self, tenant: str, *, after: str | None, limit: int, metadata: dict[str, str] | None
     ) -> tuple[list[JobRecord], bool]:
-        """Newest first, and whether more follow."""
+        """The tenant's jobs, newest first, and whether more follow."""
         found, more = self._store.list_jobs(tenant, after=after, limit=limit, metadata=metadata)
         return [self._runner.present(record) for record in found], more
 
@@ -300,22 +298,22 @@ class JobService:
         return self._store.list_checkpoints(self.get(tenant, id).id, after=after, limit=limit)
 
     async def follow(self, tenant: str, id: str, after: str | None) -> AsyncIterator[EventRecord]:
-        """Events as they come until the job ends, oldest first; after: an event's id, only later ones. Raises NotFound,
-        InvalidRequest (after)."""
+        """Yields events as they come, oldest first, until the job ends. after: the id of an event; only later ones are told.
+        Raises NotFound, InvalidRequest (after)."""
         record = await asyncio.to_thread(self.get, tenant, id)
         if after is not None:
             await asyncio.to_thread(self._store.list_events, id, after=after, limit=1)
         return self._runner.journal.follow(record, lambda: has_ended(self._store.get_job(tenant, id)), after)
 
     def describe(self, record: JobRecord) -> dict[str, Any]:
-        """OpenAI's object, with the pace of a running job."""
+        """OpenAI's object of a job; of a running job with its pace."""
         live = self._runner.live.get(record.id)
         pace: Pace | None = None if live is None or has_ended(record) else live.pace()
         return job_object(record, self._config.organization, pace)
 
     async def delete_model(self, tenant: str, name: str) -> list[str]:
-        """Deletes one of the tenant's own tuned models, its files too. Returns the names that are gone: with a job's result
-        goes the checkpoint of its last step. Raises NotFound, Forbidden, Conflict."""
+        """Deletes one of the tenant's own tuned models with its files. Returns the names of all deleted models: with a job's
+        result goes the checkpoint of its last step. Raises NotFound, Forbidden, Conflict."""
         if name in self._models.base_names:
             raise Forbidden(f"model: {name} is the base model", param="model")
         adapter = await asyncio.to_thread(self._models.find_record, tenant, name)
@@ -333,7 +331,7 @@ class JobService:
     # --- the server's start ---
 
     def _recover(self) -> list[JobRecord]:
-        """Makes the index agree with the manifests; the jobs that are to go on, oldest first."""
+        """Makes the index agree with the manifests. Returns the jobs that are to go on, oldest first."""
         for record in find_manifests(self._outputs.root):
             try:
                 listed = self._store.get_job(None, record.id)
@@ -352,7 +350,7 @@ class JobService:
 
 
 def _dated(config: FinetuneConfig, created_at: int) -> FinetuneConfig:
-    """The settings with a date for chat templates: the day of the job's creation, whenever its data is read."""
+    """The settings with a date for chat templates: the day of the job's creation, however late its data is read."""
     if config.template_date is not None:
         return config
     return dataclasses.replace(config, template_date=datetime.date.fromtimestamp(created_at).isoformat())

@@ -1,7 +1,8 @@
-"""What a create body asks for: fields that belong together are checked, 'auto' becomes numbers, a FinetuneConfig comes out.
+"""What a create body asks for, as a FinetuneConfig: fields that belong together are checked, and 'auto' becomes numbers once
+the data is known.
 
-Owns: OpenAI's words against FinetuneConfig's, limits of a job. Does not own: single fields' types (body.py), what 'auto' means
-(finetune/defaults.py), whether files and models exist (service.py).
+Owns: what OpenAI's words are in FinetuneConfig's, limits of a job. Does not own: types of single fields (body.py), what 'auto'
+means (finetune/defaults.py), whether files and models exist (service.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coserve.config.data import adapter_of_kind
+from coserve.config.data import KNOBS, adapter_of_kind
 from coserve.config.settings import (
     LINEAR_SITES,
     AdapterConfig,
@@ -26,29 +27,22 @@ from coserve.config.values import AUTO, settled, shown
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.batches import BatchOrder
 from coserve.finetune.defaults import adapter_size, auto_learning_rate, given_settings, resolve_settings, unused_settings
-from coserve.server.jobs.body import CreateJob, Extras, Hyperparameters, PreferenceHyperparameters
+from coserve.server.jobs.body import SETTINGS, Hyperparameters, JobFields, PreferenceHyperparameters
 from coserve.server.settings import ServerConfig
 
 MAX_EPOCHS = 1000
 MAX_STEPS = 2**31 - 1
 _SEEDS = 2**31
-_SAME = ("alpha", "dropout", "target_modules", "feedforward_modules", "size", "placement", "activation")
-_ADAPTER = {"rank": "r", **{name: name for name in _SAME}}
+_ADAPTER = {name: knob.name for name, knob in SETTINGS.items() if knob.of_adapter}
 """Fields of all kinds of adapter, and their settings' names."""
-_OPTIMIZER = ("learning_rate", "schedule", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm")
-_JOB = (
-    "system_prompt", "allow_control_tokens", "template_date",
-    "too_long", "max_microbatch_tokens", "activation_memory", "activation_compression", "checkpoint_steps",
-    "keep_checkpoints", "validation_steps", "max_steps",
-)
-_QUEUE = ("priority", "weight", "deadline")
-_WORDS = {"r": "rank", "epochs": "n_epochs", "dpo_beta": "beta"}
-"""FinetuneConfig's words in the API's."""
+_WORDS = {"epochs": "n_epochs", "dpo_beta": "beta"}
+"""Settings that are OpenAI's hyperparameters, and what they are called there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """A checked body. method: OpenAI's object, with 'auto' where a number isn't known yet; settings: the extra fields given."""
+    """A checked body. method: OpenAI's object, with 'auto' where a number isn't known yet. settings: the given fields beyond
+    OpenAI's. config: what both mean."""
 
     method: dict[str, Any]
     settings: dict[str, Any]
@@ -59,7 +53,7 @@ class JobSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A job whose data is known. num_steps: optimizer steps of the whole job."""
+    """A job whose data is known. method: OpenAI's object in numbers. num_steps: optimizer steps of the whole job."""
 
     config: FinetuneConfig
     method: dict[str, Any]
@@ -67,58 +61,42 @@ class Resolved:
 
 
 def read_spec(
-    body: CreateJob, server: ServerConfig, max_model_len: int, continued: AdapterConfig | None = None
+    body: JobFields, server: ServerConfig, max_model_len: int, continued: AdapterConfig | None = None,
+    hidden_size: int | None = None,
 ) -> JobSpec:
-    """continued: settings of the adapter that the job continues. Raises InvalidRequest that names the field."""
+    """What a body asks for; 'auto' stays where it depends on the data. learning_rate_multiplier multiplies the automatic rate.
+
+    continued: settings of the adapter that the job continues, which are then the job's. hidden_size: the model's. Raises
+    InvalidRequest that names the field.
+    """
     method = _method(body)
-    settings = {
-        name: value for name in Extras.model_fields if name not in _QUEUE and (value := getattr(body, name)) is not None
-    }
+    settings = {name: value for name in ("adapter", *SETTINGS) if (value := getattr(body, name)) is not None}
     _check_targets(settings)
-    if "learning_rate" in settings and method[method["type"]]["hyperparameters"]["learning_rate_multiplier"] != AUTO:
+    numbers = method[method["type"]]["hyperparameters"]
+    if "learning_rate" in settings and numbers["learning_rate_multiplier"] != AUTO:
         raise InvalidRequest("learning_rate: give it or learning_rate_multiplier, not both", param="learning_rate")
     seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
     integrations = tuple(item.model_dump(exclude_none=True) for item in body.integrations or ())
     for item in integrations:
         _check_integration(item)
-    resolved = resolve(method, settings, seed=seed, num_examples=None, server=server, max_model_len=max_model_len,
-                       continued=continued)
-    return JobSpec(method=method, settings=settings, seed=seed, integrations=integrations, config=resolved.config)
-
-
-def resolve(
-    method: Mapping[str, Any], settings: Mapping[str, Any], *, seed: int, num_examples: int | None, server: ServerConfig,
-    max_model_len: int, continued: AdapterConfig | None = None, hidden_size: int | None = None,
-) -> Resolved:
-    """The settings of a job. num_examples: None before the data is read, where 'auto' stays; else numbers are chosen as for
-    every job (finetune/defaults.py) and learning_rate_multiplier, whose auto is 1, multiplies the automatic rate. continued:
-    settings of the adapter that the job continues, which are then the job's. hidden_size: the model's. beta: 0.1. max_length:
-    what a micro-batch and the model can hold.
-
-    Raises InvalidRequest that names the field.
-    """
-    kind = method["type"]
-    objective: Objective = "dpo" if kind == "dpo" else "sft"
-    given = {name: value for name, value in method[kind]["hyperparameters"].items() if value != AUTO}
+    given = {name: value for name, value in numbers.items() if value != AUTO}
     if given.get("n_epochs", 0) > MAX_EPOCHS:
         raise InvalidRequest(f"n_epochs: must be at most {MAX_EPOCHS}, got {given['n_epochs']}", param="n_epochs")
+    objective: Objective = "dpo" if method["type"] == "dpo" else "sft"
     try:
         adapter = _adapter(settings, continued)
         size_field, rank = _rank(continued or adapter)
         base_rate = auto_learning_rate(objective, continued or adapter, hidden_size)
         rate = {"learning_rate": base_rate * given["learning_rate_multiplier"]} if "learning_rate_multiplier" in given else {}
-        config = FinetuneConfig(
-            optimizer=OptimizerConfig(**rate | {name: settings[name] for name in _OPTIMIZER if name in settings}),
-            objective=objective, epochs=given.get("n_epochs", AUTO), batch_size=given.get("batch_size", AUTO),
-            dpo_beta=given.get("beta", FinetuneConfig().dpo_beta), seed=seed,
-            deterministic=server.deterministic or settings.get("deterministic", False),
-            max_length=_max_length(objective, settings, max_model_len),
-            **{name: settings[name] for name in _JOB if name in settings},
-        )
+        config = FinetuneConfig(**_of_section(settings, "") | {
+            "optimizer": OptimizerConfig(**rate | _of_section(settings, "optimizer")), "objective": objective, "seed": seed,
+            "epochs": given.get("n_epochs", AUTO), "batch_size": given.get("batch_size", AUTO),
+            "dpo_beta": given.get("beta", FinetuneConfig().dpo_beta),
+            "deterministic": server.deterministic or settings.get("deterministic", False),
+            "max_length": _max_length(objective, settings, max_model_len),
+        })
     except ConfigError as error:
         raise _in_api_words(error) from error
-    if continued is None:
-        config = config.with_adapter(adapter)
     if config.keep_checkpoints > server.max_keep_checkpoints:
         raise InvalidRequest(
             f"keep_checkpoints: {config.keep_checkpoints} is over this server's --max-keep-checkpoints "
@@ -128,22 +106,39 @@ def resolve(
         raise InvalidRequest(
             f"{size_field}: {rank} is over this server's --max-lora-rank {server.max_lora_rank}", param=size_field
         )
-    if num_examples is None:
-        return Resolved(config=config, method=dict(method), num_steps=0)
+    config = config if continued is not None else config.with_adapter(adapter)
+    return JobSpec(method=method, settings=settings, seed=seed, integrations=integrations, config=config)
+
+
+def resolve(
+    config: FinetuneConfig, num_examples: int, *, continued: AdapterConfig | None = None, hidden_size: int | None = None
+) -> Resolved:
+    """A spec's settings as numbers, which are chosen as for every job (finetune/defaults.py). continued, hidden_size: as for
+    `read_spec`. Raises InvalidRequest for a job of too many steps."""
     config = resolve_settings(config, num_examples, continued=continued, hidden_size=hidden_size)
-    order = BatchOrder(num_groups=num_examples, batch_size=settled(config.batch_size), seed=seed, shuffle=True)
+    order = BatchOrder(num_groups=num_examples, batch_size=settled(config.batch_size), seed=config.seed, shuffle=True)
     num_steps = order.num_steps(config)
     if num_steps > MAX_STEPS:
         raise InvalidRequest(f"n_epochs: {num_steps} steps are too many; train on fewer epochs", param="n_epochs")
-    numbers = {
+    base_rate = auto_learning_rate(config.objective, continued or config.adapter, hidden_size)
+    numbers: dict[str, Any] = {
         "n_epochs": config.epochs, "batch_size": config.batch_size,
         "learning_rate_multiplier": settled(config.optimizer.learning_rate) / base_rate,
-    } | ({"beta": config.dpo_beta} if kind == "dpo" else {})
+    }
+    if config.objective == "dpo":
+        numbers["beta"] = config.dpo_beta
+    kind = "dpo" if config.objective == "dpo" else "supervised"
     return Resolved(config=config, method={"type": kind, kind: {"hyperparameters": numbers}}, num_steps=num_steps)
 
 
+def _of_section(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Those of a body's settings that belong to a section (see `Knob`), by their fields' names."""
+    known = {name: knob.name for name, knob in SETTINGS.items() if section in knob.sections}
+    return {known[name]: value for name, value in settings.items() if name in known}
+
+
 def _adapter(settings: Mapping[str, Any], continued: AdapterConfig | None) -> AdapterConfig:
-    """A new adapter's settings. Of a job that continues one they are only looked at, as far as they are of its kind."""
+    """Settings of a new adapter. For a job that continues an adapter they are only checked, as far as its kind has them."""
     given = {name: settings[name] for name in _ADAPTER if name in settings}
     if continued is None:
         return adapter_of_kind(settings.get("adapter", "lora"), given, _ADAPTER)
@@ -152,18 +147,18 @@ def _adapter(settings: Mapping[str, Any], continued: AdapterConfig | None) -> Ad
 
 
 def unused(settings: Mapping[str, Any], continued: AdapterConfig) -> list[str]:
-    """The adapter's settings in a body that a job has no use for, since the adapter that it continues has others."""
+    """Settings of adapters that a body asks for in vain, since the continued adapter has others, as texts."""
     given = {_ADAPTER[name]: settings[name] for name in _ADAPTER if name in settings}
     return unused_settings(given | ({"kind": settings["adapter"]} if "adapter" in settings else {}), continued)
 
 
 def _rank(adapter: AdapterConfig) -> tuple[str, int]:
-    """What --max-lora-rank limits: the field and its number; 1 where there is none."""
+    """The field that --max-lora-rank limits, and its value; 1 for a kind that has no such field."""
     return "size" if isinstance(adapter, BottleneckConfig) else "rank", adapter_size(adapter)
 
 
 def _max_length(objective: str, settings: Mapping[str, Any], max_model_len: int) -> int:
-    """In tokens; the engine's rule, so that what passes here passes there."""
+    """Longest example in tokens. The engine has the same rule, so what is accepted here is accepted there."""
     room = settings.get("max_microbatch_tokens", FinetuneConfig().max_microbatch_tokens)
     limit = min(room // 2 if objective == "dpo" else room, max_model_len)
     asked = settings.get("max_length", limit)
@@ -177,12 +172,13 @@ def _max_length(objective: str, settings: Mapping[str, Any], max_model_len: int)
 
 def _in_api_words(error: ConfigError) -> InvalidRequest:
     name = error.param or "body"
-    param = _WORDS.get(name, name)
+    param = KNOBS[name].word if name in KNOBS else name
+    param = _WORDS.get(param, param)
     return InvalidRequest(f"{param}: {str(error).removeprefix(f'{name}: ')}", param=param)
 
 
-def _method(body: CreateJob) -> dict[str, Any]:
-    """{type, TYPE: {hyperparameters}}; the deprecated hyperparameters count where the method has none."""
+def _method(body: JobFields) -> dict[str, Any]:
+    """{type, TYPE: {hyperparameters}}. The deprecated hyperparameters are used if the method has none."""
     kind = "supervised" if body.method is None else body.method.type
     if kind == "reinforcement":
         raise InvalidRequest("method.type: reinforcement is not supported; use supervised or dpo", param="method.type")

@@ -25,7 +25,7 @@ TIMEOUT_S = 120.0
 
 
 def export_metrics(directory: Path, record: JobRecord) -> list[str]:
-    """Writes the metrics of a job in `directory` for each of its integrations; what went wrong, a line each."""
+    """Writes the metrics of the job in `directory` for each of its integrations. Returns a line for each that failed."""
     problems = []
     for number, item in enumerate(record.integrations):
         command = [sys.executable, "-m", "coserve.server.jobs.trackers", str(directory), str(number)]
@@ -68,7 +68,7 @@ def _write_wandb(directory: Path, record: JobRecord, settings: Mapping[str, Any]
 
 
 def main(directory: Path, number: int) -> None:
-    """Writes for the integration of a number; directory: the job's."""
+    """Writes the metrics for one integration, given by its number. directory: the job's."""
     record = read_manifest(directory)
     item = record.integrations[number]
     if item["type"] == "tensorboard":

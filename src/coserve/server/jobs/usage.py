@@ -20,7 +20,7 @@ class TenantDisk:
     """Any thread may use it. The directory of a job that has ended is read once, until `forget`."""
 
     def __init__(self, root: Path, store: Store, copied_bytes: Callable[[str], int]) -> None:
-        """root: of the jobs' directories; copied_bytes: of the copies of a tenant's adapters."""
+        """root: holds the jobs' directories. copied_bytes: tells the bytes of a tenant's copied adapters."""
         self._root, self._store, self._copied_bytes = root, store, copied_bytes
         self._lock = threading.Lock()
         self._known: dict[str, int] = {}
@@ -41,7 +41,7 @@ class TenantDisk:
         return total
 
     def forget(self, job: str) -> None:
-        """The job's directory has changed."""
+        """Has a job's directory counted anew, since it has changed."""
         with self._lock:
             self._num_forgotten += 1
             self._known.pop(job, None)

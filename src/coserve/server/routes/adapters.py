@@ -9,21 +9,21 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import FileResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.background import BackgroundTask
 
 from coserve.core import NotFound
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from coserve.peft.remarks import GENERATION_FILE
+from coserve.server.bodies.forms import Body, Form
+from coserve.server.bodies.reader import body_reader
 from coserve.server.errors import Forbidden
 from coserve.server.index.disk import storage_errors
-from coserve.server.inference.bodies import json_reader, openapi_body, validate
 from coserve.server.inference.fields import FieldPolicy
 from coserve.server.services import Served, Tenant
 
@@ -31,10 +31,8 @@ router = APIRouter(prefix="/v1", tags=["adapters"])
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class LoadAdapterBody(BaseModel):
+class LoadAdapterBody(Body):
     """vLLM's body. is_3d_lora_weight: only its default, false."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -42,21 +40,19 @@ class LoadAdapterBody(BaseModel):
     is_3d_lora_weight: Literal[False] = False
 
 
-class UnloadAdapterBody(BaseModel):
+class UnloadAdapterBody(Body):
     """vLLM's body."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     lora_name: Name
 
 
-_read_load = json_reader(partial(validate, model=LoadAdapterBody, policy=FieldPolicy()))
-_read_unload = json_reader(partial(validate, model=UnloadAdapterBody, policy=FieldPolicy()))
-LoadBody = Annotated[LoadAdapterBody, Depends(_read_load)]
-UnloadBody = Annotated[UnloadAdapterBody, Depends(_read_unload)]
+_LOAD_FORM = Form(model=LoadAdapterBody, prepare=FieldPolicy(implemented=LoadAdapterBody.model_fields).apply)
+_UNLOAD_FORM = Form(model=UnloadAdapterBody, prepare=FieldPolicy(implemented=UnloadAdapterBody.model_fields).apply)
+LoadBody = Annotated[LoadAdapterBody, Depends(body_reader(_LOAD_FORM))]
+UnloadBody = Annotated[UnloadAdapterBody, Depends(body_reader(_UNLOAD_FORM))]
 
 
-@router.post("/load_lora_adapter", response_class=PlainTextResponse, openapi_extra=openapi_body(LoadAdapterBody))
+@router.post("/load_lora_adapter", response_class=PlainTextResponse, openapi_extra=_LOAD_FORM.openapi)
 async def load_adapter(services: Served, tenant: Tenant, body: LoadBody) -> str:
     """Serves the adapter in a directory below --adapter-root. What its maker should know follows, a line each."""
     warnings = await services.models.load(tenant, body.lora_name, body.lora_path, replace=body.load_inplace)
@@ -64,7 +60,7 @@ async def load_adapter(services: Served, tenant: Tenant, body: LoadBody) -> str:
     return "\n".join((done, *(f"Warning: {warning}" for warning in warnings)))
 
 
-@router.post("/unload_lora_adapter", response_class=PlainTextResponse, openapi_extra=openapi_body(UnloadAdapterBody))
+@router.post("/unload_lora_adapter", response_class=PlainTextResponse, openapi_extra=_UNLOAD_FORM.openapi)
 async def unload_adapter(services: Served, tenant: Tenant, body: UnloadBody) -> str:
     """Takes back what /v1/load_lora_adapter did; requests that use the adapter go on."""
     await services.models.unload(tenant, body.lora_name)

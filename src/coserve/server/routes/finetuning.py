@@ -14,9 +14,9 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 
 from coserve.core import InvalidRequest
-from coserve.server.inference.bodies import json_reader, openapi_body
+from coserve.server.bodies.reader import body_reader
 from coserve.server.inference.sse import DONE, EventStream
-from coserve.server.jobs.body import CreateJob, read_body
+from coserve.server.jobs.body import CREATE_FORM, JobFields
 from coserve.server.jobs.objects import checkpoint_object, event_object
 from coserve.server.records import EventRecord
 from coserve.server.routes.paging import After, Limit, cursor_page
@@ -28,10 +28,10 @@ _METADATA: dict[str, Any] = {"parameters": [{
     "schema": {"type": "object", "additionalProperties": {"type": "string"}},
 }]}
 router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
-CreateBody = Annotated[CreateJob, Depends(json_reader(read_body))]
+CreateBody = Annotated[JobFields, Depends(body_reader(CREATE_FORM))]
 
 
-@router.post("/jobs", openapi_extra=openapi_body(CreateJob))
+@router.post("/jobs", openapi_extra=CREATE_FORM.openapi)
 async def create_job(services: Served, tenant: Tenant, body: CreateBody) -> dict[str, Any]:
     """Creates a job; it is checked, queued and run on its own."""
     return services.jobs.describe(await services.jobs.create(tenant, body))

@@ -17,8 +17,10 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from coserve.config.settings import SamplingConfig
 from coserve.core import InvalidRequest
+from coserve.server.bodies.forms import Form
+from coserve.server.bodies.parse import MAX_VALUES
+from coserve.server.bodies.reader import body_reader
 from coserve.server.inference.answers import Answers, Asker, Question
-from coserve.server.inference.bodies import body_reader, openapi_body
 from coserve.server.inference.fields import CHAT, COMPLETIONS
 from coserve.server.inference.limits import check_amounts, check_logprobs
 from coserve.server.inference.pieces import PiecesResponse, encode_large
@@ -39,18 +41,26 @@ from coserve.server.records import new_id, now
 from coserve.server.services import Served, Services, Tenant
 
 router = APIRouter(tags=["inference"])
-ChatBody = Annotated[ChatRequest, Depends(body_reader(ChatRequest, CHAT, check_amounts))]
-CompletionBody = Annotated[CompletionRequest, Depends(body_reader(CompletionRequest, COMPLETIONS, check_amounts))]
+CHAT_FORM = Form(model=ChatRequest, prepare=lambda body: check_amounts(CHAT.apply(body)), max_values=MAX_VALUES)
+COMPLETION_FORM = Form(
+    model=CompletionRequest, prepare=lambda body: check_amounts(COMPLETIONS.apply(body)), max_values=MAX_VALUES
+)
+ChatBody = Annotated[ChatRequest, Depends(body_reader(CHAT_FORM))]
+CompletionBody = Annotated[CompletionRequest, Depends(body_reader(COMPLETION_FORM))]
 _CLIENT_LEFT = 499
-"""The status of a request whose client has left: only a log shows it."""
+"""The status of a request whose client has left. Only the log shows it."""
 _LONG_ANSWER = 1 << 10
-"""Tokens and log-probabilities of a longer response are written in a thread."""
+"""A response with more tokens and log-probabilities than this is encoded in a thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Exchange:
-    """A request on its way. run: for long work; head: what every response and chunk begins with; whole: the response's body in
-    the end; parts: choices of the chunks for a choice's new tokens; opening: what the first chunk has beside them."""
+    """A request that is being answered.
+
+    run: runs long work in a thread. head: fields with which the response and every chunk begin. whole: makes the response's
+    body once all outputs have ended. parts: makes the choices to send for a choice's new tokens. opening: further fields of
+    the first chunk.
+    """
 
     body: GenerationRequest
     run: ThreadRunner
@@ -62,7 +72,7 @@ class _Exchange:
     opening: dict[str, Any] = field(default_factory=dict)
 
 
-@router.post("/v1/chat/completions", openapi_extra=openapi_body(ChatRequest))
+@router.post("/v1/chat/completions", openapi_extra=CHAT_FORM.openapi)
 async def create_chat_completion(request: Request, services: Served, tenant: Tenant, body: ChatBody) -> Response:
     """A conversation's next turn."""
     arrival_s = time.monotonic()
@@ -105,7 +115,7 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
     return await _respond(request, exchange, "chat.completion.chunk")
 
 
-@router.post("/v1/completions", openapi_extra=openapi_body(CompletionRequest))
+@router.post("/v1/completions", openapi_extra=COMPLETION_FORM.openapi)
 async def create_completion(request: Request, services: Served, tenant: Tenant, body: CompletionBody) -> Response:
     """Continuations of one or more prompts."""
     arrival_s = time.monotonic()
@@ -139,7 +149,7 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
 
 
 async def _model_name(services: Services, tenant: str, body: GenerationRequest) -> str:
-    """The model asked for. Raises NotFound, and InvalidRequest for a body that contradicts itself."""
+    """The name of the model that is asked for. Raises NotFound; InvalidRequest if the body's fields contradict each other."""
     names = services.models.base_names
     name = names[0] if body.model is None else body.model
     if name not in names:
@@ -177,14 +187,14 @@ def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Pr
 async def _ask(
     services: Services, tenant: str, name: str, body: GenerationRequest, questions: Sequence[Question], arrival_s: float
 ) -> Answers:
-    """Makes the model ready. Raises what preparing it raises."""
+    """Loads the model's adapter if need be, and asks. Raises what `ModelRegistry.prepare` raises."""
     model = await services.models.prepare(tenant, name)
     asker = Asker(tenant=tenant, model=model, arrival_s=arrival_s, tpot_ms=body.slo_tpot_ms, ttft_ms=body.slo_ttft_ms)
     return Answers(services, asker, questions)
 
 
 async def _shown(services: Services, body: GenerationRequest) -> Shown:
-    """What the response holds beside texts. The first naming of a token takes a while, so a thread names one beforehand."""
+    """What the response has beside its text. Naming the first token takes long (a table is built), so a thread does it here."""
     if body.wants_names and not body.return_tokens_as_token_ids:
         await asyncio.to_thread(services.tokenizer.token_bytes.name, 0)
     return Shown(
@@ -200,7 +210,7 @@ def _head(services: Services, prefix: str, name: str) -> dict[str, Any]:
 
 
 async def _respond(request: Request, exchange: _Exchange, chunk_object: str) -> Response:
-    """A stream, or the whole. Raises the request's error."""
+    """A stream or the whole response. Raises the request's error."""
     answers, tally = exchange.answers, exchange.tally
     if exchange.body.stream:
         return EventStream(_events(exchange, chunk_object), answers.aclose)
@@ -222,7 +232,7 @@ async def _respond(request: Request, exchange: _Exchange, chunk_object: str) -> 
 
 
 async def _events(exchange: _Exchange, chunk_object: str) -> AsyncGenerator[bytes, None]:
-    """A stream's events: chunks, a chunk of usage if asked for, the end."""
+    """A stream's events: chunks, a chunk with the usage if it was asked for, and [DONE]."""
     body, tally, head = exchange.body, exchange.tally, {**exchange.head, "object": chunk_object}
     opening = exchange.opening
     async for prompt, tokens in exchange.answers:

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Response
 
 from coserve.core import InvalidRequest
-from coserve.server.inference.bodies import body_reader, openapi_body
+from coserve.server.bodies.forms import Form
+from coserve.server.bodies.parse import MAX_VALUES
+from coserve.server.bodies.reader import body_reader
 from coserve.server.inference.fields import DETOKENIZE, TOKENIZE
 from coserve.server.inference.limits import COUNTED_TOKENS, check_amounts
 from coserve.server.inference.pieces import PiecesResponse, encode_large
@@ -20,8 +22,10 @@ from coserve.server.services import Served, Services, Tenant
 from coserve.text.detokenizer import whole_text
 
 router = APIRouter(tags=["models"])
-TokenizeBody = Annotated[TokenizeRequest, Depends(body_reader(TokenizeRequest, TOKENIZE, check_amounts))]
-DetokenizeBody = Annotated[DetokenizeRequest, Depends(body_reader(DetokenizeRequest, DETOKENIZE))]
+_TOKENIZE_FORM = Form(model=TokenizeRequest, prepare=lambda body: check_amounts(TOKENIZE.apply(body)), max_values=MAX_VALUES)
+_DETOKENIZE_FORM = Form(model=DetokenizeRequest, prepare=DETOKENIZE.apply, max_values=MAX_VALUES)
+TokenizeBody = Annotated[TokenizeRequest, Depends(body_reader(_TOKENIZE_FORM))]
+DetokenizeBody = Annotated[DetokenizeRequest, Depends(body_reader(_DETOKENIZE_FORM))]
 
 
 @router.get("/v1/models", response_model=dict[str, Any])
@@ -37,7 +41,7 @@ def retrieve_model(services: Served, tenant: Tenant, model: str) -> dict[str, An
     return _entry(services, services.models.find(tenant, model))
 
 
-@router.post("/tokenize", openapi_extra=openapi_body(TokenizeRequest), response_model=dict[str, Any])
+@router.post("/tokenize", openapi_extra=_TOKENIZE_FORM.openapi, response_model=dict[str, Any])
 async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> Response:
     """Token ids of a text or a conversation."""
     await _check_model(services, tenant, body.model)
@@ -62,7 +66,7 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> Resp
     return PiecesResponse(encode_large({"tokens": tokens, "count": len(tokens), "max_model_len": info.max_model_len}))
 
 
-@router.post("/detokenize", openapi_extra=openapi_body(DetokenizeRequest))
+@router.post("/detokenize", openapi_extra=_DETOKENIZE_FORM.openapi)
 async def detokenize(services: Served, tenant: Tenant, body: DetokenizeBody) -> dict[str, Any]:
     """The text of token ids, special tokens written out."""
     await _check_model(services, tenant, body.model)

@@ -1,16 +1,12 @@
-"""From the bytes of a JSON body to a request model, or to a 400 that names the field.
+"""From the bytes of a JSON body to its object, or to a 400.
 
-    content type   application/json, before anything is read
-    who asks       before anything is read
-    scan           values counted in the bytes: 16 MiB can have millions, and each costs time in all that follows
-    decode         msgspec; then names given twice, numbers that are too large, NUL
-    validate       pydantic, by the route's model
+    scan     values are counted in the bytes: 16 MiB can hold millions of them, and each costs time in all that follows
+    decode   msgspec; then names given twice, numbers that are too large, and NUL characters are refused
 
-Large bodies are read in the tenants' turn (work.py). The scan bounds how long one step can keep Python's lock: every step
-below is a single call for the interpreter, and while it runs no thread helps.
+Every step is a single call for the interpreter, which keeps Python's lock while it runs, so no thread helps. The scan bounds
+how long that can take.
 
-Owns: what JSON is refused, how much of it, the words for wrong types. Does not own: the bytes of a body (middleware.py),
-which fields a route knows (fields.py), their types (protocol.py), what values together cost (limits.py).
+Owns: which JSON is refused, and how much of it. Does not own: how bytes arrive (reader.py), fields (forms.py).
 """
 
 from __future__ import annotations
@@ -19,22 +15,13 @@ import contextlib
 import json
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import numpy as np
-from fastapi import Request
-from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect
 
 from coserve.core import InvalidRequest
-from coserve.server.errors import UnsupportedType
-from coserve.server.inference.fields import FieldPolicy
-from coserve.server.services import Served, Tenant
-
-Model = TypeVar("Model", bound=BaseModel)
 
 MAX_VALUES = 1 << 18
 """Of a body: texts, numbers, lists and objects, inner ones included. More than a prompt of token ids needs."""
@@ -46,77 +33,10 @@ MAX_NAMES = 1 << 12
 """Of one object."""
 MAX_ESCAPES = 4 << 20
 """Backslashes of a body: a text is decoded in one step, and slowly where it is made of escapes."""
-_LARGE_BYTES = 1 << 14
+_SMALL_BYTES = 1 << 16
+"""Of a body that is read a second time, by Python's json, so that an error can name the field."""
 _SCAN_BYTES = 1 << 18
 _INT64 = 1 << 63
-
-
-def body_reader(
-    model: type[Model], policy: FieldPolicy, check: Callable[[Mapping[str, Any]], None] = lambda body: None
-) -> Callable[[Request, Served, Tenant], Awaitable[Model]]:
-    """A dependency that gives the request's body as a `model`. check: of its values before they are validated, see limits.py.
-    Raises InvalidRequest."""
-    return json_reader(partial(validate, model=model, policy=policy, check=check), MAX_VALUES)
-
-
-def json_reader(
-    convert: Callable[[dict[str, Any]], Model], max_values: int = MAX_SMALL_VALUES
-) -> Callable[[Request, Served, Tenant], Awaitable[Model]]:
-    """A dependency that gives what `convert` makes of the request's JSON object. Raises InvalidRequest."""
-
-    async def read(request: Request, services: Served, tenant: Tenant) -> Model:
-        check_type(request)
-        parts, held, allowance = list[bytes](), 0, services.shares.body_bytes
-        try:
-            async for part in request.stream():
-                if part:
-                    allowance.take(tenant, len(part))
-                    held += len(part)
-                    parts.append(part)
-            data = b"".join(parts)
-            parts.clear()
-            if len(data) < _LARGE_BYTES:
-                return convert(parse_object(data, max_values))
-            return await services.work.run(tenant, lambda: convert(parse_object(data, max_values)))
-        except ClientDisconnect as error:
-            raise InvalidRequest("the body breaks off") from error
-        finally:
-            if held:
-                allowance.give_back(tenant, held)
-
-    return read
-
-
-def check_type(request: Request) -> None:
-    """Raises UnsupportedType for a body that doesn't call itself JSON: what a website's form or simple script would send."""
-    given = request.headers.get("content-type", "")
-    kind = given.partition(";")[0].strip().lower()
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        said = f"says {given[:60]!r}" if given.isprintable() and given else "says none"
-        raise UnsupportedType(
-            f"content-type: send application/json (this request {said}); with curl: -H 'content-type: application/json'"
-        )
-
-
-def openapi_body(model: type[BaseModel]) -> dict[str, Any]:
-    """For a route's `openapi_extra`: its body, as a JSON schema without references."""
-    schema = model.model_json_schema()
-    definitions = schema.pop("$defs", {})
-    content = {"application/json": {"schema": _inlined(schema, definitions)}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def validate(
-    body: Mapping[str, Any], model: type[Model], policy: FieldPolicy,
-    check: Callable[[Mapping[str, Any]], None] = lambda body: None,
-) -> Model:
-    """An object as a `model`. Raises InvalidRequest."""
-    fields = policy.apply(body, model.model_fields)
-    check(fields)
-    try:
-        return model.model_validate(fields)
-    except ValidationError as error:
-        raise _problem(error, fields) from None
 
 
 def parse_object(data: bytes, max_values: int = MAX_VALUES) -> dict[str, Any]:
@@ -176,7 +96,7 @@ def _parts(data: bytes) -> Iterator[np.ndarray]:
 
 def _no_json(data: bytes, error: ValueError) -> InvalidRequest:
     """What msgspec says. For a small body that Python's json can read, the message names the field instead."""
-    if len(data) < 4 * _LARGE_BYTES:
+    if len(data) < _SMALL_BYTES:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(data)
             for name, item in value.items() if isinstance(value, dict) else ():
@@ -221,7 +141,7 @@ def _check_values(field: str, value: Any, nul: bool) -> int:
 
 def _name_twice(data: bytes) -> InvalidRequest:
     """The error of an object that has a name twice, with the name if the body is small."""
-    if len(data) < 4 * _LARGE_BYTES:
+    if len(data) < _SMALL_BYTES:
         try:
             json.loads(data, object_pairs_hook=_object)
         except InvalidRequest as error:
@@ -236,39 +156,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = name[:80].encode(errors="replace").decode()
         raise InvalidRequest(f"{twice!r} is in one object twice", param=twice)
     return found
-
-
-def _problem(error: ValidationError, body: Mapping[str, Any]) -> InvalidRequest:
-    """The error that got furthest into the body: of a union, it's the alternative that was meant."""
-    found = [
-        (_place(item["loc"], body, item["type"] == "missing"), item["msg"])
-        for item in error.errors(include_url=False, include_context=False, include_input=False)
-    ]
-    place, message = max(found, key=lambda item: len(item[0]))
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
-    return InvalidRequest(f"{param}: {message[:1].lower()}{message[1:]}"[:400], param=param[:200])
-
-
-def _place(location: Sequence[int | str], value: Any, missing: bool) -> list[int | str]:
-    """A pydantic location without the names of union alternatives, which aren't in the body."""
-    place: list[int | str] = []
-    for number, part in enumerate(location):
-        inside = part in value if isinstance(value, dict) else (
-            isinstance(value, list) and isinstance(part, int) and part < len(value)
-        )
-        if inside:
-            value = value[part]
-        if inside or (missing and number == len(location) - 1):
-            place.append(part)
-    return place
-
-
-def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
-    """A schema with its references replaced by what they refer to."""
-    if isinstance(schema, list):
-        return [_inlined(item, definitions) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if "$ref" in schema:
-        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    return {name: _inlined(item, definitions) for name, item in schema.items()}

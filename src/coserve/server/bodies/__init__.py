@@ -1,0 +1,1 @@
+"""JSON bodies of all routes: read, parsed, validated, and explained where they are wrong."""
