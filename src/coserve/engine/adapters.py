@@ -61,10 +61,10 @@ def _nobody(*_: object) -> None:
 
 
 class AdapterRegistry:
-    """All adapter versions of an engine. Only the engine's thread calls its methods, unless a method says it is thread-safe.
-    forget(version): called when a version is deleted; the prefix cache drops its blocks. load(directory): reads an adapter, in
-    the loader's thread. post(command): runs a command in the engine's thread. wake(version): called when requests that waited
-    for a version may claim again. fail(version, error): called when a version can't be read; its requests must then end."""
+    """An engine's adapter versions. Methods are for the engine's thread unless they say otherwise. forget(version): called when
+    a version is deleted. load(directory): reads an adapter, in the loader's thread. post(command): runs a command in the
+    engine's thread. wake(version): called when requests that waited for a version may claim again. fail(version, error): called
+    when a version can't be read; its requests must then end."""
 
     def __init__(
         self, slots: AdapterSlots, forget: Callable[[AdapterVersion], None], *, load: Callable[[Path], Adapter],

@@ -386,8 +386,7 @@ class Engine:
         return self._loop.failure
 
     def wait_failed(self, timeout: float | None = None) -> bool:
-        """Blocks until an error has ended the engine's thread, and returns True. False if the engine is closed first, or after
-        `timeout` seconds."""
+        """Blocks until an error ends the engine's thread: True. False if it is closed first, or after `timeout` seconds."""
         return self._loop.wait_ended(timeout) and self._loop.failure is not None
 
     @property

@@ -16,7 +16,7 @@ from coserve.finetune.job import JobEvent, StepRow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobProgress:
-    """trained_tokens: a token's forward through all layers counts half, its backward the other half. last: the newest metrics."""
+    """trained_tokens: a token's forward through all layers counts half, its backward the other half. last: newest metrics."""
 
     status: str
     step: int

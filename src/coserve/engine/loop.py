@@ -39,8 +39,7 @@ class EngineLoop:
     # --- commands ---
 
     def post(self, command: Callable[[], None], what: str) -> None:
-        """Queues a command, which runs before the next iteration. what: a description for the watcher. Raises CoserveError if
-        the engine is closed."""
+        """Queues a command to run before the next iteration. what: names it for the watcher. Raises CoserveError if closed."""
         with self._wake:
             self._require_open()
             self._commands.append((what, command))

@@ -102,7 +102,7 @@ class RequestHandle:
             self._listeners.append(listener)
 
     def chunks(self, drive: Callable[[], object] | None = None) -> Iterator[Chunk]:
-        """Yields chunks until the end. drive: called until one comes, if the engine has no thread. Raises the request's error."""
+        """Yields chunks to the end. drive: called until one comes, if the engine has no thread. Raises the request's error."""
         inbox: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
         self.listen(inbox.put)
         left = len(self.outputs)
