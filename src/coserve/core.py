@@ -44,7 +44,7 @@ class CapacityError(CoserveError, RuntimeError):
 
 
 class JobFailed(CoserveError, RuntimeError):
-    """A finetuning step failed. The job ends; the engine and other jobs go on."""
+    """A finetuning job failed or was cancelled. The engine and other jobs go on."""
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:

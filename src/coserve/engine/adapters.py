@@ -29,7 +29,7 @@ from coserve.peft.adapter import Adapter
 from coserve.runtime.adapters import AdapterSlots
 
 _MAX_STAGED = 2
-"""How many adapters may be under reading, or read and waiting for a slot, at once."""
+"""The most adapters that are being read, or have been read and wait for a slot."""
 
 
 class AdapterVersion(NamedTuple):
@@ -57,7 +57,7 @@ class _Held:
 
 
 def _nobody(*_: object) -> None:
-    """Listens to nothing."""
+    """The listener until a real one is set."""
 
 
 class AdapterRegistry:
@@ -94,7 +94,7 @@ class AdapterRegistry:
 
     @property
     def num_users(self) -> int:
-        """Requests that use a version. Thread-safe."""
+        """The number of requests that use a version. Thread-safe."""
         return sum(held.users for held in list(self._held.values()))
 
     @property
@@ -104,12 +104,12 @@ class AdapterRegistry:
 
     @property
     def num_waiting(self) -> int:
-        """Versions that requests wait for."""
+        """The number of versions that requests wait for."""
         return len(self._waiting)
 
     @property
     def directories(self) -> list[str]:
-        """Where versions may still be read from. Thread-safe."""
+        """Directories that versions may still be read from. Thread-safe."""
         return [str(held.directory) for held in list(self._held.values()) if held.directory is not None]
 
     def publish(self, name: str, adapter: Adapter, directory: Path | None = None) -> AdapterVersion:
@@ -171,7 +171,7 @@ class AdapterRegistry:
         return version
 
     def release(self, version: AdapterVersion) -> None:
-        """A request that used the version ended."""
+        """Ends a request's use of a version. A version that is not the newest is deleted with its last use."""
         held = self._held[version]
         held.users -= 1
         if not held.users:
@@ -206,7 +206,7 @@ class AdapterRegistry:
 
     def advance(self) -> None:
         """Gives slots to the versions that wait. If none is free or idle, the version that has had its slot longest closes."""
-        order = sorted(self._waiting, key=lambda v: self._granted.get(self._waiting[v], 0))  # stable: then in order of asking
+        order = sorted(self._waiting, key=lambda v: self._granted.get(self._waiting[v], 0))  # a stable sort keeps their order
         self._closing = None
         for version in [version for version in order if version not in self.slots]:
             held = self._held[version]
@@ -265,7 +265,7 @@ class AdapterRegistry:
             held.adapter = None
 
     def _read(self, version: AdapterVersion, directory: Path | None) -> None:
-        """In the loader's thread."""
+        """Reads a version's files. Runs in the loader's thread."""
         assert directory is not None, "what isn't in memory lies in a directory"
         adapter: Adapter | None = None
         error: CoserveError | None = None

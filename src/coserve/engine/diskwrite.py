@@ -13,7 +13,7 @@ from coserve.finetune.disk import RETRY_S, refusal_of
 
 
 class DiskWrite:
-    """A write under way. refusal: why the last try that failed did; None if none has failed."""
+    """A write under way. refusal: why the disk refused the latest failed try, or None."""
 
     answer = None
     """The answer to the job's driver, as every VerbRun has one (verbs.py). A write has no result."""

@@ -25,7 +25,7 @@ _ADAPTER = "adapter"
 
 
 class Generator:
-    """Generates with the base or one adapter. Rows without an adapter in the same batch use the base."""
+    """Generates with the base model, or with one adapter for all or some of the prompts."""
 
     def __init__(self, model: LoadedModel, adapter: Adapter | None = None) -> None:
         self.model, self.adapter, self.arch = model, adapter, model.architecture

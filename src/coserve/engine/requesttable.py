@@ -103,7 +103,7 @@ class RequestTable:
         return asked | self.model.end_token_ids | taught
 
     def refuse(self, handle: RequestHandle, error: CoserveError) -> None:
-        """Ends a request that can't begin with an error."""
+        """Ends, with an error, a request that can't begin."""
         handle.error = error
         for index in range(handle.config.n):
             handle.push(Chunk(index=index, text="", finish_reason="error"), self.now())

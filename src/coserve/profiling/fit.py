@@ -174,7 +174,7 @@ _REWEIGHTINGS = 5
 
 _SUBSTITUTES: tuple[tuple[str, str, str, str, float], ...] = (
     ("inference", "fused_pairs", "inference", "prefill_pairs", 1.0),
-    ("inference", "fused_rows", "inference", "rows", 0.25),  # they are rows of the pass, and write their kept values
+    ("inference", "fused_rows", "inference", "rows", 0.25),  # beside their cost as rows, for writing their kept values
     ("inference", "fused_labels", "forward", "labels", 1.0),
     ("forward", "labels", "inference", "fused_labels", 1.0),
     ("forward", "labels", "inference", "head_rows", 2.0),  # logits and their gradient

@@ -85,7 +85,7 @@ def latency_model(
 
 
 class Profiler:
-    """Runs profile points."""
+    """Times profile points on the device."""
 
     def __init__(self, passes: PassExecutor, train: TrainExecutor, blocks: BlockPool) -> None:
         self.passes, self.train, self.blocks = passes, train, blocks

@@ -1,4 +1,4 @@
-"""The verbs of finetuning on one loaded model: forward_backward, score, optim_step, save, publish."""
+"""Carries out the verbs of one job on a loaded model: forward_backward, score, optim_step, save, publish."""
 
 from __future__ import annotations
 
