@@ -164,8 +164,8 @@ def _unit_cost(spec: _Window, backward: bool, num_layers: int, max_rows: int) ->
 
 
 _SMOOTHNESS = 2e-3
-"""How strongly the slopes of neighbouring pieces are pulled together. A piece that no sample reaches gets the slope of the
-piece below; one that few samples reach can't get an extreme slope. It is small, so that data outweighs it."""
+"""Weight that pulls the slopes of neighbouring pieces together. A piece that no sample reaches gets the slope of the piece
+below; one that few samples reach can't get an extreme slope. The weight is small, so that data outweighs it."""
 _RIDGE = 1e-4
 """Weight of the ridge penalty, which splits a cost between features that always come together."""
 _TOLERATED_ERROR = 0.1

@@ -162,7 +162,7 @@ class BatchWork:
         return micro.is_reference or all(key in self.source.reference_sums for key in micro.keys)
 
     def answer(self, micro: Microbatch) -> None:
-        """Applies the objective to a micro-batch whose forward has run. Backward may begin afterwards.
+        """Applies the objective to a micro-batch after its forward, so that backward may begin; or stores its reference sums.
 
         The objective runs on the host, so that each micro-batch waits for the device once, whatever the objective reads.
         """
