@@ -1,7 +1,7 @@
-"""The nouns that cross rooms, and the error tree.
+"""The types that several rooms share, and the error tree.
 
-Owns: errors, training examples and groups, units of finetuning work, what one iteration runs, costs and gives. Does not own:
-tensors of any device, policy, or how a noun is stored. Vocabulary: docs/architecture.md.
+Owns: errors, training examples and groups, units of finetuning work, and what one iteration runs, costs and returns. Does not
+own: device tensors, policy, or how any of these is stored. Vocabulary: docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 
 class CoserveError(Exception):
-    """Root of the error tree. `param` names the field at fault in the words of the caller's interface."""
+    """Root of the error tree. param: the field at fault, by its name in the caller's interface."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -32,7 +32,7 @@ class InvalidRequest(CoserveError, ValueError):
 
 
 class ContextExceeded(InvalidRequest):
-    """A prompt, alone or with the output that was asked for, is longer than the model or its cache takes."""
+    """A prompt, alone or with the requested output, is longer than the model or its key-value cache takes."""
 
 
 class NotFound(CoserveError, LookupError):
@@ -40,15 +40,15 @@ class NotFound(CoserveError, LookupError):
 
 
 class CapacityError(CoserveError, RuntimeError):
-    """The device has too little memory for what was asked: says what is needed and what there is."""
+    """There is too little memory or disk space, or too many requests or jobs wait already. The message says which."""
 
 
 class JobFailed(CoserveError, RuntimeError):
-    """A finetuning step failed. The job ends; the engine and other jobs go on."""
+    """A finetuning job failed or was cancelled. The engine and other jobs go on."""
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:
-    """An error's message without line breaks, or its type where it has none. most: characters; a longer message is cut."""
+    """An error's message on one line, or its type's name if it has none. most: characters to which a longer one is cut."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if most is None or len(text) <= most else f"{text[: most - 3]}..."
 
@@ -62,15 +62,15 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 
 class Slo(NamedTuple):
-    """What a request is promised, in seconds: per output token after the first, and from its arrival to the first. math.inf:
-    nothing, which is best effort."""
+    """A request's latency objectives, in seconds. tpot_s: per output token after the first. ttft_s: from its arrival to the
+    first token. math.inf is best effort."""
 
     tpot_s: float
     ttft_s: float
 
     @property
     def in_ms(self) -> tuple[float | None, float | None]:
-        """TPOT and TTFT in milliseconds, as JSON can say them; None: best effort."""
+        """(TPOT, TTFT) in milliseconds for JSON; None is best effort."""
         tpot, ttft = (None if seconds == math.inf else round(seconds * 1e3, 6) for seconds in self)
         return tpot, ttft
 
@@ -96,13 +96,13 @@ class Example:
 
     @property
     def label_weight(self) -> float:
-        """Sum of the weights that count."""
+        """The sum of the weights, without the first, which is ignored."""
         return float(self.weights[1:].sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Examples whose backward waits for each other: one for SFT, (chosen, rejected) for DPO."""
+    """Examples with a common loss, so that backward waits for all their forwards: one for SFT, (chosen, rejected) for DPO."""
 
     index: int
     examples: tuple[Example, ...]
@@ -118,7 +118,7 @@ class Direction(enum.Enum):
 
 
 class Unit(NamedTuple):
-    """The smallest piece of finetuning work: layers [layer_start, layer_end) for packed tokens [start, end)."""
+    """The smallest piece of finetuning work: layers [layer_start, layer_end) for the packed tokens [start, end)."""
 
     direction: Direction
     layer_start: int
@@ -130,9 +130,9 @@ class Unit(NamedTuple):
 class Span(NamedTuple):
     """A request's rows in one iteration: its tokens [start, start + length).
 
-    logits: how many of the last rows need logits: 0 inside a prompt, 1 where a token is sampled, all for prompt logprobs.
-    samples: whether the last row's logits give the next token. A decode span's token is the request's last sampled one,
-    wherever that is held.
+    logits: how many of the last rows need logits: 0 inside a prompt, 1 if a token is sampled, all for prompt log-probabilities.
+    samples: whether the next token is sampled from the last row's logits. The token of a decode span is the request's last
+    sampled one, which need not be known when the plan is made.
     """
 
     request: int
@@ -147,7 +147,7 @@ class Span(NamedTuple):
 
 
 class WorkUnit(NamedTuple):
-    """A unit of one micro-batch in flight. fused: its rows ride in the inference pass (forward over all layers only)."""
+    """A unit of one micro-batch in flight. fused: whether its rows are in the inference pass (forward over all layers only)."""
 
     microbatch: int
     unit: Unit
@@ -155,7 +155,7 @@ class WorkUnit(NamedTuple):
 
 
 class OptimizerSlice(NamedTuple):
-    """Elements [start, end) of a job's flat parameter, in its present optimizer step."""
+    """A part of a job's present optimizer step: elements [start, end) of its flat parameter."""
 
     job: int
     start: int
@@ -163,26 +163,26 @@ class OptimizerSlice(NamedTuple):
 
 
 class AdapterCopy(NamedTuple):
-    """A job's working weights become an immutable version. snapshot: the optimizer's state too, for a checkpoint."""
+    """Copies a job's working weights to an immutable version. snapshot: also copies the optimizer's state, for a checkpoint."""
 
     job: int
     snapshot: bool
 
 
 class BlockMove(NamedTuple):
-    """A block of the key-value pool changes place; copied between two iterations."""
+    """A block of the key-value pool to be copied from index `source` to `target`, between two iterations."""
 
     source: int
     target: int
 
 
 class PassCost(NamedTuple):
-    """One inference pass over all layers.
+    """The size of one inference pass over all layers.
 
-    rows: decode, prefill and fused; head_rows: rows through the output head for logits; decode_context: sum of context tokens
-    over decode rows; prefill_pairs, fused_pairs: query-key pairs per layer; fused_rows: finetuning rows among `rows`, whose
-    kept values are written; fused_labels: label rows through the loss head; adapter_segments: different adapters among the
-    rows; prefill_spans: prompts.
+    rows: decode, prefill and fused rows together. head_rows: rows whose logits are computed. decode_context: context tokens,
+    summed over decode rows. prefill_pairs, fused_pairs: query-key pairs per layer. fused_rows: finetuning rows among `rows`.
+    fused_labels: their label rows through the loss head. adapter_segments: different adapters among the rows. prefill_spans:
+    prompts.
     """
 
     rows: int
@@ -198,10 +198,10 @@ class PassCost(NamedTuple):
 
 
 class UnitCost(NamedTuple):
-    """A unit of finetuning work that is not fused.
+    """The size of a unit of finetuning work that is not fused.
 
-    pairs: query-key pairs of the window per layer; labels: label rows through the loss head, of forward units that reach the
-    top, else 0; recompute_fraction: the share of forward, by matrix FLOPs, that a backward unit runs again, from 0 to 1.
+    pairs: query-key pairs of the window per layer. labels: label rows through the loss head; 0 except for forward units up to
+    the top layer. recompute_fraction: the share of forward's matrix FLOPs that a backward unit runs again, from 0 to 1.
     """
 
     backward: bool
@@ -213,11 +213,11 @@ class UnitCost(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What an iteration holds.
+    """The size of an iteration.
 
-    inference: the pass, None without one. units: the units that are not fused into it. optimizer_elements: parameters that the
-    optimizer updates. refresh_seconds: the time to refresh what adapters derive from those parameters, such as DoRA's norms; it
-    was measured when their job began.
+    inference: the pass, or None. units: the units that are not fused into it. optimizer_elements: how many parameters the
+    optimizer updates. refresh_seconds: the time to refresh what adapters derive from those parameters, such as DoRA's norms,
+    as measured when their job began.
     """
 
     inference: PassCost | None
@@ -233,9 +233,9 @@ NO_CONTENTS = Contents(None, (), 0)
 class StepPlan:
     """What one iteration runs. Validation windows are forward units of micro-batches that have no backward.
 
-    Rows are packed [decode | prefill | fused finetuning]; units that are not fused follow one by one, then optimizer slices
-    and copies. contents: its cost in counts. predicted_s: seconds by the latency model. finetune_share: the share of those
-    seconds that is a job's, from 0 to 1. kind: what it holds, such as 'decode+backward', for error metrics.
+    The pass packs rows [decode | prefill | fused finetuning]. Units that are not fused follow one by one, then optimizer slices
+    and copies. kind: the plan's parts, such as 'decode+backward', for error metrics. contents: its size. predicted_s: by the
+    latency model. finetune_share: the part of `predicted_s` that finetuning causes, from 0 to 1.
     """
 
     number: int
@@ -251,12 +251,12 @@ class StepPlan:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """All requests' rows, in batch order."""
+        """The rows of all requests, in batch order."""
         return self.decode + self.prefill
 
     @property
     def fused(self) -> WorkUnit | None:
-        """The unit that rides in the inference pass."""
+        """The unit that is part of the inference pass, or None."""
         return next((unit for unit in self.units if unit.fused), None)
 
     @property
@@ -265,7 +265,7 @@ class StepPlan:
 
 
 class TokenLogprob(NamedTuple):
-    """Log-probability of one token; top: the most likely ones at its place, best first."""
+    """Log-probability of one token. top: (token, log-probability) of the most likely tokens at its position, best first."""
 
     token: int
     logprob: float
@@ -281,8 +281,8 @@ class Sampled(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What an iteration gave. tokens: per request, those sampled (none, one, or several); prompt_logprobs: per request, of the
-    prompt's rows that ran; seconds: by the engine's clock, the whole iteration."""
+    """The result of an iteration. tokens: the tokens sampled per request (none, one or several). prompt_logprobs: per request,
+    of the prompt rows that ran. seconds: duration of the iteration by the engine's clock."""
 
     tokens: Mapping[int, Sequence[Sampled]]
     prompt_logprobs: Mapping[int, Sequence[TokenLogprob]]

@@ -1,1 +1,1 @@
-"""One process: a loaded model, the verbs of finetuning, and generation. Scheduling both together is the next step."""
+"""The live engine: requests and finetuning jobs on one loaded model, in one process."""

@@ -1,18 +1,18 @@
-"""Named adapters and their versions: immutable, counted by the requests that use them, in memory as far as they have slots.
+"""Named adapters and their versions. A version never changes; the requests that use it are counted.
 
     publish --> on disk (directory) or in memory (a job's)    acquire: a request gets a version      claim: it runs, in a slot
                           |  loader's thread, one after another                                             |
-                          +--> staged --> a slot: free, or of the idle version used longest ago <-----------+
+                          +--> staged --> a free slot, or that of the least recently used idle version <----+
 
-A request takes the newest version and keeps it to its end, preemption included. An older version goes when its last request
-ends; a removed name goes at once from the list, and its last version with its last request.
+A request takes the newest version and keeps it to its end, even if it is preempted. An older version is deleted when its last
+request ends. A removed name leaves the list at once; its newest version is deleted when its last request ends.
 
-At most `max_slots` versions have slots. Whoever finds none waits: tenants in turn, in order of arrival within a tenant. While
-somebody waits, the version that has had its slot longest takes no further requests (it is closing), so that the wait is bounded
-by requests that run already; those it turns away wait for a slot like the others. A version with a directory has no other
-memory than its slot; at most _MAX_STAGED are read ahead. Base requests have nothing to do with any of this.
+At most `max_slots` versions have slots. A version without one waits: tenants take turns, and a tenant's versions wait in order
+of arrival. While a version waits and no slot can be freed, the version that has had its slot longest is closing: it takes no
+new requests, so the wait ends with requests that run already. Requests that it turns away wait like the others. A version with
+a directory is in memory only in its slot, or as one of at most _MAX_STAGED read ahead. Requests on the base need no slot.
 
-Owns: versions, who has a slot. Does not own: what lies in slots (runtime/adapters.py), which request runs next (scheduler/).
+Owns: versions, which have a slot. Does not own: a slot's tensors (runtime/adapters.py), which request runs next (scheduler/).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from coserve.peft.adapter import Adapter
 from coserve.runtime.adapters import AdapterSlots
 
 _MAX_STAGED = 2
-"""Adapters that are being read, or are read and wait for their slot."""
+"""The most adapters that are being read, or have been read and wait for a slot."""
 
 
 class AdapterVersion(NamedTuple):
-    """Names a version for good: numbers are never used twice, by whatever name."""
+    """Identifies a version. A number is never used twice, not even under another name."""
 
     name: str
     number: int
@@ -41,9 +41,10 @@ class AdapterVersion(NamedTuple):
 
 @dataclass(slots=True)
 class _Held:
-    """A version. adapter: its values; None where they are in its slot or only on disk. directory: where they can be read again.
-    end_token_ids: tokens that it was taught to end with. users: requests that use it. running: those of them that have claimed
-    its slot. fresh: it got its slot for requests that have not run yet. used: rises with every claim and placement."""
+    """A version. adapter: its values; None if they are only in its slot or on disk. directory: where they can be read again.
+    end_token_ids: tokens that it was taught to end with. users: the number of requests that use it. running: how many of those
+    have claimed its slot. fresh: the request that its slot is meant for has not run yet, so the slot must not be taken away.
+    loading: its files are being read. used: the time of its last claim or placement, as a count that rises with each."""
 
     adapter: Adapter | None
     directory: Path | None
@@ -56,14 +57,14 @@ class _Held:
 
 
 def _nobody(*_: object) -> None:
-    """Listens to nothing."""
+    """The listener until a real one is set."""
 
 
 class AdapterRegistry:
-    """forget(version): called when a version is gone, so that nothing cached under it can be matched. load: reads a directory,
-    in the loader's thread. post: has the engine's thread run something. wake(version): called when requests that waited for a
-    version may claim again. fail(version, error): called when it can't be read, so that its requests must end. The engine's
-    thread calls all methods, unless they say otherwise."""
+    """An engine's adapter versions. Methods are for the engine's thread unless they say otherwise. forget(version): called when
+    a version is deleted. load(directory): reads an adapter, in the loader's thread. post(command): runs a command in the
+    engine's thread. wake(version): called when requests that waited for a version may claim again. fail(version, error): called
+    when a version can't be read; its requests must then end."""
 
     def __init__(
         self, slots: AdapterSlots, forget: Callable[[AdapterVersion], None], *, load: Callable[[Path], Adapter],
@@ -75,7 +76,7 @@ class AdapterRegistry:
         self._newest: dict[str, AdapterVersion] = {}
         self._held: dict[AdapterVersion, _Held] = {}
         self._waiting: dict[AdapterVersion, str] = {}
-        """Versions that requests wait for, with the tenant that asked first, in order of asking."""
+        """Versions that requests wait for -> the tenant that asked first; in order of asking."""
         self._granted: dict[str, int] = {}
         self._closing: AdapterVersion | None = None
         self._numbers = self._uses = 0
@@ -93,27 +94,27 @@ class AdapterRegistry:
 
     @property
     def num_users(self) -> int:
-        """Requests that use a version. Thread-safe."""
+        """The number of requests that use a version. Thread-safe."""
         return sum(held.users for held in list(self._held.values()))
 
     @property
     def num_resident(self) -> int:
-        """Adapters in memory: in slots, staged, or nowhere else yet. Thread-safe."""
+        """Adapters in memory: in slots, staged, or published from memory and not stored in a directory yet. Thread-safe."""
         return sum(held.adapter is not None or version in self.slots for version, held in list(self._held.items()))
 
     @property
     def num_waiting(self) -> int:
-        """Versions that requests wait for."""
+        """The number of versions that requests wait for."""
         return len(self._waiting)
 
     @property
     def directories(self) -> list[str]:
-        """Where versions may still be read from. Thread-safe."""
+        """Directories that versions may still be read from. Thread-safe."""
         return [str(held.directory) for held in list(self._held.values()) if held.directory is not None]
 
     def publish(self, name: str, adapter: Adapter, directory: Path | None = None) -> AdapterVersion:
-        """A new version of a name. `adapter` must not change any more; with a directory, which must not change either, it is
-        kept in memory only while it has a slot. Raises InvalidRequest for a bad name or rank."""
+        """Adds a version and makes it the newest of its name. `adapter` must not change afterwards. With a `directory`, whose
+        files must not change either, it is in memory only while it has a slot. Raises InvalidRequest for a bad name or rank."""
         if not name:
             raise InvalidRequest("name: an adapter needs a name", param="name")
         if adapter.rank > self.slots.max_rank:
@@ -135,7 +136,7 @@ class AdapterRegistry:
         return version
 
     def store(self, name: str, adapter: Adapter, directory: Path) -> None:
-        """An adapter that was published from memory lies in a directory now: it need not stay in memory."""
+        """Tells that an adapter published from memory now lies in `directory`, so it need not stay in memory."""
         for version, held in self._held.items():
             if version.name == name and held.adapter is adapter:
                 held.directory, held.adapter = directory, None
@@ -143,14 +144,14 @@ class AdapterRegistry:
                 return
 
     def remove(self, name: str) -> None:
-        """Requests can't ask for it any more. Raises NotFound."""
+        """Removes a name. New requests can't use it; running ones keep their version. Raises NotFound."""
         version = self._newest.pop(name, None)
         if version is None:
             raise NotFound(f"adapter: there is no {name!r}; loaded: {', '.join(self.names) or 'none'}", param="adapter")
         self._drop_unused(version)
 
     def get(self, name: str) -> Adapter:
-        """The newest version's adapter, read again where it isn't in memory. Raises NotFound, InvalidRequest."""
+        """The newest version's adapter, read from its directory if it isn't in memory. Raises NotFound, InvalidRequest."""
         held = self._held[self._find(name)]
         if held.adapter is not None:
             return held.adapter
@@ -158,31 +159,31 @@ class AdapterRegistry:
         return self._load(held.directory)
 
     def end_token_ids(self, version: AdapterVersion) -> tuple[int, ...]:
-        """Tokens that end the version's answers beside the base's."""
+        """Tokens that end the version's answers, in addition to the base model's."""
         return self._held[version].end_token_ids
 
     # --- requests ---
 
     def acquire(self, name: str) -> AdapterVersion:
-        """The newest version, in use once more. Raises NotFound."""
+        """The newest version of a name, for one more request. Raises NotFound."""
         version = self._find(name)
         self._held[version].users += 1
         return version
 
     def release(self, version: AdapterVersion) -> None:
-        """A request that used the version ended."""
+        """Ends a request's use of a version. A version that is not the newest is deleted with its last use."""
         held = self._held[version]
         held.users -= 1
         if not held.users:
             held.fresh = False
             self._waiting.pop(version, None)
             if held.directory is not None:
-                held.adapter = None  # what was read ahead for it
+                held.adapter = None  # it may have been read ahead for that request
         self._drop_unused(version)
         self.advance()
 
     def claim(self, version: AdapterVersion, tenant: str = "") -> int | None:
-        """The slot in which a request of a version may run now, or None: `wake` says when to ask again."""
+        """The slot in which a request of the version may run now. None if there is none; `wake` tells when to ask again."""
         if not self._is_open(version):
             if version not in self._waiting:
                 self._waiting[version] = tenant
@@ -195,7 +196,7 @@ class AdapterRegistry:
         return self.slots.slot_of(version)
 
     def unclaim(self, version: AdapterVersion, *, has_run: bool) -> None:
-        """A request does not run any more: it ended, lost its memory, or could not begin (has_run False)."""
+        """A request stops running: it ended or was preempted. has_run: False if it claimed the slot but could not begin."""
         held = self._held[version]
         held.running -= 1
         held.fresh = not has_run
@@ -204,8 +205,8 @@ class AdapterRegistry:
     # --- slots ---
 
     def advance(self) -> None:
-        """Gives slots to versions that wait, as far as there are any; where there are none, one closes."""
-        order = sorted(self._waiting, key=lambda v: self._granted.get(self._waiting[v], 0))  # stable: then in order of asking
+        """Gives slots to the versions that wait. If none is free or idle, the version that has had its slot longest closes."""
+        order = sorted(self._waiting, key=lambda v: self._granted.get(self._waiting[v], 0))  # a stable sort keeps their order
         self._closing = None
         for version in [version for version in order if version not in self.slots]:
             held = self._held[version]
@@ -224,7 +225,7 @@ class AdapterRegistry:
                 self.wake(version)
 
     def close(self) -> None:
-        """Waits for what is being read; reads nothing more, and knows its listeners no more."""
+        """Waits for the read under way, cancels the others, and drops the listeners."""
         self._loader.shutdown(cancel_futures=True)
         self.wake, self.fail = _nobody, _nobody
 
@@ -239,11 +240,11 @@ class AdapterRegistry:
         )
 
     def _versions(self) -> list[AdapterVersion]:
-        """Those with slots, the one that has had its slot longest first."""
+        """Versions with slots, the one that got its slot first at the front."""
         return [key for key in self.slots.keys if isinstance(key, AdapterVersion)]
 
     def _idle(self) -> AdapterVersion | None:
-        """The version whose slot another may have: used longest ago among those that no request runs in."""
+        """The version whose slot may be taken: the least recently used of those without running requests."""
         idle = [v for v in self._versions() if not self._held[v].running and not self._held[v].fresh]
         return min(idle, key=lambda version: self._held[version].used, default=None)
 
@@ -264,7 +265,7 @@ class AdapterRegistry:
             held.adapter = None
 
     def _read(self, version: AdapterVersion, directory: Path | None) -> None:
-        """In the loader's thread."""
+        """Reads a version's files. Runs in the loader's thread."""
         assert directory is not None, "what isn't in memory lies in a directory"
         adapter: Adapter | None = None
         error: CoserveError | None = None
@@ -272,7 +273,7 @@ class AdapterRegistry:
             adapter = self._load(directory)
         except CoserveError as caught:
             error = caught
-        except Exception as caught:  # out of memory, the disk fails: its requests must hear of it
+        except Exception as caught:  # out of memory, or a failing disk: the version's requests must end with an error
             error = InvalidRequest(f"adapter: {version.name} can't be read ({type(caught).__name__})", param="adapter")
         with contextlib.suppress(CoserveError):  # the engine is closed
             self._post(lambda: self._has_read(version, adapter, error))

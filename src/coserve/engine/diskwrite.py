@@ -1,6 +1,6 @@
-"""One write of a job in an engine: run by a thread, tried again while the disk refuses it. The engine's thread only looks.
+"""One write of a job in an engine. A thread runs it, and tries again while the disk refuses it; the engine's thread only looks.
 
-Owns: when the next try is. Does not own: what is written, which refusals pass (finetune/disk.py), who waits (jobs.py).
+Owns: when the next try is. Does not own: what is written, which refusals are temporary (finetune/disk.py), who waits (jobs.py).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from coserve.finetune.disk import RETRY_S, refusal_of
 
 
 class DiskWrite:
-    """refusal: why the last try failed, None while none has."""
+    """A write under way. refusal: why the disk refused the latest failed try, or None."""
 
     answer = None
-    """As the run of a verb has one (verbs.py): nobody waits for more than its end."""
+    """The answer to the job's driver, as every VerbRun has one (verbs.py). A write has no result."""
 
     def __init__(self, thread: Executor, action: Callable[[], object]) -> None:
         self._thread, self._action = thread, action
@@ -25,12 +25,12 @@ class DiskWrite:
         self._try: Future[object] = thread.submit(action)
 
     def wait(self, seconds: float) -> None:
-        """Gives a short write the time to end."""
+        """Blocks until the write ends, at most `seconds`."""
         wait([self._try], seconds)
 
     def done(self) -> bool:
-        """Whether it is written. After a refusal, starts the next try when its time has come. Raises errors that more tries
-        don't mend."""
+        """Whether the write has succeeded. RETRY_S after a refusal, starts the next try. Raises errors that trying again can't
+        fix."""
         if self._again_s is not None:
             if time.monotonic() < self._again_s:
                 return False
@@ -47,6 +47,6 @@ class DiskWrite:
         return False
 
     def retry(self) -> None:
-        """The next try, now."""
+        """Starts the next try now."""
         self._again_s = None
         self._try = self._thread.submit(self._action)

@@ -1,9 +1,9 @@
 """The engine: requests and finetuning jobs on one model, in one process. Each iteration: schedule -> execute -> commit.
 
-    any thread: submit, cancel, finetune --commands--> the engine's thread: step() --handles--> whoever waits
+    any thread: submit, cancel, finetune --commands--> the engine's thread: step() --handles--> the callers
 
-Drive it by calling `step`, or `start` a thread. Owns: the public methods, the step. Does not own: what an iteration holds
-(scheduler/), how it runs (step.py), the thread (loop.py), what becomes of requests (requesttable.py) and jobs (jobtable.py).
+Call `step` repeatedly, or `start` a thread that does. Owns: the public methods, the step. Does not own: what an iteration holds
+(scheduler/), how it runs (step.py), the thread (loop.py), the course of requests (requesttable.py) and of jobs (jobtable.py).
 """
 
 from __future__ import annotations
@@ -49,17 +49,18 @@ from coserve.training.request import JobRequest
 
 
 class PlanRunner(Protocol):
-    """What executes plans; tests have one without tensors."""
+    """Executes step plans. Tests have one without tensors."""
 
     def run(self, plan: StepPlan, lookup: Lookup) -> StepResult:
-        """One iteration."""
+        """Runs one iteration."""
 
 
 class Engine:
     """Serves and finetunes on `model`.
 
-    latency: the model of iteration times; None profiles the machine once (cached). clock: seconds, rising. runner: None runs on
-    the device. watcher: is told what the engine's thread does. Raises ConfigError, CapacityError.
+    latency: predicts iteration times; None measures the machine once (cached). clock: monotonic, in seconds. runner: executes
+    plans; None runs them on the device. report: called with lines for the log. watcher: called with what the engine's thread
+    does. Raises ConfigError, CapacityError.
     """
 
     def __init__(
@@ -115,8 +116,8 @@ class Engine:
         return int(available * POOL_SHARE)
 
     def _settle_copies(self, pool_bytes: int, *, training: bool, report: Callable[[str], None]) -> None:
-        """What the pool and its rows leave of the memory decides how often weights are held. training: whether backward units
-        will run, be it in the profile only."""
+        """Lets the weights have packed copies if the memory beside the pool allows. training: whether backward units will run,
+        if only while the machine is measured."""
         available = available_bytes(self.model.weights.device)
         free = None if available is None else max(0, available - pool_bytes)
         line = settle_copies(self.model.weights, free, training=training)
@@ -127,7 +128,7 @@ class Engine:
 
     @property
     def objectives(self) -> Slo:
-        """Of requests that set none: the settings', or where those say nothing, from the profile."""
+        """For requests that set no objectives: those of the settings, or if the settings have none, from the profile."""
         return self.scheduler.slo
 
     def now(self) -> float:
@@ -139,11 +140,11 @@ class Engine:
         tenant: str = "", tpot_ms: SloMs | None = None, ttft_ms: SloMs | None = None,
         arrival_s: float | None = None, label: str = "",
     ) -> RequestHandle:
-        """Takes a request: token ids, or a text to continue. Thread-safe.
+        """Accepts a request: token ids, or a text to continue. Thread-safe.
 
-        tpot_ms, ttft_ms: its own objectives, or "none": best effort; default the engine's. arrival_s: when it is counted from;
-        default now. tenant: whose fair share it uses and whose prefixes it may share. label: its name for a watcher. Raises
-        ConfigError (objectives), InvalidRequest, NotFound (adapter), CapacityError (too many wait).
+        tpot_ms, ttft_ms: its objectives in milliseconds; "none" is best effort; None takes the engine's. arrival_s: the time on
+        the engine's clock from which TTFT counts; default now. tenant: whose fair share and prefix cache it uses. label: its
+        name for the watcher. Raises ConfigError (objectives), InvalidRequest, NotFound (adapter), CapacityError (too many).
         """
         objectives = asked_slo(tpot_ms, ttft_ms, self.objectives)
         config, limits = sampling or SamplingConfig(), self.config.scheduler
@@ -166,7 +167,7 @@ class Engine:
         def admit() -> None:
             try:
                 self.requests.admit(handle, adapter, tenant, objectives, numbers)
-            except Exception as error:  # a bug, which ends the engine: whoever waits must hear of it
+            except Exception as error:  # a bug, which ends the engine: the request must end with an error
                 self.requests.refuse(handle, CoserveError(f"the engine stopped: {error!r}"))
                 raise
 
@@ -176,7 +177,7 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int] | str], sampling: SamplingConfig | None = None, **options: Any
     ) -> list[RequestHandle]:
-        """Submits prompts and waits for all of them. options: as for `submit`. Raises the first error of any."""
+        """Submits prompts and waits for all of them. options: as for `submit`. Raises the error of the first that has one."""
         handles: list[RequestHandle] = []
         try:
             for prompt in prompts:
@@ -185,14 +186,14 @@ class Engine:
                 self._drive(lambda handle=handle: handle.finished)  # type: ignore[misc]
                 if handle.error is not None:
                     raise handle.error
-        except BaseException:  # nobody will ask for the others
+        except BaseException:  # the caller gets no handles
             for handle in handles:
                 handle.cancel()
             raise
         return handles
 
     def stream(self, prompt: Sequence[int] | str, sampling: SamplingConfig | None = None, **options: Any) -> Iterator[Chunk]:
-        """Submits a prompt; yields its chunks as they come. Leaving the iterator early cancels the request."""
+        """Submits a prompt and yields its chunks as they come. Leaving the iterator early cancels the request."""
         handle = self.submit(prompt, sampling, **options)
         try:
             yield from handle.chunks(None if self._loop.has_thread else self._step_or_wait)
@@ -209,7 +210,7 @@ class Engine:
         handle = self.submit(prompt, sampling, **options)
 
         def notify(chunk: Chunk) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(inbox.put_nowait, chunk)
 
         handle.listen(notify)
@@ -227,10 +228,10 @@ class Engine:
     # --- adapters and jobs ---
 
     def load_adapter(self, name: str, directory: str | Path) -> None:
-        """Loads an adapter in PEFT's format under a name that requests may ask for; a newer version if the name exists. The
-        files must stay as they are: they are read again when the adapter is asked for after `max_adapters` others.
+        """Loads an adapter in PEFT's format under a name for requests. If the name exists, this becomes its newest version. The
+        files must not change: they are read again when the adapter is needed after others took its slot.
 
-        Raises NotFound, InvalidRequest; the name's version so far stays then.
+        Raises NotFound, InvalidRequest; the name then keeps its present version.
         """
         place = Path(directory).absolute()
         with borrowed_team():
@@ -238,16 +239,16 @@ class Engine:
         self._loop.call(lambda: self.adapters.publish(name, adapter, place), f"publish adapter {name}")
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """The same from memory, where it stays; `adapter` must not change afterwards."""
+        """Like `load_adapter`, but from memory, where the adapter stays. `adapter` must not change afterwards."""
         self._loop.call(lambda: self.adapters.publish(name, adapter), f"publish adapter {name}")
 
     def unload_adapter(self, name: str) -> None:
-        """Requests can't ask for it any more; those that use it go on. Raises NotFound."""
+        """Removes an adapter's name. New requests can't use it; running ones go on. Raises NotFound."""
         self._loop.call(lambda: self.adapters.remove(name), f"remove adapter {name}")
 
     @property
     def adapter_directories(self) -> list[str]:
-        """Where adapters may still be read from. Thread-safe."""
+        """Directories that adapters may still be read from. Thread-safe."""
         return self.adapters.directories
 
     def finetune(
@@ -255,11 +256,12 @@ class Engine:
         validation: str | Path | None = None, start: str | Path | None = None, resume: bool = False, tenant: str = "",
         weight: float = 1.0, listen: Callable[[JobEvent], None] = lambda event: None, label: str = "",
     ) -> JobHandle:
-        """Starts a finetuning job beside the requests. Each checkpoint and the result can be asked for as adapter `name`.
+        """Starts a finetuning job beside the requests, which can use its newest checkpoint and its result as adapter `name`.
 
-        data, validation: JSON Lines files; output: the job's directory; config: what it leaves 'auto' is chosen from the data,
-        and an event says the numbers; start: an adapter to continue from; weight: its share among jobs; label: its name for a
-        watcher. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is written.
+        data, validation: JSON Lines files. output: the job's directory. config: settings; those that are 'auto' are chosen from
+        the data, and an event tells them. start: directory of an adapter to continue. resume: continue the job in `output`.
+        weight: its share among jobs. listen: called with every event. label: its name for the watcher. Raises InvalidRequest,
+        NotFound, ConfigError, CapacityError before anything is written.
         """
         directory = Path(output)
         handle = JobHandle(
@@ -287,7 +289,7 @@ class Engine:
     # --- iterations ---
 
     def step(self) -> bool:
-        """One iteration; False if there was nothing to do. Not to be called while the engine has a thread."""
+        """Runs one iteration; False if there was nothing to do. Must not be called while the engine has a thread."""
         watcher = self._loop.watcher
         with self._loop.lock:
             self._loop.drain()
@@ -304,7 +306,7 @@ class Engine:
             return True
 
     def _holds(self, plan: StepPlan) -> tuple[list[str], list[str]]:
-        """Labels of the requests and of the jobs that a plan works for, without repeats."""
+        """Labels of the requests and of the jobs in a plan, without repeats."""
         live, jobs, owners = self.requests.live, self.jobs.jobs, self.jobs.owners
         requests = {live[span.request].handle.label: None for span in plan.spans if span.request in live}
         numbers = [owners.get(work.microbatch, -1) for work in plan.units]
@@ -335,13 +337,13 @@ class Engine:
 
     def start(self) -> Engine:
         """Gives the engine a thread of its own; returns the engine."""
-        give_team_back()  # what the calling thread has loaded and measured with
+        give_team_back()  # the OpenMP threads with which the calling thread loaded the model and measured
         self._loop.start(self.step, self._fail)
         return self
 
     def close(self) -> None:
-        """Stops the thread, cancels requests, has each job write a checkpoint to `resume` from, waits for files that are being
-        written and gives the pool's memory back."""
+        """Stops the thread, cancels requests, makes each job write a checkpoint to resume from, waits until files are written,
+        and frees the pool's memory."""
         self._loop.stop()
         with self._loop.lock:
             self._loop.close()
@@ -363,7 +365,7 @@ class Engine:
         self.jobs.fail_all(error)
 
     def _drive(self, done: Callable[[], bool]) -> None:
-        """Runs or waits until done."""
+        """Runs iterations, or waits for the engine's thread, until `done()`."""
         while not done():
             self._step_or_wait()
 
@@ -375,18 +377,16 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        """Whether it takes nothing any more: closed, or stopped by an error."""
+        """Whether the engine accepts no more requests or jobs: it was closed, or an error stopped it."""
         return self._loop.closed
 
     @property
     def failure(self) -> CoserveError | None:
-        """The error that ended the engine's thread, if one did. By the time that `wait_failed` returns, all requests and jobs
-        have it."""
+        """The error that ended the engine's thread, or None. When `wait_failed` returns, all requests and jobs have it."""
         return self._loop.failure
 
     def wait_failed(self, timeout: float | None = None) -> bool:
-        """Blocks until the engine's thread has died of an error: True. False if the engine is closed first, or after `timeout`
-        seconds."""
+        """Blocks until an error ends the engine's thread: True. False if it is closed first, or after `timeout` seconds."""
         return self._loop.wait_ended(timeout) and self._loop.failure is not None
 
     @property
@@ -395,9 +395,8 @@ class Engine:
         return not self.requests.live and not self.jobs.jobs and not len(self._loop)
 
     def metrics(self) -> dict[str, Any]:
-        """Counters since the start and the present state. finetune_tokens: forward-token equivalents, forward and backward
-        counting half each; *_s: seconds; prediction_errors: by kind of iteration, relative; unit_shapes: how many units of each
-        shape have run."""
+        """Counters since the start, and the present state. finetune_tokens: as JobProgress.trained_tokens. *_s: seconds.
+        prediction_errors: relative, by kind of iteration. unit_shapes: how many units of each shape have run."""
         pool = self.blocks.stats()
         return {
             **self._counts, "requests_finished": self.requests.num_finished, "requests_cancelled": self.requests.num_cancelled,

@@ -1,4 +1,4 @@
-"""Generation for a fixed set of prompts, without objectives or jobs: an engine of its own for each call."""
+"""Generation for a fixed set of prompts, without latency objectives or jobs. Each call makes an engine of its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ADAPTER = "adapter"
 
 
 class Generator:
-    """Generates with the base or one adapter. Rows without an adapter in the same batch use the base."""
+    """Generates with the base model, or with one adapter for all or some of the prompts."""
 
     def __init__(self, model: LoadedModel, adapter: Adapter | None = None) -> None:
         self.model, self.adapter, self.arch = model, adapter, model.architecture
@@ -34,11 +34,11 @@ class Generator:
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, stop_ids: Sequence[int] | None = None,
         on_token: Callable[[int, int], None] = lambda index, token: None, use_adapter: Sequence[bool] | None = None,
     ) -> list[list[int]]:
-        """Token ids after each prompt, ending with a stop id or after `max_tokens`.
+        """The token ids that follow each prompt, up to and including a stop id, or `max_tokens` of them.
 
-        stop_ids: default the model's end-of-sequence ids. on_token(prompt index, token): called as tokens come.
-        use_adapter: per prompt; default all True. Prompt i draws with seed `sampling.seed + i`. Raises InvalidRequest for an
-        empty or too long prompt.
+        stop_ids: token ids that end an output; default the model's end-of-sequence ids. on_token(prompt index, token): called
+        for each token. use_adapter: one flag per prompt; default all True. Prompt i is sampled with seed `sampling.seed + i`.
+        Raises InvalidRequest for an empty or too long prompt.
         """
         if stop_ids is not None:
             sampling = replace(sampling, ignore_eos=True, stop_token_ids=tuple(stop_ids))
@@ -65,7 +65,7 @@ class Generator:
         return [handle.token_ids for handle in handles]
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """[T, vocabulary] logits of every position of one prompt, through the paged path."""
+        """Logits at every position of one prompt, [T, vocabulary], computed over the paged key-value cache."""
         engine = self._engine([len(token_ids)])
         engine.blocks.allocate(0, len(token_ids))
         slot = None if self.adapter is None else engine.adapters.claim(engine.adapters.acquire(_ADAPTER))
@@ -75,7 +75,7 @@ class Generator:
             return engine.passes.logits(engine.passes.run(ids, [], [span], None))
 
     def _engine(self, lengths: Sequence[int]) -> Engine:
-        """Memory for sequences of these lengths, all at once."""
+        """An engine with memory for sequences of these lengths, all at once."""
         limit = self.arch.max_position_embeddings
         if max(lengths) > limit:
             raise InvalidRequest(
@@ -92,7 +92,7 @@ class Generator:
         config = EngineConfig(
             scheduler=scheduler, memory_bytes=blocks * size, inference_share=1.0, block_tokens=BLOCK_TOKENS, max_lora_rank=rank
         )
-        engine = Engine(self.model, config, latency=LatencyModel({}))  # nothing is promised: every time is as good
+        engine = Engine(self.model, config, latency=LatencyModel({}))  # without objectives no times need to be predicted
         if self.adapter is not None:
             engine.add_adapter(_ADAPTER, self.adapter)
         return engine

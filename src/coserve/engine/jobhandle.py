@@ -1,4 +1,4 @@
-"""A finetuning job as whoever started it sees it: how far it is, what can be done with it, how it ended.
+"""A finetuning job as its caller sees it: how far it is, what can be done with it, how it ended.
 
 Owns: the handle, which any thread may use. Does not own: running the job (jobs.py).
 """
@@ -16,7 +16,7 @@ from coserve.finetune.job import JobEvent, StepRow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobProgress:
-    """trained_tokens: forward-token equivalents of the units that have run, forward and backward counting half each."""
+    """trained_tokens: a token's forward through all layers counts half, its backward the other half. last: newest metrics."""
 
     status: str
     step: int
@@ -26,7 +26,7 @@ class JobProgress:
 
 
 def _nothing(action: str) -> None:
-    """What an ended job does when it is asked for something."""
+    """Replaces the actions of a job that has ended."""
 
 
 class JobHandle:
@@ -50,29 +50,29 @@ class JobHandle:
         return self._done.is_set()
 
     def progress(self) -> JobProgress:
-        """Where the job is."""
+        """How far the job is."""
         return JobProgress(
             status=self.status, step=self.step, num_steps=self.num_steps, trained_tokens=self.trained_tokens, last=self.last
         )
 
     def pause(self) -> None:
-        """No more units after the present iteration; the job's memory stays."""
+        """Stops the job after the present iteration. It keeps its memory."""
         if not self.finished:
             self._act("pause")
 
     def resume(self) -> None:
-        """Goes on where it was paused."""
+        """Continues a paused job."""
         if not self.finished:
             self._act("resume")
 
     def cancel(self) -> None:
-        """Ends the job; checkpoints that are written stay."""
+        """Ends the job. Written checkpoints stay."""
         if not self.finished:
             self._act("cancel")
 
     def result(self, timeout: float | None = None) -> Path:
-        """Waits for the end; the tuned adapter's directory. Raises JobFailed, or TimeoutError after `timeout` seconds. For
-        engines with a thread of their own."""
+        """Blocks until the job ends; returns the tuned adapter's directory. The engine needs a thread of its own. Raises the
+        job's error, JobFailed if it was cancelled, TimeoutError after `timeout` seconds."""
         if not self._done.wait(timeout):
             raise TimeoutError(f"job {self.name} is still {self.status}")
         if self.error is not None:
@@ -82,13 +82,13 @@ class JobHandle:
         return self.directory
 
     def listen(self, event: JobEvent) -> None:
-        """Takes an event of the job."""
+        """Records an event of the job."""
         self.events.append(event)
         if event.row is not None:
             self.last, self.step, self.num_steps = event.row, event.row.step, event.num_steps
 
     def watch(self, listener: Callable[[JobHandle], None]) -> None:
-        """Calls `listener` once when the job ends, from the engine's thread; now, if it has ended."""
+        """Calls `listener` once, from the engine's thread, when the job ends; at once if it has ended."""
         with self._lock:
             if not self.finished:
                 self._watchers.append(listener)
@@ -96,10 +96,10 @@ class JobHandle:
         listener(self)
 
     def close(self, status: str, error: CoserveError | None) -> None:
-        """The engine ends the job."""
+        """Records the job's end. The engine calls this."""
         with self._lock:
             self.status, self.error = status, error
             self._done.set()
-        self._act = _nothing  # it holds the engine
+        self._act = _nothing  # the old one would keep the engine in memory
         for watcher in self._watchers:
             watcher(self)

@@ -1,10 +1,10 @@
-"""A finetuning job in the engine: its driver's verbs carried out unit by unit, between and beside requests.
+"""A finetuning job in the engine: its driver's verbs are carried out unit by unit, between and beside requests.
 
     driver --verb--> its run (verbs.py): units, slices, copies within plans, or a write by a thread
            <-answer- when the last piece has run
 
-Pausing keeps everything where it is. A failure gives all memory back and harms nobody else. While the disk refuses a job's
-files the job waits, and nobody else does. At the engine's end a job leaves a checkpoint of its last whole step.
+A paused job keeps its memory. A failure ends only the job, whose memory is freed. While the disk refuses a job's files, only
+that job waits. When the engine closes, a job writes a checkpoint of its last whole step.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from coserve.training.finetuning import PreparedJob
 from coserve.training.trainer import out_of_memory
 
 _SHORT_WRITE_S = 0.005
-"""What the engine's thread waits for a row to be written: as a rule it takes a hundredth of that."""
+"""How long the engine's thread waits for a row of metrics to be written, which usually takes a hundredth of that."""
 
 
 class LiveJob:
-    """One job. `work` is what the scheduler sees."""
+    """One job in the engine. `work` is its state for the scheduler."""
 
     def __init__(
         self, number: int, prepared: PreparedJob, handle: JobHandle, host: Host, *, tenant: str, weight: float
@@ -52,7 +52,7 @@ class LiveJob:
     # --- called by the engine between iterations ---
 
     def advance(self) -> bool:
-        """Goes as far as possible without running units; False when the job has ended."""
+        """Goes as far as possible without running units. False if the job has ended."""
         try:
             if self.failure is not None:
                 self._recover(self.failure)
@@ -61,9 +61,9 @@ class LiveJob:
                     pass
             else:
                 self._finish(self._result)
-        except StopIteration:  # the driver is through; while a checkpoint was refused it would not have come so far
+        except StopIteration:  # the driver has finished, which it can't while a checkpoint is refused
             self._result = DiskWrite(self.host.writer, self.prepared.finish)
-        except Exception as error:  # a job's failure is its own
+        except Exception as error:  # only this job fails
             self._end("failed", error if isinstance(error, CoserveError) else JobFailed(_described(error)))
         return not self.handle.finished
 
@@ -72,11 +72,11 @@ class LiveJob:
         self._end("cancelled", None)
 
     def abandon(self, error: CoserveError) -> None:
-        """Ends the job because its engine has failed."""
+        """Ends the job with the engine's error."""
         self._end("failed", error)
 
     def _advance(self) -> bool:
-        """One step of the driver or of its verb; False if units have to run first."""
+        """Completes the present verb, or begins the next one and completes that. False if units have to run first."""
         if self._run is None:
             self._run = self._begin(self._driver.send(self._answer))
         if not self._run.done():
@@ -100,8 +100,8 @@ class LiveJob:
                 return CopyRun(self.host, self.number, snapshot=isinstance(verb, SaveCheckpoint))
 
     def _disk_takes_all(self) -> bool:
-        """Whether no write is being refused. The first refusal becomes an event, and so does their end. Raises errors that more
-        tries don't mend."""
+        """Whether the disk refuses no write at present. An event tells when refusals begin and when they end. Raises errors
+        that trying again can't fix."""
         self._checkpoints = [write for write in self._checkpoints if not write.done()]
         others = [write for write in (self._run, self._result) if isinstance(write, DiskWrite) and not write.done()]
         refusals = [write.refusal for write in (*self._checkpoints, *others) if write.refusal is not None]
@@ -116,12 +116,12 @@ class LiveJob:
     # --- called while a plan runs ---
 
     def optimize(self, part: OptimizerSlice) -> None:
-        """Updates the elements of a slice of the plan."""
+        """Runs a slice of the optimizer step."""
         assert isinstance(self._run, OptimizerRun)
         self._run.update(part.start, part.end)
 
     def copy_adapter(self, copy: AdapterCopy) -> None:
-        """Publishes the working weights; with a snapshot, the checkpoint is written by the host's writer."""
+        """Publishes the working weights. For a snapshot, the host's writer also writes the checkpoint."""
         assert isinstance(self._run, CopyRun)
         adapter = self.trainer.adapter.copy()
         self.host.publish(self.handle.name, adapter)
@@ -144,14 +144,14 @@ class LiveJob:
         self.job.write_checkpoint(cursor, state, save, unrecorded=unrecorded)
 
     def fail(self, error: Exception) -> None:
-        """A unit, slice or copy raised; dealt with before the next iteration."""
+        """Notes that a unit, slice or copy raised `error`. `advance` handles it before the next iteration."""
         self.failure = self.failure or error
 
     # --- ends ---
 
     def _recover(self, error: Exception) -> None:
-        """Out of memory: the optimizer batch starts again with smaller windows, unless they are fixed. Anything else ends the
-        job."""
+        """After out-of-memory, restarts the optimizer batch with smaller windows, unless the job's windows are fixed. Raises
+        any other error, which ends the job."""
         self.failure = None
         if not isinstance(error, torch.OutOfMemoryError) or not isinstance(self._run, BatchRun):
             raise error
@@ -164,7 +164,7 @@ class LiveJob:
         self._run.restart()
 
     def _finish(self, result: DiskWrite) -> None:
-        """The driver is through; the job has ended when its files are written."""
+        """After the driver's end: ends the job when its files are written."""
         try:
             taken = self._disk_takes_all()
         except Exception as error:
@@ -175,9 +175,9 @@ class LiveJob:
             self._end("succeeded", None)
 
     def stop(self) -> None:
-        """The engine ends, the job doesn't: a checkpoint of its last whole step is written, from which `resume` goes on. What
-        has run of the next step's batch is dropped."""
-        for write in self._checkpoints:  # before the last one, so that they are written in the order of their steps
+        """Leaves the job for a later `resume`, since the engine closes: writes a checkpoint of the last whole step. The part of
+        the next step's batch that has run is lost."""
+        for write in self._checkpoints:  # before the last one, so that checkpoints are written in the order of their steps
             if write.refusal is not None:
                 write.retry()
         try:
@@ -188,13 +188,13 @@ class LiveJob:
                     self.host.writer.submit(self._write_last, self.job.cursor, state, row)
         except StopIteration:
             pass
-        except Exception as error:  # the checkpoint before is still there
+        except Exception as error:  # the previous checkpoint is still there
             self.job.listen(JobEvent(level="warn", message=f"no checkpoint at the end: {_described(error)}"))
         self._end("cancelled", None)
 
     def _complete_step(self) -> bool:
-        """Goes on to where units would have to run, without running any; True if the job wants a checkpoint of the state that
-        it has then. Raises what the driver raises."""
+        """Completes an optimizer step that has begun, and its row, without running units. True if the job then asks for a
+        checkpoint. Raises what the driver raises."""
         run, answer = self._run, self._answer
         while run is not None or self.job.cursor.step > self.job.saved_step:
             match run:
@@ -202,13 +202,13 @@ class LiveJob:
                     run.complete()
                 case DiskWrite():
                     if not run.done():
-                        break  # a checkpoint takes the row with it
+                        break  # the checkpoint will hold the row
                 case CopyRun():
                     return run.snapshot and not run.copied
                 case BatchRun():
                     break
             verb = self._driver.send(answer if run is None else run.answer)
-            if not isinstance(verb, Write):  # any other verb starts a part of the job that is left to the one who resumes it
+            if not isinstance(verb, Write):  # the resumed job will begin any other verb again
                 return isinstance(verb, SaveCheckpoint)
             run = self._begin(verb)
         return False

@@ -1,7 +1,7 @@
 """The jobs of an engine: what is refused before one begins, their micro-batches in flight, and what they ask of the engine.
 
-Owns: which jobs there are, whose each micro-batch is, arenas as jobs get them. Does not own: how a job proceeds (jobs.py), when
-its units run (scheduler/). Only the engine's thread changes it; any thread may call the checks.
+Owns: the jobs, the job of each micro-batch, handing out arenas. Does not own: how a job proceeds (jobs.py), when its units run
+(scheduler/). Only the engine's thread changes it; any thread may call `check` and `choose_plan`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from coserve.training.trainer import MIN_WINDOW
 
 
 class UnitShape(NamedTuple):
-    """What units have in common. direction: 'forward', 'backward', or 'fused' for a forward that rode in a pass. layers, rows:
-    powers of two that hold the unit's."""
+    """What units are counted by. direction: 'forward', 'backward', or 'fused' for a forward unit in an inference pass. layers,
+    rows: the unit's numbers of them, rounded up to powers of two."""
 
     direction: str
     layers: int
@@ -49,14 +49,14 @@ class UnitShape(NamedTuple):
 
 
 def shape_of(work: WorkUnit) -> UnitShape:
-    """The shape that a unit is counted under."""
+    """The shape of a unit."""
     unit = work.unit
     layers, rows = (1 << (size - 1).bit_length() for size in (unit.layer_end - unit.layer_start, unit.end - unit.start))
     return UnitShape("fused" if work.fused else unit.direction.value, layers, rows)
 
 
 class JobTable:
-    """Jobs by number, and the engine as they see it (verbs.Host). new_number: never gives one twice."""
+    """Jobs by number, and the engine as they see it (verbs.Host). new_number: returns a number that nothing else has."""
 
     def __init__(
         self, arch: Architecture, config: EngineConfig, blocks: BlockPool, pool: KeyValuePool, scheduler: HybridScheduler,
@@ -76,7 +76,7 @@ class JobTable:
     # --- refusals ---
 
     def check(self, request: JobRequest, name: str) -> None:
-        """Refuses what this engine can't do for a job, before its data is read. Raises ConfigError, InvalidRequest."""
+        """Checks a job against the engine's limits, before its data is read. Raises ConfigError, InvalidRequest."""
         grid, most, adapter = request.config.grid_tokens, self.config.scheduler.max_window_tokens, request.adapter
         if grid is not None and grid > most:
             raise ConfigError(
@@ -97,8 +97,8 @@ class JobTable:
             raise InvalidRequest(f"name: a job called {name!r} is running; name another", param="name")
 
     def choose_plan(self, job: ResolvedJob) -> FittedPlan:
-        """The job's plan: the one with the fewest FLOPs whose largest micro-batch fits beside what inference is guaranteed.
-        Raises CapacityError for a job for which there is none."""
+        """The plan with the fewest FLOPs whose largest micro-batch fits into the memory that jobs may have. Raises
+        CapacityError if no plan fits."""
         arch, itemsize, settings = self.arch, self.itemsize, job.settings
         chosen = job.plans.for_job(settings, self._room)
         self._check_room(chosen.num_tokens, chosen.num_bytes, "" if settings.deterministic else "at least ")
@@ -110,7 +110,7 @@ class JobTable:
 
     @property
     def _room(self) -> int:
-        """Bytes of the pool that jobs may have."""
+        """Bytes of the pool that jobs may have: all but what inference is guaranteed."""
         return (self.blocks.num_blocks - self.blocks.guaranteed_blocks) * self.pool.block_bytes
 
     def _check_room(self, num_tokens: int, needed: int, least: str) -> None:
@@ -124,7 +124,7 @@ class JobTable:
     # --- the life of jobs ---
 
     def begin(self, prepared: PreparedJob, handle: JobHandle, tenant: str, weight: float) -> None:
-        """A job may get units from now on. It fails at once if a job of its name has begun while this one was prepared."""
+        """Adds a job, which may get units from now on. It fails at once if a job of its name began while it was prepared."""
         try:
             self._check_name(handle.name)
         except InvalidRequest as error:
@@ -135,7 +135,7 @@ class JobTable:
         self.scheduler.add_job(job.work)
 
     def act(self, handle: JobHandle, action: str) -> None:
-        """Pauses, resumes or cancels a job, if it still runs."""
+        """Carries out "pause", "resume" or "cancel", if the job still runs."""
         job = next((j for j in self.jobs.values() if j.handle is handle), None)
         if job is None or handle.finished:
             return
@@ -151,14 +151,14 @@ class JobTable:
         self.scheduler.remove_job(job.number)
 
     def advance(self, watcher: Watcher) -> None:
-        """Every job goes as far as it can without running units."""
+        """Lets every job go as far as it can without running units."""
         for job in list(self.jobs.values()):
             watcher.begin("a job's work between units", jobs=(job.handle.label,))
             if not job.advance():
                 self._remove_job(job)
 
     def count(self, plan: StepPlan) -> float:
-        """Forward-token equivalents of a plan's units, forward and backward counting half each; jobs are told theirs."""
+        """The trained tokens of a plan's units, as JobProgress counts them. Adds each job's to its handle; counts shapes."""
         total = 0.0
         for work in plan.units:
             unit = work.unit
@@ -171,18 +171,18 @@ class JobTable:
         return total
 
     def stop_all(self) -> None:
-        """Ends every job's run; each leaves a checkpoint to go on from."""
+        """Ends every job's run; each writes a checkpoint to resume from."""
         for job in list(self.jobs.values()):
             job.stop()
             self._remove_job(job)
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits until all files are written."""
         self.recorder.shutdown()
         self.writer.shutdown()
 
     def fail_all(self, error: CoserveError) -> None:
-        """The engine has failed: nobody may wait for ever, whatever state things are in."""
+        """Ends all jobs with the engine's error. Every handle is closed, even if cleaning up fails, so that no caller hangs."""
         for job in list(self.jobs.values()):
             with contextlib.suppress(Exception):
                 job.abandon(error)

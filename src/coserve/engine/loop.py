@@ -1,8 +1,8 @@
-"""How other threads reach an engine: commands that run between two iterations, and the thread that runs those, if there is one.
+"""How other threads reach an engine: commands that run between two iterations, and the engine's thread, if it has one.
 
-    any thread: post(command) --> [ command, command, ... ] --drain--> whoever calls step, under one lock
+    any thread: post(command) --> [ command, command, ... ] --drain--> the thread that calls step, under one lock
 
-Owns: the queue, the lock, the thread, how it ends. Does not own: what an iteration does (engine.py).
+Owns: the queue, the lock, the thread and its end. Does not own: what an iteration does (engine.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _IDLE_WAIT_S = 0.05
 
 
 class EngineLoop:
-    """Commands for an engine. lock: held by whoever runs an iteration. watcher: told what the engine's thread does."""
+    """An engine's commands and thread. lock: held while an iteration runs. watcher: called with what the thread does."""
 
     def __init__(self, watcher: Watcher | None = None) -> None:
         self.watcher = watcher or NobodyWatches()
@@ -39,15 +39,15 @@ class EngineLoop:
     # --- commands ---
 
     def post(self, command: Callable[[], None], what: str) -> None:
-        """Has the engine's thread run a command before its next iteration. what: in words. Raises CoserveError if there are no
-        more."""
+        """Queues a command to run before the next iteration. what: names it for the watcher. Raises CoserveError if closed."""
         with self._wake:
             self._require_open()
             self._commands.append((what, command))
             self._wake.notify()
 
     def call(self, command: Callable[[], object], what: str) -> None:
-        """Runs a command between two iterations; raises what it raises. A busy engine hardly ever leaves its lock to others."""
+        """Runs a command between two iterations and waits for it. Raises what the command raises. With a thread, the command is
+        queued rather than run under the lock here, since a busy engine hardly ever releases the lock."""
         if self._thread is None:
             with self.lock:
                 self._require_open()
@@ -69,7 +69,7 @@ class EngineLoop:
             raise CoserveError("the engine is closed" if self.failure is None else str(self.failure))
 
     def drain(self) -> None:
-        """Runs what has been posted."""
+        """Runs the posted commands."""
         while self._commands:
             what, command = self._commands.popleft()
             self.watcher.begin(what)
@@ -82,14 +82,14 @@ class EngineLoop:
         return self._thread is not None
 
     def start(self, step: Callable[[], bool], fail: Callable[[CoserveError], None]) -> None:
-        """Gives the engine a thread that calls `step`. fail: called in it with the error that ends it."""
+        """Starts a thread that calls `step` again and again. fail: called in that thread with the error that ends it."""
         if self._thread is None and not self.closed:
             self._closing = False
             self._thread = threading.Thread(target=self._loop, args=(step, fail), name="coserve-engine", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its present iteration."""
+        """Ends the thread after the present iteration."""
         thread, self._thread = self._thread, None
         if thread is not None:
             with self._wake:
@@ -98,21 +98,21 @@ class EngineLoop:
             thread.join()
 
     def close(self) -> None:
-        """Takes no more commands; runs those that were taken."""
+        """Refuses further commands and runs those already posted."""
         with self._wake:
             self.closed = True
         self.drain()
         self._ended.set()
 
     def wait_ended(self, timeout: float | None) -> bool:
-        """Blocks until there are no more iterations; False after `timeout` seconds."""
+        """Blocks until the engine is closed or has failed. False after `timeout` seconds."""
         return self._ended.wait(timeout)
 
     def _loop(self, step: Callable[[], bool], fail: Callable[[CoserveError], None]) -> None:
         while not self._closing:
             try:
                 worked = step()
-            except BaseException as error:  # a bug: nobody may wait for ever
+            except BaseException as error:  # a bug: callers that wait must get the error
                 self._fail(error, fail)
                 raise
             if not worked:
@@ -126,7 +126,7 @@ class EngineLoop:
         wrapped = error if isinstance(error, CoserveError) else CoserveError(f"the engine stopped: {error!r}")
         with self._wake:
             self.failure, self.closed = wrapped, True
-        while self._commands:  # those who posted them must hear of it; what they need may be broken
+        while self._commands:  # their callers may wait for them; the commands may fail, since the engine's state may be broken
             with contextlib.suppress(Exception):
                 self._commands.popleft()[1]()
         try:

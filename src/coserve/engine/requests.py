@@ -1,6 +1,6 @@
-"""A request in the engine: from a prompt to final text, with a handle for whoever waits.
+"""A request in the engine: from a prompt to final text, with a handle for its caller.
 
-The engine's thread pushes tokens; any thread may read the handle. Times are seconds of the engine's clock.
+The engine's thread adds tokens; any thread may read the handle. Times are seconds of the engine's clock.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from coserve.text.stream import TextStream
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """What one iteration added to one output. text: final characters, maybe none yet. finish_reason: stop, length, cancelled or
-    error, with the last chunk."""
+    """What one iteration added to one output. text: new characters that won't change any more; may be empty. finish_reason: in
+    an output's last chunk: stop, length, cancelled or error."""
 
     index: int
     text: str
@@ -31,7 +31,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class Output:
-    """One of a request's n outputs, so far. logprobs: per token, if asked for. token_times: seconds, per token."""
+    """One of a request's n outputs, so far. logprobs: one per token, if asked for. token_times: one per token, in seconds."""
 
     index: int
     token_ids: list[int] = field(default_factory=list)
@@ -42,10 +42,10 @@ class Output:
 
 
 class RequestHandle:
-    """A submitted request. outputs: n of them; prompt_logprobs: of the prompt's tokens from the second on, if asked for.
+    """A submitted request. outputs: n of them. prompt_logprobs: of the prompt's tokens from the second on, if asked for.
 
-    Known from the first token on: cached_tokens, how many of the prompt's tokens the prefix cache had; begun_s, when its prompt
-    began to be computed. label: its name in what a Watcher is told.
+    cached_tokens: how many of the prompt's tokens the prefix cache had. begun_s: when the prompt's computation began. Both are
+    set with the first output token. label: the request's name for a Watcher.
     """
 
     def __init__(self, prompt_ids: Sequence[int], config: SamplingConfig, arrival_s: float, cancel: Callable[[], None]) -> None:
@@ -84,16 +84,16 @@ class RequestHandle:
         return self._done.is_set()
 
     def cancel(self) -> None:
-        """Ends the request; what it has stays."""
+        """Ends the request. Its outputs so far stay."""
         if not self.finished:
             self._cancel()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Blocks until all outputs have ended; False after `timeout` seconds. For engines with a thread of their own."""
+        """Blocks until all outputs have ended; False after `timeout` seconds. The engine needs a thread of its own."""
         return self._done.wait(timeout)
 
     def listen(self, listener: Callable[[Chunk], None]) -> None:
-        """Calls `listener` with every chunk, from the engine's thread; those of the past first, as one per output."""
+        """Calls `listener` with the past as one chunk per output, then with each new chunk, from the engine's thread."""
         with self._lock:
             for output in self.outputs:
                 if output.token_ids or output.finish_reason:
@@ -102,8 +102,7 @@ class RequestHandle:
             self._listeners.append(listener)
 
     def chunks(self, drive: Callable[[], object] | None = None) -> Iterator[Chunk]:
-        """Chunks until the end. drive: called while there are none, for engines without a thread. Raises the request's
-        error."""
+        """Yields chunks to the end. drive: called until one comes, if the engine has no thread. Raises the request's error."""
         inbox: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
         self.listen(inbox.put)
         left = len(self.outputs)
@@ -117,7 +116,7 @@ class RequestHandle:
             raise self.error
 
     def push(self, chunk: Chunk, now: float) -> None:
-        """The engine adds a chunk."""
+        """Adds a chunk to its output. The engine's thread calls this."""
         output = self.outputs[chunk.index]
         with self._lock:
             output.token_ids += chunk.token_ids
@@ -134,8 +133,8 @@ class RequestHandle:
 
 @dataclass(slots=True, kw_only=True)
 class LiveRequest:
-    """One output being made. ending: token ids that end it. slot: its adapter's while it runs, else -1. siblings: outputs of
-    the same request, which start once this one's prompt is computed and share its blocks."""
+    """One output under way. ending: token ids that end it. slot: its adapter's slot while it runs, else -1. siblings: the other
+    outputs of the request; they start when this one's prompt is computed, and share the prompt's blocks."""
 
     handle: RequestHandle
     index: int
@@ -152,7 +151,7 @@ class LiveRequest:
         return self.config.seed + self.index
 
     def accept(self, tokens: Sequence[Sampled], now: float) -> bool:
-        """Takes sampled tokens; True if the output has ended. Tokens after its end are dropped."""
+        """Adds sampled tokens; True if the output has ended. Tokens after its end are dropped."""
         if not self.config.max_tokens:
             self.end("length", now)
             return True
@@ -182,5 +181,5 @@ class LiveRequest:
         return reason is not None
 
     def end(self, reason: str, now: float) -> None:
-        """Ends the output without another token: cancelled, error, or length where none was wanted."""
+        """Ends the output without another token. reason: cancelled, error, or length for a request of 0 tokens."""
         self.handle.push(Chunk(index=self.index, text=self.stream.finish(), finish_reason=reason), now)

@@ -1,7 +1,7 @@
-"""The requests of an engine: what is refused, how one begins, takes its tokens and ends.
+"""The requests of an engine: which are refused, how one begins, gets its tokens and ends.
 
-Owns: which requests there are, and their hold on adapter versions. Does not own: handles and texts (requests.py), when a
-request runs (scheduler/). Only the engine's thread changes it; any thread may call `check`.
+Owns: the live requests, and which adapter version each uses. Does not own: handles and texts (requests.py), when a request
+runs (scheduler/). Only the engine's thread changes it; any thread may call `check`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from coserve.text.stream import TextStream
 
 
 class RequestTable(Seats):
-    """Outputs being made, by number. new_number: never gives one twice; now: the engine's clock."""
+    """Outputs under way, by number. new_number: returns a number that nothing else has. now: the engine's clock."""
 
     def __init__(
         self, model: LoadedModel, blocks: BlockPool, scheduler: HybridScheduler, adapters: AdapterRegistry,
@@ -39,7 +39,7 @@ class RequestTable(Seats):
         self.num_finished = self.num_cancelled = 0
 
     def check(self, ids: Sequence[int], config: SamplingConfig) -> None:
-        """Refuses what can't be run. Raises InvalidRequest."""
+        """Raises InvalidRequest if the model or the cache can't run this prompt with these settings."""
         arch = self.model.architecture
         if not ids:
             raise InvalidRequest("prompt: is empty; give at least one token", param="prompt")
@@ -64,7 +64,7 @@ class RequestTable(Seats):
     def admit(
         self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: Slo, numbers: list[int]
     ) -> None:
-        """A request with its outputs begins. numbers: gets its outputs' numbers."""
+        """Begins a request. numbers: the list to which its outputs' numbers are added."""
         config = handle.config
         lives: list[LiveRequest] = []
         for index in range(config.n):
@@ -96,7 +96,7 @@ class RequestTable(Seats):
         self.scheduler.add_request(lives[0].state)
 
     def _ending(self, config: SamplingConfig, version: AdapterVersion | None) -> frozenset[int]:
-        """The tokens that end an output: the request's own, the base's, and those that training taught its adapter."""
+        """The token ids that end an output: the request's, the base model's, and those that its adapter was taught."""
         asked = frozenset(config.stop_token_ids)
         if config.ignore_eos:
             return asked
@@ -104,13 +104,13 @@ class RequestTable(Seats):
         return asked | self.model.end_token_ids | taught
 
     def refuse(self, handle: RequestHandle, error: CoserveError) -> None:
-        """A request that doesn't begin."""
+        """Ends, with an error, a request that can't begin."""
         handle.error = error
         for index in range(handle.config.n):
             handle.push(Chunk(index=index, text="", finish_reason="error"), self.now())
 
     def cancel(self, numbers: Sequence[int]) -> None:
-        """Ends outputs that are still being made."""
+        """Ends those of the numbered outputs that are under way."""
         for number in numbers:
             request = self.live.get(number)
             if request is not None:
@@ -134,7 +134,7 @@ class RequestTable(Seats):
     # --- the scheduler's seats: slots of adapters ---
 
     def claim(self, state: RequestState) -> bool:
-        """A request is about to run: it gets its adapter's slot, if there is one now."""
+        """Takes the adapter's slot for a request that is about to run. False if there is none now."""
         request = self.live[state.id]
         if request.version is None:
             return True
@@ -143,14 +143,14 @@ class RequestTable(Seats):
         return slot is not None
 
     def unclaim(self, state: RequestState, *, has_run: bool) -> None:
-        """A request does not run any more, or could not begin."""
+        """Gives back the slot of a request that stops running. has_run: False if it could not begin."""
         request = self.live[state.id]
         if request.version is not None:
             request.slot = NO_ADAPTER
             self.adapters.unclaim(request.version, has_run=has_run)
 
     def fail_version(self, version: AdapterVersion, error: CoserveError) -> None:
-        """An adapter can't be read: the requests that wait for it end."""
+        """Ends the requests on a version that can't be read."""
         for number, request in list(self.live.items()):
             if request.version == version:
                 request.handle.error = error
@@ -158,11 +158,11 @@ class RequestTable(Seats):
                 self._end_request(number)
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> None:
-        """Gives requests what an iteration sampled for them."""
+        """Gives the requests what an iteration has sampled for them."""
         starts = {span.request: span.start for span in plan.spans}
         for number, logprobs in result.prompt_logprobs.items():
             have = self.live[number].handle.prompt_logprobs
-            have += logprobs[len(have) - starts[number] :]  # after a preemption the prompt's rows run again
+            have += logprobs[len(have) - starts[number] :]  # after a preemption, rows with known log-probabilities run again
         for number, tokens in result.tokens.items():
             request = self.live[number]
             if request.index == 0 and not request.handle.token_ids:
@@ -175,7 +175,7 @@ class RequestTable(Seats):
                 self.num_finished += 1
 
     def fail_all(self, error: CoserveError) -> None:
-        """The engine has failed: nobody may wait for ever, whatever state things are in."""
+        """Ends all requests with the engine's error, even if cleaning up fails, so that no caller waits for ever."""
         for number, request in list(self.live.items()):
             request.handle.error = error
             with contextlib.suppress(Exception):

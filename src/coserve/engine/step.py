@@ -1,8 +1,8 @@
-"""Executes a step plan on the device: the pass, units, optimizer slices, copies; then tokens are sampled and read.
+"""Executes a step plan on the device: the pass, units, optimizer slices and copies, then sampling.
 
     pass over all layers [decode | prefill | fused window] -> logits | units | optimizer slices | copies | sampling
 
-Sampling is last, so that reading tokens is an iteration's one wait for the device. No policy, and nothing about who waits.
+Sampling comes last, so that an iteration waits for the device only once, when it reads the tokens. Owns no policy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from coserve.training.batchwork import Microbatch
 
 
 class JobActions(Protocol):
-    """What the runner asks of a job."""
+    """What the runner needs of a job."""
 
     def optimize(self, part: OptimizerSlice) -> None:
         """Runs a slice of the optimizer step."""
@@ -35,11 +35,11 @@ class JobActions(Protocol):
         """Copies the working weights."""
 
     def fail(self, error: Exception) -> None:
-        """A unit, slice or copy of the job raised."""
+        """Notes that a unit, slice or copy of the job raised `error`."""
 
 
 class Lookup(NamedTuple):
-    """Who is who in a plan."""
+    """The requests, micro-batches and jobs of a plan, by number. tables: a request's block table."""
 
     requests: Mapping[int, LiveRequest]
     tables: Callable[[int], Sequence[int]]
@@ -51,7 +51,7 @@ class Lookup(NamedTuple):
 
 @contextlib.contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    """Kernels that give the same sums each time, where asked for; requests keep the faster ones."""
+    """Within it, if `wanted`, PyTorch uses deterministic algorithms. Everything else keeps the faster ones."""
     before = torch.are_deterministic_algorithms_enabled()
     if before or not wanted:
         yield
@@ -73,7 +73,7 @@ class StepRunner:
 
     @torch.no_grad()
     def run(self, plan: StepPlan, lookup: Lookup) -> StepResult:
-        """One iteration. A job whose unit fails is told so, and hurts nobody else."""
+        """Runs one iteration. If a job's unit, slice or copy raises, only that job is told (`JobActions.fail`)."""
         started = self.clock()
         spans, logits = self._pass(plan, lookup)
         for work in plan.units:
@@ -100,13 +100,13 @@ class StepRunner:
     def _try(self, job: JobActions, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # whatever it is, it is this job's
+        except Exception as error:  # any error ends this job only
             job.fail(error)
 
     # --- the pass ---
 
     def _pass(self, plan: StepPlan, lookup: Lookup) -> tuple[list[Span], Tensor | None]:
-        """Spans in batch order and their logits, one after another."""
+        """The spans in batch order, and the logits [rows that need them, V] in the same order; None if no row needs any."""
         window = self._window(plan, lookup)
         if not plan.spans:
             return [], None
@@ -145,13 +145,13 @@ class StepRunner:
     def _run_pass(
         self, ids: Tensor, rows: Sequence[Sequence[RowSpan]], window: TrainWindow | None, fused: WorkUnit | None, lookup: Lookup
     ) -> Tensor:
-        """The pass; without its window if that fails, which is then its job's failure."""
+        """Runs the pass, [rows, width]. If it fails with a training window, the job fails and the pass runs without it."""
         if window is None:
             return self.passes.run(ids, rows[0], rows[1], None)
         assert fused is not None
         try:
             return self.passes.run(ids, rows[0], rows[1], window)
-        except Exception as error:  # requests must not suffer from a job
+        except Exception as error:  # a job's error must not fail requests
             lookup.jobs[lookup.owners[fused.microbatch]].fail(error)
             return self.passes.run(ids, rows[0], rows[1], None)
 
@@ -203,7 +203,7 @@ class StepRunner:
 
     @staticmethod
     def _prompt_logprobs(request: LiveRequest, span: Span, logits: Tensor) -> list[TokenLogprob]:
-        """Of the prompt's tokens that follow the span's rows with logits."""
+        """Log-probabilities of the prompt tokens that the span's rows with logits predict."""
         following = request.state.prompt[span.end - span.logits + 1 : span.end + 1]
         count = request.config.prompt_logprobs or 0
         return prompt_logprobs(logits[: len(following)], following, count) if following else []

@@ -1,13 +1,13 @@
-"""OpenMP's threads: PyTorch shares a CPU product among a team of threads, and each thread that asks has its own team.
+"""OpenMP's threads. PyTorch splits a CPU product among a team of threads, and each calling thread has a team of its own.
 
     one team      As many threads as cores. Between two products they spin for a moment, so that the next one begins at once.
     two teams     More threads than cores. libgomp then lets all of them sleep at every wait, and decoding becomes slower.
 
-So the engine's thread keeps its team, and every other thread gives its own back when its work is done. Where PyTorch runs on
-another library than GNU's libgomp, nothing is given back, and nothing is wrong but perhaps the speed. Source: OpenMP 5.0,
-section 3.2.44 (omp_pause_resource_all).
+So the engine's thread keeps its team, and every other thread ends its own when its work is done. If PyTorch uses another OpenMP
+library than GNU's libgomp, no team is ended; results are the same, but decoding may be slower. Source: OpenMP 5.0, section
+3.2.44 (omp_pause_resource_all).
 
-Owns: giving teams back. Does not own: how many threads a team has (torch.set_num_threads).
+Owns: ending teams. Does not own: how many threads a team has (torch.set_num_threads).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 @functools.cache
 def _libgomp() -> ctypes.CDLL | None:
-    """The library of the process's teams, if it is GNU's: others end the teams of all threads, at work or not."""
+    """The process's OpenMP library if it is GNU's, else None: others would end the teams of all threads, busy ones too."""
     with contextlib.suppress(OSError):  # no /proc
         for line in Path("/proc/self/maps").read_text().splitlines():
             path = line.partition("/")[1] + line.partition("/")[2]
@@ -38,7 +38,7 @@ def _libgomp() -> ctypes.CDLL | None:
 
 
 def give_team_back() -> None:
-    """Ends the OpenMP threads of the calling thread's team. Its next product makes new ones, in a fraction of a millisecond."""
+    """Ends the calling thread's OpenMP team. Its next product starts a new one, in a fraction of a millisecond."""
     library = _libgomp()
     if library is not None:
         with contextlib.suppress(AttributeError):  # older than OpenMP 5
@@ -47,7 +47,7 @@ def give_team_back() -> None:
 
 @contextlib.contextmanager
 def borrowed_team() -> Iterator[None]:
-    """For work beside the engine's thread: what it multiplies with is given back at its end."""
+    """For work in other threads than the engine's: ends the calling thread's OpenMP team afterwards."""
     try:
         yield
     finally:
@@ -55,7 +55,7 @@ def borrowed_team() -> Iterator[None]:
 
 
 class SideThreads(ThreadPoolExecutor):
-    """A pool of threads for work beside the engine's thread. Each gives its team back after each piece of work."""
+    """A pool of threads for work beside the engine's thread. Each ends its OpenMP team after each piece of work."""
 
     def submit(
         self, fn: Callable[Parameters, Result], /, *args: Parameters.args, **kwargs: Parameters.kwargs

@@ -1,9 +1,9 @@
-"""What a job's driver has asked for, while it is under way in an engine: one object per verb.
+"""The verb that a job's driver has asked for, while it is under way in an engine: one object per verb.
 
-    forward_backward, score -> BatchRun: micro-batches get arenas, their units get scheduled, the objective answers
+    forward_backward, score -> BatchRun: micro-batches get arenas, their units are scheduled, the objective gives coefficients
     optim_step -> OptimizerRun: slices         checkpoint, publish -> CopyRun: a copy within a plan
 
-A short write is a DiskWrite (diskwrite.py). Does not own: which verb comes next (jobs.py).
+A short write is a DiskWrite (diskwrite.py). Does not own: which verb comes next (finetune/job.py).
 """
 
 from __future__ import annotations
@@ -27,56 +27,56 @@ from coserve.training.trainer import AdapterTrainer
 
 
 class Host(Protocol):
-    """What a job asks of its engine."""
+    """What a job needs of its engine."""
 
     max_microbatches: int
     writer: ThreadExecutor
-    """For checkpoints and results."""
+    """Runs the writes of checkpoints and results."""
     recorder: ThreadExecutor
-    """For rows, which don't wait for checkpoints."""
+    """Runs the writes of metrics rows, so that they don't wait for checkpoints."""
 
     def reserve(self, num_bytes: int) -> tuple[ArenaBlocks, Tensor] | None:
-        """Arena memory, or None while there is none."""
+        """An arena of at least `num_bytes` and its memory. None if there is no room now."""
 
     def release(self, arena: ArenaBlocks) -> None:
-        """Gives it back."""
+        """Gives an arena back."""
 
     def new_number(self) -> int:
-        """A number for a micro-batch."""
+        """A number that nothing else has, for a micro-batch."""
 
     def microbatch_begun(self, number: int, micro: Microbatch, work: MicrobatchWork) -> None:
-        """It may get units."""
+        """Registers a micro-batch, which may get units from now on."""
 
     def microbatch_closed(self, number: int) -> None:
-        """It is through."""
+        """Removes a micro-batch that is done."""
 
     def copy_adapter(self, copy: AdapterCopy) -> None:
-        """The next plan carries it."""
+        """Puts a copy into the next plan."""
 
     def publish(self, name: str, adapter: Adapter) -> None:
-        """A new version that requests can use."""
+        """Makes an adapter the newest version of `name`, which requests can use."""
 
     def stored(self, name: str, adapter: Adapter, directory: Path) -> None:
-        """A published adapter lies in a directory from now on."""
+        """Tells that a published adapter now lies in a directory."""
 
     def shrink_windows(self) -> bool:
-        """After out-of-memory: smaller windows; False if they are smallest."""
+        """Halves the windows after out-of-memory. False if they can't get smaller."""
 
 
 class VerbRun(Protocol):
-    """A verb under way."""
+    """One verb under way."""
 
     @property
     def answer(self) -> Any:
-        """What the driver is sent when the verb is through."""
+        """The verb's result, which is sent to the driver."""
 
     def done(self) -> bool:
-        """Goes as far as possible without running units; whether the verb is through."""
+        """Goes as far as possible without running units. Returns whether the verb is done."""
 
 
 class BatchRun:
-    """An optimizer batch, or a validation where `train` is False, as micro-batches in flight. job: the job's number. step: the
-    key of the dropout masks."""
+    """An optimizer batch, or a validation if `train` is False, as micro-batches in flight. job: the job's number. step: part of
+    the key of the dropout masks."""
 
     def __init__(
         self, trainer: AdapterTrainer, host: Host, job: int, groups: Sequence[Group], step: int = 0, *, train: bool
@@ -99,7 +99,7 @@ class BatchRun:
                 del self._in_flight[number]
                 self._batch.close(micro)
                 self._release(number, arena)
-        # A deterministic job adds its gradients in one order only.
+        # A deterministic job has one micro-batch in flight, so that gradients are added in a fixed order.
         most = self._host.max_microbatches if self._trainer.config.grid_tokens is None else 1
         while self._batch.next is not None and len(self._in_flight) < most:
             reserved = self._host.reserve(self._batch.layout(self._batch.next).total)
@@ -121,14 +121,14 @@ class BatchRun:
         self._host.microbatch_begun(number, micro, work)
 
     def drop(self) -> None:
-        """Ends it before it is through; its memory is given back."""
+        """Abandons the batch and gives its memory back."""
         for number, (micro, _, arena) in self._in_flight.items():
             micro.state = None
             self._release(number, arena)
         self._in_flight.clear()
 
     def restart(self) -> None:
-        """Begins the batch again. The gradients must have been set to zero."""
+        """Begins the batch again. The caller has set the gradients to zero."""
         self.drop()
         self._batch = self._new_batch()
 
@@ -138,8 +138,7 @@ class BatchRun:
 
 
 class OptimizerRun:
-    """An optimizer step, in slices of elements. work: through which the scheduler learns how many are left. rate: the learning
-    rate."""
+    """An optimizer step, in slices of elements. work: where the scheduler reads how many are left. rate: the learning rate."""
 
     def __init__(self, trainer: AdapterTrainer, work: JobWork, rate: float) -> None:
         self._optimizer, self._work, self._rate = trainer.optimizer, work, rate
@@ -162,13 +161,13 @@ class OptimizerRun:
             self._optimizer.close_step()
 
     def complete(self) -> None:
-        """Updates what is left."""
+        """Updates the remaining elements."""
         if self.updated < self.num_elements:
             self.update(self.updated, self.num_elements)
 
 
 class CopyRun:
-    """A copy of the working weights, which a plan carries. snapshot: with the optimizer's state, for a checkpoint."""
+    """A copy of the working weights, made by a plan. snapshot: also copies the optimizer's state, for a checkpoint."""
 
     answer = None
 

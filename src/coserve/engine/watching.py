@@ -1,8 +1,8 @@
-"""What an engine's threads are doing right now, told to whoever watches them.
+"""Reports of what an engine's threads are doing right now.
 
     thread --begin(what, seconds)--> Watcher --end()-->        a thread that has begun and not ended is busy with `what`
 
-Owns: the words. Does not own: who watches, and what follows when something takes too long (server/link/activity.py).
+Owns: the interface. Does not own: the watcher, and what it does if something takes too long (server/link/activity.py).
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Protocol
 
 
 class Watcher(Protocol):
-    """What the engine's thread calls. A call must be short, since the thread waits for it."""
+    """Called by the thread that it watches, which waits for each call, so calls must be short."""
 
     def begin(
         self, what: str, seconds: float = 0.0, *, jobs: Iterable[str] = (), requests: Iterable[str] = ()
     ) -> None:
-        """The thread begins `what`, and has ended what it began before. seconds: how long it is predicted to take. jobs,
-        requests: the labels of those it is done for."""
+        """The thread has ended what it did before and begins `what`. seconds: its predicted time. jobs, requests: labels of
+        those that it works for."""
 
     def end(self) -> None:
         """The thread has nothing to do."""
 
 
 class NobodyWatches:
-    """For engines that are used as a library."""
+    """The watcher of engines that are used as a library: ignores all calls."""
 
     def begin(
         self, what: str, seconds: float = 0.0, *, jobs: Iterable[str] = (), requests: Iterable[str] = ()

@@ -1,6 +1,6 @@
-"""Which examples an optimizer step sees, and how they are packed: pure functions of the step number and the seed.
+"""Which examples an optimizer step gets, and how they are packed: pure functions of the step number and the seed.
 
-So a resumed job sees exactly the batches an uninterrupted one would, with no generator state to save.
+So a resumed job gets exactly the batches of an uninterrupted one, and no generator state needs to be saved.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from coserve.core import Group
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOrder:
-    """The order of `num_groups` groups over epochs, `batch_size` a step. The last step of an epoch may be smaller."""
+    """The order of `num_groups` groups over epochs, `batch_size` groups per step. An epoch's last step may have fewer."""
 
     num_groups: int
     batch_size: int
@@ -30,7 +30,7 @@ class BatchOrder:
         return math.ceil(self.num_groups / self.batch_size)
 
     def indices(self, step: int) -> list[int]:
-        """The groups of a step (counted from 0)."""
+        """The indices of the groups of step `step`, counted from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = np.arange(self.num_groups)
         if self.shuffle:
@@ -38,14 +38,14 @@ class BatchOrder:
         return order[within * self.batch_size : (within + 1) * self.batch_size].tolist()
 
     def num_steps(self, config: FinetuneConfig) -> int:
-        """Optimizer steps of the whole job."""
+        """The number of optimizer steps of the whole job."""
         if config.max_steps is not None:
             return config.max_steps
         return max(1, math.ceil(settled(config.epochs) * self.steps_per_epoch))
 
 
 def pack_groups(groups: Sequence[Group], max_tokens: int) -> list[list[Group]]:
-    """Micro-batches of at most `max_tokens` tokens: first fit, longest first. A group is never split."""
+    """Packs groups into micro-batches of at most `max_tokens` tokens by first fit, longest first. A group is never split."""
     bins: list[list[Group]] = []
     space: list[int] = []
     for group in sorted(groups, key=lambda g: (-g.num_tokens, g.index)):

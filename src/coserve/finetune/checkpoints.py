@@ -1,10 +1,10 @@
-"""Checkpoint directories: the adapter, the optimizer, the cursor. A directory with a valid manifest is the truth.
+"""Checkpoint directories: the adapter, the optimizer, the cursor. A checkpoint counts only if its manifest is valid.
 
     checkpoints/step-00000040/   adapter_config.json, adapter_model.safetensors, coserve.json   (PEFT's format)
                                  optimizer.safetensors                                         (masters and moments)
                                  manifest.json                  (written last: cursor, settings, size and digest of each file)
 
-A checkpoint is there whole or not at all (durable.py). Nothing is ever loaded by pickle.
+A checkpoint is on the disk whole or not at all (durable.py). Nothing is loaded with pickle.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """Where a job is. step: optimizer steps done; trained_tokens: tokens through forward and backward so far."""
+    """How far a job is. step: optimizer steps done. trained_tokens: tokens of the examples in those steps."""
 
     step: int
     trained_tokens: int
@@ -49,7 +49,7 @@ def save_checkpoint(
     root: Path, cursor: Cursor, *, save_adapter: Callable[[Path], None], optimizer: Mapping[str, Tensor],
     facts: Mapping[str, Any],
 ) -> Path:
-    """Writes a checkpoint below `root`. facts: what a resumed job must agree with (settings, digests)."""
+    """Writes a checkpoint below `root`. save_adapter: writes the adapter's files. facts: what a resumed job must agree with."""
     directory = root / checkpoint_name(cursor.step)
 
     def fill(temporary: Path) -> None:
@@ -66,7 +66,7 @@ def save_checkpoint(
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are whole. Raises InvalidRequest otherwise."""
+    """A checkpoint's manifest. Raises InvalidRequest if it or a file that it lists is missing or damaged."""
     try:
         manifest = json.loads((directory / MANIFEST_FILE).read_text())
         if manifest["schema_version"] != SCHEMA_VERSION:
@@ -86,7 +86,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its manifest; damaged ones are passed over with a warning."""
+    """The newest undamaged checkpoint and its manifest, or None. warn: called for each damaged one that is skipped."""
     for directory in sorted(root.glob("step-*"), reverse=True):
         try:
             return directory, read_manifest(directory)
@@ -96,7 +96,7 @@ def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> tuple[Path, di
 
 
 def load_optimizer(directory: Path) -> dict[str, Tensor]:
-    """The optimizer's tensors of a checkpoint."""
+    """The optimizer's tensors of a checkpoint, by name. Raises InvalidRequest if they can't be read."""
     try:
         return load_file(directory / OPTIMIZER_FILE)
     except (OSError, SafetensorError) as error:
@@ -104,13 +104,13 @@ def load_optimizer(directory: Path) -> dict[str, Tensor]:
 
 
 def remove_old(root: Path, keep: int, *, newest: int) -> None:
-    """Keeps the `keep` last checkpoints up to step `newest`. Deletes older ones, later ones (damaged: a resume has passed them
-    over) and what an interrupted write left."""
+    """Keeps the last `keep` checkpoints up to step `newest`. Deletes older ones, later ones (a resume skipped them as damaged)
+    and leftovers of interrupted writes."""
     found = sorted(root.glob("step-*"))
     kept = [directory for directory in found if directory.name <= checkpoint_name(newest)][-keep:]
     for directory in found:
         if directory not in kept:
-            with contextlib.suppress(FileNotFoundError):  # its owner may delete it at the same time, in another process
+            with contextlib.suppress(FileNotFoundError):  # another process may delete it at the same time
                 shutil.rmtree(directory)
     for leftover in root.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)

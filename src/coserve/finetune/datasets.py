@@ -1,8 +1,7 @@
-"""Training files (JSON Lines) to groups of token ids with loss weights.
+"""From training files (JSON Lines) to groups of token ids with loss weights.
 
-Owns: what happens to lines that are too long, the report on a file, its digest. Does not own: how lines are read
-(jsonlines.py), the accepted layouts (layouts.py), tokenization and which tokens of a conversation are trained
-(coserve.text.tokenizer), order and batching.
+Owns: the treatment of too long examples, the report on a file, its digest. Does not own: how lines are read (jsonlines.py), the
+accepted layouts (layouts.py), tokens and which of a conversation are trained (text/tokenizer.py), batches (batches.py).
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ _SHOWN_COLUMNS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetReport:
-    """What became of a file."""
+    """What was read from a file."""
 
     num_lines: int
-    """Lines that aren't blank."""
+    """Lines that are not blank."""
     num_dropped: int
-    """Lines left out because an example is too long, or has no trained token left after the cut."""
+    """Lines left out because an example is too long, or would have no trained token after the cut."""
     num_truncated: int
-    """Lines kept with an example cut at the end."""
+    """Lines that are kept with an example cut at its end."""
     num_tokens: int
     """Tokens of all examples; for DPO the prompt counts twice."""
     num_label_tokens: int
@@ -44,12 +43,12 @@ class DatasetReport:
     digest: str
     """SHA-256 (hex) of the file's bytes, the settings that change the groups, and the groups' token ids and weights."""
     warnings: tuple[str, ...] = ()
-    """What its owner should know: ignored columns, conversations trained in part, control tokens taken as text."""
+    """For the file's owner: ignored columns, conversations trained in part, control tokens read as text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A training file, tokenized. groups[i].index is i: the position among the accepted lines."""
+    """A tokenized training file. groups[i].index is i, the position among the accepted lines."""
 
     groups: tuple[Group, ...]
     report: DatasetReport
@@ -59,12 +58,12 @@ def load_training(
     path: Path, tokenizer: ChatTokenizer, config: FinetuneConfig, *, max_length: int, param: str = "training_file",
     on_line: Callable[[], None] = lambda: None,
 ) -> Dataset:
-    """Reads a JSON Lines file by a job's settings; each line is one group: an example (sft) or (chosen, rejected) (dpo).
+    """Reads a JSON Lines file with a job's settings. Each line is one group: an example (sft), or (chosen, rejected) (dpo).
 
-    Blank lines are skipped. An example of more than `max_length` tokens is an error, drops its group, or is cut at the end, as
-    config.too_long says. on_line: called before each line; what it raises ends the reading. Raises NotFound if there is no such
-    file, InvalidRequest with a one-line message that names file, line and field if a line can't be used or none is left; both
-    carry `param`.
+    Blank lines are skipped. config.too_long says whether an example of more than `max_length` tokens is an error, drops its
+    group, or is cut at its end. on_line: called before each line; may raise to stop the reading. param: the field that errors
+    name. Raises NotFound if there is no such file, InvalidRequest with a one-line message that names file, line and field if a
+    line can't be used or no example is left.
     """
     if not path.is_file():
         raise NotFound(f"no such file: {path}", param=param)
@@ -106,7 +105,7 @@ def load_training(
 def _read(
     name: str, data: bytes, reader: LineReader, max_length: int, too_long: TooLong, param: str, on_line: Callable[[], None]
 ) -> Iterator[tuple[list[Encoded], list[Encoded | None]]]:
-    """The examples of each line, as they are and within `max_length`. Raises InvalidRequest, naming file and line."""
+    """Per line: its examples, and the same fitted to `max_length` by `_fit`. Raises InvalidRequest, naming file and line."""
     place = name
     try:
         for number, line in numbered_lines(data):
@@ -157,7 +156,7 @@ def _digest(data: bytes, examples: list[Example], tokenizer: ChatTokenizer, conf
 
 
 def _fit(sequence: Encoded, max_length: int, too_long: TooLong) -> Encoded | None:
-    """The sequence within `max_length`, or None to drop it. Raises LineError."""
+    """The sequence, cut to `max_length` if too long, or None to drop its group. Raises LineError."""
     field, token_ids, weights = sequence
     if not weights[1:].any():
         raise LineError(field, "no trained token; give an assistant message (of weight 1) or a completion with text")

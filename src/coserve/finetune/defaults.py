@@ -1,9 +1,9 @@
-"""What 'auto' means: numbers of a job that are chosen from data, adapter and model, for command, API and Python alike.
+"""What 'auto' means: a job's numbers that are chosen from its data, adapter and model. Command, API and Python share the rules.
 
-    resolve_settings(config, number of examples, the adapter that is continued, the model's width) -> config without 'auto'
+    resolve_settings(config, number of examples, the continued adapter's settings, the model's width) -> config without 'auto'
 
-Owns: those rules, and the lines that tell users what was chosen. Does not own: fixed defaults (config/settings.py). A resumed
-job keeps the numbers that it began with, whatever the rules have become since: `keep_numbers`.
+Owns: the rules, and the messages about them. Does not own: fixed defaults (config/settings.py). A resumed job keeps the numbers
+with which it began, even if the rules have changed since (`keep_numbers`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from coserve.finetune.batches import BatchOrder
 
 EPOCHS, MAX_EPOCHS = 3, 25
 SEEN = 100
-"""If there are few examples, a job has more epochs, up to MAX_EPOCHS, so that it sees at least so many."""
+"""The fewest examples that a job trains on, counting repeats. Small files get more epochs for it, up to MAX_EPOCHS."""
 MOST_SEEN = 25_000
-"""If there are many examples, a job has fewer epochs, down to 1, so that it sees at most so many."""
+"""The most examples that a job trains on, counting repeats. Large files get fewer epochs for it, down to 1."""
 MAX_BATCH_SIZE = 16
 BATCHES = 16
-"""The examples are cut into about so many batches, none of which is larger than MAX_BATCH_SIZE."""
+"""Batches per epoch, unless a batch would be larger than MAX_BATCH_SIZE."""
 CHECKPOINT_STEPS = 25
-"""Most steps between two checkpoints."""
+"""The most steps between two checkpoints."""
 SUPERVISED_RATE, RATE_WIDTH, MAX_SUPERVISED_RATE = 2e-4, 4096, 2e-3
 """2e-4 is common for adapters on models of 7 to 8 billion parameters, whose hidden size is 4096. Narrower models get more, in
 inverse proportion, up to 2e-3: SmolLM2 (hidden size 576) learns 20 facts of 20 from twenty chats at 1.4e-3, and 6 at 2e-4
@@ -35,7 +35,7 @@ inverse proportion, up to 2e-3: SmolLM2 (hidden size 576) learns 20 facts of 20 
 
 
 def auto_epochs(num_examples: int) -> int:
-    """Passes over the data for so many examples."""
+    """The number of epochs over `num_examples` examples."""
     if EPOCHS * num_examples < SEEN:
         return min(MAX_EPOCHS, math.ceil(SEEN / num_examples))
     return EPOCHS if EPOCHS * num_examples <= MOST_SEEN else max(1, MOST_SEEN // num_examples)
@@ -47,7 +47,7 @@ def auto_batch_size(num_examples: int) -> int:
 
 
 def adapter_size(adapter: AdapterConfig) -> int:
-    """An adapter's rank. For a bottleneck it is the size, for IA3 it is 1."""
+    """An adapter's rank, a bottleneck's size, or 1 for IA3."""
     if isinstance(adapter, BottleneckConfig):
         return adapter.size
     return adapter.r if isinstance(adapter, LoraConfig) else 1
@@ -64,8 +64,8 @@ def auto_learning_rate(objective: Objective, adapter: AdapterConfig, hidden_size
 def resolve_settings(
     config: FinetuneConfig, num_examples: int, *, continued: AdapterConfig | None = None, hidden_size: int | None = None
 ) -> FinetuneConfig:
-    """The same settings with a number for every 'auto'. continued: settings of the adapter that the job continues, if there is
-    one. hidden_size: the model's."""
+    """The settings with a number for every 'auto'; given numbers stay. continued: settings of the adapter that the job
+    continues, or None. hidden_size: the model's."""
     epochs = auto_epochs(num_examples) if config.epochs == AUTO else config.epochs
     batch_size = auto_batch_size(num_examples) if config.batch_size == AUTO else config.batch_size
     order = BatchOrder(num_groups=num_examples, batch_size=settled(batch_size), seed=config.seed, shuffle=config.shuffle)
@@ -80,7 +80,7 @@ def resolve_settings(
 
 
 def keep_numbers(config: FinetuneConfig, recorded: Mapping[str, Any]) -> FinetuneConfig:
-    """The same settings with the recorded number for every 'auto'. recorded: the job's settings as `to_dict` wrote them."""
+    """The settings with the recorded number for every 'auto'. recorded: a job's settings, as `to_dict` writes them."""
     changes = {name: recorded[name] for name in ("epochs", "batch_size", "checkpoint_steps")
                if getattr(config, name) == AUTO and is_number(recorded.get(name))}
     optimizer = recorded.get("optimizer")
@@ -92,7 +92,7 @@ def keep_numbers(config: FinetuneConfig, recorded: Mapping[str, Any]) -> Finetun
 
 
 def describe_settings(asked: FinetuneConfig, settings: FinetuneConfig, num_steps: int) -> str:
-    """One line about a job's numbers, and which of them were chosen from the data. settings: resolved, with its adapter."""
+    """One line about a job's numbers. asked: the settings as given, which show what was 'auto'. settings: the resolved ones."""
     optimizer = settings.optimizer
     passes = f"{settings.epochs:g} epochs" if settings.max_steps is None else "max_steps"
     every = settings.checkpoint_steps or "none but the last"
@@ -108,7 +108,7 @@ def describe_settings(asked: FinetuneConfig, settings: FinetuneConfig, num_steps
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:
-    """An adapter's kind and what determines its size, in a few words."""
+    """An adapter's kind and size in a few words."""
     if isinstance(adapter, LoraConfig):
         return f"{_kind(adapter)} of rank {adapter.r}, alpha {adapter.alpha:g}"
     if isinstance(adapter, BottleneckConfig):
@@ -117,8 +117,8 @@ def describe_adapter(adapter: AdapterConfig) -> str:
 
 
 def unused_settings(given: Mapping[str, Any], used: AdapterConfig) -> list[str]:
-    """Settings that were asked for and that the continued adapter doesn't have, each as 'rank 16 (it has 4)'. given: {name:
-    value} by the names of adapters' settings, with `kind` if that was asked for. used: the continued adapter's settings."""
+    """The given settings that differ from the continued adapter's, each as 'rank 16 (it has 4)'. given: {name: value} by the
+    names of adapters' settings, and `kind` if that was given. used: the continued adapter's settings."""
     kind, values = _kind(used), to_dict(used)
     found = []
     if given.get("kind", kind) != kind:
@@ -134,12 +134,12 @@ def unused_settings(given: Mapping[str, Any], used: AdapterConfig) -> list[str]:
 
 
 def not_used(name: str, unused: Sequence[str]) -> str:
-    """A warning about settings that `unused_settings` found. name: the continued adapter's, in its user's words."""
+    """A warning about what `unused_settings` found. name: the continued adapter's, as the user wrote it."""
     return f"the adapter's settings are those of {name}, which is continued; not used: {'; '.join(unused)}"
 
 
 def given_settings(adapter: AdapterConfig) -> dict[str, Any]:
-    """An adapter's settings as `unused_settings` takes them."""
+    """An adapter's settings in the form of `unused_settings`' argument `given`."""
     given = {name: value for name, value in to_dict(adapter).items() if name != "use_dora" and value is not None}
     return {"kind": _kind(adapter), **given}
 

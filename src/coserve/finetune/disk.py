@@ -1,6 +1,6 @@
-"""Writes that the disk refuses for now: which refusals pass, and how a job waits until they do.
+"""Writes that the disk refuses: which refusals may be temporary, and how a job waits for their end.
 
-Owns: the kinds of refusal, the pause between two tries, what the job says. Does not own: what is written (job.py,
+Owns: the kinds of refusal, the pause between two tries, the job's messages. Does not own: what is written (job.py,
 checkpoints.py), threads (engine/diskwrite.py).
 """
 
@@ -15,23 +15,23 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 
 RETRY_S = 2.0
-"""Between two tries of a write that was refused."""
+"""Seconds between two tries of a refused write."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PASSING = frozenset({
     *_FULL, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE,
     errno.ENOMEM, errno.EAGAIN, errno.EBUSY,
 })
 _RUST_CODE = re.compile(r"code: (\d+)|os error (\d+)")
-"""Where safetensors' errors carry the system's number."""
+"""Finds the system's errno in the text of a SafetensorError."""
 
 
 def is_full(error: OSError) -> bool:
-    """Whether there is no room, on the disk or in a quota."""
+    """Whether the disk or the quota is full."""
     return error.errno in _FULL
 
 
 def refusal_of(error: BaseException) -> str | None:
-    """Why the disk refuses a write, in a few words; None for an error that more tries don't mend."""
+    """Why the disk refuses a write, in a few words. None for an error that trying again can't fix."""
     code: int | None = None
     if isinstance(error, OSError):
         code = error.errno
@@ -43,7 +43,7 @@ def refusal_of(error: BaseException) -> str | None:
 
 
 def waiting_message(reason: str) -> str:
-    """What a job says when it begins to wait."""
+    """The message of a job that begins to wait."""
     return f"{reason}: the job waits, and goes on when its files can be written"
 
 
@@ -51,8 +51,8 @@ GOES_ON = "the disk takes the job's files again; the job goes on"
 
 
 def insist(action: Callable[[], object], tell: Callable[[str, str], None]) -> None:
-    """Repeats a write until the disk takes it, for a job that has a process of its own. tell(level, message): called when the
-    job begins to wait and when it goes on. Raises errors that more tries don't mend."""
+    """Repeats a write until it succeeds, blocking the caller meanwhile. tell(level, message): called when the job begins to
+    wait and when it goes on. Raises errors that trying again can't fix."""
     waited = False
     while True:
         try:

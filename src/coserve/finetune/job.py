@@ -1,9 +1,9 @@
 """A supervised or preference job: a driver that asks for one verb after another (forward_backward, score, optim_step,
 checkpoint, write, publish).
 
-Owns: the cursor, the schedule of steps, validations and checkpoints, the table of metrics. Does not own: the verbs (the engine
-gives them), progress display (callers listen to events). Replayed steps overwrite their rows by step number. Everything that
-a job writes is a verb too, so that whoever runs the job decides how it waits while the disk refuses a write.
+Owns: the cursor, the schedule of steps, validations and checkpoints, the table of metrics. Does not own: carrying out the verbs
+(training/trainer.py, engine/), progress display (callers listen to events). Steps that run again replace their rows of metrics.
+Every write is a verb too, so that the runner of the job decides how it waits while the disk refuses a write.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from coserve.finetune.optimizer import learning_rate
 
 
 class StepLoss(NamedTuple):
-    """loss: the optimizer batch's; accuracy: share of label tokens whose arg max is the label; num_tokens: tokens that
-    went through; extra: the objective's own metrics."""
+    """Result of an optimizer batch or a validation. accuracy: share of label tokens that are the arg max. num_tokens: of the
+    batch's examples. extra: the objective's own metrics."""
 
     loss: float
     accuracy: float
@@ -50,32 +50,32 @@ class StepLoss(NamedTuple):
 
 
 class Verbs(Protocol):
-    """What a job asks of the engine."""
+    """The verbs of one job on one model."""
 
     def forward_backward(self, groups: Sequence[Group], step: int) -> StepLoss:
-        """Adds the batch's gradients to the adapter's buffer."""
+        """Adds the gradients of one optimizer batch to the adapter's gradient. step: from 0; keys the dropout masks."""
 
     def score(self, groups: Sequence[Group]) -> StepLoss:
-        """The loss without gradients."""
+        """The loss of `groups`, without gradients."""
 
     def optim_step(self, rate: float) -> float:
-        """One optimizer update; returns the gradient's norm before clipping."""
+        """One optimizer update with this learning rate. Returns the gradient's norm before clipping."""
 
     def save(self, directory: Path) -> None:
-        """Writes the adapter into a directory, in PEFT's format."""
+        """Writes the adapter into a directory in PEFT's format."""
 
     def publish(self) -> None:
         """Makes the present weights a version that requests can use."""
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], int]:
-        """Tensors and the number of updates so far."""
+        """The optimizer's tensors by name, and the number of updates so far."""
 
     def restore(self, state: dict[str, Tensor], num_updates: int) -> None:
-        """Puts back what `optimizer_state` gave."""
+        """Restores what `optimizer_state` returned."""
 
 
 class ForwardBackward(NamedTuple):
-    """What a job asks for next: see Verbs.forward_backward. Answered with a StepLoss."""
+    """Asks for Verbs.forward_backward. Answered with a StepLoss."""
 
     groups: Sequence[Group]
     step: int
@@ -85,7 +85,7 @@ class ForwardBackward(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Validation. Answered with a StepLoss."""
+    """Asks for a validation. Answered with a StepLoss."""
 
     groups: Sequence[Group]
 
@@ -94,7 +94,7 @@ class Score(NamedTuple):
 
 
 class OptimStep(NamedTuple):
-    """Answered with the gradient's norm."""
+    """Asks for an optimizer step with learning rate `rate`. Answered with the gradient's norm."""
 
     rate: float
 
@@ -103,8 +103,8 @@ class OptimStep(NamedTuple):
 
 
 class SaveCheckpoint(NamedTuple):
-    """The present weights and optimizer state, to be written by `Job.write_checkpoint`; published too by an engine that
-    serves. Answered with None."""
+    """Asks for a checkpoint of the present weights and optimizer state, written by `Job.write_checkpoint`. An engine also
+    publishes the weights. Answered with None."""
 
     job: Job
 
@@ -114,7 +114,7 @@ class SaveCheckpoint(NamedTuple):
 
 
 class Write(NamedTuple):
-    """A short write into the job's directory. Answered with None when it is done."""
+    """Asks for a short write into the job's directory. Answered with None when it is done."""
 
     job: Job
     action: Callable[[], object]
@@ -124,7 +124,7 @@ class Write(NamedTuple):
 
 
 class Publish(NamedTuple):
-    """The present weights become a version. Answered with None."""
+    """Asks for the present weights as a version for requests. Answered with None."""
 
     def perform(self, verbs: Verbs) -> None:
         verbs.publish()
@@ -135,7 +135,7 @@ Verb = ForwardBackward | Score | OptimStep | SaveCheckpoint | Write | Publish
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRow:
-    """One line of metrics.csv. valid_*: empty unless validation ran after the step. Times are seconds."""
+    """One row of metrics.csv. valid_*: None unless a validation ran after the step. seconds: the duration of the step."""
 
     step: int
     train_loss: float
@@ -150,8 +150,8 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEvent:
-    """level: info, warn or error. row: set for the metrics of a step, with the job's number of steps. checkpoint: directory of
-    one that is whole on disk, of step `checkpoint_step`. resumed_step: the last step that a resumed job doesn't run again."""
+    """level: info, warn or error. row: a step's metrics, with the job's number of steps. checkpoint: directory of a checkpoint
+    that was written, of step `checkpoint_step`. resumed_step: the last step that a resumed job doesn't run again."""
 
     level: str
     message: str
@@ -172,7 +172,7 @@ class MetricsTable:
         self.path = path
 
     def rows(self) -> list[StepRow]:
-        """All whole rows; a line cut by a crash ends the table."""
+        """All rows before the first damaged line. A crash may have cut the last line."""
         if not self.path.exists():
             return []
         result = []
@@ -185,19 +185,19 @@ class MetricsTable:
         return result
 
     def keep(self, last_step: int) -> None:
-        """Drops rows after `last_step`: they will be run again."""
+        """Drops rows after `last_step`. Their steps will run again. Raises OSError."""
         rows = [row for row in self.rows() if row.step <= last_step]
         text = io.StringIO(newline="")
         csv.writer(text).writerows([_COLUMNS, *(_cells(row) for row in rows)])
         write_file(self.path, text.getvalue().encode())
 
     def sync(self) -> None:
-        """When this returns, not even a loss of power takes a row that was appended. Raises OSError."""
+        """Flushes the appended rows to the disk, so that they survive a loss of power. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             sync(self.path)
 
     def append(self, row: StepRow) -> None:
-        """All of the row or nothing: what a full disk has taken of it is cut off again. Raises OSError."""
+        """Appends a row. If the disk takes only a part of it, that part is cut off again. Raises OSError."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a", newline="") as file:
@@ -219,11 +219,11 @@ def _row(record: Mapping[str, str]) -> StepRow:
 
 
 _LATER_FACTS = ("validation_digest", "start_digest", "weights_layout", "kernels")
-"""Jobs that earlier versions began don't have them."""
+"""Facts that jobs begun by earlier versions didn't record."""
 
 
 def refuse_changes(facts: Mapping[str, object], recorded: Mapping[str, object], where: str) -> None:
-    """Raises InvalidRequest, naming the first field that differs, unless a resumed job is the one that was recorded."""
+    """Raises InvalidRequest, naming the first field that differs, if a resumed job's facts are not the recorded ones."""
     for name, value in facts.items():
         if name in _LATER_FACTS and name not in recorded:
             continue
@@ -239,7 +239,7 @@ def refuse_changes(facts: Mapping[str, object], recorded: Mapping[str, object], 
 
 
 def _with_defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Recorded settings, completed with the defaults of settings that later versions added; unchanged if they can't be read."""
+    """Recorded settings with defaults for those added since. Unchanged if they can't be read."""
     try:
         return to_dict(finetune_config_from_dict(settings))
     except (ConfigError, TypeError):
@@ -247,7 +247,7 @@ def _with_defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _first_difference(name: str, value: object, recorded: object) -> str | None:
-    """The dotted path of the first field that differs, or None. Only settings are looked into, two levels deep."""
+    """The dotted path of the first field that differs, or None. Mappings are compared field by field, two levels deep."""
     if value == recorded:
         return None
     if name.count(".") < 2 and isinstance(value, Mapping) and isinstance(recorded, Mapping):
@@ -259,8 +259,7 @@ def _first_difference(name: str, value: object, recorded: object) -> str | None:
 
 
 def _again(done: int, ran: int) -> str:
-    """The steps that a resumed job runs again, as the end of a sentence. done: steps in its checkpoint; ran: steps that had
-    run."""
+    """The steps that a resumed job runs again, as the end of a sentence. done: steps in the checkpoint. ran: steps that ran."""
     count = max(0, ran - done)
     if count == 0:
         return ""
@@ -268,7 +267,7 @@ def _again(done: int, ran: int) -> str:
 
 
 class Job:
-    """One finetuning job in a directory: `run` from the start or from the newest whole checkpoint."""
+    """One finetuning job in a directory. facts: a resumed job must have the same ones. listen: called with every event."""
 
     def __init__(
         self, config: FinetuneConfig, groups: Sequence[Group], validation: Sequence[Group], verbs: Verbs, directory: Path,
@@ -283,9 +282,9 @@ class Job:
         self.table = MetricsTable(directory / "metrics.csv")
         self.cursor = Cursor(step=0, trained_tokens=0)
         self.saved_step = 0
-        """The step of the latest checkpoint that was asked for; it may not be on the disk yet."""
+        """The step of the latest checkpoint that was asked for. It may not be on the disk yet."""
         self.written_step = 0
-        """The step of the newest checkpoint that this run has written or went back to."""
+        """The step of the newest checkpoint that this run wrote, or that it was resumed from."""
         self.unrecorded: StepRow | None = None
         """The row of the step at the cursor, until it is in the table."""
 
@@ -294,8 +293,8 @@ class Job:
         return self.directory / "checkpoints"
 
     def resume(self) -> bool:
-        """Goes back to the newest whole checkpoint, if there is one; says how many steps run again. Raises InvalidRequest if
-        the job has changed."""
+        """Restores the newest undamaged checkpoint; False if there is none. An event tells which steps run again. Raises
+        InvalidRequest if the job's facts have changed."""
         found = latest_checkpoint(self.checkpoint_root, lambda message: self.listen(JobEvent(level="warn", message=message)))
         ran = max((row.step for row in self.table.rows()), default=0)
         if found is None:
@@ -314,11 +313,11 @@ class Job:
         return True
 
     def insist(self, action: Callable[[], object]) -> None:
-        """Writes something, waiting as long as the disk refuses it, and says so. Raises what doesn't pass."""
+        """Repeats a write until it succeeds; events tell of the wait. Raises errors that trying again can't fix."""
         insist(action, lambda level, message: self.listen(JobEvent(level=level, message=message)))
 
     def run(self) -> None:
-        """All steps that are left, with this job's own verbs. Raises JobFailed."""
+        """Runs the remaining steps with `self.verbs`. Raises JobFailed."""
         driver, answer = self.work(), None
         while True:
             try:
@@ -328,7 +327,7 @@ class Job:
             answer = verb.perform(self.verbs)
 
     def work(self) -> Generator[Verb, Any, None]:
-        """The job as a driver: yields a verb, is sent its answer. A checkpoint comes last. Raises JobFailed."""
+        """The job's driver: yields verbs and must be sent each answer. A checkpoint and Publish come last. Raises JobFailed."""
         recorded = self.cursor.step - (self.unrecorded is not None)
         yield Write(self, lambda: self.table.keep(recorded))
         if self.unrecorded is not None:
@@ -363,7 +362,7 @@ class Job:
             yield self._checkpoint()
 
     def _record(self, row: StepRow, extra: Mapping[str, float] | None = None) -> Generator[Verb, Any, None]:
-        """Validates the step at the cursor, if its time has come, puts its row into the table and tells it."""
+        """Validates after the step at the cursor, if one is due, then appends its row to the table and sends its event."""
         if self._validates():
             valid: StepLoss = yield Score(self.validation)
             row = replace(row, valid_loss=valid.loss, valid_mean_token_accuracy=valid.accuracy)
@@ -384,13 +383,14 @@ class Job:
     def write_checkpoint(
         self, cursor: Cursor, state: Mapping[str, Tensor], save: Callable[[Path], None], *, unrecorded: StepRow | None = None,
     ) -> Path:
-        """Writes a checkpoint of the step at `cursor`, and deletes those beyond `keep_checkpoints`. A newer one stays: if
-        the disk refused this one at first, the next one may have been written before it.
+        """Writes a checkpoint of the step at `cursor` and deletes all but the last `keep_checkpoints`. There may be a newer one
+        already, if the disk refused this one at first. That one stays.
 
-        save: writes the adapter of that step into a directory. unrecorded: the step's row, if the table hasn't got it.
+        state: the optimizer's tensors. save: writes that step's adapter into a directory. unrecorded: the step's row, if it is
+        not in the table yet.
         """
         facts = dict(self.facts) if unrecorded is None else {**self.facts, "unrecorded": asdict(unrecorded)}
-        self.table.sync()  # no checkpoint is ahead of the table
+        self.table.sync()  # so that no checkpoint is ahead of the table on the disk
         path = save_checkpoint(self.checkpoint_root, cursor, save_adapter=save, optimizer=dict(state), facts=facts)
         self.written_step = max(self.written_step, cursor.step)
         remove_old(self.checkpoint_root, self.config.keep_checkpoints, newest=self.written_step)

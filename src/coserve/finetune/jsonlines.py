@@ -1,7 +1,7 @@
-"""JSON Lines files: the one reader for uploads and for training.
+"""JSON Lines files: the reader that uploads and training share.
 
-Owns: encodings, lines, JSON objects. Does not own: what a line means (layouts.py). A UTF-8 byte order mark is skipped; a file
-that is in another encoding is refused by its name.
+Owns: encodings, lines, JSON objects. Does not own: what a line means (layouts.py). A UTF-8 byte order mark is skipped. A file
+in another encoding is refused, and the error names the encoding.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from coserve.core import InvalidRequest
 
 MAX_LINE_BYTES = 4 << 20
-"""The longest line. Tokenizing a text takes up to 250 times its memory, which this bounds."""
+"""The longest line. It bounds the memory for tokenizing a line, which is up to 250 times the text's."""
 _HEAD_BYTES = 1 << 20
-"""The part of an upload that is searched for a JSON object."""
+"""How many bytes at an upload's start are searched for a JSON object."""
 _SAVE = "save it as UTF-8"
 _UNPACK = "write each object of a JSON array on a line of its own"
 _SIGNS = (
-    (codecs.BOM_UTF32_LE, f"UTF-32, not UTF-8; {_SAVE}"),  # before UTF-16's, whose mark is its beginning
+    (codecs.BOM_UTF32_LE, f"UTF-32, not UTF-8; {_SAVE}"),  # before UTF-16's, since it begins with that
     (codecs.BOM_UTF32_BE, f"UTF-32, not UTF-8; {_SAVE}"),
     (codecs.BOM_UTF16_LE, f"UTF-16, not UTF-8; {_SAVE}"),
     (codecs.BOM_UTF16_BE, f"UTF-16, not UTF-8; {_SAVE}"),
@@ -42,7 +42,7 @@ class LineError(Exception):
 
 
 def foreign_format(head: bytes) -> str | None:
-    """What a file's first bytes show it to be instead of UTF-8 text, in words, with what to do; None if they don't show it."""
+    """The format of a file that isn't UTF-8 text, by its first bytes, with what to do about it. None if they show no other."""
     for sign, words in _SIGNS:
         if head.startswith(sign):
             return words
@@ -55,8 +55,8 @@ def foreign_format(head: bytes) -> str | None:
 
 
 def numbered_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Lines without white space around them, with their numbers from 1; a blank one is empty. Raises LineError for a file that
-    isn't UTF-8 by its first bytes."""
+    """(number from 1, line without white space around it) of every line; blank lines are empty. Raises LineError if the first
+    bytes show another format than UTF-8."""
     problem = foreign_format(data[:16])
     if problem is not None:
         raise LineError("encoding", f"the file is {problem}")
@@ -70,7 +70,7 @@ def numbered_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def read_object(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line. Raises LineError, also for a key that is in one object twice."""
+    """The JSON object in a line. Raises LineError, also if an object has a key twice."""
     if len(line) > MAX_LINE_BYTES:
         raise LineError("line", f"{len(line)} bytes, more than {MAX_LINE_BYTES}; split the example")
     try:
@@ -89,7 +89,7 @@ def read_object(line: bytes) -> dict[str, Any]:
 
 
 def kind(value: object) -> str:
-    """A JSON value's type, in JSON's words."""
+    """The name of a JSON value's type, with its article."""
     if value is None:
         return "nothing"
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
@@ -112,8 +112,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class UploadCheck:
-    """Judges an upload while it is copied: UTF-8 text with a JSON object among its first lines. What the lines say is judged
-    when a job reads them."""
+    """Checks an upload while it is copied: it must be UTF-8 text with a JSON object among its first lines. The lines' contents
+    are checked when a job reads them."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
@@ -121,7 +121,7 @@ class UploadCheck:
         self._size = 0
 
     def feed(self, chunk: bytes) -> None:
-        """The next bytes. Raises InvalidRequest."""
+        """Checks the next bytes. Raises InvalidRequest."""
         self._head += chunk[: _HEAD_BYTES - len(self._head)]
         if self._size == 0 and (problem := foreign_format(chunk[:16])) is not None:
             raise _refused(f"is {problem}")
@@ -132,7 +132,7 @@ class UploadCheck:
             raise _refused("isn't valid UTF-8; a file for fine-tuning is JSON Lines") from error
 
     def finish(self) -> None:
-        """After the last bytes. Raises InvalidRequest for a file that is empty, ends inside a character or has no object."""
+        """Ends the check. Raises InvalidRequest if the file is empty, ends inside a character, or has no JSON object."""
         if self._size == 0:
             raise _refused("is empty")
         try:
@@ -141,7 +141,7 @@ class UploadCheck:
             raise _refused("isn't valid UTF-8, it ends inside a character") from error
         head = bytes(self._head).removeprefix(codecs.BOM_UTF8)
         lines = head.split(b"\n")
-        cut = lines.pop() if len(self._head) < self._size else b""  # the rest of the last line wasn't looked at
+        cut = lines.pop() if len(self._head) < self._size else b""  # the last line goes on behind the head
         if not (cut.lstrip().startswith(b"{") or any(map(_is_object, lines))):
             todo = _UNPACK if head.lstrip().startswith(b"[") else "a file for fine-tuning is JSON Lines"
             raise _refused(f"has no line that is a JSON object; {todo}")

@@ -1,4 +1,4 @@
-"""What a line of a training file says, in each of the layouts that people have: from a JSON object to token ids and weights.
+"""From the JSON object of a line to token ids and loss weights, for every accepted layout of training data.
 
 Owns: the accepted layouts (`_LAYOUTS`), which part of a line is the prompt, where the system prompt goes. Does not own: how
 lines are read (jsonlines.py), messages one by one (turns.py), tokenization and which tokens of a conversation are trained
@@ -26,15 +26,15 @@ from coserve.text.tokenizer import ChatTokenizer, Notes, TextRules
 
 _SHOWN_KEYS = 8
 _NO_TOOLS_WRITTEN = ("", "[]")
-"""Values of LLaMA-Factory's column `tools`, which holds text, that say that there are none."""
+"""Values of LLaMA-Factory's text column `tools` that mean no tools."""
 _QUESTIONS = ("question", "query", "input", "instruction")
-"""Columns of other layouts that hold a prompt."""
+"""Columns that hold the prompt in other layouts."""
 _WEAKEST = "text"
-"""A column of this name beside another layout is a rendering of it, as alpaca's files have it."""
+"""A column that is ignored beside another layout: in alpaca's files it is a rendering of the other columns."""
 
 
 class Encoded(NamedTuple):
-    """One encoded example: `field` is the line's key to blame, token_ids int64 [n], weights float32 [n]."""
+    """One encoded example. field: the key of the line that errors name. token_ids: int64 [n]. weights: float32 [n]."""
 
     field: str
     token_ids: np.ndarray
@@ -43,8 +43,8 @@ class Encoded(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class LineReader:
-    """Reads the lines of one file. ignored: columns that the lines' layouts don't have, in the order in which they came.
-    last_turn_only, control_texts: how many lines have what tokenizer.Notes counts under that name."""
+    """Reads the lines of one file. ignored: columns that the lines' layouts don't have, in order of appearance. last_turn_only,
+    control_texts: the number of lines in which tokenizer.Notes counts that."""
 
     tokenizer: ChatTokenizer
     objective: Objective
@@ -56,7 +56,7 @@ class LineReader:
     _notes: Notes = field(default_factory=Notes)
 
     def read(self, record: dict[str, Any]) -> list[Encoded]:
-        """The examples of one line: one, or (chosen, rejected). Raises LineError, or InvalidRequest from the tokenizer."""
+        """The examples of one line: one (sft), or chosen and rejected (dpo). Raises LineError, InvalidRequest (tokenizer)."""
         layout = _match(record, self.objective)
         _refuse_tools(record, "")
         if isinstance(record.get("label"), bool) and layout.required == ("prompt", "completion"):
@@ -71,11 +71,11 @@ class LineReader:
         return examples
 
     def turns(self, value: object, place: str) -> list[Turn]:
-        """A checked list of messages, in the roles of the chat template. Raises LineError, InvalidRequest."""
+        """A checked list of messages, with the chat template's roles. Raises LineError, InvalidRequest."""
         return read_turns(value, place, keep_developer=self.tokenizer.knows_developer)
 
     def chat(self, place: str, context: Sequence[Turn], response: Sequence[Turn]) -> Encoded:
-        """A conversation of which only the response is trained."""
+        """Encodes a conversation of which only `response` is trained."""
         turns = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in context] + [*response]
         _require_response(response, place)
         if self.system_prompt == "merge":
@@ -90,11 +90,11 @@ class LineReader:
             ) from error
 
     def completion(self, place: str, prompt: str, text: str) -> Encoded:
-        """A text that continues a text."""
+        """Encodes a text that continues a prompt. Only the text is trained."""
         return Encoded(place, *self.tokenizer.encode_completion(prompt, text, self.rules, self._notes))
 
     def text(self, place: str, text: str) -> Encoded:
-        """A text that is trained whole."""
+        """Encodes a text that is trained whole."""
         return Encoded(place, *self.tokenizer.encode_text(text, self.rules, self._notes))
 
 
@@ -106,7 +106,7 @@ class _Layout(NamedTuple):
 
 
 def _match(record: dict[str, Any], objective: Objective) -> _Layout:
-    """The layout whose required keys the line has; null counts as absent, unless no layout is found otherwise."""
+    """The layout whose required keys the line has. A key with null counts as present only if no layout is found otherwise."""
     given = [key for key, value in record.items() if value is not None]
     for keys in (given, list(record)):
         matches = [layout for layout in _LAYOUTS if all(key in keys for key in layout.required)]
@@ -125,7 +125,7 @@ def _match(record: dict[str, Any], objective: Objective) -> _Layout:
 
 
 def _only(matches: list[_Layout]) -> _Layout:
-    """The one that is meant. Raises LineError where two layouts say different things."""
+    """The first of the matching layouts. Raises LineError if another one requires keys that the first doesn't, `text` apart."""
     first = matches[0]
     for other in matches[1:]:
         if not {*other.required} <= {*first.required, _WEAKEST}:
@@ -208,7 +208,7 @@ def _sharegpt_preference(record: dict[str, Any], reader: LineReader) -> list[Enc
 
 
 def _implicit_preference(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
-    """The prompt is what both begin with."""
+    """Chosen and rejected begin with the prompt. It is the beginning that they share."""
     fields = ("chosen", "rejected")
     chosen, rejected = (record[name] for name in fields)
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -235,13 +235,13 @@ def _implicit_preference(record: dict[str, Any], reader: LineReader) -> list[Enc
 
 
 def _system(record: dict[str, Any]) -> list[Turn]:
-    """A system turn, if the line has a column for it."""
+    """The system turn of a line's column `system`, or nothing."""
     text = read_text(record.get("system") or "", "system")
     return [{"role": "system", "content": text}] if text else []
 
 
 def _instruction(record: dict[str, Any]) -> list[Turn]:
-    """The turns before the answer of an alpaca line. Raises LineError."""
+    """The turns of an alpaca line before its answer. Raises LineError."""
     turns = _system(record)
     history = record.get("history") or []
     if not isinstance(history, list):
@@ -259,7 +259,7 @@ def _instruction(record: dict[str, Any]) -> list[Turn]:
 
 
 def _turns_of(record: dict[str, Any], name: str, reader: LineReader) -> list[Turn]:
-    """A list of messages, or one message."""
+    """The turns in a column that holds a list of messages or one message."""
     value = record[name]
     return reader.turns([value] if isinstance(value, dict) else value, name)
 
@@ -267,7 +267,7 @@ def _turns_of(record: dict[str, Any], name: str, reader: LineReader) -> list[Tur
 def _responses(
     prompt: object, prompt_field: str, record: dict[str, Any], fields: tuple[str, ...], reader: LineReader
 ) -> list[Encoded]:
-    """One example per field: the prompt, not trained, and the response of that field, which may repeat the prompt."""
+    """One example per field: the prompt, which is not trained, and that field's response, which may repeat the prompt."""
     asked_in_text = isinstance(prompt, str) and all(isinstance(record[name], list) for name in fields)
     for name in fields:
         if not asked_in_text and isinstance(record[name], list) != isinstance(prompt, list):
@@ -293,7 +293,7 @@ def _responses(
 
 
 def _continued(context: list[Turn], prompt_field: str, response: list[Turn], place: str, reader: LineReader) -> Encoded:
-    """A response in messages, behind its prompt or as the whole conversation."""
+    """Encodes a response in messages: either the answer alone, or a whole conversation that begins with the prompt."""
     _require_response(response, place)
     if context[-1]["role"] == "assistant":
         raise LineError(prompt_field, "the last message is the assistant's; end the prompt with another role")
@@ -311,7 +311,7 @@ def _continued(context: list[Turn], prompt_field: str, response: list[Turn], pla
 def _split_at(
     question: str, prompt_field: str, response: Sequence[Turn], place: str
 ) -> tuple[Sequence[Turn], Sequence[Turn]]:
-    """Prompt and answer: the question and a response to it, or the parts of a whole conversation that asks it."""
+    """(turns up to the question, turns after it). `response` is an answer to the question, or a conversation with it inside."""
     _require_response(response, place)
     if response[0]["role"] == "assistant":
         return [{"role": "user", "content": question}], response
@@ -322,7 +322,7 @@ def _split_at(
 
 
 def _common_words(some: str, other: str) -> str:
-    """The beginning that two texts share, without the word in which they part and the white space before it."""
+    """The common beginning of two texts, up to the white space before the word in which they first differ."""
     pairs = zip(some, other, strict=False)
     start = some[: next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(some), len(other)))]
     return start[: max(start.rfind(" "), start.rfind("\n"), 0)]
@@ -340,4 +340,4 @@ _LAYOUTS = (
     _Layout("dpo", ("instruction", "chosen", "rejected"), ("input", "system", "history"), _alpaca_preference),
     _Layout("dpo", ("chosen", "rejected"), (), _implicit_preference),
 )
-"""The first one that a line has counts."""
+"""The first layout that matches a line is used."""

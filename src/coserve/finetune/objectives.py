@@ -1,7 +1,7 @@
-"""Objectives: from the log-probabilities of complete groups to coefficients d loss / d logprob.
+"""Training objectives: from the log-probabilities of complete groups to coefficients d loss / d logprob.
 
-An objective never sees activations: forward yields log p per label and its unscaled gradient row, the objective says how
-much of each row the loss wants. Losses are means over an optimizer batch, so each micro-batch gives its share.
+An objective never sees activations. Forward gives log p and its gradient row for each label; the objective gives the factor by
+which that row is scaled. Losses are means over an optimizer batch, and every group contributes its share.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from coserve.core import Group
 
 
 class Scored(NamedTuple):
-    """One example after forward. logprobs, weights: [its labels]; reference: sum of weighted log-probabilities under the
-    reference policy, or None."""
+    """One example after forward. logprobs, weights: [labels of the example]. reference: sum of weighted log-probabilities under
+    the reference policy, or None."""
 
     logprobs: Tensor
     weights: Tensor
@@ -26,7 +26,7 @@ class Scored(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """coefficients: per example, [its labels]; loss: this group's share of the batch's loss; metrics: shares likewise."""
+    """A group's result. coefficients: one tensor [labels] per example. loss, metrics: the group's share of the batch's."""
 
     coefficients: tuple[Tensor, ...]
     loss: float
@@ -34,20 +34,20 @@ class Outcome(NamedTuple):
 
 
 class TrainingLoss(Protocol):
-    """What a job needs of its loss."""
+    """A training objective, as a job needs it."""
 
     needs_reference: bool
 
     def normalizer(self, groups: Sequence[Group]) -> float:
-        """What an optimizer batch's sum is divided by."""
+        """The number by which the sum over an optimizer batch is divided."""
 
     def outcome(self, examples: Sequence[Scored], normalizer: float) -> Outcome:
-        """Coefficients for one complete group."""
+        """The coefficients and loss of one complete group."""
 
 
 class SupervisedObjective:
-    """Cross-entropy: the weighted mean of -log p over the label tokens of the optimizer batch (as Hugging Face's Trainer
-    counts under accumulation)."""
+    """Cross-entropy: the weighted mean of -log p over the label tokens of the optimizer batch, as Hugging Face's Trainer
+    computes it under gradient accumulation."""
 
     needs_reference = False
 

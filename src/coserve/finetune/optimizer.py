@@ -1,4 +1,4 @@
-"""AdamW on one flat tensor with float32 masters, cut into slices; learning-rate schedules; clipping."""
+"""AdamW on one flat tensor with a float32 master copy, in slices; learning-rate schedules; clipping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coserve.config.values import settled
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """The rate of step `step` (from 0), as Hugging Face's schedulers give it: warm-up starts at 0."""
+    """The learning rate of step `step`, counted from 0, as in Hugging Face's schedulers: warm-up starts at 0."""
     peak, warmup = settled(config.learning_rate), config.warmup_steps or math.ceil(num_steps * config.warmup_ratio)
     if step < warmup:
         return peak * step / warmup
@@ -29,9 +29,9 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 class FlatAdamW:
     """Decoupled AdamW (Loshchilov and Hutter 2019) over a flat parameter.
 
-    working: the adapter's tensor in the model's dtype; grad: float32 of the same length. The float32 master is the working
-    tensor itself when that is float32 (float64 in tests). PyTorch's fused kernel does the arithmetic. changed(start, end): is
-    called when elements [start, end) are new, in ascending order.
+    working: the adapter's flat tensor in the model's dtype. grad: float32, of the same length. The master is `working` itself
+    if that has grad's dtype (both are float64 in tests). changed(start, end): called after elements [start, end) were updated,
+    in ascending order. PyTorch's fused kernel does the arithmetic.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class FlatAdamW:
         self.num_updates = 0
 
     def clip(self) -> float:
-        """The gradient's global norm; scales the gradient down to `max_grad_norm`."""
+        """Scales the gradient down to a norm of at most `max_grad_norm` (0: not at all). Returns its norm before."""
         norm = float(torch.linalg.vector_norm(self.grad))
         if self.config.max_grad_norm > 0:
             self.grad.mul_(min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
         return norm
 
     def update(self, start: int, end: int, rate: float) -> None:
-        """The present update for elements [start, end); their gradient is zero afterwards."""
+        """Updates elements [start, end) and sets their gradient to zero."""
         part, config = slice(start, end), self.config
         adamw(
             [self.master[part]], [self.grad[part]], [self.exp_avg[part]], [self.exp_avg_sq[part]], [],
@@ -66,15 +66,15 @@ class FlatAdamW:
         self._changed(start, end)
 
     def _step(self) -> Tensor:
-        """The number of updates so far, made on the device: a copy of it would wait, and the kernel reads it there."""
+        """The number of updates so far, as a tensor made on the device: the kernel reads it there, and a copy would block."""
         return torch.full((), float(self.num_updates), dtype=torch.float32, device=self.master.device)
 
     def close_step(self) -> None:
-        """All elements have been updated. Comes before the next forward unit."""
+        """Ends an update. Must be called after the last `update` and before the next forward unit."""
         self.num_updates += 1
 
     def slices(self, rate: float) -> Iterator[int]:
-        """One update, a slice per turn; yields the elements done so far."""
+        """One whole update, slice by slice. Yields the number of elements updated so far."""
         total, size = self.master.numel(), self.config.slice_elements
         for start in range(0, total, size):
             end = min(start + size, total)
@@ -83,16 +83,16 @@ class FlatAdamW:
         self.close_step()
 
     def step(self, rate: float) -> None:
-        """All slices of one update; the gradient is zero afterwards."""
+        """One whole update. The gradient is zero afterwards."""
         for _ in self.slices(rate):
             pass
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds besides `num_updates`."""
+        """The tensors for a checkpoint, by name. `num_updates` is saved beside them."""
         return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     def load(self, state: dict[str, Tensor], num_updates: int) -> None:
-        """Restores `state`."""
+        """Restores what `state` returned."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self.working.copy_(self.master)

@@ -1,4 +1,4 @@
-"""Which tokens a job's data teaches as the end of an answer, so that serving can stop there."""
+"""The tokens with which a job's data ends its answers, so that serving can stop at them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from coserve.text.tokenizer import ChatTokenizer
 
 
 def taught_end_tokens(groups: Sequence[Group], tokenizer: ChatTokenizer, *, max_length: int) -> tuple[int, ...]:
-    """Token ids, ascending, that trained passages end with: special tokens, and other added tokens where most passages do.
+    """Ascending ids of tokens that end trained passages: special tokens, and added tokens that end more than half of them.
 
-    White space behind such a token may be trained too, as chat templates write it. Of a pair the chosen answer counts.
-    max_length: an example of so many tokens may have been cut, so that its last token need not be an end.
+    White space after such a token is ignored, since chat templates write some. Of a pair, only the chosen answer counts.
+    max_length: a passage that ends an example of this length is ignored, since the example may have been cut.
     """
     markers = tokenizer.marker_ids
     found: Counter[int] = Counter()
@@ -30,7 +30,7 @@ def taught_end_tokens(groups: Sequence[Group], tokenizer: ChatTokenizer, *, max_
 
 
 def _ends(example: Example, max_length: int, is_white_space: Callable[[int], bool]) -> Iterator[int]:
-    """Of every trained passage, the last token that is no white space."""
+    """The last token of every trained passage that is not white space."""
     edges = np.flatnonzero(np.diff(example.weights > 0, prepend=False, append=False))
     for start, end in edges.reshape(-1, 2).tolist():
         if end == example.num_tokens >= max_length:

@@ -1,7 +1,7 @@
-"""Messages of training data: checked one by one, in OpenAI's words (role, content) or ShareGPT's (from, value).
+"""Messages of training data, checked one by one, with OpenAI's keys (role, content) or ShareGPT's (from, value).
 
-Owns: the checks and what they say, how a system prompt is merged into the user's turn. Does not own: what a message may hold in
-principle (coserve.chat.messages), which turns are trained.
+Owns: the checks and their messages, merging system prompts into user turns. Does not own: which fields a message may have
+(coserve.chat.messages), which turns are trained.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from coserve.chat.messages import IGNORED, TOOL_ROLES, UNSUPPORTED, is_neutral, 
 from coserve.finetune.jsonlines import LineError, kind, shown
 
 Turn = Mapping[str, Any]
-"""role, content, possibly name and weight."""
+"""Keys: role, content, and optionally name and weight."""
 
 _ROLES = {
     "system": "system", "developer": "developer", "user": "user", "assistant": "assistant",
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
 }
-"""{accepted role: the chat template's}; the first four are OpenAI's words, the others ShareGPT's."""
+"""{accepted role: the chat template's role}. The first four are OpenAI's names, the others ShareGPT's."""
 _OPENAI_ROLES = 4
 _TOOL_ROLES = (*TOOL_ROLES, "function_call", "observation")
 _KEYS = ("role", "content", "name", "weight")
 _SHAREGPT_KEYS = ("from", "value", "name", "weight")
 _MAX_TURNS = 2048
-"""Messages of one example. The time to find its trained tokens grows with the square of this."""
+"""The most messages of one example. The time to find its trained tokens grows with the square of their number."""
 
 
 def read_turns(value: object, place: str, *, keep_developer: bool) -> list[Turn]:
-    """A checked list of messages. keep_developer: whether the chat template has that role; else it's the system's.
+    """A checked list of messages. keep_developer: whether the chat template has the role developer; else it becomes system.
 
-    Raises LineError, and InvalidRequest for a content's part.
+    Raises LineError, and InvalidRequest for a bad part of a content list.
     """
     if not isinstance(value, list):
         raise LineError(place, f"a list of messages is expected, got {kind(value)}")
@@ -43,7 +43,7 @@ def read_turns(value: object, place: str, *, keep_developer: bool) -> list[Turn]
 
 
 def read_text(value: object, place: str) -> str:
-    """Raises LineError unless the value is a string that UTF-8 can write."""
+    """The value as a string. Raises LineError if it is none, or can't be encoded as UTF-8."""
     if not isinstance(value, str):
         raise LineError(place, f"a string is expected, got {kind(value)}")
     try:
@@ -54,12 +54,12 @@ def read_text(value: object, place: str) -> str:
 
 
 def same_turns(some: Sequence[Turn], others: Sequence[Turn]) -> bool:
-    """Whether they say the same, whatever is trained of them."""
+    """Whether two lists of messages are equal, weights apart."""
     return [{**turn, "weight": None} for turn in some] == [{**turn, "weight": None} for turn in others]
 
 
 def merge_system(turns: Sequence[Turn], place: str) -> list[Turn]:
-    """System messages put before the text of the next user turn, an empty line between. Raises LineError if none follows."""
+    """Puts system messages before the next user turn's text, an empty line between. Raises LineError if none follows."""
     merged: list[Turn] = []
     waiting: list[str] = []
     for turn in turns:
@@ -115,7 +115,7 @@ def _role(message: Mapping[str, Any], key: str, place: str) -> str:
 
 
 def _content(value: object, place: str) -> str:
-    """A text, or text in parts."""
+    """A message's text, given as a string or in parts."""
     if isinstance(value, list) and value:
         value = join_parts(value, place)
     return read_text(value, place)

@@ -1,4 +1,4 @@
-"""How much memory a finetuning job needs, counted from its plan, how much there is, and the plan that fits into it."""
+"""How much memory a finetuning job needs under a plan, and the choice of a plan that fits into the memory there is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WORK_ALIGN = 64
 
 
 def split_bytes(arch: Architecture, plan: ModelPlan, itemsize: int) -> int:
-    """Bytes that the packed layout adds for linears of a merged matrix that a plan also multiplies by alone."""
+    """Bytes that the packed layout adds for linears of a merged matrix (as qkv_proj) that a plan also multiplies by alone."""
     shapes = linear_shapes(arch)
     parts = {site for sites in MERGED.values() for site in sites}
     total = 0
@@ -39,7 +39,7 @@ def split_bytes(arch: Architecture, plan: ModelPlan, itemsize: int) -> int:
 
 
 def shape_adapter(arch: Architecture, config: AdapterConfig) -> Adapter:
-    """An adapter without memory, for planning."""
+    """An adapter on the meta device, for planning: it has shapes and takes no memory."""
     return empty_adapter(arch, config, dtype=torch.float32, device=torch.device("meta"))
 
 
@@ -47,8 +47,8 @@ def training_bytes(
     arch: Architecture, plan: ModelPlan, num_parameters: int, *, microbatch_tokens: int, window_tokens: int, itemsize: int,
     packed: bool = False, one_copy: bool = False,
 ) -> dict[str, int]:
-    """Bytes by purpose for one job whose largest micro-batch has `microbatch_tokens` tokens. packed: as in `load_weights`;
-    one_copy: whether of packed matrices each is held once."""
+    """Bytes by purpose for one job whose largest micro-batch has `microbatch_tokens` tokens. packed: whether frozen matrices
+    have a packed layout, as in `load_weights`. one_copy: whether each of those is held once instead of once per product."""
     wide = max(itemsize, 4)
     window = min(window_tokens, microbatch_tokens)
     head = min(head_rows(arch.vocab_size, itemsize), window) * arch.vocab_size * itemsize
@@ -70,14 +70,15 @@ def training_bytes(
 
 
 class Workload(NamedTuple):
-    """What a plan is chosen for: tokens of the largest micro-batch, tokens of the sequence that a token sees on average."""
+    """What a plan is chosen for. num_tokens: of the largest micro-batch. sequence_length: of the example that an average token
+    lies in, which sets attention's FLOPs."""
 
     num_tokens: int
     sequence_length: int
 
     @classmethod
     def of(cls, groups: Sequence[Group], batch_size: int, max_microbatch_tokens: int) -> Workload:
-        """Of a job's groups."""
+        """The workload of a job's groups, `batch_size` of them per optimizer step."""
         largest = sorted((group.num_tokens for group in groups), reverse=True)[:batch_size]
         lengths = [example.num_tokens for group in groups for example in group.examples]
         squares = sum(length * length for length in lengths)
@@ -85,7 +86,7 @@ class Workload(NamedTuple):
 
 
 class FittedPlan(NamedTuple):
-    """A plan, and what its largest micro-batch of `num_tokens` tokens takes in flight: kept values, hidden rows, gradients."""
+    """A plan, and the bytes that its largest micro-batch, of `num_tokens` tokens, takes in flight."""
 
     plan: ModelPlan
     num_tokens: int
@@ -102,10 +103,9 @@ class FittedPlan(NamedTuple):
 
 
 class JobPlans:
-    """The plans among which a job's is chosen. They differ in what is kept from forward to backward, and so in memory and in
-    FLOPs.
+    """The plans to choose a job's from. They differ in what is kept from forward to backward, and so in memory and FLOPs.
 
-    compression: of kept values, as FinetuneConfig's activation_compression. itemsize: bytes per element of the model.
+    itemsize: bytes per element of the model. compression: of kept values, as FinetuneConfig's activation_compression.
     """
 
     def __init__(
@@ -118,20 +118,20 @@ class JobPlans:
         )
 
     def in_flight(self, plan: ModelPlan) -> int:
-        """Bytes that a plan's largest micro-batch takes in flight."""
+        """Bytes that the largest micro-batch takes in flight: kept values, hidden rows and gradients."""
         return microbatch_layout(plan, self.num_tokens, self._arch, self._itemsize, forward_only=False).total
 
     def fastest(self) -> FittedPlan:
-        """The plan with the fewest FLOPs, whatever memory it takes."""
+        """The plan with the fewest FLOPs, whatever memory it takes. It runs no matrix product again."""
         return self._fitted(self._plans.plan(None))
 
     def fit(self, limit: float, cost: Callable[[ModelPlan], float] | None = None) -> FittedPlan:
-        """The plan with the fewest FLOPs that costs at most `limit` bytes; if none does, the one that costs least. cost: of a
-        plan, in bytes; default: what it takes in flight."""
+        """The plan with the fewest FLOPs that costs at most `limit` bytes; if there is none, the one that costs least. cost:
+        maps a plan to bytes; default `in_flight`."""
         return self._fitted(choose_plan(self._plans, limit, cost or self.in_flight))
 
     def asked(self, config: FinetuneConfig) -> FittedPlan:
-        """The plan for a job's `activation_memory`, whatever memory there is. Raises CapacityError if no plan meets it."""
+        """The plan for a job's `activation_memory`, without regard to free memory. Raises CapacityError if no plan meets it."""
         limit, most = read_memory(config.activation_memory), self.fastest()
         if limit is None:
             return most
@@ -148,13 +148,13 @@ class JobPlans:
     def for_job(
         self, config: FinetuneConfig, limit: float | None, cost: Callable[[ModelPlan], float] | None = None
     ) -> FittedPlan:
-        """The plan for a job's settings where `limit` bytes are free (None: nobody can tell). A deterministic job's depends on
-        its settings only, so that a resumed one has the same. The caller refuses a plan that costs more. cost: as for `fit`."""
+        """The plan for a job's settings if `limit` bytes are free (None: unknown). If no plan fits it costs more, which the
+        caller checks. A deterministic job's plan depends on its settings alone, so that it stays the same on a resume."""
         asked = self.asked(config)
         cost = cost or self.in_flight
         if limit is None or config.deterministic or cost(asked.plan) <= limit:
             return asked
-        # What is in flight stays within what was asked for, even where a plan that keeps more would cost less otherwise.
+        # A plan that takes more in flight than was asked for is excluded, even if its total cost is less.
         return self.fit(limit, lambda plan: cost(plan) if self.in_flight(plan) <= asked.num_bytes else math.inf)
 
     def _fitted(self, plan: ModelPlan) -> FittedPlan:
@@ -162,8 +162,8 @@ class JobPlans:
 
 
 def choose_plan(plans: TrainingPlans, limit: float, cost: Callable[[ModelPlan], float]) -> ModelPlan:
-    """The plan with the fewest FLOPs that costs at most `limit` bytes: between the first point of the frontier that does and
-    the last before it that doesn't. If no point does, the one that costs least."""
+    """The plan with the fewest FLOPs that costs at most `limit` bytes; if no point of the frontier does, the point that costs
+    least. It is searched for between the first point that fits and the one before, which doesn't."""
     frontier = [plans.plan(None), *(plans.plan(point.arena_bytes) for point in plans.frontier()[1:])]
     fitting = next((number for number, point in enumerate(frontier) if cost(point) <= limit), None)
     if fitting is None:
@@ -181,7 +181,7 @@ def choose_plan(plans: TrainingPlans, limit: float, cost: Callable[[ModelPlan], 
 
 
 def require_memory(needed: Mapping[str, int], available: int | None) -> None:
-    """Raises CapacityError with every part of the sum if the device has too little."""
+    """Raises CapacityError, listing all parts, if the sum of `needed` is over `available` bytes (None: unknown)."""
     total = sum(needed.values())
     if available is None or total <= available:
         return

@@ -1,7 +1,7 @@
-"""Peak memory of training, stage by stage of the compiler and along the curve of memory against recomputation.
+"""Peak memory of training: after each stage of the compiler, and along the curve of memory against recomputation.
 
-Owns: what a stage is, how a total is made of parts, and the choice of a plan for a total. Does not own: the parts
-(budget.py counts what the engine really takes) or the choices (compiler/rematerialize.py).
+Owns: the stages, the parts of a total, and the choice of a plan for a total. Does not own: what the engine takes (budget.py),
+or what may be kept or run again (compiler/rematerialize.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STAGES: Mapping[str, str] = {
     "compress": "kept values in fewer bytes",
     _IN_WINDOWS: "one window's transients instead of a micro-batch's",
 }
-"""Name -> what the stage is left with, in order. A stage's window is the whole micro-batch before the last one."""
+"""Stage -> what it leaves in memory, in order. In all stages but the last a window is the whole micro-batch."""
 
 _COMPRESSED: Mapping[Compression, str] = {
     "none": "as before: not asked for", "lossless": "bits where only signs are read",
@@ -38,12 +38,13 @@ _COMPRESSED: Mapping[Compression, str] = {
 }
 
 PARTS = ("kept activations", "gradients", "workspace", "loss")
-"""What a total is the sum of. gradients: of the residual stream, with its parked rows, and of one layer's keys and values."""
+"""The parts of a total. gradients: of the residual stream, its parked rows, and of one layer's keys and values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A micro-batch of `num_tokens` tokens in sequences of `sequence_length`, trained in windows of `window_tokens`."""
+    """A micro-batch of `num_tokens` tokens in sequences of `sequence_length`, trained in windows of `window_tokens`. itemsize:
+    bytes per element of the model. num_parameters: of the adapter."""
 
     arch: Architecture
     itemsize: int
@@ -51,10 +52,9 @@ class Shape:
     sequence_length: int
     window_tokens: int
     num_parameters: int
-    """Of the adapter."""
 
     def parts(self, plan: ModelPlan, window_tokens: int) -> dict[str, int]:
-        """Bytes at the peak by purpose, as PARTS."""
+        """Bytes at the peak, by the names of PARTS."""
         layout = microbatch_layout(plan, self.num_tokens, self.arch, self.itemsize, forward_only=False)
         return {
             "kept activations": layout.arena, "gradients": layout.total - layout.arena,
@@ -63,11 +63,11 @@ class Shape:
         }
 
     def total(self, plan: ModelPlan) -> int:
-        """Bytes at the peak in windows of `window_tokens`."""
+        """Bytes at the peak in windows of `self.window_tokens`: the sum of the parts."""
         return sum(self.parts(plan, self.window_tokens).values())
 
     def apart(self, plan: ModelPlan) -> dict[str, int]:
-        """What lies in memory beside a total: the backbone, and the adapter with its gradient, master and AdamW's state."""
+        """Bytes that no total includes: the backbone, and the adapter with its gradient, master and AdamW's state."""
         held = self._accounted(plan, self.window_tokens)
         return {name: held[name] for name in ("weights", "adapter and optimizer")}
 
@@ -80,8 +80,8 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """bytes_per_token: kept from forward to backward, all layers. parts: bytes at the peak by purpose. extra_flops_ratio: of
-    matrix products run again, over forward and backward."""
+    """bytes_per_token: kept from forward to backward, all layers. parts: bytes at the peak, by the names of PARTS.
+    extra_flops_ratio: FLOPs of matrix products run again, relative to forward and backward."""
 
     name: str
     note: str
@@ -96,7 +96,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurvePoint:
-    """One plan of the curve, in windows."""
+    """One plan of the curve; the total is in windows of `Shape.window_tokens`."""
 
     bytes_per_token: int
     total_bytes: int
@@ -105,9 +105,9 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """plan: the one that was asked for. in_flight_bytes: what its micro-batch takes of the pool, which is the limit that a job
-    is given (`activation_memory`). apart: bytes beside every total. checkpointing_flops_ratio: forward run again, over
-    forward and backward, which is what gradient checkpointing costs."""
+    """plan: the plan for the limit. in_flight_bytes: what its micro-batch takes of the pool, which is what `activation_memory`
+    limits. apart: as `Shape.apart`. checkpointing_flops_ratio: what gradient checkpointing would cost: one more forward,
+    relative to forward and backward."""
 
     plan: ModelPlan
     stages: tuple[Stage, ...]
@@ -122,15 +122,15 @@ class Estimate:
 
 
 def loss_bytes(arch: Architecture, window_tokens: int, itemsize: int) -> int:
-    """What the loss head takes beside the workspace: hidden and gradient rows of a window of labels, and for a chunk of them
-    four tensors of rows; for a dtype below 4 bytes also the logits in float32 and their gradient."""
+    """Bytes of the loss head beyond the workspace: hidden and gradient rows of a window of labels, and four tensors of rows for
+    a chunk of them. A dtype below 4 bytes adds the chunk's logits in float32 and their gradient."""
     rows = min(head_rows(arch.vocab_size, itemsize), window_tokens)
     streams = (2 * window_tokens + 4 * rows) * arch.hidden_size * itemsize
     return streams + (rows * arch.vocab_size * (4 + itemsize) if itemsize < 4 else 0)
 
 
 def keep_everything(arch: Architecture, plan: ModelPlan, itemsize: int) -> ModelPlan:
-    """The same training with everything kept that the pruned backward reads: nothing is made again."""
+    """The same training, but every value that the pruned backward reads is kept, and nothing is computed again."""
     cache: dict[int, LayerPlan] = {}
     for layer in plan.layers:
         if id(layer.joint) not in cache:
@@ -148,11 +148,11 @@ def estimate(
     shape: Shape, bypasses: Sequence[LayerBypass], limit: float | None, num_points: int = 25,
     compression: Compression = "lossless",
 ) -> Estimate:
-    """All stages and the curve of memory against recomputation.
+    """Memory after every stage, and the curve of memory against recomputation.
 
-    limit: what the whole may take in windows: bytes, or below 1 a share of the fastest plan's total. With None no matrix
-    product is run again. Stages before `compress` show the plan for the same limit without compression. If no plan without
-    compression fits, they show the smallest. Raises CapacityError if no plan fits with compression.
+    limit: of the total in windows, in bytes; below 1, a share of the fastest plan's total. With None no matrix product is run
+    again. Stages before `compress` show the plan for the same limit without compression, or the smallest if none fits. Raises
+    CapacityError if no plan fits with compression.
     """
 
     def planned(how: Compression) -> TrainingPlans:

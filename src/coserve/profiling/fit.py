@@ -1,5 +1,5 @@
-"""From a short profile to a latency model. Owns: which iterations are worth timing, the fit, the profile's file. Does not own:
-running them (measure.py), or the law that is fitted (scheduler/latency.py)."""
+"""From a short profile to a latency model. Owns: the choice of iterations to time, the fit, the profile's file. Does not own:
+running the iterations (measure.py), the law that is fitted (scheduler/latency.py)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from coserve.durable import write_file
 from coserve.scheduler.latency import TERMS, Coefficient, LatencyModel
 
 ProfilePoint = tuple[Contents, float]
-"""What an iteration held, and the seconds that it took."""
+"""What an iteration held, and how many seconds it took."""
 
 
 class _Pass(NamedTuple):
-    """An inference pass to time. context: tokens per decode row; prompt, example: length of each prefilled and fused sequence;
-    every_logit: of all prompt rows, not of each prompt's last; labels: whether fused rows have them."""
+    """An inference pass to time. decode, prefill, fused: rows. context: tokens per decode row. prompt, example: length of each
+    prefilled and each fused sequence. every_logit: logits of all prompt rows. labels: whether fused rows have them."""
 
     decode: int = 0
     context: int = 64
@@ -36,7 +36,7 @@ class _Pass(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """A unit to time; example: length of each sequence in the window."""
+    """A unit to time. example: length of each sequence in the window."""
 
     rows: int
     layers: int
@@ -56,28 +56,29 @@ _WINDOWS = (
     _Window(32, 1, 32), _Window(32, 4, 32), _Window(64, 2, 64), _Window(128, 4, 128), _Window(256, 2, 256),
     _Window(512, 1, 512), _Window(512, 4, 64), _Window(1024, 2, 128), _Window(2048, 1, 2048),
 )
-"""Long and short examples in windows of like size tell rows from attention; many and few layers tell layers from units."""
+"""Long and short examples in windows of like size separate the cost of rows from attention's. Many and few layers separate the
+cost per layer from the cost per unit."""
 
 _NEEDED_PASSES = (
     _Pass(decode=1), _Pass(decode=8, context=512), _Pass(decode=32), _Pass(prefill=32), _Pass(prefill=64, every_logit=True),
     _Pass(decode=8, fused=32, labels=True, adapters=1),
 )
 _LONG_ROWS = 128
-"""Rows of a pass from which on the products take most of its time, rather than reading the weights."""
+"""The fewest rows for which a pass is bound by arithmetic instead of by reading the weights."""
 _NEEDED_WINDOWS = (_Window(32, 1, 32), _Window(128, 4, 128), _Window(512, 1, 512), _Window(2048, 1, 2048))
 
 
 def sequence_length(rows: int, pairs: int) -> int:
-    """Length of each of the whole, equally long sequences that `rows` of a profile point consist of: n tokens that start a
-    context have n (n + 1) / 2 query-key pairs."""
+    """The length of the sequences in a profile point of whole, equally long sequences with `rows` rows and `pairs` query-key
+    pairs in all. A sequence of n tokens has n (n + 1) / 2 pairs."""
     return 2 * pairs // rows - 1
 
 
 def profile_points(num_layers: int, max_rows: int) -> list[Contents]:
-    """The iterations to time, each more than once, in an order that may be changed; at most 45.
+    """The iterations to time, at most 45. Their order doesn't matter.
 
-    Rows and layers stay within the given limits. Prefilled, fused and unit rows are whole sequences of one length
-    (`sequence_length`); decode rows have equal contexts; units with labels end at the top layer.
+    No point has more rows or layers than the given limits. The rows of prompts, of fused windows and of units are whole
+    sequences of one length (`sequence_length`). Decode rows have equal contexts. Units with labels end at the top layer.
     """
     passes = [_pass_cost(spec, max_rows) for spec in _PASSES]
     decode = _pass_cost(_Pass(decode=8), max_rows)
@@ -88,7 +89,7 @@ def profile_points(num_layers: int, max_rows: int) -> list[Contents]:
         *(Contents(None, (unit,), 0) for unit in (*forward, *backward)),
         Contents(None, (top._replace(labels=top.rows),), 0),
         *(Contents(None, (), elements) for elements in (100_000, 1_000_000)),
-        # Together: what is paid once per iteration, and what for each part.
+        # Iterations of two parts separate the cost per iteration from the cost per part.
         Contents(decode, (backward[4],), 0),
         Contents(None, (forward[2], backward[2]), 0),
     ]
@@ -96,7 +97,7 @@ def profile_points(num_layers: int, max_rows: int) -> list[Contents]:
 
 
 def needed_points(num_layers: int, max_rows: int) -> list[Contents]:
-    """Those of `profile_points` that a fit can't do without: few rows or few layers, and yet every feature of the law."""
+    """The points of `profile_points` that a fit needs: each has few rows or few layers; together they have all features."""
     units = [_unit_cost(spec, back, num_layers, max_rows) for back in (False, True) for spec in _NEEDED_WINDOWS]
     needed = {
         *(Contents(_pass_cost(spec, max_rows), (), 0) for spec in _NEEDED_PASSES),
@@ -109,9 +110,8 @@ def needed_points(num_layers: int, max_rows: int) -> list[Contents]:
 
 
 def by_layer(point: Contents, samples: Sequence[ProfilePoint], num_layers: int) -> ProfilePoint | None:
-    """A long pass that was not timed, from what is known of one layer: its prefilled or fused rows take what a forward unit of
-    the same rows takes per layer, beside what its decode rows take alone. None for other points, and where these are not known.
-    """
+    """Estimates the time of a long pass that was not measured: the time per layer of a forward unit with the same rows, times
+    `num_layers`, plus the time of its decode rows alone. None for other points, or if either is not among `samples`."""
     cost = point.inference
     if cost is None or point.units or point.optimizer_elements or cost.fused_labels:
         return None
@@ -131,13 +131,13 @@ def by_layer(point: Contents, samples: Sequence[ProfilePoint], num_layers: int) 
 
 
 def row_layers(contents: Contents, num_layers: int) -> int:
-    """Rows times layers: what an iteration's time grows with."""
+    """Rows times layers, summed over an iteration's parts. Its time grows with this."""
     rows = 0 if contents.inference is None else contents.inference.rows * num_layers
     return rows + sum(unit.rows * unit.layers for unit in contents.units)
 
 
 def _whole(rows: int, length: int, limit: int) -> tuple[int, int]:
-    """(rows, query-key pairs) of as many whole sequences as fit."""
+    """(rows, query-key pairs) of as many sequences of `length` as fit into `rows` and into `limit`."""
     rows = max(0, min(rows, limit))
     length = min(length, rows)
     count = rows // length if rows else 0
@@ -163,17 +163,17 @@ def _unit_cost(spec: _Window, backward: bool, num_layers: int, max_rows: int) ->
 
 
 _SMOOTHNESS = 2e-3
-"""Pulls the slopes of neighbouring pieces together: a piece that no sample reaches goes on like the one below it, and one that
-is hardly reached can't run away; data overrules it."""
+"""Weight that pulls the slopes of neighbouring pieces together. A piece that no sample reaches gets the slope of the piece
+below; one that few samples reach can't get an extreme slope. The weight is small, so that data outweighs it."""
 _RIDGE = 1e-4
-"""Splits a cost between features that always come together."""
+"""Weight of the ridge penalty, which splits a cost between features that always come together."""
 _TOLERATED_ERROR = 0.1
 _REWEIGHTINGS = 5
-"""Samples further off than the tolerated relative error count less, in a few rounds: a stall in a profile must not bend it."""
+"""Rounds of fitting. Samples with more than the tolerated relative error lose weight, so that a stall hardly alters the fit."""
 
 _SUBSTITUTES: tuple[tuple[str, str, str, str, float], ...] = (
     ("inference", "fused_pairs", "inference", "prefill_pairs", 1.0),
-    ("inference", "fused_rows", "inference", "rows", 0.25),  # they are rows of the pass, and write their kept values
+    ("inference", "fused_rows", "inference", "rows", 0.25),  # beside their cost as rows, for writing their kept values
     ("inference", "fused_labels", "forward", "labels", 1.0),
     ("forward", "labels", "inference", "fused_labels", 1.0),
     ("forward", "labels", "inference", "head_rows", 2.0),  # logits and their gradient
@@ -181,14 +181,14 @@ _SUBSTITUTES: tuple[tuple[str, str, str, str, float], ...] = (
     *(("backward", field, "forward", field, 2.0) for field in ("once", "layers", "rows", "pairs")),
     *(("forward", field, "backward", field, 0.5) for field in ("once", "layers", "rows", "pairs")),
 )
-"""(group, field) that no sample held costs like another (group, field) times a factor: in this order, where the other is known.
-What has no known substitute costs nothing."""
+"""(group, field, other group, other field, factor): if no sample has a field, its cost is that of the other field times the
+factor. Rows apply in order; one whose other field is unknown is skipped. A field without any known substitute costs nothing."""
 
 
 def fit(samples: Sequence[ProfilePoint]) -> LatencyModel:
-    """The non-negative coefficients of least squared relative error.
+    """The latency model with non-negative coefficients and the least squared relative error.
 
-    samples: at least one, of positive seconds. Features that no sample holds take a substitute's coefficient, or 0.
+    samples: at least one, with positive seconds. A feature that no sample has gets a substitute's coefficient, or 0.
     """
     assert samples and all(seconds > 0 for _, seconds in samples)
     names = [(group, term.field, knot) for group, terms in TERMS.items() for term in terms for knot in term.knots]
@@ -218,7 +218,7 @@ def fit(samples: Sequence[ProfilePoint]) -> LatencyModel:
 
 
 def _features(contents: Contents) -> list[float]:
-    """Amounts in the order of TERMS' pieces."""
+    """The amounts of an iteration in every piece of every term, in the order of TERMS."""
     elements = contents.optimizer_elements
     costs: dict[str, list[dict[str, int]]] = {
         "iteration": [{}],
@@ -239,7 +239,7 @@ def _features(contents: Contents) -> list[float]:
 
 
 def _substitute(coefficients: dict[Coefficient, float], known: set[tuple[str, str]]) -> None:
-    """Fills in coefficients of the terms that are not known. A term of one piece takes the other's last slope."""
+    """Sets the coefficients of unknown terms by _SUBSTITUTES. If the pieces differ, all get the other term's last slope."""
     knots = {(group, term.field): term.knots for group, terms in TERMS.items() for term in terms}
     for group, field, other_group, other_field, factor in _SUBSTITUTES:
         target, source = (group, field), (other_group, other_field)
@@ -252,15 +252,15 @@ def _substitute(coefficients: dict[Coefficient, float], known: set[tuple[str, st
 
 
 def non_negative_least_squares(matrix_MN: np.ndarray, target_M: np.ndarray) -> np.ndarray:
-    """argmin |matrix x - target| over x >= 0, [N], by Lawson and Hanson's active sets (Solving Least Squares Problems, 1974,
-    chapter 23). Columns of zeros get 0."""
+    """The x >= 0, [N], that minimizes |matrix x - target|, by Lawson and Hanson's active-set method (Solving Least Squares
+    Problems, 1974, chapter 23). Columns of zeros get 0."""
     scale_N = np.linalg.norm(matrix_MN, axis=0)
     scale_N[scale_N == 0] = 1.0
     scaled_MN = matrix_MN / scale_N
     num_columns = scaled_MN.shape[1]
     solution_N, free_N = np.zeros(num_columns), np.zeros(num_columns, dtype=bool)
     tolerance = 1e-10 * max(1.0, float(np.linalg.norm(target_M)))
-    for _ in range(10 * num_columns):  # it ends by itself; the bound is for rounding errors that make it run in circles
+    for _ in range(10 * num_columns):  # the method ends by itself; the bound is there in case rounding makes it cycle
         gradient_N = np.where(free_N, -np.inf, scaled_MN.T @ (target_M - scaled_MN @ solution_N))
         if gradient_N.max() <= tolerance:
             break
@@ -282,11 +282,11 @@ def non_negative_least_squares(matrix_MN: np.ndarray, target_M: np.ndarray) -> n
 
 _VERSION = 2
 _PROFILED = UnitCost._fields[:5]
-"""All but `recompute_fraction`: nothing is run again while a machine is measured."""
+"""All fields but `recompute_fraction`, which is 0 in every measured unit."""
 
 
 def save_profile(path: Path, key: str, samples: Sequence[ProfilePoint]) -> None:
-    """Writes a profile in one piece. key: whatever makes timings comparable: model, device, dtype, threads. Raises OSError."""
+    """Writes a profile atomically. key: names what timings depend on: model, device, dtype, threads. Raises OSError."""
     data = {"version": _VERSION, "key": key, "samples": [
         {
             "inference": None if contents.inference is None else contents.inference._asdict(),
@@ -300,7 +300,7 @@ def save_profile(path: Path, key: str, samples: Sequence[ProfilePoint]) -> None:
 
 
 def load_profile(path: Path, key: str) -> list[ProfilePoint] | None:
-    """The samples of a profile; None where there is none for this key that can be read. Never raises."""
+    """The samples of a profile. None if there is no readable one with this key. Never raises."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["version"] != _VERSION or data["key"] != key:
@@ -311,7 +311,7 @@ def load_profile(path: Path, key: str) -> list[ProfilePoint] | None:
 
 
 def _read_sample(item: Any) -> ProfilePoint:
-    """Raises one of load_profile's errors on anything that save_profile doesn't write."""
+    """One sample. Raises an error that load_profile catches if it isn't as save_profile writes it."""
     inference = None if item["inference"] is None else PassCost(**item["inference"])
     units = tuple(UnitCost(*(unit[name] for name in _PROFILED)) for unit in item["units"])
     elements, seconds = item["optimizer_elements"], item["seconds"]

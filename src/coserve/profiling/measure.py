@@ -1,6 +1,6 @@
-"""Measures what rows and units cost on this machine, once: the latency model's profile, cached per model, device and threads.
+"""Measures what rows and units cost on this machine, once. The profile is cached under `profile_key`.
 
-Every point runs as it would in an iteration, on memory that is taken from the engine's pool and given back.
+Every point runs as in an iteration, on memory that is borrowed from the engine's pool.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.prefix import PrefixKey
 
 SHORT_S, LONG_S = 0.05, 0.25
-"""Points are run twice; shorter ones three times, of which the first is not counted, longer ones once."""
+"""Seconds. Points below SHORT_S are run three times, of which the first doesn't count; from LONG_S on once; others twice."""
 LIMIT_S = 20.0
-"""After so many seconds no point is begun that the fit can do without."""
+"""Seconds after which only points that the fit needs are still measured."""
 CHECK_POINTS = 3
 STALE = 1.5
-"""A kept profile so many times slower than the machine is now was measured while it was busy. (One that is faster is kept: a
-machine that is busy now is the online correction's business.)"""
+"""A cached profile that is this many times slower than the machine is now was measured on a busy machine, and is discarded. One
+that is faster is kept: if the machine is busy now, the online correction handles that."""
 _OWNER = "profile"
 _KEY = PrefixKey("", None, -1)
 
 
 def profile_key(passes: PassExecutor, fingerprint: str) -> str:
-    """What a profile holds for: model, device, dtype, layout of the weights, kernels, threads, versions."""
+    """What a profile depends on: model, device, dtype, layout of the weights, kernels, threads, PyTorch's version."""
     weights = passes.weights
     kind = f"{weights.device.type} {device_name(weights.device)} {weights.dtype} {weights.layout}"
     if (kernels := kernels_identity(weights.norm)) is not None:
@@ -65,7 +65,7 @@ def latency_model(
     passes: PassExecutor, train: TrainExecutor, blocks: BlockPool, config: SchedulerConfig, fingerprint: str,
     report: Callable[[str], None],
 ) -> LatencyModel:
-    """The model of this machine, from the cache or measured now."""
+    """The latency model of this machine, from the cache or measured now. report: called with lines for the log."""
     key = profile_key(passes, fingerprint)
     path = cache_directory() / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     samples, profiler = load_profile(path, key), Profiler(passes, train, blocks)
@@ -85,7 +85,7 @@ def latency_model(
 
 
 class Profiler:
-    """Runs profile points."""
+    """Times profile points on the device."""
 
     def __init__(self, passes: PassExecutor, train: TrainExecutor, blocks: BlockPool) -> None:
         self.passes, self.train, self.blocks = passes, train, blocks
@@ -96,8 +96,8 @@ class Profiler:
 
     @torch.no_grad()
     def measure(self, max_rows: int, limit_s: float = LIMIT_S) -> list[ProfilePoint]:
-        """All points that the pool has room for and the limit has time for; those that a fit needs whatever the limit. Long
-        passes that are left out follow from what one layer takes."""
+        """Measures the points for which the pool has room: those that a fit needs, then others while they should end within
+        `limit_s` seconds. Long passes that are left out are estimated from one layer (`by_layer`)."""
         layers, rows = self.arch.num_layers, min(max_rows, self.arch.max_position_embeddings)
         self.train.prepare(self.plan)
         self._run(Contents(PassCost(1, 1, 1, 1, 0, 0, 0, 0, 0), (), 0))  # the output head is laid out at its first use
@@ -112,7 +112,7 @@ class Profiler:
         return samples + [sample for sample in left if sample is not None]
 
     def _expected(self, point: Contents, samples: Sequence[ProfilePoint]) -> float:
-        """Seconds that a point may take, by the samples that hold at least half as much, or by the largest."""
+        """An upper estimate of a point's seconds, from the samples at least half as large, or else from the largest."""
         layers = self.arch.num_layers
         size = row_layers(point, layers)
         like = [(row_layers(contents, layers), seconds) for contents, seconds in samples]
@@ -121,7 +121,7 @@ class Profiler:
 
     @torch.no_grad()
     def slowdown(self, samples: Sequence[ProfilePoint]) -> float:
-        """How many times slower the samples are than the same points now, by a few inference passes; 1 if none can be run."""
+        """How many times slower the samples are than the machine now, measured on a few inference passes; 1 if none can run."""
         kept: dict[Contents, float] = {}
         for point, seconds in samples:
             cost = point.inference
@@ -135,7 +135,7 @@ class Profiler:
 
     @staticmethod
     def _without_adapters(point: Contents) -> Contents:
-        """Requests' adapters are not profiled: the online correction sees them."""
+        """A point without request adapters, which are not measured: the online correction covers their cost."""
         if point.inference is None:
             return point
         return point._replace(inference=point.inference._replace(adapter_segments=0))
@@ -156,7 +156,7 @@ class Profiler:
                 times = [times[1], self._time(actions)]
             return [(point, seconds) for seconds in times]
         except CapacityError:
-            return []  # the pool is too small for this point, so nothing like it will run
+            return []  # the pool is too small for this point, so no iteration will be like it
         finally:
             for arena in arenas:
                 self.blocks.release_arena(arena)
@@ -176,7 +176,7 @@ class Profiler:
         return self.passes.pool.arena(arena.first, arena.end)
 
     def _flight(self, rows: int, pairs: int, labels: int, arenas: list[ArenaBlocks]) -> InFlight:
-        """A micro-batch whose first `rows` rows are whole sequences with so many query-key pairs and labels."""
+        """A micro-batch of whole sequences with `rows` rows, `pairs` query-key pairs and `labels` labels in all."""
         length = max(2, sequence_length(rows, pairs))
         rng = np.random.default_rng(0)
         examples, left = [], labels

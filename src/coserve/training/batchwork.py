@@ -1,9 +1,9 @@
-"""One optimizer batch, or one validation, as micro-batches that may be in flight side by side.
+"""One optimizer batch, or one validation, as micro-batches of which several may be in flight.
 
     groups --pack--> micro-batches --begin--> forward units --answer--> backward units --close--> the batch's loss
 
-Who runs the units, and in which order, is the caller's: `AdapterTrainer` sweeps through one micro-batch at a time, the engine's
-scheduler takes them as they fit. A DPO batch begins with forward-only micro-batches of the reference policy.
+The caller runs the units: `AdapterTrainer` sweeps through one micro-batch after another, the engine's scheduler picks units as
+they fit. A DPO batch begins with forward-only micro-batches of the reference policy.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from coserve.runtime.transfer import to_device
 
 
 class ReferenceSums:
-    """Summed log-probabilities under a job's reference policy, one per example of a group, remembered from batch to batch.
+    """Summed log-probabilities under a job's reference policy, one per example of a group. They are kept for the whole job.
 
-    They are found by what the group holds, its tokens and loss weights, since a sum depends on nothing else. Its place in a
-    file would not do: training and validation data share this memory.
+    The key of a group is a digest of its tokens and loss weights, on which alone the sums depend. Its index would not do, since
+    training and validation groups are stored together.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class ReferenceSums:
 
     @staticmethod
     def key(group: Group) -> bytes:
-        """Names a group by its content."""
+        """The digest of a group's tokens and loss weights."""
         digest = hashlib.sha256()
         for example in group.examples:
             digest.update(example.num_tokens.to_bytes(8, "little"))
@@ -59,12 +59,12 @@ class ReferenceSums:
         return self._sums[key]
 
     def remember(self, key: bytes, sums: Sequence[float]) -> None:
-        """The sums of a group's examples, in their order."""
+        """Stores the sums of a group's examples, in their order."""
         self._sums[key] = tuple(sums)
 
 
 class BatchSource(Protocol):
-    """What a batch needs of its job's trainer."""
+    """What a batch needs of its trainer. scoring, reference_scoring: forward-only plans of the policy and of the reference."""
 
     config: FinetuneConfig
     objective: TrainingLoss
@@ -79,8 +79,8 @@ class BatchSource(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Microbatch:
-    """One micro-batch. keys: its groups' in ReferenceSums, where the objective needs a reference. is_reference: it only scores
-    the reference policy. deterministic: its units' sums have one order. state: None until it has memory."""
+    """One micro-batch. keys: of its groups in ReferenceSums, if the objective needs a reference. is_reference: whether it only
+    scores the reference policy. deterministic: its units use deterministic algorithms. state: None while it has no memory."""
 
     groups: Sequence[Group]
     keys: Sequence[bytes]
@@ -94,7 +94,7 @@ class Microbatch:
 
 
 class BatchWork:
-    """step: the key of the dropout masks. train: False for validation, which has no gradients and no dropout."""
+    """A batch under way. step: part of the dropout masks' key. train: False for validation: no gradients and no dropout."""
 
     def __init__(self, source: BatchSource, groups: Sequence[Group], step: int, *, train: bool) -> None:
         self.source, self.train = source, train
@@ -106,8 +106,7 @@ class BatchWork:
         self._waiting = deque([*self._references(packed), *(self._policy(micro, step) for micro in packed)])
 
     def _references(self, packed: Sequence[Sequence[Group]]) -> list[Microbatch]:
-        """A group at a time, so that a sum never depends on what shared its micro-batch: a resumed job meets the same
-        numbers."""
+        """One micro-batch per group, so that a sum never depends on other groups. A resumed job then gets the same sums."""
         if not self.source.objective.needs_reference:
             return []
         unique = {ReferenceSums.key(group): group for micro in packed for group in micro}
@@ -139,18 +138,18 @@ class BatchWork:
 
     @property
     def next(self) -> Microbatch | None:
-        """The micro-batch to begin next."""
+        """The micro-batch to begin next, or None."""
         return self._waiting[0] if self._waiting else None
 
     def layout(self, micro: Microbatch) -> MicrobatchLayout:
-        """The memory it takes in flight."""
+        """The memory that a micro-batch takes in flight."""
         executor = self.source.executor
         return microbatch_layout(
             micro.plan, micro.batch.num_tokens, executor.arch, executor.weights.dtype.itemsize, forward_only=micro.forward_only
         )
 
     def begin(self, buffer: Tensor | None = None) -> Microbatch:
-        """Gives the next micro-batch its memory (the executor's own if `buffer` is None)."""
+        """Begins the next micro-batch in `buffer` (bytes). None: in the executor's own memory, which holds one at a time."""
         micro = self._waiting.popleft()
         micro.state = self.source.executor.begin(
             micro.batch, micro.plan, forward_only=micro.forward_only, buffer=buffer
@@ -159,13 +158,13 @@ class BatchWork:
         return micro
 
     def can_answer(self, micro: Microbatch) -> bool:
-        """Whether the objective has all it needs, once forward is through: a policy's reference may be on its way."""
+        """Whether `answer` may be called once forward has run. A micro-batch of the policy needs its groups' reference sums."""
         return micro.is_reference or all(key in self.source.reference_sums for key in micro.keys)
 
     def answer(self, micro: Microbatch) -> None:
-        """Forward is through: the objective answers, and backward may begin.
+        """Applies the objective to a micro-batch after its forward, so that backward may begin; or stores its reference sums.
 
-        It answers on the host, so that the device is waited for once per micro-batch, whatever the objective reads.
+        The objective runs on the host, so that each micro-batch waits for the device once, whatever the objective reads.
         """
         assert micro.state is not None
         if micro.is_reference:
@@ -198,7 +197,7 @@ class BatchWork:
         self.source.reference_sums.remember(key, [float(weighted[first:end].sum()) for first, end in micro.batch.label_bounds])
 
     def close(self, micro: Microbatch) -> None:
-        """The micro-batch is through; its memory is free."""
+        """Ends a micro-batch that is done. The caller may reuse its memory."""
         micro.state = None
         self._open -= 1
 
@@ -207,6 +206,6 @@ class BatchWork:
         return not self._waiting and not self._open
 
     def result(self) -> StepLoss:
-        """The whole batch's."""
+        """The loss and counts of the whole batch."""
         return StepLoss(self._loss, self._correct / max(1, self._labels), self._tokens, dict(self._extra))
 

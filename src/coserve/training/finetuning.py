@@ -1,4 +1,4 @@
-"""One finetuning job from files to files: what `coserve finetune` and `coserve.finetune` run.
+"""One finetuning job, from data files to the adapter's files. `coserve finetune` and `coserve.finetune` run this.
 
     OUTPUT/  adapter_config.json, adapter_model.safetensors, coserve.json   the tuned adapter, in PEFT's format, at the end
              generation_config.json                                         the tokens that end its answers, if any were taught
@@ -6,7 +6,7 @@
              job.json                                                       model, data and settings
              checkpoints/step-NNNNNNNN/                                     to resume from
 
-Everything that can be refused is refused before the output directory is made.
+All checks come before the output directory is made.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneResult:
-    """directory: where the adapter lies. rows: metrics of every step, earlier runs included."""
+    """directory: of the adapter. model: the base model. rows: metrics of every step, also of runs before a resume."""
 
     directory: Path
     model: LoadedModel
@@ -54,19 +54,19 @@ class FinetuneResult:
 
 
 class _Chosen(NamedTuple):
-    """one_copy: whether there is memory for one copy of each weight matrix only."""
+    """fitted: the plan. one_copy: whether each weight matrix is held only once, since there is no memory for packed copies."""
 
     fitted: FittedPlan
     one_copy: bool
 
 
 def _choose_plan(job: ResolvedJob, model: Model) -> _Chosen:
-    """The plan with the fewest FLOPs for which the device has memory; packed copies of weights go before activations do.
-    Raises CapacityError if there is too little for any plan."""
+    """The plan with the fewest FLOPs for which the device has memory. If memory is short, packed copies of weights are given up
+    first, and kept activations only then. Raises CapacityError if no plan fits."""
     settings, arch, available = job.settings, model.architecture, available_bytes(model.device)
     loaded = model.weights if isinstance(model, LoadedModel) else None
     if available is not None and loaded is not None:
-        available += loaded.copied_bytes  # which are counted below, and can be dropped
+        available += loaded.copied_bytes  # they are counted below, and can be freed
     packed = can_pack(model.dtype, model.device)
     num_parameters = shape_adapter(arch, settings.adapter).flat.numel()
 
@@ -88,7 +88,7 @@ def _choose_plan(job: ResolvedJob, model: Model) -> _Chosen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedJob:
-    """A job that may begin: everything that could be refused has been looked at, and its directory is there."""
+    """A job that is ready to run: all checks have passed, and its directory exists."""
 
     job: Job
     trainer: AdapterTrainer
@@ -96,15 +96,15 @@ class PreparedJob:
     dataset: Dataset
 
     def finish(self) -> Adapter:
-        """Writes the tuned adapter into the directory; returns it."""
+        """Writes the tuned adapter into the directory and returns it."""
         _write_adapter(self.directory, self.trainer)
         assert self.trainer.published is not None
         return self.trainer.published
 
 
 def prepare(job: ResolvedJob, loaded: LoadedModel, fitted: FittedPlan) -> PreparedJob:
-    """A job on a loaded model, with a plan, in its directory; gone back to its newest checkpoint if it is resumed. Raises
-    InvalidRequest where that job was another one."""
+    """Makes the job's trainer and directory. A resumed job goes back to its newest checkpoint. Raises InvalidRequest if its
+    data, settings or model have changed since it began."""
     request, config = job.request, job.settings
     request.inform(str(fitted))
     adapter = None if request.passed is None else bind_adapter(request.passed, loaded.weights, warn=_log.warning)
@@ -138,7 +138,7 @@ def prepare(job: ResolvedJob, loaded: LoadedModel, fitted: FittedPlan) -> Prepar
 
 
 def _digest(start: Path) -> str:
-    """Of an adapter's weights."""
+    """SHA-256 (hex) of an adapter's weights file."""
     return hashlib.sha256((start / WEIGHTS_FILE).read_bytes()).hexdigest()
 
 
@@ -150,10 +150,10 @@ def finetune(
 ) -> FinetuneResult:
     """Finetunes an adapter (LoRA unless the settings name another kind) on a JSON Lines file and writes it to a directory.
 
-    model: a name as for `load_model`, or a loaded one. config: what it leaves 'auto' is chosen from the data, and an event says
-    the numbers. start: an adapter directory to continue from. resume: go on with the job in `output` from its newest whole
-    checkpoint. listen: called with every event. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is
-    written, JobFailed during the run.
+    model: a name as for `load_model`, or a loaded model. config: settings; those that are 'auto' are chosen from the data, and
+    an event tells them. validation: a JSON Lines file of held-out data. start: directory of an adapter to continue. resume:
+    continue the job in `output` from its newest whole checkpoint. listen: called with every event. Raises InvalidRequest,
+    NotFound, ConfigError, CapacityError before anything is written; JobFailed, CapacityError during the run.
     """
     request = JobRequest.of(data, output, config, validation=validation, start=start, resume=resume, listen=listen)
     base: Model
@@ -183,7 +183,7 @@ def finetune(
 
 
 def _open_job(request: JobRequest, model: str, facts: Mapping[str, Any]) -> None:
-    """Makes the output directory with its job.json, at once."""
+    """Makes the output directory and its job.json in one atomic step."""
     validation = None if request.validation is None else str(request.validation)
     record = {"model": model, "training_file": str(request.data), "validation_file": validation, **facts}
 
@@ -195,14 +195,14 @@ def _open_job(request: JobRequest, model: str, facts: Mapping[str, Any]) -> None
 
 
 def _recorded_dtype(directory: Path, device: torch.device) -> str:
-    """What a job began in, which is what 'auto' means when it is resumed. Jobs that earlier versions began don't say: there
-    'auto' was float32 on the CPU."""
+    """The dtype that 'auto' means for a resumed job: the one in which it began. Earlier versions didn't record it; theirs was
+    float32 on the CPU."""
     found = read_record(directory).get("dtype")
     return found if found in DTYPES else "float32" if device.type == "cpu" else "auto"
 
 
 def _write_adapter(directory: Path, trainer: AdapterTrainer) -> None:
-    """Puts the adapter's files into the output directory, each by rename, the configuration last."""
+    """Writes the adapter's files to a directory beside, then renames each into the output directory, the configuration last."""
     staged = directory / "adapter"
     write_directory(staged, trainer.save)
     for path in sorted(staged.iterdir(), key=lambda p: p.name == "adapter_config.json"):

@@ -1,9 +1,9 @@
-"""A finetuning job as it was asked for, and what it is once its files are read.
+"""A finetuning job as it was asked for (JobRequest), and with its files read and settings fixed (ResolvedJob).
 
-    JobRequest --read_start--> the adapter that it continues --resolve--> ResolvedJob: examples, every setting a number
+    JobRequest --read_start--> with the adapter that it continues --resolve--> ResolvedJob: examples, no 'auto' settings
 
-Owns: these steps and what they refuse; nothing is written. Does not own: the plan (planning/budget.py), the job's files and its
-run (finetuning.py).
+Owns: these steps and their checks; they write nothing. Does not own: the plan (planning/budget.py), the job's files and run
+(finetuning.py).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from coserve.planning.budget import JobPlans, Workload, shape_adapter
 from coserve.runtime.loaded import FoundModel, LoadedModel, adapter_base
 
 Model = FoundModel | LoadedModel
-"""A model whose files are known. Its weights need not be in memory."""
+"""A model whose files have been found. Its weights need not be in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRequest:
     """What was asked for.
 
-    data, validation: JSON Lines files. directory: where the job's files go. config: the settings as given, with the date for
-    chat templates. start: directory of the adapter that is continued. passed: that adapter, once it is read. resume: whether
-    the job in `directory` goes on. listen: called with every event.
+    data, validation: JSON Lines files. directory: for the job's files. config: the settings as given, and the date for chat
+    templates. start: directory of the adapter to continue. resume: whether to continue the job in `directory`. listen: called
+    with every event. passed: the adapter in `start`, once it has been read.
     """
 
     data: Path
@@ -56,7 +56,7 @@ class JobRequest:
         validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
         listen: Callable[[JobEvent], None],
     ) -> JobRequest:
-        """Raises InvalidRequest if `output` holds something, or with `resume` no job."""
+        """A request with its paths checked. Raises InvalidRequest if `output` isn't empty, or holds no job if `resume`."""
         directory, config = Path(output), config or FinetuneConfig()
         _check_output(directory, resume)
         return cls(
@@ -67,19 +67,19 @@ class JobRequest:
 
     @property
     def adapter(self) -> AdapterConfig:
-        """The settings of the adapter that is trained: those of the continued one, or those that were given."""
+        """The settings of the adapter to train: those of the continued adapter, or else the given ones."""
         return self.config.adapter if self.passed is None else self.passed.config
 
     def read_start(self, model: Model) -> JobRequest:
-        """The same request with the adapter that it continues. Raises NotFound, InvalidRequest."""
+        """The same request with the adapter in `start` read and checked. Raises NotFound, InvalidRequest."""
         if self.start is None:
             return self
         return dataclasses.replace(self, passed=read_adapter(self.start, adapter_base(model)))
 
     def resolve(self, model: Model) -> ResolvedJob:
-        """Reads the data, and chooses what the settings leave to them. A resumed job keeps the numbers that it began with.
+        """Reads the data and replaces every 'auto' setting. A resumed job keeps the numbers that it began with.
 
-        Raises NotFound, InvalidRequest, ConfigError; says in events what the data hold.
+        Events tell what the data holds. Raises NotFound, InvalidRequest, ConfigError.
         """
         arch = model.architecture
         limit = _max_length(self.config, arch)
@@ -119,11 +119,11 @@ class JobRequest:
             self.warn(not_used(str(self.start), left))
 
     def inform(self, message: str) -> None:
-        """An event for whoever follows the job."""
+        """Sends an event of level info."""
         self.listen(JobEvent(level="info", message=message))
 
     def warn(self, message: str) -> None:
-        """An event about something that may not be as it was meant."""
+        """Sends an event of level warn."""
         self.listen(JobEvent(level="warn", message=message))
 
 
@@ -131,8 +131,8 @@ class JobRequest:
 class ResolvedJob:
     """A request whose files have been read.
 
-    settings: with a number wherever 'auto' stood, and with the adapter that is trained. max_length: of an example, in tokens.
-    plans: among which the job's is chosen.
+    settings: without 'auto', and with the settings of the adapter to train. max_length: of an example, in tokens. plans: the
+    plans to choose from.
     """
 
     request: JobRequest
@@ -144,7 +144,7 @@ class ResolvedJob:
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """A job's job.json: model, data and settings that it began with. Raises InvalidRequest if it can't be read."""
+    """A job's job.json: the model, data and settings with which it began. Raises InvalidRequest if it can't be read."""
     try:
         return dict(json.loads((directory / "job.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -161,7 +161,7 @@ def _check_output(directory: Path, resume: bool) -> None:
 
 
 def _dated(config: FinetuneConfig, directory: Path, resume: bool) -> FinetuneConfig:
-    """The settings with the date for chat templates: the given one, for a resumed job the one it began with, or today's."""
+    """The settings with a date for chat templates: the given one, or else a resumed job's recorded one, or else today's."""
     if config.template_date is not None:
         return config
     date: Any = datetime.date.today().isoformat()
@@ -172,7 +172,7 @@ def _dated(config: FinetuneConfig, directory: Path, resume: bool) -> FinetuneCon
 
 
 def _max_length(config: FinetuneConfig, arch: Architecture) -> int:
-    """The longest example, in tokens: a group has to fit into a micro-batch."""
+    """The most tokens of an example, whose group must fit into a micro-batch. Raises ConfigError if `max_length` is more."""
     share = config.max_microbatch_tokens // (2 if config.objective == "dpo" else 1)
     limit = min(share, arch.max_position_embeddings)
     if config.max_length is not None and config.max_length > limit:

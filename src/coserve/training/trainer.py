@@ -1,4 +1,4 @@
-"""The verbs of finetuning on one loaded model: forward_backward, score, optim_step, save, publish."""
+"""Carries out the verbs of one job on a loaded model: forward_backward, score, optim_step, save, publish."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from coserve.runtime.plans import scoring_plan
 from coserve.training.batchwork import BatchWork, ReferenceSums
 
 MIN_WINDOW = 32
-"""Tokens: windows are not made smaller than this when memory runs out."""
+"""The fewest tokens to which windows shrink after out-of-memory."""
 
 
 def out_of_memory(error: torch.OutOfMemoryError, *, deterministic: bool) -> CapacityError:
-    """The error of a job whose windows can't get smaller."""
+    """The error for a job whose windows can't get smaller."""
     reason = "and deterministic keeps the windows" if deterministic else "at the smallest window"
     return CapacityError(f"out of memory, {reason}; lower max_microbatch_tokens ({error})", param="max_microbatch_tokens")
 
 
 def sweep(num_layers: int, lowest: int, num_tokens: int, window: int, *, forward_only: bool = False) -> Iterator[Unit]:
-    """The units of one micro-batch in the plainest order: windows left to right, then layers down, windows right to left."""
+    """A micro-batch's units in the simplest order: forward left to right, then backward layer by layer, right to left."""
     starts = range(0, num_tokens, window)
     for start in starts:
         yield Unit(Direction.FORWARD, 0, num_layers, start, min(start + window, num_tokens))
@@ -49,8 +49,8 @@ def sweep(num_layers: int, lowest: int, num_tokens: int, window: int, *, forward
 class AdapterTrainer:
     """One job's adapter, its optimizer and its plans.
 
-    start: an adapter to continue from (also the DPO reference). plan: of the adapter's training; default: what `config` asks
-    for, with micro-batches as large as they may be. end_token_ids: see Adapter's.
+    start: an adapter to continue, which is also the DPO reference. plan: default what `config` asks for, with micro-batches of
+    `max_microbatch_tokens`. end_token_ids: tokens that the data teaches to end with. warn: called with warnings.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class AdapterTrainer:
     # --- verbs ---
 
     def forward_backward(self, groups: Sequence[Group], step: int) -> StepLoss:
-        """Adds the gradients of one optimizer batch. Out of memory: the batch starts again with smaller windows."""
+        """Adds the gradients of one optimizer batch. Out of memory: starts it again with smaller windows, or CapacityError."""
         assert self.adapter.grad is not None
         while True:
             try:
@@ -97,7 +97,7 @@ class AdapterTrainer:
                 self.warn(f"out of memory: windows are now at most {self.window} tokens; the step starts again")
 
     def score(self, groups: Sequence[Group]) -> StepLoss:
-        """The mean loss of `groups`, without gradients and without dropout."""
+        """The mean loss of `groups`, without gradients or dropout."""
         return self._run(groups, 0, train=False)
 
     def optim_step(self, rate: float) -> float:
@@ -122,7 +122,7 @@ class AdapterTrainer:
     # --- inside ---
 
     def _refresh_seconds(self) -> float:
-        """What an optimizer step adds for kinds of which more follows from the parameters: DoRA's norms."""
+        """The measured time to refresh what the adapter derives from its parameters (DoRA's norms), in seconds."""
         def now() -> float:
             if self.adapter.flat.device.type == "cuda":
                 torch.cuda.synchronize(self.adapter.flat.device)
@@ -133,7 +133,7 @@ class AdapterTrainer:
         return now() - started
 
     def _run(self, groups: Sequence[Group], step: int, *, train: bool) -> StepLoss:
-        """One micro-batch after another, in the plainest order of units."""
+        """Runs one micro-batch after another, in the order of `sweep`."""
         work = BatchWork(self, groups, step, train=train)
         layers = self.model.architecture.num_layers
         while work.next is not None:
