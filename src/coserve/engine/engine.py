@@ -147,9 +147,9 @@ class Engine:
         name for the watcher. Raises ConfigError (objectives), InvalidRequest, NotFound (adapter), CapacityError (too many).
         """
         objectives = asked_slo(tpot_ms, ttft_ms, self.objectives)
-        config, limits = sampling or SamplingConfig(), self.config.scheduler
+        sampling, limits = sampling or SamplingConfig(), self.config.scheduler
         ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        self.requests.check(ids, config)
+        self.requests.check(ids, sampling)
         if adapter is not None and adapter not in self.adapters.names:
             raise NotFound(
                 f"adapter: there is no {adapter!r}; loaded: {', '.join(self.adapters.names) or 'none'}", param="adapter"
@@ -159,7 +159,7 @@ class Engine:
             raise CapacityError(f"{present} requests are running or waiting; try again later", param="max_waiting")
         numbers: list[int] = []
         handle = RequestHandle(
-            ids, config, self.now() if arrival_s is None else arrival_s,
+            ids, sampling, self.now() if arrival_s is None else arrival_s,
             lambda: self._loop.post(lambda: self.requests.cancel(numbers), f"cancel request {label}"),
         )
         handle.label = label

@@ -48,9 +48,11 @@ class RequestHandle:
     set with the first output token. label: the request's name for a Watcher.
     """
 
-    def __init__(self, prompt_ids: Sequence[int], config: SamplingConfig, arrival_s: float, cancel: Callable[[], None]) -> None:
-        self.prompt_ids, self.config, self.arrival_s = list(prompt_ids), config, arrival_s
-        self.outputs = [Output(index) for index in range(config.n)]
+    def __init__(
+        self, prompt_ids: Sequence[int], sampling: SamplingConfig, arrival_s: float, cancel: Callable[[], None]
+    ) -> None:
+        self.prompt_ids, self.sampling, self.arrival_s = list(prompt_ids), sampling, arrival_s
+        self.outputs = [Output(index) for index in range(sampling.n)]
         self.prompt_logprobs: list[TokenLogprob] = []
         self.cached_tokens = 0
         self.begun_s: float | None = None
@@ -139,7 +141,7 @@ class LiveRequest:
     handle: RequestHandle
     index: int
     state: RequestState
-    config: SamplingConfig
+    sampling: SamplingConfig
     stream: TextStream
     ending: frozenset[int]
     version: AdapterVersion | None
@@ -148,11 +150,11 @@ class LiveRequest:
 
     @property
     def seed(self) -> int:
-        return self.config.seed + self.index
+        return self.sampling.seed + self.index
 
     def accept(self, tokens: Sequence[Sampled], now: float) -> bool:
         """Adds sampled tokens; True if the output has ended. Tokens after its end are dropped."""
-        if not self.config.max_tokens:
+        if not self.sampling.max_tokens:
             self.end("length", now)
             return True
         ids: list[int] = []
@@ -163,14 +165,14 @@ class LiveRequest:
             ids.append(token.token)
             if token.logprob is not None:
                 logprobs.append(token.logprob)
-            if token.token in self.ending and have + len(ids) > self.config.min_tokens:
+            if token.token in self.ending and have + len(ids) > self.sampling.min_tokens:
                 reason = "stop"
                 text += self.stream.finish(token.token)
                 break
             text += self.stream.push(token.token)
             if self.stream.stopped is not None:
                 reason = "stop"
-            elif have + len(ids) >= self.config.max_tokens:
+            elif have + len(ids) >= self.sampling.max_tokens:
                 reason = "length"
             if reason is not None:
                 text += self.stream.finish()

@@ -38,26 +38,26 @@ class RequestTable(Seats):
         self.live: dict[int, LiveRequest] = {}
         self.num_finished = self.num_cancelled = 0
 
-    def check(self, ids: Sequence[int], config: SamplingConfig) -> None:
+    def check(self, ids: Sequence[int], sampling: SamplingConfig) -> None:
         """Raises InvalidRequest if the model or the cache can't run this prompt with these settings."""
         arch = self.model.architecture
         if not ids:
             raise InvalidRequest("prompt: is empty; give at least one token", param="prompt")
         if min(ids) < 0 or max(ids) >= arch.vocab_size:
             raise InvalidRequest(f"prompt: token ids must be from 0 to {arch.vocab_size - 1}", param="prompt")
-        for name, tokens in (("logit_bias", config.logit_bias), ("stop_token_ids", config.stop_token_ids)):
+        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
             if any(not 0 <= token < arch.vocab_size for token in tokens):
                 raise InvalidRequest(f"{name}: token ids must be from 0 to {arch.vocab_size - 1}", param=name)
-        total = len(ids) + config.max_tokens
+        total = len(ids) + sampling.max_tokens
         if total > arch.max_position_embeddings:
             raise ContextExceeded(
-                f"prompt: {len(ids)} tokens and max_tokens {config.max_tokens} exceed the model's "
+                f"prompt: {len(ids)} tokens and max_tokens {sampling.max_tokens} exceed the model's "
                 f"{arch.max_position_embeddings}; shorten one of them", param="max_tokens",
             )
         room = self.blocks.guaranteed_blocks * self.blocks.block_tokens
         if total > room:
             raise ContextExceeded(
-                f"prompt: {len(ids)} tokens and max_tokens {config.max_tokens} exceed the {room} tokens that the key-value "
+                f"prompt: {len(ids)} tokens and max_tokens {sampling.max_tokens} exceed the {room} tokens that the key-value "
                 "cache is guaranteed; shorten one of them, or raise memory_bytes", param="max_tokens",
             )
 
@@ -65,9 +65,9 @@ class RequestTable(Seats):
         self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: Slo, numbers: list[int]
     ) -> None:
         """Begins a request. numbers: the list to which its outputs' numbers are added."""
-        config = handle.config
+        sampling = handle.sampling
         lives: list[LiveRequest] = []
-        for index in range(config.n):
+        for index in range(sampling.n):
             try:
                 version = None if adapter is None else self.adapters.acquire(adapter)
             except CoserveError as error:
@@ -76,18 +76,18 @@ class RequestTable(Seats):
                 self.refuse(handle, error)
                 return
             key = PrefixKey(tenant, None, 0) if version is None else PrefixKey(tenant, version.name, version.number)
-            every_logit = config.prompt_logprobs is not None and index == 0
+            every_logit = sampling.prompt_logprobs is not None and index == 0
             state = RequestState(
-                id=self.new_number(), tenant=tenant, prompt=handle.prompt_ids, max_tokens=max(1, config.max_tokens), key=key,
+                id=self.new_number(), tenant=tenant, prompt=handle.prompt_ids, max_tokens=max(1, sampling.max_tokens), key=key,
                 arrival_s=handle.arrival_s, tpot_s=objectives.tpot_s, ttft_s=objectives.ttft_s,
                 cacheable=not every_logit, every_logit=every_logit,
             )
-            ending = self._ending(config, version)
+            ending = self._ending(sampling, version)
             stream = TextStream(
-                self.model.tokenizer, config.stop, context=handle.prompt_ids, min_tokens=config.min_tokens
+                self.model.tokenizer, sampling.stop, context=handle.prompt_ids, min_tokens=sampling.min_tokens
             )
             lives.append(LiveRequest(
-                handle=handle, index=index, state=state, config=config, stream=stream, ending=ending, version=version,
+                handle=handle, index=index, state=state, sampling=sampling, stream=stream, ending=ending, version=version,
                 slot=NO_ADAPTER,
             ))
         numbers += [live.state.id for live in lives]
@@ -95,10 +95,10 @@ class RequestTable(Seats):
         lives[0].siblings += lives[1:]
         self.scheduler.add_request(lives[0].state)
 
-    def _ending(self, config: SamplingConfig, version: AdapterVersion | None) -> frozenset[int]:
+    def _ending(self, sampling: SamplingConfig, version: AdapterVersion | None) -> frozenset[int]:
         """The token ids that end an output: the request's, the base model's, and those that its adapter was taught."""
-        asked = frozenset(config.stop_token_ids)
-        if config.ignore_eos:
+        asked = frozenset(sampling.stop_token_ids)
+        if sampling.ignore_eos:
             return asked
         taught = frozenset() if version is None else frozenset(self.adapters.end_token_ids(version))
         return asked | self.model.end_token_ids | taught
@@ -106,7 +106,7 @@ class RequestTable(Seats):
     def refuse(self, handle: RequestHandle, error: CoserveError) -> None:
         """Ends, with an error, a request that can't begin."""
         handle.error = error
-        for index in range(handle.config.n):
+        for index in range(handle.sampling.n):
             handle.push(Chunk(index=index, text="", finish_reason="error"), self.now())
 
     def cancel(self, numbers: Sequence[int]) -> None:

@@ -191,7 +191,7 @@ class StepRunner:
                 chosen.append(first - 1)
                 state = request.state
                 position = len(state.prompt) + len(state.output)
-                rows.append(SamplerRow(request.config, request.seed, position, state.prompt, state.output, request.ending))
+                rows.append(SamplerRow(request.sampling, request.seed, position, state.prompt, state.output, request.ending))
                 sampled.append(span.request)
         if not rows:
             return tokens, prompts
@@ -205,5 +205,5 @@ class StepRunner:
     def _prompt_logprobs(request: LiveRequest, span: Span, logits: Tensor) -> list[TokenLogprob]:
         """Log-probabilities of the prompt tokens that the span's rows with logits predict."""
         following = request.state.prompt[span.end - span.logits + 1 : span.end + 1]
-        count = request.config.prompt_logprobs or 0
+        count = request.sampling.prompt_logprobs or 0
         return prompt_logprobs(logits[: len(following)], following, count) if following else []

@@ -37,11 +37,11 @@ _MAX_ELEMENTS = 1 << 22
 class SamplerRow(NamedTuple):
     """What decides one row's token besides its logits.
 
-    seed: config.seed + the output's index. position: tokens before the one sampled. prompt, output: the tokens so far, all
+    seed: sampling.seed + the output's index. position: tokens before the one sampled. prompt, output: the tokens so far, all
     below V. ending: the ids that min_tokens excludes.
     """
 
-    config: SamplingConfig
+    sampling: SamplingConfig
     seed: int
     position: int
     prompt: Sequence[int]
@@ -60,7 +60,7 @@ def sample_rows(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
     raw_BV = logits_BV.float()
     edited_BV = _edited(raw_BV, rows)
     tokens_B = edited_BV.argmax(-1)
-    drawn = [number for number, row in enumerate(rows) if row.config.temperature >= _GREEDY_BELOW]
+    drawn = [number for number, row in enumerate(rows) if row.sampling.temperature >= _GREEDY_BELOW]
     for chunk in _chunks(drawn, raw_BV.shape[1]):
         index = to_device(chunk, raw_BV.device)
         tokens_B[index] = _draw(edited_BV[index], [rows[number] for number in chunk])
@@ -101,26 +101,26 @@ def _edited(raw_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
 
 def _is_plain(row: SamplerRow) -> bool:
     """Whether the request's own settings leave its logits alone."""
-    config = row.config
-    penalized = config.repetition_penalty != 1 or config.presence_penalty != 0 or config.frequency_penalty != 0
-    return not (penalized or config.logit_bias or len(row.output) < config.min_tokens)
+    sampling = row.sampling
+    penalized = sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+    return not (penalized or sampling.logit_bias or len(row.output) < sampling.min_tokens)
 
 
 def _edit(logits_V: Tensor, row: SamplerRow) -> None:
     """Penalties, bias and exclusion of one row, in place. Ids of the bias or of endings outside the vocabulary do nothing."""
-    config, device, size = row.config, logits_V.device, logits_V.shape[0]
-    if config.repetition_penalty != 1:
+    sampling, device, size = row.sampling, logits_V.device, logits_V.shape[0]
+    if sampling.repetition_penalty != 1:
         seen = to_device(torch.cat((_ids(row.prompt), _ids(row.output))), device)
         values = logits_V[seen]  # a token seen twice is written twice, with the same value
-        logits_V[seen] = torch.where(values > 0, values / config.repetition_penalty, values * config.repetition_penalty)
-    if config.presence_penalty != 0 or config.frequency_penalty != 0:
+        logits_V[seen] = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
+    if sampling.presence_penalty != 0 or sampling.frequency_penalty != 0:
         produced, counts = _ids(row.output).unique(return_counts=True)
-        penalty = config.frequency_penalty * counts.float() + config.presence_penalty
+        penalty = sampling.frequency_penalty * counts.float() + sampling.presence_penalty
         logits_V[to_device(produced, device)] -= to_device(penalty, device)
-    biased = {token: value for token, value in config.logit_bias.items() if 0 <= token < size}
+    biased = {token: value for token, value in sampling.logit_bias.items() if 0 <= token < size}
     if biased:
         logits_V[to_device(list(biased), device)] += to_device(torch.tensor(list(biased.values())), device)
-    if len(row.output) < config.min_tokens:
+    if len(row.output) < sampling.min_tokens:
         excluded = [token for token in row.ending if 0 <= token < size]
         logits_V.index_fill_(0, to_device(excluded, device), -torch.inf)
 
@@ -133,18 +133,18 @@ def _ids(tokens: Sequence[int]) -> Tensor:
 def _draw(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
     """int64 [B]: a draw from each row's filtered distribution, by the largest of scores with Gumbel noise."""
     device = logits_BV.device
-    scores_BV = logits_BV / to_device(torch.tensor([[row.config.temperature] for row in rows]), device)
-    filtered = [number for number, row in enumerate(rows) if row.config.top_k or row.config.top_p < 1 or row.config.min_p]
+    scores_BV = logits_BV / to_device(torch.tensor([[row.sampling.temperature] for row in rows]), device)
+    filtered = [number for number, row in enumerate(rows) if row.sampling.top_k or row.sampling.top_p < 1 or row.sampling.min_p]
     if filtered:
         index = to_device(filtered, device)
-        scores_BV[index] = _filter(scores_BV[index], [rows[number].config for number in filtered])
+        scores_BV[index] = _filter(scores_BV[index], [rows[number].sampling for number in filtered])
     return (scores_BV + gumbel_noise([(row.seed, row.position) for row in rows], scores_BV.shape[1], device)).argmax(-1)
 
 
-def _filter(scores_BV: Tensor, configs: Sequence[SamplingConfig]) -> Tensor:
+def _filter(scores_BV: Tensor, samplings: Sequence[SamplingConfig]) -> Tensor:
     """Scores with what top_k, top_p and min_p exclude at -inf. Tokens as good as the k-th best stay; the best always does."""
     size = scores_BV.shape[1]
-    wanted = [(min(c.top_k or size, size), c.top_p, math.log(c.min_p) if c.min_p else -math.inf) for c in configs]
+    wanted = [(min(c.top_k or size, size), c.top_p, math.log(c.min_p) if c.min_p else -math.inf) for c in samplings]
     limits = to_device(torch.tensor(wanted, dtype=torch.float64), scores_BV.device)
     top_k, top_p, log_min_p = limits.split(1, dim=-1)
     ordered, order = torch.sort(scores_BV, dim=-1, descending=True, stable=True)
@@ -160,7 +160,7 @@ def _filter(scores_BV: Tensor, configs: Sequence[SamplingConfig]) -> Tensor:
 
 def _sampled_logprobs(raw_BV: Tensor, tokens: Sequence[int], rows: Sequence[SamplerRow]) -> dict[int, TokenLogprob]:
     """By number of the row, of those that ask. Each is computed by itself, so that its neighbours don't change its rounding."""
-    asked = {number: row.config.logprobs for number, row in enumerate(rows) if row.config.logprobs is not None}
+    asked = {number: row.sampling.logprobs for number, row in enumerate(rows) if row.sampling.logprobs is not None}
     if not asked:
         return {}
     parts = [_measure(raw_BV[number : number + 1], tokens[number : number + 1], count)[0] for number, count in asked.items()]

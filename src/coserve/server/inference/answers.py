@@ -125,7 +125,7 @@ class Answers:
     def _ask(self, question: Question) -> _Run:
         asker, services = self._asker, self._services
         meter = services.metrics.begin(
-            model=asker.model.name, prompt_tokens=len(question.prompt_ids), params=question.sampling,
+            model=asker.model.name, prompt_tokens=len(question.prompt_ids), sampling=question.sampling,
             arrival_s=asker.arrival_s, ttft_ms=asker.ttft_ms, tpot_ms=asker.tpot_ms,
         )
         try:

@@ -120,14 +120,14 @@ class ServerMetrics:
         self._counters = Counters(WINDOW_S)
 
     def begin(
-        self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float,
+        self, *, model: str, prompt_tokens: int, sampling: SamplingConfig, arrival_s: float,
         ttft_ms: SloMs | None = None, tpot_ms: SloMs | None = None,
     ) -> RequestMeter:
         """A request goes to the engine. arrival_s: by this object's clock. ttft_ms, tpot_ms: None is the server's objective."""
         is_base = model in (self.model_name, *self.config.served_model_name)
         self.received["base" if is_base else "adapter"].inc()
-        self.histograms["request_params_n"].observe(params.n)
-        self.histograms["request_params_max_tokens"].observe(params.max_tokens)
+        self.histograms["request_params_n"].observe(sampling.n)
+        self.histograms["request_params_max_tokens"].observe(sampling.max_tokens)
         self.arrivals.add(arrival_s, 1.0)
         return RequestMeter(self, prompt_tokens, arrival_s, asked_slo(tpot_ms, ttft_ms, self.objectives()))
 
