@@ -23,7 +23,7 @@ from coserve.model import gguf as module
 from coserve.model import locate
 from coserve.model.architecture import read_architecture
 from coserve.model.checkpoint import Checkpoint, expected_shapes
-from coserve.model.gguf import GgufFile, convert_gguf, gguf_name, read_config
+from coserve.model.gguf import GgufFile, convert_gguf, read_config
 from tests.tiny_models import build_tiny_model
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(code) for code in range(33, 124)), "Ġ", "ĠĠ", "ab"]
@@ -52,7 +52,8 @@ def write_gguf(model_dir: Path, path: Path, *, kind: gguf.GGMLQuantizationType =
     edit: called with the writer and the tensors by GGUF name before they are written.
     """
     arch = read_architecture(model_dir)
-    writer = gguf.GGUFWriter(path, "llama" if arch.model_type == "mistral" else arch.model_type)
+    architecture = "llama" if arch.model_type == "mistral" else arch.model_type
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(arch.num_layers)
     writer.add_context_length(arch.max_position_embeddings)
     writer.add_embedding_length(arch.hidden_size)
@@ -75,10 +76,11 @@ def write_gguf(model_dir: Path, path: Path, *, kind: gguf.GGMLQuantizationType =
         writer.add_chat_template(chat_template)
     heads = {"q_proj": arch.num_heads, "k_proj": arch.num_kv_heads}
     tensors = {}
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], arch.num_layers)
     for name, tensor in load_file(model_dir / "model.safetensors").items():
         rows, leaf = tensor.float().numpy(), name.split(".")[-2]
         interleaved = arch.model_type in ("llama", "mistral") and leaf in heads
-        tensors[gguf_name(name)] = permute(rows, heads[leaf]) if interleaved else rows
+        tensors[known.get_name(name, try_suffixes=(".weight", ".bias"))] = permute(rows, heads[leaf]) if interleaved else rows
     if edit is not None:
         edit(writer, tensors)
     for name, rows in tensors.items():

@@ -28,13 +28,7 @@ from coserve.config.values import settled
 from coserve.core import ConfigError, Group, InvalidRequest, JobFailed
 from coserve.durable import sync, write_file
 from coserve.finetune.batches import BatchOrder
-from coserve.finetune.checkpoints import (
-    Cursor,
-    latest_checkpoint,
-    load_optimizer,
-    remove_old,
-    save_checkpoint,
-)
+from coserve.finetune.checkpoints import Cursor, latest_checkpoint, load_optimizer, remove_old, save_checkpoint
 from coserve.finetune.disk import insist
 from coserve.finetune.optimizer import learning_rate
 

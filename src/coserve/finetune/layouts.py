@@ -98,11 +98,15 @@ class LineReader:
         return Encoded(place, *self.tokenizer.encode_text(text, self.rules, self._notes))
 
 
+Encoder = Callable[[dict[str, Any], LineReader], list[Encoded]]
+"""The examples of a line."""
+
+
 class _Layout(NamedTuple):
     objective: Objective
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    encode: Callable[[dict[str, Any], LineReader], list[Encoded]]
+    encode: Encoder
 
 
 def _match(record: dict[str, Any], objective: Objective) -> _Layout:
@@ -155,12 +159,12 @@ def _require_response(turns: Sequence[Turn], place: str) -> None:
 # --- layouts, one function each ---
 
 
-def _messages(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
-    return [reader.chat("messages", _system(record), reader.turns(record["messages"], "messages"))]
+def _conversation(column: str) -> Encoder:
+    return lambda record, reader: [reader.chat(column, _system(record), reader.turns(record[column], column))]
 
 
-def _sharegpt(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
-    return [reader.chat("conversations", _system(record), reader.turns(record["conversations"], "conversations"))]
+def _prompt_and(*columns: str) -> Encoder:
+    return lambda record, reader: _responses(record["prompt"], "prompt", record, columns, reader)
 
 
 def _alpaca(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
@@ -168,16 +172,8 @@ def _alpaca(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
     return [reader.chat("output", (), [*_instruction(record), answer])]
 
 
-def _prompt_completion(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
-    return _responses(record["prompt"], "prompt", record, ("completion",), reader)
-
-
 def _text(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
     return [reader.text("text", read_text(record["text"], "text"))]
-
-
-def _preference(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
-    return _responses(record["prompt"], "prompt", record, ("chosen", "rejected"), reader)
 
 
 def _openai_preference(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
@@ -329,13 +325,13 @@ def _common_words(some: str, other: str) -> str:
 
 
 _LAYOUTS = (
-    _Layout("sft", ("messages",), ("system",), _messages),
-    _Layout("sft", ("conversations",), ("system",), _sharegpt),
-    _Layout("sft", ("prompt", "completion"), (), _prompt_completion),
+    _Layout("sft", ("messages",), ("system",), _conversation("messages")),
+    _Layout("sft", ("conversations",), ("system",), _conversation("conversations")),
+    _Layout("sft", ("prompt", "completion"), (), _prompt_and("completion")),
     _Layout("sft", ("instruction", "output"), ("input", "system", "history"), _alpaca),
     _Layout("sft", ("text",), (), _text),
     _Layout("dpo", ("input", "preferred_output", "non_preferred_output"), (), _openai_preference),
-    _Layout("dpo", ("prompt", "chosen", "rejected"), (), _preference),
+    _Layout("dpo", ("prompt", "chosen", "rejected"), (), _prompt_and("chosen", "rejected")),
     _Layout("dpo", ("conversations", "chosen", "rejected"), ("system",), _sharegpt_preference),
     _Layout("dpo", ("instruction", "chosen", "rejected"), ("input", "system", "history"), _alpaca_preference),
     _Layout("dpo", ("chosen", "rejected"), (), _implicit_preference),

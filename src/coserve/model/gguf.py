@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from coserve.core import ConfigError, InvalidRequest, NotFound, one_line
 from coserve.durable import write_directory
@@ -35,10 +36,8 @@ SHARD_BYTES = 2 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFamily:
-    """How one GGUF architecture maps to Hugging Face."""
+    """How one GGUF architecture differs from Hugging Face's model type of the same name."""
 
-    model_type: str
-    class_name: str
     permuted: bool
     """llama.cpp stores the rows of q and k with the two halves of each head interleaved."""
     optional_bias: bool
@@ -46,28 +45,10 @@ class GgufFamily:
 
 
 GGUF_FAMILIES: Mapping[str, GgufFamily] = {
-    "llama": GgufFamily(model_type="llama", class_name="LlamaForCausalLM", permuted=True, optional_bias=True),
-    "qwen2": GgufFamily(model_type="qwen2", class_name="Qwen2ForCausalLM", permuted=False, optional_bias=False),
-    "qwen3": GgufFamily(model_type="qwen3", class_name="Qwen3ForCausalLM", permuted=False, optional_bias=True),
+    "llama": GgufFamily(permuted=True, optional_bias=True),
+    "qwen2": GgufFamily(permuted=False, optional_bias=False),
+    "qwen3": GgufFamily(permuted=False, optional_bias=True),
 }
-
-GGUF_NAMES: Mapping[str, str] = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-"""Hugging Face module names (inside a layer, or whole) to GGUF's."""
 
 CONFIG_KEYS: Mapping[str, str] = {
     "hidden_size": "embedding_length",
@@ -161,13 +142,12 @@ def _open_reader(path: Path) -> Any:
                              ) from error
 
 
-def gguf_name(name: str) -> str:
-    """GGUF's name of a Hugging Face parameter: model.layers.3.mlp.up_proj.weight is blk.3.ffn_up.weight."""
-    module, _, kind = name.rpartition(".")
-    if not module.startswith("model.layers."):
-        return f"{GGUF_NAMES[module]}.{kind}"
-    _, _, layer, inner = module.split(".", 3)
-    return f"blk.{layer}.{GGUF_NAMES[inner]}.{kind}"
+def gguf_names(shapes: Mapping[str, object], num_layers: int) -> dict[str, str]:
+    """GGUF's names of Hugging Face parameters: blk.3.ffn_up.weight of model.layers.3.mlp.up_proj.weight."""
+    import gguf
+
+    known: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, num_layers)  # the other families' names are among its
+    return {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in shapes}
 
 
 def unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:
@@ -190,6 +170,10 @@ def read_config(file: GgufFile) -> dict[str, Any]:
             raise InvalidRequest(f"{file.path}: {key} is {file.setting(key)}, but a head has {key_length} features")
     if "token_embd.weight" not in file.tensors:
         raise InvalidRequest(f"{file.path}: tensor token_embd.weight is missing")
+    window = file.setting("attention.sliding_window")
+    if window and file.architecture != "llama":
+        raise InvalidRequest(f"{file.path}: attention.sliding_window is not supported for {file.architecture}")
+    model_type = "mistral" if window else file.architecture
     settings.update(
         vocab_size=int(file.tensors["token_embd.weight"].shape[-1]),
         head_dim=key_length,
@@ -197,18 +181,13 @@ def read_config(file: GgufFile) -> dict[str, Any]:
         rms_norm_eps=_float32(file, "attention.layer_norm_rms_epsilon", 1e-6),
         tie_word_embeddings="output.weight" not in file.tensors,
         rope_parameters=_rope_parameters(file, key_length),
-        model_type=file.family.model_type,
-        architectures=[file.family.class_name],
+        model_type=model_type,
+        architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
         **_special_ids(file),
     )
     if file.family.optional_bias:
         settings["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    window = file.setting("attention.sliding_window")
-    if window and file.architecture != "llama":
-        raise InvalidRequest(f"{file.path}: attention.sliding_window is not supported for {file.architecture}")
-    if window:
-        settings.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=window)
-    return settings
+    return settings if not window else {**settings, "sliding_window": window}
 
 
 def convert_gguf(path: Path, target_dir: Path) -> Path:
@@ -241,30 +220,31 @@ def _write_model(file: GgufFile, directory: Path) -> None:
         GenerationConfig(**special).save_pretrained(directory)
     architecture = read_architecture(directory)
     shapes = expected_shapes(architecture)
-    _check_tensors(file, shapes)
+    names = gguf_names(shapes, architecture.num_layers)
+    _check_tensors(file, shapes, names)
     shards = _plan_shards(shapes)
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
+    for number, shard in enumerate(shards, start=1):
         target = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _read_weight(file, name, architecture) for name in names}
+        tensors = {name: _read_weight(file, name, names[name], architecture) for name in shard}
         save_file(tensors, directory / target, metadata={"format": "pt"})
         (directory / target).chmod((directory / "config.json").stat().st_mode)  # safetensors writes for the owner only
-        weight_map.update(dict.fromkeys(names, target))
+        weight_map.update(dict.fromkeys(shard, target))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(_num_bytes, shapes.values()))}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _check_tensors(file: GgufFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_tensors(file: GgufFile, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]) -> None:
     """Every expected tensor is there with its shape, and no other would be dropped."""
     for name, shape in shapes.items():
-        tensor = file.tensors.get(gguf_name(name))
+        tensor = file.tensors.get(names[name])
         if tensor is None:
-            raise InvalidRequest(f"{file.path}: tensor {gguf_name(name)} is missing (expected shape {list(shape)})")
+            raise InvalidRequest(f"{file.path}: tensor {names[name]} is missing (expected shape {list(shape)})")
         found = [int(size) for size in reversed(tensor.shape)]
         if found != list(shape):
             raise InvalidRequest(f"{file.path}: tensor {tensor.name} has shape {found}, expected {list(shape)}")
-    unknown = file.tensors.keys() - {gguf_name(name) for name in shapes} - {"rope_freqs.weight"}
+    unknown = file.tensors.keys() - {*names.values()} - {"rope_freqs.weight"}
     if unknown:
         raise InvalidRequest(f"{file.path}: tensor {min(unknown)} has no place in a {file.architecture} decoder")
 
@@ -287,9 +267,9 @@ def _num_bytes(shape: tuple[int, ...]) -> int:
     return 4 * math.prod(shape)
 
 
-def _read_weight(file: GgufFile, name: str, architecture: Architecture) -> Tensor:
-    """A parameter by its Hugging Face name, float32, rows in Hugging Face's order."""
-    values = file.read(gguf_name(name))
+def _read_weight(file: GgufFile, name: str, gguf_name: str, architecture: Architecture) -> Tensor:
+    """A parameter by its Hugging Face name and GGUF's, float32, rows in Hugging Face's order."""
+    values = file.read(gguf_name)
     if file.family.permuted and ".self_attn.q_proj." in name:
         values = unpermute(values, architecture.num_heads)
     if file.family.permuted and ".self_attn.k_proj." in name:

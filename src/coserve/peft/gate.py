@@ -30,15 +30,7 @@ from coserve.peft.fields import bottleneck_config, read_fields
 from coserve.peft.foreign import FLOATS, TensorEntry, TensorFile, open_tensors, read_json_object, refuse, shown_name
 from coserve.peft.kinds import adapter_layout
 from coserve.peft.patterns import by_pattern
-from coserve.peft.remarks import (
-    end_tokens,
-    list_names,
-    named_by,
-    plain_values,
-    read_optional,
-    target_warnings,
-    token_warnings,
-)
+from coserve.peft.remarks import end_tokens, list_names, named_by, plain_values, read_optional, target_warnings, token_warnings
 from coserve.peft.tensors import BOTTLENECK, CONFIG_FILE, ORIGIN_FILE, PREFIX, WEIGHTS_FILE, tensor_name, tensor_shape
 
 V = TypeVar("V")
