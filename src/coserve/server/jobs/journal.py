@@ -60,8 +60,8 @@ class JobJournal:
         return future
 
     def keep(self, job: str, action: Callable[[], _T]) -> asyncio.Future[_T]:
-        """Runs an action behind those before it, and again while the disk refuses it. Later kept actions of the job wait. It must
-        be repeatable. Other failures are raised where the future is awaited, and logged."""
+        """Runs an action behind those before it, and again while the disk refuses it. Later kept actions of the job wait. The
+        action must be repeatable. Other failures are raised where the future is awaited, and logged."""
         self._loop = loop = asyncio.get_running_loop()
         future: asyncio.Future[_T] = loop.create_future()
         future.add_done_callback(lambda done: _log_failure(done, job))

@@ -172,8 +172,8 @@ class JobRunner:
                 await asyncio.sleep(RETRY_S)
 
     def _catch_up(self, record: JobRecord) -> None:
-        """In the journal's thread, before a job goes on: adds the steps and checkpoints that the index lacks, since an engine or a
-        server died after it had written them."""
+        """In the journal's thread, before a job goes on: adds the steps and checkpoints that the index lacks, as the engine
+        or the server died after it had written them."""
         self.tell_steps(record)
         self._outputs.restore(record, self.tuned(record))
 
