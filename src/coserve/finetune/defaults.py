@@ -2,8 +2,8 @@
 
     resolve_settings(config, number of examples, the adapter that is continued, the model's width) -> config without 'auto'
 
-Owns: those rules, and the lines that tell users what was chosen. Does not own: fixed defaults (config/settings.py). A resumed
-job keeps the numbers that it began with, whatever the rules have become since: `keep_numbers`.
+Owns: those rules, what is said about them. Does not own: fixed defaults (config/settings.py). A resumed job keeps the numbers
+that it began with, whatever the rules have become since: `keep_numbers`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from coserve.finetune.batches import BatchOrder
 
 EPOCHS, MAX_EPOCHS = 3, 25
 SEEN = 100
-"""If there are few examples, a job has more epochs, up to MAX_EPOCHS, so that it sees at least so many."""
+"""Examples that a job sees at least, by more epochs (up to MAX_EPOCHS) where there are few."""
 MOST_SEEN = 25_000
-"""If there are many examples, a job has fewer epochs, down to 1, so that it sees at most so many."""
+"""Examples that it sees at most, by fewer epochs (down to 1) where there are many."""
 MAX_BATCH_SIZE = 16
 BATCHES = 16
-"""The examples are cut into about so many batches, none of which is larger than MAX_BATCH_SIZE."""
+"""Batches that the examples are cut into, as long as they don't get larger than MAX_BATCH_SIZE."""
 CHECKPOINT_STEPS = 25
-"""Most steps between two checkpoints."""
+"""A checkpoint at least so often."""
 SUPERVISED_RATE, RATE_WIDTH, MAX_SUPERVISED_RATE = 2e-4, 4096, 2e-3
 """2e-4 is common for adapters on models of 7 to 8 billion parameters, whose hidden size is 4096. Narrower models get more, in
 inverse proportion, up to 2e-3: SmolLM2 (hidden size 576) learns 20 facts of 20 from twenty chats at 1.4e-3, and 6 at 2e-4
@@ -35,26 +35,26 @@ inverse proportion, up to 2e-3: SmolLM2 (hidden size 576) learns 20 facts of 20 
 
 
 def auto_epochs(num_examples: int) -> int:
-    """Passes over the data for so many examples."""
+    """Passes over so many examples."""
     if EPOCHS * num_examples < SEEN:
         return min(MAX_EPOCHS, math.ceil(SEEN / num_examples))
     return EPOCHS if EPOCHS * num_examples <= MOST_SEEN else max(1, MOST_SEEN // num_examples)
 
 
 def auto_batch_size(num_examples: int) -> int:
-    """Examples per optimizer step for so many examples."""
+    """Examples per optimizer step."""
     return min(MAX_BATCH_SIZE, max(1, num_examples // BATCHES))
 
 
 def adapter_size(adapter: AdapterConfig) -> int:
-    """An adapter's rank. For a bottleneck it is the size, for IA3 it is 1."""
+    """What counts as an adapter's rank: a bottleneck's size; 1 for IA3."""
     if isinstance(adapter, BottleneckConfig):
         return adapter.size
     return adapter.r if isinstance(adapter, LoraConfig) else 1
 
 
 def auto_learning_rate(objective: Objective, adapter: AdapterConfig, hidden_size: int | None) -> float:
-    """The peak learning rate. hidden_size: the model's; None counts as RATE_WIDTH."""
+    """The peak rate. hidden_size: the model's; None: RATE_WIDTH."""
     if objective == "dpo":
         return min(5e-5, max(5e-6, 4e-4 / adapter_size(adapter)))
     rate = SUPERVISED_RATE * max(1.0, RATE_WIDTH / (hidden_size or RATE_WIDTH))
@@ -64,8 +64,8 @@ def auto_learning_rate(objective: Objective, adapter: AdapterConfig, hidden_size
 def resolve_settings(
     config: FinetuneConfig, num_examples: int, *, continued: AdapterConfig | None = None, hidden_size: int | None = None
 ) -> FinetuneConfig:
-    """The same settings with a number for every 'auto'. continued: settings of the adapter that the job continues, if there is
-    one. hidden_size: the model's."""
+    """The same job with numbers for all that is 'auto'; what was given stays. continued: settings of the adapter that the job
+    continues, if it does. hidden_size: the model's."""
     epochs = auto_epochs(num_examples) if config.epochs == AUTO else config.epochs
     batch_size = auto_batch_size(num_examples) if config.batch_size == AUTO else config.batch_size
     order = BatchOrder(num_groups=num_examples, batch_size=settled(batch_size), seed=config.seed, shuffle=config.shuffle)
@@ -80,7 +80,7 @@ def resolve_settings(
 
 
 def keep_numbers(config: FinetuneConfig, recorded: Mapping[str, Any]) -> FinetuneConfig:
-    """The same settings with the recorded number for every 'auto'. recorded: the job's settings as `to_dict` wrote them."""
+    """The same job with the numbers of its record (settings as `to_dict` writes them) for all that is 'auto'."""
     changes = {name: recorded[name] for name in ("epochs", "batch_size", "checkpoint_steps")
                if getattr(config, name) == AUTO and is_number(recorded.get(name))}
     optimizer = recorded.get("optimizer")

@@ -19,14 +19,14 @@ class TenantDisk:
     """Any thread may use it. The directory of a job that has ended is read once, until `forget`."""
 
     def __init__(self, root: Path, store: Store, copied_bytes: Callable[[str], int]) -> None:
-        """root: holds the jobs' directories. copied_bytes: tells the bytes of a tenant's copied adapters."""
+        """root: of the jobs' directories; copied_bytes: of the copies of a tenant's adapters."""
         self._root, self._store, self._copied_bytes = root, store, copied_bytes
         self._lock = threading.Lock()
         self._known: dict[str, int] = {}
         self._num_forgotten = 0
 
     def bytes_of(self, tenant: str) -> int:
-        """Bytes of all jobs and copied adapters of a tenant."""
+        """Of all jobs and copied adapters of a tenant."""
         total = self._copied_bytes(tenant)
         for id, status in self._store.job_states(tenant):
             with self._lock:
@@ -40,7 +40,7 @@ class TenantDisk:
         return total
 
     def forget(self, job: str) -> None:
-        """Has a job's directory counted anew, since it has changed."""
+        """The job's directory has changed."""
         with self._lock:
             self._num_forgotten += 1
             self._known.pop(job, None)
