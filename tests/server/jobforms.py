@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from coserve.server.jobs.body import CREATE_FORM, JobFields
+from coserve.server.jobs.body import CREATE_FORM, CreateJob
 
 
-def read_body(body: Any) -> JobFields:
+def read_body(body: Any) -> CreateJob:
     """Raises InvalidRequest."""
     return CREATE_FORM.parse(json.dumps(body).encode())

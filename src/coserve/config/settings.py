@@ -133,7 +133,6 @@ class OptimizerConfig:
     schedule: Schedule = knob("linear", "constant, linear or cosine.")
     """After warm-up: constant, linear to 0 at the last step, or a half cosine to 0."""
     warmup_steps: int = knob(0, "Steps of linear warm-up.")
-    """Steps over which the rate rises linearly from 0."""
     warmup_ratio: float = knob(0.0, "The same as a share of all steps.")
     """The same as a share of all steps, in [0, 1], instead of `warmup_steps`."""
     beta1: float = 0.9

@@ -60,14 +60,11 @@ class ServerConfig:
     dtype: str = knob(AUTO, "auto, float32, bfloat16 or float64.")
     device: str = knob(AUTO, "auto, cpu or cuda.")
     seed: int | None = knob(None, "Source of the seeds of requests that give none (random).")
-    """Source of the seeds of requests that give none; None: other seeds at every start."""
     threads: int | None = knob(None, "CPU threads of the engine (all cores).")
-    """CPU threads of the engine; None: all cores."""
     lora_modules: tuple[tuple[str, str], ...] = knob((), "NAME=DIRECTORY of an adapter, or JSON; repeatable.")
     """(name, directory) of adapters served from the start."""
     max_lora_rank: int = knob(64, "Largest rank (64).")
     max_loras: int = knob(128, "Adapters used at once (128).")
-    """Adapters that requests can use at once."""
     adapter_root: str | None = knob(None, "/v1/load_lora_adapter takes directories below.")
     """/v1/load_lora_adapter takes directories below this one; None turns the route off."""
     slo_tpot_ms: SloMs | None = knob(None, "Objective per output token (by profile); none: best effort.", metavar="MS|none")
@@ -86,7 +83,6 @@ class ServerConfig:
     """Jobs train on a fixed window grid, unfused: bit-identical losses after a restart."""
     data_dir: Path = knob(DEFAULT_DATA_DIR, "Files, jobs, adapters and the index (coserve-data).")
     database_url: str | None = knob(None, "SQLAlchemy URL of the index (SQLite in the data directory).")
-    """SQLAlchemy URL of the index; None: SQLite in data_dir."""
     max_file_bytes: int = knob(512 << 20, "Largest upload (512 MiB).")
     max_tenant_file_bytes: int = knob(64 << 30, "All files of a tenant (64 GiB).")
     """Of all files and jobs' outputs of a tenant together; uploads and jobs beyond are refused, and running jobs wait."""
@@ -104,7 +100,6 @@ class ServerConfig:
     """The third part of a tuned model's name, ft:BASE:ORGANIZATION:SUFFIX:ID."""
     vllm_metrics: bool = knob(False, "Metrics under vLLM's names too.")
     shutdown_timeout: float = knob(10.0, "Seconds for running requests at the end (10).")
-    """Seconds that running requests get at the end."""
     watchdog_timeout: float = knob(60.0, "Seconds to a restart of a hung engine (60); 0: off.")
     """Seconds after which an iteration or command of the engine counts as a hang, unless it is predicted to take long: the
     engine's process is then started again. 0: never."""

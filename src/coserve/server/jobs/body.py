@@ -152,13 +152,25 @@ SETTINGS: Mapping[str, Knob] = {knob.word: knob for knob in KNOBS.values() if kn
 """Settings of a job that a body has as fields beyond OpenAI's (extra_body of its client), by the fields' names."""
 
 
-class JobFields(Body):
-    """The body's fields that are no settings of a job.
+def _field(knob: Knob) -> Any:
+    chosen = _OTHER_TYPES.get(knob.word) or (knob.type if get_origin(knob.type) is Literal else _TYPES[knob.type])
+    return chosen | None, None
 
-    adapter: a kind, which has some of the adapters' settings. priority: a lower number runs earlier. weight: the job's share of
-    the time of running jobs. deadline: in Unix seconds; of jobs with equal priority the one with the earliest runs first.
-    """
 
+_Settings: Any = create_model("_Settings", __base__=Body, **{name: _field(knob) for name, knob in SETTINGS.items()})
+
+
+class CreateJob(_Settings):
+    """POST /v1/fine_tuning/jobs."""
+
+    adapter: AdapterKind | None = None
+    """Its kind, which has some of the adapters' settings."""
+    priority: Annotated[int, Field(ge=-_LIMIT, le=_LIMIT)] | None = None
+    """A lower number runs earlier."""
+    weight: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Share of the time of running jobs."""
+    deadline: Annotated[int, Field(ge=0, le=2**40)] | None = None
+    """In Unix seconds. Of jobs with equal priority the one with the earliest deadline runs first."""
     model: Text
     training_file: Text
     validation_file: Text | None = None
@@ -169,19 +181,6 @@ class JobFields(Body):
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     metadata: Pairs | None = None
     integrations: list[Integration] | None = Field(default=None, max_length=5)
-    adapter: AdapterKind | None = None
-    priority: Annotated[int, Field(ge=-_LIMIT, le=_LIMIT)] | None = None
-    weight: Annotated[float, Field(gt=0, le=1000)] | None = None
-    deadline: Annotated[int, Field(ge=0, le=2**40)] | None = None
 
 
-def _field(knob: Knob) -> Any:
-    chosen = _OTHER_TYPES.get(knob.word) or (knob.type if get_origin(knob.type) is Literal else _TYPES[knob.type])
-    return chosen | None, None
-
-
-CreateJob: type[JobFields] = create_model(
-    "CreateJob", __base__=JobFields, __doc__="POST /v1/fine_tuning/jobs.",
-    **{name: _field(knob) for name, knob in SETTINGS.items()},
-)
 CREATE_FORM = Form(model=CreateJob, wording=FieldHints(CreateJob, deprecated=("hyperparameters",)).wording)

@@ -30,7 +30,7 @@ from coserve.server.index.disk import storage_errors
 from coserve.server.index.files import FileService
 from coserve.server.index.manifest import find_manifests, is_job_id, write_manifest
 from coserve.server.index.store import Store
-from coserve.server.jobs.body import JobFields
+from coserve.server.jobs.body import CreateJob
 from coserve.server.jobs.data import DataReader
 from coserve.server.jobs.objects import Pace, has_ended, job_object
 from coserve.server.jobs.outputs import JobOutputs
@@ -87,7 +87,7 @@ class JobService:
 
     # --- creation ---
 
-    async def create(self, tenant: str, body: JobFields) -> JobRecord:
+    async def create(self, tenant: str, body: CreateJob) -> JobRecord:
         """A new job, whose status is validating_files. Raises InvalidRequest, NotFound (model), CapacityError."""
         most = self._config.max_tenant_jobs
         unfinished = sum(live.record.tenant == tenant for live in self._runner.live.values())
@@ -99,7 +99,7 @@ class JobService:
         finally:
             self._creating[tenant] -= 1
 
-    async def _create(self, tenant: str, body: JobFields) -> JobRecord:
+    async def _create(self, tenant: str, body: CreateJob) -> JobRecord:
         if (problem := await asyncio.to_thread(self._disk_problem, tenant)) is not None:
             raise TooLarge(f"training_file: {problem}", param="training_file")
         model = await asyncio.to_thread(self._models.find, tenant, body.model)

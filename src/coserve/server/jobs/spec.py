@@ -27,7 +27,7 @@ from coserve.config.values import AUTO, settled, shown
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.batches import BatchOrder
 from coserve.finetune.defaults import adapter_size, auto_learning_rate, given_settings, resolve_settings, unused_settings
-from coserve.server.jobs.body import SETTINGS, Hyperparameters, JobFields, PreferenceHyperparameters
+from coserve.server.jobs.body import SETTINGS, CreateJob, Hyperparameters, PreferenceHyperparameters
 from coserve.server.settings import ServerConfig
 
 MAX_EPOCHS = 1000
@@ -61,7 +61,7 @@ class Resolved:
 
 
 def read_spec(
-    body: JobFields, server: ServerConfig, max_model_len: int, continued: AdapterConfig | None = None,
+    body: CreateJob, server: ServerConfig, max_model_len: int, continued: AdapterConfig | None = None,
     hidden_size: int | None = None,
 ) -> JobSpec:
     """What a body asks for; 'auto' stays where it depends on the data. learning_rate_multiplier multiplies the automatic rate.
@@ -177,7 +177,7 @@ def _in_api_words(error: ConfigError) -> InvalidRequest:
     return InvalidRequest(f"{param}: {str(error).removeprefix(f'{name}: ')}", param=param)
 
 
-def _method(body: JobFields) -> dict[str, Any]:
+def _method(body: CreateJob) -> dict[str, Any]:
     """{type, TYPE: {hyperparameters}}. The deprecated hyperparameters are used if the method has none."""
     kind = "supervised" if body.method is None else body.method.type
     if kind == "reinforcement":

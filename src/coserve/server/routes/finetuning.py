@@ -16,7 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 from coserve.core import InvalidRequest
 from coserve.server.bodies.reader import body_reader
 from coserve.server.inference.sse import DONE, EventStream
-from coserve.server.jobs.body import CREATE_FORM, JobFields
+from coserve.server.jobs.body import CREATE_FORM, CreateJob
 from coserve.server.jobs.objects import checkpoint_object, event_object
 from coserve.server.records import EventRecord
 from coserve.server.routes.paging import After, Limit, cursor_page
@@ -28,7 +28,7 @@ _METADATA: dict[str, Any] = {"parameters": [{
     "schema": {"type": "object", "additionalProperties": {"type": "string"}},
 }]}
 router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
-CreateBody = Annotated[JobFields, Depends(body_reader(CREATE_FORM))]
+CreateBody = Annotated[CreateJob, Depends(body_reader(CREATE_FORM))]
 
 
 @router.post("/jobs", openapi_extra=CREATE_FORM.openapi)
