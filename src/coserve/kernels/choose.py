@@ -1,4 +1,4 @@
-"""Which kernels a device gets. (Whether compiled ones are there is `native`'s to say.)
+"""Which kernels a device gets. `native` says whether there are compiled ones.
 
 Owns: the choice. Does not own: what a kernel does where its library doesn't take the arguments (it falls back by itself).
 """

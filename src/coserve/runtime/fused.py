@@ -1,4 +1,4 @@
-"""One pass over all layers for rows of requests, and of a training window beside them: every dense operator runs once.
+"""A forward pass over all layers, for rows of requests and of a training window beside them. Every dense operator runs once.
 
     rows:   decode | prefill | finetuning window [a, b)
     K, V:   key-value blocks | the micro-batch's arena
@@ -32,11 +32,11 @@ from coserve.runtime.rows import ForwardRows
 from coserve.runtime.spans import NO_ADAPTER, RowSpan, SpanRows
 
 _MAX_PLANS = 64
-"""Plans of passes that are kept, of those with a training window and of those without."""
+"""The most programs that are kept for forward passes with a training window, and as many for those without."""
 
 
 class TrainWindow(NamedTuple):
-    """A forward unit over all layers that rides in a pass."""
+    """A forward unit over all layers that is fused into a forward pass."""
 
     state: InFlight
     unit: Unit
@@ -151,8 +151,8 @@ class FusedRows(BatchRows):
 
 
 class PassExecutor:
-    """Runs passes over a pool of key-value blocks, with the adapters in `adapters`. cuda_graphs: replays what only decodes, on
-    devices that can."""
+    """Runs forward passes over a pool of key-value blocks, with the adapters in `adapters`. cuda_graphs: whether passes that
+    only decode are replayed as CUDA graphs, on devices that can."""
 
     def __init__(
         self, executor: Executor, train: TrainExecutor, pool: KeyValuePool, adapters: AdapterSlots, *, cuda_graphs: bool = False

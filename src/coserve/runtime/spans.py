@@ -3,9 +3,10 @@
 Rows are [decode | prefill], each part sorted by adapter slot, rows without an adapter first. B decode rows, T rows of one
 prefill span, S context tokens, N blocks of a table, G key-value heads, K head width.
 
-Where there is a compiled kernel (on a CPU) all rows read their context through their tables, where Triton runs decode rows do.
-Else decode rows read keys from gathered copies, in groups of like length, and values where they lie. Whatever an iteration
-needs on the device goes there in one copy, queued without a wait.
+There are three readers of context. The compiled kernel (on a CPU) serves all rows through their block tables. Triton's kernel
+serves decode rows that way. Without either, decode rows are grouped by length of context; each group gathers its keys and reads
+values where they lie. Prefill spans that the reader does not serve use `kernels.attention`. What an iteration needs on the
+device goes there in one copy, queued without a wait.
 """
 
 from __future__ import annotations
