@@ -189,7 +189,7 @@ def test_decode_rows_of_very_different_contexts(window: int | None) -> None:
     texts.run(pool, arch, range(len(contexts)), {})
     texts.compare(window)
     spans = [RowSpan(c - 1, c, table, NO_ADAPTER) for c, table in zip(contexts, tables, strict=True)]
-    groups = SpanRows(spans, [], pool, arch, make_slots())._decode_windows[window]
+    groups = SpanRows(spans, [], pool, arch, make_slots())._reader.groups[window]
     read = sum(group.bias.shape[0] * group.bias.shape[2] for group in groups)
     assert len(groups) > 1
     assert sum(group.bias.shape[0] for group in groups) == len(contexts)

@@ -1,15 +1,15 @@
-"""Pass 5: kept values in fewer bytes.
+"""Compression: kept values in fewer bytes.
 
-Signs, exactly: what backward reads only for its sign is kept as a bit per element. The pass runs before rematerialization,
-which then sees the bits as one more value that can be kept.
+pack_signs is exact. A value of which backward reads only the signs is kept as one bit per element. The pass runs before
+rematerialization, for which the bits are one more value that can be kept.
 
     forward   out = relu(h);  bits = sign_bits(out)         backward   out~ = sign_values(bits);  d_h = relu_dgrad(d_out, out~)
 
-fp8, on request, as it changes gradients: every kept value of the model's dtype that only its own window reads, as e4m3 with a
-power of two per row. Forward computes with the value itself; backward, and what it runs again, with the decoded one. K and V
-stay, as later windows' forward reads them. So do q and log-sum-exp: softmax(q K^T) is found from both, and where they don't
-belong together its rows don't sum to 1. The pass runs after rematerialization, whose choice knows the sizes and makes q again
-only with log-sum-exp.
+to_fp8 changes gradients, so it runs on request only. It keeps every value of the model's dtype that only its own window reads
+as e4m3 with a power of two per row. Forward computes with the value itself. Backward, and what it runs again, computes with the
+decoded one. K and V stay as they are, because the forward pass of later windows reads them. q and log-sum-exp stay too:
+backward finds the probabilities from both, and their rows sum to 1 only if the two belong together. The pass runs after
+rematerialization, which knows fp8's sizes and makes q again only together with log-sum-exp.
 
     forward   g = linear(x);  g.fp8, g.exponent = fp8_encode(g)        backward   g = fp8_decode(g.fp8, g.exponent);  ...
 """
@@ -24,7 +24,7 @@ from coserve.compiler.rematerialize import Kept, Rematerialized
 
 
 def pack_signs(joint: JointGraph) -> JointGraph:
-    """Sign bits for every forward value that backward reads, and reads only for its signs."""
+    """Adds sign bits for each forward value of which backward reads only the signs, and lets backward read those."""
     read: set[str] = set()
     whole: set[str] = set()
     for node in joint.backward:
@@ -78,7 +78,7 @@ def to_fp8(itemsize: int, choice: Rematerialized) -> Rematerialized:
 
 
 def _with(graph: Graph, values: Iterable[Value], packing: Iterable[Node]) -> Graph:
-    """The graph with nodes that each read one value, right after that is made."""
+    """Adds nodes that read one value each. Each comes right after the node that makes its value."""
     waiting = {node.inputs[0]: node for node in packing}
     nodes = [waiting[graph.input]] if graph.input in waiting else []
     for node in graph.nodes:

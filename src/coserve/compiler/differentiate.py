@@ -1,4 +1,4 @@
-"""Pass 2: the backward graph, by the gradient rules of the operator table. Complete: pruning comes after."""
+"""Differentiation: adds the whole backward graph, by the gradient rules of the operator table. Pruning comes after it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Backward:
         return name
 
     def contribute(self, value: str, grad: str) -> None:
-        """Adds a gradient to a value's, by an `add` node from the second on."""
+        """Adds to the gradient of `value`. From the second contribution on that takes an `add` node."""
         if value not in self.grads:
             self.grads[value] = grad
             return

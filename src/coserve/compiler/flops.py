@@ -13,11 +13,11 @@ from coserve.compiler.graph import JointGraph, Node, Value
 from coserve.ops.table import Cost
 
 SEQUENCE_LENGTH = 1024
-"""Tokens of an example, where nothing else is said."""
+"""The default number of tokens of an example."""
 
 
 class LayerFlops(NamedTuple):
-    """Matrix FLOPs per token of one layer; recompute: what backward runs again of forward."""
+    """Matrix FLOPs per token of one layer. recompute: of the forward nodes that backward runs again."""
 
     forward: int
     backward: int
@@ -47,7 +47,7 @@ def node_flops(node: Node, values: Mapping[str, Value], context: float) -> int:
 
 
 def layer_flops(joint: JointGraph, recompute: Iterable[Node], context: float) -> LayerFlops:
-    """All of a layer's."""
+    """Matrix FLOPs per token of a layer. recompute: the forward nodes that backward runs again."""
 
     def total(nodes: Iterable[Node]) -> int:
         return sum(node_flops(node, joint.values, context) for node in nodes)

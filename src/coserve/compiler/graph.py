@@ -1,4 +1,5 @@
-"""Graphs: values (one row per token) and nodes in execution order. Immutable; every pass makes a new one."""
+"""A layer as a graph: values (one row per token), and nodes in execution order. Graphs are immutable; each compiler pass makes
+a new one."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class Element(enum.Enum):
     BYTE = "bytes, whose meaning only the operators know that write and read them"
 
     def num_bytes(self, itemsize: int) -> int:
-        """Of one element, for a model dtype of `itemsize` bytes."""
+        """Bytes of one element, for a model dtype of `itemsize` bytes."""
         return {Element.MODEL: itemsize, Element.WIDE: max(itemsize, 4), Element.BYTE: 1}[self]
 
 
@@ -35,7 +36,7 @@ class Value:
         return self.width * self.element.num_bytes(itemsize)
 
     def fp8_bytes(self, itemsize: int) -> int:
-        """The same where it can be kept in fp8, with the byte of its scale, if that is less."""
+        """Bytes per token in fp8, with one byte for the row's exponent; as it is if that is less, or if fp8 can't hold it."""
         size = self.num_bytes(itemsize)
         return min(size, self.width + 1) if self.element is Element.MODEL else size
 
@@ -56,7 +57,7 @@ class Node:
 
     @property
     def exact_inputs(self) -> tuple[str, ...]:
-        """Its inputs of `Operator.exact`."""
+        """The values that this node reads as inputs of `Operator.exact`."""
         return tuple(value for name, value in zip(self.row.inputs, self.inputs, strict=True) if name in self.row.exact)
 
     def __str__(self) -> str:
@@ -76,10 +77,11 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class JointGraph:
-    """A forward graph with (some of) its backward nodes.
+    """A forward graph with its backward nodes, or those of them that pruning left.
 
-    values: of the backward nodes too. output_grad: the gradient that comes in; input_grad: the one that goes out, or None
-    when nobody below wants it. weight_grads: {parameter: value}, sinks that the kernels add into.
+    values: those of the forward graph and of the backward nodes. output_grad: the gradient of the layer's output, where
+    backward starts. input_grad: the gradient of the layer's input, or None if no layer below needs it. weight_grads:
+    {parameter: value}; kernels add into the parameter's gradient, so these values have no memory.
     """
 
     forward: Graph
@@ -110,16 +112,16 @@ class JointGraph:
         return tuple(name for name in self.forward.values if name in read)
 
     def read_exactly(self) -> frozenset[str]:
-        """Forward values that backward must see as forward did, or make again with what came of them (`Operator.exact`)."""
+        """Forward values that backward must see bit for bit, unless it makes their reader's output again (`exact`)."""
         return frozenset(value for node in self.forward.nodes for value in node.exact_inputs)
 
     def read_whole(self) -> frozenset[str]:
-        """Forward values that some node reads for other tokens than its window's."""
+        """Forward values of which some node reads rows outside its own window."""
         return frozenset(whole_inputs((*self.forward.nodes, *self.backward))) & self.forward.values.keys()
 
 
 def whole_inputs(nodes: Iterable[Node]) -> set[str]:
-    """Inputs that the operator table says are read for other tokens too."""
+    """Inputs of which rows outside the window are read (`Operator.whole`)."""
     return {
         value
         for node in nodes

@@ -1,4 +1,4 @@
-"""The least cut of a small directed graph with integer capacities."""
+"""The minimum cut of a small directed graph with integer capacities."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ from coserve.model.decoder import MERGED, Bypass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBypass:
-    """What one layer trains or serves: the bypass, {factor: out features} of its parameters. Layers with equal `key` share
-    a plan."""
+    """What one layer trains or serves. factor_widths: {factor: out features} of the bypass's parameters. Layers with equal
+    `key` share a plan."""
 
     key: tuple[object, ...]
     bypass: Bypass
@@ -58,27 +58,27 @@ class ModelPlan:
 
     @property
     def forward_flops(self) -> int:
-        """Of forward, adapters included."""
+        """FLOPs of forward, adapters included."""
         return sum(layer.flops.forward for layer in self.layers)
 
     @property
     def trained_forward_flops(self) -> int:
-        """Of forward, in the layers that have a backward."""
+        """FLOPs of forward in the layers that have a backward program."""
         return sum(layer.flops.forward for layer in self.layers if layer.backward is not None)
 
     @property
     def backward_flops(self) -> int:
-        """Of backward, without what it recomputes."""
+        """FLOPs of backward, without the forward products that it runs again."""
         return sum(layer.flops.backward for layer in self.layers)
 
     @property
     def recompute_flops(self) -> int:
-        """Of forward's products that backward runs again."""
+        """FLOPs of the forward products that backward runs again."""
         return sum(layer.flops.recompute for layer in self.layers)
 
     @property
     def extra_flops_ratio(self) -> float:
-        """What is recomputed, over forward and backward."""
+        """recompute_flops as a share of forward and backward."""
         return self.recompute_flops / max(1, self.forward_flops + self.backward_flops)
 
     @property
@@ -88,14 +88,14 @@ class ModelPlan:
 
 
 class Point(NamedTuple):
-    """A budget that can be met: bytes kept per token over all layers, and what is recomputed over forward and backward."""
+    """A budget that can be met: the bytes kept per token over all layers, and the `extra_flops_ratio` that it costs."""
 
     arena_bytes: int
     extra_flops_ratio: float
 
 
 class TrainingPlans:
-    """All plans of one training: graphs by what makes layers differ, their choices and programs as they are asked for."""
+    """All plans of one training. Layers that are alike share a key, a graph and its choices, which are made when asked for."""
 
     def __init__(
         self, arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, forward_only: bool = False,
@@ -122,7 +122,7 @@ class TrainingPlans:
 
     @property
     def compresses(self) -> bool:
-        """Whether anything may be kept in fewer bytes than it has."""
+        """Whether some value may be kept in fewer bytes than forward computes it in."""
         return self.fp8 or any(node.row.packs for joint in self.graphs.values() for node in joint.forward.nodes)
 
     def lower(self, key: object, choice: Rematerialized) -> LayerPlan:
@@ -132,12 +132,12 @@ class TrainingPlans:
         return replace(plan, flops=layer_flops(choice.joint, choice.recompute, self.contexts[key]))
 
     def first(self) -> list[LayerPlan]:
-        """By layer, without recomputing a matrix product."""
+        """The plan of each layer that keeps the fewest bytes without running a matrix product again."""
         plans = {key: self.lower(key, rematerialize(joint, self.itemsize, fp8=self.fp8)) for key, joint in self.graphs.items()}
         return [plans[key] for key in self.keys]
 
     def curve(self, key: object) -> list[LayerPlan]:
-        """A layer's choices in order of rising FLOPs, each with fewer bytes than the one before."""
+        """The choices for the layers of `key` in order of rising FLOPs, each with fewer bytes than the one before."""
         if key not in self._curves:
             plans: list[LayerPlan] = []
             for remat in curve(self.graphs[key], self.itemsize, self.contexts[key], fp8=self.fp8):
@@ -148,7 +148,7 @@ class TrainingPlans:
         return self._curves[key]
 
     def steps(self) -> list[tuple[int, int]]:
-        """(layer, its choice from then on), the cheapest byte first: all of them lead from the most bytes to the fewest."""
+        """All steps from the most bytes to the fewest, the cheapest byte first: (layer, number of its next choice)."""
         slopes: dict[object, list[float]] = {}
         for key in self.graphs:
             plans = self.curve(key)
@@ -163,7 +163,7 @@ class TrainingPlans:
         return [(layer, number) for _, number, layer in sorted(order)]
 
     def within(self, budget: float) -> list[LayerPlan]:
-        """By layer, the fewest FLOPs within a budget of kept bytes per token. Raises ConfigError."""
+        """The plan of each layer, with the fewest FLOPs that keep at most `budget` bytes per token. Raises ConfigError."""
         chosen = [0] * len(self.keys)
         steps = self.steps()
 

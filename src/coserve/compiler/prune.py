@@ -1,7 +1,7 @@
-"""Pass 3: drop gradients that nobody wants.
+"""Pruning: drops the backward nodes whose result nobody needs.
 
-What survives pruning is what a frozen backbone leaves: no gradients of frozen weights, nothing that only they read, and no
-backward work below the lowest adapter. Source: FlexLLM, graph pruning.
+Gone are the gradients of frozen weights, whatever only they read, and all backward work below the lowest adapter.
+Source: FlexLLM, graph pruning.
 """
 
 from __future__ import annotations

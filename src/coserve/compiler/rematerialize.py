@@ -1,22 +1,23 @@
-"""Pass 4: which values forward keeps, and what backward runs again to make the others.
+"""Rematerialization: which values forward keeps, and which operators backward runs again to make the others.
 
-A choice is a cut of the layer's graph, values and nodes between a source and a sink:
+A choice is a cut of a graph. Its vertices are the layer's values and nodes, a source and a sink; its edges have capacities:
 
-    source --for ever--> a value that backward reads
-    value  --its bytes--> the node that makes it           cut: the value is kept
-    node   --its FLOPs--> sink                             cut: the node runs again
-    node   --for ever--> each of its inputs                what runs again needs its inputs
+    source --infinite---> a value that backward reads
+    value  --its bytes--> the node that makes it           if this edge is cut, the value is kept
+    node   --its FLOPs--> sink                             if this edge is cut, the node runs again
+    node   --infinite---> each of its inputs               a node can run again only with its inputs
 
-and in fp8, where what is made again differs a little from what it was,
+With fp8 a value that is made again differs a little from the first one, which needs one more edge:
 
-    node   --for ever--> nodes that rely on its output     log-sum-exp must belong to the q that backward sees
+    node   --infinite---> nodes whose output must match    log-sum-exp must belong to the q that backward sees
 
-For every price of a FLOP in bytes the least cut is the best choice, exactly; over all prices they are the lower convex hull of
-(bytes, FLOPs), from "all that costs a matrix product" to "the layer's input only". Element-wise nodes cost nothing.
+Bytes and FLOPs are made comparable by a price. At any price the minimum cut is exactly the cheapest choice. Over all prices
+these choices form the lower convex hull of (bytes, FLOPs). One end keeps all that costs a matrix product; the other keeps
+only the layer's input, K and V. Element-wise nodes cost nothing.
 
-K and V always stay. Later windows' forward reads them in every layer, so that they lie in the arena to the end of forward
-whatever backward does; making them again (a prologue over all windows of the layer) would not lower the peak. All else is made
-again window by window: attention too, for the window's queries over the K and V that lie there.
+K and V are always kept. The forward pass of later windows reads them in every layer, so they lie in the arena until forward
+ends. Making them again in backward would not lower the peak. Everything else can be made again window by window, attention
+too: it takes the window's queries and the K and V that lie in the arena.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from coserve.compiler.graph import JointGraph, Node
 from coserve.compiler.mincut import source_side
 
 _FINE = 1 << 20
-"""Nodes of equal cost per byte differ by their depth over this, so that a choice may stop between them."""
+"""A node's FLOPs are multiplied by this, and its depth is added. So nodes of equal cost per byte differ a little, and a choice
+may run some of them again and not the others."""
 _SOURCE, _SINK = -1, -2
 
 
@@ -94,8 +96,8 @@ class _Choices:
 
     @cached_property
     def flops(self) -> tuple[int, ...]:
-        """By node, times _FINE, and a little more for deeper ones. Products of one input, which may be merged, cost the same:
-        they are kept or run again together."""
+        """FLOPs by node times _FINE, plus a little for deeper nodes. Depth counts products, so that products of one input get
+        the same addition. They may be merged, and should be kept or run again together."""
         depths = {self.joint.forward.input: 0}
         result = []
         for node in self.joint.forward.nodes:
@@ -178,15 +180,15 @@ class _Choices:
 
 
 def rematerialize(joint: JointGraph, itemsize: int = 4, *, fp8: bool = False) -> Rematerialized:
-    """The fewest bytes without recomputing a matrix product. fp8: what can be will be kept so (compress.py)."""
+    """The choice with the fewest bytes that runs no matrix product again. fp8: whether sizes are those of fp8 (compress.py)."""
     choices = _Choices(joint, itemsize, 1.0, fp8)
     return choices.describe(choices.cut(1, sum(choices.sizes.values()) + 1))
 
 
 def curve(joint: JointGraph, itemsize: int, context: float, *, fp8: bool = False) -> tuple[Rematerialized, ...]:
-    """All choices of one layer that are best at some price of a FLOP, from no matrix product recomputed to fewest bytes.
+    """All choices of one layer that are cheapest at some price, from "no matrix product runs again" to the fewest bytes.
 
-    context: tokens that a query sees, on average (`flops.mean_context`). fp8: as for `rematerialize`.
+    context: the number of tokens that a query sees on average (`flops.mean_context`). fp8: as for `rematerialize`.
     """
     choices = _Choices(joint, itemsize, context, fp8)
     return tuple(choices.describe(again) for again in choices.hull())

@@ -1,4 +1,4 @@
-"""Pass 1: run the decoder layer with symbols instead of tensors, and write down what it does."""
+"""Tracing: runs the decoder layer with symbols instead of tensors, and writes down the operators that it calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from coserve.model.decoder import Bypass, layer, linear_shapes
 
 
 class Tracer:
-    """The vocabulary on symbols. factor_widths: {factor name: out features} of the bypass's trainable factors."""
+    """The operator vocabulary on symbols. factor_widths: {name: out features} of the bypass's trainable factors."""
 
     def __init__(self, arch: Architecture, factor_widths: Mapping[str, int]) -> None:
         self.arch = arch

@@ -1,16 +1,16 @@
-"""Attention that runs: blocks of library calls over a contiguous key-value arena, or over one request's gathered tokens.
+"""Attention made of library calls, over a contiguous key-value arena or over the gathered tokens of one request.
 
 T rows (queries), S context tokens, H query heads, G key-value heads, K head width. Rows are [T, heads * K].
 
-One call handles query rows [first, last) of one sequence whose keys start at row `begin` of the arena. Query blocks lie on a
-grid from `begin`, so that whole blocks' diagonals go into one batched call:
+One call handles query rows [first, last) of one sequence whose keys start at row `begin` of the arena. Queries are cut into
+blocks of R rows counted from `begin`, so that the causal diagonals of all whole blocks go into one batched call:
 
       keys:   begin ............ row ...... row + R
       block:  [  past, unmasked  | causal diagonal ]      R = QUERY_BLOCK query rows
 
-The two parts are merged by their log-sum-exps. PyTorch's CPU backward runs one task per (batch, key-value head): halves of the
-past go in as a batch of two, and lone calls take expanded heads, so that no thread waits for an odd task. A sliding window
-that cuts a block's past falls back to one masked call.
+The two parts are merged by their log-sum-exps. PyTorch's backward on a CPU runs one task per batch element and key-value head.
+So that no thread waits for an odd task, the past goes in as a batch of two halves, and a single call has its heads expanded. If
+a sliding window cuts a block's past, one masked call computes the block.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Which kernels a device gets. (Whether compiled ones are there is `native`'s to say.)
+"""Which kernels a device gets. `native` says whether there are compiled ones.
 
-Owns: the choice. Does not own: what a kernel does where its library doesn't take the arguments (it falls back by itself).
+Owns: the choice. Does not own: what a kernel does with arguments that its library refuses; it falls back by itself.
 """
 
 from __future__ import annotations

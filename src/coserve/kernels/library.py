@@ -1,8 +1,9 @@
-"""The kernels that run: library calls that write into planned memory, on any device; on a CPU compiled ones where there are.
+"""The kernels that run, on any device: library calls that write into planned memory. On a CPU the compiled kernels of `native`
+take their place where they can.
 
-T rows (packed tokens), D features, K head width, V vocabulary. Attention is next door, in attention.py.
+T rows (packed tokens), D features, K head width, V vocabulary. Attention is in attention.py.
 
-Every function is held against `reference.py` by tests/numerics. `accumulate` adds to `out` instead of writing it.
+tests/numerics compares every function with `reference.py`. With `accumulate` a function adds to `out` instead of writing it.
 Outputs and inputs may be column slices of wider rows (stride > width) unless a function says otherwise.
 """
 
@@ -22,12 +23,12 @@ from coserve.kernels.triton.segments import segment_linear
 
 _FEW_ROWS, _SMALL_MATRIX = 8, 1 << 15
 _FEW_GROUPED_ROWS, _SMALL_STACK = 32, 1 << 17
-"""Rows, and elements of the matrices, up to which a product of bfloat16 on a CPU is faster through float32: the library's own
-has a fixed cost of some 20 us, for each group anew."""
+"""Rows and elements of the matrices. Up to these limits a bfloat16 product on a CPU is faster in float32, because the library's
+bfloat16 product has a fixed cost of some 20 us, for every group again."""
 
 
 def _costs_more_to_begin(x: Tensor, matrices: Tensor, rows: int, elements: int) -> bool:
-    """Whether a product is within such limits."""
+    """Whether a product is small enough to be faster in float32 (`rows`, `elements`: the limits)."""
     small = x.shape[0] <= rows and matrices.numel() <= elements
     return small and x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
@@ -203,10 +204,10 @@ _NOT_FINITE = 255
 
 
 def fp8_encode(bits: Tensor, exponent: Tensor, x: Tensor) -> None:
-    """x = e4m3 * 2**e, where e is a row's own and so that the row's largest element is just within e4m3's range.
+    """Packs x so that x = e4m3 * 2**e. Each row has its own e, for which its largest element just fits into e4m3.
 
-    bits: uint8 [T, D], e4m3's; exponent: uint8 [T, 1], e + 127. Elements keep 4 significant bits down to 2**-15 of the row's
-    largest, and lose them below. A row that isn't finite becomes NaN.
+    bits: uint8 [T, D], the bits of the e4m3 elements. exponent: uint8 [T, 1], e + 127. Elements of at least 2**-15 of the row's
+    largest keep 4 significant bits; smaller ones keep fewer. A row that isn't finite becomes NaN.
     """
     rows = _CACHED_ROWS if x.device.type == "cpu" else x.shape[0]
     least = -min(_EXPONENT_BIAS - 1, int(math.log2(torch.finfo(x.dtype).max)))  # float16 has no larger power to multiply by
@@ -219,7 +220,7 @@ def fp8_encode(bits: Tensor, exponent: Tensor, x: Tensor) -> None:
 
 
 def fp8_decode(out: Tensor, bits: Tensor, exponent: Tensor) -> None:
-    """What `fp8_encode` packed, in the dtype of `out`."""
+    """Unpacks what `fp8_encode` packed, in the dtype of `out`."""
     scale = torch.exp2(exponent.to(out.dtype) - _EXPONENT_BIAS).masked_fill_(exponent == _NOT_FINITE, torch.nan)
     if out.device.type != "cpu":
         out.copy_(bits.view(_FP8))
@@ -231,8 +232,8 @@ def fp8_decode(out: Tensor, bits: Tensor, exponent: Tensor) -> None:
 
 
 def _float32(bits: Tensor) -> Tensor:
-    """e4m3 as float32, several times as fast on a CPU as its own conversion: sign, exponent and fraction are shifted to where
-    float32 has them, and its exponents are 2**120 larger. Not for NaN."""
+    """Converts e4m3 to float32, several times faster on a CPU than PyTorch does. Sign, exponent and fraction are shifted to
+    where float32 has them; a factor of 2**120 makes up for the other bias of the exponent. NaN is not converted."""
     shifted = (bits.view(torch.int8).to(torch.int32) << 20).bitwise_and_(~0x78000000)
     return shifted.view(torch.float32).mul_(2.0**120)
 

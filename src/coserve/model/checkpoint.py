@@ -18,6 +18,7 @@ from torch import Tensor
 
 from coserve.core import InvalidRequest, NotFound, one_line
 from coserve.model.architecture import Architecture, read_architecture, read_json
+from coserve.model.decoder import MODULE_PATHS, biased_sites, linear_shapes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -28,28 +29,17 @@ FLOAT_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Every tensor that the decoder reads, by Hugging Face parameter name, with its shape (linears are [out, in])."""
-    arch = architecture
-    query, key_value = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    hidden, inner = arch.hidden_size, arch.intermediate_size
-    linears = (
-        ("self_attn.q_proj", query, hidden, arch.qkv_bias),
-        ("self_attn.k_proj", key_value, hidden, arch.qkv_bias),
-        ("self_attn.v_proj", key_value, hidden, arch.qkv_bias),
-        ("self_attn.o_proj", hidden, query, arch.o_bias),
-        ("mlp.gate_proj", inner, hidden, arch.mlp_bias),
-        ("mlp.up_proj", inner, hidden, arch.mlp_bias),
-        ("mlp.down_proj", hidden, inner, arch.mlp_bias),
-    )
+    hidden, biased = arch.hidden_size, biased_sites(arch)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (arch.vocab_size, hidden)}
     for layer in range(arch.num_layers):
         prefix = f"model.layers.{layer}."
         shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        for name, num_out, num_in, bias in linears:
-            shapes[f"{prefix}{name}.weight"] = (num_out, num_in)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (num_out,)
+        for site, (num_out, num_in) in linear_shapes(arch).items():
+            shapes[f"{prefix}{MODULE_PATHS[site]}.weight"] = (num_out, num_in)
+            if site in biased:
+                shapes[f"{prefix}{MODULE_PATHS[site]}.bias"] = (num_out,)
         if arch.qk_norm:
             shapes[prefix + "self_attn.q_norm.weight"] = (arch.head_dim,)
             shapes[prefix + "self_attn.k_norm.weight"] = (arch.head_dim,)

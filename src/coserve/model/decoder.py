@@ -1,7 +1,7 @@
 """The decoder layer of the Llama / Mistral / Qwen2 / Qwen3 family, written once against the operator vocabulary.
 
-Owns: the order of operators, the names of sites, and the shapes of the frozen linears. Does not own: weights, memory or how
-an operator runs. A bypass network is called at every linear site with the site's input and output.
+Owns: the order of operators, the names of sites, and the shapes and biases of the frozen linears. Does not own: weights,
+memory or how an operator runs. A bypass is called at every linear site with the site's input and output.
 """
 
 from __future__ import annotations
@@ -56,6 +56,13 @@ def linear_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
         "q_proj": (queries, d), "k_proj": (keys, d), "v_proj": (keys, d), "o_proj": (d, queries),
         "gate_proj": (inner, d), "up_proj": (inner, d), "down_proj": (d, inner),
     }
+
+
+def biased_sites(arch: Architecture) -> frozenset[str]:
+    """The linear sites that add a bias."""
+    attention = MERGED["qkv_proj"] if arch.qkv_bias else ()
+    mlp = (*MERGED["gate_up_proj"], "down_proj") if arch.mlp_bias else ()
+    return frozenset({*attention, *mlp, *(["o_proj"] if arch.o_bias else [])})
 
 
 def layer(ops: Vocabulary[V], arch: Architecture, bypass: Bypass, x: V) -> V:

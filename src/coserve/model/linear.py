@@ -1,10 +1,10 @@
 """Frozen linears as objects with two products, x W^T and dy W, in a layout of their own.
 
-`FrozenLinear` computes with the plain matrix. `PackedLinear` keeps oneDNN's blocked copies instead, one per product, each
-made at its first use: faster on the CPU at any number of rows, most at few. Where memory is short (`hold_one_copy`) it holds
-one copy for all: in bfloat16 the plain matrix, which is multiplied almost as fast where matrices are large, in float32
-forward's packed one, which it unpacks for each product of another kind. A quantized layout is another class with the same
-methods.
+`FrozenLinear` computes with the plain matrix. `PackedLinear` keeps copies in oneDNN's blocked layout instead, one per product,
+each made at its first use. That is faster on the CPU at any number of rows, and most at few. If memory is short
+(`hold_one_copy`) it holds one copy for all products. In bfloat16 that is the plain matrix, which is almost as fast where
+matrices are large. In float32 it is forward's packed copy, which is unpacked for any other product. A quantized layout would be
+another class with the same methods.
 """
 
 from __future__ import annotations
@@ -217,8 +217,8 @@ class OutputHead:
 
 
 class PackedHead(OutputHead):
-    """The head in packed blocks of the vocabulary, made at first use beside the table, which lookups read; the table alone
-    where one copy is all."""
+    """The head in packed blocks of the vocabulary, which are made at first use. The table stays beside them, because embedding
+    lookups read it. With `hold_one_copy` there is the table alone."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__(table)

@@ -48,7 +48,7 @@ def unpacked_bytes(arch: Architecture, itemsize: int) -> int:
 
 
 def settle_copies(weights: ModelWeights, free: int | None, *, training: bool) -> str | None:
-    """Lets the weights have packed copies beyond one of each matrix exactly where memory allows it.
+    """Decides by free memory whether the weights may have more than one copy of each matrix.
 
     free: bytes that are not spoken for otherwise, None if that can't be told; training: whether backward will run. Returns a
     line for the log, None for weights that are not packed.
@@ -67,8 +67,8 @@ def settle_copies(weights: ModelWeights, free: int | None, *, training: bool) ->
 
 
 def one_copy_to_load(arch: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights that are about to be loaded are best held once, as far as that can be told: an engine with a pool by
-    default will have it so. Something else may be settled later."""
+    """Whether weights that are about to be loaded should be held once. This is a guess from free memory and the default size of
+    an engine's pool; `settle_copies` decides later."""
     available = available_bytes(device)
     if available is None or not can_pack(dtype, device):
         return False

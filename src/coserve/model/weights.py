@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import Checkpoint
-from coserve.model.decoder import MERGED, MODULE_PATHS, linear_shapes
+from coserve.model.decoder import MERGED, MODULE_PATHS, biased_sites, linear_shapes
 from coserve.model.linear import FrozenLinear, OutputHead, can_pack, make_head, make_linear
 
 
@@ -71,14 +71,14 @@ class ModelWeights:
 
 
 def _merge(
-    checkpoint: Checkpoint, prefix: str, sites: Sequence[str], has_bias: bool, dtype: torch.dtype, device: torch.device,
-    packed: bool, one_copy: bool,
+    checkpoint: Checkpoint, prefix: str, sites: Sequence[str], dtype: torch.dtype, device: torch.device, packed: bool,
+    one_copy: bool,
 ) -> FrozenLinear:
     """Reads several linears of one input into one matrix, tensor by tensor."""
     shapes = linear_shapes(checkpoint.architecture)
     total, width = sum(shapes[site][0] for site in sites), shapes[sites[0]][1]
     weight = torch.empty(total, width, dtype=dtype, device=device)
-    bias = torch.empty(total, dtype=dtype, device=device) if has_bias else None
+    bias = torch.empty(total, dtype=dtype, device=device) if sites[0] in biased_sites(checkpoint.architecture) else None
     start = 0
     for site in sites:
         end = start + shapes[site][0]
@@ -96,10 +96,9 @@ def _load_layer(
     arch = checkpoint.architecture
     prefix = f"model.layers.{index}."
     shapes = linear_shapes(arch)
-    biased = {"q_proj": arch.qkv_bias, "o_proj": arch.o_bias, "gate_proj": arch.mlp_bias, "down_proj": arch.mlp_bias}
     linears: dict[str, FrozenLinear] = {}
     for name, sites in MERGED.items():
-        whole = _merge(checkpoint, prefix, sites, biased[sites[0]], dtype, device, packed, one_copy)
+        whole = _merge(checkpoint, prefix, sites, dtype, device, packed, one_copy)
         linears[name] = whole
         start = 0
         for site in sites:
@@ -107,7 +106,7 @@ def _load_layer(
             linears[site].hold_one_copy(one_copy)
             start += shapes[site][0]
     for site in ("o_proj", "down_proj"):
-        linears[site] = _merge(checkpoint, prefix, (site,), biased[site], dtype, device, packed, one_copy)
+        linears[site] = _merge(checkpoint, prefix, (site,), dtype, device, packed, one_copy)
     names = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm"}
     if arch.qk_norm:
         names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}

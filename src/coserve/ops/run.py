@@ -93,7 +93,7 @@ def _linear_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accum
 def _written(
     rows: RowContext, weight: Any, accumulate: bool, out: Tensor
 ) -> Iterator[tuple[slice, Factor | FactorStack]]:
-    """The segments of a factor. An output that isn't added to gets 0 in all other rows."""
+    """The segments of a factor. Rows in no segment get 0, unless the kernel adds to its output."""
     done = 0
     for part, factor in rows.segments(weight):
         start, end, _ = part.indices(out.shape[0])
@@ -120,7 +120,7 @@ def _segment_linear(
 
 
 def _low_rank(out: Tensor, x: Tensor, factor: Factor, accumulate: bool) -> None:
-    """One adapter's rows, of which the rank-sized value may be wider: it has the width of the batch's largest rank."""
+    """The product for one adapter's rows. x or out may be wider than the factor: the batch's largest rank sets their width."""
     num_out, num_in = factor.matrix.shape
     library.matmul_into(out[:, :num_out], x[:, :num_in], factor.matrix.T, alpha=factor.scale, accumulate=accumulate)
 
@@ -148,7 +148,7 @@ def _segment_linear_wgrad(
 def _segment_scale(
     rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
 ) -> None:
-    """out (+)= (x - center) * vector, of which x may be the memory that is added to."""
+    """out (+)= (x - center) * vector, where out may be x itself."""
     for part, factor in _written(rows, weight, accumulate, outs[0]):
         out, x = outs[0][part], ins[0][part]
         if isinstance(factor, FactorStack):

@@ -41,7 +41,7 @@ class Operator:
     cost: Cost
     gradients: tuple[Gradient, ...] = ()
     products: int = 1
-    """Matrix products in it, of queries with keys or values where it is attention."""
+    """How many matrix products it has; in attention, products of queries with keys or values."""
     inplace: bool = False
     """The first output may take the memory of the first input."""
     accumulates: bool = False

@@ -2,7 +2,7 @@
 
 Per layer and factor one tensor [slots, in, out]: `SITE.lora_A` [slots, features, R] and `SITE.lora_B` [slots, R, features], R
 the largest rank so far; a scaling's vector [slots, 1, features]. A factor that an adapter lacks is 0 in its slot. What passes
-run follows the adapters that are present: a factor that none of them has is not seen, while its memory waits for the next one.
+run follows the adapters that are present. A factor that none of them has is left out, and its memory is kept for the next one.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class AdapterSlots:
         return 1.0 if scales is None else scales.get(slot, 0.0)
 
     def center(self, layer: int, name: str) -> Tensor | None:
-        """What a scaling leaves where it is: the backbone's, so the same for all adapters."""
+        """The vector that a scaling leaves unchanged. It belongs to the backbone, so all adapters have the same."""
         return self._centers.get((layer, name))
 
     @property

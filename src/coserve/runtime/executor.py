@@ -158,7 +158,7 @@ class TrainExecutor:
             state.grad_TD[index] = grad
 
     def _backward(self, state: InFlight, unit: Unit, adapter: Adapter | None) -> None:
-        assert state.coefficients_set, "the objective's coefficients come before the first backward unit"
+        assert state.coefficients_set, "the training loss's coefficients come before the first backward unit"
         start, end, whole = unit.start, unit.end, state.batch.num_tokens
         assert unit.layer_end - unit.layer_start == 1 or (start, end) == (0, whole), "accumulators exist for one layer only"
         rows = self.rows(state, unit, adapter)

@@ -13,7 +13,7 @@ Not yet run on a device: none was there when this was written. Tests play the ca
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from coserve.compiler.program import Place, Program, Storage
 from coserve.kernels.choose import runs_triton
-from coserve.ops.run import Factor, FactorStack
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.executor import Executor
+from coserve.runtime.rows import ForwardRows
 from coserve.runtime.spans import NO_ADAPTER, PagedDecode, RowSpan, block_tables, fresh_blocks
 from coserve.runtime.transfer import to_device
 
@@ -33,30 +33,18 @@ MIN_CONTEXT = 1024
 """Contexts are padded to a power of two from here on; what a row doesn't use costs a program that ends at once."""
 
 
-class _DecodeRows:
+class _DecodeRows(ForwardRows):
     """Rows of a captured batch as operators see them. cos, sin: [B, K]."""
 
     def __init__(self, pool: KeyValuePool, windows: Sequence[int | None], paged: PagedDecode, token_rows: Tensor) -> None:
         self.pool, self.windows, self.paged, self.token_rows = pool, windows, paged, token_rows
         self.num_serving = paged.tables.shape[0]
         self.cos = self.sin = token_rows
-        self.dropout_keys: Tensor | None = None
         self.layer = 0
-
-    def segments(self, name: str) -> Iterator[tuple[slice, Factor | FactorStack]]:
-        return iter(())
-
-    def dropout_site(self, name: str) -> int:
-        raise AssertionError("decode rows have no dropout")
 
     def attention(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.pool.write(self.layer, self.token_rows, k, v)
         self.paged.attention(out, q, self.pool, self.layer, self.windows[self.layer])
-
-    def attention_dgrad(
-        self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor
-    ) -> None:
-        raise AssertionError("decode rows have no backward")
 
 
 class _Captured(NamedTuple):

@@ -43,12 +43,12 @@ def columns(tensor: Tensor, slot: Slot) -> Tensor:
 
 
 class BoundProgram:
-    """A program's calls with their tensors in place, for one number of rows.
+    """A program whose calls have their tensors, for one number of rows.
 
-    tensors: one per slot, None for slots outside the workspace. Those are put in for each execution, and taken out again, so
-    that nothing is kept alive.
-    products: of each call that is the first to write a storage of the workspace, and writes all of it as a linear's product,
-    the number of that storage; of other calls None. The product may be put in the storage's place instead of copied into it.
+    tensors: one per slot, None for slots outside the workspace. Tensors of those slots are put in for each execution and taken
+    out again, so that nothing is kept alive.
+    products: one entry per call. If the call is a linear that is the first to write a storage of the workspace and writes all
+    of it, the entry is that storage's number, else None. Such a product may take the storage's place instead of a copy.
     """
 
     def __init__(self, program: Program, tensors: list[Tensor | None]) -> None:

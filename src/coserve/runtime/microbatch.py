@@ -156,7 +156,7 @@ class InFlight:
         return slice(int(first), int(last))
 
     def set_coefficients(self, coefficients_N: Tensor) -> None:
-        """Multiplies the unscaled gradient rows by the objective's coefficients: d loss / d logprob, per label."""
+        """Multiplies the unscaled gradient rows by the training loss's coefficients: d loss / d logprob, per label."""
         assert not self.coefficients_set and all(rows == self.batch.num_tokens for rows in self.forward_rows)
         rows = self.batch.label_rows
         self.grad_TD[rows] *= coefficients_N[:, None].to(self.grad_TD.dtype)

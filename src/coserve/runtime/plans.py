@@ -1,4 +1,4 @@
-"""Plans for adapters: what each layer of an adapter asks of the compiler."""
+"""The compiler asked for an adapter: each layer's bypass, and the plans of training, scoring, serving and fused passes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def layer_bypasses(arch: Architecture, adapter: Adapter | None, *, dropout: floa
 
 
 def _bypass(kinds: Collection[Kind], widths: Mapping[str, int], dropout: float) -> LayerBypass:
-    """The bypasses that some parameters make up."""
+    """The bypass that parameters of these kinds make up. widths: {factor: out features}."""
     if not widths:
         return LayerBypass(key=(), bypass=NoBypass(), factor_widths={})
     names = frozenset(widths)
@@ -51,7 +51,7 @@ def scoring_plan(arch: Architecture, adapter: Adapter | None, *, itemsize: int) 
 def serving_plan(
     arch: Architecture, kinds: Collection[Kind], widths: Sequence[Mapping[str, int]], *, itemsize: int
 ) -> ModelPlan:
-    """Forward programs for requests. kinds: of their adapters; widths: per layer, {factor: out features} of them all."""
+    """Forward programs for requests. kinds: those of their adapters. widths: per layer, {factor: out features} of them all."""
     return plan_inference(arch, [_bypass(kinds, layer, 0.0) for layer in widths], itemsize=itemsize)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from coserve.kernels.choose import attention_for
 from coserve.kernels.reference import hash_key
 from coserve.model.architecture import Architecture
-from coserve.ops.run import Factor
+from coserve.ops.run import Factor, FactorStack
 from coserve.peft.adapter import Adapter
 
 
@@ -43,6 +43,23 @@ class RotaryTable:
             angles = torch.outer(torch.arange(size, dtype=torch.float32, device=self.inv_freq.device), self.inv_freq)
             cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
             self._cos, self._sin = torch.cat((cos, cos), -1).to(self.dtype), torch.cat((-sin, sin), -1).to(self.dtype)
+
+
+class ForwardRows:
+    """What rows of requests have in common: no dropout, no backward and, unless a subclass says otherwise, no adapters."""
+
+    dropout_keys: Tensor | None = None
+
+    def segments(self, name: str) -> Iterable[tuple[slice, Factor | FactorStack]]:
+        return ()
+
+    def dropout_site(self, name: str) -> int:
+        raise AssertionError("rows of requests have no dropout")
+
+    def attention_dgrad(
+        self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        raise AssertionError("rows of requests have no backward")
 
 
 class TrainRows:

@@ -3,15 +3,16 @@
 Rows are [decode | prefill], each part sorted by adapter slot, rows without an adapter first. B decode rows, T rows of one
 prefill span, S context tokens, N blocks of a table, G key-value heads, K head width.
 
-Where there is a compiled kernel (on a CPU) all rows read their context through their tables, where Triton runs decode rows do.
-Else decode rows read keys from gathered copies, in groups of like length, and values where they lie. Whatever an iteration
-needs on the device goes there in one copy, queued without a wait.
+There are three readers of context. The compiled kernel (on a CPU) serves all rows through their block tables. Triton's kernel
+serves decode rows that way. Without either, decode rows are grouped by length of context; each group gathers its keys and reads
+values where they lie. Prefill spans that the reader does not serve use `kernels.attention`. What an iteration needs on the
+device goes there in one copy, queued without a wait.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +32,9 @@ from coserve.runtime.transfer import to_device
 NO_ADAPTER = -1
 _TABLE_STEP = 16
 """Tables are padded to a multiple of this: Triton compiles anew for strides that are no multiple of 16."""
-
-
-_NONE = np.zeros(0, np.int32)
+_GATHERED_BYTES = 10 << 20
+"""Keys that a group of decode rows gathers at most, on devices that gather."""
+_NO_TABLES = np.zeros((0, 0), np.int32), np.zeros(0, np.int32)
 
 
 class RowSpan(NamedTuple):
@@ -45,15 +46,12 @@ class RowSpan(NamedTuple):
     slot: int
 
 
-_GATHERED_BYTES = 10 << 20
-"""Keys that a group of decode rows gathers at most, on devices that gather."""
-
-
 class _DecodeGroup(NamedTuple):
-    """Decode rows of like context.
+    """n decode rows whose contexts have about the same length, padded to S tokens; H query heads.
 
-    rows: slice or int64 [n]; block_rows: [n, G, blocks]; value_rows: int32 [n * H * S], once per query head; starts: int32
-    [n * H], where each query head's begin; bias: [n, 1, 1, S], 0 or -inf.
+    rows: which rows of the batch, a slice or int64 [n]. block_rows: [n, G, blocks], where the keys lie in the pool. value_rows:
+    int32 [n * H * S], where the values lie, once per query head. starts: int32 [n * H], where each query head's part of
+    value_rows begins. bias: [n, 1, 1, S], 0 for a token that the row sees and -inf for others.
     """
 
     rows: slice | Tensor
@@ -97,6 +95,58 @@ class _PagedSpans(NamedTuple):
         )
 
 
+class _GatheredDecode(NamedTuple):
+    """Decode rows where there is no kernel that reads through tables: by sliding window, the groups that share a product."""
+
+    groups: Mapping[int | None, Sequence[_DecodeGroup]]
+
+    def attention(self, out: Tensor, q: Tensor, pool: KeyValuePool, layer: int, window: int | None) -> None:
+        """q, out: [B, H * K], over what the tables hold. Keys are copied side by side, values are read where they lie."""
+        for group in self.groups[window]:
+            keys, values = pool.keys(layer, group.block_rows), pool.values(layer)
+            if isinstance(group.rows, slice):
+                decode_attention(out[group.rows], q[group.rows], keys, values, group.value_rows, group.starts, group.bias)
+            else:
+                part = torch.empty(len(group.rows), out.shape[1], dtype=out.dtype, device=out.device)
+                decode_attention(part, q[group.rows], keys, values, group.value_rows, group.starts, group.bias)
+                out[group.rows] = part
+
+
+def _decode_groups(decode: Sequence[RowSpan], pool: KeyValuePool, share: int, window: int | None) -> list[_DecodeGroup]:
+    """Cuts decode rows into groups: padding to a group's longest context at most doubles what is read, and what is gathered
+    stays in the processor's cache. share: query heads per key-value head; window: the layer's sliding window."""
+    size, device = pool.block_tokens, pool.buffer.device
+    ends = np.array([span.end for span in decode])
+    counts = -(-ends // size)
+    order = np.argsort(counts, kind="stable")
+    block = pool.rows.shape[1] * pool.rows.element_size() * pool.kv_heads
+    groups: list[_DecodeGroup] = []
+    first = 0
+    while first < len(order):
+        alike = int(np.searchsorted(counts[order[first:]], 2 * counts[order[first]] + 4, side="right"))
+        cached = max(1, _GATHERED_BYTES // (int(counts[order[first + alike - 1]]) * block))
+        chosen = order[first : first + min(alike, cached)]
+        table = np.empty((len(chosen), int(counts[chosen].max())), np.int64)
+        for row, index in enumerate(chosen):
+            own = decode[index].table[: counts[index]]
+            table[row, : len(own)] = own
+            table[row, len(own) :] = own[0]  # padding reads the request's own memory
+        keys = np.arange(table.shape[1] * size)
+        seen = keys < ends[chosen, None]
+        if window is not None:
+            seen &= keys >= ends[chosen, None] - window
+        bias = torch.zeros(len(chosen), 1, 1, len(keys), dtype=pool.rows.dtype, device=device)
+        bias.masked_fill_(~torch.from_numpy(seen).to(device)[:, None, None], -torch.inf)
+        in_a_row = bool((np.diff(chosen) == 1).all())
+        rows = slice(int(chosen[0]), int(chosen[-1]) + 1) if in_a_row else torch.from_numpy(chosen).to(device)
+        block_rows = pool.block_rows(torch.from_numpy(table).to(device))
+        value_rows = pool.value_rows(block_rows, share).flatten()
+        starts = torch.arange(0, len(value_rows), len(keys), dtype=torch.int32, device=device)
+        groups.append(_DecodeGroup(rows, block_rows, value_rows, starts, bias))
+        first += len(chosen)
+    return groups
+
+
 class _Segments(NamedTuple):
     """Rows [first, end) that have adapters, sorted by slot. counts: the number of rows of each slot that is used. ends: int32
     [slots], the row at which each slot's rows end; None if all rows use one slot."""
@@ -115,7 +165,6 @@ class SpanRows:
         adapters: AdapterSlots,
     ) -> None:
         self.pool, self.adapters, self.windows, self.width = pool, adapters, arch.sliding_windows, arch.head_dim
-        self.share = arch.num_heads // arch.num_kv_heads
         self.layer = 0
         self._scales: dict[object, Tensor] = {}
         device = pool.buffer.device
@@ -126,13 +175,10 @@ class SpanRows:
         blocks = np.concatenate(
             [np.asarray(s.table, np.int64)[np.arange(s.start, s.end) // pool.block_tokens] for s in spans]
         ) if spans else positions
-        compiled = native.paged_attention_for(pool.rows, pool.block_tokens)
-        paged: Sequence[RowSpan] = ()
-        if compiled is not None:
-            paged = spans
-        elif runs_triton(device):
-            paged = decode
-        tables, contexts = block_tables(paged, pool.block_tokens, _TABLE_STEP) if paged else (_NONE, _NONE)
+        compiled, triton = native.paged_attention_for(pool.rows, pool.block_tokens), runs_triton(device)
+        read: Sequence[RowSpan] = spans if compiled is not None else decode
+        paged = len(read) > 0 and (compiled is not None or triton)
+        tables, contexts = block_tables(read, pool.block_tokens, _TABLE_STEP) if paged else _NO_TABLES
         parts = (positions, blocks, contexts, tables)
         on_device = to_device(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)
         sent = on_device.split([part.size for part in parts])
@@ -140,22 +186,20 @@ class SpanRows:
         self._token_rows = pool.token_rows(sent[1].long(), self.positions % pool.block_tokens)
         self._fresh = fresh_blocks(spans, pool.block_tokens)
         starts = np.cumsum([0, *lengths])
-        self._paged: PagedDecode | _PagedSpans | None = None
-        self._paged_rows = sum(lengths[: len(paged)])
-        self._decode_windows: dict[int | None, list[_DecodeGroup]] = {}
-        self._prefill: list[tuple[slice, RowSpan, Tensor | None]] = []
-        self._prefill_attention = attention_for(device).forward
+        self._read_rows = slice(int(starts[len(read)]))
+        self._reader: PagedDecode | _PagedSpans | _GatheredDecode
         if compiled is not None:
-            self._paged = _PagedSpans(compiled, sent[3].view(tables.shape), sent[2], torch.from_numpy(starts.astype(np.int32)))
+            self._reader = _PagedSpans(compiled, sent[3].view(tables.shape), sent[2], torch.from_numpy(starts.astype(np.int32)))
+        elif triton:
+            self._reader = PagedDecode(sent[3].view(tables.shape), sent[2], int(contexts.max(initial=0)))
         else:
-            if paged:
-                self._paged = PagedDecode(sent[3].view(tables.shape), sent[2], int(contexts.max()))
-            elif decode:
-                self._decode_windows = {window: self._groups(decode, window) for window in set(self.windows)}
-            self._prefill = [
-                (slice(int(first), int(first) + s.end - s.start), s, self._context(s))
-                for first, s in zip(starts[len(decode) : -1], prefill, strict=True)
-            ]
+            share = arch.num_heads // arch.num_kv_heads
+            self._reader = _GatheredDecode({w: _decode_groups(decode, pool, share, w) for w in set(self.windows)})
+        self._prefill_attention = attention_for(device).forward
+        self._prefill: list[tuple[slice, RowSpan, Tensor | None]] = [
+            (slice(int(first), int(end)), span, self._context(span))
+            for first, end, span in zip(starts[len(read) : -1], starts[len(read) + 1 :], spans[len(read) :], strict=True)
+        ]
         self._segments = [
             *_segments(decode, 0, adapters.num_slots, device), *_segments(prefill, len(decode), adapters.num_slots, device)
         ]
@@ -170,39 +214,6 @@ class SpanRows:
             return None
         used = span.table[: -(-span.end // self.pool.block_tokens)]
         return self.pool.block_rows(to_device(used, self.pool.buffer.device))
-
-    def _groups(self, decode: Sequence[RowSpan], window: int | None) -> list[_DecodeGroup]:
-        """Decode rows cut into groups: padding to a group's longest context at most doubles what is read, and what is gathered
-        stays in the processor's cache."""
-        size, device = self.pool.block_tokens, self.pool.buffer.device
-        ends = np.array([span.end for span in decode])
-        counts = -(-ends // size)
-        order = np.argsort(counts, kind="stable")
-        block = self.pool.rows.shape[1] * self.pool.rows.element_size() * self.pool.kv_heads
-        groups, first = [], 0
-        while first < len(order):
-            alike = int(np.searchsorted(counts[order[first:]], 2 * counts[order[first]] + 4, side="right"))
-            cached = max(1, _GATHERED_BYTES // (int(counts[order[first + alike - 1]]) * block))
-            chosen = order[first : first + min(alike, cached)]
-            table = np.empty((len(chosen), int(counts[chosen].max())), np.int64)
-            for row, index in enumerate(chosen):
-                own = decode[index].table[: counts[index]]
-                table[row, : len(own)] = own
-                table[row, len(own) :] = own[0]  # padding reads the request's own memory
-            keys = np.arange(table.shape[1] * size)
-            seen = keys < ends[chosen, None]
-            if window is not None:
-                seen &= keys >= ends[chosen, None] - window
-            bias = torch.zeros(len(chosen), 1, 1, len(keys), dtype=self.pool.rows.dtype, device=device)
-            bias.masked_fill_(~torch.from_numpy(seen).to(device)[:, None, None], -torch.inf)
-            in_a_row = bool((np.diff(chosen) == 1).all())
-            rows = slice(int(chosen[0]), int(chosen[-1]) + 1) if in_a_row else torch.from_numpy(chosen).to(device)
-            block_rows = self.pool.block_rows(torch.from_numpy(table).to(device))
-            value_rows = self.pool.value_rows(block_rows, self.share).flatten()
-            starts = torch.arange(0, len(value_rows), len(keys), dtype=torch.int32, device=device)
-            groups.append(_DecodeGroup(rows, block_rows, value_rows, starts, bias))
-            first += len(chosen)
-        return groups
 
     def segments(self, name: str) -> Iterator[tuple[slice, Factor | FactorStack]]:
         """The rows with adapters and the factors of the present layer."""
@@ -234,17 +245,8 @@ class SpanRows:
         """q, out: [rows, H * K]; k, v: [rows, G * K], which are stored first."""
         self.pool.write(self.layer, self._token_rows, k, v)
         window = self.windows[self.layer]
-        if self._paged is not None:
-            paged = slice(self._paged_rows)
-            self._paged.attention(out[paged], q[paged], self.pool, self.layer, window)
-        for group in self._decode_windows.get(window, ()):
-            keys, values = self.pool.keys(self.layer, group.block_rows), self.pool.values(self.layer)
-            if isinstance(group.rows, slice):
-                decode_attention(out[group.rows], q[group.rows], keys, values, group.value_rows, group.starts, group.bias)
-            else:
-                part = torch.empty(len(group.rows), out.shape[1], dtype=out.dtype, device=out.device)
-                decode_attention(part, q[group.rows], keys, values, group.value_rows, group.starts, group.bias)
-                out[group.rows] = part
+        if self._read_rows.stop:
+            self._reader.attention(out[self._read_rows], q[self._read_rows], self.pool, self.layer, window)
         for rows, span, context in self._prefill:
             keys, values = k[rows], v[rows]
             if context is not None:

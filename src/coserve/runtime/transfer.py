@@ -1,4 +1,4 @@
-"""From host to device without a wait.
+"""Copies from host to device that do not wait for the device.
 
 A copy from ordinary host memory makes CUDA wait for everything before it; one from pinned memory is queued like a kernel.
 Pinned memory comes from PyTorch's cache, which reuses it only after the copy has run.
