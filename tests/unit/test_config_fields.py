@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def test_windows_matter_in_these_tests(tmp_path: Path) -> None:
                "original_max_position_embeddings": 20}),
     ("mistral", {"attention_bias": False, "max_window_layers": 2, "use_sliding_window": False, "hidden_dropout": 0.1}),
     ("qwen3", {"partial_rotary_factor": 1.0, "attention_chunk_size": None}),
+    ("granite", {"embedding_multiplier": 12, "residual_multiplier": 1, "tie_word_embeddings": True}),
 ])
 def test_what_changes_nothing_is_taken(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     edit(build_tiny_model(family, tmp_path), **changes)
@@ -142,6 +144,12 @@ def test_what_changes_nothing_is_taken(tmp_path: Path, family: str, changes: dic
     ("qwen3", {"mlp_bias": True}, "mlp_bias"),
     ("qwen3", {"num_experts": 4}, "num_experts"),
     ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
+    ("granite", {"attention_multiplier": -0.1}, "attention_multiplier"),
+    ("granite", {"embedding_multiplier": math.nan}, "embedding_multiplier"),
+    ("granite", {"logits_scaling": math.inf}, "logits_scaling"),
+    ("granite", {"sliding_window": 8}, "sliding_window"),
+    ("granite", {"num_local_experts": 8}, "num_local_experts"),
 ])
 def test_what_would_change_the_model_is_refused_by_name(
     tmp_path: Path, family: str, changes: dict[str, Any], field: str

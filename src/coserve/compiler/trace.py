@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ class Tracer:
         return self.node("gelu", (x,), self.value(f"{x.name}.gelu", x.width))
 
     def rope(self, x: Value) -> Value:
-        return self.node("rope", (x,), self.value(f"{x.name}.rope", x.width))
+        return self.node("rope", (x,), self.value(f"{x.name}.rope", x.width), scale=math.sqrt(self.arch.score_scale))
 
     def attention(self, q: Value, k: Value, v: Value) -> Value:
         out = self.value("attention", q.width)

@@ -1,4 +1,4 @@
-"""The decoder layer of the Llama / Mistral / Qwen2 / Qwen3 family, written once against the operator vocabulary.
+"""The decoder layer of every family, written once against the operator vocabulary.
 
 Owns: the order of operators, the names of sites, and the shapes of the frozen linears. Does not own: weights, memory or how
 an operator runs. A bypass network is called at every linear site with the site's input and output.

@@ -204,11 +204,11 @@ def _gelu_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumul
 
 
 def _rope(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
-    library.rope(outs[0], ins[0], rows.cos, rows.sin)
+    library.rope(outs[0], ins[0], rows.cos, rows.sin, scale=attrs["scale"])
 
 
 def _rope_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
-    library.rope(outs[0], ins[0], rows.cos, rows.sin, inverse=True)
+    library.rope(outs[0], ins[0], rows.cos, rows.sin, scale=attrs["scale"], inverse=True)
 
 
 def _attention(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:

@@ -123,10 +123,9 @@ class PassExecutor:
             cos, sin = torch.cat((cos, training.cos)), torch.cat((sin, training.sin))
         rows = BatchRows(spans, training, cos, sin)
         hidden, following = self._stream_rows(total)
-        torch.index_select(self.weights.embedding, 0, token_ids, out=hidden[:serving])
+        self.weights.embed(hidden[:serving], token_ids)
         if window is not None:
-            ids = window.state.batch.token_ids[window.unit.start : window.unit.end]
-            torch.index_select(self.weights.embedding, 0, ids, out=hidden[serving:])
+            self.weights.embed(hidden[serving:], window.state.batch.token_ids[window.unit.start : window.unit.end])
         with_adapters = any(span.slot != NO_ADAPTER for span in (*decode, *prefill))
         programs, fused = self._programs(window, with_adapters)
         for layer, program in enumerate(programs):
