@@ -88,6 +88,11 @@ class Point(NamedTuple):
     extra_flops_ratio: float
 
 
+def _joint(arch: Architecture, index: int, bypass: LayerBypass) -> JointGraph:
+    """A layer's graph, forward and backward."""
+    return differentiate(trace(arch, bypass.bypass, bypass.factor_widths, rotary=index not in arch.nope_layers))
+
+
 class TrainingPlans:
     """All plans of one training: graphs by what makes layers differ, their choices and programs as they are asked for."""
 
@@ -103,10 +108,10 @@ class TrainingPlans:
         self.contexts: dict[object, float] = {}
         for index, bypass in enumerate(bypasses):
             context = mean_context(sequence_length, arch.sliding_windows[index])
-            key = (bypass.key, index > lowest, index >= lowest, context)
+            key = (bypass.key, index in arch.nope_layers, index > lowest, index >= lowest, context)
             self.keys.append(key)
             if key not in self.graphs:
-                joint = differentiate(trace(arch, bypass.bypass, bypass.factor_widths))
+                joint = _joint(arch, index, bypass)
                 trainable = frozenset() if forward_only else frozenset(bypass.factor_widths)
                 pruned = prune(joint, trainable=trainable.__contains__, input_gradient=index > lowest)
                 self.graphs[key] = pruned if compression == "none" else pack_signs(pruned)
@@ -231,12 +236,12 @@ def plan_inference(arch: Architecture, bypasses: Sequence[LayerBypass], *, items
     """Forward programs that keep nothing."""
     cache: dict[tuple[object, ...], LayerPlan] = {}
     layers = []
-    for bypass in bypasses:
-        if bypass.key not in cache:
-            joint = differentiate(trace(arch, bypass.bypass, bypass.factor_widths))
-            pruned = prune(joint, trainable=lambda _: False, input_gradient=False)
-            cache[bypass.key] = lower(pruned, None, merged=MERGED, itemsize=itemsize)
-        layers.append(cache[bypass.key])
+    for index, bypass in enumerate(bypasses):
+        key = (bypass.key, index in arch.nope_layers)
+        if key not in cache:
+            pruned = prune(_joint(arch, index, bypass), trainable=lambda _: False, input_gradient=False)
+            cache[key] = lower(pruned, None, merged=MERGED, itemsize=itemsize)
+        layers.append(cache[key])
     return ModelPlan(layers=tuple(layers))
 
 
@@ -247,10 +252,9 @@ def plan_fused(
     those of the requests' adapters."""
     cache: dict[tuple[object, ...], FusedLayer] = {}
     layers = []
-    for bypass, plan in zip(bypasses, own.layers, strict=True):
-        key = (bypass.key, id(plan))
+    for index, (bypass, plan) in enumerate(zip(bypasses, own.layers, strict=True)):
+        key = (bypass.key, id(plan))  # the plan of a layer without rotary embedding is never one of a layer with it
         if key not in cache:
-            joint = differentiate(trace(arch, bypass.bypass, bypass.factor_widths))
-            cache[key] = lower_fused(joint, plan, merged=MERGED, itemsize=itemsize)
+            cache[key] = lower_fused(_joint(arch, index, bypass), plan, merged=MERGED, itemsize=itemsize)
         layers.append(cache[key])
     return tuple(layers)

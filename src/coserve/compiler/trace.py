@@ -68,9 +68,9 @@ class Tracer:
         return self.node("dropout", (x,), self.value(f"{site}.dropout", x.width), site=site, p=p)
 
 
-def trace(arch: Architecture, bypass: Bypass, factor_widths: Mapping[str, int]) -> Graph:
+def trace(arch: Architecture, bypass: Bypass, factor_widths: Mapping[str, int], *, rotary: bool = True) -> Graph:
     """The graph of one decoder layer with `bypass`."""
     tracer = Tracer(arch, factor_widths)
     x = tracer.value("x", arch.hidden_size)
-    y = layer(tracer, arch, bypass, x)
+    y = layer(tracer, arch, bypass, x, rotary=rotary)
     return Graph(dict(tracer.values), tuple(tracer.nodes), x.name, y.name)

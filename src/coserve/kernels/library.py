@@ -140,22 +140,19 @@ def _norm_factor(scaled_TgD: Tensor, x_TgD: Tensor, rstd: Tensor) -> Tensor:
     return dot.mul_(rstd.pow(3)).div_(-x_TgD.shape[-1])
 
 
-def rope(out: Tensor, x: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, scale: float = 1.0, inverse: bool = False) -> None:
-    """`scale` times the rotary embedding per head (half-split layout); `inverse` turns back: the gradient. `out` may be `x`.
+def rope(out: Tensor, x: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, inverse: bool = False) -> None:
+    """Rotary embedding per head (half-split layout); `inverse` turns back, which is its gradient. `out` may be `x`.
 
     sin_TK: its first half is negated, so that it multiplies a head whose halves are swapped.
     """
-    sign = -1 if inverse else 1
     if (compiled := kernels_for(x)) is not None:
-        compiled.rope(out, x, cos_TK, sin_TK, sign)
-    else:
-        head = cos_TK.shape[-1]
-        x_THK, out_THK = x.unflatten(-1, (-1, head)), out.unflatten(-1, (-1, head))
-        swapped = x_THK.roll(head // 2, -1)
-        torch.mul(x_THK, cos_TK.unsqueeze(1), out=out_THK)
-        out_THK.addcmul_(swapped, sin_TK.unsqueeze(1), value=sign)
-    if scale != 1:
-        out.mul_(scale)
+        compiled.rope(out, x, cos_TK, sin_TK, -1 if inverse else 1)
+        return
+    head = cos_TK.shape[-1]
+    x_THK, out_THK = x.unflatten(-1, (-1, head)), out.unflatten(-1, (-1, head))
+    swapped = x_THK.roll(head // 2, -1)
+    torch.mul(x_THK, cos_TK.unsqueeze(1), out=out_THK)
+    out_THK.addcmul_(swapped, sin_TK.unsqueeze(1), value=-1 if inverse else 1)
 
 
 def silu_mul(out: Tensor, gate: Tensor, up: Tensor) -> None:

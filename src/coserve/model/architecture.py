@@ -57,6 +57,8 @@ class Architecture:
     """Multiplied onto cos and sin (YaRN's attention factor), else 1."""
     eos_token_ids: tuple[int, ...]
     """Tokens that end a generation; may be empty."""
+    nope_layers: frozenset[int] = frozenset()
+    """Layers whose queries and keys get no rotary embedding."""
     embedding_scale: float = 1.0
     """Multiplied onto embeddings. Where a family multiplies what each sublayer adds to the residual stream by r, the stream is
     held divided by r: embeddings and eps are scaled here, and the layers are those of every family."""
@@ -146,6 +148,12 @@ FAMILIES: Mapping[str, Family] = {
         class_name="GraniteForCausalLM", fields=_FACTORS | {"attention_bias", "mlp_bias"}, qkv_bias=_attention_bias,
         o_bias=_attention_bias, mlp_bias=_mlp_bias, qk_norm=False, sliding_windows=_full_attention,
     ),
+    "smollm3": Family(
+        class_name="SmolLM3ForCausalLM",
+        fields=_WINDOWS | {"use_sliding_window", "no_rope_layers", "no_rope_layer_interval", "attention_bias", "mlp_bias"},
+        qkv_bias=_attention_bias, o_bias=_attention_bias, mlp_bias=_mlp_bias, qk_norm=False,
+        sliding_windows=_window_by_layer_type,
+    ),
 }
 """By the model type that transformers gives a configuration, which is not always the one that its file states."""
 
@@ -184,7 +192,7 @@ def read_architecture(directory: Path) -> Architecture:
         raise ConfigError(f"hidden_act: only silu is supported, got {config.hidden_act!r}", param="hidden_act")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inv_freq, scaling = _rope(config, head_dim)
-    factors = {name: _factor(config, name) for name in _FACTORS & family.fields}
+    factors = _factors(config, family)
     residual = factors.get("residual_multiplier", 1.0)
     assert residual == 1 or not family.qk_norm, "the eps of heads' norms would be another than the residual stream's"
     architecture = Architecture(
@@ -207,6 +215,7 @@ def read_architecture(directory: Path) -> Architecture:
         rope_inv_freq=inv_freq,
         rope_scaling=scaling,
         eos_token_ids=_eos_token_ids(directory, config),
+        nope_layers=_nope_layers(config) if "no_rope_layers" in family.fields else frozenset(),
         embedding_scale=factors.get("embedding_multiplier", 1.0) / residual,
         score_scale=factors["attention_multiplier"] * math.sqrt(head_dim) if "attention_multiplier" in factors else 1.0,
         logits_scaling=factors.get("logits_scaling", 1.0),
@@ -277,11 +286,21 @@ def _rope(config: PreTrainedConfig, head_dim: int) -> tuple[tuple[float, ...], f
     return tuple(inv_freq.float().tolist()), float(scaling)
 
 
-def _factor(config: PreTrainedConfig, name: str) -> float:
-    value = getattr(config, name)
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{name}: must be a positive number, got {value!r}", param=name)
-    return float(value)
+def _factors(config: PreTrainedConfig, family: Family) -> dict[str, float]:
+    """Those of _FACTORS that the family has."""
+    factors = {name: float(getattr(config, name)) for name in _FACTORS & family.fields}
+    for name, value in factors.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name}: must be a positive number, got {value}", param=name)
+    return factors
+
+
+def _nope_layers(config: PreTrainedConfig) -> frozenset[int]:
+    """SmolLM3: where no_rope_layers has 0. transformers fills it from no_rope_layer_interval where the file has none."""
+    turned, layers = config.no_rope_layers, config.num_hidden_layers
+    if len(turned) != layers:
+        raise ConfigError(f"no_rope_layers: {len(turned)} entries for {layers} layers", param="no_rope_layers")
+    return frozenset(layer for layer in range(layers) if not turned[layer])
 
 
 def _eos_token_ids(directory: Path, config: PreTrainedConfig) -> tuple[int, ...]:
@@ -317,3 +336,4 @@ def _check(arch: Architecture) -> None:
     if any(window is not None and window < 1 for window in arch.sliding_windows):
         raise ConfigError(f"sliding_window: must be at least 1, got {arch.sliding_windows}", param="sliding_window")
     assert len(arch.rope_inv_freq) == arch.head_dim // 2
+    assert arch.score_scale == 1 or not arch.nope_layers, "the rotary embedding scales scores"

@@ -58,8 +58,8 @@ def linear_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
     }
 
 
-def layer(ops: Vocabulary[V], arch: Architecture, bypass: Bypass, x: V) -> V:
-    """One decoder layer: x and the result are the residual stream, one row per token."""
+def layer(ops: Vocabulary[V], arch: Architecture, bypass: Bypass, x: V, *, rotary: bool = True) -> V:
+    """One decoder layer: x and the result are the residual stream, one row per token. rotary: whether it turns q and k."""
 
     def project(site: str, value: V) -> V:
         value = bypass.enter(ops, site, value)
@@ -69,7 +69,9 @@ def layer(ops: Vocabulary[V], arch: Architecture, bypass: Bypass, x: V) -> V:
     q, k, v = project("q_proj", normed), project("k_proj", normed), project("v_proj", normed)
     if arch.qk_norm:
         q, k = ops.rmsnorm(q, "q_norm"), ops.rmsnorm(k, "k_norm")
-    attended = ops.attention(ops.rope(q), ops.rope(k), v)
+    if rotary:
+        q, k = ops.rope(q), ops.rope(k)
+    attended = ops.attention(q, k, v)
     h = ops.add(x, project("o_proj", attended), "h")
     normed = ops.rmsnorm(h, "post_attention_layernorm")
     inner = ops.silu_mul(project("gate_proj", normed), project("up_proj", normed))

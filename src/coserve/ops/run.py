@@ -204,11 +204,15 @@ def _gelu_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumul
 
 
 def _rope(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
-    library.rope(outs[0], ins[0], rows.cos, rows.sin, scale=attrs["scale"])
+    library.rope(outs[0], ins[0], rows.cos, rows.sin)
+    if attrs["scale"] != 1:
+        outs[0].mul_(attrs["scale"])
 
 
 def _rope_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
-    library.rope(outs[0], ins[0], rows.cos, rows.sin, scale=attrs["scale"], inverse=True)
+    library.rope(outs[0], ins[0], rows.cos, rows.sin, inverse=True)
+    if attrs["scale"] != 1:
+        outs[0].mul_(attrs["scale"])
 
 
 def _attention(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:

@@ -5,7 +5,6 @@ T packed rows, K head width. Sequences are packed: `starts` gives the first row 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -18,19 +17,18 @@ class TorchOps:
     """One layer's operators on tensors.
 
     norms: {name: [width]}; linears: {site: (weight [out, in], bias [out] or None)}; factors: {name: (matrix [out, in],
-    scale)}, for a scaling (vector less 1 [width, 1], 1); cos, sin: [T, K]; starts: first row of each packed sequence;
-    dropout_keys: int64 [T]; site_keys: {site: key}; score_scale: as the architecture's.
+    scale)}, for a scaling (vector less 1 [width, 1], 1); cos, sin: [T, K], times the root of `score_scale`; starts: first row
+    of each packed sequence; dropout_keys: int64 [T]; site_keys: {site: key}.
     """
 
     def __init__(
         self, *, eps: float, norms: Mapping[str, Tensor], linears: Mapping[str, tuple[Tensor, Tensor | None]],
         factors: Mapping[str, tuple[Tensor, float]], cos: Tensor, sin: Tensor, starts: tuple[int, ...],
         window: int | None = None, dropout_keys: Tensor | None = None, site_keys: Mapping[str, int] | None = None,
-        score_scale: float = 1.0,
     ) -> None:
         self.eps, self.norms, self.linears, self.factors = eps, norms, linears, factors
         self.cos, self.sin, self.starts, self.window = cos, sin, starts, window
-        self.dropout_keys, self.site_keys, self.score_scale = dropout_keys, site_keys or {}, score_scale
+        self.dropout_keys, self.site_keys = dropout_keys, site_keys or {}
 
     def rmsnorm(self, x: Tensor, name: str) -> Tensor:
         return reference.rmsnorm(x, self.norms[name], self.eps)
@@ -53,7 +51,7 @@ class TorchOps:
         return torch.nn.functional.gelu(x)
 
     def rope(self, x: Tensor) -> Tensor:
-        return reference.rope(x, self.cos, self.sin) * math.sqrt(self.score_scale)
+        return reference.rope(x, self.cos, self.sin)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ends = (*self.starts[1:], q.shape[0])
