@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "granite", "smollm3")
 
 TINY_SIZES: dict[str, int] = {
     "vocab_size": 97,
@@ -36,6 +36,14 @@ def _family_settings(family: str, sliding_window: int | None, bias: bool) -> dic
         "mistral": {"head_dim": 8, "tie_word_embeddings": False, "sliding_window": sliding_window},
         "qwen2": {"tie_word_embeddings": True, **qwen_window},
         "qwen3": {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": bias, **qwen_window},
+        "granite": {
+            "tie_word_embeddings": True, "attention_bias": bias, "mlp_bias": bias, "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22, "attention_multiplier": 0.2, "logits_scaling": 1.7,
+        },
+        "smollm3": {
+            "tie_word_embeddings": True, "attention_bias": bias, "mlp_bias": bias, "no_rope_layer_interval": 2,
+            "use_sliding_window": sliding_window is not None, "sliding_window": sliding_window, "pad_token_id": 0,
+        },
     }
     return settings[family]
 
@@ -70,12 +78,13 @@ def build_tiny_model(
 ) -> Path:
     """Save a tiny random model of `family` into `directory` (made if missing) and return the directory.
 
-    sliding_window: keys seen by a query; all layers of mistral, layers 1 and 2 of qwen2 and qwen3; llama has none.
-    rope: transformers 5 `rope_parameters` (`rope_type`, `rope_theta`, ...). tie: None means untied for llama and
-    mistral, tied for qwen2 and qwen3. bias: optional biases of llama (q, k, v, o, MLP) and qwen3 (q, k, v, o).
+    sliding_window: keys seen by a query; all layers of mistral, layers 1 and 2 of qwen2 and qwen3, layer 1 of smollm3,
+    which has no rotary embedding; llama and granite have none. rope: transformers 5 `rope_parameters` (`rope_type`,
+    `rope_theta`, ...). tie: None means untied for llama and mistral, tied for the others. bias: optional biases of llama,
+    granite and smollm3 (q, k, v, o, MLP) and qwen3 (q, k, v, o).
     """
-    assert sliding_window is None or family != "llama"
-    assert not bias or family in ("llama", "qwen3")
+    assert sliding_window is None or family not in ("llama", "granite")
+    assert not bias or family in ("llama", "qwen3", "granite", "smollm3")
     settings: dict[str, Any] = {**TINY_SIZES, **_family_settings(family, sliding_window, bias)}
     settings["rope_parameters"] = dict(rope) if rope else {"rope_type": "default", "rope_theta": 10000.0}
     if tie is not None:

@@ -17,8 +17,8 @@ class TorchOps:
     """One layer's operators on tensors.
 
     norms: {name: [width]}; linears: {site: (weight [out, in], bias [out] or None)}; factors: {name: (matrix [out, in],
-    scale)}, for a scaling (vector less 1 [width, 1], 1); cos, sin: [T, K]; starts: first row of each packed sequence;
-    dropout_keys: int64 [T]; site_keys: {site: key}.
+    scale)}, for a scaling (vector less 1 [width, 1], 1); cos, sin: [T, K], times the root of `score_scale`; starts: first row
+    of each packed sequence; dropout_keys: int64 [T]; site_keys: {site: key}.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ from tests.tiny_models import FAMILIES, build_tiny_model
 TOLERANCE = 1e-9
 AT_LENGTH = int(os.environ.get("COSERVE_EXAMPLES", "300"))
 CPU = torch.device("cpu")
-VARIANTS = [(family, None) for family in FAMILIES] + [("mistral", 7), ("qwen2", 5), ("qwen3", 6)]
+VARIANTS = [(family, None) for family in FAMILIES] + [("mistral", 7), ("qwen2", 5), ("qwen3", 6), ("smollm3", 6)]
 
 
 @dataclass(frozen=True)

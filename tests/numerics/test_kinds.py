@@ -121,10 +121,11 @@ def test_any_split_under_any_budget_of_any_kind_at_length(case: Case) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("budget", [1.0, 0.5, 0.0])
-def test_every_kind(kind: str, budget: float) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "granite", "smollm3"])
+def test_every_kind(kind: str, budget: float, family: str) -> None:
     rng = np.random.default_rng(5)
     examples = tuple(random_example(rng, i, length) for i, length in enumerate([19, 6, 23]))
-    assert error_of(Case("qwen3", None, KINDS[kind], examples, "sft", 4, 11, budget)) <= TOLERANCE
+    assert error_of(Case(family, None, KINDS[kind], examples, "sft", 4, 11, budget)) <= TOLERANCE
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

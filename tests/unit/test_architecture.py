@@ -32,6 +32,8 @@ def edit(path: Path, *, remove: tuple[str, ...] = (), **changes: Any) -> None:
     ("mistral", (False, False, False, False)),
     ("qwen2", (True, False, False, False)),
     ("qwen3", (False, False, False, True)),
+    ("granite", (False, False, False, False)),
+    ("smollm3", (False, False, False, False)),
 ])
 def test_fields_and_flags(tmp_path: Path, family: str, flags: tuple[bool, ...]) -> None:
     arch = read_architecture(build_tiny_model(family, tmp_path))
@@ -39,14 +41,20 @@ def test_fields_and_flags(tmp_path: Path, family: str, flags: tuple[bool, ...]) 
     assert (arch.qkv_bias, arch.o_bias, arch.mlp_bias, arch.qk_norm) == flags
     assert (arch.vocab_size, arch.hidden_size, arch.intermediate_size, arch.num_layers) == (97, 32, 48, 3)
     assert (arch.num_heads, arch.num_kv_heads, arch.head_dim) == (4, 2, 16 if family == "qwen3" else 8)
-    assert (arch.rms_norm_eps, arch.max_position_embeddings) == (1e-5, 512)
-    assert arch.tie_word_embeddings == (family in ("qwen2", "qwen3"))
+    assert (arch.rms_norm_eps, arch.max_position_embeddings) == (1e-5 / (0.22**2 if family == "granite" else 1), 512)
+    assert arch.tie_word_embeddings == (family not in ("llama", "mistral"))
+    assert arch.nope_layers == ({1} if family == "smollm3" else set())
     assert arch.eos_token_ids == (2,)
+    scales = (arch.embedding_scale, arch.score_scale, arch.logits_scaling)
+    assert scales == ((3.0 / 0.22, 0.2 * 8**0.5, 1.7) if family == "granite" else (1, 1, 1))
 
 
 def test_optional_biases(tmp_path: Path) -> None:
     llama = read_architecture(build_tiny_model("llama", tmp_path / "llama", bias=True))
     assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias) == (True, True, True)
+    for family in ("granite", "smollm3"):
+        arch = read_architecture(build_tiny_model(family, tmp_path / family, bias=True))
+        assert (arch.qkv_bias, arch.o_bias, arch.mlp_bias) == (True, True, True)
     qwen3 = read_architecture(build_tiny_model("qwen3", tmp_path / "qwen3", bias=True))
     assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.mlp_bias) == (True, True, False)
 
@@ -75,6 +83,8 @@ def test_rope_in_the_format_of_transformers_4(tmp_path: Path) -> None:
     ("qwen2", 7, (None, 7, 7)),
     ("qwen3", 7, (None, 7, 7)),
     ("qwen3", None, (None, None, None)),
+    ("smollm3", 7, (None, 7, None)),
+    ("smollm3", None, (None, None, None)),
 ])
 def test_sliding_windows(tmp_path: Path, family: str, window: int | None, expected: tuple[int | None, ...]) -> None:
     assert read_architecture(build_tiny_model(family, tmp_path, sliding_window=window)).sliding_windows == expected

@@ -6,6 +6,7 @@ calls alone; programs run in float64 and must agree with `TorchOps` and autograd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,13 +56,14 @@ ATTENTION_SITES = LINEAR_SITES[:4]
 def make_arch(
     *, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 4, hidden: int = 12, inner: int = 20,
     qk_norm: bool = False, qkv_bias: bool = False, o_bias: bool = False, mlp_bias: bool = False,
-    windows: tuple[int | None, ...] | None = None,
+    windows: tuple[int | None, ...] | None = None, score_scale: float = 1.0, nope_layers: frozenset[int] = frozenset(),
 ) -> Architecture:
     return Architecture(
         model_type="llama", vocab_size=11, hidden_size=hidden, intermediate_size=inner, num_layers=layers, num_heads=heads,
         num_kv_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-5, max_position_embeddings=512, tie_word_embeddings=True,
         qkv_bias=qkv_bias, o_bias=o_bias, mlp_bias=mlp_bias, qk_norm=qk_norm, sliding_windows=windows or (None,) * layers,
         rope_inv_freq=tuple(100.0 ** (-i / head_dim) for i in range(0, head_dim, 2)), rope_scaling=1.0, eos_token_ids=(),
+        score_scale=score_scale, nope_layers=nope_layers,
     )
 
 
@@ -776,11 +778,11 @@ def oracle_layer(
     state: InFlight, weights: ModelWeights, index: int, factors: Mapping[str, tuple[Tensor, float]], rows: TrainRows
 ) -> TorchOps:
     arch = weights.architecture
-    linears = weights.layers[index].linears
+    linears, root = weights.layers[index].linears, math.sqrt(arch.score_scale)
     return TorchOps(
         eps=arch.rms_norm_eps, norms=weights.layers[index].norms,
         linears={site: (linears[site].weight, linears[site].bias) for site in LINEAR_SITES}, factors=factors,
-        cos=rows.cos, sin=rows.sin[:, arch.head_dim // 2 :].repeat(1, 2),
+        cos=rows.cos * root, sin=rows.sin[:, arch.head_dim // 2 :].repeat(1, 2) * root,
         starts=tuple(begin for begin, _ in state.batch.bounds),
         window=arch.sliding_windows[index], dropout_keys=state.batch.dropout_keys,
         site_keys={site: site_key(index, site) for site in LINEAR_SITES},
@@ -854,7 +856,7 @@ def compare_with_autograd(
             leaves[index, name] = factor.matrix.clone().requires_grad_()
             factors[name] = (leaves[index, name], factor.scale)
         ops = oracle_layer(state, weights, index, factors, rows)
-        hidden.append(layer(ops, arch, bypass.bypass, hidden[-1]))
+        hidden.append(layer(ops, arch, bypass.bypass, hidden[-1], rotary=index not in arch.nope_layers))
     assert_close(output, hidden[2].detach(), "output")
     if serving is not None:
         assert_close(serve(train, state, serving, adapter), hidden[2].detach(), "served output")
@@ -869,8 +871,8 @@ def compare_with_autograd(
 ARCHS = st.builds(
     make_arch, heads=st.sampled_from([2, 4]), kv_heads=st.sampled_from([1, 2]), head_dim=st.sampled_from([2, 4, 6]),
     inner=st.sampled_from([6, 20]), qk_norm=st.booleans(), qkv_bias=st.booleans(), o_bias=st.booleans(),
-    mlp_bias=st.booleans(), windows=st.tuples(*[st.sampled_from([None, 1, 3, 7])] * 2),
-)
+    mlp_bias=st.booleans(), windows=st.tuples(*[st.sampled_from([None, 1, 3, 7])] * 2), score_scale=st.sampled_from([1.0, 0.4]),
+) | st.builds(make_arch, nope_layers=st.sampled_from([frozenset({0}), frozenset({1}), frozenset({0, 1})]))
 CUTS = st.lists(st.integers(1, 30), max_size=3)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,9 @@ def test_windows_matter_in_these_tests(tmp_path: Path) -> None:
                "original_max_position_embeddings": 20}),
     ("mistral", {"attention_bias": False, "max_window_layers": 2, "use_sliding_window": False, "hidden_dropout": 0.1}),
     ("qwen3", {"partial_rotary_factor": 1.0, "attention_chunk_size": None}),
+    ("granite", {"embedding_multiplier": 12, "residual_multiplier": 1, "tie_word_embeddings": True}),
+    ("smollm3", {"no_rope_layers": [0, 1, 0], "no_rope_layer_interval": 4}),
+    ("smollm3", {"no_rope_layers": [1, 1, 1], "pretraining_tp": 2, "max_window_layers": 28}),
 ])
 def test_what_changes_nothing_is_taken(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     edit(build_tiny_model(family, tmp_path), **changes)
@@ -142,6 +146,14 @@ def test_what_changes_nothing_is_taken(tmp_path: Path, family: str, changes: dic
     ("qwen3", {"mlp_bias": True}, "mlp_bias"),
     ("qwen3", {"num_experts": 4}, "num_experts"),
     ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
+    ("granite", {"attention_multiplier": -0.1}, "attention_multiplier"),
+    ("granite", {"embedding_multiplier": math.nan}, "embedding_multiplier"),
+    ("granite", {"logits_scaling": math.inf}, "logits_scaling"),
+    ("granite", {"sliding_window": 8}, "sliding_window"),
+    ("granite", {"num_local_experts": 8}, "num_local_experts"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    ("smollm3", {"use_qk_norm": True}, "use_qk_norm"),
 ])
 def test_what_would_change_the_model_is_refused_by_name(
     tmp_path: Path, family: str, changes: dict[str, Any], field: str

@@ -28,6 +28,17 @@ QWEN2: dict[str, Any] = {"model_type": "qwen2", "architectures": ["Qwen2ForCausa
                          "max_window_layers": 3, "sliding_window": 32768, "use_sliding_window": False}
 QWEN3: dict[str, Any] = {**QWEN2, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False,
                          "head_dim": 128, "rope_scaling": None, "sliding_window": None}
+GRANITE: dict[str, Any] = {
+    "model_type": "granite", "architectures": ["GraniteForCausalLM"], "attention_bias": False, "attention_dropout": 0.1,
+    "attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22,
+    "mlp_bias": False, "rope_scaling": None, "rope_theta": 5e6, "eos_token_id": 0, "tie_word_embeddings": True,
+}
+SMOLLM3: dict[str, Any] = {
+    "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "layer_types": ["full_attention"] * 4, "max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0], "pretraining_tp": 2, "rope_scaling": None, "rope_theta": 5e6, "sliding_window": None,
+    "use_sliding_window": False, "pad_token_id": 4,
+}
 LLAMA3_ROPE = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
                "rope_type": "llama3"}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
@@ -69,6 +80,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen 2.5 1M": {**QWEN2, "dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}},
     "Qwen 3": QWEN3,
     "Qwen 3 with YaRN": {**QWEN3, "rope_scaling": {**YARN, "rope_type": "yarn"}},
+    "Granite 3.1, 3.3": GRANITE,
+    "SmolLM3": SMOLLM3,
 }
 
 

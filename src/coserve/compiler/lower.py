@@ -267,7 +267,7 @@ def _emit(draft: Draft) -> Program:
 
 def _beside(previous: _Step | None, step: _Step, slots: Mapping[str, Slot]) -> Slot | None:
     """The columns of two rotary embeddings in place, one beside the other: they are one operation per head."""
-    if previous is None or previous.node.op != "rope" or step.node.op != "rope":
+    if previous is None or previous.node.op != "rope" or step.node.op != "rope" or previous.node.attrs != step.node.attrs:
         return None
     first, second = slots[previous.outputs[0]], slots[step.outputs[0]]
     in_place = first == slots[previous.node.inputs[0]] and second == slots[step.node.inputs[0]]

@@ -33,9 +33,9 @@ class LayerBypass:
     bypass: Bypass
     factor_widths: Mapping[str, int]
 
-    def trace(self, arch: Architecture) -> JointGraph:
-        """The layer's graph, before it is differentiated."""
-        return JointGraph.of(trace(arch, self.bypass, self.factor_widths))
+    def trace(self, arch: Architecture, layer: int) -> JointGraph:
+        """The graph of layer number `layer`, before it is differentiated."""
+        return JointGraph.of(trace(arch, self.bypass, self.factor_widths, rotary=layer not in arch.nope_layers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +109,13 @@ class TrainingPlans:
         self.contexts: dict[object, float] = {}
         for index, bypass in enumerate(bypasses):
             context = mean_context(sequence_length, arch.sliding_windows[index])
-            key = (bypass.key, index > lowest, index >= lowest, context)
+            key = (bypass.key, index in arch.nope_layers, index > lowest, index >= lowest, context)
             self.keys.append(key)
             if key not in self.graphs:
                 trainable = frozenset() if forward_only else frozenset(bypass.factor_widths)
                 pruned = partial(prune, trainable=trainable.__contains__, input_gradient=index > lowest)
                 packed = () if compression == "none" else (pack_signs,)
-                self.graphs[key] = run_passes(bypass.trace(arch), differentiate, pruned, *packed)
+                self.graphs[key] = run_passes(bypass.trace(arch, index), differentiate, pruned, *packed)
                 self.contexts[key] = context
         self._curves: dict[object, list[LayerPlan]] = {}
         self._first: ModelPlan | None = None
@@ -236,11 +236,12 @@ def plan_inference(arch: Architecture, bypasses: Sequence[LayerBypass], *, items
     """Forward programs that keep nothing."""
     cache: dict[tuple[object, ...], LayerPlan] = {}
     layers = []
-    for bypass in bypasses:
-        if bypass.key not in cache:
-            nothing_kept = Rematerialized(run_passes(bypass.trace(arch)))
-            cache[bypass.key] = lower(nothing_kept, merged=MERGED, itemsize=itemsize)
-        layers.append(cache[bypass.key])
+    for index, bypass in enumerate(bypasses):
+        key = (bypass.key, index in arch.nope_layers)
+        if key not in cache:
+            nothing_kept = Rematerialized(run_passes(bypass.trace(arch, index)))
+            cache[key] = lower(nothing_kept, merged=MERGED, itemsize=itemsize)
+        layers.append(cache[key])
     return ModelPlan(layers=tuple(layers))
 
 
@@ -251,10 +252,10 @@ def plan_fused(
     those of the requests' adapters."""
     cache: dict[tuple[object, ...], FusedLayer] = {}
     layers = []
-    for bypass, plan in zip(bypasses, own.layers, strict=True):
-        key = (bypass.key, id(plan))
+    for index, (bypass, plan) in enumerate(zip(bypasses, own.layers, strict=True)):
+        key = (bypass.key, id(plan))  # the plan of a layer without rotary embedding is never one of a layer with it
         if key not in cache:
-            joint = run_passes(bypass.trace(arch))
+            joint = run_passes(bypass.trace(arch, index))
             cache[key] = lower_fused(joint, plan, merged=MERGED, itemsize=itemsize)
         layers.append(cache[key])
     return tuple(layers)

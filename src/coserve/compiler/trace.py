@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ class Tracer:
         return self.node("gelu", (x,), self.value(f"{x.name}.gelu", x.width))
 
     def rope(self, x: Value) -> Value:
-        return self.node("rope", (x,), self.value(f"{x.name}.rope", x.width))
+        return self.node("rope", (x,), self.value(f"{x.name}.rope", x.width), scale=math.sqrt(self.arch.score_scale))
 
     def attention(self, q: Value, k: Value, v: Value) -> Value:
         out = self.value("attention", q.width)
@@ -67,9 +68,9 @@ class Tracer:
         return self.node("dropout", (x,), self.value(f"{site}.dropout", x.width), site=site, p=p)
 
 
-def trace(arch: Architecture, bypass: Bypass, factor_widths: Mapping[str, int]) -> Graph:
+def trace(arch: Architecture, bypass: Bypass, factor_widths: Mapping[str, int], *, rotary: bool = True) -> Graph:
     """The graph of one decoder layer with `bypass`."""
     tracer = Tracer(arch, factor_widths)
     x = tracer.value("x", arch.hidden_size)
-    y = layer(tracer, arch, bypass, x)
+    y = layer(tracer, arch, bypass, x, rotary=rotary)
     return Graph(dict(tracer.values), tuple(tracer.nodes), x.name, y.name)

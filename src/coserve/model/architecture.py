@@ -7,6 +7,7 @@ that are not read (fields.py), weights (checkpoint.py), the tokenizer. Source of
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ class Architecture:
     head_dim: int
     """Width of one head; num_heads * head_dim may differ from hidden_size."""
     rms_norm_eps: float
+    """For the residual stream as it is held (`embedding_scale`)."""
     max_position_embeddings: int
     tie_word_embeddings: bool
     """The head reuses the embedding table; the checkpoint need not have lm_head.weight."""
@@ -55,6 +57,15 @@ class Architecture:
     """Multiplied onto cos and sin (YaRN's attention factor), else 1."""
     eos_token_ids: tuple[int, ...]
     """Tokens that end a generation; may be empty."""
+    nope_layers: frozenset[int] = frozenset()
+    """Layers whose queries and keys get no rotary embedding."""
+    embedding_scale: float = 1.0
+    """Multiplied onto embeddings. Where a family multiplies what each sublayer adds to the residual stream by r, the stream is
+    held divided by r: embeddings and eps are scaled here, and the layers are those of every family."""
+    score_scale: float = 1.0
+    """Multiplied onto attention scores beside 1 / sqrt(head_dim): the rotary embedding gives its root to queries and keys."""
+    logits_scaling: float = 1.0
+    """Divides logits, by way of the final norm's weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +121,7 @@ def _window_by_layer_type(config: PreTrainedConfig) -> tuple[int | None, ...]:
 
 
 _WINDOWS = frozenset({"sliding_window", "layer_types"})
+_FACTORS = frozenset({"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"})
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
@@ -130,6 +142,16 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "ministral": Family(
         class_name="MinistralForCausalLM", fields=_WINDOWS, qkv_bias=_never, o_bias=_never, mlp_bias=_never, qk_norm=False,
+        sliding_windows=_window_by_layer_type,
+    ),
+    "granite": Family(
+        class_name="GraniteForCausalLM", fields=_FACTORS | {"attention_bias", "mlp_bias"}, qkv_bias=_attention_bias,
+        o_bias=_attention_bias, mlp_bias=_mlp_bias, qk_norm=False, sliding_windows=_full_attention,
+    ),
+    "smollm3": Family(
+        class_name="SmolLM3ForCausalLM",
+        fields=_WINDOWS | {"use_sliding_window", "no_rope_layers", "no_rope_layer_interval", "attention_bias", "mlp_bias"},
+        qkv_bias=_attention_bias, o_bias=_attention_bias, mlp_bias=_mlp_bias, qk_norm=False,
         sliding_windows=_window_by_layer_type,
     ),
 }
@@ -170,6 +192,9 @@ def read_architecture(directory: Path) -> Architecture:
         raise ConfigError(f"hidden_act: only silu is supported, got {config.hidden_act!r}", param="hidden_act")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inv_freq, scaling = _rope(config, head_dim)
+    factors = _factors(config, family)
+    residual = factors.get("residual_multiplier", 1.0)
+    assert residual == 1 or not family.qk_norm, "the eps of heads' norms would be another than the residual stream's"
     architecture = Architecture(
         model_type=config.model_type,
         vocab_size=config.vocab_size,
@@ -179,7 +204,7 @@ def read_architecture(directory: Path) -> Architecture:
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(config.rms_norm_eps),
+        rms_norm_eps=float(config.rms_norm_eps) / residual**2,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=bool(config.tie_word_embeddings),
         qkv_bias=family.qkv_bias(config),
@@ -190,6 +215,10 @@ def read_architecture(directory: Path) -> Architecture:
         rope_inv_freq=inv_freq,
         rope_scaling=scaling,
         eos_token_ids=_eos_token_ids(directory, config),
+        nope_layers=_nope_layers(config) if "no_rope_layers" in family.fields else frozenset(),
+        embedding_scale=factors.get("embedding_multiplier", 1.0) / residual,
+        score_scale=factors["attention_multiplier"] * math.sqrt(head_dim) if "attention_multiplier" in factors else 1.0,
+        logits_scaling=factors.get("logits_scaling", 1.0),
     )
     _check(architecture)
     return architecture
@@ -257,6 +286,23 @@ def _rope(config: PreTrainedConfig, head_dim: int) -> tuple[tuple[float, ...], f
     return tuple(inv_freq.float().tolist()), float(scaling)
 
 
+def _factors(config: PreTrainedConfig, family: Family) -> dict[str, float]:
+    """Those of _FACTORS that the family has."""
+    factors = {name: float(getattr(config, name)) for name in _FACTORS & family.fields}
+    for name, value in factors.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name}: must be a positive number, got {value}", param=name)
+    return factors
+
+
+def _nope_layers(config: PreTrainedConfig) -> frozenset[int]:
+    """SmolLM3: where no_rope_layers has 0. transformers fills it from no_rope_layer_interval where the file has none."""
+    turned, layers = config.no_rope_layers, config.num_hidden_layers
+    if len(turned) != layers:
+        raise ConfigError(f"no_rope_layers: {len(turned)} entries for {layers} layers", param="no_rope_layers")
+    return frozenset(layer for layer in range(layers) if not turned[layer])
+
+
 def _eos_token_ids(directory: Path, config: PreTrainedConfig) -> tuple[int, ...]:
     """Those of generation_config.json, then those that only config.json names: the model may write either as its end."""
     path = directory / "generation_config.json"
@@ -290,3 +336,4 @@ def _check(arch: Architecture) -> None:
     if any(window is not None and window < 1 for window in arch.sliding_windows):
         raise ConfigError(f"sliding_window: must be at least 1, got {arch.sliding_windows}", param="sliding_window")
     assert len(arch.rope_inv_freq) == arch.head_dim // 2
+    assert arch.score_scale == 1 or not arch.nope_layers, "the rotary embedding scales scores"

@@ -1,4 +1,4 @@
-"""The decoder layer of the Llama / Mistral / Qwen2 / Qwen3 family, written once against the operator vocabulary.
+"""The decoder layer of every family, written once against the operator vocabulary.
 
 Owns: the order of operators, the names of sites, and the shapes and biases of the frozen linears. Does not own: weights,
 memory or how an operator runs. A bypass is called at every linear site with the site's input and output.
@@ -65,8 +65,8 @@ def biased_sites(arch: Architecture) -> frozenset[str]:
     return frozenset({*attention, *mlp, *(["o_proj"] if arch.o_bias else [])})
 
 
-def layer(ops: Vocabulary[V], arch: Architecture, bypass: Bypass, x: V) -> V:
-    """One decoder layer: x and the result are the residual stream, one row per token."""
+def layer(ops: Vocabulary[V], arch: Architecture, bypass: Bypass, x: V, *, rotary: bool = True) -> V:
+    """One decoder layer: x and the result are the residual stream, one row per token. rotary: whether it turns q and k."""
 
     def project(site: str, value: V) -> V:
         value = bypass.enter(ops, site, value)
@@ -76,7 +76,9 @@ def layer(ops: Vocabulary[V], arch: Architecture, bypass: Bypass, x: V) -> V:
     q, k, v = project("q_proj", normed), project("k_proj", normed), project("v_proj", normed)
     if arch.qk_norm:
         q, k = ops.rmsnorm(q, "q_norm"), ops.rmsnorm(k, "k_norm")
-    attended = ops.attention(ops.rope(q), ops.rope(k), v)
+    if rotary:
+        q, k = ops.rope(q), ops.rope(k)
+    attended = ops.attention(q, k, v)
     h = ops.add(x, project("o_proj", attended), "h")
     normed = ops.rmsnorm(h, "post_attention_layernorm")
     inner = ops.silu_mul(project("gate_proj", normed), project("up_proj", normed))

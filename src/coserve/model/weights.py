@@ -32,7 +32,8 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """embedding: [vocabulary, hidden], which the head shares when tied; norm: the final norm's weight [hidden]."""
+    """embedding: [vocabulary, hidden], which the head shares when tied; norm: the final norm's weight [hidden], divided by what
+    divides the logits."""
 
     architecture: Architecture
     embedding: Tensor
@@ -62,6 +63,12 @@ class ModelWeights:
     def copied_bytes(self) -> int:
         """Bytes of packed copies beyond one of each matrix."""
         return sum(each.copied_bytes for each in self.products)
+
+    def embed(self, out: Tensor, token_ids: Tensor) -> None:
+        """out [T, hidden] = the residual stream before the first layer; token_ids: int64 [T]."""
+        torch.index_select(self.embedding, 0, token_ids, out=out)
+        if self.architecture.embedding_scale != 1:
+            out.mul_(self.architecture.embedding_scale)
 
     def hold_one_copy(self, wanted: bool) -> None:
         """Whether each matrix may be held only once from now on; copies beyond that are dropped. Products that would read them
@@ -128,5 +135,5 @@ def load_weights(
     embedding = checkpoint.read("model.embed_tokens.weight", dtype, device)
     table = embedding if arch.tie_word_embeddings else checkpoint.read("lm_head.weight", dtype, device)
     layers = [_load_layer(checkpoint, index, dtype, device, packed, one_copy) for index in range(arch.num_layers)]
-    norm = checkpoint.read("model.norm.weight", dtype, device)
+    norm = checkpoint.read("model.norm.weight", dtype, device).div_(arch.logits_scaling)
     return ModelWeights(arch, embedding, layers, norm, make_head(table, packed=packed, one_copy=one_copy))

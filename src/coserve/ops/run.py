@@ -205,10 +205,14 @@ def _gelu_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumul
 
 def _rope(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
     library.rope(outs[0], ins[0], rows.cos, rows.sin)
+    if attrs["scale"] != 1:
+        outs[0].mul_(attrs["scale"])
 
 
 def _rope_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
     library.rope(outs[0], ins[0], rows.cos, rows.sin, inverse=True)
+    if attrs["scale"] != 1:
+        outs[0].mul_(attrs["scale"])
 
 
 def _attention(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:

@@ -124,7 +124,7 @@ class TrainExecutor:
         start, end = unit.start, unit.end
         rows = self.rows(state, unit, adapter)
         if unit.layer_start == 0:
-            torch.index_select(self.weights.embedding, 0, state.batch.token_ids[start:end], out=state.hidden(0)[start:end])
+            self.weights.embed(state.hidden(0)[start:end], state.batch.token_ids[start:end])
         for layer in range(unit.layer_start, unit.layer_end):
             state.check_forward(unit, layer)
             plan = self.enter(state, rows, layer)

@@ -19,6 +19,7 @@ from coserve.compiler.plan import ModelPlan
 from coserve.compiler.program import FusedLayer, Place, Program, Storage
 from coserve.core import Unit
 from coserve.kernels import library
+from coserve.model.weights import ModelWeights
 from coserve.ops.run import Factor, FactorStack
 from coserve.peft.adapter import Adapter, Kind
 from coserve.runtime.adapters import AdapterSlots
@@ -56,9 +57,9 @@ class BatchRows(ForwardRows):
         self.spans, self.programs, self.cos, self.sin = spans, programs, cos, sin
         self.num_serving = self.num_rows = spans.num_rows
 
-    def embed(self, embedding: Tensor, token_ids: Tensor, hidden: Tensor) -> None:
+    def embed(self, weights: ModelWeights, token_ids: Tensor, hidden: Tensor) -> None:
         """Writes the embeddings of requests' tokens (int64) into `hidden` [rows, D], and of training tokens behind them."""
-        torch.index_select(embedding, 0, token_ids, out=hidden[: self.num_serving])
+        weights.embed(hidden[: self.num_serving], token_ids)
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         """What follows is of `layer`, whose input is `hidden` [rows, D]."""
@@ -94,10 +95,9 @@ class FusedRows(BatchRows):
         self.num_rows += rows.end - rows.start
         self.dropout_keys = rows.dropout_keys
 
-    def embed(self, embedding: Tensor, token_ids: Tensor, hidden: Tensor) -> None:
-        super().embed(embedding, token_ids, hidden)
-        ids = self.state.batch.token_ids[self.rows.start : self.rows.end]
-        torch.index_select(embedding, 0, ids, out=hidden[self.num_serving :])
+    def embed(self, weights: ModelWeights, token_ids: Tensor, hidden: Tensor) -> None:
+        super().embed(weights, token_ids, hidden)
+        weights.embed(hidden[self.num_serving :], self.state.batch.token_ids[self.rows.start : self.rows.end])
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         super().enter(layer, hidden)
@@ -179,7 +179,7 @@ class PassExecutor:
                 return replayed
         rows = self._rows(decode, prefill, window)
         hidden, following = self._stream_rows(rows.num_rows)
-        rows.embed(self.weights.embedding, token_ids, hidden)
+        rows.embed(self.weights, token_ids, hidden)
         for layer, program in enumerate(rows.programs):
             rows.enter(layer, hidden)
             ends = {Place.INPUT: hidden, Place.OUTPUT: following}

@@ -151,7 +151,7 @@ class DecodeGraphs:
         paged = PagedDecode(tables.view(rows, -1), contexts, context)
         batch = _DecodeRows(self.pool, self.arch.sliding_windows, paged, token_rows)
         batch.cos, batch.sin = self.executor.rotary.rows(places, context)
-        torch.index_select(self.executor.weights.embedding, 0, ids, out=streams[0])
+        self.executor.weights.embed(streams[0], ids)
         for layer, program in enumerate(self.programs):
             batch.layer = layer
             ends = {Place.INPUT: streams[layer % 2], Place.OUTPUT: streams[(layer + 1) % 2]}
