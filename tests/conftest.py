@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from coserve.cli import main as cli
 from coserve.runtime.loaded import LoadedModel
+from coserve.text.tokenizer import ChatTokenizer
+from tests.commands import Ran, Run
 from tests.tiny_engine import MakeEngine, build_model, tracked_engines
+from tests.tiny_tokenizer import build_sentencepiece_tokenizer, build_tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +33,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def engines(model: LoadedModel) -> Iterator[MakeEngine]:
     """Makes engines for the `model` that the test file sees."""
     yield from tracked_engines(model)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*args: object, stdin: str = "") -> Ran:
+        monkeypatch.setattr(sys, "argv", ["coserve", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return Ran(int(code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    """Byte-level, with a few merges."""
+    return ChatTokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("bpe")))
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    """With byte fallback, and a space before the first word."""
+    return ChatTokenizer.load(build_sentencepiece_tokenizer(tmp_path_factory.mktemp("spm")))

@@ -9,8 +9,8 @@ import pytest
 
 from coserve.core import InvalidRequest
 from coserve.model.locate import locate_model
+from tests.commands import Run
 from tests.tiny_adapter import write_tiny_adapter, write_tiny_config
-from tests.unit.conftest import Run
 
 
 @pytest.mark.parametrize("command", [("chat", "{}"), ("plan", "{}"), ("finetune", "{}", "data.jsonl", "-o", "out")])

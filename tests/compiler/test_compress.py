@@ -33,9 +33,9 @@ from coserve.runtime.memory import columns
 from coserve.runtime.microbatch import InFlight, pack
 from coserve.runtime.plans import layer_bypasses
 from tests import oracle
+from tests.compiler.test_compiler import assert_arena_is_sound, assert_memory_is_sound, lora_layers, make_arch, pruned_layer
 from tests.numerics.test_gradients import TOLERANCE, Case, pair, random_adapter, random_example, train_by_units
 from tests.numerics.test_kinds import cases
-from tests.unit.test_compiler import assert_arena_is_sound, assert_memory_is_sound, lora_layers, make_arch, pruned_layer
 
 V = TypeVar("V")
 COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)

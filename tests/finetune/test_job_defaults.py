@@ -30,10 +30,10 @@ from coserve.runtime.loaded import LoadedModel
 from coserve.server.jobs.spec import read_spec, resolve, unused
 from coserve.server.settings import ServerConfig
 from coserve.training.finetuning import finetune
+from tests.commands import config_of
 from tests.server.jobforms import read_body
 from tests.tiny_directory import chat_lines, preference_lines, write_lines
 from tests.tiny_engine import MakeEngine, build_model, drive
-from tests.unit.conftest import config_of
 
 NUMBERS = ("epochs", "batch_size", "checkpoint_steps")
 CONTINUED: list[tuple[AdapterConfig, float]] = [

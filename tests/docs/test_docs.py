@@ -22,7 +22,7 @@ from coserve.server.inference import fields, protocol
 from coserve.server.jobs.body import SETTINGS
 from coserve.server.settings import ServerConfig, read_settings
 from coserve.server.stats.metrics import ServerMetrics, ServerState
-from tests.unit.conftest import config_of
+from tests.commands import config_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").glob("*.md"))]

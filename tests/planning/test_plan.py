@@ -36,7 +36,7 @@ from coserve.planning.estimate import STAGES, Estimate, Shape, estimate, keep_ev
 from coserve.runtime.executor import head_rows
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import layer_bypasses
-from tests.unit.conftest import Run
+from tests.commands import Run
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,

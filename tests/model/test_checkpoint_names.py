@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from coserve.core import InvalidRequest
 from coserve.model.checkpoint import EMBEDDING, HEAD, Checkpoint
 from coserve.model.weights import load_weights
+from tests.model.test_checkpoint import rewrite
+from tests.model.test_config_fields import check_equal, edit
 from tests.tiny_models import FAMILIES, build_tiny_model
-from tests.unit.test_checkpoint import rewrite
-from tests.unit.test_config_fields import check_equal, edit
 
 Tensors = dict[str, torch.Tensor]
 

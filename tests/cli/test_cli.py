@@ -31,10 +31,10 @@ from coserve.runtime.loaded import load_model
 from coserve.runtime.plans import training_plan
 from coserve.training import finetuning as finetuning_engine
 from coserve.training.finetuning import finetune
+from tests.commands import Ran, Run, config_of
 from tests.tiny_directory import build_tiny_directory, chat_line, chat_lines, preference_lines, write_lines
 from tests.tiny_models import build_tiny_model
 from tests.tiny_tokenizer import build_tiny_tokenizer
-from tests.unit.conftest import Ran, Run, config_of
 
 SOURCE = Path(__file__).parents[2] / "src"
 RESULT_FILES = {

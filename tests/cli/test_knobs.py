@@ -14,8 +14,8 @@ from coserve.config.settings import FinetuneConfig
 from coserve.server.jobs.body import SETTINGS, CreateJob
 from coserve.server.jobs.spec import read_spec
 from coserve.server.settings import ServerConfig
+from tests.commands import config_of
 from tests.server.jobforms import read_body
-from tests.unit.conftest import config_of
 
 OTHER: dict[str, Any] = {
     "objective": "dpo", "activation_memory": "0.5", "activation_compression": "fp8", "too_long": "drop",

@@ -21,8 +21,8 @@ from coserve.peft.format import save_adapter
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.plans import layer_bypasses, serving_plan, training_plan
+from tests.compiler.test_compiler import CPU, F64, assert_memory_is_sound, compare_with_autograd, make_arch, random_weights
 from tests.numerics.test_gradients import Case, pair, random_example, train_by_units
-from tests.unit.test_compiler import CPU, F64, assert_memory_is_sound, compare_with_autograd, make_arch, random_weights
 
 V = TypeVar("V")
 

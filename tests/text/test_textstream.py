@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from coserve.text.stream import TextStream
 from coserve.text.tokenizer import ChatTokenizer
-from tests.unit.test_tokenizer import byte_tokenizer
+from tests.text.test_tokenizer import byte_tokenizer
 
 STOPS = st.lists(st.text("ab🙂é", min_size=1, max_size=4), max_size=4)
 

@@ -20,9 +20,9 @@ from transformers import AutoTokenizer
 from coserve.core import InvalidRequest
 from coserve.model.gguf import GgufFile, convert_gguf, read_config
 from coserve.text.tokenizer import ChatTokenizer
+from tests.model.test_gguf import write_gguf
 from tests.tiny_models import build_tiny_model
 from tests.tiny_tokenizer import build_sentencepiece_tokenizer
-from tests.unit.test_gguf import write_gguf
 
 BOS, EOS, TOOL = "<|begin_of_text|>", "<|eot_id|>", "<tool>"
 TEXTS = (

@@ -11,7 +11,7 @@ from huggingface_hub import errors
 
 from coserve.core import NotFound
 from coserve.model.locate import locate_model
-from tests.unit.conftest import Run
+from tests.commands import Run
 
 
 def response(status: int) -> httpx.Response:

@@ -12,7 +12,7 @@ from coserve.config.settings import AdapterConfig, BottleneckConfig, FinetuneCon
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.job import refuse_changes
 from coserve.peft.kinds import empty_adapter
-from tests.unit.test_compiler import CPU, F64, make_arch
+from tests.compiler.test_compiler import CPU, F64, make_arch
 
 
 @pytest.mark.parametrize(("make", "field"), [

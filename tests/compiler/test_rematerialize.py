@@ -40,10 +40,7 @@ from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.memory import arena_rows
 from coserve.runtime.microbatch import InFlight, pack
 from coserve.runtime.plans import layer_bypasses, training_plan, training_plans
-from tests.numerics.test_gradients import random_example
-from tests.splits import backward_units, forward_units
-from tests.tiny_models import build_tiny_model
-from tests.unit.test_compiler import (
+from tests.compiler.test_compiler import (
     SITE_SETS,
     assert_arena_is_sound,
     assert_memory_is_sound,
@@ -51,6 +48,9 @@ from tests.unit.test_compiler import (
     make_arch,
     pruned_layer,
 )
+from tests.numerics.test_gradients import random_example
+from tests.splits import backward_units, forward_units
+from tests.tiny_models import build_tiny_model
 
 CPU = torch.device("cpu")
 LLAMA_70B = make_arch(layers=80, heads=64, kv_heads=8, head_dim=128, hidden=8192, inner=28672)
