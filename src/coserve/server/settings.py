@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coserve.config.settings import EngineConfig, SchedulerConfig
+from coserve.config.settings import POLICIES, EngineConfig, SchedulerConfig
 from coserve.config.values import AUTO, SloMs, knob, read_memory, require, require_least
 from coserve.core import ConfigError
 from coserve.server.hostnames import check_allowed
@@ -71,7 +71,7 @@ class ServerConfig:
     """Objective: milliseconds per output token after the first, or "none": best effort. None: from the machine's profile."""
     slo_ttft_ms: SloMs | None = knob(None, "Objective to the first token (by profile); none: best effort.", metavar="MS|none")
     """Objective: milliseconds to the first token; otherwise as `slo_tpot_ms`."""
-    policy: str = knob("coserve", "coserve, inference-only, finetune-only, temporal:N, ...")
+    policy: str = knob("coserve", f"{', '.join(POLICIES)}.")
     """As in SchedulerConfig.policy."""
     finetune_min_share: float = knob(0.0, "Share of time that jobs always get (0).")
     """Share of time that jobs get even where objectives are missed, in [0, 1)."""

@@ -17,6 +17,7 @@ from typing import Any
 from coserve.config.data import KNOBS, adapter_of_kind
 from coserve.config.settings import (
     LINEAR_SITES,
+    PAIRED,
     AdapterConfig,
     BottleneckConfig,
     FinetuneConfig,
@@ -35,6 +36,10 @@ MAX_STEPS = 2**31 - 1
 _SEEDS = 2**31
 _ADAPTER = {name: knob.name for name, knob in SETTINGS.items() if knob.of_adapter}
 """Fields of all kinds of adapter, and their settings' names."""
+_METHODS: Mapping[str, tuple[Objective, type[Hyperparameters]]] = {
+    "supervised": ("sft", Hyperparameters), "dpo": ("dpo", PreferenceHyperparameters),
+}
+"""Types of OpenAI's method -> the objective, and the numbers that the method has."""
 _WORDS = {"epochs": "n_epochs", "dpo_beta": "beta"}
 """Settings that are OpenAI's hyperparameters, and what they are called there."""
 
@@ -82,7 +87,7 @@ def read_spec(
     given = {name: value for name, value in numbers.items() if value != AUTO}
     if given.get("n_epochs", 0) > MAX_EPOCHS:
         raise InvalidRequest(f"n_epochs: must be at most {MAX_EPOCHS}, got {given['n_epochs']}", param="n_epochs")
-    objective: Objective = "dpo" if method["type"] == "dpo" else "sft"
+    objective = _METHODS[method["type"]][0]
     try:
         adapter = _adapter(settings, continued)
         size_field, rank = _rank(continued or adapter)
@@ -127,7 +132,7 @@ def resolve(
     }
     if config.objective == "dpo":
         numbers["beta"] = config.dpo_beta
-    kind = "dpo" if config.objective == "dpo" else "supervised"
+    kind = next(kind for kind, (objective, _) in _METHODS.items() if objective == config.objective)
     return Resolved(config=config, method={"type": kind, kind: {"hyperparameters": numbers}}, num_steps=num_steps)
 
 
@@ -160,7 +165,7 @@ def _rank(adapter: AdapterConfig) -> tuple[str, int]:
 def _max_length(objective: str, settings: Mapping[str, Any], max_model_len: int) -> int:
     """Longest example in tokens. The engine has the same rule, so what is accepted here is accepted there."""
     room = settings.get("max_microbatch_tokens", FinetuneConfig().max_microbatch_tokens)
-    limit = min(room // 2 if objective == "dpo" else room, max_model_len)
+    limit = min(room // 2 if objective in PAIRED else room, max_model_len)
     asked = settings.get("max_length", limit)
     if asked > limit:
         raise InvalidRequest(
@@ -180,13 +185,14 @@ def _in_api_words(error: ConfigError) -> InvalidRequest:
 def _method(body: CreateJob) -> dict[str, Any]:
     """{type, TYPE: {hyperparameters}}. The deprecated hyperparameters are used if the method has none."""
     kind = "supervised" if body.method is None else body.method.type
+    known = " or ".join(_METHODS)
     if kind == "reinforcement":
-        raise InvalidRequest("method.type: reinforcement is not supported; use supervised or dpo", param="method.type")
-    if kind not in ("supervised", "dpo"):
-        raise InvalidRequest(f"method.type: must be supervised or dpo, got {kind[:64]!r}", param="method.type")
+        raise InvalidRequest(f"method.type: reinforcement is not supported; use {known}", param="method.type")
+    if kind not in _METHODS:
+        raise InvalidRequest(f"method.type: must be {known}, got {kind[:64]!r}", param="method.type")
     told: Hyperparameters | None = None
     if body.method is not None:
-        for other in {"supervised", "dpo", "reinforcement"} - {kind}:
+        for other in {*_METHODS, "reinforcement"} - {kind}:
             if getattr(body.method, other) is not None:
                 raise InvalidRequest(f"method.{other}: the method's type is {kind}; leave it out", param=f"method.{other}")
         part = getattr(body.method, kind)
@@ -194,7 +200,7 @@ def _method(body: CreateJob) -> dict[str, Any]:
     if told is not None and body.hyperparameters is not None and not _tells_nothing(body.hyperparameters):
         raise InvalidRequest("hyperparameters: give them in method only", param="hyperparameters")
     told = told or body.hyperparameters or Hyperparameters()
-    form = PreferenceHyperparameters if kind == "dpo" else Hyperparameters
+    _, form = _METHODS[kind]
     return {"type": kind, kind: {"hyperparameters": {name: getattr(told, name, AUTO) for name in form.model_fields}}}
 
 
