@@ -223,18 +223,12 @@ def _read_texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _read_objective(value: Any) -> Any:
-    """A number that a command line wrote as text; anything else as it is."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
-
-
 def _read(name: str, kind: str, value: Any) -> Any:
     """A value in its field's type."""
     if kind.startswith("SloMs"):
-        return _read_objective(value)
+        with contextlib.suppress(ValueError):  # a command line gives numbers as text
+            return float(value) if isinstance(value, str) else value
+        return value
     if name == "lora_modules":
         return _read_modules(value)
     if name == "activation_memory":

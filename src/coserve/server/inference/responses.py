@@ -101,10 +101,7 @@ def chat_response(
         choices.append({**choice, "token_ids": output.token_ids} if shown.token_ids else choice)
     body = {**head, "object": "chat.completion", "choices": choices, "usage": tally.usage()}
     if shown.prompt_logprobs is not None:
-        walk = TokenWalk(tokenizer, by_id=shown.by_id)
-        body["prompt_logprobs"] = vllm_prompt_logprobs(
-            prompt_ids, tally.prompt_logprobs.get(0, []), walk, shown.prompt_logprobs
-        )
+        body["prompt_logprobs"] = vllm_prompt_logprobs(prompt_ids, tally.prompt_logprobs.get(0, []), tokenizer, shown)
     if shown.token_ids:
         body["prompt_token_ids"] = prompt_ids
     return body
@@ -163,8 +160,7 @@ def completion_response(
             "index": index, "text": before + output.text, "logprobs": logprobs, "finish_reason": output.finish_reason,
         }
         if shown.prompt_logprobs is not None:
-            walk = TokenWalk(tokenizer, by_id=shown.by_id)
-            choice["prompt_logprobs"] = vllm_prompt_logprobs(prompt.ids, scores, walk, shown.prompt_logprobs)
+            choice["prompt_logprobs"] = vllm_prompt_logprobs(prompt.ids, scores, tokenizer, shown)
         if shown.token_ids:
             choice |= {"prompt_token_ids": prompt.ids, "token_ids": output.token_ids}
         choices.append(choice)
@@ -185,21 +181,18 @@ def completion_choices(
 
 def completion_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dict[str, list[Any]]:
     """Log-probabilities of a completion's choice. In top_logprobs the sampled token comes first."""
-    tokens: list[str] = []
-    values: list[float] = []
-    tops: list[dict[str, float]] = []
-    offsets: list[int] = []
+    told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
         step = walk.step(entry.token)
         names = walk.names(step, entry)
         top = {step.name: _number(entry.logprob)}
         for token, logprob in entry.top:
             top.setdefault(names[token], _number(logprob))
-        tokens.append(step.name)
-        values.append(_number(entry.logprob))
-        tops.append(top)
-        offsets.append(step.offset)
-    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+        told["tokens"].append(step.name)
+        told["token_logprobs"].append(_number(entry.logprob))
+        told["top_logprobs"].append(top)
+        told["text_offset"].append(step.offset)
+    return told
 
 
 def prompt_logprobs(
@@ -207,21 +200,20 @@ def prompt_logprobs(
 ) -> dict[str, list[Any]]:
     """`completion_logprobs` of an echoed prompt. scores: of its second token and all later ones; the first token has none."""
     first = LogprobEntry(token=prompt.ids[0], logprob=0.0, top=[])
-    told = completion_logprobs(
-        [first, *_cut(scores, shown.logprobs or 0)], TokenWalk(tokenizer, by_id=shown.by_id)
-    )
+    told = completion_logprobs([first, *_cut(scores, shown.logprobs or 0)], TokenWalk(tokenizer, by_id=shown.by_id))
     told["token_logprobs"][0] = told["top_logprobs"][0] = None
     told["text_offset"] = prompt_offsets(tokenizer, prompt.ids, prompt.text)
     return told
 
 
 def vllm_prompt_logprobs(
-    prompt_ids: Sequence[int], scores: Sequence[LogprobEntry], walk: TokenWalk, count: int
+    prompt_ids: Sequence[int], scores: Sequence[LogprobEntry], tokenizer: ChatTokenizer, shown: Shown
 ) -> list[dict[str, Any] | None]:
     """In vLLM's shape: for each token of the prompt a table by token id; None for the first token. An unknown rank is None."""
     found: list[dict[str, Any] | None] = [None]
+    walk = TokenWalk(tokenizer, by_id=shown.by_id)
     walk.step(prompt_ids[0])
-    for entry in _cut(scores, count):
+    for entry in _cut(scores, shown.prompt_logprobs or 0):
         names = walk.names(walk.step(entry.token), entry)
         ranked = {token: (logprob, rank) for rank, (token, logprob) in enumerate(entry.top, start=1)}
         ranked.setdefault(entry.token, (entry.logprob, 0))

@@ -13,6 +13,7 @@ Owns: the turns, and what is said about the data. Does not own: formats of lines
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections import deque
@@ -98,16 +99,16 @@ class _Reading:
         self._turns, self.stopped = turns, threading.Event()
         self._since = 0.0
 
-    def run(self, work: Callable[[], DataReport]) -> DataReport:
-        """Runs the work once there is a place."""
+    def run(self, work: Callable[[Callable[[], None]], DataReport]) -> DataReport:
+        """Runs the work once there is a place. The work calls its argument between two lines."""
         self._turns.begin()
         try:
             self._since = time.monotonic()
-            return work()
+            return work(self._between_lines)
         finally:
             self._turns.end()
 
-    def between_lines(self) -> None:
+    def _between_lines(self) -> None:
         """Raises _Stopped if the reading was cancelled. Gives way to others when its turn is over."""
         if self.stopped.is_set():
             raise _Stopped
@@ -138,9 +139,7 @@ class DataReader:
 
         Raises InvalidRequest that names file, line and field.
         """
-        def work(reading: _Reading) -> DataReport:
-            return self._read(model, config, training, validation, reading.between_lines)
-
+        work = functools.partial(self._read, model, config, training, validation)
         task = self._tasks[job] = asyncio.create_task(self._in_turn(tenant, work, begin))
         try:
             return await task
@@ -159,13 +158,13 @@ class DataReader:
             task.cancel()
 
     async def _in_turn(
-        self, tenant: str, work: Callable[[_Reading], DataReport], begin: Callable[[], None]
+        self, tenant: str, work: Callable[[Callable[[], None]], DataReport], begin: Callable[[], None]
     ) -> DataReport:
         async with self._of_tenant.hold(tenant), self._room:
             begin()
             reading = _Reading(self._turns)
             try:
-                return await asyncio.wrap_future(self._threads.submit(reading.run, lambda: work(reading)))
+                return await asyncio.wrap_future(self._threads.submit(reading.run, work))
             finally:
                 reading.stopped.set()
 

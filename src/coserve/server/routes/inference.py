@@ -20,7 +20,7 @@ from coserve.core import InvalidRequest
 from coserve.server.bodies.forms import Form
 from coserve.server.bodies.parse import MAX_VALUES
 from coserve.server.bodies.reader import body_reader
-from coserve.server.inference.answers import Answers, Asker, Question
+from coserve.server.inference.answers import Answers, Question
 from coserve.server.inference.fields import CHAT, COMPLETIONS
 from coserve.server.inference.limits import check_amounts, check_logprobs
 from coserve.server.inference.pieces import PiecesResponse, encode_large
@@ -89,9 +89,7 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
         len(ids), body.max_completion_tokens or body.max_tokens, default=None, limit=info.max_model_len,
         prompt_field="messages", tokens_field=asked_by,
     )
-    sampling = body.sampling(
-        max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.num_logprobs, draw_seed=services.draw_seed
-    )
+    sampling = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed)
     if not body.stream:
         check_logprobs([ids], [sampling], "top_logprobs")
     answers = await _ask(services, tenant, name, body, [Question(ids, sampling)], arrival_s)
@@ -171,9 +169,7 @@ def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Pr
             len(prompt.ids), body.max_tokens, default=DEFAULT_COMPLETION_TOKENS, limit=info.max_model_len, prompt_field="prompt"
         )
         if common is None:
-            common = body.sampling(
-                max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.logprobs, draw_seed=services.draw_seed
-            )
+            common = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed)
             sampling = common = replace(common, prompt_logprobs=body.scores_prompt)
         else:
             seed = services.draw_seed() if body.seed is None else body.seed
@@ -189,18 +185,21 @@ async def _ask(
 ) -> Answers:
     """Loads the model's adapter if need be, and asks. Raises what `ModelRegistry.prepare` raises."""
     model = await services.models.prepare(tenant, name)
-    asker = Asker(tenant=tenant, model=model, arrival_s=arrival_s, tpot_ms=body.slo_tpot_ms, ttft_ms=body.slo_ttft_ms)
-    return Answers(services, asker, questions)
+    return Answers(
+        services, questions, tenant=tenant, model=model, arrival_s=arrival_s, tpot_ms=body.slo_tpot_ms,
+        ttft_ms=body.slo_ttft_ms,
+    )
 
 
 async def _shown(services: Services, body: GenerationRequest) -> Shown:
     """What the response has beside its text. Naming the first token takes long (a table is built), so a thread does it here."""
-    if body.wants_names and not body.return_tokens_as_token_ids:
-        await asyncio.to_thread(services.tokenizer.token_bytes.name, 0)
-    return Shown(
+    shown = Shown(
         logprobs=body.num_logprobs, prompt_logprobs=body.prompt_logprobs, token_ids=bool(body.return_token_ids),
         by_id=bool(body.return_tokens_as_token_ids),
     )
+    if not shown.by_id and (shown.logprobs is not None or shown.prompt_logprobs is not None):
+        await asyncio.to_thread(services.tokenizer.token_bytes.name, 0)
+    return shown
 
 
 def _head(services: Services, prefix: str, name: str) -> dict[str, Any]:

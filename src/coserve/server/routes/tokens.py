@@ -85,7 +85,8 @@ async def _check_model(services: Services, tenant: str, name: str | None) -> Non
 
 
 def _entry(services: Services, model: ServedModel) -> dict[str, Any]:
+    base = services.models.base_names[0]
     return {
-        "id": model.name, "object": "model", "created": model.created, "owned_by": "coserve", "root": model.root,
-        "parent": model.parent, "max_model_len": services.engine.info.max_model_len,
+        "id": model.name, "object": "model", "created": model.created, "owned_by": "coserve", "root": base,
+        "parent": None if model.adapter is None else base, "max_model_len": services.engine.info.max_model_len,
     }
