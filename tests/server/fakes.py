@@ -201,7 +201,7 @@ class FakeMetrics:
         self.rejections: list[str] = []
 
     def begin(
-        self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float,
+        self, *, model: str, prompt_tokens: int, sampling: SamplingConfig, arrival_s: float,
         ttft_ms: SloMs | None, tpot_ms: SloMs | None,
     ) -> FakeMeter:
         assert abs(time.monotonic() - arrival_s) < 60

@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -179,11 +179,9 @@ class FoldingHandler(logging.Handler):
     def _write(self, record: logging.LogRecord) -> None:
         stream = self._error if record.levelno >= logging.WARNING else self._out
         line = self.format(record) + "\n"
-        try:
+        with suppress(OSError):  # a pipe that nobody reads any more, a full disk: the server goes on without this line
             stream.write(line)
             stream.flush()
-        except OSError:  # a pipe that nobody reads any more, a full disk: the server goes on without this line
-            pass
 
     def _write_count(self, folded: _Folded, now: float) -> None:
         same = folded.record

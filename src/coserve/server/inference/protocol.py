@@ -113,6 +113,11 @@ class GenerationRequest(Body):
         return self.n or 1
 
     @property
+    def by_id(self) -> bool:
+        """Whether log-probabilities name tokens by their ids."""
+        return bool(self.return_tokens_as_token_ids)
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -138,9 +143,8 @@ class GenerationRequest(Body):
     def sampling(self, *, max_tokens: int, vocab_size: int, draw_seed: Callable[[], int]) -> SamplingConfig:
         """For max_tokens of output. draw_seed: called if the request gives no seed. Raises InvalidRequest, ConfigError."""
         given: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN if getattr(self, name) is not None}
-        top_k = self.top_k or 0
         return SamplingConfig(
-            **given, max_tokens=max_tokens, logprobs=self.num_logprobs, stop=_stops(self.stop), top_k=0 if top_k < 0 else top_k,
+            **given, max_tokens=max_tokens, logprobs=self.num_logprobs, stop=_stops(self.stop), top_k=max(0, self.top_k or 0),
             logit_bias=_biases(self.logit_bias or {}, vocab_size),
             stop_token_ids=tuple(_in_vocabulary("stop_token_ids", token, vocab_size) for token in self.stop_token_ids or ()),
             seed=draw_seed() if self.seed is None else self.seed,
@@ -186,14 +190,12 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
 
     def check(self) -> None:
-        """What several fields say together. Raises InvalidRequest."""
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs: is for logprobs=true only", param="top_logprobs")
 
     @property
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to tell at each place; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -210,7 +212,6 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to tell at each place; None: no log-probabilities."""
         return self.logprobs
 
     @property
@@ -220,7 +221,6 @@ class CompletionRequest(GenerationRequest):
         return max(asked, default=None)
 
     def check(self) -> None:
-        """What several fields say together. Raises InvalidRequest."""
         super().check()
         if self.best_of is not None and self.best_of != self.num_outputs:
             raise InvalidRequest("best_of: with another value than n is not supported yet; leave it out", param="best_of")

@@ -13,7 +13,6 @@ Owns: the turns, and what is said about the data. Does not own: formats of lines
 from __future__ import annotations
 
 import asyncio
-import functools
 import threading
 import time
 from collections import deque
@@ -68,7 +67,6 @@ class _Turns:
         self._waiting: deque[threading.Event] = deque()
 
     def begin(self) -> None:
-        """Waits for a place."""
         with self._lock:
             if self._free:
                 self._free -= 1
@@ -90,31 +88,6 @@ class _Turns:
         if self._waiting:
             self.end()
             self.begin()
-
-
-class _Reading:
-    """One job's data being read, on a thread of its own."""
-
-    def __init__(self, turns: _Turns) -> None:
-        self._turns, self.stopped = turns, threading.Event()
-        self._since = 0.0
-
-    def run(self, work: Callable[[Callable[[], None]], DataReport]) -> DataReport:
-        """Runs the work once there is a place. The work calls its argument between two lines."""
-        self._turns.begin()
-        try:
-            self._since = time.monotonic()
-            return work(self._between_lines)
-        finally:
-            self._turns.end()
-
-    def _between_lines(self) -> None:
-        """Raises _Stopped if the reading was cancelled. Gives way to others when its turn is over."""
-        if self.stopped.is_set():
-            raise _Stopped
-        if time.monotonic() - self._since > SLICE_S:
-            self._turns.give_way()
-            self._since = time.monotonic()
 
 
 class DataReader:
@@ -139,8 +112,17 @@ class DataReader:
 
         Raises InvalidRequest that names file, line and field.
         """
-        work = functools.partial(self._read, model, config, training, validation)
-        task = self._tasks[job] = asyncio.create_task(self._in_turn(tenant, work, begin))
+        async def read_in_turn() -> DataReport:
+            async with self._of_tenant.hold(tenant), self._room:
+                begin()
+                stopped = threading.Event()
+                reading = self._threads.submit(self._read, stopped, model, config, training, validation)
+                try:
+                    return await asyncio.wrap_future(reading)
+                finally:
+                    stopped.set()
+
+        task = self._tasks[job] = asyncio.create_task(read_in_turn())
         try:
             return await task
         except asyncio.CancelledError:
@@ -157,17 +139,6 @@ class DataReader:
         if task is not None:
             task.cancel()
 
-    async def _in_turn(
-        self, tenant: str, work: Callable[[Callable[[], None]], DataReport], begin: Callable[[], None]
-    ) -> DataReport:
-        async with self._of_tenant.hold(tenant), self._room:
-            begin()
-            reading = _Reading(self._turns)
-            try:
-                return await asyncio.wrap_future(self._threads.submit(reading.run, work))
-            finally:
-                reading.stopped.set()
-
     def _load_tokenizer(self, model: Path) -> ChatTokenizer:
         with self._loading:
             if self._tokenizer is None or self._tokenizer[0] != model:
@@ -175,6 +146,26 @@ class DataReader:
             return self._tokenizer[1]
 
     def _read(
+        self, stopped: threading.Event, model: Path, config: FinetuneConfig, training: DataFile, validation: DataFile | None
+    ) -> DataReport:
+        """Waits for a place, on the job's thread, and gives way to others whenever a turn is over."""
+        self._turns.begin()
+        since = time.monotonic()
+
+        def between_lines() -> None:
+            nonlocal since
+            if stopped.is_set():
+                raise _Stopped
+            if time.monotonic() - since > SLICE_S:
+                self._turns.give_way()
+                since = time.monotonic()
+
+        try:
+            return self._report(model, config, training, validation, between_lines)
+        finally:
+            self._turns.end()
+
+    def _report(
         self, model: Path, config: FinetuneConfig, training: DataFile, validation: DataFile | None, on_line: Callable[[], None]
     ) -> DataReport:
         tokenizer = self._load_tokenizer(model)

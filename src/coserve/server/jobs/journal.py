@@ -171,9 +171,7 @@ class JobJournal:
         self._followers.setdefault(job.id, set()).add(queue)
         try:
             over, known = await asyncio.to_thread(lambda: (ended(), self.events(job.id)))
-            last = 0
-            if after is not None:
-                last = next((event.seq for event in known if event.id == after), 0)
+            last = next((event.seq for event in known if event.id == after), 0)
             for event in known:
                 if event.seq > last:
                     last = event.seq

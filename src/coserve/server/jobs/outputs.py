@@ -162,11 +162,10 @@ class JobOutputs:
             self._store.delete_checkpoint(checkpoint.id)
             shutil.rmtree(checkpoint.directory, ignore_errors=True)
         names = list(dict.fromkeys([adapter.name, *(checkpoint.model for checkpoint in gone)]))
-        if own:
-            return names
-        with storage_errors():
-            for name in (CONFIG_FILE, WEIGHTS_FILE):
-                (Path(adapter.directory) / name).unlink(missing_ok=True)
+        if not own:
+            with storage_errors():
+                for name in (CONFIG_FILE, WEIGHTS_FILE):
+                    (Path(adapter.directory) / name).unlink(missing_ok=True)
         return names
 
     def save_result(self, record: JobRecord) -> str:
