@@ -38,6 +38,7 @@ class BodyLimits:
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
+        self._too_large = f"the body exceeds max_body_bytes={max_bytes}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app: ASGIApp = self._app
@@ -48,13 +49,10 @@ class BodyLimits:
             if encoding not in ("", "identity"):
                 app = _refuse(415, f"content-encoding: {encoding[:40]!r} isn't taken; send the body as it is")
             elif not is_upload and announced_bytes(headers) > self._max_bytes:
-                app = _refuse(413, self._too_large())
+                app = _refuse(413, self._too_large)
             elif not is_upload:
                 receive = self._counted(receive)
         await app(scope, receive, send)
-
-    def _too_large(self) -> str:
-        return f"the body exceeds max_body_bytes={self._max_bytes}"
 
     def _counted(self, receive: Receive) -> Receive:
         received = 0
@@ -64,7 +62,7 @@ class BodyLimits:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_bytes:
-                raise HTTPException(413, self._too_large(), headers={"connection": "close"})
+                raise HTTPException(413, self._too_large, headers={"connection": "close"})
             return message
 
         return counted

@@ -126,10 +126,10 @@ class ServerConfig:
         try:
             self.engine_config()  # its own checks
         except ConfigError as error:
-            name = _ENGINE_NAMES.get(error.param or "")
-            if name is None:
+            own_name = _ENGINE_NAMES.get(error.param or "")
+            if own_name is None:
                 raise
-            raise ConfigError(f"{name}: {str(error).removeprefix(f'{error.param}: ')}", param=name) from error
+            raise ConfigError(f"{own_name}: {str(error).removeprefix(f'{error.param}: ')}", param=own_name) from error
 
     def engine_config(self, pool_bytes: int | None = None) -> EngineConfig:
         """The engine's settings; pool_bytes: what the pool will hold, if it is known."""

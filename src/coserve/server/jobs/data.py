@@ -148,7 +148,7 @@ class DataReader:
     def _read(
         self, stopped: threading.Event, model: Path, config: FinetuneConfig, training: DataFile, validation: DataFile | None
     ) -> DataReport:
-        """Waits for a place, on the job's thread, and gives way to others whenever a turn is over."""
+        """On a thread of its own: waits for a place, and gives way to others whenever a turn is over."""
         self._turns.begin()
         since = time.monotonic()
 

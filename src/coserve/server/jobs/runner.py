@@ -100,11 +100,12 @@ class JobRunner:
         """The name that the job's result has or will have."""
         return record.fine_tuned_model or tuned_name(record, self._models.base_names[0], self._config.organization)
 
-    def spawn(self, work: Coroutine[Any, Any, None], live: UnfinishedJob | None = None) -> None:
-        """Runs work in a task of its own. live: the job that fails if the work does."""
+    def spawn(self, work: Coroutine[Any, Any, None], live: UnfinishedJob | None = None) -> asyncio.Task[None]:
+        """Runs work in a task of its own, which is returned. live: the job that fails if the work does."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._task_ended(done, live))
+        return task
 
     def _task_ended(self, task: asyncio.Task[None], live: UnfinishedJob | None) -> None:
         self._tasks.discard(task)

@@ -199,17 +199,9 @@ class JobService:
         live = await self._unfinished(tenant, id)
         self._reader.cancel(id)
         self._runner.act(live, "cancel")
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        async def end() -> None:
-            try:
-                await self._runner.finish(live, "cancelled")
-            finally:
-                ended.cancel()
-
-        self._runner.spawn(end(), live)
+        end = self._runner.spawn(self._runner.finish(live, "cancelled"), live)
         await asyncio.sleep(0)  # lets the task begin
-        await self._written_or_refused(id, ended)
+        await self._written_or_refused(id, end)
         return live.record
 
     async def pause(self, tenant: str, id: str) -> JobRecord:
