@@ -69,7 +69,7 @@ class JobOutputs:
             raise NotFound("model: the files of this adapter are gone or damaged", param="model") from error
 
     def copy_start(self, job: str, source: Path) -> None:
-        """Copies the adapter to continue into the job's directory, since the original may be deleted. Raises NotFound, OSError."""
+        """Copies the adapter to continue into the job's directory: the original may be deleted. Raises NotFound, OSError."""
         target = self.root / job / "start"
         target.mkdir(parents=True)
         try:
