@@ -33,7 +33,6 @@ from coserve.server.settings import ServerConfig
 
 MAX_EPOCHS = 1000
 MAX_STEPS = 2**31 - 1
-_SEEDS = 2**31
 _ADAPTER = {name: knob.name for name, knob in SETTINGS.items() if knob.of_adapter}
 """Fields of all kinds of adapter, and their settings' names."""
 _METHODS: Mapping[str, tuple[Objective, type[Hyperparameters]]] = {
@@ -51,7 +50,6 @@ class JobSpec:
 
     method: dict[str, Any]
     settings: dict[str, Any]
-    seed: int
     integrations: tuple[dict[str, Any], ...]
     config: FinetuneConfig
 
@@ -80,7 +78,7 @@ def read_spec(
     numbers = method[method["type"]]["hyperparameters"]
     if "learning_rate" in settings and numbers["learning_rate_multiplier"] != AUTO:
         raise InvalidRequest("learning_rate: give it or learning_rate_multiplier, not both", param="learning_rate")
-    seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
+    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     integrations = tuple(item.model_dump(exclude_none=True) for item in body.integrations or ())
     for item in integrations:
         _check_integration(item)
@@ -90,7 +88,6 @@ def read_spec(
     objective = _METHODS[method["type"]][0]
     try:
         adapter = _adapter(settings, continued)
-        size_field, rank = _rank(continued or adapter)
         base_rate = auto_learning_rate(objective, continued or adapter, hidden_size)
         rate = {"learning_rate": base_rate * given["learning_rate_multiplier"]} if "learning_rate_multiplier" in given else {}
         config = FinetuneConfig(**_of_section(settings, "") | {
@@ -107,12 +104,14 @@ def read_spec(
             f"keep_checkpoints: {config.keep_checkpoints} is over this server's --max-keep-checkpoints "
             f"{server.max_keep_checkpoints}", param="keep_checkpoints",
         )
+    rank = adapter_size(continued or adapter)
     if rank > server.max_lora_rank:
+        size_field = "size" if isinstance(continued or adapter, BottleneckConfig) else "rank"
         raise InvalidRequest(
             f"{size_field}: {rank} is over this server's --max-lora-rank {server.max_lora_rank}", param=size_field
         )
     config = config if continued is not None else config.with_adapter(adapter)
-    return JobSpec(method=method, settings=settings, seed=seed, integrations=integrations, config=config)
+    return JobSpec(method=method, settings=settings, integrations=integrations, config=config)
 
 
 def resolve(
@@ -157,11 +156,6 @@ def unused(settings: Mapping[str, Any], continued: AdapterConfig) -> list[str]:
     return unused_settings(given | ({"kind": settings["adapter"]} if "adapter" in settings else {}), continued)
 
 
-def _rank(adapter: AdapterConfig) -> tuple[str, int]:
-    """The field that --max-lora-rank limits, and its value; 1 for a kind that has no such field."""
-    return "size" if isinstance(adapter, BottleneckConfig) else "rank", adapter_size(adapter)
-
-
 def _max_length(objective: str, settings: Mapping[str, Any], max_model_len: int) -> int:
     """Longest example in tokens. The engine has the same rule, so what is accepted here is accepted there."""
     room = settings.get("max_microbatch_tokens", FinetuneConfig().max_microbatch_tokens)
@@ -197,15 +191,11 @@ def _method(body: CreateJob) -> dict[str, Any]:
                 raise InvalidRequest(f"method.{other}: the method's type is {kind}; leave it out", param=f"method.{other}")
         part = getattr(body.method, kind)
         told = part.hyperparameters if part is not None else None
-    if told is not None and body.hyperparameters is not None and not _tells_nothing(body.hyperparameters):
+    if told is not None and body.hyperparameters not in (None, Hyperparameters()):
         raise InvalidRequest("hyperparameters: give them in method only", param="hyperparameters")
     told = told or body.hyperparameters or Hyperparameters()
     _, form = _METHODS[kind]
     return {"type": kind, kind: {"hyperparameters": {name: getattr(told, name, AUTO) for name in form.model_fields}}}
-
-
-def _tells_nothing(numbers: Hyperparameters) -> bool:
-    return all(getattr(numbers, name) == AUTO for name in type(numbers).model_fields)
 
 
 def _check_targets(settings: Mapping[str, Any]) -> None:
