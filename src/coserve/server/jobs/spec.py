@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coserve.config.data import KNOBS, adapter_of_kind
+from coserve.config.data import KNOBS, adapter_of_kind, size_field
 from coserve.config.settings import (
     LINEAR_SITES,
     AdapterConfig,
-    BottleneckConfig,
     FinetuneConfig,
     Objective,
     OptimizerConfig,
@@ -154,7 +153,7 @@ def unused(settings: Mapping[str, Any], continued: AdapterConfig) -> list[str]:
 
 def _rank(adapter: AdapterConfig) -> tuple[str, int]:
     """The field that --max-lora-rank limits, and its value; 1 for a kind that has no such field."""
-    return "size" if isinstance(adapter, BottleneckConfig) else "rank", adapter_size(adapter)
+    return KNOBS[size_field(adapter) or "r"].word, adapter_size(adapter)
 
 
 def _max_length(objective: str, settings: Mapping[str, Any], max_model_len: int) -> int:
