@@ -30,7 +30,7 @@ V = TypeVar("V")
 
 
 class ToyBypass(NoBypass):
-    """(1 + s) (out + down(r silu(gate(x)) * up(x))) at the MLP's first product. s and r are vectors, r of the adapter's size."""
+    """(1 + s) (out + down(r silu(gate(x)) up(x))) at the MLP's first product; s and r are vectors, r of the adapter's size."""
 
     def __init__(self, names: frozenset[str], dropout: float) -> None:
         self.names = names
