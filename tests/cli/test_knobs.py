@@ -10,7 +10,7 @@ import pytest
 
 from coserve.cli.settings import job_flags
 from coserve.config.data import KNOBS, Knob, to_dict
-from coserve.config.settings import FinetuneConfig
+from coserve.config.settings import ADAPTER_TABLES, FinetuneConfig
 from coserve.server.jobs.body import SETTINGS, CreateJob
 from coserve.server.jobs.spec import read_spec
 from coserve.server.settings import ServerConfig
@@ -36,7 +36,7 @@ def other(knob: Knob) -> Any:
 
 def kind(knob: Knob) -> str | None:
     """Of an adapter that has the setting; None: the default one, or none is needed."""
-    return knob.sections[0] if knob.sections[0] in ("ia3", "bottleneck") else None
+    return knob.sections[0] if knob.sections[0] in ADAPTER_TABLES and knob.sections[0] != "lora" else None
 
 
 def value_in(config: FinetuneConfig, knob: Knob) -> Any:

@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from coserve.cli import main as cli
-from coserve.config.data import finetune_config_from_dict, to_dict
+from coserve.config.data import finetune_config_from_dict, kind_of, to_dict
 from coserve.config.settings import (
+    ADAPTER_TABLES,
     AdapterConfig,
     BottleneckConfig,
     FinetuneConfig,
@@ -278,3 +279,16 @@ def test_a_saved_adapter_describes_itself(
     out = finetune(directory / "chats.jsonl", tmp_path / "out", model=model,
                    config=FinetuneConfig(max_steps=1).with_adapter(adapter)).directory
     assert unused_settings(given_settings(adapter), described_adapter(out)) == []
+
+
+@pytest.mark.parametrize("kind", ADAPTER_TABLES)
+def test_every_kind_has_its_field_and_its_name(kind: str) -> None:
+    """What follows from ADAPTER_TABLES: a job of the kind, its settings read back, its name, and one kind at a time."""
+    adapter = ADAPTER_TABLES[kind]()
+    config = FinetuneConfig().with_adapter(adapter)
+    assert (config.adapter, kind_of(adapter)) == (adapter, kind)
+    assert finetune_config_from_dict(to_dict(config)) == config
+    assert config.with_adapter(None).given_adapter is None
+    other = "ia3" if kind == "lora" else "lora"
+    with pytest.raises(ConfigError, match="one kind of adapter"):
+        replace(config, **{other: ADAPTER_TABLES[other]()})

@@ -30,7 +30,7 @@ V = TypeVar("V")
 
 
 class ToyBypass(NoBypass):
-    """out + s (down(silu(gate(x)) * up(x))) at the MLP's first product, where s is a vector."""
+    """(1 + s) (out + down(r silu(gate(x)) up(x))) at the MLP's first product; s and r are vectors, r of the adapter's size."""
 
     def __init__(self, names: frozenset[str], dropout: float) -> None:
         self.names = names
@@ -39,7 +39,8 @@ class ToyBypass(NoBypass):
         if f"{site}.toy_gate" not in self.names:
             return out
         gate, up = (ops.segment_linear(x, f"{site}.toy_{part}") for part in ("gate", "up"))
-        delta = ops.segment_linear(ops.silu_mul(gate, up), f"{site}.toy_down")
+        inner = ops.segment_scale(ops.silu_mul(gate, up), f"{site}.toy_inner")
+        delta = ops.segment_linear(inner, f"{site}.toy_down")
         out = ops.add(out, delta)
         return ops.add(out, ops.segment_scale(out, f"{site}.toy_scale"))
 
@@ -49,7 +50,7 @@ def toy_adapter(arch: Architecture, size: int, site: str = "up_proj") -> Adapter
     for layer in range(arch.num_layers):
         for part, shape, axis in (
             ("gate", (size, arch.hidden_size), 0), ("up", (size, arch.hidden_size), 0),
-            ("down", (arch.intermediate_size, size), 1), ("scale", (arch.intermediate_size, 1), None),
+            ("inner", (size, 1), 0), ("down", (arch.intermediate_size, size), 1), ("scale", (arch.intermediate_size, 1), None),
         ):
             offset = num_elements(parameters)
             parameters.append(Parameter(
@@ -67,7 +68,8 @@ def test_gradients_and_serving_equal_autograd() -> None:
     adapter = toy_adapter(arch, 3)
     weights = random_weights(arch, torch.Generator().manual_seed(1))
     plan = training_plan(arch, adapter, itemsize=8)
-    widths = [adapter.factor_widths(layer) for layer in range(arch.num_layers)]
+    wider = toy_adapter(arch, 5)  # as if it were in the batch
+    widths = [wider.factor_widths(layer) for layer in range(arch.num_layers)]
     serving = serving_plan(arch, [adapter.kind], widths, itemsize=8)
     compare_with_autograd(weights, plan, layer_bypasses(arch, adapter), adapter, [6, 3], [4], [5], 0, serving)
 
@@ -77,7 +79,7 @@ def test_it_prunes_and_plans() -> None:
     plan = training_plan(arch, toy_adapter(arch, 3), itemsize=2)
     for layer in plan.layers:
         layer.joint.check()
-        assert set(layer.joint.weight_grads) == {f"up_proj.toy_{part}" for part in ("gate", "up", "down", "scale")}
+        assert set(layer.joint.weight_grads) == {f"up_proj.toy_{part}" for part in ("gate", "up", "inner", "down", "scale")}
         assert layer.backward is not None
         assert_memory_is_sound(layer.backward, 2)
     kept = {value.name for value in plan.layers[0].kept}

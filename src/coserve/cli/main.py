@@ -8,7 +8,6 @@ from __future__ import annotations
 import resource
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,7 +119,7 @@ def finetune_command(
             unused = unused_settings(asked.adapter, described_adapter(Path(start)))
             if unused:
                 display(JobEvent(level="warn", message=not_used(str(start), unused)))
-            settings = replace(settings, lora=None, ia3=None, bottleneck=None)
+            settings = settings.with_adapter(None)
         result = finetune(
             paths[-1], output, model=paths[0] if len(paths) == 2 else None, config=settings, start=start,
             validation=validation if validation is not None else options.get("validation"),

@@ -24,8 +24,8 @@ from typer.core import TyperCommand
 from coserve.compiler import baselines
 from coserve.compiler.baselines import Baselines
 from coserve.compiler.report import LayerReport, report
-from coserve.config.data import ADAPTERS, adapter_of_kind, finetune_config_from_dict, to_dict
-from coserve.config.settings import AdapterConfig, BottleneckConfig, Compression, LoraConfig
+from coserve.config.data import ADAPTERS, adapter_of_kind, finetune_config_from_dict, size_field, to_dict
+from coserve.config.settings import AdapterConfig, Compression
 from coserve.config.values import AUTO, read_memory
 from coserve.core import ConfigError
 from coserve.model.architecture import Architecture, read_architecture
@@ -56,7 +56,7 @@ class Asked:
     def settings(self) -> AdapterConfig:
         """The adapter's settings. Raises ConfigError, also for a setting that the kind doesn't have."""
         asked = {"rank": self.rank, "target_modules": self.targets, "dropout": self.dropout}
-        words = {name: name for name in asked} | {"rank": "size" if self.kind == "bottleneck" else "r"}
+        words = {name: name for name in asked} | {"rank": size_field(adapter_of_kind(self.kind, {}, {})) or "r"}
         return adapter_of_kind(self.kind, {word: value for word, value in asked.items() if value is not None}, words)
 
 
@@ -193,11 +193,12 @@ def make_plan(
 
 def _rank(settings: AdapterConfig) -> int:
     """An adapter's rank, or a bottleneck's width; 0 for a kind that has neither."""
-    return settings.r if isinstance(settings, LoraConfig) else settings.size if isinstance(settings, BottleneckConfig) else 0
+    field = size_field(settings)
+    return 0 if field is None else getattr(settings, field)
 
 
 def _targets(settings: AdapterConfig) -> tuple[str, ...] | str:
-    return () if isinstance(settings, BottleneckConfig) else settings.target_modules
+    return getattr(settings, "target_modules", ())
 
 
 def title(planned: Planned) -> str:

@@ -17,11 +17,11 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from coserve.config.data import ADAPTERS, KNOBS, NAMES, finetune_config_from_dict
-from coserve.config.settings import FinetuneConfig
+from coserve.config.settings import ADAPTER_TABLES, FinetuneConfig
 from coserve.config.values import AUTO, Auto, field_types
 from coserve.core import ConfigError
 
-_TABLES = (*dict.fromkeys(section for section, _ in ADAPTERS.values()), "optimizer")
+_TABLES = (*ADAPTER_TABLES, "optimizer")
 """Tables of a settings file."""
 _OPTIONS = ("validation", "adapter", "resume", "device", "dtype")
 """Flags of `coserve finetune` that a settings file may hold too, but aren't settings of a job."""
@@ -182,7 +182,7 @@ def _choose_adapter(data: dict[str, Any], kind: str | None) -> str:
         return others[0] if others else "lora"
     if kind not in ADAPTERS:
         raise ConfigError(f"kind: must be one of {', '.join(ADAPTERS)}, got {kind!r}", param="kind")
-    chosen, _ = ADAPTERS[kind]
+    chosen = ADAPTERS[kind]
     for name in others:
         if name != chosen:
             raise ConfigError(f"kind: it is {kind}, but the settings file has a table [{name}]; leave one out", param="kind")

@@ -9,16 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from coserve.config.settings import (
-    AdapterConfig,
-    BottleneckConfig,
-    FinetuneConfig,
-    IA3Config,
-    LoraConfig,
-    OptimizerConfig,
-)
+from coserve.config.settings import ADAPTER_TABLES, AdapterConfig, AdapterKind, FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.config.values import field_types, require
 
 
@@ -47,15 +40,13 @@ def finetune_config_from_dict(data: Mapping[str, Any]) -> FinetuneConfig:
         tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
         _check_known(cls, given)
         sections[name] = cls(**{**given, **tuples})
-    if sections.get("lora") == LoraConfig() and ("ia3" in sections or "bottleneck" in sections):
+    if sections.get("lora") == LoraConfig() and len(sections.keys() & ADAPTER_TABLES.keys()) > 1:
         del sections["lora"]  # earlier versions wrote the default LoRA settings beside those of another kind
     _check_known(FinetuneConfig, values)
     return FinetuneConfig(**sections, **values)
 
 
-_SECTIONS: Mapping[str, type] = {
-    "optimizer": OptimizerConfig, "lora": LoraConfig, "ia3": IA3Config, "bottleneck": BottleneckConfig
-}
+_SECTIONS: Mapping[str, type] = {"optimizer": OptimizerConfig, **ADAPTER_TABLES}
 
 
 class Knob(NamedTuple):
@@ -117,19 +108,28 @@ def _hint(key: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
-ADAPTERS: Mapping[str, tuple[str, type]] = {
-    "lora": ("lora", LoraConfig), "dora": ("lora", LoraConfig), "ia3": ("ia3", IA3Config),
-    "bottleneck": ("bottleneck", BottleneckConfig),
-}
-"""Kind -> the field of FinetuneConfig with its settings, and their class."""
+ADAPTERS: Mapping[str, str] = {kind: "lora" if kind == "dora" else kind for kind in get_args(AdapterKind)}
+"""Kind -> the field of FinetuneConfig with its settings."""
+
+
+def kind_of(adapter: AdapterConfig) -> str:
+    """The name of an adapter's kind."""
+    if isinstance(adapter, LoraConfig) and adapter.use_dora:
+        return "dora"
+    return next(name for name, cls in ADAPTER_TABLES.items() if isinstance(adapter, cls))
+
+
+def size_field(adapter: AdapterConfig) -> str | None:
+    """The field that --max-lora-rank limits: a rank or a width; None for a kind that has neither."""
+    return next((name for name in ("r", "size") if hasattr(adapter, name)), None)
 
 
 def adapter_of_kind(kind: str, given: Mapping[str, Any], words: Mapping[str, str]) -> AdapterConfig:
     """An adapter's settings. given: {word: value}, in the caller's words. words: {word: field} for the settings of all kinds.
     Raises ConfigError, also for a setting that the kind doesn't have."""
     require(kind in ADAPTERS, "adapter", f"must be one of {', '.join(ADAPTERS)}, got {kind!r}")
-    section, cls = ADAPTERS[kind]
-    fields = {f.name for f in dataclasses.fields(cls)}
+    section = ADAPTERS[kind]
+    fields = {f.name for f in dataclasses.fields(ADAPTER_TABLES[section])}
     own = [word for word, name in words.items() if name in fields]
     for word in given:
         require(word in own, word, f"{kind} adapters have no such setting; they have {', '.join(own)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from coserve.config.values import (
     AUTO,
@@ -124,6 +124,8 @@ class BottleneckConfig:
 
 
 AdapterConfig = LoraConfig | IA3Config | BottleneckConfig
+ADAPTER_TABLES: Mapping[str, type[AdapterConfig]] = {"lora": LoraConfig, "ia3": IA3Config, "bottleneck": BottleneckConfig}
+"""Field of FinetuneConfig, which is also the name of a table in JSON and TOML -> the class of its settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,8 +203,8 @@ class FinetuneConfig:
     """Today's date for chat templates that write it, as YYYY-MM-DD; None: the day on which the job begins."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig | None = None
-    """The adapter, where neither `ia3` nor `bottleneck` is set; None: a LoRA adapter with the defaults, or the adapter that the
-    job continues."""
+    """The adapter, where no other kind is set; None: a LoRA adapter with the defaults, or the adapter that the job
+    continues."""
     ia3: IA3Config | None = None
     bottleneck: BottleneckConfig | None = None
     shuffle: bool = True
@@ -220,10 +222,9 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.ia3 is None or self.bottleneck is None, "bottleneck",
-                "a job trains one kind of adapter; leave out ia3 or bottleneck")
-        require(self.lora is None or self.given_adapter is self.lora, "lora",
-                "a job trains one kind of adapter; leave out lora, or ia3 and bottleneck")
+        given = [name for name in ADAPTER_TABLES if getattr(self, name) is not None]
+        require(len(given) <= 1, given[0] if given else "lora",
+                f"a job trains one kind of adapter; leave out all but one of {', '.join(given)}")
         require(self.lora is None or not (self.lora.use_dora and self.lora.dropout), "dropout", "must be 0 for DoRA")
         require_positive(self, "dpo_beta", "epochs")
         require_most(self, MAX_SETTING, "dpo_beta", "epochs")
@@ -242,14 +243,12 @@ class FinetuneConfig:
     @property
     def given_adapter(self) -> AdapterConfig | None:
         """The settings of an adapter that were given; None if there are none."""
-        return self.ia3 or self.bottleneck or self.lora
+        return next((given for name in ADAPTER_TABLES if (given := getattr(self, name)) is not None), None)
 
-    def with_adapter(self, adapter: AdapterConfig) -> FinetuneConfig:
-        """The same job on another adapter."""
-        ia3 = adapter if isinstance(adapter, IA3Config) else None
-        bottleneck = adapter if isinstance(adapter, BottleneckConfig) else None
-        lora = adapter if isinstance(adapter, LoraConfig) else None
-        return dataclasses.replace(self, lora=lora, ia3=ia3, bottleneck=bottleneck)
+    def with_adapter(self, adapter: AdapterConfig | None) -> FinetuneConfig:
+        """The same job on another adapter; None: on the default one, or on the one that it continues."""
+        tables: Any = {name: adapter if isinstance(adapter, cls) else None for name, cls in ADAPTER_TABLES.items()}
+        return dataclasses.replace(self, **tables)
 
     @property
     def grid_tokens(self) -> int | None:

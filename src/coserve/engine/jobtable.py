@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from coserve.config.settings import BottleneckConfig, EngineConfig
+from coserve.config.data import size_field
+from coserve.config.settings import EngineConfig
 from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan, WorkUnit
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.jobhandle import JobHandle
@@ -85,7 +86,7 @@ class JobTable:
             )
         rank = shape_adapter(self.arch, adapter).rank
         if rank > self.config.max_lora_rank:
-            field = "size" if isinstance(adapter, BottleneckConfig) else "r"
+            field = size_field(adapter) or "r"
             raise ConfigError(
                 f"{field}: rank {rank} is over max_lora_rank={self.config.max_lora_rank}; raise that, or lower {field}",
                 param=field,

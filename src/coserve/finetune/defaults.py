@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from coserve.config.data import KNOBS, to_dict
+from coserve.config.data import KNOBS, kind_of, size_field, to_dict
 from coserve.config.settings import LINEAR_SITES, PAIRED, AdapterConfig, BottleneckConfig, FinetuneConfig, LoraConfig, Objective
 from coserve.config.values import AUTO, is_number, settled
 from coserve.finetune.batches import BatchOrder
@@ -47,10 +47,9 @@ def auto_batch_size(num_examples: int) -> int:
 
 
 def adapter_size(adapter: AdapterConfig) -> int:
-    """An adapter's rank, a bottleneck's size, or 1 for IA3."""
-    if isinstance(adapter, BottleneckConfig):
-        return adapter.size
-    return adapter.r if isinstance(adapter, LoraConfig) else 1
+    """An adapter's rank, a bottleneck's size, or 1 for a kind that has neither."""
+    field = size_field(adapter)
+    return 1 if field is None else getattr(adapter, field)
 
 
 def auto_learning_rate(objective: Objective, adapter: AdapterConfig, hidden_size: int | None) -> float:
@@ -110,16 +109,16 @@ def describe_settings(asked: FinetuneConfig, settings: FinetuneConfig, num_steps
 def describe_adapter(adapter: AdapterConfig) -> str:
     """An adapter's kind and size in a few words."""
     if isinstance(adapter, LoraConfig):
-        return f"{_kind(adapter)} of rank {adapter.r}, alpha {adapter.alpha:g}"
+        return f"{kind_of(adapter)} of rank {adapter.r}, alpha {adapter.alpha:g}"
     if isinstance(adapter, BottleneckConfig):
         return f"bottleneck of size {adapter.size}, {adapter.placement}"
-    return _kind(adapter)
+    return kind_of(adapter)
 
 
 def unused_settings(given: Mapping[str, Any], used: AdapterConfig) -> list[str]:
     """The given settings that differ from the continued adapter's, each as 'rank 16 (it has 4)'. given: {name: value} by the
     names of adapters' settings, and `kind` if that was given. used: the continued adapter's settings."""
-    kind, values = _kind(used), to_dict(used)
+    kind, values = kind_of(used), to_dict(used)
     found = []
     if given.get("kind", kind) != kind:
         found.append(f"kind {given['kind']} (it is {kind})")
@@ -141,13 +140,7 @@ def not_used(name: str, unused: Sequence[str]) -> str:
 def given_settings(adapter: AdapterConfig) -> dict[str, Any]:
     """An adapter's settings in the form of `unused_settings`' argument `given`."""
     given = {name: value for name, value in to_dict(adapter).items() if name != "use_dora" and value is not None}
-    return {"kind": _kind(adapter), **given}
-
-
-def _kind(adapter: AdapterConfig) -> str:
-    if isinstance(adapter, LoraConfig):
-        return "dora" if adapter.use_dora else "lora"
-    return "bottleneck" if isinstance(adapter, BottleneckConfig) else "ia3"
+    return {"kind": kind_of(adapter), **given}
 
 
 def _comparable(name: str, value: Any) -> Any:

@@ -156,6 +156,8 @@ def _segment_scale(
             vector = factor.matrices[:, 0].repeat_interleave(counts, dim=0, output_size=out.shape[0])
         else:
             vector = factor.matrix[:, 0]
+        width = vector.shape[-1]  # of a rank, out and x may be wider: the batch's largest rank sets their width
+        out, x = out[:, :width], x[:, :width]
         if accumulate:
             out.addcmul_(x, vector)
         else:

@@ -31,8 +31,9 @@ Kind = Callable[[frozenset[str], float], Bypass]
 class Parameter:
     """One parameter of an adapter and where it lies in the flat tensor, in elements.
 
-    shape: [out, in]; [width, 1] of a scaling, which is stored less 1. rank_axis: the dimension that is the adapter's own.
-    scale: what the product is multiplied by, if anything. bound: it starts uniform in [-bound, bound].
+    shape: [out, in]; [width, 1] of a scaling, which without a rank_axis is stored less 1. rank_axis: the
+    dimension that is the adapter's own. scale: what the product is multiplied by, if anything.
+    bound: it starts uniform in [-bound, bound].
     """
 
     layer: int

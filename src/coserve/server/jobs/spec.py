@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coserve.config.data import KNOBS, adapter_of_kind
+from coserve.config.data import KNOBS, adapter_of_kind, size_field
 from coserve.config.settings import (
     LINEAR_SITES,
     PAIRED,
     AdapterConfig,
-    BottleneckConfig,
     FinetuneConfig,
     Objective,
     OptimizerConfig,
@@ -106,10 +105,8 @@ def read_spec(
         )
     rank = adapter_size(continued or adapter)
     if rank > server.max_lora_rank:
-        size_field = "size" if isinstance(continued or adapter, BottleneckConfig) else "rank"
-        raise InvalidRequest(
-            f"{size_field}: {rank} is over this server's --max-lora-rank {server.max_lora_rank}", param=size_field
-        )
+        word = KNOBS[size_field(continued or adapter) or "r"].word
+        raise InvalidRequest(f"{word}: {rank} is over this server's --max-lora-rank {server.max_lora_rank}", param=word)
     config = config if continued is not None else config.with_adapter(adapter)
     return JobSpec(method=method, settings=settings, integrations=integrations, config=config)
 
