@@ -35,8 +35,7 @@ from coserve.runtime.fused import PassExecutor, TrainWindow
 from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
 from coserve.runtime.plans import training_plans
 from coserve.runtime.spans import NO_ADAPTER, RowSpan
-from coserve.scheduler.arenas import ArenaBlocks
-from coserve.scheduler.blocks import BlockPool
+from coserve.scheduler.blocks import ArenaBlocks, BlockPool
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.prefix import PrefixKey
 

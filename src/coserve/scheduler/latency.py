@@ -155,17 +155,13 @@ class LatencyModel:
         """coefficients: seconds per amount, 0 or more. Those that are left out are 0."""
         self.coefficients = dict(coefficients)
         laws = {group: _Law(group, coefficients) for group in TERMS}
-        self._constant = laws.pop("iteration").constant
+        self.constant_seconds = laws.pop("iteration").constant
+        """What every iteration costs, whatever it holds. It is part of `seconds` and of no other prediction."""
         self._inference, self._forward, self._backward, self._optimizer = laws.values()
         self._factors = dict.fromkeys(("decode", "prefill", "fused", "forward", "backward", "optimizer"), 1.0)
         self._last_residual: dict[str, float] = {}
         self._errors: dict[str, deque[float]] = {}
         self._finetuning: deque[float] = deque(maxlen=_RESERVE_ITERATIONS)
-
-    @property
-    def constant_seconds(self) -> float:
-        """The seconds that every iteration costs, whatever it holds. They are part of `seconds` and of no other prediction."""
-        return self._constant
 
     @property
     def corrections(self) -> dict[str, float]:
@@ -209,7 +205,7 @@ class LatencyModel:
 
     def seconds(self, contents: Contents) -> float:
         """Predicts a whole iteration."""
-        return self._constant + sum(self._parts(contents).values())
+        return self.constant_seconds + sum(self._parts(contents).values())
 
     def _parts(self, contents: Contents) -> dict[str, float]:
         """Predicted seconds by part, with their factors."""
@@ -232,7 +228,7 @@ class LatencyModel:
         """Learns from an iteration that has run, and records the error of its prediction. An iteration that is predicted to
         take no time teaches nothing."""
         parts = self._parts(contents)
-        predicted = self._constant + sum(parts.values())
+        predicted = self.constant_seconds + sum(parts.values())
         if predicted <= 0:
             return
         kind = kind_of(contents)
@@ -253,7 +249,7 @@ class LatencyModel:
         """Moves the factors by normalized least mean squares: each by its part's share of the predicted time. The iteration's
         constant has a share too, but no factor."""
         shares = {group: seconds / predicted for group, seconds in parts.items()}
-        norm = sum(share * share for share in shares.values()) + (self._constant / predicted) ** 2
+        norm = sum(share * share for share in shares.values()) + (self.constant_seconds / predicted) ** 2
         for group, share in shares.items():
             factor = self._factors[group] * (1 + _STEP * residual * share / norm)
             self._factors[group] = _clamp(factor, _SMALLEST_FACTOR, _LARGEST_FACTOR)
