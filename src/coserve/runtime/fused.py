@@ -33,7 +33,7 @@ from coserve.runtime.plans import fused_plan, serving_plan
 from coserve.runtime.spans import NO_ADAPTER, RowSpan, SpanRows
 
 _MAX_PLANS = 128
-"""Forward passes, with and without a training window, whose programs are kept at most."""
+"""The most forward passes, with and without a training window, whose programs are kept."""
 
 
 class TrainWindow(NamedTuple):
@@ -187,9 +187,7 @@ class PassExecutor:
             def external(number: int, storage: Storage, ends: dict[Place, Tensor] = ends) -> Tensor:
                 return ends[storage.place]
 
-            self.executor.execute(
-                layer.program, number, rows, rows.num_rows, external, workspace_read=rows.reads_workspace
-            )
+            self.executor.execute(layer.program, number, rows, rows.num_rows, external, workspace_read=rows.reads_workspace)
             rows.leave(ends)
             hidden, following = following, hidden
         rows.finish(hidden)

@@ -1,4 +1,4 @@
-"""What operators see of the batch they run on: training windows over an arena, or request rows over a paged cache."""
+"""What operators see of a training window: its rows over an arena, and rotary embedding by position."""
 
 from __future__ import annotations
 
