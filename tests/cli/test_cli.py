@@ -28,7 +28,7 @@ from coserve.model.architecture import read_architecture
 from coserve.model.memory import GIB
 from coserve.planning.budget import shape_adapter
 from coserve.runtime.loaded import load_model
-from coserve.runtime.plans import training_plan
+from coserve.runtime.plans import training_plans
 from coserve.training import finetuning as finetuning_engine
 from coserve.training.finetuning import finetune
 from tests.commands import Ran, Run, config_of
@@ -645,7 +645,7 @@ def test_plan_counts_what_is_kept(place: Place, run: Run) -> None:
     assert (result.code, result.err) == (0, "")
     arch = read_architecture(place.model)
     lora = config_of(None, {"rank": 4, "target_modules": ["q_proj", "v_proj"]}).lora
-    plan = training_plan(arch, shape_adapter(arch, lora), itemsize=2)
+    plan = training_plans(arch, shape_adapter(arch, lora), itemsize=2).plan()
     assert f"whole model: {plan.arena_bytes} bytes kept per token" in result.out
     assert f"{plan.work_bytes} bytes of workspace per row" in result.out
     assert "kept value" in result.out

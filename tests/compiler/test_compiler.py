@@ -27,7 +27,7 @@ from coserve.compiler.differentiate import differentiate
 from coserve.compiler.graph import Element, Graph, JointGraph, Node, Value, producers
 from coserve.compiler.lower import Draft
 from coserve.compiler.passes import run_passes
-from coserve.compiler.plan import LayerBypass, ModelPlan, plan_fused, plan_inference, plan_training
+from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans, plan_fused, plan_inference
 from coserve.compiler.program import LayerPlan, Place, Program, Storage
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import Rematerialized, rematerialize
@@ -45,7 +45,7 @@ from coserve.ops.vocabulary import V, Vocabulary
 from coserve.peft.lora import LoraAdapter, LoraBypass, lora_layout
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.microbatch import InFlight, pack
-from coserve.runtime.plans import layer_bypasses, scoring_plan, serving_plan, training_plan
+from coserve.runtime.plans import layer_bypasses, scoring_plan, serving_plan, training_plans
 from coserve.runtime.rows import TrainRows, site_key
 from tests.torch_ops import TorchOps
 
@@ -470,7 +470,7 @@ def test_llama_70b_keeps_15_gigabytes_per_1024_tokens() -> None:
     config = LoraConfig(r=16)
     sites = lora_layout(arch, config)
     flat = torch.empty(sites[-1].end, device="meta")
-    plan = training_plan(arch, LoraAdapter(config, sites, flat, num_layers=80), itemsize=2)
+    plan = training_plans(arch, LoraAdapter(config, sites, flat, num_layers=80), itemsize=2).plan()
     others = 64 * 4 + len(LINEAR_SITES) * 16 * 2
     first = 8192 * 2  # layer 0 has no input gradient, so that it keeps its norm's output in the place of x: no less
     assert plan.arena_bytes - 80 * others == pytest.approx(15.1e9 / 1024, rel=2e-3, abs=first)
@@ -544,8 +544,8 @@ def plans_of(arch: Architecture, bypass: Bypass, widths: Mapping[str, int], item
     entry = LayerBypass(key=("one",), bypass=bypass, factor_widths=widths)
     layers = [entry] * arch.num_layers
     return [
-        *plan_training(arch, layers, itemsize=itemsize).layers,
-        *plan_training(arch, layers, itemsize=itemsize, forward_only=True).layers,
+        *TrainingPlans(arch, layers, itemsize=itemsize).plan().layers,
+        *TrainingPlans(arch, layers, itemsize=itemsize, forward_only=True).plan().layers,
         *plan_inference(arch, layers, itemsize=itemsize).layers,
     ]
 
@@ -601,10 +601,10 @@ def test_production_refuses_an_unsound_program(
 ) -> None:
     bypass, widths = lora(LINEAR_SITES)
     entry = LayerBypass(key=("one",), bypass=bypass, factor_widths=widths)
-    plan_training(make_arch(), [entry] * 2, itemsize=4)
+    TrainingPlans(make_arch(), [entry] * 2, itemsize=4).plan()
     monkeypatch.setattr(module, name, broken)
     with pytest.raises(AssertionError, match=match):
-        plan_training(make_arch(), [entry] * 2, itemsize=4)
+        TrainingPlans(make_arch(), [entry] * 2, itemsize=4).plan()
 
 
 def test_workspace_is_reused() -> None:
@@ -669,7 +669,7 @@ def test_plans_name_keys_and_values_and_the_lowest_trained_layer() -> None:
     bypass, widths = lora(["down_proj"])
     layers = [LayerBypass(key=(), bypass=NoBypass(), factor_widths={})] * 2
     layers.append(LayerBypass(key=("down",), bypass=bypass, factor_widths=widths))
-    plan = plan_training(arch, layers, itemsize=4)
+    plan = TrainingPlans(arch, layers, itemsize=4).plan()
     assert plan.lowest_trained == 2
     assert [p.backward is None for p in plan.layers] == [True, True, False]
     assert plan.layers[0] is plan.layers[1], "equal layers share a plan"
@@ -679,10 +679,10 @@ def test_plans_name_keys_and_values_and_the_lowest_trained_layer() -> None:
         assert each.keys.width == each.values.width == 8
         assert all(each.arena[slot.storage].place is Place.ARENA for slot in (each.keys, each.values))
     assert plan.arena_bytes == sum(each.arena_bytes for each in plan.layers)
-    everywhere = plan_training(arch, [*layers[2:], *layers[:2]], itemsize=4)
+    everywhere = TrainingPlans(arch, [*layers[2:], *layers[:2]], itemsize=4).plan()
     assert everywhere.lowest_trained == 0
     assert everywhere.layers[1].backward is not None, "a layer above an adapter passes the gradient on"
-    nothing = plan_training(arch, layers, itemsize=4, forward_only=True)
+    nothing = TrainingPlans(arch, layers, itemsize=4, forward_only=True).plan()
     assert nothing.lowest_trained == 3
     assert all(p.backward is None and names == ["v_proj", "k_proj.rope"] for p in nothing.layers
                for names in [[kept.name for kept in p.kept]])
@@ -708,9 +708,9 @@ def test_fused_programs_hold_what_training_keeps(
     """All that the training rows' plan keeps is there, whole, when the program has ended; rows without an adapter at a site
     never read what only other rows wrote."""
     arch = make_arch(qk_norm=qk_norm)
-    training = plan_training(
+    training = TrainingPlans(
         arch, lora_layers(own, 3, dropout), itemsize=itemsize, forward_only=forward_only, compression=compression
-    )
+    ).plan()
     fused = plan_fused(arch, lora_layers(own | others, 5, dropout), training, itemsize=itemsize)
     for plan, (program, keeps) in zip(training.layers, [(f.program, f.keeps) for f in fused], strict=True):
         assert_memory_is_sound(program, itemsize)
@@ -898,7 +898,7 @@ def test_lora_programs_agree_with_autograd(
     assert {site.key for site in sites} == targets
     flat = 0.4 * torch.randn(sites[-1].end, dtype=F64, generator=generator)
     adapter = LoraAdapter(config, sites, flat, num_layers=2).trainable()
-    plan = training_plan(arch, adapter, itemsize=8)
+    plan = training_plans(arch, adapter, itemsize=8).plan()
     assert plan.lowest_trained == min(index for index, _ in targets)
     bypasses = layer_bypasses(arch, adapter, dropout=dropout)
     widths = [adapter.factor_widths(index) for index in range(2)]
@@ -913,7 +913,7 @@ def test_scoring_and_serving_programs_compute_the_same_rows_as_training() -> Non
     adapter.flat.uniform_(-1, 1, generator=torch.Generator().manual_seed(2))
     train = TrainExecutor(Executor(weights))
     outputs = []
-    for plan in (training_plan(arch, adapter, itemsize=8), scoring_plan(arch, adapter, itemsize=8)):
+    for plan in (training_plans(arch, adapter, itemsize=8).plan(), scoring_plan(arch, adapter, itemsize=8)):
         state = train.begin(pack(examples_of([7, 4], 0), device=CPU), plan, forward_only=plan.lowest_trained == 2)
         for start, end in ((0, 5), (5, 11)):
             train.run(state, Unit(Direction.FORWARD, 0, 2, start, end), adapter)
@@ -1005,7 +1005,7 @@ def compare_script(site: str, steps: Sequence[tuple[Any, ...]], seed: int = 0) -
     generator = torch.Generator().manual_seed(seed)
     weights = random_weights(arch, generator)
     bypasses = [LayerBypass(key=("script",), bypass=script, factor_widths=script.widths)] * 2
-    plan = plan_training(arch, bypasses, itemsize=8)
+    plan = TrainingPlans(arch, bypasses, itemsize=8).plan()
     serving = plan_inference(arch, bypasses, itemsize=8)
     for each in (*plan.layers, *serving.layers):
         each.joint.check()

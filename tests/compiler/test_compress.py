@@ -17,7 +17,7 @@ from coserve.compiler.compress import pack_signs, to_fp8
 from coserve.compiler.differentiate import differentiate
 from coserve.compiler.graph import Element, Graph, JointGraph, Node, Value
 from coserve.compiler.lower import lower
-from coserve.compiler.plan import ModelPlan, TrainingPlans, plan_training
+from coserve.compiler.plan import ModelPlan, TrainingPlans
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import curve, rematerialize
 from coserve.config.settings import LINEAR_SITES, Compression, LoraConfig
@@ -168,7 +168,7 @@ def test_fp8_takes_all_but_what_others_read(itemsize: int) -> None:
 def test_70b_keeps_half_in_fp8() -> None:
     """2-byte values of LoRA on down_proj: all but q, K, V and log-sum-exp halve."""
     layers = layer_bypasses(LLAMA_70B, shape_adapter(LLAMA_70B, LoraConfig(r=16, target_modules=("down_proj",))))
-    exact, small = (plan_training(LLAMA_70B, layers, itemsize=2, compression=how) for how in ("lossless", "fp8"))
+    exact, small = (TrainingPlans(LLAMA_70B, layers, itemsize=2, compression=how).plan() for how in ("lossless", "fp8"))
     left = (64 + 2 * 8) * 128 * 2 + 64 * 4
     (_, whole, *_), (_, half, *_) = exact.layers, small.layers
     assert 0.5 <= (half.arena_bytes - left) / (whole.arena_bytes - left) < 0.502
@@ -205,7 +205,7 @@ def test_programs_are_sound(sites: set[str], qk_norm: bool, dropout: float, item
     layers = lora_layers(sites, 3, dropout)
     points = TrainingPlans(arch, layers, itemsize=itemsize, compression="fp8").frontier()
     point = points[min(number, len(points) - 1)]
-    plan = plan_training(arch, layers, itemsize=itemsize, arena_budget=point.arena_bytes, compression="fp8")
+    plan = TrainingPlans(arch, layers, itemsize=itemsize, compression="fp8").plan(point.arena_bytes)
     assert plan.arena_bytes == point.arena_bytes
     for layer in plan.layers:
         layer.joint.check()

@@ -24,11 +24,10 @@ from torch import Tensor
 from coserve.compiler.differentiate import differentiate
 from coserve.compiler.flops import layer_flops, mean_context
 from coserve.compiler.graph import Graph, JointGraph, Node, Value
-from coserve.compiler.mincut import source_side
-from coserve.compiler.plan import ModelPlan, Point, TrainingPlans, plan_fused, plan_training
+from coserve.compiler.plan import ModelPlan, Point, TrainingPlans, plan_fused
 from coserve.compiler.program import Place
 from coserve.compiler.prune import prune
-from coserve.compiler.rematerialize import _Choices, curve, rematerialize
+from coserve.compiler.rematerialize import _Choices, curve, rematerialize, source_side
 from coserve.config.settings import LINEAR_SITES, Compression, LoraConfig
 from coserve.core import ConfigError, Direction, Unit
 from coserve.model.architecture import Architecture
@@ -39,7 +38,7 @@ from coserve.planning.budget import shape_adapter
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.memory import arena_rows
 from coserve.runtime.microbatch import InFlight, pack
-from coserve.runtime.plans import layer_bypasses, training_plan, training_plans
+from coserve.runtime.plans import layer_bypasses, training_plans
 from tests.compiler.test_compiler import (
     SITE_SETS,
     assert_arena_is_sound,
@@ -189,7 +188,7 @@ def test_llama_70b(targets: tuple[str, ...] | str) -> None:
     points = TrainingPlans(LLAMA_70B, layers, itemsize=2).frontier(num_points=10**6)
     for share, most in ((0.0, 15.15), (0.10, 10.6), (0.23, 6.1), (0.37, 1.7)):
         found = min((p for p in points if p.extra_flops_ratio <= share), key=lambda p: p.arena_bytes)
-        plan = plan_training(LLAMA_70B, layers, itemsize=2, arena_budget=found.arena_bytes)
+        plan = TrainingPlans(LLAMA_70B, layers, itemsize=2).plan(found.arena_bytes)
         assert (plan.arena_bytes, plan.extra_flops_ratio) == pytest.approx(found)
         assert plan.arena_bytes * 1024 / 1e9 <= most
     assert points[-1].arena_bytes <= 80 * 2 * (8192 + 2 * 1024), "the layers' inputs, K and V"
@@ -209,7 +208,7 @@ def test_any_budget_is_met_at_the_least_flops(arch: Architecture, sites: list[st
     assert [a.arena_bytes > b.arena_bytes and a.extra_flops_ratio <= b.extra_flops_ratio for a, b in pairwise(points)]
     most, least = points[0].arena_bytes, points[-1].arena_bytes
     budget = least + share * (most - least)
-    plan = plan_training(arch, layers, itemsize=itemsize, arena_budget=budget)
+    plan = TrainingPlans(arch, layers, itemsize=itemsize).plan(budget)
     assert plan.arena_bytes <= budget
     reached = next(p for p in points if p.arena_bytes <= budget)
     assert plan.extra_flops_ratio <= reached.extra_flops_ratio + 1e-12
@@ -219,7 +218,7 @@ def test_any_budget_is_met_at_the_least_flops(arch: Architecture, sites: list[st
         if layer.backward is not None:
             assert_memory_is_sound(layer.backward, itemsize)
     with pytest.raises(ConfigError, match=rf"least that can be kept is {least}, and {most} without"):
-        plan_training(arch, layers, itemsize=itemsize, arena_budget=least - 1)
+        TrainingPlans(arch, layers, itemsize=itemsize).plan(least - 1)
 
 
 @settings(max_examples=25, deadline=None)
@@ -235,7 +234,7 @@ def test_fused_programs_hold_what_a_smaller_plan_keeps(
     layers = lora_layers(own, 3, dropout)
     points = TrainingPlans(arch, layers, itemsize=4, compression=compression).frontier()
     budget = points[min(number, len(points) - 1)].arena_bytes
-    training = plan_training(arch, layers, itemsize=4, arena_budget=budget, compression=compression)
+    training = TrainingPlans(arch, layers, itemsize=4, compression=compression).plan(budget)
     fused = plan_fused(arch, lora_layers(own | others, 5, dropout), training, itemsize=4)
     for plan, (program, keeps) in zip(training.layers, [(f.program, f.keeps) for f in fused], strict=True):
         assert_memory_is_sound(program, 4)
@@ -336,7 +335,7 @@ def test_the_arena_holds_what_the_plan_says(
     points = training_plans(weights.architecture, adapter, itemsize=4, compression=compression).frontier()
     plan = budgeted(weights, adapter, points[min(number, len(points) - 1)], compression)
     units = split(seed, plan)
-    train(weights, adapter, training_plan(weights.architecture, adapter, itemsize=4), units)
+    train(weights, adapter, training_plans(weights.architecture, adapter, itemsize=4).plan(), units)
     assert adapter.grad is not None
     whole = adapter.grad.clone()
     filled = []

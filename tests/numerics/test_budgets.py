@@ -98,7 +98,7 @@ def compare(case: Case) -> None:
     plans = training_plans(
         weights.architecture, random_adapter(weights, case.config, case.seed), itemsize=weights.dtype.itemsize
     )
-    plan, whole = within_share(plans, case.budget), plans.plan(None)
+    plan, whole = within_share(plans, case.budget), plans.plan()
     if same_arithmetic(plan, whole):
         found, expected = (gradients(case, weights, each) for each in (plan, whole))
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
@@ -107,7 +107,7 @@ def compare(case: Case) -> None:
     plans = training_plans(
         weights.architecture, random_adapter(weights, case.config, case.seed), itemsize=weights.dtype.itemsize
     )
-    found, expected = (gradients(case, weights, each) for each in (within_share(plans, case.budget), plans.plan(None)))
+    found, expected = (gradients(case, weights, each) for each in (within_share(plans, case.budget), plans.plan()))
     assert oracle.worst_error(found, expected) <= TOLERANCE
 
 
@@ -123,7 +123,7 @@ def test_bits_along_the_curve(kind: str, share: float) -> None:
     plans = training_plans(
         weights.architecture, random_adapter(weights, config, 11), itemsize=weights.dtype.itemsize
     )
-    whole, points = plans.plan(None), plans.frontier(num_points=25)
+    whole, points = plans.plan(), plans.frontier(num_points=25)
     same = [plan for plan in (plans.plan(p.arena_bytes) for p in points) if same_arithmetic(plan, whole)]
     assert len(same) >= share * len(points)
     expected = gradients(case, weights, whole)

@@ -20,7 +20,7 @@ from coserve.peft.adapter import Adapter, Parameter, num_elements
 from coserve.peft.format import save_adapter
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.adapters import AdapterSlots
-from coserve.runtime.plans import layer_bypasses, serving_plan, training_plan
+from coserve.runtime.plans import layer_bypasses, serving_plan, training_plans
 from tests.compiler.test_compiler import CPU, F64, assert_memory_is_sound, compare_with_autograd, make_arch, random_weights
 from tests.numerics.test_gradients import Case, pair, random_example, train_by_units
 
@@ -67,7 +67,7 @@ def test_gradients_and_serving_equal_autograd() -> None:
     arch = make_arch(qkv_bias=True)
     adapter = toy_adapter(arch, 3)
     weights = random_weights(arch, torch.Generator().manual_seed(1))
-    plan = training_plan(arch, adapter, itemsize=8)
+    plan = training_plans(arch, adapter, itemsize=8).plan()
     wider = toy_adapter(arch, 5)  # as if it were in the batch
     widths = [wider.factor_widths(layer) for layer in range(arch.num_layers)]
     serving = serving_plan(arch, [adapter.kind], widths, itemsize=8)
@@ -76,7 +76,7 @@ def test_gradients_and_serving_equal_autograd() -> None:
 
 def test_it_prunes_and_plans() -> None:
     arch = make_arch()
-    plan = training_plan(arch, toy_adapter(arch, 3), itemsize=2)
+    plan = training_plans(arch, toy_adapter(arch, 3), itemsize=2).plan()
     for layer in plan.layers:
         layer.joint.check()
         assert set(layer.joint.weight_grads) == {f"up_proj.toy_{part}" for part in ("gate", "up", "inner", "down", "scale")}

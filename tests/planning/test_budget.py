@@ -36,7 +36,7 @@ from coserve.runtime.cache import block_bytes
 from coserve.runtime.loaded import DTYPES, load_model
 from coserve.runtime.memory import Arena
 from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
-from coserve.runtime.plans import training_plan
+from coserve.runtime.plans import training_plans
 from coserve.scheduler.latency import LatencyModel
 from coserve.training import finetuning
 from coserve.training.trainer import AdapterTrainer
@@ -184,7 +184,7 @@ def test_an_adapter_for_planning_takes_no_memory_and_plans_alike(directories: di
         real = LoraAdapter.create(arch, config, dtype=torch.float32, device=torch.device("cpu"), seed=0)
         assert planned.flat.device.type == "meta"
         assert planned.flat.shape == real.flat.shape
-        plans = [training_plan(arch, adapter, itemsize=4) for adapter in (planned, real)]
+        plans = [training_plans(arch, adapter, itemsize=4).plan() for adapter in (planned, real)]
         assert plans[0].arena_bytes == plans[1].arena_bytes
         assert plans[0].work_bytes == plans[1].work_bytes
 

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coserve.compiler import baselines
-from coserve.compiler.plan import LayerBypass, plan_training
+from coserve.compiler.plan import LayerBypass, TrainingPlans
 from coserve.compiler.report import report
 from coserve.config.settings import LINEAR_SITES, LoraConfig
 from coserve.core import CapacityError
@@ -170,7 +170,7 @@ def test_a_limit_that_only_fp8_meets(large: Case) -> None:
 @pytest.mark.parametrize("targets", [LINEAR_SITES, ("down_proj",), ("q_proj", "v_proj")])
 def test_the_first_stage_keeps_what_the_pruned_backward_reads(models: Path, targets: tuple[str, ...]) -> None:
     case = make_case(models / "tiny", targets=targets)
-    plan = keep_everything(case.shape.arch, plan_training(case.shape.arch, case.bypasses, itemsize=4), 4)
+    plan = keep_everything(case.shape.arch, TrainingPlans(case.shape.arch, case.bypasses, itemsize=4).plan(), 4)
     for layer in plan.layers:
         read = {*layer.joint.saved(), *layer.joint.read_whole()}
         size = sum(layer.joint.values[name].num_bytes(4) for name in read)
@@ -181,7 +181,7 @@ def test_the_first_stage_keeps_what_the_pruned_backward_reads(models: Path, targ
 
 def test_layers_say_which_products_run_again(smollm2: Case) -> None:
     arch, bypasses = smollm2.shape.arch, smollm2.bypasses
-    fastest = plan_training(arch, bypasses, itemsize=4)
+    fastest = TrainingPlans(arch, bypasses, itemsize=4).plan()
     assert all(entry.products == () for entry in report(fastest, itemsize=4))
     least = smollm2.estimate(min(point.total_bytes for point in smollm2.estimate().curve)).plan
     for entry in report(least, itemsize=4)[1:]:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from coserve.kernels import choose, reference
-from coserve.runtime import graphs, spans
+from coserve.runtime import fused, graphs, spans
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.fused import PassExecutor
-from coserve.runtime.graphs import DecodeGraphs
 from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.runtime.spans import NO_ADAPTER, RowSpan
 from tests.tiny_directory import build_tiny_directory
@@ -74,7 +73,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     monkeypatch.setattr(spans, "runs_triton", lambda device: True)
     monkeypatch.setattr(spans, "paged_decode_attention", play_paged)
     monkeypatch.setattr(spans.native, "paged_attention_for", lambda rows, block_tokens: None)
-    monkeypatch.setattr(graphs, "runs_triton", lambda device: True)
+    monkeypatch.setattr(fused, "runs_triton", lambda device: True)
     monkeypatch.setattr(graphs, "record", record)
     return captured
 
@@ -155,6 +154,6 @@ def test_a_failed_capture_leaves_eager_passes(
 
 
 def test_the_choice_is_the_devices() -> None:
-    assert choose.attention_for(CPU).forward is choose.attention.attention
-    assert choose.attention_for(torch.device("cuda")).dgrad is choose.cuda_attention.attention_dgrad
-    assert not choose.runs_triton(CPU) and not DecodeGraphs.possible(CPU)
+    assert choose.attention_for(CPU) is choose.attention
+    assert choose.attention_for(torch.device("cuda")) is choose.cuda_attention
+    assert not choose.runs_triton(CPU)

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from coserve.core import BlockMove, CapacityError
-from coserve.scheduler.arenas import ArenaBlocks
-from coserve.scheduler.blocks import BlockPool, PoolStats
+from coserve.scheduler.blocks import ArenaBlocks, BlockPool, PoolStats
 from coserve.scheduler.prefix import PrefixKey
 
 KEY = PrefixKey("", None, 0)
@@ -79,9 +78,9 @@ def test_a_known_prefix_is_shared_in_whole_blocks_but_for_the_last_token() -> No
     assert pool.acquire("b", KEY, [1, 2, 3, 4]) == 2
     pool.allocate("b", 4)
     assert (pool.table("a"), pool.table("b")) == ([0, 1, 2], [0, 3])
-    assert (pool.num_used, pool.num_cached, pool.num_free) == (4, 0, 4)
+    assert (pool.num_used, pool.stats().cached, pool.num_free) == (4, 0, 4)
     pool.free("a")
-    assert (pool.num_used, pool.num_cached, pool.num_free) == (2, 1, 6)
+    assert (pool.num_used, pool.stats().cached, pool.num_free) == (2, 1, 6)
     assert pool.stats() == PoolStats(used=2, cached=1, free=5, arena=0, hits_tokens=2, queried_tokens=9)
     pool.check_integrity()
 
@@ -124,7 +123,7 @@ def test_without_caching_nothing_is_shared() -> None:
     computed(pool, "a", [1, 2, 3])
     assert pool.acquire("b", KEY, [1, 2, 3]) == 0
     pool.free("a")
-    assert (pool.num_cached, pool.num_free) == (0, 4)
+    assert (pool.stats().cached, pool.num_free) == (0, 4)
 
 
 def test_a_touched_prefix_is_evicted_last() -> None:
@@ -145,7 +144,7 @@ def test_free_blocks_go_before_cached_ones_and_a_prefix_outlives_what_continues_
     remembered(pool, "a", [1, 2, 3, 4])  # blocks 0, 1
     remembered(pool, "b", [5, 6])  # block 2... of the free ones the lowest
     pool.allocate("c", 4)
-    assert pool.table("c") == [3, 4] and pool.num_cached == 3
+    assert pool.table("c") == [3, 4] and pool.stats().cached == 3
     pool.allocate("c", 6)
     assert pool.table("c") == [3, 4, 1], "of the longest unused prefix the last block"
     assert (pool.match(KEY, [1, 2, 3, 4, 5]), pool.match(KEY, [5, 6, 7])) == (2, 2)
@@ -193,7 +192,7 @@ def test_a_prefix_known_by_another_block_is_not_entered_twice() -> None:
     assert pool.acquire("c", KEY, [1, 2, 3, 4, 5]) == 4
     assert pool.table("c") == [0, 2]
     pool.free("b")
-    assert (pool.num_used, pool.num_cached) == (2, 0), "b's copy of the prefix is free"
+    assert (pool.num_used, pool.stats().cached) == (2, 0), "b's copy of the prefix is free"
     pool.check_integrity()
 
 
@@ -225,26 +224,26 @@ def test_a_forgotten_version_is_not_matched_nor_sealed_again() -> None:
     pool.check_integrity()
     pool.seal("running", mine, [5, 6, 7, 8], 4)
     assert [pool.match(key, [1, 2, 3]) for key in (mine, mine._replace(salt="y"), other)] == [0, 0, 2]
-    assert pool.match(mine, [5, 6, 7, 8, 9]) == 0 and pool.num_cached == 1
+    assert pool.match(mine, [5, 6, 7, 8, 9]) == 0 and pool.stats().cached == 1
     pool.free("running")
     assert pool.num_used == 1, "still shared"
     pool.free("sharing")
-    assert (pool.num_used, pool.num_cached) == (0, 1)
+    assert (pool.num_used, pool.stats().cached) == (0, 1)
     pool.check_integrity()
 
 
 def test_arenas_grow_from_the_top_and_fill_gaps_first() -> None:
     pool = BlockPool(12, 2)
     top, middle, low = (pool.reserve_arena(n)[0] for n in (2, 3, 1))
-    assert (top, middle, low, pool.boundary) == (ArenaBlocks(10, 12), ArenaBlocks(7, 10), ArenaBlocks(6, 7), 6)
+    assert (top, middle, low) == (ArenaBlocks(10, 12), ArenaBlocks(7, 10), ArenaBlocks(6, 7))
     pool.release_arena(middle)
-    assert (pool.boundary, pool.num_free, pool.stats().arena) == (6, 9, 3)
+    assert (pool.num_free, pool.stats().arena) == (9, 3)
     assert pool.reserve_arena(2) == (ArenaBlocks(8, 10), [])
     assert pool.reserve_arena(2) == (ArenaBlocks(4, 6), [])
     for arena in (low, ArenaBlocks(4, 6), top, ArenaBlocks(8, 10)):
         pool.check_integrity()
         pool.release_arena(arena)
-    assert (pool.boundary, pool.num_free) == (12, 12)
+    assert (pool.num_free, pool.stats().arena) == (12, 0)
     with pytest.raises(ValueError, match="not in list"):
         pool.release_arena(top)
 
@@ -294,9 +293,9 @@ def test_arenas_leave_the_guaranteed_share_and_what_is_owned() -> None:
     before = pool.stats()
     with pytest.raises(CapacityError, match="of 4 blocks leaves 3 for inference, which needs 4"):
         pool.reserve_arena(4)
-    assert (pool.stats(), pool.boundary, pool.match(KEY, [1, 2, 3, 4, 5])) == (before, 7, 4)
-    pool.reserve_arena(3)
-    assert (pool.num_free, pool.boundary) == (0, 4)
+    assert (pool.stats(), pool.match(KEY, [1, 2, 3, 4, 5])) == (before, 4)
+    arena, _ = pool.reserve_arena(3)
+    assert (arena, pool.num_free) == (ArenaBlocks(4, 7), 0)
     pool.check_integrity()
 
 
@@ -307,7 +306,7 @@ def test_an_arena_needs_contiguous_blocks() -> None:
     pool.release_arena(top)
     with pytest.raises(CapacityError, match="no 4 contiguous blocks"):
         pool.reserve_arena(4)
-    assert (pool.boundary, pool.num_free) == (3, 6)
+    assert (pool.num_free, pool.stats().arena) == (6, 1)
     pool.check_integrity()
 
 
@@ -401,7 +400,7 @@ class Pool(RuleBasedStateMachine):
                 self.pool.allocate(owner, end)
             assert self.pool.table(owner) == before
             return
-        nothing_cached = self.pool.num_cached == 0
+        nothing_cached = self.pool.stats().cached == 0
         self.pool.allocate(owner, end)
         new = self.pool.table(owner)[len(before):]
         assert self.pool.table(owner)[:len(before)] == before and len(new) == missing and set(new) <= set(free)
@@ -453,7 +452,7 @@ class Pool(RuleBasedStateMachine):
         self.pool.release_arena(arena)
         self.arenas.remove(arena)
 
-    @precondition(lambda self: self.pool.num_cached > 4)
+    @precondition(lambda self: self.pool.stats().cached > 4)
     @rule(adapter=st.sampled_from(ADAPTERS))
     def forget(self, adapter: tuple[str | None, int]) -> None:
         self.pool.forget(*adapter)
@@ -468,9 +467,8 @@ class Pool(RuleBasedStateMachine):
                 assert self.memory[self.slot(owner, position)] == held
         assert self.pool.num_used == len(self.owned())
         assert self.pool.num_used + self.pool.num_free + len(self.in_arenas()) == self.pool.num_blocks
-        assert self.pool.boundary == min(self.in_arenas(), default=self.pool.num_blocks)
         used, cached, free, arena, hits, queried = self.pool.stats()
-        assert used + cached + free + arena == self.pool.num_blocks and hits <= queried
+        assert arena == len(self.in_arenas()) and used + cached + free + arena == self.pool.num_blocks and hits <= queried
 
     def teardown(self) -> None:
         if not hasattr(self, "pool"):
@@ -480,10 +478,10 @@ class Pool(RuleBasedStateMachine):
         for arena in self.arenas:
             self.pool.release_arena(arena)
         self.pool.check_integrity()
-        assert (self.pool.num_used, self.pool.num_free) == (0, self.pool.num_blocks) == (0, self.pool.boundary)
+        assert (self.pool.num_used, self.pool.num_free) == (0, self.pool.num_blocks)
         for adapter in ADAPTERS:
             self.pool.forget(*adapter)
-        assert self.pool.num_cached == 0 and not self.pool._tree._roots
+        assert self.pool.stats().cached == 0 and not self.pool._tree._roots
 
 
 TestPool = Pool.TestCase

@@ -35,8 +35,7 @@ METHOD = (
 _UNMASKED = "coserve_sdpa_unmasked"
 """Causal attention needs no mask tensor; transformers would make one for fake tensors, and not for real ones."""
 
-PeftConfig = Callable[[Any, int, Sequence[str], float], Any]
-CONFIGS: Mapping[str, PeftConfig] = {
+CONFIGS: Mapping[str, Callable[[Any, int, Sequence[str], float], Any]] = {
     "lora": lambda peft, rank, targets, dropout: peft.LoraConfig(r=rank, target_modules=list(targets), lora_dropout=dropout),
     "dora": lambda peft, rank, targets, dropout: peft.LoraConfig(
         r=rank, target_modules=list(targets), lora_dropout=dropout, use_dora=True

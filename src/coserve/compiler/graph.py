@@ -116,18 +116,12 @@ class JointGraph:
         return frozenset(value for node in self.forward.nodes for value in node.exact_inputs)
 
     def read_whole(self) -> frozenset[str]:
-        """Forward values of which some node reads rows outside its own window."""
-        return frozenset(whole_inputs((*self.forward.nodes, *self.backward))) & self.forward.values.keys()
-
-
-def whole_inputs(nodes: Iterable[Node]) -> set[str]:
-    """Inputs of which rows outside the window are read (`Operator.whole`)."""
-    return {
-        value
-        for node in nodes
-        for name, value in zip(node.row.inputs, node.inputs, strict=True)
-        if name in node.row.whole
-    }
+        """Forward values of which some node reads rows outside its own window (`Operator.whole`)."""
+        return frozenset(
+            value for node in (*self.forward.nodes, *self.backward)
+            for name, value in zip(node.row.inputs, node.inputs, strict=True)
+            if name in node.row.whole and value in self.forward.values
+        )
 
 
 def producers(nodes: Iterable[Node]) -> dict[str, Node]:

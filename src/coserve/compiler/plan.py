@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -95,7 +95,13 @@ class Point(NamedTuple):
 
 
 class TrainingPlans:
-    """All plans of one training. Layers that are alike share a key, a graph and its choices, which are made when asked for."""
+    """Forward and backward programs of every layer. A layer's input gradient exists only above the lowest bypass.
+
+    Layers that are alike share a key, a graph and its choices, which are made when asked for.
+
+    forward_only: trains nothing; what is kept is K and V, which later windows read. sequence_length: of a typical example,
+    which sets attention's FLOPs. compression: of what is kept, as FinetuneConfig.activation_compression.
+    """
 
     def __init__(
         self, arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, forward_only: bool = False,
@@ -118,7 +124,6 @@ class TrainingPlans:
                 self.graphs[key] = run_passes(bypass.trace(arch, index), differentiate, pruned, *packed)
                 self.contexts[key] = context
         self._curves: dict[object, list[LayerPlan]] = {}
-        self._first: ModelPlan | None = None
 
     @property
     def compresses(self) -> bool:
@@ -131,10 +136,11 @@ class TrainingPlans:
         plan = lower(choice, merged=MERGED, itemsize=self.itemsize)
         return replace(plan, flops=layer_flops(choice.joint, choice.recompute, self.contexts[key]))
 
-    def first(self) -> list[LayerPlan]:
-        """The plan of each layer that keeps the fewest bytes without running a matrix product again."""
+    @cached_property
+    def first(self) -> ModelPlan:
+        """The plan that keeps the fewest bytes without running a matrix product again."""
         plans = {key: self.lower(key, rematerialize(joint, self.itemsize, fp8=self.fp8)) for key, joint in self.graphs.items()}
-        return [plans[key] for key in self.keys]
+        return ModelPlan(layers=tuple(plans[key] for key in self.keys))
 
     def curve(self, key: object) -> list[LayerPlan]:
         """The choices for the layers of `key` in order of rising FLOPs, each with fewer bytes than the one before."""
@@ -189,12 +195,14 @@ class TrainingPlans:
                 chosen[layer], total = number - 1, total + larger
         return [self.curve(key)[number] for key, number in zip(self.keys, chosen, strict=True)]
 
-    def plan(self, arena_budget: float | None) -> ModelPlan:
-        """The fewest FLOPs within a budget, as `plan_training` says."""
-        if self._first is None:
-            self._first = ModelPlan(layers=tuple(self.first()))
-        if arena_budget is None or self._first.arena_bytes <= arena_budget:
-            return self._first
+    def plan(self, arena_budget: float | None = None) -> ModelPlan:
+        """The plan with the fewest FLOPs within a budget. Raises ConfigError if the budget can't be met.
+
+        arena_budget: bytes per token kept over all layers, met by running those matrix products again that cost the fewest
+        FLOPs per byte; None: none of them.
+        """
+        if arena_budget is None or self.first.arena_bytes <= arena_budget:
+            return self.first
         return ModelPlan(layers=tuple(self.within(arena_budget)))
 
     def frontier(self, num_points: int = 25) -> tuple[Point, ...]:
@@ -213,23 +221,6 @@ class TrainingPlans:
         least, most = points[-1].arena_bytes, points[0].arena_bytes
         wanted = [most - (most - least) * number / (num_points - 1) for number in range(num_points)]
         return tuple(dict.fromkeys(next(p for p in points if p.arena_bytes <= size) for size in wanted))
-
-
-def plan_training(
-    arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, forward_only: bool = False,
-    arena_budget: float | None = None, sequence_length: int = SEQUENCE_LENGTH, compression: Compression = "lossless",
-) -> ModelPlan:
-    """Forward and backward programs of every layer. A layer's input gradient exists only above the lowest bypass.
-
-    `forward_only` trains nothing: what is kept is K and V, which later windows read. arena_budget: bytes per token kept over
-    all layers, met by running those matrix products again that cost the fewest FLOPs per byte; None: none of them.
-    sequence_length: of a typical example, which sets attention's FLOPs. compression: of what is kept, as
-    FinetuneConfig.activation_compression. Raises ConfigError if the budget can't be met.
-    """
-    plans = TrainingPlans(
-        arch, bypasses, itemsize=itemsize, forward_only=forward_only, sequence_length=sequence_length, compression=compression
-    )
-    return plans.plan(arena_budget)
 
 
 def plan_inference(arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int) -> ModelPlan:

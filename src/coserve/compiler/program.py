@@ -109,8 +109,8 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class FusedLayer:
-    """A forward program over rows of requests and of training. keeps: what follows it, for the training rows of the kept
-    values; K and V are not among them, as attention writes them."""
+    """A forward program over rows of requests, and of training if there are any. keeps: what follows it, for the training rows
+    of the kept values; K and V are not among them, as attention writes them."""
 
     program: Program
     keeps: tuple[Keep, ...]

@@ -22,18 +22,22 @@ too: it takes the window's queries and the K and V that lie in the arena.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import networkx
+from networkx.algorithms.flow import boykov_kolmogorov
+
 from coserve.compiler.flops import node_flops
 from coserve.compiler.graph import JointGraph, Node
-from coserve.compiler.mincut import source_side
 
 _FINE = 1 << 20
 """A node's FLOPs are multiplied by this, and its depth is added. So nodes of equal cost per byte differ a little, and a choice
 may run some of them again and not the others."""
 _SOURCE, _SINK = -1, -2
+Vertex = str | int
+"""A value's name or a node's number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,7 @@ class _Choices:
         finest = len(nodes) + 1
         forever = finest * (byte_price * sum(self.sizes.values()) + flop_price * sum(self.flops) + 1)
 
-        def edges() -> Iterator[tuple[str | int, str | int, int]]:
+        def edges() -> Iterator[tuple[Vertex, Vertex, int]]:
             for name in self.joint.saved():
                 yield _SOURCE, name, forever
             for name, size in self.sizes.items():
@@ -177,6 +181,22 @@ class _Choices:
             recompute=recompute, num_bytes=self.cost(again)[0],
             flops=sum(node_flops(node, joint.forward.values, self.context) for node in recompute),
         )
+
+
+def source_side(edges: Iterable[tuple[Vertex, Vertex, int]], source: Vertex, sink: Vertex) -> set[Vertex]:
+    """Nodes on the source's side of a cut of least capacity; of several such cuts, the one with the fewest nodes there.
+
+    edges: (from, to, capacity), of which two with the same ends count as one with both capacities. networkx gives the fewest
+    nodes to the sink's side, so it is asked about the reversed graph. Capacities stay Python's integers, so that the cut is
+    exact however large they are.
+    """
+    reversed_graph = networkx.DiGraph()
+    reversed_graph.add_nodes_from((source, sink))
+    for start, end, capacity in edges:
+        parallel = reversed_graph.get_edge_data(end, start, {"capacity": 0})
+        reversed_graph.add_edge(end, start, capacity=parallel["capacity"] + capacity)
+    _, (_, side) = networkx.minimum_cut(reversed_graph, sink, source, flow_func=boykov_kolmogorov)
+    return side
 
 
 def rematerialize(joint: JointGraph, itemsize: int = 4, *, fp8: bool = False) -> Rematerialized:

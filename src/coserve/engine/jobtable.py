@@ -30,8 +30,7 @@ from coserve.planning.budget import FittedPlan, shape_adapter
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import scoring_plan
-from coserve.scheduler.arenas import ArenaBlocks
-from coserve.scheduler.blocks import BlockPool
+from coserve.scheduler.blocks import ArenaBlocks, BlockPool
 from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.work import MicrobatchWork
 from coserve.training.batchwork import Microbatch

@@ -20,7 +20,7 @@ from torch import Tensor
 from coserve.core import AdapterCopy, Group
 from coserve.finetune.job import StepLoss
 from coserve.peft.adapter import Adapter
-from coserve.scheduler.arenas import ArenaBlocks
+from coserve.scheduler.blocks import ArenaBlocks
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 from coserve.training.batchwork import BatchWork, Microbatch
 from coserve.training.trainer import AdapterTrainer

@@ -5,8 +5,7 @@ Owns: the choice. Does not own: what a kernel does with arguments that its libra
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from types import ModuleType
 
 import torch
 
@@ -14,17 +13,9 @@ from coserve.kernels import attention, cuda_attention
 from coserve.kernels import triton as triton_kernels
 
 
-class AttentionKernels(NamedTuple):
-    """Attention over contiguous keys, with the signatures of `kernels.attention`."""
-
-    forward: Callable[..., None]
-    dgrad: Callable[..., None]
-
-
-def attention_for(device: torch.device) -> AttentionKernels:
-    """The library's flash calls on CUDA, blocks of CPU calls elsewhere."""
-    module = cuda_attention if device.type == "cuda" else attention
-    return AttentionKernels(module.attention, module.attention_dgrad)
+def attention_for(device: torch.device) -> ModuleType:
+    """The module whose `attention` and `attention_dgrad` run there: the library's flash calls on CUDA, blocks elsewhere."""
+    return cuda_attention if device.type == "cuda" else attention
 
 
 def runs_triton(device: torch.device) -> bool:

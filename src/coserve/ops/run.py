@@ -7,7 +7,7 @@ layer's parameter (a FrozenLinear, a norm vector, or the name of an adapter's fa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,11 @@ class FactorStack(NamedTuple):
     center: Tensor | None = None
 
 
-class RowContext(Protocol):
-    """What operators may ask of the batch they run on. T rows: those of requests first, then those of training."""
+class RowContext:
+    """What operators may ask of the batch they run on. T rows: those of requests first, then those of training.
+
+    Unless a subclass says otherwise there are no adapters, no dropout and no backward.
+    """
 
     num_serving: int
     """Rows of requests at the front: they have no dropout."""
@@ -50,49 +53,52 @@ class RowContext(Protocol):
     """[T, K]"""
     sin: Tensor
     """[T, K]"""
-    dropout_keys: Tensor | None
+    dropout_keys: Tensor | None = None
     """int64 [T], or None outside training."""
 
     def segments(self, name: str) -> Iterable[tuple[slice, Factor | FactorStack]]:
         """Row ranges that have adapters with the factor `name` in the present layer, with that factor."""
+        return ()
 
     def dropout_site(self, name: str) -> int:
         """Key of a dropout site in the present layer."""
+        raise AssertionError("rows of requests have no dropout")
 
     def attention(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Attention of the batch's query rows over all tokens of their sequences."""
+        raise NotImplementedError
 
     def attention_dgrad(
         self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor
     ) -> None:
         """Its gradients; on return d_k and d_v hold the window's final rows."""
+        raise AssertionError("rows of requests have no backward")
 
 
 _SUM_ROWS = 256
 """Rows whose element-wise products are in memory at once while they are summed."""
 
-Runner = Callable[[RowContext, Any, Mapping[str, Any], bool, Sequence[Tensor], Sequence[Tensor]], None]
+Attrs = Mapping[str, Any]
+Runner = Callable[[RowContext, Any, Attrs, bool, Sequence[Tensor], Sequence[Tensor]], None]
 
 
-def _rmsnorm(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _rmsnorm(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.rmsnorm(outs[0], ins[0], weight, attrs["eps"])
 
 
-def _rmsnorm_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _rmsnorm_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.rmsnorm_dgrad(outs[0], ins[0], ins[1], weight, attrs["eps"], accumulate)
 
 
-def _linear(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _linear(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     weight.forward(outs[0], ins[0], accumulate)
 
 
-def _linear_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _linear_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     weight.input_grad(outs[0], ins[0], accumulate)
 
 
-def _written(
-    rows: RowContext, weight: Any, accumulate: bool, out: Tensor
-) -> Iterator[tuple[slice, Factor | FactorStack]]:
+def _written(rows: RowContext, weight: Any, accumulate: bool, out: Tensor) -> Iterator[tuple[slice, Factor | FactorStack]]:
     """The segments of a factor. Rows in no segment get 0, unless the kernel adds to its output."""
     done = 0
     for part, factor in rows.segments(weight):
@@ -105,9 +111,8 @@ def _written(
         out[done:].zero_()
 
 
-def _segment_linear(
-    rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
-) -> None:
+def _segment_linear(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
+    """out or x may be wider than the factor: the largest rank of the batch sets their width."""
     for part, factor in _written(rows, weight, accumulate, outs[0]):
         out, x = outs[0][part], ins[0][part]
         if isinstance(factor, FactorStack):
@@ -116,26 +121,18 @@ def _segment_linear(
             scaled = x if isinstance(factor.scale, float) and factor.scale == 1.0 else x * factor.scale
             library.grouped_matmul_into(out, scaled, factor.matrices, factor.ends, accumulate=accumulate)
         else:
-            _low_rank(out, x, factor, accumulate)
+            num_out, num_in = factor.matrix.shape
+            out, x = out[:, :num_out], x[:, :num_in]
+            library.matmul_into(out, x, factor.matrix.T, alpha=factor.scale, accumulate=accumulate)
 
 
-def _low_rank(out: Tensor, x: Tensor, factor: Factor, accumulate: bool) -> None:
-    """The product for one adapter's rows. x or out may be wider than the factor: the batch's largest rank sets their width."""
-    num_out, num_in = factor.matrix.shape
-    library.matmul_into(out[:, :num_out], x[:, :num_in], factor.matrix.T, alpha=factor.scale, accumulate=accumulate)
-
-
-def _segment_linear_dgrad(
-    rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
-) -> None:
+def _segment_linear_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     for part, factor in rows.segments(weight):
         assert isinstance(factor, Factor)
         library.matmul_into(outs[0][part], ins[0][part], factor.matrix, alpha=factor.scale, accumulate=accumulate)
 
 
-def _segment_linear_wgrad(
-    rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
-) -> None:
+def _segment_linear_wgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     for part, factor in rows.segments(weight):
         assert isinstance(factor, Factor) and factor.grad is not None
         grad, x = ins[0][part], ins[1][part]
@@ -145,9 +142,7 @@ def _segment_linear_wgrad(
             factor.grad.add_(grad.T @ x, alpha=factor.scale)
 
 
-def _segment_scale(
-    rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
-) -> None:
+def _segment_scale(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     """out (+)= (x - center) * vector, where out may be x itself."""
     for part, factor in _written(rows, weight, accumulate, outs[0]):
         out, x = outs[0][part], ins[0][part]
@@ -166,9 +161,7 @@ def _segment_scale(
             out.sub_(vector * factor.center)
 
 
-def _segment_scale_dgrad(
-    rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
-) -> None:
+def _segment_scale_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     for part, factor in rows.segments(weight):
         assert isinstance(factor, Factor)
         out, grad, vector = outs[0][part], ins[0][part], factor.matrix[:, 0]
@@ -178,9 +171,7 @@ def _segment_scale_dgrad(
             torch.mul(grad, vector, out=out)
 
 
-def _segment_scale_wgrad(
-    rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
-) -> None:
+def _segment_scale_wgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     for part, factor in rows.segments(weight):
         assert isinstance(factor, Factor) and factor.grad is not None
         total = factor.grad.new_zeros(factor.grad.shape[0])
@@ -189,61 +180,57 @@ def _segment_scale_wgrad(
         factor.grad[:, 0].add_(total if factor.slope is None else total * factor.slope)
 
 
-def _relu(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _relu(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     torch.clamp(ins[0], min=0, out=outs[0])
 
 
-def _relu_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _relu_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     torch.ops.aten.threshold_backward.grad_input(ins[0], ins[1], 0, grad_input=outs[0])
 
 
-def _gelu(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _gelu(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     torch.ops.aten.gelu.out(ins[0], out=outs[0])
 
 
-def _gelu_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _gelu_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     torch.ops.aten.gelu_backward.grad_input(ins[0], ins[1], grad_input=outs[0])
 
 
-def _rope(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _rope(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.rope(outs[0], ins[0], rows.cos, rows.sin)
     if attrs["scale"] != 1:
         outs[0].mul_(attrs["scale"])
 
 
-def _rope_dgrad(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _rope_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.rope(outs[0], ins[0], rows.cos, rows.sin, inverse=True)
     if attrs["scale"] != 1:
         outs[0].mul_(attrs["scale"])
 
 
-def _attention(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _attention(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     rows.attention(outs[0], outs[1], *ins)
 
 
-def _attention_dgrad(
-    rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
-) -> None:
+def _attention_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     d_q, d_k, d_v = outs
     grad, q, _, _, out, lse = ins
     rows.attention_dgrad(d_q, d_k, d_v, grad, q, out, lse)
 
 
-def _silu_mul(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _silu_mul(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.silu_mul(outs[0], *ins)
 
 
-def _silu_mul_dgrad(
-    rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any
-) -> None:
+def _silu_mul_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.silu_mul_dgrad(*outs, *ins)
 
 
-def _add(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _add(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.add(outs[0], *ins)
 
 
-def _dropout(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _dropout(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     assert rows.dropout_keys is not None
     serving, training = slice(None, rows.num_serving), slice(rows.num_serving, None)
     out, x = outs[0], ins[0]
@@ -253,19 +240,19 @@ def _dropout(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate
     library.dropout(out[training], x[training], rows.dropout_keys, key, attrs["p"], accumulate)
 
 
-def _sign_bits(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _sign_bits(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.sign_bits(outs[0], ins[0])
 
 
-def _sign_values(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _sign_values(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.sign_values(outs[0], ins[0])
 
 
-def _fp8_encode(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _fp8_encode(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.fp8_encode(outs[0], outs[1], ins[0])
 
 
-def _fp8_decode(rows: RowContext, weight: Any, attrs: Mapping[str, Any], accumulate: bool, outs: Any, ins: Any) -> None:
+def _fp8_decode(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.fp8_decode(outs[0], ins[0], ins[1])
 
 

@@ -1,9 +1,7 @@
-"""One row per operator: names, gradient rules and what they read, memory behaviour, cost, legal parallel states.
+"""One row per operator: names, gradient rules and what they read, memory behaviour, cost.
 
 Pruning, rematerialization and memory planning read these rows and know no operator by name. A new adapter kind is
 written in these operators; a new operator is one row here, one function in `run.py`, and one in `tests/torch_ops.py`.
-
-Parallel states, in the paper's signs: "-" whole, "|" partitioned over features, "=" replicated, "+" to be reduced.
 """
 
 from __future__ import annotations
@@ -55,75 +53,65 @@ class Operator:
     exact: tuple[str, ...] = ()
     """Inputs whose bits must be the same in backward as in forward, unless backward recomputes the outputs too: the gradient
     combines them with those outputs."""
-    parallel: tuple[tuple[str, str, str], ...] = ()
-    """Legal (input, weight, output) states; "" where there is no weight."""
 
-
-_EACH = (("=", "", "="), ("|", "", "|"))
-_LINEAR_STATES = (("=", "=", "="), ("=", "|", "|"), ("|", "|", "+"))
 
 TABLE: dict[str, Operator] = {
     "rmsnorm": Operator(
-        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, parallel=(("=", "=", "="),),
+        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE,
         gradients=(Gradient("rmsnorm_dgrad", ("d:out", "x"), ("x",)), Gradient("rmsnorm_wgrad", ("d:out", "x"), ("weight",))),
     ),
     "linear": Operator(
-        inputs=("x",), outputs=("out",), cost=Cost.MATMUL, accumulates=True, parallel=_LINEAR_STATES,
+        inputs=("x",), outputs=("out",), cost=Cost.MATMUL, accumulates=True,
         gradients=(Gradient("linear_dgrad", ("d:out",), ("x",)), Gradient("linear_wgrad", ("d:out", "x"), ("weight",))),
     ),
     "segment_linear": Operator(
-        inputs=("x",), outputs=("out",), cost=Cost.MATMUL, accumulates=True, parallel=_LINEAR_STATES,
+        inputs=("x",), outputs=("out",), cost=Cost.MATMUL, accumulates=True,
         gradients=(
             Gradient("segment_linear_dgrad", ("d:out",), ("x",)),
             Gradient("segment_linear_wgrad", ("d:out", "x"), ("weight",)),
         ),
     ),
     "rope": Operator(
-        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True, parallel=_EACH,
+        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True,
         gradients=(Gradient("rope_dgrad", ("d:out",), ("x",)),),
     ),
     "attention": Operator(
         inputs=("q", "k", "v"), outputs=("out", "lse"), cost=Cost.ATTENTION, products=2, whole=("k", "v"), exact=("q",),
-        parallel=(("|", "", "|"),),
         gradients=(Gradient("attention_dgrad", ("d:out", "q", "k", "v", "out", "lse"), ("q", "k", "v")),),
     ),
     "silu_mul": Operator(
-        inputs=("gate", "up"), outputs=("out",), cost=Cost.ELEMENTWISE, parallel=_EACH,
+        inputs=("gate", "up"), outputs=("out",), cost=Cost.ELEMENTWISE,
         gradients=(Gradient("silu_mul_dgrad", ("d:out", "gate", "up"), ("gate", "up")),),
     ),
     "add": Operator(
         inputs=("a", "b"), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True,
-        parallel=(*_EACH, ("+", "", "+")),
         gradients=(Gradient("identity", ("d:out",), ("a",)), Gradient("identity", ("d:out",), ("b",))),
     ),
     # inplace and accumulates: it may add into the memory of its own input
     "segment_scale": Operator(
         inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True, accumulates=True,
-        parallel=(("=", "=", "="), ("|", "|", "|")),
         gradients=(
             Gradient("segment_scale_wgrad", ("d:out", "x"), ("weight",)),
             Gradient("segment_scale_dgrad", ("d:out",), ("x",)),
         ),
     ),
     "relu": Operator(
-        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True, parallel=_EACH,
+        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True,
         gradients=(Gradient("relu_dgrad", ("d:out", "out"), ("x",)),),
     ),
     "gelu": Operator(
-        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True, parallel=_EACH,
+        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True,
         gradients=(Gradient("gelu_dgrad", ("d:out", "x"), ("x",)),),
     ),
     "dropout": Operator(
-        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True, parallel=_EACH,
+        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True,
         gradients=(Gradient("dropout_dgrad", ("d:out",), ("x",)),),
     ),
     # smaller forms of kept values, and what backward makes of them (compiler/compress.py)
-    "sign_bits": Operator(inputs=("x",), outputs=("bits",), cost=Cost.ELEMENTWISE, packs=True, signs=("x",), parallel=_EACH),
-    "sign_values": Operator(inputs=("bits",), outputs=("x",), cost=Cost.ELEMENTWISE, parallel=_EACH),
-    "fp8_encode": Operator(
-        inputs=("x",), outputs=("bits", "exponent"), cost=Cost.ELEMENTWISE, packs=True, parallel=_EACH
-    ),
-    "fp8_decode": Operator(inputs=("bits", "exponent"), outputs=("x",), cost=Cost.ELEMENTWISE, parallel=_EACH),
+    "sign_bits": Operator(inputs=("x",), outputs=("bits",), cost=Cost.ELEMENTWISE, packs=True, signs=("x",)),
+    "sign_values": Operator(inputs=("bits",), outputs=("x",), cost=Cost.ELEMENTWISE),
+    "fp8_encode": Operator(inputs=("x",), outputs=("bits", "exponent"), cost=Cost.ELEMENTWISE, packs=True),
+    "fp8_decode": Operator(inputs=("bits", "exponent"), outputs=("x",), cost=Cost.ELEMENTWISE),
     # backward operators
     "rmsnorm_dgrad": Operator(inputs=("grad", "x"), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True),
     "rmsnorm_wgrad": Operator(inputs=("grad", "x"), outputs=("weight",), cost=Cost.ELEMENTWISE),
@@ -138,12 +126,8 @@ TABLE: dict[str, Operator] = {
     ),
     "silu_mul_dgrad": Operator(inputs=("grad", "gate", "up"), outputs=("d_gate", "d_up"), cost=Cost.ELEMENTWISE),
     "segment_scale_wgrad": Operator(inputs=("grad", "x"), outputs=("weight",), cost=Cost.ELEMENTWISE),
-    "segment_scale_dgrad": Operator(
-        inputs=("grad",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True, accumulates=True
-    ),
-    "relu_dgrad": Operator(
-        inputs=("grad", "out"), outputs=("d_x",), cost=Cost.ELEMENTWISE, inplace=True, signs=("out",)
-    ),
+    "segment_scale_dgrad": Operator(inputs=("grad",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True, accumulates=True),
+    "relu_dgrad": Operator(inputs=("grad", "out"), outputs=("d_x",), cost=Cost.ELEMENTWISE, inplace=True, signs=("out",)),
     "gelu_dgrad": Operator(inputs=("grad", "x"), outputs=("d_x",), cost=Cost.ELEMENTWISE, inplace=True),
     "dropout_dgrad": Operator(inputs=("grad",), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True),
 }

@@ -123,7 +123,7 @@ class JobPlans:
 
     def fastest(self) -> FittedPlan:
         """The plan with the fewest FLOPs, whatever memory it takes. It runs no matrix product again."""
-        return self._fitted(self._plans.plan(None))
+        return self._fitted(self._plans.plan())
 
     def fit(self, limit: float, cost: Callable[[ModelPlan], float] | None = None) -> FittedPlan:
         """The plan with the fewest FLOPs that costs at most `limit` bytes; if there is none, the one that costs least. cost:
@@ -164,7 +164,7 @@ class JobPlans:
 def choose_plan(plans: TrainingPlans, limit: float, cost: Callable[[ModelPlan], float]) -> ModelPlan:
     """The plan with the fewest FLOPs that costs at most `limit` bytes; if no point of the frontier does, the point that costs
     least. It is searched for between the first point that fits and the one before, which doesn't."""
-    frontier = [plans.plan(None), *(plans.plan(point.arena_bytes) for point in plans.frontier()[1:])]
+    frontier = [plans.plan(), *(plans.plan(point.arena_bytes) for point in plans.frontier()[1:])]
     fitting = next((number for number, point in enumerate(frontier) if cost(point) <= limit), None)
     if fitting is None:
         return min(frontier, key=cost)

@@ -162,7 +162,7 @@ def estimate(
 
     plans = planned(compression)
     whole = planned("none") if plans.compresses else plans
-    fastest, first = plans.plan(None), whole.plan(None)
+    fastest, first = plans.plan(), whole.plan()
     curve = [fastest, *(plans.plan(point.arena_bytes) for point in plans.frontier(num_points)[1:])]
     if limit is not None and limit < 1:
         limit *= shape.total(fastest)

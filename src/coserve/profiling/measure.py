@@ -33,10 +33,9 @@ from coserve.profiling.fit import (
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor, TrainWindow
 from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
-from coserve.runtime.plans import training_plan
+from coserve.runtime.plans import training_plans
 from coserve.runtime.spans import NO_ADAPTER, RowSpan
-from coserve.scheduler.arenas import ArenaBlocks
-from coserve.scheduler.blocks import BlockPool
+from coserve.scheduler.blocks import ArenaBlocks, BlockPool
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.prefix import PrefixKey
 
@@ -92,7 +91,7 @@ class Profiler:
         self.arch, self.device = passes.arch, passes.weights.device
         adapter = LoraAdapter.create(self.arch, LoraConfig(), dtype=passes.weights.dtype, device=self.device, seed=0)
         self.adapter = adapter.trainable()
-        self.plan = training_plan(self.arch, self.adapter, itemsize=passes.weights.dtype.itemsize)
+        self.plan = training_plans(self.arch, self.adapter, itemsize=passes.weights.dtype.itemsize).plan()
 
     @torch.no_grad()
     def measure(self, max_rows: int, limit_s: float = LIMIT_S) -> list[ProfilePoint]:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan
-from coserve.compiler.program import FusedLayer, Place, Program, Storage
+from coserve.compiler.program import FusedLayer, Place, Storage
 from coserve.core import Unit
 from coserve.kernels import library
+from coserve.kernels.choose import runs_triton
 from coserve.model.weights import ModelWeights
-from coserve.ops.run import Factor, FactorStack
+from coserve.ops.run import Factor, FactorStack, RowContext
 from coserve.peft.adapter import Adapter, Kind
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool
@@ -29,11 +30,10 @@ from coserve.runtime.graphs import DecodeGraphs
 from coserve.runtime.memory import columns
 from coserve.runtime.microbatch import InFlight
 from coserve.runtime.plans import fused_plan, serving_plan
-from coserve.runtime.rows import ForwardRows
 from coserve.runtime.spans import NO_ADAPTER, RowSpan, SpanRows
 
-_MAX_PLANS = 64
-"""The most programs that are kept for forward passes with a training window, and as many for those without."""
+_MAX_PLANS = 128
+"""The most forward passes, with and without a training window, whose programs are kept."""
 
 
 class TrainWindow(NamedTuple):
@@ -44,17 +44,17 @@ class TrainWindow(NamedTuple):
     adapter: Adapter | None
 
 
-class BatchRows(ForwardRows):
+class BatchRows(RowContext):
     """The rows of a forward pass, as operators see them: rows of requests alone. cos, sin: [rows, K].
 
-    programs: one per layer. The executor calls `enter` before each layer's program, `leave` after it, and `finish` after all.
+    layers: their programs. The executor calls `enter` before each layer's program, `leave` after it, and `finish` after all.
     """
 
     reads_workspace = False
     """Whether `leave` reads what a program left in the workspace."""
 
-    def __init__(self, spans: SpanRows, programs: Sequence[Program], cos: Tensor, sin: Tensor) -> None:
-        self.spans, self.programs, self.cos, self.sin = spans, programs, cos, sin
+    def __init__(self, spans: SpanRows, layers: Sequence[FusedLayer], cos: Tensor, sin: Tensor) -> None:
+        self.spans, self.layers, self.cos, self.sin = spans, layers, cos, sin
         self.num_serving = self.num_rows = spans.num_rows
 
     def embed(self, weights: ModelWeights, token_ids: Tensor, hidden: Tensor) -> None:
@@ -87,10 +87,8 @@ class FusedRows(BatchRows):
         self, spans: SpanRows, layers: Sequence[FusedLayer], cos: Tensor, sin: Tensor, train: TrainExecutor, window: TrainWindow
     ) -> None:
         rows = train.rows(window.state, window.unit, window.adapter)
-        super().__init__(
-            spans, [layer.program for layer in layers], torch.cat((cos, rows.cos)), torch.cat((sin, rows.sin))
-        )
-        self.layers, self.train, self.rows = layers, train, rows
+        super().__init__(spans, layers, torch.cat((cos, rows.cos)), torch.cat((sin, rows.sin)))
+        self.train, self.rows = train, rows
         self.state, self.unit = window.state, window.unit
         self.num_rows += rows.end - rows.start
         self.dropout_keys = rows.dropout_keys
@@ -159,11 +157,11 @@ class PassExecutor:
     ) -> None:
         self.executor, self.train, self.pool, self.adapters = executor, train, pool, adapters
         self.weights, self.arch = executor.weights, executor.arch
-        self._plans: dict[object, list[Program]] = {}
-        self._fused: dict[object, tuple[ModelPlan, tuple[FusedLayer, ...]]] = {}
+        self._plans: dict[object, tuple[ModelPlan | None, Sequence[FusedLayer]]] = {}
+        """By the adapters' layout and the training rows' plan, which is held so that no other gets its id."""
         self._graphs: DecodeGraphs | None = None
-        if cuda_graphs and DecodeGraphs.possible(self.weights.device):
-            self._graphs = DecodeGraphs(executor, pool, self._programs(False))
+        if cuda_graphs and runs_triton(self.weights.device):
+            self._graphs = DecodeGraphs(executor, pool, [layer.program for layer in self._layers(None, False)])
         self._streams = torch.empty(2, 0, self.arch.hidden_size, dtype=self.weights.dtype, device=self.weights.device)
 
     def run(
@@ -178,16 +176,18 @@ class PassExecutor:
             if replayed is not None:
                 return replayed
         rows = self._rows(decode, prefill, window)
-        hidden, following = self._stream_rows(rows.num_rows)
+        if rows.num_rows > self._streams.shape[1]:
+            self._streams = self._streams.new_empty(2, rows.num_rows, self.arch.hidden_size)
+        hidden, following = self._streams[0, : rows.num_rows], self._streams[1, : rows.num_rows]
         rows.embed(self.weights, token_ids, hidden)
-        for layer, program in enumerate(rows.programs):
-            rows.enter(layer, hidden)
+        for number, layer in enumerate(rows.layers):
+            rows.enter(number, hidden)
             ends = {Place.INPUT: hidden, Place.OUTPUT: following}
 
             def external(number: int, storage: Storage, ends: dict[Place, Tensor] = ends) -> Tensor:
                 return ends[storage.place]
 
-            self.executor.execute(program, layer, rows, rows.num_rows, external, workspace_read=rows.reads_workspace)
+            self.executor.execute(layer.program, number, rows, rows.num_rows, external, workspace_read=rows.reads_workspace)
             rows.leave(ends)
             hidden, following = following, hidden
         rows.finish(hidden)
@@ -200,9 +200,8 @@ class PassExecutor:
         longest = max((span.end for span in (*decode, *prefill)), default=1)
         cos, sin = self.executor.rotary.rows(spans.positions, longest)
         with_adapters = any(span.slot != NO_ADAPTER for span in (*decode, *prefill))
-        if window is None:
-            return BatchRows(spans, self._programs(with_adapters), cos, sin)
-        return FusedRows(spans, self._fused_layers(window, with_adapters), cos, sin, self.train, window)
+        layers = self._layers(window, with_adapters)
+        return BatchRows(spans, layers, cos, sin) if window is None else FusedRows(spans, layers, cos, sin, self.train, window)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, V] of last hidden rows [rows, D]."""
@@ -212,39 +211,24 @@ class PassExecutor:
         self.weights.head.logits(logits, normed)
         return logits
 
-    def _stream_rows(self, rows: int) -> tuple[Tensor, Tensor]:
-        if rows > self._streams.shape[1]:
-            self._streams = self._streams.new_empty(2, rows, self.arch.hidden_size)
-        return self._streams[0, :rows], self._streams[1, :rows]
-
-    def _served(self, with_adapters: bool) -> tuple[tuple[Kind, ...], list[dict[str, int]]]:
-        """What programs have to serve: the kinds of adapter, and by layer the out features of their factors."""
-        layers = range(self.arch.num_layers)
-        if not with_adapters:
-            return (), [{} for _ in layers]
-        return self.adapters.kinds, [self.adapters.widths(layer) for layer in layers]
-
-    def _programs(self, with_adapters: bool) -> list[Program]:
-        """Each layer's program for rows of requests."""
-        key = self.adapters.layout if with_adapters else None
+    def _layers(self, window: TrainWindow | None, with_adapters: bool) -> Sequence[FusedLayer]:
+        """Each layer's program for rows of requests, and of `window` if there is one."""
+        own = None if window is None else window.state.plan
+        key = (self.adapters.layout if with_adapters else None, None if own is None else id(own))
         if key not in self._plans:
-            if len(self._plans) >= _MAX_PLANS:  # of adapters that are long gone
+            if len(self._plans) >= _MAX_PLANS:  # of adapters and jobs that are long gone
                 self._plans.clear()
-            plan = serving_plan(self.arch, *self._served(with_adapters), itemsize=self.weights.dtype.itemsize)
-            self._plans[key] = [layer.forward for layer in plan.layers]
-        return self._plans[key]
-
-    def _fused_layers(self, window: TrainWindow, with_adapters: bool) -> tuple[FusedLayer, ...]:
-        """Each layer's program for rows of requests and of `window` together."""
-        own, key = window.state.plan, self.adapters.layout if with_adapters else None
-        entry = self._fused.get((id(own), key))
-        if entry is None or entry[0] is not own:
-            dropout = 0.0 if window.adapter is None or window.state.forward_only else window.adapter.dropout
-            layers = fused_plan(
-                self.arch, window.adapter, *self._served(with_adapters), own, dropout=dropout,
-                itemsize=self.weights.dtype.itemsize,
-            )
-            if len(self._fused) >= _MAX_PLANS:  # plans of jobs that are long over
-                self._fused.clear()
-            entry = self._fused[id(own), key] = (own, layers)
-        return entry[1]
+            kinds: tuple[Kind, ...] = ()
+            widths: list[dict[str, int]] = [{}] * self.arch.num_layers
+            if with_adapters:
+                kinds, widths = self.adapters.kinds, [self.adapters.widths(layer) for layer in range(self.arch.num_layers)]
+            itemsize = self.weights.dtype.itemsize
+            if window is None:
+                plan = serving_plan(self.arch, kinds, widths, itemsize=itemsize)
+                layers = tuple(FusedLayer(layer.forward, keeps=()) for layer in plan.layers)
+            else:
+                adapter, state = window.adapter, window.state
+                dropout = 0.0 if adapter is None or state.forward_only else adapter.dropout
+                layers = fused_plan(self.arch, adapter, kinds, widths, state.plan, dropout=dropout, itemsize=itemsize)
+            self._plans[key] = (own, layers)
+        return self._plans[key][1]

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from coserve.compiler.program import Place, Program, Storage
-from coserve.kernels.choose import runs_triton
+from coserve.ops.run import RowContext
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.executor import Executor
-from coserve.runtime.rows import ForwardRows
 from coserve.runtime.spans import NO_ADAPTER, PagedDecode, RowSpan, block_tables, fresh_blocks
 from coserve.runtime.transfer import to_device
 
@@ -33,7 +32,7 @@ MIN_CONTEXT = 1024
 """Contexts are padded to a power of two from here on; what a row doesn't use costs a program that ends at once."""
 
 
-class _DecodeRows(ForwardRows):
+class _DecodeRows(RowContext):
     """Rows of a captured batch as operators see them. cos, sin: [B, K]."""
 
     def __init__(self, pool: KeyValuePool, windows: Sequence[int | None], paged: PagedDecode, token_rows: Tensor) -> None:
@@ -74,7 +73,10 @@ def record(body: Callable[[], None], device: torch.device, memory: Any) -> Calla
 
 
 class DecodeGraphs:
-    """Captured decode passes over a pool. programs: each layer's, without adapters. Nothing runs until the first use."""
+    """Captured decode passes over a pool, on a device whose decode attention is the paged kernel (`runs_triton`).
+
+    programs: each layer's, without adapters. Nothing runs until the first use.
+    """
 
     def __init__(self, executor: Executor, pool: KeyValuePool, programs: Sequence[Program]) -> None:
         assert pool.scratch is not None
@@ -83,11 +85,6 @@ class DecodeGraphs:
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._memory: Any = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._broken = False
-
-    @staticmethod
-    def possible(device: torch.device) -> bool:
-        """Whether graphs can be captured there: decode attention has to be the paged kernel."""
-        return runs_triton(device)
 
     def takes(self, decode: Sequence[RowSpan]) -> bool:
         """Whether a batch of these rows alone can be replayed."""

@@ -17,22 +17,17 @@ from torch import Tensor
 
 from coserve.compiler.graph import Element
 from coserve.compiler.plan import ModelPlan
-from coserve.compiler.program import Call, LayerPlan, Place, Program, Slot, Storage
+from coserve.compiler.program import Call, Place, Program, Slot, Storage
 from coserve.ops.run import Runner
 
 _ALIGN = 64
 _MOST_BOUND = 256
 
 
-def storage_dtype(storage: Storage, dtype: torch.dtype) -> torch.dtype:
-    """The element type of a storage, for a model of `dtype`."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return {Element.MODEL: dtype, Element.WIDE: wide, Element.BYTE: torch.uint8}[storage.element]
-
-
 def carve(buffer: Tensor, offset: int, rows: int, storage: Storage, dtype: torch.dtype) -> Tensor:
-    """[rows, width] at a byte offset of a byte buffer."""
-    kind = storage_dtype(storage, dtype)
+    """[rows, width] at a byte offset of a byte buffer, for a model of `dtype`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    kind = {Element.MODEL: dtype, Element.WIDE: wide, Element.BYTE: torch.uint8}[storage.element]
     size = rows * storage.width * kind.itemsize
     return buffer[offset : offset + size].view(kind).view(rows, storage.width)
 
@@ -153,7 +148,6 @@ class Arena:
     """Kept values of one micro-batch of `num_tokens` rows under a plan."""
 
     def __init__(self, plan: ModelPlan, num_tokens: int, dtype: torch.dtype, buffer: Tensor) -> None:
-        self.num_tokens, self.dtype = num_tokens, dtype
         stride = arena_rows(num_tokens)
         self.num_bytes = plan.arena_bytes * stride
         self._storages: list[dict[int, Tensor]] = []
@@ -166,15 +160,9 @@ class Arena:
                 if storage.place is Place.ARENA
             }
             self._storages.append(tensors)
-            self._inputs.append(self._input(layer, buffer, base, stride))
+            offset = (base + layer.input_offset) * stride
+            self._inputs.append(carve(buffer, offset, num_tokens, layer.arena[0], dtype) if layer.keeps_input else None)
             base += layer.arena_bytes
-
-    def _input(self, layer: LayerPlan, buffer: Tensor, base: int, stride: int) -> Tensor | None:
-        if not layer.keeps_input:
-            return None
-        storage = layer.arena[0]
-        offset = (base + layer.input_offset) * stride
-        return carve(buffer, offset, self.num_tokens, storage, self.dtype)
 
     def storage(self, layer: int, number: int) -> Tensor:
         """All rows of one kept storage of a layer."""

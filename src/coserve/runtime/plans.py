@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from coserve.compiler.flops import SEQUENCE_LENGTH
-from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans, plan_fused, plan_inference, plan_training
+from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans, plan_fused, plan_inference
 from coserve.compiler.program import FusedLayer
 from coserve.config.settings import Compression
 from coserve.model.architecture import Architecture
@@ -33,19 +33,14 @@ def training_plans(
     arch: Architecture, adapter: Adapter, *, itemsize: int, sequence_length: int = SEQUENCE_LENGTH,
     compression: Compression = "lossless",
 ) -> TrainingPlans:
-    """All plans of an adapter's training, one per budget. sequence_length, compression: as for `plan_training`."""
+    """All plans of an adapter's training, one per budget. sequence_length, compression: as for `TrainingPlans`."""
     bypasses = layer_bypasses(arch, adapter, dropout=adapter.dropout)
     return TrainingPlans(arch, bypasses, itemsize=itemsize, sequence_length=sequence_length, compression=compression)
 
 
-def training_plan(arch: Architecture, adapter: Adapter, *, itemsize: int) -> ModelPlan:
-    """Forward and backward programs for an adapter's training, without running a matrix product again."""
-    return training_plans(arch, adapter, itemsize=itemsize).plan(None)
-
-
 def scoring_plan(arch: Architecture, adapter: Adapter | None, *, itemsize: int) -> ModelPlan:
     """Forward programs over training rows that keep only K and V, without dropout: validation and references."""
-    return plan_training(arch, layer_bypasses(arch, adapter), itemsize=itemsize, forward_only=True)
+    return TrainingPlans(arch, layer_bypasses(arch, adapter), itemsize=itemsize, forward_only=True).plan()
 
 
 def serving_plan(

@@ -1,4 +1,4 @@
-"""What operators see of the batch they run on: training windows over an arena, or request rows over a paged cache."""
+"""What operators see of a training window: its rows over an arena, and rotary embedding by position."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from coserve.kernels.choose import attention_for
 from coserve.kernels.reference import hash_key
 from coserve.model.architecture import Architecture
-from coserve.ops.run import Factor, FactorStack
+from coserve.ops.run import Factor, RowContext
 from coserve.peft.adapter import Adapter
 
 
@@ -45,24 +45,7 @@ class RotaryTable:
             self._cos, self._sin = torch.cat((cos, cos), -1).to(self.dtype), torch.cat((-sin, sin), -1).to(self.dtype)
 
 
-class ForwardRows:
-    """What rows of requests have in common: no dropout, no backward and, unless a subclass says otherwise, no adapters."""
-
-    dropout_keys: Tensor | None = None
-
-    def segments(self, name: str) -> Iterable[tuple[slice, Factor | FactorStack]]:
-        return ()
-
-    def dropout_site(self, name: str) -> int:
-        raise AssertionError("rows of requests have no dropout")
-
-    def attention_dgrad(
-        self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor
-    ) -> None:
-        raise AssertionError("rows of requests have no backward")
-
-
-class TrainRows:
+class TrainRows(RowContext):
     """Rows [start, end) of a micro-batch; `layer`, the arena's K and V and the accumulators are set before each program."""
 
     def __init__(
@@ -71,7 +54,7 @@ class TrainRows:
     ) -> None:
         self.adapter, self.bounds, self.start, self.end = adapter, bounds, start, end
         self.cos, self.sin, self.windows = cos, sin, windows
-        self.dropout_keys: Tensor | None = dropout_keys
+        self.dropout_keys = dropout_keys
         self.layer = 0
         self.num_serving = 0
         self._attention = attention_for(cos.device)
@@ -95,7 +78,7 @@ class TrainRows:
     def attention(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
         assert lse is not None
         for begin, first, last, rows in self._sequences():
-            self._attention.forward(
+            self._attention.attention(
                 out[rows], lse[rows], q[rows], self.keys, self.values, width=self.cos.shape[-1], begin=begin,
                 first=first, last=last, window=self.windows[self.layer],
             )
@@ -104,7 +87,7 @@ class TrainRows:
         self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor
     ) -> None:
         for begin, first, last, rows in self._sequences():
-            self._attention.dgrad(
+            self._attention.attention_dgrad(
                 d_q[rows], self.d_keys, self.d_values, grad[rows], q[rows], self.keys, self.values, out[rows], lse[rows],
                 width=self.cos.shape[-1], begin=begin, first=first, last=last, window=self.windows[self.layer],
             )

@@ -195,7 +195,7 @@ class SpanRows:
         else:
             share = arch.num_heads // arch.num_kv_heads
             self._reader = _GatheredDecode({w: _decode_groups(decode, pool, share, w) for w in set(self.windows)})
-        self._prefill_attention = attention_for(device).forward
+        self._prefill_attention = attention_for(device).attention
         self._prefill: list[tuple[slice, RowSpan, Tensor | None]] = [
             (slice(int(first), int(end)), span, self._context(span))
             for first, end, span in zip(starts[len(read) : -1], starts[len(read) + 1 :], spans[len(read) :], strict=True)

@@ -1,7 +1,7 @@
 """Who holds which block of the one device pool. Integers only; the tensors are in runtime/cache.py.
 
-    blocks:   0  1  2  3  4  5  6  7 | 8  9 10 11       owners' blocks from the bottom, lowest first;
-    held by:  AB A  B  c  B  c  -  - | arena            training arenas from the top (arenas.py)
+    blocks:   0  1  2  3  4  5 | 6  7 | 8  9 | 10 11       owners' blocks from the bottom, lowest first;
+    held by:  AB A  B  c  B  - | arena| -  - | arena       training arenas from the top
 
 Every block is in one of four states:
 
@@ -9,6 +9,9 @@ Every block is in one of four states:
     cached    It has no owner, but holds a known prefix. It is kept until its memory is needed.
     free      It holds nothing.
     arena     It is part of a training arena.
+
+A new arena goes to the upper end of the highest gap that it fits into, or else below all other arenas. A gap is left where an
+arena was released. Its blocks are ordinary ones, which owners take last.
 
 The prefix tree (prefix.py) knows which block holds which tokens. Only full blocks enter it, so that a shared block is never
 written again. `seal` enters blocks, `acquire` shares them, and eviction takes the longest unused ones out.
@@ -27,8 +30,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from coserve.core import BlockMove, CapacityError
-from coserve.scheduler.arenas import ArenaBlocks, highest_fit
 from coserve.scheduler.prefix import PrefixKey, PrefixNode, PrefixTree
+
+
+class ArenaBlocks(NamedTuple):
+    """Blocks [first, end) of a training job."""
+
+    first: int
+    end: int
 
 
 class PoolStats(NamedTuple):
@@ -79,19 +88,9 @@ class BlockPool:
         return self.num_blocks - self.num_free - self.num_arena
 
     @property
-    def num_cached(self) -> int:
-        """Blocks without an owner that hold a known prefix."""
-        return len(self._cached)
-
-    @property
     def num_arena(self) -> int:
         """Blocks of all arenas."""
-        return sum(arena.num_blocks for arena in self._arenas)
-
-    @property
-    def boundary(self) -> int:
-        """First block of the lowest arena; `num_blocks` without arenas."""
-        return self._arenas[0].first if self._arenas else self.num_blocks
+        return sum(arena.end - arena.first for arena in self._arenas)
 
     def stats(self) -> PoolStats:
         return PoolStats(self.num_used, len(self._cached), len(self._free), self.num_arena,
@@ -200,7 +199,7 @@ class BlockPool:
         needed = max(self.num_used, self.guaranteed_blocks)
         if left < needed:
             raise CapacityError(f"a training arena of {num_blocks} blocks leaves {left} for inference, which needs {needed}")
-        arena = highest_fit(self._arenas, self.num_blocks, num_blocks)
+        arena = self._highest_fit(num_blocks)
         if arena is None:
             raise CapacityError(f"no {num_blocks} contiguous blocks are left between the training arenas")
         blocks = range(arena.first, arena.end)
@@ -211,6 +210,15 @@ class BlockPool:
         heapq.heapify(self._free)
         self._arenas = sorted([*self._arenas, arena])
         return arena, self._move([block for block in blocks if self._holders[block]])
+
+    def _highest_fit(self, num_blocks: int) -> ArenaBlocks | None:
+        """The highest contiguous blocks that are in no arena; None if there are too few."""
+        end = self.num_blocks
+        for arena in reversed(self._arenas):
+            if end - arena.end >= num_blocks:
+                break
+            end = arena.first
+        return ArenaBlocks(end - num_blocks, end) if end >= num_blocks else None
 
     def release_arena(self, arena: ArenaBlocks) -> None:
         """The arena's blocks are free again."""

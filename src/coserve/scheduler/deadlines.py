@@ -42,6 +42,7 @@ class Deadlines:
 
     def __init__(self, config: SchedulerConfig, latency: LatencyModel, best_effort: Slo) -> None:
         self.config, self.latency, self.best_effort = config, latency, best_effort
+        self.quantum_s = config.preemption_quantum_ms / 1e3
 
     def reserve(self) -> float:
         """The relative error of a prediction that slack is kept for."""
@@ -55,18 +56,18 @@ class Deadlines:
         """
         least, token_s = min(r.tpot_s for r in running), self._token_seconds(running)
         if least == math.inf:
-            return max(self._quantum_s, self.config.itl_factor * token_s)
+            return max(self.quantum_s, self.config.itl_factor * token_s)
         cap = self.config.itl_factor * max(least, token_s)
         if self.config.tpot_ms is not None:
             return cap
         asked = [r.tpot_s for r in running if r.tpot_s not in (self.best_effort.tpot_s, math.inf)]
         asked_cap = self.config.itl_factor * max(min(asked), token_s) if asked else UNBOUNDED
-        return max(cap, min(self._quantum_s, self._token_seconds(running, FAST_CHUNK), asked_cap))
+        return max(cap, min(self.quantum_s, self._token_seconds(running, FAST_CHUNK), asked_cap))
 
     def for_jobs(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
         """The longest that an iteration with finetuning may be predicted to take. prompt_s: kept for a prompt that may come."""
         if not running:
-            return self._quantum_s
+            return self.quantum_s
         least = min(r.tpot_s for r in running)
         if any(r.tpot_s == math.inf for r in running):
             least = min(least, max(self.best_effort.tpot_s, self._token_seconds(running)))
@@ -78,7 +79,7 @@ class Deadlines:
         A request may fall behind as long as it can make up for it by its last token.
         """
         if not running:
-            return self._quantum_s
+            return self.quantum_s
         token_s, reserve = self._token_seconds(running), self.reserve()
         behind = (1 + reserve) * token_s
         feasible = [r for r in running if not r.infeasible(now, token_s)]
@@ -90,10 +91,6 @@ class Deadlines:
         They don't fall behind for it. prompt_s: kept for the next prompt of their own tenants.
         """
         return min(self.cap(running), self._slack(running, now, prompt_s)) if running else UNBOUNDED
-
-    @property
-    def _quantum_s(self) -> float:
-        return self.config.preemption_quantum_ms / 1e3
 
     def _slack(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
         """The least slack among requests that can still meet their objective."""

@@ -1,7 +1,8 @@
-"""Weighted fair sharing by virtual token counters: whoever has had the fewest tokens per weight is next.
+"""What each party has had, and when each tenant's prompts would be through.
 
-A party that comes back has its counter lifted to that of the least served active party, so that nobody saves up credit while
-idle. Source: Sheng et al. 2024, "Fairness in Serving Large Language Models" (VTC).
+Fair sharing is by virtual token counters: whoever has had the fewest tokens per weight is next. A party that comes back has its
+counter lifted to that of the least served active party, so that nobody saves up credit while idle. Source: Sheng et al. 2024,
+"Fairness in Serving Large Language Models" (VTC).
 """
 
 from __future__ import annotations
@@ -34,3 +35,29 @@ class TokenCounters:
         """Forgets a party."""
         self._served.pop(party, None)
         self._weights.pop(party, None)
+
+
+class FairTurns:
+    """When a request would have its first token if requests were served as they come: a clock per tenant with requests.
+
+    This time is the request's fcfs_s. A prompt that still waits then is late (prompts.py). Once it has waited 1.5 times as
+    long, its tenant's prompts go in order of arrival (waiting.py). A prompt begins when the tenant's prompts before it are
+    through, and it gets the tenant's share of the machine. Decoding isn't counted, so that a real engine that serves first
+    come, first served is never earlier.
+    """
+
+    def __init__(self) -> None:
+        self._through: dict[str, float] = {}
+
+    def enter(self, tenant: str, arrival_s: float, prompt_seconds: float, num_tenants: int) -> float:
+        """When a new request would have its first token, in seconds of the engine's clock.
+
+        prompt_seconds: what its prompt takes alone. num_tenants: how many share the machine now, this one included.
+        """
+        finish = max(arrival_s, self._through.get(tenant, arrival_s)) + prompt_seconds * num_tenants
+        self._through[tenant] = finish
+        return finish
+
+    def leave(self, tenant: str) -> None:
+        """Forgets a tenant that has no requests any more."""
+        self._through.pop(tenant, None)

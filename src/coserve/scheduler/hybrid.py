@@ -22,14 +22,12 @@ from coserve.core import AdapterCopy, Contents, PassCost, Span, StepPlan
 from coserve.scheduler.admission import Admission
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.deadlines import Deadlines
-from coserve.scheduler.fairness import TokenCounters
+from coserve.scheduler.fairness import FairTurns, TokenCounters
 from coserve.scheduler.latency import LatencyModel, kind_of
-from coserve.scheduler.passes import PassDraft
 from coserve.scheduler.policies import Policy, Turn
-from coserve.scheduler.prompts import PromptPicker
+from coserve.scheduler.prompts import PassDraft, PromptPicker
 from coserve.scheduler.requests import RequestState
-from coserve.scheduler.slo import best_effort, default_slo, profile_slo
-from coserve.scheduler.turns import FairTurns
+from coserve.scheduler.slo import asked_slo, best_effort, profile_slo
 from coserve.scheduler.units import Chosen, UnitPicker
 from coserve.scheduler.work import JobWork, MicrobatchWork
 
@@ -40,7 +38,7 @@ class HybridScheduler:
     def __init__(self, config: SchedulerConfig, latency: LatencyModel, pool: BlockPool, num_layers: int) -> None:
         self.config, self.latency, self.pool = config, latency, pool
         profile = profile_slo(latency)
-        self.slo = default_slo(config, profile)
+        self.slo = asked_slo(config.tpot_ms, config.ttft_ms, profile)
         """Of requests that set none."""
         self.policy, self.deadlines = Policy(config.policy), Deadlines(config, latency, best_effort(self.slo, profile))
         self.tenants, self.trainers, self.job_counters = TokenCounters(), TokenCounters(), TokenCounters()
@@ -226,7 +224,7 @@ class HybridScheduler:
         finetuning may take. cost: of the requests' part of the pass, None without one."""
         base = 0.0 if cost is None else self.latency.pass_seconds(cost)
         left = self.policy.seconds(turn, spare - base - self.latency.constant_seconds)
-        left = max(min(left, self.config.preemption_quantum_ms / 1e3), self._owed_s)
+        left = max(min(left, self.deadlines.quantum_s), self._owed_s)
         if left <= 0 or not jobs or turn is Turn.INFERENCE:
             return Chosen(cost)
         patient = turn is Turn.BOTH and cost is not None
@@ -247,4 +245,4 @@ class HybridScheduler:
             self.trainers.charge(self.jobs[job].tenant, tokens)
         if has_finetuning:
             due = self.config.finetune_min_share * plan.predicted_s - chosen.seconds
-            self._owed_s = min(max(0.0, self._owed_s + due), self.config.preemption_quantum_ms / 1e3)
+            self._owed_s = min(max(0.0, self._owed_s + due), self.deadlines.quantum_s)

@@ -155,26 +155,18 @@ class LatencyModel:
         """coefficients: seconds per amount, 0 or more. Those that are left out are 0."""
         self.coefficients = dict(coefficients)
         laws = {group: _Law(group, coefficients) for group in TERMS}
-        self._constant = laws.pop("iteration").constant
+        self.constant_seconds = laws.pop("iteration").constant
+        """What every iteration costs, whatever it holds. It is part of `seconds` and of no other prediction."""
         self._inference, self._forward, self._backward, self._optimizer = laws.values()
-        self._factors = dict.fromkeys(("decode", "prefill", "fused", "forward", "backward", "optimizer"), 1.0)
+        self.corrections = dict.fromkeys(("decode", "prefill", "fused", "forward", "backward", "optimizer"), 1.0)
+        """The present factor of each part, as learnt by `observe`."""
         self._last_residual: dict[str, float] = {}
         self._errors: dict[str, deque[float]] = {}
         self._finetuning: deque[float] = deque(maxlen=_RESERVE_ITERATIONS)
 
-    @property
-    def constant_seconds(self) -> float:
-        """The seconds that every iteration costs, whatever it holds. They are part of `seconds` and of no other prediction."""
-        return self._constant
-
-    @property
-    def corrections(self) -> dict[str, float]:
-        """The present factor of each part, as learnt by `observe`."""
-        return dict(self._factors)
-
     def pass_seconds(self, cost: PassCost) -> float:
         """Predicts an inference pass, its fused rows included."""
-        factors = self._factors
+        factors = self.corrections
         decode, prefill, fused = self._pass_parts(cost)
         return factors["decode"] * decode + factors["prefill"] * prefill + factors["fused"] * fused
 
@@ -200,16 +192,16 @@ class LatencyModel:
             seconds = self._backward(cost, cost.layers)
             if cost.recompute_fraction:
                 seconds += cost.recompute_fraction * self._forward(cost, cost.layers)
-            return self._factors["backward"] * seconds
-        return self._factors["forward"] * self._forward(cost, cost.layers)
+            return self.corrections["backward"] * seconds
+        return self.corrections["forward"] * self._forward(cost, cost.layers)
 
     def optimizer_seconds(self, elements: int, refresh_seconds: float = 0.0) -> float:
         """Predicts an optimizer slice; 0 for no elements. refresh_seconds: measured, as in Contents."""
-        return self._factors["optimizer"] * (self._optimizer((elements,)) + refresh_seconds) if elements else 0.0
+        return self.corrections["optimizer"] * (self._optimizer((elements,)) + refresh_seconds) if elements else 0.0
 
     def seconds(self, contents: Contents) -> float:
         """Predicts a whole iteration."""
-        return self._constant + sum(self._parts(contents).values())
+        return self.constant_seconds + sum(self._parts(contents).values())
 
     def _parts(self, contents: Contents) -> dict[str, float]:
         """Predicted seconds by part, with their factors."""
@@ -219,7 +211,7 @@ class LatencyModel:
                 backward += self.unit_seconds(unit)
             else:
                 forward += self.unit_seconds(unit)
-        cost, factors = contents.inference, self._factors
+        cost, factors = contents.inference, self.corrections
         decode, prefill, fused = (0.0, 0.0, 0.0) if cost is None else self._pass_parts(cost)
         return {
             "decode": factors["decode"] * decode, "prefill": factors["prefill"] * prefill, "fused": factors["fused"] * fused,
@@ -232,7 +224,7 @@ class LatencyModel:
         """Learns from an iteration that has run, and records the error of its prediction. An iteration that is predicted to
         take no time teaches nothing."""
         parts = self._parts(contents)
-        predicted = self._constant + sum(parts.values())
+        predicted = self.constant_seconds + sum(parts.values())
         if predicted <= 0:
             return
         kind = kind_of(contents)
@@ -253,10 +245,10 @@ class LatencyModel:
         """Moves the factors by normalized least mean squares: each by its part's share of the predicted time. The iteration's
         constant has a share too, but no factor."""
         shares = {group: seconds / predicted for group, seconds in parts.items()}
-        norm = sum(share * share for share in shares.values()) + (self._constant / predicted) ** 2
+        norm = sum(share * share for share in shares.values()) + (self.constant_seconds / predicted) ** 2
         for group, share in shares.items():
-            factor = self._factors[group] * (1 + _STEP * residual * share / norm)
-            self._factors[group] = _clamp(factor, _SMALLEST_FACTOR, _LARGEST_FACTOR)
+            factor = self.corrections[group] * (1 + _STEP * residual * share / norm)
+            self.corrections[group] = _clamp(factor, _SMALLEST_FACTOR, _LARGEST_FACTOR)
 
     def reserve(self) -> float:
         """The relative error of a prediction that slack is kept for, from 0.02 to 0.5.

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 
 from coserve.config.settings import SchedulerConfig
-from coserve.core import PassCost
+from coserve.core import PassCost, Span
 from coserve.scheduler.admission import Admission
 from coserve.scheduler.deadlines import Deadlines
 from coserve.scheduler.latency import LatencyModel
-from coserve.scheduler.passes import PassDraft
+from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
 from coserve.scheduler.waiting import by_arrival, by_deadline, is_overdue
 
@@ -34,6 +34,38 @@ MOST_SKIPPED = 16
 """While a prompt waits for slack, so many prompts behind it are searched for late ones."""
 LATE = 0.8
 """Beside jobs a prompt isn't late before this share of its TTFT objective has passed."""
+
+
+class PassDraft:
+    """The requests' part of a pass while it is planned. requests: their numbers. cost: of a pass with these spans."""
+
+    def __init__(self) -> None:
+        self.decode: list[Span] = []
+        self.prefill: list[Span] = []
+        self.requests: set[int] = set()
+        self.cost = PassCost(0, 0, 0, 0, 0, 0, 0, 0, 0)
+        self._keys: set[PrefixKey] = set()
+
+    def cost_with(self, request: RequestState, span: Span, *, decode: bool = False) -> PassCost:
+        """The cost with one more span. decode: it computes a sampled token; otherwise it is a chunk of a prompt."""
+        cost, new_adapter = self.cost, request.key.adapter is not None and request.key not in self._keys
+        cost = cost._replace(
+            rows=cost.rows + span.length, head_rows=cost.head_rows + span.logits,
+            adapter_segments=cost.adapter_segments + new_adapter,
+        )
+        if decode:
+            return cost._replace(decode_rows=cost.decode_rows + 1, decode_context=cost.decode_context + span.end)
+        pairs = span.length * (span.start + span.end + 1) // 2
+        return cost._replace(prefill_pairs=cost.prefill_pairs + pairs, prefill_spans=cost.prefill_spans + 1)
+
+    def add(self, request: RequestState, length: int, *, decode: bool = False) -> None:
+        """Plans the request's next `length` tokens."""
+        span = request.next_span(length)
+        self.cost = self.cost_with(request, span, decode=decode)
+        (self.decode if decode else self.prefill).append(span)
+        self.requests.add(request.id)
+        self._keys.add(request.key)
+        request.advance(span)
 
 
 class PromptPicker:

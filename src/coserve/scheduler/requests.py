@@ -29,8 +29,8 @@ class RequestState:
     cacheable: whether it may take cached blocks; prompt logprobs need every row. computed: how many of its first tokens have
     their K and V in the cache or in a plan. every_logit: whether the logits of each of its prompt's rows are wanted, once.
     logits_planned: of how many first rows they have been planned. begun_s: when its first row was planned. fcfs_s: when it
-    would have its first token if requests were served as they come (turns.py). cached_tokens: what the prefix cache had of it
-    when it last began to run.
+    would have its first token if requests were served as they come (fairness.py). cached_tokens: what the prefix cache had of
+    it when it last began to run.
     """
 
     id: int

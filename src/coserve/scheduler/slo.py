@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 
-from coserve.config.settings import SchedulerConfig
 from coserve.config.values import SloMs, check_objective, objective_seconds
 from coserve.core import PassCost, Slo
 from coserve.scheduler.latency import LatencyModel
@@ -46,11 +45,6 @@ def profile_slo(latency: LatencyModel) -> Slo:
     )
 
 
-def default_slo(config: SchedulerConfig, profile: Slo) -> Slo:
-    """The objectives of requests that set none: those of the settings, or the profile's where the settings have none."""
-    return asked_slo(config.tpot_ms, config.ttft_ms, profile)
-
-
 def best_effort(default: Slo, profile: Slo) -> Slo:
     """The objectives that a best-effort request counts as having beside jobs.
 
@@ -61,7 +55,7 @@ def best_effort(default: Slo, profile: Slo) -> Slo:
 
 
 def asked_slo(tpot_ms: SloMs | None, ttft_ms: SloMs | None, default: Slo) -> Slo:
-    """A request's own objectives, and the defaults where it sets none. Raises ConfigError."""
+    """The objectives that a request or the settings ask for, and the defaults where they ask for none. Raises ConfigError."""
     check_objective("tpot_ms", tpot_ms)
     check_objective("ttft_ms", ttft_ms)
     return Slo(objective_seconds(tpot_ms, default.tpot_s), objective_seconds(ttft_ms, default.ttft_s))

@@ -330,8 +330,7 @@ class UnitPicker:
 
     def _work(self, cost: UnitCost, seconds: float) -> float:
         """The work of a unit that takes `seconds`: its rows at the best rate, attention and labels as they are."""
-        bare = cost._replace(pairs=0, labels=0)
-        return seconds - self.latency.unit_seconds(bare) + self._ideal(cost)
+        return seconds - self.latency.unit_seconds(cost._replace(pairs=0, labels=0)) + self._ideal(cost)
 
     def _ideal(self, cost: UnitCost) -> float:
         """Seconds of a unit's rows and layers at the best rate, without attention and labels."""
@@ -358,6 +357,5 @@ class UnitPicker:
             if seconds <= left:
                 cost = UnitCost(False, rows, self.num_layers, work.pairs(unit.start, unit.end),
                                 work.labels(unit.start, unit.end))
-                extra = self.latency.unit_seconds(cost) - self.latency.unit_seconds(cost._replace(pairs=0, labels=0))
-                ideal = extra + self._ideal(cost)
+                ideal = self._work(cost, self.latency.unit_seconds(cost))
                 yield Candidate(WorkUnit(work.id, unit, fused=True), ideal, max(seconds, 1e-9), None)

@@ -6,7 +6,7 @@
 
 A heap over the first request of each tenant gives the order. The least served tenant's requests come first. Within a tenant the
 request whose first token is due earliest comes first, until one has waited OVERDUE times as long as if requests were served as
-they come (turns.py). From then on the tenant's requests go in order of arrival, so that nobody is overtaken for ever.
+they come (fairness.py). From then on the tenant's requests go in order of arrival, so that nobody is overtaken for ever.
 Owns: that order. Does not own: whether there is a place, what a tenant has had (fairness.py).
 """
 
