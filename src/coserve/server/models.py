@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,11 +42,8 @@ _log = logging.getLogger(__name__)
 class ServedModel:
     """A model that requests can ask for.
 
-    name: what they ask for.
-    adapter: the engine's name of the adapter; None: the base.
-    parent: the base's name, for an adapter.
-    created: Unix seconds.
-    root: the base's name.
+    name: what they ask for. adapter: the engine's name of the adapter; None: the base. root: the base's name. parent: the same,
+    for an adapter. created: Unix seconds.
     """
 
     name: str
@@ -134,7 +131,8 @@ class ModelRegistry:
                 record = await asyncio.to_thread(self.find_record, tenant, name)
                 adapter = engine_name(record.tenant, name)
             try:
-                record = await self._checked(record)
+                if not self._is_checked(record):
+                    record = await asyncio.to_thread(self.find_files, record)  # it makes a copy
                 wanted = (self._engine.generation, record.directory)
                 if self._loaded.get(adapter) != wanted:
                     await self._engine.load_adapter(adapter, record.directory)
@@ -147,16 +145,13 @@ class ModelRegistry:
                 ) from error
         return self._served(record)
 
-    async def _checked(self, record: AdapterRecord) -> AdapterRecord:
-        """`find_files`, in a thread where it has to make a copy."""
-        if record.job is not None or self._shelf.holds(record.directory):
-            return record
-        return await asyncio.to_thread(self.find_files, record)
+    def _is_checked(self, record: AdapterRecord) -> bool:
+        return record.job is not None or self._shelf.holds(record.directory)
 
     def find_files(self, record: AdapterRecord) -> AdapterRecord:
         """The same row, of files that are checked: a job's own, or a copy on the shelf, which is made now if an older coserve
         made none. Raises NotFound, InvalidRequest, CapacityError."""
-        if record.job is not None or self._shelf.holds(record.directory):
+        if self._is_checked(record):
             return record
         admitted = self._shelf.admit(Path(record.directory))
         self._report(record.name, admitted)
@@ -176,16 +171,8 @@ class ModelRegistry:
         """Unloads an adapter from the engine, if it is there. Requests that use it go on."""
         adapter = engine_name(tenant, name)
         self._loaded.pop(adapter, None)
-        held: list[str] | None = []
-        if self._engine.ready:
-            held = None
-            with contextlib.suppress(CoserveError):  # not there, or the engine has just died: gone either way
-                held = await self._engine.unload_adapter(adapter)
-        await self._sweep(held)
-
-    async def _sweep(self, held: Collection[str] | None) -> None:
-        """Deletes copies that nobody needs. held: directories of the engine's adapters; None: unknown, nothing is deleted."""
-        if held is not None:
+        with contextlib.suppress(CoserveError):  # not there, or the engine has just died: gone either way, but no copy is swept
+            held = await self._engine.unload_adapter(adapter) if self._engine.ready else []
             await asyncio.to_thread(self._shelf.sweep, held)
 
     # --- rows ---
@@ -227,9 +214,8 @@ class ModelRegistry:
     # --- what /v1/load_lora_adapter and /v1/unload_lora_adapter do ---
 
     async def load(self, tenant: str, name: str, path: str, *, replace: bool = False) -> tuple[str, ...]:
-        """Serves the adapter in a directory below --adapter-root. Returns warnings for its maker.
-
-        Raises Forbidden, InvalidRequest, TooLarge, CapacityError.
+        """Serves the adapter in a directory below --adapter-root. Returns warnings for its maker. Raises Forbidden,
+        InvalidRequest, TooLarge, CapacityError.
 
         replace: whether an adapter of this name gets a new version; the old one stays if the new one can't be used.
         """
@@ -260,7 +246,7 @@ class ModelRegistry:
             self.note_loaded(record, generation)
             if existing is not None:
                 self._shelf.retire(existing.directory, tenant)
-        await self._sweep(held)
+        await asyncio.to_thread(self._shelf.sweep, held)
         return admitted.warnings
 
     def _find_loaded(self, tenant: str, name: str, replace: bool) -> AdapterRecord | None:
