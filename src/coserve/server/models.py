@@ -42,20 +42,21 @@ _log = logging.getLogger(__name__)
 class ServedModel:
     """A model that requests can ask for.
 
-    name: what they ask for. adapter: the engine's name of the adapter; None: the base. root: the base's name. parent: the same,
-    for an adapter. created: Unix seconds.
+    name: what they ask for. adapter: the engine's name of the adapter; None: the base. created: Unix seconds.
     """
 
     name: str
     adapter: str | None
-    parent: str | None
     created: int
-    root: str
 
 
 def engine_name(tenant: str, name: str) -> str:
     """The engine's name of a tenant's adapter. Different tenants' adapters have different ones."""
     return f"{quote(tenant, safe='')}/{name}"
+
+
+def _served(record: AdapterRecord) -> ServedModel:
+    return ServedModel(name=record.name, adapter=engine_name(record.tenant, record.name), created=record.created_at)
 
 
 class ModelRegistry:
@@ -89,8 +90,8 @@ class ModelRegistry:
     def find(self, tenant: str, name: str) -> ServedModel:
         """The model of a name. Raises NotFound, also for names of other tenants."""
         if name in self.base_names:
-            return ServedModel(name=name, adapter=None, parent=None, created=self._started, root=self.base_names[0])
-        return self._served(self.find_record(tenant, name))
+            return ServedModel(name=name, adapter=None, created=self._started)
+        return _served(self.find_record(tenant, name))
 
     def find_record(self, tenant: str, name: str) -> AdapterRecord:
         """The adapter's row: the tenant's own or a shared one. Raises NotFound."""
@@ -108,14 +109,8 @@ class ModelRegistry:
     def list(self, tenant: str) -> Sequence[ServedModel]:
         """All models of a tenant: the base under each of its names, then adapters."""
         return [self.find(tenant, name) for name in self.base_names] + [
-            self._served(record) for record in self._store.list_adapters(tenant)
+            _served(record) for record in self._store.list_adapters(tenant)
         ]
-
-    def _served(self, record: AdapterRecord) -> ServedModel:
-        base = self.base_names[0]
-        return ServedModel(
-            name=record.name, adapter=engine_name(record.tenant, record.name), parent=base, created=record.created_at, root=base
-        )
 
     # --- the engine's side ---
 
@@ -131,8 +126,8 @@ class ModelRegistry:
                 record = await asyncio.to_thread(self.find_record, tenant, name)
                 adapter = engine_name(record.tenant, name)
             try:
-                if not self._is_checked(record):
-                    record = await asyncio.to_thread(self.find_files, record)  # it makes a copy
+                if not self._is_checked(record):  # a copy has to be made
+                    record = await asyncio.to_thread(self.find_files, record)
                 wanted = (self._engine.generation, record.directory)
                 if self._loaded.get(adapter) != wanted:
                     await self._engine.load_adapter(adapter, record.directory)
@@ -143,7 +138,7 @@ class ModelRegistry:
                 raise InvalidRequest(
                     f"{name} can't be loaded: {str(error).removeprefix('adapter: ')}", param="model"
                 ) from error
-        return self._served(record)
+        return _served(record)
 
     def _is_checked(self, record: AdapterRecord) -> bool:
         return record.job is not None or self._shelf.holds(record.directory)
@@ -171,7 +166,7 @@ class ModelRegistry:
         """Unloads an adapter from the engine, if it is there. Requests that use it go on."""
         adapter = engine_name(tenant, name)
         self._loaded.pop(adapter, None)
-        with contextlib.suppress(CoserveError):  # not there, or the engine has just died: gone either way, but no copy is swept
+        with contextlib.suppress(CoserveError):  # not there, or the engine has just died: gone either way
             held = await self._engine.unload_adapter(adapter) if self._engine.ready else []
             await asyncio.to_thread(self._shelf.sweep, held)
 

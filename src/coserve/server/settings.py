@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coserve.config.data import read_toml
-from coserve.config.settings import EngineConfig, SchedulerConfig
+from coserve.config.settings import POLICIES, EngineConfig, SchedulerConfig
 from coserve.config.values import AUTO, SloMs, knob, read_memory, require, require_least
 from coserve.core import ConfigError
 from coserve.server.hostnames import check_allowed
@@ -71,7 +71,7 @@ class ServerConfig:
     """Objective: milliseconds per output token after the first, or "none": best effort. None: from the machine's profile."""
     slo_ttft_ms: SloMs | None = knob(None, "Objective to the first token (by profile); none: best effort.", metavar="MS|none")
     """Objective: milliseconds to the first token; otherwise as `slo_tpot_ms`."""
-    policy: str = knob("coserve", "coserve, inference-only, finetune-only, temporal:N, ...")
+    policy: str = knob("coserve", f"{', '.join(POLICIES)}.")
     finetune_min_share: float = knob(0.0, "Share of time that jobs always get (0).")
     activation_memory: str = knob(AUTO, "Part of the pool for training: 12.5GB, a share, auto.")
     """Part of the pool that training may take: bytes (also 12.5GB, 800MiB), a share below 1 (0: no training), or auto."""
@@ -123,7 +123,10 @@ class ServerConfig:
         try:
             self.engine_config()  # its own checks
         except ConfigError as error:
-            raise _in_own_words(error) from error
+            own_name = _ENGINE_NAMES.get(error.param or "")
+            if own_name is None:
+                raise
+            raise ConfigError(f"{own_name}: {str(error).removeprefix(f'{error.param}: ')}", param=own_name) from error
 
     def engine_config(self, pool_bytes: int | None = None) -> EngineConfig:
         """The engine's settings; pool_bytes: what the pool will hold, if it is known."""
@@ -147,12 +150,6 @@ class ServerConfig:
         share = number if number < 1 else number / pool_bytes
         require(share < 1, "activation_memory", f"{number:.0f} bytes leave nothing of the pool's {pool_bytes} to inference")
         return share
-
-
-def _in_own_words(error: ConfigError) -> ConfigError:
-    """An error about a field of the engine's settings, under the name that the field has here."""
-    name = _ENGINE_NAMES.get(error.param or "")
-    return error if name is None else ConfigError(f"{name}: {str(error).removeprefix(f'{error.param}: ')}", param=name)
 
 
 def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServerConfig:
@@ -216,10 +213,9 @@ def _read_texts(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _read(name: str, kind: str, value: Any) -> Any:
-    """A value in its field's type."""
     if kind.startswith("SloMs"):
-        with contextlib.suppress(ValueError):
-            return float(value) if isinstance(value, str) else value  # a command line gives numbers as text
+        with contextlib.suppress(ValueError):  # a command line gives numbers as text
+            return float(value) if isinstance(value, str) else value
         return value
     if name == "lora_modules":
         return _read_modules(value)
