@@ -153,7 +153,7 @@ class FakeBackend:
         tpot, num_tokens = 0.062 + abs(self.random.gauss(0, 0.014)), self.random.randint(20, 90)
         start = end_s - tpot * num_tokens
         arrival = start - 0.3 - self.random.expovariate(4)
-        meter = self.metrics.begin(model=BASE, prompt_tokens=80, params=SamplingConfig(), arrival_s=arrival)
+        meter = self.metrics.begin(model=BASE, prompt_tokens=80, sampling=SamplingConfig(), arrival_s=arrival)
         for i in range(num_tokens):
             meter.tokens(Tokens(id="r", index=0, text="x", token_ids=[1], time_s=start + i * tpot))
         meter.end("stop")

@@ -70,11 +70,12 @@ class Asked:
 
 
 class FakeEngineClient:
-    """Stands for EngineClient. script: may be changed between requests; generate must be called on the event loop."""
+    """Stands for EngineClient and its supervisor. script: may be changed between requests; generate must be called on the event
+    loop."""
 
     def __init__(self, tokenizer: ChatTokenizer, vocab_size: int = 400) -> None:
         self.tokenizer, self.script, self.asked = tokenizer, Script(), list[Asked]()
-        self.ready, self.num_restarts, self.generation = True, 0, 1
+        self.ready, self.num_restarts, self.generation, self.supervisor = True, 0, 1, self
         self.info = Ready(
             model=MODEL, directory="", fingerprint="fp-tiny", architecture="llama", num_parameters=1, vocab_size=vocab_size,
             max_model_len=MAX_MODEL_LEN, device="cpu", dtype="float32", threads=1, memory={}, start_s=0.0,

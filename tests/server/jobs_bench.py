@@ -37,11 +37,13 @@ def write_adapter(directory: Path) -> Path:
 
 
 class FakeEngine:
-    """EngineClient's methods; the test plays the engine's part by start of job, step, checkpoint, end, die and rise."""
+    """EngineClient's methods and its supervisor's; the test plays the engine's part by start of job, step, checkpoint, end, die
+    and rise."""
 
     def __init__(self, model: Path) -> None:
         self.ready, self.generation, self.num_restarts = True, 1, 0
         self.last_end: EngineEnd | None = None
+        self.supervisor = self
         self.info = Ready(
             model="some/Base-1", directory=str(model), fingerprint="f", architecture="llama", num_parameters=1, vocab_size=400,
             max_model_len=512, device="cpu", dtype="float32", threads=1, memory={}, start_s=0.1,

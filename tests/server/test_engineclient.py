@@ -73,8 +73,8 @@ class Loop:
             assert self.client.ready
             self.ups.append(self.client.generation)
 
-        self.client.on_up(up)
-        self.client.on_down(lambda: self.downs.append(time.monotonic()))
+        self.client.supervisor.on_up(up)
+        self.client.supervisor.on_down(lambda: self.downs.append(time.monotonic()))
         self.client.on_job(self.job_messages.append)
 
     def __call__(self, work: Coroutine[Any, Any, T], seconds: float = 60.0) -> T:
@@ -497,7 +497,7 @@ def test_a_killed_engine_fails_all_at_once_and_comes_back(loop: Loop, tmp_path: 
         lora=LoraConfig(r=4), batch_size=2, max_steps=100_000, max_microbatch_tokens=256, checkpoint_steps=0
     )
     start_job(loop, tmp_path, "cut", config=endless)
-    generation, restarts = loop.client.generation, loop.client.num_restarts
+    generation, restarts = loop.client.generation, loop.client.supervisor.num_restarts
 
     async def kill() -> float:
         stream = loop.client.generate(prompt_ids=PROMPT, sampling=LONG)
@@ -525,7 +525,7 @@ def test_a_killed_engine_fails_all_at_once_and_comes_back(loop: Loop, tmp_path: 
     assert loop(kill()) < 1.0
     assert len(loop.downs) == downs + 1
     loop.wait(lambda: loop.client.ready)
-    assert (loop.client.generation, loop.client.num_restarts) == (generation + 1, restarts + 1)
+    assert (loop.client.generation, loop.client.supervisor.num_restarts) == (generation + 1, restarts + 1)
     loop.wait(lambda: loop.ups[-1] == generation + 1)
     assert len(joined(loop.generate(prompt_ids=PROMPT, sampling=GREEDY)).token_ids) == 12
     assert not loop.ended("cut"), "its end is not known: it goes on in another process"

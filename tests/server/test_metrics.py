@@ -49,7 +49,7 @@ class Room:
     ) -> RequestMeter:
         """own: the request's own objectives."""
         return self.metrics.begin(
-            model=model, prompt_tokens=prompt_tokens, params=SamplingConfig(**params), arrival_s=self.clock.now, **own
+            model=model, prompt_tokens=prompt_tokens, sampling=SamplingConfig(**params), arrival_s=self.clock.now, **own
         )
 
     def serve(self, times_s: list[float], reason: str = "stop") -> None:
@@ -190,7 +190,7 @@ def test_chunks_that_were_merged_are_measured_from_their_first_to_their_last_tok
 def test_a_request_is_held_against_its_own_objectives() -> None:
     room = Room()
     meter = room.metrics.begin(
-        model="tiny", prompt_tokens=7, params=SamplingConfig(), arrival_s=room.clock.now, ttft_ms=50, tpot_ms=1000
+        model="tiny", prompt_tokens=7, sampling=SamplingConfig(), arrival_s=room.clock.now, ttft_ms=50, tpot_ms=1000
     )
     for delay in (0.1, 0.5):
         meter.tokens(tokens(room.clock.now + delay))

@@ -19,11 +19,11 @@ from coserve.server.stats.metrics import ServerMetrics
 
 
 class FakeEngine:
-    """Answers, fails or hangs."""
+    """Answers, fails or hangs. It stands for its supervisor too."""
 
     def __init__(self) -> None:
         self.ready, self.num_restarts, self.mood, self.failure = True, 3, "well", None
-
+        self.supervisor = self
         self.watch = SimpleNamespace(problem=None)
 
     @property

@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from coserve.bench.results import make_results
 from coserve.bench.sharing import BurstConfig, Sharing, SharingConfig, SharingSetup
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.config.settings import POLICIES
+from coserve.config.values import require
 from coserve.core import ConfigError
 from coserve.machine import device_name, versions
 from coserve.runtime.loaded import LoadedModel, load_model
@@ -34,7 +36,7 @@ from coserve.runtime.loaded import LoadedModel, load_model
 bench_app = typer.Typer(no_args_is_help=True, help="Measure co-serving on this machine.")
 console = Console()
 
-QUICK_POLICIES = "coserve,temporal:16,dynamic-temporal"
+QUICK_POLICIES = ("coserve", "temporal:16", "dynamic-temporal")
 TRAINING_EXAMPLES = 256
 
 
@@ -72,27 +74,23 @@ def sharing(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
     """Inference and finetuning under every policy of sharing, at shares of this machine's capacity."""
-    default = SharingConfig()
-    quick_default = SharingConfig(
-        policies=tuple(QUICK_POLICIES.split(",")), loads=(0.5,), requests=60, pairs=1, capacity_requests=40,
-        capacity_tolerance=0.15, alone_s=30.0, drain_s=30.0,
-    )
-    base = quick_default if quick else default
-    config = SharingConfig(
+    base = SharingConfig()
+    if quick:
+        base = replace(base, policies=QUICK_POLICIES, loads=(0.5,), requests=60, pairs=1, capacity_requests=40,
+                       capacity_tolerance=0.15, alone_s=30.0, drain_s=30.0)
+    config = replace(
+        base,
         policies=base.policies if policies is None else tuple(name.strip() for name in policies.split(",")),
         loads=base.loads if loads is None else _numbers(loads, "loads", float),
         requests=base.requests if requests is None else requests, pairs=base.pairs if pairs is None else pairs,
         arrivals=ArrivalConfig(
             kind=arrivals, prompt_tokens=prompt_tokens, output_tokens=output_tokens, length_scale=length_scale),
-        seed=seed, ttft_ms=ttft_ms, tpot_ms=tpot_ms, capacity=capacity, capacity_requests=base.capacity_requests,
-        capacity_tolerance=base.capacity_tolerance, alone_s=base.alone_s, drain_s=base.drain_s,
-        burst=BurstConfig() if burst else None,
+        seed=seed, ttft_ms=ttft_ms, tpot_ms=tpot_ms, capacity=capacity, burst=BurstConfig() if burst else None,
     )
     count = threads or os.cpu_count() or 1
     halves = (max(1, count - count // 2), max(1, count // 2))
     shares = halves if spatial_threads is None else _numbers(spatial_threads, "spatial_threads", int)
-    if len(shares) != 2 or min(shares) < 1:
-        raise ConfigError(f"spatial_threads: write two counts as 1,1, got {spatial_threads!r}", param="spatial_threads")
+    require(len(shares) == 2 and min(shares) >= 1, "spatial_threads", f"write two counts as 1,1, got {spatial_threads!r}")
     make_arrivals(config.arrivals, 1.0, config.requests, seed)  # a trace that can't be used is refused before the model loads
     torch.set_num_threads(count)
     loaded = load_model(model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"))

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from coserve.cli.bench import bench_app
-from coserve.cli.plan import add_plan
-from coserve.cli.serve import add_commands
+from coserve.cli.plan import PlanCommand, plan
+from coserve.cli.serve import ServeCommand, keys_app, serve
 from coserve.cli.settings import job_flags, read_settings, with_flags
 from coserve.config.settings import PAIRED, SamplingConfig
 from coserve.config.values import require
-from coserve.core import ConfigError, CoserveError, InvalidRequest, one_line
+from coserve.core import CoserveError, InvalidRequest, one_line
 from coserve.demo.command import demo
 from coserve.engine.generation import Generator
 from coserve.finetune.defaults import not_used, unused_settings
@@ -36,8 +36,9 @@ from coserve.training.finetuning import finetune
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
 app.add_typer(bench_app, name="bench")
-add_commands(app)
-add_plan(app)
+app.command(cls=ServeCommand)(serve)
+app.add_typer(keys_app, name="keys")
+app.command(cls=PlanCommand)(plan)
 app.command()(demo)
 console = Console()
 notes = Console(stderr=True, quiet=not sys.stderr.isatty())
@@ -109,8 +110,7 @@ def finetune_command(
     **given: Any,
 ) -> None:
     """Finetune an adapter on a JSON Lines file. What isn't given is chosen from the data and shown at the start."""
-    if len(paths) > 2:
-        raise ConfigError(f"data: give [MODEL] DATA.jsonl, got {len(paths)} arguments: {' '.join(paths)}", param="data")
+    require(len(paths) <= 2, "data", f"give [MODEL] DATA.jsonl, got {len(paths)} arguments: {' '.join(paths)}")
     asked = read_settings(config, given, given.pop("kind"))
     settings, options = asked.config, asked.options
     start = adapter if adapter is not None else options.get("adapter")

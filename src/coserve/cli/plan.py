@@ -26,8 +26,7 @@ from coserve.compiler.baselines import Baselines
 from coserve.compiler.report import LayerReport, report
 from coserve.config.data import ADAPTERS, adapter_of_kind, finetune_config_from_dict, size_field, to_dict
 from coserve.config.settings import AdapterConfig, Compression
-from coserve.config.values import AUTO, read_memory
-from coserve.core import ConfigError
+from coserve.config.values import AUTO, read_memory, require
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.locate import locate_model
 from coserve.planning.budget import shape_adapter
@@ -143,11 +142,9 @@ def plan(
 
 def _check_output(path: Path, name: str, suffixes: Sequence[str] = ()) -> None:
     """Raises ConfigError for a file that can't be written, before anything is computed."""
-    if suffixes and path.suffix not in suffixes:
-        raise ConfigError(f"{name}: the file's name must end in {', '.join(suffixes)}, got {path}", param=name)
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a directory" if path.is_dir() else f"can't be made, as there is no directory {path.parent}"
-        raise ConfigError(f"{name}: {path} {what}", param=name)
+    require(not suffixes or path.suffix in suffixes, name, f"the file's name must end in {', '.join(suffixes)}, got {path}")
+    require(not path.is_dir(), name, f"{path} is a directory")
+    require(path.parent.is_dir(), name, f"{path} can't be made, as there is no directory {path.parent}")
 
 
 def make_plan(
@@ -157,16 +154,11 @@ def make_plan(
     """Plans training for a model directory. limit: of the total, for `read_memory`; compression: as
     FinetuneConfig.activation_compression. Raises ConfigError, CapacityError."""
     settings = adapter.settings()
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: must be {', '.join(DTYPES)}, got {dtype!r}", param="dtype")
+    require(dtype in DTYPES, "dtype", f"must be {', '.join(DTYPES)}, got {dtype!r}")
     for name, value in (("sequence_length", sequence_length), ("window_tokens", window_tokens)):
-        if value < 1:
-            raise ConfigError(f"{name}: must be at least 1, got {value}", param=name)
-    if num_tokens < sequence_length:
-        raise ConfigError(
-            f"max_microbatch_tokens: {num_tokens} is less than one sequence of {sequence_length} tokens",
-            param="max_microbatch_tokens",
-        )
+        require(value >= 1, name, f"must be at least 1, got {value}")
+    require(num_tokens >= sequence_length, "max_microbatch_tokens",
+            f"{num_tokens} is less than one sequence of {sequence_length} tokens")
     start = time.perf_counter()
     arch = read_architecture(directory)
     empty = shape_adapter(arch, settings)
@@ -223,9 +215,7 @@ def to_json(planned: Planned) -> str:
     result, shape, beside = planned.estimate, planned.shape, planned.baselines
     return json.dumps({
         "model": planned.model,
-        "adapter": {
-            "kind": planned.kind, "num_parameters": shape.num_parameters, **to_dict(planned.settings),
-        },
+        "adapter": {"kind": planned.kind, "num_parameters": shape.num_parameters, **to_dict(planned.settings)},
         "sequence_length": shape.sequence_length, "max_microbatch_tokens": shape.num_tokens,
         "window_tokens": shape.window_tokens, "dtype": planned.dtype, "limit": planned.limit,
         "activation_compression": planned.compression,
@@ -360,8 +350,3 @@ def _show_baselines(planned: Planned) -> None:
         head="peft")
     say(f"{baselines.METHOD};", head="method:")
     say(baselines.ATTENTION_PATH, head="attention:")
-
-
-def add_plan(app: typer.Typer) -> None:
-    """Puts it into the command `coserve`."""
-    app.command("plan", cls=PlanCommand)(plan)

@@ -31,7 +31,6 @@ from coserve.model.memory import GIB
 from coserve.scheduler.slo import describe_slo
 from coserve.server import logs
 from coserve.server.app import create_app, index_url, open_services
-from coserve.server.errors import Unauthorized
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.store import Store
 from coserve.server.link.setup import STOP_SIGNALS
@@ -55,7 +54,7 @@ DataDirOption = Annotated[Path | None, typer.Option(help="Files, jobs, adapters 
 DatabaseOption = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the index (SQLite in the data directory).")]
 
 
-class _ServeCommand(TyperCommand):
+class ServeCommand(TyperCommand):
     """Accepts flags of vLLM that ask for what happens anyway."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -183,7 +182,7 @@ def startup_lines(services: Services, port: int) -> list[str]:
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     given, flags = (config.slo_tpot_ms, config.slo_ttft_ms), ("--slo-tpot-ms", "--slo-ttft-ms")
     objectives = describe_slo(info.objectives, given, flags)
-    asks = _asks_for_keys(services)
+    asks = not services.tenants.is_open()
     key = "YOUR-KEY" if asks else _NO_KEY
     open_to_others = not asks and not OwnNames(config.host, ()).is_local
     return [
@@ -200,14 +199,6 @@ def startup_lines(services: Services, port: int) -> list[str]:
         f"page      {address}/",
         f'client    OpenAI(base_url="{address}/v1", api_key="{key}")',
     ]
-
-
-def _asks_for_keys(services: Services) -> bool:
-    try:
-        services.tenants.identify(None)
-    except Unauthorized:
-        return True
-    return False
 
 
 # --- keys ---
@@ -253,9 +244,3 @@ def revoke_key(
 
 def _time(seconds: int) -> str:
     return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "minutes")
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Adds `serve` and `keys` to the command `coserve`."""
-    app.command("serve", cls=_ServeCommand)(serve)
-    app.add_typer(keys_app, name="keys")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import inspect
-import tomllib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from coserve.config.data import ADAPTERS, KNOBS, NAMES, finetune_config_from_dict
+from coserve.config.data import ADAPTERS, KNOBS, NAMES, finetune_config_from_dict, read_toml
 from coserve.config.settings import ADAPTER_TABLES, FinetuneConfig
-from coserve.config.values import AUTO, Auto, field_types
+from coserve.config.values import AUTO, Auto, field_types, require
 from coserve.core import ConfigError
 
 _TABLES = (*ADAPTER_TABLES, "optimizer")
@@ -88,17 +87,15 @@ def read_settings(path: Path | None, given: Mapping[str, Any], kind: str | None 
     options = {name: loose.pop(name) for name in _OPTIONS if name in loose}
     for name, value in options.items():
         kinds = "true or false" if name == "resume" else "a text"
-        if isinstance(value, bool) != (name == "resume") or not isinstance(value, bool | str):
-            raise ConfigError(f"{name}: must be {kinds} in {path}, got {value!r}", param=name)
+        good = isinstance(value, bool) if name == "resume" else isinstance(value, str)
+        require(good, name, f"must be {kinds} in {path}, got {value!r}")
     named = None if "kind" not in loose else str(loose.pop("kind"))
     chosen = _choose_adapter(data, kind or named)
     for name, value in loose.items():
         where = _home(data, name, chosen)
-        if name in where and where[name] != value:
-            word = _word(name)
-            raise ConfigError(
-                f"{word}: is {value!r} at the top level of {path} and {where[name]!r} in its table; leave one out", param=word
-            )
+        other = where.get(name, value)
+        require(other == value, _word(name),
+                f"is {value!r} at the top level of {path} and {other!r} in its table; leave one out")
         where[name] = value
     for word, value in given.items():
         if value is not None:
@@ -113,19 +110,12 @@ def read_settings(path: Path | None, given: Mapping[str, Any], kind: str | None 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     """A settings file as {field's name: value} and its tables. Names of flags at its top level become fields' names."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} can't be read as TOML ({error})", param="config") from error
     found: dict[str, Any] = {}
-    for key, value in data.items():
+    for key, value in read_toml(path).items():
         name = NAMES.get(key.replace("-", "_"), key.replace("-", "_"))
-        if name in _TABLES and not isinstance(value, dict):
-            raise ConfigError(f"{name}: must be a table, [{name}], in {path}", param=name)
-        if name in found:
-            raise ConfigError(f"{_word(name)}: is given twice in {path}", param=_word(name))
-        if name in ("output", "config", "model", "data"):
-            raise ConfigError(f"{name}: give it on the command line, not in {path}", param=name)
+        require(name not in _TABLES or isinstance(value, dict), name, f"must be a table, [{name}], in {path}")
+        require(name not in found, _word(name), f"is given twice in {path}")
+        require(name not in ("output", "config", "model", "data"), name, f"give it on the command line, not in {path}")
         found[name] = _read(name, value)
     return found
 
@@ -160,9 +150,8 @@ def _pattern(text: str, name: str, kind: Callable[[str], float]) -> dict[str, fl
 def _home(data: dict[str, Any], name: str, chosen: str) -> dict[str, Any]:
     """The table that a setting belongs to. chosen: the adapter's."""
     sections = KNOBS[name].sections if name in KNOBS else ("",)
-    if name in KNOBS and KNOBS[name].of_adapter and chosen not in sections:
-        word = _word(name)
-        raise ConfigError(f"{word}: {chosen} adapters have no such setting, {' and '.join(sections)} do", param=word)
+    fits = name not in KNOBS or not KNOBS[name].of_adapter or chosen in sections
+    require(fits, _word(name), f"{chosen} adapters have no such setting, {' and '.join(sections)} do")
     section = chosen if chosen in sections else sections[0]
     table: dict[str, Any] = data.setdefault(section, {}) if section else data
     return table
@@ -177,17 +166,14 @@ def _choose_adapter(data: dict[str, Any], kind: str | None) -> str:
     """The table of the kind of adapter that is asked for, by `kind` or by the table itself; it is there afterwards."""
     others = [name for name in _TABLES if name not in ("lora", "optimizer") and name in data]
     if kind is None:
-        if others and "lora" in data:
-            raise ConfigError(f"lora: the settings file has a table [{others[0]}] too; leave one out", param="lora")
-        return others[0] if others else "lora"
-    if kind not in ADAPTERS:
-        raise ConfigError(f"kind: must be one of {', '.join(ADAPTERS)}, got {kind!r}", param="kind")
+        found = others[0] if others else "lora"
+        require(not others or "lora" not in data, "lora", f"the settings file has a table [{found}] too; leave one out")
+        return found
+    require(kind in ADAPTERS, "kind", f"must be one of {', '.join(ADAPTERS)}, got {kind!r}")
     chosen = ADAPTERS[kind]
-    for name in others:
-        if name != chosen:
-            raise ConfigError(f"kind: it is {kind}, but the settings file has a table [{name}]; leave one out", param="kind")
-    if chosen != "lora" and "lora" in data:
-        raise ConfigError(f"kind: it is {kind}, but the settings file has a table [lora]; leave one out", param="kind")
+    for name in (*others, "lora"):
+        beside = name in data and name != chosen
+        require(not beside, "kind", f"it is {kind}, but the settings file has a table [{name}]; leave one out")
     data.setdefault(chosen, {})
     if kind in ("lora", "dora"):
         data["lora"]["use_dora"] = kind == "dora"

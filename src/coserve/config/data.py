@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import tomllib
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from coserve.config.settings import ADAPTER_TABLES, AdapterConfig, AdapterKind, FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.config.values import field_types, require
+from coserve.core import ConfigError
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -47,6 +50,14 @@ def finetune_config_from_dict(data: Mapping[str, Any]) -> FinetuneConfig:
 
 
 _SECTIONS: Mapping[str, type] = {"optimizer": OptimizerConfig, **ADAPTER_TABLES}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a settings file holds. Raises ConfigError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} can't be read as TOML ({error})", param="config") from error
 
 
 class Knob(NamedTuple):

@@ -194,13 +194,11 @@ class FinetuneConfig:
     max_length: int | None = knob(None, "Longest example in tokens.")
     """Longest example in tokens; default: `max_microbatch_tokens` or the model's limit, whichever is less."""
     too_long: TooLong = knob("error", "Longer examples: error, drop or truncate.")
-    """What happens to an example that is longer: refused, left out, or cut at the end."""
     system_prompt: SystemPrompt = knob("keep", "keep, or merge: put into the first user turn (keep).")
     """keep, or merge: system messages become the beginning of the next user turn, for chat templates that refuse them."""
     allow_control_tokens: bool = knob(False, "Control tokens written out in the data count.")
     """Whether control tokens that a text of the data writes out are control tokens. If not, they are plain text."""
     template_date: str | None = knob(None, "Today for chat templates, YYYY-MM-DD (the start's day).")
-    """Today's date for chat templates that write it, as YYYY-MM-DD; None: the day on which the job begins."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig | None = None
     """The adapter, where no other kind is set; None: a LoRA adapter with the defaults, or the adapter that the job

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from coserve.core import CapacityError, ConfigError, ContextExceeded, CoserveError, InvalidRequest, JobFailed, NotFound
+from coserve.server.link.messages import Problem
 
 
 class Unauthorized(CoserveError):
@@ -83,7 +84,7 @@ def error_name(error: CoserveError) -> str:
     return _kind(error).error.__name__
 
 
-def make_error(name: str, message: str, param: str | None) -> CoserveError:
-    """The error of a class's name; CoserveError for a name that isn't known."""
+def make_error(problem: Problem) -> CoserveError:
+    """The error that travelled; a CoserveError if the name of its class isn't known."""
     kinds = {kind.error.__name__: kind.error for kind in _KINDS}
-    return kinds.get(name, CoserveError)(message, param=param)
+    return kinds.get(problem.name, CoserveError)(problem.message, param=problem.param)

@@ -130,12 +130,8 @@ class JsonFormatter(logging.Formatter):
 
 @dataclass(slots=True)
 class _Folded:
-    """A line that was written.
-
-    until_s, began_s: end and begin of the window in which it is only counted, by the monotonic clock.
-    window: which of FOLD_S the window's length is.
-    count: how often the line came in the window.
-    """
+    """A line that was written. until_s, began_s: end and begin of the window in which it is only counted, by the monotonic
+    clock. window: which of FOLD_S the window's length is. count: how often the line came in the window."""
 
     record: logging.LogRecord
     until_s: float

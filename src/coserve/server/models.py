@@ -42,9 +42,7 @@ _log = logging.getLogger(__name__)
 class ServedModel:
     """A model that requests can ask for.
 
-    name: what they ask for.
-    adapter: the engine's name of the adapter; None: the base.
-    created: Unix seconds.
+    name: what they ask for. adapter: the engine's name of the adapter; None: the base. created: Unix seconds.
     """
 
     name: str
@@ -211,9 +209,8 @@ class ModelRegistry:
     # --- what /v1/load_lora_adapter and /v1/unload_lora_adapter do ---
 
     async def load(self, tenant: str, name: str, path: str, *, replace: bool = False) -> tuple[str, ...]:
-        """Serves the adapter in a directory below --adapter-root. Returns warnings for its maker.
-
-        Raises Forbidden, InvalidRequest, TooLarge, CapacityError.
+        """Serves the adapter in a directory below --adapter-root. Returns warnings for its maker. Raises Forbidden,
+        InvalidRequest, TooLarge, CapacityError.
 
         replace: whether an adapter of this name gets a new version; the old one stays if the new one can't be used.
         """

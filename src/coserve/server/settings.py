@@ -9,12 +9,12 @@ import contextlib
 import dataclasses
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coserve.config.data import read_toml
 from coserve.config.settings import POLICIES, EngineConfig, SchedulerConfig
 from coserve.config.values import AUTO, SloMs, knob, read_memory, require, require_least
 from coserve.core import ConfigError
@@ -72,9 +72,7 @@ class ServerConfig:
     slo_ttft_ms: SloMs | None = knob(None, "Objective to the first token (by profile); none: best effort.", metavar="MS|none")
     """Objective: milliseconds to the first token; otherwise as `slo_tpot_ms`."""
     policy: str = knob("coserve", f"{', '.join(POLICIES)}.")
-    """As in SchedulerConfig.policy."""
     finetune_min_share: float = knob(0.0, "Share of time that jobs always get (0).")
-    """Share of time that jobs get even where objectives are missed, in [0, 1)."""
     activation_memory: str = knob(AUTO, "Part of the pool for training: 12.5GB, a share, auto.")
     """Part of the pool that training may take: bytes (also 12.5GB, 800MiB), a share below 1 (0: no training), or auto."""
     max_jobs: int = knob(4, "Jobs that run at once (4).")
@@ -87,7 +85,6 @@ class ServerConfig:
     max_tenant_file_bytes: int = knob(64 << 30, "All files of a tenant (64 GiB).")
     """Of all files and jobs' outputs of a tenant together; uploads and jobs beyond are refused, and running jobs wait."""
     max_body_bytes: int = knob(16 << 20, "Largest other body (16 MiB).")
-    """Of a request that isn't an upload."""
     max_tenant_queued_reqs: int | None = knob(None, "Outputs of a tenant that run or wait (share).")
     """Outputs of one tenant that may run or wait; None: all places while nobody else wants one, then its share."""
     max_tenant_files: int = knob(10_000, "Files of a tenant (10000).")
@@ -160,12 +157,7 @@ def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServerConfig:
 
     Raises ConfigError, naming the field.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        try:
-            data = {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text()).items()}
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config: {path} can't be read as TOML ({error})", param="config") from error
+    data = {} if path is None else {key.replace("-", "_"): value for key, value in read_toml(path).items()}
     data |= {key: value for key, value in given.items() if value is not None}
     known = {f.name: f for f in dataclasses.fields(ServerConfig)}
     for key in data:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from coserve.core import ConfigError
+from coserve.config.values import require
 from coserve.server.errors import Unauthorized
 from coserve.server.index.store import Store
 from coserve.server.records import KeyRecord, new_id, now
@@ -40,8 +40,7 @@ class Tenants:
         api_keys: keys beside those in the store: each is a key of the default tenant, or a pair (tenant, key).
         clock: gives seconds.
         """
-        self._store = store
-        self._clock = clock
+        self._store, self._clock = store, clock
         self._lock = threading.Lock()
         self._configured: dict[str, str] = {}
         self._known: dict[str, tuple[float, str]] = {}
@@ -49,18 +48,17 @@ class Tenants:
         self._closed = bool(api_keys)
         for given in api_keys:
             tenant, key = (DEFAULT_TENANT, given) if isinstance(given, str) else given
-            if _KEY.fullmatch(key) is None:
-                raise ConfigError("api_key: a key is made of printable ASCII characters without spaces", param="api_key")
-            if self._configured.setdefault(digest_key(key), check_tenant(tenant)) != tenant:
-                raise ConfigError(f"api_key: tenants {tenant} and {self._configured[digest_key(key)]} have the same key",
-                                  param="api_key")
+            good = _KEY.fullmatch(key) is not None
+            require(good, "api_key", "a key is made of printable ASCII characters without spaces")
+            first = self._configured.setdefault(digest_key(key), check_tenant(tenant))
+            require(first == tenant, "api_key", f"tenants {tenant} and {first} have the same key")
 
     def identify(self, authorization: str | None) -> str:
         """The tenant of an Authorization header, 'Bearer KEY'. Raises Unauthorized.
 
         As long as no key was ever made, everybody is the default tenant.
         """
-        if self._is_open():
+        if self.is_open():
             return DEFAULT_TENANT
         scheme, _, key = (authorization or "").strip().partition(" ")
         key = key.strip()
@@ -75,9 +73,9 @@ class Tenants:
         """Whether requests need a key."""
         if self._closed or self._clock() < self._open_until:
             return self._closed
-        return not await asyncio.to_thread(self._is_open)  # it looks into the index
+        return not await asyncio.to_thread(self.is_open)  # it looks into the index
 
-    def _is_open(self) -> bool:
+    def is_open(self) -> bool:
         """Whether no key was ever made. A revoked key counts too: revoking the last one must not let everybody in."""
         if self._closed:
             return False
@@ -127,17 +125,13 @@ def read_keys(text: str) -> tuple[tuple[str, str], ...]:
     pairs = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         tenant, equals, key = entry.partition("=")
-        if not (tenant and equals and key):
-            raise ConfigError("COSERVE_API_KEYS: must be tenant=key,tenant=key", param="COSERVE_API_KEYS")
+        require(bool(tenant and equals and key), "COSERVE_API_KEYS", "must be tenant=key,tenant=key")
         pairs.append((tenant.strip(), key.strip()))
     return tuple(pairs)
 
 
 def check_tenant(name: str) -> str:
     """Returns the name. Raises ConfigError if it isn't valid."""
-    if _TENANT.fullmatch(name) is None:
-        raise ConfigError(
-            f"tenant: must be up to 64 letters, digits, dots, dashes and underscores, a letter or digit first, got {name!r}",
-            param="tenant",
-        )
+    require(_TENANT.fullmatch(name) is not None, "tenant",
+            f"must be up to 64 letters, digits, dots, dashes and underscores, a letter or digit first, got {name!r}")
     return name

@@ -51,7 +51,9 @@ class Database:
         try:
             with self.engine.begin() as connection:
                 if connection.dialect.name == "sqlite":
-                    _check_file(connection, str(parsed.database))
+                    problem = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+                    if problem != "ok":
+                        raise _damaged(str(parsed.database), str(problem))
                 prepare_schema(connection)
         except DBAPIError as error:
             self.engine.dispose()
@@ -140,12 +142,6 @@ def _connect_postgres(url: URL) -> Engine:
 def _dump(value: Any) -> str:
     """A value as JSON. Numbers that JSON doesn't have, such as NaN, become null."""
     return msgspec.json.encode(value).decode()
-
-
-def _check_file(connection: Connection, path: str) -> None:
-    problem = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
-    if problem != "ok":
-        raise _damaged(path, str(problem))
 
 
 def _damaged(path: str, problem: str) -> ConfigError:

@@ -77,7 +77,8 @@ class FileService:
 
     async def save_upload(self, tenant: str, upload: UploadFile, purpose: str) -> FileRecord:
         """Copies an upload to disk, then puts it into the index. Raises TooLarge, InvalidRequest and CapacityError."""
-        _check_purpose(purpose)
+        if purpose != FINE_TUNE:
+            raise InvalidRequest(f"purpose: only {FINE_TUNE!r} is supported, got {purpose[:64]!r}", param="purpose")
         filename = clean_filename(upload.filename)
         await asyncio.to_thread(self._check_quota, tenant, upload.size or 0)  # before it is copied
         # One thread does all of it, since the upload is whole by now, in a temporary file of the form's parser.
@@ -188,12 +189,6 @@ class FileService:
             raise TooLarge(
                 f"file: you have {self._max_tenant_files} files, the most that there may be; delete some", param="file"
             )
-
-
-def _check_purpose(purpose: str) -> None:
-    """Raises InvalidRequest for a purpose that uploads can't have."""
-    if purpose != FINE_TUNE:
-        raise InvalidRequest(f"purpose: only {FINE_TUNE!r} is supported, got {purpose[:64]!r}", param="purpose")
 
 
 def clean_filename(name: str | None) -> str:

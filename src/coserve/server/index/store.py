@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from sqlalchemy import URL, Column, Connection, Row, Select, Table, delete, func, select, tuple_, update
+from sqlalchemy import URL, Column, ColumnElement, Connection, Row, Select, Table, delete, func, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from coserve.core import CapacityError, InvalidRequest, NotFound
@@ -35,13 +35,7 @@ _REMEMBERED_S = 30 * 24 * 3600
 """Seconds for which the place of a deleted entry is remembered."""
 
 
-class _Record(Protocol):
-    """A dataclass of records.py."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-RecordT = TypeVar("RecordT", bound=_Record)
+RecordT = TypeVar("RecordT", AdapterRecord, CheckpointRecord, EventRecord, FileRecord, JobRecord, KeyRecord)
 
 
 class Store:
@@ -68,14 +62,11 @@ class Store:
 
     def list_keys(self) -> list[KeyRecord]:
         """All keys, revoked ones too, oldest first."""
-        with self._database.read() as connection:
-            return _records(KeyRecord, connection.execute(select(keys).order_by(keys.c.seq)).all())
+        return self._find(KeyRecord, select(keys).order_by(keys.c.seq))
 
     def find_key(self, digest: str) -> KeyRecord | None:
         """The key with a digest, also if it is revoked."""
-        with self._database.read() as connection:
-            row = connection.execute(select(keys).where(keys.c.digest == digest)).first()
-        return _record(KeyRecord, row) if row else None
+        return next(iter(self._find(KeyRecord, select(keys).where(keys.c.digest == digest))), None)
 
     def revoke_key(self, id: str, at: int) -> None:
         """Revokes a key at a time in Unix seconds. One that is revoked already keeps its time. Raises NotFound."""
@@ -93,11 +84,10 @@ class Store:
 
     def get_file(self, tenant: str, id: str) -> FileRecord:
         """Raises NotFound, also for another tenant's."""
-        with self._database.read() as connection:
-            row = connection.execute(select(files).where(files.c.tenant == tenant, files.c.id == id)).first()
-        if row is None:
+        found = self._find(FileRecord, select(files).where(files.c.tenant == tenant, files.c.id == id))
+        if not found:
             raise NotFound(f"there is no file {id[:64]}", param="file_id")
-        return _record(FileRecord, row)
+        return found[0]
 
     def delete_file(self, tenant: str, id: str) -> None:
         """Raises NotFound, also for another tenant's."""
@@ -109,12 +99,8 @@ class Store:
         order: Literal["asc", "desc"] = "desc",
     ) -> tuple[list[FileRecord], bool]:
         """A tenant's files by creation time; desc: newest first."""
-        with self._database.read() as connection:
-            query = _page(connection, _FILES, tenant, after=after, order=order)
-            if purpose is not None:
-                query = query.where(files.c.purpose == purpose)
-            rows = connection.execute(query.limit(limit + 1)).all()
-        return _records(FileRecord, rows[:limit]), len(rows) > limit
+        wanted = () if purpose is None else (files.c.purpose == purpose,)
+        return self._list(FileRecord, _FILES, tenant, after, limit, order, wanted)
 
     def count_file_bytes(self, tenant: str) -> int:
         """The bytes of all files of a tenant together."""
@@ -129,8 +115,7 @@ class Store:
 
     def all_files(self) -> list[FileRecord]:
         """Files of all tenants, oldest first."""
-        with self._database.read() as connection:
-            return _records(FileRecord, connection.execute(select(files).order_by(files.c.created_at, files.c.seq)).all())
+        return self._find(FileRecord, select(files).order_by(files.c.created_at, files.c.seq))
 
     # --- jobs ---
 
@@ -178,9 +163,7 @@ class Store:
 
     def unfinished_jobs(self) -> list[JobRecord]:
         """Every tenant's jobs that haven't ended, oldest first."""
-        query = select(jobs).where(jobs.c.status.not_in(ENDED)).order_by(jobs.c.created_at, jobs.c.seq)
-        with self._database.read() as connection:
-            return _records(JobRecord, connection.execute(query).all())
+        return self._find(JobRecord, select(jobs).where(jobs.c.status.not_in(ENDED)).order_by(jobs.c.created_at, jobs.c.seq))
 
     # --- events ---
 
@@ -209,9 +192,7 @@ class Store:
 
     def list_events(self, job: str, *, after: str | None = None, limit: int = 20) -> tuple[list[EventRecord], bool]:
         """A job's events, newest first."""
-        with self._database.read() as connection:
-            rows = connection.execute(_page(connection, _EVENTS, job, after=after).limit(limit + 1)).all()
-        return _records(EventRecord, rows[:limit]), len(rows) > limit
+        return self._list(EventRecord, _EVENTS, job, after, limit)
 
     # --- checkpoints ---
 
@@ -230,9 +211,7 @@ class Store:
 
     def list_checkpoints(self, job: str, *, after: str | None = None, limit: int = 10) -> tuple[list[CheckpointRecord], bool]:
         """A job's checkpoints, the one of the last step first."""
-        with self._database.read() as connection:
-            rows = connection.execute(_page(connection, _CHECKPOINTS, job, after=after).limit(limit + 1)).all()
-        return _records(CheckpointRecord, rows[:limit]), len(rows) > limit
+        return self._list(CheckpointRecord, _CHECKPOINTS, job, after, limit)
 
     def delete_checkpoint(self, id: str) -> None:
         """Raises NotFound."""
@@ -249,15 +228,13 @@ class Store:
     def find_adapter(self, tenant: str, name: str) -> AdapterRecord | None:
         """The adapter of a name: the tenant's own, else everybody's."""
         query = select(adapters).where(adapters.c.tenant.in_((tenant, "")), adapters.c.name == name)
-        with self._database.read() as connection:
-            found = _records(AdapterRecord, connection.execute(query).all())
+        found = self._find(AdapterRecord, query)
         return max(found, key=lambda adapter: adapter.tenant, default=None)
 
     def list_adapters(self, tenant: str) -> list[AdapterRecord]:
         """The tenant's adapters and everybody's, oldest first."""
         query = select(adapters).where(adapters.c.tenant.in_((tenant, ""))).order_by(adapters.c.created_at, adapters.c.seq)
-        with self._database.read() as connection:
-            return _records(AdapterRecord, connection.execute(query).all())
+        return self._find(AdapterRecord, query)
 
     def adapter_directories(self) -> set[str]:
         """The directories of all tenants' adapters."""
@@ -271,7 +248,22 @@ class Store:
             if connection.execute(delete(adapters).where(same)).rowcount == 0:
                 raise NotFound(f"there is no adapter {name[:64]}", param="lora_name")
 
-    # --- lists ---
+    # --- all kinds of records ---
+
+    def _find(self, kind: type[RecordT], query: Select[Any]) -> list[RecordT]:
+        """The records that a query gives."""
+        with self._database.read() as connection:
+            return [_record(kind, row) for row in connection.execute(query)]
+
+    def _list(
+        self, kind: type[RecordT], listing: _List, owner: str, after: str | None, limit: int,
+        order: Literal["asc", "desc"] = "desc", wanted: Sequence[ColumnElement[bool]] = (),
+    ) -> tuple[list[RecordT], bool]:
+        """A page of an owner's entries, and whether more follow. wanted: conditions that an entry meets."""
+        with self._database.read() as connection:
+            query = _page(connection, listing, owner, after=after, order=order).where(*wanted).limit(limit + 1)
+            found = [_record(kind, row) for row in connection.execute(query)]
+        return found[:limit], len(found) > limit
 
     def _remove(self, listing: _List, owner: str | None, id: str) -> bool:
         """Deletes an entry, and remembers its place unless the disk is full. Returns whether there was such an entry.
@@ -313,19 +305,16 @@ _EVENTS = _List(events, events.c.job, (events.c.seq,))
 _CHECKPOINTS = _List(checkpoints, checkpoints.c.job, (checkpoints.c.step,))
 
 
-def _values(record: _Record) -> dict[str, Any]:
+def _values(record: RecordT) -> dict[str, Any]:
     """A record's fields, as columns."""
     return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 
 def _record(kind: type[RecordT], row: Row[Any]) -> RecordT:
     """The record of a row. Sequences in records are tuples; JSON gives lists."""
-    values = {name: row._mapping[name] for name in kind.__dataclass_fields__}
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def _records(kind: type[RecordT], rows: Sequence[Row[Any]]) -> list[RecordT]:
-    return [_record(kind, row) for row in rows]
+    values: dict[str, Any] = {name: row._mapping[name] for name in kind.__dataclass_fields__}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return kind(**values)
 
 
 def _get_job(connection: Connection, tenant: str | None, id: str, *, lock: bool = False) -> JobRecord:

@@ -7,6 +7,7 @@ Columns have the names of the fields in records.py; `seq` is the order of insert
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from sqlalchemy import (
     JSON,
@@ -44,47 +45,42 @@ def _id() -> Column[str]:
     return Column("id", Text, nullable=False, unique=True)
 
 
-def _time(name: str = "created_at", *, nullable: bool = False) -> Column[int]:
-    return Column(name, BigInteger, nullable=nullable)
+def _filled(name: str, kind: Any = Text) -> Column[Any]:
+    """A column that has a value in every row."""
+    return Column(name, kind, nullable=False)
 
 
 def _job() -> Column[str]:
     return Column("job", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False)
 
 
-version = Table("schema_version", SCHEMA, Column("version", Integer, nullable=False))
+version = Table("schema_version", SCHEMA, _filled("version", Integer))
 
 keys = Table(
-    "keys", SCHEMA, _seq(), _id(), Column("tenant", Text, nullable=False), Column("prefix", Text, nullable=False),
-    Column("digest", Text, nullable=False, unique=True), _time(), _time("revoked_at", nullable=True),
+    "keys", SCHEMA, _seq(), _id(), _filled("tenant"), _filled("prefix"), Column("digest", Text, nullable=False, unique=True),
+    _filled("created_at", BigInteger), Column("revoked_at", BigInteger),
 )
 
 files = Table(
-    "files", SCHEMA, _seq(), _id(), Column("tenant", Text, nullable=False), Column("filename", Text, nullable=False),
-    Column("purpose", Text, nullable=False), Column("bytes", BigInteger, nullable=False),
-    Column("sha256", Text, nullable=False), _time(),
-    Index("files_of_tenant", "tenant", "created_at", "seq"),
+    "files", SCHEMA, _seq(), _id(), _filled("tenant"), _filled("filename"), _filled("purpose"), _filled("bytes", BigInteger),
+    _filled("sha256"), _filled("created_at", BigInteger), Index("files_of_tenant", "tenant", "created_at", "seq"),
 )
 
 jobs = Table(
-    "jobs", SCHEMA, _seq(), _id(), Column("tenant", Text, nullable=False), _time(), Column("base", Text, nullable=False),
-    Column("training_file", Text, nullable=False), Column("config", _Document, nullable=False),
-    Column("method", _Document, nullable=False), Column("status", Text, nullable=False),
-    Column("paused", Boolean, nullable=False), Column("validation_file", Text), Column("start", Text), Column("suffix", Text),
-    Column("seed", BigInteger, nullable=False), Column("fine_tuned_model", Text), _time("finished_at", nullable=True),
-    _time("started_at", nullable=True), Column("error", _Document), Column("trained_tokens", BigInteger),
-    Column("step", BigInteger, nullable=False), Column("num_steps", BigInteger, nullable=False),
-    Column("result_files", _Document, nullable=False), Column("integrations", _Document, nullable=False),
-    Column("metadata", _Document, nullable=False), Column("settings", _Document, nullable=False),
-    Column("priority", BigInteger, nullable=False), Column("weight", Float, nullable=False),
-    _time("deadline", nullable=True),
+    "jobs", SCHEMA, _seq(), _id(), _filled("tenant"), _filled("created_at", BigInteger), _filled("base"),
+    _filled("training_file"), _filled("config", _Document), _filled("method", _Document), _filled("status"),
+    _filled("paused", Boolean), Column("validation_file", Text), Column("start", Text), Column("suffix", Text),
+    _filled("seed", BigInteger), Column("fine_tuned_model", Text), Column("finished_at", BigInteger),
+    Column("started_at", BigInteger), Column("error", _Document), Column("trained_tokens", BigInteger),
+    _filled("step", BigInteger), _filled("num_steps", BigInteger), _filled("result_files", _Document),
+    _filled("integrations", _Document), _filled("metadata", _Document), _filled("settings", _Document),
+    _filled("priority", BigInteger), _filled("weight", Float), Column("deadline", BigInteger),
     Index("jobs_of_tenant", "tenant", "created_at", "seq"), Index("jobs_by_status", "status"),
 )
 
 events = Table(
-    "events", SCHEMA, _id(), _job(), Column("seq", BigInteger, nullable=False), _time(),
-    Column("level", Text, nullable=False), Column("type", Text, nullable=False), Column("message", Text, nullable=False),
-    Column("data", _Document), Column("step", BigInteger), UniqueConstraint("job", "seq"),
+    "events", SCHEMA, _id(), _job(), _filled("seq", BigInteger), _filled("created_at", BigInteger), _filled("level"),
+    _filled("type"), _filled("message"), Column("data", _Document), Column("step", BigInteger), UniqueConstraint("job", "seq"),
 )
 Index(
     "one_metrics_event_per_step", events.c.job, events.c.step, unique=True,
@@ -92,19 +88,18 @@ Index(
 )
 
 checkpoints = Table(
-    "checkpoints", SCHEMA, _id(), _job(), _time(), Column("step", BigInteger, nullable=False),
-    Column("model", Text, nullable=False), Column("directory", Text, nullable=False),
-    Column("metrics", _Document, nullable=False), UniqueConstraint("job", "step"),
+    "checkpoints", SCHEMA, _id(), _job(), _filled("created_at", BigInteger), _filled("step", BigInteger), _filled("model"),
+    _filled("directory"), _filled("metrics", _Document), UniqueConstraint("job", "step"),
 )
 
 adapters = Table(
-    "adapters", SCHEMA, _seq(), Column("tenant", Text, nullable=False), Column("name", Text, nullable=False),
-    Column("directory", Text, nullable=False), _time(), Column("job", Text), UniqueConstraint("tenant", "name"),
+    "adapters", SCHEMA, _seq(), _filled("tenant"), _filled("name"), _filled("directory"), _filled("created_at", BigInteger),
+    Column("job", Text), UniqueConstraint("tenant", "name"),
 )
 
 removed = Table(
     "removed", SCHEMA, Column("list", Text, primary_key=True), Column("owner", Text, primary_key=True),
-    Column("id", Text, primary_key=True), Column("place", _Document, nullable=False), _time("removed_at"),
+    Column("id", Text, primary_key=True), _filled("place", _Document), _filled("removed_at", BigInteger),
 )
 """Where deleted entries were in their lists, so that a page may begin after one. An index without this table gets it. That
 needs no new schema version, since older coserves ignore the table."""

@@ -58,7 +58,7 @@ class JobRunner:
         self._stopping = False
         self._after_checkpoint = after_checkpoint
         engine.on_job(self._hear)
-        engine.on_down(self._engine_down)
+        engine.supervisor.on_down(self._engine_down)
 
     async def stop(self) -> None:
         """Stops listening to the engine, and waits for what is being written. Jobs go on at the server's next start."""
@@ -204,7 +204,7 @@ class JobRunner:
     # --- what the engine says ---
 
     def _engine_down(self) -> None:
-        end = self._engine.last_end
+        end = self._engine.supervisor.last_end
         for live in list(self.live.values()):
             if live.generation is None or live.record.status != "running" or self._stopping:
                 continue
@@ -287,8 +287,7 @@ class JobRunner:
             self.spawn(self.finish(live, "succeeded", **counts))
         elif message.status == "failed":
             problem = message.problem
-            error = CoserveError("the job failed") if problem is None else make_error(
-                problem.name, problem.message, problem.param)
+            error = CoserveError("the job failed") if problem is None else make_error(problem)
             self.spawn(self.fail(live, error, **counts))
         else:  # nobody asked for it: the engine is ending
             live.generation = None

@@ -65,7 +65,7 @@ class JobService:
         self._reader = DataReader()
         self._validating: set[str] = set()
         self._creating: Counter[str] = Counter()  # tenant -> number of its jobs that are being created
-        engine.on_up(self._engine_up)
+        engine.supervisor.on_up(self._engine_up)
 
     async def start(self) -> None:
         """Reads manifests into the index, then goes on with unfinished jobs. The engine must have been started."""

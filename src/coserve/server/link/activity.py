@@ -76,10 +76,8 @@ class ActivityRow:
     ) -> None:
         """The thread is about to do something that should take so many seconds."""
         asked = list(requests)
-        activity = Activity(
-            what=what[:512], jobs=list(jobs)[:_MAX_NAMES], requests=asked[:_MAX_NAMES], num_requests=len(asked)
-        )
-        text = _encoder.encode(activity)
+        text = _encoder.encode(Activity(
+            what=what[:512], jobs=list(jobs)[:_MAX_NAMES], requests=asked[:_MAX_NAMES], num_requests=len(asked)))
         if len(text) > _MAX_TEXT_BYTES:  # names as long as nobody gives them
             text = _encoder.encode(Activity(what=what[:512], num_requests=len(asked)))
         self._write(time.monotonic(), seconds, text)

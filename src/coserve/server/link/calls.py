@@ -35,7 +35,7 @@ class Calls:
         finally:
             self._waiting.pop(number, None)
         if reply.problem is not None:
-            raise make_error(reply.problem.name, reply.problem.message, reply.problem.param)
+            raise make_error(reply.problem)
         return reply.value
 
     def on_reply(self, reply: Replied) -> None:

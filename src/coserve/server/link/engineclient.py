@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 from coserve.config.settings import SamplingConfig
@@ -32,7 +32,6 @@ from coserve.server.link.messages import (
     Tokens,
     UnloadAdapter,
 )
-from coserve.server.link.process import EngineEnd
 from coserve.server.link.streams import RequestStream, RequestStreams
 from coserve.server.link.supervisor import Supervisor, notify_all
 from coserve.server.settings import ServerConfig
@@ -41,15 +40,14 @@ _log = logging.getLogger(__name__)
 
 
 class EngineClient:
-    """What is asked of the engine fails with EngineUnavailable while it isn't ready, and if its process dies meanwhile."""
+    """What is asked of the engine fails with EngineUnavailable while it isn't ready, and if its process dies meanwhile.
+    supervisor: the life of its process."""
 
     def __init__(self, config: ServerConfig, *, report: Callable[[str], None] = _log.info) -> None:
         """report: takes a line about a start."""
         self.supervisor = Supervisor(config, report=report, on_message=self._on_message, on_lost=self._on_lost)
         self._calls, self._streams = Calls(self.supervisor.send), RequestStreams(self.supervisor.send)
         self._job_listeners: list[Callable[[JobHappened | JobEnded], None]] = []
-
-    # --- the life of its process: see Supervisor ---
 
     @property
     def ready(self) -> bool:
@@ -62,24 +60,6 @@ class EngineClient:
     @property
     def generation(self) -> int:
         return self.supervisor.generation
-
-    @property
-    def num_restarts(self) -> int:
-        return self.supervisor.num_restarts
-
-    @property
-    def last_end(self) -> EngineEnd | None:
-        return self.supervisor.last_end
-
-    @property
-    def trouble(self) -> str | None:
-        return self.supervisor.trouble
-
-    def on_up(self, listener: Callable[[], Awaitable[None]]) -> None:
-        self.supervisor.on_up(listener)
-
-    def on_down(self, listener: Callable[[], None]) -> None:
-        self.supervisor.on_down(listener)
 
     # --- what comes from it ---
 

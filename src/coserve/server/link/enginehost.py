@@ -247,22 +247,19 @@ class _RequestReporter:
         handle.listen(self._on_chunk)
 
     def _on_chunk(self, chunk: Chunk) -> None:
-        handle = self._handle
-        last = chunk.finish_reason is not None
+        last, failed = chunk.finish_reason is not None, chunk.finish_reason == "error"
         self._left -= last
-        failed = chunk.finish_reason == "error"
         if not failed:
             self._post_tokens(chunk, last)
         if not self._left:
-            self._end(self._id, (handle.error or CoserveError("the request failed")) if failed else None)
+            self._end(self._id, (self._handle.error or CoserveError("the request failed")) if failed else None)
 
     def _post_tokens(self, chunk: Chunk, last: bool) -> None:
         handle = self._handle
         self._post(Tokens(
             id=self._id, index=chunk.index, text=chunk.text, token_ids=list(chunk.token_ids), time_s=time.monotonic(),
             finish_reason=chunk.finish_reason, cached_tokens=handle.cached_tokens if self._first else 0,
-            begun_s=handle.begun_s if self._first else None,
-            logprobs=_entries(chunk.logprobs),
+            begun_s=handle.begun_s if self._first else None, logprobs=_entries(chunk.logprobs),
             prompt_logprobs=_entries(handle.prompt_logprobs) if last and not self._sent_prompt else [],
         ))
         self._sent_prompt = self._sent_prompt or last  # once: they are the same for all outputs

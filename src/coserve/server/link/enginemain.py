@@ -22,7 +22,8 @@ from typing import BinaryIO
 import torch
 
 from coserve.config.settings import EngineConfig
-from coserve.core import ConfigError, CoserveError
+from coserve.config.values import require
+from coserve.core import CoserveError
 from coserve.engine.engine import Engine
 from coserve.model.checkpoint import expected_shapes
 from coserve.model.memory import POOL_SHARE, available_bytes, weight_bytes
@@ -79,8 +80,7 @@ def max_model_len(engine: Engine, asked: int | None) -> int:
         "what the key-value cache guarantees": blocks.guaranteed_blocks * blocks.block_tokens,
     }
     for what, limit in limits.items():
-        if asked is not None and asked > limit:
-            raise ConfigError(f"max_model_len: {asked} exceeds {what}, {limit} tokens; lower it", param="max_model_len")
+        require(asked is None or asked <= limit, "max_model_len", f"{asked} exceeds {what}, {limit} tokens; lower it")
     return min([*limits.values(), *([] if asked is None else [asked])])
 
 
@@ -91,10 +91,8 @@ def make_ready(engine: Engine, asked: int | None, start_s: float) -> Ready:
     return Ready(
         model=model.name, directory=str(model.directory), fingerprint=model.fingerprint, architecture=arch.model_type,
         num_parameters=sum(math.prod(shape) for shape in expected_shapes(arch).values()), vocab_size=arch.vocab_size,
-        max_model_len=max_model_len(engine, asked), hidden_size=engine.model.architecture.hidden_size,
-        device=weights.device.type,
-        dtype=dtype_name(weights.dtype), threads=torch.get_num_threads(), start_s=start_s,
-        objectives=engine.objectives,
+        max_model_len=max_model_len(engine, asked), hidden_size=arch.hidden_size, device=weights.device.type,
+        dtype=dtype_name(weights.dtype), threads=torch.get_num_threads(), start_s=start_s, objectives=engine.objectives,
         memory={
             "weights": weight_bytes(arch, weights.dtype.itemsize), "pool": blocks.num_blocks * size,
             "inference": blocks.guaranteed_blocks * size, "training": (blocks.num_blocks - blocks.guaranteed_blocks) * size,
@@ -157,11 +155,8 @@ class EngineProcessMain:
 
 
 def end_with(parent: BinaryIO, leftover: str = "") -> None:
-    """Ends this process, whatever it is doing, when the other end of `parent` has gone.
-
-    leftover: a directory that is deleted then, since a parent that was killed can't do it.
-    """
-
+    """Ends this process, whatever it is doing, when the other end of `parent` has gone. leftover: a directory that is deleted
+    then, since a parent that was killed can't do it."""
     def wait() -> None:
         parent.read()
         if leftover:
@@ -193,10 +188,8 @@ def main(process_of: type[EngineProcessMain] = EngineProcessMain) -> int:
     with Mailbox(setup.address) as mailbox:
         process = process_of(setup.config, mailbox, page)
         try:
-            lock = Path(setup.config.data_dir) / LOCK_FILE
-            with hold(
-                lock, timeout_s=LOCK_WAIT_S, waiting=lambda: process.report("waiting for the engine before this one to end ...")
-            ):
+            lock, waits = setup.config.data_dir / LOCK_FILE, "waiting for the engine before this one to end ..."
+            with hold(lock, timeout_s=LOCK_WAIT_S, waiting=lambda: process.report(waits)):
                 process.run()
         except Exception as error:
             if not isinstance(error, (CoserveError, OSError)):

@@ -15,7 +15,6 @@ import os
 import queue
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 import zmq
 
@@ -70,7 +69,7 @@ class Mailbox:
     def __enter__(self) -> Mailbox:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def post(self, message: FromEngine) -> None:

@@ -23,7 +23,7 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """An error as it travels; errors.error_name gives the name, errors.make_error the exception of a name."""
+    """An error as it travels; errors.error_name gives the name, errors.make_error the exception."""
 
     name: str
     message: str
@@ -36,8 +36,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 class Generate(Message, frozen=True, kw_only=True):
     """A request.
 
-    arrival_s: when it arrived at the API process.
-    adapter: a name that LoadAdapter or a job has made; None: the base model.
+    arrival_s: when it arrived at the API process. adapter: a name that LoadAdapter or a job has made; None: the base model.
     tpot_ms, ttft_ms: the request's own objectives; None takes the server's, and "none" is best effort.
     """
 
@@ -78,11 +77,9 @@ class UnloadAdapter(Message, frozen=True, kw_only=True):
 class StartJob(Message, frozen=True, kw_only=True):
     """Starts a job, or continues one.
 
-    adapter: the name under which checkpoints and the result are published.
-    directory: where the job writes.
-    resume: whether the directory holds a job already, which goes on.
-    start: directory of the adapter that training starts from; None: a new adapter.
-    weight: the job's share of finetuning's time, beside the weights of other jobs.
+    adapter: the name under which checkpoints and the result are published. directory: where the job writes.
+    resume: whether the directory holds a job already, which goes on. start: directory of the adapter that training starts from;
+    None: a new adapter. weight: the job's share of finetuning's time, beside the weights of other jobs.
     """
 
     call: int
@@ -131,10 +128,8 @@ class Progress(Message, frozen=True, kw_only=True):
 class Ready(Message, frozen=True, kw_only=True):
     """The engine takes requests.
 
-    max_model_len: the most tokens of prompt and output together.
-    memory: bytes of the weights and of the pool's parts, by name.
-    objectives: those of requests that set none.
-    start_s: how many seconds the start took.
+    max_model_len: the most tokens of prompt and output together. memory: bytes of the weights and of the pool's parts, by name.
+    objectives: those of requests that set none. start_s: how many seconds the start took.
     """
 
     model: str
@@ -164,12 +159,10 @@ class LogprobEntry(msgspec.Struct, frozen=True, kw_only=True):
 class Tokens(Message, frozen=True, kw_only=True):
     """What one iteration added to one output, or several iterations where chunks were merged.
 
-    index: which of the request's outputs.
-    time_s: when the last of the tokens was there.
-    finish_reason: stop, length or cancelled, in an output's last chunk.
+    index: which of the request's outputs. finish_reason: stop, length or cancelled, in an output's last chunk.
+    time_s: when the last of the tokens was there. first_s: when the first was, if chunks were merged; None: at time_s.
     cached_tokens: how many of the prompt's tokens the prefix cache had, in a request's first chunk.
     begun_s: when the prompt began to be computed, in a request's first chunk.
-    first_s: when the first of the tokens was there, if chunks were merged; None: at time_s.
     prompt_logprobs: in the last chunk of the first output that ends, if they were asked for.
     """
 
@@ -217,11 +210,9 @@ class Replied(Message, frozen=True, kw_only=True):
 class JobHappened(Message, frozen=True, kw_only=True):
     """An event of a job.
 
-    row: the fields of a StepRow, where a step has ended.
-    num_steps: how many steps the job has in all.
-    checkpoint: directory of a checkpoint that is whole on disk.
-    checkpoint_step: the checkpoint's step.
-    resumed_step: the last step that a resumed job doesn't run again.
+    row: the fields of a StepRow, where a step has ended. num_steps: how many steps the job has in all. checkpoint: directory of
+    a checkpoint that is whole on disk. checkpoint_step: the checkpoint's step. resumed_step: the last step that a resumed job
+    doesn't run again.
     """
 
     id: str

@@ -53,10 +53,8 @@ def _signal_name(number: int) -> str:
 class EngineEnd(NamedTuple):
     """How a process ended.
 
-    reason: why, in words.
-    jobs: the jobs that it worked on at that time.
-    guilty: whether its work may be the cause: it hung, crashed or ran out of memory, and was not killed from outside.
-    alone: whether its work held no requests beside the jobs.
+    reason: why, in words. jobs: the jobs that it worked on at that time. guilty: whether its work may be the cause: it hung,
+    crashed or ran out of memory, and was not killed from outside. alone: whether its work held no requests beside the jobs.
     hung: whether it was killed because it hung.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
 
 import msgspec
 
@@ -41,8 +40,4 @@ def write_setup(setup: EngineSetup) -> bytes:
 
 def read_setup(line: bytes) -> EngineSetup:
     """The setup in a line of `write_setup`. Raises msgspec.ValidationError."""
-    return msgspec.json.decode(line, type=EngineSetup, dec_hook=_read_other)
-
-
-def _read_other(kind: type, value: Any) -> Any:
-    return kind(value)
+    return msgspec.json.decode(line, type=EngineSetup, dec_hook=lambda kind, text: kind(text))

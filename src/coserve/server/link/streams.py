@@ -89,8 +89,7 @@ class RequestStreams:
 
     def __init__(self, send: Callable[[ToEngine], None]) -> None:
         """send: raises EngineUnavailable while the engine isn't ready."""
-        self._send = send
-        self._numbers = itertools.count(1)
+        self._send, self._numbers = send, itertools.count(1)
         self._streams: dict[str, RequestStream] = {}
 
     def new_id(self) -> str:
@@ -114,9 +113,9 @@ class RequestStreams:
 
     def on_failed(self, message: Failed) -> None:
         """A request has ended by an error."""
-        stream, problem = self._streams.pop(message.id, None), message.problem
+        stream = self._streams.pop(message.id, None)
         if stream is not None:
-            stream.fail(make_error(problem.name, problem.message, problem.param))
+            stream.fail(make_error(message.problem))
 
     def fail_all(self, message: str) -> None:
         """Cancels every request; its stream raises EngineUnavailable with the message."""

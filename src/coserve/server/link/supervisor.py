@@ -45,22 +45,17 @@ def restart_delay_s(failures: int) -> float | None:
 class Supervisor:
     """The life of the engine, one process after another.
 
-    ready: whether the engine takes requests.
-    generation: the number of starts that became ready.
-    num_restarts: the number of starts after the first.
-    failure: why no process is started any more; None while one is.
-    hang: what the process hung in, from then until the next one starts.
-    last_end: how the last process ended; it is set before the listeners of `on_down` are called.
+    ready: whether the engine takes requests. generation: the number of starts that became ready. num_restarts: the number of
+    starts after the first. failure: why no process is started any more; None while one is. hang: what the process hung in, from
+    then until the next one starts. last_end: how the last process ended; set before the listeners of `on_down` are called.
     """
 
     def __init__(
         self, config: ServerConfig, *, report: Callable[[str], None], on_message: Callable[[FromEngine], None],
         on_lost: Callable[[str], None],
     ) -> None:
-        """report: takes a line about a start.
-        on_message: takes what the engine says of requests, calls and jobs.
-        on_lost: called when the engine goes down, with the message for whoever waits for it.
-        """
+        """report: takes a line about a start. on_message: takes what the engine says of requests, calls and jobs.
+        on_lost: called when the engine goes down, with the message for whoever waits for it."""
         self._config, self._report, self._on_message, self._on_lost = config, report, on_message, on_lost
         self.ready = False
         self.generation = self.num_restarts = 0
@@ -94,8 +89,7 @@ class Supervisor:
         """Why the engine takes no requests, if that is known and this is not its first start."""
         if self.failure is not None:
             return self.failure
-        end = None if self.ready or self.last_end is None else self.last_end.reason
-        reason = self.hang or end
+        reason = self.hang or (None if self.ready or self.last_end is None else self.last_end.reason)
         return None if reason is None else f"the engine is being started again: {reason}"
 
     def on_up(self, listener: Callable[[], Awaitable[None]]) -> None:
@@ -180,7 +174,8 @@ class Supervisor:
             if self._stopping:
                 return
             if self._first is not None and not self._first.done():
-                self._first.set_exception(self._start_error(reason))
+                unknown = CoserveError(f"the engine can't start: {reason}")
+                self._first.set_exception(unknown if self._problem is None else make_error(self._problem))
                 return
             failures = 0 if self.generation > generation else failures + 1
             delay = restart_delay_s(failures)
@@ -191,12 +186,6 @@ class Supervisor:
             _log.warning("the engine's process died (%s); starting another in %g s", reason, delay)
             await asyncio.sleep(delay)
             self.num_restarts += 1
-
-    def _start_error(self, reason: str) -> CoserveError:
-        problem = self._problem
-        if problem is None:
-            return CoserveError(f"the engine can't start: {reason}")
-        return make_error(problem.name, problem.message, problem.param)
 
     async def _live(self) -> str:
         """One process, from its start to its end; returns why it ended."""

@@ -36,7 +36,7 @@ async def _stats(services: Services) -> dict[str, Any] | None:
 async def _state(services: Services) -> ServerState:
     records = await asyncio.to_thread(services.store.unfinished_jobs)
     jobs = Counter("paused" if record.paused else record.status for record in records)
-    return ServerState(services.engine.ready, services.engine.num_restarts, jobs)
+    return ServerState(services.engine.ready, services.engine.supervisor.num_restarts, jobs)
 
 
 @router.get("/health", summary="Whether the engine takes requests: 200 or 503")
@@ -48,7 +48,7 @@ async def health(services: Served) -> JSONResponse:
     if engine.ready:
         problem = None if services.watch is None else services.watch.problem
         return JSONResponse({"status": "ok", **({"problem": problem} if problem else {})})
-    trouble = engine.trouble
+    trouble = engine.supervisor.trouble
     return JSONResponse({"status": "engine unavailable", **({"reason": trouble} if trouble else {})}, 503)
 
 

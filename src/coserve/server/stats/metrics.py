@@ -59,9 +59,8 @@ _HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
 class ServerState(NamedTuple):
     """What the engine's stats don't say.
 
-    ready: whether the engine takes requests. It is shown as down all the same if it has given no stats.
-    restarts: starts of the engine after the first.
-    jobs: how many jobs are in each status, of those that have not ended.
+    ready: whether the engine takes requests. It is shown as down all the same if it has given no stats. restarts: starts of the
+    engine after the first. jobs: how many jobs are in each status, of those that have not ended.
     """
 
     ready: bool
@@ -86,10 +85,8 @@ class ServerMetrics:
         self, config: ServerConfig, model_name: str, objectives: Callable[[], Slo], *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """model_name: the base model's, which labels all metrics.
-        objectives: gives those that the engine has at present for requests that set none.
-        clock: gives seconds, as the engine's clock does.
-        """
+        """model_name: the base model's, which labels all metrics. objectives: gives those that the engine has at present for
+        requests that set none. clock: gives seconds, as the engine's clock does."""
         self.config, self.model_name, self.objectives, self.clock = config, model_name, objectives, clock
         self.started_s = clock()
         self.registry = CollectorRegistry()
@@ -140,9 +137,7 @@ class ServerMetrics:
         if isinstance(message, JobEnded):
             self._jobs[message.status].inc()
 
-    def judge(
-        self, objectives: Slo, time_s: float, ttft_s: float | None, tpot_s: float | None, failed: bool
-    ) -> None:
+    def judge(self, objectives: Slo, time_s: float, ttft_s: float | None, tpot_s: float | None, failed: bool) -> None:
         """Counts whether a request that ended has met its objectives. A request that failed has missed them all. One with a
         single token has no tpot_s, and can't miss that objective. Best effort is neither met nor missed."""
         met = {}
@@ -171,9 +166,7 @@ class ServerMetrics:
         ]
         if self.config.vllm_metrics:
             families += vllm_aliases(families)
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Snapshot(families))
-        return generate_latest(registry)
+        return generate_latest(_Snapshot(families))
 
     def live(self, stats: Mapping[str, Any] | None, state: ServerState | None = None) -> dict[str, Any]:
         """What the web page shows.
@@ -251,8 +244,7 @@ class RequestMeter:
     """Follows one request to its end."""
 
     def __init__(self, metrics: ServerMetrics, prompt_tokens: int, arrival_s: float, objectives: Slo) -> None:
-        self._metrics, self._prompt_tokens, self._arrival_s = metrics, prompt_tokens, arrival_s
-        self._objectives = objectives
+        self._metrics, self._prompt_tokens, self._arrival_s, self._objectives = metrics, prompt_tokens, arrival_s, objectives
         self._begun_s: float | None = None
         self._outputs: dict[int, _Output] = {}
         self._ended = False
@@ -263,10 +255,11 @@ class RequestMeter:
         metrics, count = self._metrics, len(message.token_ids)
         if self._ended:
             return
+        only_prompt = message.finish_reason == "length" and message.begun_s is not None
+        if not self._outputs and (count or only_prompt):
+            metrics.prompt_tokens.inc(self._prompt_tokens)
+            metrics.cached_tokens.inc(message.cached_tokens)
         if not count:
-            if message.finish_reason == "length" and message.begun_s is not None and not self._outputs:
-                metrics.prompt_tokens.inc(self._prompt_tokens)
-                metrics.cached_tokens.inc(message.cached_tokens)
             return
         first_s = message.time_s if message.first_s is None else message.first_s
         if not self._outputs:
@@ -277,8 +270,6 @@ class RequestMeter:
             if message.begun_s is not None:
                 metrics.histograms["request_queue_time_seconds"].observe(message.begun_s - self._arrival_s)
                 metrics.histograms["request_prefill_time_seconds"].observe(first_s - message.begun_s)
-            metrics.prompt_tokens.inc(self._prompt_tokens)
-            metrics.cached_tokens.inc(message.cached_tokens)
         metrics.generation_tokens.inc(count)
         output = self._outputs.get(message.index)
         if output is None:
