@@ -79,7 +79,7 @@ class AdapterTrainer:
         self.window = config.grid_tokens or config.window_tokens
         self.refresh_seconds = self._refresh_seconds()
         self.published: Adapter | None = None
-        self.reference_sums = ReferenceSums()
+        self.reference_sums: ReferenceSums = {}
 
     # --- verbs ---
 
