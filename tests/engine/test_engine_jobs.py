@@ -36,6 +36,7 @@ from coserve.finetune import job as job_module
 from coserve.finetune.checkpoints import read_manifest
 from coserve.finetune.job import MetricsTable
 from coserve.runtime.executor import TrainExecutor
+from coserve.runtime.fused import FusedRows
 from coserve.runtime.loaded import LoadedModel
 from coserve.training.finetuning import finetune
 from tests.tiny_directory import chat_lines, preference_lines, write_lines
@@ -166,7 +167,7 @@ def test_checkpoints_are_served_and_requests_keep_their_version(
     assert not torch.equal(early.flat, late.flat)
     for name, adapter in (("early", early), ("late", late)):
         engine.add_adapter(name, adapter)
-    by = {name: engine.generate([prompt(9)], request.config, adapter=name)[0].token_ids for name in ("early", "late", "tuned")}
+    by = {name: engine.generate([prompt(9)], request.sampling, adapter=name)[0].token_ids for name in ("early", "late", "tuned")}
     assert request.token_ids == by["early"] != by["late"]
     assert by["tuned"] == by["late"]
     assert torch.equal(engine.model.load_adapter(tmp_path / "out").flat, late.flat)
@@ -323,16 +324,16 @@ def test_a_fused_window_that_fails_leaves_its_pass_alone(
     engine = engines()
     expected = engine.generate([prompt(n) for n in (9, 20)], GREEDY)
     job = engine.finetune(directory / "sft.jsonl", tmp_path / "out", ENDLESS)
-    run, failed = engine.passes._keep, []
+    failed = []
 
     def failing(*arguments: Any) -> None:
         failed.append(job.step)
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(engine.passes, "_keep", failing)
+    monkeypatch.setattr(FusedRows, "leave", failing)
     handles = [engine.submit(prompt(n), GREEDY) for n in (9, 20)]
     drive(engine)
-    assert run is not engine.passes._keep and len(failed) == 1
+    assert len(failed) == 1
     assert job.status == "failed"
     assert [h.token_ids for h in handles] == [h.token_ids for h in expected]
 
