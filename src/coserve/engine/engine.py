@@ -299,9 +299,7 @@ class Engine:
                 return False
             requests, jobs = self._holds(plan)
             watcher.begin(f"an iteration ({plan.kind})", plan.predicted_s, jobs=jobs, requests=requests)
-            lookup = Lookup(
-                self.requests.live, self.blocks.table, self.jobs.microbatches, self.jobs.jobs, self.jobs.owners
-            )
+            lookup = Lookup(self.requests.live, self.blocks.table, self.jobs.microbatches, self.jobs.jobs, self.jobs.owners)
             result = self.runner.run(plan, lookup)
             watcher.begin("taking what an iteration gave", requests=requests)
             self._commit(plan, result)
