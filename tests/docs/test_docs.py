@@ -16,7 +16,7 @@ import typer
 
 from coserve.cli.main import app
 from coserve.cli.vllmflags import FLAGS
-from coserve.config.settings import FinetuneConfig
+from coserve.config.settings import POLICIES, FinetuneConfig
 from coserve.core import Slo
 from coserve.server.inference import fields, protocol
 from coserve.server.jobs.body import SETTINGS
@@ -213,6 +213,14 @@ def test_routes_are_listed_as_they_are() -> None:
     described = json.loads(page_text("openapi.json"))["paths"]
     known = {f"{method.upper()} {path}" for path, methods in described.items() for method in methods}
     assert listed == known | {"GET /", "GET /openapi.json"}
+
+
+# --- policies ---
+
+
+def test_policies_are_listed_as_they_are() -> None:
+    listed = [code(row[0]) for row in rows(section(page_text("objectives.md"), "Policies"))]
+    assert sorted(name for names in listed for name in names) == sorted(POLICIES)
 
 
 # --- fields ---

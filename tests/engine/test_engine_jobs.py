@@ -167,8 +167,9 @@ def test_checkpoints_are_served_and_requests_keep_their_version(
     assert not torch.equal(early.flat, late.flat)
     for name, adapter in (("early", early), ("late", late)):
         engine.add_adapter(name, adapter)
-    names, sampling = ("early", "late", "tuned"), request.sampling
-    by = {name: engine.generate([prompt(9)], sampling, adapter=name)[0].token_ids for name in names}
+    by = {
+        name: engine.generate([prompt(9)], request.sampling, adapter=name)[0].token_ids for name in ("early", "late", "tuned")
+    }
     assert request.token_ids == by["early"] != by["late"]
     assert by["tuned"] == by["late"]
     assert torch.equal(engine.model.load_adapter(tmp_path / "out").flat, late.flat)

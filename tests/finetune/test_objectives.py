@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coserve.config.settings import FinetuneConfig
+from coserve.config.settings import FinetuneConfig, Objective
 from coserve.core import Example, Group
 from coserve.finetune.objectives import OBJECTIVES, PreferenceObjective, Scored, SupervisedObjective
 
@@ -149,7 +150,7 @@ def test_float32_log_probabilities_give_float32_coefficients() -> None:
 
 
 def test_objectives_by_name() -> None:
-    assert OBJECTIVES.keys() == {"sft", "dpo"}
+    assert OBJECTIVES.keys() == {*get_args(Objective)}
     assert isinstance(OBJECTIVES["sft"](FinetuneConfig()), SupervisedObjective)
     preference = OBJECTIVES["dpo"](FinetuneConfig(objective="dpo", dpo_beta=0.7))
     assert isinstance(preference, PreferenceObjective)

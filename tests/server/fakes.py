@@ -152,8 +152,8 @@ class FakeModels:
         self.prepared: list[str] = []
 
     def list(self, tenant: str) -> list[ServedModel]:
-        found = [ServedModel(name=name, adapter=None, parent=None, created=1, root=MODEL) for name in self.base_names]
-        tuned = ServedModel(name=ADAPTER, adapter=f"default/{ADAPTER}", parent=MODEL, created=2, root=MODEL)
+        found = [ServedModel(name=name, adapter=None, created=1) for name in self.base_names]
+        tuned = ServedModel(name=ADAPTER, adapter=f"default/{ADAPTER}", created=2)
         return [*found, tuned] if tenant == "default" else found
 
     def find(self, tenant: str, name: str) -> ServedModel:
@@ -201,7 +201,7 @@ class FakeMetrics:
         self.rejections: list[str] = []
 
     def begin(
-        self, *, model: str, prompt_tokens: int, params: SamplingConfig, arrival_s: float,
+        self, *, model: str, prompt_tokens: int, sampling: SamplingConfig, arrival_s: float,
         ttft_ms: SloMs | None, tpot_ms: SloMs | None,
     ) -> FakeMeter:
         assert abs(time.monotonic() - arrival_s) < 60

@@ -203,7 +203,7 @@ class Bench:
 
     async def settle(self) -> None:
         """Until all that happened so far is written."""
-        await self.jobs._runner.journal.write(lambda: None)
+        await self.jobs.journal.write(lambda: None)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -340,7 +340,7 @@ def test_who_follows_events_is_let_go_when_the_server_ends(play: Play) -> None:
         reading = asyncio.create_task(read())
         await asyncio.sleep(0.1)
         assert not reading.done()
-        bench.jobs.end_streams()
+        bench.jobs.journal.end_streams()
         await asyncio.wait_for(reading, 2)
 
     play(story)

@@ -133,8 +133,8 @@ def test_a_deterministic_server_makes_deterministic_jobs() -> None:
 
 
 def test_seeds_are_drawn_unless_given() -> None:
-    assert len({spec_of().seed for _ in range(8)}) > 1
-    assert spec_of(seed=0).seed == 0
+    assert len({spec_of().config.seed for _ in range(8)}) > 1
+    assert spec_of(seed=0).config.seed == 0
 
 
 def test_examples_of_pairs_have_half_a_microbatch() -> None:

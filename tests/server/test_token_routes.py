@@ -16,6 +16,7 @@ from tests.server.sites import CHAT_PATH, HI, TEXT_PATH, Site
 def test_models(site: Site) -> None:
     listed = site.client.models.list().data
     assert [model.id for model in listed] == [MODEL, "tiny-alias", ADAPTER]
+    assert [(model.root, model.parent) for model in listed] == [(MODEL, None), (MODEL, None), (MODEL, MODEL)]
     found = site.client.models.retrieve(ADAPTER)
     assert found.model_dump(exclude_unset=True) == {
         "id": ADAPTER, "object": "model", "created": 2, "owned_by": "coserve", "root": MODEL, "parent": MODEL,

@@ -26,6 +26,7 @@ from coserve.bench.report import make_page
 from coserve.bench.results import make_results
 from coserve.bench.sharing import BurstConfig, Sharing, SharingConfig, SharingSetup
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
+from coserve.config.settings import POLICIES
 from coserve.core import ConfigError
 from coserve.machine import device_name, versions
 from coserve.runtime.loaded import LoadedModel, load_model
@@ -46,7 +47,7 @@ def bench() -> None:
 def sharing(
     model: Annotated[str | None, typer.Argument(help="Model (default SmolLM2).")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory; finished cells in it are kept.")] = Path("sharing"),
-    policies: Annotated[str | None, typer.Option(help="Names joined by commas; also spatial (two processes).")] = None,
+    policies: Annotated[str | None, typer.Option(help=f"Joined by commas: {', '.join(POLICIES)}, spatial.")] = None,
     loads: Annotated[str | None, typer.Option(help="Shares of capacity (0.25,0.5,0.75).")] = None,
     requests: Annotated[int | None, typer.Option(help="Counted requests per cell (150).")] = None,
     pairs: Annotated[int | None, typer.Option(help="Interleaved repeats (5).")] = None,

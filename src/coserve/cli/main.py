@@ -20,7 +20,7 @@ from coserve.cli.bench import bench_app
 from coserve.cli.plan import add_plan
 from coserve.cli.serve import add_commands
 from coserve.cli.settings import job_flags, read_settings, with_flags
-from coserve.config.settings import SamplingConfig
+from coserve.config.settings import PAIRED, SamplingConfig
 from coserve.config.values import require
 from coserve.core import ConfigError, CoserveError, InvalidRequest, one_line
 from coserve.demo.command import demo
@@ -127,7 +127,8 @@ def finetune_command(
             resume=resume or bool(options.get("resume")), device=device or options.get("device", "auto"),
             dtype=dtype or options.get("dtype", "auto"), listen=display,
         )
-    unit = "DPO loss per pair (nats)" if settings.objective == "dpo" else "cross-entropy per label token (nats)"
+    paired = settings.objective in PAIRED
+    unit = f"{settings.objective.upper()} loss per pair (nats)" if paired else "cross-entropy per label token (nats)"
     loss_curve(result.rows, output / "loss.png", title=f"{result.model.name} on {Path(paths[-1]).name}", unit=unit)
     print(f"adapter in {output} (PEFT's format), curve in {output / 'loss.png'}")
     model = f"{paths[0]} " if len(paths) == 2 else ""

@@ -127,7 +127,7 @@ async def run_server(config: ServerConfig) -> None:
                     if server.should_exit:
                         server.force_exit = True
                     server.should_exit = True
-                    services.jobs.end_streams()  # they would last as long as their jobs
+                    services.jobs.journal.end_streams()  # they would last as long as their jobs
                     loop.call_later(config.shutdown_timeout, services.engine.fail_requests, "the server is ending")
 
                 for number in ends:

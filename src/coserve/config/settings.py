@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from coserve.config.values import (
     AUTO,
@@ -37,6 +37,8 @@ LINEAR_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 Targets = tuple[str, ...] | Literal["all-linear"]
 Objective = Literal["sft", "dpo"]
+PAIRED: tuple[Objective, ...] = ("dpo",)
+"""Objectives whose examples come in pairs, chosen and rejected. Both of a pair are in one micro-batch."""
 Schedule = Literal["constant", "linear", "cosine"]
 TooLong = Literal["error", "drop", "truncate"]
 SystemPrompt = Literal["keep", "merge"]
@@ -165,7 +167,7 @@ requests leave. Windows of 128 reach most of the best rate on a CPU, and their l
 class FinetuneConfig:
     """One finetuning job. What is 'auto' is chosen once the data is known, by `finetune.defaults.resolve_settings`."""
 
-    objective: Objective = knob("sft", "sft or dpo.", api=False)
+    objective: Objective = knob("sft", f"{' or '.join(get_args(Objective))}.", api=False)
     dpo_beta: float = knob(0.1, "DPO's inverse temperature.", api=False)
     epochs: float | Auto = knob(AUTO, "Passes over the data (3, more of few examples).", api=False)
     """Passes over the data; ignored when `max_steps` is set. auto: 3; more where there are few examples, so that a job
@@ -313,7 +315,7 @@ class SchedulerConfig:
     """Objectives and limits of the hybrid token scheduler."""
 
     policy: str = "coserve"
-    """coserve, inference-only, finetune-only, temporal:N, dynamic-temporal or layer-sliced."""
+    """One of POLICIES, with a number for N."""
     tpot_ms: SloMs | None = None
     """Objective: milliseconds per output token after the first, or "none": best effort. None: from the machine's profile, see
     scheduler/slo.py. A request may set its own."""
@@ -354,12 +356,12 @@ POLICIES = ("coserve", "inference-only", "finetune-only", "temporal:N", "dynamic
 
 
 def parse_policy(name: str) -> tuple[str, int]:
-    """('temporal', N) of 'temporal:N'; (name, 0) of the others. Raises ConfigError."""
-    kind, _, count = name.partition(":")
-    if kind == "temporal" and count.isdigit() and int(count) >= 1:
-        return kind, int(count)
-    require(name in POLICIES and kind != "temporal", "policy", f"must be one of {', '.join(POLICIES)}, got {name!r}")
-    return name, 0
+    """('temporal', N) of 'temporal:N'; (name, 0) of a policy without a number. Raises ConfigError."""
+    kind, colon, count = name.partition(":")
+    numbered = f"{kind}:N" in POLICIES and count.isdecimal() and int(count) >= 1
+    require(numbered or (name in POLICIES and not colon), "policy",
+            f"must be one of {', '.join(POLICIES)} (N: a whole number from 1), got {name!r}")
+    return kind, int(count or 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from coserve.config.data import KNOBS, to_dict
-from coserve.config.settings import LINEAR_SITES, AdapterConfig, BottleneckConfig, FinetuneConfig, LoraConfig, Objective
+from coserve.config.settings import LINEAR_SITES, PAIRED, AdapterConfig, BottleneckConfig, FinetuneConfig, LoraConfig, Objective
 from coserve.config.values import AUTO, is_number, settled
 from coserve.finetune.batches import BatchOrder
 
@@ -55,7 +55,7 @@ def adapter_size(adapter: AdapterConfig) -> int:
 
 def auto_learning_rate(objective: Objective, adapter: AdapterConfig, hidden_size: int | None) -> float:
     """The peak learning rate. hidden_size: the model's; None counts as RATE_WIDTH."""
-    if objective == "dpo":
+    if objective in PAIRED:
         return min(5e-5, max(5e-6, 4e-4 / adapter_size(adapter)))
     rate = SUPERVISED_RATE * max(1.0, RATE_WIDTH / (hidden_size or RATE_WIDTH))
     return min(MAX_SUPERVISED_RATE, float(f"{rate:.2g}"))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coserve.chat.messages import NO_TOOLS, is_neutral
-from coserve.config.settings import Objective, SystemPrompt
+from coserve.config.settings import PAIRED, Objective, SystemPrompt
 from coserve.core import InvalidRequest
 from coserve.finetune.jsonlines import LineError, kind, shown
 from coserve.finetune.turns import Turn, merge_system, read_text, read_turns, same_turns
@@ -56,7 +56,7 @@ class LineReader:
     _notes: Notes = field(default_factory=Notes)
 
     def read(self, record: dict[str, Any]) -> list[Encoded]:
-        """The examples of one line: one (sft), or chosen and rejected (dpo). Raises LineError, InvalidRequest (tokenizer)."""
+        """The examples of one line: one, or chosen and rejected (PAIRED). Raises LineError, InvalidRequest (tokenizer)."""
         layout = _match(record, self.objective)
         _refuse_tools(record, "")
         if isinstance(record.get("label"), bool) and layout.required == ("prompt", "completion"):
@@ -103,7 +103,7 @@ Encoder = Callable[[dict[str, Any], LineReader], list[Encoded]]
 
 
 class _Layout(NamedTuple):
-    objective: Objective
+    objectives: tuple[Objective, ...]
     required: tuple[str, ...]
     optional: tuple[str, ...]
     encode: Encoder
@@ -114,15 +114,16 @@ def _match(record: dict[str, Any], objective: Objective) -> _Layout:
     given = [key for key, value in record.items() if value is not None]
     for keys in (given, list(record)):
         matches = [layout for layout in _LAYOUTS if all(key in keys for key in layout.required)]
-        own = [layout for layout in matches if layout.objective == objective]
+        own = [layout for layout in matches if objective in layout.objectives]
         if own:
             return _only(own)
-    wanted = " or ".join("{" + ", ".join(f.required) + "}" for f in _LAYOUTS if f.objective == objective)
+    wanted = " or ".join("{" + ", ".join(f.required) + "}" for f in _LAYOUTS if objective in f.objectives)
     if matches:
+        others = " or ".join(matches[0].objectives)
         raise LineError(
             ", ".join(matches[0].required),
-            f"this is a line for objective {matches[0].objective}, but the objective is {objective}; give {wanted}, or "
-            f"set the objective to {matches[0].objective}",
+            f"this is a line for objective {others}, but the objective is {objective}; give {wanted}, or "
+            f"set the objective to {others}",
         )
     keys_shown = ", ".join([shown(key) for key in list(record)[:_SHOWN_KEYS]] + ["..."] * (len(record) > _SHOWN_KEYS))
     raise LineError("keys", f"{keys_shown or 'none'}: no known format; for objective {objective} give {wanted}")
@@ -325,15 +326,15 @@ def _common_words(some: str, other: str) -> str:
 
 
 _LAYOUTS = (
-    _Layout("sft", ("messages",), ("system",), _conversation("messages")),
-    _Layout("sft", ("conversations",), ("system",), _conversation("conversations")),
-    _Layout("sft", ("prompt", "completion"), (), _prompt_and("completion")),
-    _Layout("sft", ("instruction", "output"), ("input", "system", "history"), _alpaca),
-    _Layout("sft", ("text",), (), _text),
-    _Layout("dpo", ("input", "preferred_output", "non_preferred_output"), (), _openai_preference),
-    _Layout("dpo", ("prompt", "chosen", "rejected"), (), _prompt_and("chosen", "rejected")),
-    _Layout("dpo", ("conversations", "chosen", "rejected"), ("system",), _sharegpt_preference),
-    _Layout("dpo", ("instruction", "chosen", "rejected"), ("input", "system", "history"), _alpaca_preference),
-    _Layout("dpo", ("chosen", "rejected"), (), _implicit_preference),
+    _Layout(("sft",), ("messages",), ("system",), _conversation("messages")),
+    _Layout(("sft",), ("conversations",), ("system",), _conversation("conversations")),
+    _Layout(("sft",), ("prompt", "completion"), (), _prompt_and("completion")),
+    _Layout(("sft",), ("instruction", "output"), ("input", "system", "history"), _alpaca),
+    _Layout(("sft",), ("text",), (), _text),
+    _Layout(PAIRED, ("input", "preferred_output", "non_preferred_output"), (), _openai_preference),
+    _Layout(PAIRED, ("prompt", "chosen", "rejected"), (), _prompt_and("chosen", "rejected")),
+    _Layout(PAIRED, ("conversations", "chosen", "rejected"), ("system",), _sharegpt_preference),
+    _Layout(PAIRED, ("instruction", "chosen", "rejected"), ("input", "system", "history"), _alpaca_preference),
+    _Layout(PAIRED, ("chosen", "rejected"), (), _implicit_preference),
 )
 """The first layout that matches a line is used."""

@@ -85,7 +85,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         work = WorkPool()
         stack.callback(work.close)
         await jobs.start()
-        watch = SelfWatch(asyncio.get_running_loop(), jobs.journal_busy_s, config.watchdog_timeout)
+        watch = SelfWatch(asyncio.get_running_loop(), lambda: jobs.journal.busy_s, config.watchdog_timeout)
         stack.enter_context(watch)
         yield Services(
             config=config, engine=engine, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,

@@ -29,7 +29,6 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"default": {
 }}
 """What every route may answer, for the OpenAPI document."""
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
-_LONGEST = 300
 
 
 def plain_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
@@ -59,7 +58,7 @@ async def on_invalid_request(request: Request, error: Exception) -> Response:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """The response where there is no such route, or not with this method, or where a body breaks off."""
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path[:_LONGEST]}"
+    where = f"{request.method} {request.url.path[:300]}"
     known = {404: f"there is no {where}", 405: f"{where}: this route takes other methods"}
     message = known.get(error.status_code, error.detail)
     return JSONResponse(plain_body(error.status_code, message), error.status_code, headers=error.headers)

@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -37,42 +37,38 @@ _MAX_FOLDED = 256
 _CONTINUED = "| "
 _UNSHOWN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that steer a terminal, break a line or turn the order of letters around, or that UTF-8 doesn't have."""
-_request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="")
-_tenant: contextvars.ContextVar[list[str]] = contextvars.ContextVar("tenant")
+_present: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("present")
+"""The ids of the request that is being answered and, once it is known, of its tenant."""
 
 
 @contextmanager
-def about_request(request: str) -> Iterator[list[str]]:
-    """Lines that are logged inside this context get the request's id. Yields a list that gets the tenant once it is known."""
-    tenant: list[str] = []
-    tokens = _request.set(request), _tenant.set(tenant)
+def about_request(request: str) -> Iterator[None]:
+    """Lines that are logged inside this context get the request's id."""
+    token = _present.set({"request": request})
     try:
-        yield tenant
+        yield
     finally:
-        _request.reset(tokens[0])
-        _tenant.reset(tokens[1])
+        _present.reset(token)
 
 
 def note_tenant(tenant: str) -> None:
     """Lines about the present request get the tenant's id from now on."""
-    known = _tenant.get(None)
-    if known is not None:
-        known[:] = [tenant]
+    if (ids := _present.get(None)) is not None:
+        ids["tenant"] = tenant
 
 
 def present_request() -> str:
     """The request that is being answered, or ''."""
-    return _request.get()
+    return _present.get({}).get("request", "")
 
 
 class _Context(logging.Filter):
     """Puts the context's ids into records that have none, and lets all records pass."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if not hasattr(record, "request") and _request.get():
-            record.request = _request.get()
-        if not hasattr(record, "tenant") and (tenant := _tenant.get(None)):
-            record.tenant = tenant[0]
+        for name, id in _present.get({}).items():
+            if not hasattr(record, name):
+                setattr(record, name, id)
         return True
 
 
@@ -107,7 +103,6 @@ class TextFormatter(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line or more."""
         head = f"{_time(record)} {record.levelname} {self._process} "
         ids = " ".join(f"{name}={value}" for name, value in _ids(record).items())
         first, *rest = _message_lines(record)
@@ -124,7 +119,6 @@ class JsonFormatter(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line."""
         fields: dict[str, Any] = {
             "time": _time(record), "level": record.levelname.lower(), "process": self._process, "logger": record.name,
             "message": record.getMessage(), **_ids(record), **getattr(record, "fields", {}),
@@ -185,11 +179,9 @@ class FoldingHandler(logging.Handler):
     def _write(self, record: logging.LogRecord) -> None:
         stream = self._error if record.levelno >= logging.WARNING else self._out
         line = self.format(record) + "\n"
-        try:
+        with suppress(OSError):  # a pipe that nobody reads any more, a full disk: the server goes on without this line
             stream.write(line)
             stream.flush()
-        except OSError:  # a pipe that nobody reads any more, a full disk: the server goes on without this line
-            pass
 
     def _write_count(self, folded: _Folded, now: float) -> None:
         same = folded.record

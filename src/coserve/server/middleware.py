@@ -38,27 +38,21 @@ class BodyLimits:
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
+        self._too_large = f"the body exceeds max_body_bytes={max_bytes}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        encoding = headers.get("content-encoding", "").strip().lower()
-        if encoding not in ("", "identity"):
-            await _refuse(415, f"content-encoding: {encoding[:40]!r} isn't taken; send the body as it is")(scope, receive, send)
-            return
-        if scope["method"] == "POST" and scope["path"] in UPLOADS:
-            await self._app(scope, receive, send)
-            return
-        if announced_bytes(headers) > self._max_bytes:
-            await _refuse(413, self._too_large())(scope, receive, send)
-            return
-        await self._app(scope, self._counted(receive), send)
-
-    def _too_large(self) -> str:
-        return f"the body exceeds max_body_bytes={self._max_bytes}"
+        app: ASGIApp = self._app
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            encoding = headers.get("content-encoding", "").strip().lower()
+            is_upload = scope["method"] == "POST" and scope["path"] in UPLOADS
+            if encoding not in ("", "identity"):
+                app = _refuse(415, f"content-encoding: {encoding[:40]!r} isn't taken; send the body as it is")
+            elif not is_upload and announced_bytes(headers) > self._max_bytes:
+                app = _refuse(413, self._too_large)
+            elif not is_upload:
+                receive = self._counted(receive)
+        await app(scope, receive, send)
 
     def _counted(self, receive: Receive) -> Receive:
         received = 0
@@ -68,7 +62,7 @@ class BodyLimits:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_bytes:
-                raise HTTPException(413, self._too_large(), headers={"connection": "close"})
+                raise HTTPException(413, self._too_large, headers={"connection": "close"})
             return message
 
         return counted
@@ -87,7 +81,6 @@ class LastResort:
         self._app, self._log_requests = app, log_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

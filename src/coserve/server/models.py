@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,21 +44,21 @@ class ServedModel:
 
     name: what they ask for.
     adapter: the engine's name of the adapter; None: the base.
-    parent: the base's name, for an adapter.
     created: Unix seconds.
-    root: the base's name.
     """
 
     name: str
     adapter: str | None
-    parent: str | None
     created: int
-    root: str
 
 
 def engine_name(tenant: str, name: str) -> str:
     """The engine's name of a tenant's adapter. Different tenants' adapters have different ones."""
     return f"{quote(tenant, safe='')}/{name}"
+
+
+def _served(record: AdapterRecord) -> ServedModel:
+    return ServedModel(name=record.name, adapter=engine_name(record.tenant, record.name), created=record.created_at)
 
 
 class ModelRegistry:
@@ -92,8 +92,8 @@ class ModelRegistry:
     def find(self, tenant: str, name: str) -> ServedModel:
         """The model of a name. Raises NotFound, also for names of other tenants."""
         if name in self.base_names:
-            return ServedModel(name=name, adapter=None, parent=None, created=self._started, root=self.base_names[0])
-        return self._served(self.find_record(tenant, name))
+            return ServedModel(name=name, adapter=None, created=self._started)
+        return _served(self.find_record(tenant, name))
 
     def find_record(self, tenant: str, name: str) -> AdapterRecord:
         """The adapter's row: the tenant's own or a shared one. Raises NotFound."""
@@ -111,14 +111,8 @@ class ModelRegistry:
     def list(self, tenant: str) -> Sequence[ServedModel]:
         """All models of a tenant: the base under each of its names, then adapters."""
         return [self.find(tenant, name) for name in self.base_names] + [
-            self._served(record) for record in self._store.list_adapters(tenant)
+            _served(record) for record in self._store.list_adapters(tenant)
         ]
-
-    def _served(self, record: AdapterRecord) -> ServedModel:
-        base = self.base_names[0]
-        return ServedModel(
-            name=record.name, adapter=engine_name(record.tenant, record.name), parent=base, created=record.created_at, root=base
-        )
 
     # --- the engine's side ---
 
@@ -134,7 +128,8 @@ class ModelRegistry:
                 record = await asyncio.to_thread(self.find_record, tenant, name)
                 adapter = engine_name(record.tenant, name)
             try:
-                record = await self._checked(record)
+                if not self._is_checked(record):  # a copy has to be made
+                    record = await asyncio.to_thread(self.find_files, record)
                 wanted = (self._engine.generation, record.directory)
                 if self._loaded.get(adapter) != wanted:
                     await self._engine.load_adapter(adapter, record.directory)
@@ -145,18 +140,15 @@ class ModelRegistry:
                 raise InvalidRequest(
                     f"{name} can't be loaded: {str(error).removeprefix('adapter: ')}", param="model"
                 ) from error
-        return self._served(record)
+        return _served(record)
 
-    async def _checked(self, record: AdapterRecord) -> AdapterRecord:
-        """`find_files`, in a thread where it has to make a copy."""
-        if record.job is not None or self._shelf.holds(record.directory):
-            return record
-        return await asyncio.to_thread(self.find_files, record)
+    def _is_checked(self, record: AdapterRecord) -> bool:
+        return record.job is not None or self._shelf.holds(record.directory)
 
     def find_files(self, record: AdapterRecord) -> AdapterRecord:
         """The same row, of files that are checked: a job's own, or a copy on the shelf, which is made now if an older coserve
         made none. Raises NotFound, InvalidRequest, CapacityError."""
-        if record.job is not None or self._shelf.holds(record.directory):
+        if self._is_checked(record):
             return record
         admitted = self._shelf.admit(Path(record.directory))
         self._report(record.name, admitted)
@@ -176,16 +168,8 @@ class ModelRegistry:
         """Unloads an adapter from the engine, if it is there. Requests that use it go on."""
         adapter = engine_name(tenant, name)
         self._loaded.pop(adapter, None)
-        held: list[str] | None = []
-        if self._engine.ready:
-            held = None
-            with contextlib.suppress(CoserveError):  # not there, or the engine has just died: gone either way
-                held = await self._engine.unload_adapter(adapter)
-        await self._sweep(held)
-
-    async def _sweep(self, held: Collection[str] | None) -> None:
-        """Deletes copies that nobody needs. held: directories of the engine's adapters; None: unknown, nothing is deleted."""
-        if held is not None:
+        with contextlib.suppress(CoserveError):  # not there, or the engine has just died: gone either way
+            held = await self._engine.unload_adapter(adapter) if self._engine.ready else []
             await asyncio.to_thread(self._shelf.sweep, held)
 
     # --- rows ---
@@ -260,7 +244,7 @@ class ModelRegistry:
             self.note_loaded(record, generation)
             if existing is not None:
                 self._shelf.retire(existing.directory, tenant)
-        await self._sweep(held)
+        await asyncio.to_thread(self._shelf.sweep, held)
         return admitted.warnings
 
     def _find_loaded(self, tenant: str, name: str, replace: bool) -> AdapterRecord | None:

@@ -43,14 +43,12 @@ class OriginGuard:
         self._any_origin, self._origins = ANY in origins, frozenset(origin.lower() for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         if not await self._asks_for_keys() and (problem := self._problem(scope)) is not None:
-            status, message, param = problem
-            body = plain_body(status, message, param)
-            await JSONResponse(body, status, headers={"connection": "close", "vary": "Origin"})(scope, receive, send)
+            refusal = JSONResponse(plain_body(*problem), problem[0], headers={"connection": "close", "vary": "Origin"})
+            await refusal(scope, receive, send)
             return
 
         async def private(message: Message) -> None:

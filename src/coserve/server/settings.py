@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coserve.config.settings import EngineConfig, SchedulerConfig
+from coserve.config.settings import POLICIES, EngineConfig, SchedulerConfig
 from coserve.config.values import AUTO, SloMs, knob, read_memory, require, require_least
 from coserve.core import ConfigError
 from coserve.server.hostnames import check_allowed
@@ -71,7 +71,7 @@ class ServerConfig:
     """Objective: milliseconds per output token after the first, or "none": best effort. None: from the machine's profile."""
     slo_ttft_ms: SloMs | None = knob(None, "Objective to the first token (by profile); none: best effort.", metavar="MS|none")
     """Objective: milliseconds to the first token; otherwise as `slo_tpot_ms`."""
-    policy: str = knob("coserve", "coserve, inference-only, finetune-only, temporal:N, ...")
+    policy: str = knob("coserve", f"{', '.join(POLICIES)}.")
     """As in SchedulerConfig.policy."""
     finetune_min_share: float = knob(0.0, "Share of time that jobs always get (0).")
     """Share of time that jobs get even where objectives are missed, in [0, 1)."""
@@ -126,7 +126,10 @@ class ServerConfig:
         try:
             self.engine_config()  # its own checks
         except ConfigError as error:
-            raise _in_own_words(error) from error
+            own_name = _ENGINE_NAMES.get(error.param or "")
+            if own_name is None:
+                raise
+            raise ConfigError(f"{own_name}: {str(error).removeprefix(f'{error.param}: ')}", param=own_name) from error
 
     def engine_config(self, pool_bytes: int | None = None) -> EngineConfig:
         """The engine's settings; pool_bytes: what the pool will hold, if it is known."""
@@ -150,12 +153,6 @@ class ServerConfig:
         share = number if number < 1 else number / pool_bytes
         require(share < 1, "activation_memory", f"{number:.0f} bytes leave nothing of the pool's {pool_bytes} to inference")
         return share
-
-
-def _in_own_words(error: ConfigError) -> ConfigError:
-    """An error about a field of the engine's settings, under the name that the field has here."""
-    name = _ENGINE_NAMES.get(error.param or "")
-    return error if name is None else ConfigError(f"{name}: {str(error).removeprefix(f'{error.param}: ')}", param=name)
 
 
 def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServerConfig:
@@ -223,18 +220,11 @@ def _read_texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _read_objective(value: Any) -> Any:
-    """A number that a command line wrote as text; anything else as it is."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
-
-
 def _read(name: str, kind: str, value: Any) -> Any:
-    """A value in its field's type."""
     if kind.startswith("SloMs"):
-        return _read_objective(value)
+        with contextlib.suppress(ValueError):  # a command line gives numbers as text
+            return float(value) if isinstance(value, str) else value
+        return value
     if name == "lora_modules":
         return _read_modules(value)
     if name == "activation_memory":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,7 +44,12 @@ class WorkPool:
         except BaseException:
             self._end(tenant)
             raise
-        running.add_done_callback(functools.partial(self._ended, loop, tenant))
+
+        def ended(_: Future[Result]) -> None:  # on the work's thread
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._end, tenant)
+
+        running.add_done_callback(ended)
         return await asyncio.wrap_future(running)
 
     def close(self) -> None:
@@ -88,11 +92,6 @@ class WorkPool:
                 waiting.popleft().set_result(None)
             if waiting:
                 self._waiting[tenant] = waiting  # at the end: others are next
-
-    def _ended(self, loop: asyncio.AbstractEventLoop, tenant: str, _: Future[object]) -> None:
-        """Runs on the work's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(self._end, tenant)
 
     def _end(self, tenant: str) -> None:
         self._free += 1

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coserve.config.settings import AdapterConfig, FinetuneConfig
+from coserve.config.settings import PAIRED, AdapterConfig, FinetuneConfig
 from coserve.config.values import settled
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.datasets import Dataset, load_training
@@ -173,12 +173,12 @@ def _dated(config: FinetuneConfig, directory: Path, resume: bool) -> FinetuneCon
 
 def _max_length(config: FinetuneConfig, arch: Architecture) -> int:
     """The most tokens of an example, whose group must fit into a micro-batch. Raises ConfigError if `max_length` is more."""
-    share = config.max_microbatch_tokens // (2 if config.objective == "dpo" else 1)
+    share = config.max_microbatch_tokens // (2 if config.objective in PAIRED else 1)
     limit = min(share, arch.max_position_embeddings)
     if config.max_length is not None and config.max_length > limit:
         raise ConfigError(
             f"max_length: {config.max_length} is more than {limit}: an example must fit into the model's "
-            f"{arch.max_position_embeddings} positions and into {'half of ' if config.objective == 'dpo' else ''}"
+            f"{arch.max_position_embeddings} positions and into {'half of ' if config.objective in PAIRED else ''}"
             f"max_microbatch_tokens={config.max_microbatch_tokens}; lower max_length, or raise max_microbatch_tokens",
             param="max_length",
         )

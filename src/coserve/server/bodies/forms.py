@@ -10,7 +10,7 @@ Owns: the order of these steps, paths of fields in errors. Does not own: JSON (p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -49,14 +49,14 @@ class Form(Generic[Model]):
     """What is said about a wrong field."""
     max_values: int = MAX_SMALL_VALUES
     """JSON values that the body may have."""
-    openapi: dict[str, Any] = field(init=False)
-    """For a route's `openapi_extra`: the body as a JSON schema without references."""
 
-    def __post_init__(self) -> None:
+    @property
+    def openapi(self) -> dict[str, Any]:
+        """For a route's `openapi_extra`: the body as a JSON schema without references."""
         schema = self.model.model_json_schema()
         definitions = schema.pop("$defs", {})
         content = {"application/json": {"schema": _inlined(schema, definitions)}}
-        object.__setattr__(self, "openapi", {"requestBody": {"required": True, "content": content}})
+        return {"requestBody": {"required": True, "content": content}}
 
     def parse(self, data: bytes) -> Model:
         """A body's bytes as the model. Raises InvalidRequest."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from coserve.config.settings import SamplingConfig
@@ -34,18 +33,6 @@ class Question(NamedTuple):
     sampling: SamplingConfig
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asker:
-    """Who asks, and of which model. arrival_s: when the request came, by the monotonic clock. tpot_ms, ttft_ms: its latency
-    objectives; None: the server's."""
-
-    tenant: str
-    model: ServedModel
-    arrival_s: float
-    tpot_ms: SloMs | None = None
-    ttft_ms: SloMs | None = None
-
-
 class _Run(NamedTuple):
     """One prompt's stream and meter."""
 
@@ -56,9 +43,14 @@ class _Run(NamedTuple):
 class Answers:
     """The engine's answers to some questions, which all have the same n. It must be closed, however it ends."""
 
-    def __init__(self, services: Services, asker: Asker, questions: Sequence[Question]) -> None:
-        """Nothing is sent to the engine until somebody iterates."""
-        self._services, self._asker, self._questions = services, asker, questions
+    def __init__(
+        self, services: Services, questions: Sequence[Question], *, tenant: str, model: ServedModel, arrival_s: float,
+        tpot_ms: SloMs | None, ttft_ms: SloMs | None,
+    ) -> None:
+        """Nothing is sent to the engine until somebody iterates. arrival_s: when the request came, by the monotonic clock.
+        tpot_ms, ttft_ms: its latency objectives; None: the server's."""
+        self._services, self._questions, self._tenant, self._model = services, questions, tenant, model
+        self._arrival_s, self._tpot_ms, self._ttft_ms = arrival_s, tpot_ms, ttft_ms
         self._runs: list[_Run] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._claim: Claim | None = None
@@ -98,7 +90,7 @@ class Answers:
     def _take_places(self) -> Claim:
         outputs = sum(question.sampling.n for question in self._questions)
         try:
-            return self._services.shares.places.take(self._asker.tenant, outputs, self._refuse)
+            return self._services.shares.places.take(self._tenant, outputs, self._refuse)
         except CapacityError:
             self._services.metrics.rejected("capacity")
             raise
@@ -123,15 +115,15 @@ class Answers:
                 await asyncio.sleep(0)
 
     def _ask(self, question: Question) -> _Run:
-        asker, services = self._asker, self._services
+        services = self._services
         meter = services.metrics.begin(
-            model=asker.model.name, prompt_tokens=len(question.prompt_ids), sampling=question.sampling,
-            arrival_s=asker.arrival_s, ttft_ms=asker.ttft_ms, tpot_ms=asker.tpot_ms,
+            model=self._model.name, prompt_tokens=len(question.prompt_ids), sampling=question.sampling,
+            arrival_s=self._arrival_s, ttft_ms=self._ttft_ms, tpot_ms=self._tpot_ms,
         )
         try:
             stream = services.engine.generate(
-                prompt_ids=question.prompt_ids, sampling=question.sampling, adapter=asker.model.adapter, tenant=asker.tenant,
-                tpot_ms=asker.tpot_ms, ttft_ms=asker.ttft_ms, arrival_s=asker.arrival_s,
+                prompt_ids=question.prompt_ids, sampling=question.sampling, adapter=self._model.adapter, tenant=self._tenant,
+                tpot_ms=self._tpot_ms, ttft_ms=self._ttft_ms, arrival_s=self._arrival_s,
             )
         except CoserveError as error:
             meter.end("error")

@@ -117,14 +117,12 @@ class FieldPolicy:
             if name in self.implemented or name in self.ignored:
                 continue
             if name not in self.neutral:
-                raise InvalidRequest(f"{name[:80]}: there is no such field{self._hint(name)}", param=name[:80])
+                near = difflib.get_close_matches(name[:80], sorted({*self.implemented, *self.neutral, *self.ignored}), n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise InvalidRequest(f"{name[:80]}: there is no such field{hint}", param=name[:80])
             if not is_neutral(value, self.neutral[name]):
                 raise InvalidRequest(f"{name}: is not supported yet; leave it out", param=name)
         return {name: value for name, value in body.items() if name in self.implemented and value is not None}
-
-    def _hint(self, name: str) -> str:
-        close = difflib.get_close_matches(name[:80], sorted({*self.implemented, *self.neutral, *self.ignored}), n=1)
-        return f"; did you mean {close[0]}?" if close else ""
 
 
 CHAT = FieldPolicy(implemented=ChatRequest.model_fields, ignored=_IGNORED, neutral={**_NEUTRAL, **_CHAT_NEUTRAL})

@@ -16,9 +16,8 @@ MAX_MESSAGES = 4096
 """Of a conversation; the parts of a message count as messages do."""
 MAX_STOP_CHARACTERS = 1024
 """Of one stop text."""
-MAX_STOP_TOKENS = 1024
-MAX_BIASES = 1024
-"""Entries of logit_bias."""
+MAX_ENTRIES = 1024
+"""Of stop_token_ids and of logit_bias."""
 MAX_LOGPROBS = 1 << 18
 """Log-probabilities of one response, alternatives included: about 25 MB of JSON."""
 COUNTED_TOKENS = 1 << 16
@@ -36,10 +35,10 @@ def check_amounts(body: Mapping[str, Any]) -> Mapping[str, Any]:
     for text in stop if isinstance(stop, list) else [stop]:
         if isinstance(text, str):
             _check("stop", len(text), MAX_STOP_CHARACTERS, "characters of a text")
-    for name, most in (("stop_token_ids", MAX_STOP_TOKENS), ("logit_bias", MAX_BIASES)):
+    for name in ("stop_token_ids", "logit_bias"):
         value = body.get(name)
         if isinstance(value, list | dict):
-            _check(name, len(value), most, "entries")
+            _check(name, len(value), MAX_ENTRIES, "entries")
     return body
 
 

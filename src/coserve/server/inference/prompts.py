@@ -148,7 +148,6 @@ def _content(message: ChatMessage, place: str) -> str:
 
 
 def _split(prompt: Any, vocab_size: int) -> list[str | list[int]]:
-    """A completion's prompts, each a text or ids."""
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list) or not prompt:

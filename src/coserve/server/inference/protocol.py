@@ -113,6 +113,11 @@ class GenerationRequest(Body):
         return self.n or 1
 
     @property
+    def by_id(self) -> bool:
+        """Whether log-probabilities name tokens by their ids."""
+        return bool(self.return_tokens_as_token_ids)
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -127,11 +132,6 @@ class GenerationRequest(Body):
         """Likeliest tokens to tell at each place; None: no log-probabilities."""
         raise NotImplementedError
 
-    @property
-    def wants_names(self) -> bool:
-        """Whether the response names single tokens."""
-        return self.num_logprobs is not None or self.prompt_logprobs is not None
-
     def check(self) -> None:
         """What several fields say together. Raises InvalidRequest."""
         if self.stream_options is not None and not self.stream:
@@ -140,14 +140,11 @@ class GenerationRequest(Body):
             message = "prompt_logprobs: is not supported in a stream; leave one of them out"
             raise InvalidRequest(message, param="prompt_logprobs")
 
-    def sampling(
-        self, *, max_tokens: int, vocab_size: int, logprobs: int | None, draw_seed: Callable[[], int]
-    ) -> SamplingConfig:
+    def sampling(self, *, max_tokens: int, vocab_size: int, draw_seed: Callable[[], int]) -> SamplingConfig:
         """For max_tokens of output. draw_seed: called if the request gives no seed. Raises InvalidRequest, ConfigError."""
         given: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN if getattr(self, name) is not None}
-        top_k = self.top_k or 0
         return SamplingConfig(
-            **given, max_tokens=max_tokens, logprobs=logprobs, stop=_stops(self.stop), top_k=0 if top_k < 0 else top_k,
+            **given, max_tokens=max_tokens, logprobs=self.num_logprobs, stop=_stops(self.stop), top_k=max(0, self.top_k or 0),
             logit_bias=_biases(self.logit_bias or {}, vocab_size),
             stop_token_ids=tuple(_in_vocabulary("stop_token_ids", token, vocab_size) for token in self.stop_token_ids or ()),
             seed=draw_seed() if self.seed is None else self.seed,
@@ -193,14 +190,12 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
 
     def check(self) -> None:
-        """What several fields say together. Raises InvalidRequest."""
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs: is for logprobs=true only", param="top_logprobs")
 
     @property
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to tell at each place; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -217,7 +212,6 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to tell at each place; None: no log-probabilities."""
         return self.logprobs
 
     @property
@@ -227,7 +221,6 @@ class CompletionRequest(GenerationRequest):
         return max(asked, default=None)
 
     def check(self) -> None:
-        """What several fields say together. Raises InvalidRequest."""
         super().check()
         if self.best_of is not None and self.best_of != self.num_outputs:
             raise InvalidRequest("best_of: with another value than n is not supported yet; leave it out", param="best_of")
@@ -253,7 +246,6 @@ class DetokenizeRequest(Body):
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
-    """A text or several."""
     texts = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InvalidRequest("stop: must be a text or a list of texts", param="stop")
@@ -263,7 +255,6 @@ def _stops(stop: Any) -> tuple[str, ...]:
 
 
 def _biases(given: dict[str, float], vocab_size: int) -> dict[int, float]:
-    """By token id."""
     biases: dict[int, float] = {}
     for key, value in given.items():
         if not (key.isascii() and key.isdigit() and len(key) < 12):

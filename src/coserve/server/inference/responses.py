@@ -11,23 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coserve.server.inference.prompts import Prompt
+from coserve.server.inference.protocol import CompletionRequest, GenerationRequest
 from coserve.server.inference.walk import TokenWalk, prompt_offsets
 from coserve.server.link.messages import LogprobEntry, Tokens
 from coserve.text.tokenizer import ChatTokenizer
 
 _LEAST_LOGPROB = -9999.0
 """Written for a log-probability of minus infinity, which JSON can't express."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
-    """What a response has beside its text. logprobs, prompt_logprobs: how many of the likeliest tokens are listed; None: no
-    log-probabilities. token_ids: whether ids are listed. by_id: whether log-probabilities name tokens by their ids."""
-
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    token_ids: bool = False
-    by_id: bool = False
 
 
 @dataclass(slots=True)
@@ -39,36 +29,29 @@ class PartialChoice:
     logprobs: list[LogprobEntry] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, tokens: Tokens) -> None:
-        """Adds new tokens."""
-        self.pieces.append(tokens.text)
-        self.token_ids += tokens.token_ids
-        self.logprobs += tokens.logprobs
-        self.finish_reason = tokens.finish_reason
-
     @property
     def text(self) -> str:
         """The text so far."""
         return "".join(self.pieces)
 
 
-@dataclass(slots=True)
 class Tally:
     """A request's outputs so far, n for each of its prompts, and its usage."""
 
-    num_prompt_tokens: Sequence[int]
-    n: int
-    outputs: list[PartialChoice] = field(init=False)
-    cached_tokens: dict[int, int] = field(default_factory=dict)
-    prompt_logprobs: dict[int, list[LogprobEntry]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.outputs = [PartialChoice() for _ in range(self.n * len(self.num_prompt_tokens))]
+    def __init__(self, num_prompt_tokens: Sequence[int], n: int) -> None:
+        self.num_prompt_tokens, self.n = num_prompt_tokens, n
+        self.outputs = [PartialChoice() for _ in range(n * len(num_prompt_tokens))]
+        self.cached_tokens: dict[int, int] = {}
+        self.prompt_logprobs: dict[int, list[LogprobEntry]] = {}
 
     def add(self, prompt: int, tokens: Tokens) -> int:
         """Adds new tokens of a prompt's output. Returns the number of the choice."""
         choice = prompt * self.n + tokens.index
-        self.outputs[choice].add(tokens)
+        output = self.outputs[choice]
+        output.pieces.append(tokens.text)
+        output.token_ids += tokens.token_ids
+        output.logprobs += tokens.logprobs
+        output.finish_reason = tokens.finish_reason
         self.cached_tokens[prompt] = max(tokens.cached_tokens, self.cached_tokens.get(prompt, 0))
         if tokens.prompt_logprobs:
             self.prompt_logprobs[prompt] = tokens.prompt_logprobs
@@ -87,40 +70,39 @@ class Tally:
 
 
 def chat_response(
-    head: Mapping[str, Any], tally: Tally, shown: Shown, prompt_ids: Sequence[int], *, tokenizer: ChatTokenizer
+    head: Mapping[str, Any], tally: Tally, body: GenerationRequest, prompt_ids: Sequence[int], *, tokenizer: ChatTokenizer
 ) -> dict[str, Any]:
     """The whole chat.completion. head: id, created, model, system_fingerprint."""
     choices = []
     for index, output in enumerate(tally.outputs):
-        walk = TokenWalk(tokenizer, context=prompt_ids, by_id=shown.by_id)
+        walk = TokenWalk(tokenizer, context=prompt_ids, by_id=body.by_id)
         choice = {
             "index": index, "message": {"role": "assistant", "content": output.text, "refusal": None},
-            "logprobs": None if shown.logprobs is None else chat_logprobs(output.logprobs, walk),
+            "logprobs": None if body.num_logprobs is None else chat_logprobs(output.logprobs, walk),
             "finish_reason": output.finish_reason,
         }
-        choices.append({**choice, "token_ids": output.token_ids} if shown.token_ids else choice)
-    body = {**head, "object": "chat.completion", "choices": choices, "usage": tally.usage()}
-    if shown.prompt_logprobs is not None:
-        walk = TokenWalk(tokenizer, by_id=shown.by_id)
-        body["prompt_logprobs"] = vllm_prompt_logprobs(
-            prompt_ids, tally.prompt_logprobs.get(0, []), walk, shown.prompt_logprobs
-        )
-    if shown.token_ids:
-        body["prompt_token_ids"] = prompt_ids
-    return body
+        choices.append({**choice, "token_ids": output.token_ids} if body.return_token_ids else choice)
+    response = {**head, "object": "chat.completion", "choices": choices, "usage": tally.usage()}
+    if body.prompt_logprobs is not None:
+        response["prompt_logprobs"] = vllm_prompt_logprobs(prompt_ids, tally.prompt_logprobs.get(0, []), tokenizer, body)
+    if body.return_token_ids:
+        response["prompt_token_ids"] = prompt_ids
+    return response
 
 
-def chat_choices(index: int, tokens: Tokens, walk: TokenWalk, shown: Shown, *, first: bool) -> Iterator[dict[str, Any]]:
+def chat_choices(
+    index: int, tokens: Tokens, walk: TokenWalk, body: GenerationRequest, *, first: bool
+) -> Iterator[dict[str, Any]]:
     """The choices to send for new tokens, one per chunk. The first chunk has the role; a chunk without text isn't sent."""
     if first:
         yield {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-    logprobs = chat_logprobs(tokens.logprobs, walk) if shown.logprobs is not None and tokens.logprobs else None
-    if tokens.text or tokens.finish_reason or logprobs or (shown.token_ids and tokens.token_ids):
+    logprobs = chat_logprobs(tokens.logprobs, walk) if body.num_logprobs is not None and tokens.logprobs else None
+    if tokens.text or tokens.finish_reason or logprobs or (body.return_token_ids and tokens.token_ids):
         choice = {
             "index": index, "delta": {"content": tokens.text} if tokens.text else {}, "logprobs": logprobs,
             "finish_reason": tokens.finish_reason,
         }
-        yield {**choice, "token_ids": tokens.token_ids} if shown.token_ids else choice
+        yield {**choice, "token_ids": tokens.token_ids} if body.return_token_ids else choice
 
 
 def chat_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dict[str, Any]:
@@ -145,83 +127,78 @@ def chat_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dict[str,
 
 
 def completion_response(
-    head: Mapping[str, Any], tally: Tally, shown: Shown, prompts: Sequence[Prompt], *, tokenizer: ChatTokenizer, echo: bool
+    head: Mapping[str, Any], tally: Tally, body: CompletionRequest, prompts: Sequence[Prompt], *, tokenizer: ChatTokenizer
 ) -> dict[str, Any]:
-    """The whole text_completion. echo: whether each output begins with its prompt."""
+    """The whole text_completion."""
     choices = []
     for index, output in enumerate(tally.outputs):
         prompt, scores = prompts[index // tally.n], tally.prompt_logprobs.get(index // tally.n, [])
-        before = prompt.text if echo else ""
+        before = prompt.text if body.echo else ""
         logprobs = None
-        if shown.logprobs is not None:
-            walk = TokenWalk(tokenizer, context=prompt.ids, offset=len(before), by_id=shown.by_id)
+        if body.num_logprobs is not None:
+            walk = TokenWalk(tokenizer, context=prompt.ids, offset=len(before), by_id=body.by_id)
             logprobs = completion_logprobs(output.logprobs, walk)
-            if echo:
-                told = prompt_logprobs(prompt, scores, tokenizer, shown)
+            if body.echo:
+                told = prompt_logprobs(prompt, scores, tokenizer, body)
                 logprobs = {name: told[name] + logprobs[name] for name in told}
         choice = {
             "index": index, "text": before + output.text, "logprobs": logprobs, "finish_reason": output.finish_reason,
         }
-        if shown.prompt_logprobs is not None:
-            walk = TokenWalk(tokenizer, by_id=shown.by_id)
-            choice["prompt_logprobs"] = vllm_prompt_logprobs(prompt.ids, scores, walk, shown.prompt_logprobs)
-        if shown.token_ids:
+        if body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = vllm_prompt_logprobs(prompt.ids, scores, tokenizer, body)
+        if body.return_token_ids:
             choice |= {"prompt_token_ids": prompt.ids, "token_ids": output.token_ids}
         choices.append(choice)
     return {**head, "object": "text_completion", "choices": choices, "usage": tally.usage()}
 
 
 def completion_choices(
-    index: int, tokens: Tokens, walk: TokenWalk, shown: Shown, *, echo: str | None
+    index: int, tokens: Tokens, walk: TokenWalk, body: GenerationRequest, *, echo: str | None
 ) -> Iterator[dict[str, Any]]:
     """The choices to send for new tokens, one per chunk. echo: a text to send before the first token."""
     if echo:
         yield {"index": index, "text": echo, "logprobs": None, "finish_reason": None}
-    logprobs = completion_logprobs(tokens.logprobs, walk) if shown.logprobs is not None and tokens.logprobs else None
-    if tokens.text or tokens.finish_reason or logprobs or (shown.token_ids and tokens.token_ids):
+    logprobs = completion_logprobs(tokens.logprobs, walk) if body.num_logprobs is not None and tokens.logprobs else None
+    if tokens.text or tokens.finish_reason or logprobs or (body.return_token_ids and tokens.token_ids):
         choice = {"index": index, "text": tokens.text, "logprobs": logprobs, "finish_reason": tokens.finish_reason}
-        yield {**choice, "token_ids": tokens.token_ids} if shown.token_ids else choice
+        yield {**choice, "token_ids": tokens.token_ids} if body.return_token_ids else choice
 
 
 def completion_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dict[str, list[Any]]:
     """Log-probabilities of a completion's choice. In top_logprobs the sampled token comes first."""
-    tokens: list[str] = []
-    values: list[float] = []
-    tops: list[dict[str, float]] = []
-    offsets: list[int] = []
+    told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
         step = walk.step(entry.token)
         names = walk.names(step, entry)
         top = {step.name: _number(entry.logprob)}
         for token, logprob in entry.top:
             top.setdefault(names[token], _number(logprob))
-        tokens.append(step.name)
-        values.append(_number(entry.logprob))
-        tops.append(top)
-        offsets.append(step.offset)
-    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+        told["tokens"].append(step.name)
+        told["token_logprobs"].append(_number(entry.logprob))
+        told["top_logprobs"].append(top)
+        told["text_offset"].append(step.offset)
+    return told
 
 
 def prompt_logprobs(
-    prompt: Prompt, scores: Sequence[LogprobEntry], tokenizer: ChatTokenizer, shown: Shown
+    prompt: Prompt, scores: Sequence[LogprobEntry], tokenizer: ChatTokenizer, body: GenerationRequest
 ) -> dict[str, list[Any]]:
     """`completion_logprobs` of an echoed prompt. scores: of its second token and all later ones; the first token has none."""
     first = LogprobEntry(token=prompt.ids[0], logprob=0.0, top=[])
-    told = completion_logprobs(
-        [first, *_cut(scores, shown.logprobs or 0)], TokenWalk(tokenizer, by_id=shown.by_id)
-    )
+    told = completion_logprobs([first, *_cut(scores, body.num_logprobs or 0)], TokenWalk(tokenizer, by_id=body.by_id))
     told["token_logprobs"][0] = told["top_logprobs"][0] = None
     told["text_offset"] = prompt_offsets(tokenizer, prompt.ids, prompt.text)
     return told
 
 
 def vllm_prompt_logprobs(
-    prompt_ids: Sequence[int], scores: Sequence[LogprobEntry], walk: TokenWalk, count: int
+    prompt_ids: Sequence[int], scores: Sequence[LogprobEntry], tokenizer: ChatTokenizer, body: GenerationRequest
 ) -> list[dict[str, Any] | None]:
     """In vLLM's shape: for each token of the prompt a table by token id; None for the first token. An unknown rank is None."""
     found: list[dict[str, Any] | None] = [None]
+    walk = TokenWalk(tokenizer, by_id=body.by_id)
     walk.step(prompt_ids[0])
-    for entry in _cut(scores, count):
+    for entry in _cut(scores, body.prompt_logprobs or 0):
         names = walk.names(walk.step(entry.token), entry)
         ranked = {token: (logprob, rank) for rank, (token, logprob) in enumerate(entry.top, start=1)}
         ranked.setdefault(entry.token, (entry.logprob, 0))

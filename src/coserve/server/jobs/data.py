@@ -67,7 +67,6 @@ class _Turns:
         self._waiting: deque[threading.Event] = deque()
 
     def begin(self) -> None:
-        """Waits for a place."""
         with self._lock:
             if self._free:
                 self._free -= 1
@@ -89,31 +88,6 @@ class _Turns:
         if self._waiting:
             self.end()
             self.begin()
-
-
-class _Reading:
-    """One job's data being read, on a thread of its own."""
-
-    def __init__(self, turns: _Turns) -> None:
-        self._turns, self.stopped = turns, threading.Event()
-        self._since = 0.0
-
-    def run(self, work: Callable[[], DataReport]) -> DataReport:
-        """Runs the work once there is a place."""
-        self._turns.begin()
-        try:
-            self._since = time.monotonic()
-            return work()
-        finally:
-            self._turns.end()
-
-    def between_lines(self) -> None:
-        """Raises _Stopped if the reading was cancelled. Gives way to others when its turn is over."""
-        if self.stopped.is_set():
-            raise _Stopped
-        if time.monotonic() - self._since > SLICE_S:
-            self._turns.give_way()
-            self._since = time.monotonic()
 
 
 class DataReader:
@@ -138,10 +112,17 @@ class DataReader:
 
         Raises InvalidRequest that names file, line and field.
         """
-        def work(reading: _Reading) -> DataReport:
-            return self._read(model, config, training, validation, reading.between_lines)
+        async def read_in_turn() -> DataReport:
+            async with self._of_tenant.hold(tenant), self._room:
+                begin()
+                stopped = threading.Event()
+                reading = self._threads.submit(self._read, stopped, model, config, training, validation)
+                try:
+                    return await asyncio.wrap_future(reading)
+                finally:
+                    stopped.set()
 
-        task = self._tasks[job] = asyncio.create_task(self._in_turn(tenant, work, begin))
+        task = self._tasks[job] = asyncio.create_task(read_in_turn())
         try:
             return await task
         except asyncio.CancelledError:
@@ -158,17 +139,6 @@ class DataReader:
         if task is not None:
             task.cancel()
 
-    async def _in_turn(
-        self, tenant: str, work: Callable[[_Reading], DataReport], begin: Callable[[], None]
-    ) -> DataReport:
-        async with self._of_tenant.hold(tenant), self._room:
-            begin()
-            reading = _Reading(self._turns)
-            try:
-                return await asyncio.wrap_future(self._threads.submit(reading.run, lambda: work(reading)))
-            finally:
-                reading.stopped.set()
-
     def _load_tokenizer(self, model: Path) -> ChatTokenizer:
         with self._loading:
             if self._tokenizer is None or self._tokenizer[0] != model:
@@ -176,6 +146,26 @@ class DataReader:
             return self._tokenizer[1]
 
     def _read(
+        self, stopped: threading.Event, model: Path, config: FinetuneConfig, training: DataFile, validation: DataFile | None
+    ) -> DataReport:
+        """On a thread of its own: waits for a place, and gives way to others whenever a turn is over."""
+        self._turns.begin()
+        since = time.monotonic()
+
+        def between_lines() -> None:
+            nonlocal since
+            if stopped.is_set():
+                raise _Stopped
+            if time.monotonic() - since > SLICE_S:
+                self._turns.give_way()
+                since = time.monotonic()
+
+        try:
+            return self._report(model, config, training, validation, between_lines)
+        finally:
+            self._turns.end()
+
+    def _report(
         self, model: Path, config: FinetuneConfig, training: DataFile, validation: DataFile | None, on_line: Callable[[], None]
     ) -> DataReport:
         tokenizer = self._load_tokenizer(model)

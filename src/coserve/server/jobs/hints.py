@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from coserve.server.bodies.forms import path_name
+
 _NEAR = 0.8
 """The least likeness (difflib's ratio) of two names for one to count as a misspelling of the other."""
 _OTHER_WORDS = {
@@ -29,7 +31,7 @@ class FieldHints:
         self._homes: dict[str, list[str]] = {}
         for place, level in self._levels.items():
             for name in level.model_fields:
-                self._homes.setdefault(name, []).append(_shown(place))
+                self._homes.setdefault(name, []).append(path_name(place))
         for homes in self._homes.values():
             current = [home for home in homes if home not in deprecated]
             homes[:] = current or homes
@@ -65,7 +67,7 @@ class FieldHints:
         """Where a field belongs. If `place` already leads into a branch that has the field, only that branch is named."""
         homes = self._homes[name]
         for end in range(len(place), 0, -1):
-            branch = [home for home in homes if (home + ".").startswith(_shown(place[:end]) + ".")]
+            branch = [home for home in homes if (home + ".").startswith(path_name(place[:end]) + ".")]
             if branch:
                 homes = branch
                 break
@@ -85,7 +87,3 @@ def _forms(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for part in typing.get_args(annotation):
         yield from _forms(part)
-
-
-def _shown(place: Sequence[int | str]) -> str:
-    return ".".join(map(str, place))

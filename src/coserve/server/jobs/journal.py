@@ -24,7 +24,7 @@ from coserve.server.index.store import Store
 from coserve.server.records import EventRecord, JobRecord, now
 
 RETRY_S = 5.0
-"""Seconds after which an action that the disk has refused, for example since it is full, is tried again."""
+"""Seconds after which what the disk has refused, for example since it is full, is tried again."""
 _LAST_TRIES_S = 2.0
 """Seconds at the end in which actions are still tried although the disk refuses others; the rest follows at the next start."""
 _PAGE = 1000
@@ -110,9 +110,9 @@ class JobJournal:
         except Exception as error:
             if isinstance(error, CapacityError) or refusal_of(error) is not None:
                 return error
-            self._tell_loop(_set_exception, kept.future, error)
+            self._tell_loop(_settle, kept.future, None, error)
         else:
-            self._tell_loop(_set_result, kept.future, result)
+            self._tell_loop(_settle, kept.future, result, None)
         return None
 
     def _retry(self, job: str) -> None:
@@ -150,11 +150,11 @@ class JobJournal:
             job, level=level, type="message" if step is None else "metrics", message=message, data=data, step=step,
             created_at=now(),
         )
-        self._tell(job, record)
+        self._tell_loop(self._hand_out, job, record)
 
     def end(self, job: str) -> None:
         """Ends the streams of a job's followers, to be called by actions: no more events come."""
-        self._tell(job, None)
+        self._tell_loop(self._hand_out, job, None)
 
     def events(self, job: str) -> list[EventRecord]:
         """All events of a job, oldest first."""
@@ -171,9 +171,7 @@ class JobJournal:
         self._followers.setdefault(job.id, set()).add(queue)
         try:
             over, known = await asyncio.to_thread(lambda: (ended(), self.events(job.id)))
-            last = 0
-            if after is not None:
-                last = next((event.seq for event in known if event.id == after), 0)
+            last = next((event.seq for event in known if event.id == after), 0)
             for event in known:
                 if event.seq > last:
                     last = event.seq
@@ -208,21 +206,17 @@ class JobJournal:
                 kept.future.cancel()
         await asyncio.sleep(0)  # what the thread has told the loop
 
-    def _tell(self, job: str, event: EventRecord | None) -> None:
-        self._tell_loop(self._hand_out, job, event)
-
     def _hand_out(self, job: str, event: EventRecord | None) -> None:
         for queue in self._followers.get(job, ()):
             queue.put_nowait(event)
 
 
-def _set_result(future: asyncio.Future[Any], result: Any) -> None:
-    if not future.done():
+def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
         future.set_result(result)
-
-
-def _set_exception(future: asyncio.Future[Any], error: Exception) -> None:
-    if not future.done():
+    else:
         future.set_exception(error)
 
 

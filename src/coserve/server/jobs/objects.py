@@ -15,7 +15,7 @@ from typing import Any
 
 from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, JobFailed, NotFound
 from coserve.finetune.job import StepRow
-from coserve.server.records import ENDED, CheckpointRecord, EventRecord, JobRecord
+from coserve.server.records import CheckpointRecord, EventRecord, JobRecord
 
 _RESULT_COLUMNS = {
     "step": "step", "train_loss": "train_loss", "train_accuracy": "train_mean_token_accuracy", "valid_loss": "valid_loss",
@@ -43,11 +43,6 @@ def tuned_name(record: JobRecord, base: str, organization: str) -> str:
     suffix = (record.suffix or "").replace(".", "-")
     last = base.rstrip("/").rpartition("/")[2]
     return f"ft:{re.sub(r'[^A-Za-z0-9._-]', '-', last)}:{organization}:{suffix}:{record.id[-8:]}"
-
-
-def checkpoint_model(tuned: str, step: int) -> str:
-    """The model name of a checkpoint."""
-    return f"{tuned}:ckpt-step-{step}"
 
 
 def job_object(record: JobRecord, organization: str, pace: Pace | None) -> dict[str, Any]:
@@ -119,8 +114,3 @@ def result_csv(rows: Iterable[StepRow]) -> bytes:
         values = (getattr(row, name) for name in _RESULT_COLUMNS.values())
         writer.writerow(["" if value is None else repr(value) for value in values])
     return text.getvalue().encode()
-
-
-def has_ended(record: JobRecord) -> bool:
-    """Whether nothing will happen any more."""
-    return record.status in ENDED

@@ -11,7 +11,7 @@ Owns: that layout, rows of adapters and checkpoints as directories come and go. 
 from __future__ import annotations
 
 import base64
-import contextlib
+import dataclasses
 import re
 import shutil
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from coserve.server.index.disk import storage_errors
 from coserve.server.index.files import FINE_TUNE, FileService
 from coserve.server.index.store import Store
 from coserve.server.jobs.data import DataFile
-from coserve.server.jobs.objects import checkpoint_model, result_csv, step_metrics
+from coserve.server.jobs.objects import result_csv, step_metrics
 from coserve.server.models import ModelRegistry
 from coserve.server.records import AdapterRecord, CheckpointRecord, JobRecord, new_id, now
 
@@ -69,18 +69,17 @@ class JobOutputs:
             raise NotFound("model: the files of this adapter are gone or damaged", param="model") from error
 
     def copy_start(self, job: str, source: Path) -> None:
-        """Copies the adapter to continue into the job's directory, since the original may be deleted. Raises NotFound."""
+        """Copies the adapter to continue into the job's directory: the original may be deleted. Raises NotFound, OSError."""
         target = self.root / job / "start"
-        with storage_errors():
-            target.mkdir(parents=True)
-            try:
-                for name in (CONFIG_FILE, WEIGHTS_FILE):
-                    shutil.copyfile(source / name, target / name)
-            except FileNotFoundError as error:
-                raise NotFound("model: the files of this adapter are gone", param="model") from error
-            for name in (ORIGIN_FILE, GENERATION_FILE):
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, target / name)
+        target.mkdir(parents=True)
+        try:
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                shutil.copyfile(source / name, target / name)
+        except FileNotFoundError as error:
+            raise NotFound("model: the files of this adapter are gone", param="model") from error
+        for name in (ORIGIN_FILE, GENERATION_FILE):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
 
     def data_files(self, record: JobRecord) -> tuple[DataFile, DataFile | None]:
         """The training file and the validation file, if there is one. Raises InvalidRequest naming the field."""
@@ -106,7 +105,7 @@ class JobOutputs:
 
     def put_checkpoint(self, record: JobRecord, tuned: str, step: int, directory: Path, metrics: Mapping[str, Any]) -> str:
         """Lists a checkpoint that is whole on disk as a model to be served. Returns the model's name."""
-        model = checkpoint_model(tuned, step)
+        model = f"{tuned}:ckpt-step-{step}"
         self._store.put_checkpoint(CheckpointRecord(
             id=new_id("ftckpt").replace("-", "_", 1), job=record.id, created_at=now(), step=step, model=model,
             directory=str(directory), metrics=dict(metrics),
@@ -143,7 +142,7 @@ class JobOutputs:
         rows = {row.step: row for row in self.rows(record.id)} if found else {}
         for step, directory in found.items():
             row = rows.get(step)
-            metrics = {"step": step} if row is None else step_metrics({name: getattr(row, name) for name in _ROW_FIELDS})
+            metrics = {"step": step} if row is None else step_metrics(dataclasses.asdict(row))
             self.put_checkpoint(record, tuned, step, directory, metrics)
         if record.fine_tuned_model is not None and (self.output(record.id) / CONFIG_FILE).is_file():
             self.put_tuned(record, record.fine_tuned_model)
@@ -163,11 +162,10 @@ class JobOutputs:
             self._store.delete_checkpoint(checkpoint.id)
             shutil.rmtree(checkpoint.directory, ignore_errors=True)
         names = list(dict.fromkeys([adapter.name, *(checkpoint.model for checkpoint in gone)]))
-        if own:
-            return names
-        with storage_errors():
-            for name in (CONFIG_FILE, WEIGHTS_FILE):
-                (Path(adapter.directory) / name).unlink(missing_ok=True)
+        if not own:
+            with storage_errors():
+                for name in (CONFIG_FILE, WEIGHTS_FILE):
+                    (Path(adapter.directory) / name).unlink(missing_ok=True)
         return names
 
     def save_result(self, record: JobRecord) -> str:
@@ -175,11 +173,6 @@ class JobOutputs:
         content = base64.b64encode(result_csv(self.rows(record.id)))
         id = record.id.replace("ftjob-", "file-", 1)
         return self._files.save_result(record.tenant, "step_metrics.csv", content, id=id).id
-
-    def remove_unfinished_creation(self, job: str) -> None:
-        """Removes what was written of a job that could not be created."""
-        with contextlib.suppress(OSError):
-            shutil.rmtree(self.root / job)
 
     def _checkpoints(self, job: str) -> list[CheckpointRecord]:
         found, more = self._store.list_checkpoints(job, limit=_PAGE)
@@ -190,6 +183,3 @@ class JobOutputs:
 
     def _adapter(self, record: JobRecord, model: str, directory: Path) -> AdapterRecord:
         return AdapterRecord(name=model, tenant=record.tenant, directory=str(directory), created_at=now(), job=record.id)
-
-
-_ROW_FIELDS = tuple(StepRow.__dataclass_fields__)

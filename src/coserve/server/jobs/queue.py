@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,13 +62,12 @@ class UnfinishedJob:
         return Pace(tokens_per_second=round(tokens / seconds, 1), finish=math.ceil(time.time() + left * per_step))
 
 
-def next_job(jobs: Iterable[UnfinishedJob], generation: int) -> UnfinishedJob | None:
+def next_job(jobs: Collection[UnfinishedJob], generation: int) -> UnfinishedJob | None:
     """The waiting job to start. A job that ran before the engine's restart comes first, then jobs of the tenant with the fewest
     running jobs; of several, those of lower priority numbers, of earlier deadlines, the oldest. jobs: oldest first."""
-    known = list(jobs)
-    running = Counter(job.record.tenant for job in known if job.holds_place(generation))
+    running = Counter(job.record.tenant for job in jobs if job.holds_place(generation))
     waiting = [
-        job for job in known
+        job for job in jobs
         if job.record.status in ("queued", "running") and job.generation != generation and not job.record.paused
     ]
 

@@ -23,7 +23,7 @@ from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.server.errors import EngineUnavailable, StorageRefused, make_error
 from coserve.server.index.manifest import write_manifest
 from coserve.server.index.store import Store
-from coserve.server.jobs.journal import JobJournal
+from coserve.server.jobs.journal import RETRY_S, JobJournal
 from coserve.server.jobs.objects import error_object, step_data, step_message, step_metrics, tuned_name
 from coserve.server.jobs.outputs import JobOutputs
 from coserve.server.jobs.queue import MAX_STRIKES, UnfinishedJob, next_job
@@ -34,12 +34,10 @@ from coserve.server.models import ModelRegistry, engine_name
 from coserve.server.records import JobRecord, JobStatus, now
 from coserve.server.settings import ServerConfig
 
-END_FIELDS = (
+_END_FIELDS = (
     "status", "finished_at", "paused", "error", "fine_tuned_model", "result_files", "trained_tokens", "step", "num_steps",
 )
 """Fields of a job's record that its end changes."""
-RETRY_S = 5.0
-"""Seconds until a job is tried again whose directory can't be written, for example on a full disk."""
 _log = logging.getLogger(__name__)
 
 
@@ -47,8 +45,10 @@ class JobRunner:
     """Starts and follows jobs. All its methods belong to the event loop, except those that say otherwise."""
 
     def __init__(
-        self, store: Store, outputs: JobOutputs, models: ModelRegistry, engine: EngineClient, config: ServerConfig
+        self, store: Store, outputs: JobOutputs, models: ModelRegistry, engine: EngineClient, config: ServerConfig,
+        after_checkpoint: Callable[[UnfinishedJob], Coroutine[Any, Any, None]],
     ) -> None:
+        """after_checkpoint: runs after each checkpoint of a job."""
         self._store, self._outputs, self._models, self._engine, self._config = store, outputs, models, engine, config
         self.journal = JobJournal(store)
         self.live: dict[str, UnfinishedJob] = {}
@@ -56,13 +56,9 @@ class JobRunner:
         """Jobs that have ended, until the index knows of their end."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self._after_checkpoint: Callable[[UnfinishedJob], Coroutine[Any, Any, None]] | None = None
+        self._after_checkpoint = after_checkpoint
         engine.on_job(self._hear)
         engine.on_down(self._engine_down)
-
-    def on_checkpoint(self, listener: Callable[[UnfinishedJob], Coroutine[Any, Any, None]]) -> None:
-        """Adds a coroutine to run after each checkpoint of a job."""
-        self._after_checkpoint = listener
 
     async def stop(self) -> None:
         """Stops listening to the engine, and waits for what is being written. Jobs go on at the server's next start."""
@@ -104,11 +100,12 @@ class JobRunner:
         """The name that the job's result has or will have."""
         return record.fine_tuned_model or tuned_name(record, self._models.base_names[0], self._config.organization)
 
-    def spawn(self, work: Coroutine[Any, Any, None], live: UnfinishedJob | None = None) -> None:
-        """Runs work in a task of its own. live: the job that fails if the work does."""
+    def spawn(self, work: Coroutine[Any, Any, None], live: UnfinishedJob | None = None) -> asyncio.Task[None]:
+        """Runs work in a task of its own, which is returned. live: the job that fails if the work does."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._task_ended(done, live))
+        return task
 
     def _task_ended(self, task: asyncio.Task[None], live: UnfinishedJob | None) -> None:
         self._tasks.discard(task)
@@ -279,13 +276,13 @@ class JobRunner:
                 self.journal.event(record.id, f"Checkpoint created at step {step}, served as {model}")
 
         self.journal.keep(record.id, put)
-        if self._after_checkpoint is not None:
-            self.spawn(self._after_checkpoint(live))
+        self.spawn(self._after_checkpoint(live))
 
     def _hear_end(self, message: JobEnded, live: UnfinishedJob | None) -> None:
         counts = {"step": message.step, "trained_tokens": message.trained_tokens}
         if live is None:  # it was cancelled here; the index has its end already
-            self.journal.keep(message.id, lambda: self._count(message.id, counts))
+            directory = self._outputs.directory(message.id)
+            self.journal.keep(message.id, lambda: write_manifest(directory, self._store.update_job(message.id, **counts)))
         elif message.status == "succeeded":
             self.spawn(self.finish(live, "succeeded", **counts))
         elif message.status == "failed":
@@ -295,9 +292,6 @@ class JobRunner:
             self.spawn(self.fail(live, error, **counts))
         else:  # nobody asked for it: the engine is ending
             live.generation = None
-
-    def _count(self, id: str, counts: dict[str, int]) -> None:
-        write_manifest(self._outputs.directory(id), self._store.update_job(id, **counts))
 
     # --- ends ---
 
@@ -339,11 +333,10 @@ class JobRunner:
             if live.generation is not None:
                 self._models.note_loaded(adapter, live.generation)
         self.tell_end(record, warnings)
-        self._store.update_job(id, **{name: getattr(record, name) for name in END_FIELDS})
         self.journal.end(id)
 
     def tell_end(self, record: JobRecord, warnings: Iterable[str] = ()) -> None:
-        """In the journal's thread: adds the missing events of a job that has ended."""
+        """In the journal's thread: adds the missing events of a job that has ended, and then its end to the index."""
         self.tell_steps(record)
         told = {event.message for event in self.journal.events(record.id)}
         messages: list[tuple[str, Literal["info", "warn", "error"]]] = [(warning, "warn") for warning in warnings]
@@ -357,3 +350,4 @@ class JobRunner:
         for message, level in messages:
             if message not in told:
                 self.journal.event(record.id, message, level=level)
+        self._store.update_job(record.id, **{name: getattr(record, name) for name in _END_FIELDS})

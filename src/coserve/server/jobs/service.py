@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import functools
 import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from coserve.config.data import finetune_config_from_dict, to_dict
-from coserve.config.settings import FinetuneConfig
 from coserve.core import CapacityError, CoserveError, NotFound
 from coserve.durable import sync
 from coserve.finetune.defaults import not_used
@@ -32,15 +32,16 @@ from coserve.server.index.manifest import find_manifests, is_job_id, write_manif
 from coserve.server.index.store import Store
 from coserve.server.jobs.body import CreateJob
 from coserve.server.jobs.data import DataReader
-from coserve.server.jobs.objects import Pace, has_ended, job_object
+from coserve.server.jobs.journal import RETRY_S
+from coserve.server.jobs.objects import job_object
 from coserve.server.jobs.outputs import JobOutputs
 from coserve.server.jobs.queue import UnfinishedJob
-from coserve.server.jobs.runner import END_FIELDS, RETRY_S, JobRunner
+from coserve.server.jobs.runner import JobRunner
 from coserve.server.jobs.spec import read_spec, resolve, unused
 from coserve.server.jobs.usage import TenantDisk
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.models import ModelRegistry
-from coserve.server.records import CheckpointRecord, EventRecord, JobRecord, new_id, now
+from coserve.server.records import ENDED, CheckpointRecord, EventRecord, JobRecord, new_id, now
 from coserve.server.settings import ServerConfig
 
 _log = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ class JobService:
         """Raises CapacityError where the data directory can't be written."""
         self._store, self._models, self._engine, self._config = store, models, engine, config
         self._outputs = JobOutputs(config.data_dir / "jobs", store, files, models)
-        self._runner = JobRunner(store, self._outputs, models, engine, config)
-        self._runner.on_checkpoint(self._check_disk)
+        self._runner = JobRunner(store, self._outputs, models, engine, config, self._check_disk)
+        self.journal = self._runner.journal
         self.disk = TenantDisk(config.data_dir / "jobs", store, models.copied_bytes)
         self._reader = DataReader()
         self._validating: set[str] = set()
@@ -68,7 +69,7 @@ class JobService:
 
     async def start(self) -> None:
         """Reads manifests into the index, then goes on with unfinished jobs. The engine must have been started."""
-        for record in await self._runner.journal.write(self._recover):
+        for record in await self.journal.write(self._recover):
             self._runner.live[record.id] = UnfinishedJob(record)
         if self._engine.ready:
             await self._engine_up()
@@ -76,14 +77,6 @@ class JobService:
     async def stop(self) -> None:
         """To be called before the engine ends. Waits for what is being written; jobs go on at the next start."""
         await self._runner.stop()
-
-    def end_streams(self) -> None:
-        """Ends the streams of events, since the server is about to end."""
-        self._runner.journal.end_streams()
-
-    def journal_busy_s(self) -> float:
-        """For how many seconds the present write about a job has been under way."""
-        return self._runner.journal.busy_s
 
     # --- creation ---
 
@@ -102,24 +95,24 @@ class JobService:
     async def _create(self, tenant: str, body: CreateJob) -> JobRecord:
         if (problem := await asyncio.to_thread(self._disk_problem, tenant)) is not None:
             raise TooLarge(f"training_file: {problem}", param="training_file")
-        model = await asyncio.to_thread(self._models.find, tenant, body.model)
-        source = None
-        if model.adapter is not None:
+        source = continued = None
+        if body.model not in self._models.base_names:
             found = await asyncio.to_thread(self._models.find_record, tenant, body.model)
             source = Path((await asyncio.to_thread(self._models.find_files, found)).directory)
-        continued = None if source is None else await asyncio.to_thread(self._outputs.continued, source)
+            continued = await asyncio.to_thread(self._outputs.continued, source)
         info = self._engine.info
         spec = read_spec(body, self._config, info.max_model_len, continued, info.hidden_size or None)
-        created_at = now()
+        created_at, config = now(), spec.config
+        if config.template_date is None:  # the day of the job's creation, however late its data is read
+            config = dataclasses.replace(config, template_date=datetime.date.fromtimestamp(created_at).isoformat())
         record = JobRecord(
             id=new_id("ftjob"), tenant=tenant, created_at=created_at, base=body.model, training_file=body.training_file,
-            validation_file=body.validation_file, config=to_dict(_dated(spec.config, created_at)),
-            method=spec.method, settings=spec.settings,
-            start=None if source is None else body.model, suffix=body.suffix, seed=spec.seed, integrations=spec.integrations,
+            validation_file=body.validation_file, config=to_dict(config), method=spec.method, settings=spec.settings,
+            start=None if source is None else body.model, suffix=body.suffix, seed=config.seed, integrations=spec.integrations,
             metadata=body.metadata or {}, priority=body.priority or 0, weight=body.weight or 1.0, deadline=body.deadline,
         )
         await asyncio.to_thread(self._outputs.data_files, record)
-        await self._runner.journal.write(functools.partial(self._write_new, record, source))
+        await self.journal.write(functools.partial(self._write_new, record, source))
         if continued is not None and (left := unused(spec.settings, continued)):
             self._runner.note(record.id, not_used(body.model, left), level="warn")
         live = self._runner.live[record.id] = UnfinishedJob(record)
@@ -132,16 +125,15 @@ class JobService:
         try:
             with storage_errors():
                 directory.mkdir()
-            if source is not None:
-                self._outputs.copy_start(record.id, source)
-            write_manifest(directory, record)
-            with storage_errors():
+                if source is not None:
+                    self._outputs.copy_start(record.id, source)
+                write_manifest(directory, record)
                 sync(self._outputs.root)
             self._store.add_job(record)
         except BaseException:
-            self._outputs.remove_unfinished_creation(record.id)
+            shutil.rmtree(directory, ignore_errors=True)
             raise
-        self._runner.journal.event(record.id, f"Created fine-tuning job: {record.id}")
+        self.journal.event(record.id, f"Created fine-tuning job: {record.id}")
 
     def _validate(self, live: UnfinishedJob) -> None:
         if live.record.id not in self._validating:
@@ -207,17 +199,9 @@ class JobService:
         live = await self._unfinished(tenant, id)
         self._reader.cancel(id)
         self._runner.act(live, "cancel")
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        async def end() -> None:
-            try:
-                await self._runner.finish(live, "cancelled")
-            finally:
-                ended.cancel()
-
-        self._runner.spawn(end(), live)
+        end = self._runner.spawn(self._runner.finish(live, "cancelled"), live)
         await asyncio.sleep(0)  # lets the task begin
-        await self._written_or_refused(id, ended)
+        await self._written_or_refused(id, end)
         return live.record
 
     async def pause(self, tenant: str, id: str) -> JobRecord:
@@ -246,7 +230,7 @@ class JobService:
     async def _written_or_refused(self, id: str, written: asyncio.Future[None]) -> None:
         """Waits until a change is written, or refused by the disk for now. A refused change holds too, and is written later."""
         limit = time.monotonic() + _DISK_WAIT_S
-        while not written.done() and not self._runner.journal.refuses(id) and time.monotonic() < limit:
+        while not written.done() and not self.journal.refuses(id) and time.monotonic() < limit:
             await asyncio.wait([written], timeout=_LOOK_EVERY_S)
 
     async def _check_disk(self, live: UnfinishedJob) -> None:
@@ -303,12 +287,12 @@ class JobService:
         record = await asyncio.to_thread(self.get, tenant, id)
         if after is not None:
             await asyncio.to_thread(self._store.list_events, id, after=after, limit=1)
-        return self._runner.journal.follow(record, lambda: has_ended(self._store.get_job(tenant, id)), after)
+        return self.journal.follow(record, lambda: self._store.get_job(tenant, id).status in ENDED, after)
 
     def describe(self, record: JobRecord) -> dict[str, Any]:
         """OpenAI's object of a job; of a running job with its pace."""
         live = self._runner.live.get(record.id)
-        pace: Pace | None = None if live is None or has_ended(record) else live.pace()
+        pace = None if live is None or record.status in ENDED else live.pace()
         return job_object(record, self._config.organization, pace)
 
     async def delete_model(self, tenant: str, name: str) -> list[str]:
@@ -320,9 +304,9 @@ class JobService:
         if adapter.tenant != tenant or adapter.job is None:
             raise Forbidden(f"model: {name} is not the model of a finetuning job of yours", param="model")
         job = await asyncio.to_thread(self.get, tenant, adapter.job)
-        if not has_ended(job):
+        if job.status not in ENDED:
             raise Conflict(f"model: job {adapter.job} has not ended; cancel it first", param="model")
-        gone = await self._runner.journal.write(functools.partial(self._outputs.delete_model, adapter, job.step))
+        gone = await self.journal.write(functools.partial(self._outputs.delete_model, adapter, job.step))
         self.disk.forget(adapter.job)
         for model in gone:
             await self._models.drop_loaded(tenant, model)
@@ -337,20 +321,12 @@ class JobService:
                 listed = self._store.get_job(None, record.id)
             except NotFound:
                 self._store.add_job(record)
-                self._runner.journal.event(record.id, "The job was listed again from its directory", level="warn")
+                self.journal.event(record.id, "The job was listed again from its directory", level="warn")
                 self._runner.tell_steps(record)
             else:
-                if has_ended(listed):
+                if listed.status in ENDED:
                     continue
-                if has_ended(record):  # the crash came before the index had it
+                if record.status in ENDED:  # the crash came before the index had it
                     self._runner.tell_end(record)
-                    self._store.update_job(record.id, **{name: getattr(record, name) for name in END_FIELDS})
             self._outputs.restore(record, self._runner.tuned(record))
         return self._store.unfinished_jobs()
-
-
-def _dated(config: FinetuneConfig, created_at: int) -> FinetuneConfig:
-    """The settings with a date for chat templates: the day of the job's creation, however late its data is read."""
-    if config.template_date is not None:
-        return config
-    return dataclasses.replace(config, template_date=datetime.date.fromtimestamp(created_at).isoformat())

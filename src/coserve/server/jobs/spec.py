@@ -17,6 +17,7 @@ from typing import Any
 from coserve.config.data import KNOBS, adapter_of_kind
 from coserve.config.settings import (
     LINEAR_SITES,
+    PAIRED,
     AdapterConfig,
     BottleneckConfig,
     FinetuneConfig,
@@ -32,9 +33,12 @@ from coserve.server.settings import ServerConfig
 
 MAX_EPOCHS = 1000
 MAX_STEPS = 2**31 - 1
-_SEEDS = 2**31
 _ADAPTER = {name: knob.name for name, knob in SETTINGS.items() if knob.of_adapter}
 """Fields of all kinds of adapter, and their settings' names."""
+_METHODS: Mapping[str, tuple[Objective, type[Hyperparameters]]] = {
+    "supervised": ("sft", Hyperparameters), "dpo": ("dpo", PreferenceHyperparameters),
+}
+"""Types of OpenAI's method -> the objective, and the numbers that the method has."""
 _WORDS = {"epochs": "n_epochs", "dpo_beta": "beta"}
 """Settings that are OpenAI's hyperparameters, and what they are called there."""
 
@@ -46,7 +50,6 @@ class JobSpec:
 
     method: dict[str, Any]
     settings: dict[str, Any]
-    seed: int
     integrations: tuple[dict[str, Any], ...]
     config: FinetuneConfig
 
@@ -75,17 +78,16 @@ def read_spec(
     numbers = method[method["type"]]["hyperparameters"]
     if "learning_rate" in settings and numbers["learning_rate_multiplier"] != AUTO:
         raise InvalidRequest("learning_rate: give it or learning_rate_multiplier, not both", param="learning_rate")
-    seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
+    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     integrations = tuple(item.model_dump(exclude_none=True) for item in body.integrations or ())
     for item in integrations:
         _check_integration(item)
     given = {name: value for name, value in numbers.items() if value != AUTO}
     if given.get("n_epochs", 0) > MAX_EPOCHS:
         raise InvalidRequest(f"n_epochs: must be at most {MAX_EPOCHS}, got {given['n_epochs']}", param="n_epochs")
-    objective: Objective = "dpo" if method["type"] == "dpo" else "sft"
+    objective = _METHODS[method["type"]][0]
     try:
         adapter = _adapter(settings, continued)
-        size_field, rank = _rank(continued or adapter)
         base_rate = auto_learning_rate(objective, continued or adapter, hidden_size)
         rate = {"learning_rate": base_rate * given["learning_rate_multiplier"]} if "learning_rate_multiplier" in given else {}
         config = FinetuneConfig(**_of_section(settings, "") | {
@@ -102,12 +104,14 @@ def read_spec(
             f"keep_checkpoints: {config.keep_checkpoints} is over this server's --max-keep-checkpoints "
             f"{server.max_keep_checkpoints}", param="keep_checkpoints",
         )
+    rank = adapter_size(continued or adapter)
     if rank > server.max_lora_rank:
+        size_field = "size" if isinstance(continued or adapter, BottleneckConfig) else "rank"
         raise InvalidRequest(
             f"{size_field}: {rank} is over this server's --max-lora-rank {server.max_lora_rank}", param=size_field
         )
     config = config if continued is not None else config.with_adapter(adapter)
-    return JobSpec(method=method, settings=settings, seed=seed, integrations=integrations, config=config)
+    return JobSpec(method=method, settings=settings, integrations=integrations, config=config)
 
 
 def resolve(
@@ -127,7 +131,7 @@ def resolve(
     }
     if config.objective == "dpo":
         numbers["beta"] = config.dpo_beta
-    kind = "dpo" if config.objective == "dpo" else "supervised"
+    kind = next(kind for kind, (objective, _) in _METHODS.items() if objective == config.objective)
     return Resolved(config=config, method={"type": kind, kind: {"hyperparameters": numbers}}, num_steps=num_steps)
 
 
@@ -152,15 +156,10 @@ def unused(settings: Mapping[str, Any], continued: AdapterConfig) -> list[str]:
     return unused_settings(given | ({"kind": settings["adapter"]} if "adapter" in settings else {}), continued)
 
 
-def _rank(adapter: AdapterConfig) -> tuple[str, int]:
-    """The field that --max-lora-rank limits, and its value; 1 for a kind that has no such field."""
-    return "size" if isinstance(adapter, BottleneckConfig) else "rank", adapter_size(adapter)
-
-
 def _max_length(objective: str, settings: Mapping[str, Any], max_model_len: int) -> int:
     """Longest example in tokens. The engine has the same rule, so what is accepted here is accepted there."""
     room = settings.get("max_microbatch_tokens", FinetuneConfig().max_microbatch_tokens)
-    limit = min(room // 2 if objective == "dpo" else room, max_model_len)
+    limit = min(room // 2 if objective in PAIRED else room, max_model_len)
     asked = settings.get("max_length", limit)
     if asked > limit:
         raise InvalidRequest(
@@ -180,26 +179,23 @@ def _in_api_words(error: ConfigError) -> InvalidRequest:
 def _method(body: CreateJob) -> dict[str, Any]:
     """{type, TYPE: {hyperparameters}}. The deprecated hyperparameters are used if the method has none."""
     kind = "supervised" if body.method is None else body.method.type
+    known = " or ".join(_METHODS)
     if kind == "reinforcement":
-        raise InvalidRequest("method.type: reinforcement is not supported; use supervised or dpo", param="method.type")
-    if kind not in ("supervised", "dpo"):
-        raise InvalidRequest(f"method.type: must be supervised or dpo, got {kind[:64]!r}", param="method.type")
+        raise InvalidRequest(f"method.type: reinforcement is not supported; use {known}", param="method.type")
+    if kind not in _METHODS:
+        raise InvalidRequest(f"method.type: must be {known}, got {kind[:64]!r}", param="method.type")
     told: Hyperparameters | None = None
     if body.method is not None:
-        for other in {"supervised", "dpo", "reinforcement"} - {kind}:
+        for other in {*_METHODS, "reinforcement"} - {kind}:
             if getattr(body.method, other) is not None:
                 raise InvalidRequest(f"method.{other}: the method's type is {kind}; leave it out", param=f"method.{other}")
         part = getattr(body.method, kind)
         told = part.hyperparameters if part is not None else None
-    if told is not None and body.hyperparameters is not None and not _tells_nothing(body.hyperparameters):
+    if told is not None and body.hyperparameters not in (None, Hyperparameters()):
         raise InvalidRequest("hyperparameters: give them in method only", param="hyperparameters")
     told = told or body.hyperparameters or Hyperparameters()
-    form = PreferenceHyperparameters if kind == "dpo" else Hyperparameters
+    _, form = _METHODS[kind]
     return {"type": kind, kind: {"hyperparameters": {name: getattr(told, name, AUTO) for name in form.model_fields}}}
-
-
-def _tells_nothing(numbers: Hyperparameters) -> bool:
-    return all(getattr(numbers, name) == AUTO for name in type(numbers).model_fields)
 
 
 def _check_targets(settings: Mapping[str, Any]) -> None:

@@ -34,12 +34,12 @@ def export_metrics(directory: Path, record: JobRecord) -> list[str]:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment, cwd=directory
             )
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+            problem = last if done.returncode else None
         except (OSError, subprocess.TimeoutExpired) as error:
-            problems.append(f"integration {item['type']}: metrics could not be written ({type(error).__name__})")
-            continue
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            problems.append(f"integration {item['type']}: metrics could not be written ({last[:300]})")
+            problem = type(error).__name__
+        if problem is not None:
+            problems.append(f"integration {item['type']}: metrics could not be written ({problem})")
     return problems
 
 

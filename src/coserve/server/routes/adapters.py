@@ -100,10 +100,9 @@ def _archive(directory: Path) -> str:
                 for name in (ORIGIN_FILE, GENERATION_FILE):
                     if (directory / name).is_file():
                         archive.write(directory / name, name)
-        except FileNotFoundError as error:
+        except BaseException as error:
             os.unlink(path)
-            raise NotFound("model: the files of this adapter are gone", param="model") from error
-        except BaseException:
-            os.unlink(path)
+            if isinstance(error, FileNotFoundError):
+                raise NotFound("model: the files of this adapter are gone", param="model") from error
             raise
     return path

@@ -36,7 +36,6 @@ _MAX_FIELDS = 10
 _MAX_PARSERS = 64
 """Uploads that are read at once; more wait."""
 _EXPIRY = ("expires_after", "expires_after[anchor]", "expires_after[seconds]")
-_NOTHING = ("", "null")
 _BODY = {
     "requestBody": {
         "required": True,
@@ -157,7 +156,7 @@ def _read_fields(form: FormData) -> tuple[UploadFile, str]:
     given = [name for name, _ in form.multi_items()]
     for name, value in form.multi_items():
         if name in _EXPIRY:
-            if value not in _NOTHING:
+            if value not in ("", "null"):
                 raise InvalidRequest(f"{name}: isn't supported; files are kept until they are deleted", param="expires_after")
         elif name not in ("file", "purpose"):
             raise InvalidRequest(f"{name[:64]}: unknown field; known: file, purpose", param=name[:64])

@@ -20,7 +20,7 @@ from coserve.server.jobs.body import CREATE_FORM, CreateJob
 from coserve.server.jobs.objects import checkpoint_object, event_object
 from coserve.server.records import EventRecord
 from coserve.server.routes.paging import After, Limit, cursor_page
-from coserve.server.services import Served, Services, Tenant
+from coserve.server.services import Served, Tenant
 
 _METADATA: dict[str, Any] = {"parameters": [{
     "name": "metadata", "in": "query", "required": False, "style": "deepObject", "explode": True,
@@ -90,7 +90,8 @@ async def list_events(
             services.shares.streams.give_back(tenant)
 
         return EventStream(_encoded(events), close)
-    return await run_in_threadpool(_event_page, services, tenant, job_id, after, limit)
+    records, more = await run_in_threadpool(services.jobs.list_events, tenant, job_id, after=after, limit=limit)
+    return cursor_page([event_object(record) for record in records], more)
 
 
 @router.get("/jobs/{job_id}/checkpoints")
@@ -100,11 +101,6 @@ def list_checkpoints(
     """A job's checkpoints, newest first; each is a model that can be asked for."""
     records, more = services.jobs.list_checkpoints(tenant, job_id, after=after, limit=limit)
     return cursor_page([checkpoint_object(record) for record in records], more)
-
-
-def _event_page(services: Services, tenant: str, job_id: str, after: str | None, limit: int) -> dict[str, Any]:
-    records, more = services.jobs.list_events(tenant, job_id, after=after, limit=limit)
-    return cursor_page([event_object(record) for record in records], more)
 
 
 async def _encoded(events: AsyncIterator[EventRecord]) -> AsyncGenerator[bytes, None]:

@@ -20,25 +20,18 @@ from coserve.core import InvalidRequest
 from coserve.server.bodies.forms import Form
 from coserve.server.bodies.parse import MAX_VALUES
 from coserve.server.bodies.reader import body_reader
-from coserve.server.inference.answers import Answers, Asker, Question
+from coserve.server.inference.answers import Answers, Question
 from coserve.server.inference.fields import CHAT, COMPLETIONS
 from coserve.server.inference.limits import check_amounts, check_logprobs
 from coserve.server.inference.pieces import PiecesResponse, encode_large
 from coserve.server.inference.prompts import Prompt, ThreadRunner, conversation_prompt, output_limit, text_prompts
 from coserve.server.inference.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
-from coserve.server.inference.responses import (
-    Shown,
-    Tally,
-    chat_choices,
-    chat_response,
-    completion_choices,
-    completion_response,
-)
+from coserve.server.inference.responses import Tally, chat_choices, chat_response, completion_choices, completion_response
 from coserve.server.inference.sse import DONE, EventStream, unless_gone
 from coserve.server.inference.walk import TokenWalk
 from coserve.server.link.messages import Tokens
 from coserve.server.records import new_id, now
-from coserve.server.services import Served, Services, Tenant
+from coserve.server.services import Served, Services, Tenant, named_model
 
 router = APIRouter(tags=["inference"])
 CHAT_FORM = Form(model=ChatRequest, prepare=lambda body: check_amounts(CHAT.apply(body)), max_values=MAX_VALUES)
@@ -76,7 +69,8 @@ class _Exchange:
 async def create_chat_completion(request: Request, services: Served, tenant: Tenant, body: ChatBody) -> Response:
     """A conversation's next turn."""
     arrival_s = time.monotonic()
-    name = await _model_name(services, tenant, body)
+    name = await named_model(services, tenant, body.model)
+    body.check()
     info = services.engine.info
     run: ThreadRunner = partial(services.work.run, tenant)
     ids = await conversation_prompt(
@@ -89,28 +83,26 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
         len(ids), body.max_completion_tokens or body.max_tokens, default=None, limit=info.max_model_len,
         prompt_field="messages", tokens_field=asked_by,
     )
-    sampling = body.sampling(
-        max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.num_logprobs, draw_seed=services.draw_seed
-    )
+    sampling = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed)
     if not body.stream:
         check_logprobs([ids], [sampling], "top_logprobs")
     answers = await _ask(services, tenant, name, body, [Question(ids, sampling)], arrival_s)
-    tally, tokenizer, shown = Tally([len(ids)], body.num_outputs), services.tokenizer, await _shown(services, body)
+    tally, tokenizer = Tally([len(ids)], body.num_outputs), services.tokenizer
     head = _head(services, "chatcmpl", name)
     walks: dict[int, TokenWalk] = {}
 
     def whole() -> dict[str, Any]:
-        return chat_response(head, tally, shown, ids, tokenizer=tokenizer)
+        return chat_response(head, tally, body, ids, tokenizer=tokenizer)
 
     def parts(choice: int, tokens: Tokens) -> Iterator[dict[str, Any]]:
         first = choice not in walks
         if first:
-            walks[choice] = TokenWalk(tokenizer, context=ids, by_id=shown.by_id)
-        return chat_choices(choice, tokens, walks[choice], shown, first=first)
+            walks[choice] = TokenWalk(tokenizer, context=ids, by_id=body.by_id)
+        return chat_choices(choice, tokens, walks[choice], body, first=first)
 
     exchange = _Exchange(
         body=body, run=run, head=head, tally=tally, answers=answers, whole=whole, parts=parts,
-        opening={"prompt_token_ids": ids} if shown.token_ids else {},
+        opening={"prompt_token_ids": ids} if body.return_token_ids else {},
     )
     return await _respond(request, exchange, "chat.completion.chunk")
 
@@ -119,7 +111,8 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
 async def create_completion(request: Request, services: Served, tenant: Tenant, body: CompletionBody) -> Response:
     """Continuations of one or more prompts."""
     arrival_s = time.monotonic()
-    name = await _model_name(services, tenant, body)
+    name = await named_model(services, tenant, body.model)
+    body.check()
     info = services.engine.info
     run: ThreadRunner = partial(services.work.run, tenant)
     prompts = await text_prompts(
@@ -130,32 +123,22 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
     questions = await run(ask) if len(prompts) > 1 else ask()
     answers = await _ask(services, tenant, name, body, questions, arrival_s)
     tally, tokenizer = Tally([len(prompt.ids) for prompt in prompts], body.num_outputs), services.tokenizer
-    shown, head = await _shown(services, body), _head(services, "cmpl", name)
+    head = _head(services, "cmpl", name)
     walks: dict[int, TokenWalk] = {}
 
     def whole() -> dict[str, Any]:
-        return completion_response(head, tally, shown, prompts, tokenizer=tokenizer, echo=bool(body.echo))
+        return completion_response(head, tally, body, prompts, tokenizer=tokenizer)
 
     def parts(choice: int, tokens: Tokens) -> Iterator[dict[str, Any]]:
         prompt, first = prompts[choice // tally.n], choice not in walks
         if first:
-            walks[choice] = TokenWalk(tokenizer, context=prompt.ids, by_id=shown.by_id)
-        found = completion_choices(choice, tokens, walks[choice], shown, echo=prompt.text if body.echo and first else None)
+            walks[choice] = TokenWalk(tokenizer, context=prompt.ids, by_id=body.by_id)
+        found = completion_choices(choice, tokens, walks[choice], body, echo=prompt.text if body.echo and first else None)
         for number, part in enumerate(found):
-            yield {**part, "prompt_token_ids": prompt.ids} if shown.token_ids and first and not number else part
+            yield {**part, "prompt_token_ids": prompt.ids} if body.return_token_ids and first and not number else part
 
     exchange = _Exchange(body=body, run=run, head=head, tally=tally, answers=answers, whole=whole, parts=parts)
     return await _respond(request, exchange, "text_completion")
-
-
-async def _model_name(services: Services, tenant: str, body: GenerationRequest) -> str:
-    """The name of the model that is asked for. Raises NotFound; InvalidRequest if the body's fields contradict each other."""
-    names = services.models.base_names
-    name = names[0] if body.model is None else body.model
-    if name not in names:
-        await asyncio.to_thread(services.models.find, tenant, name)  # it may have to look into the index
-    body.check()
-    return name
 
 
 def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Prompt]) -> list[Question]:
@@ -171,9 +154,7 @@ def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Pr
             len(prompt.ids), body.max_tokens, default=DEFAULT_COMPLETION_TOKENS, limit=info.max_model_len, prompt_field="prompt"
         )
         if common is None:
-            common = body.sampling(
-                max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=body.logprobs, draw_seed=services.draw_seed
-            )
+            common = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed)
             sampling = common = replace(common, prompt_logprobs=body.scores_prompt)
         else:
             seed = services.draw_seed() if body.seed is None else body.seed
@@ -189,17 +170,11 @@ async def _ask(
 ) -> Answers:
     """Loads the model's adapter if need be, and asks. Raises what `ModelRegistry.prepare` raises."""
     model = await services.models.prepare(tenant, name)
-    asker = Asker(tenant=tenant, model=model, arrival_s=arrival_s, tpot_ms=body.slo_tpot_ms, ttft_ms=body.slo_ttft_ms)
-    return Answers(services, asker, questions)
-
-
-async def _shown(services: Services, body: GenerationRequest) -> Shown:
-    """What the response has beside its text. Naming the first token takes long (a table is built), so a thread does it here."""
-    if body.wants_names and not body.return_tokens_as_token_ids:
-        await asyncio.to_thread(services.tokenizer.token_bytes.name, 0)
-    return Shown(
-        logprobs=body.num_logprobs, prompt_logprobs=body.prompt_logprobs, token_ids=bool(body.return_token_ids),
-        by_id=bool(body.return_tokens_as_token_ids),
+    if not body.by_id and (body.num_logprobs is not None or body.prompt_logprobs is not None):
+        await asyncio.to_thread(services.tokenizer.token_bytes.name, 0)  # builds a table of all names, which takes long
+    return Answers(
+        services, questions, tenant=tenant, model=model, arrival_s=arrival_s, tpot_ms=body.slo_tpot_ms,
+        ttft_ms=body.slo_ttft_ms,
     )
 
 
@@ -210,7 +185,6 @@ def _head(services: Services, prefix: str, name: str) -> dict[str, Any]:
 
 
 async def _respond(request: Request, exchange: _Exchange, chunk_object: str) -> Response:
-    """A stream or the whole response. Raises the request's error."""
     answers, tally = exchange.answers, exchange.tally
     if exchange.body.stream:
         return EventStream(_events(exchange, chunk_object), answers.aclose)

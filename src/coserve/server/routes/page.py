@@ -55,7 +55,6 @@ def assets() -> dict[str, Asset]:
 
 
 def _serve(path: str, request: Request) -> Response:
-    """Raises NotFound."""
     asset = assets().get(path)
     if asset is None:
         raise NotFound(f"there is no page {path[:64]!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ from coserve.server.inference.pieces import PiecesResponse, encode_large
 from coserve.server.inference.prompts import conversation_prompt, text_prompts
 from coserve.server.inference.protocol import DetokenizeRequest, TokenizeRequest
 from coserve.server.models import ServedModel
-from coserve.server.services import Served, Services, Tenant
+from coserve.server.services import Served, Services, Tenant, named_model
 from coserve.text.detokenizer import whole_text
 
 router = APIRouter(tags=["models"])
@@ -44,7 +43,7 @@ def retrieve_model(services: Served, tenant: Tenant, model: str) -> dict[str, An
 @router.post("/tokenize", openapi_extra=_TOKENIZE_FORM.openapi, response_model=dict[str, Any])
 async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> Response:
     """Token ids of a text or a conversation."""
-    await _check_model(services, tenant, body.model)
+    await named_model(services, tenant, body.model)  # must be there; all models share the base's tokenizer
     info = services.engine.info
     limit, run = max(info.max_model_len, COUNTED_TOKENS), partial(services.work.run, tenant)
     if (body.prompt is None) == (body.messages is None):
@@ -69,7 +68,7 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> Resp
 @router.post("/detokenize", openapi_extra=_DETOKENIZE_FORM.openapi)
 async def detokenize(services: Served, tenant: Tenant, body: DetokenizeBody) -> dict[str, Any]:
     """The text of token ids, special tokens written out."""
-    await _check_model(services, tenant, body.model)
+    await named_model(services, tenant, body.model)
     last, most = services.engine.info.vocab_size - 1, max(services.engine.info.max_model_len, COUNTED_TOKENS)
     if len(body.tokens) > most:
         raise InvalidRequest(f"tokens: {len(body.tokens)} token ids, at most {most} are taken", param="tokens")
@@ -78,14 +77,9 @@ async def detokenize(services: Served, tenant: Tenant, body: DetokenizeBody) -> 
     return {"prompt": await services.work.run(tenant, partial(whole_text, services.tokenizer, body.tokens))}
 
 
-async def _check_model(services: Services, tenant: str, name: str | None) -> None:
-    """Raises NotFound. All models share the base's tokenizer."""
-    if name is not None and name not in services.models.base_names:
-        await asyncio.to_thread(services.models.find, tenant, name)
-
-
 def _entry(services: Services, model: ServedModel) -> dict[str, Any]:
+    base = services.models.base_names[0]
     return {
-        "id": model.name, "object": "model", "created": model.created, "owned_by": "coserve", "root": model.root,
-        "parent": model.parent, "max_model_len": services.engine.info.max_model_len,
+        "id": model.name, "object": "model", "created": model.created, "owned_by": "coserve", "root": base,
+        "parent": None if model.adapter is None else base, "max_model_len": services.engine.info.max_model_len,
     }
