@@ -51,7 +51,7 @@ def assert_nothing_left(engine: Engine) -> None:
     engine.blocks.check_integrity()
     assert engine.blocks.num_used == 0
     assert engine.blocks.num_arena == 0
-    assert engine.adapters.num_users == 0
+    assert not any(held.users for held in engine.adapters._held.values())
     assert engine.adapters.num_versions == len(engine.adapters.names)
     assert not engine.jobs.microbatches and not engine.jobs.owners
     assert not engine.scheduler.requests and not engine.scheduler.jobs

@@ -146,19 +146,18 @@ def test_low_precision_working_copy_follows_a_float32_master() -> None:
     assert (working != start).double().mean() > 0.5
 
 
-def test_slices_report_progress_and_the_update_counts_once() -> None:
+def test_slices_are_told_and_the_update_counts_once() -> None:
     working, cfg = noise(SIZE, seed=0), config()
     told: list[tuple[int, int]] = []
     ours = FlatAdamW(cfg, working, noise(SIZE, seed=1), changed=lambda start, end: told.append((start, end)))
     before = working.clone()
-    turns = ours.slices(1e-2)
-    assert next(turns) == 10
+    ours.update(0, 10, 1e-2)
     assert torch.equal(working[10:], before[10:]), "a slice touches its own elements only"
     assert (working[:10] != before[:10]).all()
     assert ours.num_updates == 0
-    assert list(turns) == [*range(20, SIZE, 10), SIZE]
+    ours.step(1e-2)
     assert ours.num_updates == 1
-    assert told == list(pairwise([*range(0, SIZE, 10), SIZE]))
+    assert told == [(0, 10), *pairwise([*range(0, SIZE, 10), SIZE])]
     ours.load(ours.state(), 1)
     assert told[-1] == (0, SIZE)
 

@@ -21,7 +21,7 @@ from coserve.finetune.datasets import Dataset, load_training
 from coserve.finetune.job import JobEvent, StepRow
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.loaded import LoadedModel
-from coserve.training.batchwork import ReferenceSums
+from coserve.training.batchwork import group_key
 from coserve.training.finetuning import finetune
 from coserve.training.trainer import AdapterTrainer
 from tests import oracle
@@ -234,13 +234,13 @@ def _sums(model: LoadedModel, adapter: LoraAdapter | None, pairs) -> list[list[f
 def test_sums_are_found_by_content(model: LoadedModel, directory: Path) -> None:
     train, valid = (_load(model, directory / f"{name}.jsonl") for name in ("train", "valid"))
     again = _load(model, directory / "train.jsonl")
-    keys = [[ReferenceSums.key(group) for group in data.groups] for data in (train, valid, again)]
+    keys = [[group_key(group) for group in data.groups] for data in (train, valid, again)]
     assert keys[0] == keys[2]
     assert not set(keys[0]) & set(keys[1])
     group = train.groups[0]
     swapped = replace(group, examples=group.examples[::-1])
     lighter = replace(group.examples[0], weights=group.examples[0].weights * 0.5)
     others = [swapped, replace(group, examples=(lighter, group.examples[1]))]
-    assert len({ReferenceSums.key(g) for g in (group, *others)}) == 3
+    assert len({group_key(g) for g in (group, *others)}) == 3
     moved = replace(group, index=99, examples=tuple(replace(example, index=99) for example in group.examples))
-    assert ReferenceSums.key(moved) == ReferenceSums.key(group)
+    assert group_key(moved) == group_key(group)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from coserve.config.settings import LoraConfig, SamplingConfig
+from coserve.config.settings import LoraConfig, SamplingConfig, SchedulerConfig
+from coserve.config.values import BEST_EFFORT
 from coserve.engine.generation import Generator
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import load_weights
@@ -19,6 +20,7 @@ from coserve.runtime.spans import NO_ADAPTER, RowSpan
 from coserve.text.tokenizer import ChatTokenizer
 from tests import oracle
 from tests.default_model import default_model, gsm8k_problems, needs_default_model, needs_gsm8k
+from tests.tiny_engine import drive, make_engine
 from tests.tiny_models import FAMILIES, build_tiny_model
 from tests.tiny_tokenizer import build_tiny_tokenizer
 
@@ -80,25 +82,28 @@ def test_decoding_in_a_batch_equals_generate(tmp_path: Path, family: str) -> Non
     model = tiny_model(tmp_path / "m", family)
     adapter = random_adapter(model, 0.2)
     prompts = [prompt(n) for n in (1, 17, 33, 64)]
-    found = Generator(model, adapter).generate(
-        prompts, SamplingConfig(max_tokens=24, temperature=0), stop_ids=(), use_adapter=[True, False, True, False]
-    )
+    scheduler = SchedulerConfig(policy="inference-only", tpot_ms=BEST_EFFORT, ttft_ms=BEST_EFFORT)
+    engine = make_engine(model, scheduler=scheduler)
+    engine.add_adapter("tuned", adapter)
+    sampling, names = SamplingConfig(max_tokens=24, temperature=0, ignore_eos=True), ["tuned", None, "tuned", None]
+    handles = [engine.submit(ids, sampling, adapter=name) for ids, name in zip(prompts, names, strict=True)]
+    drive(engine)
     base = oracle.load_oracle(model.directory, torch.float32)
-    for ids, tokens, tuned in zip(prompts, found, [True, False, True, False], strict=True):
-        reference = oracle.with_adapter(base, adapter) if tuned else base
+    for ids, handle, name in zip(prompts, handles, names, strict=True):
+        reference = oracle.with_adapter(base, adapter) if name else base
         output = reference.generate(
             input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-        if tuned:
+        if name:
             reference.unload()
-        assert tokens == output[0, len(ids) :].tolist()
+        assert handle.token_ids == output[0, len(ids) :].tolist()
 
 
 def test_sampling_does_not_depend_on_the_batch(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "m", "llama")
-    sampling = SamplingConfig(max_tokens=12, temperature=0.8, top_p=0.9, seed=5)
-    together = Generator(model).generate([prompt(9), prompt(20)], sampling, stop_ids=())
-    assert Generator(model).generate([prompt(9)], sampling, stop_ids=()) == together[:1]
+    sampling = SamplingConfig(max_tokens=12, temperature=0.8, top_p=0.9, seed=5, ignore_eos=True)
+    together = Generator(model).generate([prompt(9), prompt(20)], sampling)
+    assert Generator(model).generate([prompt(9)], sampling) == together[:1]
 
 
 @pytest.mark.full

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coserve.bench.driver import Run, TokensDone
+from coserve.bench.driver import Run
 from coserve.bench.metrics import RequestRecord
 
 BIN_S = 0.25
@@ -49,18 +49,13 @@ def bin_series(run: Run) -> Series:
     count = math.ceil(run.window_s / BIN_S - 1e-9)
     edges = np.arange(count + 1) * BIN_S
     tokens = np.array([t for record in run.records for t in record.token_times])
-    done = finetuned_at(run.samples, edges)
+    done = np.interp(edges, [s.time_s for s in run.samples], [s.finetune_tokens for s in run.samples])
     return Series(
         time_s=tuple(float(t) for t in edges[:-1]),
         inference_tokens_per_s=tuple(float(n) / BIN_S for n in np.histogram(tokens, edges)[0]),
         finetune_tokens_per_s=tuple(float(n) / BIN_S for n in np.diff(done)),
         queue=tuple(queue_at(run.records, float(t)) for t in edges[1:]),
     )
-
-
-def finetuned_at(samples: Sequence[TokensDone], times: np.ndarray) -> np.ndarray:
-    """Finetuning tokens done at each time [n], by interpolation."""
-    return np.interp(times, [s.time_s for s in samples], [s.finetune_tokens for s in samples])
 
 
 def queue_at(records: Sequence[RequestRecord], time_s: float) -> int:

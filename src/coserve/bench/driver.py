@@ -117,7 +117,7 @@ def run_load(
     Raises JobFailed if the job ends before the window: its throughput would be that of a job that isn't there.
     """
     prompts = [prompt(arrival.prompt_tokens) for arrival in arrivals]
-    before = _Counters.read(engine)
+    before = engine.metrics()
     start = engine.now()
     injected: list[_Injected] = []
     samples: list[TokensDone] = []
@@ -140,7 +140,7 @@ def run_load(
         if not engine.step():
             coming = arrivals[len(injected)].due_s if len(injected) < len(arrivals) else now + LONGEST_SLEEP_S
             sleep(min(LONGEST_SLEEP_S, max(coming - now, 0.0)))
-    done = _Counters.read(engine)
+    done = engine.metrics()
     records = [_record(item, start + config.window_start_s, config.window_start_s) for item in injected]
     _cancel(engine, injected)
     window_s = config.window_end_s - config.window_start_s
@@ -149,24 +149,11 @@ def run_load(
         window_s=window_s,
         inference_tokens=sum(0 <= t <= window_s for r in records for t in r.token_times),
         samples=tuple(samples),
-        busy_s=done.busy_s - before.busy_s, iterations=done.iterations - before.iterations,
+        busy_s=float(done["busy_s"] - before["busy_s"]), iterations=int(done["iterations"] - before["iterations"]),
         rows=sum(r.prompt_tokens + len(r.token_times) - 1 for r in records if r.token_times),
-        gave_up=gave_up, peak_memory_bytes=done.peak_memory_bytes,
+        gave_up=gave_up, peak_memory_bytes=done["memory"].get("peak_bytes"),
         prediction_errors=engine.metrics().get("prediction_errors", {}),
     )
-
-
-class _Counters(NamedTuple):
-    busy_s: float
-    iterations: int
-    peak_memory_bytes: int | None
-
-    @staticmethod
-    def read(engine: BenchEngine) -> _Counters:
-        found = engine.metrics()
-        return _Counters(
-            float(found.get("busy_s", 0.0)), int(found.get("iterations", 0)), found.get("memory", {}).get("peak_bytes")
-        )
 
 
 def _submit(engine: BenchEngine, arrival: Arrival, prompt_ids: Sequence[int]) -> _Injected:

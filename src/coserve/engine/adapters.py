@@ -93,11 +93,6 @@ class AdapterRegistry:
         return len(self._held)
 
     @property
-    def num_users(self) -> int:
-        """The number of requests that use a version. Thread-safe."""
-        return sum(held.users for held in list(self._held.values()))
-
-    @property
     def num_resident(self) -> int:
         """Adapters in memory: in slots, staged, or published from memory and not stored in a directory yet. Thread-safe."""
         return sum(held.adapter is not None or version in self.slots for version, held in list(self._held.items()))
@@ -145,14 +140,20 @@ class AdapterRegistry:
 
     def remove(self, name: str) -> None:
         """Removes a name. New requests can't use it; running ones keep their version. Raises NotFound."""
-        version = self._newest.pop(name, None)
+        version = self.find(name)
+        del self._newest[name]
+        self._drop_unused(version)
+
+    def find(self, name: str) -> AdapterVersion:
+        """The newest version of a name. Thread-safe. Raises NotFound."""
+        version = self._newest.get(name)
         if version is None:
             raise NotFound(f"adapter: there is no {name!r}; loaded: {', '.join(self.names) or 'none'}", param="adapter")
-        self._drop_unused(version)
+        return version
 
     def get(self, name: str) -> Adapter:
         """The newest version's adapter, read from its directory if it isn't in memory. Raises NotFound, InvalidRequest."""
-        held = self._held[self._find(name)]
+        held = self._held[self.find(name)]
         if held.adapter is not None:
             return held.adapter
         assert held.directory is not None
@@ -166,7 +167,7 @@ class AdapterRegistry:
 
     def acquire(self, name: str) -> AdapterVersion:
         """The newest version of a name, for one more request. Raises NotFound."""
-        version = self._find(name)
+        version = self.find(name)
         self._held[version].users += 1
         return version
 
@@ -288,11 +289,6 @@ class AdapterRegistry:
             elif held.users and version in self._waiting:
                 held.adapter = adapter
         self.advance()
-
-    def _find(self, name: str) -> AdapterVersion:
-        if name not in self._newest:
-            raise NotFound(f"adapter: there is no {name!r}; loaded: {', '.join(self.names) or 'none'}", param="adapter")
-        return self._newest[name]
 
     def _drop_unused(self, version: AdapterVersion) -> None:
         if self._held[version].users or self._newest.get(version.name) == version:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from coserve.config.settings import EngineConfig, FinetuneConfig, SamplingConfig
 from coserve.config.values import SloMs
-from coserve.core import CapacityError, ConfigError, CoserveError, NotFound, Slo, StepPlan, StepResult
+from coserve.core import CapacityError, ConfigError, CoserveError, Slo, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobtable import JobTable
@@ -150,10 +150,8 @@ class Engine:
         sampling, limits = sampling or SamplingConfig(), self.config.scheduler
         ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         self.requests.check(ids, sampling)
-        if adapter is not None and adapter not in self.adapters.names:
-            raise NotFound(
-                f"adapter: there is no {adapter!r}; loaded: {', '.join(self.adapters.names) or 'none'}", param="adapter"
-            )
+        if adapter is not None:
+            self.adapters.find(adapter)
         present = len(self.requests.live) + len(self._loop)
         if present >= self.config.max_waiting + limits.max_num_seqs:
             raise CapacityError(f"{present} requests are running or waiting; try again later", param="max_waiting")
@@ -183,7 +181,8 @@ class Engine:
             for prompt in prompts:
                 handles.append(self.submit(prompt, sampling, **options))
             for handle in handles:
-                self._drive(lambda handle=handle: handle.finished)  # type: ignore[misc]
+                while not handle.finished:
+                    self._step_or_wait()
                 if handle.error is not None:
                     raise handle.error
         except BaseException:  # the caller gets no handles
@@ -300,7 +299,8 @@ class Engine:
                 return False
             requests, jobs = self._holds(plan)
             watcher.begin(f"an iteration ({plan.kind})", plan.predicted_s, jobs=jobs, requests=requests)
-            result = self.runner.run(plan, self._lookup())
+            lookup = Lookup(self.requests.live, self.blocks.table, self.jobs.microbatches, self.jobs.jobs, self.jobs.owners)
+            result = self.runner.run(plan, lookup)
             watcher.begin("taking what an iteration gave", requests=requests)
             self._commit(plan, result)
             return True
@@ -312,10 +312,6 @@ class Engine:
         numbers = [owners.get(work.microbatch, -1) for work in plan.units]
         numbers += [part.job for part in plan.optimizer] + [copy.job for copy in plan.copies]
         return list(requests), list({jobs[number].handle.label: None for number in numbers if number in jobs})
-
-    def _lookup(self) -> Lookup:
-        jobs = self.jobs
-        return Lookup(self.requests.live, self.blocks.table, jobs.microbatches, jobs.jobs, jobs.owners)
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         now = self.now()
@@ -364,12 +360,8 @@ class Engine:
         self.requests.fail_all(error)
         self.jobs.fail_all(error)
 
-    def _drive(self, done: Callable[[], bool]) -> None:
-        """Runs iterations, or waits for the engine's thread, until `done()`."""
-        while not done():
-            self._step_or_wait()
-
     def _step_or_wait(self) -> None:
+        """Runs an iteration, or leaves a moment to the engine's thread."""
         if self._loop.has_thread or not self.step():
             time.sleep(1e-3)
 
@@ -387,7 +379,7 @@ class Engine:
 
     def wait_failed(self, timeout: float | None = None) -> bool:
         """Blocks until an error ends the engine's thread: True. False if it is closed first, or after `timeout` seconds."""
-        return self._loop.wait_ended(timeout) and self._loop.failure is not None
+        return self._loop.ended.wait(timeout) and self._loop.failure is not None
 
     @property
     def idle(self) -> bool:

@@ -25,30 +25,25 @@ _ADAPTER = "adapter"
 
 
 class Generator:
-    """Generates with the base model, or with one adapter for all or some of the prompts."""
+    """Generates with the base model, or with one adapter."""
 
     def __init__(self, model: LoadedModel, adapter: Adapter | None = None) -> None:
         self.model, self.adapter, self.arch = model, adapter, model.architecture
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, stop_ids: Sequence[int] | None = None,
-        on_token: Callable[[int, int], None] = lambda index, token: None, use_adapter: Sequence[bool] | None = None,
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *,
+        on_token: Callable[[int, int], None] = lambda index, token: None,
     ) -> list[list[int]]:
         """The token ids that follow each prompt, up to and including a stop id, or `max_tokens` of them.
 
-        stop_ids: token ids that end an output; default the model's end-of-sequence ids. on_token(prompt index, token): called
-        for each token. use_adapter: one flag per prompt; default all True. Prompt i is sampled with seed `sampling.seed + i`.
-        Raises InvalidRequest for an empty or too long prompt.
+        on_token(prompt index, token): called for each token. Prompt i is sampled with seed `sampling.seed + i`. Raises
+        InvalidRequest for an empty or too long prompt.
         """
-        if stop_ids is not None:
-            sampling = replace(sampling, ignore_eos=True, stop_token_ids=tuple(stop_ids))
         engine = self._engine([len(prompt) + sampling.max_tokens for prompt in prompts])
         handles = []
         for index, prompt in enumerate(prompts):
-            with_adapter = self.adapter is not None and (use_adapter is None or use_adapter[index])
-            handle = engine.submit(
-                prompt, replace(sampling, seed=sampling.seed + index), adapter=_ADAPTER if with_adapter else None
-            )
+            adapter = None if self.adapter is None else _ADAPTER
+            handle = engine.submit(prompt, replace(sampling, seed=sampling.seed + index), adapter=adapter)
 
             def notify(chunk: Chunk, index: int = index) -> None:
                 for token in chunk.token_ids:

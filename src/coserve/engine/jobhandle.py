@@ -25,10 +25,6 @@ class JobProgress:
     last: StepRow | None
 
 
-def _nothing(action: str) -> None:
-    """Replaces the actions of a job that has ended."""
-
-
 class JobHandle:
     """A job in an engine. status: running, paused, succeeded, failed or cancelled."""
 
@@ -57,18 +53,15 @@ class JobHandle:
 
     def pause(self) -> None:
         """Stops the job after the present iteration. It keeps its memory."""
-        if not self.finished:
-            self._act("pause")
+        self._act("pause")
 
     def resume(self) -> None:
         """Continues a paused job."""
-        if not self.finished:
-            self._act("resume")
+        self._act("resume")
 
     def cancel(self) -> None:
         """Ends the job. Written checkpoints stay."""
-        if not self.finished:
-            self._act("cancel")
+        self._act("cancel")
 
     def result(self, timeout: float | None = None) -> Path:
         """Blocks until the job ends; returns the tuned adapter's directory. The engine needs a thread of its own. Raises the
@@ -97,9 +90,9 @@ class JobHandle:
 
     def close(self, status: str, error: CoserveError | None) -> None:
         """Records the job's end. The engine calls this."""
+        self._act = lambda action: None  # the old one would keep the engine in memory
         with self._lock:
             self.status, self.error = status, error
             self._done.set()
-        self._act = _nothing  # the old one would keep the engine in memory
         for watcher in self._watchers:
             watcher(self)

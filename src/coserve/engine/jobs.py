@@ -10,7 +10,7 @@ that job waits. When the engine closes, a job writes a checkpoint of its last wh
 from __future__ import annotations
 
 from collections.abc import Generator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from coserve.engine.verbs import BatchRun, CopyRun, Host, OptimizerRun, VerbRun
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
 from coserve.finetune.job import ForwardBackward, JobEvent, OptimStep, SaveCheckpoint, Score, StepRow, Verb, Write
-from coserve.peft.format import save_adapter
 from coserve.scheduler.work import JobWork
 from coserve.training.finetuning import PreparedJob
 from coserve.training.trainer import out_of_memory
@@ -64,16 +63,8 @@ class LiveJob:
         except StopIteration:  # the driver has finished, which it can't while a checkpoint is refused
             self._result = DiskWrite(self.host.writer, self.prepared.finish)
         except Exception as error:  # only this job fails
-            self._end("failed", error if isinstance(error, CoserveError) else JobFailed(_described(error)))
+            self.end("failed", error if isinstance(error, CoserveError) else JobFailed(_described(error)))
         return not self.handle.finished
-
-    def cancel(self) -> None:
-        """Ends the job."""
-        self._end("cancelled", None)
-
-    def abandon(self, error: CoserveError) -> None:
-        """Ends the job with the engine's error."""
-        self._end("failed", error)
 
     def _advance(self) -> bool:
         """Completes the present verb, or begins the next one and completes that. False if units have to run first."""
@@ -134,13 +125,7 @@ class LiveJob:
         self._run.copied = True
 
     def _write(self, cursor: Cursor, state: dict[str, Tensor], unrecorded: StepRow | None = None) -> None:
-        model = self.trainer.model
-
-        def save(directory: Path) -> None:
-            save_adapter(
-                directory, self.trainer.adapter, state["master"], base_name=model.name, fingerprint=model.fingerprint
-            )
-
+        save = partial(self.trainer.save, master=state["master"])
         self.job.write_checkpoint(cursor, state, save, unrecorded=unrecorded)
 
     def fail(self, error: Exception) -> None:
@@ -172,7 +157,7 @@ class LiveJob:
         if taken and not self._checkpoints and result.done():
             assert self.trainer.published is not None
             self.host.stored(self.handle.name, self.trainer.published, self.handle.directory)
-            self._end("succeeded", None)
+            self.end("succeeded")
 
     def stop(self) -> None:
         """Leaves the job for a later `resume`, since the engine closes: writes a checkpoint of the last whole step. The part of
@@ -190,7 +175,7 @@ class LiveJob:
             pass
         except Exception as error:  # the previous checkpoint is still there
             self.job.listen(JobEvent(level="warn", message=f"no checkpoint at the end: {_described(error)}"))
-        self._end("cancelled", None)
+        self.end("cancelled")
 
     def _complete_step(self) -> bool:
         """Completes an optimizer step that has begun, and its row, without running units. True if the job then asks for a
@@ -219,7 +204,8 @@ class LiveJob:
         except Exception as error:
             self.job.listen(JobEvent(level="warn", message=f"no checkpoint at the end: {_described(error)}"))
 
-    def _end(self, status: str, error: CoserveError | None) -> None:
+    def end(self, status: str, error: CoserveError | None = None) -> None:
+        """Ends the job, and frees its memory. status: succeeded, failed or cancelled. error: why it failed."""
         self._driver.close()
         if isinstance(self._run, BatchRun):
             self._run.drop()

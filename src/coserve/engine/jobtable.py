@@ -140,7 +140,7 @@ class JobTable:
         if job is None or handle.finished:
             return
         if action == "cancel":
-            job.cancel()
+            job.end("cancelled")
             self._remove_job(job)
             return
         job.work.paused = action == "pause"
@@ -185,7 +185,7 @@ class JobTable:
         """Ends all jobs with the engine's error. Every handle is closed, even if cleaning up fails, so that no caller hangs."""
         for job in list(self.jobs.values()):
             with contextlib.suppress(Exception):
-                job.abandon(error)
+                job.end("failed", error)
                 self._remove_job(job)
             with contextlib.suppress(Exception):
                 if not job.handle.finished:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from coserve.core import CoserveError
-from coserve.engine.watching import NobodyWatches, Watcher
+from coserve.engine.watching import Watcher
 
 _IDLE_WAIT_S = 0.05
 
@@ -23,7 +23,7 @@ class EngineLoop:
     """An engine's commands and thread. lock: held while an iteration runs. watcher: called with what the thread does."""
 
     def __init__(self, watcher: Watcher | None = None) -> None:
-        self.watcher = watcher or NobodyWatches()
+        self.watcher = watcher or Watcher()
         self.lock = threading.Lock()
         self.closed = False
         self.failure: CoserveError | None = None
@@ -31,7 +31,8 @@ class EngineLoop:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
-        self._ended = threading.Event()
+        self.ended = threading.Event()
+        """Set when the engine is closed or has failed."""
 
     def __len__(self) -> int:
         return len(self._commands)
@@ -102,11 +103,7 @@ class EngineLoop:
         with self._wake:
             self.closed = True
         self.drain()
-        self._ended.set()
-
-    def wait_ended(self, timeout: float | None) -> bool:
-        """Blocks until the engine is closed or has failed. False after `timeout` seconds."""
-        return self._ended.wait(timeout)
+        self.ended.set()
 
     def _loop(self, step: Callable[[], bool], fail: Callable[[CoserveError], None]) -> None:
         while not self._closing:
@@ -132,4 +129,4 @@ class EngineLoop:
         try:
             fail(wrapped)
         finally:
-            self._ended.set()
+            self.ended.set()

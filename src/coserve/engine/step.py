@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from coserve.core import AdapterCopy, OptimizerSlice, Sampled, Span, StepPlan, StepResult, TokenLogprob, WorkUnit
+from coserve.core import Sampled, Span, StepPlan, StepResult, TokenLogprob, WorkUnit
+from coserve.engine.jobs import LiveJob
 from coserve.engine.requests import LiveRequest
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor, TrainWindow
@@ -25,26 +26,13 @@ from coserve.runtime.transfer import to_device
 from coserve.training.batchwork import Microbatch
 
 
-class JobActions(Protocol):
-    """What the runner needs of a job."""
-
-    def optimize(self, part: OptimizerSlice) -> None:
-        """Runs a slice of the optimizer step."""
-
-    def copy_adapter(self, copy: AdapterCopy) -> None:
-        """Copies the working weights."""
-
-    def fail(self, error: Exception) -> None:
-        """Notes that a unit, slice or copy of the job raised `error`."""
-
-
 class Lookup(NamedTuple):
     """The requests, micro-batches and jobs of a plan, by number. tables: a request's block table."""
 
     requests: Mapping[int, LiveRequest]
     tables: Callable[[int], Sequence[int]]
     microbatches: Mapping[int, Microbatch]
-    jobs: Mapping[int, JobActions]
+    jobs: Mapping[int, LiveJob]
     owners: Mapping[int, int]
     """The job of each micro-batch."""
 
@@ -73,7 +61,7 @@ class StepRunner:
 
     @torch.no_grad()
     def run(self, plan: StepPlan, lookup: Lookup) -> StepResult:
-        """Runs one iteration. If a job's unit, slice or copy raises, only that job is told (`JobActions.fail`)."""
+        """Runs one iteration. If a job's unit, slice or copy raises, only that job is told (`LiveJob.fail`)."""
         started = self.clock()
         spans, logits = self._pass(plan, lookup)
         for work in plan.units:
@@ -97,7 +85,7 @@ class StepRunner:
         if work.microbatch in lookup.microbatches:
             self._try(lookup.jobs[lookup.owners[work.microbatch]], action)
 
-    def _try(self, job: JobActions, action: Callable[[], None]) -> None:
+    def _try(self, job: LiveJob, action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:  # any error ends this job only

@@ -60,9 +60,4 @@ class SideThreads(ThreadPoolExecutor):
     def submit(
         self, fn: Callable[Parameters, Result], /, *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> Future[Result]:
-        return super().submit(_run, functools.partial(fn, *args, **kwargs))
-
-
-def _run(work: Callable[[], Result]) -> Result:
-    with borrowed_team():
-        return work()
+        return super().submit(borrowed_team()(fn), *args, **kwargs)

@@ -2,17 +2,17 @@
 
     thread --begin(what, seconds)--> Watcher --end()-->        a thread that has begun and not ended is busy with `what`
 
-Owns: the interface. Does not own: the watcher, and what it does if something takes too long (server/link/activity.py).
+Owns: the interface. Does not own: the server's watcher, and what is done if something takes too long (server/link/activity.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
 
-class Watcher(Protocol):
-    """Called by the thread that it watches, which waits for each call, so calls must be short."""
+class Watcher:
+    """Called by the thread that it watches, which waits for each call, so calls must be short. This one, of engines that are
+    used as a library, ignores all calls."""
 
     def begin(
         self, what: str, seconds: float = 0.0, *, jobs: Iterable[str] = (), requests: Iterable[str] = ()
@@ -22,15 +22,3 @@ class Watcher(Protocol):
 
     def end(self) -> None:
         """The thread has nothing to do."""
-
-
-class NobodyWatches:
-    """The watcher of engines that are used as a library: ignores all calls."""
-
-    def begin(
-        self, what: str, seconds: float = 0.0, *, jobs: Iterable[str] = (), requests: Iterable[str] = ()
-    ) -> None:
-        """Nothing."""
-
-    def end(self) -> None:
-        """Nothing."""

@@ -79,7 +79,10 @@ def load_training(
         if len(kept) < len(sequences):
             continue
         num_truncated += any(len(new.token_ids) < len(old.token_ids) for new, old in zip(kept, sequences, strict=True))
-        groups.append(_group(len(groups), num_examples, kept))
+        groups.append(Group(index=len(groups), examples=tuple(
+            Example(index=num_examples + i, token_ids=sequence.token_ids, weights=sequence.weights)
+            for i, sequence in enumerate(kept)
+        )))
         num_examples += len(kept)
     if not num_lines:
         raise InvalidRequest(f"{path.name}: the file is empty; give one JSON object per line", param=param)
@@ -135,13 +138,6 @@ def _warnings(reader: LineReader, num_lines: int) -> Iterator[str]:
             f"{reader.control_texts} of {num_lines} lines hold control tokens written out in their texts, which are trained as "
             "plain text; with allow_control_tokens they are control tokens"
         )
-
-
-def _group(index: int, first_example: int, sequences: list[Encoded]) -> Group:
-    return Group(index=index, examples=tuple(
-        Example(index=first_example + i, token_ids=sequence.token_ids, weights=sequence.weights)
-        for i, sequence in enumerate(sequences)
-    ))
 
 
 def _digest(data: bytes, examples: list[Example], tokenizer: ChatTokenizer, config: FinetuneConfig, max_length: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,37 +55,28 @@ class FlatAdamW:
     def update(self, start: int, end: int, rate: float) -> None:
         """Updates elements [start, end) and sets their gradient to zero."""
         part, config = slice(start, end), self.config
+        # Made on the device, where the kernel reads it: a copy would block.
+        updates = torch.full((), float(self.num_updates), dtype=torch.float32, device=self.master.device)
         adamw(
-            [self.master[part]], [self.grad[part]], [self.exp_avg[part]], [self.exp_avg_sq[part]], [],
-            [self._step()], fused=True, amsgrad=False, beta1=config.beta1,
-            beta2=config.beta2, lr=rate, weight_decay=config.weight_decay, eps=config.eps, maximize=False,
+            [self.master[part]], [self.grad[part]], [self.exp_avg[part]], [self.exp_avg_sq[part]], [], [updates], fused=True,
+            amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=rate, weight_decay=config.weight_decay, eps=config.eps,
+            maximize=False,
         )
         if self.master is not self.working:
             self.working[part] = self.master[part]
         self.grad[part].zero_()
         self._changed(start, end)
 
-    def _step(self) -> Tensor:
-        """The number of updates so far, as a tensor made on the device: the kernel reads it there, and a copy would block."""
-        return torch.full((), float(self.num_updates), dtype=torch.float32, device=self.master.device)
-
     def close_step(self) -> None:
         """Ends an update. Must be called after the last `update` and before the next forward unit."""
         self.num_updates += 1
 
-    def slices(self, rate: float) -> Iterator[int]:
-        """One whole update, slice by slice. Yields the number of elements updated so far."""
+    def step(self, rate: float) -> None:
+        """One whole update, slice by slice. The gradient is zero afterwards."""
         total, size = self.master.numel(), self.config.slice_elements
         for start in range(0, total, size):
-            end = min(start + size, total)
-            self.update(start, end, rate)
-            yield end
+            self.update(start, min(start + size, total), rate)
         self.close_step()
-
-    def step(self, rate: float) -> None:
-        """One whole update. The gradient is zero afterwards."""
-        for _ in self.slices(rate):
-            pass
 
     def state(self) -> dict[str, Tensor]:
         """The tensors for a checkpoint, by name. `num_updates` is saved beside them."""

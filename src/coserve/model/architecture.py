@@ -75,28 +75,12 @@ class Family:
     class_name: str
     """transformers' class of the causal language model."""
     fields: frozenset[str]
-    """Fields of config.json that this family reads beside those of every family."""
-    qkv_bias: Callable[[PreTrainedConfig], bool]
-    o_bias: Callable[[PreTrainedConfig], bool]
-    mlp_bias: Callable[[PreTrainedConfig], bool]
-    qk_norm: bool
+    """Fields of config.json that this family reads beside those of every family. If attention_bias or mlp_bias is among them,
+    it says whether there are biases."""
+    qkv_bias: bool = False
+    """Whether q, k and v always have biases."""
+    qk_norm: bool = False
     sliding_windows: Callable[[PreTrainedConfig], tuple[int | None, ...]]
-
-
-def _always(_: PreTrainedConfig) -> bool:
-    return True
-
-
-def _never(_: PreTrainedConfig) -> bool:
-    return False
-
-
-def _attention_bias(config: PreTrainedConfig) -> bool:
-    return bool(config.attention_bias)
-
-
-def _mlp_bias(config: PreTrainedConfig) -> bool:
-    return bool(config.mlp_bias)
 
 
 def _full_attention(config: PreTrainedConfig) -> tuple[int | None, ...]:
@@ -125,33 +109,28 @@ _FACTORS = frozenset({"embedding_multiplier", "residual_multiplier", "attention_
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
-        class_name="LlamaForCausalLM", fields=frozenset({"attention_bias", "mlp_bias"}), qkv_bias=_attention_bias,
-        o_bias=_attention_bias, mlp_bias=_mlp_bias, qk_norm=False, sliding_windows=_full_attention,
+        class_name="LlamaForCausalLM", fields=frozenset({"attention_bias", "mlp_bias"}), sliding_windows=_full_attention
     ),
     "mistral": Family(
-        class_name="MistralForCausalLM", fields=frozenset({"sliding_window"}), qkv_bias=_never, o_bias=_never,
-        mlp_bias=_never, qk_norm=False, sliding_windows=_one_window,
+        class_name="MistralForCausalLM", fields=frozenset({"sliding_window"}), sliding_windows=_one_window
     ),
     "qwen2": Family(
-        class_name="Qwen2ForCausalLM", fields=_WINDOWS | {"use_sliding_window"}, qkv_bias=_always, o_bias=_never,
-        mlp_bias=_never, qk_norm=False, sliding_windows=_window_by_layer_type,
-    ),
-    "qwen3": Family(
-        class_name="Qwen3ForCausalLM", fields=_WINDOWS | {"use_sliding_window", "attention_bias"}, qkv_bias=_attention_bias,
-        o_bias=_attention_bias, mlp_bias=_never, qk_norm=True, sliding_windows=_window_by_layer_type,
-    ),
-    "ministral": Family(
-        class_name="MinistralForCausalLM", fields=_WINDOWS, qkv_bias=_never, o_bias=_never, mlp_bias=_never, qk_norm=False,
+        class_name="Qwen2ForCausalLM", fields=_WINDOWS | {"use_sliding_window"}, qkv_bias=True,
         sliding_windows=_window_by_layer_type,
     ),
+    "qwen3": Family(
+        class_name="Qwen3ForCausalLM", fields=_WINDOWS | {"use_sliding_window", "attention_bias"}, qk_norm=True,
+        sliding_windows=_window_by_layer_type,
+    ),
+    "ministral": Family(
+        class_name="MinistralForCausalLM", fields=_WINDOWS, sliding_windows=_window_by_layer_type
+    ),
     "granite": Family(
-        class_name="GraniteForCausalLM", fields=_FACTORS | {"attention_bias", "mlp_bias"}, qkv_bias=_attention_bias,
-        o_bias=_attention_bias, mlp_bias=_mlp_bias, qk_norm=False, sliding_windows=_full_attention,
+        class_name="GraniteForCausalLM", fields=_FACTORS | {"attention_bias", "mlp_bias"}, sliding_windows=_full_attention
     ),
     "smollm3": Family(
         class_name="SmolLM3ForCausalLM",
         fields=_WINDOWS | {"use_sliding_window", "no_rope_layers", "no_rope_layer_interval", "attention_bias", "mlp_bias"},
-        qkv_bias=_attention_bias, o_bias=_attention_bias, mlp_bias=_mlp_bias, qk_norm=False,
         sliding_windows=_window_by_layer_type,
     ),
 }
@@ -192,6 +171,7 @@ def read_architecture(directory: Path) -> Architecture:
         raise ConfigError(f"hidden_act: only silu is supported, got {config.hidden_act!r}", param="hidden_act")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inv_freq, scaling = _rope(config, head_dim)
+    attention_bias = "attention_bias" in family.fields and bool(config.attention_bias)
     factors = _factors(config, family)
     residual = factors.get("residual_multiplier", 1.0)
     assert residual == 1 or not family.qk_norm, "the eps of heads' norms would be another than the residual stream's"
@@ -207,9 +187,9 @@ def read_architecture(directory: Path) -> Architecture:
         rms_norm_eps=float(config.rms_norm_eps) / residual**2,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=bool(config.tie_word_embeddings),
-        qkv_bias=family.qkv_bias(config),
-        o_bias=family.o_bias(config),
-        mlp_bias=family.mlp_bias(config),
+        qkv_bias=family.qkv_bias or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias="mlp_bias" in family.fields and bool(config.mlp_bias),
         qk_norm=family.qk_norm,
         sliding_windows=family.sliding_windows(config),
         rope_inv_freq=inv_freq,

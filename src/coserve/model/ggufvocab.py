@@ -21,9 +21,6 @@ from transformers.tokenization_utils_base import generate_merges
 from coserve.core import InvalidRequest, one_line
 from coserve.text.tokenizer import EXACT_KEY
 
-Get = Callable[[str], Any]
-"""The value of a metadata key, None where the file hasn't got it."""
-
 PREFIX = "tokenizer.ggml."
 _KNOWN = frozenset({
     "model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges", "add_bos_token", "add_eos_token",
@@ -82,8 +79,9 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 class GGUFVocabulary:
     """A GGUF file's tokens with their types, and what else it says about its tokenizer."""
 
-    def __init__(self, get: Get, keys: Sequence[str], source: Path) -> None:
-        """keys: all of the file's; source: for messages. Raises InvalidRequest naming the key that can't be understood."""
+    def __init__(self, get: Callable[[str], Any], keys: Sequence[str], source: Path) -> None:
+        """get: gives the value of a metadata key, None where the file hasn't got it. keys: all of the file's. source: for
+        messages. Raises InvalidRequest naming the key that can't be understood."""
         self.get = lambda name: get(PREFIX + name)
         self.source = source
         self._check_keys(keys)

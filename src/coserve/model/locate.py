@@ -52,7 +52,7 @@ def locate_model(name: str | None, *, report: Report | None = None) -> Path:
         if path.suffix != ".gguf":
             raise InvalidRequest(f"{path} is neither a model directory nor a .gguf file")
         return _converted(path, report)
-    if _looks_local(name) or _parent_is_here(path):
+    if _looks_local(name) or (len(path.parts) > 1 and path.parent.is_dir()):  # `a/b` beside a directory `a` is a slip in a path
         raise NotFound(f"model {name}: no such directory or file{_nearest(path)}")
     if not HUB_ID.fullmatch(name):
         raise NotFound(f"model {name!r}: no such directory, not {DEFAULT_MODEL}, and hub ids look like org/name"
@@ -151,11 +151,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while seen is not None:
         yield seen
         seen = seen.__cause__ or seen.__context__
-
-
-def _parent_is_here(path: Path) -> bool:
-    """Whether `a/b` is a slip in a path rather than a hub id: there is a directory `a`."""
-    return len(path.parts) > 1 and path.parent.is_dir()
 
 
 def _nearest(path: Path) -> str:

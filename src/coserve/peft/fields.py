@@ -29,10 +29,6 @@ class Field(NamedTuple):
     nullable: bool = True
 
 
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_names(value: Any) -> bool:
     return isinstance(value, str) or (
         isinstance(value, list) and len(value) <= _MAX_NAMES and all(isinstance(name, str) for name in value)
@@ -47,7 +43,7 @@ def _is_size(value: Any) -> bool:
     return is_whole(value) and 1 <= value <= MAX_RANK
 
 
-_FLAG = Field(False, _is_flag, "true or false")
+_FLAG = Field(False, lambda value: isinstance(value, bool), "true or false")
 _NAMES = Field(None, _is_names, "a name or a list of names")
 _PATTERN = Field({}, lambda value: True, "a table")  # check_pattern says what is wrong
 _COMMON = {"target_modules": _NAMES, "exclude_modules": _NAMES}

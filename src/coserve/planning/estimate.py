@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coserve.compiler.graph import JointGraph
 from coserve.compiler.lower import lower
 from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans
 from coserve.compiler.program import LayerPlan
@@ -133,15 +132,12 @@ def keep_everything(arch: Architecture, plan: ModelPlan, itemsize: int) -> Model
     """The same training, but every value that the pruned backward reads is kept, and nothing is computed again."""
     cache: dict[int, LayerPlan] = {}
     for layer in plan.layers:
-        if id(layer.joint) not in cache:
-            cache[id(layer.joint)] = lower(_everything(layer.joint), merged=MERGED, itemsize=itemsize)
+        joint = layer.joint
+        if id(joint) not in cache:
+            read = {*joint.saved(), *joint.read_whole()}
+            kept = tuple(Kept(name, "read by backward") for name in joint.forward.values if name in read)
+            cache[id(joint)] = lower(Rematerialized(joint, kept), merged=MERGED, itemsize=itemsize)
     return ModelPlan(layers=tuple(cache[id(layer.joint)] for layer in plan.layers))
-
-
-def _everything(joint: JointGraph) -> Rematerialized:
-    read = {*joint.saved(), *joint.read_whole()}
-    kept = tuple(Kept(name, "read by backward") for name in joint.forward.values if name in read)
-    return Rematerialized(joint, kept)
 
 
 def estimate(

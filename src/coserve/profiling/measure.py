@@ -193,22 +193,18 @@ class Profiler:
 
     def _unit(self, cost: UnitCost, arenas: list[ArenaBlocks]) -> Callable[[], object]:
         state, layers = self._flight(cost.rows, cost.pairs, cost.labels, arenas), self.arch.num_layers
-        rows = state.batch.num_tokens
-        if cost.backward:
-            first = layers - cost.layers
-            unit = Unit(Direction.BACKWARD, first, layers, 0, rows)
-            state.coefficients_set = True
+        rows, first = state.batch.num_tokens, layers - cost.layers if cost.backward or cost.labels else 0
+        direction = Direction.BACKWARD if cost.backward else Direction.FORWARD
+        unit = Unit(direction, first, first + cost.layers, 0, rows)
+        state.coefficients_set = cost.backward
 
-            def run() -> None:
+        def run() -> None:
+            if cost.backward:
                 state.backward_row = [rows] * layers
-                self.train.run(state, unit, self.adapter)
-        else:
-            first = layers - cost.layers if cost.labels else 0
-            unit = Unit(Direction.FORWARD, first, first + cost.layers, 0, rows)
-
-            def run() -> None:
+            else:
                 state.forward_rows = [rows] * first + [0] * (layers - first)
-                self.train.run(state, unit, self.adapter)
+            self.train.run(state, unit, self.adapter)
+
         return run
 
     def _optimizer(self, elements: int) -> Callable[[], object]:

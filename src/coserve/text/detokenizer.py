@@ -49,8 +49,8 @@ class IncrementalDetokenizer:
         if self.added and not self._begun:
             self._begun, self.added = True, self._bytes.at_start(token_id)
         broken = ""
-        if self.added and not _continues(self.added):
-            broken = self._decoder.decode(b"", final=True)  # what was begun stays unfinished
+        if self.added and not 0x80 <= self.added[0] < 0xC0:  # a new character begins, and the one before stays unfinished
+            broken = self._decoder.decode(b"", final=True)
         self.start = self._num_chars + len(broken)
         text = broken + self._decoder.decode(self.added)
         self._num_chars += len(text)
@@ -86,8 +86,3 @@ def shown_text(tokenizer: ChatTokenizer, ids: Sequence[int]) -> str:
     shown = [token_id for token_id in ids if token_id not in hidden and spelled[token_id]]
     parts = [spelled.at_start(token_id) for token_id in shown[:1]] + [spelled[token_id] for token_id in shown[1:]]
     return codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(parts))
-
-
-def _continues(added: bytes) -> bool:
-    """Whether the bytes may go on in a character that others have begun."""
-    return 0x80 <= added[0] < 0xC0

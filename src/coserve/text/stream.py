@@ -84,26 +84,21 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: ChatTokenizer, stop: Sequence[str] = (), *, skip_special_tokens: bool = True,
-        context: Sequence[int] = (), min_tokens: int = 0,
+        self, tokenizer: ChatTokenizer, stop: Sequence[str] = (), *, context: Sequence[int] = (), min_tokens: int = 0
     ) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens, context=context)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, context=context)
         self._matcher = StopMatcher(stop)
-        self._special_ids = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
-        self._signs, self._written = _with_signs(tokenizer, stop if skip_special_tokens else ())
+        self._special_ids = tokenizer.special_ids
+        self._signs, self._written = _with_signs(tokenizer, stop)
         self._signed = StopMatcher(list(self._written)) if self._written else None
         self._left = min_tokens
         self._held = ""  # what a stop string may yet take
-        self._stopped: str | None = None
-
-    @property
-    def stopped(self) -> str | None:
+        self.stopped: str | None = None
         """The stop string that ended the text."""
-        return self._stopped
 
     def push(self, token_id: int) -> str:
         """The text that became final with this id; nothing after a stop string."""
-        if self._stopped is not None:
+        if self.stopped is not None:
             return ""
         self._left -= 1
         return self._advance(self._detokenizer.push(token_id), self._sign(token_id))
@@ -112,11 +107,11 @@ class TextStream:
         """The rest, at the end of the output: what was held back, unless it ends in a stop string.
 
         ending: the id that ended the output and isn't part of its text; a special one may complete a stop string."""
-        if self._stopped is not None:
+        if self.stopped is not None:
             return ""
         self._left -= ending is not None
         piece = self._advance("", "" if ending is None else self._sign(ending))
-        if self._stopped is None:
+        if self.stopped is None:
             piece += self._advance(self._detokenizer.finish(), "")
         rest, self._held = self._held, ""
         return piece + rest
@@ -133,7 +128,7 @@ class TextStream:
             self._held = text[end:]
             return text[:end]
         seen = len(self._held) + min(first.end, len(new))  # a sign is no character of the text
-        self._stopped, self._held = self._written.get(first.stop, first.stop), ""
+        self.stopped, self._held = self._written.get(first.stop, first.stop), ""
         return text[: seen - first.num_chars]
 
     def _sign(self, token_id: int) -> str:

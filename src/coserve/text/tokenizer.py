@@ -85,7 +85,6 @@ class ChatTokenizer:
             index for index, token in self._hf.added_tokens_decoder.items() if token.special or token.content.strip()
         )
         """Added tokens that aren't white space: what templates mark turns with, whether declared special or not."""
-        self._special_texts = tuple(token.content for token in special.values() if token.content)
         self.special_tokens = {token.content: index for index, token in special.items() if token.content}
         self.token_bytes = TokenBytes(hf_tokenizer)
         bos = self._hf.bos_token_id
@@ -211,8 +210,7 @@ class ChatTokenizer:
         Raises InvalidRequest if what to train on is undefined even so.
         """
         notes = Notes() if notes is None else notes
-        if not rules.allow_control_tokens:
-            notes.control_texts += sum(self._controls.holds(message["content"]) for message in messages)
+        self._note_texts(notes, rules, *(message["content"] for message in messages))
         marked = self._marked(messages, rules)
         rendered = self._render_training(marked, rules, notes)
         settled = self._controls.settle(rendered.text)
@@ -266,7 +264,7 @@ class ChatTokenizer:
 
     def _control_names(self) -> set[str]:
         """Special tokens, and added tokens that the template writes around turns though they aren't called special."""
-        names = {*self._special_texts, *self._hf.all_special_tokens, *(getattr(self._hf, "chat_control_tokens", None) or ())}
+        names = {*self.special_tokens, *self._hf.all_special_tokens, *(getattr(self._hf, "chat_control_tokens", None) or ())}
         turns = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
         if self.has_chat_template:
             with contextlib.suppress(InvalidRequest):
@@ -345,7 +343,7 @@ class ChatTokenizer:
                 "strings", param="messages",
             )
         closed = turn.rstrip()
-        ends = len(closed) > len(prompt) and closed.endswith(self._special_texts)
+        ends = len(closed) > len(prompt) and closed.endswith(tuple(self.special_tokens))
         return len(prompt), len(closed) if ends else len(turn)
 
     @functools.cached_property

@@ -28,39 +28,19 @@ from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.microbatch import InFlight, MicrobatchLayout, PackedBatch, microbatch_layout, pack
 from coserve.runtime.transfer import to_device
 
+ReferenceSums = dict[bytes, tuple[float, ...]]
+"""Summed log-probabilities under a job's reference policy, one per example of a group, by `group_key`."""
 
-class ReferenceSums:
-    """Summed log-probabilities under a job's reference policy, one per example of a group. They are kept for the whole job.
 
-    The key of a group is a digest of its tokens and loss weights, on which alone the sums depend. Its index would not do, since
-    training and validation groups are stored together.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[bytes, tuple[float, ...]] = {}
-
-    @staticmethod
-    def key(group: Group) -> bytes:
-        """The digest of a group's tokens and loss weights."""
-        digest = hashlib.sha256()
-        for example in group.examples:
-            digest.update(example.num_tokens.to_bytes(8, "little"))
-            digest.update(example.token_ids.tobytes())
-            digest.update(example.weights.tobytes())
-        return digest.digest()
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._sums
-
-    def __len__(self) -> int:
-        return len(self._sums)
-
-    def __getitem__(self, key: bytes) -> tuple[float, ...]:
-        return self._sums[key]
-
-    def remember(self, key: bytes, sums: Sequence[float]) -> None:
-        """Stores the sums of a group's examples, in their order."""
-        self._sums[key] = tuple(sums)
+def group_key(group: Group) -> bytes:
+    """A digest of a group's tokens and loss weights, on which alone its reference sums depend. Its index would not do, since
+    training and validation groups are stored together."""
+    digest = hashlib.sha256()
+    for example in group.examples:
+        digest.update(example.num_tokens.to_bytes(8, "little"))
+        digest.update(example.token_ids.tobytes())
+        digest.update(example.weights.tobytes())
+    return digest.digest()
 
 
 class BatchSource(Protocol):
@@ -103,13 +83,17 @@ class BatchWork:
         self._extra: dict[str, float] = {}
         self._open = 0
         packed = pack_groups(groups, source.config.max_microbatch_tokens)
-        self._waiting = deque([*self._references(packed), *(self._policy(micro, step) for micro in packed)])
+        plan = source.plan if train else source.scoring
+        policy = [
+            self._microbatch(micro, step, plan, source.adapter, forward_only=not train, reference=False) for micro in packed
+        ]
+        self._waiting = deque([*self._references(packed), *policy])
 
     def _references(self, packed: Sequence[Sequence[Group]]) -> list[Microbatch]:
         """One micro-batch per group, so that a sum never depends on other groups. A resumed job then gets the same sums."""
         if not self.source.objective.needs_reference:
             return []
-        unique = {ReferenceSums.key(group): group for micro in packed for group in micro}
+        unique = {group_key(group): group for micro in packed for group in micro}
         return [
             self._microbatch(
                 [group], 0, self.source.reference_scoring, self.source.reference, forward_only=True, reference=True
@@ -117,17 +101,13 @@ class BatchWork:
             for key, group in unique.items() if key not in self.source.reference_sums
         ]
 
-    def _policy(self, groups: Sequence[Group], step: int) -> Microbatch:
-        plan = self.source.plan if self.train else self.source.scoring
-        return self._microbatch(groups, step, plan, self.source.adapter, forward_only=not self.train, reference=False)
-
     def _microbatch(
         self, groups: Sequence[Group], step: int, plan: ModelPlan, adapter: Adapter | None, *, forward_only: bool,
         reference: bool,
     ) -> Microbatch:
         examples = [example for group in groups for example in group.examples]
         device = self.source.executor.weights.device
-        keys = [ReferenceSums.key(group) for group in groups] if self.source.objective.needs_reference else []
+        keys = [group_key(group) for group in groups] if self.source.objective.needs_reference else []
         batch = pack(examples, device=device, seed=self.source.config.seed, step=step)
         return Microbatch(
             groups=groups, keys=keys, batch=batch, plan=plan, adapter=adapter, forward_only=forward_only,
@@ -194,7 +174,8 @@ class BatchWork:
     def _remember(self, micro: Microbatch, state: InFlight) -> None:
         weighted = state.logprobs.cpu().double() * micro.batch.label_weights
         (key,) = micro.keys
-        self.source.reference_sums.remember(key, [float(weighted[first:end].sum()) for first, end in micro.batch.label_bounds])
+        sums = tuple(float(weighted[first:end].sum()) for first, end in micro.batch.label_bounds)
+        self.source.reference_sums[key] = sums
 
     def close(self, micro: Microbatch) -> None:
         """Ends a micro-batch that is done. The caller may reuse its memory."""

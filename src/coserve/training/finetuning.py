@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -53,16 +53,10 @@ class FinetuneResult:
     rows: tuple[StepRow, ...]
 
 
-class _Chosen(NamedTuple):
-    """fitted: the plan. one_copy: whether each weight matrix is held only once, since there is no memory for packed copies."""
-
-    fitted: FittedPlan
-    one_copy: bool
-
-
-def _choose_plan(job: ResolvedJob, model: Model) -> _Chosen:
-    """The plan with the fewest FLOPs for which the device has memory. If memory is short, packed copies of weights are given up
-    first, and kept activations only then. Raises CapacityError if no plan fits."""
+def _choose_plan(job: ResolvedJob, model: Model) -> tuple[FittedPlan, bool]:
+    """The plan with the fewest FLOPs for which the device has memory, and whether each weight matrix is held only once, since
+    there is no memory for packed copies: these are given up first, and kept activations only then. Raises CapacityError if no
+    plan fits."""
     settings, arch, available = job.settings, model.architecture, available_bytes(model.device)
     loaded = model.weights if isinstance(model, LoadedModel) else None
     if available is not None and loaded is not None:
@@ -83,7 +77,7 @@ def _choose_plan(job: ResolvedJob, model: Model) -> _Chosen:
     one_copy = packed and available is not None and sum(needs(asked, False).values()) > available
     fitted = job.plans.for_job(settings, available, lambda plan: sum(needs(plan, one_copy).values()))
     require_memory(needs(fitted.plan, one_copy), available)
-    return _Chosen(fitted, one_copy)
+    return fitted, one_copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,11 +89,14 @@ class PreparedJob:
     directory: Path
     dataset: Dataset
 
-    def finish(self) -> Adapter:
-        """Writes the tuned adapter into the directory and returns it."""
-        _write_adapter(self.directory, self.trainer)
-        assert self.trainer.published is not None
-        return self.trainer.published
+    def finish(self) -> None:
+        """Writes the tuned adapter to a directory beside, then renames each file into the job's directory, the configuration
+        last."""
+        staged = self.directory / "adapter"
+        write_directory(staged, self.trainer.save)
+        for path in sorted(staged.iterdir(), key=lambda p: p.name == "adapter_config.json"):
+            os.replace(path, self.directory / path.name)
+        staged.rmdir()
 
 
 def prepare(job: ResolvedJob, loaded: LoadedModel, fitted: FittedPlan) -> PreparedJob:
@@ -199,12 +196,3 @@ def _recorded_dtype(directory: Path, device: torch.device) -> str:
     float32 on the CPU."""
     found = read_record(directory).get("dtype")
     return found if found in DTYPES else "float32" if device.type == "cpu" else "auto"
-
-
-def _write_adapter(directory: Path, trainer: AdapterTrainer) -> None:
-    """Writes the adapter's files to a directory beside, then renames each into the output directory, the configuration last."""
-    staged = directory / "adapter"
-    write_directory(staged, trainer.save)
-    for path in sorted(staged.iterdir(), key=lambda p: p.name == "adapter_config.json"):
-        os.replace(path, directory / path.name)
-    staged.rmdir()

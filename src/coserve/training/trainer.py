@@ -79,7 +79,7 @@ class AdapterTrainer:
         self.window = config.grid_tokens or config.window_tokens
         self.refresh_seconds = self._refresh_seconds()
         self.published: Adapter | None = None
-        self.reference_sums = ReferenceSums()
+        self.reference_sums: ReferenceSums = {}
 
     # --- verbs ---
 
@@ -105,10 +105,10 @@ class AdapterTrainer:
         self.optimizer.step(rate)
         return norm
 
-    def save(self, directory: Path) -> None:
-        save_adapter(
-            directory, self.adapter, self.optimizer.master, base_name=self.model.name, fingerprint=self.model.fingerprint
-        )
+    def save(self, directory: Path, *, master: Tensor | None = None) -> None:
+        """Writes the adapter. master: values of an earlier moment, from `optimizer_state`; default the present ones."""
+        values = self.optimizer.master if master is None else master
+        save_adapter(directory, self.adapter, values, base_name=self.model.name, fingerprint=self.model.fingerprint)
 
     def publish(self) -> None:
         self.published = self.adapter.copy()

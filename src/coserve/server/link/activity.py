@@ -18,6 +18,8 @@ from pathlib import Path
 
 import msgspec
 
+from coserve.engine.watching import Watcher
+
 PLACES = 8
 """Threads that can be watched: the engine's, the socket's, the pulse, and the pool's."""
 PLACE_BYTES = 8192
@@ -64,8 +66,8 @@ _decoder = msgspec.json.Decoder(Activity)
 _encoder = msgspec.json.Encoder()
 
 
-class ActivityRow:
-    """One thread's part of the page, for writing. It is the engine's Watcher (engine/watching.py)."""
+class ActivityRow(Watcher):
+    """One thread's part of the page, for writing."""
 
     def __init__(self, memory: mmap.mmap, place: int) -> None:
         self._memory, self._start = memory, place * PLACE_BYTES
