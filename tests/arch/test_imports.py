@@ -38,6 +38,7 @@ RANKS: Mapping[str, float] = {
 
 LAZY: Mapping[str, frozenset[str]] = {
     "coserve.compiler.baselines": frozenset({"peft"}),
+    "coserve.compiler.rematerialize": frozenset({"networkx"}),
     "coserve.demo.client": frozenset({"openai"}),
     "coserve.kernels.native.build": frozenset({"torch"}),  # its compiler, which takes seconds to import
     "coserve.model.gguf": frozenset({"gguf"}),

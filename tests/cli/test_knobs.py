@@ -51,12 +51,12 @@ def test_a_setting_means_the_same_everywhere(knob: Knob, tmp_path: Path) -> None
     table = json.dumps(value) if not isinstance(value, dict) else "{" + ", ".join(f"{k} = {v}" for k, v in value.items()) + "}"
     (tmp_path / "settings.toml").write_text(f"{knob.word} = {table}\n")
     assert value_in(config_of(tmp_path / "settings.toml", {}, kind(knob)), knob) == value
-    assert (knob.word in flags) == bool(knob.told.get("help"))
+    assert (knob.word in flags) == bool(knob.metadata.get("help"))
     if knob.word in flags:
         text = ",".join(value) if isinstance(value, list) else value
         text = ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else text
         assert value_in(config_of(None, {knob.word: text}, kind(knob)), knob) == value
-    assert (knob.word in SETTINGS) == knob.told.get("api", False)
+    assert (knob.word in SETTINGS) == knob.metadata.get("api", False)
     assert knob.word not in SETTINGS or knob.word in CreateJob.model_fields
     if knob.word in SETTINGS:
         chosen = {"adapter": kind(knob)} if kind(knob) else {}

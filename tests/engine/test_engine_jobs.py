@@ -35,9 +35,11 @@ from coserve.engine.jobtable import shape_of
 from coserve.finetune import job as job_module
 from coserve.finetune.checkpoints import read_manifest
 from coserve.finetune.job import MetricsTable
+from coserve.peft.gate import PassedAdapter, read_adapter
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import FusedRows
 from coserve.runtime.loaded import LoadedModel
+from coserve.training import request
 from coserve.training.finetuning import finetune
 from tests.tiny_directory import chat_lines, preference_lines, write_lines
 from tests.tiny_engine import (
@@ -120,6 +122,28 @@ def test_a_job_ends_as_the_blocking_finetune(
     assert job.progress().step == job.progress().num_steps == 6
     if busy:
         assert any(plan.fused for plan in log.plans)
+
+
+def test_a_continued_adapter_is_read_once_and_let_go(
+    engines: MakeEngine, model: LoadedModel, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors are needed until the job's own adapter has their values, not while the job runs."""
+    once = replace(SFT, max_steps=1)
+    start = finetune(directory / "sft.jsonl", tmp_path / "first", model=model, config=once).directory
+    read: list[Path] = []
+
+    def reading(directory: Path, base: Any) -> PassedAdapter:
+        read.append(directory)
+        return read_adapter(directory, base)
+
+    monkeypatch.setattr(request, "read_adapter", reading)
+    engine = engines()
+    job = engine.finetune(directory / "sft.jsonl", tmp_path / "second", replace(once, lora=None), start=start)
+    gc.collect()
+    assert not any(isinstance(held, PassedAdapter) for held in gc.get_objects())
+    drive(engine)
+    finetune(directory / "sft.jsonl", tmp_path / "third", model=model, config=replace(once, lora=None), start=start)
+    assert job.status == "succeeded" and read == [start, start]
 
 
 def test_two_jobs_at_once_end_as_alone(engines: MakeEngine, model: LoadedModel, directory: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_server_that_dies_behind_the_manifest_tells_the_end_once(
         with unheard(bench):
             bench.engine.step(ids[0], 1)
         with monkeypatch.context() as patch:
-            patch.setattr(JobRunner, "tell_end", die)
+            patch.setattr(JobRunner, "publish_end", die)
             bench.engine.end(ids[0], step=1)
             await until(lambda: "succeeded" in (bench.config.data_dir / "jobs" / ids[0] / "request.json").read_text())
             await bench.settle()

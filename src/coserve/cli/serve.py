@@ -68,8 +68,8 @@ def serve(
     **given: Any,
 ) -> None:
     """Serve a model and finetune on it, with OpenAI's API."""
-    told = {name: value for name, value in {"model": model, **given}.items() if value not in ((), [])}
-    settings = read_settings(config, told)
+    values = {name: value for name, value in {"model": model, **given}.items() if value not in ((), [])}
+    settings = read_settings(config, values)
     handler = logs.configure("api", format=settings.log_format, level=settings.log_level)
     try:
         asyncio.run(run_server(settings))

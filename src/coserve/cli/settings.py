@@ -49,17 +49,17 @@ def with_flags(flags: Sequence[inspect.Parameter]) -> Callable[[Callable[..., No
     return decorate
 
 
-def flag(word: str, kind: Any, told: Mapping[str, Any]) -> inspect.Parameter:
-    """A flag for a setting. word: what users call it; kind: type of its values; told: what `knob` was told."""
-    more = {"metavar": told["metavar"]} if told.get("metavar") else dict[str, Any]()
+def flag(word: str, kind: Any, metadata: Mapping[str, Any]) -> inspect.Parameter:
+    """A flag for a setting. word: what users call it; kind: type of its values; metadata: what `knob` was given."""
+    more = {"metavar": metadata["metavar"]} if metadata.get("metavar") else dict[str, Any]()
     for number, shown in ((float, "FLOAT|auto"), (int, "INTEGER|auto")):
         if kind == number | Auto:
             more = {"parser": lambda text, number=number: text if text == AUTO else number(text), "metavar": shown}
     parsed: Any = kind if kind in (int, float, bool, Path) else str
     if typing.get_origin(kind) is tuple:
         parsed = list[str]
-    names = [f"--{word.replace('_', '-')}", *([told["short"]] if told.get("short") else [])]
-    option = typer.Option(*names, help=told["help"], **more)
+    names = [f"--{word.replace('_', '-')}", *([metadata["short"]] if metadata.get("short") else [])]
+    option = typer.Option(*names, help=metadata["help"], **more)
     parsed = Any if "parser" in more else parsed | None
     return inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[parsed, option])
 
@@ -72,8 +72,8 @@ def config_flags(config: type) -> list[inspect.Parameter]:
 
 def job_flags() -> list[inspect.Parameter]:
     """Flags of a job's settings. The kind of adapter comes before what the kinds have."""
-    known = [knob for knob in KNOBS.values() if knob.told.get("help")]
-    flags = [flag(knob.word, str if typing.get_origin(knob.type) is tuple else knob.type, knob.told) for knob in known]
+    known = [knob for knob in KNOBS.values() if knob.metadata.get("help")]
+    flags = [flag(knob.word, str if typing.get_origin(knob.type) is tuple else knob.type, knob.metadata) for knob in known]
     place = next(number for number, knob in enumerate(known) if knob.of_adapter)
     kind = flag("kind", str, {"help": f"Kind of adapter: {', '.join(ADAPTERS)} (lora)."})
     return [*flags[:place], kind, *flags[place:]]
@@ -99,7 +99,7 @@ def read_settings(path: Path | None, given: Mapping[str, Any], kind: str | None 
         where[name] = value
     for word, value in given.items():
         if value is not None:
-            _home(data, NAMES[word], chosen)[NAMES[word]] = _read(NAMES[word], value)
+            _home(data, NAMES.get(word, word), chosen)[NAMES.get(word, word)] = _read(NAMES.get(word, word), value)
     adapter = dict(data.get(chosen, {}))
     if adapter.pop("use_dora", False):
         adapter["kind"] = "dora"

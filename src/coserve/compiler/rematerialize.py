@@ -26,9 +26,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import networkx
-from networkx.algorithms.flow import boykov_kolmogorov
-
 from coserve.compiler.flops import node_flops
 from coserve.compiler.graph import JointGraph, Node
 
@@ -190,6 +187,9 @@ def source_side(edges: Iterable[tuple[Vertex, Vertex, int]], source: Vertex, sin
     nodes to the sink's side, so it is asked about the reversed graph. Capacities stay Python's integers, so that the cut is
     exact however large they are.
     """
+    import networkx  # takes a fifth of a second, which only those who plan training pay
+    from networkx.algorithms.flow import boykov_kolmogorov
+
     reversed_graph = networkx.DiGraph()
     reversed_graph.add_nodes_from((source, sink))
     for start, end, capacity in edges:

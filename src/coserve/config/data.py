@@ -64,14 +64,14 @@ class Knob(NamedTuple):
     """A setting of a finetuning job, for all who take settings from users.
 
     name: of its field. word: what users call it. sections: the tables of a settings file that may hold it, "" for the top
-    level; several kinds of adapter can have the same setting. type: of its values, without None. told: what `knob` was told.
+    level; several kinds of adapter can have the same setting. type: of its values, without None. metadata: what `knob` got.
     """
 
     name: str
     word: str
     sections: tuple[str, ...]
     type: Any
-    told: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     @property
     def of_adapter(self) -> bool:

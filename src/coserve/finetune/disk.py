@@ -50,8 +50,8 @@ def waiting_message(reason: str) -> str:
 GOES_ON = "the disk takes the job's files again; the job goes on"
 
 
-def insist(action: Callable[[], object], tell: Callable[[str, str], None]) -> None:
-    """Repeats a write until it succeeds, blocking the caller meanwhile. tell(level, message): called when the job begins to
+def insist(action: Callable[[], object], notify: Callable[[str, str], None]) -> None:
+    """Repeats a write until it succeeds, blocking the caller meanwhile. notify(level, message): called when the job begins to
     wait and when it goes on. Raises errors that trying again can't fix."""
     waited = False
     while True:
@@ -62,10 +62,10 @@ def insist(action: Callable[[], object], tell: Callable[[str, str], None]) -> No
             if reason is None:
                 raise
             if not waited:
-                tell("warn", waiting_message(reason))
+                notify("warn", waiting_message(reason))
             waited = True
             time.sleep(RETRY_S)
         else:
             if waited:
-                tell("info", GOES_ON)
+                notify("info", GOES_ON)
             return

@@ -65,10 +65,10 @@ def _refuse_adapter(path: Path) -> None:
     if (path / "config.json").is_file() or not (path / "adapter_config.json").is_file():
         return
     try:
-        told = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        stated = read_json(path / "adapter_config.json").get("base_model_name_or_path")
     except (InvalidRequest, RecursionError):
-        told = None
-    known = told if isinstance(told, str) and told.isprintable() and 0 < len(told) <= 500 else None
+        stated = None
+    known = stated if isinstance(stated, str) and stated.isprintable() and 0 < len(stated) <= 500 else None
     base, here = "MODEL" if known is None else shlex.quote(known), shlex.quote(str(path))
     of = "" if known is None else f" of {known}"
     raise InvalidRequest(

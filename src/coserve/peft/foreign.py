@@ -199,8 +199,8 @@ class TensorFile:
         return entries
 
     def _entry(self, name: str, data: Any, begin: int) -> TensorEntry:
-        told: dict[str, Any] = data if isinstance(data, dict) else {}
-        dtype, shape, offsets = (told.get(key) for key in ("dtype", "shape", "data_offsets"))
+        stated: dict[str, Any] = data if isinstance(data, dict) else {}
+        dtype, shape, offsets = (stated.get(key) for key in ("dtype", "shape", "data_offsets"))
         if not (isinstance(dtype, str) and _is_counts(shape, most=8) and _is_counts(offsets, most=2) and len(offsets) == 2):
             raise self._damaged(f"the header's entry of {shown_name(name)} is wrong")
         if dtype not in _ELEMENT_BYTES:

@@ -126,14 +126,14 @@ def _lora_config(
     targets, ranks = _match(shapes, arch)
     modules = list(ranks)
     try:
-        told, idle_ranks = by_pattern(fields["rank_pattern"], modules, "rank_pattern")
+        stated, idle_ranks = by_pattern(fields["rank_pattern"], modules, "rank_pattern")
         alphas, idle_alphas = by_pattern(fields["alpha_pattern"], modules, "alpha_pattern")
     except ConfigError as error:
         raise refuse(f"{CONFIG_FILE}: {error}") from error
     for module, rank in ranks.items():
-        expected = told.get(module, fields["r"])
+        expected = stated.get(module, fields["r"])
         if rank != expected:
-            where = "rank_pattern" if module in told else "r"
+            where = "rank_pattern" if module in stated else "r"
             raise refuse(f"{CONFIG_FILE}: {where} gives {module} rank {expected}, but its tensors have rank {rank}")
     for field, idle in (("rank_pattern", idle_ranks), ("alpha_pattern", idle_alphas)):
         if idle:
@@ -206,9 +206,9 @@ def _ia3_config(
             raise _unknown(name, arch)
         module, site = known[name]
         found[module] = site, shape[:1] == (1,)
-    told = named_by(fields["feedforward_modules"], list(found), "feedforward_modules")
+    stated = named_by(fields["feedforward_modules"], list(found), "feedforward_modules")
     for module, (_, scales_input) in found.items():
-        if told is not None and scales_input != (module in told):
+        if stated is not None and scales_input != (module in stated):
             what = "input" if scales_input else "output"
             raise refuse(f"{CONFIG_FILE}: feedforward_modules does not fit the tensors, where {module} scales its {what}")
     kinds = set(found.values())

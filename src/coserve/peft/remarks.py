@@ -33,14 +33,14 @@ def list_names(names: Sequence[str]) -> str:
     return ", ".join(map(shown_name, names[:5])) + (f" and {more} more" if more > 0 else "")
 
 
-def named_by(told: str | list[str] | None, modules: Sequence[str], field: str) -> set[str] | None:
+def named_by(stated: str | list[str] | None, modules: Sequence[str], field: str) -> set[str] | None:
     """The modules that a field means, which is a list of names or a regular expression; None where that can't be told."""
-    if told is None:
+    if stated is None:
         return None
-    if isinstance(told, list):
-        return {module for module in modules if not _endings(module).isdisjoint(told)}
+    if isinstance(stated, list):
+        return {module for module in modules if not _endings(module).isdisjoint(stated)}
     try:
-        pattern = compile_pattern(told, field)
+        pattern = compile_pattern(stated, field)
     except ConfigError:
         return None
     return {module for module in modules if pattern.fullmatch(module)}
@@ -56,17 +56,17 @@ def target_warnings(fields: Mapping[str, Any], present: Sequence[str], arch: Arc
     """The config's targets against the tensors that there are."""
     if "target_modules" not in fields or fields["target_modules"] is None:
         return
-    told, names = fields["target_modules"], list(all_modules(arch.num_layers).values())
-    if isinstance(told, list):
+    stated, names = fields["target_modules"], list(all_modules(arch.num_layers).values())
+    if isinstance(stated, list):
         known = set().union(*map(_endings, names))
-        strangers = [target for target in told if target not in known]
+        strangers = [target for target in stated if target not in known]
         if strangers:
             yield f"target_modules: this base has no module called {list_names(strangers)}; the others are used"
-    wanted = set(names) if told == "all-linear" else named_by(told, names, "target_modules")
+    wanted = set(names) if stated == "all-linear" else named_by(stated, names, "target_modules")
     if wanted is None:
         return
-    if not wanted and isinstance(told, str):
-        yield f"target_modules: {shown(told)} matches no module of this base; the tensors say which are used"
+    if not wanted and isinstance(stated, str):
+        yield f"target_modules: {shown(stated)} matches no module of this base; the tensors say which are used"
     wanted -= named_by(fields["exclude_modules"], names, "exclude_modules") or set()
     layers = fields.get("layers_to_transform")
     if layers is not None:
@@ -100,11 +100,11 @@ def plain_values(origin: Mapping[str, Any]) -> dict[str, Any]:
 def end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
     """eos_token_id of an adapter's generation_config.json, ascending; () where there is none. Ids beyond the base's vocabulary
     can't be sampled and are left out. Raises InvalidRequest for what is neither an id nor a list of them."""
-    told = read_optional(directory / GENERATION_FILE).get("eos_token_id")
-    ids: list[Any] = told if isinstance(told, list) else [] if told is None else [told]
+    stated = read_optional(directory / GENERATION_FILE).get("eos_token_id")
+    ids: list[Any] = stated if isinstance(stated, list) else [] if stated is None else [stated]
     if len(ids) > _MAX_END_TOKENS or not all(map(is_whole, ids)):
         raise refuse(f"eos_token_id in {GENERATION_FILE} must be a token id or a list of at most {_MAX_END_TOKENS}, "
-                     f"got {shown(told)}")
+                     f"got {shown(stated)}")
     return tuple(sorted({number for number in ids if 0 <= number < vocab_size}))
 
 
@@ -137,9 +137,9 @@ def _added_tokens(directory: Path) -> set[str]:
     _, key, rest = text.partition('"added_tokens"')
     if key:
         try:
-            told, _ = json.JSONDecoder().raw_decode(rest.lstrip(" \t\r\n:"))
+            stated, _ = json.JSONDecoder().raw_decode(rest.lstrip(" \t\r\n:"))
         except (ValueError, RecursionError) as error:
             raise refuse(f"{_TOKENIZER_FILE} can't be read as JSON") from error
-        entries += told if isinstance(told, list) else []
+        entries += stated if isinstance(stated, list) else []
     contents = (entry.get("content") for entry in entries if isinstance(entry, dict))
     return found | {content for content in contents if isinstance(content, str)}

@@ -135,6 +135,7 @@ class PromptPicker:
                 continue
             if not was_running:
                 self.admission.seats.unclaim(request, has_run=False)
+                request.computed = 0
             if chunk:
                 out_of_memory = True
             else:

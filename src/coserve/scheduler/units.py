@@ -56,7 +56,7 @@ class Candidate(NamedTuple):
         return self.work / max(self.seconds, 1e-9)
 
 
-class _Found(NamedTuple):
+class _Proposal(NamedTuple):
     """A unit that may come next, with its job and micro-batch."""
 
     job: JobWork
@@ -161,7 +161,7 @@ class UnitPicker:
         self.guard.on_filled(is_empty=not (chosen.units or chosen.optimizer))
         return chosen
 
-    def _add(self, chosen: Chosen, found: _Found) -> None:
+    def _add(self, chosen: Chosen, found: _Proposal) -> None:
         job, work, best = found
         unit = best.unit.unit
         chosen.units.append(best.unit)
@@ -193,7 +193,7 @@ class UnitPicker:
                 return seconds(elements)
         return None
 
-    def _stuck_unit(self, jobs: Sequence[JobWork], seconds: float, only: MicrobatchWork | None) -> _Found | None:
+    def _stuck_unit(self, jobs: Sequence[JobWork], seconds: float, only: MicrobatchWork | None) -> _Proposal | None:
         """The smallest unit of the job whose turn it is, if it is on a grid and takes more than `seconds`; else None."""
         for job in jobs:
             if job.optimizer_left:
@@ -202,7 +202,7 @@ class UnitPicker:
             if ready:
                 least = [(self._least(work), work) for work in ready if work.grid is not None]
                 candidate, work = min(least, key=lambda item: item[0].seconds, default=(None, ready[0]))
-                return _Found(job, work, candidate) if candidate is not None and candidate.seconds > seconds else None
+                return _Proposal(job, work, candidate) if candidate is not None and candidate.seconds > seconds else None
         return None
 
     def _least(self, work: MicrobatchWork) -> Candidate:
@@ -227,7 +227,7 @@ class UnitPicker:
 
     def _best(
         self, chosen: Chosen, jobs: Sequence[JobWork], left: float, least: float, only: MicrobatchWork | None, *, fuse: bool
-    ) -> _Found | None:
+    ) -> _Proposal | None:
         """The unit with the best efficiency, of the first job that has one that fits.
 
         chosen: what this plan has so far. least: the share of the best efficiency that a unit must have.
@@ -257,7 +257,7 @@ class UnitPicker:
                 found += [(candidate, work) for candidate in candidates if candidate.efficiency >= bar]
             if found:
                 candidate, work = max(found, key=rank)
-                return _Found(job, work, candidate)
+                return _Proposal(job, work, candidate)
         return None
 
     def _best_efficiency(self, work: MicrobatchWork) -> float:

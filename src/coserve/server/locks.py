@@ -1,6 +1,7 @@
 """Two kinds of lock: on files of the data directory, for one server and one engine at a time; by name on an event loop.
 
-The system frees the lock of a file when the process that holds it dies.
+The system frees the lock of a file when the process that holds it dies. The library filelock would refuse a lock file that is a
+symbolic link, and takes some errors of file systems for a lock that is held.
 """
 
 from __future__ import annotations

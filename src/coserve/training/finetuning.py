@@ -110,7 +110,11 @@ def prepare(job: ResolvedJob, loaded: LoadedModel, fitted: FittedPlan) -> Prepar
         *(() if adapter is None else adapter.end_token_ids),
     }
     ends = () if taught <= loaded.end_token_ids else sorted(taught | loaded.end_token_ids)
-    trainer = AdapterTrainer(loaded, config, start=adapter, plan=fitted.plan, end_token_ids=ends, warn=request.warn)
+    listen = request.listen  # not the request, which holds the tensors of the adapter that is continued
+    trainer = AdapterTrainer(
+        loaded, config, start=adapter, plan=fitted.plan, end_token_ids=ends,
+        warn=lambda message: listen(JobEvent(level="warn", message=message)),
+    )
     facts = {
         "base_fingerprint": loaded.fingerprint, "data_digest": job.train.report.digest,
         "validation_digest": None if job.held_out is None else job.held_out.report.digest,
@@ -166,9 +170,10 @@ def finetune(
     loaded.weights.hold_one_copy(one_copy)
     if one_copy:
         request.inform(f"each weight matrix is held once: there is no memory for packed copies; {SLOWER}")
-    prepared = prepare(job, loaded, fitted)
+    prepared, deterministic = prepare(job, loaded, fitted), job.settings.deterministic
+    del job  # with the tensors of the adapter that is continued
     were_deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(were_deterministic or job.settings.deterministic)
+    torch.use_deterministic_algorithms(were_deterministic or deterministic)
     try:
         prepared.job.run()
     finally:

@@ -179,9 +179,9 @@ def _translated() -> Iterator[None]:
 
 def _translate(error: DBAPIError) -> CoserveError | None:
     reason = str(error.orig).lower()
-    for said, told in _FAILURES.items():
-        if said in reason:
-            return StorageRefused(told)
+    for message, refusal in _FAILURES.items():
+        if message in reason:
+            return StorageRefused(refusal)
     if isinstance(error, IntegrityError):
         return Conflict("an entry with this name or id exists already")
     if isinstance(error, DataError):  # NUL in a text, a number out of range

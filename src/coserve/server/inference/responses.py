@@ -139,8 +139,8 @@ def completion_response(
             walk = TokenWalk(tokenizer, context=prompt.ids, offset=len(before), by_id=body.by_id)
             logprobs = completion_logprobs(output.logprobs, walk)
             if body.echo:
-                told = prompt_logprobs(prompt, scores, tokenizer, body)
-                logprobs = {name: told[name] + logprobs[name] for name in told}
+                columns = prompt_logprobs(prompt, scores, tokenizer, body)
+                logprobs = {name: columns[name] + logprobs[name] for name in columns}
         choice = {
             "index": index, "text": before + output.text, "logprobs": logprobs, "finish_reason": output.finish_reason,
         }
@@ -166,18 +166,18 @@ def completion_choices(
 
 def completion_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dict[str, list[Any]]:
     """Log-probabilities of a completion's choice. In top_logprobs the sampled token comes first."""
-    told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
         step = walk.step(entry.token)
         names = walk.names(step, entry)
         top = {step.name: _number(entry.logprob)}
         for token, logprob in entry.top:
             top.setdefault(names[token], _number(logprob))
-        told["tokens"].append(step.name)
-        told["token_logprobs"].append(_number(entry.logprob))
-        told["top_logprobs"].append(top)
-        told["text_offset"].append(step.offset)
-    return told
+        columns["tokens"].append(step.name)
+        columns["token_logprobs"].append(_number(entry.logprob))
+        columns["top_logprobs"].append(top)
+        columns["text_offset"].append(step.offset)
+    return columns
 
 
 def prompt_logprobs(
@@ -185,10 +185,10 @@ def prompt_logprobs(
 ) -> dict[str, list[Any]]:
     """`completion_logprobs` of an echoed prompt. scores: of its second token and all later ones; the first token has none."""
     first = LogprobEntry(token=prompt.ids[0], logprob=0.0, top=[])
-    told = completion_logprobs([first, *_cut(scores, body.num_logprobs or 0)], TokenWalk(tokenizer, by_id=body.by_id))
-    told["token_logprobs"][0] = told["top_logprobs"][0] = None
-    told["text_offset"] = prompt_offsets(tokenizer, prompt.ids, prompt.text)
-    return told
+    columns = completion_logprobs([first, *_cut(scores, body.num_logprobs or 0)], TokenWalk(tokenizer, by_id=body.by_id))
+    columns["token_logprobs"][0] = columns["top_logprobs"][0] = None
+    columns["text_offset"] = prompt_offsets(tokenizer, prompt.ids, prompt.text)
+    return columns
 
 
 def vllm_prompt_logprobs(

@@ -148,7 +148,7 @@ _TYPES: Mapping[Any, Any] = {
 """Type of a setting -> type of its field in a body. A choice of a few words keeps its type."""
 _OTHER_TYPES: Mapping[str, Any] = {"rank": Size, "size": Size, **dict.fromkeys(("schedule", "too_long", "system_prompt"), Text)}
 """Types of fields that don't follow from `_TYPES`. The words of a Text are checked in config/settings.py only."""
-SETTINGS: Mapping[str, Knob] = {knob.word: knob for knob in KNOBS.values() if knob.told.get("api")}
+SETTINGS: Mapping[str, Knob] = {knob.word: knob for knob in KNOBS.values() if knob.metadata.get("api")}
 """Settings of a job that a body has as fields beyond OpenAI's (extra_body of its client), by the fields' names."""
 
 

@@ -110,9 +110,9 @@ class JobJournal:
         except Exception as error:
             if isinstance(error, CapacityError) or refusal_of(error) is not None:
                 return error
-            self._tell_loop(_settle, kept.future, None, error)
+            self._call_loop(_settle, kept.future, None, error)
         else:
-            self._tell_loop(_settle, kept.future, result, None)
+            self._call_loop(_settle, kept.future, result, None)
         return None
 
     def _retry(self, job: str) -> None:
@@ -128,14 +128,14 @@ class JobJournal:
         _log.info("the record of a job is written again", extra={"job": job})
 
     def _later(self, job: str) -> None:
-        def again() -> None:
+        def retry() -> None:
             if self._closing_s is None:
                 self._thread.submit(self._timed, lambda: self._retry(job))
 
         assert self._loop is not None
-        self._tell_loop(self._loop.call_later, RETRY_S, again)
+        self._call_loop(self._loop.call_later, RETRY_S, retry)
 
-    def _tell_loop(self, action: Callable[..., object], *arguments: Any) -> None:
+    def _call_loop(self, action: Callable[..., object], *arguments: Any) -> None:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(action, *arguments)
 
@@ -150,11 +150,11 @@ class JobJournal:
             job, level=level, type="message" if step is None else "metrics", message=message, data=data, step=step,
             created_at=now(),
         )
-        self._tell_loop(self._hand_out, job, record)
+        self._call_loop(self._hand_out, job, record)
 
     def end(self, job: str) -> None:
         """Ends the streams of a job's followers, to be called by actions: no more events come."""
-        self._tell_loop(self._hand_out, job, None)
+        self._call_loop(self._hand_out, job, None)
 
     def events(self, job: str) -> list[EventRecord]:
         """All events of a job, oldest first."""

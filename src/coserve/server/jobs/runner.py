@@ -171,10 +171,10 @@ class JobRunner:
     def _catch_up(self, record: JobRecord) -> None:
         """In the journal's thread, before a job goes on: adds the steps and checkpoints that the index lacks because an engine
         or a server died after writing them."""
-        self.tell_steps(record)
+        self.publish_steps(record)
         self._outputs.restore(record, self.tuned(record))
 
-    def tell_steps(self, record: JobRecord) -> None:
+    def publish_steps(self, record: JobRecord) -> None:
         """In the journal's thread: adds the missing events of steps that the job's table has."""
         rows = self._outputs.rows(record.id)
         known = {event.step for event in self.journal.events(record.id)} if rows else set()
@@ -242,8 +242,8 @@ class JobRunner:
 
     def _pass_on(self, message: JobHappened) -> None:
         """In the journal's thread: adds an event, but not a remark about a file that was made when the file was checked."""
-        told = f": {message.message}"
-        if message.level == "warn" and any(event.message.endswith(told) for event in self.journal.events(message.id)):
+        noted = f": {message.message}"
+        if message.level == "warn" and any(event.message.endswith(noted) for event in self.journal.events(message.id)):
             return
         self.journal.event(message.id, message.message, level=message.level)
 
@@ -331,13 +331,13 @@ class JobRunner:
             adapter = self._outputs.put_tuned(record, record.fine_tuned_model)
             if live.generation is not None:
                 self._models.note_loaded(adapter, live.generation)
-        self.tell_end(record, warnings)
+        self.publish_end(record, warnings)
         self.journal.end(id)
 
-    def tell_end(self, record: JobRecord, warnings: Iterable[str] = ()) -> None:
+    def publish_end(self, record: JobRecord, warnings: Iterable[str] = ()) -> None:
         """In the journal's thread: adds the missing events of a job that has ended, and then its end to the index."""
-        self.tell_steps(record)
-        told = {event.message for event in self.journal.events(record.id)}
+        self.publish_steps(record)
+        noted = {event.message for event in self.journal.events(record.id)}
         messages: list[tuple[str, Literal["info", "warn", "error"]]] = [(warning, "warn") for warning in warnings]
         if record.fine_tuned_model is not None:
             messages.insert(0, (f"New fine-tuned model created: {record.fine_tuned_model}", "info"))
@@ -347,6 +347,6 @@ class JobRunner:
             done = record.status == "succeeded"
             messages.append(("The job has successfully completed" if done else "The job was cancelled", "info"))
         for message, level in messages:
-            if message not in told:
+            if message not in noted:
                 self.journal.event(record.id, message, level=level)
         self._store.update_job(record.id, **{name: getattr(record, name) for name in _END_FIELDS})

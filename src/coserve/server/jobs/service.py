@@ -322,11 +322,11 @@ class JobService:
             except NotFound:
                 self._store.add_job(record)
                 self.journal.event(record.id, "The job was listed again from its directory", level="warn")
-                self._runner.tell_steps(record)
+                self._runner.publish_steps(record)
             else:
                 if listed.status in ENDED:
                     continue
                 if record.status in ENDED:  # the crash came before the index had it
-                    self._runner.tell_end(record)
+                    self._runner.publish_end(record)
             self._outputs.restore(record, self._runner.tuned(record))
         return self._store.unfinished_jobs()

@@ -181,18 +181,18 @@ def _method(body: CreateJob) -> dict[str, Any]:
         raise InvalidRequest(f"method.type: reinforcement is not supported; use {known}", param="method.type")
     if kind not in _METHODS:
         raise InvalidRequest(f"method.type: must be {known}, got {kind[:64]!r}", param="method.type")
-    told: Hyperparameters | None = None
+    asked: Hyperparameters | None = None
     if body.method is not None:
         for other in {*_METHODS, "reinforcement"} - {kind}:
             if getattr(body.method, other) is not None:
                 raise InvalidRequest(f"method.{other}: the method's type is {kind}; leave it out", param=f"method.{other}")
         part = getattr(body.method, kind)
-        told = part.hyperparameters if part is not None else None
-    if told is not None and body.hyperparameters not in (None, Hyperparameters()):
+        asked = part.hyperparameters if part is not None else None
+    if asked is not None and body.hyperparameters not in (None, Hyperparameters()):
         raise InvalidRequest("hyperparameters: give them in method only", param="hyperparameters")
-    told = told or body.hyperparameters or Hyperparameters()
+    asked = asked or body.hyperparameters or Hyperparameters()
     _, form = _METHODS[kind]
-    return {"type": kind, kind: {"hyperparameters": {name: getattr(told, name, AUTO) for name in form.model_fields}}}
+    return {"type": kind, kind: {"hyperparameters": {name: getattr(asked, name, AUTO) for name in form.model_fields}}}
 
 
 def _check_targets(settings: Mapping[str, Any]) -> None:
