@@ -37,35 +37,54 @@ LATE = 0.8
 
 
 class PassDraft:
-    """The requests' part of a pass while it is planned. requests: their numbers. cost: of a pass with these spans."""
+    """The requests' part of a pass while it is planned. requests: their numbers. Counts are kept apart from `cost`, since every
+    token of every request is added one by one."""
 
     def __init__(self) -> None:
         self.decode: list[Span] = []
         self.prefill: list[Span] = []
         self.requests: set[int] = set()
-        self.cost = PassCost(0, 0, 0, 0, 0, 0, 0, 0, 0)
-        self._keys: set[PrefixKey] = set()
+        self.rows = self._head_rows = self._decode_context = self._prefill_pairs = 0
+        self._adapters: set[PrefixKey] = set()
 
-    def cost_with(self, request: RequestState, span: Span, *, decode: bool = False) -> PassCost:
-        """The cost with one more span. decode: it computes a sampled token; otherwise it is a chunk of a prompt."""
-        cost, new_adapter = self.cost, request.key.adapter is not None and request.key not in self._keys
-        cost = cost._replace(
-            rows=cost.rows + span.length, head_rows=cost.head_rows + span.logits,
-            adapter_segments=cost.adapter_segments + new_adapter,
+    @property
+    def cost(self) -> PassCost:
+        """Of a pass with these spans."""
+        return PassCost(
+            rows=self.rows, head_rows=self._head_rows, decode_rows=len(self.decode), decode_context=self._decode_context,
+            prefill_pairs=self._prefill_pairs, fused_rows=0, fused_pairs=0, fused_labels=0,
+            adapter_segments=len(self._adapters), prefill_spans=len(self.prefill),
         )
-        if decode:
-            return cost._replace(decode_rows=cost.decode_rows + 1, decode_context=cost.decode_context + span.end)
-        pairs = span.length * (span.start + span.end + 1) // 2
-        return cost._replace(prefill_pairs=cost.prefill_pairs + pairs, prefill_spans=cost.prefill_spans + 1)
+
+    def cost_with(self, request: RequestState, chunk: Span) -> PassCost:
+        """The cost with one more chunk of a prompt."""
+        cost = self.cost
+        return cost._replace(
+            rows=cost.rows + chunk.length, head_rows=cost.head_rows + chunk.logits,
+            prefill_pairs=cost.prefill_pairs + _num_pairs(chunk), prefill_spans=cost.prefill_spans + 1,
+            adapter_segments=cost.adapter_segments + (request.key.adapter is not None and request.key not in self._adapters),
+        )
 
     def add(self, request: RequestState, length: int, *, decode: bool = False) -> None:
-        """Plans the request's next `length` tokens."""
+        """Plans the request's next `length` tokens. decode: it is a sampled token; otherwise a chunk of a prompt."""
         span = request.next_span(length)
-        self.cost = self.cost_with(request, span, decode=decode)
-        (self.decode if decode else self.prefill).append(span)
+        self.rows += length
+        self._head_rows += span.logits
+        if decode:
+            self.decode.append(span)
+            self._decode_context += span.end
+        else:
+            self.prefill.append(span)
+            self._prefill_pairs += _num_pairs(span)
         self.requests.add(request.id)
-        self._keys.add(request.key)
+        if request.key.adapter is not None:
+            self._adapters.add(request.key)
         request.advance(span)
+
+
+def _num_pairs(chunk: Span) -> int:
+    """Pairs of a query and a key that a chunk's attention computes, per layer."""
+    return chunk.length * (chunk.start + chunk.end + 1) // 2
 
 
 class PromptPicker:
@@ -116,7 +135,7 @@ class PromptPicker:
             return not out_of_memory and skipped <= MOST_SKIPPED and len(running) < self.config.max_num_seqs
 
         for request in self._in_order(now, has_place):
-            if draft.cost.rows >= self.config.max_num_batched_tokens:
+            if draft.rows >= self.config.max_num_batched_tokens:
                 break
             late, was_running = self._is_late(request, now, beside_jobs), request.running
             if skipped and not (late and request.tenant == held_up):
@@ -199,7 +218,7 @@ class PromptPicker:
     def _largest_chunk(self, request: RequestState, draft: PassDraft, seconds: float) -> int:
         """The most tokens of a prompt with which the iteration is predicted to stay within `seconds`, found by bisection to
         within 8. A chunk always runs where the pass holds nothing else."""
-        most = min(request.total - request.computed, self.config.max_num_batched_tokens - draft.cost.rows)
+        most = min(request.total - request.computed, self.config.max_num_batched_tokens - draft.rows)
         least = min(most, LEAST_CHUNK)
 
         def fits(chunk: int) -> bool:
