@@ -24,7 +24,7 @@ from tests.compiler.test_compiler import CPU, F64, make_arch
     (lambda: BottleneckConfig(size=2.5), "size"),
     (lambda: BottleneckConfig(placement="everywhere"), "placement"),
     (lambda: BottleneckConfig(activation="tanh"), "activation"),
-    (lambda: FinetuneConfig(ia3=IA3Config(), bottleneck=BottleneckConfig()), "bottleneck"),
+    (lambda: FinetuneConfig(ia3=IA3Config(), bottleneck=BottleneckConfig()), "ia3"),
     (lambda: FinetuneConfig(ia3=IA3Config(), lora=LoraConfig(r=4)), "lora"),
     (lambda: FinetuneConfig(lora=LoraConfig(use_dora=True, dropout=0.1)), "dropout"),
     (lambda: finetune_config_from_dict({"ia3": {"rank": 4}}), "rank"),

@@ -94,7 +94,7 @@ def read_settings(path: Path | None, given: Mapping[str, Any], kind: str | None 
     for name, value in loose.items():
         where = _home(data, name, chosen)
         other = where.get(name, value)
-        require(other == value, _word(name),
+        require(other is value or other == value, _word(name),  # nan equals nothing
                 f"is {value!r} at the top level of {path} and {other!r} in its table; leave one out")
         where[name] = value
     for word, value in given.items():
