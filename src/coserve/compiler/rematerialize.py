@@ -130,15 +130,15 @@ class _Choices:
 
         return frozenset(n for n in source_side(edges(), _SOURCE, _SINK) if isinstance(n, int) and n >= 0)
 
-    def needed(self, again: frozenset[int]) -> set[str]:
+    def needed(self, recomputed: frozenset[int]) -> set[str]:
         """Values that are kept if these nodes run again."""
         nodes = self.joint.forward.nodes
-        read = {*self.joint.saved(), *(name for number in again for name in nodes[number].inputs)}
-        return {name for name in read if self.make.get(name) not in again} | self.whole
+        read = {*self.joint.saved(), *(name for number in recomputed for name in nodes[number].inputs)}
+        return {name for name in read if self.make.get(name) not in recomputed} | self.whole
 
-    def cost(self, again: frozenset[int]) -> tuple[int, int]:
+    def cost(self, recomputed: frozenset[int]) -> tuple[int, int]:
         """(bytes kept, fine FLOPs run again) per token."""
-        return sum(self.sizes[name] for name in self.needed(again)), sum(self.flops[number] for number in again)
+        return sum(self.sizes[name] for name in self.needed(recomputed)), sum(self.flops[number] for number in recomputed)
 
     def hull(self) -> list[frozenset[int]]:
         """Every choice that is best at some price, in order of rising FLOPs."""
@@ -162,9 +162,9 @@ class _Choices:
         between(*ends)
         return found
 
-    def describe(self, again: frozenset[int]) -> Rematerialized:
-        joint, kept = self.joint, self.needed(again)
-        recompute = tuple(node for number, node in enumerate(joint.forward.nodes) if number in again)
+    def describe(self, recomputed: frozenset[int]) -> Rematerialized:
+        joint, kept = self.joint, self.needed(recomputed)
+        recompute = tuple(node for number, node in enumerate(joint.forward.nodes) if number in recomputed)
         made = {name for node in recompute for name in node.outputs}
         readers = {value: node for node in reversed(joint.backward) for value in node.inputs}
         reasons = {value: f"to recompute {n.outputs[0]}" for n in recompute for value in n.inputs}
@@ -175,7 +175,7 @@ class _Choices:
                 Kept(name, reasons.get(name, "read by later windows' forward attention")) for name in joint.forward.values
                 if name in kept
             ),
-            recompute=recompute, num_bytes=self.cost(again)[0],
+            recompute=recompute, num_bytes=self.cost(recomputed)[0],
             flops=sum(node_flops(node, joint.forward.values, self.context) for node in recompute),
         )
 
@@ -211,4 +211,4 @@ def curve(joint: JointGraph, itemsize: int, context: float, *, fp8: bool = False
     context: the number of tokens that a query sees on average (`flops.mean_context`). fp8: as for `rematerialize`.
     """
     choices = _Choices(joint, itemsize, context, fp8)
-    return tuple(choices.describe(again) for again in choices.hull())
+    return tuple(choices.describe(recomputed) for recomputed in choices.hull())
