@@ -44,7 +44,7 @@ class Kernels:
         """The last `window` rows of an example of `length` tokens; errors at a whole example of `check` tokens."""
         for first, last, checked in ((0, check, True), (max(0, length - window), length, False)):
             heads, kv_heads, width = self.arch.num_heads, self.arch.num_kv_heads, self.arch.head_dim
-            rows, attention = last - first, attention_for(self.device)
+            rows, kernels = last - first, attention_for(self.device)
             q, grad, out, d_q = (self.noise(rows, heads * width) for _ in range(4))
             k, v = (self.noise(last, kv_heads * width) for _ in range(2))
             lse = torch.empty(rows, heads, device=self.device)
@@ -52,10 +52,10 @@ class Kernels:
             where: dict[str, Any] = {"width": width, "begin": 0, "first": first, "last": last, "window": None}
 
             def forward() -> None:
-                attention.forward(out, lse, q, k, v, **where)  # noqa: B023  called inside this turn
+                kernels.attention(out, lse, q, k, v, **where)  # noqa: B023  called inside this turn
 
             def backward() -> None:
-                attention.dgrad(d_q, *sums, grad, q, k, v, out, lse, **where)  # noqa: B023
+                kernels.attention_dgrad(d_q, *sums, grad, q, k, v, out, lse, **where)  # noqa: B023
 
             if checked:
                 forward()
