@@ -280,33 +280,31 @@ def test_a_broken_row_leaves_its_neighbours_alone(bad: float, settings: dict[str
         assert got[3].token != 4
 
 
-def test_plain_greedy_rows_are_one_argmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No copy of the logits, no noise, no row by row work, one wait for the device."""
-    waits: list[int] = []
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Elements of every tensor that is read on the host, in order. Each reading waits for the device."""
+    found: list[int] = []
     to_list = Tensor.tolist
 
     def counted(tensor: Tensor) -> list[Any]:
-        waits.append(tensor.numel())
+        found.append(tensor.numel())
         return to_list(tensor)
 
     monkeypatch.setattr(Tensor, "tolist", counted)
+    return found
+
+
+def test_plain_greedy_rows_are_one_argmax(waits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy of the logits, no noise, no row by row work, one wait for the device."""
     for name in ("_edit", "_draw", "_measure", "gumbel_noise"):
         monkeypatch.delattr(sampler, name)
     logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     got = sample_rows(logits, [row(temperature=0, top_p=0.5)] * 5)
     assert waits == [5]
-    assert [each.token for each in got] == to_list(logits.argmax(-1))
+    assert [each.token for each in got] == list(logits.argmax(-1))
 
 
-def test_sampling_a_mixed_batch_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[int] = []
-    to_list = Tensor.tolist
-
-    def counted(tensor: Tensor) -> list[Any]:
-        waits.append(tensor.numel())
-        return to_list(tensor)
-
-    monkeypatch.setattr(Tensor, "tolist", counted)
+def test_sampling_a_mixed_batch_waits_once(waits: list[int]) -> None:
     rows = [row(temperature=0), row(1, top_p=0.5), row(2, output=[1], presence_penalty=1.0), row(3, logit_bias={1: 2.0})]
     sample_rows(LOGITS.expand(4, -1), rows)
     assert waits == [4]

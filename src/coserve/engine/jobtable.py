@@ -100,7 +100,7 @@ class JobTable:
         """The plan with the fewest FLOPs whose largest micro-batch fits into the memory that jobs may have. Raises
         CapacityError if no plan fits."""
         arch, itemsize, settings = self.arch, self.itemsize, job.settings
-        chosen = job.plans.for_job(settings, self._room)
+        chosen = job.plans.for_job(settings, job.plans.asked(settings), self._room)
         self._check_room(chosen.num_tokens, chosen.num_bytes, "" if settings.deterministic else "at least ")
         if job.held_out is not None:
             tokens = min(settings.max_microbatch_tokens, sum(group.num_tokens for group in job.held_out.groups))

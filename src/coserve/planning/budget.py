@@ -146,11 +146,11 @@ class JobPlans:
         return found
 
     def for_job(
-        self, config: FinetuneConfig, limit: float | None, cost: Callable[[ModelPlan], float] | None = None
+        self, config: FinetuneConfig, asked: FittedPlan, limit: float | None, cost: Callable[[ModelPlan], float] | None = None
     ) -> FittedPlan:
-        """The plan for a job's settings if `limit` bytes are free (None: unknown). If no plan fits it costs more, which the
-        caller checks. A deterministic job's plan depends on its settings alone, so that it stays the same on a resume."""
-        asked = self.asked(config)
+        """The plan for a job's settings if `limit` bytes are free (None: unknown). asked: `asked(config)`. cost: as for `fit`.
+        If no plan fits it costs more, which the caller checks. A deterministic job's plan depends on its settings alone, so
+        that it stays the same on a resume."""
         cost = cost or self.in_flight
         if limit is None or config.deterministic or cost(asked.plan) <= limit:
             return asked

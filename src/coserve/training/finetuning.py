@@ -73,9 +73,9 @@ def _choose_plan(job: ResolvedJob, model: Model) -> tuple[FittedPlan, bool]:
             needed.pop("weights")
         return needed
 
-    asked = job.plans.asked(settings).plan
-    one_copy = packed and available is not None and sum(needs(asked, False).values()) > available
-    fitted = job.plans.for_job(settings, available, lambda plan: sum(needs(plan, one_copy).values()))
+    asked = job.plans.asked(settings)
+    one_copy = packed and available is not None and sum(needs(asked.plan, False).values()) > available
+    fitted = job.plans.for_job(settings, asked, available, lambda plan: sum(needs(plan, one_copy).values()))
     require_memory(needs(fitted.plan, one_copy), available)
     return fitted, one_copy
 
