@@ -153,6 +153,14 @@ def find_device(text: str) -> Device:
     return Device(**{"name": _GIVEN, **changes})
 
 
+def device_text(device: Device) -> str:
+    """The device as a text for `find_device`: every number that is not a Device's default, to four digits."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Device)}
+    numbers = [f"{name}={getattr(device, name):.4g}" for name in NUMBERS if getattr(device, name) != defaults[name]]
+    link = [] if device.link == defaults["link"] else [f"link={device.link.name}"]
+    return ",".join([*numbers, *link])
+
+
 def _named(name: str) -> Device:
     known = {_plain(key): key for key in DEVICES} | {_plain(key): key for key in _SPELLINGS.values()} | _SPELLINGS
     found = known.get(_plain(name))
