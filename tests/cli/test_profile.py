@@ -118,3 +118,4 @@ def test_the_roofline_is_measured_on_the_models_matrices(model: LoadedModel, mon
     assert device.bandwidth == pytest.approx(4 * layer / 4e-3), "four matrices per layer, in float32"
     assert device.flops == pytest.approx(2 * MANY_ROWS * layer / 4e-3)
     assert set(rows) == {1, MANY_ROWS} and device.memory_bytes > 1e8
+    assert device.overlap == pytest.approx(1), "the ridge is at MANY_ROWS, whose products take no longer than one row's"

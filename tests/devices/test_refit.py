@@ -18,7 +18,7 @@ from coserve.scheduler.latency import LatencyModel
 
 TRUTH = replace(
     DEVICES["H100"], bandwidth=1.7e12, efficiency=0.31, attention_efficiency=0.45, iteration_s=1e-3, launch_s=6e-3, unit_s=2e-4,
-    unit_layer_s=3e-4, backward_rows=1.4, backward_pairs=3.3, kept_widths=25.0, update_bytes=60.0,
+    unit_layer_s=3e-4, overlap=0.6, backward_rows=1.4, backward_pairs=3.3, kept_widths=25.0, update_bytes=60.0,
 )
 
 
@@ -34,7 +34,7 @@ def test_the_numbers_come_back(archs: Mapping[str, Architecture]) -> None:
     assert found.flops == pytest.approx(TRUTH.flops, rel=0.02)
     for name in FITTED:
         if name not in ("peak_flops", "iteration_s", "unit_s", "kept_widths", "update_bytes"):  # too small beside the others
-            assert getattr(found, name) == pytest.approx(getattr(TRUTH, name), rel=0.1), name
+            assert getattr(found, name) == pytest.approx(getattr(TRUTH, name), rel=0.15), name
     assert {name: getattr(found, name) for name in ("name", "memory_bytes", "link", "efficiency")} == {
         "name": "H100", "memory_bytes": 80e9, "link": TRUTH.link, "efficiency": 0.62,
     }

@@ -41,8 +41,8 @@ FAILS = 0.25
 """A roofline fails for a kind of iteration whose median error is above this."""
 
 LAWS = ("fit", "roofline", "refit")
-"""fit: the law that the engine uses, fitted to the profile. roofline: with bandwidth and FLOP/s measured, and all other numbers
-as assumed for a GPU. refit: a roofline with all its numbers fitted to the profile."""
+"""fit: the law that the engine uses, fitted to the profile. roofline: with bandwidth, FLOP/s and their overlap measured, and
+all other numbers as assumed for a GPU. refit: a roofline with all its numbers fitted to the profile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,11 +205,13 @@ def show(profiled: Profiled) -> None:
     roofline, fitted = profiled.devices["roofline"], profiled.devices["refit"]
     ridge = ridge_rows(roofline, itemsize=model.dtype.itemsize)
     say(f"roofline: {size_text(roofline.bandwidth)}/s and {roofline.flops / 1e9:.1f} GFLOP/s, measured on the model's "
-        f"matrices; reading them takes as long as products of {ridge:.0f} rows; all other numbers are assumed")
+        f"matrices; reading them takes as long as products of {ridge:.0f} rows, and {roofline.overlap:.0%} of one is hidden "
+        "behind the other there; all other numbers are assumed")
     say(f"refit: {device_text(fitted)}")
     found = failures(profiled)
     if found:
-        say(f"A roofline fails here, by more than {FAILS:.0%}:", bold=True)
+        say(f"A roofline fails here by more than {FAILS:.0%}. It leaves out norms, adapters' products and copies of kept values, "
+            "and its times of launches are a GPU's:", bold=True)
         for line in found:
             say(f"  {line}")
 

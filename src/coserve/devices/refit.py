@@ -16,7 +16,7 @@ import numpy as np
 
 from coserve.core import Contents, percentile
 from coserve.devices.law import device_law
-from coserve.devices.table import Device
+from coserve.devices.table import SHARES, Device
 from coserve.model.architecture import Architecture
 from coserve.scheduler.latency import LatencyModel, kind_of
 
@@ -24,13 +24,13 @@ ALL = "all"
 """The kind that stands for points of every kind."""
 
 FITTED = (
-    "bandwidth", "peak_flops", "attention_efficiency", "iteration_s", "launch_s", "unit_s", "unit_layer_s", "backward_rows",
-    "backward_pairs", "kept_widths", "update_bytes",
+    "bandwidth", "peak_flops", "overlap", "attention_efficiency", "iteration_s", "launch_s", "unit_s", "unit_layer_s",
+    "backward_rows", "backward_pairs", "kept_widths", "update_bytes",
 )
 """The fields of a device that `refit` sets. Of peak_flops and efficiency only the product matters."""
 
-_LEAST_START_S = 1e-4
-"""Where the fit of a time begins that was 0."""
+_LEAST_START_S, _LEAST_START = 1e-4, 0.1
+"""Where the fit of a time, and of another number, begins that was less."""
 _TOLERATED_ERROR = 0.1
 """Points with more than this relative error lose weight, so that a stall hardly alters the fit."""
 _PRIOR = 0.02
@@ -106,15 +106,15 @@ class _Problem:
 
     def __init__(self, points: Mapping[Contents, float], arch: Architecture, device: Device, itemsize: int) -> None:
         self._points, self._arch, self._device, self._itemsize = points, arch, device, itemsize
-        least = {name: _LEAST_START_S if name.endswith("_s") else 0.0 for name in FITTED}
+        least = {name: _LEAST_START_S if name.endswith("_s") else _LEAST_START for name in FITTED}
         self.start = np.log([max(getattr(device, name), least[name]) for name in FITTED])
         self._measured = np.log(np.array(list(points.values())))
 
     def device(self, logs: np.ndarray) -> Device:
         """The device with these numbers. A share is at most 1."""
         numbers = dict(zip(FITTED, np.exp(logs).tolist(), strict=True))
-        numbers["attention_efficiency"] = min(1.0, numbers["attention_efficiency"])
-        return dataclasses.replace(self._device, **numbers)
+        shares = {name: min(1.0, numbers[name]) for name in SHARES if name in FITTED}
+        return dataclasses.replace(self._device, **numbers | shares)
 
     def errors(self, logs: np.ndarray) -> np.ndarray:
         law = device_law(self._arch, self.device(logs), itemsize=self._itemsize)

@@ -1,4 +1,5 @@
-"""The two numbers of a roofline, measured on a model's own matrices: how fast they are read, and how fast they are multiplied.
+"""The numbers of a roofline, measured on a model's own matrices: how fast they are read, how fast they are multiplied, and how
+much of one is hidden behind the other.
 
 Owns: that measurement. Does not own: the law that it gives (devices/law.py), the profile (measure.py).
 """
@@ -28,21 +29,25 @@ _MATRICES = (*MERGED, "o_proj", "down_proj")
 
 @torch.no_grad()
 def measured_device(weights: ModelWeights) -> Device:
-    """This machine as a device for `device_law`. Both numbers are as achieved, so that its efficiency is 1.
+    """This machine as a device for `device_law`. Its numbers are as achieved, so that its efficiency is 1.
 
     bandwidth: bytes of all layers' matrices per second of one row's products with them. peak_flops: of products of MANY_ROWS
-    rows, in the dtype of the weights. All other numbers are those that a Device has by default, which are assumed for a GPU.
+    rows, in the dtype of the weights. overlap: from products of as many rows as the ridge has. All other numbers are those that
+    a Device has by default, which are assumed for a GPU.
     The fastest of a few repeats counts, since other work on the machine only adds time.
     """
     layer = sum(map(math.prod, linear_shapes(weights.architecture).values()))
     layers = weights.architecture.num_layers
-    few = _fastest(weights, rows=1, layers=layers)
-    one = _fastest(weights, rows=MANY_ROWS, layers=1)
-    used = max(1, min(layers, int(_LONG_S / one)))
-    many = _fastest(weights, rows=MANY_ROWS, layers=used)
+    read = _fastest(weights, rows=1, layers=layers) / layers
+    used = max(1, min(layers, int(_LONG_S / _fastest(weights, rows=MANY_ROWS, layers=1))))
+    multiplied = _fastest(weights, rows=MANY_ROWS, layers=used) / used
+    ridge = max(1, min(MANY_ROWS, round(MANY_ROWS * read / multiplied)))
+    both = _fastest(weights, rows=ridge, layers=layers) / layers
+    shorter, longer = sorted((read, ridge * multiplied / MANY_ROWS))
     return Device(
         name=device_name(weights.device), memory_bytes=device_bytes(weights.device),
-        bandwidth=layers * layer * weights.dtype.itemsize / few, peak_flops=2 * MANY_ROWS * used * layer / many, efficiency=1.0,
+        bandwidth=layer * weights.dtype.itemsize / read, peak_flops=2 * MANY_ROWS * layer / multiplied, efficiency=1.0,
+        overlap=max(0.0, min(1.0, 1 - (both - longer) / shorter)),
     )
 
 
