@@ -210,8 +210,8 @@ def show(profiled: Profiled) -> None:
     say(f"refit: {device_text(fitted)}")
     found = failures(profiled)
     if found:
-        say(f"A roofline fails here by more than {FAILS:.0%}. It leaves out norms, adapters' products and copies of kept values, "
-            "and its times of launches are a GPU's:", bold=True)
+        say(f"A roofline fails here by more than {FAILS:.0%}. It leaves out norms, adapters' products and copies of kept "
+            "values, and its times of launches are a GPU's:", bold=True)
         for line in found:
             say(f"  {line}")
 
