@@ -124,13 +124,15 @@ class HybridScheduler:
         running = self.admission.running.values()
         budget = self.deadlines.for_prompts(running, now)
         spare = self.deadlines.for_jobs(running, now, self.prompts.typical_s)
-        draft = PassDraft()
+        draft, free_rows = PassDraft(), 0
         if turn is not Turn.FINETUNING:
             self.prompts.share_places(now, len(self._by_tenant))
             self._decode(draft)
-            if self.prompts.pick(draft, now, budget, beside_jobs=bool(jobs)):
+            if self.policy.fuses and has_finetuning:
+                free_rows = self.picker.riding.free_rows(draft.cost if draft.requests else None)
+            if self.prompts.pick(draft, now, budget, beside_jobs=bool(jobs), free_rows=free_rows):
                 spare = 0.0
-        chosen = self._finetune(now, turn, jobs, only, spare, draft.cost if draft.requests else None)
+        chosen = self._finetune(now, turn, jobs, only, spare, draft.cost if draft.requests else None, rides=free_rows > 0)
         copies, self._copies = tuple(self._copies), []
         elements = sum(part.end - part.start for part in chosen.optimizer)
         contents = Contents(chosen.inference, tuple(chosen.costs), elements, chosen.refresh_seconds)
@@ -218,10 +220,12 @@ class HybridScheduler:
         )
 
     def _finetune(
-        self, now: float, turn: Turn, jobs: Sequence[JobWork], only: MicrobatchWork | None, spare: float, cost: PassCost | None
+        self, now: float, turn: Turn, jobs: Sequence[JobWork], only: MicrobatchWork | None, spare: float, cost: PassCost | None,
+        *, rides: bool,
     ) -> Chosen:
         """Units and optimizer slices. only: the one micro-batch whose turn it is. spare: seconds that an iteration with
-        finetuning may take. cost: of the requests' part of the pass, None without one."""
+        finetuning may take. cost: of the requests' part of the pass, None without one. rides: whether training rows may ride in
+        a pass, and save time there."""
         base = 0.0 if cost is None else self.latency.pass_seconds(cost)
         left = self.policy.seconds(turn, spare - base - self.latency.constant_seconds)
         left = max(min(left, self.deadlines.quantum_s), self._owed_s)
@@ -233,7 +237,7 @@ class HybridScheduler:
             most = self.deadlines.stretched(self.admission.running.values(), now, overdue=overdue)
             return most - base - self.latency.constant_seconds
 
-        return self.picker.pick(jobs, left, cost, fuse=self.policy.fuses, patient=patient, only=only, stretch=stretch)
+        return self.picker.pick(jobs, left, cost, rides=rides, patient=patient, only=only, stretch=stretch)
 
     def _account(self, plan: StepPlan, chosen: Chosen, has_finetuning: bool) -> None:
         """Charges tenants and jobs for what they get. If there was finetuning work, jobs are owed what they got less than their

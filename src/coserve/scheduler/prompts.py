@@ -3,7 +3,8 @@
     order     the least served tenant's prompts first; within a tenant as in waiting.py
     limit     what the pass may take with this prompt. A late prompt may take more than the budget.
     chunk     an even part of what is left of the prompt. If the limit is too short for it now, the prompt waits until running
-              requests have gained slack.
+              requests have gained slack. Beside a job, where rows up to the ridge cost almost nothing (riding.py), prompts that
+              have time for it take only such rows.
 
 A prompt that waits for slack holds up all behind it, except late ones of its own tenant. Owns: these rules. Does not own: who
 waits and who has memory (admission.py), what running requests can spare (deadlines.py).
@@ -34,6 +35,9 @@ MOST_SKIPPED = 16
 """While a prompt waits for slack, so many prompts behind it are searched for late ones."""
 LATE = 0.8
 """Beside jobs a prompt isn't late before this share of its TTFT objective has passed."""
+
+UNHURRIED = 0.5
+"""A prompt has time if it is through before this share of its TTFT objective, even with free rows only."""
 
 
 class PassDraft:
@@ -122,14 +126,15 @@ class PromptPicker:
             others = (request for request in self.admission.running.values() if request.tenant == tenant)
             self.admission.preempt(max(others, key=lambda request: (request.arrival_s, request.id)))
 
-    def pick(self, draft: PassDraft, now: float, budget: float, *, beside_jobs: bool) -> bool:
+    def pick(self, draft: PassDraft, now: float, budget: float, *, beside_jobs: bool, free_rows: int = 0) -> bool:
         """Adds chunks of prompts to a draft that holds the decode spans. Returns whether jobs must wait in this iteration.
 
         Jobs wait while a prompt waits for slack, and while the next request that waits for a place is late. budget: what the
-        pass may take, in seconds, unless a prompt is late. beside_jobs: whether there are jobs.
+        pass may take, in seconds, unless a prompt is late. beside_jobs: whether there are jobs. free_rows: how many rows beside
+        the decode spans cost almost nothing.
         """
         running = list(self.admission.running.values())
-        skipped, held_up, out_of_memory = 0, "", False
+        skipped, held_up, out_of_memory, ahead = 0, "", False, 0
 
         def has_place() -> bool:
             return not out_of_memory and skipped <= MOST_SKIPPED and len(running) < self.config.max_num_seqs
@@ -141,10 +146,16 @@ class PromptPicker:
             if skipped and not (late and request.tenant == held_up):
                 skipped += 1
                 continue
+            ahead += request.total - request.computed
+            most = self.config.max_num_batched_tokens - draft.rows
+            if draft.decode and free_rows and self._has_time(request, running, now, ahead / free_rows):
+                most = min(most, len(draft.decode) + free_rows - draft.rows)
+                if most < LEAST_CHUNK:
+                    continue
             limits = self._limits(request, running, now, budget, late=late) if draft.decode else (budget, budget)
             if not was_running and not self.admission.claim(request):
                 continue  # it is parked
-            chunk = self._chunk(request, draft, *limits)
+            chunk = self._chunk(request, draft, most, *limits)
             if chunk and self.admission.allocate(request, request.computed + chunk, draft.requests):
                 if not was_running:
                     running.append(request)
@@ -188,11 +199,19 @@ class PromptPicker:
         """Whether a prompt would be through by now if requests were served as they come. Running requests wait for a late one.
 
         Jobs leave running requests no more slack than they need. Beside jobs a prompt is therefore late only when most of its
-        TTFT objective has passed too. Without an objective of its own it has the profile's here.
+        TTFT objective has passed too.
         """
-        ttft_s = request.ttft_s if request.ttft_s < math.inf else self.deadlines.best_effort.ttft_s
-        allowed_s = request.arrival_s + LATE * ttft_s if beside_jobs else 0.0
+        allowed_s = request.arrival_s + LATE * self._ttft_seconds(request) if beside_jobs else 0.0
         return now > max(request.fcfs_s, allowed_s)
+
+    def _has_time(self, request: RequestState, running: Sequence[RequestState], now: float, iterations: float) -> bool:
+        """Whether a prompt may take so many iterations to be through, each as long as the least TPOT objective."""
+        tpot_s = min((r.tpot_s for r in running if r.tpot_s < math.inf), default=self.deadlines.best_effort.tpot_s)
+        return now + math.ceil(iterations) * tpot_s <= request.arrival_s + UNHURRIED * self._ttft_seconds(request)
+
+    def _ttft_seconds(self, request: RequestState) -> float:
+        """The request's TTFT objective beside jobs, where it has the profile's if it has none of its own."""
+        return request.ttft_s if request.ttft_s < math.inf else self.deadlines.best_effort.ttft_s
 
     def _limits(
         self, request: RequestState, running: Sequence[RequestState], now: float, budget: float, *, late: bool
@@ -205,20 +224,20 @@ class PromptPicker:
         limit = spared if late else min(budget, spared)
         return limit, max(limit, min(self.deadlines.cap(running), spared))
 
-    def _chunk(self, request: RequestState, draft: PassDraft, limit: float, later_limit: float) -> int:
-        """Tokens of the request's next chunk; 0 if the prompt had better wait.
+    def _chunk(self, request: RequestState, draft: PassDraft, most: int, limit: float, later_limit: float) -> int:
+        """Tokens of the request's next chunk, at most `most`; 0 if the prompt had better wait.
 
         What is left of the prompt is cut into as few equal chunks as `later_limit` allows. Many small chunks cost more than a
         few large ones, so a chunk that is too long for `limit` is not cut further.
         """
-        left, most = request.total - request.computed, self._largest_chunk(request, draft, later_limit)
-        even = -(-left // -(-left // most)) if most else 0
-        return even if self._largest_chunk(request, draft, limit) >= even else 0
+        left, largest = request.total - request.computed, self._largest_chunk(request, draft, most, later_limit)
+        even = -(-left // -(-left // largest)) if largest else 0
+        return even if self._largest_chunk(request, draft, most, limit) >= even else 0
 
-    def _largest_chunk(self, request: RequestState, draft: PassDraft, seconds: float) -> int:
+    def _largest_chunk(self, request: RequestState, draft: PassDraft, most: int, seconds: float) -> int:
         """The most tokens of a prompt with which the iteration is predicted to stay within `seconds`, found by bisection to
         within 8. A chunk always runs where the pass holds nothing else."""
-        most = min(request.total - request.computed, self.config.max_num_batched_tokens - draft.rows)
+        most = min(request.total - request.computed, most)
         least = min(most, LEAST_CHUNK)
 
         def fits(chunk: int) -> bool:

@@ -1,0 +1,109 @@
+"""Which rows of training ride in the pass.
+
+Rows that ride share the reading of the weights with the requests' rows. Up to the ridge, where products begin to take longer
+than that reading, they cost almost nothing. So what counts is the time that they save: what the same rows would take in a large
+window of their own, less what the pass takes longer because of them.
+
+    few rows save most      the window with the greatest saving rides, and backward units take the rest of the time
+    nothing else is ready   the window grows into the rest of the time, as long as each further row costs hardly more than in
+                            a large window of its own
+
+Owns: which window rides, and how many rows it has. Does not own: what else an iteration takes (units.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from coserve.core import PassCost
+from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.shapes import Candidate, Shapes
+from coserve.scheduler.work import MicrobatchWork
+
+LEAST_SAVING = 0.01
+"""A window rides if it saves at least this share of the pass."""
+LEAST_EFFICIENCY = 0.9
+"""A further row rides, where nothing else is ready, if its work is at least this share of the time that it takes."""
+ALMOST = 0.95
+"""A window saves almost as much as another if it saves at least this share."""
+LEAST_REST = 64
+"""A window that rides leaves at least so many rows of its micro-batch, or none."""
+SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Windows that are tried, beside those that bring the pass to a knot of the latency model."""
+
+
+class Riding:
+    """Finds the window that rides. Predictions come from the shapes' latency model."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
+
+    @property
+    def _latency(self) -> LatencyModel:
+        return self.shapes.latency
+
+    def best(self, work: MicrobatchWork, inference: PassCost, left: float) -> Candidate | None:
+        """The window of a micro-batch that had best ride in the pass of the requests, and fits into `left` seconds. None if
+        none saves enough.
+
+        It is the smallest that saves almost as much as any. More rows would save in later passes what they don't save in this
+        one.
+        """
+        alone = self._latency.pass_seconds(inference)
+        fitting = [found for found in self._candidates(work, inference, alone) if found.seconds <= left]
+        most = max((found.saved_s for found in fitting), default=0.0)
+        if most < LEAST_SAVING * alone:
+            return None
+        good = [found for found in fitting if found.saved_s >= ALMOST * most]
+        ahead = work.num_tokens - work.end
+        return next((found for found in good if not _leaves_little(ahead, _rows(found))), good[0])
+
+    def free_rows(self, inference: PassCost | None) -> int:
+        """How many rows had best ride in a pass of these requests, whose rows they are; 0 if none save time. Attention and labels
+        cost as much in a pass as in a unit, so they don't count. inference: None counts as one row."""
+        cost = inference or PassCost(1, 1, 1, 0, 0, 0, 0, 0, 0)
+        alone = self._latency.pass_seconds(cost)
+        saved = {}
+        for rows in self._sizes(cost.rows, self.shapes.max_window):
+            more = self._latency.pass_seconds(cost._replace(rows=cost.rows + rows, fused_rows=rows)) - alone
+            saved[rows] = self.shapes.bare_work(rows) - more
+        most = max(saved.values())
+        if most < LEAST_SAVING * alone:
+            return 0
+        return next(rows for rows, seconds in saved.items() if seconds >= ALMOST * most)
+
+    def _candidates(self, work: MicrobatchWork, inference: PassCost, alone: float) -> Iterator[Candidate]:
+        most = min(work.num_tokens - work.end, self.shapes.max_window)
+        return (self.shapes.ride(work, inference, alone, rows) for rows in self._sizes(inference.rows, most))
+
+    def _sizes(self, rows: int, most: int) -> list[int]:
+        """Windows to try beside `rows` rows of requests, in ascending order, the largest of `most` rows."""
+        knots = (knot - rows for knot in self._latency.knots("inference", "rows"))
+        return sorted({min(size, most) for size in (*SIZES, *knots) if size > 0})
+
+    def grown(self, work: MicrobatchWork, inference: PassCost, best: Candidate, left: float) -> Candidate:
+        """The largest window that fits into `left` seconds and whose rows beyond those of `best` are efficient; at least
+        `best`."""
+        alone = self._latency.pass_seconds(inference)
+        ahead = work.num_tokens - work.end
+        low, high = _rows(best), min(ahead, self.shapes.max_window)
+        found = best
+        while low < high:
+            rows = (low + high + 1) // 2
+            grown = self.shapes.ride(work, inference, alone, rows)
+            more = grown.seconds - best.seconds
+            if grown.seconds <= left and grown.work - best.work >= LEAST_EFFICIENCY * more:
+                found, low = grown, rows
+            else:
+                high = rows - 1
+        rest = ahead - LEAST_REST
+        return self.shapes.ride(work, inference, alone, rest) if _leaves_little(ahead, low) and rest >= _rows(best) else found
+
+
+def _rows(found: Candidate) -> int:
+    return found.unit.unit.end - found.unit.unit.start
+
+
+def _leaves_little(ahead: int, rows: int) -> bool:
+    """Whether a window of `rows` rows leaves so few of the `ahead` rows that they hardly save anything in the next pass."""
+    return 0 < ahead - rows < LEAST_REST
