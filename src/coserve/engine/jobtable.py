@@ -226,9 +226,9 @@ class JobTable:
         self.adapters.store(name, adapter, directory.absolute())
 
     def shrink_windows(self) -> bool:
-        picker = self.scheduler.picker
-        if picker.max_window // 2 < MIN_WINDOW:
+        shapes = self.scheduler.picker.shapes
+        if shapes.max_window // 2 < MIN_WINDOW:
             return False
-        picker.max_window //= 2
+        shapes.max_window //= 2
         return True
 

@@ -36,6 +36,8 @@ MOST_SKIPPED = 16
 LATE = 0.8
 """Beside jobs a prompt isn't late before this share of its TTFT objective has passed."""
 
+FREE_ROWS = 64
+"""Prompts go into free rows only where there are at least so many of them, or a prompt would take many iterations."""
 UNHURRIED = 0.5
 """A prompt has time if it is through before this share of its TTFT objective, even with free rows only."""
 
@@ -148,7 +150,7 @@ class PromptPicker:
                 continue
             ahead += request.total - request.computed
             most = self.config.max_num_batched_tokens - draft.rows
-            if draft.decode and free_rows and self._has_time(request, running, now, ahead / free_rows):
+            if draft.decode and free_rows >= FREE_ROWS and self._has_time(request, running, now, ahead / free_rows):
                 most = min(most, len(draft.decode) + free_rows - draft.rows)
                 if most < LEAST_CHUNK:
                     continue

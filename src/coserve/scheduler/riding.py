@@ -20,7 +20,7 @@ from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.shapes import Candidate, Shapes
 from coserve.scheduler.work import MicrobatchWork
 
-LEAST_SAVING = 0.01
+LEAST_SAVING = 0.03
 """A window rides if it saves at least this share of the pass."""
 LEAST_EFFICIENCY = 0.9
 """A further row rides, where nothing else is ready, if its work is at least this share of the time that it takes."""
@@ -59,8 +59,10 @@ class Riding:
         return next((found for found in good if not _leaves_little(ahead, _rows(found))), good[0])
 
     def free_rows(self, inference: PassCost | None) -> int:
-        """How many rows had best ride in a pass of these requests, whose rows they are; 0 if none save time. Attention and labels
-        cost as much in a pass as in a unit, so they don't count. inference: None counts as one row."""
+        """How many training rows had best ride in a pass of these requests; 0 if none save time.
+
+        Attention and labels cost as much in a pass as in a unit, so they don't count. inference: None counts as one row.
+        """
         cost = inference or PassCost(1, 1, 1, 0, 0, 0, 0, 0, 0)
         alone = self._latency.pass_seconds(cost)
         saved = {}

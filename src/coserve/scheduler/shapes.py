@@ -172,7 +172,8 @@ class Shapes:
         chosen = cost(layers)
         span = (last - layers, last) if backward else (first, first + layers)
         seconds = self.latency.unit_seconds(chosen)
-        return Candidate(WorkUnit(work.id, Unit(direction, *span, start, end)), self._work(work, chosen, seconds), seconds, chosen)
+        unit = WorkUnit(work.id, Unit(direction, *span, start, end))
+        return Candidate(unit, self._work(work, chosen, seconds), seconds, chosen)
 
     def _largest(self, work: MicrobatchWork) -> int:
         """Rows of the largest window of a micro-batch."""

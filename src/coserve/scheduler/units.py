@@ -15,8 +15,8 @@ Units wait in two more cases. StarvationGuard ends the wait:
                   PATIENCE iterations any shape will do.
     stuck         A micro-batch on a grid has no choice of windows, and never rides. When its job's turn comes, its unit may
                   not fit even over one layer. After STUCK_PATIENCE iterations other jobs wait too, so that slack adds up, and
-                  the unit may take all of the slack, over the ITL cap. After OVERDUE iterations the unit may last until the first
-                  request would become infeasible, and other jobs go on.
+                  the unit may take all of the slack, over the ITL cap. After OVERDUE iterations the unit may last until the
+                  first request would become infeasible, and other jobs go on.
 
 Owns: the order in which jobs and their units get time. Does not own: the shapes of units (shapes.py), how much time there is
 (deadlines.py).
@@ -138,9 +138,9 @@ class UnitPicker:
     ) -> Chosen:
         """Picks units and optimizer slices for `seconds`, and advances their micro-batches.
 
-        jobs: in order of precedence. inference: the requests' pass. rides: whether rows may ride in a pass, and save time there
-        (Riding.free_rows). patient: whether units may wait for more time. only: the one micro-batch that may get units; None allows all. stretch: called with whether the
-        wait is overdue, gives the seconds that a stuck unit may take.
+        jobs: in order of precedence. inference: the requests' pass. rides: whether training rows may ride in a pass, and save
+        time there (Riding.free_rows). patient: whether units may wait for more time. only: the one micro-batch that may get
+        units; None allows all. stretch: called with whether the wait is overdue, gives the seconds that a stuck unit may take.
         """
         chosen = Chosen(inference)
         stuck = self._stuck_unit(jobs, seconds, only)
