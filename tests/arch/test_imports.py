@@ -25,6 +25,7 @@ RANKS: Mapping[str, float] = {
     "compiler": 4,
     "runtime": 5, "scheduler": 5, "finetune": 5,
     "planning": 5.3,  # counts what the runtime takes
+    "devices": 5.5,  # a scheduler's latency law from a model's shapes and a device's data
     "training": 5.6,  # runs finetune's jobs on the runtime, under a plan
     "profiling": 5.6,  # measures the runtime for the scheduler's latency law
     "simulation": 5.6,  # the scheduler on a virtual clock

@@ -111,6 +111,20 @@ def test_a_backward_unit_pays_for_what_it_runs_again() -> None:
     assert again == pytest.approx(model.unit_seconds(BACKWARD) + 0.75 * model.unit_seconds(FORWARD))
 
 
+def test_a_law_may_have_knots_of_its_own() -> None:
+    model = LatencyModel({
+        ("inference", "once", 0): 1.0, ("inference", "rows", 211): 0.5, ("inference", "rows", 100): 0.25,
+        ("forward", "rows", 7): 0.125, ("forward", "rows", 0): 0.0,
+    })
+    assert model.knots("inference", "rows") == (100, 211) and model.knots("forward", "rows") == (0, 7)
+    assert model.knots("backward", "rows") == MODEL.knots("backward", "rows") == (0, 32, 128, 512), "of what nothing was said"
+    prompt = PassCost(1, 0, 0, 0, 0, 0, 0, 0, 0)
+    seconds = {rows: model.pass_seconds(prompt._replace(rows=rows)) for rows in (1, 100, 104, 211, 213)}
+    assert seconds == {1: 1.0, 100: 1.0, 104: 2.0, 211: 28.75, 213: 29.75}
+    assert model.unit_seconds(UnitCost(False, 9, 2, 0, 0)) == 2 * 2 * 0.125
+    assert fresh().knots("inference", "rows") == MODEL.knots("inference", "rows") == (1, 2, 4, 16, 64, 256, 1024)
+
+
 def test_an_optimizer_slice_pays_for_what_follows_from_it() -> None:
     model, bare = fresh(), fresh().optimizer_seconds(5000)
     contents = Contents(DECODE, (), 5000, 0.02)

@@ -6,7 +6,8 @@
             + k_optimizer (constant + elements + what was measured of their adapter)
 
 A curve is piecewise linear and never falls. Its features are the amounts inside each piece, its coefficients the slopes, which
-are 0 or more. The coefficients come from a profile. The factors k are corrected from what iterations really took. A prediction
+are 0 or more. The coefficients come from a profile, or from a device's data (devices/law.py), and say where the pieces start.
+The factors k are corrected from what iterations really took. A prediction
 computes with plain floats, since a scheduler makes dozens per iteration.
 
 Owns: the terms of the law, its predictions, their correction. Does not own: measuring and fitting (profiling/), any decision.
@@ -49,8 +50,8 @@ def kind_of(contents: Contents) -> str:
 class Term(NamedTuple):
     """A curve over one field of a group's cost. With one piece, which starts at 0, it is a plain product.
 
-    field: its name; the field 'once' is always 1. knots: where pieces start; the last piece has no end. per_layer: whether the
-    curve's value is multiplied by the unit's layers.
+    field: its name; the field 'once' is always 1. knots: where pieces start, unless a law's coefficients name others; the last
+    piece has no end. per_layer: whether the curve's value is multiplied by the unit's layers.
     """
 
     field: str
@@ -79,7 +80,8 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
     "backward": _UNIT_TERMS,
     "optimizer": (Term("once"), Term("elements")),
 }
-"""The law, by group. The constant of a pass includes its first row, so that rows begin to count at 1."""
+"""The law, by group, with the knots that a fit has. The constant of a pass includes its first row, so that rows begin to count
+at 1."""
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "iteration": (), "inference": PassCost._fields, "forward": UnitCost._fields, "backward": UnitCost._fields,
@@ -89,6 +91,20 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 
 Coefficient = tuple[str, str, int]
 """Names a coefficient: its group, its field, and the knot where its piece starts."""
+
+
+def _place_knots(coefficients: Mapping[Coefficient, float]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """{(group, field): where the pieces of its curve start}, for every term. Those that coefficients name count, and the knots
+    of TERMS for a term of which they name none."""
+    named: dict[tuple[str, str], list[int]] = {}
+    for group, field, knot in coefficients:
+        named.setdefault((group, field), []).append(knot)
+    placed = {
+        (group, term.field): tuple(sorted(named.pop((group, term.field), term.knots)))
+        for group, terms in TERMS.items() for term in terms
+    }
+    assert not named, f"the law has no terms {sorted(named)}"
+    return placed
 
 
 class _Curve(NamedTuple):
@@ -108,22 +124,25 @@ class _Curve(NamedTuple):
 class _Law:
     """Maps the cost of one group, a tuple in the order of FIELDS, to seconds."""
 
-    def __init__(self, group: str, coefficients: Mapping[Coefficient, float]) -> None:
+    def __init__(
+        self, group: str, coefficients: Mapping[Coefficient, float], placed: Mapping[tuple[str, str], tuple[int, ...]]
+    ) -> None:
         fields = FIELDS[group]
         products, curves = [0.0] * len(fields), []
         self.constant = 0.0
         for term in TERMS[group]:
-            slopes = tuple(coefficients.get((group, term.field, knot), 0.0) for knot in term.knots)
+            knots = placed[group, term.field]
+            slopes = tuple(coefficients.get((group, term.field, knot), 0.0) for knot in knots)
             assert all(slope >= 0 for slope in slopes)
             if term.field == "once":
-                self.constant = slopes[0]
-            elif term.knots == (0,) and not term.per_layer:
+                (self.constant,) = slopes
+            elif knots == (0,) and not term.per_layer:
                 products[fields.index(term.field)] = slopes[0]
             else:
                 values = [0.0]
-                for slope, start, end in zip(slopes[:-1], term.knots[:-1], term.knots[1:], strict=True):
+                for slope, start, end in zip(slopes[:-1], knots[:-1], knots[1:], strict=True):
                     values.append(values[-1] + slope * (end - start))
-                curves.append(_Curve(fields.index(term.field), term.knots, tuple(values), slopes, term.per_layer))
+                curves.append(_Curve(fields.index(term.field), knots, tuple(values), slopes, term.per_layer))
         self._products, self._curves = tuple(products), tuple(curves)
 
     def __call__(self, cost: Sequence[float], layers: int = 1) -> float:
@@ -152,9 +171,11 @@ class LatencyModel:
     rows, never fall as rows are added."""
 
     def __init__(self, coefficients: Mapping[Coefficient, float]) -> None:
-        """coefficients: seconds per amount, 0 or more. Those that are left out are 0."""
+        """coefficients: seconds per amount, 0 or more. The pieces of a term's curve start at the knots that they name, whether
+        TERMS has these or not. A term that they don't name costs nothing."""
         self.coefficients = dict(coefficients)
-        laws = {group: _Law(group, coefficients) for group in TERMS}
+        self._knots = _place_knots(coefficients)
+        laws = {group: _Law(group, coefficients, self._knots) for group in TERMS}
         self.constant_seconds = laws.pop("iteration").constant
         """What every iteration costs, whatever it holds. It is part of `seconds` and of no other prediction."""
         self._inference, self._forward, self._backward, self._optimizer = laws.values()
@@ -163,6 +184,11 @@ class LatencyModel:
         self._last_residual: dict[str, float] = {}
         self._errors: dict[str, deque[float]] = {}
         self._finetuning: deque[float] = deque(maxlen=_RESERVE_ITERATIONS)
+
+    def knots(self, group: str, field: str) -> tuple[int, ...]:
+        """The amounts of a field at which its slope may change, in rising order. Between two of them, seconds are linear in it.
+        Raises KeyError for what is no term of the law."""
+        return self._knots[group, field]
 
     def pass_seconds(self, cost: PassCost) -> float:
         """Predicts an inference pass, its fused rows included."""
