@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from coserve.scheduler.work import MicrobatchWork, Phase
 from coserve.simulation.clock import VirtualClock
 from coserve.simulation.disturbance import Disturbance, TrueLaw
 from coserve.simulation.engine import SimulatedEngine
+from coserve.simulation.jobs import SimulatedBatch, SimulatedJob
 from coserve.simulation.requests import simulated_token
 from coserve.simulation.runner import Launched, Ran, SimulatedRunner
 
@@ -156,6 +158,11 @@ class CheckedEngine(SimulatedEngine):
             config, believed, pool=BlockPool(num_blocks, block_tokens), disturbance=Disturbance(noise=noise),
             runner=CheckedRunner if check_cache else UncachedRunner, **options,
         )
+
+    def add_job(self, microbatches: Sequence[Sequence[int]], *, weight: float = 1.0, tenant: str = "", steps: int | None = None,
+                **batch: Any) -> SimulatedJob:
+        """A job. microbatches and batch: fields of SimulatedBatch."""
+        return self.start_job(SimulatedBatch(microbatches=microbatches, **batch), weight=weight, tenant=tenant, steps=steps)
 
     @property
     def plans(self) -> list[tuple[float, StepPlan]]:

@@ -53,19 +53,24 @@ EXACT = Disturbance()
 
 class TrueLaw:
     """What iterations really take: a law that nothing corrects, and a disturbance. Equal seeds give equal times for equal
-    iterations in equal order."""
+    iterations in equal order.
+
+    law: with the disturbance's slopes and host overhead, without its noise and stalls.
+    """
 
     def __init__(self, law: LatencyModel, disturbance: Disturbance = EXACT) -> None:
         self.disturbance = disturbance
-        self._law = LatencyModel({
+        terms = {
             name: seconds if name[1] in _CONSTANTS else seconds * disturbance.slope
             for name, seconds in law.coefficients.items()
-        })
+        }
+        terms["iteration", "once", 0] = terms.get(("iteration", "once", 0), 0.0) + disturbance.host_s
+        self.law = LatencyModel(terms)
         self._random = random.Random(disturbance.seed)
 
     def expected(self, contents: Contents) -> float:
         """Seconds of an iteration without noise and stalls."""
-        return self._law.seconds(contents) + self.disturbance.host_s
+        return self.law.seconds(contents)
 
     def factor(self) -> float:
         """How many times the expected time the next iteration takes. Each call is another iteration's."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections.abc import Sequence
-from typing import Any
 
 from coserve.config.settings import SchedulerConfig
 from coserve.core import StepPlan
@@ -24,13 +23,11 @@ from coserve.scheduler.work import JobWork
 from coserve.simulation.clock import VirtualClock
 from coserve.simulation.disturbance import EXACT, Disturbance, TrueLaw
 from coserve.simulation.jobs import SimulatedBatch, SimulatedJob
-from coserve.simulation.requests import SimulatedRequest
+from coserve.simulation.requests import SimulatedRequest, distinct_prompt
 from coserve.simulation.runner import Launched, Ran, SimulatedRunner
 
 BASE_KEY = PrefixKey("", None, 0)
 """Of prefixes of the base model, which all tenants share."""
-_TOKENS_APART = 1_000_003
-"""Prompts that are given as a length begin so far apart, so that no two of them share a prefix."""
 
 
 class SimulatedEngine:
@@ -67,7 +64,7 @@ class SimulatedEngine:
         """A request that arrives at a time, by default now. prompt: its tokens, or how many (unlike all others')."""
         number, default = self._new_number(), self.scheduler.slo
         if isinstance(prompt, int):
-            prompt = range(number * _TOKENS_APART, number * _TOKENS_APART + prompt)
+            prompt = distinct_prompt(number, prompt)
         state = RequestState(
             id=number, tenant=tenant, prompt=prompt, max_tokens=max_tokens, key=key,
             arrival_s=self.clock() if at is None else at, tpot_s=tpot_s or default.tpot_s,
@@ -87,16 +84,13 @@ class SimulatedEngine:
             self._coming.remove(request)
         self.scheduler.remove_request(request.state.id)
 
-    def add_job(
-        self, microbatches: Sequence[Sequence[int]], *, tenant: str = "", weight: float = 1.0, steps: int | None = None,
-        **batch: Any,
+    def start_job(
+        self, batch: SimulatedBatch, *, tenant: str = "", weight: float = 1.0, steps: int | None = None
     ) -> SimulatedJob:
-        """A job that wants units from now on. steps: after which it ends; None: never. batch: further fields of
-        SimulatedBatch."""
+        """A job that wants units from now on. steps: after which it ends; None: never."""
         work = JobWork(id=self._new_number(), tenant=tenant, weight=weight)
         job = SimulatedJob(
-            work=work, batch=SimulatedBatch(microbatches=microbatches, **batch), scheduler=self.scheduler,
-            new_number=self._new_number, steps=steps,
+            work=work, batch=batch, scheduler=self.scheduler, new_number=self._new_number, steps=steps
         )
         self.jobs[work.id] = job
         self.scheduler.add_job(work)
@@ -107,6 +101,11 @@ class SimulatedEngine:
         del self.jobs[job.work.id]
         job.drop()
         self.scheduler.remove_job(job.work.id)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing can happen before a request or a job comes."""
+        return not (self.scheduler.requests or self.jobs or self._coming or self._pending)
 
     # --- iterations ---
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from coserve.scheduler.requests import RequestState
+
+_TOKENS_APART = 1_000_003
 
 
 def simulated_token(request: int, position: int) -> int:
     """The token that is sampled at a position of a request's tokens. A lost or doubled token shows, since no two neighbours
     are equal."""
     return (request * 7919 + position * 104729) % 50000
+
+
+def distinct_prompt(number: int, length: int) -> Sequence[int]:
+    """Token ids of a prompt that shares no prefix with those of other numbers. length: at most a million."""
+    return range(number * _TOKENS_APART, number * _TOKENS_APART + length)
 
 
 @dataclass(slots=True, kw_only=True)
