@@ -146,16 +146,17 @@ class UncachedRunner(CheckedRunner):
 
 
 class CheckedEngine(SimulatedEngine):
-    """noise: of iterations' times. check_cache: as in CheckedRunner."""
+    """noise, slope, seed: of the disturbance. check_cache: as in CheckedRunner."""
 
     runner: CheckedRunner
 
     def __init__(
         self, config: SchedulerConfig, believed: LatencyModel, *, num_blocks: int = 4096, block_tokens: int = 16,
-        noise: float = 0.0, check_cache: bool = True, **options: Any,
+        noise: float = 0.0, slope: float = 1.0, seed: int = 0, check_cache: bool = True, **options: Any,
     ) -> None:
         super().__init__(
-            config, believed, pool=BlockPool(num_blocks, block_tokens), disturbance=Disturbance(noise=noise),
+            config, believed, pool=BlockPool(num_blocks, block_tokens),
+            disturbance=Disturbance(noise=noise, slope=slope, seed=seed),
             runner=CheckedRunner if check_cache else UncachedRunner, **options,
         )
 

@@ -10,6 +10,7 @@ All policies at a rate see the same arrivals.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +23,7 @@ from coserve.bench.capacity import allowed_misses, find_capacity
 from coserve.bench.driver import Run, RunConfig, run_load
 from coserve.bench.metrics import SloInMs, meets
 from coserve.bench.sharing import PROBE_RESIDENCES, SPATIAL, WARMUP_SHARE, Cell, Measured, window_of
-from coserve.bench.simulated import SimulatedMachine
+from coserve.bench.simulated import SimulatedMachine, SimulatedServer
 from coserve.config.settings import POLICIES, parse_policy
 from coserve.config.values import is_number, require, require_positive
 from coserve.core import StepPlan
@@ -43,8 +44,8 @@ class SimulationConfig:
     """As in SchedulerConfig.policy. finetune-only is always simulated: it is what throughput is a share of."""
     rates: tuple[float, ...] = (1.0, 5.0, 10.0, 20.0)
     """Requests per second."""
-    duration_s: float = 120.0
-    """Over which the counted requests come."""
+    duration: float = 120.0
+    """Seconds over which the counted requests come."""
     arrivals: ArrivalConfig = field(default_factory=lambda: ArrivalConfig(
         prompt_tokens=220, output_tokens=260, length_spread=0.8, max_tokens=8192))
     seed: int = 0
@@ -66,10 +67,10 @@ class SimulationConfig:
             parse_policy(policy)
         require(bool(self.rates) and all(is_number(rate) and rate > 0 for rate in self.rates), "rates",
                 f"must be positive numbers of requests per second, got {self.rates}")
-        for name in ("ttft_ms", "tpot_ms", "duration_s", "capacity", "capacity_tolerance", "alone_s", "settle_s"):
+        for name in ("ttft_ms", "tpot_ms", "duration", "capacity", "capacity_tolerance", "alone_s", "settle_s"):
             value = getattr(self, name)
             require(value is None or is_number(value), name, f"must be a finite number, got {value}")
-        require_positive(self, "ttft_ms", "tpot_ms", "duration_s", "capacity", "capacity_tolerance", "alone_s", "settle_s")
+        require_positive(self, "ttft_ms", "tpot_ms", "duration", "capacity", "capacity_tolerance", "alone_s", "settle_s")
 
     @property
     def objectives(self) -> SloInMs:
@@ -139,13 +140,13 @@ class Simulation:
     def _arrivals(self, rate: float) -> list[Arrival]:
         """Those of a run at a rate, warm-up included. A job trains for a while before the first."""
         config = self.config
-        counted = max(1, round(rate * config.duration_s))
+        counted = max(1, round(rate * config.duration))
         arrivals = make_arrivals(config.arrivals, rate, self._num_warmup(rate) + counted, config.seed)
         return [arrival._replace(due_s=arrival.due_s + config.settle_s) for arrival in arrivals]
 
     def _num_warmup(self, rate: float) -> int:
         """Requests before the counted ones: until as many leave as come."""
-        return max(1, round(WARMUP_SHARE * rate * self.config.duration_s), self._num_staying(rate))
+        return max(1, round(WARMUP_SHARE * rate * self.config.duration), self._num_staying(rate))
 
     def _num_staying(self, rate: float) -> int:
         """Requests that run at once where each takes all the time that its objective allows."""
@@ -187,34 +188,47 @@ class Simulation:
 
     # --- one decision ---
 
-    def explain(self, policy: str, rate: float, number: int) -> Iterator[str]:
+    def explain(self, policy: str, rate: float, number: int) -> list[str]:
         """The decision of a run's iteration `number`, counted from 0, in lines: what the scheduler saw, each candidate that it
-        considered, what it took. Ends early if the run does."""
+        considered, what it took."""
+        arrivals = self._arrivals(rate)
+        plan = window_of(arrivals, self._num_warmup(rate), self._drain_s(arrivals))
         server = self.machine.make(policy)
-        engine, arrivals, prompt = server.engine, self._arrivals(rate), make_prompts()
-        for arrival in arrivals:
-            engine.submit(prompt(arrival.prompt_tokens), arrival.output_tokens, at=arrival.due_s)
-        if policy != "inference-only":
-            server.train(self.machine.planned)
-        while engine.runner.iterations < number and engine.step() is not None:
-            pass
-        lines: list[str] = []
+        watched = _WatchedServer(server, number)
+        job = None if policy == "inference-only" else server.train(self.machine.planned)
+        with contextlib.suppress(_Explained):
+            run_load(watched, arrivals, make_prompts(), plan, sleep=server.sleep, job=job)
+        if not watched.lines:
+            return [f"{policy} at {rate:g} requests/s ends after {server.engine.runner.iterations} iterations"]
+        return [f"iteration {number} of {policy} at {rate:g} requests/s", *watched.lines]
+
+
+class _Explained(Exception):
+    """The iteration that was to be explained has run."""
+
+
+class _WatchedServer:
+    """A simulated server that ends with _Explained behind an iteration, of which it then has the lines."""
+
+    def __init__(self, server: SimulatedServer, number: int) -> None:
+        self._server, self._number = server, number
+        self.submit, self.now, self.metrics = server.submit, server.now, server.metrics
+        self.lines: list[str] = []
+
+    def step(self) -> bool:
+        engine, found = self._server.engine, list[str]()
+        if engine.runner.iterations < self._number:
+            return self._server.step()
         picker: Any = engine.scheduler.picker
-        picker.explain = lines.append
-        now, running, waiting = engine.clock(), engine.scheduler.num_running, engine.scheduler.num_waiting
-        plan = engine.step()
-        while plan is not None and plan.empty:
-            lines.clear()
-            now, running, waiting = engine.clock(), engine.scheduler.num_running, engine.scheduler.num_waiting
-            plan = engine.step()
-        if plan is None:
-            yield f"the run ends before iteration {number}"
-            return
-        yield f"iteration {engine.runner.iterations - 1} of {policy} at {rate:g} requests/s, {now:.3f} s after the start"
-        yield f"before it {running} requests run and {waiting} wait"
-        yield from lines
-        yield from describe_plan(plan)
-        yield f"it took {engine.clock() - now:.6f} s"
+        picker.explain = found.append
+        now, scheduler = engine.clock(), engine.scheduler
+        before = f"{now:.3f} s after the start, {scheduler.num_running} requests run and {scheduler.num_waiting} wait"
+        plan = engine.run_once()
+        picker.explain = None
+        if plan.empty:
+            return False
+        self.lines = [before, *found, *describe_plan(plan), f"it took {engine.clock() - now:.6f} s"]
+        raise _Explained
 
 
 def make_prompts() -> Callable[[int], Sequence[int]]:

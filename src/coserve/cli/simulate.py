@@ -54,7 +54,7 @@ def simulate(
     ttft_ms: Annotated[float, typer.Option(help="Objective: milliseconds to the first token.")] = _BASE.ttft_ms,
     rates: Annotated[str, typer.Option(help="Requests per second, joined by commas.")] = "1,5,10,20",
     policies: Annotated[str, typer.Option(help=f"Joined by commas: {', '.join(POLICIES)}.")] = ",".join(_BASE.policies),
-    duration: Annotated[float, typer.Option(help="Simulated seconds over which the counted requests come.")] = _BASE.duration_s,
+    duration: Annotated[float, typer.Option(help="Simulated seconds over which the counted requests come.")] = _BASE.duration,
     seed: Annotated[int, typer.Option(help="Of arrivals, lengths, noise and stalls.")] = 0,
     arrivals: Annotated[str, typer.Option(help="poisson, gamma:CV or trace:FILE.")] = "poisson",
     prompt_tokens: Annotated[int, typer.Option(help="Mean length of prompts.")] = _BASE.arrivals.prompt_tokens,
@@ -95,7 +95,7 @@ def simulate(
     A simulation by arithmetic on a stated law, not a measurement.
     """
     config = SimulationConfig(
-        policies=_names(policies), rates=read_numbers(rates, "rates", float), duration_s=duration, seed=seed,
+        policies=_names(policies), rates=read_numbers(rates, "rates", float), duration=duration, seed=seed,
         arrivals=ArrivalConfig(
             kind=arrivals, prompt_tokens=prompt_tokens, output_tokens=output_tokens, length_scale=length_scale,
             length_spread=0.0 if length_scale is not None else length_spread, max_tokens=LARGEST_MODEL_LEN,
@@ -103,6 +103,7 @@ def simulate(
         ttft_ms=ttft_ms, tpot_ms=tpot_ms, capacity=capacity,
     )
     require(finetune_tokens >= 1, "finetune_tokens", f"must be at least 1, got {finetune_tokens}")
+    require(finetune_batch >= 1, "finetune_batch", f"must be at least 1, got {finetune_batch}")
     require(explain is None or explain >= 0, "explain", f"must be the number of an iteration, from 0, got {explain}")
     found = find_device(device)
     if efficiency is not None:
@@ -123,10 +124,12 @@ def simulate(
     console.print(f"{directory.name} on {_devices(found, tensor_parallel_size)}: {machine.planned.plan}", markup=False,
                   soft_wrap=True, style="dim")
     result = {
-        "device": f"{_devices(found, tensor_parallel_size)}, simulated",
+        "device": f"{_devices(found, tensor_parallel_size)} (simulated)",
         "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"), "versions": versions(),
         "command": "coserve " + shlex.join(sys.argv[1:]), **_results(config, machine, directory.name),
-        "simulation": {"device": asdict(found), **machine_facts(machine)},
+        "simulation": {
+            "devices": _devices(found, tensor_parallel_size), "device": asdict(found), **machine_facts(machine),
+        },
     }
     for row in result["results"]:
         row["device"] = found.name
@@ -217,7 +220,7 @@ def summary_line(row: dict[str, Any]) -> str:
         parts.append(f"{row['slo_attainment']:.1%} of {row['num_requests']} requests in time")
     if "finetune_tokens_per_s" in row:
         bound = row["bound_tokens_per_s"]
-        of_bound = f", {row['finetune_tokens_per_s'] / bound:.0%} of the bound" if bound else ""
+        of_bound = f", {row['finetune_tokens_per_s'] / bound:.0%} of the bound" if bound >= 1 else ""
         parts.append(f"{row['finetune_tokens_per_s']:.0f} finetuning tokens/s{of_bound}")
     if "fused_share" in row:
         parts.append(f"{row['fused_share']:.0%} of forward rows rode in a pass")

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 
 from coserve.config.values import check_types, is_number, require
 from coserve.core import Contents
-from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.latency import Coefficient, LatencyModel
 
 LARGEST_ERROR = 3.0
 """Noise is cut at so many standard deviations."""
-_CONSTANTS = ("once", "layers")
-"""Terms of a latency law that don't grow with rows, pairs, labels or elements."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +49,13 @@ EXACT = Disturbance()
 """Iterations take what the law says."""
 
 
+def _is_constant(name: Coefficient, law: LatencyModel) -> bool:
+    """Whether a coefficient doesn't grow with rows, pairs, labels or elements. Where a curve has a knot at 1, its first piece
+    is what the first row costs, which is mostly the reading of weights."""
+    group, field, knot = name
+    return field in ("once", "layers") or (knot == 0 and (group, field, 1) in law.coefficients)
+
+
 class TrueLaw:
     """What iterations really take: a law that nothing corrects, and a disturbance. Equal seeds give equal times for equal
     iterations in equal order.
@@ -61,7 +66,7 @@ class TrueLaw:
     def __init__(self, law: LatencyModel, disturbance: Disturbance = EXACT) -> None:
         self.disturbance = disturbance
         terms = {
-            name: seconds if name[1] in _CONSTANTS else seconds * disturbance.slope
+            name: seconds if _is_constant(name, law) else seconds * disturbance.slope
             for name, seconds in law.coefficients.items()
         }
         terms["iteration", "once", 0] = terms.get(("iteration", "once", 0), 0.0) + disturbance.host_s

@@ -146,7 +146,7 @@ def plan_batch(
         arch, adapter, Workload(largest, math.ceil(squares / sum(example_tokens))), itemsize=itemsize,
         compression=config.activation_compression,
     )
-    fitted = plan_within(plans, config, memory.job_bytes)
+    fitted = plan_within(plans, config, memory.job_bytes, remedy="choose more devices, or devices with more memory")
     sizes = [microbatch_layout(fitted.plan, sum(part), arch, itemsize, forward_only=False).total for part in packed]
     batch = SimulatedBatch(
         microbatches=packed, elements=adapter.flat.numel(), lowest=fitted.plan.lowest_trained, grid=config.grid_tokens,
