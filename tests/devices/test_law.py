@@ -55,6 +55,14 @@ def test_every_number_of_rows(archs: Mapping[str, Architecture], rows: int) -> N
     assert again == pytest.approx(back + 0.4 * (ahead - 7 * 4 * V * D / F), rel=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 100, 211, 212, 700])
+def test_an_overlap_in_part(archs: Mapping[str, Architecture], rows: int) -> None:
+    law = device_law(archs["llama-8b"], replace(H100, overlap=0.25))
+    both = max(W, rows * R) + 0.75 * min(W, rows * R)
+    assert law.pass_seconds(PassCost(rows, 0, 0, 0, 0, 0, 0, 0, 0)) == pytest.approx(LAUNCH + both, rel=1e-12)
+    assert law.unit_seconds(UnitCost(False, rows, 2, 0, 0)) == pytest.approx(30e-6 + 2 * (40e-6 + both / L), rel=1e-12)
+
+
 def test_the_rest(archs: Mapping[str, Architecture]) -> None:
     law = device_law(archs["llama-8b"], replace(H100, iteration_s=2e-3))
     assert law.optimizer_seconds(10**6) == pytest.approx(30e6 / B)
@@ -156,6 +164,7 @@ def test_other_numbers() -> None:
     ("h100,colour=3", "'colour=3' is not FIELD=NUMBER; the fields are memory_bytes, bandwidth"),
     ("h100,efficiency", "'efficiency' is not FIELD=NUMBER"),
     ("h100,efficiency=1.2", "efficiency is a share, at most 1, got 1.2"),
+    ("h100,overlap=-0.1", "overlap must be a finite number 0 or more"),
     ("h100,efficiency=much", "efficiency must be a number, got 'much'"),
     ("h100,efficiency=nan", "efficiency must be a finite number above 0, got nan"),
     ("h100,bandwidth=0", "bandwidth must be a finite number above 0"),

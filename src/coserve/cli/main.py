@@ -1,4 +1,4 @@
-"""The command `coserve`: serve, keys, finetune, chat, demo, plan, bench.
+"""The command `coserve`: serve, keys, finetune, chat, demo, plan, profile, bench.
 
 Owns: arguments, progress display, exit codes. An error that the user can mend is one line on stderr and exit code 2.
 """
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from coserve.cli.bench import bench_app
 from coserve.cli.plan import PlanCommand, plan
+from coserve.cli.profile import profile
 from coserve.cli.serve import ServeCommand, keys_app, serve
 from coserve.cli.settings import job_flags, read_settings, with_flags
 from coserve.config.settings import PAIRED, SamplingConfig
@@ -39,6 +40,7 @@ app.add_typer(bench_app, name="bench")
 app.command(cls=ServeCommand)(serve)
 app.add_typer(keys_app, name="keys")
 app.command(cls=PlanCommand)(plan)
+app.command(cls=PlanCommand)(profile)
 app.command()(demo)
 console = Console()
 notes = Console(stderr=True, quiet=not sys.stderr.isatty())

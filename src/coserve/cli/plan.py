@@ -111,9 +111,9 @@ def plan(
 ) -> None:
     """What finetuning keeps from forward to backward, why, and how much memory it takes at which cost."""
     if plot is not None:
-        _check_output(plot, "plot", PLOT_SUFFIXES)
+        check_output(plot, "plot", PLOT_SUFFIXES)
     if json_file not in (None, "-"):
-        _check_output(Path(str(json_file)), "json")
+        check_output(Path(str(json_file)), "json")
     targets: tuple[str, ...] | str | None = target_modules
     if target_modules is not None and target_modules != "all-linear":
         targets = tuple(name.strip() for name in target_modules.split(",") if name.strip())
@@ -140,7 +140,7 @@ def plan(
         )
 
 
-def _check_output(path: Path, name: str, suffixes: Sequence[str] = ()) -> None:
+def check_output(path: Path, name: str, suffixes: Sequence[str] = ()) -> None:
     """Raises ConfigError for a file that can't be written, before anything is computed."""
     require(not suffixes or path.suffix in suffixes, name, f"the file's name must end in {', '.join(suffixes)}, got {path}")
     require(not path.is_dir(), name, f"{path} is a directory")

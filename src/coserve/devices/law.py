@@ -1,7 +1,8 @@
 """The latency law of a model on a device, from the model's shapes and the device's data: a roofline.
 
 Matrix products of r rows take the longer of reading their weights and of their arithmetic. The ridge is the number of rows for
-which both take as long: below it rows beside others are almost free. In seconds, with the device's bandwidth B and achieved
+which both take as long: below it rows beside others are almost free. (Where the device overlaps both only in part, each maximum
+below is the longer plus the part of the shorter that is not hidden.) In seconds, with the device's bandwidth B and achieved
 FLOP/s F, N parameters in the linears of L layers, hidden width D, widths Q of queries and G of keys, vocabulary V, and b bytes
 per weight:
 
@@ -69,7 +70,8 @@ def device_law(
     label = _PRODUCT * _LABEL_PRODUCTS * rank.vocabulary * width / flops
     reduce_s, reduce_row = _all_reduces(device, tensor_parallel_size, width * itemsize)
 
-    first = max(weights, row) + layers * (reduce_s + reduce_row)
+    rows, heads = _Products(weights, row, device.overlap), _Products(head, head_row, device.overlap)
+    first = rows(1) + layers * (reduce_s + reduce_row)
     terms: dict[Coefficient, float] = {
         ("iteration", "once", 0): device.iteration_s,
         ("inference", "once", 0): first + (device.captured_launch_s if captured else device.launch_s),
@@ -81,10 +83,10 @@ def device_law(
         ("forward", "labels", 0): label,
         ("optimizer", "elements", 0): device.update_bytes / bandwidth,
     }
-    terms |= {("inference", "rows", knot): slope + layers * reduce_row for knot, slope in _further(weights, row).items()}
-    terms |= {("inference", "head_rows", knot): slope for knot, slope in _curve(head, head_row).items()}
-    for group, rows, pairs in (("forward", 1.0, 1.0), ("backward", device.backward_rows, device.backward_pairs)):
-        curve = _curve(weights / layers, rows * row / layers)
+    terms |= {("inference", "rows", knot): slope + layers * reduce_row for knot, slope in rows.further().items()}
+    terms |= {("inference", "head_rows", knot): slope for knot, slope in heads.curve().items()}
+    for group, products, pairs in (("forward", 1.0, 1.0), ("backward", device.backward_rows, device.backward_pairs)):
+        curve = _Products(weights / layers, products * row / layers, device.overlap).curve()
         terms |= {
             (group, "once", 0): device.unit_s,
             (group, "layers", 0): device.unit_layer_s + reduce_s,
@@ -127,14 +129,26 @@ def _all_reduces(device: Device, size: int, row_bytes: int) -> tuple[float, floa
     return _ALL_REDUCES * device.link.latency_s, _ALL_REDUCES * moved / device.link.bandwidth
 
 
-def _further(shared: float, each: float) -> dict[int, float]:
-    """{knot: slope} of max(shared, n x each) for whole n, beyond its value at n = 1."""
-    ridge = int(shared / each)
-    if ridge < 1:
-        return {1: each}
-    return {1: 0.0, ridge: max(0.0, (ridge + 1) * each - shared), ridge + 1: each}
+class _Products(NamedTuple):
+    """Seconds of matrix products as a function of their rows. shared: of reading the weights. each: of a row's arithmetic.
+    overlap: as Device's."""
 
+    shared: float
+    each: float
+    overlap: float
 
-def _curve(shared: float, each: float) -> dict[int, float]:
-    """{knot: slope} of max(shared, n x each) for whole n from 1 on; 0 for n = 0."""
-    return {0: max(shared, each), **_further(shared, each)}
+    def __call__(self, rows: int) -> float:
+        """Seconds of a number of rows, at least 1."""
+        arithmetic = rows * self.each
+        return max(self.shared, arithmetic) + (1 - self.overlap) * min(self.shared, arithmetic)
+
+    def further(self) -> dict[int, float]:
+        """{knot: slope} beyond one row, exact for every whole number of rows."""
+        ridge = int(self.shared / self.each)
+        if ridge < 1:
+            return {1: self.each}
+        return {1: (1 - self.overlap) * self.each, ridge: max(0.0, self(ridge + 1) - self(ridge)), ridge + 1: self.each}
+
+    def curve(self) -> dict[int, float]:
+        """{knot: slope} from one row on; without rows there is no time."""
+        return {0: self(1), **self.further()}

@@ -61,6 +61,9 @@ class Device:
     """The share of the peak that products with weights reach. Source: assumed."""
     attention_efficiency: float = 0.7
     """The share of what products with weights reach that attention's products reach. Source: assumed."""
+    overlap: float = 1.0
+    """The share of the shorter of two that is hidden behind the longer: reading weights, and multiplying by them. 1 is the
+    roofline's maximum of both, 0 their sum. Source: assumed."""
     iteration_s: float = 0.0
     """What every iteration costs on the host. Source: assumed; 0 is an engine whose host work is hidden by the device's."""
     launch_s: float = 1.5e-3
@@ -85,10 +88,10 @@ class Device:
 
     def __post_init__(self) -> None:
         for name, value in _numbers(self).items():
-            least = "0 or more" if name.endswith("_s") else "above 0"
-            wrong = not math.isfinite(value) or value < 0 or (value == 0 and not name.endswith("_s"))
-            _check(not wrong, f"{name} must be a finite number {least}, got {value:g}")
-        for name in ("efficiency", "attention_efficiency"):
+            may_be_0 = name.endswith("_s") or name == "overlap"
+            wrong = not math.isfinite(value) or value < 0 or (value == 0 and not may_be_0)
+            _check(not wrong, f"{name} must be a finite number {'0 or more' if may_be_0 else 'above 0'}, got {value:g}")
+        for name in SHARES:
             _check(getattr(self, name) <= 1, f"{name} is a share, at most 1, got {getattr(self, name):g}")
 
     @property
@@ -107,6 +110,8 @@ def _check(condition: bool, message: str) -> None:
         raise ConfigError(f"device: {message}", param="device")
 
 
+SHARES = ("efficiency", "attention_efficiency", "overlap")
+"""The numbers of a device that are at most 1."""
 NUMBERS = tuple(field.name for field in dataclasses.fields(Device) if field.name not in ("name", "link"))
 """The fields of a device that are numbers. `find_device` takes each of them."""
 
@@ -151,6 +156,14 @@ def find_device(text: str) -> Device:
     missing = [name for name in _NEEDED if name not in changes]
     _check(not missing, f"a device without a name needs {', '.join(missing)} too; or begin with one of {', '.join(DEVICES)}")
     return Device(**{"name": _GIVEN, **changes})
+
+
+def device_text(device: Device) -> str:
+    """The device as a text for `find_device`: every number that is not a Device's default, to four digits."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Device)}
+    numbers = [f"{name}={getattr(device, name):.4g}" for name in NUMBERS if getattr(device, name) != defaults[name]]
+    link = [] if device.link == defaults["link"] else [f"link={device.link.name}"]
+    return ",".join([*numbers, *link])
 
 
 def _named(name: str) -> Device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -74,6 +75,13 @@ def one_copy_to_load(arch: Architecture, dtype: torch.dtype, device: torch.devic
         return False
     free = available - weight_bytes(arch, dtype.itemsize)
     return packed_bytes(arch, dtype.itemsize) > COPIES_SHARE * (1 - POOL_SHARE) * free
+
+
+def device_bytes(device: torch.device) -> int:
+    """All memory of the device, taken or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def available_bytes(device: torch.device) -> int | None:

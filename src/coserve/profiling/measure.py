@@ -64,10 +64,19 @@ def latency_model(
     passes: PassExecutor, train: TrainExecutor, blocks: BlockPool, config: SchedulerConfig, fingerprint: str,
     report: Callable[[str], None],
 ) -> LatencyModel:
-    """The latency model of this machine, from the cache or measured now. report: called with lines for the log."""
+    """The latency model of this machine, fitted to its profile."""
+    return fit(machine_profile(passes, train, blocks, config, fingerprint, report))
+
+
+def machine_profile(
+    passes: PassExecutor, train: TrainExecutor, blocks: BlockPool, config: SchedulerConfig, fingerprint: str,
+    report: Callable[[str], None], *, anew: bool = False,
+) -> list[ProfilePoint]:
+    """The profile of this machine, from the cache or measured now. report: called with lines for the log. anew: whether it is
+    measured whatever the cache holds."""
     key = profile_key(passes, fingerprint)
     path = cache_directory() / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    samples, profiler = load_profile(path, key), Profiler(passes, train, blocks)
+    samples, profiler = None if anew else load_profile(path, key), Profiler(passes, train, blocks)
     if samples is not None and profiler.slowdown(samples) > STALE:
         report("the kept profile was measured on a busy machine")
         samples = None
@@ -80,7 +89,7 @@ def latency_model(
             save_profile(path, key, samples)
         except OSError as error:
             report(f"the profile can't be kept in {path}: {error}")
-    return fit(samples)
+    return samples
 
 
 class Profiler:
