@@ -71,13 +71,14 @@ def _law(facts: Mapping[str, Any]) -> str:
         f"<tr><td>{escape(name)}</td><td>{value:.4g}</td></tr>" for name, value in device.items() if isinstance(value, float)
     )
     terms = "".join(f"<tr><td>{escape(name)}</td><td>{seconds:.4g}</td></tr>" for name, seconds in facts["law"].items())
+    beside = "" if device["overlap"] == 1 else f", and {1 - device['overlap']:.0%} of the shorter"
     shared, size = "One device holds the model.", facts["tensor_parallel_size"]
     if size > 1:
         shared = f"{size} devices share the model, with two all-reduces per layer and direction over {device['link']['name']}."
     return (
         f"<h2>The law</h2><p>{escape(device['name'])}: {numbers}. Products with the weights take the longer of reading them "
-        f"and of their arithmetic at {device['efficiency']:.0%} of the peak. Decode rows also read their keys and values. A "
-        f"pass, a unit of training and each of its layers cost a constant. {shared}</p>"
+        f"and of their arithmetic at {device['efficiency']:.0%} of the peak{beside}. Decode rows also read their keys and "
+        f"values. A pass, a unit of training and each of its layers cost a constant. {shared}</p>"
         '<div class="charts"><div class="wide"><table><thead><tr><th>of the device</th><th>value</th></tr></thead>'
         f"<tbody>{others}</tbody></table></div>"
         '<div class="wide"><table><thead><tr><th>term of the law, from this amount on</th><th>seconds each</th></tr></thead>'
