@@ -7,7 +7,8 @@ from typing import Any
 from coserve.config.settings import SchedulerConfig
 from coserve.core import StepPlan
 from coserve.scheduler.latency import LatencyModel
-from tests.fake_engine import FakeEngine, FakeRequest, fake_token
+from coserve.simulation.requests import SimulatedRequest, simulated_token
+from tests.checked_engine import CheckedEngine
 
 PASS, ROW, UNIT, ROW_LAYER = 0.010, 0.001, 0.001, 0.00002
 """Seconds: of a pass, of each row in it after the first, of a unit per layer, of each row and layer."""
@@ -25,28 +26,28 @@ def law(**changes: float) -> LatencyModel:
     return LatencyModel(terms)
 
 
-def engine(model: LatencyModel | None = None, **options: Any) -> FakeEngine:
+def engine(model: LatencyModel | None = None, **options: Any) -> CheckedEngine:
     """An engine with objectives of 0.1 s per token and 3 s to the first, without a reserve. options: of the scheduler's
     configuration, else of the engine."""
     names = set(SchedulerConfig.__dataclass_fields__)
     config = {"tpot_ms": 100.0, "ttft_ms": 3000.0, "reserve": 0.0}
     config |= {name: options.pop(name) for name in list(options) if name in names}
-    return FakeEngine(SchedulerConfig(**config), model or law(), **options)  # type: ignore[arg-type]
+    return CheckedEngine(SchedulerConfig(**config), model or law(), **options)  # type: ignore[arg-type]
 
 
-def step(fake: FakeEngine) -> StepPlan:
+def step(fake: CheckedEngine) -> StepPlan:
     plan = fake.step()
     assert plan is not None
     return plan
 
 
-def whole(request: FakeRequest) -> bool:
+def whole(request: SimulatedRequest) -> bool:
     """Whether all its tokens came, each once."""
     state = request.state
-    return state.output == [fake_token(state.id, len(state.prompt) + i) for i in range(request.stop_at)]
+    return state.output == [simulated_token(state.id, len(state.prompt) + i) for i in range(request.stop_at)]
 
 
-def decoding(fake: FakeEngine, tokens: int = 200, **options: Any) -> FakeRequest:
+def decoding(fake: CheckedEngine, tokens: int = 200, **options: Any) -> SimulatedRequest:
     """A request whose first token has come."""
     request = fake.submit(8, tokens, **options)
     while not request.token_times:

@@ -28,6 +28,7 @@ RANKS: Mapping[str, float] = {
     "devices": 5.5,  # a scheduler's latency law from a model's shapes and a device's data
     "training": 5.6,  # runs finetune's jobs on the runtime, under a plan
     "profiling": 5.6,  # measures the runtime for the scheduler's latency law
+    "simulation": 5.6,  # the scheduler on a virtual clock
     "engine": 6,
     "server": 7,
     "": 7.5,  # coserve/__init__.py, the public face

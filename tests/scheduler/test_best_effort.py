@@ -16,7 +16,9 @@ from coserve.config.settings import SchedulerConfig
 from coserve.scheduler.prompts import LATE
 from coserve.scheduler.requests import RequestState
 from coserve.scheduler.slo import profile_slo
-from tests.fake_engine import BASE, FakeEngine, FakeRequest
+from coserve.simulation.engine import BASE_KEY
+from coserve.simulation.requests import SimulatedRequest
+from tests.checked_engine import CheckedEngine
 from tests.fake_machine import law
 from tests.scheduler.test_starvation import UNHURRIED_MS, closed_loop, machine, waits
 
@@ -26,19 +28,19 @@ PROFILE = profile_slo(machine())
 JOB: dict[str, Any] = {"microbatches": [[256] * 4] * 4, "elements": 5_000_000}
 
 
-def engine(policy: str = "coserve", **options: Any) -> FakeEngine:
+def engine(policy: str = "coserve", **options: Any) -> CheckedEngine:
     """An engine whose requests are served by best effort, unless they or the options say otherwise."""
     config: dict[str, Any] = {"tpot_ms": "none", "ttft_ms": "none", "reserve": 0.05, **options}
-    return FakeEngine(SchedulerConfig(policy=policy, **config), machine(), num_layers=30, check_cache=False)
+    return CheckedEngine(SchedulerConfig(policy=policy, **config), machine(), num_layers=30, check_cache=False)
 
 
-def token_s(request: FakeRequest) -> float:
+def token_s(request: SimulatedRequest) -> float:
     """Mean time of a token after the first."""
     times = request.token_times
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
-def decoding(fake: FakeEngine, count: int, tokens: int = 4000) -> list[FakeRequest]:
+def decoding(fake: CheckedEngine, count: int, tokens: int = 4000) -> list[SimulatedRequest]:
     """So many requests whose prompts are through."""
     requests = [fake.submit(16, tokens) for _ in range(count)]
     while not all(request.token_times for request in requests):
@@ -52,7 +54,7 @@ def decoding(fake: FakeEngine, count: int, tokens: int = 4000) -> list[FakeReque
 @pytest.mark.parametrize("clients", [1, 8, 32])
 def test_without_a_job_no_time_is_left_unused(clients: int) -> None:
     """Against an engine whose objectives are too long to matter: as much is served, and nobody waits longer."""
-    unhurried = FakeEngine(
+    unhurried = CheckedEngine(
         SchedulerConfig(policy="inference-only", tpot_ms=UNHURRIED_MS, ttft_ms=UNHURRIED_MS, reserve=0.05), machine(),
         num_layers=30, check_cache=False,
     )
@@ -135,7 +137,7 @@ def test_a_prompt_without_an_objective_is_late_in_time_beside_a_job(tpot_s: floa
     """A running request leaves no time for it, and its own objective never comes near: the profile's stands in."""
     slow = law(once=0.0995)  # decoding leaves next to nothing of 0.1 s
     ttft_s = profile_slo(slow).ttft_s
-    fake = FakeEngine(SchedulerConfig(tpot_ms=100.0, ttft_ms=3000.0, reserve=0.0), slow, check_cache=False)
+    fake = CheckedEngine(SchedulerConfig(tpot_ms=100.0, ttft_ms=3000.0, reserve=0.0), slow, check_cache=False)
     decoding(fake, 1, 60)
     fake.add_job([[500]] * 4)
     request = fake.submit(64, 2, ttft_s=NONE, tpot_s=tpot_s)
@@ -212,7 +214,7 @@ def test_random_loads_with_and_without_objectives_beside_a_job(seed: int) -> Non
 def test_no_figure_of_a_request_without_objectives_is_undefined(
     max_tokens: int, reserve: float, tpot_s: float, ttft_s: float
 ) -> None:
-    state = RequestState(id=1, tenant="", prompt=[1, 2], max_tokens=max_tokens, key=BASE, arrival_s=1.0, ttft_s=ttft_s,
+    state = RequestState(id=1, tenant="", prompt=[1, 2], max_tokens=max_tokens, key=BASE_KEY, arrival_s=1.0, ttft_s=ttft_s,
                          tpot_s=tpot_s)
 
     def figures() -> list[float]:

@@ -15,7 +15,8 @@ from coserve.core import Direction
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RAMP_TOKENS, RESERVES
-from tests.fake_engine import FakeEngine, FakeRequest
+from coserve.simulation.requests import SimulatedRequest
+from tests.checked_engine import CheckedEngine
 from tests.fake_machine import decoding, engine, law, step, whole
 
 # --- budgets ---
@@ -52,7 +53,7 @@ def test_slack_is_saved_up_only_to_the_itl_cap() -> None:
     assert 0.14 < longest <= 0.15 + 1e-9
 
 
-def least_slack(fake: FakeEngine, request: FakeRequest, steps: int) -> float:
+def least_slack(fake: CheckedEngine, request: SimulatedRequest, steps: int) -> float:
     """Of the request, before the reserve, after each of so many iterations."""
     slack = []
     for _ in range(steps):
@@ -144,7 +145,7 @@ def test_a_short_prompt_is_not_cut_for_a_cap_that_nobody_asked_for() -> None:
     assert len(chunks_of(200, 0.03, tpot_ms=None)) > 2, "though it is longer than the profile's"
 
 
-def gaps(request: FakeRequest) -> list[float]:
+def gaps(request: SimulatedRequest) -> list[float]:
     return [b - a for a, b in zip(request.token_times, request.token_times[1:], strict=False)]
 
 
@@ -371,7 +372,7 @@ def test_tenants_prompts_take_turns() -> None:
     assert place.index(few[-1].finished_s or 0) <= 6
 
 
-def attainment(requests: Sequence[FakeRequest]) -> float:
+def attainment(requests: Sequence[SimulatedRequest]) -> float:
     return sum(request.met for request in requests) / len(requests)
 
 
@@ -433,7 +434,7 @@ def test_the_most_served_tenants_latest_request_is_preempted() -> None:
 
 
 def test_a_tenants_own_job_does_not_put_its_requests_behind_a_flood() -> None:
-    fake = FakeEngine(
+    fake = CheckedEngine(
         SchedulerConfig(tpot_ms=100.0, ttft_ms=3000.0, reserve=0.05), law(once=0.004, row=0.0005, layers=1e-5, row_layer=1e-7),
         check_cache=False,
     )
@@ -526,9 +527,9 @@ def cpu_law() -> LatencyModel:
 
 def ten_minutes(
     policy: str, rate: float, *, noise: float = 0.0, seconds: float = 600.0
-) -> tuple[FakeEngine, int]:
+) -> tuple[CheckedEngine, int]:
     """Poisson arrivals beside a job; the engine, and how many requests missed an objective."""
-    fake = FakeEngine(
+    fake = CheckedEngine(
         SchedulerConfig(policy=policy, tpot_ms=157.0, ttft_ms=3000.0, reserve=0.05), cpu_law(), num_layers=CPU_LAYERS,
         noise=noise, check_cache=False,
     )
@@ -545,7 +546,7 @@ CAPACITY = 3.7
 HALF_CAPACITY = CAPACITY / 2
 
 
-def left_share(fake: FakeEngine) -> float:
+def left_share(fake: CheckedEngine) -> float:
     """Share of time that inference leaves: its rows, and a pass per token of objective while anything runs."""
     rows = sum(span.length for _, plan in fake.plans for span in plan.spans)
     return 1 - (rows * 0.0011 / fake.clock() + 0.02 / 0.157)

@@ -6,7 +6,7 @@ import pytest
 
 from coserve.config.settings import POLICIES, SchedulerConfig
 from coserve.core import ConfigError, Direction
-from tests.fake_engine import FakeEngine
+from tests.checked_engine import CheckedEngine
 from tests.fake_machine import engine
 
 
@@ -26,7 +26,7 @@ def test_finetune_only_serves_nobody() -> None:
     assert job.steps_done == 5 and not request.token_times
 
 
-def turns(fake: FakeEngine) -> list[str]:
+def turns(fake: CheckedEngine) -> list[str]:
     """Runs of plans in words: 'I5' is five inference iterations, 'M' one whole micro-batch, 'O' only optimizer slices."""
     words: list[str] = []
     inference = 0

@@ -19,7 +19,7 @@ from coserve.scheduler.slo import LEAST, describe_slo, profile_slo
 from coserve.server.link.messages import Generate, decode_to_engine, encode
 from coserve.server.link.setup import EngineSetup, read_setup, write_setup
 from coserve.server.settings import ServerConfig, read_settings
-from tests.fake_engine import FakeEngine
+from tests.checked_engine import CheckedEngine
 from tests.fake_machine import law
 
 NONE = math.inf
@@ -59,7 +59,7 @@ def test_two_digits_are_kept_where_they_are_exact() -> None:
 
 def test_settings_go_before_the_profile() -> None:
     def default(**settings: Any) -> Slo:
-        return FakeEngine(SchedulerConfig(**settings), law()).scheduler.slo
+        return CheckedEngine(SchedulerConfig(**settings), law()).scheduler.slo
 
     assert default() == (0.026, 4.3)
     assert default(tpot_ms=60) == (0.06, 4.3)

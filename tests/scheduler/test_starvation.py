@@ -12,7 +12,8 @@ import pytest
 
 from coserve.config.settings import SchedulerConfig
 from coserve.scheduler.latency import LatencyModel
-from tests.fake_engine import FakeEngine, FakeRequest
+from coserve.simulation.requests import SimulatedRequest
+from tests.checked_engine import CheckedEngine
 from tests.fake_machine import law
 
 UNHURRIED_MS = 1e9
@@ -22,17 +23,17 @@ def machine() -> LatencyModel:
     return law(once=0.022, row=0.0013, layers=0.001, row_layer=0.00004)
 
 
-def fake_engine(policy: str = "coserve", *, tpot_ms: float = 100.0, ttft_ms: float = 3000.0) -> FakeEngine:
+def make_engine(policy: str = "coserve", *, tpot_ms: float = 100.0, ttft_ms: float = 3000.0) -> CheckedEngine:
     config = SchedulerConfig(policy=policy, tpot_ms=tpot_ms, ttft_ms=ttft_ms, reserve=0.05)
-    return FakeEngine(config, machine(), num_layers=30, check_cache=False)
+    return CheckedEngine(config, machine(), num_layers=30, check_cache=False)
 
 
-def waits(requests: list[FakeRequest]) -> list[float]:
+def waits(requests: list[SimulatedRequest]) -> list[float]:
     """Seconds from arrival to the first token."""
     return [request.token_times[0] - request.state.arrival_s for request in requests]
 
 
-def closed_loop(num_clients: int, fake: FakeEngine, seconds: float = 120.0) -> list[FakeRequest]:
+def closed_loop(num_clients: int, fake: CheckedEngine, seconds: float = 120.0) -> list[SimulatedRequest]:
     """Each client sends its next request when the last one has ended. All that had begun to be sent by the end are served."""
     current = [fake.submit(128, 64) for _ in range(num_clients)]
     sent = list(current)
@@ -51,8 +52,8 @@ def closed_loop(num_clients: int, fake: FakeEngine, seconds: float = 120.0) -> l
 @pytest.mark.parametrize("job", [False, True], ids=["alone", "job"])
 @pytest.mark.parametrize("num_clients", [8, 16, 32])
 def test_clients_in_a_closed_loop_are_all_served(num_clients: int, job: bool) -> None:
-    unhurried = closed_loop(num_clients, fake_engine("inference-only", tpot_ms=UNHURRIED_MS, ttft_ms=UNHURRIED_MS))
-    fake = fake_engine()
+    unhurried = closed_loop(num_clients, make_engine("inference-only", tpot_ms=UNHURRIED_MS, ttft_ms=UNHURRIED_MS))
+    fake = make_engine()
     if job:
         fake.add_job([[256] * 4] * 4, elements=5_000_000)
     sent = closed_loop(num_clients, fake)
@@ -73,7 +74,7 @@ def arrivals(rng: random.Random, load: float) -> list[dict[str, float]]:
     return found
 
 
-def served(load: list[dict[str, float]], fake: FakeEngine, *, hurried: bool) -> list[FakeRequest]:
+def served(load: list[dict[str, float]], fake: CheckedEngine, *, hurried: bool) -> list[SimulatedRequest]:
     keys = ("prompt", "max_tokens", "at") if not hurried else tuple(load[0])
     requests = [fake.submit(**{key: item[key] for key in keys}) for item in load]  # type: ignore[arg-type]
     fake.run()
@@ -86,8 +87,8 @@ def test_nobody_waits_twice_as_long_as_first_come_first_served(seed: int) -> Non
     interrupted: the longest one is allowed on top."""
     rng = random.Random(seed)
     load = arrivals(rng, rng.choice([0.3, 0.8, 1.5, 3.0]))
-    fcfs = served(load, fake_engine("inference-only", tpot_ms=UNHURRIED_MS, ttft_ms=UNHURRIED_MS), hurried=False)
-    fake = fake_engine()
+    fcfs = served(load, make_engine("inference-only", tpot_ms=UNHURRIED_MS, ttft_ms=UNHURRIED_MS), hurried=False)
+    fake = make_engine()
     fair = served(load, fake, hurried=True)
     longest = max(plan.predicted_s for _, plan in fake.plans)
     late = [(a, b) for a, b in zip(waits(fair), waits(fcfs), strict=True) if a > 2 * b + longest]
@@ -99,8 +100,8 @@ def test_a_job_makes_nobody_late(seed: int) -> None:
     """Beside a job a request waits as long as its own objective allows, or as long as without one."""
     rng = random.Random(seed)
     load = arrivals(rng, rng.choice([0.3, 0.8, 1.5, 3.0]))
-    fcfs = served(load, fake_engine("inference-only", tpot_ms=UNHURRIED_MS, ttft_ms=UNHURRIED_MS), hurried=False)
-    fake = fake_engine()
+    fcfs = served(load, make_engine("inference-only", tpot_ms=UNHURRIED_MS, ttft_ms=UNHURRIED_MS), hurried=False)
+    fake = make_engine()
     fake.add_job([[256] * 4] * 4, elements=5_000_000, steps=40)
     fair = served(load, fake, hurried=True)
     longest = max(plan.predicted_s for _, plan in fake.plans)

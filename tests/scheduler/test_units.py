@@ -10,7 +10,7 @@ import pytest
 from coserve.core import Direction, PassCost, StepPlan, Unit, WorkUnit
 from coserve.scheduler.units import OVERDUE, PATIENCE, STUCK_PATIENCE, UnitPicker
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
-from tests.fake_engine import FakeEngine
+from tests.checked_engine import CheckedEngine
 from tests.fake_machine import decoding, engine, law, step
 
 
@@ -19,7 +19,7 @@ def row_layers(works: Sequence[WorkUnit]) -> int:
     return sum((w.unit.end - w.unit.start) * (w.unit.layer_end - w.unit.layer_start) for w in works)
 
 
-def run_beside_requests(fake: FakeEngine, iterations: int = 120) -> list[StepPlan]:
+def run_beside_requests(fake: CheckedEngine, iterations: int = 120) -> list[StepPlan]:
     """Iterations of a job beside two requests that decode."""
     decoding(fake, 1000)
     decoding(fake, 1000)
@@ -85,7 +85,7 @@ def test_optimizer_slices_leave_time_for_what_follows_from_them() -> None:
 # --- patience: an inefficient unit waits, since slack that is not used adds up ---
 
 
-def small_slack(fake: FakeEngine) -> tuple[UnitPicker, list[JobWork], PassCost]:
+def small_slack(fake: CheckedEngine) -> tuple[UnitPicker, list[JobWork], PassCost]:
     """A picker with one job, whose units are efficient over many rows only, beside a pass."""
     work = MicrobatchWork(id=1, job=1, num_tokens=2000, num_layers=4, lowest=0, bounds=[(0, 2000)], label_rows=range(2000))
     job = JobWork(id=1, tenant="")
@@ -152,7 +152,7 @@ def test_a_stuck_unit_waits_then_stops_others_then_lets_them_go_on() -> None:
 # --- a deterministic job's grid ---
 
 
-def on_the_grid(fake: FakeEngine, tokens: int, grid: int) -> None:
+def on_the_grid(fake: CheckedEngine, tokens: int, grid: int) -> None:
     """Every window is the next one of the grid, whole through each layer, and none is fused."""
     for work in fake.runner.units:
         start, end = work.unit.start, work.unit.end

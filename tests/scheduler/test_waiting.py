@@ -11,7 +11,7 @@ import pytest
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RequestState
 from coserve.scheduler.waiting import WaitingRequests, is_overdue
-from tests.fake_engine import FakeEngine
+from tests.checked_engine import CheckedEngine
 from tests.fake_machine import decoding, engine
 
 
@@ -69,7 +69,7 @@ def test_admitting_while_looking() -> None:
     assert len(seen) == len(set(seen)) and len(waiting) < 50
 
 
-def flooded(num_waiting: int, tenants: int) -> FakeEngine:
+def flooded(num_waiting: int, tenants: int) -> CheckedEngine:
     """64 requests decode, a job trains, and so many wait."""
     fake = engine(num_blocks=1 << 14)
     for _ in range(64):
@@ -82,7 +82,7 @@ def flooded(num_waiting: int, tenants: int) -> FakeEngine:
     return fake
 
 
-def schedule_seconds(fake: FakeEngine, iterations: int, *, freeing: bool) -> float:
+def schedule_seconds(fake: CheckedEngine, iterations: int, *, freeing: bool) -> float:
     """Median time of the scheduler itself. freeing: a running request ends before each iteration, so that one is admitted."""
     scheduler, times = fake.scheduler, []
     schedule = scheduler.schedule

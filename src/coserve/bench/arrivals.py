@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from coserve.config.values import require, require_least, require_positive
+from coserve.config.values import is_number, require, require_least, require_positive
 from coserve.core import ConfigError, InvalidRequest, NotFound
+
+MOST_SPREAD = 3.0
+"""Of lengths. Beyond it the mean is made by requests that the limit cuts."""
 
 
 class Arrival(NamedTuple):
@@ -49,15 +52,20 @@ class ArrivalConfig:
     prompt_tokens: int = 128
     output_tokens: int = 64
     length_scale: float | None = None
-    """A trace's own lengths times this factor; None: every request has the lengths above."""
+    """A trace's own lengths times this factor; None: the lengths are those above."""
+    length_spread: float = 0.0
+    """Standard deviation of the logarithm of lengths: they are log-normal, with those above as means. 0: all are equal."""
     max_tokens: int = 2048
-    """Prompts and outputs of a trace are cut so that both together stay within this."""
+    """Lengths that differ are cut so that a prompt and its output together stay within this."""
 
     def __post_init__(self) -> None:
         parse_kind(self.kind)
         require_least(self, 1, "prompt_tokens", "output_tokens")
         require_least(self, 2, "max_tokens")
         require_positive(self, "length_scale")
+        require(is_number(self.length_spread) and 0 <= self.length_spread <= MOST_SPREAD, "length_spread",
+                f"must be from 0 to {MOST_SPREAD:g}, got {self.length_spread}")
+        require(not self.length_spread or self.length_scale is None, "length_spread", "a trace's own lengths have their spread")
         require(self.length_scale is None or self.kind.startswith("trace:"), "length_scale",
                 "only a trace has lengths to scale")
 
@@ -91,16 +99,28 @@ def make_arrivals(config: ArrivalConfig, rate: float, count: int, seed: int) -> 
         shape = 1.0 / variation**2
         times = np.cumsum(rng.gamma(shape, 1.0 / shape, count + 1))[:-1]
         end = float(times[-1] + rng.gamma(shape, 1.0 / shape))
-        due = times * (count / rate / end)
-        return [Arrival(float(t), config.prompt_tokens, config.output_tokens) for t in due]
+        return _arrivals(times * (count / rate / end), *_drawn_lengths(config, count, seed))
     trace = read_trace(path)
     if len(trace.times_s) < count:
         raise InvalidRequest(f"arrivals: {path} has {len(trace.times_s)} usable requests, fewer than {count}", param="arrivals")
     start = int(rng.integers(0, len(trace.times_s) - count + 1))
     part = slice(start, start + count)
-    prompts, outputs = _lengths(config, trace.prompt_tokens[part], trace.output_tokens[part])
     due = rescale(trace.times_s[part], rate)
+    if config.length_scale is None:
+        return _arrivals(due, *_drawn_lengths(config, count, seed))
+    scaled = (tokens[part] * config.length_scale for tokens in (trace.prompt_tokens, trace.output_tokens))
+    return _arrivals(due, *_cut(config, *scaled))
+
+
+def _arrivals(due: np.ndarray, prompts: np.ndarray, outputs: np.ndarray) -> list[Arrival]:
     return [Arrival(float(t), int(p), int(o)) for t, p, o in zip(due, prompts, outputs, strict=True)]
+
+
+def poisson_arrivals(config: ArrivalConfig, rate: float, count: int, seed: int) -> list[Arrival]:
+    """Arrivals at random times, whatever the kind: capacity is a Poisson rate. A trace's own lengths stay."""
+    lengths = make_arrivals(config, rate, count, seed)
+    times = make_arrivals(replace(config, kind="poisson", length_scale=None, length_spread=0.0), rate, count, seed)
+    return [own._replace(due_s=other.due_s) for own, other in zip(lengths, times, strict=True)]
 
 
 def rescale(times_s: np.ndarray, rate: float) -> np.ndarray:
@@ -179,10 +199,21 @@ def _azure_seconds(text: str) -> float:
     return seconds + float(f"0.{fraction or 0}")
 
 
-def _lengths(config: ArrivalConfig, prompts: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The slice's lengths: fixed, or the trace's scaled and cut (outputs to half of the limit, prompts to what is left)."""
-    if config.length_scale is None:
-        return np.full(len(prompts), config.prompt_tokens), np.full(len(outputs), config.output_tokens)
-    scaled = np.clip(np.rint(outputs * config.length_scale), 1, config.max_tokens // 2).astype(np.int64)
-    room = config.max_tokens - scaled
-    return np.clip(np.rint(prompts * config.length_scale), 1, room).astype(np.int64), scaled
+def _drawn_lengths(config: ArrivalConfig, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of prompts and outputs, int64 [count] each. Equal seeds give equal lengths, however many there are."""
+    means = config.prompt_tokens, config.output_tokens
+    if not config.length_spread:
+        prompts, outputs = (np.full(count, mean) for mean in means)
+        return prompts, outputs
+    spread = config.length_spread
+    prompts, outputs = (
+        np.random.default_rng((seed, stream)).lognormal(np.log(mean) - spread**2 / 2, spread, count)
+        for stream, mean in enumerate(means, start=1)
+    )
+    return _cut(config, prompts, outputs)
+
+
+def _cut(config: ArrivalConfig, prompts: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths as whole numbers within the limit: outputs are cut to half of it, prompts to what is left."""
+    whole = np.clip(np.rint(outputs), 1, config.max_tokens // 2).astype(np.int64)
+    return np.clip(np.rint(prompts), 1, config.max_tokens - whole).astype(np.int64), whole

@@ -45,14 +45,19 @@ class DrivenJob(Protocol):
     def cancel(self) -> None: ...
 
 
-class BenchEngine(Protocol):
-    """What a benchmark needs of an engine; coserve.engine.engine.Engine has it."""
+class LoadEngine(Protocol):
+    """What a run needs of an engine."""
 
     def submit(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Handle: ...
     def step(self) -> bool: ...
-    def finetune(self, data_path: Path, output_dir: Path, config: FinetuneConfig, *, name: str) -> DrivenJob: ...
     def now(self) -> float: ...
     def metrics(self) -> Mapping[str, Any]: ...
+
+
+class BenchEngine(LoadEngine, Protocol):
+    """What a benchmark needs of an engine that trains from files; coserve.engine.engine.Engine has it."""
+
+    def finetune(self, data_path: Path, output_dir: Path, config: FinetuneConfig, *, name: str) -> DrivenJob: ...
     def close(self) -> None: ...
 
 
@@ -81,7 +86,8 @@ class RunConfig:
 class Run:
     """records: the counted requests, their times from the window's start. busy_s, iterations, rows: of the whole run;
     rows: prompt and output tokens. inference_tokens: output tokens in the window. prediction_errors: by kind of iteration,
-    an ErrorSummary's fields (scheduler/latency.py)."""
+    an ErrorSummary's fields (scheduler/latency.py). fused_share: of the forward rows of finetuning, those that rode in a pass
+    with requests; None where there were none, or the engine doesn't count them."""
 
     records: tuple[RequestRecord, ...]
     window_s: float
@@ -92,6 +98,7 @@ class Run:
     rows: int
     gave_up: bool = False
     peak_memory_bytes: int | None = None
+    fused_share: float | None = None
     prediction_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
@@ -109,7 +116,7 @@ class _Injected(NamedTuple):
 
 
 def run_load(
-    engine: BenchEngine, arrivals: Sequence[Arrival], prompt: Callable[[int], Sequence[int]], config: RunConfig, *,
+    engine: LoadEngine, arrivals: Sequence[Arrival], prompt: Callable[[int], Sequence[int]], config: RunConfig, *,
     sleep: Callable[[float], None], job: DrivenJob | None = None,
 ) -> Run:
     """Injects the arrivals (sorted by due time) and steps the engine until all is done. prompt: token ids of a length.
@@ -151,12 +158,17 @@ def run_load(
         samples=tuple(samples),
         busy_s=float(done["busy_s"] - before["busy_s"]), iterations=int(done["iterations"] - before["iterations"]),
         rows=sum(r.prompt_tokens + len(r.token_times) - 1 for r in records if r.token_times),
-        gave_up=gave_up, peak_memory_bytes=done["memory"].get("peak_bytes"),
+        gave_up=gave_up, peak_memory_bytes=done["memory"].get("peak_bytes"), fused_share=_fused_share(before, done),
         prediction_errors=engine.metrics().get("prediction_errors", {}),
     )
 
 
-def _submit(engine: BenchEngine, arrival: Arrival, prompt_ids: Sequence[int]) -> _Injected:
+def _fused_share(before: Mapping[str, Any], done: Mapping[str, Any]) -> float | None:
+    forward, fused = (done.get(name, 0.0) - before.get(name, 0.0) for name in ("forward_rows", "fused_rows"))
+    return float(fused / forward) if forward else None
+
+
+def _submit(engine: LoadEngine, arrival: Arrival, prompt_ids: Sequence[int]) -> _Injected:
     sampling = SamplingConfig(max_tokens=arrival.output_tokens, ignore_eos=True, temperature=0.0)
     try:
         return _Injected(arrival, engine.submit(prompt_ids, sampling))
@@ -164,7 +176,7 @@ def _submit(engine: BenchEngine, arrival: Arrival, prompt_ids: Sequence[int]) ->
         return _Injected(arrival, None)
 
 
-def _sample(engine: BenchEngine, config: RunConfig, now: float, samples: list[TokensDone]) -> None:
+def _sample(engine: LoadEngine, config: RunConfig, now: float, samples: list[TokensDone]) -> None:
     """Takes the sample that is due: one at the window's start, one at its end, and between them every `sample_s`."""
     time_s = now - config.window_start_s
     window_s = config.window_end_s - config.window_start_s
@@ -197,7 +209,7 @@ def _num_missed(injected: Sequence[_Injected], objectives: SloInMs, start: float
     return missed
 
 
-def _cancel(engine: BenchEngine, injected: Sequence[_Injected]) -> None:
+def _cancel(engine: LoadEngine, injected: Sequence[_Injected]) -> None:
     """Cancels what is unfinished and lets the engine see to it, so that the next run starts in an idle engine."""
     live = [item.handle for item in injected if item.handle is not None and not item.handle.finished]
     for handle in live:

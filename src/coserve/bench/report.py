@@ -13,6 +13,7 @@ from typing import Any
 from coserve.bench.burst import BACK_SHARE
 from coserve.bench.charts import Bar, Line, bar_chart, line_chart, number
 from coserve.bench.machine import LEAST_RUNS
+from coserve.bench.simulatedpage import NOTICE, simulated_method
 
 Row = Mapping[str, Any]
 
@@ -43,15 +44,18 @@ code{font-size:.86rem;overflow-wrap:anywhere}
 
 def make_page(data: Mapping[str, Any]) -> str:
     """The page of one result file (results.py, plus device, date, versions, command)."""
-    rows = [row for row in data["results"] if row["experiment"] == "sharing"]
+    rows = [row for row in data["results"] if row["experiment"] in ("sharing", "simulation")]
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     colors = {policy: f"var(--c{i % 8})" for i, policy in enumerate(p for p in policies if p != "finetune-only")}
     model = escape(str(rows[0]["model"])) if rows else "a model"
+    method, title = _method(data), f"One machine that serves and finetunes {model}"
+    if "simulation" in data:
+        method, title = simulated_method(data), f"Simulated: {model} on {escape(data['simulation']['devices'])}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,'
-        f'initial-scale=1"><title>Sharing {model}</title><style>{STYLE}</style></head><body>'
-        f"<h1>One machine that serves and finetunes {model}</h1>{_facts(data)}{_lead(rows)}{_overview(rows, data, colors)}"
-        f"{_bursts(data.get('bursts', []))}{_table(rows)}{_method(data)}</body></html>\n"
+        f'initial-scale=1"><title>{title}</title><style>{STYLE}</style></head><body>'
+        f"<h1>{title}</h1>{NOTICE if 'simulation' in data else ''}{_facts(data)}{_lead(rows)}{_overview(rows, data, colors)}"
+        f"{_bursts(data.get('bursts', []))}{_table(rows)}{method}</body></html>\n"
     )
 
 
@@ -71,7 +75,7 @@ def _lead(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["policy"] == "coserve" and "finetune_share" in row and "slo_attainment" in row:
             of_bound = _of_bound(row)
-            bound = "" if of_bound is None else f", {of_bound:.0%} of this machine's bound"
+            bound = "" if of_bound is None else f", {of_bound:.0%} of the bound"
             lines.append(
                 f"At {row['load']:.0%} of capacity, coserve met the objectives of {row['slo_attainment']:.1%} of "
                 f"{row['num_requests']} requests and kept {row['finetune_share']:.0%} of finetune-only's throughput{bound}."
@@ -100,14 +104,14 @@ def _overview(rows: Sequence[Row], data: Mapping[str, Any], colors: Mapping[str,
     draw = _bars if len(loads) == 1 else _lines
     attainment, throughput = draw(loaded, loads, alone, spread, colors)
     key = "".join(f'<li><i style="background:{color}"></i>{escape(policy)}</li>' for policy, color in colors.items())
-    dashed = "<li>dashed: the bound of this machine</li>" if _bounds(loaded, alone) else ""
+    dashed = "<li>dashed: the bound</li>" if _bounds(loaded, alone) else ""
     where = f" at {loads[0]:.0%} of capacity" if len(loads) == 1 else " against load"
+    repeated = "" if "simulation" in data else ", least and most of the repeats for throughput"
     return (
         f'<h2>Attainment and finetuning{where}</h2><ul class="key">{key}{dashed}</ul><div class="charts">'
         f"<figure><figcaption>Requests within their objectives</figcaption>{attainment}</figure>"
         f"<figure><figcaption>Finetuning throughput, tokens/s</figcaption>{throughput}</figure></div>"
-        '<p class="soft">Marks over the points: 95% Wilson interval for attainment, least and most of the repeats for '
-        "throughput.</p>"
+        f'<p class="soft">Marks over the points: 95% Wilson interval for attainment{repeated}.</p>'
     )
 
 
@@ -227,20 +231,24 @@ COLUMNS = (
     ("output tokens/s", lambda r: f"{r['inference_tokens_per_s']:.0f}"),
     ("finetuning tokens/s", lambda r: f"{r['finetune_tokens_per_s']:.0f}"),
     ("of finetune-only", lambda r: f"{r['finetune_share']:.1%}"),
+    ("its bound", lambda r: f"{r['bound_tokens_per_s']:.0f}"),
+    ("forward rows in a pass", lambda r: f"{r['fused_share']:.1%}"),
     ("gain", lambda r: f"{r['gain']:.2f}"),
     ("bound", lambda r: f"{r['bound']:.2f}"),
 )
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head = "<th>policy</th>" + "".join(f"<th>{escape(name)}</th>" for name, _ in COLUMNS)
+    columns = [(name, show) for name, show in COLUMNS if any(_cell(row, show) for row in rows)]
+    head = "<th>policy</th>" + "".join(f"<th>{escape(name)}</th>" for name, _ in columns)
     body, load = [], None
     for row in sorted(rows, key=lambda row: row["load"]):
         if row["load"] != load:
             load = row["load"]
             title = f"{load:.0%} of capacity, {row['rate']:.3g} requests/s" if load else "no requests"
-            body.append(f'<tr class="load"><td colspan="{len(COLUMNS) + 1}">{title}</td></tr>')
-        cells = "".join(f"<td>{_cell(row, show)}</td>" for _, show in COLUMNS)
+            title += ", beyond capacity" if row.get("beyond_capacity") else ""
+            body.append(f'<tr class="load"><td colspan="{len(columns) + 1}">{title}</td></tr>')
+        cells = "".join(f"<td>{_cell(row, show)}</td>" for _, show in columns)
         body.append(f"<tr><td>{escape(row['policy'])}</td>{cells}</tr>")
     table = f'<table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
     return f'<h2>All figures</h2><div class="wide">{table}</div>'

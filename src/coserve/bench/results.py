@@ -17,11 +17,13 @@ from coserve.bench.burst import bin_series, read_burst
 from coserve.bench.machine import Observation, RowCost, fit_row_cost, gain, gain_bound, inference_share
 from coserve.bench.metrics import meets, summarize
 from coserve.bench.sharing import Cell, Measured, SharingConfig
+from coserve.bench.simulate import SimulationConfig
 
 
-def make_results(measured: Measured, config: SharingConfig, model: str) -> dict[str, Any]:
-    """The keys of the result file from `results` on: rows, and beside them what they were made from."""
-    cost = row_cost(measured)
+def make_results(measured: Measured, config: SharingConfig | SimulationConfig, model: str) -> dict[str, Any]:
+    """The keys of the result file from `results` on: rows, and beside them what they were made from. The cost of rows is fitted
+    to what was measured; a simulation's is known."""
+    cost = row_cost(measured) if isinstance(config, SharingConfig) else None
     alone = {cell.repeat: cell.run.finetune_tokens_per_s for cell in measured.cells if cell.policy == "finetune-only"}
     groups: dict[tuple[float, str], list[Cell]] = {}
     for cell in measured.cells:
@@ -37,7 +39,7 @@ def make_results(measured: Measured, config: SharingConfig, model: str) -> dict[
              "met": sum(meets(r, measured.objectives) for r in p.run.records)} for p in measured.probes
         ]},
         "repeats": [_repeat(cell, measured) for cell in measured.cells],
-        "bursts": [_burst(cell, config) for cell in measured.bursts],
+        "bursts": [_burst(cell, config) for cell in measured.bursts] if isinstance(config, SharingConfig) else [],
     }
     if measured.peer_ms is not None:
         data["peer_tpot_ms"] = measured.peer_ms
@@ -74,6 +76,8 @@ def _row(
         output = mean(len(record.token_times) for record in records)
         used = inference_share(cost, first.rate, prompt, output, measured.objectives.tpot_ms / 1e3)
         row["bound"] = gain_bound(first.rate, measured.capacity, used)
+    riding = [cell.run.fused_share for cell in cells if cell.run.fused_share is not None]
+    row |= {"fused_share": median(riding)} if riding else {}
     errors = prediction_errors([cell.run.prediction_errors for cell in cells])
     row |= {"prediction_errors": errors} if errors else {}
     peaks = [cell.run.peak_memory_bytes for cell in cells if cell.run.peak_memory_bytes is not None]

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals, make_burst
+from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals, make_burst, poisson_arrivals
 from coserve.bench.capacity import allowed_misses, find_capacity
 from coserve.bench.cells import CellStore, run_from_dict, run_to_dict
 from coserve.bench.driver import BenchEngine, DrivenJob, Run, RunConfig, run_load
@@ -183,7 +183,7 @@ class Sharing:
             def holds(rate: float) -> bool:
                 count = max(config.capacity_requests, PROBE_RESIDENCES * self._num_staying(rate, objectives))
                 arrivals, limit = self._poisson(rate, count), allowed_misses(count)
-                plan = replace(_window(arrivals, 0, config.drain_s), give_up=(objectives, limit))
+                plan = replace(window_of(arrivals, 0, config.drain_s), give_up=(objectives, limit))
                 settings = {"requests": count, **self._settings(rate, objectives)}
                 self.store.expected_s = plan.window_end_s
                 run = run_from_dict(self.store.get(f"capacity-{rate:.4g}", settings, lambda: run_to_dict(run_load(
@@ -199,7 +199,7 @@ class Sharing:
         """First uses (weights laid out, kernels chosen) must not count against the first probe."""
         arrivals = self._poisson(self.config.capacity_start, 4)
         prompt = self.setup.prompts((self.config.seed, 0))
-        run_load(engine, arrivals, prompt, _window(arrivals, 0, self.config.drain_s), sleep=self.setup.sleep)
+        run_load(engine, arrivals, prompt, window_of(arrivals, 0, self.config.drain_s), sleep=self.setup.sleep)
 
     def _num_staying(self, rate: float, objectives: SloInMs) -> int:
         """Requests that run at once where each takes all the time that its objective allows."""
@@ -207,11 +207,7 @@ class Sharing:
         return math.ceil(rate * objectives.tpot_ms / 1e3 * mean(arrival.output_tokens for arrival in sample))
 
     def _poisson(self, rate: float, count: int) -> list[Arrival]:
-        """Capacity is a Poisson rate, whatever the arrivals; a trace's own lengths stay."""
-        config = self.config
-        lengths = make_arrivals(config.arrivals, rate, count, config.seed)
-        times = make_arrivals(replace(config.arrivals, kind="poisson", length_scale=None), rate, count, config.seed)
-        return [a._replace(due_s=t.due_s) for a, t in zip(lengths, times, strict=True)]
+        return poisson_arrivals(self.config.arrivals, rate, count, self.config.seed)
 
     def _settings(self, rate: float, objectives: SloInMs) -> dict[str, Any]:
         """What every run's result depends on, for its key."""
@@ -230,7 +226,7 @@ class Sharing:
         arrivals = make_arrivals(config.arrivals, rate, warmup + config.requests, config.seed + repeat)
         arrivals = [a._replace(due_s=a.due_s + config.settle_s) for a in arrivals]
         settings = {"requests": config.requests, "settle_s": config.settle_s, **self._settings(rate, objectives)}
-        plan = _window(arrivals, warmup, config.drain_s)
+        plan = window_of(arrivals, warmup, config.drain_s)
         run = self._stored(policy, f"{policy}-{load:g}-{repeat}", settings, objectives, arrivals, plan, repeat)
         return Cell(policy, load, rate, repeat, run)
 
@@ -282,7 +278,7 @@ class Sharing:
             shutil.rmtree(output, ignore_errors=True)
 
 
-def _window(arrivals: Sequence[Arrival], warmup: int, drain_s: float) -> RunConfig:
+def window_of(arrivals: Sequence[Arrival], warmup: int, drain_s: float) -> RunConfig:
     """From the last warm-up request to the last one: it holds as many mean gaps as counted requests."""
     start = arrivals[warmup - 1].due_s if warmup else 0.0
     return RunConfig(window_start_s=start, window_end_s=arrivals[-1].due_s, drain_s=drain_s)

@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,13 +26,15 @@ from coserve.bench.report import make_page
 from coserve.bench.results import make_results
 from coserve.bench.sharing import BurstConfig, Sharing, SharingConfig, SharingSetup
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
+from coserve.cli.settings import read_numbers
+from coserve.cli.simulate import simulate
 from coserve.config.settings import POLICIES
 from coserve.config.values import require
-from coserve.core import ConfigError
 from coserve.machine import device_name, versions
 from coserve.runtime.loaded import LoadedModel, load_model
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure co-serving on this machine.")
+bench_app.command()(simulate)
 console = Console()
 
 QUICK_POLICIES = ("coserve", "temporal:16", "dynamic-temporal")
@@ -81,7 +82,7 @@ def sharing(
     config = replace(
         base,
         policies=base.policies if policies is None else tuple(name.strip() for name in policies.split(",")),
-        loads=base.loads if loads is None else _numbers(loads, "loads", float),
+        loads=base.loads if loads is None else read_numbers(loads, "loads", float),
         requests=base.requests if requests is None else requests, pairs=base.pairs if pairs is None else pairs,
         arrivals=ArrivalConfig(
             kind=arrivals, prompt_tokens=prompt_tokens, output_tokens=output_tokens, length_scale=length_scale),
@@ -89,7 +90,7 @@ def sharing(
     )
     count = threads or os.cpu_count() or 1
     halves = (max(1, count - count // 2), max(1, count // 2))
-    shares = halves if spatial_threads is None else _numbers(spatial_threads, "spatial_threads", int)
+    shares = halves if spatial_threads is None else read_numbers(spatial_threads, "spatial_threads", int)
     require(len(shares) == 2 and min(shares) >= 1, "spatial_threads", f"write two counts as 1,1, got {spatial_threads!r}")
     make_arrivals(config.arrivals, 1.0, config.requests, seed)  # a trace that can't be used is refused before the model loads
     torch.set_num_threads(count)
@@ -162,11 +163,3 @@ def summary_line(row: dict[str, Any]) -> str:
     if "gain" in row:
         parts.append(f"gain {row['gain']:.2f}" + (f", bound {row['bound']:.2f}" if "bound" in row else ""))
     return "; ".join(parts)
-
-
-def _numbers(text: str, name: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
-    """Reads numbers joined by commas."""
-    try:
-        return tuple(kind(item) for item in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"{name}: write numbers joined by commas, got {text!r}", param=name) from error

@@ -178,3 +178,11 @@ def _choose_adapter(data: dict[str, Any], kind: str | None) -> str:
     if kind in ("lora", "dora"):
         data["lora"]["use_dora"] = kind == "dora"
     return chosen
+
+
+def read_numbers(text: str, name: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """Reads numbers joined by commas."""
+    try:
+        return tuple(kind(item) for item in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{name}: write numbers joined by commas, got {text!r}", param=name) from error

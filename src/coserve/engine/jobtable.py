@@ -24,9 +24,8 @@ from coserve.engine.jobs import LiveJob
 from coserve.engine.threads import SideThreads
 from coserve.engine.watching import Watcher
 from coserve.model.architecture import Architecture
-from coserve.model.memory import GIB
 from coserve.peft.adapter import Adapter
-from coserve.planning.budget import FittedPlan, shape_adapter
+from coserve.planning.budget import FittedPlan, plan_within, require_room, shape_adapter
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import scoring_plan
@@ -100,26 +99,17 @@ class JobTable:
         """The plan with the fewest FLOPs whose largest micro-batch fits into the memory that jobs may have. Raises
         CapacityError if no plan fits."""
         arch, itemsize, settings = self.arch, self.itemsize, job.settings
-        chosen = job.plans.for_job(settings, job.plans.asked(settings), self._room)
-        self._check_room(chosen.num_tokens, chosen.num_bytes, "" if settings.deterministic else "at least ")
+        chosen = plan_within(job.plans, settings, self._room)
         if job.held_out is not None:
             tokens = min(settings.max_microbatch_tokens, sum(group.num_tokens for group in job.held_out.groups))
             scoring = scoring_plan(arch, shape_adapter(arch, settings.adapter), itemsize=itemsize)
-            self._check_room(tokens, microbatch_layout(scoring, tokens, arch, itemsize, forward_only=True).total, "")
+            require_room(tokens, microbatch_layout(scoring, tokens, arch, itemsize, forward_only=True).total, self._room)
         return chosen
 
     @property
     def _room(self) -> int:
         """Bytes of the pool that jobs may have: all but what inference is guaranteed."""
         return (self.blocks.num_blocks - self.blocks.guaranteed_blocks) * self.pool.block_bytes
-
-    def _check_room(self, num_tokens: int, needed: int, least: str) -> None:
-        if needed > self._room:
-            raise CapacityError(
-                f"max_microbatch_tokens: a micro-batch of {num_tokens} tokens needs {least}{needed / GIB:.2f} GiB and jobs may "
-                f"have {self._room / GIB:.2f} GiB of the pool; lower max_microbatch_tokens, or raise memory_bytes",
-                param="max_microbatch_tokens",
-            )
 
     # --- the life of jobs ---
 

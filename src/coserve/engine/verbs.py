@@ -20,6 +20,7 @@ from torch import Tensor
 from coserve.core import AdapterCopy, Group
 from coserve.finetune.job import StepLoss
 from coserve.peft.adapter import Adapter
+from coserve.planning.budget import recompute_fraction
 from coserve.scheduler.blocks import ArenaBlocks
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 from coserve.training.batchwork import BatchWork, Microbatch
@@ -115,7 +116,7 @@ class BatchRun:
             num_layers=self._trainer.model.architecture.num_layers, lowest=micro.plan.lowest_trained,
             bounds=micro.batch.bounds, label_rows=micro.batch.host_label_rows.tolist(), forward_only=micro.forward_only,
             grid=self._trainer.config.grid_tokens,
-            recompute_fraction=micro.plan.recompute_flops / max(1, micro.plan.trained_forward_flops),
+            recompute_fraction=recompute_fraction(micro.plan),
         )
         self._in_flight[number] = (micro, work, arena)
         self._host.microbatch_begun(number, micro, work)

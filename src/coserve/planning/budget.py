@@ -161,6 +161,31 @@ class JobPlans:
         return FittedPlan(plan, self.num_tokens, self.in_flight(plan), self._compression)
 
 
+def plan_within(plans: JobPlans, config: FinetuneConfig, room: int, *, remedy: str = "raise memory_bytes") -> FittedPlan:
+    """The plan with the fewest FLOPs whose largest micro-batch fits into `room`, the bytes of an engine's pool that jobs may
+    have. remedy: what gives more room. Raises CapacityError if no plan fits."""
+    chosen = plans.for_job(config, plans.asked(config), room)
+    least = "" if config.deterministic else "at least "
+    require_room(chosen.num_tokens, chosen.num_bytes, room, least=least, remedy=remedy)
+    return chosen
+
+
+def require_room(num_tokens: int, needed: int, room: int, *, least: str = "", remedy: str = "raise memory_bytes") -> None:
+    """Raises CapacityError if a micro-batch of `num_tokens` tokens needs more bytes than the pool has for jobs. least: said
+    before what it needs."""
+    if needed > room:
+        raise CapacityError(
+            f"max_microbatch_tokens: a micro-batch of {num_tokens} tokens needs {least}{needed / GIB:.2f} GiB and jobs may "
+            f"have {room / GIB:.2f} GiB of the pool; lower max_microbatch_tokens, or {remedy}",
+            param="max_microbatch_tokens",
+        )
+
+
+def recompute_fraction(plan: ModelPlan) -> float:
+    """The share of forward's matrix FLOPs that backward runs again under a plan, as the scheduler counts it."""
+    return plan.recompute_flops / max(1, plan.trained_forward_flops)
+
+
 def choose_plan(plans: TrainingPlans, limit: float, cost: Callable[[ModelPlan], float]) -> ModelPlan:
     """The plan with the fewest FLOPs that costs at most `limit` bytes; if no point of the frontier does, the point that costs
     least. It is searched for between the first point that fits and the one before, which doesn't."""

@@ -137,8 +137,10 @@ class BlockPool:
         The lowest free blocks are taken first, then the longest unused cached ones. Raises CapacityError if there are too few;
         nothing has changed then.
         """
-        held = len(self._owners[owner].table) if owner in self._owners else 0
-        missing = -(-num_tokens // self.block_tokens) - held
+        state = self._owners.get(owner)
+        missing = -(-num_tokens // self.block_tokens) - (0 if state is None else len(state.table))
+        if state is not None and missing <= 0:
+            return
         if missing > self.num_free:
             raise CapacityError(f"the key-value cache needs {missing} more blocks and has {self.num_free}")
         table = self._owners.setdefault(owner, _Owner()).table

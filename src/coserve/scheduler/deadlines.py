@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import NamedTuple
 
 from coserve.config.settings import SchedulerConfig
 from coserve.core import PassCost, Slo
@@ -32,6 +33,14 @@ UNBOUNDED = 1e9
 """Seconds that anything fits into."""
 FAST_CHUNK = 256
 """Tokens of a chunk that the profile's objective always allows. A prompt in smaller chunks would take longer in all."""
+
+
+class Limits(NamedTuple):
+    """The longest that an iteration may be predicted to take, in seconds. prompts: a pass with prompts. jobs: an iteration with
+    finetuning."""
+
+    prompts: float
+    jobs: float
 
 
 class Deadlines:
@@ -54,7 +63,11 @@ class Deadlines:
         An objective shorter than decoding alone counts as the time that decoding takes. If all requests are best effort, the
         cap is the preemption quantum, or itl_factor x decoding alone if that is longer.
         """
-        least, token_s = min(r.tpot_s for r in running), self._token_seconds(running)
+        return self._cap(running, self._token_seconds(running))
+
+    def _cap(self, running: Collection[RequestState], token_s: float) -> float:
+        """The cap where an iteration that gives each request a token takes `token_s`."""
+        least = min(r.tpot_s for r in running)
         if least == math.inf:
             return max(self.quantum_s, self.config.itl_factor * token_s)
         cap = self.config.itl_factor * max(least, token_s)
@@ -64,26 +77,32 @@ class Deadlines:
         asked_cap = self.config.itl_factor * max(min(asked), token_s) if asked else UNBOUNDED
         return max(cap, min(self.quantum_s, self._token_seconds(running, FAST_CHUNK), asked_cap))
 
-    def for_jobs(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
-        """The longest that an iteration with finetuning may be predicted to take. prompt_s: kept for a prompt that may come."""
-        if not running:
-            return self.quantum_s
-        least = min(r.tpot_s for r in running)
-        if any(r.tpot_s == math.inf for r in running):
-            least = min(least, max(self.best_effort.tpot_s, self._token_seconds(running)))
-        return min(self.config.itl_factor * least, self._slack(running, now, prompt_s))
+    def limits(self, running: Collection[RequestState], now: float, prompt_s: float) -> Limits:
+        """How long the next iteration may be. prompt_s: kept from jobs for a prompt that may come.
 
-    def for_prompts(self, running: Collection[RequestState], now: float) -> float:
-        """The longest that a pass with prompts may be predicted to take so that no request becomes infeasible.
-
-        A request may fall behind as long as it can make up for it by its last token.
+        So that no request becomes infeasible, one may fall behind for a prompt as long as it can make up for it by its last
+        token. For a job none falls behind.
         """
         if not running:
-            return self.quantum_s
+            return Limits(self.quantum_s, self.quantum_s)
         token_s, reserve = self._token_seconds(running), self.reserve()
         behind = (1 + reserve) * token_s
-        feasible = [r for r in running if not r.infeasible(now, token_s)]
-        return min([self.cap(running), *(max(r.slack_s(now, reserve), r.feasible_until_s(behind) - now) for r in feasible)])
+        prompts, jobs = self._cap(running, token_s), self.config.itl_factor * self._least_tpot(running, token_s)
+        for request in running:
+            if request.infeasible(now, token_s):
+                continue
+            slack = request.slack_s(now, reserve)
+            if slack < prompts:
+                prompts = min(prompts, max(slack, request.feasible_until_s(behind) - now))
+            jobs = min(jobs, slack - request.prompt_share_s(prompt_s))
+        return Limits(prompts, jobs)
+
+    def _least_tpot(self, running: Collection[RequestState], token_s: float) -> float:
+        """The least TPOT objective, as jobs have to keep it."""
+        least = min(r.tpot_s for r in running)
+        if any(r.tpot_s == math.inf for r in running):
+            least = min(least, max(self.best_effort.tpot_s, token_s))
+        return least
 
     def for_others_prompts(self, running: Collection[RequestState], now: float, prompt_s: float) -> float:
         """The longest that a pass may take with a prompt of a tenant that has had more than these requests' tenants.

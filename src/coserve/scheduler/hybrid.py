@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 
 from coserve.config.settings import SchedulerConfig
 from coserve.core import AdapterCopy, Contents, PassCost, Span, StepPlan
@@ -121,9 +122,7 @@ class HybridScheduler:
         has_finetuning = any(work.ready for work in works) or any(job.optimizer_left for job in jobs)
         has_inference = self.policy.inference and bool(self.requests)
         turn = self.policy.turn(has_inference, has_finetuning, self._can_wait(jobs, only, now))
-        running = self.admission.running.values()
-        budget = self.deadlines.for_prompts(running, now)
-        spare = self.deadlines.for_jobs(running, now, self.prompts.typical_s)
+        budget, spare = self.deadlines.limits(self.admission.running.values(), now, self.prompts.typical_s)
         draft, free_rows = PassDraft(), 0
         if turn is not Turn.FINETUNING:
             self.prompts.share_places(now, len(self._by_tenant))
@@ -168,14 +167,14 @@ class HybridScheduler:
     def _seal(self, request: RequestState, span: Span) -> None:
         """The blocks that the span filled may be shared from now on. A request that was preempted meanwhile has only what it
         computed since then."""
-        size, end = self.pool.block_tokens, min(span.end, request.computed)
+        size, end = self.pool.block_tokens, span.start + span.length
         if end // size > span.start // size:
-            tokens = request.tokens()
+            tokens, end = request.tokens(), min(end, request.computed)
             self.pool.seal(request.id, request.key, tokens, min(end, len(tokens)))
 
     def _decode(self, draft: PassDraft) -> None:
         """One token of every running request whose prompt is through. Where memory is short, one is preempted."""
-        ready = sorted((r for r in self.admission.running.values() if r.decoding), key=lambda r: (r.arrival_s, r.id))
+        ready = sorted((r for r in self.admission.running.values() if r.decoding), key=attrgetter("arrival_s", "id"))
         for request in ready:
             can_run = request.running and not request.sampled_enough  # an earlier one may have preempted it
             if can_run and self.admission.allocate(request, request.total, draft.requests):
@@ -242,8 +241,12 @@ class HybridScheduler:
     def _account(self, plan: StepPlan, chosen: Chosen, has_finetuning: bool) -> None:
         """Charges tenants and jobs for what they get. If there was finetuning work, jobs are owed what they got less than their
         least share."""
+        rows: dict[str, int] = {}
         for span in plan.spans:
-            self.tenants.charge(self.requests[span.request].tenant, span.length)
+            tenant = self.requests[span.request].tenant
+            rows[tenant] = rows.get(tenant, 0) + span.length
+        for tenant, count in rows.items():
+            self.tenants.charge(tenant, count)
         for job, tokens in chosen.tokens.items():
             self.job_counters.charge(job, tokens)
             self.trainers.charge(self.jobs[job].tenant, tokens)

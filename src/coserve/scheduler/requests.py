@@ -105,12 +105,17 @@ class RequestState:
         reserve: the relative error of a prediction that its tokens' lead allows for. prompt_s: the time of somebody's prompt
         that may come before its last token. That time is put aside evenly over its tokens.
         """
-        if self.deadline_s == math.inf:
+        deadline_s = self.deadline_s
+        if deadline_s == math.inf:
             return math.inf
         ahead = 0.0
         if self.tpot_s < math.inf:
             ahead = min(1.0, RESERVES * reserve) * min(1.0, self.num_sampled / RAMP_TOKENS) * self.tpot_s
-        return self.deadline_s - ahead - prompt_s * self.num_sampled / self.max_tokens - now
+        return deadline_s - ahead - self.prompt_share_s(prompt_s) - now
+
+    def prompt_share_s(self, prompt_s: float) -> float:
+        """The part of a prompt's time that is put aside by now."""
+        return prompt_s * self.num_sampled / self.max_tokens
 
     def infeasible(self, now: float, token_s: float) -> bool:
         """Whether it will miss its objective even if each of its tokens takes only `token_s` from now on."""
