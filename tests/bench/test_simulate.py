@@ -21,7 +21,7 @@ from coserve.devices.law import device_law
 from coserve.devices.table import find_device
 from coserve.model.architecture import read_architecture
 from coserve.simulation.disturbance import EXACT, Disturbance
-from coserve.simulation.memory import device_memory, plan_batch
+from coserve.simulation.memory import device_memory
 from tests.commands import Run
 from tests.devices.models import CONFIGS
 
@@ -29,7 +29,7 @@ TINY = {
     **CONFIGS["llama-8b"], "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
 }
-DEVICE = "bandwidth=2e8,flops=2e10,memory=1e8,launch_s=0.002"
+DEVICE = "bandwidth=2e8,flops=2e10,memory=1e8,launch_s=0.002,kept_widths=1"
 """As slow as the model is small: a pass takes about 5 ms."""
 SHORT = ("--rates", "4,12", "--duration", 4, "--capacity", 40, "--tpot-ms", 30, "--ttft-ms", 1000, "--prompt-tokens", 40,
          "--output-tokens", 30, "--finetune-tokens", 512, "--finetune-batch", 4)
@@ -54,7 +54,7 @@ def machine(config: Path, device: str = DEVICE, disturbance: Disturbance = EXACT
     law = device_law(arch, found)
     return SimulatedMachine(
         arch=arch, memory=memory, scheduler=engine.scheduler, law=law, believed=law, disturbance=disturbance,
-        planned=plan_batch(arch, job, [512] * 4, memory, itemsize=2),
+        job=job, example_tokens=(512,) * 4,
     )
 
 
@@ -156,7 +156,7 @@ def test_models_that_can_not_be_read_are_refused(tmp_path: Path, run: Run) -> No
 def test_accounting_is_exact(tiny: Path) -> None:
     """What the driver reports as trained is what units have trained, and what is whole steps is whole batches."""
     server = machine(tiny).make("coserve")
-    job = server.train(machine(tiny).planned)
+    job = server.train(machine(tiny).planned())
     arrivals = make_arrivals(ArrivalConfig(prompt_tokens=30, output_tokens=20, length_spread=0.5), 8.0, 60, 1)
     plan = RunConfig(window_start_s=0.0, window_end_s=arrivals[-1].due_s, drain_s=10.0)
     found = run_load(server, arrivals, make_prompts(), plan, sleep=server.sleep, job=job)
@@ -189,7 +189,7 @@ def test_requests_that_never_fit_are_refused(tiny: Path) -> None:
 
 def test_cancelled_requests_and_jobs_end(tiny: Path) -> None:
     server = machine(tiny).make("coserve")
-    job, request = server.train(machine(tiny).planned), server.submit(range(30), SamplingConfig(max_tokens=500))
+    job, request = server.train(machine(tiny).planned()), server.submit(range(30), SamplingConfig(max_tokens=500))
     for _ in range(10):
         assert server.step()
     assert not job.finished and not request.finished and request.finish_reason is None and request.token_times
@@ -218,13 +218,14 @@ def test_ten_minutes_of_a_busy_device_take_less_than_three_minutes(tmp_path: Pat
     engine = EngineConfig(scheduler=SchedulerConfig(tpot_ms=45.0, ttft_ms=5000.0, max_num_seqs=512))
     memory = device_memory(arch, job, engine, memory_bytes=80e9, usable_share=0.9, itemsize=2, tensor_parallel_size=1)
     law = device_law(arch, device)
-    planned = plan_batch(arch, job, [8192] * 8, memory, itemsize=2)
-    server = SimulatedMachine(
-        arch=arch, memory=memory, scheduler=engine.scheduler, law=law, believed=law, disturbance=EXACT, planned=planned
-    ).make("coserve")
+    simulated = SimulatedMachine(
+        arch=arch, memory=memory, scheduler=engine.scheduler, law=law, believed=law, disturbance=EXACT, job=job,
+        example_tokens=(8192,) * 8,
+    )
+    server = simulated.make("coserve")
     arrivals = make_arrivals(ArrivalConfig(prompt_tokens=220, output_tokens=260, length_spread=0.8, max_tokens=8192), 20.0,
                              12_000, 0)
     began = time.process_time()
     plan = RunConfig(window_start_s=0.0, window_end_s=600.0, drain_s=0.0)
-    run_load(server, arrivals, make_prompts(), plan, sleep=server.sleep, job=server.train(planned))
+    run_load(server, arrivals, make_prompts(), plan, sleep=server.sleep, job=server.train(simulated.planned()))
     assert time.process_time() - began < 180

@@ -439,7 +439,7 @@ def test_reserve_is_the_95th_percentile_of_finetuning_iterations() -> None:
     assert model.reserve() == pytest.approx(0.18905), "between the 190th and 191st of 200; what came before is forgotten"
     for _ in range(200):
         model.observe(finetuning[1], 0.5)
-    assert model.reserve() == 0.02
+    assert model.reserve() == 0.005
 
 
 def test_errors_are_those_of_predictions_made_before_the_update() -> None:

@@ -99,21 +99,21 @@ def test_an_inefficient_unit_waits_for_eight_iterations_and_no_longer() -> None:
     for _ in range(2):  # the patience comes back with every unit
         picker, jobs, cost = small_slack(fake)
         for _ in range(PATIENCE):
-            assert not picker.pick(jobs, little, cost, rides=False).units
-        unit, = picker.pick(jobs, little, cost, rides=False).units
+            assert not picker.pick(jobs, little, cost).units
+        unit, = picker.pick(jobs, little, cost).units
         assert unit.unit.end - unit.unit.start < 100
 
 
 def test_an_efficient_unit_does_not_wait() -> None:
     picker, jobs, cost = small_slack(engine(law(layers=0.002, row_layer=0.00002)))
-    assert not picker.pick(jobs, 0.004, cost, rides=False).units
-    found = picker.pick(jobs, 0.1, cost, rides=False).units
+    assert not picker.pick(jobs, 0.004, cost).units
+    found = picker.pick(jobs, 0.1, cost).units
     assert found and found[0].unit.end - found[0].unit.start >= 500
 
 
 def test_nothing_waits_where_no_pass_is_to_gain_slack() -> None:
     picker, jobs, _ = small_slack(engine(law(layers=0.002, row_layer=0.00002)))
-    assert picker.pick(jobs, 0.004, None, rides=False, patient=False).units
+    assert picker.pick(jobs, 0.004, None, patient=False).units
 
 
 def test_a_backward_that_runs_forward_again_gets_fewer_layers_in_the_same_time() -> None:
@@ -123,7 +123,7 @@ def test_a_backward_that_runs_forward_again_gets_fewer_layers_in_the_same_time()
         picker, jobs, cost = small_slack(engine(law(layers=0.002, row_layer=0.00002), num_layers=4))
         work = jobs[0].microbatches[1]
         work.recompute_fraction, work.phase, work.start, work.end = again, Phase.BACKWARD, 2000, 2000
-        found, = (u.unit for u in picker.pick(jobs, 0.2, cost, rides=False).units[:1])
+        found, = (u.unit for u in picker.pick(jobs, 0.2, cost).units[:1])
         layers.append(found.layer_end - found.layer_start)
         assert (found.direction, found.end - found.start) == (Direction.BACKWARD, 2000)
     assert layers[1] < layers[0]
@@ -142,11 +142,11 @@ def test_a_stuck_unit_waits_then_stops_others_then_lets_them_go_on() -> None:
     ran = []
     for _ in range(OVERDUE + 2):
         small.microbatches[1].start = small.microbatches[1].end = small.microbatches[1].layer = small.microbatches[1].row = 0
-        ran.append(bool(picker.pick([stuck, small], 0.03, cost, rides=False, stretch=stretch).units))
+        ran.append(bool(picker.pick([stuck, small], 0.03, cost, stretch=stretch).units))
     assert ran == [True] * STUCK_PATIENCE + [False] * (OVERDUE - STUCK_PATIENCE) + [True] * 2
     assert asked == [False] * (OVERDUE - STUCK_PATIENCE) + [True] * 2
-    assert picker.pick([stuck, small], 0.03, cost, rides=False, stretch=lambda overdue: 1.0).units[0].microbatch == 2
-    assert picker.pick([stuck, small], 0.03, cost, rides=False, stretch=stretch).units[0].microbatch == 1, "it counts anew"
+    assert picker.pick([stuck, small], 0.03, cost, stretch=lambda overdue: 1.0).units[0].microbatch == 2
+    assert picker.pick([stuck, small], 0.03, cost, stretch=stretch).units[0].microbatch == 1, "it counts anew"
 
 
 # --- a deterministic job's grid ---

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
-from statistics import mean
 from typing import Any
 
 from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals, poisson_arrivals
@@ -115,7 +114,7 @@ class Simulation:
         """A run in a fresh engine, with a job unless the policy is inference-only."""
         server = self.machine.make(policy, lambda now: self._listen(label, min(1.0, now / plan.window_end_s)))
         self._listen(label, 0.0)
-        job = None if policy == "inference-only" else server.train(self.machine.planned)
+        job = None if policy == "inference-only" else server.train(self.machine.planned(policy))
         run = run_load(server, arrivals, make_prompts(), plan, sleep=server.sleep, job=job)
         self._listen(label, 1.0)
         return run
@@ -172,16 +171,13 @@ class Simulation:
 
     def bound(self, rate: float, *, fuse: bool = True) -> float:
         """The most trained tokens per second beside a rate under the true law (devices/bound.py)."""
-        arrivals, batch = self._arrivals(rate), self.machine.planned.batch
+        arrivals, batch = self._arrivals(rate), self.machine.planned().batch
         largest = max(batch.microbatches, key=sum)
         shape = JobShape(
             tokens=sum(largest), pairs=sum(tokens * (tokens + 1) // 2 for tokens in largest), labels=sum(largest),
             recompute_fraction=batch.recompute_fraction, lowest_layer=batch.lowest,
         )
-        load = Load(
-            rate=rate, prompt_tokens=mean(arrival.prompt_tokens for arrival in arrivals),
-            output_tokens=mean(arrival.output_tokens for arrival in arrivals),
-        )
+        load = Load.of(rate, [(arrival.prompt_tokens, arrival.output_tokens) for arrival in arrivals])
         law = TrueLaw(self.machine.law, self.machine.disturbance).law
         quantum_s = self.machine.scheduler.preemption_quantum_ms / 1e3
         return fused_bound(law, self.machine.arch.num_layers, load, self.config.tpot_ms / 1e3, shape, quantum_s, fuse)
@@ -195,7 +191,7 @@ class Simulation:
         plan = window_of(arrivals, self._num_warmup(rate), self._drain_s(arrivals))
         server = self.machine.make(policy)
         watched = _WatchedServer(server, number)
-        job = None if policy == "inference-only" else server.train(self.machine.planned)
+        job = None if policy == "inference-only" else server.train(self.machine.planned(policy))
         with contextlib.suppress(_Explained):
             run_load(watched, arrivals, make_prompts(), plan, sleep=server.sleep, job=job)
         if not watched.lines:
@@ -253,7 +249,7 @@ def describe_plan(plan: StepPlan) -> Iterator[str]:
 
 def machine_facts(machine: SimulatedMachine) -> Mapping[str, Any]:
     """What the results say of the machine, in plain JSON types."""
-    memory, planned = machine.memory, machine.planned
+    memory, planned = machine.memory, machine.planned()
     return {
         "tensor_parallel_size": memory.tensor_parallel_size,
         "memory_bytes": {**memory.fixed, "pool": memory.pool_bytes},

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coserve.config.settings import SamplingConfig, SchedulerConfig
+from coserve.config.settings import POLICIES, FinetuneConfig, SamplingConfig, SchedulerConfig
 from coserve.core import ContextExceeded, CoserveError
 from coserve.model.architecture import Architecture
 from coserve.scheduler.latency import LatencyModel
 from coserve.simulation.disturbance import Disturbance
 from coserve.simulation.engine import SimulatedEngine
 from coserve.simulation.jobs import SimulatedJob
-from coserve.simulation.memory import DeviceMemory, PlannedBatch
+from coserve.simulation.memory import DeviceMemory, PlannedBatch, plan_batch
 from coserve.simulation.requests import SimulatedRequest
 
 LISTEN_STEPS = 64
@@ -124,7 +124,8 @@ class SimulatedServer:
 class SimulatedMachine:
     """A model on devices, as numbers.
 
-    law: what iterations take before the disturbance. believed: what schedulers begin with. planned: the job's batch.
+    law: what iterations take before the disturbance. believed: what schedulers begin with. job: what trains beside requests.
+    example_tokens: of the examples of its optimizer batch. itemsize: bytes per weight.
     """
 
     arch: Architecture
@@ -133,7 +134,17 @@ class SimulatedMachine:
     law: LatencyModel
     believed: LatencyModel
     disturbance: Disturbance
-    planned: PlannedBatch
+    job: FinetuneConfig
+    example_tokens: tuple[int, ...]
+    itemsize: int = 2
+
+    def planned(self, policy: str = POLICIES[0]) -> PlannedBatch:
+        """The job's batch under a policy, which decides how many micro-batches in flight are worth their memory. Raises
+        ConfigError and CapacityError as plan_batch does."""
+        return plan_batch(
+            self.arch, self.job, self.example_tokens, self.memory, self.believed, replace(self.scheduler, policy=policy),
+            itemsize=self.itemsize,
+        )
 
     def make(self, policy: str, listen: Callable[[float], None] = lambda now: None) -> SimulatedServer:
         """A fresh engine under a policy, whose clock stands at 0."""

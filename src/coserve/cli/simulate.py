@@ -34,7 +34,7 @@ from coserve.machine import versions
 from coserve.model.architecture import Architecture, read_architecture
 from coserve.model.locate import locate_model
 from coserve.simulation.disturbance import Disturbance
-from coserve.simulation.memory import device_memory, plan_batch
+from coserve.simulation.memory import device_memory
 
 console = Console(highlight=False)
 
@@ -78,7 +78,9 @@ def simulate(
         str | None, typer.Option(help="all-linear, or names joined by commas (LoRA: down_proj; others: the kind's own).")
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 512,
-    max_microbatches: Annotated[int, typer.Option(help="Micro-batches in flight at once, memory permitting.")] = 2,
+    max_microbatches: Annotated[
+        int | None, typer.Option(help="Micro-batches in flight at once, memory permitting (as many as save time).")
+    ] = None,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of a device's memory that is used.")] = 0.9,
     efficiency: Annotated[float | None, typer.Option(help="Share of peak FLOP/s that products reach (the device's).")] = None,
     noise: Annotated[float, typer.Option(help="Standard deviation of iterations' relative error.")] = 0.0,
@@ -121,7 +123,7 @@ def simulate(
         for line in Simulation(config, machine).explain(config.policies[0], config.rates[0], explain):
             console.print(line, markup=False, soft_wrap=True)
         return
-    console.print(f"{directory.name} on {_devices(found, tensor_parallel_size)}: {machine.planned.plan}", markup=False,
+    console.print(f"{directory.name} on {_devices(found, tensor_parallel_size)}: {machine.planned().plan}", markup=False,
                   soft_wrap=True, style="dim")
     result = {
         "device": f"{_devices(found, tensor_parallel_size)} (simulated)",
@@ -176,10 +178,12 @@ def _machine(
         arch, job, engine, memory_bytes=device.memory_bytes, usable_share=usable_share, itemsize=ITEMSIZE,
         tensor_parallel_size=size,
     )
-    planned = plan_batch(arch, job, example_tokens, memory, itemsize=ITEMSIZE)
-    return SimulatedMachine(
-        arch=arch, memory=memory, scheduler=engine.scheduler, law=law, believed=law, disturbance=disturbance, planned=planned
+    machine = SimulatedMachine(
+        arch=arch, memory=memory, scheduler=engine.scheduler, law=law, believed=law, disturbance=disturbance, job=job,
+        example_tokens=tuple(example_tokens), itemsize=ITEMSIZE,
     )
+    machine.planned()  # a job that doesn't fit is refused before anything runs
+    return machine
 
 
 # --- results ---

@@ -335,8 +335,9 @@ class SchedulerConfig:
     """Inference rows per iteration."""
     max_window_tokens: int = 2048
     """Largest window of a unit."""
-    max_microbatches: int = 2
-    """Micro-batches of one job in flight at once, memory permitting."""
+    max_microbatches: int | None = None
+    """Micro-batches of one job in flight at once, memory permitting. None: as many as save time by the latency model, up to 8,
+    for which a job may keep less from forward to backward (planning/inflight.py)."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from coserve.core import PassCost, UnitCost
 from coserve.scheduler.latency import LatencyModel
@@ -30,11 +31,27 @@ _TAIL = 1e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Requests as they come: how many per second, and their mean number of prompt and of output tokens."""
+    """Requests as they come: how many per second, and their mean number of prompt and of output tokens.
+
+    context_tokens: of a decode row, in the mean over decode rows. prompt_pairs: query-key pairs of a prompt, in the mean over
+    requests. Both are larger where lengths differ, since long requests have more rows. None: all requests are alike.
+    """
 
     rate: float
     prompt_tokens: float
     output_tokens: float
+    context_tokens: float | None = None
+    prompt_pairs: float | None = None
+
+    @classmethod
+    def of(cls, rate: float, lengths: Sequence[tuple[int, int]]) -> Load:
+        """The load of requests with these (prompt tokens, output tokens), of which there is at least one."""
+        outputs = sum(output for _, output in lengths)
+        return cls(
+            rate=rate, prompt_tokens=mean(prompt for prompt, _ in lengths), output_tokens=outputs / len(lengths),
+            context_tokens=sum(output * (prompt + output / 2) for prompt, output in lengths) / outputs,
+            prompt_pairs=mean(prompt * (prompt + 1) / 2 for prompt, _ in lengths),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +94,11 @@ class _Pass:
 
     def __init__(self, law: LatencyModel, load: Load, tpot_s: float, job: JobShape, decode: int) -> None:
         self._law, self._job, prompts = law, job, load.rate * tpot_s
+        context = load.prompt_tokens + load.output_tokens / 2 if load.context_tokens is None else load.context_tokens
+        pairs = load.prompt_tokens * (load.prompt_tokens + 1) / 2 if load.prompt_pairs is None else load.prompt_pairs
         self._bare = (
             decode + prompts * load.prompt_tokens, decode + prompts, decode,
-            decode * (load.prompt_tokens + load.output_tokens / 2), prompts * load.prompt_tokens * (load.prompt_tokens + 1) / 2,
+            decode * context, prompts * pairs,
         )
         self._prompts = prompts
 

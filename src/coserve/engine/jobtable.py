@@ -25,7 +25,8 @@ from coserve.engine.threads import SideThreads
 from coserve.engine.watching import Watcher
 from coserve.model.architecture import Architecture
 from coserve.peft.adapter import Adapter
-from coserve.planning.budget import FittedPlan, plan_within, require_room, shape_adapter
+from coserve.planning.budget import FittedPlan, require_room, shape_adapter
+from coserve.planning.inflight import plan_in_flight
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import scoring_plan
@@ -64,7 +65,6 @@ class JobTable:
         self.arch, self.config, self.itemsize = arch, config, pool.rows.element_size()
         self.blocks, self.pool, self.scheduler, self.adapters = blocks, pool, scheduler, adapters
         self.new_number = new_number
-        self.max_microbatches = config.scheduler.max_microbatches
         self.writer: ThreadExecutor = SideThreads(1, "coserve-writer")
         self.recorder: ThreadExecutor = SideThreads(1, "coserve-recorder")
         self.jobs: dict[int, LiveJob] = {}
@@ -96,10 +96,10 @@ class JobTable:
             raise InvalidRequest(f"name: a job called {name!r} is running; name another", param="name")
 
     def choose_plan(self, job: ResolvedJob) -> FittedPlan:
-        """The plan with the fewest FLOPs whose largest micro-batch fits into the memory that jobs may have. Raises
-        CapacityError if no plan fits."""
+        """The plan for the memory that jobs may have, and how many micro-batches are in flight. Raises CapacityError if no plan
+        fits."""
         arch, itemsize, settings = self.arch, self.itemsize, job.settings
-        chosen = plan_within(job.plans, settings, self._room)
+        chosen = plan_in_flight(job.plans, settings, self._room, self.scheduler.latency, self.config.scheduler)
         if job.held_out is not None:
             tokens = min(settings.max_microbatch_tokens, sum(group.num_tokens for group in job.held_out.groups))
             scoring = scoring_plan(arch, shape_adapter(arch, settings.adapter), itemsize=itemsize)

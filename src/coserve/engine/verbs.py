@@ -30,7 +30,6 @@ from coserve.training.trainer import AdapterTrainer
 class Host(Protocol):
     """What a job needs of its engine."""
 
-    max_microbatches: int
     writer: ThreadExecutor
     """Runs the writes of checkpoints and results."""
     recorder: ThreadExecutor
@@ -100,9 +99,7 @@ class BatchRun:
                 del self._in_flight[number]
                 self._batch.close(micro)
                 self._release(number, arena)
-        # A deterministic job has one micro-batch in flight, so that gradients are added in a fixed order.
-        most = self._host.max_microbatches if self._trainer.config.grid_tokens is None else 1
-        while self._batch.next is not None and len(self._in_flight) < most:
+        while self._batch.next is not None and len(self._in_flight) < self._trainer.in_flight:
             reserved = self._host.reserve(self._batch.layout(self._batch.next).total)
             if reserved is None:
                 break

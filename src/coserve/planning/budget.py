@@ -71,10 +71,11 @@ def training_bytes(
 
 class Workload(NamedTuple):
     """What a plan is chosen for. num_tokens: of the largest micro-batch. sequence_length: of the example that an average token
-    lies in, which sets attention's FLOPs."""
+    lies in, which sets attention's FLOPs. microbatches: of an optimizer step."""
 
     num_tokens: int
     sequence_length: int
+    microbatches: int = 1
 
     @classmethod
     def of(cls, groups: Sequence[Group], batch_size: int, max_microbatch_tokens: int) -> Workload:
@@ -82,23 +83,27 @@ class Workload(NamedTuple):
         largest = sorted((group.num_tokens for group in groups), reverse=True)[:batch_size]
         lengths = [example.num_tokens for group in groups for example in group.examples]
         squares = sum(length * length for length in lengths)
-        return cls(min(max_microbatch_tokens, sum(largest)), math.ceil(squares / max(1, sum(lengths))))
+        num_tokens = min(max_microbatch_tokens, sum(largest))
+        return cls(num_tokens, math.ceil(squares / max(1, sum(lengths))), math.ceil(sum(largest) / max(1, num_tokens)))
 
 
 class FittedPlan(NamedTuple):
-    """A plan, and the bytes that its largest micro-batch, of `num_tokens` tokens, takes in flight."""
+    """A plan, and the bytes that its largest micro-batch, of `num_tokens` tokens, takes in flight. in_flight: how many of them
+    may be at once."""
 
     plan: ModelPlan
     num_tokens: int
     num_bytes: int
     compression: Compression
+    in_flight: int = 1
 
     def __str__(self) -> str:
+        several = f", of which {self.in_flight} may be in flight" if self.in_flight > 1 else ""
         again = f"backward runs {self.plan.extra_flops_ratio:.1%} of the matrix products again"
         rounded = ", in fp8, which changes gradients a little" if self.compression == "fp8" else ""
         return (
-            f"a micro-batch of {self.num_tokens} tokens takes {self.num_bytes / GIB:.3f} GiB, {self.plan.arena_bytes} bytes "
-            f"per token are kept{rounded}; {again if self.plan.recompute_flops else 'no matrix product is run again'}"
+            f"a micro-batch of {self.num_tokens} tokens takes {self.num_bytes / GIB:.3f} GiB{several}, {self.plan.arena_bytes} "
+            f"bytes per token are kept{rounded}; {again if self.plan.recompute_flops else 'no matrix product is run again'}"
         )
 
 
@@ -112,7 +117,9 @@ class JobPlans:
         self, arch: Architecture, adapter: Adapter, workload: Workload, *, itemsize: int, compression: Compression = "lossless"
     ) -> None:
         self._arch, self._itemsize, self._compression = arch, itemsize, compression
-        self.num_tokens = workload.num_tokens
+        self.num_tokens, self.microbatches, self.num_layers = workload.num_tokens, workload.microbatches, arch.num_layers
+        self.num_pairs = workload.num_tokens * (workload.sequence_length + 1) // 2
+        """Query-key pairs of the largest micro-batch, per layer."""
         self._plans = training_plans(
             arch, adapter, itemsize=itemsize, sequence_length=workload.sequence_length, compression=compression
         )

@@ -162,6 +162,8 @@ _LARGEST_JUMP = 0.1
 a prediction, and a lasting change counts in full from its second iteration on."""
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 0.25, 4.0
 _RESERVE_ITERATIONS, _RESERVE_MINIMUM = 200, 20
+_RESERVE_SPAN = 400
+"""Iterations of any kind after which an error no longer counts for the reserve."""
 _ERROR_ITERATIONS = 1000
 _FINETUNING = {"fused", "forward", "backward", "optimizer"}
 
@@ -183,7 +185,9 @@ class LatencyModel:
         """The present factor of each part, as learnt by `observe`."""
         self._last_residual: dict[str, float] = {}
         self._errors: dict[str, deque[float]] = {}
-        self._finetuning: deque[float] = deque(maxlen=_RESERVE_ITERATIONS)
+        self._finetuning: deque[tuple[int, float]] = deque(maxlen=_RESERVE_ITERATIONS)
+        """(number of the iteration, its relative error) of those with finetuning work."""
+        self._observed = 0
 
     def knots(self, group: str, field: str) -> tuple[int, ...]:
         """The amounts of a field at which its slope may change, in rising order. Between two of them, seconds are linear in it.
@@ -253,11 +257,12 @@ class LatencyModel:
         predicted = self.constant_seconds + sum(parts.values())
         if predicted <= 0:
             return
+        self._observed += 1
         kind = kind_of(contents)
         residual = (measured_seconds - predicted) / predicted
         self._errors.setdefault(kind, deque(maxlen=_ERROR_ITERATIONS)).append(abs(residual))
         if contents.units or contents.optimizer_elements or (contents.inference and contents.inference.fused_rows):
-            self._finetuning.append(residual)
+            self._finetuning.append((self._observed, residual))
         self._correct(parts, predicted, self._believed(kind, residual))
 
     def _believed(self, kind: str, residual: float) -> float:
@@ -277,14 +282,17 @@ class LatencyModel:
             self.corrections[group] = _clamp(factor, _SMALLEST_FACTOR, _LARGEST_FACTOR)
 
     def reserve(self) -> float:
-        """The relative error of a prediction that slack is kept for, from 0.02 to 0.5.
+        """The relative error of a prediction that slack is kept for, from 0.005 to 0.5.
 
         It is the 95th percentile of (measured - predicted) / predicted over the last iterations with finetuning work, and 0.1
-        until there are enough of them.
+        where there are too few of them. Errors are forgotten in time. Otherwise large ones would keep all finetuning away, and
+        so remain the last.
         """
+        while self._finetuning and self._finetuning[0][0] <= self._observed - _RESERVE_SPAN:
+            self._finetuning.popleft()
         if len(self._finetuning) < _RESERVE_MINIMUM:
             return 0.1
-        return _clamp(percentile(self._finetuning, 0.95), 0.02, 0.5)
+        return _clamp(percentile((residual for _, residual in self._finetuning), 0.95), 0.005, 0.5)
 
     def errors(self) -> dict[str, ErrorSummary]:
         """The errors by kind of iteration, over the last 1000 of each kind. 'finetuning' is all kinds with finetuning work

@@ -14,6 +14,7 @@ Owns: which window rides, and how many rows it has. Does not own: what else an i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from coserve.core import PassCost
 from coserve.scheduler.latency import LatencyModel
@@ -22,6 +23,8 @@ from coserve.scheduler.work import MicrobatchWork
 
 LEAST_SAVING = 0.03
 """A window rides if it saves at least this share of the pass."""
+LEAST_SHARE = 0.02
+"""Windows wait for a pass only if that saves at least this share of the iteration. To wait has a price too."""
 LEAST_EFFICIENCY = 0.9
 """A further row rides, where nothing else is ready, if its work is at least this share of the time that it takes."""
 ALMOST = 0.95
@@ -30,6 +33,16 @@ LEAST_REST = 64
 """A window that rides leaves at least so many rows of its micro-batch, or none."""
 SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 """Windows that are tried, beside those that bring the pass to a knot of the latency model."""
+
+
+class FreeRows(NamedTuple):
+    """Rows that had best ride in a pass, and the seconds that they save there; 0 and 0 if none do."""
+
+    rows: int
+    saved_s: float
+
+
+NO_FREE_ROWS = FreeRows(0, 0.0)
 
 
 class Riding:
@@ -58,21 +71,25 @@ class Riding:
         ahead = work.num_tokens - work.end
         return next((found for found in good if not _leaves_little(ahead, _rows(found))), good[0])
 
-    def free_rows(self, inference: PassCost | None) -> int:
-        """How many training rows had best ride in a pass of these requests; 0 if none save time.
+    def free(self, inference: PassCost | None, seconds: float = 0.0) -> FreeRows:
+        """How many training rows had best ride in a pass of these requests, in an iteration that may last `seconds`.
 
-        Attention and labels cost as much in a pass as in a unit, so they don't count. inference: None counts as one row.
+        Attention and labels cost as much in a pass as in a unit, so they don't count. inference: None counts as one row, and
+        the iteration's length does not count then.
         """
         cost = inference or PassCost(1, 1, 1, 0, 0, 0, 0, 0, 0)
         alone = self._latency.pass_seconds(cost)
-        saved = {}
-        for rows in self._sizes(cost.rows, self.shapes.max_window):
-            more = self._latency.pass_seconds(cost._replace(rows=cost.rows + rows, fused_rows=rows)) - alone
-            saved[rows] = self.shapes.bare_work(rows) - more
+        saved = {rows: self._bare_saving(cost, rows, alone) for rows in self._sizes(cost.rows, self.shapes.max_window)}
         most = max(saved.values())
-        if most < LEAST_SAVING * alone:
-            return 0
-        return next(rows for rows, seconds in saved.items() if seconds >= ALMOST * most)
+        if most < max(LEAST_SAVING * alone, LEAST_SHARE * seconds if inference is not None else 0.0):
+            return NO_FREE_ROWS
+        rows = next(rows for rows, seconds in saved.items() if seconds >= ALMOST * most)
+        return FreeRows(rows, saved[rows])
+
+    def _bare_saving(self, inference: PassCost, rows: int, alone: float) -> float:
+        """The seconds that `rows` rows of a large micro-batch save by riding in a pass, which takes `alone` without them."""
+        ridden = inference._replace(rows=inference.rows + rows, fused_rows=rows)
+        return self.shapes.bare_work(rows) - (self._latency.pass_seconds(ridden) - alone)
 
     def _candidates(self, work: MicrobatchWork, inference: PassCost, alone: float) -> Iterator[Candidate]:
         most = min(work.num_tokens - work.end, self.shapes.max_window)

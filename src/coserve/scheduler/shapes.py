@@ -1,8 +1,8 @@
 """What may come next of one micro-batch, what it takes, and what it is worth.
 
-A unit's work is counted in seconds at the best rate: what its rows and layers would cost in the largest window that there is
-for its micro-batch. Its efficiency is its work divided by the seconds that it takes. What it saves is its work less those
-seconds.
+A unit's work is counted in seconds at the best rate: what its rows and layers would cost in the window of its micro-batch that
+takes the fewest seconds per row, mostly the largest. Its efficiency is its work divided by the seconds that it takes. What it
+saves is its work less those seconds.
 
 Owns: the shapes of units, their predicted seconds and their work. Does not own: which of them an iteration takes (riding.py,
 units.py).
@@ -20,8 +20,11 @@ from coserve.scheduler.work import MicrobatchWork, Phase
 
 ROUND_ROWS = 16
 """A window that is cut to the time there is has a multiple of so many rows."""
-LEAST_REST = 128
-"""A large window that is cut leaves at least so many rows, since a small rest takes as long as reading its weights."""
+BEST_ROWS = (1024, 512, 256, 128)
+"""Windows that may take fewer seconds per row than the largest."""
+EFFICIENT = 0.85
+"""A window is large enough if its efficiency over one layer is at least this share of the largest window's. One that is cut
+leaves a rest that is large enough too, if it is itself."""
 
 
 class Candidate(NamedTuple):
@@ -56,6 +59,8 @@ class Shapes:
     def __init__(self, latency: LatencyModel, num_layers: int, max_window: int) -> None:
         self.latency, self.num_layers, self.max_window = latency, num_layers, max_window
         self._possible: dict[tuple[bool, int, int, float], float] = {}
+        self._best: dict[tuple[bool, int, float], int] = {}
+        self._enough: dict[tuple[bool, int], int] = {}
 
     # --- units that are not fused ---
 
@@ -145,10 +150,24 @@ class Shapes:
                 high = middle - 1
             else:
                 low = middle
-        rows = low * ROUND_ROWS
-        if rows >= 2 * LEAST_REST and whole - rows < LEAST_REST:
-            rows = (whole - LEAST_REST) // ROUND_ROWS * ROUND_ROWS
+        rows, least = low * ROUND_ROWS, self._least_rows(shape.direction is Direction.BACKWARD, self._largest(work))
+        if whole - rows < least <= (whole - least) // ROUND_ROWS * ROUND_ROWS:
+            rows = min(rows, (whole - least) // ROUND_ROWS * ROUND_ROWS)
         return fitted(rows) if rows else None
+
+    def _least_rows(self, backward: bool, largest: int) -> int:
+        """Rows of the smallest window that is large enough. largest: rows of the largest window of its micro-batch."""
+        key = (backward, largest)
+        known = self._enough.get(key)
+        if known is None:
+            def efficiency(rows: int) -> float:
+                cost = UnitCost(backward, rows, 1, 0, 0)
+                return self._ideal(cost, largest) / max(self.latency.unit_seconds(cost), 1e-9)
+
+            enough = EFFICIENT * efficiency(largest)
+            sizes = range(ROUND_ROWS, largest, ROUND_ROWS)
+            known = self._enough[key] = next((rows for rows in sizes if efficiency(rows) >= enough), largest)
+        return known
 
     def _fitted(self, work: MicrobatchWork, shape: Unit, left: float) -> Candidate | None:
         """The unit over as many of its layers as fit into `left` seconds; None if not even one fits. Forward begins with the
@@ -185,11 +204,22 @@ class Shapes:
         return seconds - bare + self._ideal(cost, self._largest(work))
 
     def _ideal(self, cost: UnitCost, largest: int) -> float:
-        """Seconds of a unit's rows and layers, without attention and labels, at the rate of a window of `largest` rows over all
-        layers."""
-        layers = self.num_layers
-        whole = self.latency.unit_seconds(cost._replace(rows=largest, layers=layers, pairs=0, labels=0))
-        return whole * cost.rows * cost.layers / (largest * layers)
+        """Seconds of a unit's rows and layers, without attention and labels, at the best rate of a window of at most `largest`
+        rows over all layers."""
+        whole = cost._replace(rows=self._best_rows(cost, largest), layers=self.num_layers, pairs=0, labels=0)
+        return self.latency.unit_seconds(whole) * cost.rows * cost.layers / (whole.rows * whole.layers)
+
+    def _best_rows(self, cost: UnitCost, largest: int) -> int:
+        """Rows of the window over all layers that takes the fewest seconds per row."""
+        key = (cost.backward, largest, cost.recompute_fraction)
+        known = self._best.get(key)
+        if known is None:
+            def row_seconds(rows: int) -> float:
+                bare = cost._replace(rows=rows, layers=self.num_layers, pairs=0, labels=0)
+                return self.latency.unit_seconds(bare) / rows
+
+            known = self._best[key] = min((largest, *(rows for rows in BEST_ROWS if rows < largest)), key=row_seconds)
+        return known
 
     # --- units that are fused ---
 

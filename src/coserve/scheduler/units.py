@@ -31,7 +31,7 @@ from typing import NamedTuple
 from coserve.core import OptimizerSlice, PassCost, UnitCost, WorkUnit
 from coserve.scheduler.deadlines import UNBOUNDED
 from coserve.scheduler.latency import LatencyModel
-from coserve.scheduler.riding import Riding
+from coserve.scheduler.riding import NO_FREE_ROWS, FreeRows, Riding
 from coserve.scheduler.shapes import Candidate, Shapes
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 
@@ -133,14 +133,15 @@ class UnitPicker:
         self.explain: Callable[[str], None] | None = None
 
     def pick(
-        self, jobs: Sequence[JobWork], seconds: float, inference: PassCost | None, *, rides: bool, patient: bool = True,
+        self, jobs: Sequence[JobWork], seconds: float, inference: PassCost | None, *, free: FreeRows = NO_FREE_ROWS,
+        patient: bool = True,
         only: MicrobatchWork | None = None, stretch: Callable[[bool], float] = lambda overdue: UNBOUNDED,
     ) -> Chosen:
         """Picks units and optimizer slices for `seconds`, and advances their micro-batches.
 
-        jobs: in order of precedence. inference: the requests' pass. rides: whether training rows may ride in a pass, and save
-        time there (Riding.free_rows). patient: whether units may wait for more time. only: the one micro-batch that may get
-        units; None allows all. stretch: called with whether the wait is overdue, gives the seconds that a stuck unit may take.
+        jobs: in order of precedence. inference: the requests' pass. free: training rows that had best ride in a pass, none if
+        no rows may. patient: whether units may wait for more time. only: the one micro-batch that may get units; None allows
+        all. stretch: called with whether the wait is overdue, gives the seconds that a stuck unit may take.
         """
         chosen = Chosen(inference)
         stuck = self._stuck_unit(jobs, seconds, only)
@@ -157,6 +158,7 @@ class UnitPicker:
                 return chosen
         least = self.guard.least_efficiency(patient)
         self._say(f"{1e3 * seconds:.2f} ms for jobs")
+        rides = free.rows > 0
         turn = _Turn(jobs, only, self._waiting(jobs, only) if rides else frozenset(), rides)
         left, ride = seconds, None
         if rides and inference is not None:
@@ -164,14 +166,19 @@ class UnitPicker:
         if ride is None or inference is None:
             left = self._run(chosen, turn, left, least)
         else:
-            # Its own job's windows wait, so that it can take what time is left.
-            able = frozenset(work.id for work in ride.job.microbatches.values() if self.shapes.can_ride(work))
-            left = self._run(chosen, turn._replace(waiting=turn.waiting | able), left - ride.candidate.seconds, least)
+            # Its job's other windows wait, so that it can take what time is left. The newest waits for the next pass anyway.
+            able = [work.id for work in ride.job.microbatches.values() if self.shapes.can_ride(work)]
+            waiting = turn.waiting | frozenset(able)
+            left = self._run(chosen, turn._replace(waiting=waiting), left - ride.candidate.seconds, least)
             left += ride.candidate.seconds
             ride = ride._replace(candidate=self.riding.grown(ride.work, inference, ride.candidate, left))
             self._say(f"rides: {ride.candidate}")
             self._add(chosen, ride)
+            turn = turn._replace(waiting=turn.waiting | ({max(able)} - {ride.work.id}))
             left = self._run(chosen, turn, left - ride.candidate.seconds, least)
+        if turn.waiting and inference is not None and self._ends_early(inference, seconds, left) > free.saved_s:
+            self._say(f"{1e3 * left:.2f} ms are left, and worth more than what rides in the next pass")
+            left = self._run(chosen, turn._replace(waiting=frozenset()), left, least)
         self._say(f"{1e3 * left:.2f} ms left")
         chosen.seconds = seconds - left
         self.guard.on_filled(is_empty=not (chosen.units or chosen.optimizer))
@@ -229,6 +236,11 @@ class UnitPicker:
                 return _Proposal(job, work, candidate) if candidate is not None and candidate.seconds > seconds else None
         return None
 
+    def _ends_early(self, inference: PassCost, seconds: float, left: float) -> float:
+        """The seconds that are lost if an iteration ends `left` seconds early: the next pass comes sooner by so much."""
+        pass_s = self.latency.constant_seconds + self.latency.pass_seconds(inference)
+        return left * pass_s / (pass_s + seconds)
+
     def _waiting(self, jobs: Sequence[JobWork], only: MicrobatchWork | None) -> frozenset[int]:
         """The micro-batches whose next window waits for the pass: those of jobs that have backward units to run meanwhile."""
         waiting: set[int] = set()
@@ -279,13 +291,23 @@ class UnitPicker:
             for work in _ready(job, turn.only):
                 if work.phase in oldest or work.id in turn.waiting:
                     continue
-                ends_here = turn.rides and self.shapes.can_ride(work)  # a window that stays begun could not ride
-                candidate = self.shapes.whole_window(work, left) if ends_here else self.shapes.next_unit(work, left)
+                candidate = self._next(turn, work, left, least)
                 if candidate is not None and candidate.efficiency >= least * self.shapes.best_efficiency(work):
                     oldest[work.phase] = _Proposal(job, work, candidate)
             if oldest:
                 return max(oldest.values(), key=_rank_where_rows_ride if turn.rides else _rank)
         return None
+
+    def _next(self, turn: _Turn, work: MicrobatchWork, left: float, least: float) -> Candidate | None:
+        """A micro-batch's next unit that fits into `left` seconds. Where rows ride, a new window goes through all layers if that
+        is efficient, since one that stays begun could not ride. Otherwise it waits, if there is something to wait for."""
+        if turn.rides and self.shapes.can_ride(work):
+            whole = self.shapes.whole_window(work, left)
+            if whole is not None and whole.efficiency >= LEAST_EFFICIENCY * self.shapes.best_efficiency(work):
+                return whole
+            if least > 0:
+                return None
+        return self.shapes.next_unit(work, left)
 
 
 def _rank(item: _Proposal) -> tuple[float, float]:

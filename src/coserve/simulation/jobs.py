@@ -24,7 +24,8 @@ class SimulatedBatch:
 
     microbatches: tokens of each example, per micro-batch. elements: parameters that the optimizer updates. grouped: whether no
     micro-batch's backward begins before all of the batch are forward. forward_only, lowest, grid, recompute_fraction: as in
-    MicrobatchWork. arena_blocks: blocks of the pool that each micro-batch takes while it is in flight; empty: none take any.
+    MicrobatchWork. in_flight: how many micro-batches may be in flight at once. arena_blocks: blocks of the pool that each
+    takes meanwhile; empty: none take any.
     """
 
     microbatches: Sequence[Sequence[int]]
@@ -34,6 +35,7 @@ class SimulatedBatch:
     lowest: int = 0
     grid: int | None = None
     recompute_fraction: float = 0.0
+    in_flight: int = 2
     arena_blocks: Sequence[int] = ()
 
 
@@ -74,7 +76,7 @@ class SimulatedJob:
             self.steps_done, self.next = self.steps_done + 1, 0
             if self.finished:
                 return
-        most = self.scheduler.config.max_microbatches if self.batch.grid is None else 1
+        most = self.batch.in_flight if self.batch.grid is None else 1
         while self.next < len(self.batch.microbatches) and len(self.waiting) < most:
             if not self._begin(self.batch.microbatches[self.next]):
                 break

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from coserve.config.settings import EngineConfig, FinetuneConfig
+from coserve.config.settings import EngineConfig, FinetuneConfig, SchedulerConfig
 from coserve.config.values import require
 from coserve.core import CapacityError
 from coserve.model.architecture import Architecture
@@ -27,15 +27,16 @@ from coserve.planning.budget import (
     FittedPlan,
     JobPlans,
     Workload,
-    plan_within,
     recompute_fraction,
     shape_adapter,
     training_bytes,
 )
+from coserve.planning.inflight import plan_in_flight
 from coserve.runtime.cache import block_bytes
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import fused_plan
 from coserve.scheduler.blocks import BlockPool
+from coserve.scheduler.latency import LatencyModel
 from coserve.simulation.jobs import SimulatedBatch
 
 
@@ -123,11 +124,13 @@ class PlannedBatch(NamedTuple):
 
 
 def plan_batch(
-    arch: Architecture, config: FinetuneConfig, example_tokens: Sequence[int], memory: DeviceMemory, *, itemsize: int
+    arch: Architecture, config: FinetuneConfig, example_tokens: Sequence[int], memory: DeviceMemory, latency: LatencyModel,
+    scheduler: SchedulerConfig, *, itemsize: int,
 ) -> PlannedBatch:
     """An optimizer batch of examples with the plan that a real engine would choose for them.
 
-    example_tokens: of each example, in order; they are packed into micro-batches as they come. Raises ConfigError for one that
+    example_tokens: of each example, in order; they are packed into micro-batches as they come. latency, scheduler: what the
+    engine believes, and its settings. Raises ConfigError for one that
     is longer than a micro-batch, and CapacityError where no plan fits.
     """
     most = config.max_microbatch_tokens
@@ -142,14 +145,16 @@ def plan_batch(
     largest = max(map(sum, packed))
     adapter = shape_adapter(arch, config.adapter)
     squares = sum(tokens * tokens for tokens in example_tokens)
-    plans = JobPlans(
-        arch, adapter, Workload(largest, math.ceil(squares / sum(example_tokens))), itemsize=itemsize,
-        compression=config.activation_compression,
+    workload = Workload(largest, math.ceil(squares / sum(example_tokens)), len(packed))
+    plans = JobPlans(arch, adapter, workload, itemsize=itemsize, compression=config.activation_compression)
+    fitted = plan_in_flight(
+        plans, config, memory.job_bytes, latency, scheduler,
+        remedy="choose more devices, or devices with more memory",
     )
-    fitted = plan_within(plans, config, memory.job_bytes, remedy="choose more devices, or devices with more memory")
     sizes = [microbatch_layout(fitted.plan, sum(part), arch, itemsize, forward_only=False).total for part in packed]
     batch = SimulatedBatch(
         microbatches=packed, elements=adapter.flat.numel(), lowest=fitted.plan.lowest_trained, grid=config.grid_tokens,
-        recompute_fraction=recompute_fraction(fitted.plan), arena_blocks=[-(-size // memory.block_bytes) for size in sizes],
+        recompute_fraction=recompute_fraction(fitted.plan), in_flight=fitted.in_flight,
+        arena_blocks=[-(-size // memory.block_bytes) for size in sizes],
     )
     return PlannedBatch(batch, fitted)

@@ -112,7 +112,7 @@ def prepare(job: ResolvedJob, loaded: LoadedModel, fitted: FittedPlan) -> Prepar
     ends = () if taught <= loaded.end_token_ids else sorted(taught | loaded.end_token_ids)
     listen = request.listen  # not the request, which holds the tensors of the adapter that is continued
     trainer = AdapterTrainer(
-        loaded, config, start=adapter, plan=fitted.plan, end_token_ids=ends,
+        loaded, config, start=adapter, plan=fitted.plan, in_flight=fitted.in_flight, end_token_ids=ends,
         warn=lambda message: listen(JobEvent(level="warn", message=message)),
     )
     facts = {

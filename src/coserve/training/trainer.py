@@ -50,12 +50,14 @@ class AdapterTrainer:
     """One job's adapter, its optimizer and its plans.
 
     start: an adapter to continue, which is also the DPO reference. plan: default what `config` asks for, with micro-batches of
-    `max_microbatch_tokens`. end_token_ids: tokens that the data teaches to end with. warn: called with warnings.
+    `max_microbatch_tokens`. in_flight: how many micro-batches an engine may have in flight at once. end_token_ids: tokens that
+    the data teaches to end with. warn: called with warnings.
     """
 
     def __init__(
         self, model: LoadedModel, config: FinetuneConfig, *, start: Adapter | None = None,
-        plan: ModelPlan | None = None, end_token_ids: Sequence[int] = (), warn: Callable[[str], None] = lambda _: None,
+        plan: ModelPlan | None = None, in_flight: int = 1, end_token_ids: Sequence[int] = (),
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.config, self.warn = model, config, warn
         arch, weights = model.architecture, model.weights
@@ -73,7 +75,7 @@ class AdapterTrainer:
                 arch, self.adapter, workload, itemsize=itemsize, compression=config.activation_compression
             )
             plan = plans.asked(config).plan
-        self.plan = plan
+        self.plan, self.in_flight = plan, in_flight
         self.scoring = scoring_plan(arch, self.adapter, itemsize=itemsize)
         self.reference_scoring = scoring_plan(arch, self.reference, itemsize=itemsize)
         self.window = config.grid_tokens or config.window_tokens
