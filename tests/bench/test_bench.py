@@ -22,7 +22,7 @@ from coserve.bench.capacity import allowed_misses, find_capacity
 from coserve.bench.cells import CellStore, run_from_dict, run_to_dict
 from coserve.bench.charts import ticks
 from coserve.bench.driver import Run, RunConfig, TokensDone, run_load
-from coserve.bench.machine import Observation, RowCost, fit_row_cost, gain_bound, inference_share
+from coserve.bench.machine import MachineRecord, bound_keys, law_from_dict, law_to_dict
 from coserve.bench.metrics import RequestRecord, SloInMs, meets, summarize, summary, wilson
 from coserve.bench.report import make_page
 from coserve.bench.results import make_results, prediction_errors
@@ -30,6 +30,7 @@ from coserve.bench.sharing import BurstConfig, Cell, Measured, Sharing, SharingC
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.config.settings import FinetuneConfig, SamplingConfig
 from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, JobFailed, NotFound
+from coserve.devices.bound import JobShape, Load
 
 OBJECTIVES = SloInMs(ttft_ms=1000.0, tpot_ms=100.0)
 
@@ -115,6 +116,10 @@ class FakeEngine:
             "finetune_tokens": self.finetune_tokens, "busy_s": self.busy_s, "iterations": self.iterations,
             "memory": {"peak_bytes": 1234},
         }
+
+    def machine(self) -> MachineRecord | None:
+        """As the fake behaves: 10 ms an iteration, 1 ms a request, 0.6 ms a trained token."""
+        return MACHINE if self.job is not None else replace(MACHINE, job=None)
 
     def close(self) -> None:
         self.closed = True
@@ -258,24 +263,42 @@ def test_summary_of_requests_counts_unfinished_ones_as_missed() -> None:
 # --- the bound
 
 
-def test_row_cost_is_recovered_from_runs_of_different_rates() -> None:
-    runs = [Observation(0.04 * n + 0.0013 * rows, n, rows) for n, rows in ((100, 900), (80, 2000), (120, 400), (90, 1500))]
-    assert fit_row_cost(runs) == pytest.approx(RowCost(0.04, 0.0013))
+LAW = {
+    ("inference", "once", 0): 0.01, ("inference", "rows", 1): 0.001, ("forward", "rows", 0): 0.0002,
+    ("backward", "rows", 0): 0.0004,
+}
+MACHINE = MachineRecord(
+    law=LAW, num_layers=1, quantum_s=0.25, pass_ratio=1.1, job=JobShape(tokens=100, pairs=5050, labels=99),
+)
 
 
-def test_row_cost_of_runs_alike_and_of_too_few() -> None:
-    run = Observation(2.0, 10, 100)
-    assert all(fit_row_cost([run] * count) is None for count in range(4))
-    assert fit_row_cost([run] * 3 + [Observation(0.0, 0, 0)]) is None, "an empty run says nothing"
-    cost = fit_row_cost([run] * 4)
-    assert cost is not None and cost.fixed_s * 10 + cost.row_s * 100 == pytest.approx(2.0)
+def test_bound_is_the_measured_throughput_times_what_the_law_leaves() -> None:
+    """A load so low that at most one request runs: it leaves (T - pass) / T while one does. Rows in a pass cost more."""
+    load = Load(rate=0.01, prompt_tokens=0, output_tokens=10)
+    running = 1 - np.exp(-0.01 * 10 * 0.05)
+    found = MACHINE.bound(load, 0.05, alone=300.0)
+    assert found == pytest.approx(300 * (1 - running * 0.01 / 0.05), rel=1e-4)
+    slower = MACHINE.bound(load, 0.05, alone=300.0, pass_ratio=2.0)
+    assert slower == pytest.approx(300 * (1 - running * 0.02 / 0.05), rel=1e-4)
+    assert MACHINE.bound(Load(rate=0, prompt_tokens=0, output_tokens=0), 0.05, alone=300.0) == 300
 
 
-def test_inference_share_by_hand() -> None:
-    share = inference_share(RowCost(0.02, 0.001), rate=0.5, prompt_tokens=30, output_tokens=20, tpot_s=0.1)
-    assert share == pytest.approx((1 - np.exp(-1.0)) * 0.2 + 0.025)
-    assert inference_share(RowCost(0.02, 0.001), 1e6, 30, 20, 0.1) == 1.0
-    assert gain_bound(0.5, 1.0, 0.25) == 1.25
+def test_bound_includes_rows_that_ride_for_less() -> None:
+    free = replace(MACHINE, law={name: seconds for name, seconds in LAW.items() if name[1] != "rows" or name[0] != "inference"})
+    load = Load(rate=5.0, prompt_tokens=0, output_tokens=20)
+    assert free.bound(load, 0.05, alone=300.0) > 1.1 * MACHINE.bound(load, 0.05, alone=300.0)
+
+
+def test_bound_keys_of_a_row() -> None:
+    assert bound_keys(0.5, 2.0, 150.0, 300.0, 120.0) == {"bound_tokens_per_s": 150.0, "bound": 0.75, "bound_reached": 0.8}
+    assert bound_keys(0.5, 2.0, 150.0, 300.0, None) == {"bound_tokens_per_s": 150.0, "bound": 0.75}
+    assert bound_keys(0.5, 2.0, 0.0, 300.0, 1.0) == {"bound_tokens_per_s": 0.0, "bound": 0.25}
+
+
+def test_machine_is_kept_as_json() -> None:
+    assert MachineRecord.from_dict(json.loads(json.dumps(MACHINE.to_dict()))) == MACHINE
+    assert MachineRecord.from_dict({**MACHINE.to_dict(), "job": None}).job is None
+    assert law_from_dict(law_to_dict(LAW)) == LAW and "inference rows 1" in law_to_dict(LAW)
 
 
 # --- capacity
@@ -492,7 +515,7 @@ def test_whole_measurement(tmp_path: Path) -> None:
     allowed = {
         "experiment", "policy", "model", "load", "rate", "trace", "num_requests", "slo_attainment", "slo_interval", "goodput",
         "ttft_ms", "tpot_ms", "itl_ms", "inference_tokens_per_s", "finetune_tokens_per_s", "finetune_share", "gain", "bound",
-        "peak_memory_bytes",
+        "peak_memory_bytes", "bound_tokens_per_s", "bound_reached", "tpot_slo_ms", "ttft_slo_ms",
     }
     assert all(row.keys() <= allowed for row in data["results"])
     served = rows["sharing", "inference-only", 0.5]
@@ -502,9 +525,15 @@ def test_whole_measurement(tmp_path: Path) -> None:
     assert alone["finetune_tokens_per_s"] == pytest.approx(1250, rel=0.01) and "num_requests" not in alone
     assert shared["finetune_share"] == pytest.approx(shared["finetune_tokens_per_s"] / 1250, rel=0.02)
     assert shared["gain"] == pytest.approx(shared["goodput"] / data["capacity"]["rate"] + shared["finetune_share"])
-    assert 0 < shared["bound"] <= 0.25 + 1 and rows["sharing", "coserve", 0.5]["rate"] == data["capacity"]["rate"] / 2
-    # 10 ms an iteration and 1 ms a request, so 1 ms a decode row; a prompt costs the fake nothing, hence the tolerance.
-    assert data["row_cost"]["fixed_ms"] == pytest.approx(10, rel=0.15)
+    assert rows["sharing", "coserve", 0.5]["rate"] == data["capacity"]["rate"] / 2
+    assert data["machine"] == MACHINE.to_dict() and data["pass_ratios"] == {0.0: 1.1, 0.25: 1.1, 0.5: 1.1}
+    load = Load(rate=shared["rate"], prompt_tokens=3, output_tokens=8)
+    bound = MACHINE.bound(load, 0.05, alone["finetune_tokens_per_s"], 1.1)
+    assert shared["bound_tokens_per_s"] == pytest.approx(bound, rel=0.01), "finetuning alone is a median of each row's repeats"
+    assert shared["bound_reached"] == shared["finetune_tokens_per_s"] / shared["bound_tokens_per_s"]
+    assert shared["bound"] == pytest.approx(0.25 + shared["bound_tokens_per_s"] / 1250, rel=0.01)
+    assert (shared["tpot_slo_ms"], shared["ttft_slo_ms"]) == (50.0, 1000.0)
+    assert served["bound_tokens_per_s"] > 0 and "bound_reached" not in served and "bound" not in alone
     # A request takes 8 x 50 ms at most, so 40 run at 100 requests/s, and 40 running make an iteration of 50 ms.
     assert data["capacity"]["rate"] == pytest.approx(100, rel=0.1)
     held = [probe for probe in data["capacity"]["probes"] if not probe["gave_up"]]
@@ -526,16 +555,7 @@ def test_throughput_is_a_median_and_its_share_is_taken_inside_each_repeat() -> N
     assert row["finetune_tokens_per_s"] == 90 and row["finetune_share"] == pytest.approx(0.8), "of 0.9, 0.5 and 0.8"
     assert row["num_requests"] == 6 and row["slo_attainment"] == pytest.approx(5 / 6)
     assert row["goodput"] == pytest.approx(5 / 30)
-    assert "bound" not in row and "row_cost" not in data and "peak_memory_bytes" not in row
-
-
-@pytest.mark.parametrize(("count", "fitted"), [(3, False), (4, True)])
-def test_bound_needs_four_inference_only_runs(count: int, fitted: bool) -> None:
-    run = run_of([record(0.1, [0.2, 0.25])], [TokensDone(0.0, 0.0), TokensDone(10.0, 0.0)])
-    probes = tuple(Cell("inference-only", 0.0, 1.0, i, run) for i in range(count - 1))
-    cells = (Cell("inference-only", 0.5, 1.0, 0, run), Cell("coserve", 0.5, 1.0, 0, run))
-    data = make_results(Measured(OBJECTIVES, None, 2.0, probes, cells, ()), replace(CONFIG, burst=None), "tiny")
-    assert ("row_cost" in data) == fitted and all(("bound" in row) == fitted for row in data["results"])
+    assert "bound" not in row and "machine" not in data and "peak_memory_bytes" not in row, "of engines that don't tell"
 
 
 def test_prediction_errors_of_repeats_are_medians_per_kind() -> None:
@@ -621,7 +641,7 @@ def test_page_shows_the_plots_and_loads_nothing(tmp_path: Path, loads: tuple[flo
 def test_page_of_a_run_without_bound_bursts_or_finetune_only(tmp_path: Path) -> None:
     data = Lab(tmp_path).results()
     for row in data["results"]:
-        for key in ("bound", "gain", "finetune_share"):
+        for key in ("bound", "bound_tokens_per_s", "bound_reached", "gain", "finetune_share"):
             row.pop(key, None)
     data["results"] = [row for row in data["results"] if row["experiment"] == "sharing" and row["load"]]
     data["bursts"] = []

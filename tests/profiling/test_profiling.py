@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from coserve.core import Contents
+from coserve.core import Contents, PassCost, UnitCost
 from coserve.engine.engine import Engine
 from coserve.profiling import measure as profiling
 from coserve.profiling.fit import ProfilePoint, fit, needed_points, profile_points, row_layers
 from coserve.profiling.measure import Profiler
 from coserve.runtime.loaded import LoadedModel
+from coserve.scheduler.latency import LatencyModel
 from tests.tiny_engine import MakeEngine, build_model
 
 
@@ -72,3 +73,18 @@ def test_without_time_for_more_a_law_comes_out(model: LoadedModel, engines: Make
     law = fit(samples)
     assert all(law.seconds(contents) > 0 for contents in needed)
     assert profiler.blocks.num_used == profiler.blocks.num_arena == 0
+
+
+def test_the_fit_counts_shares_of_forward_that_run_again_and_the_first_row_that_rides() -> None:
+    terms = {
+        ("iteration", "once", 0): 1e-3, ("inference", "once", 0): 0.02, ("inference", "rows", 1): 1e-3,
+        ("inference", "fused_rows", 0): 0.03, ("inference", "fused_rows", 1): 5e-4, ("forward", "rows", 0): 1e-4,
+        ("backward", "rows", 0): 2e-4,
+    }
+    law = LatencyModel(terms)
+    passes = [PassCost(4 + rows, 4, 4, 100, 0, rows, 0, 0, 0) for rows in (0, 1, 2, 16, 40)]
+    again = [UnitCost(True, rows, 2, 100, 0, share) for rows in (30, 100) for share in (0.0, 0.4, 1.0)]
+    points = [*(Contents(cost, (), 0) for cost in passes), *(Contents(None, (unit,), 0) for unit in again),
+              *(Contents(None, (unit._replace(backward=False, recompute_fraction=0.0),), 0) for unit in again)]
+    found = fit([(point, law.seconds(point)) for point in points])
+    assert [found.seconds(point) for point in points] == [pytest.approx(law.seconds(point), rel=0.01) for point in points]

@@ -37,6 +37,11 @@ def test_stalls_come_as_often_and_take_as_long_as_was_said() -> None:
     assert set(found) == {1.0, 7.0} and found.count(7.0) == pytest.approx(400, rel=0.2)
 
 
+def test_the_pace_is_a_step_function_of_time() -> None:
+    truth = TrueLaw(law(), Disturbance(pace=[(1.0, 2.0), (3.0, 0.5)]))
+    assert [truth.factor(now) for now in (0.0, 0.99, 1.0, 2.99, 3.0, 99.0)] == [1.0, 1.0, 2.0, 2.0, 0.5, 0.5]
+
+
 def test_equal_seeds_give_equal_times() -> None:
     settings = {"noise": 0.1, "stall_share": 0.1}
     assert factors(100, seed=3, **settings) == factors(100, seed=3, **settings) != factors(100, seed=4, **settings)
@@ -54,7 +59,8 @@ def test_slopes_grow_and_constants_stay() -> None:
 
 @pytest.mark.parametrize("changes", [
     {"noise": -0.1}, {"noise": 0.34}, {"noise": float("nan")}, {"stall_share": 1.5}, {"stall_factor": 0.5}, {"slope": 0.0},
-    {"slope": float("inf")}, {"host_s": -1e-3},
+    {"slope": float("inf")}, {"host_s": -1e-3}, {"between_s": float("nan")}, {"pace": [(1.0, 1.0), (0.5, 1.0)]},
+    {"pace": [(0.0, 0.0)]},
 ])
 def test_impossible_disturbances_are_refused_by_name(changes: dict[str, float]) -> None:
     (name,) = changes

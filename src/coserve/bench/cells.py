@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from coserve.bench.driver import Run, TokensDone
+from coserve.bench.machine import MachineRecord
 from coserve.bench.metrics import RequestRecord
 from coserve.durable import write_file
 
@@ -28,9 +29,7 @@ class CellStore:
 
     def get(self, label: str, settings: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stored result of a cell, or `run`'s, stored. An unreadable file is run again."""
-        key = json.dumps({"label": label, **self._common, **settings}, sort_keys=True)
-        name = "".join(c if c.isalnum() or c in "-." else "_" for c in label)
-        path = self._directory / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+        key, path = self._key(label, settings), self.path(label, settings)
         try:
             stored = json.loads(path.read_text())["result"]
             self._listen(label, True)
@@ -42,18 +41,30 @@ class CellStore:
         write_file(path, (json.dumps({"settings": json.loads(key), "result": result}) + "\n").encode(), cached=True)
         return result
 
+    def path(self, label: str, settings: Mapping[str, Any]) -> Path:
+        """Where a cell is stored."""
+        name = "".join(c if c.isalnum() or c in "-." else "_" for c in label)
+        digest = hashlib.sha256(self._key(label, settings).encode()).hexdigest()[:12]
+        return self._directory / f"{name}-{digest}.json"
+
+    def _key(self, label: str, settings: Mapping[str, Any]) -> str:
+        return json.dumps({"label": label, **self._common, **settings}, sort_keys=True)
+
 
 def run_to_dict(run: Run) -> dict[str, Any]:
     """Plain JSON types; times to a hundredth of a millisecond."""
-    data = asdict(run)
+    data = asdict(replace(run, machine=None))
     data["records"] = [
         {**asdict(r), "due_s": round(r.due_s, 5), "token_times": [round(t, 5) for t in r.token_times]} for r in run.records
     ]
     data["samples"] = [list(sample) for sample in run.samples]
+    data["machine"] = None if run.machine is None else run.machine.to_dict()
     return data
 
 
 def run_from_dict(data: Mapping[str, Any]) -> Run:
     """Reads what `run_to_dict` wrote."""
     records = tuple(RequestRecord(**{**r, "token_times": tuple(r["token_times"])}) for r in data["records"])
-    return Run(**{**data, "records": records, "samples": tuple(TokensDone(*s) for s in data["samples"])})
+    machine = None if data.get("machine") is None else MachineRecord.from_dict(data["machine"])
+    samples = tuple(TokensDone(*s) for s in data["samples"])
+    return Run(**{**data, "records": records, "samples": samples, "machine": machine})

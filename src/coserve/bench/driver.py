@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from coserve.bench.arrivals import Arrival
+from coserve.bench.machine import MachineRecord
 from coserve.bench.metrics import RequestRecord, SloInMs, meets
 from coserve.config.settings import FinetuneConfig, SamplingConfig
 from coserve.core import CoserveError, JobFailed
@@ -58,6 +59,7 @@ class BenchEngine(LoadEngine, Protocol):
     """What a benchmark needs of an engine that trains from files; coserve.engine.engine.Engine has it."""
 
     def finetune(self, data_path: Path, output_dir: Path, config: FinetuneConfig, *, name: str) -> DrivenJob: ...
+    def machine(self) -> MachineRecord | None: ...
     def close(self) -> None: ...
 
 
@@ -87,7 +89,8 @@ class Run:
     """records: the counted requests, their times from the window's start. busy_s, iterations, rows: of the whole run;
     rows: prompt and output tokens. inference_tokens: output tokens in the window. prediction_errors: by kind of iteration,
     an ErrorSummary's fields (scheduler/latency.py). fused_share: of the forward rows of finetuning, those that rode in a pass
-    with requests; None where there were none, or the engine doesn't count them."""
+    with requests; None where there were none, or the engine doesn't count them. start_s: of the run, on the engine's clock.
+    machine: None where that isn't known."""
 
     records: tuple[RequestRecord, ...]
     window_s: float
@@ -100,6 +103,8 @@ class Run:
     peak_memory_bytes: int | None = None
     fused_share: float | None = None
     prediction_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    start_s: float = 0.0
+    machine: MachineRecord | None = None
 
     @property
     def finetune_tokens_per_s(self) -> float:
@@ -159,7 +164,7 @@ def run_load(
         busy_s=float(done["busy_s"] - before["busy_s"]), iterations=int(done["iterations"] - before["iterations"]),
         rows=sum(r.prompt_tokens + len(r.token_times) - 1 for r in records if r.token_times),
         gave_up=gave_up, peak_memory_bytes=done["memory"].get("peak_bytes"), fused_share=_fused_share(before, done),
-        prediction_errors=engine.metrics().get("prediction_errors", {}),
+        prediction_errors=engine.metrics().get("prediction_errors", {}), start_s=start,
     )
 
 

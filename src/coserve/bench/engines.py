@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from coserve.bench.driver import BenchEngine, DrivenJob, Handle
+from coserve.bench.machine import MachineRecord
 from coserve.bench.metrics import SloInMs
+from coserve.bench.recording import RecordedEngine
 from coserve.bench.sharing import SPATIAL
 from coserve.config.settings import EngineConfig, FinetuneConfig, SamplingConfig, SchedulerConfig
 from coserve.core import CoserveError, JobFailed
@@ -51,7 +53,7 @@ class EngineMaker:
         torch.set_num_threads(self.choice.threads)
         gc.collect()  # the last engine's pool is free when the engine, a web of references, is collected
         if policy != SPATIAL:
-            return Engine(self.model, _config(policy, objectives))
+            return RecordedEngine(Engine(self.model, _config(policy, objectives)))
         serving, training = self.spatial_threads
         memory = None
         if self.model.weights.device.type == "cuda":
@@ -91,6 +93,10 @@ class SpatialEngine:
 
     def metrics(self) -> Mapping[str, Any]:
         return {**self._engine.metrics(), "finetune_tokens": self._job.tokens if self._job is not None else 0.0}
+
+    def machine(self) -> MachineRecord | None:
+        """None: neither process has the machine for itself."""
+        return None
 
     def close(self) -> None:
         if self._job is not None:

@@ -1,68 +1,82 @@
-"""The bound of a machine: the finetuning that a perfect scheduler could do beside a load, from the measured cost of rows.
+"""The bound of a machine: the most finetuning that any scheduler could do beside a load, on the machine as it was in a run.
 
-Owns: the fit of that cost, the bound, the gain. The formula, which the page of results states too:
+Owns: what a run keeps of its machine, the bound from it, the gain. Does not own: the bound under a law (devices/bound.py). The
+formula, which the page of results states too:
 
-    an inference-only iteration takes   a + b x rows                            a, b fitted to inference-only runs
-    a perfect scheduler stretches iterations to the TPOT objective T, so while anything runs there are 1 / T of them a second;
-    something runs for the share        p = 1 - exp(-rate x output_tokens x T)  (each request stays for its tokens' deadlines)
-    inference share                     S = min(1, p x a / T + b x rows per second)
-    bound of finetuning                 finetune-only throughput x (1 - S)
+    law      the latency law that was fitted to the machine's profile, and with which the scheduler began. Its passes are
+             multiplied by how much longer passes with requests only took in the runs at this load (the median)
+    bound    finetuning alone, as measured in the same repeat x F(load) / F(no load)
+    F        the most trained tokens per second under the law, with an iteration as long as the TPOT objective, and training
+             rows in the pass with requests where that saves time (`fused_bound`)
 
-The fixed cost `a` (reading the weights) is charged to inference in full. A fused finetuning row reads the same weights, so a
-scheduler could pass the bound by what fusing saves: at most p x a / T of the machine.
+A profile is measured in seconds, and a machine is faster or slower minutes later. The ratio of the two F says what share of
+finetuning alone a load leaves; what finetuning alone is, is measured. So no error of the law in how long training takes enters
+the bound, if it is the same with and without requests.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
-LEAST_RUNS = 4
-"""Inference-only runs below which no cost is fitted: two costs through two or three runs are those runs' noise."""
+from coserve.devices.bound import JobShape, Load, fused_bound
+from coserve.scheduler.latency import Coefficient, LatencyModel
 
-
-class Observation(NamedTuple):
-    """An inference-only run. busy_s: seconds inside iterations; rows: prompt and output tokens computed."""
-
-    busy_s: float
-    iterations: int
-    rows: int
+NO_LOAD = Load(rate=0.0, prompt_tokens=0.0, output_tokens=0.0)
 
 
-class RowCost(NamedTuple):
-    """An inference-only iteration takes fixed_s + row_s x rows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineRecord:
+    """What a run keeps of its machine.
 
-    fixed_s: float
-    row_s: float
-
-
-def fit_row_cost(observations: Sequence[Observation]) -> RowCost | None:
-    """Least squares over runs of different rates, each weighted by 1 / busy_s, with both costs at least 0.
-
-    None for fewer than LEAST_RUNS runs.
+    law: coefficients of the law with which its scheduler began. quantum_s: its preemption quantum. job: the micro-batches of
+    the job, None if none ran. pass_ratio: how many times as long as the law says iterations took that held requests only (the
+    median); None if there were none.
     """
-    used = [o for o in observations if o.busy_s > 0 and o.iterations > 0 and o.rows > 0]
-    if len(used) < LEAST_RUNS:
-        return None
-    points = [(o.iterations / o.busy_s, o.rows / o.busy_s) for o in used]
-    xx, xy, yy = (sum(p[i] * p[j] for p in points) for i, j in ((0, 0), (0, 1), (1, 1)))
-    x, y = sum(p[0] for p in points), sum(p[1] for p in points)
-    determinant = xx * yy - xy * xy
-    if determinant > 1e-9 * xx * yy:
-        fixed, row = (x * yy - y * xy) / determinant, (y * xx - x * xy) / determinant
-        if fixed >= 0 and row >= 0:
-            return RowCost(fixed, row)
-    # Runs alike: a single cost explains them; the fixed one where it leaves less error than the row's.
-    alone = [RowCost(x / xx, 0.0), RowCost(0.0, y / yy)]
-    return min(alone, key=lambda c: sum((c.fixed_s * p[0] + c.row_s * p[1] - 1) ** 2 for p in points))
+
+    law: Mapping[Coefficient, float]
+    num_layers: int
+    quantum_s: float
+    job: JobShape | None
+    pass_ratio: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain JSON types."""
+        job = None if self.job is None else asdict(self.job)
+        return {
+            "law": law_to_dict(self.law), "num_layers": self.num_layers, "quantum_s": self.quantum_s, "job": job,
+            "pass_ratio": self.pass_ratio,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what `to_dict` wrote."""
+        job = None if data["job"] is None else JobShape(**data["job"])
+        return cls(**{**data, "law": law_from_dict(data["law"]), "job": job})
+
+    def bound(self, load: Load, tpot_s: float, alone: float, pass_ratio: float = 1.0) -> float:
+        """The most trained tokens per second beside a load. alone: those of finetuning alone, as measured. pass_ratio: as in
+        the record, but of the runs at this load. There must have been a job."""
+        assert self.job is not None
+        law = LatencyModel({
+            name: seconds * (pass_ratio if name[0] == "inference" else 1.0) for name, seconds in self.law.items()
+        })
+        beside, all_of_it = (
+            fused_bound(law, self.num_layers, asked, tpot_s, self.job, self.quantum_s) for asked in (load, NO_LOAD)
+        )
+        return alone * beside / all_of_it
 
 
-def inference_share(cost: RowCost, rate: float, prompt_tokens: float, output_tokens: float, tpot_s: float) -> float:
-    """The share S of the module's formula. rate: requests per second; the token counts: means per request."""
-    running = 1 - math.exp(-rate * output_tokens * tpot_s)
-    rows_per_s = rate * (prompt_tokens + output_tokens)
-    return min(1.0, running * cost.fixed_s / tpot_s + cost.row_s * rows_per_s)
+def law_to_dict(coefficients: Mapping[Coefficient, float]) -> dict[str, float]:
+    """A law's coefficients with names that JSON can hold, such as 'inference rows 4'."""
+    return {" ".join(map(str, name)): seconds for name, seconds in sorted(coefficients.items())}
+
+
+def law_from_dict(data: Mapping[str, float]) -> dict[Coefficient, float]:
+    """Reads what `law_to_dict` wrote."""
+    parts = ((name.split(), seconds) for name, seconds in data.items())
+    return {(group, field, int(knot)): seconds for (group, field, knot), seconds in parts}
 
 
 def gain(goodput: float, capacity: float, finetune_share: float) -> float:
@@ -71,6 +85,8 @@ def gain(goodput: float, capacity: float, finetune_share: float) -> float:
     return goodput / capacity + finetune_share
 
 
-def gain_bound(rate: float, capacity: float, share: float) -> float:
-    """The gain of a perfect scheduler: every request within its objectives, and finetuning in all that inference leaves."""
-    return rate / capacity + 1 - share
+def bound_keys(rate: float, capacity: float, bound: float, alone: float, reached: float | None) -> dict[str, float]:
+    """The keys of a row of results about its bound. bound, alone, reached: trained tokens per second; reached: None where the
+    policy trains nothing."""
+    keys = {"bound_tokens_per_s": bound, "bound": rate / capacity + (bound / alone if alone > 0 else 0.0)}
+    return keys if reached is None or bound <= 0 else {**keys, "bound_reached": reached / bound}

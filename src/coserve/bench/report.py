@@ -12,7 +12,6 @@ from typing import Any
 
 from coserve.bench.burst import BACK_SHARE
 from coserve.bench.charts import Bar, Line, bar_chart, line_chart, number
-from coserve.bench.machine import LEAST_RUNS
 from coserve.bench.simulatedpage import NOTICE, simulated_method
 
 Row = Mapping[str, Any]
@@ -74,19 +73,12 @@ def _lead(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         if row["policy"] == "coserve" and "finetune_share" in row and "slo_attainment" in row:
-            of_bound = _of_bound(row)
-            bound = "" if of_bound is None else f", {of_bound:.0%} of the bound"
+            bound = f", {row['bound_reached']:.0%} of the bound" if "bound_reached" in row else ""
             lines.append(
                 f"At {row['load']:.0%} of capacity, coserve met the objectives of {row['slo_attainment']:.1%} of "
                 f"{row['num_requests']} requests and kept {row['finetune_share']:.0%} of finetune-only's throughput{bound}."
             )
     return "".join(f'<p class="lead">{line}</p>' for line in lines)
-
-
-def _of_bound(row: Row) -> float | None:
-    """Finetuning throughput over the most that the bound leaves it; None where nothing is left or measured."""
-    share = _bound_share(row)
-    return row["finetune_share"] / share if share and "finetune_share" in row else None
 
 
 def _bound_share(row: Row) -> float | None:
@@ -232,6 +224,7 @@ COLUMNS = (
     ("finetuning tokens/s", lambda r: f"{r['finetune_tokens_per_s']:.0f}"),
     ("of finetune-only", lambda r: f"{r['finetune_share']:.1%}"),
     ("its bound", lambda r: f"{r['bound_tokens_per_s']:.0f}"),
+    ("of its bound", lambda r: f"{r['bound_reached']:.0%}"),
     ("forward rows in a pass", lambda r: f"{r['fused_share']:.1%}"),
     ("gain", lambda r: f"{r['gain']:.2f}"),
     ("bound", lambda r: f"{r['bound']:.2f}"),
@@ -261,12 +254,16 @@ def _cell(row: Row, show: Any) -> str:
         return ""
 
 
+def _pass_ratio(data: Mapping[str, Any]) -> str:
+    """How long passes took beside what the law says."""
+    ratios = data.get("pass_ratios", {})
+    said = ", ".join(f"{ratio:.2f} at {float(load):.0%} of capacity" for load, ratio in ratios.items())
+    return f" They took this many times as long: {said}." if said else ""
+
+
 def _method(data: Mapping[str, Any]) -> str:
-    settings, cost = data.get("settings", {}), data.get("row_cost")
+    settings = data.get("settings", {})
     arrivals = settings.get("arrivals", {})
-    measured = f" Not measured: it takes {LEAST_RUNS} inference-only runs." if cost is None else (
-        f" Measured: {cost['fixed_ms']:.3g} ms per iteration and {cost['row_ms']:.3g} ms per row."
-    )
     return (
         "<h2>How it was measured</h2>"
         f"<p>Arrivals: {escape(str(arrivals.get('kind', 'poisson')))}; {settings.get('requests', '?')} counted requests "
@@ -275,12 +272,14 @@ def _method(data: Mapping[str, Any]) -> str:
         "as missed. "
         "Finetuning tokens are forward-token equivalents: a token counts as half when its forward pass is done and half when "
         "its backward pass is.</p>"
-        "<p>Gain: goodput over capacity, plus finetuning throughput over finetune-only's in the same repeat. Bound: the gain "
-        "of a scheduler that meets every objective and finetunes in all the time that inference leaves. An inference-only "
-        "iteration costs <i>a + b &times; rows</i>, fitted to inference-only runs. Stretched to the TPOT objective <i>T</i>, "
-        "iterations take the share <i>S = p &times; a / T + b &times; rows per second</i> of the time, where "
-        "<i>p = 1 &minus; exp(&minus;rate &times; output tokens &times; T)</i> is the share in which a request runs; "
-        "finetuning gets finetune-only &times; <i>(1 &minus; S)</i>. Fused rows share the iteration's fixed cost, which the "
-        f"bound charges to inference, so a policy may pass it by that much.{measured}</p>"
+        "<p>Gain: goodput over capacity, plus finetuning throughput over finetune-only's in the same repeat. Its bound: the "
+        "load, plus the bound of finetuning over finetune-only's throughput.</p>"
+        "<p>The bound of finetuning is the most tokens that any scheduler could train beside these requests while it keeps "
+        "their objectives: <i>A &times; F(load) / F(no load)</i>. <i>A</i> is finetune-only's throughput, as measured. "
+        "<i>F</i> is by arithmetic, under the latency law that was fitted to the machine's profile and with which the "
+        "scheduler began: while requests run, each iteration lasts for the TPOT objective, and holds the requests' rows and "
+        "as much training as fits, the best part of it in the pass. How many requests run is Poisson distributed. Passes are "
+        "taken to be as much slower than the law says as passes with requests only were in these runs (the median). Prompts "
+        f"are spread evenly, which no real scheduler can do.{_pass_ratio(data)}</p>"
         f"<p class=\"soft\">Command: <code>{escape(str(data.get('command', '')))}</code></p>"
     )

@@ -1,37 +1,41 @@
 """Rows of results from finished runs.
 
-Owns: pooling of repeats, shares, gain and bound. A key that was not measured is absent. Requests of all repeats are pooled
-(attainment, its interval, latencies); throughputs are medians over repeats, and a finetuning share is the median of the ratios
-inside each repeat.
+Owns: pooling of repeats, shares, gain. Does not own: the bound (machine.py). A key that was not measured is absent. Requests of
+all repeats are pooled (attainment, its interval, latencies). Throughputs are medians over repeats, and a finetuning share is
+the median of the ratios inside each repeat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 from coserve.bench.arrivals import parse_kind
 from coserve.bench.burst import bin_series, read_burst
-from coserve.bench.machine import Observation, RowCost, fit_row_cost, gain, gain_bound, inference_share
+from coserve.bench.machine import MachineRecord, bound_keys, gain
 from coserve.bench.metrics import meets, summarize
 from coserve.bench.sharing import Cell, Measured, SharingConfig
 from coserve.bench.simulate import SimulationConfig
+from coserve.devices.bound import Load
 
 
 def make_results(measured: Measured, config: SharingConfig | SimulationConfig, model: str) -> dict[str, Any]:
-    """The keys of the result file from `results` on: rows, and beside them what they were made from. The cost of rows is fitted
-    to what was measured; a simulation's is known."""
-    cost = row_cost(measured) if isinstance(config, SharingConfig) else None
+    """The keys of the result file from `results` on: rows, and beside them what they were made from. A simulation's rows get
+    their bound from what is simulated (simulate.py)."""
+    machine = machine_of(measured)
     alone = {cell.repeat: cell.run.finetune_tokens_per_s for cell in measured.cells if cell.policy == "finetune-only"}
     groups: dict[tuple[float, str], list[Cell]] = {}
     for cell in measured.cells:
         groups.setdefault((cell.load, cell.policy), []).append(cell)
     kind, _, path = parse_kind(config.arrivals.kind)
     names = {"model": model, "trace": config.arrivals.kind if path is None else f"{kind}:{path.name}"}
-    rows = [_row({"experiment": "sharing", **names}, cells, measured, alone, cost) for cells in groups.values()]
-    rows += [_row({"experiment": "burst", **names, "trace": "burst"}, [cell], measured, {}, None) for cell in measured.bursts]
+    rows = [_row({"experiment": "sharing", **names}, cells, measured, alone) for cells in groups.values()]
+    ratios = pass_ratios(measured.cells)
+    if machine is not None:
+        _add_bounds(rows, list(groups.values()), measured, alone, machine, ratios)
+    rows += [_row({"experiment": "burst", **names, "trace": "burst"}, [cell], measured, {}) for cell in measured.bursts]
     data: dict[str, Any] = {
         "results": rows, "settings": asdict(config), "objectives": asdict(measured.objectives),
         "capacity": {"rate": measured.capacity, "tolerance": config.capacity_tolerance, "probes": [
@@ -43,22 +47,47 @@ def make_results(measured: Measured, config: SharingConfig | SimulationConfig, m
     }
     if measured.peer_ms is not None:
         data["peer_tpot_ms"] = measured.peer_ms
-    if cost is not None:
-        data["row_cost"] = {"fixed_ms": cost.fixed_s * 1e3, "row_ms": cost.row_s * 1e3}
+    if machine is not None:
+        data |= {"machine": machine.to_dict(), "pass_ratios": ratios}
     return data
 
 
-def row_cost(measured: Measured) -> RowCost | None:
-    """From every inference-only run: the search for capacity, and cells where that policy was measured."""
-    runs = [cell.run for cell in (*measured.probes, *measured.cells) if cell.policy == "inference-only"]
-    return fit_row_cost([Observation(run.busy_s, run.iterations, run.rows) for run in runs])
+def machine_of(measured: Measured) -> MachineRecord | None:
+    """The machine with a job on all of it, as the first run of finetuning alone has it; None where that isn't known."""
+    found = (cell.run.machine for cell in measured.cells if cell.policy == "finetune-only")
+    return next((machine for machine in found if machine is not None and machine.job is not None), None)
+
+
+def pass_ratios(cells: Sequence[Cell]) -> dict[float, float]:
+    """By load: how many times as long as the law says passes with requests only took, the median over runs."""
+    found: dict[float, list[float]] = {}
+    for cell in cells:
+        if cell.run.machine is not None and cell.run.machine.pass_ratio is not None:
+            found.setdefault(cell.load, []).append(cell.run.machine.pass_ratio)
+    return {load: median(ratios) for load, ratios in found.items()}
+
+
+def _add_bounds(
+    rows: Sequence[dict[str, Any]], groups: Sequence[Sequence[Cell]], measured: Measured, alone: Mapping[int, float],
+    machine: MachineRecord, ratios: Mapping[float, float],
+) -> None:
+    """Adds their bound to rows with requests. groups: each row's cells. ratios: of passes, by load."""
+    for row, cells in zip(rows, groups, strict=True):
+        records = [record for cell in cells for record in cell.run.records]
+        if not records or not all(alone.get(cell.repeat) for cell in cells):
+            continue
+        load = Load.of(row["rate"], [(record.prompt_tokens, len(record.token_times)) for record in records])
+        alone_tokens = median(alone[cell.repeat] for cell in cells)
+        bound = machine.bound(load, measured.objectives.tpot_ms / 1e3, alone_tokens, ratios.get(row["load"], 1.0))
+        row |= bound_keys(row["rate"], measured.capacity, bound, alone_tokens, row.get("finetune_tokens_per_s"))
 
 
 def _row(
-    names: Mapping[str, str], cells: Sequence[Cell], measured: Measured, alone: Mapping[int, float], cost: RowCost | None
+    names: Mapping[str, str], cells: Sequence[Cell], measured: Measured, alone: Mapping[int, float]
 ) -> dict[str, Any]:
-    first = cells[0]
+    first, slo = cells[0], measured.objectives
     row: dict[str, Any] = {**names, "policy": first.policy, "load": first.load}
+    row |= {"tpot_slo_ms": slo.tpot_ms, "ttft_slo_ms": slo.ttft_ms}
     row |= {"rate": first.rate} if first.rate else {}
     records = [record for cell in cells for record in cell.run.records]
     row |= summarize(records, measured.objectives, sum(cell.run.window_s for cell in cells))
@@ -71,11 +100,6 @@ def _row(
         share = row["finetune_share"] = median(cell.run.finetune_tokens_per_s / alone[cell.repeat] for cell in cells)
     if share is not None and alone:
         row["gain"] = gain(row.get("goodput", 0.0), measured.capacity, share)
-    if cost is not None and records:
-        prompt = mean(record.prompt_tokens for record in records)
-        output = mean(len(record.token_times) for record in records)
-        used = inference_share(cost, first.rate, prompt, output, measured.objectives.tpot_ms / 1e3)
-        row["bound"] = gain_bound(first.rate, measured.capacity, used)
     riding = [cell.run.fused_share for cell in cells if cell.run.fused_share is not None]
     row |= {"fused_share": median(riding)} if riding else {}
     errors = prediction_errors([cell.run.prediction_errors for cell in cells])

@@ -25,6 +25,8 @@ from coserve.bench.capacity import allowed_misses, find_capacity
 from coserve.bench.cells import CellStore, run_from_dict, run_to_dict
 from coserve.bench.driver import BenchEngine, DrivenJob, Run, RunConfig, run_load
 from coserve.bench.metrics import SloInMs, meets
+from coserve.bench.recording import RecordedEngine
+from coserve.bench.runlog import SUFFIX, write_log
 from coserve.config.settings import FinetuneConfig, parse_policy
 from coserve.config.values import is_number, require, require_least, require_positive
 from coserve.core import CoserveError
@@ -97,7 +99,8 @@ class SharingConfig:
 
 
 class SharingSetup(NamedTuple):
-    """What the measurement runs on. prompts: a source of prompts from a seed; directory: for the jobs' outputs."""
+    """What the measurement runs on. prompts: a source of prompts from a seed; directory: for the jobs' outputs; log: whether a
+    log of each run is kept beside its cell, if its engine has one (runlog.py). Cells that are there already get none."""
 
     make_engine: Callable[[str, SloInMs], BenchEngine]
     prompts: Callable[[Sequence[int]], Callable[[int], Sequence[int]]]
@@ -106,6 +109,7 @@ class SharingSetup(NamedTuple):
     finetune: FinetuneConfig
     directory: Path
     sleep: Callable[[float], None]
+    log: bool = False
 
 
 class Cell(NamedTuple):
@@ -254,10 +258,15 @@ class Sharing:
                 contextlib.closing(self.setup.make_engine(policy, objectives)) as engine,
                 self._job(engine, policy) as job,
             ):
-                return run_to_dict(run_load(engine, arrivals, prompt, plan, sleep=self.setup.sleep, job=job))
+                run = run_load(engine, arrivals, prompt, plan, sleep=self.setup.sleep, job=job)
+                run = replace(run, machine=engine.machine())
+                if self.setup.log and isinstance(engine, RecordedEngine):
+                    cell = self.store.path(label, key)
+                    write_log(cell.with_name(cell.stem + SUFFIX), engine.log(run, arrivals, plan))
+                return run_to_dict(run)
 
-        self.store.expected_s = plan.window_end_s
-        return run_from_dict(self.store.get(label, {"repeat": repeat, **settings}, execute))
+        self.store.expected_s, key = plan.window_end_s, {"repeat": repeat, **settings}
+        return run_from_dict(self.store.get(label, key, execute))
 
     @contextlib.contextmanager
     def _job(self, engine: BenchEngine, policy: str) -> Iterator[DrivenJob | None]:

@@ -20,6 +20,7 @@ from typing import Any
 from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals, poisson_arrivals
 from coserve.bench.capacity import allowed_misses, find_capacity
 from coserve.bench.driver import Run, RunConfig, run_load
+from coserve.bench.machine import bound_keys, law_to_dict
 from coserve.bench.metrics import SloInMs, meets
 from coserve.bench.sharing import PROBE_RESIDENCES, SPATIAL, WARMUP_SHARE, Cell, Measured, window_of
 from coserve.bench.simulated import SimulatedMachine, SimulatedServer
@@ -162,12 +163,12 @@ class Simulation:
         """Adds to each row what only a simulation has: the device, the bound, and whether its rate is beyond capacity."""
         alone = measured.cells[0].run.finetune_tokens_per_s
         for row in rows:
-            row |= {"experiment": "simulation", "tpot_slo_ms": self.config.tpot_ms, "ttft_slo_ms": self.config.ttft_ms}
+            row["experiment"] = "simulation"
             if "rate" not in row:
                 continue
             row["beyond_capacity"] = row["rate"] > measured.capacity
-            bound = row["bound_tokens_per_s"] = self.bound(row["rate"])
-            row["bound"] = row["load"] + bound / alone if alone > 0 else row["load"]
+            bound, reached = self.bound(row["rate"]), row.get("finetune_tokens_per_s")
+            row |= bound_keys(row["rate"], measured.capacity, bound, alone, reached)
 
     def bound(self, rate: float, *, fuse: bool = True) -> float:
         """The most trained tokens per second beside a rate under the true law (devices/bound.py)."""
@@ -257,8 +258,8 @@ def machine_facts(machine: SimulatedMachine) -> Mapping[str, Any]:
         "job_plan": str(planned.plan), "recompute_fraction": planned.batch.recompute_fraction,
         "microbatches_that_fit": memory.job_bytes // max(1, planned.plan.num_bytes),
         "disturbance": asdict(machine.disturbance), "scheduler": asdict(machine.scheduler),
-        "law": {" ".join(map(str, name)): seconds for name, seconds in sorted(machine.law.coefficients.items())},
-        "believed_law": None if machine.believed.coefficients == machine.law.coefficients else {
-            " ".join(map(str, name)): seconds for name, seconds in sorted(machine.believed.coefficients.items())
-        },
+        "law": law_to_dict(machine.law.coefficients),
+        "believed_law": (
+            None if machine.believed.coefficients == machine.law.coefficients else law_to_dict(machine.believed.coefficients)
+        ),
     }

@@ -26,6 +26,7 @@ from coserve.bench.report import make_page
 from coserve.bench.results import make_results
 from coserve.bench.sharing import BurstConfig, Sharing, SharingConfig, SharingSetup
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
+from coserve.cli.replay import replay
 from coserve.cli.settings import read_numbers
 from coserve.cli.simulate import simulate
 from coserve.config.settings import POLICIES
@@ -35,6 +36,7 @@ from coserve.runtime.loaded import LoadedModel, load_model
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure co-serving on this machine.")
 bench_app.command()(simulate)
+bench_app.command()(replay)
 console = Console()
 
 QUICK_POLICIES = ("coserve", "temporal:16", "dynamic-temporal")
@@ -67,6 +69,9 @@ def sharing(
     burst: Annotated[bool, typer.Option("--burst", help="Also a burst to 3x from 20% of capacity.")] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Three policies at half of capacity, one repeat; ten minutes or so.")
+    ] = False,
+    log: Annotated[
+        bool, typer.Option("--log", help="Keep a log of each run beside its cell, for coserve bench replay.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of arrivals, prompts and training data.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads (all cores).")] = None,
@@ -106,7 +111,7 @@ def sharing(
         prompts=lambda source: prompts(words, source),
         measure_peer_ms=lambda: transformers_tpot_ms(
             loaded.directory, dtype=loaded.weights.dtype, device=loaded.weights.device),
-        training_file=data, finetune=job, directory=output, sleep=time.sleep,
+        training_file=data, finetune=job, directory=output, sleep=time.sleep, log=log,
     )
     common = {
         "model": loaded.fingerprint, "device": device_name(loaded.weights.device), "dtype": str(loaded.weights.dtype),
@@ -144,10 +149,13 @@ def _measure(config: SharingConfig, setup: SharingSetup, common: dict[str, Any],
         progress.update(task, total=bench.num_cells())
         measured = bench.measure()
         progress.update(task, completed=bench.num_cells())
+    device, found = device_name(loaded.weights.device), make_results(measured, config, loaded.name)
+    for row in found["results"]:
+        row["device"] = device
     return {
-        "device": device_name(loaded.weights.device), "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
+        "device": device, "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
         "versions": common["versions"],
-        "command": "coserve " + shlex.join(sys.argv[1:]), **make_results(measured, config, loaded.name),
+        "command": "coserve " + shlex.join(sys.argv[1:]), **found,
         "common": {key: value for key, value in common.items() if key not in ("device", "versions")},
     }
 
@@ -160,6 +168,8 @@ def summary_line(row: dict[str, Any]) -> str:
         parts.append(f"{row['slo_attainment']:.1%} of {row['num_requests']} in time ({low:.1%} to {high:.1%})")
     if "finetune_tokens_per_s" in row:
         parts.append(f"{row['finetune_tokens_per_s']:.0f} finetuning tokens/s")
+    if "bound_reached" in row:
+        parts[-1] += f", {row['bound_reached']:.0%} of the bound"
     if "gain" in row:
         parts.append(f"gain {row['gain']:.2f}" + (f", bound {row['bound']:.2f}" if "bound" in row else ""))
     return "; ".join(parts)

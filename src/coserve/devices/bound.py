@@ -49,7 +49,7 @@ class Load:
         outputs = sum(output for _, output in lengths)
         return cls(
             rate=rate, prompt_tokens=mean(prompt for prompt, _ in lengths), output_tokens=outputs / len(lengths),
-            context_tokens=sum(output * (prompt + output / 2) for prompt, output in lengths) / outputs,
+            context_tokens=sum(output * (prompt + output / 2) for prompt, output in lengths) / max(1, outputs),
             prompt_pairs=mean(prompt * (prompt + 1) / 2 for prompt, _ in lengths),
         )
 

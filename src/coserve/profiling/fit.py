@@ -218,22 +218,27 @@ def fit(samples: Sequence[ProfilePoint]) -> LatencyModel:
 
 
 def _features(contents: Contents) -> list[float]:
-    """The amounts of an iteration in every piece of every term, in the order of TERMS."""
+    """The amounts of an iteration in every piece of every term, in the order of TERMS. A backward unit that runs a share of
+    forward again has that share of a forward unit's amounts too."""
     elements = contents.optimizer_elements
-    costs: dict[str, list[dict[str, int]]] = {
-        "iteration": [{}],
-        "inference": [] if contents.inference is None else [contents.inference._asdict()],
-        "forward": [unit._asdict() for unit in contents.units if not unit.backward],
-        "backward": [unit._asdict() for unit in contents.units if unit.backward],
-        "optimizer": [{"elements": elements}] if elements else [],
+    back = [(unit._asdict(), 1.0) for unit in contents.units if unit.backward]
+    costs: dict[str, list[tuple[dict[str, Any], float]]] = {
+        "iteration": [({}, 1.0)],
+        "inference": [] if contents.inference is None else [(contents.inference._asdict(), 1.0)],
+        "forward": [
+            *((unit._asdict(), 1.0) for unit in contents.units if not unit.backward),
+            *((cost, cost["recompute_fraction"]) for cost, _ in back if cost["recompute_fraction"]),
+        ],
+        "backward": back,
+        "optimizer": [({"elements": elements}, 1.0)] if elements else [],
     }
     row = []
     for group, terms in TERMS.items():
         for term in terms:
             total = np.zeros(len(term.knots))
-            for cost in costs[group]:
+            for cost, share in costs[group]:
                 amount = 1 if term.field == "once" else cost[term.field]
-                total += np.array(list(term.amounts(amount))) * (cost["layers"] if term.per_layer else 1)
+                total += np.array(list(term.amounts(amount))) * (cost["layers"] if term.per_layer else 1) * share
             row += total.tolist()
     return row
 

@@ -299,8 +299,8 @@ class UnitPicker:
         return None
 
     def _next(self, turn: _Turn, work: MicrobatchWork, left: float, least: float) -> Candidate | None:
-        """A micro-batch's next unit that fits into `left` seconds. Where rows ride, a new window goes through all layers if that
-        is efficient, since one that stays begun could not ride. Otherwise it waits, if there is something to wait for."""
+        """A micro-batch's next unit that fits into `left` seconds. Where rows ride, a new window goes through all layers if
+        that is efficient, since one that stays begun could not ride. Otherwise it waits, if there is something to wait for."""
         if turn.rides and self.shapes.can_ride(work):
             whole = self.shapes.whole_window(work, left)
             if whole is not None and whole.efficiency >= LEAST_EFFICIENCY * self.shapes.best_efficiency(work):

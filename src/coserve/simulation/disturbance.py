@@ -1,15 +1,20 @@
 """What sets the time that iterations take apart from what the scheduler believes that they take.
 
     seconds = (host overhead + law(contents), its slopes times a factor) x (1 + noise) x (stall, now and then)
+              x (what the machine's pace is at that time)
 
-The scheduler has a latency model of its own, which learns from these times as it learns from a device's.
+The scheduler has a latency model of its own, which learns from these times as it learns from a device's. Between two iterations
+more time may pass, of which it does not learn.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from coserve.config.values import check_types, is_number, require
 from coserve.core import Contents
@@ -33,6 +38,11 @@ class Disturbance:
     """What each row, pair, label and element takes, as a multiple of the law's. Constants stay."""
     host_s: float = 0.0
     """Seconds that the host adds to every iteration."""
+    between_s: float = 0.0
+    """Seconds that pass behind every iteration before the next one is planned. No iteration is said to have taken them."""
+    pace: Sequence[tuple[float, float]] = ()
+    """(time in seconds, factor), in order of time: an iteration that begins from that time on, and before the next one, takes
+    so many times as long."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -42,7 +52,12 @@ class Disturbance:
         require(is_number(self.stall_factor) and self.stall_factor >= 1, "stall_factor",
                 f"must be a number from 1, got {self.stall_factor}")
         require(is_number(self.slope) and self.slope > 0, "slope", f"must be a positive number, got {self.slope}")
-        require(is_number(self.host_s) and self.host_s >= 0, "host_s", f"must be 0 or more seconds, got {self.host_s}")
+        for name in ("host_s", "between_s"):
+            value = getattr(self, name)
+            require(is_number(value) and value >= 0, name, f"must be 0 or more seconds, got {value}")
+        ordered = all(before[0] <= after[0] for before, after in pairwise(self.pace))
+        require(ordered and all(is_number(factor) and factor > 0 for _, factor in self.pace), "pace",
+                "must be pairs of a time and a positive factor, in order of time")
 
 
 EXACT = Disturbance()
@@ -72,18 +87,20 @@ class TrueLaw:
         terms["iteration", "once", 0] = terms.get(("iteration", "once", 0), 0.0) + disturbance.host_s
         self.law = LatencyModel(terms)
         self._random = random.Random(disturbance.seed)
+        self._times = [time_s for time_s, _ in disturbance.pace]
 
     def expected(self, contents: Contents) -> float:
         """Seconds of an iteration without noise and stalls."""
         return self.law.seconds(contents)
 
-    def factor(self) -> float:
-        """How many times the expected time the next iteration takes. Each call is another iteration's."""
+    def factor(self, now: float = 0.0) -> float:
+        """How many times the expected time the next iteration takes, which begins now. Each call is another iteration's."""
         disturbance = self.disturbance
-        factor = 1.0
+        place = bisect_right(self._times, now) - 1
+        factor = disturbance.pace[place][1] if place >= 0 else 1.0
         if disturbance.noise:
             error = self._random.gauss(0.0, 1.0)
-            factor += math.copysign(min(abs(error), LARGEST_ERROR), error) * disturbance.noise
+            factor *= 1 + math.copysign(min(abs(error), LARGEST_ERROR), error) * disturbance.noise
         if disturbance.stall_share and self._random.random() < disturbance.stall_share:
             factor *= disturbance.stall_factor
         return factor

@@ -1,6 +1,7 @@
 """The life of requests and jobs around a real scheduler, on a virtual clock.
 
     schedule -> launch (what the plan holds is counted) -> [commit of the plan before, with lag] -> run (time passes) -> commit
+             -> the time between two iterations passes
 
 The time that an iteration takes comes from the truth, a law that the scheduler doesn't see. The scheduler believes a law of its
 own, which it corrects by the times that it is told, as on a device. Tokens are a function of request and position.
@@ -85,12 +86,15 @@ class SimulatedEngine:
         self.scheduler.remove_request(request.state.id)
 
     def start_job(
-        self, batch: SimulatedBatch, *, tenant: str = "", weight: float = 1.0, steps: int | None = None
+        self, batch: SimulatedBatch | Sequence[SimulatedBatch], *, tenant: str = "", weight: float = 1.0,
+        steps: int | None = None,
     ) -> SimulatedJob:
-        """A job that wants units from now on. steps: after which it ends; None: never."""
+        """A job that wants units from now on. batch: of every optimizer step, or those of one step after the other, over and
+        over. steps: after which it ends; None: never."""
         work = JobWork(id=self._new_number(), tenant=tenant, weight=weight)
         job = SimulatedJob(
-            work=work, batch=batch, scheduler=self.scheduler, new_number=self._new_number, steps=steps
+            work=work, batches=(batch,) if isinstance(batch, SimulatedBatch) else batch, scheduler=self.scheduler,
+            new_number=self._new_number, steps=steps,
         )
         self.jobs[work.id] = job
         self.scheduler.add_job(work)
@@ -135,6 +139,7 @@ class SimulatedEngine:
             self._pending.append((launched, self.runner.run(launched)))
             if not self.lag:
                 self._commit(*self._pending.pop(0))
+            self.clock.advance(self.runner.truth.disturbance.between_s)
         return plan, launched, committed
 
     def run(self, until_s: float = float("inf"), max_steps: int = 200_000) -> None:

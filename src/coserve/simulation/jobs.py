@@ -24,8 +24,9 @@ class SimulatedBatch:
 
     microbatches: tokens of each example, per micro-batch. elements: parameters that the optimizer updates. grouped: whether no
     micro-batch's backward begins before all of the batch are forward. forward_only, lowest, grid, recompute_fraction: as in
-    MicrobatchWork. in_flight: how many micro-batches may be in flight at once. arena_blocks: blocks of the pool that each
-    takes meanwhile; empty: none take any.
+    MicrobatchWork. in_flight: how many micro-batches may be in flight at once. label_rows: rows with a label per micro-batch,
+    ascending; empty: all rows have one. arena_blocks: blocks of the pool that each takes while it is in flight; empty: none
+    take any.
     """
 
     microbatches: Sequence[Sequence[int]]
@@ -36,17 +37,18 @@ class SimulatedBatch:
     grid: int | None = None
     recompute_fraction: float = 0.0
     in_flight: int = 2
+    label_rows: Sequence[Sequence[int]] = ()
     arena_blocks: Sequence[int] = ()
 
 
 @dataclass(slots=True, kw_only=True)
 class SimulatedJob:
-    """A job. steps: optimizer steps until it ends; None: it trains for ever. waiting: its micro-batches in flight. next: the
-    number of the batch's next micro-batch. through: those in flight whose forward or backward is committed. updating: whether
-    an optimizer step is under way."""
+    """A job. batches: those of its optimizer steps, over and over. steps: optimizer steps until it ends; None: it never does.
+    waiting: its micro-batches in flight. next: the number of the batch's next micro-batch. through: those in flight whose
+    forward or backward is committed. updating: whether an optimizer step is under way."""
 
     work: JobWork
-    batch: SimulatedBatch
+    batches: Sequence[SimulatedBatch]
     scheduler: HybridScheduler
     new_number: Callable[[], int]
     steps: int | None = None
@@ -56,6 +58,11 @@ class SimulatedJob:
     arenas: dict[int, ArenaBlocks] = field(default_factory=dict)
     through: set[int] = field(default_factory=set)
     updating: bool = False
+
+    @property
+    def batch(self) -> SimulatedBatch:
+        """The batch of the present step."""
+        return self.batches[self.steps_done % len(self.batches)]
 
     @property
     def finished(self) -> bool:
@@ -125,11 +132,12 @@ class SimulatedJob:
                 arena, _ = self.scheduler.pool.reserve_arena(self.batch.arena_blocks[self.next])
             except CapacityError:
                 return False
-        ends = list(accumulate(examples, initial=0))
+        ends, labels = list(accumulate(examples, initial=0)), self.batch.label_rows
         work = MicrobatchWork(
             id=self.new_number(), job=self.work.id, num_tokens=ends[-1], num_layers=self.scheduler.picker.num_layers,
-            lowest=self.batch.lowest, bounds=list(pairwise(ends)), label_rows=range(ends[-1]),
-            forward_only=self.batch.forward_only, grid=self.batch.grid, recompute_fraction=self.batch.recompute_fraction,
+            lowest=self.batch.lowest, bounds=list(pairwise(ends)),
+            label_rows=labels[self.next] if labels else range(ends[-1]), forward_only=self.batch.forward_only,
+            grid=self.batch.grid, recompute_fraction=self.batch.recompute_fraction,
         )
         self.next += 1
         self.waiting.append(work)

@@ -84,7 +84,7 @@ class SimulatedRunner:
     def run(self, launched: Launched) -> Ran:
         """Time passes, and tokens come of the spans that sample."""
         seconds, alone = self.truth.expected(launched.contents), self._alone_seconds(launched.contents)
-        factor = self.truth.factor()
+        factor = self.truth.factor(self.clock())
         self.iterations += 1
         self.busy_s += seconds * factor
         self.finetune_s += (seconds - alone) * factor
