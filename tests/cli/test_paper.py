@@ -37,6 +37,7 @@ def write_programs(directory: Path, kind: str) -> Path:
     (("--rates", "1,x"), "rates: write numbers joined by commas, got '1,x'"),
     (("--rates", "0"), "rates: must be positive"), (("--repeats", "0"), "repeats"), (("--window-s", "-1"), "window_s"),
     (("--dtype", "auto"), "dtype: must be float32 or bfloat16, got 'auto'"), (("--no-measured",), "measured: "),
+    (("--simulated",), "simulated: this version has only the measured part"),
 ])
 def test_bad_input_is_one_line(run: Run, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
     given = [argument.replace("PORT", str(free_port())) if "127" in argument else argument for argument in arguments]

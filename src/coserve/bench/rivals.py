@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from coserve.bench.observe import Trainer
 from coserve.bench.servers import ProcessGroup, last_words, running_process, running_server, served_model
 from coserve.bench.trainers import CoserveTrainer, JobData, PeftTrainer
 from coserve.bench.vllmserver import vllm_command, vllm_variables
+from coserve.cachedir import CACHE_VARIABLE
 
 COSERVE, VLLM = "coserve", "vllm"
 SERVE = (sys.executable, "-m", "coserve", "serve")
@@ -104,8 +106,8 @@ class Rivals:
     def running(self, configuration: Configuration) -> Iterator[Rival]:
         """Lets a configuration run inside the block, with its training under way.
 
-        Raises RivalMissing if vLLM can't be started, RuntimeError if coserve can't, if its training ends, or if a process that
-        was halted used a processor.
+        Raises RivalMissing if vLLM can't be started, RuntimeError if coserve can't, if training ends, or if a process that was
+        halted used a processor.
         """
         name = configuration.name
         rival = self._started[name] = self._started.get(name) or self._start(configuration)
@@ -131,7 +133,8 @@ class Rivals:
             load = Load(prompts=setup.warmup, output_tokens=WARMUP_TOKENS, clients=len(setup.warmup))
             records = asyncio.run(run_load(client.send, load, time.monotonic))
             if not any(record.finished for record in records):
-                raise RivalMissing(f"{configuration.server} at {url} answered none of {len(records)} requests")
+                failure = RuntimeError if configuration.server == COSERVE else RivalMissing
+                raise failure(f"{configuration.server} at {url} answered none of the {len(records)} requests after its start")
             trainer: Trainer = (
                 CoserveTrainer(url, served_model(url), setup.data) if configuration.server == COSERVE
                 else self._peft(configuration, stack)
@@ -140,15 +143,17 @@ class Rivals:
         return Rival(client.send, servers, trainer)
 
     def _coserve(self, configuration: Configuration, stack: contextlib.ExitStack) -> tuple[str, tuple[ProcessGroup, ...]]:
-        """Its URL and processes. The objectives and the dtype are what is compared; all else is its default."""
+        """Its URL and processes. The objectives and the dtype are what is compared; all else is its default. It measures at its
+        start what rows and units cost: a profile in the cache may stem from a busier hour."""
         setup = self._setup
-        data = stack.enter_context(tempfile.TemporaryDirectory(prefix="coserve-data-", dir=setup.directory))
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coserve-data-", dir=setup.directory)))
         command = [
             *setup.serve, str(setup.model), "--device", "cpu", "--dtype", setup.dtype,
             "--slo-tpot-ms", f"{setup.objectives.tpot_ms:g}", "--slo-ttft-ms", f"{setup.objectives.ttft_ms:g}",
-            "--data-dir", data,
+            "--data-dir", str(place / "data"),
         ]
-        server = stack.enter_context(running_server(command, self._file(configuration, "server.log")))
+        variables = {**os.environ, CACHE_VARIABLE: str(place / "cache")}
+        server = stack.enter_context(running_server(command, self._file(configuration, "server.log"), variables))
         return server.url, (server.group,)
 
     def _vllm(self, configuration: Configuration, stack: contextlib.ExitStack) -> tuple[str, tuple[ProcessGroup, ...]]:

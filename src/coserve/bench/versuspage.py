@@ -36,6 +36,8 @@ def versus_section(data: Mapping[str, Any]) -> str:
     loads = list(dict.fromkeys(row["load"] for row in rows))
     colors = {name: f"var(--c{i % 7})" for i, name in enumerate(dict.fromkeys(row["configuration"] for row in rows))}
     lead = "".join(f'<p class="lead">{escape(describe_comparison(entry))}</p>' for entry in data["comparisons"])
+    count = settings["repeats"]
+    bars = f"medians of {count} repeats; marks over them: least and most" if count > 1 else "one run each"
     charts = "".join(_figure([row for row in rows if row["load"] == load], colors) for load in loads)
     return (
         "<h2>Measured here: one server for both, against vLLM and peft on the same processors</h2>"
@@ -44,8 +46,8 @@ def versus_section(data: Mapping[str, Any]) -> str:
         f"{objectives['tpot_ms']:g} ms per token in the mean. A configuration holds a load if at least {HOLDS:.0%} of its "
         f"requests met both.</p>{lead}"
         "<h3>Trained tokens per second</h3>"
-        f'<p class="soft">Bars: medians of {settings["repeats"]} repeats; marks over them: least and most. Grey and '
-        "&ldquo;late&rdquo;: the load was not held. Right: the requests in time.</p>"
+        f'<p class="soft">Bars: {bars}. Right: the tokens, and the share of requests in time. Grey and &ldquo;late&rdquo;: the '
+        "load was not held.</p>"
         f'<div class="charts">{charts}</div>{_missing(rows)}{_table(rows)}{_method(data)}'
     )
 
@@ -128,10 +130,10 @@ def _method(data: Mapping[str, Any]) -> str:
         "are the same for all configurations of a repeat. Only one configuration runs at a time; the others are halted. Failed "
         f"requests, and those that take longer than {common['timeout_s']:.0f} s, count as late.</p>"
         "<p>coserve: <code>coserve serve</code> with the objectives above, else with its defaults, and a job created through "
-        "its API. Split M+N: vLLM tied to M processors and transformers + peft to the other N. Side by side: vLLM and peft, "
-        f"each with a thread for each of the {common['cores']} processors. All train LoRA of rank {common['rank']} on all "
-        f"linears, with examples of {common['finetune_tokens']} tokens in the mean and {common['finetune_batch']} examples per "
-        "optimizer step.</p>"
+        "its API. What rows and units cost was measured at its start. Split M+N: vLLM tied to M processors and transformers + "
+        f"peft to the other N. Side by side: vLLM and peft, each with a thread for each of the {common['cores']} processors. "
+        f"All train LoRA of rank {common['rank']} on all linears, with examples of {common['finetune_tokens']} tokens in the "
+        f"mean and {common['finetune_batch']} examples per optimizer step.</p>"
         "<p>Trained tokens are tokens of the data without padding. peft's are counted when the forward and backward pass of "
         "their micro-batch are done, and taken to advance evenly between two such times. coserve's job counts a token as half "
         "when its forward pass is done and half when its backward pass is.</p>"

@@ -51,6 +51,9 @@ LATE_FACTOR = 1.5
 def paper(
     model: Annotated[str | None, typer.Argument(help="Model (default SmolLM2).")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory; finished cells in it are kept.")] = Path("paper"),
+    simulated: Annotated[
+        bool | None, typer.Option("--simulated/--no-simulated", help="The paper's machines; not in this version.")
+    ] = None,
     measured: Annotated[
         bool, typer.Option("--measured/--no-measured", help="Real programs on this machine's CPU, over HTTP.")
     ] = True,
@@ -67,17 +70,18 @@ def paper(
     ttft_ms: Annotated[float, typer.Option(help="Objective: time to the first token.")] = 3000.0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, on all sides.")] = "float32",
     quick: Annotated[
-        bool, typer.Option("--quick", help="One repeat of 20 s at the middle rate, no burst; under four minutes.")
+        bool, typer.Option("--quick", help="One repeat of 15 s at the middle rate, no burst; about four minutes.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of arrivals, prompts and training data.")] = 0,
 ) -> None:
     """One server that serves and trains, against vLLM and transformers + peft on the same processors."""
+    require(not simulated, "simulated", "this version has only the measured part; leave --simulated out")
     require(measured, "measured", "there is nothing else to do; leave --no-measured out")
     require(dtype in DTYPES, "dtype", f"must be {' or '.join(DTYPES)}, got {dtype!r}")
     values = _rates(rates)
     config = VersusConfig(
         rates=(values[len(values) // 2],) if quick else values, burst=BurstTraffic() if burst and not quick else None,
-        repeats=1 if quick else repeats, window_s=min(window_s, 20.0) if quick else window_s, tpot_ms=tpot_ms, ttft_ms=ttft_ms,
+        repeats=1 if quick else repeats, window_s=min(window_s, 15.0) if quick else window_s, tpot_ms=tpot_ms, ttft_ms=ttft_ms,
         seed=seed, alone=alone,
     )
     data = measure(config, vllm, output, model, dtype)
