@@ -12,7 +12,7 @@ import pytest
 from coserve.bench import observe as observe_module
 from coserve.bench.rivals import RivalSetup
 from coserve.bench.servers import free_port
-from coserve.bench.versus import VersusConfig
+from coserve.bench.versus import VersusConfig, make_configurations
 from coserve.cli import paper as paper_module
 from tests.commands import Run
 from tests.tiny_directory import build_tiny_directory
@@ -32,6 +32,7 @@ def write_programs(directory: Path, kind: str) -> Path:
 @pytest.mark.parametrize(("arguments", "said"), [
     (("--vllm", "nowhere"), "--vllm: nowhere has no bin/vllm; give a virtual environment"),
     (("--vllm", "http://127.0.0.1"), "vllm: a URL must be http://HOST:PORT"),
+    (("--vllm", "http://127.0.0.1:x"), "vllm: a URL must be http://HOST:PORT"),
     (("--vllm", "https://127.0.0.1:1"), "vllm: a URL must be http://HOST:PORT"),
     (("--vllm", "http://127.0.0.1:PORT"), "vllm: no server is healthy at http://127.0.0.1:"),
     (("--rates", "1,x"), "rates: write numbers joined by commas, got '1,x'"),
@@ -46,6 +47,14 @@ def test_bad_input_is_one_line(run: Run, tmp_path: Path, arguments: tuple[str, .
     ran = run("bench", "paper", "-o", tmp_path / "out", *given)
     assert ran.code == 2 and ran.err.count("\n") == 1 and said in ran.err, ran.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_vllm_that_runs_already_is_taken_for_the_middle_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper_module, "healthy", lambda url: url == "http://127.0.0.1:8000")
+    where, versions = paper_module.read_vllm("http://127.0.0.1:8000/v1/")
+    assert where == "http://127.0.0.1:8000" and versions == {"vllm": "at http://127.0.0.1:8000"}
+    missing = paper_module.find_missing(make_configurations(range(4)), where)
+    assert missing.keys() == {"split 1+3", "split 3+1", "side by side"} and "taken for split 2+2" in missing["side by side"]
 
 
 def test_an_environment_without_vllm_inside(run: Run, tmp_path: Path) -> None:

@@ -30,12 +30,13 @@ def make_versus_rows(cells: Sequence[Cell], objectives: SloInMs) -> list[dict[st
 
 
 def make_comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One per load with requests. `against`: the best configuration with vLLM, absent if none holds the load."""
+    """One per load at which coserve and a configuration with vLLM were measured beside requests. `against`: the best such
+    configuration, absent if none holds the load."""
     found = []
     for load in dict.fromkeys(row["load"] for row in rows if row.get("num_requests")):
         mine = {row["configuration"]: row for row in rows if row["load"] == load and "missing" not in row}
         own = mine.pop(COSERVE, None)
-        if own is None:
+        if own is None or not mine:
             continue
         entry: dict[str, Any] = {"experiment": "comparison", "load": load, "coserve_holds": own["holds"]}
         holding = [row for row in mine.values() if row["holds"]]

@@ -141,8 +141,12 @@ def read_vllm(given: str | None) -> tuple[Path | str | None, dict[str, str]]:
         return None, {}
     if not given.startswith(("http://", "https://")):
         return Path(given), vllm_versions(Path(given))
-    url, parts = given.rstrip("/").removesuffix("/v1"), urlsplit(given)
-    require(parts.scheme == "http" and parts.port is not None, "vllm", f"a URL must be http://HOST:PORT, got {given}")
+    url = given.rstrip("/").removesuffix("/v1")
+    try:
+        usable = url.startswith("http://") and urlsplit(url).port is not None
+    except ValueError:  # the port is no number
+        usable = False
+    require(usable, "vllm", f"a URL must be http://HOST:PORT, got {given}")
     require(healthy(url), "vllm", f"no server is healthy at {url}: start vLLM there first, or give its environment")
     return url, {"vllm": f"at {url}"}
 
