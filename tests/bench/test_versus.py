@@ -76,10 +76,10 @@ def test_each_repeat_begins_with_another_configuration(tmp_path: Path) -> None:
 def test_traffic_is_the_same_for_all_and_another_in_each_repeat(tmp_path: Path) -> None:
     measurement = versus(tmp_path, VersusConfig())
     traffic = measurement.traffic(Demand("0.7", 0.7), 1)
-    assert traffic == measurement.traffic(Demand("0.7", 0.7), 1) and traffic.window_s == 48.0
+    assert traffic == measurement.traffic(Demand("0.7", 0.7), 1) and traffic.window_s == 46.0
     warm, counted = [t for t in traffic.due_s if t < 0], [t for t in traffic.due_s if t >= 0]
-    assert (len(warm), len(counted)) == (4, 34) and list(traffic.due_s) == sorted(traffic.due_s)
-    assert min(warm) >= -6.0 and max(counted) <= 48.0 and len(traffic.prompts) == 38
+    assert (len(warm), len(counted)) == (4, 32) and list(traffic.due_s) == sorted(traffic.due_s)
+    assert min(warm) >= -6.0 and max(counted) <= 46.0 and len(traffic.prompts) == 36
     other = measurement.traffic(Demand("0.7", 0.7), 2)
     assert not set(traffic.prompts) & set(other.prompts) and traffic.due_s != other.due_s
     slower = measurement.traffic(Demand("0.35", 0.35), 1)
@@ -89,8 +89,8 @@ def test_traffic_is_the_same_for_all_and_another_in_each_repeat(tmp_path: Path) 
 def test_the_burst_rises_and_falls(tmp_path: Path) -> None:
     traffic = versus(tmp_path, VersusConfig()).traffic(Demand(BURST, 0.1), 0)
     counted = [t for t in traffic.due_s if t >= 0]
-    assert traffic.window_s == BurstTraffic().seconds == 48.0
-    assert [sum(a <= t < b for t in counted) for a, b in ((0, 14), (14, 34), (34, 48))] == [1, 20, 1]
+    assert traffic.window_s == BurstTraffic().seconds == 46.0
+    assert [sum(a <= t < b for t in counted) for a, b in ((0, 13), (13, 33), (33, 46))] == [1, 20, 1]
 
 
 @pytest.mark.parametrize(("change", "said"), [

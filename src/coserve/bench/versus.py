@@ -39,9 +39,9 @@ class BurstTraffic:
 
     base_rate: float = 0.1
     burst_rate: float = 1.0
-    before_s: float = 14.0
+    before_s: float = 13.0
     burst_s: float = 20.0
-    after_s: float = 14.0
+    after_s: float = 13.0
 
     @property
     def seconds(self) -> float:
@@ -56,7 +56,7 @@ class VersusConfig:
     """Requests per second."""
     burst: BurstTraffic | None = BurstTraffic()
     repeats: int = 3
-    window_s: float = 48.0
+    window_s: float = 46.0
     """Of the rates; a burst has a length of its own."""
     warmup_s: float = 6.0
     """Before each window, with the same rate of requests."""

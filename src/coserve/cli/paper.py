@@ -65,7 +65,7 @@ def paper(
     burst: Annotated[bool, typer.Option("--burst/--no-burst", help="Also 20 s of 1 request/s amid 0.1.")] = True,
     alone: Annotated[bool, typer.Option("--alone", help="Also training without requests.")] = False,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats.")] = 3,
-    window_s: Annotated[float, typer.Option(help="Seconds that are counted in each cell.")] = 48.0,
+    window_s: Annotated[float, typer.Option(help="Seconds that are counted in each cell.")] = 46.0,
     tpot_ms: Annotated[float, typer.Option(help="Objective: mean time per output token.")] = 150.0,
     ttft_ms: Annotated[float, typer.Option(help="Objective: time to the first token.")] = 3000.0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, on all sides.")] = "float32",
