@@ -43,17 +43,26 @@ class CellStore:
         return result
 
 
-def run_to_dict(run: Run) -> dict[str, Any]:
+def record_to_dict(record: RequestRecord) -> dict[str, Any]:
     """Plain JSON types; times to a hundredth of a millisecond."""
+    times = [round(at, 5) for at in record.token_times]
+    return {**asdict(record), "due_s": round(record.due_s, 5), "token_times": times}
+
+
+def record_from_dict(data: Mapping[str, Any]) -> RequestRecord:
+    """Reads what `record_to_dict` wrote."""
+    return RequestRecord(**{**data, "token_times": tuple(data["token_times"])})
+
+
+def run_to_dict(run: Run) -> dict[str, Any]:
+    """Plain JSON types."""
     data = asdict(run)
-    data["records"] = [
-        {**asdict(r), "due_s": round(r.due_s, 5), "token_times": [round(t, 5) for t in r.token_times]} for r in run.records
-    ]
+    data["records"] = [record_to_dict(record) for record in run.records]
     data["samples"] = [list(sample) for sample in run.samples]
     return data
 
 
 def run_from_dict(data: Mapping[str, Any]) -> Run:
     """Reads what `run_to_dict` wrote."""
-    records = tuple(RequestRecord(**{**r, "token_times": tuple(r["token_times"])}) for r in data["records"])
+    records = tuple(map(record_from_dict, data["records"]))
     return Run(**{**data, "records": records, "samples": tuple(TokensDone(*s) for s in data["samples"])})
