@@ -12,11 +12,13 @@ from typing import Any
 
 from coserve.bench.charts import Bar, bar_chart, number
 from coserve.bench.report import STYLE
-from coserve.bench.versusrows import HOLDS, describe_comparison, load_name
+from coserve.bench.versusrows import HOLDS, describe_comparison, load_phrase
 
 Row = Mapping[str, Any]
 LATE = "var(--c7)"
 """Colour of what doesn't hold the objectives."""
+ROOM = 1.15
+"""A chart's width over its longest mark, so that this does not touch the text at the right."""
 
 
 def make_sections_page(title: str, sections: Sequence[str]) -> str:
@@ -38,7 +40,9 @@ def versus_section(data: Mapping[str, Any]) -> str:
     lead = "".join(f'<p class="lead">{escape(describe_comparison(entry))}</p>' for entry in data["comparisons"])
     count = settings["repeats"]
     bars = f"medians of {count} repeats; marks over them: least and most" if count > 1 else "one run each"
-    charts = "".join(_figure([row for row in rows if row["load"] == load], colors) for load in loads)
+    highest = max((rate for row in rows for rate in row.get("finetune_tokens_per_s_of_repeats", {}).values()), default=0.0)
+    room = max(ROOM * highest, 1e-9)
+    charts = "".join(_figure([row for row in rows if row["load"] == load], colors, room) for load in loads)
     return (
         "<h2>Measured here: one server for both, against vLLM and peft on the same processors</h2>"
         f'<p class="soft">{escape(data["device"])}, {escape(data["date"])}. {escape(versions)}</p>'
@@ -52,8 +56,8 @@ def versus_section(data: Mapping[str, Any]) -> str:
     )
 
 
-def _figure(rows: Sequence[Row], colors: Mapping[str, str]) -> str:
-    """Bars of one load."""
+def _figure(rows: Sequence[Row], colors: Mapping[str, str], x_max: float) -> str:
+    """Bars of one load. x_max: the same for all loads."""
     bars = []
     for row in rows:
         if "missing" in row:
@@ -69,8 +73,8 @@ def _figure(rows: Sequence[Row], colors: Mapping[str, str]) -> str:
         ))
     if not bars:
         return ""
-    title = f"At {load_name(rows[0])}"
-    chart = bar_chart(bars, title=title, x_label="trained tokens/s", x_max=max(max(bar.high for bar in bars), 1e-9))
+    title = load_phrase(rows[0]["load"]).capitalize()
+    chart = bar_chart(bars, title=title, x_label="trained tokens/s", x_max=x_max)
     return f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>"
 
 
@@ -100,7 +104,7 @@ def _table(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["load"] != load:
             load = row["load"]
-            body.append(f'<tr class="load"><td colspan="{len(COLUMNS) + 1}">{escape(load_name(row))}</td></tr>')
+            body.append(f'<tr class="load"><td colspan="{len(COLUMNS) + 1}">{escape(load_phrase(load).capitalize())}</td></tr>')
         cells = "".join(f"<td>{_cell(row, show)}</td>" for _, show in COLUMNS)
         body.append(f"<tr><td>{escape(row['configuration'])}</td>{cells}</tr>")
     return (f'<h3>All figures</h3><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'

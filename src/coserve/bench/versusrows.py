@@ -14,7 +14,7 @@ from typing import Any
 
 from coserve.bench.metrics import SloInMs, summarize
 from coserve.bench.rivals import COSERVE
-from coserve.bench.versus import Cell
+from coserve.bench.versus import ALONE, BURST, Cell
 
 HOLDS = 0.99
 """Least attainment."""
@@ -77,7 +77,7 @@ def _ratio(own: Row, other: Row) -> dict[str, Any]:
 
 def describe_row(row: Row) -> str:
     """A row for the terminal."""
-    head = f"{row['configuration']} at {load_name(row)}: "
+    head = f"{row['configuration']} {load_phrase(row['load'])}: "
     if "missing" in row:
         return f"{head}missing, {row['missing']}"
     parts = [f"{row['finetune_tokens_per_s']:.0f} trained tokens/s"]
@@ -91,7 +91,7 @@ def describe_row(row: Row) -> str:
 
 def describe_comparison(entry: Row) -> str:
     """A comparison for the terminal and the page."""
-    at = f"At {load_name(entry)}, "
+    at = f"{load_phrase(entry['load']).capitalize()}, "
     if "against" not in entry:
         held = "and coserve did" if entry["coserve_holds"] else "nor did coserve"
         return f"{at}no configuration with vLLM held the objectives, {held}."
@@ -102,7 +102,6 @@ def describe_comparison(entry: Row) -> str:
             f"{entry['ratio_greatest']:.2f} by repeat){late}.")
 
 
-def load_name(row: Row) -> str:
-    """A load in words."""
-    name: str = row["load"]
-    return {"burst": "a burst", "alone": "no requests"}.get(name, f"{name} requests/s")
+def load_phrase(load: str) -> str:
+    """A load by its name in results, in words."""
+    return {BURST: "in a burst", ALONE: "without requests"}.get(load, f"at {load} requests/s")

@@ -26,7 +26,7 @@ from coserve.bench.servers import healthy
 from coserve.bench.trainers import JobData
 from coserve.bench.versus import BurstTraffic, Prompts, Versus, VersusConfig, make_configurations
 from coserve.bench.versuspage import make_sections_page, versus_section
-from coserve.bench.versusrows import describe_comparison, describe_row, load_name, make_comparisons, make_versus_rows
+from coserve.bench.versusrows import describe_comparison, describe_row, load_phrase, make_comparisons, make_versus_rows
 from coserve.bench.vllmserver import vllm_versions
 from coserve.bench.workload import ALPHA, RANK, prompts, word_ids, write_training_file
 from coserve.config.values import require
@@ -178,9 +178,9 @@ def _cells(
         nonlocal begun
         begun += 1
         name, load, repeat = label.rsplit("-", 2)
-        words = load_name({"load": load})
         kept = " (kept from before)" if stored else ""
-        console.print(f"{begun} of {total}: {name} at {words}, repeat {int(repeat) + 1}{kept}", highlight=False, markup=False)
+        console.print(f"{begun} of {total}: {name} {load_phrase(load)}, repeat {int(repeat) + 1}{kept}", highlight=False,
+                      markup=False)
 
     store = CellStore(setup.directory, common, listen)
     with ended_by_sigterm(), Rivals(setup) as rivals:
