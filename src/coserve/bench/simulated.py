@@ -10,16 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coserve.config.settings import SamplingConfig, SchedulerConfig
+from coserve.config.settings import EngineConfig, FinetuneConfig, SamplingConfig, SchedulerConfig
 from coserve.core import ContextExceeded, CoserveError
+from coserve.devices.law import device_law
+from coserve.devices.table import Device
 from coserve.model.architecture import Architecture
 from coserve.scheduler.latency import LatencyModel
 from coserve.simulation.disturbance import Disturbance
 from coserve.simulation.engine import SimulatedEngine
 from coserve.simulation.jobs import SimulatedJob
-from coserve.simulation.memory import DeviceMemory, PlannedBatch
+from coserve.simulation.memory import DeviceMemory, PlannedBatch, device_memory, plan_batch
 from coserve.simulation.requests import SimulatedRequest
 
+ITEMSIZE = 2
+"""Bytes of bfloat16, in which models run here."""
 LISTEN_STEPS = 64
 """Iterations between two calls of a listener."""
 
@@ -145,3 +149,20 @@ class SimulatedMachine:
             "the model's longest context": self.arch.max_position_embeddings,
             "what the key-value cache is guaranteed": self.memory.guaranteed_blocks * self.memory.engine.block_tokens,
         }, listen)
+
+
+def make_machine(
+    arch: Architecture, device: Device, size: int, job: FinetuneConfig, engine: EngineConfig, disturbance: Disturbance,
+    example_tokens: Sequence[int], usable_share: float,
+) -> SimulatedMachine:
+    """A model on `size` devices under their law, which schedulers believe. example_tokens: of an optimizer batch. usable_share:
+    of the devices' memory. Raises ConfigError, CapacityError."""
+    law = device_law(arch, device, itemsize=ITEMSIZE, tensor_parallel_size=size)
+    memory = device_memory(
+        arch, job, engine, memory_bytes=device.memory_bytes, usable_share=usable_share, itemsize=ITEMSIZE,
+        tensor_parallel_size=size,
+    )
+    planned = plan_batch(arch, job, example_tokens, memory, itemsize=ITEMSIZE)
+    return SimulatedMachine(
+        arch=arch, memory=memory, scheduler=engine.scheduler, law=law, believed=law, disturbance=disturbance, planned=planned
+    )

@@ -21,7 +21,7 @@ from coserve.bench.arrivals import ArrivalConfig
 from coserve.bench.report import make_page
 from coserve.bench.results import make_results
 from coserve.bench.simulate import ALONE, Simulation, SimulationConfig, machine_facts
-from coserve.bench.simulated import SimulatedMachine
+from coserve.bench.simulated import ITEMSIZE, SimulatedMachine, make_machine
 from coserve.bench.workload import endless_job
 from coserve.cli.plan import Asked
 from coserve.cli.settings import read_numbers
@@ -109,7 +109,7 @@ def simulate(
     if efficiency is not None:
         found = replace(found, efficiency=efficiency)
     directory = _model_directory(model)
-    machine = _machine(
+    machine = make_machine(
         read_architecture(directory), found, tensor_parallel_size,
         _job(finetune_batch, max_microbatch_tokens or finetune_tokens, activation_memory, adapter, rank, target_modules),
         EngineConfig(scheduler=SchedulerConfig(
@@ -165,21 +165,6 @@ def _job(
     settings = Asked(kind=kind, rank=rank, targets=names, dropout=None).settings()
     job = endless_job(batch_size, max_microbatch_tokens).with_adapter(settings)
     return replace(job, activation_memory=activation_memory)
-
-
-def _machine(
-    arch: Architecture, device: Device, size: int, job: FinetuneConfig, engine: EngineConfig, disturbance: Disturbance,
-    example_tokens: list[int], usable_share: float,
-) -> SimulatedMachine:
-    law = device_law(arch, device, itemsize=ITEMSIZE, tensor_parallel_size=size)
-    memory = device_memory(
-        arch, job, engine, memory_bytes=device.memory_bytes, usable_share=usable_share, itemsize=ITEMSIZE,
-        tensor_parallel_size=size,
-    )
-    planned = plan_batch(arch, job, example_tokens, memory, itemsize=ITEMSIZE)
-    return SimulatedMachine(
-        arch=arch, memory=memory, scheduler=engine.scheduler, law=law, believed=law, disturbance=disturbance, planned=planned
-    )
 
 
 # --- results ---
