@@ -37,8 +37,11 @@ def write_programs(directory: Path, kind: str) -> Path:
     (("--vllm", "http://127.0.0.1:PORT"), "vllm: no server is healthy at http://127.0.0.1:"),
     (("--rates", "1,x"), "rates: write numbers joined by commas, got '1,x'"),
     (("--rates", "0"), "rates: must be positive"), (("--repeats", "0"), "repeats"), (("--window-s", "-1"), "window_s"),
-    (("--dtype", "auto"), "dtype: must be float32 or bfloat16, got 'auto'"), (("--no-measured",), "measured: "),
-    (("--simulated",), "simulated: this version has only the measured part"),
+    (("--dtype", "auto"), "dtype: must be float32 or bfloat16, got 'auto'"),
+    (("--no-simulated", "--no-measured"), "measured: "),
+    (("--workers", "0"), "workers: must be at least 1, got 0"), (("--simulated-s", "0"), "duration: must be"),
+    (("--simulated-arrivals", "gamma:x"), "arrivals: must be poisson, gamma:CV"),
+    (("--simulated-arrivals", "trace:nowhere.csv"), "arrivals: there is no trace file nowhere.csv"),
 ])
 def test_bad_input_is_one_line(run: Run, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
     given = [argument.replace("PORT", str(free_port())) if "127" in argument else argument for argument in arguments]
@@ -72,7 +75,7 @@ def test_a_whole_measurement(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(paper_module.os, "sched_getaffinity", lambda _: {0, 1})
     build_tiny_directory(tmp_path / "model")
     command = ("bench", "paper", tmp_path / "model", "-o", tmp_path / "out", "--rates", "10", "--window-s", "0.4", "--repeats",
-               "1", "--no-burst", "--vllm")
+               "1", "--no-burst", "--no-simulated", "--vllm")
     ran = run(*command, write_programs(tmp_path / "env", "serve"))
     assert ran.code == 0, ran.err
     data = json.loads((tmp_path / "out" / "measured.json").read_text())
@@ -94,11 +97,11 @@ def test_without_vllm_coserve_is_measured_alone(run: Run, tmp_path: Path, monkey
     monkeypatch.setattr(paper_module, "RivalSetup", partial(RivalSetup, serve=(sys.executable, FAKE, "serve")))
     build_tiny_directory(tmp_path / "model")
     ran = run("bench", "paper", tmp_path / "model", "-o", tmp_path / "out", "--rates", "10", "--window-s", "0.3", "--repeats",
-              "1", "--no-burst")
+              "1", "--no-burst", "--no-simulated")
     assert ran.code == 0, ran.err
     rows = json.loads((tmp_path / "out" / "measured.json").read_text())["results"]
     assert [row.get("missing") for row in rows] == [None] + ["no vLLM was given (--vllm)"] * (len(rows) - 1)
     failing = partial(RivalSetup, serve=(sys.executable, FAKE, "fail"))
     monkeypatch.setattr(paper_module, "RivalSetup", failing)
-    ran = run("bench", "paper", tmp_path / "model", "-o", tmp_path / "other")
+    ran = run("bench", "paper", tmp_path / "model", "-o", tmp_path / "other", "--no-simulated")
     assert ran.code == 2 and ran.err.count("\n") == 1 and "did not start" in ran.err and "no such card" in ran.err

@@ -12,15 +12,20 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from coserve.bench.cells import CellStore
+from coserve.bench.paper.evaluation import PaperConfig, quick_config
+from coserve.bench.paper.evaluation import simulated as evaluate
+from coserve.bench.paper.page import simulated_section
+from coserve.bench.paper.rows import describe_simulated
 from coserve.bench.rivals import COSERVE, Configuration, Rivals, RivalSetup
 from coserve.bench.servers import healthy
 from coserve.bench.trainers import JobData
@@ -44,6 +49,9 @@ class MeasurementFailed(CoserveError):
 DTYPES = ("float32", "bfloat16")
 FINETUNE_TOKENS, FINETUNE_BATCH, TRAINING_EXAMPLES = 512, 8, 256
 NUM_WARMUPS = 8
+PAPER_CONFIG = PaperConfig()
+TOLD_CELLS = 20
+"""Simulated cells between two lines where there is no terminal."""
 LATE_FACTOR = 1.5
 """A request that takes so many times as long as its objectives allow is given up: it has missed them."""
 
@@ -52,8 +60,8 @@ def paper(
     model: Annotated[str | None, typer.Argument(help="Model (default SmolLM2).")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory; finished cells in it are kept.")] = Path("paper"),
     simulated: Annotated[
-        bool | None, typer.Option("--simulated/--no-simulated", help="The paper's machines; not in this version.")
-    ] = None,
+        bool, typer.Option("--simulated/--no-simulated", help="The paper's machines by arithmetic; about 15 minutes of a core.")
+    ] = True,
     measured: Annotated[
         bool, typer.Option("--measured/--no-measured", help="Real programs on this machine's CPU, over HTTP.")
     ] = True,
@@ -70,13 +78,17 @@ def paper(
     ttft_ms: Annotated[float, typer.Option(help="Objective: time to the first token.")] = 3000.0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, on all sides.")] = "float32",
     quick: Annotated[
-        bool, typer.Option("--quick", help="One repeat of 15 s at the middle rate, no burst; about four minutes.")
+        bool, typer.Option("--quick", help="Measured: 15 s at the middle rate, no burst. Simulated: 8B, two rates.")
     ] = False,
+    simulated_arrivals: Annotated[
+        str, typer.Option(help="Of simulated requests: poisson, gamma:CV or trace:FILE.")
+    ] = PAPER_CONFIG.arrivals.kind,
+    simulated_s: Annotated[float, typer.Option(help="Simulated seconds counted in each cell.")] = PAPER_CONFIG.duration,
+    workers: Annotated[int | None, typer.Option(help="Processes that simulate (one per processor).")] = None,
     seed: Annotated[int, typer.Option(help="Of arrivals, prompts and training data.")] = 0,
 ) -> None:
-    """One server that serves and trains, against vLLM and transformers + peft on the same processors."""
-    require(not simulated, "simulated", "this version has only the measured part; leave --simulated out")
-    require(measured, "measured", "there is nothing else to do; leave --no-measured out")
+    """The paper's evaluation by arithmetic, and one server that serves and trains against vLLM and transformers + peft here."""
+    require(simulated or measured, "measured", "there is nothing to do; leave --no-simulated or --no-measured out")
     require(dtype in DTYPES, "dtype", f"must be {' or '.join(DTYPES)}, got {dtype!r}")
     values = _rates(rates)
     config = VersusConfig(
@@ -84,21 +96,58 @@ def paper(
         repeats=1 if quick else repeats, window_s=min(window_s, 15.0) if quick else window_s, tpot_ms=tpot_ms, ttft_ms=ttft_ms,
         seed=seed, alone=alone,
     )
-    data = measure(config, vllm, output, model, dtype)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "measured.json").write_text(json.dumps(data, indent=1) + "\n")
-    page = make_sections_page(f"Co-serving {data['common']['model']}", [versus_section(data)])
-    (output / "paper.html").write_text(page, encoding="utf-8")
-    for line in (*map(describe_row, data["results"]), *map(describe_comparison, data["comparisons"])):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    print(f"results in {output / 'measured.json'}, page in {output / 'paper.html'}")
+    asked = replace(
+        PAPER_CONFIG, arrivals=replace(PAPER_CONFIG.arrivals, kind=simulated_arrivals), duration=simulated_s, seed=seed
+    )
+    given = read_vllm(vllm if measured else None)  # what is wrong is told before anything runs
+    sections, files = [], [output / "paper.html"]
+    if simulated:
+        count = workers if workers is not None else len(os.sched_getaffinity(0))
+        files.append(output / "paper.json")
+        data = simulate_paper(quick_config(asked) if quick else asked, output, count)
+        files[-1].write_text(json.dumps(data, indent=1) + "\n")
+        sections.append(simulated_section(data))
+        for line in describe_simulated(data):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if measured:
+        data = measure(config, given, output, model, dtype)
+        output.mkdir(parents=True, exist_ok=True)
+        files.append(output / "measured.json")
+        files[-1].write_text(json.dumps(data, indent=1) + "\n")
+        sections.append(versus_section(data))
+        for line in (*map(describe_row, data["results"]), *map(describe_comparison, data["comparisons"])):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    title = "Co-serving: the paper's evaluation" if simulated else f"Co-serving {data['common']['model']}"
+    files[0].write_text(make_sections_page(title, sections), encoding="utf-8")
+    print(f"page in {files[0]}, results in {' and '.join(map(str, files[1:]))}")
 
 
-def measure(config: VersusConfig, vllm: str | None, output: Path, model: str | None, dtype: str) -> dict[str, Any]:
-    """The measured part as a result file's data. Raises ConfigError, OSError, RuntimeError."""
+def simulate_paper(config: PaperConfig, output: Path, workers: int) -> dict[str, Any]:
+    """The simulated part as a result file's data. Raises ConfigError, InvalidRequest, NotFound."""
+    columns = (TextColumn("simulates"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+
+        def listen(done: int, total: int, label: str) -> None:
+            progress.update(task, completed=done, total=total, description=f"{done} of {total}: {label}")
+            if not console.is_terminal and (done == total or done % TOLD_CELLS == 0):
+                console.print(f"{done} of {total} simulated", highlight=False, style="dim")
+
+        data = evaluate(config, output, workers=workers, listen=listen)
+    return {
+        "device": f"{data['simulated_device']['name']} (simulated)",
+        "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"), "versions": versions(),
+        "command": "coserve " + shlex.join(sys.argv[1:]), **data,
+    }
+
+
+def measure(
+    config: VersusConfig, vllm: tuple[Path | str | None, dict[str, str]], output: Path, model: str | None, dtype: str
+) -> dict[str, Any]:
+    """The measured part as a result file's data. vllm: as `read_vllm` found it. Raises ConfigError, OSError, RuntimeError."""
     cores = sorted(os.sched_getaffinity(0))
     require(len(cores) > 1, "cores", "this needs two processors at least, to divide them")
-    where, of_vllm = read_vllm(vllm)
+    where, of_vllm = vllm
     require(importlib.util.find_spec("openai") is not None, "openai", "jobs are created with it: pip install 'coserve[demo]'")
     configurations = make_configurations(cores)
     missing = find_missing(configurations, where)

@@ -21,25 +21,21 @@ from coserve.bench.arrivals import ArrivalConfig
 from coserve.bench.report import make_page
 from coserve.bench.results import make_results
 from coserve.bench.simulate import ALONE, Simulation, SimulationConfig, machine_facts
-from coserve.bench.simulated import ITEMSIZE, SimulatedMachine, make_machine
+from coserve.bench.simulated import SimulatedMachine, make_machine
 from coserve.bench.workload import endless_job
 from coserve.cli.plan import Asked
 from coserve.cli.settings import read_numbers
 from coserve.config.data import ADAPTERS
 from coserve.config.settings import POLICIES, EngineConfig, FinetuneConfig, SchedulerConfig
 from coserve.config.values import AUTO, require
-from coserve.devices.law import device_law
 from coserve.devices.table import DEVICES, Device, find_device
 from coserve.machine import versions
-from coserve.model.architecture import Architecture, read_architecture
+from coserve.model.architecture import read_architecture
 from coserve.model.locate import locate_model
 from coserve.simulation.disturbance import Disturbance
-from coserve.simulation.memory import device_memory, plan_batch
 
 console = Console(highlight=False)
 
-ITEMSIZE = 2
-"""Bytes of bfloat16, in which models run here."""
 LARGEST_MODEL_LEN = 8192
 """Most tokens of a prompt and its output together."""
 _BASE = SimulationConfig()

@@ -83,8 +83,8 @@ def refit(
 ) -> Device:
     """The device whose law comes nearest to measured points: `device` with other numbers.
 
-    points: as for `agreement`. names: those of FITTED that may change. The fit minimizes squared logarithms of predicted / measured over the numbers' logarithms, by
-    Levenberg and Marquardt's method, with less weight for points that are far off.
+    points: as for `agreement`. names: those of FITTED that may change. The fit minimizes squared logarithms of predicted /
+    measured over the numbers' logarithms, by Levenberg and Marquardt's method, with less weight for points that are far off.
     """
     problem = _Problem(points, arch, device, itemsize, tensor_parallel_size, names)
     state = _State(problem.start, problem.errors(problem.start), 1e-2)
@@ -108,7 +108,8 @@ class _Problem:
     """Least squares over the logarithms of the named numbers."""
 
     def __init__(
-        self, points: Mapping[Contents, float], arch: Architecture, device: Device, itemsize: int, size: int, names: Sequence[str]
+        self, points: Mapping[Contents, float], arch: Architecture, device: Device, itemsize: int, size: int,
+        names: Sequence[str],
     ) -> None:
         self._points, self._arch, self._device, self._itemsize = points, arch, device, itemsize
         self._size, self._names = size, names

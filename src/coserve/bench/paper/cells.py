@@ -1,7 +1,7 @@
 """Runs of one pipeline, each a cell on disk: a model under a law and a policy at a rate.
 
-Owns: which machine a cell runs on, what is kept of its run, processes. Does not own: which cells there are (evaluation.py), a run
-(bench/simulate.py).
+Owns: which machine a cell runs on, what is kept of its run, processes. Does not own: which cells there are (evaluation.py), a
+run (bench/simulate.py).
 """
 
 from __future__ import annotations

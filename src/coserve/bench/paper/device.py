@@ -16,6 +16,7 @@ from coserve.bench.paper.figures import (
     SURFACE_ROWS_MS,
 )
 from coserve.bench.paper.models import LARGE, LARGE_RANKS, read_shape
+from coserve.bench.simulated import ITEMSIZE
 from coserve.core import Contents, PassCost, UnitCost
 from coserve.devices.law import device_law
 from coserve.devices.refit import refit
@@ -25,8 +26,6 @@ DEVICE = "A100-80GB"
 BY_LAW, BY_SURFACE = "law", "paper-speed"
 LAWS = (BY_LAW, BY_SURFACE)
 """The law as it stands, and the law that was fitted to the paper's measured points."""
-ITEMSIZE = 2
-"""Bytes of bfloat16."""
 FITTED = ("peak_flops", "overlap", "launch_s", "backward_rows")
 """What the paper's points can tell. Reading weights and launching kernels can't be told apart by one model, so that the
 bandwidth stays, and what is left over is launches."""
@@ -41,8 +40,8 @@ _START_OVERLAP = 0.5
 
 
 class Fit(NamedTuple):
-    """The device that meets the paper's points best, and each point: what it is, the paper's ms, the law's ms before the fit and
-    after."""
+    """The device that meets the paper's points best, for a model of so many layers, and each point: what it is, the paper's ms,
+    the law's ms before the fit and after."""
 
     device: Device
     num_layers: int
@@ -64,7 +63,8 @@ def surface_points() -> dict[str, tuple[Contents, float]]:
     for layers in _LAYERS:
         unit = UnitCost(True, tokens, layers, tokens * (tokens + 1) // 2, 0)
         contents = alone._replace(units=(unit,))
-        found[f"{decode} decode rows, backward of {tokens} tokens, {layers} layers"] = contents, (constant + layers * each) / 1e3
+        name = f"{decode} decode rows, backward of {tokens} tokens, layers: {layers}"
+        found[name] = contents, (constant + layers * each) / 1e3
     return found
 
 
@@ -77,9 +77,12 @@ def fit_surface() -> Fit:
         tensor_parallel_size=LARGE_RANKS, names=FITTED,
     )
     fitted = replace(found, peak_flops=device.peak_flops, efficiency=found.flops / device.peak_flops)
-    laws = [device_law(arch, each, itemsize=ITEMSIZE, tensor_parallel_size=LARGE_RANKS) for each in (device, fitted)]
+    before, after = (
+        device_law(arch, each, itemsize=ITEMSIZE, tensor_parallel_size=LARGE_RANKS) for each in (device, fitted)
+    )
     return Fit(fitted, arch.num_layers, tuple(
-        (name, seconds * 1e3, *(law.seconds(contents) * 1e3 for law in laws)) for name, (contents, seconds) in points.items()
+        (name, seconds * 1e3, before.seconds(contents) * 1e3, after.seconds(contents) * 1e3)
+        for name, (contents, seconds) in points.items()
     ))
 
 
@@ -91,8 +94,8 @@ def make_device(law: str, num_layers: int, fit: Fit) -> Device:
 
 
 def part_of(device: Device, share: float) -> Device:
-    """What one of two processes has of a device that both use at all times: the same share of bandwidth, FLOP/s, link and memory,
-    as MIG gives. Launches and other constants take as long as ever."""
+    """What a process has of a device that others use at the same time: the same share of bandwidth, FLOP/s, link and memory, as
+    MIG gives. Launches and other constants take as long as ever."""
     link = replace(device.link, bandwidth=device.link.bandwidth * share)
     return replace(
         device, bandwidth=device.bandwidth * share, peak_flops=device.peak_flops * share,

@@ -5,7 +5,6 @@ Owns: which cells there are, and the settings. Does not own: runs (cells.py), ro
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from coserve.bench.paper.cells import (
     make_cell_machine,
     run_cells,
 )
-from coserve.bench.paper.device import DEVICE, FITTED, LAWS, SPATIAL_SHARE, fit_surface
+from coserve.bench.paper.device import DEVICE, LAWS, SPATIAL_SHARE, Fit, fit_surface
 from coserve.bench.paper.figures import PAPER, REPORTED
 from coserve.bench.paper.memory import memory_rows
 from coserve.bench.paper.models import MODELS, NUM_PIPELINES, TTFT_MS
@@ -31,9 +30,10 @@ from coserve.bench.paper.rows import cells_of, check_policy, compare, find_bette
 from coserve.bench.sharing import SPATIAL
 from coserve.bench.simulate import ALONE, machine_facts
 from coserve.config.values import require, require_least, require_positive
+from coserve.devices.table import find_device
 
 VARIATION = 2.0
-"""Of gaps between arrivals where no trace is given: their standard deviation over their mean. Assumed; 1 is a Poisson process."""
+"""Of gaps between arrivals where no trace is given: standard deviation over mean. Assumed; 1 is a Poisson process."""
 POLICIES = (
     "coserve", "layer-sliced", "dynamic-temporal", "temporal:64", "temporal:128", "temporal:512", SPATIAL, "separate:75",
     "separate:50", "separate:25",
@@ -87,10 +87,11 @@ def simulated(
 
     Raises ConfigError, and InvalidRequest or NotFound for a trace that can't be used.
     """
-    require(1 <= workers <= 4 * (os.cpu_count() or 1), "workers", f"must be at least 1, and not many more than processors, got {workers}")
-    most = max(cell.rate for cell in _cells(config))
-    make_arrivals(config.arrivals, most, max(1, round(most * config.duration)), config.seed)
-    fit, cells = fit_surface(), _cells(config)
+    require(workers >= 1, "workers", f"must be at least 1, got {workers}")
+    cells = _cells(config)
+    most = max(cell.rate for cell in cells)
+    make_arrivals(config.arrivals, most, max(1, round(most * config.duration)), config.seed)  # a bad trace is refused first
+    fit = fit_surface()
     shared = CellConfig(
         arrivals=config.arrivals, duration=config.duration, seed=config.seed, alone_s=config.alone_s, fit=fit
     )
@@ -104,18 +105,27 @@ def simulated(
     }
     return {
         "results": rows, "comparisons": compare(rows), "better_than_coserve": list(find_better(rows)),
-        "alone": {f"{cell.law} {cell.model}": NUM_PIPELINES * result["finetune_tokens_per_s"]
-                  for cell, result in results.items() if cell.policy == ALONE and cell.share == 1},
-        "bursts": [{"law": cell.law, "model": cell.model, **result} for cell, result in results.items() if cell.policy == BURST],
-        "memory": list(memory_rows()), "settings": asdict(config),
+        "alone": [
+            {"law": cell.law, "model": cell.model, "finetune_tokens_per_s": NUM_PIPELINES * result["finetune_tokens_per_s"]}
+            for cell, result in results.items() if (cell.policy, cell.share) == (ALONE, 1)
+        ],
+        "bursts": [{"law": cell.law, "model": cell.model, **result}
+                   for cell, result in results.items() if cell.policy == BURST],
+        "memory": list(memory_rows()), "settings": asdict(config), "burst_shape": asdict(BURST_SHAPE),
         "training": {"example_tokens": EXAMPLE_TOKENS, "accumulation": ACCUMULATION, "rank": RANK, "target": "down_proj"},
         "objectives": {"ttft_ms": TTFT_MS, "tpot_ms": {name: model.tpot_ms for name, model in MODELS.items()}},
-        "device": DEVICE, "spatial_share": SPATIAL_SHARE, "machines": machines,
-        "fit": {"numbers": {name: getattr(fit.device, name) for name in ("efficiency", *FITTED[1:])}, "num_layers": fit.num_layers,
-                "points": [{"what": name, "paper_ms": paper, "law_ms": before, "fitted_ms": after}
-                           for name, paper, before, after in fit.points]},
-        "paper": {"source": PAPER, "reported": [entry._asdict() for entry in REPORTED]},
-        "burst_shape": asdict(BURST_SHAPE),
+        "simulated_device": asdict(find_device(DEVICE)), "spatial_share": SPATIAL_SHARE, "machines": machines,
+        "fit": _describe_fit(fit), "paper": {"source": PAPER, "reported": [entry._asdict() for entry in REPORTED]},
+    }
+
+
+def _describe_fit(fit: Fit) -> dict[str, Any]:
+    device = fit.device
+    return {
+        "efficiency": device.efficiency, "overlap": device.overlap, "backward_rows": device.backward_rows,
+        "launch_s": device.launch_s, "num_layers": fit.num_layers,
+        "points": [{"what": name, "paper_ms": paper, "law_ms": before, "fitted_ms": after}
+                   for name, paper, before, after in fit.points],
     }
 
 

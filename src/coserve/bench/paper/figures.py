@@ -17,7 +17,7 @@ Source = Literal["text", "figure", "scripts"]
 
 
 class Reported(NamedTuple):
-    """A number of the paper. quantity: a key of a result row. model, rate: what it is of; rate: requests/s of four pipelines."""
+    """A number of the paper. quantity: a key of a result row. model, rate: what it is of, in requests/s of four pipelines."""
 
     model: str
     rate: float

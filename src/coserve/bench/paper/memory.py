@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from coserve.bench.paper.device import ITEMSIZE
 from coserve.bench.paper.figures import MEMORY_GB, STAGES
 from coserve.bench.paper.models import LARGE, read_shape
+from coserve.bench.simulated import ITEMSIZE
 from coserve.compiler.report import report
 from coserve.config.settings import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.planning.budget import shape_adapter

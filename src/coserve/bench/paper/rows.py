@@ -83,8 +83,8 @@ def make_rows(
     laws: Sequence[str], models: Sequence[str], policies: Sequence[str], rates: Sequence[float],
     results: Mapping[Cell, Mapping[str, Any]],
 ) -> list[Row]:
-    """All rows, by law, model, policy and rate. The row of the highest rate has the share of finetuning that is retained from the
-    lowest one."""
+    """All rows, by law, model, policy and rate. The row of the highest rate has the share of finetuning that is retained from
+    the lowest one."""
     rows = []
     for law in laws:
         for model in models:
@@ -116,7 +116,8 @@ def find_better(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def compare(rows: Sequence[Row]) -> list[Row]:
-    """coserve's finetuning over that of policies of which the paper gives ratios, least and most over models, by law and rate."""
+    """coserve's finetuning over that of policies of which the paper gives ratios: least and most over models, by law and
+    rate."""
     found = []
     for law in dict.fromkeys(row["law"] for row in rows):
         for policy, of_paper in (("separate:75", OVER_SEPARATE.get), ("dynamic-temporal", lambda rate: OVER_DYNAMIC)):
@@ -132,3 +133,26 @@ def compare(rows: Sequence[Row]) -> list[Row]:
                     paper = of_paper(rate)
                     found.append(entry | ({} if paper is None else {"paper": list(paper)}))
     return found
+
+
+def describe_simulated(data: Mapping[str, Any]) -> Iterator[str]:
+    """The result file's data for the terminal, in lines."""
+    for row in data["results"]:
+        if row["policy"] == "coserve":
+            paper = row.get("paper", {}).get("finetune_tokens_per_s")
+            beside = "" if paper is None else f"; the paper's: {paper:.0f}"
+            yield (
+                f"{row['law']}, {row['model']} at {row['rate']:g} requests/s: coserve trains "
+                f"{row['finetune_tokens_per_s']:.0f} tokens/s, {row['slo_attainment']:.1%} of the requests in time{beside}"
+            )
+    for entry in data["comparisons"]:
+        paper = f"; the paper's: {entry['paper'][0]:g} to {entry['paper'][1]:g}" if "paper" in entry else ""
+        yield (
+            f"{entry['law']}, at {entry['rate']:g} requests/s: coserve trains {entry['least']:.2f} to {entry['most']:.2f} "
+            f"times the tokens of {entry['against']}, by model{paper}"
+        )
+    for entry in data["better_than_coserve"]:
+        yield (
+            f"{entry['law']}, {entry['model']} at {entry['rate']:g} requests/s: {entry['policy']} trains {entry['ratio']:.3f} "
+            f"times coserve's tokens with {entry['slo_attainment']:.1%} in time (coserve {entry['coserve_attainment']:.1%})"
+        )
