@@ -12,13 +12,14 @@ from typing import Any
 from coserve.bench.charts import Bar, Line, bar_chart, line_chart, number
 from coserve.bench.paper.device import BY_LAW
 from coserve.bench.paper.figures import STAGES
+from coserve.bench.paper.rows import rate_words
 
 Row = Mapping[str, Any]
 
 HELD = 0.9
 """Least attainment with which a point is drawn in a chart of finetuning."""
-NOT_CHARTED = ("temporal:128", "separate:25")
-"""They lie between others; the tables have them."""
+NOT_CHARTED = ("temporal:64", "temporal:512", "separate:25")
+"""Only the middle one of several numbers is drawn; the tables have all."""
 NAMES = {
     "separate:75": "3 serve, 1 trains", "separate:50": "2 serve, 2 train", "separate:25": "1 serves, 3 train",
     "spatial": "spatial, halves",
@@ -58,15 +59,19 @@ def _lead(data: Row, models: Sequence[str]) -> str:
         if len(mine) < 2:
             continue
         first, last = mine[0], mine[-1]
-        told = [f"{number(row['paper']['finetune_tokens_per_s'])} at {row['rate']:g}"
+        told = [f"{_thousands(row['paper']['finetune_tokens_per_s'])} at {row['rate']:g}"
                 for row in (first, last) if "finetune_tokens_per_s" in row.get("paper", {})]
         paper = f" The paper reports {' and '.join(told)}." if told else ""
         lines.append(
-            f"{escape(model)}: coserve trains {number(first['finetune_tokens_per_s'])} tokens/s beside {first['rate']:g} "
-            f"requests/s and {number(last['finetune_tokens_per_s'])} beside {last['rate']:g}, where "
+            f"{escape(model)}: coserve trains {_thousands(first['finetune_tokens_per_s'])} tokens/s beside {first['rate']:g} "
+            f"requests/s and {_thousands(last['finetune_tokens_per_s'])} beside {last['rate']:g}, where "
             f"{last['slo_attainment']:.1%} of the requests are in time.{paper}"
         )
     return "".join(f'<p class="lead">{line}</p>' for line in lines)
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1e3:.1f}k"
 
 
 # --- a law ---
@@ -75,13 +80,14 @@ def _lead(data: Row, models: Sequence[str]) -> str:
 def _law(data: Row, law: str, models: Sequence[str]) -> str:
     rows = [row for row in data["results"] if row["law"] == law]
     policies = [policy for policy in dict.fromkeys(row["policy"] for row in rows) if policy not in NOT_CHARTED]
-    colors = {policy: f"var(--c{i % 8})" for i, policy in enumerate(policies)}
+    colors = {policy: f"var(--c{i % 7})" for i, policy in enumerate(policies)}
     key = "".join(f'<li><i style="background:{color}"></i>{escape(policy_name(name))}</li>' for name, color in colors.items())
     figures = "".join(_figures([row for row in rows if row["model"] == model], model, colors) for model in models)
     return (
         f"<h3>{LAW_NAMES[law]}</h3>{_law_words(data, law)}"
-        f'<ul class="key">{key}<li>dashed black: the most that any scheduler could train</li>'
-        f'<li>dashed grey: the paper\'s own result</li></ul><div class="charts">{figures}</div>{_overview(rows, models)}'
+        f'<ul class="key">{key}<li>dashed: the most that any scheduler could train</li>'
+        f'<li>dashed, grey: the paper\'s own result</li></ul><div class="charts">{figures}</div>{_overview(rows, models)}'
+        f"{_comparisons(data, law)}"
     )
 
 
@@ -96,8 +102,31 @@ def _law_words(data: Row, law: str) -> str:
         f"<p>The same law with {fit['efficiency']:.0%} of the peak, {fit['overlap']:.0%} instead of all of the shorter one of "
         "reading and arithmetic hidden behind the longer, and "
         f"{fit['launch_s'] / fit['num_layers'] * 1e3:.2f} ms of launches per layer and pass. With these numbers it meets the "
-        "latencies that the paper's authors measured of their program with a 70B model (table below).</p>"
+        "latencies that the paper's authors measured of their program with a 70B model (table below). Where the grey line lies "
+        "above the bound, the paper reports more than this law allows: latencies of one large model then say too little about "
+        "that model.</p>"
     )
+
+
+def _comparisons(data: Row, law: str) -> str:
+    """coserve beside other policies: the ratios of which the paper has some, and where another one trains more."""
+    lines = []
+    for entry in (entry for entry in data["comparisons"] if entry["law"] == law):
+        least, most = entry["paper"]
+        own = " to ".join(dict.fromkeys(f"{entry[end]:.1f}" for end in ("least", "most")))
+        lines.append(
+            f"At {rate_words(entry['rates'])} requests/s coserve trains {own} times the tokens of "
+            f"{policy_name(entry['against'])}. The paper: {least:g} to {most:g}."
+        )
+    better: dict[str, list[str]] = {}
+    for entry in (entry for entry in data["better_than_coserve"] if entry["law"] == law):
+        place = f"{entry['model']} at {entry['rate']:g} requests/s ({entry['ratio']:.2f} times)"
+        better.setdefault(policy_name(entry["policy"]), []).append(place)
+    for policy, places in better.items():
+        lines.append(f"With as many requests in time, {policy} trains more than coserve in {', '.join(places)}.")
+    if not better:
+        lines.append("No other policy trains more tokens with as many requests in time.")
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
 def _figures(rows: Sequence[Row], model: str, colors: Mapping[str, str]) -> str:
@@ -119,7 +148,7 @@ def _figures(rows: Sequence[Row], model: str, colors: Mapping[str, str]) -> str:
     for lines, quantity in ((trained, "finetune_tokens_per_s"), (in_time, "slo_attainment")):
         paper = [(row["rate"], row["paper"][quantity]) for row in own if quantity in row.get("paper", {})]
         if paper:
-            lines.append(Line(name="the paper", color="var(--soft)", points=paper, dashed=True))
+            lines.append(Line(name="the paper", color=THEIRS, points=paper, dashed=True))
     axis: Any = {"y_range": _range(min(y for line in in_time for _, y in line.points))}
     shared: Any = {"x_label": "requests/s, four pipelines", "x_ticks": rates}
     return (

@@ -116,22 +116,23 @@ def find_better(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def compare(rows: Sequence[Row]) -> list[Row]:
-    """coserve's finetuning over that of policies of which the paper gives ratios: least and most over models, by law and
-    rate."""
+    """coserve's finetuning over that of policies of which the paper gives ratios: least and most over models and `rates`, where
+    the other trained anything."""
+    rates = sorted({row["rate"] for row in rows})
+    asked = [("separate:75", [rate], OVER_SEPARATE[rate]) for rate in rates if rate in OVER_SEPARATE]
+    asked.append(("dynamic-temporal", rates, OVER_DYNAMIC))
     found = []
     for law in dict.fromkeys(row["law"] for row in rows):
-        for policy, of_paper in (("separate:75", OVER_SEPARATE.get), ("dynamic-temporal", lambda rate: OVER_DYNAMIC)):
-            for rate in sorted({row["rate"] for row in rows}):
-                amounts = {
-                    (row["policy"], row["model"]): row["finetune_tokens_per_s"]
-                    for row in rows if (row["law"], row["rate"]) == (law, rate)
-                }
-                ratios = [amounts["coserve", model] / amounts[policy, model] for model in MODELS
-                          if amounts.get(("coserve", model)) and amounts.get((policy, model))]
-                if ratios:
-                    entry = {"law": law, "against": policy, "rate": rate, "least": min(ratios), "most": max(ratios)}
-                    paper = of_paper(rate)
-                    found.append(entry | ({} if paper is None else {"paper": list(paper)}))
+        mine = [row for row in rows if row["law"] == law]
+        amounts = {(row["policy"], row["model"], row["rate"]): row["finetune_tokens_per_s"] for row in mine}
+        for policy, at, paper in asked:
+            ratios = [
+                amounts["coserve", model, rate] / amounts[policy, model, rate] for model in MODELS for rate in at
+                if ("coserve", model, rate) in amounts and amounts.get((policy, model, rate))
+            ]
+            if ratios:
+                found.append({"law": law, "against": policy, "rates": at, "least": min(ratios), "most": max(ratios),
+                              "paper": list(paper)})
     return found
 
 
@@ -146,13 +147,18 @@ def describe_simulated(data: Mapping[str, Any]) -> Iterator[str]:
                 f"{row['finetune_tokens_per_s']:.0f} tokens/s, {row['slo_attainment']:.1%} of the requests in time{beside}"
             )
     for entry in data["comparisons"]:
-        paper = f"; the paper's: {entry['paper'][0]:g} to {entry['paper'][1]:g}" if "paper" in entry else ""
         yield (
-            f"{entry['law']}, at {entry['rate']:g} requests/s: coserve trains {entry['least']:.2f} to {entry['most']:.2f} "
-            f"times the tokens of {entry['against']}, by model{paper}"
+            f"{entry['law']}, at {rate_words(entry['rates'])} requests/s: coserve trains {entry['least']:.2f} to "
+            f"{entry['most']:.2f} times the tokens of {entry['against']}; the paper's: {entry['paper'][0]:g} to "
+            f"{entry['paper'][1]:g}"
         )
     for entry in data["better_than_coserve"]:
         yield (
             f"{entry['law']}, {entry['model']} at {entry['rate']:g} requests/s: {entry['policy']} trains {entry['ratio']:.3f} "
             f"times coserve's tokens with {entry['slo_attainment']:.1%} in time (coserve {entry['coserve_attainment']:.1%})"
         )
+
+
+def rate_words(rates: Sequence[float]) -> str:
+    """One rate, or the first and the last of several."""
+    return f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
