@@ -21,7 +21,7 @@ HELD = 0.9
 NOT_CHARTED = ("temporal:64", "temporal:512", "separate:25")
 """Only the middle one of several numbers is drawn; the tables have all."""
 NAMES = {
-    "separate:75": "3 serve, 1 trains", "separate:50": "2 serve, 2 train", "separate:25": "1 serves, 3 train",
+    "separate:75": "split 3+1", "separate:50": "split 2+2", "separate:25": "split 1+3",
     "spatial": "spatial, halves",
 }
 """Policies in the reader's words, where their own name says little."""
@@ -234,7 +234,8 @@ def _bursts(data: Row) -> str:
         "<h3>A burst of requests</h3>"
         f"<p>One pipeline under coserve, with {shape['base_load']:g} request/s, and {shape['base_load'] * shape['factor']:g} "
         f"for {shape['burst_s']:g} s. Finetuning should give way at once when requests come, and be back when they are "
-        "served. The waves are the forward and the backward pass of an example, which differ in cost.</p>"
+        "served. The waves are the forward and the backward pass of an example, which differ in cost. "
+        "Tokens of requests that came before the picture begins are not drawn.</p>"
         '<ul class="key"><li><i style="background:var(--c1)"></i>finetuning</li><li><i style="background:var(--c0)"></i>'
         'inference, output tokens</li><li><i style="background:var(--c3)"></i>requests that wait for their first token</li>'
         f'<li>shaded: the burst</li></ul><div class="charts">{"".join(parts)}</div>'
@@ -243,7 +244,9 @@ def _bursts(data: Row) -> str:
 
 def _back(burst: Row) -> str:
     seconds = burst["recovery_s"]
-    return "" if seconds is None else f", back {seconds:.2g} s after the queue was empty"
+    if seconds is None:
+        return ""
+    return f", back {seconds:.2g} s after the queue was empty" if seconds else ", back before the queue was empty"
 
 
 def _memory(rows: Sequence[Row]) -> str:
@@ -308,10 +311,10 @@ def _method(data: Row) -> str:
         f"{training['accumulation']} per optimizer step.</p>"
         "<p>coserve: units of training in the time that objectives leave, and in the passes of requests. layer-sliced: the "
         "same, never in a pass. temporal:N: one example after every N iterations of inference. dynamic-temporal: one example "
-        "when all requests can wait for it. M serve, N train: whole pipelines for one of both, each that serves with its part "
-        f"of all requests. spatial: two processes on each device, each with {share:.0%} of its bandwidth, FLOP/s, link and "
-        "memory at all times, as MIG gives. (Under MPS a process may use what the other leaves, which is better for spatial; "
-        "how much is no matter of arithmetic.)</p>"
+        "when all requests can wait for it. Split M+N: M whole pipelines serve, each its part of all requests, and N train. "
+        f"spatial: two processes on each device, one that serves and one that trains, each with {share:.0%} of its bandwidth, "
+        "FLOP/s, link and memory at all times, as MIG gives. (Under MPS a process may use what the other leaves, which is "
+        "better for spatial; how much is no matter of arithmetic.)</p>"
         "<p>Finetuning tokens are tokens of the data: half when their forward pass is done and half when their backward pass "
         "is. The most that any scheduler could train: in every iteration as much training as fits into the objective beside "
         "the requests, the best part of it in the pass.</p>"
