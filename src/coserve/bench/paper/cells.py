@@ -7,6 +7,7 @@ run (bench/simulate.py).
 from __future__ import annotations
 
 import functools
+import hashlib
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import coserve.core
 from coserve.bench.arrivals import ArrivalConfig, make_burst
 from coserve.bench.burst import BIN_S, bin_series, read_burst
 from coserve.bench.cells import CellStore
@@ -34,6 +36,7 @@ EXAMPLE_TOKENS, ACCUMULATION, RANK = 8192, 8, 16
 USABLE_SHARE = 0.9
 """Of a device's memory."""
 MAX_NUM_SEQS = 512
+_ROOMS = ("scheduler", "simulation", "devices", "planning")
 BURST = "burst"
 """A cell of coserve amid a burst."""
 BURST_SHAPE = BurstConfig(base_load=1.0, factor=6.0, warmup_s=20.0, before_s=15.0, burst_s=15.0, after_s=30.0)
@@ -99,9 +102,17 @@ def _finished(
 def run_cell(cell: Cell, config: CellConfig, directory: Path) -> dict[str, Any]:
     """The cell's figures, in plain JSON types."""
     given = {name: value for name, value in asdict(config).items() if name != "fit"}
-    common = {"device": asdict(_device(cell, config.fit)), "versions": versions(), **given}
+    common = {"device": asdict(_device(cell, config.fit)), "versions": versions(), "code": _code_digest(), **given}
     store = CellStore(directory, common, lambda label, stored: None)
     return store.get(f"simulated-{cell.label}", cell._asdict(), lambda: _run(cell, config))
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Of the rooms whose code decides what a simulation gives: with another scheduler a cell is another one."""
+    root = Path(coserve.core.__file__).parent
+    files = sorted(path for room in _ROOMS for path in (root / room).rglob("*.py"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def make_cell_machine(cell: Cell, fit: Fit) -> SimulatedMachine:

@@ -333,6 +333,9 @@ COLUMNS = (
     ("TPOT mean / p50 / p99, ms", lambda r: " / ".join(f"{r['tpot_ms'][key]:.1f}" for key in ("mean", "p50", "p99"))),
     ("TTFT mean / p50 / p99, ms", lambda r: " / ".join(f"{r['ttft_ms'][key]:.0f}" for key in ("mean", "p50", "p99"))),
     ("the paper: finetuning, in time", lambda r: _paper_text(r["paper"])),
+    ("the paper: output tokens/s", lambda r: f"{r['paper']['inference_tokens_per_s']:.0f}"),
+    ("the paper: TPOT mean / p99, TTFT mean, ms", lambda r: (
+        f"{r['paper']['tpot_mean_ms']:.1f} / {r['paper']['tpot_p99_ms']:.1f}, {r['paper']['ttft_mean_ms']:.0f}")),
 )
 
 
