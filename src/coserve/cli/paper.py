@@ -11,7 +11,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,26 +100,27 @@ def paper(
         PAPER_CONFIG, arrivals=replace(PAPER_CONFIG.arrivals, kind=simulated_arrivals), duration=simulated_s, seed=seed
     )
     given = read_vllm(vllm if measured else None)  # what is wrong is told before anything runs
-    sections, files = [], [output / "paper.html"]
+    sections: list[str] = []
+
+    def write(name: str, data: dict[str, Any], section: str, lines: Iterable[str]) -> None:
+        """Writes and tells a part's results, and the page with all parts so far: the next one may fail."""
+        output.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text(json.dumps(data, indent=1) + "\n")
+        sections.append(section)
+        title = "Co-serving: the paper's evaluation" if simulated else f"Co-serving {data['common']['model']}"
+        (output / "paper.html").write_text(make_sections_page(title, sections), encoding="utf-8")
+        for line in lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print(f"results in {output / name}, page in {output / 'paper.html'}")
+
     if simulated:
         count = workers if workers is not None else len(os.sched_getaffinity(0))
-        files.append(output / "paper.json")
         data = simulate_paper(quick_config(asked) if quick else asked, output, count)
-        files[-1].write_text(json.dumps(data, indent=1) + "\n")
-        sections.append(simulated_section(data))
-        for line in describe_simulated(data):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        write("paper.json", data, simulated_section(data), describe_simulated(data))
     if measured:
         data = measure(config, given, output, model, dtype)
-        output.mkdir(parents=True, exist_ok=True)
-        files.append(output / "measured.json")
-        files[-1].write_text(json.dumps(data, indent=1) + "\n")
-        sections.append(versus_section(data))
-        for line in (*map(describe_row, data["results"]), *map(describe_comparison, data["comparisons"])):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-    title = "Co-serving: the paper's evaluation" if simulated else f"Co-serving {data['common']['model']}"
-    files[0].write_text(make_sections_page(title, sections), encoding="utf-8")
-    print(f"page in {files[0]}, results in {' and '.join(map(str, files[1:]))}")
+        lines = (*map(describe_row, data["results"]), *map(describe_comparison, data["comparisons"]))
+        write("measured.json", data, versus_section(data), lines)
 
 
 def simulate_paper(config: PaperConfig, output: Path, workers: int) -> dict[str, Any]:
