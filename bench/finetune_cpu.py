@@ -24,11 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM
 
 from coserve import FinetuneConfig, LoadedModel, LoraConfig, OptimizerConfig, load_model
+from coserve.bench.pefttrain import PeftPeer
+from coserve.bench.workload import ALPHA, LEARNING_RATE, RANK
 from coserve.core import Example, Group
 from coserve.model.decoder import linear_shapes
 from coserve.model.linear import PackedLinear
@@ -36,7 +35,6 @@ from coserve.runtime.executor import head_rows
 from coserve.training.trainer import AdapterTrainer
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
-RATE = 1e-4
 STEP_EXAMPLES = 16
 FLOOR_ROWS = 1024
 
@@ -70,50 +68,15 @@ def long_example(model: LoadedModel, length: int) -> Example:
 
 def coserve_trainer(model: LoadedModel, microbatch_tokens: int) -> AdapterTrainer:
     return AdapterTrainer(model, FinetuneConfig(
-        lora=LoraConfig(r=16, alpha=32), max_microbatch_tokens=microbatch_tokens,
-        optimizer=OptimizerConfig(learning_rate=RATE, max_grad_norm=1.0),
+        lora=LoraConfig(r=RANK, alpha=ALPHA), max_microbatch_tokens=microbatch_tokens,
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, max_grad_norm=1.0),
     ))
 
 
 def coserve_step(trainer: AdapterTrainer, examples: Sequence[Example]) -> float:
     loss = trainer.forward_backward([Group(index=e.index, examples=(e,)) for e in examples], 0).loss
-    trainer.optim_step(RATE)
+    trainer.optim_step(LEARNING_RATE)
     return loss
-
-
-class PeftPeer:
-    """transformers + peft with sdpa attention, fused AdamW, clipping; padded batches sorted by length."""
-
-    def __init__(self, directory: Path) -> None:
-        base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
-        self.model = get_peft_model(base, PeftLoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-        self.model.train()
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0, fused=True)
-
-    def step(self, examples: Sequence[Example], batch_size: int) -> float:
-        ordered = sorted(examples, key=lambda e: e.num_tokens)
-        total = sum(e.label_weight for e in examples)
-        loss = 0.0
-        for start in range(0, len(ordered), batch_size):
-            batch = ordered[start : start + batch_size]
-            longest = max(e.num_tokens for e in batch)
-            ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-            labels = torch.full_like(ids, -100)
-            mask = torch.zeros_like(ids)
-            for row, example in enumerate(batch):
-                n = example.num_tokens
-                ids[row, :n] = torch.from_numpy(example.token_ids)
-                labels[row, :n] = torch.from_numpy(np.where(example.weights > 0, example.token_ids, -100))
-                mask[row, :n] = 1
-            padded = {} if bool(mask.all()) else {"attention_mask": mask}
-            part = self.model(input_ids=ids, labels=labels, num_items_in_batch=total, **padded).loss
-            part.backward()
-            loss += part.item()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss
 
 
 def seconds(run: Callable[[], Any]) -> float:

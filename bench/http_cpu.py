@@ -23,13 +23,13 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import httpx
 import torch
 from openai import AsyncOpenAI, OpenAI, OpenAIError
-from servers import Server, descendants, processor_seconds, running_server
 
 from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals
+from coserve.bench.counters import read_counters
 from coserve.bench.metrics import RequestRecord, SloInMs, summarize
+from coserve.bench.servers import Server, descendants, processor_seconds, running_server
 from coserve.bench.workload import prompts, word_ids, write_training_file
 from coserve.machine import device_name, versions
 from coserve.model.locate import locate_model
@@ -37,6 +37,7 @@ from coserve.text.tokenizer import ChatTokenizer
 
 SETTLE_S = 8.0
 DRAIN_S = 60.0
+FINETUNE_TOKENS = "coserve_finetune_tokens_total"
 
 
 def processor_use(api: int) -> dict[str, float]:
@@ -88,10 +89,10 @@ async def load(url: str, model: str, arrivals: list[Arrival], texts: list[list[i
 
 def finetuned(url: str) -> float:
     """Finetuning tokens (forward-token equivalents) so far."""
-    for line in httpx.get(f"{url}/metrics").text.splitlines():
-        if line.startswith("coserve_finetune_tokens_total"):
-            return float(line.rpartition(" ")[2])
-    sys.exit("/metrics has no coserve_finetune_tokens_total")
+    try:
+        return read_counters(url, [FINETUNE_TOKENS])[FINETUNE_TOKENS]
+    except KeyError:
+        sys.exit(f"/metrics has no {FINETUNE_TOKENS}")
 
 
 def measure(options: argparse.Namespace, engine: str, seed: int) -> dict[str, Any]:

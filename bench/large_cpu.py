@@ -28,11 +28,11 @@ from typing import Any
 import httpx
 import torch
 from gpu_model import SHAPES, STD
-from loads import CompletionClient
 from safetensors.torch import save_file
-from servers import descendants, running_server
 from transformers import AutoConfig
 
+from coserve.bench.loads import CompletionClient
+from coserve.bench.servers import descendants, running_server
 from coserve.machine import device_name, versions
 from coserve.model.architecture import read_architecture
 from coserve.model.checkpoint import expected_shapes

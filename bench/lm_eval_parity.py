@@ -27,8 +27,8 @@ from typing import Any
 import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
-from servers import Server, running_server
 
+from coserve.bench.servers import Server, running_server
 from coserve.machine import device_name, versions
 from coserve.model.locate import DEFAULT_MODEL, locate_model
 

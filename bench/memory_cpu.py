@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune_cpu import RATE, PeftPeer, coserve_step, long_example, peak_bytes, run_facts, seconds
+from finetune_cpu import coserve_step, long_example, peak_bytes, run_facts, seconds
 
 from coserve import FinetuneConfig, LoraConfig, OptimizerConfig, load_model
+from coserve.bench.pefttrain import PeftPeer
+from coserve.bench.workload import LEARNING_RATE
 from coserve.config.settings import Compression
 from coserve.model.linear import can_pack
 from coserve.model.locate import locate_model
@@ -53,7 +55,7 @@ def probe_coserve(tokens: int, share: float, compression: Compression) -> dict[s
     trainer = AdapterTrainer(model, FinetuneConfig(
         lora=LORA, max_microbatch_tokens=tokens, max_length=tokens, window_tokens=WINDOW, activation_memory=allowed,
         activation_compression=compression,
-        optimizer=OptimizerConfig(learning_rate=RATE, max_grad_norm=1.0),
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, max_grad_norm=1.0),
     ))
     coserve_step(trainer, [example])
     took = seconds(lambda: coserve_step(trainer, [example]))

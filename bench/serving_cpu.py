@@ -24,7 +24,6 @@ import datetime
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,16 +33,17 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import httpx
 import torch
-from loads import CompletionClient, Load, run_load
-from servers import ProcessGroup, busy_seconds, log_end, running_server
 from serving_engine import running_engine
 from serving_rows import COSERVE, IN_PROCESS, VLLM, Cell, capacity, cell_summary, describe, describe_ratios, make_rows
 
 from coserve.bench.arrivals import ArrivalConfig, make_arrivals
+from coserve.bench.loads import CompletionClient, Load, run_load
 from coserve.bench.metrics import RequestRecord
+from coserve.bench.servers import ProcessGroup, busy_seconds, log_end, running_server, served_model
+from coserve.bench.vllmserver import vllm_command, vllm_variables, vllm_versions
 from coserve.bench.workload import prompts, word_ids
+from coserve.core import ConfigError
 from coserve.machine import device_name, versions
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.locate import locate_model
@@ -51,17 +51,12 @@ from coserve.model.memory import weight_bytes
 from coserve.text.tokenizer import ChatTokenizer
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 64
-MAX_MODEL_LEN = 2048
 LOAD_OF_CAPACITY = 0.5
 NUM_WARMUPS, WARMUP_TOKENS = 8, 8
 """Requests at once and their output tokens, after a start."""
 NUM_PROBES = 5
 """Single prompts by which the time of a prefill is measured, before the cells of a pair."""
 BANDWIDTH_BYTES = 1 << 30
-VLLM_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-}
 SYSTEMS, DTYPES = (COSERVE, VLLM), ("float32", "bfloat16")
 
 
@@ -109,8 +104,7 @@ def http_system(
 ) -> Iterator[System]:
     """A server, started and ended. Raises RuntimeError if it doesn't start, or answers no request of a load."""
     with running_server(command, log, environment) as server:
-        model = httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"]
-        client = CompletionClient(server.url, model)
+        client = CompletionClient(server.url, served_model(server.url))
 
         def run(load: Load) -> list[RequestRecord]:
             records = asyncio.run(run_load(client.send, load, time.monotonic))
@@ -144,10 +138,8 @@ class Starter:
             command = [sys.executable, "-m", "coserve", "serve", "--dtype", dtype, "--data-dir", str(data)]
             return http_system(name, command, log)
         assert self._vllm is not None
-        command = [str(self._vllm / "bin" / "vllm"), "serve", str(self._model), "--dtype", dtype, "--max-model-len",
-                   str(MAX_MODEL_LEN), "--host", "127.0.0.1"]
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        return http_system(name, command, log, {**environment, **VLLM_ENVIRONMENT})
+        cores = sorted(os.sched_getaffinity(0))
+        return http_system(name, vllm_command(self._vllm, self._model, dtype), log, vllm_variables(cores))
 
 
 class Pair(NamedTuple):
@@ -254,18 +246,6 @@ def default_dtypes() -> list[str]:
     return list(DTYPES if fast else DTYPES[:1])
 
 
-def vllm_versions(environment: Path) -> dict[str, str]:
-    """Of vLLM and its torch. Exits where the environment has none."""
-    python = environment / "bin" / "python"
-    code = "from importlib.metadata import version as v; print(v('vllm'), v('torch'))"
-    if not (environment / "bin" / "vllm").is_file():
-        sys.exit(f"--vllm: {environment} has no bin/vllm; give a virtual environment in which vLLM for CPUs is installed, "
-                 "or leave the option out")
-    own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    vllm, its_torch = subprocess.run([python, "-c", code], env=own, check=True, capture_output=True, text=True).stdout.split()
-    return {"vllm": vllm, "vllm's torch": its_torch}
-
-
 def read_options() -> argparse.Namespace:
     """The command line; lists are lists. Exits where it asks for what can't be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -305,9 +285,13 @@ def main() -> None:
     systems += [IN_PROCESS] if options.in_process else []
     if not systems:
         sys.exit("--systems: nothing is left to measure")
+    try:
+        of_vllm = vllm_versions(options.vllm) if VLLM in systems else {}
+    except ConfigError as error:
+        sys.exit(str(error))
     facts = {
         "device": device_name(torch.device("cpu")), "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
-        "versions": {**versions(), **(vllm_versions(options.vllm) if VLLM in systems else {})},
+        "versions": {**versions(), **of_vllm},
         "command": " ".join(["python", "bench/serving_cpu.py", *sys.argv[1:]]), "skipped": skipped,
         "prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS, "load_of_capacity": LOAD_OF_CAPACITY,
     }

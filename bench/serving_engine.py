@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from loads import Load, Reply, run_load
-from servers import START_S, ProcessGroup
-
 from coserve import Engine, SamplingConfig, load_model
+from coserve.bench.loads import Load, Reply, run_load
 from coserve.bench.metrics import RequestRecord
+from coserve.bench.servers import START_S, ProcessGroup
 from coserve.core import CoserveError
 
 IDLE_S = 1e-3

@@ -39,6 +39,7 @@ RANKS: Mapping[str, float] = {
 }
 
 LAZY: Mapping[str, frozenset[str]] = {
+    "coserve.bench.trainers": frozenset({"openai"}),
     "coserve.compiler.baselines": frozenset({"peft"}),
     "coserve.compiler.rematerialize": frozenset({"networkx"}),
     "coserve.demo.client": frozenset({"openai"}),

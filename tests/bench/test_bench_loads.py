@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loads import CompletionClient, Load, Reply, run_load
 from serving_engine import run_in_process
 
+from coserve.bench.loads import CompletionClient, Load, Reply, run_load
 from tests.tiny_engine import build_model, make_engine, prompt
 
 PROMPTS = tuple((number, 1, 2) for number in range(6))

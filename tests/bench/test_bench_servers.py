@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from servers import ProcessGroup, busy_seconds, descendants, processor_seconds, running_server
+
+from coserve.bench.servers import ProcessGroup, busy_seconds, descendants, processor_seconds, running_server
 
 BUSY = "while True: pass"
 SPAWN = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {BUSY!r}]{{}}); print(1, flush=True)"

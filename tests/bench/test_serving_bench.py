@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import serving_cpu
-from loads import Load
 from serving_cpu import Measurement, Pair, System, read_options, requests_each
 from serving_rows import (
     COSERVE,
@@ -27,6 +26,7 @@ from serving_rows import (
     make_rows,
 )
 
+from coserve.bench.loads import Load
 from coserve.bench.metrics import RequestRecord
 
 

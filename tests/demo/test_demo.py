@@ -21,6 +21,7 @@ import pytest
 from rich.console import Console
 
 from coserve.bench.metrics import SloInMs
+from coserve.bench.servers import healthy
 from coserve.config.settings import FinetuneConfig, LoraConfig
 from coserve.core import ConfigError, InvalidRequest
 from coserve.demo import client as client_module
@@ -448,11 +449,7 @@ def test_a_server_that_cannot_start_is_told_with_its_words(tmp_path: Path) -> No
 
 def listens(url: str) -> bool:
     """Whether somebody answers."""
-    try:
-        client_module._read(f"{url.rstrip('/')}/version")
-    except OSError:
-        return False
-    return True
+    return healthy(url.rstrip("/"))
 
 
 def tiny_settings(model: Path, output: Path) -> DemoSettings:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from servers import running_server
 
 from coserve import LoraConfig, load_model
+from coserve.bench.servers import running_server
 from coserve.peft.format import save_adapter
 from coserve.peft.lora import LoraAdapter
 from tests.default_model import needs_default_model

@@ -51,12 +51,21 @@ class CellStore:
         return json.dumps({"label": label, **self._common, **settings}, sort_keys=True)
 
 
-def run_to_dict(run: Run) -> dict[str, Any]:
+def record_to_dict(record: RequestRecord) -> dict[str, Any]:
     """Plain JSON types; times to a hundredth of a millisecond."""
+    times = [round(at, 5) for at in record.token_times]
+    return {**asdict(record), "due_s": round(record.due_s, 5), "token_times": times}
+
+
+def record_from_dict(data: Mapping[str, Any]) -> RequestRecord:
+    """Reads what `record_to_dict` wrote."""
+    return RequestRecord(**{**data, "token_times": tuple(data["token_times"])})
+
+
+def run_to_dict(run: Run) -> dict[str, Any]:
+    """Plain JSON types."""
     data = asdict(replace(run, machine=None))
-    data["records"] = [
-        {**asdict(r), "due_s": round(r.due_s, 5), "token_times": [round(t, 5) for t in r.token_times]} for r in run.records
-    ]
+    data["records"] = [record_to_dict(record) for record in run.records]
     data["samples"] = [list(sample) for sample in run.samples]
     data["machine"] = None if run.machine is None else run.machine.to_dict()
     return data
@@ -64,7 +73,7 @@ def run_to_dict(run: Run) -> dict[str, Any]:
 
 def run_from_dict(data: Mapping[str, Any]) -> Run:
     """Reads what `run_to_dict` wrote."""
-    records = tuple(RequestRecord(**{**r, "token_times": tuple(r["token_times"])}) for r in data["records"])
+    records = tuple(map(record_from_dict, data["records"]))
     machine = None if data.get("machine") is None else MachineRecord.from_dict(data["machine"])
     samples = tuple(TokensDone(*s) for s in data["samples"])
     return Run(**{**data, "records": records, "samples": samples, "machine": machine})

@@ -94,24 +94,26 @@ class Simulation:
             self._arrivals(rate)  # a trace that is too short is told before anything runs
         capacity, probes = self._capacity()
         policies = [policy for policy in dict.fromkeys(config.policies) if policy != ALONE]
-        cells = [Cell(ALONE, 0.0, 0.0, 0, self._alone())]
+        cells = [Cell(ALONE, 0.0, 0.0, 0, self.alone())]
         for rate in dict.fromkeys(config.rates):
-            cells += [Cell(policy, rate / capacity, rate, 0, self._beside(policy, rate)) for policy in policies]
+            cells += [Cell(policy, rate / capacity, rate, 0, self.beside(policy, rate)) for policy in policies]
         return Measured(config.objectives, None, capacity, tuple(probes), tuple(cells), ())
 
     # --- runs ---
 
-    def _alone(self) -> Run:
+    def alone(self) -> Run:
+        """Finetuning without requests."""
         config = self.config
         plan = RunConfig(window_start_s=config.settle_s, window_end_s=config.settle_s + config.alone_s)
-        return self._run(ALONE, "finetuning alone", [], plan)
+        return self.run(ALONE, "finetuning alone", [], plan)
 
-    def _beside(self, policy: str, rate: float) -> Run:
+    def beside(self, policy: str, rate: float) -> Run:
+        """A policy at a rate. Raises InvalidRequest or NotFound for a trace that can't be used."""
         arrivals = self._arrivals(rate)
         plan = window_of(arrivals, self._num_warmup(rate), self._drain_s(arrivals))
-        return self._run(policy, f"{policy} at {rate:g} requests/s", arrivals, plan)
+        return self.run(policy, f"{policy} at {rate:g} requests/s", arrivals, plan)
 
-    def _run(self, policy: str, label: str, arrivals: Sequence[Arrival], plan: RunConfig) -> Run:
+    def run(self, policy: str, label: str, arrivals: Sequence[Arrival], plan: RunConfig) -> Run:
         """A run in a fresh engine, with a job unless the policy is inference-only."""
         server = self.machine.make(policy, lambda now: self._listen(label, min(1.0, now / plan.window_end_s)))
         self._listen(label, 0.0)
@@ -129,7 +131,7 @@ class Simulation:
             number = max(PROBE_REQUESTS, PROBE_RESIDENCES * self._num_staying(rate))
             arrivals, limit = poisson_arrivals(config.arrivals, rate, number, config.seed), allowed_misses(number)
             plan = replace(window_of(arrivals, 0, self._drain_s(arrivals)), give_up=(config.objectives, limit))
-            run = self._run("inference-only", f"whether {rate:.3g} requests/s hold", arrivals, plan)
+            run = self.run("inference-only", f"whether {rate:.3g} requests/s hold", arrivals, plan)
             probes.append(Cell("inference-only", 0.0, rate, len(probes), run))
             return not run.gave_up and sum(not meets(r, config.objectives) for r in run.records) <= limit
 

@@ -10,16 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coserve.config.settings import POLICIES, FinetuneConfig, SamplingConfig, SchedulerConfig
+from coserve.config.settings import POLICIES, EngineConfig, FinetuneConfig, SamplingConfig, SchedulerConfig
 from coserve.core import ContextExceeded, CoserveError
+from coserve.devices.law import device_law
+from coserve.devices.table import Device
 from coserve.model.architecture import Architecture
 from coserve.scheduler.latency import LatencyModel
 from coserve.simulation.disturbance import Disturbance
 from coserve.simulation.engine import SimulatedEngine
 from coserve.simulation.jobs import SimulatedJob
-from coserve.simulation.memory import DeviceMemory, PlannedBatch, plan_batch
+from coserve.simulation.memory import DeviceMemory, PlannedBatch, device_memory, plan_batch
 from coserve.simulation.requests import SimulatedRequest
 
+ITEMSIZE = 2
+"""Bytes of bfloat16, in which models run here."""
 LISTEN_STEPS = 64
 """Iterations between two calls of a listener."""
 
@@ -125,7 +129,7 @@ class SimulatedMachine:
     """A model on devices, as numbers.
 
     law: what iterations take before the disturbance. believed: what schedulers begin with. job: what trains beside requests.
-    example_tokens: of the examples of its optimizer batch. itemsize: bytes per weight.
+    example_tokens: of the examples of its optimizer batch.
     """
 
     arch: Architecture
@@ -136,14 +140,13 @@ class SimulatedMachine:
     disturbance: Disturbance
     job: FinetuneConfig
     example_tokens: tuple[int, ...]
-    itemsize: int = 2
 
     def planned(self, policy: str = POLICIES[0]) -> PlannedBatch:
         """The job's batch under a policy, which decides how many micro-batches in flight are worth their memory. Raises
         ConfigError and CapacityError as plan_batch does."""
         return plan_batch(
             self.arch, self.job, self.example_tokens, self.memory, self.believed, replace(self.scheduler, policy=policy),
-            itemsize=self.itemsize,
+            itemsize=ITEMSIZE,
         )
 
     def make(self, policy: str, listen: Callable[[float], None] = lambda now: None) -> SimulatedServer:
@@ -156,3 +159,22 @@ class SimulatedMachine:
             "the model's longest context": self.arch.max_position_embeddings,
             "what the key-value cache is guaranteed": self.memory.guaranteed_blocks * self.memory.engine.block_tokens,
         }, listen)
+
+
+def make_machine(
+    arch: Architecture, device: Device, size: int, job: FinetuneConfig, engine: EngineConfig, disturbance: Disturbance,
+    example_tokens: Sequence[int], usable_share: float,
+) -> SimulatedMachine:
+    """A model on `size` devices under their law, which schedulers believe. example_tokens: of an optimizer batch. usable_share:
+    of the devices' memory. Raises ConfigError, CapacityError."""
+    law = device_law(arch, device, itemsize=ITEMSIZE, tensor_parallel_size=size)
+    memory = device_memory(
+        arch, job, engine, memory_bytes=device.memory_bytes, usable_share=usable_share, itemsize=ITEMSIZE,
+        tensor_parallel_size=size,
+    )
+    machine = SimulatedMachine(
+        arch=arch, memory=memory, scheduler=engine.scheduler, law=law, believed=law, disturbance=disturbance, job=job,
+        example_tokens=tuple(example_tokens),
+    )
+    machine.planned()  # a job that doesn't fit is refused before anything runs
+    return machine

@@ -17,6 +17,8 @@ import numpy as np
 from coserve.config.settings import FinetuneConfig, OptimizerConfig
 
 NUM_WORDS = 2000
+RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
+"""Of LoRA on all linears of the layers, where coserve and others train the same adapter."""
 
 
 class Tokenizer(Protocol):

@@ -26,6 +26,7 @@ from coserve.bench.report import make_page
 from coserve.bench.results import make_results
 from coserve.bench.sharing import BurstConfig, Sharing, SharingConfig, SharingSetup
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
+from coserve.cli.paper import paper
 from coserve.cli.replay import replay
 from coserve.cli.settings import read_numbers
 from coserve.cli.simulate import simulate
@@ -46,6 +47,9 @@ TRAINING_EXAMPLES = 256
 @bench_app.callback()
 def bench() -> None:
     """Measure co-serving on this machine."""
+
+
+bench_app.command()(paper)
 
 
 @bench_app.command()

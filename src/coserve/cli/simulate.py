@@ -21,25 +21,21 @@ from coserve.bench.arrivals import ArrivalConfig
 from coserve.bench.report import make_page
 from coserve.bench.results import make_results
 from coserve.bench.simulate import ALONE, Simulation, SimulationConfig, machine_facts
-from coserve.bench.simulated import SimulatedMachine
+from coserve.bench.simulated import SimulatedMachine, make_machine
 from coserve.bench.workload import endless_job
 from coserve.cli.plan import Asked
 from coserve.cli.settings import read_numbers
 from coserve.config.data import ADAPTERS
 from coserve.config.settings import POLICIES, EngineConfig, FinetuneConfig, SchedulerConfig
 from coserve.config.values import AUTO, require
-from coserve.devices.law import device_law
 from coserve.devices.table import DEVICES, Device, find_device
 from coserve.machine import versions
-from coserve.model.architecture import Architecture, read_architecture
+from coserve.model.architecture import read_architecture
 from coserve.model.locate import locate_model
 from coserve.simulation.disturbance import Disturbance
-from coserve.simulation.memory import device_memory
 
 console = Console(highlight=False)
 
-ITEMSIZE = 2
-"""Bytes of bfloat16, in which models run here."""
 LARGEST_MODEL_LEN = 8192
 """Most tokens of a prompt and its output together."""
 _BASE = SimulationConfig()
@@ -111,7 +107,7 @@ def simulate(
     if efficiency is not None:
         found = replace(found, efficiency=efficiency)
     directory = _model_directory(model)
-    machine = _machine(
+    machine = make_machine(
         read_architecture(directory), found, tensor_parallel_size,
         _job(finetune_batch, max_microbatch_tokens or finetune_tokens, activation_memory, adapter, rank, target_modules),
         EngineConfig(scheduler=SchedulerConfig(
@@ -167,23 +163,6 @@ def _job(
     settings = Asked(kind=kind, rank=rank, targets=names, dropout=None).settings()
     job = endless_job(batch_size, max_microbatch_tokens).with_adapter(settings)
     return replace(job, activation_memory=activation_memory)
-
-
-def _machine(
-    arch: Architecture, device: Device, size: int, job: FinetuneConfig, engine: EngineConfig, disturbance: Disturbance,
-    example_tokens: list[int], usable_share: float,
-) -> SimulatedMachine:
-    law = device_law(arch, device, itemsize=ITEMSIZE, tensor_parallel_size=size)
-    memory = device_memory(
-        arch, job, engine, memory_bytes=device.memory_bytes, usable_share=usable_share, itemsize=ITEMSIZE,
-        tensor_parallel_size=size,
-    )
-    machine = SimulatedMachine(
-        arch=arch, memory=memory, scheduler=engine.scheduler, law=law, believed=law, disturbance=disturbance, job=job,
-        example_tokens=tuple(example_tokens), itemsize=ITEMSIZE,
-    )
-    machine.planned()  # a job that doesn't fit is refused before anything runs
-    return machine
 
 
 # --- results ---

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prometheus_client.parser import text_string_to_metric_families
-
+from coserve.bench import counters
 from coserve.core import ConfigError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 TIMEOUT_S = 120.0
-_METRICS_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +42,5 @@ def connect(url: str) -> Connection:
 
 
 async def read_counters(url: str, names: Iterable[str]) -> Mapping[str, float]:
-    """Values of counters of /metrics by name; those that are absent (the engine is down) are left out. Raises OSError."""
-    text = await asyncio.to_thread(_read, f"{url}/metrics")
-    wanted = frozenset(names)
-    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-    return {sample.name: sample.value for sample in samples if sample.name in wanted}
-
-
-def _read(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=_METRICS_TIMEOUT_S) as response:
-        text: str = response.read().decode()
-        return text
+    """As bench/counters.py's, in a thread."""
+    return await asyncio.to_thread(counters.read_counters, url, names)

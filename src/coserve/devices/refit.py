@@ -27,7 +27,7 @@ FITTED = (
     "bandwidth", "peak_flops", "overlap", "attention_efficiency", "iteration_s", "launch_s", "unit_s", "unit_layer_s",
     "backward_rows", "backward_pairs", "kept_widths", "update_bytes",
 )
-"""The fields of a device that `refit` sets. Of peak_flops and efficiency only the product matters."""
+"""The fields of a device that `refit` may set. Of peak_flops and efficiency only the product matters."""
 
 _LEAST_START_S, _LEAST_START = 1e-4, 0.1
 """Where the fit of a time, and of another number, begins that was less."""
@@ -77,13 +77,16 @@ def mean_points(samples: Sequence[tuple[Contents, float]]) -> dict[Contents, flo
     return {contents: sum(each) / len(each) for contents, each in times.items()}
 
 
-def refit(points: Mapping[Contents, float], arch: Architecture, device: Device, *, itemsize: int) -> Device:
-    """The device whose law comes nearest to measured points: `device` with other FITTED numbers.
+def refit(
+    points: Mapping[Contents, float], arch: Architecture, device: Device, *, itemsize: int, tensor_parallel_size: int = 1,
+    names: Sequence[str] = FITTED,
+) -> Device:
+    """The device whose law comes nearest to measured points: `device` with other numbers.
 
-    points: as for `agreement`. The fit minimizes squared logarithms of predicted / measured over the numbers' logarithms, by
-    Levenberg and Marquardt's method, with less weight for points that are far off.
+    points: as for `agreement`. names: those of FITTED that may change. The fit minimizes squared logarithms of predicted /
+    measured over the numbers' logarithms, by Levenberg and Marquardt's method, with less weight for points that are far off.
     """
-    problem = _Problem(points, arch, device, itemsize)
+    problem = _Problem(points, arch, device, itemsize, tensor_parallel_size, names)
     state = _State(problem.start, problem.errors(problem.start), 1e-2)
     for _ in range(_ROUNDS):
         better = problem.step(state)
@@ -94,7 +97,7 @@ def refit(points: Mapping[Contents, float], arch: Architecture, device: Device, 
 
 
 class _State(NamedTuple):
-    """logs: of the FITTED numbers. errors: logarithms of predicted / measured, by point. damping: of the next step."""
+    """logs: of the numbers that may change. errors: logarithms of predicted / measured, by point. damping: of the next step."""
 
     logs: np.ndarray
     errors: np.ndarray
@@ -102,22 +105,26 @@ class _State(NamedTuple):
 
 
 class _Problem:
-    """Least squares over the logarithms of the FITTED numbers."""
+    """Least squares over the logarithms of the named numbers."""
 
-    def __init__(self, points: Mapping[Contents, float], arch: Architecture, device: Device, itemsize: int) -> None:
+    def __init__(
+        self, points: Mapping[Contents, float], arch: Architecture, device: Device, itemsize: int, size: int,
+        names: Sequence[str],
+    ) -> None:
         self._points, self._arch, self._device, self._itemsize = points, arch, device, itemsize
-        least = {name: _LEAST_START_S if name.endswith("_s") else _LEAST_START for name in FITTED}
-        self.start = np.log([max(getattr(device, name), least[name]) for name in FITTED])
+        self._size, self._names = size, names
+        least = {name: _LEAST_START_S if name.endswith("_s") else _LEAST_START for name in names}
+        self.start = np.log([max(getattr(device, name), least[name]) for name in names])
         self._measured = np.log(np.array(list(points.values())))
 
     def device(self, logs: np.ndarray) -> Device:
         """The device with these numbers. A share is at most 1."""
-        numbers = dict(zip(FITTED, np.exp(logs).tolist(), strict=True))
-        shares = {name: min(1.0, numbers[name]) for name in SHARES if name in FITTED}
+        numbers = dict(zip(self._names, np.exp(logs).tolist(), strict=True))
+        shares = {name: min(1.0, numbers[name]) for name in SHARES if name in self._names}
         return dataclasses.replace(self._device, **numbers | shares)
 
     def errors(self, logs: np.ndarray) -> np.ndarray:
-        law = device_law(self._arch, self.device(logs), itemsize=self._itemsize)
+        law = device_law(self._arch, self.device(logs), itemsize=self._itemsize, tensor_parallel_size=self._size)
         return np.log([max(law.seconds(contents), _LEAST_S) for contents in self._points]) - self._measured
 
     def _loss(self, logs: np.ndarray, errors: np.ndarray, weights: np.ndarray) -> float:

@@ -81,7 +81,7 @@ class Riding:
         alone = self._latency.pass_seconds(cost)
         saved = {rows: self._bare_saving(cost, rows, alone) for rows in self._sizes(cost.rows, self.shapes.max_window)}
         most = max(saved.values())
-        if most < max(LEAST_SAVING * alone, LEAST_SHARE * seconds if inference is not None else 0.0):
+        if most <= 0 or most < max(LEAST_SAVING * alone, LEAST_SHARE * seconds if inference is not None else 0.0):
             return NO_FREE_ROWS
         rows = next(rows for rows, seconds in saved.items() if seconds >= ALMOST * most)
         return FreeRows(rows, saved[rows])

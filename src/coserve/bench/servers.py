@@ -1,5 +1,7 @@
 """Processes that a benchmark measures: servers started, waited for and ended; halted while another one is measured.
 
+Owns: processes and their processor time. Does not own: which there are, what is asked of them (loads.py).
+
 A process leads a group of its own (setsid). `ProcessGroup.halt` stops the whole group (SIGSTOP), so that it keeps its memory
 and takes no processor time; `resume` lets it go on, and checks that it has taken none.
 """
@@ -7,17 +9,24 @@ and takes no processor time; `resume` lets it go on, and checks that it has take
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import os
 import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+from coserve.core import one_line
 
+ANSWER_S = 5.0
+"""Longest wait for a server's answer to whether it is healthy."""
+LOOK_S = 0.1
+"""Between two such questions."""
 START_S = 600.0
 """Longest wait for a server to become healthy: vLLM compiles at its first start."""
 STOP_S = 60.0
@@ -28,6 +37,7 @@ HALTED_S = 0.05
 """Processor seconds that a halted group may take, since they are counted in hundredths."""
 LOG_BYTES = 4000
 """How much of a log an error quotes."""
+REASON_CHARACTERS = 200
 _STATE, _GROUP, _USER, _SYSTEM = 0, 2, 11, 12
 
 
@@ -83,6 +93,11 @@ class ProcessGroup:
     def _by_process(self) -> dict[int, float]:
         return {pid: processor_seconds(pid) for pid in (self.pid, *descendants(self.pid))}
 
+    def alive(self) -> bool:
+        """Whether the leader runs or is halted."""
+        fields = _stat(Path(f"/proc/{self.pid}"))
+        return bool(fields) and fields[_STATE] not in "ZX"
+
     def halt(self) -> None:
         """Stops the group until `resume`, and waits until all its threads have stopped."""
         self._signal(signal.SIGSTOP)
@@ -116,6 +131,11 @@ class ProcessGroup:
                     return False
         return True
 
+    def go_on(self) -> None:
+        """Lets a halted group go on, without a check."""
+        self._halted_at = None
+        self._signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """Ends the group at once."""
         self._signal(signal.SIGKILL)
@@ -135,31 +155,55 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """Starts a server at a free port, waits until /health says 200, and ends it afterwards.
+def running_process(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, cores: Sequence[int] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Starts the leader of a new group, and ends the group afterwards.
 
-    command: gets `--port PORT` at its end. environment: None is this process's. Raises RuntimeError with the log's end if the
-    server doesn't start.
+    log: gets all that it prints. environment: None is this process's. cores: the processors that it may run on; None: those
+    that this process may run on.
     """
-    port = free_port()
-    with log.open("w") as file:
+    with log.open("w") as file, _running_on(cores):
         process = subprocess.Popen(
-            [*command, "--port", str(port)], env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-            start_new_session=True,
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
         )
     group = ProcessGroup(process.pid)
-    server = Server(f"http://127.0.0.1:{port}", group, log)
     try:
-        _wait_until_healthy(server, process)
-        yield server
+        yield process
     finally:
-        with contextlib.suppress(RuntimeError):  # what it used while halted changes nothing any more
-            group.resume()
+        group.go_on()
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
         group.kill()  # what is left of it
         process.wait()
+
+
+@contextlib.contextmanager
+def _running_on(cores: Sequence[int] | None) -> Iterator[None]:
+    """Ties this thread to processors for a while: a process that it starts meanwhile is tied to them for good."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, before if cores is None else cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def running_server(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, cores: Sequence[int] | None = None
+) -> Iterator[Server]:
+    """Starts a server at a free port, waits until /health says 200, and ends it afterwards.
+
+    command: gets `--port PORT` at its end. The rest is as for `running_process`. Raises RuntimeError with the log's end if the
+    server doesn't start.
+    """
+    port = free_port()
+    with running_process([*command, "--port", str(port)], log, environment, cores) as process:
+        server = Server(f"http://127.0.0.1:{port}", ProcessGroup(process.pid), log)
+        _wait_until_healthy(server, process)
+        yield server
 
 
 def free_port() -> int:
@@ -174,12 +218,34 @@ def log_end(log: Path) -> str:
     return log.read_text(errors="replace")[-LOG_BYTES:]
 
 
+def last_words(log: Path) -> str:
+    """The last line of a log that names an error, else its last line."""
+    lines = [line.strip() for line in log_end(log).splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line or "error:" in line]
+    return one_line(ValueError((errors or lines or ["it said nothing"])[-1]), REASON_CHARACTERS)
+
+
+def healthy(url: str) -> bool:
+    """Whether a server's /health says 200. url: http://HOST:PORT."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=ANSWER_S) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError, http.client.HTTPException):  # an answer of 400 or above is an OSError
+        return False
+
+
+def served_model(url: str) -> str:
+    """The name of the first model that a server lists. Raises OSError, ValueError."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=ANSWER_S) as answer:
+        try:
+            return str(json.load(answer)["data"][0]["id"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{url}/v1/models lists no model") from error
+
+
 def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_S
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{server.url}/health").status_code == 200:
-                return
+    while not healthy(server.url):
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"the server did not start:\n{log_end(server.log)}")
-        time.sleep(0.5)
+        time.sleep(LOOK_S)
