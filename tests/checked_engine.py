@@ -152,11 +152,12 @@ class CheckedEngine(SimulatedEngine):
 
     def __init__(
         self, config: SchedulerConfig, believed: LatencyModel, *, num_blocks: int = 4096, block_tokens: int = 16,
-        noise: float = 0.0, slope: float = 1.0, seed: int = 0, check_cache: bool = True, **options: Any,
+        disturbance: Disturbance | None = None, noise: float = 0.0, slope: float = 1.0, seed: int = 0, check_cache: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__(
             config, believed, pool=BlockPool(num_blocks, block_tokens),
-            disturbance=Disturbance(noise=noise, slope=slope, seed=seed),
+            disturbance=disturbance or Disturbance(noise=noise, slope=slope, seed=seed),
             runner=CheckedRunner if check_cache else UncachedRunner, **options,
         )
 

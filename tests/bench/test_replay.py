@@ -215,9 +215,8 @@ def test_a_run_without_iterations_has_no_truth(exact: RunLog) -> None:
         as_it_was(replace(exact, iterations=[]))
 
 
-def test_the_command_prints_the_table(tmp_path: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_the_table(tmp_path: Path, run: RunCommand) -> None:
     write_log(tmp_path / "b.log.jsonl", simulated_log(*ROUGH, seconds=4.0))
-    monkeypatch.setenv("COLUMNS", "160")
     result = run("bench", "replay", tmp_path / "b.json", "--seeds", 1)
     assert (result.code, result.err) == (0, "")
     assert "bound of finetuning under the refitted law" in result.out

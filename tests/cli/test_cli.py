@@ -628,7 +628,8 @@ def test_too_little_memory(place: Place, run: Run, monkeypatch: pytest.MonkeyPat
 
 def test_a_loss_that_explodes_fails_the_job_in_one_line(place: Place, run: Run) -> None:
     result = run(
-        "finetune", place.model, place.data, "-o", place.out, "--learning-rate", 1e9, "--max-grad-norm", 0, "--max-steps", 20
+        "finetune", place.model, place.data, "-o", place.out, "--learning-rate", 1e9, "--max-grad-norm", 0, "--max-steps", 20,
+        "--dtype", "float32",
     )
     assert_one_line(result, r"^error: the (loss|gradient's norm) is (nan|inf) at step \d+; a lower learning rate may help")
     assert not (place.out / "adapter_model.safetensors").exists()

@@ -63,6 +63,7 @@ def _facts(log: RunLog, whole: Replayed) -> list[str]:
 def _cases(log: RunLog, replayed: list[Replayed]) -> Table:
     table = Table("", "in time", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms", "finetuning tokens/s", "of the bound",
                   "iterations", box=box.SIMPLE)
+    table.columns[0].no_wrap = True
     most = bound(log, replayed[0].case.truth)
     table.add_row("measured", *_cells(figures(log, [log.run]), most))
     for item in replayed:

@@ -28,7 +28,7 @@ from coserve.scheduler.latency import LatencyModel, kind_of
 from coserve.scheduler.policies import Policy, Turn
 from coserve.scheduler.prompts import PassDraft, PromptPicker
 from coserve.scheduler.requests import RequestState
-from coserve.scheduler.riding import NO_FREE_ROWS, FreeRows
+from coserve.scheduler.riding import FreeRows
 from coserve.scheduler.slo import asked_slo, best_effort, profile_slo
 from coserve.scheduler.units import Chosen, UnitPicker
 from coserve.scheduler.work import JobWork, MicrobatchWork
@@ -124,13 +124,13 @@ class HybridScheduler:
         has_inference = self.policy.inference and bool(self.requests)
         turn = self.policy.turn(has_inference, has_finetuning, self._can_wait(jobs, only, now))
         budget, spare = self.deadlines.limits(self.admission.running.values(), now, self.prompts.typical_s)
-        draft, free = PassDraft(), NO_FREE_ROWS
+        draft, free = PassDraft(), None
         if turn is not Turn.FINETUNING:
             self.prompts.share_places(now, len(self._by_tenant))
             self._decode(draft)
             if self.policy.fuses and has_finetuning:
                 free = self.picker.riding.free(draft.cost if draft.requests else None, spare)
-            if self.prompts.pick(draft, now, budget, beside_jobs=bool(jobs), free_rows=free.rows):
+            if self.prompts.pick(draft, now, budget, beside_jobs=bool(jobs), free_rows=free.rows if free else 0):
                 spare = 0.0
         chosen = self._finetune(now, turn, jobs, only, spare, draft.cost if draft.requests else None, free)
         copies, self._copies = tuple(self._copies), []
@@ -221,11 +221,11 @@ class HybridScheduler:
 
     def _finetune(
         self, now: float, turn: Turn, jobs: Sequence[JobWork], only: MicrobatchWork | None, spare: float, cost: PassCost | None,
-        free: FreeRows,
+        free: FreeRows | None,
     ) -> Chosen:
         """Units and optimizer slices. only: the one micro-batch whose turn it is. spare: seconds that an iteration with
         finetuning may take. cost: of the requests' part of the pass, None without one. free: training rows that had best ride
-        in a pass."""
+        in a pass; None if none may."""
         base = 0.0 if cost is None else self.latency.pass_seconds(cost)
         left = self.policy.seconds(turn, spare - base - self.latency.constant_seconds)
         left = max(min(left, self.deadlines.quantum_s), self._owed_s)

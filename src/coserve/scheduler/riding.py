@@ -24,7 +24,7 @@ from coserve.scheduler.work import MicrobatchWork
 LEAST_SAVING = 0.03
 """A window rides if it saves at least this share of the pass."""
 LEAST_SHARE = 0.02
-"""Windows wait for a pass only if that saves at least this share of the iteration. To wait has a price too."""
+"""A window rides, or waits for a pass, if it saves at least this share of the iteration too. To wait has a price."""
 LEAST_EFFICIENCY = 0.9
 """A further row rides, where nothing else is ready, if its work is at least this share of the time that it takes."""
 ALMOST = 0.95
@@ -55,17 +55,17 @@ class Riding:
     def _latency(self) -> LatencyModel:
         return self.shapes.latency
 
-    def best(self, work: MicrobatchWork, inference: PassCost, left: float) -> Candidate | None:
-        """The window of a micro-batch that had best ride in the pass of the requests, and fits into `left` seconds. None if
-        none saves enough.
+    def best(self, work: MicrobatchWork, inference: PassCost, seconds: float) -> Candidate | None:
+        """The window of a micro-batch that had best ride in the pass of the requests, where `seconds` are left for jobs. None
+        if none saves enough.
 
         It is the smallest that saves almost as much as any. More rows would save in later passes what they don't save in this
         one.
         """
         alone = self._latency.pass_seconds(inference)
-        fitting = [found for found in self._candidates(work, inference, alone) if found.seconds <= left]
+        fitting = [found for found in self._candidates(work, inference, alone) if found.seconds <= seconds]
         most = max((found.saved_s for found in fitting), default=0.0)
-        if most < LEAST_SAVING * alone:
+        if most <= 0 or most < _least_saving(alone, alone + seconds):
             return None
         good = [found for found in fitting if found.saved_s >= ALMOST * most]
         ahead = work.num_tokens - work.end
@@ -81,7 +81,7 @@ class Riding:
         alone = self._latency.pass_seconds(cost)
         saved = {rows: self._bare_saving(cost, rows, alone) for rows in self._sizes(cost.rows, self.shapes.max_window)}
         most = max(saved.values())
-        if most <= 0 or most < max(LEAST_SAVING * alone, LEAST_SHARE * seconds if inference is not None else 0.0):
+        if most <= 0 or most < _least_saving(alone, 0.0 if inference is None else seconds):
             return NO_FREE_ROWS
         rows = next(rows for rows, seconds in saved.items() if seconds >= ALMOST * most)
         return FreeRows(rows, saved[rows])
@@ -117,6 +117,11 @@ class Riding:
                 high = rows - 1
         rest = ahead - LEAST_REST
         return self.shapes.ride(work, inference, alone, rest) if _leaves_little(ahead, low) and rest >= _rows(best) else found
+
+
+def _least_saving(pass_s: float, seconds: float) -> float:
+    """What rows must save to ride in a pass of `pass_s` seconds, in an iteration of `seconds`."""
+    return max(LEAST_SAVING * pass_s, LEAST_SHARE * seconds)
 
 
 def _rows(found: Candidate) -> int:

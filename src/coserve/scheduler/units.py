@@ -31,7 +31,7 @@ from typing import NamedTuple
 from coserve.core import OptimizerSlice, PassCost, UnitCost, WorkUnit
 from coserve.scheduler.deadlines import UNBOUNDED
 from coserve.scheduler.latency import LatencyModel
-from coserve.scheduler.riding import NO_FREE_ROWS, FreeRows, Riding
+from coserve.scheduler.riding import FreeRows, Riding
 from coserve.scheduler.shapes import Candidate, Shapes
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 
@@ -133,14 +133,14 @@ class UnitPicker:
         self.explain: Callable[[str], None] | None = None
 
     def pick(
-        self, jobs: Sequence[JobWork], seconds: float, inference: PassCost | None, *, free: FreeRows = NO_FREE_ROWS,
+        self, jobs: Sequence[JobWork], seconds: float, inference: PassCost | None, *, free: FreeRows | None = None,
         patient: bool = True,
         only: MicrobatchWork | None = None, stretch: Callable[[bool], float] = lambda overdue: UNBOUNDED,
     ) -> Chosen:
         """Picks units and optimizer slices for `seconds`, and advances their micro-batches.
 
-        jobs: in order of precedence. inference: the requests' pass. free: training rows that had best ride in a pass, none if
-        no rows may. patient: whether units may wait for more time. only: the one micro-batch that may get units; None allows
+        jobs: in order of precedence. inference: the requests' pass. free: training rows that had best ride in a pass; None if
+        none may. patient: whether units may wait for more time. only: the one micro-batch that may get units; None allows
         all. stretch: called with whether the wait is overdue, gives the seconds that a stuck unit may take.
         """
         chosen = Chosen(inference)
@@ -158,10 +158,10 @@ class UnitPicker:
                 return chosen
         least = self.guard.least_efficiency(patient)
         self._say(f"{1e3 * seconds:.2f} ms for jobs")
-        rides = free.rows > 0
+        rides = free is not None and free.rows > 0
         turn = _Turn(jobs, only, self._waiting(jobs, only) if rides else frozenset(), rides)
         left, ride = seconds, None
-        if rides and inference is not None:
+        if free is not None and inference is not None:
             ride = self._best_ride(turn, inference, left)
         if ride is None or inference is None:
             left = self._run(chosen, turn, left, least)
@@ -176,7 +176,7 @@ class UnitPicker:
             self._add(chosen, ride)
             turn = turn._replace(waiting=turn.waiting | ({max(able)} - {ride.work.id}))
             left = self._run(chosen, turn, left - ride.candidate.seconds, least)
-        if turn.waiting and inference is not None and self._ends_early(inference, seconds, left) > free.saved_s:
+        if turn.waiting and free and inference and self._ends_early(inference, seconds, left) > free.saved_s:
             self._say(f"{1e3 * left:.2f} ms are left, and worth more than what rides in the next pass")
             left = self._run(chosen, turn._replace(waiting=frozenset()), left, least)
         self._say(f"{1e3 * left:.2f} ms left")
