@@ -63,7 +63,7 @@ class Riding:
         one.
         """
         alone = self._latency.pass_seconds(inference)
-        fitting = [found for found in self._candidates(work, inference, alone) if found.seconds <= seconds]
+        fitting = [found for found in self.candidates(work, inference) if found.seconds <= seconds]
         most = max((found.saved_s for found in fitting), default=0.0)
         if most <= 0 or most < _least_saving(alone, alone + seconds):
             return None
@@ -91,7 +91,9 @@ class Riding:
         ridden = inference._replace(rows=inference.rows + rows, fused_rows=rows)
         return self.shapes.bare_work(rows) - (self._latency.pass_seconds(ridden) - alone)
 
-    def _candidates(self, work: MicrobatchWork, inference: PassCost, alone: float) -> Iterator[Candidate]:
+    def candidates(self, work: MicrobatchWork, inference: PassCost) -> Iterator[Candidate]:
+        """The windows of a micro-batch that are tried, the smallest first, whether they fit into the time or not."""
+        alone = self._latency.pass_seconds(inference)
         most = min(work.num_tokens - work.end, self.shapes.max_window)
         return (self.shapes.ride(work, inference, alone, rows) for rows in self._sizes(inference.rows, most))
 

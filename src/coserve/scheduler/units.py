@@ -60,12 +60,13 @@ class _Proposal(NamedTuple):
 
 class _Turn(NamedTuple):
     """What an iteration may run. jobs: in order of precedence. only: as in `UnitPicker.pick`. waiting: micro-batches whose next
-    window waits for the pass. rides: whether riding pays."""
+    window waits for the pass. rides: whether riding pays. least: the share of the best efficiency that a unit must have."""
 
     jobs: Sequence[JobWork]
     only: MicrobatchWork | None
     waiting: frozenset[int]
     rides: bool
+    least: float
 
 
 @dataclass(slots=True)
@@ -134,8 +135,8 @@ class UnitPicker:
 
     def pick(
         self, jobs: Sequence[JobWork], seconds: float, inference: PassCost | None, *, free: FreeRows | None = None,
-        patient: bool = True,
-        only: MicrobatchWork | None = None, stretch: Callable[[bool], float] = lambda overdue: UNBOUNDED,
+        patient: bool = True, only: MicrobatchWork | None = None,
+        stretch: Callable[[bool], float] = lambda overdue: UNBOUNDED,
     ) -> Chosen:
         """Picks units and optimizer slices for `seconds`, and advances their micro-batches.
 
@@ -156,33 +157,40 @@ class UnitPicker:
             if not self.guard.is_overdue:
                 self._say(f"all jobs wait for slack, so that this fits: {stuck.candidate}")
                 return chosen
-        least = self.guard.least_efficiency(patient)
-        self._say(f"{1e3 * seconds:.2f} ms for jobs")
         rides = free is not None and free.rows > 0
-        turn = _Turn(jobs, only, self._waiting(jobs, only) if rides else frozenset(), rides)
-        left, ride = seconds, None
-        if free is not None and inference is not None:
-            ride = self._best_ride(turn, inference, left)
+        self._say(f"{1e3 * seconds:.2f} ms for jobs; {free.rows if free else 0} rows had best ride")
+        turn = _Turn(
+            jobs, only, self._waiting(jobs, only) if rides else frozenset(), rides, self.guard.least_efficiency(patient))
+        ride = None if free is None or inference is None else self._best_ride(turn, inference, seconds)
         if ride is None or inference is None:
-            left = self._run(chosen, turn, left, least)
+            left = self._run(chosen, turn, seconds)
         else:
-            # Its job's other windows wait, so that it can take what time is left. The newest waits for the next pass anyway.
-            able = [work.id for work in ride.job.microbatches.values() if self.shapes.can_ride(work)]
-            waiting = turn.waiting | frozenset(able)
-            left = self._run(chosen, turn._replace(waiting=waiting), left - ride.candidate.seconds, least)
-            left += ride.candidate.seconds
-            ride = ride._replace(candidate=self.riding.grown(ride.work, inference, ride.candidate, left))
-            self._say(f"rides: {ride.candidate}")
-            self._add(chosen, ride)
-            turn = turn._replace(waiting=turn.waiting | ({max(able)} - {ride.work.id}))
-            left = self._run(chosen, turn, left - ride.candidate.seconds, least)
+            turn, left = self._run_beside(chosen, turn, seconds, ride, inference)
         if turn.waiting and free and inference and self._ends_early(inference, seconds, left) > free.saved_s:
             self._say(f"{1e3 * left:.2f} ms are left, and worth more than what rides in the next pass")
-            left = self._run(chosen, turn._replace(waiting=frozenset()), left, least)
+            left = self._run(chosen, turn._replace(waiting=frozenset()), left)
         self._say(f"{1e3 * left:.2f} ms left")
         chosen.seconds = seconds - left
         self.guard.on_filled(is_empty=not (chosen.units or chosen.optimizer))
         return chosen
+
+    def _run_beside(
+        self, chosen: Chosen, turn: _Turn, seconds: float, ride: _Proposal, inference: PassCost
+    ) -> tuple[_Turn, float]:
+        """Adds a window that rides, and units beside it. Returns the turn as it goes on, and the seconds that are left.
+
+        The other windows of its job wait, so that it can grow into what time is left. The newest of them waits for the next
+        pass in any case.
+        """
+        able = [work.id for work in ride.job.microbatches.values() if self.shapes.can_ride(work)]
+        waiting = turn.waiting | frozenset(able)
+        left = self._run(chosen, turn._replace(waiting=waiting), seconds - ride.candidate.seconds)
+        left += ride.candidate.seconds
+        ride = ride._replace(candidate=self.riding.grown(ride.work, inference, ride.candidate, left))
+        self._say(f"rides: {ride.candidate}")
+        self._add(chosen, ride)
+        turn = turn._replace(waiting=turn.waiting | ({max(able)} - {ride.work.id}))
+        return turn, self._run(chosen, turn, left - ride.candidate.seconds)
 
     def whole_seconds(self, work: MicrobatchWork) -> float:
         """Predicts what is left of a micro-batch, if it runs in one go."""
@@ -261,6 +269,10 @@ class UnitPicker:
             able = [work for work in ready if self.shapes.can_ride(work)]
             found = ((self.riding.best(work, inference, left), work) for work in able)
             ride = next((_Proposal(job, work, candidate) for candidate, work in found if candidate is not None), None)
+            if self.explain is not None:
+                for work in able:
+                    for candidate in self.riding.candidates(work, inference):
+                        self._say(f"could ride: {candidate}, saves {1e3 * candidate.saved_s:.2f} ms")
             if ride is not None:
                 if is_first and len(able) == len(ready):
                     ride = ride._replace(candidate=self.riding.grown(ride.work, inference, ride.candidate, left))
@@ -268,14 +280,14 @@ class UnitPicker:
             is_first = is_first and not ready
         return None
 
-    def _run(self, chosen: Chosen, turn: _Turn, left: float, least: float) -> float:
+    def _run(self, chosen: Chosen, turn: _Turn, left: float) -> float:
         """Adds optimizer slices and units that are not fused for `left` seconds. Returns the seconds that are left."""
         while len(chosen.units) + len(chosen.optimizer) < MAX_UNITS:
             slice_seconds = self._add_slice(chosen, turn.jobs, left)
             if slice_seconds is not None:
                 left -= slice_seconds
                 continue
-            found = self._best(turn, left, least)
+            found = self._best(turn, left)
             if found is None:
                 break
             self._say(f"runs: {found.candidate}")
@@ -283,29 +295,33 @@ class UnitPicker:
             self._add(chosen, found)
         return left
 
-    def _best(self, turn: _Turn, left: float, least: float) -> _Proposal | None:
-        """The unit that comes next, of the first job that has one that fits. least: the share of the best efficiency that a
-        unit must have."""
+    def _best(self, turn: _Turn, left: float) -> _Proposal | None:
+        """The unit that comes next, of the first job that has one that fits and is efficient enough."""
         for job in turn.jobs:
             oldest: dict[Phase, _Proposal] = {}
             for work in _ready(job, turn.only):
                 if work.phase in oldest or work.id in turn.waiting:
                     continue
-                candidate = self._next(turn, work, left, least)
-                if candidate is not None and candidate.efficiency >= least * self.shapes.best_efficiency(work):
+                candidate = self._next(turn, work, left)
+                if candidate is None:
+                    self._say(f"micro-batch {work.id}: nothing fits into {1e3 * left:.2f} ms")
+                elif candidate.efficiency >= turn.least * self.shapes.best_efficiency(work):
+                    self._say(f"could run: {candidate}")
                     oldest[work.phase] = _Proposal(job, work, candidate)
+                else:
+                    self._say(f"waits for more time, since it is inefficient: {candidate}")
             if oldest:
                 return max(oldest.values(), key=_rank_where_rows_ride if turn.rides else _rank)
         return None
 
-    def _next(self, turn: _Turn, work: MicrobatchWork, left: float, least: float) -> Candidate | None:
+    def _next(self, turn: _Turn, work: MicrobatchWork, left: float) -> Candidate | None:
         """A micro-batch's next unit that fits into `left` seconds. Where rows ride, a new window goes through all layers if
         that is efficient, since one that stays begun could not ride. Otherwise it waits, if there is something to wait for."""
         if turn.rides and self.shapes.can_ride(work):
             whole = self.shapes.whole_window(work, left)
             if whole is not None and whole.efficiency >= LEAST_EFFICIENCY * self.shapes.best_efficiency(work):
                 return whole
-            if least > 0:
+            if turn.least > 0:
                 return None
         return self.shapes.next_unit(work, left)
 
