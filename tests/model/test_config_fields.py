@@ -50,7 +50,8 @@ def their_logits(directory: Path) -> torch.Tensor:
 def check_equal(directory: Path) -> None:
     """Logits of 60 tokens, far beyond the windows of these tests."""
     build_tiny_tokenizer(directory)
-    assert float((our_logits(directory) - their_logits(directory)).abs().max()) <= 1e-4
+    theirs = their_logits(directory)  # processors round products in different orders, and logits are up to 50
+    assert float((our_logits(directory) - theirs).abs().max()) <= 1e-5 * max(10.0, float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize(("family", "changes", "windows"), [

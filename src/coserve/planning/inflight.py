@@ -63,7 +63,7 @@ def typical_load(riding: Riding, scheduler: SchedulerConfig) -> TypicalLoad:
     tpot_s = tpot_s if tpot_s < math.inf else profile.tpot_s
     cost = PassCost(NUM_REQUESTS, NUM_REQUESTS, NUM_REQUESTS, NUM_REQUESTS * NUM_TOKENS, 0, 0, 0, 0, 0)
     latency = riding.shapes.latency
-    free = riding.free(cost) if policy.fuses else NO_FREE_ROWS
+    free = riding.free(cost, tpot_s) if policy.fuses else NO_FREE_ROWS
     return TypicalLoad(tpot_s, latency.constant_seconds + latency.pass_seconds(cost), free)
 
 

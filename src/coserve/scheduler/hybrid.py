@@ -129,7 +129,8 @@ class HybridScheduler:
             self.prompts.share_places(now, len(self._by_tenant))
             self._decode(draft)
             if self.policy.fuses and has_finetuning:
-                free = self.picker.riding.free(draft.cost if draft.requests else None, spare)
+                length = max(spare, self.slo.tpot_s) if self.slo.tpot_s < math.inf else spare
+                free = self.picker.riding.free(draft.cost if draft.requests else None, length)
             if self.prompts.pick(draft, now, budget, beside_jobs=bool(jobs), free_rows=free.rows if free else 0):
                 spare = 0.0
         chosen = self._finetune(now, turn, jobs, only, spare, draft.cost if draft.requests else None, free)

@@ -72,15 +72,17 @@ class Riding:
         return next((found for found in good if not _leaves_little(ahead, _rows(found))), good[0])
 
     def free(self, inference: PassCost | None, seconds: float = 0.0) -> FreeRows:
-        """How many training rows had best ride in a pass of these requests, in an iteration that may last `seconds`.
+        """How many training rows had best ride in a pass of these requests.
 
-        Attention and labels cost as much in a pass as in a unit, so they don't count. inference: None counts as one row, and
-        the iteration's length does not count then.
+        Attention and labels cost as much in a pass as in a unit, so they don't count. inference: None counts as one row.
+        seconds: that the iteration may last; 0: any time. It does not count without requests.
         """
         cost = inference or PassCost(1, 1, 1, 0, 0, 0, 0, 0, 0)
         alone = self._latency.pass_seconds(cost)
         saved = {rows: self._bare_saving(cost, rows, alone) for rows in self._sizes(cost.rows, self.shapes.max_window)}
-        most = max(saved.values())
+        if inference is not None and seconds:
+            saved = {rows: saving for rows, saving in saved.items() if self._ridden(cost, rows) <= seconds}
+        most = max(saved.values(), default=0.0)
         if most <= 0 or most < _least_saving(alone, 0.0 if inference is None else seconds):
             return NO_FREE_ROWS
         rows = next(rows for rows, seconds in saved.items() if seconds >= ALMOST * most)
@@ -88,8 +90,11 @@ class Riding:
 
     def _bare_saving(self, inference: PassCost, rows: int, alone: float) -> float:
         """The seconds that `rows` rows of a large micro-batch save by riding in a pass, which takes `alone` without them."""
-        ridden = inference._replace(rows=inference.rows + rows, fused_rows=rows)
-        return self.shapes.bare_work(rows) - (self._latency.pass_seconds(ridden) - alone)
+        return self.shapes.bare_work(rows) - (self._ridden(inference, rows) - alone)
+
+    def _ridden(self, inference: PassCost, rows: int) -> float:
+        """The seconds of a pass in which `rows` rows ride, without attention and labels."""
+        return self._latency.pass_seconds(inference._replace(rows=inference.rows + rows, fused_rows=rows))
 
     def candidates(self, work: MicrobatchWork, inference: PassCost) -> Iterator[Candidate]:
         """The windows of a micro-batch that are tried, the smallest first, whether they fit into the time or not."""
