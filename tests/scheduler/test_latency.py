@@ -442,6 +442,19 @@ def test_reserve_is_the_95th_percentile_of_finetuning_iterations() -> None:
     assert model.reserve() == 0.005
 
 
+def test_large_errors_don_t_keep_finetuning_away_for_good() -> None:
+    """A reserve of half lets no unit in, so that no later error could replace those that raised it."""
+    model = LatencyModel({("iteration", "once", 0): 1.0})
+    for _ in range(30):
+        model.observe(Contents(None, (BACKWARD,), 0), 2.0)
+    for _ in range(360):
+        assert model.reserve() == 0.5
+        model.observe(Contents(DECODE, (), 0), 1.0)
+    for _ in range(60):
+        model.observe(Contents(DECODE, (), 0), 1.0)
+    assert model.reserve() == 0.1, "as at the start"
+
+
 def test_errors_are_those_of_predictions_made_before_the_update() -> None:
     model, contents = fresh(), Contents(DECODE, (), 0)
     before = model.seconds(contents)
