@@ -29,7 +29,7 @@ from openai import AsyncOpenAI, OpenAI, OpenAIError
 from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals
 from coserve.bench.counters import read_counters
 from coserve.bench.metrics import RequestRecord, SloInMs, summarize
-from coserve.bench.servers import Server, descendants, processor_seconds, running_server
+from coserve.bench.servers import HealthyServer, descendants, processor_seconds, running_server
 from coserve.bench.workload import prompts, word_ids, write_training_file
 from coserve.machine import device_name, versions
 from coserve.model.locate import locate_model
@@ -46,7 +46,7 @@ def processor_use(api: int) -> dict[str, float]:
     return {"client": time.process_time(), "api": processor_seconds(api), "engine": engine}
 
 
-def server(options: argparse.Namespace, engine: str, directory: Path) -> contextlib.AbstractContextManager[Server]:
+def server(options: argparse.Namespace, engine: str, directory: Path) -> contextlib.AbstractContextManager[HealthyServer]:
     """A server under one engine setting; it is ended afterwards."""
     threads, _, wait = engine.partition(":")
     command = [

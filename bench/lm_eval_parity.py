@@ -28,7 +28,7 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
-from coserve.bench.servers import Server, running_server
+from coserve.bench.servers import HealthyServer, running_server
 from coserve.machine import device_name, versions
 from coserve.model.locate import DEFAULT_MODEL, locate_model
 
@@ -86,7 +86,7 @@ def write_tasks(directory: Path, pairs: list[tuple[str, str]]) -> None:
         (directory / f"{name}.yaml").write_text(head + task.lstrip(), encoding="utf-8")
 
 
-def server(directory: Path) -> contextlib.AbstractContextManager[Server]:
+def server(directory: Path) -> contextlib.AbstractContextManager[HealthyServer]:
     """A server of the default model, which is ended afterwards."""
     command = [sys.executable, "-m", "coserve", "serve", "--data-dir", str(directory / "data"), "--dtype", "float32"]
     return running_server(command, directory / "log")

@@ -30,7 +30,7 @@ from coserve.bench.sharing import BurstConfig, Cell, Measured, Sharing, SharingC
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.config.settings import FinetuneConfig, SamplingConfig
 from coserve.core import CapacityError, ConfigError, CoserveError, InvalidRequest, JobFailed, NotFound
-from coserve.devices.bound import JobShape, Load
+from coserve.devices.bound import JobShape, OfferedLoad
 
 OBJECTIVES = SloInMs(ttft_ms=1000.0, tpot_ms=100.0)
 
@@ -274,18 +274,18 @@ MACHINE = MachineRecord(
 
 def test_bound_is_the_measured_throughput_times_what_the_law_leaves() -> None:
     """A load so low that at most one request runs: it leaves (T - pass) / T while one does. Rows in a pass cost more."""
-    load = Load(rate=0.01, prompt_tokens=0, output_tokens=10)
+    load = OfferedLoad(rate=0.01, prompt_tokens=0, output_tokens=10)
     running = 1 - np.exp(-0.01 * 10 * 0.05)
     found = MACHINE.bound(load, 0.05, alone=300.0)
     assert found == pytest.approx(300 * (1 - running * 0.01 / 0.05), rel=1e-4)
     slower = MACHINE.bound(load, 0.05, alone=300.0, pass_ratio=2.0)
     assert slower == pytest.approx(300 * (1 - running * 0.02 / 0.05), rel=1e-4)
-    assert MACHINE.bound(Load(rate=0, prompt_tokens=0, output_tokens=0), 0.05, alone=300.0) == 300
+    assert MACHINE.bound(OfferedLoad(rate=0, prompt_tokens=0, output_tokens=0), 0.05, alone=300.0) == 300
 
 
 def test_bound_includes_rows_that_ride_for_less() -> None:
     free = replace(MACHINE, law={name: seconds for name, seconds in LAW.items() if name[1] != "rows" or name[0] != "inference"})
-    load = Load(rate=5.0, prompt_tokens=0, output_tokens=20)
+    load = OfferedLoad(rate=5.0, prompt_tokens=0, output_tokens=20)
     assert free.bound(load, 0.05, alone=300.0) > 1.1 * MACHINE.bound(load, 0.05, alone=300.0)
 
 
@@ -527,7 +527,7 @@ def test_whole_measurement(tmp_path: Path) -> None:
     assert shared["gain"] == pytest.approx(shared["goodput"] / data["capacity"]["rate"] + shared["finetune_share"])
     assert rows["sharing", "coserve", 0.5]["rate"] == data["capacity"]["rate"] / 2
     assert data["machine"] == MACHINE.to_dict() and data["pass_ratios"] == {0.0: 1.1, 0.25: 1.1, 0.5: 1.1}
-    load = Load(rate=shared["rate"], prompt_tokens=3, output_tokens=8)
+    load = OfferedLoad(rate=shared["rate"], prompt_tokens=3, output_tokens=8)
     bound = MACHINE.bound(load, 0.05, alone["finetune_tokens_per_s"], 1.1)
     assert shared["bound_tokens_per_s"] == pytest.approx(bound, rel=0.01), "finetuning alone is a median of each row's repeats"
     assert shared["bound_reached"] == shared["finetune_tokens_per_s"] / shared["bound_tokens_per_s"]

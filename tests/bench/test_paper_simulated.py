@@ -13,7 +13,7 @@ import pytest
 
 from coserve.bench.arrivals import ArrivalConfig
 from coserve.bench.paper import cells as cells_module
-from coserve.bench.paper.cells import BURST_SHAPE, Cell, CellConfig, run_cells
+from coserve.bench.paper.cells import BURST_SHAPE, CellConfig, PaperCell, run_cells
 from coserve.bench.paper.device import BY_LAW, BY_SURFACE, DEVICE, LAWS, fit_surface, make_device, part_of
 from coserve.bench.paper.evaluation import PaperConfig, quick_config, simulated
 from coserve.bench.paper.figures import MEMORY_GB, OVER_SEPARATE, REPORTED, STAGES, reported
@@ -40,9 +40,9 @@ def figures(tokens: float, rate: float = 1.0, attainment: float = 1.0, **others:
             "slo_attainment": attainment, "num_requests": 10, "fused_share": None, **others}
 
 
-def given(law: str = BY_LAW, coserve: tuple[float, float] = (300.0, 240.0)) -> dict[Cell, dict[str, Any]]:
+def given(law: str = BY_LAW, coserve: tuple[float, float] = (300.0, 240.0)) -> dict[PaperCell, dict[str, Any]]:
     """Runs of one pipeline at 4 and 20 requests/s of four."""
-    cell = Cell(law, MODEL, 1.0, ALONE, 0.0)
+    cell = PaperCell(law, MODEL, 1.0, ALONE, 0.0)
     half = cell._replace(share=0.5)
     return {
         cell: figures(400.0), half: figures(150.0),
@@ -142,12 +142,12 @@ def cell_config(**changes: Any) -> CellConfig:
 
 
 def test_a_cell_is_simulated_once_and_again_for_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cell, config = Cell(BY_SURFACE, MODEL, 1.0, "coserve", 4.0), cell_config()
+    cell, config = PaperCell(BY_SURFACE, MODEL, 1.0, "coserve", 4.0), cell_config()
     told: list[tuple[int, str]] = []
     first = run_cells([cell], config, tmp_path / "a", 1, lambda done, last: told.append((done, last.label)))
     assert told == [(1, f"{BY_SURFACE}-{MODEL}-coserve-4")]
     assert run_cells([cell], config, tmp_path / "b", 1, lambda *_: None) == first, "equal settings, equal figures"
-    runs: list[Cell] = []
+    runs: list[PaperCell] = []
     monkeypatch.setattr(cells_module, "_run", lambda cell, config: runs.append(cell) or {"ran": True})
     assert run_cells([cell], config, tmp_path / "a", 1, lambda *_: None) == first and runs == []
     for other in (replace(config, seed=1), replace(config, fit=config.fit._replace(num_layers=40))):
@@ -159,7 +159,8 @@ def test_a_cell_is_simulated_once_and_again_for_other_settings(tmp_path: Path, m
 
 @pytest.mark.full
 def test_processes_give_the_same(tmp_path: Path) -> None:
-    cells = [Cell(BY_LAW, MODEL, 1.0, policy, rate) for policy, rate in ((ALONE, 0.0), ("coserve", 4.0), ("layer-sliced", 4.0))]
+    policies = ((ALONE, 0.0), ("coserve", 4.0), ("layer-sliced", 4.0))
+    cells = [PaperCell(BY_LAW, MODEL, 1.0, policy, rate) for policy, rate in policies]
     one, two = (run_cells(cells, cell_config(), tmp_path / str(n), n, lambda *_: None) for n in (1, 2))
     assert one == two and list(two) == cells
 

@@ -18,9 +18,18 @@ from coserve.bench.cells import CellStore
 from coserve.bench.driver import TokensDone
 from coserve.bench.loads import Reply
 from coserve.bench.metrics import RequestRecord, SloInMs
-from coserve.bench.observe import Observed, Traffic, observe, observed_from_dict, observed_to_dict
+from coserve.bench.observe import Observed, WindowTraffic, observe, observed_from_dict, observed_to_dict
 from coserve.bench.rivals import COSERVE, VLLM
-from coserve.bench.versus import BURST, SIDE_BY_SIDE, BurstTraffic, Cell, Demand, Versus, VersusConfig, make_configurations
+from coserve.bench.versus import (
+    BURST,
+    SIDE_BY_SIDE,
+    BurstTraffic,
+    Demand,
+    ObservedCell,
+    Versus,
+    VersusConfig,
+    make_configurations,
+)
 from coserve.bench.versuspage import make_sections_page, versus_section
 from coserve.bench.versusrows import describe_comparison, describe_row, make_comparisons, make_versus_rows
 from coserve.core import ConfigError
@@ -34,9 +43,9 @@ def record(due_s: float = 0.0, ttft_s: float = 0.5, tpot_s: float = 0.05, finish
     return RequestRecord(due_s=due_s, prompt_tokens=8, token_times=times, finished=finished)
 
 
-def cell(name: str, repeat: int, tokens_per_s: float, records: Sequence[RequestRecord], load: str = "0.5") -> Cell:
+def cell(name: str, repeat: int, tokens_per_s: float, records: Sequence[RequestRecord], load: str = "0.5") -> ObservedCell:
     samples = (TokensDone(-1.0, 0.0), TokensDone(11.0, 12 * tokens_per_s))
-    return Cell(name, Demand(load, 0.5), repeat, Observed(records=tuple(records), samples=samples, window_s=10.0), USED)
+    return ObservedCell(name, Demand(load, 0.5), repeat, Observed(records=tuple(records), samples=samples, window_s=10.0), USED)
 
 
 def versus(tmp_path: Path, config: VersusConfig, missing: dict[str, str] | None = None) -> Versus:
@@ -125,7 +134,7 @@ def test_only_the_window_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.sleep(0.02)
         return Reply((time.monotonic(),) * output_tokens)
 
-    traffic = Traffic(prompts=((1,), (2,), (3,)), due_s=(-0.1, 0.0, 0.3), output_tokens=2, warmup_s=0.2, window_s=0.4)
+    traffic = WindowTraffic(prompts=((1,), (2,), (3,)), due_s=(-0.1, 0.0, 0.3), output_tokens=2, warmup_s=0.2, window_s=0.4)
     observed = asyncio.run(observe(send, traffic, Steady()))
     assert [r.due_s for r in observed.records] == pytest.approx([0.0, 0.3]) and all(r.finished for r in observed.records)
     assert all(r.ttft_ms is not None and 19 < r.ttft_ms < 500 for r in observed.records)
@@ -142,7 +151,7 @@ def test_a_silent_trainer_ends_the_cell(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(observe_module, "SAMPLE_S", 0.01)
     monkeypatch.setattr(observe_module, "SILENT_S", 0.05)
-    traffic = Traffic(prompts=(), due_s=(), output_tokens=2, warmup_s=0.01, window_s=0.01)
+    traffic = WindowTraffic(prompts=(), due_s=(), output_tokens=2, warmup_s=0.01, window_s=0.01)
     with pytest.raises(RuntimeError, match="told of no progress"):
         asyncio.run(observe(lambda prompt, count: asyncio.sleep(0, Reply(())), traffic, Silent()))
 
@@ -192,7 +201,7 @@ def test_where_none_holds_there_is_no_ratio() -> None:
 
 
 def test_without_vllm_the_row_says_so(tmp_path: Path) -> None:
-    missing = Cell("split 1+1", Demand("0.5", 0.5), 0, missing="no vLLM was given (--vllm)")
+    missing = ObservedCell("split 1+1", Demand("0.5", 0.5), 0, missing="no vLLM was given (--vllm)")
     rows = make_versus_rows([CELLS[0], missing], OBJECTIVES)
     assert rows[1] == {"experiment": "versus", "configuration": "split 1+1", "load": "0.5", "rate": 0.5,
                        "missing": "no vLLM was given (--vllm)"}
@@ -221,7 +230,7 @@ class Balanced(HTMLParser):
 
 
 def test_the_page_marks_what_is_late_and_says_what_is_missing() -> None:
-    gone = Cell("split <3>", Demand("0.5", 0.5), 0, missing="vLLM did not start: <why>")
+    gone = ObservedCell("split <3>", Demand("0.5", 0.5), 0, missing="vLLM did not start: <why>")
     rows = make_versus_rows([*CELLS, gone], OBJECTIVES)
     page = make_sections_page("A & B", [versus_section({
         "device": "a machine, 2 cores", "date": "today", "versions": {"vllm": "1"}, "command": "coserve bench paper",

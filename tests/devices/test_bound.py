@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coserve.core import PassCost
-from coserve.devices.bound import JobShape, Load, fused_bound
+from coserve.devices.bound import JobShape, OfferedLoad, fused_bound
 from coserve.devices.law import device_law
 from coserve.devices.table import DEVICES
 from coserve.model.architecture import Architecture
@@ -26,11 +26,11 @@ FLAT: Mapping[Coefficient, float] = {
 """Seconds. One layer: a token takes 0.01 forward and 0.02 backward; rows in a pass take nothing."""
 
 
-def chat(rate: float) -> Load:
-    return Load(rate=rate, prompt_tokens=220, output_tokens=260)
+def chat(rate: float) -> OfferedLoad:
+    return OfferedLoad(rate=rate, prompt_tokens=220, output_tokens=260)
 
 
-def searched(law: LatencyModel, load: Load, tpot_s: float, decode: int, step: float) -> float:
+def searched(law: LatencyModel, load: OfferedLoad, tpot_s: float, decode: int, step: float) -> float:
     """Trained tokens of an iteration with `decode` rows, where the rows that ride are a multiple of `step`."""
     prompts = load.rate * tpot_s
     rows = decode + prompts * load.prompt_tokens
@@ -65,7 +65,7 @@ def test_a_free_piece_is_used_to_its_end() -> None:
     """Rows up to 501 are free, and further ones cost more than a token's forward alone. So as many ride as are free, and at
     most 25: their backward takes the 0.5 s that the pass leaves."""
     law = LatencyModel(FLAT | {("inference", "rows", 501): 0.015})
-    load = Load(rate=1, prompt_tokens=21, output_tokens=460)
+    load = OfferedLoad(rate=1, prompt_tokens=21, output_tokens=460)
     expected = 0.0
     for decode, share in enumerate(poisson(460, 800)):
         left = max(0.0, 0.5 - 0.015 * max(0, decode + 21 - 501))
@@ -101,7 +101,7 @@ def test_the_best_number_of_riding_rows_is_found(
     terms |= {("inference", "fused_rows", 0): fused, ("inference", "fused_pairs", 0): pairs / 50,
               ("inference", "fused_labels", 0): 0.0, ("inference", "fused_labels", 7): labels}
     law = LatencyModel({**FLAT, **terms})
-    load = Load(rate=mean / tpot_s / 30, prompt_tokens=5, output_tokens=30)
+    load = OfferedLoad(rate=mean / tpot_s / 30, prompt_tokens=5, output_tokens=30)
     nothing, *shares = poisson(mean, 20)
     step = tpot_s / BACK / 200
     best = [searched(law, load, tpot_s, decode, step) for decode in range(1, 20)]

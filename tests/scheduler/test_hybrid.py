@@ -11,7 +11,7 @@ import pytest
 
 from coserve.config.settings import SchedulerConfig
 from coserve.core import Direction
-from coserve.devices.bound import JobShape, Load, fused_bound
+from coserve.devices.bound import JobShape, OfferedLoad, fused_bound
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.prefix import PrefixKey
 from coserve.scheduler.requests import RAMP_TOKENS, RESERVES
@@ -563,7 +563,7 @@ def test_exact_predictions_reach_the_bound_of_a_perfect_scheduler(load: float) -
     """The benchmarks' bound (bench/machine.py), by the law itself. What a machine stays below it is not the policy's."""
     job = JobShape(tokens=1024, pairs=4 * 256 * 257 // 2, labels=1024)
     left, all_of_it = (
-        fused_bound(cpu_law(), CPU_LAYERS, Load(rate=rate, prompt_tokens=128, output_tokens=64), 0.157, job, 0.25)
+        fused_bound(cpu_law(), CPU_LAYERS, OfferedLoad(rate=rate, prompt_tokens=128, output_tokens=64), 0.157, job, 0.25)
         for rate in (load * CAPACITY, 0.0)
     )
     alone, _ = ten_minutes("finetune-only", 0.0, seconds=200.0)

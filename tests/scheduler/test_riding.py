@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from coserve.config.settings import SchedulerConfig
 from coserve.core import Direction, PassCost, Unit
-from coserve.devices.bound import JobShape, Load, fused_bound
+from coserve.devices.bound import JobShape, OfferedLoad, fused_bound
 from coserve.devices.law import device_law
 from coserve.devices.table import find_device
 from coserve.scheduler.latency import LatencyModel
@@ -186,7 +186,7 @@ def run_8b(
     )
     done = [request for request in requests if request.finished_s is not None]
     job = JobShape(tokens=example, pairs=example * (example + 1) // 2, labels=example)
-    bound = fused_bound(law, arch.num_layers, Load.of(rate, lengths), tpot_ms / 1e3, job, 0.25)
+    bound = fused_bound(law, arch.num_layers, OfferedLoad.of(rate, lengths), tpot_ms / 1e3, job, 0.25)
     return rows / arch.num_layers / 2 / seconds, sum(request.met for request in done) / len(done), bound
 
 

@@ -20,10 +20,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from coserve.devices.bound import JobShape, Load, fused_bound
+from coserve.devices.bound import JobShape, OfferedLoad, fused_bound
 from coserve.scheduler.latency import Coefficient, LatencyModel
 
-NO_LOAD = Load(rate=0.0, prompt_tokens=0.0, output_tokens=0.0)
+NO_LOAD = OfferedLoad(rate=0.0, prompt_tokens=0.0, output_tokens=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class MachineRecord:
         job = None if data["job"] is None else JobShape(**data["job"])
         return cls(**{**data, "law": law_from_dict(data["law"]), "job": job})
 
-    def bound(self, load: Load, tpot_s: float, alone: float, pass_ratio: float = 1.0) -> float:
+    def bound(self, load: OfferedLoad, tpot_s: float, alone: float, pass_ratio: float = 1.0) -> float:
         """The most trained tokens per second beside a load. alone: those of finetuning alone, as measured. pass_ratio: as in
         the record, but of the runs at this load. There must have been a job."""
         assert self.job is not None

@@ -42,7 +42,7 @@ class Trainer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
+class WindowTraffic:
     """Requests of equal output. due_s: seconds from the window's start, rising; below 0 in the warm-up."""
 
     prompts: tuple[tuple[int, ...], ...]
@@ -68,7 +68,7 @@ class Observed:
         return float(end - start) / self.window_s
 
 
-async def observe(send: Send, traffic: Traffic, trainer: Trainer) -> Observed:
+async def observe(send: Send, traffic: WindowTraffic, trainer: Trainer) -> Observed:
     """Sends the traffic beside the trainer, which has been started. Raises RuntimeError if the trainer ends or is silent."""
     start = time.monotonic() + traffic.warmup_s
     end = start + traffic.window_s

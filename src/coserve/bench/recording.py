@@ -124,7 +124,7 @@ class Recorder:
                 cost.fused_rows or done.contents.units or done.contents.optimizer_elements)
         ]
         return MachineRecord(
-            law=self.law, num_layers=self.scheduler.picker.num_layers, job=self.job_shape(),
+            law=self.law, num_layers=self.scheduler.picker.shapes.num_layers, job=self.job_shape(),
             quantum_s=self.scheduler.config.preemption_quantum_ms / 1e3, pass_ratio=median(ratios) if ratios else None,
         )
 
@@ -139,8 +139,8 @@ class Recorder:
             ) for arrival, come in zip(arrivals, self.submitted, strict=False)  # those that came before the run was given up
         ]
         return RunLog(
-            scheduler=self.scheduler.config, law=self.law, num_layers=self.scheduler.picker.num_layers, pool=pool, plan=plan,
-            run=run, requests=requests, batches=self.batches,
+            scheduler=self.scheduler.config, law=self.law, num_layers=self.scheduler.picker.shapes.num_layers, pool=pool,
+            plan=plan, run=run, requests=requests, batches=self.batches,
             iterations=[done._replace(start_s=done.start_s - run.start_s) for done in self.iterations],
         )
 

@@ -24,7 +24,7 @@ from coserve.bench.runlog import Iteration, RunLog
 from coserve.bench.simulate import make_prompts
 from coserve.bench.simulated import SimulatedServer, SimulatedTraining
 from coserve.core import InvalidRequest
-from coserve.devices.bound import Load, fused_bound
+from coserve.devices.bound import OfferedLoad, fused_bound
 from coserve.profiling.fit import fit, profile_points
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.latency import LatencyModel
@@ -190,7 +190,7 @@ def bound(log: RunLog, truth: LatencyModel) -> float | None:
     machine = log.run.machine
     if not asked or machine is None or machine.job is None:
         return None
-    load = Load.of(len(asked) / log.run.window_s, [(arrival.prompt_tokens, arrival.output_tokens) for arrival in asked])
+    load = OfferedLoad.of(len(asked) / log.run.window_s, [(arrival.prompt_tokens, arrival.output_tokens) for arrival in asked])
     return fused_bound(
         truth, log.num_layers, load, objectives_of(log).tpot_ms / 1e3, machine.job, log.scheduler.preemption_quantum_ms / 1e3)
 

@@ -18,7 +18,7 @@ from coserve.bench.machine import MachineRecord, bound_keys, gain
 from coserve.bench.metrics import meets, summarize
 from coserve.bench.sharing import Cell, Measured, SharingConfig
 from coserve.bench.simulate import SimulationConfig
-from coserve.devices.bound import Load
+from coserve.devices.bound import OfferedLoad
 
 
 def make_results(measured: Measured, config: SharingConfig | SimulationConfig, model: str) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _add_bounds(
         records = [record for cell in cells for record in cell.run.records]
         if not records or not all(alone.get(cell.repeat) for cell in cells):
             continue
-        load = Load.of(row["rate"], [(record.prompt_tokens, len(record.token_times)) for record in records])
+        load = OfferedLoad.of(row["rate"], [(record.prompt_tokens, len(record.token_times)) for record in records])
         alone_tokens = median(alone[cell.repeat] for cell in cells)
         bound = machine.bound(load, measured.objectives.tpot_ms / 1e3, alone_tokens, ratios.get(row["load"], 1.0))
         row |= bound_keys(row["rate"], measured.capacity, bound, alone_tokens, row.get("finetune_tokens_per_s"))

@@ -146,7 +146,7 @@ class ProcessGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class HealthyServer:
     """A healthy server. log: the file with all that it prints."""
 
     url: str
@@ -193,7 +193,7 @@ def _running_on(cores: Sequence[int] | None) -> Iterator[None]:
 @contextlib.contextmanager
 def running_server(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, cores: Sequence[int] | None = None
-) -> Iterator[Server]:
+) -> Iterator[HealthyServer]:
     """Starts a server at a free port, waits until /health says 200, and ends it afterwards.
 
     command: gets `--port PORT` at its end. The rest is as for `running_process`. Raises RuntimeError with the log's end if the
@@ -201,7 +201,7 @@ def running_server(
     """
     port = free_port()
     with running_process([*command, "--port", str(port)], log, environment, cores) as process:
-        server = Server(f"http://127.0.0.1:{port}", ProcessGroup(process.pid), log)
+        server = HealthyServer(f"http://127.0.0.1:{port}", ProcessGroup(process.pid), log)
         _wait_until_healthy(server, process)
         yield server
 
@@ -243,7 +243,7 @@ def served_model(url: str) -> str:
             raise ValueError(f"{url}/v1/models lists no model") from error
 
 
-def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
+def _wait_until_healthy(server: HealthyServer, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_S
     while not healthy(server.url):
         if process.poll() is not None or time.monotonic() > deadline:

@@ -27,7 +27,7 @@ from coserve.bench.simulated import SimulatedMachine, SimulatedServer
 from coserve.config.settings import POLICIES, parse_policy
 from coserve.config.values import is_number, require, require_positive
 from coserve.core import StepPlan
-from coserve.devices.bound import JobShape, Load, fused_bound
+from coserve.devices.bound import JobShape, OfferedLoad, fused_bound
 from coserve.simulation.disturbance import TrueLaw
 from coserve.simulation.requests import distinct_prompt
 
@@ -180,7 +180,7 @@ class Simulation:
             tokens=sum(largest), pairs=sum(tokens * (tokens + 1) // 2 for tokens in largest), labels=sum(largest),
             recompute_fraction=batch.recompute_fraction, lowest_layer=batch.lowest,
         )
-        load = Load.of(rate, [(arrival.prompt_tokens, arrival.output_tokens) for arrival in arrivals])
+        load = OfferedLoad.of(rate, [(arrival.prompt_tokens, arrival.output_tokens) for arrival in arrivals])
         law = TrueLaw(self.machine.law, self.machine.disturbance).law
         quantum_s = self.machine.scheduler.preemption_quantum_ms / 1e3
         return fused_bound(law, self.machine.arch.num_layers, load, self.config.tpot_ms / 1e3, shape, quantum_s, fuse)

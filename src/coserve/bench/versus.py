@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals, make_burst
 from coserve.bench.cells import CellStore
 from coserve.bench.metrics import SloInMs
-from coserve.bench.observe import Observed, Traffic, observe, observed_from_dict, observed_to_dict
+from coserve.bench.observe import Observed, WindowTraffic, observe, observed_from_dict, observed_to_dict
 from coserve.bench.rivals import COSERVE, VLLM, Configuration, RivalMissing, Rivals
 from coserve.bench.servers import busy_seconds
 from coserve.config.values import require, require_least, require_positive
@@ -86,7 +86,7 @@ class Demand(NamedTuple):
     rate: float
 
 
-class Cell(NamedTuple):
+class ObservedCell(NamedTuple):
     """A finished cell, or why there is none (missing). cores_used: processor seconds per second, from the warm-up to the last
     request, of this process (the client), of the configuration, and of all others on the machine, which an undisturbed
     cell has none of."""
@@ -127,7 +127,7 @@ class Versus:
         self.prompts, self.store = prompts, store
         self.missing, self.tell = dict(missing), tell
 
-    def measure(self) -> list[Cell]:
+    def measure(self) -> list[ObservedCell]:
         """All cells. Raises RuntimeError, after which those that are done are kept."""
         return [self._cell(*cell) for cell in self.plan()]
 
@@ -153,7 +153,7 @@ class Versus:
         seconds = sum(self._window_s(demand) + self.config.warmup_s + OVERHEAD_S for _, demand in cells)
         return seconds + START_S * len({c.name for c, _ in cells})
 
-    def traffic(self, demand: Demand, repeat: int) -> Traffic:
+    def traffic(self, demand: Demand, repeat: int) -> WindowTraffic:
         """The requests of all cells with this load in this repeat."""
         config, seed = self.config, 2 * (self.config.seed + repeat)
         window_s = self._window_s(demand)
@@ -163,7 +163,7 @@ class Versus:
             due_s += [arrival.due_s - config.warmup_s for arrival in warm]
             due_s += [arrival.due_s for arrival in self._counted(demand, seed + 1)]
         key = (config.seed, repeat, round(1e6 * demand.rate), int(demand.name == BURST))
-        return Traffic(prompts=self.prompts(len(due_s), key), due_s=tuple(due_s), output_tokens=config.output_tokens,
+        return WindowTraffic(prompts=self.prompts(len(due_s), key), due_s=tuple(due_s), output_tokens=config.output_tokens,
                        warmup_s=config.warmup_s, window_s=window_s)
 
     def _window_s(self, demand: Demand) -> float:
@@ -177,8 +177,8 @@ class Versus:
         factor = burst.burst_rate / burst.base_rate
         return make_burst(burst.base_rate, factor, burst.before_s, burst.burst_s, burst.after_s, ArrivalConfig(), seed)
 
-    def _cell(self, configuration: Configuration, demand: Demand, repeat: int) -> Cell:
-        cell = Cell(configuration.name, demand, repeat)
+    def _cell(self, configuration: Configuration, demand: Demand, repeat: int) -> ObservedCell:
+        cell = ObservedCell(configuration.name, demand, repeat)
         if configuration.name in self.missing:
             return cell._replace(missing=self.missing[configuration.name])
         same = ("burst", "window_s", "warmup_s", "ttft_ms", "tpot_ms", "prompt_tokens", "output_tokens", "seed")
@@ -193,7 +193,7 @@ class Versus:
             return cell._replace(missing=str(error))
         return cell._replace(observed=observed_from_dict(found["observed"]), cores_used=found["cores_used"])
 
-    def _run(self, configuration: Configuration, traffic: Traffic) -> dict[str, Any]:
+    def _run(self, configuration: Configuration, traffic: WindowTraffic) -> dict[str, Any]:
         with self.rivals.running(configuration) as rival:
             before, started = (time.process_time(), rival.processor_seconds(), busy_seconds()), time.monotonic()
             observed = asyncio.run(observe(rival.send, traffic, rival.trainer))

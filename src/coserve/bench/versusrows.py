@@ -14,16 +14,16 @@ from typing import Any
 
 from coserve.bench.metrics import SloInMs, summarize
 from coserve.bench.rivals import COSERVE
-from coserve.bench.versus import ALONE, BURST, Cell
+from coserve.bench.versus import ALONE, BURST, ObservedCell
 
 HOLDS = 0.99
 """Least attainment."""
 Row = Mapping[str, Any]
 
 
-def make_versus_rows(cells: Sequence[Cell], objectives: SloInMs) -> list[dict[str, Any]]:
+def make_versus_rows(cells: Sequence[ObservedCell], objectives: SloInMs) -> list[dict[str, Any]]:
     """A row per load and configuration, in the order of the cells. Without cells a row has `missing`, which says why."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
+    groups: dict[tuple[str, str], list[ObservedCell]] = {}
     for cell in cells:
         groups.setdefault((cell.demand.name, cell.configuration), []).append(cell)
     return [_row(mine, objectives) for mine in groups.values()]
@@ -47,7 +47,7 @@ def make_comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _row(cells: Sequence[Cell], objectives: SloInMs) -> dict[str, Any]:
+def _row(cells: Sequence[ObservedCell], objectives: SloInMs) -> dict[str, Any]:
     first = cells[0]
     row: dict[str, Any] = {"experiment": "versus", "configuration": first.configuration, "load": first.demand.name,
                            "rate": first.demand.rate}

@@ -30,7 +30,7 @@ _TAIL = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class OfferedLoad:
     """Requests as they come: how many per second, and their mean number of prompt and of output tokens.
 
     context_tokens: of a decode row, in the mean over decode rows. prompt_pairs: query-key pairs of a prompt, in the mean over
@@ -44,7 +44,7 @@ class Load:
     prompt_pairs: float | None = None
 
     @classmethod
-    def of(cls, rate: float, lengths: Sequence[tuple[int, int]]) -> Load:
+    def of(cls, rate: float, lengths: Sequence[tuple[int, int]]) -> OfferedLoad:
         """The load of requests with these (prompt tokens, output tokens), of which there is at least one."""
         outputs = sum(output for _, output in lengths)
         return cls(
@@ -70,7 +70,7 @@ class JobShape:
 
 
 def fused_bound(
-    law: LatencyModel, num_layers: int, load: Load, tpot_s: float, job: JobShape, quantum_s: float, fuse: bool = True
+    law: LatencyModel, num_layers: int, load: OfferedLoad, tpot_s: float, job: JobShape, quantum_s: float, fuse: bool = True
 ) -> float:
     """Trained tokens per second that no scheduler can exceed. tpot_s, quantum_s: seconds of an iteration while requests run and
     while none does. fuse: whether forward rows may ride in a pass; without, this is the bound of layer-sliced training."""
@@ -82,17 +82,17 @@ def fused_bound(
         length = tpot_s if decode else quantum_s
         left = length - law.constant_seconds
         if decode:
-            tokens = max(_tokens(_Pass(law, load, tpot_s, job, decode), left, ahead, back, fuse=fuse), default=0.0)
+            tokens = max(_tokens(_RiddenPass(law, load, tpot_s, job, decode), left, ahead, back, fuse=fuse), default=0.0)
         else:
             tokens = max(0.0, left) / (ahead + back)
         per_second += share * tokens / length
     return per_second
 
 
-class _Pass:
+class _RiddenPass:
     """The pass of one iteration as a function of the rows that ride in it. Fractions of rows and prompts are means."""
 
-    def __init__(self, law: LatencyModel, load: Load, tpot_s: float, job: JobShape, decode: int) -> None:
+    def __init__(self, law: LatencyModel, load: OfferedLoad, tpot_s: float, job: JobShape, decode: int) -> None:
         self._law, self._job, prompts = law, job, load.rate * tpot_s
         context = load.prompt_tokens + load.output_tokens / 2 if load.context_tokens is None else load.context_tokens
         pairs = load.prompt_tokens * (load.prompt_tokens + 1) / 2 if load.prompt_pairs is None else load.prompt_pairs
@@ -118,7 +118,7 @@ class _Pass:
         return sorted(rows for rows in found if rows > 0)
 
 
-def _tokens(inference: _Pass, left: float, ahead: float, back: float, *, fuse: bool) -> Iterator[float]:
+def _tokens(inference: _RiddenPass, left: float, ahead: float, back: float, *, fuse: bool) -> Iterator[float]:
     """How many tokens an iteration of `left` seconds trains, for each number of riding rows that may be the best.
 
     With f riding rows the time is used up by t = (left - pass(f) + f x ahead) / (ahead + back) tokens. These are at least f as

@@ -124,7 +124,7 @@ class JobPlans:
             arch, adapter, itemsize=itemsize, sequence_length=workload.sequence_length, compression=compression
         )
 
-    def in_flight(self, plan: ModelPlan) -> int:
+    def bytes_in_flight(self, plan: ModelPlan) -> int:
         """Bytes that the largest micro-batch takes in flight: kept values, hidden rows and gradients."""
         return microbatch_layout(plan, self.num_tokens, self._arch, self._itemsize, forward_only=False).total
 
@@ -134,8 +134,8 @@ class JobPlans:
 
     def fit(self, limit: float, cost: Callable[[ModelPlan], float] | None = None) -> FittedPlan:
         """The plan with the fewest FLOPs that costs at most `limit` bytes; if there is none, the one that costs least. cost:
-        maps a plan to bytes; default `in_flight`."""
-        return self._fitted(choose_plan(self._plans, limit, cost or self.in_flight))
+        maps a plan to bytes; default `bytes_in_flight`."""
+        return self._fitted(choose_plan(self._plans, limit, cost or self.bytes_in_flight))
 
     def asked(self, config: FinetuneConfig) -> FittedPlan:
         """The plan for a job's `activation_memory`, without regard to free memory. Raises CapacityError if no plan meets it."""
@@ -158,14 +158,14 @@ class JobPlans:
         """The plan for a job's settings if `limit` bytes are free (None: unknown). asked: `asked(config)`. cost: as for `fit`.
         If no plan fits it costs more, which the caller checks. A deterministic job's plan depends on its settings alone, so
         that it stays the same on a resume."""
-        cost = cost or self.in_flight
+        cost = cost or self.bytes_in_flight
         if limit is None or config.deterministic or cost(asked.plan) <= limit:
             return asked
         # A plan that takes more in flight than was asked for is excluded, even if its total cost is less.
-        return self.fit(limit, lambda plan: cost(plan) if self.in_flight(plan) <= asked.num_bytes else math.inf)
+        return self.fit(limit, lambda plan: cost(plan) if self.bytes_in_flight(plan) <= asked.num_bytes else math.inf)
 
     def _fitted(self, plan: ModelPlan) -> FittedPlan:
-        return FittedPlan(plan, self.num_tokens, self.in_flight(plan), self._compression)
+        return FittedPlan(plan, self.num_tokens, self.bytes_in_flight(plan), self._compression)
 
 
 def plan_within(plans: JobPlans, config: FinetuneConfig, room: int, *, remedy: str = "raise memory_bytes") -> FittedPlan:

@@ -129,8 +129,7 @@ class HybridScheduler:
             self.prompts.share_places(now, len(self._by_tenant))
             self._decode(draft)
             if self.policy.fuses and has_finetuning:
-                length = max(spare, self.slo.tpot_s) if self.slo.tpot_s < math.inf else spare
-                free = self.picker.riding.free(draft.cost if draft.requests else None, length)
+                free = self._free_rows(draft, spare)
             if self.prompts.pick(draft, now, budget, beside_jobs=bool(jobs), free_rows=free.rows if free else 0):
                 spare = 0.0
         chosen = self._finetune(now, turn, jobs, only, spare, draft.cost if draft.requests else None, free)
@@ -209,7 +208,7 @@ class HybridScheduler:
         if not self.policy.adapts:
             return False
         if work is not None:
-            seconds = self.picker.whole_seconds(work)
+            seconds = self.picker.shapes.whole_seconds(work)
         else:
             stepping = [job for job in jobs if job.optimizer_left]
             lefts = ((job.optimizer_left, job.slice_refresh_seconds(job.optimizer_left)) for job in stepping)
@@ -219,6 +218,14 @@ class HybridScheduler:
         return not self.admission.waiting and all(
             r.slack_s(now, reserve) > seconds and (had or r.deadline_s < math.inf) for r in self.admission.running.values()
         )
+
+    def _free_rows(self, draft: PassDraft, spare: float) -> FreeRows:
+        """Training rows that had best ride beside the draft's decode rows. spare: seconds that an iteration with finetuning may
+        take. An iteration that has little time for once counts as one of the TPOT objective's length."""
+        if not draft.requests:
+            return self.picker.riding.free(None)
+        tpot_s = self.slo.tpot_s
+        return self.picker.riding.free(draft.cost, max(spare, tpot_s) if tpot_s < math.inf else spare)
 
     def _finetune(
         self, now: float, turn: Turn, jobs: Sequence[JobWork], only: MicrobatchWork | None, spare: float, cost: PassCost | None,

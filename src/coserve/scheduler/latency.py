@@ -162,6 +162,8 @@ _LARGEST_JUMP = 0.1
 a prediction, and a lasting change counts in full from its second iteration on."""
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 0.25, 4.0
 _RESERVE_ITERATIONS, _RESERVE_MINIMUM = 200, 20
+_FIRST_RESERVE = 0.1
+"""The reserve while fewer iterations than _RESERVE_MINIMUM had finetuning work."""
 _RESERVE_SPAN = 400
 """Iterations of any kind after which an error no longer counts for the reserve."""
 _ERROR_ITERATIONS = 1000
@@ -187,7 +189,7 @@ class LatencyModel:
         self._errors: dict[str, deque[float]] = {}
         self._finetuning: deque[tuple[int, float]] = deque(maxlen=_RESERVE_ITERATIONS)
         """(number of the iteration, its relative error) of those with finetuning work."""
-        self._observed = 0
+        self._observed, self._reserve = 0, _FIRST_RESERVE
 
     def knots(self, group: str, field: str) -> tuple[int, ...]:
         """The amounts of a field at which its slope may change, in rising order. Between two of them, seconds are linear in it.
@@ -263,6 +265,7 @@ class LatencyModel:
         self._errors.setdefault(kind, deque(maxlen=_ERROR_ITERATIONS)).append(abs(residual))
         if contents.units or contents.optimizer_elements or (contents.inference and contents.inference.fused_rows):
             self._finetuning.append((self._observed, residual))
+        self._update_reserve()
         self._correct(parts, predicted, self._believed(kind, residual))
 
     def _believed(self, kind: str, residual: float) -> float:
@@ -285,14 +288,18 @@ class LatencyModel:
         """The relative error of a prediction that slack is kept for, from 0.005 to 0.5.
 
         It is the 95th percentile of (measured - predicted) / predicted over the last iterations with finetuning work, and 0.1
-        where there are too few of them. Errors are forgotten in time. Otherwise large ones would keep all finetuning away, and
-        so remain the last.
+        where there are too few of them. Errors are forgotten after _RESERVE_SPAN iterations. Otherwise large ones would keep
+        all finetuning away, and so remain the last.
         """
+        return self._reserve
+
+    def _update_reserve(self) -> None:
+        """Runs once per iteration: a scheduler asks for the reserve several times in each, and metrics ask in other threads."""
         while self._finetuning and self._finetuning[0][0] <= self._observed - _RESERVE_SPAN:
             self._finetuning.popleft()
-        if len(self._finetuning) < _RESERVE_MINIMUM:
-            return 0.1
-        return _clamp(percentile((residual for _, residual in self._finetuning), 0.95), 0.005, 0.5)
+        enough = len(self._finetuning) >= _RESERVE_MINIMUM
+        residuals = (residual for _, residual in self._finetuning)
+        self._reserve = _clamp(percentile(residuals, 0.95), 0.005, 0.5) if enough else _FIRST_RESERVE
 
     def errors(self) -> dict[str, ErrorSummary]:
         """The errors by kind of iteration, over the last 1000 of each kind. 'finetuning' is all kinds with finetuning work

@@ -25,7 +25,7 @@ LEAST_SAVING = 0.03
 """A window rides if it saves at least this share of the pass."""
 LEAST_SHARE = 0.02
 """A window rides, or waits for a pass, if it saves at least this share of the iteration too. To wait has a price."""
-LEAST_EFFICIENCY = 0.9
+LEAST_FURTHER = 0.9
 """A further row rides, where nothing else is ready, if its work is at least this share of the time that it takes."""
 ALMOST = 0.95
 """A window saves almost as much as another if it saves at least this share."""
@@ -71,30 +71,24 @@ class Riding:
         ahead = work.num_tokens - work.end
         return next((found for found in good if not _leaves_little(ahead, _rows(found))), good[0])
 
-    def free(self, inference: PassCost | None, seconds: float = 0.0) -> FreeRows:
-        """How many training rows had best ride in a pass of these requests.
+    def free(self, inference: PassCost | None, seconds: float | None = None) -> FreeRows:
+        """How many training rows had best ride in a pass of these requests. inference: None counts as one row.
 
-        Attention and labels cost as much in a pass as in a unit, so they don't count. inference: None counts as one row.
-        seconds: that the iteration may last; 0: any time. It does not count without requests.
+        seconds: that the iteration may last; None: any time. Attention and labels cost as much in a pass as in a unit, so they
+        don't count.
         """
         cost = inference or PassCost(1, 1, 1, 0, 0, 0, 0, 0, 0)
-        alone = self._latency.pass_seconds(cost)
-        saved = {rows: self._bare_saving(cost, rows, alone) for rows in self._sizes(cost.rows, self.shapes.max_window)}
-        if inference is not None and seconds:
-            saved = {rows: saving for rows, saving in saved.items() if self._ridden(cost, rows) <= seconds}
+        alone, work = self._latency.pass_seconds(cost), self.shapes.bare_work(1)
+        saved = {}
+        for rows in self._sizes(cost.rows, self.shapes.max_window):
+            ridden = self._latency.pass_seconds(cost._replace(rows=cost.rows + rows, fused_rows=rows))
+            if seconds is None or ridden <= seconds:
+                saved[rows] = rows * work - (ridden - alone)
         most = max(saved.values(), default=0.0)
-        if most <= 0 or most < _least_saving(alone, 0.0 if inference is None else seconds):
+        if most <= 0 or most < _least_saving(alone, seconds or 0.0):
             return NO_FREE_ROWS
-        rows = next(rows for rows, seconds in saved.items() if seconds >= ALMOST * most)
+        rows = next(rows for rows, saving in saved.items() if saving >= ALMOST * most)
         return FreeRows(rows, saved[rows])
-
-    def _bare_saving(self, inference: PassCost, rows: int, alone: float) -> float:
-        """The seconds that `rows` rows of a large micro-batch save by riding in a pass, which takes `alone` without them."""
-        return self.shapes.bare_work(rows) - (self._ridden(inference, rows) - alone)
-
-    def _ridden(self, inference: PassCost, rows: int) -> float:
-        """The seconds of a pass in which `rows` rows ride, without attention and labels."""
-        return self._latency.pass_seconds(inference._replace(rows=inference.rows + rows, fused_rows=rows))
 
     def candidates(self, work: MicrobatchWork, inference: PassCost) -> Iterator[Candidate]:
         """The windows of a micro-batch that are tried, the smallest first, whether they fit into the time or not."""
@@ -118,7 +112,7 @@ class Riding:
             rows = (low + high + 1) // 2
             grown = self.shapes.ride(work, inference, alone, rows)
             more = grown.seconds - best.seconds
-            if grown.seconds <= left and grown.work - best.work >= LEAST_EFFICIENCY * more:
+            if grown.seconds <= left and grown.work - best.work >= LEAST_FURTHER * more:
                 found, low = grown, rows
             else:
                 high = rows - 1

@@ -22,9 +22,9 @@ ROUND_ROWS = 16
 """A window that is cut to the time there is has a multiple of so many rows."""
 BEST_ROWS = (1024, 512, 256, 128)
 """Windows that may take fewer seconds per row than the largest."""
-EFFICIENT = 0.85
-"""A window is large enough if its efficiency over one layer is at least this share of the largest window's. One that is cut
-leaves a rest that is large enough too, if it is itself."""
+LEAST_EFFICIENCY = 0.85
+"""A unit is efficient if its efficiency is at least this share of what the largest window that is left would have. A window
+that is cut leaves a rest that is efficient over one layer, if it is so itself."""
 
 
 class Candidate(NamedTuple):
@@ -156,7 +156,7 @@ class Shapes:
         return fitted(rows) if rows else None
 
     def _least_rows(self, backward: bool, largest: int) -> int:
-        """Rows of the smallest window that is large enough. largest: rows of the largest window of its micro-batch."""
+        """Rows of the smallest window that is efficient over one layer. largest: of the largest window of its micro-batch."""
         key = (backward, largest)
         known = self._enough.get(key)
         if known is None:
@@ -164,7 +164,7 @@ class Shapes:
                 cost = UnitCost(backward, rows, 1, 0, 0)
                 return self._ideal(cost, largest) / max(self.latency.unit_seconds(cost), 1e-9)
 
-            enough = EFFICIENT * efficiency(largest)
+            enough = LEAST_EFFICIENCY * efficiency(largest)
             sizes = range(ROUND_ROWS, largest, ROUND_ROWS)
             known = self._enough[key] = next((rows for rows in sizes if efficiency(rows) >= enough), largest)
         return known

@@ -32,12 +32,9 @@ from coserve.core import OptimizerSlice, PassCost, UnitCost, WorkUnit
 from coserve.scheduler.deadlines import UNBOUNDED
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.riding import FreeRows, Riding
-from coserve.scheduler.shapes import Candidate, Shapes
+from coserve.scheduler.shapes import LEAST_EFFICIENCY, Candidate, Shapes
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 
-LEAST_EFFICIENCY = 0.85
-"""A unit runs if its efficiency is at least this share of what the largest window that is left would have. Otherwise it waits
-for an iteration with more time."""
 PATIENCE = 8
 """Iterations for which inefficient units wait for more time."""
 STUCK_PATIENCE = 6
@@ -127,7 +124,7 @@ class UnitPicker:
     """
 
     def __init__(self, latency: LatencyModel, num_layers: int, max_window: int) -> None:
-        self.latency, self.num_layers = latency, num_layers
+        self.latency = latency
         self.shapes = Shapes(latency, num_layers, max_window)
         self.riding = Riding(self.shapes)
         self.guard = StarvationGuard()
@@ -192,10 +189,6 @@ class UnitPicker:
         turn = turn._replace(waiting=turn.waiting | ({max(able)} - {ride.work.id}))
         return turn, self._run(chosen, turn, left - ride.candidate.seconds)
 
-    def whole_seconds(self, work: MicrobatchWork) -> float:
-        """Predicts what is left of a micro-batch, if it runs in one go."""
-        return self.shapes.whole_seconds(work)
-
     def _say(self, line: str) -> None:
         if self.explain is not None:
             self.explain(line)
@@ -204,7 +197,7 @@ class UnitPicker:
         job, work, best = found
         unit = best.unit.unit
         chosen.units.append(best.unit)
-        tokens = (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / self.num_layers
+        tokens = (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / self.shapes.num_layers
         chosen.tokens[job.id] = chosen.tokens.get(job.id, 0.0) + tokens
         if best.cost is not None:
             chosen.costs.append(best.cost)

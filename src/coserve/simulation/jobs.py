@@ -134,7 +134,7 @@ class SimulatedJob:
                 return False
         ends, labels = list(accumulate(examples, initial=0)), self.batch.label_rows
         work = MicrobatchWork(
-            id=self.new_number(), job=self.work.id, num_tokens=ends[-1], num_layers=self.scheduler.picker.num_layers,
+            id=self.new_number(), job=self.work.id, num_tokens=ends[-1], num_layers=self.scheduler.picker.shapes.num_layers,
             lowest=self.batch.lowest, bounds=list(pairwise(ends)),
             label_rows=labels[self.next] if labels else range(ends[-1]), forward_only=self.batch.forward_only,
             grid=self.batch.grid, recompute_fraction=self.batch.recompute_fraction,

@@ -43,7 +43,7 @@ BURST_SHAPE = BurstConfig(base_load=1.0, factor=6.0, warmup_s=20.0, before_s=15.
 """base_load: here requests/s of a pipeline."""
 
 
-class Cell(NamedTuple):
+class PaperCell(NamedTuple):
     """One run. law: one of LAWS. share: the part of the devices that it has. policy: as in SchedulerConfig, or BURST. rate:
     requests/s of this pipeline; 0: finetuning alone."""
 
@@ -72,11 +72,11 @@ class CellConfig:
 
 
 def run_cells(
-    cells: Sequence[Cell], config: CellConfig, directory: Path, workers: int, listen: Callable[[int, Cell], None]
-) -> dict[Cell, dict[str, Any]]:
+    cells: Sequence[PaperCell], config: CellConfig, directory: Path, workers: int, listen: Callable[[int, PaperCell], None]
+) -> dict[PaperCell, dict[str, Any]]:
     """What each cell gave, from its file or from a run. Finished ones are kept in `directory`. workers: processes; 1: this one.
     listen: told how many are done, and the last of them."""
-    results: dict[Cell, dict[str, Any]] = {}
+    results: dict[PaperCell, dict[str, Any]] = {}
     for cell, result in _finished(cells, functools.partial(run_cell, config=config, directory=directory), workers):
         results[cell] = result
         listen(len(results), cell)
@@ -84,14 +84,14 @@ def run_cells(
 
 
 def _finished(
-    cells: Iterable[Cell], run: Callable[[Cell], dict[str, Any]], workers: int
-) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    cells: Iterable[PaperCell], run: Callable[[PaperCell], dict[str, Any]], workers: int
+) -> Iterator[tuple[PaperCell, dict[str, Any]]]:
     if workers == 1:
         yield from ((cell, run(cell)) for cell in cells)
         return
     # Processes start afresh: a fork of one with threads may stand still.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        asked: dict[Future[dict[str, Any]], Cell] = {pool.submit(run, cell): cell for cell in cells}
+        asked: dict[Future[dict[str, Any]], PaperCell] = {pool.submit(run, cell): cell for cell in cells}
         try:
             for future in as_completed(asked):
                 yield asked[future], future.result()
@@ -99,7 +99,7 @@ def _finished(
             pool.shutdown(cancel_futures=True)
 
 
-def run_cell(cell: Cell, config: CellConfig, directory: Path) -> dict[str, Any]:
+def run_cell(cell: PaperCell, config: CellConfig, directory: Path) -> dict[str, Any]:
     """The cell's figures, in plain JSON types."""
     given = {name: value for name, value in asdict(config).items() if name != "fit"}
     common = {"device": asdict(_device(cell, config.fit)), "versions": versions(), "code": _code_digest(), **given}
@@ -115,17 +115,17 @@ def _code_digest() -> str:
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def make_cell_machine(cell: Cell, fit: Fit) -> SimulatedMachine:
+def make_cell_machine(cell: PaperCell, fit: Fit) -> SimulatedMachine:
     """The machine of a cell."""
     return _machine(cell._replace(policy="", rate=0.0), fit)
 
 
-def _device(cell: Cell, fit: Fit) -> Any:
+def _device(cell: PaperCell, fit: Fit) -> Any:
     return part_of(make_device(cell.law, MODELS[cell.model].arch.num_layers, fit), cell.share)
 
 
 @functools.lru_cache(maxsize=2)
-def _machine(cell: Cell, fit: Fit) -> SimulatedMachine:
+def _machine(cell: PaperCell, fit: Fit) -> SimulatedMachine:
     """Cells come in the order of their machines, and a machine takes longer to plan than a short cell to run."""
     model = MODELS[cell.model]
     job = endless_job(ACCUMULATION, EXAMPLE_TOKENS).with_adapter(LoraConfig(r=RANK, target_modules=("down_proj",)))
@@ -136,7 +136,7 @@ def _machine(cell: Cell, fit: Fit) -> SimulatedMachine:
     )
 
 
-def _run(cell: Cell, config: CellConfig) -> dict[str, Any]:
+def _run(cell: PaperCell, config: CellConfig) -> dict[str, Any]:
     model = MODELS[cell.model]
     simulation = Simulation(SimulationConfig(
         policies=("coserve" if cell.policy == BURST else cell.policy,), rates=(cell.rate or 1.0,), duration=config.duration,

@@ -17,8 +17,8 @@ from coserve.bench.paper.cells import (
     BURST_SHAPE,
     EXAMPLE_TOKENS,
     RANK,
-    Cell,
     CellConfig,
+    PaperCell,
     make_cell_machine,
     run_cells,
 )
@@ -100,7 +100,7 @@ def simulated(
     )
     rows = make_rows(config.laws, config.models, config.policies, config.rates, results)
     machines = {
-        f"{law} {model}": machine_facts(make_cell_machine(Cell(law, model, 1.0, ALONE, 0.0), fit))
+        f"{law} {model}": machine_facts(make_cell_machine(PaperCell(law, model, 1.0, ALONE, 0.0), fit))
         for law in config.laws for model in config.models
     }
     return {
@@ -129,15 +129,15 @@ def _describe_fit(fit: Fit) -> dict[str, Any]:
     }
 
 
-def _cells(config: PaperConfig) -> list[Cell]:
+def _cells(config: PaperConfig) -> list[PaperCell]:
     """Each run once, those of one machine behind each other."""
-    found: dict[Cell, None] = {}
+    found: dict[PaperCell, None] = {}
     for law in config.laws:
         for model in config.models:
-            found[Cell(law, model, 1.0, ALONE, 0.0)] = None
+            found[PaperCell(law, model, 1.0, ALONE, 0.0)] = None
             for policy in config.policies:
                 for rate in config.rates:
                     serving, training = cells_of(law, model, policy, rate)
                     found |= dict.fromkeys([serving] if training is None else [training, serving])
-        found[Cell(law, config.models[0], 1.0, BURST, BURST_SHAPE.base_load)] = None
+        found[PaperCell(law, config.models[0], 1.0, BURST, BURST_SHAPE.base_load)] = None
     return sorted(found, key=lambda cell: (cell.law, cell.model, cell.share))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from coserve.bench.paper.cells import Cell
+from coserve.bench.paper.cells import PaperCell
 from coserve.bench.paper.device import SPATIAL_SHARE
 from coserve.bench.paper.figures import OVER_DYNAMIC, OVER_SEPARATE, reported
 from coserve.bench.paper.models import MODELS, NUM_PIPELINES
@@ -43,19 +43,19 @@ def check_policy(name: str) -> None:
         parse_policy(name)
 
 
-def cells_of(law: str, model: str, policy: str, rate: float) -> tuple[Cell, Cell | None]:
+def cells_of(law: str, model: str, policy: str, rate: float) -> tuple[PaperCell, PaperCell | None]:
     """The runs that a row is made of: of a pipeline with requests, and of one that only trains, if there is any."""
-    alone = Cell(law, model, 1.0, ALONE, 0.0)
+    alone = PaperCell(law, model, 1.0, ALONE, 0.0)
     kind, _, percent = policy.partition(":")
     if kind == SEPARATE:
-        return Cell(law, model, 1.0, INFERENCE, rate / SPLITS[percent]), alone
+        return PaperCell(law, model, 1.0, INFERENCE, rate / SPLITS[percent]), alone
     if policy == SPATIAL:
         half = alone._replace(share=SPATIAL_SHARE)
         return half._replace(policy=INFERENCE, rate=rate / NUM_PIPELINES), half
-    return Cell(law, model, 1.0, policy, rate / NUM_PIPELINES), None
+    return PaperCell(law, model, 1.0, policy, rate / NUM_PIPELINES), None
 
 
-def make_row(law: str, model: str, policy: str, rate: float, results: Mapping[Cell, Mapping[str, Any]]) -> Row:
+def make_row(law: str, model: str, policy: str, rate: float, results: Mapping[PaperCell, Mapping[str, Any]]) -> Row:
     """One row: the four pipelines together. results: of at least the cells of this row, and of finetuning alone."""
     serving, training = cells_of(law, model, policy, rate)
     kind, _, percent = policy.partition(":")
@@ -67,10 +67,10 @@ def make_row(law: str, model: str, policy: str, rate: float, results: Mapping[Ce
         row["finetune_tokens_per_s"] = num_training * results[training]["finetune_tokens_per_s"]
         row.pop("fused_share", None)
     row.pop("bound_tokens_per_s", None)
-    beside = results.get(Cell(law, model, 1.0, "coserve", rate / NUM_PIPELINES), {})
+    beside = results.get(PaperCell(law, model, 1.0, "coserve", rate / NUM_PIPELINES), {})
     if "bound_tokens_per_s" in beside:
         row["bound_tokens_per_s"] = NUM_PIPELINES * beside["bound_tokens_per_s"]
-    alone = NUM_PIPELINES * results[Cell(law, model, 1.0, ALONE, 0.0)]["finetune_tokens_per_s"]
+    alone = NUM_PIPELINES * results[PaperCell(law, model, 1.0, ALONE, 0.0)]["finetune_tokens_per_s"]
     facts = {
         "experiment": "paper", "law": law, "model": model, "policy": policy, "rate": rate, "num_pipelines": NUM_PIPELINES,
         "rate_per_pipeline": serving.rate, "tensor_parallel_size": MODELS[model].tensor_parallel_size,
@@ -81,7 +81,7 @@ def make_row(law: str, model: str, policy: str, rate: float, results: Mapping[Ce
 
 def make_rows(
     laws: Sequence[str], models: Sequence[str], policies: Sequence[str], rates: Sequence[float],
-    results: Mapping[Cell, Mapping[str, Any]],
+    results: Mapping[PaperCell, Mapping[str, Any]],
 ) -> list[Row]:
     """All rows, by law, model, policy and rate. The row of the highest rate has the share of finetuning that is retained from
     the lowest one."""
