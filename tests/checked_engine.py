@@ -97,7 +97,7 @@ class CheckedRunner(SimulatedRunner):
     def _check_units(self, plan: StepPlan) -> None:
         assert sum(work.fused for work in plan.units) <= 1
         for work in sorted(plan.units, key=lambda w: not w.fused):  # the pass comes first
-            progress = self._microbatches.setdefault(work.microbatch, Progress(work=self._work(work.microbatch)))
+            progress = self._microbatches.setdefault(work.microbatch, Progress(work=self.scheduler.microbatch(work.microbatch)))
             progress.take(work.unit)
             if work.fused:
                 assert plan.spans and work.unit.direction is Direction.FORWARD

@@ -126,6 +126,10 @@ class Unit(NamedTuple):
     start: int
     end: int
 
+    def tokens(self, num_layers: int) -> float:
+        """Tokens through all of the model's layers that are as much work: its rows times its share of the layers."""
+        return (self.end - self.start) * (self.layer_end - self.layer_start) / num_layers
+
 
 class Span(NamedTuple):
     """A request's rows in one iteration: its tokens [start, start + length).

@@ -19,6 +19,7 @@ from coserve.bench.driver import TokensDone
 from coserve.bench.loads import Reply
 from coserve.bench.metrics import RequestRecord, SloInMs
 from coserve.bench.observe import Observed, WindowTraffic, observe, observed_from_dict, observed_to_dict
+from coserve.bench.pages import make_sections_page
 from coserve.bench.rivals import COSERVE, VLLM
 from coserve.bench.versus import (
     BURST,
@@ -30,7 +31,7 @@ from coserve.bench.versus import (
     VersusConfig,
     make_configurations,
 )
-from coserve.bench.versuspage import make_sections_page, versus_section
+from coserve.bench.versuspage import versus_section
 from coserve.bench.versusrows import describe_comparison, describe_row, make_comparisons, make_versus_rows
 from coserve.core import ConfigError
 

@@ -74,18 +74,14 @@ class Recorder:
         self._idle_since = None
         self.iterations.append(Iteration(start_s, seconds, plan.predicted_s, idle_s, plan.contents))
         for item in plan.units:
-            work = self._work(item.microbatch)
-            unit = item.unit
-            self.rows.add(item, (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / work.num_layers)
+            work = self.scheduler.microbatch(item.microbatch)
+            self.rows.add(item, work.num_layers)
             self._in_flight = max(self._in_flight, len(self.scheduler.jobs[work.job].microbatches))
             if item.microbatch not in self._open and not work.forward_only:
                 self._open[item.microbatch] = _Seen(work, self.arena_blocks(item.microbatch))
         for part in plan.optimizer:
             if part.start == 0:  # all of the batch are through
                 self._batches.append(self._close(self.scheduler.jobs[part.job].optimizer_elements))
-
-    def _work(self, number: int) -> MicrobatchWork:
-        return next(job.microbatches[number] for job in self.scheduler.jobs.values() if number in job.microbatches)
 
     def _close(self, elements: int) -> SimulatedBatch:
         """The batch of the micro-batches that are open, in their order."""

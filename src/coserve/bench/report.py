@@ -1,6 +1,6 @@
-"""The page of results: one HTML file with everything in it, from the result file's data alone.
+"""The page of `coserve bench sharing` and `coserve bench simulate`, from the result file's data alone.
 
-Owns: what the page says and shows. It fits a phone, follows the reader's light or dark setting, and loads nothing.
+Owns: what the page says and shows. Does not own: its frame, style and tables (pages.py), charts (charts.py).
 """
 
 from __future__ import annotations
@@ -12,50 +12,23 @@ from typing import Any
 
 from coserve.bench.burst import BACK_SHARE
 from coserve.bench.charts import Bar, Line, bar_chart, line_chart, number
+from coserve.bench.pages import burst_charts, make_sections_page, make_table
 from coserve.bench.simulatedpage import NOTICE, simulated_method
 
 Row = Mapping[str, Any]
-
-STYLE = """
-:root{--paper:#fbfaf7;--ink:#1d232b;--soft:#5d6671;--rule:#d9d8d2;--band:#ecebe4;
---c0:#1f5fa8;--c1:#c8501e;--c2:#2d7d46;--c3:#8a4fa3;--c4:#9a7400;--c5:#0f7f8c;--c6:#b3345e;--c7:#5d6671;color-scheme:light dark}
-@media(prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e7e6e1;--soft:#9da5af;--rule:#343a42;--band:#22272e;
---c0:#6aa9f0;--c1:#f08a55;--c2:#6cc287;--c3:#c290dc;--c4:#d8b23f;--c5:#55c3cf;--c6:#ee7ba0;--c7:#9da5af}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1060px;padding:28px 18px 60px;background:var(--paper);color:var(--ink);
-font:16px/1.5 system-ui,sans-serif}
-h1{font-size:1.6rem;line-height:1.2;margin:0 0 6px}h2{font-size:1.15rem;margin:40px 0 6px}p{margin:6px 0;max-width:72ch}
-.soft,figcaption{color:var(--soft);font-size:.9rem}.lead{font-size:1.08rem;margin:14px 0}
-.charts{display:grid;gap:22px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));margin-top:12px}
-figure{margin:0}figcaption{margin-bottom:4px;font-weight:600;color:var(--ink)}
-svg{display:block;width:100%;max-width:720px;height:auto;font:13px system-ui,sans-serif}svg text{fill:var(--soft)}
-.grid{stroke:var(--rule);stroke-width:1}.band{fill:var(--band)}.whisker{stroke:var(--ink);stroke-width:1.6}
-.mark{stroke:var(--ink);stroke-width:1.4;stroke-dasharray:6 5}
-.key{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.9rem;margin:10px 0 0;padding:0;list-style:none}
-.key i{display:inline-block;width:14px;height:3px;vertical-align:middle;margin-right:6px}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;white-space:nowrap}
-th,td{padding:5px 14px 5px 0;text-align:right;border-bottom:1px solid var(--rule)}
-th{color:var(--soft);font-weight:600;vertical-align:bottom}
-th:first-child,td:first-child{text-align:left}tr.load td{border-bottom:2px solid var(--soft);padding-top:14px;font-weight:600}
-code{font-size:.86rem;overflow-wrap:anywhere}
-"""
-
 
 def make_page(data: Mapping[str, Any]) -> str:
     """The page of one result file (results.py, plus device, date, versions, command)."""
     rows = [row for row in data["results"] if row["experiment"] in ("sharing", "simulation")]
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     colors = {policy: f"var(--c{i % 8})" for i, policy in enumerate(p for p in policies if p != "finetune-only")}
-    model = escape(str(rows[0]["model"])) if rows else "a model"
-    method, title = _method(data), f"One machine that serves and finetunes {model}"
+    model = str(rows[0]["model"]) if rows else "a model"
+    title, notice, method = f"One machine that serves and finetunes {model}", "", _method(data)
     if "simulation" in data:
-        method, title = simulated_method(data), f"Simulated: {model} on {escape(data['simulation']['devices'])}"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,'
-        f'initial-scale=1"><title>{title}</title><style>{STYLE}</style></head><body>'
-        f"<h1>{title}</h1>{NOTICE if 'simulation' in data else ''}{_facts(data)}{_lead(rows)}{_overview(rows, data, colors)}"
-        f"{_bursts(data.get('bursts', []))}{_table(rows)}{method}</body></html>\n"
-    )
+        title, notice, method = f"Simulated: {model} on {data['simulation']['devices']}", NOTICE, simulated_method(data)
+    return make_sections_page(title, [
+        notice, _facts(data), _lead(rows), _overview(rows, data, colors), _bursts(data.get("bursts", [])), _table(rows), method,
+    ])
 
 
 def _facts(data: Mapping[str, Any]) -> str:
@@ -184,20 +157,8 @@ def _bursts(bursts: Sequence[Row]) -> str:
         return ""
     parts = []
     for burst in bursts:
-        series, band = burst["series"], (burst["burst_start_s"], burst["burst_end_s"])
-        times = series["time_s"]
-        tokens = line_chart(
-            [Line(name="finetuning", color="var(--c1)", points=list(zip(times, series["finetune_tokens_per_s"], strict=True))),
-             Line(name="inference", color="var(--c0)", points=list(zip(times, series["inference_tokens_per_s"], strict=True)))],
-            title=f"Burst under {burst['policy']}", x_label="seconds", y_label="tokens/s", band=band, markers=False,
-        )
-        queue = line_chart(
-            [Line(name="queue", color="var(--c3)", points=list(zip(times, series["queue"], strict=True)))],
-            title=f"Queue under {burst['policy']}", x_label="seconds", y_label="requests", band=band, markers=False, height=150,
-            y_range=(0.0, max(*series["queue"], 4) * 1.08),
-        )
-        caption = f"{escape(burst['policy'])}: {_recovery(burst)}"
-        parts.append(f"<figure><figcaption>{caption}</figcaption>{tokens}{queue}</figure>")
+        caption, what = f"{escape(burst['policy'])}: {_recovery(burst)}", f"under {burst['policy']}"
+        parts.append(f"<figure><figcaption>{caption}</figcaption>{burst_charts(burst, what)}</figure>")
     return (
         '<h2>A burst of requests</h2><ul class="key"><li><i style="background:var(--c1)"></i>finetuning</li>'
         '<li><i style="background:var(--c0)"></i>inference</li><li><i style="background:var(--c3)"></i>requests waiting for '
@@ -232,26 +193,13 @@ COLUMNS = (
 
 
 def _table(rows: Sequence[Row]) -> str:
-    columns = [(name, show) for name, show in COLUMNS if any(_cell(row, show) for row in rows)]
-    head = "<th>policy</th>" + "".join(f"<th>{escape(name)}</th>" for name, _ in columns)
-    body, load = [], None
-    for row in sorted(rows, key=lambda row: row["load"]):
-        if row["load"] != load:
-            load = row["load"]
-            title = f"{load:.0%} of capacity, {row['rate']:.3g} requests/s" if load else "no requests"
-            title += ", beyond capacity" if row.get("beyond_capacity") else ""
-            body.append(f'<tr class="load"><td colspan="{len(columns) + 1}">{title}</td></tr>')
-        cells = "".join(f"<td>{_cell(row, show)}</td>" for _, show in columns)
-        body.append(f"<tr><td>{escape(row['policy'])}</td>{cells}</tr>")
-    table = f'<table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
-    return f'<h2>All figures</h2><div class="wide">{table}</div>'
+    ordered = sorted(rows, key=lambda row: row["load"])
+    return f"<h2>All figures</h2>{make_table(ordered, COLUMNS, key='policy', title=_load_title)}"
 
 
-def _cell(row: Row, show: Any) -> str:
-    try:
-        return escape(show(row))
-    except KeyError:  # not measured
-        return ""
+def _load_title(row: Row) -> str:
+    title = f"{row['load']:.0%} of capacity, {row['rate']:.3g} requests/s" if row["load"] else "no requests"
+    return title + (", beyond capacity" if row.get("beyond_capacity") else "")
 
 
 def _pass_ratio(data: Mapping[str, Any]) -> str:

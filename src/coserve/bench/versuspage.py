@@ -1,7 +1,6 @@
-"""The part of a page that shows what versus.py measured, and a page that has sections.
+"""The measured part of the page of `coserve bench paper`: what versus.py measured, from the result file's data alone.
 
-Owns: what is said and shown of these results, from the result file's data alone. Does not own: charts (charts.py), the style
-(report.py).
+Owns: what is said and shown of it. Does not own: charts (charts.py), the page around it and its tables (pages.py).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from html import escape
 from typing import Any
 
 from coserve.bench.charts import Bar, bar_chart, number
-from coserve.bench.report import STYLE
+from coserve.bench.pages import make_table
 from coserve.bench.versusrows import HOLDS, describe_comparison, load_phrase
 
 Row = Mapping[str, Any]
@@ -19,15 +18,6 @@ LATE = "var(--c7)"
 """Colour of what doesn't hold the objectives."""
 ROOM = 1.15
 """A chart's width over its longest mark, so that this does not touch the text at the right."""
-
-
-def make_sections_page(title: str, sections: Sequence[str]) -> str:
-    """A page of its own from sections (HTML)."""
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,'
-        f'initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>'
-        f"{''.join(sections)}</body></html>\n"
-    )
 
 
 def versus_section(data: Mapping[str, Any]) -> str:
@@ -43,6 +33,7 @@ def versus_section(data: Mapping[str, Any]) -> str:
     highest = max((rate for row in rows for rate in row.get("finetune_tokens_per_s_of_repeats", {}).values()), default=0.0)
     room = max(ROOM * highest, 1e-9)
     charts = "".join(_figure([row for row in rows if row["load"] == load], colors, room) for load in loads)
+    table = make_table(rows, COLUMNS, key="configuration", title=lambda row: load_phrase(row["load"]).capitalize())
     return (
         "<h2>Measured here: one server for both, against vLLM and peft on the same processors</h2>"
         f'<p class="soft">{escape(data["device"])}, {escape(data["date"])}. {escape(versions)}</p>'
@@ -52,7 +43,8 @@ def versus_section(data: Mapping[str, Any]) -> str:
         "<h3>Trained tokens per second</h3>"
         f'<p class="soft">Bars: {bars}. Right: the tokens, and the share of requests in time. Grey and &ldquo;late&rdquo;: the '
         "load was not held.</p>"
-        f'<div class="charts">{charts}</div>{_missing(rows)}{_table(rows)}{_method(data)}'
+        f'<div class="charts">{charts}</div>{_missing(rows)}'
+        f"<h3>All figures</h3>{table}{_method(data)}"
     )
 
 
@@ -96,26 +88,6 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("TPOT p50 / p99, ms", lambda r: f"{r['tpot_ms']['p50']:.0f} / {r['tpot_ms']['p99']:.0f}"),
     ("processors: own, others", lambda r: f"{r['cores_used']['configuration']:.2f}, {r['cores_used']['others']:.2f}"),
 )
-
-
-def _table(rows: Sequence[Row]) -> str:
-    head = "<th>configuration</th>" + "".join(f"<th>{escape(name)}</th>" for name, _ in COLUMNS)
-    body, load = [], None
-    for row in rows:
-        if row["load"] != load:
-            load = row["load"]
-            body.append(f'<tr class="load"><td colspan="{len(COLUMNS) + 1}">{escape(load_phrase(load).capitalize())}</td></tr>')
-        cells = "".join(f"<td>{_cell(row, show)}</td>" for _, show in COLUMNS)
-        body.append(f"<tr><td>{escape(row['configuration'])}</td>{cells}</tr>")
-    return (f'<h3>All figures</h3><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
-            "</div>")
-
-
-def _cell(row: Row, show: Callable[[Row], str]) -> str:
-    try:
-        return escape(show(row))
-    except KeyError:  # not measured
-        return ""
 
 
 def _method(data: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from coserve.bench.cells import CellStore
+from coserve.bench.pages import make_sections_page
 from coserve.bench.paper.evaluation import PaperConfig, quick_config
 from coserve.bench.paper.evaluation import simulated as evaluate
 from coserve.bench.paper.page import simulated_section
@@ -30,7 +31,7 @@ from coserve.bench.rivals import COSERVE, Configuration, Rivals, RivalSetup
 from coserve.bench.servers import healthy
 from coserve.bench.trainers import JobData
 from coserve.bench.versus import BurstTraffic, Prompts, Versus, VersusConfig, make_configurations
-from coserve.bench.versuspage import make_sections_page, versus_section
+from coserve.bench.versuspage import versus_section
 from coserve.bench.versusrows import describe_comparison, describe_row, load_phrase, make_comparisons, make_versus_rows
 from coserve.bench.vllmserver import vllm_versions
 from coserve.bench.workload import ALPHA, RANK, prompts, word_ids, write_training_file

@@ -151,9 +151,8 @@ class JobTable:
         """The trained tokens of a plan's units, as JobProgress counts them. Adds each job's to its handle; counts shapes."""
         total = 0.0
         for work in plan.units:
-            unit = work.unit
             self.shapes[shape_of(work)] += 1
-            tokens = (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / self.arch.num_layers / 2
+            tokens = work.unit.tokens(self.arch.num_layers) / 2
             total += tokens
             job = self.jobs.get(self.owners.get(work.microbatch, -1))
             if job is not None:

@@ -101,6 +101,10 @@ class HybridScheduler:
         """A micro-batch of a job has its memory and may get units."""
         self.jobs[work.job].microbatches[work.id] = work
 
+    def microbatch(self, number: int) -> MicrobatchWork:
+        """The micro-batch with this number, of whichever job."""
+        return next(job.microbatches[number] for job in self.jobs.values() if number in job.microbatches)
+
     def copy_adapter(self, copy: AdapterCopy) -> None:
         """The next plan carries the copy."""
         self._copies.append(copy)

@@ -197,8 +197,7 @@ class UnitPicker:
         job, work, best = found
         unit = best.unit.unit
         chosen.units.append(best.unit)
-        tokens = (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / self.shapes.num_layers
-        chosen.tokens[job.id] = chosen.tokens.get(job.id, 0.0) + tokens
+        chosen.tokens[job.id] = chosen.tokens.get(job.id, 0.0) + unit.tokens(self.shapes.num_layers)
         if best.cost is not None:
             chosen.costs.append(best.cost)
         else:

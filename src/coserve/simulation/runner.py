@@ -44,8 +44,9 @@ class TrainedRows:
     fused: float = 0.0
     backward: float = 0.0
 
-    def add(self, work: WorkUnit, rows: float) -> None:
-        """Counts a unit of so many rows through all layers."""
+    def add(self, work: WorkUnit, num_layers: int) -> None:
+        """Counts a unit. num_layers: of the model."""
+        rows = work.unit.tokens(num_layers)
         if work.unit.direction is Direction.BACKWARD:
             self.backward += rows
             return
@@ -72,11 +73,9 @@ class SimulatedRunner:
         """Counts a plan that was just made, and that the scheduler's state is behind."""
         through = []
         for item in plan.units:
-            work = self._work(item.microbatch)
-            unit = item.unit
-            rows = (unit.end - unit.start) * (unit.layer_end - unit.layer_start) / work.num_layers
-            self.rows.add(item, rows)
-            self.trained[work.job] += rows / 2
+            work = self.scheduler.microbatch(item.microbatch)
+            self.rows.add(item, work.num_layers)
+            self.trained[work.job] += item.unit.tokens(work.num_layers) / 2
             if work.phase in (Phase.OBJECTIVE, Phase.DONE) and item.microbatch not in through:
                 through.append(item.microbatch)
         return Launched(plan, self.contents(plan), tuple(through))
@@ -92,9 +91,6 @@ class SimulatedRunner:
         tokens = {span.request: [simulated_token(span.request, span.end)] for span in launched.plan.spans if span.samples}
         return Ran(tokens, seconds * factor)
 
-    def _work(self, microbatch: int) -> MicrobatchWork:
-        return next(job.microbatches[microbatch] for job in self.scheduler.jobs.values() if microbatch in job.microbatches)
-
     def _alone_seconds(self, contents: Contents) -> float:
         """The expected time of the iteration's requests without its finetuning; 0 without requests."""
         cost = contents.inference
@@ -105,7 +101,8 @@ class SimulatedRunner:
 
     def contents(self, plan: StepPlan) -> Contents:
         """The plan's size, counted from its rows and units."""
-        units = tuple(self._unit_cost(item.unit, self._work(item.microbatch)) for item in plan.units if not item.fused)
+        microbatch = self.scheduler.microbatch
+        units = tuple(self._unit_cost(item.unit, microbatch(item.microbatch)) for item in plan.units if not item.fused)
         refresh = sum(self.scheduler.jobs[part.job].slice_refresh_seconds(part.end - part.start) for part in plan.optimizer)
         elements = sum(part.end - part.start for part in plan.optimizer)
         return Contents(self._pass_cost(plan) if plan.spans else None, units, elements, refresh)
@@ -115,7 +112,7 @@ class SimulatedRunner:
         rows = len(plan.decode) + sum(span.length for span in plan.prefill)
         fused_rows = fused_pairs = fused_labels = 0
         if fused is not None:
-            work, start, end = self._work(fused.microbatch), fused.unit.start, fused.unit.end
+            work, start, end = self.scheduler.microbatch(fused.microbatch), fused.unit.start, fused.unit.end
             fused_rows, fused_pairs, fused_labels = end - start, work.pairs(start, end), work.labels(start, end)
         adapters = {requests[span.request].key for span in plan.spans if requests[span.request].key.adapter is not None}
         return PassCost(

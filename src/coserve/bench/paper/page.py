@@ -1,15 +1,16 @@
 """The simulated part of the page of `coserve bench paper`, from the result file's data alone.
 
-Owns: what is said and shown of it. Does not own: charts (charts.py), the style (report.py), the page around it (versuspage.py).
+Owns: what is said and shown of it. Does not own: charts (charts.py), the page around it and its table of figures (pages.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from coserve.bench.charts import Bar, Line, bar_chart, line_chart, number
+from coserve.bench.pages import burst_charts, make_table
 from coserve.bench.paper.device import BY_LAW
 from coserve.bench.paper.figures import STAGES
 from coserve.bench.paper.rows import rate_words
@@ -210,22 +211,10 @@ def _paper_text(paper: Row) -> str:
 def _bursts(data: Row) -> str:
     parts = []
     for burst in data["bursts"]:
-        series, band = burst["series"], (burst["burst_start_s"], burst["burst_end_s"])
-        times = series["time_s"]
-        shared: Any = {"band": band, "markers": False}
-        tokens = line_chart(
-            [Line(name="finetuning", color="var(--c1)", points=list(zip(times, series["finetune_tokens_per_s"], strict=True))),
-             Line(name="inference", color="var(--c0)", points=list(zip(times, series["inference_tokens_per_s"], strict=True)))],
-            title=f"Burst, {burst['law']}", x_label="seconds", y_label="tokens/s", **shared,
-        )
-        queue = line_chart(
-            [Line(name="queue", color="var(--c3)", points=list(zip(times, series["queue"], strict=True)))],
-            title=f"Queue, {burst['law']}", x_label="seconds", y_label="requests", height=150,
-            y_range=(0.0, max(*series["queue"], 4) * 1.08), **shared,
-        )
         caption = f"{burst['model']}, {LAW_NAMES[burst['law']][0].lower()}{LAW_NAMES[burst['law']][1:]}"
+        charts = burst_charts(burst, f"under coserve, {LAW_NAMES[burst['law']].lower()}")
         parts.append(
-            f"<figure><figcaption>{escape(caption)}</figcaption>{tokens}{queue}<p class=\"soft\">Finetuning: "
+            f"<figure><figcaption>{escape(caption)}</figcaption>{charts}<p class=\"soft\">Finetuning: "
             f"{number(burst['base_rate'])} tokens/s before the burst, at least {number(burst['lowest_rate'])} in any second of "
             f"it{_back(burst)}. {burst['slo_attainment']:.1%} of the requests were in time.</p></figure>"
         )
@@ -340,26 +329,10 @@ COLUMNS = (
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head = "<th>policy</th>" + "".join(f"<th>{escape(name)}</th>" for name, _ in COLUMNS)
-    return (
-        "<details><summary>All simulated figures</summary>"
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(_lines(rows))}</tbody></table></div></details>'
-    )
+    ordered = sorted(rows, key=lambda row: (row["law"], row["model"], row["rate"]))
+    table = make_table(ordered, COLUMNS, key="policy", name=policy_name, title=_table_title)
+    return f"<details><summary>All simulated figures</summary>{table}</details>"
 
 
-def _lines(rows: Sequence[Row]) -> Iterator[str]:
-    group = None
-    for row in sorted(rows, key=lambda row: (row["law"], row["model"], row["rate"])):
-        if (row["law"], row["model"], row["rate"]) != group:
-            group = row["law"], row["model"], row["rate"]
-            title = f"{row['model']}, {row['rate']:g} requests/s, {LAW_NAMES[row['law']].lower()}"
-            yield f'<tr class="load"><td colspan="{len(COLUMNS) + 1}">{escape(title)}</td></tr>'
-        cells = "".join(f"<td>{_show(row, show)}</td>" for _, show in COLUMNS)
-        yield f"<tr><td>{escape(policy_name(row['policy']))}</td>{cells}</tr>"
-
-
-def _show(row: Row, show: Any) -> str:
-    try:
-        return escape(show(row))
-    except KeyError:  # there is none
-        return ""
+def _table_title(row: Row) -> str:
+    return f"{row['model']}, {row['rate']:g} requests/s, {LAW_NAMES[row['law']].lower()}"
