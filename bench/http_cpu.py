@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
 import json
 import os
 import sys
@@ -29,6 +28,7 @@ from openai import AsyncOpenAI, OpenAI, OpenAIError
 from coserve.bench.arrivals import Arrival, ArrivalConfig, make_arrivals
 from coserve.bench.counters import read_counters
 from coserve.bench.metrics import RequestRecord, SloInMs, summarize
+from coserve.bench.results import result_head
 from coserve.bench.servers import HealthyServer, descendants, processor_seconds, running_server
 from coserve.bench.workload import prompts, word_ids, write_training_file
 from coserve.machine import device_name, versions
@@ -152,8 +152,7 @@ def main() -> None:
                   f"{row['tpot_ms']['p50']:.0f} ms, finetuning {row['finetune_tokens_per_s']:.0f} tokens/s; cores used: "
                   + ", ".join(f"{name} {share:.2f}" for name, share in row["cores_used"].items()), flush=True)
     result = {
-        "device": device_name(torch.device("cpu")), "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
-        "versions": versions(), "command": " ".join(["python", "bench/http_cpu.py", *sys.argv[1:]]),
+        **result_head(device_name(torch.device("cpu")), versions(), "python bench/http_cpu.py"),
         "objectives": {"tpot_ms": options.tpot_ms, "ttft_ms": options.ttft_ms}, "results": rows,
         "repeats": {
             engine: {

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
 import json
 import os
 import signal
@@ -40,10 +39,12 @@ from serving_rows import COSERVE, IN_PROCESS, VLLM, Cell, capacity, cell_summary
 from coserve.bench.arrivals import ArrivalConfig, make_arrivals
 from coserve.bench.loads import CompletionClient, Load, run_load
 from coserve.bench.metrics import RequestRecord
+from coserve.bench.results import result_head
 from coserve.bench.servers import ProcessGroup, busy_seconds, log_end, running_server, served_model
 from coserve.bench.vllmserver import vllm_command, vllm_variables, vllm_versions
 from coserve.bench.workload import prompts, word_ids
 from coserve.core import ConfigError
+from coserve.kernels.processor import bfloat16_products
 from coserve.machine import device_name, versions
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.locate import locate_model
@@ -242,8 +243,7 @@ def say(line: str) -> None:
 
 def default_dtypes() -> list[str]:
     """float32, and bfloat16 where the processor multiplies it."""
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return list(DTYPES if fast else DTYPES[:1])
+    return list(DTYPES if bfloat16_products().supported else DTYPES[:1])
 
 
 def read_options() -> argparse.Namespace:
@@ -290,9 +290,8 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(str(error))
     facts = {
-        "device": device_name(torch.device("cpu")), "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
-        "versions": {**versions(), **of_vllm},
-        "command": " ".join(["python", "bench/serving_cpu.py", *sys.argv[1:]]), "skipped": skipped,
+        **result_head(device_name(torch.device("cpu")), {**versions(), **of_vllm}, "python bench/serving_cpu.py"),
+        "skipped": skipped,
         "prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS, "load_of_capacity": LOAD_OF_CAPACITY,
     }
     model = locate_model(None)

@@ -152,7 +152,7 @@ def test_a_cell_is_simulated_once_and_again_for_other_settings(tmp_path: Path, m
     assert run_cells([cell], config, tmp_path / "a", 1, lambda *_: None) == first and runs == []
     for other in (replace(config, seed=1), replace(config, fit=config.fit._replace(num_layers=40))):
         assert run_cells([cell], other, tmp_path / "a", 1, lambda *_: None) == {cell: {"ran": True}}
-    monkeypatch.setattr(cells_module, "_code_digest", lambda: "another scheduler")
+    monkeypatch.setattr(cells_module, "code_digest", lambda: "another scheduler")
     run_cells([cell], config, tmp_path / "a", 1, lambda *_: None)
     assert len(runs) == 3
 

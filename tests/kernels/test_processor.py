@@ -1,19 +1,27 @@
-"""Whether the CPU multiplies bfloat16 is told from its units and from oneDNN's cap, and 'auto' follows it and says so."""
+"""Whether the CPU multiplies bfloat16 is told from its units and from oneDNN's cap, and how fast by timing it; 'auto' follows
+both and says so."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import timeit
 
 import pytest
 import torch
 
+from coserve.bench.paper.models import read_shape
 from coserve.core import ConfigError
-from coserve.kernels.processor import CAPS, bfloat16_products
+from coserve.kernels.processor import CAPS, bfloat16_products, bfloat16_speed
+from coserve.model.architecture import Architecture
+from coserve.model.linear import make_linear
+from coserve.model.memory import weight_bytes
+from coserve.runtime import loaded
 from coserve.runtime.loaded import resolve_dtype
 
-CPU = torch.device("cpu")
+CPU, ARCH = torch.device("cpu"), read_shape("Llama-3.1-8B")
 
 
 @pytest.fixture
@@ -24,21 +32,47 @@ def units(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(loaded, "bfloat16_speed", lambda: 1.6)
+    monkeypatch.setattr(loaded, "device_bytes", lambda device: weight_bytes(ARCH, 4) * 2.1)
     return monkeypatch
 
 
-def auto() -> tuple[torch.dtype, str]:
+def auto(arch: Architecture = ARCH) -> tuple[torch.dtype, str]:
     """What 'auto' is, and the line that is said about it."""
     lines: list[str] = []
-    found = resolve_dtype("auto", CPU, lines.append)
+    found = resolve_dtype("auto", CPU, arch, lines.append)
     (line,) = lines
     return found, line
 
 
 def test_a_processor_with_units(units: pytest.MonkeyPatch) -> None:
-    assert auto() == (torch.bfloat16, "bfloat16: this processor multiplies it (AVX512-BF16)")
+    assert auto() == (
+        torch.bfloat16, "bfloat16: this processor multiplies it (AVX512-BF16), 1.6 times as fast as float32")
     units.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert auto() == (torch.bfloat16, "bfloat16: this processor multiplies it (AMX, AVX512-BF16)")
+    assert auto() == (
+        torch.bfloat16, "bfloat16: this processor multiplies it (AMX, AVX512-BF16), 1.6 times as fast as float32")
+
+
+def test_a_processor_with_slow_units(units: pytest.MonkeyPatch) -> None:
+    units.setattr(loaded, "bfloat16_speed", lambda: 0.52)
+    assert auto() == (
+        torch.float32, "float32: this processor multiplies it (AVX512-BF16), but at 0.5 times the speed of float32")
+    units.setattr(loaded, "device_bytes", lambda device: weight_bytes(ARCH, 4) * 1.9)
+    assert auto() == (
+        torch.bfloat16, "bfloat16: this processor multiplies it (AVX512-BF16), but at 0.5 times the speed of float32, whose "
+        "weights would take more than 50% of the memory")
+
+
+@pytest.mark.skipif(not bfloat16_products().supported, reason="this processor does not multiply bfloat16")
+def test_the_speed_is_that_of_products() -> None:
+    """To a factor of 2, since other tests run meanwhile."""
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        linear = make_linear(torch.ones(512, 512, dtype=dtype), None, packed=True)
+        x, out = torch.ones(512, 512, dtype=dtype), torch.empty(512, 512, dtype=dtype)
+        run = functools.partial(linear.forward, out, x, False)
+        times[dtype] = min(timeit.repeat(run, number=1, repeat=20))
+    assert 0.5 < bfloat16_speed() / (times[torch.float32] / times[torch.bfloat16]) < 2
 
 
 def test_a_processor_without(units: pytest.MonkeyPatch) -> None:
@@ -97,14 +131,14 @@ def test_the_caps_mean_what_onednn_takes_them_for(env: dict[str, str]) -> None:
 
 def test_other_names_are_taken_as_they_are() -> None:
     lines: list[str] = []
-    assert resolve_dtype("float64", CPU, lines.append) is torch.float64
-    assert resolve_dtype("bfloat16", CPU, lines.append) is torch.bfloat16
+    assert resolve_dtype("float64", CPU, ARCH, lines.append) is torch.float64
+    assert resolve_dtype("bfloat16", CPU, ARCH, lines.append) is torch.bfloat16
     assert not lines, "there was nothing to choose"
     with pytest.raises(ConfigError, match="dtype: must be auto or one of float32, bfloat16, float64, got 'int8'"):
-        resolve_dtype("int8", CPU)
+        resolve_dtype("int8", CPU, ARCH)
 
 
 def test_cuda_takes_bfloat16() -> None:
     lines: list[str] = []
-    assert resolve_dtype("auto", torch.device("cuda"), lines.append) is torch.bfloat16
+    assert resolve_dtype("auto", torch.device("cuda"), ARCH, lines.append) is torch.bfloat16
     assert lines == ["bfloat16: CUDA devices multiply it"]

@@ -257,6 +257,7 @@ def test_auto_is_the_dtype_that_the_job_began_in(
     if not named:
         (output / "job.json").write_text(json.dumps(record))
     monkeypatch.setattr(model_module, "bfloat16_products", lambda: Bfloat16Products(True, "this one does"))
+    monkeypatch.setattr(model_module, "bfloat16_speed", lambda: 2.0)
     config = replace(SFT, checkpoint_steps=1, max_steps=4)
     found = finetune(data, output, model=base, config=config, resume=True)
     assert found.model.weights.dtype == torch.float32

@@ -1,12 +1,15 @@
 """Rows of results from finished runs.
 
-Owns: pooling of repeats, shares, gain. Does not own: the bound (machine.py). A key that was not measured is absent. Requests of
-all repeats are pooled (attainment, its interval, latencies). Throughputs are medians over repeats, and a finetuning share is
-the median of the ratios inside each repeat.
+Owns: pooling of repeats, shares, gain, the head of a result file. Does not own: the bound (machine.py). A key that was not
+measured is absent. Requests of all repeats are pooled (attainment, its interval, latencies). Throughputs are medians over
+repeats, and a finetuning share is the median of the ratios inside each repeat.
 """
 
 from __future__ import annotations
 
+import datetime
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
@@ -19,6 +22,12 @@ from coserve.bench.metrics import meets, summarize
 from coserve.bench.sharing import Cell, Measured, SharingConfig
 from coserve.bench.simulate import SimulationConfig
 from coserve.devices.bound import OfferedLoad
+
+
+def result_head(device: str, versions: Mapping[str, str], program: str = "coserve") -> dict[str, Any]:
+    """The keys with which a result file begins: where, when, with what, and the command. program: without its arguments."""
+    now = datetime.datetime.now().astimezone().isoformat("T", "seconds")
+    return {"device": device, "date": now, "versions": dict(versions), "command": f"{program} {shlex.join(sys.argv[1:])}"}
 
 
 def make_results(measured: Measured, config: SharingConfig | SimulationConfig, model: str) -> dict[str, Any]:

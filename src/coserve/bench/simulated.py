@@ -7,7 +7,7 @@ load (driver.py), which runs there are (simulate.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coserve.config.settings import POLICIES, EngineConfig, FinetuneConfig, SamplingConfig, SchedulerConfig
@@ -140,14 +140,17 @@ class SimulatedMachine:
     disturbance: Disturbance
     job: FinetuneConfig
     example_tokens: tuple[int, ...]
+    _planned: dict[str, PlannedBatch] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def planned(self, policy: str = POLICIES[0]) -> PlannedBatch:
         """The job's batch under a policy, which decides how many micro-batches in flight are worth their memory. Raises
         ConfigError and CapacityError as plan_batch does."""
-        return plan_batch(
-            self.arch, self.job, self.example_tokens, self.memory, self.believed, replace(self.scheduler, policy=policy),
-            itemsize=ITEMSIZE,
-        )
+        if policy not in self._planned:
+            self._planned[policy] = plan_batch(
+                self.arch, self.job, self.example_tokens, self.memory, self.believed, replace(self.scheduler, policy=policy),
+                itemsize=ITEMSIZE,
+            )
+        return self._planned[policy]
 
     def make(self, policy: str, listen: Callable[[float], None] = lambda now: None) -> SimulatedServer:
         """A fresh engine under a policy, whose clock stands at 0."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-import shlex
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +20,7 @@ from coserve.bench.engines import EngineMaker, ModelChoice
 from coserve.bench.narrate import describe, introduction
 from coserve.bench.peer import transformers_tpot_ms
 from coserve.bench.report import make_page
-from coserve.bench.results import make_results
+from coserve.bench.results import make_results, result_head
 from coserve.bench.sharing import BurstConfig, Sharing, SharingConfig, SharingSetup
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.cli.paper import paper
@@ -33,7 +30,7 @@ from coserve.cli.simulate import simulate
 from coserve.config.settings import POLICIES
 from coserve.config.values import require
 from coserve.machine import device_name, versions
-from coserve.runtime.loaded import LoadedModel, load_model
+from coserve.runtime.loaded import LoadedModel, dtype_name, load_model
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure co-serving on this machine.")
 bench_app.command()(simulate)
@@ -111,7 +108,8 @@ def sharing(
     job = endless_job(finetune_batch, max_microbatch_tokens)
     setup = SharingSetup(
         make_engine=EngineMaker(
-            loaded, ModelChoice(name=model, device=device, dtype=dtype, threads=count), (shares[0], shares[1])),
+            loaded, ModelChoice(name=model, device=device, dtype=dtype_name(loaded.weights.dtype), threads=count),
+            (shares[0], shares[1])),
         prompts=lambda source: prompts(words, source),
         measure_peer_ms=lambda: transformers_tpot_ms(
             loaded.directory, dtype=loaded.weights.dtype, device=loaded.weights.device),
@@ -157,9 +155,7 @@ def _measure(config: SharingConfig, setup: SharingSetup, common: dict[str, Any],
     for row in found["results"]:
         row["device"] = device
     return {
-        "device": device, "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
-        "versions": common["versions"],
-        "command": "coserve " + shlex.join(sys.argv[1:]), **found,
+        **result_head(device, common["versions"]), **found,
         "common": {key: value for key, value in common.items() if key not in ("device", "versions")},
     }
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import importlib.metadata
 import importlib.util
 import json
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +25,7 @@ from coserve.bench.paper.evaluation import PaperConfig, quick_config
 from coserve.bench.paper.evaluation import simulated as evaluate
 from coserve.bench.paper.page import simulated_section
 from coserve.bench.paper.rows import describe_simulated
+from coserve.bench.results import result_head
 from coserve.bench.rivals import COSERVE, Configuration, Rivals, RivalSetup
 from coserve.bench.servers import healthy
 from coserve.bench.trainers import JobData
@@ -35,8 +34,9 @@ from coserve.bench.versuspage import versus_section
 from coserve.bench.versusrows import describe_comparison, describe_row, load_phrase, make_comparisons, make_versus_rows
 from coserve.bench.vllmserver import vllm_versions
 from coserve.bench.workload import ALPHA, RANK, prompts, word_ids, write_training_file
+from coserve.cli.settings import read_numbers
 from coserve.config.values import require
-from coserve.core import ConfigError, CoserveError, one_line
+from coserve.core import CoserveError, one_line
 from coserve.machine import device_name, versions
 from coserve.runtime.loaded import dtype_name, find_model
 
@@ -91,7 +91,7 @@ def paper(
     """The paper's evaluation by arithmetic, and one server that serves and trains against vLLM and transformers + peft here."""
     require(simulated or measured, "measured", "there is nothing to do; leave --no-simulated or --no-measured out")
     require(dtype in DTYPES, "dtype", f"must be {' or '.join(DTYPES)}, got {dtype!r}")
-    values = _rates(rates)
+    values = tuple(sorted(read_numbers(rates, "rates", float)))
     config = VersusConfig(
         rates=(values[len(values) // 2],) if quick else values, burst=BurstTraffic() if burst and not quick else None,
         repeats=1 if quick else repeats, window_s=min(window_s, 15.0) if quick else window_s, tpot_ms=tpot_ms, ttft_ms=ttft_ms,
@@ -136,11 +136,7 @@ def simulate_paper(config: PaperConfig, output: Path, workers: int) -> dict[str,
                 console.print(f"{done} of {total} simulated", highlight=False, style="dim")
 
         data = evaluate(config, output, workers=workers, listen=listen)
-    return {
-        "device": f"{data['simulated_device']['name']} (simulated)",
-        "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"), "versions": versions(),
-        "command": "coserve " + shlex.join(sys.argv[1:]), **data,
-    }
+    return {**result_head(f"{data['simulated_device']['name']} (simulated)", versions()), **data}
 
 
 def measure(
@@ -180,8 +176,7 @@ def measure(
     results = _cells(config, configurations, setup, missing, {**common, "versions": known, "device": device_name(found.device)},
                      make_prompts)
     return {
-        "device": device_name(found.device), "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
-        "versions": known, "command": "coserve " + shlex.join(sys.argv[1:]), "objectives": asdict(config.objectives),
+        **result_head(device_name(found.device), known), "objectives": asdict(config.objectives),
         "settings": asdict(config), "common": common, "results": results, "comparisons": make_comparisons(results),
     }
 
@@ -257,13 +252,6 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _rates(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(sorted(float(item) for item in text.split(",")))
-    except ValueError as error:
-        raise ConfigError(f"rates: write numbers joined by commas, got {text!r}", param="rates") from error
 
 
 def _version(package: str) -> dict[str, str]:

@@ -5,10 +5,7 @@ Owns: how a simulation is written in flags. Does not own: what is simulated (ben
 
 from __future__ import annotations
 
-import datetime
 import json
-import shlex
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from coserve.bench.arrivals import ArrivalConfig
 from coserve.bench.report import make_page
-from coserve.bench.results import make_results
+from coserve.bench.results import make_results, result_head
 from coserve.bench.simulate import ALONE, Simulation, SimulationConfig, machine_facts
 from coserve.bench.simulated import SimulatedMachine, make_machine
 from coserve.bench.workload import endless_job
@@ -122,9 +119,8 @@ def simulate(
     console.print(f"{directory.name} on {_devices(found, tensor_parallel_size)}: {machine.planned().plan}", markup=False,
                   soft_wrap=True, style="dim")
     result = {
-        "device": f"{_devices(found, tensor_parallel_size)} (simulated)",
-        "date": datetime.datetime.now().astimezone().isoformat("T", "seconds"), "versions": versions(),
-        "command": "coserve " + shlex.join(sys.argv[1:]), **_results(config, machine, directory.name),
+        **result_head(f"{_devices(found, tensor_parallel_size)} (simulated)", versions()),
+        **_results(config, machine, directory.name),
         "simulation": {
             "devices": _devices(found, tensor_parallel_size), "device": asdict(found), **machine_facts(machine),
         },

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from coserve.core import ConfigError
-from coserve.kernels.processor import bfloat16_products
+from coserve.kernels.processor import bfloat16_products, bfloat16_speed
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.locate import DEFAULT_MODEL, locate_model
-from coserve.model.memory import one_copy_to_load
+from coserve.model.memory import device_bytes, one_copy_to_load, weight_bytes
 from coserve.model.weights import ModelWeights, load_weights
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import bind_adapter
@@ -26,6 +26,8 @@ from coserve.text.tokenizer import ChatTokenizer
 _log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+FLOAT32_SHARE = 0.5
+"""'auto' is float32 only where the weights take at most this share of the machine's memory."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -113,19 +115,38 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def resolve_dtype(dtype: str, device: torch.device, report: Callable[[str], None] = lambda _: None) -> torch.dtype:
-    """'auto' is bfloat16 on CUDA and on a CPU that multiplies it, else float32. report: is told what 'auto' has become and why.
-    Raises ConfigError for a name that is not known."""
+def check_dtype(dtype: str) -> None:
+    """Raises ConfigError for a name that is not known."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype: must be auto or one of {', '.join(DTYPES)}, got {dtype!r}", param="dtype")
+
+
+def resolve_dtype(
+    dtype: str, device: torch.device, arch: Architecture, report: Callable[[str], None] = lambda _: None
+) -> torch.dtype:
+    """'auto' is bfloat16 on CUDA, and on a CPU that multiplies it at least as fast as float32, or that could hardly hold the
+    model's weights in float32; else float32. report: is told what 'auto' has become and why. Raises ConfigError for a name that
+    is not known."""
+    check_dtype(dtype)
     if dtype != "auto":
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype: must be auto or one of {', '.join(DTYPES)}, got {dtype!r}", param="dtype")
         return DTYPES[dtype]
     if device.type != "cpu":
         report("bfloat16: CUDA devices multiply it")
         return torch.bfloat16
     products = bfloat16_products()
-    report(f"{'bfloat16' if products.supported else 'float32'}: {products.reason}")
-    return torch.bfloat16 if products.supported else torch.float32
+    if not products.supported:
+        report(f"float32: {products.reason}")
+        return torch.float32
+    speed = bfloat16_speed()
+    if speed >= 1:
+        report(f"bfloat16: {products.reason}, {speed:.1f} times as fast as float32")
+        return torch.bfloat16
+    slow = f"{products.reason}, but at {speed:.1f} times the speed of float32"
+    if weight_bytes(arch, torch.float32.itemsize) > FLOAT32_SHARE * device_bytes(device):
+        report(f"bfloat16: {slow}, whose weights would take more than {FLOAT32_SHARE:.0%} of the memory")
+        return torch.bfloat16
+    report(f"float32: {slow}")
+    return torch.float32
 
 
 def base_fingerprint(checkpoint: Checkpoint) -> str:
@@ -142,8 +163,9 @@ def find_model(
 ) -> FoundModel:
     """A model by name, without its weights: as `load_model`."""
     place = resolve_device(device)
-    kind = resolve_dtype(dtype, place, report)
+    check_dtype(dtype)
     checkpoint = Checkpoint(locate_model(name, report=report))
+    kind = resolve_dtype(dtype, place, checkpoint.architecture, report)
     tokenizer = ChatTokenizer.load(checkpoint.directory)
     return FoundModel(name or DEFAULT_MODEL, checkpoint, base_fingerprint(checkpoint), tokenizer, place, kind)
 

@@ -102,13 +102,13 @@ def _finished(
 def run_cell(cell: PaperCell, config: CellConfig, directory: Path) -> dict[str, Any]:
     """The cell's figures, in plain JSON types."""
     given = {name: value for name, value in asdict(config).items() if name != "fit"}
-    common = {"device": asdict(_device(cell, config.fit)), "versions": versions(), "code": _code_digest(), **given}
+    common = {"device": asdict(_device(cell, config.fit)), "versions": versions(), "code": code_digest(), **given}
     store = CellStore(directory, common, lambda label, stored: None)
     return store.get(f"simulated-{cell.label}", cell._asdict(), lambda: _run(cell, config))
 
 
 @functools.cache
-def _code_digest() -> str:
+def code_digest() -> str:
     """Of the rooms whose code decides what a simulation gives: with another scheduler a cell is another one."""
     root = Path(coserve.core.__file__).parent
     files = sorted(path for room in _ROOMS for path in (root / room).rglob("*.py"))

@@ -1,0 +1,221 @@
+"""Every policy of sharing on the laws of two GPUs, by arithmetic: devices x objectives x rates x lengths of training examples.
+
+    python bench/policy_grid.py [--devices a100 h100] [--tpot-ms 15 20 45 75] [--rates 1 5 10 20] [--examples 512 2048 8192]
+        [--policies coserve layer-sliced temporal:16 temporal:64 dynamic-temporal] [--duration 60] [--workers 2]
+        [--directory policy_grid] [--output bench/results/policy_grid.json]
+
+Llama-3.1-8B in bfloat16 on one device, LoRA r16 on down_proj, eight examples per optimizer step. Requests are those of
+`coserve bench simulate`: Poisson arrivals, log-normal lengths, `duration` simulated seconds, a TTFT objective of 5 s.
+Predictions are exact. The four cells in NAMED run with three seeds, and once more under a disturbance that the scheduler does
+not know: noise of 5%, and one iteration in a hundred takes three times as long.
+
+Finished cells are kept in `directory`. Prints a Markdown table with one line per cell. A policy is compared with coserve where
+it has as many requests in time, to half a percentage point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from coserve.bench.cells import CellStore
+from coserve.bench.paper.cells import ACCUMULATION, MAX_NUM_SEQS, RANK, USABLE_SHARE, code_digest, make_figures
+from coserve.bench.paper.models import TTFT_MS, read_shape
+from coserve.bench.results import result_head
+from coserve.bench.simulate import Simulation, SimulationConfig
+from coserve.bench.simulated import make_machine
+from coserve.bench.workload import endless_job
+from coserve.config.settings import EngineConfig, LoraConfig, SchedulerConfig
+from coserve.devices.table import find_device
+from coserve.machine import versions
+from coserve.simulation.disturbance import EXACT, Disturbance
+
+MODEL = "Llama-3.1-8B"
+COSERVE, SLICED = "coserve", "layer-sliced"
+NAMED = (("h100", 15.0, 5.0, 8192), ("h100", 20.0, 5.0, 8192), ("h100", 20.0, 10.0, 8192), ("h100", 45.0, 5.0, 8192))
+"""Device, TPOT objective in milliseconds, requests/s and tokens of an example of the cells that run with several seeds."""
+SEEDS = (1, 2, 3)
+EQUAL = 0.005
+"""Two shares of requests in time that differ by less count as equal."""
+
+
+class Place(NamedTuple):
+    """What a cell of the grid is about: a device, an objective, a rate, the length of examples."""
+
+    device: str
+    tpot_ms: float
+    rate: float
+    example: int
+
+
+class Case(NamedTuple):
+    """One run."""
+
+    place: Place
+    policy: str
+    seed: int
+    disturbed: bool
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """All runs; those of one machine follow one another."""
+    grid = [
+        Place(device, tpot_ms, rate, example)
+        for device in args.devices for example in args.examples for tpot_ms in args.tpot_ms for rate in args.rates
+    ]
+    found = [Case(place, policy, SEEDS[0], False) for place in grid for policy in args.policies]
+    named = [Place(*place) for place in NAMED if Place(*place) in grid]
+    found += [Case(place, policy, seed, False) for place in named for seed in SEEDS[1:] for policy in (COSERVE, SLICED)]
+    return found + [Case(place, COSERVE, seed, True) for place in named for seed in SEEDS]
+
+
+def run(case: Case, duration: float, directory: Path) -> dict[str, Any]:
+    """The figures of a case, from its file or by simulation."""
+    place = case.place
+    settings = {
+        **place._asdict(), "policy": case.policy, "seed": case.seed, "disturbed": case.disturbed, "duration": duration
+    }
+    store = CellStore(directory, {"code": code_digest()}, lambda label, stored: None)
+    return {**settings, **store.get(f"{place.device}-{case.policy}", settings, lambda: simulate(case, duration))}
+
+
+def simulate(case: Case, duration: float) -> dict[str, Any]:
+    """One run on a fresh machine."""
+    device, tpot_ms, rate, example = case.place
+    job = endless_job(ACCUMULATION, example).with_adapter(LoraConfig(r=RANK, target_modules=("down_proj",)))
+    scheduler = SchedulerConfig(tpot_ms=tpot_ms, ttft_ms=TTFT_MS, max_num_seqs=MAX_NUM_SEQS)
+    rough = Disturbance(noise=0.05, stall_share=0.01, stall_factor=3.0, seed=case.seed)
+    machine = make_machine(
+        read_shape(MODEL), find_device(device), 1, job, EngineConfig(scheduler=scheduler), rough if case.disturbed else EXACT,
+        [example] * ACCUMULATION, USABLE_SHARE,
+    )
+    simulation = Simulation(SimulationConfig(
+        policies=(case.policy,), rates=(rate,), duration=duration, seed=case.seed, ttft_ms=TTFT_MS, tpot_ms=tpot_ms,
+        capacity=rate,
+    ), machine)
+    began = time.perf_counter()
+    found = make_figures(simulation.beside(case.policy, rate), simulation)
+    return {**found, "bound_tokens_per_s": simulation.bound(rate), "wall_s": time.perf_counter() - began}
+
+
+def run_all(todo: Sequence[Case], duration: float, directory: Path, workers: int) -> dict[Case, dict[str, Any]]:
+    """All cases, in as many processes as `workers`."""
+    rows: dict[Case, dict[str, Any]] = {}
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        asked = {pool.submit(run, case, duration, directory): case for case in todo}
+        for future in as_completed(asked):
+            case = asked[future]
+            rows[case] = future.result()
+            print(f"{len(rows)} of {len(todo)}: {describe(case, rows[case])}", flush=True)
+    return {case: rows[case] for case in todo}
+
+
+def describe(case: Case, row: dict[str, Any]) -> str:
+    place = case.place
+    return (
+        f"{place.device}, {place.tpot_ms:g} ms, {place.rate:g}/s, examples of {place.example}, {case.policy}, seed {case.seed}"
+        f"{', disturbed' if case.disturbed else ''}: {row['finetune_tokens_per_s']:.0f} tokens/s, "
+        f"{row['slo_attainment']:.1%} in time"
+    )
+
+
+def compare(rows: dict[Case, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per place, of its undisturbed runs with the first seed."""
+    lines = []
+    for place in dict.fromkeys(case.place for case in rows):
+        by_policy = {case.policy: row for case, row in rows.items()
+                     if case.place == place and case.seed == SEEDS[0] and not case.disturbed}
+        own, sliced = by_policy[COSERVE], by_policy.get(SLICED)
+        tokens, attained = own["finetune_tokens_per_s"], own["slo_attainment"]
+        rivals = {policy: row["finetune_tokens_per_s"] for policy, row in by_policy.items()
+                  if policy != COSERVE and row["slo_attainment"] >= attained - EQUAL}
+        best = max(rivals, key=rivals.__getitem__, default=None)
+        lines.append({
+            **place._asdict(), "slo_attainment": attained, "finetune_tokens_per_s": tokens,
+            "of_bound": ratio(tokens, own["bound_tokens_per_s"]),
+            "over_layer_sliced": None if sliced is None else ratio(tokens, sliced["finetune_tokens_per_s"]),
+            "best_rival": best, "over_best_rival": None if best is None else ratio(tokens, rivals[best]),
+            "fused_share": own.get("fused_share"),
+        })
+    return lines
+
+
+def ratio(over: float, under: float) -> float | None:
+    return over / under if under >= 1 else None
+
+
+def seeds_of(rows: dict[Case, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per place that ran with several seeds: means, and what the disturbance cost."""
+    lines = []
+    for place in dict.fromkeys(case.place for case in rows if case.disturbed):
+
+        def figure(name: str, policy: str, *, disturbed: bool = False, place: Place = place) -> list[float]:
+            return [rows[Case(place, policy, seed, disturbed)][name] for seed in SEEDS]
+
+        own, sliced = figure("finetune_tokens_per_s", COSERVE), figure("finetune_tokens_per_s", SLICED)
+        rough = figure("finetune_tokens_per_s", COSERVE, disturbed=True)
+        lines.append({
+            **place._asdict(), "finetune_tokens_per_s": mean(own), "layer_sliced_tokens_per_s": mean(sliced),
+            "over_layer_sliced": [a / b for a, b in zip(own, sliced, strict=True)],
+            "of_bound": mean(own) / mean(figure("bound_tokens_per_s", COSERVE)),
+            "slo_attainment": min(figure("slo_attainment", COSERVE)),
+            "disturbed_over_exact": mean(rough) / mean(own),
+            "disturbed_slo_attainment": min(figure("slo_attainment", COSERVE, disturbed=True)),
+        })
+    return lines
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """In Markdown."""
+
+    def show(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    names = (
+        "device", "objective, requests/s, example", "in time", "tokens/s", "of the bound", "/ layer-sliced", "/ best other"
+    )
+    rows: list[Sequence[str]] = [names, ["---"] * len(names)]
+    for line in lines:
+        place = f"{line['tpot_ms']:g} ms, {line['rate']:g}/s, {line['example']:,}"
+        rival = f"{show(line['over_best_rival'], '.3f')} ({line['best_rival'] or 'none'})"
+        rows.append([
+            line["device"], place, f"{line['slo_attainment']:.1%}", f"{line['finetune_tokens_per_s']:,.0f}",
+            show(line["of_bound"], ".0%"), show(line["over_layer_sliced"], ".3f"), rival,
+        ])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--devices", nargs="+", default=["a100", "h100"])
+    parser.add_argument("--tpot-ms", nargs="+", type=float, default=[15.0, 20.0, 45.0, 75.0])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1.0, 5.0, 10.0, 20.0])
+    parser.add_argument("--examples", nargs="+", type=int, default=[512, 2048, 8192])
+    parser.add_argument("--policies", nargs="+", default=[COSERVE, SLICED, "temporal:16", "temporal:64", "dynamic-temporal"])
+    parser.add_argument("--duration", type=float, default=60.0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--directory", type=Path, default=Path("policy_grid"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "policy_grid.json")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    rows = run_all(cases(args), args.duration, args.directory, args.workers)
+    lines, seeds = compare(rows), seeds_of(rows)
+    print(table(lines))
+    for line in seeds:
+        print(json.dumps(line))
+    args.output.write_text(json.dumps({
+        **result_head(f"{', '.join(args.devices)} (simulated)", versions(), "python bench/policy_grid.py"),
+        "experiment": "policy grid", "model": MODEL, "duration": args.duration,
+        "wall_s": time.perf_counter() - began, "cells": lines, "seeds": seeds, "results": list(rows.values()),
+    }, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
