@@ -6,7 +6,8 @@
 
 Llama-3.1-8B in bfloat16 on one device, LoRA r16 on down_proj, eight examples per optimizer step. Requests are those of
 `coserve bench simulate`: Poisson arrivals, log-normal lengths, `duration` simulated seconds, a TTFT objective of 5 s.
-Predictions are exact. The four cells in NAMED run with three seeds, and once more under a disturbance that the scheduler does
+Predictions are exact, and memory is ample, so that only policies differ. The four cells in NAMED run with three seeds. They run
+again with the device's own memory, where backward runs a part of forward again; and under a disturbance that the scheduler does
 not know: noise of 5%, and one iteration in a hundred takes three times as long.
 
 Finished cells are kept in `directory`. Prints a Markdown table with one line per cell. A policy is compared with coserve where
@@ -21,6 +22,7 @@ import multiprocessing
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -39,9 +41,14 @@ from coserve.simulation.disturbance import EXACT, Disturbance
 
 MODEL = "Llama-3.1-8B"
 COSERVE, SLICED = "coserve", "layer-sliced"
+TOKENS = "finetune_tokens_per_s"
 NAMED = (("h100", 15.0, 5.0, 8192), ("h100", 20.0, 5.0, 8192), ("h100", 20.0, 10.0, 8192), ("h100", 45.0, 5.0, 8192))
 """Device, TPOT objective in milliseconds, requests/s and tokens of an example of the cells that run with several seeds."""
 SEEDS = (1, 2, 3)
+EXACT_RUN, DISTURBED, OWN_MEMORY = "exact", "disturbed", "own memory"
+"""Kinds of run."""
+AMPLE = 4
+"""Times the device's memory."""
 EQUAL = 0.005
 """Two shares of requests in time that differ by less count as equal."""
 
@@ -61,7 +68,7 @@ class Case(NamedTuple):
     place: Place
     policy: str
     seed: int
-    disturbed: bool
+    kind: str
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
@@ -70,17 +77,19 @@ def cases(args: argparse.Namespace) -> list[Case]:
         Place(device, tpot_ms, rate, example)
         for device in args.devices for example in args.examples for tpot_ms in args.tpot_ms for rate in args.rates
     ]
-    found = [Case(place, policy, SEEDS[0], False) for place in grid for policy in args.policies]
-    named = [Place(*place) for place in NAMED if Place(*place) in grid]
-    found += [Case(place, policy, seed, False) for place in named for seed in SEEDS[1:] for policy in (COSERVE, SLICED)]
-    return found + [Case(place, COSERVE, seed, True) for place in named for seed in SEEDS]
+    found = [Case(place, policy, SEEDS[0], EXACT_RUN) for place in grid for policy in args.policies]
+    for place in (Place(*place) for place in NAMED if Place(*place) in grid):
+        found += [Case(place, policy, seed, kind) for kind in (EXACT_RUN, OWN_MEMORY) for policy in (COSERVE, SLICED)
+                  for seed in SEEDS]
+        found += [Case(place, COSERVE, seed, DISTURBED) for seed in SEEDS]
+    return list(dict.fromkeys(found))
 
 
 def run(case: Case, duration: float, directory: Path) -> dict[str, Any]:
     """The figures of a case, from its file or by simulation."""
     place = case.place
     settings = {
-        **place._asdict(), "policy": case.policy, "seed": case.seed, "disturbed": case.disturbed, "duration": duration
+        **place._asdict(), "policy": case.policy, "seed": case.seed, "kind": case.kind, "duration": duration
     }
     store = CellStore(directory, {"code": code_digest()}, lambda label, stored: None)
     return {**settings, **store.get(f"{place.device}-{case.policy}", settings, lambda: simulate(case, duration))}
@@ -88,12 +97,15 @@ def run(case: Case, duration: float, directory: Path) -> dict[str, Any]:
 
 def simulate(case: Case, duration: float) -> dict[str, Any]:
     """One run on a fresh machine."""
-    device, tpot_ms, rate, example = case.place
+    name, tpot_ms, rate, example = case.place
+    device = find_device(name)
+    if case.kind != OWN_MEMORY:
+        device = replace(device, memory_bytes=AMPLE * device.memory_bytes)
     job = endless_job(ACCUMULATION, example).with_adapter(LoraConfig(r=RANK, target_modules=("down_proj",)))
     scheduler = SchedulerConfig(tpot_ms=tpot_ms, ttft_ms=TTFT_MS, max_num_seqs=MAX_NUM_SEQS)
     rough = Disturbance(noise=0.05, stall_share=0.01, stall_factor=3.0, seed=case.seed)
     machine = make_machine(
-        read_shape(MODEL), find_device(device), 1, job, EngineConfig(scheduler=scheduler), rough if case.disturbed else EXACT,
+        read_shape(MODEL), device, 1, job, EngineConfig(scheduler=scheduler), rough if case.kind == DISTURBED else EXACT,
         [example] * ACCUMULATION, USABLE_SHARE,
     )
     simulation = Simulation(SimulationConfig(
@@ -120,8 +132,8 @@ def run_all(todo: Sequence[Case], duration: float, directory: Path, workers: int
 def describe(case: Case, row: dict[str, Any]) -> str:
     place = case.place
     return (
-        f"{place.device}, {place.tpot_ms:g} ms, {place.rate:g}/s, examples of {place.example}, {case.policy}, seed {case.seed}"
-        f"{', disturbed' if case.disturbed else ''}: {row['finetune_tokens_per_s']:.0f} tokens/s, "
+        f"{place.device}, {place.tpot_ms:g} ms, {place.rate:g}/s, examples of {place.example}, {case.policy}, "
+        f"seed {case.seed}, {case.kind}: {row[TOKENS]:.0f} tokens/s, "
         f"{row['slo_attainment']:.1%} in time"
     )
 
@@ -131,16 +143,16 @@ def compare(rows: dict[Case, dict[str, Any]]) -> list[dict[str, Any]]:
     lines = []
     for place in dict.fromkeys(case.place for case in rows):
         by_policy = {case.policy: row for case, row in rows.items()
-                     if case.place == place and case.seed == SEEDS[0] and not case.disturbed}
+                     if case.place == place and case.seed == SEEDS[0] and case.kind == EXACT_RUN}
         own, sliced = by_policy[COSERVE], by_policy.get(SLICED)
-        tokens, attained = own["finetune_tokens_per_s"], own["slo_attainment"]
-        rivals = {policy: row["finetune_tokens_per_s"] for policy, row in by_policy.items()
+        tokens, attained = own[TOKENS], own["slo_attainment"]
+        rivals = {policy: row[TOKENS] for policy, row in by_policy.items()
                   if policy != COSERVE and row["slo_attainment"] >= attained - EQUAL}
         best = max(rivals, key=rivals.__getitem__, default=None)
         lines.append({
-            **place._asdict(), "slo_attainment": attained, "finetune_tokens_per_s": tokens,
+            **place._asdict(), "slo_attainment": attained, TOKENS: tokens,
             "of_bound": ratio(tokens, own["bound_tokens_per_s"]),
-            "over_layer_sliced": None if sliced is None else ratio(tokens, sliced["finetune_tokens_per_s"]),
+            "over_layer_sliced": None if sliced is None else ratio(tokens, sliced[TOKENS]),
             "best_rival": best, "over_best_rival": None if best is None else ratio(tokens, rivals[best]),
             "fused_share": own.get("fused_share"),
         })
@@ -152,22 +164,24 @@ def ratio(over: float, under: float) -> float | None:
 
 
 def seeds_of(rows: dict[Case, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per place that ran with several seeds: means, and what the disturbance cost."""
+    """One line per place that ran with several seeds: means over them, ratios of each, the least shares in time."""
     lines = []
-    for place in dict.fromkeys(case.place for case in rows if case.disturbed):
+    for place in dict.fromkeys(case.place for case in rows if case.kind == DISTURBED):
 
-        def figure(name: str, policy: str, *, disturbed: bool = False, place: Place = place) -> list[float]:
-            return [rows[Case(place, policy, seed, disturbed)][name] for seed in SEEDS]
+        def figure(name: str, kind: str, policy: str = COSERVE, place: Place = place) -> list[float]:
+            return [rows[Case(place, policy, seed, kind)][name] for seed in SEEDS]
 
-        own, sliced = figure("finetune_tokens_per_s", COSERVE), figure("finetune_tokens_per_s", SLICED)
-        rough = figure("finetune_tokens_per_s", COSERVE, disturbed=True)
+        def over_sliced(kind: str) -> list[float]:
+            pairs = zip(figure(TOKENS, kind), figure(TOKENS, kind, SLICED), strict=True)
+            return [own / sliced for own, sliced in pairs]
+
         lines.append({
-            **place._asdict(), "finetune_tokens_per_s": mean(own), "layer_sliced_tokens_per_s": mean(sliced),
-            "over_layer_sliced": [a / b for a, b in zip(own, sliced, strict=True)],
-            "of_bound": mean(own) / mean(figure("bound_tokens_per_s", COSERVE)),
-            "slo_attainment": min(figure("slo_attainment", COSERVE)),
-            "disturbed_over_exact": mean(rough) / mean(own),
-            "disturbed_slo_attainment": min(figure("slo_attainment", COSERVE, disturbed=True)),
+            **place._asdict(), "over_layer_sliced": over_sliced(EXACT_RUN),
+            "over_layer_sliced_in_own_memory": over_sliced(OWN_MEMORY),
+            **{f"{TOKENS}, {kind}": mean(figure(TOKENS, kind)) for kind in (EXACT_RUN, OWN_MEMORY, DISTURBED)},
+            **{f"slo_attainment, {kind}": min(figure("slo_attainment", kind)) for kind in (EXACT_RUN, OWN_MEMORY, DISTURBED)},
+            "of_bound": mean(figure(TOKENS, EXACT_RUN)) / mean(figure("bound_tokens_per_s", EXACT_RUN)),
+            "disturbed_over_exact": mean(figure(TOKENS, DISTURBED)) / mean(figure(TOKENS, EXACT_RUN)),
         })
     return lines
 
@@ -186,7 +200,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         place = f"{line['tpot_ms']:g} ms, {line['rate']:g}/s, {line['example']:,}"
         rival = f"{show(line['over_best_rival'], '.3f')} ({line['best_rival'] or 'none'})"
         rows.append([
-            line["device"], place, f"{line['slo_attainment']:.1%}", f"{line['finetune_tokens_per_s']:,.0f}",
+            line["device"], place, f"{line['slo_attainment']:.1%}", f"{line[TOKENS]:,.0f}",
             show(line["of_bound"], ".0%"), show(line["over_layer_sliced"], ".3f"), rival,
         ])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
