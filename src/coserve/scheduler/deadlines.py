@@ -33,6 +33,8 @@ UNBOUNDED = 1e9
 """Seconds that anything fits into."""
 FAST_CHUNK = 256
 """Tokens of a chunk that the profile's objective always allows. A prompt in smaller chunks would take longer in all."""
+SHORT_WAIT = 0.1
+"""A prompt that comes may wait for this share of the TTFT objective until running requests have gained slack for it."""
 
 
 class Limits(NamedTuple):
@@ -78,16 +80,19 @@ class Deadlines:
         return max(cap, min(self.quantum_s, self._token_seconds(running, FAST_CHUNK), asked_cap))
 
     def limits(self, running: Collection[RequestState], now: float, prompt_s: float) -> Limits:
-        """How long the next iteration may be. prompt_s: kept from jobs for a prompt that may come.
+        """How long the next iteration may be. prompt_s: seconds of a prompt that may come.
 
         So that no request becomes infeasible, one may fall behind for a prompt as long as it can make up for it by its last
-        token. For a job none falls behind.
+        token. For a job none falls behind. Jobs leave what such a prompt takes, less what requests gain in a SHORT_WAIT without
+        jobs.
         """
         if not running:
             return Limits(self.quantum_s, self.quantum_s)
         token_s, reserve = self._token_seconds(running), self.reserve()
-        behind = (1 + reserve) * token_s
-        prompts, jobs = self._cap(running, token_s), self.config.itl_factor * self._least_tpot(running, token_s)
+        behind, tpot_s = (1 + reserve) * token_s, self._least_tpot(running, token_s)
+        prompts, jobs = self._cap(running, token_s), self.config.itl_factor * tpot_s
+        wait_s = SHORT_WAIT * min(self.best_effort.ttft_s, UNBOUNDED)
+        prompt_s = max(0.0, prompt_s - wait_s * max(0.0, tpot_s / max(token_s, 1e-9) - 1))
         for request in running:
             if request.infeasible(now, token_s):
                 continue
