@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
 from coserve.core import Direction, PassCost, StepPlan, Unit, WorkUnit
+from coserve.scheduler.shapes import ROUND_ROWS, window_sizes
 from coserve.scheduler.units import OVERDUE, PATIENCE, STUCK_PATIENCE, UnitPicker
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 from tests.checked_engine import CheckedEngine
@@ -251,3 +253,11 @@ def test_forward_then_the_objective_then_backward() -> None:
         assert work.phase is Phase.BACKWARD
         work.advance(Unit(Direction.BACKWARD, *unit))
     assert work.phase is Phase.DONE
+
+
+def test_windows_that_are_cut_have_few_sizes() -> None:
+    """The first product of a size is slow. Between two sizes lies at most an eighth, so that little time is left unused."""
+    sizes = window_sizes(2048)
+    assert sizes[0] == ROUND_ROWS and sizes[-1] == 2048 and len(sizes) <= 48
+    assert all(size % ROUND_ROWS == 0 for size in sizes)
+    assert all(larger - size <= max(ROUND_ROWS, size / 8) for size, larger in pairwise(sizes))

@@ -20,6 +20,9 @@ from coserve.scheduler.work import MicrobatchWork, Phase
 
 ROUND_ROWS = 16
 """A window that is cut to the time there is has a multiple of so many rows."""
+STEPS = 8
+"""It has one of so many sizes between a number of rows and its double. The first products of a size take longer: 5 ms more per
+unit where oneDNN makes new kernels for them. So few sizes come again and again."""
 BEST_ROWS = (1024, 512, 256, 128)
 """Windows that may take fewer seconds per row than the largest."""
 LEAST_EFFICIENCY = 0.85
@@ -58,6 +61,7 @@ class Shapes:
 
     def __init__(self, latency: LatencyModel, num_layers: int, max_window: int) -> None:
         self.latency, self.num_layers, self.max_window = latency, num_layers, max_window
+        self._sizes = window_sizes(max_window)
         self._possible: dict[tuple[bool, int, int, float], float] = {}
         self._best: dict[tuple[bool, int, float], int] = {}
         self._enough: dict[tuple[bool, int], int] = {}
@@ -143,16 +147,17 @@ class Shapes:
             found = self._fitted(work, part, left)
             return found if found is not None and found.unit.unit == part else None
 
-        low, high = 0, (whole - 1) // ROUND_ROWS  # in steps of ROUND_ROWS
+        sizes = [size for size in self._sizes if size < whole]
+        low, high = 0, len(sizes)  # the first `low` sizes fit
         while low < high:
             middle = (low + high + 1) // 2
-            if fitted(middle * ROUND_ROWS) is None:
+            if fitted(sizes[middle - 1]) is None:
                 high = middle - 1
             else:
                 low = middle
-        rows, least = low * ROUND_ROWS, self._least_rows(shape.direction is Direction.BACKWARD, self._largest(work))
-        if whole - rows < least <= (whole - least) // ROUND_ROWS * ROUND_ROWS:
-            rows = min(rows, (whole - least) // ROUND_ROWS * ROUND_ROWS)
+        rows, least = sizes[low - 1] if low else 0, self._least_rows(shape.direction is Direction.BACKWARD, self._largest(work))
+        if whole - rows < least:
+            rows = next((size for size in reversed(sizes[:low]) if whole - size >= least and size >= least), rows)
         return fitted(rows) if rows else None
 
     def _least_rows(self, backward: bool, largest: int) -> int:
@@ -247,6 +252,15 @@ class Shapes:
             rows=inference.rows + rows, fused_rows=rows, fused_pairs=work.pairs(unit.start, unit.end),
             fused_labels=work.labels(unit.start, unit.end),
         )
+
+
+def window_sizes(most: int) -> list[int]:
+    """The rows that a window may have which is cut to the time there is, in ascending order, up to `most`."""
+    sizes = [ROUND_ROWS]
+    while sizes[-1] < most:
+        doubling = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(sizes[-1] + max(ROUND_ROWS, doubling // STEPS))
+    return [size for size in sizes if size <= most]
 
 
 def _one_layer(shape: Unit) -> Unit:
