@@ -90,7 +90,7 @@ def test_alone_jobs_run_for_the_preemption_quantum() -> None:
     fake.add_job([[2000]])
     plans = [step(fake) for _ in range(30)]
     assert all(plan.predicted_s <= 0.08 + 1e-9 for plan in plans)
-    assert sum(plan.predicted_s > 0.06 for plan in plans) > 10
+    assert sum(plan.predicted_s > 0.06 for plan in plans) > 5  # windows are not cut to fill the rest
 
 
 def test_a_new_arrival_waits_for_one_quantum() -> None:

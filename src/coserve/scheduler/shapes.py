@@ -68,13 +68,14 @@ class Shapes:
 
     # --- units that are not fused ---
 
-    def next_unit(self, work: MicrobatchWork, left: float) -> Candidate | None:
-        """The next unit that is not fused, the largest that fits into `left` seconds. None if nothing fits."""
+    def next_unit(self, work: MicrobatchWork, left: float, *, cut: bool = True) -> Candidate | None:
+        """The next unit that is not fused, the largest that fits into `left` seconds. None if nothing fits. cut: whether it may
+        have a part of a window's rows."""
         for shape in self._whole_windows(work):
             found = self._fitted(work, shape, left)
             if found is not None:
                 return found
-        return self._cut(work, _one_layer(shape), left) if work.grid is None else None
+        return self._cut(work, _one_layer(shape), left) if cut and work.grid is None else None
 
     def whole_window(self, work: MicrobatchWork, left: float) -> Candidate | None:
         """A new forward window over all layers, the largest that fits into `left` seconds. None if too few rows fit."""

@@ -57,13 +57,15 @@ class _Proposal(NamedTuple):
 
 class _Turn(NamedTuple):
     """What an iteration may run. jobs: in order of precedence. only: as in `UnitPicker.pick`. waiting: micro-batches whose next
-    window waits for the pass. rides: whether riding pays. least: the share of the best efficiency that a unit must have."""
+    window waits for the pass. rides: whether riding pays. least: the share of the best efficiency that a unit must have. beside:
+    whether requests have a pass in the iteration."""
 
     jobs: Sequence[JobWork]
     only: MicrobatchWork | None
     waiting: frozenset[int]
     rides: bool
     least: float
+    beside: bool
 
 
 @dataclass(slots=True)
@@ -157,7 +159,9 @@ class UnitPicker:
         rides = free is not None and free.rows > 0
         self._say(f"{1e3 * seconds:.2f} ms for jobs; {free.rows if free else 0} rows had best ride")
         turn = _Turn(
-            jobs, only, self._waiting(jobs, only) if rides else frozenset(), rides, self.guard.least_efficiency(patient))
+            jobs, only, self._waiting(jobs, only) if rides else frozenset(), rides, self.guard.least_efficiency(patient),
+            beside=inference is not None,
+        )
         ride = None if free is None or inference is None else self._best_ride(turn, inference, seconds)
         if ride is None or inference is None:
             left = self._run(chosen, turn, seconds)
@@ -279,7 +283,7 @@ class UnitPicker:
             if slice_seconds is not None:
                 left -= slice_seconds
                 continue
-            found = self._best(turn, left)
+            found = self._best(turn, left, cut=turn.beside or not chosen.units)
             if found is None:
                 break
             self._say(f"runs: {found.candidate}")
@@ -287,14 +291,15 @@ class UnitPicker:
             self._add(chosen, found)
         return left
 
-    def _best(self, turn: _Turn, left: float) -> _Proposal | None:
-        """The unit that comes next, of the first job that has one that fits and is efficient enough."""
+    def _best(self, turn: _Turn, left: float, *, cut: bool) -> _Proposal | None:
+        """The unit that comes next, of the first job that has one that fits and is efficient enough. cut: whether it may have a
+        part of a window's rows. Without a pass nothing is lost if an iteration ends early, and whole windows are faster."""
         for job in turn.jobs:
             oldest: dict[Phase, _Proposal] = {}
             for work in _ready(job, turn.only):
                 if work.phase in oldest or work.id in turn.waiting:
                     continue
-                candidate = self._next(turn, work, left)
+                candidate = self._next(turn, work, left, cut=cut)
                 if candidate is None:
                     self._say(f"micro-batch {work.id}: nothing fits into {1e3 * left:.2f} ms")
                 elif candidate.efficiency >= turn.least * self.shapes.best_efficiency(work):
@@ -306,7 +311,7 @@ class UnitPicker:
                 return max(oldest.values(), key=_rank_where_rows_ride if turn.rides else _rank)
         return None
 
-    def _next(self, turn: _Turn, work: MicrobatchWork, left: float) -> Candidate | None:
+    def _next(self, turn: _Turn, work: MicrobatchWork, left: float, *, cut: bool) -> Candidate | None:
         """A micro-batch's next unit that fits into `left` seconds. Where rows ride, a new window goes through all layers if
         that is efficient, since one that stays begun could not ride. Otherwise it waits, if there is something to wait for."""
         if turn.rides and self.shapes.can_ride(work):
@@ -315,7 +320,7 @@ class UnitPicker:
                 return whole
             if turn.least > 0:
                 return None
-        return self.shapes.next_unit(work, left)
+        return self.shapes.next_unit(work, left, cut=cut)
 
 
 def _rank(item: _Proposal) -> tuple[float, float]:
