@@ -255,6 +255,14 @@ def test_forward_then_the_objective_then_backward() -> None:
     assert work.phase is Phase.DONE
 
 
+def test_while_nothing_runs_windows_are_not_cut() -> None:
+    fake = engine(law(layers=0.004, row_layer=0.00002), num_layers=30)
+    fake.add_job([[1000]] * 2)
+    units = [work.unit for _ in range(60) for work in step(fake).units]
+    assert {unit.direction for unit in units} == {Direction.FORWARD, Direction.BACKWARD}
+    assert all(unit.end - unit.start == 1000 for unit in units)
+
+
 def test_windows_that_are_cut_have_few_sizes() -> None:
     """The first product of a size is slow. Between two sizes lies at most an eighth, so that little time is left unused."""
     sizes = window_sizes(2048)

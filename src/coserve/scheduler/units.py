@@ -57,8 +57,8 @@ class _Proposal(NamedTuple):
 
 class _Turn(NamedTuple):
     """What an iteration may run. jobs: in order of precedence. only: as in `UnitPicker.pick`. waiting: micro-batches whose next
-    window waits for the pass. rides: whether riding pays. least: the share of the best efficiency that a unit must have. beside:
-    whether requests have a pass in the iteration."""
+    window waits for the pass. rides: whether riding pays. least: the share of the best efficiency that a unit must have.
+    beside: whether requests have a pass in the iteration."""
 
     jobs: Sequence[JobWork]
     only: MicrobatchWork | None
