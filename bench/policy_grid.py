@@ -17,24 +17,20 @@ it has as many requests in time, to half a percentage point.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import multiprocessing
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 from coserve.bench.cells import CellStore
-from coserve.bench.paper.cells import ACCUMULATION, MAX_NUM_SEQS, RANK, USABLE_SHARE, code_digest, make_figures
+from coserve.bench.paper.cells import code_digest, finished, make_figures, training_machine
 from coserve.bench.paper.models import TTFT_MS, read_shape
 from coserve.bench.results import result_head
 from coserve.bench.simulate import Simulation, SimulationConfig
-from coserve.bench.simulated import make_machine
-from coserve.bench.workload import endless_job
-from coserve.config.settings import EngineConfig, LoraConfig, SchedulerConfig
 from coserve.devices.table import find_device
 from coserve.machine import versions
 from coserve.simulation.disturbance import EXACT, Disturbance
@@ -77,7 +73,8 @@ def cases(args: argparse.Namespace) -> list[Case]:
         Place(device, tpot_ms, rate, example)
         for device in args.devices for example in args.examples for tpot_ms in args.tpot_ms for rate in args.rates
     ]
-    found = [Case(place, policy, SEEDS[0], EXACT_RUN) for place in grid for policy in args.policies]
+    policies = dict.fromkeys((COSERVE, *args.policies))  # the others are compared with coserve
+    found = [Case(place, policy, SEEDS[0], EXACT_RUN) for place in grid for policy in policies]
     for place in (Place(*place) for place in NAMED if Place(*place) in grid):
         found += [Case(place, policy, seed, kind) for kind in (EXACT_RUN, OWN_MEMORY) for policy in (COSERVE, SLICED)
                   for seed in SEEDS]
@@ -88,9 +85,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 def run(case: Case, duration: float, directory: Path) -> dict[str, Any]:
     """The figures of a case, from its file or by simulation."""
     place = case.place
-    settings = {
-        **place._asdict(), "policy": case.policy, "seed": case.seed, "kind": case.kind, "duration": duration
-    }
+    settings = {**place._asdict(), "policy": case.policy, "seed": case.seed, "kind": case.kind, "duration": duration}
     store = CellStore(directory, {"code": code_digest()}, lambda label, stored: None)
     return {**settings, **store.get(f"{place.device}-{case.policy}", settings, lambda: simulate(case, duration))}
 
@@ -101,13 +96,8 @@ def simulate(case: Case, duration: float) -> dict[str, Any]:
     device = find_device(name)
     if case.kind != OWN_MEMORY:
         device = replace(device, memory_bytes=AMPLE * device.memory_bytes)
-    job = endless_job(ACCUMULATION, example).with_adapter(LoraConfig(r=RANK, target_modules=("down_proj",)))
-    scheduler = SchedulerConfig(tpot_ms=tpot_ms, ttft_ms=TTFT_MS, max_num_seqs=MAX_NUM_SEQS)
     rough = Disturbance(noise=0.05, stall_share=0.01, stall_factor=3.0, seed=case.seed)
-    machine = make_machine(
-        read_shape(MODEL), device, 1, job, EngineConfig(scheduler=scheduler), rough if case.kind == DISTURBED else EXACT,
-        [example] * ACCUMULATION, USABLE_SHARE,
-    )
+    machine = training_machine(read_shape(MODEL), device, 1, tpot_ms, example, rough if case.kind == DISTURBED else EXACT)
     simulation = Simulation(SimulationConfig(
         policies=(case.policy,), rates=(rate,), duration=duration, seed=case.seed, ttft_ms=TTFT_MS, tpot_ms=tpot_ms,
         capacity=rate,
@@ -120,12 +110,9 @@ def simulate(case: Case, duration: float) -> dict[str, Any]:
 def run_all(todo: Sequence[Case], duration: float, directory: Path, workers: int) -> dict[Case, dict[str, Any]]:
     """All cases, in as many processes as `workers`."""
     rows: dict[Case, dict[str, Any]] = {}
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        asked = {pool.submit(run, case, duration, directory): case for case in todo}
-        for future in as_completed(asked):
-            case = asked[future]
-            rows[case] = future.result()
-            print(f"{len(rows)} of {len(todo)}: {describe(case, rows[case])}", flush=True)
+    for case, row in finished(todo, functools.partial(run, duration=duration, directory=directory), workers):
+        rows[case] = row
+        print(f"{len(rows)} of {len(todo)}: {describe(case, row)}", flush=True)
     return {case: rows[case] for case in todo}
 
 

@@ -15,7 +15,7 @@ from coserve.core import Direction, PassCost, Unit
 from coserve.devices.bound import JobShape, OfferedLoad, fused_bound
 from coserve.devices.law import device_law
 from coserve.devices.table import find_device
-from coserve.scheduler.latency import LEAST_RESERVE, LatencyModel
+from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.riding import NO_FREE_ROWS, Riding
 from coserve.scheduler.shapes import Shapes
 from coserve.scheduler.units import UnitPicker
@@ -186,8 +186,7 @@ def run_8b(
     )
     done = [request for request in requests if request.finished_s is not None]
     job = JobShape(tokens=example, pairs=example * (example + 1) // 2, labels=example)
-    usable_s = tpot_ms / 1e3 * (1 - LEAST_RESERVE)  # what a scheduler leaves of it is not for a job
-    bound = fused_bound(law, arch.num_layers, OfferedLoad.of(rate, lengths), usable_s, job, 0.25)
+    bound = fused_bound(law, arch.num_layers, OfferedLoad.of(rate, lengths), tpot_ms / 1e3, job, 0.25)
     return rows / arch.num_layers / 2 / seconds, sum(request.met for request in done) / len(done), bound
 
 

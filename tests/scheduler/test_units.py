@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from coserve.core import Direction, PassCost, StepPlan, Unit, WorkUnit
-from coserve.scheduler.shapes import ROUND_ROWS, window_sizes
+from coserve.scheduler.shapes import ROUND_ROWS, Shapes, window_sizes
 from coserve.scheduler.units import OVERDUE, PATIENCE, STUCK_PATIENCE, UnitPicker
 from coserve.scheduler.work import JobWork, MicrobatchWork, Phase
 from tests.checked_engine import CheckedEngine
@@ -265,6 +265,16 @@ def test_while_nothing_runs_windows_are_not_cut() -> None:
 
 def test_windows_that_are_cut_have_few_sizes() -> None:
     """The first product of a size is slow. Between two sizes lies at most an eighth, so that little time is left unused."""
+    shapes, found = Shapes(law(layers=0.004, row_layer=0.00002), 30, 2048), set()
+    for backward in (False, True):
+        work = MicrobatchWork(id=1, job=1, num_tokens=2000, num_layers=30, lowest=0, bounds=[(0, 2000)], label_rows=[])
+        if backward:
+            work.phase, work.start, work.end, work.row = Phase.BACKWARD, 2000, 2000, 2000
+        for milliseconds in range(4, 44):
+            candidate = shapes.next_unit(work, milliseconds / 1e3)
+            if candidate is not None:
+                found.add(candidate.unit.unit.end - candidate.unit.unit.start)
+    assert len(found) > 10 and found <= set(window_sizes(2048))
     sizes = window_sizes(2048)
     assert sizes[0] == ROUND_ROWS and sizes[-1] == 2048 and len(sizes) <= 48
     assert all(size % ROUND_ROWS == 0 for size in sizes)

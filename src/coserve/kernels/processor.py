@@ -1,8 +1,8 @@
 """What the processor multiplies in hardware, as far as oneDNN, which does the CPU's products, may use it, and how fast.
 
 Owns: the question whether bfloat16 pays on this CPU. Does not own: what follows from it (runtime/loaded.py, model/linear.py).
-Units for bfloat16 do not mean that it is fast: with AMX its products take a fraction of float32's time, and with AVX512-BF16
-alone they may take twice as long. So it is timed.
+Units for bfloat16 do not mean that it is fast. On some processors its products take half of float32's time, on others twice as
+long. So they are timed.
 `torch.ops.mkldnn._is_mkldnn_bf16_supported` does not answer it: it is also true where oneDNN multiplies bfloat16 through
 float32, which takes several times as long as float32 itself.
 """

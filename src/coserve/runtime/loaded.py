@@ -124,10 +124,9 @@ def check_dtype(dtype: str) -> None:
 def resolve_dtype(
     dtype: str, device: torch.device, arch: Architecture, report: Callable[[str], None] = lambda _: None
 ) -> torch.dtype:
-    """'auto' is bfloat16 on CUDA, and on a CPU that multiplies it at least as fast as float32, or that could hardly hold the
-    model's weights in float32; else float32. report: is told what 'auto' has become and why. Raises ConfigError for a name that
-    is not known."""
-    check_dtype(dtype)
+    """The dtype of a name that `check_dtype` knows. 'auto' is bfloat16 on CUDA, on a CPU that multiplies it at least as fast as
+    float32, and where the model's weights in float32 would take more than FLOAT32_SHARE of the memory. Elsewhere it is float32.
+    report: is told what 'auto' has become and why."""
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type != "cpu":

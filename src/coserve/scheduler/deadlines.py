@@ -91,8 +91,8 @@ class Deadlines:
         token_s, reserve = self._token_seconds(running), self.reserve()
         behind, tpot_s = (1 + reserve) * token_s, self._least_tpot(running, token_s)
         prompts, jobs = self._cap(running, token_s), self.config.itl_factor * tpot_s
-        wait_s = SHORT_WAIT * min(self.best_effort.ttft_s, UNBOUNDED)
-        prompt_s = max(0.0, prompt_s - wait_s * max(0.0, tpot_s / max(token_s, 1e-9) - 1))
+        gain = max(0.0, tpot_s / max(token_s, 1e-9) - 1)  # seconds of slack for each second without jobs
+        prompt_s = max(0.0, prompt_s - SHORT_WAIT * self.best_effort.ttft_s * gain)
         for request in running:
             if request.infeasible(now, token_s):
                 continue

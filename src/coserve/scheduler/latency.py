@@ -166,8 +166,6 @@ _FIRST_RESERVE = 0.1
 """The reserve while fewer iterations than _RESERVE_MINIMUM had finetuning work."""
 _RESERVE_SPAN = 400
 """Iterations of any kind after which an error no longer counts for the reserve."""
-LEAST_RESERVE, MOST_RESERVE = 0.005, 0.5
-"""Between these the reserve follows the errors."""
 _ERROR_ITERATIONS = 1000
 _FINETUNING = {"fused", "forward", "backward", "optimizer"}
 
@@ -287,7 +285,7 @@ class LatencyModel:
             self.corrections[group] = _clamp(factor, _SMALLEST_FACTOR, _LARGEST_FACTOR)
 
     def reserve(self) -> float:
-        """The relative error of a prediction that slack is kept for, from LEAST_RESERVE to MOST_RESERVE.
+        """The relative error of a prediction that slack is kept for, from 0.005 to 0.5.
 
         It is the 95th percentile of (measured - predicted) / predicted over the last iterations with finetuning work, and 0.1
         where there are too few of them. Errors are forgotten after _RESERVE_SPAN iterations. Otherwise large ones would keep
@@ -301,7 +299,7 @@ class LatencyModel:
             self._finetuning.popleft()
         enough = len(self._finetuning) >= _RESERVE_MINIMUM
         residuals = (residual for _, residual in self._finetuning)
-        self._reserve = _clamp(percentile(residuals, 0.95), LEAST_RESERVE, MOST_RESERVE) if enough else _FIRST_RESERVE
+        self._reserve = _clamp(percentile(residuals, 0.95), 0.005, 0.5) if enough else _FIRST_RESERVE
 
     def errors(self) -> dict[str, ErrorSummary]:
         """The errors by kind of iteration, over the last 1000 of each kind. 'finetuning' is all kinds with finetuning work

@@ -57,15 +57,13 @@ class _Proposal(NamedTuple):
 
 class _Turn(NamedTuple):
     """What an iteration may run. jobs: in order of precedence. only: as in `UnitPicker.pick`. waiting: micro-batches whose next
-    window waits for the pass. rides: whether riding pays. least: the share of the best efficiency that a unit must have.
-    beside: whether requests have a pass in the iteration."""
+    window waits for the pass. rides: whether riding pays. least: the share of the best efficiency that a unit must have."""
 
     jobs: Sequence[JobWork]
     only: MicrobatchWork | None
     waiting: frozenset[int]
     rides: bool
     least: float
-    beside: bool
 
 
 @dataclass(slots=True)
@@ -159,9 +157,7 @@ class UnitPicker:
         rides = free is not None and free.rows > 0
         self._say(f"{1e3 * seconds:.2f} ms for jobs; {free.rows if free else 0} rows had best ride")
         turn = _Turn(
-            jobs, only, self._waiting(jobs, only) if rides else frozenset(), rides, self.guard.least_efficiency(patient),
-            beside=inference is not None,
-        )
+            jobs, only, self._waiting(jobs, only) if rides else frozenset(), rides, self.guard.least_efficiency(patient))
         ride = None if free is None or inference is None else self._best_ride(turn, inference, seconds)
         if ride is None or inference is None:
             left = self._run(chosen, turn, seconds)
@@ -283,7 +279,7 @@ class UnitPicker:
             if slice_seconds is not None:
                 left -= slice_seconds
                 continue
-            found = self._best(turn, left, cut=turn.beside or not chosen.units)
+            found = self._best(turn, left, cut=chosen.inference is not None or not chosen.units)
             if found is None:
                 break
             self._say(f"runs: {found.candidate}")

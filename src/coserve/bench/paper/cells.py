@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import coserve.core
 from coserve.bench.arrivals import ArrivalConfig, make_burst
@@ -28,8 +28,10 @@ from coserve.bench.simulate import ALONE, Simulation, SimulationConfig
 from coserve.bench.simulated import SimulatedMachine, make_machine
 from coserve.bench.workload import endless_job
 from coserve.config.settings import EngineConfig, LoraConfig, SchedulerConfig
+from coserve.devices.table import Device
 from coserve.machine import versions
-from coserve.simulation.disturbance import EXACT
+from coserve.model.architecture import Architecture
+from coserve.simulation.disturbance import EXACT, Disturbance
 
 EXAMPLE_TOKENS, ACCUMULATION, RANK = 8192, 8, 16
 """Of training: tokens of an example, examples of an optimizer step, LoRA's rank on down_proj."""
@@ -41,6 +43,9 @@ BURST = "burst"
 """A cell of coserve amid a burst."""
 BURST_SHAPE = BurstConfig(base_load=1.0, factor=6.0, warmup_s=20.0, before_s=15.0, burst_s=15.0, after_s=30.0)
 """base_load: here requests/s of a pipeline."""
+
+
+C = TypeVar("C")
 
 
 class PaperCell(NamedTuple):
@@ -77,21 +82,20 @@ def run_cells(
     """What each cell gave, from its file or from a run. Finished ones are kept in `directory`. workers: processes; 1: this one.
     listen: told how many are done, and the last of them."""
     results: dict[PaperCell, dict[str, Any]] = {}
-    for cell, result in _finished(cells, functools.partial(run_cell, config=config, directory=directory), workers):
+    for cell, result in finished(cells, functools.partial(run_cell, config=config, directory=directory), workers):
         results[cell] = result
         listen(len(results), cell)
     return {cell: results[cell] for cell in cells}
 
 
-def _finished(
-    cells: Iterable[PaperCell], run: Callable[[PaperCell], dict[str, Any]], workers: int
-) -> Iterator[tuple[PaperCell, dict[str, Any]]]:
+def finished(cells: Iterable[C], run: Callable[[C], dict[str, Any]], workers: int) -> Iterator[tuple[C, dict[str, Any]]]:
+    """Runs cells in processes, and gives each with its figures when it is done. workers: processes; 1: this one."""
     if workers == 1:
         yield from ((cell, run(cell)) for cell in cells)
         return
     # Processes start afresh: a fork of one with threads may stand still.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        asked: dict[Future[dict[str, Any]], PaperCell] = {pool.submit(run, cell): cell for cell in cells}
+        asked: dict[Future[dict[str, Any]], C] = {pool.submit(run, cell): cell for cell in cells}
         try:
             for future in as_completed(asked):
                 yield asked[future], future.result()
@@ -128,12 +132,17 @@ def _device(cell: PaperCell, fit: Fit) -> Any:
 def _machine(cell: PaperCell, fit: Fit) -> SimulatedMachine:
     """Cells come in the order of their machines, and a machine takes longer to plan than a short cell to run."""
     model = MODELS[cell.model]
-    job = endless_job(ACCUMULATION, EXAMPLE_TOKENS).with_adapter(LoraConfig(r=RANK, target_modules=("down_proj",)))
-    scheduler = SchedulerConfig(tpot_ms=model.tpot_ms, ttft_ms=TTFT_MS, max_num_seqs=MAX_NUM_SEQS)
+    return training_machine(model.arch, _device(cell, fit), model.tensor_parallel_size, model.tpot_ms, EXAMPLE_TOKENS)
+
+
+def training_machine(
+    arch: Architecture, device: Device, size: int, tpot_ms: float, example_tokens: int, disturbance: Disturbance = EXACT
+) -> SimulatedMachine:
+    """A model on `size` devices beside the paper's job, in examples of so many tokens."""
+    job = endless_job(ACCUMULATION, example_tokens).with_adapter(LoraConfig(r=RANK, target_modules=("down_proj",)))
+    scheduler = SchedulerConfig(tpot_ms=tpot_ms, ttft_ms=TTFT_MS, max_num_seqs=MAX_NUM_SEQS)
     return make_machine(
-        model.arch, _device(cell, fit), model.tensor_parallel_size, job, EngineConfig(scheduler=scheduler), EXACT,
-        [EXAMPLE_TOKENS] * ACCUMULATION, USABLE_SHARE,
-    )
+        arch, device, size, job, EngineConfig(scheduler=scheduler), disturbance, [example_tokens] * ACCUMULATION, USABLE_SHARE)
 
 
 def _run(cell: PaperCell, config: CellConfig) -> dict[str, Any]:
