@@ -18,7 +18,7 @@ RANKS: Mapping[str, float] = {
     "core": 0, "cachedir": 0, "durable": 0, "machine": 0,
     "config": 0.5,  # the design gives both 0; a ConfigError is one of core's errors, so config stands on core
     "chat": 0.8,  # conversations as text; the tokenizer stands on it
-    "text": 1, "kernels": 1,
+    "text": 1, "kernels": 1, "parallel": 1,
     "ops": 2,
     "model": 3,
     "peft": 3.5,  # the design gives model and peft 3; an adapter is laid out by the decoder's shapes, so peft stands on model

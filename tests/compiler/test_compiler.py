@@ -34,19 +34,19 @@ from coserve.compiler.rematerialize import Rematerialized, rematerialize
 from coserve.compiler.trace import Tracer, trace
 from coserve.config.settings import LINEAR_SITES, Compression, LoraConfig
 from coserve.core import Direction, Example, Unit
-from coserve.kernels import reference
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED, Bypass, NoBypass, layer, linear_shapes
 from coserve.model.linear import FrozenLinear, OutputHead
 from coserve.model.weights import LayerWeights, ModelWeights
 from coserve.ops.run import Factor
-from coserve.ops.table import TABLE, Cost
+from coserve.ops.table import Cost
 from coserve.ops.vocabulary import V, Vocabulary
 from coserve.peft.lora import LoraAdapter, LoraBypass, lora_layout
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.microbatch import InFlight, pack
 from coserve.runtime.plans import layer_bypasses, scoring_plan, serving_plan, training_plans
 from coserve.runtime.rows import TrainRows, site_key
+from tests.compiler.interpreter import Interpreter
 from tests.torch_ops import TorchOps
 
 CPU, F64 = torch.device("cpu"), torch.float64
@@ -216,61 +216,6 @@ def test_the_driver_refuses_what_a_pass_breaks_and_logs_each_pass(caplog: pytest
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["differentiate", "prune"]
     with pytest.raises(AssertionError, match="not there yet"):
         run_passes(joint, forget)
-
-
-class Interpreter:
-    """Runs a joint graph value by value: forward operators by `reference`, every gradient operator as the vector-Jacobian
-    product of the operator that it belongs to. T rows of one sequence."""
-
-    def __init__(self, graph: Graph, weights: Mapping[str, Tensor], cos: Tensor, sin: Tensor) -> None:
-        self.graph, self.weights, self.cos, self.sin = graph, weights, cos, sin
-        self.env: dict[str, Tensor] = {}
-
-    def operator(self, op: str, node: Node, weight: Tensor | None, ins: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        width = self.cos.shape[-1]
-        if op == "rmsnorm":
-            assert weight is not None
-            return (reference.rmsnorm(ins[0], weight, node.attrs["eps"]),)
-        if op in ("linear", "segment_linear"):
-            assert weight is not None
-            return (ins[0] @ weight.T,)
-        if op == "rope":
-            return (reference.rope(ins[0], self.cos, self.sin),)
-        if op == "attention":
-            q, k, v = (t.unflatten(-1, (-1, width)) for t in ins)
-            out, lse = reference.attention(q, k, v)
-            return out.flatten(1), lse
-        if op == "silu_mul":
-            return (reference.silu_mul(ins[0], ins[1]),)
-        assert op == "add"
-        return (ins[0] + ins[1],)
-
-    def forward(self, x: Tensor) -> None:
-        self.env = {self.graph.input: x}
-        for node in self.graph.nodes:
-            weight = None if node.weight is None else self.weights[node.weight]
-            outs = self.operator(node.op, node, weight, [self.env[name] for name in node.inputs])
-            self.env.update(zip(node.outputs, outs, strict=True))
-
-    def backward(self, joint: JointGraph, grad: Tensor) -> None:
-        self.env[joint.output_grad] = grad
-        rules = {rule.op: (base, rule) for base, row in TABLE.items() for rule in row.gradients if rule.op != "identity"}
-        for node in joint.backward:
-            if node.op == "add":
-                self.env[node.outputs[0]] = self.env[node.inputs[0]] + self.env[node.inputs[1]]
-                continue
-            base, rule = rules[node.op]
-            taken = dict(zip(rule.takes, (self.env[name] for name in node.inputs), strict=True))
-            weight = None if node.weight is None else self.weights[node.weight]
-            rows = grad.shape[0]
-            # an input that the rule doesn't read may be anything: noise of the width that its gradient has
-            widths = dict(zip(rule.yields, (joint.values[name].width for name in node.outputs), strict=True))
-            ins = [taken[n] if n in taken else torch.randn(rows, widths[n], dtype=grad.dtype) for n in TABLE[base].inputs]
-            names = [*TABLE[base].inputs, *(["weight"] if weight is not None else [])]
-            leaves = [t.detach().requires_grad_() for t in [*ins, *([weight] if weight is not None else [])]]
-            outs = self.operator(base, node, leaves[-1] if weight is not None else None, leaves[: len(ins)])
-            grads = torch.autograd.grad(outs[0], leaves, taken[f"d:{TABLE[base].outputs[0]}"])
-            self.env.update(zip(node.outputs, (grads[names.index(result)] for result in rule.yields), strict=True))
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

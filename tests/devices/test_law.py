@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve.core import ConfigError, Contents, PassCost, UnitCost
-from coserve.devices.law import device_law, ridge_rows, tensor_parallel_sizes
+from coserve.devices.law import device_law, even_sizes, ridge_rows
 from coserve.devices.table import DEVICES, LINKS, Device, find_device
 from coserve.model.architecture import Architecture
 
@@ -106,7 +106,7 @@ def test_tensor_parallel(archs: Mapping[str, Architecture]) -> None:
 
 
 def test_which_degrees_are_possible(archs: Mapping[str, Architecture]) -> None:
-    assert tensor_parallel_sizes(archs["llama-8b"]) == [1, 2, 4, 8]
+    assert even_sizes(archs["llama-8b"]) == [1, 2, 4, 8]
     with pytest.raises(ConfigError, match="1, 2, 4 or 8 devices, not by 3") as caught:
         device_law(archs["llama-8b"], H100, tensor_parallel_size=3)
     assert caught.value.param == "tensor_parallel_size"

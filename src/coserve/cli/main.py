@@ -109,6 +109,7 @@ def finetune_command(
     *,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option(help="Processes that share the model, a GPU each (1).")] = None,
     **given: Any,
 ) -> None:
     """Finetune an adapter on a JSON Lines file. What isn't given is chosen from the data and shown at the start."""
@@ -126,7 +127,8 @@ def finetune_command(
             paths[-1], output, model=paths[0] if len(paths) == 2 else None, config=settings, start=start,
             validation=validation if validation is not None else options.get("validation"),
             resume=resume or bool(options.get("resume")), device=device or options.get("device", "auto"),
-            dtype=dtype or options.get("dtype", "auto"), listen=display,
+            dtype=dtype or options.get("dtype", "auto"),
+            tensor_parallel_size=tensor_parallel_size or options.get("tensor_parallel_size", 1), listen=display,
         )
     paired = settings.objective in PAIRED
     unit = f"{settings.objective.upper()} loss per pair (nats)" if paired else "cross-entropy per label token (nats)"

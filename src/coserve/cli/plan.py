@@ -23,12 +23,28 @@ from typer.core import TyperCommand
 
 from coserve.compiler import baselines
 from coserve.compiler.baselines import Baselines
-from coserve.compiler.report import LayerReport, report
+from coserve.compiler.parallelize import Axes, TensorParallel, axis_name
+from coserve.compiler.report import (
+    LayerReport,
+    RankAdapter,
+    RanksReport,
+    SharedLayers,
+    adapter_on_ranks,
+    embedding_bytes,
+    label_bytes,
+    layer_transfers,
+    report,
+    share_layers,
+)
 from coserve.config.data import ADAPTERS, adapter_of_kind, finetune_config_from_dict, size_field, to_dict
 from coserve.config.settings import AdapterConfig, Compression
 from coserve.config.values import AUTO, read_memory, require
+from coserve.devices.prices import parallel_prices
+from coserve.devices.table import DEVICES, find_device
 from coserve.model.architecture import Architecture, read_architecture
+from coserve.model.decoder import rank_architecture
 from coserve.model.locate import locate_model
+from coserve.peft.adapter import Adapter
 from coserve.planning.budget import shape_adapter
 from coserve.planning.estimate import PARTS, Estimate, Shape, estimate
 from coserve.plots import memory_plan
@@ -61,10 +77,12 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """Everything that is shown. limit: of the total, as it was asked for. seconds: that planning took, without baselines."""
+    """Everything that is shown. num_parameters: of the whole adapter. limit: of the total, as it was asked for. seconds: that
+    planning took, without baselines."""
 
     model: str
     shape: Shape
+    num_parameters: int
     kind: str
     settings: AdapterConfig
     dtype: str
@@ -72,8 +90,35 @@ class Planned:
     compression: Compression
     estimate: Estimate
     kept: tuple[LayerReport, ...]
+    ranks: RanksReport | None
     baselines: Baselines
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedRanks:
+    """How many devices share the model, which ones (`find_device`), and where parameters of the adapter must lie
+    (`read_axes`)."""
+
+    size: int = 1
+    device: str = "H100"
+    adapter: str = ""
+
+
+AXES = {"whole": None, "out": 0, "in": 1}
+"""Where a parameter may lie, by name: on every rank, or split along its outputs or its inputs."""
+
+
+def read_axes(text: str) -> Axes:
+    """Placements written as PARAMETER=whole, out or in, joined by commas. Raises ConfigError."""
+    read: dict[str, int | None] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, sign, axis = (piece.strip() for piece in part.partition("="))
+        require(bool(sign) and axis in AXES, "adapter_sharding",
+                f"{part!r} is not PARAMETER={' or '.join(AXES)}, as in q_proj.lora_A=whole")
+        require(name not in read, "adapter_sharding", f"{name} is given twice")
+        read[name] = AXES[axis]
+    return read
 
 
 class PlanCommand(TyperCommand):
@@ -103,6 +148,13 @@ def plan(
     activation_compression: Annotated[
         str, typer.Option(help="none, lossless (sign bits) or fp8, which changes gradients a little.")
     ] = "lossless",
+    tensor_parallel_size: Annotated[int, typer.Option(help="Devices that share the model.")] = 1,
+    device: Annotated[
+        str, typer.Option(help=f"What they are, for the choice of placements: {', '.join(DEVICES)}; or numbers; link=pcie4.")
+    ] = "H100",
+    adapter_sharding: Annotated[
+        str, typer.Option(help="Where parameters must lie: q_proj.lora_A=whole,q_proj.lora_B=out (the cheapest).")
+    ] = "",
     no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Leave transformers + peft out.")] = False,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="[FILE|-]", help="Write the plan as JSON; - or nothing: standard output.")
@@ -121,6 +173,7 @@ def plan(
         locate_model(model), Asked(kind=adapter, rank=rank, targets=targets, dropout=dropout), dtype=dtype,
         sequence_length=sequence_length, num_tokens=max_microbatch_tokens or sequence_length, window_tokens=window_tokens,
         limit=activation_memory, compression=activation_compression, with_baselines=not no_baselines,
+        among=AskedRanks(size=tensor_parallel_size, device=device, adapter=adapter_sharding),
     )
     if json_file == "-":
         print(to_json(planned))
@@ -149,10 +202,10 @@ def check_output(path: Path, name: str, suffixes: Sequence[str] = ()) -> None:
 
 def make_plan(
     directory: Path, adapter: Asked, *, dtype: str, sequence_length: int, num_tokens: int, window_tokens: int, limit: str,
-    compression: str = "lossless", with_baselines: bool,
+    compression: str = "lossless", with_baselines: bool, among: AskedRanks = AskedRanks(),
 ) -> Planned:
     """Plans training for a model directory. limit: of the total, for `read_memory`; compression: as
-    FinetuneConfig.activation_compression. Raises ConfigError, CapacityError."""
+    FinetuneConfig.activation_compression. among: how many devices share the model. Raises ConfigError, CapacityError."""
     settings = adapter.settings()
     require(dtype in DTYPES, "dtype", f"must be {', '.join(DTYPES)}, got {dtype!r}")
     for name, value in (("sequence_length", sequence_length), ("window_tokens", window_tokens)):
@@ -163,13 +216,24 @@ def make_plan(
     arch = read_architecture(directory)
     empty = shape_adapter(arch, settings)
     bypasses = layer_bypasses(arch, empty, dropout=empty.dropout)
+    window_tokens = min(window_tokens, num_tokens)
+    ranks = _ranks(arch, among, empty, DTYPES[dtype].itemsize, window_tokens, num_tokens)
+    layers = () if ranks is None else share_layers(ranks, arch, bypasses)
+    elements = {(p.layer, p.name): p.shape[0] * p.shape[1] for p in empty.parameters}
+    own = RankAdapter(empty.flat.numel(), 0) if ranks is None else adapter_on_ranks(ranks.size, layers, elements)
     shape = Shape(
         arch=arch, itemsize=DTYPES[dtype].itemsize, num_tokens=num_tokens, sequence_length=sequence_length,
-        window_tokens=min(window_tokens, num_tokens), num_parameters=empty.flat.numel(),
+        window_tokens=window_tokens, num_parameters=own.num_parameters, ranks=ranks,
     )
     stored = finetune_config_from_dict({"activation_compression": compression}).activation_compression
     result = estimate(shape, bypasses, read_memory(limit), compression=stored)
     kept = report(result.plan, itemsize=shape.itemsize)
+    shared = None
+    if ranks is not None:
+        shared = RanksReport(
+            size=ranks.size, layers=layers, transfers=layer_transfers(ranks, result.plan), adapter=own,
+            embedding_bytes=embedding_bytes(ranks, arch), label_bytes=label_bytes(ranks, arch),
+        )
     seconds = time.perf_counter() - start
     beside = Baselines(peft=None, checkpointing=None, reason="left out (--no-baselines)")
     if with_baselines:
@@ -178,9 +242,29 @@ def make_plan(
             sequence_length=sequence_length, num_tokens=num_tokens, dropout=getattr(settings, "dropout", 0.0),
         )
     return Planned(
-        model=directory.name, shape=shape, kind=adapter.kind, settings=settings, dtype=dtype, limit=limit,
-        compression=stored, estimate=result, kept=kept, baselines=beside, seconds=seconds,
+        model=directory.name, shape=shape, num_parameters=empty.flat.numel(), kind=adapter.kind, settings=settings,
+        dtype=dtype, limit=limit,
+        compression=stored, estimate=result, kept=kept, ranks=shared, baselines=beside, seconds=seconds,
     )
+
+
+def _ranks(
+    arch: Architecture, asked: AskedRanks, adapter: Adapter, itemsize: int, window_tokens: int, num_tokens: int
+) -> TensorParallel | None:
+    """The group that shares the model, if several devices do. Raises ConfigError."""
+    forced = read_axes(asked.adapter)
+    if asked.size == 1:
+        require(not forced, "adapter_sharding", "needs a tensor_parallel_size above 1")
+        return None
+    rank_architecture(arch, asked.size)
+    known = dict.fromkeys(p.name for p in adapter.parameters)
+    for name in forced:
+        require(name in known, "adapter_sharding", f"no parameter is called {name!r}; these exist: {', '.join(known)}")
+    prices = parallel_prices(
+        find_device(asked.device), itemsize=itemsize, window_tokens=window_tokens,
+        step_tokens=num_tokens,
+    )
+    return TensorParallel(size=asked.size, kv_heads=arch.num_kv_heads, prices=prices, forced=forced)
 
 
 def _rank(settings: AdapterConfig) -> int:
@@ -215,7 +299,7 @@ def to_json(planned: Planned) -> str:
     result, shape, beside = planned.estimate, planned.shape, planned.baselines
     return json.dumps({
         "model": planned.model,
-        "adapter": {"kind": planned.kind, "num_parameters": shape.num_parameters, **to_dict(planned.settings)},
+        "adapter": {"kind": planned.kind, "num_parameters": planned.num_parameters, **to_dict(planned.settings)},
         "sequence_length": shape.sequence_length, "max_microbatch_tokens": shape.num_tokens,
         "window_tokens": shape.window_tokens, "dtype": planned.dtype, "limit": planned.limit,
         "activation_compression": planned.compression,
@@ -228,6 +312,8 @@ def to_json(planned: Planned) -> str:
         "curve": [asdict(point) for point in result.curve],
         "baselines": _baselines_json(planned) if beside.reason is None else {"absent": beside.reason},
         "activation_memory": result.in_flight_bytes,
+        "tensor_parallel_size": 1 if planned.ranks is None else planned.ranks.size,
+        "ranks": None if planned.ranks is None else _ranks_json(planned.ranks),
         "kv_cache": {
             "bytes_per_token": kv_bytes(shape.arch, shape.itemsize),
             "bytes_per_token_per_rank": {str(ranks): size for ranks, size in kv_bytes_by_ranks(shape).items()},
@@ -235,6 +321,35 @@ def to_json(planned: Planned) -> str:
         "beside_every_total": result.apart,
         "seconds": {"plan": planned.seconds, "baselines": beside.seconds},
     }, indent=1)
+
+
+def _ranks_json(ranks: RanksReport) -> dict[str, Any]:
+    """parameters: where each lies. candidates: by site, the chosen one first. transfers: what each rank sends per token."""
+    return {
+        "num_parameters_per_rank": ranks.adapter.num_parameters,
+        "bytes_sent_per_optimizer_step": ranks.adapter.step_bytes,
+        "bytes_sent_per_token_for_embeddings": ranks.embedding_bytes,
+        "bytes_sent_per_label": ranks.label_bytes,
+        "layers": [
+            {
+                "layers": shared.layers,
+                "parameters": {
+                    name: {"axis": axis_name(sharding.axis), "parts": sharding.parts, "gradient_summed": sharding.summed}
+                    for name, sharding in shared.shardings.items()
+                },
+                "candidates": {
+                    site: [
+                        {"parameters": {name: axis_name(axis) for name, axis in candidate.axes.items()},
+                         "seconds_per_window": candidate.seconds}
+                        for candidate in candidates
+                    ]
+                    for site, candidates in shared.candidates.items()
+                },
+            }
+            for shared in ranks.layers
+        ],
+        "transfers": [asdict(entry) for entry in ranks.transfers],
+    }
 
 
 def _baselines_json(planned: Planned) -> dict[str, Any]:
@@ -294,6 +409,8 @@ def show(planned: Planned) -> None:
     """Tables of what is kept, of stages and baselines, and the curve."""
     result = planned.estimate
     say(*listed(title(planned).split(", ")), style="bold")
+    if planned.ranks is not None:
+        _show_ranks(planned, planned.ranks)
     for entry in planned.kept:
         _show_kept(entry)
     table = Table("stage", "kept", *PARTS[1:], "total", "FLOPs", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
@@ -314,6 +431,43 @@ def show(planned: Planned) -> None:
     say(f"a job with activation_memory = {result.in_flight_bytes} gets this plan;", f"planned in {planned.seconds:.1f} s")
 
 
+def _show_ranks(planned: Planned, ranks: RanksReport) -> None:
+    """Where parameters lie and why, what is sent, and what each rank has."""
+    for shared in ranks.layers:
+        _show_candidates(shared)
+    for entry in ranks.transfers:
+        table = Table("direction", "collective", "of", "bytes/token sent", "us/window")
+        for each in entry.transfers:
+            table.add_row(each.direction, each.op, each.value, str(each.num_bytes), f"{1e6 * each.seconds:.1f}")
+        console.print(f"[bold]{_layers_text(entry.layers)}[/bold], what each rank sends")
+        console.print(table)
+    say(f"{ranks.embedding_bytes} bytes per token for embeddings,", f"{ranks.label_bytes} per label for the loss",
+        head="each rank also sends:")
+    say(f"{ranks.adapter.num_parameters} of {planned.num_parameters} parameters,",
+        f"{size_text(ranks.adapter.step_bytes)} of gradients sent per optimizer step;",
+        "bytes below are those of one rank", head="each rank's adapter:")
+
+
+def _show_candidates(shared: SharedLayers) -> None:
+    """One line per site and candidate, the chosen one first."""
+    console.print(f"[bold]{_layers_text(shared.layers)}[/bold], where parameters lie on the ranks")
+    table = Table("site", "parameters", "us/window", "")
+    for site, candidates in shared.candidates.items():
+        for number, candidate in enumerate(candidates):
+            lie = ", ".join(f"{name.rsplit('.', 1)[1]} {axis_name(axis)}" for name, axis in candidate.axes.items())
+            table.add_row(site if number == 0 else "", lie, f"{1e6 * candidate.seconds:.1f}", "chosen" if number == 0 else "")
+    console.print(table)
+    summed = [name for name, sharding in shared.shardings.items() if sharding.summed]
+    say(*(listed(summed) or ["none"]), head="gradients summed over ranks at each optimizer step:")
+
+
+def _layers_text(layers: Sequence[int]) -> str:
+    """'layer 3', 'layers 0 to 5', 'layers 0 to 5, 3 of them'."""
+    first, last = layers[0], layers[-1]
+    apart = "" if len(layers) == last - first + 1 else f", {len(layers)} of them"
+    return f"layers {first} to {last}{apart}" if last > first else f"layer {first}"
+
+
 def _show_curve(planned: Planned) -> None:
     """Four columns, the cheapest plan first; --json has every byte."""
     points = [(size_text(point.total_bytes), f"+{point.extra_flops_ratio:.1%}") for point in planned.estimate.curve]
@@ -326,9 +480,7 @@ def _show_curve(planned: Planned) -> None:
 
 
 def _show_kept(entry: LayerReport) -> None:
-    first, last = entry.layers[0], entry.layers[-1]
-    apart = "" if len(entry.layers) == last - first + 1 else f", {len(entry.layers)} of them"
-    console.print(f"[bold]layers {first} to {last}[/bold]{apart}" if last > first else f"[bold]layer {first}[/bold]")
+    console.print(f"[bold]{_layers_text(entry.layers)}[/bold]")
     table = Table("kept value", "elements", "bytes/token", "why")
     for value in entry.kept:
         table.add_row(value.name, str(value.width), str(value.num_bytes), value.reason)

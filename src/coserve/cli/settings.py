@@ -22,14 +22,18 @@ from coserve.core import ConfigError
 
 _TABLES = (*ADAPTER_TABLES, "optimizer")
 """Tables of a settings file."""
-_OPTIONS = ("validation", "adapter", "resume", "device", "dtype")
-"""Flags of `coserve finetune` that a settings file may hold too, but aren't settings of a job."""
+_OPTIONS: Mapping[str, tuple[type, str]] = {
+    **dict.fromkeys(("validation", "adapter", "device", "dtype"), (str, "a text")), "resume": (bool, "true or false"),
+    "tensor_parallel_size": (int, "a whole number"),
+}
+"""Flags of `coserve finetune` that a settings file may hold too, but aren't settings of a job; with the type of their
+values."""
 
 
 class Settings(NamedTuple):
     """What a settings file and flags ask for. config: the job's settings. adapter: those settings of the adapter that were
     given, by their fields' names, and its `kind` if that was given. options: the file's values of flags that aren't settings of
-    a job (validation, adapter, resume, device, dtype)."""
+    a job (_OPTIONS)."""
 
     config: FinetuneConfig
     adapter: dict[str, Any]
@@ -86,9 +90,8 @@ def read_settings(path: Path | None, given: Mapping[str, Any], kind: str | None 
     loose = {name: data.pop(name) for name in list(data) if name not in _TABLES}
     options = {name: loose.pop(name) for name in _OPTIONS if name in loose}
     for name, value in options.items():
-        kinds = "true or false" if name == "resume" else "a text"
-        good = isinstance(value, bool) if name == "resume" else isinstance(value, str)
-        require(good, name, f"must be {kinds} in {path}, got {value!r}")
+        kind_of_option, text = _OPTIONS[name]
+        require(type(value) is kind_of_option, name, f"must be {text} in {path}, got {value!r}")
     named = None if "kind" not in loose else str(loose.pop("kind"))
     chosen = _choose_adapter(data, kind or named)
     for name, value in loose.items():

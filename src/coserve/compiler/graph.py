@@ -43,13 +43,15 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One operator: names of values in and out, the parameter's name, constants."""
+    """One operator: names of values in and out, the parameter's name, constants. site: the linear site to whose bypass a
+    forward operator belongs; None for the backbone's."""
 
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weight: str | None = None
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    site: str | None = None
 
     @property
     def row(self) -> Operator:

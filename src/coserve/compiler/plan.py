@@ -13,6 +13,7 @@ from coserve.compiler.differentiate import differentiate
 from coserve.compiler.flops import SEQUENCE_LENGTH, layer_flops, mean_context
 from coserve.compiler.graph import JointGraph
 from coserve.compiler.lower import lower, lower_fused
+from coserve.compiler.parallelize import Parallelized, TensorParallel
 from coserve.compiler.passes import run_passes
 from coserve.compiler.program import FusedLayer, LayerPlan
 from coserve.compiler.prune import prune
@@ -100,12 +101,13 @@ class TrainingPlans:
     Layers that are alike share a key, a graph and its choices, which are made when asked for.
 
     forward_only: trains nothing; what is kept is K and V, which later windows read. sequence_length: of a typical example,
-    which sets attention's FLOPs. compression: of what is kept, as FinetuneConfig.activation_compression.
+    which sets attention's FLOPs. compression: of what is kept, as FinetuneConfig.activation_compression. ranks: the group that
+    shares the model. Programs, bytes and FLOPs are then those of each rank. Raises ConfigError for shardings that can't be had.
     """
 
     def __init__(
         self, arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, forward_only: bool = False,
-        sequence_length: int = SEQUENCE_LENGTH, compression: Compression = "lossless",
+        sequence_length: int = SEQUENCE_LENGTH, compression: Compression = "lossless", ranks: TensorParallel | None = None,
     ) -> None:
         self.itemsize, self.fp8 = itemsize, compression == "fp8"
         nothing = len(bypasses)
@@ -113,6 +115,8 @@ class TrainingPlans:
         self.keys: list[object] = []
         self.graphs: dict[object, JointGraph] = {}
         self.contexts: dict[object, float] = {}
+        self.shared: dict[object, Parallelized] = {}
+        """How ranks share the layers of a key, where there are several."""
         for index, bypass in enumerate(bypasses):
             context = mean_context(sequence_length, arch.sliding_windows[index])
             key = (bypass.key, index in arch.nope_layers, index > lowest, index >= lowest, context)
@@ -121,7 +125,11 @@ class TrainingPlans:
                 trainable = frozenset() if forward_only else frozenset(bypass.factor_widths)
                 pruned = partial(prune, trainable=trainable.__contains__, input_gradient=index > lowest)
                 packed = () if compression == "none" else (pack_signs,)
-                self.graphs[key] = run_passes(bypass.trace(arch, index), differentiate, pruned, *packed)
+                joint = bypass.trace(arch, index)
+                if ranks is not None:
+                    self.shared[key] = ranks.parallelize(joint.forward, index)
+                    joint = JointGraph.of(self.shared[key].graph)
+                self.graphs[key] = run_passes(joint, differentiate, pruned, *packed)
                 self.contexts[key] = context
         self._curves: dict[object, list[LayerPlan]] = {}
 

@@ -6,6 +6,7 @@ A choice is a cut of a graph. Its vertices are the layer's values and nodes, a s
     value  --its bytes--> the node that makes it           if this edge is cut, the value is kept
     node   --its FLOPs--> sink                             if this edge is cut, the node runs again
     node   --infinite---> each of its inputs               a node can run again only with its inputs
+    a node that sends to other ranks --infinite---> sink   it never runs again
 
 With fp8 a value that is made again differs a little from the first one, which needs one more edge:
 
@@ -121,7 +122,7 @@ class _Choices:
                 if name not in self.whole:
                     yield name, self.make.get(name, _SINK), size * byte_price * finest
             for number, node in enumerate(nodes):
-                yield number, _SINK, self.flops[number] * flop_price * finest + 1
+                yield number, _SINK, forever if node.row.moves else self.flops[number] * flop_price * finest + 1
                 for name in node.inputs:
                     yield number, name, forever
                 for name in node.exact_inputs if self.fp8 else ():

@@ -1,13 +1,18 @@
-"""A plan in numbers, for people: what is kept per token and why."""
+"""A plan in numbers, for people: what is kept per token and why; and how several ranks share it, what they send and why."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from coserve.compiler.graph import producers
-from coserve.compiler.plan import ModelPlan
+from coserve.compiler.parallelize import ShardingCandidate, TensorParallel
+from coserve.compiler.plan import LayerBypass, ModelPlan
 from coserve.compiler.program import LayerPlan
+from coserve.model.architecture import Architecture
 from coserve.ops.table import TABLE, Cost
+from coserve.parallel import Sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,3 +69,127 @@ def report(plan: ModelPlan, *, itemsize: int) -> tuple[LayerReport, ...]:
     for index, layer in enumerate(plan.layers):
         groups.setdefault(id(layer), []).append(index)
     return tuple(_describe(plan.layers[layers[0]], tuple(layers), itemsize) for layers in groups.values())
+
+
+# --- several ranks ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """One collective of a layer that sends something. num_bytes: that each rank sends per token. seconds: of a window."""
+
+    direction: str
+    op: str
+    value: str
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTransfers:
+    """What layers with one plan send, in order."""
+
+    layers: tuple[int, ...]
+    transfers: tuple[Transfer, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedLayers:
+    """Layers that ranks share alike. shardings: of the bypass's parameters. candidates: by site, the chosen one first."""
+
+    layers: tuple[int, ...]
+    shardings: Mapping[str, Sharding]
+    candidates: Mapping[str, tuple[ShardingCandidate, ...]]
+
+
+class RankAdapter(NamedTuple):
+    """What each rank has of an adapter. num_parameters: elements. step_bytes: of gradients that it sends per optimizer step, in
+    float32."""
+
+    num_parameters: int
+    step_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanksReport:
+    """How a group of `size` ranks shares a model and an adapter. embedding_bytes: that each rank sends per token, once per
+    pass. label_bytes: per label of training."""
+
+    size: int
+    layers: tuple[SharedLayers, ...]
+    transfers: tuple[LayerTransfers, ...]
+    embedding_bytes: int
+    label_bytes: int
+    adapter: RankAdapter
+
+
+def share_layers(ranks: TensorParallel, arch: Architecture, bypasses: Sequence[LayerBypass]) -> tuple[SharedLayers, ...]:
+    """The shardings of every layer's bypass, with the candidates of each site. Raises ConfigError for shardings that can't be
+    had."""
+    groups: dict[object, list[int]] = {}
+    for index, bypass in enumerate(bypasses):
+        groups.setdefault((bypass.key, index in arch.nope_layers), []).append(index)
+    found = []
+    for layers in groups.values():
+        graph = bypasses[layers[0]].trace(arch, layers[0]).forward
+        chosen = ranks.parallelize(graph, layers[0]).shardings
+        sites = dict.fromkeys(node.site for node in graph.nodes if node.site is not None)
+        candidates = {site: _chosen_first(ranks.candidates(graph, site), chosen) for site in sites}
+        found.append(SharedLayers(layers=tuple(layers), shardings=chosen, candidates=candidates))
+    return tuple(found)
+
+
+def adapter_on_ranks(size: int, layers: Sequence[SharedLayers], elements: Mapping[tuple[int, str], int]) -> RankAdapter:
+    """What each of `size` ranks has of an adapter. elements: {(layer, parameter): elements of the whole parameter}."""
+    shardings = {
+        (layer, name): sharding for shared in layers for layer in shared.layers for name, sharding in shared.shardings.items()
+    }
+    held = {key: count // shardings[key].parts for key, count in elements.items()}
+    summed, copied = (
+        sum(count for key, count in held.items() if shardings[key].summed and (shardings[key].axis is None) == whole)
+        for whole in (True, False)
+    )
+    # what several ranks have the same slice of is gathered and added up (peft/share.py)
+    return RankAdapter(sum(held.values()), 2 * (size - 1) * 4 * summed // size + (size - 1) * 4 * copied)
+
+
+def embedding_bytes(ranks: TensorParallel, arch: Architecture) -> int:
+    """Bytes per token that each rank sends to look up embeddings, of which each rank has some tokens' rows."""
+    return ranks.bytes_per_token(2, arch.hidden_size)
+
+
+def label_bytes(ranks: TensorParallel, arch: Architecture) -> int:
+    """Bytes per label that each rank sends for the loss: three numbers in float32 or wider, and the label's gradient row."""
+    wide = max(4, ranks.prices.itemsize)
+    return 2 * (ranks.size - 1) * 3 * wide // ranks.size + ranks.bytes_per_token(2, arch.hidden_size)
+
+
+def layer_transfers(ranks: TensorParallel, plan: ModelPlan) -> tuple[LayerTransfers, ...]:
+    """What the layers of a plan send, one entry per distinct layer plan."""
+    groups: dict[int, list[int]] = {}
+    for index, layer in enumerate(plan.layers):
+        groups.setdefault(id(layer), []).append(index)
+    return tuple(
+        LayerTransfers(layers=tuple(layers), transfers=tuple(_transfers(ranks, plan.layers[layers[0]])))
+        for layers in groups.values()
+    )
+
+
+def _chosen_first(candidates: Sequence[ShardingCandidate], chosen: Mapping[str, Sharding]) -> tuple[ShardingCandidate, ...]:
+    def rejected(candidate: ShardingCandidate) -> bool:
+        return any(chosen[name].axis != axis for name, axis in candidate.axes.items())
+
+    return tuple(sorted(candidates, key=rejected))
+
+
+def _transfers(ranks: TensorParallel, plan: LayerPlan) -> Iterator[Transfer]:
+    joint = plan.joint
+    for direction, nodes in (("forward", joint.forward.nodes), ("backward", joint.backward)):
+        for node in nodes:
+            if node.row.moves:
+                width = max(joint.values[name].width for name in (*node.inputs, *node.outputs))
+                yield Transfer(
+                    direction=direction, op=node.op, value=node.inputs[0],
+                    num_bytes=ranks.bytes_per_token(node.row.moves, width),
+                    seconds=ranks.prices.transfer_s(ranks.size, node.row.moves, width),
+                )

@@ -20,6 +20,8 @@ class Tracer:
         self.factor_widths = factor_widths
         self.values: dict[str, Value] = {}
         self.nodes: list[Node] = []
+        self.site: str | None = None
+        """The linear site whose bypass is being traced."""
 
     def value(self, name: str, width: int, element: Element = Element.MODEL) -> Value:
         while name in self.values:
@@ -28,7 +30,7 @@ class Tracer:
         return self.values[name]
 
     def node(self, op: str, inputs: tuple[Value, ...], out: Value, weight: str | None = None, **attrs: Any) -> Value:
-        self.nodes.append(Node(op, tuple(v.name for v in inputs), (out.name,), weight, attrs))
+        self.nodes.append(Node(op, tuple(v.name for v in inputs), (out.name,), weight, attrs, self.site))
         return out
 
     def rmsnorm(self, x: Value, name: str) -> Value:
@@ -68,9 +70,30 @@ class Tracer:
         return self.node("dropout", (x,), self.value(f"{site}.dropout", x.width), site=site, p=p)
 
 
+class _AtSites:
+    """A bypass that tells the tracer which site it is at."""
+
+    def __init__(self, bypass: Bypass, tracer: Tracer) -> None:
+        self.bypass, self.tracer = bypass, tracer
+
+    def enter(self, ops: Any, site: str, x: Any) -> Any:
+        self.tracer.site = site
+        try:
+            return self.bypass.enter(ops, site, x)
+        finally:
+            self.tracer.site = None
+
+    def apply(self, ops: Any, site: str, x: Any, out: Any) -> Any:
+        self.tracer.site = site
+        try:
+            return self.bypass.apply(ops, site, x, out)
+        finally:
+            self.tracer.site = None
+
+
 def trace(arch: Architecture, bypass: Bypass, factor_widths: Mapping[str, int], *, rotary: bool = True) -> Graph:
     """The graph of one decoder layer with `bypass`."""
     tracer = Tracer(arch, factor_widths)
     x = tracer.value("x", arch.hidden_size)
-    y = layer(tracer, arch, bypass, x, rotary=rotary)
+    y = layer(tracer, arch, _AtSites(bypass, tracer), x, rotary=rotary)
     return Graph(dict(tracer.values), tuple(tracer.nodes), x.name, y.name)

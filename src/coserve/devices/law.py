@@ -31,7 +31,7 @@ from typing import NamedTuple
 from coserve.core import ConfigError
 from coserve.devices.table import Device
 from coserve.model.architecture import Architecture
-from coserve.model.decoder import linear_shapes
+from coserve.model.decoder import linear_shapes, tensor_parallel_sizes
 from coserve.scheduler.latency import Coefficient, LatencyModel
 
 _PRODUCT = 2
@@ -100,15 +100,14 @@ def ridge_rows(device: Device, *, itemsize: int = 2) -> float:
     return device.flops * itemsize / (_PRODUCT * device.bandwidth)
 
 
-def tensor_parallel_sizes(arch: Architecture) -> list[int]:
+def even_sizes(arch: Architecture) -> list[int]:
     """The numbers of devices that can share a model evenly: attention heads, key-value heads and the MLP's width."""
-    shared = math.gcd(arch.num_heads, arch.num_kv_heads, arch.intermediate_size)
-    return [size for size in range(1, shared + 1) if shared % size == 0]
+    return [size for size in tensor_parallel_sizes(arch) if arch.num_kv_heads % size == 0]
 
 
 def _rank(arch: Architecture, size: int) -> _Rank:
     """One rank's part. A vocabulary that does not divide is padded."""
-    possible = tensor_parallel_sizes(arch)
+    possible = even_sizes(arch)
     if size not in possible:
         *others, last = map(str, possible)
         raise ConfigError(

@@ -25,7 +25,7 @@ from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
 from coserve.finetune.job import ForwardBackward, JobEvent, OptimStep, SaveCheckpoint, Score, StepRow, Verb, Write
 from coserve.scheduler.work import JobWork
 from coserve.training.finetuning import PreparedJob
-from coserve.training.trainer import out_of_memory
+from coserve.training.trainer import AdapterTrainer, out_of_memory
 
 _SHORT_WRITE_S = 0.005
 """How long the engine's thread waits for a row of metrics to be written, which usually takes a hundredth of that."""
@@ -35,7 +35,7 @@ class LiveJob:
     """One job in the engine. `work` is its state for the scheduler."""
 
     def __init__(
-        self, number: int, prepared: PreparedJob, handle: JobHandle, host: Host, *, tenant: str, weight: float
+        self, number: int, prepared: PreparedJob[AdapterTrainer], handle: JobHandle, host: Host, *, tenant: str, weight: float
     ) -> None:
         self.number, self.prepared, self.handle, self.host = number, prepared, handle, host
         self.job, self.trainer = prepared.job, prepared.trainer

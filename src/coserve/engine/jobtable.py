@@ -36,7 +36,7 @@ from coserve.scheduler.work import MicrobatchWork
 from coserve.training.batchwork import Microbatch
 from coserve.training.finetuning import PreparedJob
 from coserve.training.request import JobRequest, ResolvedJob
-from coserve.training.trainer import MIN_WINDOW
+from coserve.training.trainer import MIN_WINDOW, AdapterTrainer
 
 
 class UnitShape(NamedTuple):
@@ -113,7 +113,7 @@ class JobTable:
 
     # --- the life of jobs ---
 
-    def begin(self, prepared: PreparedJob, handle: JobHandle, tenant: str, weight: float) -> None:
+    def begin(self, prepared: PreparedJob[AdapterTrainer], handle: JobHandle, tenant: str, weight: float) -> None:
         """Adds a job, which may get units from now on. It fails at once if a job of its name began while it was prepared."""
         try:
             self._check_name(handle.name)

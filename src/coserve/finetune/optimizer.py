@@ -45,9 +45,10 @@ class FlatAdamW:
         self.exp_avg_sq = torch.zeros_like(self.master)
         self.num_updates = 0
 
-    def clip(self) -> float:
-        """Scales the gradient down to a norm of at most `max_grad_norm` (0: not at all). Returns its norm before."""
-        norm = float(torch.linalg.vector_norm(self.grad))
+    def clip(self, norm: float | None = None) -> float:
+        """Scales the gradient down to a norm of at most `max_grad_norm` (0: not at all). Returns its norm before. norm: of the
+        whole gradient, if this is one rank's part of it."""
+        norm = float(torch.linalg.vector_norm(self.grad)) if norm is None else norm
         if self.config.max_grad_norm > 0:
             self.grad.mul_(min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
         return norm

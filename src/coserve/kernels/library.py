@@ -238,9 +238,11 @@ def _float32(bits: Tensor) -> Tensor:
     return shifted.view(torch.float32).mul_(2.0**120)
 
 
-def dropout(out: Tensor, x: Tensor, row_keys_T: Tensor, site_key: int, p: float, accumulate: bool = False) -> None:
-    """Inverted dropout by the counter hash; its own gradient."""
-    mask = dropout_keep(row_keys_T, site_key, x.shape[-1], p)
+def dropout(
+    out: Tensor, x: Tensor, row_keys_T: Tensor, site_key: int, p: float, accumulate: bool = False, *, first_feature: int = 0
+) -> None:
+    """Inverted dropout by the counter hash; its own gradient. first_feature: the number of x's first feature."""
+    mask = dropout_keep(row_keys_T, site_key, x.shape[-1], p, first_feature)
     if accumulate:
         out.addcmul_(x, mask.to(x.dtype), value=1 / (1 - p))
     else:

@@ -83,13 +83,14 @@ def hash_key(*counters: int) -> int:
     return key
 
 
-def dropout_keep(row_keys_T: Tensor, site_key: int, num_features: int, p: float) -> Tensor:
+def dropout_keep(row_keys_T: Tensor, site_key: int, num_features: int, p: float, first_feature: int = 0) -> Tensor:
     """Boolean [T, num_features]: True where a feature stays, with probability 1 - p.
 
     A hash of counters: row_keys_T (int64, one per token, from seed, step, example and token), the site's key and the
-    feature's number. The mask so depends on nothing else: not on the split, the device or the order of work.
+    feature's number, from `first_feature` on. The mask so depends on nothing else: not on the split, the device or the order
+    of work.
     """
-    features = torch.arange(num_features, device=row_keys_T.device) * 0x9E3779B1 & _MASK32
+    features = torch.arange(first_feature, first_feature + num_features, device=row_keys_T.device) * 0x9E3779B1 & _MASK32
     rows = mix32(row_keys_T ^ site_key)
     return mix32(rows[:, None] ^ mix32(features)[None, :]) >= int(p * 2**32)
 

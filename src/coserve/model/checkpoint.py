@@ -105,8 +105,10 @@ class Checkpoint:
         """Whether the files hold this tensor; lm_head.weight is usually absent when embeddings are tied."""
         return name in self._entries
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor, copied out of its file, contiguous, in `dtype` on `device`.
+    def read(
+        self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu", part: tuple[slice, ...] = ()
+    ) -> Tensor:
+        """One tensor, or a part of it, copied out of its file, contiguous, in `dtype` on `device`.
 
         Raises NotFound for a name the files do not hold, InvalidRequest where the file has become unreadable.
         """
@@ -116,7 +118,8 @@ class Checkpoint:
         try:
             with safe_open(entry.path, framework="pt", device="cpu") as file:
                 # A copy: what safetensors returns is a map of the file, possibly unaligned.
-                return file.get_tensor(entry.stored).to(dtype=dtype, copy=True).to(device)
+                found = file.get_slice(entry.stored)[part] if part else file.get_tensor(entry.stored)
+                return found.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format).to(device)
         except (OSError, SafetensorError) as error:
             raise _unreadable(entry.path, error) from error
 

@@ -6,8 +6,11 @@ memory or how an operator runs. A bypass is called at every linear site with the
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
+from coserve.core import ConfigError
 from coserve.model.architecture import Architecture
 from coserve.ops.vocabulary import Vocabulary
 
@@ -26,6 +29,9 @@ MODULE_PATHS = {
 
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Frozen linears whose rows lie in one matrix, so that one product serves them all."""
+
+ROW_SITES = ("o_proj", "down_proj")
+"""Sites of which each rank of a tensor-parallel group has some input features. Of the others it has some output features."""
 
 
 class Bypass(Protocol):
@@ -56,6 +62,34 @@ def linear_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
         "q_proj": (queries, d), "k_proj": (keys, d), "v_proj": (keys, d), "o_proj": (d, queries),
         "gate_proj": (inner, d), "up_proj": (inner, d), "down_proj": (d, inner),
     }
+
+
+def column_parts(num_kv_heads: int, site: str, size: int) -> int:
+    """Into how many different slices `size` ranks split the output of a site that is not in ROW_SITES. Keys and values have no
+    more slices than heads: where there are more ranks, several have the same one."""
+    return min(size, num_kv_heads) if site in ("k_proj", "v_proj") else size
+
+
+def tensor_parallel_sizes(arch: Architecture) -> list[int]:
+    """The numbers of ranks that can share a model: they divide the query heads and the MLP's width, and divide the key-value
+    heads or are divided by their number. In the latter case several ranks have the same key-value head."""
+    shared, keys = math.gcd(arch.num_heads, arch.intermediate_size), arch.num_kv_heads
+    return [size for size in range(1, shared + 1) if shared % size == 0 and (keys % size == 0 or size % keys == 0)]
+
+
+def rank_architecture(arch: Architecture, size: int) -> Architecture:
+    """What each of `size` ranks has of a model: some of the heads, of the MLP's features and of the vocabulary, which is padded
+    where it doesn't divide. Raises ConfigError for a number of ranks that can't share the model."""
+    possible = tensor_parallel_sizes(arch)
+    if size not in possible:
+        raise ConfigError(
+            f"tensor_parallel_size: {size} ranks can't share {arch.num_heads} heads, {arch.num_kv_heads} key-value heads and "
+            f"an MLP of {arch.intermediate_size}; possible are {', '.join(map(str, possible))}", param="tensor_parallel_size",
+        )
+    return replace(
+        arch, num_heads=arch.num_heads // size, num_kv_heads=max(1, arch.num_kv_heads // size),
+        intermediate_size=arch.intermediate_size // size, vocab_size=-(-arch.vocab_size // size),
+    )
 
 
 def biased_sites(arch: Architecture) -> frozenset[str]:

@@ -7,15 +7,18 @@ Owns: which linears lie in one matrix, and the loading order. Does not own: read
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from coserve.model.architecture import Architecture
-from coserve.model.checkpoint import Checkpoint
-from coserve.model.decoder import MERGED, MODULE_PATHS, biased_sites, linear_shapes
+from coserve.model.checkpoint import EMBEDDING, HEAD, Checkpoint
+from coserve.model.decoder import MERGED, MODULE_PATHS, ROW_SITES, biased_sites, linear_shapes
 from coserve.model.linear import FrozenLinear, OutputHead, can_pack, make_head, make_linear
+from coserve.model.rankcheckpoint import RankCheckpoint, TokenRange
+from coserve.parallel import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +33,31 @@ class LayerWeights:
         return self.linears[name] if op.startswith("linear") else self.norms[name]
 
 
+class Source(Protocol):
+    """Where weights come from: a checkpoint, or one rank's part of it."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the model, or what the rank has of it."""
+
+    def read(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor by its Hugging Face name."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
     """embedding: [vocabulary, hidden], which the head shares when tied; norm: the final norm's weight [hidden], divided by what
-    divides the logits."""
+    divides the logits. ranks: the group that shares the model. Where it has several ranks, architecture, linears, embedding and
+    head are this rank's, tokens says whose rows the latter two have, and whole_architecture is the model's."""
 
     architecture: Architecture
     embedding: Tensor
     layers: Sequence[LayerWeights]
     norm: Tensor
     head: OutputHead
+    ranks: Ranks = ALONE
+    tokens: TokenRange | None = None
+    whole_architecture: Architecture | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,9 +84,22 @@ class ModelWeights:
 
     def embed(self, out: Tensor, token_ids: Tensor) -> None:
         """out [T, hidden] = the residual stream before the first layer; token_ids: int64 [T]."""
-        torch.index_select(self.embedding, 0, token_ids, out=out)
+        if self.tokens is None:
+            torch.index_select(self.embedding, 0, token_ids, out=out)
+        else:
+            self._embed_own(self.tokens, out, token_ids)
+            self.ranks.reduce(out, out)
         if self.architecture.embedding_scale != 1:
             out.mul_(self.architecture.embedding_scale)
+
+    def _embed_own(self, tokens: TokenRange, out: Tensor, token_ids: Tensor) -> None:
+        """out [T, hidden] = the rows of this rank's tokens, 0 for those of others."""
+        if tokens.first == tokens.end:
+            out.zero_()
+            return
+        own = (token_ids >= tokens.first) & (token_ids < tokens.end)
+        torch.index_select(self.embedding, 0, (token_ids - tokens.first).clamp_(0, tokens.end - tokens.first - 1), out=out)
+        out.mul_(own[:, None])
 
     def hold_one_copy(self, wanted: bool) -> None:
         """Whether each matrix may be held only once from now on; copies beyond that are dropped. Products that would read them
@@ -78,7 +109,7 @@ class ModelWeights:
 
 
 def _merge(
-    checkpoint: Checkpoint, prefix: str, sites: Sequence[str], dtype: torch.dtype, device: torch.device, packed: bool,
+    checkpoint: Source, prefix: str, sites: Sequence[str], dtype: torch.dtype, device: torch.device, packed: bool,
     one_copy: bool,
 ) -> FrozenLinear:
     """Reads several linears of one input into one matrix, tensor by tensor."""
@@ -98,7 +129,7 @@ def _merge(
 
 
 def _load_layer(
-    checkpoint: Checkpoint, index: int, dtype: torch.dtype, device: torch.device, packed: bool, one_copy: bool
+    checkpoint: Source, index: int, dtype: torch.dtype, device: torch.device, packed: bool, one_copy: bool
 ) -> LayerWeights:
     arch = checkpoint.architecture
     prefix = f"model.layers.{index}."
@@ -112,7 +143,7 @@ def _load_layer(
             linears[site] = whole.rows(start, start + shapes[site][0])
             linears[site].hold_one_copy(one_copy)
             start += shapes[site][0]
-    for site in ("o_proj", "down_proj"):
+    for site in ROW_SITES:
         linears[site] = _merge(checkpoint, prefix, (site,), dtype, device, packed, one_copy)
     names = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm"}
     if arch.qk_norm:
@@ -122,18 +153,23 @@ def _load_layer(
 
 
 def load_weights(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, packed: bool | None = None, one_copy: bool = False
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, packed: bool | None = None, one_copy: bool = False,
+    ranks: Ranks = ALONE,
 ) -> ModelWeights:
-    """Streams a checkpoint onto the device.
+    """Streams a checkpoint onto the device, or of it what this one of several ranks has.
 
     packed: whether linears are kept in the processor's own layout; default: where that pays (`can_pack`).
     one_copy: whether each matrix is held once (`ModelWeights.hold_one_copy`).
     """
     if packed is None:
         packed = can_pack(dtype, device)
-    arch = checkpoint.architecture
-    embedding = checkpoint.read("model.embed_tokens.weight", dtype, device)
-    table = embedding if arch.tie_word_embeddings else checkpoint.read("lm_head.weight", dtype, device)
-    layers = [_load_layer(checkpoint, index, dtype, device, packed, one_copy) for index in range(arch.num_layers)]
-    norm = checkpoint.read("model.norm.weight", dtype, device).div_(arch.logits_scaling)
-    return ModelWeights(arch, embedding, layers, norm, make_head(table, packed=packed, one_copy=one_copy))
+    share = RankCheckpoint(checkpoint, ranks.rank, ranks.size) if ranks.size > 1 else None
+    source: Source = checkpoint if share is None else share
+    arch = source.architecture
+    embedding = source.read(EMBEDDING, dtype, device)
+    table = embedding if arch.tie_word_embeddings else source.read(HEAD, dtype, device)
+    layers = [_load_layer(source, index, dtype, device, packed, one_copy) for index in range(arch.num_layers)]
+    norm = source.read("model.norm.weight", dtype, device).div_(arch.logits_scaling)
+    head = make_head(table, packed=packed, one_copy=one_copy)
+    weights = ModelWeights(arch, embedding, layers, norm, head, ranks)
+    return weights if share is None else replace(weights, tokens=share.tokens, whole_architecture=checkpoint.architecture)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coserve.kernels import library
+from coserve.parallel import ALONE, Ranks
 
 
 class Factor(NamedTuple):
@@ -55,6 +56,8 @@ class RowContext:
     """[T, K]"""
     dropout_keys: Tensor | None = None
     """int64 [T], or None outside training."""
+    ranks: Ranks = ALONE
+    """The ranks that share the model."""
 
     def segments(self, name: str) -> Iterable[tuple[slice, Factor | FactorStack]]:
         """Row ranges that have adapters with the factor `name` in the present layer, with that factor."""
@@ -237,7 +240,8 @@ def _dropout(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs
     if rows.num_serving:
         out[serving].add_(x[serving]) if accumulate else out[serving].copy_(x[serving])
     key = rows.dropout_site(attrs["site"])
-    library.dropout(out[training], x[training], rows.dropout_keys, key, attrs["p"], accumulate)
+    first = rows.ranks.rank * x.shape[-1] if attrs.get("split") else 0
+    library.dropout(out[training], x[training], rows.dropout_keys, key, attrs["p"], accumulate, first_feature=first)
 
 
 def _sign_bits(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
@@ -254,6 +258,37 @@ def _fp8_encode(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, o
 
 def _fp8_decode(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.fp8_decode(outs[0], ins[0], ins[1])
+
+
+def _enter(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
+    if outs[0].data_ptr() != ins[0].data_ptr():
+        outs[0].copy_(ins[0])
+
+
+def _reduce(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
+    rows.ranks.reduce(outs[0], ins[0])
+
+
+def _gather(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
+    rows.ranks.gather(outs[0], ins[0])
+
+
+def _scatter(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
+    rows.ranks.scatter(outs[0], ins[0])
+
+
+def _slice(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
+    outs[0].copy_(rows.ranks.mine(ins[0]))
+
+
+def _spread(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
+    """out is 0 but for this rank's features; or has them added to it."""
+    own = rows.ranks.mine(outs[0])
+    if accumulate:
+        own.add_(ins[0])
+    else:
+        outs[0].zero_()
+        own.copy_(ins[0])
 
 
 RUNNERS: dict[str, Runner] = {
@@ -280,6 +315,14 @@ RUNNERS: dict[str, Runner] = {
     "add": _add,
     "dropout": _dropout,
     "dropout_dgrad": _dropout,
+    "enter": _enter,
+    "reduce": _reduce,
+    "gather": _gather,
+    "gather_entered": _gather,
+    "scatter": _scatter,
+    "slice": _slice,
+    "slice_entered": _slice,
+    "spread": _spread,
     "sign_bits": _sign_bits,
     "sign_values": _sign_values,
     "fp8_encode": _fp8_encode,

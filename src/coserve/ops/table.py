@@ -1,7 +1,7 @@
-"""One row per operator: names, gradient rules and what they read, memory behaviour, cost.
+"""One row per operator: names, gradient rules and what they read, memory behaviour, cost, and how several ranks share it.
 
-Pruning, rematerialization and memory planning read these rows and know no operator by name. A new adapter kind is
-written in these operators; a new operator is one row here, one function in `run.py`, and one in `tests/torch_ops.py`.
+Pruning, rematerialization, memory planning and parallelization read these rows and know no operator by name. A new adapter kind
+is written in these operators; a new operator is one row here, one function in `run.py`, and one in `tests/torch_ops.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,29 @@ class Cost(enum.Enum):
     ELEMENTWISE = "element-wise"
     MATMUL = "matrix product"
     ATTENTION = "attention"
+
+
+class State(enum.Enum):
+    """How the ranks of a tensor-parallel group hold a value, and how they hold its gradient."""
+
+    WHOLE = "="
+    """Every rank has all of the value, and all of its gradient."""
+    ENTERED = "=+"
+    """Every rank has all of the value. Its gradient is the sum of the ranks' tensors."""
+    SPLIT = "|"
+    """Every rank has its own features of the value, and the gradient of these."""
+    PARTIAL = "+"
+    """The value is the sum of the ranks' tensors. Every rank has all of its gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way in which ranks may share an operator: the states of its inputs and outputs. axis: along which the ranks split its
+    parameter [out, in]; None: every rank has all of it, or there is none."""
+
+    inputs: tuple[State, ...]
+    outputs: tuple[State, ...]
+    axis: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +76,54 @@ class Operator:
     exact: tuple[str, ...] = ()
     """Inputs whose bits must be the same in backward as in forward, unless backward recomputes the outputs too: the gradient
     combines them with those outputs."""
+    ways: tuple[Way, ...] = ()
+    """How ranks may share it. Where a value is WHOLE before and ENTERED after, and so on, it is a collective."""
+    moves: int = 0
+    """How often (ranks - 1) / ranks of its value's bytes leave each rank. An operator that moves bytes is never run again by
+    backward."""
+
+
+WHOLE, ENTERED, SPLIT, PARTIAL = State.WHOLE, State.ENTERED, State.SPLIT, State.PARTIAL
+
+
+def _alike(num_inputs: int, *states: State) -> tuple[Way, ...]:
+    """One way per state, in which everything has that state."""
+    return tuple(Way((state,) * num_inputs, (state,)) for state in states)
+
+
+def _collective(
+    source: State, target: State, gradient: str, *, moves: int = 0, inplace: bool = False, accumulates: bool = False
+) -> Operator:
+    """An operator that changes only how ranks hold its value."""
+    return Operator(
+        inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, gradients=(Gradient(gradient, ("d:out",), ("x",)),),
+        ways=(Way((source,), (target,)),), moves=moves, inplace=inplace, accumulates=accumulates,
+    )
+
+
+COLLECTIVES: dict[str, Operator] = {
+    "enter": _collective(WHOLE, ENTERED, "reduce", inplace=True),
+    "reduce": _collective(PARTIAL, WHOLE, "identity", moves=2, inplace=True),
+    "gather": _collective(SPLIT, WHOLE, "slice", moves=1),
+    "gather_entered": _collective(SPLIT, ENTERED, "scatter", moves=1),
+    "scatter": _collective(PARTIAL, SPLIT, "gather", moves=1),
+    "slice": _collective(WHOLE, SPLIT, "gather"),
+    "slice_entered": _collective(ENTERED, SPLIT, "spread"),
+    "spread": _collective(SPLIT, PARTIAL, "slice", accumulates=True),
+}
+"""Operators that change how ranks hold a value. enter and slices cost no traffic; spread lays a rank's features into zeros."""
 
 
 TABLE: dict[str, Operator] = {
     "rmsnorm": Operator(
         inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE,
         gradients=(Gradient("rmsnorm_dgrad", ("d:out", "x"), ("x",)), Gradient("rmsnorm_wgrad", ("d:out", "x"), ("weight",))),
+        ways=_alike(1, WHOLE, SPLIT),
     ),
     "linear": Operator(
         inputs=("x",), outputs=("out",), cost=Cost.MATMUL, accumulates=True,
         gradients=(Gradient("linear_dgrad", ("d:out",), ("x",)), Gradient("linear_wgrad", ("d:out", "x"), ("weight",))),
+        ways=(Way((ENTERED,), (SPLIT,), 0), Way((SPLIT,), (PARTIAL,), 1)),
     ),
     "segment_linear": Operator(
         inputs=("x",), outputs=("out",), cost=Cost.MATMUL, accumulates=True,
@@ -70,22 +131,29 @@ TABLE: dict[str, Operator] = {
             Gradient("segment_linear_dgrad", ("d:out",), ("x",)),
             Gradient("segment_linear_wgrad", ("d:out", "x"), ("weight",)),
         ),
+        ways=(
+            *_alike(1, WHOLE, ENTERED, PARTIAL), Way((ENTERED,), (SPLIT,), 0), Way((SPLIT,), (PARTIAL,), 1),
+        ),
     ),
     "rope": Operator(
         inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True,
         gradients=(Gradient("rope_dgrad", ("d:out",), ("x",)),),
+        ways=_alike(1, SPLIT),
     ),
     "attention": Operator(
         inputs=("q", "k", "v"), outputs=("out", "lse"), cost=Cost.ATTENTION, products=2, whole=("k", "v"), exact=("q",),
         gradients=(Gradient("attention_dgrad", ("d:out", "q", "k", "v", "out", "lse"), ("q", "k", "v")),),
+        ways=(Way((SPLIT,) * 3, (SPLIT,) * 2),),
     ),
     "silu_mul": Operator(
         inputs=("gate", "up"), outputs=("out",), cost=Cost.ELEMENTWISE,
         gradients=(Gradient("silu_mul_dgrad", ("d:out", "gate", "up"), ("gate", "up")),),
+        ways=_alike(2, SPLIT),
     ),
     "add": Operator(
         inputs=("a", "b"), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True,
         gradients=(Gradient("identity", ("d:out",), ("a",)), Gradient("identity", ("d:out",), ("b",))),
+        ways=_alike(2, WHOLE, ENTERED, SPLIT, PARTIAL),
     ),
     # inplace and accumulates: it may add into the memory of its own input
     "segment_scale": Operator(
@@ -94,19 +162,24 @@ TABLE: dict[str, Operator] = {
             Gradient("segment_scale_wgrad", ("d:out", "x"), ("weight",)),
             Gradient("segment_scale_dgrad", ("d:out",), ("x",)),
         ),
+        ways=(*_alike(1, WHOLE, ENTERED, PARTIAL), Way((SPLIT,), (SPLIT,), 0)),
     ),
     "relu": Operator(
         inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True,
         gradients=(Gradient("relu_dgrad", ("d:out", "out"), ("x",)),),
+        ways=_alike(1, WHOLE, ENTERED, SPLIT),
     ),
     "gelu": Operator(
         inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, inplace=True,
         gradients=(Gradient("gelu_dgrad", ("d:out", "x"), ("x",)),),
+        ways=_alike(1, WHOLE, ENTERED, SPLIT),
     ),
     "dropout": Operator(
         inputs=("x",), outputs=("out",), cost=Cost.ELEMENTWISE, accumulates=True,
         gradients=(Gradient("dropout_dgrad", ("d:out",), ("x",)),),
+        ways=_alike(1, WHOLE, ENTERED, SPLIT, PARTIAL),
     ),
+    **COLLECTIVES,
     # smaller forms of kept values, and what backward makes of them (compiler/compress.py)
     "sign_bits": Operator(inputs=("x",), outputs=("bits",), cost=Cost.ELEMENTWISE, packs=True, signs=("x",)),
     "sign_values": Operator(inputs=("bits",), outputs=("x",), cost=Cost.ELEMENTWISE),

@@ -81,16 +81,26 @@ def bind_adapter(passed: PassedAdapter, weights: ModelWeights, *, warn: Callable
         warn(warning)
     adapter = empty_adapter(weights.architecture, passed.config, dtype=weights.dtype, device=weights.device)
     adapter.bind(weights)
+    fill_adapter(adapter, passed)
+    adapter.refresh()
+    require_finite(adapter)
+    return adapter
+
+
+def fill_adapter(adapter: Adapter, passed: PassedAdapter) -> None:
+    """Writes the values of an adapter that passed the gate into one of its settings."""
     for p in adapter.parameters:
         from_file(adapter, p, passed.tensors[tensor_name(p)])
-    adapter.refresh()
     adapter.end_token_ids = passed.end_tokens
-    for p in adapter.parameters:  # what follows from the values and from the base: DoRA's scalings
+
+
+def require_finite(adapter: Adapter) -> None:
+    """Raises InvalidRequest if what follows from an adapter's values and from its base is not finite: DoRA's scalings."""
+    for p in adapter.parameters:
         factor = adapter.factor(p.layer, p.name)
         assert factor is not None
         if not torch.isfinite(factor.matrix).all():
             raise refuse(f"{WEIGHTS_FILE}: on this base {tensor_name(p)} gives values that are not finite")
-    return adapter
 
 
 def admit_adapter(source: Path, target: Path, base: Base, *, max_rank: int = MAX_RANK) -> PassedAdapter:

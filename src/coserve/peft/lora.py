@@ -62,7 +62,7 @@ class LoraSite(NamedTuple):
     @property
     def end(self) -> int:
         """The element of the flat tensor behind the site's last one."""
-        return self.parameters[-1].end
+        return max(p.end for p in self.parameters)
 
     @property
     def key(self) -> tuple[int, str]:
@@ -97,7 +97,7 @@ def lora_layout(arch: Architecture, config: LoraConfig) -> tuple[LoraSite, ...]:
     return tuple(sites)
 
 
-class _Base(NamedTuple):
+class FrozenRows(NamedTuple):
     """A site's frozen weight: `rows` of a linear that may hold several sites' and has `width` of them; bias [out]; the rows'
     lengths [out], in float32 or wider."""
 
@@ -106,6 +106,24 @@ class _Base(NamedTuple):
     rows: slice
     bias: Tensor | None
     lengths: Tensor
+
+    def product(self, a: Tensor) -> Tensor:
+        """a [R, in] W^T: [R, out]."""
+        product = a.new_empty(a.shape[0], self.width)
+        self.linear.forward(product, a)
+        own = self.linear.bias
+        return product[:, self.rows] if own is None else product[:, self.rows] - own[self.rows]
+
+
+def updated_norms(lengths: Tensor, product: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """|W + s B A| by rows [out], from products as thin as the rank: |W|^2 + 2 s (W A^T).B + s^2 (B A A^T).B.
+
+    lengths: |W| by rows [out], in float32 or wider. product: A W^T [R, out]. a: [R, in]. b: [out, R]. scale: s.
+    """
+    wide_a, wide_b = a.to(lengths.dtype), b.to(lengths.dtype)
+    cross = (product.T * wide_b).sum(1)
+    own = ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
+    return (lengths.square() + 2 * scale * cross + scale**2 * own).clamp_(min=0).sqrt_()
 
 
 class LoraAdapter(Adapter):
@@ -116,12 +134,14 @@ class LoraAdapter(Adapter):
 
     def __init__(
         self, config: LoraConfig, sites: Sequence[LoraSite], flat: Tensor, *, num_layers: int, grad: Tensor | None = None,
-        bases: Mapping[tuple[int, str], _Base] | None = None,
+        bases: Mapping[tuple[int, str], FrozenRows] | None = None,
     ) -> None:
         super().__init__(
             config, LoraBypass.of, [p for site in sites for p in site.parameters], flat, num_layers=num_layers, grad=grad
         )
         self.sites, self._bases = tuple(sites), bases
+        self.lengths: dict[tuple[int, str], Tensor] = {}
+        """Of the frozen weight's rows [out], by site, where DoRA was bound to its backbone."""
 
     @classmethod
     def empty(cls, arch: Architecture, config: LoraConfig, *, dtype: torch.dtype, device: torch.device) -> LoraAdapter:
@@ -149,16 +169,22 @@ class LoraAdapter(Adapter):
             widths = [shapes[each][0] for each in together]
             start = sum(widths[: together.index(own_name)])
             own = linears[own_name]
+            rows = slice(start, start + shapes[own_name][0])
             lengths = torch.linalg.vector_norm(own.weight, dim=1, dtype=wide)
-            bases[site.key] = _Base(linears[name], sum(widths), slice(start, start + len(lengths)), own.bias, lengths)
+            bases[site.key] = self._base(site, FrozenRows(linears[name], sum(widths), rows, own.bias, lengths), weights)
         self._bases = bases
+        self.lengths = self.lengths or {key: base.lengths for key, base in bases.items()}
         self.refresh()
+
+    def _base(self, site: LoraSite, base: FrozenRows, weights: ModelWeights) -> FrozenRows:
+        """What DoRA computes with at a site, of what these weights have there."""
+        return base
 
     def origin(self, p: Parameter) -> Tensor | None:
         if p.part != "dora":
             return None
-        assert self._bases is not None, "a DoRA adapter is bound to its backbone first"
-        return self._bases[p.layer, p.site].lengths[:, None]
+        assert self.lengths, "a DoRA adapter is bound to its backbone first"
+        return self.lengths[p.layer, p.site][:, None]
 
     @torch.no_grad()
     def refresh(self, start: int = 0, end: int | None = None) -> None:
@@ -175,26 +201,26 @@ class LoraAdapter(Adapter):
             matrix = ((base.lengths - norms + site.dora.of(self.flat)[:, 0]) / norms).to(self.flat.dtype)[:, None]
             factors[site.dora.name] = factors[site.dora.name]._replace(matrix=matrix, center=base.bias, slope=1 / norms)
 
-    def _norms(self, site: LoraSite, base: _Base) -> Tensor:
-        """|W + s B A| by rows [out], from products as thin as the rank: |W|^2 + 2 s (W A^T).B + s^2 (B A A^T).B."""
+    def _norms(self, site: LoraSite, base: FrozenRows) -> Tensor:
+        """|W + s B A| by rows [out]."""
         a, b = site.a.of(self.flat), site.b.of(self.flat)
-        scale = self._factors[site.b.layer][site.b.name].scale
-        product = a.new_empty(a.shape[0], base.width)
-        base.linear.forward(product, a)
-        product = product[:, base.rows] if base.bias is None else product[:, base.rows] - base.bias
-        lengths = base.lengths
-        wide_a, wide_b = a.to(lengths.dtype), b.to(lengths.dtype)
-        cross = (product.T * wide_b).sum(1)
-        own = ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
-        return (lengths.square() + 2 * scale * cross + scale**2 * own).clamp_(min=0).sqrt_()
+        return updated_norms(base.lengths, base.product(a), a, b, self._scale(site))
+
+    def _scale(self, site: LoraSite) -> float:
+        return self._factors[site.b.layer][site.b.name].scale
 
     def factor(self, layer: int, name: str) -> Factor | None:
         factor = super().factor(layer, name)
         assert factor is None or not self.config.use_dora or self._bases is not None, "DoRA is bound to its backbone first"
         return factor
 
+    def _like(self, flat: Tensor, grad: Tensor | None) -> Self:
+        """The same adapter over another flat tensor."""
+        return type(self)(self.config, self.sites, flat, num_layers=self.num_layers, grad=grad, bases=self._bases)
+
     def _over(self, flat: Tensor, grad: Tensor | None) -> Self:
-        other = type(self)(self.config, self.sites, flat, num_layers=self.num_layers, grad=grad, bases=self._bases)
+        other = self._like(flat, grad)
+        other.lengths = self.lengths
         if self._bases is not None:
             for p in (p for p in self.parameters if p.part == "dora"):  # scalings are replaced, never written to
                 own, factors = self._factors[p.layer][p.name], other._factors[p.layer]

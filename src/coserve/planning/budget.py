@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import torch
 
+from coserve.compiler.parallelize import TensorParallel
 from coserve.compiler.plan import ModelPlan, TrainingPlans
 from coserve.config.settings import AdapterConfig, Compression, FinetuneConfig
 from coserve.config.values import read_memory
 from coserve.core import CapacityError, Group
 from coserve.model.architecture import Architecture
-from coserve.model.decoder import MERGED, linear_shapes
+from coserve.model.decoder import MERGED, linear_shapes, rank_architecture
 from coserve.model.memory import GIB, packed_bytes, unpacked_bytes, weight_bytes
 from coserve.peft.adapter import Adapter
 from coserve.peft.kinds import empty_adapter
@@ -110,18 +111,21 @@ class FittedPlan(NamedTuple):
 class JobPlans:
     """The plans to choose a job's from. They differ in what is kept from forward to backward, and so in memory and FLOPs.
 
-    itemsize: bytes per element of the model. compression: of kept values, as FinetuneConfig's activation_compression.
+    itemsize: bytes per element of the model. compression: of kept values, as FinetuneConfig's activation_compression. ranks:
+    the group that shares the model; bytes are then those of one rank.
     """
 
     def __init__(
-        self, arch: Architecture, adapter: Adapter, workload: Workload, *, itemsize: int, compression: Compression = "lossless"
+        self, arch: Architecture, adapter: Adapter, workload: Workload, *, itemsize: int, compression: Compression = "lossless",
+        ranks: TensorParallel | None = None,
     ) -> None:
-        self._arch, self._itemsize, self._compression = arch, itemsize, compression
+        self._arch = arch if ranks is None else rank_architecture(arch, ranks.size)
+        self._itemsize, self._compression = itemsize, compression
         self.num_tokens, self.microbatches, self.num_layers = workload.num_tokens, workload.microbatches, arch.num_layers
         self.num_pairs = workload.num_tokens * (workload.sequence_length + 1) // 2
         """Query-key pairs of the largest micro-batch, per layer."""
         self._plans = training_plans(
-            arch, adapter, itemsize=itemsize, sequence_length=workload.sequence_length, compression=compression
+            arch, adapter, itemsize=itemsize, sequence_length=workload.sequence_length, compression=compression, ranks=ranks
         )
 
     def bytes_in_flight(self, plan: ModelPlan) -> int:

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from coserve.compiler.lower import lower
+from coserve.compiler.parallelize import TensorParallel
 from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans
 from coserve.compiler.program import LayerPlan
 from coserve.compiler.rematerialize import Kept, Rematerialized
 from coserve.config.settings import Compression
 from coserve.core import CapacityError
 from coserve.model.architecture import Architecture
-from coserve.model.decoder import MERGED
+from coserve.model.decoder import MERGED, rank_architecture
 from coserve.planning.budget import choose_plan, training_bytes
 from coserve.runtime.executor import head_rows
 from coserve.runtime.microbatch import microbatch_layout
@@ -43,7 +44,8 @@ PARTS = ("kept activations", "gradients", "workspace", "loss")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """A micro-batch of `num_tokens` tokens in sequences of `sequence_length`, trained in windows of `window_tokens`. itemsize:
-    bytes per element of the model. num_parameters: of the adapter."""
+    bytes per element of the model. num_parameters: of the adapter, on each rank. ranks: the group that shares the model; all
+    bytes are those of one rank."""
 
     arch: Architecture
     itemsize: int
@@ -51,14 +53,20 @@ class Shape:
     sequence_length: int
     window_tokens: int
     num_parameters: int
+    ranks: TensorParallel | None = None
+
+    @property
+    def rank_arch(self) -> Architecture:
+        """What each rank has of the model."""
+        return self.arch if self.ranks is None else rank_architecture(self.arch, self.ranks.size)
 
     def parts(self, plan: ModelPlan, window_tokens: int) -> dict[str, int]:
         """Bytes at the peak, by the names of PARTS."""
-        layout = microbatch_layout(plan, self.num_tokens, self.arch, self.itemsize, forward_only=False)
+        layout = microbatch_layout(plan, self.num_tokens, self.rank_arch, self.itemsize, forward_only=False)
         return {
             "kept activations": layout.arena, "gradients": layout.total - layout.arena,
             "workspace": self._accounted(plan, window_tokens)["workspace"],
-            "loss": loss_bytes(self.arch, window_tokens, self.itemsize),
+            "loss": loss_bytes(self.rank_arch, window_tokens, self.itemsize),
         }
 
     def total(self, plan: ModelPlan) -> int:
@@ -72,7 +80,7 @@ class Shape:
 
     def _accounted(self, plan: ModelPlan, window_tokens: int) -> dict[str, int]:
         return training_bytes(
-            self.arch, plan, self.num_parameters, microbatch_tokens=self.num_tokens, window_tokens=window_tokens,
+            self.rank_arch, plan, self.num_parameters, microbatch_tokens=self.num_tokens, window_tokens=window_tokens,
             itemsize=self.itemsize,
         )
 
@@ -153,7 +161,8 @@ def estimate(
 
     def planned(how: Compression) -> TrainingPlans:
         return TrainingPlans(
-            shape.arch, bypasses, itemsize=shape.itemsize, sequence_length=shape.sequence_length, compression=how
+            shape.arch, bypasses, itemsize=shape.itemsize, sequence_length=shape.sequence_length, compression=how,
+            ranks=shape.ranks,
         )
 
     plans = planned(compression)

@@ -26,6 +26,7 @@ from coserve.peft.adapter import Adapter
 from coserve.runtime.memory import Workspace, columns
 from coserve.runtime.microbatch import InFlight, PackedBatch, microbatch_layout
 from coserve.runtime.rows import RotaryTable, TrainRows
+from coserve.runtime.sharedhead import shared_label_rows
 
 HEAD_BYTES = 64 << 20
 """Size of the loss head's logits chunk."""
@@ -55,6 +56,7 @@ class Executor:
         own stay there, which saves their copy.
         """
         bound = self.workspace.bind(program, num_rows)
+        rows.ranks = self.weights.ranks
         try:
             bound.fill(external)
             weights = bound.weights(layer, self.weights.layers[layer].parameter)
@@ -150,10 +152,12 @@ class TrainExecutor:
         vocab = self.arch.vocab_size
         chunk = min(head_rows(vocab, hidden.element_size()), hidden.shape[0])
         logits = self.executor.workspace.reserve(chunk * vocab * hidden.element_size()).view(hidden.dtype).view(chunk, vocab)
-        library.label_rows(
-            state.logprobs[labels], state.correct[labels], grad, hidden, state.batch.labels[labels], self.weights.norm,
-            self.arch.rms_norm_eps, self.weights.head, logits,
-        )
+        outcome = state.logprobs[labels], state.correct[labels], grad, hidden, state.batch.labels[labels]
+        head = self.weights.norm, self.arch.rms_norm_eps, self.weights.head, logits
+        if self.weights.tokens is None:
+            library.label_rows(*outcome, *head)
+        else:
+            shared_label_rows(*outcome, *head, self.weights.ranks, self.weights.tokens)
         if grad is not None:
             state.grad_TD[index] = grad
 

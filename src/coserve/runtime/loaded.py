@@ -17,6 +17,7 @@ from coserve.model.checkpoint import Checkpoint
 from coserve.model.locate import DEFAULT_MODEL, locate_model
 from coserve.model.memory import device_bytes, one_copy_to_load, weight_bytes
 from coserve.model.weights import ModelWeights, load_weights
+from coserve.parallel import ALONE, Ranks
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import bind_adapter
 from coserve.peft.gate import Base, read_adapter
@@ -55,11 +56,12 @@ class FoundModel:
     def architecture(self) -> Architecture:
         return self.checkpoint.architecture
 
-    def load(self, one_copy: bool | None = None) -> LoadedModel:
-        """Reads the weights. one_copy: as for `load_model`. Raises InvalidRequest, CapacityError."""
+    def load(self, one_copy: bool | None = None, ranks: Ranks = ALONE) -> LoadedModel:
+        """Reads the weights, or this rank's part of them. one_copy: as for `load_model`. Raises InvalidRequest,
+        CapacityError."""
         if one_copy is None:
             one_copy = one_copy_to_load(self.architecture, self.dtype, self.device)
-        weights = load_weights(self.checkpoint, dtype=self.dtype, device=self.device, one_copy=one_copy)
+        weights = load_weights(self.checkpoint, dtype=self.dtype, device=self.device, one_copy=one_copy, ranks=ranks)
         return LoadedModel(self.name, self.directory, self.fingerprint, self.tokenizer, weights, Executor(weights))
 
 
@@ -76,7 +78,8 @@ class LoadedModel:
 
     @property
     def architecture(self) -> Architecture:
-        return self.weights.architecture
+        """Of the model, also where this is one of several ranks that share it."""
+        return self.weights.whole_architecture or self.weights.architecture
 
     @property
     def end_token_ids(self) -> frozenset[int]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from coserve.compiler.flops import SEQUENCE_LENGTH
+from coserve.compiler.parallelize import TensorParallel
 from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans, plan_fused, plan_inference
 from coserve.compiler.program import FusedLayer
 from coserve.config.settings import Compression
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import NoBypass
+from coserve.parallel import Sharding, Shardings
 from coserve.peft.adapter import Adapter, CompositeBypass, Kind
 
 
@@ -29,18 +31,35 @@ def _bypass(kinds: Collection[Kind], widths: Mapping[str, int], dropout: float) 
     return LayerBypass(key=key, bypass=CompositeBypass([kind(names, dropout) for kind in kinds]), factor_widths=widths)
 
 
+def adapter_shardings(arch: Architecture, adapter: Adapter, ranks: TensorParallel) -> Shardings:
+    """Where the ranks of a group hold an adapter's parameters, for `TensorParallel.fix`. Dropout plays no part, so that
+    training, validation and serving hold them alike. Raises ConfigError for what can't be had."""
+    found: dict[object, Mapping[str, Sharding]] = {}
+    shardings: dict[tuple[int, str], Sharding] = {}
+    for index, bypass in enumerate(layer_bypasses(arch, adapter)):
+        if bypass.key not in found:
+            found[bypass.key] = ranks.parallelize(bypass.trace(arch, index).forward, index).shardings
+        shardings |= {(index, name): sharding for name, sharding in found[bypass.key].items()}
+    return shardings
+
+
 def training_plans(
     arch: Architecture, adapter: Adapter, *, itemsize: int, sequence_length: int = SEQUENCE_LENGTH,
-    compression: Compression = "lossless",
+    compression: Compression = "lossless", ranks: TensorParallel | None = None,
 ) -> TrainingPlans:
-    """All plans of an adapter's training, one per budget. sequence_length, compression: as for `TrainingPlans`."""
+    """All plans of an adapter's training, one per budget. sequence_length, compression, ranks: as for `TrainingPlans`."""
     bypasses = layer_bypasses(arch, adapter, dropout=adapter.dropout)
-    return TrainingPlans(arch, bypasses, itemsize=itemsize, sequence_length=sequence_length, compression=compression)
+    return TrainingPlans(
+        arch, bypasses, itemsize=itemsize, sequence_length=sequence_length, compression=compression, ranks=ranks
+    )
 
 
-def scoring_plan(arch: Architecture, adapter: Adapter | None, *, itemsize: int) -> ModelPlan:
-    """Forward programs over training rows that keep only K and V, without dropout: validation and references."""
-    return TrainingPlans(arch, layer_bypasses(arch, adapter), itemsize=itemsize, forward_only=True).plan()
+def scoring_plan(
+    arch: Architecture, adapter: Adapter | None, *, itemsize: int, ranks: TensorParallel | None = None
+) -> ModelPlan:
+    """Forward programs over training rows that keep only K and V, without dropout: validation and references. ranks: as for
+    `TrainingPlans`."""
+    return TrainingPlans(arch, layer_bypasses(arch, adapter), itemsize=itemsize, forward_only=True, ranks=ranks).plan()
 
 
 def serving_plan(

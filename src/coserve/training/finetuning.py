@@ -11,32 +11,36 @@ All checks come before the output directory is made.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from coserve.compiler.plan import ModelPlan
 from coserve.config.data import to_dict
 from coserve.config.settings import FinetuneConfig
+from coserve.config.values import require
 from coserve.durable import write_directory
 from coserve.finetune.datasets import Dataset
 from coserve.finetune.defaults import describe_settings
 from coserve.finetune.job import Job, JobEvent, StepRow, refuse_changes
 from coserve.finetune.taught import taught_end_tokens
 from coserve.kernels.native import kernels_identity
+from coserve.model.decoder import rank_architecture
 from coserve.model.linear import can_pack
 from coserve.model.memory import SLOWER, available_bytes
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import WEIGHTS_FILE, bind_adapter
 from coserve.planning.budget import FittedPlan, require_memory, shape_adapter, training_bytes
-from coserve.runtime.loaded import DTYPES, LoadedModel, dtype_name, find_model, resolve_device
+from coserve.runtime.loaded import DTYPES, FoundModel, LoadedModel, dtype_name, find_model, resolve_device
+from coserve.training.ranks import JobSetup, RankedTrainer, RankProcesses
 from coserve.training.request import JobRequest, Model, ResolvedJob, read_record
 from coserve.training.trainer import AdapterTrainer
 
@@ -45,11 +49,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneResult:
-    """directory: of the adapter. model: the base model. rows: metrics of every step, also of runs before a resume."""
+    """directory: of the adapter. model: the base model, with weights in memory unless several ranks shared it. adapter: as it
+    was tuned; None where several ranks shared it. rows: metrics of every step, also of runs before a resume."""
 
     directory: Path
-    model: LoadedModel
-    adapter: Adapter
+    model: Model
+    adapter: Adapter | None
     rows: tuple[StepRow, ...]
 
 
@@ -58,11 +63,15 @@ def _choose_plan(job: ResolvedJob, model: Model) -> tuple[FittedPlan, bool]:
     there is no memory for packed copies: these are given up first, and kept activations only then. Raises CapacityError if no
     plan fits."""
     settings, arch, available = job.settings, model.architecture, available_bytes(model.device)
+    num_parameters = shape_adapter(arch, settings.adapter).flat.numel()
+    if job.group is not None:
+        arch = rank_architecture(arch, job.group.size)
+        if available is not None and model.device.type == "cpu":
+            available //= job.group.size
     loaded = model.weights if isinstance(model, LoadedModel) else None
     if available is not None and loaded is not None:
         available += loaded.copied_bytes  # they are counted below, and can be freed
     packed = can_pack(model.dtype, model.device)
-    num_parameters = shape_adapter(arch, settings.adapter).flat.numel()
 
     def needs(plan: ModelPlan, one_copy: bool) -> dict[str, int]:
         needed = training_bytes(
@@ -80,12 +89,15 @@ def _choose_plan(job: ResolvedJob, model: Model) -> tuple[FittedPlan, bool]:
     return fitted, one_copy
 
 
+T = TypeVar("T", AdapterTrainer, RankedTrainer)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedJob:
+class PreparedJob(Generic[T]):
     """A job that is ready to run: all checks have passed, and its directory exists."""
 
     job: Job
-    trainer: AdapterTrainer
+    trainer: T
     directory: Path
     dataset: Dataset
 
@@ -99,22 +111,52 @@ class PreparedJob:
         staged.rmdir()
 
 
-def prepare(job: ResolvedJob, loaded: LoadedModel, fitted: FittedPlan) -> PreparedJob:
+def prepare(job: ResolvedJob, loaded: LoadedModel, fitted: FittedPlan) -> PreparedJob[AdapterTrainer]:
     """Makes the job's trainer and directory. A resumed job goes back to its newest checkpoint. Raises InvalidRequest if its
     data, settings or model have changed since it began."""
-    request, config = job.request, job.settings
-    request.inform(str(fitted))
-    adapter = None if request.passed is None else bind_adapter(request.passed, loaded.weights, warn=_log.warning)
+    job.request.inform(str(fitted))
+    passed = job.request.passed
+    adapter = None if passed is None else bind_adapter(passed, loaded.weights, warn=_log.warning)
+    trainer = AdapterTrainer(
+        loaded, job.settings, start=adapter, plan=fitted.plan, in_flight=fitted.in_flight,
+        end_token_ids=_end_tokens(job, loaded), warn=_warner(job),
+    )
+    return _begin(job, loaded, trainer)
+
+
+def _prepare_ranks(
+    job: ResolvedJob, loaded: LoadedModel, fitted: FittedPlan, processes: RankProcesses
+) -> PreparedJob[RankedTrainer]:
+    """The same for a job on several ranks."""
+    job.request.inform(str(fitted))
+    passed = job.request.passed
+    assert job.group is not None
+    for warning in () if passed is None else passed.warnings:
+        _log.warning(warning)
+    setup = JobSetup(
+        settings=job.settings, group=job.group, fitted=fitted, passed=passed, end_token_ids=_end_tokens(job, loaded)
+    )
+    return _begin(job, loaded, processes.make_trainer(setup, loaded, _warner(job)))
+
+
+def _warner(job: ResolvedJob) -> Callable[[str], None]:
+    listen = job.request.listen  # not the request, which holds the tensors of the adapter that is continued
+    return lambda message: listen(JobEvent(level="warn", message=message))
+
+
+def _end_tokens(job: ResolvedJob, loaded: LoadedModel) -> Sequence[int]:
+    """The tokens that end the adapter's answers, if its data or the adapter that it continues teach others than the model's."""
+    passed = job.request.passed
     taught = {
         *taught_end_tokens(job.train.groups, loaded.tokenizer, max_length=job.max_length),
-        *(() if adapter is None else adapter.end_token_ids),
+        *(() if passed is None else passed.end_tokens),
     }
-    ends = () if taught <= loaded.end_token_ids else sorted(taught | loaded.end_token_ids)
-    listen = request.listen  # not the request, which holds the tensors of the adapter that is continued
-    trainer = AdapterTrainer(
-        loaded, config, start=adapter, plan=fitted.plan, in_flight=fitted.in_flight, end_token_ids=ends,
-        warn=lambda message: listen(JobEvent(level="warn", message=message)),
-    )
+    return () if taught <= loaded.end_token_ids else sorted(taught | loaded.end_token_ids)
+
+
+def _begin(job: ResolvedJob, loaded: LoadedModel, trainer: T) -> PreparedJob[T]:
+    """Makes or resumes the job's directory."""
+    request, config = job.request, job.settings
     facts = {
         "base_fingerprint": loaded.fingerprint, "data_digest": job.train.report.digest,
         "validation_digest": None if job.held_out is None else job.held_out.report.digest,
@@ -122,6 +164,7 @@ def prepare(job: ResolvedJob, loaded: LoadedModel, fitted: FittedPlan) -> Prepar
         "start_digest": None if request.start is None else _digest(request.start),
         "settings": to_dict(config),
         "threads": torch.get_num_threads() if config.deterministic else None,
+        "tensor_parallel_size": request.tensor_parallel_size if config.deterministic else None,
         "weights_layout": f"{dtype_name(loaded.dtype)} {loaded.weights.layout}" if config.deterministic else None,
         "kernels": kernels_identity(loaded.weights.norm) if config.deterministic else None,
     }
@@ -147,16 +190,23 @@ def finetune(
     data: str | os.PathLike[str], output: str | os.PathLike[str], *, model: str | LoadedModel | None = None,
     config: FinetuneConfig | None = None, validation: str | os.PathLike[str] | None = None,
     start: str | os.PathLike[str] | None = None, resume: bool = False, device: str = "auto", dtype: str = "auto",
-    listen: Callable[[JobEvent], None] = lambda event: None,
+    tensor_parallel_size: int = 1, listen: Callable[[JobEvent], None] = lambda event: None,
 ) -> FinetuneResult:
     """Finetunes an adapter (LoRA unless the settings name another kind) on a JSON Lines file and writes it to a directory.
 
     model: a name as for `load_model`, or a loaded model. config: settings; those that are 'auto' are chosen from the data, and
     an event tells them. validation: a JSON Lines file of held-out data. start: directory of an adapter to continue. resume:
-    continue the job in `output` from its newest whole checkpoint. listen: called with every event. Raises InvalidRequest,
-    NotFound, ConfigError, CapacityError before anything is written; JobFailed, CapacityError during the run.
+    continue the job in `output` from its newest whole checkpoint. tensor_parallel_size: how many processes share the model,
+    each on a GPU of its own or on its share of the cores; a resumed job may have another number, unless it is deterministic.
+    listen: called with every event. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is written;
+    JobFailed, CapacityError during the run.
     """
-    request = JobRequest.of(data, output, config, validation=validation, start=start, resume=resume, listen=listen)
+    request = JobRequest.of(
+        data, output, config, validation=validation, start=start, resume=resume, listen=listen,
+        tensor_parallel_size=tensor_parallel_size,
+    )
+    require(tensor_parallel_size == 1 or not isinstance(model, LoadedModel), "tensor_parallel_size",
+            "a loaded model is on one rank; give its name instead")
     base: Model
     if isinstance(model, LoadedModel):
         base = model
@@ -166,22 +216,30 @@ def finetune(
         base = find_model(model, device=device, dtype=dtype, report=request.inform)
     job = request.read_start(base).resolve(base)
     fitted, one_copy = _choose_plan(job, base)
-    loaded = base if isinstance(base, LoadedModel) else base.load(one_copy)
-    loaded.weights.hold_one_copy(one_copy)
     if one_copy:
         request.inform(f"each weight matrix is held once: there is no memory for packed copies; {SLOWER}")
-    prepared, deterministic = prepare(job, loaded, fitted), job.settings.deterministic
-    del job  # with the tensors of the adapter that is continued
-    were_deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(were_deterministic or deterministic)
-    try:
-        prepared.job.run()
-    finally:
-        torch.use_deterministic_algorithms(were_deterministic)
-    prepared.job.insist(prepared.finish)
-    adapter = prepared.trainer.published
-    assert adapter is not None
-    return FinetuneResult(directory=request.directory, model=loaded, adapter=adapter, rows=tuple(prepared.job.table.rows()))
+    with contextlib.ExitStack() as stack:
+        if isinstance(base, FoundModel) and tensor_parallel_size > 1:
+            processes = stack.enter_context(RankProcesses(tensor_parallel_size, base.device))
+            prepared: PreparedJob[Any] = _prepare_ranks(job, processes.load(base, one_copy), fitted, processes)
+            result_model: Model = base
+        else:
+            loaded = base if isinstance(base, LoadedModel) else base.load(one_copy)
+            loaded.weights.hold_one_copy(one_copy)
+            prepared, result_model = prepare(job, loaded, fitted), loaded
+        deterministic = job.settings.deterministic
+        del job  # with the tensors of the adapter that is continued
+        were_deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(were_deterministic or deterministic)
+        try:
+            prepared.job.run()
+        finally:
+            torch.use_deterministic_algorithms(were_deterministic)
+        prepared.job.insist(prepared.finish)
+    return FinetuneResult(
+        directory=request.directory, model=result_model, adapter=prepared.trainer.published,
+        rows=tuple(prepared.job.table.rows()),
+    )
 
 
 def _open_job(request: JobRequest, model: str, facts: Mapping[str, Any]) -> None:

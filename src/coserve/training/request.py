@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coserve.compiler.parallelize import TensorParallel
 from coserve.config.settings import PAIRED, AdapterConfig, FinetuneConfig
-from coserve.config.values import settled
+from coserve.config.values import require, settled
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.datasets import Dataset, load_training
 from coserve.finetune.defaults import given_settings, keep_numbers, not_used, resolve_settings, unused_settings
@@ -27,6 +28,7 @@ from coserve.model.architecture import Architecture
 from coserve.peft.gate import PassedAdapter, read_adapter
 from coserve.planning.budget import JobPlans, Workload, shape_adapter
 from coserve.runtime.loaded import FoundModel, LoadedModel, adapter_base
+from coserve.training.group import make_group
 
 Model = FoundModel | LoadedModel
 """A model whose files have been found. Its weights need not be in memory."""
@@ -38,7 +40,7 @@ class JobRequest:
 
     data, validation: JSON Lines files. directory: for the job's files. config: the settings as given, and the date for chat
     templates. start: directory of the adapter to continue. resume: whether to continue the job in `directory`. listen: called
-    with every event. passed: the adapter in `start`, once it has been read.
+    with every event. passed: the adapter in `start`, once it has been read. tensor_parallel_size: ranks that share the model.
     """
 
     data: Path
@@ -49,20 +51,23 @@ class JobRequest:
     resume: bool
     listen: Callable[[JobEvent], None]
     passed: PassedAdapter | None = None
+    tensor_parallel_size: int = 1
 
     @classmethod
     def of(
         cls, data: str | os.PathLike[str], output: str | os.PathLike[str], config: FinetuneConfig | None, *,
         validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
-        listen: Callable[[JobEvent], None],
+        listen: Callable[[JobEvent], None], tensor_parallel_size: int = 1,
     ) -> JobRequest:
-        """A request with its paths checked. Raises InvalidRequest if `output` isn't empty, or holds no job if `resume`."""
+        """A request with its paths checked. Raises InvalidRequest if `output` isn't empty, or holds no job if `resume`, and
+        ConfigError for less than one rank."""
+        require(tensor_parallel_size >= 1, "tensor_parallel_size", f"must be at least 1, got {tensor_parallel_size}")
         directory, config = Path(output), config or FinetuneConfig()
         _check_output(directory, resume)
         return cls(
             data=Path(data), directory=directory, config=_dated(config, directory, resume),
             validation=Path(validation) if validation else None, start=None if start is None else Path(start), resume=resume,
-            listen=listen,
+            listen=listen, tensor_parallel_size=tensor_parallel_size,
         )
 
     @property
@@ -96,13 +101,15 @@ class JobRequest:
             recorded = read_record(self.directory).get("settings")
             config = keep_numbers(config, recorded if isinstance(recorded, dict) else {})
         settings = resolve_settings(config.with_adapter(self.adapter), len(train.groups), hidden_size=arch.hidden_size)
+        size, itemsize = self.tensor_parallel_size, model.dtype.itemsize
+        group = make_group(arch, settings, size, model.device, itemsize) if size > 1 else None
         plans = JobPlans(
             arch, shape_adapter(arch, self.adapter),
             Workload.of(train.groups, settled(settings.batch_size), settings.max_microbatch_tokens),
-            itemsize=model.dtype.itemsize, compression=settings.activation_compression,
+            itemsize=itemsize, compression=settings.activation_compression, ranks=group,
         )
         return ResolvedJob(
-            request=self, train=train, held_out=held_out, settings=settings, max_length=limit, plans=plans
+            request=self, train=train, held_out=held_out, settings=settings, max_length=limit, plans=plans, group=group
         )
 
     def _describe(self, train: Dataset) -> None:
@@ -132,7 +139,7 @@ class ResolvedJob:
     """A request whose files have been read.
 
     settings: without 'auto', and with the settings of the adapter to train. max_length: of an example, in tokens. plans: the
-    plans to choose from.
+    plans to choose from. group: the ranks that share the model, where there are several.
     """
 
     request: JobRequest
@@ -141,6 +148,7 @@ class ResolvedJob:
     settings: FinetuneConfig
     max_length: int
     plans: JobPlans
+    group: TensorParallel | None
 
 
 def read_record(directory: Path) -> dict[str, Any]:

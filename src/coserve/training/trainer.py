@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from coserve.compiler.parallelize import TensorParallel
 from coserve.compiler.plan import ModelPlan
 from coserve.config.settings import FinetuneConfig
 from coserve.core import CapacityError, Direction, Group, Unit
@@ -17,7 +18,9 @@ from coserve.finetune.objectives import OBJECTIVES
 from coserve.finetune.optimizer import FlatAdamW
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
+from coserve.peft.gate import PassedAdapter
 from coserve.peft.kinds import new_adapter
+from coserve.peft.share import RankLayout, shared_adapter, whole_view
 from coserve.planning.budget import JobPlans, Workload
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.loaded import LoadedModel
@@ -51,17 +54,27 @@ class AdapterTrainer:
 
     start: an adapter to continue, which is also the DPO reference. plan: default what `config` asks for, with micro-batches of
     `max_microbatch_tokens`. in_flight: how many micro-batches an engine may have in flight at once. end_token_ids: tokens that
-    the data teaches to end with. warn: called with warnings.
+    the data teaches to end with. group: the ranks that share the model, where there are several; every rank has a trainer, and
+    calls the same verbs in the same order. passed: as `start`, read from files but on no backbone, which ranks need. warn:
+    called with warnings.
     """
 
     def __init__(
         self, model: LoadedModel, config: FinetuneConfig, *, start: Adapter | None = None,
         plan: ModelPlan | None = None, in_flight: int = 1, end_token_ids: Sequence[int] = (),
+        group: TensorParallel | None = None, passed: PassedAdapter | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.config, self.warn = model, config, warn
         arch, weights = model.architecture, model.weights
-        self.adapter = (start or new_adapter(weights, config.adapter, seed=config.seed)).trainable()
+        self.layout: RankLayout | None = None
+        """Where this rank's part of the adapter lies, where several ranks share it."""
+        if group is not None:
+            first, self.layout = shared_adapter(weights, config.adapter, group.fixed, seed=config.seed, passed=passed)
+            start = None if passed is None else first
+        else:
+            first = start or new_adapter(weights, config.adapter, seed=config.seed)
+        self.adapter = first.trainable()
         self.adapter.end_token_ids = tuple(end_token_ids)
         assert self.adapter.grad is not None
         self.objective = OBJECTIVES[config.objective](config)
@@ -72,16 +85,22 @@ class AdapterTrainer:
         if plan is None:
             workload = Workload(config.max_microbatch_tokens, config.max_length or config.max_microbatch_tokens)
             plans = JobPlans(
-                arch, self.adapter, workload, itemsize=itemsize, compression=config.activation_compression
+                arch, self.whole, workload, itemsize=itemsize, compression=config.activation_compression, ranks=group
             )
             plan = plans.asked(config).plan
         self.plan, self.in_flight = plan, in_flight
-        self.scoring = scoring_plan(arch, self.adapter, itemsize=itemsize)
-        self.reference_scoring = scoring_plan(arch, self.reference, itemsize=itemsize)
+        reference = None if self.reference is None else self.whole
+        self.scoring = scoring_plan(arch, self.whole, itemsize=itemsize, ranks=group)
+        self.reference_scoring = scoring_plan(arch, reference, itemsize=itemsize, ranks=group)
         self.window = config.grid_tokens or config.window_tokens
         self.refresh_seconds = self._refresh_seconds()
         self.published: Adapter | None = None
         self.reference_sums: ReferenceSums = {}
+
+    @property
+    def whole(self) -> Adapter:
+        """The adapter, or where ranks share it one with the parameters of the whole and no values."""
+        return self.adapter if self.layout is None else whole_view(self.adapter, self.layout, self.model.weights)
 
     # --- verbs ---
 
@@ -93,7 +112,7 @@ class AdapterTrainer:
                 return self._run(groups, step, train=True)
             except torch.OutOfMemoryError as error:
                 self.adapter.grad.zero_()
-                if self.window // 2 < MIN_WINDOW or self.config.deterministic:
+                if self.window // 2 < MIN_WINDOW or self.config.deterministic or self.layout is not None:
                     raise out_of_memory(error, deterministic=self.config.deterministic) from error
                 self.window //= 2
                 self.warn(f"out of memory: windows are now at most {self.window} tokens; the step starts again")
@@ -103,22 +122,34 @@ class AdapterTrainer:
         return self._run(groups, 0, train=False)
 
     def optim_step(self, rate: float) -> float:
-        norm = self.optimizer.clip()
+        norm = None
+        if self.layout is not None:
+            assert self.adapter.grad is not None
+            self.layout.sum_gradients(self.adapter.grad)
+            norm = self.layout.norm(self.adapter.grad)
+        norm = self.optimizer.clip(norm)
         self.optimizer.step(rate)
         return norm
 
     def save(self, directory: Path, *, master: Tensor | None = None) -> None:
-        """Writes the adapter. master: values of an earlier moment, from `optimizer_state`; default the present ones."""
+        """Writes the adapter. master: values of an earlier moment, from `optimizer_state`; default the present ones. One of
+        several ranks needs it."""
+        assert master is not None or self.layout is None, "a rank has no adapter to write"
         values = self.optimizer.master if master is None else master
-        save_adapter(directory, self.adapter, values, base_name=self.model.name, fingerprint=self.model.fingerprint)
+        save_adapter(directory, self.whole, values, base_name=self.model.name, fingerprint=self.model.fingerprint)
 
     def publish(self) -> None:
         self.published = self.adapter.copy()
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], int]:
-        return self.optimizer.state(), self.optimizer.num_updates
+        state = self.optimizer.state()
+        if self.layout is not None:
+            state = {name: self.layout.join(part) for name, part in state.items()}
+        return state, self.optimizer.num_updates
 
     def restore(self, state: dict[str, Tensor], num_updates: int) -> None:
+        if self.layout is not None:
+            state = {name: self.layout.take(whole) for name, whole in state.items()}
         self.optimizer.load(state, num_updates)
 
     # --- inside ---
