@@ -20,6 +20,7 @@ from coserve.core import ConfigError, JobFailed
 from coserve.finetune.job import JobEvent
 from coserve.training import ranks as ranks_module
 from coserve.training.finetuning import FinetuneResult, finetune
+from coserve.training.group import require_devices
 from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
 
 SFT = FinetuneConfig(
@@ -104,9 +105,8 @@ def test_an_adapter_of_one_rank_is_continued_on_two(directory: Path, tmp_path: P
     require_same(run(directory, tmp_path / "two", config, 2, start=first.directory), one)
 
 
-def test_a_rank_that_is_killed_ends_the_job_with_its_name_and_a_resume_goes_on(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def remembered(monkeypatch: pytest.MonkeyPatch) -> list[ranks_module.RankProcess]:
+    """The processes of ranks, as they are started from now on."""
     started: list[ranks_module.RankProcess] = []
     make = ranks_module.RankProcess.__init__
 
@@ -115,6 +115,13 @@ def test_a_rank_that_is_killed_ends_the_job_with_its_name_and_a_resume_goes_on(
         started.append(self)
 
     monkeypatch.setattr(ranks_module.RankProcess, "__init__", remember)
+    return started
+
+
+def test_a_rank_that_is_killed_ends_the_job_with_its_name_and_a_resume_goes_on(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = remembered(monkeypatch)
 
     def kill(event: JobEvent) -> None:
         if event.checkpoint_step == 2:
@@ -125,6 +132,20 @@ def test_a_rank_that_is_killed_ends_the_job_with_its_name_and_a_resume_goes_on(
     assert all(not process.alive for process in started), "no process is left behind"
     assert not torch.distributed.is_initialized()
     require_same(run(directory, tmp_path / "killed", SFT, 2, resume=True), run(directory, tmp_path / "whole", SFT, 1))
+
+
+@pytest.mark.full
+def test_a_rank_that_hangs_ends_the_job(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "UNIT_S", 3.0)
+    started = remembered(monkeypatch)
+
+    def stop(event: JobEvent) -> None:
+        if event.checkpoint_step == 2:
+            os.kill(started[-1].pid, signal.SIGSTOP)
+
+    with pytest.raises(JobFailed, match="a rank has not answered for 3 s"):
+        run(directory, tmp_path / "stopped", SFT, 2, listen=stop)
+    assert all(not process.alive for process in started)
 
 
 @pytest.mark.parametrize(("size", "message"), [
@@ -140,7 +161,21 @@ def test_a_number_of_ranks_that_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "job").exists()
 
 
-def test_more_ranks_than_cores_are_refused(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    with pytest.raises(ConfigError, match="tensor_parallel_size: 2 ranks need 2 cores, and there are 1"):
-        run(directory, tmp_path / "job", SFT, 2)
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="tensor_parallel_size: 2 ranks need 2 CUDA devices, and there are 1"):
+        require_devices(2, torch.device("cuda"))
+
+
+@pytest.mark.full
+def test_smollm2_on_three_ranks(tmp_path: Path) -> None:
+    """9 query and 3 key-value heads: 3 is the only number of ranks beside 1."""
+    write_lines(tmp_path / "sft.jsonl", chat_lines(6))
+    config = replace(SFT, max_steps=3, checkpoint_steps=100)
+    data = tmp_path / "sft.jsonl"
+    one, three = (
+        finetune(data, tmp_path / str(size), config=config, device="cpu", dtype="float32", tensor_parallel_size=size)
+        for size in (1, 3)
+    )
+    for own, other in zip(three.rows, one.rows, strict=True):
+        assert own.train_loss == pytest.approx(other.train_loss, rel=1e-4)

@@ -105,7 +105,7 @@ class AskedRanks:
     adapter: str = ""
 
 
-AXES = {"whole": None, "out": 0, "in": 1}
+AXES = {axis_name(axis): axis for axis in (None, 0, 1)}
 """Where a parameter may lie, by name: on every rank, or split along its outputs or its inputs."""
 
 

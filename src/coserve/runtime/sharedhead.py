@@ -1,4 +1,4 @@
-"""The output head where ranks share the vocabulary: log-probabilities of labels, their gradient, and logits of all tokens.
+"""The output head where ranks share the vocabulary: log-probabilities of labels, and their gradient.
 
 T rows, D hidden width, V the vocabulary, v this rank's tokens of it.
 """
@@ -29,7 +29,7 @@ def shared_label_rows(
         hidden, labels = hidden_TD[rows], labels_T[rows]
         normed = torch.empty_like(hidden)
         library.rmsnorm(normed, hidden, norm, eps)
-        logits = own_logits(head, normed, logits_Cv, tokens)
+        logits = _own_logits(head, normed, logits_Cv, tokens)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         owned = (labels >= tokens.first) & (labels < tokens.end)
         ids = (labels - tokens.first).clamp_(0, max(count - 1, 0))
@@ -48,7 +48,7 @@ def shared_label_rows(
             library.rmsnorm_dgrad(grad_TD[rows], ranks.sum(d_normed), hidden, norm, eps, accumulate=False)
 
 
-def own_logits(head: OutputHead, normed_TD: Tensor, logits_Cv: Tensor, tokens: TokenRange) -> Tensor:
+def _own_logits(head: OutputHead, normed_TD: Tensor, logits_Cv: Tensor, tokens: TokenRange) -> Tensor:
     """Logits [T, v] of this rank's tokens, in the workspace."""
     count, num_rows = tokens.end - tokens.first, normed_TD.shape[0]
     logits = logits_Cv.flatten()[: num_rows * count].view(num_rows, count)

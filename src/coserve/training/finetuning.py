@@ -40,6 +40,7 @@ from coserve.peft.adapter import Adapter
 from coserve.peft.format import WEIGHTS_FILE, bind_adapter
 from coserve.planning.budget import FittedPlan, require_memory, shape_adapter, training_bytes
 from coserve.runtime.loaded import DTYPES, FoundModel, LoadedModel, dtype_name, find_model, resolve_device
+from coserve.training.group import sharing_note
 from coserve.training.ranks import JobSetup, RankedTrainer, RankProcesses
 from coserve.training.request import JobRequest, Model, ResolvedJob, read_record
 from coserve.training.trainer import AdapterTrainer
@@ -220,6 +221,7 @@ def finetune(
         request.inform(f"each weight matrix is held once: there is no memory for packed copies; {SLOWER}")
     with contextlib.ExitStack() as stack:
         if isinstance(base, FoundModel) and tensor_parallel_size > 1:
+            request.inform(sharing_note(tensor_parallel_size, base.device))
             processes = stack.enter_context(RankProcesses(tensor_parallel_size, base.device))
             prepared: PreparedJob[Any] = _prepare_ranks(job, processes.load(base, one_copy), fitted, processes)
             result_model: Model = base

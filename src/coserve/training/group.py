@@ -20,7 +20,7 @@ def make_group(
     arch: Architecture, settings: FinetuneConfig, size: int, device: torch.device, itemsize: int
 ) -> TensorParallel:
     """The group of `size` ranks that train an adapter of these settings, with its shardings. Raises ConfigError for a number of
-    ranks that can't share the model, and for more ranks than GPUs or cores."""
+    ranks that can't share the model, and for more ranks than GPUs."""
     rank_architecture(arch, size)
     require_devices(size, device)
     prices = parallel_prices(
@@ -32,12 +32,18 @@ def make_group(
 
 
 def require_devices(size: int, device: torch.device) -> None:
-    """Raises ConfigError for more ranks than there are GPUs or cores."""
-    if device.type == "cuda":
-        count, what = torch.cuda.device_count(), "CUDA devices"
-    else:
-        count, what = len(os.sched_getaffinity(0)), "cores"
+    """Raises ConfigError for more ranks than GPUs."""
+    count = torch.cuda.device_count() if device.type == "cuda" else size
     if size > count:
         raise ConfigError(
-            f"tensor_parallel_size: {size} ranks need {size} {what}, and there are {count}", param="tensor_parallel_size"
+            f"tensor_parallel_size: {size} ranks need {size} CUDA devices, and there are {count}", param="tensor_parallel_size"
         )
+
+
+def sharing_note(size: int, device: torch.device) -> str:
+    """What is said of a group before it starts."""
+    if device.type == "cuda":
+        return f"{size} processes share the model, each on a GPU of its own"
+    cores = len(os.sched_getaffinity(0))
+    slow = ", which is slower than one process" if size > cores else ""
+    return f"{size} processes share the model and {cores} cores{slow}"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from coserve.compiler.parallelize import TensorParallel
 from coserve.config.settings import FinetuneConfig
-from coserve.core import Group, JobFailed
+from coserve.core import Group, JobFailed, one_line
 from coserve.finetune.job import StepLoss
 from coserve.parallel import ProcessRanks
 from coserve.peft.adapter import Adapter
@@ -119,7 +120,7 @@ class RankProcess:
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", RANK_MODULE, str(rank), str(size), str(port)], stdin=subprocess.PIPE, stderr=file,
-                env=environment,
+                env=environment, start_new_session=True,  # Ctrl-C is for rank 0, which then ends the others
             )
 
     @property
@@ -175,7 +176,8 @@ class RankProcesses:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            self.group.send(None)
+            with contextlib.suppress(RuntimeError):  # the job is done, whatever has become of a rank since
+                self.group.send(None)
         self._exit.close()
 
     def _await(self, store: dist.Store) -> None:
@@ -212,15 +214,18 @@ class RankProcesses:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Around what all ranks do: an error of a collective becomes JobFailed with the last words of the rank that ended."""
+        """Around what all ranks do. An error of a collective becomes JobFailed: with the last words of the rank that ended, or
+        saying that one hangs."""
         try:
             yield
-        except (RuntimeError, dist.DistError) as error:
+        except RuntimeError as error:  # DistError is one
             deadline = time.monotonic() + 2
             while all(process.alive for process in self._processes) and time.monotonic() < deadline:
                 time.sleep(0.05)
             self._require_alive()
-            raise error
+            if re.search("timed? ?out", str(error), re.IGNORECASE):
+                raise JobFailed(f"a rank has not answered for {UNIT_S:.0f} s ({one_line(error)})") from error
+            raise
 
 
 class RankedTrainer:
