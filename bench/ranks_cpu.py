@@ -44,11 +44,11 @@ def make_model(directory: Path) -> None:
 
 
 def write_data(path: Path, count: int) -> None:
-    """Texts of EXAMPLE_TOKENS words."""
+    """Texts of EXAMPLE_TOKENS tokens, the last of which ends the text."""
     generator = torch.Generator().manual_seed(0)
     with path.open("w") as file:
         for _ in range(count):
-            ids = torch.randint(2, 8192, (EXAMPLE_TOKENS,), generator=generator).tolist()
+            ids = torch.randint(2, 8192, (EXAMPLE_TOKENS - 1,), generator=generator).tolist()
             file.write(json.dumps({"text": " ".join(f"w{number}" for number in ids)}) + "\n")
 
 
@@ -59,7 +59,7 @@ def tokens_per_second(model: Path, data: Path, output: Path, size: int, steps: i
         str(size), "--dtype", "float32", "--max-steps", str(steps), "--batch-size", str(BATCH), "--rank", "16",
         "--target-modules", "all-linear", "--max-microbatch-tokens", str(EXAMPLE_TOKENS), "--learning-rate", "1e-4",
     ]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     with (output / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return statistics.median(float(row["tokens"]) / float(row["seconds"]) for row in rows[1:])

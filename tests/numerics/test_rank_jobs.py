@@ -34,7 +34,7 @@ JOBS = {
     "bottleneck": replace(SFT, lora=None).with_adapter(BottleneckConfig(size=8)),
     "dpo": replace(SFT, objective="dpo", max_microbatch_tokens=300),
 }
-SLOW = ("ia3", "bottleneck")
+SLOW = ("dora", "ia3", "bottleneck", "dpo")
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,7 @@ def test_a_job_goes_on_with_another_number_of_ranks(directory: Path, tmp_path: P
     require_same(run(directory, mixed, SFT, 2, resume=True), whole)
 
 
+@pytest.mark.full
 def test_an_adapter_of_one_rank_is_continued_on_two(directory: Path, tmp_path: Path) -> None:
     config = JOBS["dora"]
     first = run(directory, tmp_path / "first", config, 1)

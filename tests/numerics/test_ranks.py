@@ -132,7 +132,7 @@ def check(case: Case, size: int, *, bias: bool = False, forced: Axes | None = No
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.full)])
 def test_ranks_train_as_one(family: str, kind: str, size: int) -> None:
     check(make_case(family, KINDS[kind], 5, budget=0.5), size)
 
@@ -193,7 +193,7 @@ class ProcessCase(NamedTuple):
 
 
 @pytest.mark.parametrize(("kind", "size"), [
-    ("lora with dropout", 2), ("dora", 2),
+    ("dora", 2), pytest.param("lora with dropout", 2, marks=pytest.mark.full),
     pytest.param("ia3", 2, marks=pytest.mark.full), pytest.param("bottleneck", 2, marks=pytest.mark.full),
     pytest.param("lora", 4, marks=pytest.mark.full),  # with more ranks than key-value heads
 ])

@@ -109,7 +109,9 @@ def finetune_command(
     *,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
-    tensor_parallel_size: Annotated[int | None, typer.Option(help="Processes that share the model, a GPU each (1).")] = None,
+    ranks: Annotated[
+        int | None, typer.Option("--tensor-parallel-size", help="Processes that share the model, a GPU each (1).")
+    ] = None,
     **given: Any,
 ) -> None:
     """Finetune an adapter on a JSON Lines file. What isn't given is chosen from the data and shown at the start."""
@@ -128,7 +130,7 @@ def finetune_command(
             validation=validation if validation is not None else options.get("validation"),
             resume=resume or bool(options.get("resume")), device=device or options.get("device", "auto"),
             dtype=dtype or options.get("dtype", "auto"),
-            tensor_parallel_size=tensor_parallel_size or options.get("tensor_parallel_size", 1), listen=display,
+            tensor_parallel_size=options.get("tensor_parallel_size", 1) if ranks is None else ranks, listen=display,
         )
     paired = settings.objective in PAIRED
     unit = f"{settings.objective.upper()} loss per pair (nats)" if paired else "cross-entropy per label token (nats)"

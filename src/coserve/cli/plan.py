@@ -284,9 +284,10 @@ def title(planned: Planned) -> str:
     sites = targets if isinstance(targets, str) else ", ".join(targets)
     size = f" r{_rank(settings)}" if _rank(settings) else ""
     stored = ", kept values in fp8" if planned.compression == "fp8" else ""
+    among = f", one of {shape.ranks.size} ranks" if shape.ranks is not None else ""
     return (
         f"{planned.model}: {planned.kind}{size}{f' on {sites}' if sites else ''}, {planned.dtype}, micro-batch of "
-        f"{shape.num_tokens} tokens, windows of {shape.window_tokens}{stored}"
+        f"{shape.num_tokens} tokens, windows of {shape.window_tokens}{stored}{among}"
     )
 
 
@@ -499,6 +500,6 @@ def _show_baselines(planned: Planned) -> None:
     theirs, extra = beside.checkpointing, planned.estimate.checkpointing_flops_ratio
     say(f"saves {size_text(beside.peft.total_bytes)} at no extra FLOPs,",
         f"with gradient checkpointing {size_text(theirs.total_bytes)} at {extra:.1%};", f"took {beside.seconds:.1f} s",
-        head="peft")
+        head="peft" if planned.ranks is None else "peft, on one device,")
     say(f"{baselines.METHOD};", head="method:")
     say(baselines.ATTENTION_PATH, head="attention:")

@@ -19,6 +19,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 from coserve.compiler.graph import Graph, Node, Value
@@ -51,7 +52,7 @@ class Prices:
     update_bytes: float
 
     def transfer_s(self, size: int, moves: int, width: int) -> float:
-        """Seconds that a collective over a window's rows of `width` elements sends for."""
+        """Seconds that a collective takes to send a window's rows of `width` elements. moves: as Operator.moves."""
         if moves == 0:
             return 0.0
         num_bytes = moves * (size - 1) / size * width * self.itemsize * self.window_tokens
@@ -126,8 +127,10 @@ class _Search:
     """Finds the cheapest graph operator by operator, as Viterbi's algorithm does: of all choices after which the same values
     are held in the same forms, only the cheapest can be part of the best one."""
 
-    def __init__(self, graph: Graph, size: int, kv_heads: int, prices: Prices, forced: Axes) -> None:
-        self.graph, self.size, self.prices, self.forced = graph, size, prices, forced
+    def __init__(
+        self, graph: Graph, size: int, kv_heads: int, prices: Prices, forced: Axes, fixed: Mapping[str, Sharding]
+    ) -> None:
+        self.graph, self.size, self.prices, self.forced, self.fixed = graph, size, prices, forced, fixed
         self.kv_heads = kv_heads
         self.last_read = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
         self.wanted = self._backbone_forms()
@@ -222,7 +225,9 @@ class _Search:
                 return
         shardings: dict[str, Sharding] = {}
         if way is not None and node.weight is not None:
-            shardings[node.weight] = self._sharding(way, (*ins, *outs))
+            shardings[node.weight] = sharding = self._sharding(way, (*ins, *outs))
+            if self.fixed.get(node.weight, sharding) != sharding:
+                return
         split_dropout = node.op == "dropout" and ins[0].state is State.SPLIT
         made = [
             (name, form, replace(values[name], width=values[name].width // form.parts))
@@ -305,8 +310,7 @@ class _Search:
             seconds = 2 * prices.itemsize * rows * sum(widths) / prices.bandwidth
         for sharding in shardings.values():
             step = elements * prices.update_bytes / prices.bandwidth
-            if sharding.summed:
-                step += 2 * (self.size - 1) / self.size * 4 * elements / prices.link_bandwidth
+            step += step_bytes(sharding, elements, self.size) / prices.link_bandwidth
             seconds += step * rows / prices.step_tokens
         return seconds
 
@@ -314,8 +318,7 @@ class _Search:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorParallel:
     """The group of ranks that share a model. size: of the group. kv_heads: of the model. forced: where parameters must lie, by
-    their names in a layer. fixed: the same by layer, of parameters that lie somewhere already. Where the others lie is
-    chosen."""
+    their names in a layer. fixed: of an adapter that lies somewhere already, as it does. Where the others lie is chosen."""
 
     size: int
     kv_heads: int
@@ -330,11 +333,11 @@ class TensorParallel:
     def parallelize(self, graph: Graph, layer: int) -> Parallelized:
         """The cheapest graph of layer number `layer` for every rank. Raises ConfigError if parameters can't lie where they are
         forced to."""
-        own = {name: sharding.axis for (number, name), sharding in self.fixed.items() if number == layer}
-        forced = {**self.forced, **own}
-        found = self._search(graph, forced)
+        own = {name: sharding for (number, name), sharding in self.fixed.items() if number == layer}
+        found = self._search(graph, self.forced, own)
         if found is None:
-            asked = ", ".join(f"{name} {axis_name(axis)}" for name, axis in forced.items())
+            assert not own, "an adapter lies where its own search put it"
+            asked = ", ".join(f"{name} {axis_name(axis)}" for name, axis in self.forced.items())
             raise ConfigError(
                 f"adapter_sharding: {asked} can't be had with {self.size} ranks in this layer; `coserve plan "
                 f"--tensor-parallel-size {self.size}` lists the candidates", param="adapter_sharding",
@@ -364,8 +367,18 @@ class TensorParallel:
                 found.append(ShardingCandidate(forced, chosen.seconds - bare.seconds))
         return tuple(sorted(found, key=lambda candidate: candidate.seconds))
 
-    def _search(self, graph: Graph, forced: Axes) -> Parallelized | None:
-        return _Search(graph, self.size, self.kv_heads, self.prices, forced).run()
+    def _search(
+        self, graph: Graph, forced: Axes, fixed: Mapping[str, Sharding] = MappingProxyType({})
+    ) -> Parallelized | None:
+        return _Search(graph, self.size, self.kv_heads, self.prices, forced, fixed).run()
+
+
+def step_bytes(sharding: Sharding, elements: int, size: int) -> int:
+    """Bytes that each of `size` ranks sends per optimizer step for a parameter's gradient, of which it has `elements` elements
+    in float32. What several ranks have the same slice of is gathered from all and then added up (peft/share.py)."""
+    if not sharding.summed:
+        return 0
+    return (size - 1) * 4 * elements if sharding.axis is not None else 2 * (size - 1) * 4 * elements // size
 
 
 def only_site(graph: Graph, site: str | None) -> Graph:

@@ -13,7 +13,7 @@ from coserve.compiler.differentiate import differentiate
 from coserve.compiler.flops import SEQUENCE_LENGTH, layer_flops, mean_context
 from coserve.compiler.graph import JointGraph
 from coserve.compiler.lower import lower, lower_fused
-from coserve.compiler.parallelize import Parallelized, TensorParallel
+from coserve.compiler.parallelize import TensorParallel
 from coserve.compiler.passes import run_passes
 from coserve.compiler.program import FusedLayer, LayerPlan
 from coserve.compiler.prune import prune
@@ -115,8 +115,6 @@ class TrainingPlans:
         self.keys: list[object] = []
         self.graphs: dict[object, JointGraph] = {}
         self.contexts: dict[object, float] = {}
-        self.shared: dict[object, Parallelized] = {}
-        """How ranks share the layers of a key, where there are several."""
         for index, bypass in enumerate(bypasses):
             context = mean_context(sequence_length, arch.sliding_windows[index])
             key = (bypass.key, index in arch.nope_layers, index > lowest, index >= lowest, context)
@@ -127,8 +125,7 @@ class TrainingPlans:
                 packed = () if compression == "none" else (pack_signs,)
                 joint = bypass.trace(arch, index)
                 if ranks is not None:
-                    self.shared[key] = ranks.parallelize(joint.forward, index)
-                    joint = JointGraph.of(self.shared[key].graph)
+                    joint = JointGraph.of(ranks.parallelize(joint.forward, index).graph)
                 self.graphs[key] = run_passes(joint, differentiate, pruned, *packed)
                 self.contexts[key] = context
         self._curves: dict[object, list[LayerPlan]] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from coserve.compiler.graph import producers
-from coserve.compiler.parallelize import ShardingCandidate, TensorParallel
+from coserve.compiler.parallelize import ShardingCandidate, TensorParallel, step_bytes
 from coserve.compiler.plan import LayerBypass, ModelPlan
 from coserve.compiler.program import LayerPlan
 from coserve.model.architecture import Architecture
@@ -145,12 +145,8 @@ def adapter_on_ranks(size: int, layers: Sequence[SharedLayers], elements: Mappin
         (layer, name): sharding for shared in layers for layer in shared.layers for name, sharding in shared.shardings.items()
     }
     held = {key: count // shardings[key].parts for key, count in elements.items()}
-    summed, copied = (
-        sum(count for key, count in held.items() if shardings[key].summed and (shardings[key].axis is None) == whole)
-        for whole in (True, False)
-    )
-    # what several ranks have the same slice of is gathered and added up (peft/share.py)
-    return RankAdapter(sum(held.values()), 2 * (size - 1) * 4 * summed // size + (size - 1) * 4 * copied)
+    sent = sum(step_bytes(shardings[key], count, size) for key, count in held.items())
+    return RankAdapter(sum(held.values()), sent)
 
 
 def embedding_bytes(ranks: TensorParallel, arch: Architecture) -> int:

@@ -77,7 +77,7 @@ class Operator:
     """Inputs whose bits must be the same in backward as in forward, unless backward recomputes the outputs too: the gradient
     combines them with those outputs."""
     ways: tuple[Way, ...] = ()
-    """How ranks may share it. Where a value is WHOLE before and ENTERED after, and so on, it is a collective."""
+    """How ranks may share it."""
     moves: int = 0
     """How often (ranks - 1) / ranks of its value's bytes leave each rank. An operator that moves bytes is never run again by
     backward."""
@@ -111,7 +111,7 @@ COLLECTIVES: dict[str, Operator] = {
     "slice_entered": _collective(ENTERED, SPLIT, "spread"),
     "spread": _collective(SPLIT, PARTIAL, "slice", accumulates=True),
 }
-"""Operators that change how ranks hold a value. enter and slices cost no traffic; spread lays a rank's features into zeros."""
+"""Operators whose output is their input, held by the ranks in another state. spread lays a rank's features into zeros."""
 
 
 TABLE: dict[str, Operator] = {

@@ -1,7 +1,8 @@
 """One rank's part of an adapter, and the whole adapter from the ranks' parts.
 
-Files, checkpoints and new adapters have the whole; only memory is shared. Parameters whose gradients are sums over ranks come
-first in a rank's flat tensor, so that one all-reduce per optimizer step sums them all.
+Files, checkpoints and new adapters have the whole; only memory is shared. Parameters whose gradients are sums over all ranks
+come first in a rank's flat tensor, so that one all-reduce per optimizer step sums them. Next come those that several ranks have
+the same slice of.
 """
 
 from __future__ import annotations
@@ -114,6 +115,11 @@ class RankLayout:
         rows = own if sharding.axis == 1 else own.T
         whole = gather_parts(self.ranks, rows, sharding.parts)
         return whole if sharding.axis == 1 else whole.T
+
+
+def num_on_rank(parameters: Sequence[Parameter], shardings: Shardings) -> int:
+    """Elements of an adapter that each rank has."""
+    return sum(p.shape[0] * p.shape[1] // shardings[p.layer, p.name].parts for p in parameters)
 
 
 def gather_parts(ranks: Ranks, own: Tensor, parts: int) -> Tensor:

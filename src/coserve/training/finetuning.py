@@ -38,6 +38,7 @@ from coserve.model.linear import can_pack
 from coserve.model.memory import SLOWER, available_bytes
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import WEIGHTS_FILE, bind_adapter
+from coserve.peft.share import num_on_rank
 from coserve.planning.budget import FittedPlan, require_memory, shape_adapter, training_bytes
 from coserve.runtime.loaded import DTYPES, FoundModel, LoadedModel, dtype_name, find_model, resolve_device
 from coserve.training.group import sharing_note
@@ -64,11 +65,11 @@ def _choose_plan(job: ResolvedJob, model: Model) -> tuple[FittedPlan, bool]:
     there is no memory for packed copies: these are given up first, and kept activations only then. Raises CapacityError if no
     plan fits."""
     settings, arch, available = job.settings, model.architecture, available_bytes(model.device)
-    num_parameters = shape_adapter(arch, settings.adapter).flat.numel()
+    adapter = shape_adapter(arch, settings.adapter)
+    num_parameters = adapter.flat.numel()
     if job.group is not None:
-        arch = rank_architecture(arch, job.group.size)
-        if available is not None and model.device.type == "cpu":
-            available //= job.group.size
+        arch, num_parameters = rank_architecture(arch, job.group.size), num_on_rank(adapter.parameters, job.group.fixed)
+        available = _available_to_each(model.device, job.group.size)
     loaded = model.weights if isinstance(model, LoadedModel) else None
     if available is not None and loaded is not None:
         available += loaded.copied_bytes  # they are counted below, and can be freed
@@ -91,6 +92,14 @@ def _choose_plan(job: ResolvedJob, model: Model) -> tuple[FittedPlan, bool]:
 
 
 T = TypeVar("T", AdapterTrainer, RankedTrainer)
+
+
+def _available_to_each(device: torch.device, size: int) -> int | None:
+    """Bytes that each of `size` ranks may take: of the fullest GPU, or a share of the host's."""
+    if device.type == "cuda":
+        return min(int(torch.cuda.mem_get_info(number)[0]) for number in range(size))
+    available = available_bytes(device)
+    return None if available is None else available // size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,15 +17,15 @@ from coserve.runtime.plans import adapter_shardings
 
 
 def make_group(
-    arch: Architecture, settings: FinetuneConfig, size: int, device: torch.device, itemsize: int
+    arch: Architecture, settings: FinetuneConfig, size: int, device: torch.device, itemsize: int, step_tokens: int
 ) -> TensorParallel:
-    """The group of `size` ranks that train an adapter of these settings, with its shardings. Raises ConfigError for a number of
-    ranks that can't share the model, and for more ranks than GPUs."""
+    """The group of `size` ranks that train an adapter of these settings, with its shardings. step_tokens: of an optimizer step.
+    Raises ConfigError for a number of ranks that can't share the model, and for more ranks than GPUs."""
     rank_architecture(arch, size)
     require_devices(size, device)
     prices = parallel_prices(
         machine_device(device), itemsize=itemsize, window_tokens=settings.window_tokens,
-        step_tokens=settings.max_microbatch_tokens,
+        step_tokens=step_tokens,
     )
     group = TensorParallel(size=size, kv_heads=arch.num_kv_heads, prices=prices)
     return group.fix(adapter_shardings(arch, shape_adapter(arch, settings.adapter), group))

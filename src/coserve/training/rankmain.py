@@ -1,4 +1,4 @@
-"""The process of one rank of a finetuning job: `python -m coserve.training.rankmain RANK SIZE PORT`. It is started by
+"""The process of one rank of a finetuning job: `python -m coserve.training.rankmain RANK SIZE MEETING`. It is started by
 training/ranks.py, and ends with its standard input."""
 
 from __future__ import annotations
@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from coserve.runtime.loaded import find_model
-from coserve.training.ranks import DEVICE_KEY, HOST, JobSetup, ModelSetup, RankGroup, perform, ready_key
+from coserve.training.ranks import DEVICE_KEY, PEER_GONE, JobSetup, ModelSetup, RankGroup, perform, ready_key
 
 
 def _end_with_input() -> None:
@@ -20,14 +22,23 @@ def _end_with_input() -> None:
 
 
 def main() -> None:
-    rank, size, port = map(int, sys.argv[1:])
+    """Ends without the interpreter's own end, which could wait for collectives that nobody answers."""
+    code = 0
+    try:
+        work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    except BaseException as error:
+        traceback.print_exc()
+        code = PEER_GONE if isinstance(error, dist.DistError) or "gloo" in str(error) else 1
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def work(rank: int, size: int, meeting: Path) -> None:
+    """Joins the group, loads this rank's part of everything, and performs verbs until there is no more."""
     threading.Thread(target=_end_with_input, daemon=True).start()
-    store = dist.TCPStore(HOST, port, size, is_master=False)
+    store = dist.FileStore(str(meeting), size)
     store.set(ready_key(rank), "yes")
-    device = torch.device(store.get(DEVICE_KEY).decode())
-    if device.type == "cuda":
-        torch.cuda.set_device(rank)
-    group = RankGroup(store, rank, size, device)
+    group = RankGroup(store, rank, size, torch.device(store.get(DEVICE_KEY).decode()))
     model: ModelSetup = group.receive()
     torch.set_num_threads(model.threads)
     found = find_model(str(model.directory), device=model.device, dtype=model.dtype)
@@ -36,6 +47,7 @@ def main() -> None:
     job: JobSetup = group.receive()
     trainer = job.make_trainer(loaded)
     torch.use_deterministic_algorithms(job.settings.deterministic)
+    del job  # with the tensors of the adapter that is continued
     while (order := group.receive()) is not None:
         verb, arguments = order
         perform(trainer, verb, arguments)

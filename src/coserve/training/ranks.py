@@ -5,9 +5,10 @@
     RankedTrainer: every verb is sent, then     perform(): the same verb on an AdapterTrainer of its own
     run on its own AdapterTrainer
 
-All ranks run the same units in the same order, and meet in the collectives of the programs. They connect over the local network
-interface, at a port that the system chooses. A rank that ends makes the collectives of the others fail; the error says which
-one it was, and its last words. Ranks end when rank 0 closes their standard input, which the system does if it dies.
+All ranks run the same units in the same order, and meet in the collectives of the programs. They find one another through a
+file in a private directory, and connect over the loopback interface. On CPUs a rank that ends makes the collectives of the
+others fail; the error says which one it was, and its last words. On several GPUs none of this has been run. Ranks end when rank
+0 closes their standard input, which the system does if it dies.
 
 Owns: the processes, the orders. Does not own: what a verb does (trainer.py).
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,7 +35,7 @@ from torch import Tensor
 
 from coserve.compiler.parallelize import TensorParallel
 from coserve.config.settings import FinetuneConfig
-from coserve.core import Group, JobFailed, one_line
+from coserve.core import CoserveError, Group, JobFailed, one_line
 from coserve.finetune.job import StepLoss
 from coserve.parallel import ProcessRanks
 from coserve.peft.adapter import Adapter
@@ -42,7 +44,6 @@ from coserve.planning.budget import FittedPlan
 from coserve.runtime.loaded import FoundModel, LoadedModel, dtype_name
 from coserve.training.trainer import AdapterTrainer
 
-HOST = "127.0.0.1"
 DEVICE_KEY = "device"
 """In the store: the kind of device that ranks work on."""
 START_S = 120.0
@@ -50,8 +51,10 @@ START_S = 120.0
 UNIT_S = 600.0
 """Seconds that a collective may take. A rank that hangs is noticed after them."""
 IDLE = timedelta(days=365)
-"""How long a rank waits for orders. Rank 0 may wait long for a disk."""
+"""How long the others wait for orders of rank 0, which may wait for a disk."""
 RANK_MODULE = "coserve.training.rankmain"
+PEER_GONE = 17
+"""Exit code of a rank whose collective failed, since another rank has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +93,15 @@ class RankGroup:
 
     def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device) -> None:
         units, backend = timedelta(seconds=UNIT_S), "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=units)
+        if device.type == "cuda":
+            torch.cuda.set_device(rank)
+        with _over_loopback():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=units)
+            # rank 0 must not wait long for one that hangs; the others wait for orders as long as it takes
+            self._orders = dist.new_group(backend="gloo", timeout=units if rank == 0 else IDLE)
         world = dist.group.WORLD
         assert world is not None
         self.ranks = ProcessRanks(world)
-        self._orders = dist.new_group(backend="gloo", timeout=IDLE)
 
     def send(self, order: object) -> None:
         """Tells all other ranks something, which can be pickled. Rank 0 alone does."""
@@ -111,15 +118,29 @@ class RankGroup:
         dist.destroy_process_group()
 
 
-class RankProcess:
-    """One rank's process. log: what it writes to standard error."""
+@contextlib.contextmanager
+def _over_loopback() -> Iterator[None]:
+    """Groups that are made within it listen on the loopback interface only, unless the user has named another."""
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    missing = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name not in os.environ]
+    try:
+        if loopback is not None:
+            os.environ.update(dict.fromkeys(missing, loopback))
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
 
-    def __init__(self, rank: int, size: int, port: int, log: Path, threads: int) -> None:
+
+class RankProcess:
+    """One rank's process. meeting: the file through which ranks find one another. log: what it writes to standard error."""
+
+    def __init__(self, rank: int, size: int, meeting: Path, log: Path, threads: int) -> None:
         self.rank, self._log = rank, log
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", RANK_MODULE, str(rank), str(size), str(port)], stdin=subprocess.PIPE, stderr=file,
+                [sys.executable, "-m", RANK_MODULE, str(rank), str(size), str(meeting)], stdin=subprocess.PIPE, stderr=file,
                 env=environment, start_new_session=True,  # Ctrl-C is for rank 0, which then ends the others
             )
 
@@ -130,6 +151,11 @@ class RankProcess:
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def failed_by_itself(self) -> bool:
+        """Whether it ended for a reason of its own, and not because another rank did."""
+        return self._process.poll() not in (None, PEER_GONE)
 
     def last_words(self) -> str:
         """How it ended, and the last line that it wrote."""
@@ -160,14 +186,15 @@ class RankProcesses:
     def __enter__(self) -> RankProcesses:
         with contextlib.ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coserve-ranks-")))
-            store = dist.TCPStore(HOST, 0, self.size, is_master=True, wait_for_workers=False)
+            store = dist.FileStore(str(directory / "meeting"), self.size)
             store.set(DEVICE_KEY, self._device.type)
             for rank in range(1, self.size):
-                process = RankProcess(rank, self.size, store.port, directory / f"{rank}.log", self.threads)
+                process = RankProcess(rank, self.size, directory / "meeting", directory / f"{rank}.log", self.threads)
                 self._processes.append(process)
                 stack.callback(process.end)
             self._await(store)
-            self.group = RankGroup(store, 0, self.size, self._device)
+            with self.together():
+                self.group = RankGroup(store, 0, self.size, self._device)
             stack.callback(self.group.close)
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.threads)
@@ -186,13 +213,15 @@ class RankProcesses:
         while not store.check([ready_key(rank) for rank in range(1, self.size)]):
             self._require_alive()
             if time.monotonic() > deadline:
-                raise JobFailed(f"the ranks did not start within {START_S:.0f} s; {self._processes[0].last_words()}")
+                late = next(process for process in self._processes if not store.check([ready_key(process.rank)]))
+                raise JobFailed(f"the ranks did not start within {START_S:.0f} s; {late.last_words()}")
             time.sleep(0.05)
 
     def _require_alive(self) -> None:
-        for process in self._processes:
-            if not process.alive:
-                raise JobFailed(process.last_words())
+        """Raises JobFailed if a rank has ended, with the last words of one that others may have ended for."""
+        dead = sorted((each for each in self._processes if not each.alive), key=lambda each: not each.failed_by_itself)
+        if dead:
+            raise JobFailed(dead[0].last_words())
 
     def load(self, found: FoundModel, one_copy: bool) -> LoadedModel:
         """Loads a model on all ranks; this one's part of it."""
@@ -218,7 +247,9 @@ class RankProcesses:
         saying that one hangs."""
         try:
             yield
-        except RuntimeError as error:  # DistError is one
+        except CoserveError:
+            raise
+        except RuntimeError as error:  # torch.distributed's are
             deadline = time.monotonic() + 2
             while all(process.alive for process in self._processes) and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -234,6 +265,8 @@ class RankedTrainer:
     def __init__(self, processes: RankProcesses, own: AdapterTrainer) -> None:
         self._processes, self._own = processes, own
         self.published: Adapter | None = None
+        self._master: Tensor | None = None
+        """The whole adapter's present values, once they have been put together."""
 
     def _all(self, verb: str, *arguments: Any) -> Any:
         with self._processes.together():
@@ -247,20 +280,25 @@ class RankedTrainer:
         return self._all("score", groups)
 
     def optim_step(self, rate: float) -> float:
+        self._master = None
         return self._all("optim_step", rate)
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], int]:
-        return self._all("optimizer_state")
+        state, num_updates = self._all("optimizer_state")
+        self._master = state["master"]
+        return state, num_updates
 
     def restore(self, state: dict[str, Tensor], num_updates: int) -> None:
+        self._master = None
         self._all("restore", state, num_updates)
 
     def publish(self) -> None:
         """Nobody is served here."""
 
     def save(self, directory: Path) -> None:
-        state, _ = self.optimizer_state()
-        self._own.save(directory, master=state["master"])
+        if self._master is None:
+            self.optimizer_state()
+        self._own.save(directory, master=self._master)
 
 
 def perform(trainer: AdapterTrainer, verb: str, arguments: Sequence[Any]) -> Any:

@@ -101,12 +101,13 @@ class JobRequest:
             recorded = read_record(self.directory).get("settings")
             config = keep_numbers(config, recorded if isinstance(recorded, dict) else {})
         settings = resolve_settings(config.with_adapter(self.adapter), len(train.groups), hidden_size=arch.hidden_size)
+        workload = Workload.of(train.groups, settled(settings.batch_size), settings.max_microbatch_tokens)
         size, itemsize = self.tensor_parallel_size, model.dtype.itemsize
-        group = make_group(arch, settings, size, model.device, itemsize) if size > 1 else None
+        step_tokens = workload.num_tokens * workload.microbatches
+        group = make_group(arch, settings, size, model.device, itemsize, step_tokens) if size > 1 else None
         plans = JobPlans(
-            arch, shape_adapter(arch, self.adapter),
-            Workload.of(train.groups, settled(settings.batch_size), settings.max_microbatch_tokens),
-            itemsize=itemsize, compression=settings.activation_compression, ranks=group,
+            arch, shape_adapter(arch, self.adapter), workload, itemsize=itemsize,
+            compression=settings.activation_compression, ranks=group,
         )
         return ResolvedJob(
             request=self, train=train, held_out=held_out, settings=settings, max_length=limit, plans=plans, group=group

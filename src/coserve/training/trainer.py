@@ -31,9 +31,10 @@ MIN_WINDOW = 32
 """The fewest tokens to which windows shrink after out-of-memory."""
 
 
-def out_of_memory(error: torch.OutOfMemoryError, *, deterministic: bool) -> CapacityError:
+def out_of_memory(error: torch.OutOfMemoryError, *, deterministic: bool, several_ranks: bool = False) -> CapacityError:
     """The error for a job whose windows can't get smaller."""
     reason = "and deterministic keeps the windows" if deterministic else "at the smallest window"
+    reason = "and several ranks keep the windows; lower window_tokens too" if several_ranks else reason
     return CapacityError(f"out of memory, {reason}; lower max_microbatch_tokens ({error})", param="max_microbatch_tokens")
 
 
@@ -113,7 +114,9 @@ class AdapterTrainer:
             except torch.OutOfMemoryError as error:
                 self.adapter.grad.zero_()
                 if self.window // 2 < MIN_WINDOW or self.config.deterministic or self.layout is not None:
-                    raise out_of_memory(error, deterministic=self.config.deterministic) from error
+                    raise out_of_memory(
+                        error, deterministic=self.config.deterministic, several_ranks=self.layout is not None
+                    ) from error
                 self.window //= 2
                 self.warn(f"out of memory: windows are now at most {self.window} tokens; the step starts again")
 
@@ -144,7 +147,7 @@ class AdapterTrainer:
     def optimizer_state(self) -> tuple[dict[str, Tensor], int]:
         state = self.optimizer.state()
         if self.layout is not None:
-            state = {name: self.layout.join(part) for name, part in state.items()}
+            state = {name: self.layout.join(part).cpu() for name, part in state.items()}
         return state, self.optimizer.num_updates
 
     def restore(self, state: dict[str, Tensor], num_updates: int) -> None:
