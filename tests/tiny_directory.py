@@ -32,6 +32,15 @@ def build_tiny_directory(
     return path
 
 
+def build_job_inputs(root: Path) -> Path:
+    """Fills a directory with what jobs need, and returns it: model/, and sft.jsonl, dpo.jsonl and valid.jsonl."""
+    build_tiny_directory(root / "model")
+    write_lines(root / "sft.jsonl", chat_lines(10))
+    write_lines(root / "dpo.jsonl", preference_lines(10))
+    write_lines(root / "valid.jsonl", chat_lines(3))
+    return root
+
+
 def chat_line(question: str, answer: str) -> dict[str, Any]:
     """One conversation of two turns, as a training line."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}

@@ -22,7 +22,7 @@ from coserve.bench.paper.models import LARGE, MODELS, model_directory, read_shap
 from coserve.bench.paper.page import simulated_section
 from coserve.bench.paper.rows import compare, find_better, make_row, make_rows
 from coserve.bench.simulate import ALONE
-from coserve.cli.plan import Asked, make_plan
+from coserve.cli.planned import Asked, make_plan
 from coserve.core import ConfigError
 from coserve.devices.table import find_device
 from coserve.model.decoder import linear_shapes

@@ -356,7 +356,16 @@ def test_only_the_bypass_of_one_site_is_left() -> None:
         assert weights - {None} == {name for name in layer.factors if name.startswith(site)}
 
 
-def test_a_placement_that_cannot_be_had_is_refused_by_name() -> None:
+def test_an_adapter_that_lies_somewhere_stays_there() -> None:
+    graph = Layer(ARCH, KINDS["lora"]).graph
+    lies = parallel(2, forced={"q_proj.lora_A": 0, "down_proj.lora_B": 0}).parallelize(graph, 0).shardings
+    assert lies != parallel(2).parallelize(graph, 0).shardings, "it is not the cheapest"
+    fixed = parallel(2).fix({(0, name): sharding for name, sharding in lies.items()})
+    assert fixed.parallelize(graph, 0).shardings == lies
+    assert fixed.parallelize(graph, 1).shardings != lies, "of another layer nothing is known"
+
+
+def test_a_sharding_that_cannot_be_had_is_refused_by_name() -> None:
     graph = large_lora(12, "q_proj")  # 12 is no multiple of 8 ranks
     forced: dict[str, int | None] = {"q_proj.lora_A": 0}
     with pytest.raises(ConfigError, match=r"adapter_sharding: q_proj\.lora_A out can't be had with 8 ranks"):

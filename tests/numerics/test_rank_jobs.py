@@ -21,7 +21,7 @@ from coserve.finetune.job import JobEvent
 from coserve.training import ranks as ranks_module
 from coserve.training.finetuning import FinetuneResult, finetune
 from coserve.training.group import require_devices
-from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
+from tests.tiny_directory import build_job_inputs, chat_lines, write_lines
 
 SFT = FinetuneConfig(
     lora=LoraConfig(r=4, target_modules="all-linear"), optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=1),
@@ -39,12 +39,7 @@ SLOW = ("dora", "ia3", "bottleneck", "dpo")
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("ranks")
-    build_tiny_directory(root / "model")
-    write_lines(root / "sft.jsonl", chat_lines(10))
-    write_lines(root / "dpo.jsonl", preference_lines(10))
-    write_lines(root / "valid.jsonl", chat_lines(3))
-    return root
+    return build_job_inputs(tmp_path_factory.mktemp("ranks"))
 
 
 def run(directory: Path, output: Path, config: FinetuneConfig, size: int, **more: object) -> FinetuneResult:
@@ -133,6 +128,22 @@ def test_a_rank_that_is_killed_ends_the_job_with_its_name_and_a_resume_goes_on(
     assert all(not process.alive for process in started), "no process is left behind"
     assert not torch.distributed.is_initialized()
     require_same(run(directory, tmp_path / "killed", SFT, 2, resume=True), run(directory, tmp_path / "whole", SFT, 1))
+
+
+@pytest.mark.full
+def test_of_several_ranks_the_one_that_was_killed_is_named(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others end too, since their collectives fail."""
+    started = remembered(monkeypatch)
+
+    def kill(event: JobEvent) -> None:
+        if event.checkpoint_step == 2:
+            os.kill(started[1].pid, signal.SIGKILL)
+
+    with pytest.raises(JobFailed, match=r"rank 2 ended by signal 9"):
+        run(directory, tmp_path / "killed", SFT, 4, listen=kill)
+    assert all(not process.alive for process in started)
 
 
 @pytest.mark.full

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coserve.compiler.parallelize import Axes, Prices, TensorParallel
-from coserve.compiler.report import adapter_on_ranks, embedding_bytes, label_bytes, layer_transfers, share_layers
+from coserve.compiler.report import ranks_report
 from coserve.config.settings import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.model.checkpoint import Checkpoint
 from coserve.model.weights import ModelWeights, load_weights
@@ -166,17 +166,13 @@ def test_what_is_sent_is_what_the_plan_says(kind: str, size: int) -> None:
     group = Group(case, checkpoint("llama"), whole, size)
     arch, num_tokens = group.files.architecture, sum(len(example.token_ids) for example in case.examples)
     num_labels = pack(case.examples, device=CPU, seed=0, step=0).labels.numel()
-    layers = sum(
-        len(entry.layers) * sum(each.num_bytes for each in entry.transfers)
-        for entry in layer_transfers(group.ranks, within_share(group.plans, case.budget))
-    )
     elements = {(p.layer, p.name): p.shape[0] * p.shape[1] for p in whole.parameters}
-    layout = share_layers(group.ranks, arch, layer_bypasses(arch, whole))
-    step_bytes = adapter_on_ranks(size, layout, elements).step_bytes
+    plan = within_share(group.plans, case.budget)
+    said = ranks_report(group.ranks, arch, layer_bypasses(arch, whole), plan, elements)
+    layers = sum(len(entry.layers) * sum(each.num_bytes for each in entry.transfers) for entry in said.transfers)
     for found in on_ranks(size, group.work):
-        assert found.sent_bytes == num_tokens * (layers + embedding_bytes(group.ranks, arch)) + num_labels * label_bytes(
-            group.ranks, arch)
-        assert found.step_bytes == 2 * step_bytes, "gradients are float64 here, and planned in float32"
+        assert found.sent_bytes == num_tokens * (layers + said.embedding_bytes) + num_labels * said.label_bytes
+        assert found.step_bytes == 2 * said.step_bytes, "gradients are float64 here, and planned in float32"
 
 
 class ProcessCase(NamedTuple):

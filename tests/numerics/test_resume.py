@@ -35,7 +35,7 @@ from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.training import finetuning as finetuning_module
 from coserve.training.finetuning import finetune
 from tests.outcome import result
-from tests.tiny_directory import build_tiny_directory, chat_lines, preference_lines, write_lines
+from tests.tiny_directory import build_job_inputs
 
 ROOT = Path(__file__).parents[2]
 SFT = FinetuneConfig(
@@ -53,12 +53,7 @@ class Crash(RuntimeError):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("resume")
-    build_tiny_directory(root / "model")
-    write_lines(root / "sft.jsonl", chat_lines(10))
-    write_lines(root / "dpo.jsonl", preference_lines(10))
-    write_lines(root / "valid.jsonl", chat_lines(3))
-    return root
+    return build_job_inputs(tmp_path_factory.mktemp("resume"))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from coserve.cli.plan import check_output, size_text
+from coserve.cli.plan import check_output
+from coserve.cli.planview import size_text
 from coserve.config.settings import EngineConfig
 from coserve.core import Contents, PassCost, UnitCost
 from coserve.devices.law import device_law, ridge_rows

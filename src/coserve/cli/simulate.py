@@ -20,7 +20,7 @@ from coserve.bench.results import make_results, result_head
 from coserve.bench.simulate import ALONE, Simulation, SimulationConfig, machine_facts
 from coserve.bench.simulated import SimulatedMachine, make_machine
 from coserve.bench.workload import endless_job
-from coserve.cli.plan import Asked
+from coserve.cli.planned import Asked
 from coserve.cli.settings import read_numbers
 from coserve.config.data import ADAPTERS
 from coserve.config.settings import POLICIES, EngineConfig, FinetuneConfig, SchedulerConfig

@@ -66,9 +66,6 @@ class RankForm(NamedTuple):
     state: State
     parts: int = 1
 
-    def __str__(self) -> str:
-        return self.state.value
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallelized:
@@ -130,8 +127,8 @@ class _Search:
     def __init__(
         self, graph: Graph, size: int, kv_heads: int, prices: Prices, forced: Axes, fixed: Mapping[str, Sharding]
     ) -> None:
-        self.graph, self.size, self.prices, self.forced, self.fixed = graph, size, prices, forced, fixed
-        self.kv_heads = kv_heads
+        self.graph, self.size, self.kv_heads, self.prices = graph, size, kv_heads, prices
+        self.forced, self.fixed = forced, fixed
         self.last_read = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
         self.wanted = self._backbone_forms()
 
@@ -336,7 +333,7 @@ class TensorParallel:
         own = {name: sharding for (number, name), sharding in self.fixed.items() if number == layer}
         found = self._search(graph, self.forced, own)
         if found is None:
-            assert not own, "an adapter lies where its own search put it"
+            assert self.forced and not own, "every operator has a way, and an adapter lies where its own search put it"
             asked = ", ".join(f"{name} {axis_name(axis)}" for name, axis in self.forced.items())
             raise ConfigError(
                 f"adapter_sharding: {asked} can't be had with {self.size} ranks in this layer; `coserve plan "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from coserve.compiler.graph import producers
 from coserve.compiler.parallelize import ShardingCandidate, TensorParallel, step_bytes
@@ -102,65 +101,61 @@ class SharedLayers:
     candidates: Mapping[str, tuple[ShardingCandidate, ...]]
 
 
-class RankAdapter(NamedTuple):
-    """What each rank has of an adapter. num_parameters: elements. step_bytes: of gradients that it sends per optimizer step, in
-    float32."""
-
-    num_parameters: int
-    step_bytes: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RanksReport:
-    """How a group of `size` ranks shares a model and an adapter. embedding_bytes: that each rank sends per token, once per
-    pass. label_bytes: per label of training."""
+    """How a group of `size` ranks shares a model and an adapter. What each rank has: num_parameters, elements of the adapter.
+    What it sends, in bytes: embedding_bytes per token and pass, label_bytes per label of training, and step_bytes per optimizer
+    step for gradients, in float32."""
 
     size: int
     layers: tuple[SharedLayers, ...]
     transfers: tuple[LayerTransfers, ...]
+    num_parameters: int
     embedding_bytes: int
     label_bytes: int
-    adapter: RankAdapter
+    step_bytes: int
 
 
-def share_layers(ranks: TensorParallel, arch: Architecture, bypasses: Sequence[LayerBypass]) -> tuple[SharedLayers, ...]:
-    """The shardings of every layer's bypass, with the candidates of each site. Raises ConfigError for shardings that can't be
-    had."""
+def ranks_report(
+    ranks: TensorParallel, arch: Architecture, bypasses: Sequence[LayerBypass], plan: ModelPlan,
+    elements: Mapping[tuple[int, str], int],
+) -> RanksReport:
+    """Of a group whose adapter is fixed (`TensorParallel.fix`). bypasses: without dropout, as it was fixed. elements: {(layer,
+    parameter): elements of the whole parameter}."""
+    held = {key: count // ranks.fixed[key].parts for key, count in elements.items()}
+    return RanksReport(
+        size=ranks.size, layers=_shared_layers(ranks, arch, bypasses), transfers=_layer_transfers(ranks, plan),
+        num_parameters=sum(held.values()), embedding_bytes=_embedding_bytes(ranks, arch), label_bytes=_label_bytes(ranks, arch),
+        step_bytes=sum(step_bytes(ranks.fixed[key], count, ranks.size) for key, count in held.items()),
+    )
+
+
+def _shared_layers(ranks: TensorParallel, arch: Architecture, bypasses: Sequence[LayerBypass]) -> tuple[SharedLayers, ...]:
     groups: dict[object, list[int]] = {}
     for index, bypass in enumerate(bypasses):
-        groups.setdefault((bypass.key, index in arch.nope_layers), []).append(index)
+        groups.setdefault(bypass.key, []).append(index)
     found = []
     for layers in groups.values():
         graph = bypasses[layers[0]].trace(arch, layers[0]).forward
-        chosen = ranks.parallelize(graph, layers[0]).shardings
+        chosen = {name: sharding for (layer, name), sharding in ranks.fixed.items() if layer == layers[0]}
         sites = dict.fromkeys(node.site for node in graph.nodes if node.site is not None)
         candidates = {site: _chosen_first(ranks.candidates(graph, site), chosen) for site in sites}
         found.append(SharedLayers(layers=tuple(layers), shardings=chosen, candidates=candidates))
     return tuple(found)
 
 
-def adapter_on_ranks(size: int, layers: Sequence[SharedLayers], elements: Mapping[tuple[int, str], int]) -> RankAdapter:
-    """What each of `size` ranks has of an adapter. elements: {(layer, parameter): elements of the whole parameter}."""
-    shardings = {
-        (layer, name): sharding for shared in layers for layer in shared.layers for name, sharding in shared.shardings.items()
-    }
-    held = {key: count // shardings[key].parts for key, count in elements.items()}
-    sent = sum(step_bytes(shardings[key], count, size) for key, count in held.items())
-    return RankAdapter(sum(held.values()), sent)
-
-
-def embedding_bytes(ranks: TensorParallel, arch: Architecture) -> int:
+def _embedding_bytes(ranks: TensorParallel, arch: Architecture) -> int:
     """Bytes per token that each rank sends to look up embeddings, of which each rank has some tokens' rows."""
     return ranks.bytes_per_token(2, arch.hidden_size)
 
 
-def label_bytes(ranks: TensorParallel, arch: Architecture) -> int:
+def _label_bytes(ranks: TensorParallel, arch: Architecture) -> int:
     """Bytes per label that each rank sends for the loss: three numbers in float32 or wider, and the label's gradient row."""
     wide = max(4, ranks.prices.itemsize)
     return 2 * (ranks.size - 1) * 3 * wide // ranks.size + ranks.bytes_per_token(2, arch.hidden_size)
 
 
-def layer_transfers(ranks: TensorParallel, plan: ModelPlan) -> tuple[LayerTransfers, ...]:
+def _layer_transfers(ranks: TensorParallel, plan: ModelPlan) -> tuple[LayerTransfers, ...]:
     """What the layers of a plan send, one entry per distinct layer plan."""
     groups: dict[int, list[int]] = {}
     for index, layer in enumerate(plan.layers):

@@ -205,6 +205,9 @@ class RankProcesses:
         if kind is None:
             with contextlib.suppress(RuntimeError):  # the job is done, whatever has become of a rank since
                 self.group.send(None)
+        else:
+            for process in self._processes:  # before the group is left, for which a collective under way would have to end
+                process.end()
         self._exit.close()
 
     def _await(self, store: dist.Store) -> None:

@@ -83,15 +83,16 @@ class AdapterTrainer:
         self.optimizer = FlatAdamW(config.optimizer, self.adapter.flat, self.adapter.grad, changed=self.adapter.refresh)
         self.executor = TrainExecutor(model.executor)
         itemsize = weights.dtype.itemsize
+        whole = self.whole
         if plan is None:
             workload = Workload(config.max_microbatch_tokens, config.max_length or config.max_microbatch_tokens)
             plans = JobPlans(
-                arch, self.whole, workload, itemsize=itemsize, compression=config.activation_compression, ranks=group
+                arch, whole, workload, itemsize=itemsize, compression=config.activation_compression, ranks=group
             )
             plan = plans.asked(config).plan
         self.plan, self.in_flight = plan, in_flight
-        reference = None if self.reference is None else self.whole
-        self.scoring = scoring_plan(arch, self.whole, itemsize=itemsize, ranks=group)
+        reference = None if self.reference is None else whole
+        self.scoring = scoring_plan(arch, whole, itemsize=itemsize, ranks=group)
         self.reference_scoring = scoring_plan(arch, reference, itemsize=itemsize, ranks=group)
         self.window = config.grid_tokens or config.window_tokens
         self.refresh_seconds = self._refresh_seconds()
