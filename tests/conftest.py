@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from coserve.cli import main as cli
 from coserve.runtime.loaded import LoadedModel
+from coserve.server.logs import FoldingHandler
 from coserve.text.tokenizer import ChatTokenizer
 from tests.commands import Ran, Run
 from tests.tiny_engine import MakeEngine, build_model, tracked_engines
@@ -21,6 +24,20 @@ from tests.tiny_tokenizer import build_sentencepiece_tokenizer, build_tiny_token
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """A command that sends the log to this test's streams doesn't send later tests' lines there, where they are closed."""
+    root, hooks = logging.getLogger(), (sys.excepthook, threading.excepthook)
+    levels = {name: logging.getLogger(name).level for name in ("root", "coserve")}
+    yield
+    for handler in [one for one in root.handlers if isinstance(one, FoldingHandler)]:
+        root.removeHandler(handler)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    logging.captureWarnings(False)
+    sys.excepthook, threading.excepthook = hooks
 
 
 @pytest.fixture(scope="module")

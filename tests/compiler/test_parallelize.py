@@ -228,7 +228,7 @@ def test_the_chosen_graph_computes_what_one_rank_computes(kind: str, size: int) 
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.full] if kind == "dora" else []) for kind in KINDS])
 def test_every_candidate_computes_what_one_rank_computes(kind: str, size: int) -> None:
     """Also the ones that would never be chosen. Sites take their n-th candidate together."""
     layer = Layer(ARCH, KINDS[kind])

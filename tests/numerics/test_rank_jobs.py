@@ -34,7 +34,6 @@ JOBS = {
     "bottleneck": replace(SFT, lora=None).with_adapter(BottleneckConfig(size=8)),
     "dpo": replace(SFT, objective="dpo", max_microbatch_tokens=300),
 }
-SLOW = ("dora", "ia3", "bottleneck", "dpo")
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +62,15 @@ def require_same(found: FinetuneResult, wanted: FinetuneResult, tolerance: float
         assert torch.allclose(tensor, others[name], rtol=tolerance, atol=tolerance), name
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.full] if kind in SLOW else []) for kind in JOBS])
+@pytest.mark.full
+@pytest.mark.parametrize("kind", JOBS)
 def test_a_job_on_two_ranks_is_the_job_on_one(directory: Path, tmp_path: Path, kind: str) -> None:
     config, validation = JOBS[kind], directory / "valid.jsonl" if JOBS[kind].objective == "sft" else None
     one = run(directory, tmp_path / "one", config, 1, validation=validation)
     require_same(run(directory, tmp_path / "two", config, 2, validation=validation), one)
 
 
+@pytest.mark.full
 def test_a_job_goes_on_with_another_number_of_ranks(directory: Path, tmp_path: Path) -> None:
     """Checkpoints and adapters don't depend on it."""
     whole = run(directory, tmp_path / "whole", SFT, 1)

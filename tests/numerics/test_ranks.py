@@ -189,10 +189,9 @@ class ProcessCase(NamedTuple):
 
 
 @pytest.mark.parametrize(("kind", "size"), [
-    ("dora", 2), pytest.param("lora with dropout", 2, marks=pytest.mark.full),
-    pytest.param("ia3", 2, marks=pytest.mark.full), pytest.param("bottleneck", 2, marks=pytest.mark.full),
-    pytest.param("lora", 4, marks=pytest.mark.full),  # with more ranks than key-value heads
+    *((kind, 2) for kind in KINDS), ("lora", 4),  # the last with more ranks than key-value heads
 ])
+@pytest.mark.full
 def test_processes_train_as_one(kind: str, size: int, tmp_path: Path) -> None:
     case = make_case("llama", KINDS[kind], 5, budget=0.5)
     whole = random_adapter(whole_weights("llama"), case.config, case.seed)
