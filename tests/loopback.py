@@ -45,6 +45,11 @@ class LoopbackRanks(Ranks):
     def _reduce_scatter(self, own: Tensor, parts: Tensor) -> None:
         own.copy_(sum((each[self.rank] for each in self._exchange(parts)), torch.zeros_like(own)))
 
+    def _collect(self, parts: Tensor | None, own: Tensor) -> None:
+        found = torch.stack(tuple(self._exchange(own)))
+        if parts is not None:
+            parts.copy_(found)
+
     def _all_gather(self, parts: Tensor, own: Tensor) -> None:
         parts.copy_(torch.stack(tuple(self._exchange(own))))
 

@@ -37,7 +37,7 @@ def make_engine(
     **options: object,
 ) -> Engine:
     """An engine whose pool has `num_blocks` blocks of 16 tokens. options: of EngineConfig."""
-    arch = model.architecture
+    arch = model.weights.architecture
     size = arch.num_layers * 2 * arch.num_kv_heads * BLOCK * arch.head_dim * model.weights.dtype.itemsize
     scheduler = scheduler or SchedulerConfig(tpot_ms=20, ttft_ms=3000)
     config = EngineConfig(

@@ -47,6 +47,15 @@ class JobFailed(CoserveError, RuntimeError):
     """A finetuning job failed or was cancelled. The engine and other jobs go on."""
 
 
+class RankFailed(CoserveError, RuntimeError):
+    """One of the processes that share a model has ended or hangs. The others can't go on without it. signal: by which the
+    system ended it, if it did."""
+
+    def __init__(self, message: str, *, signal: int | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 def one_line(error: BaseException, most: int | None = None) -> str:
     """An error's message on one line, or its type's name if it has none. most: characters to which a longer one is cut."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from coserve.core import RankFailed
+
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
@@ -38,10 +40,12 @@ Shardings = Mapping[tuple[int, str], Sharding]
 
 class Ranks(ABC):
     """One rank's view of its group. sent_bytes: what it has sent since the start, counted as a ring sends it: of B bytes an
-    all-reduce sends 2 (N - 1) / N, a gather or a scatter half of that."""
+    all-reduce sends 2 (N - 1) / N, a gather or a scatter half of that. What rank 0 collects is counted where it comes from."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, device: torch.device | None = None) -> None:
+        """device: where tensors are that are sent; default: in the host's memory."""
         self.rank, self.size, self.sent_bytes = rank, size, 0
+        self.device = device or torch.device("cpu")
 
     @abstractmethod
     def _all_reduce(self, tensor: Tensor, *, largest: bool) -> None:
@@ -54,6 +58,10 @@ class Ranks(ABC):
     @abstractmethod
     def _reduce_scatter(self, own: Tensor, parts: Tensor) -> None:
         """Fills `own` with the sum over ranks of each one's parts[rank]; parts: [N, ...]; both are contiguous."""
+
+    @abstractmethod
+    def _collect(self, parts: Tensor | None, own: Tensor) -> None:
+        """Fills parts [N, ...], which rank 0 alone has, with every rank's `own`; both are contiguous."""
 
     def mine(self, whole: Tensor) -> Tensor:
         """This rank's features of a whole value: a view [T, W / N] of [T, W]."""
@@ -88,6 +96,24 @@ class Ranks(ABC):
         out.unflatten(-1, (self.size, -1)).copy_(parts.movedim(0, -2))
         self._count(1, out)
 
+    def collect(self, own: Tensor) -> Tensor | None:
+        """The ranks' features `own` [T, W / N] side by side, [T, W], on rank 0; None on the others."""
+        parts = own.new_empty(self.size, *own.shape) if self.rank == 0 else None
+        self._collect(parts, own.contiguous())
+        if parts is None:
+            self.sent_bytes += own.numel() * own.element_size()
+            return None
+        return parts.movedim(0, -2).flatten(-2)
+
+    def require_alike(self, value: int, what: str) -> None:
+        """Raises RankFailed on all ranks unless all have the same number, which fits into 63 bits. what: it tells about."""
+        own = torch.tensor([value], dtype=torch.int64, device=self.device)
+        found = own.new_empty(self.size, 1)
+        self._all_gather(found, own)
+        values = found.flatten().tolist()
+        if others := [str(rank) for rank in range(self.size) if values[rank] != values[0]]:
+            raise RankFailed(f"rank 0 and rank {', '.join(others)} differ in {what}")
+
     def scatter(self, out: Tensor, partial: Tensor) -> None:
         """out [T, W / N] becomes this rank's features of the sum of the ranks' `partial` [T, W]."""
         parts = partial.unflatten(-1, (self.size, -1)).movedim(-2, 0).contiguous()
@@ -115,6 +141,10 @@ class Alone(Ranks):
     def _reduce_scatter(self, own: Tensor, parts: Tensor) -> None:
         own.copy_(parts[0])
 
+    def _collect(self, parts: Tensor | None, own: Tensor) -> None:
+        assert parts is not None
+        parts[0].copy_(own)
+
 
 ALONE = Alone()
 
@@ -127,8 +157,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 class ProcessRanks(Ranks):
     """A group of processes, by torch.distributed: NCCL between GPUs, gloo between CPUs."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+    def __init__(self, group: dist.ProcessGroup, device: torch.device | None = None) -> None:
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), device)
         self._group = group
 
     def _all_reduce(self, tensor: Tensor, *, largest: bool) -> None:
@@ -139,3 +169,6 @@ class ProcessRanks(Ranks):
 
     def _reduce_scatter(self, own: Tensor, parts: Tensor) -> None:
         _reduce_scatter(own, parts.flatten(0, 1), group=self._group)
+
+    def _collect(self, parts: Tensor | None, own: Tensor) -> None:
+        dist.gather(own, None if parts is None else list(parts.unbind()), group=self._group, group_dst=0)

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from coserve.config.settings import BottleneckConfig, FinetuneConfig, IA3Config, LoraConfig, OptimizerConfig
-from coserve.core import ConfigError, JobFailed
+from coserve.core import ConfigError, RankFailed
 from coserve.finetune.job import JobEvent
-from coserve.training import ranks as ranks_module
+from coserve.runtime import ranks as ranks_module
+from coserve.runtime.ranks import require_devices
 from coserve.training.finetuning import FinetuneResult, finetune
-from coserve.training.group import require_devices
 from tests.tiny_directory import build_job_inputs, chat_lines, write_lines
 
 SFT = FinetuneConfig(
@@ -124,7 +124,7 @@ def test_a_rank_that_is_killed_ends_the_job_with_its_name_and_a_resume_goes_on(
         if event.checkpoint_step == 2:
             os.kill(started[-1].pid, signal.SIGKILL)
 
-    with pytest.raises(JobFailed, match=r"rank 1 ended by signal 9"):
+    with pytest.raises(RankFailed, match=r"rank 1 ended by signal 9"):
         run(directory, tmp_path / "killed", SFT, 2, listen=kill)
     assert all(not process.alive for process in started), "no process is left behind"
     assert not torch.distributed.is_initialized()
@@ -142,7 +142,7 @@ def test_of_several_ranks_the_one_that_was_killed_is_named(
         if event.checkpoint_step == 2:
             os.kill(started[1].pid, signal.SIGKILL)
 
-    with pytest.raises(JobFailed, match=r"rank 2 ended by signal 9"):
+    with pytest.raises(RankFailed, match=r"rank 2 ended by signal 9"):
         run(directory, tmp_path / "killed", SFT, 4, listen=kill)
     assert all(not process.alive for process in started)
 
@@ -156,7 +156,7 @@ def test_a_rank_that_hangs_ends_the_job(directory: Path, tmp_path: Path, monkeyp
         if event.checkpoint_step == 2:
             os.kill(started[-1].pid, signal.SIGSTOP)
 
-    with pytest.raises(JobFailed, match="a rank has not answered for 3 s"):
+    with pytest.raises(RankFailed, match="a rank has not answered for 3 s"):
         run(directory, tmp_path / "stopped", SFT, 2, listen=stop)
     assert all(not process.alive for process in started)
 

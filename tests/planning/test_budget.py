@@ -364,7 +364,7 @@ def test_an_engine_counts_what_its_pool_leaves(directories: dict[str, Path], mon
     needed = packed_bytes(model.architecture, 4)
     pool = 64 * block_bytes(model.architecture, 16, 4)
     for free, layout in ((2 * needed, "packed"), (2 * needed - 8, "held once")):
-        monkeypatch.setattr(engine_module, "available_bytes", lambda device, free=free: pool + free)
+        monkeypatch.setattr(memory, "available_bytes", lambda device, free=free: pool + free)
         lines: list[str] = []
         config = EngineConfig(memory_bytes=pool, block_tokens=16)
         engine = engine_module.Engine(model, config, latency=LatencyModel({}), report=lines.append)

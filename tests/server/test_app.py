@@ -208,7 +208,8 @@ def test_keys_are_made_shown_once_and_revoked(tmp_path: Path) -> None:
     (("--lora-modules", '{"name": "a", "path": "b", "base_model_name": "c"}'), "lora_modules: 'base_model_name' has no"),
     (("--lora-modules", "a=b", "--lora-modules", "a=c"), "lora_modules: the name 'a' is given twice"),
     (("--enable-lora", "--no-enable-prefix-caching"), "--no-enable-prefix-caching: the prefix .* on; leave it out"),
-    (("-tp", "2"), "--tensor-parallel-size: one process .* on one device; leave it out or give 1"),
+    (("-pp", "2"), "--pipeline-parallel-size: a model is shared by --tensor-parallel-size only; leave it out or give 1"),
+    (("-tp", "0"), "^tensor_parallel_size: must be at least 1, got 0"),
     (("--block_size=32",), "--block-size: .*; leave it out or give 16"),
     (("--chat-template",), "--chat-template: the model's own"),
     (("--config", "none.toml"), "config: none.toml can't be read"),
@@ -240,7 +241,7 @@ def test_adapters_are_given_in_three_forms() -> None:
 
 
 def test_flags_of_vllm_that_ask_for_what_happens_anyway_are_dropped() -> None:
-    given = ["model", "--enable-lora", "--port", "1", "-tp", "1", "--kv_cache_dtype=auto", "--enable-chunked-prefill"]
+    given = ["model", "--enable-lora", "--port", "1", "-pp", "1", "--kv_cache_dtype=auto", "--enable-chunked-prefill"]
     assert drop_flags(given) == ["model", "--port", "1"]
     kept = ["--enable-lora=no", "--enable-lor", "--max-loras", "4", "--", "--enforce-eager"]
     assert drop_flags(kept) == kept, "the parser's to judge"

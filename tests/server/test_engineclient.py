@@ -257,7 +257,7 @@ def test_an_error_of_the_engines_thread_ends_the_process_and_no_job(
             api.send(encode(Generate(id="r", prompt_ids=PROMPT, sampling=GREEDY, arrival_s=time.monotonic())))
             process = enginemain.EngineProcessMain(make_config(model.directory, tmp_path), mailbox, page)
             process.run()
-            assert process.failed
+            assert process.failure
         sent = []
         while api.poll(200):
             sent += [decode_from_engine(part) for part in api.recv_multipart()]

@@ -137,9 +137,9 @@ class Jobs:
         assert len(results) == len(self.seeds)
 
 
-def undisturbed(start_server: StartServer, directory: Path, seeds: list[int]) -> dict[int, list[Row]]:
+def undisturbed(start_server: StartServer, directory: Path, seeds: list[int], *options: str) -> dict[int, list[Row]]:
     """Metrics of the same jobs on a server that is left alone, by seed."""
-    server = start_server("--deterministic", data_dir=directory)
+    server = start_server("--deterministic", *options, data_dir=directory)
     jobs = Jobs(server)
     for seed in seeds:
         jobs.create(seed)

@@ -169,10 +169,12 @@ class RecordedEngine:
         engine.runner = self
 
     def _arena_blocks(self, number: int) -> int:
-        jobs, micro = self.engine.jobs, self.engine.jobs.microbatches[number]
+        model, micro = self.engine.model, self.engine.jobs.microbatches[number]
         layout = microbatch_layout(
-            micro.plan, micro.batch.num_tokens, jobs.arch, jobs.itemsize, forward_only=micro.forward_only)
-        return -(-layout.total // jobs.pool.block_bytes)
+            micro.plan, micro.batch.num_tokens, model.weights.architecture, model.dtype.itemsize,
+            forward_only=micro.forward_only,
+        )
+        return -(-layout.total // self.engine.pool.block_bytes)
 
     def run(self, plan: StepPlan, lookup: Lookup) -> StepResult:
         """Runs an iteration, as the engine's runner, and notes it."""

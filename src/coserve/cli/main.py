@@ -29,8 +29,10 @@ from coserve.finetune.defaults import not_used, unused_settings
 from coserve.finetune.job import JobEvent
 from coserve.model.memory import GIB
 from coserve.peft.described import described_adapter
+from coserve.peft.format import bind_adapter
+from coserve.peft.gate import read_adapter
 from coserve.plots import loss_curve
-from coserve.runtime.loaded import load_model
+from coserve.runtime.loaded import adapter_base, load_model
 from coserve.text.detokenizer import IncrementalDetokenizer
 from coserve.text.tokenizer import TextRules
 from coserve.training.finetuning import finetune
@@ -49,6 +51,7 @@ notes = Console(stderr=True, quiet=not sys.stderr.isatty())
 DEVICE_HELP = "auto, cpu or cuda."
 DTYPE_HELP = "auto (bfloat16 on CUDA and on CPUs that multiply it, else float32), float32, bfloat16, float64."
 DeviceOption = Annotated[str, typer.Option(help=DEVICE_HELP)]
+RanksOption = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="Processes that share the model, a GPU each.")]
 DtypeOption = Annotated[str, typer.Option(help=DTYPE_HELP)]
 
 
@@ -110,7 +113,7 @@ def finetune_command(
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
     ranks: Annotated[
-        int | None, typer.Option("--tensor-parallel-size", help="Processes that share the model, a GPU each (1).")
+        int | None, typer.Option("--tensor-parallel-size", "-tp", help="Processes that share the model, a GPU each (1).")
     ] = None,
     **given: Any,
 ) -> None:
@@ -154,13 +157,23 @@ def chat(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    tensor_parallel_size: RanksOption = 1,
 ) -> None:
     """Talk to a model, with or without an adapter. Ends with Ctrl-D."""
     require(max_tokens >= 1, "max_tokens", f"must be at least 1, got {max_tokens}")
     sampling = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    loaded = load_model(model, device=device, dtype=dtype, report=lambda line: notes.print(line, style="dim"))
-    tuned = loaded.load_adapter(adapter, warn=_warn) if adapter is not None else None
-    generator, ends = Generator(loaded, tuned), loaded.end_token_ids.union(() if tuned is None else tuned.end_token_ids)
+    loaded = load_model(
+        model, device=device, dtype=dtype, report=lambda line: notes.print(line, style="dim"),
+        tensor_parallel_size=tensor_parallel_size,
+    )
+    passed = None if adapter is None else read_adapter(adapter, adapter_base(loaded))
+    ends = loaded.end_token_ids.union(() if passed is None else passed.end_tokens)
+    if passed is None or tensor_parallel_size > 1:
+        for warning in () if passed is None else passed.warnings:
+            _warn(warning)
+        generator = Generator(loaded, adapter)
+    else:
+        generator = Generator(loaded, bind_adapter(passed, loaded.weights, warn=_warn))
     start = [{"role": "system", "content": system}] if system else []
     messages, rules = list(start), TextRules(allow_control_tokens=allow_control_tokens)
     while True:

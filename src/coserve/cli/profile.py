@@ -71,6 +71,9 @@ def profile(
     model: Annotated[str | None, typer.Argument(help="Model (SmolLM2).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", "-tp", help="Processes that share the model, a GPU each.")
+    ] = 1,
     memory_bytes: Annotated[int | None, typer.Option(help="Of the pool that points run on, as in serve (a share).")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure even if there is a profile in the cache.")] = False,
     json_file: Annotated[
@@ -81,7 +84,7 @@ def profile(
     if json_file not in (None, "-"):
         check_output(Path(str(json_file)), "json")
     busy = os.getloadavg()[0]
-    loaded = load_model(model, device=device, dtype=dtype, report=_note)
+    loaded = load_model(model, device=device, dtype=dtype, report=_note, tensor_parallel_size=tensor_parallel_size)
     profiled = make_profile(loaded, EngineConfig(memory_bytes=memory_bytes), busy_cores=busy, again=again, report=_note)
     if json_file == "-":
         print(to_json(profiled))
@@ -102,14 +105,15 @@ def make_profile(
     engine = Engine(model, config, latency=LatencyModel({}))  # nothing is predicted: no request comes
     try:
         samples = machine_profile(
-            engine.passes, engine.train, engine.blocks, config.scheduler, model.fingerprint, report, anew=again
+            engine.device.make_profiler(engine.blocks), config.scheduler, model.fingerprint, report, anew=again
         )
     finally:
         engine.close()
     points, itemsize = mean_points(samples), model.dtype.itemsize
     measured = measured_device(model.weights)
-    devices = {"roofline": measured, "refit": refit(points, model.architecture, measured, itemsize=itemsize)}
-    laws = {name: device_law(model.architecture, device, itemsize=itemsize) for name, device in devices.items()}
+    arch = model.weights.architecture  # what one of several ranks has; what they send is in no law
+    devices = {"roofline": measured, "refit": refit(points, arch, measured, itemsize=itemsize)}
+    laws = {name: device_law(arch, device, itemsize=itemsize) for name, device in devices.items()}
     return Profiled(
         model=model, busy_cores=busy_cores, num_cores=os.cpu_count() or 1, points=points, laws={"fit": fit(samples), **laws},
         devices=devices,

@@ -23,7 +23,7 @@ class Flag(NamedTuple):
     reason: str
 
 
-_ONE_PROCESS = "one process serves the model on one device"
+_NOT_THAT_WAY = "a model is shared by --tensor-parallel-size only"
 _NO_TOOLS = "tools aren't there yet"
 _USE_PROXY = "put a proxy before the server for that"
 
@@ -33,9 +33,8 @@ FLAGS: Mapping[str, Flag] = {
     "--enable-chunked-prefill": Flag(None, ""),
     "--no-enable-log-requests": Flag(None, ""),
     "--disable-log-requests": Flag(None, ""),
-    "--tensor-parallel-size": Flag(("1",), _ONE_PROCESS),
-    "--pipeline-parallel-size": Flag(("1",), _ONE_PROCESS),
-    "--data-parallel-size": Flag(("1",), _ONE_PROCESS),
+    "--pipeline-parallel-size": Flag(("1",), _NOT_THAT_WAY),
+    "--data-parallel-size": Flag(("1",), _NOT_THAT_WAY),
     "--block-size": Flag(("16",), "blocks of the cache hold 16 tokens"),
     "--kv-cache-dtype": Flag(("auto",), "the cache has the type of --dtype"),
     "--lora-dtype": Flag(("auto",), "adapters have the type of --dtype"),
@@ -50,7 +49,7 @@ FLAGS: Mapping[str, Flag] = {
     "--enforce-eager": Flag(None, "CUDA graphs can't be turned off"),
     "--trust-remote-code": Flag(None, "code that comes with a model is never run"),
     "--max-cpu-loras": Flag((), "adapters are kept in memory up to --max-loras, others on disk"),
-    "--fully-sharded-loras": Flag(None, _ONE_PROCESS),
+    "--fully-sharded-loras": Flag(None, "how adapters lie on the ranks is chosen by what it costs"),
     "--scheduling-policy": Flag((), "the next request is the least served tenant's; see --policy for who gets the time"),
     "--max-num-queued-tokens": Flag((), "limit the queue with --max-num-queued-reqs"),
     "--quantization": Flag((), "quantised checkpoints aren't served; give the original weights or a GGUF file"),
@@ -68,7 +67,7 @@ FLAGS: Mapping[str, Flag] = {
     "--otlp-traces-endpoint": Flag((), "traces aren't sent; metrics are at /metrics"),
 }
 _SHORT = {
-    "-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size", "-q": "--quantization",
+    "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size", "-q": "--quantization",
 }
 
 

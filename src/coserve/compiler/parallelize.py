@@ -97,27 +97,42 @@ class ShardingCandidate:
     seconds: float
 
 
+class _Step(NamedTuple):
+    """An operator of the new graph. made: its outputs with their forms. shardings: of its parameter. before: the one before."""
+
+    node: Node
+    made: Sequence[tuple[RankForm, Value]]
+    shardings: Mapping[str, Sharding]
+    before: _Step | None
+
+
 @dataclass(frozen=True, slots=True)
 class _Path:
     """A choice for the first operators of a layer. names: {(value, form): its name in the new graph} of what may still be read.
-    nodes, values, forms, shardings, seconds: of the new graph so far."""
+    last, seconds: of the new graph so far."""
 
     names: Mapping[tuple[str, RankForm], str]
-    values: Mapping[str, Value]
-    forms: Mapping[str, RankForm]
-    nodes: tuple[Node, ...] = ()
-    shardings: Mapping[str, Sharding] = field(default_factory=dict)
+    last: _Step | None = None
     seconds: float = 0.0
 
-    def then(self, node: Node, made: Sequence[tuple[str, RankForm, Value]], seconds: float) -> _Path:
+    def then(
+        self, node: Node, made: Sequence[tuple[str, RankForm, Value]], seconds: float,
+        shardings: Mapping[str, Sharding] = MappingProxyType({}),
+    ) -> _Path:
         """With one operator more. made: of each of its outputs the value that it is of the old graph, its form, and what it is
         in the new one."""
-        return replace(
-            self, nodes=(*self.nodes, node), seconds=self.seconds + seconds,
-            names={**self.names, **{(old, form): value.name for old, form, value in made}},
-            forms={**self.forms, **{value.name: form for _, form, value in made}},
-            values={**self.values, **{value.name: value for _, _, value in made}},
-        )
+        names = {**self.names, **{(old, form): value.name for old, form, value in made}}
+        step = _Step(node, [(form, value) for _, form, value in made], shardings, self.last)
+        return _Path(names, step, self.seconds + seconds)
+
+    @property
+    def steps(self) -> list[_Step]:
+        """All operators, in order."""
+        found, step = [], self.last
+        while step is not None:
+            found.append(step)
+            step = step.before
+        return found[::-1]
 
 
 class _Search:
@@ -125,10 +140,11 @@ class _Search:
     are held in the same forms, only the cheapest can be part of the best one."""
 
     def __init__(
-        self, graph: Graph, size: int, kv_heads: int, prices: Prices, forced: Axes, fixed: Mapping[str, Sharding]
+        self, graph: Graph, size: int, kv_heads: int, prices: Prices, forced: Axes, fixed: Mapping[str, Sharding],
+        refused: Mapping[str, int],
     ) -> None:
         self.graph, self.size, self.kv_heads, self.prices = graph, size, kv_heads, prices
-        self.forced, self.fixed = forced, fixed
+        self.forced, self.fixed, self.refused = forced, fixed, refused
         self.last_read = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
         self.wanted = self._backbone_forms()
 
@@ -154,7 +170,7 @@ class _Search:
     def run(self) -> Parallelized | None:
         """The cheapest choice, or None if no choice has the parameters where they are forced to be."""
         start, end, whole = self.graph.input, self.graph.output, RankForm(State.WHOLE)
-        paths = [_Path({(start, whole): start}, {start: self.graph.values[start]}, {start: whole})]
+        paths = [_Path({(start, whole): start})]
         for index, node in enumerate(self.graph.nodes):
             best: dict[frozenset[tuple[str, RankForm]], _Path] = {}
             for path in paths:
@@ -167,15 +183,20 @@ class _Search:
         if not ends:
             return None
         path = min(ends, key=lambda each: each.seconds)
-        return Parallelized(
-            graph=Graph(path.values, path.nodes, start, path.names[end, whole]), forms=path.forms, shardings=path.shardings,
-            seconds=path.seconds,
-        )
+        values, forms = {start: self.graph.values[start]}, {start: whole}
+        shardings: dict[str, Sharding] = {}
+        for step in path.steps:
+            values |= {value.name: value for _, value in step.made}
+            forms |= {value.name: form for form, value in step.made}
+            shardings |= step.shardings
+        graph = Graph(values, tuple(step.node for step in path.steps), start, path.names[end, whole])
+        return Parallelized(graph=graph, forms=forms, shardings=shardings, seconds=path.seconds)
 
     def _forget(self, index: int, path: _Path) -> _Path:
         """Without the values that no operator after number `index` reads."""
-        read_later = {name for name, last in self.last_read.items() if last > index} | {self.graph.output}
-        return replace(path, names={key: name for key, name in path.names.items() if key[0] in read_later})
+        last, output = self.last_read, self.graph.output
+        kept = {key: name for key, name in path.names.items() if last.get(key[0], -1) > index or key[0] == output}
+        return _Path(kept, path.last, path.seconds)
 
     def _extend(self, path: _Path, node: Node) -> Iterator[_Path]:
         """The path with one operator more, in every way."""
@@ -207,6 +228,8 @@ class _Search:
         if node.weight is not None:
             if node.weight in self.forced and self.forced[node.weight] != way.axis:
                 return
+            if way.axis is not None and self.refused.get(node.weight) == way.axis:
+                return
             if way.axis == 1 and parts != self.size:
                 return  # ranks that hold the same slice would add it twice
         yield from self._run(path, node, tuple(map(form, way.inputs)), tuple(map(form, way.outputs)), way)
@@ -235,8 +258,7 @@ class _Search:
                 node, inputs=tuple(ready.names[pair] for pair in zip(node.inputs, ins, strict=True)),
                 attrs={**node.attrs, "split": True} if split_dropout else node.attrs,
             )
-            longer = ready.then(new, made, self._seconds(node, ins, outs, shardings))
-            yield replace(longer, shardings={**longer.shardings, **shardings})
+            yield ready.then(new, made, self._seconds(node, ins, outs, shardings), shardings)
 
     def _sharding(self, way: Way, forms: Sequence[RankForm]) -> Sharding:
         """Where the parameter of an operator in `way` lies. A rank that has all of it sees all of its gradient only if it has
@@ -315,13 +337,15 @@ class _Search:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorParallel:
     """The group of ranks that share a model. size: of the group. kv_heads: of the model. forced: where parameters must lie, by
-    their names in a layer. fixed: of an adapter that lies somewhere already, as it does. Where the others lie is chosen."""
+    their names in a layer. fixed: of adapters that lie somewhere already, as they do. refused: {name in a layer: the axis along
+    which a parameter may not be split}. Where the others lie is chosen."""
 
     size: int
     kv_heads: int
     prices: Prices
     forced: Axes = field(default_factory=dict)
     fixed: Shardings = field(default_factory=dict)
+    refused: Mapping[str, int] = field(default_factory=dict)
 
     def fix(self, shardings: Shardings) -> TensorParallel:
         """The same group, with an adapter that lies where it lies."""
@@ -367,7 +391,7 @@ class TensorParallel:
     def _search(
         self, graph: Graph, forced: Axes, fixed: Mapping[str, Sharding] = MappingProxyType({})
     ) -> Parallelized | None:
-        return _Search(graph, self.size, self.kv_heads, self.prices, forced, fixed).run()
+        return _Search(graph, self.size, self.kv_heads, self.prices, forced, fixed, self.refused).run()
 
 
 def step_bytes(sharding: Sharding, elements: int, size: int) -> int:

@@ -123,10 +123,7 @@ class TrainingPlans:
                 trainable = frozenset() if forward_only else frozenset(bypass.factor_widths)
                 pruned = partial(prune, trainable=trainable.__contains__, input_gradient=index > lowest)
                 packed = () if compression == "none" else (pack_signs,)
-                joint = bypass.trace(arch, index)
-                if ranks is not None:
-                    joint = JointGraph.of(ranks.parallelize(joint.forward, index).graph)
-                self.graphs[key] = run_passes(joint, differentiate, pruned, *packed)
+                self.graphs[key] = run_passes(_rank_graph(bypass, arch, index, ranks), differentiate, pruned, *packed)
                 self.contexts[key] = context
         self._curves: dict[object, list[LayerPlan]] = {}
 
@@ -228,30 +225,39 @@ class TrainingPlans:
         return tuple(dict.fromkeys(next(p for p in points if p.arena_bytes <= size) for size in wanted))
 
 
-def plan_inference(arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int) -> ModelPlan:
-    """Forward programs that keep nothing."""
+def plan_inference(
+    arch: Architecture, bypasses: Sequence[LayerBypass], *, itemsize: int, ranks: TensorParallel | None = None
+) -> ModelPlan:
+    """Forward programs that keep nothing. ranks: as for `TrainingPlans`."""
     cache: dict[tuple[object, ...], LayerPlan] = {}
     layers = []
     for index, bypass in enumerate(bypasses):
         key = (bypass.key, index in arch.nope_layers)
         if key not in cache:
-            nothing_kept = Rematerialized(run_passes(bypass.trace(arch, index)))
+            nothing_kept = Rematerialized(run_passes(_rank_graph(bypass, arch, index, ranks)))
             cache[key] = lower(nothing_kept, merged=MERGED, itemsize=itemsize)
         layers.append(cache[key])
     return ModelPlan(layers=tuple(layers))
 
 
 def plan_fused(
-    arch: Architecture, bypasses: Sequence[LayerBypass], own: ModelPlan, *, itemsize: int
+    arch: Architecture, bypasses: Sequence[LayerBypass], own: ModelPlan, *, itemsize: int,
+    ranks: TensorParallel | None = None,
 ) -> tuple[FusedLayer, ...]:
     """Forward programs for requests and training rows together. own: the training rows' plan; `bypasses` have its sites and
-    those of the requests' adapters."""
+    those of the requests' adapters. ranks: as for `TrainingPlans`."""
     cache: dict[tuple[object, ...], FusedLayer] = {}
     layers = []
     for index, (bypass, plan) in enumerate(zip(bypasses, own.layers, strict=True)):
         key = (bypass.key, id(plan))  # the plan of a layer without rotary embedding is never one of a layer with it
         if key not in cache:
-            joint = run_passes(bypass.trace(arch, index))
+            joint = run_passes(_rank_graph(bypass, arch, index, ranks))
             cache[key] = lower_fused(joint, plan, merged=MERGED, itemsize=itemsize)
         layers.append(cache[key])
     return tuple(layers)
+
+
+def _rank_graph(bypass: LayerBypass, arch: Architecture, layer: int, ranks: TensorParallel | None) -> JointGraph:
+    """The graph of a layer as each rank runs it, before it is differentiated. ranks: None if there is only one."""
+    joint = bypass.trace(arch, layer)
+    return joint if ranks is None else JointGraph.of(ranks.parallelize(joint.forward, layer).graph)

@@ -364,11 +364,13 @@ def parse_policy(name: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """One engine in one process."""
+    """The settings of one engine."""
 
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    tensor_parallel_size: int | None = None
+    """Ranks that share the model: as many as it was loaded on, which None stands for."""
     memory_bytes: int | None = None
-    """The pool that the key-value cache and training arenas share; None: a share of what the device has free."""
+    """The pool that the key-value cache and training arenas share, of each rank; None: a share of what the device has free."""
     inference_share: float = 0.4
     """Share of the pool that training arenas may never take, in (0, 1]."""
     block_tokens: int = 16
@@ -385,5 +387,5 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require_positive(self, "memory_bytes")
-        require_least(self, 1, "block_tokens", "max_adapters", "max_lora_rank", "max_waiting")
+        require_least(self, 1, "tensor_parallel_size", "block_tokens", "max_adapters", "max_lora_rank", "max_waiting")
         require(0 < self.inference_share <= 1, "inference_share", f"must be in (0, 1], got {self.inference_share}")

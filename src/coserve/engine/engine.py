@@ -14,16 +14,28 @@ import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from coserve.config.settings import EngineConfig, FinetuneConfig, SamplingConfig
-from coserve.config.values import SloMs
-from coserve.core import CapacityError, ConfigError, CoserveError, Slo, StepPlan, StepResult
+from coserve.config.values import SloMs, require
+from coserve.core import (
+    CapacityError,
+    ConfigError,
+    CoserveError,
+    InvalidRequest,
+    RankFailed,
+    Slo,
+    StepPlan,
+    StepResult,
+)
 from coserve.engine.adapters import AdapterRegistry
+from coserve.engine.device import DeviceSetup, EngineDevice
 from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobtable import JobTable
 from coserve.engine.loop import EngineLoop
+from coserve.engine.onranks import DeviceOnRanks
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.engine.requesttable import RequestTable
 from coserve.engine.step import Lookup, StepRunner
@@ -31,10 +43,9 @@ from coserve.engine.threads import borrowed_team, give_team_back
 from coserve.engine.watching import Watcher
 from coserve.finetune.job import JobEvent
 from coserve.kernels.native import compiled_kernels, compiles_for
-from coserve.model.memory import POOL_SHARE, available_bytes, settle_copies
+from coserve.model.memory import POOL_SHARE, available_to_each
 from coserve.peft.adapter import Adapter
 from coserve.profiling.measure import latency_model
-from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool, block_bytes
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.fused import PassExecutor
@@ -45,6 +56,7 @@ from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.slo import asked_slo, describe_slo
 from coserve.training.finetuning import prepare
+from coserve.training.group import engine_group
 from coserve.training.request import JobRequest
 
 
@@ -72,59 +84,86 @@ class Engine:
         arch, weights, blocks = model.architecture, model.weights, self.config.block_tokens
         if compiles_for(weights.dtype, weights.device):
             report(compiled_kernels().note)
-        size = block_bytes(arch, blocks, weights.dtype.itemsize)
+        asked, loaded = self.config.tensor_parallel_size, model.tensor_parallel_size
+        require(asked in (None, loaded), "tensor_parallel_size",
+                f"the engine has {asked} and the model {loaded}; give load_model the number")
+        size = block_bytes(weights.architecture, blocks, weights.dtype.itemsize)
         num_blocks = self._pool_bytes() // size
         if num_blocks < 1:
             raise CapacityError(f"memory_bytes: one block of the key-value cache takes {size} bytes", param="memory_bytes")
-        self._settle_copies(num_blocks * size, training=latency is None or self.config.scheduler.policy != "inference-only",
-                            report=report)
+        free = self._free_beside(num_blocks * size)
+        device = self.device = self._make_device(num_blocks)
+        line = device.settle_copies(free, latency is None or self.config.scheduler.policy != "inference-only")
+        if line is not None:
+            report(line)
         pool = self.blocks = BlockPool(
             num_blocks, blocks, guaranteed_blocks=math.ceil(num_blocks * self.config.inference_share),
             caching=self.config.prefix_caching,
         )
-        self.pool = KeyValuePool(arch, num_blocks, blocks, weights.dtype, weights.device)
-        slots = AdapterSlots(
-            arch, weights.dtype, weights.device, max_slots=self.config.max_adapters, max_rank=self.config.max_lora_rank
-        )
         loop = self._loop = EngineLoop(watcher)
         self.adapters = AdapterRegistry(
-            slots, lambda version: pool.forget(version.name, version.number), load=model.load_adapter,
+            device.slots, lambda version: pool.forget(version.name, version.number),
+            load=partial(device.load_adapter, call=loop.call),
             post=lambda command: loop.post(command, "an adapter was read"),
         )
-        self.train = TrainExecutor(model.executor)
-        self.passes = PassExecutor(model.executor, self.train, self.pool, slots, cuda_graphs=self.config.cuda_graphs)
-        self.runner: PlanRunner = runner or StepRunner(self.passes, self.train, clock)
+        self.runner: PlanRunner = runner or StepRunner(device, clock)
         if latency is None:
-            latency = latency_model(self.passes, self.train, self.blocks, self.config.scheduler, model.fingerprint, report)
+            latency = latency_model(device.make_profiler(self.blocks), self.config.scheduler, model.fingerprint, report)
         settings = self.config.scheduler
         self.scheduler = HybridScheduler(settings, latency, self.blocks, arch.num_layers)
         report(f"objectives: {describe_slo(self.objectives, (settings.tpot_ms, settings.ttft_ms))}")
         numbers = itertools.count(1).__next__
         self.requests = RequestTable(model, self.blocks, self.scheduler, self.adapters, numbers, clock)
-        self.jobs = JobTable(arch, self.config, self.blocks, self.pool, self.scheduler, self.adapters, numbers)
+        self.jobs = JobTable(device, self.config, self.blocks, self.scheduler, self.adapters, numbers)
         self._counts: dict[str, float] = dict.fromkeys(
             ("iterations", "inference_tokens", "prompt_tokens", "finetune_tokens", "busy_s", "inference_busy_s",
              "finetune_busy_s"), 0.0,
         )
 
+    def _make_device(self, num_blocks: int) -> EngineDevice:
+        """The device, or those of all ranks that share the model."""
+        config, model = self.config, self.model
+        size = model.tensor_parallel_size
+        group = None
+        if size > 1:
+            window, itemsize = config.scheduler.max_window_tokens, model.dtype.itemsize
+            group = engine_group(model.architecture, size, model.device, itemsize, window)
+        setup = DeviceSetup(
+            num_blocks=num_blocks, block_tokens=config.block_tokens, max_adapters=config.max_adapters,
+            max_lora_rank=config.max_lora_rank, cuda_graphs=config.cuda_graphs, group=group,
+        )
+        return EngineDevice(model, setup) if group is None else DeviceOnRanks(model, setup)
+
     def _pool_bytes(self) -> int:
+        """Bytes of each rank's pool."""
         if self.config.memory_bytes is not None:
             return self.config.memory_bytes
-        available = available_bytes(self.model.weights.device)
+        available = available_to_each(self.model.device, self.model.tensor_parallel_size)
         if available is None:
             raise ConfigError("memory_bytes: the free memory can't be told here; give it", param="memory_bytes")
         return int(available * POOL_SHARE)
 
-    def _settle_copies(self, pool_bytes: int, *, training: bool, report: Callable[[str], None]) -> None:
-        """Lets the weights have packed copies if the memory beside the pool allows. training: whether backward units will run,
-        if only while the machine is measured."""
-        available = available_bytes(self.model.weights.device)
-        free = None if available is None else max(0, available - pool_bytes)
-        line = settle_copies(self.model.weights, free, training=training)
-        if line is not None:
-            report(line)
+    def _free_beside(self, pool_bytes: int) -> int | None:
+        """Bytes that a rank may take beside its pool; None where that can't be told."""
+        available = available_to_each(self.model.device, self.model.tensor_parallel_size)
+        return None if available is None else max(0, available - pool_bytes)
 
     # --- requests ---
+
+    @property
+    def passes(self) -> PassExecutor:
+        """This rank's forward passes."""
+        return self.device.passes
+
+    @property
+    def train(self) -> TrainExecutor:
+        """This rank's units."""
+        return self.device.train
+
+    @property
+    def pool(self) -> KeyValuePool:
+        """This rank's memory."""
+        return self.device.pool
 
     @property
     def objectives(self) -> Slo:
@@ -234,11 +273,17 @@ class Engine:
         """
         place = Path(directory).absolute()
         with borrowed_team():
-            adapter = self.model.load_adapter(place)
+            adapter = self.device.load_adapter(place, self._loop.call)
         self._loop.call(lambda: self.adapters.publish(name, adapter, place), f"publish adapter {name}")
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Like `load_adapter`, but from memory, where the adapter stays. `adapter` must not change afterwards."""
+        """Like `load_adapter`, but from memory, where the adapter stays. `adapter` must not change afterwards. Raises
+        InvalidRequest where several ranks share the model."""
+        if not self.device.alone:
+            raise InvalidRequest(
+                "adapter: several processes share the model, and each needs its part; save the adapter and load it from its "
+                "directory", param="adapter",
+            )
         self._loop.call(lambda: self.adapters.publish(name, adapter), f"publish adapter {name}")
 
     def unload_adapter(self, name: str) -> None:
@@ -277,8 +322,12 @@ class Engine:
         with borrowed_team():
             request = request.read_start(self.model)
             self.jobs.check(request, handle.name)
-            job = request.resolve(self.model)
-            prepared = prepare(job, self.model, self.jobs.choose_plan(job))
+            job = request.resolve(self.model, group=self.device.group)
+            fitted = self.jobs.choose_plan(job)
+            if self.device.alone:
+                prepared = prepare(job, self.model, fitted)
+            else:  # ranks do it together, as all that they do
+                prepared = self._loop.call(lambda: prepare(job, self.model, fitted), f"prepare job {handle.label}")
             for plan in (prepared.trainer.plan, prepared.trainer.scoring):
                 self.train.prepare(plan)
         handle.num_steps, handle.step = prepared.job.num_steps, prepared.job.cursor.step
@@ -333,9 +382,19 @@ class Engine:
 
     def start(self) -> Engine:
         """Gives the engine a thread of its own; returns the engine."""
+        if self.model.processes is not None:
+            self.model.processes.watch(self._rank_ended)
         give_team_back()  # the OpenMP threads with which the calling thread loaded the model and measured
         self._loop.start(self.step, self._fail)
         return self
+
+    def _rank_ended(self, error: RankFailed) -> None:
+        """Ends the engine, which could otherwise wait for its next iteration to notice."""
+        def fail() -> None:
+            raise error
+
+        with contextlib.suppress(CoserveError):  # it has ended already
+            self._loop.post(fail, "a rank has ended")
 
     def close(self) -> None:
         """Stops the thread, cancels requests, makes each job write a checkpoint to resume from, waits until files are written,
@@ -348,7 +407,8 @@ class Engine:
         self.adapters.close()
         self.scheduler.admission.seats = Seats()
         self.jobs.close()
-        self.pool.release()
+        with contextlib.suppress(RankFailed):  # what it held has gone with it
+            self.device.release()
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -399,5 +459,5 @@ class Engine:
             "unit_shapes": [{**shape._asdict(), "count": count} for shape, count in self.jobs.shapes.copy().items()],
             "adapters": list(self.adapters.names), "adapter_versions": self.adapters.num_versions,
             "adapters_resident": self.adapters.num_resident, "adapters_waiting": self.adapters.num_waiting,
-            "memory": {**pool._asdict(), "block_bytes": self.pool.block_bytes},
+            "memory": {**pool._asdict(), "block_bytes": self.device.pool.block_bytes},
         }

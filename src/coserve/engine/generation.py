@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from coserve.config.settings import EngineConfig, SamplingConfig, SchedulerConfig
-from coserve.config.values import BEST_EFFORT
+from coserve.config.values import BEST_EFFORT, MAX_RANK
 from coserve.core import InvalidRequest
 from coserve.engine.engine import Engine
 from coserve.engine.requests import Chunk
@@ -25,9 +27,9 @@ _ADAPTER = "adapter"
 
 
 class Generator:
-    """Generates with the base model, or with one adapter."""
+    """Generates with the base model, or with one adapter: in memory, or where several ranks share the model, in a directory."""
 
-    def __init__(self, model: LoadedModel, adapter: Adapter | None = None) -> None:
+    def __init__(self, model: LoadedModel, adapter: Adapter | Path | None = None) -> None:
         self.model, self.adapter, self.arch = model, adapter, model.architecture
 
     def generate(
@@ -39,7 +41,12 @@ class Generator:
         on_token(prompt index, token): called for each token. Prompt i is sampled with seed `sampling.seed + i`. Raises
         InvalidRequest for an empty or too long prompt.
         """
-        engine = self._engine([len(prompt) + sampling.max_tokens for prompt in prompts])
+        with contextlib.closing(self._engine([len(prompt) + sampling.max_tokens for prompt in prompts])) as engine:
+            return self._generate(engine, prompts, sampling, on_token)
+
+    def _generate(
+        self, engine: Engine, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, on_token: Callable[[int, int], None]
+    ) -> list[list[int]]:
         handles = []
         for index, prompt in enumerate(prompts):
             adapter = None if self.adapter is None else _ADAPTER
@@ -78,16 +85,18 @@ class Generator:
                 param="max_tokens",
             )
         blocks = sum(-(-length // BLOCK_TOKENS) for length in lengths)
-        size = block_bytes(self.arch, BLOCK_TOKENS, self.model.weights.dtype.itemsize)
+        size = block_bytes(self.model.weights.architecture, BLOCK_TOKENS, self.model.weights.dtype.itemsize)
         scheduler = SchedulerConfig(
             policy="inference-only", tpot_ms=BEST_EFFORT, ttft_ms=BEST_EFFORT, max_num_seqs=len(lengths),
             max_num_batched_tokens=max(PREFILL_TOKENS, len(lengths)),
         )
-        rank = 1 if self.adapter is None else max(1, self.adapter.rank)
+        rank = max(1, self.adapter.rank) if isinstance(self.adapter, Adapter) else MAX_RANK
         config = EngineConfig(
             scheduler=scheduler, memory_bytes=blocks * size, inference_share=1.0, block_tokens=BLOCK_TOKENS, max_lora_rank=rank
         )
         engine = Engine(self.model, config, latency=LatencyModel({}))  # without objectives no times need to be predicted
-        if self.adapter is not None:
+        if isinstance(self.adapter, Adapter):
             engine.add_adapter(_ADAPTER, self.adapter)
+        elif self.adapter is not None:
+            engine.load_adapter(_ADAPTER, self.adapter)
         return engine

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coserve.core import AdapterCopy, CoserveError, JobFailed, OptimizerSlice
+from coserve.core import AdapterCopy, CoserveError, JobFailed, OptimizerSlice, RankFailed
 from coserve.engine.diskwrite import DiskWrite
 from coserve.engine.jobhandle import JobHandle
 from coserve.engine.verbs import BatchRun, CopyRun, Host, OptimizerRun, VerbRun
@@ -25,7 +25,7 @@ from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
 from coserve.finetune.job import ForwardBackward, JobEvent, OptimStep, SaveCheckpoint, Score, StepRow, Verb, Write
 from coserve.scheduler.work import JobWork
 from coserve.training.finetuning import PreparedJob
-from coserve.training.trainer import AdapterTrainer, out_of_memory
+from coserve.training.trainer import out_of_memory
 
 _SHORT_WRITE_S = 0.005
 """How long the engine's thread waits for a row of metrics to be written, which usually takes a hundredth of that."""
@@ -35,7 +35,7 @@ class LiveJob:
     """One job in the engine. `work` is its state for the scheduler."""
 
     def __init__(
-        self, number: int, prepared: PreparedJob[AdapterTrainer], handle: JobHandle, host: Host, *, tenant: str, weight: float
+        self, number: int, prepared: PreparedJob, handle: JobHandle, host: Host, *, tenant: str, weight: float
     ) -> None:
         self.number, self.prepared, self.handle, self.host = number, prepared, handle, host
         self.job, self.trainer = prepared.job, prepared.trainer
@@ -61,7 +61,10 @@ class LiveJob:
             else:
                 self._finish(self._result)
         except StopIteration:  # the driver has finished, which it can't while a checkpoint is refused
+            self.trainer.before_save()
             self._result = DiskWrite(self.host.writer, self.prepared.finish)
+        except RankFailed:
+            raise
         except Exception as error:  # only this job fails
             self.end("failed", error if isinstance(error, CoserveError) else JobFailed(_described(error)))
         return not self.handle.finished
@@ -114,11 +117,10 @@ class LiveJob:
     def copy_adapter(self, copy: AdapterCopy) -> None:
         """Publishes the working weights. For a snapshot, the host's writer also writes the checkpoint."""
         assert isinstance(self._run, CopyRun)
-        adapter = self.trainer.adapter.copy()
+        adapter = self.trainer.copy_adapter()
         self.host.publish(self.handle.name, adapter)
         if copy.snapshot:
-            state = {name: tensor.clone() for name, tensor in self.trainer.optimizer.state().items()}
-            cursor = self.job.cursor
+            state, cursor = self.trainer.snapshot(), self.job.cursor
             self._checkpoints.append(DiskWrite(self.host.writer, lambda: self._write(cursor, state)))
         else:
             self.trainer.published = adapter
@@ -169,7 +171,7 @@ class LiveJob:
             if self.failure is None and self._result is None:
                 asked = self._complete_step()
                 if asked or self.job.cursor.step > self.job.saved_step:
-                    state, row = self.trainer.optimizer.state(), self.job.unrecorded
+                    state, row = self.trainer.snapshot(), self.job.unrecorded
                     self.host.writer.submit(self._write_last, self.job.cursor, state, row)
         except StopIteration:
             pass

@@ -19,15 +19,14 @@ from coserve.config.data import size_field
 from coserve.config.settings import EngineConfig
 from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan, WorkUnit
 from coserve.engine.adapters import AdapterRegistry
+from coserve.engine.device import EngineDevice
 from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobs import LiveJob
 from coserve.engine.threads import SideThreads
 from coserve.engine.watching import Watcher
-from coserve.model.architecture import Architecture
 from coserve.peft.adapter import Adapter
 from coserve.planning.budget import FittedPlan, require_room, shape_adapter
 from coserve.planning.inflight import plan_in_flight
-from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import scoring_plan
 from coserve.scheduler.blocks import ArenaBlocks, BlockPool
@@ -36,7 +35,7 @@ from coserve.scheduler.work import MicrobatchWork
 from coserve.training.batchwork import Microbatch
 from coserve.training.finetuning import PreparedJob
 from coserve.training.request import JobRequest, ResolvedJob
-from coserve.training.trainer import MIN_WINDOW, AdapterTrainer
+from coserve.training.trainer import MIN_WINDOW
 
 
 class UnitShape(NamedTuple):
@@ -59,11 +58,12 @@ class JobTable:
     """Jobs by number, and the engine as they see it (verbs.Host). new_number: returns a number that nothing else has."""
 
     def __init__(
-        self, arch: Architecture, config: EngineConfig, blocks: BlockPool, pool: KeyValuePool, scheduler: HybridScheduler,
+        self, device: EngineDevice, config: EngineConfig, blocks: BlockPool, scheduler: HybridScheduler,
         adapters: AdapterRegistry, new_number: Callable[[], int],
     ) -> None:
-        self.arch, self.config, self.itemsize = arch, config, pool.rows.element_size()
-        self.blocks, self.pool, self.scheduler, self.adapters = blocks, pool, scheduler, adapters
+        self.device, self.config = device, config
+        self.arch, self.itemsize = device.model.architecture, device.model.dtype.itemsize
+        self.blocks, self.scheduler, self.adapters = blocks, scheduler, adapters
         self.new_number = new_number
         self.writer: ThreadExecutor = SideThreads(1, "coserve-writer")
         self.recorder: ThreadExecutor = SideThreads(1, "coserve-recorder")
@@ -102,18 +102,19 @@ class JobTable:
         chosen = plan_in_flight(job.plans, settings, self._room, self.scheduler.latency, self.config.scheduler)
         if job.held_out is not None:
             tokens = min(settings.max_microbatch_tokens, sum(group.num_tokens for group in job.held_out.groups))
-            scoring = scoring_plan(arch, shape_adapter(arch, settings.adapter), itemsize=itemsize)
-            require_room(tokens, microbatch_layout(scoring, tokens, arch, itemsize, forward_only=True).total, self._room)
+            scoring = scoring_plan(arch, shape_adapter(arch, settings.adapter), itemsize=itemsize, ranks=job.group)
+            own = self.device.model.weights.architecture
+            require_room(tokens, microbatch_layout(scoring, tokens, own, itemsize, forward_only=True).total, self._room)
         return chosen
 
     @property
     def _room(self) -> int:
         """Bytes of the pool that jobs may have: all but what inference is guaranteed."""
-        return (self.blocks.num_blocks - self.blocks.guaranteed_blocks) * self.pool.block_bytes
+        return (self.blocks.num_blocks - self.blocks.guaranteed_blocks) * self.device.pool.block_bytes
 
     # --- the life of jobs ---
 
-    def begin(self, prepared: PreparedJob[AdapterTrainer], handle: JobHandle, tenant: str, weight: float) -> None:
+    def begin(self, prepared: PreparedJob, handle: JobHandle, tenant: str, weight: float) -> None:
         """Adds a job, which may get units from now on. It fails at once if a job of its name began while it was prepared."""
         try:
             self._check_name(handle.name)
@@ -185,11 +186,11 @@ class JobTable:
 
     def reserve(self, num_bytes: int) -> tuple[ArenaBlocks, Tensor] | None:
         try:
-            arena, moves = self.blocks.reserve_arena(-(-num_bytes // self.pool.block_bytes))
+            arena, moves = self.blocks.reserve_arena(-(-num_bytes // self.device.pool.block_bytes))
         except CapacityError:
             return None
-        self.pool.move(moves)
-        return arena, self.pool.arena(arena.first, arena.end)
+        self.device.move(moves)
+        return arena, self.device.arena(arena.first, arena.end)
 
     def release(self, arena: ArenaBlocks) -> None:
         self.blocks.release_arena(arena)

@@ -7,19 +7,18 @@ Sampling comes last, so that an iteration waits for the device only once, when i
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from coserve.core import Sampled, Span, StepPlan, StepResult, TokenLogprob, WorkUnit
+from coserve.core import RankFailed, Sampled, Span, StepPlan, StepResult, TokenLogprob, WorkUnit
+from coserve.engine.device import EngineDevice
 from coserve.engine.jobs import LiveJob
 from coserve.engine.requests import LiveRequest
-from coserve.runtime.executor import TrainExecutor
-from coserve.runtime.fused import PassExecutor, TrainWindow
+from coserve.runtime.fused import TrainWindow
 from coserve.runtime.sampler import SamplerRow, prompt_logprobs, sample_rows
 from coserve.runtime.spans import RowSpan
 from coserve.runtime.transfer import to_device
@@ -37,31 +36,16 @@ class Lookup(NamedTuple):
     """The job of each micro-batch."""
 
 
-@contextlib.contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    """Within it, if `wanted`, PyTorch uses deterministic algorithms. Everything else keeps the faster ones."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if before or not wanted:
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 class StepRunner:
     """Runs plans on a device."""
 
-    def __init__(
-        self, passes: PassExecutor, train: TrainExecutor, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self.passes, self.train, self.clock = passes, train, clock
+    def __init__(self, device: EngineDevice, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.clock = device, clock
 
     @torch.no_grad()
     def run(self, plan: StepPlan, lookup: Lookup) -> StepResult:
-        """Runs one iteration. If a job's unit, slice or copy raises, only that job is told (`LiveJob.fail`)."""
+        """Runs one iteration. If a job's unit, slice or copy raises, only that job is told (`LiveJob.fail`). Raises RankFailed,
+        which such an error becomes where several ranks share the model."""
         started = self.clock()
         spans, logits = self._pass(plan, lookup)
         for work in plan.units:
@@ -78,8 +62,7 @@ class StepRunner:
     def _unit(self, work: WorkUnit, lookup: Lookup) -> None:
         micro = lookup.microbatches[work.microbatch]
         assert micro.state is not None
-        with _deterministic(micro.deterministic):
-            self.train.run(micro.state, work.unit, micro.adapter)
+        self.device.run_unit(micro.state, work.unit, micro.adapter, deterministic=micro.deterministic)
 
     def _guard(self, lookup: Lookup, work: WorkUnit, action: Callable[[], None]) -> None:
         if work.microbatch in lookup.microbatches:
@@ -88,7 +71,9 @@ class StepRunner:
     def _try(self, job: LiveJob, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # any error ends this job only
+        except RankFailed:
+            raise
+        except Exception as error:  # any other ends this job only
             job.fail(error)
 
     # --- the pass ---
@@ -108,19 +93,14 @@ class StepRunner:
         ids: list[int] = []
         for span in spans:
             ids += self._ids(lookup.requests[span.request], span)
-        device = self.passes.weights.device
         rows = [[self._row_span(span, lookup) for span in part] for part in (decode, prefill)]
-        hidden = self._run_pass(to_device(ids, device), rows, window, plan.fused, lookup)
+        self._run_pass(ids, rows, window, plan.fused, lookup)
         chosen: list[int] = []
         end = 0
         for span in spans:
             end += span.length
             chosen += range(end - span.logits, end)
-        if not chosen:
-            return spans, None
-        if len(chosen) < hidden.shape[0]:
-            hidden = hidden[to_device(chosen, device)]
-        return spans, self.passes.logits(hidden)
+        return spans, self.device.logits(chosen) if chosen else None
 
     def _window(self, plan: StepPlan, lookup: Lookup) -> TrainWindow | None:
         work = plan.fused
@@ -131,17 +111,21 @@ class StepRunner:
         return TrainWindow(micro.state, work.unit, micro.adapter)
 
     def _run_pass(
-        self, ids: Tensor, rows: Sequence[Sequence[RowSpan]], window: TrainWindow | None, fused: WorkUnit | None, lookup: Lookup
-    ) -> Tensor:
-        """Runs the pass, [rows, width]. If it fails with a training window, the job fails and the pass runs without it."""
+        self, ids: Sequence[int], rows: Sequence[Sequence[RowSpan]], window: TrainWindow | None, fused: WorkUnit | None,
+        lookup: Lookup,
+    ) -> None:
+        """Runs the pass. If it fails with a training window, the job fails and the pass runs without it."""
         if window is None:
-            return self.passes.run(ids, rows[0], rows[1], None)
+            self.device.run_pass(ids, rows[0], rows[1], None)
+            return
         assert fused is not None
         try:
-            return self.passes.run(ids, rows[0], rows[1], window)
+            self.device.run_pass(ids, rows[0], rows[1], window)
+        except RankFailed:
+            raise
         except Exception as error:  # a job's error must not fail requests
             lookup.jobs[lookup.owners[fused.microbatch]].fail(error)
-            return self.passes.run(ids, rows[0], rows[1], None)
+            self.device.run_pass(ids, rows[0], rows[1], None)
 
     @staticmethod
     def _ids(request: LiveRequest, span: Span) -> Sequence[int]:

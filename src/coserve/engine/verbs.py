@@ -139,10 +139,10 @@ class OptimizerRun:
     """An optimizer step, in slices of elements. work: where the scheduler reads how many are left. rate: the learning rate."""
 
     def __init__(self, trainer: AdapterTrainer, work: JobWork, rate: float) -> None:
-        self._optimizer, self._work, self._rate = trainer.optimizer, work, rate
-        self.answer = self._optimizer.clip()
+        self._trainer, self._work, self._rate = trainer, work, rate
+        self.answer = trainer.clip()
         self.updated = 0
-        self.num_elements = self._optimizer.master.numel() if math.isfinite(self.answer) else 0  # else the driver ends the job
+        self.num_elements = trainer.num_elements if math.isfinite(self.answer) else 0  # else the driver ends the job
         work.optimizer_elements, work.optimizer_done = self.num_elements, 0
 
     def done(self) -> bool:
@@ -153,10 +153,8 @@ class OptimizerRun:
 
     def update(self, start: int, end: int) -> None:
         """Updates elements [start, end)."""
-        self._optimizer.update(start, end, self._rate)
+        self._trainer.update(start, end, self._rate)
         self.updated = end
-        if end == self.num_elements:
-            self._optimizer.close_step()
 
     def complete(self) -> None:
         """Updates the remaining elements."""

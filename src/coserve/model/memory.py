@@ -67,10 +67,10 @@ def settle_copies(weights: ModelWeights, free: int | None, *, training: bool) ->
     )
 
 
-def one_copy_to_load(arch: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
+def one_copy_to_load(arch: Architecture, dtype: torch.dtype, device: torch.device, size: int = 1) -> bool:
     """Whether weights that are about to be loaded should be held once. This is a guess from free memory and the default size of
-    an engine's pool; `settle_copies` decides later."""
-    available = available_bytes(device)
+    an engine's pool; `settle_copies` decides later. arch, size: of one rank, and how many there are."""
+    available = available_to_each(device, size)
     if available is None or not can_pack(dtype, device):
         return False
     free = available - weight_bytes(arch, dtype.itemsize)
@@ -89,6 +89,14 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return _host_available(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+
+
+def available_to_each(device: torch.device, size: int) -> int | None:
+    """Bytes that each of `size` ranks may take: of the fullest GPU, or a share of the host's. None where it can't be told."""
+    if device.type == "cuda" and size > 1:
+        return min(int(torch.cuda.mem_get_info(number)[0]) for number in range(size))
+    available = available_bytes(device)
+    return None if available is None else available // size
 
 
 def _host_available(meminfo: Path, cgroup: Path) -> int | None:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from coserve.config.settings import AdapterConfig, LoraConfig
+from coserve.core import InvalidRequest
 from coserve.model.decoder import ROW_SITES, column_parts
 from coserve.model.weights import ModelWeights
 from coserve.parallel import Ranks, Sharding, Shardings
 from coserve.peft.adapter import Adapter, Parameter, num_elements
-from coserve.peft.format import fill_adapter, require_finite
+from coserve.peft.foreign import refuse
+from coserve.peft.format import WEIGHTS_FILE, fill_adapter, require_finite
 from coserve.peft.gate import PassedAdapter
 from coserve.peft.kinds import empty_adapter
 from coserve.peft.lora import FrozenRows, LoraAdapter, LoraSite, updated_norms
@@ -221,8 +223,22 @@ def shared_adapter(
     own.flat.copy_(layout.take(whole.flat))
     own.refresh()
     own.end_token_ids = whole.end_token_ids
-    require_finite(own)
+    _require_finite_everywhere(own, weights.ranks)
     return own, layout
+
+
+def _require_finite_everywhere(own: Adapter, ranks: Ranks) -> None:
+    """As `require_finite`, for all ranks: either all raise InvalidRequest or none."""
+    error: InvalidRequest | None = None
+    try:
+        require_finite(own)
+    except InvalidRequest as found:
+        error = found
+    failed = ranks.sum(torch.tensor([float(error is not None)], device=own.flat.device))
+    if error is None and failed:
+        error = refuse(f"{WEIGHTS_FILE}: on this base it gives values that are not finite")
+    if error is not None:
+        raise error
 
 
 def whole_view(own: Adapter, layout: RankLayout, weights: ModelWeights) -> Adapter:

@@ -18,7 +18,9 @@ from coserve.core import CapacityError, Contents, Direction, Example, PassCost, 
 from coserve.finetune.optimizer import FlatAdamW
 from coserve.kernels.native import kernels_identity
 from coserve.machine import device_name
+from coserve.peft.adapter import Adapter
 from coserve.peft.lora import LoraAdapter
+from coserve.peft.share import shared_adapter, whole_view
 from coserve.profiling.fit import (
     ProfilePoint,
     by_layer,
@@ -57,26 +59,26 @@ def profile_key(passes: PassExecutor, fingerprint: str) -> str:
     kind = f"{weights.device.type} {device_name(weights.device)} {weights.dtype} {weights.layout}"
     if (kernels := kernels_identity(weights.norm)) is not None:
         kind += f" {kernels}"
+    if weights.ranks.size > 1:
+        kind += f" of {weights.ranks.size} ranks"
     return f"{fingerprint} {kind} {torch.get_num_threads()} {torch.__version__}"
 
 
 def latency_model(
-    passes: PassExecutor, train: TrainExecutor, blocks: BlockPool, config: SchedulerConfig, fingerprint: str,
-    report: Callable[[str], None],
+    profiler: Profiler, config: SchedulerConfig, fingerprint: str, report: Callable[[str], None]
 ) -> LatencyModel:
     """The latency model of this machine, fitted to its profile."""
-    return fit(machine_profile(passes, train, blocks, config, fingerprint, report))
+    return fit(machine_profile(profiler, config, fingerprint, report))
 
 
 def machine_profile(
-    passes: PassExecutor, train: TrainExecutor, blocks: BlockPool, config: SchedulerConfig, fingerprint: str,
-    report: Callable[[str], None], *, anew: bool = False,
+    profiler: Profiler, config: SchedulerConfig, fingerprint: str, report: Callable[[str], None], *, anew: bool = False
 ) -> list[ProfilePoint]:
     """The profile of this machine, from the cache or measured now. report: called with lines for the log. anew: whether it is
     measured whatever the cache holds."""
-    key = profile_key(passes, fingerprint)
+    key = profile_key(profiler.passes, fingerprint)
     path = cache_directory() / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    samples, profiler = None if anew else load_profile(path, key), Profiler(passes, train, blocks)
+    samples = None if anew else load_profile(path, key)
     if samples is not None and profiler.slowdown(samples) > STALE:
         report("the kept profile was measured on a busy machine")
         samples = None
@@ -98,9 +100,17 @@ class Profiler:
     def __init__(self, passes: PassExecutor, train: TrainExecutor, blocks: BlockPool) -> None:
         self.passes, self.train, self.blocks = passes, train, blocks
         self.arch, self.device = passes.arch, passes.weights.device
-        adapter = LoraAdapter.create(self.arch, LoraConfig(), dtype=passes.weights.dtype, device=self.device, seed=0)
+        weights, group = passes.weights, passes.ranks
+        if group is None:
+            whole: Adapter = LoraAdapter.create(self.arch, LoraConfig(), dtype=weights.dtype, device=self.device, seed=0)
+            adapter = whole
+        else:
+            adapter, layout = shared_adapter(weights, LoraConfig(), group.fixed, seed=0)
+            whole = whole_view(adapter, layout, weights)
         self.adapter = adapter.trainable()
-        self.plan = training_plans(self.arch, self.adapter, itemsize=passes.weights.dtype.itemsize).plan()
+        self.plan = training_plans(passes.whole_arch, whole, itemsize=weights.dtype.itemsize, ranks=group).plan()
+        self._actions: list[Callable[[], object]] = []
+        self._arenas: list[ArenaBlocks] = []
 
     @torch.no_grad()
     def measure(self, max_rows: int, limit_s: float = LIMIT_S) -> list[ProfilePoint]:
@@ -149,33 +159,42 @@ class Profiler:
         return point._replace(inference=point.inference._replace(adapter_segments=0))
 
     def _run(self, point: Contents) -> list[ProfilePoint]:
-        actions: list[Callable[[], object]] = []
-        arenas: list[ArenaBlocks] = []
         try:
-            if point.inference is not None:
-                actions.append(self._pass(point.inference, arenas))
-            actions += [self._unit(unit, arenas) for unit in point.units]
-            if point.optimizer_elements:
-                actions.append(self._optimizer(point.optimizer_elements))
-            times = [self._time(actions)]
+            self.begin(point)
+            times = [self.once()]
             if times[0] < LONG_S:
-                times.append(self._time(actions))
+                times.append(self.once())
             if times[0] < SHORT_S:
-                times = [times[1], self._time(actions)]
+                times = [times[1], self.once()]
             return [(point, seconds) for seconds in times]
         except CapacityError:
             return []  # the pool is too small for this point, so no iteration will be like it
         finally:
-            for arena in arenas:
-                self.blocks.release_arena(arena)
+            self.end()
 
-    def _time(self, actions: list[Callable[[], object]]) -> float:
+    def begin(self, point: Contents) -> None:
+        """Takes the memory for a point. Raises CapacityError if the pool has too little. `end` gives it back in any case."""
+        if point.inference is not None:
+            self._actions.append(self._pass(point.inference, self._arenas))
+        self._actions += [self._unit(unit, self._arenas) for unit in point.units]
+        if point.optimizer_elements:
+            self._actions.append(self._optimizer(point.optimizer_elements))
+
+    def once(self) -> float:
+        """Runs the point, and returns the seconds that it took."""
         started = time.perf_counter()
-        for action in actions:
+        for action in self._actions:
             action()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - started
+
+    def end(self) -> None:
+        """Gives a point's memory back."""
+        for arena in self._arenas:
+            self.blocks.release_arena(arena)
+        self._actions.clear()
+        self._arenas.clear()
 
     def _arena(self, num_bytes: int, arenas: list[ArenaBlocks]) -> torch.Tensor:
         arena, moves = self.blocks.reserve_arena(-(-num_bytes // self.passes.pool.block_bytes))

@@ -53,10 +53,7 @@ class AdapterSlots:
         """The slot of an adapter, which is copied there if it isn't yet. Raises CapacityError."""
         if key in self._placed:
             return self._placed[key].slot
-        if adapter.rank > self.max_rank:
-            raise CapacityError(
-                f"adapter: its rank {adapter.rank} is over max_lora_rank={self.max_rank}; raise that", param="max_lora_rank"
-            )
+        self.check(adapter)
         if not self._free:
             self._grow()
         self._layout = None
@@ -76,6 +73,13 @@ class AdapterSlots:
         self._kinds[adapter.kind] += 1
         self._placed[key] = _Placed(slot, adapter.kind, adapter.parameters)
         return slot
+
+    def check(self, adapter: Adapter) -> None:
+        """Raises CapacityError for an adapter whose rank is too large."""
+        if adapter.rank > self.max_rank:
+            raise CapacityError(
+                f"adapter: its rank {adapter.rank} is over max_lora_rank={self.max_rank}; raise that", param="max_lora_rank"
+            )
 
     def remove(self, key: Hashable) -> None:
         """Frees a slot and zeroes it."""

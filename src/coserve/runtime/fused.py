@@ -10,11 +10,12 @@ No policy: the plan says what runs. D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from coserve.compiler.parallelize import TensorParallel
 from coserve.compiler.plan import ModelPlan
 from coserve.compiler.program import FusedLayer, Place, Storage
 from coserve.core import Unit
@@ -29,7 +30,8 @@ from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.graphs import DecodeGraphs
 from coserve.runtime.memory import columns
 from coserve.runtime.microbatch import InFlight
-from coserve.runtime.plans import fused_plan, serving_plan
+from coserve.runtime.plans import fused_plan, serving_plan, whole_widths
+from coserve.runtime.sharedhead import shared_logits
 from coserve.runtime.spans import NO_ADAPTER, RowSpan, SpanRows
 
 _MAX_PLANS = 128
@@ -149,18 +151,24 @@ class FusedRows(BatchRows):
 
 
 class PassExecutor:
-    """Runs forward passes over a pool of key-value blocks, with the adapters in `adapters`. cuda_graphs: whether passes that
-    only decode are replayed as CUDA graphs, on devices that can."""
+    """Runs forward passes over a pool of key-value blocks, with the adapters in `adapters`.
+
+    cuda_graphs: whether passes that only decode are replayed as CUDA graphs, on devices that can and do not share the model.
+    ranks: the group that shares it, with a sharding for every parameter of an adapter.
+    """
 
     def __init__(
-        self, executor: Executor, train: TrainExecutor, pool: KeyValuePool, adapters: AdapterSlots, *, cuda_graphs: bool = False
+        self, executor: Executor, train: TrainExecutor, pool: KeyValuePool, adapters: AdapterSlots, *,
+        cuda_graphs: bool = False, ranks: TensorParallel | None = None,
     ) -> None:
         self.executor, self.train, self.pool, self.adapters = executor, train, pool, adapters
-        self.weights, self.arch = executor.weights, executor.arch
+        self.weights, self.arch, self.ranks = executor.weights, executor.arch, ranks
+        self.whole_arch = executor.weights.whole_architecture or executor.arch
+        """The model's, also where `arch` is what this rank has of it."""
         self._plans: dict[object, tuple[ModelPlan | None, Sequence[FusedLayer]]] = {}
         """By the adapters' layout and the training rows' plan, which is held so that no other gets its id."""
         self._graphs: DecodeGraphs | None = None
-        if cuda_graphs and runs_triton(self.weights.device):
+        if cuda_graphs and ranks is None and runs_triton(self.weights.device):
             self._graphs = DecodeGraphs(executor, pool, [layer.program for layer in self._layers(None, False)])
         self._streams = torch.empty(2, 0, self.arch.hidden_size, dtype=self.weights.dtype, device=self.weights.device)
 
@@ -204,11 +212,13 @@ class PassExecutor:
         return BatchRows(spans, layers, cos, sin) if window is None else FusedRows(spans, layers, cos, sin, self.train, window)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, V] of last hidden rows [rows, D]."""
-        normed = torch.empty_like(hidden)
-        library.rmsnorm(normed, hidden, self.weights.norm, self.arch.rms_norm_eps)
+        """[rows, V] of last hidden rows [rows, D]; of several ranks, only the first has all of them (`shared_logits`)."""
+        weights, normed = self.weights, torch.empty_like(hidden)
+        library.rmsnorm(normed, hidden, weights.norm, self.arch.rms_norm_eps)
+        if weights.tokens is not None:
+            return shared_logits(normed, weights.head, weights.ranks, weights.tokens, self.whole_arch.vocab_size)
         logits = torch.empty(hidden.shape[0], self.arch.vocab_size, dtype=hidden.dtype, device=hidden.device)
-        self.weights.head.logits(logits, normed)
+        weights.head.logits(logits, normed)
         return logits
 
     def _layers(self, window: TrainWindow | None, with_adapters: bool) -> Sequence[FusedLayer]:
@@ -221,14 +231,17 @@ class PassExecutor:
             kinds: tuple[Kind, ...] = ()
             widths: list[dict[str, int]] = [{}] * self.arch.num_layers
             if with_adapters:
-                kinds, widths = self.adapters.kinds, [self.adapters.widths(layer) for layer in range(self.arch.num_layers)]
-            itemsize = self.weights.dtype.itemsize
+                kinds = self.adapters.kinds
+                widths = [
+                    whole_widths(self.adapters.widths(layer), layer, self.ranks) for layer in range(self.arch.num_layers)
+                ]
+            options: dict[str, Any] = {"itemsize": self.weights.dtype.itemsize, "ranks": self.ranks}
             if window is None:
-                plan = serving_plan(self.arch, kinds, widths, itemsize=itemsize)
+                plan = serving_plan(self.whole_arch, kinds, widths, **options)
                 layers = tuple(FusedLayer(layer.forward, keeps=()) for layer in plan.layers)
             else:
                 adapter, state = window.adapter, window.state
                 dropout = 0.0 if adapter is None or state.forward_only else adapter.dropout
-                layers = fused_plan(self.arch, adapter, kinds, widths, state.plan, dropout=dropout, itemsize=itemsize)
+                layers = fused_plan(self.whole_arch, adapter, kinds, widths, state.plan, dropout=dropout, **options)
             self._plans[key] = (own, layers)
         return self._plans[key][1]

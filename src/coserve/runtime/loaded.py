@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 
+from coserve.config.values import require
 from coserve.core import ConfigError
 from coserve.kernels.processor import bfloat16_products, bfloat16_speed
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import Checkpoint
+from coserve.model.decoder import rank_architecture
 from coserve.model.locate import DEFAULT_MODEL, locate_model
 from coserve.model.memory import device_bytes, one_copy_to_load, weight_bytes
 from coserve.model.weights import ModelWeights, load_weights
@@ -22,6 +24,7 @@ from coserve.peft.adapter import Adapter
 from coserve.peft.format import bind_adapter
 from coserve.peft.gate import Base, read_adapter
 from coserve.runtime.executor import Executor
+from coserve.runtime.ranks import RankProcesses, require_devices, sharing_note
 from coserve.text.tokenizer import ChatTokenizer
 
 _log = logging.getLogger(__name__)
@@ -56,18 +59,34 @@ class FoundModel:
     def architecture(self) -> Architecture:
         return self.checkpoint.architecture
 
-    def load(self, one_copy: bool | None = None, ranks: Ranks = ALONE) -> LoadedModel:
-        """Reads the weights, or this rank's part of them. one_copy: as for `load_model`. Raises InvalidRequest,
-        CapacityError."""
+    def load(self, one_copy: bool | None = None, processes: RankProcesses | None = None) -> LoadedModel:
+        """Reads the weights. one_copy: as for `load_model`. processes: ranks that share the model; each reads its part. Raises
+        InvalidRequest, CapacityError, RankFailed."""
+        size = 1 if processes is None else processes.size
         if one_copy is None:
-            one_copy = one_copy_to_load(self.architecture, self.dtype, self.device)
+            one_copy = one_copy_to_load(rank_architecture(self.architecture, size), self.dtype, self.device, size)
+        if processes is None:
+            return self.load_part(ALONE, one_copy)
+        arguments = (processes.ranks, str(self.directory), self.device.type, dtype_name(self.dtype), one_copy)
+        with processes.told(_load_part, *arguments, keeps=True) as keep:
+            return keep(self.load_part(processes.ranks, one_copy, processes))
+
+    def load_part(self, ranks: Ranks, one_copy: bool, processes: RankProcesses | None = None) -> LoadedModel:
+        """The same for one of several ranks."""
         weights = load_weights(self.checkpoint, dtype=self.dtype, device=self.device, one_copy=one_copy, ranks=ranks)
-        return LoadedModel(self.name, self.directory, self.fingerprint, self.tokenizer, weights, Executor(weights))
+        return LoadedModel(
+            self.name, self.directory, self.fingerprint, self.tokenizer, weights, Executor(weights), processes
+        )
 
 
-@dataclass(frozen=True, slots=True)
+def _load_part(ranks: Ranks, directory: str, device: str, dtype: str, one_copy: bool) -> LoadedModel:
+    return find_model(directory, device=device, dtype=dtype).load_part(ranks, one_copy)
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class LoadedModel:
-    """A model with its weights in memory. name, fingerprint: as FoundModel's."""
+    """A model with its weights in memory, or this rank's part of them. name, fingerprint: as FoundModel's. processes: of the
+    ranks that share it, if there are several and this is the first."""
 
     name: str
     directory: Path
@@ -75,6 +94,17 @@ class LoadedModel:
     tokenizer: ChatTokenizer
     weights: ModelWeights
     executor: Executor
+    processes: RankProcesses | None = None
+
+    def close(self) -> None:
+        """Ends the processes that share the model, if there are any. Without it they end with this process."""
+        if self.processes is not None:
+            self.processes.close()
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """How many ranks share the model."""
+        return self.weights.ranks.size
 
     @property
     def architecture(self) -> Architecture:
@@ -174,11 +204,36 @@ def find_model(
 
 def load_model(
     name: str | None = None, *, device: str = "auto", dtype: str = "auto", report: Callable[[str], None] = lambda _: None,
-    one_copy: bool | None = None,
+    one_copy: bool | None = None, tensor_parallel_size: int = 1,
 ) -> LoadedModel:
     """Loads a model by name: None (SmolLM2), a directory, a GGUF file or a hub id. report: progress, a line each. one_copy:
-    whether each weight matrix is held once (model/linear.py); None: by the memory that there is.
+    whether each weight matrix is held once (model/linear.py); None: by the memory that there is. tensor_parallel_size: how many
+    processes share the model, each on a GPU of its own or on its share of the cores. They run until the model is closed.
 
-    Raises NotFound, InvalidRequest, ConfigError, CapacityError.
+    Raises NotFound, InvalidRequest, ConfigError, CapacityError, RankFailed.
     """
-    return find_model(name, device=device, dtype=dtype, report=report).load(one_copy)
+    found = find_model(name, device=device, dtype=dtype, report=report)
+    processes = start_ranks(found, tensor_parallel_size, report)
+    try:
+        return found.load(one_copy, processes)
+    except BaseException:
+        if processes is not None:
+            processes.close(failed=True)
+        raise
+
+
+def start_ranks(found: FoundModel, size: int, report: Callable[[str], None] = lambda _: None) -> RankProcesses | None:
+    """The processes of the ranks that share a model; None for one rank. Raises ConfigError for a number that can't share it,
+    and RankFailed."""
+    check_ranks(found.architecture, size, found.device)
+    if size == 1:
+        return None
+    report(sharing_note(size, found.device))
+    return RankProcesses(size, found.device)
+
+
+def check_ranks(arch: Architecture, size: int, device: torch.device) -> None:
+    """Raises ConfigError for a number of ranks that can't share a model on these devices."""
+    require(size >= 1, "tensor_parallel_size", f"must be at least 1, got {size}")
+    rank_architecture(arch, size)
+    require_devices(size, device)

@@ -63,22 +63,33 @@ def scoring_plan(
 
 
 def serving_plan(
-    arch: Architecture, kinds: Collection[Kind], widths: Sequence[Mapping[str, int]], *, itemsize: int
+    arch: Architecture, kinds: Collection[Kind], widths: Sequence[Mapping[str, int]], *, itemsize: int,
+    ranks: TensorParallel | None = None,
 ) -> ModelPlan:
-    """Forward programs for requests. kinds: those of their adapters. widths: per layer, {factor: out features} of them all."""
-    return plan_inference(arch, [_bypass(kinds, layer, 0.0) for layer in widths], itemsize=itemsize)
+    """Forward programs for requests. kinds: those of their adapters. widths: per layer, {factor: out features} of them all.
+    ranks: as for `TrainingPlans`."""
+    return plan_inference(arch, [_bypass(kinds, layer, 0.0) for layer in widths], itemsize=itemsize, ranks=ranks)
 
 
 def fused_plan(
     arch: Architecture, adapter: Adapter | None, kinds: Collection[Kind], widths: Sequence[Mapping[str, int]],
-    own: ModelPlan, *, dropout: float, itemsize: int,
+    own: ModelPlan, *, dropout: float, itemsize: int, ranks: TensorParallel | None = None,
 ) -> tuple[FusedLayer, ...]:
-    """Forward programs for requests' rows and training rows of `adapter` together. own: the training rows' plan."""
+    """Forward programs for requests' rows and training rows of `adapter` together. own: the training rows' plan. The other
+    arguments are as for `serving_plan`."""
     if adapter is not None:
         kinds = tuple(dict.fromkeys((*kinds, adapter.kind)))
     merged = []
     for layer, serving in enumerate(widths):
-        trained = {} if adapter is None else adapter.factor_widths(layer)
+        trained = {} if adapter is None else whole_widths(adapter.factor_widths(layer), layer, ranks)
         both = {name: max(serving.get(name, 0), trained.get(name, 0)) for name in {**trained, **serving}}
         merged.append(_bypass(kinds, both, dropout))
-    return plan_fused(arch, merged, own, itemsize=itemsize)
+    return plan_fused(arch, merged, own, itemsize=itemsize, ranks=ranks)
+
+
+def whole_widths(own: Mapping[str, int], layer: int, ranks: TensorParallel | None) -> dict[str, int]:
+    """{factor: out features} of whole factors in a layer, from those that one rank has."""
+    if ranks is None:
+        return dict(own)
+    shardings = {name: ranks.fixed[layer, name] for name in own}
+    return {name: width * (shardings[name].parts if shardings[name].axis == 0 else 1) for name, width in own.items()}

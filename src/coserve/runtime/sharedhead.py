@@ -1,4 +1,4 @@
-"""The output head where ranks share the vocabulary: log-probabilities of labels, and their gradient.
+"""The output head where ranks share the vocabulary: logits, and log-probabilities of labels with their gradient.
 
 T rows, D hidden width, V the vocabulary, v this rank's tokens of it.
 """
@@ -46,6 +46,20 @@ def shared_label_rows(
                 probabilities = shares.div_(total[:, None]).to(hidden.dtype)
                 d_normed = (head.rows(ids) * owned[:, None]).sub_(head.input_grad(probabilities))
             library.rmsnorm_dgrad(grad_TD[rows], ranks.sum(d_normed), hidden, norm, eps, accumulate=False)
+
+
+def shared_logits(normed_TD: Tensor, head: OutputHead, ranks: Ranks, tokens: TokenRange, vocab_size: int) -> Tensor:
+    """Logits [T, V] on rank 0, of the rows behind the final norm. The others get those of their own tokens, with as many
+    columns as the rank that has the most."""
+    width = -(-vocab_size // ranks.size)
+    own = normed_TD.new_empty(normed_TD.shape[0], width)
+    count = tokens.end - tokens.first
+    if count == width:
+        head.logits(own, normed_TD)
+    elif count:
+        own[:, :count] = _own_logits(head, normed_TD, torch.empty_like(own), tokens)
+    logits = ranks.collect(own)
+    return own if logits is None else logits[:, :vocab_size].contiguous()
 
 
 def _own_logits(head: OutputHead, normed_TD: Tensor, logits_Cv: Tensor, tokens: TokenRange) -> Tensor:

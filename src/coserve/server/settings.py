@@ -56,7 +56,9 @@ class ServerConfig:
     gpu_memory_utilization: float = knob(0.9, "Share of the GPU's memory (0.9).")
     """Share of the GPU's memory that weights and pool may take."""
     kv_cache_memory_bytes: int | None = knob(None, "Pool of cache and training.")
-    """The pool of the key-value cache and training arenas; None: from what is free."""
+    """The pool of the key-value cache and training arenas, of each rank; None: from what is free."""
+    tensor_parallel_size: int = knob(1, "Processes that share the model, a GPU each (1).", short="-tp")
+    """Processes that share the model, each on a GPU of its own or on its share of the cores."""
     dtype: str = knob(AUTO, "auto, float32, bfloat16 or float64.")
     device: str = knob(AUTO, "auto, cpu or cuda.")
     seed: int | None = knob(None, "Source of the seeds of requests that give none (random).")
@@ -106,9 +108,10 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         require_least(self, 0, "port", "shutdown_timeout", "watchdog_timeout")
-        require_least(self, 1, "max_num_queued_reqs", "max_jobs", "max_file_bytes", "max_tenant_file_bytes", "max_body_bytes",
-                      "threads", "max_tenant_queued_reqs", "max_tenant_files", "max_tenant_jobs", "max_tenant_uploads",
-                      "max_tenant_streams", "max_tenant_body_bytes", "max_keep_checkpoints")
+        require_least(self, 1, "tensor_parallel_size", "max_num_queued_reqs", "max_jobs", "max_file_bytes", "threads",
+                      "max_tenant_file_bytes", "max_body_bytes", "max_tenant_queued_reqs", "max_tenant_files",
+                      "max_tenant_jobs", "max_tenant_uploads", "max_tenant_streams", "max_tenant_body_bytes",
+                      "max_keep_checkpoints")
         require_least(self, 2, "max_model_len")
         require(self.port < 65536, "port", f"must be below 65536, got {self.port}")
         require(math.isfinite(self.shutdown_timeout), "shutdown_timeout", f"must be finite, got {self.shutdown_timeout}")
@@ -139,7 +142,7 @@ class ServerConfig:
         return EngineConfig(
             scheduler=scheduler, memory_bytes=size, max_adapters=self.max_loras, max_lora_rank=self.max_lora_rank,
             max_waiting=2 * self.max_num_queued_reqs + self.max_num_seqs,  # places.py counts; cancelled ones linger
-            inference_share=share,
+            inference_share=share, tensor_parallel_size=self.tensor_parallel_size,
         )
 
     def training_share(self, pool_bytes: int) -> float:

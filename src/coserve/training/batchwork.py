@@ -12,21 +12,23 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan
 from coserve.config.settings import FinetuneConfig
-from coserve.core import Group
+from coserve.core import Example, Group
 from coserve.finetune.batches import pack_groups
 from coserve.finetune.job import StepLoss
 from coserve.finetune.objectives import Scored, TrainingLoss
 from coserve.peft.adapter import Adapter
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.microbatch import InFlight, MicrobatchLayout, PackedBatch, microbatch_layout, pack
-from coserve.runtime.transfer import to_device
+
+Role = Literal["train", "score", "reference"]
+"""What a micro-batch is for: gradients, the policy's loss alone, or the reference policy's log-probabilities."""
 
 ReferenceSums = dict[bytes, tuple[float, ...]]
 """Summed log-probabilities under a job's reference policy, one per example of a group, by `group_key`."""
@@ -43,34 +45,66 @@ def group_key(group: Group) -> bytes:
     return digest.digest()
 
 
+class Lane(NamedTuple):
+    """What the micro-batches of one role run with."""
+
+    plan: ModelPlan
+    adapter: Adapter | None
+
+
 class BatchSource(Protocol):
-    """What a batch needs of its trainer. scoring, reference_scoring: forward-only plans of the policy and of the reference."""
+    """What a batch needs of its trainer."""
 
     config: FinetuneConfig
     objective: TrainingLoss
     executor: TrainExecutor
-    plan: ModelPlan
-    scoring: ModelPlan
-    reference_scoring: ModelPlan
-    adapter: Adapter
-    reference: Adapter | None
     reference_sums: ReferenceSums
+
+    def lane(self, role: Role) -> Lane:
+        """What micro-batches of a role run with."""
+
+    def begin(self, micro: Microbatch, buffer: Tensor | None) -> InFlight:
+        """Takes a micro-batch's memory: `buffer`, or the executor's own."""
+
+    def set_coefficients(self, state: InFlight, coefficients_N: Tensor) -> None:
+        """As `InFlight.set_coefficients`, from the host's memory."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Microbatch:
-    """One micro-batch. keys: of its groups in ReferenceSums, if the objective needs a reference. is_reference: whether it only
-    scores the reference policy. deterministic: its units use deterministic algorithms. state: None while it has no memory."""
+    """One micro-batch. keys: of its groups in ReferenceSums, if the objective needs a reference. step: part of the key of the
+    dropout masks. deterministic: its units use deterministic algorithms. state: None while it has no memory."""
 
     groups: Sequence[Group]
     keys: Sequence[bytes]
     batch: PackedBatch
-    plan: ModelPlan
-    adapter: Adapter | None
-    forward_only: bool
-    is_reference: bool
+    role: Role
+    lane: Lane
+    step: int
     deterministic: bool
     state: InFlight | None = None
+
+    @property
+    def plan(self) -> ModelPlan:
+        return self.lane.plan
+
+    @property
+    def adapter(self) -> Adapter | None:
+        return self.lane.adapter
+
+    @property
+    def forward_only(self) -> bool:
+        return self.role != "train"
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it only scores the reference policy."""
+        return self.role == "reference"
+
+
+def examples_of(groups: Sequence[Group]) -> list[Example]:
+    """The examples of groups, in order."""
+    return [example for group in groups for example in group.examples]
 
 
 class BatchWork:
@@ -83,10 +117,7 @@ class BatchWork:
         self._extra: dict[str, float] = {}
         self._open = 0
         packed = pack_groups(groups, source.config.max_microbatch_tokens)
-        plan = source.plan if train else source.scoring
-        policy = [
-            self._microbatch(micro, step, plan, source.adapter, forward_only=not train, reference=False) for micro in packed
-        ]
+        policy = [self._microbatch(micro, "train" if train else "score", step) for micro in packed]
         self._waiting = deque([*self._references(packed), *policy])
 
     def _references(self, packed: Sequence[Sequence[Group]]) -> list[Microbatch]:
@@ -94,24 +125,16 @@ class BatchWork:
         if not self.source.objective.needs_reference:
             return []
         unique = {group_key(group): group for micro in packed for group in micro}
-        return [
-            self._microbatch(
-                [group], 0, self.source.reference_scoring, self.source.reference, forward_only=True, reference=True
-            )
-            for key, group in unique.items() if key not in self.source.reference_sums
-        ]
+        known = self.source.reference_sums
+        return [self._microbatch([group], "reference", 0) for key, group in unique.items() if key not in known]
 
-    def _microbatch(
-        self, groups: Sequence[Group], step: int, plan: ModelPlan, adapter: Adapter | None, *, forward_only: bool,
-        reference: bool,
-    ) -> Microbatch:
-        examples = [example for group in groups for example in group.examples]
-        device = self.source.executor.weights.device
-        keys = [group_key(group) for group in groups] if self.source.objective.needs_reference else []
-        batch = pack(examples, device=device, seed=self.source.config.seed, step=step)
+    def _microbatch(self, groups: Sequence[Group], role: Role, step: int) -> Microbatch:
+        source = self.source
+        keys = [group_key(group) for group in groups] if source.objective.needs_reference else []
+        batch = pack(examples_of(groups), device=source.executor.weights.device, seed=source.config.seed, step=step)
         return Microbatch(
-            groups=groups, keys=keys, batch=batch, plan=plan, adapter=adapter, forward_only=forward_only,
-            is_reference=reference, deterministic=self.source.config.deterministic,
+            groups=groups, keys=keys, batch=batch, role=role, lane=source.lane(role), step=step,
+            deterministic=source.config.deterministic,
         )
 
     # --- the course of one micro-batch ---
@@ -131,9 +154,7 @@ class BatchWork:
     def begin(self, buffer: Tensor | None = None) -> Microbatch:
         """Begins the next micro-batch in `buffer` (bytes). None: in the executor's own memory, which holds one at a time."""
         micro = self._waiting.popleft()
-        micro.state = self.source.executor.begin(
-            micro.batch, micro.plan, forward_only=micro.forward_only, buffer=buffer
-        )
+        micro.state = self.source.begin(micro, buffer)
         self._open += 1
         return micro
 
@@ -166,7 +187,7 @@ class BatchWork:
             for name, value in outcome.metrics.items():
                 self._extra[name] = self._extra.get(name, 0.0) + value
         if self.train:
-            state.set_coefficients(to_device(torch.cat(coefficients), state.logprobs.device))
+            self.source.set_coefficients(state, torch.cat(coefficients))
         self._correct += int(correct.sum())
         self._labels += correct.shape[0]
         self._tokens += micro.batch.num_tokens

@@ -16,10 +16,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
@@ -35,14 +35,21 @@ from coserve.finetune.taught import taught_end_tokens
 from coserve.kernels.native import kernels_identity
 from coserve.model.decoder import rank_architecture
 from coserve.model.linear import can_pack
-from coserve.model.memory import SLOWER, available_bytes
+from coserve.model.memory import SLOWER, available_bytes, available_to_each
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import WEIGHTS_FILE, bind_adapter
 from coserve.peft.share import num_on_rank
 from coserve.planning.budget import FittedPlan, require_memory, shape_adapter, training_bytes
-from coserve.runtime.loaded import DTYPES, FoundModel, LoadedModel, dtype_name, find_model, resolve_device
-from coserve.training.group import sharing_note
-from coserve.training.ranks import JobSetup, RankedTrainer, RankProcesses
+from coserve.runtime.loaded import (
+    DTYPES,
+    LoadedModel,
+    check_ranks,
+    dtype_name,
+    find_model,
+    resolve_device,
+    start_ranks,
+)
+from coserve.training.ranks import JobSetup, TrainerOnRanks
 from coserve.training.request import JobRequest, Model, ResolvedJob, read_record
 from coserve.training.trainer import AdapterTrainer
 
@@ -69,7 +76,7 @@ def _choose_plan(job: ResolvedJob, model: Model) -> tuple[FittedPlan, bool]:
     num_parameters = adapter.flat.numel()
     if job.group is not None:
         arch, num_parameters = rank_architecture(arch, job.group.size), num_on_rank(adapter.parameters, job.group.fixed)
-        available = _available_to_each(model.device, job.group.size)
+        available = available_to_each(model.device, job.group.size)
     loaded = model.weights if isinstance(model, LoadedModel) else None
     if available is not None and loaded is not None:
         available += loaded.copied_bytes  # they are counted below, and can be freed
@@ -91,23 +98,12 @@ def _choose_plan(job: ResolvedJob, model: Model) -> tuple[FittedPlan, bool]:
     return fitted, one_copy
 
 
-T = TypeVar("T", AdapterTrainer, RankedTrainer)
-
-
-def _available_to_each(device: torch.device, size: int) -> int | None:
-    """Bytes that each of `size` ranks may take: of the fullest GPU, or a share of the host's."""
-    if device.type == "cuda":
-        return min(int(torch.cuda.mem_get_info(number)[0]) for number in range(size))
-    available = available_bytes(device)
-    return None if available is None else available // size
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedJob(Generic[T]):
+class PreparedJob:
     """A job that is ready to run: all checks have passed, and its directory exists."""
 
     job: Job
-    trainer: T
+    trainer: AdapterTrainer
     directory: Path
     dataset: Dataset
 
@@ -121,32 +117,23 @@ class PreparedJob(Generic[T]):
         staged.rmdir()
 
 
-def prepare(job: ResolvedJob, loaded: LoadedModel, fitted: FittedPlan) -> PreparedJob[AdapterTrainer]:
+def prepare(job: ResolvedJob, loaded: LoadedModel, fitted: FittedPlan) -> PreparedJob:
     """Makes the job's trainer and directory. A resumed job goes back to its newest checkpoint. Raises InvalidRequest if its
     data, settings or model have changed since it began."""
     job.request.inform(str(fitted))
-    passed = job.request.passed
-    adapter = None if passed is None else bind_adapter(passed, loaded.weights, warn=_log.warning)
-    trainer = AdapterTrainer(
-        loaded, job.settings, start=adapter, plan=fitted.plan, in_flight=fitted.in_flight,
-        end_token_ids=_end_tokens(job, loaded), warn=_warner(job),
-    )
-    return _begin(job, loaded, trainer)
-
-
-def _prepare_ranks(
-    job: ResolvedJob, loaded: LoadedModel, fitted: FittedPlan, processes: RankProcesses
-) -> PreparedJob[RankedTrainer]:
-    """The same for a job on several ranks."""
-    job.request.inform(str(fitted))
-    passed = job.request.passed
-    assert job.group is not None
+    passed, ends = job.request.passed, _end_tokens(job, loaded)
     for warning in () if passed is None else passed.warnings:
         _log.warning(warning)
-    setup = JobSetup(
-        settings=job.settings, group=job.group, fitted=fitted, passed=passed, end_token_ids=_end_tokens(job, loaded)
-    )
-    return _begin(job, loaded, processes.make_trainer(setup, loaded, _warner(job)))
+    if job.group is None:
+        adapter = None if passed is None else bind_adapter(passed, loaded.weights)
+        trainer = AdapterTrainer(
+            loaded, job.settings, start=adapter, plan=fitted.plan, in_flight=fitted.in_flight, end_token_ids=ends,
+            warn=_warner(job),
+        )
+    else:
+        setup = JobSetup(settings=job.settings, group=job.group, fitted=fitted, passed=passed, end_token_ids=ends)
+        trainer = TrainerOnRanks(loaded, setup, _warner(job))
+    return _begin(job, loaded, trainer)
 
 
 def _warner(job: ResolvedJob) -> Callable[[str], None]:
@@ -164,7 +151,7 @@ def _end_tokens(job: ResolvedJob, loaded: LoadedModel) -> Sequence[int]:
     return () if taught <= loaded.end_token_ids else sorted(taught | loaded.end_token_ids)
 
 
-def _begin(job: ResolvedJob, loaded: LoadedModel, trainer: T) -> PreparedJob[T]:
+def _begin(job: ResolvedJob, loaded: LoadedModel, trainer: AdapterTrainer) -> PreparedJob:
     """Makes or resumes the job's directory."""
     request, config = job.request, job.settings
     facts = {
@@ -174,7 +161,7 @@ def _begin(job: ResolvedJob, loaded: LoadedModel, trainer: T) -> PreparedJob[T]:
         "start_digest": None if request.start is None else _digest(request.start),
         "settings": to_dict(config),
         "threads": torch.get_num_threads() if config.deterministic else None,
-        "tensor_parallel_size": request.tensor_parallel_size if config.deterministic else None,
+        "tensor_parallel_size": loaded.tensor_parallel_size if config.deterministic else None,
         "weights_layout": f"{dtype_name(loaded.dtype)} {loaded.weights.layout}" if config.deterministic else None,
         "kernels": kernels_identity(loaded.weights.norm) if config.deterministic else None,
     }
@@ -209,12 +196,9 @@ def finetune(
     continue the job in `output` from its newest whole checkpoint. tensor_parallel_size: how many processes share the model,
     each on a GPU of its own or on its share of the cores; a resumed job may have another number, unless it is deterministic.
     listen: called with every event. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is written;
-    JobFailed, CapacityError during the run.
+    JobFailed, CapacityError, RankFailed during the run.
     """
-    request = JobRequest.of(
-        data, output, config, validation=validation, start=start, resume=resume, listen=listen,
-        tensor_parallel_size=tensor_parallel_size,
-    )
+    request = JobRequest.of(data, output, config, validation=validation, start=start, resume=resume, listen=listen)
     require(tensor_parallel_size == 1 or not isinstance(model, LoadedModel), "tensor_parallel_size",
             "a loaded model is on one rank; give its name instead")
     base: Model
@@ -224,33 +208,42 @@ def finetune(
         if resume and dtype == "auto":
             dtype = _recorded_dtype(request.directory, resolve_device(device))
         base = find_model(model, device=device, dtype=dtype, report=request.inform)
-    job = request.read_start(base).resolve(base)
+    check_ranks(base.architecture, tensor_parallel_size, base.device)
+    job = request.read_start(base).resolve(base, size=tensor_parallel_size)
     fitted, one_copy = _choose_plan(job, base)
     if one_copy:
         request.inform(f"each weight matrix is held once: there is no memory for packed copies; {SLOWER}")
     with contextlib.ExitStack() as stack:
-        if isinstance(base, FoundModel) and tensor_parallel_size > 1:
-            request.inform(sharing_note(tensor_parallel_size, base.device))
-            processes = stack.enter_context(RankProcesses(tensor_parallel_size, base.device))
-            prepared: PreparedJob[Any] = _prepare_ranks(job, processes.load(base, one_copy), fitted, processes)
-            result_model: Model = base
+        if isinstance(base, LoadedModel):
+            loaded = base
         else:
-            loaded = base if isinstance(base, LoadedModel) else base.load(one_copy)
-            loaded.weights.hold_one_copy(one_copy)
-            prepared, result_model = prepare(job, loaded, fitted), loaded
-        deterministic = job.settings.deterministic
+            processes = start_ranks(base, tensor_parallel_size, request.inform)
+            if processes is not None:
+                stack.enter_context(processes)
+            loaded = base.load(one_copy, processes)
+        loaded.weights.hold_one_copy(one_copy)
+        prepared = prepare(job, loaded, fitted)
+        stack.enter_context(_deterministic(job.settings.deterministic, loaded))
         del job  # with the tensors of the adapter that is continued
-        were_deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(were_deterministic or deterministic)
-        try:
-            prepared.job.run()
-        finally:
-            torch.use_deterministic_algorithms(were_deterministic)
+        prepared.job.run()
         prepared.job.insist(prepared.finish)
     return FinetuneResult(
-        directory=request.directory, model=result_model, adapter=prepared.trainer.published,
+        directory=request.directory, model=base if tensor_parallel_size > 1 else loaded, adapter=prepared.trainer.published,
         rows=tuple(prepared.job.table.rows()),
     )
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool, loaded: LoadedModel) -> Iterator[None]:
+    """Within it all ranks use deterministic algorithms if that is `wanted`."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or wanted)
+    try:
+        if loaded.processes is not None and wanted:
+            loaded.processes.call(torch.use_deterministic_algorithms, True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _open_job(request: JobRequest, model: str, facts: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from coserve.compiler.parallelize import TensorParallel
 from coserve.config.settings import PAIRED, AdapterConfig, FinetuneConfig
-from coserve.config.values import require, settled
+from coserve.config.values import settled
 from coserve.core import ConfigError, InvalidRequest
 from coserve.finetune.datasets import Dataset, load_training
 from coserve.finetune.defaults import given_settings, keep_numbers, not_used, resolve_settings, unused_settings
@@ -40,7 +40,7 @@ class JobRequest:
 
     data, validation: JSON Lines files. directory: for the job's files. config: the settings as given, and the date for chat
     templates. start: directory of the adapter to continue. resume: whether to continue the job in `directory`. listen: called
-    with every event. passed: the adapter in `start`, once it has been read. tensor_parallel_size: ranks that share the model.
+    with every event. passed: the adapter in `start`, once it has been read.
     """
 
     data: Path
@@ -51,23 +51,20 @@ class JobRequest:
     resume: bool
     listen: Callable[[JobEvent], None]
     passed: PassedAdapter | None = None
-    tensor_parallel_size: int = 1
 
     @classmethod
     def of(
         cls, data: str | os.PathLike[str], output: str | os.PathLike[str], config: FinetuneConfig | None, *,
         validation: str | os.PathLike[str] | None, start: str | os.PathLike[str] | None, resume: bool,
-        listen: Callable[[JobEvent], None], tensor_parallel_size: int = 1,
+        listen: Callable[[JobEvent], None],
     ) -> JobRequest:
-        """A request with its paths checked. Raises InvalidRequest if `output` isn't empty, or holds no job if `resume`, and
-        ConfigError for less than one rank."""
-        require(tensor_parallel_size >= 1, "tensor_parallel_size", f"must be at least 1, got {tensor_parallel_size}")
+        """A request with its paths checked. Raises InvalidRequest if `output` isn't empty, or holds no job if `resume`."""
         directory, config = Path(output), config or FinetuneConfig()
         _check_output(directory, resume)
         return cls(
             data=Path(data), directory=directory, config=_dated(config, directory, resume),
             validation=Path(validation) if validation else None, start=None if start is None else Path(start), resume=resume,
-            listen=listen, tensor_parallel_size=tensor_parallel_size,
+            listen=listen,
         )
 
     @property
@@ -81,9 +78,10 @@ class JobRequest:
             return self
         return dataclasses.replace(self, passed=read_adapter(self.start, adapter_base(model)))
 
-    def resolve(self, model: Model) -> ResolvedJob:
+    def resolve(self, model: Model, *, size: int = 1, group: TensorParallel | None = None) -> ResolvedJob:
         """Reads the data and replaces every 'auto' setting. A resumed job keeps the numbers that it began with.
 
+        size: how many ranks will share the model. group: those that share it already, and have a place for every adapter.
         Events tell what the data holds. Raises NotFound, InvalidRequest, ConfigError.
         """
         arch = model.architecture
@@ -102,9 +100,10 @@ class JobRequest:
             config = keep_numbers(config, recorded if isinstance(recorded, dict) else {})
         settings = resolve_settings(config.with_adapter(self.adapter), len(train.groups), hidden_size=arch.hidden_size)
         workload = Workload.of(train.groups, settled(settings.batch_size), settings.max_microbatch_tokens)
-        size, itemsize = self.tensor_parallel_size, model.dtype.itemsize
-        step_tokens = workload.num_tokens * workload.microbatches
-        group = make_group(arch, settings, size, model.device, itemsize, step_tokens) if size > 1 else None
+        itemsize = model.dtype.itemsize
+        if size > 1:
+            step_tokens = workload.num_tokens * workload.microbatches
+            group = make_group(arch, settings, size, model.device, itemsize, step_tokens)
         plans = JobPlans(
             arch, shape_adapter(arch, self.adapter), workload, itemsize=itemsize,
             compression=settings.activation_compression, ranks=group,

@@ -24,8 +24,10 @@ from coserve.peft.share import RankLayout, shared_adapter, whole_view
 from coserve.planning.budget import JobPlans, Workload
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.loaded import LoadedModel
+from coserve.runtime.microbatch import InFlight
 from coserve.runtime.plans import scoring_plan
-from coserve.training.batchwork import BatchWork, ReferenceSums
+from coserve.runtime.transfer import to_device
+from coserve.training.batchwork import BatchWork, Lane, Microbatch, ReferenceSums, Role
 
 MIN_WINDOW = 32
 """The fewest tokens to which windows shrink after out-of-memory."""
@@ -126,12 +128,7 @@ class AdapterTrainer:
         return self._run(groups, 0, train=False)
 
     def optim_step(self, rate: float) -> float:
-        norm = None
-        if self.layout is not None:
-            assert self.adapter.grad is not None
-            self.layout.sum_gradients(self.adapter.grad)
-            norm = self.layout.norm(self.adapter.grad)
-        norm = self.optimizer.clip(norm)
+        norm = self.clip()
         self.optimizer.step(rate)
         return norm
 
@@ -155,6 +152,58 @@ class AdapterTrainer:
         if self.layout is not None:
             state = {name: self.layout.take(whole) for name, whole in state.items()}
         self.optimizer.load(state, num_updates)
+
+    # --- the pieces of verbs, for an engine that runs them within iterations ---
+
+    def lane(self, role: Role) -> Lane:
+        """What micro-batches of a role run with."""
+        match role:
+            case "train":
+                return Lane(self.plan, self.adapter)
+            case "score":
+                return Lane(self.scoring, self.adapter)
+            case "reference":
+                return Lane(self.reference_scoring, self.reference)
+
+    def begin(self, micro: Microbatch, buffer: Tensor | None) -> InFlight:
+        """Takes a micro-batch's memory: `buffer` (bytes), or the executor's own, which serves one at a time."""
+        return self.executor.begin(micro.batch, micro.plan, forward_only=micro.forward_only, buffer=buffer)
+
+    def set_coefficients(self, state: InFlight, coefficients_N: Tensor) -> None:
+        """Multiplies a micro-batch's unscaled gradient rows by coefficients [N], in the host's memory, one per label."""
+        state.set_coefficients(to_device(coefficients_N, state.logprobs.device))
+
+    def clip(self) -> float:
+        """Completes the gradient, and clips it. Returns its norm before."""
+        norm = None
+        if self.layout is not None:
+            assert self.adapter.grad is not None
+            self.layout.sum_gradients(self.adapter.grad)
+            norm = self.layout.norm(self.adapter.grad)
+        return self.optimizer.clip(norm)
+
+    def update(self, start: int, end: int, rate: float) -> None:
+        """Updates elements [start, end) of the parameters. The slice that ends with the last one ends the step."""
+        self.optimizer.update(start, end, rate)
+        if end == self.num_elements:
+            self.optimizer.close_step()
+
+    @property
+    def num_elements(self) -> int:
+        """Parameters that are updated here."""
+        return self.optimizer.master.numel()
+
+    def copy_adapter(self) -> Adapter:
+        """A version of the adapter with the present values, for requests."""
+        return self.adapter.copy()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of the optimizer's state, for a checkpoint: of the whole adapter, also where ranks share it."""
+        state, _ = self.optimizer_state()
+        return state if self.layout is not None else {name: tensor.clone() for name, tensor in state.items()}
+
+    def before_save(self) -> None:
+        """Makes `save` possible in any thread."""
 
     # --- inside ---
 

@@ -7,6 +7,7 @@ loading, the order of ending.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import math
@@ -23,10 +24,10 @@ import torch
 
 from coserve.config.settings import EngineConfig
 from coserve.config.values import require
-from coserve.core import CoserveError
+from coserve.core import CoserveError, RankFailed
 from coserve.engine.engine import Engine
 from coserve.model.checkpoint import expected_shapes
-from coserve.model.memory import POOL_SHARE, available_bytes, weight_bytes
+from coserve.model.memory import POOL_SHARE, available_to_each, weight_bytes
 from coserve.runtime.loaded import LoadedModel, dtype_name, load_model
 from coserve.server import logs
 from coserve.server.link.activity import ENGINE, SOCKET, ActivityPage, CallPlaces, start_pulse
@@ -60,15 +61,15 @@ def num_cores() -> int:
 
 
 def pool_bytes(config: ServerConfig, device: torch.device) -> int | None:
-    """Bytes for the key-value cache and training arenas beside the loaded weights; None where the system doesn't say how much
-    memory is free."""
+    """Bytes for each rank's key-value cache and training arenas beside the loaded weights; None where the system doesn't say
+    how much memory is free."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         left = total * config.gpu_memory_utilization - (total - free)
         return max(1, int(left * (1 - CUDA_WORK_SHARE)))
-    available = available_bytes(device)
+    available = available_to_each(device, config.tensor_parallel_size)
     return None if available is None else int(available * POOL_SHARE)
 
 
@@ -94,17 +95,18 @@ def make_ready(engine: Engine, asked: int | None, start_s: float) -> Ready:
         max_model_len=max_model_len(engine, asked), hidden_size=arch.hidden_size, device=weights.device.type,
         dtype=dtype_name(weights.dtype), threads=torch.get_num_threads(), start_s=start_s, objectives=engine.objectives,
         memory={
-            "weights": weight_bytes(arch, weights.dtype.itemsize), "pool": blocks.num_blocks * size,
+            "weights": weight_bytes(weights.architecture, weights.dtype.itemsize), "pool": blocks.num_blocks * size,
             "inference": blocks.guaranteed_blocks * size, "training": (blocks.num_blocks - blocks.guaranteed_blocks) * size,
         },
     )
 
 
 class EngineProcessMain:
-    """What the process does. page: where threads say what they do. failed: whether a thread has ended by an error."""
+    """What the process does. page: where threads say what they do. failure: the error that has ended a thread."""
 
     def __init__(self, config: ServerConfig, mailbox: Mailbox, page: ActivityPage) -> None:
-        self.config, self.mailbox, self.page, self.failed = config, mailbox, page, False
+        self.config, self.mailbox, self.page = config, mailbox, page
+        self.failure: BaseException | None = None
 
     def report(self, line: str) -> None:
         """Sends a line about the start at once."""
@@ -116,7 +118,10 @@ class EngineProcessMain:
         config = self.config
         torch.set_num_threads(config.threads or num_cores())
         self.report(f"loading {config.model or 'the default model'} ...")
-        return load_model(config.model, device=config.device, dtype=config.dtype, report=self.report)
+        return load_model(
+            config.model, device=config.device, dtype=config.dtype, report=self.report,
+            tensor_parallel_size=config.tensor_parallel_size,
+        )
 
     def run(self) -> None:
         """Loads the model, then serves until Shutdown or until a thread fails. Raises what keeps the engine from starting."""
@@ -134,7 +139,7 @@ class EngineProcessMain:
             host.on_message(message)
             place.end()
 
-        with engine:
+        with contextlib.closing(model), engine:
             start_pulse(self.page)
             self.mailbox.post(ready)
             self.mailbox.flush()
@@ -149,8 +154,12 @@ class EngineProcessMain:
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         name = "a thread" if failure.thread is None else f"thread {failure.thread.name}"
         error = failure.exc_value or failure.exc_type()
-        _log.critical("%s of the engine process failed: %r", name, error, exc_info=error)
-        self.failed = True
+        self.failure = error
+        if isinstance(error, RankFailed):
+            _log.critical("%s", error)
+            self.mailbox.post(Replied(call=START_CALL, problem=make_problem(error)))
+        else:
+            _log.critical("%s of the engine process failed: %r", name, error, exc_info=error)
         self.mailbox.stop()
 
 
@@ -196,7 +205,9 @@ def main(process_of: type[EngineProcessMain] = EngineProcessMain) -> int:
                 _log.critical("the engine process failed: %r", error, exc_info=error)
             mailbox.post(Replied(call=START_CALL, problem=make_problem(error)))
             return 1
-        return 1 if process.failed else 0
+    if isinstance(process.failure, RankFailed) and process.failure.signal == signal.SIGKILL:
+        os.kill(os.getpid(), signal.SIGKILL)  # this process ends as its rank: whatever it worked on is not to blame
+    return 0 if process.failure is None else 1
 
 
 if __name__ == "__main__":
