@@ -19,37 +19,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from random_llama import make_model, write_texts
 
 from coserve.bench.results import result_head
 from coserve.machine import device_name, versions
 
-EXAMPLE_TOKENS, BATCH = 512, 4
-
-
-def make_model(directory: Path) -> None:
-    """A model with random weights and a tokenizer of single words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"w{number}": number for number in range(8192)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", unk_token="w0").save_pretrained(directory)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
-        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=1, bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-
-
-def write_data(path: Path, count: int) -> None:
-    """Texts of EXAMPLE_TOKENS tokens, the last of which ends the text."""
-    generator = torch.Generator().manual_seed(0)
-    with path.open("w") as file:
-        for _ in range(count):
-            ids = torch.randint(2, 8192, (EXAMPLE_TOKENS - 1,), generator=generator).tolist()
-            file.write(json.dumps({"text": " ".join(f"w{number}" for number in ids)}) + "\n")
+EXAMPLE_TOKENS, BATCH, VOCABULARY = 512, 4, 8192
 
 
 def tokens_per_second(model: Path, data: Path, output: Path, size: int, steps: int) -> float:
@@ -75,8 +50,8 @@ def main() -> None:
     found: dict[int, list[float]] = {1: [], args.size: []}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        make_model(root / "model")
-        write_data(root / "data.jsonl", 2 * BATCH)
+        make_model(root / "model", VOCABULARY, hidden_size=768, intermediate_size=2048, num_hidden_layers=12)
+        write_texts(root / "data.jsonl", VOCABULARY, count=2 * BATCH, tokens=EXAMPLE_TOKENS)
         for repeat in range(args.repeats):
             for size, speeds in found.items():
                 output = root / f"{size}-{repeat}"

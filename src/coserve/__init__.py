@@ -20,6 +20,7 @@ from coserve.core import (
     InvalidRequest,
     JobFailed,
     NotFound,
+    RankFailed,
 )
 from coserve.engine.engine import Engine
 from coserve.engine.generation import Generator
@@ -48,6 +49,7 @@ __all__ = [
     "LoraConfig",
     "NotFound",
     "OptimizerConfig",
+    "RankFailed",
     "RequestHandle",
     "SamplingConfig",
     "SchedulerConfig",

@@ -29,6 +29,7 @@ from coserve.config.settings import (
 )
 from coserve.core import ConfigError, InvalidRequest
 from coserve.engine.engine import Engine
+from coserve.engine.generation import Generator
 from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.training.finetuning import finetune
 from tests.outcome import rows_of
@@ -221,5 +222,13 @@ def test_an_adapter_that_is_not_finite_on_this_base_is_refused_and_harms_nobody(
 
 
 def test_a_second_shared_model_is_refused(place: Place) -> None:
-    with pytest.raises(ConfigError, match="tensor_parallel_size: this process shares a model already; close that first"):
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size: torch\.distributed is in use in this process"):
         load(place.directory, 2)
+
+
+def test_a_directory_of_an_adapter_is_generated_with(place: Place) -> None:
+    """As `coserve chat --adapter` does."""
+    prompts = [prompt(20), prompt(9)]
+    adapter = place.adapters["dora"]
+    one = Generator(place.one, place.one.load_adapter(adapter)).generate(prompts, GREEDY)
+    assert Generator(place.two, adapter).generate(prompts, GREEDY) == one

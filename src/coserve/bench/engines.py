@@ -10,7 +10,7 @@ import contextlib
 import gc
 import multiprocessing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,21 @@ GPU_SHARE = 0.45
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChoice:
-    """What to load, in load_model's words, and the threads of the process that does."""
+    """What to load, in load_model's words, and the threads of all processes that share it."""
 
     name: str | None
     device: str
     dtype: str
     threads: int
+    tensor_parallel_size: int = 1
+
+    def set_threads(self, model: LoadedModel) -> None:
+        """Gives each of the processes that share the model its part of the threads."""
+        count = max(1, self.threads // self.tensor_parallel_size)
+        if model.processes is None:
+            torch.set_num_threads(count)
+        else:
+            model.processes.call(torch.set_num_threads, count)
 
 
 class EngineMaker:
@@ -50,7 +59,7 @@ class EngineMaker:
         self.model, self.choice, self.spatial_threads = model, choice, spatial_threads
 
     def __call__(self, policy: str, objectives: SloInMs) -> BenchEngine:
-        torch.set_num_threads(self.choice.threads)
+        self.choice.set_threads(self.model)
         gc.collect()  # the last engine's pool is free when the engine, a web of references, is collected
         if policy != SPATIAL:
             return RecordedEngine(Engine(self.model, _config(policy, objectives)))
@@ -58,10 +67,9 @@ class EngineMaker:
         memory = None
         if self.model.weights.device.type == "cuda":
             memory = int(torch.cuda.mem_get_info(self.model.weights.device)[0] * GPU_SHARE)
-        torch.set_num_threads(serving)
+        replace(self.choice, threads=serving).set_threads(self.model)
         engine = Engine(self.model, _config("inference-only", objectives, memory))
-        child = ModelChoice(name=self.choice.name, device=self.choice.device, dtype=self.choice.dtype, threads=training)
-        return SpatialEngine(engine, child, objectives, memory)
+        return SpatialEngine(engine, replace(self.choice, threads=training), objectives, memory)
 
 
 def _config(policy: str, objectives: SloInMs, memory_bytes: int | None = None) -> EngineConfig:
@@ -150,8 +158,10 @@ def train_in_child(
 ) -> None:
     """The child's whole life: load, train until told to stop, and tell how far it is after each iteration."""
     torch.set_num_threads(choice.threads)
-    model = load_model(choice.name, device=choice.device, dtype=choice.dtype)
-    with contextlib.closing(Engine(model, engine_config)) as engine:
+    model = load_model(
+        choice.name, device=choice.device, dtype=choice.dtype, tensor_parallel_size=choice.tensor_parallel_size
+    )
+    with contextlib.closing(model), contextlib.closing(Engine(model, engine_config)) as engine:
         job = engine.finetune(Path(data_path), Path(output_dir), config, name="bench")
         while not stop.is_set() and not job.finished:
             engine.step()

@@ -79,6 +79,9 @@ def sharing(
     spatial_threads: Annotated[str | None, typer.Option(help="Threads of serving,training under spatial (half each).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", "-tp", help="Processes that share the model, a GPU each.")
+    ] = 1,
 ) -> None:
     """Inference and finetuning under every policy of sharing, at shares of this machine's capacity."""
     base = SharingConfig()
@@ -100,7 +103,10 @@ def sharing(
     require(len(shares) == 2 and min(shares) >= 1, "spatial_threads", f"write two counts as 1,1, got {spatial_threads!r}")
     make_arrivals(config.arrivals, 1.0, config.requests, seed)  # a trace that can't be used is refused before the model loads
     torch.set_num_threads(count)
-    loaded = load_model(model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"))
+    loaded = load_model(
+        model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"),
+        tensor_parallel_size=tensor_parallel_size,
+    )
     words = word_ids(loaded.tokenizer)
     data = output / f"training-{finetune_tokens}-{seed}.jsonl"
     write_training_file(
@@ -108,7 +114,11 @@ def sharing(
     job = endless_job(finetune_batch, max_microbatch_tokens)
     setup = SharingSetup(
         make_engine=EngineMaker(
-            loaded, ModelChoice(name=model, device=device, dtype=dtype_name(loaded.weights.dtype), threads=count),
+            loaded,
+            ModelChoice(
+                name=model, device=device, dtype=dtype_name(loaded.weights.dtype), threads=count,
+                tensor_parallel_size=tensor_parallel_size,
+            ),
             (shares[0], shares[1])),
         prompts=lambda source: prompts(words, source),
         measure_peer_ms=lambda: transformers_tpot_ms(
@@ -117,7 +127,8 @@ def sharing(
     )
     common = {
         "model": loaded.fingerprint, "device": device_name(loaded.weights.device), "dtype": str(loaded.weights.dtype),
-        "threads": count, "spatial_threads": list(shares), "seed": seed, "finetune_tokens": finetune_tokens,
+        "threads": count, "tensor_parallel_size": tensor_parallel_size, "spatial_threads": list(shares), "seed": seed,
+        "finetune_tokens": finetune_tokens,
         "finetune_batch": finetune_batch, "max_microbatch_tokens": max_microbatch_tokens, "versions": versions(),
     }
     result = _measure(config, setup, common, loaded)

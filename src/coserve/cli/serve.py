@@ -185,12 +185,14 @@ def startup_lines(services: Services, port: int) -> list[str]:
     asks = not services.tenants.is_open()
     key = "YOUR-KEY" if asks else _NO_KEY
     open_to_others = not asks and not OwnNames(config.host, ()).is_local
+    size = config.tensor_parallel_size
+    shared, each = (f" in each of {size} processes", " each") if size > 1 else ("", "")
     return [
         f"model     {', '.join(services.models.base_names)}: {info.architecture}, {info.num_parameters / 1e6:.0f} M parameters",
-        f"runs      {info.dtype} on {info.device}, {info.threads} threads; requests of up to {info.max_model_len} tokens; "
-        f"ready after {info.start_s:.0f} s",
-        f"memory    weights {memory['weights']}; pool {memory['pool']}: {memory['inference']} guaranteed to inference, "
-        f"training may take {memory['training']}",
+        f"runs      {info.dtype} on {info.device}, {info.threads} threads{shared}; requests of up to {info.max_model_len} "
+        f"tokens; ready after {info.start_s:.0f} s",
+        f"memory    weights {memory['weights']}{each}; pool {memory['pool']}{each}: {memory['inference']} guaranteed to "
+        f"inference, training may take {memory['training']}",
         f"holds     {objectives}; policy {config.policy}",
         f"data      {config.data_dir.absolute()}",
         f"keys      {'asked for' if asks else 'none: everybody who can reach the port may use it'}",

@@ -18,7 +18,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -136,8 +135,8 @@ class _Path:
 
 
 class _Search:
-    """Finds the cheapest graph operator by operator, as Viterbi's algorithm does: of all choices after which the same values
-    are held in the same forms, only the cheapest can be part of the best one."""
+    """Finds the cheapest graph operator by operator, as Viterbi's algorithm does: a choice can't be part of the best one if a
+    cheaper one holds the same values in the same forms, and perhaps more."""
 
     def __init__(
         self, graph: Graph, size: int, kv_heads: int, prices: Prices, forced: Axes, fixed: Mapping[str, Sharding],
@@ -172,13 +171,11 @@ class _Search:
         start, end, whole = self.graph.input, self.graph.output, RankForm(State.WHOLE)
         paths = [_Path({(start, whole): start})]
         for index, node in enumerate(self.graph.nodes):
-            best: dict[frozenset[tuple[str, RankForm]], _Path] = {}
-            for path in paths:
-                for longer in map(partial(self._forget, index), self._extend(path, node)):
-                    key = frozenset(longer.names)
-                    if key not in best or longer.seconds < best[key].seconds:
-                        best[key] = longer
-            paths = list(best.values())
+            longer = [self._forget(index, each) for path in paths for each in self._extend(path, node)]
+            paths = []
+            for path in sorted(longer, key=lambda each: each.seconds):
+                if not any(better.names.keys() >= path.names.keys() for better in paths):
+                    paths.append(path)
         ends = [longer for path in paths for longer in self._reach(path, end, whole)]
         if not ends:
             return None

@@ -2,13 +2,13 @@
 
     engine: scheduler, requests, jobs --> EngineDevice: pool, slots, executors         (onranks.py: the same on several ranks)
 
-Owns: these objects, and that every call on them comes from here. Does not own: what runs when (step.py, scheduler/).
+Owns: these objects, and the calls that several ranks make together. Does not own: what runs when (step.py, scheduler/).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +29,6 @@ from coserve.runtime.microbatch import InFlight
 from coserve.runtime.spans import RowSpan
 from coserve.runtime.transfer import to_device
 from coserve.scheduler.blocks import BlockPool
-
-Call = Callable[[Callable[[], Adapter], str], Adapter]
-"""Runs something between two iterations, and returns what it returns. The text names it for the watcher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +120,8 @@ class EngineDevice:
 
     # --- adapters, profiles ---
 
-    def load_adapter(self, directory: Path, call: Call) -> Adapter:
-        """Reads an adapter. call: how to reach the engine's thread. Raises NotFound, InvalidRequest."""
+    def load_adapter(self, directory: Path) -> Adapter:
+        """Reads an adapter, in any thread. Raises NotFound, InvalidRequest."""
         return self.model.load_adapter(directory)
 
     def make_profiler(self, blocks: BlockPool) -> Profiler:

@@ -14,7 +14,6 @@ import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,9 +100,10 @@ class Engine:
             caching=self.config.prefix_caching,
         )
         loop = self._loop = EngineLoop(watcher)
+        self._rank_failure: RankFailed | None = None
         self.adapters = AdapterRegistry(
             device.slots, lambda version: pool.forget(version.name, version.number),
-            load=partial(device.load_adapter, call=loop.call),
+            load=device.load_adapter,
             post=lambda command: loop.post(command, "an adapter was read"),
         )
         self.runner: PlanRunner = runner or StepRunner(device, clock)
@@ -273,7 +273,7 @@ class Engine:
         """
         place = Path(directory).absolute()
         with borrowed_team():
-            adapter = self.device.load_adapter(place, self._loop.call)
+            adapter = self.device.load_adapter(place)
         self._loop.call(lambda: self.adapters.publish(name, adapter, place), f"publish adapter {name}")
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
@@ -324,10 +324,7 @@ class Engine:
             self.jobs.check(request, handle.name)
             job = request.resolve(self.model, group=self.device.group)
             fitted = self.jobs.choose_plan(job)
-            if self.device.alone:
-                prepared = prepare(job, self.model, fitted)
-            else:  # ranks do it together, as all that they do
-                prepared = self._loop.call(lambda: prepare(job, self.model, fitted), f"prepare job {handle.label}")
+            prepared = prepare(job, self.model, fitted)
             for plan in (prepared.trainer.plan, prepared.trainer.scoring):
                 self.train.prepare(plan)
         handle.num_steps, handle.step = prepared.job.num_steps, prepared.job.cursor.step
@@ -341,6 +338,8 @@ class Engine:
         watcher = self._loop.watcher
         with self._loop.lock:
             self._loop.drain()
+            if self._rank_failure is not None:
+                raise self._rank_failure
             self.jobs.advance(watcher)
             watcher.begin("planning an iteration")
             plan = self.scheduler.schedule(self.now())
@@ -383,18 +382,16 @@ class Engine:
     def start(self) -> Engine:
         """Gives the engine a thread of its own; returns the engine."""
         if self.model.processes is not None:
-            self.model.processes.watch(self._rank_ended)
+            self.model.processes.on_failure = self._rank_ended
         give_team_back()  # the OpenMP threads with which the calling thread loaded the model and measured
         self._loop.start(self.step, self._fail)
         return self
 
     def _rank_ended(self, error: RankFailed) -> None:
-        """Ends the engine, which could otherwise wait for its next iteration to notice."""
-        def fail() -> None:
-            raise error
-
+        """Ends the engine, whose thread may wait for something to do."""
+        self._rank_failure = error
         with contextlib.suppress(CoserveError):  # it has ended already
-            self._loop.post(fail, "a rank has ended")
+            self._loop.post(lambda: None, "a rank has ended")
 
     def close(self) -> None:
         """Stops the thread, cancels requests, makes each job write a checkpoint to resume from, waits until files are written,
@@ -407,6 +404,8 @@ class Engine:
         self.adapters.close()
         self.scheduler.admission.seats = Seats()
         self.jobs.close()
+        if self.model.processes is not None:
+            self.model.processes.forget(self._rank_ended)
         with contextlib.suppress(RankFailed):  # what it held has gone with it
             self.device.release()
 

@@ -73,8 +73,8 @@ class Generator:
         slot = None if self.adapter is None else engine.adapters.claim(engine.adapters.acquire(_ADAPTER))
         span = RowSpan(0, len(token_ids), engine.blocks.table(0), NO_ADAPTER if slot is None else slot)
         with torch.no_grad():
-            ids = torch.tensor(list(token_ids), device=self.model.weights.device)
-            return engine.passes.logits(engine.passes.run(ids, [], [span], None))
+            engine.device.run_pass(token_ids, [], [span], None)
+            return engine.device.logits(range(len(token_ids)))
 
     def _engine(self, lengths: Sequence[int]) -> Engine:
         """An engine with memory for sequences of these lengths, all at once."""

@@ -12,13 +12,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
 
 from coserve.core import CoserveError
 from coserve.engine.watching import Watcher
 
 _IDLE_WAIT_S = 0.05
-T = TypeVar("T")
 
 
 class EngineLoop:
@@ -48,14 +46,15 @@ class EngineLoop:
             self._commands.append((what, command))
             self._wake.notify()
 
-    def call(self, command: Callable[[], T], what: str) -> T:
-        """Runs a command between two iterations, and returns what it returns. Raises what the command raises. With a thread,
-        the command is queued rather than run under the lock here, since a busy engine hardly ever releases the lock."""
+    def call(self, command: Callable[[], object], what: str) -> None:
+        """Runs a command between two iterations and waits for it. Raises what the command raises. With a thread, the command is
+        queued rather than run under the lock here, since a busy engine hardly ever releases the lock."""
         if self._thread is None:
             with self.lock:
                 self._require_open()
-                return command()
-        done: Future[T] = Future()
+                command()
+            return
+        done: Future[object] = Future()
 
         def run() -> None:
             try:
@@ -64,7 +63,7 @@ class EngineLoop:
                 done.set_exception(error)
 
         self.post(run, what)
-        return done.result()
+        done.result()
 
     def _require_open(self) -> None:
         if self.closed:

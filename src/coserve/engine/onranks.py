@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from coserve.core import BlockMove, Contents, Unit
-from coserve.engine.device import Call, DeviceSetup, EngineDevice
+from coserve.core import BlockMove, Contents, RankFailed, Unit
+from coserve.engine.device import DeviceSetup, EngineDevice
 from coserve.peft.adapter import Adapter
 from coserve.peft.gate import PassedAdapter, read_adapter
 from coserve.peft.share import shared_adapter
@@ -40,7 +40,12 @@ class SlotsOnRanks(AdapterSlots):
         return self.processes.call(AdapterSlots.place, self, key, adapter)
 
     def remove(self, key: Hashable) -> None:
-        self.processes.call(AdapterSlots.remove, self, key)
+        """Also where a rank has failed, since the engine ends then, and gives back what requests hold."""
+        try:
+            self.processes.call(AdapterSlots.remove, self, key)
+        except RankFailed:
+            if key in self:
+                super().remove(key)
 
 
 class DeviceOnRanks(EngineDevice):
@@ -85,10 +90,8 @@ class DeviceOnRanks(EngineDevice):
     def settle_copies(self, free: int | None, training: bool) -> str | None:
         return self._processes.call(EngineDevice.settle_copies, self, free, training)
 
-    def load_adapter(self, directory: Path, call: Call) -> Adapter:
-        """The files are read here, in the calling thread. The ranks take their parts between two iterations."""
-        passed = read_adapter(directory, adapter_base(self.model))
-        return call(lambda: self._processes.call(_bind, self, passed, keeps=True), f"an adapter of {directory.name}")
+    def load_adapter(self, directory: Path) -> Adapter:
+        return self._processes.call(_bind, self, read_adapter(directory, adapter_base(self.model)), keeps=True)
 
     def make_profiler(self, blocks: BlockPool) -> Profiler:
         return ProfilerOnRanks(self, blocks, self._processes)
@@ -114,10 +117,11 @@ def _bind(device: EngineDevice, passed: PassedAdapter) -> Adapter:
     return adapter
 
 
-def _make_profiler(device: EngineDevice) -> Profiler:
-    """Of a rank that schedules nothing: all of the pool is free."""
+def _make_profiler(device: EngineDevice, guaranteed_blocks: int) -> Profiler:
+    """Of a rank that schedules nothing: all of the pool is free, as it is on rank 0."""
     setup = device.setup
-    return Profiler(device.passes, device.train, BlockPool(setup.num_blocks, setup.block_tokens))
+    blocks = BlockPool(setup.num_blocks, setup.block_tokens, guaranteed_blocks=guaranteed_blocks)
+    return Profiler(device.passes, device.train, blocks)
 
 
 class ProfilerOnRanks(Profiler):
@@ -125,9 +129,12 @@ class ProfilerOnRanks(Profiler):
 
     def __init__(self, device: DeviceOnRanks, blocks: BlockPool, processes: RankProcesses) -> None:
         self._processes = processes
-        with processes.told(_make_profiler, device, keeps=True) as keep:
+        with processes.told(_make_profiler, device, blocks.guaranteed_blocks, keeps=True) as keep:
             super().__init__(device.passes, device.train, blocks)
             keep(self)
+
+    def prepare(self) -> None:
+        self._processes.call(Profiler.prepare, self)
 
     def begin(self, point: Contents) -> None:
         self._processes.call(Profiler.begin, self, point)

@@ -117,7 +117,7 @@ class Profiler:
         """Measures the points for which the pool has room: those that a fit needs, then others while they should end within
         `limit_s` seconds. Long passes that are left out are estimated from one layer (`by_layer`)."""
         layers, rows = self.arch.num_layers, min(max_rows, self.arch.max_position_embeddings)
-        self.train.prepare(self.plan)
+        self.prepare()
         self._run(Contents(PassCost(1, 1, 1, 1, 0, 0, 0, 0, 0), (), 0))  # the output head is laid out at its first use
         started = time.perf_counter()
         needed = needed_points(layers, rows)
@@ -128,6 +128,10 @@ class Profiler:
             samples += self._run(self._without_adapters(more.pop()))
         left = [by_layer(self._without_adapters(point), samples, layers) for point in more]
         return samples + [sample for sample in left if sample is not None]
+
+    def prepare(self) -> None:
+        """Lays weights out for the points' units."""
+        self.train.prepare(self.plan)
 
     def _expected(self, point: Contents, samples: Sequence[ProfilePoint]) -> float:
         """An upper estimate of a point's seconds, from the samples at least half as large, or else from the largest."""

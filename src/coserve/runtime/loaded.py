@@ -128,7 +128,9 @@ class LoadedModel:
 
     def load_adapter(self, directory: Path, warn: Callable[[str], None] = _log.warning) -> Adapter:
         """An adapter in PEFT's format for this base. warn: takes what its maker should know; default: the log. Raises NotFound,
-        InvalidRequest."""
+        InvalidRequest; ConfigError where several ranks share the model, as each has a part of the adapter too."""
+        require(self.tensor_parallel_size == 1, "tensor_parallel_size",
+                "several ranks share the model; load the adapter by Engine.load_adapter")
         return bind_adapter(read_adapter(directory, adapter_base(self)), self.weights, warn=warn)
 
 

@@ -30,6 +30,8 @@ def main() -> None:
     """Ends without the interpreter's own end, which could wait for collectives that nobody answers."""
     code = 0
     try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # they are for rank 0, which ends this process when it has ended its work
         _, rank, size, meeting, threads, parent = sys.argv
         _die_with(int(parent))
         torch.set_num_threads(int(threads))
@@ -71,24 +73,29 @@ def _read(pending: SimpleQueue[bytes]) -> None:
 
 
 def follow(ranks: ProcessRanks, pending: SimpleQueue[bytes]) -> None:
-    """Calls what is ordered, until the last order. A CoserveError is raised by all ranks alike, and is for rank 0's caller."""
+    """Calls what is ordered, until the last order. A CoserveError is raised by all ranks alike, and is for rank 0's caller.
+    Any other error ends this rank, and so does a CoserveError that rank 0 doesn't have."""
     kept: dict[int, Any] = {GROUP.number: ranks}
-    checksum = 0
+    checksum, failure = 0, None
     while data := pending.get():
         order: Order = pickle.loads(data)
-        checksum = zlib.crc32(data, checksum)
-        for number in order.dropped:
-            kept.pop(number, None)
-        result = None
-        try:
-            result = order.function(*(kept[each.number] if isinstance(each, Twin) else each for each in order.arguments))
-        except CoserveError:
-            traceback.print_exc()
-        if order.keeps is not None:
-            kept[order.keeps] = result
+        if failure is not None and not order.raised:
+            raise failure  # rank 0 had no error: this rank has not done what the others did
         if order.checked:
+            checksum = zlib.crc32(data, checksum)
             with contextlib.suppress(RankFailed):  # rank 0 says it, and ends all
                 ranks.require_alike(checksum, "their orders")
+        for number in order.dropped:
+            kept.pop(number, None)
+        result = failure = None
+        try:
+            result = order.function(*(kept[each.number] if isinstance(each, Twin) else each for each in order.arguments))
+        except RankFailed:
+            raise
+        except CoserveError as error:
+            failure = error
+        if order.keeps is not None:
+            kept[order.keeps] = result
         del data, order, result  # what they hold would live until the next order comes
 
 

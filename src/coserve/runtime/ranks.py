@@ -33,7 +33,8 @@ import time
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -56,6 +57,8 @@ PEER_GONE = 17
 """Exit code of a rank whose collective failed, since another rank has ended."""
 HEAD_BYTES = 8
 """An order comes behind its length, which has so many bytes. Length 0 is the last order."""
+_PATIENCE_S = 2.0
+"""Seconds that are waited for a process that is about to end, or for an order under way."""
 _TAIL_BYTES = 4096
 """How much is read of the end of what a rank has written."""
 T = TypeVar("T")
@@ -74,19 +77,21 @@ GROUP = Twin(0)
 
 class Order(NamedTuple):
     """A function that all ranks call. keeps: the number under which its result is kept, if it is. dropped: the numbers of what
-    is not needed any more. checked: whether all ranks compare afterwards what they have been told so far."""
+    is not needed any more. raised: whether the order before raised a CoserveError on rank 0, as it should have on all. checked:
+    whether all ranks compare what they have been told so far before they call it."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     keeps: int | None
     dropped: tuple[int, ...]
+    raised: bool
     checked: bool
 
 
 def require_devices(size: int, device: torch.device) -> None:
     """Raises ConfigError for more ranks than GPUs, and for a second group in this process."""
     require(size == 1 or not dist.is_initialized(), "tensor_parallel_size",
-            "this process shares a model already; close that first, or load this one on one rank")
+            "torch.distributed is in use in this process, perhaps for another model on several ranks; close that first")
     count = torch.cuda.device_count() if device.type == "cuda" else size
     require(size <= count, "tensor_parallel_size", f"{size} ranks need {size} CUDA devices, and there are {count}")
 
@@ -158,13 +163,14 @@ class RankProcess:
 
     def failure(self, before: str = "") -> RankFailed:
         """How it ended, and the last line that it wrote. before: what is said first."""
+        code = self._process.poll()
+        if code is not None and code < 0:
+            return RankFailed(f"{before}rank {self.rank} ended by signal {-code}", signal=-code)
         size = os.fstat(self._log.fileno()).st_size
         tail = os.pread(self._log.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
         lines = tail.decode(errors="replace").strip().splitlines()
-        code = self._process.poll()
-        ended = "hangs" if code is None else f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
-        said = f"{before}rank {self.rank} {ended}{f': {lines[-1]}' if lines else ''}"
-        return RankFailed(said, signal=-code if code is not None and code < 0 else None)
+        ended = "hangs" if code is None else f"ended with code {code}"
+        return RankFailed(f"{before}rank {self.rank} {ended}{f': {lines[-1]}' if lines else ''}")
 
     def send(self, data: bytes) -> None:
         """Writes an order. Raises OSError if the process has ended."""
@@ -191,7 +197,8 @@ class RankProcess:
 
 class RankProcesses:
     """The processes of ranks 1 to size - 1, and the group that they and this process make. Use it in a with statement, or
-    `close` it. ranks: this process's view of the group. threads: of each rank. Raises RankFailed if they can't start."""
+    `close` it. Any thread may give orders. ranks: this process's view of the group. threads: of each rank. on_failure: called,
+    in any thread, when the group can't go on. Raises RankFailed if they can't start."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.threads, self._device = size, max(1, torch.get_num_threads() // size), device
@@ -203,14 +210,19 @@ class RankProcesses:
         self._twins: dict[int, int] = {}
         """{id of an object: the number under which it and its twins are kept}."""
         self._dropped: deque[int] = deque()
+        self._raised = False
         self._sum = 0
-        """A checksum of all orders so far."""
+        """A checksum of all orders since the log's level has been debug."""
+        self.on_failure: Callable[[RankFailed], None] = _nobody
+        self._failure: RankFailed | None = None
         self._ending = False
         self._exit = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self._start(stack)
             self._exit = stack.pop_all()
-        atexit.register(self.close)
+        atexit.register(self._close_at_exit)
+        for process in self._processes:
+            threading.Thread(target=self._watch, args=(process,), name=f"coserve-rank-{process.rank}", daemon=True).start()
 
     def _start(self, stack: contextlib.ExitStack) -> None:
         with tempfile.TemporaryDirectory(prefix="coserve-ranks-") as directory:
@@ -222,10 +234,8 @@ class RankProcesses:
                 self._processes.append(process)
                 stack.callback(process.end)
             self._await(store)
-            with self._together():
-                ranks = connect(store, 0, self.size, self._device)
-            self.ranks = ranks
-            self._twins[id(ranks)] = GROUP.number
+            self.ranks = self._connect(store)
+            self._twins[id(self.ranks)] = GROUP.number
             self.call(dist.barrier)  # nobody needs the file any more
         stack.callback(dist.destroy_process_group)
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -247,24 +257,40 @@ class RankProcesses:
         if self._ending:
             return
         self._ending = True
-        atexit.unregister(self.close)
-        for process in self._processes:
-            if failed:
-                process.end()
-            else:
-                with contextlib.suppress(OSError):  # it has ended by itself, when all work was done
-                    process.send(b"")
-        self._exit.close()
+        atexit.unregister(self._close_at_exit)
+        free = self._lock.acquire(timeout=_PATIENCE_S)  # else another thread is in an order that doesn't end
+        try:
+            for process in self._processes:
+                if failed or not free or self._failure is not None:
+                    process.end()
+                else:
+                    with contextlib.suppress(OSError):  # it has ended by itself, when all work was done
+                        process.send(b"")
+            self._exit.close()
+        finally:
+            if free:
+                self._lock.release()
 
-    def watch(self, on_end: Callable[[RankFailed], None]) -> None:
-        """Calls `on_end`, in a thread of its own, when a rank ends before it should."""
-        def wait(process: RankProcess) -> None:
-            process.wait()
-            if not self._ending:
-                on_end(process.failure())
+    def _close_at_exit(self) -> None:
+        """Other threads may be in the middle of anything."""
+        self.close(failed=True)
 
-        for process in self._processes:
-            threading.Thread(target=wait, args=(process,), name=f"coserve-rank-{process.rank}", daemon=True).start()
+    def _watch(self, process: RankProcess) -> None:
+        """Runs in a thread of its own, so that a death is noticed while nothing runs."""
+        process.wait()
+        if not self._ending:
+            self._fail(self._blame() or process.failure())
+
+    def _fail(self, failure: RankFailed) -> None:
+        """From now on no order is given."""
+        if self._failure is None:
+            self._failure = failure
+            self.on_failure(failure)
+
+    def forget(self, listener: Callable[[RankFailed], None]) -> None:
+        """Lets `on_failure` be nobody, if it is this listener."""
+        if self.on_failure == listener:
+            self.on_failure = _nobody
 
     # --- orders ---
 
@@ -284,22 +310,35 @@ class RankProcesses:
             if self._depth:
                 yield lambda made: made
                 return
+            if self._failure is not None:
+                raise self._failure
+            number = next(self._numbers) if keeps else None
             self._depth += 1
             try:
                 with self._together():
-                    number = next(self._numbers) if keeps else None
-                    dropped = tuple(self._dropped.popleft() for _ in range(len(self._dropped)))
-                    checked = _log.isEnabledFor(logging.DEBUG)
-                    order = Order(function, tuple(map(self._reference, arguments)), number, dropped, checked)
-                    data = pickle.dumps(order, protocol=pickle.HIGHEST_PROTOCOL)
-                    for process in self._processes:
-                        process.send(data)
-                    self._sum = zlib.crc32(data, self._sum)
+                    self._send(function, arguments, number)
                     yield lambda made: self._keep(number, made)
-                    if checked:
-                        self.ranks.require_alike(self._sum, f"their orders up to {function.__qualname__}")
+                self._raised = False
+            except BaseException as error:
+                self._raised = True
+                if number is not None:
+                    self._dropped.append(number)
+                if isinstance(error, RankFailed) or not isinstance(error, CoserveError):  # such as KeyboardInterrupt
+                    self._fail(error if isinstance(error, RankFailed) else RankFailed("rank 0 was interrupted in an order"))
+                raise
             finally:
                 self._depth -= 1
+
+    def _send(self, function: Callable[..., object], arguments: Sequence[Any], number: int | None) -> None:
+        checked = _log.isEnabledFor(logging.DEBUG)
+        dropped = tuple(self._dropped.popleft() for _ in range(len(self._dropped)))
+        order = Order(function, tuple(map(self._reference, arguments)), number, dropped, self._raised, checked)
+        data = pickle.dumps(order, protocol=pickle.HIGHEST_PROTOCOL)
+        for process in self._processes:
+            process.send(data)
+        if checked:
+            self._sum = zlib.crc32(data, self._sum)
+            self.ranks.require_alike(self._sum, f"their orders up to {getattr(function, '__qualname__', function)}")
 
     def _reference(self, argument: Any) -> Any:
         number = self._twins.get(id(argument))
@@ -326,28 +365,56 @@ class RankProcesses:
                 raise late.failure(f"the ranks did not start within {START_S:.0f} s; ")
             time.sleep(0.05)
 
-    def _require_alive(self) -> None:
-        """Raises RankFailed if a rank has ended: the failure of one that others may have ended for."""
+    def _connect(self, store: dist.Store) -> ProcessRanks:
+        """Joins the group, unless a rank ends meanwhile, for which joining would wait."""
+        joined: Future[ProcessRanks] = Future()
+
+        def join() -> None:
+            try:
+                joined.set_result(connect(store, 0, self.size, self._device))
+            except BaseException as error:
+                joined.set_exception(error)
+
+        threading.Thread(target=join, name="coserve-join", daemon=True).start()
+        with self._together():
+            while not joined.done():
+                self._require_alive()
+                wait([joined], timeout=0.05)
+            return joined.result()
+
+    def _blame(self) -> RankFailed | None:
+        """The failure of a rank that has ended, preferably of one that has ended by itself, for which a moment is waited; None
+        if all live."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while not any(process.failed_by_itself for process in self._processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
         dead = sorted((each for each in self._processes if not each.alive), key=lambda each: not each.failed_by_itself)
-        if dead:
-            raise dead[0].failure()
+        return dead[0].failure() if dead else None
+
+    def _require_alive(self) -> None:
+        """Raises RankFailed if a rank has ended."""
+        if not all(process.alive for process in self._processes):
+            failure = self._blame()
+            assert failure is not None
+            raise failure
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
-        """Around what all ranks do. An error becomes RankFailed, unless it is a CoserveError, which all ranks have: with the
-        last words of the rank that ended, or saying that one hangs."""
+        """Around what all ranks do. An error becomes RankFailed, unless it is a CoserveError, which all ranks have: the failure
+        of the rank that ended, or a line that says that one hangs."""
         try:
             yield
         except CoserveError:
             raise
         except Exception as error:  # of a collective or a pipe, or only this rank's own
-            deadline = time.monotonic() + 2
-            while all(process.alive for process in self._processes) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            self._require_alive()
-            if re.search("timed? ?out", str(error), re.IGNORECASE):
-                raise RankFailed(f"a rank has not answered for {UNIT_S:.0f} s ({one_line(error)})") from error
-            raise RankFailed(f"rank 0 failed: {error!r}") from error
+            failure = self._blame()
+            if failure is None and re.search("timed? ?out", str(error), re.IGNORECASE):
+                failure = RankFailed(f"a rank has not answered for {UNIT_S:.0f} s ({one_line(error)})")
+            raise failure or RankFailed(f"rank 0 failed: {error!r}") from error
+
+
+def _nobody(_: RankFailed) -> None:
+    """Who is told of failures until somebody wants to know."""
 
 
 def ready_key(rank: int) -> str:

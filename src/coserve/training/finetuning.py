@@ -18,6 +18,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,34 +68,36 @@ class FinetuneResult:
     rows: tuple[StepRow, ...]
 
 
-def _choose_plan(job: ResolvedJob, model: Model) -> tuple[FittedPlan, bool]:
-    """The plan with the fewest FLOPs for which the device has memory, and whether each weight matrix is held only once, since
-    there is no memory for packed copies: these are given up first, and kept activations only then. Raises CapacityError if no
-    plan fits."""
-    settings, arch, available = job.settings, model.architecture, available_bytes(model.device)
+def planned_bytes(job: ResolvedJob, model: Model, plan: ModelPlan, *, one_copy: bool) -> dict[str, int]:
+    """Bytes by purpose that a job takes beside what is in memory already, on each rank if several share the model. one_copy:
+    whether each weight matrix is held once."""
+    settings, arch = job.settings, model.architecture
     adapter = shape_adapter(arch, settings.adapter)
     num_parameters = adapter.flat.numel()
     if job.group is not None:
         arch, num_parameters = rank_architecture(arch, job.group.size), num_on_rank(adapter.parameters, job.group.fixed)
-        available = available_to_each(model.device, job.group.size)
-    loaded = model.weights if isinstance(model, LoadedModel) else None
-    if available is not None and loaded is not None:
-        available += loaded.copied_bytes  # they are counted below, and can be freed
+    needed = training_bytes(
+        arch, plan, num_parameters, microbatch_tokens=job.plans.num_tokens, window_tokens=settings.window_tokens,
+        itemsize=model.dtype.itemsize, packed=can_pack(model.dtype, model.device), one_copy=one_copy,
+    )
+    if isinstance(model, LoadedModel):
+        needed.pop("weights")
+    return needed
+
+
+def choose_plan(job: ResolvedJob, model: Model) -> tuple[FittedPlan, bool]:
+    """The plan with the fewest FLOPs for which the device has memory, and whether each weight matrix is held only once, since
+    there is no memory for packed copies: these are given up first, and kept activations only then. Raises CapacityError if no
+    plan fits."""
+    available = available_bytes(model.device) if job.group is None else available_to_each(model.device, job.group.size)
+    if available is not None and isinstance(model, LoadedModel):
+        available += model.weights.copied_bytes  # they are counted in the job's bytes, and can be freed
+    needs = partial(planned_bytes, job, model)
+    asked = job.plans.asked(job.settings)
     packed = can_pack(model.dtype, model.device)
-
-    def needs(plan: ModelPlan, one_copy: bool) -> dict[str, int]:
-        needed = training_bytes(
-            arch, plan, num_parameters, microbatch_tokens=job.plans.num_tokens, window_tokens=settings.window_tokens,
-            itemsize=model.dtype.itemsize, packed=packed, one_copy=one_copy,
-        )
-        if loaded is not None:
-            needed.pop("weights")
-        return needed
-
-    asked = job.plans.asked(settings)
-    one_copy = packed and available is not None and sum(needs(asked.plan, False).values()) > available
-    fitted = job.plans.for_job(settings, asked, available, lambda plan: sum(needs(plan, one_copy).values()))
-    require_memory(needs(fitted.plan, one_copy), available)
+    one_copy = packed and available is not None and sum(needs(asked.plan, one_copy=False).values()) > available
+    fitted = job.plans.for_job(job.settings, asked, available, lambda plan: sum(needs(plan, one_copy=one_copy).values()))
+    require_memory(needs(fitted.plan, one_copy=one_copy), available)
     return fitted, one_copy
 
 
@@ -199,8 +202,8 @@ def finetune(
     JobFailed, CapacityError, RankFailed during the run.
     """
     request = JobRequest.of(data, output, config, validation=validation, start=start, resume=resume, listen=listen)
-    require(tensor_parallel_size == 1 or not isinstance(model, LoadedModel), "tensor_parallel_size",
-            "a loaded model is on one rank; give its name instead")
+    require(not isinstance(model, LoadedModel) or model.tensor_parallel_size == tensor_parallel_size == 1,
+            "tensor_parallel_size", "a job on several ranks loads the model itself; give the model's name")
     base: Model
     if isinstance(model, LoadedModel):
         base = model
@@ -210,7 +213,7 @@ def finetune(
         base = find_model(model, device=device, dtype=dtype, report=request.inform)
     check_ranks(base.architecture, tensor_parallel_size, base.device)
     job = request.read_start(base).resolve(base, size=tensor_parallel_size)
-    fitted, one_copy = _choose_plan(job, base)
+    fitted, one_copy = choose_plan(job, base)
     if one_copy:
         request.inform(f"each weight matrix is held once: there is no memory for packed copies; {SLOWER}")
     with contextlib.ExitStack() as stack:

@@ -12,7 +12,7 @@ from torch import Tensor
 from coserve.compiler.parallelize import TensorParallel
 from coserve.compiler.plan import ModelPlan
 from coserve.config.settings import FinetuneConfig
-from coserve.core import CapacityError, Direction, Group, Unit
+from coserve.core import CapacityError, Direction, Group, RankFailed, Unit
 from coserve.finetune.job import StepLoss
 from coserve.finetune.objectives import OBJECTIVES
 from coserve.finetune.optimizer import FlatAdamW
@@ -33,10 +33,9 @@ MIN_WINDOW = 32
 """The fewest tokens to which windows shrink after out-of-memory."""
 
 
-def out_of_memory(error: torch.OutOfMemoryError, *, deterministic: bool, several_ranks: bool = False) -> CapacityError:
+def out_of_memory(error: torch.OutOfMemoryError, *, deterministic: bool) -> CapacityError:
     """The error for a job whose windows can't get smaller."""
     reason = "and deterministic keeps the windows" if deterministic else "at the smallest window"
-    reason = "and several ranks keep the windows; lower window_tokens too" if several_ranks else reason
     return CapacityError(f"out of memory, {reason}; lower max_microbatch_tokens ({error})", param="max_microbatch_tokens")
 
 
@@ -109,17 +108,18 @@ class AdapterTrainer:
     # --- verbs ---
 
     def forward_backward(self, groups: Sequence[Group], step: int) -> StepLoss:
-        """Adds the gradients of one optimizer batch. Out of memory: starts it again with smaller windows, or CapacityError."""
+        """Adds the gradients of one optimizer batch. Out of memory: starts it again with smaller windows, or CapacityError; on
+        one of several ranks, RankFailed."""
         assert self.adapter.grad is not None
         while True:
             try:
                 return self._run(groups, step, train=True)
             except torch.OutOfMemoryError as error:
                 self.adapter.grad.zero_()
-                if self.window // 2 < MIN_WINDOW or self.config.deterministic or self.layout is not None:
-                    raise out_of_memory(
-                        error, deterministic=self.config.deterministic, several_ranks=self.layout is not None
-                    ) from error
+                if self.layout is not None:  # the other ranks are in the middle of it
+                    raise RankFailed(f"out of memory; lower max_microbatch_tokens or window_tokens ({error})") from error
+                if self.window // 2 < MIN_WINDOW or self.config.deterministic:
+                    raise out_of_memory(error, deterministic=self.config.deterministic) from error
                 self.window //= 2
                 self.warn(f"out of memory: windows are now at most {self.window} tokens; the step starts again")
 

@@ -60,15 +60,22 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _devices(device: torch.device, size: int) -> list[torch.device]:
+    """The GPUs of `size` ranks. device: the first one's."""
+    return [device] if size == 1 else [torch.device("cuda", number) for number in range(size)]
+
+
 def pool_bytes(config: ServerConfig, device: torch.device) -> int | None:
     """Bytes for each rank's key-value cache and training arenas beside the loaded weights; None where the system doesn't say
     how much memory is free."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        left = total * config.gpu_memory_utilization - (total - free)
-        return max(1, int(left * (1 - CUDA_WORK_SHARE)))
+        fullest = min(
+            total * config.gpu_memory_utilization - (total - free)
+            for free, total in map(torch.cuda.mem_get_info, _devices(device, config.tensor_parallel_size))
+        )
+        return max(1, int(fullest * (1 - CUDA_WORK_SHARE)))
     available = available_to_each(device, config.tensor_parallel_size)
     return None if available is None else int(available * POOL_SHARE)
 

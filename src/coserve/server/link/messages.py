@@ -128,8 +128,9 @@ class Progress(Message, frozen=True, kw_only=True):
 class Ready(Message, frozen=True, kw_only=True):
     """The engine takes requests.
 
-    max_model_len: the most tokens of prompt and output together. memory: bytes of the weights and of the pool's parts, by name.
-    objectives: those of requests that set none. start_s: how many seconds the start took.
+    max_model_len: the most tokens of prompt and output together. memory: bytes of the weights and of the pool's parts, by name,
+    in each process if several share the model, which threads are too. objectives: those of requests that set none. start_s: how
+    many seconds the start took.
     """
 
     model: str
