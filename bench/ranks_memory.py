@@ -2,10 +2,11 @@
 
     python bench/ranks_memory.py [--sizes 1,2] [--output bench/results/ranks_memory.json]
 
-`coserve finetune` of a model with random weights: hidden 1536, 12 query and 4 key-value heads, 14 layers, 16,384 tokens,
-float32; LoRA r16 on all linears, examples of 512 tokens. A process's figure is its largest resident size less that of the same
-rank in the same job on a model of two narrow layers, which stands for the interpreter and its libraries. The plan is the one by
-which `coserve finetune` decides whether a job fits. Prints a line per process.
+`coserve finetune` of a model with random weights: hidden 1536, 12 query and 4 key-value heads, 8 layers, 16,384 tokens,
+float32; LoRA r16 on all linears, examples of 512 tokens. A process's figure is the most memory of its own that it had
+(anonymous pages, looked at every 20 ms), less that of the same rank in the same job on a model of two narrow layers, which
+stands for the interpreter and its libraries. Pages of files that are read, such as the checkpoint's, can be dropped and don't
+count. The plan is the one by which `coserve finetune` decides whether a job fits. Prints a line per process.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from coserve.training.finetuning import choose_plan, planned_bytes
 from coserve.training.request import JobRequest
 
 EXAMPLE_TOKENS, BATCH, STEPS, RANK = 512, 4, 2, 16
-LARGE: Mapping[str, int] = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 14}
+LARGE: Mapping[str, int] = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 8}
 SMALL: Mapping[str, int] = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
 VOCABULARY = 16384
 
 
 def peaks(command: list[str]) -> dict[int, int]:
-    """Runs a command; the largest resident size in bytes of each of its ranks, by rank."""
+    """Runs a command; the most bytes of anonymous memory that each of its ranks had, by rank."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     found: dict[int, int] = {}
     while process.poll() is None:
@@ -50,9 +51,9 @@ def peaks(command: list[str]) -> dict[int, int]:
             except OSError:  # it has ended
                 continue
             own = int(lines["Pid"]) == process.pid
-            if "VmHWM" in lines and (own or (int(lines["PPid"]) == process.pid and RANK_MODULE in arguments)):
+            if "RssAnon" in lines and (own or (int(lines["PPid"]) == process.pid and RANK_MODULE in arguments)):
                 rank = 0 if own else int(arguments[arguments.index(RANK_MODULE) + 1])
-                found[rank] = max(found.get(rank, 0), int(lines["VmHWM"].split()[0]) * 1024)
+                found[rank] = max(found.get(rank, 0), int(lines["RssAnon"].split()[0]) * 1024)
         time.sleep(0.02)
     assert process.returncode == 0, command
     return found

@@ -16,7 +16,7 @@ from torch import Tensor
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import EMBEDDING, HEAD, Checkpoint
 from coserve.model.decoder import MERGED, MODULE_PATHS, ROW_SITES, biased_sites, linear_shapes
-from coserve.model.linear import FrozenLinear, OutputHead, can_pack, make_head, make_linear
+from coserve.model.linear import FrozenLinear, OutputHead, can_pack, make_head, make_linear, return_freed_memory
 from coserve.model.rankcheckpoint import RankCheckpoint, TokenRange
 from coserve.parallel import ALONE, Ranks
 
@@ -171,5 +171,6 @@ def load_weights(
     layers = [_load_layer(source, index, dtype, device, packed, one_copy) for index in range(arch.num_layers)]
     norm = source.read("model.norm.weight", dtype, device).div_(arch.logits_scaling)
     head = make_head(table, packed=packed, one_copy=one_copy)
+    return_freed_memory()
     weights = ModelWeights(arch, embedding, layers, norm, head, ranks)
     return weights if share is None else replace(weights, tokens=share.tokens, whole_architecture=checkpoint.architecture)

@@ -42,10 +42,7 @@ class JobSetup:
 
 def make_trainer(setup: JobSetup, loaded: LoadedModel) -> AdapterTrainer:
     """A rank's trainer; all ranks make theirs together."""
-    trainer = AdapterTrainer(loaded, setup.settings, **_arguments(setup))
-    for plan in (trainer.plan, trainer.scoring):
-        trainer.executor.prepare(plan)
-    return trainer
+    return AdapterTrainer(loaded, setup.settings, **_arguments(setup))
 
 
 def _arguments(setup: JobSetup) -> dict[str, Any]:

@@ -95,6 +95,8 @@ class AdapterTrainer:
         reference = None if self.reference is None else whole
         self.scoring = scoring_plan(arch, whole, itemsize=itemsize, ranks=group)
         self.reference_scoring = scoring_plan(arch, reference, itemsize=itemsize, ranks=group)
+        for each in (self.plan, self.scoring):
+            self.executor.prepare(each)
         self.window = config.grid_tokens or config.window_tokens
         self.refresh_seconds = self._refresh_seconds()
         self.published: Adapter | None = None
