@@ -26,6 +26,7 @@ PUBLIC = [
     "LoraConfig",
     "NotFound",
     "OptimizerConfig",
+    "RankFailed",
     "RequestHandle",
     "SamplingConfig",
     "SchedulerConfig",

@@ -62,6 +62,7 @@ def test_a_rank_that_is_killed_ends_the_engine_and_jobs_go_on_from_their_checkpo
     assert_job_alike(output, tmp_path / "whole")
 
 
+@pytest.mark.full
 def test_a_rank_that_dies_while_nothing_runs_is_noticed(directory: Path) -> None:
     with closing(load(directory)) as model:
         assert model.processes is not None
@@ -71,6 +72,7 @@ def test_a_rank_that_dies_while_nothing_runs_is_noticed(directory: Path) -> None
             assert "rank 1 ended by signal 9" in str(engine.failure)
 
 
+@pytest.mark.full
 def test_an_error_on_one_rank_ends_the_engine(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that would end only a job, were the model on one rank: the others may have gone on."""
     with closing(load(directory)) as model, closing(make_engine(model)) as engine:
@@ -80,6 +82,7 @@ def test_an_error_on_one_rank_ends_the_engine(directory: Path, monkeypatch: pyte
             drive(engine)
 
 
+@pytest.mark.full
 def test_in_debug_mode_another_order_is_noticed(
     directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

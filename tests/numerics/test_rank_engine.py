@@ -124,6 +124,7 @@ def test_requests_of_all_kinds_get_the_same(place: Place) -> None:
         assert_nothing_left(engine)
 
 
+@pytest.mark.full
 def test_with_little_memory_requests_are_preempted_and_get_the_same(place: Place) -> None:
     few = {"num_blocks": 24, "share": 1.0, "max_adapters": 2}
     with closing(make_engine(place.one, **few)) as engine:
@@ -186,6 +187,7 @@ def test_jobs_beside_requests_end_as_on_one_rank(place: Place, tmp_path: Path, n
         assert_job_alike(tmp_path / "2" / name, tmp_path / "1" / name)
 
 
+@pytest.mark.full
 def test_a_job_goes_on_with_another_number_of_ranks(place: Place, tmp_path: Path) -> None:
     """The engine closes in the middle of it, with a checkpoint of the last whole step."""
     config = replace(JOBS["lora"], max_steps=6, checkpoint_steps=0)

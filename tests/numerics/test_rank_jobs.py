@@ -115,6 +115,7 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> list[ranks_module.RankProcess
     return started
 
 
+@pytest.mark.full
 def test_a_rank_that_is_killed_ends_the_job_with_its_name_and_a_resume_goes_on(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_collectives_of_threads(size: int) -> None:
     check(on_ranks(size, run_all))
 
 
+@pytest.mark.full
 def test_collectives_of_processes(tmp_path: Path) -> None:
     check(on_processes(2, run_all, tmp_path))
 

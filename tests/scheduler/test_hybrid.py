@@ -401,7 +401,7 @@ def test_a_flooding_tenant_harms_itself_only(blocks: int, lag: int) -> None:
 def test_a_tenant_does_not_hold_all_places_while_another_waits() -> None:
     """Without it the other tenant would wait until one of the flood's long outputs has ended."""
     fake = engine(max_num_seqs=8, num_blocks=1 << 14)
-    flood = [fake.submit(20, 3000, tenant="flood", tpot_s=9.0) for _ in range(40)]
+    flood = [fake.submit(20, 800, tenant="flood", tpot_s=9.0) for _ in range(40)]
     for _ in range(60):
         step(fake)
     assert fake.scheduler.num_running == 8

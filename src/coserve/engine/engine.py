@@ -325,6 +325,8 @@ class Engine:
             job = request.resolve(self.model, group=self.device.group)
             fitted = self.jobs.choose_plan(job)
             prepared = prepare(job, self.model, fitted)
+            for plan in (prepared.trainer.plan, prepared.trainer.scoring):
+                self.train.prepare(plan)
         handle.num_steps, handle.step = prepared.job.num_steps, prepared.job.cursor.step
         self._loop.post(lambda: self.jobs.begin(prepared, handle, tenant, weight), f"begin job {handle.label}")
         return handle

@@ -277,6 +277,7 @@ def make_head(table: Tensor, *, packed: bool, one_copy: bool = False) -> OutputH
 
 
 def return_freed_memory() -> None:
-    """Gives the system back what packing has freed. glibc would keep it: up to half of the packed copies' size."""
+    """Gives the system back what packing has freed. glibc would keep it: up to half of the packed copies' size. Takes a few
+    milliseconds, so that it is for models whose weights are large."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -20,6 +20,9 @@ from coserve.model.linear import FrozenLinear, OutputHead, can_pack, make_head, 
 from coserve.model.rankcheckpoint import RankCheckpoint, TokenRange
 from coserve.parallel import ALONE, Ranks
 
+_LARGE = 16 << 20
+"""Bytes of the embedding from which a model is large enough to care for memory that is freed and not returned."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
@@ -101,6 +104,11 @@ class ModelWeights:
         torch.index_select(self.embedding, 0, (token_ids - tokens.first).clamp_(0, tokens.end - tokens.first - 1), out=out)
         out.mul_(own[:, None])
 
+    def return_freed_memory(self) -> None:
+        """Gives the system back what laying these weights out has freed, if that may be much."""
+        if self.device.type == "cpu" and self.embedding.nbytes >= _LARGE:
+            return_freed_memory()
+
     def hold_one_copy(self, wanted: bool) -> None:
         """Whether each matrix may be held only once from now on; copies beyond that are dropped. Products that would read them
         get slower, and their last bits change."""
@@ -171,6 +179,6 @@ def load_weights(
     layers = [_load_layer(source, index, dtype, device, packed, one_copy) for index in range(arch.num_layers)]
     norm = source.read("model.norm.weight", dtype, device).div_(arch.logits_scaling)
     head = make_head(table, packed=packed, one_copy=one_copy)
-    return_freed_memory()
     weights = ModelWeights(arch, embedding, layers, norm, head, ranks)
+    weights.return_freed_memory()
     return weights if share is None else replace(weights, tokens=share.tokens, whole_architecture=checkpoint.architecture)

@@ -20,7 +20,6 @@ from coserve.compiler.plan import ModelPlan
 from coserve.compiler.program import LayerPlan, Place, Program, Storage
 from coserve.core import Direction, Unit
 from coserve.kernels import library
-from coserve.model.linear import return_freed_memory
 from coserve.model.weights import ModelWeights
 from coserve.ops.run import RowContext
 from coserve.peft.adapter import Adapter
@@ -101,7 +100,7 @@ class TrainExecutor:
                     if call.op in ("linear", "linear_dgrad") and call.weight is not None:
                         weights.linears[call.weight].prepare(backward=call.op == "linear_dgrad")
         self.weights.head.prepare()
-        return_freed_memory()
+        self.weights.return_freed_memory()
 
     def run(self, state: InFlight, unit: Unit, adapter: Adapter | None) -> None:
         """One unit, forward or backward."""

@@ -226,6 +226,7 @@ def finetune(
             loaded = base.load(one_copy, processes)
         loaded.weights.hold_one_copy(one_copy)
         prepared = prepare(job, loaded, fitted)
+        prepared.trainer.prepare_weights()
         stack.enter_context(_deterministic(job.settings.deterministic, loaded))
         del job  # with the tensors of the adapter that is continued
         prepared.job.run()

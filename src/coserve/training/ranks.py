@@ -42,7 +42,9 @@ class JobSetup:
 
 def make_trainer(setup: JobSetup, loaded: LoadedModel) -> AdapterTrainer:
     """A rank's trainer; all ranks make theirs together."""
-    return AdapterTrainer(loaded, setup.settings, **_arguments(setup))
+    trainer = AdapterTrainer(loaded, setup.settings, **_arguments(setup))
+    trainer.prepare_weights()
+    return trainer
 
 
 def _arguments(setup: JobSetup) -> dict[str, Any]:

@@ -95,8 +95,6 @@ class AdapterTrainer:
         reference = None if self.reference is None else whole
         self.scoring = scoring_plan(arch, whole, itemsize=itemsize, ranks=group)
         self.reference_scoring = scoring_plan(arch, reference, itemsize=itemsize, ranks=group)
-        for each in (self.plan, self.scoring):
-            self.executor.prepare(each)
         self.window = config.grid_tokens or config.window_tokens
         self.refresh_seconds = self._refresh_seconds()
         self.published: Adapter | None = None
@@ -106,6 +104,10 @@ class AdapterTrainer:
     def whole(self) -> Adapter:
         """The adapter, or where ranks share it one with the parameters of the whole and no values."""
         return self.adapter if self.layout is None else whole_view(self.adapter, self.layout, self.model.weights)
+
+    def prepare_weights(self) -> None:
+        """Lays weights out for training, which the first step would do otherwise, with more memory."""
+        self.executor.prepare(self.plan)
 
     # --- verbs ---
 
