@@ -95,7 +95,7 @@ def rows(model: LoadedModel, requests: int, iterations: int) -> list[float]:
     times = []
     for _ in range(iterations):
         started = time.perf_counter()
-        SpanRows(spans, [], engine.pool, model.architecture, engine.passes.adapters)
+        SpanRows(spans, [], engine.device.pool, model.architecture, engine.device.passes.adapters)
         times.append(time.perf_counter() - started)
     return times
 

@@ -89,10 +89,10 @@ class Alone:
         return Engine(self.model.loaded, config, latency=TINY_LATENCY)
 
     def _profiler(self, engine: Engine, *, graphs: bool = False) -> Profiler:
-        passes = engine.passes if graphs else PassExecutor(
-            self.model.loaded.executor, engine.train, engine.pool, engine.adapters.slots
+        passes = engine.device.passes if graphs else PassExecutor(
+            self.model.loaded.executor, engine.device.train, engine.device.pool, engine.adapters.slots
         )
-        return Profiler(passes, engine.train, engine.blocks)
+        return Profiler(passes, engine.device.train, engine.blocks)
 
     @torch.no_grad()
     def curve(self) -> Iterator[dict[str, Any]]:

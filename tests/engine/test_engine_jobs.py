@@ -500,7 +500,7 @@ def test_closing_gives_a_jobs_memory_back_without_the_garbage_collector(
     gc.disable()
     try:
         engine = make_engine(model)
-        storage, whole = StorageWeakRef(engine.pool.buffer.untyped_storage()), weakref.ref(engine)
+        storage, whole = StorageWeakRef(engine.device.pool.buffer.untyped_storage()), weakref.ref(engine)
         handles = [engine.finetune(directory / "sft.jsonl", tmp_path / "out", config)]
         request = engine.submit(prompt(20), replace(GREEDY, max_tokens=200), adapter=None)
         drive(engine, lambda: handles[0].step >= 3)

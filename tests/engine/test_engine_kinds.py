@@ -91,14 +91,14 @@ def test_passes_forget_a_kind_that_has_gone(
         return engine.generate([prompt(9)], SHORT, adapter=adapter)[0].token_ids
 
     said = answer("lora")
-    made = engine.passes._plans
+    made = engine.device.passes._plans
     alone = dict(made)
     for _ in range(2):
         engine.load_adapter("dora", tmp_path / "dora")
         answer("dora")
         plans.append(len(made))
         engine.unload_adapter("dora")
-        assert (engine.passes.adapters.layout, None) in alone
+        assert (engine.device.passes.adapters.layout, None) in alone
         assert answer("lora") == said
     assert plans == [len(alone) + 1] * 2
     assert len(made) == plans[0]

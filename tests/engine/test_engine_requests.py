@@ -396,7 +396,7 @@ def test_closing_gives_the_pool_back_without_the_garbage_collector(model: Loaded
     gc.disable()
     try:
         engine = make_engine(model)
-        storage = StorageWeakRef(engine.pool.buffer.untyped_storage())
+        storage = StorageWeakRef(engine.device.pool.buffer.untyped_storage())
         whole = weakref.ref(engine)
         if threaded:
             engine.start()

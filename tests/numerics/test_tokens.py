@@ -171,11 +171,11 @@ def decoded_logits(model: LoadedModel, ids: list[int], first: int) -> torch.Tens
     table, device = engine.blocks.table(0), model.weights.device
     rows = []
     with torch.no_grad():
-        engine.passes.run(torch.tensor(ids[:first], device=device), [], [RowSpan(0, first, table, NO_ADAPTER)], None)
+        engine.device.passes.run(torch.tensor(ids[:first], device=device), [], [RowSpan(0, first, table, NO_ADAPTER)], None)
         for position in range(first, len(ids)):
             span = RowSpan(position, position + 1, table, NO_ADAPTER)
-            hidden = engine.passes.run(torch.tensor(ids[position : position + 1], device=device), [span], [], None)
-            rows.append(engine.passes.logits(hidden)[0].clone())
+            hidden = engine.device.passes.run(torch.tensor(ids[position : position + 1], device=device), [span], [], None)
+            rows.append(engine.device.passes.logits(hidden)[0].clone())
     engine.close()
     return torch.stack(rows)
 

@@ -39,7 +39,7 @@ class SlowMachine:
 
 
 def profiler_of(engine: Engine) -> Profiler:
-    return Profiler(engine.passes, engine.train, engine.blocks)
+    return Profiler(engine.device.passes, engine.device.train, engine.blocks)
 
 
 @pytest.mark.parametrize("seconds", [1e-6, 1e-3, 1.0])

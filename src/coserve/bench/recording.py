@@ -174,7 +174,7 @@ class RecordedEngine:
             micro.plan, micro.batch.num_tokens, model.weights.architecture, model.dtype.itemsize,
             forward_only=micro.forward_only,
         )
-        return -(-layout.total // self.engine.pool.block_bytes)
+        return -(-layout.total // self.engine.device.pool.block_bytes)
 
     def run(self, plan: StepPlan, lookup: Lookup) -> StepResult:
         """Runs an iteration, as the engine's runner, and notes it."""

@@ -25,7 +25,7 @@ from coserve.bench.sharing import BurstConfig, Sharing, SharingConfig, SharingSe
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.cli.paper import paper
 from coserve.cli.replay import replay
-from coserve.cli.settings import read_numbers
+from coserve.cli.settings import RanksOption, read_numbers
 from coserve.cli.simulate import simulate
 from coserve.config.settings import POLICIES
 from coserve.config.values import require
@@ -79,9 +79,7 @@ def sharing(
     spatial_threads: Annotated[str | None, typer.Option(help="Threads of serving,training under spatial (half each).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    tensor_parallel_size: Annotated[
-        int, typer.Option("--tensor-parallel-size", "-tp", help="Processes that share the model, a GPU each.")
-    ] = 1,
+    tensor_parallel_size: RanksOption = 1,
 ) -> None:
     """Inference and finetuning under every policy of sharing, at shares of this machine's capacity."""
     base = SharingConfig()

@@ -19,7 +19,7 @@ from coserve.cli.bench import bench_app
 from coserve.cli.plan import PlanCommand, plan
 from coserve.cli.profile import profile
 from coserve.cli.serve import ServeCommand, keys_app, serve
-from coserve.cli.settings import job_flags, read_settings, with_flags
+from coserve.cli.settings import RANKS_FLAGS, RANKS_HELP, RanksOption, job_flags, read_settings, with_flags
 from coserve.config.settings import PAIRED, SamplingConfig
 from coserve.config.values import require
 from coserve.core import CoserveError, InvalidRequest, one_line
@@ -28,6 +28,7 @@ from coserve.engine.generation import Generator
 from coserve.finetune.defaults import not_used, unused_settings
 from coserve.finetune.job import JobEvent
 from coserve.model.memory import GIB
+from coserve.peft.adapter import Adapter
 from coserve.peft.described import described_adapter
 from coserve.peft.format import bind_adapter
 from coserve.peft.gate import read_adapter
@@ -51,7 +52,6 @@ notes = Console(stderr=True, quiet=not sys.stderr.isatty())
 DEVICE_HELP = "auto, cpu or cuda."
 DTYPE_HELP = "auto (bfloat16 on CUDA and on CPUs that multiply it, else float32), float32, bfloat16, float64."
 DeviceOption = Annotated[str, typer.Option(help=DEVICE_HELP)]
-RanksOption = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="Processes that share the model, a GPU each.")]
 DtypeOption = Annotated[str, typer.Option(help=DTYPE_HELP)]
 
 
@@ -112,9 +112,7 @@ def finetune_command(
     *,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
-    ranks: Annotated[
-        int | None, typer.Option("--tensor-parallel-size", "-tp", help="Processes that share the model, a GPU each (1).")
-    ] = None,
+    ranks: Annotated[int | None, typer.Option(*RANKS_FLAGS, help=RANKS_HELP)] = None,
     **given: Any,
 ) -> None:
     """Finetune an adapter on a JSON Lines file. What isn't given is chosen from the data and shown at the start."""
@@ -168,12 +166,13 @@ def chat(
     )
     passed = None if adapter is None else read_adapter(adapter, adapter_base(loaded))
     ends = loaded.end_token_ids.union(() if passed is None else passed.end_tokens)
-    if passed is None or tensor_parallel_size > 1:
-        for warning in () if passed is None else passed.warnings:
+    tuned: Adapter | Path | None = adapter
+    if passed is not None:
+        for warning in passed.warnings:
             _warn(warning)
-        generator = Generator(loaded, adapter)
-    else:
-        generator = Generator(loaded, bind_adapter(passed, loaded.weights, warn=_warn))
+        if tensor_parallel_size == 1:  # else each rank takes its part, which the generator sees to
+            tuned = bind_adapter(passed, loaded.weights)
+    generator = Generator(loaded, tuned)
     start = [{"role": "system", "content": system}] if system else []
     messages, rules = list(start), TextRules(allow_control_tokens=allow_control_tokens)
     while True:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from coserve.cli.plan import check_output
 from coserve.cli.planview import size_text
+from coserve.cli.settings import RanksOption
 from coserve.config.settings import EngineConfig
 from coserve.core import Contents, PassCost, UnitCost
 from coserve.devices.law import device_law, ridge_rows
@@ -71,9 +72,7 @@ def profile(
     model: Annotated[str | None, typer.Argument(help="Model (SmolLM2).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    tensor_parallel_size: Annotated[
-        int, typer.Option("--tensor-parallel-size", "-tp", help="Processes that share the model, a GPU each.")
-    ] = 1,
+    tensor_parallel_size: RanksOption = 1,
     memory_bytes: Annotated[int | None, typer.Option(help="Of the pool that points run on, as in serve (a share).")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure even if there is a profile in the cache.")] = False,
     json_file: Annotated[

@@ -30,6 +30,12 @@ _OPTIONS: Mapping[str, tuple[type, str]] = {
 values."""
 
 
+RANKS_HELP = "Processes that share the model, a GPU each (1)."
+RANKS_FLAGS = ("--tensor-parallel-size", "-tp")
+RanksOption = Annotated[int, typer.Option(*RANKS_FLAGS, help=RANKS_HELP)]
+"""How many ranks share the model, for commands that load one."""
+
+
 class Settings(NamedTuple):
     """What a settings file and flags ask for. config: the job's settings. adapter: those settings of the adapter that were
     given, by their fields' names, and its `kind` if that was given. options: the file's values of flags that aren't settings of

@@ -61,13 +61,11 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 class EngineDevice:
     """An engine's memory and executors on one device, or one rank's."""
 
-    alone = True
-    """Whether no other rank shares the model. Then an error in a job's work concerns this job only."""
     slots_class = AdapterSlots
 
     def __init__(self, model: LoadedModel, setup: DeviceSetup) -> None:
         weights = model.weights
-        self.model, self.setup, self.group = model, setup, setup.group
+        self.model, self.group = model, setup.group
         self.pool = KeyValuePool(
             weights.architecture, setup.num_blocks, setup.block_tokens, weights.dtype, weights.device
         )
@@ -81,6 +79,9 @@ class EngineDevice:
         self._hidden = torch.empty(0)
 
     # --- iterations ---
+
+    def check(self) -> None:
+        """Raises RankFailed if a rank that shares the model has ended."""
 
     def run_pass(
         self, token_ids: Sequence[int], decode: Sequence[RowSpan], prefill: Sequence[RowSpan], window: TrainWindow | None

@@ -1,4 +1,4 @@
-"""The engine: requests and finetuning jobs on one model, in one process. Each iteration: schedule -> execute -> commit.
+"""The engine: requests and finetuning jobs on one model. Each iteration: schedule -> execute -> commit.
 
     any thread: submit, cancel, finetune --commands--> the engine's thread: step() --handles--> the callers
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from coserve.config.settings import EngineConfig, FinetuneConfig, SamplingConfig
-from coserve.config.values import SloMs, require
+from coserve.config.values import SloMs
 from coserve.core import (
     CapacityError,
     ConfigError,
@@ -30,11 +30,10 @@ from coserve.core import (
     StepResult,
 )
 from coserve.engine.adapters import AdapterRegistry
-from coserve.engine.device import DeviceSetup, EngineDevice
 from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobtable import JobTable
 from coserve.engine.loop import EngineLoop
-from coserve.engine.onranks import DeviceOnRanks
+from coserve.engine.makedevice import make_device
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.engine.requesttable import RequestTable
 from coserve.engine.step import Lookup, StepRunner
@@ -42,12 +41,8 @@ from coserve.engine.threads import borrowed_team, give_team_back
 from coserve.engine.watching import Watcher
 from coserve.finetune.job import JobEvent
 from coserve.kernels.native import compiled_kernels, compiles_for
-from coserve.model.memory import POOL_SHARE, available_to_each
 from coserve.peft.adapter import Adapter
 from coserve.profiling.measure import latency_model
-from coserve.runtime.cache import KeyValuePool, block_bytes
-from coserve.runtime.executor import TrainExecutor
-from coserve.runtime.fused import PassExecutor
 from coserve.runtime.loaded import LoadedModel
 from coserve.scheduler.admission import Seats
 from coserve.scheduler.blocks import BlockPool
@@ -55,7 +50,6 @@ from coserve.scheduler.hybrid import HybridScheduler
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.slo import asked_slo, describe_slo
 from coserve.training.finetuning import prepare
-from coserve.training.group import engine_group
 from coserve.training.request import JobRequest
 
 
@@ -80,37 +74,25 @@ class Engine:
         report: Callable[[str], None] = lambda _: None, watcher: Watcher | None = None,
     ) -> None:
         self.model, self.config, self.clock = model, config or EngineConfig(), clock
-        arch, weights, blocks = model.architecture, model.weights, self.config.block_tokens
-        if compiles_for(weights.dtype, weights.device):
+        if compiles_for(model.dtype, model.device):
             report(compiled_kernels().note)
-        asked, loaded = self.config.tensor_parallel_size, model.tensor_parallel_size
-        require(asked in (None, loaded), "tensor_parallel_size",
-                f"the engine has {asked} and the model {loaded}; give load_model the number")
-        size = block_bytes(weights.architecture, blocks, weights.dtype.itemsize)
-        num_blocks = self._pool_bytes() // size
-        if num_blocks < 1:
-            raise CapacityError(f"memory_bytes: one block of the key-value cache takes {size} bytes", param="memory_bytes")
-        free = self._free_beside(num_blocks * size)
-        device = self.device = self._make_device(num_blocks)
-        line = device.settle_copies(free, latency is None or self.config.scheduler.policy != "inference-only")
-        if line is not None:
-            report(line)
+        trains = latency is None or self.config.scheduler.policy != "inference-only"
+        device = self.device = make_device(model, self.config, trains=trains, report=report)
+        num_blocks, blocks = device.pool.num_blocks, device.pool.block_tokens
         pool = self.blocks = BlockPool(
             num_blocks, blocks, guaranteed_blocks=math.ceil(num_blocks * self.config.inference_share),
             caching=self.config.prefix_caching,
         )
         loop = self._loop = EngineLoop(watcher)
-        self._rank_failure: RankFailed | None = None
         self.adapters = AdapterRegistry(
-            device.slots, lambda version: pool.forget(version.name, version.number),
-            load=device.load_adapter,
+            device.slots, lambda version: pool.forget(version.name, version.number), load=device.load_adapter,
             post=lambda command: loop.post(command, "an adapter was read"),
         )
         self.runner: PlanRunner = runner or StepRunner(device, clock)
         if latency is None:
             latency = latency_model(device.make_profiler(self.blocks), self.config.scheduler, model.fingerprint, report)
         settings = self.config.scheduler
-        self.scheduler = HybridScheduler(settings, latency, self.blocks, arch.num_layers)
+        self.scheduler = HybridScheduler(settings, latency, self.blocks, model.architecture.num_layers)
         report(f"objectives: {describe_slo(self.objectives, (settings.tpot_ms, settings.ttft_ms))}")
         numbers = itertools.count(1).__next__
         self.requests = RequestTable(model, self.blocks, self.scheduler, self.adapters, numbers, clock)
@@ -120,50 +102,7 @@ class Engine:
              "finetune_busy_s"), 0.0,
         )
 
-    def _make_device(self, num_blocks: int) -> EngineDevice:
-        """The device, or those of all ranks that share the model."""
-        config, model = self.config, self.model
-        size = model.tensor_parallel_size
-        group = None
-        if size > 1:
-            window, itemsize = config.scheduler.max_window_tokens, model.dtype.itemsize
-            group = engine_group(model.architecture, size, model.device, itemsize, window)
-        setup = DeviceSetup(
-            num_blocks=num_blocks, block_tokens=config.block_tokens, max_adapters=config.max_adapters,
-            max_lora_rank=config.max_lora_rank, cuda_graphs=config.cuda_graphs, group=group,
-        )
-        return EngineDevice(model, setup) if group is None else DeviceOnRanks(model, setup)
-
-    def _pool_bytes(self) -> int:
-        """Bytes of each rank's pool."""
-        if self.config.memory_bytes is not None:
-            return self.config.memory_bytes
-        available = available_to_each(self.model.device, self.model.tensor_parallel_size)
-        if available is None:
-            raise ConfigError("memory_bytes: the free memory can't be told here; give it", param="memory_bytes")
-        return int(available * POOL_SHARE)
-
-    def _free_beside(self, pool_bytes: int) -> int | None:
-        """Bytes that a rank may take beside its pool; None where that can't be told."""
-        available = available_to_each(self.model.device, self.model.tensor_parallel_size)
-        return None if available is None else max(0, available - pool_bytes)
-
     # --- requests ---
-
-    @property
-    def passes(self) -> PassExecutor:
-        """This rank's forward passes."""
-        return self.device.passes
-
-    @property
-    def train(self) -> TrainExecutor:
-        """This rank's units."""
-        return self.device.train
-
-    @property
-    def pool(self) -> KeyValuePool:
-        """This rank's memory."""
-        return self.device.pool
 
     @property
     def objectives(self) -> Slo:
@@ -279,7 +218,7 @@ class Engine:
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """Like `load_adapter`, but from memory, where the adapter stays. `adapter` must not change afterwards. Raises
         InvalidRequest where several ranks share the model."""
-        if not self.device.alone:
+        if self.device.group is not None:
             raise InvalidRequest(
                 "adapter: several processes share the model, and each needs its part; save the adapter and load it from its "
                 "directory", param="adapter",
@@ -326,7 +265,7 @@ class Engine:
             fitted = self.jobs.choose_plan(job)
             prepared = prepare(job, self.model, fitted)
             for plan in (prepared.trainer.plan, prepared.trainer.scoring):
-                self.train.prepare(plan)
+                self.device.train.prepare(plan)
         handle.num_steps, handle.step = prepared.job.num_steps, prepared.job.cursor.step
         self._loop.post(lambda: self.jobs.begin(prepared, handle, tenant, weight), f"begin job {handle.label}")
         return handle
@@ -334,12 +273,12 @@ class Engine:
     # --- iterations ---
 
     def step(self) -> bool:
-        """Runs one iteration; False if there was nothing to do. Must not be called while the engine has a thread."""
+        """Runs one iteration; False if there was nothing to do. Must not be called while the engine has a thread. Raises
+        RankFailed."""
         watcher = self._loop.watcher
         with self._loop.lock:
             self._loop.drain()
-            if self._rank_failure is not None:
-                raise self._rank_failure
+            self.device.check()
             self.jobs.advance(watcher)
             watcher.begin("planning an iteration")
             plan = self.scheduler.schedule(self.now())
@@ -381,17 +320,9 @@ class Engine:
 
     def start(self) -> Engine:
         """Gives the engine a thread of its own; returns the engine."""
-        if self.model.processes is not None:
-            self.model.processes.on_failure = self._rank_ended
         give_team_back()  # the OpenMP threads with which the calling thread loaded the model and measured
         self._loop.start(self.step, self._fail)
         return self
-
-    def _rank_ended(self, error: RankFailed) -> None:
-        """Ends the engine, whose thread may wait for something to do."""
-        self._rank_failure = error
-        with contextlib.suppress(CoserveError):  # it has ended already
-            self._loop.post(lambda: None, "a rank has ended")
 
     def close(self) -> None:
         """Stops the thread, cancels requests, makes each job write a checkpoint to resume from, waits until files are written,
@@ -404,8 +335,6 @@ class Engine:
         self.adapters.close()
         self.scheduler.admission.seats = Seats()
         self.jobs.close()
-        if self.model.processes is not None:
-            self.model.processes.forget(self._rank_ended)
         with contextlib.suppress(RankFailed):  # what it held has gone with it
             self.device.release()
 

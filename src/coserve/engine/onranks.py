@@ -51,7 +51,6 @@ class SlotsOnRanks(AdapterSlots):
 class DeviceOnRanks(EngineDevice):
     """The devices of all ranks, seen from rank 0."""
 
-    alone = False
     slots_class = SlotsOnRanks
     slots: SlotsOnRanks
 
@@ -63,6 +62,9 @@ class DeviceOnRanks(EngineDevice):
             keep(self)
         self.slots.processes = self._processes
         self._processes.call(getattr, self, "slots", keeps=True)
+
+    def check(self) -> None:
+        self._processes.check()
 
     def run_pass(
         self, token_ids: Sequence[int], decode: Sequence[RowSpan], prefill: Sequence[RowSpan], window: TrainWindow | None
@@ -119,8 +121,7 @@ def _bind(device: EngineDevice, passed: PassedAdapter) -> Adapter:
 
 def _make_profiler(device: EngineDevice, guaranteed_blocks: int) -> Profiler:
     """Of a rank that schedules nothing: all of the pool is free, as it is on rank 0."""
-    setup = device.setup
-    blocks = BlockPool(setup.num_blocks, setup.block_tokens, guaranteed_blocks=guaranteed_blocks)
+    blocks = BlockPool(device.pool.num_blocks, device.pool.block_tokens, guaranteed_blocks=guaranteed_blocks)
     return Profiler(device.passes, device.train, blocks)
 
 

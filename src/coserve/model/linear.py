@@ -9,8 +9,6 @@ another class with the same methods.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -274,10 +272,3 @@ def make_head(table: Tensor, *, packed: bool, one_copy: bool = False) -> OutputH
     head = PackedHead(table)
     head.hold_one_copy(one_copy)
     return head
-
-
-def return_freed_memory() -> None:
-    """Gives the system back what packing has freed. glibc would keep it: up to half of the packed copies' size. Takes a few
-    milliseconds, so that it is for models whose weights are large."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)

@@ -91,10 +91,15 @@ def available_bytes(device: torch.device) -> int | None:
     return _host_available(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
 
 
+def gpu_bytes(device: torch.device, size: int) -> list[tuple[int, int]]:
+    """(free, all) bytes of each GPU that `size` ranks have. device: the first one's."""
+    return [torch.cuda.mem_get_info(device if size == 1 else number) for number in range(size)]
+
+
 def available_to_each(device: torch.device, size: int) -> int | None:
     """Bytes that each of `size` ranks may take: of the fullest GPU, or a share of the host's. None where it can't be told."""
-    if device.type == "cuda" and size > 1:
-        return min(int(torch.cuda.mem_get_info(number)[0]) for number in range(size))
+    if device.type == "cuda":
+        return min(free for free, _ in gpu_bytes(device, size))
     available = available_bytes(device)
     return None if available is None else available // size
 

@@ -6,6 +6,8 @@ Owns: which linears lie in one matrix, and the loading order. Does not own: read
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -16,12 +18,12 @@ from torch import Tensor
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import EMBEDDING, HEAD, Checkpoint
 from coserve.model.decoder import MERGED, MODULE_PATHS, ROW_SITES, biased_sites, linear_shapes
-from coserve.model.linear import FrozenLinear, OutputHead, can_pack, make_head, make_linear, return_freed_memory
+from coserve.model.linear import FrozenLinear, OutputHead, can_pack, make_head, make_linear
 from coserve.model.rankcheckpoint import RankCheckpoint, TokenRange
 from coserve.parallel import ALONE, Ranks
 
 _LARGE = 16 << 20
-"""Bytes of the embedding from which a model is large enough to care for memory that is freed and not returned."""
+"""Bytes of the embedding from which it is worth the milliseconds that `return_freed_memory` takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +107,10 @@ class ModelWeights:
         out.mul_(own[:, None])
 
     def return_freed_memory(self) -> None:
-        """Gives the system back what laying these weights out has freed, if that may be much."""
+        """Gives the system back what laying these weights out has freed, if that may be much. glibc would keep it for later."""
         if self.device.type == "cpu" and self.embedding.nbytes >= _LARGE:
-            return_freed_memory()
+            with contextlib.suppress(OSError, AttributeError):  # another C library
+                ctypes.CDLL(None).malloc_trim(0)
 
     def hold_one_copy(self, wanted: bool) -> None:
         """Whether each matrix may be held only once from now on; copies beyond that are dropped. Products that would read them

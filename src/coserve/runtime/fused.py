@@ -10,7 +10,7 @@ No policy: the plan says what runs. D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -235,13 +235,15 @@ class PassExecutor:
                 widths = [
                     whole_widths(self.adapters.widths(layer), layer, self.ranks) for layer in range(self.arch.num_layers)
                 ]
-            options: dict[str, Any] = {"itemsize": self.weights.dtype.itemsize, "ranks": self.ranks}
+            itemsize = self.weights.dtype.itemsize
             if window is None:
-                plan = serving_plan(self.whole_arch, kinds, widths, **options)
+                plan = serving_plan(self.whole_arch, kinds, widths, itemsize=itemsize, ranks=self.ranks)
                 layers = tuple(FusedLayer(layer.forward, keeps=()) for layer in plan.layers)
             else:
                 adapter, state = window.adapter, window.state
                 dropout = 0.0 if adapter is None or state.forward_only else adapter.dropout
-                layers = fused_plan(self.whole_arch, adapter, kinds, widths, state.plan, dropout=dropout, **options)
+                layers = fused_plan(
+                    self.whole_arch, adapter, kinds, widths, state.plan, dropout=dropout, itemsize=itemsize, ranks=self.ranks
+                )
             self._plans[key] = (own, layers)
         return self._plans[key][1]

@@ -197,8 +197,8 @@ class RankProcess:
 
 class RankProcesses:
     """The processes of ranks 1 to size - 1, and the group that they and this process make. Use it in a with statement, or
-    `close` it. Any thread may give orders. ranks: this process's view of the group. threads: of each rank. on_failure: called,
-    in any thread, when the group can't go on. Raises RankFailed if they can't start."""
+    `close` it. Any thread may give orders. ranks: this process's view of the group. threads: of each rank. Raises RankFailed if
+    they can't start."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.threads, self._device = size, max(1, torch.get_num_threads() // size), device
@@ -213,8 +213,8 @@ class RankProcesses:
         self._raised = False
         self._sum = 0
         """A checksum of all orders since the log's level has been debug."""
-        self.on_failure: Callable[[RankFailed], None] = _nobody
         self._failure: RankFailed | None = None
+        """Why no order is given any more."""
         self._ending = False
         self._exit = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
@@ -257,11 +257,13 @@ class RankProcesses:
         if self._ending:
             return
         self._ending = True
+        failed = failed or self._failure is not None
+        self._failure = self._failure or RankFailed("the model is closed")
         atexit.unregister(self._close_at_exit)
         free = self._lock.acquire(timeout=_PATIENCE_S)  # else another thread is in an order that doesn't end
         try:
             for process in self._processes:
-                if failed or not free or self._failure is not None:
+                if failed or not free:
                     process.end()
                 else:
                     with contextlib.suppress(OSError):  # it has ended by itself, when all work was done
@@ -279,18 +281,12 @@ class RankProcesses:
         """Runs in a thread of its own, so that a death is noticed while nothing runs."""
         process.wait()
         if not self._ending:
-            self._fail(self._blame() or process.failure())
+            self._failure = self._failure or self._blame() or process.failure()
 
-    def _fail(self, failure: RankFailed) -> None:
-        """From now on no order is given."""
-        if self._failure is None:
-            self._failure = failure
-            self.on_failure(failure)
-
-    def forget(self, listener: Callable[[RankFailed], None]) -> None:
-        """Lets `on_failure` be nobody, if it is this listener."""
-        if self.on_failure == listener:
-            self.on_failure = _nobody
+    def check(self) -> None:
+        """Raises RankFailed if the group can't go on."""
+        if self._failure is not None:
+            raise self._failure
 
     # --- orders ---
 
@@ -310,8 +306,7 @@ class RankProcesses:
             if self._depth:
                 yield lambda made: made
                 return
-            if self._failure is not None:
-                raise self._failure
+            self.check()
             number = next(self._numbers) if keeps else None
             self._depth += 1
             try:
@@ -324,7 +319,8 @@ class RankProcesses:
                 if number is not None:
                     self._dropped.append(number)
                 if isinstance(error, RankFailed) or not isinstance(error, CoserveError):  # such as KeyboardInterrupt
-                    self._fail(error if isinstance(error, RankFailed) else RankFailed("rank 0 was interrupted in an order"))
+                    interrupted = RankFailed("rank 0 was interrupted in an order")
+                    self._failure = self._failure or (error if isinstance(error, RankFailed) else interrupted)
                 raise
             finally:
                 self._depth -= 1
@@ -411,10 +407,6 @@ class RankProcesses:
             if failure is None and re.search("timed? ?out", str(error), re.IGNORECASE):
                 failure = RankFailed(f"a rank has not answered for {UNIT_S:.0f} s ({one_line(error)})")
             raise failure or RankFailed(f"rank 0 failed: {error!r}") from error
-
-
-def _nobody(_: RankFailed) -> None:
-    """Who is told of failures until somebody wants to know."""
 
 
 def ready_key(rank: int) -> str:

@@ -27,7 +27,7 @@ from coserve.config.values import require
 from coserve.core import CoserveError, RankFailed
 from coserve.engine.engine import Engine
 from coserve.model.checkpoint import expected_shapes
-from coserve.model.memory import POOL_SHARE, available_to_each, weight_bytes
+from coserve.model.memory import POOL_SHARE, available_to_each, gpu_bytes, weight_bytes
 from coserve.runtime.loaded import LoadedModel, dtype_name, load_model
 from coserve.server import logs
 from coserve.server.link.activity import ENGINE, SOCKET, ActivityPage, CallPlaces, start_pulse
@@ -60,11 +60,6 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _devices(device: torch.device, size: int) -> list[torch.device]:
-    """The GPUs of `size` ranks. device: the first one's."""
-    return [device] if size == 1 else [torch.device("cuda", number) for number in range(size)]
-
-
 def pool_bytes(config: ServerConfig, device: torch.device) -> int | None:
     """Bytes for each rank's key-value cache and training arenas beside the loaded weights; None where the system doesn't say
     how much memory is free."""
@@ -73,7 +68,7 @@ def pool_bytes(config: ServerConfig, device: torch.device) -> int | None:
     if device.type == "cuda":
         fullest = min(
             total * config.gpu_memory_utilization - (total - free)
-            for free, total in map(torch.cuda.mem_get_info, _devices(device, config.tensor_parallel_size))
+            for free, total in gpu_bytes(device, config.tensor_parallel_size)
         )
         return max(1, int(fullest * (1 - CUDA_WORK_SHARE)))
     available = available_to_each(device, config.tensor_parallel_size)
@@ -94,7 +89,7 @@ def max_model_len(engine: Engine, asked: int | None) -> int:
 
 def make_ready(engine: Engine, asked: int | None, start_s: float) -> Ready:
     """What the API process learns of a started engine. Raises ConfigError as `max_model_len`."""
-    model, blocks, size = engine.model, engine.blocks, engine.pool.block_bytes
+    model, blocks, size = engine.model, engine.blocks, engine.device.pool.block_bytes
     arch, weights = model.architecture, model.weights
     return Ready(
         model=model.name, directory=str(model.directory), fingerprint=model.fingerprint, architecture=arch.model_type,
