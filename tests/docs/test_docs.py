@@ -173,7 +173,7 @@ def test_every_setting_of_the_server_is_described_with_its_default() -> None:
             assert value is None and default == "from the profile", "'none' would be best effort"
             continue
         shown = f"{value:g}" if isinstance(value, float) else str(value)
-        assert default == ("none" if value in (None, ()) else "off" if value is False else f"`{shown}`"), name
+        assert default == ("none" if value in (None, (), "") else "off" if value is False else f"`{shown}`"), name
 
 
 def test_every_flag_named_is_one_of_the_server() -> None:

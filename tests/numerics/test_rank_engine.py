@@ -61,6 +61,14 @@ def load(directory: Path, size: int) -> LoadedModel:
     return load_model(str(directory / "model"), device="cpu", dtype="float64", tensor_parallel_size=size)
 
 
+def make_adapters(directory: Path, model: LoadedModel) -> dict[str, Path]:
+    """Trained adapters of every kind."""
+    adapters = {name: directory / f"adapter-{name}" for name in KINDS}
+    for name, kind in KINDS.items():
+        finetune(directory / "sft.jsonl", adapters[name], model=model, config=JOB.with_adapter(kind))
+    return adapters
+
+
 class Place(NamedTuple):
     """What the tests share. adapters: of every kind, made on one rank. one, two: the model on so many ranks."""
 
@@ -74,20 +82,19 @@ class Place(NamedTuple):
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = build_job_inputs(tmp_path_factory.mktemp("engine"))
     one = load(directory, 1)
-    adapters = {}
-    for name, kind in KINDS.items():
-        adapters[name] = directory / f"adapter-{name}"
-        finetune(directory / "sft.jsonl", adapters[name], model=one, config=JOB.with_adapter(kind))
+    adapters = make_adapters(directory, one)
     with closing(load(directory, 2)) as two:
         yield Place(directory, adapters, one, two)
 
 
-def said(engine: Engine, adapters: Mapping[str, Path]) -> dict[str, object]:
-    """What requests of every sort get, of the base and of adapters at once, some with a common prefix."""
+def said(
+    engine: Engine, adapters: Mapping[str, Path], sorts: Mapping[str, SamplingConfig] = REQUESTS
+) -> dict[str, object]:
+    """What requests of these sorts get, of the base and of adapters at once, some with a common prefix."""
     for name, path in adapters.items():
         engine.load_adapter(name, path)
     handles = {}
-    for name, sampling in REQUESTS.items():
+    for name, sampling in sorts.items():
         for adapter in (None, *adapters):
             for length in (40, 57):
                 handles[f"{name} {adapter} {length}"] = engine.submit(prompt(length), sampling, adapter=adapter)

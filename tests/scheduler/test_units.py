@@ -84,6 +84,26 @@ def test_optimizer_slices_leave_time_for_what_follows_from_them() -> None:
         assert 1e-7 * elements + 0.3 * elements / 2_000_000 <= plan.predicted_s <= 0.05 + 1e-9
 
 
+@pytest.mark.parametrize("beside_requests", [False, True])
+def test_a_slice_that_never_fits_runs_all_the_same(beside_requests: bool) -> None:
+    """The norms of a small adapter come in one piece, which takes longer than an iteration may."""
+    fake = engine(law(elements=1e-7), preemption_quantum_ms=50.0)
+    job = fake.add_job([[50]], elements=1000, steps=2)
+    job.work.refresh_seconds = 0.3
+    if beside_requests:
+        decoding(fake, 2000)
+    fake.run(20.0)
+    assert job.steps_done == 2
+
+
+@pytest.mark.parametrize("microbatch_tokens", [10, 50])
+def test_where_even_the_smallest_unit_takes_too_long_jobs_go_on_while_nothing_runs(microbatch_tokens: int) -> None:
+    fake = engine(law(layers=0.3), preemption_quantum_ms=50.0)
+    job = fake.add_job([[microbatch_tokens]], elements=1000, steps=1)
+    fake.run(60.0)
+    assert job.steps_done == 1
+
+
 # --- patience: an inefficient unit waits, since slack that is not used adds up ---
 
 

@@ -19,7 +19,7 @@ from coserve.cli.bench import bench_app
 from coserve.cli.plan import PlanCommand, plan
 from coserve.cli.profile import profile
 from coserve.cli.serve import ServeCommand, keys_app, serve
-from coserve.cli.settings import RANKS_FLAGS, RANKS_HELP, RanksOption, job_flags, read_settings, with_flags
+from coserve.cli.settings import RANKS_FLAGS, RANKS_HELP, SHARDING_HELP, RanksOption, job_flags, read_settings, with_flags
 from coserve.config.settings import PAIRED, SamplingConfig
 from coserve.config.values import require
 from coserve.core import CoserveError, InvalidRequest, one_line
@@ -113,6 +113,7 @@ def finetune_command(
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
     ranks: Annotated[int | None, typer.Option(*RANKS_FLAGS, help=RANKS_HELP)] = None,
+    adapter_sharding: Annotated[str | None, typer.Option(help=SHARDING_HELP)] = None,
     **given: Any,
 ) -> None:
     """Finetune an adapter on a JSON Lines file. What isn't given is chosen from the data and shown at the start."""
@@ -131,7 +132,8 @@ def finetune_command(
             validation=validation if validation is not None else options.get("validation"),
             resume=resume or bool(options.get("resume")), device=device or options.get("device", "auto"),
             dtype=dtype or options.get("dtype", "auto"),
-            tensor_parallel_size=options.get("tensor_parallel_size", 1) if ranks is None else ranks, listen=display,
+            tensor_parallel_size=options.get("tensor_parallel_size", 1) if ranks is None else ranks,
+            adapter_sharding=adapter_sharding or options.get("adapter_sharding", ""), listen=display,
         )
     paired = settings.objective in PAIRED
     unit = f"{settings.objective.upper()} loss per pair (nats)" if paired else "cross-entropy per label token (nats)"

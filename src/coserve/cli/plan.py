@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 
 from coserve.cli.planned import DTYPES, Asked, AskedRanks, make_plan
 from coserve.cli.planview import show, title, to_json
+from coserve.cli.settings import SHARDING_HELP
 from coserve.config.data import ADAPTERS
 from coserve.config.values import AUTO, require
 from coserve.devices.table import DEVICES
@@ -54,9 +55,7 @@ def plan(
     device: Annotated[
         str, typer.Option(help=f"What they are, for the choice of shardings: {', '.join(DEVICES)}; or numbers; link=pcie4.")
     ] = "H100",
-    adapter_sharding: Annotated[
-        str, typer.Option(help="Where parameters must lie: q_proj.lora_A=whole,q_proj.lora_B=out (the cheapest).")
-    ] = "",
+    adapter_sharding: Annotated[str, typer.Option(help=SHARDING_HELP)] = "",
     no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Leave transformers + peft out.")] = False,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="[FILE|-]", help="Write the plan as JSON; - or nothing: standard output.")

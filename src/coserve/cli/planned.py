@@ -14,7 +14,7 @@ import torch
 
 from coserve.compiler import baselines
 from coserve.compiler.baselines import Baselines
-from coserve.compiler.parallelize import Axes, TensorParallel, axis_name
+from coserve.compiler.parallelize import TensorParallel
 from coserve.compiler.report import LayerReport, RanksReport, ranks_report, report
 from coserve.config.data import adapter_of_kind, finetune_config_from_dict, size_field
 from coserve.config.settings import AdapterConfig, Compression
@@ -27,7 +27,8 @@ from coserve.peft.adapter import Adapter
 from coserve.peft.share import num_on_rank
 from coserve.planning.budget import shape_adapter
 from coserve.planning.estimate import Estimate, Shape, estimate
-from coserve.runtime.plans import adapter_shardings, layer_bypasses
+from coserve.runtime.plans import layer_bypasses
+from coserve.training.group import adapter_group, require_ranks
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -72,27 +73,11 @@ class Planned:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedRanks:
     """How many devices share the model, which ones (`find_device`), and where parameters of the adapter must lie
-    (`read_axes`)."""
+    (`adapter_group`)."""
 
     size: int = 1
     device: str = "H100"
     adapter: str = ""
-
-
-AXES = {axis_name(axis): axis for axis in (None, 0, 1)}
-"""Where a parameter may lie, by name: on every rank, or split along its outputs or its inputs."""
-
-
-def read_axes(text: str) -> Axes:
-    """Shardings written as PARAMETER=whole, out or in, joined by commas. Raises ConfigError."""
-    read: dict[str, int | None] = {}
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        name, sign, axis = (piece.strip() for piece in part.partition("="))
-        require(bool(sign) and axis in AXES, "adapter_sharding",
-                f"{part!r} is not PARAMETER={' or '.join(AXES)}, as in q_proj.lora_A=whole")
-        require(name not in read, "adapter_sharding", f"{name} is given twice")
-        read[name] = AXES[axis]
-    return read
 
 
 def make_plan(
@@ -141,19 +126,14 @@ def _ranks(
     arch: Architecture, asked: AskedRanks, adapter: Adapter, itemsize: int, window_tokens: int, num_tokens: int
 ) -> TensorParallel | None:
     """The group that shares the model, with the adapter's shardings, if several devices do. Raises ConfigError."""
-    forced = read_axes(asked.adapter)
+    require_ranks(asked.adapter, asked.size)
     if asked.size == 1:
-        require(not forced, "adapter_sharding", "needs a tensor_parallel_size above 1")
         return None
     rank_architecture(arch, asked.size)
-    known = dict.fromkeys(p.name for p in adapter.parameters)
-    for name in forced:
-        require(name in known, "adapter_sharding", f"no parameter is called {name!r}; these exist: {', '.join(known)}")
     prices = parallel_prices(
         find_device(asked.device), itemsize=itemsize, window_tokens=window_tokens, step_tokens=num_tokens
     )
-    ranks = TensorParallel(size=asked.size, kv_heads=arch.num_kv_heads, prices=prices, forced=forced)
-    return ranks.fix(adapter_shardings(arch, adapter, ranks))
+    return adapter_group(arch, adapter, asked.size, prices, asked.adapter)
 
 
 def rank_of(settings: AdapterConfig) -> int:

@@ -23,14 +23,15 @@ from coserve.core import ConfigError
 _TABLES = (*ADAPTER_TABLES, "optimizer")
 """Tables of a settings file."""
 _OPTIONS: Mapping[str, tuple[type, str]] = {
-    **dict.fromkeys(("validation", "adapter", "device", "dtype"), (str, "a text")), "resume": (bool, "true or false"),
-    "tensor_parallel_size": (int, "a whole number"),
+    **dict.fromkeys(("validation", "adapter", "device", "dtype", "adapter_sharding"), (str, "a text")),
+    "resume": (bool, "true or false"), "tensor_parallel_size": (int, "a whole number"),
 }
 """Flags of `coserve finetune` that a settings file may hold too, but aren't settings of a job; with the type of their
 values."""
 
 
 RANKS_HELP = "Processes that share the model, a GPU each (1)."
+SHARDING_HELP = "Where parameters must lie on them: q_proj.lora_A=whole,q_proj.lora_B=out (the cheapest)."
 RANKS_FLAGS = ("--tensor-parallel-size", "-tp")
 RanksOption = Annotated[int, typer.Option(*RANKS_FLAGS, help=RANKS_HELP)]
 """How many ranks share the model, for commands that load one."""

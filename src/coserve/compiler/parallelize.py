@@ -354,11 +354,12 @@ class TensorParallel:
         own = {name: sharding for (number, name), sharding in self.fixed.items() if number == layer}
         found = self._search(graph, self.forced, own)
         if found is None:
-            assert self.forced and not own, "every operator has a way, and an adapter lies where its own search put it"
+            assert self.forced, "every operator has a way, and an adapter lies where its own search put it"
             asked = ", ".join(f"{name} {axis_name(axis)}" for name, axis in self.forced.items())
+            kept = "; in an engine no adapter is split along its rank" if self.refused else ""
             raise ConfigError(
                 f"adapter_sharding: {asked} can't be had with {self.size} ranks in this layer; `coserve plan "
-                f"--tensor-parallel-size {self.size}` lists the candidates", param="adapter_sharding",
+                f"--tensor-parallel-size {self.size}` lists the candidates{kept}", param="adapter_sharding",
             )
         found.check()
         return found

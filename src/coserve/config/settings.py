@@ -369,6 +369,8 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     tensor_parallel_size: int | None = None
     """Ranks that share the model: as many as it was loaded on, which None stands for."""
+    adapter_sharding: str = ""
+    """Where parameters of adapters must lie on them: PARAMETER=whole, out or in, joined by commas; others: the cheapest."""
     memory_bytes: int | None = None
     """The pool that the key-value cache and training arenas share, of each rank; None: a share of what the device has free."""
     inference_share: float = 0.4

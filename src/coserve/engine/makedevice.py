@@ -13,7 +13,7 @@ from coserve.engine.onranks import DeviceOnRanks
 from coserve.model.memory import POOL_SHARE, available_to_each
 from coserve.runtime.cache import block_bytes
 from coserve.runtime.loaded import LoadedModel
-from coserve.training.group import engine_group
+from coserve.training.group import engine_group, require_ranks
 
 
 def make_device(model: LoadedModel, config: EngineConfig, *, trains: bool, report: Callable[[str], None]) -> EngineDevice:
@@ -29,9 +29,12 @@ def make_device(model: LoadedModel, config: EngineConfig, *, trains: bool, repor
         raise CapacityError(f"memory_bytes: one block of the key-value cache takes {block} bytes", param="memory_bytes")
     available = available_to_each(model.device, size)
     free = None if available is None else max(0, available - num_blocks * block)
+    require_ranks(config.adapter_sharding, size)
     group = None
     if size > 1:
-        group = engine_group(model.architecture, size, model.device, dtype.itemsize, config.scheduler.max_window_tokens)
+        group = engine_group(
+            model.architecture, size, model.device, dtype.itemsize, config.scheduler.max_window_tokens, config.adapter_sharding
+        )
     setup = DeviceSetup(
         num_blocks=num_blocks, block_tokens=config.block_tokens, max_adapters=config.max_adapters,
         max_lora_rank=config.max_lora_rank, cuda_graphs=config.cuda_graphs, group=group,

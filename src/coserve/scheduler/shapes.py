@@ -87,9 +87,14 @@ class Shapes:
         return self._cut(work, shape, left)
 
     def least(self, work: MicrobatchWork) -> Candidate:
-        """The next unit of a micro-batch on a grid, over one layer."""
+        """The smallest unit that a micro-batch may have next, over one layer. On a grid it has all rows of a window."""
         *_, shape = self._whole_windows(work)
-        found = self._fitted(work, _one_layer(shape), UNBOUNDED)
+        shape = _one_layer(shape)
+        rows = min(ROUND_ROWS, shape.end - shape.start)
+        if work.grid is None:
+            backward = shape.direction is Direction.BACKWARD
+            shape = shape._replace(start=shape.end - rows) if backward else shape._replace(end=shape.start + rows)
+        found = self._fitted(work, shape, UNBOUNDED)
         assert found is not None
         return found
 

@@ -13,10 +13,11 @@ Units wait in two more cases. StarvationGuard ends the wait:
 
     inefficient   No shape that fits is efficient. Slack that is not used adds up, so that a larger one fits later. After
                   PATIENCE iterations any shape will do.
-    stuck         A micro-batch on a grid has no choice of windows, and never rides. When its job's turn comes, its unit may
-                  not fit even over one layer. After STUCK_PATIENCE iterations other jobs wait too, so that slack adds up, and
-                  the unit may take all of the slack, over the ITL cap. After OVERDUE iterations the unit may last until the
-                  first request would become infeasible, and other jobs go on.
+    stuck         The smallest thing that the job whose turn it is has to run does not fit: a micro-batch on a grid has no
+                  choice of windows, and never rides; an optimizer slice may have norms to refresh. After STUCK_PATIENCE
+                  iterations other jobs wait too, so that slack adds up, and it may take all of the slack, over the ITL cap.
+                  After OVERDUE iterations it may last until the first request would become infeasible, and other jobs go on.
+                  Where waiting gains nothing, as while no request runs, it runs at once, and so does any other unit.
 
 Owns: the order in which jobs and their units get time. Does not own: the shapes of units (shapes.py), how much time there is
 (deadlines.py).
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 from coserve.core import OptimizerSlice, PassCost, UnitCost, WorkUnit
@@ -53,6 +55,14 @@ class _Proposal(NamedTuple):
     job: JobWork
     work: MicrobatchWork
     candidate: Candidate
+
+
+class _Stuck(NamedTuple):
+    """The smallest thing that a job has to run, which does not fit. seconds: that it takes. run: adds it."""
+
+    what: str
+    seconds: float
+    run: Callable[[Chosen], None]
 
 
 class _Turn(NamedTuple):
@@ -88,27 +98,27 @@ class StarvationGuard:
 
     def __init__(self) -> None:
         self._idle = 0  # iterations in a row without a unit or a slice
-        self._stuck = 0  # iterations in a row in which a unit on a grid did not fit
+        self._stuck = 0  # iterations in a row in which the smallest thing did not fit
 
     def least_efficiency(self, patient: bool) -> float:
         """The share of the best efficiency that a unit must have. patient: whether waiting gains slack at all."""
         return LEAST_EFFICIENCY if patient and self._idle < PATIENCE else 0.0
 
     def may_stretch(self, patient: bool) -> bool:
-        """Whether a stuck unit may take more than what is left of the iteration, and other jobs wait for it."""
+        """Whether what is stuck may take more than what is left of the iteration, and other jobs wait for it."""
         return self._stuck > STUCK_PATIENCE or not patient
 
     @property
     def is_overdue(self) -> bool:
-        """Whether a stuck unit may delay requests. Other jobs no longer wait for it."""
+        """Whether what is stuck may delay requests. Other jobs no longer wait for it."""
         return self._stuck > OVERDUE
 
     def on_turn(self, *, is_stuck: bool) -> None:
-        """An iteration begins. is_stuck: whether the unit whose turn it is does not fit."""
+        """An iteration begins. is_stuck: whether the smallest thing of the job whose turn it is does not fit."""
         self._stuck = self._stuck + 1 if is_stuck else 0
 
     def on_stretched(self) -> None:
-        """A stuck unit runs."""
+        """What was stuck runs."""
         self._idle = self._stuck = 0
 
     def on_filled(self, *, is_empty: bool) -> None:
@@ -139,20 +149,20 @@ class UnitPicker:
 
         jobs: in order of precedence. inference: the requests' pass. free: training rows that had best ride in a pass; None if
         none may. patient: whether units may wait for more time. only: the one micro-batch that may get units; None allows
-        all. stretch: called with whether the wait is overdue, gives the seconds that a stuck unit may take.
+        all. stretch: called with whether the wait is overdue, gives the seconds that what is stuck may take.
         """
         chosen = Chosen(inference)
-        stuck = self._stuck_unit(jobs, seconds, only)
+        stuck = self._stuck(jobs, seconds, only, patient=patient)
         self.guard.on_turn(is_stuck=stuck is not None)
         if stuck is not None and self.guard.may_stretch(patient):
-            if stuck.candidate.seconds <= stretch(self.guard.is_overdue):
+            if stuck.seconds <= stretch(self.guard.is_overdue):
                 self.guard.on_stretched()
-                self._say(f"a unit that never fitted takes all slack: {stuck.candidate}")
-                self._add(chosen, stuck)
-                chosen.seconds = stuck.candidate.seconds
+                self._say(f"what never fitted takes all slack: {stuck.what}")
+                stuck.run(chosen)
+                chosen.seconds = stuck.seconds
                 return chosen
             if not self.guard.is_overdue:
-                self._say(f"all jobs wait for slack, so that this fits: {stuck.candidate}")
+                self._say(f"all jobs wait for slack, so that this fits: {stuck.what}")
                 return chosen
         rides = free is not None and free.rows > 0
         self._say(f"{1e3 * seconds:.2f} ms for jobs; {free.rows if free else 0} rows had best ride")
@@ -208,33 +218,47 @@ class UnitPicker:
     def _add_slice(self, chosen: Chosen, jobs: Sequence[JobWork], left: float) -> float | None:
         """The next optimizer slice that fits, doubled as long as it still fits. Returns its seconds, None if none fits."""
         for job in jobs:
-            if not job.optimizer_left:
-                continue
-
-            def seconds(elements: int, job: JobWork = job) -> float:
-                return self.latency.optimizer_seconds(elements, job.slice_refresh_seconds(elements))
-
             elements = min(job.optimizer_left, LEAST_SLICE)
-            while elements < job.optimizer_left and seconds(2 * elements) <= left:
+            if not elements:
+                continue
+            while elements < job.optimizer_left and self._slice_seconds(job, 2 * elements) <= left:
                 elements = min(2 * elements, job.optimizer_left)
-            if seconds(elements) <= left:
-                chosen.optimizer.append(job.take_slice(elements))
-                chosen.refresh_seconds += job.slice_refresh_seconds(elements)
-                self._say(f"runs: {elements} parameters of an optimizer step: {1e3 * seconds(elements):.2f} ms")
-                return seconds(elements)
+            seconds = self._slice_seconds(job, elements)
+            if seconds <= left:
+                self._say(f"runs: {elements} parameters of an optimizer step: {1e3 * seconds:.2f} ms")
+                _take_slice(chosen, job, elements)
+                return seconds
         return None
 
-    def _stuck_unit(self, jobs: Sequence[JobWork], seconds: float, only: MicrobatchWork | None) -> _Proposal | None:
-        """The smallest unit of the job whose turn it is, if it is on a grid and takes more than `seconds`; else None."""
+    def _slice_seconds(self, job: JobWork, elements: int) -> float:
+        return self.latency.optimizer_seconds(elements, job.slice_refresh_seconds(elements))
+
+    def _stuck(
+        self, jobs: Sequence[JobWork], seconds: float, only: MicrobatchWork | None, *, patient: bool
+    ) -> _Stuck | None:
+        """The smallest thing of the job whose turn it is, if it takes more than `seconds`. None if it fits, or if it is a unit
+        that may have other shapes and waiting gains slack."""
         for job in jobs:
-            if job.optimizer_left:
-                return None
             ready = _ready(job, only)
-            if ready:
-                least = [(self.shapes.least(work), work) for work in ready if work.grid is not None]
-                candidate, work = min(least, key=lambda item: item[0].seconds, default=(None, ready[0]))
-                return _Proposal(job, work, candidate) if candidate is not None and candidate.seconds > seconds else None
+            if job.optimizer_left:
+                found: _Stuck | None = self._least_slice(job)
+            elif ready:
+                able = [work for work in ready if work.grid is not None or not patient]
+                found = min((self._least_unit(job, work) for work in able), key=attrgetter("seconds"), default=None)
+            else:
+                continue
+            return None if found is None or found.seconds <= seconds else found
         return None
+
+    def _least_slice(self, job: JobWork) -> _Stuck:
+        elements = min(job.optimizer_left, LEAST_SLICE)
+        seconds = self._slice_seconds(job, elements)
+        what = f"{elements} parameters of an optimizer step: {1e3 * seconds:.2f} ms"
+        return _Stuck(what, seconds, lambda chosen: _take_slice(chosen, job, elements))
+
+    def _least_unit(self, job: JobWork, work: MicrobatchWork) -> _Stuck:
+        candidate = self.shapes.least(work)
+        return _Stuck(str(candidate), candidate.seconds, lambda chosen: self._add(chosen, _Proposal(job, work, candidate)))
 
     def _ends_early(self, inference: PassCost, seconds: float, left: float) -> float:
         """The seconds that are lost if an iteration ends `left` seconds early: the next pass comes sooner by so much."""
@@ -327,6 +351,11 @@ def _rank(item: _Proposal) -> tuple[float, float]:
 def _rank_where_rows_ride(item: _Proposal) -> float:
     """A window that has begun on its own first, then backward, then new windows."""
     return 1.0 if item.work.phase is Phase.BACKWARD else 0.0 if item.work.between_windows else 2.0
+
+
+def _take_slice(chosen: Chosen, job: JobWork, elements: int) -> None:
+    chosen.refresh_seconds += job.slice_refresh_seconds(elements)
+    chosen.optimizer.append(job.take_slice(elements))
 
 
 def _ready(job: JobWork, only: MicrobatchWork | None) -> list[MicrobatchWork]:

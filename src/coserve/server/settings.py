@@ -59,6 +59,8 @@ class ServerConfig:
     """The pool of the key-value cache and training arenas, of each rank; None: from what is free."""
     tensor_parallel_size: int = knob(1, "Processes that share the model, a GPU each (1).", short="-tp")
     """Processes that share the model, each on a GPU of its own or on its share of the cores."""
+    adapter_sharding: str = knob("", "Where parameters of adapters must lie on them (the cheapest).")
+    """As `coserve plan` takes it: q_proj.lora_A=whole,q_proj.lora_B=out."""
     dtype: str = knob(AUTO, "auto, float32, bfloat16 or float64.")
     device: str = knob(AUTO, "auto, cpu or cuda.")
     seed: int | None = knob(None, "Source of the seeds of requests that give none (random).")
@@ -142,7 +144,7 @@ class ServerConfig:
         return EngineConfig(
             scheduler=scheduler, memory_bytes=size, max_adapters=self.max_loras, max_lora_rank=self.max_lora_rank,
             max_waiting=2 * self.max_num_queued_reqs + self.max_num_seqs,  # places.py counts; cancelled ones linger
-            inference_share=share, tensor_parallel_size=self.tensor_parallel_size,
+            inference_share=share, tensor_parallel_size=self.tensor_parallel_size, adapter_sharding=self.adapter_sharding,
         )
 
     def training_share(self, pool_bytes: int) -> float:

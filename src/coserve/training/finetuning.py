@@ -50,6 +50,7 @@ from coserve.runtime.loaded import (
     resolve_device,
     start_ranks,
 )
+from coserve.training.group import describe_sharding, require_ranks
 from coserve.training.ranks import JobSetup, TrainerOnRanks
 from coserve.training.request import JobRequest, Model, ResolvedJob, read_record
 from coserve.training.trainer import AdapterTrainer
@@ -165,6 +166,7 @@ def _begin(job: ResolvedJob, loaded: LoadedModel, trainer: AdapterTrainer) -> Pr
         "settings": to_dict(config),
         "threads": torch.get_num_threads() if config.deterministic else None,
         "tensor_parallel_size": loaded.tensor_parallel_size if config.deterministic else None,
+        "adapter_sharding": describe_sharding(trainer.adapter, job.group) if config.deterministic and job.group else None,
         "weights_layout": f"{dtype_name(loaded.dtype)} {loaded.weights.layout}" if config.deterministic else None,
         "kernels": kernels_identity(loaded.weights.norm) if config.deterministic else None,
     }
@@ -190,7 +192,7 @@ def finetune(
     data: str | os.PathLike[str], output: str | os.PathLike[str], *, model: str | LoadedModel | None = None,
     config: FinetuneConfig | None = None, validation: str | os.PathLike[str] | None = None,
     start: str | os.PathLike[str] | None = None, resume: bool = False, device: str = "auto", dtype: str = "auto",
-    tensor_parallel_size: int = 1, listen: Callable[[JobEvent], None] = lambda event: None,
+    tensor_parallel_size: int = 1, adapter_sharding: str = "", listen: Callable[[JobEvent], None] = lambda event: None,
 ) -> FinetuneResult:
     """Finetunes an adapter (LoRA unless the settings name another kind) on a JSON Lines file and writes it to a directory.
 
@@ -198,8 +200,9 @@ def finetune(
     an event tells them. validation: a JSON Lines file of held-out data. start: directory of an adapter to continue. resume:
     continue the job in `output` from its newest whole checkpoint. tensor_parallel_size: how many processes share the model,
     each on a GPU of its own or on its share of the cores; a resumed job may have another number, unless it is deterministic.
-    listen: called with every event. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is written;
-    JobFailed, CapacityError, RankFailed during the run.
+    adapter_sharding: where parameters must lie on them, as q_proj.lora_A=whole,q_proj.lora_B=out; the others lie where it is
+    cheapest. listen: called with every event. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is
+    written; JobFailed, CapacityError, RankFailed during the run.
     """
     request = JobRequest.of(data, output, config, validation=validation, start=start, resume=resume, listen=listen)
     require(not isinstance(model, LoadedModel) or model.tensor_parallel_size == tensor_parallel_size == 1,
@@ -212,7 +215,8 @@ def finetune(
             dtype = _recorded_dtype(request.directory, resolve_device(device))
         base = find_model(model, device=device, dtype=dtype, report=request.inform)
     check_ranks(base.architecture, tensor_parallel_size, base.device)
-    job = request.read_start(base).resolve(base, size=tensor_parallel_size)
+    require_ranks(adapter_sharding, tensor_parallel_size)
+    job = request.read_start(base).resolve(base, size=tensor_parallel_size, adapter_sharding=adapter_sharding)
     fitted, one_copy = choose_plan(job, base)
     if one_copy:
         request.inform(f"each weight matrix is held once: there is no memory for packed copies; {SLOWER}")

@@ -78,11 +78,14 @@ class JobRequest:
             return self
         return dataclasses.replace(self, passed=read_adapter(self.start, adapter_base(model)))
 
-    def resolve(self, model: Model, *, size: int = 1, group: TensorParallel | None = None) -> ResolvedJob:
+    def resolve(
+        self, model: Model, *, size: int = 1, adapter_sharding: str = "", group: TensorParallel | None = None
+    ) -> ResolvedJob:
         """Reads the data and replaces every 'auto' setting. A resumed job keeps the numbers that it began with.
 
-        size: how many ranks will share the model. group: those that share it already, and have a place for every adapter.
-        Events tell what the data holds. Raises NotFound, InvalidRequest, ConfigError.
+        size: how many ranks will share the model. adapter_sharding: where the adapter's parameters must lie on them, as for
+        `adapter_group`. group: those that share it already, and have a place for every adapter. Events tell what the data
+        holds. Raises NotFound, InvalidRequest, ConfigError.
         """
         arch = model.architecture
         limit = _max_length(self.config, arch)
@@ -103,7 +106,7 @@ class JobRequest:
         itemsize = model.dtype.itemsize
         if size > 1:
             step_tokens = workload.num_tokens * workload.microbatches
-            group = make_group(arch, settings, size, model.device, itemsize, step_tokens)
+            group = make_group(arch, settings, size, model.device, itemsize, step_tokens, adapter_sharding)
         plans = JobPlans(
             arch, shape_adapter(arch, self.adapter), workload, itemsize=itemsize,
             compression=settings.activation_compression, ranks=group,
