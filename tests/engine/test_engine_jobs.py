@@ -310,6 +310,10 @@ def test_out_of_memory_starts_the_batch_again(
     assert any("out of memory" in event.message for event in job.events)
     assert max(seen.windows) > 32 >= max(seen.windows[-5:])
     assert_same_result(tmp_path / "out", tmp_path / "reference")
+    seen.windows.clear()
+    engine.finetune(data, tmp_path / "next", config)
+    drive(engine)
+    assert max(seen.windows) > 32, "the next job has large windows again"
 
 
 def test_out_of_memory_for_good_fails_the_job(

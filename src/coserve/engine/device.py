@@ -101,6 +101,12 @@ class EngineDevice:
         with _deterministic(deterministic):
             self.train.run(state, unit, adapter)
 
+    def wait(self) -> None:
+        """Waits until the device has done all that it was told."""
+        device = self.pool.buffer.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     # --- memory ---
 
     def move(self, moves: Sequence[BlockMove]) -> None:

@@ -143,7 +143,7 @@ class LiveJob:
         if not isinstance(error, torch.OutOfMemoryError) or not isinstance(self._run, BatchRun):
             raise error
         fixed = self.trainer.config.deterministic
-        if fixed or not self.host.shrink_windows():
+        if fixed or not self.host.shrink_windows(self.number):
             raise out_of_memory(error, deterministic=fixed) from error
         self.job.listen(JobEvent(level="warn", message="out of memory: smaller windows; the optimizer batch starts again"))
         assert self.trainer.adapter.grad is not None

@@ -71,6 +71,7 @@ class JobTable:
         self.microbatches: dict[int, Microbatch] = {}
         self.owners: dict[int, int] = {}
         self.shapes: Counter[UnitShape] = Counter()
+        self._largest_windows: dict[int, int] = {}  # in tokens, as long as a job runs that ran out of memory with larger ones
 
     # --- refusals ---
 
@@ -140,6 +141,8 @@ class JobTable:
     def _remove_job(self, job: LiveJob) -> None:
         del self.jobs[job.number]
         self.scheduler.remove_job(job.number)
+        self._largest_windows.pop(job.number, None)
+        self._limit_windows()
 
     def advance(self, watcher: Watcher) -> None:
         """Lets every job go as far as it can without running units."""
@@ -215,10 +218,15 @@ class JobTable:
     def stored(self, name: str, adapter: Adapter, directory: Path) -> None:
         self.adapters.store(name, adapter, directory.absolute())
 
-    def shrink_windows(self) -> bool:
-        shapes = self.scheduler.picker.shapes
-        if shapes.max_window // 2 < MIN_WINDOW:
+    def shrink_windows(self, job: int) -> bool:
+        half = self.scheduler.picker.shapes.max_window // 2
+        if half < MIN_WINDOW:
             return False
-        shapes.max_window //= 2
+        self._largest_windows[job] = half
+        self._limit_windows()
         return True
+
+    def _limit_windows(self) -> None:
+        most = self.config.scheduler.max_window_tokens
+        self.scheduler.picker.shapes.max_window = min((most, *self._largest_windows.values()))
 

@@ -2,7 +2,8 @@
 
     pass over all layers [decode | prefill | fused window] -> logits | units | optimizer slices | copies | sampling
 
-Sampling comes last, so that an iteration waits for the device only once, when it reads the tokens. Owns no policy.
+Sampling comes last, so that an iteration waits for the device only once: when it reads the tokens, or at its end if there are
+none. Owns no policy.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class StepRunner:
             if copy.job in lookup.jobs:
                 self._try(lookup.jobs[copy.job], lambda copy=copy: lookup.jobs[copy.job].copy_adapter(copy))  # type: ignore[misc]
         tokens, prompts = self._sample(spans, logits, lookup)
+        if not tokens and not prompts:  # nothing was read from the device, whose time counts
+            self.device.wait()
         return StepResult(tokens=tokens, prompt_logprobs=prompts, seconds=self.clock() - started)
 
     def _unit(self, work: WorkUnit, lookup: Lookup) -> None:

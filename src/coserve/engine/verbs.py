@@ -59,8 +59,8 @@ class Host(Protocol):
     def stored(self, name: str, adapter: Adapter, directory: Path) -> None:
         """Tells that a published adapter now lies in a directory."""
 
-    def shrink_windows(self) -> bool:
-        """Halves the windows after out-of-memory. False if they can't get smaller."""
+    def shrink_windows(self, job: int) -> bool:
+        """Halves the windows after a job ran out of memory, until that job ends. False if they can't get smaller."""
 
 
 class VerbRun(Protocol):

@@ -142,7 +142,9 @@ def _segment_linear_wgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulat
         if factor.grad.dtype == x.dtype:
             factor.grad.addmm_(grad.T, x, alpha=factor.scale)
         else:
-            factor.grad.add_(grad.T @ x, alpha=factor.scale)
+            on_cuda = x.device.type == "cuda"
+            product = torch.mm(grad.T, x, out_dtype=factor.grad.dtype) if on_cuda else grad.T @ x
+            factor.grad.add_(product, alpha=factor.scale)
 
 
 def _segment_scale(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:

@@ -166,6 +166,8 @@ class Profiler:
         try:
             self.begin(point)
             times = [self.once()]
+            if self.device.type == "cuda":  # kernels were compiled, or a graph was captured
+                times = [self.once()]
             if times[0] < LONG_S:
                 times.append(self.once())
             if times[0] < SHORT_S:

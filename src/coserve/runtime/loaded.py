@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from coserve.config.values import require
+from coserve.config.values import AUTO, require
 from coserve.core import ConfigError
 from coserve.kernels.processor import bfloat16_products, bfloat16_speed
 from coserve.model.architecture import Architecture
@@ -139,15 +140,21 @@ def adapter_base(model: FoundModel | LoadedModel) -> Base:
     return Base(model.architecture, model.fingerprint, model.dtype, model.tokenizer.knows)
 
 
+_DETERMINISTIC_PRODUCTS = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+"""Without it PyTorch refuses products in deterministic jobs. cuBLAS reads it when it starts."""
+
+
 def resolve_device(device: str) -> torch.device:
     """'auto' is CUDA where there is one. Raises ConfigError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda"):
+    if device not in (AUTO, "cpu", "cuda"):
         raise ConfigError(f"device: must be auto, cpu or cuda, got {device!r}", param="device")
-    if device == "cuda" and not torch.cuda.is_available():
+    is_there = device != "cpu" and torch.cuda.is_available()
+    if device == "cuda" and not is_there:
         raise ConfigError("device: no CUDA device was found; use --device cpu", param="device")
-    return torch.device(device)
+    if is_there:
+        os.environ.setdefault(*_DETERMINISTIC_PRODUCTS)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return torch.device("cuda" if is_there else "cpu")
 
 
 def check_dtype(dtype: str) -> None:
