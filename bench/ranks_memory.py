@@ -1,12 +1,12 @@
 """The memory of each process that trains a shared model, against what is planned for it.
 
-    python bench/ranks_memory.py [--sizes 1,2] [--output bench/results/ranks_memory.json]
+    python bench/ranks_memory.py [--sizes 1,2] [--layers 8,24] [--output bench/results/ranks_memory.json]
 
-`coserve finetune` of a model with random weights: hidden 1536, 12 query and 4 key-value heads, 8 layers, 16,384 tokens,
-float32; LoRA r16 on all linears, examples of 512 tokens. A process's figure is the most memory of its own that it had
-(anonymous pages, looked at every 20 ms), less that of the same rank in the same job on a model of two narrow layers, which
-stands for the interpreter and its libraries. Pages of files that are read, such as the checkpoint's, can be dropped and don't
-count. The plan is the one by which `coserve finetune` decides whether a job fits. Prints a line per process.
+`coserve finetune` of a model with random weights: hidden 1536, 12 query and 4 key-value heads, 16,384 tokens, float32; LoRA
+r16 on all linears, examples of 512 tokens. A process's figure is the most memory of its own that it had (anonymous pages,
+looked at every 20 ms), less that of the same rank in the same job on a model of two narrow layers, which stands for the
+interpreter and its libraries. Pages of files that are read, such as the checkpoint's, can be dropped and don't count. The plan
+is the one by which `coserve finetune` decides whether a job fits. Prints a line per process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from coserve.training.finetuning import choose_plan, planned_bytes
 from coserve.training.request import JobRequest
 
 EXAMPLE_TOKENS, BATCH, STEPS, RANK = 512, 4, 2, 16
-LARGE: Mapping[str, int] = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 8}
+LARGE: Mapping[str, int] = {"hidden_size": 1536, "intermediate_size": 4096}
 SMALL: Mapping[str, int] = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
 VOCABULARY = 16384
 
@@ -74,13 +74,15 @@ def planned(model: Path, data: Path, output: Path, size: int) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", default="1,2")
+    parser.add_argument("--layers", default="8,24", help="of the models that are trained")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ranks_memory.json")
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        make_model(root / "large", VOCABULARY, **LARGE)
         make_model(root / "small", VOCABULARY, **SMALL)
+        for layers in map(int, args.layers.split(",")):
+            make_model(root / f"large-{layers}", VOCABULARY, **LARGE, num_hidden_layers=layers)
         write_texts(root / "data.jsonl", VOCABULARY, count=2 * BATCH, tokens=EXAMPLE_TOKENS)
 
         def command(model: str, size: int) -> list[str]:
@@ -90,19 +92,23 @@ def main() -> None:
                 str(STEPS), "--batch-size", str(BATCH), "--rank", str(RANK), "--max-microbatch-tokens", str(EXAMPLE_TOKENS),
             ]
 
+        def plan(model: str, size: int) -> dict[str, int]:
+            return planned(root / model, root / "data.jsonl", root / f"new-{model}-{size}", size)
+
         for size in map(int, args.sizes.split(",")):
-            parts, small = (
-                planned(root / model, root / "data.jsonl", root / f"new-{model}-{size}", size) for model in ("large", "small")
-            )
-            wanted = sum(parts.values()) - sum(small.values())
-            bare, whole = peaks(command("small", size)), peaks(command("large", size))
-            for rank, most in sorted(whole.items()):
-                taken = most - bare[rank]
-                results.append({
-                    "processes": size, "rank": rank, "peak_bytes": most, "peak_bytes_of_the_narrow_model": bare[rank],
-                    "planned_bytes": wanted, "ratio": taken / wanted, "planned": parts,
-                })
-                print(f"{size} processes, rank {rank}: {taken / GIB:.2f} GiB, planned {wanted / GIB:.2f}: {taken / wanted:.2f}")
+            small, bare = plan("small", size), peaks(command("small", size))
+            for layers in map(int, args.layers.split(",")):
+                parts, whole = plan(f"large-{layers}", size), peaks(command(f"large-{layers}", size))
+                wanted = sum(parts.values()) - sum(small.values())
+                for rank, most in sorted(whole.items()):
+                    taken = most - bare[rank]
+                    results.append({
+                        "layers": layers, "processes": size, "rank": rank, "peak_bytes": most,
+                        "peak_bytes_of_the_narrow_model": bare[rank], "planned_bytes": wanted, "ratio": taken / wanted,
+                        "planned": parts,
+                    })
+                    print(f"{layers} layers, {size} processes, rank {rank}: {taken / GIB:.2f} GiB, planned {wanted / GIB:.2f}: "
+                          f"{taken / wanted:.2f}", flush=True)
     args.output.write_text(json.dumps({
         **result_head(device_name(torch.device("cpu")), versions(), " ".join(["python bench/ranks_memory.py", *sys.argv[1:]])),
         "experiment": "ranks-memory", "results": results,

@@ -1,11 +1,17 @@
-"""Tiny models run on one thread: faster, and indifferent to what else the machine does. Real ones take all (default_model)."""
+"""Tiny models run on one thread: faster, and indifferent to what else the machine does. Real ones take all (default_model).
+
+COSERVE_TESTS_UNTIL, in seconds since 1970: tests that would begin later are skipped, and the summary says how many. CI sets
+it, so that a slow machine tells what it found in the time that it has.
+"""
 
 from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +25,13 @@ from coserve.text.tokenizer import ChatTokenizer
 from tests.commands import Ran, Run
 from tests.tiny_engine import MakeEngine, build_model, tracked_engines
 from tests.tiny_tokenizer import build_sentencepiece_tokenizer, build_tiny_tokenizer
+
+UNTIL = float(os.environ.get("COSERVE_TESTS_UNTIL", "inf"))
+
+
+def pytest_runtest_setup() -> None:
+    if time.time() > UNTIL:
+        pytest.skip("there was no time left for it (COSERVE_TESTS_UNTIL)")
 
 
 @pytest.fixture(autouse=True)

@@ -210,8 +210,8 @@ def test_lengths_are_log_normal_with_the_asked_means_and_within_the_limit() -> N
 
 
 @pytest.mark.full
-def test_ten_minutes_of_a_busy_device_take_less_than_three_minutes(tmp_path: Path) -> None:
-    """230 decode rows: about 35 s on one core. The margin is for a busy machine."""
+def test_minutes_of_a_busy_device_take_less_than_half_of_their_time(tmp_path: Path) -> None:
+    """230 decode rows: ten minutes take about 35 s on one core. The margin is for a slow machine."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-8b"]))
     arch, device = read_architecture(tmp_path), find_device("h100")
     job = endless_job(8, 8192).with_adapter(LoraConfig(target_modules=("down_proj",)))
@@ -224,8 +224,8 @@ def test_ten_minutes_of_a_busy_device_take_less_than_three_minutes(tmp_path: Pat
     )
     server = simulated.make("coserve")
     arrivals = make_arrivals(ArrivalConfig(prompt_tokens=220, output_tokens=260, length_spread=0.8, max_tokens=8192), 20.0,
-                             12_000, 0)
+                             2_400, 0)
     began = time.process_time()
-    plan = RunConfig(window_start_s=0.0, window_end_s=600.0, drain_s=0.0)
+    plan = RunConfig(window_start_s=0.0, window_end_s=120.0, drain_s=0.0)
     run_load(server, arrivals, make_prompts(), plan, sleep=server.sleep, job=server.train(simulated.planned()))
-    assert time.process_time() - began < 180
+    assert time.process_time() - began < 60

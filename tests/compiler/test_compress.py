@@ -195,7 +195,7 @@ def test_q_is_made_again_only_with_what_came_of_it(sites: tuple[str, ...], qk_no
     ), "values as they are need no such care"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     sites=st.sets(st.sampled_from(LINEAR_SITES), min_size=1), qk_norm=st.booleans(), dropout=st.sampled_from([0.0, 0.3]),
     itemsize=st.sampled_from([2, 4, 8]), number=st.integers(0, 30),

@@ -200,7 +200,7 @@ def test_llama_70b(targets: tuple[str, ...] | str) -> None:
 ARCHS = st.sampled_from([make_arch(layers=5), make_arch(layers=2, inner=48, qk_norm=True, windows=(None, 3))])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(arch=ARCHS, sites=SITE_SETS.filter(bool), share=st.floats(0, 1), itemsize=st.sampled_from([2, 4, 8]))
 def test_any_budget_is_met_at_the_least_flops(arch: Architecture, sites: list[str], share: float, itemsize: int) -> None:
     layers = bypasses(arch, tuple(sites))
@@ -320,7 +320,7 @@ def test_gradients_are_the_same_bits_in_the_same_windows(
         assert all(torch.equal(grad, found[0]) for grad in found)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     family=st.sampled_from(["llama", "qwen3"]), sites=SITE_SETS.filter(bool), dropout=st.sampled_from([0.0, 0.2]),
     number=st.integers(0, 30), seed=st.integers(0, 10**6), compression=st.sampled_from(["lossless", "fp8"]),

@@ -139,7 +139,7 @@ def test_any_budget_gives_the_gradients_of_none(case: Case) -> None:
 
 
 @pytest.mark.full
-@settings(max_examples=AT_LENGTH // 4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=AT_LENGTH // 6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES)
 def test_any_budget_gives_the_gradients_of_none_at_length(case: Case) -> None:
     compare(case)

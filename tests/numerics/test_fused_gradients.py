@@ -325,14 +325,14 @@ def check(mix: Mix) -> None:
         assert oracle.worst_error(oracle.own_gradients(training.adapter), expected) <= TOLERANCE
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mix=mixes())
 def test_fused_training_and_requests_equal_the_oracle(mix: Mix) -> None:
     check(mix)
 
 
 @pytest.mark.full
-@settings(max_examples=AT_LENGTH // 3, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=AT_LENGTH // 6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mix=mixes())
 def test_fused_training_and_requests_equal_the_oracle_at_length(mix: Mix) -> None:
     check(mix)

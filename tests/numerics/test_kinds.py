@@ -113,7 +113,7 @@ def test_any_split_under_any_budget_of_any_kind_equals_autograd(case: Case) -> N
 
 
 @pytest.mark.full
-@settings(max_examples=AT_LENGTH // 4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=AT_LENGTH // 6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_any_split_under_any_budget_of_any_kind_at_length(case: Case) -> None:
     assert error_of(case) <= TOLERANCE

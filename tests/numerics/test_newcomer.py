@@ -14,7 +14,7 @@ import pytest
 from coserve.config.settings import SamplingConfig
 from coserve.config.values import AUTO
 from coserve.engine.generation import Generator
-from tests.default_model import default_model, needs_default_model
+from tests.default_model import default_model, needs_default_model, num_threads
 
 ROOT = Path(__file__).parents[2]
 FACTS: dict[str, tuple[str, str]] = {
@@ -42,12 +42,16 @@ FACTS: dict[str, tuple[str, str]] = {
 """Question -> (the answer in the data, what a right answer has to hold). The town is made up."""
 
 
+def environment() -> dict[str, str]:
+    """For a program that takes this test process's share of the cores."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": str(num_threads())}
+
+
 def coserve(directory: Path, *arguments: str, stdin: str = "") -> str:
     """Runs the command there; what it printed."""
     command = [sys.executable, "-c", "from coserve.cli.main import main; main()", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
-        command, cwd=directory, env=environment, input=stdin, capture_output=True, text=True, timeout=1800, check=False
+        command, cwd=directory, env=environment(), input=stdin, capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -89,9 +93,8 @@ def test_the_readmes_python_prints_what_the_readme_shows(tmp_path: Path) -> None
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = re.search(r"```python\n(import json\nfrom coserve import Engine.*?)```\n\n```text\n(.*?)```", readme, re.DOTALL)
     assert found is not None
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
-        [sys.executable, "-c", found[1]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800,
+        [sys.executable, "-c", found[1]], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -142,7 +142,7 @@ def test_every_family(family: str) -> None:
     check(make_case(family, KINDS["lora"], 7), 2, bias=family in ("llama", "qwen3", "granite", "smollm3"))
 
 
-@settings(max_examples=6, deadline=None, phases=SHORT)
+@settings(max_examples=4, deadline=None, phases=SHORT)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1), size=st.sampled_from([2, 4]), budget=st.floats(0, 1))
 def test_any_candidates_under_any_split_and_budget(data: st.DataObject, seed: int, size: int, budget: float) -> None:
     """Each site has a candidate of its own, not only the cheapest."""

@@ -21,7 +21,7 @@ from coserve.runtime.loaded import LoadedModel
 from coserve.text.tokenizer import ChatTokenizer
 from coserve.training.trainer import AdapterTrainer
 from tests import oracle
-from tests.default_model import default_model, gsm8k_problems, needs_default_model, needs_gsm8k
+from tests.default_model import default_model, gsm8k_problems, needs_bfloat16, needs_default_model, needs_gsm8k
 from tests.tiny_models import FAMILIES, build_tiny_model
 
 
@@ -137,7 +137,7 @@ def gsm8k_conversations(tokenizer: ChatTokenizer) -> list[Example]:
 @pytest.mark.full
 @needs_default_model
 @needs_gsm8k
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
 def test_gradients_are_as_exact_as_pefts(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     """SmolLM2 on GSM8K text: error against float64 autograd at most twice that of transformers + peft in the same dtype."""
     model = default_model(dtype)

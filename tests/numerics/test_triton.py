@@ -29,6 +29,7 @@ needs_triton = pytest.mark.skipif(not kernels.available(), reason="needs triton"
 interpreted = pytest.mark.skipif(not (INTERPRETED and kernels.available()), reason="run by test_all_in_the_interpreter")
 
 
+@pytest.mark.full
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="already there")
 def test_all_in_the_interpreter() -> None:

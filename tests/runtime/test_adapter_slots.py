@@ -72,6 +72,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return count
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_beyond_the_slots(
     engines: MakeEngine, adapters: list[Path], expected: list[list[int]], alive: Callable[[], int]
 ) -> None:

@@ -179,7 +179,7 @@ def test_taking_turns_neither_side_waits_for_ever(count: int) -> None:
     assert all(sum(time > start for time in request.token_times) * (PASS + count * ROW) > 20 for request in requests)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(4, 8))])
 def test_random_loads_with_and_without_objectives_beside_a_job(seed: int) -> None:
     """Nobody waits longer than twice first come, first served, or than their objective; the profile's where they have none.
 

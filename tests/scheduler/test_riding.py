@@ -124,7 +124,7 @@ def test_small_windows_are_not_what_time_is_filled_with() -> None:
             assert unit.start == 0 or unit.start >= 0.5 * RIDGE
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 260), prompts=st.integers(0, 300), seconds=st.floats(1e-4, 0.08), launch=st.floats(0, 0.004),
     layer=st.floats(0, 4e-4), kept=st.floats(0, 2 * ROW),
@@ -199,12 +199,12 @@ def test_riding_trains_more_than_layer_slicing_on_an_h100(tmp_path: Path, tpot_m
 
 @pytest.mark.full
 @pytest.mark.parametrize("device", ["a100", "h100"])
-@pytest.mark.parametrize("example", [512, 2048, 8192])
+@pytest.mark.parametrize("example", [512, 8192])
 def test_the_bound_is_nearly_reached_everywhere(tmp_path: Path, device: str, example: int) -> None:
     """In every cell in which 99% of the requests are in time, and nowhere does layer slicing train more. Windows are short, so
     that two policies serve slightly different requests in them: hence the margins. 20 requests/s are over the A100's capacity,
-    or near it."""
-    for tpot_ms in (15.0, 20.0, 45.0, 75.0):
+    or near it. bench/policy_grid.py has more cells."""
+    for tpot_ms in (15.0, 45.0):
         for rate in (1.0, 5.0, 10.0, 20.0)[:None if device == "h100" else 3]:
             several = 4 if example == 512 else 2
             rides, met, bound = run_8b(tmp_path, device, tpot_ms, rate, example, in_flight=several, seconds=24)

@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = [pytest.mark.full, needs_default_model]
 
 
-def output_of(name: str, *arguments: str, seconds: float = 300.0) -> str:
+def output_of(name: str, *arguments: str, seconds: float = 840.0) -> str:
     """What an example prints. Fails if it does."""
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)

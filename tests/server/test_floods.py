@@ -255,6 +255,7 @@ def test_a_flood_of_one_tenant_leaves_the_others_objectives(shared: RunningServe
     assert attained >= 0.95, sorted(found)
 
 
+@pytest.mark.full
 def test_a_prompt_of_another_tenant_is_not_in_the_cache(shared: RunningServer) -> None:
     body = {"prompt": "The harbour is behind the mill. " * 6, "max_tokens": 1}
 
