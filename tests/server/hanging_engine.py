@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def hang(how: str) -> None:
     if how == "gil":
         re.match(r"([a-z._0-9]+)+!", "a" * 64)  # in C, without giving the interpreter's lock back
     elif how == "crash":
-        os.kill(os.getpid(), signal.SIGSEGV)
+        signal.pthread_kill(threading.get_ident(), signal.SIGSEGV)  # as a bug in this thread would
     while how == "sleep":
         time.sleep(1)
 

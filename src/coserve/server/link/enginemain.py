@@ -178,12 +178,16 @@ def end_with(parent: BinaryIO, leftover: str = "") -> None:
 
 
 def open_page(setup: EngineSetup) -> ActivityPage:
-    """The page on which this process's threads say what they do. From now on a crash or STACKS_SIGNAL writes their stacks."""
+    """The page on which this process's threads say what they do. From now on STACKS_SIGNAL writes their stacks.
+
+    A crash writes the stack of its own thread only: another one may run on and change its frames while they are read, so that
+    reading them crashes too.
+    """
     if not setup.watch:
         return ActivityPage(None)
     directory = Path(setup.watch)
     stacks = os.open(directory / STACKS_FILE, os.O_WRONLY | os.O_APPEND)  # open to the end
-    faulthandler.enable(stacks)
+    faulthandler.enable(stacks, all_threads=False)
     faulthandler.register(STACKS_SIGNAL, stacks, all_threads=True)
     return ActivityPage(directory / ACTIVITY_FILE)
 

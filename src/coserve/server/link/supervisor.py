@@ -203,7 +203,7 @@ class Supervisor:
             known = self.hang or (self._problem.message if self._problem is not None else None)
             self.last_end = end = process.describe_end(code, known, hung=self.hang is not None)
             if not self._stopping and not end.hung and (stacks := process.read_stacks()):
-                _log.error("the engine process crashed; its threads were at:\n%s", stacks)
+                _log.error("the engine process crashed at:\n%s", stacks)
             return end.reason
         finally:
             for task in (reader, watch):
