@@ -18,9 +18,12 @@ from safetensors.torch import load_file
 from coserve.config.settings import BottleneckConfig, FinetuneConfig, IA3Config, LoraConfig, OptimizerConfig
 from coserve.core import ConfigError, RankFailed
 from coserve.finetune.job import JobEvent
+from coserve.planning.budget import shape_adapter
 from coserve.runtime import ranks as ranks_module
+from coserve.runtime.loaded import find_model
 from coserve.runtime.ranks import require_devices
-from coserve.training.finetuning import FinetuneResult, finetune
+from coserve.training.finetuning import FinetuneResult, finetune, planned_bytes
+from coserve.training.request import JobRequest
 from tests.tiny_directory import build_job_inputs, chat_lines, write_lines
 
 SFT = FinetuneConfig(
@@ -179,6 +182,21 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="tensor_parallel_size: 2 ranks need 2 CUDA devices, and there are 1"):
         require_devices(2, torch.device("cuda"))
+
+
+def test_what_a_checkpoint_gathers_is_planned(directory: Path, tmp_path: Path) -> None:
+    base = find_model(str(directory / "model"), device="cpu", dtype="float32")
+    request = JobRequest.of(
+        directory / "sft.jsonl", tmp_path / "job", SFT, validation=None, start=None, resume=False, listen=lambda event: None
+    )
+    alone, shared = (
+        planned_bytes(job, base, job.plans.fastest().plan, one_copy=False)
+        for job in (request.resolve(base, size=size) for size in (1, 2))
+    )
+    whole = 3 * 4 * shape_adapter(base.architecture, SFT.adapter).flat.numel()
+    assert {name: shared[name] for name in shared.keys() - alone.keys()} == {
+        "whole state of the optimizer, for a checkpoint": whole
+    }
 
 
 @pytest.mark.full

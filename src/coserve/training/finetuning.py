@@ -69,13 +69,20 @@ class FinetuneResult:
     rows: tuple[StepRow, ...]
 
 
+_STATE_TENSORS = 3
+"""Tensors in the optimizer's state, each as long as the adapter."""
+
+
 def planned_bytes(job: ResolvedJob, model: Model, plan: ModelPlan, *, one_copy: bool) -> dict[str, int]:
     """Bytes by purpose that a job takes beside what is in memory already, on each rank if several share the model. one_copy:
     whether each weight matrix is held once."""
     settings, arch = job.settings, model.architecture
     adapter = shape_adapter(arch, settings.adapter)
     num_parameters = adapter.flat.numel()
+    gathered: dict[str, int] = {}
     if job.group is not None:
+        wide = max(4, model.dtype.itemsize)
+        gathered["whole state of the optimizer, for a checkpoint"] = num_parameters * _STATE_TENSORS * wide
         arch, num_parameters = rank_architecture(arch, job.group.size), num_on_rank(adapter.parameters, job.group.fixed)
     needed = training_bytes(
         arch, plan, num_parameters, microbatch_tokens=job.plans.num_tokens, window_tokens=settings.window_tokens,
@@ -83,7 +90,7 @@ def planned_bytes(job: ResolvedJob, model: Model, plan: ModelPlan, *, one_copy: 
     )
     if isinstance(model, LoadedModel):
         needed.pop("weights")
-    return needed
+    return needed | gathered
 
 
 def choose_plan(job: ResolvedJob, model: Model) -> tuple[FittedPlan, bool]:
