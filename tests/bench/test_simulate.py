@@ -210,7 +210,7 @@ def test_lengths_are_log_normal_with_the_asked_means_and_within_the_limit() -> N
 
 
 @pytest.mark.full
-def test_minutes_of_a_busy_device_take_less_than_half_of_their_time(tmp_path: Path) -> None:
+def test_minutes_of_a_busy_device_take_less_than_a_third_of_their_time(tmp_path: Path) -> None:
     """230 decode rows: ten minutes take about 35 s on one core. The margin is for a slow machine."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-8b"]))
     arch, device = read_architecture(tmp_path), find_device("h100")
@@ -228,4 +228,4 @@ def test_minutes_of_a_busy_device_take_less_than_half_of_their_time(tmp_path: Pa
     began = time.process_time()
     plan = RunConfig(window_start_s=0.0, window_end_s=120.0, drain_s=0.0)
     run_load(server, arrivals, make_prompts(), plan, sleep=server.sleep, job=server.train(simulated.planned()))
-    assert time.process_time() - began < 60
+    assert time.process_time() - began < 36

@@ -61,12 +61,13 @@ def load(directory: Path, size: int) -> LoadedModel:
     return load_model(str(directory / "model"), device="cpu", dtype="float64", tensor_parallel_size=size)
 
 
-def make_adapters(directory: Path, model: LoadedModel) -> dict[str, Path]:
-    """Trained adapters of every kind."""
-    adapters = {name: directory / f"adapter-{name}" for name in KINDS}
+def make_one(directory: Path) -> tuple[LoadedModel, dict[str, Path]]:
+    """The model on one rank, and adapters of every kind that were trained on it. directory: gets these and data."""
+    build_job_inputs(directory)
+    model, adapters = load(directory, 1), {name: directory / f"adapter-{name}" for name in KINDS}
     for name, kind in KINDS.items():
         finetune(directory / "sft.jsonl", adapters[name], model=model, config=JOB.with_adapter(kind))
-    return adapters
+    return model, adapters
 
 
 class Place(NamedTuple):
@@ -80,9 +81,8 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    directory = build_job_inputs(tmp_path_factory.mktemp("engine"))
-    one = load(directory, 1)
-    adapters = make_adapters(directory, one)
+    directory = tmp_path_factory.mktemp("engine")
+    one, adapters = make_one(directory)
     with closing(load(directory, 2)) as two:
         yield Place(directory, adapters, one, two)
 

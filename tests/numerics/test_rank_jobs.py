@@ -6,6 +6,7 @@ a test must allow for. Processes are real, and gloo connects them.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from coserve.config.settings import BottleneckConfig, FinetuneConfig, IA3Config, LoraConfig, OptimizerConfig
-from coserve.core import ConfigError, RankFailed
+from coserve.core import ConfigError, InvalidRequest, RankFailed
 from coserve.finetune.job import JobEvent
 from coserve.planning.budget import shape_adapter
 from coserve.runtime import ranks as ranks_module
@@ -182,6 +183,18 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="tensor_parallel_size: 2 ranks need 2 CUDA devices, and there are 1"):
         require_devices(2, torch.device("cuda"))
+
+
+@pytest.mark.full
+def test_an_adapter_lies_where_it_is_told_to_and_a_deterministic_job_stays_there(directory: Path, tmp_path: Path) -> None:
+    config = replace(SFT, deterministic=True, max_steps=2)
+    told = "q_proj.lora_A=out,q_proj.lora_B=whole"
+    found = run(directory, tmp_path / "told", config, 2, adapter_sharding=told)
+    require_same(found, run(directory, tmp_path / "one", config, 1))
+    assert told in json.loads((tmp_path / "told" / "job.json").read_text())["adapter_sharding"]
+    with pytest.raises(InvalidRequest, match="adapter_sharding has changed") as error:
+        run(directory, tmp_path / "told", config, 2, resume=True)
+    assert error.value.param == "adapter_sharding"
 
 
 def test_what_a_checkpoint_gathers_is_planned(directory: Path, tmp_path: Path) -> None:

@@ -22,9 +22,8 @@ from coserve.planning.budget import shape_adapter
 from coserve.runtime.loaded import LoadedModel
 from coserve.runtime.plans import layer_bypasses
 from coserve.training.finetuning import finetune
-from coserve.training.group import ALL_ADAPTERS, engine_group
-from tests.numerics.test_rank_engine import JOB, KINDS, assert_job_alike, assert_said_alike, load, make_adapters, said
-from tests.tiny_directory import build_job_inputs
+from coserve.training.group import ALL_ADAPTERS, AXES, engine_group
+from tests.numerics.test_rank_engine import JOB, KINDS, assert_job_alike, assert_said_alike, load, make_one, said
 from tests.tiny_engine import assert_nothing_left, make_engine
 
 pytestmark = pytest.mark.full
@@ -43,9 +42,8 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    directory = build_job_inputs(tmp_path_factory.mktemp("engine"))
-    one = load(directory, 1)
-    adapters = make_adapters(directory, one)
+    directory = tmp_path_factory.mktemp("engine")
+    one, adapters = make_one(directory)
     finetune(directory / "sft.jsonl", directory / "job", model=one, config=JOB.with_adapter(KINDS["dora"]))
     with closing(make_engine(one)) as engine:
         wanted = said(engine, adapters, SORTS)
@@ -77,6 +75,9 @@ def test_adapters_lie_wherever_they_are_told_to(place: Place, tmp_path: Path) ->
     assert len(asked) > 2
     for number, text in enumerate(["", *asked]):
         with closing(make_engine(place.model, adapter_sharding=text)) as engine:
+            assert engine.device.group is not None
+            for name, axis in (part.split("=") for part in text.split(",") if part):
+                assert engine.device.group.fixed[0, name].axis == AXES[axis]
             assert_said_alike(said(engine, place.adapters, SORTS), place.wanted)
             job = engine.finetune(place.directory / "sft.jsonl", tmp_path / f"{number}", JOB.with_adapter(KINDS["dora"]))
             while not job.finished:

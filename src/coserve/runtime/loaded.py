@@ -140,20 +140,22 @@ def adapter_base(model: FoundModel | LoadedModel) -> Base:
     return Base(model.architecture, model.fingerprint, model.dtype, model.tokenizer.knows)
 
 
-_DETERMINISTIC_PRODUCTS = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-"""Without it PyTorch refuses products in deterministic jobs. cuBLAS reads it when it starts."""
+def prepare_cuda() -> None:
+    """Settings that every process needs before its first product on CUDA: deterministic jobs are possible, and products of
+    bfloat16 are added up in float32."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def resolve_device(device: str) -> torch.device:
-    """'auto' is CUDA where there is one. Raises ConfigError for a device that is not there."""
+    """'auto' is CUDA where there is one, which is prepared. Raises ConfigError for a device that is not there."""
     if device not in (AUTO, "cpu", "cuda"):
         raise ConfigError(f"device: must be auto, cpu or cuda, got {device!r}", param="device")
     is_there = device != "cpu" and torch.cuda.is_available()
     if device == "cuda" and not is_there:
         raise ConfigError("device: no CUDA device was found; use --device cpu", param="device")
     if is_there:
-        os.environ.setdefault(*_DETERMINISTIC_PRODUCTS)
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        prepare_cuda()
     return torch.device("cuda" if is_there else "cpu")
 
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from coserve.core import CoserveError, RankFailed
 from coserve.parallel import ProcessRanks
+from coserve.runtime.loaded import prepare_cuda
 from coserve.runtime.ranks import DEVICE_KEY, GROUP, HEAD_BYTES, PEER_GONE, Order, Twin, connect, ready_key
 
 _PR_SET_PDEATHSIG = 1
@@ -58,7 +59,10 @@ def work(rank: int, size: int, meeting: Path) -> None:
     threading.Thread(target=_read, args=(pending,), daemon=True).start()
     store = dist.FileStore(str(meeting), size)
     store.set(ready_key(rank), "yes")
-    ranks = connect(store, rank, size, torch.device(store.get(DEVICE_KEY).decode()))
+    device = torch.device(store.get(DEVICE_KEY).decode())
+    if device.type == "cuda":
+        prepare_cuda()
+    ranks = connect(store, rank, size, device)
     with torch.no_grad():
         follow(ranks, pending)
     dist.destroy_process_group()

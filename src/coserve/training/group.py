@@ -43,7 +43,7 @@ def make_group(
 def adapter_group(arch: Architecture, adapter: Adapter, size: int, prices: Prices, adapter_sharding: str) -> TensorParallel:
     """The group of `size` ranks that share an adapter. adapter_sharding: where its parameters must lie, as
     PARAMETER=whole, out or in, joined by commas; for the others the cheapest choice is made. Raises ConfigError."""
-    forced = _read_axes(adapter_sharding, [adapter], size)
+    forced = _read_axes(adapter_sharding, [adapter])
     group = TensorParallel(size=size, kv_heads=arch.num_kv_heads, prices=prices, forced=forced)
     return group.fix(adapter_shardings(arch, adapter, group))
 
@@ -59,7 +59,7 @@ def engine_group(
     `adapter_group`. Raises ConfigError.
     """
     adapters = [shape_adapter(arch, config) for config in ALL_ADAPTERS]
-    forced, prices = _read_axes(adapter_sharding, adapters, size), _prices(device, itemsize, window_tokens, _STEP_TOKENS)
+    forced, prices = _read_axes(adapter_sharding, adapters), _prices(device, itemsize, window_tokens, _STEP_TOKENS)
     group = TensorParallel(size=size, kv_heads=arch.num_kv_heads, prices=prices, forced=forced)
     for adapter in adapters:
         ranks = {p.name: p.rank_axis for p in adapter.parameters if p.rank_axis is not None}
@@ -79,9 +79,8 @@ def describe_sharding(adapter: Adapter, group: TensorParallel) -> str:
     return ",".join(dict.fromkeys(parts))
 
 
-def _read_axes(text: str, adapters: Sequence[Adapter], size: int) -> Axes:
+def _read_axes(text: str, adapters: Sequence[Adapter]) -> Axes:
     """Where parameters must lie, as `adapter_group` takes it. adapters: those whose parameters may be named."""
-    require_ranks(text, size)
     known = dict.fromkeys(p.name for adapter in adapters for p in adapter.parameters)
     read: dict[str, int | None] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
