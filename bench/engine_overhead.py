@@ -29,7 +29,7 @@ from coserve import (
     SchedulerConfig,
     load_model,
 )
-from coserve.core import Sampled, StepPlan, StepResult, percentile
+from coserve.core import MeasuredStep, Sampled, StepPlan, StepResult, percentile
 from coserve.engine.engine import Engine
 from coserve.engine.step import Lookup
 from coserve.machine import device_name
@@ -50,7 +50,9 @@ class InstantRunner:
 
     def run(self, plan: StepPlan, lookup: Lookup) -> StepResult:
         tokens = {span.request: [Sampled(7 + plan.number % 90)] for span in plan.spans if span.samples}
-        return StepResult(tokens=tokens, prompt_logprobs={}, seconds=plan.predicted_s)
+        return StepResult(
+            tokens=tokens, prompt_logprobs={}, ended=(MeasuredStep(plan, plan.predicted_s),), waited_s=0.0
+        )
 
 
 def steps(model: LoadedModel, requests: int, adapters: int, iterations: int) -> list[float]:

@@ -292,11 +292,21 @@ class Sampled(NamedTuple):
     logprob: TokenLogprob | None = None
 
 
+class MeasuredStep(NamedTuple):
+    """An iteration that is over. seconds: its duration on the device."""
+
+    plan: StepPlan
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """The result of an iteration. tokens: the tokens sampled per request (none, one or several). prompt_logprobs: per request,
-    of the prompt rows that ran. seconds: duration of the iteration by the engine's clock."""
+    of the prompt rows that ran. ended: the iterations whose end is known since the last result, with the seconds that each took
+    on the device. A device that works beside the host may still be at this one. waited_s: how long the host waited for the
+    device; a CPU's own work counts as waiting."""
 
     tokens: Mapping[int, Sequence[Sampled]]
     prompt_logprobs: Mapping[int, Sequence[TokenLogprob]]
-    seconds: float
+    ended: Sequence[MeasuredStep]
+    waited_s: float = 0.0

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from coserve.config.settings import FinetuneConfig, SamplingConfig
 from coserve.core import NO_CONTENTS
-from coserve.engine.device import EngineDevice
 from coserve.ops.run import RUNNERS, Factor, RowContext
 from coserve.profiling.measure import Profiler
 from coserve.runtime.loaded import resolve_device
-from tests.tiny_directory import chat_lines, write_lines
-from tests.tiny_engine import MakeEngine, drive, prompt
 
 
 class OneFactor(RowContext):
@@ -64,21 +59,6 @@ def test_deterministic_products_are_possible_on_cuda(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     assert resolve_device("cuda").type == "cuda"
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what the user has chosen stays"
-
-
-def test_an_iteration_that_reads_no_tokens_waits_for_the_device(
-    engines: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else its seconds would be those of launching it."""
-    waits: list[EngineDevice] = []
-    monkeypatch.setattr(EngineDevice, "wait", lambda self: waits.append(self))
-    engine = engines()
-    engine.generate([prompt(9)], SamplingConfig(max_tokens=8, temperature=0, ignore_eos=True))
-    assert not waits
-    before = engine.metrics()["iterations"]
-    engine.finetune(write_lines(tmp_path / "data.jsonl", chat_lines(4)), tmp_path / "out", FinetuneConfig(max_steps=1))
-    drive(engine)
-    assert len(waits) == engine.metrics()["iterations"] - before
 
 
 def test_the_first_run_of_a_point_does_not_count_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

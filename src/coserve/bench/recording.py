@@ -17,7 +17,7 @@ from coserve.bench.driver import ENDED_WELL, DrivenJob, Handle, Run, RunConfig
 from coserve.bench.machine import MachineRecord
 from coserve.bench.runlog import Iteration, LoggedRequest, PoolShape, RunLog
 from coserve.config.settings import FinetuneConfig, SamplingConfig
-from coserve.core import CoserveError, StepPlan, StepResult
+from coserve.core import CoserveError, MeasuredStep, StepPlan, StepResult
 from coserve.devices.bound import JobShape
 from coserve.engine.engine import Engine, PlanRunner
 from coserve.engine.step import Lookup
@@ -57,6 +57,8 @@ class Recorder:
     _open: dict[int, _Seen] = field(default_factory=dict)
     _in_flight: int = 1
     _idle_since: float | None = None
+    _launched: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """(when it was launched, seconds without work before) of iterations that are not known to be over, by number."""
 
     def __post_init__(self) -> None:
         self.law = self.scheduler.latency.coefficients
@@ -68,11 +70,12 @@ class Recorder:
         if not worked and self._idle_since is None:
             self._idle_since = time_s
 
-    def on_iteration(self, step_s: float, start_s: float, plan: StepPlan, seconds: float) -> None:
-        """An iteration has run. step_s: when the call of `step` began that ran it. Must be called before its plan's commit."""
+    def on_launch(self, step_s: float, start_s: float, plan: StepPlan) -> None:
+        """An iteration has been launched. step_s: when the call of `step` began that did. Must be called before its plan's
+        commit."""
         idle_s = 0.0 if self._idle_since is None else step_s - self._idle_since
         self._idle_since = None
-        self.iterations.append(Iteration(start_s, seconds, plan.predicted_s, idle_s, plan.contents))
+        self._launched[plan.number] = (start_s, idle_s)
         for item in plan.units:
             work = self.scheduler.microbatch(item.microbatch)
             self.rows.add(item, work.num_layers)
@@ -82,6 +85,11 @@ class Recorder:
         for part in plan.optimizer:
             if part.start == 0:  # all of the batch are through
                 self._batches.append(self._close(self.scheduler.jobs[part.job].optimizer_elements))
+
+    def on_end(self, ended: MeasuredStep) -> None:
+        """An iteration is over."""
+        start_s, idle_s = self._launched.pop(ended.plan.number)
+        self.iterations.append(Iteration(start_s, ended.seconds, ended.plan.predicted_s, idle_s, ended.plan.contents))
 
     def _close(self, elements: int) -> SimulatedBatch:
         """The batch of the micro-batches that are open, in their order."""
@@ -180,7 +188,9 @@ class RecordedEngine:
         """Runs an iteration, as the engine's runner, and notes it."""
         start_s = self.engine.clock()
         result = self._runner.run(plan, lookup)
-        self.recorder.on_iteration(self._step_s, start_s, plan, result.seconds)
+        self.recorder.on_launch(self._step_s, start_s, plan)
+        for ended in result.ended:
+            self.recorder.on_end(ended)
         return result
 
     def submit(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Handle:

@@ -101,11 +101,10 @@ class EngineDevice:
         with _deterministic(deterministic):
             self.train.run(state, unit, adapter)
 
-    def wait(self) -> None:
-        """Waits until the device has done all that it was told."""
-        device = self.pool.buffer.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    @property
+    def is_cuda(self) -> bool:
+        """Whether it works beside the host, which launches and goes on."""
+        return self.pool.buffer.device.type == "cuda"
 
     # --- memory ---
 

@@ -99,8 +99,10 @@ class Engine:
         self.jobs = JobTable(device, self.config, self.blocks, self.scheduler, self.adapters, numbers)
         self._counts: dict[str, float] = dict.fromkeys(
             ("iterations", "inference_tokens", "prompt_tokens", "finetune_tokens", "busy_s", "inference_busy_s",
-             "finetune_busy_s"), 0.0,
+             "finetune_busy_s", "host_s"), 0.0,
         )
+        self._device_free_s = -math.inf
+        """When the device will have done what it was told, by the engine's clock and as predicted."""
 
     # --- requests ---
 
@@ -277,11 +279,12 @@ class Engine:
         RankFailed."""
         watcher = self._loop.watcher
         with self._loop.lock:
+            began = self.now()
             self._loop.drain()
             self.device.check()
             self.jobs.advance(watcher)
             watcher.begin("planning an iteration")
-            plan = self.scheduler.schedule(self.now())
+            plan = self.scheduler.schedule(max(self.now(), self._device_free_s))  # when it will begin
             if plan.empty:
                 return False
             requests, jobs = self._holds(plan)
@@ -290,6 +293,7 @@ class Engine:
             result = self.runner.run(plan, lookup)
             watcher.begin("taking what an iteration gave", requests=requests)
             self._commit(plan, result)
+            self._counts["host_s"] += self.now() - began - result.waited_s
             return True
 
     def _holds(self, plan: StepPlan) -> tuple[list[str], list[str]]:
@@ -303,8 +307,17 @@ class Engine:
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         now = self.now()
         ids = {number: [sampled.token for sampled in tokens] for number, tokens in result.tokens.items()}
-        self.scheduler.commit(plan, ids, now, result.seconds)
+        self.scheduler.commit(plan, ids, now)
         self._count(plan, result)
+        for ended in result.ended:
+            self.scheduler.observe(*ended)
+            self._count_time(*ended)
+        if any(ended.plan is plan for ended in result.ended):
+            self._device_free_s = now
+        elif ids:  # its pass is over
+            self._device_free_s = now + self.scheduler.rest_seconds(plan)
+        else:
+            self._device_free_s = max(now, self._device_free_s) + plan.predicted_s
         self.requests.apply(plan, result, now)
 
     def _count(self, plan: StepPlan, result: StepResult) -> None:
@@ -313,10 +326,12 @@ class Engine:
         counts["inference_tokens"] += sum(len(tokens) for tokens in result.tokens.values())
         counts["prompt_tokens"] += sum(span.length for span in plan.prefill)
         counts["finetune_tokens"] += self.jobs.count(plan)
-        counts["busy_s"] += result.seconds
-        share = plan.finetune_share
-        counts["finetune_busy_s"] += share * result.seconds
-        counts["inference_busy_s"] += (1 - share) * result.seconds
+
+    def _count_time(self, plan: StepPlan, seconds: float) -> None:
+        counts, share = self._counts, plan.finetune_share
+        counts["busy_s"] += seconds
+        counts["finetune_busy_s"] += share * seconds
+        counts["inference_busy_s"] += (1 - share) * seconds
 
     def start(self) -> Engine:
         """Gives the engine a thread of its own; returns the engine."""

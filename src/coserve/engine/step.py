@@ -1,9 +1,11 @@
-"""Executes a step plan on the device: the pass, units, optimizer slices and copies, then sampling.
+"""Executes a step plan on the device: the pass and sampling, then units, optimizer slices and copies.
 
-    pass over all layers [decode | prefill | fused window] -> logits | units | optimizer slices | copies | sampling
+    pass over all layers [decode | prefill | fused window] -> logits -> sampling | units | optimizer slices | copies
+                                                                            |-> tokens: all that the host waits for
 
-Sampling comes last, so that an iteration waits for the device only once: when it reads the tokens, or at its end if there are
-none. Owns no policy.
+A device that works beside the host (CUDA) goes on with what follows sampling, while the host gives the tokens to their requests
+and plans the next iteration. The host waits for an iteration without tokens too, so that it is never far ahead: for the one
+before it if requests run, else for its own end, so that a request that comes does not find a queue. Owns no policy.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from torch import Tensor
 from coserve.core import RankFailed, Sampled, Span, StepPlan, StepResult, TokenLogprob, WorkUnit
 from coserve.engine.device import EngineDevice
 from coserve.engine.jobs import LiveJob
+from coserve.engine.marks import ClockMark, CudaMark, Mark, RunningSteps
 from coserve.engine.requests import LiveRequest
+from coserve.runtime import sampler
 from coserve.runtime.fused import TrainWindow
-from coserve.runtime.sampler import SamplerRow, prompt_logprobs, sample_rows
+from coserve.runtime.sampler import SamplerRow
 from coserve.runtime.spans import RowSpan
 from coserve.runtime.transfer import to_device
 from coserve.training.batchwork import Microbatch
@@ -38,17 +42,23 @@ class Lookup(NamedTuple):
 
 
 class StepRunner:
-    """Runs plans on a device."""
+    """Runs plans on a device. mark: makes a mark behind what the device was told; default: the device's own kind."""
 
-    def __init__(self, device: EngineDevice, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, device: EngineDevice, clock: Callable[[], float] = time.perf_counter, mark: Callable[[], Mark] | None = None
+    ) -> None:
         self.device, self.clock = device, clock
+        self._mark = mark or (CudaMark if device.is_cuda else lambda: ClockMark(clock))
+        self._running = RunningSteps()
 
     @torch.no_grad()
     def run(self, plan: StepPlan, lookup: Lookup) -> StepResult:
         """Runs one iteration. If a job's unit, slice or copy raises, only that job is told (`LiveJob.fail`). Raises RankFailed,
         which such an error becomes where several ranks share the model."""
-        started = self.clock()
+        called = self.clock()
+        began = self._mark()
         spans, logits = self._pass(plan, lookup)
+        sampling = self._sample(spans, logits, lookup)
         for work in plan.units:
             if not work.fused:
                 self._guard(lookup, work, lambda work=work: self._unit(work, lookup))  # type: ignore[misc]
@@ -57,10 +67,13 @@ class StepRunner:
         for copy in plan.copies:
             if copy.job in lookup.jobs:
                 self._try(lookup.jobs[copy.job], lambda copy=copy: lookup.jobs[copy.job].copy_adapter(copy))  # type: ignore[misc]
-        tokens, prompts = self._sample(spans, logits, lookup)
-        if not tokens and not prompts:  # nothing was read from the device, whose time counts
-            self.device.wait()
-        return StepResult(tokens=tokens, prompt_logprobs=prompts, seconds=self.clock() - started)
+        self._running.add(plan, began, self._mark())
+        launched = self.clock() if self.device.is_cuda else called
+        tokens, prompts = sampling.result()
+        if not tokens and not prompts:
+            self._running.wait_for_all_but(1 if plan.spans else 0)
+        waited_s = self.clock() - launched
+        return StepResult(tokens=tokens, prompt_logprobs=prompts, ended=tuple(self._running.take_ended()), waited_s=waited_s)
 
     def _unit(self, work: WorkUnit, lookup: Lookup) -> None:
         micro = lookup.microbatches[work.microbatch]
@@ -146,39 +159,52 @@ class StepRunner:
 
     # --- tokens ---
 
-    def _sample(
-        self, spans: Sequence[Span], logits: Tensor | None, lookup: Lookup
-    ) -> tuple[dict[int, list[Sampled]], dict[int, list[TokenLogprob]]]:
-        tokens: dict[int, list[Sampled]] = {}
-        prompts: dict[int, list[TokenLogprob]] = {}
+    def _sample(self, spans: Sequence[Span], logits: Tensor | None, lookup: Lookup) -> _Sampling:
+        """Queues on the device all that gives tokens and log-probabilities."""
+        sampling = _Sampling()
         if logits is None:
-            return tokens, prompts
+            return sampling
         chosen: list[int] = []
         rows: list[SamplerRow] = []
-        sampled: list[int] = []
         first = 0
         for span in spans:
             request = lookup.requests[span.request]
             if span.logits > 1 or (span.logits and request.state.every_logit):
-                prompts[span.request] = self._prompt_logprobs(request, span, logits[first : first + span.logits])
+                sampling.add_prompt(request, span, logits[first : first + span.logits])
             first += span.logits
             if span.samples:
                 chosen.append(first - 1)
                 state = request.state
                 position = len(state.prompt) + len(state.output)
                 rows.append(SamplerRow(request.sampling, request.seed, position, state.prompt, state.output, request.ending))
-                sampled.append(span.request)
-        if not rows:
-            return tokens, prompts
-        if len(chosen) < logits.shape[0]:
-            logits = logits[to_device(chosen, logits.device)]
-        for number, result in zip(sampled, sample_rows(logits, rows), strict=True):
-            tokens[number] = [result]
-        return tokens, prompts
+                sampling.sampled.append(span.request)
+        if rows:
+            if len(chosen) < logits.shape[0]:
+                logits = logits[to_device(chosen, logits.device)]
+            sampling.rows = sampler.launch(logits, rows)
+        return sampling
 
-    @staticmethod
-    def _prompt_logprobs(request: LiveRequest, span: Span, logits: Tensor) -> list[TokenLogprob]:
-        """Log-probabilities of the prompt tokens that the span's rows with logits predict."""
+
+class _Sampling:
+    """What an iteration samples. sampled: the requests of `rows`, in order. prompts: by request, the log-probabilities of the
+    prompt tokens that its rows predict."""
+
+    def __init__(self) -> None:
+        self.sampled: list[int] = []
+        self.rows: sampler.Launched | None = None
+        self.prompts: dict[int, sampler.LaunchedPrompt | None] = {}
+
+    def add_prompt(self, request: LiveRequest, span: Span, logits: Tensor) -> None:
+        """Queues the log-probabilities of the prompt tokens that the span's rows with logits predict."""
         following = request.state.prompt[span.end - span.logits + 1 : span.end + 1]
         count = request.sampling.prompt_logprobs or 0
-        return prompt_logprobs(logits[: len(following)], following, count) if following else []
+        launched = sampler.launch_prompt(logits[: len(following)], following, count) if following else None
+        self.prompts[span.request] = launched
+
+    def result(self) -> tuple[dict[int, list[Sampled]], dict[int, list[TokenLogprob]]]:
+        """Waits for the device to have got so far: by request, the sampled tokens, and the prompts' log-probabilities."""
+        prompts = {
+            number: [] if launched is None else sampler.prompt_result(launched) for number, launched in self.prompts.items()
+        }
+        results = [] if self.rows is None else sampler.result(self.rows)
+        return {number: [result] for number, result in zip(self.sampled, results, strict=True)}, prompts

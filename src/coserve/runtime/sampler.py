@@ -49,6 +49,18 @@ class SamplerRow(NamedTuple):
     ending: frozenset[int]
 
 
+class Launched(NamedTuple):
+    rows: list[Sampled]
+
+
+def launch(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Launched:
+    return Launched(sample_rows(logits_BV, rows))
+
+
+def result(launched: Launched) -> list[Sampled]:
+    return launched.rows
+
+
 def sample_rows(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
     """The next token of each row. Leaves `logits_BV` as they are; waits for the device once, and once more for logprobs.
 
@@ -69,14 +81,33 @@ def sample_rows(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
     return [Sampled(token, logprobs.get(number)) for number, token in enumerate(tokens)]
 
 
+class LaunchedPrompt(NamedTuple):
+    """Log-probabilities of a prompt's tokens under way. parts: what `_measure` gives for some rows each, on its way to the
+    host."""
+
+    tokens: Sequence[int]
+    parts: Sequence[Tensor]
+
+
 def prompt_logprobs(logits_TV: Tensor, next_tokens: Sequence[int], count: int) -> list[TokenLogprob]:
     """Log-probability of next_tokens[t] by the logits of row t, and of that row's `count` likeliest tokens."""
+    return prompt_result(launch_prompt(logits_TV, next_tokens, count))
+
+
+def launch_prompt(logits_TV: Tensor, next_tokens: Sequence[int], count: int) -> LaunchedPrompt:
+    """Queues all work of `prompt_logprobs`, and waits for nothing."""
     assert logits_TV.shape[0] == len(next_tokens)
-    measured: list[list[float]] = []
+    parts = []
     for chunk in _chunks(range(len(next_tokens)), logits_TV.shape[1]):
         start, end = chunk[0], chunk[-1] + 1
-        measured += _measure(logits_TV[start:end].float(), next_tokens[start:end], count).tolist()
-    return [_token_logprob(token, numbers) for token, numbers in zip(next_tokens, measured, strict=True)]
+        parts.append(_measure(logits_TV[start:end].float(), next_tokens[start:end], count))
+    return LaunchedPrompt(next_tokens, parts)
+
+
+def prompt_result(launched: LaunchedPrompt) -> list[TokenLogprob]:
+    """Waits until the log-probabilities of `launch_prompt` are known."""
+    measured = [row for part in launched.parts for row in part.tolist()]
+    return [_token_logprob(token, numbers) for token, numbers in zip(launched.tokens, measured, strict=True)]
 
 
 def gumbel_noise(keys: Iterable[tuple[int, int]], size: int, device: torch.device) -> Tensor:

@@ -152,8 +152,9 @@ class HybridScheduler:
             self._account(plan, chosen, has_finetuning)
         return plan
 
-    def commit(self, plan: StepPlan, tokens: Mapping[int, Sequence[int]], now: float, seconds: float) -> None:
-        """A plan has run. tokens: what was sampled, by request; that of removed requests is dropped. seconds: what it took."""
+    def commit(self, plan: StepPlan, tokens: Mapping[int, Sequence[int]], now: float) -> None:
+        """A plan has given its tokens: what was sampled, by request. That of removed requests is dropped. Where the device
+        works beside the host, what follows the pass may still run."""
         for span in plan.spans:
             request = self.requests.get(span.request)
             if request is None:
@@ -165,9 +166,16 @@ class HybridScheduler:
                     request.first_token_s = now
             if request.running:
                 self._seal(request, span)
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """A plan is over, and the device took so many seconds for it."""
         contents = plan.contents
         if contents.inference or contents.units or contents.optimizer_elements:
             self.latency.observe(contents, seconds)
+
+    def rest_seconds(self, plan: StepPlan) -> float:
+        """Predicts what a plan takes behind its pass."""
+        return self.latency.seconds(plan.contents._replace(inference=None)) - self.latency.constant_seconds
 
     def _seal(self, request: RequestState, span: Span) -> None:
         """The blocks that the span filled may be shared from now on. A request that was preempted meanwhile has only what it

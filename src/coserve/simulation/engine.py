@@ -173,7 +173,8 @@ class SimulatedEngine:
     def _commit(self, launched: Launched, ran: Ran) -> None:
         now, plan, scheduler = self.clock(), launched.plan, self.scheduler
         alive = [span for span in plan.spans if span.request in scheduler.requests]
-        scheduler.commit(plan, ran.tokens, now, ran.seconds)
+        scheduler.commit(plan, ran.tokens, now)
+        scheduler.observe(plan, ran.seconds)
         for span in alive:
             request = self.requests[span.request]
             if request.state.every_logit:

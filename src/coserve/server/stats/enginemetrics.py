@@ -31,9 +31,10 @@ _COUNTER_ROWS = (
     _Row("inference_tokens", "inference_tokens", "Tokens that the engine sampled."),
     _Row("prompt_tokens", "prefill_tokens", "Prompt tokens that the engine computed."),
     _Row("finetune_tokens", "finetune_tokens", "Finetuning tokens; forward and backward count half each."),
-    _Row("busy_s", "busy_seconds", "Time in iterations."),
+    _Row("busy_s", "busy_seconds", "Time of the device in iterations."),
     _Row("inference_busy_s", "inference_busy_seconds", "Inference's part of it."),
     _Row("finetune_busy_s", "finetune_busy_seconds", "Finetuning's part of it."),
+    _Row("host_s", "host_seconds", "Time of the engine's thread that is not waiting for the device."),
     _Row("preemptions", "num_preemptions", "Requests that lost their blocks and were computed again."),
 )
 COUNTERS = tuple(row.key for row in _COUNTER_ROWS)
