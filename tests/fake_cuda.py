@@ -55,6 +55,9 @@ LAUNCHES: Mapping[str, int] = {
 }
 """Kernels of an operator, where it is not one."""
 
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "addmm_"})
+SMALL = 1 << 14
+"""Elements up to which float64 is no fault: log-probabilities of a few tokens."""
 CPU_ONLY = re.compile(r"mkldnn|_for_cpu|onednn|quantized")
 
 
@@ -87,7 +90,7 @@ needs_fake_cuda = pytest.mark.skipif(
 
 
 class FakeCuda(TorchDispatchMode):
-    """The device that `fake_cuda` gives. launches: by name. Inside `launching(label)` they are counted under that label too."""
+    """The device that `fake_cuda` gives. launches: by name. syncs: how often the host has waited for it, where it may."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +112,7 @@ class FakeCuda(TorchDispatchMode):
 
     @contextlib.contextmanager
     def host_may_read(self) -> Iterator[None]:
-        """Inside, copies to the host are no fault: what happens between iterations."""
+        """Inside, reading values is no fault: what happens between iterations. What is read is zeros."""
         self._reads_allowed += 1
         try:
             yield
@@ -119,24 +122,49 @@ class FakeCuda(TorchDispatchMode):
     def launched(self, name: str, count: int = 1) -> None:
         self.launches[name] += count
 
+    def _read(self, name: str, tensor: Tensor) -> Any:
+        """The host reads values, for which it waits: zeros, where it may."""
+        if not self._reads_allowed:
+            raise CudaFault(f"{name}: the host waits for the device\n{_where()}")
+        self.syncs += 1
+        if name == "_local_scalar_dense":
+            return 0 if not tensor.dtype.is_floating_point else 0.5
+        with _disable_current_modes():
+            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+    def _copy_to_host(self, target: Tensor, non_blocking: bool = False) -> Tensor:
+        """A copy to the host's memory, which may be queued."""
+        if not non_blocking and not self._reads_allowed:
+            raise CudaFault(f"copy_: the host waits for the device\n{_where()}")
+        self.syncs += not non_blocking
+        self.launched("copy to the host")
+        with _disable_current_modes():
+            return target.zero_()
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
         ins = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if _is_cpu(kwargs.get("device")) and not any(isinstance(t, FakeTensor) for t in ins):
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
             with _disable_current_modes():  # the host computes
                 return func(*args, **kwargs)
+        if name == "_local_scalar_dense" or (name == "_to_copy" and _is_cpu(kwargs.get("device", "cuda"))):
+            return self._read(name, ins[0])
+        if name == "copy_" and not isinstance(args[0], FakeTensor):
+            return self._copy_to_host(args[0], *args[2:], **kwargs)
         result = func(*args, **kwargs)
-        name = func._schema.name.split("::")[1]
         outs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not any(t.device.type == "cuda" for t in (*ins, *outs)):
             return result
         if CPU_ONLY.search(func._schema.name):
             raise CudaFault(f"{name} has no kernel for CUDA")
-        if any(t.device.type == "cpu" and t.numel() > 1 for t in outs) and not self._reads_allowed:
-            raise CudaFault(f"{name} copies to the host\n{_where()}")
-        if any(t.dtype in (torch.float64, torch.complex128) and t.device.type == "cuda" and t.numel() > 1 for t in outs):
+        if name in PRODUCTS and len({t.dtype for t in ins}) > 1:
+            raise CudaFault(f"{name} of {', '.join(str(t.dtype) for t in ins)}\n{_where()}")
+        if any(t.dtype == torch.float64 and t.device.type == "cuda" and t.numel() > SMALL for t in outs):
             raise CudaFault(f"{name} computes in float64\n{_where()}")
         if not (func.is_view or name in FREE):
             self.launched(name, LAUNCHES.get(name, 1))

@@ -1,0 +1,139 @@
+"""Whole engines on a device that computes nothing: what would fail on a GPU, or make the host wait in an iteration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from coserve.config.settings import (
+    AdapterConfig,
+    BottleneckConfig,
+    EngineConfig,
+    FinetuneConfig,
+    IA3Config,
+    LoraConfig,
+    SamplingConfig,
+    SchedulerConfig,
+)
+from coserve.engine.engine import Engine
+from coserve.peft.kinds import new_adapter
+from coserve.runtime.loaded import LoadedModel
+from coserve.scheduler.latency import LatencyModel
+from coserve.text.tokenizer import ChatTokenizer
+from tests.cuda_iterations import fake_model
+from tests.fake_cuda import CudaFault, FakeCuda, fake_cuda, needs_fake_cuda
+from tests.tiny_directory import build_tiny_directory, chat_lines, write_lines
+from tests.tiny_engine import LATENCY, drive
+
+pytestmark = needs_fake_cuda
+
+KINDS: dict[str, AdapterConfig] = {
+    "lora": LoraConfig(r=8), "dora": LoraConfig(r=16, use_dora=True), "ia3": IA3Config(), "bottleneck": BottleneckConfig(),
+}
+FIELDS = {kind: {"lora" if kind == "dora" else kind: config} for kind, config in KINDS.items()}
+"""How a job's settings name them."""
+SAMPLINGS: dict[str, SamplingConfig] = {
+    "greedy": SamplingConfig(temperature=0), "temperature": SamplingConfig(temperature=0.7),
+    "top_k": SamplingConfig(top_k=5), "top_p": SamplingConfig(top_p=0.8), "min_p": SamplingConfig(min_p=0.1),
+    "penalties": SamplingConfig(repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3),
+    "bias": SamplingConfig(logit_bias={3: 2.0}), "min_tokens": SamplingConfig(min_tokens=2, stop_token_ids=(5,)),
+    "logprobs": SamplingConfig(logprobs=3), "prompt_logprobs": SamplingConfig(prompt_logprobs=2), "n": SamplingConfig(n=2, seed=1),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return ChatTokenizer.load(build_tiny_directory(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture()
+def cuda() -> Iterator[FakeCuda]:
+    with fake_cuda() as device:
+        yield device
+
+
+def make_engine(cuda: FakeCuda, tokenizer: ChatTokenizer, name: str = "Llama-3.1-8B") -> Engine:
+    """An engine on a fake model. Jobs may read values between iterations; the runner may not."""
+    model: LoadedModel = dataclasses.replace(fake_model(name), tokenizer=tokenizer)
+    config = EngineConfig(
+        memory_bytes=4 << 30, inference_share=0.2, max_adapters=16, cuda_graphs=False,
+        scheduler=SchedulerConfig(tpot_ms=200, ttft_ms=3000),
+    )
+    engine = Engine(model, config, latency=LatencyModel(dict(LATENCY)))
+    advance = engine.jobs.advance
+
+    def reading(watcher: object) -> None:
+        with cuda.host_may_read():
+            advance(watcher)  # type: ignore[arg-type]
+
+    engine.jobs.advance = reading  # type: ignore[method-assign,assignment]
+    return engine
+
+
+def submit(engine: Engine, samplings: Sequence[SamplingConfig], adapters: Sequence[str | None] = (None,)) -> None:
+    for number, sampling in enumerate(samplings):
+        sampling = dataclasses.replace(sampling, max_tokens=6, ignore_eos=True)
+        engine.submit(list(range(3, 40 + number)), sampling, adapter=adapters[number % len(adapters)])
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_sampling(cuda: FakeCuda, tokenizer: ChatTokenizer, sampling: str) -> None:
+    engine = make_engine(cuda, tokenizer)
+    submit(engine, [SAMPLINGS[sampling], SAMPLINGS["greedy"]])
+    drive(engine)
+    assert engine.metrics()["requests_finished"] == 2 + (sampling == "n") and cuda.syncs == 0
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Qwen2.5-14B"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_beside_requests_of_all_adapters(
+    cuda: FakeCuda, tokenizer: ChatTokenizer, tmp_path: Path, name: str, kind: str
+) -> None:
+    engine = make_engine(cuda, tokenizer, name)
+    for number, config in enumerate(KINDS.values()):
+        engine.add_adapter(f"adapter-{number}", new_adapter(engine.model.weights, config, seed=number))
+    data = write_lines(tmp_path / "data.jsonl", chat_lines(12))
+    config = FinetuneConfig(
+        max_steps=2, batch_size=4, max_microbatch_tokens=64, checkpoint_steps=1,
+        deterministic=kind == "lora", **FIELDS[kind],
+    )
+    with cuda.host_may_read():
+        job = engine.finetune(data, tmp_path / "out", config)
+    submit(engine, list(SAMPLINGS.values()) * 2, [None, *(f"adapter-{n}" for n in range(4))])
+    drive(engine)
+    assert job.status == "succeeded", job.error
+    assert {shape["direction"] for shape in engine.metrics()["unit_shapes"]} >= {"forward", "backward"}
+
+
+def seeded(fault: str) -> None:
+    """What each check catches."""
+    x = torch.empty(8, 8, dtype=torch.bfloat16, device="cuda")
+    match fault:
+        case "another device":
+            torch.mm(x, torch.zeros(8, 8, dtype=torch.bfloat16))
+        case "a read":
+            float(x.sum())
+        case "a list":
+            x.sum(0).tolist()
+        case "a copy":
+            x.cpu()
+        case "a condition":
+            x[x > 0]
+        case "an operator of the CPU":
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*[x.view(1, 1, 8, 8)] * 3)
+        case "float64":
+            x.repeat(64, 64).double()
+        case "another dtype":
+            torch.mm(x, x.float())
+
+
+@pytest.mark.parametrize("fault", [
+    "another device", "a read", "a list", "a copy", "a condition", "an operator of the CPU", "float64", "another dtype",
+])
+def test_the_check_can_fail(cuda: FakeCuda, fault: str) -> None:
+    with pytest.raises((CudaFault, RuntimeError, TypeError)):
+        seeded(fault)
