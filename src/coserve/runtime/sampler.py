@@ -7,7 +7,10 @@ logits goes through
         -> temperature -> top_k -> top_p -> min_p -> noise -> argmax
 
 and a greedy row from min_tokens straight to the argmax. Log-probabilities are of the raw logits, as vLLM's are. Noise is keyed
-by (seed, position) and rows share no arithmetic that rounds, so neither batching nor preemption changes a result.
+by (seed, position) and rows share no arithmetic that rounds, so neither batching nor preemption changes a result. On CUDA what
+follows min_tokens is in kernels (`kernels/triton/sampling.py`), which give the same tokens.
+
+`launch` queues everything, `result` waits for it; other work may be queued in between.
 
 Shapes: B rows (requests), T tokens, V vocabulary.
 """
@@ -23,7 +26,9 @@ from torch import Tensor
 
 from coserve.config.settings import SamplingConfig
 from coserve.core import Sampled, TokenLogprob
+from coserve.kernels.choose import runs_triton
 from coserve.kernels.reference import hash_key, mix32
+from coserve.kernels.triton import sampling as fused_sampling
 from coserve.runtime.transfer import to_device
 
 _GREEDY_BELOW = 1e-5
@@ -50,35 +55,83 @@ class SamplerRow(NamedTuple):
 
 
 class Launched(NamedTuple):
-    rows: list[Sampled]
+    """Tokens under way. tokens_B: int64 [B] on the device. numbers: what the host will read, in its memory: the tokens, then
+    what `_measure` gives for each row of `asked` (row -> how many numbers). copied: follows the copy of `numbers`; None where
+    there was nothing to queue."""
 
-
-def launch(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Launched:
-    return Launched(sample_rows(logits_BV, rows))
-
-
-def result(launched: Launched) -> list[Sampled]:
-    return launched.rows
+    tokens_B: Tensor
+    numbers: Tensor
+    asked: dict[int, int]
+    copied: torch.cuda.Event | None
 
 
 def sample_rows(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
-    """The next token of each row. Leaves `logits_BV` as they are; waits for the device once, and once more for logprobs.
+    """The next token of each row. Leaves `logits_BV` as they are; waits for the device once.
 
     A row with NaN gives the place of its first NaN.
     """
+    return result(launch(logits_BV, rows))
+
+
+def launch(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Launched:
+    """Queues all work of `sample_rows` and the copy to the host, and waits for nothing. `logits_BV` may be written again by
+    work that is queued later on the same stream."""
     assert logits_BV.shape[0] == len(rows)
-    if not rows:
-        return []
-    raw_BV = logits_BV.float()
+    device = logits_BV.device
+    fused = runs_triton(device) and len(rows) > 0
+    tokens_B = _fused_tokens(logits_BV, rows) if fused else _tokens(logits_BV.float(), rows)
+    parts = _sampled_logprobs(logits_BV, tokens_B, rows)
+    numbers = torch.cat([tokens_B.double(), *parts.values()]) if parts else tokens_B
+    copied = None
+    if device.type == "cuda":
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        numbers = host.copy_(numbers, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(device))
+    return Launched(tokens_B, numbers, {number: len(part) for number, part in parts.items()}, copied)
+
+
+def result(launched: Launched) -> list[Sampled]:
+    """Waits until the tokens of `launch` are known."""
+    if launched.copied is not None:
+        launched.copied.synchronize()
+    count = launched.tokens_B.shape[0]
+    numbers = launched.numbers.tolist()
+    tokens, first = [int(token) for token in numbers[:count]], count
+    logprobs: dict[int, TokenLogprob] = {}
+    for number, length in launched.asked.items():
+        logprobs[number] = _token_logprob(tokens[number], numbers[first : first + length])
+        first += length
+    return [Sampled(token, logprobs.get(number)) for number, token in enumerate(tokens)]
+
+
+def _tokens(raw_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+    """int64 [B] by PyTorch's operators."""
     edited_BV = _edited(raw_BV, rows)
     tokens_B = edited_BV.argmax(-1)
     drawn = [number for number, row in enumerate(rows) if row.sampling.temperature >= _GREEDY_BELOW]
     for chunk in _chunks(drawn, raw_BV.shape[1]):
         index = to_device(chunk, raw_BV.device)
         tokens_B[index] = _draw(edited_BV[index], [rows[number] for number in chunk])
-    tokens: list[int] = tokens_B.tolist()
-    logprobs = _sampled_logprobs(raw_BV, tokens, rows)
-    return [Sampled(token, logprobs.get(number)) for number, token in enumerate(tokens)]
+    return tokens_B
+
+
+def _fused_tokens(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+    """The same by two or three kernels, which read the logits in the model's dtype unless a request changes its own."""
+    if logits_BV.dtype not in fused_sampling.DTYPES or not all(map(_is_plain, rows)):
+        logits_BV = _edited(logits_BV.float(), rows)
+    draws = [_row_draw(row) for row in rows]
+    table = to_device(fused_sampling.settings_table(draws), logits_BV.device)
+    return fused_sampling.draw_tokens(logits_BV, table, filtered=any(draw.filtered for draw in draws))
+
+
+def _row_draw(row: SamplerRow) -> fused_sampling.Draw:
+    sampling = row.sampling
+    if sampling.temperature < _GREEDY_BELOW:
+        return fused_sampling.Draw(0, 0.0, 0, 1.0, -math.inf)
+    log_min_p = math.log(sampling.min_p) if sampling.min_p else -math.inf
+    key = hash_key(row.seed, row.position)
+    return fused_sampling.Draw(key, sampling.temperature, sampling.top_k, sampling.top_p, log_min_p)
 
 
 class LaunchedPrompt(NamedTuple):
@@ -100,7 +153,8 @@ def launch_prompt(logits_TV: Tensor, next_tokens: Sequence[int], count: int) -> 
     parts = []
     for chunk in _chunks(range(len(next_tokens)), logits_TV.shape[1]):
         start, end = chunk[0], chunk[-1] + 1
-        parts.append(_measure(logits_TV[start:end].float(), next_tokens[start:end], count))
+        tokens = to_device(next_tokens[start:end], logits_TV.device)
+        parts.append(_measure(logits_TV[start:end].float(), tokens, count))
     return LaunchedPrompt(next_tokens, parts)
 
 
@@ -189,22 +243,22 @@ def _filter(scores_BV: Tensor, samplings: Sequence[SamplingConfig]) -> Tensor:
     return scores_BV.masked_fill(torch.empty_like(excluded).scatter_(-1, order, excluded), -torch.inf)
 
 
-def _sampled_logprobs(raw_BV: Tensor, tokens: Sequence[int], rows: Sequence[SamplerRow]) -> dict[int, TokenLogprob]:
-    """By number of the row, of those that ask. Each is computed by itself, so that its neighbours don't change its rounding."""
-    asked = {number: row.sampling.logprobs for number, row in enumerate(rows) if row.sampling.logprobs is not None}
-    if not asked:
-        return {}
-    parts = [_measure(raw_BV[number : number + 1], tokens[number : number + 1], count)[0] for number, count in asked.items()]
-    numbers, found = torch.cat(parts).tolist(), {}
-    for number, part in zip(asked, parts, strict=True):
-        found[number] = _token_logprob(tokens[number], numbers[: len(part)])
-        numbers = numbers[len(part) :]
+def _sampled_logprobs(logits_BV: Tensor, tokens_B: Tensor, rows: Sequence[SamplerRow]) -> dict[int, Tensor]:
+    """What `_measure` gives, by number of the row, of those that ask. Each is computed by itself, so that its neighbours don't
+    change its rounding."""
+    found: dict[int, Tensor] = {}
+    for number, row in enumerate(rows):
+        if row.sampling.logprobs is not None:
+            only = slice(number, number + 1)
+            found[number] = _measure(logits_BV[only].float(), tokens_B[only], row.sampling.logprobs)[0]
     return found
 
 
-def _measure(logits_TV: Tensor, tokens: Sequence[int], count: int) -> Tensor:
-    """float64 [T, 2 + 2 * count]: the token's logit, the logarithm of the exponentials' sum, the best logits, their ids."""
-    own = logits_TV.gather(-1, to_device(tokens, logits_TV.device)[:, None])
+def _measure(logits_TV: Tensor, tokens_T: Tensor, count: int) -> Tensor:
+    """float64 [T, 2 + 2 * count]: the token's logit, the logarithm of the exponentials' sum, the best logits, their ids.
+
+    tokens_T: int64, on the device of the logits."""
+    own = logits_TV.gather(-1, tokens_T[:, None])
     best = logits_TV.topk(min(count, logits_TV.shape[1]), dim=-1)
     parts = (own, logits_TV.logsumexp(-1, keepdim=True), best.values, best.indices)
     return torch.cat([part.double() for part in parts], dim=-1)

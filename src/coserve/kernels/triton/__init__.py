@@ -21,13 +21,13 @@ def available() -> bool:
     return triton is not None
 
 
-def jit(*, unspecialized: Sequence[str] = ()) -> Callable[[Callable[..., None]], Any]:
+def jit(*, unspecialized: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: `triton.jit`, or the bare function where there is no Triton.
 
     unspecialized: integers that change from call to call; Triton would compile anew for 1 and for multiples of 16.
     """
 
-    def decorate(kernel: Callable[..., None]) -> Any:
+    def decorate(kernel: Callable[..., Any]) -> Any:
         return kernel if triton is None else triton.jit(kernel, do_not_specialize=list(unspecialized))
 
     return decorate
