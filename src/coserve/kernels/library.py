@@ -19,6 +19,7 @@ from torch import Tensor
 from coserve.kernels.choose import runs_triton
 from coserve.kernels.native import kernels_for
 from coserve.kernels.reference import dropout_keep
+from coserve.kernels.triton import crossentropy
 from coserve.kernels.triton.segments import segment_linear
 
 _FEW_ROWS, _SMALL_MATRIX = 8, 1 << 15
@@ -266,6 +267,11 @@ class Head(Protocol):
         """A new [T, D]: the head's weights of some tokens."""
 
 
+def fused_head(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `label_rows` takes one kernel per chunk, which needs no memory beyond the chunk of logits."""
+    return runs_triton(device) and dtype in crossentropy.DTYPES
+
+
 def label_rows(
     logprob_T: Tensor, correct_T: Tensor, grad_TD: Tensor | None, hidden_TD: Tensor, labels_T: Tensor,
     norm: Tensor, eps: float, head: Head, logits_CV: Tensor,
@@ -283,14 +289,19 @@ def label_rows(
         rmsnorm(normed, hidden, norm, eps)
         logits = logits_CV[: hidden.shape[0]]
         head.logits(logits, normed)
-        logits = logits.to(_wide(logits.dtype))
-        label_logit = logits.gather(1, labels)
-        best_logit = logits.amax(dim=1, keepdim=True)
-        torch.softmax(logits, dim=1, out=logits)
-        # log-sum-exp from the largest entry, whose probability is never near 0
-        lse = best_logit - logits.amax(dim=1, keepdim=True).log_()
-        logprob_T[rows] = (label_logit - lse)[:, 0]
-        correct_T[rows] = (label_logit == best_logit)[:, 0]
+        if fused_head(logits.device, logits.dtype):
+            crossentropy.label_logprobs(
+                logprob_T[rows], correct_T[rows], logits, labels[:, 0], probabilities=grad_TD is not None
+            )
+        else:
+            logits = logits.to(_wide(logits.dtype))
+            label_logit = logits.gather(1, labels)
+            best_logit = logits.amax(dim=1, keepdim=True)
+            torch.softmax(logits, dim=1, out=logits)
+            # log-sum-exp from the largest entry, whose probability is never near 0
+            lse = best_logit - logits.amax(dim=1, keepdim=True).log_()
+            logprob_T[rows] = (label_logit - lse)[:, 0]
+            correct_T[rows] = (label_logit == best_logit)[:, 0]
         if grad_TD is not None:
             d_normed = head.rows(labels[:, 0]).sub_(head.input_grad(logits.to(hidden.dtype)))
             rmsnorm_dgrad(grad_TD[rows], d_normed, hidden, norm, eps, accumulate=False)

@@ -46,13 +46,14 @@ def shape_adapter(arch: Architecture, config: AdapterConfig) -> Adapter:
 
 def training_bytes(
     arch: Architecture, plan: ModelPlan, num_parameters: int, *, microbatch_tokens: int, window_tokens: int, itemsize: int,
-    packed: bool = False, one_copy: bool = False,
+    packed: bool = False, one_copy: bool = False, fused_head: bool = False,
 ) -> dict[str, int]:
     """Bytes by purpose for one job whose largest micro-batch has `microbatch_tokens` tokens. packed: whether frozen matrices
-    have a packed layout, as in `load_weights`. one_copy: whether each of those is held once instead of once per product."""
+    have a packed layout, as in `load_weights`. one_copy: whether each of those is held once instead of once per product.
+    fused_head: as `head_rows` takes it."""
     wide = max(itemsize, 4)
     window = min(window_tokens, microbatch_tokens)
-    head = min(head_rows(arch.vocab_size, itemsize), window) * arch.vocab_size * itemsize
+    head = min(head_rows(arch.vocab_size, itemsize, fused=fused_head), window) * arch.vocab_size * itemsize
     streams = 3 * arch.hidden_size * itemsize + 2 * arch.num_kv_heads * arch.head_dim * wide
     copies = itemsize + 3 * wide + (0 if wide == itemsize else wide)
     layouts = 0

@@ -31,10 +31,15 @@ from coserve.runtime.sharedhead import shared_label_rows
 HEAD_BYTES = 64 << 20
 """Size of the loss head's logits chunk."""
 
+_FUSED_ROWS, _ROWS_TILE = 1024, 128
+"""Where the head is fused, a chunk has at least so many rows, and whole multiples of so many, for the matrix products' sake."""
 
-def head_rows(vocab_size: int, itemsize: int) -> int:
-    """Label rows whose logits fit into the chunk."""
-    return max(16, HEAD_BYTES // (vocab_size * itemsize))
+
+def head_rows(vocab_size: int, itemsize: int, *, fused: bool = False) -> int:
+    """Label rows of a chunk: those whose logits fit into it. fused: whether `library.fused_head` holds and no ranks share the
+    head. The kernel takes no memory beside the logits, so that chunks of more rows fit where others need several copies."""
+    fitting = HEAD_BYTES // (vocab_size * itemsize)
+    return max(_FUSED_ROWS, fitting // _ROWS_TILE * _ROWS_TILE) if fused else max(16, fitting)
 
 
 class Executor:
@@ -151,7 +156,8 @@ class TrainExecutor:
         hidden = state.hidden(self.arch.num_layers)[index]
         grad = None if state.forward_only else torch.empty_like(hidden)
         vocab = self.arch.vocab_size
-        chunk = min(head_rows(vocab, hidden.element_size()), hidden.shape[0])
+        fused = self.weights.tokens is None and library.fused_head(hidden.device, hidden.dtype)
+        chunk = min(head_rows(vocab, hidden.element_size(), fused=fused), hidden.shape[0])
         logits = self.executor.workspace.reserve(chunk * vocab * hidden.element_size()).view(hidden.dtype).view(chunk, vocab)
         outcome = state.logprobs[labels], state.correct[labels], grad, hidden, state.batch.labels[labels]
         head = self.weights.norm, self.arch.rms_norm_eps, self.weights.head, logits

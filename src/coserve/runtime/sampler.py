@@ -29,7 +29,7 @@ from coserve.core import Sampled, TokenLogprob
 from coserve.kernels.choose import runs_triton
 from coserve.kernels.reference import hash_key, mix32
 from coserve.kernels.triton import sampling as fused_sampling
-from coserve.runtime.transfer import to_device
+from coserve.runtime.transfer import HostCopy, to_device
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy: float32 scores would overflow."""
@@ -55,14 +55,12 @@ class SamplerRow(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """Tokens under way. tokens_B: int64 [B] on the device. numbers: what the host will read, in its memory: the tokens, then
-    what `_measure` gives for each row of `asked` (row -> how many numbers). copied: follows the copy of `numbers`; None where
-    there was nothing to queue."""
+    """Tokens under way. tokens_B: int64 [B] on the device. numbers: what the host will read: the tokens, then
+    what `_measure` gives for each row of `asked` (row -> how many numbers)."""
 
     tokens_B: Tensor
-    numbers: Tensor
+    numbers: HostCopy
     asked: dict[int, int]
-    copied: torch.cuda.Event | None
 
 
 def sample_rows(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
@@ -82,21 +80,12 @@ def launch(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Launched:
     tokens_B = _fused_tokens(logits_BV, rows) if fused else _tokens(logits_BV.float(), rows)
     parts = _sampled_logprobs(logits_BV, tokens_B, rows)
     numbers = torch.cat([tokens_B.double(), *parts.values()]) if parts else tokens_B
-    copied = None
-    if device.type == "cuda":
-        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        numbers = host.copy_(numbers, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(device))
-    return Launched(tokens_B, numbers, {number: len(part) for number, part in parts.items()}, copied)
+    return Launched(tokens_B, HostCopy(numbers), {number: len(part) for number, part in parts.items()})
 
 
 def result(launched: Launched) -> list[Sampled]:
     """Waits until the tokens of `launch` are known."""
-    if launched.copied is not None:
-        launched.copied.synchronize()
-    count = launched.tokens_B.shape[0]
-    numbers = launched.numbers.tolist()
+    count, numbers = launched.tokens_B.shape[0], launched.numbers.wait().tolist()
     tokens, first = [int(token) for token in numbers[:count]], count
     logprobs: dict[int, TokenLogprob] = {}
     for number, length in launched.asked.items():

@@ -1,4 +1,4 @@
-"""Copies from host to device that do not wait for the device.
+"""Copies between host and device that do not wait for the device.
 
 A copy from ordinary host memory makes CUDA wait for everything before it; one from pinned memory is queued like a kernel.
 Pinned memory comes from PyTorch's cache, which reuses it only after the copy has run.
@@ -22,3 +22,21 @@ def to_device(host: Tensor | np.ndarray | Sequence[int], device: torch.device) -
     if device.type != "cuda" or not host.numel():
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A tensor's values on their way to the host. Nothing waits for them before `wait`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = tensor
+        self._copied: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait(self) -> Tensor:
+        """The values in the host's memory, when all work that was queued before the copy has run."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host

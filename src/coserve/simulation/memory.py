@@ -94,7 +94,7 @@ def device_memory(
     rows = limits.max_num_batched_tokens + limits.max_window_tokens
     training = training_bytes(
         arch, plan, adapter.flat.numel(), microbatch_tokens=limits.max_window_tokens, window_tokens=limits.max_window_tokens,
-        itemsize=itemsize,
+        itemsize=itemsize, fused_head=tensor_parallel_size == 1,
     )
     fused = fused_plan(arch, adapter, (), [{}] * arch.num_layers, plan, dropout=adapter.dropout, itemsize=itemsize)
     memory = DeviceMemory(

@@ -33,6 +33,7 @@ from coserve.finetune.datasets import Dataset
 from coserve.finetune.defaults import describe_settings
 from coserve.finetune.job import Job, JobEvent, StepRow, refuse_changes
 from coserve.finetune.taught import taught_end_tokens
+from coserve.kernels.library import fused_head
 from coserve.kernels.native import kernels_identity
 from coserve.model.decoder import rank_architecture
 from coserve.model.linear import can_pack
@@ -87,6 +88,7 @@ def planned_bytes(job: ResolvedJob, model: Model, plan: ModelPlan, *, one_copy: 
     needed = training_bytes(
         arch, plan, num_parameters, microbatch_tokens=job.plans.num_tokens, window_tokens=settings.window_tokens,
         itemsize=model.dtype.itemsize, packed=can_pack(model.dtype, model.device), one_copy=one_copy,
+        fused_head=job.group is None and fused_head(model.device, model.dtype),
     )
     if isinstance(model, LoadedModel):
         needed.pop("weights")

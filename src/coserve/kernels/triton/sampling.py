@@ -149,7 +149,11 @@ def _peaks_kernel(
     if filtered:
         cut, limit = tl.load(cuts + row), tl.load(limits + row)
     ids = part * tile + tl.arange(0, tile)
-    score = _kept_scores(logits + row.to(tl.int64) * stride, ids, size, tl.where(noisy, temperature, 1.0), cut, limit)
+    logits += row.to(tl.int64) * stride
+    if filtered:
+        score = _kept_scores(logits, ids, size, tl.where(noisy, temperature, 1.0), cut, limit)
+    else:  # no score has to be exact but those without noise, whose factor is 1
+        score = _logits(logits, ids, size) * tl.where(noisy, 1.0 / temperature, 1.0)
     if noisy:
         score += _near_noise(_noise_bits(ids, key))
     tl.store(peaks + row * tl.num_programs(1) + part, tl.max(tl.where(score != score, float("inf"), score), 0))
@@ -173,8 +177,8 @@ def _pick_kernel(
     numbers = tl.arange(0, tiles_tile)
     peak_of = tl.load(peaks + row * num_tiles + numbers, mask=numbers < num_tiles, other=float("-inf"))
     peak = tl.max(peak_of, 0)
-    # The two errors of 2^-16 and the roundings of two sums, several times over: a tile more costs little.
-    error = tl.where(noisy & (tl.abs(peak) < float("inf")), 2.44140625e-4 + tl.abs(peak) * 9.5367431640625e-7, 0.0)
+    # Two errors of the noise of 2^-16, and the roundings of two scores and sums, several times over: a tile more costs little.
+    error = tl.where(noisy & (tl.abs(peak) < float("inf")), 2.44140625e-4 + tl.abs(peak) * 1.9073486328125e-6, 0.0)
     near = (peak_of >= peak - error) & (numbers < num_tiles)
     best, token = tl.full([], -0x7FFFFFFF, tl.int32), tl.full([], 0, tl.int32)
     part = tl.min(tl.where(near, numbers, num_tiles), 0)
@@ -405,6 +409,17 @@ def settings_table(draws: Sequence[Draw]) -> Tensor:
     return torch.tensor(draws, dtype=torch.float64).view(len(draws), _SETTINGS)
 
 
+def row_cuts(logits_BV: Tensor, settings_B5: Tensor) -> tuple[Tensor, Tensor]:
+    """(cuts, limits), float32 and int32 [B]: the filters leave the tokens whose logit over the temperature is above the row's
+    cut, and those on it whose ids are below its limit. Arguments as `draw_tokens` has them."""
+    rows, size = logits_BV.shape
+    cuts = torch.empty(rows, dtype=torch.float32, device=logits_BV.device)
+    limits = torch.empty(rows, dtype=torch.int32, device=logits_BV.device)
+    launch: Any = _cut_kernel[(rows,)]
+    launch(cuts, limits, logits_BV, settings_B5, size, logits_BV.stride(0), num_settings=_SETTINGS, tile=CUT_TILE, num_warps=16)
+    return cuts, limits
+
+
 def draw_tokens(logits_BV: Tensor, settings_B5: Tensor, *, filtered: bool) -> Tensor:
     """int64 [B]: the token of each row. Waits for nothing.
 
@@ -420,10 +435,7 @@ def draw_tokens(logits_BV: Tensor, settings_B5: Tensor, *, filtered: bool) -> Te
         return tokens
     stride = logits_BV.stride(0)
     peaks = torch.empty(rows, num_tiles, dtype=torch.float32, device=device)
-    cuts, limits = torch.empty(rows, dtype=torch.float32, device=device), torch.empty(rows, dtype=torch.int32, device=device)
-    if filtered:
-        cut: Any = _cut_kernel[(rows,)]
-        cut(cuts, limits, logits_BV, settings_B5, size, stride, num_settings=_SETTINGS, tile=CUT_TILE, num_warps=16)
+    cuts, limits = row_cuts(logits_BV, settings_B5) if filtered else (peaks, tokens)  # which are not read then
     common = {"num_settings": _SETTINGS, "filtered": filtered, "tile": PEAK_TILE, "num_warps": 4}
     launch: Any = _peaks_kernel[(rows, num_tiles)]
     launch(peaks, logits_BV, settings_B5, cuts, limits, size, stride, **common)
