@@ -1,7 +1,7 @@
 """The Triton kernels over vocabulary rows, sampling and cross-entropy, against PyTorch.
 
-As in test_triton.py, one test runs this file again in Triton's interpreter. Tiles are made short, so that small vocabularies have
-several. Memory that a kernel may not read or write holds NaN.
+As in test_triton.py, one test runs this file again in Triton's interpreter. Tiles are made short, so that small vocabularies
+have several. Memory that a kernel may not read or write holds NaN.
 
 B rows (requests), C rows (labels), V vocabulary.
 """
@@ -24,9 +24,8 @@ from coserve.config.settings import SamplingConfig
 from coserve.core import Sampled
 from coserve.kernels import library
 from coserve.kernels import triton as kernels
-from coserve.kernels.triton import crossentropy, jit, sampling
+from coserve.kernels.triton import crossentropy, cuts, jit, sampling
 from coserve.model.linear import OutputHead
-from coserve.planning.budget import training_bytes
 from coserve.runtime import sampler
 from coserve.runtime.executor import HEAD_BYTES, head_rows
 from coserve.runtime.sampler import SamplerRow, gumbel_noise, launch, result, sample_rows
@@ -59,7 +58,7 @@ def test_modules_import_without_triton() -> None:
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "from coserve.kernels import triton as kernels\n"
-        "from coserve.kernels.triton import crossentropy, sampling\n"
+        "from coserve.kernels.triton import crossentropy, cuts, sampling\n"
         "assert not kernels.available()"
     )
     source = Path(kernels.__file__).parents[3]
@@ -74,7 +73,7 @@ def test_modules_import_without_triton() -> None:
 @pytest.fixture
 def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "PEAK_TILE", 64)
-    monkeypatch.setattr(sampling, "CUT_TILE", 128)
+    monkeypatch.setattr(cuts, "CUT_TILE", 128)
 
 
 def by_kernels(logits_BV: Tensor, rows: list[SamplerRow]) -> list[Sampled]:
@@ -125,12 +124,13 @@ def random_settings(rng: random.Random, size: int, *, filtered: bool) -> dict[st
 
 @interpreted
 @pytest.mark.usefixtures("short_tiles")
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(8))
 def test_tokens_without_filters(seed: int) -> None:
     rng = random.Random(seed)
-    size, count = rng.choice([1, 2, 63, 64, 150]), 200
+    size, count = [1, 2, 63, 64, 65, 150, 150, 200][seed], 80
     logits = random_logits(rng, count, size)
-    rows = [row(rng.randrange(1 << 40), rng.randrange(10_000), **random_settings(rng, size, filtered=False)) for _ in range(count)]
+    kinds = [random_settings(rng, size, filtered=False) for _ in range(count)]
+    rows = [row(rng.randrange(1 << 40), rng.randrange(10_000), **kind) for kind in kinds]
     assert tokens_of(by_kernels(logits, rows)) == tokens_of(sample_rows(logits, rows))
 
 
@@ -146,8 +146,8 @@ def test_filters_leave_the_same_tokens(seed: int) -> None:
     assert tokens_of(by_kernels(logits, rows)) == tokens_of(sample_rows(logits, rows))
     scores = logits.float() / torch.tensor([[each.sampling.temperature] for each in rows])
     want = sampler._filter(scores, [each.sampling for each in rows]) > -math.inf
-    cuts, limits = sampling.row_cuts(logits, sampling.settings_table([sampler._row_draw(each) for each in rows]))
-    kept = (scores > cuts[:, None]) | ((scores == cuts[:, None]) & (torch.arange(size) < limits[:, None]))
+    lowest, limits = cuts.row_cuts(logits, sampling.settings_table([sampler._row_draw(each) for each in rows]))
+    kept = (scores > lowest[:, None]) | ((scores == lowest[:, None]) & (torch.arange(size) < limits[:, None]))
     kept &= scores > -math.inf
     assert torch.equal(kept, want), [each.sampling for each, same in zip(rows, (kept == want).all(1), strict=True) if not same]
 
@@ -159,9 +159,9 @@ def test_ties_on_the_edge_of_top_p_stay_in_order_of_their_ids() -> None:
     logits[1, 150:] = 2.0
     rows = [row(number, top_p=top_p) for number, top_p in enumerate([0.101, 0.5, 0.1, 1e-9, 0.9999])]
     table = sampling.settings_table([sampler._row_draw(each) for each in rows])
-    cuts, limits = sampling.row_cuts(logits, table)
+    lowest, limits = cuts.row_cuts(logits, table)
     share = math.exp(2.0)
-    assert cuts.tolist() == [0.0, 2.0, 0.0, 0.0, 0.0]
+    assert lowest.tolist() == [0.0, 2.0, 0.0, 0.0, 0.0]
     assert limits.tolist() == [21, 150 + math.ceil((50 * share + 150) / 2 / share), 20, 1, 200]
 
 
@@ -234,9 +234,12 @@ def test_launch_reads_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> No
         reads.append(tensor.numel())
         return to_list(tensor)
 
+    def refused(*_: object) -> None:
+        raise AssertionError("read on the host")
+
     with monkeypatch.context() as patch:
-        for name in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy", "nonzero"):
-            patch.delattr(Tensor if name in vars(Tensor) else torch._C.TensorBase, name, raising=False)
+        for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
+            patch.setattr(Tensor, name, refused)
         launched = launch(logits, rows)
     monkeypatch.setattr(Tensor, "tolist", counted)
     assert result(launched) == want
@@ -255,8 +258,8 @@ def test_near_noise_is_within_its_error() -> None:
         tl.store(exact + index, sampling._exact_noise(own))
 
     edges = [edge + step for edge in (0, 1 << 16, 1 << 31, 15 << 28) for step in range(-40, 40)]
-    bits = torch.tensor([*edges, *range(2**32 - 100, 2**32)] + random.Random(0).sample(range(1 << 32), 20_000)) & 0xFFFFFFFF
-    bits = bits[:16_384]
+    others = random.Random(0).sample(range(1 << 32), 16_384)
+    bits = torch.tensor([*edges, *range(2**32 - 100, 2**32), *others][:16_384]) & 0xFFFFFFFF
     near, exact = torch.empty(16_384), torch.empty(16_384)
     kernel[(1,)](near, exact, bits, tile=16_384)
     assert float((near.double() - exact.double()).abs().max()) < 2.0**-16 / 2
@@ -309,20 +312,26 @@ def test_cross_entropy_in_float32(tile: int, size: int, scale: float, monkeypatc
 @interpreted
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 def test_cross_entropy_in_bfloat16(scale: float) -> None:
+    """The interpreter cuts digits off where a device rounds. So the kernel's float32 numbers are rounded here, and must be
+    what it wrote but for that."""
     generator = torch.Generator().manual_seed(2)
     logits = (scale * torch.randn(6, 5000, generator=generator)).bfloat16()
     labels = torch.randint(0, 5000, (6,), generator=generator)
-    logprobs, _, probabilities = by_kernel(logits, labels)
+    logprobs, correct, probabilities = by_kernel(logits, labels)
+    wide_logprobs, wide_correct, wide = by_kernel(logits.float(), labels)
+    assert torch.equal(logprobs, wide_logprobs) and torch.equal(correct, wide_correct)
+    cut_off = (wide.view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
+    assert ((probabilities == wide.bfloat16()) | (probabilities == cut_off)).all()
     want = torch.log_softmax(logits.double(), -1)
-    plain = torch.softmax(logits.float(), -1).bfloat16()
     torch.testing.assert_close(logprobs.double(), want.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=1e-5)
-    error, limit = ((found.double() - want.exp()).abs() for found in (probabilities, plain))
+    plain = torch.softmax(logits.float(), -1).bfloat16()
+    error, limit = ((found.double() - want.exp()).abs() for found in (wide.bfloat16(), plain))
     assert float(error.max()) <= 2 * float(limit.max()) and float(error.mean()) <= 1.1 * float(limit.mean())
 
 
 @interpreted
 def test_cross_entropy_of_improbable_and_broken_rows() -> None:
-    """log p of -1000 is exact; minus infinity has probability 0; a row with NaN is NaN and spoils no other; ties are correct."""
+    """log p of -1000 is exact; minus infinity has probability 0; a row with NaN is NaN and spoils no other; ties count."""
     logits = torch.zeros(6, 150)
     logits[0] = -2000.0
     logits[0, 1], logits[0, 100] = 0.0, -1000.0
@@ -372,3 +381,9 @@ def test_label_rows_by_the_kernel(dtype: torch.dtype, forward_only: bool, monkey
         torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=1e-5)
     else:
         assert (grad.double() - exact_grad).norm() <= 2 * (plain_grad.double() - exact_grad).norm()
+
+
+def test_chunks_of_a_fused_head() -> None:
+    assert head_rows(128_256, 2, fused=True) == head_rows(151_936, 4, fused=True) == 1024
+    assert head_rows(128_256, 2) == HEAD_BYTES // 256_512
+    assert head_rows(5000, 2, fused=True) == HEAD_BYTES // 10_000 // 128 * 128

@@ -33,6 +33,7 @@ from coserve.planning.budget import (
     training_bytes,
 )
 from coserve.runtime.cache import block_bytes
+from coserve.runtime.executor import HEAD_BYTES
 from coserve.runtime.loaded import DTYPES, load_model
 from coserve.runtime.memory import Arena
 from coserve.runtime.microbatch import InFlight, microbatch_layout, pack
@@ -78,6 +79,20 @@ def needed_by(trainer: AdapterTrainer, microbatch_tokens: int) -> dict[str, int]
 
 
 # --- the parts ---
+
+
+def test_a_fused_head_has_chunks_of_more_rows_in_the_workspace(directories: dict[str, Path]) -> None:
+    trainer = make_trainer(directories["llama"], "float32")
+    arch = replace(trainer.model.architecture, vocab_size=128_256)
+
+    def workspace(window: int, *, fused: bool) -> int:
+        return training_bytes(
+            arch, trainer.plan, 1, microbatch_tokens=4096, window_tokens=window, itemsize=2, fused_head=fused
+        )["workspace"]
+
+    assert workspace(2048, fused=True) == 1024 * 128_256 * 2
+    assert workspace(512, fused=True) == 512 * 128_256 * 2
+    assert workspace(2048, fused=False) <= HEAD_BYTES
 
 
 @pytest.mark.parametrize("family", FAMILIES)

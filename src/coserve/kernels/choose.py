@@ -19,5 +19,6 @@ def attention_for(device: torch.device) -> ModuleType:
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether the kernels in `kernels.triton` run there: paged decode attention, products of many adapters."""
+    """Whether the kernels in `kernels.triton` run there: paged decode attention, products of many adapters,
+    sampling, cross-entropy."""
     return device.type == "cuda" and triton_kernels.available()

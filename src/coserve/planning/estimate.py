@@ -131,7 +131,7 @@ class Estimate:
 def loss_bytes(arch: Architecture, window_tokens: int, itemsize: int) -> int:
     """Bytes of the loss head beyond the workspace: hidden and gradient rows of a window of labels, and four tensors of rows for
     a chunk of them. A dtype below 4 bytes adds the chunk's logits in float32 and their gradient. A fused head (CUDA) has
-    other chunks, which take nothing beyond the workspace and there up to 1,024 rows; `training_bytes` counts them if told so, and
+    chunks of at least 1,024 rows, which take nothing beyond the workspace; `training_bytes` counts them if told so, and
     estimates are without them."""
     rows = min(head_rows(arch.vocab_size, itemsize), window_tokens)
     streams = (2 * window_tokens + 4 * rows) * arch.hidden_size * itemsize

@@ -54,11 +54,11 @@ class SamplerRow(NamedTuple):
     ending: frozenset[int]
 
 
-class Launched(NamedTuple):
-    """Tokens under way. tokens_B: int64 [B] on the device. numbers: what the host will read: the tokens, then
-    what `_measure` gives for each row of `asked` (row -> how many numbers)."""
+class TokensUnderWay(NamedTuple):
+    """Tokens under way. tokens: int64 [B] on the device. numbers: what the host will read: the tokens, then what
+    `_measure` gives for each row of `asked` (row -> how many numbers)."""
 
-    tokens_B: Tensor
+    tokens: Tensor
     numbers: HostCopy
     asked: dict[int, int]
 
@@ -71,7 +71,7 @@ def sample_rows(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
     return result(launch(logits_BV, rows))
 
 
-def launch(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Launched:
+def launch(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> TokensUnderWay:
     """Queues all work of `sample_rows` and the copy to the host, and waits for nothing. `logits_BV` may be written again by
     work that is queued later on the same stream."""
     assert logits_BV.shape[0] == len(rows)
@@ -80,12 +80,12 @@ def launch(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Launched:
     tokens_B = _fused_tokens(logits_BV, rows) if fused else _tokens(logits_BV.float(), rows)
     parts = _sampled_logprobs(logits_BV, tokens_B, rows)
     numbers = torch.cat([tokens_B.double(), *parts.values()]) if parts else tokens_B
-    return Launched(tokens_B, HostCopy(numbers), {number: len(part) for number, part in parts.items()})
+    return TokensUnderWay(tokens_B, HostCopy(numbers), {number: len(part) for number, part in parts.items()})
 
 
-def result(launched: Launched) -> list[Sampled]:
+def result(launched: TokensUnderWay) -> list[Sampled]:
     """Waits until the tokens of `launch` are known."""
-    count, numbers = launched.tokens_B.shape[0], launched.numbers.wait().tolist()
+    count, numbers = launched.tokens.shape[0], launched.numbers.wait().tolist()
     tokens, first = [int(token) for token in numbers[:count]], count
     logprobs: dict[int, TokenLogprob] = {}
     for number, length in launched.asked.items():

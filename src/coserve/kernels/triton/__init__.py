@@ -1,4 +1,5 @@
-"""Kernels that no library call gives, in Triton: decode attention over the paged cache, products of many adapters.
+"""Kernels that no library call gives, in Triton: decode attention over the paged cache, products of many adapters, sampling,
+and the loss head's rows.
 
 Owns: the guard around an optional package. Every module here imports without Triton; its kernels are then plain functions that
 nothing may call, and `available()` says so. With TRITON_INTERPRET=1, set before Triton is first imported, they run on CPU

@@ -1,8 +1,8 @@
 """The loss head's rows over the vocabulary in one launch: log p(label), whether the label is the arg max, probabilities.
 
-C rows (a chunk of label rows), V vocabulary. A program takes one row and reads it twice: largest logit and sum of exponentials in
-one pass, each lane of the tile with a maximum of its own; then the probabilities, which take the logits' place, since nothing
-else reads them. The second reading comes from the device's cache. Everything is computed in float32.
+C rows (a chunk of label rows), V vocabulary. A program takes one row and reads it twice: largest logit and sum of exponentials
+in one pass, each lane of the tile with a maximum of its own; then the probabilities, which take the logits' place, since
+nothing else reads them. The second reading comes from the device's cache. Everything is computed in float32.
 """
 
 from __future__ import annotations
