@@ -35,6 +35,8 @@ _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy: float32 scores would overflow."""
 _SHARE_UNIT = 2.0**40
 """top_p adds up whole multiples of 2^-40 of the best token's probability: sums of integers don't depend on their order."""
+_MOST_TOKENS = 1 << 24
+"""Of a vocabulary: the integers up to here are exact in float32."""
 _MAX_ELEMENTS = 1 << 22
 """Sampling and log-probabilities take so many logits at a time, as they need several 8-byte copies of them."""
 
@@ -79,7 +81,7 @@ def launch(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> TokensUnderWay:
     fused = runs_triton(device) and len(rows) > 0
     tokens_B = _fused_tokens(logits_BV, rows) if fused else _tokens(logits_BV.float(), rows)
     parts = _sampled_logprobs(logits_BV, tokens_B, rows)
-    numbers = torch.cat([tokens_B.double(), *parts.values()]) if parts else tokens_B
+    numbers = torch.cat([tokens_B.float(), *parts.values()]) if parts else tokens_B
     return TokensUnderWay(tokens_B, HostCopy(numbers), {number: len(part) for number, part in parts.items()})
 
 
@@ -244,13 +246,15 @@ def _sampled_logprobs(logits_BV: Tensor, tokens_B: Tensor, rows: Sequence[Sample
 
 
 def _measure(logits_TV: Tensor, tokens_T: Tensor, count: int) -> Tensor:
-    """float64 [T, 2 + 2 * count]: the token's logit, the logarithm of the exponentials' sum, the best logits, their ids.
+    """float32 [T, 2 + 2 * count]: the token's logit, the logarithm of the exponentials' sum, the best logits, their ids.
 
-    tokens_T: int64, on the device of the logits."""
+    logits_TV: float32. tokens_T: int64, on the same device. Ids are exact in float32, as V is below 2^24.
+    """
+    assert logits_TV.shape[1] <= _MOST_TOKENS
     own = logits_TV.gather(-1, tokens_T[:, None])
     best = logits_TV.topk(min(count, logits_TV.shape[1]), dim=-1)
     parts = (own, logits_TV.logsumexp(-1, keepdim=True), best.values, best.indices)
-    return torch.cat([part.double() for part in parts], dim=-1)
+    return torch.cat([part.float() for part in parts], dim=-1)
 
 
 def _token_logprob(token: int, measured: Sequence[float]) -> TokenLogprob:

@@ -52,6 +52,12 @@ def _share(score: tl.tensor, best: tl.tensor) -> tl.tensor:
 
 
 @jit()
+def load_setting(setting: tl.tensor) -> tl.tensor:
+    """float64, of the int64 with the same bits."""
+    return tl.load(setting).to(tl.float64, bitcast=True)
+
+
+@jit()
 def load_logits(logits: tl.tensor, ids: tl.tensor, size: tl.tensor) -> tl.tensor:
     """float32 of some tokens of a row; minus infinity outside the vocabulary."""
     return tl.load(logits + ids, mask=ids < size, other=float("-inf")).to(tl.float32)
@@ -227,10 +233,9 @@ def _cut_kernel(
     A row whose best logit is NaN or infinite is not cut: its token is the first of these anyway.
     """
     row = tl.program_id(0)
-    temperature = tl.load(settings + row * num_settings + 1).to(tl.float32)
-    top_k = tl.load(settings + row * num_settings + 2).to(tl.int32)
-    top_p = tl.load(settings + row * num_settings + 3)
-    log_min_p = tl.load(settings + row * num_settings + 4)
+    settings += row * num_settings
+    temperature, top_k = load_setting(settings + 1).to(tl.float32), load_setting(settings + 2).to(tl.int32)
+    top_p, log_min_p = load_setting(settings + 3), load_setting(settings + 4)
     by_k, by_p, by_min = (top_k > 0) & (top_k < size), top_p < 1.0, log_min_p > float("-inf")
     cut, limit = tl.full([], float("-inf"), tl.float32), size
     if (temperature > 0.0) & (by_k | by_p | by_min):

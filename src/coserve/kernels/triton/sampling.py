@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from coserve.kernels.triton import jit, next_power
-from coserve.kernels.triton.cuts import DTYPES, NUM_SETTINGS, load_logits, order_of, row_cuts
+from coserve.kernels.triton.cuts import DTYPES, NUM_SETTINGS, load_logits, load_setting, order_of, row_cuts
 
 try:
     import triton.language as tl
@@ -112,8 +112,8 @@ def _peaks_kernel(
 ) -> None:
     """A tile's largest score; infinity if the tile has NaN."""
     row, part = tl.program_id(0), tl.program_id(1)
-    key = tl.load(settings + row * num_settings).to(tl.int64).to(tl.uint32)
-    temperature = tl.load(settings + row * num_settings + 1).to(tl.float32)
+    key = load_setting(settings + row * num_settings).to(tl.int64).to(tl.uint32)
+    temperature = load_setting(settings + row * num_settings + 1).to(tl.float32)
     noisy = temperature > 0.0
     cut, limit = float("-inf"), size
     if filtered:
@@ -137,8 +137,8 @@ def _pick_kernel(
 ) -> None:
     """The token with the largest exact score, the first of equal ones; the first NaN, if there is one."""
     row = tl.program_id(0)
-    key = tl.load(settings + row * num_settings).to(tl.int64).to(tl.uint32)
-    temperature = tl.load(settings + row * num_settings + 1).to(tl.float32)
+    key = load_setting(settings + row * num_settings).to(tl.int64).to(tl.uint32)
+    temperature = load_setting(settings + row * num_settings + 1).to(tl.float32)
     noisy = temperature > 0.0
     divisor = tl.where(noisy, temperature, 1.0)
     cut, limit = float("-inf"), size
@@ -170,9 +170,9 @@ def _pick_kernel(
 
 
 def settings_table(draws: Sequence[Draw]) -> Tensor:
-    """float64 [B, 5] on the host, which holds every number of `draws` exactly, but the temperature: the kernels round that to
-    float32."""
-    return torch.tensor(draws, dtype=torch.float64).view(len(draws), NUM_SETTINGS)
+    """int64 [B, 5] on the host: the bits of the numbers of `draws` in float64, which holds them all exactly. The kernels round
+    the temperature to float32."""
+    return torch.tensor(draws, dtype=torch.float64).view(torch.int64).view(len(draws), NUM_SETTINGS)
 
 
 def draw_tokens(logits_BV: Tensor, settings_B5: Tensor, *, filtered: bool) -> Tensor:
@@ -183,7 +183,7 @@ def draw_tokens(logits_BV: Tensor, settings_B5: Tensor, *, filtered: bool) -> Te
     """
     rows, size = logits_BV.shape
     assert logits_BV.dtype in DTYPES and logits_BV.stride(1) == 1 and size > 0
-    assert settings_B5.shape == (rows, NUM_SETTINGS) and settings_B5.dtype == torch.float64 and settings_B5.is_contiguous()
+    assert settings_B5.shape == (rows, NUM_SETTINGS) and settings_B5.dtype == torch.int64 and settings_B5.is_contiguous()
     device, num_tiles = logits_BV.device, -(-size // PEAK_TILE)
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     if rows == 0:
