@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from coserve.config.settings import (
     SchedulerConfig,
 )
 from coserve.engine.engine import Engine
+from coserve.engine.jobs import LiveJob
 from coserve.peft.kinds import new_adapter
 from coserve.runtime.loaded import LoadedModel
 from coserve.scheduler.latency import LatencyModel
@@ -41,7 +44,8 @@ SAMPLINGS: dict[str, SamplingConfig] = {
     "top_k": SamplingConfig(top_k=5), "top_p": SamplingConfig(top_p=0.8), "min_p": SamplingConfig(min_p=0.1),
     "penalties": SamplingConfig(repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3),
     "bias": SamplingConfig(logit_bias={3: 2.0}), "min_tokens": SamplingConfig(min_tokens=2, stop_token_ids=(5,)),
-    "logprobs": SamplingConfig(logprobs=3), "prompt_logprobs": SamplingConfig(prompt_logprobs=2), "n": SamplingConfig(n=2, seed=1),
+    "logprobs": SamplingConfig(logprobs=3), "prompt_logprobs": SamplingConfig(prompt_logprobs=2),
+    "n": SamplingConfig(n=2, seed=1),
 }
 
 
@@ -50,7 +54,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     return ChatTokenizer.load(build_tiny_directory(tmp_path_factory.mktemp("tiny")))
 
 
-@pytest.fixture()
+@pytest.fixture
 def cuda() -> Iterator[FakeCuda]:
     with fake_cuda() as device:
         yield device
@@ -71,7 +75,29 @@ def make_engine(cuda: FakeCuda, tokenizer: ChatTokenizer, name: str = "Llama-3.1
             advance(watcher)  # type: ignore[arg-type]
 
     engine.jobs.advance = reading  # type: ignore[method-assign,assignment]
+    engine.jobs.writer.shutdown()
+    engine.jobs.writer = HereAndNow(cuda)
     return engine
+
+
+class HereAndNow(Executor):
+    """Runs what another thread would run, since a fake device lives in one thread: writes, which may read values."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        with self.cuda.host_may_read():
+            try:
+                done.set_result(fn(*args, **kwargs))
+            except Exception as error:
+                done.set_exception(error)
+        return done
+
+
+def raise_error(job: object, error: Exception) -> None:
+    raise error
 
 
 def submit(engine: Engine, samplings: Sequence[SamplingConfig], adapters: Sequence[str | None] = (None,)) -> None:
@@ -91,8 +117,9 @@ def test_sampling(cuda: FakeCuda, tokenizer: ChatTokenizer, sampling: str) -> No
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Qwen2.5-14B"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_job_beside_requests_of_all_adapters(
-    cuda: FakeCuda, tokenizer: ChatTokenizer, tmp_path: Path, name: str, kind: str
+    cuda: FakeCuda, tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
+    monkeypatch.setattr(LiveJob, "fail", raise_error)
     engine = make_engine(cuda, tokenizer, name)
     for number, config in enumerate(KINDS.values()):
         engine.add_adapter(f"adapter-{number}", new_adapter(engine.model.weights, config, seed=number))

@@ -191,8 +191,8 @@ class _Sampling:
 
     def __init__(self) -> None:
         self.sampled: list[int] = []
-        self.rows: sampler.Launched | None = None
-        self.prompts: dict[int, sampler.LaunchedPrompt | None] = {}
+        self.rows: sampler.TokensUnderWay | None = None
+        self.prompts: dict[int, sampler.PromptUnderWay | None] = {}
 
     def add_prompt(self, request: LiveRequest, span: Span, logits: Tensor) -> None:
         """Queues the log-probabilities of the prompt tokens that the span's rows with logits predict."""

@@ -125,12 +125,11 @@ def _row_draw(row: SamplerRow) -> fused_sampling.Draw:
     return fused_sampling.Draw(key, sampling.temperature, sampling.top_k, sampling.top_p, log_min_p)
 
 
-class LaunchedPrompt(NamedTuple):
-    """Log-probabilities of a prompt's tokens under way. parts: what `_measure` gives for some rows each, on its way to the
-    host."""
+class PromptUnderWay(NamedTuple):
+    """Log-probabilities of a prompt's tokens under way. parts: what `_measure` gives for some rows each."""
 
     tokens: Sequence[int]
-    parts: Sequence[Tensor]
+    parts: Sequence[HostCopy]
 
 
 def prompt_logprobs(logits_TV: Tensor, next_tokens: Sequence[int], count: int) -> list[TokenLogprob]:
@@ -138,20 +137,20 @@ def prompt_logprobs(logits_TV: Tensor, next_tokens: Sequence[int], count: int) -
     return prompt_result(launch_prompt(logits_TV, next_tokens, count))
 
 
-def launch_prompt(logits_TV: Tensor, next_tokens: Sequence[int], count: int) -> LaunchedPrompt:
-    """Queues all work of `prompt_logprobs`, and waits for nothing."""
+def launch_prompt(logits_TV: Tensor, next_tokens: Sequence[int], count: int) -> PromptUnderWay:
+    """Queues all work of `prompt_logprobs` and the copy to the host, and waits for nothing."""
     assert logits_TV.shape[0] == len(next_tokens)
     parts = []
     for chunk in _chunks(range(len(next_tokens)), logits_TV.shape[1]):
         start, end = chunk[0], chunk[-1] + 1
         tokens = to_device(next_tokens[start:end], logits_TV.device)
-        parts.append(_measure(logits_TV[start:end].float(), tokens, count))
-    return LaunchedPrompt(next_tokens, parts)
+        parts.append(HostCopy(_measure(logits_TV[start:end].float(), tokens, count)))
+    return PromptUnderWay(next_tokens, parts)
 
 
-def prompt_result(launched: LaunchedPrompt) -> list[TokenLogprob]:
+def prompt_result(launched: PromptUnderWay) -> list[TokenLogprob]:
     """Waits until the log-probabilities of `launch_prompt` are known."""
-    measured = [row for part in launched.parts for row in part.tolist()]
+    measured = [row for part in launched.parts for row in part.wait().tolist()]
     return [_token_logprob(token, numbers) for token, numbers in zip(launched.tokens, measured, strict=True)]
 
 
