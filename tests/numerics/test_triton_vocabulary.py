@@ -127,7 +127,7 @@ def random_settings(rng: random.Random, size: int, *, filtered: bool) -> dict[st
 @pytest.mark.parametrize("seed", range(8))
 def test_tokens_without_filters(seed: int) -> None:
     rng = random.Random(seed)
-    size, count = [1, 2, 63, 64, 65, 150, 150, 200][seed], 80
+    size, count = [1, 2, 63, 64, 65, 150, 150, 200][seed], 40
     logits = random_logits(rng, count, size)
     kinds = [random_settings(rng, size, filtered=False) for _ in range(count)]
     rows = [row(rng.randrange(1 << 40), rng.randrange(10_000), **kind) for kind in kinds]
@@ -136,7 +136,7 @@ def test_tokens_without_filters(seed: int) -> None:
 
 @interpreted
 @pytest.mark.usefixtures("short_tiles")
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(14))
 def test_filters_leave_the_same_tokens(seed: int) -> None:
     """The sets themselves, which say more than the token that is drawn from each."""
     rng = random.Random(seed)
@@ -172,7 +172,8 @@ def test_tokens_of_real_vocabularies(size: int) -> None:
         {}, {"top_p": 0.9}, {"top_k": 40, "temperature": 0.7}, {"min_p": 0.05}, {"temperature": 0},
         {"top_k": 200, "top_p": 0.95, "min_p": 0.01, "temperature": 1.3},
     ]
-    logits = 2 * torch.randn(6, size, generator=torch.Generator().manual_seed(size)).bfloat16()
+    kinds = kinds if size < 10_000 else kinds[-1:]
+    logits = 2 * torch.randn(len(kinds), size, generator=torch.Generator().manual_seed(size)).bfloat16()
     rows = [row(number, 3 * number, **kind) for number, kind in enumerate(kinds)]
     assert tokens_of(by_kernels(logits, rows)) == tokens_of(sample_rows(logits, rows))
 
