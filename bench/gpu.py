@@ -1,180 +1,132 @@
-"""Everything that needs a GPU, in one run under 10 minutes: tests, kernels, costs, throughputs, co-serving, the training peer.
+"""Everything that needs a GPU, in one call of under ten minutes that can't be lost.
 
-    bench/gpu.sh [--device auto|cpu|cuda] [--model llama-3.1-8b|smollm2|DIRECTORY] [--quick] [--parts NAME,...]
-                 [--budget-s 540] [--output bench/results/gpu.json]
+    bench/gpu.sh [--smoke] [--device auto|cpu|cuda] [--model llama-3.1-8b|smollm2|DIRECTORY] [--quick]
+                 [--parts NAME,...] [--budget-s 540] [--output FOLDER]
 
-A part that fails is recorded in the JSON and the others go on; one that the budget has no room for is skipped and says so. The
-JSON is written after each part. Not yet run on a GPU: none was there when this was written.
+Each part is a process of its own (gpu_course.py). The output folder gets gpu_rows.jsonl (every result, as it comes),
+gpu_summary.json, gpu_table.txt, gpu_log.txt (what the parts printed) and gpu_profile.json (what the engine measured of the
+machine). Exit code: 0 if all is well, 1 if a part failed, 2 if none failed and one was skipped for lack of time, 130 if it was
+stopped. Not yet run on a GPU: none was there when this was written.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import platform
-import subprocess
+import contextlib
+import os
+import shutil
+import signal
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import NoReturn
 
-import gpu_passes
-import gpu_sharing
-import torch
-from gpu_clock import ceilings, release
-from gpu_kernels import run_kernels
-from gpu_model import BenchModel, make_model
-from gpu_peer import run_peer
+import gpu_report
+from gpu_course import Course, Part
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS_S = 150
-"""Longest time for the GPU tests."""
+CHILD = Path(__file__).with_name("gpu_child.py")
+FILES = ("gpu_rows.jsonl", "gpu_summary.json", "gpu_table.txt", "gpu_log.txt", "gpu_profile.json")
+LIMIT_FACTOR = 1.6
+"""A part is killed after so many times its planned seconds."""
+PLANNED_S = {
+    "environment": 10, "kernels": 45, "engine": 45, "passes": 60, "peer": 40, "finetune-only": 46, "20-inference-only": 39,
+    "20-coserve": 39, "20-layer-sliced": 39, "20-coserve-again": 39, "20-dynamic-temporal": 39, "5-coserve": 39, "tests": 40,
+    "row-cost": 20,
+}
+"""Seconds of each part on an H100, in their order. finetune-only, the first cell, also measures what rows and units cost."""
+SMOKE = ("environment", "kernels", "engine")
+SMOKE_S = 120.0
+ITEM_S = {"kernels": 20.0, "engine": 30.0, "passes": 45.0}
+"""Seconds after which one item of a part is given up."""
+QUICK_S, QUICK_LIMIT_S = 5.0, 120.0
+"""With tiny sizes, of any part: planned, and where the machine has other work."""
 
 
-class Bench:
-    """The parts, in order. Each yields rows of the JSON's `results` without `experiment` and `model`."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.started = options, time.perf_counter()
-        self.device = torch.device(options.device)
-        self.ceilings: dict[str, Any] = {}
-        self._model: BenchModel | None = None
-        self.parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-            "tests": self.tests, "ceilings": self.measure_ceilings, "kernels": self.kernels, "row-cost": self.curve,
-            "inference": self.inference, "finetune": self.finetune, "sharing": self.sharing, "peer": self.peer,
-        }
-
-    def left(self) -> float:
-        """Seconds of the budget."""
-        return float(self.options.budget_s) - (time.perf_counter() - self.started)
-
-    @property
-    def model(self) -> BenchModel:
-        if self._model is None:
-            self._model = make_model(self.options.model, self.device)
-        return self._model
-
-    @property
-    def sizes(self) -> gpu_passes.Sizes:
-        return gpu_passes.QUICK if self.options.quick else gpu_passes.FULL
-
-    # --- parts ---
-
-    def tests(self) -> Iterator[dict[str, Any]]:
-        """pytest tests/gpu in a process of its own; without CUDA only that they can be collected."""
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/gpu", "-q", "-rfE"]
-        command += ["-m", "gpu"] if self.device.type == "cuda" else ["--collect-only"]
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=TESTS_S)
-        except subprocess.TimeoutExpired:
-            yield {"failed": f"tests/gpu took over {TESTS_S} s"}
-            return
-        print(done.stdout[-4000:])
-        summary = done.stdout.strip().splitlines()[-1:] or ["no output"]
-        shown = " ".join(["pytest", *command[5:]])
-        row: dict[str, Any] = {"command": shown, "returncode": done.returncode, "summary": summary[0]}
-        yield row if done.returncode == 0 else {**row, "failed": done.stdout[-3000:] + done.stderr[-1000:]}
-
-    def measure_ceilings(self) -> Iterator[dict[str, Any]]:
-        self.ceilings = ceilings(self.device, self.options.quick)
-        yield self.ceilings
-
-    def kernels(self) -> Iterator[dict[str, Any]]:
-        loaded = self.model.loaded
-        yield from run_kernels(loaded.architecture, loaded.weights.dtype, self.device, quick=self.options.quick)
-
-    def curve(self) -> Iterator[dict[str, Any]]:
-        yield from self._alone().curve()
-
-    def inference(self) -> Iterator[dict[str, Any]]:
-        yield from self._alone().inference()
-
-    def finetune(self) -> Iterator[dict[str, Any]]:
-        yield self._alone().finetune()
-
-    def sharing(self) -> Iterator[dict[str, Any]]:
-        cells = gpu_sharing.QUICK if self.options.quick else gpu_sharing.FULL
-        reserve = 0.0 if self.options.quick else 60.0  # for the peer, which comes after
-        yield from gpu_sharing.Sharing(self.model, cells, lambda: self.left() - reserve).rows()
-
-    def peer(self) -> Iterator[dict[str, Any]]:
-        model = self.model
-        if self._model is not None and model.name == self.options.model:  # random weights make room for the peer's
-            self._model = None
-            model = model._replace(loaded=None)  # type: ignore[arg-type]
-            release(self.device)
-        yield from run_peer(model, self.device, example_tokens=self.sizes.example_tokens, steps=self.sizes.steps)
-
-    def _alone(self) -> gpu_passes.Alone:
-        return gpu_passes.Alone(self.model, self.sizes, self.ceilings)
-
-    # --- the course ---
-
-    def run(self) -> int:
-        """All parts asked for; 1 if one of them failed."""
-        rows: list[dict[str, Any]] = []
-        for name in self.options.parts or self.parts:
-            names = {"experiment": name, "model": Path(self.options.model).name}
-            begin = time.perf_counter()
-            if self.left() <= 0:
-                rows.append({**names, "skipped": "no time left"})
-            else:
-                try:
-                    for row in self.parts[name]():
-                        rows.append({**names, **row})
-                        print(json.dumps(rows[-1])[:600])
-                except Exception as error:  # recorded; the other parts go on
-                    traceback.print_exc()
-                    rows.append({**names, "failed": f"{type(error).__name__}: {error}"[:2000]})
-                    error.__traceback__ = None
-                release(self.device)
-            rows.append({**names, "part_seconds": time.perf_counter() - begin})
-            self.write(rows)
-        return int(any("failed" in row for row in rows))
-
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """The JSON, whole each time."""
-        cuda = self.device.type == "cuda"
-        data = {
-            "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": versions(), "command": "bench/gpu.sh " + " ".join(sys.argv[1:]), "threads": torch.get_num_threads(),
-            "budget_s": self.options.budget_s, "seconds": time.perf_counter() - self.started, "quick": self.options.quick,
-            "ceilings": self.ceilings, "results": list(rows),
-        }
-        path = Path(self.options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that matter here."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers", "peft", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+class Stopped(Exception):
+    """A signal asked for the end."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="only the first three parts, in two minutes")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--model", default="llama-3.1-8b", help="llama-3.1-8b, smollm2 or a model directory")
+    parser.add_argument("--model", default="llama-3.1-8b", help="llama-3.1-8b, smollm2, tiny or a model directory")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs")
     parser.add_argument("--parts", type=lambda text: text.split(","), help="only these, in this order")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="no part and no cell begins after so many seconds")
-    parser.add_argument("--output", default=str(ROOT / "bench" / "results" / "gpu.json"))
+    parser.add_argument("--budget-s", type=float, help="seconds for all parts together (540, or 120 of --smoke)")
+    parser.add_argument("--output", type=Path, help="folder of the results ($OUT if set, else bench/results)")
     options = parser.parse_args(arguments)
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    unknown = [name for name in options.parts or () if name not in PLANNED_S]
+    if unknown:
+        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PLANNED_S)}")
+    options.budget_s = options.budget_s or (SMOKE_S if options.smoke else 540.0)
+    options.output = options.output or Path(os.environ.get("OUT") or ROOT / "bench" / "results")
+    options.parts = options.parts or (SMOKE if options.smoke else tuple(PLANNED_S))
     return options
 
 
+def make_parts(options: argparse.Namespace) -> list[Part]:
+    """The parts asked for, with the commands that start them."""
+    command = (sys.executable, str(CHILD), "--device", options.device, "--model", options.model)
+    if options.quick:
+        command += ("--quick",)
+        return [Part(name=name, seconds=QUICK_S, command=command, limit_s=QUICK_LIMIT_S) for name in options.parts]
+    return [
+        Part(name=name, seconds=PLANNED_S[name], command=command, limit_s=LIMIT_FACTOR * PLANNED_S[name],
+             item_s=ITEM_S.get(name, 600.0))
+        for name in options.parts
+    ]
+
+
+def keep_profile(scratch: Path, folder: Path) -> None:
+    """Copies what the engine measured of the machine, once it is there."""
+    for path in sorted((scratch / "cache" / "profiles").glob("*.json"))[:1]:
+        with contextlib.suppress(OSError):
+            shutil.copyfile(path, folder / "gpu_profile.json")
+
+
+def run(options: argparse.Namespace, parts: Sequence[Part]) -> int:
+    """Runs parts, and keeps the files up to date. Returns the exit code."""
+    folder = options.output.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="coserve-gpu-"))
+    facts = {"model": options.model, "device_asked": options.device, "quick": options.quick}
+
+    def listen(course: Course) -> None:
+        keep_profile(scratch, folder)
+        text = gpu_report.write(course, facts)
+        last = [outcome for outcome in course.outcomes if outcome.attempts or outcome.reasons][-1]
+        print(f"{gpu_report.failure(last) if last.status == 'failed' else ''}\n{text}", flush=True)
+
+    environment = {"TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"}
+    if options.device != "cpu" and "COSERVE_CACHE" not in os.environ:  # what an older run measured does not count
+        environment["COSERVE_CACHE"] = str(scratch / "cache")
+    course = Course(parts, folder, options.budget_s, environment=environment, listen=listen)
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Stopped(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
+    gpu_report.write(course, facts)
+    try:
+        return course.run()
+    except Stopped as asked:
+        for outcome in course.outcomes:
+            if outcome.name == course.running:
+                outcome.status = "failed"
+                outcome.reasons.insert(0, f"stopped by {asked}")
+        listen(course)
+        return 130
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 if __name__ == "__main__":
-    sys.exit(Bench(parse()).run())
+    chosen = parse()
+    sys.exit(run(chosen, make_parts(chosen)))

@@ -1,51 +1,212 @@
-"""Part (b): kernels against the reference in float64, and their times at a model's shapes.
+"""Ten kernels against the reference in float64, and their times, at a model's shapes. On a CPU its own kernels run.
 
-Errors are ||out - ref|| / ||ref|| at a size that the reference can hold; times are at full size. On a CPU its own kernels run.
-H query heads, G key-value heads, K head width, B requests, T rows.
+An error is ||out - ref|| / ||ref||, of fresh random values; outputs hold NaN before. Times are at full size, errors at a size
+that the reference can hold. H query heads, G key-value heads, K head width, B requests, T rows, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from gpu_clock import seconds
+from gpu_clock import checked, device_of, kernel_seconds
+from gpu_model import architecture_of
+from gpu_rows import Item
 from torch import Tensor
 
+from coserve.config.settings import SamplingConfig
 from coserve.kernels import library, reference
 from coserve.kernels.attention import decode_attention
 from coserve.kernels.choose import attention_for, runs_triton
 from coserve.kernels.triton.paged_decode import paged_decode_attention
 from coserve.model.architecture import Architecture
+from coserve.model.linear import make_head
+from coserve.runtime.sampler import SamplerRow, sample_rows
 
 BLOCK_TOKENS = 16
+CHECKED_ROWS = 64
+"""Rows of which a row-wise kernel's result is compared."""
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-5}
+
+
+class Shapes(NamedTuple):
+    """rows: of row-wise kernels, enough to be larger than a device's cache; attention: (length, window, checked length);
+    decode: (requests, context); adapters: (rows, adapters); loss_rows; sampled: requests."""
+
+    rows: int
+    attention: tuple[int, int, int]
+    decode: tuple[tuple[int, int], ...]
+    adapters: tuple[tuple[int, int], ...]
+    loss_rows: int
+    sampled: int
+    repeats: int
+
+
+FULL = Shapes(
+    rows=8192, attention=(8192, 2048, 1024), decode=((1, 1024), (64, 1024), (256, 512), (16, 8192)),
+    adapters=((64, 1), (64, 16), (256, 64), (2048, 16)), loss_rows=1024, sampled=256, repeats=5,
+)
+QUICK = Shapes(
+    rows=48, attention=(128, 64, 48), decode=((2, 40),), adapters=((8, 2),), loss_rows=8, sampled=4, repeats=1,
+)
 
 
 def relative_error(have: Tensor, want: Tensor) -> float:
+    """NaN where something was not written."""
     return float((have.double() - want.double()).norm() / want.double().norm())
 
 
-class Kernels:
-    """Rows of random values for a model's shapes, in its dtype."""
+@dataclass(slots=True)
+class Checks:
+    """The checks, on random values for a model's shapes."""
 
-    def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device, repeats: int) -> None:
-        self.arch, self.dtype, self.device, self.repeats = arch, dtype, device, repeats
-        self.generator = torch.Generator(device).manual_seed(0)
+    arch: Architecture
+    dtype: torch.dtype
+    device: torch.device
+    shapes: Shapes
+    generator: torch.Generator
 
-    def noise(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
+    def noise(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device).mul_(scale).to(self.dtype)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Not yet written."""
+        return torch.full(shape, math.nan, dtype=self.dtype, device=self.device)
 
     def time(self, action: Callable[[], object]) -> float:
-        return seconds(action, self.device, repeats=self.repeats, warmup=2)
+        return kernel_seconds(action, self.device, repeats=self.shapes.repeats)
 
-    def training_attention(self, length: int, window: int, check: int) -> Iterator[dict[str, Any]]:
-        """The last `window` rows of an example of `length` tokens; errors at a whole example of `check` tokens."""
-        for first, last, checked in ((0, check, True), (max(0, length - window), length, False)):
+    def row_wise(
+        self, name: str, run: Callable[..., None], want: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...],
+        outputs: tuple[Tensor, ...],
+    ) -> Iterator[dict[str, Any]]:
+        """run(*outputs, *inputs) writes the outputs, which depend on the same rows of the inputs; want: the same in float64."""
+        run(*outputs, *inputs)
+        few = [t[:CHECKED_ROWS].double() if t.shape[0] == self.shapes.rows else t.double() for t in inputs]
+        wanted = want(*few)
+        error = max(relative_error(out[:CHECKED_ROWS], exact) for out, exact in zip(outputs, wanted, strict=True))
+        unwritten = sum(int(out.isnan().sum()) for out in outputs)
+        taken = self.time(lambda: run(*outputs, *inputs))
+        moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+        row = {"kernel": name, "rows": self.shapes.rows, "seconds": taken, "bytes_per_s": moved / taken}
+        yield checked(row, math.nan if unwritten else error, TOLERANCE[self.dtype])
+
+    # --- row-wise kernels ---
+
+    def rmsnorm(self) -> Iterator[dict[str, Any]]:
+        rows, width, eps = self.shapes.rows, self.arch.hidden_size, self.arch.rms_norm_eps
+        yield from self.row_wise(
+            "rmsnorm", lambda out, x, weight: library.rmsnorm(out, x, weight, eps),
+            lambda x, weight: (reference.rmsnorm(x, weight, eps),),
+            (self.noise(rows, width), self.noise(width)), (self.empty(rows, width),),
+        )
+
+    def rmsnorm_dgrad(self) -> Iterator[dict[str, Any]]:
+        rows, width, eps = self.shapes.rows, self.arch.hidden_size, self.arch.rms_norm_eps
+
+        def want(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                leaf = x.requires_grad_()
+                return torch.autograd.grad(reference.rmsnorm(leaf, weight, eps), leaf, grad)
+
+        yield from self.row_wise(
+            "rmsnorm gradient",
+            lambda out, grad, x, weight: library.rmsnorm_dgrad(out, grad, x, weight, eps, accumulate=False), want,
+            (self.noise(rows, width), self.noise(rows, width), self.noise(width)), (self.empty(rows, width),),
+        )
+
+    def rope(self) -> Iterator[dict[str, Any]]:
+        rows, width = self.shapes.rows, self.arch.head_dim
+        angles = torch.outer(torch.arange(rows, device=self.device), torch.tensor(self.arch.rope_inv_freq, device=self.device))
+        cos, sin = (torch.cat((t, t), -1).to(self.dtype) for t in (angles.cos(), angles.sin()))
+        negated = torch.cat((-sin[:, : width // 2], sin[:, width // 2 :]), -1)  # as the kernel wants it
+        del sin
+
+        def want(x: Tensor, cos: Tensor, negated: Tensor) -> tuple[Tensor, ...]:
+            return (reference.rope(x, cos, torch.cat((-negated[:, : width // 2], negated[:, width // 2 :]), -1)),)
+
+        size = self.arch.num_heads * width
+        yield from self.row_wise("rope", library.rope, want, (self.noise(rows, size), cos, negated), (self.empty(rows, size),))
+
+    def silu_mul(self) -> Iterator[dict[str, Any]]:
+        rows, width = self.shapes.rows, self.arch.intermediate_size
+        yield from self.row_wise(
+            "silu times up", library.silu_mul, lambda gate, up: (reference.silu_mul(gate, up),),
+            (self.noise(rows, width), self.noise(rows, width)), (self.empty(rows, width),),
+        )
+
+    def silu_mul_dgrad(self) -> Iterator[dict[str, Any]]:
+        rows, width = self.shapes.rows, self.arch.intermediate_size
+
+        def want(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                leaves = gate.requires_grad_(), up.requires_grad_()
+                return torch.autograd.grad(reference.silu_mul(*leaves), leaves, grad)
+
+        inputs = tuple(self.noise(rows, width) for _ in range(3))
+        yield from self.row_wise(
+            "silu times up gradient", library.silu_mul_dgrad, want, inputs, (self.empty(rows, width), self.empty(rows, width)),
+        )
+
+    # --- the head ---
+
+    def loss(self) -> Iterator[dict[str, Any]]:
+        """Log-probabilities of labels and their gradient, as a training window's loss rows run them."""
+        rows, width, vocab, eps = self.shapes.loss_rows, self.arch.hidden_size, self.arch.vocab_size, self.arch.rms_norm_eps
+        hidden, norm = self.noise(rows, width), self.noise(width)
+        table = self.noise(vocab, width, scale=0.02)
+        labels = torch.randint(vocab, (rows,), generator=self.generator, device=self.device)
+        logprobs = torch.full((rows,), math.nan, device=self.device)
+        correct, grad = torch.zeros(rows, dtype=torch.bool, device=self.device), self.empty(rows, width)
+        logits = torch.empty(min(rows, 1024), vocab, dtype=self.dtype, device=self.device)
+        head = make_head(table, packed=False)
+
+        def run() -> None:
+            library.label_rows(logprobs, correct, grad, hidden, labels, norm, eps, head, logits)
+
+        run()
+        with torch.enable_grad():
+            few = hidden[:CHECKED_ROWS].float().requires_grad_()
+            exact = torch.log_softmax(reference.rmsnorm(few, norm.float(), eps) @ table.float().t(), -1)
+            want = exact.gather(1, labels[:CHECKED_ROWS, None])[:, 0]
+            (want_grad,) = torch.autograd.grad(want.sum(), few)
+        errors = relative_error(logprobs[:CHECKED_ROWS], want.detach()), relative_error(grad[:CHECKED_ROWS], want_grad)
+        taken = self.time(run)
+        row = {"kernel": "loss head", "rows": rows, "seconds": taken, "flops_per_s": 4 * rows * width * vocab / taken}
+        yield checked(row, max(errors), 2 * TOLERANCE[self.dtype])
+
+    def sampler(self) -> Iterator[dict[str, Any]]:
+        """Tokens of logits: greedy against the arg max, and by how much a temperature and top-p take longer."""
+        rows, vocab = self.shapes.sampled, self.arch.vocab_size
+        logits = self.noise(rows, vocab)
+        ways = {"greedy": SamplingConfig(temperature=0.0), "temperature": SamplingConfig(temperature=1.0),
+                "top-p": SamplingConfig(temperature=1.0, top_p=0.95), "top-k": SamplingConfig(temperature=1.0, top_k=50)}
+        for name, sampling in ways.items():
+            asked = [SamplerRow(sampling, seed, 7, [1, 2], [3], frozenset()) for seed in range(rows)]
+            tokens = [sampled.token for sampled in sample_rows(logits, asked)]
+            best, again = logits.float().argmax(-1).tolist(), [sampled.token for sampled in sample_rows(logits, asked)]
+            taken = self.time(partial(sample_rows, logits, asked))
+            row = {"kernel": f"sampler {name}", "rows": rows, "seconds": taken}
+            wrong = tokens != again or max(tokens) >= vocab or (tokens == best) != (name == "greedy")
+            if name == "top-k":
+                least = logits.float().topk(min(50, vocab)).values[:, -1]
+                wrong |= bool((logits.float()[range(rows), tokens] < least).any())
+            yield {**row, "failed": f"sampler {name}: tokens are wrong"} if wrong else row
+
+    # --- attention, adapters ---
+
+    def training_attention(self) -> Iterator[dict[str, Any]]:
+        """The last rows of a long example, forward and backward; errors at a whole example that is shorter."""
+        length, window, check = self.shapes.attention
+        for first, last, compared in ((0, check, True), (max(0, length - window), length, False)):
             heads, kv_heads, width = self.arch.num_heads, self.arch.num_kv_heads, self.arch.head_dim
             rows, kernels = last - first, attention_for(self.device)
-            q, grad, out, d_q = (self.noise(rows, heads * width) for _ in range(4))
+            (q, grad), (out, d_q) = ([make(rows, heads * width) for _ in range(2)] for make in (self.noise, self.empty))
             k, v = (self.noise(last, kv_heads * width) for _ in range(2))
             lse = torch.empty(rows, heads, device=self.device)
             sums = [torch.zeros(last, kv_heads * width, device=self.device) for _ in range(2)]
@@ -57,7 +218,7 @@ class Kernels:
             def backward() -> None:
                 kernels.attention_dgrad(d_q, *sums, grad, q, k, v, out, lse, **where)  # noqa: B023
 
-            if checked:
+            if compared:
                 forward()
                 backward()
                 yield from self._training_errors(q, k, v, grad, (out, d_q, *sums))
@@ -78,11 +239,15 @@ class Kernels:
             want, _ = reference.attention(*exact, window=None)
             grads = torch.autograd.grad(want, exact, grad.double().unflatten(-1, (-1, width)))
         for name, have, wanted in zip(("out", "d_q", "d_k", "d_v"), found, (want.detach(), *grads), strict=True):
-            yield {"kernel": "training attention", "value": name, "rows": q.shape[0],
-                   "relative_error": relative_error(have, wanted.flatten(1))}
+            row = {"kernel": f"training attention {name}", "rows": q.shape[0]}
+            yield checked(row, relative_error(have, wanted.flatten(1)), 2 * TOLERANCE[self.dtype])
 
-    def decode(self, batch: int, context: int) -> dict[str, Any]:
+    def decode(self) -> Iterator[dict[str, Any]]:
         """Decode attention of one layer, by tables where there is Triton, else of gathered tokens."""
+        for batch, context in self.shapes.decode:
+            yield self.decode_of(batch, context)
+
+    def decode_of(self, batch: int, context: int) -> dict[str, Any]:
         heads, kv_heads, width = self.arch.num_heads, self.arch.num_kv_heads, self.arch.head_dim
         blocks = -(-context // BLOCK_TOKENS)
         cache = self.noise(batch * blocks, 1, 2, kv_heads, BLOCK_TOKENS, width)
@@ -112,17 +277,28 @@ class Kernels:
             def run() -> None:
                 decode_attention(out, q, gathered[0], cache.view(-1, width), rows, starts, bias)
         run()
-        keys, values = (t[0].transpose(0, 1)[:context].double() for t in gathered)
-        want, _ = reference.attention(q[0].double().view(1, heads, width), keys, values, window=None)
+        errors = []
+        for request in {0, batch - 1}:
+            keys, values = (t[request].transpose(0, 1)[:context].double() for t in gathered)
+            want, _ = reference.attention(q[request].double().view(1, heads, width), keys, values, window=None)
+            errors.append(relative_error(out[request], want.flatten()))
         taken = self.time(run)
         read = 2 * batch * context * kv_heads * width * self.dtype.itemsize
-        return {"kernel": "decode attention", "rows": batch, "context": context, "seconds": taken,
-                "bytes_per_s": read / taken, "relative_error": relative_error(out[0], want.flatten())}
+        row = {"kernel": f"decode attention {context}", "rows": batch, "seconds": taken, "bytes_per_s": read / taken}
+        return checked(row, max(errors), 2 * TOLERANCE[self.dtype])
 
-    def adapters(self, rows: int, count: int, rank: int) -> dict[str, Any]:
-        """The first factor of `count` adapters over equal shares of the rows."""
-        width = self.arch.hidden_size
-        x, weights = self.noise(rows, width), self.noise(count, width, rank)
+    def shrink(self) -> Iterator[dict[str, Any]]:
+        """The first factors of several adapters over equal shares of the rows."""
+        for rows, count in self.shapes.adapters:
+            yield self.adapters(rows, count, self.arch.hidden_size, 16)
+
+    def expand(self) -> Iterator[dict[str, Any]]:
+        """The second factors."""
+        for rows, count in self.shapes.adapters:
+            yield self.adapters(rows, count, 16, self.arch.hidden_size)
+
+    def adapters(self, rows: int, count: int, width: int, rank: int) -> dict[str, Any]:
+        x, weights = self.noise(rows, width), self.noise(count, rank, width).transpose(1, 2)
         ends = torch.linspace(rows / count, rows, count, device=self.device).to(torch.int32)
         out = torch.full((rows, rank), math.nan, dtype=self.dtype, device=self.device)
 
@@ -132,15 +308,25 @@ class Kernels:
         run()
         bounds = [0, *ends.tolist()]
         want = torch.cat([x[a:b].double() @ w.double() for a, b, w in zip(bounds, bounds[1:], weights, strict=False)])
-        return {"kernel": "products of many adapters", "rows": rows, "adapters": count, "rank": rank,
-                "seconds": self.time(run), "relative_error": relative_error(out, want)}
+        taken, itemsize = self.time(run), self.dtype.itemsize
+        moved = itemsize * (x.numel() + weights.numel() + out.numel())
+        row = {"kernel": f"{count} adapters {width}x{rank}", "rows": rows, "seconds": taken, "bytes_per_s": moved / taken}
+        return checked(row, relative_error(out, want), 2 * TOLERANCE[self.dtype])
 
 
-def run_kernels(arch: Architecture, dtype: torch.dtype, device: torch.device, *, quick: bool) -> Iterator[dict[str, Any]]:
-    """Result rows."""
-    kernels = Kernels(arch, dtype, device, repeats=2 if quick else 20)
-    yield from kernels.training_attention(*((256, 64, 48) if quick else (8192, 1024, 1024)))
-    for batch, context in ((2, 40),) if quick else ((1, 1024), (16, 1024), (64, 1024), (16, 8192)):
-        yield kernels.decode(batch, context)
-    for rows, count in ((8, 2),) if quick else ((64, 1), (64, 16), (256, 64), (2048, 16)):
-        yield kernels.adapters(rows, count, 16)
+def items(options: argparse.Namespace) -> list[Item]:
+    """The ten checks."""
+    device = device_of(options)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    checks = Checks(architecture_of(options.model), dtype, device, QUICK if options.quick else FULL,
+                    torch.Generator(device).manual_seed(0))
+    runs = (
+        checks.decode, checks.training_attention, checks.rmsnorm, checks.rmsnorm_dgrad, checks.rope, checks.silu_mul,
+        checks.silu_mul_dgrad, checks.loss, checks.shrink, checks.expand, checks.sampler,
+    )
+    return [Item(run.__name__, partial(_without_gradients, run)) for run in runs]
+
+
+def _without_gradients(run: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    with torch.no_grad():
+        yield from run()

@@ -24,7 +24,7 @@ from coserve.model.decoder import MERGED, linear_shapes
 from coserve.model.linear import make_head, make_linear
 from coserve.model.weights import LayerWeights, ModelWeights
 from coserve.runtime.executor import Executor
-from coserve.runtime.loaded import LoadedModel
+from coserve.runtime.loaded import LoadedModel, find_model
 from coserve.text.tokenizer import ChatTokenizer
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
@@ -34,8 +34,13 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
+    "tiny": {
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
 }
-"""Speed doesn't depend on how rotary frequencies are scaled: the plain ones stand for Llama 3.1's."""
+"""8B: speed doesn't depend on how rotary frequencies are scaled: the plain ones stand for Llama 3.1's."""
 STD = 0.02
 
 
@@ -54,26 +59,31 @@ class NumberTokenizer(ChatTokenizer):
 
 
 class BenchModel(NamedTuple):
-    """config: transformers' own, for the peer."""
+    """A model with its name."""
 
     name: str
     loaded: LoadedModel
-    config: PreTrainedConfig
 
 
 def make_model(name: str, device: torch.device) -> BenchModel:
     """name: a key of SHAPES (random weights), 'smollm2', or a model directory (its own weights)."""
     if name in SHAPES:
-        config = AutoConfig.for_model("llama", **SHAPES[name])
-        return BenchModel(name, _random_model(name, config, device), config)
-    dtype = "float32" if device.type == "cpu" else "auto"  # a CPU shows that everything runs, and that it is exact
-    loaded = load_model(None if name == "smollm2" else name, device=device.type, dtype=dtype)
-    arch = loaded.architecture
-    loaded = replace(loaded, tokenizer=NumberTokenizer(arch.vocab_size))
-    return BenchModel(Path(name).name, loaded, _config_of(arch))
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return BenchModel(name, random_model(name, device, dtype))
+    # a CPU shows that everything runs, and that it is exact
+    loaded = load_model(
+        None if name == "smollm2" else name, device=device.type, dtype="float32" if device.type == "cpu" else "auto"
+    )
+    loaded = replace(loaded, tokenizer=NumberTokenizer(loaded.architecture.vocab_size))
+    return BenchModel(Path(name).name, loaded)
 
 
-def _config_of(arch: Architecture) -> PreTrainedConfig:
+def config_of(name: str) -> PreTrainedConfig:
+    """transformers' configuration of a model's shapes, without its weights. name: as for `make_model`."""
+    return AutoConfig.for_model("llama", **SHAPES[name]) if name in SHAPES else _config_from(architecture_of(name))
+
+
+def _config_from(arch: Architecture) -> PreTrainedConfig:
     """A configuration of the same shapes: a GGUF file comes without one."""
     return AutoConfig.for_model(
         "llama", vocab_size=arch.vocab_size, hidden_size=arch.hidden_size, intermediate_size=arch.intermediate_size,
@@ -83,10 +93,10 @@ def _config_of(arch: Architecture) -> PreTrainedConfig:
     )
 
 
-def _random_model(name: str, config: Any, device: torch.device) -> LoadedModel:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def shapes_of(config: Any) -> Architecture:
+    """The architecture of a transformers configuration of SHAPES."""
     half, theta = config.head_dim // 2, config.rope_parameters["rope_theta"]
-    arch = Architecture(
+    return Architecture(
         model_type="llama", vocab_size=config.vocab_size, hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size, num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
@@ -95,18 +105,39 @@ def _random_model(name: str, config: Any, device: torch.device) -> LoadedModel:
         sliding_windows=(None,) * config.num_hidden_layers, rope_inv_freq=tuple(theta ** (-i / half) for i in range(half)),
         rope_scaling=1.0, eos_token_ids=(),
     )
-    weights = random_weights(arch, dtype, device)
+
+
+def architecture_of(name: str) -> Architecture:
+    """The shapes of a model, without its weights. name: as for `make_model`."""
+    if name in SHAPES:
+        return shapes_of(AutoConfig.for_model("llama", **SHAPES[name]))
+    return find_model(None if name == "smollm2" else name, device="cpu").architecture
+
+
+def random_model(
+    name: str, device: torch.device, dtype: torch.dtype, *, seed: int = 0, std: float = STD,
+    drawn_on: torch.device | None = None,
+) -> LoadedModel:
+    """A model of SHAPES with random weights, drawn on its device. drawn_on: on which else, so that the values are the same on
+    another, and exact in bfloat16; that takes long for a large model."""
+    arch = shapes_of(AutoConfig.for_model("llama", **SHAPES[name]))
+    weights = random_weights(arch, dtype, device, seed=seed, std=std, drawn_on=drawn_on)
     tokenizer: Any = NumberTokenizer(arch.vocab_size)
-    return LoadedModel(name, Path(name), f"random {name}", tokenizer, weights, Executor(weights))
+    return LoadedModel(name, Path(name), f"random {name} {dtype}", tokenizer, weights, Executor(weights))
 
 
-def random_weights(arch: Architecture, dtype: torch.dtype, device: torch.device, seed: int = 0) -> ModelWeights:
-    """Normal weights of STD and norms of 1, made on the device matrix by matrix."""
-    generator = torch.Generator(device).manual_seed(seed)
+def random_weights(
+    arch: Architecture, dtype: torch.dtype, device: torch.device, *, seed: int, std: float, drawn_on: torch.device | None
+) -> ModelWeights:
+    """Normal weights and norms of 1, made matrix by matrix. drawn_on: as for `random_model`."""
+    generator = torch.Generator(drawn_on or device).manual_seed(seed)
     shapes = linear_shapes(arch)
 
     def noise(rows: int, columns: int) -> Tensor:
-        return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0.0, STD, generator=generator)
+        if drawn_on is None:
+            return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
+        drawn = torch.empty(rows, columns, device=drawn_on).normal_(0.0, std, generator=generator)
+        return drawn.bfloat16().to(device, dtype)
 
     def ones() -> Tensor:
         return torch.ones(arch.hidden_size, dtype=dtype, device=device)
