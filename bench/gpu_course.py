@@ -231,6 +231,6 @@ class Course:
             outcome.status = "failed"
             outcome.reasons = reasons or ["it gave no rows"]
         else:
-            outcome.status = "ok"
+            outcome.status = "skipped" if set(outcome.items.values()) == {"skipped"} else "ok"
             outcome.reasons = sorted(f"skipped in it: {reason}" for reason in skipped)
         outcome.tail = outcome.tail[-TAIL_SHOWN:]
