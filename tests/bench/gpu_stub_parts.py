@@ -88,8 +88,9 @@ def kill() -> None:
 def items(options: argparse.Namespace) -> list[Item]:
     """Most parts have one item; 'dies' has three, of which the second ends the process."""
     one: dict[str, Callable[[], Rows]] = {
-        "good": good, "also-good": good, "no-time": good, "raises": then(raises), "memory": then(out_of_memory), "killed": then(kill),
-        "hangs": then(hangs), "floods": then(floods), "torn": then(torn_row), "wrong": wrong, "large": large_row,
+        "good": good, "also-good": good, "no-time": good, "raises": then(raises), "memory": then(out_of_memory),
+        "killed": then(kill), "hangs": then(hangs), "floods": then(floods), "torn": then(torn_row), "wrong": wrong,
+        "large": large_row,
     }
     if options.part == "dies":
         return [Item("first", good), Item("second", then(lambda: os._exit(9))), Item("third", good)]
