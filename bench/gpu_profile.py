@@ -55,7 +55,7 @@ def summarize(device: Iterable[Span], host: Iterable[Span], *, wall_s: float, ru
 
 def profiled(action: Callable[[], object], device: torch.device, *, of: str, layers: int, runs: int = 1) -> dict[str, Any]:
     """A row with the summary of an action that has run before. On a CPU its operators stand in for
-    kernels, which shows only that this runs."""
+    kernels, which shows only that this runs. Profiling itself costs the host a microsecond or two per launch."""
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
         synchronize(device)

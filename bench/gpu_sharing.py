@@ -27,6 +27,7 @@ from coserve.bench.driver import Handle, LoadEngine, Run, RunConfig, run_load
 from coserve.bench.metrics import SloInMs, summarize
 from coserve.config.settings import EngineConfig, FinetuneConfig, OptimizerConfig, SamplingConfig, SchedulerConfig
 from coserve.engine.engine import Engine
+from coserve.engine.jobhandle import JobHandle
 
 
 class Load(NamedTuple):
@@ -134,7 +135,7 @@ class Serving:
         if self.cell.rate:
             self._warm(engine, vocab)
         yield {"model_s": loaded - begin, "ready_s": time.perf_counter() - begin, "notes": notes}
-        yield self._row(*self._run(engine, vocab, job), engine)
+        yield self._row(*self._run(engine, vocab, job), engine, job)
 
     def _data(self, folder: Path, vocab: int) -> Path:
         rng = np.random.default_rng(1)
@@ -153,7 +154,7 @@ class Serving:
         while not all(handle.finished for handle in handles):
             engine.step()
 
-    def _run(self, engine: Engine, vocab: int, job: Any) -> tuple[Run, float]:
+    def _run(self, engine: Engine, vocab: int, job: JobHandle | None) -> tuple[Run, float]:
         """The run, and its seconds."""
         load, rate = self.load, self.cell.rate * self.load.rate_factor
         settle_s = load.settle_s if rate else min(ALONE_SETTLE_S, load.settle_s)
@@ -170,7 +171,11 @@ class Serving:
         )
         return run, time.perf_counter() - begin
 
-    def _row(self, run: Run, taken_s: float, engine: Engine) -> dict[str, Any]:
+    @staticmethod
+    def _most_frequent(shapes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return sorted(shapes, key=lambda shape: -shape["count"])[:8]
+
+    def _row(self, run: Run, taken_s: float, engine: Engine, job: JobHandle | None) -> dict[str, Any]:
         policy, rate, load = *self.cell, self.load
         objectives = SloInMs(ttft_ms=load.ttft_ms, tpot_ms=load.tpot_ms)
         row: dict[str, Any] = {
@@ -187,7 +192,8 @@ class Serving:
         return row | {
             "objectives": {"tpot_ms": load.tpot_ms, "ttft_ms": load.ttft_ms},
             "prediction_errors": metrics["prediction_errors"], "reserve": metrics["reserve"],
-            "preemptions": metrics["preemptions"], **peak_bytes(self.device),
+            "preemptions": metrics["preemptions"], "unit_shapes": self._most_frequent(metrics["unit_shapes"]),
+            "job_says": [event.message for event in job.events[:8]] if job is not None else [], **peak_bytes(self.device),
         }
 
 

@@ -1,6 +1,7 @@
 """pytest tests/gpu, in several processes where pytest-xdist is there: a row for each failure as it comes, and counts.
 
-Without CUDA the tests are only collected.
+Without CUDA the tests are only collected. tests/conftest.py is left out: it imports the server, whose packages a machine with a
+GPU may lack.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The counts, once all have run."""
     reporter = Reporter(Rows(options.rows, options.part))
     cuda = device_of(options).type == "cuda"
-    arguments = ["tests/gpu", "-q", "-rfE", "-p", "no:cacheprovider", "-p", "gpu_standins", "--noconftest"]
+    arguments = ["tests/gpu", "-q", "-rfE", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "gpu_standins", "--noconftest"]
     arguments += ["-m", "gpu"] if cuda else ["--collect-only", "-qq"]
     processes = min(MAX_PROCESSES, os.cpu_count() or 1)
     if cuda and processes > 1 and importlib.util.find_spec("xdist") is not None:
