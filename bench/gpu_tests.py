@@ -68,7 +68,9 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The counts, once all have run."""
     reporter = Reporter(Rows(options.rows, options.part))
     cuda = device_of(options).type == "cuda"
-    arguments = ["tests/gpu", "-q", "-rfE", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "gpu_standins", "--noconftest"]
+    arguments = ["tests/gpu", "-q", "-rfE", "--noconftest"]
+    for plugin in ("no:cacheprovider", "no:faulthandler", "gpu_standins"):
+        arguments += ["-p", plugin]
     arguments += ["-m", "gpu"] if cuda else ["--collect-only", "-qq"]
     processes = min(MAX_PROCESSES, os.cpu_count() or 1)
     if cuda and processes > 1 and importlib.util.find_spec("xdist") is not None:
