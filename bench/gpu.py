@@ -103,7 +103,7 @@ def run(options: argparse.Namespace, parts: Sequence[Part]) -> int:
         last = [outcome for outcome in course.outcomes if outcome.attempts or outcome.reasons][-1]
         print(f"{gpu_report.failure(last) if last.status == 'failed' else ''}\n{text}", flush=True)
 
-    environment = {"TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"}
+    environment = {"TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     if options.device != "cpu" and "COSERVE_CACHE" not in os.environ:  # what an older run measured does not count
         environment["COSERVE_CACHE"] = str(scratch / "cache")
     course = Course(parts, folder, options.budget_s, environment=environment, listen=listen)

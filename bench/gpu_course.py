@@ -210,11 +210,12 @@ class Course:
                 continue
             if "failed" in row:
                 items[name] = "failed"
+            elif "skipped" in row:
+                items[name] = "skipped"
             elif event == "begin":
                 items[name] = "died"
-            elif event == "end":
-                ended = "skipped" if "skipped" in row else "ok"
-                items[name] = "failed" if items.get(name) == "failed" else ended
+            elif event == "end" and items.get(name) == "died":
+                items[name] = "ok"
         outcome.items = items
 
     def _conclude(self, part: Part, outcome: Outcome, accidents: Sequence[str]) -> None:

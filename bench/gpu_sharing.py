@@ -60,12 +60,14 @@ FULL = Load(
     memory_bytes=46 << 30, rate_factor=1.0,
 )
 QUICK = Load(
-    prompt_tokens=16, output_tokens=4, example_tokens=48, batch_size=2, tpot_ms=100.0, ttft_ms=2000.0, seconds=1.0,
+    prompt_tokens=16, output_tokens=4, example_tokens=48, batch_size=2, tpot_ms=300.0, ttft_ms=2000.0, seconds=1.0,
     memory_bytes=96 << 20, rate_factor=0.25,
 )
 ALONE_SETTLE_S = 3.0
 """Without requests: kernels are compiled and weights laid out before the window."""
 WARMUP_REQUESTS = 4
+LEAST_WINDOW = 0.4
+"""Share of the window's seconds: where a slow start leaves less, the cell is skipped."""
 
 
 class Cell(NamedTuple):
@@ -135,7 +137,19 @@ class Serving:
         if self.cell.rate:
             self._warm(engine, vocab)
         yield {"model_s": loaded - begin, "ready_s": time.perf_counter() - begin, "notes": notes}
-        yield self._row(*self._run(engine, vocab, job), engine, job)
+        window_s = self._window(self.options.deadline - time.monotonic())
+        if window_s < LEAST_WINDOW * load.seconds:
+            yield {"skipped": f"no time left: the cell was ready after {time.perf_counter() - begin:.0f} s"}
+        else:
+            yield self._row(*self._run(engine, vocab, job, window_s), engine, job)
+
+    def _window(self, left_s: float) -> float:
+        """Seconds of the window, where so many are left of the part."""
+        return min(self.load.seconds, left_s - self._settle_s - self.load.drain_s)
+
+    @property
+    def _settle_s(self) -> float:
+        return self.load.settle_s if self.cell.rate else min(ALONE_SETTLE_S, self.load.settle_s)
 
     def _data(self, folder: Path, vocab: int) -> Path:
         rng = np.random.default_rng(1)
@@ -154,17 +168,16 @@ class Serving:
         while not all(handle.finished for handle in handles):
             engine.step()
 
-    def _run(self, engine: Engine, vocab: int, job: JobHandle | None) -> tuple[Run, float]:
+    def _run(self, engine: Engine, vocab: int, job: JobHandle | None, window_s: float) -> tuple[Run, float]:
         """The run, and its seconds."""
         load, rate = self.load, self.cell.rate * self.load.rate_factor
-        settle_s = load.settle_s if rate else min(ALONE_SETTLE_S, load.settle_s)
-        end = settle_s + load.seconds
+        end = self._settle_s + window_s
         arrivals: list[Arrival] = []
         if rate:
             config = ArrivalConfig(prompt_tokens=load.prompt_tokens, output_tokens=load.output_tokens)
             arrivals = [a for a in make_arrivals(config, rate, int(2 * rate * end) + 8, seed=0) if a.due_s < end]
         rng = np.random.default_rng(int(rate))
-        plan = RunConfig(window_start_s=settle_s, window_end_s=end, drain_s=load.drain_s)
+        plan = RunConfig(window_start_s=self._settle_s, window_end_s=end, drain_s=load.drain_s)
         begin = time.perf_counter()
         run = run_load(
             Mixed(engine), arrivals, lambda tokens: rng.integers(0, vocab, tokens).tolist(), plan, sleep=time.sleep, job=job

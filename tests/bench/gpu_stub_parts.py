@@ -71,6 +71,12 @@ def torn_row() -> None:
     os._exit(7)
 
 
+def no_time() -> Rows:
+    """Finds that too little is left once it is ready."""
+    yield {"value": 1}
+    yield {"skipped": "no time left"}
+
+
 def wrong() -> Rows:
     yield {"kernel": "one", "rows": 1, "failed": "one: relative error 1.0"}
     yield {"kernel": "two", "rows": 1, "relative_error": 0.0}
@@ -90,7 +96,7 @@ def items(options: argparse.Namespace) -> list[Item]:
     one: dict[str, Callable[[], Rows]] = {
         "good": good, "also-good": good, "no-time": good, "raises": then(raises), "memory": then(out_of_memory),
         "killed": then(kill), "hangs": then(hangs), "floods": then(floods), "torn": then(torn_row), "wrong": wrong,
-        "large": large_row,
+        "large": large_row, "late": no_time,
     }
     if options.part == "dies":
         return [Item("first", good), Item("second", then(lambda: os._exit(9))), Item("third", good)]

@@ -126,6 +126,8 @@ def test_what_has_no_time_left_is_skipped_and_says_so(tmp_path: Path) -> None:
     assert "20 s were left of 20" in ran.outcomes["good"].reasons[0]
     ran = Ran(tmp_path, "no-time")
     assert ran.code == 2 and not ran.values("no-time"), "items that the part's own time has no room for are not begun"
+    ran = Ran(tmp_path, "late")
+    assert ran.code == 2 and ran.outcomes["late"].items == {"one": "skipped"} and ran.values("late") == [1]
 
 
 def run_script(folder: Path, parts: str, *, kill_when: str | None = None) -> tuple[int, str]:
