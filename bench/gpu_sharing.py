@@ -205,7 +205,8 @@ class Serving:
         return row | {
             "objectives": {"tpot_ms": load.tpot_ms, "ttft_ms": load.ttft_ms},
             "prediction_errors": metrics["prediction_errors"], "reserve": metrics["reserve"],
-            "preemptions": metrics["preemptions"], "unit_shapes": self._most_frequent(metrics["unit_shapes"]),
+            "preemptions": metrics["preemptions"], "host_s": metrics.get("host_s"),
+            "unit_shapes": self._most_frequent(metrics["unit_shapes"]),
             "job_says": [event.message for event in job.events[:8]] if job is not None else [], **peak_bytes(self.device),
         }
 
