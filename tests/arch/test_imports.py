@@ -15,7 +15,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[2] / "src"
 
 RANKS: Mapping[str, float] = {
-    "core": 0, "cachedir": 0, "durable": 0, "machine": 0,
+    "core": 0, "cachedir": 0, "durable": 0, "hostcopy": 0, "machine": 0,
     "config": 0.5,  # the design gives both 0; a ConfigError is one of core's errors, so config stands on core
     "chat": 0.8,  # conversations as text; the tokenizer stands on it
     "text": 1, "kernels": 1, "parallel": 1,

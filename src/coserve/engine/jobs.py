@@ -23,6 +23,7 @@ from coserve.engine.verbs import BatchRun, CopyRun, Host, OptimizerRun, VerbRun
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
 from coserve.finetune.job import ForwardBackward, JobEvent, OptimStep, SaveCheckpoint, Score, StepRow, Verb, Write
+from coserve.hostcopy import to_host
 from coserve.scheduler.work import JobWork
 from coserve.training.finetuning import PreparedJob
 from coserve.training.trainer import out_of_memory
@@ -127,6 +128,7 @@ class LiveJob:
         self._run.copied = True
 
     def _write(self, cursor: Cursor, state: dict[str, Tensor], unrecorded: StepRow | None = None) -> None:
+        state = to_host(state)  # once, for both files
         save = partial(self.trainer.save, master=state["master"])
         self.job.write_checkpoint(cursor, state, save, unrecorded=unrecorded)
 

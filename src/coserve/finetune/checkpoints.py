@@ -24,6 +24,7 @@ from torch import Tensor
 
 from coserve.core import InvalidRequest
 from coserve.durable import write_directory
+from coserve.hostcopy import to_host
 
 MANIFEST_FILE, OPTIMIZER_FILE = "manifest.json", "optimizer.safetensors"
 SCHEMA_VERSION = 1
@@ -54,7 +55,8 @@ def save_checkpoint(
 
     def fill(temporary: Path) -> None:
         save_adapter(temporary)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}, temporary / OPTIMIZER_FILE)
+        state = {name: tensor.contiguous() for name, tensor in to_host(optimizer).items()}
+        save_file(state, temporary / OPTIMIZER_FILE)
         manifest = {
             "schema_version": SCHEMA_VERSION, "step": cursor.step, "trained_tokens": cursor.trained_tokens, **facts,
             "files": {path.name: _digest(path) for path in sorted(temporary.iterdir())},

@@ -35,7 +35,7 @@ def save_adapter(directory: Path, adapter: Adapter, flat: torch.Tensor, *, base_
     """Writes an adapter with the values of `flat` (the adapter's layout, any float dtype) into an existing directory."""
     if adapter.config is None:
         raise InvalidRequest("adapter: its kind has no file format", param="adapter")
-    tensors = {tensor_name(p): to_file(adapter, p, flat) for p in adapter.parameters}
+    tensors = to_file(adapter, flat)
     origin = {"base_fingerprint": fingerprint}
     _write(directory, adapter.config, adapter.parameters, tensors, base_name, origin, adapter.end_token_ids)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from coserve.hostcopy import to_host
 from coserve.peft.adapter import Adapter, Parameter
 
 CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE = "adapter_config.json", "adapter_model.safetensors", "coserve.json"
@@ -31,12 +32,17 @@ def tensor_shape(p: Parameter) -> tuple[int, ...]:
     return {"dora": p.shape[:1], "ia3_in": p.shape[::-1]}.get(p.part, p.shape)
 
 
-def to_file(adapter: Adapter, p: Parameter, flat: Tensor) -> Tensor:
-    """The parameter's value in `flat`, on the host, as a file holds it."""
-    value, origin = p.of(flat).detach().cpu(), adapter.origin(p)
-    if origin is not None:
-        value = (value + origin.cpu()).to(value.dtype)
-    return value.reshape(tensor_shape(p)).contiguous()
+def to_file(adapter: Adapter, flat: Tensor) -> dict[str, Tensor]:
+    """All parameters' values in `flat` by their names in a file, on the host, as a file holds them."""
+    origins = {tensor_name(p): adapter.origin(p) for p in adapter.parameters}
+    found = to_host({"": flat, **{name: origin for name, origin in origins.items() if origin is not None}})
+    tensors = {}
+    for p in adapter.parameters:
+        name, value = tensor_name(p), p.of(found[""])
+        if name in found:
+            value = (value + found[name]).to(value.dtype)
+        tensors[name] = value.reshape(tensor_shape(p)).contiguous()
+    return tensors
 
 
 def from_file(adapter: Adapter, p: Parameter, value: Tensor) -> None:

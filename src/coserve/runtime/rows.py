@@ -7,11 +7,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from coserve.kernels.choose import attention_for
+from coserve.kernels import attention, cuda_attention
+from coserve.kernels.choose import packs_attention
+from coserve.kernels.cuda_attention import KeyedRows
 from coserve.kernels.reference import hash_key
 from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor, RowContext
 from coserve.peft.adapter import Adapter
+from coserve.runtime.sequences import packed_calls
 
 
 class RotaryTable:
@@ -57,7 +60,10 @@ class TrainRows(RowContext):
         self.dropout_keys = dropout_keys
         self.layer = 0
         self.num_serving = 0
-        self._attention = attention_for(cos.device)
+        self._packed = None
+        if packs_attention(cos.device):
+            sequences = [KeyedRows(begin, first, last) for begin, first, last, _ in self._sequences()]
+            self._packed = packed_calls(dict.fromkeys(windows, sequences), cos.device)
         self.keys = self.values = cos
         self.d_keys = self.d_values = cos
 
@@ -77,19 +83,30 @@ class TrainRows(RowContext):
 
     def attention(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
         assert lse is not None
+        width, window = self.cos.shape[-1], self.windows[self.layer]
+        if self._packed is not None:
+            call = self._packed[window]
+            cuda_attention.attention(out, lse, q, self.keys, self.values, call, width=width, window=window)
+            return
         for begin, first, last, rows in self._sequences():
-            self._attention.attention(
-                out[rows], lse[rows], q[rows], self.keys, self.values, width=self.cos.shape[-1], begin=begin,
-                first=first, last=last, window=self.windows[self.layer],
+            attention.attention(
+                out[rows], lse[rows], q[rows], self.keys, self.values, width=width, begin=begin,
+                first=first, last=last, window=window,
             )
 
     def attention_dgrad(
         self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor
     ) -> None:
-        for begin, first, last, rows in self._sequences():
-            self._attention.attention_dgrad(
+        width, window = self.cos.shape[-1], self.windows[self.layer]
+        if self._packed is not None:
+            cuda_attention.attention_dgrad(
+                d_q, self.d_keys, self.d_values, grad, q, self.keys, self.values, out, lse, self._packed[window],
+                width=width, window=window,
+            )
+        for begin, first, last, rows in self._sequences() if self._packed is None else ():
+            attention.attention_dgrad(
                 d_q[rows], self.d_keys, self.d_values, grad[rows], q[rows], self.keys, self.values, out[rows], lse[rows],
-                width=self.cos.shape[-1], begin=begin, first=first, last=last, window=self.windows[self.layer],
+                width=width, begin=begin, first=first, last=last, window=window,
             )
         d_k.copy_(self.d_keys[self.start : self.end])
         d_v.copy_(self.d_values[self.start : self.end])

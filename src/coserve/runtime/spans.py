@@ -5,8 +5,8 @@ prefill span, S context tokens, N blocks of a table, G key-value heads, K head w
 
 There are three readers of context. The compiled kernel (on a CPU) serves all rows through their block tables. Triton's kernel
 serves decode rows that way. Without either, decode rows are grouped by length of context; each group gathers its keys and reads
-values where they lie. Prefill spans that the reader does not serve use `kernels.attention`. What an iteration needs on the
-device goes there in one copy, queued without a wait.
+values where they lie. Prefill spans that the reader does not serve use `kernels.attention` one by one, on CUDA all in one call
+(sequences.py). What an iteration needs on the device goes there in few copies, queued without a wait.
 """
 
 from __future__ import annotations
@@ -20,30 +20,19 @@ import torch
 from torch import Tensor
 
 from coserve.kernels import native
-from coserve.kernels.attention import decode_attention
-from coserve.kernels.choose import attention_for, runs_triton
+from coserve.kernels.attention import attention, decode_attention
+from coserve.kernels.choose import packs_attention, runs_triton
 from coserve.kernels.triton.paged_decode import paged_decode_attention
 from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor, FactorStack
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool
+from coserve.runtime.sequences import NO_ADAPTER, TABLE_STEP, PackedPrefill, RowSpan, block_tables
 from coserve.runtime.transfer import to_device
 
-NO_ADAPTER = -1
-_TABLE_STEP = 16
-"""Tables are padded to a multiple of this: Triton compiles anew for strides that are no multiple of 16."""
 _GATHERED_BYTES = 10 << 20
 """Keys that a group of decode rows gathers at most, on devices that gather."""
 _NO_TABLES = np.zeros((0, 0), np.int32), np.zeros(0, np.int32)
-
-
-class RowSpan(NamedTuple):
-    """A request's tokens [start, end) in this batch. table: its blocks, in order; slot: its adapter's, or NO_ADAPTER."""
-
-    start: int
-    end: int
-    table: Sequence[int]
-    slot: int
 
 
 class _DecodeGroup(NamedTuple):
@@ -178,7 +167,7 @@ class SpanRows:
         compiled, triton = native.paged_attention_for(pool.rows, pool.block_tokens), runs_triton(device)
         read: Sequence[RowSpan] = spans if compiled is not None else decode
         paged = len(read) > 0 and (compiled is not None or triton)
-        tables, contexts = block_tables(read, pool.block_tokens, _TABLE_STEP) if paged else _NO_TABLES
+        tables, contexts = block_tables(read, pool.block_tokens, TABLE_STEP) if paged else _NO_TABLES
         parts = (positions, blocks, contexts, tables)
         on_device = to_device(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)
         sent = on_device.split([part.size for part in parts])
@@ -195,11 +184,12 @@ class SpanRows:
         else:
             share = arch.num_heads // arch.num_kv_heads
             self._reader = _GatheredDecode({w: _decode_groups(decode, pool, share, w) for w in set(self.windows)})
-        self._prefill_attention = attention_for(device).attention
+        unread = spans[len(read) :]
+        self._packed = PackedPrefill(unread, pool, self.windows) if unread and packs_attention(device) else None
         self._prefill: list[tuple[slice, RowSpan, Tensor | None]] = [
             (slice(int(first), int(end)), span, self._context(span))
-            for first, end, span in zip(starts[len(read) : -1], starts[len(read) + 1 :], spans[len(read) :], strict=True)
-        ]
+            for first, end, span in zip(starts[len(read) : -1], starts[len(read) + 1 :], unread, strict=True)
+        ] if self._packed is None else []
         self._segments = [
             *_segments(decode, 0, adapters.num_slots, device), *_segments(prefill, len(decode), adapters.num_slots, device)
         ]
@@ -247,25 +237,18 @@ class SpanRows:
         window = self.windows[self.layer]
         if self._read_rows.stop:
             self._reader.attention(out[self._read_rows], q[self._read_rows], self.pool, self.layer, window)
+        if self._packed is not None:
+            rows = slice(self._read_rows.stop, None)
+            self._packed.attention(out[rows], q[rows], k[rows], v[rows], self.layer, window)
         for rows, span, context in self._prefill:
             keys, values = k[rows], v[rows]
             if context is not None:
                 keys, values = (t.transpose(0, 1).flatten(1) for t in self.pool.gather(self.layer, context))
             lse = torch.empty(span.end - span.start, q.shape[1] // self.width,
                               dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-            self._prefill_attention(
+            attention(
                 out[rows], lse, q[rows], keys, values, width=self.width, begin=0, first=span.start, last=span.end, window=window
             )
-
-
-def block_tables(spans: Sequence[RowSpan], size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [B, N] blocks and int32 [B] context tokens of spans; N is a multiple of `step`, unused entries are 0."""
-    ends = np.array([span.end for span in spans], np.int32)
-    counts = -(-ends // size)
-    tables = np.zeros((len(spans), -(-int(counts.max()) // step) * step), np.int32)
-    for row, (span, count) in enumerate(zip(spans, counts, strict=True)):
-        tables[row, :count] = span.table[:count]
-    return tables, ends
 
 
 def fresh_blocks(spans: Sequence[RowSpan], size: int) -> list[int]:

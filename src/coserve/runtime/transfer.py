@@ -40,3 +40,18 @@ class HostCopy:
         if self._copied is not None:
             self._copied.synchronize()
         return self._host
+
+
+_ALIGNED = 16
+"""Parts of one copy begin at multiples of this many elements, 64 bytes: kernels are compiled for aligned memory."""
+
+
+def to_device_together(parts: Sequence[np.ndarray | Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Integers as int32 tensors on `device`, of the parts' shapes, sent in one copy."""
+    arrays = [np.asarray(part, np.int32) for part in parts]
+    sizes = [-(-array.size // _ALIGNED) * _ALIGNED for array in arrays]
+    host = np.zeros(sum(sizes), np.int32)
+    for array, begin in zip(arrays, np.cumsum([0, *sizes]), strict=False):
+        host[begin : begin + array.size] = array.ravel()
+    sent = to_device(host, device).split(sizes)
+    return [part[: array.size].view(array.shape) for part, array in zip(sent, arrays, strict=True)]

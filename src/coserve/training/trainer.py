@@ -149,7 +149,7 @@ class AdapterTrainer:
     def optimizer_state(self) -> tuple[dict[str, Tensor], int]:
         state = self.optimizer.state()
         if self.layout is not None:
-            state = {name: self.layout.join(part).cpu() for name, part in state.items()}
+            state = {name: self.layout.join(part) for name, part in state.items()}
         return state, self.optimizer.num_updates
 
     def restore(self, state: dict[str, Tensor], num_updates: int) -> None:
