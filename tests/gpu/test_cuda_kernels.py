@@ -14,11 +14,25 @@ import torch
 from torch import Tensor
 
 from coserve.kernels import cuda_attention, library, reference
+from coserve.kernels.cuda_attention import KeyedRows, PackedCall
 from coserve.kernels.triton import available, paged_decode, segments
+from coserve.runtime.sequences import packed_calls
+from tests.fake_cuda import fake_cuda, needs_fake_cuda
+from tests.played_flash import play_flash
 
 SHAPES = [(4, 4, 64), (6, 2, 128), (2, 1, 16)]
-WINDOWS = [(0, 0, 300, None), (7, 7, 8, None), (5, 100, 431, None), (3, 200, 201, None), (0, 64, 200, 50), (9, 9, 309, 1)]
-"""(begin, first, last, sliding window)"""
+Case = tuple[list[tuple[int, int, int]], int | None]
+CASES: list[Case] = [
+    ([(0, 0, 300)], None), ([(7, 7, 8)], None), ([(5, 100, 431)], None), ([(3, 200, 201)], None), ([(0, 64, 200)], 50),
+    ([(9, 9, 309)], 1),
+    # a training window that cuts its first example, then whole ones, one of them a single token, and one that goes on
+    ([(4, 90, 131), (131, 131, 132), (132, 132, 190), (190, 190, 230)], None),
+    ([(4, 90, 131), (131, 131, 132), (132, 132, 190), (190, 190, 230)], 17),
+    ([(6, 6, 7), (7, 7, 8), (8, 8, 9)], None),
+    # prompts with gathered contexts, of which one has a single new token
+    ([(0, 70, 90), (90, 90, 120), (120, 199, 200)], None), ([(0, 70, 90), (90, 90, 120), (120, 199, 200)], 40),
+]
+"""((begin, first, last) per sequence, sliding window)"""
 
 
 def close(have: Tensor, want: Tensor, tolerance: float, what: str) -> None:
@@ -28,11 +42,12 @@ def close(have: Tensor, want: Tensor, tolerance: float, what: str) -> None:
 
 
 def check_training_attention(
-    heads: int, kv_heads: int, width: int, begin: int, first: int, last: int, window: int | None,
-    device: str, dtype: torch.dtype, tolerance: float,
+    heads: int, kv_heads: int, width: int, case: Case, device: str, dtype: torch.dtype, tolerance: float,
 ) -> None:
-    generator = torch.Generator().manual_seed(heads * last + first)
-    rows, size = last - first, last + 3
+    sequences, window = [KeyedRows(*part) for part in case[0]], case[1]
+    begin, last = sequences[0].begin, sequences[-1].last
+    generator = torch.Generator().manual_seed(heads * last + sequences[0].first)
+    rows, size = sum(one.last - one.first for one in sequences), last + 3
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
@@ -46,85 +61,85 @@ def check_training_attention(
     out = torch.full((rows, heads * width), math.nan, dtype=dtype, device=device)
     lse, d_q = torch.full((rows, heads), math.nan, device=device), torch.full_like(out, math.nan)
     sums = [torch.ones(size, kv_heads * width, device=device) for _ in range(2)]
-    where: dict[str, Any] = {"width": width, "begin": begin, "first": first, "last": last, "window": window}
-    cuda_attention.attention(out, lse, q, k_all, v_all, **where)
-    cuda_attention.attention_dgrad(d_q, *sums, grad, q, k_all, v_all, out, lse, **where)
+    trained = all(one.begin == one.first for one in sequences[1:])
+    call = packed_calls({window: sequences}, torch.device(device))[window] if trained else whole_call(sequences, device)
+    options: dict[str, Any] = {"width": width, "window": window}
+    cuda_attention.attention(out, lse, q, k_all, v_all, call, **options)
+    cuda_attention.attention_dgrad(d_q, *sums, grad, q, k_all, v_all, out, lse, call, **options)
+    silent = torch.full_like(out, math.nan)
+    cuda_attention.attention(silent, None, q, k_all, v_all, call, **options)
+    assert torch.equal(silent, out), "without log-sum-exps"
 
-    inputs = (q, k_all[begin:last], v_all[begin:last])
-    exact = [t.double().cpu().unflatten(-1, (-1, width)).requires_grad_() for t in inputs]
-    want, want_lse = reference.attention(*exact, window=window)
-    grads = torch.autograd.grad(want, exact, grad.double().cpu().unflatten(-1, (-1, width)))
-    close(out, want.detach().flatten(1), tolerance, "out")
-    close(lse, want_lse.detach(), tolerance, "lse")
-    close(d_q, grads[0].flatten(1), tolerance, "d_q")
-    for name, found, wanted in zip(("d_k", "d_v"), sums, grads[1:], strict=True):
-        close(found[begin:last] - 1, wanted.flatten(1), tolerance, name)
-        assert (found[:begin] == 1).all() and (found[last:] == 1).all(), name
+    row = 0
+    for number, (one, first, end) in enumerate(sequences):
+        mine, keys, what = slice(row, row + end - first), slice(one, end), f"sequence {number}: "
+        row = mine.stop
+        exact = [t.double().cpu().unflatten(-1, (-1, width)).requires_grad_() for t in (q[mine], k_all[keys], v_all[keys])]
+        want, want_lse = reference.attention(*exact, window=window)
+        grads = torch.autograd.grad(want, exact, grad[mine].double().cpu().unflatten(-1, (-1, width)))
+        close(out[mine], want.detach().flatten(1), tolerance, what + "out")
+        close(lse[mine], want_lse.detach(), tolerance, what + "lse")
+        close(d_q[mine], grads[0].flatten(1), tolerance, what + "d_q")
+        for name, found, wanted in zip(("d_k", "d_v"), sums, grads[1:], strict=True):
+            close(found[keys] - 1, wanted.flatten(1), tolerance, what + name)
+    for found in sums:
+        assert (found[:begin] == 1).all() and (found[last:] == 1).all()
 
 
-@pytest.mark.parametrize("where", WINDOWS)
+def whole_call(sequences: list[KeyedRows], device: str) -> PackedCall:
+    """A call over all keys, also those that no window reaches."""
+    ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in cuda_attention.call_ends(sequences))
+    lengths = [(one.last - one.first, one.last - one.begin) for one in sequences]
+    return PackedCall(sequences, ends_q, ends_k, max(q for q, _ in lengths), max(k for _, k in lengths))
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_training_attention(
-    heads: int, kv_heads: int, width: int, where: tuple[int, int, int, int | None], dtype: torch.dtype
-) -> None:
+def test_training_attention(heads: int, kv_heads: int, width: int, case: Case, dtype: torch.dtype) -> None:
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-3}[dtype]
-    check_training_attention(heads, kv_heads, width, *where, "cuda", dtype, tolerance)
+    check_training_attention(heads, kv_heads, width, case, "cuda", dtype, tolerance)
 
 
-def play_forward(
-    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int, dropout: float, causal: bool,
-    debug: bool, *, scale: float, window_size_left: int, window_size_right: int,
-) -> tuple[Tensor, ...]:
-    """The library's forward by the reference: rows [T, n, K], log-sum-exp [H, T]."""
-    assert ends_q.tolist() == [0, max_q] and ends_k.tolist() == [0, max_k] and (max_q, max_k) == (len(q), len(k))
-    assert ends_q.dtype == ends_k.dtype == torch.int32 and causal and not debug and dropout == 0 == window_size_right
-    assert scale == pytest.approx(q.shape[-1] ** -0.5)
-    out, lse = reference.attention(q, k, v, window=None if window_size_left < 0 else window_size_left + 1)
-    return out, lse.t().contiguous(), torch.empty(2), torch.empty(0), torch.empty(0)
-
-
-def play_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ends_q: Tensor, ends_k: Tensor,
-    max_q: int, max_k: int, dropout: float, causal: bool, state: Tensor, unused: Tensor, **edges: Any,
-) -> tuple[Tensor, ...]:
-    """The library's backward by autograd."""
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    want, want_lse, *_ = play_forward(*leaves, ends_q, ends_k, max_q, max_k, dropout, causal, False, **edges)
-    torch.testing.assert_close(out, want.detach())
-    torch.testing.assert_close(lse, want_lse.detach())
-    return torch.autograd.grad(want, leaves, grad)
-
-
-@pytest.mark.parametrize("where", WINDOWS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 def test_what_surrounds_the_librarys_attention(
-    monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, width: int, where: tuple[int, int, int, int | None]
+    monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, width: int, case: Case
 ) -> None:
-    monkeypatch.setattr(cuda_attention, "_fits", lambda width, *rows: True)
-    monkeypatch.setattr(cuda_attention, "_flash", play_forward)
-    monkeypatch.setattr(cuda_attention, "_flash_backward", play_backward)
-    check_training_attention(heads, kv_heads, width, *where, "cpu", torch.float32, 1e-5)
+    calls = play_flash(monkeypatch, into=width != 64)
+    check_training_attention(heads, kv_heads, width, case, "cpu", torch.float32, 1e-5)
+    assert calls == {"forward": 2, "backward": 1}
 
 
-def test_the_library_takes_our_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names, order and types of both calls, as this release of the library declares them."""
-    monkeypatch.setattr(cuda_attention, "_fits", lambda width, *rows: True)
-    q, grad, out, d_q = (torch.empty(5, 4 * 16, dtype=torch.bfloat16, device="meta") for _ in range(4))
-    k_all, v_all = (torch.empty(9, 2 * 16, dtype=torch.bfloat16, device="meta") for _ in range(2))
-    sums = [torch.empty(9, 2 * 16, device="meta") for _ in range(2)]
-    lse = torch.empty(5, 4, device="meta")
-    cuda_attention.attention(out, lse, q, k_all, v_all, width=16, begin=1, first=3, last=8, window=4)
-    cuda_attention.attention_dgrad(
-        d_q, *sums, grad, q, k_all, v_all, out, lse, width=16, begin=1, first=3, last=8, window=4
-    )
+@needs_fake_cuda
+@pytest.mark.parametrize("into", [True, False])
+def test_the_library_takes_our_arguments(monkeypatch: pytest.MonkeyPatch, into: bool) -> None:
+    """Names, order and types of the calls, as this release of the library declares them, for tensors of a CUDA device."""
+    if not into:
+        monkeypatch.setattr(cuda_attention, "_flash_into", None)
+    with fake_cuda() as device:
+        place: dict[str, Any] = {"device": "cuda"}
+        q, grad, out, d_q = (torch.empty(7, 4 * 16, dtype=torch.bfloat16, **place) for _ in range(4))
+        k_all, v_all = (torch.empty(12, 2 * 16, dtype=torch.bfloat16, **place) for _ in range(2))
+        sums, lse = [torch.empty(12, 2 * 16, **place) for _ in range(2)], torch.empty(7, 4, **place)
+        (call,) = packed_calls({4: [KeyedRows(0, 2, 7), KeyedRows(7, 7, 9)]}, torch.device("cuda")).values()
+        cuda_attention.attention(out, lse, q, k_all, v_all, call, width=16, window=4)
+        cuda_attention.attention_dgrad(d_q, *sums, grad, q, k_all, v_all, out, lse, call, width=16, window=4)
+    forward = "_flash_attention_forward_no_dropout_inplace" if into else "_flash_attention_forward"
+    assert device.launches[forward] == 1 and device.launches["_flash_attention_backward"] > 0
+    assert device.launches["arange"] == 0
+
+
+def test_keys_of_a_call_lie_side_by_side() -> None:
+    with pytest.raises(AssertionError, match="side by side"):
+        cuda_attention.call_ends([KeyedRows(0, 0, 3), KeyedRows(4, 4, 6)])
 
 
 def test_rows_that_the_library_does_not_take_go_the_plain_way() -> None:
-    for where in WINDOWS:
-        check_training_attention(4, 2, 16, *where, "cpu", torch.float32, 5e-5)
+    for case in CASES:
+        check_training_attention(4, 2, 16, case, "cpu", torch.float32, 5e-5)
 
 
 # --- Triton ---------------------------------------------------------------------------------------------------------------

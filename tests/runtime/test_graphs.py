@@ -154,6 +154,6 @@ def test_a_failed_capture_leaves_eager_passes(
 
 
 def test_the_choice_is_the_devices() -> None:
-    assert choose.attention_for(CPU) is choose.attention
-    assert choose.attention_for(torch.device("cuda")) is choose.cuda_attention
+    assert not choose.packs_attention(CPU)
+    assert choose.packs_attention(torch.device("cuda"))
     assert not choose.runs_triton(CPU)

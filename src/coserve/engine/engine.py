@@ -40,6 +40,7 @@ from coserve.engine.step import Lookup, StepRunner
 from coserve.engine.threads import borrowed_team, give_team_back
 from coserve.engine.watching import Watcher
 from coserve.finetune.job import JobEvent
+from coserve.kernels.choose import flash_note
 from coserve.kernels.native import compiled_kernels, compiles_for
 from coserve.peft.adapter import Adapter
 from coserve.profiling.measure import latency_model
@@ -76,6 +77,8 @@ class Engine:
         self.model, self.config, self.clock = model, config or EngineConfig(), clock
         if compiles_for(model.dtype, model.device):
             report(compiled_kernels().note)
+        if model.device.type == "cuda":
+            report(flash_note(model.device))
         trains = latency is None or self.config.scheduler.policy != "inference-only"
         device = self.device = make_device(model, self.config, trains=trains, report=report)
         num_blocks, blocks = device.pool.num_blocks, device.pool.block_tokens

@@ -49,5 +49,5 @@ def from_file(adapter: Adapter, p: Parameter, value: Tensor) -> None:
     """Writes a file's value into the adapter."""
     value, origin = value.reshape(p.shape), adapter.origin(p)
     if origin is not None:
-        value = value.to(origin.dtype) - origin.cpu()
+        value = value.to(origin.device, origin.dtype) - origin
     p.of(adapter.flat).copy_(value)
