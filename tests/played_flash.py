@@ -58,11 +58,13 @@ def play_backward(
     """By autograd. out and lse must be what forward found."""
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     with torch.enable_grad():
-        want, want_lse, *_ = play_forward(*leaves, ends_q, ends_k, max_q, max_k, dropout, causal, False, **edges)
+        want, want_lse, *_ = play_forward(
+            leaves[0], leaves[1], leaves[2], ends_q, ends_k, max_q, max_k, dropout, causal, False, **edges
+        )
     assert lse.is_contiguous()
     torch.testing.assert_close(out, want.detach(), equal_nan=True)
     torch.testing.assert_close(lse, want_lse.detach(), equal_nan=True)
-    return torch.autograd.grad(want, leaves, grad)
+    return tuple(torch.autograd.grad(want, leaves, grad))
 
 
 def play_flash(monkeypatch: pytest.MonkeyPatch, *, into: bool = True) -> Counter[str]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +20,7 @@ from torch import Tensor
 from coserve import hostcopy
 from coserve.config.settings import FinetuneConfig, LoraConfig
 from coserve.engine import jobs
-from coserve.finetune import checkpoints
 from coserve.finetune.checkpoints import Cursor, save_checkpoint
-from coserve.peft import tensors
 from tests.tiny_directory import chat_lines, write_lines
 from tests.tiny_engine import MakeEngine, drive
 
@@ -38,8 +39,8 @@ class PlayedStreams:
         played = self
 
         class Stream:
-            def wait_stream(self, other: str) -> None:
-                played.log.append(f"side waits for {other}")
+            def wait_event(self, made: str) -> None:
+                played.log.append(f"side waits for {made}")
 
         class Event:
             def __init__(self, *, blocking: bool) -> None:
@@ -71,7 +72,6 @@ class PlayedStreams:
 
         for name, value in {"Stream": lambda device: Stream(), "Event": Event, "stream": stream}.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: played.present)
         monkeypatch.setattr(hostcopy, "_queue", queue)
         monkeypatch.setattr(hostcopy, "_pinned", pinned)
         monkeypatch.setattr(hostcopy, "CHUNK_BYTES", chunk_bytes)
@@ -92,12 +92,40 @@ def test_copies_are_whole_whatever_the_chunks(chunk_bytes: int, monkeypatch: pyt
         torch.randn(5, 3, generator=generator), torch.randn(4, 6, generator=generator).t(),
         torch.randn(9, generator=generator).bfloat16(), torch.tensor(3.5), torch.empty(0, 4), torch.arange(11),
     ]
-    found = hostcopy._copied(sources, DEVICE)
+    found = hostcopy._copied(sources, DEVICE, "them")
     for have, want in zip(found, sources, strict=True):
         assert torch.equal(have, want) and have.dtype == want.dtype and have.is_contiguous()
-    assert played.log[0] == "side waits for main" and played.log.count("side waits for main") == 1
+    assert played.log[0] == "side waits for them" and set(played.log[1:]) == {"copy"}
     assert len(played.pinned) == 2 and {len(pin) for pin in played.pinned} == {min(chunk_bytes, 96)}
     assert played.present == "main"
+
+
+def test_what_is_copied_later_is_what_was_queued_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that makes the tensors records the event; the one that copies them waits for it."""
+    log: list[str] = []
+
+    def record_event() -> str:
+        log.append(f"recorded by {threading.current_thread().name}")
+        return "event"
+
+    def copied(given: list[Any], device: torch.device, made: str) -> list[Any]:
+        log.append(f"{len(given)} copied after {made}")
+        return ["host"] * len(given)
+
+    def tensor(device: str) -> Any:
+        made = SimpleNamespace(is_cuda=device == "cuda", device=torch.device(device))
+        made.detach = lambda: made
+        return made
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=record_event))
+    monkeypatch.setattr(hostcopy, "_copied", copied)
+    given = {"a": tensor("cuda"), "b": tensor("cpu"), "c": tensor("cuda")}
+    copy = hostcopy.to_host_later(given)
+    assert log == [f"recorded by {threading.current_thread().name}"]
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as writer:
+            assert writer.submit(copy).result() == {"a": "host", "b": given["b"], "c": "host"}
+    assert log[1:] == ["2 copied after event"] * 2
 
 
 def test_the_hosts_tensors_are_not_copied() -> None:
@@ -120,14 +148,16 @@ def test_a_jobs_tensors_reach_the_host_in_the_writers_thread(
 ) -> None:
     """The engine's thread only clones them on the device."""
     copied: list[tuple[str, set[str]]] = []
-    original = hostcopy.to_host
+    later = hostcopy.to_host_later
 
-    def watched(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        copied.append((threading.current_thread().name, set(given)))
-        return original(given)
+    def watched(given: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        def copy() -> dict[str, Tensor]:
+            copied.append((threading.current_thread().name, set(given)))
+            return later(given)()
+        return copy
 
-    for module in (tensors, checkpoints, jobs):
-        monkeypatch.setattr(module, "to_host", watched)
+    monkeypatch.setattr(hostcopy, "to_host_later", watched)
+    monkeypatch.setattr(jobs, "to_host_later", watched)
     engine = engines()
     config = FinetuneConfig(max_steps=4, checkpoint_steps=2, lora=LoraConfig(r=4))
     engine.finetune(write_lines(tmp_path / "data.jsonl", chat_lines(8)), tmp_path / "out", replace(config, keep_checkpoints=2))

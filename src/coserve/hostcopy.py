@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,14 +26,26 @@ CHUNK_BYTES = 32 << 20
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same values in the host's memory, detached: tensors that lie there already share theirs with the result.
 
-    Those on a CUDA device must have been made by the calling thread's present stream or by one that it has waited for, and must
-    not change until this returns. Blocks until all are there.
+    Those on a CUDA device must come from the calling thread's present stream or from one that it has waited for, and must not
+    change until this returns. Blocks until all are there.
     """
-    result = {name: tensor.detach() for name, tensor in tensors.items()}
-    for device in {tensor.device for tensor in result.values() if tensor.is_cuda}:
-        names = [name for name, tensor in result.items() if tensor.device == device]
-        result.update(zip(names, _copied([result[name] for name in names], device), strict=True))
-    return result
+    return to_host_later(tensors)()
+
+
+def to_host_later(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """`to_host` in two steps: this notes what the calling thread has queued by now, and blocks nobody. Another thread calls the
+    result, once or again; the tensors must not change before that returns."""
+    devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    made = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+
+    def copy() -> dict[str, Tensor]:
+        result = {name: tensor.detach() for name, tensor in tensors.items()}
+        for device, event in made.items():
+            names = [name for name, tensor in result.items() if tensor.device == device]
+            result.update(zip(names, _copied([result[name] for name in names], device, event), strict=True))
+        return result
+
+    return copy
 
 
 @functools.cache
@@ -51,10 +63,10 @@ def _queue(chunk: Tensor, source: Tensor) -> None:
     chunk.copy_(source, non_blocking=True)
 
 
-def _copied(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies of tensors of one CUDA device, all in the host's memory on return."""
+def _copied(tensors: Sequence[Tensor], device: torch.device, made: Any) -> list[Tensor]:
+    """Copies of tensors of one CUDA device, all in the host's memory on return. made: the event after which they are there."""
     side = _side_stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))  # by an event: what has been queued by now comes first
+    side.wait_event(made)
     results = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
     size = max(1, min(CHUNK_BYTES, max(result.nbytes for result in results)))
     free = deque(_pinned(size) for _ in range(2))

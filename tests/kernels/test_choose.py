@@ -87,3 +87,9 @@ def test_one_that_fails_is_left_out_and_named(
     note = choose.flash_note(DEVICE)
     assert note.startswith("attention by PyTorch's flash kernels; flash_attn_interface is installed") and said in note
     assert flash3.active is None
+
+
+def test_what_somebody_else_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash3 = Flash3(monkeypatch)
+    flash3.active = "FA4"
+    assert choose.flash_note(DEVICE) == "attention by FA4, in PyTorch's place" and flash3.active == "FA4"

@@ -9,7 +9,7 @@ that job waits. When the engine closes, a job writes a checkpoint of its last wh
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from coserve.engine.verbs import BatchRun, CopyRun, Host, OptimizerRun, VerbRun
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
 from coserve.finetune.job import ForwardBackward, JobEvent, OptimStep, SaveCheckpoint, Score, StepRow, Verb, Write
-from coserve.hostcopy import to_host
+from coserve.hostcopy import to_host_later
 from coserve.scheduler.work import JobWork
 from coserve.training.finetuning import PreparedJob
 from coserve.training.trainer import out_of_memory
@@ -121,14 +121,17 @@ class LiveJob:
         adapter = self.trainer.copy_adapter()
         self.host.publish(self.handle.name, adapter)
         if copy.snapshot:
-            state, cursor = self.trainer.snapshot(), self.job.cursor
+            state, cursor = to_host_later(self.trainer.snapshot()), self.job.cursor
             self._checkpoints.append(DiskWrite(self.host.writer, lambda: self._write(cursor, state)))
         else:
             self.trainer.published = adapter
         self._run.copied = True
 
-    def _write(self, cursor: Cursor, state: dict[str, Tensor], unrecorded: StepRow | None = None) -> None:
-        state = to_host(state)  # once, for both files
+    def _write(
+        self, cursor: Cursor, copy: Callable[[], dict[str, Tensor]], unrecorded: StepRow | None = None
+    ) -> None:
+        """Writes a checkpoint. copy: brings the optimizer's state to the host."""
+        state = copy()
         save = partial(self.trainer.save, master=state["master"])
         self.job.write_checkpoint(cursor, state, save, unrecorded=unrecorded)
 
@@ -173,7 +176,7 @@ class LiveJob:
             if self.failure is None and self._result is None:
                 asked = self._complete_step()
                 if asked or self.job.cursor.step > self.job.saved_step:
-                    state, row = self.trainer.snapshot(), self.job.unrecorded
+                    state, row = to_host_later(self.trainer.snapshot()), self.job.unrecorded
                     self.host.writer.submit(self._write_last, self.job.cursor, state, row)
         except StopIteration:
             pass
@@ -202,9 +205,11 @@ class LiveJob:
             run = self._begin(verb)
         return False
 
-    def _write_last(self, cursor: Cursor, state: dict[str, Tensor], unrecorded: StepRow | None) -> None:
+    def _write_last(
+        self, cursor: Cursor, copy: Callable[[], dict[str, Tensor]], unrecorded: StepRow | None
+    ) -> None:
         try:
-            self._write(cursor, state, unrecorded)
+            self._write(cursor, copy, unrecorded)
         except Exception as error:
             self.job.listen(JobEvent(level="warn", message=f"no checkpoint at the end: {_described(error)}"))
 

@@ -35,6 +35,8 @@ def flash_note(device: torch.device) -> str:
     """Chooses what serves PyTorch's flash operators on a CUDA device, once in a process, and says so in a line for the log."""
     own = "attention by PyTorch's flash kernels"
     activate = getattr(torch_attention, "activate_flash_attention_impl", None)
+    if activate is not None and (chosen := torch_attention.current_flash_attention_impl()) is not None:
+        return f"attention by {chosen}, in PyTorch's place"
     if activate is None or importlib.util.find_spec(FLASH3_PACKAGE) is None or torch.cuda.get_device_capability(device)[0] != 9:
         return own
     try:
