@@ -28,7 +28,7 @@ from coserve.compiler.graph import Element, Graph, JointGraph, Node, Value, prod
 from coserve.compiler.lower import Draft
 from coserve.compiler.passes import run_passes
 from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans, plan_fused, plan_inference
-from coserve.compiler.program import LayerPlan, Place, Program, Storage
+from coserve.compiler.program import LayerPlan, Place, Program, Slot, Storage
 from coserve.compiler.prune import prune
 from coserve.compiler.rematerialize import Rematerialized, rematerialize
 from coserve.compiler.trace import Tracer, trace
@@ -38,7 +38,7 @@ from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED, Bypass, NoBypass, layer, linear_shapes
 from coserve.model.linear import FrozenLinear, OutputHead
 from coserve.model.weights import LayerWeights, ModelWeights
-from coserve.ops.run import Factor
+from coserve.ops.run import JOINED, RUNNERS, Factor
 from coserve.ops.table import Cost
 from coserve.ops.vocabulary import V, Vocabulary
 from coserve.peft.lora import LoraAdapter, LoraBypass, lora_layout
@@ -592,7 +592,7 @@ def test_adds_become_accumulating_products() -> None:
     added = [weight for op, weight, accumulate in forward if accumulate]
     # h and y are new values beside ones that stay, so they are written; down_proj's LoRA adds into down_proj's memory
     assert added == [f"{site}.lora_B" for site in LINEAR_SITES]
-    assert [op for op, _, _ in forward].count("add") == 2
+    assert [op for op, _, _ in forward].count("add") == 1, "h is written together with its norm"
     assert "add" not in [op for op, _, _ in backward]
     assert [(op, weight) for op, weight, accumulate in backward if accumulate] == [
         ("linear_dgrad", "down_proj"), ("linear_dgrad", "up_proj"), ("segment_linear_dgrad", "gate_proj.lora_A"),
@@ -602,11 +602,42 @@ def test_adds_become_accumulating_products() -> None:
     ]
 
 
-def test_rope_turns_in_place() -> None:
-    for plan in plans_of(make_arch(), NoBypass(), {}):
-        for call in plan.forward.calls:
-            if call.op == "rope":
-                assert call.outs == call.ins
+def test_rope_turns_in_place_in_one_call_with_attention() -> None:
+    bypass, widths = lora(LINEAR_SITES)
+    programs = [p for plan in plans_of(make_arch(), bypass, widths) for p in (plan.forward, plan.backward) if p is not None]
+    joined = [call for program in programs for call in program.calls if call.run is JOINED["rope", "attention"]]
+    assert len(joined) >= 3
+    assert not [call.op for plan in plans_of(make_arch(), bypass, widths) for call in plan.forward.calls if call.op == "rope"]
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_what_attention_rotates_is_its_q_and_k(qk_norm: bool) -> None:
+    for program in (plan.forward for plan in plans_of(make_arch(qk_norm=qk_norm), NoBypass(), {})):
+        (call,) = [call for call in program.calls if call.op == "attention"]
+        q, k, _, *rotated = (program.slots[number] for number in call.ins)
+        if len(rotated) == 1:
+            assert rotated == [Slot(q.storage, q.column, q.width + k.width)] and k.column == q.column + q.width
+        else:
+            assert {*rotated} == {q, k}
+        assert call.attrs == {"scale": 1.0}
+    assert qk_norm or len(rotated) == 1, "beside each other in the last plan, which is a serving one"
+
+
+def test_layers_without_rotary_embedding_have_plain_attention() -> None:
+    plan = plans_of(make_arch(nope_layers=frozenset({0})), NoBypass(), {})[0]
+    (call,) = [call for call in plan.forward.calls if call.op == "attention"]
+    assert call.run is RUNNERS["attention"] and len(call.ins) == 3
+
+
+def test_a_sum_and_its_norm_are_one_step_that_writes_over_nothing_it_reads() -> None:
+    """A kernel for both reads other rows of the sum's inputs after it has written rows of the norm."""
+    for plan in plans_of(make_arch(), *lora(LINEAR_SITES)):
+        program = plan.forward
+        (call,) = [call for call in program.calls if call.run is JOINED["add", "rmsnorm"]]
+        assert call.weight == "post_attention_layernorm" and (len(call.outs), len(call.ins)) == (2, 2)
+        places = [program.storages[program.slots[number].storage] for number in (*call.outs, *call.ins)]
+        work = sorted(extent(storage, 4) for storage in places if storage.place is Place.WORK)
+        assert all(end <= start for (_, end), (start, _) in pairwise(work))
 
 
 def test_plans_name_keys_and_values_and_the_lowest_trained_layer() -> None:

@@ -1,13 +1,15 @@
 """Lowering: from a pruned graph to flat programs of calls, in which every value has its place in memory.
 
-Four passes work on the draft of a program:
+Five passes work on the draft of a program:
 
     share_memory     an in-place operator writes over its input           q' = rope(q)          q' lies where q lay
     fuse_adds        a product and the sum it goes into are one step      b = B(x); c = a + b   a += B(x); c lies where a lay
     merge_linears    frozen linears of one input are one product          q, k, v = qkv_proj(x), side by side
+    join_sums        a sum and the norm behind it are one step           h = a + b; n = rmsnorm(h)
     place            every value gets a storage and an offset: kept ones in the arena, others in the workspace by live ranges
 
-Then the calls are written down.
+Then the calls are written down. Rotary embeddings of q and k in place become one call with the attention behind them. Joined calls
+(`ops.run.JOINED`) compute what their operators compute one after the other; a device may have one kernel for them.
 """
 
 from __future__ import annotations
@@ -22,18 +24,30 @@ from coserve.compiler.graph import Element, JointGraph, Node, Value, counterpart
 from coserve.compiler.passes import run_passes
 from coserve.compiler.program import Call, FusedLayer, Keep, LayerPlan, Place, Program, Slot, Storage
 from coserve.compiler.rematerialize import Rematerialized
-from coserve.ops.run import RUNNERS, Runner
+from coserve.ops.run import JOINED, RUNNERS, Runner
 
 _ALIGN = 16
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One operator that will run. It writes `outputs`; if `base` is a value, it adds to that one's memory instead."""
+    """One operator that will run. It writes `outputs`; if `base` is a value, it adds to that one's memory instead. first: the
+    operator that runs right before it as part of the step, whose output is the step's first, or None."""
 
     node: Node
     outputs: tuple[str, ...]
     base: str | None = None
+    first: Node | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What the step reads that it hasn't made itself."""
+        return self.node.inputs if self.first is None else self.first.inputs
+
+    @property
+    def inplace(self) -> bool:
+        """Whether the first output may take the memory of the first input."""
+        return (self.first or self.node).row.inplace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +89,13 @@ class Draft:
         over them since; what is read after the last step is there too."""
         held = {name: self.slots.get(name) for name in self.given}
         for step in self.steps:
-            reads = (*step.node.inputs, *((step.base,) if step.base is not None else ()))
+            reads = (*step.inputs, *((step.base,) if step.base is not None else ()))
             assert held.keys() >= {*reads}, f"{step.node} does not find {held.keys() ^ {*reads}}"
             for name in step.outputs:
                 slot = self.slots.get(name)
                 if slot is not None:
                     harmed = {other for other, place in held.items() if place is not None and self._overlap(place, slot)}
-                    allowed = {step.base, step.node.inputs[0] if step.node.row.inplace else step.base}
+                    allowed = {step.base, step.inputs[0] if step.inplace else step.base}
                     assert harmed.intersection(reads) <= allowed, f"{step.node} writes over {harmed} while it reads them"
                     for other in harmed:
                         del held[other]
@@ -153,6 +167,19 @@ def merge_linears(merged: Mapping[str, tuple[str, ...]], draft: Draft) -> Draft:
     return replace(draft, steps=tuple(steps))
 
 
+def join_sums(draft: Draft) -> Draft:
+    """Makes one step of a sum and the norm of it that follows, so that what the sum reads is still there when the norm is
+    written."""
+    steps: list[_Step] = []
+    for step in draft.steps:
+        last = steps[-1] if steps else None
+        if last is not None and (last.node.op, step.node.op) == ("add", "rmsnorm") and step.node.inputs == last.outputs:
+            steps[-1] = _Step(step.node, (*last.outputs, *step.outputs), first=last.node)
+        else:
+            steps.append(step)
+    return replace(draft, steps=tuple(steps))
+
+
 def _align(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
@@ -219,7 +246,7 @@ def place(draft: Draft) -> Draft:
         roots = [root for name in step.outputs if (root := draft.root(name)) not in homes.slots and root[:3] != "dW:"]
         for together in [roots] if step.node.op == "linear" and roots else [[root] for root in roots]:
             homes.give(together)
-        for name in (*step.outputs, *step.node.inputs):
+        for name in (*step.outputs, *step.inputs):
             homes.touch(name, index)
     for name in draft.outlive:
         homes.touch(name, len(draft.steps))
@@ -234,7 +261,7 @@ def place(draft: Draft) -> Draft:
 
 def _decide(draft: Draft, merged: Mapping[str, tuple[str, ...]]) -> Draft:
     """All lowering passes: what runs, and where every value lies."""
-    return run_passes(draft, share_memory, fuse_adds, partial(merge_linears, merged), place)
+    return run_passes(draft, share_memory, fuse_adds, partial(merge_linears, merged), join_sums, place)
 
 
 def _emit(draft: Draft) -> Program:
@@ -260,9 +287,36 @@ def _emit(draft: Draft) -> Program:
             outs = (number(Slot(parts[0].storage, 0, sum(p.width for p in parts))),)
         else:
             outs = tuple(number(slots[name]) for name in step.outputs if not name.startswith("dW:"))
-        ins = tuple(number(slots[name]) for name in node.inputs)
-        calls.append(Call(RUNNERS[node.op], node.op, node.weight, node.attrs, step.base is not None, outs, ins))
-    return Program(tuple(calls), tuple(numbers), draft.storages, draft.work_bytes)
+        ins = tuple(number(slots[name]) for name in step.inputs)
+        run = RUNNERS[node.op] if step.first is None else JOINED[step.first.op, node.op]
+        calls.append(Call(run, node.op, node.weight, node.attrs, step.base is not None, outs, ins))
+    return Program(tuple(_join_turns(calls, tuple(numbers))), tuple(numbers), draft.storages, draft.work_bytes)
+
+
+def _join_turns(calls: Sequence[Call], slots: Sequence[Slot]) -> list[Call]:
+    """Joins rotary embeddings of q and k with the attention behind them."""
+    joined: list[Call] = []
+    for call in calls:
+        turns = _turns(joined, call, slots) if call.op == "attention" else ()
+        if turns:
+            del joined[-len(turns) :]
+            ins = (*call.ins, *(number for turn in turns for number in turn.outs))
+            call = replace(call, run=JOINED["rope", "attention"], attrs=turns[0].attrs, ins=ins)
+        joined.append(call)
+    return joined
+
+
+def _turns(calls: Sequence[Call], attention: Call, slots: Sequence[Slot]) -> Sequence[Call]:
+    """The last calls, if they are rotary embeddings in place of all of attention's q and k and of nothing else: one call where q
+    and k lie side by side, else two."""
+    q, k, _ = attention.ins
+    side_by_side = Slot(slots[q].storage, slots[q].column, slots[q].width + slots[k].width)
+    for count, wanted in ((1, {side_by_side}), (2, {slots[q], slots[k]})):
+        turns = calls[-count:]
+        in_place = all(turn.op == "rope" and turn.outs == turn.ins and turn.attrs == turns[0].attrs for turn in turns)
+        if len(turns) == count and in_place and {slots[turn.outs[0]] for turn in turns} == wanted:
+            return turns
+    return ()
 
 
 def _beside(previous: _Step | None, step: _Step, slots: Mapping[str, Slot]) -> Slot | None:

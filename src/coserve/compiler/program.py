@@ -49,7 +49,8 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One bound call: outs and ins are slot numbers."""
+    """One bound call: outs and ins are slot numbers. op names the operator; of operators that are joined, the last, which
+    also has the parameter."""
 
     run: Runner
     op: str

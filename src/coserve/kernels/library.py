@@ -20,6 +20,7 @@ from coserve.kernels.choose import runs_triton
 from coserve.kernels.native import kernels_for
 from coserve.kernels.reference import dropout_keep
 from coserve.kernels.triton import crossentropy
+from coserve.kernels.triton import rows as triton_rows
 from coserve.kernels.triton.segments import segment_linear
 
 _FEW_ROWS, _SMALL_MATRIX = 8, 1 << 15
@@ -45,6 +46,11 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, accumu
         torch.mm(a, b, out=out)
     else:
         out.addmm_(a, b, beta=0, alpha=alpha)
+
+
+def has_row_kernels(x: Tensor) -> bool:
+    """Whether Triton's row-wise kernels take rows like `x`."""
+    return x.dtype in triton_rows.DTYPES and runs_triton(x.device)
 
 
 def grouped_matmul_into(out: Tensor, x: Tensor, weights_SKN: Tensor, ends_S: Tensor, *, accumulate: bool) -> None:
@@ -98,6 +104,9 @@ def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     if (compiled := kernels_for(x)) is not None:
         compiled.rmsnorm(out, x, weight, eps)
         return
+    if has_row_kernels(x):
+        triton_rows.rmsnorm(out, x, weight, eps)
+        return
     x_g, out_g = _groups(x, weight.shape[0]), _groups(out, weight.shape[0])
     wide_g = x_g.to(_wide(x.dtype))
     rstd = _rstd(wide_g, eps)
@@ -108,8 +117,20 @@ def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     out_g.mul_(weight)
 
 
+def add_rmsnorm(total: Tensor, out: Tensor, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> None:
+    """total = x + y; out = rmsnorm(total), over whole rows. `total` may be x or y."""
+    if has_row_kernels(x):
+        triton_rows.add_rmsnorm(total, out, x, y, weight, eps)
+        return
+    add(total, x, y)
+    rmsnorm(out, total, weight, eps)
+
+
 def rmsnorm_dgrad(out: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float, accumulate: bool) -> None:
     """Input gradient of `rmsnorm`: rstd * (g - xhat * mean(g * xhat)), g = grad * weight."""
+    if has_row_kernels(x):
+        triton_rows.rmsnorm_dgrad(out, grad, x, weight, eps, accumulate)
+        return
     if x.dtype != _wide(x.dtype):
         rows = _CACHED_ROWS if x.device.type == "cpu" else max(1, x.shape[0])
         for out_part, grad_part, x_part in zip(out.split(rows), grad.split(rows), x.split(rows), strict=True):
@@ -142,19 +163,29 @@ def _norm_factor(scaled_TgD: Tensor, x_TgD: Tensor, rstd: Tensor) -> Tensor:
     return dot.mul_(rstd.pow(3)).div_(-x_TgD.shape[-1])
 
 
-def rope(out: Tensor, x: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, inverse: bool = False) -> None:
-    """Rotary embedding per head (half-split layout); `inverse` turns back, which is its gradient. `out` may be `x`.
+def rope(out: Tensor, x: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, inverse: bool = False, scale: float = 1) -> None:
+    """Rotary embedding per head (half-split layout), times `scale`; `inverse` turns back, which is its gradient. `out` may be
+    `x`.
 
     sin_TK: its first half is negated, so that it multiplies a head whose halves are swapped.
     """
     if (compiled := kernels_for(x)) is not None:
         compiled.rope(out, x, cos_TK, sin_TK, -1 if inverse else 1)
+    elif has_row_kernels(x):
+        triton_rows.rope(out, x, cos_TK, sin_TK, inverse=inverse, scale=scale)
         return
+    else:
+        _rope(out, x, cos_TK, sin_TK, -1 if inverse else 1)
+    if scale != 1:
+        out.mul_(scale)
+
+
+def _rope(out: Tensor, x: Tensor, cos_TK: Tensor, sin_TK: Tensor, direction: int) -> None:
     head = cos_TK.shape[-1]
     x_THK, out_THK = x.unflatten(-1, (-1, head)), out.unflatten(-1, (-1, head))
     swapped = x_THK.roll(head // 2, -1)
     torch.mul(x_THK, cos_TK.unsqueeze(1), out=out_THK)
-    out_THK.addcmul_(swapped, sin_TK.unsqueeze(1), value=-1 if inverse else 1)
+    out_THK.addcmul_(swapped, sin_TK.unsqueeze(1), value=direction)
 
 
 def silu_mul(out: Tensor, gate: Tensor, up: Tensor) -> None:
@@ -162,12 +193,18 @@ def silu_mul(out: Tensor, gate: Tensor, up: Tensor) -> None:
     if (compiled := kernels_for(gate)) is not None:
         compiled.silu_mul(out, gate, up)
         return
+    if has_row_kernels(gate):
+        triton_rows.silu_mul(out, gate, up)
+        return
     torch.ops.aten.silu.out(gate, out=out)
     out.mul_(up)
 
 
 def silu_mul_dgrad(d_gate: Tensor, d_up: Tensor, grad: Tensor, gate: Tensor, up: Tensor) -> None:
     """Gradients of `silu_mul` towards gate and up."""
+    if has_row_kernels(gate):
+        triton_rows.silu_mul_dgrad(d_gate, d_up, grad, gate, up)
+        return
     torch.ops.aten.silu.out(gate, out=d_up)
     d_up.mul_(grad)
     torch.mul(grad, up, out=d_gate)

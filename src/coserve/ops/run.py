@@ -71,6 +71,15 @@ class RowContext:
         """Attention of the batch's query rows over all tokens of their sequences."""
         raise NotImplementedError
 
+    def rotary_attention(
+        self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, rotated: Sequence[Tensor], scale: float
+    ) -> None:
+        """Rotates q and k in place, multiplies them by `scale`, then `attention`. rotated: q and k once more, as one tensor where
+        they lie side by side."""
+        for heads in rotated:
+            library.rope(heads, heads, self.cos, self.sin, scale=scale)
+        self.attention(out, lse, q, k, v)
+
     def attention_dgrad(
         self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor
     ) -> None:
@@ -91,6 +100,11 @@ def _rmsnorm(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs
 
 def _rmsnorm_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.rmsnorm_dgrad(outs[0], ins[0], ins[1], weight, attrs["eps"], accumulate)
+
+
+def _add_rmsnorm(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
+    """outs: the sum, and its norm."""
+    library.add_rmsnorm(*outs, *ins, weight, attrs["eps"])
 
 
 def _linear(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
@@ -202,19 +216,21 @@ def _gelu_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, o
 
 
 def _rope(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
-    library.rope(outs[0], ins[0], rows.cos, rows.sin)
-    if attrs["scale"] != 1:
-        outs[0].mul_(attrs["scale"])
+    library.rope(outs[0], ins[0], rows.cos, rows.sin, scale=attrs["scale"])
 
 
 def _rope_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
-    library.rope(outs[0], ins[0], rows.cos, rows.sin, inverse=True)
-    if attrs["scale"] != 1:
-        outs[0].mul_(attrs["scale"])
+    library.rope(outs[0], ins[0], rows.cos, rows.sin, inverse=True, scale=attrs["scale"])
 
 
 def _attention(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     rows.attention(outs[0], outs[1], *ins)
+
+
+def _rotary_attention(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
+    """ins: q, k, v, then what is rotated."""
+    q, k, v, *rotated = ins
+    rows.rotary_attention(outs[0], outs[1], q, k, v, rotated, attrs["scale"])
 
 
 def _attention_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
@@ -330,3 +346,6 @@ RUNNERS: dict[str, Runner] = {
     "fp8_encode": _fp8_encode,
     "fp8_decode": _fp8_decode,
 }
+
+JOINED: dict[tuple[str, str], Runner] = {("rope", "attention"): _rotary_attention, ("add", "rmsnorm"): _add_rmsnorm}
+"""What runs an operator together with the one right before it, by the names of the two (compiler/lower.py)."""

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from coserve.core import BlockMove
+from coserve.kernels.library import has_row_kernels
 from coserve.kernels.native import kernels_for
+from coserve.kernels.triton.rows import rotary_write
 from coserve.model.architecture import Architecture
 from coserve.runtime.transfer import to_device
 
@@ -43,6 +45,8 @@ class KeyValuePool:
         held = num_blocks + (self.scratch is not None)
         self.buffer = torch.empty(held * self.block_bytes, dtype=torch.uint8, device=device)
         self.rows = self.buffer.view(dtype).view(-1, block_tokens * self.width)
+        self.has_row_kernels = has_row_kernels(self.rows)
+        """Whether `rotary_write` runs on the pool's device."""
         self._tokens = self.rows.view(-1, self.width)
         self._blocks = self.buffer.view(torch.int64).view(held, -1)
         """A row per block. Wide elements, as a fill takes a time by the element."""
@@ -93,6 +97,19 @@ class KeyValuePool:
             return
         self._layers[2 * layer].index_copy_(0, token_rows, k.reshape(-1, self.width))
         self._layers[2 * layer + 1].index_copy_(0, token_rows, v.reshape(-1, self.width))
+
+    def rotary_write(
+        self, layer: int, token_rows: Tensor, q: Tensor, k: Tensor, v: Tensor, cos_TK: Tensor, sin_TK: Tensor, scale: float,
+        dense: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Rotates q [T, H * K] and k [T, G * K] in place and stores k and v: one launch, where `has_row_kernels`.
+
+        token_rows: of the first rows, which go to the pool. dense: where keys and values of the others go, [others, G * K].
+        """
+        rotary_write(
+            q, k, v, cos_TK, sin_TK, scale, cache_keys=self._layers[2 * layer], cache_values=self._layers[2 * layer + 1],
+            token_rows=token_rows, dense=dense,
+        )
 
     def block_rows(self, blocks: Tensor) -> Tensor:
         """int64 [..., G, n] from int64 blocks [..., n]: rows of the blocks' keys in layer 0."""

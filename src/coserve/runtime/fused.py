@@ -79,6 +79,26 @@ class BatchRows(RowContext):
     def attention(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.spans.attention(out, q, k, v)
 
+    def rotary_attention(
+        self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, rotated: Sequence[Tensor], scale: float
+    ) -> None:
+        pool = self.spans.pool
+        if not pool.has_row_kernels:
+            super().rotary_attention(out, lse, q, k, v, rotated, scale)
+            return
+        pool.rotary_write(
+            self.spans.layer, self.spans.token_rows, q, k, v, self.cos, self.sin, scale, self._dense_keys_and_values()
+        )
+        self._attend(out, lse, q, k, v)
+
+    def _dense_keys_and_values(self) -> tuple[Tensor, Tensor] | None:
+        """Where keys and values of rows behind the requests' go, if there are such rows."""
+        return None
+
+    def _attend(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Attention of rows whose keys and values are stored."""
+        self.spans.attend(out, q, k, v)
+
 
 class FusedRows(BatchRows):
     """Rows of requests, then the rows of a training window, whose kept values, hidden rows and losses go to its micro-batch."""
@@ -142,12 +162,22 @@ class FusedRows(BatchRows):
     def attention(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
         serving, training = slice(None, self.num_serving), slice(self.num_serving, None)
         if self.num_serving:
-            self.spans.attention(out[serving], q[serving], k[serving], v[serving])
+            self.spans.pool.write(self.spans.layer, self.spans.token_rows, k[serving], v[serving])
+        keys, values = self._dense_keys_and_values()
+        keys.copy_(k[training])
+        values.copy_(v[training])
+        self._attend(out, lse, q, k, v)
+
+    def _dense_keys_and_values(self) -> tuple[Tensor, Tensor]:
         rows = self.rows
+        return rows.keys[rows.start : rows.end], rows.values[rows.start : rows.end]
+
+    def _attend(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
+        serving, training = slice(None, self.num_serving), slice(self.num_serving, None)
+        if self.num_serving:
+            self.spans.attend(out[serving], q[serving], k[serving], v[serving])
         assert lse is not None
-        rows.keys[rows.start : rows.end] = k[training]
-        rows.values[rows.start : rows.end] = v[training]
-        rows.attention(out[training], lse[training], q[training], k[training], v[training])
+        self.rows.attention(out[training], lse[training], q[training], k[training], v[training])
 
 
 class PassExecutor:

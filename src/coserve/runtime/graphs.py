@@ -45,6 +45,15 @@ class _DecodeRows(RowContext):
         self.pool.write(self.layer, self.token_rows, k, v)
         self.paged.attention(out, q, self.pool, self.layer, self.windows[self.layer])
 
+    def rotary_attention(
+        self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, rotated: Sequence[Tensor], scale: float
+    ) -> None:
+        if not self.pool.has_row_kernels:
+            super().rotary_attention(out, lse, q, k, v, rotated, scale)
+            return
+        self.pool.rotary_write(self.layer, self.token_rows, q, k, v, self.cos, self.sin, scale)
+        self.paged.attention(out, q, self.pool, self.layer, self.windows[self.layer])
+
 
 class _Captured(NamedTuple):
     """inputs: int32 [3 * B + B * N], as in the module's figure without ids; ids: int64 [B]; streams: [2, B, D].

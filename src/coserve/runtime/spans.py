@@ -147,7 +147,8 @@ class _Segments(NamedTuple):
 
 
 class SpanRows:
-    """One batch's rows of requests. positions: int64 [rows]; `layer` is set before each program."""
+    """One batch's rows of requests. positions: int64 [rows]; token_rows: where the pool holds their keys (`KeyValuePool.write`);
+    `layer` is set before each program."""
 
     def __init__(
         self, decode: Sequence[RowSpan], prefill: Sequence[RowSpan], pool: KeyValuePool, arch: Architecture,
@@ -172,7 +173,7 @@ class SpanRows:
         on_device = to_device(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)
         sent = on_device.split([part.size for part in parts])
         self.positions = sent[0].long()
-        self._token_rows = pool.token_rows(sent[1].long(), self.positions % pool.block_tokens)
+        self.token_rows = pool.token_rows(sent[1].long(), self.positions % pool.block_tokens)
         self._fresh = fresh_blocks(spans, pool.block_tokens)
         starts = np.cumsum([0, *lengths])
         self._read_rows = slice(int(starts[len(read)]))
@@ -233,7 +234,11 @@ class SpanRows:
 
     def attention(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """q, out: [rows, H * K]; k, v: [rows, G * K], which are stored first."""
-        self.pool.write(self.layer, self._token_rows, k, v)
+        self.pool.write(self.layer, self.token_rows, k, v)
+        self.attend(out, q, k, v)
+
+    def attend(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """`attention` of rows whose k and v are in the pool already."""
         window = self.windows[self.layer]
         if self._read_rows.stop:
             self._reader.attention(out[self._read_rows], q[self._read_rows], self.pool, self.layer, window)
