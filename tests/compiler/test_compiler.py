@@ -630,13 +630,14 @@ def test_layers_without_rotary_embedding_have_plain_attention() -> None:
 
 
 def test_a_sum_and_its_norm_are_one_step_that_writes_over_nothing_it_reads() -> None:
-    """A kernel for both reads other rows of the sum's inputs after it has written rows of the norm."""
+    """A kernel for both reads other rows of the sum's inputs after it has written rows of the norm: these lie apart, or row by
+    row in one place."""
     for plan in plans_of(make_arch(), *lora(LINEAR_SITES)):
         program = plan.forward
         (call,) = [call for call in program.calls if call.run is JOINED["add", "rmsnorm"]]
         assert call.weight == "post_attention_layernorm" and (len(call.outs), len(call.ins)) == (2, 2)
         places = [program.storages[program.slots[number].storage] for number in (*call.outs, *call.ins)]
-        work = sorted(extent(storage, 4) for storage in places if storage.place is Place.WORK)
+        work = sorted({extent(storage, 4) for storage in places if storage.place is Place.WORK})
         assert all(end <= start for (_, end), (start, _) in pairwise(work))
 
 

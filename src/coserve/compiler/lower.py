@@ -8,8 +8,8 @@ Five passes work on the draft of a program:
     join_sums        a sum and the norm behind it are one step           h = a + b; n = rmsnorm(h)
     place            every value gets a storage and an offset: kept ones in the arena, others in the workspace by live ranges
 
-Then the calls are written down. Rotary embeddings of q and k in place become one call with the attention behind them. Joined calls
-(`ops.run.JOINED`) compute what their operators compute one after the other; a device may have one kernel for them.
+Then the calls are written down. Rotary embeddings of q and k in place become one call with the attention behind them. Joined
+calls (`ops.run.JOINED`) compute what their operators compute one after the other; a device may have one kernel for them.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ class Draft:
                 if slot is not None:
                     harmed = {other for other, place in held.items() if place is not None and self._overlap(place, slot)}
                     allowed = {step.base, step.inputs[0] if step.inplace else step.base}
+                    if step.first is not None:  # row by row it reads before it writes
+                        allowed |= {other for other in step.inputs if held.get(other) == slot}
                     assert harmed.intersection(reads) <= allowed, f"{step.node} writes over {harmed} while it reads them"
                     for other in harmed:
                         del held[other]
@@ -168,16 +170,24 @@ def merge_linears(merged: Mapping[str, tuple[str, ...]], draft: Draft) -> Draft:
 
 
 def join_sums(draft: Draft) -> Draft:
-    """Makes one step of a sum and the norm of it that follows, so that what the sum reads is still there when the norm is
-    written."""
+    """Makes one step of a sum and the norm of it that follows. What the sum reads is then still there when the norm is written,
+    but for a second term that nothing reads any more: the norm's rows take exactly the place of its rows."""
     steps: list[_Step] = []
-    for step in draft.steps:
+    roots = dict(draft.roots)
+    reads = [(*step.node.inputs, *([] if step.base is None else [step.base])) for step in draft.steps]
+    last_read = {draft.root(name): index for index, names in enumerate(reads) for name in names}
+    fixed = {draft.root(name) for name in (*draft.slots, *draft.pinned, *draft.outlive, *draft.arena)}
+    for index, step in enumerate(draft.steps):
         last = steps[-1] if steps else None
         if last is not None and (last.node.op, step.node.op) == ("add", "rmsnorm") and step.node.inputs == last.outputs:
-            steps[-1] = _Step(step.node, (*last.outputs, *step.outputs), first=last.node)
+            total, out, term = *last.outputs, *step.outputs, draft.root(last.node.inputs[1])
+            free = last_read[term] < index and not fixed & {term, draft.root(out)} and term != draft.root(total)
+            if free and replace(draft.values[out], name=term) == draft.values[term]:
+                roots |= {name: term for name in draft.values if draft.root(name) == out}
+            steps[-1] = _Step(step.node, (total, out), first=last.node)
         else:
             steps.append(step)
-    return replace(draft, steps=tuple(steps))
+    return replace(draft, steps=tuple(steps), roots=roots)
 
 
 def _align(size: int) -> int:
@@ -307,8 +317,8 @@ def _join_turns(calls: Sequence[Call], slots: Sequence[Slot]) -> list[Call]:
 
 
 def _turns(calls: Sequence[Call], attention: Call, slots: Sequence[Slot]) -> Sequence[Call]:
-    """The last calls, if they are rotary embeddings in place of all of attention's q and k and of nothing else: one call where q
-    and k lie side by side, else two."""
+    """The last calls, if they are rotary embeddings in place of all of attention's q and k and of nothing else: one call where
+    q and k lie side by side, else two."""
     q, k, _ = attention.ins
     side_by_side = Slot(slots[q].storage, slots[q].column, slots[q].width + slots[k].width)
     for count, wanted in ((1, {side_by_side}), (2, {slots[q], slots[k]})):

@@ -74,8 +74,8 @@ class RowContext:
     def rotary_attention(
         self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, rotated: Sequence[Tensor], scale: float
     ) -> None:
-        """Rotates q and k in place, multiplies them by `scale`, then `attention`. rotated: q and k once more, as one tensor where
-        they lie side by side."""
+        """Rotates q and k in place, multiplies them by `scale`, then `attention`. rotated: q and k once more, as one tensor
+        where they lie side by side."""
         for heads in rotated:
             library.rope(heads, heads, self.cos, self.sin, scale=scale)
         self.attention(out, lse, q, k, v)
@@ -104,7 +104,7 @@ def _rmsnorm_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool
 
 def _add_rmsnorm(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     """outs: the sum, and its norm."""
-    library.add_rmsnorm(*outs, *ins, weight, attrs["eps"])
+    library.add_rmsnorm(outs[0], outs[1], ins[0], ins[1], weight, attrs["eps"])
 
 
 def _linear(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:

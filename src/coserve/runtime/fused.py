@@ -28,6 +28,7 @@ from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.executor import Executor, TrainExecutor
 from coserve.runtime.graphs import DecodeGraphs
+from coserve.runtime.keeping import KeptCopies
 from coserve.runtime.memory import columns
 from coserve.runtime.microbatch import InFlight
 from coserve.runtime.plans import fused_plan, serving_plan, whole_widths
@@ -49,7 +50,8 @@ class TrainWindow(NamedTuple):
 class BatchRows(RowContext):
     """The rows of a forward pass, as operators see them: rows of requests alone. cos, sin: [rows, K].
 
-    layers: their programs. The executor calls `enter` before each layer's program, `leave` after it, and `finish` after all.
+    layers: their programs. The executor calls `begin` first, then `embed`; `enter` before each layer's program and `leave`
+    after it; and `finish` after all.
     """
 
     reads_workspace = False
@@ -58,6 +60,9 @@ class BatchRows(RowContext):
     def __init__(self, spans: SpanRows, layers: Sequence[FusedLayer], cos: Tensor, sin: Tensor) -> None:
         self.spans, self.layers, self.cos, self.sin = spans, layers, cos, sin
         self.num_serving = self.num_rows = spans.num_rows
+
+    def begin(self, streams: Tensor) -> None:
+        """The pass is about to run over `streams` [2, rows, D]: layers read one and write the other, in turn."""
 
     def embed(self, weights: ModelWeights, token_ids: Tensor, hidden: Tensor) -> None:
         """Writes the embeddings of requests' tokens (int64) into `hidden` [rows, D], and of training tokens behind them."""
@@ -114,6 +119,12 @@ class FusedRows(BatchRows):
         self.state, self.unit = window.state, window.unit
         self.num_rows += rows.end - rows.start
         self.dropout_keys = rows.dropout_keys
+        self._copies: KeptCopies | None = None
+
+    def begin(self, streams: Tensor) -> None:
+        if self.spans.pool.has_row_kernels:
+            workspace, (start, end) = self.train.executor.workspace, (self.rows.start, self.rows.end)
+            self._copies = KeptCopies(self.layers, self.state, start, end, workspace, streams, self.num_serving)
 
     def embed(self, weights: ModelWeights, token_ids: Tensor, hidden: Tensor) -> None:
         super().embed(weights, token_ids, hidden)
@@ -123,7 +134,8 @@ class FusedRows(BatchRows):
         super().enter(layer, hidden)
         self.state.check_forward(self.unit, layer)
         self.train.enter(self.state, self.rows, layer)
-        self._park(layer, hidden)
+        if layer == 0 or self._copies is None:
+            self._park(layer, hidden)
 
     def _park(self, layer: int, hidden: Tensor) -> None:
         """Stores the window's rows of the residual stream as the input of `layer`."""
@@ -133,6 +145,9 @@ class FusedRows(BatchRows):
         """Brings the window's kept values of the layer into its arena."""
         layer, start, end = self.rows.layer, self.rows.start, self.rows.end
         program, keeps = self.layers[layer].program, self.layers[layer].keeps
+        if self._copies is not None:
+            self._copies.run(layer)
+            keeps = self._copies.others[layer]
         workspace = self.train.executor.workspace
         tensors = dict(zip(program.slots, workspace.bind(program, self.num_rows).tensors, strict=True))
         for keep in keeps:
@@ -148,7 +163,8 @@ class FusedRows(BatchRows):
         self.state.forward_rows[layer] = end
 
     def finish(self, hidden: Tensor) -> None:
-        self._park(len(self.layers), hidden)
+        if self._copies is None:
+            self._park(len(self.layers), hidden)
         self.train.head(self.state, self.rows.start, self.rows.end)
 
     def segments(self, name: str) -> Iterator[tuple[slice, Factor | FactorStack]]:
@@ -217,6 +233,7 @@ class PassExecutor:
         if rows.num_rows > self._streams.shape[1]:
             self._streams = self._streams.new_empty(2, rows.num_rows, self.arch.hidden_size)
         hidden, following = self._streams[0, : rows.num_rows], self._streams[1, : rows.num_rows]
+        rows.begin(self._streams[:, : rows.num_rows])
         rows.embed(self.weights, token_ids, hidden)
         for number, layer in enumerate(rows.layers):
             rows.enter(number, hidden)

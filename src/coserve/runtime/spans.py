@@ -147,7 +147,7 @@ class _Segments(NamedTuple):
 
 
 class SpanRows:
-    """One batch's rows of requests. positions: int64 [rows]; token_rows: where the pool holds their keys (`KeyValuePool.write`);
+    """One batch's rows of requests. positions: int64 [rows]; token_rows: where the pool holds their keys (`token_rows` there);
     `layer` is set before each program."""
 
     def __init__(

@@ -40,9 +40,11 @@ def _copy_kernel(table: tl.tensor, columns: tl.constexpr, tile: tl.constexpr) ->
     tl.store(target + row * target_stride + column, values, mask=real)
 
 
-def pieces(sources: np.ndarray, targets: np.ndarray, source_strides: np.ndarray, target_strides: np.ndarray,
-           widths: np.ndarray) -> np.ndarray:
-    """The table [pieces, 6] of copies: int64 addresses, distances of rows and widths, all in bytes and multiples of 16."""
+def pieces(
+    sources: np.ndarray, targets: np.ndarray, source_strides: np.ndarray, target_strides: np.ndarray, widths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The table [pieces, 6] of copies, and how many pieces each copy has. The arguments are int64 [copies]: addresses of first
+    rows, distances of rows, and widths, in bytes and multiples of 16."""
     counts = -(-widths // PIECE_BYTES)
     which = np.repeat(np.arange(len(widths)), counts)
     offset = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * PIECE_BYTES
@@ -50,7 +52,7 @@ def pieces(sources: np.ndarray, targets: np.ndarray, source_strides: np.ndarray,
     table[:, 0], table[:, 1] = sources[which] + offset, targets[which] + offset
     table[:, 2], table[:, 3] = source_strides[which] // 4, target_strides[which] // 4
     table[:, 4] = np.minimum(widths[which] - offset, PIECE_BYTES) // 4
-    return table
+    return table, counts
 
 
 def can_copy(*numbers: int) -> bool:

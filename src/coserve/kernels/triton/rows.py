@@ -131,7 +131,8 @@ def _rope_kernel(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * h_tile + tl.arange(0, h_tile)
     feature = tl.arange(0, half_tile)
     real, column = (head < heads)[:, None] & (feature < half)[None, :], head[:, None] * width + feature[None, :]
-    first, second = _turn(x + row * x_stride, cos + row * width, sin + row * width, direction, factor, column, feature, real, half)
+    cos_row, sin_row = cos + row * width, sin + row * width
+    first, second = _turn(x + row * x_stride, cos_row, sin_row, direction, factor, column, feature, real, half)
     target = out + row * out_stride + column
     tl.store(target, first.to(out.dtype.element_ty), mask=real)
     tl.store(target + half, second.to(out.dtype.element_ty), mask=real)
@@ -171,7 +172,8 @@ def _rotary_write_kernel(
             low = tl.load(v + row * v_stride + column, mask=real, other=0.0)
             high = tl.load(v + row * v_stride + column + half, mask=real, other=0.0)
         if row < cached_rows:
-            place = tl.load(token_rows + row * kv_heads + head, mask=head < kv_heads, other=0)[:, None] * width + feature[None, :]
+            token_row = tl.load(token_rows + row * kv_heads + head, mask=head < kv_heads, other=0)
+            place = token_row[:, None] * width + feature[None, :]
             cache = cache_keys if is_key else cache_values
             tl.store(cache + place, low, mask=real)
             tl.store(cache + place + half, high, mask=real)

@@ -1,0 +1,269 @@
+"""Row-wise Triton kernels against `reference.py`, in Triton's interpreter: memory that none may read or write holds NaN.
+
+The interpreter has to be chosen before Triton is imported: `test_all_in_the_interpreter` runs this file in a process of its own.
+T rows, D features, H query heads, G key-value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from coserve.kernels import library, reference
+from coserve.kernels import triton as kernels
+from coserve.kernels.triton import copies, rows
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(not kernels.available(), reason="needs triton")
+interpreted = pytest.mark.skipif(not (INTERPRETED and kernels.available()), reason="run by test_all_in_the_interpreter")
+DTYPES = [torch.float32, torch.bfloat16]
+WIDTHS = [(1, 64), (1, 100), (1, 576), (1, 4096), (3, 128), (40, 16), (9, 24)]
+"""Groups of a row, and their width."""
+
+
+@pytest.mark.full
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="already there")
+def test_all_in_the_interpreter() -> None:
+    root = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "COSERVE_NATIVE": "0"}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).relative_to(root))],
+                          cwd=root, env=env, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+class Rows:
+    """Random rows that are column slices of wider ones, around which all is NaN."""
+
+    def __init__(self, seed: int, num_rows: int, dtype: torch.dtype) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.num_rows, self.dtype = num_rows, dtype
+        self.wide: list[tuple[Tensor, int, int]] = []
+
+    def slice(self, width: int, *, filled: bool = True, left: int = 3, right: int = 5) -> Tensor:
+        whole = torch.full((self.num_rows + 2, left + width + right), math.nan, dtype=self.dtype)
+        part = whole[1:-1, left : left + width]
+        if filled:
+            part.copy_(torch.randn(self.num_rows, width, generator=self.generator) * 2)
+        self.wide.append((whole, left, width))
+        return part
+
+    def vector(self, width: int) -> Tensor:
+        return (1 + 0.3 * torch.randn(width, generator=self.generator)).to(self.dtype)
+
+    def check(self) -> None:
+        """Nothing but the slices was written."""
+        for whole, left, width in self.wide:
+            around = whole.clone()
+            around[1:-1, left : left + width] = math.nan
+            assert around.isnan().all(), "wrote outside its rows"
+            assert not whole[1:-1, left : left + width].isnan().any()
+
+
+def close(have: Tensor, want: Tensor, plain: Tensor) -> None:
+    """have: the kernel's; want: float64; plain: what the library's calls give in the same dtype."""
+    if have.dtype == torch.float32:
+        torch.testing.assert_close(have.double(), want, rtol=1e-5, atol=1e-5)
+        return
+    own, theirs = (have.double() - want).abs(), (plain.double() - want).abs()
+    assert own.max() <= 2 * theirs.max() and own.mean() <= 1.05 * theirs.mean()
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    return [t.double() for t in tensors]
+
+
+def plainly(call: Callable[..., None], shape: Tensor, *args: object) -> Tensor:
+    out = torch.empty_like(shape, memory_format=torch.contiguous_format)
+    call(out, *args)
+    return out
+
+
+def in_float64(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The reference, with the model's rounding before the weight."""
+    one = torch.ones_like(weight.double())
+    return (reference.rmsnorm(x.double(), one, eps).to(dtype).double().unflatten(1, (-1, weight.shape[0])) * weight.double()).flatten(1)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("groups", "width"), WIDTHS)
+def test_rmsnorm(groups: int, width: int, dtype: torch.dtype) -> None:
+    data = Rows(width, 7, dtype)
+    x, out, weight = data.slice(groups * width), data.slice(groups * width, filled=False), data.vector(width)
+    x[2] *= 1e-4
+    rows.rmsnorm(out, x, weight, 1e-5)
+    data.check()
+    want = in_float64(x, weight, 1e-5, torch.float64 if dtype == torch.float32 else dtype)
+    close(out, want, plainly(library.rmsnorm, x, x, weight, 1e-5))
+    torch.testing.assert_close(out, plainly(library.rmsnorm, x, x, weight, 1e-5), rtol=2 ** -8 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 100, 576, 4096])
+@pytest.mark.parametrize("alias", ["", "x", "y", "norm over y"])
+def test_add_rmsnorm(width: int, alias: str, dtype: torch.dtype) -> None:
+    data = Rows(width, 5, dtype)
+    x, y, weight = data.slice(width), data.slice(width), data.vector(width)
+    first, second = x.clone(), y.clone()
+    total = {"x": x, "y": y}.get(alias, data.slice(width, filled=False) if alias not in ("x", "y") else x)
+    out = y if alias == "norm over y" else data.slice(width, filled=False)
+    rows.add_rmsnorm(total, out, x, y, weight, 1e-5)
+    data.check()
+    assert torch.equal(total, first + second)
+    alone = data.slice(width, filled=False)
+    rows.rmsnorm(alone, total.clone(), weight, 1e-5)
+    assert torch.equal(out, alone), "the same bits as one after the other"
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("groups", "width"), WIDTHS)
+def test_rmsnorm_dgrad(groups: int, width: int, accumulate: bool, dtype: torch.dtype) -> None:
+    data = Rows(width + 1, 6, dtype)
+    x, grad, weight = data.slice(groups * width), data.slice(groups * width), data.vector(width)
+    out = data.slice(groups * width, filled=accumulate)
+    before = out.double()
+    plain = out.clone() if accumulate else torch.empty_like(x)
+    library.rmsnorm_dgrad(plain, grad, x, weight, 1e-5, accumulate)
+    rows.rmsnorm_dgrad(out, grad, x, weight, 1e-5, accumulate)
+    data.check()
+    leaf = x.double().requires_grad_()
+    reference.rmsnorm(leaf, weight.double(), 1e-5).backward(grad.double())
+    assert leaf.grad is not None
+    close(out, before + leaf.grad if accumulate else leaf.grad, plain)
+
+
+def angles(data: Rows, width: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, K] in the model's dtype, the first half of sin negated."""
+    turns = torch.outer(torch.arange(data.num_rows) * 37.0, 10000.0 ** (-torch.arange(width // 2) / (width // 2)))
+    cos, sin = turns.cos().to(data.dtype), turns.sin().to(data.dtype)
+    return torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int = 1, scale: float = 1.0) -> Tensor:
+    """The reference in float64."""
+    half = cos.shape[1] // 2
+    plain_sin = torch.cat((-sin[:, :half], sin[:, half:]), 1)
+    return reference.rope(x.double(), cos.double(), direction * plain_sin.double()) * scale
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("heads", "width"), [(1, 16), (5, 24), (12, 128), (40, 64)])
+def test_rope(heads: int, width: int, inverse: bool, dtype: torch.dtype) -> None:
+    data = Rows(heads, 5, dtype)
+    x, out = data.slice(heads * width), data.slice(heads * width, filled=False)
+    cos, sin = angles(data, width)
+    scale = 0.37 if heads == 5 else 1.0
+    want = rotated(x, cos, sin, -1 if inverse else 1, scale)
+    plain = torch.empty_like(x)
+    library.rope(plain, x, cos, sin, inverse=inverse, scale=scale)
+    rows.rope(out, x, cos, sin, inverse=inverse, scale=scale)
+    close(out, want, plain)
+    rows.rope(x, x, cos, sin, inverse=inverse, scale=scale)
+    assert torch.equal(x, out), "in place"
+    data.check()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cached", [0, 4, 6])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (6, 2, 64), (9, 3, 24), (20, 10, 128)])
+def test_rotary_write(heads: int, kv_heads: int, width: int, cached: int, dtype: torch.dtype) -> None:
+    data = Rows(heads + cached, 6, dtype)
+    merged = data.slice((heads + 2 * kv_heads) * width)
+    q, k, v = merged.split([heads * width, kv_heads * width, kv_heads * width], 1)
+    before = merged.clone()
+    cos, sin = angles(data, width)
+    cache = torch.full((2, 50, width), math.nan, dtype=dtype)
+    places = torch.randperm(50, generator=data.generator)[: cached * kv_heads]
+    dense_data = Rows(0, 6 - cached, dtype)
+    dense = (dense_data.slice(kv_heads * width, filled=False), dense_data.slice(kv_heads * width, filled=False))
+    scale = 1.5 if width == 24 else 1.0
+    rows.rotary_write(
+        q, k, v, cos, sin, scale, cache_keys=cache[0], cache_values=cache[1], token_rows=places,
+        dense=None if cached == 6 else dense,
+    )
+    want = before.clone()
+    turned = slice(None, (heads + kv_heads) * width)
+    rows.rope(want[:, turned], before[:, turned], cos, sin, inverse=False, scale=scale)
+    assert torch.equal(merged, want), "the same bits as the rotation alone"
+    assert torch.equal(cache[0, places], k[:cached].reshape(-1, width)) and torch.equal(cache[1, places], v[:cached].reshape(-1, width))
+    assert torch.equal(dense[0], k[cached:]) and torch.equal(dense[1], v[cached:])
+    untouched = torch.ones(50, dtype=torch.bool)
+    untouched[places] = False
+    assert cache[:, untouched].isnan().all()
+    data.check()
+    dense_data.check()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 100, 1024, 2500])
+def test_silu_mul_and_its_gradients(width: int, dtype: torch.dtype) -> None:
+    data = Rows(width, 5, dtype)
+    both, grad, out = data.slice(2 * width), data.slice(width), data.slice(width, filled=False)
+    gate, up = both[:, :width], both[:, width:]
+    gate[0, :4] = torch.tensor([-100.0, 100.0, 0.0, -20.0])
+    plain = torch.empty_like(out)
+    library.silu_mul(plain, gate, up)
+    rows.silu_mul(out, gate, up)
+    close(out, reference.silu_mul(*wide(gate, up)), plain)
+    leaves = [t.double().requires_grad_() for t in (gate, up)]
+    reference.silu_mul(*leaves).backward(grad.double())
+    plain_gate, plain_up = torch.empty_like(out), torch.empty_like(out)
+    library.silu_mul_dgrad(plain_gate, plain_up, grad, gate, up)
+    d_both = data.slice(2 * width, filled=False)
+    rows.silu_mul_dgrad(d_both[:, :width], d_both[:, width:], grad, gate, up)
+    for have, leaf, other in zip(d_both.split(width, 1), leaves, (plain_gate, plain_up), strict=True):
+        assert leaf.grad is not None
+        close(have, leaf.grad, other)
+    expected = d_both[:, :width].clone()
+    rows.silu_mul_dgrad(grad, out, grad, gate, up)
+    assert torch.equal(grad, expected), "over its own input"
+    data.check()
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(5))
+def test_copies(seed: int) -> None:
+    """Copies of several widths and dtypes in two launches over parts of one table."""
+    rng = random.Random(seed)
+    data = [Rows(seed + n, 6, dtype) for n, dtype in enumerate([torch.float32, torch.bfloat16, torch.float32])]
+    parts = []
+    for _ in range(7):
+        owner = rng.choice(data)
+        size = owner.dtype.itemsize
+        width = rng.choice([16 // size, 64, 4096, 5000 // 8 * 8])
+        ends = {"left": 16 // size * rng.randrange(3), "right": 16 // size * rng.randrange(3)}
+        source, target = owner.slice(width, **ends), owner.slice(width, filled=False, left=16 // size, right=0)
+        parts.append((source, target))
+    first = [(s.data_ptr(), t.data_ptr(), s.stride(0) * s.element_size(), t.stride(0) * s.element_size(),
+              s.shape[1] * s.element_size()) for s, t in parts]
+    first = [entry if all(n % 16 == 0 for n in entry) else None for entry in first]
+    kept = [pair for pair, entry in zip(parts, first, strict=True) if entry is not None]
+    table, counts = copies.pieces(*np.array([entry for entry in first if entry is not None], np.int64).T)
+    assert table.shape == (counts.sum(), 6) and copies.can_copy(*table[:, :2].ravel().tolist())
+    on_device, cut = torch.from_numpy(table), int(counts[: len(kept) // 2].sum())
+    copies.copy_rows(on_device[:cut], 6)
+    assert all(t[:6].isnan().all() for _, t in kept[len(kept) // 2 :]), "only what the part of the table says"
+    copies.copy_rows(on_device[cut:], 6)
+    assert len(kept) >= 4 and all(torch.equal(s, t) for s, t in kept)
+    for owner in data:
+        owner.wide = [(w, left, width) for w, left, width in owner.wide if any(w.data_ptr() <= s.data_ptr() < w.data_ptr() + w.nbytes or w.data_ptr() <= t.data_ptr() < w.data_ptr() + w.nbytes for s, t in kept)]
+        owner.check()
