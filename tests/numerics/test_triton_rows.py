@@ -43,6 +43,25 @@ def test_all_in_the_interpreter() -> None:
     assert " passed" in done.stdout
 
 
+@pytest.fixture(autouse=True)
+def nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter cuts float32 off where a device rounds to the nearest bfloat16. Here it rounds too."""
+    if not (INTERPRETED and kernels.available()):
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(values: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+        if (source, target) == (language.float32, language.bfloat16):
+            bits = torch.from_numpy(np.ascontiguousarray(values).view(np.float32)).bfloat16().view(torch.int16)
+            return bits.numpy().view(np.uint16)
+        return convert(values, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
 class Rows:
     """Random rows that are column slices of wider ones, around which all is NaN."""
 
@@ -93,7 +112,8 @@ def plainly(call: Callable[..., None], shape: Tensor, *args: object) -> Tensor:
 def in_float64(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """The reference, with the model's rounding before the weight."""
     one = torch.ones_like(weight.double())
-    return (reference.rmsnorm(x.double(), one, eps).to(dtype).double().unflatten(1, (-1, weight.shape[0])) * weight.double()).flatten(1)
+    normed = reference.rmsnorm(x.double(), one, eps).to(dtype).double()
+    return (normed.unflatten(1, (-1, weight.shape[0])) * weight.double()).flatten(1)
 
 
 @interpreted
@@ -106,8 +126,9 @@ def test_rmsnorm(groups: int, width: int, dtype: torch.dtype) -> None:
     rows.rmsnorm(out, x, weight, 1e-5)
     data.check()
     want = in_float64(x, weight, 1e-5, torch.float64 if dtype == torch.float32 else dtype)
-    close(out, want, plainly(library.rmsnorm, x, x, weight, 1e-5))
-    torch.testing.assert_close(out, plainly(library.rmsnorm, x, x, weight, 1e-5), rtol=2 ** -8 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    plain = plainly(library.rmsnorm, x, x, weight, 1e-5)
+    close(out, want, plain)
+    assert dtype == torch.float32 or (out != plain).float().mean() < 0.01, "the same roundings"
 
 
 @interpreted
@@ -118,7 +139,7 @@ def test_add_rmsnorm(width: int, alias: str, dtype: torch.dtype) -> None:
     data = Rows(width, 5, dtype)
     x, y, weight = data.slice(width), data.slice(width), data.vector(width)
     first, second = x.clone(), y.clone()
-    total = {"x": x, "y": y}.get(alias, data.slice(width, filled=False) if alias not in ("x", "y") else x)
+    total = {"x": x, "y": y}[alias] if alias in ("x", "y") else data.slice(width, filled=False)
     out = y if alias == "norm over y" else data.slice(width, filled=False)
     rows.add_rmsnorm(total, out, x, y, weight, 1e-5)
     data.check()
@@ -190,8 +211,8 @@ def test_rotary_write(heads: int, kv_heads: int, width: int, cached: int, dtype:
     q, k, v = merged.split([heads * width, kv_heads * width, kv_heads * width], 1)
     before = merged.clone()
     cos, sin = angles(data, width)
-    cache = torch.full((2, 50, width), math.nan, dtype=dtype)
-    places = torch.randperm(50, generator=data.generator)[: cached * kv_heads]
+    cache = torch.full((2, 70, width), math.nan, dtype=dtype)
+    places = torch.randperm(70, generator=data.generator)[: cached * kv_heads]
     dense_data = Rows(0, 6 - cached, dtype)
     dense = (dense_data.slice(kv_heads * width, filled=False), dense_data.slice(kv_heads * width, filled=False))
     scale = 1.5 if width == 24 else 1.0
@@ -203,9 +224,10 @@ def test_rotary_write(heads: int, kv_heads: int, width: int, cached: int, dtype:
     turned = slice(None, (heads + kv_heads) * width)
     rows.rope(want[:, turned], before[:, turned], cos, sin, inverse=False, scale=scale)
     assert torch.equal(merged, want), "the same bits as the rotation alone"
-    assert torch.equal(cache[0, places], k[:cached].reshape(-1, width)) and torch.equal(cache[1, places], v[:cached].reshape(-1, width))
+    for half, part in zip(cache, (k, v), strict=True):
+        assert torch.equal(half[places], part[:cached].reshape(-1, width))
     assert torch.equal(dense[0], k[cached:]) and torch.equal(dense[1], v[cached:])
-    untouched = torch.ones(50, dtype=torch.bool)
+    untouched = torch.ones(70, dtype=torch.bool)
     untouched[places] = False
     assert cache[:, untouched].isnan().all()
     data.check()
@@ -244,26 +266,28 @@ def test_silu_mul_and_its_gradients(width: int, dtype: torch.dtype) -> None:
 def test_copies(seed: int) -> None:
     """Copies of several widths and dtypes in two launches over parts of one table."""
     rng = random.Random(seed)
-    data = [Rows(seed + n, 6, dtype) for n, dtype in enumerate([torch.float32, torch.bfloat16, torch.float32])]
-    parts = []
-    for _ in range(7):
-        owner = rng.choice(data)
-        size = owner.dtype.itemsize
-        width = rng.choice([16 // size, 64, 4096, 5000 // 8 * 8])
-        ends = {"left": 16 // size * rng.randrange(3), "right": 16 // size * rng.randrange(3)}
-        source, target = owner.slice(width, **ends), owner.slice(width, filled=False, left=16 // size, right=0)
-        parts.append((source, target))
-    first = [(s.data_ptr(), t.data_ptr(), s.stride(0) * s.element_size(), t.stride(0) * s.element_size(),
-              s.shape[1] * s.element_size()) for s, t in parts]
-    first = [entry if all(n % 16 == 0 for n in entry) else None for entry in first]
-    kept = [pair for pair, entry in zip(parts, first, strict=True) if entry is not None]
-    table, counts = copies.pieces(*np.array([entry for entry in first if entry is not None], np.int64).T)
-    assert table.shape == (counts.sum(), 6) and copies.can_copy(*table[:, :2].ravel().tolist())
-    on_device, cut = torch.from_numpy(table), int(counts[: len(kept) // 2].sum())
+    pairs, entries, owners = [], [], []
+    for number, width in enumerate([4, 64, 4096, 7000, *(4 * rng.randint(1, 3000) for _ in range(4))]):
+        owner = Rows(10 * seed + number, 6, rng.choice([torch.float32, torch.bfloat16]))
+        step = 16 // owner.dtype.itemsize
+        width = -(-width // step) * step
+        source = owner.slice(width, left=step * rng.randrange(3), right=step * rng.randrange(3))
+        target = owner.slice(width, filled=False, left=step, right=step * rng.randrange(2))
+        (first, distance), (there, apart) = ((t.data_ptr(), t.stride(0) * t.element_size()) for t in (source, target))
+        assert copies.can_copy(first, there, distance, apart)
+        entries.append((first, there, distance, apart, width * owner.dtype.itemsize))
+        pairs.append((source, target))
+        owners.append(owner)
+    table, counts = copies.pieces(*np.array(entries, np.int64).T)
+    assert table.shape == (counts.sum(), 6) and counts.max() > 1
+    on_device, cut = torch.from_numpy(table), int(counts[:3].sum())
     copies.copy_rows(on_device[:cut], 6)
-    assert all(t[:6].isnan().all() for _, t in kept[len(kept) // 2 :]), "only what the part of the table says"
+    assert all(target.isnan().all() for _, target in pairs[3:]), "only what the part of the table says"
     copies.copy_rows(on_device[cut:], 6)
-    assert len(kept) >= 4 and all(torch.equal(s, t) for s, t in kept)
-    for owner in data:
-        owner.wide = [(w, left, width) for w, left, width in owner.wide if any(w.data_ptr() <= s.data_ptr() < w.data_ptr() + w.nbytes or w.data_ptr() <= t.data_ptr() < w.data_ptr() + w.nbytes for s, t in kept)]
+    assert all(torch.equal(source, target) for source, target in pairs)
+    for owner in owners:
         owner.check()
+
+
+def test_what_the_copying_kernel_does_not_take() -> None:
+    assert copies.can_copy(0, 16, 4096) and not copies.can_copy(0, 8) and not copies.can_copy(2)
