@@ -1,6 +1,7 @@
 """Row-wise Triton kernels against `reference.py`, in Triton's interpreter: memory that none may read or write holds NaN.
 
-The interpreter has to be chosen before Triton is imported: `test_all_in_the_interpreter` runs this file in a process of its own.
+The interpreter has to be chosen before Triton is imported: `test_all_in_the_interpreter` runs this file in a process of its
+own. The last test runs whole passes and units with every kernel, and holds them to the library's calls.
 T rows, D features, H query heads, G key-value heads, K head width.
 """
 
@@ -19,9 +20,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from coserve.config.settings import LoraConfig
+from coserve.core import Direction, Example, Unit
 from coserve.kernels import library, reference
 from coserve.kernels import triton as kernels
 from coserve.kernels.triton import copies, rows
+from coserve.peft.kinds import new_adapter
+from coserve.runtime import keeping, spans
+from coserve.runtime.adapters import AdapterSlots
+from coserve.runtime.cache import KeyValuePool
+from coserve.runtime.executor import Executor, TrainExecutor
+from coserve.runtime.fused import PassExecutor, TrainWindow
+from coserve.runtime.loaded import LoadedModel, load_model
+from coserve.runtime.microbatch import pack
+from coserve.runtime.plans import training_plans
+from coserve.runtime.spans import NO_ADAPTER, RowSpan
+from tests.tiny_directory import build_tiny_directory
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not kernels.available(), reason="needs triton")
@@ -291,3 +305,67 @@ def test_copies(seed: int) -> None:
 
 def test_what_the_copying_kernel_does_not_take() -> None:
     assert copies.can_copy(0, 16, 4096) and not copies.can_copy(0, 8) and not copies.can_copy(2)
+
+
+# --- whole passes ---------------------------------------------------------------------------------------------------------
+
+
+def run_everything(model: LoadedModel) -> list[Tensor]:
+    """Two fused passes, with prompts and then a decoded token beside them, and backward. All memory is NaN at first."""
+    cpu, arch = torch.device("cpu"), model.architecture
+    pool = KeyValuePool(arch, 20, 4, torch.float32, cpu)
+    pool.buffer.fill_(255)
+    executor = Executor(model.weights)
+    train = TrainExecutor(executor)
+    passes = PassExecutor(executor, train, pool, AdapterSlots(arch, torch.float32, cpu, max_slots=1, max_rank=8))
+    adapter = new_adapter(model.weights, LoraConfig(r=8, dropout=0.2), seed=1)
+    adapter.flat.copy_(torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    adapter.refresh()
+    adapter = adapter.trainable()
+    rng = np.random.default_rng(5)
+    examples = [
+        Example(index=number, token_ids=rng.integers(0, 97, length), weights=np.ones(length, np.float32))
+        for number, length in enumerate((11, 6))
+    ]
+    batch = pack(examples, device=cpu, seed=3, step=1)
+    state = train.begin(batch, training_plans(arch, adapter, itemsize=4).plan())
+    ids = torch.from_numpy(rng.integers(0, 97, 20))
+    first, second, third = [3, 5], [7, 2, 1], [9]
+    found = []
+
+    def window(start: int, end: int) -> TrainWindow:
+        return TrainWindow(state, Unit(Direction.FORWARD, 0, arch.num_layers, start, end), adapter)
+
+    prompts = [RowSpan(0, 5, first, NO_ADAPTER), RowSpan(0, 9, second, NO_ADAPTER)]
+    found.append(passes.run(ids[:14], [], prompts, window(0, 8)).clone())
+    decode = [RowSpan(5, 6, first, NO_ADAPTER), RowSpan(9, 10, second, NO_ADAPTER)]
+    found.append(passes.run(ids[14:18], decode, [RowSpan(0, 2, third, NO_ADAPTER)], window(8, 17)).clone())
+    found.append(passes.run(ids[18:], [RowSpan(6, 7, first, NO_ADAPTER), RowSpan(10, 11, second, NO_ADAPTER)], [], None).clone())
+    state.set_coefficients(torch.full_like(state.logprobs, -0.1))
+    train.run(state, Unit(Direction.BACKWARD, 0, arch.num_layers, 0, 17), adapter)
+    assert adapter.grad is not None
+    return [*found, state.logprobs, adapter.grad]
+
+
+@interpreted
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "smollm3"])
+def test_passes_and_units(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(str(build_tiny_directory(tmp_path / "m", family)), device="cpu", dtype="float32")
+    want = run_everything(model)
+    launched: list[str] = []
+    for name in ("rmsnorm", "add_rmsnorm", "rmsnorm_dgrad", "rope", "silu_mul", "silu_mul_dgrad"):
+        def counted(*args: object, call: Callable[..., None] = getattr(rows, name), name: str = name, **options: object) -> None:
+            launched.append(name)
+            call(*args, **options)
+
+        monkeypatch.setattr(rows, name, counted)
+    made: list[keeping.KeptCopies] = []
+    begin = keeping.KeptCopies.__init__
+    monkeypatch.setattr(keeping.KeptCopies, "__init__", lambda self, *args: (made.append(self), begin(self, *args))[1])
+    monkeypatch.setattr(library, "runs_triton", lambda device: True)
+    monkeypatch.setattr(spans, "runs_triton", lambda device: True)
+    found = run_everything(model)
+    for have, expected in zip(found, want, strict=True):
+        assert (have - expected).norm() <= 2e-5 * expected.norm()
+    assert len(made) == 2 and not any(others for copies in made for others in copies.others), "all in one launch per layer"
+    assert {"rmsnorm", "add_rmsnorm", "rmsnorm_dgrad", "rope", "silu_mul", "silu_mul_dgrad"} == {*launched}
