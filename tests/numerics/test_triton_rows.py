@@ -338,10 +338,10 @@ def test_copies(seed: int) -> None:
         target = owner.slice(width, filled=False, left=step, right=step * rng.randrange(2))
         (first, distance), (there, apart) = ((t.data_ptr(), t.stride(0) * t.element_size()) for t in (source, target))
         assert copies.can_copy(first, there, distance, apart)
-        entries.append((first, there, distance, apart, width * owner.dtype.itemsize))
+        entries.append((first, distance, width * owner.dtype.itemsize, there, apart))
         pairs.append((source, target))
         owners.append(owner)
-    table, counts = copies.pieces(*np.array(entries, np.int64).T)
+    table, counts = copies.pieces(np.array(entries, np.int64))
     assert table.shape == (counts.sum(), 6) and counts.max() > 1
     on_device, cut = torch.from_numpy(table), int(counts[:3].sum())
     copies.copy_rows(on_device[:cut], 6)
@@ -350,6 +350,19 @@ def test_copies(seed: int) -> None:
     assert all(torch.equal(source, target) for source, target in pairs)
     for owner in owners:
         owner.check()
+
+
+def test_pieces_cover_each_copy_once() -> None:
+    widths = [16, 8192, 8208, 28672, 32]
+    entries = [(1 << 30 | number << 20, 64 * number, width, 1 << 31 | number << 20, 16) for number, width in enumerate(widths)]
+    table, counts = copies.pieces(np.array(entries, np.int64))
+    assert counts.tolist() == [1, 1, 2, 4, 1]
+    for (source, distance, width, target, apart), rows_of in zip(entries, np.split(table, np.cumsum(counts)[:-1]), strict=True):
+        sizes = rows_of[:, 4] * 4
+        assert sizes.sum() == width and sizes.max() <= copies.PIECE_BYTES
+        offsets = np.cumsum(sizes) - sizes
+        assert (rows_of[:, 0] == source + offsets).all() and (rows_of[:, 1] == target + offsets).all()
+        assert (rows_of[:, 2:4] * 4 == [distance, apart]).all()
 
 
 def test_what_the_copying_kernel_does_not_take() -> None:

@@ -145,9 +145,12 @@ class FusedRows(BatchRows):
         """Brings the window's kept values of the layer into its arena."""
         layer, start, end = self.rows.layer, self.rows.start, self.rows.end
         program, keeps = self.layers[layer].program, self.layers[layer].keeps
+        self.state.forward_rows[layer] = end
         if self._copies is not None:
             self._copies.run(layer)
             keeps = self._copies.others[layer]
+            if not keeps:
+                return
         workspace = self.train.executor.workspace
         tensors = dict(zip(program.slots, workspace.bind(program, self.num_rows).tensors, strict=True))
         for keep in keeps:
@@ -160,7 +163,6 @@ class FusedRows(BatchRows):
                 targets[0].copy_(source)
             else:
                 keep.pack(self.rows, None, {}, False, targets, [source])
-        self.state.forward_rows[layer] = end
 
     def finish(self, hidden: Tensor) -> None:
         if self._copies is None:

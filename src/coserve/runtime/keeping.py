@@ -8,6 +8,7 @@ Where each value lies is known before the pass, so that one table for all layers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +18,15 @@ from coserve.kernels.triton.copies import can_copy, copy_rows, pieces
 from coserve.runtime.memory import Workspace
 from coserve.runtime.microbatch import InFlight
 from coserve.runtime.transfer import to_device
+
+
+class _LayerCopies(NamedTuple):
+    """Of layer `first`, and of those that are equal to it. copies: as for `pieces`; others: as for `KeptCopies`."""
+
+    first: int
+    copies: np.ndarray
+    others: tuple[Keep, ...]
+
 
 _Rows = tuple[int, int, int]
 """Address of the first row, distance of rows, and width, in bytes."""
@@ -36,28 +46,22 @@ class KeptCopies:
         num_rows = streams.shape[1]
         self.num_rows = end - start
         self.others: list[tuple[Keep, ...]] = []
-        sources: dict[int, list[tuple[Keep, _Rows]]] = {}
         for each in {id(layer): layer for layer in layers}.values():
             workspace.bind(each.program, num_rows)  # all of them before any address is taken
-        copies: list[tuple[_Rows, _Rows]] = []
-        ends = [0]
+        alike: dict[tuple[int, int], _LayerCopies] = {}
+        parts, ends = [], [0]
         for number, layer in enumerate(layers):
-            if id(layer) not in sources:
-                sources[id(layer)] = _sources(layer, workspace, num_rows, num_serving)
-            others = [keep for keep in layer.keeps if keep.pack is not None]
-            for keep, source in sources[id(layer)]:
-                (slot,) = keep.targets
-                target = _rows(state.arena.storage(number, slot.storage), start, slot.column, source[2])
-                if can_copy(*source, *target):
-                    copies.append((source, target))
-                else:
-                    others.append(keep)
-            following = _rows(streams[(number + 1) % 2], num_serving)
-            copies.append((following, _rows(state.hidden(number + 1), start)))
-            ends.append(len(copies))
-            self.others.append(tuple(others))
-        columns = np.array(copies, np.int64)
-        table, counts = pieces(columns[:, 0, 0], columns[:, 1, 0], columns[:, 0, 1], columns[:, 1, 1], columns[:, 0, 2])
+            key = id(layer), id(state.plan.layers[number])
+            if key not in alike:
+                alike[key] = _layer_copies(layer, number, state, start, workspace, num_rows, num_serving)
+            first, copies, others = alike[key]
+            following = (*_rows(streams[(number + 1) % 2], num_serving), *_rows(state.hidden(number + 1), start)[:2])
+            parts.append(np.array([following], np.int64))
+            if len(copies):
+                parts.append(copies + np.array([0, 0, 0, _distance(layer, state, first, number), 0]))
+            ends.append(ends[-1] + 1 + len(copies))
+            self.others.append(others)
+        table, counts = pieces(np.concatenate(parts))
         bounds = np.concatenate([[0], np.cumsum(counts)])[ends]
         self._tables = to_device(table, streams.device).split(np.diff(bounds).tolist())
 
@@ -73,13 +77,25 @@ def _rows(whole: Tensor, first: int, column: int = 0, width: int | None = None) 
     return whole.data_ptr() + first * stride + column * size, stride, whole.shape[1] * size if width is None else width
 
 
-def _sources(layer: FusedLayer, workspace: Workspace, num_rows: int, first: int) -> list[tuple[Keep, _Rows]]:
-    """Where a layer's plain copies begin. They are all in the workspace: a layer's input is its parked rows' business."""
+def _layer_copies(
+    layer: FusedLayer, number: int, state: InFlight, start: int, workspace: Workspace, num_rows: int, num_serving: int
+) -> _LayerCopies:
+    """The plain copies of layer `number`. They are all from the workspace: a layer's input is its parked rows' business."""
     tensors = dict(zip(layer.program.slots, workspace.bind(layer.program, num_rows).tensors, strict=True))
-    found = []
+    copies: list[tuple[int, ...]] = []
+    others = [keep for keep in layer.keeps if keep.pack is not None]
     for keep in layer.keeps:
         if keep.pack is None:
-            whole = tensors[keep.source]
+            whole, (slot,) = tensors[keep.source], keep.targets
             assert whole is not None
-            found.append((keep, _rows(whole, first, width=keep.width * whole.element_size())))
-    return found
+            source = _rows(whole, num_serving, width=keep.width * whole.element_size())
+            target = _rows(state.arena.storage(number, slot.storage), start, slot.column)
+            copy = (*source, *target[:2])
+            copies.append(copy) if can_copy(*copy) else others.append(keep)
+    return _LayerCopies(number, np.array(copies, np.int64).reshape(-1, 5), tuple(others))
+
+
+def _distance(layer: FusedLayer, state: InFlight, first: int, number: int) -> int:
+    """Bytes from what layer `first` keeps to what an equal layer keeps: the same for all values, and a multiple of 16."""
+    storage = next(keep.targets[0].storage for keep in layer.keeps if keep.pack is None)
+    return state.arena.storage(number, storage).data_ptr() - state.arena.storage(first, storage).data_ptr()

@@ -40,11 +40,13 @@ def _copy_kernel(table: tl.tensor, columns: tl.constexpr, tile: tl.constexpr) ->
     tl.store(target + row * target_stride + column, values, mask=real)
 
 
-def pieces(
-    sources: np.ndarray, targets: np.ndarray, source_strides: np.ndarray, target_strides: np.ndarray, widths: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The table [pieces, 6] of copies, and how many pieces each copy has. The arguments are int64 [copies]: addresses of first
-    rows, distances of rows, and widths, in bytes and multiples of 16."""
+def pieces(copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The table [pieces, 6] of copies, and how many pieces each copy has.
+
+    copies: int64 [copies, 5]: of the source, the address of the first row, the distance of rows and the width; of the target,
+    address and distance. All are in bytes and multiples of 16.
+    """
+    sources, source_strides, widths, targets, target_strides = copies.T
     counts = -(-widths // PIECE_BYTES)
     which = np.repeat(np.arange(len(widths)), counts)
     offset = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * PIECE_BYTES
