@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").glob("*.md"))]
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(ServerConfig)}
 STATS: dict[str, Any] = {
-    **dict.fromkeys(("iterations", "inference_tokens", "prompt_tokens", "finetune_tokens"), 1), "busy_s": 1.0,
+    **dict.fromkeys(("iterations", "inference_tokens", "prompt_tokens", "finetune_tokens"), 1), "busy_s": 1.0, "host_s": 1.0,
     "inference_busy_s": 0.5, "finetune_busy_s": 0.5, "preemptions": 0, "running": 1, "waiting": 0, "jobs": 1, "reserve": 0.1,
     "adapters": ["a"], "adapter_versions": 1, "prediction_errors": {"decode": {"iterations": 1, "median": 0.1, "p95": 0.2}},
     "memory": {"used": 1, "cached": 1, "free": 1, "arena": 1, "hits_tokens": 0, "queried_tokens": 1, "block_bytes": 1},
