@@ -48,14 +48,14 @@ class PagedCache:
 
     def run(self, kernel: Kernel, layer: int, window: int | None, max_context: int | None = None) -> Tensor:
         """What a kernel finds. Memory that it may not read or write holds NaN."""
-        wide = torch.full((len(self.contexts), self.heads * self.width + 6), math.nan, dtype=self.rows.dtype)
-        out = wide[:, 2:-4]
+        wide = torch.full((len(self.contexts), self.heads * self.width + 8), math.nan, dtype=self.rows.dtype)
+        out = wide[:, 4:-4]
         kernel(
             out, self.q, self.rows, layer=layer, num_layers=self.layers, kv_heads=self.kv_heads,
             block_tokens=self.block_tokens, tables_BN=self.tables, context_B=self.contexts,
             max_context=max_context or int(self.contexts.max()), window=window, scale=self.width**-0.5,
         )
-        assert wide[:, :2].isnan().all() and wide[:, -4:].isnan().all(), "wrote outside its columns"
+        assert wide[:, :4].isnan().all() and wide[:, -4:].isnan().all(), "wrote outside its columns"
         return out
 
     def reference(self, layer: int, window: int | None) -> Tensor:

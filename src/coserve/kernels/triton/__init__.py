@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 try:
     import triton
 except ImportError:
@@ -37,3 +39,11 @@ def jit(*, unspecialized: Sequence[str] = ()) -> Callable[[Callable[..., Any]], 
 def next_power(n: int) -> int:
     """The least power of two that is n or more: Triton's tiles have no other sizes."""
     return 1 << (n - 1).bit_length()
+
+
+def require_aligned(*tensors: Tensor) -> None:
+    """Asserts that rows begin at multiples of 16 bytes, as a device's allocations do. For other rows Triton compiles a
+    kernel anew, which loads an element at a time and keeps in memory what belongs in registers."""
+    for tensor in tensors:
+        size, start, stride = tensor.element_size(), tensor.storage_offset(), tensor.stride(0)
+        assert start * size % 16 == 0 == stride * size % 16, f"rows of {stride} elements from {start} on: not at 16 bytes each"

@@ -8,7 +8,8 @@ B requests, N blocks of a table, H query heads, G key-value heads, X = H / G, K 
                                           combine: weights by log-sum-exp                 per request and query head
 
 A split's length follows from `max_context` alone, and up to MAX_SPLITS * SPLIT_TOKENS tokens it doesn't change at all: a
-request's result is then the same bits in every batch. Nothing waits for the device.
+request's result is then the same bits in every batch. Splits beyond a request's own context cost a program that ends at once;
+what they would have written is not read. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coserve.kernels.triton import jit, next_power
+from coserve.kernels.triton import jit, next_power, require_aligned
 
 try:
     import triton.language as tl
@@ -48,13 +49,15 @@ def _split_kernel(
 ) -> None:
     """One split of one request's context for the query heads of one key-value head.
 
-    Writes the normalized partial [B, H, S, K] and its log-sum-exp [B, H, S]; an empty split gives zeros and minus infinity.
+    Writes the normalized partial [B, H, S, K] and its log-sum-exp [B, H, S]. A split beyond the context writes nothing.
     """
     request, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_splits = tl.num_programs(2)
     context = tl.load(contexts + request)
     first = tl.maximum(context - window, 0) + split * split_tokens
     last = tl.minimum(first + split_tokens, context)
+    if first >= last:
+        return
 
     heads, features, tokens = tl.arange(0, x_tile), tl.arange(0, k_tile), tl.arange(0, s_tile)
     real_heads, real_features = heads < share, features < width
@@ -88,8 +91,6 @@ def _split_kernel(
         acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         peak = new_peak
 
-    empty = first >= last
-    total = tl.where(empty, 1.0, total)
     row = (request.to(tl.int64) * (kv_heads * share) + head) * num_splits + split
     tl.store(
         partial + row[:, None] * width + features[None, :], acc / total[:, None],
@@ -98,16 +99,18 @@ def _split_kernel(
     tl.store(partial_lse + row, peak + tl.log(total), mask=real_heads)
 
 
-@jit(unspecialized=("num_splits",))
+@jit(unspecialized=("num_splits", "window"))
 def _combine_kernel(
-    out: tl.tensor, partial: tl.tensor, partial_lse: tl.tensor, out_stride: tl.tensor, num_splits: tl.tensor,
+    out: tl.tensor, partial: tl.tensor, partial_lse: tl.tensor, contexts: tl.tensor, out_stride: tl.tensor,
+    num_splits: tl.tensor, split_tokens: tl.tensor, window: tl.tensor,
     width: tl.constexpr, split_tile: tl.constexpr, k_tile: tl.constexpr,
 ) -> None:
-    """One request's output for one query head from its splits; zeros where the context is empty."""
+    """One request's output for one query head from the splits that its context has; zeros where it is empty."""
     request, head = tl.program_id(0), tl.program_id(1)
     splits, features = tl.arange(0, split_tile), tl.arange(0, k_tile)
     row = (request.to(tl.int64) * tl.num_programs(1) + head) * num_splits + splits
-    real = splits < num_splits
+    used = tl.cdiv(tl.minimum(tl.load(contexts + request), window), split_tokens)
+    real = splits < used
     lse = tl.load(partial_lse + row, mask=real, other=float("-inf"))
     peak = tl.max(lse, 0)
     weights = tl.exp(lse - tl.where(peak == float("-inf"), 0.0, peak))
@@ -141,7 +144,7 @@ def paged_decode_attention(
     ((block * L + layer) * 2 + kv) * G + g holds head g's keys (kv 0) or values (kv 1) of a block's tokens, [block_tokens, K].
     tables_BN: int32, the blocks of each request in order. context_B: int32, tokens of each request; 0 gives a row of zeros.
     max_context: no entry of context_B may be larger. window: sliding window in tokens. Accumulates in float32, with
-    probabilities of the cache's type.
+    probabilities of the cache's type. Rows of out_BD, q_BD and cache_rows begin at multiples of 16 bytes.
     """
     width = cache_rows.shape[1] // block_tokens
     batch, features = q_BD.shape
@@ -151,16 +154,21 @@ def paged_decode_attention(
     assert tables_BN.dtype == context_B.dtype == torch.int32 and tables_BN.shape[0] == context_B.shape[0] == batch
     if batch == 0:
         return
+    require_aligned(out_BD, q_BD, cache_rows)
     splits, length = split_sizes(max_context, window)
+    cut = NO_WINDOW if window is None else window
     partial = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=q_BD.device)
     lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q_BD.device)
     share, k_tile = heads // kv_heads, max(16, next_power(width))
     launch: Any = _split_kernel[(batch, kv_heads, splits)]
     launch(
         partial, lse, q_BD, cache_rows, tables_BN, context_B, layer, num_layers, q_BD.stride(0), cache_rows.stride(0),
-        tables_BN.stride(0), length, NO_WINDOW if window is None else window, scale,
+        tables_BN.stride(0), length, cut, scale,
         kv_heads=kv_heads, share=share, width=width, block_tokens=block_tokens,
         x_tile=max(16, next_power(share)), k_tile=k_tile, s_tile=TILE_TOKENS,
     )
     launch = _combine_kernel[(batch, heads)]
-    launch(out_BD, partial, lse, out_BD.stride(0), splits, width=width, split_tile=next_power(splits), k_tile=k_tile)
+    launch(
+        out_BD, partial, lse, context_B, out_BD.stride(0), splits, length, cut, width=width, split_tile=next_power(splits),
+        k_tile=k_tile,
+    )
