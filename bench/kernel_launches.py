@@ -46,10 +46,36 @@ def _paged_decode(rows: int = 64, context: int = 8192) -> None:
     )
 
 
-def _segments(rows: int = 64, slots: int = 100, rank: int = 16) -> None:
-    segments.segment_linear(
-        empty(rows, rank), empty(rows, HIDDEN), empty(slots, HIDDEN, rank), empty(slots, dtype=torch.int32),
+def _factors(slots: Tensor, shapes: list[tuple[int, int]], slots_held: int, training: bool) -> segments.SlotFactors:
+    """Of sites with these (out, in)."""
+    return segments.SlotFactors(
+        slots, [empty(slots_held, *shape) for shape in shapes], [empty(*shape) if training else None for shape in shapes],
+        [1.0] * len(shapes), [None] * len(shapes),
     )
+
+
+def _adapters(rows: int = 64, slots_held: int = 100, rank: int = 16, training: bool = False) -> None:
+    """LoRA of q, k and v; with a training window's rows among them, the products with A are kept."""
+    slots, widths = empty(rows, dtype=torch.int32), [HEADS * WIDTH, KV_HEADS * WIDTH, KV_HEADS * WIDTH]
+    packed = empty(rows, sum(widths))
+    inner = [empty(rows, rank) for _ in widths]
+    segments.segment_pairs(
+        packed.split(widths, 1), inner if training else None, empty(rows, HIDDEN),
+        _factors(slots, [(rank, HIDDEN)] * 3, slots_held, training),
+        _factors(slots, [(width, rank) for width in widths], slots_held, training), accumulate=True,
+    )
+
+
+def _scalings(rows: int = 64) -> None:
+    """IA3 of the MLP."""
+    x = empty(rows, 14336)
+    segments.segment_scale(x, x, _factors(empty(rows, dtype=torch.int32), [(14336, 1)], 100, False), accumulate=False)
+
+
+_PRODUCTS = {
+    "segments._down_kernel": Bounds(products=True, registers=168), "segments._up_kernel": Bounds(products=True, registers=176),
+}
+_KEPT = {**_PRODUCTS, "segments._sum_kernel": Bounds(load_bytes=8, registers=64)}
 
 
 EXAMPLES: dict[str, Example] = {
@@ -57,7 +83,11 @@ EXAMPLES: dict[str, Example] = {
         "paged_decode._split_kernel": Bounds(products=True, registers=128),
         "paged_decode._combine_kernel": Bounds(registers=64),
     }),
-    "adapters": Example(_segments, {"segments._segment_kernel": Bounds(products=True, registers=128)}),
+    "adapters in decode": Example(_adapters, _PRODUCTS),
+    "adapters of rank 8": Example(lambda: _adapters(rank=8), _PRODUCTS),
+    "adapters beside a training window": Example(lambda: _adapters(rows=512, training=True), _KEPT),
+    "a large window, rank 64": Example(lambda: _adapters(rows=2048, rank=64, training=True), _KEPT),
+    "scalings": Example(_scalings, {"segments._scale_kernel": Bounds(registers=64)}),
 }
 
 

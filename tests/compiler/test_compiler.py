@@ -47,6 +47,7 @@ from coserve.runtime.microbatch import InFlight, pack
 from coserve.runtime.plans import layer_bypasses, scoring_plan, serving_plan, training_plans
 from coserve.runtime.rows import TrainRows, site_key
 from tests.compiler.interpreter import Interpreter
+from tests.joined_calls import apart
 from tests.torch_ops import TorchOps
 
 CPU, F64 = torch.device("cpu"), torch.float64
@@ -436,7 +437,7 @@ def live_ranges(program: Program) -> dict[int, Span]:
     """{workspace storage: first and last call that touches it}, from the calls alone; every column is written before it is
     read, and an accumulating call finds something to add to."""
     spans: dict[int, Span] = {}
-    for index, call in enumerate(program.calls):
+    for index, call in enumerate(apart(program.calls)):
         for number in call.ins:
             slot = program.slots[number]
             if program.storages[slot.storage].place is Place.WORK:
@@ -561,7 +562,7 @@ def test_workspace_is_reused() -> None:
 
 def calls_of(program: Program | None) -> list[tuple[str, str | None, bool]]:
     assert program is not None
-    return [(call.op, call.weight, call.accumulate) for call in program.calls]
+    return [(call.op, call.weight, call.accumulate) for call in apart(program.calls)]
 
 
 def test_frozen_linears_of_one_input_become_one_product() -> None:
@@ -691,7 +692,7 @@ def test_fused_programs_hold_what_training_keeps(
     fused = plan_fused(arch, lora_layers(own | others, 5, dropout), training, itemsize=itemsize)
     for plan, (program, keeps) in zip(training.layers, [(f.program, f.keeps) for f in fused], strict=True):
         assert_memory_is_sound(program, itemsize)
-        for call in program.calls:
+        for call in apart(program.calls):
             assert call.op != "segment_linear" or call.accumulate or (call.weight or "").endswith("lora_A")
         wanted = {slot for slot in plan.kept_slots.values() if slot not in (plan.keys, plan.values)}
         assert {slot for keep in keeps for slot in keep.targets} == wanted
@@ -705,8 +706,8 @@ def test_fused_programs_hold_what_training_keeps(
             for number, span in spans.items():
                 low, high = extent(program.storages[number], itemsize)
                 first, end = extent(storage, itemsize)
-                apart = high <= first or end <= low
-                assert number == work.storage or span.last < spans[work.storage].first or apart
+                disjoint = high <= first or end <= low
+                assert number == work.storage or span.last < spans[work.storage].first or disjoint
 
 
 # --- programs against autograd --------------------------------------------------------------------------------------------

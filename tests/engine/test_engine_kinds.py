@@ -19,6 +19,7 @@ from coserve.core import ConfigError
 from coserve.runtime.loaded import LoadedModel
 from coserve.training.finetuning import finetune
 from tests.engine.test_engine_jobs import GREEDY, assert_same_result
+from tests.played_segments import play_slots
 from tests.tiny_directory import chat_lines, write_lines
 from tests.tiny_engine import MakeEngine, build_model, drive, prompt
 
@@ -44,10 +45,14 @@ def model(directory: Path) -> LoadedModel:
     return build_model(directory / "model")
 
 
+@pytest.mark.parametrize("by_slot", [False, True], ids=["rows sorted by slot", "kernels that take slots"])
 def test_jobs_and_requests_of_all_kinds_at_once(
-    engines: MakeEngine, model: LoadedModel, directory: Path, tmp_path: Path
+    engines: MakeEngine, model: LoadedModel, directory: Path, tmp_path: Path, by_slot: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if by_slot:
+        play_slots(monkeypatch)
     engine = engines()
+    assert engine.adapters.slots.takes_slots is by_slot
     for name, kind in KINDS.items():
         config = JOB.with_adapter(kind)
         finetune(directory / "sft.jsonl", tmp_path / f"{name}-alone", model=model, config=config)

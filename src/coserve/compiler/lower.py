@@ -5,6 +5,7 @@ Five passes work on the draft of a program:
     share_memory     an in-place operator writes over its input           q' = rope(q)          q' lies where q lay
     fuse_adds        a product and the sum it goes into are one step      b = B(x); c = a + b   a += B(x); c lies where a lay
     merge_linears    frozen linears of one input are one product          q, k, v = qkv_proj(x), side by side
+    gather_factors   adapters' products of one input stand together      (`compiler/factors.py`)
     join_sums        a sum and the norm behind it are one step           h = a + b; n = rmsnorm(h)
     place            every value gets a storage and an offset: kept ones in the arena, others in the workspace by live ranges
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
+from coserve.compiler.factors import gather_factors, join_factors
 from coserve.compiler.graph import Element, JointGraph, Node, Value, counterparts
 from coserve.compiler.passes import run_passes
 from coserve.compiler.program import Call, FusedLayer, Keep, LayerPlan, Place, Program, Slot, Storage
@@ -269,9 +271,17 @@ def place(draft: Draft) -> Draft:
     return replace(draft, storages=storages, slots=slots, arena_bytes=homes.arena_bytes, work_bytes=work_bytes)
 
 
+def _gather_factors(draft: Draft) -> Draft:
+    """`gather_factors` of a draft's steps."""
+    return replace(draft, steps=gather_factors(
+        draft.steps, lambda name: draft.root(name) == name and name not in draft.slots
+    ))
+
+
 def _decide(draft: Draft, merged: Mapping[str, tuple[str, ...]]) -> Draft:
     """All lowering passes: what runs, and where every value lies."""
-    return run_passes(draft, share_memory, fuse_adds, partial(merge_linears, merged), join_sums, place)
+    passes = (share_memory, fuse_adds, partial(merge_linears, merged), _gather_factors, join_sums, place)
+    return run_passes(draft, *passes)
 
 
 def _emit(draft: Draft) -> Program:
@@ -300,7 +310,9 @@ def _emit(draft: Draft) -> Program:
         ins = tuple(number(slots[name]) for name in step.inputs)
         run = RUNNERS[node.op] if step.first is None else JOINED[step.first.op, node.op]
         calls.append(Call(run, node.op, node.weight, node.attrs, step.base is not None, outs, ins))
-    return Program(tuple(_join_turns(calls, tuple(numbers))), tuple(numbers), draft.storages, draft.work_bytes)
+    order = tuple(numbers)
+    calls = join_factors(_join_turns(calls, order), order)
+    return Program(tuple(calls), order, draft.storages, draft.work_bytes)
 
 
 def _join_turns(calls: Sequence[Call], slots: Sequence[Slot]) -> list[Call]:

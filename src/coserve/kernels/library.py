@@ -21,7 +21,6 @@ from coserve.kernels.native import kernels_for
 from coserve.kernels.reference import dropout_keep
 from coserve.kernels.triton import crossentropy
 from coserve.kernels.triton import rows as triton_rows
-from coserve.kernels.triton.segments import segment_linear
 
 _FEW_ROWS, _SMALL_MATRIX = 8, 1 << 15
 _FEW_GROUPED_ROWS, _SMALL_STACK = 32, 1 << 17
@@ -58,9 +57,6 @@ def grouped_matmul_into(out: Tensor, x: Tensor, weights_SKN: Tensor, ends_S: Ten
 
     The last group ends with the rows. float64 has no library kernel and goes group by group.
     """
-    if runs_triton(x.device) and x.dtype != torch.float64:
-        segment_linear(out, x, weights_SKN, ends_S, accumulate=accumulate)
-        return
     if x.dtype == torch.float64:
         start = 0
         for weight, end in zip(weights_SKN, ends_S.tolist(), strict=True):

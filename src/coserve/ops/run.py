@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from coserve.kernels import library
+from coserve.kernels.triton import segments
+from coserve.kernels.triton.segments import SlotFactors
 from coserve.parallel import ALONE, Ranks
 
 
@@ -33,11 +35,10 @@ class Factor(NamedTuple):
 
 class FactorStack(NamedTuple):
     """One factor of many adapters: rows before ends[0] use matrices[0], and so on. matrices: [adapters, in, out]; ends: int32
-    [adapters], ascending; scale: of every row, or [rows, 1]; center: as a Factor's, the same for all."""
+    [adapters], ascending; center: as a Factor's, the same for all."""
 
     matrices: Tensor
     ends: Tensor
-    scale: Tensor | float
     center: Tensor | None = None
 
 
@@ -62,6 +63,11 @@ class RowContext:
     def segments(self, name: str) -> Iterable[tuple[slice, Factor | FactorStack]]:
         """Row ranges that have adapters with the factor `name` in the present layer, with that factor."""
         return ()
+
+    def slot_factors(self, names: tuple[str, ...]) -> SlotFactors | None:
+        """Several sites' factors in the present layer with each row's slot, for kernels that take them. None where there are no
+        such kernels, and `segments` says which rows have which factor."""
+        return None
 
     def dropout_site(self, name: str) -> int:
         """Key of a dropout site in the present layer."""
@@ -129,14 +135,36 @@ def _written(rows: RowContext, weight: Any, accumulate: bool, out: Tensor) -> It
 
 
 def _segment_linear(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
+    factors = rows.slot_factors((weight,))
+    if factors is not None:
+        segments.segment_linear(outs, ins[0], factors, accumulate=accumulate)
+    else:
+        _each_segment(rows, weight, accumulate, outs[0], ins[0])
+
+
+def _segment_pairs(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
+    """outs: each site's product with its first factor; then each site's output, to which that times the second is added."""
+    down, up = attrs["down"], attrs["up"]
+    inner, written = outs[: len(down)], outs[len(down) :]
+    first, second = rows.slot_factors(down), rows.slot_factors(up)
+    if first is not None and second is not None:
+        kept = inner if ins[0].shape[0] > rows.num_serving else None  # only training rows' products are read again
+        segments.segment_pairs(written, kept, ins[0], first, second, accumulate=accumulate)
+        return
+    for name, out in zip(down, inner, strict=True):
+        _each_segment(rows, name, False, out, ins[0])
+    for name, out, x in zip(up, written, inner, strict=True):
+        _each_segment(rows, name, accumulate, out, x)
+
+
+def _each_segment(rows: RowContext, name: str, accumulate: bool, whole_out: Tensor, whole_x: Tensor) -> None:
     """out or x may be wider than the factor: the largest rank of the batch sets their width."""
-    for part, factor in _written(rows, weight, accumulate, outs[0]):
-        out, x = outs[0][part], ins[0][part]
+    for part, factor in _written(rows, name, accumulate, whole_out):
+        out, x = whole_out[part], whole_x[part]
         if isinstance(factor, FactorStack):
             _, num_in, num_out = factor.matrices.shape
             out, x = out[:, :num_out], x[:, :num_in]
-            scaled = x if isinstance(factor.scale, float) and factor.scale == 1.0 else x * factor.scale
-            library.grouped_matmul_into(out, scaled, factor.matrices, factor.ends, accumulate=accumulate)
+            library.grouped_matmul_into(out, x, factor.matrices, factor.ends, accumulate=accumulate)
         else:
             num_out, num_in = factor.matrix.shape
             out, x = out[:, :num_out], x[:, :num_in]
@@ -163,6 +191,10 @@ def _segment_linear_wgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulat
 
 def _segment_scale(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     """out (+)= (x - center) * vector, where out may be x itself."""
+    factors = rows.slot_factors((weight,))
+    if factors is not None:
+        segments.segment_scale(outs[0], ins[0], factors, accumulate=accumulate)
+        return
     for part, factor in _written(rows, weight, accumulate, outs[0]):
         out, x = outs[0][part], ins[0][part]
         if isinstance(factor, FactorStack):
@@ -308,6 +340,9 @@ def _spread(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs:
         outs[0].zero_()
         own.copy_(ins[0])
 
+
+PAIRS = _segment_pairs
+"""Runs the products of several sites with both of their factors (`compiler/factors.py`)."""
 
 RUNNERS: dict[str, Runner] = {
     "rmsnorm": _rmsnorm,

@@ -21,6 +21,7 @@ from coserve.compiler.program import FusedLayer, Place, Storage
 from coserve.core import Unit
 from coserve.kernels import library
 from coserve.kernels.choose import runs_triton
+from coserve.kernels.triton.segments import SlotFactors
 from coserve.model.weights import ModelWeights
 from coserve.ops.run import Factor, FactorStack, RowContext
 from coserve.peft.adapter import Adapter, Kind
@@ -81,6 +82,9 @@ class BatchRows(RowContext):
     def segments(self, name: str) -> Iterator[tuple[slice, Factor | FactorStack]]:
         return self.spans.segments(name)
 
+    def slot_factors(self, names: tuple[str, ...]) -> SlotFactors | None:
+        return self.spans.slot_factors(names)
+
     def attention(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.spans.attention(out, q, k, v)
 
@@ -120,6 +124,8 @@ class FusedRows(BatchRows):
         self.num_rows += rows.end - rows.start
         self.dropout_keys = rows.dropout_keys
         self._copies: KeptCopies | None = None
+        own = spans.rows_slots
+        self._rows_slots = None if own is None else own.beside(window.adapter, rows.end - rows.start)
 
     def begin(self, streams: Tensor) -> None:
         if self.spans.pool.has_row_kernels:
@@ -173,6 +179,9 @@ class FusedRows(BatchRows):
         yield from self.spans.segments(name)
         for _, factor in self.rows.segments(name):
             yield slice(self.num_serving, None), factor
+
+    def slot_factors(self, names: tuple[str, ...]) -> SlotFactors | None:
+        return None if self._rows_slots is None else self._rows_slots.factors(self.rows.layer, names)
 
     def dropout_site(self, name: str) -> int:
         return self.rows.dropout_site(name)

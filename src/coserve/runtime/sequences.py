@@ -20,10 +20,11 @@ from coserve.kernels import cuda_attention
 from coserve.kernels.choose import runs_triton
 from coserve.kernels.cuda_attention import KeyedRows, PackedCall, call_ends
 from coserve.kernels.triton.gather import gather_context
+from coserve.kernels.triton.segments import NO_SLOT
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.transfer import to_device, to_device_together
 
-NO_ADAPTER = -1
+NO_ADAPTER = NO_SLOT
 TABLE_STEP = 16
 """Tables are padded to a multiple of this: Triton compiles anew for strides that are no multiple of 16."""
 GATHERED_BYTES = 256 << 20

@@ -23,9 +23,10 @@ from coserve.kernels import native
 from coserve.kernels.attention import attention, decode_attention
 from coserve.kernels.choose import packs_attention, runs_triton
 from coserve.kernels.triton.paged_decode import paged_decode_attention
+from coserve.kernels.triton.segments import SlotFactors
 from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor, FactorStack
-from coserve.runtime.adapters import AdapterSlots
+from coserve.runtime.adapters import AdapterRows, AdapterSlots
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.sequences import NO_ADAPTER, TABLE_STEP, PackedPrefill, RowSpan, block_tables
 from coserve.runtime.transfer import to_device
@@ -137,12 +138,12 @@ def _decode_groups(decode: Sequence[RowSpan], pool: KeyValuePool, share: int, wi
 
 
 class _Segments(NamedTuple):
-    """Rows [first, end) that have adapters, sorted by slot. counts: the number of rows of each slot that is used. ends: int32
-    [slots], the row at which each slot's rows end; None if all rows use one slot."""
+    """Rows [first, end) that have adapters, sorted by slot. slot: the one that all of them use, or None. ends: int32 [slots],
+    the row at which each slot's rows end, if they use several."""
 
     first: int
     end: int
-    counts: dict[int, int]
+    slot: int | None
     ends: Tensor | None
 
 
@@ -156,7 +157,6 @@ class SpanRows:
     ) -> None:
         self.pool, self.adapters, self.windows, self.width = pool, adapters, arch.sliding_windows, arch.head_dim
         self.layer = 0
-        self._scales: dict[object, Tensor] = {}
         device = pool.buffer.device
         spans = [*decode, *prefill]
         lengths = [span.end - span.start for span in spans]
@@ -169,7 +169,8 @@ class SpanRows:
         read: Sequence[RowSpan] = spans if compiled is not None else decode
         paged = len(read) > 0 and (compiled is not None or triton)
         tables, contexts = block_tables(read, pool.block_tokens, TABLE_STEP) if paged else _NO_TABLES
-        parts = (positions, blocks, contexts, tables)
+        slots = np.repeat([span.slot for span in spans], lengths) if adapters.takes_slots else _NO_TABLES[1]
+        parts = (positions, blocks, contexts, tables, slots)
         on_device = to_device(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)
         sent = on_device.split([part.size for part in parts])
         self.positions = sent[0].long()
@@ -191,9 +192,10 @@ class SpanRows:
             (slice(int(first), int(end)), span, self._context(span))
             for first, end, span in zip(starts[len(read) : -1], starts[len(read) + 1 :], unread, strict=True)
         ] if self._packed is None else []
-        self._segments = [
-            *_segments(decode, 0, adapters.num_slots, device), *_segments(prefill, len(decode), adapters.num_slots, device)
-        ]
+        self.rows_slots = AdapterRows(adapters, sent[4]) if adapters.takes_slots else None
+        """Each row's adapter, where kernels take slots; `segments` has nothing to say then."""
+        parted = ((decode, 0), (prefill, len(decode))) if self.rows_slots is None else ()
+        self._segments = [part for some, row in parted for part in _segments(some, row, adapters.num_slots, device)]
 
     def clear_fresh(self) -> None:
         """Zeroes the blocks that get their first token in this batch."""
@@ -211,26 +213,17 @@ class SpanRows:
         stack = self.adapters.factor(self.layer, name) if self._segments else None
         if stack is None:
             return
+        center = self.adapters.center(self.layer, name)
         for part in self._segments:
-            scales = {slot: self.adapters.scale(self.layer, name, slot) for slot in part.counts}
-            center = self.adapters.center(self.layer, name)
             rows = slice(part.first, part.end)
             if part.ends is None:
-                ((slot, scale),) = scales.items()
-                yield rows, Factor(stack[slot].T, scale, None, center)
+                yield rows, Factor(stack[part.slot].T, 1.0, None, center)
             else:
-                yield rows, FactorStack(stack, part.ends, self._row_scales(part, scales), center)
+                yield rows, FactorStack(stack, part.ends, center)
 
-    def _row_scales(self, part: _Segments, scales: dict[int, float]) -> Tensor | float:
-        """[rows, 1], or the one scale of all; made once per different set."""
-        if len(set(scales.values())) == 1:
-            return next(iter(scales.values()))
-        key = (part.first, tuple(scales.items()))
-        if key not in self._scales:
-            values = np.repeat([scales[slot] for slot in part.counts], list(part.counts.values()))
-            tensor = to_device(torch.from_numpy(values).to(self.pool.rows.dtype), self.pool.rows.device)
-            self._scales[key] = tensor[:, None]
-        return self._scales[key]
+    def slot_factors(self, names: tuple[str, ...]) -> SlotFactors | None:
+        """Several sites' factors in the present layer, with each row's slot; None where kernels don't take slots."""
+        return None if self.rows_slots is None else self.rows_slots.factors(self.layer, names)
 
     def attention(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """q, out: [rows, H * K]; k, v: [rows, G * K], which are stored first."""
@@ -272,6 +265,7 @@ def _segments(spans: Sequence[RowSpan], row: int, num_slots: int, device: torch.
         row += span.end - span.start
     if first is None:
         return []
-    used = {slot: count for slot, count in enumerate(counts) if count}
-    ends = None if len(used) == 1 else to_device(np.cumsum(counts).astype(np.int32), device)
-    return [_Segments(first, row, used, ends)]
+    used = [slot for slot, count in enumerate(counts) if count]
+    if len(used) == 1:
+        return [_Segments(first, row, used[0], None)]
+    return [_Segments(first, row, None, to_device(np.cumsum(counts).astype(np.int32), device))]

@@ -27,7 +27,8 @@ def available() -> bool:
 def jit(*, unspecialized: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: `triton.jit`, or the bare function where there is no Triton.
 
-    unspecialized: integers that change from call to call; Triton would compile anew for 1 and for multiples of 16.
+    unspecialized: integers and addresses that change from call to call. Triton would compile anew for 1 and
+    for multiples of 16.
     """
 
     def decorate(kernel: Callable[..., Any]) -> Any:

@@ -39,7 +39,7 @@ NO_WINDOW = 1 << 30
 """A sliding window that cuts nothing."""
 
 
-@jit(unspecialized=("layer", "window"))
+@jit(unspecialized=("tables", "contexts", "layer", "window"))
 def _split_kernel(
     partial: tl.tensor, partial_lse: tl.tensor, q: tl.tensor, cache: tl.tensor, tables: tl.tensor, contexts: tl.tensor,
     layer: tl.tensor, num_layers: tl.tensor, q_stride: tl.tensor, cache_stride: tl.tensor, table_stride: tl.tensor,
@@ -99,7 +99,7 @@ def _split_kernel(
     tl.store(partial_lse + row, peak + tl.log(total), mask=real_heads)
 
 
-@jit(unspecialized=("num_splits", "window"))
+@jit(unspecialized=("contexts", "num_splits", "window"))
 def _combine_kernel(
     out: tl.tensor, partial: tl.tensor, partial_lse: tl.tensor, contexts: tl.tensor, out_stride: tl.tensor,
     num_splits: tl.tensor, split_tokens: tl.tensor, window: tl.tensor,

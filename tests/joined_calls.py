@@ -1,0 +1,24 @@
+"""A program's calls one by one, where lowering has joined products of adapters' factors (`compiler/factors.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from coserve.compiler.program import Call
+from coserve.ops.run import PAIRS, RUNNERS
+
+
+def apart(calls: Iterable[Call]) -> Iterator[Call]:
+    """What a joined call computes, as the calls that it was made of."""
+    for call in calls:
+        if call.run is not PAIRS:
+            yield call
+            continue
+        down, up = call.attrs["down"], call.attrs["up"]
+        inner, written = call.outs[: len(down)], call.outs[len(down) :]
+        single = replace(call, run=RUNNERS[call.op], attrs={})
+        for name, out in zip(down, inner, strict=True):
+            yield replace(single, weight=name, accumulate=False, outs=(out,))
+        for name, source, out in zip(up, inner, written, strict=True):
+            yield replace(single, weight=name, ins=(source,), outs=(out,))
