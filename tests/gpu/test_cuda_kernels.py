@@ -180,22 +180,40 @@ def test_paged_decode(heads: int, kv_heads: int, width: int, window: int | None,
 @pytest.mark.gpu
 @pytest.mark.skipif(not (torch.cuda.is_available() and available()), reason="needs CUDA and triton")
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize(("num_in", "num_out"), [(960, 16), (8, 1536), (64, 64)])
-@pytest.mark.parametrize("lengths", [[1] * 40, [0, 700, 0, 3, 200], [16]])
-def test_segments(lengths: list[int], num_in: int, num_out: int, accumulate: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("num_in", "rank", "widths"), [(960, 16, [960, 320, 320]), (1536, 8, [576]), (64, 64, [64, 64])])
+@pytest.mark.parametrize("window", [0, 600])
+@pytest.mark.parametrize("slots", [[3, 0, 0, -1] * 10, [2] * 700 + [-1] * 3 + [1] * 200, [1]])
+def test_products_of_adapters(
+    slots: list[int], window: int, num_in: int, rank: int, widths: list[int], dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(num_in)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to("cuda", dtype)
 
-    rows = sum(lengths)
-    x, weight, out = noise(rows, num_in), noise(len(lengths), num_out, num_in).transpose(1, 2), noise(rows, num_out)
-    parts = zip(x.double().split(lengths), weight.double(), out.double().split(lengths), strict=True)
-    want = torch.cat([0.5 * (a @ b) + (c if accumulate else 0) for a, b, c in parts])
-    offsets = torch.tensor(lengths).cumsum(0).to(torch.int32).cuda()
-    segments.segment_linear(out, x, weight, offsets, alpha=0.5, accumulate=accumulate)
-    close(out, want, TOLERANCE[dtype], "out")
+    owners = torch.tensor([*slots, *[segments.TRAINING] * window], dtype=torch.int32).cuda()
+    sites, rows = len(widths), len(owners)
+    down = segments.SlotFactors(
+        owners, [noise(4, rank, num_in) for _ in widths], [noise(rank, num_in) for _ in widths], [1.0] * sites, [None] * sites
+    )
+    up = segments.SlotFactors(
+        owners, [noise(4, width, rank) for width in widths], [noise(width, rank) for width in widths], [0.5] * sites,
+        [None] * sites,
+    )
+    x, packed = noise(rows, num_in), noise(rows, sum(widths))
+    outs, wants = packed.split(widths, 1), packed.double().split(widths, 1)
+    inner = [torch.full((rows, rank), math.nan, dtype=dtype, device="cuda") for _ in widths]
+    for site, want in enumerate(wants):
+        for slot in {*owners.tolist()} - {segments.NO_SLOT}:
+            own = owners == slot
+            trained = slot == segments.TRAINING
+            a, b = (part.training[site] if trained else part.stacks[site][slot] for part in (down, up))
+            middle = (x[own].double() @ a.double().T).to(dtype)
+            want[own] += (0.5 if trained else 1.0) * (middle.double() @ b.double().T)
+    segments.segment_pairs(outs, inner if window else None, x, down, up, accumulate=True)
+    for out, want in zip(outs, wants, strict=True):
+        close(out, want, TOLERANCE[dtype], "out")
+    assert not window or not any(part.isnan().any() for part in inner)
 
 
 @pytest.mark.gpu
