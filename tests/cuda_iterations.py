@@ -50,9 +50,13 @@ def fake_model(name: str, layers: int = LAYERS, dtype: torch.dtype = torch.bfloa
 
 def fake_device(model: LoadedModel, *, blocks: int = 1 << 15, graphs: bool = False) -> EngineDevice:
     setup = DeviceSetup(
-        num_blocks=blocks, block_tokens=BLOCK, max_adapters=128, max_lora_rank=64, cuda_graphs=graphs, group=None,
+        num_blocks=blocks, block_tokens=BLOCK, max_adapters=128, max_lora_rank=64, max_graph_rows=64 if graphs else 0,
+        group=None,
     )
-    return EngineDevice(model, setup)
+    device = EngineDevice(model, setup)
+    while device.capture_next():
+        pass
+    return device
 
 
 def adapters(device: EngineDevice, configs: Sequence[AdapterConfig]) -> list[int]:

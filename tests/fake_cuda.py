@@ -20,7 +20,7 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from coserve.kernels import triton as triton_kernels
+from coserve.runtime import graphs
 
 _GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -232,6 +233,10 @@ def fake_cuda() -> Iterator[FakeCuda]:
 
     device = FakeCuda()
 
+    def record(body: Callable[[], None], *_: object) -> Callable[[], None]:
+        body()
+        return lambda: device.launched("a graph")
+
     def run(kernel: Any, *args: Any, **options: Any) -> None:
         _check_launch(device, kernel, args, options)
 
@@ -248,6 +253,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
         "synchronize": synchronize, "Event": FakeEvent, "Stream": FakeStream, "current_stream": lambda *_: FakeStream(),
         "stream": lambda *_: contextlib.nullcontext(), "mem_get_info": lambda *_: (64 << 30, 80 << 30),
         "current_device": lambda: 0, "max_memory_allocated": lambda *_: 0, "memory_allocated": lambda *_: 0,
+        "graph_pool_handle": lambda: None,
         "reset_peak_memory_stats": lambda *_: None, "empty_cache": lambda: None, "device_count": lambda: 1,
     }
     with contextlib.ExitStack() as stack:
@@ -258,6 +264,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda self, *_: self))
         stack.enter_context(mock.patch.object(torch, "tensor", tensor))
+        stack.enter_context(mock.patch.object(graphs, "record", record))
         stack.enter_context(mock.patch.object(triton.JITFunction, "run", run))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(device)

@@ -23,11 +23,13 @@ from coserve.config.settings import (
 )
 from coserve.engine.engine import Engine
 from coserve.engine.jobs import LiveJob
+from coserve.engine.poolsize import pool_bytes
 from coserve.peft.kinds import new_adapter
 from coserve.runtime.loaded import LoadedModel
+from coserve.runtime.spans import NO_ADAPTER
 from coserve.scheduler.latency import LatencyModel
 from coserve.text.tokenizer import ChatTokenizer
-from tests.cuda_iterations import fake_model
+from tests.cuda_iterations import adapters, fake_device, fake_model, spans
 from tests.fake_cuda import CudaFault, FakeCuda, fake_cuda, needs_fake_cuda
 from tests.tiny_directory import build_tiny_directory, chat_lines, write_lines
 from tests.tiny_engine import LATENCY, drive
@@ -164,3 +166,30 @@ def seeded(fault: str) -> None:
 def test_the_check_can_fail(cuda: FakeCuda, fault: str) -> None:
     with pytest.raises((CudaFault, RuntimeError, TypeError)):
         seeded(fault)
+
+
+def test_a_decode_pass_is_one_launch_beside_its_inputs(cuda: FakeCuda) -> None:
+    """With adapters too, once their sizes are captured; and what is captured never depends on what is served."""
+    device = fake_device(fake_model("Llama-3.1-8B"), graphs=True)
+    for kinds in ([], list(KINDS.values())):
+        slots = adapters(device, kinds) or [NO_ADAPTER]
+        with cuda.counting() as captured:
+            while device.capture_next():
+                pass
+        assert bool(captured) == bool(kinds)
+        for rows, context in ((1, 9), (5, 3000), (64, 640)):
+            with cuda.counting() as found:
+                device.run_pass([7] * rows, *spans(rows, slots=slots, context=context), None)
+            assert found["a graph"] == 1 and found.total() <= 8, found
+
+
+def test_the_pools_size_is_what_iterations_leave(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest iterations run, and their peak is put aside, with a job's adapter and optimizer."""
+    model, lines = fake_model("Llama-3.1-8B"), list[str]()
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 5 << 30)
+    with cuda.counting() as found, cuda.host_may_read():
+        size = pool_bytes(model, EngineConfig(), report=lines.append)
+    assert size is not None and (46 << 30) < size < (51 << 30), "64 of 80 GiB are free, 72 may be taken in all, 5 are beside"
+    assert found["_flash_attention_backward"] and found["_split_kernel"], "decode, prompts, windows of both directions"
+    assert "5.00 GiB that the largest iterations took" in lines[0]
+    assert pool_bytes(model, EngineConfig(memory_bytes=1 << 30)) == 1 << 30

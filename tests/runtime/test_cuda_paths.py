@@ -53,9 +53,11 @@ def test_gradients_of_weights_are_not_rounded_to_bfloat16_on_their_way(monkeypat
 
 def test_deterministic_products_are_possible_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
     assert resolve_device("auto").type == "cuda"
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     assert resolve_device("cuda").type == "cuda"
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what the user has chosen stays"

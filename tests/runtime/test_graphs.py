@@ -51,13 +51,17 @@ def play_paged(
         out[row] = reference.attention(q[row].view(1, -1, width), keys, values, window=window)[0].flatten()
 
 
-def make_passes(model: LoadedModel, *, cuda_graphs: bool = False) -> PassExecutor:
+def make_passes(model: LoadedModel, *, graph_rows: int = 0) -> PassExecutor:
+    """graph_rows: the largest batch that is captured."""
     pool = KeyValuePool(model.architecture, NUM_BLOCKS, BLOCK, torch.float32, CPU)
     pool.rows.zero_()
     pool.scratch = NUM_BLOCKS - 1
     slots = AdapterSlots(model.architecture, torch.float32, CPU, max_slots=2, max_rank=8)
     executor = Executor(model.weights)
-    return PassExecutor(executor, TrainExecutor(executor), pool, slots, cuda_graphs=cuda_graphs)
+    passes = PassExecutor(executor, TrainExecutor(executor), pool, slots, max_graph_rows=graph_rows)
+    while passes.capture_next():
+        pass
+    return passes
 
 
 @pytest.fixture
@@ -106,35 +110,45 @@ def test_paged_and_captured_decode_equal_the_gathered_one(
     want = decode(make_passes(model), requests)
     bodies = request.getfixturevalue("played")
     torch.testing.assert_close(decode(make_passes(model), requests), want, rtol=1e-4, atol=1e-5)
-    assert not bodies, "without cuda_graphs nothing is captured"
-    passes = make_passes(model, cuda_graphs=True)
+    assert not bodies, "without graphs nothing is captured"
+    passes = make_passes(model, graph_rows=8)
     torch.testing.assert_close(decode(passes, requests), want, rtol=1e-4, atol=1e-5)
-    assert len(bodies) == 1, "one size, one capture"
+    assert len(bodies) == 4, "1, 2, 4 and 8 rows, and nothing more while it serves"
 
 
 def test_padding_touches_only_the_scratch_block(directory: Path, played: list[Callable[[], None]]) -> None:
-    passes = make_passes(load_model(str(directory), device="cpu", dtype="float32"), cuda_graphs=True)
+    passes = make_passes(load_model(str(directory), device="cpu", dtype="float32"), graph_rows=8)
     decode(passes, [0, 1, 2])
     used = {block for number in (0, 1, 2) for block in TABLES[number]} | {NUM_BLOCKS - 1}
     blocks = passes.pool.buffer.view(torch.float32).view(NUM_BLOCKS, -1)
     assert {int(number) for number in blocks.abs().sum(1).nonzero()} == used
 
 
-def test_a_grown_workspace_is_captured_anew(directory: Path, played: list[Callable[[], None]]) -> None:
+def test_memory_that_grows_elsewhere_is_not_the_graphs(directory: Path, played: list[Callable[[], None]]) -> None:
     model = load_model(str(directory), device="cpu", dtype="float32")
-    passes = make_passes(model, cuda_graphs=True)
+    passes = make_passes(model, graph_rows=8)
     first = decode(passes, [1, 3])
-    passes.executor.workspace.reserve(64 << 20)
+    passes.executor.workspace.reserve(64 << 20).fill_(255)
+    passes.executor.rotary.reserve(4096)
     torch.testing.assert_close(decode(passes, [1, 3]), first)
-    assert len(played) == 2
+    assert len(played) == 4
 
 
-def test_what_differs_runs_eagerly(directory: Path, played: list[Callable[[], None]]) -> None:
-    passes = make_passes(load_model(str(directory), device="cpu", dtype="float32"), cuda_graphs=True)
-    assert passes._graphs is not None
-    assert not passes._graphs.takes([RowSpan(0, 1, [0], 1)]), "a row with an adapter"
-    assert not passes._graphs.takes([])
-    assert not passes._graphs.takes([RowSpan(0, 1, [0], NO_ADAPTER)] * (graphs.MAX_ROWS + 1))
+def test_a_batch_without_a_captured_size_runs_eagerly(directory: Path, played: list[Callable[[], None]]) -> None:
+    passes = make_passes(load_model(str(directory), device="cpu", dtype="float32"), graph_rows=2)
+    captured = passes._graphs
+    assert captured is not None and len(captured) == 2
+    ids = torch.zeros(3, dtype=torch.int64)
+    row = RowSpan(0, 1, [0], NO_ADAPTER)
+    assert captured.run(ids, [row] * 3) is None
+    assert captured.run(ids[:0], []) is None
+    assert captured.run(ids[:1], [row._replace(slot=1)]) is None, "no pass with adapters is captured"
+    assert captured.run(ids[:2], [row] * 2) is not None
+
+
+@pytest.mark.parametrize(("longest", "context"), [(1, 1024), (1024, 1024), (1025, 4096), (70000, 262144)])
+def test_contexts_are_few(longest: int, context: int) -> None:
+    assert graphs.padded_context(longest) == context
 
 
 def test_a_failed_capture_leaves_eager_passes(
@@ -149,7 +163,7 @@ def test_a_failed_capture_leaves_eager_passes(
     monkeypatch.setattr(graphs, "record", fail)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        torch.testing.assert_close(decode(make_passes(model, cuda_graphs=True), [3, 4]), want)
+        torch.testing.assert_close(decode(make_passes(model, graph_rows=8), [3, 4]), want)
     assert sum("without CUDA graphs" in str(warning.message) for warning in seen) == 1, "it is tried once"
 
 

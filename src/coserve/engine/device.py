@@ -33,14 +33,14 @@ from coserve.scheduler.blocks import BlockPool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSetup:
-    """How much a device holds. num_blocks, block_tokens: of the pool. max_adapters, max_lora_rank, cuda_graphs: as in
-    EngineConfig. group: the ranks that share the model, where there are several."""
+    """How much a device holds. num_blocks, block_tokens: of the pool. max_adapters, max_lora_rank: as in EngineConfig.
+    max_graph_rows: as PassExecutor's. group: the ranks that share the model, where there are several."""
 
     num_blocks: int
     block_tokens: int
     max_adapters: int
     max_lora_rank: int
-    cuda_graphs: bool
+    max_graph_rows: int
     group: TensorParallel | None
 
 
@@ -74,7 +74,7 @@ class EngineDevice:
         )
         self.train = TrainExecutor(model.executor)
         self.passes = PassExecutor(
-            model.executor, self.train, self.pool, self.slots, cuda_graphs=setup.cuda_graphs, ranks=setup.group
+            model.executor, self.train, self.pool, self.slots, max_graph_rows=setup.max_graph_rows, ranks=setup.group
         )
         self._hidden = torch.empty(0)
 
@@ -88,6 +88,10 @@ class EngineDevice:
     ) -> None:
         """Runs a forward pass: as `PassExecutor.run`."""
         self._hidden = self.passes.run(to_device(token_ids, self.pool.buffer.device), decode, prefill, window)
+
+    def capture_next(self) -> bool:
+        """Captures one more size of decode pass, where those are replayed; False if there is none left."""
+        return self.passes.capture_next()
 
     def logits(self, rows: Sequence[int]) -> Tensor:
         """Logits [len(rows), V] of rows of the last pass."""

@@ -289,7 +289,7 @@ class Engine:
             watcher.begin("planning an iteration")
             plan = self.scheduler.schedule(max(self.now(), self._device_free_s))  # when it will begin
             if plan.empty:
-                return False
+                return self.device.capture_next()  # nobody waits for it
             requests, jobs = self._holds(plan)
             watcher.begin(f"an iteration ({plan.kind})", plan.predicted_s, jobs=jobs, requests=requests)
             lookup = Lookup(self.requests.live, self.blocks.table, self.jobs.microbatches, self.jobs.jobs, self.jobs.owners)

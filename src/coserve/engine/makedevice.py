@@ -3,14 +3,18 @@ copies, and where adapters lie if several ranks share the model."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+
+import torch
 
 from coserve.config.settings import EngineConfig
 from coserve.config.values import require
 from coserve.core import CapacityError, ConfigError
 from coserve.engine.device import DeviceSetup, EngineDevice
 from coserve.engine.onranks import DeviceOnRanks
-from coserve.model.memory import POOL_SHARE, available_to_each
+from coserve.engine.poolsize import pool_bytes
+from coserve.model.memory import available_to_each
 from coserve.runtime.cache import block_bytes
 from coserve.runtime.loaded import LoadedModel
 from coserve.training.group import engine_group, require_ranks
@@ -24,7 +28,10 @@ def make_device(model: LoadedModel, config: EngineConfig, *, trains: bool, repor
     require(asked in (None, size), "tensor_parallel_size",
             f"the engine has {asked} and the model {size}; give load_model the number")
     block = block_bytes(model.weights.architecture, config.block_tokens, dtype.itemsize)
-    num_blocks = _pool_bytes(model, config) // block
+    pool = pool_bytes(model, config, report=report)
+    if pool is None:
+        raise ConfigError("memory_bytes: the free memory can't be told here; give it", param="memory_bytes")
+    num_blocks = pool // block
     if num_blocks < 1:
         raise CapacityError(f"memory_bytes: one block of the key-value cache takes {block} bytes", param="memory_bytes")
     available = available_to_each(model.device, size)
@@ -37,20 +44,22 @@ def make_device(model: LoadedModel, config: EngineConfig, *, trains: bool, repor
         )
     setup = DeviceSetup(
         num_blocks=num_blocks, block_tokens=config.block_tokens, max_adapters=config.max_adapters,
-        max_lora_rank=config.max_lora_rank, cuda_graphs=config.cuda_graphs, group=group,
+        max_lora_rank=config.max_lora_rank, max_graph_rows=config.scheduler.max_num_seqs if config.cuda_graphs else 0,
+        group=group,
     )
     device = EngineDevice(model, setup) if group is None else DeviceOnRanks(model, setup)
     line = device.settle_copies(free, trains)
     if line is not None:
         report(line)
+    _capture(device, report)
     return device
 
 
-def _pool_bytes(model: LoadedModel, config: EngineConfig) -> int:
-    """Bytes of each rank's pool."""
-    if config.memory_bytes is not None:
-        return config.memory_bytes
-    available = available_to_each(model.device, model.tensor_parallel_size)
-    if available is None:
-        raise ConfigError("memory_bytes: the free memory can't be told here; give it", param="memory_bytes")
-    return int(available * POOL_SHARE)
+def _capture(device: EngineDevice, report: Callable[[str], None]) -> None:
+    """Captures all sizes of decode pass that are replayed."""
+    count, began = 0, time.perf_counter()
+    with torch.no_grad():
+        while device.capture_next():
+            count += 1
+    if count:
+        report(f"captured {count} sizes of decode pass as CUDA graphs in {time.perf_counter() - began:.1f} s")

@@ -55,7 +55,6 @@ def training_bytes(
     window = min(window_tokens, microbatch_tokens)
     head = min(head_rows(arch.vocab_size, itemsize, fused=fused_head), window) * arch.vocab_size * itemsize
     streams = 3 * arch.hidden_size * itemsize + 2 * arch.num_kv_heads * arch.head_dim * wide
-    copies = itemsize + 3 * wide + (0 if wide == itemsize else wide)
     layouts = 0
     if packed:
         layouts = (
@@ -67,8 +66,15 @@ def training_bytes(
         "kept activations": plan.arena_bytes * arena_rows(microbatch_tokens),
         "gradients": streams * microbatch_tokens,
         "workspace": max(plan.work_bytes * -(-window // _WORK_ALIGN) * _WORK_ALIGN, head),
-        "adapter and optimizer": num_parameters * copies,
+        "adapter and optimizer": state_bytes(num_parameters, itemsize),
     }
+
+
+def state_bytes(num_parameters: int, itemsize: int) -> int:
+    """Bytes of an adapter that is trained: its values, its gradient, AdamW's two moments, and a wide copy of values that are
+    not wide themselves."""
+    wide = max(itemsize, 4)
+    return num_parameters * (itemsize + 3 * wide + (0 if wide == itemsize else wide))
 
 
 class Workload(NamedTuple):

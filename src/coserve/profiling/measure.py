@@ -129,6 +129,19 @@ class Profiler:
         left = [by_layer(self._without_adapters(point), samples, layers) for point in more]
         return samples + [sample for sample in left if sample is not None]
 
+    @torch.no_grad()
+    def run_once(self, points: Sequence[Contents]) -> None:
+        """Runs points that the pool has room for, once each."""
+        self.prepare()
+        for point in points:
+            try:
+                self.begin(point)
+                self.once()
+            except CapacityError:
+                continue
+            finally:
+                self.end()
+
     def prepare(self) -> None:
         """Lays weights out for the points' units."""
         self.train.prepare(self.plan)

@@ -75,8 +75,8 @@ class AdapterSlots:
             num_out, num_in = p.shape
             matrix = factor.matrix.T if factor.scale == 1 else factor.matrix.T * factor.scale
             self._stack(p)[slot, :num_in, :num_out] = matrix
-            if factor.center is not None:
-                self._centers[p.layer, p.name] = factor.center
+            if factor.center is not None:  # the first one stays, as a captured pass reads it
+                self._centers.setdefault((p.layer, p.name), factor.center)
         for p in adapter.parameters:
             self._users[p.layer][p.name] += 1
         self._kinds[adapter.kind] += 1

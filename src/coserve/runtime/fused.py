@@ -210,13 +210,14 @@ class FusedRows(BatchRows):
 class PassExecutor:
     """Runs forward passes over a pool of key-value blocks, with the adapters in `adapters`.
 
-    cuda_graphs: whether passes that only decode are replayed as CUDA graphs, on devices that can and do not share the model.
+    max_graph_rows: passes that decode at most so many rows and do nothing else are replayed as CUDA graphs once they are
+    captured (`capture_next`), on devices that can and do not share the model. 0: none.
     ranks: the group that shares it, with a sharding for every parameter of an adapter.
     """
 
     def __init__(
         self, executor: Executor, train: TrainExecutor, pool: KeyValuePool, adapters: AdapterSlots, *,
-        cuda_graphs: bool = False, ranks: TensorParallel | None = None,
+        max_graph_rows: int = 0, ranks: TensorParallel | None = None,
     ) -> None:
         self.executor, self.train, self.pool, self.adapters = executor, train, pool, adapters
         self.weights, self.arch, self.ranks = executor.weights, executor.arch, ranks
@@ -225,8 +226,10 @@ class PassExecutor:
         self._plans: dict[object, tuple[ModelPlan | None, Sequence[FusedLayer]]] = {}
         """By the adapters' layout and the training rows' plan, which is held so that no other gets its id."""
         self._graphs: DecodeGraphs | None = None
-        if cuda_graphs and ranks is None and runs_triton(self.weights.device):
-            self._graphs = DecodeGraphs(executor, pool, [layer.program for layer in self._layers(None, False)])
+        if max_graph_rows and ranks is None and runs_triton(self.weights.device):
+            self._graphs = DecodeGraphs(
+                self.weights, pool, adapters, lambda with_adapters: self._layers(None, with_adapters), max_rows=max_graph_rows
+            )
         self._streams = torch.empty(2, 0, self.arch.hidden_size, dtype=self.weights.dtype, device=self.weights.device)
 
     def run(
@@ -236,7 +239,7 @@ class PassExecutor:
 
         The window's kept values, loss rows and progress are in its micro-batch afterwards.
         """
-        if self._graphs is not None and window is None and not prefill and self._graphs.takes(decode):
+        if self._graphs is not None and window is None and not prefill:
             replayed = self._graphs.run(token_ids, decode)
             if replayed is not None:
                 return replayed
@@ -258,6 +261,11 @@ class PassExecutor:
             hidden, following = following, hidden
         rows.finish(hidden)
         return hidden[: rows.num_serving]
+
+    def capture_next(self) -> bool:
+        """Captures one more size of decode pass; False if there is none left to capture. It takes about as long as a few
+        passes."""
+        return self._graphs is not None and self._graphs.capture_next()
 
     def _rows(self, decode: Sequence[RowSpan], prefill: Sequence[RowSpan], window: TrainWindow | None) -> BatchRows:
         """The rows of a pass, with their programs. Blocks that get their first token are zeroed."""

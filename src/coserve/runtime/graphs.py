@@ -1,10 +1,14 @@
-"""CUDA graphs for iterations that only decode, on the bare base: a pass as one launch instead of a thousand.
+"""CUDA graphs for iterations that only decode: a pass as one launch instead of hundreds.
 
-    host:    ids | positions | blocks | contexts | tables   --one queued copy-->   static inputs
+    host:    ids | positions | blocks | contexts | slots | tables   --one queued copy-->   static inputs
     graph:   embedding -> layers, by the same programs as any pass -> hidden [padded rows, D]
 
-A graph is captured at its first use, per padded number of rows and padded context, and replayed from then on. Rows of padding
-have no context and write to the pool's scratch block. Everything else (adapters, prefill, training rows) is the eager pass's.
+There are a few sizes: rows in powers of two, contexts in steps of four. Nothing is captured while requests wait for it. Passes
+of the base model are captured before the engine serves. Those with adapters are captured while the engine has nothing else to
+do, since a graph reads the memory of their factors, which moves when there are more. Until then such passes run launch by
+launch, as all passes with prompts or training rows do. Rows of padding have no context and no adapter, and write to the pool's
+scratch block.
+
 B rows, N blocks of a table, D model width.
 
 Not yet run on a device: none was there when this was written. Tests play the capture on the CPU.
@@ -13,15 +17,18 @@ Not yet run on a device: none was there when this was written. Tests play the ca
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coserve.compiler.program import Place, Program, Storage
+from coserve.compiler.program import FusedLayer, Place, Storage
+from coserve.kernels.triton.segments import NO_SLOT, SlotFactors
+from coserve.model.weights import ModelWeights
 from coserve.ops.run import RowContext
+from coserve.runtime.adapters import AdapterRows, AdapterSlots
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.executor import Executor
 from coserve.runtime.spans import NO_ADAPTER, PagedDecode, RowSpan, block_tables, fresh_blocks
@@ -29,17 +36,47 @@ from coserve.runtime.transfer import to_device
 
 MAX_ROWS = 512
 MIN_CONTEXT = 1024
-"""Contexts are padded to a power of two from here on; what a row doesn't use costs a program that ends at once."""
+"""The shortest context that passes are captured for."""
+CONTEXT_STEP = 4
+"""How much longer the next one is. What a row doesn't use of its context costs programs that end at once."""
+
+
+def padded_rows(rows: int) -> int:
+    """The captured number of rows for a batch."""
+    return 1 << (rows - 1).bit_length()
+
+
+def padded_context(longest: int) -> int:
+    """The captured context for a batch whose longest row sees so many tokens."""
+    context = MIN_CONTEXT
+    while context < longest:
+        context *= CONTEXT_STEP
+    return context
+
+
+class _Size(NamedTuple):
+    """rows, context: as padded. adapters: whether rows may have adapters."""
+
+    rows: int
+    context: int
+    adapters: bool
 
 
 class _DecodeRows(RowContext):
-    """Rows of a captured batch as operators see them. cos, sin: [B, K]."""
+    """Rows of a captured batch as operators see them. cos, sin: [B, K]. adapters: None where no row has one."""
 
-    def __init__(self, pool: KeyValuePool, windows: Sequence[int | None], paged: PagedDecode, token_rows: Tensor) -> None:
+    def __init__(
+        self, pool: KeyValuePool, windows: Sequence[int | None], paged: PagedDecode, token_rows: Tensor,
+        adapters: AdapterRows | None,
+    ) -> None:
         self.pool, self.windows, self.paged, self.token_rows = pool, windows, paged, token_rows
+        self.adapters = adapters
         self.num_serving = paged.tables.shape[0]
         self.cos = self.sin = token_rows
         self.layer = 0
+
+    def slot_factors(self, names: tuple[str, ...]) -> SlotFactors | None:
+        return None if self.adapters is None else self.adapters.factors(self.layer, names)
 
     def attention(self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.pool.write(self.layer, self.token_rows, k, v)
@@ -56,16 +93,12 @@ class _DecodeRows(RowContext):
 
 
 class _Captured(NamedTuple):
-    """inputs: int32 [3 * B + B * N], as in the module's figure without ids; ids: int64 [B]; streams: [2, B, D].
-
-    held: memory that the graph reads or writes and that others may replace; stale as soon as they have.
-    """
+    """inputs: int32 [4 * B + B * N], as in the module's figure without ids; ids: int64 [B]; streams: [2, B, D]."""
 
     inputs: Tensor
     ids: Tensor
     streams: Tensor
     replay: Callable[[], None]
-    held: tuple[Tensor, ...]
 
 
 def record(body: Callable[[], None], device: torch.device, memory: Any) -> Callable[[], None]:
@@ -84,85 +117,125 @@ def record(body: Callable[[], None], device: torch.device, memory: Any) -> Calla
 class DecodeGraphs:
     """Captured decode passes over a pool, on a device whose decode attention is the paged kernel (`runs_triton`).
 
-    programs: each layer's, without adapters. Nothing runs until the first use.
+    programs: each layer's, for rows without adapters or with those that are in `adapters` now. max_rows: the most that a batch
+    has. They have a workspace of their own, so that nothing that grows elsewhere is memory of theirs.
     """
 
-    def __init__(self, executor: Executor, pool: KeyValuePool, programs: Sequence[Program]) -> None:
+    def __init__(
+        self, weights: ModelWeights, pool: KeyValuePool, adapters: AdapterSlots,
+        programs: Callable[[bool], Sequence[FusedLayer]], *, max_rows: int = MAX_ROWS,
+    ) -> None:
         assert pool.scratch is not None
-        self.executor, self.pool, self.programs, self.scratch = executor, pool, programs, pool.scratch
-        self.arch, self.device = executor.arch, executor.weights.device
-        self._captured: dict[tuple[int, int], _Captured] = {}
+        self.executor = Executor(weights)
+        self.pool, self.adapters, self.programs, self.scratch = pool, adapters, programs, pool.scratch
+        self.arch, self.device = weights.architecture, weights.device
+        self.max_rows = padded_rows(min(max_rows, MAX_ROWS))
+        self.max_context = padded_context(min(self.arch.max_position_embeddings, pool.num_blocks * pool.block_tokens))
+        self.executor.rotary.reserve(self.arch.max_position_embeddings)
+        self._captured: dict[_Size, _Captured] = {}
+        self._adapters_were: Hashable = None
         self._memory: Any = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._broken = False
 
-    def takes(self, decode: Sequence[RowSpan]) -> bool:
-        """Whether a batch of these rows alone can be replayed."""
-        return not self._broken and 0 < len(decode) <= MAX_ROWS and all(span.slot == NO_ADAPTER for span in decode)
+    # --- what is captured ---
 
-    def run(self, token_ids: Tensor, decode: Sequence[RowSpan]) -> Tensor | None:
-        """Last hidden rows [B, D], valid until the next pass; None if capturing fails, which is tried once."""
-        rows = 1 << (len(decode) - 1).bit_length()
-        context = max(MIN_CONTEXT, 1 << (max(span.end for span in decode) - 1).bit_length())
+    def sizes(self) -> list[_Size]:
+        """What there should be, the largest first: later ones find their memory there."""
+        rows = [1 << power for power in reversed(range(self.max_rows.bit_length()))]
+        contexts = [self.max_context]
+        while contexts[-1] > MIN_CONTEXT:
+            contexts.append(contexts[-1] // CONTEXT_STEP)
+        kinds = (False, True) if self.adapters.takes_slots and self.adapters.kinds else (False,)
+        return [_Size(number, context, kind) for kind in kinds for number in rows for context in contexts]
+
+    def capture_next(self) -> bool:
+        """Captures one more size; False if all are there, or if capturing has failed, which is tried once."""
+        self._drop_stale()
+        missing = next((size for size in self.sizes() if size not in self._captured), None)
+        if missing is None or self._broken:
+            return False
         try:
-            captured = self._get(rows, context)
+            self._captured[missing] = self._capture(missing)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             warnings.warn(f"decode passes run without CUDA graphs: {error}", stacklevel=2)
             self._broken = True
             self._captured.clear()
+        return True
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def _drop_stale(self) -> None:
+        """Forgets passes with adapters whose factors have moved, or whose programs are for other adapters."""
+        now = (self.adapters.layout, self.adapters.moves)
+        if now != self._adapters_were:
+            self._adapters_were = now
+            self._captured = {size: kept for size, kept in self._captured.items() if not size.adapters}
+
+    def _capture(self, size: _Size) -> _Captured:
+        inputs = to_device(self._inputs((), size), self.device)
+        weights = self.executor.weights
+        ids = torch.zeros(size.rows, dtype=torch.int64, device=self.device)
+        streams = torch.zeros(2, size.rows, self.arch.hidden_size, dtype=weights.dtype, device=self.device)
+        layers = self.programs(size.adapters)
+        workspace = max(layer.program.work_bytes for layer in layers) * padded_rows(max(64, self.max_rows))
+        self.executor.workspace.reserve(workspace)
+
+        def body() -> None:
+            self._pass(inputs, ids, streams, size, layers)
+
+        return _Captured(inputs, ids, streams, record(body, self.device, self._memory))
+
+    # --- replaying ---
+
+    def run(self, token_ids: Tensor, decode: Sequence[RowSpan]) -> Tensor | None:
+        """Last hidden rows [B, D] of a batch of decode rows alone, valid until the next pass; None if no captured pass fits."""
+        if not 0 < len(decode) <= self.max_rows:
+            return None
+        self._drop_stale()
+        size = _Size(
+            padded_rows(len(decode)), padded_context(max(span.end for span in decode)),
+            any(span.slot != NO_ADAPTER for span in decode),
+        )
+        captured = self._captured.get(size)
+        if captured is None:
             return None
         self.pool.clear(fresh_blocks(decode, self.pool.block_tokens))
         captured.ids[: len(decode)].copy_(token_ids)
-        captured.inputs.copy_(to_device(self._inputs(decode, rows, context), self.device))
+        captured.inputs.copy_(to_device(self._inputs(decode, size), self.device), non_blocking=True)
         captured.replay()
-        return captured.streams[len(self.programs) % 2, : len(decode)]
+        return captured.streams[self.arch.num_layers % 2, : len(decode)]
 
-    def _inputs(self, decode: Sequence[RowSpan], rows: int, context: int) -> np.ndarray:
-        """int32 [3 * B + B * N]: positions, blocks of the new tokens, contexts, tables; padding without context."""
-        size, used = self.pool.block_tokens, len(decode)
-        head, tables = np.zeros((3, rows), np.int32), np.full((rows, -(-context // size)), self.scratch, np.int32)
-        head[1] = self.scratch
+    def _inputs(self, decode: Sequence[RowSpan], size: _Size) -> np.ndarray:
+        """int32 [4 * B + B * N]: positions, blocks of the new tokens, contexts, slots, tables; padding without context."""
+        tokens, used = self.pool.block_tokens, len(decode)
+        head = np.zeros((4, size.rows), np.int32)
+        tables = np.full((size.rows, -(-size.context // tokens)), self.scratch, np.int32)
+        head[1], head[3] = self.scratch, NO_SLOT
         if decode:
-            own, head[2, :used] = block_tables(decode, size, 1)
+            own, head[2, :used] = block_tables(decode, tokens, 1)
             tables[:used, : own.shape[1]] = own
             head[0, :used] = head[2, :used] - 1
-            head[1, :used] = own[np.arange(used), head[0, :used] // size]
+            head[1, :used] = own[np.arange(used), head[0, :used] // tokens]
+            head[3, :used] = [span.slot for span in decode]
         return np.concatenate([head.ravel(), tables.ravel()])
 
-    def _held(self) -> tuple[Tensor, ...]:
-        """What others may replace by something larger."""
-        return (self.executor.workspace.reserve(1), *self.executor.rotary.tables)
-
-    def _get(self, rows: int, context: int) -> _Captured:
-        found = self._captured.get((rows, context))
-        if found is not None and all(a.data_ptr() == b.data_ptr() for a, b in zip(found.held, self._held(), strict=True)):
-            return found
-        inputs = to_device(self._inputs((), rows, context), self.device)
-        weights = self.executor.weights
-        ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        streams = torch.zeros(2, rows, self.arch.hidden_size, dtype=weights.dtype, device=self.device)
-        self.executor.rotary.reserve(max(context, self.arch.max_position_embeddings))
-
-        def body() -> None:
-            self._pass(inputs, ids, streams, rows, context)
-
-        replay = record(body, self.device, self._memory)
-        self._captured[rows, context] = _Captured(inputs, ids, streams, replay, self._held())
-        return self._captured[rows, context]
-
-    def _pass(self, inputs: Tensor, ids: Tensor, streams: Tensor, rows: int, context: int) -> None:
+    def _pass(self, inputs: Tensor, ids: Tensor, streams: Tensor, size: _Size, layers: Sequence[FusedLayer]) -> None:
         """The pass over static memory. No step of it may depend on a value."""
-        positions, blocks, contexts, tables = inputs.split([rows, rows, rows, inputs.numel() - 3 * rows])
+        rows = size.rows
+        positions, blocks, contexts, slots, tables = inputs.split([rows] * 4 + [inputs.numel() - 4 * rows])
         places = positions.long()
         token_rows = self.pool.token_rows(blocks.long(), places % self.pool.block_tokens)
-        paged = PagedDecode(tables.view(rows, -1), contexts, context)
-        batch = _DecodeRows(self.pool, self.arch.sliding_windows, paged, token_rows)
-        batch.cos, batch.sin = self.executor.rotary.rows(places, context)
+        paged = PagedDecode(tables.view(rows, -1), contexts, size.context)
+        adapters = AdapterRows(self.adapters, slots) if size.adapters else None
+        batch = _DecodeRows(self.pool, self.arch.sliding_windows, paged, token_rows, adapters)
+        batch.cos, batch.sin = self.executor.rotary.rows(places, 1)
         self.executor.weights.embed(streams[0], ids)
-        for layer, program in enumerate(self.programs):
-            batch.layer = layer
-            ends = {Place.INPUT: streams[layer % 2], Place.OUTPUT: streams[(layer + 1) % 2]}
+        for number, layer in enumerate(layers):
+            batch.layer = number
+            ends = {Place.INPUT: streams[number % 2], Place.OUTPUT: streams[(number + 1) % 2]}
 
             def external(number: int, storage: Storage, ends: dict[Place, Tensor] = ends) -> Tensor:
                 return ends[storage.place]
 
-            self.executor.execute(program, layer, batch, rows, external)
+            self.executor.execute(layer.program, number, batch, rows, external)

@@ -141,8 +141,10 @@ def adapter_base(model: FoundModel | LoadedModel) -> Base:
 
 
 def prepare_cuda() -> None:
-    """Settings that every process needs before its first product on CUDA: deterministic jobs are possible, and products of
-    bfloat16 are added up in float32."""
+    """Settings that every process needs before its first tensor on CUDA: deterministic jobs are possible, products of bfloat16
+    are added up in float32, and memory that was given back is not left in pieces."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 

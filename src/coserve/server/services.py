@@ -34,7 +34,7 @@ class TenantShares:
     """
 
     def __init__(self, config: ServerConfig) -> None:
-        self.places = Places(config.max_num_queued_reqs + config.max_num_seqs, config.max_tenant_queued_reqs)
+        self.places = Places(config.max_num_queued_reqs + config.most_running, config.max_tenant_queued_reqs)
         self.body_bytes = Allowance(config.max_tenant_body_bytes, "too many large requests of yours at once; try again later")
         self.uploads = Allowance(
             config.max_tenant_uploads, f"{config.max_tenant_uploads} of your uploads run already; try again when one has ended"

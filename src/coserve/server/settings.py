@@ -25,6 +25,9 @@ LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MODULE_JSON = '{"name": NAME, "path": DIRECTORY}'
 """An entry of lora_modules in vLLM's form."""
+MAX_NUM_SEQS_CPU, MAX_NUM_SEQS_GPU = 64, 256
+"""Requests that run at once by default: a GPU has time for more."""
+
 _ENGINE_NAMES = {
     "tpot_ms": "slo_tpot_ms", "ttft_ms": "slo_ttft_ms", "memory_bytes": "kv_cache_memory_bytes", "max_adapters": "max_loras",
 }
@@ -49,7 +52,7 @@ class ServerConfig:
     """Names of the base model; the first one is shown. Default: the model's own."""
     max_model_len: int | None = knob(None, "Longest prompt and output together, in tokens.")
     allow_control_tokens: bool = knob(False, "Control tokens written out in messages count.")
-    max_num_seqs: int = knob(64, "Requests that run at once (64).")
+    max_num_seqs: int | None = knob(None, "Requests that run at once (64, on a GPU 256).")
     max_num_batched_tokens: int = knob(2048, "Inference rows per iteration (2048).")
     max_num_queued_reqs: int = knob(4096, "Requests that may wait (4096).")
     """Requests that may wait; more get 429."""
@@ -110,8 +113,8 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         require_least(self, 0, "port", "shutdown_timeout", "watchdog_timeout")
-        require_least(self, 1, "tensor_parallel_size", "max_num_queued_reqs", "max_jobs", "max_file_bytes", "threads",
-                      "max_tenant_file_bytes", "max_body_bytes", "max_tenant_queued_reqs", "max_tenant_files",
+        require_least(self, 1, "tensor_parallel_size", "max_num_seqs", "max_num_queued_reqs", "max_jobs", "max_file_bytes",
+                      "threads", "max_tenant_file_bytes", "max_body_bytes", "max_tenant_queued_reqs", "max_tenant_files",
                       "max_tenant_jobs", "max_tenant_uploads", "max_tenant_streams", "max_tenant_body_bytes",
                       "max_keep_checkpoints")
         require_least(self, 2, "max_model_len")
@@ -133,17 +136,23 @@ class ServerConfig:
                 raise
             raise ConfigError(f"{own_name}: {str(error).removeprefix(f'{error.param}: ')}", param=own_name) from error
 
-    def engine_config(self, pool_bytes: int | None = None) -> EngineConfig:
-        """The engine's settings; pool_bytes: what the pool will hold, if it is known."""
+    @property
+    def most_running(self) -> int:
+        """Requests that run at once at most, whatever the device is."""
+        return MAX_NUM_SEQS_GPU if self.max_num_seqs is None else self.max_num_seqs
+
+    def engine_config(self, pool_bytes: int | None = None, *, on_gpu: bool = False) -> EngineConfig:
+        """The engine's settings. pool_bytes: what the pool will hold, if it is known. on_gpu: whether the model is on a GPU."""
+        seqs = self.max_num_seqs or (MAX_NUM_SEQS_GPU if on_gpu else MAX_NUM_SEQS_CPU)
         scheduler = SchedulerConfig(
             policy=self.policy, tpot_ms=self.slo_tpot_ms, ttft_ms=self.slo_ttft_ms, finetune_min_share=self.finetune_min_share,
-            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=seqs, max_num_batched_tokens=self.max_num_batched_tokens,
         )
         size = pool_bytes or self.kv_cache_memory_bytes
         share = EngineConfig().inference_share if size is None else 1 - self.training_share(size)
         return EngineConfig(
             scheduler=scheduler, memory_bytes=size, max_adapters=self.max_loras, max_lora_rank=self.max_lora_rank,
-            max_waiting=2 * self.max_num_queued_reqs + self.max_num_seqs,  # places.py counts; cancelled ones linger
+            max_waiting=2 * self.max_num_queued_reqs + seqs,  # places.py counts; cancelled ones linger
             inference_share=share, tensor_parallel_size=self.tensor_parallel_size, adapter_sharding=self.adapter_sharding,
         )
 

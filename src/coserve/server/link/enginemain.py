@@ -26,8 +26,9 @@ from coserve.config.settings import EngineConfig
 from coserve.config.values import require
 from coserve.core import CoserveError, RankFailed
 from coserve.engine.engine import Engine
+from coserve.engine.poolsize import pool_bytes
 from coserve.model.checkpoint import expected_shapes
-from coserve.model.memory import POOL_SHARE, available_to_each, gpu_bytes, weight_bytes
+from coserve.model.memory import weight_bytes
 from coserve.runtime.loaded import LoadedModel, dtype_name, load_model
 from coserve.server import logs
 from coserve.server.link.activity import ENGINE, SOCKET, ActivityPage, CallPlaces, start_pulse
@@ -50,29 +51,12 @@ from coserve.server.settings import ServerConfig
 LOCK_FILE = "engine.lock"
 LOCK_WAIT_S = 30.0
 """Seconds that the engine before this one gets to end."""
-CUDA_WORK_SHARE = 0.15
-"""Of the GPU memory that weights leave: the share for what lies outside the pool (adapters, optimizers, passes' workspace)."""
 _log = logging.getLogger(__name__)
 
 
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def pool_bytes(config: ServerConfig, device: torch.device) -> int | None:
-    """Bytes for each rank's key-value cache and training arenas beside the loaded weights; None where the system doesn't say
-    how much memory is free."""
-    if config.kv_cache_memory_bytes is not None:
-        return config.kv_cache_memory_bytes
-    if device.type == "cuda":
-        fullest = min(
-            total * config.gpu_memory_utilization - (total - free)
-            for free, total in gpu_bytes(device, config.tensor_parallel_size)
-        )
-        return max(1, int(fullest * (1 - CUDA_WORK_SHARE)))
-    available = available_to_each(device, config.tensor_parallel_size)
-    return None if available is None else int(available * POOL_SHARE)
 
 
 def max_model_len(engine: Engine, asked: int | None) -> int:
@@ -129,7 +113,12 @@ class EngineProcessMain:
         """Loads the model, then serves until Shutdown or until a thread fails. Raises what keeps the engine from starting."""
         began = time.monotonic()
         model = self.load()
-        settings = self.config.engine_config(pool_bytes(self.config, model.weights.device))
+        config = self.config
+        pool = pool_bytes(
+            model, config.engine_config(on_gpu=model.device.type == "cuda"), gpu_share=config.gpu_memory_utilization,
+            report=self.report,
+        )
+        settings = config.engine_config(pool, on_gpu=model.device.type == "cuda")
         engine = self.make_engine(model, settings)
         ready = make_ready(engine, self.config.max_model_len, time.monotonic() - began)
         threading.excepthook = self._thread_failed

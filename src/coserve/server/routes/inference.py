@@ -143,7 +143,7 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
 
 def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Prompt]) -> list[Question]:
     info, config = services.engine.info, services.config
-    limit = config.max_num_seqs + config.max_num_queued_reqs
+    limit = config.most_running + config.max_num_queued_reqs
     if len(prompts) * body.num_outputs > limit:
         raise InvalidRequest(f"prompt: {len(prompts)} prompts with n={body.num_outputs} are more than the {limit} outputs that "
                              "this server takes at once", param="prompt")
