@@ -18,9 +18,9 @@ from kernel_figures import Bounds, Launch, launches
 from torch import Tensor
 
 from coserve.kernels import triton as kernels
-from coserve.kernels.triton import paged_decode, segments
+from coserve.kernels.triton import copies, crossentropy, gather, paged_decode, rows, sampling, segments
 
-LAYERS, HEADS, KV_HEADS, WIDTH, HIDDEN = 32, 32, 8, 128, 4096
+LAYERS, HEADS, KV_HEADS, WIDTH, HIDDEN, VOCABULARY = 32, 32, 8, 128, 4096, 128_256
 BLOCK_TOKENS = 16
 
 
@@ -72,6 +72,47 @@ def _scalings(rows: int = 64) -> None:
     segments.segment_scale(x, x, _factors(empty(rows, dtype=torch.int32), [(14336, 1)], 100, False), accumulate=False)
 
 
+def _loss_head(rows: int = 1024) -> None:
+    crossentropy.label_logprobs(
+        empty(rows, dtype=torch.float32), empty(rows, dtype=torch.bool), empty(rows, VOCABULARY),
+        empty(rows, dtype=torch.int64), probabilities=True,
+    )
+
+
+def _sampling(rows: int = 64) -> None:
+    sampling.draw_tokens(empty(rows, VOCABULARY), empty(rows, sampling.NUM_SETTINGS, dtype=torch.int64), filtered=True)
+
+
+def _row_wise(count: int = 64, inner: int = 14336) -> None:
+    """Everything between a layer's products, forward and backward."""
+    x, weight, tables = empty(count, HIDDEN), empty(HIDDEN), empty(count, WIDTH)
+    packed, gate_up, grad = empty(count, (HEADS + 2 * KV_HEADS) * WIDTH), empty(count, 2 * inner), empty(count, inner)
+    q, k, v = packed.split([HEADS * WIDTH, KV_HEADS * WIDTH, KV_HEADS * WIDTH], 1)
+    gate, up = gate_up.split(inner, 1)
+    cache = empty(4096 * LAYERS * 2 * KV_HEADS * BLOCK_TOKENS, WIDTH)
+    rows.rmsnorm(x, x, weight, 1e-5)
+    rows.add_rmsnorm(x, x, x, x, weight, 1e-5)
+    rows.rmsnorm_dgrad(x, x, x, weight, 1e-5, True)
+    rows.rope(q, q, tables, tables, inverse=True, scale=1.0)
+    rows.rotary_write(
+        q, k, v, tables, tables, 1.0, cache_keys=cache, cache_values=cache,
+        token_rows=empty(count * KV_HEADS, dtype=torch.int64), dense=None,
+    )
+    rows.silu_mul(grad, gate, up)
+    rows.silu_mul_dgrad(gate, up, grad, gate, up)
+    copies.copy_rows(empty(20, 6, dtype=torch.int64), count)
+
+
+def _context(requests: int = 4, tokens: int = 2048) -> None:
+    """A prompt's context out of the paged cache."""
+    dense = empty(requests * tokens, KV_HEADS * WIDTH)
+    gather.gather_context(
+        dense, dense, empty(4096 * LAYERS * 2 * KV_HEADS, BLOCK_TOKENS * WIDTH), layer=3, num_layers=LAYERS, kv_heads=KV_HEADS,
+        block_tokens=BLOCK_TOKENS, tables_BN=empty(requests, tokens // BLOCK_TOKENS, dtype=torch.int32),
+        firsts_B=empty(requests, dtype=torch.int32), ends=empty(requests + 1, dtype=torch.int32), max_tokens=tokens,
+    )
+
+
 _PRODUCTS = {
     "segments._down_kernel": Bounds(products=True, registers=168), "segments._up_kernel": Bounds(products=True, registers=176),
 }
@@ -87,6 +128,17 @@ EXAMPLES: dict[str, Example] = {
     "adapters of rank 8": Example(lambda: _adapters(rank=8), _PRODUCTS),
     "adapters beside a training window": Example(lambda: _adapters(rows=512, training=True), _KEPT),
     "a large window, rank 64": Example(lambda: _adapters(rows=2048, rank=64, training=True), _KEPT),
+    # the one narrow load is the label's logit
+    "loss head": Example(_loss_head, {"crossentropy._cross_entropy_kernel": Bounds(narrow_loads=1)}),
+    "sampling": Example(_sampling, {
+        "cuts._cut_kernel": Bounds(), "sampling._peaks_kernel": Bounds(), "sampling._pick_kernel": Bounds(),
+    }),
+    "rows": Example(_row_wise, {
+        f"rows._{name}_kernel": Bounds() for name in (
+            "rmsnorm", "add_rmsnorm", "rmsnorm_dgrad", "rope", "rotary_write", "silu_mul", "silu_mul_dgrad",
+        )
+    } | {"copies._copy_kernel": Bounds()}),
+    "context": Example(_context, {"gather._gather_kernel": Bounds()}),
     "scalings": Example(_scalings, {"segments._scale_kernel": Bounds(registers=64)}),
 }
 
