@@ -42,6 +42,7 @@ class ModelChoice:
     dtype: str
     threads: int
     tensor_parallel_size: int = 1
+    quantization: str = "none"
 
     def set_threads(self, model: LoadedModel) -> None:
         """Gives each of the processes that share the model its part of the threads."""
@@ -159,7 +160,8 @@ def train_in_child(
     """The child's whole life: load, train until told to stop, and tell how far it is after each iteration."""
     torch.set_num_threads(choice.threads)
     model = load_model(
-        choice.name, device=choice.device, dtype=choice.dtype, tensor_parallel_size=choice.tensor_parallel_size
+        choice.name, device=choice.device, dtype=choice.dtype, tensor_parallel_size=choice.tensor_parallel_size,
+        quantization=choice.quantization,
     )
     with contextlib.closing(model), contextlib.closing(Engine(model, engine_config)) as engine:
         job = engine.finetune(Path(data_path), Path(output_dir), config, name="bench")

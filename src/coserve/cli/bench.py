@@ -25,7 +25,7 @@ from coserve.bench.sharing import BurstConfig, Sharing, SharingConfig, SharingSe
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.cli.paper import paper
 from coserve.cli.replay import replay
-from coserve.cli.settings import RanksOption, read_numbers
+from coserve.cli.settings import QuantizationOption, RanksOption, read_numbers
 from coserve.cli.simulate import simulate
 from coserve.config.settings import POLICIES
 from coserve.config.values import require
@@ -79,6 +79,7 @@ def sharing(
     spatial_threads: Annotated[str | None, typer.Option(help="Threads of serving,training under spatial (half each).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    quantization: QuantizationOption = "none",
     tensor_parallel_size: RanksOption = 1,
 ) -> None:
     """Inference and finetuning under every policy of sharing, at shares of this machine's capacity."""
@@ -103,7 +104,7 @@ def sharing(
     torch.set_num_threads(count)
     loaded = load_model(
         model, device=device, dtype=dtype, report=lambda line: console.print(line, style="dim"),
-        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_size=tensor_parallel_size, quantization=quantization,
     )
     words = word_ids(loaded.tokenizer)
     data = output / f"training-{finetune_tokens}-{seed}.jsonl"
@@ -115,7 +116,7 @@ def sharing(
             loaded,
             ModelChoice(
                 name=model, device=device, dtype=dtype_name(loaded.weights.dtype), threads=count,
-                tensor_parallel_size=tensor_parallel_size,
+                tensor_parallel_size=tensor_parallel_size, quantization=quantization,
             ),
             (shares[0], shares[1])),
         prompts=lambda source: prompts(words, source),
@@ -125,6 +126,7 @@ def sharing(
     )
     common = {
         "model": loaded.fingerprint, "device": device_name(loaded.weights.device), "dtype": str(loaded.weights.dtype),
+        "quantization": quantization,
         "threads": count, "tensor_parallel_size": tensor_parallel_size, "spatial_threads": list(shares), "seed": seed,
         "finetune_tokens": finetune_tokens,
         "finetune_batch": finetune_batch, "max_microbatch_tokens": max_microbatch_tokens, "versions": versions(),

@@ -19,7 +19,17 @@ from coserve.cli.bench import bench_app
 from coserve.cli.plan import PlanCommand, plan
 from coserve.cli.profile import profile
 from coserve.cli.serve import ServeCommand, keys_app, serve
-from coserve.cli.settings import RANKS_FLAGS, RANKS_HELP, SHARDING_HELP, RanksOption, job_flags, read_settings, with_flags
+from coserve.cli.settings import (
+    QUANTIZATION_HELP,
+    RANKS_FLAGS,
+    RANKS_HELP,
+    SHARDING_HELP,
+    QuantizationOption,
+    RanksOption,
+    job_flags,
+    read_settings,
+    with_flags,
+)
 from coserve.config.settings import PAIRED, SamplingConfig
 from coserve.config.values import require
 from coserve.core import CoserveError, InvalidRequest, one_line
@@ -112,6 +122,7 @@ def finetune_command(
     *,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
+    quantization: Annotated[str | None, typer.Option("--quantization", "-q", help=QUANTIZATION_HELP)] = None,
     ranks: Annotated[int | None, typer.Option(*RANKS_FLAGS, help=RANKS_HELP)] = None,
     adapter_sharding: Annotated[str | None, typer.Option(help=SHARDING_HELP)] = None,
     **given: Any,
@@ -131,7 +142,7 @@ def finetune_command(
             paths[-1], output, model=paths[0] if len(paths) == 2 else None, config=settings, start=start,
             validation=validation if validation is not None else options.get("validation"),
             resume=resume or bool(options.get("resume")), device=device or options.get("device", "auto"),
-            dtype=dtype or options.get("dtype", "auto"),
+            dtype=dtype or options.get("dtype", "auto"), quantization=quantization or options.get("quantization"),
             tensor_parallel_size=options.get("tensor_parallel_size", 1) if ranks is None else ranks,
             adapter_sharding=adapter_sharding or options.get("adapter_sharding", ""), listen=display,
         )
@@ -157,6 +168,7 @@ def chat(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = "none",
     tensor_parallel_size: RanksOption = 1,
 ) -> None:
     """Talk to a model, with or without an adapter. Ends with Ctrl-D."""
@@ -164,7 +176,7 @@ def chat(
     sampling = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     loaded = load_model(
         model, device=device, dtype=dtype, report=lambda line: notes.print(line, style="dim"),
-        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_size=tensor_parallel_size, quantization=quantization,
     )
     passed = None if adapter is None else read_adapter(adapter, adapter_base(loaded))
     ends = loaded.end_token_ids.union(() if passed is None else passed.end_tokens)

@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from coserve.cli.planned import DTYPES, Asked, AskedRanks, make_plan
 from coserve.cli.planview import show, title, to_json
-from coserve.cli.settings import SHARDING_HELP
+from coserve.cli.settings import SHARDING_HELP, QuantizationOption
 from coserve.config.data import ADAPTERS
 from coserve.config.values import AUTO, require
 from coserve.devices.table import DEVICES
@@ -45,6 +45,7 @@ def plan(
     max_microbatch_tokens: Annotated[int | None, typer.Option(help="Tokens packed together (--sequence-length).")] = None,
     window_tokens: Annotated[int, typer.Option(help="Tokens per unit in the last stage and the curve.")] = 256,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: bytes per element.")] = "float32",
+    quantization: QuantizationOption = "none",
     activation_memory: Annotated[
         str, typer.Option(help="Limit of the total: bytes (12.5GB), a share below 1 of the fastest plan's, or auto: none.")
     ] = AUTO,
@@ -73,7 +74,8 @@ def plan(
     planned = make_plan(
         locate_model(model), Asked(kind=adapter, rank=rank, targets=targets, dropout=dropout), dtype=dtype,
         sequence_length=sequence_length, num_tokens=max_microbatch_tokens or sequence_length, window_tokens=window_tokens,
-        limit=activation_memory, compression=activation_compression, with_baselines=not no_baselines,
+        limit=activation_memory, compression=activation_compression, quantization=quantization,
+        with_baselines=not no_baselines,
         among=AskedRanks(size=tensor_parallel_size, device=device, adapter=adapter_sharding),
     )
     if json_file == "-":

@@ -18,7 +18,7 @@ from coserve.compiler.parallelize import TensorParallel
 from coserve.compiler.report import LayerReport, RanksReport, ranks_report, report
 from coserve.config.data import adapter_of_kind, finetune_config_from_dict, size_field
 from coserve.config.settings import AdapterConfig, Compression
-from coserve.config.values import read_memory, require
+from coserve.config.values import Quantization, read_memory, read_quantization, require
 from coserve.devices.prices import parallel_prices
 from coserve.devices.table import find_device
 from coserve.model.architecture import Architecture, read_architecture
@@ -61,6 +61,7 @@ class Planned:
     kind: str
     settings: AdapterConfig
     dtype: str
+    quantization: Quantization
     limit: str
     compression: Compression
     estimate: Estimate
@@ -82,12 +83,14 @@ class AskedRanks:
 
 def make_plan(
     directory: Path, adapter: Asked, *, dtype: str, sequence_length: int, num_tokens: int, window_tokens: int, limit: str,
-    compression: str = "lossless", with_baselines: bool, among: AskedRanks = AskedRanks(),
+    compression: str = "lossless", quantization: str = "none", with_baselines: bool, among: AskedRanks = AskedRanks(),
 ) -> Planned:
     """Plans training for a model directory. limit: of the total, for `read_memory`; compression: as
-    FinetuneConfig.activation_compression. among: how many devices share the model. Raises ConfigError, CapacityError."""
+    FinetuneConfig.activation_compression; quantization: of the model's linears. among: how many devices share the model. Raises
+    ConfigError, CapacityError."""
     settings = adapter.settings()
     require(dtype in DTYPES, "dtype", f"must be {', '.join(DTYPES)}, got {dtype!r}")
+    coded = read_quantization(quantization)
     for name, value in (("sequence_length", sequence_length), ("window_tokens", window_tokens)):
         require(value >= 1, name, f"must be at least 1, got {value}")
     require(num_tokens >= sequence_length, "max_microbatch_tokens",
@@ -101,7 +104,7 @@ def make_plan(
     held = empty.flat.numel() if ranks is None else num_on_rank(empty.parameters, ranks.fixed)
     shape = Shape(
         arch=arch, itemsize=DTYPES[dtype].itemsize, num_tokens=num_tokens, sequence_length=sequence_length,
-        window_tokens=window_tokens, num_parameters=held, ranks=ranks,
+        window_tokens=window_tokens, num_parameters=held, ranks=ranks, quantization=coded,
     )
     stored = finetune_config_from_dict({"activation_compression": compression}).activation_compression
     result = estimate(shape, bypasses, read_memory(limit), compression=stored)
@@ -117,8 +120,8 @@ def make_plan(
         )
     return Planned(
         model=directory.name, shape=shape, num_parameters=empty.flat.numel(), kind=adapter.kind, settings=settings,
-        dtype=dtype, limit=limit, compression=stored, estimate=result, kept=kept, ranks=shared, baselines=beside,
-        seconds=seconds,
+        dtype=dtype, quantization=coded, limit=limit, compression=stored, estimate=result, kept=kept, ranks=shared,
+        baselines=beside, seconds=seconds,
     )
 
 

@@ -31,9 +31,10 @@ def title(planned: Planned) -> str:
     sites = targets if isinstance(targets, str) else ", ".join(targets)
     size = f" r{rank_of(settings)}" if rank_of(settings) else ""
     stored = ", kept values in fp8" if planned.compression == "fp8" else ""
+    coded = "" if planned.quantization == "none" else f" with matrices in {planned.quantization}"
     among = f", one of {shape.ranks.size} ranks" if shape.ranks is not None else ""
     return (
-        f"{planned.model}: {planned.kind}{size}{f' on {sites}' if sites else ''}, {planned.dtype}, micro-batch of "
+        f"{planned.model}: {planned.kind}{size}{f' on {sites}' if sites else ''}, {planned.dtype}{coded}, micro-batch of "
         f"{shape.num_tokens} tokens, windows of {shape.window_tokens}{stored}{among}"
     )
 
@@ -49,7 +50,8 @@ def to_json(planned: Planned) -> str:
         "model": planned.model,
         "adapter": {"kind": planned.kind, "num_parameters": planned.num_parameters, **to_dict(planned.settings)},
         "sequence_length": shape.sequence_length, "max_microbatch_tokens": shape.num_tokens,
-        "window_tokens": shape.window_tokens, "dtype": planned.dtype, "limit": planned.limit,
+        "window_tokens": shape.window_tokens, "dtype": planned.dtype, "quantization": planned.quantization,
+        "limit": planned.limit,
         "activation_compression": planned.compression,
         "stages": [
             {"name": stage.name, "bytes_per_token": stage.bytes_per_token, "total_bytes": stage.total_bytes,

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from coserve.cli.plan import check_output
 from coserve.cli.planview import size_text
-from coserve.cli.settings import RanksOption
+from coserve.cli.settings import QuantizationOption, RanksOption
 from coserve.config.settings import EngineConfig
 from coserve.core import Contents, PassCost, UnitCost
 from coserve.devices.law import device_law, ridge_rows
@@ -72,6 +72,7 @@ def profile(
     model: Annotated[str | None, typer.Argument(help="Model (SmolLM2).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    quantization: QuantizationOption = "none",
     tensor_parallel_size: RanksOption = 1,
     memory_bytes: Annotated[int | None, typer.Option(help="Of the pool that points run on, as in serve (a share).")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure even if there is a profile in the cache.")] = False,
@@ -83,7 +84,9 @@ def profile(
     if json_file not in (None, "-"):
         check_output(Path(str(json_file)), "json")
     busy = os.getloadavg()[0]
-    loaded = load_model(model, device=device, dtype=dtype, report=_note, tensor_parallel_size=tensor_parallel_size)
+    loaded = load_model(
+        model, device=device, dtype=dtype, report=_note, tensor_parallel_size=tensor_parallel_size, quantization=quantization
+    )
     profiled = make_profile(loaded, EngineConfig(memory_bytes=memory_bytes), busy_cores=busy, again=again, report=_note)
     if json_file == "-":
         print(to_json(profiled))
@@ -172,7 +175,7 @@ def to_json(profiled: Profiled) -> str:
     model = profiled.model
     return json.dumps({
         "model": model.name, "device": device_name(model.device), "dtype": dtype_name(model.dtype),
-        "threads": torch.get_num_threads(), "versions": versions(),
+        "quantization": model.quantization, "threads": torch.get_num_threads(), "versions": versions(),
         "load_average": profiled.busy_cores, "cores": profiled.num_cores, "busy": profiled.is_busy,
         "points": [
             {"what": describe(contents), "kind": kind_of(contents), "contents": _contents_json(contents), "measured": seconds,

@@ -186,11 +186,12 @@ def startup_lines(services: Services, port: int) -> list[str]:
     key = "YOUR-KEY" if asks else _NO_KEY
     open_to_others = not asks and not OwnNames(config.host, ()).is_local
     size = config.tensor_parallel_size
+    coded = "" if info.quantization == "none" else f" with matrices in {info.quantization}"
     shared, each = (f" in each of {size} processes", " each") if size > 1 else ("", "")
     return [
         f"model     {', '.join(services.models.base_names)}: {info.architecture}, {info.num_parameters / 1e6:.0f} M parameters",
-        f"runs      {info.dtype} on {info.device}, {info.threads} threads{shared}; requests of up to {info.max_model_len} "
-        f"tokens; ready after {info.start_s:.0f} s",
+        f"runs      {info.dtype}{coded} on {info.device}, {info.threads} threads{shared}; requests of up to "
+        f"{info.max_model_len} tokens; ready after {info.start_s:.0f} s",
         f"memory    weights {memory['weights']}{each}; pool {memory['pool']}{each}: {memory['inference']} guaranteed to "
         f"inference, training may take {memory['training']}",
         f"holds     {objectives}; policy {config.policy}",

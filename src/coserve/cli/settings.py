@@ -23,13 +23,16 @@ from coserve.core import ConfigError
 _TABLES = (*ADAPTER_TABLES, "optimizer")
 """Tables of a settings file."""
 _OPTIONS: Mapping[str, tuple[type, str]] = {
-    **dict.fromkeys(("validation", "adapter", "device", "dtype", "adapter_sharding"), (str, "a text")),
+    **dict.fromkeys(("validation", "adapter", "device", "dtype", "quantization", "adapter_sharding"), (str, "a text")),
     "resume": (bool, "true or false"), "tensor_parallel_size": (int, "a whole number"),
 }
 """Flags of `coserve finetune` that a settings file may hold too, but aren't settings of a job; with the type of their
 values."""
 
 
+QUANTIZATION_HELP = "none, or fp8: the layers' matrices in 8-bit floats."
+QuantizationOption = Annotated[str, typer.Option("--quantization", "-q", help=QUANTIZATION_HELP)]
+"""How the layers' matrices are stored, for commands that load a model."""
 RANKS_HELP = "Processes that share the model, a GPU each (1)."
 SHARDING_HELP = "Where parameters must lie on them: q_proj.lora_A=whole,q_proj.lora_B=out (the cheapest)."
 RANKS_FLAGS = ("--tensor-parallel-size", "-tp")

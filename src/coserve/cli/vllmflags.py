@@ -52,7 +52,6 @@ FLAGS: Mapping[str, Flag] = {
     "--fully-sharded-loras": Flag(None, "how adapters lie on the ranks is chosen by what it costs"),
     "--scheduling-policy": Flag((), "the next request is the least served tenant's; see --policy for who gets the time"),
     "--max-num-queued-tokens": Flag((), "limit the queue with --max-num-queued-reqs"),
-    "--quantization": Flag((), "quantised checkpoints aren't served; give the original weights or a GGUF file"),
     "--tokenizer": Flag((), "the model's own tokenizer is used"),
     "--chat-template": Flag((), "the model's own chat template is used"),
     "--speculative-config": Flag((), "speculative decoding isn't there"),
@@ -67,7 +66,7 @@ FLAGS: Mapping[str, Flag] = {
     "--otlp-traces-endpoint": Flag((), "traces aren't sent; metrics are at /metrics"),
 }
 _SHORT = {
-    "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size", "-q": "--quantization",
+    "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size",
 }
 
 

@@ -28,6 +28,9 @@ BEST_EFFORT: BestEffort = "none"
 """Of a latency objective: nothing is promised."""
 SloMs = float | BestEffort
 """A latency objective in milliseconds, or best effort."""
+Quantization = Literal["none", "fp8"]
+"""How the matrices of the decoder layers are stored: in the model's dtype, or in 8-bit floats (model/fp8.py)."""
+QUANTIZATIONS: tuple[Quantization, ...] = typing.get_args(Quantization)
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 MAX_RANK = 1 << 14
 """Largest rank of an adapter, and largest size of a bottleneck: wider than the layers of most models."""
@@ -52,6 +55,14 @@ def require(condition: bool, name: str, message: str) -> None:
     """Raises ConfigError about a setting unless the condition holds."""
     if not condition:
         raise ConfigError(f"{name}: {message}", param=name)
+
+
+def read_quantization(value: str) -> Quantization:
+    """A quantization by its name. Raises ConfigError for one that is not known."""
+    found = next((known for known in QUANTIZATIONS if known == value), None)
+    if found is None:
+        raise ConfigError(f"quantization: must be {' or '.join(QUANTIZATIONS)}, got {value!r}", param="quantization")
+    return found
 
 
 def require_least(config: Any, least: int, *names: str) -> None:

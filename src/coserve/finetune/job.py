@@ -212,7 +212,10 @@ def _row(record: Mapping[str, str]) -> StepRow:
     return StepRow(**values)  # type: ignore[arg-type]  # the columns are StepRow's fields
 
 
-_LATER_FACTS = ("validation_digest", "start_digest", "weights_layout", "kernels", "tensor_parallel_size", "adapter_sharding")
+_LATER_FACTS = (
+    "validation_digest", "start_digest", "weights_layout", "kernels", "tensor_parallel_size", "adapter_sharding",
+    "quantization",
+)
 """Facts that jobs begun by earlier versions didn't record."""
 
 

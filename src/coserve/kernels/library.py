@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from coserve.kernels.choose import runs_triton
+from coserve.kernels.float8 import e4m3_values
 from coserve.kernels.native import kernels_for
 from coserve.kernels.reference import dropout_keep
 from coserve.kernels.triton import crossentropy
@@ -237,39 +238,39 @@ _NOT_FINITE = 255
 """The exponent of a row that isn't finite."""
 
 
-def fp8_encode(bits: Tensor, exponent: Tensor, x: Tensor) -> None:
+def fp8_encode(bits: Tensor, exponent: Tensor, x: Tensor, largest_T1: Tensor | None = None) -> None:
     """Packs x so that x = e4m3 * 2**e. Each row has its own e, for which its largest element just fits into e4m3.
+    largest_T1: what must fit instead, at least as large as the rows' own magnitudes: parts of a row then share the row's e.
 
     bits: uint8 [T, D], the bits of the e4m3 elements. exponent: uint8 [T, 1], e + 127. Elements of at least 2**-15 of the row's
     largest keep 4 significant bits; smaller ones keep fewer. A row that isn't finite becomes NaN.
     """
     rows = _CACHED_ROWS if x.device.type == "cpu" else x.shape[0]
     least = -min(_EXPONENT_BIAS - 1, int(math.log2(torch.finfo(x.dtype).max)))  # float16 has no larger power to multiply by
-    for part, stored, power in zip(x.split(rows), bits.view(_FP8).split(rows), exponent.split(rows), strict=True):
-        largest = part.abs().amax(1, keepdim=True)
+    for start in range(0, x.shape[0], max(1, rows)):
+        part, stored, power = (each[start : start + rows] for each in (x, bits.view(_FP8), exponent))
+        largest = part.abs().amax(1, keepdim=True) if largest_T1 is None else largest_T1[start : start + rows]
         fraction, scale = torch.frexp(largest.to(_wide(x.dtype)))
         scale = (scale - 9 + (fraction > _FP8_LARGEST)).clamp_(least, _EXPONENT_BIAS)
         power.copy_((scale + _EXPONENT_BIAS).masked_fill_(~largest.isfinite(), _NOT_FINITE))
         stored.copy_(part * torch.exp2(-scale.to(x.dtype)))
 
 
+def fp8_scales(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the rows of `fp8_encode` are multiplied by: a new [T, 1]. NaN for rows that aren't finite."""
+    return torch.exp2(exponent.to(dtype) - _EXPONENT_BIAS).masked_fill_(exponent == _NOT_FINITE, torch.nan)
+
+
 def fp8_decode(out: Tensor, bits: Tensor, exponent: Tensor) -> None:
     """Unpacks what `fp8_encode` packed, in the dtype of `out`."""
-    scale = torch.exp2(exponent.to(out.dtype) - _EXPONENT_BIAS).masked_fill_(exponent == _NOT_FINITE, torch.nan)
+    scale = fp8_scales(exponent, out.dtype)
     if out.device.type != "cpu":
         out.copy_(bits.view(_FP8))
         out.mul_(scale)
         return
     for part, stored, factor in zip(out.split(_CACHED_ROWS), bits.split(_CACHED_ROWS), scale.split(_CACHED_ROWS), strict=True):
-        part.copy_(_float32(stored))
+        e4m3_values(part, stored)
         part.mul_(factor)
-
-
-def _float32(bits: Tensor) -> Tensor:
-    """Converts e4m3 to float32, several times faster on a CPU than PyTorch does. Sign, exponent and fraction are shifted to
-    where float32 has them; a factor of 2**120 makes up for the other bias of the exponent. NaN is not converted."""
-    shifted = (bits.view(torch.int8).to(torch.int32) << 20).bitwise_and_(~0x78000000)
-    return shifted.view(torch.float32).mul_(2.0**120)
 
 
 def dropout(

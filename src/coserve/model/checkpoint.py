@@ -123,6 +123,10 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise _unreadable(entry.path, error) from error
 
+    def row_magnitudes(self, name: str, device: torch.device | str = "cpu") -> Tensor | None:
+        """None: `read` gives whole rows."""
+        return None
+
     def _verify(self) -> None:
         """Check names, shapes and dtypes against the architecture."""
         if not self._entries.keys() & self._shapes.keys():

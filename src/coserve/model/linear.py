@@ -3,8 +3,8 @@
 `FrozenLinear` computes with the plain matrix. `PackedLinear` keeps copies in oneDNN's blocked layout instead, one per product,
 each made at its first use. That is faster on the CPU at any number of rows, and most at few. If memory is short
 (`hold_one_copy`) it holds one copy for all products. In bfloat16 that is the plain matrix, which is almost as fast where
-matrices are large. In float32 it is forward's packed copy, which is unpacked for any other product. A quantized layout would be
-another class with the same methods.
+matrices are large. In float32 it is forward's packed copy, which is unpacked for any other product. 8-bit floats are another
+class with the same methods (fp8.py).
 """
 
 from __future__ import annotations

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+from coserve.config.values import Quantization
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import expected_shapes
-from coserve.model.decoder import MERGED, linear_shapes
+from coserve.model.decoder import linear_shapes
+from coserve.model.fp8 import largest_elements, linear_bytes
 from coserve.model.linear import PackedHead, can_pack
 from coserve.model.weights import ModelWeights
 
@@ -27,25 +29,24 @@ SLOWER = "products are slower that way, finetuning's above all"
 """What is said of weights that are held once."""
 
 
-def weight_bytes(arch: Architecture, itemsize: int) -> int:
-    """Bytes of the backbone's weights."""
-    return itemsize * sum(math.prod(shape) for shape in expected_shapes(arch).values())
+def weight_bytes(arch: Architecture, itemsize: int, quantization: Quantization = "none") -> int:
+    """Bytes of the backbone's weights. itemsize: of what is not quantized. Quantized weights count with the largest matrix in
+    the model's dtype, which they are decoded into; on a CPU it is a part of that."""
+    whole = itemsize * sum(math.prod(shape) for shape in expected_shapes(arch).values())
+    return whole - linear_bytes(arch, itemsize, "none") + linear_bytes(arch, itemsize, quantization)
 
 
-def packed_bytes(arch: Architecture, itemsize: int, *, training: bool = True) -> int:
-    """Bytes that the packed layout (model/linear.py) adds: the head, and in training the linears' transposes and the head's."""
+def packed_bytes(arch: Architecture, itemsize: int, *, training: bool = True, quantization: Quantization = "none") -> int:
+    """Bytes that the packed layout (model/linear.py) adds: the head, and in training the linears' transposes and the head's.
+    Quantized linears have none."""
     head = arch.vocab_size * arch.hidden_size
-    linears = arch.num_layers * sum(math.prod(shape) for shape in linear_shapes(arch).values())
+    linears = arch.num_layers * sum(math.prod(shape) for shape in linear_shapes(arch).values()) if quantization == "none" else 0
     return itemsize * (linears + 2 * head if training else head)
 
 
 def unpacked_bytes(arch: Architecture, itemsize: int) -> int:
     """Bytes of the largest matrix that is unpacked for a product where each is held once, packed: in float32."""
-    if itemsize < 4:
-        return 0
-    shapes = linear_shapes(arch)
-    whole = [sum(math.prod(shapes[site]) for site in sites) for sites in MERGED.values()]
-    return itemsize * max(*whole, *(math.prod(shape) for shape in shapes.values()))
+    return 0 if itemsize < 4 else itemsize * largest_elements(arch)
 
 
 def settle_copies(weights: ModelWeights, free: int | None, *, training: bool) -> str | None:
@@ -56,7 +57,9 @@ def settle_copies(weights: ModelWeights, free: int | None, *, training: bool) ->
     """
     if not isinstance(weights.head, PackedHead):
         return None
-    needed = packed_bytes(weights.architecture, weights.dtype.itemsize, training=training)
+    needed = packed_bytes(
+        weights.architecture, weights.dtype.itemsize, training=training, quantization=weights.quantization
+    )
     room = math.inf if free is None else COPIES_SHARE * free + weights.copied_bytes
     weights.hold_one_copy(needed > room)
     if needed <= room:
@@ -67,14 +70,16 @@ def settle_copies(weights: ModelWeights, free: int | None, *, training: bool) ->
     )
 
 
-def one_copy_to_load(arch: Architecture, dtype: torch.dtype, device: torch.device, size: int = 1) -> bool:
+def one_copy_to_load(
+    arch: Architecture, dtype: torch.dtype, device: torch.device, size: int = 1, quantization: Quantization = "none"
+) -> bool:
     """Whether weights that are about to be loaded should be held once. This is a guess from free memory and the default size of
     an engine's pool; `settle_copies` decides later. arch, size: of one rank, and how many there are."""
     available = available_to_each(device, size)
     if available is None or not can_pack(dtype, device):
         return False
-    free = available - weight_bytes(arch, dtype.itemsize)
-    return packed_bytes(arch, dtype.itemsize) > COPIES_SHARE * (1 - POOL_SHARE) * free
+    free = available - weight_bytes(arch, dtype.itemsize, quantization)
+    return packed_bytes(arch, dtype.itemsize, quantization=quantization) > COPIES_SHARE * (1 - POOL_SHARE) * free
 
 
 def device_bytes(device: torch.device) -> int:

@@ -56,6 +56,14 @@ class RankCheckpoint:
         bias = self.whole.read(name, dtype, device)
         return bias if self.rank == 0 else bias.zero_()
 
+    def row_magnitudes(self, name: str, device: torch.device | str = "cpu") -> Tensor | None:
+        """The largest magnitude of each row of a matrix, float32 [out, 1], over all ranks' parts of it; None for a matrix of
+        which a rank has whole rows."""
+        module = name.removeprefix("model.layers.").partition(".")[2].rpartition(".")[0]
+        if _SITES.get(module) not in ROW_SITES:
+            return None
+        return self.whole.read(name, torch.float32, device).abs_().amax(1, keepdim=True)
+
     def _share(self, site: str, axis: int) -> slice:
         """The rank's features of a site's output (axis 0) or input (axis 1)."""
         arch = self.whole.architecture

@@ -15,9 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from coserve.config.values import Quantization
 from coserve.model.architecture import Architecture
 from coserve.model.checkpoint import EMBEDDING, HEAD, Checkpoint
 from coserve.model.decoder import MERGED, MODULE_PATHS, ROW_SITES, biased_sites, linear_shapes
+from coserve.model.fp8 import DecodeBuffer, Fp8Rows, largest_elements
 from coserve.model.linear import FrozenLinear, OutputHead, can_pack, make_head, make_linear
 from coserve.model.rankcheckpoint import RankCheckpoint, TokenRange
 from coserve.parallel import ALONE, Ranks
@@ -48,12 +50,17 @@ class Source(Protocol):
     def read(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """One tensor by its Hugging Face name."""
 
+    def row_magnitudes(self, name: str, device: torch.device | str = "cpu") -> Tensor | None:
+        """The largest magnitude of each row of a matrix, float32 [out, 1], where `read` gives a part of the rows' elements;
+        else None."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
     """embedding: [vocabulary, hidden], which the head shares when tied; norm: the final norm's weight [hidden], divided by what
     divides the logits. ranks: the group that shares the model. Where it has several ranks, architecture, linears, embedding and
-    head are this rank's, tokens says whose rows the latter two have, and whole_architecture is the model's."""
+    head are this rank's, tokens says whose rows the latter two have, and whole_architecture is the model's. quantization: of
+    the linears."""
 
     architecture: Architecture
     embedding: Tensor
@@ -63,6 +70,7 @@ class ModelWeights:
     ranks: Ranks = ALONE
     tokens: TokenRange | None = None
     whole_architecture: Architecture | None = None
+    quantization: Quantization = "none"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,8 +87,8 @@ class ModelWeights:
 
     @property
     def layout(self) -> str:
-        """As the head's."""
-        return self.head.layout
+        """As the head's, and the linears' quantization."""
+        return self.head.layout if self.quantization == "none" else f"{self.head.layout}, {self.quantization}"
 
     @property
     def copied_bytes(self) -> int:
@@ -119,58 +127,72 @@ class ModelWeights:
             each.hold_one_copy(wanted)
 
 
-def _merge(
-    checkpoint: Source, prefix: str, sites: Sequence[str], dtype: torch.dtype, device: torch.device, packed: bool,
-    one_copy: bool,
-) -> FrozenLinear:
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How matrices are laid out. packed, one_copy: as for `load_weights`. buffer: what those in 8-bit floats are decoded into;
+    None: they keep the dtype."""
+
+    dtype: torch.dtype
+    device: torch.device
+    packed: bool
+    one_copy: bool
+    buffer: DecodeBuffer | None
+
+
+def _merge(checkpoint: Source, prefix: str, sites: Sequence[str], form: _Form) -> FrozenLinear:
     """Reads several linears of one input into one matrix, tensor by tensor."""
-    shapes = linear_shapes(checkpoint.architecture)
+    shapes, dtype, device = linear_shapes(checkpoint.architecture), form.dtype, form.device
     total, width = sum(shapes[site][0] for site in sites), shapes[sites[0]][1]
-    weight = torch.empty(total, width, dtype=dtype, device=device)
     bias = torch.empty(total, dtype=dtype, device=device) if sites[0] in biased_sites(checkpoint.architecture) else None
+    coded = None if form.buffer is None else Fp8Rows(total, width, bias, form.buffer, device)
+    weight = torch.empty(total if coded is None else 0, width, dtype=dtype, device=device)
     start = 0
     for site in sites:
-        end = start + shapes[site][0]
-        path = f"{prefix}{MODULE_PATHS[site]}"
-        weight[start:end] = checkpoint.read(f"{path}.weight", dtype, device)
+        rows, path = slice(start, start + shapes[site][0]), f"{prefix}{MODULE_PATHS[site]}"
+        if coded is None:
+            weight[rows] = checkpoint.read(f"{path}.weight", dtype, device)
+        else:  # from what the file has, whatever the model's dtype
+            name = f"{path}.weight"
+            coded.encode(rows, checkpoint.read(name, torch.float32, device), checkpoint.row_magnitudes(name, device))
         if bias is not None:
-            bias[start:end] = checkpoint.read(f"{path}.bias", dtype, device)
-        start = end
-    return make_linear(weight, bias, packed=packed, one_copy=one_copy)
+            bias[rows] = checkpoint.read(f"{path}.bias", dtype, device)
+        start = rows.stop
+    if coded is not None:
+        return coded.linear()
+    return make_linear(weight, bias, packed=form.packed, one_copy=form.one_copy)
 
 
-def _load_layer(
-    checkpoint: Source, index: int, dtype: torch.dtype, device: torch.device, packed: bool, one_copy: bool
-) -> LayerWeights:
+def _load_layer(checkpoint: Source, index: int, form: _Form) -> LayerWeights:
     arch = checkpoint.architecture
     prefix = f"model.layers.{index}."
     shapes = linear_shapes(arch)
     linears: dict[str, FrozenLinear] = {}
     for name, sites in MERGED.items():
-        whole = _merge(checkpoint, prefix, sites, dtype, device, packed, one_copy)
+        whole = _merge(checkpoint, prefix, sites, form)
         linears[name] = whole
         start = 0
         for site in sites:
             linears[site] = whole.rows(start, start + shapes[site][0])
-            linears[site].hold_one_copy(one_copy)
+            linears[site].hold_one_copy(form.one_copy)
             start += shapes[site][0]
     for site in ROW_SITES:
-        linears[site] = _merge(checkpoint, prefix, (site,), dtype, device, packed, one_copy)
+        linears[site] = _merge(checkpoint, prefix, (site,), form)
     names = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm"}
     if arch.qk_norm:
         names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-    norms = {name: checkpoint.read(f"{prefix}{path}.weight", dtype, device) for name, path in names.items()}
+    norms = {name: checkpoint.read(f"{prefix}{path}.weight", form.dtype, form.device) for name, path in names.items()}
     return LayerWeights(linears, norms)
 
 
 def load_weights(
     checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, packed: bool | None = None, one_copy: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ALONE, quantization: Quantization = "none",
 ) -> ModelWeights:
     """Streams a checkpoint onto the device, or of it what this one of several ranks has.
 
-    packed: whether linears are kept in the processor's own layout; default: where that pays (`can_pack`).
-    one_copy: whether each matrix is held once (`ModelWeights.hold_one_copy`).
+    packed: whether matrices are kept in the processor's own layout; default: where that pays (`can_pack`).
+    one_copy: whether each of those is held once (`ModelWeights.hold_one_copy`).
+    quantization: of the decoder layers' linears; fp8 has no packed layout, so that `packed` is the head's alone.
     """
     if packed is None:
         packed = can_pack(dtype, device)
@@ -179,9 +201,11 @@ def load_weights(
     arch = source.architecture
     embedding = source.read(EMBEDDING, dtype, device)
     table = embedding if arch.tie_word_embeddings else source.read(HEAD, dtype, device)
-    layers = [_load_layer(source, index, dtype, device, packed, one_copy) for index in range(arch.num_layers)]
+    buffer = DecodeBuffer(largest_elements(arch), dtype, device) if quantization == "fp8" else None
+    form = _Form(dtype, device, packed, one_copy, buffer)
+    layers = [_load_layer(source, index, form) for index in range(arch.num_layers)]
     norm = source.read("model.norm.weight", dtype, device).div_(arch.logits_scaling)
     head = make_head(table, packed=packed, one_copy=one_copy)
-    weights = ModelWeights(arch, embedding, layers, norm, head, ranks)
+    weights = ModelWeights(arch, embedding, layers, norm, head, ranks, quantization=quantization)
     weights.return_freed_memory()
     return weights if share is None else replace(weights, tokens=share.tokens, whole_architecture=checkpoint.architecture)

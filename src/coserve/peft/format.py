@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coserve.config.data import to_dict
 from coserve.config.settings import AdapterConfig, IA3Config, LoraConfig
-from coserve.config.values import MAX_RANK
+from coserve.config.values import MAX_RANK, Quantization
 from coserve.core import InvalidRequest
 from coserve.model.weights import ModelWeights
 from coserve.peft.adapter import Adapter, Parameter
@@ -31,12 +31,18 @@ from coserve.peft.tensors import BOTTLENECK, CONFIG_FILE, ORIGIN_FILE, WEIGHTS_F
 __all__ = ["CONFIG_FILE", "ORIGIN_FILE", "WEIGHTS_FILE", "admit_adapter", "bind_adapter", "save_adapter"]
 
 
-def save_adapter(directory: Path, adapter: Adapter, flat: torch.Tensor, *, base_name: str, fingerprint: str) -> None:
-    """Writes an adapter with the values of `flat` (the adapter's layout, any float dtype) into an existing directory."""
+def save_adapter(
+    directory: Path, adapter: Adapter, flat: torch.Tensor, *, base_name: str, fingerprint: str,
+    quantization: Quantization = "none",
+) -> None:
+    """Writes an adapter with the values of `flat` (the adapter's layout, any float dtype) into an existing directory.
+    quantization: of the base that it was trained on, which the files say; the adapter fits the base in any form."""
     if adapter.config is None:
         raise InvalidRequest("adapter: its kind has no file format", param="adapter")
     tensors = to_file(adapter, flat)
     origin = {"base_fingerprint": fingerprint}
+    if quantization != "none":
+        origin["base_quantization"] = quantization
     _write(directory, adapter.config, adapter.parameters, tensors, base_name, origin, adapter.end_token_ids)
 
 

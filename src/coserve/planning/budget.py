@@ -11,7 +11,7 @@ import torch
 from coserve.compiler.parallelize import TensorParallel
 from coserve.compiler.plan import ModelPlan, TrainingPlans
 from coserve.config.settings import AdapterConfig, Compression, FinetuneConfig
-from coserve.config.values import read_memory
+from coserve.config.values import Quantization, read_memory
 from coserve.core import CapacityError, Group
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED, linear_shapes, rank_architecture
@@ -46,22 +46,24 @@ def shape_adapter(arch: Architecture, config: AdapterConfig) -> Adapter:
 
 def training_bytes(
     arch: Architecture, plan: ModelPlan, num_parameters: int, *, microbatch_tokens: int, window_tokens: int, itemsize: int,
-    packed: bool = False, one_copy: bool = False, fused_head: bool = False,
+    packed: bool = False, one_copy: bool = False, fused_head: bool = False, quantization: Quantization = "none",
 ) -> dict[str, int]:
     """Bytes by purpose for one job whose largest micro-batch has `microbatch_tokens` tokens. packed: whether frozen matrices
     have a packed layout, as in `load_weights`. one_copy: whether each of those is held once instead of once per product.
-    fused_head: as `head_rows` takes it."""
+    fused_head: as `head_rows` takes it. quantization: of the linears."""
     wide = max(itemsize, 4)
     window = min(window_tokens, microbatch_tokens)
     head = min(head_rows(arch.vocab_size, itemsize, fused=fused_head), window) * arch.vocab_size * itemsize
     streams = 3 * arch.hidden_size * itemsize + 2 * arch.num_kv_heads * arch.head_dim * wide
     layouts = 0
-    if packed:
+    if packed and quantization != "none":
+        layouts = 0 if one_copy else packed_bytes(arch, itemsize, quantization=quantization)
+    elif packed:
         layouts = (
             unpacked_bytes(arch, itemsize) if one_copy else packed_bytes(arch, itemsize) + split_bytes(arch, plan, itemsize)
         )
     return {
-        "weights": weight_bytes(arch, itemsize),
+        "weights": weight_bytes(arch, itemsize, quantization),
         "packed copies of them": layouts,
         "kept activations": plan.arena_bytes * arena_rows(microbatch_tokens),
         "gradients": streams * microbatch_tokens,

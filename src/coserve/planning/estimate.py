@@ -15,6 +15,7 @@ from coserve.compiler.plan import LayerBypass, ModelPlan, TrainingPlans
 from coserve.compiler.program import LayerPlan
 from coserve.compiler.rematerialize import Kept, Rematerialized
 from coserve.config.settings import Compression
+from coserve.config.values import Quantization
 from coserve.core import CapacityError
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED, rank_architecture
@@ -45,7 +46,7 @@ PARTS = ("kept activations", "gradients", "workspace", "loss")
 class Shape:
     """A micro-batch of `num_tokens` tokens in sequences of `sequence_length`, trained in windows of `window_tokens`. itemsize:
     bytes per element of the model. num_parameters: of the adapter, on each rank. ranks: the group that shares the model; all
-    bytes are those of one rank."""
+    bytes are those of one rank. quantization: of the linears."""
 
     arch: Architecture
     itemsize: int
@@ -54,6 +55,7 @@ class Shape:
     window_tokens: int
     num_parameters: int
     ranks: TensorParallel | None = None
+    quantization: Quantization = "none"
 
     @property
     def rank_arch(self) -> Architecture:
@@ -81,7 +83,7 @@ class Shape:
     def _accounted(self, plan: ModelPlan, window_tokens: int) -> dict[str, int]:
         return training_bytes(
             self.rank_arch, plan, self.num_parameters, microbatch_tokens=self.num_tokens, window_tokens=window_tokens,
-            itemsize=self.itemsize,
+            itemsize=self.itemsize, quantization=self.quantization,
         )
 
 

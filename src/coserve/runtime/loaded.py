@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from coserve.config.values import AUTO, require
+from coserve.config.values import AUTO, Quantization, read_quantization, require
 from coserve.core import ConfigError
 from coserve.kernels.processor import bfloat16_products, bfloat16_speed
 from coserve.model.architecture import Architecture
@@ -43,7 +43,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 @dataclass(frozen=True, slots=True)
 class FoundModel:
     """A model whose files are known, and where and in what its weights would be. name: as the user gave it; fingerprint:
-    identifies the base in adapters and checkpoints."""
+    identifies the base in adapters and checkpoints; quantization: of the decoder layers' linears."""
 
     name: str
     checkpoint: Checkpoint
@@ -51,6 +51,7 @@ class FoundModel:
     tokenizer: ChatTokenizer
     device: torch.device
     dtype: torch.dtype
+    quantization: Quantization = "none"
 
     @property
     def directory(self) -> Path:
@@ -65,23 +66,27 @@ class FoundModel:
         InvalidRequest, CapacityError, RankFailed."""
         size = 1 if processes is None else processes.size
         if one_copy is None:
-            one_copy = one_copy_to_load(rank_architecture(self.architecture, size), self.dtype, self.device, size)
+            own = rank_architecture(self.architecture, size)
+            one_copy = one_copy_to_load(own, self.dtype, self.device, size, self.quantization)
         if processes is None:
             return self.load_part(ALONE, one_copy)
-        arguments = (processes.ranks, str(self.directory), self.device.type, dtype_name(self.dtype), one_copy)
-        with processes.told(_load_part, *arguments, keeps=True) as keep:
+        place = (str(self.directory), self.device.type, dtype_name(self.dtype), self.quantization)
+        with processes.told(_load_part, processes.ranks, *place, one_copy, keeps=True) as keep:
             return keep(self.load_part(processes.ranks, one_copy, processes))
 
     def load_part(self, ranks: Ranks, one_copy: bool, processes: RankProcesses | None = None) -> LoadedModel:
         """The same for one of several ranks."""
-        weights = load_weights(self.checkpoint, dtype=self.dtype, device=self.device, one_copy=one_copy, ranks=ranks)
+        weights = load_weights(
+            self.checkpoint, dtype=self.dtype, device=self.device, one_copy=one_copy, ranks=ranks,
+            quantization=self.quantization,
+        )
         return LoadedModel(
             self.name, self.directory, self.fingerprint, self.tokenizer, weights, Executor(weights), processes
         )
 
 
-def _load_part(ranks: Ranks, directory: str, device: str, dtype: str, one_copy: bool) -> LoadedModel:
-    return find_model(directory, device=device, dtype=dtype).load_part(ranks, one_copy)
+def _load_part(ranks: Ranks, directory: str, device: str, dtype: str, quantization: str, one_copy: bool) -> LoadedModel:
+    return find_model(directory, device=device, dtype=dtype, quantization=quantization).load_part(ranks, one_copy)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -127,6 +132,11 @@ class LoadedModel:
     def dtype(self) -> torch.dtype:
         return self.weights.dtype
 
+    @property
+    def quantization(self) -> Quantization:
+        """Of the decoder layers' linears."""
+        return self.weights.quantization
+
     def load_adapter(self, directory: Path, warn: Callable[[str], None] = _log.warning) -> Adapter:
         """An adapter in PEFT's format for this base. warn: takes what its maker should know; default: the log. Raises NotFound,
         InvalidRequest; ConfigError where several ranks share the model, as each has a part of the adapter too."""
@@ -168,7 +178,8 @@ def check_dtype(dtype: str) -> None:
 
 
 def resolve_dtype(
-    dtype: str, device: torch.device, arch: Architecture, report: Callable[[str], None] = lambda _: None
+    dtype: str, device: torch.device, arch: Architecture, report: Callable[[str], None] = lambda _: None,
+    quantization: Quantization = "none",
 ) -> torch.dtype:
     """The dtype of a name that `check_dtype` knows. 'auto' is bfloat16 on CUDA, on a CPU that multiplies it at least as fast as
     float32, and where the model's weights in float32 would take more than FLOAT32_SHARE of the memory. Elsewhere it is float32.
@@ -187,7 +198,7 @@ def resolve_dtype(
         report(f"bfloat16: {products.reason}, {speed:.1f} times as fast as float32")
         return torch.bfloat16
     slow = f"{products.reason}, but at {speed:.1f} times the speed of float32"
-    if weight_bytes(arch, torch.float32.itemsize) > FLOAT32_SHARE * device_bytes(device):
+    if weight_bytes(arch, torch.float32.itemsize, quantization) > FLOAT32_SHARE * device_bytes(device):
         report(f"bfloat16: {slow}, whose weights would take more than {FLOAT32_SHARE:.0%} of the memory")
         return torch.bfloat16
     report(f"float32: {slow}")
@@ -195,7 +206,7 @@ def resolve_dtype(
 
 
 def base_fingerprint(checkpoint: Checkpoint) -> str:
-    """A short digest of the shapes and of the final norm, whatever dtype the model runs in."""
+    """A short digest of the shapes and of the final norm, whatever dtype or quantization the model runs in."""
     arch = checkpoint.architecture
     norm = checkpoint.read("model.norm.weight", torch.float32, torch.device("cpu"))
     shapes = (arch.model_type, arch.vocab_size, arch.hidden_size, arch.intermediate_size, arch.num_layers, arch.num_heads,
@@ -204,28 +215,32 @@ def base_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def find_model(
-    name: str | None = None, *, device: str = "auto", dtype: str = "auto", report: Callable[[str], None] = lambda _: None
+    name: str | None = None, *, device: str = "auto", dtype: str = "auto", report: Callable[[str], None] = lambda _: None,
+    quantization: str = "none",
 ) -> FoundModel:
     """A model by name, without its weights: as `load_model`."""
     place = resolve_device(device)
     check_dtype(dtype)
+    coded = read_quantization(quantization)
     checkpoint = Checkpoint(locate_model(name, report=report))
-    kind = resolve_dtype(dtype, place, checkpoint.architecture, report)
+    kind = resolve_dtype(dtype, place, checkpoint.architecture, report, coded)
     tokenizer = ChatTokenizer.load(checkpoint.directory)
-    return FoundModel(name or DEFAULT_MODEL, checkpoint, base_fingerprint(checkpoint), tokenizer, place, kind)
+    return FoundModel(name or DEFAULT_MODEL, checkpoint, base_fingerprint(checkpoint), tokenizer, place, kind, coded)
 
 
 def load_model(
     name: str | None = None, *, device: str = "auto", dtype: str = "auto", report: Callable[[str], None] = lambda _: None,
-    one_copy: bool | None = None, tensor_parallel_size: int = 1,
+    one_copy: bool | None = None, tensor_parallel_size: int = 1, quantization: str = "none",
 ) -> LoadedModel:
     """Loads a model by name: None (SmolLM2), a directory, a GGUF file or a hub id. report: progress, a line each. one_copy:
     whether each weight matrix is held once (model/linear.py); None: by the memory that there is. tensor_parallel_size: how many
     processes share the model, each on a GPU of its own or on its share of the cores. They run until the model is closed.
+    quantization: "fp8" stores the matrices of the decoder layers in 8-bit floats (model/fp8.py), whatever the dtype of the
+    rest. That changes the model a little, and takes half of bfloat16's memory; "none" stores them in the model's dtype.
 
     Raises NotFound, InvalidRequest, ConfigError, CapacityError, RankFailed.
     """
-    found = find_model(name, device=device, dtype=dtype, report=report)
+    found = find_model(name, device=device, dtype=dtype, report=report, quantization=quantization)
     processes = start_ranks(found, tensor_parallel_size, report)
     try:
         return found.load(one_copy, processes)

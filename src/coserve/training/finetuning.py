@@ -89,6 +89,7 @@ def planned_bytes(job: ResolvedJob, model: Model, plan: ModelPlan, *, one_copy: 
         arch, plan, num_parameters, microbatch_tokens=job.plans.num_tokens, window_tokens=settings.window_tokens,
         itemsize=model.dtype.itemsize, packed=can_pack(model.dtype, model.device), one_copy=one_copy,
         fused_head=job.group is None and fused_head(model.device, model.dtype),
+        quantization=model.quantization,
     )
     if isinstance(model, LoadedModel):
         needed.pop("weights")
@@ -168,7 +169,7 @@ def _begin(job: ResolvedJob, loaded: LoadedModel, trainer: AdapterTrainer) -> Pr
     """Makes or resumes the job's directory."""
     request, config = job.request, job.settings
     facts = {
-        "base_fingerprint": loaded.fingerprint, "data_digest": job.train.report.digest,
+        "base_fingerprint": loaded.fingerprint, "quantization": loaded.quantization, "data_digest": job.train.report.digest,
         "validation_digest": None if job.held_out is None else job.held_out.report.digest,
         "start": None if request.start is None else str(request.start),
         "start_digest": None if request.start is None else _digest(request.start),
@@ -201,13 +202,15 @@ def finetune(
     data: str | os.PathLike[str], output: str | os.PathLike[str], *, model: str | LoadedModel | None = None,
     config: FinetuneConfig | None = None, validation: str | os.PathLike[str] | None = None,
     start: str | os.PathLike[str] | None = None, resume: bool = False, device: str = "auto", dtype: str = "auto",
-    tensor_parallel_size: int = 1, adapter_sharding: str = "", listen: Callable[[JobEvent], None] = lambda event: None,
+    quantization: str | None = None, tensor_parallel_size: int = 1, adapter_sharding: str = "",
+    listen: Callable[[JobEvent], None] = lambda event: None,
 ) -> FinetuneResult:
     """Finetunes an adapter (LoRA unless the settings name another kind) on a JSON Lines file and writes it to a directory.
 
     model: a name as for `load_model`, or a loaded model. config: settings; those that are 'auto' are chosen from the data, and
     an event tells them. validation: a JSON Lines file of held-out data. start: directory of an adapter to continue. resume:
-    continue the job in `output` from its newest whole checkpoint. tensor_parallel_size: how many processes share the model,
+    continue the job in `output` from its newest whole checkpoint. quantization: as for `load_model`; None: that of a resumed
+    job, else none. tensor_parallel_size: how many processes share the model,
     each on a GPU of its own or on its share of the cores; a resumed job may have another number, unless it is deterministic.
     adapter_sharding: where parameters must lie on them, as q_proj.lora_A=whole,q_proj.lora_B=out; the others lie where it is
     cheapest. listen: called with every event. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is
@@ -216,13 +219,17 @@ def finetune(
     request = JobRequest.of(data, output, config, validation=validation, start=start, resume=resume, listen=listen)
     require(not isinstance(model, LoadedModel) or model.tensor_parallel_size == tensor_parallel_size == 1,
             "tensor_parallel_size", "a job on several ranks loads the model itself; give the model's name")
+    require(not isinstance(model, LoadedModel) or quantization in (None, model.quantization), "quantization",
+            "a loaded model has its own; give it to load_model")
     base: Model
     if isinstance(model, LoadedModel):
         base = model
     else:
         if resume and dtype == "auto":
             dtype = _recorded_dtype(request.directory, resolve_device(device))
-        base = find_model(model, device=device, dtype=dtype, report=request.inform)
+        if quantization is None:
+            quantization = str(read_record(request.directory).get("quantization", "none")) if resume else "none"
+        base = find_model(model, device=device, dtype=dtype, report=request.inform, quantization=quantization)
     check_ranks(base.architecture, tensor_parallel_size, base.device)
     require_ranks(adapter_sharding, tensor_parallel_size)
     job = request.read_start(base).resolve(base, size=tensor_parallel_size, adapter_sharding=adapter_sharding)

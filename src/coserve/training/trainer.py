@@ -141,7 +141,10 @@ class AdapterTrainer:
         several ranks needs it."""
         assert master is not None or self.layout is None, "a rank has no adapter to write"
         values = self.optimizer.master if master is None else master
-        save_adapter(directory, self.whole, values, base_name=self.model.name, fingerprint=self.model.fingerprint)
+        save_adapter(
+            directory, self.whole, values, base_name=self.model.name, fingerprint=self.model.fingerprint,
+            quantization=self.model.quantization,
+        )
 
     def publish(self) -> None:
         self.published = self.adapter.copy()

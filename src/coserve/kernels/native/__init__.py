@@ -27,7 +27,7 @@ _MOST_WIDTH = 512
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTERS_AND_SIZES = {
     "rmsnorm": (3, 5, 1), "rope": (4, 5, 1), "silu_mul": (3, 5, 0), "add": (3, 5, 0), "write_cache": (5, 5, 0),
-    "paged_attention": (6, 11, 1),
+    "paged_attention": (6, 11, 1), "decode_e4m3": (3, 4, 0),
 }
 """Of each function in rows.cpp: pointers, then sizes and strides, then factors."""
 
@@ -59,6 +59,7 @@ class RowKernels:
         self._add = function("add")
         self._write_cache, self._paged_attention = function("write_cache"), function("paged_attention")
         self._long_attention = function("paged_attention", long)
+        self._decode_e4m3 = function("decode_e4m3", long)
 
     def rmsnorm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
         """As `library.rmsnorm`."""
@@ -87,6 +88,13 @@ class RowKernels:
         """As `library.add`."""
         rows, width = out.shape
         self._add(out.data_ptr(), x.data_ptr(), y.data_ptr(), rows, width, out.stride(0), x.stride(0), y.stride(0))
+
+    def decode_e4m3(self, out: Tensor, bits: Tensor, scales: Tensor) -> None:
+        """As `float8.decode_rows`."""
+        rows, width = out.shape
+        self._decode_e4m3(
+            out.data_ptr(), bits.data_ptr(), scales.data_ptr(), rows, width, out.stride(0), bits.stride(0)
+        )
 
     def write_cache(self, keys: Tensor, values: Tensor, heads_TG: Tensor, k: Tensor, v: Tensor, width: int) -> None:
         """Stores k and v [T, G * K]. keys, values: a layer's memory; heads_TG: int64 [T * G], where each head goes, in units of

@@ -1,5 +1,5 @@
 // Kernels over the rows of a pass on a CPU: norm, rotary embedding, gated activation, sum, the key-value cache's writes, and
-// attention over its blocks. Each is one call where tensor operations would be many.
+// attention over its blocks; and matrices in 8-bit floats decoded. Each is one call where tensor operations would be many.
 //
 // T rows, H query heads, G key-value heads, K head width. A stride is in elements, from a row to the next; features of a row
 // lie side by side. Elements are float or bfloat16; sums and intermediate values are float. The threads of the caller's OpenMP
@@ -11,7 +11,7 @@
 
 #include <type_traits>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -435,6 +435,61 @@ void paged_attention(T* out, const T* q, const T* cache, const int32_t* tables, 
     }
 }
 
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+// GNU's compiler converts vectors of different sizes element by element.
+#ifdef __AVX512F__
+inline Places widen_bytes(Bytes bytes) {
+    return reinterpret_cast<Places>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes)));
+}
+inline Halves low_halves(Words words) {
+    return reinterpret_cast<Halves>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
+}
+#else
+inline Places widen_bytes(Bytes bytes) { return __builtin_convertvector(bytes, Places); }
+inline Halves low_halves(Words words) { return __builtin_convertvector(words, Halves); }
+#endif
+
+inline void store_finite(float* place, Lanes values) { store_lanes(place, values); }
+
+// As `store`, for numbers and for the NaN that the processor makes.
+inline void store_finite(Bfloat16* place, Lanes values) {
+    Words bits = reinterpret_cast<Words>(values);
+    Halves halves = low_halves((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    memcpy(place, &halves, sizeof halves);
+}
+
+// The sign is shifted along when bytes become words; what it fills between itself and the exponent is cleared. 2^120 makes up
+// for the exponent's other bias.
+inline Lanes e4m3_lanes(const int8_t* from, float scale) {
+    Bytes bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    Places moved = widen_bytes(bytes) << 20 & ~0x78000000;
+    return reinterpret_cast<Lanes>(moved) * 0x1p120f * scale;
+}
+
+// out = the numbers that e4m3 bytes stand for, times the row's scale. The bytes of NaN are not told apart from a number.
+template <typename T>
+void decode_e4m3(T* out, const int8_t* bits, const float* scales, Index rows, Index width, Index out_stride,
+                 Index bits_stride) {
+#pragma omp parallel for schedule(static) if (rows * width > kElementsPerTeam)
+    for (Index row = 0; row < rows; ++row) {
+        const int8_t* from = bits + row * bits_stride;
+        T* to = out + row * out_stride;
+        Index k = 0;
+        for (; k + kLanes <= width; k += kLanes) store_finite(to + k, e4m3_lanes(from + k, scales[row]));
+        if (k < width) {
+            int8_t last[kLanes] = {};
+            T decoded[kLanes];
+            memcpy(last, from + k, width - k);
+            store_finite(decoded, e4m3_lanes(last, scales[row]));
+            memcpy(to + k, decoded, (width - k) * sizeof(T));
+        }
+    }
+}
+
 }  // namespace
 
 #define KERNELS(T, NAME)                                                                                                       \
@@ -464,6 +519,10 @@ void paged_attention(T* out, const T* q, const T* cache, const int32_t* tables, 
                                            Index block_stride, Index values_offset, Index window, float scale) {               \
         paged_attention(out, q, cache, tables, contexts, starts, sequences, kv_heads, share, width, out_stride, q_stride,      \
                         table_stride, block_tokens, block_stride, values_offset, window, scale);                               \
+    }                                                                                                                          \
+    extern "C" void decode_e4m3_##NAME(T* out, const int8_t* bits, const float* scales, Index rows, Index width,               \
+                                       Index out_stride, Index bits_stride) {                                                  \
+        decode_e4m3(out, bits, scales, rows, width, out_stride, bits_stride);                                                  \
     }
 
 KERNELS(float, float32)

@@ -79,10 +79,12 @@ def make_ready(engine: Engine, asked: int | None, start_s: float) -> Ready:
         model=model.name, directory=str(model.directory), fingerprint=model.fingerprint, architecture=arch.model_type,
         num_parameters=sum(math.prod(shape) for shape in expected_shapes(arch).values()), vocab_size=arch.vocab_size,
         max_model_len=max_model_len(engine, asked), hidden_size=arch.hidden_size, device=weights.device.type,
-        dtype=dtype_name(weights.dtype), threads=torch.get_num_threads(), start_s=start_s, objectives=engine.objectives,
+        dtype=dtype_name(weights.dtype), quantization=weights.quantization, threads=torch.get_num_threads(), start_s=start_s,
+        objectives=engine.objectives,
         memory={
-            "weights": weight_bytes(weights.architecture, weights.dtype.itemsize), "pool": blocks.num_blocks * size,
-            "inference": blocks.guaranteed_blocks * size, "training": (blocks.num_blocks - blocks.guaranteed_blocks) * size,
+            "weights": weight_bytes(weights.architecture, weights.dtype.itemsize, weights.quantization),
+            "pool": blocks.num_blocks * size, "inference": blocks.guaranteed_blocks * size,
+            "training": (blocks.num_blocks - blocks.guaranteed_blocks) * size,
         },
     )
 
@@ -106,7 +108,7 @@ class EngineProcessMain:
         self.report(f"loading {config.model or 'the default model'} ...")
         return load_model(
             config.model, device=config.device, dtype=config.dtype, report=self.report,
-            tensor_parallel_size=config.tensor_parallel_size,
+            tensor_parallel_size=config.tensor_parallel_size, quantization=config.quantization,
         )
 
     def run(self) -> None:

@@ -143,6 +143,7 @@ class Ready(Message, frozen=True, kw_only=True):
     hidden_size: int = 0
     device: str
     dtype: str
+    quantization: str = "none"
     threads: int
     memory: dict[str, int]
     objectives: Slo
