@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ from coserve.model.locate import locate_model
 
 MODEL = "llama-3.1-8b"
 NUM_SHARDS = 9
-NOISE_ELEMENTS = 1 << 26
-"""Random numbers that the matrices repeat: speed and memory don't depend on them."""
+NOISE_ELEMENTS = (1 << 26) - 5
+"""Random numbers that the matrices repeat, each from a place of its own. Rows have other lengths, so that no two are equal."""
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 16
 QUESTION, ANSWER = "What does a long answer look like? ", "It says the same thing again, and again. "
 REPEATS = 35
@@ -49,8 +49,10 @@ REPEATS = 35
 POLL_S = 0.2
 
 
-def draw_checkpoint(directory: Path) -> None:
-    """Writes the model, unless it is there."""
+def draw_checkpoint(
+    directory: Path, kind: str = "llama", sizes: Mapping[str, Any] = SHAPES[MODEL], num_shards: int = NUM_SHARDS
+) -> None:
+    """Writes a model, unless it is there: a shard at a time. kind, sizes: transformers' model type and its configuration."""
     if (directory / "model.safetensors.index.json").is_file():
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -59,17 +61,20 @@ def draw_checkpoint(directory: Path) -> None:
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, directory)
     AutoConfig.for_model(
-        "llama", **SHAPES[MODEL], architectures=["LlamaForCausalLM"], torch_dtype="bfloat16"
+        kind, **sizes, architectures=[f"{kind.capitalize()}ForCausalLM"], torch_dtype="bfloat16"
     ).save_pretrained(directory)
     shapes = list(expected_shapes(read_architecture(directory)).items())
     noise = torch.randn(NOISE_ELEMENTS, generator=torch.Generator().manual_seed(0)).mul_(STD).bfloat16()
     places: dict[str, str] = {}
-    for shard in range(NUM_SHARDS):
-        file = f"model-{shard + 1:05}-of-{NUM_SHARDS:05}.safetensors"
+    for shard in range(num_shards):
+        file = f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
         tensors = {}
-        for name, shape in shapes[shard * len(shapes) // NUM_SHARDS : (shard + 1) * len(shapes) // NUM_SHARDS]:
+        for name, shape in shapes[shard * len(shapes) // num_shards : (shard + 1) * len(shapes) // num_shards]:
             count = torch.Size(shape).numel()
-            values = noise.repeat(-(-count // NOISE_ELEMENTS))[:count] if len(shape) > 1 else torch.ones(count).bfloat16()
+            start = len(places) * 7919 * 4099 % NOISE_ELEMENTS
+            values = torch.ones(count).bfloat16()
+            if not name.endswith("norm.weight"):
+                values = noise.repeat(-(-(start + count) // NOISE_ELEMENTS))[start : start + count].clone()
             tensors[name] = values.view(shape)
             places[name] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
@@ -102,7 +107,8 @@ class PeakMemory:
 
     def _watch(self, pid: int) -> None:
         while not self._ended.wait(POLL_S):
-            self._peaks |= peak_of(pid)
+            for each, peak in peak_of(pid).items():  # one that has just ended says 0
+                self._peaks[each] = max(peak, self._peaks.get(each, 0))
 
     def end(self) -> int:
         """Bytes; ends the watch."""
@@ -135,10 +141,10 @@ def measure_serving(directory: Path, scratch: Path) -> dict[str, Any]:
         }
 
 
-def measure_training(directory: Path, scratch: Path) -> dict[str, Any]:
-    """Two steps on one chat."""
+def measure_training(directory: Path, scratch: Path, repeats: int = REPEATS) -> dict[str, Any]:
+    """Two steps on one chat. repeats: of its answer."""
     data, output = scratch / "chat.jsonl", scratch / "tuned"
-    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER * REPEATS}]
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER * repeats}]
     data.write_text(json.dumps({"messages": messages}) + "\n")
     started = time.perf_counter()
     command = [sys.executable, "-m", "coserve", "finetune", str(directory), str(data), "-o", str(output), "--max-steps", "2"]
