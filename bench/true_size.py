@@ -131,7 +131,7 @@ def steps(places: Places) -> dict[str, Any]:
         "--sequence-length", str(row["tokens"]), "--no-baselines", "--json", "-",
     ]
     plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    planned = plan["stages"][-1]["total_bytes"] + sum(plan["apart"].values())
+    planned = plan["stages"][-1]["total_bytes"] + sum(plan["beside_every_total"].values())
     return {**row, "planned_bytes": planned, "peak_by_planned": row["peak_bytes"] / planned}
 
 

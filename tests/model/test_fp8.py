@@ -23,6 +23,7 @@ from coserve.model.fp8 import DecodeBuffer, Fp8Linear, Fp8Rows, linear_bytes
 from coserve.model.memory import packed_bytes, weight_bytes
 from coserve.model.rankcheckpoint import RankCheckpoint
 from coserve.model.weights import LayerWeights, load_weights
+from tests.fake_cuda import fake_cuda, needs_fake_cuda
 from tests.tiny_models import FAMILIES, build_tiny_model
 
 CPU = torch.device("cpu")
@@ -182,3 +183,20 @@ def test_a_device_decodes_a_whole_matrix_and_a_cpu_a_tile(monkeypatch: pytest.Mo
     tiles = list(DecodeBuffer(1 << 20, torch.bfloat16, CPU).steps(1000, 300))
     assert [part.start for part in tiles[1:]] == [part.stop for part in tiles[:-1]]
     assert tiles[0] == slice(0, 192) and tiles[-1].stop == 1000
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize("kernel", ["_decode_kernel", "copy_"])
+def test_on_cuda_a_product_is_one_decoding_and_one_product(kernel: str) -> None:
+    """Llama-3.1-8B's gate_up_proj; where the kernel can't read the matrix, the library takes two launches."""
+    odd = 0 if kernel == "_decode_kernel" else 8
+    with fake_cuda() as cuda:
+        place, shape = torch.device("cuda"), (28672, 4096 + odd)
+        bits = torch.empty(shape, dtype=torch.uint8, device=place).view(float8.E4M3)
+        scales = torch.empty(shape[0], 1, device=place)
+        linear = Fp8Linear(bits, scales, None, DecodeBuffer(math.prod(shape), torch.bfloat16, place))
+        x, y = (torch.empty(64, width, dtype=torch.bfloat16, device=place) for width in reversed(shape))
+        for run in (lambda: linear.forward(y, x), lambda: linear.input_grad(x, y)):
+            with cuda.counting() as found:
+                run()
+            assert found[kernel] == 1 and found["mm"] == 1 and found.total() == (2 if not odd else 3), found

@@ -43,8 +43,11 @@ def _decode_kernel(
 
 
 def can_decode(out: Tensor, bits: Tensor) -> bool:
-    """Whether tensors lie as the kernel reads them: in steps of 16 elements, at addresses of 16 bytes."""
-    places = (out.data_ptr(), bits.data_ptr(), bits.stride(0), out.stride(0) * out.element_size(), bits.shape[1])
+    """Whether tensors lie as the kernel reads them: in steps of 16 elements, at addresses of 16 bytes (memory begins at such)."""
+    size = out.element_size()
+    places = (
+        out.storage_offset() * size, bits.storage_offset(), bits.stride(0), out.stride(0) * size, bits.shape[1],
+    )
     return out.dtype in DTYPES and all(place % ALIGNMENT == 0 for place in places)
 
 
