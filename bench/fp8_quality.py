@@ -5,8 +5,8 @@
 The default model in float32, with its matrices and with their 8-bit floats. Texts are questions with their answers, prompts are
 questions in the chat template. Loss is the mean cross-entropy per token of the texts. Agreement is the share of the texts'
 tokens where both models have the same most likely next token, and of greedy answers it is how many are equal, and how many
-tokens come before the first difference. Beside that, for scale, the same of bfloat16. Times are of single answers, greedy, from
-128 tokens on, alternating; they take the machine for themselves.
+tokens come before the first difference. Beside that, for scale, the same of bfloat16. With --times also the time per token of
+single answers, greedy, from 128 tokens on, alternating; that takes the machine for itself.
 """
 
 from __future__ import annotations
@@ -95,12 +95,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         print(f"{name}: read {len(texts)} texts and answered {len(prompts)} prompts", flush=True)
     timed = (texts[0] * TIMED_PROMPT)[:TIMED_PROMPT]
     times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(TIMED_RUNS + 1):  # the first run doesn't count
+    for _ in range(TIMED_RUNS + 1 if options.times else 0):  # the first run doesn't count
         for name, model in models.items():
             times[name].append(decode_seconds(model, timed))
     return [
         {"variant": name, **compare(reads[name], answers[name], reads["float32"], answers["float32"]),
-         "decode_ms_per_token": 1e3 * median(times[name][1:])}
+         **({"decode_ms_per_token": 1e3 * median(times[name][1:])} if options.times else {})}
         for name in models
     ]
 
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=100)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
+    parser.add_argument("--times", action="store_true", help="time single answers too")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "fp8_quality.json")
     options = parser.parse_args()
     rows = measure(options)

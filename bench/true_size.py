@@ -27,9 +27,9 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,11 +143,18 @@ def said_bytes(log: str) -> dict[str, float]:
     return {name: float(value) * GIB for name, value in zip(("weights", "pool"), found.groups(), strict=True)}
 
 
+def asked(reply: httpx.Response) -> Any:
+    """What a server answers. Raises RuntimeError with its words if it refuses."""
+    if reply.is_error:
+        raise RuntimeError(f"{reply.request.url.path}: {reply.text[:1000]}")
+    return reply.json()
+
+
 def chat_seconds(url: str, model: str) -> float:
     """Seconds of one chat of CHAT_TOKENS tokens."""
     began = time.perf_counter()
     body = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": CHAT_TOKENS, "temperature": 0}
-    httpx.post(f"{url}/v1/chat/completions", json=body, timeout=JOB_S).raise_for_status()
+    asked(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=JOB_S))
     return time.perf_counter() - began
 
 
@@ -157,15 +164,14 @@ def run_job(url: str, model: str, scratch: Path) -> dict[str, Any]:
     turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER * 3}]
     data.write_text((json.dumps({"messages": turns}) + "\n") * 4)
     with data.open("rb") as file:
-        sent = httpx.post(f"{url}/v1/files", files={"file": file}, data={"purpose": "fine-tune"}, timeout=JOB_S)
-    body = {
-        "model": model, "training_file": sent.raise_for_status().json()["id"], "max_steps": 2, "batch_size": 2, "rank": 16,
-    }
+        sent = asked(httpx.post(f"{url}/v1/files", files={"file": file}, data={"purpose": "fine-tune"}, timeout=JOB_S))
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 2}}}
+    body = {"model": model, "training_file": sent["id"], "max_steps": 2, "rank": 16, "method": method}
     began = time.perf_counter()
-    job = httpx.post(f"{url}/v1/fine_tuning/jobs", json=body, timeout=JOB_S).raise_for_status().json()
+    job = asked(httpx.post(f"{url}/v1/fine_tuning/jobs", json=body, timeout=JOB_S))
     while job["status"] not in ("succeeded", "failed", "cancelled") and time.perf_counter() - began < JOB_S:
         time.sleep(POLL_S)
-        job = httpx.get(f"{url}/v1/fine_tuning/jobs/{job['id']}", timeout=JOB_S).json()
+        job = asked(httpx.get(f"{url}/v1/fine_tuning/jobs/{job['id']}", timeout=JOB_S))
     return {"status": job["status"], "seconds": time.perf_counter() - began, "error": job.get("error")}
 
 
@@ -180,11 +186,11 @@ def served(directory: Path, scratch: Path, *flags: str, with_job: bool) -> dict[
         job: dict[str, Any] = {}
         beside: list[float] = []
         if with_job:
-            thread = threading.Thread(target=lambda: job.update(run_job(server.url, model, scratch)))
-            thread.start()
-            while thread.is_alive():
-                beside.append(chat_seconds(server.url, model))
-            thread.join()
+            with ThreadPoolExecutor(1) as pool:
+                running = pool.submit(run_job, server.url, model, scratch)
+                while not running.done():
+                    beside.append(chat_seconds(server.url, model))
+                job = running.result()
         time.sleep(2 * POLL_S)
         peak, said = memory.end(), said_bytes(server.log.read_text())
     return {

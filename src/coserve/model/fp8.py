@@ -23,7 +23,7 @@ from coserve.model.architecture import Architecture
 from coserve.model.decoder import MERGED, linear_shapes
 from coserve.model.linear import FrozenLinear
 
-TILE_ELEMENTS = 1 << 20
+TILE_ELEMENTS = 1 << 21
 """Elements that are decoded at once on a CPU."""
 _STEP = 64
 """Rows and columns of a tile are multiples of it, where there are as many."""
