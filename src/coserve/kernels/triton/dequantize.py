@@ -43,7 +43,7 @@ def _decode_kernel(
 
 
 def can_decode(out: Tensor, bits: Tensor) -> bool:
-    """Whether tensors lie as the kernel reads them: in steps of 16 elements, at addresses of 16 bytes (memory begins at such)."""
+    """Whether tensors lie as the kernel reads them: in steps of 16 elements, at addresses of 16 bytes (as memory begins)."""
     size = out.element_size()
     places = (
         out.storage_offset() * size, bits.storage_offset(), bits.stride(0), out.stride(0) * size, bits.shape[1],
