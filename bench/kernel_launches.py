@@ -18,7 +18,7 @@ from kernel_figures import Bounds, Launch, launches
 from torch import Tensor
 
 from coserve.kernels import triton as kernels
-from coserve.kernels.triton import copies, crossentropy, gather, paged_decode, rows, sampling, segments
+from coserve.kernels.triton import copies, crossentropy, dequantize, gather, paged_decode, rows, sampling, segments
 
 LAYERS, HEADS, KV_HEADS, WIDTH, HIDDEN, VOCABULARY = 32, 32, 8, 128, 4096, 128_256
 BLOCK_TOKENS = 16
@@ -113,6 +113,13 @@ def _context(requests: int = 4, tokens: int = 2048) -> None:
     )
 
 
+def _dequantize(features: int = 14336) -> None:
+    """A matrix of the MLP."""
+    dequantize.decode_rows(
+        empty(features, HIDDEN), empty(features, HIDDEN, dtype=torch.uint8), empty(features, 1, dtype=torch.float32)
+    )
+
+
 _PRODUCTS = {
     "segments._down_kernel": Bounds(products=True, registers=168), "segments._up_kernel": Bounds(products=True, registers=176),
 }
@@ -139,6 +146,7 @@ EXAMPLES: dict[str, Example] = {
         )
     } | {"copies._copy_kernel": Bounds()}),
     "context": Example(_context, {"gather._gather_kernel": Bounds()}),
+    "8-bit weights": Example(_dequantize, {"dequantize._decode_kernel": Bounds()}),
     "scalings": Example(_scalings, {"segments._scale_kernel": Bounds(registers=64)}),
 }
 
