@@ -103,9 +103,11 @@ class Alone:
             }
         return found
 
-    def _engine(self) -> Engine:
-        """An engine whose device is used without its scheduler."""
-        config = EngineConfig(memory_bytes=self.sizes.memory_bytes, scheduler=SchedulerConfig())
+    def _engine(self, *, graphs: bool = False) -> Engine:
+        """An engine whose device is used without its scheduler. graphs: whether decode passes are captured, which takes time."""
+        config = EngineConfig(
+            memory_bytes=self.sizes.memory_bytes, scheduler=SchedulerConfig(max_num_seqs=256), cuda_graphs=graphs
+        )
         return Engine(self.model.loaded, config, latency=TINY_LATENCY)
 
     def _profiler(self, engine: Engine, *, graphs: bool = False) -> Profiler:
@@ -154,7 +156,7 @@ class Alone:
 
     def decode(self) -> Iterator[dict[str, Any]]:
         """With and without graphs. The head's logits and their arg max are part of it."""
-        with contextlib.closing(self._engine()) as engine:
+        with contextlib.closing(self._engine(graphs=True)) as engine:
             itemsize = self.model.loaded.weights.dtype.itemsize
             for graphs in (True, False) if self.device.type == "cuda" else (False,):
                 profiler = self._profiler(engine, graphs=graphs)
