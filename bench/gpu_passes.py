@@ -104,7 +104,7 @@ class Alone:
         return found
 
     def _engine(self, *, graphs: bool = False) -> Engine:
-        """An engine whose device is used without its scheduler. graphs: whether decode passes are captured, which takes time."""
+        """An engine whose device is used without its scheduler. graphs: whether decode passes are captured first."""
         config = EngineConfig(
             memory_bytes=self.sizes.memory_bytes, scheduler=SchedulerConfig(max_num_seqs=256), cuda_graphs=graphs
         )
