@@ -27,6 +27,7 @@ from coserve.engine.poolsize import pool_bytes
 from coserve.peft.kinds import new_adapter
 from coserve.runtime.loaded import LoadedModel
 from coserve.runtime.spans import NO_ADAPTER
+from coserve.runtime.warmup import warm_up
 from coserve.scheduler.latency import LatencyModel
 from coserve.text.tokenizer import ChatTokenizer
 from tests.cuda_iterations import adapters, fake_device, fake_model, spans
@@ -187,13 +188,21 @@ def test_a_decode_pass_is_one_launch_beside_its_inputs(cuda: FakeCuda) -> None:
             assert found["a graph"] == 1 and found.total() <= 8, found
 
 
+def test_kernels_are_started_before_requests_come(cuda: FakeCuda) -> None:
+    """A kernel's first start compiles it."""
+    device = fake_device(fake_model("Llama-3.1-8B"))
+    with cuda.counting() as found:
+        warm_up(device.passes)
+    assert {"_split_kernel", "_combine_kernel", "_gather_kernel", "_peaks_kernel", "_pick_kernel", "_cut_kernel"} <= set(found)
+
+
 def test_the_pools_size_is_what_iterations_leave(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest iterations run, and their peak is put aside, with a job's adapter and optimizer."""
     model, lines = fake_model("Llama-3.1-8B"), list[str]()
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 5 << 30)
     with cuda.counting() as found, cuda.host_may_read():
         size = pool_bytes(model, EngineConfig(), report=lines.append)
-    assert size is not None and (46 << 30) < size < (51 << 30), "64 of 80 GiB are free, 72 may be taken in all, 5 are beside"
+    assert size is not None and (44 << 30) < size < (50 << 30), "64 of 80 GiB are free, 72 may be taken, 5 are beside"
     assert found["_flash_attention_backward"] and found["_split_kernel"], "decode, prompts, windows of both directions"
-    assert "5.00 GiB that the largest iterations took" in lines[0]
+    assert "GiB for the largest iterations" in lines[0]
     assert pool_bytes(model, EngineConfig(memory_bytes=1 << 30)) == 1 << 30

@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from coserve.config.settings import SamplingConfig, SchedulerConfig
-from coserve.core import InvalidRequest
+from coserve.config.settings import LoraConfig, SamplingConfig, SchedulerConfig
+from coserve.core import CapacityError, InvalidRequest
 from coserve.engine.engine import Engine
 from coserve.peft.adapter import Adapter
 from coserve.peft.format import save_adapter
+from coserve.peft.lora import LoraAdapter
+from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.loaded import LoadedModel
 from tests.tiny_engine import MakeEngine, drive, make_engine, prompt, random_adapter
 
@@ -240,3 +243,45 @@ def test_with_a_thread_of_its_own(engines: MakeEngine, adapters: list[Path], exp
         handles = [engine.submit(prompt(20), GREEDY, adapter=str(number)) for number in range(NUM)]
         assert all(handle.wait(30) for handle in handles)
     assert [handle.token_ids for handle in handles] == expected
+
+
+def test_without_memory_for_a_slot_nothing_is_lost(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is one that ends a request, and a later try finds everything as it was."""
+    slots = AdapterSlots(model.architecture, torch.float32, torch.device("cpu"), max_slots=4, max_rank=64)
+    small, large = (
+        LoraAdapter.create(model.architecture, LoraConfig(r=r), dtype=torch.float32, device=torch.device("cpu"), seed=r)
+        for r in (4, 16)
+    )
+    slots.place("small", small)
+    zeros = AdapterSlots._zeros
+
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AdapterSlots, "_zeros", full)
+    for _ in range(3):
+        with pytest.raises(CapacityError, match="max_adapters"):
+            slots.place("large", large)
+    assert slots.keys == ("small",)
+    monkeypatch.setattr(AdapterSlots, "_zeros", zeros)
+    assert {slots.place("large", large), slots.place("small", small)} == {0, 1}
+
+
+def test_a_device_without_memory_for_an_adapter_ends_its_requests_only(
+    engines: MakeEngine, adapters: list[Path], expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines(max_adapters=NUM)
+    load_all(engine, adapters[:1])
+    assert engine.generate([prompt(20)], GREEDY, adapter="0")[0].token_ids == expected[0]
+    zeros = AdapterSlots._zeros
+
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AdapterSlots, "_zeros", full)
+    engine.load_adapter("1", adapters[1])
+    ended, fine = engine.submit(prompt(20), GREEDY, adapter="1"), engine.submit(prompt(20), GREEDY, adapter="0")
+    drive(engine)
+    assert isinstance(ended.error, CapacityError) and fine.token_ids == expected[0]
+    monkeypatch.setattr(AdapterSlots, "_zeros", zeros)
+    assert engine.generate([prompt(20)], GREEDY, adapter="1")[0].token_ids == expected[1]

@@ -18,12 +18,13 @@ Owns: versions, which have a slot. Does not own: a slot's tensors (runtime/adapt
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from coserve.core import CoserveError, InvalidRequest, NotFound
+from coserve.core import CapacityError, CoserveError, InvalidRequest, NotFound
 from coserve.engine.threads import SideThreads
 from coserve.peft.adapter import Adapter
 from coserve.runtime.adapters import AdapterSlots
@@ -126,7 +127,8 @@ class AdapterRegistry:
             self._drop_unused(previous)
         if directory is not None:
             if not self._waiting and self._has_room():
-                self._place(version)
+                with contextlib.suppress(CapacityError):  # of the device's memory; it is placed when a request needs it
+                    self._place(version)
             held.adapter = None
         return version
 
@@ -215,8 +217,12 @@ class AdapterRegistry:
                 self._closing = next((key for key in self._versions() if self._held[key].running), None)
                 break
             if held.adapter is not None:
-                self._place(version)
-                held.fresh = True
+                try:
+                    self._place(version)
+                    held.fresh = True
+                except CapacityError as error:  # the device's memory is full: this version's requests end, and no others
+                    del self._waiting[version]
+                    self._post(functools.partial(self.fail, version, error))
             elif not held.loading and self._num_staged < _MAX_STAGED:
                 held.loading = True
                 self._loader.submit(self._read, version, held.directory)

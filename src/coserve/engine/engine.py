@@ -53,6 +53,9 @@ from coserve.scheduler.slo import asked_slo, describe_slo
 from coserve.training.finetuning import prepare
 from coserve.training.request import JobRequest
 
+_IDLE_S = 1.0
+"""Seconds without work after which the engine prepares what later work will need."""
+
 
 class PlanRunner(Protocol):
     """Executes step plans. Tests have one without tensors."""
@@ -106,6 +109,7 @@ class Engine:
         )
         self._device_free_s = -math.inf
         """When the device will have done what it was told, by the engine's clock and as predicted."""
+        self._idle_since_s = math.inf
 
     # --- requests ---
 
@@ -285,19 +289,30 @@ class Engine:
             began = self.now()
             self._loop.drain()
             self.device.check()
-            self.jobs.advance(watcher)
+            waiting = self.now()
+            self.jobs.advance(watcher)  # which reads what queued units leave
+            waiting = self.now() - waiting if self.device.is_cuda else 0.0
             watcher.begin("planning an iteration")
             plan = self.scheduler.schedule(max(self.now(), self._device_free_s))  # when it will begin
             if plan.empty:
-                return self.device.capture_next()  # nobody waits for it
+                return self._use_idle_time(began)
+            self._idle_since_s = math.inf
             requests, jobs = self._holds(plan)
             watcher.begin(f"an iteration ({plan.kind})", plan.predicted_s, jobs=jobs, requests=requests)
             lookup = Lookup(self.requests.live, self.blocks.table, self.jobs.microbatches, self.jobs.jobs, self.jobs.owners)
             result = self.runner.run(plan, lookup)
             watcher.begin("taking what an iteration gave", requests=requests)
             self._commit(plan, result)
-            self._counts["host_s"] += self.now() - began - result.waited_s
+            self._counts["host_s"] += self.now() - began - waiting - result.waited_s
             return True
+
+    def _use_idle_time(self, now: float) -> bool:
+        """After a while without work, prepares what later work will need, piece by piece; False if there is nothing to do."""
+        self._idle_since_s = min(self._idle_since_s, now)
+        if now - self._idle_since_s < _IDLE_S:
+            return False
+        self._loop.watcher.begin("capturing a decode pass")
+        return self.device.capture_next()
 
     def _holds(self, plan: StepPlan) -> tuple[list[str], list[str]]:
         """Labels of the requests and of the jobs in a plan, without repeats."""
@@ -319,8 +334,8 @@ class Engine:
             self._device_free_s = now
         elif ids:  # its pass is over
             self._device_free_s = now + self.scheduler.rest_seconds(plan)
-        else:
-            self._device_free_s = max(now, self._device_free_s) + plan.predicted_s
+        else:  # the one before is over, or nothing ran
+            self._device_free_s = now + plan.predicted_s
         self.requests.apply(plan, result, now)
 
     def _count(self, plan: StepPlan, result: StepResult) -> None:

@@ -17,6 +17,7 @@ from coserve.engine.poolsize import pool_bytes
 from coserve.model.memory import available_to_each
 from coserve.runtime.cache import block_bytes
 from coserve.runtime.loaded import LoadedModel
+from coserve.runtime.warmup import warm_up
 from coserve.training.group import engine_group, require_ranks
 
 
@@ -51,12 +52,14 @@ def make_device(model: LoadedModel, config: EngineConfig, *, trains: bool, repor
     line = device.settle_copies(free, trains)
     if line is not None:
         report(line)
-    _capture(device, report)
+    _get_ready(device, report)
     return device
 
 
-def _capture(device: EngineDevice, report: Callable[[str], None]) -> None:
-    """Captures all sizes of decode pass that are replayed."""
+def _get_ready(device: EngineDevice, report: Callable[[str], None]) -> None:
+    """Compiles kernels, and captures all sizes of decode pass that are replayed."""
+    if device.group is None:
+        warm_up(device.passes)
     count, began = 0, time.perf_counter()
     with torch.no_grad():
         while device.capture_next():

@@ -166,7 +166,9 @@ class RequestTable(Seats):
         for number, tokens in result.tokens.items():
             request = self.live[number]
             if request.index == 0 and not request.handle.token_ids:
-                request.handle.cached_tokens, request.handle.begun_s = request.state.cached_tokens, request.state.begun_s
+                begun_s = request.state.begun_s  # as planned; the device may have been free earlier
+                request.handle.begun_s = None if begun_s is None else min(begun_s, now)
+                request.handle.cached_tokens = request.state.cached_tokens
             for sibling in request.siblings:
                 self.scheduler.add_request(sibling.state)
             request.siblings.clear()

@@ -130,17 +130,19 @@ class Profiler:
         return samples + [sample for sample in left if sample is not None]
 
     @torch.no_grad()
-    def run_once(self, points: Sequence[Contents]) -> None:
-        """Runs points that the pool has room for, once each."""
+    def run_once(self, points: Sequence[Contents]) -> bool:
+        """Runs points, once each. False if the pool has no room for one of them; others are run all the same."""
         self.prepare()
+        all_run = True
         for point in points:
             try:
                 self.begin(point)
                 self.once()
             except CapacityError:
-                continue
+                all_run = False
             finally:
                 self.end()
+        return all_run
 
     def prepare(self) -> None:
         """Lays weights out for the points' units."""

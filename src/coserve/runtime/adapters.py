@@ -24,6 +24,8 @@ from coserve.kernels.triton.segments import DTYPES, TRAINING, SlotFactors
 from coserve.model.architecture import Architecture
 from coserve.peft.adapter import Adapter, Kind, Parameter
 
+_MOST_GROWN = 16
+"""Slots that are added at once: their number doubles until then."""
 _RANK_STEP = 8
 """Ranks are rounded up to this: rows of the grouped product are multiples of 16 bytes."""
 
@@ -64,10 +66,18 @@ class AdapterSlots:
         if key in self._placed:
             return self._placed[key].slot
         self.check(adapter)
-        if not self._free:
-            self._grow()
-        self._forget()
-        self._widen(adapter)
+        try:
+            if not self._free:
+                self._grow()
+            self._forget()
+            self._widen(adapter)
+            for p in adapter.parameters:
+                self._stack(p)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                "adapter: the device has no memory for one more; unload one, or lower max_adapters or memory_bytes",
+                param="max_adapters",
+            ) from error
         slot = self._free.pop(0)
         for p in adapter.parameters:
             factor = adapter.factor(p.layer, p.name)
@@ -183,10 +193,11 @@ class AdapterSlots:
             raise CapacityError(
                 f"adapter: all {self.max_slots} places are in use (max_adapters); unload one", param="max_adapters"
             )
-        more = min(max(1, self.num_slots), self.max_slots - self.num_slots)
+        more = min(max(1, self.num_slots), _MOST_GROWN, self.max_slots - self.num_slots)
         for stacks in self._stacks:
             for name, stack in stacks.items():
-                stacks[name] = self._enlarged(stack, stack.shape[0] + more, *stack.shape[1:])
+                if stack.shape[0] < self.num_slots + more:
+                    stacks[name] = self._enlarged(stack, self.num_slots + more, *stack.shape[1:])
         self._free += range(self.num_slots, self.num_slots + more)
         self.num_slots += more
 
@@ -198,12 +209,13 @@ class AdapterSlots:
             rank = -(-rank // _RANK_STEP) * _RANK_STEP
             if rank <= self._ranks.setdefault(part, rank):
                 continue
-            self._ranks[part] = rank
             for stacks in self._stacks:
                 for name in [name for name in stacks if name.endswith(f".{part}")]:
                     num_slots, num_in, num_out = stacks[name].shape
                     sizes = (num_in, rank) if axes[part] == 0 else (rank, num_out)
-                    stacks[name] = self._enlarged(stacks[name], num_slots, *sizes)
+                    if (num_in, num_out) != sizes:  # it isn't left from a try that ended without memory
+                        stacks[name] = self._enlarged(stacks[name], num_slots, *sizes)
+            self._ranks[part] = rank
 
 
 class AdapterRows:

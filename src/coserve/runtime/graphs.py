@@ -1,6 +1,6 @@
 """CUDA graphs for iterations that only decode: a pass as one launch instead of hundreds.
 
-    host:    ids | positions | blocks | contexts | slots | tables   --one queued copy-->   static inputs
+    host:    positions | blocks | contexts | slots | tables   --one queued copy-->   static inputs, with ids
     graph:   embedding -> layers, by the same programs as any pass -> hidden [padded rows, D]
 
 There are a few sizes: rows in powers of two, contexts in steps of four. Nothing is captured while requests wait for it. Passes
@@ -16,6 +16,7 @@ Not yet run on a device: none was there when this was written. Tests play the ca
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -93,25 +94,38 @@ class _DecodeRows(RowContext):
 
 
 class _Captured(NamedTuple):
-    """inputs: int32 [4 * B + B * N], as in the module's figure without ids; ids: int64 [B]; streams: [2, B, D]."""
+    """rows: int32 [4, B], positions, blocks of the new tokens, contexts, slots; tables: int32 [B, N]; ids: int64 [B]; streams:
+    [2, B, D]."""
 
-    inputs: Tensor
+    rows: Tensor
+    tables: Tensor
     ids: Tensor
     streams: Tensor
     replay: Callable[[], None]
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> Any:
+    """One stream for all captures: the library keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 def record(body: Callable[[], None], device: torch.device, memory: Any) -> Callable[[], None]:
-    """Captures what `body` launches; the result launches it again. It runs once before: kernels compile, memory grows."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        body()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):  # a checkpoint's writer may be at work
-        body()
-    return graph.replay
+    """Captures what `body` launches; the result launches it again. It runs once before: kernels compile, memory grows. Whatever
+    happens, the calling thread is on its stream again afterwards."""
+    before, stream = torch.cuda.current_stream(device), _capture_stream(device)
+    try:
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            body()
+        before.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # a checkpoint's writer may be at work: only this thread's calls are watched
+        with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
+            body()
+        return graph.replay
+    finally:
+        torch.cuda.set_stream(before)
 
 
 class DecodeGraphs:
@@ -130,7 +144,8 @@ class DecodeGraphs:
         self.pool, self.adapters, self.programs, self.scratch = pool, adapters, programs, pool.scratch
         self.arch, self.device = weights.architecture, weights.device
         self.max_rows = padded_rows(min(max_rows, MAX_ROWS))
-        self.max_context = padded_context(min(self.arch.max_position_embeddings, pool.num_blocks * pool.block_tokens))
+        longest = min(self.arch.max_position_embeddings, pool.num_blocks * pool.block_tokens)
+        self.max_context = -(-longest // pool.block_tokens) * pool.block_tokens
         self.executor.rotary.reserve(self.arch.max_position_embeddings)
         self._captured: dict[_Size, _Captured] = {}
         self._adapters_were: Hashable = None
@@ -140,13 +155,17 @@ class DecodeGraphs:
     # --- what is captured ---
 
     def sizes(self) -> list[_Size]:
-        """What there should be, the largest first: later ones find their memory there."""
+        """What there should be: short contexts first, which most batches have, and of each the most rows first, so that others
+        find their memory there."""
         rows = [1 << power for power in reversed(range(self.max_rows.bit_length()))]
-        contexts = [self.max_context]
-        while contexts[-1] > MIN_CONTEXT:
-            contexts.append(contexts[-1] // CONTEXT_STEP)
+        contexts = [min(MIN_CONTEXT, self.max_context)]
+        while contexts[-1] < self.max_context:
+            contexts.append(self._padded(contexts[-1] + 1))
         kinds = (False, True) if self.adapters.takes_slots and self.adapters.kinds else (False,)
-        return [_Size(number, context, kind) for kind in kinds for number in rows for context in contexts]
+        return [_Size(number, context, kind) for kind in kinds for context in contexts for number in rows]
+
+    def _padded(self, longest: int) -> int:
+        return min(padded_context(longest), self.max_context)
 
     def capture_next(self) -> bool:
         """Captures one more size; False if all are there, or if capturing has failed, which is tried once."""
@@ -173,18 +192,22 @@ class DecodeGraphs:
             self._captured = {size: kept for size, kept in self._captured.items() if not size.adapters}
 
     def _capture(self, size: _Size) -> _Captured:
-        inputs = to_device(self._inputs((), size), self.device)
         weights = self.executor.weights
+        head = to_device(self._head((), size.rows, None), self.device)
+        blocks = -(-size.context // self.pool.block_tokens)
+        tables = torch.full((size.rows, blocks), self.scratch, dtype=torch.int32, device=self.device)
         ids = torch.zeros(size.rows, dtype=torch.int64, device=self.device)
         streams = torch.zeros(2, size.rows, self.arch.hidden_size, dtype=weights.dtype, device=self.device)
         layers = self.programs(size.adapters)
         workspace = max(layer.program.work_bytes for layer in layers) * padded_rows(max(64, self.max_rows))
-        self.executor.workspace.reserve(workspace)
+        if workspace > self.executor.workspace.num_bytes:
+            self._captured.clear()  # they read and write the memory that is replaced
+            self.executor.workspace.reserve(workspace)
 
         def body() -> None:
-            self._pass(inputs, ids, streams, size, layers)
+            self._pass(head, tables, ids, streams, size, layers)
 
-        return _Captured(inputs, ids, streams, record(body, self.device, self._memory))
+        return _Captured(head, tables, ids, streams, record(body, self.device, self._memory))
 
     # --- replaying ---
 
@@ -194,39 +217,45 @@ class DecodeGraphs:
             return None
         self._drop_stale()
         size = _Size(
-            padded_rows(len(decode)), padded_context(max(span.end for span in decode)),
+            padded_rows(len(decode)), self._padded(max(span.end for span in decode)),
             any(span.slot != NO_ADAPTER for span in decode),
         )
         captured = self._captured.get(size)
         if captured is None:
             return None
         self.pool.clear(fresh_blocks(decode, self.pool.block_tokens))
+        tables, contexts = block_tables(decode, self.pool.block_tokens, 1)
+        head = self._head(decode, size.rows, (tables, contexts))
+        sent = to_device(np.concatenate([head.ravel(), tables.ravel()]), self.device)
         captured.ids[: len(decode)].copy_(token_ids)
-        captured.inputs.copy_(to_device(self._inputs(decode, size), self.device), non_blocking=True)
+        captured.rows.copy_(sent[: head.size].view(4, -1))
+        captured.tables[: len(decode), : tables.shape[1]].copy_(sent[head.size :].view(tables.shape))
         captured.replay()
         return captured.streams[self.arch.num_layers % 2, : len(decode)]
 
-    def _inputs(self, decode: Sequence[RowSpan], size: _Size) -> np.ndarray:
-        """int32 [4 * B + B * N]: positions, blocks of the new tokens, contexts, slots, tables; padding without context."""
-        tokens, used = self.pool.block_tokens, len(decode)
-        head = np.zeros((4, size.rows), np.int32)
-        tables = np.full((size.rows, -(-size.context // tokens)), self.scratch, np.int32)
+    def _head(
+        self, decode: Sequence[RowSpan], rows: int, known: tuple[np.ndarray, np.ndarray] | None
+    ) -> np.ndarray:
+        """int32 [4, rows]: positions, blocks of the new tokens, contexts, slots. known: the tables and contexts of `decode`.
+        Rows of padding have no context, and nothing of their tables is read."""
+        head, used = np.zeros((4, rows), np.int32), len(decode)
         head[1], head[3] = self.scratch, NO_SLOT
-        if decode:
-            own, head[2, :used] = block_tables(decode, tokens, 1)
-            tables[:used, : own.shape[1]] = own
+        if known is not None:
+            tables, head[2, :used] = known
             head[0, :used] = head[2, :used] - 1
-            head[1, :used] = own[np.arange(used), head[0, :used] // tokens]
+            head[1, :used] = tables[np.arange(used), head[0, :used] // self.pool.block_tokens]
             head[3, :used] = [span.slot for span in decode]
-        return np.concatenate([head.ravel(), tables.ravel()])
+        return head
 
-    def _pass(self, inputs: Tensor, ids: Tensor, streams: Tensor, size: _Size, layers: Sequence[FusedLayer]) -> None:
+    def _pass(
+        self, head: Tensor, tables: Tensor, ids: Tensor, streams: Tensor, size: _Size, layers: Sequence[FusedLayer]
+    ) -> None:
         """The pass over static memory. No step of it may depend on a value."""
         rows = size.rows
-        positions, blocks, contexts, slots, tables = inputs.split([rows] * 4 + [inputs.numel() - 4 * rows])
+        positions, blocks, contexts, slots = head
         places = positions.long()
         token_rows = self.pool.token_rows(blocks.long(), places % self.pool.block_tokens)
-        paged = PagedDecode(tables.view(rows, -1), contexts, size.context)
+        paged = PagedDecode(tables, contexts, size.context)
         adapters = AdapterRows(self.adapters, slots) if size.adapters else None
         batch = _DecodeRows(self.pool, self.arch.sliding_windows, paged, token_rows, adapters)
         batch.cos, batch.sin = self.executor.rotary.rows(places, 1)

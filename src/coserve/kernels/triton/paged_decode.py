@@ -134,6 +134,11 @@ def split_sizes(max_context: int, window: int | None) -> tuple[int, int]:
     return max(1, -(-span // length)), length
 
 
+def partial_bytes(rows: int, heads: int, width: int) -> int:
+    """The most bytes that partial results of so many requests take, however long their contexts are."""
+    return rows * heads * MAX_SPLITS * (width + 1) * torch.float32.itemsize
+
+
 def paged_decode_attention(
     out_BD: Tensor, q_BD: Tensor, cache_rows: Tensor, *, layer: int, num_layers: int, kv_heads: int, block_tokens: int,
     tables_BN: Tensor, context_B: Tensor, max_context: int, window: int | None, scale: float,
