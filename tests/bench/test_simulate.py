@@ -100,6 +100,20 @@ def test_equal_seeds_give_equal_results_and_other_seeds_others(tiny: Path, tmp_p
     assert found[0] == found[1] != found[2]
 
 
+def test_iterations_that_only_decode_may_be_cuda_graphs(tiny: Path, tmp_path: Path, run: Run) -> None:
+    laws, trained = [], []
+    for place, flags in (("a", ()), ("b", ("--cuda-graphs",))):
+        asked = (*SHORT, "--policies", "layer-sliced", *flags, "-o", tmp_path / place)
+        result = run("bench", "simulate", tiny, "--device", DEVICE, *asked)
+        assert (result.code, result.err) == (0, "")
+        data = json.loads((tmp_path / place / "simulate.json").read_text())
+        laws.append(data["simulation"]["law"])
+        trained.append(sum(row["finetune_tokens_per_s"] for row in data["results"] if row.get("rate")))
+    assert laws[1].pop("inference uncaptured 0") == pytest.approx(0.002 - 0.3e-3)
+    assert laws[0].pop("inference once 0") - laws[1].pop("inference once 0") == pytest.approx(0.002 - 0.3e-3)
+    assert laws[0] == laws[1] and trained[1] > 1.02 * trained[0]
+
+
 def test_an_iteration_is_explained(tiny: Path, run: Run) -> None:
     result = run("bench", "simulate", tiny, "--device", DEVICE, *SHORT, "--explain", 200)
     assert (result.code, result.err) == (0, "")

@@ -61,6 +61,14 @@ def test_rows_that_ride_for_nothing_save_their_forward(fuse: bool, tokens: float
     assert fused_bound(LatencyModel(FLAT), 1, chat(1), 1.0, JOB, 1.0, fuse) == pytest.approx(tokens)
 
 
+@pytest.mark.parametrize(("step", "tokens"), [(0.1, 0.4 / 0.02), (0.2, 0.5 / 0.03), (0.6, 0.5 / 0.03)])
+def test_riding_pays_for_what_is_not_captured(step: float, tokens: float) -> None:
+    """Beside a captured pass 0.5 s are left: 16.7 tokens forward and backward. Rows that ride save their forward, but cost the
+    step. An iteration with prompts need not have both, since few passes may take all prompts."""
+    law = LatencyModel(FLAT | {("inference", "uncaptured", 0): step})
+    assert fused_bound(law, 1, chat(1), 1.0, JOB, 1.0) == pytest.approx(tokens)
+
+
 def test_a_free_piece_is_used_to_its_end() -> None:
     """Rows up to 501 are free, and further ones cost more than a token's forward alone. So as many ride as are free, and at
     most 25: their backward takes the 0.5 s that the pass leaves."""

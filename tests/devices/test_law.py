@@ -34,8 +34,19 @@ def test_a_pass(archs: Mapping[str, Architecture]) -> None:
         + (24310 + 45150) * pair + 300 * 10 * D * 2 * L / B + 300 * 4 * V * D / F, rel=1e-12,
     )
     assert 6.5e-3 < law.pass_seconds(DECODE) < 7e-3
-    captured = device_law(archs["llama-8b"], H100, captured=True)
+
+
+def test_only_passes_that_decode_are_captured(archs: Mapping[str, Architecture]) -> None:
+    law, captured = (device_law(archs["llama-8b"], H100, captured=captured) for captured in (False, True))
     assert law.pass_seconds(DECODE) - captured.pass_seconds(DECODE) == pytest.approx(1.2e-3)
+    prompt, ridden = DECODE._replace(rows=9, prefill_spans=1), DECODE._replace(rows=9, fused_rows=1)
+    for cost in (FUSED, prompt, ridden):
+        assert captured.pass_seconds(cost) == pytest.approx(law.pass_seconds(cost), rel=1e-12)
+    unit = UnitCost(True, 100, 4, 1000, 0)
+    assert captured.unit_seconds(unit) == law.unit_seconds(unit)
+    assert law.uncaptured_seconds == 0.0 and ("inference", "uncaptured", 0) not in law.coefficients
+    slow = device_law(archs["llama-8b"], replace(H100, captured_launch_s=2e-3), captured=True)
+    assert slow.pass_seconds(DECODE) == law.pass_seconds(DECODE), "nobody captures what then takes longer"
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 200, 201, 202, 211, 212, 300, 4096])

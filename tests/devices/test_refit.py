@@ -40,6 +40,16 @@ def test_the_numbers_come_back(archs: Mapping[str, Architecture]) -> None:
     }
 
 
+def test_the_launch_of_captured_passes_comes_back(archs: Mapping[str, Architecture]) -> None:
+    arch, truth = archs["llama-8b"], replace(TRUTH, captured_launch_s=1.5e-3)
+    law = device_law(arch, truth, captured=True)
+    points = {point: law.seconds(point) for point in profile_points(arch.num_layers, 4096, gpu_seqs=256)}
+    found = refit(points, arch, DEVICES["H100"], itemsize=2, captured=True)
+    again = device_law(arch, found, captured=True)
+    assert agreement(again, points)[ALL].median < 0.01
+    assert again.uncaptured_seconds == pytest.approx(4.5e-3, rel=0.1)
+
+
 def test_points_that_scatter_are_predicted(archs: Mapping[str, Architecture]) -> None:
     arch, points = archs["llama-8b"], points_of(archs["llama-8b"], 0.05)
     stalled = {point: seconds * (5 if place % 10 == 0 else 1) for place, (point, seconds) in enumerate(points.items())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from coserve.core import Contents, PassCost, UnitCost
 from coserve.engine.engine import Engine
@@ -61,6 +62,19 @@ def test_a_profile_takes_a_bounded_time(
     assert {1e-6: set(ran) == set(points), 1e-3: set(needed) < set(ran) < set(points), 1.0: ran == needed}[seconds]
     assert [contents for contents, _ in samples[: len(ran)]] == ran
     assert all(contents in points and contents not in ran for contents, _ in samples[len(ran) :])
+
+
+def test_a_gpu_is_profiled_further(model: LoadedModel, engines: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    profiler = profiler_of(engines())
+    machine = SlowMachine(profiler, 1e-9, monkeypatch)
+    monkeypatch.setattr(profiler, "device", torch.device("cuda"))
+    layers, rows = profiler.arch.num_layers, profiler.arch.max_position_embeddings
+    profiler.measure(8192, max_seqs=100)
+    wanted = {Profiler._without_adapters(point) for point in profile_points(layers, rows, gpu_seqs=100)}
+    assert set(machine.ran[1:]) == wanted and len(wanted) > len(profile_points(layers, rows))
+    machine.ran.clear()
+    profiler.measure(8192, limit_s=0.0, max_seqs=100)
+    assert machine.ran[1:] == [Profiler._without_adapters(point) for point in needed_points(layers, rows)]
 
 
 def test_without_time_for_more_a_law_comes_out(model: LoadedModel, engines: MakeEngine) -> None:

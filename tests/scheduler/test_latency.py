@@ -25,7 +25,7 @@ from coserve.profiling.fit import (
     save_profile,
     sequence_length,
 )
-from coserve.scheduler.latency import LatencyModel, kind_of
+from coserve.scheduler.latency import TERMS, LatencyModel, kind_of
 
 Law = Callable[[Contents], float]
 DECODE = PassCost(8, 8, 8, 4096, 0, 0, 0, 0, 0)
@@ -543,3 +543,82 @@ def test_an_older_format_is_no_profile(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "version": data["version"] - 1}))
     assert load_profile(path, "key") is None
+
+
+# A GPU: passes that only decode are captured, others are not.
+
+GPU_LAYERS, STEP_S = 32, 4.2e-3
+
+
+def gpu_law(contents: Contents) -> float:
+    """8 billion parameters on an H100: rows are free up to the ridge of 211, a captured pass starts at once, and the layers of
+    a unit take at least as long as their launches."""
+    seconds, cost, ridge, row = 2e-4, contents.inference, 211, 23e-6
+    if cost:
+        seconds += 3e-4 + row * max(ridge, cost.rows) + 4e-4 + 3e-8 * cost.decode_context + 1.6e-9 * cost.prefill_pairs
+        seconds += STEP_S * (cost.rows > cost.decode_rows) + 1e-6 * max(0, cost.head_rows - ridge)
+        seconds += (5e-4 if cost.fused_rows else 0) + 1e-6 * cost.fused_rows + 1.6e-9 * cost.fused_pairs
+        seconds += 3e-6 * cost.fused_labels
+    for unit in contents.units:
+        launched, factor = (5e-4, 1.05) if unit.backward else (2e-4, 1.0)
+        products = factor * row * max(ridge, unit.rows) / GPU_LAYERS + (2.5 if unit.backward else 1) * 5e-11 * unit.pairs
+        seconds += 3e-5 + unit.layers * max(launched, products) + 3e-6 * unit.labels
+    return seconds + (2e-5 + 1e-11 * contents.optimizer_elements if contents.optimizer_elements else 0)
+
+
+def gpu_profile() -> list[ProfilePoint]:
+    return [(point, gpu_law(point)) for point in map(without_adapters, profile_points(GPU_LAYERS, 8192, gpu_seqs=512))]
+
+
+def test_what_is_not_captured_costs_a_step() -> None:
+    terms = {("inference", "once", 0): 1.0, ("inference", "uncaptured", 0): 4.0, ("inference", "fused_rows", 0): 0.25}
+    model, bare = LatencyModel(terms), LatencyModel({("inference", "once", 0): 1.0})
+    assert model.uncaptured_seconds == 4.0 and bare.uncaptured_seconds == 0.0
+    mixed = DECODE._replace(rows=72, prefill_spans=1)
+    assert [model.pass_seconds(cost) for cost in (DECODE, PREFILL, mixed, FUSED)] == [1.0, 5.0, 5.0, 13.0]
+    assert [bare.pass_seconds(cost) for cost in (DECODE, PREFILL, mixed, FUSED)] == [1.0] * 4
+    model.corrections.update(decode=2.0, prefill=3.0, fused=0.5)
+    assert model.pass_seconds(DECODE) == 2.0
+    assert model.pass_seconds(mixed) == 2.0 + 3 * 4.0, "it belongs to the prompts"
+    assert model.pass_seconds(FUSED) == 2.0 + 0.5 * (4.0 + 32 * 0.25), "or to the rows that ride"
+    assert model.pass_seconds(mixed._replace(rows=104, fused_rows=32)) == 2.0 + 3 * 4.0 + 0.5 * 8.0, "but once"
+
+
+def test_a_cpu_has_no_such_step() -> None:
+    """Its fit names the terms that it always did, at the knots that it always did."""
+    assert set(MODEL.coefficients) == {
+        (group, term.field, knot) for group, terms in TERMS.items() for term in terms for knot in term.knots
+    } - {("inference", "uncaptured", 0)}
+    assert MODEL.uncaptured_seconds == 0.0
+
+
+@pytest.mark.parametrize("max_rows", [1, 100, 2048, 8192])
+def test_points_of_a_gpu(max_rows: int) -> None:
+    points = profile_points(GPU_LAYERS, max_rows, gpu_seqs=300)
+    costs = [point.inference for point in points if point.inference is not None]
+    assert set(profile_points(GPU_LAYERS, max_rows)) <= set(points) and len(points) <= 100
+    assert max(cost.rows for cost in costs) == max_rows == max(unit.rows for point in points for unit in point.units)
+    assert max(cost.decode_rows for cost in costs) == min(300, max_rows)
+    assert max_rows < 8192 or max(cost.fused_rows for cost in costs) == 2048
+
+
+def test_a_fit_of_a_gpu_finds_the_step() -> None:
+    model = fit(gpu_profile(), gpu=True)
+    assert model.uncaptured_seconds == pytest.approx(STEP_S, rel=0.1)
+    errors = [abs(model.seconds(point) / seconds - 1) for point, seconds in gpu_profile()]
+    assert max(errors) < 0.04 and np.median(errors) < 0.01
+
+
+def test_a_fit_of_a_gpu_holds_for_what_was_not_profiled() -> None:
+    model, on_cpu = fit(gpu_profile(), gpu=True), fit(gpu_profile())
+    contents = [
+        *(Contents(PassCost(rows, rows, rows, 300 * rows, 0, 0, 0, 0, 0), (), 0) for rows in (1, 24, 50, 150, 211, 400)),
+        *(Contents(PassCost(100 + rows, 101, 100, 30_000, rows * (rows + 1) // 2, 0, 0, 0, 0, 1), (), 0)
+          for rows in (10, 90, 300, 1500, 6000)),
+        *(Contents(PassCost(150 + rows, 150, 150, 45_000, 0, rows, rows * 400, 0, 0), (), 0) for rows in (16, 61, 300, 1500)),
+        *(Contents(None, (UnitCost(back, rows, 8, rows * 300, 0),), 0)
+          for back in (False, True) for rows in (24, 100, 211, 300, 700, 1500, 6000)),
+    ]
+    errors = {point: abs(model.seconds(point) / gpu_law(point) - 1) for point in contents}
+    assert max(errors.values()) < 0.1 and np.median(list(errors.values())) < 0.02
+    assert max(abs(on_cpu.seconds(point) / gpu_law(point) - 1) for point in contents) > 0.2, "a CPU's terms can't say it"

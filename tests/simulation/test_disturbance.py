@@ -49,9 +49,11 @@ def test_equal_seeds_give_equal_times() -> None:
 
 def test_slopes_grow_and_constants_stay() -> None:
     terms = {("inference", "once", 0): 0.5, ("inference", "rows", 1): 0.0, ("inference", "rows", 4): 0.1,
+             ("inference", "uncaptured", 0): 0.25,
              ("forward", "layers", 0): 0.2, ("forward", "rows", 0): 0.3, ("forward", "rows", 1): 0.01}
     truth = TrueLaw(LatencyModel(terms), Disturbance(slope=3.0, host_s=0.007)).law
     assert truth.pass_seconds(DECODE) == pytest.approx(0.5 + 4 * 0.3)
+    assert truth.pass_seconds(DECODE._replace(decode_rows=7)) == pytest.approx(0.5 + 4 * 0.3 + 0.25)
     assert truth.unit_seconds(UnitCost(False, 1, 1, 0, 0)) == pytest.approx(0.2 + 0.3), "the first row reads the weights"
     assert truth.unit_seconds(UnitCost(False, 11, 1, 0, 0)) == pytest.approx(0.2 + 0.3 + 10 * 0.03)
     assert truth.constant_seconds == 0.007

@@ -89,7 +89,8 @@ def as_it_was(log: RunLog) -> Case:
     slower = median(item.seconds / belief.seconds(item.contents) for item in done)
     rows = max(log.scheduler.max_num_batched_tokens, log.scheduler.max_window_tokens)
     anchors = [(point, slower * belief.seconds(point)) for point in profile_points(log.num_layers, rows)]
-    law = fit([*((item.contents, item.seconds) for item in done), *(point for point in anchors if point[1] > 0)])
+    samples = [*((item.contents, item.seconds) for item in done), *(point for point in anchors if point[1] > 0)]
+    law = fit(samples, gpu=belief.uncaptured_seconds > 0)
     calm = _calm(law, done)
     scale = sum(item.seconds for item in calm) / sum(law.seconds(item.contents) for item in calm)
     law = LatencyModel({name: seconds * scale for name, seconds in law.coefficients.items()})

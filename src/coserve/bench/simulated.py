@@ -166,11 +166,11 @@ class SimulatedMachine:
 
 def make_machine(
     arch: Architecture, device: Device, size: int, job: FinetuneConfig, engine: EngineConfig, disturbance: Disturbance,
-    example_tokens: Sequence[int], usable_share: float,
+    example_tokens: Sequence[int], usable_share: float, *, captured: bool = False,
 ) -> SimulatedMachine:
     """A model on `size` devices under their law, which schedulers believe. example_tokens: of an optimizer batch. usable_share:
-    of the devices' memory. Raises ConfigError, CapacityError."""
-    law = device_law(arch, device, itemsize=ITEMSIZE, tensor_parallel_size=size)
+    of the devices' memory. captured: as for `device_law`. Raises ConfigError, CapacityError."""
+    law = device_law(arch, device, itemsize=ITEMSIZE, tensor_parallel_size=size, captured=captured)
     memory = device_memory(
         arch, job, engine, memory_bytes=device.memory_bytes, usable_share=usable_share, itemsize=ITEMSIZE,
         tensor_parallel_size=size,

@@ -113,12 +113,14 @@ def make_profile(
         engine.close()
     points, itemsize = mean_points(samples), model.dtype.itemsize
     measured = measured_device(model.weights)
+    captured = model.device.type == "cuda" and config.cuda_graphs
     arch = model.weights.architecture  # what one of several ranks has; what they send is in no law
-    devices = {"roofline": measured, "refit": refit(points, arch, measured, itemsize=itemsize)}
-    laws = {name: device_law(arch, device, itemsize=itemsize) for name, device in devices.items()}
+    devices = {"roofline": measured, "refit": refit(points, arch, measured, itemsize=itemsize, captured=captured)}
+    laws = {name: device_law(arch, device, itemsize=itemsize, captured=captured) for name, device in devices.items()}
+    laws["fit"] = fit(samples, gpu=model.device.type == "cuda")
     return Profiled(
-        model=model, busy_cores=busy_cores, num_cores=os.cpu_count() or 1, points=points, laws={"fit": fit(samples), **laws},
-        devices=devices,
+        model=model, busy_cores=busy_cores, num_cores=os.cpu_count() or 1, points=points,
+        laws={name: laws[name] for name in LAWS}, devices=devices,
     )
 
 

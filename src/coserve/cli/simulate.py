@@ -74,6 +74,9 @@ def simulate(
     max_microbatches: Annotated[
         int | None, typer.Option(help="Micro-batches in flight at once, memory permitting (as many as save time).")
     ] = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Iterations that only decode are CUDA graphs: 0.3 ms to start, not 1.5.")
+    ] = False,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of a device's memory that is used.")] = 0.9,
     efficiency: Annotated[float | None, typer.Option(help="Share of peak FLOP/s that products reach (the device's).")] = None,
     noise: Annotated[float, typer.Option(help="Standard deviation of iterations' relative error.")] = 0.0,
@@ -110,7 +113,7 @@ def simulate(
         EngineConfig(scheduler=SchedulerConfig(
             tpot_ms=tpot_ms, ttft_ms=ttft_ms, max_num_seqs=max_num_seqs, max_microbatches=max_microbatches)),
         Disturbance(noise=noise, stall_share=stalls, stall_factor=stall_factor, slope=slope, host_s=host_ms / 1e3, seed=seed),
-        [finetune_tokens] * finetune_batch, gpu_memory_utilization,
+        [finetune_tokens] * finetune_batch, gpu_memory_utilization, captured=cuda_graphs,
     )
     if explain is not None:
         for line in Simulation(config, machine).explain(config.policies[0], config.rates[0], explain):

@@ -103,10 +103,15 @@ class _RiddenPass:
         self._prompts = prompts
 
     def seconds(self, riding: float) -> float:
-        """Predicts the pass with `riding` rows of the job."""
+        """Predicts the pass with `riding` rows of the job, as one that is not captured."""
         rows, *others = self._bare
         pairs, labels = (riding * amount / self._job.tokens for amount in (self._job.pairs, self._job.labels))
         return self._law.pass_seconds(PassCost._make((rows + riding, *others, riding, pairs, labels, 0, self._prompts)))
+
+    def alone(self) -> float:
+        """Predicts the pass without riding rows. A scheduler may take prompts together in few passes, so that the bound's
+        other passes only decode and may be captured."""
+        return self.seconds(0) - self._law.uncaptured_seconds
 
     def knots(self) -> list[float]:
         """The numbers of riding rows above 0 at which the slope of `seconds` may change, in rising order."""
@@ -122,7 +127,8 @@ def _tokens(inference: _RiddenPass, left: float, ahead: float, back: float, *, f
     """How many tokens an iteration of `left` seconds trains, for each number of riding rows that may be the best.
 
     With f riding rows the time is used up by t = (left - pass(f) + f x ahead) / (ahead + back) tokens. These are at least f as
-    long as pass(f) + f x back <= left, the left side of which rises with f.
+    long as pass(f) + f x back <= left, the left side of which rises with f. It jumps at the first riding row, where passes that
+    only decode are captured.
     """
 
     def spent(rows: float) -> float:
@@ -131,9 +137,12 @@ def _tokens(inference: _RiddenPass, left: float, ahead: float, back: float, *, f
     def trained(rows: float) -> float:
         return (left - inference.seconds(rows) + rows * ahead) / (ahead + back)
 
+    alone = inference.alone()
+    if alone > left:
+        return
+    yield (left - alone) / (ahead + back)
     if spent(0) > left:
         return
-    yield trained(0)
     last = 0.0
     for rows in [*inference.knots(), math.inf] if fuse else ():
         rows = min(rows, left / back)

@@ -16,6 +16,8 @@ per weight:
     optimizer    elements x update_bytes / B
     all-reduce   latency + rows x D b x 2 (n - 1) / (n x bus bandwidth)
 
+Where passes that only decode are replayed as CUDA graphs, their launch is shorter than that of other passes.
+
 On n > 1 devices (tensor parallelism) N, Q, G and V are those of one rank, and every layer has two all-reduces per direction.
 Every rank updates all elements of the adapter. A backward unit that runs a share of forward again takes that share of a forward
 unit longer (LatencyModel.unit_seconds).
@@ -32,7 +34,7 @@ from coserve.core import ConfigError
 from coserve.devices.table import Device
 from coserve.model.architecture import Architecture
 from coserve.model.decoder import linear_shapes, tensor_parallel_sizes
-from coserve.scheduler.latency import Coefficient, LatencyModel
+from coserve.scheduler.latency import UNCAPTURED, Coefficient, LatencyModel
 
 _PRODUCT = 2
 """FLOPs per weight and row of a product: a multiplication and an addition."""
@@ -59,7 +61,8 @@ def device_law(
     """The latency law of a model on a device, or on several of them.
 
     itemsize: bytes per weight, activation and cached key or value; `device.peak_flops` is for that dtype. captured: whether
-    passes are replayed as CUDA graphs. Curves are exact at whole numbers of rows: their knots are the two around the ridge.
+    passes that only decode are replayed as CUDA graphs, so that they take `captured_launch_s` instead of `launch_s`.
+    Curves are exact at whole numbers of rows: their knots are the two around the ridge.
     Raises ConfigError (param `tensor_parallel_size`) for a number of devices that can't share the model evenly.
     """
     rank = _rank(arch, tensor_parallel_size)
@@ -72,9 +75,10 @@ def device_law(
 
     rows, heads = _Products(weights, row, device.overlap), _Products(head, head_row, device.overlap)
     first = rows(1) + layers * (reduce_s + reduce_row)
+    launch = min(device.captured_launch_s, device.launch_s) if captured else device.launch_s
     terms: dict[Coefficient, float] = {
         ("iteration", "once", 0): device.iteration_s,
-        ("inference", "once", 0): first + (device.captured_launch_s if captured else device.launch_s),
+        ("inference", "once", 0): first + launch,
         ("inference", "decode_context", 0): 2 * rank.keys * itemsize * layers / bandwidth,
         ("inference", "prefill_pairs", 0): layers * pair,
         ("inference", "fused_pairs", 0): layers * pair,
@@ -83,6 +87,8 @@ def device_law(
         ("forward", "labels", 0): label,
         ("optimizer", "elements", 0): device.update_bytes / bandwidth,
     }
+    if captured:
+        terms["inference", UNCAPTURED, 0] = device.launch_s - launch
     terms |= {("inference", "rows", knot): slope + layers * reduce_row for knot, slope in rows.further().items()}
     terms |= {("inference", "head_rows", knot): slope for knot, slope in heads.curve().items()}
     for group, products, pairs in (("forward", 1.0, 1.0), ("backward", device.backward_rows, device.backward_pairs)):

@@ -28,6 +28,8 @@ FITTED = (
     "backward_rows", "backward_pairs", "kept_widths", "update_bytes",
 )
 """The fields of a device that `refit` may set. Of peak_flops and efficiency only the product matters."""
+FITTED_CAPTURED = (*FITTED, "captured_launch_s")
+"""Those where passes that only decode are replayed as CUDA graphs."""
 
 _LEAST_START_S, _LEAST_START = 1e-4, 0.1
 """Where the fit of a time, and of another number, begins that was less."""
@@ -79,14 +81,17 @@ def mean_points(samples: Sequence[tuple[Contents, float]]) -> dict[Contents, flo
 
 def refit(
     points: Mapping[Contents, float], arch: Architecture, device: Device, *, itemsize: int, tensor_parallel_size: int = 1,
-    names: Sequence[str] = FITTED,
+    names: Sequence[str] | None = None, captured: bool = False,
 ) -> Device:
     """The device whose law comes nearest to measured points: `device` with other numbers.
 
-    points: as for `agreement`. names: those of FITTED that may change. The fit minimizes squared logarithms of predicted /
+    points: as for `agreement`. names: those fields that may change (all of FITTED, or of FITTED_CAPTURED). captured: as for
+    `device_law`. The fit minimizes squared logarithms of predicted /
     measured over the numbers' logarithms, by Levenberg and Marquardt's method, with less weight for points that are far off.
     """
-    problem = _Problem(points, arch, device, itemsize, tensor_parallel_size, names)
+    if names is None:
+        names = FITTED_CAPTURED if captured else FITTED
+    problem = _Problem(points, arch, device, itemsize, tensor_parallel_size, names, captured)
     state = _State(problem.start, problem.errors(problem.start), 1e-2)
     for _ in range(_ROUNDS):
         better = problem.step(state)
@@ -109,10 +114,10 @@ class _Problem:
 
     def __init__(
         self, points: Mapping[Contents, float], arch: Architecture, device: Device, itemsize: int, size: int,
-        names: Sequence[str],
+        names: Sequence[str], captured: bool,
     ) -> None:
         self._points, self._arch, self._device, self._itemsize = points, arch, device, itemsize
-        self._size, self._names = size, names
+        self._size, self._names, self._captured = size, names, captured
         least = {name: _LEAST_START_S if name.endswith("_s") else _LEAST_START for name in names}
         self.start = np.log([max(getattr(device, name), least[name]) for name in names])
         self._measured = np.log(np.array(list(points.values())))
@@ -124,7 +129,9 @@ class _Problem:
         return dataclasses.replace(self._device, **numbers | shares)
 
     def errors(self, logs: np.ndarray) -> np.ndarray:
-        law = device_law(self._arch, self.device(logs), itemsize=self._itemsize, tensor_parallel_size=self._size)
+        law = device_law(
+            self._arch, self.device(logs), itemsize=self._itemsize, tensor_parallel_size=self._size, captured=self._captured
+        )
         return np.log([max(law.seconds(contents), _LEAST_S) for contents in self._points]) - self._measured
 
     def _loss(self, logs: np.ndarray, errors: np.ndarray, weights: np.ndarray) -> float:

@@ -69,7 +69,7 @@ class Device:
     launch_s: float = 1.5e-3
     """What a pass costs beside its rows: the launches of its kernels. Source: assumed."""
     captured_launch_s: float = 0.3e-3
-    """The same where passes are replayed as CUDA graphs. Source: assumed."""
+    """The same of a pass that is replayed as a CUDA graph, as those that only decode may be. Source: assumed."""
     unit_s: float = 30e-6
     """What a unit of finetuning costs beside its layers. Source: assumed."""
     unit_layer_s: float = 40e-6

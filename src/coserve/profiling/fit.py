@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from coserve.core import Contents, PassCost, UnitCost
 from coserve.durable import write_file
-from coserve.scheduler.latency import TERMS, Coefficient, LatencyModel
+from coserve.scheduler.latency import TERMS, UNCAPTURED, Coefficient, LatencyModel, Term, is_uncaptured
 
 ProfilePoint = tuple[Contents, float]
 """What an iteration held, and how many seconds it took."""
@@ -59,10 +59,31 @@ _WINDOWS = (
 """Long and short examples in windows of like size separate the cost of rows from attention's. Many and few layers separate the
 cost per layer from the cost per unit."""
 
+_GPU_PASSES = (
+    _Pass(decode=96), _Pass(decode=128), _Pass(decode=192), _Pass(decode=256), _Pass(decode=64, context=1024),
+    _Pass(decode=256, context=512),
+    _Pass(prefill=192, prompt=192), _Pass(prefill=384, prompt=384), _Pass(prefill=768, prompt=768),
+    _Pass(prefill=1024, prompt=1024), _Pass(prefill=2048, prompt=256), _Pass(prefill=2048, prompt=2048),
+    _Pass(prefill=4096, prompt=1024), _Pass(prefill=8192, prompt=8192), _Pass(decode=128, prefill=512),
+    _Pass(decode=64, fused=64), _Pass(decode=128, fused=128), _Pass(decode=64, fused=512, example=512),
+    _Pass(decode=64, fused=512, example=512, labels=True), _Pass(decode=8, fused=1024, example=1024),
+    _Pass(decode=64, fused=2048, example=2048), _Pass(decode=64, fused=2048, example=256, labels=True),
+)
+_GPU_WINDOWS = (
+    _Window(16, 4, 16), _Window(128, 8, 128), _Window(192, 4, 192), _Window(256, 8, 256), _Window(384, 4, 384),
+    _Window(512, 8, 512), _Window(768, 4, 768), _Window(1024, 4, 1024), _Window(2048, 8, 256), _Window(2048, 4, 2048),
+    _Window(4096, 2, 4096), _Window(8192, 2, 8192), _Window(8192, 4, 1024),
+)
+"""What a GPU is profiled for beyond _PASSES and _WINDOWS. It serves hundreds of requests at once and runs thousands of rows in
+an iteration, and a law of fewer rows says little about these: around its ridge, some hundred rows, the cost of a row changes
+from almost nothing."""
+
 _NEEDED_PASSES = (
     _Pass(decode=1), _Pass(decode=8, context=512), _Pass(decode=32), _Pass(prefill=32), _Pass(prefill=64, every_logit=True),
     _Pass(decode=8, fused=32, labels=True, adapters=1),
 )
+MAX_DECODE = 1024
+"""Requests beyond which no decode pass is measured."""
 _LONG_ROWS = 128
 """The fewest rows for which a pass is bound by arithmetic instead of by reading the weights."""
 _NEEDED_WINDOWS = (_Window(32, 1, 32), _Window(128, 4, 128), _Window(512, 1, 512), _Window(2048, 1, 2048))
@@ -74,15 +95,18 @@ def sequence_length(rows: int, pairs: int) -> int:
     return 2 * pairs // rows - 1
 
 
-def profile_points(num_layers: int, max_rows: int) -> list[Contents]:
-    """The iterations to time, at most 45. Their order doesn't matter.
+def profile_points(num_layers: int, max_rows: int, *, gpu_seqs: int = 0) -> list[Contents]:
+    """The iterations to time, at most 45, or on a GPU at most 100. Their order doesn't matter.
 
-    No point has more rows or layers than the given limits. The rows of prompts, of fused windows and of units are whole
-    sequences of one length (`sequence_length`). Decode rows have equal contexts. Units with labels end at the top layer.
+    gpu_seqs: on a GPU, the most requests that it decodes at once; elsewhere 0. No point has more rows or layers than the given
+    limits. The rows of prompts, of fused windows and of units are whole sequences of one length (`sequence_length`). Decode
+    rows have equal contexts. Units with labels end at the top layer.
     """
-    passes = [_pass_cost(spec, max_rows) for spec in _PASSES]
+    wide: tuple[_Pass, ...] = (*_GPU_PASSES, _Pass(decode=min(gpu_seqs, MAX_DECODE))) if gpu_seqs else ()
+    windows = (*_WINDOWS, *_GPU_WINDOWS) if gpu_seqs else _WINDOWS
+    passes = [_pass_cost(spec, max_rows) for spec in (*_PASSES, *wide)]
     decode = _pass_cost(_Pass(decode=8), max_rows)
-    forward, backward = ([_unit_cost(spec, back, num_layers, max_rows) for spec in _WINDOWS] for back in (False, True))
+    forward, backward = ([_unit_cost(spec, back, num_layers, max_rows) for spec in windows] for back in (False, True))
     top = _unit_cost(_Window(128, 4, 128), False, num_layers, max_rows)
     points = [
         *(Contents(cost, (), 0) for cost in passes),
@@ -185,19 +209,39 @@ _SUBSTITUTES: tuple[tuple[str, str, str, str, float], ...] = (
 factor. Rows apply in order; one whose other field is unknown is skipped. A field without any known substitute costs nothing."""
 
 
-def fit(samples: Sequence[ProfilePoint]) -> LatencyModel:
+_Terms = Mapping[str, tuple[Term, ...]]
+
+CPU_TERMS: _Terms = {group: tuple(term for term in terms if term.field != UNCAPTURED) for group, terms in TERMS.items()}
+_GPU_UNIT_ROWS = (0, 64, 128, 192, 256, 384, 512, 768, 1024)
+_GPU_PIECES = {
+    ("inference", "rows"): (1, 16, 64, 128, 192, 256, 384, 512, 768, 1024, 2048), ("inference", "head_rows"): (0, 1, 64, 256),
+    ("forward", "rows"): _GPU_UNIT_ROWS, ("backward", "rows"): _GPU_UNIT_ROWS,
+}
+GPU_TERMS: _Terms = {
+    group: tuple(term._replace(knots=_GPU_PIECES.get((group, term.field), term.knots)) for term in terms)
+    for group, terms in TERMS.items()
+}
+"""The terms that are fitted to a profile, on a CPU and on a GPU. A CPU captures nothing. On a GPU rows cost next to nothing up
+to a ridge, which lies between 100 and 300 rows by the device, and where a layer's launches take longer than its products, at up
+to 800; so pieces are short there. A piece that reached over the ridge would be wrong by a third within it. Far beyond, time is
+linear in rows."""
+
+
+def fit(samples: Sequence[ProfilePoint], *, gpu: bool = False) -> LatencyModel:
     """The latency model with non-negative coefficients and the least squared relative error.
 
     samples: at least one, with positive seconds. A feature that no sample has gets a substitute's coefficient, or 0.
+    gpu: whether they are of a GPU, which has GPU_TERMS.
     """
     assert samples and all(seconds > 0 for _, seconds in samples)
-    names = [(group, term.field, knot) for group, terms in TERMS.items() for term in terms for knot in term.knots]
+    law = GPU_TERMS if gpu else CPU_TERMS
+    names = [(group, term.field, knot) for group, terms in law.items() for term in terms for knot in term.knots]
     column = {name: index for index, name in enumerate(names)}
     seconds_M = np.array([seconds for _, seconds in samples])
-    features_MN = np.array([_features(contents) for contents, _ in samples]) / seconds_M[:, None]
+    features_MN = np.array([_features(contents, law) for contents, _ in samples]) / seconds_M[:, None]
     scale_N = np.linalg.norm(features_MN, axis=0)
     smooth = []
-    for group, terms in TERMS.items():
+    for group, terms in law.items():
         for term in terms:
             columns = [column[group, term.field, knot] for knot in term.knots]
             weight = _SMOOTHNESS * np.linalg.norm(features_MN[:, columns].sum(axis=1))
@@ -213,18 +257,18 @@ def fit(samples: Sequence[ProfilePoint]) -> LatencyModel:
         error_M = np.abs(features_MN @ solution_N - 1)
         weight_M = np.sqrt(_TOLERATED_ERROR / np.maximum(error_M, _TOLERATED_ERROR))
     coefficients = dict(zip(names, solution_N.tolist(), strict=True))
-    _substitute(coefficients, {name[:2] for name, scale in zip(names, scale_N, strict=True) if scale > 0})
+    _substitute(coefficients, {name[:2] for name, scale in zip(names, scale_N, strict=True) if scale > 0}, law)
     return LatencyModel(coefficients)
 
 
-def _features(contents: Contents) -> list[float]:
-    """The amounts of an iteration in every piece of every term, in the order of TERMS. A backward unit that runs a share of
+def _features(contents: Contents, law: _Terms) -> list[float]:
+    """The amounts of an iteration in every piece of every term, in the order of `law`. A backward unit that runs a share of
     forward again has that share of a forward unit's amounts too."""
-    elements = contents.optimizer_elements
+    inference, elements = contents.inference, contents.optimizer_elements
     back = [(unit._asdict(), 1.0) for unit in contents.units if unit.backward]
     costs: dict[str, list[tuple[dict[str, Any], float]]] = {
         "iteration": [({}, 1.0)],
-        "inference": [] if contents.inference is None else [(contents.inference._asdict(), 1.0)],
+        "inference": [] if inference is None else [({**inference._asdict(), UNCAPTURED: int(is_uncaptured(inference))}, 1.0)],
         "forward": [
             *((unit._asdict(), 1.0) for unit in contents.units if not unit.backward),
             *((cost, cost["recompute_fraction"]) for cost, _ in back if cost["recompute_fraction"]),
@@ -233,7 +277,7 @@ def _features(contents: Contents) -> list[float]:
         "optimizer": [({"elements": elements}, 1.0)] if elements else [],
     }
     row = []
-    for group, terms in TERMS.items():
+    for group, terms in law.items():
         for term in terms:
             total = np.zeros(len(term.knots))
             for cost, share in costs[group]:
@@ -243,9 +287,9 @@ def _features(contents: Contents) -> list[float]:
     return row
 
 
-def _substitute(coefficients: dict[Coefficient, float], known: set[tuple[str, str]]) -> None:
+def _substitute(coefficients: dict[Coefficient, float], known: set[tuple[str, str]], law: _Terms) -> None:
     """Sets the coefficients of unknown terms by _SUBSTITUTES. If the pieces differ, all get the other term's last slope."""
-    knots = {(group, term.field): term.knots for group, terms in TERMS.items() for term in terms}
+    knots = {(group, term.field): term.knots for group, terms in law.items() for term in terms}
     for group, field, other_group, other_field, factor in _SUBSTITUTES:
         target, source = (group, field), (other_group, other_field)
         if target in known or source not in known:

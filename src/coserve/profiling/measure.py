@@ -68,7 +68,7 @@ def latency_model(
     profiler: Profiler, config: SchedulerConfig, fingerprint: str, report: Callable[[str], None]
 ) -> LatencyModel:
     """The latency model of this machine, fitted to its profile."""
-    return fit(machine_profile(profiler, config, fingerprint, report))
+    return fit(machine_profile(profiler, config, fingerprint, report), gpu=profiler.device.type == "cuda")
 
 
 def machine_profile(
@@ -76,7 +76,9 @@ def machine_profile(
 ) -> list[ProfilePoint]:
     """The profile of this machine, from the cache or measured now. report: called with lines for the log. anew: whether it is
     measured whatever the cache holds."""
-    key = profile_key(profiler.passes, fingerprint)
+    key, rows = profile_key(profiler.passes, fingerprint), max(config.max_num_batched_tokens, config.max_window_tokens)
+    if profiler.device.type == "cuda":
+        key += f" {rows} rows"  # to which it is measured: a law from fewer is far off
     path = cache_directory() / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     samples = None if anew else load_profile(path, key)
     if samples is not None and profiler.slowdown(samples) > STALE:
@@ -85,7 +87,7 @@ def machine_profile(
     if samples is None:
         report("measuring what rows and units cost here, once ...")
         started = time.perf_counter()
-        samples = profiler.measure(max(config.max_num_batched_tokens, config.max_window_tokens))
+        samples = profiler.measure(rows, max_seqs=config.max_num_seqs)
         report(f"measured {len(samples)} points in {time.perf_counter() - started:.1f} s")
         try:
             save_profile(path, key, samples)
@@ -113,16 +115,18 @@ class Profiler:
         self._arenas: list[ArenaBlocks] = []
 
     @torch.no_grad()
-    def measure(self, max_rows: int, limit_s: float = LIMIT_S) -> list[ProfilePoint]:
+    def measure(self, max_rows: int, limit_s: float = LIMIT_S, max_seqs: int = 1) -> list[ProfilePoint]:
         """Measures the points for which the pool has room: those that a fit needs, then others while they should end within
-        `limit_s` seconds. Long passes that are left out are estimated from one layer (`by_layer`)."""
-        layers, rows = self.arch.num_layers, min(max_rows, self.arch.max_position_embeddings)
+        `limit_s` seconds. Long passes that are left out are estimated from one layer (`by_layer`). max_seqs: requests that a
+        GPU decodes at once, for the largest of its points."""
+        layers, gpu_seqs = self.arch.num_layers, max_seqs if self.device.type == "cuda" else 0
+        rows = min(max_rows, self.arch.max_position_embeddings)
         self.prepare()
         self._run(Contents(PassCost(1, 1, 1, 1, 0, 0, 0, 0, 0), (), 0))  # the output head is laid out at its first use
         started = time.perf_counter()
         needed = needed_points(layers, rows)
         samples = [sample for point in needed for sample in self._run(self._without_adapters(point))]
-        more = [point for point in profile_points(layers, rows) if point not in needed]
+        more = [point for point in profile_points(layers, rows, gpu_seqs=gpu_seqs) if point not in needed]
         more.sort(key=lambda point: row_layers(point, layers), reverse=True)
         while more and time.perf_counter() - started + self._expected(more[-1], samples) <= limit_s:
             samples += self._run(self._without_adapters(more.pop()))

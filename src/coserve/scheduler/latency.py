@@ -50,8 +50,9 @@ def kind_of(contents: Contents) -> str:
 class Term(NamedTuple):
     """A curve over one field of a group's cost. With one piece, which starts at 0, it is a plain product.
 
-    field: its name; the field 'once' is always 1. knots: where pieces start, unless a law's coefficients name others; the last
-    piece has no end. per_layer: whether the curve's value is multiplied by the unit's layers.
+    field: its name; the field 'once' is always 1, and UNCAPTURED is 1 or 0. knots: where pieces start, unless a law's
+    coefficients name others; the last piece has no end. per_layer: whether the curve's value is multiplied by the unit's
+    layers.
     """
 
     field: str
@@ -64,6 +65,16 @@ class Term(NamedTuple):
             yield max(0.0, min(amount, end) - start)
 
 
+UNCAPTURED = "uncaptured"
+"""The field of a pass that is 1 if it has rows of prompts or of finetuning, and otherwise 0. On a GPU, passes that only decode
+are captured as CUDA graphs and started by one launch; other passes are hundreds of launches."""
+
+
+def is_uncaptured(cost: PassCost) -> bool:
+    """Whether a pass has other rows than decode rows."""
+    return cost.rows > cost.decode_rows
+
+
 _UNIT_TERMS = (
     Term("once"), Term("layers"), Term("rows", (0, 32, 128, 512), per_layer=True), Term("pairs", per_layer=True),
     Term("labels"),
@@ -74,20 +85,23 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
     "inference": (
         Term("once"), Term("rows", (1, 2, 4, 16, 64, 256, 1024)), Term("head_rows", (0, 1, 16, 256)), Term("decode_rows"),
         Term("decode_context"), Term("prefill_pairs"), Term("fused_rows", (0, 1)), Term("fused_pairs"),
-        Term("fused_labels"), Term("adapter_segments"), Term("prefill_spans"),
+        Term("fused_labels"), Term("adapter_segments"), Term("prefill_spans"), Term(UNCAPTURED),
     ),
     "forward": _UNIT_TERMS,
     "backward": _UNIT_TERMS,
     "optimizer": (Term("once"), Term("elements")),
 }
 """The law, by group, with the knots that a fit has. The constant of a pass includes its first row, so that rows begin to count
-at 1. The first fused row has a piece of its own, for what a pass costs more as soon as any row rides in it."""
+at 1. The first fused row has a piece of its own, for what a pass costs more as soon as any row rides in it. So has a pass that
+is not captured, whether prompts or fused rows are the reason; a law that doesn't name UNCAPTURED knows no difference."""
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "iteration": (), "inference": PassCost._fields, "forward": UnitCost._fields, "backward": UnitCost._fields,
     "optimizer": ("elements",),
 }
 """The fields of each group's cost, in order."""
+
+_ROWS, _DECODE_ROWS = map(PassCost._fields.index, ("rows", "decode_rows"))
 
 Coefficient = tuple[str, str, int]
 """Names a coefficient: its group, its field, and the knot where its piece starts."""
@@ -129,13 +143,15 @@ class _Law:
     ) -> None:
         fields = FIELDS[group]
         products, curves = [0.0] * len(fields), []
-        self.constant = 0.0
+        self.constant = self.uncaptured = 0.0
         for term in TERMS[group]:
             knots = placed[group, term.field]
             slopes = tuple(coefficients.get((group, term.field, knot), 0.0) for knot in knots)
             assert all(slope >= 0 for slope in slopes)
             if term.field == "once":
                 (self.constant,) = slopes
+            elif term.field == UNCAPTURED:
+                (self.uncaptured,) = slopes
             elif knots == (0,) and not term.per_layer:
                 products[fields.index(term.field)] = slopes[0]
             else:
@@ -150,6 +166,8 @@ class _Law:
         for curve in self._curves:
             value = curve(cost[curve.place])
             seconds += value * layers if curve.per_layer else value
+        if self.uncaptured and cost[_ROWS] > cost[_DECODE_ROWS]:
+            seconds += self.uncaptured
         return seconds
 
 
@@ -183,6 +201,8 @@ class LatencyModel:
         self.constant_seconds = laws.pop("iteration").constant
         """What every iteration costs, whatever it holds. It is part of `seconds` and of no other prediction."""
         self._inference, self._forward, self._backward, self._optimizer = laws.values()
+        self.uncaptured_seconds = self._inference.uncaptured
+        """What a pass costs more, as soon as it has rows of prompts or of finetuning. It is part of `pass_seconds`."""
         self.corrections = dict.fromkeys(("decode", "prefill", "fused", "forward", "backward", "optimizer"), 1.0)
         """The present factor of each part, as learnt by `observe`."""
         self._last_residual: dict[str, float] = {}

@@ -18,7 +18,7 @@ from itertools import pairwise
 
 from coserve.config.values import check_types, is_number, require
 from coserve.core import Contents
-from coserve.scheduler.latency import Coefficient, LatencyModel
+from coserve.scheduler.latency import UNCAPTURED, Coefficient, LatencyModel
 
 LARGEST_ERROR = 3.0
 """Noise is cut at so many standard deviations."""
@@ -68,7 +68,7 @@ def _is_constant(name: Coefficient, law: LatencyModel) -> bool:
     """Whether a coefficient doesn't grow with rows, pairs, labels or elements. Where a curve has a knot at 1, its first piece
     is what the first row costs, which is mostly the reading of weights."""
     group, field, knot = name
-    return field in ("once", "layers") or (knot == 0 and (group, field, 1) in law.coefficients)
+    return field in ("once", "layers", UNCAPTURED) or (knot == 0 and (group, field, 1) in law.coefficients)
 
 
 class TrueLaw:
