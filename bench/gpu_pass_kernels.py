@@ -209,4 +209,4 @@ def _turned(x: Tensor, cos: Tensor, negated: Tensor) -> Tensor:
 
 
 def _absent(kernel: str) -> dict[str, Any]:
-    return {"kernel": kernel, "note": "not run: a CPU has no such kernel"}
+    return {"kernel": f"{kernel}: none on a CPU"}
