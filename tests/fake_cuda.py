@@ -163,13 +163,21 @@ class FakeCuda(TorchDispatchMode):
             return result
         if CPU_ONLY.search(func._schema.name):
             raise CudaFault(f"{name} has no kernel for CUDA")
-        if name in PRODUCTS and len({t.dtype for t in ins}) > 1:
+        if name in PRODUCTS and not _product_types_agree(func, args, ins):
             raise CudaFault(f"{name} of {', '.join(str(t.dtype) for t in ins)}\n{_where()}")
         if any(t.dtype == torch.float64 and t.device.type == "cuda" and t.numel() > SMALL for t in outs):
             raise CudaFault(f"{name} computes in float64\n{_where()}")
         if not (func.is_view or name in FREE):
             self.launched(name, LAUNCHES.get(name, 1))
         return result
+
+
+def _product_types_agree(func: Any, args: Sequence[Any], ins: Sequence[Tensor]) -> bool:
+    """Whether all operands have one type; of a product with a type of its own for the result, what it is added to has that."""
+    if not func._overloadname.startswith("dtype"):
+        return len({t.dtype for t in ins}) == 1
+    first, second, dtype = args[-3:]
+    return first.dtype == second.dtype and all(t.dtype == dtype for t in ins if t is not first and t is not second)
 
 
 def _is_cpu(device: object) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coserve.core import NO_CONTENTS
+from coserve.kernels import library
 from coserve.ops.run import RUNNERS, Factor, RowContext
 from coserve.profiling.measure import Profiler
 from coserve.runtime.loaded import resolve_device
@@ -34,7 +35,11 @@ class Whole:
         return self.tensor
 
 
-def test_gradients_of_weights_are_not_rounded_to_bfloat16_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_gradients_of_weights_are_not_rounded_to_bfloat16_on_their_way(
+    at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """at_once: whether the library adds a product to memory of a wider type."""
     products: list[torch.dtype] = []
     product = torch.mm
 
@@ -43,7 +48,13 @@ def test_gradients_of_weights_are_not_rounded_to_bfloat16_on_their_way(monkeypat
         products.append(result.dtype)
         return result
 
+    def added(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **options: object) -> None:
+        assert options == {"out_dtype": torch.float32, "alpha": 2.0, "out": out}
+        products.append(out.dtype)
+
     monkeypatch.setattr(torch, "mm", watched)
+    monkeypatch.setattr(torch, "addmm", added)
+    monkeypatch.setattr(library, "_adds_wider", lambda *_: at_once)
     with FakeTensorMode():
         grad, x = (torch.empty(32, width, dtype=torch.bfloat16, device="cuda") for width in (64, 16))
         factor = Factor(torch.empty(64, 16, dtype=torch.bfloat16, device="cuda"), 2.0, torch.zeros(64, 16, device="cuda"))

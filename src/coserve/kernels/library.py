@@ -48,6 +48,29 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, accumu
         out.addmm_(a, b, beta=0, alpha=alpha)
 
 
+def add_product(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> None:
+    """out += alpha * a @ b, where `out` may be of a wider type than a and b. On CUDA the product is then not rounded to theirs."""
+    if out.dtype == b.dtype:
+        out.addmm_(a, b, alpha=alpha)
+    elif b.device.type != "cuda":
+        out.add_(a @ b, alpha=alpha)
+    elif _adds_wider(b.device, b.dtype, out.dtype):
+        torch.addmm(out, a, b, out_dtype=out.dtype, alpha=alpha, out=out)
+    else:
+        out.add_(torch.mm(a, b, out_dtype=out.dtype), alpha=alpha)
+
+
+@functools.cache
+def _adds_wider(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether PyTorch adds a product of `dtype` to memory of type `wide` in one launch. Older releases refuse."""
+    total, one = torch.zeros(16, 16, dtype=wide, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.addmm(total, one, one, out_dtype=wide, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def has_row_kernels(x: Tensor) -> bool:
     """Whether Triton's row-wise kernels take rows like `x`."""
     return x.dtype in triton_rows.DTYPES and runs_triton(x.device)

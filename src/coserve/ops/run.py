@@ -181,12 +181,7 @@ def _segment_linear_wgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulat
     for part, factor in rows.segments(weight):
         assert isinstance(factor, Factor) and factor.grad is not None
         grad, x = ins[0][part], ins[1][part]
-        if factor.grad.dtype == x.dtype:
-            factor.grad.addmm_(grad.T, x, alpha=factor.scale)
-        else:
-            on_cuda = x.device.type == "cuda"
-            product = torch.mm(grad.T, x, out_dtype=factor.grad.dtype) if on_cuda else grad.T @ x
-            factor.grad.add_(product, alpha=factor.scale)
+        library.add_product(factor.grad, grad.T, x, alpha=factor.scale)
 
 
 def _segment_scale(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
