@@ -48,9 +48,9 @@ def test_gradients_of_weights_are_not_rounded_to_bfloat16_on_their_way(
         products.append(result.dtype)
         return result
 
-    def added(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **options: object) -> None:
-        assert options == {"out_dtype": torch.float32, "alpha": 2.0, "out": out}
-        products.append(out.dtype)
+    def added(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **options: object) -> None:
+        assert options == {"out_dtype": torch.float32, "alpha": 2.0, "out": total}
+        products.append(total.dtype)
 
     monkeypatch.setattr(torch, "mm", watched)
     monkeypatch.setattr(torch, "addmm", added)
