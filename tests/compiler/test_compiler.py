@@ -596,11 +596,39 @@ def test_adds_become_accumulating_products() -> None:
     assert [op for op, _, _ in forward].count("add") == 1, "h is written together with its norm"
     assert "add" not in [op for op, _, _ in backward]
     assert [(op, weight) for op, weight, accumulate in backward if accumulate] == [
-        ("linear_dgrad", "down_proj"), ("linear_dgrad", "up_proj"), ("segment_linear_dgrad", "gate_proj.lora_A"),
-        ("linear_dgrad", "gate_proj"), ("rmsnorm_dgrad", "post_attention_layernorm"), ("linear_dgrad", "o_proj"),
-        ("linear_dgrad", "v_proj"), ("segment_linear_dgrad", "k_proj.lora_A"), ("linear_dgrad", "k_proj"),
-        ("segment_linear_dgrad", "q_proj.lora_A"), ("linear_dgrad", "q_proj"), ("rmsnorm_dgrad", "input_layernorm"),
+        ("linear_dgrad", "down_proj"), ("segment_linear_dgrad", "gate_proj.lora_A"), ("linear_dgrad", "gate_up_proj"),
+        ("rmsnorm_dgrad", "post_attention_layernorm"), ("linear_dgrad", "o_proj"), ("segment_linear_dgrad", "k_proj.lora_A"),
+        ("segment_linear_dgrad", "q_proj.lora_A"), ("linear_dgrad", "qkv_proj"), ("rmsnorm_dgrad", "input_layernorm"),
     ]
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_gradients_towards_one_input_are_one_product_of_what_lies_side_by_side(qk_norm: bool) -> None:
+    """Frozen linears alone are below: nothing else is added up, so that the product writes."""
+    arch = make_arch(qk_norm=qk_norm)
+    for bypass, widths, adds in ((*lora(LINEAR_SITES), True), (*lora(["down_proj"]), False)):
+        program = plans_of(arch, bypass, widths)[1].backward
+        assert program is not None
+        found = {call.weight: call for call in program.calls if call.op == "linear_dgrad" and call.weight in MERGED}
+        assert found.keys() == MERGED.keys()
+        for name, call in found.items():
+            (grads,) = (program.slots[number] for number in call.ins)
+            widths_of = [linear_shapes(arch)[site][0] for site in MERGED[name]]
+            assert (grads.column, grads.width) == (0, sum(widths_of)) and call.accumulate == adds
+            made = [program.slots[n] for each in program.calls[: program.calls.index(call)] for n in each.outs]
+            column = 0
+            for width in widths_of:
+                assert Slot(grads.storage, column, width) in made
+                column += width
+
+
+def test_attention_gradients_are_turned_back_in_one_call() -> None:
+    for qk_norm in (False, True):
+        program = plans_of(make_arch(qk_norm=qk_norm), *lora(LINEAR_SITES))[1].backward
+        assert program is not None and "rope_dgrad" not in [call.op for call in program.calls]
+        (call,) = [call for call in program.calls if call.run is JOINED["attention_dgrad", "rope_dgrad"]]
+        d_q, d_k, _, *rotated = (program.slots[number] for number in call.outs)
+        assert rotated in ([Slot(d_q.storage, d_q.column, d_q.width + d_k.width)], [d_k, d_q])
 
 
 def test_rope_turns_in_place_in_one_call_with_attention() -> None:

@@ -1,121 +1,37 @@
 """Lowering: from a pruned graph to flat programs of calls, in which every value has its place in memory.
 
-Five passes work on the draft of a program:
+Passes work on the draft of a program (`compiler/draft.py`):
 
     share_memory     an in-place operator writes over its input           q' = rope(q)          q' lies where q lay
     fuse_adds        a product and the sum it goes into are one step      b = B(x); c = a + b   a += B(x); c lies where a lay
     merge_linears    frozen linears of one input are one product          q, k, v = qkv_proj(x), side by side
+    merge_dgrads     and so are their gradients towards that input       (`compiler/merge.py`)
     gather_factors   adapters' products of one input stand together      (`compiler/factors.py`)
     join_sums        a sum and the norm behind it are one step           h = a + b; n = rmsnorm(h)
     place            every value gets a storage and an offset: kept ones in the arena, others in the workspace by live ranges
 
-Then the calls are written down. Rotary embeddings of q and k in place become one call with the attention behind them. Joined
-calls (`ops.run.JOINED`) compute what their operators compute one after the other; a device may have one kernel for them.
+Then the calls are written down. Rotary embeddings in place become one call with the attention beside them
+(`compiler/turns.py`). Joined calls (`ops.run.JOINED`) compute what their operators compute one after the other; a device may
+have one kernel for them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
+from coserve.compiler.draft import Draft, Step, align, row_bytes
 from coserve.compiler.factors import gather_factors, join_factors
-from coserve.compiler.graph import Element, JointGraph, Node, Value, counterparts
+from coserve.compiler.graph import Element, JointGraph, Node, counterparts
+from coserve.compiler.merge import merge_dgrads, merge_linears
 from coserve.compiler.passes import run_passes
 from coserve.compiler.program import Call, FusedLayer, Keep, LayerPlan, Place, Program, Slot, Storage
 from coserve.compiler.rematerialize import Rematerialized
+from coserve.compiler.turns import beside, join_turns
 from coserve.ops.run import JOINED, RUNNERS, Runner
-
-_ALIGN = 16
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One operator that will run. It writes `outputs`; if `base` is a value, it adds to that one's memory instead. first: the
-    operator that runs right before it as part of the step, whose output is the step's first, or None."""
-
-    node: Node
-    outputs: tuple[str, ...]
-    base: str | None = None
-    first: Node | None = None
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """What the step reads that it hasn't made itself."""
-        return self.node.inputs if self.first is None else self.first.inputs
-
-    @property
-    def inplace(self) -> bool:
-        """Whether the first output may take the memory of the first input."""
-        return (self.first or self.node).row.inplace
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
-    """One program on its way from nodes to calls. Every lowering pass returns a draft of which more is decided.
-
-    values: all values of the graph, by name. steps: what runs, in order. itemsize: bytes of an element of the model's dtype.
-    given: values that are there before the first step. pinned: values that no step may write over. outlive: values that are
-    read after the last step. arena: values that the program keeps for backward.
-    storages: first those that are given from outside. slots: where values lie; before `place`, only those that are given.
-    roots: {value: the value whose memory it takes over}; a value that isn't there has memory of its own.
-    arena_bytes, work_bytes: per row, after `place`.
-    """
-
-    values: Mapping[str, Value]
-    steps: tuple[_Step, ...]
-    itemsize: int
-    given: frozenset[str]
-    pinned: frozenset[str]
-    outlive: tuple[str, ...]
-    arena: frozenset[str] = frozenset()
-    storages: tuple[Storage, ...]
-    slots: Mapping[str, Slot]
-    roots: Mapping[str, str] = field(default_factory=dict)
-    arena_bytes: int = 0
-    work_bytes: int = 0
-
-    def root(self, name: str) -> str:
-        """The value whose memory `name` lies in."""
-        return self.roots.get(name, name)
-
-    @property
-    def kept_roots(self) -> frozenset[str]:
-        """The roots of what is kept in the arena."""
-        return frozenset(map(self.root, self.arena))
-
-    def check(self) -> None:
-        """Follows every value through memory: each step finds its inputs where they were left, and nothing has been written
-        over them since; what is read after the last step is there too."""
-        held = {name: self.slots.get(name) for name in self.given}
-        for step in self.steps:
-            reads = (*step.inputs, *((step.base,) if step.base is not None else ()))
-            assert held.keys() >= {*reads}, f"{step.node} does not find {held.keys() ^ {*reads}}"
-            for name in step.outputs:
-                slot = self.slots.get(name)
-                if slot is not None:
-                    harmed = {other for other, place in held.items() if place is not None and self._overlap(place, slot)}
-                    allowed = {step.base, step.inputs[0] if step.inplace else step.base}
-                    if step.first is not None:  # row by row it reads before it writes
-                        allowed |= {other for other in step.inputs if held.get(other) == slot}
-                    assert harmed.intersection(reads) <= allowed, f"{step.node} writes over {harmed} while it reads them"
-                    for other in harmed:
-                        del held[other]
-                held[name] = slot
-        lost = {*self.outlive, *self.arena, *(self.pinned & self.given)} - held.keys()
-        assert not lost, f"{lost} are read after the program and not there"
-
-    def _overlap(self, one: Slot, other: Slot) -> bool:
-        """Whether two slots share bytes of a row."""
-        if one.storage == other.storage:
-            return one.column < other.column + other.width and other.column < one.column + one.width
-        first, second = self.storages[one.storage], self.storages[other.storage]
-        if first.place is not second.place or first.place not in (Place.WORK, Place.ARENA):
-            return False
-        ends = first.offset + _size(first, self.itemsize), second.offset + _size(second, self.itemsize)
-        return first.offset < ends[1] and second.offset < ends[0]
 
 
 def share_memory(draft: Draft) -> Draft:
@@ -140,7 +56,7 @@ def share_memory(draft: Draft) -> Draft:
 def fuse_adds(draft: Draft) -> Draft:
     """Makes one step of `b = kernel(x); c = a + b` where the kernel can add into memory and c takes over a's."""
     uses = Counter(name for step in draft.steps for name in step.node.inputs)
-    steps: list[_Step] = []
+    steps: list[Step] = []
     for step in draft.steps:
         if step.node.op == "add" and steps and step.outputs[0] in draft.roots:
             (base, added), source = step.node.inputs, steps[-1].node
@@ -149,32 +65,16 @@ def fuse_adds(draft: Draft) -> Draft:
                 added in source.outputs and source.row.accumulates and uses[added] == 1 and added not in draft.pinned
                 and (source.row.inplace or draft.root(base) not in inputs)
             ):
-                steps[-1] = _Step(source, step.outputs, base)
+                steps[-1] = Step(source, step.outputs, base)
                 continue
         steps.append(step)
-    return replace(draft, steps=tuple(steps))
-
-
-def merge_linears(merged: Mapping[str, tuple[str, ...]], draft: Draft) -> Draft:
-    """Makes one step of frozen linears of one input that lie in one matrix, if all their outputs go to the same place."""
-    steps, kept = list(draft.steps), draft.kept_roots
-    for name, sites in merged.items():
-        group = [s for s in steps if s.node.op == "linear" and s.node.weight in sites and s.base is None]
-        if len(group) != len(sites) or len({s.node.inputs for s in group}) != 1:
-            continue
-        if len({draft.root(s.outputs[0]) in kept for s in group}) != 1:
-            continue
-        outputs = tuple(s.outputs[0] for s in sorted(group, key=lambda s: sites.index(s.node.weight or "")))
-        steps[steps.index(group[0])] = _Step(Node("linear", group[0].node.inputs, outputs, name), outputs)
-        for step in group[1:]:
-            steps.remove(step)
     return replace(draft, steps=tuple(steps))
 
 
 def join_sums(draft: Draft) -> Draft:
     """Makes one step of a sum and the norm of it that follows. What the sum reads is then still there when the norm is written,
     but for a second term that nothing reads any more: the norm's rows take exactly the place of its rows."""
-    steps: list[_Step] = []
+    steps: list[Step] = []
     roots = dict(draft.roots)
     reads = [(*step.node.inputs, *([] if step.base is None else [step.base])) for step in draft.steps]
     last_read = {draft.root(name): index for index, names in enumerate(reads) for name in names}
@@ -186,14 +86,10 @@ def join_sums(draft: Draft) -> Draft:
             free = last_read[term] < index and not fixed & {term, draft.root(out)} and term != draft.root(total)
             if free and replace(draft.values[out], name=term) == draft.values[term]:
                 roots |= {name: term for name in draft.values if draft.root(name) == out}
-            steps[-1] = _Step(step.node, (total, out), first=last.node)
+            steps[-1] = Step(step.node, (total, out), first=last.node)
         else:
             steps.append(step)
     return replace(draft, steps=tuple(steps), roots=roots)
-
-
-def _align(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
 
 
 def _place_work(spans: Mapping[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
@@ -208,10 +104,6 @@ def _place_work(spans: Mapping[int, tuple[int, int, int]]) -> tuple[dict[int, in
         placed.append((offset, size, first, last))
         offsets[name] = offset
     return offsets, max((o + s for o, s, _, _ in placed), default=0)
-
-
-def _size(storage: Storage, itemsize: int) -> int:
-    return _align(storage.width * storage.element.num_bytes(itemsize))
 
 
 class _Homes:
@@ -233,7 +125,7 @@ class _Homes:
         )
         self.storages.append(storage)
         if kept:
-            self.arena_bytes += _size(storage, self.draft.itemsize)
+            self.arena_bytes += row_bytes(storage, self.draft.itemsize)
         column = 0
         for root, value in zip(roots, values, strict=True):
             self.slots[root] = Slot(len(self.storages) - 1, column, value.width)
@@ -245,7 +137,7 @@ class _Homes:
         if slot is None or self.storages[slot.storage].place is not Place.WORK:
             return
         first = self.spans[slot.storage][0] if slot.storage in self.spans else index
-        self.spans[slot.storage] = (first, index, _size(self.storages[slot.storage], self.draft.itemsize))
+        self.spans[slot.storage] = (first, index, row_bytes(self.storages[slot.storage], self.draft.itemsize))
 
 
 def place(draft: Draft) -> Draft:
@@ -254,10 +146,12 @@ def place(draft: Draft) -> Draft:
     packed = [root for root in homes.kept if draft.values[root].element is Element.BYTE]
     if packed:  # side by side, as one would be padded; wide ones first, so that they begin on even columns
         homes.give(sorted(packed, key=lambda root: (-draft.values[root].width, root)))
+    groups = {root: roots for group in draft.beside for roots in [[*map(draft.root, group)]] for root in roots}
     for index, step in enumerate(draft.steps):
         roots = [root for name in step.outputs if (root := draft.root(name)) not in homes.slots and root[:3] != "dW:"]
-        for together in [roots] if step.node.op == "linear" and roots else [[root] for root in roots]:
-            homes.give(together)
+        for together in [roots] if step.node.op == "linear" and roots else [groups.get(root, [root]) for root in roots]:
+            if together[0] not in homes.slots:
+                homes.give(together)
         for name in (*step.outputs, *step.inputs):
             homes.touch(name, index)
     for name in draft.outlive:
@@ -280,8 +174,8 @@ def _gather_factors(draft: Draft) -> Draft:
 
 def _decide(draft: Draft, merged: Mapping[str, tuple[str, ...]]) -> Draft:
     """All lowering passes: what runs, and where every value lies."""
-    passes = (share_memory, fuse_adds, partial(merge_linears, merged), _gather_factors, join_sums, place)
-    return run_passes(draft, *passes)
+    merges = partial(merge_linears, merged), partial(merge_dgrads, merged)
+    return run_passes(draft, share_memory, fuse_adds, *merges, _gather_factors, join_sums, place)
 
 
 def _emit(draft: Draft) -> Program:
@@ -296,9 +190,9 @@ def _emit(draft: Draft) -> Program:
     for previous, step in pairwise((None, *draft.steps)):
         assert step is not None
         node = step.node
-        beside = _beside(previous, step, slots)
-        if beside is not None:
-            both = (number(beside),)
+        columns = beside(previous, step, slots)
+        if columns is not None:
+            both = (number(columns),)
             calls[-1] = replace(calls[-1], outs=both, ins=both)
             continue
         outs: tuple[int, ...]
@@ -308,48 +202,14 @@ def _emit(draft: Draft) -> Program:
         else:
             outs = tuple(number(slots[name]) for name in step.outputs if not name.startswith("dW:"))
         ins = tuple(number(slots[name]) for name in step.inputs)
+        if node.op == "linear_dgrad" and len(ins) > 1:
+            parts = [slots[name] for name in step.inputs]
+            ins = (number(Slot(parts[0].storage, 0, sum(p.width for p in parts))),)
         run = RUNNERS[node.op] if step.first is None else JOINED[step.first.op, node.op]
         calls.append(Call(run, node.op, node.weight, node.attrs, step.base is not None, outs, ins))
     order = tuple(numbers)
-    calls = join_factors(_join_turns(calls, order), order)
+    calls = join_factors(join_turns(calls, order), order)
     return Program(tuple(calls), order, draft.storages, draft.work_bytes)
-
-
-def _join_turns(calls: Sequence[Call], slots: Sequence[Slot]) -> list[Call]:
-    """Joins rotary embeddings of q and k with the attention behind them."""
-    joined: list[Call] = []
-    for call in calls:
-        turns = _turns(joined, call, slots) if call.op == "attention" else ()
-        if turns:
-            del joined[-len(turns) :]
-            ins = (*call.ins, *(number for turn in turns for number in turn.outs))
-            call = replace(call, run=JOINED["rope", "attention"], attrs=turns[0].attrs, ins=ins)
-        joined.append(call)
-    return joined
-
-
-def _turns(calls: Sequence[Call], attention: Call, slots: Sequence[Slot]) -> Sequence[Call]:
-    """The last calls, if they are rotary embeddings in place of all of attention's q and k and of nothing else: one call where
-    q and k lie side by side, else two."""
-    q, k, _ = attention.ins
-    side_by_side = Slot(slots[q].storage, slots[q].column, slots[q].width + slots[k].width)
-    for count, wanted in ((1, {side_by_side}), (2, {slots[q], slots[k]})):
-        turns = calls[-count:]
-        in_place = all(turn.op == "rope" and turn.outs == turn.ins and turn.attrs == turns[0].attrs for turn in turns)
-        if len(turns) == count and in_place and {slots[turn.outs[0]] for turn in turns} == wanted:
-            return turns
-    return ()
-
-
-def _beside(previous: _Step | None, step: _Step, slots: Mapping[str, Slot]) -> Slot | None:
-    """The columns of two rotary embeddings in place, one beside the other: they are one operation per head."""
-    if previous is None or previous.node.op != "rope" or step.node.op != "rope" or previous.node.attrs != step.node.attrs:
-        return None
-    first, second = slots[previous.outputs[0]], slots[step.outputs[0]]
-    in_place = first == slots[previous.node.inputs[0]] and second == slots[step.node.inputs[0]]
-    if not in_place or first.storage != second.storage or first.column + first.width != second.column:
-        return None
-    return Slot(first.storage, first.column, first.width + second.width)
 
 
 def _with_recompute(joint: JointGraph, recompute: Sequence[Node]) -> list[Node]:
@@ -379,7 +239,7 @@ def _forward_draft(joint: JointGraph, nodes: Iterable[Node], itemsize: int, kept
     source, target = graph.values[graph.input], graph.values[graph.output]
     kept = tuple(kept)
     return Draft(
-        values=graph.values, steps=tuple(_Step(node, node.outputs) for node in nodes), itemsize=itemsize,
+        values=graph.values, steps=tuple(Step(node, node.outputs) for node in nodes), itemsize=itemsize,
         given=frozenset({graph.input}), pinned=frozenset({graph.input, graph.output, *kept}),
         outlive=(graph.output, *(() if to_arena else kept)),
         arena=frozenset(kept) - {graph.input} if to_arena else frozenset(),
@@ -401,7 +261,7 @@ def lower(choice: Rematerialized, *, merged: Mapping[str, tuple[str, ...]], item
     backward = _lower_backward(choice, draft, merged) if joint.backward else None
     return LayerPlan(
         joint=joint, forward=_emit(draft), backward=backward, kept=choice.kept, arena=draft.storages,
-        arena_bytes=draft.arena_bytes + (_align(graph.values[graph.input].num_bytes(itemsize)) if keeps_input else 0),
+        arena_bytes=draft.arena_bytes + (align(graph.values[graph.input].num_bytes(itemsize)) if keeps_input else 0),
         keys=keys, values=values, keeps_input=keeps_input, input_offset=draft.arena_bytes,
         kept_slots={name: slot for name, slot in kept_slots.items() if name != graph.input}, recompute=choice.recompute,
     )
@@ -438,7 +298,7 @@ def _lower_backward(choice: Rematerialized, forward: Draft, merged: Mapping[str,
     gradient = Slot(len(forward.storages), 0, joint.values[joint.output_grad].width)
     nodes = _with_recompute(joint, choice.recompute)
     draft = _decide(Draft(
-        values=joint.values, steps=tuple(_Step(node, node.outputs) for node in nodes), itemsize=forward.itemsize,
+        values=joint.values, steps=tuple(Step(node, node.outputs) for node in nodes), itemsize=forward.itemsize,
         given=frozenset({*kept, joint.output_grad}), pinned=frozenset(kept),
         outlive=() if joint.input_grad is None else (joint.input_grad,),
         storages=(*forward.storages, Storage(Place.GRAD, gradient.width, Element.MODEL)),

@@ -151,13 +151,28 @@ def attention_dgrad(
     Shapes as in `attention`; the accumulators [N, G * K] are float32. The library gives each window's share of dK and dV in
     16 bits; only their sum over windows is float32.
     """
-    if not _fits(width, q, k_all, v_all):
+    shares = gradient_shares(grad, q, k_all, v_all, out, lse_TH, call, width=width, window=window)
+    if shares is None:
         for rows, (begin, first, last) in zip(_rows(call.sequences), call.sequences, strict=True):
             plain.attention_dgrad(
                 d_q[rows], d_k_all, d_v_all, grad[rows], q[rows], k_all, v_all, out[rows], lse_TH[rows],
                 width=width, begin=begin, first=first, last=last, window=window,
             )
         return
+    dq, dk, dv = shares
+    _heads(d_q, width).copy_(dq)
+    _heads(d_k_all[call.keys], width).add_(dk)
+    _heads(d_v_all[call.keys], width).add_(dv)
+
+
+def gradient_shares(
+    grad: Tensor, q: Tensor, k_all: Tensor, v_all: Tensor, out: Tensor, lse_TH: Tensor, call: PackedCall,
+    *, width: int, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `attention_dgrad` writes and adds: new tensors [T, H, K] and twice [rows of call.keys, G, K] in the inputs' type;
+    None if the library doesn't take the rows."""
+    if not _fits(width, q, k_all, v_all):
+        return None
     keys = call.keys
     # Without dropout the state of the random numbers is not read.
     state = torch.empty(2, dtype=torch.uint64, device=q.device)
@@ -167,6 +182,4 @@ def attention_dgrad(
         _heads(out, width), lse_TH.t().contiguous(), call.ends_q, call.ends_k, call.max_q, call.max_k, 0.0, True, state, unused,
         **_edges(width, window),
     )
-    _heads(d_q, width).copy_(dq)
-    _heads(d_k_all[keys], width).add_(dk)
-    _heads(d_v_all[keys], width).add_(dv)
+    return dq, dk, dv

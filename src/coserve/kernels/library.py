@@ -49,7 +49,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, accumu
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> None:
-    """out += alpha * a @ b, where `out` may be of a wider type than a and b. On CUDA the product is then not rounded to theirs."""
+    """out += alpha * a @ b, where `out` may be of a wider type than a and b. On CUDA the product isn't rounded to theirs."""
     if out.dtype == b.dtype:
         out.addmm_(a, b, alpha=alpha)
     elif b.device.type != "cuda":

@@ -92,6 +92,16 @@ class RowContext:
         """Its gradients; on return d_k and d_v hold the window's final rows."""
         raise AssertionError("rows of requests have no backward")
 
+    def rotary_attention_dgrad(
+        self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor,
+        rotated: Sequence[Tensor], scale: float,
+    ) -> None:
+        """`attention_dgrad`, then turns d_q and d_k back in place: gradients of `rotary_attention`. rotated: d_q and d_k once
+        more, as one tensor where they lie side by side."""
+        self.attention_dgrad(d_q, d_k, d_v, grad, q, out, lse)
+        for heads in rotated:
+            library.rope(heads, heads, self.cos, self.sin, inverse=True, scale=scale)
+
 
 _SUM_ROWS = 256
 """Rows whose element-wise products are in memory at once while they are summed."""
@@ -266,6 +276,13 @@ def _attention_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bo
     rows.attention_dgrad(d_q, d_k, d_v, grad, q, out, lse)
 
 
+def _rotary_attention_dgrad(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
+    """outs: d_q, d_k, d_v, then what is rotated."""
+    d_q, d_k, d_v, *rotated = outs
+    grad, q, _, _, out, lse = ins
+    rows.rotary_attention_dgrad(d_q, d_k, d_v, grad, q, out, lse, rotated, attrs["scale"])
+
+
 def _silu_mul(rows: RowContext, weight: Any, attrs: Attrs, accumulate: bool, outs: Any, ins: Any) -> None:
     library.silu_mul(outs[0], *ins)
 
@@ -377,5 +394,9 @@ RUNNERS: dict[str, Runner] = {
     "fp8_decode": _fp8_decode,
 }
 
-JOINED: dict[tuple[str, str], Runner] = {("rope", "attention"): _rotary_attention, ("add", "rmsnorm"): _add_rmsnorm}
+JOINED: dict[tuple[str, str], Runner] = {
+    ("rope", "attention"): _rotary_attention,
+    ("attention_dgrad", "rope_dgrad"): _rotary_attention_dgrad,
+    ("add", "rmsnorm"): _add_rmsnorm,
+}
 """What runs an operator together with the one right before it, by the names of the two (compiler/lower.py)."""

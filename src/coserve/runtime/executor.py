@@ -113,11 +113,17 @@ class TrainExecutor:
 
     def rows(self, state: InFlight, unit: Unit, adapter: Adapter | None) -> TrainRows:
         """A unit's rows as operators see them."""
-        batch = state.batch
-        longest = max(end - begin for begin, end in batch.bounds)
-        cos, sin = self.executor.rotary.rows(batch.positions[unit.start : unit.end], longest)
+        batch, rotary = state.batch, self.executor.rotary
+        rotary.reserve(max(end - begin for begin, end in batch.bounds))
+        origin = next((begin for begin, end in batch.bounds if begin <= unit.start and unit.end <= end), None)
+        if origin is None:
+            cos, sin = rotary.rows(batch.positions[unit.start : unit.end], 0)
+        else:
+            cos, sin = rotary.part(unit.start - origin, unit.end - origin)
         keys = batch.dropout_keys[unit.start : unit.end]
-        return TrainRows(adapter, batch.bounds, unit.start, unit.end, cos, sin, keys, self.arch.sliding_windows)
+        return TrainRows(
+            adapter, batch.bounds, unit.start, unit.end, cos, sin, keys, self.arch.sliding_windows, state.attention_calls
+        )
 
     def enter(self, state: InFlight, rows: TrainRows, layer: int) -> LayerPlan:
         """Turns rows to a layer: its arena's K and V."""
@@ -183,8 +189,7 @@ class TrainExecutor:
             if plan.backward is None:
                 continue
             if end == whole:
-                state.d_keys.zero_()
-                state.d_values.zero_()
+                state.d_keys_values.zero_()
 
             def external(number: int, storage: Storage, layer: int = layer) -> Tensor:
                 if storage.place is Place.GRAD:

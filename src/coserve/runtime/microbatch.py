@@ -6,7 +6,7 @@ each. The label of a row is the next token of its own example, wherever the next
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coserve.compiler.plan import ModelPlan
 from coserve.core import Example, Unit
+from coserve.kernels.cuda_attention import PackedCall
 from coserve.kernels.reference import hash_key, mix32
 from coserve.model.architecture import Architecture
 from coserve.runtime.memory import Arena, arena_rows
@@ -112,7 +113,8 @@ class InFlight:
     forward_rows[l]: rows that have passed layer l; backward_row[l]: rows from here on have been through layer l's backward.
     parked: hidden rows of layers whose input the plan doesn't keep, by parity of the layer (a row is at one boundary only).
     grad_TD: the residual stream's gradient, rewritten in place from layer to layer. d_keys, d_values: accumulators of the one
-    layer whose backward is under way.
+    layer whose backward is under way; d_keys_values: both as one tensor. attention_calls: by window, what all layers and both
+    directions share.
     """
 
     def __init__(
@@ -131,11 +133,13 @@ class InFlight:
         self.correct = torch.zeros(num_labels, dtype=torch.bool, device=buffer.device)
         self.forward_only = forward_only
         self.coefficients_set = False
+        self.attention_calls: dict[tuple[int, int], Mapping[int | None, PackedCall]] = {}
         if not forward_only:
             self.grad_TD = grad.view(dtype)[:stream].view(num_tokens, arch.hidden_size)
             self.grad_TD.zero_()
             kv_width = arch.num_kv_heads * arch.head_dim
-            self.d_keys, self.d_values = d_kv.view(wide)[: 2 * num_tokens * kv_width].view(2, num_tokens, kv_width)
+            self.d_keys_values = d_kv.view(wide)[: 2 * num_tokens * kv_width].view(2, num_tokens, kv_width)
+            self.d_keys, self.d_values = self.d_keys_values
 
     def hidden(self, layer: int) -> Tensor:
         """All rows of the input of `layer`; of the decoder's output for layer L."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from coserve.kernels import attention, cuda_attention
+from coserve.kernels import attention, cuda_attention, library
 from coserve.kernels.choose import packs_attention
-from coserve.kernels.cuda_attention import KeyedRows
+from coserve.kernels.cuda_attention import KeyedRows, PackedCall
 from coserve.kernels.reference import hash_key
+from coserve.kernels.triton.attention_grads import window_grads
 from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor, RowContext
 from coserve.peft.adapter import Adapter
@@ -34,6 +35,11 @@ class RotaryTable:
         self.reserve(longest)
         return self._cos[positions_T], self._sin[positions_T]
 
+    def part(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [end - start, K] at the positions from `start` on: the table's own memory."""
+        self.reserve(end)
+        return self._cos[start:end], self._sin[start:end]
+
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
         """cos and sin [positions, K], replaced when they grow."""
@@ -54,16 +60,21 @@ class TrainRows(RowContext):
     def __init__(
         self, adapter: Adapter | None, bounds: Sequence[tuple[int, int]], start: int, end: int,
         cos: Tensor, sin: Tensor, dropout_keys: Tensor, windows: Sequence[int | None],
+        calls: dict[tuple[int, int], Mapping[int | None, PackedCall]] | None = None,
     ) -> None:
+        """calls: attention's by window of the micro-batch, to which these rows' are added if they aren't there."""
+        calls = {} if calls is None else calls
         self.adapter, self.bounds, self.start, self.end = adapter, bounds, start, end
         self.cos, self.sin, self.windows = cos, sin, windows
         self.dropout_keys = dropout_keys
         self.layer = 0
         self.num_serving = 0
-        self._packed = None
+        self._packed: Mapping[int | None, PackedCall] | None = None
         if packs_attention(cos.device):
-            sequences = [KeyedRows(begin, first, last) for begin, first, last, _ in self._sequences()]
-            self._packed = packed_calls(dict.fromkeys(windows, sequences), cos.device)
+            if (start, end) not in calls:
+                sequences = [KeyedRows(begin, first, last) for begin, first, last, _ in self._sequences()]
+                calls[start, end] = packed_calls(dict.fromkeys(windows, sequences), cos.device)
+            self._packed = calls[start, end]
         self.keys = self.values = cos
         self.d_keys = self.d_values = cos
 
@@ -110,6 +121,23 @@ class TrainRows(RowContext):
             )
         d_k.copy_(self.d_keys[self.start : self.end])
         d_v.copy_(self.d_values[self.start : self.end])
+
+    def rotary_attention_dgrad(
+        self, d_q: Tensor, d_k: Tensor, d_v: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor,
+        rotated: Sequence[Tensor], scale: float,
+    ) -> None:
+        shares = None
+        if self._packed is not None and library.has_row_kernels(q):
+            width, window = self.cos.shape[-1], self.windows[self.layer]
+            call = self._packed[window]
+            shares = cuda_attention.gradient_shares(
+                grad, q, self.keys, self.values, out, lse, call, width=width, window=window
+            )
+            if shares is not None:
+                sums = self.d_keys[call.keys], self.d_values[call.keys]
+                window_grads(d_q, d_k, d_v, *sums, shares, self.cos, self.sin, scale)
+        if shares is None:
+            super().rotary_attention_dgrad(d_q, d_k, d_v, grad, q, out, lse, rotated, scale)
 
 
 def site_key(layer: int, site: str) -> int:

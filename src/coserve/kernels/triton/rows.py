@@ -4,7 +4,7 @@ T rows (packed tokens), D features, H query heads, G key-value heads, K head wid
 
 A kernel reads its values once, computes in float32 and rounds where it stores. The norm is the exception, since the value is
 rounded to the model's dtype before the weight as well, as Hugging Face does. A rotated head has the same bits whichever kernel
-rotates it: both call `_turn`, which says itself where products and sums are joined.
+rotates it: all call `turned`, which says itself where products and sums are joined.
 """
 
 from __future__ import annotations
@@ -106,19 +106,28 @@ def _rmsnorm_dgrad_kernel(
 
 
 @jit()
-def _turn(
-    x: tl.tensor, cos: tl.tensor, sin: tl.tensor, direction: tl.tensor, factor: tl.tensor,
+def turned(
+    first: tl.tensor, second: tl.tensor, cos: tl.tensor, sin: tl.tensor, direction: tl.tensor, factor: tl.tensor,
     column: tl.tensor, feature: tl.tensor, real: tl.tensor, half: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """float32 halves of rotated heads: (x * cos + swapped x * sin * direction) * factor. x, cos, sin: pointers to a row."""
+    """Halves of rotated heads, in float32: (x * cos + swapped x * sin * direction) * factor. cos, sin: pointers to a row."""
     spread = feature[None, :] + tl.zeros_like(column)  # each thread loads its 16 bytes, which are in the cache by then
-    first = tl.load(x + column, mask=real, other=0.0).to(tl.float32)
-    second = tl.load(x + column + half, mask=real, other=0.0).to(tl.float32)
     cos_1 = tl.load(cos + spread, mask=real, other=0.0).to(tl.float32)
     cos_2 = tl.load(cos + spread + half, mask=real, other=0.0).to(tl.float32)
     sin_1 = tl.load(sin + spread, mask=real, other=0.0).to(tl.float32) * direction
     sin_2 = tl.load(sin + spread + half, mask=real, other=0.0).to(tl.float32) * direction
     return tl.fma(second, sin_1, first * cos_1) * factor, tl.fma(first, sin_2, second * cos_2) * factor
+
+
+@jit()
+def turn(
+    x: tl.tensor, cos: tl.tensor, sin: tl.tensor, direction: tl.tensor, factor: tl.tensor,
+    column: tl.tensor, feature: tl.tensor, real: tl.tensor, half: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """`turned` of the heads at `column` of the row that x points to."""
+    first = tl.load(x + column, mask=real, other=0.0).to(tl.float32)
+    second = tl.load(x + column + half, mask=real, other=0.0).to(tl.float32)
+    return turned(first, second, cos, sin, direction, factor, column, feature, real, half)
 
 
 @jit()
@@ -132,7 +141,7 @@ def _rope_kernel(
     feature = tl.arange(0, half_tile)
     real, column = (head < heads)[:, None] & (feature < half)[None, :], head[:, None] * width + feature[None, :]
     cos_row, sin_row = cos + row * width, sin + row * width
-    first, second = _turn(x + row * x_stride, cos_row, sin_row, direction, factor, column, feature, real, half)
+    first, second = turn(x + row * x_stride, cos_row, sin_row, direction, factor, column, feature, real, half)
     target = out + row * out_stride + column
     tl.store(target, first.to(out.dtype.element_ty), mask=real)
     tl.store(target + half, second.to(out.dtype.element_ty), mask=real)
@@ -156,7 +165,7 @@ def _rotary_write_kernel(
     if tile < q_tiles:
         head = tile * h_tile + lane
         real, column = (head < heads)[:, None] & (feature < half)[None, :], head[:, None] * width + feature[None, :]
-        first, second = _turn(q + row * q_stride, cos_row, sin_row, 1.0, factor, column, feature, real, half)
+        first, second = turn(q + row * q_stride, cos_row, sin_row, 1.0, factor, column, feature, real, half)
         tl.store(q + row * q_stride + column, first.to(q.dtype.element_ty), mask=real)
         tl.store(q + row * q_stride + column + half, second.to(q.dtype.element_ty), mask=real)
     else:
@@ -164,7 +173,7 @@ def _rotary_write_kernel(
         real, column = (head < kv_heads)[:, None] & (feature < half)[None, :], head[:, None] * width + feature[None, :]
         is_key = tile < q_tiles + kv_tiles
         if is_key:
-            first, second = _turn(k + row * k_stride, cos_row, sin_row, 1.0, factor, column, feature, real, half)
+            first, second = turn(k + row * k_stride, cos_row, sin_row, 1.0, factor, column, feature, real, half)
             low, high = first.to(k.dtype.element_ty), second.to(k.dtype.element_ty)
             tl.store(k + row * k_stride + column, low, mask=real)
             tl.store(k + row * k_stride + column + half, high, mask=real)
@@ -212,7 +221,7 @@ def _silu_mul_dgrad_kernel(
     tl.store(d_gate + row * d_gate_stride + column, (g * y * slope).to(d_gate.dtype.element_ty), mask=real)
 
 
-def _check_rows(*tensors: Tensor) -> None:
+def check_rows(*tensors: Tensor) -> None:
     """Features of a row lie side by side, and all have as many rows."""
     assert all(t.dim() == 2 and t.stride(1) == 1 and t.shape[0] == tensors[0].shape[0] for t in tensors)
 
@@ -230,7 +239,7 @@ def _norm_tiles(features: int, width: int) -> tuple[int, int, int]:
 
 def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """`library.rmsnorm`: out, x [T, D], groups of weight.numel() features."""
-    _check_rows(out, x)
+    check_rows(out, x)
     width = weight.shape[0]
     groups, g_tile, d_tile = _norm_tiles(x.shape[1], width)
     launch: Any = _rmsnorm_kernel[(x.shape[0], -(-groups // g_tile))]
@@ -240,7 +249,7 @@ def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
 
 def add_rmsnorm(total: Tensor, out: Tensor, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> None:
     """total = x + y, rounded; out = rmsnorm(total) over whole rows [T, D]. `total` may be x or y."""
-    _check_rows(total, out, x, y)
+    check_rows(total, out, x, y)
     width = weight.shape[0]
     assert x.shape[1] == width
     d_tile = next_power(width)
@@ -251,7 +260,7 @@ def add_rmsnorm(total: Tensor, out: Tensor, x: Tensor, y: Tensor, weight: Tensor
 
 def rmsnorm_dgrad(out: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float, accumulate: bool) -> None:
     """`library.rmsnorm_dgrad`: out, grad, x [T, D]; adds to `out` with `accumulate`, rounding the sum once."""
-    _check_rows(out, grad, x)
+    check_rows(out, grad, x)
     width = weight.shape[0]
     groups, g_tile, d_tile = _norm_tiles(x.shape[1], width)
     launch: Any = _rmsnorm_dgrad_kernel[(x.shape[0], -(-groups // g_tile))]
@@ -259,7 +268,7 @@ def rmsnorm_dgrad(out: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: flo
            width=width, g_tile=g_tile, d_tile=d_tile, accumulate=accumulate, num_warps=_warps(g_tile * d_tile))
 
 
-def _head_tiles(width: int) -> tuple[int, int]:
+def head_tiles(width: int) -> tuple[int, int]:
     """(padded half of a head, warps of a program that rotates HEADS heads)."""
     half_tile = next_power(width // 2)
     return half_tile, min(16, max(1, HEADS * half_tile // 256))
@@ -267,9 +276,9 @@ def _head_tiles(width: int) -> tuple[int, int]:
 
 def rope(out: Tensor, x: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, inverse: bool, scale: float) -> None:
     """`library.rope`: out, x [T, heads * K]; `out` may be `x`. The result is multiplied by `scale` before it is rounded."""
-    _check_rows(out, x, cos_TK, sin_TK)
+    check_rows(out, x, cos_TK, sin_TK)
     width = cos_TK.shape[1]
-    heads, (half_tile, warps) = x.shape[1] // width, _head_tiles(width)
+    heads, (half_tile, warps) = x.shape[1] // width, head_tiles(width)
     assert cos_TK.is_contiguous() and sin_TK.is_contiguous() and x.shape[1] == heads * width and width % 2 == 0
     launch: Any = _rope_kernel[(x.shape[0], -(-heads // HEADS))]
     launch(out, x, cos_TK, sin_TK, -1.0 if inverse else 1.0, float(scale), heads, out.stride(0), x.stride(0),
@@ -286,7 +295,7 @@ def rotary_write(
     each head of the first R rows of the batch there. dense: keys and values [T - R, G * K] that the other rows go to; None
     where R is T.
     """
-    _check_rows(q, k, v, cos_TK, sin_TK)
+    check_rows(q, k, v, cos_TK, sin_TK)
     width = cos_TK.shape[1]
     heads, kv_heads = q.shape[1] // width, k.shape[1] // width
     assert cos_TK.is_contiguous() and sin_TK.is_contiguous() and width % 2 == 0 and k.shape == v.shape
@@ -295,7 +304,7 @@ def rotary_write(
     keys, values = (k, v) if dense is None else dense
     assert dense is not None or cached == k.shape[0]
     assert dense is None or keys.shape == values.shape == (k.shape[0] - cached, k.shape[1])
-    half_tile, warps = _head_tiles(width)
+    half_tile, warps = head_tiles(width)
     launch: Any = _rotary_write_kernel[(q.shape[0], -(-heads // HEADS) + 2 * -(-kv_heads // HEADS))]
     launch(q, k, v, cos_TK, sin_TK, float(scale), cache_keys, cache_values, token_rows, keys, values, cached,
            q.stride(0), k.stride(0), v.stride(0), keys.stride(0), values.stride(0),
@@ -304,14 +313,14 @@ def rotary_write(
 
 def silu_mul(out: Tensor, gate: Tensor, up: Tensor) -> None:
     """`library.silu_mul`: all [T, D]."""
-    _check_rows(out, gate, up)
+    check_rows(out, gate, up)
     launch: Any = _silu_mul_kernel[(out.shape[0], -(-out.shape[1] // TILE))]
     launch(out, gate, up, out.shape[1], out.stride(0), gate.stride(0), up.stride(0), tile=TILE, num_warps=4)
 
 
 def silu_mul_dgrad(d_gate: Tensor, d_up: Tensor, grad: Tensor, gate: Tensor, up: Tensor) -> None:
     """`library.silu_mul_dgrad`: all [T, D]; either result may take the memory of an input."""
-    _check_rows(d_gate, d_up, grad, gate, up)
+    check_rows(d_gate, d_up, grad, gate, up)
     launch: Any = _silu_mul_dgrad_kernel[(grad.shape[0], -(-grad.shape[1] // TILE))]
     launch(d_gate, d_up, grad, gate, up, grad.shape[1], d_gate.stride(0), d_up.stride(0), grad.stride(0), gate.stride(0),
            up.stride(0), tile=TILE, num_warps=4)
