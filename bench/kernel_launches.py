@@ -18,7 +18,7 @@ from kernel_figures import Bounds, Launch, launches
 from torch import Tensor
 
 from coserve.kernels import triton as kernels
-from coserve.kernels.triton import copies, crossentropy, dequantize, gather, paged_decode, rows, sampling, segments
+from coserve.kernels.triton import attention_grads, copies, crossentropy, dequantize, gather, paged_decode, rows, sampling, segments
 
 LAYERS, HEADS, KV_HEADS, WIDTH, HIDDEN, VOCABULARY = 32, 32, 8, 128, 4096, 128_256
 BLOCK_TOKENS = 16
@@ -66,6 +66,12 @@ def _adapters(rows: int = 64, slots_held: int = 100, rank: int = 16, training: b
     )
 
 
+def _first_factors(rows: int = 512, rank: int = 16) -> None:
+    """Products with A alone, as bypasses that are not LoRA have them."""
+    factors = _factors(empty(rows, dtype=torch.int32), [(rank, HIDDEN)], 100, True)
+    segments.segment_linear([empty(rows, rank)], empty(rows, HIDDEN), factors, accumulate=False)
+
+
 def _scalings(rows: int = 64) -> None:
     """IA3 of the MLP."""
     x = empty(rows, 14336)
@@ -103,6 +109,15 @@ def _row_wise(count: int = 64, inner: int = 14336) -> None:
     copies.copy_rows(empty(20, 6, dtype=torch.int64), count)
 
 
+def _window_grads(count: int = 512, keys: int = 2048) -> None:
+    """Gradients of a window's attention, behind the library's backward."""
+    packed, tables = empty(count, (HEADS + 2 * KV_HEADS) * WIDTH), empty(count, WIDTH)
+    sums = [empty(keys, KV_HEADS * WIDTH, dtype=torch.float32) for _ in range(2)]
+    parts = [empty(count, HEADS, WIDTH), empty(keys, KV_HEADS, WIDTH), empty(keys, KV_HEADS, WIDTH)]
+    shares = packed.split([HEADS * WIDTH, KV_HEADS * WIDTH, KV_HEADS * WIDTH], 1)
+    attention_grads.window_grads(*shares, *sums, parts, tables, tables, 1.0)
+
+
 def _context(requests: int = 4, tokens: int = 2048) -> None:
     """A prompt's context out of the paged cache."""
     dense = empty(requests * tokens, KV_HEADS * WIDTH)
@@ -123,7 +138,6 @@ def _dequantize(features: int = 14336) -> None:
 _PRODUCTS = {
     "segments._down_kernel": Bounds(products=True, registers=168), "segments._up_kernel": Bounds(products=True, registers=176),
 }
-_KEPT = {**_PRODUCTS, "segments._sum_kernel": Bounds(load_bytes=8, registers=64)}
 
 
 EXAMPLES: dict[str, Example] = {
@@ -133,8 +147,8 @@ EXAMPLES: dict[str, Example] = {
     }),
     "adapters in decode": Example(_adapters, _PRODUCTS),
     "adapters of rank 8": Example(lambda: _adapters(rank=8), _PRODUCTS),
-    "adapters beside a training window": Example(lambda: _adapters(rows=512, training=True), _KEPT),
-    "a large window, rank 64": Example(lambda: _adapters(rows=2048, rank=64, training=True), _KEPT),
+    "adapters beside a training window": Example(lambda: _adapters(rows=512, training=True), _PRODUCTS),
+    "a large window, rank 64": Example(lambda: _adapters(rows=2048, rank=64, training=True), _PRODUCTS),
     # the one narrow load is the label's logit
     "loss head": Example(_loss_head, {"crossentropy._cross_entropy_kernel": Bounds(narrow_loads=1)}),
     "sampling": Example(_sampling, {
@@ -145,8 +159,13 @@ EXAMPLES: dict[str, Example] = {
             "rmsnorm", "add_rmsnorm", "rmsnorm_dgrad", "rope", "rotary_write", "silu_mul", "silu_mul_dgrad",
         )
     } | {"copies._copy_kernel": Bounds()}),
+    "attention's gradients": Example(_window_grads, {"attention_grads._window_grads_kernel": Bounds()}),
     "context": Example(_context, {"gather._gather_kernel": Bounds()}),
     "8-bit weights": Example(_dequantize, {"dequantize._decode_kernel": Bounds()}),
+    "first factors": Example(_first_factors, {
+        "segments._down_kernel": Bounds(products=True, registers=168),
+        "segments._sum_kernel": Bounds(load_bytes=8, registers=64),
+    }),
     "scalings": Example(_scalings, {"segments._scale_kernel": Bounds(registers=64)}),
 }
 

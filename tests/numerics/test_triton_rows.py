@@ -24,11 +24,12 @@ from torch import Tensor
 
 from coserve.config.settings import LoraConfig
 from coserve.core import Direction, Example, Unit
-from coserve.kernels import library, reference
+from coserve.kernels import attention, cuda_attention, library, reference
 from coserve.kernels import triton as kernels
-from coserve.kernels.triton import copies, rows
+from coserve.kernels.triton import attention_grads, copies, rows
 from coserve.peft.kinds import new_adapter
 from coserve.runtime import keeping, spans
+from coserve.runtime import rows as train_rows
 from coserve.runtime.adapters import AdapterSlots
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.executor import Executor, TrainExecutor
@@ -87,6 +88,7 @@ LAUNCHES: list[tuple[Any, dict[str, object], int]] = [
     *((rows._rmsnorm_dgrad_kernel, {**NORMS[width], "accumulate": accumulate}, warps)
       for width, warps, accumulate in ((4096, 8, True), (8192, 16, True), (128, 2, False))),
     (rows._rope_kernel, HEADS, 2), (rows._rotary_write_kernel, {**HEADS, "heads": 32, "kv_heads": 8}, 2),
+    (attention_grads._window_grads_kernel, {**HEADS, "heads": 32, "kv_heads": 8}, 2),
     (rows._silu_mul_kernel, {"tile": 1024}, 4), (rows._silu_mul_dgrad_kernel, {"tile": 1024}, 4),
     (copies._copy_kernel, {"columns": 6, "tile": 2048}, 4),
 ]
@@ -103,8 +105,9 @@ def test_kernels_compile_with_wide_loads_and_without_spills(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     compiler, backends = (pytest.importorskip(f"triton.{name}") for name in ("compiler", "backends.compiler"))
     tool = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
-    kinds = {"token_rows": "*i64", "table": "*i64", **dict.fromkeys(("eps", "factor", "direction"), "fp32"),
-             **dict.fromkeys(("groups", "features", "heads", "cached_rows"), "i32")}
+    kinds = {"token_rows": "*i64", "table": "*i64", "sum_k": "*fp32", "sum_v": "*fp32",
+             **dict.fromkeys(("eps", "factor", "direction"), "fp32"),
+             **dict.fromkeys(("groups", "features", "heads", "cached_rows", "earlier"), "i32")}
     for kernel, constants, warps in LAUNCHES:
         signature = {
             name: "constexpr" if name in constants else kinds.get(name, "i32" if name.endswith("_stride") else "*bf16")
@@ -369,6 +372,37 @@ def test_what_the_copying_kernel_does_not_take() -> None:
     assert copies.can_copy(0, 16, 4096) and not copies.can_copy(0, 8) and not copies.can_copy(2)
 
 
+# --- gradients of a window's attention ------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("earlier", [0, 3])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (6, 2, 64), (9, 3, 24), (20, 10, 128)])
+def test_window_grads(heads: int, kv_heads: int, width: int, earlier: int, dtype: torch.dtype) -> None:
+    data, sums = Rows(heads + earlier, 5, dtype), Rows(earlier, 5 + earlier, torch.float32)
+    merged = data.slice((heads + 2 * kv_heads) * width, filled=False)
+    d_q, d_k, d_v = merged.split([heads * width, kv_heads * width, kv_heads * width], 1)
+    cos, sin = angles(data, width)
+    sum_k, sum_v = sums.slice(kv_heads * width), sums.slice(kv_heads * width)
+    before_k, before_v = sum_k.clone(), sum_v.clone()
+    part_q = torch.randn(5, heads, width, generator=data.generator).to(dtype)
+    part_k, part_v = (torch.randn(5 + earlier, kv_heads, width, generator=data.generator).to(dtype) for _ in range(2))
+    scale = 1.5 if width == 24 else 1.0
+    attention_grads.window_grads(d_q, d_k, d_v, sum_k, sum_v, (part_q, part_k, part_v), cos, sin, scale)
+    total_k, total_v = before_k + part_k.flatten(1), before_v + part_v.flatten(1)
+    for found, before, total in ((sum_k, before_k, total_k), (sum_v, before_v, total_v)):
+        assert torch.equal(found[:earlier], total[:earlier]) and torch.equal(found[earlier:], before[earlier:])
+    own_k, own_v = total_k[earlier:], total_v[earlier:]
+    for found, whole in ((d_q, part_q.flatten(1)), (d_k, own_k)):
+        plain = torch.empty_like(found)
+        library.rope(plain, whole.to(dtype), cos, sin, inverse=True, scale=scale)
+        close(found, rotated(whole, cos, sin, -1, scale), plain)
+    assert torch.equal(d_v, own_v.to(dtype))
+    data.check()
+    sums.check()
+
+
 # --- whole passes ---------------------------------------------------------------------------------------------------------
 
 
@@ -405,9 +439,27 @@ def run_everything(model: LoadedModel) -> list[Tensor]:
     decode = [RowSpan(6, 7, first, NO_ADAPTER), RowSpan(10, 11, second, NO_ADAPTER)]
     found.append(passes.run(ids[18:], decode, [], None).clone())
     state.set_coefficients(torch.full_like(state.logprobs, -0.1))
-    train.run(state, Unit(Direction.BACKWARD, 0, arch.num_layers, 0, 17), adapter)
+    for layer in reversed(range(arch.num_layers)):
+        for start, end in ((8, 17), (0, 8)):  # the second of these meets sums of the first
+            train.run(state, Unit(Direction.BACKWARD, layer, layer + 1, start, end), adapter)
     assert adapter.grad is not None
     return [*found, state.logprobs, adapter.grad]
+
+
+def shares(
+    grad: Tensor, q: Tensor, k_all: Tensor, v_all: Tensor, out: Tensor, lse: Tensor, call: cuda_attention.PackedCall,
+    *, width: int, window: int | None,
+) -> tuple[Tensor, ...]:
+    """What the library gives on a device."""
+    d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k_all), torch.zeros_like(v_all)
+    row = 0
+    for begin, first, last in call.sequences:
+        own = slice(row, row := row + last - first)
+        attention.attention_dgrad(
+            d_q[own], d_k, d_v, grad[own], q[own], k_all, v_all, out[own], lse[own],
+            width=width, begin=begin, first=first, last=last, window=window,
+        )
+    return tuple(part.unflatten(1, (-1, width)) for part in (d_q, d_k[call.keys], d_v[call.keys]))
 
 
 @interpreted
@@ -428,8 +480,11 @@ def test_passes_and_units(family: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(keeping.KeptCopies, "__init__", lambda self, *args: (made.append(self), begin(self, *args))[1])
     monkeypatch.setattr(library, "runs_triton", lambda device: True)
     monkeypatch.setattr(spans, "runs_triton", lambda device: True)
+    monkeypatch.setattr(train_rows, "packs_attention", lambda device: True)
+    monkeypatch.setattr(cuda_attention, "gradient_shares", shares)
+    monkeypatch.setattr(train_rows, "window_grads", counted("window_grads", attention_grads.window_grads))
     found = run_everything(model)
     for have, expected in zip(found, want, strict=True):
         assert (have - expected).norm() <= 2e-5 * expected.norm()
     assert len(made) == 2 and not any(others for copies in made for others in copies.others), "all in one launch per layer"
-    assert names == {*launched}
+    assert {*names, "window_grads"} == {*launched}

@@ -170,21 +170,25 @@ def _up_kernel(
     o0: tl.tensor, o1: tl.tensor, o2: tl.tensor, x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, slots: tl.tensor,
     w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, t0: tl.tensor, t1: tl.tensor, t2: tl.tensor,
     n0: tl.tensor, n1: tl.tensor, n2: tl.tensor, stride0: tl.tensor, stride1: tl.tensor, stride2: tl.tensor,
+    i0: tl.tensor, i1: tl.tensor, i2: tl.tensor, i_stride0: tl.tensor, i_stride1: tl.tensor, i_stride2: tl.tensor,
     tiles0: tl.tensor, tiles1: tl.tensor, num_rows: tl.tensor, parts: tl.tensor, x_stride: tl.tensor, scale: tl.tensor,
-    stack_in: tl.constexpr, train_in: tl.constexpr, accumulate: tl.constexpr,
+    stack_in: tl.constexpr, train_in: tl.constexpr, accumulate: tl.constexpr, keep: tl.constexpr,
     t_tile: tl.constexpr, r_tile: tl.constexpr, n_tile: tl.constexpr,
 ) -> None:
-    """A tile of out (+)= x @ factor.T, where x is the sum of `parts` tensors, one behind the other."""
+    """A tile of out (+)= x @ factor.T, where x is the sum of `parts` tensors, one behind the other. keep: the first tile of a
+    site's columns writes the sum to the site's i."""
     tile, column = tl.program_id(0), tl.program_id(1)
     rows = tile * t_tile + tl.arange(0, t_tile)
     slot = _own_slots(slots, rows, num_rows, stack_in > 0, train_in > 0)
-    if accumulate and tl.max(slot, 0) < 0:
+    if accumulate and not keep and tl.max(slot, 0) < 0:
         return
     first, second = column < tiles0, column < tiles0 + tiles1
     stack, trained = tl.where(first, w0, tl.where(second, w1, w2)), tl.where(first, t0, tl.where(second, t1, t2))
     out, x = tl.where(first, o0, tl.where(second, o1, o2)), tl.where(first, x0, tl.where(second, x1, x2))
     num_out = tl.where(first, n0, tl.where(second, n1, n2))
     stride = tl.where(first, stride0, tl.where(second, stride1, stride2))
+    inner = tl.where(first, i0, tl.where(second, i1, i2))
+    inner_stride = tl.where(first, i_stride0, tl.where(second, i_stride1, i_stride2))
     column -= tl.where(first, 0, tl.where(second, tiles0, tiles0 + tiles1))
     columns = column * n_tile + tl.arange(0, n_tile)
     real_rows, real_columns = rows < num_rows, columns < num_out
@@ -199,6 +203,9 @@ def _up_kernel(
         total = tl.load(x + place, mask=wanted, other=0.0).to(tl.float32)
         for part in range(1, parts):
             total += tl.load(x + part * part_size + place, mask=wanted, other=0.0).to(tl.float32)
+        if keep and column == 0:
+            kept = inner + rows.to(tl.int64)[:, None] * inner_stride + r[None, :]
+            tl.store(kept, total.to(inner.dtype.element_ty), mask=real_rows[:, None] & (r < most)[None, :])
         tile_x = total.to(stack.dtype.element_ty)
         current = _next_slot(slot, -1)
         while current < _NONE:
@@ -302,10 +309,9 @@ def segment_pairs(
     assert all(scale == 1 for scale in down.scales)
     for ranks, sites in _launches(down._replace(scales=up.scales), None):
         partial = _down(x, down, ranks, sites)
-        if inner is not None:
-            _sum(inner, partial, down, ranks._replace(scale=1.0), sites, False)
-        _up(outs, list(partial), up, ranks, sites, accumulate, parts=partial.shape[1], x_stride=partial.stride(2))
-
+        _up(
+            outs, list(partial), up, ranks, sites, accumulate, parts=partial.shape[1], x_stride=partial.stride(2), inner=inner
+        )
 
 
 def _launches(down: SlotFactors | None, up: SlotFactors | None) -> Iterator[tuple[_Ranks, list[int]]]:
@@ -372,18 +378,24 @@ def _sum(
 
 def _up(
     outs: Sequence[Tensor], inputs: Sequence[Tensor], factors: SlotFactors, ranks: _Ranks, sites: Sequence[int],
-    accumulate: bool, *, parts: int, x_stride: int,
+    accumulate: bool, *, parts: int, x_stride: int, inner: Sequence[Tensor] | None = None,
 ) -> None:
-    """out (+)= x @ factor.T, where each site's x is the sum of `parts` tensors [T, R or wider], one behind the other."""
+    """out (+)= x @ factor.T, where each site's x is the sum of `parts` tensors [T, R or wider], one behind the other.
+
+    inner: per site, where that sum is written; None if nobody reads it.
+    """
     stacks, trained = _three(factors.stacks, factors.training, sites), _three(factors.training, factors.stacks, sites)
     written, rows = _three(outs, outs, sites), inputs[0].shape[-2]
     widths = [stack.shape[-2] for stack in stacks]
     t_tile, n_tile, r_tile = 16 if rows <= _LARGE_BATCH else 32, 128, min(64, max(16, next_power(ranks.most)))
     tiles = [-(-width // n_tile) for width in widths[: len(sites)]]
     read = [*inputs, *[inputs[0]] * (_SITES - len(inputs))]
+    kept = written if inner is None else _three(inner, inner, sites)
     launch: Any = _up_kernel[(-(-rows // t_tile), sum(tiles))]
     launch(
         *written, *read, factors.slots, *stacks, *trained, *widths, *(out.stride(0) for out in written),
+        *kept, *(each.stride(0) for each in kept),
         tiles[0], tiles[1] if len(tiles) > 1 else 0, rows, parts, x_stride, ranks.scale,
-        stack_in=ranks.stack, train_in=ranks.train, accumulate=accumulate, t_tile=t_tile, r_tile=r_tile, n_tile=n_tile,
+        stack_in=ranks.stack, train_in=ranks.train, accumulate=accumulate, keep=inner is not None,
+        t_tile=t_tile, r_tile=r_tile, n_tile=n_tile,
     )
