@@ -35,19 +35,25 @@ from coserve.ops.run import JOINED, RUNNERS, Runner
 
 
 def share_memory(draft: Draft) -> Draft:
-    """Lets an in-place operator write over its first input if nothing reads that memory afterwards."""
+    """Lets an in-place operator write over its first input if nothing reads that memory afterwards. If its output's place is
+    given, as the layer's is, that place is its input's too."""
     last_read = {name: index for index, step in enumerate(draft.steps) for name in step.node.inputs}
     last_read |= dict.fromkeys((*draft.outlive, *draft.pinned), len(draft.steps))
     roots: dict[str, str] = {}
     last_in_class: dict[str, int] = {}
+    fixed = {*draft.slots, *draft.pinned, *draft.outlive, *draft.arena}
     for index, step in enumerate(draft.steps):
         node = step.node
-        if not node.row.inplace or node.outputs[0] in draft.slots:
+        if not node.row.inplace:
             continue
         (out, *_), (source, *_) = node.outputs, node.inputs
         root = roots.get(source, source)
         last = last_in_class.get(root, last_read.get(root, -1))
-        if last <= index:
+        if last <= index and out in draft.slots:
+            alike = {name for name in draft.values if roots.get(name, name) == root}
+            if not fixed & alike and replace(draft.values[out], name=root) == draft.values[root]:
+                roots |= dict.fromkeys(alike, out)
+        elif last <= index:
             roots[out] = root
             last_in_class[root] = max(last, last_read.get(out, -1))
     return replace(draft, roots=roots)
@@ -58,7 +64,7 @@ def fuse_adds(draft: Draft) -> Draft:
     uses = Counter(name for step in draft.steps for name in step.node.inputs)
     steps: list[Step] = []
     for step in draft.steps:
-        if step.node.op == "add" and steps and step.outputs[0] in draft.roots:
+        if step.node.op == "add" and steps and draft.root(step.outputs[0]) == draft.root(step.node.inputs[0]):
             (base, added), source = step.node.inputs, steps[-1].node
             inputs = {draft.root(name) for name in source.inputs}
             if (
