@@ -146,7 +146,7 @@ def test_filters_leave_the_same_tokens(seed: int) -> None:
     assert tokens_of(by_kernels(logits, rows)) == tokens_of(sample_rows(logits, rows))
     scores = logits.float() / torch.tensor([[each.sampling.temperature] for each in rows])
     want = sampler._filter(scores, [each.sampling for each in rows]) > -math.inf
-    lowest, limits = cuts.row_cuts(logits, sampling.settings_table([sampler._row_draw(each) for each in rows]))
+    lowest, limits = cuts.row_cuts(logits, sampler._settings(rows, sampler._draws(rows))[0])
     kept = (scores > lowest[:, None]) | ((scores == lowest[:, None]) & (torch.arange(size) < limits[:, None]))
     kept &= scores > -math.inf
     assert torch.equal(kept, want), [each.sampling for each, same in zip(rows, (kept == want).all(1), strict=True) if not same]
@@ -158,7 +158,7 @@ def test_ties_on_the_edge_of_top_p_stay_in_order_of_their_ids() -> None:
     logits = torch.zeros(5, 200)
     logits[1, 150:] = 2.0
     rows = [row(number, top_p=top_p) for number, top_p in enumerate([0.101, 0.5, 0.1, 1e-9, 0.9999])]
-    table = sampling.settings_table([sampler._row_draw(each) for each in rows])
+    table = sampler._settings(rows, sampler._draws(rows))[0]
     lowest, limits = cuts.row_cuts(logits, table)
     share = math.exp(2.0)
     assert lowest.tolist() == [0.0, 2.0, 0.0, 0.0, 0.0]

@@ -299,7 +299,8 @@ class Engine:
             self._idle_since_s = math.inf
             requests, jobs = self._holds(plan)
             watcher.begin(f"an iteration ({plan.kind})", plan.predicted_s, jobs=jobs, requests=requests)
-            lookup = Lookup(self.requests.live, self.blocks.table, self.jobs.microbatches, self.jobs.jobs, self.jobs.owners)
+            lookup = Lookup(
+                self.requests.live, self.blocks.packed_table, self.jobs.microbatches, self.jobs.jobs, self.jobs.owners)
             result = self.runner.run(plan, lookup)
             watcher.begin("taking what an iteration gave", requests=requests)
             self._commit(plan, result)

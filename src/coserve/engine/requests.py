@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from coserve.config.settings import SamplingConfig
 from coserve.core import CoserveError, Sampled, TokenLogprob
 from coserve.engine.adapters import AdapterVersion
+from coserve.runtime.sampler import Draws, draws_of
 from coserve.scheduler.requests import RequestState
 from coserve.text.stream import TextStream
 
@@ -119,15 +120,16 @@ class RequestHandle:
 
     def push(self, chunk: Chunk, now: float) -> None:
         """Adds a chunk to its output. The engine's thread calls this."""
-        output = self.outputs[chunk.index]
+        output, ids = self.outputs[chunk.index], chunk.token_ids
         with self._lock:
-            output.token_ids += chunk.token_ids
-            output.token_times += [now] * len(chunk.token_ids)
-            output.logprobs += chunk.logprobs
+            output.token_ids += ids
+            output.token_times += [now] * len(ids)
+            if chunk.logprobs:
+                output.logprobs += chunk.logprobs
             output.text += chunk.text
             output.finish_reason = chunk.finish_reason
-            listeners = list(self._listeners)
-        if all(o.finish_reason for o in self.outputs):
+            listeners = self._listeners.copy()
+        if chunk.finish_reason and all(o.finish_reason for o in self.outputs):
             self._done.set()
         for listener in listeners:
             listener(chunk)
@@ -147,10 +149,13 @@ class LiveRequest:
     version: AdapterVersion | None
     slot: int
     siblings: list[LiveRequest] = field(default_factory=list)
+    seed: int = field(init=False)
+    draws: Draws = field(init=False)
+    """What is the same for all its tokens."""
 
-    @property
-    def seed(self) -> int:
-        return self.sampling.seed + self.index
+    def __post_init__(self) -> None:
+        self.seed = self.sampling.seed + self.index
+        self.draws = draws_of(self.sampling, self.seed)
 
     def accept(self, tokens: Sequence[Sampled], now: float) -> bool:
         """Adds sampled tokens; True if the output has ended. Tokens after its end are dropped."""
@@ -160,22 +165,23 @@ class LiveRequest:
         ids: list[int] = []
         logprobs: list[TokenLogprob] = []
         text, reason = "", None
-        have = len(self.handle.outputs[self.index].token_ids)
-        for token in tokens:
-            ids.append(token.token)
-            if token.logprob is not None:
-                logprobs.append(token.logprob)
-            if token.token in self.ending and have + len(ids) > self.sampling.min_tokens:
+        stream, have = self.stream, len(self.handle.outputs[self.index].token_ids)
+        for token, logprob in tokens:
+            ids.append(token)
+            have += 1
+            if logprob is not None:
+                logprobs.append(logprob)
+            if token in self.ending and have > self.sampling.min_tokens:
                 reason = "stop"
-                text += self.stream.finish(token.token)
+                text += stream.finish(token)
                 break
-            text += self.stream.push(token.token)
-            if self.stream.stopped is not None:
+            text += stream.push(token)
+            if stream.stopped is not None:
                 reason = "stop"
-            elif have + len(ids) >= self.sampling.max_tokens:
+            elif have >= self.sampling.max_tokens:
                 reason = "length"
             if reason is not None:
-                text += self.stream.finish()
+                text += stream.finish()
                 break
         self.handle.push(
             Chunk(index=self.index, text=text, token_ids=tuple(ids), logprobs=tuple(logprobs), finish_reason=reason), now

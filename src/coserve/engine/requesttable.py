@@ -159,7 +159,7 @@ class RequestTable(Seats):
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Gives the requests what an iteration has sampled for them."""
-        starts = {span.request: span.start for span in plan.spans}
+        starts = {span.request: span.start for span in plan.spans} if result.prompt_logprobs else {}
         for number, logprobs in result.prompt_logprobs.items():
             have = self.live[number].handle.prompt_logprobs
             have += logprobs[len(have) - starts[number] :]  # after a preemption, rows with known log-probabilities run again
@@ -169,9 +169,10 @@ class RequestTable(Seats):
                 begun_s = request.state.begun_s  # as planned; the device may have been free earlier
                 request.handle.begun_s = None if begun_s is None else min(begun_s, now)
                 request.handle.cached_tokens = request.state.cached_tokens
-            for sibling in request.siblings:
-                self.scheduler.add_request(sibling.state)
-            request.siblings.clear()
+            if request.siblings:
+                for sibling in request.siblings:
+                    self.scheduler.add_request(sibling.state)
+                request.siblings.clear()
             if request.accept(tokens, now):
                 self._end_request(number)
                 self.num_finished += 1

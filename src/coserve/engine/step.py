@@ -41,6 +41,10 @@ class Lookup(NamedTuple):
     """The job of each micro-batch."""
 
 
+_Part = tuple[LiveRequest, Span]
+"""A request's rows in a batch."""
+
+
 class StepRunner:
     """Runs plans on a device. mark: makes a mark behind what the device was told; default: the device's own kind."""
 
@@ -57,8 +61,8 @@ class StepRunner:
         which such an error becomes where several ranks share the model."""
         called = self.clock()
         began = self._mark()
-        spans, logits = self._pass(plan, lookup)
-        sampling = self._sample(spans, logits, lookup)
+        parts, logits = self._pass(plan, lookup)
+        sampling = self._sample(parts, logits)
         for work in plan.units:
             if not work.fused:
                 self._guard(lookup, work, lambda work=work: self._unit(work, lookup))  # type: ignore[misc]
@@ -94,29 +98,40 @@ class StepRunner:
 
     # --- the pass ---
 
-    def _pass(self, plan: StepPlan, lookup: Lookup) -> tuple[list[Span], Tensor | None]:
+    def _pass(self, plan: StepPlan, lookup: Lookup) -> tuple[list[_Part], Tensor | None]:
         """The spans in batch order, and the logits [rows that need them, V] in the same order; None if no row needs any."""
         window = self._window(plan, lookup)
-        if not plan.spans:
+        if not (plan.decode or plan.prefill):
             return [], None
-        decode, prefill = (
-            sorted(
-                (s for s in part if s.request in lookup.requests), key=lambda s: (lookup.requests[s.request].slot, s.end)
-            )
-            for part in (plan.decode, plan.prefill)
-        )
-        spans = [*decode, *prefill]
+        decode, prefill = (self._in_order(part, lookup) for part in (plan.decode, plan.prefill))
+        parts = [*decode, *prefill]
         ids: list[int] = []
-        for span in spans:
-            ids += self._ids(lookup.requests[span.request], span)
-        rows = [[self._row_span(span, lookup) for span in part] for part in (decode, prefill)]
+        for request, span in parts:
+            state, place = request.state, span.start - len(request.state.prompt)
+            if span.length == 1 and place >= 0:
+                ids.append(state.output[place])
+            else:
+                ids += self._ids(request, span)
+        tables = lookup.tables
+        rows = [
+            [RowSpan(start, start + length, tables(number), request.slot) for request, (number, start, length, _, _) in some]
+            for some in (decode, prefill)
+        ]
         self._run_pass(ids, rows, window, plan.fused, lookup)
-        chosen: list[int] = []
-        end = 0
-        for span in spans:
-            end += span.length
-            chosen += range(end - span.logits, end)
-        return spans, self.device.logits(chosen) if chosen else None
+        chosen: Sequence[int] = range(len(ids))
+        if any(span.logits != span.length for _, span in parts):
+            chosen, end = [], 0
+            for _, span in parts:
+                end += span.length
+                chosen += range(end - span.logits, end)
+        return parts, self.device.logits(chosen) if chosen else None
+
+    @staticmethod
+    def _in_order(spans: Sequence[Span], lookup: Lookup) -> list[_Part]:
+        """The spans of requests that are still there, by slot, those of a slot by context."""
+        found = [(request, span) for span in spans if (request := lookup.requests.get(span.request)) is not None]
+        found.sort(key=lambda part: (part[0].slot, part[1].start + part[1].length))
+        return found
 
     def _window(self, plan: StepPlan, lookup: Lookup) -> TrainWindow | None:
         work = plan.fused
@@ -153,13 +168,9 @@ class StepRunner:
             return state.output[span.start - known : span.end - known]
         return state.tokens()[span.start : span.end]
 
-    @staticmethod
-    def _row_span(span: Span, lookup: Lookup) -> RowSpan:
-        return RowSpan(span.start, span.end, lookup.tables(span.request), lookup.requests[span.request].slot)
-
     # --- tokens ---
 
-    def _sample(self, spans: Sequence[Span], logits: Tensor | None, lookup: Lookup) -> _Sampling:
+    def _sample(self, parts: Sequence[_Part], logits: Tensor | None) -> _Sampling:
         """Queues on the device all that gives tokens and log-probabilities."""
         sampling = _Sampling()
         if logits is None:
@@ -167,17 +178,19 @@ class StepRunner:
         chosen: list[int] = []
         rows: list[SamplerRow] = []
         first = 0
-        for span in spans:
-            request = lookup.requests[span.request]
-            if span.logits > 1 or (span.logits and request.state.every_logit):
-                sampling.add_prompt(request, span, logits[first : first + span.logits])
-            first += span.logits
-            if span.samples:
+        for request, span in parts:
+            number, _, _, wanted, samples = span
+            state = request.state
+            if wanted > 1 or (wanted and state.every_logit):
+                sampling.add_prompt(request, span, logits[first : first + wanted])
+            first += wanted
+            if samples:
                 chosen.append(first - 1)
-                state = request.state
-                position = len(state.prompt) + len(state.output)
-                rows.append(SamplerRow(request.sampling, request.seed, position, state.prompt, state.output, request.ending))
-                sampling.sampled.append(span.request)
+                prompt, output = state.prompt, state.output
+                rows.append(SamplerRow(
+                    request.sampling, request.seed, len(prompt) + len(output), prompt, output, request.ending, request.draws
+                ))
+                sampling.sampled.append(number)
         if rows:
             if len(chosen) < logits.shape[0]:
                 logits = logits[to_device(chosen, logits.device)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,12 +64,12 @@ def attention(
     return torch.einsum("hts,shk->thk", torch.exp(scores - lse[..., None]), v_SHK), lse.transpose(0, 1)
 
 
-Bits = TypeVar("Bits", Tensor, int)
+Bits = TypeVar("Bits", Tensor, np.ndarray, int)
 
 
 def mix32(x: Bits) -> Bits:
-    """A 32-bit integer hash with good avalanche (two rounds of xor-shift and multiply), on integers, or int64 tensors,
-    of [0, 2^32)."""
+    """A 32-bit integer hash with good avalanche (two rounds of xor-shift and multiply), on integers, or int64 tensors or
+    arrays, of [0, 2^32)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & _MASK32
     return x ^ (x >> 16)
@@ -78,9 +79,14 @@ def hash_key(*counters: int) -> int:
     """One 32-bit key from any integers; the order of the counters matters."""
     key = 0
     for counter in counters:
-        low, high = counter & _MASK32, (counter >> 32) & _MASK32
-        key = mix32(mix32(key ^ low) ^ high ^ 0x9E3779B9)
+        key = hash_on(key, counter)
     return key
+
+
+def hash_on(key: Bits, counter: Bits) -> Bits:
+    """The key of one more counter behind those of `key`: `hash_key` goes on by it."""
+    low, high = counter & _MASK32, (counter >> 32) & _MASK32
+    return mix32(mix32(key ^ low) ^ high ^ 0x9E3779B9)
 
 
 def dropout_keep(row_keys_T: Tensor, site_key: int, num_features: int, p: float, first_feature: int = 0) -> Tensor:

@@ -32,7 +32,8 @@ from coserve.ops.run import RowContext
 from coserve.runtime.adapters import AdapterRows, AdapterSlots
 from coserve.runtime.cache import KeyValuePool
 from coserve.runtime.executor import Executor
-from coserve.runtime.spans import NO_ADAPTER, PagedDecode, RowSpan, block_tables, fresh_blocks
+from coserve.runtime.sequences import block_tables
+from coserve.runtime.spans import NO_ADAPTER, PagedDecode, RowSpan, fresh_blocks
 from coserve.runtime.transfer import to_device
 
 MAX_ROWS = 512

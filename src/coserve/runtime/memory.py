@@ -150,23 +150,27 @@ class Arena:
     def __init__(self, plan: ModelPlan, num_tokens: int, dtype: torch.dtype, buffer: Tensor) -> None:
         stride = arena_rows(num_tokens)
         self.num_bytes = plan.arena_bytes * stride
-        self._storages: list[dict[int, Tensor]] = []
+        self._plan, self._num_tokens, self._dtype, self._buffer = plan, num_tokens, dtype, buffer
+        self._storages: list[dict[int, Tensor]] = [{} for _ in plan.layers]
+        """By number, as far as someone has asked."""
         self._inputs: list[Tensor | None] = []
+        self._bases: list[int] = []
         base = 0
         for layer in plan.layers:
-            tensors = {
-                number: carve(buffer, (base + storage.offset) * stride, num_tokens, storage, dtype)
-                for number, storage in enumerate(layer.arena)
-                if storage.place is Place.ARENA
-            }
-            self._storages.append(tensors)
             offset = (base + layer.input_offset) * stride
             self._inputs.append(carve(buffer, offset, num_tokens, layer.arena[0], dtype) if layer.keeps_input else None)
+            self._bases.append(base)
             base += layer.arena_bytes
 
     def storage(self, layer: int, number: int) -> Tensor:
         """All rows of one kept storage of a layer."""
-        return self._storages[layer][number]
+        found = self._storages[layer].get(number)
+        if found is None:
+            storage = self._plan.layers[layer].arena[number]
+            assert storage.place is Place.ARENA
+            offset = (self._bases[layer] + storage.offset) * arena_rows(self._num_tokens)
+            found = self._storages[layer][number] = carve(self._buffer, offset, self._num_tokens, storage, self._dtype)
+        return found
 
     def input(self, layer: int) -> Tensor | None:
         """All rows of a layer's input, if the plan keeps it."""

@@ -21,13 +21,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coserve.config.settings import SamplingConfig
 from coserve.core import Sampled, TokenLogprob
 from coserve.kernels.choose import runs_triton
-from coserve.kernels.reference import hash_key, mix32
+from coserve.kernels.reference import hash_key, hash_on, mix32
 from coserve.kernels.triton import sampling as fused_sampling
 from coserve.runtime.transfer import HostCopy, to_device
 
@@ -41,11 +42,22 @@ _MAX_ELEMENTS = 1 << 22
 """Sampling and log-probabilities take so many logits at a time, as they need several 8-byte copies of them."""
 
 
+class Draws(NamedTuple):
+    """What a request's settings say of all its rows, worked out once.
+
+    plain_from: so many tokens of output, and nothing of its own changes the logits. packed: the row's `fused_sampling.Draw` as
+    float64 numbers, with the hash of the seed alone as its key.
+    """
+
+    plain_from: float
+    packed: bytes
+
+
 class SamplerRow(NamedTuple):
     """What decides one row's token besides its logits.
 
     seed: sampling.seed + the output's index. position: tokens before the one sampled. prompt, output: the tokens so far, all
-    below V. ending: the ids that min_tokens excludes.
+    below V. ending: the ids that min_tokens excludes. draws: of the settings and the seed, if they are known already.
     """
 
     sampling: SamplingConfig
@@ -54,6 +66,18 @@ class SamplerRow(NamedTuple):
     prompt: Sequence[int]
     output: Sequence[int]
     ending: frozenset[int]
+    draws: Draws | None = None
+
+
+def draws_of(sampling: SamplingConfig, seed: int) -> Draws:
+    """seed: as a SamplerRow's."""
+    penalized = sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+    plain_from = math.inf if penalized or sampling.logit_bias else sampling.min_tokens
+    draw = fused_sampling.Draw(0, 0.0, 0, 1.0, -math.inf)
+    if sampling.temperature >= _GREEDY_BELOW:
+        log_min_p = math.log(sampling.min_p) if sampling.min_p else -math.inf
+        draw = fused_sampling.Draw(hash_key(seed), sampling.temperature, sampling.top_k, sampling.top_p, log_min_p)
+    return Draws(plain_from, np.array(draw, np.float64).tobytes())
 
 
 class TokensUnderWay(NamedTuple):
@@ -88,6 +112,8 @@ def launch(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> TokensUnderWay:
 def result(launched: TokensUnderWay) -> list[Sampled]:
     """Waits until the tokens of `launch` are known."""
     count, numbers = launched.tokens.shape[0], launched.numbers.wait().tolist()
+    if not launched.asked:
+        return list(map(Sampled, numbers))
     tokens, first = [int(token) for token in numbers[:count]], count
     logprobs: dict[int, TokenLogprob] = {}
     for number, length in launched.asked.items():
@@ -109,20 +135,30 @@ def _tokens(raw_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
 
 def _fused_tokens(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
     """The same by two or three kernels, which read the logits in the model's dtype unless a request changes its own."""
-    if logits_BV.dtype not in fused_sampling.DTYPES or not all(map(_is_plain, rows)):
+    draws = _draws(rows)
+    plain = all(_are_plain(rows, draws))
+    if logits_BV.dtype not in fused_sampling.DTYPES or not plain:
         logits_BV = _edited(logits_BV.float(), rows)
-    draws = [_row_draw(row) for row in rows]
-    table = to_device(fused_sampling.settings_table(draws), logits_BV.device)
-    return fused_sampling.draw_tokens(logits_BV, table, filtered=any(draw.filtered for draw in draws))
+    table, filtered = _settings(rows, draws)
+    return fused_sampling.draw_tokens(logits_BV, to_device(table, logits_BV.device), filtered=filtered)
 
 
-def _row_draw(row: SamplerRow) -> fused_sampling.Draw:
-    sampling = row.sampling
-    if sampling.temperature < _GREEDY_BELOW:
-        return fused_sampling.Draw(0, 0.0, 0, 1.0, -math.inf)
-    log_min_p = math.log(sampling.min_p) if sampling.min_p else -math.inf
-    key = hash_key(row.seed, row.position)
-    return fused_sampling.Draw(key, sampling.temperature, sampling.top_k, sampling.top_p, log_min_p)
+def _draws(rows: Sequence[SamplerRow]) -> list[Draws]:
+    return [row.draws or draws_of(row.sampling, row.seed) for row in rows]
+
+
+def _are_plain(rows: Sequence[SamplerRow], draws: Sequence[Draws]) -> list[bool]:
+    """By row, whether the request's own settings leave its logits alone."""
+    return [len(row.output) >= own.plain_from for row, own in zip(rows, draws, strict=True)]
+
+
+def _settings(rows: Sequence[SamplerRow], draws: Sequence[Draws]) -> tuple[Tensor, bool]:
+    """What the kernels read of each row, and whether any row has filters. draws: by row."""
+    packed = bytearray().join([own.packed for own in draws])  # which NumPy may write to
+    numbers = np.frombuffer(packed, np.float64).reshape(len(draws), -1)
+    keys, noisy = numbers[:, 0].astype(np.int64), numbers[:, 1] > 0
+    numbers[:, 0] = np.where(noisy, hash_on(keys, np.array([row.position for row in rows], np.int64)), 0)
+    return fused_sampling.settings_table(numbers), fused_sampling.any_filtered(numbers)
 
 
 class PromptUnderWay(NamedTuple):
@@ -164,7 +200,7 @@ def gumbel_noise(keys: Iterable[tuple[int, int]], size: int, device: torch.devic
 
 def _edited(raw_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
     """The logits after everything that acts before the temperature: a copy, if anything does."""
-    plain = [_is_plain(row) for row in rows]
+    plain = _are_plain(rows, _draws(rows))
     if all(plain):
         return raw_BV
     edited_BV = raw_BV.clone()
@@ -172,13 +208,6 @@ def _edited(raw_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
         if not plain[number]:
             _edit(edited_BV[number], row)
     return edited_BV
-
-
-def _is_plain(row: SamplerRow) -> bool:
-    """Whether the request's own settings leave its logits alone."""
-    sampling = row.sampling
-    penalized = sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-    return not (penalized or sampling.logit_bias or len(row.output) < sampling.min_tokens)
 
 
 def _edit(logits_V: Tensor, row: SamplerRow) -> None:

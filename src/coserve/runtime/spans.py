@@ -28,7 +28,7 @@ from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor, FactorStack
 from coserve.runtime.adapters import AdapterRows, AdapterSlots
 from coserve.runtime.cache import KeyValuePool
-from coserve.runtime.sequences import NO_ADAPTER, TABLE_STEP, PackedPrefill, RowSpan, block_tables
+from coserve.runtime.sequences import NO_ADAPTER, TABLE_STEP, PackedPrefill, RowSpan, SpanArrays
 from coserve.runtime.transfer import to_device
 
 _GATHERED_BYTES = 10 << 20
@@ -159,24 +159,24 @@ class SpanRows:
         self.layer = 0
         device = pool.buffer.device
         spans = [*decode, *prefill]
-        lengths = [span.end - span.start for span in spans]
-        self.num_rows = sum(lengths)
-        positions = np.concatenate([np.arange(s.start, s.end) for s in spans]) if spans else np.zeros(0, np.int64)
-        blocks = np.concatenate(
-            [np.asarray(s.table, np.int64)[np.arange(s.start, s.end) // pool.block_tokens] for s in spans]
-        ) if spans else positions
+        arrays = SpanArrays(spans, pool.block_tokens)
+        positions = arrays.positions()
+        self.num_rows = len(positions)
         compiled, triton = native.paged_attention_for(pool.rows, pool.block_tokens), runs_triton(device)
         read: Sequence[RowSpan] = spans if compiled is not None else decode
         paged = len(read) > 0 and (compiled is not None or triton)
-        tables, contexts = block_tables(read, pool.block_tokens, TABLE_STEP) if paged else _NO_TABLES
-        slots = np.repeat([span.slot for span in spans], lengths) if adapters.takes_slots else _NO_TABLES[1]
-        parts = (positions, blocks, contexts, tables, slots)
+        tables: np.ndarray = _NO_TABLES[0]
+        contexts: np.ndarray = _NO_TABLES[1]
+        if paged:
+            tables, contexts = arrays.tables(len(read), TABLE_STEP), arrays.ends[: len(read)]
+        slots = np.repeat(arrays.slots, arrays.lengths) if adapters.takes_slots else _NO_TABLES[1]
+        parts = (positions, arrays.blocks(positions), contexts, tables, slots)
         on_device = to_device(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)
         sent = on_device.split([part.size for part in parts])
         self.positions = sent[0].long()
         self.token_rows = pool.token_rows(sent[1].long(), self.positions % pool.block_tokens)
         self._fresh = fresh_blocks(spans, pool.block_tokens)
-        starts = np.cumsum([0, *lengths])
+        starts = np.concatenate([[0], np.cumsum(arrays.lengths)])
         self._read_rows = slice(int(starts[len(read)]))
         self._reader: PagedDecode | _PagedSpans | _GatheredDecode
         if compiled is not None:
@@ -251,7 +251,12 @@ class SpanRows:
 
 def fresh_blocks(spans: Sequence[RowSpan], size: int) -> list[int]:
     """Blocks whose first token is in the batch."""
-    return [block for s in spans for block in s.table[-(-s.start // size) : -(-s.end // size)]]
+    found: list[int] = []
+    for start, end, table, _ in spans:
+        first, last = -(-start // size), -(-end // size)
+        if first < last:  # not so for most rows that decode
+            found += table[first:last]
+    return found
 
 
 def _segments(spans: Sequence[RowSpan], row: int, num_slots: int, device: torch.device) -> list[_Segments]:

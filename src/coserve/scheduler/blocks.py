@@ -24,6 +24,7 @@ other owner enters its own blocks instead.
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -54,10 +55,12 @@ class PoolStats(NamedTuple):
 
 @dataclass(slots=True)
 class _Owner:
-    """chain: the tree's nodes of its first blocks, as far as they were sealed. cacheable: False once its key was forgotten."""
+    """chain: the tree's nodes of its first blocks, as far as they were sealed. cacheable: False once its key was forgotten.
+    packed: the table again, as 32-bit integers side by side."""
 
     key: PrefixKey | None = None
     table: list[int] = field(default_factory=list)
+    packed: array[int] = field(default_factory=lambda: array("i"))
     chain: list[PrefixNode] = field(default_factory=list)
     cacheable: bool = True
 
@@ -100,6 +103,10 @@ class BlockPool:
         """The owner's blocks in the order of its tokens."""
         return self._owners[owner].table
 
+    def packed_table(self, owner: Hashable) -> array[int]:
+        """The same as 32-bit integers side by side, for whoever copies many tables at once."""
+        return self._owners[owner].packed
+
     def match(self, key: PrefixKey, tokens: Sequence[int]) -> int:
         """How many leading tokens `acquire` would cover: whole blocks, at most len(tokens) - 1. Changes nothing.
 
@@ -120,10 +127,11 @@ class BlockPool:
         """Begins a new owner's table with the known blocks of `tokens`. Returns the number of tokens that they hold."""
         assert owner not in self._owners
         chain = self._tree.find(key, tokens)
-        self._owners[owner] = _Owner(key, [], chain)
+        state = self._owners[owner] = _Owner(key=key, chain=chain)
         for node in chain:
             assert node.block is not None
-            self._owners[owner].table.append(node.block)
+            state.table.append(node.block)
+            state.packed.append(node.block)
             self._holders[node.block] += 1
             self._cached.pop(node.block, None)
         covered = len(chain) * self.block_tokens
@@ -143,11 +151,13 @@ class BlockPool:
             return
         if missing > self.num_free:
             raise CapacityError(f"the key-value cache needs {missing} more blocks and has {self.num_free}")
-        table = self._owners.setdefault(owner, _Owner()).table
+        if state is None:
+            state = self._owners[owner] = _Owner()
         for _ in range(missing):
             block = self._take()
             self._holders[block] = 1
-            table.append(block)
+            state.table.append(block)
+            state.packed.append(block)
 
     def seal(self, owner: Hashable, key: PrefixKey, tokens: Sequence[int], num_tokens: int) -> None:
         """The owner's blocks hold tokens[:num_tokens] by now, and the full ones may be shared from now on. Only tokens of new
@@ -205,11 +215,10 @@ class BlockPool:
         if arena is None:
             raise CapacityError(f"no {num_blocks} contiguous blocks are left between the training arenas")
         blocks = range(arena.first, arena.end)
-        for block in blocks:
-            if block in self._cached:
+        for block in sorted(self._cached.keys() & blocks):
+            if block in self._cached:  # it may have gone with one before it
                 self._release(self._tree.drop(block))
-        self._free = [block for block in self._free if block not in blocks]
-        heapq.heapify(self._free)
+        self._free = sorted(set(self._free).difference(blocks))  # which is a heap
         self._arenas = sorted([*self._arenas, arena])
         return arena, self._move([block for block in blocks if self._holders[block]])
 
@@ -225,8 +234,8 @@ class BlockPool:
     def release_arena(self, arena: ArenaBlocks) -> None:
         """The arena's blocks are free again."""
         self._arenas.remove(arena)
-        for block in range(arena.first, arena.end):
-            heapq.heappush(self._free, block)
+        self._free += range(arena.first, arena.end)
+        heapq.heapify(self._free)
 
     def _take(self) -> int:
         """Takes the lowest free block. If none is free, the longest unused prefix is evicted first."""
@@ -249,7 +258,9 @@ class BlockPool:
                 self._tree.move(source, target)
         targets = dict(moves)
         for state in self._owners.values():
-            state.table[:] = [targets.get(block, block) for block in state.table]
+            if not targets.keys().isdisjoint(state.table):
+                state.table[:] = [targets.get(block, block) for block in state.table]
+                state.packed[:] = array("i", state.table)
         return moves
 
     def check_integrity(self) -> None:
@@ -269,5 +280,5 @@ class BlockPool:
         for state in self._owners.values():
             known = [node.block is not None for node in state.chain]
             assert len(known) <= len(state.table) and known == sorted(known, reverse=True)
-            assert len(set(state.table)) == len(state.table)
+            assert len(set(state.table)) == len(state.table) and state.packed.tolist() == state.table
             assert {block for block in state.table if block in self._tree} <= {node.block for node in state.chain}

@@ -94,12 +94,15 @@ class Deadlines:
         gain = max(0.0, tpot_s / max(token_s, 1e-9) - 1)  # seconds of slack for each second without jobs
         prompt_s = max(0.0, prompt_s - SHORT_WAIT * self.best_effort.ttft_s * gain)
         for request in running:
-            if request.infeasible(now, token_s):
+            until = request.feasible_until_s(token_s)
+            if now > until:
                 continue
             slack = request.slack_s(now, reserve)
             if slack < prompts:
                 prompts = min(prompts, max(slack, request.feasible_until_s(behind) - now))
-            jobs = min(jobs, slack - request.prompt_share_s(prompt_s))
+            left = slack - request.prompt_share_s(prompt_s)
+            if left < jobs:
+                jobs = left
         return Limits(prompts, jobs)
 
     def _least_tpot(self, running: Collection[RequestState], token_s: float) -> float:
@@ -137,6 +140,6 @@ class Deadlines:
     def _token_seconds(self, running: Collection[RequestState], prompt: int = 0) -> float:
         """Predicts an iteration that gives each request a token. prompt: tokens of a new prompt's first chunk in it."""
         rows, pairs, adapters = len(running), prompt * (prompt + 1) // 2, len({r.key for r in running})
-        context, spans = sum(r.total for r in running), int(prompt > 0)
+        context, spans = sum([len(r.prompt) + len(r.output) + r.in_flight for r in running]), int(prompt > 0)
         cost = PassCost(rows + prompt, rows + spans, rows, context, pairs, 0, 0, 0, adapters, spans)
         return self.latency.pass_seconds(cost) + self.latency.constant_seconds

@@ -155,16 +155,18 @@ class HybridScheduler:
     def commit(self, plan: StepPlan, tokens: Mapping[int, Sequence[int]], now: float) -> None:
         """A plan has given its tokens: what was sampled, by request. That of removed requests is dropped. Where the device
         works beside the host, what follows the pass may still run."""
+        size = self.pool.block_tokens
         for span in plan.spans:
-            request = self.requests.get(span.request)
+            number, start, length, _, samples = span
+            request = self.requests.get(number)
             if request is None:
                 continue
-            if span.samples:
+            if samples:
                 request.in_flight -= 1
-                request.output += tokens[span.request]
+                request.output += tokens[number]
                 if request.first_token_s is None:
                     request.first_token_s = now
-            if request.running:
+            if request.running and (start + length) // size > start // size:
                 self._seal(request, span)
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
@@ -178,20 +180,24 @@ class HybridScheduler:
         return self.latency.seconds(plan.contents._replace(inference=None)) - self.latency.constant_seconds
 
     def _seal(self, request: RequestState, span: Span) -> None:
-        """The blocks that the span filled may be shared from now on. A request that was preempted meanwhile has only what it
-        computed since then."""
-        size, end = self.pool.block_tokens, span.start + span.length
-        if end // size > span.start // size:
-            tokens, end = request.tokens(), min(end, request.computed)
-            self.pool.seal(request.id, request.key, tokens, min(end, len(tokens)))
+        """The blocks that the span filled, one at least, may be shared from now on. A request that was preempted meanwhile has
+        only what it computed since then."""
+        tokens, end = request.tokens(), min(span.end, request.computed)
+        self.pool.seal(request.id, request.key, tokens, min(end, len(tokens)))
 
     def _decode(self, draft: PassDraft) -> None:
         """One token of every running request whose prompt is through. Where memory is short, one is preempted."""
-        ready = sorted((r for r in self.admission.running.values() if r.decoding), key=attrgetter("arrival_s", "id"))
+        ready = sorted([r for r in self.admission.running.values() if r.decoding], key=attrgetter("arrival_s", "id"))
+        size = self.pool.block_tokens
         for request in ready:
-            can_run = request.running and not request.sampled_enough  # an earlier one may have preempted it
-            if can_run and self.admission.allocate(request, request.total, draft.requests):
+            if not request.running or request.sampled_enough:  # an earlier one may have preempted it
+                continue
+            if request.computed % size == 0 and not self.admission.allocate(request, request.total, draft.requests):
+                continue  # else the block of the token before it has room
+            if request.every_logit:
                 draft.add(request, 1, decode=True)
+            else:
+                draft.add_decode(request)
 
     # --- finetuning ---
 
@@ -263,9 +269,12 @@ class HybridScheduler:
         """Charges tenants and jobs for what they get. If there was finetuning work, jobs are owed what they got less than their
         least share."""
         rows: dict[str, int] = {}
-        for span in plan.spans:
-            tenant = self.requests[span.request].tenant
-            rows[tenant] = rows.get(tenant, 0) + span.length
+        if len(self._by_tenant) == 1 and plan.spans:  # no need to look at each
+            rows[next(iter(self._by_tenant))] = len(plan.decode) + sum(span.length for span in plan.prefill)
+        else:
+            for span in plan.spans:
+                tenant = self.requests[span.request].tenant
+                rows[tenant] = rows.get(tenant, 0) + span.length
         for tenant, count in rows.items():
             self.tenants.charge(tenant, count)
         for job, tokens in chosen.tokens.items():

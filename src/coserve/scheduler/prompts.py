@@ -87,6 +87,19 @@ class PassDraft:
             self._adapters.add(request.key)
         request.advance(span)
 
+    def add_decode(self, request: RequestState) -> None:
+        """The same as `add` of the one sampled token of a request that decodes, whose logits are wanted for itself alone."""
+        number, start, key = request.id, request.computed, request.key
+        request.computed = start + 1
+        request.in_flight += 1
+        self.rows += 1
+        self._head_rows += 1
+        self._decode_context += start + 1
+        self.decode.append(Span(number, start, 1, 1, True))
+        self.requests.add(number)
+        if key.adapter is not None:
+            self._adapters.add(key)
+
 
 def _num_pairs(chunk: Span) -> int:
     """Pairs of a query and a key that a chunk's attention computes, per layer."""
@@ -185,7 +198,8 @@ class PromptPicker:
         While there is no place, only running ones: they must go on, or they would never give their memory back.
         """
         served, waiting = self.admission.tenants.served, self.admission.waiting
-        begun = [r for r in self.admission.running.values() if not (r.decoding or r.sampled_enough or r.in_flight)]
+        running = self.admission.running.values()
+        begun = [r for r in running if not (r.in_flight or r.decoding or r.sampled_enough)]
         overdue = {r.tenant for r in begun if is_overdue(r, now)} | waiting.overdue(now)
 
         def precedence(request: RequestState) -> tuple[float, float, int]:

@@ -66,12 +66,13 @@ class RequestState:
     @property
     def decoding(self) -> bool:
         """Whether its next span is one sampled token."""
-        return self.num_sampled > 0 and self.computed == self.total - 1
+        sampled = len(self.output) + self.in_flight
+        return sampled > 0 and self.computed == len(self.prompt) + sampled - 1
 
     @property
     def sampled_enough(self) -> bool:
         """Whether no more tokens may be sampled."""
-        return self.num_sampled >= self.max_tokens
+        return len(self.output) + self.in_flight >= self.max_tokens
 
     def next_span(self, length: int) -> Span:
         """The span of its next `length` tokens. It samples a token if it reaches the last one."""
@@ -84,9 +85,11 @@ class RequestState:
 
     def advance(self, span: Span) -> None:
         """Goes on behind a span that was planned."""
-        self.computed = span.end
-        self.logits_planned = max(self.logits_planned, span.end)
-        self.in_flight += int(span.samples)
+        end = span.start + span.length
+        self.computed = end
+        if end > self.logits_planned:
+            self.logits_planned = end
+        self.in_flight += span.samples
 
     def tokens(self) -> list[int]:
         """Committed tokens."""
@@ -105,17 +108,19 @@ class RequestState:
         reserve: the relative error of a prediction that its tokens' lead allows for. prompt_s: the time of somebody's prompt
         that may come before its last token. That time is put aside evenly over its tokens.
         """
-        deadline_s = self.deadline_s
+        sampled, tpot_s = len(self.output) + self.in_flight, self.tpot_s
+        deadline_s = (
+            self.arrival_s + self.ttft_s if self.first_token_s is None else self.first_token_s + sampled * tpot_s)
         if deadline_s == math.inf:
             return math.inf
         ahead = 0.0
-        if self.tpot_s < math.inf:
-            ahead = min(1.0, RESERVES * reserve) * min(1.0, self.num_sampled / RAMP_TOKENS) * self.tpot_s
-        return deadline_s - ahead - self.prompt_share_s(prompt_s) - now
+        if tpot_s < math.inf:
+            ahead = min(1.0, RESERVES * reserve) * (sampled / RAMP_TOKENS if sampled < RAMP_TOKENS else 1.0) * tpot_s
+        return deadline_s - ahead - prompt_s * sampled / self.max_tokens - now
 
     def prompt_share_s(self, prompt_s: float) -> float:
         """The part of a prompt's time that is put aside by now."""
-        return prompt_s * self.num_sampled / self.max_tokens
+        return prompt_s * (len(self.output) + self.in_flight) / self.max_tokens
 
     def infeasible(self, now: float, token_s: float) -> bool:
         """Whether it will miss its objective even if each of its tokens takes only `token_s` from now on."""

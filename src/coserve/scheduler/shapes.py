@@ -185,17 +185,20 @@ class Shapes:
         lowest layer, backward with the highest."""
         direction, first, last, start, end = shape
         backward = direction is Direction.BACKWARD
-        pairs = work.pairs(start, end)
+        pairs, again = work.pairs(start, end), work.recompute_fraction if backward else 0.0
 
         def cost(layers: int) -> UnitCost:
             top = not backward and first + layers == self.num_layers
-            labels, again = work.labels(start, end) if top else 0, work.recompute_fraction if backward else 0.0
-            return UnitCost(backward, end - start, layers, pairs, labels, again)
+            return UnitCost(backward, end - start, layers, pairs, work.labels(start, end) if top else 0, again)
 
-        one = self.latency.unit_seconds(cost(1))
+        chosen = cost(1)
+        one = self.latency.unit_seconds(chosen)
         if one > left:
             return None
-        each = max(self.latency.unit_seconds(cost(2)) - one, 1e-9) if last - first > 1 else 1.0
+        if last - first == 1:
+            unit = WorkUnit(work.id, shape)
+            return Candidate(unit, self._work(work, chosen, one), one, chosen)
+        each = max(self.latency.unit_seconds(cost(2)) - one, 1e-9)
         layers = min(last - first, 1 + int(min((left - one) / each, 1e6)))
         while layers > 1 and self.latency.unit_seconds(cost(layers)) > left:
             layers -= 1
@@ -211,14 +214,16 @@ class Shapes:
 
     def _work(self, work: MicrobatchWork, cost: UnitCost, seconds: float) -> float:
         """The work of a unit that takes `seconds`: its rows at the best rate, attention and labels as they are."""
-        bare = self.latency.unit_seconds(cost._replace(pairs=0, labels=0))
+        backward, rows, layers, _, _, again = cost
+        bare = self.latency.unit_seconds(UnitCost(backward, rows, layers, 0, 0, again))
         return seconds - bare + self._ideal(cost, self._largest(work))
 
     def _ideal(self, cost: UnitCost, largest: int) -> float:
         """Seconds of a unit's rows and layers, without attention and labels, at the best rate of a window of at most `largest`
         rows over all layers."""
-        whole = cost._replace(rows=self._best_rows(cost, largest), layers=self.num_layers, pairs=0, labels=0)
-        return self.latency.unit_seconds(whole) * cost.rows * cost.layers / (whole.rows * whole.layers)
+        best = self._best_rows(cost, largest)
+        whole = UnitCost(cost.backward, best, self.num_layers, 0, 0, cost.recompute_fraction)
+        return self.latency.unit_seconds(whole) * cost.rows * cost.layers / (best * self.num_layers)
 
     def _best_rows(self, cost: UnitCost, largest: int) -> int:
         """Rows of the window over all layers that takes the fewest seconds per row."""

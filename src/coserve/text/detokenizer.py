@@ -35,6 +35,7 @@ class IncrementalDetokenizer:
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._begun = False  # whether there is any token that shows
+        self._unfinished = False  # whether the decoder may hold bytes of a character
         self._num_chars = 0
         self.start = 0
         """Characters of the text before the last id's own."""
@@ -45,14 +46,20 @@ class IncrementalDetokenizer:
     def push(self, token_id: int) -> str:
         """The text that became final with this id: possibly none, never the start of an unfinished character."""
         token_id = int(token_id)
-        self.added = b"" if token_id in self._hidden else self._bytes[token_id]
-        if self.added and not self._begun:
-            self._begun, self.added = True, self._bytes.at_start(token_id)
+        added = b"" if token_id in self._hidden else self._bytes[token_id]
+        if added and not self._begun:
+            self._begun, added = True, self._bytes.at_start(token_id)
+        self.added = added
+        if not self._unfinished and added.isascii():
+            self.start = self._num_chars
+            self._num_chars += len(added)
+            return added.decode("ascii")
         broken = ""
-        if self.added and not 0x80 <= self.added[0] < 0xC0:  # a new character begins, and the one before stays unfinished
-            broken = self._decoder.decode(b"", final=True)
+        if added and not 0x80 <= added[0] < 0xC0:  # a new character begins, and the one before stays unfinished
+            broken, self._unfinished = self._decoder.decode(b"", final=True), False
         self.start = self._num_chars + len(broken)
-        text = broken + self._decoder.decode(self.added)
+        text = broken + self._decoder.decode(added)
+        self._unfinished = self._unfinished or not added.isascii()
         self._num_chars += len(text)
         return text
 
@@ -69,7 +76,7 @@ class IncrementalDetokenizer:
                 last.append(added)
                 if sum(map(len, last)) >= _CHARACTER_BYTES:
                     break
-        self._begun = bool(last)
+        self._begun = self._unfinished = bool(last)
         self._decoder.decode(b"".join(reversed(last)))
 
 

@@ -52,6 +52,8 @@ class StopMatcher:
 
     def feed(self, new: str, *, may_stop: bool = True) -> _Found | None:
         """Goes on by `new`. Returns the stop string that is complete first, of several the longest; none unless may_stop."""
+        if not self.held and self._firsts.isdisjoint(new):  # no stop string begins here: most of any text
+            return None
         for end, character in enumerate(new, 1):
             text = self.held + character
             ending = self._by_end.get(character, ())
@@ -101,7 +103,7 @@ class TextStream:
         if self.stopped is not None:
             return ""
         self._left -= 1
-        return self._advance(self._detokenizer.push(token_id), self._sign(token_id))
+        return self._advance(self._detokenizer.push(token_id), "" if self._signed is None else self._sign(token_id))
 
     def finish(self, ending: int | None = None) -> str:
         """The rest, at the end of the output: what was held back, unless it ends in a stop string.
@@ -119,10 +121,11 @@ class TextStream:
     def _advance(self, new: str, sign: str) -> str:
         """The final part of what was held and `new`. sign: of a special token that came instead."""
         text, may_stop = self._held + new, self._left < 0
-        found = [self._matcher.feed(new, may_stop=may_stop)]
+        first = self._matcher.feed(new, may_stop=may_stop)
         if self._signed is not None:
-            found.append(self._signed.feed(new + sign, may_stop=may_stop))
-        first = min((each for each in found if each is not None), key=lambda each: (each.end, -each.num_chars), default=None)
+            other = self._signed.feed(new + sign, may_stop=may_stop)
+            if first is None or (other is not None and _precedence(other) < _precedence(first)):
+                first = other
         if first is None:
             end = len(text) - max(len(self._matcher.held), _num_shown(self._signed.held) if self._signed else 0)
             self._held = text[end:]
@@ -134,6 +137,11 @@ class TextStream:
     def _sign(self, token_id: int) -> str:
         """What stands for an id that doesn't show; nothing for others."""
         return self._signs.get(token_id, chr(_FIRST_SIGN + _NUM_SIGNS - 1)) if token_id in self._special_ids else ""
+
+
+def _precedence(found: _Found) -> tuple[int, int]:
+    """Which of two stop strings ends a text: the one that is complete first, then the one that starts first."""
+    return found.end, -found.num_chars
 
 
 def _with_signs(tokenizer: ChatTokenizer, stops: Sequence[str]) -> tuple[dict[int, str], dict[str, str]]:

@@ -18,9 +18,9 @@ and on a GPU differ in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,11 +49,6 @@ class Draw(NamedTuple):
     top_k: int
     top_p: float
     log_min_p: float
-
-    @property
-    def filtered(self) -> bool:
-        """Whether anything may exclude tokens."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.log_min_p > float("-inf"))
 
 
 assert len(Draw._fields) == NUM_SETTINGS
@@ -169,10 +164,17 @@ def _pick_kernel(
 # --- launches -------------------------------------------------------------------------------------------------------------
 
 
-def settings_table(draws: Sequence[Draw]) -> Tensor:
-    """int64 [B, 5] on the host: the bits of the numbers of `draws` in float64, which holds them all exactly. The kernels round
-    the temperature to float32."""
-    return torch.tensor(draws, dtype=torch.float64).view(torch.int64).view(len(draws), NUM_SETTINGS)
+def settings_table(draws_B5: np.ndarray) -> Tensor:
+    """int64 [B, 5] on the host: the bits of the numbers of Draws in float64, which holds them all exactly. The kernels round
+    the temperature to float32. draws_B5: a row per Draw."""
+    assert draws_B5.dtype == np.float64 and draws_B5.shape[1] == NUM_SETTINGS
+    return torch.from_numpy(draws_B5).view(torch.int64)
+
+
+def any_filtered(draws_B5: np.ndarray) -> bool:
+    """Whether anything may exclude tokens of some row. draws_B5: float64, a row per Draw."""
+    _, temperature, top_k, top_p, log_min_p = draws_B5.T
+    return bool(((temperature > 0) & ((top_k > 0) | (top_p < 1) | (log_min_p > -np.inf))).any())
 
 
 def draw_tokens(logits_BV: Tensor, settings_B5: Tensor, *, filtered: bool) -> Tensor:
