@@ -18,7 +18,17 @@ from kernel_figures import Bounds, Launch, launches
 from torch import Tensor
 
 from coserve.kernels import triton as kernels
-from coserve.kernels.triton import attention_grads, copies, crossentropy, dequantize, gather, paged_decode, rows, sampling, segments
+from coserve.kernels.triton import (
+    attention_grads,
+    copies,
+    crossentropy,
+    dequantize,
+    gather,
+    paged_decode,
+    rows,
+    sampling,
+    segments,
+)
 
 LAYERS, HEADS, KV_HEADS, WIDTH, HIDDEN, VOCABULARY = 32, 32, 8, 128, 4096, 128_256
 BLOCK_TOKENS = 16

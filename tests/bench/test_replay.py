@@ -25,7 +25,7 @@ from coserve.bench.simulate import make_prompts
 from coserve.bench.simulated import SimulatedServer, SimulatedTraining
 from coserve.bench.workload import endless_job, prompts, word_ids, write_training_file
 from coserve.config.settings import SamplingConfig, SchedulerConfig
-from coserve.core import InvalidRequest, NotFound
+from coserve.core import InvalidRequest, MeasuredStep, NotFound
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.latency import LatencyModel
 from coserve.simulation.disturbance import EXACT, Disturbance
@@ -66,7 +66,8 @@ class RecordedSimulation(SimulatedServer):
     def _noted(self, launched: Launched) -> Ran:
         start_s = self.engine.clock()
         ran = self._run(launched)
-        self.recorder.on_iteration(start_s, start_s, launched.plan, ran.seconds)
+        self.recorder.on_launch(start_s, start_s, launched.plan)
+        self.recorder.on_end(MeasuredStep(launched.plan, ran.seconds))
         return ran
 
     def submit(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Handle:  # type: ignore[override]
