@@ -44,21 +44,20 @@ from coserve.scheduler.latency import LatencyModel
 from coserve.text.tokenizer import ChatTokenizer
 
 MODELS = Path(coserve.bench.paper.__file__).parent / "models"
-PROMPT = 512
-"""Tokens of a prompt."""
 BLOCK = 16
 TEXT = "The harbour was quiet in the morning, and boats came in one after another.\n\nNobody had said when they would. " * 8
 
 
 class Load(NamedTuple):
     """What the engine has to do. job: whether a job trains beside the requests. graphs: whether decode passes are replayed.
-    arithmetic: of the device (`law`)."""
+    arithmetic: of the device (`law`). prompt: tokens of each request's."""
 
     requests: int
     adapters: int
     job: bool
     graphs: bool = True
     arithmetic: float = 1.0
+    prompt: int = 512
 
 
 class Measured(NamedTuple):
@@ -95,7 +94,7 @@ class PlayedEngine:
         self.timeline = timeline
         self.model = played_model(tokenizer, layers=layers)
         self.runner = PlayedRunner(self.timeline)
-        arch, blocks = self.model.architecture, load.requests * -(-(PROMPT + most_tokens) // BLOCK)
+        arch, blocks = self.model.architecture, load.requests * -(-(load.prompt + most_tokens) // BLOCK)
         size = arch.num_layers * 2 * arch.num_kv_heads * BLOCK * arch.head_dim * self.model.dtype.itemsize
         config = EngineConfig(
             scheduler=SchedulerConfig(
@@ -112,7 +111,7 @@ class PlayedEngine:
             self.engine.add_adapter(f"adapter-{number}", adapter)
         for number in range(load.requests):
             self.engine.submit(
-                [number % 97, *range(1, PROMPT)], sampling_of(number, most_tokens), label=f"request-{number}",
+                [number % 97, *range(1, load.prompt)], sampling_of(number, most_tokens), label=f"request-{number}",
                 adapter=f"adapter-{number % load.adapters}" if load.adapters else None,
             )
         while not self._all_decode(load.requests):

@@ -342,7 +342,7 @@ class Engine:
     def _count(self, plan: StepPlan, result: StepResult) -> None:
         counts = self._counts
         counts["iterations"] += 1
-        counts["inference_tokens"] += sum(len(tokens) for tokens in result.tokens.values())
+        counts["inference_tokens"] += sum(map(len, result.tokens.values()))
         counts["prompt_tokens"] += sum(span.length for span in plan.prefill)
         counts["finetune_tokens"] += self.jobs.count(plan)
 

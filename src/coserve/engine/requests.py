@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from coserve.config.settings import SamplingConfig
 from coserve.core import CoserveError, Sampled, TokenLogprob
@@ -18,12 +19,11 @@ from coserve.scheduler.requests import RequestState
 from coserve.text.stream import TextStream
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class Chunk(NamedTuple):
     """What one iteration added to one output. text: new characters that won't change any more; may be empty. finish_reason: in
-    an output's last chunk: stop, length, cancelled or error."""
+    an output's last chunk: stop, length, cancelled or error. It is a tuple because one is made for every token."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # which tuples have as a method
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -183,9 +183,7 @@ class LiveRequest:
             if reason is not None:
                 text += stream.finish()
                 break
-        self.handle.push(
-            Chunk(index=self.index, text=text, token_ids=tuple(ids), logprobs=tuple(logprobs), finish_reason=reason), now
-        )
+        self.handle.push(Chunk(self.index, text, tuple(ids), tuple(logprobs), reason), now)
         return reason is not None
 
     def end(self, reason: str, now: float) -> None:

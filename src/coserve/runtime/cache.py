@@ -87,8 +87,16 @@ class KeyValuePool:
 
     def token_rows(self, blocks_T: Tensor, offsets_T: Tensor) -> Tensor:
         """int64 [T * G]: where head by head the keys of tokens at (block, offset) lie in layer 0, in rows of K elements."""
-        row = blocks_T[:, None] * (self.num_layers * self.layer_rows) + self._heads
-        return (row * self.block_tokens + offsets_T[:, None]).flatten()
+        return self.head_rows(blocks_T * self.token_stride + offsets_T)
+
+    @property
+    def token_stride(self) -> int:
+        """Rows of K elements from a block to the next."""
+        return self.num_layers * self.layer_rows * self.block_tokens
+
+    def head_rows(self, places_T: Tensor) -> Tensor:
+        """`token_rows` of int64 [T], each token's block times `token_stride` plus its offset in the block."""
+        return (places_T[:, None] + self._heads * self.block_tokens).flatten()
 
     def write(self, layer: int, token_rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores k and v [T, G * K] at `token_rows`."""

@@ -34,7 +34,7 @@ from coserve.runtime.memory import columns
 from coserve.runtime.microbatch import InFlight
 from coserve.runtime.plans import fused_plan, serving_plan, whole_widths
 from coserve.runtime.sharedhead import shared_logits
-from coserve.runtime.spans import NO_ADAPTER, RowSpan, SpanRows
+from coserve.runtime.spans import RowSpan, SpanRows
 
 _MAX_PLANS = 128
 """The most forward passes, with and without a training window, whose programs are kept."""
@@ -271,10 +271,8 @@ class PassExecutor:
         """The rows of a pass, with their programs. Blocks that get their first token are zeroed."""
         spans = SpanRows(decode, prefill, self.pool, self.arch, self.adapters)
         spans.clear_fresh()
-        longest = max((span.end for span in (*decode, *prefill)), default=1)
-        cos, sin = self.executor.rotary.rows(spans.positions, longest)
-        with_adapters = any(span.slot != NO_ADAPTER for span in (*decode, *prefill))
-        layers = self._layers(window, with_adapters)
+        cos, sin = self.executor.rotary.rows(spans.positions, spans.longest)
+        layers = self._layers(window, spans.with_adapters)
         return BatchRows(spans, layers, cos, sin) if window is None else FusedRows(spans, layers, cos, sin, self.train, window)
 
     def logits(self, hidden: Tensor) -> Tensor:

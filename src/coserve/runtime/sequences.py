@@ -68,6 +68,15 @@ class SpanArrays:
         """int32 [T]: the block of each row, from its position."""
         return self._blocks[np.repeat(self._firsts, self.lengths) + positions_T // self.size]
 
+    def fresh(self) -> list[int]:
+        """Blocks whose first token is among the rows."""
+        begun, used = -(-self.starts // self.size), -(-self.ends // self.size)
+        found: list[int] = []
+        for span in np.flatnonzero(begun < used).tolist():
+            first = int(self._firsts[span])
+            found += self._blocks[first + int(begun[span]) : first + int(used[span])].tolist()
+        return found
+
     def tables(self, count: int, step: int) -> np.ndarray:
         """int32 [count, N]: the blocks of the first spans' contexts. N is a multiple of `step`; unused entries are 0."""
         used = -(-self.ends[:count] // self.size)

@@ -149,7 +149,8 @@ class _Segments(NamedTuple):
 
 class SpanRows:
     """One batch's rows of requests. positions: int64 [rows]; token_rows: where the pool holds their keys (`token_rows` there);
-    `layer` is set before each program."""
+    longest: the end of the longest context, at least 1; with_adapters: whether any row has one. `layer` is set before each
+    program."""
 
     def __init__(
         self, decode: Sequence[RowSpan], prefill: Sequence[RowSpan], pool: KeyValuePool, arch: Architecture,
@@ -170,12 +171,14 @@ class SpanRows:
         if paged:
             tables, contexts = arrays.tables(len(read), TABLE_STEP), arrays.ends[: len(read)]
         slots = np.repeat(arrays.slots, arrays.lengths) if adapters.takes_slots else _NO_TABLES[1]
-        parts = (positions, arrays.blocks(positions), contexts, tables, slots)
+        places = arrays.blocks(positions) * np.int64(pool.token_stride) + positions % pool.block_tokens
+        parts = (positions, places, contexts, tables, slots)
         on_device = to_device(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)
         sent = on_device.split([part.size for part in parts])
         self.positions = sent[0].long()
-        self.token_rows = pool.token_rows(sent[1].long(), self.positions % pool.block_tokens)
-        self._fresh = fresh_blocks(spans, pool.block_tokens)
+        self.token_rows = pool.head_rows(sent[1].long())
+        self.longest, self.with_adapters = int(arrays.ends.max(initial=1)), max(arrays.slots, default=NO_ADAPTER) != NO_ADAPTER
+        self._fresh = arrays.fresh()
         starts = np.concatenate([[0], np.cumsum(arrays.lengths)])
         self._read_rows = slice(int(starts[len(read)]))
         self._reader: PagedDecode | _PagedSpans | _GatheredDecode

@@ -65,11 +65,10 @@ class Deadlines:
         An objective shorter than decoding alone counts as the time that decoding takes. If all requests are best effort, the
         cap is the preemption quantum, or itl_factor x decoding alone if that is longer.
         """
-        return self._cap(running, self._token_seconds(running))
+        return self._cap(running, self._token_seconds(running), min([r.tpot_s for r in running]))
 
-    def _cap(self, running: Collection[RequestState], token_s: float) -> float:
-        """The cap where an iteration that gives each request a token takes `token_s`."""
-        least = min(r.tpot_s for r in running)
+    def _cap(self, running: Collection[RequestState], token_s: float, least: float) -> float:
+        """The cap where an iteration that gives each request a token takes `token_s`. least: of the TPOT objectives."""
         if least == math.inf:
             return max(self.quantum_s, self.config.itl_factor * token_s)
         cap = self.config.itl_factor * max(least, token_s)
@@ -89,8 +88,9 @@ class Deadlines:
         if not running:
             return Limits(self.quantum_s, self.quantum_s)
         token_s, reserve = self._token_seconds(running), self.reserve()
-        behind, tpot_s = (1 + reserve) * token_s, self._least_tpot(running, token_s)
-        prompts, jobs = self._cap(running, token_s), self.config.itl_factor * tpot_s
+        tpots = [r.tpot_s for r in running]
+        behind, tpot_s = (1 + reserve) * token_s, self._least_tpot(tpots, token_s)
+        prompts, jobs = self._cap(running, token_s, min(tpots)), self.config.itl_factor * tpot_s
         gain = max(0.0, tpot_s / max(token_s, 1e-9) - 1)  # seconds of slack for each second without jobs
         prompt_s = max(0.0, prompt_s - SHORT_WAIT * self.best_effort.ttft_s * gain)
         for request in running:
@@ -105,10 +105,10 @@ class Deadlines:
                 jobs = left
         return Limits(prompts, jobs)
 
-    def _least_tpot(self, running: Collection[RequestState], token_s: float) -> float:
-        """The least TPOT objective, as jobs have to keep it."""
-        least = min(r.tpot_s for r in running)
-        if any(r.tpot_s == math.inf for r in running):
+    def _least_tpot(self, tpots: Collection[float], token_s: float) -> float:
+        """The least TPOT objective, as jobs have to keep it. tpots: those of requests that run."""
+        least = min(tpots)
+        if max(tpots) == math.inf:
             least = min(least, max(self.best_effort.tpot_s, token_s))
         return least
 

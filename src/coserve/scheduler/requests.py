@@ -132,5 +132,5 @@ class RequestState:
             return self.arrival_s + self.ttft_s
         if self.tpot_s == math.inf:
             return math.inf
-        left = self.max_tokens - self.num_sampled
+        left = self.max_tokens - (len(self.output) + self.in_flight)
         return self.first_token_s + (self.max_tokens - 1) * self.tpot_s - left * token_s

@@ -47,15 +47,21 @@ class StopMatcher:
             ends.setdefault(stop[-1], []).append(stop)
         self._by_end = {character: tuple(found) for character, found in ends.items()}
         self._firsts = frozenset(stop[0] for stop in self._stops)
+        self._begin = re.compile("|".join(map(re.escape, sorted(self._firsts))) or "(?!)")  # without stop strings nothing
         self.held = ""
         """The longest end of the text that is a proper prefix of a stop string."""
 
     def feed(self, new: str, *, may_stop: bool = True) -> _Found | None:
         """Goes on by `new`. Returns the stop string that is complete first, of several the longest; none unless may_stop."""
-        if not self.held and self._firsts.isdisjoint(new):  # no stop string begins here: most of any text
-            return None
-        for end, character in enumerate(new, 1):
-            text = self.held + character
+        end = 0
+        while end < len(new):
+            if not self.held:  # the next character that begins a stop string: most texts have few
+                found = self._begin.search(new, end)
+                if found is None:
+                    return None
+                end = found.start()
+            character = new[end]
+            text, end = self.held + character, end + 1
             ending = self._by_end.get(character, ())
             if may_stop and ending and text.endswith(ending):
                 stop = next(stop for stop in ending if text.endswith(stop))
@@ -65,6 +71,10 @@ class StopMatcher:
                 start += 1
             self.held = text[start:]
         return None
+
+    def skips(self, new: str) -> bool:
+        """Whether no stop string has begun and none begins in `new`, so that there is nothing to feed: most of any text."""
+        return not self.held and self._firsts.isdisjoint(new)
 
     def _begins(self, text: str) -> bool:
         """Whether a stop string goes on after `text`."""
@@ -103,7 +113,10 @@ class TextStream:
         if self.stopped is not None:
             return ""
         self._left -= 1
-        return self._advance(self._detokenizer.push(token_id), "" if self._signed is None else self._sign(token_id))
+        new = self._detokenizer.push(token_id)
+        if self._signed is not None:
+            return self._advance(new, self._sign(token_id))
+        return new if not self._held and self._matcher.skips(new) else self._advance(new, "")
 
     def finish(self, ending: int | None = None) -> str:
         """The rest, at the end of the output: what was held back, unless it ends in a stop string.
