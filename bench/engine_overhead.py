@@ -6,7 +6,7 @@ A real engine with a real runner plays CUDA's branches on a device that computes
 law of Llama-3.1-8B on an H100. All requests decode; they draw with temperature in one half, some with top_p, and have stop
 strings. Adapters have all linears. A step's time is cut into the phases of played_device.PHASES, in the process's own time, so
 that others on the machine don't count. Iterations are reported by kind: replayed as a graph, eager, and eager with a window of
-training rows, each with what units run behind the pass.
+training rows, each with what units run behind the pass. A yardstick, a fixed loop, says how busy the machine was.
 """
 
 from __future__ import annotations
@@ -61,11 +61,20 @@ class Load(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One iteration. kind: as reported. seconds: by phase. units: that ran behind the pass."""
+    """One iteration. kind: as reported. seconds: by phase. units: that ran behind the pass. yardstick: seconds of a fixed loop
+    right behind it."""
 
     kind: str
     seconds: Mapping[str, float]
     units: int
+    yardstick: float = 0.0
+
+
+def yardstick() -> float:
+    """CPU seconds of a fixed loop in Python: some 50 us on a core of its own, more where others share its caches."""
+    began = time.thread_time()
+    sum([number * number for number in range(1000)])
+    return time.thread_time() - began
 
 
 def law(arithmetic: float) -> LatencyModel:
@@ -146,11 +155,13 @@ class PlayedEngine:
 
 def summary(found: Sequence[Measured]) -> dict[str, object]:
     """Medians and 95th percentiles in milliseconds: of whole steps, of the part before the first launch, of each phase."""
+
     def row(values: Sequence[float]) -> dict[str, float]:
         return {"median_ms": round(1e3 * median(values), 3), "p95_ms": round(1e3 * percentile(values, 0.95), 3)}
 
     return {
         "iterations": len(found), "units_behind_the_pass": median(one.units for one in found),
+        "yardstick_us": round(1e6 * median(one.yardstick for one in found), 1),
         "total": row([sum(one.seconds.values()) for one in found]),
         "before_first_launch": row([one.seconds["plan"] + one.seconds["rows"] for one in found]),
         **{phase: row([one.seconds[phase] for one in found]) for phase in PHASES},
@@ -167,7 +178,7 @@ def measure(tokenizer: ChatTokenizer, load: Load, iterations: int) -> dict[str, 
         gc.freeze()
         for _ in range(iterations):
             one = played.step()
-            by_kind[one.kind].append(one)
+            by_kind[one.kind].append(one._replace(yardstick=yardstick()))
         gc.unfreeze()
     return by_kind
 

@@ -51,22 +51,27 @@ class SpanArrays:
         starts, ends, tables, self.slots = columns
         self.size, self.starts, self.ends = size, np.array(starts, np.int64), np.array(ends, np.int64)
         self.lengths = self.ends - self.starts
+        self._single = bool((self.lengths == 1).all())
         packed = b"".join([table if isinstance(table, array) else array("i", table) for table in tables])
         self._blocks = np.frombuffer(packed, np.int32)
         """All tables, one behind another."""
         self._sizes = np.array([len(table) for table in tables], np.int64)
         self._firsts = np.cumsum(self._sizes) - self._sizes
 
+    def by_row(self, values_B: np.ndarray | Sequence[int]) -> np.ndarray:
+        """[T]: each span's value, once per row."""
+        return np.asarray(values_B) if self._single else np.repeat(values_B, self.lengths)
+
     def positions(self) -> np.ndarray:
         """int64 [T]: of each row."""
-        if len(self.lengths) == self.lengths.sum():
+        if self._single:
             return self.starts
-        rows = np.cumsum(self.lengths) - self.lengths
-        return np.arange(int(self.lengths.sum())) + np.repeat(self.starts - rows, self.lengths)
+        ends = np.cumsum(self.lengths)
+        return np.arange(int(ends[-1])) + self.by_row(self.starts - ends + self.lengths)
 
     def blocks(self, positions_T: np.ndarray) -> np.ndarray:
         """int32 [T]: the block of each row, from its position."""
-        return self._blocks[np.repeat(self._firsts, self.lengths) + positions_T // self.size]
+        return self._blocks[self.by_row(self._firsts) + positions_T // self.size]
 
     def fresh(self) -> list[int]:
         """Blocks whose first token is among the rows."""

@@ -170,7 +170,7 @@ class SpanRows:
         contexts: np.ndarray = _NO_TABLES[1]
         if paged:
             tables, contexts = arrays.tables(len(read), TABLE_STEP), arrays.ends[: len(read)]
-        slots = np.repeat(arrays.slots, arrays.lengths) if adapters.takes_slots else _NO_TABLES[1]
+        slots = arrays.by_row(arrays.slots) if adapters.takes_slots else _NO_TABLES[1]
         places = arrays.blocks(positions) * np.int64(pool.token_stride) + positions % pool.block_tokens
         parts = (positions, places, contexts, tables, slots)
         on_device = to_device(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)

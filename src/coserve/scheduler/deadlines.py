@@ -94,15 +94,13 @@ class Deadlines:
         gain = max(0.0, tpot_s / max(token_s, 1e-9) - 1)  # seconds of slack for each second without jobs
         prompt_s = max(0.0, prompt_s - SHORT_WAIT * self.best_effort.ttft_s * gain)
         for request in running:
-            until = request.feasible_until_s(token_s)
+            slack, share, until = request.margins(now, reserve, token_s, prompt_s)
             if now > until:
                 continue
-            slack = request.slack_s(now, reserve)
             if slack < prompts:
                 prompts = min(prompts, max(slack, request.feasible_until_s(behind) - now))
-            left = slack - request.prompt_share_s(prompt_s)
-            if left < jobs:
-                jobs = left
+            if slack - share < jobs:
+                jobs = slack - share
         return Limits(prompts, jobs)
 
     def _least_tpot(self, tpots: Collection[float], token_s: float) -> float:

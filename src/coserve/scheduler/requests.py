@@ -118,6 +118,16 @@ class RequestState:
             ahead = min(1.0, RESERVES * reserve) * (sampled / RAMP_TOKENS if sampled < RAMP_TOKENS else 1.0) * tpot_s
         return deadline_s - ahead - prompt_s * sampled / self.max_tokens - now
 
+    def margins(self, now: float, reserve: float, token_s: float, prompt_s: float) -> tuple[float, float, float]:
+        """`slack_s` without a prompt, `prompt_share_s` and `feasible_until_s` at once: each iteration asks every request."""
+        first_s, tpot_s = self.first_token_s, self.tpot_s
+        if first_s is None or tpot_s == math.inf:
+            return self.slack_s(now, reserve), self.prompt_share_s(prompt_s), self.feasible_until_s(token_s)
+        sampled, most = len(self.output) + self.in_flight, self.max_tokens
+        ahead = min(1.0, RESERVES * reserve) * (sampled / RAMP_TOKENS if sampled < RAMP_TOKENS else 1.0) * tpot_s
+        slack = first_s + sampled * tpot_s - ahead - now
+        return slack, prompt_s * sampled / most, first_s + (most - 1) * tpot_s - (most - sampled) * token_s
+
     def prompt_share_s(self, prompt_s: float) -> float:
         """The part of a prompt's time that is put aside by now."""
         return prompt_s * (len(self.output) + self.in_flight) / self.max_tokens

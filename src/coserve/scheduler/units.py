@@ -194,14 +194,15 @@ class UnitPicker:
         left = self._run(chosen, turn._replace(waiting=waiting), seconds - ride.candidate.seconds)
         left += ride.candidate.seconds
         ride = ride._replace(candidate=self.riding.grown(ride.work, inference, ride.candidate, left))
-        self._say(f"rides: {ride.candidate}")
+        self._say("rides", ride.candidate)
         self._add(chosen, ride)
         turn = turn._replace(waiting=turn.waiting | ({max(able)} - {ride.work.id}))
         return turn, self._run(chosen, turn, left - ride.candidate.seconds)
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: str, candidate: Candidate | None = None) -> None:
+        """candidate: follows the line. It takes a while to write one out, so it is not done for nobody."""
         if self.explain is not None:
-            self.explain(line)
+            self.explain(line if candidate is None else f"{line}: {candidate}")
 
     def _add(self, chosen: Chosen, found: _Proposal) -> None:
         job, work, best = found
@@ -306,7 +307,7 @@ class UnitPicker:
             found = self._best(turn, left, cut=chosen.inference is not None or not chosen.units)
             if found is None:
                 break
-            self._say(f"runs: {found.candidate}")
+            self._say("runs", found.candidate)
             left -= found.candidate.seconds
             self._add(chosen, found)
         return left
@@ -323,10 +324,10 @@ class UnitPicker:
                 if candidate is None:
                     self._say(f"micro-batch {work.id}: nothing fits into {1e3 * left:.2f} ms")
                 elif candidate.efficiency >= turn.least * self.shapes.best_efficiency(work):
-                    self._say(f"could run: {candidate}")
+                    self._say("could run", candidate)
                     oldest[work.phase] = _Proposal(job, work, candidate)
                 else:
-                    self._say(f"waits for more time, since it is inefficient: {candidate}")
+                    self._say("waits for more time, since it is inefficient", candidate)
             if oldest:
                 return max(oldest.values(), key=_rank_where_rows_ride if turn.rides else _rank)
         return None
