@@ -76,6 +76,22 @@ def _adapters(rows: int = 64, slots_held: int = 100, rank: int = 16, training: b
     )
 
 
+def _small_unit(rows: int = 512, rank: int = 16) -> None:
+    """LoRA of gate and up in a unit: all rows are those of training."""
+    slots, gate_up = empty(rows, dtype=torch.int32), empty(rows, 2 * 14336)
+
+    def factors(*shapes: tuple[int, int]) -> segments.SlotFactors:
+        count = len(shapes)
+        return segments.SlotFactors(
+            slots, [None] * count, [empty(*shape) for shape in shapes], [1.0] * count, [None] * count
+        )
+
+    segments.segment_pairs(
+        gate_up.split(14336, 1), [empty(rows, rank) for _ in range(2)], empty(rows, HIDDEN),
+        factors(*[(rank, HIDDEN)] * 2), factors(*[(14336, rank)] * 2), accumulate=True,
+    )
+
+
 def _first_factors(rows: int = 512, rank: int = 16) -> None:
     """Products with A alone, as bypasses that are not LoRA have them."""
     factors = _factors(empty(rows, dtype=torch.int32), [(rank, HIDDEN)], 100, True)
@@ -172,6 +188,7 @@ EXAMPLES: dict[str, Example] = {
     "attention's gradients": Example(_window_grads, {"attention_grads._window_grads_kernel": Bounds()}),
     "context": Example(_context, {"gather._gather_kernel": Bounds()}),
     "8-bit weights": Example(_dequantize, {"dequantize._decode_kernel": Bounds()}),
+    "adapters of a small unit": Example(_small_unit, _PRODUCTS),
     "first factors": Example(_first_factors, {
         "segments._down_kernel": Bounds(products=True, registers=168),
         "segments._sum_kernel": Bounds(load_bytes=8, registers=64),

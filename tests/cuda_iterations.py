@@ -136,6 +136,11 @@ class FakeJob:
         tokens = self.batch.num_tokens
         for start in range(0, tokens, window):
             self.run(self.forward(start, min(start + window, tokens)), deterministic=deterministic)
+        self.backward(window, deterministic=deterministic)
+
+    def backward(self, window: int, *, deterministic: bool = False) -> None:
+        """Backward in windows of so many tokens, layer by layer, after forward."""
+        tokens = self.batch.num_tokens
         self.state.coefficients_set = True
         for layer in reversed(range(self.plan.lowest_trained, self.layers)):
             for start in reversed(range(0, tokens, window)):

@@ -26,8 +26,9 @@ from coserve.config.settings import LoraConfig
 from coserve.core import Direction, Example, Unit
 from coserve.kernels import attention, cuda_attention, library, reference
 from coserve.kernels import triton as kernels
-from coserve.kernels.triton import attention_grads, copies, rows
+from coserve.kernels.triton import attention_grads, copies, rows, segments
 from coserve.peft.kinds import new_adapter
+from coserve.runtime import executor as executor_module
 from coserve.runtime import keeping, spans
 from coserve.runtime import rows as train_rows
 from coserve.runtime.adapters import AdapterSlots
@@ -488,3 +489,41 @@ def test_passes_and_units(family: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert (have - expected).norm() <= 2e-5 * expected.norm()
     assert len(made) == 2 and not any(others for copies in made for others in copies.others), "all in one launch per layer"
     assert {*names, "window_grads"} == {*launched}
+
+
+@interpreted
+@pytest.mark.parametrize("sites", ["all-linear", ["q_proj", "v_proj", "down_proj"]])
+def test_small_units_compute_several_sites_at_once(
+    sites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(build_tiny_directory(tmp_path / "m", "llama")), device="cpu", dtype="float32")
+    adapter = new_adapter(model.weights, LoraConfig(r=8, alpha=24, target_modules=sites), seed=1)
+    adapter.flat.copy_(torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    plan = training_plans(model.architecture, adapter, itemsize=4).plan()
+    example = Example(index=0, token_ids=np.arange(17) % 97, weights=np.ones(17, np.float32))
+    batch = pack([example], device=torch.device("cpu"))
+
+    def run() -> list[Tensor]:
+        train = TrainExecutor(Executor(model.weights))
+        state = train.begin(batch, plan)
+        for start, end in ((0, 9), (9, 17)):
+            train.run(state, Unit(Direction.FORWARD, 0, model.architecture.num_layers, start, end), adapter)
+        kept = [
+            state.arena.storage(number, slot.storage) for number, layer in enumerate(plan.layers)
+            for slot in layer.kept_slots.values()
+        ]
+        return [state.logprobs, *(each.clone() for each in kept)]
+
+    want = run()
+    pairs: list[int] = []
+    joined = segments.segment_pairs
+
+    def counted(outs: Any, *args: Any, **options: Any) -> None:
+        pairs.append(len(outs))
+        joined(outs, *args, **options)
+
+    monkeypatch.setattr(segments, "segment_pairs", counted)
+    monkeypatch.setattr(executor_module, "runs_triton", lambda device: True)
+    for have, expected in zip(run(), want, strict=True):
+        assert (have - expected).norm() <= 2e-5 * expected.norm()
+    assert {*pairs} == ({3, 2} if sites == "all-linear" else {2})

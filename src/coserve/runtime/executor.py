@@ -20,12 +20,14 @@ from coserve.compiler.plan import ModelPlan
 from coserve.compiler.program import LayerPlan, Place, Program, Storage
 from coserve.core import Direction, Unit
 from coserve.kernels import library
+from coserve.kernels.choose import runs_triton
+from coserve.kernels.triton.segments import DTYPES, TRAINING
 from coserve.model.weights import ModelWeights
 from coserve.ops.run import RowContext
 from coserve.peft.adapter import Adapter
 from coserve.runtime.memory import Workspace, columns
 from coserve.runtime.microbatch import InFlight, PackedBatch, microbatch_layout
-from coserve.runtime.rows import RotaryTable, TrainRows
+from coserve.runtime.rows import FEW_ROWS, RotaryTable, TrainRows
 from coserve.runtime.sharedhead import shared_label_rows
 
 HEAD_BYTES = 64 << 20
@@ -83,6 +85,9 @@ class TrainExecutor:
     def __init__(self, executor: Executor) -> None:
         self.executor, self.weights, self.arch = executor, executor.weights, executor.arch
         self._own_buffer = torch.empty(0, dtype=torch.uint8, device=self.weights.device)
+        by_slot = runs_triton(self.weights.device) and self.weights.dtype in DTYPES
+        self._slots = torch.full((FEW_ROWS if by_slot else 0,), TRAINING, dtype=torch.int32, device=self.weights.device)
+        """What `TrainRows` has as slots."""
 
     def begin(
         self, batch: PackedBatch, plan: ModelPlan, *, forward_only: bool = False, buffer: Tensor | None = None
@@ -120,9 +125,10 @@ class TrainExecutor:
             cos, sin = rotary.rows(batch.positions[unit.start : unit.end], 0)
         else:
             cos, sin = rotary.part(unit.start - origin, unit.end - origin)
-        keys = batch.dropout_keys[unit.start : unit.end]
+        keys, num_rows = batch.dropout_keys[unit.start : unit.end], unit.end - unit.start
         return TrainRows(
-            adapter, batch.bounds, unit.start, unit.end, cos, sin, keys, self.arch.sliding_windows, state.attention_calls
+            adapter, batch.bounds, unit.start, unit.end, cos, sin, keys, self.arch.sliding_windows, state.attention_calls,
+            self._slots[:num_rows] if num_rows <= len(self._slots) else None,
         )
 
     def enter(self, state: InFlight, rows: TrainRows, layer: int) -> LayerPlan:

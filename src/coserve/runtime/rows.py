@@ -12,10 +12,18 @@ from coserve.kernels.choose import packs_attention
 from coserve.kernels.cuda_attention import KeyedRows, PackedCall
 from coserve.kernels.reference import hash_key
 from coserve.kernels.triton.attention_grads import window_grads
+from coserve.kernels.triton.segments import SlotFactors
 from coserve.model.architecture import Architecture
 from coserve.ops.run import Factor, RowContext
 from coserve.peft.adapter import Adapter
 from coserve.runtime.sequences import packed_calls
+
+FEW_ROWS = 512
+"""Up to so many rows a unit takes as long as its launches. Then LoRA's products of q, k and v, which read and write what the
+library's would, are better two launches than six; beyond, the library's larger tiles are."""
+
+MOST_RANK = 64
+"""The largest rank for which the same holds: tiles of these kernels have as many columns at most."""
 
 
 class RotaryTable:
@@ -60,13 +68,15 @@ class TrainRows(RowContext):
     def __init__(
         self, adapter: Adapter | None, bounds: Sequence[tuple[int, int]], start: int, end: int,
         cos: Tensor, sin: Tensor, dropout_keys: Tensor, windows: Sequence[int | None],
-        calls: dict[tuple[int, int], Mapping[int | None, PackedCall]] | None = None,
+        calls: dict[tuple[int, int], Mapping[int | None, PackedCall]] | None = None, slots: Tensor | None = None,
     ) -> None:
-        """calls: attention's by window of the micro-batch, to which these rows' are added if they aren't there."""
+        """calls: attention's by window of the micro-batch, to which these rows' are added if they aren't there. slots: int32
+        [end - start], all TRAINING, for kernels that compute several sites' products at once; None: the library is faster."""
         calls = {} if calls is None else calls
         self.adapter, self.bounds, self.start, self.end = adapter, bounds, start, end
         self.cos, self.sin, self.windows = cos, sin, windows
         self.dropout_keys = dropout_keys
+        self._slots = slots
         self.layer = 0
         self.num_serving = 0
         self._packed: Mapping[int | None, PackedCall] | None = None
@@ -81,6 +91,17 @@ class TrainRows(RowContext):
     def segments(self, name: str) -> Iterable[tuple[slice, Factor]]:
         factor = self.adapter.factor(self.layer, name) if self.adapter is not None else None
         return () if factor is None else ((slice(None), factor),)
+
+    def slot_factors(self, names: tuple[str, ...]) -> SlotFactors | None:
+        if self._slots is None or self.adapter is None or len(names) < 2:  # of one site the library has as few launches
+            return None
+        own = [factor for name in names if (factor := self.adapter.factor(self.layer, name)) is not None]
+        if len(own) < len(names) or any(min(factor.matrix.shape) > MOST_RANK for factor in own):
+            return None
+        return SlotFactors(
+            self._slots, [None] * len(own), [factor.matrix for factor in own], [factor.scale for factor in own],
+            [factor.center for factor in own],
+        )
 
     def dropout_site(self, name: str) -> int:
         return site_key(self.layer, name)
