@@ -21,7 +21,7 @@ def row_bytes(storage: Storage, itemsize: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class DraftStep:
     """One operator that will run. It writes `outputs`; if `base` is a value, it adds to that one's memory instead. first: the
     operator that runs right before it as part of the step, whose output is the step's first, or None."""
 
@@ -55,7 +55,7 @@ class Draft:
     """
 
     values: Mapping[str, Value]
-    steps: tuple[Step, ...]
+    steps: tuple[DraftStep, ...]
     itemsize: int
     given: frozenset[str]
     pinned: frozenset[str]

@@ -23,7 +23,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
-from coserve.compiler.draft import Draft, Step, align, row_bytes
+from coserve.compiler.draft import Draft, DraftStep, align, row_bytes
 from coserve.compiler.factors import gather_factors, join_factors
 from coserve.compiler.graph import Element, JointGraph, Node, counterparts
 from coserve.compiler.merge import merge_dgrads, merge_linears
@@ -62,7 +62,7 @@ def share_memory(draft: Draft) -> Draft:
 def fuse_adds(draft: Draft) -> Draft:
     """Makes one step of `b = kernel(x); c = a + b` where the kernel can add into memory and c takes over a's."""
     uses = Counter(name for step in draft.steps for name in step.node.inputs)
-    steps: list[Step] = []
+    steps: list[DraftStep] = []
     for step in draft.steps:
         if step.node.op == "add" and steps and draft.root(step.outputs[0]) == draft.root(step.node.inputs[0]):
             (base, added), source = step.node.inputs, steps[-1].node
@@ -71,7 +71,7 @@ def fuse_adds(draft: Draft) -> Draft:
                 added in source.outputs and source.row.accumulates and uses[added] == 1 and added not in draft.pinned
                 and (source.row.inplace or draft.root(base) not in inputs)
             ):
-                steps[-1] = Step(source, step.outputs, base)
+                steps[-1] = DraftStep(source, step.outputs, base)
                 continue
         steps.append(step)
     return replace(draft, steps=tuple(steps))
@@ -80,7 +80,7 @@ def fuse_adds(draft: Draft) -> Draft:
 def join_sums(draft: Draft) -> Draft:
     """Makes one step of a sum and the norm of it that follows. What the sum reads is then still there when the norm is written,
     but for a second term that nothing reads any more: the norm's rows take exactly the place of its rows."""
-    steps: list[Step] = []
+    steps: list[DraftStep] = []
     roots = dict(draft.roots)
     reads = [(*step.node.inputs, *([] if step.base is None else [step.base])) for step in draft.steps]
     last_read = {draft.root(name): index for index, names in enumerate(reads) for name in names}
@@ -92,7 +92,7 @@ def join_sums(draft: Draft) -> Draft:
             free = last_read[term] < index and not fixed & {term, draft.root(out)} and term != draft.root(total)
             if free and replace(draft.values[out], name=term) == draft.values[term]:
                 roots |= {name: term for name in draft.values if draft.root(name) == out}
-            steps[-1] = Step(step.node, (total, out), first=last.node)
+            steps[-1] = DraftStep(step.node, (total, out), first=last.node)
         else:
             steps.append(step)
     return replace(draft, steps=tuple(steps), roots=roots)
@@ -245,7 +245,7 @@ def _forward_draft(joint: JointGraph, nodes: Iterable[Node], itemsize: int, kept
     source, target = graph.values[graph.input], graph.values[graph.output]
     kept = tuple(kept)
     return Draft(
-        values=graph.values, steps=tuple(Step(node, node.outputs) for node in nodes), itemsize=itemsize,
+        values=graph.values, steps=tuple(DraftStep(node, node.outputs) for node in nodes), itemsize=itemsize,
         given=frozenset({graph.input}), pinned=frozenset({graph.input, graph.output, *kept}),
         outlive=(graph.output, *(() if to_arena else kept)),
         arena=frozenset(kept) - {graph.input} if to_arena else frozenset(),
@@ -304,7 +304,7 @@ def _lower_backward(choice: Rematerialized, forward: Draft, merged: Mapping[str,
     gradient = Slot(len(forward.storages), 0, joint.values[joint.output_grad].width)
     nodes = _with_recompute(joint, choice.recompute)
     draft = _decide(Draft(
-        values=joint.values, steps=tuple(Step(node, node.outputs) for node in nodes), itemsize=forward.itemsize,
+        values=joint.values, steps=tuple(DraftStep(node, node.outputs) for node in nodes), itemsize=forward.itemsize,
         given=frozenset({*kept, joint.output_grad}), pinned=frozenset(kept),
         outlive=() if joint.input_grad is None else (joint.input_grad,),
         storages=(*forward.storages, Storage(Place.GRAD, gradient.width, Element.MODEL)),

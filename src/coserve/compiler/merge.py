@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from coserve.compiler.draft import Draft, Step
+from coserve.compiler.draft import Draft, DraftStep
 from coserve.compiler.graph import Element, Node
 
 
@@ -23,7 +23,7 @@ def merge_linears(merged: Mapping[str, tuple[str, ...]], draft: Draft) -> Draft:
         if len({draft.root(s.outputs[0]) in kept for s in group}) != 1:
             continue
         outputs = tuple(s.outputs[0] for s in sorted(group, key=lambda s: sites.index(s.node.weight or "")))
-        steps[steps.index(group[0])] = Step(Node("linear", group[0].node.inputs, outputs, name), outputs)
+        steps[steps.index(group[0])] = DraftStep(Node("linear", group[0].node.inputs, outputs, name), outputs)
         for step in group[1:]:
             steps.remove(step)
     return replace(draft, steps=tuple(steps))
@@ -70,13 +70,13 @@ def _merge_group(draft: Draft, group: Sequence[int], name: str, grads: tuple[str
     *dropped, last = group
     before: dict[str | None, str | None] = {}
     """By the sum that a dropped step would have left: the one that is there instead. None: nothing yet."""
-    steps: list[Step] = []
+    steps: list[DraftStep] = []
     for number, step in enumerate(draft.steps):
         base = before.get(step.base, step.base)
         if number in dropped:
             before[step.outputs[0]] = base
         elif number == last:
-            steps.append(Step(Node("linear_dgrad", grads, step.outputs, name), step.outputs, base))
+            steps.append(DraftStep(Node("linear_dgrad", grads, step.outputs, name), step.outputs, base))
         else:
             steps.append(step if base == step.base else replace(step, base=base))
     return replace(draft, steps=tuple(steps), beside=(*draft.beside, grads))

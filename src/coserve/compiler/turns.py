@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from coserve.compiler.draft import Step
+from coserve.compiler.draft import DraftStep
 from coserve.compiler.program import Call, Slot
 from coserve.ops.run import JOINED
 
@@ -42,7 +42,7 @@ def _turns(calls: Sequence[Call], op: str, heads: Sequence[int], slots: Sequence
     return ()
 
 
-def beside(previous: Step | None, step: Step, slots: Mapping[str, Slot]) -> Slot | None:
+def beside(previous: DraftStep | None, step: DraftStep, slots: Mapping[str, Slot]) -> Slot | None:
     """The columns of two rotary embeddings in place, one beside the other: they are one operation per head."""
     node = step.node
     if previous is None or node.op not in ("rope", "rope_dgrad"):
