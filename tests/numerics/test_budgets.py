@@ -34,7 +34,7 @@ from coserve.model.decoder import MERGED
 from coserve.model.weights import ModelWeights, load_weights
 from coserve.runtime.plans import training_plans
 from tests import oracle
-from tests.joined_calls import apart
+from tests.joined_calls import apart, operators
 from tests.numerics.test_gradients import (
     AT_LENGTH,
     CPU,
@@ -67,7 +67,7 @@ def arithmetic(layer: LayerPlan) -> dict[object, set[bool]]:
     three: what reads them is indifferent to columns."""
     calls: list[Call] = [*layer.forward.calls, *(layer.backward.calls if layer.backward is not None else ())]
     found: dict[object, set[bool]] = {}
-    for call in apart(calls):
+    for call in (each for joined in apart(calls) for each in operators(joined)):
         for weight in MERGED["qkv_proj"] if call.weight == "qkv_proj" else (call.weight,):
             found.setdefault((call.op, weight, *sorted(call.attrs.items())), set()).add(call.accumulate)
     return found

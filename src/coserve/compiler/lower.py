@@ -35,13 +35,16 @@ from coserve.ops.run import JOINED, RUNNERS, Runner
 
 
 def share_memory(draft: Draft) -> Draft:
-    """Lets an in-place operator write over its first input if nothing reads that memory afterwards. If its output's place is
-    given, as the layer's is, that place is its input's too."""
+    """Lets an in-place operator write over its first input if nothing reads that memory afterwards.
+
+    If its output's place is given, as the layer's is, that place is its input's too in programs that keep nothing for backward.
+    Where some plans could do so and others not, their bits would differ.
+    """
     last_read = {name: index for index, step in enumerate(draft.steps) for name in step.node.inputs}
     last_read |= dict.fromkeys((*draft.outlive, *draft.pinned), len(draft.steps))
     roots: dict[str, str] = {}
     last_in_class: dict[str, int] = {}
-    fixed = {*draft.slots, *draft.pinned, *draft.outlive, *draft.arena}
+    fixed, keeps = {*draft.slots, *draft.pinned, *draft.outlive, *draft.arena}, bool(draft.arena) or len(draft.outlive) > 1
     for index, step in enumerate(draft.steps):
         node = step.node
         if not node.row.inplace:
@@ -51,7 +54,7 @@ def share_memory(draft: Draft) -> Draft:
         last = last_in_class.get(root, last_read.get(root, -1))
         if last <= index and out in draft.slots:
             alike = {name for name in draft.values if roots.get(name, name) == root}
-            if not fixed & alike and replace(draft.values[out], name=root) == draft.values[root]:
+            if not keeps and not fixed & alike and replace(draft.values[out], name=root) == draft.values[root]:
                 roots |= dict.fromkeys(alike, out)
         elif last <= index:
             roots[out] = root
