@@ -14,7 +14,7 @@ from tests.tiny_engine import prompt, random_adapter
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN here")
 MERGED_PRODUCTS = 4
-"""Of a layer: q, k and v; o; gate and up; down."""
+"""Of a layer: q, k and v; o; gate and up; down. Without an adapter behind it the last one is added to the layer's output."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_products_have_the_same_bits_whether_they_are_copied_or_not(
 
     monkeypatch.setattr(BoundProgram, "put", counted)
     found = generator.logits(prompt(40))
-    assert len(taken) == MERGED_PRODUCTS * model.architecture.num_layers
+    assert len(taken) == (MERGED_PRODUCTS if rank else MERGED_PRODUCTS - 1) * model.architecture.num_layers
     taken.clear()
     execute = Executor.execute
     monkeypatch.setattr(Executor, "execute", lambda *args, workspace_read: execute(*args))
