@@ -300,7 +300,8 @@ class Engine:
             requests, jobs = self._holds(plan)
             watcher.begin(f"an iteration ({plan.kind})", plan.predicted_s, jobs=jobs, requests=requests)
             lookup = Lookup(
-                self.requests.live, self.blocks.packed_table, self.jobs.microbatches, self.jobs.jobs, self.jobs.owners)
+                self.requests.live, self.blocks.packed_table, self.jobs.microbatches, self.jobs.jobs, self.jobs.owners
+            )
             result = self.runner.run(plan, lookup)
             watcher.begin("taking what an iteration gave", requests=requests)
             self._commit(plan, result)
@@ -310,7 +311,7 @@ class Engine:
     def _use_idle_time(self, now: float) -> bool:
         """After a while without work, prepares what later work will need, piece by piece; False if there is nothing to do."""
         self._idle_since_s = min(self._idle_since_s, now)
-        if now - self._idle_since_s < _IDLE_S:
+        if not self.device.is_cuda or now - self._idle_since_s < _IDLE_S:
             return False
         self._loop.watcher.begin("capturing a decode pass")
         return self.device.capture_next()
