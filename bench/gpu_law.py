@@ -1,6 +1,6 @@
 """What fewer launches should bring on an H100, by arithmetic on counted launches. Nothing here is measured on a device.
 
-    python bench/gpu_law.py [--after 11 25 26 28 72] [--before 33 47 75 46 136] [--seconds 60] [--rate 20] [--tpot-ms 45]
+    python bench/gpu_law.py [--after 10 12 22 25 44] [--before 33 47 75 46 136] [--seconds 60] [--rate 20] [--tpot-ms 45]
         [--output bench/results/gpu_law.json]
 
 Llama-3.1-8B in bfloat16 on one H100 by `devices/table.py`, a LoRA adapter of rank 16 with the default targets, examples of
@@ -218,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     made.add_argument("--model", default=MODEL)
     made.add_argument("--before", default=[33, 47, 75, 46, 136], help="launches per layer", **counts)
-    made.add_argument("--after", default=[11, 25, 26, 28, 72], help="launches per layer", **counts)
+    made.add_argument("--after", default=[10, 12, 22, 25, 44], help="launches per layer", **counts)
     made.add_argument("--seconds", type=float, default=60.0, help="simulated, of each run")
     made.add_argument("--rate", type=float, default=20.0)
     made.add_argument("--tpot-ms", type=float, default=45.0)
