@@ -10,50 +10,28 @@ B requests, N blocks, H query heads, G key-value heads, K head width (or input f
 from __future__ import annotations
 
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from coserve.kernels import triton as kernels
 from coserve.kernels.triton import paged_decode, segments
 from tests.paged_cache import PagedCache
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(not kernels.available(), reason="needs triton")
-interpreted = pytest.mark.skipif(not (INTERPRETED and kernels.available()), reason="run by test_all_in_the_interpreter")
+from tests.triton_interpreter import compiled, import_without_triton, interpreted, needs_triton, run_in_the_interpreter
 
 
 @pytest.mark.full
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="already there")
+@compiled
 def test_all_in_the_interpreter() -> None:
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).relative_to(root))],
-                          cwd=root, env=env, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_in_the_interpreter(__file__)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="has nothing to interpret")
+@compiled
 def test_modules_import_without_triton() -> None:
-    program = (
-        "import sys; sys.modules['triton'] = None\n"
-        "from coserve.kernels import triton as kernels\n"
-        "from coserve.kernels.triton import paged_decode, segments\n"
-        "assert not kernels.available()"
-    )
-    source = Path(kernels.__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(source)},
-                          capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    import_without_triton("paged_decode", "segments")
 
 
 def test_splits_cover_the_context_and_stay_fixed_up_to_a_length() -> None:

@@ -7,36 +7,24 @@ others skip anywhere else. Memory that the kernel may not read or write holds Na
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from coserve.kernels import triton as kernels
 from coserve.kernels.triton import dequantize
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(not kernels.available(), reason="needs triton")
-interpreted = pytest.mark.skipif(not (INTERPRETED and kernels.available()), reason="run by test_all_in_the_interpreter")
+from tests.triton_interpreter import compiled, interpreted, needs_triton, run_in_the_interpreter
 
 
 @pytest.mark.full
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="already there")
+@compiled
 def test_all_in_the_interpreter() -> None:
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).relative_to(root))],
-                          cwd=root, env=env, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_in_the_interpreter(__file__)
 
 
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="compiles, where the interpreter doesn't")
+@compiled
 @pytest.mark.parametrize("capability", [80, 90])
 def test_it_compiles_for_devices_that_are_not_here(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

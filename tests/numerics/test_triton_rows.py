@@ -8,11 +8,7 @@ T rows, D features, H query heads, G key-value heads, K head width.
 from __future__ import annotations
 
 import math
-import os
 import random
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,10 +36,8 @@ from coserve.runtime.microbatch import pack
 from coserve.runtime.plans import training_plans
 from coserve.runtime.spans import NO_ADAPTER, RowSpan
 from tests.tiny_directory import build_tiny_directory
+from tests.triton_interpreter import INTERPRETED, compiled, interpreted, needs_triton, run_in_the_interpreter
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(not kernels.available(), reason="needs triton")
-interpreted = pytest.mark.skipif(not (INTERPRETED and kernels.available()), reason="run by test_all_in_the_interpreter")
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTHS = [(1, 64), (1, 100), (1, 576), (1, 4096), (3, 128), (40, 16), (9, 24)]
 """Groups of a row, and their width."""
@@ -51,14 +45,9 @@ WIDTHS = [(1, 64), (1, 100), (1, 576), (1, 4096), (3, 128), (40, 16), (9, 24)]
 
 @pytest.mark.full
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="already there")
+@compiled
 def test_all_in_the_interpreter() -> None:
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "COSERVE_NATIVE": "0"}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).relative_to(root))],
-                          cwd=root, env=env, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_in_the_interpreter(__file__, COSERVE_NATIVE="0")
 
 
 @pytest.fixture(autouse=True)
@@ -79,54 +68,6 @@ def nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
-
-NORMS = {4096: {"width": 4096, "g_tile": 1, "d_tile": 4096}, 8192: {"width": 8192, "g_tile": 1, "d_tile": 8192},
-         128: {"width": 128, "g_tile": 8, "d_tile": 128}}
-HEADS = {"width": 128, "h_tile": 8, "half_tile": 64}
-LAUNCHES: list[tuple[Any, dict[str, object], int]] = [
-    *((rows._rmsnorm_kernel, NORMS[width], warps) for width, warps in ((4096, 8), (8192, 16), (128, 2))),
-    *((rows._add_rmsnorm_kernel, {"width": width, "d_tile": width}, warps) for width, warps in ((4096, 8), (8192, 16))),
-    *((rows._rmsnorm_dgrad_kernel, {**NORMS[width], "accumulate": accumulate}, warps)
-      for width, warps, accumulate in ((4096, 8, True), (8192, 16, True), (128, 2, False))),
-    (rows._rope_kernel, HEADS, 2), (rows._rotary_write_kernel, {**HEADS, "heads": 32, "kv_heads": 8}, 2),
-    (attention_grads._window_grads_kernel, {**HEADS, "heads": 32, "kv_heads": 8}, 2),
-    (rows._silu_mul_kernel, {"tile": 1024}, 4), (rows._silu_mul_dgrad_kernel, {"tile": 1024}, 4),
-    (copies._copy_kernel, {"columns": 6, "tile": 2048}, 4),
-]
-"""(kernel, its constants, warps) at shapes of Llama-3.1-8B in bfloat16, and of others where those differ."""
-
-
-@pytest.mark.full
-@needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="compiles, where the interpreter doesn't")
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_kernels_compile_with_wide_loads_and_without_spills(
-    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    compiler, backends = (pytest.importorskip(f"triton.{name}") for name in ("compiler", "backends.compiler"))
-    tool = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
-    kinds = {"token_rows": "*i64", "table": "*i64", "sum_k": "*fp32", "sum_v": "*fp32",
-             **dict.fromkeys(("eps", "factor", "direction"), "fp32"),
-             **dict.fromkeys(("groups", "features", "heads", "cached_rows", "earlier"), "i32")}
-    for kernel, constants, warps in LAUNCHES:
-        signature = {
-            name: "constexpr" if name in constants else kinds.get(name, "i32" if name.endswith("_stride") else "*bf16")
-            for name in kernel.arg_names
-        }
-        aligned = [index for index, name in enumerate(kernel.arg_names)
-                   if signature[name].startswith("*") or name.endswith("_stride") or name == "features"]
-        attrs = {(index,): [["tt.divisibility", 16]] for index in aligned}
-        source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-        built = compiler.compile(source, target=backends.GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-        binary = tmp_path / "kernel.cubin"
-        binary.write_bytes(built.asm["cubin"])
-        code = subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout
-        assert "STL" not in code and "LDL" not in code, f"{kernel} spills"
-        loads, stores = (re.findall(rf"\b{name}\.E(?:\.[A-Z]\w*)*((?:\.\w+)*)", code) for name in ("LDG", "STG"))
-        narrow = {"_copy_kernel": 5, "_rotary_write_kernel": 1}.get(kernel.fn.__name__, 0)  # the table; a row of the cache
-        assert len([width for width in loads if ".128" not in width]) == narrow, f"{kernel}: {loads}"
-        assert stores and all(".128" in width for width in stores), f"{kernel}: {stores}"
 
 
 class Rows:

@@ -9,11 +9,7 @@ B rows (requests), C rows (labels), V vocabulary.
 from __future__ import annotations
 
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,48 +19,31 @@ from torch import Tensor
 from coserve.config.settings import SamplingConfig
 from coserve.core import Sampled
 from coserve.kernels import library
-from coserve.kernels import triton as kernels
 from coserve.kernels.triton import crossentropy, cuts, jit, sampling
 from coserve.model.linear import OutputHead
 from coserve.runtime import sampler
 from coserve.runtime.executor import HEAD_BYTES, head_rows
 from coserve.runtime.sampler import SamplerRow, gumbel_noise, launch, result, sample_rows
+from tests.triton_interpreter import compiled, import_without_triton, interpreted, needs_triton, run_in_the_interpreter
 
 try:
     import triton.language as tl
 except ImportError:
     tl = None
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(not kernels.available(), reason="needs triton")
-interpreted = pytest.mark.skipif(not (INTERPRETED and kernels.available()), reason="run by test_all_in_the_interpreter")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities in the interpreter
 
 
 @pytest.mark.full
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="already there")
+@compiled
 def test_all_in_the_interpreter() -> None:
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).relative_to(root))],
-                          cwd=root, env=env, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_in_the_interpreter(__file__)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="has nothing to interpret")
+@compiled
 def test_modules_import_without_triton() -> None:
-    program = (
-        "import sys; sys.modules['triton'] = None\n"
-        "from coserve.kernels import triton as kernels\n"
-        "from coserve.kernels.triton import crossentropy, cuts, sampling\n"
-        "assert not kernels.available()"
-    )
-    source = Path(kernels.__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(source)},
-                          capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    import_without_triton("crossentropy", "cuts", "sampling")
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------------
