@@ -7,16 +7,19 @@ with Triton. Nothing runs, and no device is needed.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 CAPABILITIES = (80, 90, 100)
 """A100, H100 and H200, B200."""
@@ -158,8 +161,15 @@ def _width(suffixes: str) -> int:
 
 
 def all_figures(wanted: Sequence[tuple[Launch, int]]) -> list[Figures]:
-    """`figures` of (launch, device)s, side by side: assembler and disassembler are processes of their own."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    """`figures` of (launch, device)s, side by side: assembler and disassembler are processes of their own. Sources are parsed
+    one by one, since Python 3.11's parser fails now and then in several threads."""
+    lock, parse = threading.Lock(), ast.parse
+
+    def alone(*args: Any, **options: Any) -> Any:
+        with lock:
+            return parse(*args, **options)
+
+    with mock.patch.object(ast, "parse", alone), ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(figures, *zip(*wanted, strict=True))) if wanted else []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from coserve.compiler.flops import NO_FLOPS, LayerFlops
 from coserve.compiler.graph import Element, JointGraph, Node
 from coserve.compiler.rematerialize import Kept
-from coserve.ops.run import Runner
+from coserve.ops.run import PAIRS, Runner
 
 
 class Place(enum.Enum):
@@ -59,6 +59,14 @@ class Call:
     accumulate: bool
     outs: tuple[int, ...]
     ins: tuple[int, ...]
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """What it multiplies by, by name: the factors of several sites in a joined call (`compiler/factors.py`); else its
+        weight, or the operator where there is none."""
+        if self.run is PAIRS:
+            return (*self.attrs["down"], *self.attrs["up"])
+        return (self.weight or self.op,)
 
 
 @dataclass(frozen=True, slots=True)

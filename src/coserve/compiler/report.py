@@ -54,7 +54,7 @@ def _describe(plan: LayerPlan, layers: tuple[int, ...], itemsize: int) -> LayerR
     make = producers(node for node in plan.recompute if node.inputs[0] not in packed)
     recomputed = tuple(f"{name} by {make[name].op}" for name in plan.joint.saved() if name in make)
     again = (call for call in (plan.backward.calls if plan.backward else ()) if TABLE[call.op].gradients)
-    products = tuple(call.weight or call.op for call in again if TABLE[call.op].cost is not Cost.ELEMENTWISE)
+    products = tuple(name for call in again if TABLE[call.op].cost is not Cost.ELEMENTWISE for name in call.factors)
     return LayerReport(
         layers=layers, kept=kept, recomputed=recomputed, products=products,
         all_bytes=sum(size[name] for node in graph.nodes for name in node.outputs if not node.row.packs) + size[graph.input],
