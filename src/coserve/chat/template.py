@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -16,12 +17,25 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, _ren
 from coserve.core import InvalidRequest, one_line
 
 Message = Mapping[str, Any]
-"""A chat message: role, content, possibly name, and for an assistant possibly `weight` (0: not trained)."""
+"""A chat message: role, content, possibly name, and for an assistant possibly `tool_calls` (with arguments as objects),
+`reasoning_content` and `weight` (0: not trained). One of role tool may have `tool_call_id`."""
 
 PROBE = "coserve-probe"
 _NO_ROLE = "qzxcourier"
 """A role that no template knows."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatExtras:
+    """What a chat template is given beside the messages. tools: OpenAI's tools, each {"type": "function", "function": {...}}.
+    variables: further variables by name, as a client's `chat_template_kwargs` has them (`enable_thinking`)."""
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+NO_EXTRAS = ChatExtras()
 
 
 class ChatTemplate:
@@ -47,34 +61,39 @@ class ChatTemplate:
         """Whether it renders a system message."""
         return PROBE in (self._try_role("system") or "")
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None) -> str:
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None,
+        extras: ChatExtras = NO_EXTRAS,
+    ) -> str:
         """The conversation as text. now: what templates that write today's date are told; None: the machine's clock.
 
         Raises InvalidRequest if the template refuses the conversation.
         """
         try:
             template = _compile_jinja_template(self.source)
-            return str(template.render(**self._variables(messages, now), add_generation_prompt=add_generation_prompt))
+            variables = {**self._variables(messages, now, extras), "add_generation_prompt": add_generation_prompt}
+            return str(template.render(variables))
         except Exception as error:  # a template is foreign code: whatever it raises is about these messages
             raise _refused(error) from error
 
     def render_generated(
-        self, messages: Sequence[Message], *, now: datetime | None = None
+        self, messages: Sequence[Message], *, now: datetime | None = None, extras: ChatExtras = NO_EXTRAS
     ) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and the character ranges [start, end) inside `{% generation %}`. Raises InvalidRequest."""
         try:
             text, spans = _render_with_assistant_indices(
                 compiled_template=_compile_jinja_template(self.source), add_generation_prompt=False,
-                **self._variables(messages, now),
+                **self._variables(messages, now, extras),
             )
         except Exception as error:
             raise _refused(error) from error
         return text, spans
 
-    def _variables(self, messages: Sequence[Message], now: datetime | None) -> dict[str, Any]:
-        """What the template sees; plain data only, as templates are foreign code."""
+    def _variables(self, messages: Sequence[Message], now: datetime | None, extras: ChatExtras) -> dict[str, Any]:
+        """What the template sees; plain data only, as templates are foreign code. Extra variables replace no other one."""
         turns = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-        variables = {**self._special_tokens, "messages": turns, "tools": None, "documents": None}
+        tools = [dict(tool) for tool in extras.tools] or None
+        variables = {**extras.variables, **self._special_tokens, "messages": turns, "tools": tools, "documents": None}
         return variables if now is None else {**variables, "strftime_now": now.strftime}
 
     def _try_role(self, role: str) -> str | None:

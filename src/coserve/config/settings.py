@@ -286,6 +286,8 @@ class SamplingConfig:
     """Log-probabilities of the sampled tokens and of this many likeliest ones."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
+    grammar: str | None = None
+    """What the output must match, in llguidance's variant of Lark, where `%json {...}` is a JSON schema. None: anything."""
 
     def __post_init__(self) -> None:
         check_types(self)

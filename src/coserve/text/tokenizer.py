@@ -21,7 +21,7 @@ import contextlib
 import functools
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -31,7 +31,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from coserve.chat.control import ControlTexts, Settled
-from coserve.chat.template import PROBE, ChatTemplate, Message
+from coserve.chat.template import NO_EXTRAS, PROBE, ChatExtras, ChatTemplate, Message
 from coserve.core import InvalidRequest, NotFound, one_line
 from coserve.text.tokenbytes import TokenBytes
 
@@ -69,6 +69,17 @@ class _Rendered(NamedTuple):
 
     text: str
     spans: list[tuple[int, int]]
+
+
+class _Chat(NamedTuple):
+    """What a template renders, contents marked."""
+
+    messages: Sequence[Message]
+    extras: ChatExtras
+
+    def until(self, end: int) -> _Chat:
+        """The same with the first `end` messages."""
+        return self._replace(messages=self.messages[:end])
 
 
 class ChatTokenizer:
@@ -178,27 +189,29 @@ class ChatTokenizer:
         return None
 
     def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None,
+        extras: ChatExtras = NO_EXTRAS,
     ) -> str:
         """The conversation as the chat template writes it.
 
         Raises InvalidRequest if there is no template, or the template refuses the conversation.
         """
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt, now=now)
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, now=now, extras=extras)
 
     def encode_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, add_special_tokens: bool = False,
-        rules: TextRules = TextRules(),
+        rules: TextRules = TextRules(), extras: ChatExtras = NO_EXTRAS,
     ) -> list[int]:
         """A prompt for the next assistant turn: the conversation with the generation prompt. Raises InvalidRequest."""
-        marked = self._marked(messages, rules)
-        settled = self._controls.settle(self._render(marked, add_generation_prompt, rules))
+        chat = self._marked(messages, extras, rules)
+        settled = self._controls.settle(self._render(chat, add_generation_prompt, rules))
         if settled.copy:
             return self._controls.encode(settled, add_special_tokens).ids
         return self.encode(settled.text, add_special_tokens)
 
     def encode_training(
-        self, messages: Sequence[Message], rules: TextRules = TextRules(), notes: Notes | None = None
+        self, messages: Sequence[Message], rules: TextRules = TextRules(), notes: Notes | None = None,
+        extras: ChatExtras = NO_EXTRAS,
     ) -> tuple[np.ndarray, np.ndarray]:
         """A conversation as token ids (int64 [n]) and loss weights (float32 [n]).
 
@@ -211,8 +224,7 @@ class ChatTokenizer:
         """
         notes = Notes() if notes is None else notes
         self._note_texts(notes, rules, *(message["content"] for message in messages))
-        marked = self._marked(messages, rules)
-        rendered = self._render_training(marked, rules, notes)
+        rendered = self._render_training(self._marked(messages, extras, rules), rules, notes)
         settled = self._controls.settle(rendered.text)
         ids, starts, ends = self._with_offsets(settled)
         weights = np.zeros(len(ids), dtype=np.float32)
@@ -273,14 +285,20 @@ class ChatTokenizer:
                 names |= {added[index] for index in self.encode(written) if index in added}
         return {name for name in names if name}
 
-    def _marked(self, messages: Sequence[Message], rules: TextRules) -> list[Message]:
-        """The messages as the template may see them: control tokens in their texts cut, unless they are allowed."""
+    def _marked(self, messages: Sequence[Message], extras: ChatExtras, rules: TextRules) -> _Chat:
+        """What the template may see: control tokens in texts, inner ones and names included, cut unless they are allowed."""
         if rules.allow_control_tokens:
-            return list(messages)
-        return [
-            {key: self._controls.mark(value) if isinstance(value, str) else value for key, value in message.items()}
-            for message in messages
-        ]
+            return _Chat(messages, extras)
+        tools, variables = self._mark_all(extras.tools), self._mark_all(extras.variables)
+        return _Chat(self._mark_all(messages), ChatExtras(tools=tools, variables=variables))
+
+    def _mark_all(self, value: Any) -> Any:
+        """The value with its texts marked."""
+        if isinstance(value, str):
+            return self._controls.mark(value)
+        if isinstance(value, Mapping):
+            return {self._controls.mark(name): self._mark_all(item) for name, item in value.items()}
+        return [self._mark_all(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _encode_text(self, text: str, rules: TextRules) -> list[int]:
         """Ids of a text that no template has written."""
@@ -303,34 +321,36 @@ class ChatTokenizer:
             raise InvalidRequest("the model's tokenizer has no chat template; give plain text", param="messages")
         return ChatTemplate(source, self._hf.special_tokens_map)
 
-    def _render(self, marked: Sequence[Message], add_generation_prompt: bool, rules: TextRules) -> str:
+    def _render(self, chat: _Chat, add_generation_prompt: bool, rules: TextRules) -> str:
         try:
-            return self.render_chat(marked, add_generation_prompt=add_generation_prompt, now=rules.now)
+            return self.render_chat(
+                chat.messages, add_generation_prompt=add_generation_prompt, now=rules.now, extras=chat.extras
+            )
         except InvalidRequest as error:
             raise InvalidRequest(self._controls.unmark(str(error)), param=error.param) from error
 
-    def _render_training(self, marked: Sequence[Message], rules: TextRules, notes: Notes) -> _Rendered:
+    def _render_training(self, chat: _Chat, rules: TextRules, notes: Notes) -> _Rendered:
         """The conversation, or its part up to the last trained turn; see `encode_training`."""
-        text = self._render(marked, False, rules)
-        trained = _trained_turns(marked)
+        text = self._render(chat, False, rules)
+        trained = _trained_turns(chat.messages)
         try:
-            return _Rendered(text, [self._trained_span(marked, i, text, rules) for i in trained])
+            return _Rendered(text, [self._trained_span(chat, i, text, rules) for i in trained])
         except InvalidRequest:
             if self._template.has_generation_tags:
-                return self._render_by_generation_tag(marked, rules)
-            if trained == [len(marked) - 1]:
+                return self._render_by_generation_tag(chat, rules)
+            if trained == [len(chat.messages) - 1]:
                 raise
         last = trained[-1]
-        until = marked[: last + 1]
+        until = chat.until(last + 1)
         text = self._render(until, False, rules)
         rendered = _Rendered(text, [self._trained_span(until, last, text, rules)])
         notes.last_turn_only += len(trained) > 1
         return rendered
 
-    def _trained_span(self, marked: Sequence[Message], i: int, text: str, rules: TextRules) -> tuple[int, int]:
+    def _trained_span(self, chat: _Chat, i: int, text: str, rules: TextRules) -> tuple[int, int]:
         """The characters [start, end) of `text`, the rendered conversation, that turn i trains."""
-        prompt = self._render_prompt(marked, i, rules)
-        turn = self._render(marked[: i + 1], False, rules).removesuffix(self._farewell)
+        prompt = self._render_prompt(chat, i, rules)
+        turn = self._render(chat.until(i + 1), False, rules).removesuffix(self._farewell)
         if not text.startswith(turn):
             raise InvalidRequest(
                 f"messages[{i}]: the model's chat template renders this turn differently at the end of a conversation than "
@@ -357,24 +377,24 @@ class ChatTokenizer:
                 return str(eos)
         return ""
 
-    def _render_prompt(self, marked: Sequence[Message], i: int, rules: TextRules) -> str:
+    def _render_prompt(self, chat: _Chat, i: int, rules: TextRules) -> str:
         """What is rendered before the content of assistant turn i."""
         if i > 0:
-            return self._render(marked[:i], True, rules)
+            return self._render(chat.until(i), True, rules)
         # Templates can't render an empty conversation: look where the content of this one goes.
-        probe = self._render([{**marked[0], "content": PROBE}], False, rules)
+        probe = self._render(chat._replace(messages=[{**chat.messages[0], "content": PROBE}]), False, rules)
         return probe.partition(PROBE)[0]
 
-    def _render_by_generation_tag(self, marked: Sequence[Message], rules: TextRules) -> _Rendered:
-        text, spans = self._template.render_generated(marked, now=rules.now)
-        turns = [i for i, message in enumerate(marked) if message["role"] == "assistant"]
+    def _render_by_generation_tag(self, chat: _Chat, rules: TextRules) -> _Rendered:
+        text, spans = self._template.render_generated(chat.messages, now=rules.now, extras=chat.extras)
+        turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if len(spans) != len(turns):
             raise InvalidRequest(
                 f"the chat template marks {len(spans)} generated passages in a conversation of {len(turns)} "
                 "assistant turns, so what to train on is undefined; write one example per assistant turn",
                 param="messages",
             )
-        trained = _trained_turns(marked)
+        trained = _trained_turns(chat.messages)
         return _Rendered(text, [span for i, span in zip(turns, spans, strict=True) if i in trained])
 
     def _with_offsets(self, settled: Settled) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,10 +6,11 @@ called and where they stand (walk.py), framing (sse.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from coserve.server.inference.deltas import CallDelta, OutputReader, delta_fields, make_message
 from coserve.server.inference.prompts import Prompt
 from coserve.server.inference.protocol import CompletionRequest, GenerationRequest
 from coserve.server.inference.walk import TokenWalk, prompt_offsets
@@ -70,16 +71,18 @@ class Tally:
 
 
 def chat_response(
-    head: Mapping[str, Any], tally: Tally, body: GenerationRequest, prompt_ids: Sequence[int], *, tokenizer: ChatTokenizer
+    head: Mapping[str, Any], tally: Tally, body: GenerationRequest, prompt_ids: Sequence[int], *, tokenizer: ChatTokenizer,
+    new_reader: Callable[[], OutputReader],
 ) -> dict[str, Any]:
-    """The whole chat.completion. head: id, created, model, system_fingerprint."""
+    """The whole chat.completion. head: id, created, model, system_fingerprint. new_reader: makes a reader for an output."""
     choices = []
     for index, output in enumerate(tally.outputs):
-        walk = TokenWalk(tokenizer, context=prompt_ids, by_id=body.by_id)
+        walk, reader = TokenWalk(tokenizer, context=prompt_ids, by_id=body.by_id), new_reader()
+        message = make_message([*reader.push(output.text), *reader.finish()])
         choice = {
-            "index": index, "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "index": index, "message": message,
             "logprobs": None if body.num_logprobs is None else chat_logprobs(output.logprobs, walk),
-            "finish_reason": output.finish_reason,
+            "finish_reason": chat_finish_reason(output.finish_reason, called="tool_calls" in message),
         }
         choices.append({**choice, "token_ids": output.token_ids} if body.return_token_ids else choice)
     response = {**head, "object": "chat.completion", "choices": choices, "usage": tally.usage()}
@@ -90,19 +93,42 @@ def chat_response(
     return response
 
 
-def chat_choices(
-    index: int, tokens: Tokens, walk: TokenWalk, body: GenerationRequest, *, first: bool
-) -> Iterator[dict[str, Any]]:
-    """The choices to send for new tokens, one per chunk. The first chunk has the role; a chunk without text isn't sent."""
-    if first:
-        yield {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-    logprobs = chat_logprobs(tokens.logprobs, walk) if body.num_logprobs is not None and tokens.logprobs else None
-    if tokens.text or tokens.finish_reason or logprobs or (body.return_token_ids and tokens.token_ids):
-        choice = {
-            "index": index, "delta": {"content": tokens.text} if tokens.text else {}, "logprobs": logprobs,
-            "finish_reason": tokens.finish_reason,
-        }
-        yield {**choice, "token_ids": tokens.token_ids} if body.return_token_ids else choice
+def chat_finish_reason(reason: str | None, *, called: bool) -> str | None:
+    """How OpenAI calls the end of a chat's choice. called: whether the message has tool calls."""
+    return "tool_calls" if called and reason == "stop" else reason
+
+
+class ChatChoiceStream:
+    """One choice of a chat's stream: turns its tokens into the choices of chunks."""
+
+    def __init__(self, index: int, walk: TokenWalk, body: GenerationRequest, reader: OutputReader) -> None:
+        self._index, self._walk, self._body, self._reader = index, walk, body, reader
+        self._begun = self._called = False
+
+    def parts(self, tokens: Tokens) -> Iterator[dict[str, Any]]:
+        """The choices to send for new tokens, one per chunk. The first one of all has the role. Tokens that change nothing that
+        a client sees give none."""
+        if not self._begun:
+            self._begun = True
+            yield self._choice({"role": "assistant", "content": ""})
+        deltas = self._reader.push(tokens.text)
+        if tokens.finish_reason:
+            deltas += self._reader.finish()
+        self._called |= any(isinstance(delta, CallDelta) for delta in deltas)
+        body = self._body
+        logprobs = chat_logprobs(tokens.logprobs, self._walk) if body.num_logprobs is not None and tokens.logprobs else None
+        ids = tokens.token_ids if body.return_token_ids else []
+        fields = [delta_fields(delta) for delta in deltas]
+        if not fields and (tokens.finish_reason or logprobs or ids):
+            fields = [{}]
+        for number, delta in enumerate(fields):
+            last = number == len(fields) - 1
+            reason = chat_finish_reason(tokens.finish_reason, called=self._called) if last else None
+            choice = self._choice(delta, None if number else logprobs, reason)
+            yield {**choice, "token_ids": [] if number else ids} if body.return_token_ids else choice
+
+    def _choice(self, delta: Any, logprobs: Any = None, finish_reason: str | None = None) -> dict[str, Any]:
+        return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def chat_logprobs(entries: Sequence[LogprobEntry], walk: TokenWalk) -> dict[str, Any]:

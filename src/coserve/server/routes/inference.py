@@ -5,7 +5,6 @@ Owns: the way of a request from its body through the engine to its response. Doe
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,12 +20,13 @@ from coserve.server.bodies.forms import Form
 from coserve.server.bodies.parse import MAX_VALUES
 from coserve.server.bodies.reader import body_reader
 from coserve.server.inference.answers import Answers, Question
+from coserve.server.inference.chat import ask, ask_chat
 from coserve.server.inference.fields import CHAT, COMPLETIONS
 from coserve.server.inference.limits import check_amounts, check_logprobs
 from coserve.server.inference.pieces import PiecesResponse, encode_large
-from coserve.server.inference.prompts import Prompt, ThreadRunner, conversation_prompt, output_limit, text_prompts
+from coserve.server.inference.prompts import Prompt, ThreadRunner, output_limit, text_prompts
 from coserve.server.inference.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
-from coserve.server.inference.responses import Tally, chat_choices, chat_response, completion_choices, completion_response
+from coserve.server.inference.responses import ChatChoiceStream, Tally, chat_response, completion_choices, completion_response
 from coserve.server.inference.sse import DONE, EventStream, unless_gone
 from coserve.server.inference.walk import TokenWalk
 from coserve.server.link.messages import Tokens
@@ -68,40 +68,22 @@ class _Exchange:
 @router.post("/v1/chat/completions", openapi_extra=CHAT_FORM.openapi)
 async def create_chat_completion(request: Request, services: Served, tenant: Tenant, body: ChatBody) -> Response:
     """A conversation's next turn."""
-    arrival_s = time.monotonic()
-    name = await named_model(services, tenant, body.model)
-    body.check()
-    info = services.engine.info
-    run: ThreadRunner = partial(services.work.run, tenant)
-    ids = await conversation_prompt(
-        services.tokenizer, body.messages, run=run, limit=info.max_model_len,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        allow_control_tokens=services.config.allow_control_tokens,
-    )
-    asked_by = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    max_tokens = output_limit(
-        len(ids), body.max_completion_tokens or body.max_tokens, default=None, limit=info.max_model_len,
-        prompt_field="messages", tokens_field=asked_by,
-    )
-    sampling = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed)
-    if not body.stream:
-        check_logprobs([ids], [sampling], "top_logprobs")
-    answers = await _ask(services, tenant, name, body, [Question(ids, sampling)], arrival_s)
-    tally, tokenizer = Tally([len(ids)], body.num_outputs), services.tokenizer
-    head = _head(services, "chatcmpl", name)
-    walks: dict[int, TokenWalk] = {}
+    asked = await ask_chat(services, tenant, body)
+    ids, tokenizer = asked.prompt_ids, services.tokenizer
+    head = _head(services, "chatcmpl", asked.model)
+    streams: dict[int, ChatChoiceStream] = {}
 
     def whole() -> dict[str, Any]:
-        return chat_response(head, tally, body, ids, tokenizer=tokenizer)
+        return chat_response(head, asked.tally, body, ids, tokenizer=tokenizer, new_reader=asked.new_reader)
 
     def parts(choice: int, tokens: Tokens) -> Iterator[dict[str, Any]]:
-        first = choice not in walks
-        if first:
-            walks[choice] = TokenWalk(tokenizer, context=ids, by_id=body.by_id)
-        return chat_choices(choice, tokens, walks[choice], body, first=first)
+        if choice not in streams:
+            walk = TokenWalk(tokenizer, context=ids, by_id=body.by_id)
+            streams[choice] = ChatChoiceStream(choice, walk, body, asked.new_reader())
+        return streams[choice].parts(tokens)
 
     exchange = _Exchange(
-        body=body, run=run, head=head, tally=tally, answers=answers, whole=whole, parts=parts,
+        body=body, run=asked.run, head=head, tally=asked.tally, answers=asked.answers, whole=whole, parts=parts,
         opening={"prompt_token_ids": ids} if body.return_token_ids else {},
     )
     return await _respond(request, exchange, "chat.completion.chunk")
@@ -119,9 +101,9 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
         services.tokenizer, body.prompt, run=run, vocab_size=info.vocab_size, limit=info.max_model_len,
         add_special_tokens=body.add_special_tokens is not False,
     )
-    ask = partial(_questions, services, body, prompts)
-    questions = await run(ask) if len(prompts) > 1 else ask()
-    answers = await _ask(services, tenant, name, body, questions, arrival_s)
+    pose = partial(_questions, services, body, prompts)
+    questions = await run(pose) if len(prompts) > 1 else pose()
+    answers = await ask(services, tenant, name, body, questions, arrival_s)
     tally, tokenizer = Tally([len(prompt.ids) for prompt in prompts], body.num_outputs), services.tokenizer
     head = _head(services, "cmpl", name)
     walks: dict[int, TokenWalk] = {}
@@ -163,19 +145,6 @@ def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Pr
     if not body.stream:
         check_logprobs([prompt.ids for prompt in prompts], [question.sampling for question in questions], "logprobs")
     return questions
-
-
-async def _ask(
-    services: Services, tenant: str, name: str, body: GenerationRequest, questions: Sequence[Question], arrival_s: float
-) -> Answers:
-    """Loads the model's adapter if need be, and asks. Raises what `ModelRegistry.prepare` raises."""
-    model = await services.models.prepare(tenant, name)
-    if not body.by_id and (body.num_logprobs is not None or body.prompt_logprobs is not None):
-        await asyncio.to_thread(services.tokenizer.token_bytes.name, 0)  # builds a table of all names, which takes long
-    return Answers(
-        services, questions, tenant=tenant, model=model, arrival_s=arrival_s, tpot_ms=body.slo_tpot_ms,
-        ttft_ms=body.slo_ttft_ms,
-    )
 
 
 def _head(services: Services, prefix: str, name: str) -> dict[str, Any]:

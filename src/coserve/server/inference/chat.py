@@ -1,0 +1,74 @@
+"""A chat request put to the engine: for every route that answers a conversation's next turn.
+
+Owns: the order of the steps from a body to the engine. Does not own: the steps, and what the answer looks like (responses.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from coserve.server.inference.answers import Answers, Question
+from coserve.server.inference.deltas import OutputReader, PlainReader
+from coserve.server.inference.limits import check_logprobs
+from coserve.server.inference.prompts import ThreadRunner, conversation_prompt, output_limit
+from coserve.server.inference.protocol import ChatRequest, GenerationRequest
+from coserve.server.inference.responses import Tally
+from coserve.server.services import Services, named_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedChat:
+    """A chat that the engine is about to answer.
+
+    model: the name of the model that answers. run: runs long work in a thread. new_reader: makes a reader for one output.
+    """
+
+    model: str
+    prompt_ids: list[int]
+    run: ThreadRunner
+    answers: Answers
+    tally: Tally
+    new_reader: Callable[[], OutputReader]
+
+
+async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedChat:
+    """Checks a body, renders its conversation and gets an adapter ready. Raises InvalidRequest, NotFound and the like."""
+    arrival_s = time.monotonic()
+    name = await named_model(services, tenant, body.model)
+    body.check()
+    info = services.engine.info
+    run: ThreadRunner = partial(services.work.run, tenant)
+    ids = await conversation_prompt(
+        services.tokenizer, body.messages, run=run, limit=info.max_model_len,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        allow_control_tokens=services.config.allow_control_tokens,
+    )
+    asked_by = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens = output_limit(
+        len(ids), body.max_completion_tokens or body.max_tokens, default=None, limit=info.max_model_len,
+        prompt_field="messages", tokens_field=asked_by,
+    )
+    sampling = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed)
+    if not body.stream:
+        check_logprobs([ids], [sampling], "top_logprobs")
+    answers = await ask(services, tenant, name, body, [Question(ids, sampling)], arrival_s)
+    return AskedChat(
+        model=name, prompt_ids=ids, run=run, answers=answers, tally=Tally([len(ids)], body.num_outputs), new_reader=PlainReader
+    )
+
+
+async def ask(
+    services: Services, tenant: str, name: str, body: GenerationRequest, questions: Sequence[Question], arrival_s: float
+) -> Answers:
+    """Loads the model's adapter if need be, and asks. Raises what `ModelRegistry.prepare` raises."""
+    model = await services.models.prepare(tenant, name)
+    if not body.by_id and (body.num_logprobs is not None or body.prompt_logprobs is not None):
+        await asyncio.to_thread(services.tokenizer.token_bytes.name, 0)  # builds a table of all names, which takes long
+    return Answers(
+        services, questions, tenant=tenant, model=model, arrival_s=arrival_s, tpot_ms=body.slo_tpot_ms,
+        ttft_ms=body.slo_ttft_ms,
+    )
