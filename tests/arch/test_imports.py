@@ -52,7 +52,8 @@ LAZY: Mapping[str, frozenset[str]] = {
 """Heavy, optional packages that a module may import inside a function."""
 
 BLOCKED = (
-    "fastapi", "uvicorn", "zmq", "msgspec", "sqlalchemy", "prometheus_client", "gguf", "matplotlib", "typer", "rich", "llguidance",
+    "fastapi", "uvicorn", "zmq", "msgspec", "sqlalchemy", "prometheus_client", "gguf", "matplotlib", "typer", "rich",
+    "llguidance",
 )
 """Packages that `import coserve` must do without. huggingface_hub can't be blocked: transformers imports it itself."""
 
