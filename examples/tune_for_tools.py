@@ -41,7 +41,7 @@ def main() -> None:
         file = client.files.create(file=lines, purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
         model=base, training_file=file.id, suffix="harbour",
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 5}}},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
     )
     while job.status not in ("succeeded", "failed", "cancelled"):
         time.sleep(2)
