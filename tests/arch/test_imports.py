@@ -45,6 +45,7 @@ LAZY: Mapping[str, frozenset[str]] = {
     "coserve.compiler.rematerialize": frozenset({"networkx"}),
     "coserve.demo.client": frozenset({"openai"}),
     "coserve.grammar.build": frozenset({"llguidance"}),
+    "coserve.grammar.matcher": frozenset({"llguidance"}),
     "coserve.kernels.native.build": frozenset({"torch"}),  # its compiler, which takes seconds to import
     "coserve.model.gguf": frozenset({"gguf"}),
     "coserve.model.locate": frozenset({"huggingface_hub"}),
