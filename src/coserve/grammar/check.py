@@ -23,7 +23,7 @@ from pathlib import Path
 
 from coserve.core import CoserveError, InvalidRequest
 from coserve.grammar.build import check_size
-from coserve.grammar.table import FOOTER, LIMITS, Vocabulary
+from coserve.grammar.table import FOOTER, LIMITS, TokenTable
 
 CPU_S = 2.0
 """Of processor time, for one grammar. A schema of 100 kB takes about a tenth of it."""
@@ -53,18 +53,17 @@ _IN_WORDS = (
 
 
 class GrammarChecker:
-    """Tries grammars. read_vocabulary: is called once, when the first grammar is tried. Any thread may ask."""
+    """Tries grammars for one tokenizer. Any thread may ask."""
 
-    def __init__(self, read_vocabulary: Callable[[], Vocabulary]) -> None:
-        self._read_vocabulary = read_vocabulary
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._found: OrderedDict[bytes, str | None] = OrderedDict()
 
-    def check(self, grammar: str, field: str = "grammar") -> None:
-        """Takes milliseconds for most grammars, and about a second for the first one. field: is named in errors. Raises
-        InvalidRequest if the grammar can't be used."""
+    def check(self, grammar: str, read_table: Callable[[], TokenTable], *, field: str = "grammar") -> None:
+        """Takes some 10 ms for most grammars, and about a second for the first one. read_table: is called when the process
+        is started. field: is named in errors. Raises InvalidRequest if the grammar can't be used."""
         check_size(grammar, field)
         try:
             key = hashlib.sha256(grammar.encode()).digest()
@@ -74,7 +73,7 @@ class GrammarChecker:
             known = key in self._found
             found = self._found.get(key)
         if not known:
-            found = self._try(grammar)
+            found = self._try(grammar, read_table)
             with self._lock:
                 self._found[key] = found
                 while len(self._found) > _REMEMBERED:
@@ -87,12 +86,12 @@ class GrammarChecker:
         with self._lock:
             self._end()
 
-    def _try(self, grammar: str) -> str | None:
+    def _try(self, grammar: str, read_table: Callable[[], TokenTable]) -> str | None:
         """What is wrong with a grammar."""
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                self._pass_on(theirs)
+                self._pass_on(theirs, read_table)
             ours.settimeout(_WAIT_S)
             data = (grammar + FOOTER).encode()
             reply = b""
@@ -104,12 +103,12 @@ class GrammarChecker:
             return f"it takes more than {CPU_S:g} s or {MEMORY_BYTES >> 20} MB to compile; simplify it"
         return explained(reply[1:].decode()) or None
 
-    def _pass_on(self, asker: socket.socket) -> None:
+    def _pass_on(self, asker: socket.socket, read_table: Callable[[], TokenTable]) -> None:
         """Gives one end of a pair to the process, which is started if need be. Raises CoserveError if it can't be."""
         with self._lock:
             for _ in range(2):
                 if self._control is None:
-                    self._start()
+                    self._start(read_table())
                 assert self._control is not None
                 try:
                     socket.send_fds(self._control, [b"?"], [asker.fileno()])
@@ -118,9 +117,9 @@ class GrammarChecker:
                     self._end()
         raise CoserveError("the process that checks grammars ends as soon as it is started; the log says why")
 
-    def _start(self) -> None:
+    def _start(self, table: TokenTable) -> None:
         settings = pickle.dumps({
-            "vocabulary": dataclasses.asdict(self._read_vocabulary()), "limits": dict(LIMITS), "cpu_s": CPU_S,
+            "table": dataclasses.asdict(table), "limits": dict(LIMITS), "cpu_s": CPU_S,
             "memory_bytes": MEMORY_BYTES, "stack_bytes": STACK_BYTES,
         })
         self._control, theirs = socket.socketpair()

@@ -83,7 +83,7 @@ def main() -> None:
     """Answers until the other end of standard input is closed."""
     control = socket.socket(fileno=0)
     settings = pickle.loads(read_all(control, int.from_bytes(read_all(control, 8), "little")))
-    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(SimpleNamespace(**settings["vocabulary"])))
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(SimpleNamespace(**settings["table"])))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for children
     os.nice(_NICE)
     while True:

@@ -25,7 +25,7 @@ import numpy as np
 from coserve.core import CoserveError, InvalidRequest
 from coserve.grammar.build import check_size
 from coserve.grammar.check import explained
-from coserve.grammar.table import FOOTER, LIMITS, read_vocabulary
+from coserve.grammar.table import FOOTER, LIMITS, read_token_table
 from coserve.text.tokenizer import ChatTokenizer
 
 MAX_THREADS = 4
@@ -127,7 +127,7 @@ class Grammars:
             if self._table is None:
                 import llguidance
 
-                wrapper = llguidance.TokenizerWrapper(read_vocabulary(self._tokenizer, self.size))
+                wrapper = llguidance.TokenizerWrapper(read_token_table(self._tokenizer, self.size))
                 self._table = llguidance.LLTokenizer(wrapper)
 
     def new_matchers(self, grammar: str, count: int) -> list[GrammarMatcher]:

@@ -24,7 +24,7 @@ _END = b"<|end of text|>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vocabulary:
+class TokenTable:
     """What the library knows of a tokenizer, by its own names. tokens: the bytes of each id, of a special one its name; nothing
     for ids without a text. eos_token_id: the library's own end of text, which is the last id."""
 
@@ -34,10 +34,10 @@ class Vocabulary:
     bos_token_id: int | None = None
 
 
-def read_vocabulary(tokenizer: ChatTokenizer, size: int) -> Vocabulary:
+def read_token_table(tokenizer: ChatTokenizer, size: int) -> TokenTable:
     """size: ids that the model can sample. Spells the whole vocabulary, which takes some 100 ms."""
     tokens = tokenizer.token_bytes.spell(size)
     special = {token: name.encode() for name, token in tokenizer.special_tokens.items() if token < size}
     for token, name in special.items():
         tokens[token] = name
-    return Vocabulary(tokens=[*tokens, _END], special_token_ids=[*sorted(special), size], eos_token_id=size)
+    return TokenTable(tokens=[*tokens, _END], special_token_ids=[*sorted(special), size], eos_token_id=size)

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from sqlalchemy import URL
 from starlette.middleware.cors import CORSMiddleware
 
+from coserve.grammar.check import GrammarChecker
 from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.files import FileService
@@ -84,13 +85,15 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         stack.push_async_callback(jobs.stop)
         work = WorkPool()
         stack.callback(work.close)
+        grammars = GrammarChecker()
+        stack.callback(grammars.close)
         await jobs.start()
         watch = SelfWatch(asyncio.get_running_loop(), lambda: jobs.journal.busy_s, config.watchdog_timeout)
         stack.enter_context(watch)
         yield Services(
             config=config, engine=engine, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
             models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32), work=work,
-            shares=TenantShares(config), watch=watch,
+            shares=TenantShares(config), watch=watch, grammars=grammars,
         )
 
 
