@@ -33,6 +33,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from coserve.chat.control import ControlTexts, Settled
 from coserve.chat.reasoning import THOUGHT_MARKERS
 from coserve.chat.template import NO_EXTRAS, PROBE, ChatExtras, ChatTemplate, Message
+from coserve.chat.toolprompt import ToolPrompt
 from coserve.chat.trained import TrainedText, TrainedTurns, check_calls, lacks_thought, loses_thought, texts_in, trained_turns
 from coserve.core import ContextExceeded, InvalidRequest, NotFound, one_line
 from coserve.text.tokenbytes import TokenBytes
@@ -87,11 +88,13 @@ class _Chat(NamedTuple):
 class ChatTokenizer:
     """A Hugging Face fast tokenizer and its chat template."""
 
-    def __init__(self, hf_tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises InvalidRequest if the tokenizer isn't a fast one: loss weights need character offsets."""
+    def __init__(self, hf_tokenizer: PreTrainedTokenizerBase, call_format: str | None = None) -> None:
+        """call_format: how the model writes calls of tools, as for ChatTemplate. Raises InvalidRequest if the tokenizer isn't a
+        fast one: loss weights need character offsets."""
         if not hf_tokenizer.is_fast:
             raise InvalidRequest("the model's tokenizer has no fast version (tokenizer.json)", param="model")
         self._hf: Any = hf_tokenizer
+        self._call_format = call_format
         special = {index: token for index, token in self._hf.added_tokens_decoder.items() if token.special}
         self.special_ids: frozenset[int] = frozenset(special)
         self.marker_ids: frozenset[int] = frozenset(
@@ -111,8 +114,8 @@ class ChatTokenizer:
         self._joins = functools.lru_cache(maxsize=4096)(self._find_join)
 
     @classmethod
-    def load(cls, directory: Path) -> ChatTokenizer:
-        """Reads the tokenizer of a model directory; never the network.
+    def load(cls, directory: Path, call_format: str | None = None) -> ChatTokenizer:
+        """Reads the tokenizer of a model directory; never the network. call_format: as for the class.
 
         Raises NotFound if there is no such directory or no tokenizer in it, InvalidRequest if it can't be read.
         """
@@ -126,7 +129,7 @@ class ChatTokenizer:
         except Exception as error:  # the libraries below raise plain Exception for a damaged file
             message = f"the tokenizer in {directory} can't be read: {one_line(error, 300)}"
             raise InvalidRequest(message, param="model") from error
-        return cls(hf_tokenizer)
+        return cls(hf_tokenizer, call_format)
 
     @property
     def vocab_size(self) -> int:
@@ -147,14 +150,15 @@ class ChatTokenizer:
         return self._hf.eos_token_id
 
     def with_template(
-        self, source: str, make: Callable[[str, Mapping[str, Any]], ChatTemplate] = ChatTemplate
+        self, source: str, make: Callable[[str, Mapping[str, Any], str | None], ChatTemplate] = ChatTemplate
     ) -> ChatTokenizer:
-        """The same tokenizer with another chat template. make: makes it, from its source and the special tokens by name."""
+        """The same tokenizer with another chat template. make: makes it, with the parameters
+        of a ChatTemplate."""
         other = copy.copy(self)
         for name in ("template", "_farewell"):
             other.__dict__.pop(name, None)
         other._making_controls, other._made_controls = threading.Lock(), None
-        other._given_template, other._original = make(source, self._hf.special_tokens_map), self
+        other._given_template, other._original = make(source, self._hf.special_tokens_map, self._call_format), self
         return other
 
     @property
@@ -174,7 +178,7 @@ class ChatTokenizer:
         source = self.chat_template
         if source is None:
             raise InvalidRequest("the model's tokenizer has no chat template; give plain text", param="messages")
-        return self._given_template or ChatTemplate(source, self._hf.special_tokens_map)
+        return self._given_template or ChatTemplate(source, self._hf.special_tokens_map, self._call_format)
 
     @property
     def knows_developer(self) -> bool:
@@ -185,6 +189,11 @@ class ChatTokenizer:
     def takes_system(self) -> bool:
         """Whether the chat template renders system messages."""
         return self.has_chat_template and self.template.takes_system
+
+    @property
+    def tool_prompt(self) -> ToolPrompt:
+        """How tools are told to the model. Raises InvalidRequest if there is no chat template."""
+        return self.template.tool_prompt
 
     def prepare_control_texts(self) -> None:
         """Does ahead of time what the first message with a control token written out needs. For a tokenizer of 150,000 tokens
