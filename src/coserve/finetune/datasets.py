@@ -21,6 +21,8 @@ from coserve.finetune.jsonlines import LineError, numbered_lines, read_object, s
 from coserve.finetune.layouts import Encoded, Examples, LineReader
 from coserve.text.tokenizer import ChatTokenizer, TextRules
 
+FEW_EXAMPLES = 10
+"""OpenAI's least number; fewer are allowed here, with a warning."""
 _SHOWN_COLUMNS = 20
 _REWRITTEN = "the model's chat template renders earlier turns differently inside a conversation than at its end"
 _REMARKS = {

@@ -194,6 +194,11 @@ def _match(record: dict[str, Any], objective: Objective) -> _Layout:
     raise LineError("keys", f"{keys_shown or 'none'}: no known format; for objective {objective} give {wanted}")
 
 
+def is_paired(record: Mapping[str, Any]) -> bool:
+    """Whether a line has a layout of pairs."""
+    return any(layout.objectives == PAIRED and all(key in record for key in layout.required) for layout in _LAYOUTS)
+
+
 def _only(matches: list[_Layout]) -> _Layout:
     """The first of the matching layouts. Raises LineError if another one requires keys that the first doesn't, `text` apart."""
     first = matches[0]
