@@ -255,6 +255,29 @@ def test_both_models_answer_side_by_side_and_can_be_stopped(browser: Any, site: 
 
 
 @pytest.mark.full
+def test_thoughts_and_calls_are_shown_and_results_given(browser: Any, site: Site) -> None:
+    page, complaints = open_page(browser, site)
+    page.click("#chat-more > summary")
+    page.fill("#chat-text", "Is it raining?")
+    page.fill("#chat-tools", "{no JSON")
+    page.click("#chat-send")
+    assert page.inner_text("#chat-error") == "Tools are a JSON list."
+    page.fill("#chat-tools", '[{"type": "function", "function": {"name": "weather"}}]')
+    page.click("#chat-send")
+    until(lambda: page.locator(".call button, .answer button").count() == 2)
+    assert page.locator(".call code").all_text_contents() == ['weather {"city": "Oslo"}'] * 2
+    assert page.locator(".thought p").all_text_contents()[0] == "They want the weather."
+    page.locator(".call input").first.fill("rain")
+    page.locator(".answer button").first.click()
+    until(lambda: "It says rain." in page.locator(".answer .text").all_text_contents())
+    assert page.locator(".answer button").count() == 1, "the other side's call still waits"
+    page.fill("#chat-tools", "")
+    page.click("#chat-more > summary")
+    assert not complaints
+    page.context.close()
+
+
+@pytest.mark.full
 def test_a_long_conversation_scrolls_and_a_model_that_goes_is_replaced(browser: Any) -> None:
     with Site() as site:
         page, _ = open_page(browser, site, 390)
