@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from coserve.chat.template import ChatExtras
 from coserve.server.inference.answers import Answers, Question
 from coserve.server.inference.deltas import OutputReader, PlainReader
 from coserve.server.inference.limits import check_logprobs
@@ -45,7 +46,7 @@ async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedC
     ids = await conversation_prompt(
         services.tokenizer, body.messages, run=run, limit=info.max_model_len,
         add_generation_prompt=body.add_generation_prompt is not False,
-        allow_control_tokens=services.config.allow_control_tokens,
+        allow_control_tokens=services.config.allow_control_tokens, extras=ChatExtras(tools=body.tool_use.tools),
     )
     asked_by = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = output_limit(

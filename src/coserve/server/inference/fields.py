@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from coserve.chat.messages import NO_TOOLS, is_neutral
+from coserve.chat.messages import is_neutral
 from coserve.core import InvalidRequest
 from coserve.server.inference.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -68,7 +68,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "max_new_tokens": (),
 }
 _CHAT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    **NO_TOOLS,
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
@@ -99,7 +98,6 @@ _TOKENIZE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "mm_processor_kwargs": ({},),
-    "tools": ([],),
 }
 
 

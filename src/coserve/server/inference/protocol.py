@@ -6,17 +6,26 @@ Owns: types and ranges of fields, and their way into a SamplingConfig. Does not 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from coserve.chat.messages import ROLES
+from coserve.chat.messages import ROLES, TOOL_ROLES
 from coserve.config.settings import SamplingConfig
 from coserve.config.values import BEST_EFFORT, SloMs, is_number, shown
 from coserve.core import InvalidRequest
 from coserve.server.bodies.forms import Body
+from coserve.server.inference.toolfields import (
+    FUNCTION_CALL_SCHEMA,
+    FUNCTIONS_SCHEMA,
+    TOOL_CHOICE_SCHEMA,
+    TOOLS_SCHEMA,
+    ToolUse,
+    read_tool_use,
+)
 
 MAX_OUTPUTS = 128
 """Of one prompt."""
@@ -161,11 +170,12 @@ class ContentPart(BaseModel):
 
 
 class ChatMessage(Body):
-    """One turn. What an assistant's turn may bring along from an earlier response is taken if it's empty; refusal, annotations
-    and provider_specific_fields (litellm's notes) in any case, as they are no part of the conversation. type: as lm-eval
-    ("text") and the Responses API ("message") write beside the role."""
+    """One turn. tool_calls, tool_call_id, function_call: see toolturns.py. What else an assistant's turn may bring along from
+    an earlier response is taken if it's empty; refusal, annotations and provider_specific_fields (litellm's notes) in any case,
+    as they are no part of the conversation. type: as lm-eval ("text") and the Responses API ("message") write beside the role.
+    """
 
-    role: Annotated[str, Field(json_schema_extra={"enum": list(ROLES)})]
+    role: Annotated[str, Field(json_schema_extra={"enum": [*ROLES, *TOOL_ROLES]})]
     content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     type: Literal["text", "message"] | None = None
@@ -188,9 +198,20 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
     add_generation_prompt: bool | None = None
+    tools: Annotated[Any, WithJsonSchema(TOOLS_SCHEMA)] = None
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[Any, WithJsonSchema(FUNCTIONS_SCHEMA)] = None
+    function_call: Annotated[Any, WithJsonSchema(FUNCTION_CALL_SCHEMA)] = None
+
+    @functools.cached_property
+    def tool_use(self) -> ToolUse:
+        """What its fields say about tools. Raises InvalidRequest."""
+        return read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls, self.functions, self.function_call)
 
     def check(self) -> None:
         super().check()
+        _ = self.tool_use
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs: is for logprobs=true only", param="top_logprobs")
 
@@ -236,6 +257,7 @@ class TokenizeRequest(Body):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    tools: Annotated[Any, WithJsonSchema(TOOLS_SCHEMA)] = None
 
 
 class DetokenizeRequest(Body):
