@@ -84,7 +84,8 @@ class RequestTable(Seats):
             )
             ending = self._ending(sampling, version)
             stream = TextStream(
-                self.model.tokenizer, sampling.stop, context=handle.prompt_ids, min_tokens=sampling.min_tokens
+                self.model.tokenizer, sampling.stop, context=handle.prompt_ids, min_tokens=sampling.min_tokens,
+                shown_ids=sampling.shown_special_ids,
             )
             lives.append(LiveRequest(
                 handle=handle, index=index, state=state, sampling=sampling, stream=stream, ending=ending, version=version,

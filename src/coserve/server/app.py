@@ -25,6 +25,7 @@ from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
+from coserve.server.inference.toolcalling import call_format, check_call_format
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.locks import hold, make_private
@@ -73,7 +74,9 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         engine = EngineClient(config, report=report)
         stack.push_async_callback(engine.supervisor.stop)
         await asyncio.gather(engine.supervisor.start(), asyncio.to_thread(uploads.rebuild))
-        tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory))
+        named = call_format(config.tool_call_parser)
+        tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory), named)
+        check_call_format(config.tool_call_parser, tokenizer)
         if not config.allow_control_tokens:
             await asyncio.to_thread(tokenizer.prepare_control_texts)
         models = await asyncio.to_thread(ModelRegistry, store, engine, config, tokenizer)

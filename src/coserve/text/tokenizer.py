@@ -32,6 +32,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from coserve.chat.control import ControlTexts, Settled
 from coserve.chat.template import NO_EXTRAS, PROBE, ChatExtras, ChatTemplate, Message
+from coserve.chat.toolprompt import ToolPrompt
 from coserve.core import InvalidRequest, NotFound, one_line
 from coserve.text.tokenbytes import TokenBytes
 
@@ -85,11 +86,13 @@ class _Chat(NamedTuple):
 class ChatTokenizer:
     """A Hugging Face fast tokenizer and its chat template."""
 
-    def __init__(self, hf_tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises InvalidRequest if the tokenizer isn't a fast one: loss weights need character offsets."""
+    def __init__(self, hf_tokenizer: PreTrainedTokenizerBase, call_format: str | None = None) -> None:
+        """call_format: how the model writes calls of tools, as for ChatTemplate. Raises InvalidRequest if the tokenizer isn't a
+        fast one: loss weights need character offsets."""
         if not hf_tokenizer.is_fast:
             raise InvalidRequest("the model's tokenizer has no fast version (tokenizer.json)", param="model")
         self._hf: Any = hf_tokenizer
+        self._call_format = call_format
         special = {index: token for index, token in self._hf.added_tokens_decoder.items() if token.special}
         self.special_ids: frozenset[int] = frozenset(special)
         self.marker_ids: frozenset[int] = frozenset(
@@ -106,8 +109,8 @@ class ChatTokenizer:
         self._adds_prefix_space = self.decode(alone + alone) == "a a"
 
     @classmethod
-    def load(cls, directory: Path) -> ChatTokenizer:
-        """Reads the tokenizer of a model directory; never the network.
+    def load(cls, directory: Path, call_format: str | None = None) -> ChatTokenizer:
+        """Reads the tokenizer of a model directory; never the network. call_format: as for the class.
 
         Raises NotFound if there is no such directory or no tokenizer in it, InvalidRequest if it can't be read.
         """
@@ -121,7 +124,7 @@ class ChatTokenizer:
         except Exception as error:  # the libraries below raise plain Exception for a damaged file
             message = f"the tokenizer in {directory} can't be read: {one_line(error, 300)}"
             raise InvalidRequest(message, param="model") from error
-        return cls(hf_tokenizer)
+        return cls(hf_tokenizer, call_format)
 
     @property
     def vocab_size(self) -> int:
@@ -159,6 +162,11 @@ class ChatTokenizer:
     def takes_system(self) -> bool:
         """Whether the chat template renders system messages."""
         return self.has_chat_template and self._template.takes_system
+
+    @property
+    def tool_prompt(self) -> ToolPrompt:
+        """How tools are told to the model. Raises InvalidRequest if there is no chat template."""
+        return self._template.tool_prompt
 
     def prepare_control_texts(self) -> None:
         """Does ahead of time what the first message with a control token written out needs. For a tokenizer of 150,000 tokens
@@ -319,7 +327,7 @@ class ChatTokenizer:
         source = self.chat_template
         if source is None:
             raise InvalidRequest("the model's tokenizer has no chat template; give plain text", param="messages")
-        return ChatTemplate(source, self._hf.special_tokens_map)
+        return ChatTemplate(source, self._hf.special_tokens_map, self._call_format)
 
     def _render(self, chat: _Chat, add_generation_prompt: bool, rules: TextRules) -> str:
         try:

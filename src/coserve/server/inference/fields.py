@@ -31,7 +31,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "early_stopping": (False,),
     "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "truncate_prompt_tokens": (),
     "truncation_side": (),

@@ -26,6 +26,7 @@ from coserve.server.inference.toolfields import (
     ToolUse,
     read_tool_use,
 )
+from coserve.text.tokenizer import ChatTokenizer
 
 MAX_OUTPUTS = 128
 """Of one prompt."""
@@ -107,6 +108,8 @@ class GenerationRequest(Body):
     prompt_logprobs: NumLogprobs | None = None
     return_token_ids: bool | None = None
     """The ids of the prompt and of the output too."""
+    skip_special_tokens: bool | None = None
+    """None and true: special tokens don't show in the text of the output."""
     return_tokens_as_token_ids: bool | None = None
     """Log-probabilities call tokens by their ids, as `token_id:7`."""
     stream: bool | None = None
@@ -125,6 +128,10 @@ class GenerationRequest(Body):
     def by_id(self) -> bool:
         """Whether log-probabilities name tokens by their ids."""
         return bool(self.return_tokens_as_token_ids)
+
+    def shown_ids(self, tokenizer: ChatTokenizer) -> frozenset[int]:
+        """Special tokens that the output's text shows."""
+        return tokenizer.special_ids if self.skip_special_tokens is False else frozenset()
 
     @property
     def include_usage(self) -> bool:

@@ -74,11 +74,13 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
     streams: dict[int, ChatChoiceStream] = {}
 
     def whole() -> dict[str, Any]:
-        return chat_response(head, asked.tally, body, ids, tokenizer=tokenizer, new_reader=asked.new_reader)
+        return chat_response(
+            head, asked.tally, body, ids, tokenizer=tokenizer, new_reader=asked.new_reader, shown_ids=asked.shown_ids
+        )
 
     def parts(choice: int, tokens: Tokens) -> Iterator[dict[str, Any]]:
         if choice not in streams:
-            walk = TokenWalk(tokenizer, context=ids, by_id=body.by_id)
+            walk = TokenWalk(tokenizer, context=ids, by_id=body.by_id, shown_ids=asked.shown_ids)
             streams[choice] = ChatChoiceStream(choice, walk, body, asked.new_reader())
         return streams[choice].parts(tokens)
 
@@ -114,7 +116,7 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
     def parts(choice: int, tokens: Tokens) -> Iterator[dict[str, Any]]:
         prompt, first = prompts[choice // tally.n], choice not in walks
         if first:
-            walks[choice] = TokenWalk(tokenizer, context=prompt.ids, by_id=body.by_id)
+            walks[choice] = TokenWalk(tokenizer, context=prompt.ids, by_id=body.by_id, shown_ids=body.shown_ids(tokenizer))
         found = completion_choices(choice, tokens, walks[choice], body, echo=prompt.text if body.echo and first else None)
         for number, part in enumerate(found):
             yield {**part, "prompt_token_ids": prompt.ids} if body.return_token_ids and first and not number else part
@@ -137,7 +139,9 @@ def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Pr
         )
         if common is None:
             common = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed)
-            sampling = common = replace(common, prompt_logprobs=body.scores_prompt)
+            sampling = common = replace(
+                common, prompt_logprobs=body.scores_prompt, shown_special_ids=tuple(sorted(body.shown_ids(services.tokenizer)))
+            )
         else:
             seed = services.draw_seed() if body.seed is None else body.seed
             sampling = replace(common, max_tokens=max_tokens, seed=seed)
