@@ -31,10 +31,11 @@ _WORDS: Mapping[str, Any] = {"True": True, "False": False, "None": None}
 
 
 class QwenXmlReader(MarkedReader):
-    """tools: the request's. markers: what may begin a call."""
+    """tools: the request's."""
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]], *, markers: Sequence[str] = (CALL, FUNCTION)) -> None:
-        self.markers = markers
+    markers = (CALL, FUNCTION)
+
+    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         self._parameters = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
         super().__init__()
 

@@ -18,6 +18,7 @@ from coserve.server.inference.limits import check_logprobs
 from coserve.server.inference.prompts import ThreadRunner, conversation_prompt, output_limit
 from coserve.server.inference.protocol import ChatRequest, GenerationRequest
 from coserve.server.inference.responses import Tally
+from coserve.server.inference.structured import tried_grammar
 from coserve.server.inference.toolcalling import ToolCalling
 from coserve.server.services import Services, named_model
 
@@ -57,7 +58,10 @@ async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedC
         len(ids), body.max_completion_tokens or body.max_tokens, default=None, limit=info.max_model_len,
         prompt_field="messages", tokens_field=asked_by,
     )
-    sampling = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed)
+    grammar = await tried_grammar(services, run, body)
+    sampling = body.sampling(
+        max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed, grammar=grammar
+    )
     shown_ids = body.shown_ids(services.tokenizer) | tools.marker_ids
     sampling = replace(sampling, shown_special_ids=tuple(sorted(shown_ids)))
     if not body.stream:

@@ -51,6 +51,8 @@ _PROMPT: dict[str, Any] = {"anyOf": [
     {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
     {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}, "minItems": 1},
 ]}
+_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]}
+"""A JSON schema, or its text."""
 Positive = Annotated[int, Field(ge=1, le=_INT31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -80,6 +82,37 @@ class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
+
+
+class ResponseSchema(Body):
+    """OpenAI's `json_schema`. strict: the schema is enforced in any case."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[Any, Field(alias="schema"), WithJsonSchema(_SCHEMA)] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """OpenAI's: what the answer is."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: ResponseSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """vLLM's: what the output must match, by one of the first five; the rest tells how, and how to fall back."""
+
+    json_: Annotated[Any, Field(alias="json"), WithJsonSchema(_SCHEMA)] = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(fail_fast=True)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | None = None
+    disable_fallback: bool | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    whitespace_pattern: str | None = None
 
 
 class GenerationRequest(Body):
@@ -112,6 +145,17 @@ class GenerationRequest(Body):
     """None and true: special tokens don't show in the text of the output."""
     return_tokens_as_token_ids: bool | None = None
     """Log-probabilities call tokens by their ids, as `token_id:7`."""
+    response_format: ResponseFormat | None = None
+    """What the output must match, by OpenAI's name; then by vLLM's and SGLang's. At most one of all (structured.py)."""
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Annotated[Any, WithJsonSchema(_SCHEMA)] = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    json_schema: Annotated[Any, WithJsonSchema(_SCHEMA)] = None
+    regex: str | None = None
+    ebnf: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     slo_tpot_ms: SloField = None
@@ -156,14 +200,17 @@ class GenerationRequest(Body):
             message = "prompt_logprobs: is not supported in a stream; leave one of them out"
             raise InvalidRequest(message, param="prompt_logprobs")
 
-    def sampling(self, *, max_tokens: int, vocab_size: int, draw_seed: Callable[[], int]) -> SamplingConfig:
-        """For max_tokens of output. draw_seed: called if the request gives no seed. Raises InvalidRequest, ConfigError."""
+    def sampling(
+        self, *, max_tokens: int, vocab_size: int, draw_seed: Callable[[], int], grammar: str | None = None
+    ) -> SamplingConfig:
+        """For max_tokens of output. draw_seed: called if the request gives no seed. grammar: what the output must match. Raises
+        InvalidRequest, ConfigError."""
         given: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN if getattr(self, name) is not None}
         return SamplingConfig(
             **given, max_tokens=max_tokens, logprobs=self.num_logprobs, stop=_stops(self.stop), top_k=max(0, self.top_k or 0),
             logit_bias=_biases(self.logit_bias or {}, vocab_size),
             stop_token_ids=tuple(_in_vocabulary("stop_token_ids", token, vocab_size) for token in self.stop_token_ids or ()),
-            seed=draw_seed() if self.seed is None else self.seed,
+            seed=draw_seed() if self.seed is None else self.seed, grammar=grammar,
         )
 
 
@@ -195,6 +242,8 @@ class ChatMessage(Body):
     reasoning: Any = None
     reasoning_content: Any = None
     provider_specific_fields: Any = None
+    parsed: Any = None
+    """What openai's client has made of the content, in a message that it gives back. It doesn't count either."""
 
 
 class ChatRequest(GenerationRequest):
