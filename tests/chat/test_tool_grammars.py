@@ -167,6 +167,17 @@ def test_parameters(case: tuple[str, ChatTokenizer], parameters: Any, taken: str
     assert not found.takes(refused)
 
 
+def test_keywords_that_cannot_be_enforced_are_ignored_of_tools_that_are_not_strict(case: tuple[str, ChatTokenizer]) -> None:
+    numbers = [{"type": "integer"}, {"type": "integer", "format": "odd"}]
+    parameters = {"properties": {"a": {"oneOf": numbers}}, "required": ["a"], "propertyNames": {"pattern": "a"}}
+    function = {"name": "f", "parameters": parameters}
+    found = Matcher(case[1], schema_grammar(enforced({"type": "function", "function": function}, schema=True)))
+    assert found.takes('{"a": 1}')
+    assert not found.takes('{"a": "x"}')
+    with pytest.raises(AssertionError, match="propertyNames"):
+        Matcher(case[1], schema_grammar(enforced({"type": "function", "function": {**function, "strict": True}}, schema=True)))
+
+
 def test_white_space_has_a_limit(case: tuple[str, ChatTokenizer]) -> None:
     found = Matcher(case[1], schema_grammar(enforced(WEATHER, schema=True)))
     assert found.takes('{"city":"x","days":1}')

@@ -25,6 +25,7 @@ from typing import Any
 from coserve.chat.toolformats import mistral, qwenxml
 
 _ONE_LINE = {"whitespace_flexible": False, "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
+_LENIENT = {"lenient": True, "coerce_one_of": True}
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 """A tool without parameters has none, as at OpenAI."""
 _ANY: Mapping[str, Any] = {"type": "object"}
@@ -56,10 +57,16 @@ class Writing:
 
 
 def enforced(tool: Mapping[str, Any], *, schema: bool) -> EnforcedTool:
-    """schema: whether its arguments must match its parameters; if not, they are any object."""
+    """A request's tool. schema: whether its arguments must match its parameters; if not, they are any object. Of a tool that
+    isn't strict, the keywords of its parameters that can't be enforced are ignored."""
     function = tool["function"]
-    parameters = function.get("parameters", _NO_PARAMETERS)
-    return EnforcedTool(name=function["name"], schema={"type": "object", **parameters} if schema else _ANY)
+    if not schema:
+        return EnforcedTool(name=function["name"], schema=_ANY)
+    parameters = {"type": "object", **function.get("parameters", _NO_PARAMETERS)}
+    own = parameters.get("x-guidance")
+    if not function.get("strict") and (own is None or isinstance(own, Mapping)):
+        parameters["x-guidance"] = {**_LENIENT, **(own or {})}
+    return EnforcedTool(name=function["name"], schema=parameters)
 
 
 def schema_grammar(tool: EnforcedTool) -> str:
@@ -153,7 +160,7 @@ def _xml_rules(number: int, tool: EnforcedTool) -> list[str]:
     name = f"tool_{number}"
     if not isinstance(properties, Mapping) or not isinstance(required, list | tuple):
         return [f'{name}: {_literal(f"{tool.name}>")} ("\\n<parameter=" /[^<>\\n]+/ ">\\n" any)*']
-    shared = {key: tool.schema[key] for key in _DEFINITIONS if key in tool.schema}
+    shared = {key: tool.schema[key] for key in (*_DEFINITIONS, "x-guidance") if key in tool.schema}
     parts, rules = [], []
     for place, (key, schema) in enumerate(properties.items()):
         rule = f"{name}_{place}"
