@@ -116,8 +116,15 @@ def test_ids_of_mistral_have_nine_letters() -> None:
 def test_a_template_that_refuses_says_why() -> None:
     with pytest.raises(InvalidRequest, match="Results are not supported by this model"):
         render(REFUSING_RESULTS, [USER, CALLING, RESULT], tools=[TOOL])
-    with pytest.raises(InvalidRequest, match="only supports single tool-calls"):
-        render(LLAMA3, [USER, {**CALLING, "tool_calls": [CALL, OTHER]}])
+
+
+def test_several_calls_where_a_turn_takes_one() -> None:
+    calling = {**CALLING, "tool_calls": [CALL, OTHER]}
+    dry = {**RESULT, "content": "dry", "tool_call_id": "call_2"}
+    apart = [USER, CALLING, RESULT, {**CALLING, "tool_calls": [OTHER]}, dry, USER]
+    for together in ([USER, calling, RESULT, dry, USER], [USER, calling, dry, RESULT, USER]):
+        assert render(LLAMA3, together, tools=[TOOL]) == render(LLAMA3, apart, tools=[TOOL])
+    assert render(LLAMA3, [USER, calling]) == render(LLAMA3, [USER, CALLING, {**CALLING, "tool_calls": [OTHER]}])
 
 
 def test_the_format_is_known_by_the_source() -> None:

@@ -26,6 +26,21 @@ class WrongField(NamedTuple):
     status: int = 400
 
 
+_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+_NAMED = {"type": "function", "function": {"name": "f"}}
+
+
+def _deep(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+def _tools(**function: Any) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": "f", **function}}]
+
+
 _WRONG: dict[str, tuple[Any, ...]] = {
     "int": ("x", "1", 1.5, True, [1], {"a": 1}, HUGE, -(2**40)),
     "seed": ("x", "1", 1.5, True, [1], {"a": 1}, HUGE),
@@ -42,7 +57,41 @@ _WRONG: dict[str, tuple[Any, ...]] = {
         [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}], [{"role": "user", "content": "x", "name": 1}],
         [{"role": "user", "content": [{"type": "text", "text": "x", "colour": 1}]}], [{"role": "user",
         "content": "x" * 100_000}],
+        *([{"role": "user", "content": "x"}, {"role": "assistant", **given}] for given in (
+            {"tool_calls": 1}, {"tool_calls": "x"}, {"tool_calls": {}}, {"tool_calls": [1]}, {"tool_calls": [{}]},
+            {"tool_calls": [{"id": "1", "type": "x", "function": {"name": "f"}}]}, {"tool_calls": [{"id": "1", "function": 1}]},
+            {"tool_calls": [{"id": 1, "function": {"name": "f"}}]}, {"tool_calls": [{"id": "1", "function": {"name": "a b"}}]},
+            {"tool_calls": [{"id": "1", "function": {"name": "f", "arguments": 1}}]}, {"tool_calls": [_CALL] * 129},
+            {"tool_calls": [{"id": "1", "function": {"name": "f", "arguments": _deep(900)}}]}, {"function_call": 1},
+            {"function_call": "f"}, {"function_call": {"name": 1}}, {"function_call": {"name": "f", "arguments": [1]}},
+            {"tool_calls": [_CALL], "function_call": {"name": "f", "arguments": "{}"}}, {"tool_call_id": "1"},
+        )),
+        [{"role": "tool", "content": "x"}], [{"role": "function", "content": "x", "name": "f"}], [{"role": "function",
+        "content": "x"}], [{"role": "assistant", "tool_calls": [_CALL]}, {"role": "tool", "tool_call_id": "2", "content": "x"}],
+        [{"role": "assistant", "tool_calls": [_CALL]}, {"role": "tool", "tool_call_id": 1, "content": "x"}],
+        [{"role": "assistant", "tool_calls": [_CALL]}, {"role": "tool", "tool_call_id": "1"}],
     ),
+    "tools": (
+        1, "x", True, {}, [1], ["x"], [[]], [{}], [{"type": 1}], [{"type": "x"}], [{"type": "function"}],
+        [{"type": "function", "function": 1}], [{"type": "function", "function": {}}], _tools(name=1), _tools(name=""),
+        _tools(name="a b"), _tools(name="x" * 200), _tools(description=1), _tools(parameters=1), _tools(parameters=[]),
+        _tools(strict=1), _tools(strict="yes"), _tools(colour=1), _tools(parameters=_deep(900)), _tools() * 2, _tools() * 129,
+        _tools(description="x" * 100_000),
+    ),
+    "functions": (
+        1, "x", True, {}, [1], [[]], [{}], [{"name": 1}], [{"name": "a b"}], [{"name": "f", "colour": 1}],
+        [{"name": "f", "parameters": 1}], [{"name": "f", "parameters": _deep(900)}], [{"name": "f"}] * 2, [{"name": "f"}] * 129,
+    ),
+    "tool_choice": (
+        1, True, "", "x", "required", [], {}, {"type": 1}, {"type": "x"}, {"type": "allowed_tools"},
+        *({"type": "function", **given} for given in ({}, {"function": 1}, {"function": {}}, {"function": {"name": 1}},
+                                                      {"function": {"name": "g"}})),
+        *({"type": "allowed_tools", "allowed_tools": given} for given in (
+            1, {"mode": "none", "tools": [_NAMED]}, {"mode": "auto"}, {"mode": "auto", "tools": []},
+            {"mode": "auto", "tools": [1]}, {"mode": "auto", "tools": [{"type": "function", "function": {"name": "g"}}]},
+        )),
+    ),
+    "function_call": (1, True, "", "x", "required", [], {}, {"name": 1}, {"name": "g"}, {"name": []}),
     "input": (
         1, 1.5, True, {}, [], [1], ["x"], [[]], [{}], [{"type": 1}], [{"type": "message"}], [{"role": "user"}],
         [{"role": "nobody", "content": "x"}], [{"role": 1, "content": "x"}], [{"role": "user", "content": 1}],
@@ -116,14 +165,16 @@ _GENERATION = {
     "seed": "seed",
     **dict.fromkeys(("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
                      "slo_tpot_ms", "slo_ttft_ms"), "number"),
-    **dict.fromkeys(("ignore_eos", "stream"), "bool"),
+    **dict.fromkeys(("ignore_eos", "stream", "skip_special_tokens"), "bool"),
     "model": "str", "logit_bias": "logit_bias", "stop": "stop", "stop_token_ids": "tokens",
 }
+_NOT_OF_RESPONSES = ("max_tokens", "n", "prompt_logprobs", "skip_special_tokens")
 _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "/v1/chat/completions": (
         {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
         {**_GENERATION, "messages": "messages", "max_completion_tokens": "int", "logprobs": "bool",
-         "add_generation_prompt": "bool"},
+         "add_generation_prompt": "bool", "tools": "tools", "tool_choice": "tool_choice", "functions": "functions",
+         "function_call": "function_call", "parallel_tool_calls": "bool"},
     ),
     "/v1/completions": (
         {"prompt": "hi", "max_tokens": 1},
@@ -131,13 +182,15 @@ _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "/v1/responses": (
         {"input": "hi", "max_output_tokens": 1},
-        {**{name: kind for name, kind in _GENERATION.items() if name not in ("max_tokens", "n", "prompt_logprobs")},
+        {**{name: kind for name, kind in _GENERATION.items() if name not in _NOT_OF_RESPONSES},
          **dict.fromkeys(("max_output_tokens", "top_logprobs"), "int"),
          **dict.fromkeys(("store", "parallel_tool_calls"), "bool"),
          "input": "input", "instructions": "str", "include": "texts", "tools": "flat_tools", "tool_choice": "flat_choice",
          "text": "text_options", "reasoning": "reasoning_options", "metadata": "metadata", "chat_template_kwargs": "object"},
     ),
-    "/tokenize": ({"prompt": "hi"}, {"model": "str", "add_special_tokens": "bool", "add_generation_prompt": "bool"}),
+    "/tokenize": (
+        {"prompt": "hi"}, {"tools": "tools", "model": "str", "add_special_tokens": "bool", "add_generation_prompt": "bool"},
+    ),
     "/detokenize": ({"tokens": [5]}, {"model": "str", "tokens": "tokens"}),
     "/v1/fine_tuning/jobs": (
         {"training_file": "file-" + "0" * 24},
@@ -184,6 +237,12 @@ def wrong_fields(model: str) -> Iterator[WrongField]:
     for options in _WRONG["stream_options"]:
         yield WrongField("/v1/chat/completions", {**chat, "stream": True, "stream_options": options}, "stream_options")
         yield WrongField("/v1/responses", {"input": "hi", "stream": True, "stream_options": options}, "stream_options")
+    for choice in _WRONG["tool_choice"]:
+        if choice != "required":
+            yield WrongField("/v1/chat/completions", {**chat, "tools": _tools(), "tool_choice": choice}, "tool_choice")
+    for choice in _WRONG["function_call"]:
+        body = {**chat, "functions": [{"name": "f"}], "function_call": choice}
+        yield WrongField("/v1/chat/completions", body, "function_call")
     for path in ("../../etc", "/etc", "/", "..", "a/../../..", "x" * 5000, "%2e%2e", "\u202e", "a\n"):
         body = {"lora_name": "a", "lora_path": path}
         yield WrongField("/v1/load_lora_adapter", body, "lora_path", 403 if path in _OUTSIDE else 400)

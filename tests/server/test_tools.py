@@ -191,6 +191,53 @@ def test_a_call_of_no_tool_is_passed_on(site: Site) -> None:
     assert choice_of(site, tools=TOOLS)["message"]["tool_calls"][0]["function"]["name"] == "nothing"
 
 
+# --- what is enforced ---
+
+
+STRICT: Any = [{"type": "function", "function": {**WEATHER, "strict": True}}, TOOLS[1]]
+ONE: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}
+FORM: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "properties": {"answer": {}}}}}
+
+
+@pytest.mark.parametrize(("body", "there", "absent"), [
+    ({}, (), ()), ({"tool_choice": "none"}, (), ()),
+    ({"tool_choice": "required"}, ("start: call (", "city", "get_time"), ("TEXT",)),
+    ({"tool_choice": "required", "parallel_tool_calls": False}, ("start: call\n", "city", "get_time"), ("TEXT",)),
+    ({"tool_choice": NAMED}, ("start: call (", "city"), ("TEXT", "get_time")),
+    ({"tools": STRICT}, ("start: (head rest)* TEXT", "city", "get_time"), ()),
+    ({"parallel_tool_calls": False}, ("start: head rest | TEXT", "get_weather", "get_time"), ("city",)),
+    ({"tool_choice": ONE}, ("TEXT", "get_weather"), ("get_time",)),
+    ({"response_format": FORM}, ("start: call (", "| content", "answer", "get_time"), ("TEXT", "city")),
+    ({"response_format": FORM, "tool_choice": "required"}, ("start: call (",), ("answer",)),
+    ({"response_format": FORM, "tool_choice": "none"}, ("answer",), ("get_time",)),
+])
+def test_the_grammar_of_a_request(site: Site, body: dict[str, Any], there: tuple[str, ...], absent: tuple[str, ...]) -> None:
+    site.engine.script = Script(CALL)
+    choice_of(site, **{"tools": TOOLS, **body})
+    grammar = site.engine.asked[0].sampling.grammar or ""
+    assert bool(grammar) == bool(there)
+    assert all(part in grammar for part in there), grammar
+    assert not any(part in grammar for part in absent), grammar
+
+
+def test_what_a_grammar_does_not_hold_is_no_call(site: Site) -> None:
+    """Without a grammar a call without its marker counts; with one it would go around it."""
+    text = '{"name": "get_weather", "arguments": {}}'
+    site.engine.script = Script(text)
+    assert choice_of(site, tools=TOOLS)["message"]["content"] is None
+    assert choice_of(site, tools=STRICT)["message"]["content"] == text
+
+
+def test_a_schema_that_cannot_be_enforced(site: Site) -> None:
+    odd = {"type": "object", "properties": {"a": {"type": "object", "propertyNames": {"pattern": "x"}}}}
+    strict = {"type": "function", "function": {"name": "f", "parameters": odd, "strict": True}}
+    reply = send(site.port, CHAT_PATH, {"messages": HI, "tools": [*TOOLS, strict]})
+    assert (reply.status, reply.error["param"]) == (400, "tools[2].function.parameters")
+    assert "propertyNames" in reply.error["message"]
+    reply = send(site.port, CHAT_PATH, {"messages": HI, "functions": [strict["function"]], "function_call": "auto"})
+    assert (reply.status, reply.error["param"]) == (400, "functions[0].parameters")
+
+
 # --- OpenAI's old fields ---
 
 

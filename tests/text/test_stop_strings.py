@@ -138,3 +138,14 @@ def test_the_first_stop_string_of_any(tokenizer: ChatTokenizer, symbols: list[st
     stream = TextStream(tokenizer, stops)
     ids = [token for symbol in symbols for token in tokenizer.encode(symbol)]
     assert "".join(feed(stream, ids)) == cut(symbols, stops)
+
+
+def test_a_special_token_that_shows_is_a_part_of_the_text(tokenizer: ChatTokenizer) -> None:
+    start = tokenizer.special_tokens["<|im_start|>"]
+    ids = tokenizer.encode(f"ab<|im_start|>c{END}d")
+    stream = TextStream(tokenizer, shown_ids=[start])
+    assert "".join(feed(stream, ids)) == "ab<|im_start|>cd"
+    for stop, text in (("b<|im_start|>", "a"), ("<|im_start|>c", "ab"), ("im_start", "ab<|"), (f"c{END}", "ab<|im_start|>")):
+        stream = TextStream(tokenizer, [stop], shown_ids=[start])
+        assert "".join(feed(stream, ids)) == text
+        assert stream.stopped == stop

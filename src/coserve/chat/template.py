@@ -110,6 +110,7 @@ class ChatTemplate:
             call_format=self._call_format if native and self._call_format else "hermes", tools=native,
             calls=native and (calls is None or name in calls), results=native and (results is None or PROBE in results),
             system=self.takes_system,
+            several=calls is None or self._try([question, {**call, "tool_calls": [PROBE_CALL, PROBE_CALL]}]) is not None,
         )
 
     def render(

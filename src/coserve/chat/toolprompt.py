@@ -52,7 +52,8 @@ class ToolPrompt:
     """What one chat template does with tools.
 
     call_format: how the model is expected to write calls. tools, calls, results: whether the template renders these itself.
-    system: whether it renders a system message.
+    system: whether it renders a system message. several: whether it takes more than one call in a turn; if not, each call is
+    given in a turn of its own, with its result behind it.
     """
 
     call_format: str
@@ -60,13 +61,14 @@ class ToolPrompt:
     calls: bool
     results: bool
     system: bool
+    several: bool = True
 
     def adapt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
     ) -> tuple[list[Message], Sequence[Mapping[str, Any]]]:
         """The messages and the tools that the template is given."""
         turns: list[Message] = []
-        for message in messages:
+        for message in messages if self.several else _one_by_one(messages):
             if "tool_calls" in message and not self.calls:
                 turns.append(_with_calls(message))
             elif message["role"] == "tool" and not self.results:
@@ -113,6 +115,26 @@ def _with_calls(message: Message) -> Message:
     content, calls = message["content"], write_calls(message["tool_calls"])
     turn = {key: value for key, value in message.items() if key != "tool_calls"}
     return {**turn, "content": f"{content}\n{calls}" if content else calls}
+
+
+def _one_by_one(messages: Sequence[Message]) -> list[Message]:
+    """The messages with one call in each turn, followed by its result if there is one."""
+    turns: list[Message] = []
+    rest = list(messages)
+    while rest:
+        message = rest.pop(0)
+        calls = message.get("tool_calls", ())
+        if len(calls) < 2:
+            turns.append(message)
+            continue
+        count = next((place for place, turn in enumerate(rest) if turn["role"] != "tool"), len(rest))
+        results, rest = rest[:count], rest[count:]
+        for place, call in enumerate(calls):
+            turns.append({**message, "content": "" if place else message["content"], "tool_calls": [call]})
+            turns += [result for result in results if result.get("tool_call_id") == call.get("id")]
+        known = {call.get("id") for call in calls}
+        turns += [result for result in results if result.get("tool_call_id") not in known]
+    return turns
 
 
 def _with_short_ids(message: Message) -> Message:

@@ -9,7 +9,7 @@ from typing import Any
 from coserve.chat.toolformats.events import CallReader
 from coserve.chat.toolformats.jsoncalls import JsonCallReader
 from coserve.chat.toolformats.mistral import ARGS, CALL_ID, CALLS, MistralReader
-from coserve.chat.toolformats.qwenxml import QwenXmlReader
+from coserve.chat.toolformats.qwenxml import CALL, END_CALL, QwenXmlReader
 
 Tools = Sequence[Mapping[str, Any]]
 
@@ -19,26 +19,37 @@ class CallFormat:
     """A way of writing calls.
 
     markers: what it writes around calls; in some vocabularies these are special tokens, which must then show in the text.
-    new_reader: makes a reader for one output, given the request's tools.
+    new_reader: makes a reader for one output, given the request's tools. new_strict_reader: makes one for an output that a
+    grammar holds to this format, where nothing else counts as a call.
     """
 
     markers: tuple[str, ...]
     new_reader: Callable[[Tools], CallReader]
+    new_strict_reader: Callable[[Tools], CallReader]
 
 
-def _json_format(*markers: str, ends: tuple[str, ...] = ()) -> CallFormat:
+def _json_format(*markers: str, ends: tuple[str, ...] = (), bare: str = "") -> CallFormat:
+    """bare: brackets with which calls without a marker begin where a grammar holds them to the format."""
     return CallFormat(
-        markers=(*markers, *ends),
-        new_reader=lambda tools: JsonCallReader([tool["function"]["name"] for tool in tools], markers, ends),
+        markers=(*markers, *ends), new_reader=lambda tools: JsonCallReader(_names(tools), markers, ends),
+        new_strict_reader=lambda tools: JsonCallReader(_names(tools), markers[:1], ends, bare=bare),
     )
+
+
+def _names(tools: Tools) -> list[str]:
+    return [tool["function"]["name"] for tool in tools]
 
 
 FORMATS: Mapping[str, CallFormat] = {
     "hermes": _json_format("<tool_call>", ends=("</tool_call>",)),
     "granite": _json_format("<|tool_call|>", "<tool_call>", ends=("</tool_call>",)),
-    "llama3_json": _json_format("<|python_tag|>"),
+    "llama3_json": _json_format("<|python_tag|>", bare="{"),
     "mistral": CallFormat(
-        markers=(CALLS, CALL_ID, ARGS), new_reader=lambda tools: MistralReader([tool["function"]["name"] for tool in tools]),
+        markers=(CALLS, CALL_ID, ARGS), new_reader=lambda tools: MistralReader(_names(tools)),
+        new_strict_reader=lambda tools: MistralReader(_names(tools), bare=""),
     ),
-    "qwen3_xml": CallFormat(markers=("<tool_call>", "</tool_call>"), new_reader=QwenXmlReader),
+    "qwen3_xml": CallFormat(
+        markers=(CALL, END_CALL), new_reader=QwenXmlReader,
+        new_strict_reader=lambda tools: QwenXmlReader(tools, markers=(CALL,)),
+    ),
 }

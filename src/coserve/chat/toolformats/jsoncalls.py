@@ -27,16 +27,19 @@ _NO_ARGUMENTS = "{}"
 
 
 class JsonCallReader(MarkedReader):
-    """known: names of the request's tools."""
+    """known: names of the request's tools. bare: brackets with which calls may begin that have no marker."""
 
-    def __init__(self, known: Collection[str], markers: Sequence[str], ends: Sequence[str] = ()) -> None:
+    def __init__(
+        self, known: Collection[str], markers: Sequence[str], ends: Sequence[str] = (), *, bare: str = "{["
+    ) -> None:
         self.markers, self.ends = markers, ends
+        self._bare = bare
         self._known = frozenset(known)
         self._ended = False  # whether an end was found inside of arguments
         super().__init__()
 
     def _begins_bare(self, char: str) -> bool:
-        return char in "{["
+        return char in self._bare
 
     def _calls(self, marker: str, char: str) -> Steps:
         self._ended = False

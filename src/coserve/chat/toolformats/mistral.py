@@ -19,11 +19,8 @@ _MAX_NAME = 128
 class MistralReader(JsonCallReader):
     """Reads both ways of writing."""
 
-    def __init__(self, known: Collection[str]) -> None:
-        super().__init__(known, (CALLS,))
-
-    def _begins_bare(self, char: str) -> bool:
-        return char == "{"  # the marker itself begins with a bracket
+    def __init__(self, known: Collection[str], *, bare: str = "{") -> None:
+        super().__init__(known, (CALLS,), bare=bare.replace("[", ""))  # with which the marker itself begins
 
     def _calls(self, marker: str, char: str) -> Steps:
         if not marker or (char and char in "[{"):

@@ -31,11 +31,10 @@ _WORDS: Mapping[str, Any] = {"True": True, "False": False, "None": None}
 
 
 class QwenXmlReader(MarkedReader):
-    """tools: the request's."""
+    """tools: the request's. markers: what may begin a call."""
 
-    markers = (CALL, FUNCTION)
-
-    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, tools: Sequence[Mapping[str, Any]], *, markers: Sequence[str] = (CALL, FUNCTION)) -> None:
+        self.markers = markers
         self._parameters = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
         super().__init__()
 

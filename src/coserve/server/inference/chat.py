@@ -18,7 +18,7 @@ from coserve.server.inference.limits import check_logprobs
 from coserve.server.inference.prompts import ThreadRunner, conversation_prompt, output_limit
 from coserve.server.inference.protocol import ChatRequest, GenerationRequest
 from coserve.server.inference.responses import Tally
-from coserve.server.inference.structured import tried_grammar
+from coserve.server.inference.structured import asks_grammar, check_grammar, tried_grammar
 from coserve.server.inference.toolcalling import ToolCalling
 from coserve.server.services import Services, named_model
 
@@ -58,7 +58,10 @@ async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedC
         len(ids), body.max_completion_tokens or body.max_tokens, default=None, limit=info.max_model_len,
         prompt_field="messages", tokens_field=asked_by,
     )
-    grammar = await tried_grammar(services, run, body)
+    compose = None
+    if tools.enforces or (tools.reads and asks_grammar(body)):
+        compose = partial(tools.compose, check=partial(check_grammar, services))
+    grammar = await tried_grammar(services, run, body, compose, field="tools")
     sampling = body.sampling(
         max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed, grammar=grammar
     )
@@ -69,7 +72,7 @@ async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedC
     answers = await ask(services, tenant, name, body, [Question(ids, sampling)], arrival_s)
     return AskedChat(
         model=name, prompt_ids=ids, run=run, answers=answers, tally=Tally([len(ids)], body.num_outputs),
-        new_reader=tools.new_reader, shown_ids=shown_ids,
+        new_reader=partial(tools.new_reader, held=grammar is not None), shown_ids=shown_ids,
     )
 
 

@@ -52,7 +52,7 @@ async def tried_grammar(
     run: runs it in a thread. compose: makes the whole grammar of `response_grammar`'s, such as `grammar.after` does; in the
     thread too. field: is named in errors if no field of the body asks for a grammar. Raises InvalidRequest.
     """
-    if compose is None and all(getattr(body, name) is None for name in _FIELDS):
+    if compose is None and not asks_grammar(body):
         return None
 
     def make() -> str | None:
@@ -61,13 +61,23 @@ async def tried_grammar(
         if compose is not None:
             grammar = compose(grammar)
         if grammar is not None:
-            services.grammars.check(
-                grammar, lambda: read_token_table(services.tokenizer, services.engine.info.vocab_size),
-                field=field if asked is None else asked.field,
-            )
+            check_grammar(services, grammar, field if asked is None else asked.field)
         return grammar
 
     return await run(make)
+
+
+def asks_grammar(body: GenerationRequest) -> bool:
+    """Whether a field of the body may ask for a grammar."""
+    return any(getattr(body, name) is not None for name in _FIELDS)
+
+
+def check_grammar(services: Services, grammar: str, field: str) -> None:
+    """Tries a grammar for the server's tokenizer, which takes some milliseconds. field: is named in errors. Raises
+    InvalidRequest."""
+    services.grammars.check(
+        grammar, lambda: read_token_table(services.tokenizer, services.engine.info.vocab_size), field=field
+    )
 
 
 def _asked(body: GenerationRequest) -> AskedGrammar | None:

@@ -48,6 +48,7 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> Resp
     await named_model(services, tenant, body.model)  # must be there; all models share the base's tokenizer
     info = services.engine.info
     limit, run = max(info.max_model_len, COUNTED_TOKENS), partial(services.work.run, tenant)
+    tools = [] if body.tools is None else read_tools(body.tools, "tools")
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("prompt: give either prompt or messages", param="prompt")
     if body.messages is not None:
@@ -55,9 +56,9 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> Resp
             services.tokenizer, body.messages, run=run, limit=limit,
             add_generation_prompt=body.add_generation_prompt is not False, add_special_tokens=bool(body.add_special_tokens),
             allow_control_tokens=services.config.allow_control_tokens,
-            extras=ChatExtras(tools=[] if body.tools is None else read_tools(body.tools, "tools")),
+            extras=ChatExtras(tools=tools),
         )
-    elif body.tools:
+    elif tools:
         raise InvalidRequest("tools: are for messages; a prompt is a text as it is", param="tools")
     elif body.prompt:
         special = body.add_special_tokens is not False
