@@ -31,7 +31,7 @@ from coserve.server.locks import hold, make_private
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.models import ModelRegistry
 from coserve.server.origins import OriginGuard
-from coserve.server.routes import adapters, files, finetuning, inference, page, status, tokens
+from coserve.server.routes import adapters, files, finetuning, inference, page, responses, status, tokens
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services, TenantShares
 from coserve.server.settings import ServerConfig
@@ -43,7 +43,7 @@ from coserve.text.tokenizer import ChatTokenizer
 LOCK_FILE, INDEX_FILE = "server.lock", "coserve.db"
 KEYS_VARIABLE = "COSERVE_API_KEYS"
 """An environment variable of the form tenant=key,tenant=key: keys beside those of the settings and of the index."""
-_ROUTES = (inference, tokens, files, finetuning, adapters, status, page)
+_ROUTES = (inference, responses, tokens, files, finetuning, adapters, status, page)
 _log = logging.getLogger(__name__)
 
 

@@ -105,11 +105,13 @@ _TOKENIZE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldPolicy:
-    """The rules of one route. implemented: names of the fields of its model."""
+    """The rules of one route. implemented: names of the fields of its model. reasons: why another value of a neutral field is
+    refused and what to do, where that is more than that it isn't supported yet."""
 
     implemented: Collection[str]
     ignored: frozenset[str] = frozenset()
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def apply(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The implemented fields of a body. Raises InvalidRequest, naming a field that is unknown or asks for too much."""
@@ -121,7 +123,8 @@ class FieldPolicy:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise InvalidRequest(f"{name[:80]}: there is no such field{hint}", param=name[:80])
             if not is_neutral(value, self.neutral[name]):
-                raise InvalidRequest(f"{name}: is not supported yet; leave it out", param=name)
+                reason = self.reasons.get(name, "is not supported yet; leave it out")
+                raise InvalidRequest(f"{name}: {reason}", param=name)
         return {name: value for name, value in body.items() if name in self.implemented and value is not None}
 
 

@@ -23,12 +23,12 @@ from coserve.server.inference.answers import Answers, Question
 from coserve.server.inference.chat import ask, ask_chat
 from coserve.server.inference.fields import CHAT, COMPLETIONS
 from coserve.server.inference.limits import check_amounts, check_logprobs
-from coserve.server.inference.pieces import PiecesResponse, encode_large
 from coserve.server.inference.prompts import Prompt, ThreadRunner, output_limit, text_prompts
 from coserve.server.inference.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
 from coserve.server.inference.responses import ChatChoiceStream, Tally, chat_response, completion_choices, completion_response
-from coserve.server.inference.sse import DONE, EventStream, unless_gone
+from coserve.server.inference.sse import DONE, EventStream
 from coserve.server.inference.walk import TokenWalk
+from coserve.server.inference.whole import respond_whole
 from coserve.server.link.messages import Tokens
 from coserve.server.records import new_id, now
 from coserve.server.services import Served, Services, Tenant, named_model
@@ -40,10 +40,6 @@ COMPLETION_FORM = Form(
 )
 ChatBody = Annotated[ChatRequest, Depends(body_reader(CHAT_FORM))]
 CompletionBody = Annotated[CompletionRequest, Depends(body_reader(COMPLETION_FORM))]
-_CLIENT_LEFT = 499
-"""The status of a request whose client has left. Only the log shows it."""
-_LONG_ANSWER = 1 << 10
-"""A response with more tokens and log-probabilities than this is encoded in a thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,21 +153,7 @@ async def _respond(request: Request, exchange: _Exchange, chunk_object: str) -> 
     answers, tally = exchange.answers, exchange.tally
     if exchange.body.stream:
         return EventStream(_events(exchange, chunk_object), answers.aclose)
-
-    async def collect() -> list[bytes]:
-        size = 0
-        async for prompt, tokens in answers:
-            tally.add(prompt, tokens)
-            size += len(tokens.token_ids) + sum(1 + len(entry.top) for entry in tokens.logprobs + tokens.prompt_logprobs)
-        if size > _LONG_ANSWER:
-            return await exchange.run(lambda: encode_large(exchange.whole()))
-        return [msgspec.json.encode(exchange.whole())]
-
-    try:
-        content = await unless_gone(request.receive, collect())
-    finally:
-        await answers.aclose()
-    return Response(status_code=_CLIENT_LEFT) if content is None else PiecesResponse(content)
+    return await respond_whole(request, answers, exchange.run, tally.add, exchange.whole)
 
 
 async def _events(exchange: _Exchange, chunk_object: str) -> AsyncGenerator[bytes, None]:
