@@ -27,8 +27,7 @@ _TOOL_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 _FORMAT_FIELDS = ("name", "description", "schema", "strict")
 _NAMES = (
-    (re.compile(r"tools\[(\d+)\]\.function"), r"tools[\1]"),
-    (re.compile(r"tool_choice\.(function|allowed_tools)"), "tool_choice"),
+    (re.compile(r"tool_choice\.allowed_tools"), "tool_choice"),
     (re.compile(r"response_format(\.json_schema)?"), "text.format"),
     (re.compile(r"reasoning_effort"), "reasoning.effort"),
     (re.compile(r"verbosity"), "text.verbosity"),
@@ -38,6 +37,8 @@ _NAMES = (
 )
 """How a chat's field begins, and what it is called here."""
 _TURN = re.compile(r"messages\[(\d+)\]")
+_FUNCTION = re.compile(r"\.function(?=\.|$)")
+"""Around a tool's own fields; there is no such thing in this API."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,14 @@ class ChatTranslation:
         return type(error)(message, param=name)
 
     def _name(self, param: str) -> str:
+        param = _FUNCTION.sub("", param)
         if (found := _TURN.match(param)) is not None and int(found[1]) < len(self.turns):
             places, rest = self.turns[int(found[1])].places, param[found.end():]
             start = max((start for start in places if rest.startswith(start)), key=len)
-            return places[start] + rest[len(start):].replace(".function.", ".")
+            return places[start] + rest[len(start):]
         for pattern, name in _NAMES:
             if (found := pattern.match(param)) is not None:
-                return found.expand(name) + param[found.end():]
+                return name + param[found.end():]
         return param
 
 
