@@ -13,10 +13,14 @@ import pydantic
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
-from coserve.core import CapacityError, CoserveError
+from coserve.core import CapacityError, ContextExceeded, CoserveError, InvalidRequest
 from coserve.server.errors import EngineUnavailable
 from coserve.server.inference import chat, sse
+from coserve.server.inference.protocol import GenerationRequest
+from coserve.server.responses.body import RESPONSE_FORM, SHARED, CreateResponse
 from coserve.server.responses.items import read_input
+from coserve.server.responses.tokens import WritingTokens
+from coserve.server.responses.translate import ChatTranslation, translate
 from tests.server.fakes import ADAPTER, ANSWER, MAX_MODEL_LEN, MODEL, Reply, Script, send, wait_for
 from tests.server.markreader import MarkReader
 from tests.server.sites import HI, Site, post
@@ -381,6 +385,84 @@ def test_a_response_can_be_given_back(site: Site, marks: None) -> None:
     site.client.responses.create(model=MODEL, input=[*HI, *text, {"role": "user", "content": "x"}])
     expected = [*HI, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": "x"}]
     assert site.engine.asked[-1].prompt_ids == site.tokenizer.encode_chat(expected)
+
+
+# --- as a chat ---
+
+
+def translated(**fields: Any) -> ChatTranslation:
+    return translate(RESPONSE_FORM.read({"input": "Hi", **fields}))
+
+
+def test_fields_become_those_of_a_chat() -> None:
+    assert translated().fields == {"messages": HI}
+    tool = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True,
+            "allowed_callers": ["direct"], "defer_loading": False, "output_schema": None, "async": False}
+    function = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
+    named = {"type": "function", "function": {"name": "f"}}
+    schema = {"name": "s", "schema": {"type": "object"}, "strict": True}
+    assert translated(
+        tools=[tool], tool_choice={"type": "function", "name": "f"}, parallel_tool_calls=False, max_output_tokens=5,
+        text={"format": {"type": "json_schema", **schema, "description": None}, "verbosity": "low"},
+        reasoning={"effort": "high", "summary": "auto"}, instructions="Be short.", temperature=0, stream=True, store=True,
+        chat_template_kwargs={"enable_thinking": False}, **LOGPROBS,
+    ).fields == {
+        "messages": [{"role": "system", "content": "Be short."}, *HI], "max_completion_tokens": 5, "temperature": 0,
+        "tools": [{"type": "function", "function": function}], "tool_choice": named, "parallel_tool_calls": False,
+        "response_format": {"type": "json_schema", "json_schema": schema}, "verbosity": "low", "reasoning_effort": "high",
+        "logprobs": True, "top_logprobs": 2, "chat_template_kwargs": {"enable_thinking": False},
+    }
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}
+    assert translated(tool_choice=allowed).fields["tool_choice"] == {
+        "type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]},
+    }
+    for kind in ("text", "json_object"):
+        assert translated(text={"format": {"type": kind}}).fields["response_format"] == {"type": kind}
+    assert [translated(tool_choice=choice).fields["tool_choice"] for choice in ("none", "required")] == ["none", "required"]
+
+
+def test_fields_that_a_chat_has_too_are_of_the_same_type() -> None:
+    for name in SHARED:
+        own, chats = CreateResponse.model_fields[name], GenerationRequest.model_fields[name]
+        assert (own.annotation, own.metadata, own.default) == (chats.annotation, chats.metadata, chats.default), name
+
+
+@pytest.mark.parametrize(("param", "expected"), [
+    ("messages", "input"), ("messages[0]", "instructions"), ("messages[0].content", "instructions"),
+    ("messages[1].content", "input[0].content"), ("messages[2].tool_calls[0].function.arguments", "input[3].arguments"),
+    ("messages[2].tool_calls[1].function.name", "input[4].name"), ("messages[2].reasoning_content", "input[1].content"),
+    ("messages[2].content", "input[2].content"), ("messages[3].tool_call_id", "input[5].call_id"),
+    ("messages[3].content[0].text", "input[5].output[0].text"), ("messages[9].role", "input[9].role"),
+    ("tools[3].function.parameters.type", "tools[3].parameters.type"), ("tools[0].function", "tools[0]"),
+    ("tool_choice.function.name", "tool_choice.name"),
+    ("tool_choice.allowed_tools.tools[0].function.name", "tool_choice.tools[0].name"),
+    ("response_format.json_schema.schema.type", "text.format.schema.type"), ("response_format.type", "text.format.type"),
+    ("reasoning_effort", "reasoning.effort"), ("max_completion_tokens", "max_output_tokens"), ("logprobs", "include"),
+    ("verbosity", "text.verbosity"), ("top_logprobs", "top_logprobs"), ("model", "model"), ("temperature", "temperature"),
+])
+def test_a_chats_error_is_told_in_this_apis_names(param: str, expected: str) -> None:
+    user = {"role": "user", "content": "x"}
+    items = [user, reasoning("a"), says("b"), call(1), call(2), {**result(1), "output": [{"type": "input_text", "text": "x"}]}]
+    error = translated(input=items, instructions="c").renamed(ContextExceeded(f"{param}: is wrong", param=param))
+    assert (error.param, str(error), type(error)) == (expected, f"{expected}: is wrong", ContextExceeded)
+    assert translated().renamed(error := InvalidRequest("no field")) is error
+
+
+def test_tokens_that_have_written_a_text() -> None:
+    def entries(*tokens: str) -> list[dict[str, Any]]:
+        return [{"token": token, "bytes": list(token.encode())} for token in tokens]
+
+    tokens = WritingTokens()
+    tokens.add(entries("<", "th", "ink>", "th", "in", "</thi", "nk>", "\n", "th", "ü", "", "x<", "call"))
+    assert names(tokens.take("thin", follows=False)) != []
+    tokens = WritingTokens()
+    tokens.add(entries("<think>", "a", "b</"))
+    assert names(tokens.take("ab", follows=False)) == ["a", "b</"]
+    tokens.add(entries("think>", "c", "d<"))
+    assert names(tokens.take("cd", follows=False)) == ["c", "d<"]
+    tokens.add(entries("b", "", ">"))
+    assert names(tokens.take("<b>", follows=True)) == ["b", ">"], "the token of < was told with the text before"
+    assert tokens.take("never written", follows=True) == []
 
 
 # --- what is refused ---
