@@ -37,8 +37,9 @@ _NAMES = (
 )
 """How a chat's field begins, and what it is called here."""
 _TURN = re.compile(r"messages\[(\d+)\]")
-_FUNCTION = re.compile(r"\.function(?=\.|$)")
-"""Around a tool's own fields; there is no such thing in this API."""
+_FUNCTION = re.compile(r"^(tools\[\d+\]|tool_choice|tool_choice\.allowed_tools\.tools\[\d+\]|"
+                       r"messages\[\d+\]\.tool_calls\[\d+\])\.function(?=\.|$)")
+"""What a chat has around the fields of a tool or call, and this API has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class ChatTranslation:
         return type(error)(message, param=name)
 
     def _name(self, param: str) -> str:
-        param = _FUNCTION.sub("", param)
+        param = _FUNCTION.sub(r"\1", param)
         if (found := _TURN.match(param)) is not None and int(found[1]) < len(self.turns):
             places, rest = self.turns[int(found[1])].places, param[found.end():]
             start = max((start for start in places if rest.startswith(start)), key=len)
