@@ -1,8 +1,8 @@
 """What agents' clients do with a server, as a program: `python agent_clients.py CASE URL MODEL`.
 
 Each case uses one client unmodified: text, a stream, structured output, and a tool's round trip, in which a call is forced and
-its result given back. The model may be any: schemas leave it no other choice than a few words. The program needs only the client
-that the case is about, so that it runs in an environment of its own; a failed assertion ends it with a traceback.
+its result given back. The model may be any: schemas leave it no other choice than a few words. The program needs only the
+client that the case is about, so that it runs in an environment of its own; a failed assertion ends it with a traceback.
 """
 
 from __future__ import annotations

@@ -34,6 +34,9 @@ CHAT_PAYLOADS: dict[str, dict[str, Any]] = {
         *HI, {"role": "assistant", "content": "Hello", "refusal": None, "annotations": [], "audio": None, "function_call": None,
               "tool_calls": None}, *HI,
     ]},
+    "openai echo of a parsed response": {"model": MODEL, "messages": [
+        *HI, {"role": "assistant", "content": '{"a": 1}', "refusal": None, "tool_calls": None, "parsed": {"a": 1}}, *HI,
+    ]},
     "litellm echo of a response": {"model": MODEL, "messages": [
         *HI, {"role": "assistant", "content": "Hello", "tool_calls": None, "function_call": None,
               "provider_specific_fields": {"refusal": None}}, *HI,

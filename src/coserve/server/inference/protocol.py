@@ -178,6 +178,8 @@ class ChatMessage(Body):
     reasoning: Any = None
     reasoning_content: Any = None
     provider_specific_fields: Any = None
+    parsed: Any = None
+    """What openai's client has made of the content, in a message that it gives back. It doesn't count either."""
 
 
 class ChatRequest(GenerationRequest):

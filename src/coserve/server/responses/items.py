@@ -18,7 +18,7 @@ from coserve.core import InvalidRequest
 
 _NOTES = ("type", "id", "status")
 """Fields of any item that say nothing to the model."""
-_PART_NOTES = ("type", "annotations", "logprobs", "prompt_cache_breakpoint")
+_PART_NOTES = ("type", "annotations", "logprobs", "prompt_cache_breakpoint", "parsed")
 _TEXT_PARTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
 """{type of a part: its field that has the text}."""
 
@@ -104,7 +104,7 @@ class _Items:
         turn.places.setdefault(".reasoning_content", f"{place}.content")
 
     def _add_call(self, item: Mapping[str, Any], place: str) -> None:
-        _check_names(item, ("call_id", "name", "arguments", *_NOTES), place)
+        _check_names(item, ("call_id", "name", "arguments", "parsed_arguments", *_NOTES), place)
         call_id, name, arguments = (_text(item, key, place) for key in ("call_id", "name", "arguments"))
         if call_id in self._call_ids:
             _refuse(f"{place}.call_id", f"there is a function_call with the call_id {shown(call_id)} already")
