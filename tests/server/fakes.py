@@ -105,7 +105,10 @@ class FakeEngineClient:
         sampling, ids = asked.sampling, self.tokenizer.encode(script.text)
         count = min(len(ids), sampling.max_tokens)
         reason = "length" if sampling.max_tokens < len(ids) else "stop"
-        texts = [IncrementalDetokenizer(self.tokenizer, context=asked.prompt_ids) for _ in range(sampling.n)]
+        texts = [
+            IncrementalDetokenizer(self.tokenizer, context=asked.prompt_ids, shown_ids=sampling.shown_special_ids)
+            for _ in range(sampling.n)
+        ]
         if not count:
             prompt = asked.prompt_ids[1:] if sampling.prompt_logprobs is not None else []
             for index in range(sampling.n):

@@ -1,28 +1,39 @@
 """A model's chat template: Jinja source that turns messages into text. Compiled by transformers, with its filters and globals.
 
-Owns: rendering, the date that templates read, which roles a template has of its own. Does not own: tokens.
+Owns: rendering, the date that templates read, which roles a template has of its own, which variables it reads, where a message
+that is to be continued ends. Does not own: tokens, how a model is told of tools whose template doesn't (toolprompt.py).
 """
 
 from __future__ import annotations
 
 import functools
 import re
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
+from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,
+    _get_template_literal_text,
+    _get_template_variables,
+    _render_with_assistant_indices,
+)
 
-from coserve.core import InvalidRequest, one_line
-
-Message = Mapping[str, Any]
-"""A chat message: role, content, possibly name, and for an assistant possibly `tool_calls` (with arguments as objects),
-`reasoning_content` and `weight` (0: not trained). One of role tool may have `tool_call_id`."""
+from coserve.chat.toolprompt import PROBE_CALL, PROBE_TOOL, Message, ToolPrompt, find_call_format
+from coserve.core import ContextExceeded, InvalidRequest, one_line
 
 PROBE = "coserve-probe"
 _NO_ROLE = "qzxcourier"
 """A role that no template knows."""
+_MAX_REASON = 300
+"""Characters that are shown of what a template says when it refuses a conversation."""
+_OWN_VARIABLES = frozenset({
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "bos_token",
+    "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens",
+})
+"""Variables that are set by whoever renders a conversation, or that transformers takes for its own."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -39,11 +50,13 @@ NO_EXTRAS = ChatExtras()
 
 
 class ChatTemplate:
-    """One template. special_tokens: what it may write by name (`bos_token` and so on)."""
+    """One template. special_tokens: what it may write by name (`bos_token` and so on). call_format: how the model writes calls
+    of tools, a name of toolprompt.CALL_FORMATS; None: as the template's source says."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, Any], call_format: str | None = None) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens)
+        self._call_format = find_call_format(source) if call_format is None else call_format
 
     @property
     def has_generation_tags(self) -> bool:
@@ -61,20 +74,76 @@ class ChatTemplate:
         """Whether it renders a system message."""
         return PROBE in (self._try_role("system") or "")
 
+    @functools.cached_property
+    def written(self) -> str:
+        """All texts that its source writes out, with characters between them that no text holds. Nothing if it isn't Jinja."""
+        try:
+            return str(_get_template_literal_text(self.source))
+        except Exception:
+            return ""
+
+    @functools.cached_property
+    def reads(self) -> frozenset[str]:
+        """Names of the variables that it reads and that somebody else has to set. None if it isn't Jinja."""
+        try:
+            return frozenset(_get_template_variables(self.source))
+        except Exception:
+            return frozenset()
+
+    def sets(self, name: str) -> bool:
+        """Whether a variable has a value that nobody else may give."""
+        return name in _OWN_VARIABLES or name in self._special_tokens
+
+    @functools.cached_property
+    def tool_prompt(self) -> ToolPrompt:
+        """What of tools, calls and results it is given, and what becomes text before. See toolprompt.py."""
+        question = {"role": "user", "content": "x"}
+        call = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
+        result = {"role": "tool", "content": PROBE, "tool_call_id": PROBE_CALL["id"], "name": PROBE}
+        name = PROBE_TOOL["function"]["name"]
+        tools, calls, results = (
+            self._try([question], ChatExtras(tools=[PROBE_TOOL])), self._try([question, call]),
+            self._try([question, call, result]),
+        )
+        native = self._call_format is not None and tools is not None and name in tools
+        return ToolPrompt(
+            call_format=self._call_format if native and self._call_format else "hermes", tools=native,
+            calls=native and (calls is None or name in calls), results=native and (results is None or PROBE in results),
+            system=self.takes_system,
+        )
+
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None,
-        extras: ChatExtras = NO_EXTRAS,
+        extras: ChatExtras = NO_EXTRAS, continue_final: bool = False, max_chars: int | None = None,
     ) -> str:
         """The conversation as text. now: what templates that write today's date are told; None: the machine's clock.
+        continue_final: whether the last message stays open, so that the text ends with its content. max_chars: the most
+        characters that the text may have.
 
-        Raises InvalidRequest if the template refuses the conversation.
+        Raises InvalidRequest if the template refuses the conversation or leaves out what is to be continued, ContextExceeded if
+        the text is too long.
         """
+        tag = f"qzx{secrets.token_hex(12)}"  # no text holds it
+        if continue_final:
+            messages = [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}{tag} "}]
         try:
-            template = _compile_jinja_template(self.source)
             variables = {**self._variables(messages, now, extras), "add_generation_prompt": add_generation_prompt}
-            return str(template.render(variables))
+            text = self._write(variables, max_chars)
+        except ContextExceeded:
+            raise
         except Exception as error:  # a template is foreign code: whatever it raises is about these messages
-            raise _refused(error) from error
+            raise _refused(error, tag) from error
+        return _until(tag, text) if continue_final else text
+
+    def _write(self, variables: Mapping[str, Any], max_chars: int | None) -> str:
+        """Its text with these variables. Raises ContextExceeded, and whatever the template raises."""
+        pieces, size = list[str](), 0
+        for piece in _compile_jinja_template(self.source).generate(variables):
+            size += len(piece)
+            if max_chars is not None and size > max_chars:
+                raise too_long(max_chars)
+            pieces.append(piece)
+        return "".join(pieces)
 
     def render_generated(
         self, messages: Sequence[Message], *, now: datetime | None = None, extras: ChatExtras = NO_EXTRAS
@@ -91,16 +160,26 @@ class ChatTemplate:
 
     def _variables(self, messages: Sequence[Message], now: datetime | None, extras: ChatExtras) -> dict[str, Any]:
         """What the template sees; plain data only, as templates are foreign code. Extra variables replace no other one."""
+        if extras.tools or any("tool_calls" in message or message["role"] == "tool" for message in messages):
+            messages, shown = self.tool_prompt.adapt(messages, extras.tools)
+            extras = replace(extras, tools=shown)
+        return self._as_given(messages, now, extras)
+
+    def _as_given(self, messages: Sequence[Message], now: datetime | None, extras: ChatExtras) -> dict[str, Any]:
         turns = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         tools = [dict(tool) for tool in extras.tools] or None
         variables = {**extras.variables, **self._special_tokens, "messages": turns, "tools": tools, "documents": None}
         return variables if now is None else {**variables, "strftime_now": now.strftime}
 
     def _try_role(self, role: str) -> str | None:
-        messages = [{"role": role, "content": PROBE}, {"role": "user", "content": "x"}]
+        return self._try([{"role": role, "content": PROBE}, {"role": "user", "content": "x"}])
+
+    def _try(self, messages: Sequence[Message], extras: ChatExtras = NO_EXTRAS) -> str | None:
+        """What it renders of messages as they are; None if it refuses them."""
         try:
-            return self.render(messages, add_generation_prompt=False)
-        except InvalidRequest:
+            template = _compile_jinja_template(self.source)
+            return str(template.render({**self._as_given(messages, None, extras), "add_generation_prompt": False}))
+        except Exception:
             return None
 
     @staticmethod
@@ -109,5 +188,31 @@ class ChatTemplate:
         return None if text is None else re.sub(f"developer|{_NO_ROLE}", "", text, flags=re.IGNORECASE)
 
 
-def _refused(error: Exception) -> InvalidRequest:
-    return InvalidRequest(f"the model's chat template refuses the conversation: {one_line(error, 300)}", param="messages")
+def _refused(error: Exception, tag: str = "") -> InvalidRequest:
+    """tag: what was put behind a message's content, which the error may repeat."""
+    shown = one_line(error)
+    if tag:
+        shown = shown.replace(f"{tag} ", "").replace(tag, "")
+    if len(shown) > _MAX_REASON:
+        shown = f"{shown[: _MAX_REASON - 3]}..."
+    return InvalidRequest(f"the model's chat template refuses the conversation: {shown}", param="messages")
+
+
+def too_long(max_chars: int) -> ContextExceeded:
+    """The error of a rendered conversation with more characters."""
+    return ContextExceeded(
+        f"messages: with what the chat template adds, the conversation has more than {max_chars} characters, and this model's "
+        "context can't hold so many; shorten it", param="messages",
+    )
+
+
+def _until(tag: str, text: str) -> str:
+    """A rendered text up to the end of the content that the tag was put behind. Where the template has trimmed the content, the
+    text ends with no white space, as transformers has it."""
+    place = text.rfind(tag)
+    if place < 0:
+        raise InvalidRequest(
+            "continue_final_message: the model's chat template leaves out the last message's content, so that it can't be "
+            "continued", param="continue_final_message",
+        )
+    return text[:place] if text.startswith(f"{tag} ", place) else text[:place].rstrip()

@@ -24,13 +24,13 @@ class Flag(NamedTuple):
 
 
 _NOT_THAT_WAY = "a model is shared by --tensor-parallel-size only"
-_NO_TOOLS = "tools aren't there yet"
 _USE_PROXY = "put a proxy before the server for that"
 
 FLAGS: Mapping[str, Flag] = {
     "--enable-lora": Flag(None, ""),
     "--enable-prefix-caching": Flag(None, ""),
     "--enable-chunked-prefill": Flag(None, ""),
+    "--enable-auto-tool-choice": Flag(None, ""),
     "--no-enable-log-requests": Flag(None, ""),
     "--disable-log-requests": Flag(None, ""),
     "--pipeline-parallel-size": Flag(("1",), _NOT_THAT_WAY),
@@ -55,8 +55,6 @@ FLAGS: Mapping[str, Flag] = {
     "--tokenizer": Flag((), "the model's own tokenizer is used"),
     "--chat-template": Flag((), "the model's own chat template is used"),
     "--speculative-config": Flag((), "speculative decoding isn't there"),
-    "--enable-auto-tool-choice": Flag(None, _NO_TOOLS),
-    "--tool-call-parser": Flag((), _NO_TOOLS),
     "--reasoning-parser": Flag((), "reasoning is part of the text"),
     "--structured-outputs-config": Flag((), "structured output isn't there yet"),
     "--enable-sleep-mode": Flag(None, "the server can't sleep; stop it, jobs go on at the next start"),

@@ -21,10 +21,12 @@ from fastapi import FastAPI
 from sqlalchemy import URL
 from starlette.middleware.cors import CORSMiddleware
 
+from coserve.grammar.check import GrammarChecker
 from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
+from coserve.server.inference.toolcalling import call_format, check_call_format
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.locks import hold, make_private
@@ -73,7 +75,9 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         engine = EngineClient(config, report=report)
         stack.push_async_callback(engine.supervisor.stop)
         await asyncio.gather(engine.supervisor.start(), asyncio.to_thread(uploads.rebuild))
-        tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory))
+        named = call_format(config.tool_call_parser)
+        tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory), named)
+        check_call_format(config.tool_call_parser, tokenizer)
         if not config.allow_control_tokens:
             await asyncio.to_thread(tokenizer.prepare_control_texts)
         models = await asyncio.to_thread(ModelRegistry, store, engine, config, tokenizer)
@@ -84,13 +88,15 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         stack.push_async_callback(jobs.stop)
         work = WorkPool()
         stack.callback(work.close)
+        grammars = GrammarChecker()
+        stack.callback(grammars.close)
         await jobs.start()
         watch = SelfWatch(asyncio.get_running_loop(), lambda: jobs.journal.busy_s, config.watchdog_timeout)
         stack.enter_context(watch)
         yield Services(
             config=config, engine=engine, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
             models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32), work=work,
-            shares=TenantShares(config), watch=watch,
+            shares=TenantShares(config), watch=watch, grammars=grammars,
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coserve.chat.toolprompt import CALL_FORMATS
 from coserve.config.data import read_toml
 from coserve.config.settings import POLICIES, EngineConfig, SchedulerConfig
 from coserve.config.values import AUTO, SloMs, knob, read_memory, read_quantization, require, require_least
@@ -23,6 +24,9 @@ from coserve.server.hostnames import check_allowed
 DEFAULT_DATA_DIR = Path("coserve-data")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+NO_PARSER = "none"
+PARSER_ALIASES = {"qwen3_coder": "qwen3_xml"}
+"""Other names of vLLM's for ways of writing calls."""
 MODULE_JSON = '{"name": NAME, "path": DIRECTORY}'
 """An entry of lora_modules in vLLM's form."""
 MAX_NUM_SEQS_CPU, MAX_NUM_SEQS_GPU = 64, 256
@@ -52,6 +56,8 @@ class ServerConfig:
     """Names of the base model; the first one is shown. Default: the model's own."""
     max_model_len: int | None = knob(None, "Longest prompt and output together, in tokens.")
     allow_control_tokens: bool = knob(False, "Control tokens written out in messages count.")
+    tool_call_parser: str = knob(AUTO, "How calls of tools are read: auto, none or a name.")
+    """How the model writes calls of tools: auto (as its chat template does), a name of vLLM's, or none (they aren't read)."""
     max_num_seqs: int | None = knob(None, "Requests that run at once (64, on a GPU 256).")
     max_num_batched_tokens: int = knob(2048, "Inference rows per iteration (2048).")
     max_num_queued_reqs: int = knob(4096, "Requests that may wait (4096).")
@@ -128,7 +134,8 @@ class ServerConfig:
         require(all(self.api_key), "api_key", "an empty key would let everybody in; leave it out")
         read_quantization(self.quantization)
         self.training_share(1 << 40)
-        for name, known in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS)):
+        parsers = (AUTO, NO_PARSER, *CALL_FORMATS, *PARSER_ALIASES)
+        for name, known in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS), ("tool_call_parser", parsers)):
             value = getattr(self, name)
             require(value in known, name, f"must be one of {', '.join(known)}, got {value!r}")
         try:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+from coserve.chat.template import ChatExtras
 from coserve.server.inference.answers import Answers, Question
-from coserve.server.inference.deltas import OutputReader, PlainReader
+from coserve.server.inference.deltas import OutputReader
 from coserve.server.inference.limits import check_logprobs
 from coserve.server.inference.prompts import ThreadRunner, conversation_prompt, output_limit
 from coserve.server.inference.protocol import ChatRequest, GenerationRequest
 from coserve.server.inference.responses import Tally
+from coserve.server.inference.structured import tried_grammar
+from coserve.server.inference.toolcalling import ToolCalling
 from coserve.server.services import Services, named_model
 
 
@@ -25,6 +28,7 @@ class AskedChat:
     """A chat that the engine is about to answer.
 
     model: the name of the model that answers. run: runs long work in a thread. new_reader: makes a reader for one output.
+    shown_ids: of special tokens that the outputs' texts show.
     """
 
     model: str
@@ -33,6 +37,7 @@ class AskedChat:
     answers: Answers
     tally: Tally
     new_reader: Callable[[], OutputReader]
+    shown_ids: frozenset[int]
 
 
 async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedChat:
@@ -40,24 +45,31 @@ async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedC
     arrival_s = time.monotonic()
     name = await named_model(services, tenant, body.model)
     body.check()
+    tools = ToolCalling(body.tool_use, services.tokenizer, services.config.tool_call_parser)
     info = services.engine.info
     run: ThreadRunner = partial(services.work.run, tenant)
     ids = await conversation_prompt(
         services.tokenizer, body.messages, run=run, limit=info.max_model_len,
         add_generation_prompt=body.add_generation_prompt is not False,
-        allow_control_tokens=services.config.allow_control_tokens,
+        allow_control_tokens=services.config.allow_control_tokens, extras=ChatExtras(tools=body.tool_use.tools),
     )
     asked_by = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = output_limit(
         len(ids), body.max_completion_tokens or body.max_tokens, default=None, limit=info.max_model_len,
         prompt_field="messages", tokens_field=asked_by,
     )
-    sampling = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed)
+    grammar = await tried_grammar(services, run, body)
+    sampling = body.sampling(
+        max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed, grammar=grammar
+    )
+    shown_ids = body.shown_ids(services.tokenizer) | tools.marker_ids
+    sampling = replace(sampling, shown_special_ids=tuple(sorted(shown_ids)))
     if not body.stream:
         check_logprobs([ids], [sampling], "top_logprobs")
     answers = await ask(services, tenant, name, body, [Question(ids, sampling)], arrival_s)
     return AskedChat(
-        model=name, prompt_ids=ids, run=run, answers=answers, tally=Tally([len(ids)], body.num_outputs), new_reader=PlainReader
+        model=name, prompt_ids=ids, run=run, answers=answers, tally=Tally([len(ids)], body.num_outputs),
+        new_reader=tools.new_reader, shown_ids=shown_ids,
     )
 
 

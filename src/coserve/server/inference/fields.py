@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from coserve.chat.messages import NO_TOOLS, is_neutral
+from coserve.chat.messages import is_neutral
 from coserve.core import InvalidRequest
 from coserve.server.inference.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -23,7 +23,6 @@ _IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "response_format": ({"type": "text"},),
     "prompt_cache_retention": ("in_memory", "in-memory"),
     "moderation": (),
     # vLLM's
@@ -31,7 +30,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "early_stopping": (False,),
     "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "truncate_prompt_tokens": (),
     "truncation_side": (),
@@ -41,13 +39,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "priority": (0,),
     "request_id": (),
     "cache_salt": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
-    "structured_outputs": (),
+    "guided_decoding_backend": ("auto", "guidance"),
     "structural_tag": (),
     "lora_request": (),
     "kv_transfer_params": (),
@@ -57,9 +49,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "lora_path": (),
     "session_params": (),
     "return_hidden_states": (False,),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
     "no_stop_trim": (False,),
     "rid": (),
     "data_parallel_rank": (),
@@ -68,7 +57,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "max_new_tokens": (),
 }
 _CHAT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    **NO_TOOLS,
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
@@ -99,7 +87,6 @@ _TOKENIZE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "mm_processor_kwargs": ({},),
-    "tools": ([],),
 }
 
 

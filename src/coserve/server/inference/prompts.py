@@ -6,12 +6,14 @@ Owns: which messages and prompts are taken. Does not own: the chat template (tex
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from coserve.chat.messages import ROLES, TOOL_ROLES, UNSUPPORTED, is_neutral, join_parts
+from coserve.chat.messages import CALL_FIELDS, ROLES, TOOL_ROLES, UNSUPPORTED, is_neutral, join_parts
+from coserve.chat.template import NO_EXTRAS, ChatExtras
 from coserve.core import ContextExceeded, InvalidRequest
 from coserve.server.inference.protocol import ChatMessage, ContentPart
+from coserve.server.inference.toolturns import ToolTurns
 from coserve.text.detokenizer import shown_text
 from coserve.text.tokenizer import ChatTokenizer, TextRules
 
@@ -20,6 +22,8 @@ _LONG_CHARS = 4096
 _MESSAGE_CHARS = 64
 """Characters that a message, or a part of one, counts for beside its text, since template and checks take time for each."""
 _MAX_PROMPTS = 1024
+_OWN_CALL_FIELDS = {"assistant": ("tool_calls", "function_call"), "tool": ("tool_call_id",)}
+"""Fields of calls and results, by the role whose messages have them."""
 Result = TypeVar("Result")
 
 
@@ -39,25 +43,30 @@ class Prompt(NamedTuple):
 async def conversation_prompt(
     tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, run: ThreadRunner, limit: int,
     add_generation_prompt: bool = True, add_special_tokens: bool = False, allow_control_tokens: bool = False,
+    extras: ChatExtras = NO_EXTRAS,
 ) -> list[int]:
     """A conversation in tokens. limit: of the context, in tokens. allow_control_tokens: whether control tokens that a message
-    writes out count as such; if not, they are plain text. Raises InvalidRequest."""
+    writes out count as such; if not, they are plain text. extras: what the template is given beside the messages. Raises
+    InvalidRequest."""
     rules = TextRules(allow_control_tokens=allow_control_tokens)
 
     def encode() -> list[int]:
         turns = template_messages(messages, keep_developer=tokenizer.knows_developer)
-        _check_size(tokenizer, sum(len(turn["content"]) for turn in turns), limit, "messages")
+        _check_size(tokenizer, sum(map(_num_characters, turns)), limit, "messages")
+        _check_size(tokenizer, _num_characters(extras.tools), limit, "tools")
         ids = tokenizer.encode_chat(
-            turns, add_generation_prompt=add_generation_prompt, add_special_tokens=add_special_tokens, rules=rules
+            turns, add_generation_prompt=add_generation_prompt, add_special_tokens=add_special_tokens, rules=rules,
+            extras=extras,
         )
         _check_size(tokenizer, len(ids), limit, "messages", "tokens")
         return ids
 
-    size = 0
+    size = _num_characters(extras.tools)
     for message in messages:
         parts = message.content if isinstance(message.content, list) else [message]
         texts = (part.text if isinstance(part, ContentPart) else part.content for part in parts)
         size += sum(_MESSAGE_CHARS + len(text or "") for text in texts)
+        size += _num_characters(message.tool_calls) + _num_characters(message.function_call)
     return await _beside(run, encode, size)
 
 
@@ -82,24 +91,34 @@ async def text_prompts(
 
 
 def template_messages(messages: Sequence[ChatMessage], *, keep_developer: bool = False) -> list[dict[str, Any]]:
-    """Messages for a chat template: plain texts. keep_developer: whether the template knows the role developer, which otherwise
-    becomes system.
+    """Messages for a chat template: plain texts, calls and results. keep_developer: whether the template knows the role
+    developer, which otherwise becomes system.
 
-    Raises InvalidRequest for roles, parts and calls that aren't supported.
+    Raises InvalidRequest for roles and parts that aren't supported, and results that answer no call.
     """
     turns = []
+    tools = ToolTurns()
     for number, message in enumerate(messages):
         place = f"messages[{number}]"
-        if message.role in TOOL_ROLES:
-            raise InvalidRequest(f"{place}.role: tools are not supported yet; leave them out", param=f"{place}.role")
-        if message.role not in ROLES:
-            raise InvalidRequest(f"{place}.role: must be one of {', '.join(ROLES)}", param=f"{place}.role")
+        if message.role not in (*ROLES, *TOOL_ROLES):
+            known = ", ".join((*ROLES, *TOOL_ROLES))
+            raise InvalidRequest(f"{place}.role: must be one of {known}", param=f"{place}.role")
         for name, neutral in UNSUPPORTED.items():
-            if not is_neutral(getattr(message, name), neutral):
+            own = _OWN_CALL_FIELDS.get(message.role, ())
+            if name in CALL_FIELDS and name not in own and not is_neutral(getattr(message, name), neutral):
+                raise InvalidRequest(f"{place}.{name}: is no field of a message of role {message.role}; leave it out",
+                                     param=f"{place}.{name}")
+            if name not in CALL_FIELDS and not is_neutral(getattr(message, name), neutral):
                 raise InvalidRequest(f"{place}.{name}: is not supported yet; leave it out", param=f"{place}.{name}")
         role = "system" if message.role == "developer" and not keep_developer else message.role
-        turn = {"role": role, "content": _content(message, place)}
-        turns.append(turn if message.name is None else {**turn, "name": message.name})
+        turn: dict[str, Any] = {"role": role, "content": _content(message, place)}
+        if message.name is not None:
+            turn["name"] = message.name
+        if message.role in TOOL_ROLES:
+            turn |= tools.result(message, place)
+        elif message.role == "assistant" and (calls := tools.calls(message, place)):
+            turn["tool_calls"] = calls
+        turns.append(turn)
     return turns
 
 
@@ -124,6 +143,20 @@ def output_limit(
             f"of {limit} tokens; ask for at most {left}", param=tokens_field,
         )
     return asked
+
+
+def _num_characters(value: Any) -> int:
+    """Characters of a value's texts and names, and at least one for each of its other values."""
+    count, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, Mapping):
+            left += [*item.values(), *item]
+        elif isinstance(item, list | tuple):
+            left += item
+        else:
+            count += len(item) if isinstance(item, str) else item is not None
+    return count
 
 
 def _check_size(tokenizer: ChatTokenizer, size: int, limit: int, field: str, unit: str = "characters") -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
 
+from coserve.chat.template import ChatExtras
+from coserve.chat.tools import read_tools
 from coserve.core import InvalidRequest
 from coserve.server.bodies.forms import Form
 from coserve.server.bodies.parse import MAX_VALUES
@@ -53,7 +55,10 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> Resp
             services.tokenizer, body.messages, run=run, limit=limit,
             add_generation_prompt=body.add_generation_prompt is not False, add_special_tokens=bool(body.add_special_tokens),
             allow_control_tokens=services.config.allow_control_tokens,
+            extras=ChatExtras(tools=[] if body.tools is None else read_tools(body.tools, "tools")),
         )
+    elif body.tools:
+        raise InvalidRequest("tools: are for messages; a prompt is a text as it is", param="tools")
     elif body.prompt:
         special = body.add_special_tokens is not False
         prompts = await text_prompts(
