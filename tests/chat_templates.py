@@ -51,3 +51,62 @@ DEVELOPER = """
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
 """
 """A developer role of its own, and no system role."""
+
+THINKING = """
+{%- macro said(role, text) %}{{ '<|im_start|>' + role + '\n' + text + '<|im_end|>\n' }}{% endmacro %}
+{%- if tools %}
+  {{- '<|im_start|>system\nTools:\n<tools>\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}
+  {{- '</tools>\nCall one as <tool_call>{...}</tool_call>.<|im_end|>\n' }}
+{%- endif %}
+{%- set last = namespace(question=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+  {%- if m.role == 'assistant' %}
+    {%- set thought, answer = m.reasoning_content or '', m.content or '' %}
+    {%- if not thought and '</think>' in answer %}
+      {%- set thought = answer.split('</think>')[0].split('<think>')[-1].strip('\n') %}
+      {%- set answer = answer.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if loop.index0 > last.question %}{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}{% endif %}
+    {{- answer }}
+    {%- for call in m.tool_calls or [] %}
+      {{- '\n<tool_call>\n' }}{{ call.function | tojson }}{{ '\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+  {%- elif m.role == 'tool' %}{{ said('user', '<tool_response>\n' + m.content + '\n</tool_response>') }}
+  {%- else %}{{ said(m.role, m.content) }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- '<|im_start|>assistant\n' }}{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
+{%- endif %}
+"""
+"""As Qwen3's: tools, calls and results in marks; thoughts of earlier answers left out, and none if enable_thinking is false."""
+THINKING_MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+"""Its marks that aren't special tokens."""
+
+ALWAYS_THINKING = """
+{%- for m in messages %}
+  {%- if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}
+  {%- else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}
+"""
+"""As DeepSeek-R1's: the generation prompt begins the thoughts."""
+
+INSTRUCT = """
+{{- bos_token }}
+{%- if messages[0].role == 'system' %}{% set rules, messages = messages[0].content + '\n\n', messages[1:] %}
+{%- else %}{% set rules = '' %}{% endif %}
+{%- for m in messages %}
+  {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+    {{- raise_exception('After the optional system message, roles must alternate user/assistant') }}
+  {%- endif %}
+  {%- if m.role == 'user' %}{{ '[INST] ' + (rules if loop.last else '') + m.content + ' [/INST]' }}
+  {%- else %}{{ ' ' + m.content + eos_token }}
+  {%- endif %}
+{%- endfor %}
+"""
+"""As Mistral's: it writes BOS and EOS, roles alternate, the system message goes into the last question."""

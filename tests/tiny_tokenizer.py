@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -32,10 +33,10 @@ _SENTENCES = (
 )
 
 
-def build_tiny_tokenizer(directory: Path, *, chat_template: str | None = CHATML) -> Path:
+def build_tiny_tokenizer(directory: Path, *, chat_template: str | None = CHATML, added: Sequence[str] = ()) -> Path:
     """Saves a byte-level BPE tokenizer of about 400 tokens (as GPT-2's, Llama-3's, Qwen's); returns `directory`.
 
-    EOS is <|im_end|>, padding <|endoftext|>; there is no BOS.
+    EOS is <|im_end|>, padding <|endoftext|>; there is no BOS. added: further tokens, which aren't called special.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,13 +49,16 @@ def build_tiny_tokenizer(directory: Path, *, chat_template: str | None = CHATML)
         show_progress=False,
     )
     tokenizer.train_from_iterator(_SENTENCES, trainer)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
     return _save(tokenizer, directory, chat_template, eos_token=IM_END, pad_token=END_OF_TEXT)
 
 
-def build_sentencepiece_tokenizer(directory: Path, *, chat_template: str | None = None) -> Path:
+def build_sentencepiece_tokenizer(
+    directory: Path, *, chat_template: str | None = None, added: Sequence[str] = ()
+) -> Path:
     """Saves a BPE tokenizer with byte fallback and a space before the first word, as Llama-2's; returns `directory`.
 
-    Words are spelled in letters, but for " the". BOS <s> is added by the tokenizer, EOS is </s>.
+    Words are spelled in letters, but for " the". BOS <s> is added by the tokenizer, EOS is </s>. added: as above.
     """
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += [chr(code) for code in range(0x21, 0x7F)] + ["▁t", "he", "▁the"]
@@ -66,6 +70,7 @@ def build_sentencepiece_tokenizer(directory: Path, *, chat_template: str | None 
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in pieces[:3]])
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return _save(tokenizer, directory, chat_template, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 

@@ -10,6 +10,9 @@ The marks and the other names are random private-use characters, made once per t
 copy has the tokenizer's own settings with other names, so it treats what is around a token (white space to strip, prefix
 spaces) as the tokenizer does. A text without marks never needs the copy.
 
+Some control tokens are an assistant's own writing: those around thoughts and calls (`<think>`, `<tool_call>`). In an assistant's
+text they stay tokens, as a model has written them there. In anybody else's text they are plain text as all others.
+
 Owns: finding, marking, the copy. Does not own: which tokens are control tokens (text/tokenizer.py).
 """
 
@@ -20,13 +23,16 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Encoding, Tokenizer, models
 
+from coserve.chat.template import Message
 from coserve.core import InvalidRequest
 
+_OWN_TEXTS = ("content", "reasoning_content")
+"""What an assistant writes itself, of the fields of its message."""
 _PRIVATE, _NUM_PRIVATE = 0x100000, 0xFFFE
 """The second plane of private-use characters."""
 _NUMBERS = 0xF0000
@@ -55,11 +61,14 @@ class Settled(NamedTuple):
 class ControlTexts:
     """The control tokens of one tokenizer as texts. Any thread may use it."""
 
-    def __init__(self, backend: Tokenizer, names: Collection[str], unknown: str | None) -> None:
+    def __init__(
+        self, backend: Tokenizer, names: Collection[str], unknown: str | None, *, own: Collection[str] = ()
+    ) -> None:
         """names: of the control tokens. unknown: the name of the token for what the vocabulary can't write, which plain text
-        may hold; None if there is none."""
+        may hold; None if there is none. own: names of further control tokens, which an assistant's own text may hold."""
         self._backend = backend
-        self._names = frozenset(name for name in names if not name.isspace())
+        self._own = frozenset(own) - frozenset(names)
+        self._names = frozenset(name for name in {*names, *own} if not name.isspace())
         self._unknown = unknown
         self._listed = sorted(self._names)
         self._numbers = {name: number for number, name in enumerate(self._listed)}
@@ -72,22 +81,50 @@ class ControlTexts:
         self._copy: Tokenizer | None = None
         self._building = threading.Lock()
 
-    def holds(self, text: str) -> bool:
-        """Whether the tokenizer would read a control token in the text."""
-        return bool(self._find(text))
+    def has_names(self, names: Collection[str], own: Collection[str]) -> bool:
+        """Whether these are its control tokens' names."""
+        spaceless = frozenset(name for name in {*names, *own} if not name.isspace())
+        return (spaceless, frozenset(own) - frozenset(names)) == (self._names, self._own)
 
-    def mark(self, text: str) -> str:
-        """The text with marks for its control texts, for the template. Raises InvalidRequest if it holds control texts even
-        so."""
-        found = self._find(text)
+    def holds(self, text: str, *, own: bool = False) -> bool:
+        """Whether the tokenizer would read a control token in the text. own: it is an assistant's text, see above."""
+        return bool(self._foreign(text, own))
+
+    def mark(self, text: str, *, own: bool = False) -> str:
+        """The text with marks for its control texts, for the template. own: it is an assistant's text, see above. Raises
+        InvalidRequest if it holds control texts even so."""
+        found = self._foreign(text, own)
         if found:
             text = _edit(text, [(item.start, item.end, self._placeholder(text[item.start : item.end])) for item in found])
-            if self._find(text):
+            if self._foreign(text, own):
                 raise _not_copied()
         body = text.rstrip()  # a control text that only begins here might end in what the template puts behind
         if any(body[-n:] in self._starts for n in range(1, min(self._longest, len(body) + 1))):
             return body + self._cut + text[len(body) :]
         return text
+
+    def mark_messages(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages with marks in all their texts, names and inner ones included. Raises InvalidRequest as `mark`, and for
+        values that are nested too deeply."""
+        return [
+            {self.mark(name): self.mark_all(value, own=message["role"] == "assistant" and name in _OWN_TEXTS)
+             for name, value in message.items()}
+            for message in messages
+        ]
+
+    def mark_all(self, value: Any, *, own: bool = False) -> Any:
+        """A value with marks in all its texts. own: as in `mark`. Raises InvalidRequest as `mark_messages`."""
+        try:
+            return self._mark_inside(value, own)
+        except RecursionError:
+            raise InvalidRequest("messages: a value in them, or beside them, is nested too deeply", param="messages") from None
+
+    def _mark_inside(self, value: Any, own: bool) -> Any:
+        if isinstance(value, str):
+            return self.mark(value, own=own)
+        if isinstance(value, Mapping):
+            return {self.mark(name): self._mark_inside(item, own) for name, item in value.items()}
+        return [self._mark_inside(item, own) for item in value] if isinstance(value, list | tuple) else value
 
     def _placeholder(self, surface: str) -> str:
         """surface: a control text; it isn't its token's name where the tokenizer normalizes texts."""
@@ -133,6 +170,10 @@ class ControlTexts:
 
     def _renamed(self, name: str | None) -> str:
         return f"{self._rename}{name}{self._rename}"
+
+    def _foreign(self, text: str, own: bool) -> list[_ControlText]:
+        """Control texts that must not count where they are. own: whether it is an assistant's text."""
+        return [item for item in self._find(text) if not (own and item.name in self._own)]
 
     def _find(self, text: str) -> list[_ControlText]:
         encoding = self._finder.encode(text, add_special_tokens=False)

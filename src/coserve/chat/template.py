@@ -1,20 +1,27 @@
 """A model's chat template: Jinja source that turns messages into text. Compiled by transformers, with its filters and globals.
 
-Owns: rendering, the date that templates read, which roles a template has of its own. Does not own: tokens.
+Owns: rendering, the date that templates read, which roles a template has of its own, which variables it reads, where a message
+that is to be continued ends. Does not own: tokens.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
+from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,
+    _get_template_literal_text,
+    _get_template_variables,
+    _render_with_assistant_indices,
+)
 
-from coserve.core import InvalidRequest, one_line
+from coserve.core import ContextExceeded, InvalidRequest, one_line
 
 Message = Mapping[str, Any]
 """A chat message: role, content, possibly name, and for an assistant possibly `tool_calls` (with arguments as objects),
@@ -23,6 +30,13 @@ Message = Mapping[str, Any]
 PROBE = "coserve-probe"
 _NO_ROLE = "qzxcourier"
 """A role that no template knows."""
+_MAX_REASON = 300
+"""Characters that are shown of what a template says when it refuses a conversation."""
+_OWN_VARIABLES = frozenset({
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "bos_token",
+    "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens",
+})
+"""Variables that are set by whoever renders a conversation, or that transformers takes for its own."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -61,20 +75,58 @@ class ChatTemplate:
         """Whether it renders a system message."""
         return PROBE in (self._try_role("system") or "")
 
+    @functools.cached_property
+    def written(self) -> str:
+        """All texts that its source writes out, with characters between them that no text holds. Nothing if it isn't Jinja."""
+        try:
+            return str(_get_template_literal_text(self.source))
+        except Exception:
+            return ""
+
+    @functools.cached_property
+    def reads(self) -> frozenset[str]:
+        """Names of the variables that it reads and that somebody else has to set. None if it isn't Jinja."""
+        try:
+            return frozenset(_get_template_variables(self.source))
+        except Exception:
+            return frozenset()
+
+    def sets(self, name: str) -> bool:
+        """Whether a variable has a value that nobody else may give."""
+        return name in _OWN_VARIABLES or name in self._special_tokens
+
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None,
-        extras: ChatExtras = NO_EXTRAS,
+        extras: ChatExtras = NO_EXTRAS, continue_final: bool = False, max_chars: int | None = None,
     ) -> str:
         """The conversation as text. now: what templates that write today's date are told; None: the machine's clock.
+        continue_final: whether the last message stays open, so that the text ends with its content. max_chars: the most
+        characters that the text may have.
 
-        Raises InvalidRequest if the template refuses the conversation.
+        Raises InvalidRequest if the template refuses the conversation or leaves out what is to be continued, ContextExceeded if
+        the text is too long.
         """
+        tag = f"qzx{secrets.token_hex(12)}"  # no text holds it
+        if continue_final:
+            messages = [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}{tag} "}]
         try:
-            template = _compile_jinja_template(self.source)
             variables = {**self._variables(messages, now, extras), "add_generation_prompt": add_generation_prompt}
-            return str(template.render(variables))
+            text = self._write(variables, max_chars)
+        except ContextExceeded:
+            raise
         except Exception as error:  # a template is foreign code: whatever it raises is about these messages
-            raise _refused(error) from error
+            raise _refused(error, tag) from error
+        return _until(tag, text) if continue_final else text
+
+    def _write(self, variables: Mapping[str, Any], max_chars: int | None) -> str:
+        """Its text with these variables. Raises ContextExceeded, and whatever the template raises."""
+        pieces, size = list[str](), 0
+        for piece in _compile_jinja_template(self.source).generate(variables):
+            size += len(piece)
+            if max_chars is not None and size > max_chars:
+                raise too_long(max_chars)
+            pieces.append(piece)
+        return "".join(pieces)
 
     def render_generated(
         self, messages: Sequence[Message], *, now: datetime | None = None, extras: ChatExtras = NO_EXTRAS
@@ -109,5 +161,31 @@ class ChatTemplate:
         return None if text is None else re.sub(f"developer|{_NO_ROLE}", "", text, flags=re.IGNORECASE)
 
 
-def _refused(error: Exception) -> InvalidRequest:
-    return InvalidRequest(f"the model's chat template refuses the conversation: {one_line(error, 300)}", param="messages")
+def _refused(error: Exception, tag: str = "") -> InvalidRequest:
+    """tag: what was put behind a message's content, which the error may repeat."""
+    shown = one_line(error)
+    if tag:
+        shown = shown.replace(f"{tag} ", "").replace(tag, "")
+    if len(shown) > _MAX_REASON:
+        shown = f"{shown[: _MAX_REASON - 3]}..."
+    return InvalidRequest(f"the model's chat template refuses the conversation: {shown}", param="messages")
+
+
+def too_long(max_chars: int) -> ContextExceeded:
+    """The error of a rendered conversation with more characters."""
+    return ContextExceeded(
+        f"messages: with what the chat template adds, the conversation has more than {max_chars} characters, and this model's "
+        "context can't hold so many; shorten it", param="messages",
+    )
+
+
+def _until(tag: str, text: str) -> str:
+    """A rendered text up to the end of the content that the tag was put behind. Where the template has trimmed the content, the
+    text ends with no white space, as transformers has it."""
+    place = text.rfind(tag)
+    if place < 0:
+        raise InvalidRequest(
+            "continue_final_message: the model's chat template leaves out the last message's content, so that it can't be "
+            "continued", param="continue_final_message",
+        )
+    return text[:place] if text.startswith(f"{tag} ", place) else text[:place].rstrip()

@@ -12,16 +12,19 @@ The trained part of an assistant turn is what a model has to produce after `enco
                                           |trained-|       up to the end-of-turn token, not the white space after it
 
 Control tokens that a message writes out (an end-of-turn marker in a user's text) are plain text, in requests and in training
-alike, unless `TextRules.allow_control_tokens` says otherwise; see chat/control.py.
+alike, unless `TextRules.allow_control_tokens` says otherwise; see chat/control.py. An assistant's text, and a text outside of
+any template, may hold those around thoughts and calls (`<think>`), which its author writes itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
+import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -31,11 +34,14 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from coserve.chat.control import ControlTexts, Settled
+from coserve.chat.reasoning import THOUGHT_MARKERS
 from coserve.chat.template import NO_EXTRAS, PROBE, ChatExtras, ChatTemplate, Message
-from coserve.core import InvalidRequest, NotFound, one_line
+from coserve.core import ContextExceeded, InvalidRequest, NotFound, one_line
 from coserve.text.tokenbytes import TokenBytes
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+_MARKER = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)
+"""A name between other characters, as <tool_call> and [TOOL_CALLS] are: no word, and no mere punctuation."""
 EXACT_KEY = "coserve_exact"
 """In tokenizer_config.json: tokenizer.json is the whole truth. For some families AutoTokenizer replaces parts of it."""
 
@@ -102,6 +108,8 @@ class ChatTokenizer:
         self._bos: list[int] = [bos] if bos is not None and self.encode("a", add_special_tokens=True)[:1] == [bos] else []
         self._making_controls = threading.Lock()
         self._made_controls: ControlTexts | None = None
+        self._given_template: ChatTemplate | None = None
+        self._original: ChatTokenizer | None = None
         alone = self.encode("a")
         self._adds_prefix_space = self.decode(alone + alone) == "a a"
 
@@ -141,24 +149,45 @@ class ChatTokenizer:
     def eos_token_id(self) -> int | None:
         return self._hf.eos_token_id
 
+    def with_template(
+        self, source: str, make: Callable[[str, Mapping[str, Any]], ChatTemplate] = ChatTemplate
+    ) -> ChatTokenizer:
+        """The same tokenizer with another chat template. make: makes it, from its source and the special tokens by name."""
+        other = copy.copy(self)
+        for name in ("template", "_farewell"):
+            other.__dict__.pop(name, None)
+        other._making_controls, other._made_controls = threading.Lock(), None
+        other._given_template, other._original = make(source, self._hf.special_tokens_map), self
+        return other
+
     @property
     def chat_template(self) -> str | None:
         """The Jinja source, or None."""
+        if self._given_template is not None:
+            return self._given_template.source
         return self._hf.get_chat_template() if self._hf.chat_template else None
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._hf.chat_template)
+        return self._given_template is not None or bool(self._hf.chat_template)
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """Raises InvalidRequest if there is none."""
+        source = self.chat_template
+        if source is None:
+            raise InvalidRequest("the model's tokenizer has no chat template; give plain text", param="messages")
+        return self._given_template or ChatTemplate(source, self._hf.special_tokens_map)
 
     @property
     def knows_developer(self) -> bool:
         """Whether the chat template has a developer role of its own; else such messages are given as the system's."""
-        return self.has_chat_template and self._template.knows_developer
+        return self.has_chat_template and self.template.knows_developer
 
     @property
     def takes_system(self) -> bool:
         """Whether the chat template renders system messages."""
-        return self.has_chat_template and self._template.takes_system
+        return self.has_chat_template and self.template.takes_system
 
     def prepare_control_texts(self) -> None:
         """Does ahead of time what the first message with a control token written out needs. For a tokenizer of 150,000 tokens
@@ -190,21 +219,28 @@ class ChatTokenizer:
 
     def render_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None,
-        extras: ChatExtras = NO_EXTRAS,
+        extras: ChatExtras = NO_EXTRAS, continue_final: bool = False, max_chars: int | None = None,
     ) -> str:
-        """The conversation as the chat template writes it.
+        """The conversation as the chat template writes it. continue_final, max_chars: as in ChatTemplate.render.
 
         Raises InvalidRequest if there is no template, or the template refuses the conversation.
         """
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt, now=now, extras=extras)
+        return self.template.render(
+            messages, add_generation_prompt=add_generation_prompt, now=now, extras=extras, continue_final=continue_final,
+            max_chars=max_chars,
+        )
 
     def encode_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, add_special_tokens: bool = False,
-        rules: TextRules = TextRules(), extras: ChatExtras = NO_EXTRAS,
+        rules: TextRules = TextRules(), extras: ChatExtras = NO_EXTRAS, continue_final: bool = False,
+        max_chars: int | None = None,
     ) -> list[int]:
-        """A prompt for the next assistant turn: the conversation with the generation prompt. Raises InvalidRequest."""
+        """A prompt for the next assistant turn: the conversation with the generation prompt, or where continue_final says so,
+        with the last message left open. max_chars: the most characters that the rendered conversation may have. Raises
+        InvalidRequest, ContextExceeded."""
         chat = self._marked(messages, extras, rules)
-        settled = self._controls.settle(self._render(chat, add_generation_prompt, rules))
+        text = self._render(chat, add_generation_prompt, rules, continue_final=continue_final, max_chars=max_chars)
+        settled = self._controls.settle(text)
         if settled.copy:
             return self._controls.encode(settled, add_special_tokens).ids
         return self.encode(settled.text, add_special_tokens)
@@ -223,7 +259,8 @@ class ChatTokenizer:
         Raises InvalidRequest if what to train on is undefined even so.
         """
         notes = Notes() if notes is None else notes
-        self._note_texts(notes, rules, *(message["content"] for message in messages))
+        for message in messages:
+            self._note_texts(notes, rules, message["content"], own=message["role"] == "assistant")
         rendered = self._render_training(self._marked(messages, extras, rules), rules, notes)
         settled = self._controls.settle(rendered.text)
         ids, starts, ends = self._with_offsets(settled)
@@ -271,7 +308,11 @@ class ChatTokenizer:
         """Made once, also where two threads ask first: one of them could not read the other's marks."""
         with self._making_controls:
             if self._made_controls is None:
-                self._made_controls = ControlTexts(self._hf.backend_tokenizer, self._control_names(), self._hf.unk_token)
+                names, own = self._control_names(), self._part_names()
+                lent = None if self._original is None else self._original._controls  # its copy of the tokenizer is large
+                if lent is None or not lent.has_names(names, own):
+                    lent = ControlTexts(self._hf.backend_tokenizer, names, self._hf.unk_token, own=own)
+                self._made_controls = lent
             return self._made_controls
 
     def _control_names(self) -> set[str]:
@@ -282,50 +323,44 @@ class ChatTokenizer:
             with contextlib.suppress(InvalidRequest):
                 written = self.render_chat(turns, add_generation_prompt=False)
                 added = {index: token.content for index, token in self._hf.added_tokens_decoder.items()}
-                names |= {added[index] for index in self.encode(written) if index in added}
+                tokens = {added[index] for index in self.encode(written) if index in added}
+                names |= {name for name in tokens if name in self.special_tokens or name not in THOUGHT_MARKERS}
         return {name for name in names if name}
+
+    def _part_names(self) -> set[str]:
+        """Added tokens that the template's source writes out, where they look like marks: of thoughts, calls and results."""
+        written = self.template.written if self.has_chat_template else ""
+        added = {token.content for token in self._hf.added_tokens_decoder.values()}
+        return {name for name in added if _MARKER.fullmatch(name) and name in written}
 
     def _marked(self, messages: Sequence[Message], extras: ChatExtras, rules: TextRules) -> _Chat:
         """What the template may see: control tokens in texts, inner ones and names included, cut unless they are allowed."""
         if rules.allow_control_tokens:
             return _Chat(messages, extras)
-        tools, variables = self._mark_all(extras.tools), self._mark_all(extras.variables)
-        return _Chat(self._mark_all(messages), ChatExtras(tools=tools, variables=variables))
-
-    def _mark_all(self, value: Any) -> Any:
-        """The value with its texts marked."""
-        if isinstance(value, str):
-            return self._controls.mark(value)
-        if isinstance(value, Mapping):
-            return {self._controls.mark(name): self._mark_all(item) for name, item in value.items()}
-        return [self._mark_all(item) for item in value] if isinstance(value, list | tuple) else value
+        tools, variables = self._controls.mark_all(extras.tools), self._controls.mark_all(extras.variables)
+        return _Chat(self._controls.mark_messages(messages), ChatExtras(tools=tools, variables=variables))
 
     def _encode_text(self, text: str, rules: TextRules) -> list[int]:
         """Ids of a text that no template has written."""
         if rules.allow_control_tokens:
             return self.encode(text)
-        settled = self._controls.settle(self._controls.mark(text))
+        settled = self._controls.settle(self._controls.mark(text, own=True))
         return self._controls.encode(settled, False).ids if settled.copy else self.encode(settled.text)
 
-    def _note_texts(self, notes: Notes | None, rules: TextRules, *texts: str) -> None:
+    def _note_texts(self, notes: Notes | None, rules: TextRules, *texts: str, own: bool = True) -> None:
+        """own: whether they are an assistant's, or no template has written them."""
         if notes is not None and not rules.allow_control_tokens:
-            notes.control_texts += sum(self._controls.holds(text) for text in texts)
+            notes.control_texts += sum(self._controls.holds(text, own=own) for text in texts)
 
     # --- conversations ---
 
-    @functools.cached_property
-    def _template(self) -> ChatTemplate:
-        """Raises InvalidRequest if there is none."""
-        source = self.chat_template
-        if source is None:
-            raise InvalidRequest("the model's tokenizer has no chat template; give plain text", param="messages")
-        return ChatTemplate(source, self._hf.special_tokens_map)
-
-    def _render(self, chat: _Chat, add_generation_prompt: bool, rules: TextRules) -> str:
+    def _render(self, chat: _Chat, add_generation_prompt: bool, rules: TextRules, **more: Any) -> str:
         try:
             return self.render_chat(
-                chat.messages, add_generation_prompt=add_generation_prompt, now=rules.now, extras=chat.extras
+                chat.messages, add_generation_prompt=add_generation_prompt, now=rules.now, extras=chat.extras, **more
             )
+        except ContextExceeded:
+            raise
         except InvalidRequest as error:
             raise InvalidRequest(self._controls.unmark(str(error)), param=error.param) from error
 
@@ -336,7 +371,7 @@ class ChatTokenizer:
         try:
             return _Rendered(text, [self._trained_span(chat, i, text, rules) for i in trained])
         except InvalidRequest:
-            if self._template.has_generation_tags:
+            if self.template.has_generation_tags:
                 return self._render_by_generation_tag(chat, rules)
             if trained == [len(chat.messages) - 1]:
                 raise
@@ -386,7 +421,7 @@ class ChatTokenizer:
         return probe.partition(PROBE)[0]
 
     def _render_by_generation_tag(self, chat: _Chat, rules: TextRules) -> _Rendered:
-        text, spans = self._template.render_generated(chat.messages, now=rules.now, extras=chat.extras)
+        text, spans = self.template.render_generated(chat.messages, now=rules.now, extras=chat.extras)
         turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if len(spans) != len(turns):
             raise InvalidRequest(
