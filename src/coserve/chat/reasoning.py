@@ -18,6 +18,8 @@ import enum
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from coserve.config.values import AUTO
+
 START, END = "<think>", "</think>"
 THOUGHT_MARKERS = (START, END)
 
@@ -31,6 +33,8 @@ class ThoughtStyle(NamedTuple):
 
 STYLES: Mapping[str, ThoughtStyle] = {"qwen3": ThoughtStyle(always=False), "deepseek_r1": ThoughtStyle(always=True)}
 """By the names of vLLM's reasoning parsers."""
+PARSERS = (AUTO, "none", *STYLES)
+"""What the setting reasoning_parser may be. auto: as the chat template says; none: outputs are read as answers."""
 
 
 class Begin(enum.Enum):

@@ -25,6 +25,8 @@ from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
+from coserve.server.inference.templates import RequestTemplates
+from coserve.server.inference.thoughts import find_style
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.locks import hold, make_private
@@ -74,6 +76,11 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         stack.push_async_callback(engine.supervisor.stop)
         await asyncio.gather(engine.supervisor.start(), asyncio.to_thread(uploads.rebuild))
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory))
+        tokenizer = tokenizer.or_template(config.chat_template)
+        find_style(config.reasoning_parser, tokenizer)  # refuses one that this model can't have
+        templates = RequestTemplates(tokenizer) if config.trust_request_chat_template else None
+        if templates is not None:
+            stack.callback(templates.close)
         if not config.allow_control_tokens:
             await asyncio.to_thread(tokenizer.prepare_control_texts)
         models = await asyncio.to_thread(ModelRegistry, store, engine, config, tokenizer)
@@ -90,7 +97,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         yield Services(
             config=config, engine=engine, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
             models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32), work=work,
-            shares=TenantShares(config), watch=watch,
+            shares=TenantShares(config), templates=templates, watch=watch,
         )
 
 

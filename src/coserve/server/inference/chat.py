@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from coserve.chat.template import ChatExtras
 from coserve.server.inference.answers import Answers, Question
 from coserve.server.inference.deltas import OutputReader, PlainReader
 from coserve.server.inference.limits import check_logprobs
-from coserve.server.inference.prompts import ThreadRunner, conversation_prompt, output_limit
+from coserve.server.inference.prompts import ThreadRunner, conversation_prompt, final_content, output_limit
 from coserve.server.inference.protocol import ChatRequest, GenerationRequest
 from coserve.server.inference.responses import Tally
+from coserve.server.inference.templates import chat_tokenizer
+from coserve.server.inference.thoughts import ReasoningCounter, find_style, read_thoughts
 from coserve.server.services import Services, named_model
 
 
@@ -42,11 +45,19 @@ async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedC
     body.check()
     info = services.engine.info
     run: ThreadRunner = partial(services.work.run, tenant)
-    ids = await conversation_prompt(
-        services.tokenizer, body.messages, run=run, limit=info.max_model_len,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        allow_control_tokens=services.config.allow_control_tokens,
+    continued = final_content(
+        body.messages, continue_final_message=body.continue_final_message, add_generation_prompt=body.add_generation_prompt
     )
+    tokenizer = await chat_tokenizer(services.tokenizer, services.templates, run, body.chat_template)
+    thoughts = read_thoughts(body, tokenizer, find_style(services.config.reasoning_parser, tokenizer))
+    ids = await conversation_prompt(
+        tokenizer, body.messages, run=run, limit=info.max_model_len,
+        add_generation_prompt=body.add_generation_prompt is not False and continued is None,
+        add_special_tokens=bool(body.add_special_tokens), allow_control_tokens=services.config.allow_control_tokens,
+        extras=ChatExtras(variables=thoughts.variables), continue_final=continued is not None,
+        always_beside=body.chat_template is not None,
+    )
+    begin = thoughts.begin(tokenizer, ids, continued)
     asked_by = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = output_limit(
         len(ids), body.max_completion_tokens or body.max_tokens, default=None, limit=info.max_model_len,
@@ -56,8 +67,10 @@ async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedC
     if not body.stream:
         check_logprobs([ids], [sampling], "top_logprobs")
     answers = await ask(services, tenant, name, body, [Question(ids, sampling)], arrival_s)
+    counter = None if thoughts.style is None else partial(ReasoningCounter, tokenizer, ids, begin)
     return AskedChat(
-        model=name, prompt_ids=ids, run=run, answers=answers, tally=Tally([len(ids)], body.num_outputs), new_reader=PlainReader
+        model=name, prompt_ids=ids, run=run, answers=answers, tally=Tally([len(ids)], body.num_outputs, counter),
+        new_reader=thoughts.reader(begin, PlainReader),
     )
 
 

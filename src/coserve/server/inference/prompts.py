@@ -6,10 +6,12 @@ Owns: which messages and prompts are taken. Does not own: the chat template (tex
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from coserve.chat.messages import ROLES, TOOL_ROLES, UNSUPPORTED, is_neutral, join_parts
+from coserve.chat.messages import REASONING, ROLES, TOOL_ROLES, UNSUPPORTED, is_neutral, join_parts
+from coserve.chat.template import NO_EXTRAS, ChatExtras
+from coserve.config.values import shown
 from coserve.core import ContextExceeded, InvalidRequest
 from coserve.server.inference.protocol import ChatMessage, ContentPart
 from coserve.text.detokenizer import shown_text
@@ -39,16 +41,22 @@ class Prompt(NamedTuple):
 async def conversation_prompt(
     tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, run: ThreadRunner, limit: int,
     add_generation_prompt: bool = True, add_special_tokens: bool = False, allow_control_tokens: bool = False,
+    extras: ChatExtras = NO_EXTRAS, continue_final: bool = False, always_beside: bool = False,
 ) -> list[int]:
     """A conversation in tokens. limit: of the context, in tokens. allow_control_tokens: whether control tokens that a message
-    writes out count as such; if not, they are plain text. Raises InvalidRequest."""
+    writes out count as such; if not, they are plain text. extras: what the template is given beside the messages.
+    continue_final: whether the last message stays open, see `final_content`. always_beside: whether a thread does it, however
+    short it is. Raises InvalidRequest."""
     rules = TextRules(allow_control_tokens=allow_control_tokens)
 
     def encode() -> list[int]:
         turns = template_messages(messages, keep_developer=tokenizer.knows_developer)
-        _check_size(tokenizer, sum(len(turn["content"]) for turn in turns), limit, "messages")
+        texts = (len(turn["content"]) + len(turn.get("reasoning_content", "")) for turn in turns)
+        _check_size(tokenizer, sum(texts), limit, "messages")
+        _check_size(tokenizer, _num_characters(extras.variables), limit, "chat_template_kwargs")
         ids = tokenizer.encode_chat(
-            turns, add_generation_prompt=add_generation_prompt, add_special_tokens=add_special_tokens, rules=rules
+            turns, add_generation_prompt=add_generation_prompt, add_special_tokens=add_special_tokens, rules=rules,
+            extras=extras, continue_final=continue_final, max_chars=limit * tokenizer.longest_token,
         )
         _check_size(tokenizer, len(ids), limit, "messages", "tokens")
         return ids
@@ -58,7 +66,9 @@ async def conversation_prompt(
         parts = message.content if isinstance(message.content, list) else [message]
         texts = (part.text if isinstance(part, ContentPart) else part.content for part in parts)
         size += sum(_MESSAGE_CHARS + len(text or "") for text in texts)
-    return await _beside(run, encode, size)
+        size += len(message.reasoning_content or message.reasoning or "")
+    size += _num_characters(extras.variables)
+    return await (run(encode) if always_beside else _beside(run, encode, size))
 
 
 async def text_prompts(
@@ -95,12 +105,37 @@ def template_messages(messages: Sequence[ChatMessage], *, keep_developer: bool =
         if message.role not in ROLES:
             raise InvalidRequest(f"{place}.role: must be one of {', '.join(ROLES)}", param=f"{place}.role")
         for name, neutral in UNSUPPORTED.items():
+            if name in REASONING and message.role == "assistant":
+                continue
+            if name in REASONING and getattr(message, name):
+                raise InvalidRequest(f"{place}.{name}: is for messages of the assistant; leave it out", param=f"{place}.{name}")
             if not is_neutral(getattr(message, name), neutral):
                 raise InvalidRequest(f"{place}.{name}: is not supported yet; leave it out", param=f"{place}.{name}")
         role = "system" if message.role == "developer" and not keep_developer else message.role
         turn = {"role": role, "content": _content(message, place)}
+        if (thoughts := _thoughts(message, place)) is not None:
+            turn["reasoning_content"] = thoughts
         turns.append(turn if message.name is None else {**turn, "name": message.name})
     return turns
+
+
+def final_content(
+    messages: Sequence[ChatMessage], *, continue_final_message: bool | None, add_generation_prompt: bool | None
+) -> str | None:
+    """The last message's content, if the request's output is to continue it. Raises InvalidRequest where that can't be."""
+    if not continue_final_message:
+        return None
+    field, last, place = "continue_final_message", messages[-1], f"messages[{len(messages) - 1}]"
+    if add_generation_prompt:
+        raise InvalidRequest(f"{field}: can't stand beside add_generation_prompt, which begins another message; leave one out",
+                             param=field)
+    if last.role != "assistant":
+        raise InvalidRequest(f"{field}: the last message must be the assistant's, its role is {shown(last.role)}", param=field)
+    if last.tool_calls or last.function_call:
+        raise InvalidRequest(f"{field}: the last message ends with calls of tools; only a text can be continued", param=field)
+    if last.content is None:
+        raise InvalidRequest(f"{place}.content: is missing; it is what is to be continued", param=f"{place}.content")
+    return _content(last, place)
 
 
 def output_limit(
@@ -126,6 +161,20 @@ def output_limit(
     return asked
 
 
+def _num_characters(value: Any) -> int:
+    """Characters of a value's texts and names, and at least one for each of its other values."""
+    count, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, Mapping):
+            left += [*item.values(), *item]
+        elif isinstance(item, list | tuple):
+            left += item
+        else:
+            count += len(item) if isinstance(item, str) else item is not None
+    return count
+
+
 def _check_size(tokenizer: ChatTokenizer, size: int, limit: int, field: str, unit: str = "characters") -> None:
     """Refuses a prompt that can't fit the context however it is tokenized: tokenizing megabytes takes minutes and gigabytes.
 
@@ -145,6 +194,15 @@ def _content(message: ChatMessage, place: str) -> str:
     if message.content is None and message.role != "assistant":
         raise InvalidRequest(f"{place}.content: is missing", param=f"{place}.content")
     return message.content or ""
+
+
+def _thoughts(message: ChatMessage, place: str) -> str | None:
+    """An assistant's thoughts; None if it has none."""
+    given = {name: getattr(message, name) for name in REASONING if getattr(message, name)}
+    if len({*given.values()}) > 1:
+        raise InvalidRequest(f"{place}.reasoning: says something else than reasoning_content; leave one of them out",
+                             param=f"{place}.reasoning")
+    return next(iter(given.values()), None)
 
 
 def _split(prompt: Any, vocab_size: int) -> list[str | list[int]]:
