@@ -57,6 +57,23 @@ CHAT_PAYLOADS: dict[str, dict[str, Any]] = {
         "model": MODEL, "messages": [{"role": "user", "content": "some words", "type": "text"}], "max_tokens": 8,
         "temperature": 0, "stop": ["Q:", "<|im_end|>"], "seed": 1234,
     },
+    "vllm with thinking": {
+        "model": MODEL, "messages": [*HI, {"role": "assistant", "content": "Hello", "reasoning": None}, *HI],
+        "chat_template_kwargs": {"enable_thinking": False}, "include_reasoning": True, "add_generation_prompt": True,
+        "continue_final_message": False, "add_special_tokens": False, "chat_template": None, "documents": None, "echo": False,
+        "reasoning_effort": "none",
+    },
+    "sglang": {
+        "model": MODEL, "messages": HI, "separate_reasoning": True, "stream_reasoning": True, "chat_template_kwargs": {},
+    },
+    "deepseek": {
+        "model": MODEL, "messages": [*HI, {"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}, *HI],
+        "thinking": {"type": "disabled"},
+    },
+    "prefill": {
+        "model": MODEL, "messages": [*HI, {"role": "assistant", "content": "The"}], "continue_final_message": True,
+        "add_generation_prompt": False,
+    },
     "vllm bench": {
         "model": MODEL, "messages": [{"role": "user", "content": [{"type": "text", "text": "some words"}]}], "temperature": 0.0,
         "repetition_penalty": 1.0, "max_completion_tokens": 4, "stream": True, "stream_options": {"include_usage": True},

@@ -80,8 +80,9 @@ def test_its_thoughts_and_variables_count(trusting: Site) -> None:
     ("{% if", "chat_template", "isn't a Jinja template"), ("{{ x | nothing }}", "chat_template", "isn't a Jinja template"),
     ("x" * (1 << 18), "chat_template", "at most"), (5, "chat_template", ""), ([], "chat_template", ""),
     ("{{ raise_exception('not so') }}", "messages", "the request's chat template refuses the conversation: not so"),
-    (ALTERNATING + "{{ raise_exception('x') if messages | length > 1 }}{{ 1 / 0 }}", "messages", "division by zero"),
-    ("{{ 'a' * 10**11 }}", "messages", "too much memory"), ("{% set x = messages[0].content * 99999999 %}{{ x }}", "messages", ""),
+    (ALTERNATING + "{{ 1 / messages[1:] | length }}", "messages", "division by zero"),
+    ("{{ 'a' * 10**11 }}", "messages", "too much memory"),
+    ("{% set x = messages[0].content * 99999999 %}{{ x }}", "messages", ""),
 ])
 def test_what_is_refused(trusting: Site, template: Any, param: str, words: str) -> None:
     for path in (CHAT_PATH, "/tokenize"):

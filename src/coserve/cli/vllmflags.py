@@ -53,6 +53,8 @@ FLAGS: Mapping[str, Flag] = {
     "--scheduling-policy": Flag((), "the next request is the least served tenant's; see --policy for who gets the time"),
     "--max-num-queued-tokens": Flag((), "limit the queue with --max-num-queued-reqs"),
     "--tokenizer": Flag((), "the model's own tokenizer is used"),
+    "--chat-template-content-format": Flag(("auto", "string"), "templates get a message's content as one text"),
+    "--default-chat-template-kwargs": Flag((), "requests say what their templates get, in chat_template_kwargs"),
     "--speculative-config": Flag((), "speculative decoding isn't there"),
     "--enable-auto-tool-choice": Flag(None, _NO_TOOLS),
     "--tool-call-parser": Flag((), _NO_TOOLS),

@@ -116,7 +116,11 @@ export class ChatView {
     try {
       const body = { model: view.model, messages: turns, stream: true, stream_options: { include_usage: true }, ...settings };
       for await (const chunk of stream("v1/chat/completions", body, this.stopper.signal)) {
-        const piece = chunk.choices?.[0]?.delta?.content;
+        const { content: piece, reasoning_content: thought } = chunk.choices?.[0]?.delta ?? {};
+        if (thought) {
+          first ??= performance.now();
+          view.think(thought);
+        }
         if (piece) {
           first ??= performance.now();
           text += piece;
@@ -126,7 +130,8 @@ export class ChatView {
       }
       const seconds = (performance.now() - (first ?? begun)) / 1000;
       const rate = tokens > 1 && seconds > 0 ? `, ${number((tokens - 1) / seconds)} tokens/s` : "";
-      view.end(first === null ? "An empty answer." : `first token ${milliseconds(Math.round(first - begun))}${rate}`);
+      const empty = first === null ? "An empty answer." : "It ended in its thoughts.";
+      view.end(!text ? empty : `first token ${milliseconds(Math.round(first - begun))}${rate}`);
     } catch (error) {
       if (error.name === "AbortError") view.end("Stopped.");
       else view.fail(error.message);
@@ -164,13 +169,21 @@ function readSettings() {
 function answerBox(model) {
   const text = el("p", { class: "text" });
   const note = el("p", { class: "note" }, "Waiting for the first token");
-  const box = el("div", { class: "answer" }, el("p", { class: "who", title: model }, modelLabel(model)), text, note);
+  const thoughts = el("p");
+  const thinking = el("details", { class: "thoughts", hidden: true }, el("summary", {}, "Thoughts"), thoughts);
+  const box = el("div", { class: "answer" }, el("p", { class: "who", title: model }, modelLabel(model)), thinking, text, note);
   const follow = () => {
     const log = byId("chat-log");
     if (log.scrollHeight - log.scrollTop - log.clientHeight < 80) log.scrollTop = log.scrollHeight;
   };
   return {
     model, box,
+    think(piece) {
+      thoughts.append(piece);
+      thinking.hidden = false;
+      setText(note, "Thinking");
+      follow();
+    },
     add(piece) {
       text.append(piece);
       setText(note, "");
