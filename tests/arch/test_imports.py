@@ -19,6 +19,7 @@ RANKS: Mapping[str, float] = {
     "config": 0.5,  # the design gives both 0; a ConfigError is one of core's errors, so config stands on core
     "chat": 0.8,  # conversations as text; the tokenizer stands on it
     "text": 1, "kernels": 1, "parallel": 1,
+    "grammar": 1.5,  # masks over the tokenizer's vocabulary
     "ops": 2,
     "model": 3,
     "peft": 3.5,  # the design gives model and peft 3; an adapter is laid out by the decoder's shapes, so peft stands on model
@@ -43,13 +44,18 @@ LAZY: Mapping[str, frozenset[str]] = {
     "coserve.compiler.baselines": frozenset({"peft"}),
     "coserve.compiler.rematerialize": frozenset({"networkx"}),
     "coserve.demo.client": frozenset({"openai"}),
+    "coserve.grammar.build": frozenset({"llguidance"}),
+    "coserve.grammar.matcher": frozenset({"llguidance"}),
     "coserve.kernels.native.build": frozenset({"torch"}),  # its compiler, which takes seconds to import
     "coserve.model.gguf": frozenset({"gguf"}),
     "coserve.model.locate": frozenset({"huggingface_hub"}),
 }
 """Heavy, optional packages that a module may import inside a function."""
 
-BLOCKED = ("fastapi", "uvicorn", "zmq", "msgspec", "sqlalchemy", "prometheus_client", "gguf", "matplotlib", "typer", "rich")
+BLOCKED = (
+    "fastapi", "uvicorn", "zmq", "msgspec", "sqlalchemy", "prometheus_client", "gguf", "matplotlib", "typer", "rich",
+    "llguidance",
+)
 """Packages that `import coserve` must do without. huggingface_hub can't be blocked: transformers imports it itself."""
 
 

@@ -53,7 +53,7 @@ def test_rendered_as_the_models_own(tokenizer: ChatTokenizer, bring: Bring, sour
     assert foreign.encode_chat(messages, extras=extras) == own.encode_chat(messages, extras=extras)
     for options in ({"add_generation_prompt": True}, {"add_generation_prompt": False, "continue_final": True}):
         assert foreign.encode_chat(messages[:2], **options) == own.encode_chat(messages[:2], **options)
-    for name in ("reads", "knows_developer", "takes_system", "has_generation_tags"):
+    for name in ("reads", "tool_prompt", "knows_developer", "takes_system", "has_generation_tags"):
         assert getattr(foreign.template, name) == getattr(own.template, name), name
     assert sorted(foreign.template.written.split("\0")) == sorted(own.template.written.split("\0"))
 

@@ -20,6 +20,7 @@ from coserve.config.settings import POLICIES, FinetuneConfig
 from coserve.core import Slo
 from coserve.server.inference import fields, protocol
 from coserve.server.jobs.body import SETTINGS
+from coserve.server.responses.body import RESPONSES, CreateResponse
 from coserve.server.settings import ServerConfig, read_settings
 from coserve.server.stats.metrics import ServerMetrics, ServerState
 from tests.commands import config_of
@@ -233,16 +234,20 @@ def test_fields_of_requests_are_listed_as_they_are() -> None:
         "chat and completions": generation,
         "chat": [name for name in protocol.ChatRequest.model_fields if name not in generation],
         "completions": [name for name in protocol.CompletionRequest.model_fields if name not in generation],
+        "responses": list(CreateResponse.model_fields),
         "tokenize": list(protocol.TokenizeRequest.model_fields), "detokenize": list(protocol.DetokenizeRequest.model_fields),
     }
     assert {route: code(names) for route, names in rows(section(text, "Implemented"))} == expected
-    ((_, ignored),) = rows(section(text, "Ignored"))
-    assert set(code(ignored)) == fields.CHAT.ignored == fields.COMPLETIONS.ignored
+    ignored = {route: set(code(names)) for route, names in rows(section(text, "Ignored"))}
+    assert ignored == {"chat and completions": fields.CHAT.ignored, "responses": RESPONSES.ignored}
+    assert fields.CHAT.ignored == fields.COMPLETIONS.ignored
     assert not fields.TOKENIZE.ignored
 
 
 def test_neutral_values_are_listed_as_they_are() -> None:
-    listed: dict[str, dict[str, list[Any]]] = {"both": {}, "chat": {}, "completions": {}, "tokenize": {}}
+    listed: dict[str, dict[str, list[Any]]] = {
+        "both": {}, "chat": {}, "completions": {}, "responses": {}, "tokenize": {},
+    }
     for name, route, values in rows(section(page_text("api-differences.md"), "Only the neutral value")):
         listed[route][code(name)[0]] = [json.loads(value) for value in code(values)]
 
@@ -251,6 +256,7 @@ def test_neutral_values_are_listed_as_they_are() -> None:
 
     assert listed["both"] | listed["chat"] == known(fields.CHAT.neutral)
     assert listed["both"] | listed["completions"] == known(fields.COMPLETIONS.neutral)
+    assert listed["responses"] == known(RESPONSES.neutral)
     assert listed["tokenize"] == known(fields.TOKENIZE.neutral)
 
 

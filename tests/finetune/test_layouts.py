@@ -181,18 +181,18 @@ def test_an_implicit_prompt_in_texts(
     ({"chosen": [HI, HELLO], "rejected": [turn("user", "Ho"), BYE]}, "dpo", "no first message in common"),
     ({"conversations": [HI, HELLO], "chosen": HELLO, "rejected": BYE}, "dpo", "conversations: the last message is"),
     ({"conversations": [{"from": "human", "value": "Hi"}]}, "sft", "conversations: no assistant message"),
-    ({"conversations": [{"from": "bot", "value": "Hi"}]}, "sft", 'conversations[0].from: "bot" is unknown; use human, gpt or'),
+    ({"conversations": [{"from": "bot", "value": "Hi"}]}, "sft", 'conversations[0].from: "bot" is unknown; use human, gpt, f'),
     ({"conversations": [{"from": "human"}]}, "sft", "conversations[0].value: a string is expected, got nothing"),
-    ({"conversations": [{"from": "observation", "value": "x"}]}, "sft", "observation messages are not supported"),
+    ({"conversations": [{"from": "observation", "value": "x"}]}, "sft", "conversations: no assistant message"),
     ({"messages": [turn("gpt", "x")]}, "sft", 'messages[0].role: "gpt" is unknown'),
     ({"instruction": "", "input": "", "output": "x"}, "sft", "instruction: it is empty"),
     ({"instruction": "x", "output": 3}, "sft", "output: a string is expected, got a number"),
     ({"instruction": "x", "output": "y", "history": ["a"]}, "sft", "history[0]: [question, answer] is expected"),
     ({"instruction": "x", "output": "y", "history": [["a", None]]}, "sft", "history[0]: a string is expected, got nothing"),
-    ({"instruction": "x", "output": "y", "tools": [{}]}, "sft", "tools: tools are not supported"),
-    ({"messages": [HI, {**HELLO, "tool_calls": 0}]}, "sft", "messages[1].tool_calls: not supported"),
-    ({"messages": [HI, HELLO], "tools": False}, "sft", "tools: tools are not supported"),
-    ({"messages": [HI, HELLO], "tools": '[{"name": "f"}]'}, "sft", "tools: tools are not supported"),
+    ({"instruction": "x", "output": "y", "tools": [{}]}, "sft", 'tools[0].type: must be "function"'),
+    ({"messages": [HI, {**HELLO, "tool_calls": 0}]}, "sft", "messages[1].tool_calls: must be a list, got 0"),
+    ({"messages": [HI, HELLO], "tools": False}, "sft", "tools: a list of tools, or its JSON text, is expected, got"),
+    ({"messages": [HI, HELLO], "tools": '[{"name": "f g"}]'}, "sft", "tools[0].name: must be a name"),
     ({"question": "Hi", "chosen": "Hello", "rejected": "Go"}, "dpo", "question: a column beside chosen and rejected that no"),
     ({"input": "Hi", "chosen": "A: Hello", "rejected": "A: Go"}, "dpo", "input: a column beside chosen and rejected that no"),
     ({"conversations": [HELLO, HI], "system": "Be."}, "sft", "conversations[1].role: the last message must be"),
@@ -252,19 +252,40 @@ def test_an_end_of_the_conversation_is_no_end_of_a_turn(load: Callable[..., Data
 def test_several_turns_where_only_the_last_keeps_its_form(load: Callable[..., Dataset], build: Build) -> None:
     chats = {"messages": [HI, HELLO, HI, BYE]}
     dataset = load(chats, {"messages": [HI, HELLO]}, chats, template=REWRITING)
-    last = f"<think>\n\n</think>\n\nGo away{EOT}"
-    before = ASKED + f"Hello{EOT}\n" + ASKED
-    assert parts(dataset, build(REWRITING)) == [
-        [(before, [last])], [(ASKED, [last.replace("Go away", "Hello")])], [(before, [last])]]
+    first, last = ([(ASKED, [f"<think>\n\n</think>\n\nHello{EOT}"])],
+                   [(ASKED + f"Hello{EOT}\n" + ASKED, [f"<think>\n\n</think>\n\nGo away{EOT}"])])
+    assert parts(dataset, build(REWRITING)) == [first, last, first, first, last]
+    assert [group.index for group in dataset.groups] == list(range(5))
     (warning,) = dataset.report.warnings
-    assert warning.startswith("2 of 3 conversations are trained in their last assistant turn only")
+    assert warning.startswith("2 of 3 conversations became several examples")
 
 
-def test_thinking_in_the_last_turn_is_trained(load: Callable[..., Dataset], build: Build) -> None:
-    thought = turn("assistant", "<think>\nhm\n</think>\n\nHello")
+def test_a_pair_is_trained_in_its_last_turns_where_the_template_rewrites_earlier_ones(
+    load: Callable[..., Dataset], build: Build
+) -> None:
+    pair = {"prompt": [HI], "chosen": [HELLO, HI, HELLO], "rejected": [BYE, HI, BYE]}
+    dataset = load(pair, template=REWRITING, objective="dpo")
+    (group,) = parts(dataset, build(REWRITING))
+    assert [trained for _, trained in group] == [[f"<think>\n\n</think>\n\n{said}{EOT}"] for said in ("Hello", "Go away")]
+    (warning,) = dataset.report.warnings
+    assert warning.startswith("1 of 1 conversations are trained in their last assistant turn only")
+
+
+def test_a_long_one_of_several_examples_is_dropped_alone(build: Build, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"messages": [HI, HELLO, HI, BYE]}) + "\n")
+    tokenizer, config = build(REWRITING), FinetuneConfig(too_long="drop")
+    lengths = [group.examples[0].num_tokens for group in load_training(path, tokenizer, config, max_length=2000).groups]
+    assert lengths == sorted(lengths)
+    dataset = load_training(path, tokenizer, config, max_length=lengths[0])
+    assert [group.examples[0].num_tokens for group in dataset.groups] == lengths[:1]
+    assert (dataset.report.num_lines, dataset.report.num_dropped) == (1, 1)
+
+
+def test_thinking_in_every_turn_is_trained(load: Callable[..., Dataset], build: Build) -> None:
+    thought, said = turn("assistant", "<think>\nhm\n</think>\n\nHello"), [f"<think>\nhm\n</think>\n\nHello{EOT}"]
     dataset = load({"messages": [HI, thought, HI, thought]}, template=REWRITING)
-    assert parts(dataset, build(REWRITING)) == [
-        [(ASKED + f"Hello{EOT}\n" + ASKED, [f"<think>\nhm\n</think>\n\nHello{EOT}"])]]
+    assert parts(dataset, build(REWRITING)) == [[(ASKED, said)], [(ASKED + f"Hello{EOT}\n" + ASKED, said)]]
 
 
 def test_turns_behind_each_other_are_trained_where_they_keep_their_form(load: Callable[..., Dataset], build: Build) -> None:

@@ -31,7 +31,7 @@ from coserve.server.link.messages import LogprobEntry, Ready, Tokens
 from coserve.server.link.streams import RequestStream
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.models import ServedModel
-from coserve.server.routes import inference, tokens
+from coserve.server.routes import inference, responses, tokens
 from coserve.server.services import Services
 from coserve.server.settings import ServerConfig
 from coserve.text.detokenizer import IncrementalDetokenizer
@@ -105,7 +105,10 @@ class FakeEngineClient:
         sampling, ids = asked.sampling, self.tokenizer.encode(script.text)
         count = min(len(ids), sampling.max_tokens)
         reason = "length" if sampling.max_tokens < len(ids) else "stop"
-        texts = [IncrementalDetokenizer(self.tokenizer, context=asked.prompt_ids) for _ in range(sampling.n)]
+        texts = [
+            IncrementalDetokenizer(self.tokenizer, context=asked.prompt_ids, shown_ids=sampling.shown_special_ids)
+            for _ in range(sampling.n)
+        ]
         if not count:
             prompt = asked.prompt_ids[1:] if sampling.prompt_logprobs is not None else []
             for index in range(sampling.n):
@@ -227,13 +230,14 @@ def make_services(tokenizer: ChatTokenizer, **settings: Any) -> Services:
 
 
 def make_app(services: Services) -> FastAPI:
-    """The inference and token routes over these services."""
+    """The routes of inference and tokens over these services."""
     app = FastAPI()
     app.state.services = services
     app.add_middleware(BodyLimits, max_bytes=services.config.max_body_bytes)
     app.add_middleware(LastResort)
     install_handlers(app)
     app.include_router(inference.router)
+    app.include_router(responses.router)
     app.include_router(tokens.router)
     return app
 

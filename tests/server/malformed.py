@@ -48,6 +48,40 @@ _WRONG: dict[str, tuple[Any, ...]] = {
         [{"role": "assistant", "content": "x", "reasoning_content": "y", "reasoning": "z"}],
         [{"role": "assistant", "content": "x", "reasoning_content": "y" * 100_000}],
     ),
+    "input": (
+        1, 1.5, True, {}, [], [1], ["x"], [[]], [{}], [{"type": 1}], [{"type": "message"}], [{"role": "user"}],
+        [{"role": "nobody", "content": "x"}], [{"role": 1, "content": "x"}], [{"role": "user", "content": 1}],
+        [{"role": "user", "content": [1]}], [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+        [{"role": "user", "content": [{"type": "input_text", "text": 1}]}], [{"role": "user", "content": "x", "colour": 1}],
+        [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}], [{"type": "reasoning", "content": "x"}],
+        [{"type": "reasoning", "content": [{"type": "reasoning_text"}]}], [{"type": "reasoning", "summary": [{}]}],
+        [{"type": "function_call", "name": "f", "arguments": "{}"}], [{"type": "function_call", "call_id": "1", "name": "f"}],
+        [{"type": "function_call_output", "call_id": "1", "output": "x"}], [{"type": "function_call_output", "output": 1}],
+        [{"type": "item_reference", "id": "x"}], [{"id": "x"}], [{"type": "web_search_call"}],
+        [{"role": "user", "content": "x" * 100_000}], [{"role": "user", "content": ""}] * 5000,
+    ),
+    "flat_tools": (
+        1, "x", {}, [1], [[]], [{}], [{"type": 1}], [{"type": "web_search"}], [{"type": "function", "function": {}}],
+        [{"type": "function", "name": "f", "colour": 1}], [{"type": "function"}], [{"type": "function", "name": 1}],
+        [{"type": "function", "name": "a b"}], [{"type": "function", "name": "f", "parameters": 1}],
+    ),
+    "flat_choice": (
+        1, True, "x", [], {}, {"type": 1}, {"type": "mcp"}, {"type": "function"}, {"type": "function", "name": 1},
+        {"type": "function", "name": "f", "colour": 1}, {"type": "allowed_tools"}, {"type": "allowed_tools", "tools": [1]},
+        {"type": "allowed_tools", "tools": [{"type": "function"}]},
+    ),
+    "text_options": (
+        1, "x", [], {"colour": 1}, {"format": 1}, {"format": {}}, {"format": {"type": 1}}, {"format": {"type": "regex"}},
+        {"format": {"type": "text", "colour": 1}}, {"format": {"type": "json_schema"}},
+        {"format": {"type": "json_schema", "name": 1, "schema": {}}}, {"format": {"type": "json_schema", "colour": 1}},
+        {"verbosity": 1}, {"verbosity": "loud"},
+    ),
+    "reasoning_options": (
+        1, "x", [], {"colour": 1}, {"effort": 1}, {"effort": "x" * 600}, {"summary": 1}, {"summary": "x"}, {"context": "x"},
+        {"mode": "pro"},
+    ),
+    "texts": (1, "x", {}, [1], [None], [[]], ["x"]),
+    "object": (1, "x", [], True),
     "prompt": (
         1, 1.5, True, {}, [], "", [""], [1.5], ["x", 1], [[]], [["x"]], [[1.5]], [True], [-1], [10**9], [[10**9]], [[[1]]],
         [{}], [1] * 100_000, "x" * 100_000, ["x"] * 2000,
@@ -113,6 +147,14 @@ _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"prompt": "hi", "max_tokens": 1},
         {**_GENERATION, "prompt": "prompt", "logprobs": "int", "best_of": "int", "echo": "bool", "add_special_tokens": "bool"},
     ),
+    "/v1/responses": (
+        {"input": "hi", "max_output_tokens": 1},
+        {**{name: kind for name, kind in _GENERATION.items() if name not in ("max_tokens", "n", "prompt_logprobs")},
+         **dict.fromkeys(("max_output_tokens", "top_logprobs"), "int"),
+         **dict.fromkeys(("store", "parallel_tool_calls"), "bool"),
+         "input": "input", "instructions": "str", "include": "texts", "tools": "flat_tools", "tool_choice": "flat_choice",
+         "text": "text_options", "reasoning": "reasoning_options", "metadata": "metadata", "chat_template_kwargs": "object"},
+    ),
     "/tokenize": (
         {"prompt": "hi"},
         {"model": "str", "add_special_tokens": "bool", "add_generation_prompt": "bool", "continue_final_message": "continued",
@@ -136,7 +178,8 @@ _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "/v1/unload_lora_adapter": ({"lora_name": "a"}, {"lora_name": "str"}),
 }
 _REQUIRED = {
-    "/v1/chat/completions": ("messages",), "/v1/completions": ("prompt",), "/detokenize": ("tokens",),
+    "/v1/chat/completions": ("messages",), "/v1/completions": ("prompt",), "/v1/responses": ("input",),
+    "/detokenize": ("tokens",),
     "/v1/fine_tuning/jobs": ("model", "training_file"), "/v1/load_lora_adapter": ("lora_name", "lora_path"),
     "/v1/unload_lora_adapter": ("lora_name",), "/tokenize": ("prompt",),
 }
@@ -162,6 +205,7 @@ def wrong_fields(model: str) -> Iterator[WrongField]:
     chat, _ = _ROUTES["/v1/chat/completions"]
     for options in _WRONG["stream_options"]:
         yield WrongField("/v1/chat/completions", {**chat, "stream": True, "stream_options": options}, "stream_options")
+        yield WrongField("/v1/responses", {"input": "hi", "stream": True, "stream_options": options}, "stream_options")
     for path in ("../../etc", "/etc", "/", "..", "a/../../..", "x" * 5000, "%2e%2e", "\u202e", "a\n"):
         body = {"lora_name": "a", "lora_path": path}
         yield WrongField("/v1/load_lora_adapter", body, "lora_path", 403 if path in _OUTSIDE else 400)
@@ -215,6 +259,8 @@ ID_ROUTES = (
     ("POST", "/v1/fine_tuning/jobs/{}/cancel"), ("POST", "/v1/fine_tuning/jobs/{}/pause"),
     ("POST", "/v1/fine_tuning/jobs/{}/resume"), ("GET", "/v1/fine_tuning/jobs/{}/events"),
     ("GET", "/v1/fine_tuning/jobs/{}/events?stream=true"), ("GET", "/v1/fine_tuning/jobs/{}/checkpoints"),
+    ("GET", "/v1/responses/{}"), ("DELETE", "/v1/responses/{}"), ("POST", "/v1/responses/{}/cancel"),
+    ("GET", "/v1/responses/{}/input_items"),
     ("GET", "/v1/models/{}"), ("DELETE", "/v1/models/{}"), ("GET", "/v1/adapters/{}/download"), ("GET", "/page/{}"), ("GET",
     "/{}"),
 )

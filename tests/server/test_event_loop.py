@@ -26,7 +26,7 @@ from coserve.server.bodies.parse import MAX_ESCAPES, MAX_VALUES
 from coserve.server.errors import Unauthorized
 from coserve.server.handlers import install_handlers
 from coserve.server.middleware import BodyLimits, LastResort
-from coserve.server.routes import adapters, files, finetuning, inference, tokens
+from coserve.server.routes import adapters, files, finetuning, inference, responses, tokens
 from coserve.server.services import Services
 from coserve.text.tokenizer import ChatTokenizer
 from tests.loopstall import StallMeter, least_stall
@@ -40,6 +40,7 @@ from tests.tiny_tokenizer import build_tiny_tokenizer
 LIMIT_S = 0.1
 JSON = {"content-type": "application/json"}
 CHAT, TEXT, JOBS = "/v1/chat/completions", "/v1/completions", "/v1/fine_tuning/jobs"
+RESPONSES = "/v1/responses"
 BODY = 16 << 20
 
 
@@ -83,7 +84,7 @@ class Site(BenchSite):
         app.add_middleware(BodyLimits, max_bytes=BODY)
         app.add_middleware(LastResort)
         install_handlers(app)
-        for module in (inference, tokens, files, finetuning, adapters):
+        for module in (inference, responses, tokens, files, finetuning, adapters):
             app.include_router(module.router)
         return app
 
@@ -120,6 +121,11 @@ def messages(count: int) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": ""}] * count}).encode()
 
 
+def items(count: int, **item: Any) -> bytes:
+    return encoded(input=[{name: f"{value}{number}" if name == "call_id" else value for name, value in item.items()}
+                          for number in range(count)])
+
+
 def encoded(**fields: Any) -> bytes:
     return json.dumps(fields).encode()
 
@@ -139,6 +145,20 @@ COSTLY: dict[str, tuple[str, bytes, int]] = {
     "parts": (CHAT, filled(b'{"messages": [{"role":"user","content":[', b'{"type":"text","text":""}', b"]}]}"), 400),
     "parts in their limit": (
         CHAT, filled(b'{"messages": [{"role":"user","content":[', b'{"type":"text","text":""}', b"]}]}", 100_000), 400,
+    ),
+    "as many items as are taken": (RESPONSES, items(4096, role="user", content=""), 400),
+    "one item too many": (RESPONSES, items(4097, role="user", content=""), 400),
+    "items without end": (RESPONSES, filled(b'{"input": [', b'{"role":"user","content":""}', b"]}"), 400),
+    "items that are calls": (
+        RESPONSES, items(4000, type="function_call", call_id="c", name="f", arguments='{"city": "Oslo"}'), 400,
+    ),
+    "items that are reasoning": (RESPONSES, items(4096, type="reasoning", summary=[]), 400),
+    "parts of items": (
+        RESPONSES, filled(b'{"input": [{"role":"user","content":[', b'{"type":"input_text","text":""}', b"]}]}", 100_000), 400,
+    ),
+    "wrong items of a response": (RESPONSES, filled(b'{"input": [', b"0", b"]}", MAX_VALUES), 400),
+    "tools without end": (
+        RESPONSES, filled(b'{"input": "Hi", "tools": [', b'{"type":"function","name":"f"}', b"]}", 500_000), 400,
     ),
     "ids": ("/detokenize", filled(b'{"tokens": [', b"1", b"]}"), 400),
     "ids within the values": ("/detokenize", filled(b'{"tokens": [', b"1", b"]}", 2 * MAX_VALUES - 1000), 400),
@@ -195,7 +215,7 @@ def test_what_is_costly_does_not_stall_the_loop(site: Site, name: str) -> None:
 
 
 @pytest.mark.parametrize("path", [
-    CHAT, TEXT, "/tokenize", "/detokenize", JOBS, "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/files",
+    CHAT, RESPONSES, TEXT, "/tokenize", "/detokenize", JOBS, "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/files",
 ])
 def test_who_has_no_key_has_nothing_read(site: Site, path: str) -> None:
     """The answer comes though the body never does."""
@@ -225,6 +245,18 @@ def test_long_log_probabilities(site: Site) -> None:
         answer = site.post(TEXT, body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
     assert len(site.engine.asked) == before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_response(site: Site, stream: bool) -> None:
+    """The last events of a stream have all log-probabilities, each of them again."""
+    site.engine.script = Script(text="word " * 400)
+    body = {"input": "Hi", "stream": stream, "include": ["message.output_text.logprobs"], "top_logprobs": 20}
+    answers: list[httpx.Response] = []
+    stall = least_stall(site.meter, lambda: answers.append(site.post(RESPONSES, body)), LIMIT_S)
+    site.engine.script = Script()
+    assert answers[0].status_code == 200 and len(answers[0].content) > 50_000, answers[0].text[:300]
+    assert stall < LIMIT_S, f"{1000 * stall:.0f} ms"
 
 
 def test_the_malformed_suite(site: Site) -> None:

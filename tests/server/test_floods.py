@@ -313,6 +313,9 @@ def test_nothing_of_one_tenant_is_visible_to_another(shared: RunningServer) -> N
                 value in body.items() if key != name and (path != "/tokenize" or key != "max_tokens")}
                 assert theirs.post(path, json=given).status_code == 404
                 assert mine.post(path, json=given).status_code == 200
+            body = {"model": model, "input": "x", "max_output_tokens": 1}
+            assert theirs.post("/v1/responses", json=body).status_code == 404
+            assert mine.post("/v1/responses", json=body).status_code == 200
             assert theirs.post("/v1/unload_lora_adapter", json={"lora_name": model}).status_code == 404
         base = mine.get("/v1/models").json()["data"][0]["id"]
         stolen = theirs.post("/v1/fine_tuning/jobs", json={"model": base, "training_file": files[0]})

@@ -160,6 +160,7 @@ def test_prompts_of_megabytes_are_refused_before_they_are_tokenized(client: http
     began = time.monotonic()
     for path, body, field in (
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}, "messages"),
+        ("/v1/responses", {"input": text}, "input"),
         ("/v1/completions", {"prompt": text}, "prompt"), ("/v1/completions", {"prompt": ["a", text]}, "prompt"),
         ("/tokenize", {"prompt": text}, "prompt"),
     ):

@@ -11,6 +11,7 @@ import pytest
 from coserve.server.app import create_app
 from coserve.server.inference.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from coserve.server.jobs.body import CreateJob
+from coserve.server.responses.body import CreateResponse
 from coserve.server.routes.adapters import LoadAdapterBody, UnloadAdapterBody
 from coserve.server.settings import ServerConfig
 
@@ -22,7 +23,7 @@ UNLISTED = {
 BODIES = {
     "/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest, "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest, "/v1/fine_tuning/jobs": CreateJob, "/v1/load_lora_adapter": LoadAdapterBody,
-    "/v1/unload_lora_adapter": UnloadAdapterBody,
+    "/v1/unload_lora_adapter": UnloadAdapterBody, "/v1/responses": CreateResponse,
 }
 APP = create_app(ServerConfig())
 DOCUMENT: dict[str, Any] = APP.openapi()

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from coserve.chat.reasoning import STYLES, Begin
-from coserve.core import ConfigError
+from coserve.grammar import after
 from coserve.server.inference.deltas import ContentDelta, PlainReader, ReasoningDelta
 from coserve.server.inference.thoughts import ReasoningCounter, Thoughts, find_style
 from coserve.text.tokenizer import ChatTokenizer
@@ -209,12 +209,23 @@ def test_readers_deltas() -> None:
     assert reader.finish() == []
 
 
-@pytest.mark.parametrize(("begin", "follows"), [
-    (Begin.MAYBE, "</think>"), (Begin.THOUGHTS, "</think>"), (Begin.MIDST, "</think>"), (Begin.ANSWER, None),
-])
-def test_where_a_grammar_begins(begin: Begin, follows: str | None) -> None:
-    assert Thoughts(style=STYLES["qwen3"], expected=True).grammar_follows(begin) == follows
-    assert Thoughts(style=STYLES["qwen3"], expected=False).grammar_follows(begin) is None
+@pytest.mark.parametrize("begin", [Begin.MAYBE, Begin.THOUGHTS, Begin.MIDST, Begin.ANSWER])
+def test_where_a_grammar_begins(begin: Begin) -> None:
+    compose = Thoughts(style=STYLES["qwen3"], expected=True).compose(begin)
+    assert (compose is None) == (begin is Begin.ANSWER)
+    assert compose is None or (compose("x"), compose(None)) == (after("</think>", "x"), None)
+    special = Thoughts(style=STYLES["qwen3"], special={"</think>": 7}, expected=True).compose(Begin.MAYBE)
+    assert special is not None and special("x") == after(7, "x")
+    assert Thoughts(style=STYLES["qwen3"], expected=False).compose(begin) is None
+
+
+def test_a_response_format_is_the_answers(thinker: Site) -> None:
+    fields = {"response_format": {"type": "json_object"}}
+    assert ask(thinker, **fields).status == 200
+    behind = thinker.engine.asked[-1].sampling.grammar
+    assert ask(thinker, reasoning_effort="none", **fields).status == 200
+    alone = thinker.engine.asked[-1].sampling.grammar
+    assert alone is not None and behind == after("</think>", alone)
 
 
 # --- what a request says ---
@@ -378,16 +389,22 @@ def test_which_style_a_setting_means(tmp_path_factory: pytest.TempPathFactory) -
     assert find_style("deepseek_r1", plain) == STYLES["deepseek_r1"]
 
 
-def test_tags_that_do_not_show(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_tags_that_are_special_tokens(tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = build_tiny_tokenizer(tmp_path_factory.mktemp("t"), chat_template=THINKING, added=THINKING_MARKS)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = directory / name
         path.write_text(path.read_text().replace('"special": false', '"special": true'))
-    hidden = ChatTokenizer.load(directory)
-    assert "</think>" in hidden.special_tokens
-    assert find_style("auto", hidden) is find_style("none", hidden) is None
-    with pytest.raises(ConfigError, match="doesn't show in texts"):
-        find_style("qwen3", hidden)
+    special = ChatTokenizer.load(directory)
+    assert "</think>" in special.special_tokens
+    with open_site(special) as site:
+        site.engine.script = Script(text=OUTPUT)
+        found = message(site)
+        assert (found["reasoning_content"], found["content"]) == (THOUGHTS, ANSWER)
+        (end,) = special.encode("</think>")
+        tokens = ask(site).json["usage"]["completion_tokens_details"]["reasoning_tokens"]
+        assert tokens == special.encode(OUTPUT).index(end) + 1
+        ids = ask(site, messages=[{"role": "assistant", "content": "a<think>b"}, *HI]) and site.engine.asked[-1].prompt_ids
+        assert special.encode("<think>")[0] not in ids, "special tokens are no role's own writing"
 
 
 def test_a_parser_that_always_expects_thoughts(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from coserve.chat.trained import TrainedText, check_calls
 from coserve.core import InvalidRequest, NotFound
 from coserve.text.detokenizer import IncrementalDetokenizer
 from coserve.text.tokenizer import ChatTokenizer, Notes
-from tests.tiny_tokenizer import CHATML, SMOL_CHATML, build_tiny_tokenizer
+from tests.tiny_tokenizer import CHATML, SMOL_CHATML, build_sentencepiece_tokenizer, build_tiny_tokenizer
 
 EOT = "<|im_end|>"
 STRIPPING = (
@@ -187,8 +188,23 @@ def test_weight_0_masks_a_turn_and_never_reaches_the_template(build: Build) -> N
 def test_white_space_after_the_end_of_turn_is_not_trained_but_a_plain_end_is(build: Build) -> None:
     bare = build("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
                  "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
-    # The header's space is in one token with the first word. The newline is all there is to end a turn.
-    assert trained_text(bare, *bare.encode_training(turns("Hi", "hello"))) == " hello\n"
+    # The newline is all there is to end a turn.
+    assert trained_text(bare, *bare.encode_training(turns("Hi", "hello"))) == "hello\n"
+
+
+def test_no_token_reaches_from_a_prompt_into_its_reply(build: Build, tmp_path: Path) -> None:
+    """A space and a word are one token, but a request's prompt ends with the space: the reply is what comes then."""
+    spaced = CHATML.replace("assistant\n", "assistant ").replace("message['role'] + '\n'", "message['role'] + ' '")
+    pieces = ChatTokenizer.load(build_sentencepiece_tokenizer(tmp_path / "spm", chat_template=spaced))
+    for each, word in ((build(spaced), "hello"), (pieces, "the")):
+        assert len(each.encode(f" {word}")) < len(each.encode(" ")) + len(each.encode(word))
+        messages = turns("Hi", f"{word} one", "And?", f"{word} two")
+        ids, weights = each.encode_training(messages)
+        prompt = each.encode_chat(messages[:1])
+        assert ids[: len(prompt)].tolist() == prompt
+        assert weights[: len(prompt) + 1].tolist() == [0.0] * len(prompt) + [1.0]
+        assert each.decode(ids.tolist(), skip_special_tokens=False) == each.render_chat(messages, add_generation_prompt=False)
+        assert "".join(trained_text(each, ids, weights).split()) == f"{word}one{EOT}{word}two{EOT}"
 
 
 def test_a_token_of_white_space_alone_before_a_turn_is_not_trained(build: Build) -> None:
@@ -216,6 +232,16 @@ def test_a_template_that_rewrites_earlier_turns_trains_the_last_one(build: Build
     assert notes.last_turn_only == 1
 
 
+def test_a_template_that_rewrites_earlier_turns_trains_each_in_an_example(build: Build) -> None:
+    stripping, notes = build(STRIPPING_PLAIN), Notes()
+    messages = turns("Hi", "One", "And?", "Two")
+    examples = stripping.encode_examples(messages, notes=notes)
+    for end, said, (ids, weights) in zip((1, 3), ("One", "Two"), examples, strict=True):
+        assert trained_text(stripping, ids, weights) == f"<think>\n\n</think>\n\n{said}{EOT}"
+        assert ids.tolist() == stripping.encode(stripping.render_chat(messages[: end + 1], add_generation_prompt=False))
+    assert notes == Notes(several=1)
+
+
 def test_a_rewritten_turn_before_untrained_ones_ends_the_conversation(build: Build) -> None:
     stripping, notes = build(STRIPPING_PLAIN), Notes()
     messages = [*turns("Hi", "One", "And?", "Two"), *turns("So?", "Three")]
@@ -227,10 +253,55 @@ def test_a_rewritten_turn_before_untrained_ones_ends_the_conversation(build: Bui
 
 
 def test_a_template_whose_replies_start_otherwise_is_refused(build: Build) -> None:
-    thinking = build(CHATML.replace("assistant\n", "assistant\n<think>\n"))
-    assert thinking.encode_chat(turns("Hi"))
-    with pytest.raises(InvalidRequest, match=r"does not start this turn as it starts a reply \(.*<think>.n'\)"):
-        thinking.encode_training(turns("Hi", "One"))
+    other = build(CHATML.replace("assistant\n", "assistant\nSo: "))
+    assert other.encode_chat(turns("Hi"))
+    with pytest.raises(InvalidRequest, match=r"messages\[3\]: .* not start this turn as it starts a reply \(.*So: '\)"):
+        other.encode_training([{**turn, "weight": i == 3} for i, turn in enumerate(turns("Hi", "One", "And?", "Two"))])
+
+
+OPENING = CHATML.replace("assistant\n", "assistant\n<think>\n")
+"""The prompt opens a thought, and answers are written without one, as DeepSeek-R1's does."""
+FORGETTING = OPENING.replace("message['content']", "message['content'].split('</think>')[-1].lstrip('\n')")
+
+
+@pytest.mark.parametrize("answer", [
+    {"content": "One", "reasoning_content": "hm"}, {"content": "<think>\nhm\n</think>\n\nOne"},
+    {"content": "hm\n</think>\n\nOne"},
+])
+def test_a_thought_that_the_prompt_opens_is_trained(build: Build, answer: dict[str, Any]) -> None:
+    forgetting, notes = build(FORGETTING), Notes()
+    messages = [*turns("Hi"), {"role": "assistant", **answer}, *turns("And?", "Two")]
+    first, second = forgetting.encode_examples(messages, notes=notes)
+    assert trained_text(forgetting, *first) == f"hm\n</think>\n\nOne{EOT}"
+    assert trained_text(forgetting, *second) == f"\n</think>\n\nTwo{EOT}"
+    for end, (ids, weights) in ((1, first), (3, second)):
+        prompt = forgetting.encode_chat(messages[:end])
+        assert ids[: len(prompt)].tolist() == prompt
+        assert weights[: len(prompt) + 1].tolist() == [0.0] * len(prompt) + [1.0]
+    assert (notes.several, notes.lost_thoughts, notes.no_thoughts) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("content", ["<think>\nhm\n</think>\n\nOne", "<think>hm\n</think>\n\nOne"])
+def test_a_thought_that_the_prompt_opens_and_the_template_writes(build: Build, content: str) -> None:
+    opening, notes = build(OPENING), Notes()
+    ids, weights = opening.encode_training(turns("Hi", content), notes=notes)
+    assert trained_text(opening, ids, weights) == f"hm\n</think>\n\nOne{EOT}"
+    assert notes == Notes()
+
+
+def test_a_thought_that_the_template_does_not_write_is_counted(tokenizer: ChatTokenizer) -> None:
+    notes = Notes()
+    tokenizer.encode_training([*turns("Hi"), {"role": "assistant", "content": "One", "reasoning_content": "hm"}], notes=notes)
+    assert notes == Notes(lost_thoughts=1)
+
+
+def test_a_call_that_the_template_does_not_write_is_refused() -> None:
+    """A template may write tools, and so is given calls as they are, but leave out the calls of some turns."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    messages = [*turns("Hi"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(InvalidRequest, match=r"messages\[1\]\.tool_calls: the model's chat template does not write calls"):
+        check_calls(TrainedText("Hi: .", [(4, 5)], [1]), messages)
+    check_calls(TrainedText("Hi: weather()", [(4, 13)], [1]), messages)
 
 
 def test_a_template_that_rewrites_earlier_turns_works_where_only_the_last_is_trained(build: Build) -> None:
@@ -251,8 +322,18 @@ def test_generation_tags_decide_where_prefixes_cannot(build: Build) -> None:
     assert trained_text(tagged, *tagged.encode_training(messages)) == f"One{EOT}Three{EOT}"
 
 
-def test_generation_tags_that_miss_a_turn_are_refused(build: Build) -> None:
+def test_generation_tags_that_miss_a_turn_do_not_decide(build: Build) -> None:
     half = build(STRIPPING_TAGGED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last"))
+    examples = half.encode_examples(turns("Hi", "One", "And?", "Two"))
+    said = [trained_text(half, *example) for example in examples]
+    assert said == [f"<think>\n\n</think>\n\nOne{EOT}", f"<think>\n\n</think>\n\nTwo{EOT}"]
+
+
+def test_generation_tags_that_miss_a_turn_are_refused_where_prefixes_cannot_decide(build: Build) -> None:
+    half = build(
+        STRIPPING_TAGGED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
+        .replace("'<|im_start|>assistant\n'", "'<|im_start|>bot\n'")
+    )
     with pytest.raises(InvalidRequest, match="marks 1 generated passages in a conversation of 2"):
         half.encode_training(turns("Hi", "One", "And?", "Two"))
 

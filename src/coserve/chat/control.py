@@ -10,8 +10,8 @@ The marks and the other names are random private-use characters, made once per t
 copy has the tokenizer's own settings with other names, so it treats what is around a token (white space to strip, prefix
 spaces) as the tokenizer does. A text without marks never needs the copy.
 
-Some control tokens are an assistant's own writing: those around thoughts and calls (`<think>`, `<tool_call>`). In its text they
-stay tokens, as a model has written them there. In anybody else's text they are plain text as all others.
+Some control tokens are an assistant's own writing: those around thoughts and calls (`<think>`, `<tool_call>`). In an
+assistant's text they stay tokens, as a model has written them there. In anybody else's text they are plain text as all others.
 
 Owns: finding, marking, the copy. Does not own: which tokens are control tokens (text/tokenizer.py).
 """

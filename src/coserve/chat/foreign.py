@@ -115,8 +115,10 @@ class ForeignTemplate(ChatTemplate):
 
     owner = "the request's"
 
-    def __init__(self, source: str, special_tokens: Mapping[str, Any], *, process: TemplateProcess) -> None:
-        super().__init__(source, special_tokens)
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, Any], call_format: str | None = None, *, process: TemplateProcess
+    ) -> None:
+        super().__init__(source, special_tokens, call_format)
         self._process = process
         self._failed_s, self._failure = -math.inf, ""
 

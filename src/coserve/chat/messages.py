@@ -14,7 +14,9 @@ from coserve.core import InvalidRequest
 
 ROLES = ("system", "developer", "user", "assistant")
 TOOL_ROLES = ("tool", "function")
-"""Known, but not supported yet."""
+"""Of results: a tool's, and a function's in OpenAI's old form. Training data doesn't have them yet."""
+CALL_FIELDS = ("tool_calls", "tool_call_id", "function_call")
+"""Fields of a message that belong to calls and results."""
 Neutral = Mapping[str, tuple[Any, ...]]
 """{field: the values that ask for what happens anyway}; null always does."""
 
@@ -25,12 +27,12 @@ NO_TOOLS: Neutral = {
     "functions": ([],),
     "function_call": ("none", "auto"),
 }
-"""Fields beside a conversation, where it has no tools."""
+"""Fields beside a conversation of training data, which has no tools."""
 _EMPTY: tuple[Any, ...] = ([], {}, "")
 UNSUPPORTED: Neutral = dict.fromkeys(
     ("tool_calls", "tool_call_id", "function_call", "audio", "reasoning", "reasoning_content"), _EMPTY
 )
-"""Fields of a message that must be empty; in a request those of REASONING need not be in an assistant's."""
+"""Fields of a message that must be empty; in a request those of CALL_FIELDS and an assistant's of REASONING need not."""
 REASONING = ("reasoning_content", "reasoning")
 """Names of an assistant's thoughts. Chat templates know the first one."""
 IGNORED = ("refusal", "annotations", "provider_specific_fields")

@@ -6,8 +6,7 @@
     "<think>\\n\\n</think>\\n\\n"    "Yes."                               none        "Yes."     ended by the template
 
 Line ends right inside the tags and behind them belong to the tags, as chat templates have it. Only thoughts that come first are
-told apart: tags in an answer are text. The tags must show in the output's text, which they do where the tokenizer doesn't call
-them special: so it is in the models of Qwen3's and DeepSeek-R1's kind.
+told apart: tags in an answer are text. The tags must show in the output's text, also where the tokenizer calls them special.
 
 Owns: the tags, and which of a text is which. Does not own: the text as it comes, what a response calls the two.
 """

@@ -1,7 +1,7 @@
 """A model's chat template: Jinja source that turns messages into text. Compiled by transformers, with its filters and globals.
 
 Owns: rendering, the date that templates read, which roles a template has of its own, which variables it reads, where a message
-that is to be continued ends. Does not own: tokens.
+that is to be continued ends. Does not own: tokens, how a model is told of tools whose template doesn't (toolprompt.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -21,11 +21,8 @@ from transformers.utils.chat_template_utils import (
     _render_with_assistant_indices,
 )
 
+from coserve.chat.toolprompt import PROBE_CALL, PROBE_TOOL, Message, ToolPrompt, find_call_format
 from coserve.core import ContextExceeded, CoserveError, InvalidRequest, one_line
-
-Message = Mapping[str, Any]
-"""A chat message: role, content, possibly name, and for an assistant possibly `tool_calls` (with arguments as objects),
-`reasoning_content` and `weight` (0: not trained). One of role tool may have `tool_call_id`."""
 
 PROBE = "coserve-probe"
 _NO_ROLE = "qzxcourier"
@@ -53,14 +50,16 @@ NO_EXTRAS = ChatExtras()
 
 
 class ChatTemplate:
-    """One template. special_tokens: what it may write by name (`bos_token` and so on)."""
+    """One template. special_tokens: what it may write by name (`bos_token` and so on). call_format: how the model writes calls
+    of tools, a name of toolprompt.CALL_FORMATS; None: as the template's source says."""
 
     owner = "the model's"
     """Whose it is, for errors."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, Any], call_format: str | None = None) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens)
+        self._call_format = find_call_format(source) if call_format is None else call_format
 
     @property
     def has_generation_tags(self) -> bool:
@@ -104,6 +103,24 @@ class ChatTemplate:
     def sets(self, name: str) -> bool:
         """Whether a variable has a value that nobody else may give."""
         return name in _OWN_VARIABLES or name in self._special_tokens
+
+    @functools.cached_property
+    def tool_prompt(self) -> ToolPrompt:
+        """What of tools, calls and results it is given, and what becomes text before. See toolprompt.py."""
+        question = {"role": "user", "content": "x"}
+        call = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
+        result = {"role": "tool", "content": PROBE, "tool_call_id": PROBE_CALL["id"], "name": PROBE}
+        name = PROBE_TOOL["function"]["name"]
+        tools, calls, results = (
+            self._try([question], ChatExtras(tools=[PROBE_TOOL])), self._try([question, call]),
+            self._try([question, call, result]),
+        )
+        native = self._call_format is not None and tools is not None and name in tools
+        return ToolPrompt(
+            call_format=self._call_format if native and self._call_format else "hermes", tools=native,
+            calls=native and (calls is None or name in calls), results=native and (results is None or PROBE in results),
+            system=self.takes_system,
+        )
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None,
@@ -153,16 +170,25 @@ class ChatTemplate:
 
     def _variables(self, messages: Sequence[Message], now: datetime | None, extras: ChatExtras) -> dict[str, Any]:
         """What the template sees; plain data only, as templates are foreign code. Extra variables replace no other one."""
+        if extras.tools or any("tool_calls" in message or message["role"] == "tool" for message in messages):
+            messages, shown = self.tool_prompt.adapt(messages, extras.tools)
+            extras = replace(extras, tools=shown)
+        return self._as_given(messages, now, extras)
+
+    def _as_given(self, messages: Sequence[Message], now: datetime | None, extras: ChatExtras) -> dict[str, Any]:
         turns = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         tools = [dict(tool) for tool in extras.tools] or None
         variables = {**extras.variables, **self._special_tokens, "messages": turns, "tools": tools, "documents": None}
         return variables if now is None else {**variables, "strftime_now": now.strftime}
 
     def _try_role(self, role: str) -> str | None:
-        messages = [{"role": role, "content": PROBE}, {"role": "user", "content": "x"}]
+        return self._try([{"role": role, "content": PROBE}, {"role": "user", "content": "x"}])
+
+    def _try(self, messages: Sequence[Message], extras: ChatExtras = NO_EXTRAS) -> str | None:
+        """What it renders of messages as they are; None if it refuses them."""
         try:
-            return self.render(messages, add_generation_prompt=False)
-        except InvalidRequest:
+            return self._write({**self._as_given(messages, None, extras), "add_generation_prompt": False}, None)
+        except Exception:
             return None
 
     @staticmethod

@@ -19,6 +19,8 @@ from coserve.core import InvalidRequest
 
 MAX_TOOLS = 128
 """Of a request, and calls of a message."""
+_MAX_DEPTH = 100
+"""Of objects and lists within each other, in parameters and in arguments."""
 _NAME = re.compile(r"[\w.:/-]{1,128}")
 _TOOL_KEYS = ("name", "description", "parameters", "strict")
 
@@ -46,7 +48,9 @@ def read_arguments(value: Any, place: str, *, any_arguments: bool) -> Any:
             read = json.loads(value) if value.strip() else {}
         except (ValueError, RecursionError):
             read = value
-        value = read if isinstance(read, dict) or not any_arguments else value
+        value = read if isinstance(read, dict) and not _is_deep(read) else value if any_arguments else read
+    if isinstance(value, dict) and _is_deep(value):
+        raise _wrong(place, f"more than {_MAX_DEPTH} objects and lists within each other")
     if isinstance(value, dict) or (any_arguments and isinstance(value, str)):
         return value
     raise _wrong(place, f"must be a JSON object, or its text, got {shown(value)}")
@@ -66,7 +70,8 @@ def _tool(value: Any, place: str) -> dict[str, Any]:
         raise _wrong(f"{place}.description", "must be a text")
     if not isinstance(function.get("strict", False), bool):
         raise _wrong(f"{place}.strict", "must be true or false")
-    _object(function.get("parameters", {}), f"{place}.parameters")
+    if _is_deep(_object(function.get("parameters", {}), f"{place}.parameters")):
+        raise _wrong(f"{place}.parameters", f"more than {_MAX_DEPTH} objects and lists within each other")
     return {"type": "function", "function": function}
 
 
@@ -102,6 +107,17 @@ def _object(value: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise _wrong(place, "is missing" if value is None else f"must be an object, got {shown(value)}")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether it has more objects and lists within each other than code that calls itself should meet."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner for item in level if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item) if isinstance(inner, dict | list)
+        ]
+    return bool(level)
 
 
 def _wrong(place: str, message: str) -> InvalidRequest:

@@ -24,13 +24,13 @@ class Flag(NamedTuple):
 
 
 _NOT_THAT_WAY = "a model is shared by --tensor-parallel-size only"
-_NO_TOOLS = "tools aren't there yet"
 _USE_PROXY = "put a proxy before the server for that"
 
 FLAGS: Mapping[str, Flag] = {
     "--enable-lora": Flag(None, ""),
     "--enable-prefix-caching": Flag(None, ""),
     "--enable-chunked-prefill": Flag(None, ""),
+    "--enable-auto-tool-choice": Flag(None, ""),
     "--no-enable-log-requests": Flag(None, ""),
     "--disable-log-requests": Flag(None, ""),
     "--pipeline-parallel-size": Flag(("1",), _NOT_THAT_WAY),
@@ -56,8 +56,6 @@ FLAGS: Mapping[str, Flag] = {
     "--chat-template-content-format": Flag(("auto", "string"), "templates get a message's content as one text"),
     "--default-chat-template-kwargs": Flag((), "requests say what their templates get, in chat_template_kwargs"),
     "--speculative-config": Flag((), "speculative decoding isn't there"),
-    "--enable-auto-tool-choice": Flag(None, _NO_TOOLS),
-    "--tool-call-parser": Flag((), _NO_TOOLS),
     "--structured-outputs-config": Flag((), "structured output isn't there yet"),
     "--enable-sleep-mode": Flag(None, "the server can't sleep; stop it, jobs go on at the next start"),
     "--ssl-keyfile": Flag((), _USE_PROXY),

@@ -286,6 +286,8 @@ class SamplingConfig:
     """Log-probabilities of the sampled tokens and of this many likeliest ones."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
+    shown_special_ids: tuple[int, ...] = ()
+    """Special tokens that the output's text shows, by id. All others don't show."""
     grammar: str | None = None
     """What the output must match, in llguidance's variant of Lark, where `%json {...}` is a JSON schema. None: anything."""
 

@@ -40,6 +40,7 @@ from coserve.engine.step import Lookup, StepRunner
 from coserve.engine.threads import borrowed_team, give_team_back
 from coserve.engine.watching import Watcher
 from coserve.finetune.job import JobEvent
+from coserve.grammar.matcher import Grammars
 from coserve.kernels.choose import flash_note
 from coserve.kernels.native import compiled_kernels, compiles_for
 from coserve.peft.adapter import Adapter
@@ -94,7 +95,8 @@ class Engine:
             device.slots, lambda version: pool.forget(version.name, version.number), load=device.load_adapter,
             post=lambda command: loop.post(command, "an adapter was read"),
         )
-        self.runner: PlanRunner = runner or StepRunner(device, clock)
+        self.grammars = Grammars(model.tokenizer, model.architecture.vocab_size)
+        self.runner: PlanRunner = runner or StepRunner(device, clock, grammars=self.grammars)
         if latency is None:
             latency = latency_model(device.make_profiler(self.blocks), self.config.scheduler, model.fingerprint, report)
         settings = self.config.scheduler
@@ -131,12 +133,14 @@ class Engine:
 
         tpot_ms, ttft_ms: its objectives in milliseconds; "none" is best effort; None takes the engine's. arrival_s: the time on
         the engine's clock from which TTFT counts; default now. tenant: whose fair share and prefix cache it uses. label: its
-        name for the watcher. Raises ConfigError (objectives), InvalidRequest, NotFound (adapter), CapacityError (too many).
+        name for the watcher. A grammar is compiled first, which takes milliseconds for most. Raises ConfigError (objectives),
+        InvalidRequest, NotFound (adapter), CapacityError (too many).
         """
         objectives = asked_slo(tpot_ms, ttft_ms, self.objectives)
         sampling, limits = sampling or SamplingConfig(), self.config.scheduler
         ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         self.requests.check(ids, sampling)
+        matchers = [] if sampling.grammar is None else self.grammars.new_matchers(sampling.grammar, sampling.n)
         if adapter is not None:
             self.adapters.find(adapter)
         present = len(self.requests.live) + len(self._loop)
@@ -151,7 +155,7 @@ class Engine:
 
         def admit() -> None:
             try:
-                self.requests.admit(handle, adapter, tenant, objectives, numbers)
+                self.requests.admit(handle, adapter, tenant, objectives, numbers, matchers)
             except Exception as error:  # a bug, which ends the engine: the request must end with an error
                 self.requests.refuse(handle, CoserveError(f"the engine stopped: {error!r}"))
                 raise
@@ -368,6 +372,7 @@ class Engine:
             self.requests.cancel(list(self.requests.live))
             self.jobs.stop_all()
         self.adapters.close()
+        self.grammars.close()
         self.scheduler.admission.seats = Seats()
         self.jobs.close()
         with contextlib.suppress(RankFailed):  # what it held has gone with it

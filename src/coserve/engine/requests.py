@@ -14,6 +14,7 @@ from typing import NamedTuple
 from coserve.config.settings import SamplingConfig
 from coserve.core import CoserveError, Sampled, TokenLogprob
 from coserve.engine.adapters import AdapterVersion
+from coserve.grammar.matcher import GrammarMatcher
 from coserve.runtime.sampler import Draws, draws_of
 from coserve.scheduler.requests import RequestState
 from coserve.text.stream import TextStream
@@ -137,8 +138,9 @@ class RequestHandle:
 
 @dataclass(slots=True, kw_only=True)
 class LiveRequest:
-    """One output under way. ending: token ids that end it. slot: its adapter's slot while it runs, else -1. siblings: the other
-    outputs of the request; they start when this one's prompt is computed, and share the prompt's blocks."""
+    """One output under way. ending: token ids that end it. slot: its adapter's slot while it runs, else -1. matcher: of its
+    grammar, if it has one. siblings: the other outputs of the request; they start when this one's prompt is computed, and share
+    the prompt's blocks."""
 
     handle: RequestHandle
     index: int
@@ -148,6 +150,7 @@ class LiveRequest:
     ending: frozenset[int]
     version: AdapterVersion | None
     slot: int
+    matcher: GrammarMatcher | None = None
     siblings: list[LiveRequest] = field(default_factory=list)
     seed: int = field(init=False)
     draws: Draws = field(init=False)
@@ -157,26 +160,33 @@ class LiveRequest:
         self.seed = self.sampling.seed + self.index
         self.draws = draws_of(self.sampling, self.seed)
 
+    @property
+    def failed(self) -> CoserveError | None:
+        """Why its grammar lets it go no further."""
+        return None if self.matcher is None else self.matcher.error
+
     def accept(self, tokens: Sequence[Sampled], now: float) -> bool:
-        """Adds sampled tokens; True if the output has ended. Tokens after its end are dropped."""
+        """Adds sampled tokens; True if the output has ended. Tokens after its end are dropped. An output with a grammar also
+        ends where nothing can follow, and at any end token that the grammar has let through."""
         if not self.sampling.max_tokens:
             self.end("length", now)
             return True
         ids: list[int] = []
         logprobs: list[TokenLogprob] = []
         text, reason = "", None
-        stream, have = self.stream, len(self.handle.outputs[self.index].token_ids)
+        stream, matcher, have = self.stream, self.matcher, len(self.handle.outputs[self.index].token_ids)
         for token, logprob in tokens:
             ids.append(token)
             have += 1
             if logprob is not None:
                 logprobs.append(logprob)
-            if token in self.ending and have > self.sampling.min_tokens:
+            if token in self.ending and (have > self.sampling.min_tokens or matcher is not None):
                 reason = "stop"
                 text += stream.finish(token)
                 break
             text += stream.push(token)
-            if stream.stopped is not None:
+            complete = matcher is not None and matcher.accept(token)
+            if complete or stream.stopped is not None:
                 reason = "stop"
             elif have >= self.sampling.max_tokens:
                 reason = "length"

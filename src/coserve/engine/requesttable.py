@@ -13,6 +13,7 @@ from coserve.config.settings import SamplingConfig
 from coserve.core import ContextExceeded, CoserveError, InvalidRequest, Slo, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry, AdapterVersion
 from coserve.engine.requests import Chunk, LiveRequest, RequestHandle
+from coserve.grammar.matcher import GrammarMatcher
 from coserve.runtime.loaded import LoadedModel
 from coserve.runtime.spans import NO_ADAPTER
 from coserve.scheduler.admission import Seats
@@ -62,9 +63,11 @@ class RequestTable(Seats):
             )
 
     def admit(
-        self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: Slo, numbers: list[int]
+        self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: Slo, numbers: list[int],
+        matchers: Sequence[GrammarMatcher] = (),
     ) -> None:
-        """Begins a request. numbers: the list to which its outputs' numbers are added."""
+        """Begins a request. numbers: the list to which its outputs' numbers are added. matchers: one for each output, if it has
+        a grammar."""
         sampling = handle.sampling
         lives: list[LiveRequest] = []
         for index in range(sampling.n):
@@ -84,11 +87,15 @@ class RequestTable(Seats):
             )
             ending = self._ending(sampling, version)
             stream = TextStream(
-                self.model.tokenizer, sampling.stop, context=handle.prompt_ids, min_tokens=sampling.min_tokens
+                self.model.tokenizer, sampling.stop, context=handle.prompt_ids, min_tokens=sampling.min_tokens,
+                shown_ids=sampling.shown_special_ids,
             )
+            matcher = matchers[index] if matchers else None
+            if matcher is not None:
+                matcher.set_ending(ending)
             lives.append(LiveRequest(
                 handle=handle, index=index, state=state, sampling=sampling, stream=stream, ending=ending, version=version,
-                slot=NO_ADAPTER,
+                slot=NO_ADAPTER, matcher=matcher,
             ))
         numbers += [live.state.id for live in lives]
         self.live |= {live.state.id: live for live in lives}
@@ -164,7 +171,12 @@ class RequestTable(Seats):
             have = self.live[number].handle.prompt_logprobs
             have += logprobs[len(have) - starts[number] :]  # after a preemption, rows with known log-probabilities run again
         for number, tokens in result.tokens.items():
-            request = self.live[number]
+            request = self.live.get(number)
+            if request is None:  # another output of its request has failed
+                continue
+            if request.failed is not None:  # the token is of no meaning
+                self._fail_request(request.handle, request.failed)
+                continue
             if request.index == 0 and not request.handle.token_ids:
                 begun_s = request.state.begun_s  # as planned; the device may have been free earlier
                 request.handle.begun_s = None if begun_s is None else min(begun_s, now)
@@ -176,6 +188,15 @@ class RequestTable(Seats):
             if request.accept(tokens, now):
                 self._end_request(number)
                 self.num_finished += 1
+            elif request.failed is not None:
+                self._fail_request(request.handle, request.failed)
+
+    def _fail_request(self, handle: RequestHandle, error: CoserveError) -> None:
+        """Ends all outputs of a request that are under way."""
+        handle.error = error
+        for number, request in [(number, live) for number, live in self.live.items() if live.handle is handle]:
+            request.end("error", self.now())
+            self._end_request(number)
 
     def fail_all(self, error: CoserveError) -> None:
         """Ends all requests with the engine's error, even if cleaning up fails, so that no caller waits for ever."""

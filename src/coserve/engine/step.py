@@ -22,6 +22,7 @@ from coserve.engine.device import EngineDevice
 from coserve.engine.jobs import LiveJob
 from coserve.engine.marks import ClockMark, CudaMark, Mark, RunningSteps
 from coserve.engine.requests import LiveRequest
+from coserve.grammar.matcher import Grammars, Masks
 from coserve.runtime import sampler
 from coserve.runtime.fused import TrainWindow
 from coserve.runtime.sampler import SamplerRow
@@ -46,12 +47,14 @@ _Part = tuple[LiveRequest, Span]
 
 
 class StepRunner:
-    """Runs plans on a device. mark: makes a mark behind what the device was told; default: the device's own kind."""
+    """Runs plans on a device. mark: makes a mark behind what the device was told; default: the device's own kind. grammars:
+    computes the masks of requests with a grammar; None: there are none."""
 
     def __init__(
-        self, device: EngineDevice, clock: Callable[[], float] = time.perf_counter, mark: Callable[[], Mark] | None = None
+        self, device: EngineDevice, clock: Callable[[], float] = time.perf_counter, mark: Callable[[], Mark] | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        self.device, self.clock = device, clock
+        self.device, self.clock, self.grammars = device, clock, grammars
         self._mark = mark or (CudaMark if device.is_cuda else lambda: ClockMark(clock))
         self._running = RunningSteps()
 
@@ -61,8 +64,9 @@ class StepRunner:
         which such an error becomes where several ranks share the model."""
         called = self.clock()
         began = self._mark()
+        masks = self._begin_masks(plan, lookup)
         parts, logits = self._pass(plan, lookup)
-        sampling = self._sample(parts, logits)
+        sampling = self._sample(parts, logits, masks)
         for work in plan.units:
             if not work.fused:
                 self._guard(lookup, work, lambda work=work: self._unit(work, lookup))  # type: ignore[misc]
@@ -170,8 +174,19 @@ class StepRunner:
 
     # --- tokens ---
 
-    def _sample(self, parts: Sequence[_Part], logits: Tensor | None) -> _Sampling:
-        """Queues on the device all that gives tokens and log-probabilities."""
+    def _begin_masks(self, plan: StepPlan, lookup: Lookup) -> Masks | None:
+        """Begins to compute, beside the pass, which tokens may follow in outputs with a grammar that get one."""
+        if self.grammars is None or not self.grammars.in_use:
+            return None
+        matchers = {}
+        for span in plan.spans:
+            request = lookup.requests.get(span.request) if span.samples else None
+            if request is not None and request.matcher is not None:
+                matchers[span.request] = (request.matcher, len(request.state.output) < request.sampling.min_tokens)
+        return Masks(self.grammars, matchers) if matchers else None
+
+    def _sample(self, parts: Sequence[_Part], logits: Tensor | None, masks: Masks | None) -> _Sampling:
+        """Queues on the device all that gives tokens and log-probabilities. Waits for the masks, if there are any."""
         sampling = _Sampling()
         if logits is None:
             return sampling
@@ -187,8 +202,10 @@ class StepRunner:
             if samples:
                 chosen.append(first - 1)
                 prompt, output = state.prompt, state.output
+                allowed = None if masks is None else masks.of(number)
                 rows.append(SamplerRow(
-                    request.sampling, request.seed, len(prompt) + len(output), prompt, output, request.ending, request.draws
+                    request.sampling, request.seed, len(prompt) + len(output), prompt, output, request.ending, request.draws,
+                    allowed,
                 ))
                 sampling.sampled.append(number)
         if rows:

@@ -15,11 +15,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+_NICE = 10
 _PAUSE_HARD = 2
 """omp_pause_hard: the threads end."""
 Parameters = ParamSpec("Parameters")
@@ -52,6 +56,13 @@ def borrowed_team() -> Iterator[None]:
         yield
     finally:
         give_team_back()
+
+
+def yield_to_others() -> None:
+    """Lets the calling thread run only where others leave cores to it, for work that takes long. Linux knows priorities of
+    threads; elsewhere nothing changes."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 class SideThreads(ThreadPoolExecutor):

@@ -18,10 +18,32 @@ import numpy as np
 from coserve.config.settings import FinetuneConfig, TooLong
 from coserve.core import Example, Group, InvalidRequest, NotFound, one_line
 from coserve.finetune.jsonlines import LineError, numbered_lines, read_object, shown
-from coserve.finetune.layouts import Encoded, LineReader
+from coserve.finetune.layouts import Encoded, Examples, LineReader
 from coserve.text.tokenizer import ChatTokenizer, TextRules
 
+FEW_EXAMPLES = 10
+"""OpenAI's least number; fewer are allowed here, with a warning."""
 _SHOWN_COLUMNS = 20
+_REWRITTEN = "the model's chat template renders earlier turns differently inside a conversation than at its end"
+_REMARKS = {
+    "several":
+        f"conversations became several examples, each of the turns that can be trained in one text: {_REWRITTEN}; a turn of "
+        "weight 0 makes none",
+    "last_turn_only":
+        f"conversations are trained in their last assistant turn only: {_REWRITTEN}; to train them too, write one example per "
+        "turn",
+    "lost_thoughts":
+        "conversations have reasoning_content that isn't trained, since the model's chat template doesn't write it; to train "
+        "it, write it into content",
+    "no_thoughts":
+        "conversations have an answer without a thought, though the prompt opens one: the model learns to end its thought at "
+        "once; to train thoughts, give reasoning_content",
+    "unlisted": "lines have calls of tools that aren't among their tools",
+    "control_texts":
+        "lines hold control tokens written out in their texts, which are trained as plain text; with allow_control_tokens they "
+        "are control tokens",
+}
+"""{what LineReader counts: what is said about it, behind the number}."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +53,9 @@ class DatasetReport:
     num_lines: int
     """Lines that are not blank."""
     num_dropped: int
-    """Lines left out because an example is too long, or would have no trained token after the cut."""
+    """Examples (for DPO pairs) left out because they are too long, or would have no trained token after the cut."""
     num_truncated: int
-    """Lines that are kept with an example cut at its end."""
+    """Examples (for DPO pairs) that are kept, cut at the end."""
     num_tokens: int
     """Tokens of all examples; for DPO the prompt counts twice."""
     num_label_tokens: int
@@ -48,7 +70,7 @@ class DatasetReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A tokenized training file. groups[i].index is i, the position among the accepted lines."""
+    """A tokenized training file. groups[i].index is i, the position among the accepted examples, or for DPO pairs."""
 
     groups: tuple[Group, ...]
     report: DatasetReport
@@ -58,57 +80,67 @@ def load_training(
     path: Path, tokenizer: ChatTokenizer, config: FinetuneConfig, *, max_length: int, param: str = "training_file",
     on_line: Callable[[], None] = lambda: None,
 ) -> Dataset:
-    """Reads a JSON Lines file with a job's settings. Each line is one group: an example (sft), or (chosen, rejected) (dpo).
+    """Reads a JSON Lines file with a job's settings. A line is one group: an example (sft), or (chosen, rejected) (dpo). A
+    conversation that can't be trained in one example is several groups (sft).
 
     Blank lines are skipped. config.too_long says whether an example of more than `max_length` tokens is an error, drops its
     group, or is cut at its end. on_line: called before each line; may raise to stop the reading. param: the field that errors
     name. Raises NotFound if there is no such file, InvalidRequest with a one-line message that names file, line and field if a
     line can't be used or no example is left.
     """
-    if not path.is_file():
-        raise NotFound(f"no such file: {path}", param=param)
-    data = path.read_bytes()
-    now = None if config.template_date is None else datetime.fromisoformat(config.template_date)
-    rules = TextRules(allow_control_tokens=config.allow_control_tokens, now=now)
-    reader = LineReader(tokenizer=tokenizer, objective=config.objective, rules=rules, system_prompt=config.system_prompt)
+    data, reader = read_file(path, param), make_reader(tokenizer, config)
     groups: list[Group] = []
-    num_lines = num_truncated = num_examples = 0
-    for sequences, fitted in _read(path.name, data, reader, max_length, config.too_long, param, on_line):
+    num_lines = num_truncated = num_dropped = num_examples = 0
+    for line in _read(path.name, data, reader, param, on_line, max_length, config.too_long):
         num_lines += 1
-        kept = [sequence for sequence in fitted if sequence is not None]
-        if len(kept) < len(sequences):
-            continue
-        num_truncated += any(len(new.token_ids) < len(old.token_ids) for new, old in zip(kept, sequences, strict=True))
-        groups.append(Group(index=len(groups), examples=tuple(
-            Example(index=num_examples + i, token_ids=sequence.token_ids, weights=sequence.weights)
-            for i, sequence in enumerate(kept)
-        )))
-        num_examples += len(kept)
+        for fitted, is_cut in line:
+            num_dropped += fitted is None
+            num_truncated += is_cut
+            if fitted is not None:
+                groups.append(Group(index=len(groups), examples=tuple(
+                    Example(index=num_examples + i, token_ids=sequence.token_ids, weights=sequence.weights)
+                    for i, sequence in enumerate(fitted)
+                )))
+                num_examples += len(fitted)
     if not num_lines:
         raise InvalidRequest(f"{path.name}: the file is empty; give one JSON object per line", param=param)
     if not groups:
         raise InvalidRequest(
-            f"{path.name}: no usable example, all {num_lines} are longer than max_length {max_length} tokens; raise it",
+            f"{path.name}: no usable example, all {num_dropped} are longer than max_length {max_length} tokens; raise it",
             param=param,
         )
     examples = [example for group in groups for example in group.examples]
     report = DatasetReport(
         num_lines=num_lines,
-        num_dropped=num_lines - len(groups),
+        num_dropped=num_dropped,
         num_truncated=num_truncated,
         num_tokens=sum(example.num_tokens for example in examples),
         num_label_tokens=sum(int(np.count_nonzero(example.weights[1:])) for example in examples),
         longest=max(example.num_tokens for example in examples),
         digest=_digest(data, examples, tokenizer, config, max_length),
-        warnings=tuple(_warnings(reader, num_lines)),
+        warnings=tuple(remarks(reader, num_lines)),
     )
     return Dataset(groups=tuple(groups), report=report)
 
 
+def read_file(path: Path, param: str) -> bytes:
+    """A file's bytes. Raises NotFound."""
+    if not path.is_file():
+        raise NotFound(f"no such file: {path}", param=param)
+    return path.read_bytes()
+
+
+def make_reader(tokenizer: ChatTokenizer, config: FinetuneConfig) -> LineReader:
+    """A reader for a file with a job's settings."""
+    now = None if config.template_date is None else datetime.fromisoformat(config.template_date)
+    rules = TextRules(allow_control_tokens=config.allow_control_tokens, now=now)
+    return LineReader(tokenizer=tokenizer, objective=config.objective, rules=rules, system_prompt=config.system_prompt)
+
+
 def _read(
-    name: str, data: bytes, reader: LineReader, max_length: int, too_long: TooLong, param: str, on_line: Callable[[], None]
-) -> Iterator[tuple[list[Encoded], list[Encoded | None]]]:
-    """Per line: its examples, and the same fitted to `max_length` by `_fit`. Raises InvalidRequest, naming file and line."""
+    name: str, data: bytes, reader: LineReader, param: str, on_line: Callable[[], None], max_length: int, too_long: TooLong
+) -> Iterator[list[tuple[Examples | None, bool]]]:
+    """Per line: what `fit_examples` makes of its examples. Raises InvalidRequest, naming file and line."""
     place = name
     try:
         for number, line in numbered_lines(data):
@@ -116,28 +148,43 @@ def _read(
             if not line:
                 continue
             place = f"{name}, line {number}"
-            sequences = reader.read(read_object(line))
-            yield sequences, [_fit(sequence, max_length, too_long) for sequence in sequences]
+            yield [fit_examples(examples, max_length, too_long) for examples in read_line(reader, line)]
     except (LineError, InvalidRequest) as error:
         raise InvalidRequest(f"{place}: {one_line(error)}", param=param) from error
 
 
-def _warnings(reader: LineReader, num_lines: int) -> Iterator[str]:
+def read_line(reader: LineReader, line: bytes) -> list[Examples]:
+    """The examples of a line that isn't blank. Raises LineError, InvalidRequest, without file and line."""
+    try:
+        found = reader.read(read_object(line))
+    except RecursionError as error:
+        raise LineError("line", "objects and lists are nested too deeply; make them flatter") from error
+    for sequence in (sequence for examples in found for sequence in examples):
+        if not sequence.weights[1:].any():
+            raise LineError(
+                sequence.field, "no trained token; give an assistant message (of weight 1) or a completion with text"
+            )
+    return found
+
+
+def fit_examples(examples: Examples, max_length: int, too_long: TooLong) -> tuple[Examples | None, bool]:
+    """An example or a pair, cut to `max_length` if too long, or None to drop it; and whether it was cut. Raises LineError."""
+    fitted = [_fit(sequence, max_length, too_long) for sequence in examples]
+    kept = tuple(sequence for sequence in fitted if sequence is not None)
+    if len(kept) < len(examples):
+        return None, False
+    return kept, any(len(new.token_ids) < len(old.token_ids) for new, old in zip(kept, examples, strict=True))
+
+
+def remarks(reader: LineReader, num_lines: int) -> Iterator[str]:
+    """What a file's owner should know about its lines."""
     if reader.ignored:
         names = [shown(name) for name in reader.ignored]
         more = [f"and {len(names) - _SHOWN_COLUMNS} more"] if len(names) > _SHOWN_COLUMNS else []
         yield f"columns that no layout has are ignored: {', '.join([*names[:_SHOWN_COLUMNS], *more])}"
-    if reader.last_turn_only:
-        yield (
-            f"{reader.last_turn_only} of {num_lines} conversations are trained in their last assistant turn only: the model's "
-            "chat template renders earlier turns differently inside a conversation than at its end; to train them too, write "
-            "one example per turn"
-        )
-    if reader.control_texts:
-        yield (
-            f"{reader.control_texts} of {num_lines} lines hold control tokens written out in their texts, which are trained as "
-            "plain text; with allow_control_tokens they are control tokens"
-        )
+    for name, remark in _REMARKS.items():
+        if reader.counts[name]:
+            yield f"{reader.counts[name]} of {num_lines} {remark}"
 
 
 def _digest(data: bytes, examples: list[Example], tokenizer: ChatTokenizer, config: FinetuneConfig, max_length: int) -> str:
@@ -154,8 +201,6 @@ def _digest(data: bytes, examples: list[Example], tokenizer: ChatTokenizer, conf
 def _fit(sequence: Encoded, max_length: int, too_long: TooLong) -> Encoded | None:
     """The sequence, cut to `max_length` if too long, or None to drop its group. Raises LineError."""
     field, token_ids, weights = sequence
-    if not weights[1:].any():
-        raise LineError(field, "no trained token; give an assistant message (of weight 1) or a completion with text")
     if len(token_ids) <= max_length:
         return sequence
     if too_long == "error":

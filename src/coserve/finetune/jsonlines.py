@@ -88,6 +88,17 @@ def read_object(line: bytes) -> dict[str, Any]:
     return record
 
 
+def read_text(value: object, place: str) -> str:
+    """The value as a string. Raises LineError if it is none, or can't be encoded as UTF-8."""
+    if not isinstance(value, str):
+        raise LineError(place, f"a string is expected, got {kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise LineError(place, "holds half of a surrogate pair (\\ud800-\\udfff); write whole characters") from error
+    return value
+
+
 def kind(value: object) -> str:
     """The name of a JSON value's type, with its article."""
     if value is None:

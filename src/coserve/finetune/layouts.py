@@ -11,22 +11,29 @@ optional columns that LLaMA-Factory (https://github.com/hiyouga/LLaMA-Factory/bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from coserve.chat.messages import NO_TOOLS, is_neutral
+from coserve.chat.messages import is_neutral
+from coserve.chat.template import NO_EXTRAS, ChatExtras
 from coserve.config.settings import PAIRED, Objective, SystemPrompt
 from coserve.core import InvalidRequest
-from coserve.finetune.jsonlines import LineError, kind, shown
-from coserve.finetune.turns import Turn, merge_system, read_text, read_turns, same_turns
+from coserve.finetune.calls import link_calls, read_line_tools, unlisted_call
+from coserve.finetune.jsonlines import LineError, kind, read_text, shown
+from coserve.finetune.turns import Turn, merge_system, read_turns, same_turns
 from coserve.text.tokenizer import ChatTokenizer, Notes, TextRules
 
 _SHOWN_KEYS = 8
-_NO_TOOLS_WRITTEN = ("", "[]")
-"""Values of LLaMA-Factory's text column `tools` that mean no tools."""
+_CHOICES = ("tool_choice", "function_call")
+"""Columns of requests that data has no use for, but may hold with the values that ask for what happens anyway."""
+_BESIDE = ("tools", "functions", "parallel_tool_calls", *_CHOICES, "chat_template_kwargs")
+"""Columns beside a conversation of any layout."""
+_MEDIA = ("images", "videos", "audios")
+"""LLaMA-Factory's columns of what a model that reads text only can't be shown."""
 _QUESTIONS = ("question", "query", "input", "instruction")
 """Columns that hold the prompt in other layouts."""
 _WEAKEST = "text"
@@ -41,61 +48,119 @@ class Encoded(NamedTuple):
     weights: np.ndarray
 
 
+Examples = tuple[Encoded, ...]
+"""One example, or chosen and rejected (PAIRED)."""
+
+
 @dataclass(slots=True, kw_only=True)
 class LineReader:
-    """Reads the lines of one file. ignored: columns that the lines' layouts don't have, in order of appearance. last_turn_only,
-    control_texts: the number of lines in which tokenizer.Notes counts that."""
+    """Reads the lines of one file.
+
+    ignored: columns that the lines' layouts don't have, in order of appearance. counts: in how many lines there is what
+    tokenizer.Notes counts, by its names, and `unlisted`: calls of tools that the line doesn't list. layouts: the number of
+    lines by layout, named by its required keys.
+    """
 
     tokenizer: ChatTokenizer
     objective: Objective
     rules: TextRules
     system_prompt: SystemPrompt
     ignored: dict[str, None] = field(default_factory=dict)
-    last_turn_only: int = 0
-    control_texts: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)
     _notes: Notes = field(default_factory=Notes)
+    _extras: ChatExtras = NO_EXTRAS
+    _parallel: bool = True
+    _unlisted: bool = False
 
-    def read(self, record: dict[str, Any]) -> list[Encoded]:
-        """The examples of one line: one, or chosen and rejected (PAIRED). Raises LineError, InvalidRequest (tokenizer)."""
+    def read(self, record: dict[str, Any]) -> list[Examples]:
+        """The examples of one line: one, or several if a conversation can't be trained in one. Raises LineError, InvalidRequest
+        (tokenizer)."""
         layout = _match(record, self.objective)
-        _refuse_tools(record, "")
-        if isinstance(record.get("label"), bool) and layout.required == ("prompt", "completion"):
-            raise LineError("label", "completions that are only called good or bad are not supported; give pairs, or remove it")
+        _refuse_columns(record, layout)
+        self._notes, self._unlisted = Notes(), False
+        self._extras, self._parallel = NO_EXTRAS, True
+        self.take_tools(record, "")
+        encoded = layout.encode(record, self)
+        self.layouts[", ".join(layout.required)] += 1
         self.ignored.update(dict.fromkeys(
-            key for key in record if key not in layout.required + layout.optional and key not in NO_TOOLS
+            key for key in record if key not in (*layout.required, *layout.optional, *_BESIDE)
         ))
-        self._notes = Notes()
-        examples = layout.encode(record, self)
-        self.last_turn_only += self._notes.last_turn_only > 0
-        self.control_texts += self._notes.control_texts > 0
-        return examples
+        told = {**asdict(self._notes), "unlisted": self._unlisted}
+        self.counts.update(name for name, count in told.items() if count)
+        return [tuple(encoded)] if self.objective in PAIRED else [(example,) for example in encoded]
+
+    def take_tools(self, record: Mapping[str, Any], prefix: str) -> None:
+        """Reads what a line, or an object in it, says beside its conversation. prefix: of the fields' places. Raises
+        LineError."""
+        for name in _CHOICES:
+            if not is_neutral(record.get(name), ("none", "auto")):
+                raise LineError(prefix + name, "training data has none; remove it")
+        parallel = record.get("parallel_tool_calls")
+        if not is_neutral(parallel, (True, False)):
+            raise LineError(f"{prefix}parallel_tool_calls", f"true or false is expected, got {shown(parallel)}")
+        variables = record.get("chat_template_kwargs")
+        if not isinstance(variables, dict | None):
+            raise LineError(f"{prefix}chat_template_kwargs", f"an object is expected, got {kind(variables)}")
+        tools = read_line_tools(record, prefix)
+        if tools and self._extras.tools:
+            raise LineError(f"{prefix}tools", "the line has tools beside it too; give them once")
+        self._parallel = self._parallel and parallel is not False
+        self._extras = ChatExtras(
+            tools=tools or self._extras.tools, variables={**self._extras.variables, **(variables or {})}
+        )
 
     def turns(self, value: object, place: str) -> list[Turn]:
         """A checked list of messages, with the chat template's roles. Raises LineError, InvalidRequest."""
         return read_turns(value, place, keep_developer=self.tokenizer.knows_developer)
 
-    def chat(self, place: str, context: Sequence[Turn], response: Sequence[Turn]) -> Encoded:
-        """Encodes a conversation of which only `response` is trained."""
-        turns = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in context] + [*response]
+    def chat(self, place: str, context: Sequence[Turn], response: Sequence[Turn]) -> list[Encoded]:
+        """Encodes a conversation of which only `response` is trained: as one example, or several (not if PAIRED)."""
+        given = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in context] + [*response]
         _require_response(response, place)
+        turns: list[Turn] = [*link_calls(given, place)]
+        if not self._parallel and any(len(turn.get("tool_calls", ())) > 1 and turn.get("weight", 1) for turn in turns):
+            raise LineError("parallel_tool_calls", f"it is false, but a message in {place} has several calls")
+        self._unlisted = self._unlisted or unlisted_call(turns, self._extras.tools)
         if self.system_prompt == "merge":
             turns = merge_system(turns, place)
         try:
-            return Encoded(place, *self.tokenizer.encode_training(turns, self.rules, self._notes))
+            return [Encoded(place, *example) for example in self._encode(turns)]
         except InvalidRequest as error:
-            if self.tokenizer.takes_system or all(turn["role"] != "system" for turn in turns):
+            if not self._can_merge(turns, place):
                 raise
             raise InvalidRequest(
                 f"{error}; with system_prompt merge the system prompt becomes part of the first user turn", param=error.param
             ) from error
 
+    def _encode(self, turns: Sequence[Turn]) -> list[tuple[np.ndarray, np.ndarray]]:
+        if self.objective in PAIRED:
+            return [self.tokenizer.encode_training(turns, self.rules, self._notes, self._extras)]
+        return self.tokenizer.encode_examples(turns, self.rules, self._notes, self._extras)
+
+    def _can_merge(self, turns: Sequence[Turn], place: str) -> bool:
+        """Whether the conversation has a system prompt, and could be encoded if that were merged into a user turn."""
+        if all(turn["role"] != "system" for turn in turns):
+            return False
+        try:
+            self._encode(merge_system(turns, place))
+        except (LineError, InvalidRequest):
+            return False
+        return True
+
     def completion(self, place: str, prompt: str, text: str) -> Encoded:
         """Encodes a text that continues a prompt. Only the text is trained."""
+        self._refuse_tools()
         return Encoded(place, *self.tokenizer.encode_completion(prompt, text, self.rules, self._notes))
 
     def text(self, place: str, text: str) -> Encoded:
         """Encodes a text that is trained whole."""
+        self._refuse_tools()
         return Encoded(place, *self.tokenizer.encode_text(text, self.rules, self._notes))
+
+    def _refuse_tools(self) -> None:
+        if self._extras.tools:
+            raise LineError("tools", "plain texts have none, as no chat template writes them; give messages, or remove it")
 
 
 Encoder = Callable[[dict[str, Any], LineReader], list[Encoded]]
@@ -129,6 +194,11 @@ def _match(record: dict[str, Any], objective: Objective) -> _Layout:
     raise LineError("keys", f"{keys_shown or 'none'}: no known format; for objective {objective} give {wanted}")
 
 
+def is_paired(record: Mapping[str, Any]) -> bool:
+    """Whether a line has a layout of pairs."""
+    return any(layout.objectives == PAIRED and all(key in record for key in layout.required) for layout in _LAYOUTS)
+
+
 def _only(matches: list[_Layout]) -> _Layout:
     """The first of the matching layouts. Raises LineError if another one requires keys that the first doesn't, `text` apart."""
     first = matches[0]
@@ -140,10 +210,15 @@ def _only(matches: list[_Layout]) -> _Layout:
     return first
 
 
-def _refuse_tools(record: dict[str, Any], prefix: str) -> None:
-    for key, neutral in NO_TOOLS.items():
-        if not is_neutral(record.get(key), (*neutral, *_NO_TOOLS_WRITTEN) if key == "tools" else neutral):
-            raise LineError(prefix + key, "tools are not supported yet; remove it or leave the example out")
+def _refuse_columns(record: dict[str, Any], layout: _Layout) -> None:
+    """Raises LineError for columns without which the line would mean something else."""
+    for name in _MEDIA:
+        if record.get(name):
+            raise LineError(name, "not supported, the model reads text; leave the example out")
+    columns = ("label", "kto_tag") if layout.required == ("prompt", "completion") else ("kto_tag",)  # TRL's, LLaMA-Factory's
+    for name in columns:
+        if isinstance(record.get(name), bool) and layout.objectives != PAIRED:
+            raise LineError(name, "completions that are only called good or bad are not supported; give pairs, or remove it")
 
 
 def _require_response(turns: Sequence[Turn], place: str) -> None:
@@ -161,7 +236,7 @@ def _require_response(turns: Sequence[Turn], place: str) -> None:
 
 
 def _conversation(column: str) -> Encoder:
-    return lambda record, reader: [reader.chat(column, _system(record), reader.turns(record[column], column))]
+    return lambda record, reader: reader.chat(column, _system(record), reader.turns(record[column], column))
 
 
 def _prompt_and(*columns: str) -> Encoder:
@@ -170,7 +245,7 @@ def _prompt_and(*columns: str) -> Encoder:
 
 def _alpaca(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
     answer = {"role": "assistant", "content": read_text(record["output"], "output")}
-    return [reader.chat("output", (), [*_instruction(record), answer])]
+    return reader.chat("output", (), [*_instruction(record), answer])
 
 
 def _text(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
@@ -182,9 +257,9 @@ def _openai_preference(record: dict[str, Any], reader: LineReader) -> list[Encod
     if not isinstance(given, dict) or "messages" not in given:
         raise LineError("input", 'an object with a list "messages" is expected')
     for key, value in given.items():
-        if key not in ("messages", *NO_TOOLS) and value is not None:
-            raise LineError(f"input.{shown(key)}", "unknown key; remove it (known: messages)")
-    _refuse_tools(given, "input.")
+        if key not in ("messages", *_BESIDE) and value is not None:
+            raise LineError(f"input.{shown(key)}", "unknown key; remove it (known: messages, tools, parallel_tool_calls)")
+    reader.take_tools(given, "input.")
     fields = ("preferred_output", "non_preferred_output")
     for name, value in (("input.messages", given["messages"]), *((name, record[name]) for name in fields)):
         if not isinstance(value, list):
@@ -195,13 +270,13 @@ def _openai_preference(record: dict[str, Any], reader: LineReader) -> list[Encod
 def _alpaca_preference(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
     context, fields = _instruction(record), ("chosen", "rejected")
     answers = {name: {"role": "assistant", "content": read_text(record[name], name)} for name in fields}
-    return [reader.chat(name, context, [answers[name]]) for name in fields]
+    return [example for name in fields for example in reader.chat(name, context, [answers[name]])]
 
 
 def _sharegpt_preference(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
     context = [*_system(record), *reader.turns(record["conversations"], "conversations")]
-    return [_continued(context, "conversations", _turns_of(record, name, reader), name, reader)
-            for name in ("chosen", "rejected")]
+    return [example for name in ("chosen", "rejected")
+            for example in _continued(context, "conversations", _turns_of(record, name, reader), name, reader)]
 
 
 def _implicit_preference(record: dict[str, Any], reader: LineReader) -> list[Encoded]:
@@ -225,7 +300,8 @@ def _implicit_preference(record: dict[str, Any], reader: LineReader) -> list[Enc
         raise LineError(
             "chosen, rejected", "they have no first message in common; begin both with the prompt, or give a prompt"
         )
-    return [reader.chat(name, turns[:shared], turns[shared:]) for name, turns in zip(fields, both, strict=True)]
+    return [example for name, turns in zip(fields, both, strict=True)
+            for example in reader.chat(name, turns[:shared], turns[shared:])]
 
 
 # --- parts of layouts ---
@@ -278,7 +354,8 @@ def _responses(
         for name, (before, _) in zip(fields, parts, strict=True):
             if not same_turns(before, parts[0][0]):
                 raise LineError(name, f"what comes before the answer differs from {fields[0]}'s; give both the same prompt")
-        return [reader.chat(name, before, after) for name, (before, after) in zip(fields, parts, strict=True)]
+        return [example for name, (before, after) in zip(fields, parts, strict=True)
+                for example in reader.chat(name, before, after)]
     if not isinstance(prompt, list):
         start = read_text(prompt, prompt_field)
         return [reader.completion(name, start, read_text(record[name], name)) for name in fields]
@@ -286,10 +363,11 @@ def _responses(
     for i, turn in enumerate(context):
         if turn.get("weight") == 1:
             raise LineError(f"{prompt_field}[{i}].weight", "nothing of a prompt is trained; remove it")
-    return [_continued(context, prompt_field, reader.turns(record[name], name), name, reader) for name in fields]
+    return [example for name in fields
+            for example in _continued(context, prompt_field, reader.turns(record[name], name), name, reader)]
 
 
-def _continued(context: list[Turn], prompt_field: str, response: list[Turn], place: str, reader: LineReader) -> Encoded:
+def _continued(context: list[Turn], prompt_field: str, response: list[Turn], place: str, reader: LineReader) -> list[Encoded]:
     """Encodes a response in messages: either the answer alone, or a whole conversation that begins with the prompt."""
     _require_response(response, place)
     if context[-1]["role"] == "assistant":

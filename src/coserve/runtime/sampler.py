@@ -3,10 +3,10 @@
 Owns: the order in which a request's sampling settings act, and the noise. Does not own: when a request ends, texts. A row of
 logits goes through
 
-    raw -> repetition penalty -> presence and frequency penalties -> logit_bias -> min_tokens
+    raw -> repetition penalty -> presence and frequency penalties -> logit_bias -> min_tokens -> grammar
         -> temperature -> top_k -> top_p -> min_p -> noise -> argmax
 
-and a greedy row from min_tokens straight to the argmax. Log-probabilities are of the raw logits, as vLLM's are. Noise is keyed
+and a greedy row from there straight to the argmax. Log-probabilities are of the raw logits, as vLLM's are. Noise is keyed
 by (seed, position) and rows share no arithmetic that rounds, so neither batching nor preemption changes a result. On CUDA what
 follows min_tokens is in kernels (`kernels/triton/sampling.py`), which give the same tokens.
 
@@ -57,7 +57,8 @@ class SamplerRow(NamedTuple):
     """What decides one row's token besides its logits.
 
     seed: sampling.seed + the output's index. position: tokens before the one sampled. prompt, output: the tokens so far, all
-    below V. ending: the ids that min_tokens excludes. draws: of the settings and the seed, if they are known already.
+    below V. ending: the ids that min_tokens excludes. draws: of the settings and the seed, if they are known already. allowed:
+    of a row with a grammar, a mask of V tokens (grammar/matcher.py), which heeds min_tokens itself and allows at least one.
     """
 
     sampling: SamplingConfig
@@ -67,6 +68,7 @@ class SamplerRow(NamedTuple):
     output: Sequence[int]
     ending: frozenset[int]
     draws: Draws | None = None
+    allowed: np.ndarray | None = None
 
 
 def draws_of(sampling: SamplingConfig, seed: int) -> Draws:
@@ -148,8 +150,8 @@ def _draws(rows: Sequence[SamplerRow]) -> list[Draws]:
 
 
 def _are_plain(rows: Sequence[SamplerRow], draws: Sequence[Draws]) -> list[bool]:
-    """By row, whether the request's own settings leave its logits alone."""
-    return [len(row.output) >= own.plain_from for row, own in zip(rows, draws, strict=True)]
+    """By row, whether the request's own settings, its grammar among them, leave its logits alone."""
+    return [row.allowed is None and len(row.output) >= own.plain_from for row, own in zip(rows, draws, strict=True)]
 
 
 def _settings(rows: Sequence[SamplerRow], draws: Sequence[Draws]) -> tuple[Tensor, bool]:
@@ -207,6 +209,9 @@ def _edited(raw_BV: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
     for number, row in enumerate(rows):
         if not plain[number]:
             _edit(edited_BV[number], row)
+    masked = [number for number, row in enumerate(rows) if row.allowed is not None]
+    for chunk in _chunks(masked, raw_BV.shape[1]):
+        _exclude(edited_BV, chunk, rows)
     return edited_BV
 
 
@@ -224,9 +229,20 @@ def _edit(logits_V: Tensor, row: SamplerRow) -> None:
     biased = {token: value for token, value in sampling.logit_bias.items() if 0 <= token < size}
     if biased:
         logits_V[to_device(list(biased), device)] += to_device(torch.tensor(list(biased.values())), device)
-    if len(row.output) < sampling.min_tokens:
+    if len(row.output) < sampling.min_tokens and row.allowed is None:
         excluded = [token for token in row.ending if 0 <= token < size]
         logits_V.index_fill_(0, to_device(excluded, device), -torch.inf)
+
+
+def _exclude(logits_BV: Tensor, numbers: Sequence[int], rows: Sequence[SamplerRow]) -> None:
+    """Sets what their grammars don't allow to -inf in the numbered rows, in place. The masks come to the device as bits."""
+    device, size = logits_BV.device, logits_BV.shape[1]
+    masks = np.array([rows[number].allowed for number in numbers], np.int32)
+    bytes_NB = to_device(torch.from_numpy(masks.view(np.uint8)), device)
+    bits_N = (bytes_NB[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    allowed_NV = bits_N.reshape(len(numbers), -1)[:, :size].bool()
+    index_N = to_device(numbers, device)
+    logits_BV[index_N] = logits_BV[index_N].masked_fill(~allowed_NV, -torch.inf)
 
 
 def _ids(tokens: Sequence[int]) -> Tensor:

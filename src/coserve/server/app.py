@@ -21,19 +21,20 @@ from fastapi import FastAPI
 from sqlalchemy import URL
 from starlette.middleware.cors import CORSMiddleware
 
+from coserve.grammar.check import GrammarChecker
 from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
 from coserve.server.inference.templates import RequestTemplates
-from coserve.server.inference.thoughts import find_style
+from coserve.server.inference.toolcalling import call_format, check_call_format
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.locks import hold, make_private
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.models import ModelRegistry
 from coserve.server.origins import OriginGuard
-from coserve.server.routes import adapters, files, finetuning, inference, page, status, tokens
+from coserve.server.routes import adapters, files, finetuning, inference, page, responses, status, tokens
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services, TenantShares
 from coserve.server.settings import ServerConfig
@@ -45,7 +46,7 @@ from coserve.text.tokenizer import ChatTokenizer
 LOCK_FILE, INDEX_FILE = "server.lock", "coserve.db"
 KEYS_VARIABLE = "COSERVE_API_KEYS"
 """An environment variable of the form tenant=key,tenant=key: keys beside those of the settings and of the index."""
-_ROUTES = (inference, tokens, files, finetuning, adapters, status, page)
+_ROUTES = (inference, responses, tokens, files, finetuning, adapters, status, page)
 _log = logging.getLogger(__name__)
 
 
@@ -75,9 +76,10 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         engine = EngineClient(config, report=report)
         stack.push_async_callback(engine.supervisor.stop)
         await asyncio.gather(engine.supervisor.start(), asyncio.to_thread(uploads.rebuild))
-        tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory))
+        named = call_format(config.tool_call_parser)
+        tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory), named)
         tokenizer = tokenizer.or_template(config.chat_template)
-        find_style(config.reasoning_parser, tokenizer)  # refuses one that this model can't have
+        check_call_format(config.tool_call_parser, tokenizer)
         templates = RequestTemplates(tokenizer) if config.trust_request_chat_template else None
         if templates is not None:
             stack.callback(templates.close)
@@ -91,13 +93,15 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         stack.push_async_callback(jobs.stop)
         work = WorkPool()
         stack.callback(work.close)
+        grammars = GrammarChecker()
+        stack.callback(grammars.close)
         await jobs.start()
         watch = SelfWatch(asyncio.get_running_loop(), lambda: jobs.journal.busy_s, config.watchdog_timeout)
         stack.enter_context(watch)
         yield Services(
             config=config, engine=engine, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
             models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32), work=work,
-            shares=TenantShares(config), templates=templates, watch=watch,
+            shares=TenantShares(config), templates=templates, watch=watch, grammars=grammars,
         )
 
 

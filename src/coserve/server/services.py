@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from coserve.grammar.check import GrammarChecker
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
 from coserve.server.inference.templates import RequestTemplates
@@ -53,6 +54,7 @@ class Services:
     draw_seed: gives a seed below 2^32 for a request that has none.
     work: threads for work that would hold up the event loop.
     templates: chat templates of requests; None: requests may bring none.
+    grammars: tries the grammars that answers are asked to match.
     watch: the watch over this process; None in tests without a server.
     """
 
@@ -67,6 +69,7 @@ class Services:
     metrics: ServerMetrics
     draw_seed: Callable[[], int]
     work: WorkPool = field(default_factory=WorkPool)
+    grammars: GrammarChecker = field(default_factory=GrammarChecker)
     shares: TenantShares = field(default_factory=lambda: TenantShares(ServerConfig()))
     templates: RequestTemplates | None = None
     watch: SelfWatch | None = None

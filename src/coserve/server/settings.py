@@ -16,6 +16,7 @@ from typing import Any
 
 from coserve.chat.reasoning import PARSERS
 from coserve.chat.template import ChatTemplate
+from coserve.chat.toolprompt import CALL_FORMATS
 from coserve.config.data import read_toml
 from coserve.config.settings import POLICIES, EngineConfig, SchedulerConfig
 from coserve.config.values import AUTO, SloMs, knob, read_memory, read_quantization, require, require_least
@@ -25,6 +26,9 @@ from coserve.server.hostnames import check_allowed
 DEFAULT_DATA_DIR = Path("coserve-data")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+NO_PARSER = "none"
+PARSER_ALIASES = {"qwen3_coder": "qwen3_xml"}
+"""Other names of vLLM's for ways of writing calls."""
 MODULE_JSON = '{"name": NAME, "path": DIRECTORY}'
 """An entry of lora_modules in vLLM's form."""
 MAX_NUM_SEQS_CPU, MAX_NUM_SEQS_GPU = 64, 256
@@ -59,6 +63,8 @@ class ServerConfig:
     trust_request_chat_template: bool = knob(False, "Requests may bring a chat template.")
     reasoning_parser: str = knob(AUTO, f"{', '.join(PARSERS)}.")
     """How thoughts are told from answers; auto: as the chat template says."""
+    tool_call_parser: str = knob(AUTO, "How calls of tools are read: auto, none or a name.")
+    """How the model writes calls of tools: auto (as its chat template does), a name of vLLM's, or none (they aren't read)."""
     max_num_seqs: int | None = knob(None, "Requests that run at once (64, on a GPU 256).")
     max_num_batched_tokens: int = knob(2048, "Inference rows per iteration (2048).")
     max_num_queued_reqs: int = knob(4096, "Requests that may wait (4096).")
@@ -139,7 +145,8 @@ class ServerConfig:
         if self.chat_template is not None:
             _check_template(self.chat_template)
         self.training_share(1 << 40)
-        for name, known in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS)):
+        parsers = (AUTO, NO_PARSER, *CALL_FORMATS, *PARSER_ALIASES)
+        for name, known in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS), ("tool_call_parser", parsers)):
             value = getattr(self, name)
             require(value in known, name, f"must be one of {', '.join(known)}, got {value!r}")
         try:

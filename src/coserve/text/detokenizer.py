@@ -11,7 +11,7 @@ Owns: where characters begin and end among tokens. Does not own: the bytes of a 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from coserve.text.tokenizer import ChatTokenizer
 
@@ -22,6 +22,7 @@ _CHARACTER_BYTES = 4
 class IncrementalDetokenizer:
     """Turns ids into text as they come: what `push` returns is final.
 
+    skip_special_tokens: whether special tokens don't show, except for those with ids in shown_ids.
     context: the tokens before the first id, such as a prompt's. Behind such a context the output keeps its first space, which
     SentencePiece's decoders leave out at the start of a whole text. A character that the context has begun is finished as the
     first one of the output. `push` and `finish` together give the tokens' bytes as UTF-8, with U+FFFD for what isn't UTF-8. The
@@ -29,10 +30,11 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: ChatTokenizer, *, skip_special_tokens: bool = True, context: Sequence[int] = ()
+        self, tokenizer: ChatTokenizer, *, skip_special_tokens: bool = True, context: Sequence[int] = (),
+        shown_ids: Collection[int] = (),
     ) -> None:
         self._bytes = tokenizer.token_bytes
-        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._hidden = tokenizer.special_ids.difference(shown_ids) if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._begun = False  # whether there is any token that shows
         self._unfinished = False  # whether the decoder may hold bytes of a character

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from coserve.text.detokenizer import IncrementalDetokenizer
@@ -93,14 +93,16 @@ class TextStream:
     not at all.
 
     context: the prompt's ids. min_tokens: a stop string that is complete within the first so many ids doesn't end the text.
+    shown_ids: of special tokens that the text shows.
     """
 
     def __init__(
-        self, tokenizer: ChatTokenizer, stop: Sequence[str] = (), *, context: Sequence[int] = (), min_tokens: int = 0
+        self, tokenizer: ChatTokenizer, stop: Sequence[str] = (), *, context: Sequence[int] = (), min_tokens: int = 0,
+        shown_ids: Collection[int] = (),
     ) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, context=context)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, context=context, shown_ids=shown_ids)
         self._matcher = StopMatcher(stop)
-        self._special_ids = tokenizer.special_ids
+        self._special_ids, self._shown_ids = tokenizer.special_ids, frozenset(shown_ids)
         self._signs, self._written = _with_signs(tokenizer, stop)
         self._signed = StopMatcher(list(self._written)) if self._written else None
         self._left = min_tokens
@@ -115,7 +117,7 @@ class TextStream:
         self._left -= 1
         new = self._detokenizer.push(token_id)
         if self._signed is not None:
-            return self._advance(new, self._sign(token_id))
+            return self._advance(new, "" if token_id in self._shown_ids else self._sign(token_id))
         return new if not self._held and self._matcher.skips(new) else self._advance(new, "")
 
     def finish(self, ending: int | None = None) -> str:
@@ -148,7 +150,7 @@ class TextStream:
         return text[: seen - first.num_chars]
 
     def _sign(self, token_id: int) -> str:
-        """What stands for an id that doesn't show; nothing for others."""
+        """What stands for a special token that doesn't show; nothing for others."""
         return self._signs.get(token_id, chr(_FIRST_SIGN + _NUM_SIGNS - 1)) if token_id in self._special_ids else ""
 
 

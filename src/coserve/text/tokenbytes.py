@@ -56,6 +56,11 @@ class TokenBytes:
             found = self._first[token] = text if own.endswith(text) else own  # a part of a character decodes to U+FFFD
         return found
 
+    def spell(self, count: int) -> list[bytes]:
+        """The bytes of the first `count` ids, as `__getitem__` gives them."""
+        self._spell_all(self._hf.get_vocab())
+        return [self[token] for token in range(count)]
+
     def name(self, token: int) -> str:
         """How log-probabilities call a token: its text, or its bytes as `bytes:\\xe2\\x9c` if they are no text. Of several
         tokens with the same text one has it as its name; the others, and those without text, are called `token_id:7`.

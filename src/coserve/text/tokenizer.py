@@ -4,12 +4,8 @@ Owns: what a conversation looks like in tokens and which of those tokens are tra
 datasets, truncation, text as it comes (detokenizer.py), stop conditions. The tokenizer and its chat template are Hugging
 Face's.
 
-The trained part of an assistant turn is what a model has to produce after `encode_chat` of the messages before it:
-
-    <s>user\\nHi<e>\\n<s>assistant\\nHello<e>\\n<s>user\\n ...
-    |-- messages[:1] + generation prompt -|         |
-    |-- messages[:2] -----------------------------------|
-                                          |trained-|       up to the end-of-turn token, not the white space after it
+The trained part of an assistant turn is what a model has to produce after `encode_chat` of the messages before it. Which
+characters these are is found in chat/trained.py; here they become tokens, so that no token reaches from a prompt into a reply.
 
 Control tokens that a message writes out (an end-of-turn marker in a user's text) are plain text, in requests and in training
 alike, unless `TextRules.allow_control_tokens` says otherwise; see chat/control.py. An assistant's text, and a text outside of
@@ -21,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import re
 import threading
@@ -36,9 +33,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from coserve.chat.control import ControlTexts, Settled
 from coserve.chat.reasoning import THOUGHT_MARKERS
 from coserve.chat.template import NO_EXTRAS, PROBE, ChatExtras, ChatTemplate, Message
+from coserve.chat.toolprompt import ToolPrompt
+from coserve.chat.trained import TrainedText, TrainedTurns, check_calls, lacks_thought, loses_thought, texts_in, trained_turns
 from coserve.core import ContextExceeded, InvalidRequest, NotFound, one_line
 from coserve.text.tokenbytes import TokenBytes
 
+_NEAR = 16
+"""Characters on each side of a place that are looked at for a token over it."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _MARKER = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)
 """A name between other characters, as <tool_call> and [TOOL_CALLS] are: no word, and no mere punctuation."""
@@ -64,19 +65,19 @@ class TextRules:
 
 @dataclass(slots=True, kw_only=True)
 class Notes:
-    """What a user should know about examples that were encoded, as counts. last_turn_only: conversations of which only the last
-    assistant turn is trained, because the template renders earlier turns differently inside a conversation than at its end.
-    control_texts: texts that write control tokens out, which were taken as plain text."""
+    """What a user should know about examples that were encoded, as counts.
+
+    last_turn_only: conversations of which only the last trained turns are trained, because the template renders earlier ones
+    differently inside a conversation than at its end. several: those that became several examples for the same reason.
+    lost_thoughts: those with a thought that the template doesn't write. no_thoughts: those with an answer without a thought
+    behind a prompt that opens one. control_texts: texts that write control tokens out, which were taken as plain text.
+    """
 
     last_turn_only: int = 0
+    several: int = 0
+    lost_thoughts: int = 0
+    no_thoughts: int = 0
     control_texts: int = 0
-
-
-class _Rendered(NamedTuple):
-    """A conversation as text, contents marked (see chat/control.py), and what of it is trained: ranges [start, end)."""
-
-    text: str
-    spans: list[tuple[int, int]]
 
 
 class _Chat(NamedTuple):
@@ -85,19 +86,17 @@ class _Chat(NamedTuple):
     messages: Sequence[Message]
     extras: ChatExtras
 
-    def until(self, end: int) -> _Chat:
-        """The same with the first `end` messages."""
-        return self._replace(messages=self.messages[:end])
-
 
 class ChatTokenizer:
     """A Hugging Face fast tokenizer and its chat template."""
 
-    def __init__(self, hf_tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises InvalidRequest if the tokenizer isn't a fast one: loss weights need character offsets."""
+    def __init__(self, hf_tokenizer: PreTrainedTokenizerBase, call_format: str | None = None) -> None:
+        """call_format: how the model writes calls of tools, as for ChatTemplate. Raises InvalidRequest if the tokenizer isn't a
+        fast one: loss weights need character offsets."""
         if not hf_tokenizer.is_fast:
             raise InvalidRequest("the model's tokenizer has no fast version (tokenizer.json)", param="model")
         self._hf: Any = hf_tokenizer
+        self._call_format = call_format
         special = {index: token for index, token in self._hf.added_tokens_decoder.items() if token.special}
         self.special_ids: frozenset[int] = frozenset(special)
         self.marker_ids: frozenset[int] = frozenset(
@@ -114,10 +113,11 @@ class ChatTokenizer:
         self._original: ChatTokenizer | None = None
         alone = self.encode("a")
         self._adds_prefix_space = self.decode(alone + alone) == "a a"
+        self._joins = functools.lru_cache(maxsize=4096)(self._find_join)
 
     @classmethod
-    def load(cls, directory: Path) -> ChatTokenizer:
-        """Reads the tokenizer of a model directory; never the network.
+    def load(cls, directory: Path, call_format: str | None = None) -> ChatTokenizer:
+        """Reads the tokenizer of a model directory; never the network. call_format: as for the class.
 
         Raises NotFound if there is no such directory or no tokenizer in it, InvalidRequest if it can't be read.
         """
@@ -131,7 +131,7 @@ class ChatTokenizer:
         except Exception as error:  # the libraries below raise plain Exception for a damaged file
             message = f"the tokenizer in {directory} can't be read: {one_line(error, 300)}"
             raise InvalidRequest(message, param="model") from error
-        return cls(hf_tokenizer)
+        return cls(hf_tokenizer, call_format)
 
     @property
     def vocab_size(self) -> int:
@@ -152,14 +152,14 @@ class ChatTokenizer:
         return self._hf.eos_token_id
 
     def with_template(
-        self, source: str, make: Callable[[str, Mapping[str, Any]], ChatTemplate] = ChatTemplate
+        self, source: str, make: Callable[[str, Mapping[str, Any], str | None], ChatTemplate] = ChatTemplate
     ) -> ChatTokenizer:
-        """The same tokenizer with another chat template. make: makes it, from its source and the special tokens by name."""
+        """The same tokenizer with another chat template. make: makes it, with the parameters of a ChatTemplate."""
         other = copy.copy(self)
         for name in ("template", "_farewell"):
             other.__dict__.pop(name, None)
         other._making_controls, other._made_controls = threading.Lock(), None
-        other._given_template, other._original = make(source, self._hf.special_tokens_map), self
+        other._given_template, other._original = make(source, self._hf.special_tokens_map, self._call_format), self
         return other
 
     def or_template(self, source: str | None) -> ChatTokenizer:
@@ -183,7 +183,7 @@ class ChatTokenizer:
         source = self.chat_template
         if source is None:
             raise InvalidRequest("the model's tokenizer has no chat template; give plain text", param="messages")
-        return self._given_template or ChatTemplate(source, self._hf.special_tokens_map)
+        return self._given_template or ChatTemplate(source, self._hf.special_tokens_map, self._call_format)
 
     @property
     def knows_developer(self) -> bool:
@@ -194,6 +194,11 @@ class ChatTokenizer:
     def takes_system(self) -> bool:
         """Whether the chat template renders system messages."""
         return self.has_chat_template and self.template.takes_system
+
+    @property
+    def tool_prompt(self) -> ToolPrompt:
+        """How tools are told to the model. Raises InvalidRequest if there is no chat template."""
+        return self.template.tool_prompt
 
     def prepare_control_texts(self) -> None:
         """Does ahead of time what the first message with a control token written out needs. For a tokenizer of 150,000 tokens
@@ -258,26 +263,32 @@ class ChatTokenizer:
         self, messages: Sequence[Message], rules: TextRules = TextRules(), notes: Notes | None = None,
         extras: ChatExtras = NO_EXTRAS,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A conversation as token ids (int64 [n]) and loss weights (float32 [n]).
+        """A conversation as one example: token ids (int64 [n]) and loss weights (float32 [n]).
 
-        The ids are those of the whole rendered conversation, tokenized once. Weights are 1 for tokens that hold a
-        character of an assistant turn's content or of its end-of-turn token, else 0 (see the module's figure); turns
-        with `weight: 0` get 0. If the template renders a turn differently inside the conversation than at its end,
-        the template's own `{% generation %}` blocks decide instead; without them only the last trained turn is trained,
-        the conversation ends with it, and `notes` counts that.
-        Raises InvalidRequest if what to train on is undefined even so.
+        The same as `encode_examples` where that gives one example. Where it gives several, this is the last of them, in which
+        only the last trained turns are trained; `notes` counts that. Raises InvalidRequest as `encode_examples` does.
         """
         notes = Notes() if notes is None else notes
-        for message in messages:
-            self._note_texts(notes, rules, message["content"], own=message["role"] == "assistant")
-        rendered = self._render_training(self._marked(messages, extras, rules), rules, notes)
-        settled = self._controls.settle(rendered.text)
-        ids, starts, ends = self._with_offsets(settled)
-        weights = np.zeros(len(ids), dtype=np.float32)
-        for start, end in rendered.spans:
-            # Byte-level tokenizers may give a lone space an empty range at its end; so a space before the span doesn't count.
-            weights[(starts < settled.place(end)) & (ends > settled.place(start))] = 1.0
-        return ids, weights
+        texts = self._render_training(messages, rules, notes, extras)
+        notes.last_turn_only += len(texts) > 1
+        return self._encode_trained(texts[-1])
+
+    def encode_examples(
+        self, messages: Sequence[Message], rules: TextRules = TextRules(), notes: Notes | None = None,
+        extras: ChatExtras = NO_EXTRAS,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """A conversation as examples, each token ids (int64 [n]) and loss weights (float32 [n]).
+
+        The ids are those of the rendered conversation. Weights are 1 for tokens that hold a character of what an assistant's
+        turn has behind its prompt, the end-of-turn token included, else 0 (see chat/trained.py); turns with `weight: 0` get 0.
+        If the template renders a turn differently inside the conversation than at its end, the template's own
+        `{% generation %}` blocks decide instead; without them there are several examples, each of which ends with a trained
+        turn, and `notes` counts that. Raises InvalidRequest, naming the turn, if what to train on is undefined even so.
+        """
+        notes = Notes() if notes is None else notes
+        texts = self._render_training(messages, rules, notes, extras)
+        notes.several += len(texts) > 1
+        return [self._encode_trained(text) for text in texts]
 
     def encode_completion(
         self, prompt: str, completion: str, rules: TextRules = TextRules(), notes: Notes | None = None
@@ -373,42 +384,35 @@ class ChatTokenizer:
         except InvalidRequest as error:
             raise InvalidRequest(self._controls.unmark(str(error)), param=error.param) from error
 
-    def _render_training(self, chat: _Chat, rules: TextRules, notes: Notes) -> _Rendered:
-        """The conversation, or its part up to the last trained turn; see `encode_training`."""
-        text = self._render(chat, False, rules)
-        trained = _trained_turns(chat.messages)
+    def _render_training(
+        self, messages: Sequence[Message], rules: TextRules, notes: Notes, extras: ChatExtras
+    ) -> list[TrainedText]:
+        """The texts in which a conversation is trained, contents marked; see `encode_examples`."""
+        for message in messages:
+            self._note_texts(notes, rules, *texts_in(message), own=message["role"] == "assistant")
+        self._note_texts(notes, rules, *texts_in(extras.tools), own=False)
+        chat = self._marked(messages, extras, rules)
+        turns = TrainedTurns(
+            render=lambda part, *, add_generation_prompt: self._render(
+                chat._replace(messages=part), add_generation_prompt, rules
+            ),
+            farewell=self._farewell, end_tokens=self.special_tokens, unmark=self._controls.unmark,
+        )
         try:
-            return _Rendered(text, [self._trained_span(chat, i, text, rules) for i in trained])
+            texts = turns.texts(chat.messages)
         except InvalidRequest:
-            if self.template.has_generation_tags:
-                return self._render_by_generation_tag(chat, rules)
-            if trained == [len(chat.messages) - 1]:
+            if not self.template.has_generation_tags:
                 raise
-        last = trained[-1]
-        until = chat.until(last + 1)
-        text = self._render(until, False, rules)
-        rendered = _Rendered(text, [self._trained_span(until, last, text, rules)])
-        notes.last_turn_only += len(trained) > 1
-        return rendered
-
-    def _trained_span(self, chat: _Chat, i: int, text: str, rules: TextRules) -> tuple[int, int]:
-        """The characters [start, end) of `text`, the rendered conversation, that turn i trains."""
-        prompt = self._render_prompt(chat, i, rules)
-        turn = self._render(chat.until(i + 1), False, rules).removesuffix(self._farewell)
-        if not text.startswith(turn):
-            raise InvalidRequest(
-                f"messages[{i}]: the model's chat template renders this turn differently at the end of a conversation than "
-                "inside it", param="messages",
-            )
-        if not turn.startswith(prompt) or turn == prompt:
-            raise InvalidRequest(
-                f"messages[{i}]: the model's chat template does not start this turn as it starts a reply "
-                f"({self._controls.unmark(prompt)[-40:]!r}), so what to train on is undefined; give prompt and completion as "
-                "strings", param="messages",
-            )
-        closed = turn.rstrip()
-        ends = len(closed) > len(prompt) and closed.endswith(tuple(self.special_tokens))
-        return len(prompt), len(closed) if ends else len(turn)
+            texts = [self._render_by_generation_tag(chat, rules)]
+        else:
+            if len(texts) > 1 and self.template.has_generation_tags:
+                with contextlib.suppress(InvalidRequest):  # tags that leave out a turn
+                    texts = [self._render_by_generation_tag(chat, rules)]
+        for text in texts:
+            check_calls(text, chat.messages)
+        notes.lost_thoughts += any(loses_thought(text, chat.messages) for text in texts)
+        notes.no_thoughts += any(map(lacks_thought, texts))
+        return texts
 
     @functools.cached_property
     def _farewell(self) -> str:
@@ -421,15 +425,7 @@ class ChatTokenizer:
                 return str(eos)
         return ""
 
-    def _render_prompt(self, chat: _Chat, i: int, rules: TextRules) -> str:
-        """What is rendered before the content of assistant turn i."""
-        if i > 0:
-            return self._render(chat.until(i), True, rules)
-        # Templates can't render an empty conversation: look where the content of this one goes.
-        probe = self._render(chat._replace(messages=[{**chat.messages[0], "content": PROBE}]), False, rules)
-        return probe.partition(PROBE)[0]
-
-    def _render_by_generation_tag(self, chat: _Chat, rules: TextRules) -> _Rendered:
+    def _render_by_generation_tag(self, chat: _Chat, rules: TextRules) -> TrainedText:
         text, spans = self.template.render_generated(chat.messages, now=rules.now, extras=chat.extras)
         turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if len(spans) != len(turns):
@@ -438,19 +434,56 @@ class ChatTokenizer:
                 "assistant turns, so what to train on is undefined; write one example per assistant turn",
                 param="messages",
             )
-        trained = _trained_turns(chat.messages)
-        return _Rendered(text, [span for i, span in zip(turns, spans, strict=True) if i in trained])
+        trained = trained_turns(chat.messages)
+        return TrainedText(text, [span for i, span in zip(turns, spans, strict=True) if i in trained], trained)
 
-    def _with_offsets(self, settled: Settled) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids, and the characters [start, end) of each, int64 [n]."""
+    def _encode_trained(self, trained: TrainedText) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (int64 [n]) and loss weights (float32 [n]) of a rendered text."""
+        settled = self._controls.settle(trained.text)
+        spans = [(settled.place(start), settled.place(end)) for start, end in trained.spans]
+        ids, starts, ends = self._with_offsets(settled, [start for start, _ in spans])
+        weights = np.zeros(len(ids), dtype=np.float32)
+        for start, end in spans:
+            # Byte-level tokenizers may give a lone space an empty range at its end; so a space before the span doesn't count.
+            weights[(starts < end) & (ends > start)] = 1.0
+        return ids, weights
+
+    def _with_offsets(self, settled: Settled, replies: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids, and the characters [start, end) of each, int64 [n]. No token reaches over the start of one of `replies`,
+        since a request's prompt ends there."""
+        text = settled.text
+        cuts = [0, *(at for at in replies if self._joins(text[max(0, at - _NEAR) : at], text[at : at + _NEAR])), len(text)]
+        parts = []
+        for start, end in itertools.pairwise(cuts):
+            ids, offsets = self._with_ranges(settled._replace(text=text[start:end]), behind=start > 0)
+            parts.append(np.column_stack([ids, offsets + start]))
+        ids, starts, ends = np.concatenate(parts).T
+        return ids, starts, ends
+
+    def _with_ranges(self, settled: Settled, behind: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids, int64 [n], and the characters of each, [n, 2]. behind: whether the text follows other text; see
+        `_encode_continuation`."""
+        if behind and self._adds_prefix_space:
+            num_before = len(self.encode("\n"))
+            both, ranges = self._with_ranges(settled._replace(text="\n" + settled.text), False)
+            return both[num_before:], np.maximum(ranges[num_before:] - 1, 0)
         if settled.copy:
             encoding = self._controls.encode(settled, False)
             ids, offsets = encoding.ids, encoding.offsets
         else:
             encoded = self._hf(settled.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-        return np.asarray(ids, dtype=np.int64), starts, ends
+        return np.asarray(ids, dtype=np.int64), np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+
+    def _find_join(self, before: str, behind: str) -> bool:
+        """Whether some tokens differ if two texts are tokenized apart. If so, the second one can be tokenized by itself."""
+        if not before or not behind:
+            return False
+        apart = [*self.encode(before), *self._encode_continuation(behind, TextRules(allow_control_tokens=True))]
+        if self.encode(before + behind) == apart:
+            return False
+        line = self.encode("\n")
+        return not self._adds_prefix_space or self.encode("\n" + behind)[: len(line)] == line
 
     # --- plain texts ---
 
@@ -476,7 +509,3 @@ class ChatTokenizer:
         if self.eos_token_id is None:
             raise InvalidRequest("the model's tokenizer names no EOS token, which ends a training text", param="model")
         return self.eos_token_id
-
-
-def _trained_turns(messages: Sequence[Message]) -> list[int]:
-    return [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)]

@@ -88,7 +88,7 @@ class JobRequest:
         holds. Raises NotFound, InvalidRequest, ConfigError.
         """
         arch = model.architecture
-        limit = _max_length(self.config, arch)
+        limit = max_example_tokens(self.config, arch)
         train, held_out = load_training(self.data, model.tokenizer, self.config, max_length=limit), None
         _check_vocabulary(train, model)
         if self.validation is not None:
@@ -182,7 +182,7 @@ def _dated(config: FinetuneConfig, directory: Path, resume: bool) -> FinetuneCon
     return dataclasses.replace(config, template_date=date)
 
 
-def _max_length(config: FinetuneConfig, arch: Architecture) -> int:
+def max_example_tokens(config: FinetuneConfig, arch: Architecture) -> int:
     """The most tokens of an example, whose group must fit into a micro-batch. Raises ConfigError if `max_length` is more."""
     share = config.max_microbatch_tokens // (2 if config.objective in PAIRED else 1)
     limit = min(share, arch.max_position_embeddings)

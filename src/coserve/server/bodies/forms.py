@@ -60,7 +60,11 @@ class Form(Generic[Model]):
 
     def parse(self, data: bytes) -> Model:
         """A body's bytes as the model. Raises InvalidRequest."""
-        fields = self.prepare(parse_object(data, self.max_values))
+        return self.read(parse_object(data, self.max_values))
+
+    def read(self, body: Mapping[str, Any]) -> Model:
+        """A body's fields as the model. Raises InvalidRequest."""
+        fields = self.prepare(body)
         try:
             return self.model.model_validate(fields)
         except ValidationError as error:

@@ -8,18 +8,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from coserve.chat.template import ChatExtras
 from coserve.server.inference.answers import Answers, Question
-from coserve.server.inference.deltas import OutputReader, PlainReader
+from coserve.server.inference.deltas import OutputReader
 from coserve.server.inference.limits import check_logprobs
 from coserve.server.inference.prompts import ThreadRunner, conversation_prompt, final_content, output_limit
 from coserve.server.inference.protocol import ChatRequest, GenerationRequest
 from coserve.server.inference.responses import Tally
+from coserve.server.inference.structured import asks_grammar, tried_grammar
 from coserve.server.inference.templates import chat_tokenizer
 from coserve.server.inference.thoughts import ReasoningCounter, find_style, read_thoughts
+from coserve.server.inference.toolcalling import ToolCalling
 from coserve.server.services import Services, named_model
 
 
@@ -28,6 +30,7 @@ class AskedChat:
     """A chat that the engine is about to answer.
 
     model: the name of the model that answers. run: runs long work in a thread. new_reader: makes a reader for one output.
+    shown_ids: of special tokens that the outputs' texts show.
     """
 
     model: str
@@ -36,6 +39,7 @@ class AskedChat:
     answers: Answers
     tally: Tally
     new_reader: Callable[[], OutputReader]
+    shown_ids: frozenset[int]
 
 
 async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedChat:
@@ -49,12 +53,13 @@ async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedC
         body.messages, continue_final_message=body.continue_final_message, add_generation_prompt=body.add_generation_prompt
     )
     tokenizer = await chat_tokenizer(services.tokenizer, services.templates, run, body.chat_template)
+    tools = ToolCalling(body.tool_use, tokenizer, services.config.tool_call_parser)
     thoughts = read_thoughts(body, tokenizer, find_style(services.config.reasoning_parser, tokenizer))
     ids = await conversation_prompt(
         tokenizer, body.messages, run=run, limit=info.max_model_len,
         add_generation_prompt=body.add_generation_prompt is not False and continued is None,
         add_special_tokens=bool(body.add_special_tokens), allow_control_tokens=services.config.allow_control_tokens,
-        extras=ChatExtras(variables=thoughts.variables), continue_final=continued is not None,
+        extras=ChatExtras(tools=body.tool_use.tools, variables=thoughts.variables), continue_final=continued is not None,
         always_beside=body.chat_template is not None,
     )
     begin = thoughts.begin(tokenizer, ids, continued)
@@ -63,14 +68,20 @@ async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedC
         len(ids), body.max_completion_tokens or body.max_tokens, default=None, limit=info.max_model_len,
         prompt_field="messages", tokens_field=asked_by,
     )
-    sampling = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed)
+    compose = thoughts.compose(begin) if asks_grammar(body) else None
+    grammar = await tried_grammar(services, run, body, compose)
+    sampling = body.sampling(
+        max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed, grammar=grammar
+    )
+    shown_ids = body.shown_ids(services.tokenizer) | tools.marker_ids | thoughts.marker_ids
+    sampling = replace(sampling, shown_special_ids=tuple(sorted(shown_ids)))
     if not body.stream:
         check_logprobs([ids], [sampling], "top_logprobs")
     answers = await ask(services, tenant, name, body, [Question(ids, sampling)], arrival_s)
-    counter = None if thoughts.style is None else partial(ReasoningCounter, tokenizer, ids, begin)
+    counter = None if thoughts.style is None else partial(ReasoningCounter, tokenizer, ids, begin, shown_ids)
     return AskedChat(
         model=name, prompt_ids=ids, run=run, answers=answers, tally=Tally([len(ids)], body.num_outputs, counter),
-        new_reader=thoughts.reader(begin, PlainReader),
+        new_reader=thoughts.reader(begin, tools.new_reader), shown_ids=shown_ids,
     )
 
 

@@ -57,8 +57,8 @@ class PlainReader:
         return []
 
 
-def delta_fields(delta: Delta) -> dict[str, Any]:
-    """The `delta` of a stream's chunk, in OpenAI's shape."""
+def delta_fields(delta: Delta, *, old: bool = False) -> dict[str, Any]:
+    """The `delta` of a stream's chunk, in OpenAI's shape. old: whether a call is a `function_call`, as it was before tools."""
     match delta:
         case ContentDelta(text):
             return {"content": text}
@@ -66,12 +66,15 @@ def delta_fields(delta: Delta) -> dict[str, Any]:
             return {"reasoning_content": text}
         case CallDelta(index, call_id, name, arguments):
             function = {"arguments": arguments} if name is None else {"name": name, "arguments": arguments}
+            if old:
+                return {"function_call": function}
             call: dict[str, Any] = {"index": index, "function": function}
             return {"tool_calls": [call if call_id is None else {**call, "id": call_id, "type": "function"}]}
 
 
-def make_message(deltas: Iterable[Delta]) -> dict[str, Any]:
-    """The assistant's message, in OpenAI's shape. Its content is null if there are calls and no text."""
+def make_message(deltas: Iterable[Delta], *, old: bool = False) -> dict[str, Any]:
+    """The assistant's message, in OpenAI's shape. Its content is null if there are calls and no text. old: as for
+    `delta_fields`."""
     content, reasoning = [], []
     calls: dict[int, dict[str, Any]] = {}
     for delta in deltas:
@@ -87,5 +90,7 @@ def make_message(deltas: Iterable[Delta]) -> dict[str, Any]:
     if reasoning:
         message["reasoning_content"] = "".join(reasoning)
     if calls:
-        message |= {"content": message["content"] or None, "tool_calls": [calls[index] for index in sorted(calls)]}
+        listed = [calls[index] for index in sorted(calls)]
+        message |= {"content": message["content"] or None}
+        message |= {"function_call": listed[0]["function"]} if old else {"tool_calls": listed}
     return message

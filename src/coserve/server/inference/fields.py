@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from coserve.chat.messages import NO_TOOLS, is_neutral
+from coserve.chat.messages import is_neutral
 from coserve.core import InvalidRequest
 from coserve.server.inference.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -23,7 +23,6 @@ _IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "response_format": ({"type": "text"},),
     "prompt_cache_retention": ("in_memory", "in-memory"),
     "moderation": (),
     # vLLM's
@@ -31,7 +30,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "early_stopping": (False,),
     "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "truncate_prompt_tokens": (),
     "truncation_side": (),
@@ -41,13 +39,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "priority": (0,),
     "request_id": (),
     "cache_salt": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
-    "structured_outputs": (),
+    "guided_decoding_backend": ("auto", "guidance"),
     "structural_tag": (),
     "lora_request": (),
     "kv_transfer_params": (),
@@ -57,9 +49,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "lora_path": (),
     "session_params": (),
     "return_hidden_states": (False,),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
     "no_stop_trim": (False,),
     "rid": (),
     "data_parallel_rank": (),
@@ -68,7 +57,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "max_new_tokens": (),
 }
 _CHAT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    **NO_TOOLS,
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
@@ -87,17 +75,18 @@ _COMPLETION_NEUTRAL: Mapping[str, tuple[Any, ...]] = {"suffix": (), "prompt_embe
 _TOKENIZE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_token_strs": (False,),
     "mm_processor_kwargs": ({},),
-    "tools": ([],),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldPolicy:
-    """The rules of one route. implemented: names of the fields of its model."""
+    """The rules of one route. implemented: names of the fields of its model. reasons: why another value of a neutral field is
+    refused and what to do, where that is more than that it isn't supported yet."""
 
     implemented: Collection[str]
     ignored: frozenset[str] = frozenset()
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def apply(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The implemented fields of a body. Raises InvalidRequest, naming a field that is unknown or asks for too much."""
@@ -109,7 +98,8 @@ class FieldPolicy:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise InvalidRequest(f"{name[:80]}: there is no such field{hint}", param=name[:80])
             if not is_neutral(value, self.neutral[name]):
-                raise InvalidRequest(f"{name}: is not supported yet; leave it out", param=name)
+                reason = self.reasons.get(name, "is not supported yet; leave it out")
+                raise InvalidRequest(f"{name}: {reason}", param=name)
         return {name: value for name, value in body.items() if name in self.implemented and value is not None}
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from coserve.chat.messages import REASONING, ROLES, TOOL_ROLES, UNSUPPORTED, is_neutral, join_parts
+from coserve.chat.messages import CALL_FIELDS, REASONING, ROLES, TOOL_ROLES, UNSUPPORTED, is_neutral, join_parts
 from coserve.chat.template import NO_EXTRAS, ChatExtras
 from coserve.config.values import shown
 from coserve.core import ContextExceeded, InvalidRequest
 from coserve.server.inference.protocol import ChatMessage, ContentPart
+from coserve.server.inference.toolturns import ToolTurns
 from coserve.text.detokenizer import shown_text
 from coserve.text.tokenizer import ChatTokenizer, TextRules
 
@@ -22,6 +23,8 @@ _LONG_CHARS = 4096
 _MESSAGE_CHARS = 64
 """Characters that a message, or a part of one, counts for beside its text, since template and checks take time for each."""
 _MAX_PROMPTS = 1024
+_OWN_CALL_FIELDS = {"assistant": ("tool_calls", "function_call"), "tool": ("tool_call_id",)}
+"""Fields of calls and results, by the role whose messages have them."""
 Result = TypeVar("Result")
 
 
@@ -51,8 +54,8 @@ async def conversation_prompt(
 
     def encode() -> list[int]:
         turns = template_messages(messages, keep_developer=tokenizer.knows_developer)
-        texts = (len(turn["content"]) + len(turn.get("reasoning_content", "")) for turn in turns)
-        _check_size(tokenizer, sum(texts), limit, "messages")
+        _check_size(tokenizer, sum(map(_num_characters, turns)), limit, "messages")
+        _check_size(tokenizer, _num_characters(extras.tools), limit, "tools")
         _check_size(tokenizer, _num_characters(extras.variables), limit, "chat_template_kwargs")
         ids = tokenizer.encode_chat(
             turns, add_generation_prompt=add_generation_prompt, add_special_tokens=add_special_tokens, rules=rules,
@@ -61,11 +64,12 @@ async def conversation_prompt(
         _check_size(tokenizer, len(ids), limit, "messages", "tokens")
         return ids
 
-    size = 0
+    size = _num_characters(extras.tools)
     for message in messages:
         parts = message.content if isinstance(message.content, list) else [message]
         texts = (part.text if isinstance(part, ContentPart) else part.content for part in parts)
         size += sum(_MESSAGE_CHARS + len(text or "") for text in texts)
+        size += _num_characters(message.tool_calls) + _num_characters(message.function_call)
         size += len(message.reasoning_content or message.reasoning or "")
     size += _num_characters(extras.variables)
     return await (run(encode) if always_beside else _beside(run, encode, size))
@@ -92,30 +96,38 @@ async def text_prompts(
 
 
 def template_messages(messages: Sequence[ChatMessage], *, keep_developer: bool = False) -> list[dict[str, Any]]:
-    """Messages for a chat template: plain texts. keep_developer: whether the template knows the role developer, which otherwise
-    becomes system.
+    """Messages for a chat template: plain texts, calls and results. keep_developer: whether the template knows the role
+    developer, which otherwise becomes system.
 
-    Raises InvalidRequest for roles, parts and calls that aren't supported.
+    Raises InvalidRequest for roles and parts that aren't supported, and results that answer no call.
     """
     turns = []
+    tools = ToolTurns()
     for number, message in enumerate(messages):
         place = f"messages[{number}]"
-        if message.role in TOOL_ROLES:
-            raise InvalidRequest(f"{place}.role: tools are not supported yet; leave them out", param=f"{place}.role")
-        if message.role not in ROLES:
-            raise InvalidRequest(f"{place}.role: must be one of {', '.join(ROLES)}", param=f"{place}.role")
+        if message.role not in (*ROLES, *TOOL_ROLES):
+            known = ", ".join((*ROLES, *TOOL_ROLES))
+            raise InvalidRequest(f"{place}.role: must be one of {known}", param=f"{place}.role")
         for name, neutral in UNSUPPORTED.items():
-            if name in REASONING and message.role == "assistant":
+            if name in REASONING:
                 continue
-            if name in REASONING and getattr(message, name):
-                raise InvalidRequest(f"{place}.{name}: is for messages of the assistant; leave it out", param=f"{place}.{name}")
-            if not is_neutral(getattr(message, name), neutral):
+            own = _OWN_CALL_FIELDS.get(message.role, ())
+            if name in CALL_FIELDS and name not in own and not is_neutral(getattr(message, name), neutral):
+                raise InvalidRequest(f"{place}.{name}: is no field of a message of role {message.role}; leave it out",
+                                     param=f"{place}.{name}")
+            if name not in CALL_FIELDS and not is_neutral(getattr(message, name), neutral):
                 raise InvalidRequest(f"{place}.{name}: is not supported yet; leave it out", param=f"{place}.{name}")
         role = "system" if message.role == "developer" and not keep_developer else message.role
-        turn = {"role": role, "content": _content(message, place)}
+        turn: dict[str, Any] = {"role": role, "content": _content(message, place)}
         if (thoughts := _thoughts(message, place)) is not None:
             turn["reasoning_content"] = thoughts
-        turns.append(turn if message.name is None else {**turn, "name": message.name})
+        if message.name is not None:
+            turn["name"] = message.name
+        if message.role in TOOL_ROLES:
+            turn |= tools.result(message, place)
+        elif message.role == "assistant" and (calls := tools.calls(message, place)):
+            turn["tool_calls"] = calls
+        turns.append(turn)
     return turns
 
 
@@ -199,6 +211,9 @@ def _content(message: ChatMessage, place: str) -> str:
 def _thoughts(message: ChatMessage, place: str) -> str | None:
     """An assistant's thoughts; None if it has none."""
     given = {name: getattr(message, name) for name in REASONING if getattr(message, name)}
+    for name in given:
+        if message.role != "assistant":
+            raise InvalidRequest(f"{place}.{name}: is for messages of the assistant; leave it out", param=f"{place}.{name}")
     if len({*given.values()}) > 1:
         raise InvalidRequest(f"{place}.reasoning: says something else than reasoning_content; leave one of them out",
                              param=f"{place}.reasoning")

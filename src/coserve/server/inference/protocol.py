@@ -6,18 +6,28 @@ Owns: types and ranges of fields, and their way into a SamplingConfig. Does not 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from coserve.chat.messages import ROLES
+from coserve.chat.messages import ROLES, TOOL_ROLES
 from coserve.config.settings import SamplingConfig
 from coserve.config.values import BEST_EFFORT, SloMs, is_number, shown
 from coserve.core import InvalidRequest
 from coserve.server.bodies.forms import Body
 from coserve.server.inference.thoughts import Effort
+from coserve.server.inference.toolfields import (
+    FUNCTION_CALL_SCHEMA,
+    FUNCTIONS_SCHEMA,
+    TOOL_CHOICE_SCHEMA,
+    TOOLS_SCHEMA,
+    ToolUse,
+    read_tool_use,
+)
+from coserve.text.tokenizer import ChatTokenizer
 
 MAX_OUTPUTS = 128
 """Of one prompt."""
@@ -44,6 +54,8 @@ _PROMPT: dict[str, Any] = {"anyOf": [
     {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
     {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}, "minItems": 1},
 ]}
+_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]}
+"""A JSON schema, or its text."""
 Positive = Annotated[int, Field(ge=1, le=_INT31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -76,6 +88,37 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
+class ResponseSchema(Body):
+    """OpenAI's `json_schema`. strict: the schema is enforced in any case."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[Any, Field(alias="schema"), WithJsonSchema(_SCHEMA)] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """OpenAI's: what the answer is."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: ResponseSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """vLLM's: what the output must match, by one of the first five; the rest tells how, and how to fall back."""
+
+    json_: Annotated[Any, Field(alias="json"), WithJsonSchema(_SCHEMA)] = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(fail_fast=True)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | None = None
+    disable_fallback: bool | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    whitespace_pattern: str | None = None
+
+
 class GenerationRequest(Body):
     """What chat and completions share. Times are milliseconds."""
 
@@ -102,8 +145,21 @@ class GenerationRequest(Body):
     prompt_logprobs: NumLogprobs | None = None
     return_token_ids: bool | None = None
     """The ids of the prompt and of the output too."""
+    skip_special_tokens: bool | None = None
+    """None and true: special tokens don't show in the text of the output."""
     return_tokens_as_token_ids: bool | None = None
     """Log-probabilities call tokens by their ids, as `token_id:7`."""
+    response_format: ResponseFormat | None = None
+    """What the output must match, by OpenAI's name; then by vLLM's and SGLang's. At most one of all (structured.py)."""
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Annotated[Any, WithJsonSchema(_SCHEMA)] = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    json_schema: Annotated[Any, WithJsonSchema(_SCHEMA)] = None
+    regex: str | None = None
+    ebnf: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     slo_tpot_ms: SloField = None
@@ -120,6 +176,10 @@ class GenerationRequest(Body):
     def by_id(self) -> bool:
         """Whether log-probabilities name tokens by their ids."""
         return bool(self.return_tokens_as_token_ids)
+
+    def shown_ids(self, tokenizer: ChatTokenizer) -> frozenset[int]:
+        """Special tokens that the output's text shows."""
+        return tokenizer.special_ids if self.skip_special_tokens is False else frozenset()
 
     @property
     def include_usage(self) -> bool:
@@ -144,14 +204,17 @@ class GenerationRequest(Body):
             message = "prompt_logprobs: is not supported in a stream; leave one of them out"
             raise InvalidRequest(message, param="prompt_logprobs")
 
-    def sampling(self, *, max_tokens: int, vocab_size: int, draw_seed: Callable[[], int]) -> SamplingConfig:
-        """For max_tokens of output. draw_seed: called if the request gives no seed. Raises InvalidRequest, ConfigError."""
+    def sampling(
+        self, *, max_tokens: int, vocab_size: int, draw_seed: Callable[[], int], grammar: str | None = None
+    ) -> SamplingConfig:
+        """For max_tokens of output. draw_seed: called if the request gives no seed. grammar: what the output must match. Raises
+        InvalidRequest, ConfigError."""
         given: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN if getattr(self, name) is not None}
         return SamplingConfig(
             **given, max_tokens=max_tokens, logprobs=self.num_logprobs, stop=_stops(self.stop), top_k=max(0, self.top_k or 0),
             logit_bias=_biases(self.logit_bias or {}, vocab_size),
             stop_token_ids=tuple(_in_vocabulary("stop_token_ids", token, vocab_size) for token in self.stop_token_ids or ()),
-            seed=draw_seed() if self.seed is None else self.seed,
+            seed=draw_seed() if self.seed is None else self.seed, grammar=grammar,
         )
 
 
@@ -165,11 +228,12 @@ class ContentPart(BaseModel):
 
 
 class ChatMessage(Body):
-    """One turn. What an assistant's turn may bring along from an earlier response is taken if it's empty; refusal, annotations
-    and provider_specific_fields (litellm's notes) in any case, as they are no part of the conversation. type: as lm-eval
-    ("text") and the Responses API ("message") write beside the role. reasoning_content, reasoning: an assistant's thoughts."""
+    """One turn. tool_calls, tool_call_id, function_call: see toolturns.py. reasoning_content, reasoning: thoughts of the
+    assistant. What else its turn may bring along from an earlier response is taken if it's empty; refusal, annotations and
+    provider_specific_fields (litellm's notes) in any case, as they are no part of the conversation. type: as lm-eval ("text")
+    and the Responses API ("message") write beside the role."""
 
-    role: Annotated[str, Field(json_schema_extra={"enum": list(ROLES)})]
+    role: Annotated[str, Field(json_schema_extra={"enum": [*ROLES, *TOOL_ROLES]})]
     content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     type: Literal["text", "message"] | None = None
@@ -182,6 +246,8 @@ class ChatMessage(Body):
     reasoning: str | None = None
     reasoning_content: str | None = None
     provider_specific_fields: Any = None
+    parsed: Any = None
+    """What openai's client has made of the content, in a message that it gives back. It doesn't count either."""
 
 
 class ThinkingSwitch(Body):
@@ -218,9 +284,20 @@ class ChatRequest(GenerationRequest):
     def asked_thinking(self) -> bool | None:
         """Whether `thinking` turns it on or off."""
         return None if self.thinking is None else self.thinking.type == "enabled"
+    tools: Annotated[Any, WithJsonSchema(TOOLS_SCHEMA)] = None
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[Any, WithJsonSchema(FUNCTIONS_SCHEMA)] = None
+    function_call: Annotated[Any, WithJsonSchema(FUNCTION_CALL_SCHEMA)] = None
+
+    @functools.cached_property
+    def tool_use(self) -> ToolUse:
+        """What its fields say about tools. Raises InvalidRequest."""
+        return read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls, self.functions, self.function_call)
 
     def check(self) -> None:
         super().check()
+        _ = self.tool_use
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs: is for logprobs=true only", param="top_logprobs")
 
@@ -270,6 +347,7 @@ class TokenizeRequest(Body):
     continue_final_message: bool | None = None
     chat_template: TemplateSource | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[Any, WithJsonSchema(TOOLS_SCHEMA)] = None
 
 
 class DetokenizeRequest(Body):

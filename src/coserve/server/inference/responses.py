@@ -6,14 +6,15 @@ called and where they stand (walk.py), framing (sse.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coserve.server.inference.deltas import CallDelta, OutputReader, delta_fields, make_message
+from coserve.server.inference.deltas import CallDelta, Delta, OutputReader, delta_fields, make_message
 from coserve.server.inference.prompts import Prompt
-from coserve.server.inference.protocol import CompletionRequest, GenerationRequest
+from coserve.server.inference.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from coserve.server.inference.thoughts import ReasoningCounter
+from coserve.server.inference.toolfields import ToolUse
 from coserve.server.inference.walk import TokenWalk, prompt_offsets
 from coserve.server.link.messages import LogprobEntry, Tokens
 from coserve.text.tokenizer import ChatTokenizer
@@ -81,18 +82,20 @@ class Tally:
 
 
 def chat_response(
-    head: Mapping[str, Any], tally: Tally, body: GenerationRequest, prompt_ids: Sequence[int], *, tokenizer: ChatTokenizer,
-    new_reader: Callable[[], OutputReader],
+    head: Mapping[str, Any], tally: Tally, body: ChatRequest, prompt_ids: Sequence[int], *, tokenizer: ChatTokenizer,
+    new_reader: Callable[[], OutputReader], shown_ids: Collection[int] = (),
 ) -> dict[str, Any]:
-    """The whole chat.completion. head: id, created, model, system_fingerprint. new_reader: makes a reader for an output."""
+    """The whole chat.completion. head: id, created, model, system_fingerprint. new_reader: makes a reader for an output.
+    shown_ids: of special tokens that the outputs' texts show."""
     choices = []
     for index, output in enumerate(tally.outputs):
-        walk, reader = TokenWalk(tokenizer, context=prompt_ids, by_id=body.by_id), new_reader()
-        message = make_message([*reader.push(output.text), *reader.finish()])
+        walk = TokenWalk(tokenizer, context=prompt_ids, by_id=body.by_id, shown_ids=shown_ids)
+        reader = new_reader()
+        deltas = [*reader.push(output.text), *reader.finish()]
         choice = {
-            "index": index, "message": message,
+            "index": index, "message": make_message(deltas, old=body.tool_use.old),
             "logprobs": None if body.num_logprobs is None else chat_logprobs(output.logprobs, walk),
-            "finish_reason": chat_finish_reason(output.finish_reason, called="tool_calls" in message),
+            "finish_reason": chat_finish_reason(output.finish_reason, deltas, body.tool_use),
         }
         choices.append({**choice, "token_ids": output.token_ids} if body.return_token_ids else choice)
     response = {**head, "object": "chat.completion", "choices": choices, "usage": tally.usage()}
@@ -103,17 +106,21 @@ def chat_response(
     return response
 
 
-def chat_finish_reason(reason: str | None, *, called: bool) -> str | None:
-    """How OpenAI calls the end of a chat's choice. called: whether the message has tool calls."""
-    return "tool_calls" if called and reason == "stop" else reason
+def chat_finish_reason(reason: str | None, deltas: Sequence[Delta], use: ToolUse) -> str | None:
+    """How OpenAI calls the end of a chat's choice that these deltas are the answer of: by the calls in it, unless the request
+    has named the tool that is called."""
+    if reason != "stop" or use.named or not any(isinstance(delta, CallDelta) for delta in deltas):
+        return reason
+    return "function_call" if use.old else "tool_calls"
 
 
 class ChatChoiceStream:
     """One choice of a chat's stream: turns its tokens into the choices of chunks."""
 
-    def __init__(self, index: int, walk: TokenWalk, body: GenerationRequest, reader: OutputReader) -> None:
+    def __init__(self, index: int, walk: TokenWalk, body: ChatRequest, reader: OutputReader) -> None:
         self._index, self._walk, self._body, self._reader = index, walk, body, reader
-        self._begun = self._called = False
+        self._begun = False
+        self._called: list[Delta] = []  # the first call, if there is one
 
     def parts(self, tokens: Tokens) -> Iterator[dict[str, Any]]:
         """The choices to send for new tokens, one per chunk. The first one of all has the role. Tokens that change nothing that
@@ -124,16 +131,17 @@ class ChatChoiceStream:
         deltas = self._reader.push(tokens.text)
         if tokens.finish_reason:
             deltas += self._reader.finish()
-        self._called |= any(isinstance(delta, CallDelta) for delta in deltas)
+        if not self._called:
+            self._called += [delta for delta in deltas if isinstance(delta, CallDelta)][:1]
         body = self._body
         logprobs = chat_logprobs(tokens.logprobs, self._walk) if body.num_logprobs is not None and tokens.logprobs else None
         ids = tokens.token_ids if body.return_token_ids else []
-        fields = [delta_fields(delta) for delta in deltas]
+        fields = [delta_fields(delta, old=body.tool_use.old) for delta in deltas]
         if not fields and (tokens.finish_reason or logprobs or ids):
             fields = [{}]
         for number, delta in enumerate(fields):
             last = number == len(fields) - 1
-            reason = chat_finish_reason(tokens.finish_reason, called=self._called) if last else None
+            reason = chat_finish_reason(tokens.finish_reason, self._called, body.tool_use) if last else None
             choice = self._choice(delta, None if number else logprobs, reason)
             yield {**choice, "token_ids": [] if number else ids} if body.return_token_ids else choice
 
@@ -172,7 +180,9 @@ def completion_response(
         before = prompt.text if body.echo else ""
         logprobs = None
         if body.num_logprobs is not None:
-            walk = TokenWalk(tokenizer, context=prompt.ids, offset=len(before), by_id=body.by_id)
+            walk = TokenWalk(
+                tokenizer, context=prompt.ids, offset=len(before), by_id=body.by_id, shown_ids=body.shown_ids(tokenizer)
+            )
             logprobs = completion_logprobs(output.logprobs, walk)
             if body.echo:
                 columns = prompt_logprobs(prompt, scores, tokenizer, body)

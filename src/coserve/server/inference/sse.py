@@ -1,7 +1,7 @@
 """Server-sent events, and the watch for clients that leave.
 
     first event or error within a second   an error becomes a plain error response with its own status
-    later                                  the response has begun by then: an error becomes an event, and [DONE] is not sent
+    later                                  the response has begun by then: an error becomes the last event
 
 Owns: framing, comments in silence, what an error becomes, closing. Does not own: what events say (responses.py).
 """
@@ -9,8 +9,8 @@ Owns: framing, comments in silence, what an error becomes, closing. Does not own
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from starlette.responses import StreamingResponse
@@ -30,17 +30,37 @@ _AT_ONCE = 16
 Result = TypeVar("Result")
 
 
+class NamedEvent(NamedTuple):
+    """An event with a line that tells its name. data: one line."""
+
+    name: str
+    data: bytes
+
+
+Event = bytes | NamedEvent
+"""Without a name it is the bytes of its one line of data."""
+
+
+def error_events(error: CoserveError) -> list[Event]:
+    """How a stream of chunks ends with an error: [DONE] is not sent."""
+    return [msgspec.json.encode(error_body(error))]
+
+
 class EventStream(StreamingResponse):
-    """A response of events, each the bytes of one line. close: is awaited once at the end, also if the client leaves.
+    """A response of events. close: is awaited once at the end, also if the client leaves. failed: makes the last events of a
+    stream that an error ends.
 
     A client that reads slowly delays its own stream only, since `await send` waits for it.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self._events, self._close = events, close
+    def __init__(
+        self, events: AsyncGenerator[Event, None], close: Callable[[], Awaitable[None]],
+        failed: Callable[[CoserveError], Iterable[Event]] = error_events,
+    ) -> None:
+        super().__init__((), headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._events, self._close, self._failed = events, close, failed
         self._started = False
         self._num_sent = 0
         self._sending = asyncio.Lock()
@@ -69,7 +89,7 @@ class EventStream(StreamingResponse):
             if not self._started:
                 raise
             known = error if isinstance(error, CoserveError) else CoserveError("the server failed; its log says why")
-            await self._send(send, _framed(msgspec.json.encode(error_body(known))), last=True)
+            await self._send(send, b"".join(map(_framed, self._failed(known))), last=True)
             if known is not error:
                 raise
         else:
@@ -117,7 +137,9 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
     return task.result() if finished else None
 
 
-def _framed(event: bytes) -> bytes:
+def _framed(event: Event) -> bytes:
+    if isinstance(event, NamedEvent):
+        return b"event: " + event.name.encode() + b"\n" + _framed(event.data)
     return b"data: " + event + b"\n\n"
 
 

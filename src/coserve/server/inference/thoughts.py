@@ -9,14 +9,15 @@ Owns: these fields, thoughts as deltas, how many tokens they have. Does not own:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from coserve.chat.reasoning import END, STYLES, Begin, ThoughtSplitter, ThoughtStyle, find_begin, style_of
+from coserve.chat.reasoning import END, STYLES, THOUGHT_MARKERS, Begin, ThoughtSplitter, ThoughtStyle, find_begin, style_of
 from coserve.chat.template import ChatTemplate
-from coserve.config.values import AUTO, require, shown
+from coserve.config.values import AUTO, shown
 from coserve.core import InvalidRequest
+from coserve.grammar import after
 from coserve.server.inference.deltas import Delta, OutputReader, ReasoningDelta
 from coserve.text.detokenizer import IncrementalDetokenizer, whole_text
 from coserve.text.tokenizer import ChatTokenizer
@@ -47,28 +48,30 @@ class ThinkingFields(Protocol):
 
 
 def find_style(parser: str, tokenizer: ChatTokenizer) -> ThoughtStyle | None:
-    """How a model thinks; None: its outputs are read as answers. parser: one of PARSERS. Raises ConfigError."""
-    hidden = END in tokenizer.special_tokens  # it doesn't show in an output's text
+    """How a model thinks; None: its outputs are read as answers. parser: one of PARSERS."""
     if parser == AUTO:
-        return style_of(tokenizer.template.written) if tokenizer.has_chat_template and not hidden else None
-    style = STYLES.get(parser)
-    require(style is None or not hidden, "reasoning_parser",
-            f"{END} is a special token of this model, which doesn't show in texts; leave the setting out or give none")
-    return style
+        return style_of(tokenizer.template.written) if tokenizer.has_chat_template else None
+    return STYLES.get(parser)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thoughts:
-    """What one request gets. style: how the model thinks, None: its outputs are read as answers. variables: for the chat
-    template. expected: whether an output may have thoughts. separate, show, stream: whether they are told apart, are shown, and
-    come piece by piece."""
+    """What one request gets. style: how the model thinks, None: its outputs are read as answers. special: the special tokens
+    among the tags, {text: id}. variables: for the chat template. expected: whether an output may have thoughts. separate, show,
+    stream: whether they are told apart, are shown, and come piece by piece."""
 
     style: ThoughtStyle | None = None
+    special: Mapping[str, int] = field(default_factory=dict)
     variables: Mapping[str, Any] = field(default_factory=dict)
     expected: bool = False
     separate: bool = True
     show: bool = True
     stream: bool = True
+
+    @property
+    def marker_ids(self) -> frozenset[int]:
+        """Special tokens that the output's text must show for thoughts to be told apart."""
+        return frozenset() if self.style is None else frozenset(self.special.values())
 
     def begin(self, tokenizer: ChatTokenizer, prompt_ids: Sequence[int], continued: str | None) -> Begin:
         """What an output begins with. continued: the last message's content, if the output continues it."""
@@ -82,9 +85,12 @@ class Thoughts:
             return new_reader
         return lambda: ReasoningReader(ThoughtSplitter(begin), new_reader(), show=self.show, stream=self.stream)
 
-    def grammar_follows(self, begin: Begin) -> str | None:
-        """The text behind which a grammar for the answer holds; None: from the output's first token on."""
-        return END if self.expected and begin is not Begin.ANSWER else None
+    def compose(self, begin: Begin) -> Callable[[str | None], str | None] | None:
+        """Makes the grammar of an output from that of its answer, which holds behind the thoughts; None: they are the same."""
+        if not self.expected or begin is Begin.ANSWER:
+            return None
+        marker = self.special.get(END, END)
+        return lambda grammar: None if grammar is None else after(marker, grammar)
 
 
 def read_thoughts(body: ThinkingFields, tokenizer: ChatTokenizer, style: ThoughtStyle | None) -> Thoughts:
@@ -105,7 +111,8 @@ def read_thoughts(body: ThinkingFields, tokenizer: ChatTokenizer, style: Thought
             variables.setdefault("reasoning_effort", body.reasoning_effort)
     off = any(variables.get(name) is False for name in SWITCHES)
     return Thoughts(
-        style=style, variables=variables, expected=style is not None and not off, separate=body.separate_reasoning is not False,
+        style=style, special={tag: tokenizer.special_tokens[tag] for tag in THOUGHT_MARKERS if tag in tokenizer.special_tokens},
+        variables=variables, expected=style is not None and not off, separate=body.separate_reasoning is not False,
         show=body.include_reasoning is not False, stream=body.stream_reasoning is not False,
     )
 
@@ -193,10 +200,14 @@ class ReasoningReader:
 
 
 class ReasoningCounter:
-    """Counts an output's tokens up to the end of its thoughts, tags included. prompt_ids: what comes before it."""
+    """Counts an output's tokens up to the end of its thoughts, tags included. prompt_ids: what comes before it. shown_ids: of
+    special tokens that its text shows."""
 
-    def __init__(self, tokenizer: ChatTokenizer, prompt_ids: Sequence[int], begin: Begin) -> None:
-        self._detokenizer, self._splitter = IncrementalDetokenizer(tokenizer, context=prompt_ids), ThoughtSplitter(begin)
+    def __init__(
+        self, tokenizer: ChatTokenizer, prompt_ids: Sequence[int], begin: Begin, shown_ids: Collection[int] = ()
+    ) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, context=prompt_ids, shown_ids=shown_ids)
+        self._splitter = ThoughtSplitter(begin)
         self._seen = 0
         self.count = 0
         """Tokens of thoughts so far."""

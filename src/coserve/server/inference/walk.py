@@ -10,7 +10,7 @@ Owns: the words of log-probabilities. Does not own: how bytes become text (text/
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from coserve.server.link.messages import LogprobEntry
@@ -28,13 +28,14 @@ class Step(NamedTuple):
 
 class TokenWalk:
     """Follows one text token by token. context: the ids before it. offset: characters before it. by_id: whether tokens are
-    called `token_id:7`."""
+    called `token_id:7`. shown_ids: of special tokens that the text shows."""
 
     def __init__(
-        self, tokenizer: ChatTokenizer, *, context: Sequence[int] = (), offset: int = 0, by_id: bool = False
+        self, tokenizer: ChatTokenizer, *, context: Sequence[int] = (), offset: int = 0, by_id: bool = False,
+        shown_ids: Collection[int] = (),
     ) -> None:
-        self._bytes, self._special_ids = tokenizer.token_bytes, tokenizer.special_ids
-        self._detokenizer = IncrementalDetokenizer(tokenizer, context=context)
+        self._bytes, self._hidden_ids = tokenizer.token_bytes, tokenizer.special_ids.difference(shown_ids)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, context=context, shown_ids=shown_ids)
         self._offset, self._by_id = offset, by_id
 
     def step(self, token: int) -> Step:
@@ -55,7 +56,7 @@ class TokenWalk:
 
     def spelled(self, token: int) -> bytes:
         """What a token would add to a text that has begun."""
-        return b"" if token in self._special_ids else self._bytes[token]
+        return b"" if token in self._hidden_ids else self._bytes[token]
 
     def _name(self, token: int) -> str:
         return f"token_id:{token}" if self._by_id else self._bytes.name(token)

@@ -17,11 +17,11 @@ from coserve.config.data import KNOBS, Knob
 from coserve.config.settings import AdapterKind, Targets
 from coserve.config.values import AUTO, Auto, Memory, is_number
 from coserve.server.bodies.forms import Body, Form
+from coserve.server.bodies.pairs import Pairs, short_text
 from coserve.server.jobs.hints import FieldHints
 
 _LIMIT = 2**31 - 1
 _MAX_TARGETS = 1000
-_MAX_METADATA, _MAX_KEY, _MAX_VALUE = 16, 64, 512
 
 
 def _number_or_auto(value: Any) -> int | float | str:
@@ -39,26 +39,9 @@ def _whole_or_auto(value: Any) -> int | float | str:
     return number
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise PydanticCustomError("text", "must be a string")
-    if len(value) > _MAX_VALUE:
-        raise PydanticCustomError("text", f"must have at most {_MAX_VALUE} characters")
-    return value
-
-
-def _pairs(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or len(value) > _MAX_METADATA:
-        raise PydanticCustomError("pairs", f"must be an object of at most {_MAX_METADATA} pairs")
-    for key in value:
-        if not isinstance(key, str) or len(_text(key)) > _MAX_KEY:
-            raise PydanticCustomError("pairs", f"keys must be strings of at most {_MAX_KEY} characters")
-    return {key: _text(item) for key, item in value.items()}
-
-
 def _targets(value: Any) -> list[str] | str:
     if value == "all-linear" or (isinstance(value, list) and 0 < len(value) <= _MAX_TARGETS):
-        return value if isinstance(value, str) else [_text(item) for item in value]
+        return value if isinstance(value, str) else [short_text(item) for item in value]
     raise PydanticCustomError("targets", "must be a list of module names, or 'all-linear'")
 
 
@@ -66,15 +49,14 @@ def _memory(value: Any) -> int | float | str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return _text(value)
+        return short_text(value)
     raise PydanticCustomError("memory", "must be a number or a string: bytes, a share below 1, or 'auto'")
 
 
 _Choice = int | float | Literal["auto"]
 Number = Annotated[Any, PlainValidator(_number_or_auto, json_schema_input_type=_Choice)]
 Whole = Annotated[Any, PlainValidator(_whole_or_auto, json_schema_input_type=int | Literal["auto"])]
-Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str)]
-Pairs = Annotated[dict[str, str], PlainValidator(_pairs, json_schema_input_type=dict[str, str])]
+Text = Annotated[str, PlainValidator(short_text, json_schema_input_type=str)]
 TargetNames = Annotated[Any, PlainValidator(_targets, json_schema_input_type=list[str] | Literal["all-linear"])]
 MemoryLimit = Annotated[Any, PlainValidator(_memory, json_schema_input_type=float | str)]
 Count = Annotated[int, Field(ge=0, le=_LIMIT)]

@@ -24,12 +24,10 @@ from typing import NamedTuple
 
 from coserve.config.settings import FinetuneConfig
 from coserve.core import Group, InvalidRequest, NotFound
-from coserve.finetune.datasets import Dataset, load_training
+from coserve.finetune.datasets import FEW_EXAMPLES, Dataset, load_training
 from coserve.server.locks import NameLocks
 from coserve.text.tokenizer import ChatTokenizer
 
-FEW_EXAMPLES = 10
-"""OpenAI's least number; fewer are allowed here, with a warning."""
 MAX_AT_WORK = 2
 """Threads that read at the same moment; the others wait for their turn."""
 MAX_READINGS = 16

@@ -20,6 +20,7 @@ from coserve.core import CoserveError, JobFailed, TokenLogprob
 from coserve.engine.engine import Engine
 from coserve.engine.jobhandle import JobHandle
 from coserve.engine.requests import Chunk, RequestHandle
+from coserve.engine.threads import yield_to_others
 from coserve.finetune.disk import refusal_of
 from coserve.finetune.job import JobEvent, MetricsTable
 from coserve.server.errors import EngineUnavailable, StorageRefused, error_name
@@ -45,6 +46,9 @@ from coserve.server.link.messages import (
 )
 
 _POOL_THREADS = 4
+_COMPILING_THREADS = 2
+_COMPILE_S = 10.0
+"""How long compiling a grammar may take, for the watchdog. The API process has tried it within 2 s of processor time."""
 _LOAD_S = 5.0
 _LOAD_BYTES_PER_S, _DATA_BYTES_PER_S = 20e6, 1e6
 """How long loading an adapter and preparing a job may take, for the watchdog: seconds that both may take in any case, and the
@@ -81,7 +85,9 @@ class EngineHost:
         self._engine, self._post, self._stop = engine, post, stop
         self._places = places or CallPlaces(ActivityPage(None))
         self._pool = ThreadPoolExecutor(_POOL_THREADS, "coserve-calls")
+        self._compiling = ThreadPoolExecutor(_COMPILING_THREADS, "coserve-grammars", yield_to_others)
         self._requests: dict[str, RequestHandle] = {}
+        self._early_ends: dict[str, bool] = {}  # of requests whose grammars are being compiled, whether they were cancelled
         self._jobs: dict[str, JobHandle | None] = {}  # None: the job is being prepared
         self._early: dict[str, list[str]] = {}  # actions on jobs that are being prepared, in order
         self._lock = threading.Lock()
@@ -90,7 +96,10 @@ class EngineHost:
         """Begins to carry out a message; what becomes of it is posted."""
         match message:
             case Generate():
-                self._generate(message)
+                if message.sampling.grammar is None:
+                    self._generate(message)
+                else:
+                    self._compile(message)
             case Cancel():
                 self._cancel(message.id)
             case LoadAdapter(call=call, name=name, directory=directory):
@@ -115,6 +124,7 @@ class EngineHost:
     def close(self) -> None:
         """Drops the calls that wait. Calls that run go on, and nobody waits for them."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._compiling.shutdown(wait=False, cancel_futures=True)
 
     def _call(
         self, number: int, work: Callable[[], Any], what: str, seconds: float = 0.0, jobs: Iterable[str] = ()
@@ -159,6 +169,24 @@ class EngineHost:
         self._requests[message.id] = handle
         _RequestReporter(message.id, handle, self._post, self._end)
 
+    def _compile(self, message: Generate) -> None:
+        """`_generate` on another thread, as compiling a grammar takes up to seconds."""
+        with self._lock:
+            self._early_ends[message.id] = False
+
+        def run() -> None:
+            try:
+                with self._places.doing("compile a grammar", _COMPILE_S):
+                    self._generate(message)
+            except Exception as error:  # whatever it is, somebody waits for the answer
+                self._fail(message.id, CoserveError(f"{type(error).__name__}: {error}"))
+            with self._lock:
+                cancelled = self._early_ends.pop(message.id)
+            if cancelled:
+                self._cancel(message.id)
+
+        self._compiling.submit(run)
+
     def _end(self, request: str, error: CoserveError | None) -> None:
         self._requests.pop(request, None)
         if error is not None:
@@ -169,6 +197,10 @@ class EngineHost:
         self._post(Failed(id=request, problem=make_problem(shown)))
 
     def _cancel(self, request: str) -> None:
+        with self._lock:
+            if request in self._early_ends:
+                self._early_ends[request] = True
+                return
         handle = self._requests.get(request)
         if handle is not None:
             with contextlib.suppress(CoserveError):  # the engine has stopped

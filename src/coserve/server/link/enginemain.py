@@ -124,6 +124,7 @@ class EngineProcessMain:
         )
         settings = config.engine_config(pool, on_gpu=model.device.type == "cuda")
         engine = self.make_engine(model, settings)
+        engine.grammars.prepare()  # which keeps Python's lock for a moment
         ready = make_ready(engine, self.config.max_model_len, time.monotonic() - began)
         threading.excepthook = self._thread_failed
         host = EngineHost(engine, self.mailbox.post, self.mailbox.stop, CallPlaces(self.page))

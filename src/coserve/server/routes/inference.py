@@ -23,12 +23,13 @@ from coserve.server.inference.answers import Answers, Question
 from coserve.server.inference.chat import ask, ask_chat
 from coserve.server.inference.fields import CHAT, COMPLETIONS
 from coserve.server.inference.limits import check_amounts, check_logprobs
-from coserve.server.inference.pieces import PiecesResponse, encode_large
 from coserve.server.inference.prompts import Prompt, ThreadRunner, output_limit, text_prompts
 from coserve.server.inference.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
 from coserve.server.inference.responses import ChatChoiceStream, Tally, chat_response, completion_choices, completion_response
-from coserve.server.inference.sse import DONE, EventStream, unless_gone
+from coserve.server.inference.sse import DONE, EventStream
+from coserve.server.inference.structured import tried_grammar
 from coserve.server.inference.walk import TokenWalk
+from coserve.server.inference.whole import respond_whole
 from coserve.server.link.messages import Tokens
 from coserve.server.records import new_id, now
 from coserve.server.services import Served, Services, Tenant, named_model
@@ -40,10 +41,6 @@ COMPLETION_FORM = Form(
 )
 ChatBody = Annotated[ChatRequest, Depends(body_reader(CHAT_FORM))]
 CompletionBody = Annotated[CompletionRequest, Depends(body_reader(COMPLETION_FORM))]
-_CLIENT_LEFT = 499
-"""The status of a request whose client has left. Only the log shows it."""
-_LONG_ANSWER = 1 << 10
-"""A response with more tokens and log-probabilities than this is encoded in a thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +71,13 @@ async def create_chat_completion(request: Request, services: Served, tenant: Ten
     streams: dict[int, ChatChoiceStream] = {}
 
     def whole() -> dict[str, Any]:
-        return chat_response(head, asked.tally, body, ids, tokenizer=tokenizer, new_reader=asked.new_reader)
+        return chat_response(
+            head, asked.tally, body, ids, tokenizer=tokenizer, new_reader=asked.new_reader, shown_ids=asked.shown_ids
+        )
 
     def parts(choice: int, tokens: Tokens) -> Iterator[dict[str, Any]]:
         if choice not in streams:
-            walk = TokenWalk(tokenizer, context=ids, by_id=body.by_id)
+            walk = TokenWalk(tokenizer, context=ids, by_id=body.by_id, shown_ids=asked.shown_ids)
             streams[choice] = ChatChoiceStream(choice, walk, body, asked.new_reader())
         return streams[choice].parts(tokens)
 
@@ -101,7 +100,7 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
         services.tokenizer, body.prompt, run=run, vocab_size=info.vocab_size, limit=info.max_model_len,
         add_special_tokens=body.add_special_tokens is not False,
     )
-    pose = partial(_questions, services, body, prompts)
+    pose = partial(_questions, services, body, prompts, await tried_grammar(services, run, body))
     questions = await run(pose) if len(prompts) > 1 else pose()
     answers = await ask(services, tenant, name, body, questions, arrival_s)
     tally, tokenizer = Tally([len(prompt.ids) for prompt in prompts], body.num_outputs), services.tokenizer
@@ -114,7 +113,7 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
     def parts(choice: int, tokens: Tokens) -> Iterator[dict[str, Any]]:
         prompt, first = prompts[choice // tally.n], choice not in walks
         if first:
-            walks[choice] = TokenWalk(tokenizer, context=prompt.ids, by_id=body.by_id)
+            walks[choice] = TokenWalk(tokenizer, context=prompt.ids, by_id=body.by_id, shown_ids=body.shown_ids(tokenizer))
         found = completion_choices(choice, tokens, walks[choice], body, echo=prompt.text if body.echo and first else None)
         for number, part in enumerate(found):
             yield {**part, "prompt_token_ids": prompt.ids} if body.return_token_ids and first and not number else part
@@ -123,7 +122,9 @@ async def create_completion(request: Request, services: Served, tenant: Tenant, 
     return await _respond(request, exchange, "text_completion")
 
 
-def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Prompt]) -> list[Question]:
+def _questions(
+    services: Services, body: CompletionRequest, prompts: Sequence[Prompt], grammar: str | None
+) -> list[Question]:
     info, config = services.engine.info, services.config
     limit = config.most_running + config.max_num_queued_reqs
     if len(prompts) * body.num_outputs > limit:
@@ -136,8 +137,12 @@ def _questions(services: Services, body: CompletionRequest, prompts: Sequence[Pr
             len(prompt.ids), body.max_tokens, default=DEFAULT_COMPLETION_TOKENS, limit=info.max_model_len, prompt_field="prompt"
         )
         if common is None:
-            common = body.sampling(max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed)
-            sampling = common = replace(common, prompt_logprobs=body.scores_prompt)
+            common = body.sampling(
+                max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed, grammar=grammar
+            )
+            sampling = common = replace(
+                common, prompt_logprobs=body.scores_prompt, shown_special_ids=tuple(sorted(body.shown_ids(services.tokenizer)))
+            )
         else:
             seed = services.draw_seed() if body.seed is None else body.seed
             sampling = replace(common, max_tokens=max_tokens, seed=seed)
@@ -157,21 +162,7 @@ async def _respond(request: Request, exchange: _Exchange, chunk_object: str) -> 
     answers, tally = exchange.answers, exchange.tally
     if exchange.body.stream:
         return EventStream(_events(exchange, chunk_object), answers.aclose)
-
-    async def collect() -> list[bytes]:
-        size = 0
-        async for prompt, tokens in answers:
-            tally.add(prompt, tokens)
-            size += len(tokens.token_ids) + sum(1 + len(entry.top) for entry in tokens.logprobs + tokens.prompt_logprobs)
-        if size > _LONG_ANSWER:
-            return await exchange.run(lambda: encode_large(exchange.whole()))
-        return [msgspec.json.encode(exchange.whole())]
-
-    try:
-        content = await unless_gone(request.receive, collect())
-    finally:
-        await answers.aclose()
-    return Response(status_code=_CLIENT_LEFT) if content is None else PiecesResponse(content)
+    return await respond_whole(request, answers, exchange.run, tally.add, exchange.whole)
 
 
 async def _events(exchange: _Exchange, chunk_object: str) -> AsyncGenerator[bytes, None]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Response
 
 from coserve.chat.template import ChatExtras
+from coserve.chat.tools import read_tools
 from coserve.core import InvalidRequest
 from coserve.server.bodies.forms import Form
 from coserve.server.bodies.parse import MAX_VALUES
@@ -65,9 +66,11 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> Resp
             tokenizer, body.messages, run=run, limit=limit,
             add_generation_prompt=body.add_generation_prompt is not False and continued is None,
             add_special_tokens=bool(body.add_special_tokens), allow_control_tokens=services.config.allow_control_tokens,
-            extras=ChatExtras(variables=variables), continue_final=continued is not None,
-            always_beside=body.chat_template is not None,
+            extras=ChatExtras(tools=[] if body.tools is None else read_tools(body.tools, "tools"), variables=variables),
+            continue_final=continued is not None, always_beside=body.chat_template is not None,
         )
+    elif body.tools:
+        raise InvalidRequest("tools: are for messages; a prompt is a text as it is", param="tools")
     elif body.prompt:
         special = body.add_special_tokens is not False
         prompts = await text_prompts(

@@ -1,0 +1,139 @@
+"""Grammars as texts: what an output may be, in llguidance's variant of Lark.
+
+    start: %json {"type": "object"}
+
+Every builder gives a whole grammar, with a `start` rule. `nested` puts one whole grammar into another, whatever their rules are
+called, so grammars can be composed as texts:
+
+    start: "<tool_call>" call "</tool_call>"
+    call: %lark {
+    start: %json {...}
+    }
+
+Owns: how schemas, patterns and choices are written, and the white space of JSON. Does not own: whether a grammar can be used
+(`matcher.py`). Source of the syntax: llguidance, docs/syntax.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from coserve.config.values import shown
+from coserve.core import InvalidRequest
+
+MAX_CHARACTERS = 1 << 19
+"""Of a grammar. A schema of so many takes about a second to compile."""
+_ONE_LINE = {"whitespace_flexible": False, "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
+"""JSON in one line, with at most one space behind a comma or colon. Small models otherwise write white space without end."""
+_NO_SPACES = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+_GAP = r"[ \n\r\t]{0,8}"
+
+
+def json_schema(
+    schema: Mapping[str, Any] | bool | str, *, field: str = "schema", compact: bool = False,
+    whitespace_pattern: str | None = None,
+) -> str:
+    """JSON that a schema allows. The schema may be given as JSON text.
+
+    The JSON is one line, with at most one space behind each comma and colon. compact: no space either. whitespace_pattern: a
+    regular expression for the white space at every place where JSON may have some, instead. A schema's own `x-guidance`
+    (llguidance's options) goes before these. field: is named in errors. Raises InvalidRequest if it is no JSON.
+    """
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise _wrong(field, f"isn't JSON: {error}") from None
+    if isinstance(schema, Mapping):
+        style: dict[str, Any] = dict(_NO_SPACES if compact else _ONE_LINE)
+        if whitespace_pattern is not None:
+            style = {"whitespace_pattern": whitespace_pattern}
+        own = schema.get("x-guidance")
+        schema = {**schema, "x-guidance": style if own is None else {**style, **own} if isinstance(own, Mapping) else own}
+    elif not isinstance(schema, bool):
+        raise _wrong(field, f"must be a JSON schema, which is an object or true or false, got {shown(schema)}")
+    try:
+        return f"start: %json {json.dumps(schema, allow_nan=False)}\n"
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _wrong(field, f"can't be written as JSON: {error}") from None
+
+
+def json_object(*, field: str = "json_object", compact: bool = False, whitespace_pattern: str | None = None) -> str:
+    """Any JSON object. Settings as for `json_schema`."""
+    return json_schema({"type": "object"}, field=field, compact=compact, whitespace_pattern=whitespace_pattern)
+
+
+def regex(pattern: str, *, field: str = "regex") -> str:
+    """Texts that a regular expression matches as a whole, in the syntax of Rust's `regex` crate, where \\d is 0 to 9.
+
+    field: is named in errors. Raises InvalidRequest if there is no pattern.
+    """
+    if not pattern:
+        raise _wrong(field, "is empty; give a regular expression")
+    return f"start: /{_in_slashes(pattern)}/\n"
+
+
+def choice(options: Sequence[str], *, field: str = "choice") -> str:
+    """One of some texts. field: is named in errors. Raises InvalidRequest for an empty text, and where there is none."""
+    if not options:
+        raise _wrong(field, "is empty; give at least one text")
+    for number, option in enumerate(options):
+        if not option:
+            raise _wrong(f"{field}[{number}]", "is empty; give a text")
+    return f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, options))}\n"
+
+
+def ebnf(text: str, *, field: str = "grammar") -> str:
+    """A grammar in GBNF, llama.cpp's variant of EBNF (`root ::= ...`), as Lark; one that is Lark already stays as it is.
+
+    field: is named in errors. Raises InvalidRequest if it is neither.
+    """
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    check_size(text, field)
+    try:
+        return any_to_lark(text)
+    except Exception as error:  # the converter raises plain Exception for a grammar that is wrong
+        raise _wrong(field, f"is neither Lark (start: ...) nor GBNF (root ::= ...): {error}") from None
+
+
+def after(marker: str | int, grammar: str) -> str:
+    """Any text up to and including a marker, then what `grammar` allows: a model's reasoning before an answer, for example.
+
+    marker: a text, which may be an added token that texts show; or the id of a special token, which texts don't show. White
+    space of up to 8 characters may stand between the marker and the rest. The text before the marker has no special tokens, so
+    that the output can't end there.
+    """
+    if isinstance(marker, str):
+        assert marker, "an empty marker is found before any text"
+        head = f"head[lazy]: TEXT {json.dumps(marker)}"
+    else:
+        head = f"head: TEXT <[{marker}]>"
+    return f"start: head GAP body\n{head}\nTEXT: /(.|\\n)*/\nGAP: /{_GAP}/\nbody: {nested(grammar)}\n"
+
+
+def nested(grammar: str) -> str:
+    """A whole grammar as a part of another grammar's rule. The names of its rules are its own."""
+    return f"%lark {{\n{grammar}\n}}"
+
+
+def check_size(grammar: str, field: str) -> None:
+    """Raises InvalidRequest if a grammar is too long."""
+    if len(grammar) > MAX_CHARACTERS:
+        raise _wrong(field, f"the grammar has {len(grammar)} characters; at most {MAX_CHARACTERS} are taken")
+
+
+def _in_slashes(pattern: str) -> str:
+    """A pattern as Lark writes it between slashes."""
+    written, place = [], 0
+    while place < len(pattern):
+        part = pattern[place : place + 2] if pattern[place] == "\\" else pattern[place]
+        place += len(part)
+        written.append({"/": "\\/", "\n": "\\n", "\\\n": "\\n", "\\d": "[0-9]", "\\D": "[^0-9]"}.get(part, part))
+    return "".join(written)
+
+
+def _wrong(field: str, message: str) -> InvalidRequest:
+    return InvalidRequest(f"{field}: {message}"[:1000], param=field[:300])

@@ -1,0 +1,1 @@
+"""OpenAI's Responses API over chats: a body becomes a ChatRequest, an output becomes items and events."""
