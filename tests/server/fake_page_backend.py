@@ -264,6 +264,10 @@ async def _answer(body: dict[str, Any]) -> AsyncIterator[str]:
             else "I'm not sure who tends the lighthouse at Vellmoor. <b>Lighthouses</b> are often kept by a keeper who lives "
             "close by and looks after the lamp.")
     words = text.split(" ")
+    if "Think" in body["messages"][-1]["content"]:
+        for thought in ("Who keeps", " <i>lamps</i>?"):
+            yield _event_line({"choices": [{"index": 0, "delta": {"reasoning_content": thought}}]})
+        words = [] if tuned else words
     for i, word in enumerate(words):
         await asyncio.sleep(0.04)
         yield _event_line({"choices": [{"index": 0, "delta": {"content": word + " " * (i + 1 < len(words))}}]})

@@ -70,6 +70,11 @@ _WRONG: dict[str, tuple[Any, ...]] = {
         "content": "x"}], [{"role": "assistant", "tool_calls": [_CALL]}, {"role": "tool", "tool_call_id": "2", "content": "x"}],
         [{"role": "assistant", "tool_calls": [_CALL]}, {"role": "tool", "tool_call_id": 1, "content": "x"}],
         [{"role": "assistant", "tool_calls": [_CALL]}, {"role": "tool", "tool_call_id": "1"}],
+        [{"role": "user", "content": "x", "reasoning_content": "y"}], [{"role": "system", "content": "x", "reasoning": "y"}],
+        [{"role": "assistant", "content": "x", "reasoning": 1}],
+        [{"role": "assistant", "content": "x", "reasoning_content": []}],
+        [{"role": "assistant", "content": "x", "reasoning_content": "y", "reasoning": "z"}],
+        [{"role": "assistant", "content": "x", "reasoning_content": "y" * 100_000}],
     ),
     "tools": (
         1, "x", True, {}, [1], ["x"], [[]], [{}], [{"type": 1}], [{"type": "x"}], [{"type": "function"}],
@@ -157,6 +162,16 @@ _WRONG: dict[str, tuple[Any, ...]] = {
     "modules": (1, "x", {}, [1], ["nothing"], ["x"] * 2000),
     "memory": (0, -1, -1e308, True, [1], {}, "", "lots", "0", "-1", "1 apple", "x" * 600),
     "suffix": (1, True, [], {}, "", "a b", "../x", "x" * 65, "ä", "a\n"),
+    "variables": (
+        1, "x", [], True, {"messages": []}, {"bos_token": "x"}, {"nothing": 1}, {"enable_thinking": True}, {"x" * 5000: 1},
+        {"\u202e": 1}, {"": 1}, {f"a{i}": i for i in range(100)}, {"a": json.loads("[" * 40 + "]" * 40)}, {"a": HUGE},
+    ),
+    "effort": (1, True, [], {}, "", "much", "NONE", "high", "x" * 600),
+    "thinking": (
+        1, True, "enabled", [], {}, {"type": 1}, {"type": "x"}, {"type": "enabled"}, {"type": "disabled", "budget_tokens": 1},
+    ),
+    "template": (0, 1.5, True, [], {}, "x", "{{ messages }}", "{% if", "x" * 200_000),
+    "continued": ("true", 0, 1, 1.0, [], {}, True),
     "word": (1, True, [], {}, "", "nothing", "x" * 600),
 }
 
@@ -173,8 +188,11 @@ _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "/v1/chat/completions": (
         {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
         {**_GENERATION, "messages": "messages", "max_completion_tokens": "int", "logprobs": "bool",
-         "add_generation_prompt": "bool", "tools": "tools", "tool_choice": "tool_choice", "functions": "functions",
-         "function_call": "function_call", "parallel_tool_calls": "bool"},
+         **dict.fromkeys(("add_generation_prompt", "add_special_tokens", "include_reasoning", "separate_reasoning",
+                          "stream_reasoning", "parallel_tool_calls"), "bool"),
+         "continue_final_message": "continued", "chat_template": "template", "chat_template_kwargs": "variables",
+         "reasoning_effort": "effort", "thinking": "thinking", "tools": "tools", "tool_choice": "tool_choice",
+         "functions": "functions", "function_call": "function_call"},
     ),
     "/v1/completions": (
         {"prompt": "hi", "max_tokens": 1},
@@ -189,7 +207,9 @@ _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
          "text": "text_options", "reasoning": "reasoning_options", "metadata": "metadata", "chat_template_kwargs": "object"},
     ),
     "/tokenize": (
-        {"prompt": "hi"}, {"tools": "tools", "model": "str", "add_special_tokens": "bool", "add_generation_prompt": "bool"},
+        {"prompt": "hi"},
+        {"tools": "tools", "model": "str", "add_special_tokens": "bool", "add_generation_prompt": "bool",
+         "continue_final_message": "continued", "chat_template": "template", "chat_template_kwargs": "variables"},
     ),
     "/detokenize": ({"tokens": [5]}, {"model": "str", "tokens": "tokens"}),
     "/v1/fine_tuning/jobs": (

@@ -43,6 +43,8 @@ _NEAR = 16
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _MARKER = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)
 """A name between other characters, as <tool_call> and [TOOL_CALLS] are: no word, and no mere punctuation."""
+_LONGEST_MARK = 4
+"""Characters of a mark for one of a text."""
 EXACT_KEY = "coserve_exact"
 """In tokenizer_config.json: tokenizer.json is the whole truth. For some families AutoTokenizer replaces parts of it."""
 
@@ -152,14 +154,17 @@ class ChatTokenizer:
     def with_template(
         self, source: str, make: Callable[[str, Mapping[str, Any], str | None], ChatTemplate] = ChatTemplate
     ) -> ChatTokenizer:
-        """The same tokenizer with another chat template. make: makes it, with the parameters
-        of a ChatTemplate."""
+        """The same tokenizer with another chat template. make: makes it, with the parameters of a ChatTemplate."""
         other = copy.copy(self)
         for name in ("template", "_farewell"):
             other.__dict__.pop(name, None)
         other._making_controls, other._made_controls = threading.Lock(), None
         other._given_template, other._original = make(source, self._hf.special_tokens_map, self._call_format), self
         return other
+
+    def or_template(self, source: str | None) -> ChatTokenizer:
+        """The same tokenizer with another chat template, if there is one."""
+        return self if source is None else self.with_template(source)
 
     @property
     def chat_template(self) -> str | None:
@@ -242,10 +247,13 @@ class ChatTokenizer:
         max_chars: int | None = None,
     ) -> list[int]:
         """A prompt for the next assistant turn: the conversation with the generation prompt, or where continue_final says so,
-        with the last message left open. max_chars: the most characters that the rendered conversation may have. Raises
-        InvalidRequest, ContextExceeded."""
+        with the last message left open. max_chars: the most characters that the rendered conversation may have, roughly: a mark
+        may be longer than the control text in whose place it stands. Raises InvalidRequest, ContextExceeded."""
+        if continue_final and not isinstance(messages[-1]["content"], str):
+            raise InvalidRequest("messages: the last one has no content to continue", param="messages")
         chat = self._marked(messages, extras, rules)
-        text = self._render(chat, add_generation_prompt, rules, continue_final=continue_final, max_chars=max_chars)
+        most = None if max_chars is None else max_chars * _LONGEST_MARK
+        text = self._render(chat, add_generation_prompt, rules, continue_final=continue_final, max_chars=most)
         settled = self._controls.settle(text)
         if settled.copy:
             return self._controls.encode(settled, add_special_tokens).ids

@@ -89,9 +89,10 @@ class _Turns:
 
 
 class DataReader:
-    """Reads data for jobs. It belongs to one event loop."""
+    """Reads data for jobs. It belongs to one event loop. chat_template: the source of the one to use; None: the model's."""
 
-    def __init__(self) -> None:
+    def __init__(self, chat_template: str | None = None) -> None:
+        self._chat_template = chat_template
         self._turns = _Turns(MAX_AT_WORK)
         self._threads = ThreadPoolExecutor(MAX_READINGS, "coserve-data")
         self._room = asyncio.Semaphore(MAX_READINGS)
@@ -140,7 +141,7 @@ class DataReader:
     def _load_tokenizer(self, model: Path) -> ChatTokenizer:
         with self._loading:
             if self._tokenizer is None or self._tokenizer[0] != model:
-                self._tokenizer = model, ChatTokenizer.load(model)
+                self._tokenizer = model, ChatTokenizer.load(model).or_template(self._chat_template)
             return self._tokenizer[1]
 
     def _read(

@@ -62,7 +62,7 @@ class JobService:
         self._runner = JobRunner(store, self._outputs, models, engine, config, self._check_disk)
         self.journal = self._runner.journal
         self.disk = TenantDisk(config.data_dir / "jobs", store, models.copied_bytes)
-        self._reader = DataReader()
+        self._reader = DataReader(config.chat_template)
         self._validating: set[str] = set()
         self._creating: Counter[str] = Counter()  # tenant -> number of its jobs that are being created
         engine.supervisor.on_up(self._engine_up)

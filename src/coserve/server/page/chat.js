@@ -134,7 +134,9 @@ export class ChatView {
       }
       const seconds = (performance.now() - (first ?? asked)) / 1000;
       const rate = tokens > 1 && seconds > 0 ? `, ${number((tokens - 1) / seconds)} tokens/s` : "";
-      view.end(first === null ? "An empty answer." : `first token ${milliseconds(Math.round(first - asked))}${rate}`);
+      const empty = first === null ? "An empty answer." : "It ended in its thoughts.";
+      const some = message.content || message.tool_calls;
+      view.end(some ? `first token ${milliseconds(Math.round(first - asked))}${rate}` : empty);
     } catch (error) {
       if (error.name === "AbortError") view.end("Stopped.");
       else view.fail(error.message);
@@ -225,7 +227,7 @@ function addDelta(message, delta) {
 
 function answerBox(model) {
   const thought = el("p");
-  const thoughts = el("details", { class: "thought", open: true, hidden: true }, el("summary", {}, "Thoughts"), thought);
+  const thoughts = el("details", { class: "thoughts", open: true, hidden: true }, el("summary", {}, "Thoughts"), thought);
   const text = el("p", { class: "text" });
   const calls = el("div");
   const note = el("p", { class: "note" }, "Waiting for the first token");
