@@ -158,6 +158,8 @@ def test_only_what_a_grammar_holds_is_a_call_then() -> None:
 
 @pytest.mark.parametrize(("parameters", "taken", "refused"), [
     (None, "{}", '{"a": 1}'), ({}, '{"a": 1}', "[]"), ({"properties": {"a": {"type": "null"}}}, '{"a": null}', '{"a": 1}'),
+    ({"properties": {"a": {}}}, "{}", '{"b": 1}'), ({"properties": {"a": {}}, "additionalProperties": {}}, '{"b": 1}', "[]"),
+    ({"allOf": [{"properties": {"a": {}}}], "properties": {"b": {}}}, '{"a": 1}', "[]"),
     ({"type": "object", "x-guidance": {"whitespace_flexible": True}}, "{ }", "[]"),
 ])
 def test_parameters(case: tuple[str, ChatTokenizer], parameters: Any, taken: str, refused: str) -> None:

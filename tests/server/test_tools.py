@@ -203,7 +203,7 @@ FORM: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"typ
     ({}, (), ()), ({"tool_choice": "none"}, (), ()),
     ({"tool_choice": "required"}, ("start: call (", "city", "get_time"), ("TEXT",)),
     ({"tool_choice": "required", "parallel_tool_calls": False}, ("start: call\n", "city", "get_time"), ("TEXT",)),
-    ({"tool_choice": NAMED}, ("start: call (", "city"), ("TEXT", "get_time")),
+    ({"tool_choice": NAMED}, ("start: call\n", "city"), ("TEXT", "get_time")),
     ({"tools": STRICT}, ("start: (head rest)* TEXT", "city", "get_time"), ()),
     ({"parallel_tool_calls": False}, ("start: head rest | TEXT", "get_weather", "get_time"), ("city",)),
     ({"tool_choice": ONE}, ("TEXT", "get_weather"), ("get_time",)),

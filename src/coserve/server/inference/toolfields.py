@@ -52,7 +52,7 @@ class ToolUse:
     """What a request says about tools, checked.
 
     tools: all that the model is told of. callable: those of them that it may call; none: its text is read as plain text.
-    required: whether it must call at least one. named: whether the request names the one tool that must be called.
+    required: whether it must call at least one. named: whether the request names the tool that must be called, once.
     parallel: whether it may write several calls. old: whether the request has OpenAI's old fields.
     """
 
@@ -100,7 +100,7 @@ def _choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> ToolUse:
         return ToolUse(tools=tools, callable=tools, required=True)
     kind = choice.get("type") if isinstance(choice, Mapping) else None
     if kind == "function":
-        return ToolUse(tools=tools, callable=[_pick(choice, place, tools)], required=True, named=True)
+        return ToolUse(tools=tools, callable=[_pick(choice, place, tools)], required=True, named=True, parallel=False)
     if kind == "allowed_tools":
         return _allowed(choice.get("allowed_tools"), f"{place}.allowed_tools", tools)
     raise _wrong(place, f'must be {", ".join(_MODES)}, or {{"type": "function", "function": {{"name": NAME}}}}, got '
@@ -138,7 +138,7 @@ def _old(functions: Any, choice: Any) -> ToolUse:
         use = _choice(choice, tools)
     elif isinstance(choice, Mapping):
         named = _pick({"type": "function", "function": choice}, "function_call", tools)
-        use = ToolUse(tools=tools, callable=[named], required=True, named=True)
+        use = ToolUse(tools=tools, callable=[named], required=True, named=True, parallel=False)
     else:
         raise _wrong("function_call", f'must be none, auto, or {{"name": NAME}}, got {shown(choice)}')
     return replace(use, parallel=False, old=True)
