@@ -183,7 +183,20 @@ _GENERATION = {
     **dict.fromkeys(("ignore_eos", "stream", "skip_special_tokens"), "bool"),
     "model": "str", "logit_bias": "logit_bias", "stop": "stop", "stop_token_ids": "tokens",
 }
+<<<<<<< HEAD
 _NOT_OF_RESPONSES = ("max_tokens", "n", "prompt_logprobs", "skip_special_tokens")
+=======
+_JOB: tuple[dict[str, Any], dict[str, str]] = (
+    {"training_file": "file-" + "0" * 24},
+    {**dict.fromkeys(("rank", "size", "warmup_steps", "max_length", "max_microbatch_tokens", "checkpoint_steps",
+                      "keep_checkpoints", "validation_steps", "max_steps", "priority", "deadline", "seed"), "int"),
+     **dict.fromkeys(("alpha", "dropout", "learning_rate", "weight_decay", "max_grad_norm", "weight"), "number"),
+     "deterministic": "bool", "model": "str", "training_file": "file", "method": "method", "suffix": "suffix",
+     "hyperparameters": "hyperparameters", "metadata": "metadata", "integrations": "integrations",
+     "target_modules": "target_modules", "feedforward_modules": "modules", "activation_memory": "memory",
+     **dict.fromkeys(("adapter", "placement", "activation", "activation_compression", "schedule", "too_long"), "word")},
+)
+>>>>>>> 5bcd8ef379d791f90e820a4e46592fc22f9ebd72
 _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "/v1/chat/completions": (
         {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
@@ -212,16 +225,8 @@ _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
          "continue_final_message": "continued", "chat_template": "template", "chat_template_kwargs": "variables"},
     ),
     "/detokenize": ({"tokens": [5]}, {"model": "str", "tokens": "tokens"}),
-    "/v1/fine_tuning/jobs": (
-        {"training_file": "file-" + "0" * 24},
-        {**dict.fromkeys(("rank", "size", "warmup_steps", "max_length", "max_microbatch_tokens", "checkpoint_steps",
-                          "keep_checkpoints", "validation_steps", "max_steps", "priority", "deadline", "seed"), "int"),
-         **dict.fromkeys(("alpha", "dropout", "learning_rate", "weight_decay", "max_grad_norm", "weight"), "number"),
-         "deterministic": "bool", "model": "str", "training_file": "file", "method": "method", "suffix": "suffix",
-         "hyperparameters": "hyperparameters", "metadata": "metadata", "integrations": "integrations",
-         "target_modules": "target_modules", "feedforward_modules": "modules", "activation_memory": "memory",
-         **dict.fromkeys(("adapter", "placement", "activation", "activation_compression", "schedule", "too_long"), "word")},
-    ),
+    "/v1/fine_tuning/jobs": _JOB,
+    "/v1/fine_tuning/jobs/check": _JOB,
     "/v1/load_lora_adapter": (
         {"lora_name": "a", "lora_path": "nothing"},
         {"lora_name": "str", "lora_path": "str", "load_inplace": "bool", "is_3d_lora_weight": "false"},
@@ -231,7 +236,8 @@ _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 _REQUIRED = {
     "/v1/chat/completions": ("messages",), "/v1/completions": ("prompt",), "/v1/responses": ("input",),
     "/detokenize": ("tokens",),
-    "/v1/fine_tuning/jobs": ("model", "training_file"), "/v1/load_lora_adapter": ("lora_name", "lora_path"),
+    **dict.fromkeys(("/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/check"), ("model", "training_file")),
+    "/v1/load_lora_adapter": ("lora_name", "lora_path"),
     "/v1/unload_lora_adapter": ("lora_name",), "/tokenize": ("prompt",),
 }
 JSON_ROUTES = tuple(_ROUTES)
@@ -251,7 +257,7 @@ def wrong_fields(model: str) -> Iterator[WrongField]:
             yield WrongField(path, {**base, name: 1}, name[:60])
         if "model" in fields:
             for name in _NAMES:
-                long = path == "/v1/fine_tuning/jobs" and len(name) > 512
+                long = path.startswith("/v1/fine_tuning/jobs") and len(name) > 512
                 yield WrongField(path, {**base, "model": name}, "model", 400 if long else 404)
     chat, _ = _ROUTES["/v1/chat/completions"]
     for options in _WRONG["stream_options"]:
