@@ -41,6 +41,16 @@ def _tools(**function: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": "f", **function}}]
 
 
+def nested_schema(depth: int) -> dict[str, Any]:
+    """An object in an object in an object."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+TOO_MANY_PATTERNS = {"allOf": [{"type": "string", "pattern": f".*{chr(97 + number)}.*"} for number in range(24)]}
+"""A schema that would take gigabytes."""
 _WRONG: dict[str, tuple[Any, ...]] = {
     "int": ("x", "1", 1.5, True, [1], {"a": 1}, HUGE, -(2**40)),
     "seed": ("x", "1", 1.5, True, [1], {"a": 1}, HUGE),
@@ -173,6 +183,41 @@ _WRONG: dict[str, tuple[Any, ...]] = {
     "template": (0, 1.5, True, [], {}, "x", "{{ messages }}", "{% if", "x" * 200_000),
     "continued": ("true", 0, 1, 1.0, [], {}, True),
     "word": (1, True, [], {}, "", "nothing", "x" * 600),
+    "schema": (
+        1, 1.5, True, [], "x", "[", "5", "null", {"type": "colour"}, {"type": 1}, {"not": {}}, {"if": {}, "else": {}},
+        {"$ref": "http://example.com"}, {"$ref": 1}, {"$ref": "#"}, {"properties": []}, {"properties": {"a": 1}}, {"enum": []},
+        {"pattern": "("}, {"pattern": "(?=a)b"}, {"format": "colour"}, {"minLength": -1}, {"minLength": "x"}, {"allOf": 1},
+        {"minimum": 2, "maximum": 1, "type": "integer"}, {"x-guidance": 1}, {"x-guidance": {"colour": 1}}, {"const": "\ud800"},
+        '{"type": "object"', {"anyOf": [{"uniqueItems": True, "type": "array"}]}, nested_schema(200), TOO_MANY_PATTERNS,
+        {"$ref": "#/$defs/d0", "$defs": {f"d{i}": {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(3000)}},
+        {"properties": {f"p{i}": {} for i in range(4000)}}, {"enum": ["x" * 600_000]},
+    ),
+    "pattern": (1, True, [], {}, "", "(", "[", "a{2,1}", r"\b", r"(a)\1", "a" * 600_000, "(?<!a)b", "\ud800"),
+    "choices": (1, True, "x", {}, [], [1], [""], ["a", None], ["a", ""], [["a"]], ["a" * 600_000]),
+    "grammar": (
+        1, True, [], {}, "", "x", "start: (", "start: a", "start:", "root ::= (", "root ::= a", "::=", "root ::= " + "(" * 5000,
+        'start: "a" "b', "start: <|nobody|>", 'start: ""', "%json {}", "start: %json {", "start: " + "(" * 5000, "\0",
+        "start: A0\n" + "\n".join(f"A{i}: A{i + 1}" for i in range(20_000)) + '\nA20000: "x"', "a" * 600_000,
+    ),
+    "space": (1, True, [], {}),
+    "response_format": (
+        1, True, [], {}, "json_object", {"type": "x"}, {"type": 1}, {"type": None}, {"type": "json_schema"},
+        {"json_schema": {}},
+        {"type": "json_schema", "json_schema": {}}, {"type": "json_schema", "json_schema": {"name": "a"}},
+        {"type": "json_schema", "json_schema": 1}, {"type": "json_schema", "json_schema": {"schema": 1}},
+        {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, {"type": "json_schema", "json_schema": {"name": 1}},
+        {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}, {"type": "text", "json_schema": {"schema": {}}},
+        {"type": "json_object", "json_schema": {"schema": {}}}, {"type": "json_object", "colour": 1},
+        {"type": "json_schema", "json_schema": {"schema": {}, "colour": 1}}, {"type": "regex", "pattern": "a"},
+    ),
+    "structured_outputs": (
+        1, True, [], {}, "json", {"colour": 1}, {"json": 1}, {"json": {"not": {}}}, {"regex": "("}, {"regex": 1},
+        {"choice": []},
+        {"choice": "x"}, {"grammar": "("}, {"json_object": 1}, {"json_object": False}, {"json": {}, "regex": "a"},
+        {"structural_tag": "x"}, {"json": {}, "disable_additional_properties": True}, {"regex": "a", "whitespace_pattern": " "},
+        {"json": {}, "whitespace_pattern": "("}, {"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True},
+        {"disable_any_whitespace": True},
+    ),
 }
 
 _GENERATION = {
@@ -182,10 +227,13 @@ _GENERATION = {
                      "slo_tpot_ms", "slo_ttft_ms"), "number"),
     **dict.fromkeys(("ignore_eos", "stream", "skip_special_tokens"), "bool"),
     "model": "str", "logit_bias": "logit_bias", "stop": "stop", "stop_token_ids": "tokens",
+    "response_format": "response_format", "structured_outputs": "structured_outputs", "guided_json": "schema",
+    "json_schema": "schema", "guided_regex": "pattern", "regex": "pattern", "guided_choice": "choices",
+    "guided_grammar": "grammar", "ebnf": "grammar", "guided_whitespace_pattern": "space",
 }
-<<<<<<< HEAD
 _NOT_OF_RESPONSES = ("max_tokens", "n", "prompt_logprobs", "skip_special_tokens")
-=======
+
+
 _JOB: tuple[dict[str, Any], dict[str, str]] = (
     {"training_file": "file-" + "0" * 24},
     {**dict.fromkeys(("rank", "size", "warmup_steps", "max_length", "max_microbatch_tokens", "checkpoint_steps",
@@ -196,7 +244,6 @@ _JOB: tuple[dict[str, Any], dict[str, str]] = (
      "target_modules": "target_modules", "feedforward_modules": "modules", "activation_memory": "memory",
      **dict.fromkeys(("adapter", "placement", "activation", "activation_compression", "schedule", "too_long"), "word")},
 )
->>>>>>> 5bcd8ef379d791f90e820a4e46592fc22f9ebd72
 _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "/v1/chat/completions": (
         {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
@@ -260,6 +307,13 @@ def wrong_fields(model: str) -> Iterator[WrongField]:
                 long = path.startswith("/v1/fine_tuning/jobs") and len(name) > 512
                 yield WrongField(path, {**base, "model": name}, "model", 400 if long else 404)
     chat, _ = _ROUTES["/v1/chat/completions"]
+    for pattern in ("(", "[ "):
+        yield WrongField("/v1/chat/completions", {**chat, "guided_json": {}, "guided_whitespace_pattern": pattern}, "guided_")
+    for first, second in (
+        ({"response_format": {"type": "json_object"}}, {"guided_json": {}}), ({"guided_json": {}}, {"regex": "a"}),
+        ({"structured_outputs": {"regex": "a"}}, {"ebnf": 'root ::= "a"'}), ({"json_schema": "{}"}, {"regex": "a"}),
+    ):
+        yield WrongField("/v1/chat/completions", {**chat, **first, **second}, next(iter(second)))
     for options in _WRONG["stream_options"]:
         yield WrongField("/v1/chat/completions", {**chat, "stream": True, "stream_options": options}, "stream_options")
         yield WrongField("/v1/responses", {"input": "hi", "stream": True, "stream_options": options}, "stream_options")

@@ -63,7 +63,7 @@ class Site:
 def open_site(tokenizer: ChatTokenizer, *, templates: RequestTemplates | None = None, **settings: Any) -> Iterator[Site]:
     """Serves. templates: takes those of requests. settings: of the server."""
     services: Any = replace(make_services(tokenizer, **settings), templates=templates)
-    with serve(make_app(services)) as port:
+    with contextlib.closing(services.grammars), serve(make_app(services)) as port:
         yield Site(port, services.engine, services.models, services.metrics, tokenizer)
 
 

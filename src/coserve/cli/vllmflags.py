@@ -56,7 +56,7 @@ FLAGS: Mapping[str, Flag] = {
     "--chat-template-content-format": Flag(("auto", "string"), "templates get a message's content as one text"),
     "--default-chat-template-kwargs": Flag((), "requests say what their templates get, in chat_template_kwargs"),
     "--speculative-config": Flag((), "speculative decoding isn't there"),
-    "--structured-outputs-config": Flag((), "structured output isn't there yet"),
+    "--structured-outputs-config": Flag((), "llguidance is the only backend, and requests have its options"),
     "--enable-sleep-mode": Flag(None, "the server can't sleep; stop it, jobs go on at the next start"),
     "--ssl-keyfile": Flag((), _USE_PROXY),
     "--ssl-certfile": Flag((), _USE_PROXY),
