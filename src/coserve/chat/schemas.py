@@ -1,8 +1,8 @@
 """JSON schemas of answers and of tools' parameters, as people and libraries write them.
 
-JSON Schema lets an object have properties that its schema doesn't list. Hardly anybody means that, and a small model that is held
-to such a schema adds properties without end. OpenAI's strict mode wants `additionalProperties` of false written out everywhere;
-schemas that are made from a TypedDict or from pydantic's models don't have it.
+JSON Schema lets an object have properties that its schema doesn't list. Hardly anybody means that, and a small model that is
+held to such a schema adds properties without end. OpenAI's strict mode wants `additionalProperties` of false written out
+everywhere; schemas that are made from a TypedDict or from pydantic's models don't have it.
 
 Owns: which objects have only the properties that are listed. Does not own: what else of a schema is enforced (grammar/).
 """
@@ -52,7 +52,6 @@ def _closed(schema: Any) -> Any:
     several = schema.get("allOf")
     alone = len(combined) + bool(schema.keys() & _OF_OBJECTS) <= 1 and not (isinstance(several, list) and len(several) > 1)
     if schema.keys() & _ENTANGLED or not alone:
-        # Definitions are a place of their own; a reference to them from here is found below.
         if _refers(schema):
             raise _Entangled
         return schema

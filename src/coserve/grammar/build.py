@@ -53,7 +53,8 @@ def json_schema(
         if whitespace_pattern is not None:
             style = {"whitespace_pattern": whitespace_pattern}
         own = schema.get("x-guidance")
-        schema = {**(closed(schema) if listed_only else schema), "x-guidance": style if own is None else {**style, **own} if isinstance(own, Mapping) else own}
+        schema = closed(schema) if listed_only else schema
+        schema = {**schema, "x-guidance": style if own is None else {**style, **own} if isinstance(own, Mapping) else own}
     elif not isinstance(schema, bool):
         raise _wrong(field, f"must be a JSON schema, which is an object or true or false, got {shown(schema)}")
     try:
