@@ -35,7 +35,8 @@ def test_closed(schema: Any, result: Any) -> None:
 @pytest.mark.parametrize("schema", [
     {}, {"type": "object"}, {"type": "object", "properties": {}}, {"properties": 3}, {"type": "string"},
     {**A, "additionalProperties": True}, {**A, "additionalProperties": {"type": "string"}},
-    {**A, "patternProperties": {"x": {}}}, {**A, "unevaluatedProperties": False}, {**A, "minProperties": 2}, {**A, "propertyNames": {"pattern": "x"}},
+    {**A, "patternProperties": {"x": {}}}, {**A, "unevaluatedProperties": False},
+    {**A, "minProperties": 2}, {**A, "propertyNames": {"pattern": "x"}},
     {**A, "required": ["a", "b"]}, {**A, "required": 3},  # it needs what isn't listed
     {"allOf": [A, B]}, {**A, "allOf": [B]}, {**A, "anyOf": [B, {"required": ["b"]}]}, {"required": ["a"], "anyOf": [A, B]},
     {"oneOf": [A, B]}, {"not": A}, {"if": A, "then": B}, {"contains": A}, {**A, "const": {"a": "x", "b": 1}},
