@@ -1,28 +1,36 @@
-"""What agents' clients do with a server, as a program: `python agent_clients.py CASE URL MODEL`.
+"""What agents' clients do with a server, as a program: `python agent_clients.py URL MODEL CASE...`.
 
 Each case uses one client unmodified: text, a stream, structured output, and a tool's round trip, in which a call is forced and
-its result given back. The model may be any: schemas leave it no other choice than a few words. The program needs only the
-client that the case is about, so that it runs in an environment of its own; a failed assertion ends it with a traceback.
+its result given back; and once the client's own settings, where only the model and the server's address are said. The model
+may be any: schemas leave it no other choice than a few words. The program needs only the clients that its cases are about, so
+that it runs in an environment of its own. Cases run side by side. For each a line of JSON is written once it has ended: its
+name and the traceback, null if it went well.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, Literal
+import threading
+import traceback
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, TypedDict, TypeVar
 
 import pydantic
 
 os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LANGSMITH_TRACING": "false", "OPENAI_AGENTS_DISABLE_TRACING": "1"}
+T = TypeVar("T")
 KEY = "EMPTY"
 QUESTION = "What is the weather in Oslo?"
 SHORT = 24
 """Tokens of an answer that nothing bounds."""
 MUCH = 200
 """Tokens that a call or an object fits into."""
+SEVERAL = 1500
+"""Tokens that as many calls fit into as a model of random weights makes."""
 
 
 class Weather(pydantic.BaseModel):
@@ -32,6 +40,25 @@ class Weather(pydantic.BaseModel):
     unit: Literal["C", "F"]
 
 
+class Place(TypedDict):
+    """A place."""
+
+    city: Literal["Oslo", "Rome"]
+
+
+class Trip(pydantic.BaseModel):
+    """A trip, whose parts are optional."""
+
+    city: str = "Oslo"
+
+
+class Question(pydantic.BaseModel):
+    """With an object inside."""
+
+    about: Weather
+    also: list[Weather] = pydantic.Field(max_length=2)
+
+
 PARAMETERS = {
     "type": "object", "additionalProperties": False, "required": ["city", "unit"],
     "properties": {"city": {"type": "string", "enum": ["Oslo", "Rome"]}, "unit": {"type": "string", "enum": ["C", "F"]}},
@@ -39,6 +66,14 @@ PARAMETERS = {
 FUNCTION = {"name": "weather", "description": "The weather in a city.", "parameters": PARAMETERS, "strict": True}
 CHAT_TOOLS: Any = [{"type": "function", "function": FUNCTION}]
 FLAT_TOOLS: Any = [{"type": "function", **FUNCTION}]
+
+
+LOOP = asyncio.new_event_loop()
+"""Of all cases, since LangChain and litellm share connections between them."""
+
+
+def wait(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run_coroutine_threadsafe(work, LOOP).result()
 
 
 def check(arguments: str | dict[str, Any]) -> str:
@@ -66,6 +101,9 @@ def openai_chat(url: str, model: str) -> None:
     with client.chat.completions.stream(model=model, messages=messages, max_tokens=MUCH, response_format=Weather) as stream:
         assert isinstance(stream.get_final_completion().choices[0].message.parsed, Weather)
 
+    nested = client.chat.completions.parse(model=model, messages=messages, response_format=Question)
+    assert isinstance(nested.choices[0].message.parsed, Question)
+
     tool = openai.pydantic_function_tool(Weather, name="weather")
     for _ in range(2):
         answer = client.chat.completions.parse(
@@ -86,6 +124,8 @@ def openai_chat(url: str, model: str) -> None:
         model=model, messages=messages, tools=CHAT_TOOLS, tool_choice="none", max_tokens=SHORT
     ).choices[0]
     assert last.finish_reason in ("stop", "length") and not last.message.tool_calls
+    free = client.chat.completions.create(model=model, messages=messages, tools=CHAT_TOOLS).choices[0]
+    assert free.finish_reason in ("stop", "tool_calls")
 
 
 def openai_responses(url: str, model: str) -> None:
@@ -123,6 +163,50 @@ def openai_responses(url: str, model: str) -> None:
         items += [*response.output, result]
     last = client.responses.create(model=model, input=items, tools=FLAT_TOOLS, tool_choice="none", max_output_tokens=SHORT)
     assert [item.type for item in last.output] == ["message"]
+    tool: Any = openai.pydantic_function_tool(Weather, name="weather")["function"]
+    found = client.responses.parse(model=model, input=QUESTION, tools=[{"type": "function", **tool}], tool_choice="required")
+    calls: list[Any] = found.output
+    assert all(isinstance(call.parsed_arguments, dict) and check(call.parsed_arguments) for call in calls)
+    assert client.responses.create(model=model, input=items, tools=FLAT_TOOLS).output
+
+
+def openai_errors(url: str, model: str) -> None:
+    """What is wrong is named, before and instead of a stream."""
+    import openai
+
+    client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0)
+    messages: Any = [{"role": "user", "content": QUESTION}]
+    wrong: Any = {"type": "object", "properties": {"city": {"type": "town"}}, "required": ["city"]}
+    cases: list[tuple[str, Callable[[], Any]]] = []
+    for streamed in (False, True):
+        common: dict[str, Any] = {"model": model, "stream": streamed}
+        function: Any = {**FUNCTION, "parameters": wrong}
+        form: Any = {"type": "json_schema", "name": "x", "schema": wrong}
+        other: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": wrong}}
+        cases += [
+            ("tools[0].function.parameters", lambda common=common, function=function: client.chat.completions.create(
+                **common, messages=messages, tools=[{"type": "function", "function": function}])),
+            ("tools[0].parameters", lambda common=common, function=function: client.responses.create(
+                **common, input=messages, tools=[{"type": "function", **function}])),
+            ("response_format.json_schema.schema", lambda common=common, other=other: client.chat.completions.create(
+                **common, messages=messages, response_format=other)),
+            ("text.format.schema", lambda common=common, form=form: client.responses.create(
+                **common, input=messages, text={"format": form})),
+            ("tool_choice.function.name", lambda common=common: client.chat.completions.create(
+                **common, messages=messages, tools=CHAT_TOOLS,
+                tool_choice={"type": "function", "function": {"name": "wether"}})),
+            ("tools[0].function.name", lambda common=common: client.chat.completions.create(
+                **common, messages=messages, tools=[{"type": "function", "function": {**FUNCTION, "name": "the weather"}}])),
+            ("messages[1].tool_call_id", lambda common=common: client.chat.completions.create(
+                **common, messages=[*messages, {"role": "tool", "tool_call_id": "call_1", "content": "Rain."}])),
+        ]
+    for field, ask in cases:
+        try:
+            ask()
+            found = None
+        except openai.BadRequestError as error:
+            found = error
+        assert found is not None and found.param == field and field in str(found), (field, found)
 
 
 # --- litellm ---
@@ -142,7 +226,7 @@ def litellm_chat(url: str, model: str) -> None:
     check(parsed.choices[0].message.content)
     for streamed in (False, True):
         answer: Any = litellm.completion(
-            **common, messages=messages, tools=CHAT_TOOLS, tool_choice="required", max_tokens=MUCH, stream=streamed,
+            **common, messages=messages, tools=CHAT_TOOLS, tool_choice="required", max_tokens=SEVERAL, stream=streamed,
         )
         if streamed:
             answer = litellm.stream_chunk_builder(list(answer), messages=messages)
@@ -153,8 +237,11 @@ def litellm_chat(url: str, model: str) -> None:
             for call in calls
         ]
         messages += [answer.choices[0].message.model_dump(), *results]
-    last: Any = litellm.completion(**common, messages=messages, tools=CHAT_TOOLS, max_tokens=SHORT)
+    last: Any = litellm.completion(**common, messages=messages, tools=CHAT_TOOLS)
     assert last.choices[0].message.role == "assistant"
+    asked = litellm.acompletion(**{**common, "model": f"hosted_vllm/{model}"}, messages=messages, response_format=Weather)
+    other: Any = wait(asked)
+    check(other.choices[0].message.content)
 
 
 def litellm_responses(url: str, model: str) -> None:
@@ -180,6 +267,15 @@ def litellm_responses(url: str, model: str) -> None:
 # --- LangChain ---
 
 
+def _token(url: str, model: str, text: str) -> str:
+    """The id of a token, as logit_bias has it."""
+    import httpx
+
+    path = f"{url.removesuffix('/v1')}/tokenize"
+    (token,) = httpx.post(path, json={"model": model, "prompt": text, "add_special_tokens": False}, timeout=60).json()["tokens"]
+    return str(token)
+
+
 def _langchain(url: str, model: str, **options: Any) -> None:
     from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_core.tools import tool
@@ -190,15 +286,23 @@ def _langchain(url: str, model: str, **options: Any) -> None:
         """The weather in a city."""
         return check({"city": city, "unit": unit})
 
-    def chat(most: int) -> ChatOpenAI:
-        return ChatOpenAI(base_url=url, api_key=KEY, model=model, max_retries=0, max_tokens=most, **options)
+    def chat(most: int, **more: Any) -> ChatOpenAI:
+        return ChatOpenAI(base_url=url, api_key=KEY, model=model, max_retries=0, max_tokens=most, **options, **more)
 
     messages: list[Any] = [HumanMessage(QUESTION)]
     assert chat(SHORT).invoke(messages).usage_metadata["output_tokens"] <= SHORT
     assert len(list(chat(SHORT).stream(messages))) > 1
     for method in ("json_schema", "function_calling"):
-        structured = chat(MUCH).with_structured_output(Weather, method=method)
-        assert isinstance(structured.invoke(messages), Weather), method
+        for schema in (Weather, Question):
+            structured = chat(MUCH).with_structured_output(schema, method=method)
+            assert isinstance(structured.invoke(messages), schema), method
+        place: Any = chat(MUCH).with_structured_output(Place, method=method).invoke(messages)
+        assert place in ({"city": "Oslo"}, {"city": "Rome"}), method
+    [structured, *_] = chat(MUCH).with_structured_output(Weather).stream(messages)
+    assert isinstance(structured, Weather)
+    bare = {"logit_bias": {_token(url, model, "}"): 100}}  # any object would do, and most would be long
+    modest = chat(MUCH, extra_body=bare).with_structured_output(Trip, method="json_mode").invoke(messages)
+    assert modest == Trip()
     for strict in (True, None):
         bound = chat(MUCH).bind_tools([weather], tool_choice="any", strict=strict, parallel_tool_calls=False)
         answer = bound.invoke(messages)
@@ -210,7 +314,10 @@ def _langchain(url: str, model: str, **options: Any) -> None:
         gathered = chunk if gathered is None else gathered + chunk
     (call,) = gathered.tool_calls
     messages += [gathered, ToolMessage(weather.invoke(call["args"]), tool_call_id=call["id"])]
-    assert chat(SHORT).bind_tools([weather]).invoke(messages).type == "ai"
+    own = ChatOpenAI(base_url=url, api_key=KEY, model=model, **options)
+    assert own.bind_tools([weather]).invoke(messages).type == "ai"
+    replies = wait(own.abatch([messages, QUESTION]))
+    assert [reply.type for reply in replies] == ["ai", "ai"]
 
 
 def langchain_chat(url: str, model: str) -> None:
@@ -258,11 +365,19 @@ def _agents(url: str, model: str, api: Literal["responses", "chat"]) -> None:
         streamed = agents.Runner.run_streamed(forced, [*found.to_input_list(), {"role": "user", "content": "And now?"}])
         kinds = [event.type async for event in streamed.stream_events()]
         assert "raw_response_event" in kinds and "degrees" in streamed.final_output and len(asked) == 2
-        both = agent(MUCH, tools=[weather], settings={"tool_choice": "required"}, output_type=Weather)
-        found = await agents.Runner.run(both, QUESTION, max_turns=8)
+        both = agent(SEVERAL, tools=[weather], settings={"tool_choice": "required"}, output_type=Weather)
+        found = await agents.Runner.run(both, QUESTION, max_turns=30)  # a call or an answer each, by chance
         assert isinstance(found.final_output, Weather) and len(asked) >= 3
+        own = agents.Agent(name="Other", handoff_description="Knows.", model=made(model=model, openai_client=client))
+        handing = agent(MUCH, handoffs=[own], settings={"tool_choice": "required", "parallel_tool_calls": False})
+        found = await agents.Runner.run(handing, QUESTION)
+        assert found.last_agent is own and isinstance(found.final_output, str)
+        session = agents.SQLiteSession("weather")
+        for _ in range(2):
+            found = await agents.Runner.run(forced, QUESTION, session=session)
+        assert "degrees" in found.final_output and len(await session.get_items()) == 6
 
-    asyncio.run(play())
+    wait(play())
 
 
 def agents_responses(url: str, model: str) -> None:
@@ -276,6 +391,7 @@ def agents_chat(url: str, model: str) -> None:
 CASES: dict[str, tuple[str, Callable[[str, str], None]]] = {
     "openai chat": ("openai", openai_chat),
     "openai responses": ("openai", openai_responses),
+    "openai errors": ("openai", openai_errors),
     "litellm chat": ("litellm", litellm_chat),
     "litellm responses": ("litellm", litellm_responses),
     "langchain chat": ("langchain_openai", langchain_chat),
@@ -286,6 +402,23 @@ CASES: dict[str, tuple[str, Callable[[str, str], None]]] = {
 """{name: (the module that it needs, the case)}."""
 
 
+def _play(name: str, url: str, model: str) -> None:
+    try:
+        CASES[name][1](url, model)
+        error = None
+    except Exception:
+        error = traceback.format_exc()
+    sys.stdout.write(json.dumps({"case": name, "error": error}) + "\n")
+    sys.stdout.flush()
+
+
 if __name__ == "__main__":
-    case, url, model = sys.argv[1:]
-    CASES[case][1](url, model)
+    url, model, *names = sys.argv[1:]
+    for module in {CASES[name][0]: None for name in names}:  # one after the other: two threads may not begin the same import
+        importlib.import_module(module)
+    threading.Thread(target=LOOP.run_forever, daemon=True).start()
+    threads = [threading.Thread(target=_play, args=(name, url, model)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
