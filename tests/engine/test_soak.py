@@ -23,6 +23,7 @@ from coserve.core import CapacityError, NotFound
 from coserve.engine.engine import Engine
 from coserve.engine.jobhandle import JobHandle
 from coserve.engine.requests import RequestHandle
+from coserve.grammar import choice, json_object, regex
 from coserve.runtime.loaded import LoadedModel
 from tests.tiny_directory import chat_lines, preference_lines, write_lines
 from tests.tiny_engine import assert_nothing_left, build_model, drive, make_engine, prompt, random_adapter
@@ -66,6 +67,7 @@ class Soak:
             max_tokens=rng.randrange(1, 80), temperature=rng.choice((0.0, 0.8)), seed=rng.randrange(99),
             n=rng.choice((1, 1, 1, 3)), stop=rng.choice(((), ("e",))), logprobs=rng.choice((None, 2)),
             prompt_logprobs=rng.choice((None, None, 1)), ignore_eos=rng.random() < 0.5,
+            grammar=rng.choice((None, None, json_object(), choice(["yes", "no", "maybe"]), regex("(ab|c)+"))),
         )
         names = [None, None, *self.engine.adapters.names]
         try:

@@ -23,6 +23,7 @@ from coserve.config.settings import (
 from coserve.core import CapacityError, ConfigError, StepPlan
 from coserve.engine.engine import Engine
 from coserve.finetune.optimizer import FlatAdamW
+from coserve.grammar import json_object
 from coserve.runtime.executor import TrainExecutor
 from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.scheduler.units import LEAST_SLICE
@@ -58,7 +59,8 @@ def run_beside(engine: Engine, seed: int, steps: int | None = None) -> list[Step
     rng, log = Random(seed), PlanLog(engine)
     while not engine.idle and (steps is None or len(log.plans) < steps):
         if engine.jobs.jobs and rng.random() < 0.3 and len(engine.requests.live) < 6:
-            engine.submit(prompt(rng.randrange(1, 60)), replace(GREEDY, max_tokens=rng.randrange(1, 20)))
+            grammar = rng.choice([None, json_object()])
+            engine.submit(prompt(rng.randrange(1, 60)), replace(GREEDY, max_tokens=rng.randrange(1, 20), grammar=grammar))
         engine.step()
     return log.plans
 

@@ -30,6 +30,7 @@ from coserve.config.settings import (
 from coserve.core import ConfigError, InvalidRequest
 from coserve.engine.engine import Engine
 from coserve.engine.generation import Generator
+from coserve.grammar import json_object
 from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.training.finetuning import finetune
 from tests.outcome import rows_of
@@ -53,6 +54,7 @@ REQUESTS = {
         temperature=0.7, presence_penalty=0.5, frequency_penalty=0.5, repetition_penalty=1.1, logit_bias={5: 2.0}, max_tokens=12
     ),
     "prompt": SamplingConfig(max_tokens=2, temperature=0, prompt_logprobs=1),
+    "grammar": SamplingConfig(temperature=0.9, max_tokens=12, seed=4, n=2, grammar=json_object()),
 }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from coserve.config.settings import SamplingConfig
 from coserve.core import Sampled
+from coserve.grammar.matcher import packed
 from coserve.kernels import library
 from coserve.kernels.triton import crossentropy, cuts, jit, sampling
 from coserve.model.linear import OutputHead
@@ -203,10 +204,29 @@ def test_penalties_and_logprobs_beside_the_kernels() -> None:
     assert got[0].logprob is not None
 
 
+@interpreted
+@pytest.mark.usefixtures("short_tiles")
+@pytest.mark.parametrize("unpack_by_numpy", [True, False])
+def test_grammars_beside_the_kernels(unpack_by_numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks that leave few tokens, one, or most of them; with filters and without; by NumPy's bits and by a device's."""
+    if not unpack_by_numpy:
+        monkeypatch.setattr(sampler.np, "unpackbits", lambda packed, count, **_: sampler.unpacked(torch.from_numpy(packed),
+                                                                                                   count).numpy())
+    rng, size = random.Random(3), 150
+    logits = torch.randn(24, size, generator=torch.Generator().manual_seed(6)).bfloat16()
+    kept = [rng.sample(range(size), rng.choice([1, 2, 5, 140])) for _ in range(24)]
+    plain = [row(number, number, **random_settings(rng, size, filtered=number % 2 == 0)) for number in range(24)]
+    rows = [each if number % 5 == 4 else each._replace(allowed=packed(kept[number], size)) for number, each in enumerate(plain)]
+    got = tokens_of(by_kernels(logits, rows))
+    assert got == tokens_of(sample_rows(logits, rows))
+    assert all(token in kept[number] for number, token in enumerate(got) if number % 5 != 4)
+
+
 def test_launch_reads_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever rows ask for; and the result is one reading."""
     logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(5))
     rows = [row(1, logprobs=2), row(2, top_p=0.5), row(3, temperature=0, logprobs=0)]
+    rows[1] = rows[1]._replace(allowed=packed(range(20), 30))
     want, to_list = sample_rows(logits, rows), Tensor.tolist
     reads: list[int] = []
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coserve.config.settings import SamplingConfig
+from coserve.grammar.matcher import packed
 from coserve.runtime import sampler
 from coserve.runtime.sampler import SamplerRow, _edited, gumbel_noise, prompt_logprobs, sample_rows
 
@@ -200,6 +202,59 @@ def test_endings_are_excluded_before_min_tokens() -> None:
     assert sample_rows(LOGITS[None], [row(output=[1, 1], **settings)])[0].token == 2
 
 
+def allowing(tokens: Sequence[int], size: int = 8) -> np.ndarray:
+    """A grammar's mask, with rubbish beyond the vocabulary."""
+    return packed(tokens, size) | np.where(np.arange(-(-size // 32)) == size // 32, -1 << size % 32, 0).astype(np.int32)
+
+
+def masked(tokens: Sequence[int], size: int = 8, **settings: Any) -> SamplerRow:
+    return row(**settings)._replace(allowed=allowing(tokens, size))
+
+
+@pytest.mark.parametrize("size", [8, 32, 33, 100])
+def test_what_a_grammar_does_not_allow_is_excluded_from_its_row_alone(size: int) -> None:
+    logits = torch.randn(4, size, generator=torch.Generator().manual_seed(size))
+    tokens = [1, 5, size - 1]
+    got = _edited(logits, [row(), masked(tokens, size), row(logit_bias={3: 1.0}), masked([0], size, logit_bias={0: 2.0})])
+    for number, kept in ((0, range(size)), (1, tokens), (2, range(size)), (3, [0])):
+        assert torch.isfinite(got[number]).nonzero()[:, 0].tolist() == sorted(set(kept))
+    assert torch.equal(got[1, tokens], logits[1, tokens]) and got[3, 0] == logits[3, 0] + 2
+    assert torch.equal(got[0], logits[0])
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.9, "temperature": 2.0}])
+def test_filters_count_among_what_a_grammar_allows(settings: dict[str, Any]) -> None:
+    """As if the other tokens were not there."""
+    kept = [1, 4, 6, 7]
+    alone = LOGITS.clone()
+    alone[[0, 2, 3, 5]] = -math.inf
+    for position in range(30):
+        got = sample_rows(LOGITS[None], [masked(kept, seed=1, position=position, **settings)])[0].token
+        assert got in kept
+        assert got == sample_rows(alone[None], [row(1, position, **settings)])[0].token
+
+
+def test_a_mask_says_itself_when_the_end_has_to_wait() -> None:
+    """It may leave nothing but an end token."""
+    settings: dict[str, Any] = {"ending": [2, 5], "min_tokens": 2, "temperature": 0}
+    assert sample_rows(LOGITS[None], [masked([5], **settings)])[0].token == 5
+
+
+def test_logprobs_beside_a_mask_are_of_the_raw_logits() -> None:
+    got = sample_rows(LOGITS[None], [masked([4], temperature=0, logprobs=1)])[0]
+    assert got.token == 4 and got.logprob is not None
+    assert got.logprob.logprob == pytest.approx(float(torch.log_softmax(LOGITS.double(), 0)[4]), abs=1e-5)
+    assert [token for token, _ in got.logprob.top] == [2]
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 64, 1001])
+def test_bits_are_unpacked_on_a_device_as_on_the_host(size: int) -> None:
+    packed_bits = np.random.default_rng(size).integers(0, 256, (3, -(-size // 8)), np.uint8)
+    got = sampler.unpacked(torch.from_numpy(packed_bits), size)
+    assert got.dtype == torch.uint8 and got.shape == (3, size)
+    assert np.array_equal(got.numpy(), np.unpackbits(packed_bits, axis=1, count=size, bitorder="little"))
+
+
 @pytest.mark.parametrize(("min_p", "kept"), [(1.0, [2]), (0.8, [2, 5]), (0.3, [0, 2, 5]), (0.15, [0, 2, 3, 5])])
 def test_min_p_is_a_share_of_the_likeliest(min_p: float, kept: list[int]) -> None:
     """Shares of token 2's probability: 5 .905, 0 .368, 3 .183, 6 .135, 1 .082."""
@@ -227,9 +282,14 @@ def test_a_flat_tail_is_not_lost() -> None:
     assert sampler._filter(logits, [SamplingConfig(top_p=0.999)]).tolist() == [[0.0, -math.inf]]
 
 
+def row_of_any_kind(seed: int, position: int, allowed: list[int] | None, **settings: Any) -> SamplerRow:
+    made = row(seed, position, **settings)
+    return made if allowed is None else made._replace(allowed=allowing(allowed, 37))
+
+
 rows_of_any_kind = st.builds(
-    row,
-    st.integers(0, 100), st.integers(0, 100),
+    row_of_any_kind,
+    st.integers(0, 100), st.integers(0, 100), st.none() | st.lists(st.integers(0, 36), min_size=1, max_size=6),
     prompt=st.lists(st.integers(0, 36), max_size=6), output=st.lists(st.integers(0, 36), max_size=6),
     ending=st.lists(st.integers(0, 36), max_size=2),
     temperature=st.sampled_from([0, 1e-7, 0.3, 1.0, 3.0]), top_k=st.sampled_from([0, 1, 3, 50]),

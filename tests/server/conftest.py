@@ -109,7 +109,7 @@ class RunningServer:
     @property
     def engine_pid(self) -> int:
         """Of the engine's process, whichever it is now."""
-        (pid,) = children(self.pid)
+        (pid,) = [pid for pid in children(self.pid) if b"checkmain" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
         return pid
 
     @property

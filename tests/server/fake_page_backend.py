@@ -251,17 +251,36 @@ def _add_job_routes(app: FastAPI, backend: FakeBackend) -> None:
 
 
 async def _answer(body: dict[str, Any]) -> AsyncIterator[str]:
-    """Server-sent events, word by word."""
+    """Server-sent events, word by word: thoughts and a call of the first tool, until it has a result; else an answer."""
     tuned = body["model"] != BASE
+    if body.get("tools") and body["messages"][-1]["role"] != "tool":
+        for delta in _called(body["tools"][0]["function"]["name"]):
+            await asyncio.sleep(0.02)
+            yield _event_line({"choices": [{"index": 0, "delta": delta}]})
+        yield "data: [DONE]\n\n"
+        return
     text = ("Aye, Odile Pratt tends the lighthouse at Vellmoor, by the tide." if tuned
+            else f"It says {body['messages'][-1]['content']}." if body.get("tools")
             else "I'm not sure who tends the lighthouse at Vellmoor. <b>Lighthouses</b> are often kept by a keeper who lives "
             "close by and looks after the lamp.")
     words = text.split(" ")
+    if "Think" in body["messages"][-1]["content"]:
+        for thought in ("Who keeps", " <i>lamps</i>?"):
+            yield _event_line({"choices": [{"index": 0, "delta": {"reasoning_content": thought}}]})
+        words = [] if tuned else words
     for i, word in enumerate(words):
         await asyncio.sleep(0.04)
         yield _event_line({"choices": [{"index": 0, "delta": {"content": word + " " * (i + 1 < len(words))}}]})
     yield _event_line({"choices": [], "usage": {"prompt_tokens": 12, "completion_tokens": len(words), "total_tokens": 0}})
     yield "data: [DONE]\n\n"
+
+
+def _called(name: str) -> list[dict[str, Any]]:
+    """A stream's deltas of thoughts and one call."""
+    begin = {"index": 0, "id": "call_1", "type": "function", "function": {"name": name, "arguments": ""}}
+    pieces = [{"index": 0, "function": {"arguments": piece}} for piece in ('{"city": ', '"Oslo"}')]
+    return [{"reasoning_content": "They want "}, {"reasoning_content": "the weather."},
+            *({"tool_calls": [call]} for call in (begin, *pieces))]
 
 
 def _event_line(chunk: dict[str, Any]) -> str:

@@ -216,16 +216,16 @@ class FakeMetrics:
         self.rejections.append(reason)
 
 
-def make_services(tokenizer: ChatTokenizer) -> Services:
-    """Services whose engine, models, tenants and metrics are fakes, and which have nothing else."""
+def make_services(tokenizer: ChatTokenizer, **settings: Any) -> Services:
+    """Services whose engine, models, tenants and metrics are fakes, and which have nothing else. settings: of the server."""
     absent: Any = None
     engine: Any = FakeEngineClient(tokenizer)
     models: Any = FakeModels()
     tenants: Any = FakeTenants()
     metrics: Any = FakeMetrics()
     return Services(
-        config=ServerConfig(), engine=engine, tokenizer=tokenizer, store=absent, tenants=tenants, files=absent, jobs=absent,
-        models=models, metrics=metrics, draw_seed=partial(Random(0).getrandbits, 32),
+        config=ServerConfig(**settings), engine=engine, tokenizer=tokenizer, store=absent, tenants=tenants, files=absent,
+        jobs=absent, models=models, metrics=metrics, draw_seed=partial(Random(0).getrandbits, 32),
     )
 
 

@@ -41,6 +41,16 @@ def _tools(**function: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": "f", **function}}]
 
 
+def nested_schema(depth: int) -> dict[str, Any]:
+    """An object in an object in an object."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+TOO_MANY_PATTERNS = {"allOf": [{"type": "string", "pattern": f".*{chr(97 + number)}.*"} for number in range(24)]}
+"""A schema that would take gigabytes."""
 _WRONG: dict[str, tuple[Any, ...]] = {
     "int": ("x", "1", 1.5, True, [1], {"a": 1}, HUGE, -(2**40)),
     "seed": ("x", "1", 1.5, True, [1], {"a": 1}, HUGE),
@@ -70,6 +80,11 @@ _WRONG: dict[str, tuple[Any, ...]] = {
         "content": "x"}], [{"role": "assistant", "tool_calls": [_CALL]}, {"role": "tool", "tool_call_id": "2", "content": "x"}],
         [{"role": "assistant", "tool_calls": [_CALL]}, {"role": "tool", "tool_call_id": 1, "content": "x"}],
         [{"role": "assistant", "tool_calls": [_CALL]}, {"role": "tool", "tool_call_id": "1"}],
+        [{"role": "user", "content": "x", "reasoning_content": "y"}], [{"role": "system", "content": "x", "reasoning": "y"}],
+        [{"role": "assistant", "content": "x", "reasoning": 1}],
+        [{"role": "assistant", "content": "x", "reasoning_content": []}],
+        [{"role": "assistant", "content": "x", "reasoning_content": "y", "reasoning": "z"}],
+        [{"role": "assistant", "content": "x", "reasoning_content": "y" * 100_000}],
     ),
     "tools": (
         1, "x", True, {}, [1], ["x"], [[]], [{}], [{"type": 1}], [{"type": "x"}], [{"type": "function"}],
@@ -157,7 +172,52 @@ _WRONG: dict[str, tuple[Any, ...]] = {
     "modules": (1, "x", {}, [1], ["nothing"], ["x"] * 2000),
     "memory": (0, -1, -1e308, True, [1], {}, "", "lots", "0", "-1", "1 apple", "x" * 600),
     "suffix": (1, True, [], {}, "", "a b", "../x", "x" * 65, "ä", "a\n"),
+    "variables": (
+        1, "x", [], True, {"messages": []}, {"bos_token": "x"}, {"nothing": 1}, {"enable_thinking": True}, {"x" * 5000: 1},
+        {"\u202e": 1}, {"": 1}, {f"a{i}": i for i in range(100)}, {"a": json.loads("[" * 40 + "]" * 40)}, {"a": HUGE},
+    ),
+    "effort": (1, True, [], {}, "", "much", "NONE", "high", "x" * 600),
+    "thinking": (
+        1, True, "enabled", [], {}, {"type": 1}, {"type": "x"}, {"type": "enabled"}, {"type": "disabled", "budget_tokens": 1},
+    ),
+    "template": (0, 1.5, True, [], {}, "x", "{{ messages }}", "{% if", "x" * 200_000),
+    "continued": ("true", 0, 1, 1.0, [], {}, True),
     "word": (1, True, [], {}, "", "nothing", "x" * 600),
+    "schema": (
+        1, 1.5, True, [], "x", "[", "5", "null", {"type": "colour"}, {"type": 1}, {"not": {}}, {"if": {}, "else": {}},
+        {"$ref": "http://example.com"}, {"$ref": 1}, {"$ref": "#"}, {"properties": []}, {"properties": {"a": 1}}, {"enum": []},
+        {"pattern": "("}, {"pattern": "(?=a)b"}, {"format": "colour"}, {"minLength": -1}, {"minLength": "x"}, {"allOf": 1},
+        {"minimum": 2, "maximum": 1, "type": "integer"}, {"x-guidance": 1}, {"x-guidance": {"colour": 1}}, {"const": "\ud800"},
+        '{"type": "object"', {"anyOf": [{"uniqueItems": True, "type": "array"}]}, nested_schema(200), TOO_MANY_PATTERNS,
+        {"$ref": "#/$defs/d0", "$defs": {f"d{i}": {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(3000)}},
+        {"properties": {f"p{i}": {} for i in range(4000)}}, {"enum": ["x" * 600_000]},
+    ),
+    "pattern": (1, True, [], {}, "", "(", "[", "a{2,1}", r"\b", r"(a)\1", "a" * 600_000, "(?<!a)b", "\ud800"),
+    "choices": (1, True, "x", {}, [], [1], [""], ["a", None], ["a", ""], [["a"]], ["a" * 600_000]),
+    "grammar": (
+        1, True, [], {}, "", "x", "start: (", "start: a", "start:", "root ::= (", "root ::= a", "::=", "root ::= " + "(" * 5000,
+        'start: "a" "b', "start: <|nobody|>", 'start: ""', "%json {}", "start: %json {", "start: " + "(" * 5000, "\0",
+        "start: A0\n" + "\n".join(f"A{i}: A{i + 1}" for i in range(20_000)) + '\nA20000: "x"', "a" * 600_000,
+    ),
+    "space": (1, True, [], {}),
+    "response_format": (
+        1, True, [], {}, "json_object", {"type": "x"}, {"type": 1}, {"type": None}, {"type": "json_schema"},
+        {"json_schema": {}},
+        {"type": "json_schema", "json_schema": {}}, {"type": "json_schema", "json_schema": {"name": "a"}},
+        {"type": "json_schema", "json_schema": 1}, {"type": "json_schema", "json_schema": {"schema": 1}},
+        {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, {"type": "json_schema", "json_schema": {"name": 1}},
+        {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}, {"type": "text", "json_schema": {"schema": {}}},
+        {"type": "json_object", "json_schema": {"schema": {}}}, {"type": "json_object", "colour": 1},
+        {"type": "json_schema", "json_schema": {"schema": {}, "colour": 1}}, {"type": "regex", "pattern": "a"},
+    ),
+    "structured_outputs": (
+        1, True, [], {}, "json", {"colour": 1}, {"json": 1}, {"json": {"not": {}}}, {"regex": "("}, {"regex": 1},
+        {"choice": []},
+        {"choice": "x"}, {"grammar": "("}, {"json_object": 1}, {"json_object": False}, {"json": {}, "regex": "a"},
+        {"structural_tag": "x"}, {"json": {}, "disable_additional_properties": True}, {"regex": "a", "whitespace_pattern": " "},
+        {"json": {}, "whitespace_pattern": "("}, {"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True},
+        {"disable_any_whitespace": True},
+    ),
 }
 
 _GENERATION = {
@@ -167,14 +227,32 @@ _GENERATION = {
                      "slo_tpot_ms", "slo_ttft_ms"), "number"),
     **dict.fromkeys(("ignore_eos", "stream", "skip_special_tokens"), "bool"),
     "model": "str", "logit_bias": "logit_bias", "stop": "stop", "stop_token_ids": "tokens",
+    "response_format": "response_format", "structured_outputs": "structured_outputs", "guided_json": "schema",
+    "json_schema": "schema", "guided_regex": "pattern", "regex": "pattern", "guided_choice": "choices",
+    "guided_grammar": "grammar", "ebnf": "grammar", "guided_whitespace_pattern": "space",
 }
 _NOT_OF_RESPONSES = ("max_tokens", "n", "prompt_logprobs", "skip_special_tokens")
+
+
+_JOB: tuple[dict[str, Any], dict[str, str]] = (
+    {"training_file": "file-" + "0" * 24},
+    {**dict.fromkeys(("rank", "size", "warmup_steps", "max_length", "max_microbatch_tokens", "checkpoint_steps",
+                      "keep_checkpoints", "validation_steps", "max_steps", "priority", "deadline", "seed"), "int"),
+     **dict.fromkeys(("alpha", "dropout", "learning_rate", "weight_decay", "max_grad_norm", "weight"), "number"),
+     "deterministic": "bool", "model": "str", "training_file": "file", "method": "method", "suffix": "suffix",
+     "hyperparameters": "hyperparameters", "metadata": "metadata", "integrations": "integrations",
+     "target_modules": "target_modules", "feedforward_modules": "modules", "activation_memory": "memory",
+     **dict.fromkeys(("adapter", "placement", "activation", "activation_compression", "schedule", "too_long"), "word")},
+)
 _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "/v1/chat/completions": (
         {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
         {**_GENERATION, "messages": "messages", "max_completion_tokens": "int", "logprobs": "bool",
-         "add_generation_prompt": "bool", "tools": "tools", "tool_choice": "tool_choice", "functions": "functions",
-         "function_call": "function_call", "parallel_tool_calls": "bool"},
+         **dict.fromkeys(("add_generation_prompt", "add_special_tokens", "include_reasoning", "separate_reasoning",
+                          "stream_reasoning", "parallel_tool_calls"), "bool"),
+         "continue_final_message": "continued", "chat_template": "template", "chat_template_kwargs": "variables",
+         "reasoning_effort": "effort", "thinking": "thinking", "tools": "tools", "tool_choice": "tool_choice",
+         "functions": "functions", "function_call": "function_call"},
     ),
     "/v1/completions": (
         {"prompt": "hi", "max_tokens": 1},
@@ -189,19 +267,13 @@ _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
          "text": "text_options", "reasoning": "reasoning_options", "metadata": "metadata", "chat_template_kwargs": "object"},
     ),
     "/tokenize": (
-        {"prompt": "hi"}, {"tools": "tools", "model": "str", "add_special_tokens": "bool", "add_generation_prompt": "bool"},
+        {"prompt": "hi"},
+        {"tools": "tools", "model": "str", "add_special_tokens": "bool", "add_generation_prompt": "bool",
+         "continue_final_message": "continued", "chat_template": "template", "chat_template_kwargs": "variables"},
     ),
     "/detokenize": ({"tokens": [5]}, {"model": "str", "tokens": "tokens"}),
-    "/v1/fine_tuning/jobs": (
-        {"training_file": "file-" + "0" * 24},
-        {**dict.fromkeys(("rank", "size", "warmup_steps", "max_length", "max_microbatch_tokens", "checkpoint_steps",
-                          "keep_checkpoints", "validation_steps", "max_steps", "priority", "deadline", "seed"), "int"),
-         **dict.fromkeys(("alpha", "dropout", "learning_rate", "weight_decay", "max_grad_norm", "weight"), "number"),
-         "deterministic": "bool", "model": "str", "training_file": "file", "method": "method", "suffix": "suffix",
-         "hyperparameters": "hyperparameters", "metadata": "metadata", "integrations": "integrations",
-         "target_modules": "target_modules", "feedforward_modules": "modules", "activation_memory": "memory",
-         **dict.fromkeys(("adapter", "placement", "activation", "activation_compression", "schedule", "too_long"), "word")},
-    ),
+    "/v1/fine_tuning/jobs": _JOB,
+    "/v1/fine_tuning/jobs/check": _JOB,
     "/v1/load_lora_adapter": (
         {"lora_name": "a", "lora_path": "nothing"},
         {"lora_name": "str", "lora_path": "str", "load_inplace": "bool", "is_3d_lora_weight": "false"},
@@ -211,7 +283,8 @@ _ROUTES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 _REQUIRED = {
     "/v1/chat/completions": ("messages",), "/v1/completions": ("prompt",), "/v1/responses": ("input",),
     "/detokenize": ("tokens",),
-    "/v1/fine_tuning/jobs": ("model", "training_file"), "/v1/load_lora_adapter": ("lora_name", "lora_path"),
+    **dict.fromkeys(("/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/check"), ("model", "training_file")),
+    "/v1/load_lora_adapter": ("lora_name", "lora_path"),
     "/v1/unload_lora_adapter": ("lora_name",), "/tokenize": ("prompt",),
 }
 JSON_ROUTES = tuple(_ROUTES)
@@ -231,9 +304,16 @@ def wrong_fields(model: str) -> Iterator[WrongField]:
             yield WrongField(path, {**base, name: 1}, name[:60])
         if "model" in fields:
             for name in _NAMES:
-                long = path == "/v1/fine_tuning/jobs" and len(name) > 512
+                long = path.startswith("/v1/fine_tuning/jobs") and len(name) > 512
                 yield WrongField(path, {**base, "model": name}, "model", 400 if long else 404)
     chat, _ = _ROUTES["/v1/chat/completions"]
+    for pattern in ("(", "[ "):
+        yield WrongField("/v1/chat/completions", {**chat, "guided_json": {}, "guided_whitespace_pattern": pattern}, "guided_")
+    for first, second in (
+        ({"response_format": {"type": "json_object"}}, {"guided_json": {}}), ({"guided_json": {}}, {"regex": "a"}),
+        ({"structured_outputs": {"regex": "a"}}, {"ebnf": 'root ::= "a"'}), ({"json_schema": "{}"}, {"regex": "a"}),
+    ):
+        yield WrongField("/v1/chat/completions", {**chat, **first, **second}, next(iter(second)))
     for options in _WRONG["stream_options"]:
         yield WrongField("/v1/chat/completions", {**chat, "stream": True, "stream_options": options}, "stream_options")
         yield WrongField("/v1/responses", {"input": "hi", "stream": True, "stream_options": options}, "stream_options")

@@ -6,11 +6,12 @@ import contextlib
 import json
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import openai
 
+from coserve.server.inference.templates import RequestTemplates
 from coserve.text.tokenizer import ChatTokenizer
 from tests.server.fakes import (
     ANSWER,
@@ -59,10 +60,10 @@ class Site:
 
 
 @contextlib.contextmanager
-def open_site(tokenizer: ChatTokenizer) -> Iterator[Site]:
-    """Serves."""
-    services: Any = make_services(tokenizer)
-    with serve(make_app(services)) as port:
+def open_site(tokenizer: ChatTokenizer, *, templates: RequestTemplates | None = None, **settings: Any) -> Iterator[Site]:
+    """Serves. templates: takes those of requests. settings: of the server."""
+    services: Any = replace(make_services(tokenizer, **settings), templates=templates)
+    with contextlib.closing(services.grammars), serve(make_app(services)) as port:
         yield Site(port, services.engine, services.models, services.metrics, tokenizer)
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.server.agent_clients import CASES
 from tests.server.conftest import RunningServer
+from tests.tiny_directory import build_tiny_directory
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("agent_clients.py")
@@ -33,6 +36,18 @@ def python_with(module: str) -> str | None:
         return None
     tried = subprocess.run([PYTHON, "-c", f"import {module}"], capture_output=True, check=False)
     return str(PYTHON) if tried.returncode == 0 else None
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """Of a tiny model with room for tools and a few turns, which its vocabulary spells in small pieces."""
+    root = tmp_path_factory.mktemp("agents")
+    model = build_tiny_directory(root / "tiny")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    running = RunningServer(model, root / "data")
+    yield running
+    assert running.stop() == 0, running.log
 
 
 @pytest.mark.full

@@ -211,7 +211,10 @@ def test_keys_are_made_shown_once_and_revoked(tmp_path: Path) -> None:
     (("-pp", "2"), "--pipeline-parallel-size: a model is shared by --tensor-parallel-size only; leave it out or give 1"),
     (("-tp", "0"), "^tensor_parallel_size: must be at least 1, got 0"),
     (("--block_size=32",), "--block-size: .*; leave it out or give 16"),
-    (("--chat-template",), "--chat-template: the model's own"),
+    (("--chat-template", "nowhere.jinja"), "^chat_template: 'nowhere.jinja' is no file that can be read"),
+    (("--chat-template", "{% if"), "^chat_template: isn't a Jinja template"),
+    (("--reasoning-parser", "gpt"), "^reasoning_parser: must be one of auto, none, qwen3, deepseek_r1, got 'gpt'"),
+    (("--tokenizer",), "--tokenizer: the model's own"),
     (("--config", "none.toml"), "config: none.toml can't be read"),
 ])
 def test_settings_are_refused_before_anything_starts(options: tuple[str, ...], message: str) -> None:

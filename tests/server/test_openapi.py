@@ -22,8 +22,9 @@ UNLISTED = {
 }
 BODIES = {
     "/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest, "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest, "/v1/fine_tuning/jobs": CreateJob, "/v1/load_lora_adapter": LoadAdapterBody,
-    "/v1/unload_lora_adapter": UnloadAdapterBody, "/v1/responses": CreateResponse,
+    "/detokenize": DetokenizeRequest, "/v1/fine_tuning/jobs": CreateJob, "/v1/fine_tuning/jobs/check": CreateJob,
+    "/v1/load_lora_adapter": LoadAdapterBody, "/v1/unload_lora_adapter": UnloadAdapterBody,
+    "/v1/responses": CreateResponse,
 }
 APP = create_app(ServerConfig())
 DOCUMENT: dict[str, Any] = APP.openapi()

@@ -234,6 +234,21 @@ def test_a_job_starts_from_a_dropped_file_and_is_steered(browser: Any, tmp_path:
 
 
 @pytest.mark.full
+def test_thoughts_are_shown_apart_from_the_answer(browser: Any, site: Site) -> None:
+    page, complaints = open_page(browser, site)
+    page.fill("#chat-text", "Think: who tends the lighthouse?")
+    page.press("#chat-text", "Enter")
+    until(lambda: page.is_enabled("#chat-send"))
+    assert page.locator(".answer .thoughts p").all_text_contents() == ["Who keeps <i>lamps</i>?"] * 2
+    left, right = page.locator(".answer .text").all_text_contents()
+    assert "lighthouse" in left and right == ""
+    notes = page.locator(".answer .note").all_text_contents()
+    assert "tokens/s" in notes[0] and notes[1] == "It ended in its thoughts."
+    assert not complaints
+    page.context.close()
+
+
+@pytest.mark.full
 def test_both_models_answer_side_by_side_and_can_be_stopped(browser: Any, site: Site) -> None:
     page, complaints = open_page(browser, site)
     assert page.input_value("#chat-left") == BASE
@@ -250,6 +265,29 @@ def test_both_models_answer_side_by_side_and_can_be_stopped(browser: Any, site: 
     page.click("#chat-stop")
     until(lambda: page.locator(".answer .note").all_text_contents()[2:] == ["Stopped."] * 2)
     assert page.is_enabled("#chat-send")
+    assert not complaints
+    page.context.close()
+
+
+@pytest.mark.full
+def test_thoughts_and_calls_are_shown_and_results_given(browser: Any, site: Site) -> None:
+    page, complaints = open_page(browser, site)
+    page.click("#chat-more > summary")
+    page.fill("#chat-text", "Is it raining?")
+    page.fill("#chat-tools", "{no JSON")
+    page.click("#chat-send")
+    assert page.inner_text("#chat-error") == "Tools are a JSON list."
+    page.fill("#chat-tools", '[{"type": "function", "function": {"name": "weather"}}]')
+    page.click("#chat-send")
+    until(lambda: page.locator(".call button, .answer button").count() == 2)
+    assert page.locator(".call code").all_text_contents() == ['weather {"city": "Oslo"}'] * 2
+    assert page.locator(".thoughts p").all_text_contents()[0] == "They want the weather."
+    page.locator(".call input").first.fill("rain")
+    page.locator(".answer button").first.click()
+    until(lambda: "It says rain." in page.locator(".answer .text").all_text_contents())
+    assert page.locator(".answer button").count() == 1, "the other side's call still waits"
+    page.fill("#chat-tools", "")
+    page.click("#chat-more > summary")
     assert not complaints
     page.context.close()
 

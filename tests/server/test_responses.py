@@ -6,8 +6,10 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import openai
 import pydantic
 import pytest
@@ -16,11 +18,13 @@ from openai.types.responses import Response, ResponseStreamEvent
 from coserve.core import CapacityError, ContextExceeded, CoserveError, InvalidRequest
 from coserve.server.errors import EngineUnavailable
 from coserve.server.inference import chat, sse
+from coserve.server.inference.chat import AskedChat
 from coserve.server.inference.protocol import GenerationRequest
 from coserve.server.responses.body import RESPONSE_FORM, SHARED, CreateResponse
 from coserve.server.responses.items import read_input
 from coserve.server.responses.tokens import WritingTokens
 from coserve.server.responses.translate import ChatTranslation, translate
+from coserve.server.routes import responses as routes
 from tests.server.fakes import ADAPTER, ANSWER, MAX_MODEL_LEN, MODEL, Reply, Script, send, wait_for
 from tests.server.markreader import MarkReader
 from tests.server.sites import HI, Site, post
@@ -33,8 +37,11 @@ LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
 
 @pytest.fixture
 def marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs are read for reasoning and calls."""
-    monkeypatch.setattr(chat, "PlainReader", MarkReader)
+    """Outputs are read for reasoning and calls, by marks that no model has."""
+    async def ask_chat(*given: Any) -> AskedChat:
+        return replace(await chat.ask_chat(*given), new_reader=MarkReader)
+
+    monkeypatch.setattr(routes, "ask_chat", ask_chat)
 
 
 def strict(body: dict[str, Any]) -> Response:
@@ -222,10 +229,6 @@ def test_events_of_reasoning_and_calls(site: Site, marks: None) -> None:
     assert without_ids(events[-1]["response"]) == without_ids(send(site.port, PATH, {"input": "Hi"}).json)
 
 
-class City(pydantic.BaseModel):
-    city: str
-
-
 def test_the_clients_own_helpers(site: Site, marks: None) -> None:
     site.engine.script = Script(text=f"<think>Hm.</think>{json.dumps({'city': 'Oslo'})}")
     with site.client.responses.stream(model=MODEL, input="Hi") as stream:
@@ -250,6 +253,44 @@ def test_the_async_client(site: Site) -> None:
             return whole.output_text, "".join(pieces)
 
     assert asyncio.run(talk()) == (ANSWER, ANSWER)
+
+
+# --- tools and formats ---
+
+WEATHER: dict[str, Any] = {"type": "function", "name": "weather", "description": "d", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
+}}
+
+
+def test_calls_of_a_models_own_kind(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tools reach the prompt, and the calls that the model writes are items; their results reach the next prompt."""
+    roomy = msgspec.structs.replace(site.engine.info, max_model_len=4096)
+    monkeypatch.setattr(site.engine, "info", roomy)
+    site.engine.script = Script(text='Wait.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>')
+    reply = send(site.port, PATH, {"input": "Hi", "tools": [WEATHER], **LOGPROBS})
+    response = strict(reply.json)
+    (message, called) = response.output
+    assert message.type == "message" and called.type == "function_call"
+    assert (called.name, json.loads(called.arguments)) == ("weather", {"city": "Oslo"})
+    assert reply.json["tools"] == [{**WEATHER, "strict": None}]
+    assert "".join(names(reply.json["output"][0]["content"][0]["logprobs"])).startswith("Wait.")
+    prompt = site.tokenizer.decode(site.engine.asked[-1].prompt_ids)
+    assert "weather" in prompt
+    last = events_of(send(site.port, PATH, {"input": "Hi", "tools": [WEATHER], "stream": True, **LOGPROBS}))[-1]["response"]
+    assert [item["type"] for item in last["output"]] == ["message", "function_call"]
+    assert last["output"][1]["arguments"] == called.arguments
+    result = {"type": "function_call_output", "call_id": called.call_id, "output": "12 degrees"}
+    again = [{"role": "user", "content": "Hi"}, *reply.json["output"], result]
+    assert send(site.port, PATH, {"input": again, "tools": [WEATHER]}).status == 200
+    assert "12 degrees" in site.tokenizer.decode(site.engine.asked[-1].prompt_ids)
+
+
+def test_formats_become_grammars(site: Site) -> None:
+    for format_ in ({"type": "json_object"}, {"type": "json_schema", "name": "s", "schema": {"type": "object"}}):
+        reply = send(site.port, PATH, {"input": "Hi", "text": {"format": format_}})
+        assert reply.status == 200 and strict(reply.json), reply.text
+        assert site.engine.asked[-1].sampling.grammar is not None
+        assert reply.json["text"]["format"] == format_
 
 
 # --- log-probabilities ---
@@ -491,6 +532,16 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools[0].defer_loading", "not supported"),
     ({"tools": ["f"]}, "tools[0]", "must be an object"),
     ({"tools": {}}, "tools", "must be a list"),
+    ({"tools": [{"type": "function"}]}, "tools[0].name", "must be a name"),
+    ({"tools": [{"type": "function", "name": "f", "parameters": 1}]}, "tools[0].parameters", "must be an object"),
+    ({"tools": [WEATHER, WEATHER]}, "tools[1].name", "two tools called weather"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "news"}}, "tool_choice.name", "none of the tools"),
+    ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "news"}]},
+      "tools": [WEATHER]}, "tool_choice.tools[0].name", "none of the tools"),
+    ({"tool_choice": "required"}, "tool_choice", "is for requests with tools"),
+    ({"text": {"format": {"type": "json_schema", "name": "s"}}}, "text.format.schema", "is missing"),
+    ({"text": {"format": {"type": "json_schema", "name": "s", "schema": {"type": "nothing"}}}}, "text.format.schema", ""),
+    ({"text": {"format": {"type": "json_schema", "name": 1, "schema": {}}}}, "text.format.name", ""),
     ({"tool_choice": "always"}, "tool_choice", "must be none, auto, required"),
     ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice", "function or allowed_tools"),
     ({"tool_choice": {"type": "function"}}, "tool_choice.name", "name of a tool"),

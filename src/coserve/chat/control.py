@@ -31,7 +31,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer, models
 from coserve.chat.template import Message
 from coserve.core import InvalidRequest
 
-_OWN_TEXTS = ("content", "reasoning_content")
+OWN_TEXTS = ("content", "reasoning_content")
 """What an assistant writes itself, of the fields of its message."""
 _PRIVATE, _NUM_PRIVATE = 0x100000, 0xFFFE
 """The second plane of private-use characters."""
@@ -107,7 +107,7 @@ class ControlTexts:
         """Messages with marks in all their texts, names and inner ones included. Raises InvalidRequest as `mark`, and for
         values that are nested too deeply."""
         return [
-            {self.mark(name): self.mark_all(value, own=message["role"] == "assistant" and name in _OWN_TEXTS)
+            {self.mark(name): self.mark_all(value, own=message["role"] == "assistant" and name in OWN_TEXTS)
              for name, value in message.items()}
             for message in messages
         ]

@@ -32,7 +32,9 @@ _EMPTY: tuple[Any, ...] = ([], {}, "")
 UNSUPPORTED: Neutral = dict.fromkeys(
     ("tool_calls", "tool_call_id", "function_call", "audio", "reasoning", "reasoning_content"), _EMPTY
 )
-"""Fields of a message that must be empty; in a request those of CALL_FIELDS need not."""
+"""Fields of a message that must be empty; in a request those of CALL_FIELDS and an assistant's of REASONING need not."""
+REASONING = ("reasoning_content", "reasoning")
+"""Names of an assistant's thoughts. Chat templates know the first one."""
 IGNORED = ("refusal", "annotations", "provider_specific_fields")
 """Fields of a message, left over from an earlier response, that are no part of the conversation."""
 

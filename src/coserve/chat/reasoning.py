@@ -6,8 +6,7 @@
     "<think>\\n\\n</think>\\n\\n"    "Yes."                               none        "Yes."     ended by the template
 
 Line ends right inside the tags and behind them belong to the tags, as chat templates have it. Only thoughts that come first are
-told apart: tags in an answer are text. The tags must show in the output's text, which they do where the tokenizer doesn't call
-them special: so it is in the models of Qwen3's and DeepSeek-R1's kind.
+told apart: tags in an answer are text. The tags must show in the output's text, also where the tokenizer calls them special.
 
 Owns: the tags, and which of a text is which. Does not own: the text as it comes, what a response calls the two.
 """
@@ -17,6 +16,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from typing import NamedTuple
+
+from coserve.config.values import AUTO
 
 START, END = "<think>", "</think>"
 THOUGHT_MARKERS = (START, END)
@@ -31,6 +32,8 @@ class ThoughtStyle(NamedTuple):
 
 STYLES: Mapping[str, ThoughtStyle] = {"qwen3": ThoughtStyle(always=False), "deepseek_r1": ThoughtStyle(always=True)}
 """By the names of vLLM's reasoning parsers."""
+PARSERS = (AUTO, "none", *STYLES)
+"""What the setting reasoning_parser may be. auto: as the chat template says; none: outputs are read as answers."""
 
 
 class Begin(enum.Enum):

@@ -24,7 +24,7 @@ from transformers.utils.chat_template_utils import (
 
 from coserve.chat.toolprobe import probe_tools
 from coserve.chat.toolprompt import Message, ToolPrompt
-from coserve.core import ContextExceeded, InvalidRequest, one_line
+from coserve.core import ContextExceeded, CoserveError, InvalidRequest, one_line
 
 PROBE = "coserve-probe"
 _NO_ROLE = "qzxcourier"
@@ -54,6 +54,9 @@ NO_EXTRAS = ChatExtras()
 class ChatTemplate:
     """One template. special_tokens: what it may write by name (`bos_token` and so on). call_format: how the model writes calls
     of tools, a name of toolprompt.CALL_FORMATS; None: as the template says."""
+
+    owner = "the model's"
+    """Whose it is, for errors."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any], call_format: str | None = None) -> None:
         self.source = source
@@ -92,6 +95,13 @@ class ChatTemplate:
         except Exception:
             return frozenset()
 
+    def check(self) -> None:
+        """Raises InvalidRequest if its source isn't Jinja."""
+        try:
+            _compile_jinja_template(self.source)
+        except Exception as error:
+            raise no_template(one_line(error)) from error
+
     def sets(self, name: str) -> bool:
         """Whether a variable has a value that nobody else may give."""
         return name in _OWN_VARIABLES or name in self._special_tokens
@@ -118,10 +128,10 @@ class ChatTemplate:
         try:
             variables = {**self._variables(messages, now, extras), "add_generation_prompt": add_generation_prompt}
             text = self._write(variables, max_chars)
-        except ContextExceeded:
+        except CoserveError:
             raise
         except Exception as error:  # a template is foreign code: whatever it raises is about these messages
-            raise _refused(error, tag) from error
+            raise _refused(error, self.owner, tag) from error
         return _until(tag, text) if continue_final else text
 
     def _write(self, variables: Mapping[str, Any], max_chars: int | None) -> str:
@@ -144,7 +154,7 @@ class ChatTemplate:
                 **self._variables(messages, now, extras),
             )
         except Exception as error:
-            raise _refused(error) from error
+            raise _refused(error, self.owner) from error
         return text, spans
 
     def _variables(self, messages: Sequence[Message], now: datetime | None, extras: ChatExtras) -> dict[str, Any]:
@@ -167,9 +177,8 @@ class ChatTemplate:
     def _try(self, messages: Sequence[Message], variables: Mapping[str, Any] = MappingProxyType({})) -> str | None:
         """What it renders of messages as they are; None if it refuses them."""
         try:
-            template = _compile_jinja_template(self.source)
             given = {**self._as_given(messages, None, NO_EXTRAS), **variables, "add_generation_prompt": False}
-            return str(template.render(given))
+            return self._write(given, None)
         except Exception:
             return None
 
@@ -179,14 +188,21 @@ class ChatTemplate:
         return None if text is None else re.sub(f"developer|{_NO_ROLE}", "", text, flags=re.IGNORECASE)
 
 
-def _refused(error: Exception, tag: str = "") -> InvalidRequest:
+def _refused(error: Exception, owner: str, tag: str = "") -> InvalidRequest:
     """tag: what was put behind a message's content, which the error may repeat."""
     shown = one_line(error)
     if tag:
         shown = shown.replace(f"{tag} ", "").replace(tag, "")
-    if len(shown) > _MAX_REASON:
-        shown = f"{shown[: _MAX_REASON - 3]}..."
-    return InvalidRequest(f"the model's chat template refuses the conversation: {shown}", param="messages")
+    return InvalidRequest(f"{owner} chat template refuses the conversation: {_cut(shown)}", param="messages")
+
+
+def no_template(reason: str) -> InvalidRequest:
+    """The error of a source that isn't Jinja."""
+    return InvalidRequest(f"chat_template: isn't a Jinja template: {_cut(reason)}", param="chat_template")
+
+
+def _cut(reason: str) -> str:
+    return reason if len(reason) <= _MAX_REASON else f"{reason[: _MAX_REASON - 3]}..."
 
 
 def too_long(max_chars: int) -> ContextExceeded:

@@ -22,11 +22,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from coserve.chat.reasoning import END, START
 from coserve.chat.template import PROBE, Message
 from coserve.core import InvalidRequest
 
-THINK, END_THINK = "<think>", "</think>"
-_OPEN_THOUGHT = re.compile(rf"{THINK}\s*\Z")
+_OPEN_THOUGHT = re.compile(rf"{START}\s*\Z")
 _QUESTION = ({"role": "user", "content": PROBE},)
 
 
@@ -137,9 +137,9 @@ class TrainedTurns:
         if opened is None or not text.startswith(prompt[: opened.start()]):
             return None
         reply = text[opened.start() :]
-        if reply.lstrip().startswith(THINK):  # with other white space around the tag than the prompt's
-            return prompt + reply.lstrip().removeprefix(THINK).lstrip("\n")
-        return f"{prompt}{thought_of(message)}\n{END_THINK}\n\n{reply.lstrip(chr(10))}"
+        if reply.lstrip().startswith(START):  # with other white space around the tag than the prompt's
+            return prompt + reply.lstrip().removeprefix(START).lstrip("\n")
+        return f"{prompt}{thought_of(message)}\n{END}\n\n{reply.lstrip(chr(10))}"
 
 
 def trained_turns(messages: Sequence[Message]) -> list[int]:
@@ -151,8 +151,8 @@ def thought_of(message: Mapping[str, Any]) -> str:
     """What an assistant thought before its answer: `reasoning_content`, or what its content has before `</think>`."""
     thought = message.get("reasoning_content")
     if not isinstance(thought, str):
-        before, found, _ = message["content"].partition(END_THINK)
-        thought = before.rpartition(THINK)[2] if found else ""
+        before, found, _ = message["content"].partition(END)
+        thought = before.rpartition(START)[2] if found else ""
     return thought.strip("\n")
 
 
@@ -177,7 +177,7 @@ def loses_thought(trained: TrainedText, messages: Sequence[Message]) -> bool:
 
 def lacks_thought(trained: TrainedText) -> bool:
     """Whether a trained turn ends at once the thought that its prompt opens."""
-    return any(trained.text[start:end].lstrip().startswith(END_THINK) for start, end in trained.spans)
+    return any(trained.text[start:end].lstrip().startswith(END) for start, end in trained.spans)
 
 
 def texts_in(value: Any) -> Iterator[str]:

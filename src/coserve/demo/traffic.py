@@ -108,8 +108,12 @@ async def chat_once(connection: Connection, model: str, prompt: str, max_tokens:
 
 
 def _is_output(chunk: ChatCompletionChunk) -> bool:
-    """Whether it brings text or the end: the first chunk may only name the role, the last one only the usage."""
-    return any(choice.delta.content or choice.finish_reason for choice in chunk.choices)
+    """Whether it brings text, thoughts included, or the end: the first chunk may only name the role, the last one only the
+    usage."""
+    return any(
+        choice.delta.content or getattr(choice.delta, "reasoning_content", None) or choice.finish_reason
+        for choice in chunk.choices
+    )
 
 
 async def measure(connection: Connection, model: str) -> tuple[float, list[Chat]]:

@@ -197,7 +197,10 @@ class Engine:
         if not self._loop.has_thread:
             raise ConfigError("astream: start() the engine first: it needs a thread of its own")
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Chunk]()
-        handle = self.submit(prompt, sampling, **options)
+        if sampling is None or sampling.grammar is None:
+            handle = self.submit(prompt, sampling, **options)
+        else:  # which may take long to compile
+            handle = await asyncio.to_thread(self.submit, prompt, sampling, **options)
 
         def notify(chunk: Chunk) -> None:
             with contextlib.suppress(RuntimeError):  # the event loop is closed

@@ -30,6 +30,8 @@ MAX_PROBLEMS = 100
 _GUESSED_LINES = 1000
 """Lines that are looked at for the objective."""
 _LEFT_OUT = " [...] "
+_SHOWN_OF_LINE = 8
+"""Examples of a line that are shown, where it has more."""
 
 
 class LineProblem(NamedTuple):
@@ -77,13 +79,14 @@ class Lengths:
 class DataCheck:
     """What a file holds.
 
-    num_lines: that aren't blank. num_usable: examples (for DPO pairs) that a job would train on. layouts: lines by layout,
-    named by its keys. lengths: None where no line could be read. num_too_long: examples of more than max_length tokens.
-    warnings: what the file's owner should know. problems: the first of num_problems, for which a job would be refused. shown:
-    the first examples.
+    share: how much of the file was read, by bytes; 1: all. num_lines: that aren't blank. num_usable: examples (for DPO pairs)
+    that a job would train on. layouts: lines by layout, named by its keys. lengths: None where no line could be read.
+    num_too_long: examples of more than max_length tokens. warnings: what the file's owner should know. problems: the first of
+    num_problems, for which a job would be refused. shown: the first examples.
     """
 
     objective: Objective
+    share: float
     num_lines: int
     num_usable: int
     layouts: dict[str, int]
@@ -136,16 +139,16 @@ class _Checking:
         if len(self.problems) < self.max_problems:
             self.problems.append(LineProblem(line, message))
 
-    def result(self) -> DataCheck:
+    def result(self, share: float) -> DataCheck:
         if not self.num_problems and not self.num_lines:
             self.fault(None, "the file is empty; give one JSON object per line")
         elif not self.num_problems and not self.num_usable:
             self.fault(None, f"no usable example, all {self.num_too_long} are longer than max_length {self.max_length} tokens; "
                              "raise it")
         return DataCheck(
-            objective=self.config.objective, num_lines=self.num_lines, num_usable=self.num_usable,
+            objective=self.config.objective, share=share, num_lines=self.num_lines, num_usable=self.num_usable,
             layouts=dict(self.reader.layouts), lengths=self._lengths(), max_length=self.max_length,
-            num_too_long=self.num_too_long, warnings=tuple(self._warnings()), problems=tuple(self.problems),
+            num_too_long=self.num_too_long, warnings=tuple(self._warnings(share)), problems=tuple(self.problems),
             num_problems=self.num_problems, shown=tuple(self.shown),
         )
 
@@ -162,7 +165,7 @@ class _Checking:
             self.fault(number, one_line(error))
 
     def _show(self, line: int, sequences: Sequence[Encoded]) -> Iterator[ShownExample]:
-        for number, sequence in enumerate(sequences, 1):
+        for number, sequence in enumerate(sequences[:_SHOWN_OF_LINE], 1):
             pieces = split_pieces(self.reader.tokenizer, sequence.token_ids, sequence.weights)
             yield ShownExample(
                 line=line, part=sequence.field, number=number, num_of_line=len(sequences),
@@ -179,29 +182,30 @@ class _Checking:
             max=lengths[-1], total=sum(lengths), trained=self.num_trained,
         )
 
-    def _warnings(self) -> Iterator[str]:
+    def _warnings(self, share: float) -> Iterator[str]:
         yield from remarks(self.reader, self.num_lines)
         if self.num_same:
             yield f"{self.num_same} examples are the same as an earlier one"
         if self.num_too_long and self.config.too_long != "error":
             done = "left out" if self.config.too_long == "drop" else "cut at the end, or left out if nothing trained remains"
             yield f"{self.num_too_long} examples are too long and will be {done}"
-        if self.num_usable < FEW_EXAMPLES and self.num_lines:
+        if self.num_usable < FEW_EXAMPLES and self.num_lines and share == 1:
             yield f"{self.num_usable} usable examples only; at least {FEW_EXAMPLES} are better"
 
 
 def check_data(
     path: Path, tokenizer: ChatTokenizer, config: FinetuneConfig, *, max_length: int, num_shown: int = 0,
-    max_problems: int = MAX_PROBLEMS, max_chars: int | None = None, param: str = "training_file",
-    on_line: Callable[[float], None] = lambda _: None,
+    max_problems: int = MAX_PROBLEMS, max_chars: int | None = None, max_bytes: int | None = None,
+    param: str = "training_file", on_line: Callable[[float], bool | None] = lambda _: None,
 ) -> DataCheck:
-    """Reads a whole JSON Lines file as a job with these settings would.
+    """Reads a JSON Lines file as a job with these settings would.
 
-    num_shown: lines whose examples are shown. max_problems: that are kept. max_chars: of an example that is shown, about; None:
-    all. on_line: called before each line with the share of the file that has been read; may raise to stop the reading. Raises
-    NotFound if there is no such file.
+    num_shown: lines whose examples are shown. max_problems: that are kept. max_chars: of an example that is shown, about;
+    None: all. max_bytes: of the file's beginning that are read; None: all. on_line: called before each line with the share of
+    the file that has been read; the reading ends where it returns true, and it may raise. Raises NotFound if there is no such
+    file.
     """
-    data = read_file(path, param)
+    data, size = _beginning(path, param, max_bytes)
     checking = _Checking(
         reader=make_reader(tokenizer, config), config=config, max_length=max_length, num_shown=num_shown,
         max_problems=max_problems, max_chars=max_chars,
@@ -209,13 +213,27 @@ def check_data(
     position = 0
     try:
         for number, line in numbered_lines(data):
-            on_line(min(1.0, position / max(1, len(data))))
+            if on_line(min(1.0, position / size)):
+                break
             position += len(line) + 1
             if line:
                 checking.take(number, line)
+        else:
+            position = len(data)
     except LineError as error:  # the file isn't UTF-8 at all
         checking.fault(None, one_line(error))
-    return checking.result()
+        position = size
+    return checking.result(min(1.0, position / size))
+
+
+def _beginning(path: Path, param: str, max_bytes: int | None) -> tuple[bytes, int]:
+    """A file's bytes, or its first lines within max_bytes, and how many bytes count as all of it. Raises NotFound."""
+    if max_bytes is None or not path.is_file():
+        data = read_file(path, param)
+        return data, max(1, len(data))
+    with path.open("rb") as file:
+        data, size = file.read(max_bytes), max(1, path.stat().st_size)
+    return (data if len(data) >= size else data[: data.rfind(b"\n") + 1] or data), size
 
 
 def guess_objective(path: Path) -> Objective:

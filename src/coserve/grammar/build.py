@@ -92,7 +92,7 @@ def ebnf(text: str, *, field: str = "grammar") -> str:
     """
     from llguidance.gbnf_to_lark import any_to_lark
 
-    check_size(text, field)
+    check_text(text, field)
     try:
         return any_to_lark(text)
     except Exception as error:  # the converter raises plain Exception for a grammar that is wrong
@@ -119,10 +119,14 @@ def nested(grammar: str) -> str:
     return f"%lark {{\n{grammar}\n}}"
 
 
-def check_size(grammar: str, field: str) -> None:
-    """Raises InvalidRequest if a grammar is too long."""
+def check_text(grammar: str, field: str) -> None:
+    """Raises InvalidRequest for what is too long, or no text."""
     if len(grammar) > MAX_CHARACTERS:
         raise _wrong(field, f"the grammar has {len(grammar)} characters; at most {MAX_CHARACTERS} are taken")
+    try:
+        grammar.encode()
+    except UnicodeEncodeError:
+        raise _wrong(field, "has half a surrogate pair, which is no character") from None
 
 
 def _in_slashes(pattern: str) -> str:

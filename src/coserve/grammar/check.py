@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coserve.core import CoserveError, InvalidRequest
-from coserve.grammar.build import check_size
+from coserve.grammar.build import check_text
 from coserve.grammar.table import FOOTER, LIMITS, TokenTable
 
 CPU_S = 2.0
@@ -35,6 +35,8 @@ _WAIT_S = 60.0
 """For an answer, on a machine that is busy."""
 _REMEMBERED = 4096
 _MAX_MESSAGE = 500
+BEGUN, ENDED = b"?", "!"
+"""A child's reply: that it begins, and before what it has found (checkmain.py)."""
 _EXCERPT = re.compile(r"\s*(\d+ \|.*|\^+|<non-verbose/>)")
 _PLACE = re.compile(r"(?:at )?(\d+)\(\d+\): ")
 _OF_SCHEMA = "failed to compile JSON schema: "
@@ -64,11 +66,8 @@ class GrammarChecker:
     def check(self, grammar: str, read_table: Callable[[], TokenTable], *, field: str = "grammar") -> None:
         """Takes some 10 ms for most grammars, and about a second for the first one. read_table: is called when the process
         is started. field: is named in errors. Raises InvalidRequest if the grammar can't be used."""
-        check_size(grammar, field)
-        try:
-            key = hashlib.sha256(grammar.encode()).digest()
-        except UnicodeEncodeError:  # half a surrogate pair
-            raise InvalidRequest(f"{field}: has characters that are no text", param=field) from None
+        check_text(grammar, field)
+        key = hashlib.sha256(grammar.encode()).digest()
         with self._lock:
             known = key in self._found
             found = self._found.get(key)
@@ -87,35 +86,34 @@ class GrammarChecker:
             self._end()
 
     def _try(self, grammar: str, read_table: Callable[[], TokenTable]) -> str | None:
-        """What is wrong with a grammar."""
-        ours, theirs = socket.socketpair()
-        with ours:
-            with theirs:
-                self._pass_on(theirs, read_table)
-            ours.settimeout(_WAIT_S)
-            data = (grammar + FOOTER).encode()
-            reply = b""
-            with contextlib.suppress(OSError):  # the child has ended, or hangs
-                ours.sendall(len(data).to_bytes(8, "little") + data)
-                while part := ours.recv(1 << 16):
-                    reply += part
-        if not reply:
-            return f"it takes more than {CPU_S:g} s or {MEMORY_BYTES >> 20} MB to compile; simplify it"
-        return explained(reply[1:].decode()) or None
+        """What is wrong with a grammar. Raises CoserveError if it can't be tried."""
+        for _ in range(2):
+            reply, process = self._ask((grammar + FOOTER).encode(), read_table)
+            if reply == BEGUN:
+                return f"it takes more than {CPU_S:g} s or {MEMORY_BYTES >> 20} MB to compile; simplify it"
+            if reply:
+                return explained(reply.removeprefix(BEGUN).decode().removeprefix(ENDED)) or None
+            with self._lock:
+                if self._process is process:  # it has ended by itself
+                    self._end()
+        raise CoserveError("the process that tries grammars ends as soon as it is started; the log says why")
 
-    def _pass_on(self, asker: socket.socket, read_table: Callable[[], TokenTable]) -> None:
-        """Gives one end of a pair to the process, which is started if need be. Raises CoserveError if it can't be."""
-        with self._lock:
-            for _ in range(2):
+    def _ask(self, data: bytes, read_table: Callable[[], TokenTable]) -> tuple[bytes, subprocess.Popen[bytes] | None]:
+        """A child's reply, as far as it came, and the process that was asked, which is started if need be."""
+        ours, theirs = socket.socketpair()
+        ours.settimeout(_WAIT_S)
+        reply, process = b"", self._process
+        with ours, contextlib.suppress(OSError):  # the process or its child has ended, or hangs
+            with theirs, self._lock:
                 if self._control is None:
                     self._start(read_table())
                 assert self._control is not None
-                try:
-                    socket.send_fds(self._control, [b"?"], [asker.fileno()])
-                    return
-                except OSError:  # it has ended
-                    self._end()
-        raise CoserveError("the process that checks grammars ends as soon as it is started; the log says why")
+                process = self._process
+                socket.send_fds(self._control, [b"?"], [theirs.fileno()])
+            ours.sendall(len(data).to_bytes(8, "little") + data)
+            while part := ours.recv(1 << 16):
+                reply += part
+        return reply, process
 
     def _start(self, table: TokenTable) -> None:
         settings = pickle.dumps({

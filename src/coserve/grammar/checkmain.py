@@ -48,23 +48,27 @@ def virtual_bytes() -> int:
 
 def first_error(tokenizer: llguidance.LLTokenizer, grammar: str, limits: dict[str, Any]) -> str:
     """What is wrong with a grammar, in the library's words; nothing if it can be compiled and some tokens can be taken."""
-    matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=llguidance.LLParserLimits(**limits))
+    start = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=llguidance.LLParserLimits(**limits))
     known = (1 << tokenizer.vocab_size - 1) - 1  # without the library's own end of text
-    for step in range(_STEPS):
-        if matcher.is_stopped():  # or in error
-            break
-        allowed = int.from_bytes(matcher.compute_bitmask(), "little") & known
-        if not allowed and step == 0 and not matcher.is_error():
-            return "no token of the model can begin a text that it allows"
-        if not allowed or not matcher.consume_token((allowed & -allowed).bit_length() - 1):
-            break
-    return str(matcher.get_error())
+    first = start.deep_copy()
+    if not int.from_bytes(first.compute_bitmask(), "little") & known:
+        return str(first.get_error()) or "no token of the model can begin a text that it allows"
+    for takes_last in (False, True):
+        matcher = start.deep_copy()
+        for _ in range(_STEPS):
+            allowed = 0 if matcher.is_stopped() else int.from_bytes(matcher.compute_bitmask(), "little") & known
+            if not allowed or not matcher.consume_token((allowed if takes_last else allowed & -allowed).bit_length() - 1):
+                break
+        if matcher.is_error():
+            return str(matcher.get_error())
+    return ""
 
 
 def answer(asker: socket.socket, tokenizer: llguidance.LLTokenizer, settings: dict[str, Any]) -> None:
     """Tries one grammar, in a child."""
     size = int.from_bytes(read_all(asker, 8), "little")
     grammar = read_all(asker, size).decode()
+    asker.sendall(b"?")
     with contextlib.suppress(OSError):  # no /proc, and so no limit
         memory = virtual_bytes() + settings["memory_bytes"]
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

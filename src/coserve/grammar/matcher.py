@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from coserve.core import CoserveError, InvalidRequest
-from coserve.grammar.build import check_size
+from coserve.grammar.build import check_text
 from coserve.grammar.check import explained
 from coserve.grammar.table import FOOTER, LIMITS, read_token_table
 from coserve.text.tokenizer import ChatTokenizer
@@ -135,15 +135,12 @@ class Grammars:
         InvalidRequest if the grammar can't be used."""
         import llguidance
 
-        check_size(grammar, "grammar")
+        check_text(grammar, "grammar")
         self.prepare()
         compiled = self._compiled.get(grammar)
         if compiled is None or compiled.failed:
             limits = llguidance.LLParserLimits(**LIMITS)
-            try:
-                start = llguidance.LLMatcher(self._table, grammar + FOOTER, log_level=0, limits=limits)
-            except ValueError as error:  # half a surrogate pair
-                raise InvalidRequest(f"grammar: {error}", param="grammar") from None
+            start = llguidance.LLMatcher(self._table, grammar + FOOTER, log_level=0, limits=limits)
             if start.is_error():
                 raise InvalidRequest(f"grammar: {explained(start.get_error())}", param="grammar")
             compiled = self._compiled[grammar] = _Compiled(start)

@@ -236,13 +236,20 @@ def _edit(logits_V: Tensor, row: SamplerRow) -> None:
 
 def _exclude(logits_BV: Tensor, numbers: Sequence[int], rows: Sequence[SamplerRow]) -> None:
     """Sets what their grammars don't allow to -inf in the numbered rows, in place. The masks come to the device as bits."""
+    excluded = ~np.array([rows[number].allowed for number in numbers], np.int32).view(np.uint8)
     device, size = logits_BV.device, logits_BV.shape[1]
-    masks = np.array([rows[number].allowed for number in numbers], np.int32)
-    bytes_NB = to_device(torch.from_numpy(masks.view(np.uint8)), device)
-    bits_N = (bytes_NB[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
-    allowed_NV = bits_N.reshape(len(numbers), -1)[:, :size].bool()
-    index_N = to_device(numbers, device)
-    logits_BV[index_N] = logits_BV[index_N].masked_fill(~allowed_NV, -torch.inf)
+    if device.type == "cpu":
+        bits_NV = torch.from_numpy(np.unpackbits(excluded, axis=1, count=size, bitorder="little"))
+    else:
+        bits_NV = unpacked(to_device(excluded, device), size)
+    for number, excluded_V in zip(numbers, bits_NV.view(torch.bool), strict=True):
+        logits_BV[number].masked_fill_(excluded_V, -torch.inf)
+
+
+def unpacked(bytes_NB: Tensor, size: int) -> Tensor:
+    """The first `size` bits of each row, the lowest bit of a byte first: uint8 [N, size] of 0 and 1."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bytes_NB.device)
+    return ((bytes_NB[:, :, None] >> shifts) & 1).flatten(1)[:, :size].contiguous()
 
 
 def _ids(tokens: Sequence[int]) -> Tensor:

@@ -26,6 +26,7 @@ from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
+from coserve.server.inference.templates import RequestTemplates
 from coserve.server.inference.toolcalling import call_format, check_call_format
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
@@ -77,7 +78,11 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         await asyncio.gather(engine.supervisor.start(), asyncio.to_thread(uploads.rebuild))
         named = call_format(config.tool_call_parser)
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory), named)
+        tokenizer = tokenizer.or_template(config.chat_template)
         check_call_format(config.tool_call_parser, tokenizer)
+        templates = RequestTemplates(tokenizer) if config.trust_request_chat_template else None
+        if templates is not None:
+            stack.callback(templates.close)
         if not config.allow_control_tokens:
             await asyncio.to_thread(tokenizer.prepare_control_texts)
         models = await asyncio.to_thread(ModelRegistry, store, engine, config, tokenizer)
@@ -96,7 +101,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         yield Services(
             config=config, engine=engine, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
             models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32), work=work,
-            shares=TenantShares(config), watch=watch, grammars=grammars,
+            shares=TenantShares(config), templates=templates, watch=watch, grammars=grammars,
         )
 
 

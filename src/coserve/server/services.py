@@ -14,6 +14,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from coserve.grammar.check import GrammarChecker
 from coserve.server.index.files import FileService
 from coserve.server.index.store import Store
+from coserve.server.inference.templates import RequestTemplates
 from coserve.server.jobs.service import JobService
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.logs import note_tenant
@@ -52,6 +53,7 @@ class Services:
     tokenizer: the base model's.
     draw_seed: gives a seed below 2^32 for a request that has none.
     work: threads for work that would hold up the event loop.
+    templates: chat templates of requests; None: requests may bring none.
     grammars: tries the grammars that answers are asked to match.
     watch: the watch over this process; None in tests without a server.
     """
@@ -69,6 +71,7 @@ class Services:
     work: WorkPool = field(default_factory=WorkPool)
     grammars: GrammarChecker = field(default_factory=GrammarChecker)
     shares: TenantShares = field(default_factory=lambda: TenantShares(ServerConfig()))
+    templates: RequestTemplates | None = None
     watch: SelfWatch | None = None
 
 

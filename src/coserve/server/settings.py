@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coserve.chat.reasoning import PARSERS
+from coserve.chat.template import ChatTemplate
 from coserve.chat.toolprompt import CALL_FORMATS
 from coserve.config.data import read_toml
 from coserve.config.settings import POLICIES, EngineConfig, SchedulerConfig
 from coserve.config.values import AUTO, SloMs, knob, read_memory, read_quantization, require, require_least
-from coserve.core import ConfigError
+from coserve.core import ConfigError, InvalidRequest
 from coserve.server.hostnames import check_allowed
 
 DEFAULT_DATA_DIR = Path("coserve-data")
@@ -56,6 +58,11 @@ class ServerConfig:
     """Names of the base model; the first one is shown. Default: the model's own."""
     max_model_len: int | None = knob(None, "Longest prompt and output together, in tokens.")
     allow_control_tokens: bool = knob(False, "Control tokens written out in messages count.")
+    chat_template: str | None = knob(None, "File of a chat template, or its text.", metavar="FILE|TEXT")
+    """The source of the chat template, in requests and in jobs; None: the model's own."""
+    trust_request_chat_template: bool = knob(False, "Requests may bring a chat template.")
+    reasoning_parser: str = knob(AUTO, f"{', '.join(PARSERS)}.")
+    """How thoughts are told from answers; auto: as the chat template says."""
     tool_call_parser: str = knob(AUTO, "How calls of tools are read: auto, none or a name.")
     """How the model writes calls of tools: auto (as its chat template does), a name of vLLM's, or none (they aren't read)."""
     max_num_seqs: int | None = knob(None, "Requests that run at once (64, on a GPU 256).")
@@ -133,6 +140,10 @@ class ServerConfig:
         check_allowed(self.allowed_hosts, self.allowed_origins)
         require(all(self.api_key), "api_key", "an empty key would let everybody in; leave it out")
         read_quantization(self.quantization)
+        require(self.reasoning_parser in PARSERS, "reasoning_parser",
+                f"must be one of {', '.join(PARSERS)}, got {self.reasoning_parser!r}")
+        if self.chat_template is not None:
+            _check_template(self.chat_template)
         self.training_share(1 << 40)
         parsers = (AUTO, NO_PARSER, *CALL_FORMATS, *PARSER_ALIASES)
         for name, known in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS), ("tool_call_parser", parsers)):
@@ -187,6 +198,26 @@ def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServerConfig:
     for key in data:
         require(key in known, key, f"unknown setting; known: {', '.join(sorted(known))}")
     return ServerConfig(**{key: _read(key, str(known[key].type), value) for key, value in data.items()})
+
+
+def _read_template(value: Any) -> str:
+    """The source of a chat template, from its file or as it is given, as vLLM takes it: a text that isn't the path of a file
+    must look like a template."""
+    require(isinstance(value, str | Path), "chat_template", f"must be the path of a file, or a template, got {value!r}")
+    text = str(value)
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        looks = any(character in text for character in "{}\n")
+        require(looks, "chat_template", f"{text!r} is no file that can be read ({error}), and no template either")
+    return text
+
+
+def _check_template(source: str) -> None:
+    try:
+        ChatTemplate(source, {}).check()
+    except InvalidRequest as error:
+        raise ConfigError(str(error), param=error.param) from error
 
 
 def _read_modules(value: Any) -> tuple[tuple[str, str], ...]:
@@ -245,6 +276,10 @@ def _read(name: str, kind: str, value: Any) -> Any:
         return _read_modules(value)
     if name == "activation_memory":
         return str(value)
+    if name == "chat_template":
+        return _read_template(value)
+    if name == "reasoning_parser" and isinstance(value, str):
+        return value.replace("-", "_")  # SGLang writes deepseek-r1
     if name == "data_dir":
         require(isinstance(value, str | Path), name, f"must be the path of a directory, got {value!r}")
         return Path(value)

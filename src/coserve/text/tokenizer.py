@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from coserve.chat.control import ControlTexts, Settled
+from coserve.chat.control import OWN_TEXTS, ControlTexts, Settled
 from coserve.chat.reasoning import THOUGHT_MARKERS
 from coserve.chat.template import NO_EXTRAS, PROBE, ChatExtras, ChatTemplate, Message
 from coserve.chat.toolprompt import ToolPrompt
@@ -43,6 +43,8 @@ _NEAR = 16
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _MARKER = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)
 """A name between other characters, as <tool_call> and [TOOL_CALLS] are: no word, and no mere punctuation."""
+_LONGEST_MARK = 4
+"""Characters of a mark for one of a text."""
 EXACT_KEY = "coserve_exact"
 """In tokenizer_config.json: tokenizer.json is the whole truth. For some families AutoTokenizer replaces parts of it."""
 
@@ -152,14 +154,17 @@ class ChatTokenizer:
     def with_template(
         self, source: str, make: Callable[[str, Mapping[str, Any], str | None], ChatTemplate] = ChatTemplate
     ) -> ChatTokenizer:
-        """The same tokenizer with another chat template. make: makes it, with the parameters
-        of a ChatTemplate."""
+        """The same tokenizer with another chat template. make: makes it, with the parameters of a ChatTemplate."""
         other = copy.copy(self)
         for name in ("template", "_farewell"):
             other.__dict__.pop(name, None)
         other._making_controls, other._made_controls = threading.Lock(), None
         other._given_template, other._original = make(source, self._hf.special_tokens_map, self._call_format), self
         return other
+
+    def or_template(self, source: str | None) -> ChatTokenizer:
+        """The same tokenizer with another chat template, if there is one."""
+        return self if source is None else self.with_template(source)
 
     @property
     def chat_template(self) -> str | None:
@@ -242,10 +247,13 @@ class ChatTokenizer:
         max_chars: int | None = None,
     ) -> list[int]:
         """A prompt for the next assistant turn: the conversation with the generation prompt, or where continue_final says so,
-        with the last message left open. max_chars: the most characters that the rendered conversation may have. Raises
-        InvalidRequest, ContextExceeded."""
+        with the last message left open. max_chars: the most characters that the rendered conversation may have, roughly: a mark
+        may be longer than the control text in whose place it stands. Raises InvalidRequest, ContextExceeded."""
+        if continue_final and not isinstance(messages[-1]["content"], str):
+            raise InvalidRequest("messages: the last one has no content to continue", param="messages")
         chat = self._marked(messages, extras, rules)
-        text = self._render(chat, add_generation_prompt, rules, continue_final=continue_final, max_chars=max_chars)
+        most = None if max_chars is None else max_chars * _LONGEST_MARK
+        text = self._render(chat, add_generation_prompt, rules, continue_final=continue_final, max_chars=most)
         settled = self._controls.settle(text)
         if settled.copy:
             return self._controls.encode(settled, add_special_tokens).ids
@@ -381,7 +389,9 @@ class ChatTokenizer:
     ) -> list[TrainedText]:
         """The texts in which a conversation is trained, contents marked; see `encode_examples`."""
         for message in messages:
-            self._note_texts(notes, rules, *texts_in(message), own=message["role"] == "assistant")
+            for name in message.keys() - {"role"}:
+                own = message["role"] == "assistant" and name in OWN_TEXTS
+                self._note_texts(notes, rules, *texts_in(message[name]), own=own)
         self._note_texts(notes, rules, *texts_in(extras.tools), own=False)
         chat = self._marked(messages, extras, rules)
         turns = TrainedTurns(
@@ -444,13 +454,25 @@ class ChatTokenizer:
         """Token ids, and the characters [start, end) of each, int64 [n]. No token reaches over the start of one of `replies`,
         since a request's prompt ends there."""
         text = settled.text
-        cuts = [0, *(at for at in replies if self._joins(text[max(0, at - _NEAR) : at], text[at : at + _NEAR])), len(text)]
-        parts = []
-        for start, end in itertools.pairwise(cuts):
-            ids, offsets = self._with_ranges(settled._replace(text=text[start:end]), behind=start > 0)
-            parts.append(np.column_stack([ids, offsets + start]))
-        ids, starts, ends = np.concatenate(parts).T
-        return ids, starts, ends
+        ids, ranges = self._with_ranges(settled, behind=False)
+        cuts = [at for at in replies if self._reaches_over(at, text, ranges)]
+        if cuts:
+            parts = []
+            for start, end in itertools.pairwise([0, *cuts, len(text)]):
+                part, inside = self._with_ranges(settled._replace(text=text[start:end]), behind=start > 0)
+                parts.append((part, inside + start))
+            ids, ranges = (np.concatenate(same) for same in zip(*parts, strict=True))
+        return ids, ranges[:, 0], ranges[:, 1]
+
+    def _reaches_over(self, at: int, text: str, ranges: np.ndarray) -> bool:
+        """Whether a token of the text reaches over a place in it, and the text behind that can be tokenized by itself."""
+        if not 0 < at < len(text):
+            return False
+        # Some ranges leave out a token's first spaces: behind a space they don't tell where the token begins.
+        told = not text[at - 1].isspace() or text[at - 1] == "\n"
+        if told and not ((ranges[:, 0] < at) & (ranges[:, 1] > at)).any():
+            return False
+        return self._joins(text[max(0, at - _NEAR) : at], text[at : at + _NEAR])
 
     def _with_ranges(self, settled: Settled, behind: bool) -> tuple[np.ndarray, np.ndarray]:
         """Token ids, int64 [n], and the characters of each, [n, 2]. behind: whether the text follows other text; see
@@ -469,8 +491,6 @@ class ChatTokenizer:
 
     def _find_join(self, before: str, behind: str) -> bool:
         """Whether some tokens differ if two texts are tokenized apart. If so, the second one can be tokenized by itself."""
-        if not before or not behind:
-            return False
         apart = [*self.encode(before), *self._encode_continuation(behind, TextRules(allow_control_tokens=True))]
         if self.encode(before + behind) == apart:
             return False

@@ -15,10 +15,12 @@ from coserve.chat.template import ChatExtras
 from coserve.server.inference.answers import Answers, Question
 from coserve.server.inference.deltas import OutputReader
 from coserve.server.inference.limits import check_logprobs
-from coserve.server.inference.prompts import ThreadRunner, conversation_prompt, output_limit
+from coserve.server.inference.prompts import ThreadRunner, conversation_prompt, final_content, output_limit
 from coserve.server.inference.protocol import ChatRequest, GenerationRequest
 from coserve.server.inference.responses import Tally
 from coserve.server.inference.structured import asks_grammar, check_grammar, tried_grammar
+from coserve.server.inference.templates import chat_tokenizer
+from coserve.server.inference.thoughts import ReasoningCounter, find_style, read_thoughts
 from coserve.server.inference.toolcalling import ToolCalling
 from coserve.server.services import Services, named_model
 
@@ -45,35 +47,58 @@ async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedC
     arrival_s = time.monotonic()
     name = await named_model(services, tenant, body.model)
     body.check()
-    tools = ToolCalling(body.tool_use, services.tokenizer, services.config.tool_call_parser)
     info = services.engine.info
     run: ThreadRunner = partial(services.work.run, tenant)
-    ids = await conversation_prompt(
-        services.tokenizer, body.messages, run=run, limit=info.max_model_len,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        allow_control_tokens=services.config.allow_control_tokens, extras=ChatExtras(tools=body.tool_use.tools),
+    continued = final_content(
+        body.messages, continue_final_message=body.continue_final_message, add_generation_prompt=body.add_generation_prompt
     )
+    tokenizer = await chat_tokenizer(services.tokenizer, services.templates, run, body.chat_template)
+    if body.chat_template is not None and body.tool_use.callable:
+        await run(lambda: tokenizer.tool_prompt)  # tries the request's template out, which may take long
+    tools = ToolCalling(body.tool_use, tokenizer, services.config.tool_call_parser)
+    thoughts = read_thoughts(body, tokenizer, find_style(services.config.reasoning_parser, tokenizer))
+    ids = await conversation_prompt(
+        tokenizer, body.messages, run=run, limit=info.max_model_len,
+        add_generation_prompt=body.add_generation_prompt is not False and continued is None,
+        add_special_tokens=bool(body.add_special_tokens), allow_control_tokens=services.config.allow_control_tokens,
+        extras=ChatExtras(tools=body.tool_use.tools, variables=thoughts.variables), continue_final=continued is not None,
+        always_beside=body.chat_template is not None,
+    )
+    begin = thoughts.begin(tokenizer, ids, continued)
     asked_by = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = output_limit(
         len(ids), body.max_completion_tokens or body.max_tokens, default=None, limit=info.max_model_len,
         prompt_field="messages", tokens_field=asked_by,
     )
-    compose = None
-    if tools.enforces or (tools.reads and asks_grammar(body)):
-        compose = partial(tools.compose, check=partial(check_grammar, services))
-    grammar = await tried_grammar(services, run, body, compose, field="tools")
+    grammar = await tried_grammar(services, run, body, _composer(services, body, tools, thoughts.compose(begin)), field="tools")
     sampling = body.sampling(
         max_tokens=max_tokens, vocab_size=info.vocab_size, draw_seed=services.draw_seed, grammar=grammar
     )
-    shown_ids = body.shown_ids(services.tokenizer) | tools.marker_ids
+    shown_ids = body.shown_ids(services.tokenizer) | tools.marker_ids | thoughts.marker_ids
     sampling = replace(sampling, shown_special_ids=tuple(sorted(shown_ids)))
     if not body.stream:
         check_logprobs([ids], [sampling], "top_logprobs")
     answers = await ask(services, tenant, name, body, [Question(ids, sampling)], arrival_s)
+    counter = None if thoughts.style is None else partial(ReasoningCounter, tokenizer, ids, begin, shown_ids)
     return AskedChat(
-        model=name, prompt_ids=ids, run=run, answers=answers, tally=Tally([len(ids)], body.num_outputs),
-        new_reader=partial(tools.new_reader, held=grammar is not None), shown_ids=shown_ids,
+        model=name, prompt_ids=ids, run=run, answers=answers, tally=Tally([len(ids)], body.num_outputs, counter),
+        new_reader=thoughts.reader(begin, partial(tools.new_reader, held=grammar is not None)), shown_ids=shown_ids,
     )
+
+
+def _composer(
+    services: Services, body: ChatRequest, tools: ToolCalling, behind_thoughts: Callable[[str | None], str | None] | None
+) -> Callable[[str | None], str | None] | None:
+    """Makes the grammar of an output from that of its content; None if it may be anything. behind_thoughts: makes it from that
+    of an answer, where thoughts come first."""
+    if not (tools.enforces or asks_grammar(body)):
+        return None
+
+    def compose(content: str | None) -> str | None:
+        answer = tools.compose(content, check=partial(check_grammar, services)) if tools.reads else content
+        return answer if behind_thoughts is None else behind_thoughts(answer)
+
+    return compose
 
 
 async def ask(

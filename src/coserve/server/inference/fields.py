@@ -61,21 +61,12 @@ _CHAT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning": (),
-    "reasoning_effort": ("none",),
-    "include_reasoning": (True,),
-    "separate_reasoning": (True,),
-    "stream_reasoning": (True,),
-    "thinking": (),
     "thinking_token_budget": (),
     "verbosity": ("medium",),
     "web_search_options": (),
     "echo": (False,),
     "best_of": (1,),
     "suffix": (),
-    "continue_final_message": (False,),
-    "add_special_tokens": (False,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
     "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
@@ -83,9 +74,6 @@ _CHAT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 _COMPLETION_NEUTRAL: Mapping[str, tuple[Any, ...]] = {"suffix": (), "prompt_embeds": (), "max_completion_tokens": ()}
 _TOKENIZE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_token_strs": (False,),
-    "continue_final_message": (False,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
     "mm_processor_kwargs": ({},),
 }
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from coserve.chat.messages import CALL_FIELDS, ROLES, TOOL_ROLES, UNSUPPORTED, is_neutral, join_parts
+from coserve.chat.messages import CALL_FIELDS, REASONING, ROLES, TOOL_ROLES, UNSUPPORTED, is_neutral, join_parts
 from coserve.chat.template import NO_EXTRAS, ChatExtras
+from coserve.config.values import shown
 from coserve.core import ContextExceeded, InvalidRequest
 from coserve.server.inference.protocol import ChatMessage, ContentPart
 from coserve.server.inference.toolturns import ToolTurns
@@ -43,20 +44,22 @@ class Prompt(NamedTuple):
 async def conversation_prompt(
     tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], *, run: ThreadRunner, limit: int,
     add_generation_prompt: bool = True, add_special_tokens: bool = False, allow_control_tokens: bool = False,
-    extras: ChatExtras = NO_EXTRAS,
+    extras: ChatExtras = NO_EXTRAS, continue_final: bool = False, always_beside: bool = False,
 ) -> list[int]:
     """A conversation in tokens. limit: of the context, in tokens. allow_control_tokens: whether control tokens that a message
-    writes out count as such; if not, they are plain text. extras: what the template is given beside the messages. Raises
-    InvalidRequest."""
+    writes out count as such; if not, they are plain text. extras: what the template is given beside the messages.
+    continue_final: whether the last message stays open, see `final_content`. always_beside: whether a thread does it, however
+    short it is. Raises InvalidRequest."""
     rules = TextRules(allow_control_tokens=allow_control_tokens)
 
     def encode() -> list[int]:
         turns = template_messages(messages, keep_developer=tokenizer.knows_developer)
         _check_size(tokenizer, sum(map(_num_characters, turns)), limit, "messages")
         _check_size(tokenizer, _num_characters(extras.tools), limit, "tools")
+        _check_size(tokenizer, _num_characters(extras.variables), limit, "chat_template_kwargs")
         ids = tokenizer.encode_chat(
             turns, add_generation_prompt=add_generation_prompt, add_special_tokens=add_special_tokens, rules=rules,
-            extras=extras,
+            extras=extras, continue_final=continue_final, max_chars=limit * tokenizer.longest_token,
         )
         _check_size(tokenizer, len(ids), limit, "messages", "tokens")
         return ids
@@ -67,7 +70,9 @@ async def conversation_prompt(
         texts = (part.text if isinstance(part, ContentPart) else part.content for part in parts)
         size += sum(_MESSAGE_CHARS + len(text or "") for text in texts)
         size += _num_characters(message.tool_calls) + _num_characters(message.function_call)
-    return await _beside(run, encode, size)
+        size += len(message.reasoning_content or message.reasoning or "")
+    size += _num_characters(extras.variables)
+    return await (run(encode) if always_beside else _beside(run, encode, size))
 
 
 async def text_prompts(
@@ -104,6 +109,8 @@ def template_messages(messages: Sequence[ChatMessage], *, keep_developer: bool =
             known = ", ".join((*ROLES, *TOOL_ROLES))
             raise InvalidRequest(f"{place}.role: must be one of {known}", param=f"{place}.role")
         for name, neutral in UNSUPPORTED.items():
+            if name in REASONING:
+                continue
             own = _OWN_CALL_FIELDS.get(message.role, ())
             if name in CALL_FIELDS and name not in own and not is_neutral(getattr(message, name), neutral):
                 raise InvalidRequest(f"{place}.{name}: is no field of a message of role {message.role}; leave it out",
@@ -112,6 +119,8 @@ def template_messages(messages: Sequence[ChatMessage], *, keep_developer: bool =
                 raise InvalidRequest(f"{place}.{name}: is not supported yet; leave it out", param=f"{place}.{name}")
         role = "system" if message.role == "developer" and not keep_developer else message.role
         turn: dict[str, Any] = {"role": role, "content": _content(message, place)}
+        if (thoughts := _thoughts(message, place)) is not None:
+            turn["reasoning_content"] = thoughts
         if message.name is not None:
             turn["name"] = message.name
         if message.role in TOOL_ROLES:
@@ -120,6 +129,25 @@ def template_messages(messages: Sequence[ChatMessage], *, keep_developer: bool =
             turn["tool_calls"] = calls
         turns.append(turn)
     return turns
+
+
+def final_content(
+    messages: Sequence[ChatMessage], *, continue_final_message: bool | None, add_generation_prompt: bool | None
+) -> str | None:
+    """The last message's content, if the request's output is to continue it. Raises InvalidRequest where that can't be."""
+    if not continue_final_message:
+        return None
+    field, last, place = "continue_final_message", messages[-1], f"messages[{len(messages) - 1}]"
+    if add_generation_prompt:
+        raise InvalidRequest(f"{field}: can't stand beside add_generation_prompt, which begins another message; leave one out",
+                             param=field)
+    if last.role != "assistant":
+        raise InvalidRequest(f"{field}: the last message must be the assistant's, its role is {shown(last.role)}", param=field)
+    if last.tool_calls or last.function_call:
+        raise InvalidRequest(f"{field}: the last message ends with calls of tools; only a text can be continued", param=field)
+    if last.content is None:
+        raise InvalidRequest(f"{place}.content: is missing; it is what is to be continued", param=f"{place}.content")
+    return _content(last, place)
 
 
 def output_limit(
@@ -178,6 +206,18 @@ def _content(message: ChatMessage, place: str) -> str:
     if message.content is None and message.role != "assistant":
         raise InvalidRequest(f"{place}.content: is missing", param=f"{place}.content")
     return message.content or ""
+
+
+def _thoughts(message: ChatMessage, place: str) -> str | None:
+    """An assistant's thoughts; None if it has none."""
+    given = {name: getattr(message, name) for name in REASONING if getattr(message, name)}
+    for name in given:
+        if message.role != "assistant":
+            raise InvalidRequest(f"{place}.{name}: is for messages of the assistant; leave it out", param=f"{place}.{name}")
+    if len({*given.values()}) > 1:
+        raise InvalidRequest(f"{place}.reasoning: says something else than reasoning_content; leave one of them out",
+                             param=f"{place}.reasoning")
+    return next(iter(given.values()), None)
 
 
 def _split(prompt: Any, vocab_size: int) -> list[str | list[int]]:

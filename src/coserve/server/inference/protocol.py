@@ -18,6 +18,7 @@ from coserve.config.settings import SamplingConfig
 from coserve.config.values import BEST_EFFORT, SloMs, is_number, shown
 from coserve.core import InvalidRequest
 from coserve.server.bodies.forms import Body
+from coserve.server.inference.thoughts import Effort
 from coserve.server.inference.toolfields import (
     FUNCTION_CALL_SCHEMA,
     FUNCTIONS_SCHEMA,
@@ -32,6 +33,8 @@ MAX_OUTPUTS = 128
 """Of one prompt."""
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+MAX_TEMPLATE = 1 << 17
+"""Characters of a request's chat template."""
 DEFAULT_COMPLETION_TOKENS = 16
 
 _INT64 = 1 << 63
@@ -73,6 +76,7 @@ SloField = Annotated[SloMs | None, PlainValidator(_check_objective), WithJsonSch
     {"type": "number", "minimum": _LEAST_MS, "maximum": _MOST_MS}, {"type": "string", "const": BEST_EFFORT}, {"type": "null"},
 ]})]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+TemplateSource = Annotated[str, Field(max_length=MAX_TEMPLATE)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_INT31)]], Field(fail_fast=True)]
 
 
@@ -224,10 +228,10 @@ class ContentPart(BaseModel):
 
 
 class ChatMessage(Body):
-    """One turn. tool_calls, tool_call_id, function_call: see toolturns.py. What else an assistant's turn may bring along from
-    an earlier response is taken if it's empty; refusal, annotations and provider_specific_fields (litellm's notes) in any case,
-    as they are no part of the conversation. type: as lm-eval ("text") and the Responses API ("message") write beside the role.
-    """
+    """One turn. tool_calls, tool_call_id, function_call: see toolturns.py. reasoning_content, reasoning: thoughts of the
+    assistant. What else its turn may bring along from an earlier response is taken if it's empty; refusal, annotations and
+    provider_specific_fields (litellm's notes) in any case, as they are no part of the conversation. type: as lm-eval ("text")
+    and the Responses API ("message") write beside the role."""
 
     role: Annotated[str, Field(json_schema_extra={"enum": [*ROLES, *TOOL_ROLES]})]
     content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
@@ -239,21 +243,47 @@ class ChatMessage(Body):
     tool_call_id: str | None = None
     function_call: Any = None
     audio: Any = None
-    reasoning: Any = None
-    reasoning_content: Any = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     provider_specific_fields: Any = None
     parsed: Any = None
     """What openai's client has made of the content, in a message that it gives back. It doesn't count either."""
 
 
+class ThinkingSwitch(Body):
+    """DeepSeek's way to turn thinking on and off."""
+
+    type: Literal["enabled", "disabled"]
+
+
 class ChatRequest(GenerationRequest):
-    """/v1/chat/completions. max_completion_tokens counts where max_tokens is given too; default: what the context leaves."""
+    """/v1/chat/completions. max_completion_tokens counts where max_tokens is given too; default: what the context leaves.
+    reasoning_effort and the fields after it: see thoughts.py."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    """The output goes on with the last message, which is the assistant's."""
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds its own, beside those that the chat template writes."""
+    chat_template: TemplateSource | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
+    thinking: ThinkingSwitch | None = None
+    include_reasoning: bool | None = None
+    """false: thoughts are left out of the answer."""
+    separate_reasoning: bool | None = None
+    """false: the answer's text is as the model has written it, thoughts and tags included."""
+    stream_reasoning: bool | None = None
+    """false: a stream has thoughts in one piece, at their end."""
+
+    @property
+    def asked_thinking(self) -> bool | None:
+        """Whether `thinking` turns it on or off."""
+        return None if self.thinking is None else self.thinking.type == "enabled"
     tools: Annotated[Any, WithJsonSchema(TOOLS_SCHEMA)] = None
     tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = None
     parallel_tool_calls: bool | None = None
@@ -306,13 +336,17 @@ class CompletionRequest(GenerationRequest):
 
 
 class TokenizeRequest(Body):
-    """/tokenize: a text or a conversation. add_special_tokens: default true for a text, false for a conversation."""
+    """/tokenize: a text or a conversation. add_special_tokens: default true for a text, false for a conversation. The fields
+    after it are of conversations."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: TemplateSource | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     tools: Annotated[Any, WithJsonSchema(TOOLS_SCHEMA)] = None
 
 

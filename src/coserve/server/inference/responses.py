@@ -13,6 +13,7 @@ from typing import Any
 from coserve.server.inference.deltas import CallDelta, Delta, OutputReader, delta_fields, make_message
 from coserve.server.inference.prompts import Prompt
 from coserve.server.inference.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from coserve.server.inference.thoughts import ReasoningCounter
 from coserve.server.inference.toolfields import ToolUse
 from coserve.server.inference.walk import TokenWalk, prompt_offsets
 from coserve.server.link.messages import LogprobEntry, Tokens
@@ -40,8 +41,12 @@ class PartialChoice:
 class Tally:
     """A request's outputs so far, n for each of its prompts, and its usage."""
 
-    def __init__(self, num_prompt_tokens: Sequence[int], n: int) -> None:
+    def __init__(
+        self, num_prompt_tokens: Sequence[int], n: int, new_counter: Callable[[], ReasoningCounter] | None = None
+    ) -> None:
+        """new_counter: makes a counter of an output's thoughts; None: they aren't counted."""
         self.num_prompt_tokens, self.n = num_prompt_tokens, n
+        self._counters = [] if new_counter is None else [new_counter() for _ in range(n * len(num_prompt_tokens))]
         self.outputs = [PartialChoice() for _ in range(n * len(num_prompt_tokens))]
         self.cached_tokens: dict[int, int] = {}
         self.prompt_logprobs: dict[int, list[LogprobEntry]] = {}
@@ -52,6 +57,8 @@ class Tally:
         output = self.outputs[choice]
         output.pieces.append(tokens.text)
         output.token_ids += tokens.token_ids
+        if self._counters:
+            self._counters[choice].push(tokens.token_ids)
         output.logprobs += tokens.logprobs
         output.finish_reason = tokens.finish_reason
         self.cached_tokens[prompt] = max(tokens.cached_tokens, self.cached_tokens.get(prompt, 0))
@@ -62,10 +69,13 @@ class Tally:
     def usage(self) -> dict[str, Any]:
         """Tokens of all prompts and outputs so far."""
         prompt, output = sum(self.num_prompt_tokens), sum(len(output.token_ids) for output in self.outputs)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": sum(self.cached_tokens.values())},
         }
+        if self._counters:
+            usage["completion_tokens_details"] = {"reasoning_tokens": sum(counter.count for counter in self._counters)}
+        return usage
 
 
 # --- chat ---

@@ -1,13 +1,15 @@
 """Reads a job's data before it is queued: what the engine would refuse is refused here.
 
     a tenant's jobs    one after the other
+    a tenant's looks   before a job is created; MAX_TENANT_LOOKS of them wait or run, one after the other
     tenants            side by side, each on a thread; MAX_AT_WORK of them at work, in turns of SLICE_S
 
 So a small file of one tenant is soon read, however large the files of others are. A turn ends between two lines, and so does a
 reading that was cancelled. The engine reads the files once more when the job starts: it runs in another process and needs the
 tokens, while this reading only looks for errors and counts.
 
-Owns: the turns, and what is said about the data. Does not own: formats of lines (finetune/datasets.py).
+Owns: the turns, and what is said about the data. Does not own: formats of lines (finetune/datasets.py), the figures of a look
+(finetune/datacheck.py).
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from coserve.config.settings import FinetuneConfig
 from coserve.core import Group, InvalidRequest, NotFound
+from coserve.finetune.datacheck import DataCheck, check_data
 from coserve.finetune.datasets import FEW_EXAMPLES, Dataset, load_training
 from coserve.server.locks import NameLocks
+from coserve.server.work import Allowance
 from coserve.text.tokenizer import ChatTokenizer
 
 MAX_AT_WORK = 2
@@ -34,6 +38,16 @@ MAX_READINGS = 16
 """Tenants whose data are held in memory at once."""
 SLICE_S = 0.2
 """Length of a turn, in seconds."""
+MAX_TENANT_LOOKS = 4
+MAX_LOOKS = 4
+"""Tenants who look at data at the same moment; the others wait."""
+LOOK_S = 10.0
+"""Seconds after which a look ends with what it has read."""
+LOOK_BYTES = 64 << 20
+"""Of a file's beginning that a look reads at most."""
+_LOOK_LINES, _LOOK_CHARS, _LOOK_PROBLEMS = 3, 6000, 50
+"""Lines that a look shows, about how many characters of each example, and problems that it tells."""
+Result = TypeVar("Result")
 
 
 class DataFile(NamedTuple):
@@ -89,14 +103,21 @@ class _Turns:
 
 
 class DataReader:
-    """Reads data for jobs. It belongs to one event loop."""
+    """Reads data for jobs. It belongs to one event loop. chat_template: the source of the one to use; None: the model's."""
 
-    def __init__(self) -> None:
+    def __init__(self, chat_template: str | None = None) -> None:
+        self._chat_template = chat_template
         self._turns = _Turns(MAX_AT_WORK)
         self._threads = ThreadPoolExecutor(MAX_READINGS, "coserve-data")
         self._room = asyncio.Semaphore(MAX_READINGS)
         self._of_tenant = NameLocks()
         self._tasks: dict[str, asyncio.Task[DataReport]] = {}
+        self._lookers = ThreadPoolExecutor(MAX_LOOKS, "coserve-look")
+        self._looks = asyncio.Semaphore(MAX_LOOKS)
+        self._looks_of_tenant = NameLocks()
+        self._allowed = Allowance(
+            MAX_TENANT_LOOKS, f"{MAX_TENANT_LOOKS} of your checks of data run already; try again when one has ended"
+        )
         self._tokenizer: tuple[Path, ChatTokenizer] | None = None
         self._loading = threading.Lock()
 
@@ -114,7 +135,9 @@ class DataReader:
             async with self._of_tenant.hold(tenant), self._room:
                 begin()
                 stopped = threading.Event()
-                reading = self._threads.submit(self._read, stopped, model, config, training, validation)
+                reading = self._threads.submit(
+                    self._in_turns, stopped, lambda rest: self._report(model, config, training, validation, rest)
+                )
                 try:
                     return await asyncio.wrap_future(reading)
                 finally:
@@ -131,6 +154,20 @@ class DataReader:
         finally:
             self._tasks.pop(job, None)
 
+    async def look(self, tenant: str, model: Path, config: FinetuneConfig, file: DataFile) -> DataCheck:
+        """What a file holds, or its beginning, of which nothing is kept. model, config: as for `read`.
+
+        Raises InvalidRequest if the file is gone, CapacityError if the tenant has too many looks.
+        """
+        stopped = threading.Event()
+        with self._allowed.hold(tenant):
+            async with self._looks_of_tenant.hold(tenant), self._looks:
+                looking = self._lookers.submit(self._in_turns, stopped, lambda rest: self._look(model, config, file, rest))
+                try:
+                    return await asyncio.wrap_future(looking)
+                finally:
+                    stopped.set()
+
     def cancel(self, job: str) -> None:
         """Ends the reading of a job's data, if it is being read or waits."""
         task = self._tasks.get(job)
@@ -140,13 +177,12 @@ class DataReader:
     def _load_tokenizer(self, model: Path) -> ChatTokenizer:
         with self._loading:
             if self._tokenizer is None or self._tokenizer[0] != model:
-                self._tokenizer = model, ChatTokenizer.load(model)
+                self._tokenizer = model, ChatTokenizer.load(model).or_template(self._chat_template)
             return self._tokenizer[1]
 
-    def _read(
-        self, stopped: threading.Event, model: Path, config: FinetuneConfig, training: DataFile, validation: DataFile | None
-    ) -> DataReport:
-        """On a thread of its own: waits for a place, and gives way to others whenever a turn is over."""
+    def _in_turns(self, stopped: threading.Event, work: Callable[[Callable[[], None]], Result]) -> Result:
+        """On a thread of its own: waits for a place, and gives way to others whenever a turn is over. work: is given what it
+        has to call between two lines."""
         self._turns.begin()
         since = time.monotonic()
 
@@ -159,9 +195,25 @@ class DataReader:
                 since = time.monotonic()
 
         try:
-            return self._report(model, config, training, validation, between_lines)
+            return work(between_lines)
         finally:
             self._turns.end()
+
+    def _look(self, model: Path, config: FinetuneConfig, file: DataFile, between_lines: Callable[[], None]) -> DataCheck:
+        until = time.monotonic() + LOOK_S
+
+        def on_line(_: float) -> bool:
+            between_lines()
+            return time.monotonic() > until
+
+        assert config.max_length is not None
+        try:
+            return check_data(
+                file.path, self._load_tokenizer(model), config, max_length=config.max_length, num_shown=_LOOK_LINES,
+                max_problems=_LOOK_PROBLEMS, max_chars=_LOOK_CHARS, max_bytes=LOOK_BYTES, param=file.param, on_line=on_line,
+            )
+        except NotFound as error:
+            raise InvalidRequest(f"{file.name} is no longer on disk", param=file.param) from error
 
     def _report(
         self, model: Path, config: FinetuneConfig, training: DataFile, validation: DataFile | None, on_line: Callable[[], None]

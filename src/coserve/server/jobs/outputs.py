@@ -83,10 +83,12 @@ class JobOutputs:
 
     def data_files(self, record: JobRecord) -> tuple[DataFile, DataFile | None]:
         """The training file and the validation file, if there is one. Raises InvalidRequest naming the field."""
-        training = self._data_file(record.tenant, record.training_file, "training_file")
-        if record.validation_file is None:
-            return training, None
-        return training, self._data_file(record.tenant, record.validation_file, "validation_file")
+        return self.tenant_files(record.tenant, record.training_file, record.validation_file)
+
+    def tenant_files(self, tenant: str, training: str, validation: str | None) -> tuple[DataFile, DataFile | None]:
+        """The same by the files' ids."""
+        found = self._data_file(tenant, training, "training_file")
+        return found, None if validation is None else self._data_file(tenant, validation, "validation_file")
 
     def _data_file(self, tenant: str, id: str, param: str) -> DataFile:
         try:

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from coserve.config.data import finetune_config_from_dict, to_dict
+from coserve.config.settings import AdapterConfig, FinetuneConfig
 from coserve.core import CapacityError, CoserveError, NotFound
 from coserve.durable import sync
+from coserve.finetune.datacheck import DataCheck
 from coserve.finetune.defaults import not_used
 from coserve.server.errors import Conflict, Forbidden, StorageRefused, TooLarge
 from coserve.server.index.disk import storage_errors
@@ -37,7 +39,7 @@ from coserve.server.jobs.objects import job_object
 from coserve.server.jobs.outputs import JobOutputs
 from coserve.server.jobs.queue import UnfinishedJob
 from coserve.server.jobs.runner import JobRunner
-from coserve.server.jobs.spec import read_spec, resolve, unused
+from coserve.server.jobs.spec import JobSpec, read_spec, resolve, unused
 from coserve.server.jobs.usage import TenantDisk
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.models import ModelRegistry
@@ -62,7 +64,7 @@ class JobService:
         self._runner = JobRunner(store, self._outputs, models, engine, config, self._check_disk)
         self.journal = self._runner.journal
         self.disk = TenantDisk(config.data_dir / "jobs", store, models.copied_bytes)
-        self._reader = DataReader()
+        self._reader = DataReader(config.chat_template)
         self._validating: set[str] = set()
         self._creating: Counter[str] = Counter()  # tenant -> number of its jobs that are being created
         engine.supervisor.on_up(self._engine_up)
@@ -95,16 +97,9 @@ class JobService:
     async def _create(self, tenant: str, body: CreateJob) -> JobRecord:
         if (problem := await asyncio.to_thread(self._disk_problem, tenant)) is not None:
             raise TooLarge(f"training_file: {problem}", param="training_file")
-        source = continued = None
-        if body.model not in self._models.base_names:
-            found = await asyncio.to_thread(self._models.find_record, tenant, body.model)
-            source = Path((await asyncio.to_thread(self._models.find_files, found)).directory)
-            continued = await asyncio.to_thread(self._outputs.continued, source)
-        info = self._engine.info
-        spec = read_spec(body, self._config, info.max_model_len, continued, info.hidden_size or None)
-        created_at, config = now(), spec.config
-        if config.template_date is None:  # the day of the job's creation, however late its data is read
-            config = dataclasses.replace(config, template_date=datetime.date.fromtimestamp(created_at).isoformat())
+        source, continued, spec = await self._read_body(tenant, body)
+        created_at = now()
+        config = _dated(spec.config, created_at)
         record = JobRecord(
             id=new_id("ftjob"), tenant=tenant, created_at=created_at, base=body.model, training_file=body.training_file,
             validation_file=body.validation_file, config=to_dict(config), method=spec.method, settings=spec.settings,
@@ -118,6 +113,27 @@ class JobService:
         live = self._runner.live[record.id] = UnfinishedJob(record)
         self._validate(live)
         return record
+
+    async def _read_body(self, tenant: str, body: CreateJob) -> tuple[Path | None, AdapterConfig | None, JobSpec]:
+        """What a body asks for: the directory and the settings of the adapter that it continues, if it continues one, and its
+        settings. Raises InvalidRequest, NotFound (model)."""
+        source = continued = None
+        if body.model not in self._models.base_names:
+            found = await asyncio.to_thread(self._models.find_record, tenant, body.model)
+            source = Path((await asyncio.to_thread(self._models.find_files, found)).directory)
+            continued = await asyncio.to_thread(self._outputs.continued, source)
+        info = self._engine.info
+        return source, continued, read_spec(body, self._config, info.max_model_len, continued, info.hidden_size or None)
+
+    async def check_data(self, tenant: str, body: CreateJob) -> tuple[DataCheck, DataCheck | None]:
+        """What the files of a job hold that this body would create: the training file and the validation file. No job is
+        created. Raises as `create`."""
+        _, _, spec = await self._read_body(tenant, body)
+        files = self._outputs.tenant_files
+        training, validation = await asyncio.to_thread(files, tenant, body.training_file, body.validation_file)
+        directory, config = Path(self._engine.info.directory), _dated(spec.config, now())
+        found = await self._reader.look(tenant, directory, config, training)
+        return found, None if validation is None else await self._reader.look(tenant, directory, config, validation)
 
     def _write_new(self, record: JobRecord, source: Path | None) -> None:
         """Writes the job's directory. The manifest comes last, since without it there is no job."""
@@ -330,3 +346,10 @@ class JobService:
                     self._runner.publish_end(record)
             self._outputs.restore(record, self._runner.tuned(record))
         return self._store.unfinished_jobs()
+
+
+def _dated(config: FinetuneConfig, created_at: int) -> FinetuneConfig:
+    """The settings with a date for chat templates: the day of the job's creation, however late its data is read."""
+    if config.template_date is not None:
+        return config
+    return dataclasses.replace(config, template_date=datetime.date.fromtimestamp(created_at).isoformat())

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -106,10 +107,11 @@ class EngineProcessMain:
         config = self.config
         torch.set_num_threads(config.threads or num_cores())
         self.report(f"loading {config.model or 'the default model'} ...")
-        return load_model(
+        model = load_model(
             config.model, device=config.device, dtype=config.dtype, report=self.report,
             tensor_parallel_size=config.tensor_parallel_size, quantization=config.quantization,
         )
+        return replace(model, tokenizer=model.tokenizer.or_template(config.chat_template))  # for the data of jobs
 
     def run(self) -> None:
         """Loads the model, then serves until Shutdown or until a thread fails. Raises what keeps the engine from starting."""

@@ -26,6 +26,7 @@ _INCLUDABLE = (LOGPROBS, "reasoning.encrypted_content")
 SHARED = (
     "model", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "slo_tpot_ms", "slo_ttft_ms",
+    "skip_special_tokens", "structured_outputs",
 )
 """Fields that a chat has too, with the same meaning, and that pass to it as they are."""
 _TEXTS = ("input_text", "output_text")
@@ -161,8 +162,6 @@ RESPONSES = FieldPolicy(
         "previous_input_messages": (),
         "priority": (0,),
         "request_id": (),
-        "skip_special_tokens": (True,),
-        "structured_outputs": (),
         "vllm_xargs": ({},),
     },
     reasons={

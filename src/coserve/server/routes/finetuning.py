@@ -10,12 +10,14 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from coserve.core import InvalidRequest
+from coserve.finetune.datacheck import as_json
 from coserve.server.bodies.reader import body_reader
-from coserve.server.inference.sse import DONE, EventStream
+from coserve.server.inference.pieces import PiecesResponse, encode_large
+from coserve.server.inference.sse import DONE, EventStream, unless_gone
 from coserve.server.jobs.body import CREATE_FORM, CreateJob
 from coserve.server.jobs.objects import checkpoint_object, event_object
 from coserve.server.records import EventRecord
@@ -27,6 +29,8 @@ _METADATA: dict[str, Any] = {"parameters": [{
     "description": "only jobs with these pairs: metadata[KEY]=VALUE",
     "schema": {"type": "object", "additionalProperties": {"type": "string"}},
 }]}
+_CLIENT_LEFT = 499
+"""nginx's status for a client who has gone; nobody sees it but the log."""
 router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
 CreateBody = Annotated[CreateJob, Depends(body_reader(CREATE_FORM))]
 
@@ -35,6 +39,19 @@ CreateBody = Annotated[CreateJob, Depends(body_reader(CREATE_FORM))]
 async def create_job(services: Served, tenant: Tenant, body: CreateBody) -> dict[str, Any]:
     """Creates a job; it is checked, queued and run on its own."""
     return services.jobs.describe(await services.jobs.create(tenant, body))
+
+
+@router.post("/jobs/check", openapi_extra=CREATE_FORM.openapi, response_model=dict[str, Any])
+async def check_job_data(request: Request, services: Served, tenant: Tenant, body: CreateBody) -> Response:
+    """What the files of such a job hold, and what of it would be trained; no job is created."""
+    found = await unless_gone(request.receive, services.jobs.check_data(tenant, body))
+    if found is None:
+        return Response(status_code=_CLIENT_LEFT)
+    training, validation = found
+    return PiecesResponse(encode_large({
+        "object": "fine_tuning.data_check", "training_file": as_json(training),
+        "validation_file": None if validation is None else as_json(validation),
+    }))
 
 
 @router.get("/jobs", openapi_extra=_METADATA)

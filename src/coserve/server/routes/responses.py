@@ -43,7 +43,9 @@ async def create_response(request: Request, services: Served, tenant: Tenant, bo
         asked = await ask_chat(services, tenant, chat)
     except CoserveError as error:
         raise translation.renamed(error) from error
-    walk = TokenWalk(services.tokenizer, context=asked.prompt_ids, shown_ids=asked.shown_ids) if body.gives_logprobs else None
+    walk = None
+    if body.gives_logprobs:
+        walk = TokenWalk(services.tokenizer, context=asked.prompt_ids, shown_ids=asked.shown_ids)
     answer = ResponseAnswer(body, asked.model, asked.tally, asked.new_reader(), walk)
 
     def take(prompt: int, tokens: Tokens) -> list[dict[str, Any]]:

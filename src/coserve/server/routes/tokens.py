@@ -16,8 +16,10 @@ from coserve.server.bodies.reader import body_reader
 from coserve.server.inference.fields import DETOKENIZE, TOKENIZE
 from coserve.server.inference.limits import COUNTED_TOKENS, check_amounts
 from coserve.server.inference.pieces import PiecesResponse, encode_large
-from coserve.server.inference.prompts import conversation_prompt, text_prompts
+from coserve.server.inference.prompts import conversation_prompt, final_content, text_prompts
 from coserve.server.inference.protocol import DetokenizeRequest, TokenizeRequest
+from coserve.server.inference.templates import chat_tokenizer
+from coserve.server.inference.thoughts import find_style, read_variables
 from coserve.server.models import ServedModel
 from coserve.server.services import Served, Services, Tenant, named_model
 from coserve.text.detokenizer import whole_text
@@ -51,12 +53,22 @@ async def tokenize(services: Served, tenant: Tenant, body: TokenizeBody) -> Resp
     tools = [] if body.tools is None else read_tools(body.tools, "tools")
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("prompt: give either prompt or messages", param="prompt")
+    for name in ("continue_final_message", "chat_template", "chat_template_kwargs"):
+        if body.messages is None and getattr(body, name):
+            raise InvalidRequest(f"{name}: is for messages; a prompt is a text as it is", param=name)
     if body.messages is not None:
+        continued = final_content(
+            body.messages, continue_final_message=body.continue_final_message, add_generation_prompt=body.add_generation_prompt
+        )
+        tokenizer = await chat_tokenizer(services.tokenizer, services.templates, run, body.chat_template)
+        style = find_style(services.config.reasoning_parser, tokenizer)
+        variables = read_variables(body.chat_template_kwargs, tokenizer, style)
         tokens = await conversation_prompt(
-            services.tokenizer, body.messages, run=run, limit=limit,
-            add_generation_prompt=body.add_generation_prompt is not False, add_special_tokens=bool(body.add_special_tokens),
-            allow_control_tokens=services.config.allow_control_tokens,
-            extras=ChatExtras(tools=tools),
+            tokenizer, body.messages, run=run, limit=limit,
+            add_generation_prompt=body.add_generation_prompt is not False and continued is None,
+            add_special_tokens=bool(body.add_special_tokens), allow_control_tokens=services.config.allow_control_tokens,
+            extras=ChatExtras(tools=tools, variables=variables),
+            continue_final=continued is not None, always_beside=body.chat_template is not None,
         )
     elif tools:
         raise InvalidRequest("tools: are for messages; a prompt is a text as it is", param="tools")
