@@ -2,6 +2,7 @@
 
 import { byId, el, number, percent, setNotice, setText } from "./dom.js";
 
+const LINES_BEFORE_PX = 70;
 const FILES = [["training_file", ""], ["validation_file", "validation file, "]];
 
 export class DataPreview {
@@ -84,4 +85,11 @@ function showExamples(shown) {
     return el("li", {}, el("p", { id: `data-example-${i}`, class: "note" }, caption),
       el("pre", { class: "example", tabindex: 0, role: "region", "aria-labelledby": `data-example-${i}` }, ...pieces));
   }));
+  for (const text of byId("data-example-list").querySelectorAll("pre")) showFirstMark(text);
+}
+
+/** Scrolls a long prompt away, so that what is trained is seen first. */
+function showFirstMark(text) {
+  const mark = text.querySelector("mark");
+  if (mark) text.scrollTop += mark.getBoundingClientRect().top - text.getBoundingClientRect().top - LINES_BEFORE_PX;
 }
