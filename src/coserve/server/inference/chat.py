@@ -18,7 +18,7 @@ from coserve.server.inference.limits import check_logprobs
 from coserve.server.inference.prompts import ThreadRunner, conversation_prompt, final_content, output_limit
 from coserve.server.inference.protocol import ChatRequest, GenerationRequest
 from coserve.server.inference.responses import Tally
-from coserve.server.inference.structured import asks_grammar, check_grammar, tried_grammar
+from coserve.server.inference.structured import asked_field, asks_grammar, check_grammar, tried_grammar
 from coserve.server.inference.templates import chat_tokenizer
 from coserve.server.inference.thoughts import ReasoningCounter, find_style, read_thoughts
 from coserve.server.inference.toolcalling import ToolCalling
@@ -110,5 +110,5 @@ async def ask(
         await asyncio.to_thread(services.tokenizer.token_bytes.name, 0)  # builds a table of all names, which takes long
     return Answers(
         services, questions, tenant=tenant, model=model, arrival_s=arrival_s, tpot_ms=body.slo_tpot_ms,
-        ttft_ms=body.slo_ttft_ms,
+        ttft_ms=body.slo_ttft_ms, grammar_field=asked_field(body),
     )
