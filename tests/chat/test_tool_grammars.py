@@ -161,6 +161,8 @@ def test_only_what_a_grammar_holds_is_a_call_then() -> None:
     ({"properties": {"a": {}}}, "{}", '{"b": 1}'), ({"properties": {"a": {}}, "additionalProperties": {}}, '{"b": 1}', "[]"),
     ({"allOf": [{"properties": {"a": {}}}], "properties": {"b": {}}}, '{"a": 1}', "[]"),
     ({"type": "object", "x-guidance": {"whitespace_flexible": True}}, "{ }", "[]"),
+    ({"properties": {"a": {}}, "required": ["b"]}, '{"b": 1}', "{}"),
+    ({"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"properties": {"b": {}}}}}, '{"a": {}}', '{"a": {"c": 1}}'),
 ])
 def test_parameters(case: tuple[str, ChatTokenizer], parameters: Any, taken: str, refused: str) -> None:
     function = {"name": "f"} if parameters is None else {"name": "f", "parameters": parameters}

@@ -20,6 +20,8 @@ from tests.server.sites import CHAT_PATH, HI, TEXT_PATH, Site
 SCHEMA: dict[str, Any] = {
     "type": "object", "properties": {"city": {"type": "string"}, "people": {"type": "integer"}}, "required": ["city"],
 }
+CLOSED = {**SCHEMA, "additionalProperties": False}
+"""What it is taken for."""
 GBNF = 'root ::= "yes" | "no"'
 LARK = 'start: "yes" | "no"'
 FORMAT = {"type": "json_schema", "json_schema": {"name": "city", "description": "A city.", "schema": SCHEMA, "strict": True}}
@@ -41,21 +43,21 @@ def schema_format(**fields: Any) -> dict[str, Any]:
     ({}, None), ({"response_format": None, "guided_json": None, "structured_outputs": None}, None),
     ({"response_format": {"type": "text"}}, None),
     ({"response_format": {"type": "json_object"}}, json_object()),
-    ({"response_format": FORMAT}, json_schema(SCHEMA)),
-    (schema_format(schema=SCHEMA, strict=False), json_schema(SCHEMA)),
-    ({"structured_outputs": {"json": SCHEMA}}, json_schema(SCHEMA)),
-    ({"structured_outputs": {"json": json.dumps(SCHEMA), "disable_fallback": True}}, json_schema(SCHEMA)),
-    ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, json_schema(SCHEMA, compact=True)),
+    ({"response_format": FORMAT}, json_schema(CLOSED)),
+    (schema_format(schema=SCHEMA, strict=False), json_schema(CLOSED)),
+    ({"structured_outputs": {"json": SCHEMA}}, json_schema(CLOSED)),
+    ({"structured_outputs": {"json": json.dumps(SCHEMA), "disable_fallback": True}}, json_schema(CLOSED)),
+    ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, json_schema(CLOSED, compact=True)),
     ({"structured_outputs": {"json_object": True, "whitespace_pattern": "[ ]?"}}, json_object(whitespace_pattern="[ ]?")),
     ({"structured_outputs": {"regex": "a+", "json": None}}, regex("a+")),
     ({"structured_outputs": {"choice": ["a", "b"]}}, choice(["a", "b"])),
     ({"structured_outputs": {"grammar": LARK}}, LARK), ({"structured_outputs": {"grammar": GBNF}}, ebnf(GBNF)),
-    ({"guided_json": SCHEMA, "guided_decoding_backend": "auto"}, json_schema(SCHEMA)),
-    ({"guided_json": json.dumps(SCHEMA)}, json_schema(SCHEMA)),
-    ({"guided_json": SCHEMA, "guided_whitespace_pattern": "[ \\n]?"}, json_schema(SCHEMA, whitespace_pattern="[ \\n]?")),
+    ({"guided_json": SCHEMA, "guided_decoding_backend": "auto"}, json_schema(CLOSED)),
+    ({"guided_json": json.dumps(SCHEMA)}, json_schema(CLOSED)),
+    ({"guided_json": SCHEMA, "guided_whitespace_pattern": "[ \\n]?"}, json_schema(CLOSED, whitespace_pattern="[ \\n]?")),
     ({"guided_regex": r"\d{3}"}, regex(r"\d{3}")), ({"guided_choice": ["yes"]}, choice(["yes"])),
     ({"guided_grammar": GBNF}, ebnf(GBNF)), ({"guided_grammar": LARK, "response_format": {"type": "text"}}, LARK),
-    ({"json_schema": json.dumps(SCHEMA)}, json_schema(SCHEMA)), ({"regex": "a|b"}, regex("a|b")), ({"ebnf": GBNF}, ebnf(GBNF)),
+    ({"json_schema": json.dumps(SCHEMA)}, json_schema(CLOSED)), ({"regex": "a|b"}, regex("a|b")), ({"ebnf": GBNF}, ebnf(GBNF)),
 ], ids=str)
 def test_what_fields_mean(site: Site, fields: dict[str, Any], grammar: str | None) -> None:
     for path, body in ((CHAT_PATH, {"messages": HI}), (TEXT_PATH, {"prompt": ["Hi", "Ho"]})):

@@ -20,6 +20,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from coserve.chat.schemas import closed
 from coserve.config.values import shown
 from coserve.core import InvalidRequest
 
@@ -33,13 +34,14 @@ _GAP = r"[ \n\r\t]{0,8}"
 
 def json_schema(
     schema: Mapping[str, Any] | bool | str, *, field: str = "schema", compact: bool = False,
-    whitespace_pattern: str | None = None,
+    whitespace_pattern: str | None = None, listed_only: bool = False,
 ) -> str:
     """JSON that a schema allows. The schema may be given as JSON text.
 
     The JSON is one line, with at most one space behind each comma and colon. compact: no space either. whitespace_pattern: a
     regular expression for the white space at every place where JSON may have some, instead. A schema's own `x-guidance`
-    (llguidance's options) goes before these. field: is named in errors. Raises InvalidRequest if it is no JSON.
+    (llguidance's options) goes before these. listed_only: an object that lists properties and says nothing of others has no
+    others (`chat.schemas.closed`). field: is named in errors. Raises InvalidRequest if it is no JSON.
     """
     if isinstance(schema, str):
         try:
@@ -51,6 +53,7 @@ def json_schema(
         if whitespace_pattern is not None:
             style = {"whitespace_pattern": whitespace_pattern}
         own = schema.get("x-guidance")
+        schema = closed(schema) if listed_only else schema
         schema = {**schema, "x-guidance": style if own is None else {**style, **own} if isinstance(own, Mapping) else own}
     elif not isinstance(schema, bool):
         raise _wrong(field, f"must be a JSON schema, which is an object or true or false, got {shown(schema)}")

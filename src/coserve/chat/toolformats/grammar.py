@@ -22,17 +22,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coserve.chat.schemas import closed
 from coserve.chat.toolformats import mistral, qwenxml
 
 _ONE_LINE = {"whitespace_flexible": False, "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
 _LENIENT = {"lenient": True, "coerce_one_of": True}
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 """A tool without parameters has none, as at OpenAI."""
-_MAY_ADD = {
-    "additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "allOf", "anyOf", "oneOf", "if",
-    "dependentSchemas",
-}
-"""Keywords of parameters that may say something of properties which they don't list."""
 _ANY: Mapping[str, Any] = {"type": "object"}
 _DEFINITIONS = ("$defs", "definitions")
 _TEXT = "TEXT: /(.|\\n)*/"
@@ -64,15 +60,13 @@ class Writing:
 def enforced(tool: Mapping[str, Any], *, schema: bool) -> EnforcedTool:
     """A request's tool. schema: whether its arguments must match its parameters; if not, they are any object.
 
-    Parameters that list properties and say nothing of others have no others. Of a tool that isn't strict, keywords that can't
+    An object that lists properties and says nothing of others has no others. Of a tool that isn't strict, keywords that can't
     be enforced are ignored."""
     function = tool["function"]
     if not schema:
         return EnforcedTool(name=function["name"], schema=_ANY)
-    parameters = {"type": "object", **function.get("parameters", _NO_PARAMETERS)}
+    parameters = {"type": "object", **closed(function.get("parameters", _NO_PARAMETERS))}
     own = parameters.get("x-guidance")
-    if parameters.get("properties") and not parameters.keys() & _MAY_ADD:
-        parameters["additionalProperties"] = False
     if not function.get("strict") and (own is None or isinstance(own, Mapping)):
         parameters["x-guidance"] = {**_LENIENT, **(own or {})}
     return EnforcedTool(name=function["name"], schema=parameters)

@@ -157,7 +157,9 @@ def _of_schema(field: str, schema: Any, *, compact: bool = False, whitespace_pat
     if not isinstance(schema, dict | str):
         raise _wrong(field, f"must be a JSON schema as an object, or its text, got {shown(schema)}")
     return AskedGrammar(
-        field, lambda: json_schema(schema, field=field, compact=compact, whitespace_pattern=whitespace_pattern)
+        field, lambda: json_schema(
+            schema, field=field, compact=compact, whitespace_pattern=whitespace_pattern, listed_only=True
+        )
     )
 
 
