@@ -47,13 +47,15 @@ class GrammarMatcher:
         self._inner: Any = compiled.start.deep_copy()
         self._size = size
         self._words = np.zeros(num_words(size + 1), np.int32)
-        self._ending = np.zeros(num_words(size), np.int32)
+        self._ending = self._only_at_end = np.zeros(num_words(size), np.int32)
         self._spent_s, self._allowed_s = 0.0, CREDIT_S
         self.error: CoserveError | None = None
 
-    def set_ending(self, tokens: Collection[int]) -> None:
-        """The ids that end the output where it matches, whether the grammar knows them or not."""
+    def set_ending(self, tokens: Collection[int], asked: Collection[int] = ()) -> None:
+        """The ids that end the output where it matches, whether the grammar knows them or not. asked: those of them that may
+        also end it elsewhere, where they go on with the text."""
         self._ending = packed(tokens, self._size)
+        self._only_at_end = self._ending & ~packed(asked, self._size)
 
     def mask(self, *, hold: bool = False) -> np.ndarray:
         """The tokens that may come next, int32 [words]. It is never empty: it allows everything if there is an error. hold:
@@ -72,9 +74,12 @@ class GrammarMatcher:
         if self._size % _BITS:  # the last word may have the library's own end of text
             allowed[-1] &= (1 << self._size % _BITS) - 1
         self._check(time.thread_time() - began)
-        open_ = allowed | self._ending if accepting else allowed
-        longer = open_ & ~self._ending if hold else open_
-        chosen = longer if longer.any() else open_
+        if accepting:
+            allowed |= self._ending
+        late = self._ending if hold else self._only_at_end
+        chosen = allowed & ~late if hold or not accepting else allowed
+        if not chosen.any():  # nothing else is left
+            chosen = allowed
         if not chosen.any():
             self._fail("no token of the model can follow, and the output may not end here")
         return chosen if self.error is None else np.full_like(chosen, -1)
