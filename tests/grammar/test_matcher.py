@@ -290,6 +290,22 @@ def test_nothing_is_kept_of_grammars_that_are_not_used(tokenizer: ChatTokenizer)
     assert not grammars.in_use
 
 
+def test_outputs_of_a_grammar_that_was_compiled_again_still_count(tokenizer: ChatTokenizer) -> None:
+    """Another output's error makes later ones begin anew; the earlier ones go on."""
+    grammars = Grammars(tokenizer, SIZE)
+    first, second = grammars.new_matchers(choice(["ab"]), 2)
+    second._fail("a limit")
+    (third,) = grammars.new_matchers(choice(["ab"]), 1)
+    assert third._compiled is not first._compiled
+    del second, third
+    assert grammars.in_use and first.error is None
+    (a,), (b,) = tokenizer.encode("a"), tokenizer.encode("b")
+    first.accept(a)
+    assert ids_of(first.mask()) == {b}
+    del first
+    assert not grammars.in_use
+
+
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 391])
 def test_packed(size: int) -> None:
     tokens = {0, 5, 30, 31, 32, 63, 390}

@@ -122,6 +122,8 @@ class Grammars:
         self._table: Any = None
         self._compiled: weakref.WeakValueDictionary[str, _Compiled] = weakref.WeakValueDictionary()
         """By text, those that an output uses: what the library has worked out for one serves the others."""
+        self._alive: weakref.WeakSet[_Compiled] = weakref.WeakSet()
+        """All that an output uses, also those whose text has been compiled again since."""
         self.num_threads = min(MAX_THREADS, max(1, (os.cpu_count() or 1) // 2))
         self._threads: ThreadPoolExecutor | None = None
 
@@ -149,12 +151,13 @@ class Grammars:
             if start.is_error():
                 raise InvalidRequest(f"grammar: {explained(start.get_error())}", param="grammar")
             compiled = self._compiled[grammar] = _Compiled(start)
+            self._alive.add(compiled)
         return [GrammarMatcher(compiled, self.size) for _ in range(count)]
 
     @property
     def in_use(self) -> bool:
         """Whether there may be an output with a grammar."""
-        return len(self._compiled) > 0
+        return len(self._alive) > 0
 
     @property
     def threads(self) -> ThreadPoolExecutor:
