@@ -41,6 +41,9 @@ SMOLLM3 = _HERMES_TOOLS + """
 """ + _GENERATION
 """As SmolLM3's: tells of tools, and doesn't render calls; a result is a user's turn."""
 
+SMOLLM3_XML_TOOLS = SMOLLM3.replace("(tool | tojson)", "(tool | string)").replace("tools %}", "xml_tools %}")
+"""As SmolLM3's before that: it reads tools from another variable, functions alone."""
+
 QWEN3_XML = """
 {%- if tools %}
   {{- '<|im_start|>system\n# Tools\n<tools>' }}
@@ -160,6 +163,15 @@ GRANITE = """
 {%- if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}
 """
 """As Granite 3.3's."""
+
+GRANITE_TEXT_ONLY = GRANITE.replace("{%- if m.tool_calls %}", "{%- if false %}")
+"""As Granite 3.3's truly is: tells of tools, and doesn't render calls."""
+
+LIKE_GLM = HERMES.replace(
+    """'\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}""",
+    """'\n<tool_call>' + call.function.name + ' ' }}""",
+).replace("'}\n</tool_call>'", "'</tool_call>'")
+"""As GLM's: the same markers around calls as Hermes', and other text within."""
 
 REFUSING_RESULTS = HERMES.replace("{%- elif m.role == 'tool' %}", """
   {%- elif m.role == 'tool' %}{{ raise_exception('Results are not supported by this model') }}""")

@@ -7,19 +7,21 @@ from typing import Any
 import pytest
 
 from coserve.chat.template import ChatExtras, ChatTemplate
-from coserve.chat.toolprompt import find_call_format
+from coserve.chat.toolprobe import format_of
 from coserve.core import InvalidRequest
 from tests.chat_templates import ALTERNATING
 from tests.tiny_tokenizer import SMOL_CHATML
 from tests.tool_templates import (
     FAMILIES,
-    GRANITE,
+    GRANITE_TEXT_ONLY,
     HERMES,
+    LIKE_GLM,
     LLAMA3,
     MISTRAL,
     QWEN3_XML,
     REFUSING_RESULTS,
     SMOLLM3,
+    SMOLLM3_XML_TOOLS,
     UNKNOWN_CALLS,
 )
 
@@ -63,7 +65,35 @@ def test_a_conversation_without_tools_is_as_it_was() -> None:
         assert "<tools>" not in text
 
 
-@pytest.mark.parametrize("source", [SMOL_CHATML, UNKNOWN_CALLS])
+def test_each_template_is_what_it_is_meant_to_be() -> None:
+    for source, tools, calls in (
+        (SMOLLM3_XML_TOOLS, True, False), (GRANITE_TEXT_ONLY, True, False), (LIKE_GLM, False, False),
+        (UNKNOWN_CALLS, False, False), (REFUSING_RESULTS, True, True),
+    ):
+        found = ChatTemplate(source, {}).tool_prompt
+        assert (found.tools, found.calls) == (tools, calls)
+    assert ChatTemplate(LIKE_GLM, {}, "hermes").tool_prompt.tools, "a way that is named is believed"
+    assert "<tool_call>get_weather " in render_raw(LIKE_GLM, [USER, CALLING])
+
+
+def render_raw(source: str, messages: list[dict[str, Any]]) -> str:
+    template = ChatTemplate(source, {}, "hermes")
+    return template.render(messages, add_generation_prompt=False)
+
+
+def test_tools_in_another_variable() -> None:
+    text = render(SMOLLM3_XML_TOOLS, [USER, CALLING, RESULT], tools=[TOOL])
+    assert f"<tools>\n{TOOL['function']}\n</tools>" in text
+    assert TEXT_OF_CALL in text
+
+
+def test_calls_as_granite_writes_them() -> None:
+    text = render(GRANITE_TEXT_ONLY, [USER, {**CALLING, "tool_calls": [CALL, OTHER]}, RESULT], tools=[TOOL])
+    call = '{"name": "get_weather", "arguments": {"city": "Zürich"}}'
+    assert f"assistant<|end_of_role|><|tool_call|>[{call}, {call}]<|end_of_text|>" in text
+
+
+@pytest.mark.parametrize("source", [SMOL_CHATML, UNKNOWN_CALLS, LIKE_GLM])
 def test_a_template_without_tools_gets_them_as_text(source: str) -> None:
     text = render(source, [{"role": "system", "content": "Be short."}, USER, CALLING, RESULT], tools=[TOOL])
     system, user, call, result, _ = text.split("<|im_start|>")[1:]
@@ -128,6 +158,7 @@ def test_several_calls_where_a_turn_takes_one() -> None:
 
 
 def test_the_format_is_known_by_the_source() -> None:
-    sources = {"hermes": HERMES, "qwen3_xml": QWEN3_XML, "llama3_json": LLAMA3, "mistral": MISTRAL, "granite": GRANITE}
-    assert {name: find_call_format(source) for name, source in sources.items()} == {name: name for name in sources}
-    assert find_call_format(SMOL_CHATML) is None
+    """Where calls aren't rendered."""
+    sources = {"hermes": HERMES, "qwen3_xml": QWEN3_XML, "mistral": MISTRAL, "granite": GRANITE_TEXT_ONLY}
+    assert {name: format_of(source) for name, source in sources.items()} == {name: name for name in sources}
+    assert format_of(SMOL_CHATML) is None

@@ -453,7 +453,6 @@ BAD_DATA: dict[str, tuple[Callable[[Place], Path], str]] = {
         r"line 1: messages: no trained token",
     ),
     "unknown role": (lambda p: p.lines(chat_roles("user", "robot")), r'line 1: messages\[1\]\.role: "robot" is unknown'),
-    "tool role": (lambda p: p.lines(chat_roles("tool", "assistant")), r"line 1: messages\[0\]\.role: tool messages are not"),
     "unknown key of a message": (
         lambda p: p.lines(chat_roles("user", "assistant", mood="glad")), r'line 1: messages\[0\]\."mood": unknown key'
     ),

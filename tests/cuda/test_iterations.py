@@ -48,7 +48,7 @@ SAMPLINGS: dict[str, SamplingConfig] = {
     "penalties": SamplingConfig(repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3),
     "bias": SamplingConfig(logit_bias={3: 2.0}), "min_tokens": SamplingConfig(min_tokens=2, stop_token_ids=(5,)),
     "logprobs": SamplingConfig(logprobs=3), "prompt_logprobs": SamplingConfig(prompt_logprobs=2),
-    "n": SamplingConfig(n=2, seed=1),
+    "n": SamplingConfig(n=2, seed=1), "grammar": SamplingConfig(temperature=0.7, grammar="start: <[*]>+"),
 }
 
 

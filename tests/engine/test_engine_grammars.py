@@ -262,6 +262,34 @@ def test_threads_and_asyncio(model: LoadedModel, best: list[int]) -> None:
     assert_nothing_left(engine)
 
 
+def test_asyncio_that_gives_up_while_a_grammar_is_compiled(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request is cancelled once it is there."""
+    begun, go_on = threading.Event(), threading.Event()
+    with make_engine(model) as engine:
+        new_matchers = engine.grammars.new_matchers
+
+        def slowly(grammar: str, count: int) -> list[GrammarMatcher]:
+            begun.set()
+            go_on.wait(10)
+            return new_matchers(grammar, count)
+
+        monkeypatch.setattr(engine.grammars, "new_matchers", slowly)
+
+        async def give_up() -> None:
+            stream = engine.astream(IDS, replace(GREEDY, grammar=regex("a+"), max_tokens=400, ignore_eos=True))
+            first = asyncio.ensure_future(anext(stream))
+            await asyncio.to_thread(begun.wait, 10)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            go_on.set()
+            while engine.metrics()["requests_cancelled"] == 0:
+                await asyncio.sleep(0.01)
+
+        asyncio.run(asyncio.wait_for(give_up(), 20))
+    assert_nothing_left(engine)
+
+
 def test_requests_without_a_grammar_begin_no_thread(engines: MakeEngine) -> None:
     engine = engines()
     engine.generate([IDS], GREEDY)

@@ -60,7 +60,7 @@ def test_every_problem_is_told_with_its_line(tokenizer: ChatTokenizer, tmp_path:
     assert (found.num_lines, found.num_usable, found.num_problems) == (5, 2, 3)
     assert [problem.line for problem in found.problems] == [3, 4]
     assert found.problems[1] == LineProblem(4, "messages: no assistant message; add one, it is what is trained")
-    assert found.warnings == ("1 examples are the same as an earlier one", "2 usable examples only; at least 10 are better")
+    assert found.warnings == ("1 example is the same as an earlier one", "2 usable examples only; at least 10 are better")
 
 
 @pytest.mark.parametrize(("too_long", "usable", "problems"), [("error", 1, 1), ("drop", 1, 0), ("truncate", 2, 0)])
@@ -68,7 +68,7 @@ def test_long_examples(tokenizer: ChatTokenizer, tmp_path: Path, too_long: Any, 
     path = write_lines(tmp_path / "data.jsonl", [chat_line("1", "1"), chat_line("1", "1" * 50)])
     found = check(path, tokenizer, max_length=40, too_long=too_long)
     assert (found.num_too_long, found.num_usable, found.num_problems) == (1, usable, problems)
-    assert any("1 examples are too long" in warning for warning in found.warnings) == (too_long != "error")
+    assert any("1 example is too long" in warning for warning in found.warnings) == (too_long != "error")
     if problems:
         assert found.problems[0].line == 2
         assert "more than max_length 40" in found.problems[0].message

@@ -175,7 +175,7 @@ def test_what_passes_can_be_compiled_elsewhere(tokenizer: ChatTokenizer, refused
     ("at 3(8): failed to compile JSON schema: Bad thing\n   1 | start: %json {}\n              ^\n", "Bad thing"),
     ('at 2(8): unknown name: "b"\n   2 | start: b\n             ^\n', 'line 2: unknown name: "b"'),
     ("3(1): lexer error\n   3 | x\n       ^\n", "line 3: lexer error"),
-    ("lexer error: too many states\n<non-verbose/>", "lexer error: too many states"),
+    ("lexer error: too many states: 9 >= 9\n<non-verbose/>", "its patterns are too large together; simplify them"),
     ("", ""),
 ])
 def test_the_librarys_words(error: str, words: str) -> None:

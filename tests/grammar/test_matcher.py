@@ -111,6 +111,23 @@ def test_ending_waits_while_it_can(grammars: Grammars, tokenizer: ChatTokenizer)
     assert made.accept(a), "and nothing can follow"
 
 
+def test_an_end_token_that_is_text_ends_where_the_output_matches(grammars: Grammars, tokenizer: ChatTokenizer) -> None:
+    """So that what has ended matches; one that the request itself names may end it anywhere."""
+    (a,), (b,) = tokenizer.encode("a"), tokenizer.encode("b")
+    made = new_matcher(grammars, regex("[ab]{2}"), [a])
+    assert ids_of(made.mask()) == {b}
+    made.set_ending([a], [a])
+    assert ids_of(made.mask()) == {a, b}
+    made.set_ending([a])
+    made.accept(b)
+    made.accept(b)
+    made = new_matcher(grammars, regex("[ab]{2,3}"), [a])
+    made.accept(b)
+    assert ids_of(made.mask()) == {b}
+    made.accept(b)
+    assert ids_of(made.mask()) == {a, b}, "an end, or the third letter"
+
+
 def test_an_output_that_may_not_end_goes_on(grammars: Grammars, tokenizer: ChatTokenizer) -> None:
     (a,) = tokenizer.encode("a")
     made = new_matcher(grammars, regex("a+"))
@@ -270,6 +287,22 @@ def test_nothing_is_kept_of_grammars_that_are_not_used(tokenizer: ChatTokenizer)
     made = grammars.new_matchers(choice(["a"]), 2)
     assert grammars.in_use
     del made
+    assert not grammars.in_use
+
+
+def test_outputs_of_a_grammar_that_was_compiled_again_still_count(tokenizer: ChatTokenizer) -> None:
+    """Another output's error makes later ones begin anew; the earlier ones go on."""
+    grammars = Grammars(tokenizer, SIZE)
+    first, second = grammars.new_matchers(choice(["ab"]), 2)
+    second._fail("a limit")
+    (third,) = grammars.new_matchers(choice(["ab"]), 1)
+    assert third._compiled is not first._compiled
+    del second, third
+    assert grammars.in_use and first.error is None
+    (a,), (b,) = tokenizer.encode("a"), tokenizer.encode("b")
+    first.accept(a)
+    assert ids_of(first.mask()) == {b}
+    del first
     assert not grammars.in_use
 
 

@@ -67,6 +67,10 @@ def _message(**changes: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **changes}]
 
 
+def _call(arguments: Any) -> dict[str, Any]:
+    return {"id": "x", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
 def _records() -> Iterator[tuple[str, Any]]:
     """Objects that are no example for supervised training."""
     for value in _JUNK:
@@ -89,6 +93,14 @@ def _records() -> Iterator[tuple[str, Any]]:
         if value:
             yield f"tools {shown}", {"messages": _message(), "tools": value}
             yield f"tool calls {shown}", {"messages": _message(tool_calls=value)}
+            yield f"function call {shown}", {"messages": _message(function_call=value)}
+            yield f"variables {shown}", {"messages": _message(), "chat_template_kwargs": value}
+            yield f"parallel {shown}", {"messages": _message(), "parallel_tool_calls": value if value is not True else 1}
+            yield f"call's place {shown}", {"messages": [{"role": "user", "content": "q", "tool_calls": value}, _message()[1]]}
+        if value and value != "x":
+            yield f"thoughts {shown}", {"messages": _message(reasoning_content=value)}
+            yield f"id of a result {shown}", {"messages": [
+                {"role": "tool", "content": "x", "tool_call_id": value}, *_message()]}
     user, answer = _message()
     yield from {
         "no key": {}, "only user": {"messages": [user]}, "only system": {"messages": [{"role": "system", "content": "x"}]},
@@ -108,7 +120,17 @@ def _records() -> Iterator[tuple[str, Any]]:
         "openai input": {"input": {"messages": [user]}}, "list in list": {"messages": [[user, answer]]},
         "alpaca": {"instruction": "x", "output": ["y"]}, "two layouts": {"messages": [user, answer], "conversations": [user]},
         "sharegpt": {"conversations": [{"from": "human", "value": "x"}]},
-        "function call": {"messages": _message(function_call={"name": "x"})},
+        "call's name": {"messages": _message(function_call={"name": "a b"})},
+        "call's arguments": {"messages": _message(tool_calls=[_call("{x: 1}")])},
+        "call's list of arguments": {"messages": _message(tool_calls=[_call([1])])},
+        "deep arguments": {"messages": _message(tool_calls=[_call('{"a":' * 500 + "1" + "}" * 500)])},
+        "surrogate in arguments": {"messages": _message(tool_calls=[_call({"a": "\ud800"})])},
+        "result of no call": {"messages": [user, {**answer, "tool_calls": [_call({})]},
+                                           {"role": "tool", "tool_call_id": "y", "content": "x"}, answer]},
+        "sharegpt's call": {"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f(x)"}]},
+        "tools of a text": {"text": "x", "tools": [{"type": "function", "function": {"name": "f"}}]},
+        "images": {"messages": _message(), "images": ["a.png"]},
+        "unknown variable": {"messages": _message(), "chat_template_kwargs": {"colour": 1}},
     }.items()
 
 

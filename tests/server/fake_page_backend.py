@@ -23,6 +23,7 @@ from starlette.datastructures import UploadFile
 
 from coserve.config.settings import SamplingConfig
 from coserve.core import CoserveError, InvalidRequest, NotFound, Slo
+from coserve.finetune.datacheck import DataCheck, Lengths, LineProblem, ShownExample, TrainedPiece, as_json
 from coserve.server.errors import Unauthorized, error_body, status_of
 from coserve.server.jobs.body import CreateJob
 from coserve.server.jobs.objects import Pace, checkpoint_object, event_object, job_object, step_data, step_message
@@ -53,6 +54,8 @@ class FakeBackend:
         self.gone: set[str] = set()
         """Names of models that are no longer listed."""
         self.created: list[CreateJob] = []
+        self.checked: list[CreateJob] = []
+        self.num_uploads = 0
         self.jobs: dict[str, JobRecord] = {}
         self.add_job("ftjob-9b1e", "harbour-guide-v2", age_s=42, num_steps=160, validation_file="file-valid")
         self.add_job("ftjob-77aa", "tone", age_s=20, status="queued", num_steps=90)
@@ -214,13 +217,27 @@ def _add_job_routes(app: FastAPI, backend: FakeBackend) -> None:
         form = await request.form()
         file = form["file"]
         assert isinstance(file, UploadFile) and form["purpose"] == "fine-tune"
-        id = f"file-{len(backend.files)}"
+        backend.num_uploads += 1
+        id = f"file-new{backend.num_uploads}"
         backend.files[id] = file.filename or ""
         return {"id": id, "object": "file", "filename": file.filename, "bytes": file.size, "purpose": "fine-tune"}
 
     @app.get("/v1/files/{id}")
     async def file(id: str) -> dict[str, Any]:
         return {"id": id, "object": "file", "filename": backend.files[id]}
+
+    @app.delete("/v1/files/{id}")
+    async def delete(id: str) -> dict[str, Any]:
+        del backend.files[id]
+        return {"id": id, "object": "file", "deleted": True}
+
+    @app.post("/v1/fine_tuning/jobs/check")
+    async def check_data(request: Request) -> dict[str, Any]:
+        body = CreateJob.model_validate(await request.json())
+        backend.checked.append(body)
+        found = _data_check(backend.files[body.training_file])
+        held_out = None if body.validation_file is None else as_json(_data_check("valid"))
+        return {"object": "fine_tuning.data_check", "training_file": as_json(found), "validation_file": held_out}
 
     @app.get("/v1/fine_tuning/jobs")
     async def jobs(request: Request) -> dict[str, Any]:
@@ -248,6 +265,25 @@ def _add_job_routes(app: FastAPI, backend: FakeBackend) -> None:
     @app.get("/v1/fine_tuning/jobs/{id}/checkpoints")
     async def checkpoints(id: str, request: Request) -> dict[str, Any]:
         return _page(backend.checkpoints(backend.refresh(id)), request)
+
+
+def _data_check(name: str) -> DataCheck:
+    """What a file holds. Files whose names begin with "bad" have problems."""
+    said = [("<|im_start|>user\nWeather <b>here</b>?<|im_end|>\n<|im_start|>assistant\n", False),
+            ('<tool_call>\n{"name": "weather", "arguments": {"city": "Vellmoor"}}\n</tool_call><|im_end|>', True),
+            ("\n<|im_start|>user\n<tool_response>\nfog\n</tool_response><|im_end|>\n<|im_start|>assistant\n", False),
+            ("Fog over the harbour, as ever.<|im_end|>", True), ("\n", False)]
+    pieces = tuple(TrainedPiece(text, trained) for text, trained in said)
+    example = ShownExample(line=1, part="messages", number=1, num_of_line=1, num_tokens=74, num_trained=38, pieces=pieces)
+    bad = name.startswith("bad")
+    problems = [LineProblem(line, "messages: no assistant message; add one, it is what is trained") for line in range(3, 45)]
+    return DataCheck(
+        objective="sft", share=1 if not bad else 0.25, num_lines=412, num_usable=412 - len(problems) * bad,
+        layouts={"messages": 412}, lengths=Lengths(min=31, median=142, p95=380, max=611, total=61208, trained=20145),
+        max_length=2048, num_too_long=0, warnings=("3 examples are the same as an earlier one",) * bad,
+        problems=tuple(problems[:10]) if bad else (), num_problems=len(problems) * bad,
+        shown=(example, replace(example, line=2)),
+    )
 
 
 async def _answer(body: dict[str, Any]) -> AsyncIterator[str]:

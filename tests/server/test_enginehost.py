@@ -1,4 +1,5 @@
-"""The engine process's host: what is asked of a job while it is being prepared is done in the order of asking."""
+"""The engine process's host: what is asked of a job while it is being prepared is done in the order of asking, and requests
+with a grammar hold up no others while it is compiled."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from coserve.config.settings import FinetuneConfig
+from coserve.config.settings import FinetuneConfig, SamplingConfig
+from coserve.core import InvalidRequest
+from coserve.engine.requests import RequestHandle
 from coserve.server.link.enginehost import EngineHost
-from coserve.server.link.messages import ActJob, FromEngine, Replied, StartJob
+from coserve.server.link.messages import ActJob, Cancel, Failed, FromEngine, Generate, Replied, StartJob
 
 
 class Handle:
@@ -57,3 +60,44 @@ def test_an_early_action_comes_before_a_later_one(tmp_path: Path) -> None:
     handle.between.join(10)
     host.close()
     assert handle.actions == ["pause", "resume"]
+
+
+def ask(name: str, grammar: str | None) -> Generate:
+    return Generate(id=name, prompt_ids=[1], sampling=SamplingConfig(grammar=grammar), arrival_s=0.0)
+
+
+def test_a_grammar_is_compiled_beside_the_messages() -> None:
+    """Others are submitted meanwhile; one that is cancelled meanwhile is cancelled once it is there; errors are told."""
+    compiling, submitted, posts = threading.Event(), list[str](), queue.SimpleQueue[FromEngine]()
+    cancelled = threading.Event()
+
+    def submit(prompt: Any, sampling: SamplingConfig, *, label: str, **_: Any) -> RequestHandle:
+        if sampling.grammar is not None:
+            compiling.wait(10)
+        if sampling.grammar == "wrong":
+            raise InvalidRequest("grammar: is wrong", param="grammar")
+        if sampling.grammar == "bug":
+            raise ZeroDivisionError("a bug")
+        submitted.append(label)
+        return RequestHandle(prompt, sampling, 0.0, cancelled.set)
+
+    engine: Any = SimpleNamespace(submit=submit, closed=False)
+    host = EngineHost(engine, posts.put, lambda: None)
+    host.on_message(ask("slow", "slow"))
+    host.on_message(ask("wrong", "wrong"))
+    host.on_message(ask("plain", None))
+    assert submitted == ["plain"]
+    host.on_message(Cancel(id="slow"))
+    assert not cancelled.is_set()
+    compiling.set()
+    failed = posts.get(timeout=10)
+    assert isinstance(failed, Failed)
+    assert (failed.id, failed.problem.name, failed.problem.param) == ("wrong", "InvalidRequest", "grammar")
+    assert cancelled.wait(10) and submitted == ["plain", "slow"]
+    host.on_message(ask("bug", "bug"))
+    failed = posts.get(timeout=10)
+    assert isinstance(failed, Failed) and (failed.id, failed.problem.message) == ("bug", "ZeroDivisionError: a bug")
+    host.on_message(Cancel(id="bug"))
+    host._compiling.shutdown()
+    assert not host._early_ends
+    host.close()

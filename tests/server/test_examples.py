@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,15 @@ def test_tuned_model_by_client(tmp_path: Path) -> None:
     with running_server(command, tmp_path / "log") as server:
         said = output_of("tuned_model_by_client.py", f"{server.url}/v1")
     assert "Old Marta keeps the lighthouse." in said.partition("ft:")[2]
+
+
+def test_tune_for_tools(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "coserve", "serve", "--data-dir", str(tmp_path / "data")]
+    with running_server(command, tmp_path / "log") as server:
+        said = output_of("tune_for_tools.py", f"{server.url}/v1")
+    right = [(int(found[1]), int(found[2])) for found in re.finditer(r": (\d+) of (\d+) right", said)]
+    (base, count), (tuned, _) = right
+    assert base < 0.1 * count and tuned >= 0.8 * count, said
 
 
 def test_serve_peft_adapter(tmp_path: Path) -> None:

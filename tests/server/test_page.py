@@ -186,6 +186,8 @@ def test_axe_finds_nothing(browser: Any, site: Site, width: int, scheme: str) ->
     page.click("#chat-send")
     page.click("#new-job")
     page.click("#job-submit")
+    page.set_input_files("#job-training_file", [a_file("bad.jsonl")])
+    page.wait_for_selector("#data-problems")
     page.wait_for_timeout(1500)
     found = axe.Axe().run(page).response["violations"]
     serious = [(item["id"], [node["html"][:120] for node in item["nodes"]]) for item in found]
@@ -246,6 +248,53 @@ def test_thoughts_are_shown_apart_from_the_answer(browser: Any, site: Site) -> N
     assert "tokens/s" in notes[0] and notes[1] == "It ended in its thoughts."
     assert not complaints
     page.context.close()
+
+
+def a_file(name: str) -> dict[str, Any]:
+    """A file that a browser chooses. The fake backend tells of its data by its name."""
+    return {"name": name, "mimeType": "application/jsonl", "buffer": b'{"messages": []}\n'}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1440, "light"), (1440, "dark")])
+def test_data_are_shown_before_a_job_starts(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    shots = Path(os.environ.get("COSERVE_SHOTS", tmp_path))
+    with Site() as site:
+        page, complaints = open_page(browser, site, width, scheme)
+        page.click("#new-job")
+        assert not page.is_visible("#job-data")
+        page.set_input_files("#job-training_file", [a_file("harbour.jsonl")])
+        page.wait_for_selector("#data-examples")
+        assert "412" in page.text_content("#data-facts") and "61,208" in page.text_content("#data-facts")
+        first = page.locator("#data-example-list pre").first
+        assert first.locator("mark").all_text_contents()[1] == "Fog over the harbour, as ever.<|im_end|>"
+        assert "Weather <b>here</b>?" in first.text_content(), "markup is shown as text"
+        assert not page.is_visible("#data-problems") and not page.is_visible("#data-warnings")
+        page.set_input_files("#job-validation_file", [a_file("valid.jsonl")])
+        page.wait_for_selector("#data-facts dt:has-text('For validation')")
+        page.locator("#job-form").screenshot(path=shots / f"data-{width}-{scheme}.png")
+        before = len(site.backend.files)
+        page.set_input_files("#job-training_file", [a_file("bad.jsonl")])
+        page.wait_for_selector("#data-problems")
+        assert page.text_content("#data-problems-title") == "42 problems: a job would be refused"
+        problems = page.locator("#data-problem-list li").all_text_contents()
+        assert problems[0].startswith("line 3: messages: no assistant message")
+        assert problems[-1] == "and 32 more"
+        assert page.text_content("#data-status") == "The file is long: this tells of its first 25.0%."
+        assert "3 examples are the same" in page.text_content("#data-warning-list")
+        until(lambda: len(site.backend.files) == before)  # the file that was chosen before is gone
+        assert "harbour.jsonl" not in site.backend.files.values()
+        assert page.evaluate("document.documentElement.scrollWidth") == width, "nothing sticks out"
+        page.locator("#job-form").screenshot(path=shots / f"data-bad-{width}-{scheme}.png")
+        page.click("#job-submit")
+        page.wait_for_selector("#job-form", state="hidden")
+        (body,) = site.backend.created
+        assert site.backend.files[body.training_file] == "bad.jsonl"
+        assert body.validation_file is not None
+        page.click("#new-job")
+        assert not page.is_visible("#job-data")
+        assert complaints == []
+        page.context.close()
 
 
 @pytest.mark.full

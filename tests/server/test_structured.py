@@ -11,8 +11,9 @@ from typing import Any
 import pydantic
 import pytest
 
+from coserve.core import InvalidRequest
 from coserve.grammar import check, choice, ebnf, json_object, json_schema, regex
-from tests.server.fakes import ANSWER, MODEL, send
+from tests.server.fakes import ANSWER, MODEL, Script, send
 from tests.server.malformed import TOO_MANY_PATTERNS, wrong_fields
 from tests.server.sites import CHAT_PATH, HI, TEXT_PATH, Site
 
@@ -107,6 +108,17 @@ def test_what_is_refused(site: Site, fields: dict[str, Any], param: str, words: 
             assert (reply.status, reply.error["param"]) == (400, param), reply.text
             assert words in reply.error["message"]
     assert not site.engine.asked and not site.metrics.meters
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
+def test_what_fails_on_the_way_is_named_too(site: Site, prompt: Any) -> None:
+    """The engine names its own field."""
+    site.engine.script = Script(error=InvalidRequest("grammar: no text can match it", param="grammar"))
+    reply = send(site.port, TEXT_PATH, {"prompt": prompt, "regex": "a"})
+    assert (reply.status, reply.error["param"], reply.error["message"]) == (400, "regex", "regex: no text can match it")
+    site.engine.script = Script(error=InvalidRequest("prompt: is bad", param="prompt"))
+    assert send(site.port, TEXT_PATH, {"prompt": prompt, "regex": "a"}).error["message"] == "prompt: is bad"
+    assert {meter.ends[0] for meter in site.metrics.meters} <= {"error", "cancelled"}
 
 
 def test_every_wrong_value_is_named(site: Site) -> None:

@@ -14,20 +14,12 @@ from coserve.core import InvalidRequest
 
 ROLES = ("system", "developer", "user", "assistant")
 TOOL_ROLES = ("tool", "function")
-"""Of results: a tool's, and a function's in OpenAI's old form. Training data doesn't have them yet."""
+"""Of results: a tool's, and a function's in OpenAI's old form."""
 CALL_FIELDS = ("tool_calls", "tool_call_id", "function_call")
 """Fields of a message that belong to calls and results."""
 Neutral = Mapping[str, tuple[Any, ...]]
 """{field: the values that ask for what happens anyway}; null always does."""
 
-NO_TOOLS: Neutral = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True,),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-}
-"""Fields beside a conversation of training data, which has no tools."""
 _EMPTY: tuple[Any, ...] = ([], {}, "")
 UNSUPPORTED: Neutral = dict.fromkeys(
     ("tool_calls", "tool_call_id", "function_call", "audio", "reasoning", "reasoning_content"), _EMPTY

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from transformers.utils.chat_template_utils import (
@@ -21,7 +22,8 @@ from transformers.utils.chat_template_utils import (
     _render_with_assistant_indices,
 )
 
-from coserve.chat.toolprompt import PROBE_CALL, PROBE_TOOL, Message, ToolPrompt, find_call_format
+from coserve.chat.toolprobe import probe_tools
+from coserve.chat.toolprompt import Message, ToolPrompt
 from coserve.core import ContextExceeded, CoserveError, InvalidRequest, one_line
 
 PROBE = "coserve-probe"
@@ -51,7 +53,7 @@ NO_EXTRAS = ChatExtras()
 
 class ChatTemplate:
     """One template. special_tokens: what it may write by name (`bos_token` and so on). call_format: how the model writes calls
-    of tools, a name of toolprompt.CALL_FORMATS; None: as the template's source says."""
+    of tools, a name of toolprompt.CALL_FORMATS; None: as the template says."""
 
     owner = "the model's"
     """Whose it is, for errors."""
@@ -59,7 +61,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, Any], call_format: str | None = None) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens)
-        self._call_format = find_call_format(source) if call_format is None else call_format
+        self._call_format = call_format
 
     @property
     def has_generation_tags(self) -> bool:
@@ -106,22 +108,8 @@ class ChatTemplate:
 
     @functools.cached_property
     def tool_prompt(self) -> ToolPrompt:
-        """What of tools, calls and results it is given, and what becomes text before. See toolprompt.py."""
-        question = {"role": "user", "content": "x"}
-        call = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
-        result = {"role": "tool", "content": PROBE, "tool_call_id": PROBE_CALL["id"], "name": PROBE}
-        name = PROBE_TOOL["function"]["name"]
-        tools, calls, results = (
-            self._try([question], ChatExtras(tools=[PROBE_TOOL])), self._try([question, call]),
-            self._try([question, call, result]),
-        )
-        native = self._call_format is not None and tools is not None and name in tools
-        return ToolPrompt(
-            call_format=self._call_format if native and self._call_format else "hermes", tools=native,
-            calls=native and (calls is None or name in calls), results=native and (results is None or PROBE in results),
-            system=self.takes_system,
-            several=calls is None or self._try([question, {**call, "tool_calls": [PROBE_CALL, PROBE_CALL]}]) is not None,
-        )
+        """What of tools, calls and results it is given, and what becomes text before. See toolprobe.py."""
+        return probe_tools(self._try, self.source, self._call_format, system=self.takes_system)
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None,
@@ -172,8 +160,9 @@ class ChatTemplate:
     def _variables(self, messages: Sequence[Message], now: datetime | None, extras: ChatExtras) -> dict[str, Any]:
         """What the template sees; plain data only, as templates are foreign code. Extra variables replace no other one."""
         if extras.tools or any("tool_calls" in message or message["role"] == "tool" for message in messages):
-            messages, shown = self.tool_prompt.adapt(messages, extras.tools)
-            extras = replace(extras, tools=shown)
+            messages, told = self.tool_prompt.adapt(messages, extras.tools)
+            extras = replace(extras, tools=(), variables={**extras.variables, **told})
+            return {**self._as_given(messages, now, extras), **told}
         return self._as_given(messages, now, extras)
 
     def _as_given(self, messages: Sequence[Message], now: datetime | None, extras: ChatExtras) -> dict[str, Any]:
@@ -185,10 +174,11 @@ class ChatTemplate:
     def _try_role(self, role: str) -> str | None:
         return self._try([{"role": role, "content": PROBE}, {"role": "user", "content": "x"}])
 
-    def _try(self, messages: Sequence[Message], extras: ChatExtras = NO_EXTRAS) -> str | None:
+    def _try(self, messages: Sequence[Message], variables: Mapping[str, Any] = MappingProxyType({})) -> str | None:
         """What it renders of messages as they are; None if it refuses them."""
         try:
-            return self._write({**self._as_given(messages, None, extras), "add_generation_prompt": False}, None)
+            given = {**self._as_given(messages, None, NO_EXTRAS), **variables, "add_generation_prompt": False}
+            return self._write(given, None)
         except Exception:
             return None
 

@@ -1,15 +1,15 @@
 """What a chat template is given of tools, calls and results; and the text that says the same where it doesn't render them.
 
-    template renders the tools' names, and writes calls in a known way    it is given all of them as they are
-    ... but not calls, or not results (SmolLM3's)                         those become text, the rest is given
-    any other (SmolLM2's)                                                 all become text, in Hermes' style
+    template renders the tools' names, and calls are written in a known way    it is given all of them as they are
+    ... but not calls (SmolLM3's, Granite 3's), or not results                 those become text, the rest is given
+    any other (SmolLM2's)                                                      all become text, in Hermes' way
 
     tools      at the end of the system message                     <tools>{...}</tools>
     calls      at the end of the assistant's content                <tool_call>{"name": ..., "arguments": ...}</tool_call>
     results    a user's turn, one for all that follow each other    <tool_response>...</tool_response>
 
-Owns: this text, which way of writing calls a template's source tells. Does not own: rendering (template.py), how calls are read
-again (toolformats/).
+Owns: this text. Does not own: what a template renders (toolprobe.py), rendering (template.py), how calls are read again
+(toolformats/).
 """
 
 from __future__ import annotations
@@ -24,27 +24,10 @@ Message = Mapping[str, Any]
 """A chat message: role, content, possibly name, and for an assistant possibly `tool_calls` (with arguments as objects),
 `reasoning_content` and `weight` (0: not trained). One of role tool may have `tool_call_id`."""
 
-CALL_FORMATS = ("hermes", "qwen3_xml", "llama3_json", "mistral", "granite")
+HERMES = "hermes"
+CALL_FORMATS = (HERMES, "qwen3_xml", "llama3_json", "mistral", "granite")
 """Ways of writing calls that are known, by vLLM's names."""
-_MARKERS = (
-    ("<function=", "qwen3_xml"), ("[TOOL_CALLS]", "mistral"), ("<tool_call>", "hermes"), ("<|tool_call|>", "granite"),
-    ("<|python_tag|>", "llama3_json"), ("ipython", "llama3_json"),
-)
-"""What templates write around calls, and the format that it tells: the first one that is found."""
-PROBE_TOOL: Mapping[str, Any] = {"type": "function", "function": {
-    "name": "qzx_probe", "description": "x", "parameters": {
-        "type": "object", "properties": {"place": {"type": "string", "description": "x"}}, "required": ["place"],
-    },
-}}
-PROBE_CALL: Mapping[str, Any] = {
-    "id": "qzxprobe1", "type": "function", "function": {"name": "qzx_probe", "arguments": {"place": "x"}},
-}
 _MISTRAL_ID_CHARS = 9
-
-
-def find_call_format(source: str) -> str | None:
-    """How a model writes calls, a name of CALL_FORMATS, by the source of its chat template; None: unknown."""
-    return next((name for marker, name in _MARKERS if marker in source), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +36,8 @@ class ToolPrompt:
 
     call_format: how the model is expected to write calls. tools, calls, results: whether the template renders these itself.
     system: whether it renders a system message. several: whether it takes more than one call in a turn; if not, each call is
-    given in a turn of its own, with its result behind it.
+    given in a turn of its own, with its result behind it. tools_variable: the variable that the template reads tools from:
+    `tools`, or `xml_tools`, which holds the functions alone.
     """
 
     call_format: str
@@ -62,15 +46,16 @@ class ToolPrompt:
     results: bool
     system: bool
     several: bool = True
+    tools_variable: str = "tools"
 
     def adapt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
-    ) -> tuple[list[Message], Sequence[Mapping[str, Any]]]:
-        """The messages and the tools that the template is given."""
+    ) -> tuple[list[Message], Mapping[str, Any]]:
+        """The messages that the template is given, and the variables that tell it of tools."""
         turns: list[Message] = []
         for message in messages if self.several else _one_by_one(messages):
             if "tool_calls" in message and not self.calls:
-                turns.append(_with_calls(message))
+                turns.append(_with_calls(message, self.call_format))
             elif message["role"] == "tool" and not self.results:
                 answers = turns[-1].get("answers", []) if turns else []
                 result = f"<tool_response>\n{message['content']}\n</tool_response>"
@@ -79,7 +64,12 @@ class ToolPrompt:
             else:
                 turns.append(_with_short_ids(message) if self.call_format == "mistral" else message)
         turns = [{key: value for key, value in turn.items() if key != "answers"} for turn in turns]
-        return (turns, tools) if self.tools or not tools else (self._with_tools(turns, tools), ())
+        if not tools:
+            return turns, {}
+        if not self.tools:
+            return self._with_tools(turns, tools), {}
+        given = [dict(tool["function"] if self.tools_variable == "xml_tools" else tool) for tool in tools]
+        return turns, {self.tools_variable: given}
 
     def _with_tools(self, turns: list[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
         """The messages with the tools as text: in the system message, or in the first one where there can't be one."""
@@ -103,16 +93,18 @@ def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def write_calls(calls: Sequence[Mapping[str, Any]]) -> str:
-    """Calls as a model writes them in Hermes' style."""
-    return "\n".join(
-        f'<tool_call>\n{{"name": {_json(call["function"]["name"])}, "arguments": {_arguments(call)}}}\n</tool_call>'
-        for call in calls
-    )
+def write_calls(calls: Sequence[Mapping[str, Any]], call_format: str) -> str:
+    """Calls as a model writes them, for a template that doesn't: in Granite's way, or in Hermes'."""
+    listed = [
+        f'{{"name": {_json(call["function"]["name"])}, "arguments": {_arguments(call)}}}' for call in calls
+    ]
+    if call_format == "granite":
+        return f"<|tool_call|>[{', '.join(listed)}]"
+    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in listed)
 
 
-def _with_calls(message: Message) -> Message:
-    content, calls = message["content"], write_calls(message["tool_calls"])
+def _with_calls(message: Message, call_format: str) -> Message:
+    content, calls = message["content"], write_calls(message["tool_calls"], call_format)
     turn = {key: value for key, value in message.items() if key != "tool_calls"}
     return {**turn, "content": f"{content}\n{calls}" if content else calls}
 

@@ -289,7 +289,8 @@ class SamplingConfig:
     shown_special_ids: tuple[int, ...] = ()
     """Special tokens that the output's text shows, by id. All others don't show."""
     grammar: str | None = None
-    """What the output must match, in llguidance's variant of Lark, where `%json {...}` is a JSON schema. None: anything."""
+    """What the output must match, in llguidance's variant of Lark, where `%json {...}` is a JSON schema; `coserve.grammar`
+    writes such texts. None: anything."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -200,7 +200,12 @@ class Engine:
         if sampling is None or sampling.grammar is None:
             handle = self.submit(prompt, sampling, **options)
         else:  # which may take long to compile
-            handle = await asyncio.to_thread(self.submit, prompt, sampling, **options)
+            submitting = asyncio.ensure_future(asyncio.to_thread(self.submit, prompt, sampling, **options))
+            try:
+                handle = await asyncio.shield(submitting)
+            except asyncio.CancelledError:
+                submitting.add_done_callback(lambda done: None if done.exception() else done.result().cancel())
+                raise
 
         def notify(chunk: Chunk) -> None:
             with contextlib.suppress(RuntimeError):  # the event loop is closed

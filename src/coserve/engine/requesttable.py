@@ -92,7 +92,7 @@ class RequestTable(Seats):
             )
             matcher = matchers[index] if matchers else None
             if matcher is not None:
-                matcher.set_ending(ending)
+                matcher.set_ending(ending, sampling.stop_token_ids)
             lives.append(LiveRequest(
                 handle=handle, index=index, state=state, sampling=sampling, stream=stream, ending=ending, version=version,
                 slot=NO_ADAPTER, matcher=matcher,

@@ -185,10 +185,10 @@ class _Checking:
     def _warnings(self, share: float) -> Iterator[str]:
         yield from remarks(self.reader, self.num_lines)
         if self.num_same:
-            yield f"{self.num_same} examples are the same as an earlier one"
+            yield f"{_examples(self.num_same)} the same as an earlier one"
         if self.num_too_long and self.config.too_long != "error":
             done = "left out" if self.config.too_long == "drop" else "cut at the end, or left out if nothing trained remains"
-            yield f"{self.num_too_long} examples are too long and will be {done}"
+            yield f"{_examples(self.num_too_long)} too long and will be {done}"
         if self.num_usable < FEW_EXAMPLES and self.num_lines and share == 1:
             yield f"{self.num_usable} usable examples only; at least {FEW_EXAMPLES} are better"
 
@@ -265,6 +265,10 @@ def split_pieces(tokenizer: ChatTokenizer, token_ids: np.ndarray, weights: np.nd
         shown.append((rest, waiting))
     runs = itertools.groupby(shown, key=lambda pair: pair[1])
     return tuple(TrainedPiece("".join(text for text, _ in run), trained) for trained, run in runs)
+
+
+def _examples(count: int) -> str:
+    return "1 example is" if count == 1 else f"{count} examples are"
 
 
 def _num_trained(sequence: Encoded) -> int:

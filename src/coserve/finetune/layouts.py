@@ -19,7 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coserve.chat.messages import is_neutral
+from coserve.chat.reasoning import style_of
 from coserve.chat.template import NO_EXTRAS, ChatExtras
+from coserve.chat.trained import texts_in
+from coserve.chat.variables import check_variables
 from coserve.config.settings import PAIRED, Objective, SystemPrompt
 from coserve.core import InvalidRequest
 from coserve.finetune.calls import link_calls, read_line_tools, unlisted_call
@@ -102,6 +105,11 @@ class LineReader:
         variables = record.get("chat_template_kwargs")
         if not isinstance(variables, dict | None):
             raise LineError(f"{prefix}chat_template_kwargs", f"an object is expected, got {kind(variables)}")
+        for text in texts_in(variables):
+            read_text(text, f"{prefix}chat_template_kwargs")
+        if variables and self.tokenizer.has_chat_template:
+            template = self.tokenizer.template
+            variables = check_variables(variables, template, style_of(template.written))
         tools = read_line_tools(record, prefix)
         if tools and self._extras.tools:
             raise LineError(f"{prefix}tools", "the line has tools beside it too; give them once")

@@ -44,11 +44,13 @@ def json_schema(
     others (`chat.schemas.closed`). field: is named in errors. Raises InvalidRequest if it is no JSON.
     """
     if isinstance(schema, str):
+        check_text(schema, field)
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
             raise _wrong(field, f"isn't JSON: {error}") from None
     if isinstance(schema, Mapping):
+        _check_characters(schema, field)
         style: dict[str, Any] = dict(_NO_SPACES if compact else _ONE_LINE)
         if whitespace_pattern is not None:
             style = {"whitespace_pattern": whitespace_pattern}
@@ -75,6 +77,7 @@ def regex(pattern: str, *, field: str = "regex") -> str:
     """
     if not pattern:
         raise _wrong(field, "is empty; give a regular expression")
+    check_text(pattern, field)
     return f"start: /{_in_slashes(pattern)}/\n"
 
 
@@ -85,6 +88,7 @@ def choice(options: Sequence[str], *, field: str = "choice") -> str:
     for number, option in enumerate(options):
         if not option:
             raise _wrong(f"{field}[{number}]", "is empty; give a text")
+    _check_characters(options, field)
     return f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, options))}\n"
 
 
@@ -130,6 +134,21 @@ def check_text(grammar: str, field: str) -> None:
         grammar.encode()
     except UnicodeEncodeError:
         raise _wrong(field, "has half a surrogate pair, which is no character") from None
+
+
+def _check_characters(value: Any, field: str) -> None:
+    """Raises InvalidRequest for what would be too long as JSON, before it is written: that keeps Python's lock for a while."""
+    left, pending = MAX_CHARACTERS, [value]
+    while pending:
+        item = pending.pop()
+        left -= len(item) if isinstance(item, str) else 1
+        if left < 0:
+            raise _wrong(field, f"has more than {MAX_CHARACTERS} characters")
+        if isinstance(item, Mapping):
+            pending += item.keys()
+            pending += item.values()
+        elif isinstance(item, list | tuple):
+            pending += item
 
 
 def _in_slashes(pattern: str) -> str:

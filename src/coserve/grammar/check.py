@@ -48,6 +48,8 @@ _IN_WORDS = (
      'the schema\'s oneOf can\'t be enforced; use anyOf, or have it read as anyOf by "x-guidance": {{"coerce_one_of": true}}'),
     (re.compile(r"Current row has \d+ items"),
      "too many texts are possible at one place; have fewer optional properties or alternatives"),
+    (re.compile(r"too many (?:states|expressions)|precomputation failed|limit for this grammar"),
+     "its patterns are too large together; simplify them"),
     (re.compile(r"^NoExtensionBias$"), "no text can match it to its end"),
     (re.compile(r"(unknown special token: .*?);"), "{}"),
 )

@@ -47,13 +47,15 @@ class GrammarMatcher:
         self._inner: Any = compiled.start.deep_copy()
         self._size = size
         self._words = np.zeros(num_words(size + 1), np.int32)
-        self._ending = np.zeros(num_words(size), np.int32)
+        self._ending = self._only_at_end = np.zeros(num_words(size), np.int32)
         self._spent_s, self._allowed_s = 0.0, CREDIT_S
         self.error: CoserveError | None = None
 
-    def set_ending(self, tokens: Collection[int]) -> None:
-        """The ids that end the output where it matches, whether the grammar knows them or not."""
+    def set_ending(self, tokens: Collection[int], asked: Collection[int] = ()) -> None:
+        """The ids that end the output where it matches, whether the grammar knows them or not. asked: those of them that may
+        also end it elsewhere, where they go on with the text."""
         self._ending = packed(tokens, self._size)
+        self._only_at_end = self._ending & ~packed(asked, self._size)
 
     def mask(self, *, hold: bool = False) -> np.ndarray:
         """The tokens that may come next, int32 [words]. It is never empty: it allows everything if there is an error. hold:
@@ -72,9 +74,12 @@ class GrammarMatcher:
         if self._size % _BITS:  # the last word may have the library's own end of text
             allowed[-1] &= (1 << self._size % _BITS) - 1
         self._check(time.thread_time() - began)
-        open_ = allowed | self._ending if accepting else allowed
-        longer = open_ & ~self._ending if hold else open_
-        chosen = longer if longer.any() else open_
+        if accepting:
+            allowed |= self._ending
+        late = self._ending if hold else self._only_at_end
+        chosen = allowed & ~late if hold or not accepting else allowed
+        if not chosen.any():  # nothing else is left
+            chosen = allowed
         if not chosen.any():
             self._fail("no token of the model can follow, and the output may not end here")
         return chosen if self.error is None else np.full_like(chosen, -1)
@@ -117,6 +122,8 @@ class Grammars:
         self._table: Any = None
         self._compiled: weakref.WeakValueDictionary[str, _Compiled] = weakref.WeakValueDictionary()
         """By text, those that an output uses: what the library has worked out for one serves the others."""
+        self._alive: weakref.WeakSet[_Compiled] = weakref.WeakSet()
+        """All that an output uses, also those whose text has been compiled again since."""
         self.num_threads = min(MAX_THREADS, max(1, (os.cpu_count() or 1) // 2))
         self._threads: ThreadPoolExecutor | None = None
 
@@ -144,12 +151,13 @@ class Grammars:
             if start.is_error():
                 raise InvalidRequest(f"grammar: {explained(start.get_error())}", param="grammar")
             compiled = self._compiled[grammar] = _Compiled(start)
+            self._alive.add(compiled)
         return [GrammarMatcher(compiled, self.size) for _ in range(count)]
 
     @property
     def in_use(self) -> bool:
         """Whether there may be an output with a grammar."""
-        return len(self._compiled) > 0
+        return len(self._alive) > 0
 
     @property
     def threads(self) -> ThreadPoolExecutor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from coserve.config.settings import SamplingConfig
 from coserve.config.values import SloMs
-from coserve.core import CapacityError, CoserveError
+from coserve.core import CapacityError, CoserveError, InvalidRequest
 from coserve.server.errors import EngineUnavailable
 from coserve.server.link.messages import Tokens
 from coserve.server.link.streams import RequestStream
@@ -22,6 +22,8 @@ from coserve.server.places import Claim
 from coserve.server.services import Services
 from coserve.server.stats.metrics import RequestMeter
 
+GRAMMAR = "grammar"
+"""The field that the engine's errors name (SamplingConfig)."""
 _AT_ONCE = 32
 """After so many prompts sent, or chunks passed on, the event loop serves other requests."""
 
@@ -45,12 +47,13 @@ class Answers:
 
     def __init__(
         self, services: Services, questions: Sequence[Question], *, tenant: str, model: ServedModel, arrival_s: float,
-        tpot_ms: SloMs | None, ttft_ms: SloMs | None,
+        tpot_ms: SloMs | None, ttft_ms: SloMs | None, grammar_field: str = GRAMMAR,
     ) -> None:
         """Nothing is sent to the engine until somebody iterates. arrival_s: when the request came, by the monotonic clock.
-        tpot_ms, ttft_ms: its latency objectives; None: the server's."""
+        tpot_ms, ttft_ms: its latency objectives; None: the server's. grammar_field: what errors of the grammar name."""
         self._services, self._questions, self._tenant, self._model = services, questions, tenant, model
         self._arrival_s, self._tpot_ms, self._ttft_ms = arrival_s, tpot_ms, ttft_ms
+        self._grammar_field = grammar_field
         self._runs: list[_Run] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._claim: Claim | None = None
@@ -151,6 +154,12 @@ class Answers:
             self._services.metrics.rejected("capacity")
             run.meter.end("error")
             raise
+        except InvalidRequest as error:
+            run.meter.end("error")
+            if error.param != GRAMMAR:
+                raise
+            field = self._grammar_field
+            raise InvalidRequest(f"{field}{str(error).removeprefix(GRAMMAR)}", param=field) from error
         except Exception:
             run.meter.end("error")
             raise

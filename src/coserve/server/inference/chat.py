@@ -18,7 +18,7 @@ from coserve.server.inference.limits import check_logprobs
 from coserve.server.inference.prompts import ThreadRunner, conversation_prompt, final_content, output_limit
 from coserve.server.inference.protocol import ChatRequest, GenerationRequest
 from coserve.server.inference.responses import Tally
-from coserve.server.inference.structured import asks_grammar, check_grammar, tried_grammar
+from coserve.server.inference.structured import asked_field, asks_grammar, check_grammar, tried_grammar
 from coserve.server.inference.templates import chat_tokenizer
 from coserve.server.inference.thoughts import ReasoningCounter, find_style, read_thoughts
 from coserve.server.inference.toolcalling import ToolCalling
@@ -53,6 +53,8 @@ async def ask_chat(services: Services, tenant: str, body: ChatRequest) -> AskedC
         body.messages, continue_final_message=body.continue_final_message, add_generation_prompt=body.add_generation_prompt
     )
     tokenizer = await chat_tokenizer(services.tokenizer, services.templates, run, body.chat_template)
+    if body.chat_template is not None and body.tool_use.callable:
+        await run(lambda: tokenizer.tool_prompt)  # tries the request's template out, which may take long
     tools = ToolCalling(body.tool_use, tokenizer, services.config.tool_call_parser)
     thoughts = read_thoughts(body, tokenizer, find_style(services.config.reasoning_parser, tokenizer))
     ids = await conversation_prompt(
@@ -108,5 +110,5 @@ async def ask(
         await asyncio.to_thread(services.tokenizer.token_bytes.name, 0)  # builds a table of all names, which takes long
     return Answers(
         services, questions, tenant=tenant, model=model, arrival_s=arrival_s, tpot_ms=body.slo_tpot_ms,
-        ttft_ms=body.slo_ttft_ms,
+        ttft_ms=body.slo_ttft_ms, grammar_field=asked_field(body),
     )

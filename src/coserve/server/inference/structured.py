@@ -43,6 +43,12 @@ def response_grammar(body: GenerationRequest) -> str | None:
     return None if asked is None else asked.make()
 
 
+def asked_field(body: GenerationRequest) -> str:
+    """The field that asks for a grammar; `grammar` if none does."""
+    asked = _asked(body)
+    return "grammar" if asked is None else asked.field
+
+
 async def tried_grammar(
     services: Services, run: ThreadRunner, body: GenerationRequest,
     compose: Callable[[str | None], str | None] | None = None, *, field: str = "grammar",

@@ -15,7 +15,8 @@ from typing import Any, Literal, Protocol
 
 from coserve.chat.reasoning import END, STYLES, THOUGHT_MARKERS, Begin, ThoughtSplitter, ThoughtStyle, find_begin, style_of
 from coserve.chat.template import ChatTemplate
-from coserve.config.values import AUTO, shown
+from coserve.chat.variables import SWITCHES, check_variables
+from coserve.config.values import AUTO
 from coserve.core import InvalidRequest
 from coserve.grammar import after
 from coserve.server.inference.deltas import Delta, OutputReader, ReasoningDelta
@@ -23,14 +24,8 @@ from coserve.text.detokenizer import IncrementalDetokenizer, whole_text
 from coserve.text.tokenizer import ChatTokenizer
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
-SWITCHES = ("enable_thinking", "thinking")
-"""Variables with which chat templates turn thinking on and off."""
-MAX_VARIABLES, MAX_DEPTH = 64, 32
-"""Of chat_template_kwargs: names, and lists and objects within each other."""
 _TAIL_TOKENS = 64
 """Tokens of a prompt in which its last tag is looked for: it is followed by white space at most."""
-_FIELD = "chat_template_kwargs"
-_MAX_MESSAGE = 900
 
 
 class ThinkingFields(Protocol):
@@ -120,26 +115,7 @@ def read_thoughts(body: ThinkingFields, tokenizer: ChatTokenizer, style: Thought
 def read_variables(given: Mapping[str, Any] | None, tokenizer: ChatTokenizer, style: ThoughtStyle | None) -> dict[str, Any]:
     """The variables of chat_template_kwargs that the template reads. style: how the model thinks. Raises InvalidRequest for all
     others, but for a switch that asks for what happens anyway."""
-    if given is None:
-        return {}
-    template = _template(tokenizer)
-    if len(given) > MAX_VARIABLES:
-        raise InvalidRequest(f"{_FIELD}: {len(given)} variables, at most {MAX_VARIABLES} are taken", param=_FIELD)
-    if _depth(given) > MAX_DEPTH:
-        raise InvalidRequest(f"{_FIELD}: is nested too deeply; at most {MAX_DEPTH} lists and objects within each other",
-                             param=_FIELD)
-    found = {}
-    for name, value in given.items():
-        place = f"{_FIELD}.{name}" if name.isidentifier() and name.isascii() and len(name) <= 80 else _FIELD
-        if template.sets(name):
-            raise InvalidRequest(f"{place}: is set by the server itself; leave it out", param=place)
-        if name in template.reads:
-            found[name] = value
-        elif name not in SWITCHES or value is not (style is not None) or template.reads.intersection(SWITCHES):
-            known = ", ".join(sorted(each for each in template.reads if not template.sets(each))) or "none"
-            message = f"{place}: the chat template reads no variable {shown(name)}; those that it reads: {known}"
-            raise InvalidRequest(message[:_MAX_MESSAGE], param=place)
-    return found
+    return check_variables(given, _template(tokenizer), style)
 
 
 def _template(tokenizer: ChatTokenizer) -> ChatTemplate:
@@ -155,16 +131,6 @@ def _asked(body: ThinkingFields) -> tuple[str, bool] | None:
     if effort is not None:
         return "reasoning_effort", effort
     return None if body.asked_thinking is None else ("thinking", body.asked_thinking)
-
-
-def _depth(value: Any) -> int:
-    """Lists and objects within each other."""
-    depth, level = 0, [value]
-    while level:
-        inner = [item for item in level if isinstance(item, dict | list)]
-        depth += bool(inner)
-        level = [item for each in inner for item in (each.values() if isinstance(each, dict) else each)]
-    return depth
 
 
 class ReasoningReader:

@@ -92,6 +92,10 @@ export async function post(path, body = {}, signal) {
   return (await sendJson(path, body, signal)).json();
 }
 
+export async function remove(path) {
+  return (await send(path, { method: "DELETE" })).json();
+}
+
 /** Uploads a file for finetuning; gives OpenAI's file object. */
 export async function upload(file) {
   const form = new FormData();

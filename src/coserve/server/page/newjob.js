@@ -1,14 +1,20 @@
-// The form that starts a job: uploads the files, creates the job, puts the server's complaints beside the fields they name.
+// The form that starts a job: uploads files as they are chosen and shows what they hold, creates the job, puts the server's
+// complaints beside the fields they name.
 
-import { post, upload } from "./api.js";
+import { post, remove, upload } from "./api.js";
+import { DataPreview } from "./datapreview.js";
 import { byId, bytes, modelOption, setNotice, setText } from "./dom.js";
 
+const FILES = ["training_file", "validation_file"];
 const FIELDS = ["training_file", "validation_file", "model", "suffix", "n_epochs", "rank", "learning_rate"];
 
 export class JobForm {
   constructor({ onCreated }) {
     this.onCreated = onCreated;
     this.uploaded = new WeakMap();
+    this.chosen = {};
+    this.preview = new DataPreview();
+    this.looking = null;
     this.names = null;
     byId("new-job").onclick = () => this.open(byId("job-form").hidden);
     byId("job-form").onsubmit = (event) => {
@@ -16,6 +22,7 @@ export class JobForm {
       this.submit();
     };
     for (const name of FIELDS) byId(`job-${name}`).oninput = () => showError(name, "");
+    for (const name of FILES) byId(`job-${name}`).onchange = () => this.look();
     const card = byId("jobs");
     card.ondragover = (event) => {
       if (!event.dataTransfer.types.includes("Files")) return;
@@ -43,6 +50,46 @@ export class JobForm {
     const onto = event.target.id === "job-validation_file" ? "validation_file" : "training_file";
     byId(`job-${onto}`).files = event.dataTransfer.files;
     showError(onto, "");
+    this.look();
+  }
+
+  /** Uploads the chosen files and shows what a job would train on. Files that were chosen before are deleted again. */
+  async look() {
+    this.looking?.abort();
+    const looking = (this.looking = new AbortController());
+    const body = { model: byId("job-model").value };
+    let field = null;
+    try {
+      for (field of FILES) {
+        const file = byId(`job-${field}`).files[0];
+        if (this.chosen[field] !== file) this.discard(this.chosen[field]);
+        this.chosen[field] = file;
+        if (!file) continue;
+        this.preview.wait(`Uploading ${file.name}, ${bytes(file.size)}`);
+        body[field] = await this.send(file);
+        if (looking.signal.aborted) return;
+      }
+      field = null;
+      if (!body.training_file) return this.preview.clear();
+      this.preview.wait("Reading the data");
+      const found = await post("v1/fine_tuning/jobs/check", body, looking.signal);
+      if (!looking.signal.aborted) this.preview.show(found);
+    } catch (error) {
+      if (looking.signal.aborted) return;
+      if (field && error.status !== 0) {
+        showError(field, error.message);
+        this.preview.clear();
+      } else {
+        this.preview.fail(error.message);
+      }
+    }
+  }
+
+  /** Deletes an uploaded file that no job uses. */
+  discard(file) {
+    if (!file) return;
+    this.uploaded.get(file)?.then((id) => remove(`v1/files/${id}`)).catch(() => {});
+    this.uploaded.delete(file);
   }
 
   /** models: of /v1/models; a tuned one is trained further. */
@@ -65,13 +112,18 @@ export class JobForm {
     let field = "training_file";
     try {
       const body = { model: byId("job-model").value, ...settings };
-      for (field of ["training_file", "validation_file"]) {
+      for (field of FILES) {
         const file = byId(`job-${field}`).files[0];
-        if (file) body[field] = await this.send(file);
+        if (!file) continue;
+        setText(byId("job-form-status"), `Uploading ${file.name}, ${bytes(file.size)}`);
+        body[field] = await this.send(file);
       }
       setText(byId("job-form-status"), "Creating the job");
       field = null;
       const job = await post("v1/fine_tuning/jobs", body);
+      this.looking?.abort();
+      this.chosen = {};
+      this.preview.clear();
       byId("job-form").reset();
       this.open(false);
       byId("jobs").focus({ preventScroll: true });
@@ -84,10 +136,11 @@ export class JobForm {
   }
 
   /** Uploads a file once, however often the form is sent. */
-  async send(file) {
+  send(file) {
     if (!this.uploaded.has(file)) {
-      setText(byId("job-form-status"), `Uploading ${file.name}, ${bytes(file.size)}`);
-      this.uploaded.set(file, (await upload(file)).id);
+      const sent = upload(file).then(({ id }) => id);
+      this.uploaded.set(file, sent);
+      sent.catch(() => this.uploaded.delete(file));
     }
     return this.uploaded.get(file);
   }
