@@ -6,8 +6,11 @@ import itertools
 import json
 import random
 import re
+import threading
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -287,6 +290,28 @@ def test_nothing_is_kept_of_grammars_that_are_not_used(tokenizer: ChatTokenizer)
     made = grammars.new_matchers(choice(["a"]), 2)
     assert grammars.in_use
     del made
+    assert not grammars.in_use
+
+
+def test_requests_that_compile_one_grammar_at_the_same_time(tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one's end says nothing about the other, whose tokens would be free."""
+    import llguidance
+
+    both, compile_ = threading.Barrier(2, timeout=30), llguidance.LLMatcher
+
+    def slow(*args: Any, **options: Any) -> Any:
+        both.wait()
+        return compile_(*args, **options)
+
+    monkeypatch.setattr(llguidance, "LLMatcher", slow)
+    grammars = Grammars(tokenizer, SIZE)
+    with ThreadPoolExecutor(2) as threads:
+        made = list(threads.map(lambda _: grammars.new_matchers(choice(["ab"]), 1), range(2)))
+    assert made[0][0]._compiled is not made[1][0]._compiled
+    for _ in range(2):
+        assert grammars.in_use
+        made.sort(key=lambda one: grammars._compiled.get(choice(["ab"])) is one[0]._compiled)
+        del made[-1]  # first the one that later requests would share
     assert not grammars.in_use
 
 
