@@ -13,7 +13,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from coserve.chat.reasoning import END, START, STYLES, THOUGHT_MARKERS, Begin, ThoughtSplitter, ThoughtStyle, find_begin, style_of
+from coserve.chat.reasoning import (
+    END,
+    START,
+    STYLES,
+    THOUGHT_MARKERS,
+    Begin,
+    ThoughtSplitter,
+    ThoughtStyle,
+    find_begin,
+    style_of,
+)
 from coserve.chat.template import ChatTemplate
 from coserve.chat.variables import SWITCHES, check_variables
 from coserve.config.values import AUTO
