@@ -170,6 +170,44 @@ def test_any_text_then_a_grammar(grammars: Grammars, tokenizer: ChatTokenizer, b
         assert made.error is None
 
 
+@pytest.mark.parametrize("begin_by_id", [False, True])
+@pytest.mark.parametrize("end_by_id", [False, True])
+def test_a_text_that_may_be_missing_then_a_grammar(
+    grammars: Grammars, tokenizer: ChatTokenizer, begin_by_id: bool, end_by_id: bool
+) -> None:
+    """What doesn't begin with the first marker is held to the grammar from its first token on."""
+    begin, end = tokenizer.special_tokens["<|im_start|>"], tokenizer.special_tokens["<|endoftext|>"]
+    grammar = after(
+        end if end_by_id else "</think>", json_schema({"enum": ["yes", "no"]}), begin=begin if begin_by_id else "<think>"
+    )
+    opened = [begin] if begin_by_id else tokenizer.encode("<think>")
+    closed = [end] if end_by_id else tokenizer.encode("</think>")
+    for thoughts in ([], [*opened, *tokenizer.encode('Hm, "no" </thin king> <think> 🙂 '), *closed, *tokenizer.encode("\n\n")]):
+        made = new_matcher(grammars, grammar, [2])
+        assert not set(tokenizer.encode("Hm")) & ids_of(made.mask())
+        for token in thoughts:
+            mask = ids_of(made.mask())
+            assert token in mask and 2 not in mask
+            assert not made.accept(token)
+        rest = tokenizer.encode('"yes"')
+        for place, token in enumerate(rest):
+            mask = ids_of(made.mask())
+            assert token in mask and len(mask) < 40
+            assert made.accept(token) == (place + 1 == len(rest))
+        assert made.error is None
+
+
+def test_thoughts_or_none_before_any_text_or_calls(grammars: Grammars, tokenizer: ChatTokenizer) -> None:
+    """An answer that is free text may begin with what could have become thoughts."""
+    free = after("</think>", 'start: TEXT | TEXT "<call>" "x" "</call>"\nTEXT: /(.|\\n)*/', begin="<think>")
+    for text in ("Hello", "<think>a</think>\n\nHello", "<thunder>", "<think>a</think><call>x</call>", "a<call>x</call>"):
+        made = new_matcher(grammars, free, [2])
+        for token in tokenizer.encode(text):
+            assert token in ids_of(made.mask()), text
+            made.accept(token)
+        assert made.error is None
+
+
 def test_after_can_be_composed(grammars: Grammars, tokenizer: ChatTokenizer) -> None:
     made = new_matcher(grammars, after("#", after("=", choice(["}{"]))))
     ends = [made.accept(token) for token in tokenizer.encode("a = b # c # d = }{")]

@@ -213,9 +213,10 @@ def test_readers_deltas() -> None:
 def test_where_a_grammar_begins(begin: Begin) -> None:
     compose = Thoughts(style=STYLES["qwen3"], expected=True).compose(begin)
     assert (compose is None) == (begin is Begin.ANSWER)
-    assert compose is None or (compose("x"), compose(None)) == (after("</think>", "x"), None)
-    special = Thoughts(style=STYLES["qwen3"], special={"</think>": 7}, expected=True).compose(Begin.MAYBE)
-    assert special is not None and special("x") == after(7, "x")
+    opening = "<think>" if begin is Begin.MAYBE else None
+    assert compose is None or (compose("x"), compose(None)) == (after("</think>", "x", begin=opening), None)
+    special = Thoughts(style=STYLES["qwen3"], special={"<think>": 6, "</think>": 7}, expected=True).compose(Begin.MAYBE)
+    assert special is not None and special("x") == after(7, "x", begin=6)
     assert Thoughts(style=STYLES["qwen3"], expected=False).compose(begin) is None
 
 
@@ -225,7 +226,7 @@ def test_a_response_format_is_the_answers(thinker: Site) -> None:
     behind = thinker.engine.asked[-1].sampling.grammar
     assert ask(thinker, reasoning_effort="none", **fields).status == 200
     alone = thinker.engine.asked[-1].sampling.grammar
-    assert alone is not None and behind == after("</think>", alone)
+    assert alone is not None and behind == after("</think>", alone, begin="<think>")
 
 
 # --- what a request says ---

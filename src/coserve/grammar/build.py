@@ -106,19 +106,31 @@ def ebnf(text: str, *, field: str = "grammar") -> str:
         raise _wrong(field, f"is neither Lark (start: ...) nor GBNF (root ::= ...): {error}") from None
 
 
-def after(marker: str | int, grammar: str) -> str:
+def after(marker: str | int, grammar: str, *, begin: str | int | None = None) -> str:
     """Any text up to and including a marker, then what `grammar` allows: a model's reasoning before an answer, for example.
 
     marker: a text, which may be an added token that texts show; or the id of a special token, which texts don't show. White
     space of up to 8 characters may stand between the marker and the rest. The text before the marker has no special tokens, so
-    that the output can't end there.
+    that the output can't end there. begin: a text or id that the text before the marker begins with; then that text and the
+    marker may also be missing, so an output that begins otherwise is what `grammar` allows.
     """
+    opening = "" if begin is None else f"{_mark(begin)} "
     if isinstance(marker, str):
         assert marker, "an empty marker is found before any text"
-        head = f"head[lazy]: TEXT {json.dumps(marker)}"
-    else:
-        head = f"head: TEXT <[{marker}]>"
-    return f"start: head GAP body\n{head}\nTEXT: /(.|\\n)*/\nGAP: /{_GAP}/\nbody: {nested(grammar)}\n"
+    # a text ends at its first marker only in one lazy terminal, which can't have a special token in it
+    lazy = f"TEXT {_mark(marker)}" if isinstance(marker, int) or isinstance(begin, int) else f"{opening}TEXT {_mark(marker)}"
+    rules = [f"head{'[lazy]' if isinstance(marker, str) else ''}: {lazy}"]
+    head = "head"
+    if opening and lazy.startswith("TEXT"):
+        rules.append(f"opened: {opening}head")
+        head = "opened"
+    start = f"{head} GAP body" if begin is None else f"{head} GAP body | body"
+    return f"start: {start}\n" + "\n".join(rules) + f"\nTEXT: /(.|\\n)*/\nGAP: /{_GAP}/\nbody: {nested(grammar)}\n"
+
+
+def _mark(marker: str | int) -> str:
+    """A marker in a rule."""
+    return json.dumps(marker) if isinstance(marker, str) else f"<[{marker}]>"
 
 
 def nested(grammar: str) -> str:

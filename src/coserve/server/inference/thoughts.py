@@ -13,7 +13,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from coserve.chat.reasoning import END, STYLES, THOUGHT_MARKERS, Begin, ThoughtSplitter, ThoughtStyle, find_begin, style_of
+from coserve.chat.reasoning import (
+    END,
+    START,
+    STYLES,
+    THOUGHT_MARKERS,
+    Begin,
+    ThoughtSplitter,
+    ThoughtStyle,
+    find_begin,
+    style_of,
+)
 from coserve.chat.template import ChatTemplate
 from coserve.chat.variables import SWITCHES, check_variables
 from coserve.config.values import AUTO
@@ -81,11 +91,13 @@ class Thoughts:
         return lambda: ReasoningReader(ThoughtSplitter(begin), new_reader(), show=self.show, stream=self.stream)
 
     def compose(self, begin: Begin) -> Callable[[str | None], str | None] | None:
-        """Makes the grammar of an output from that of its answer, which holds behind the thoughts; None: they are the same."""
+        """Makes the grammar of an output from that of its answer, which holds behind the thoughts, and from the
+        beginning where there may be none and are none; None: they are the same."""
         if not self.expected or begin is Begin.ANSWER:
             return None
         marker = self.special.get(END, END)
-        return lambda grammar: None if grammar is None else after(marker, grammar)
+        opening = self.special.get(START, START) if begin is Begin.MAYBE else None
+        return lambda grammar: None if grammar is None else after(marker, grammar, begin=opening)
 
 
 def read_thoughts(body: ThinkingFields, tokenizer: ChatTokenizer, style: ThoughtStyle | None) -> Thoughts:
