@@ -40,8 +40,8 @@ def main() -> None:
     with TRAIN.open("rb") as lines:
         file = client.files.create(file=lines, purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
-        model=base, training_file=file.id, suffix="harbour",
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        model=base, training_file=file.id, suffix="harbour", seed=7,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 2}}},
     )
     while job.status not in ("succeeded", "failed", "cancelled"):
         time.sleep(2)
