@@ -92,6 +92,7 @@ def checker_of(model: LoadedModel) -> Iterator[Any]:
     """check(grammar): tries one as a server does."""
     table = read_token_table(model.tokenizer, model.architecture.vocab_size)
     with closing(GrammarChecker()) as checker:
+        checker.prepare(lambda: table)  # as a server does when it starts
         yield lambda grammar: checker.check(grammar, lambda: table)
 
 

@@ -184,3 +184,13 @@ def test_the_librarys_words(error: str, words: str) -> None:
 
 def test_a_long_error_is_cut() -> None:
     assert len(explained(json.dumps(["x"] * 1000))) <= 500
+
+
+def test_a_process_that_is_prepared_is_the_one_that_tries(table: TokenTable) -> None:
+    checker = GrammarChecker()
+    checker.prepare(lambda: table)
+    process = checker._process
+    checker.prepare(lambda: table)
+    checker.check(choice(["a"]), lambda: table)
+    assert process is not None and checker._process is process
+    checker.close()

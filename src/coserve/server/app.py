@@ -22,6 +22,7 @@ from sqlalchemy import URL
 from starlette.middleware.cors import CORSMiddleware
 
 from coserve.grammar.check import GrammarChecker
+from coserve.grammar.table import read_token_table
 from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.files import FileService
@@ -95,6 +96,7 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         stack.callback(work.close)
         grammars = GrammarChecker()
         stack.callback(grammars.close)
+        await asyncio.to_thread(grammars.prepare, lambda: read_token_table(tokenizer, engine.info.vocab_size))
         await jobs.start()
         watch = SelfWatch(asyncio.get_running_loop(), lambda: jobs.journal.busy_s, config.watchdog_timeout)
         stack.enter_context(watch)
