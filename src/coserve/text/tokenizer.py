@@ -166,6 +166,10 @@ class ChatTokenizer:
         """The same tokenizer with another chat template, if there is one."""
         return self if source is None else self.with_template(source)
 
+    def use_template(self, source: str) -> None:
+        """Takes another chat template from now on. For a tokenizer that nobody has used yet."""
+        self.__dict__ |= vars(self.with_template(source)) | {"_original": None}
+
     @property
     def chat_template(self) -> str | None:
         """The Jinja source, or None."""

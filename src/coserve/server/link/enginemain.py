@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -111,7 +110,9 @@ class EngineProcessMain:
             config.model, device=config.device, dtype=config.dtype, report=self.report,
             tensor_parallel_size=config.tensor_parallel_size, quantization=config.quantization,
         )
-        return replace(model, tokenizer=model.tokenizer.or_template(config.chat_template))  # for the data of jobs
+        if config.chat_template is not None:  # for the data of jobs. Ranks know the model by its identity: no copy will do
+            model.tokenizer.use_template(config.chat_template)
+        return model
 
     def run(self) -> None:
         """Loads the model, then serves until Shutdown or until a thread fails. Raises what keeps the engine from starting."""
