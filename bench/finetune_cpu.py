@@ -32,6 +32,7 @@ from coserve.core import Example, Group
 from coserve.model.decoder import linear_shapes
 from coserve.model.linear import PackedLinear
 from coserve.runtime.executor import head_rows
+from coserve.text.examples import ExampleEncoder
 from coserve.training.trainer import AdapterTrainer
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
@@ -52,7 +53,7 @@ def gsm8k_examples(model: LoadedModel, count: int) -> list[Example]:
     for index in range(count):
         if lines:
             problem = json.loads(lines[index])
-            ids, weights = model.tokenizer.encode_training(chat(problem))
+            ids, weights = ExampleEncoder(model.tokenizer).encode_training(chat(problem))
         else:
             length = int(rng.integers(100, 350))
             ids, weights = rng.integers(0, 49152, length), (np.arange(length) > length // 2).astype(np.float32)

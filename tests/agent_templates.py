@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tests.tool_templates import _GENERATION, _HERMES_TOOLS
+from tests.tool_templates import GENERATION_PROMPT, HERMES_RESULTS, HERMES_TOOLS
 
-QWEN3 = _HERMES_TOOLS + """
+QWEN3 = HERMES_TOOLS + """
 {%- set asked = namespace(last=messages | length - 1, found=false) %}
 {%- for m in messages | reverse %}
   {%- if not asked.found and m.role == 'user' and not m.content.startswith('<tool_response>') %}
@@ -30,13 +30,7 @@ QWEN3 = _HERMES_TOOLS + """
       {{- (call.function.arguments | tojson) + '}\n</tool_call>' }}
     {%- endfor %}
     {{- '<|im_end|>\n' }}
-  {%- elif m.role == 'tool' %}
-    {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
-    {{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
-    {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}
-  {%- endif %}
-{%- endfor %}
-""" + _GENERATION + """
+""" + HERMES_RESULTS + GENERATION_PROMPT + """
 {%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}
   {{- '<think>\n\n</think>\n\n' }}
 {%- endif %}

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-_HERMES_TOOLS = """
+HERMES_TOOLS = """
 {%- if tools %}
   {{- '<|im_start|>system\n' + (messages[0].content + '\n\n' if messages[0].role == 'system' else '') + '# Tools\n<tools>' }}
   {%- for tool in tools %}{{ '\n' + (tool | tojson) }}{% endfor %}
   {{- '\n</tools>\nAnswer <tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call><|im_end|>\n' }}
 {%- elif messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}
 """
-_GENERATION = "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+GENERATION_PROMPT = "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 
-HERMES = _HERMES_TOOLS + """
+HERMES_RESULTS = """
+  {%- elif m.role == 'tool' %}
+    {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
+    {{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
+    {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}
+  {%- endif %}
+{%- endfor %}
+"""
+"""Results of tools as one turn of the user, and the end of a loop over messages `m`."""
+
+HERMES = HERMES_TOOLS + """
 {%- for m in messages %}
   {%- if m.role == 'user' or (m.role == 'assistant' and not m.tool_calls) or (m.role == 'system' and not loop.first) %}
     {{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
@@ -23,22 +33,16 @@ HERMES = _HERMES_TOOLS + """
       {{- '}\n</tool_call>' }}
     {%- endfor %}
     {{- '<|im_end|>\n' }}
-  {%- elif m.role == 'tool' %}
-    {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
-    {{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
-    {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}
-  {%- endif %}
-{%- endfor %}
-""" + _GENERATION
+""" + HERMES_RESULTS + GENERATION_PROMPT
 """As Qwen2.5's and Qwen3's."""
 
-SMOLLM3 = _HERMES_TOOLS + """
+SMOLLM3 = HERMES_TOOLS + """
 {%- for m in messages %}
   {%- if m.role in ('user', 'assistant', 'tool') %}
     {{- '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\n' + m.content + '<|im_end|>\n' }}
   {%- endif %}
 {%- endfor %}
-""" + _GENERATION
+""" + GENERATION_PROMPT
 """As SmolLM3's: tells of tools, and doesn't render calls; a result is a user's turn."""
 
 SMOLLM3_XML_TOOLS = SMOLLM3.replace("(tool | tojson)", "(tool | string)").replace("tools %}", "xml_tools %}")
@@ -70,7 +74,7 @@ QWEN3_XML = """
     {{- '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response>\n<|im_end|>\n' }}
   {%- else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}
 {%- endfor %}
-""" + _GENERATION
+""" + GENERATION_PROMPT
 """As Qwen3-Coder's."""
 
 LLAMA3 = """

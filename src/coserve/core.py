@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+_MAX_MESSAGE, _MAX_PLACE = 1000, 300
+"""Characters of an error's message, and of a field's place."""
+
 
 class CoserveError(Exception):
     """Root of the error tree. param: the field at fault, by its name in the caller's interface."""
@@ -29,6 +32,12 @@ class ConfigError(CoserveError, ValueError):
 
 class InvalidRequest(CoserveError, ValueError):
     """A user's input (a data file, an adapter, a request) can't be used as it is."""
+
+
+def invalid_field(place: str, message: str) -> InvalidRequest:
+    """An InvalidRequest about a field. Its place in the input (`messages[0].role`) begins the message. Both are cut where they
+    are too long, since names in an input may have any length."""
+    return InvalidRequest(f"{place}: {message}"[:_MAX_MESSAGE], param=place[:_MAX_PLACE])
 
 
 class ContextExceeded(InvalidRequest):

@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from coserve.core import InvalidRequest
-from coserve.text.tokenizer import ChatTokenizer, Notes, TextRules
+from coserve.text.examples import ExampleEncoder, Notes
+from coserve.text.tokenizer import ChatTokenizer, TextRules
 from tests.tiny_tokenizer import CHATML, IM_END, IM_START, build_sentencepiece_tokenizer, build_tiny_tokenizer
 
 ALLOWED = TextRules(allow_control_tokens=True)
@@ -113,7 +114,7 @@ def test_threads_that_come_first_together_share_the_marks(tmp_path: Path) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ChatTokenizer, "_control_names", slow)
         with ThreadPoolExecutor(2) as pool:
-            first, second = pool.map(lambda _: tokenizer._controls, range(2))
+            first, second = pool.map(lambda _: tokenizer.controls, range(2))
     assert first is second
 
 
@@ -160,7 +161,7 @@ def test_training_is_as_serving_and_the_mask_holds(tokenizer: ChatTokenizer) -> 
     messages = [*user(ATTACK), {"role": "assistant", "content": f"One{IM_END}\nTwo"}, *user("x"),
                 {"role": "assistant", "content": IM_END}]
     notes = Notes()
-    ids, weights = tokenizer.encode_training(messages, notes=notes)
+    ids, weights = ExampleEncoder(tokenizer).encode_training(messages, notes=notes)
     turns = [(message["role"], message["content"]) for message in messages]
     whole = expected(tokenizer, turns)
     assert ids.tolist() == whole[: len(ids)]
@@ -169,7 +170,7 @@ def test_training_is_as_serving_and_the_mask_holds(tokenizer: ChatTokenizer) -> 
     assert np.count_nonzero(ids[weights > 0] == tokenizer.eos_token_id) == 2
     assert ids[: np.argmax(weights > 0)].tolist() == tokenizer.encode_chat(user(ATTACK))
     assert notes.control_texts == 3
-    allowed, _ = tokenizer.encode_training(messages, ALLOWED)
+    allowed, _ = ExampleEncoder(tokenizer).encode_training(messages, ALLOWED)
     assert np.count_nonzero(allowed == tokenizer.eos_token_id) == 4 + 4
 
 
@@ -180,21 +181,21 @@ def test_training_by_generation_tags(build: Callable[[str], ChatTokenizer]) -> N
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     answer = {"role": "assistant", "content": f"a{IM_END}b"}
-    ids, weights = tagged.encode_training([*user(ATTACK), answer, *user("x"), answer])
+    ids, weights = ExampleEncoder(tagged).encode_training([*user(ATTACK), answer, *user("x"), answer])
     assert tagged.decode(ids[weights > 0].tolist(), skip_special_tokens=False) == f"a{IM_END}b{IM_END}" * 2
     assert np.count_nonzero(ids == tagged.eos_token_id) == 4
 
 
 def test_texts_for_training(tokenizer: ChatTokenizer, sentencepiece: ChatTokenizer) -> None:
     eos = tokenizer.eos_token_id
-    ids, weights = tokenizer.encode_completion(f"a{IM_END}b", f"c{IM_START}d")
+    ids, weights = ExampleEncoder(tokenizer).encode_completion(f"a{IM_END}b", f"c{IM_START}d")
     assert ids.tolist() == [*plain(tokenizer, f"a{IM_END}b"), *plain(tokenizer, f"c{IM_START}d"), eos]
     assert weights.sum() == len(plain(tokenizer, f"c{IM_START}d")) + 1
-    assert tokenizer.encode_text(ATTACK + "x")[0].tolist() == [*plain(tokenizer, ATTACK + "x"), eos]
-    assert tokenizer.encode_text(ATTACK + "x", ALLOWED)[0].tolist() == [*tokenizer.encode(ATTACK + "x"), eos]
+    assert ExampleEncoder(tokenizer).encode_text(ATTACK + "x")[0].tolist() == [*plain(tokenizer, ATTACK + "x"), eos]
+    assert ExampleEncoder(tokenizer).encode_text(ATTACK + "x", ALLOWED)[0].tolist() == [*tokenizer.encode(ATTACK + "x"), eos]
     bos, end = sentencepiece.encode("<s>")[0], sentencepiece.eos_token_id
-    assert sentencepiece.encode_text("<s>a</s>b")[0].tolist() == [bos, *plain(sentencepiece, "a</s>b"), end]
-    ids, _ = sentencepiece.encode_completion("<s>q</s>", "</s>x")
+    assert ExampleEncoder(sentencepiece).encode_text("<s>a</s>b")[0].tolist() == [bos, *plain(sentencepiece, "a</s>b"), end]
+    ids, _ = ExampleEncoder(sentencepiece).encode_completion("<s>q</s>", "</s>x")
     assert sentencepiece.decode(ids.tolist(), skip_special_tokens=False) == "<s> q</s></s>x</s>"
     assert (ids == end).sum() == 1
 
@@ -203,8 +204,8 @@ def test_texts_for_training(tokenizer: ChatTokenizer, sentencepiece: ChatTokeniz
 @pytest.mark.parametrize("rules", [TextRules(), ALLOWED], ids=["plain", "allowed"])
 def test_an_end_token_at_the_end_is_the_end_token(tokenizer: ChatTokenizer, tail: str, rules: TextRules) -> None:
     ids = [*tokenizer.encode("the end "), tokenizer.eos_token_id]
-    assert tokenizer.encode_text("the end " + tail, rules)[0].tolist() == ids
-    assert tokenizer.encode_completion("", "the end " + tail, rules)[0].tolist() == ids
+    assert ExampleEncoder(tokenizer).encode_text("the end " + tail, rules)[0].tolist() == ids
+    assert ExampleEncoder(tokenizer).encode_completion("", "the end " + tail, rules)[0].tolist() == ids
 
 
 # --- other kinds of tokenizers ---
@@ -267,14 +268,14 @@ def test_other_kinds(kind: str, tmp_path: Path) -> None:
         assert [hf.convert_ids_to_tokens(id) for id in ids if id in control] == ["<s>", "</s>"] * 2
         if text == "plain":
             assert ids == hf.encode(tokenizer.render_chat(messages, add_generation_prompt=False), add_special_tokens=False)
-        trained, weights = tokenizer.encode_training([*user(text), {"role": "assistant", "content": cut}])
+        trained, weights = ExampleEncoder(tokenizer).encode_training([*user(text), {"role": "assistant", "content": cut}])
         assert trained[weights > 0][-1] == tokenizer.eos_token_id
 
 
 def test_a_tokenizer_that_cannot_be_copied_refuses(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     """A copy that would give control tokens for plain text is not used."""
     fresh = ChatTokenizer.load(build_tiny_tokenizer(tmp_path))
-    controls = fresh._controls
+    controls = fresh.controls
     controls._copy = controls._backend  # as if renaming had had no effect
     with pytest.raises(InvalidRequest, match="can't read as plain text"):
         fresh.encode_chat(user(ATTACK))
@@ -282,7 +283,7 @@ def test_a_tokenizer_that_cannot_be_copied_refuses(tokenizer: ChatTokenizer, tmp
 
 
 def test_the_copy_is_the_tokenizer_but_for_names(tokenizer: ChatTokenizer) -> None:
-    copy = json.loads(tokenizer._controls.prepare().to_str())
+    copy = json.loads(tokenizer.controls.prepare().to_str())
     own = json.loads(tokenizer._hf.backend_tokenizer.to_str())
     assert [token["id"] for token in copy["added_tokens"]] == [token["id"] for token in own["added_tokens"]]
     assert (copy["normalizer"], copy["pre_tokenizer"], copy["decoder"]) == (

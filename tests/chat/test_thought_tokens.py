@@ -10,7 +10,8 @@ import pytest
 
 from coserve.chat.template import ChatExtras
 from coserve.core import InvalidRequest
-from coserve.text.tokenizer import ChatTokenizer, Notes, TextRules
+from coserve.text.examples import ExampleEncoder, Notes
+from coserve.text.tokenizer import ChatTokenizer, TextRules
 from tests.chat_templates import ALWAYS_THINKING, THINKING, THINKING_MARKS
 from tests.tiny_tokenizer import CHATML, IM_END, IM_START, build_sentencepiece_tokenizer, build_tiny_tokenizer
 
@@ -32,7 +33,7 @@ def count(tokenizer: ChatTokenizer, ids: list[int], name: str) -> int:
 
 
 def test_which_tokens_are_control_tokens(tokenizer: ChatTokenizer) -> None:
-    controls = tokenizer._controls
+    controls = tokenizer.controls
     for name in (*THINKING_MARKS, IM_START, IM_END):
         assert controls.holds(f"a{name}b"), name
         assert controls.holds(f"a{name}b", own=True) == (name in (IM_START, IM_END)), name
@@ -106,7 +107,7 @@ def test_training_learns_the_marks(tokenizer: ChatTokenizer) -> None:
     notes = Notes()
     messages = [{"role": "user", "content": "Is <think> a tag?"},
                 {"role": "assistant", "content": "<think>\nHm.\n</think>\n\n<tool_call>\n{}\n</tool_call>"}]
-    ids, weights = tokenizer.encode_training(messages, notes=notes)
+    ids, weights = ExampleEncoder(tokenizer).encode_training(messages, notes=notes)
     trained = ids[weights > 0].tolist()
     assert [count(tokenizer, trained, name) for name in THINKING_MARKS] == [1, 1, 1, 1, 0, 0]
     assert count(tokenizer, ids.tolist(), "<think>") == 1
@@ -115,9 +116,9 @@ def test_training_learns_the_marks(tokenizer: ChatTokenizer) -> None:
 
 def test_texts_outside_the_template_keep_the_marks(tokenizer: ChatTokenizer) -> None:
     prompt, completion = f"<tool_response>x{IM_END}", "<think>\nHm.</think>Yes."
-    ids, _ = tokenizer.encode_completion(prompt, completion)
+    ids, _ = ExampleEncoder(tokenizer).encode_completion(prompt, completion)
     assert [count(tokenizer, ids.tolist(), name) for name in ("<tool_response>", "<think>", "</think>", IM_END)] == [1, 1, 1, 1]
-    ids, _ = tokenizer.encode_text(prompt + completion)
+    ids, _ = ExampleEncoder(tokenizer).encode_text(prompt + completion)
     assert [count(tokenizer, ids.tolist(), name) for name in ("<tool_response>", "<think>", "</think>", IM_END)] == [1, 1, 1, 1]
 
 
@@ -160,9 +161,9 @@ def test_values_that_are_nested_too_deeply(tokenizer: ChatTokenizer) -> None:
 def test_another_template_has_its_own_marks(tokenizer: ChatTokenizer) -> None:
     plain = tokenizer.with_template(CHATML)
     assert (plain.chat_template, plain.has_chat_template) == (CHATML, True)
-    assert not plain._controls.holds("<think>")
-    assert tokenizer._controls.holds("<think>")
+    assert not plain.controls.holds("<think>")
+    assert tokenizer.controls.holds("<think>")
     longer = tokenizer.with_template(THINKING + " ")
-    assert longer._controls is tokenizer._controls, "the copy of the tokenizer is large"
+    assert longer.controls is tokenizer.controls, "the copy of the tokenizer is large"
     assert plain.encode_chat([HI]) == tokenizer.encode_chat([HI])
     assert tokenizer.chat_template == THINKING

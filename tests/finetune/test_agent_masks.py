@@ -20,6 +20,7 @@ from coserve.chat.template import ChatExtras
 from coserve.config.settings import FinetuneConfig
 from coserve.core import InvalidRequest
 from coserve.finetune.datasets import load_training
+from coserve.text.examples import ExampleEncoder
 from coserve.text.tokenizer import ChatTokenizer
 from tests.agent_templates import DEEPSEEK_R1, QWEN3, QWEN3_THINKING, QWQ
 from tests.tiny_tokenizer import SMOL_CHATML, build_tiny_tokenizer
@@ -169,7 +170,7 @@ def check(family: Family, tokenizer: ChatTokenizer, messages: list[Message], ext
     """Checks every character of every example. Returns the positions of the turns that each example trains."""
     trained: list[list[int]] = []
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for ids, weights in tokenizer.encode_examples(messages, extras=extras):
+    for ids, weights in ExampleEncoder(tokenizer).encode_examples(messages, extras=extras):
         text, flags = characters(tokenizer, ids.tolist(), weights.tolist())
         expected = [False] * len(flags)
         trained.append([])

@@ -12,6 +12,7 @@ import pytest
 from coserve.config.settings import FinetuneConfig, Objective, TooLong
 from coserve.core import InvalidRequest, NotFound
 from coserve.finetune.datasets import Dataset, load_training
+from coserve.text.examples import ExampleEncoder
 from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizer import build_tiny_tokenizer
 
@@ -294,7 +295,7 @@ def test_a_validation_file_is_named_so(path: Path, tokenizer: ChatTokenizer) -> 
 def completion(tokenizer: ChatTokenizer, num_prompt: int, num_completion: int) -> dict[str, str]:
     """An example of num_prompt + num_completion + 1 tokens."""
     digits = {"prompt": "1" * num_prompt, "completion": "2" * num_completion}
-    assert len(tokenizer.encode_completion(**digits)[0]) == num_prompt + num_completion + 1
+    assert len(ExampleEncoder(tokenizer).encode_completion(**digits)[0]) == num_prompt + num_completion + 1
     return digits
 
 

@@ -15,6 +15,7 @@ from coserve.core import InvalidRequest
 from coserve.finetune.datasets import Dataset, load_training
 from coserve.server.inference.prompts import template_messages
 from coserve.server.inference.protocol import ChatMessage
+from coserve.text.examples import ExampleEncoder
 from coserve.text.tokenizer import ChatTokenizer
 from tests.agent_templates import QWEN3
 from tests.tiny_tokenizer import CHATML, build_tiny_tokenizer
@@ -108,7 +109,7 @@ def test_data_are_rendered_as_requests_are(load: Callable[..., Dataset], tokeniz
     for end in (1, 3):
         prompt = tokenizer.encode_chat(turns[:end], extras=extras)
         assert any(found[: len(prompt)] == prompt for found in ids)
-    assert ids[-1] == tokenizer.encode_training(turns, extras=extras)[0].tolist()
+    assert ids[-1] == ExampleEncoder(tokenizer).encode_training(turns, extras=extras)[0].tolist()
 
 
 PAIRS: dict[str, Record] = {

@@ -18,6 +18,7 @@ from coserve.model.weights import load_weights
 from coserve.peft.lora import LoraAdapter
 from coserve.runtime.executor import Executor
 from coserve.runtime.loaded import LoadedModel
+from coserve.text.examples import ExampleEncoder
 from coserve.text.tokenizer import ChatTokenizer
 from coserve.training.trainer import AdapterTrainer
 from tests import oracle
@@ -128,7 +129,7 @@ def gsm8k_conversations(tokenizer: ChatTokenizer) -> list[Example]:
     conversations = [*turns[:2], [message for pair in turns[2:] for message in pair]]
     examples = []
     for index, messages in enumerate(conversations):
-        ids, weights = tokenizer.encode_training(messages)
+        ids, weights = ExampleEncoder(tokenizer).encode_training(messages)
         examples.append(Example(index=index, token_ids=ids, weights=weights))
     assert max(example.num_tokens for example in examples) > QUERY_BLOCK
     return examples

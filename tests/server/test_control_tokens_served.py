@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from coserve.text.examples import ExampleEncoder
 from tests.server.fakes import send
 from tests.server.sites import CHAT_PATH, TEXT_PATH, Site
 
@@ -35,4 +36,4 @@ def test_raw_prompts_are_the_callers_own_template(site: Site) -> None:
     expected = site.tokenizer.encode(ATTACK, add_special_tokens=True)
     assert site.engine.asked[-1].prompt_ids == expected
     assert send(site.port, "/tokenize", {"prompt": ATTACK}).json["tokens"] == expected
-    assert expected != site.tokenizer.encode_text(ATTACK + "x")[0].tolist()
+    assert expected != ExampleEncoder(site.tokenizer).encode_text(ATTACK + "x")[0].tolist()

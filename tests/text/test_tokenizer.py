@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from coserve.chat.trained import TrainedText, check_calls
 from coserve.core import InvalidRequest, NotFound
 from coserve.text.detokenizer import IncrementalDetokenizer
-from coserve.text.tokenizer import ChatTokenizer, Notes
+from coserve.text.examples import ExampleEncoder, Notes
+from coserve.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizer import CHATML, SMOL_CHATML, build_sentencepiece_tokenizer, build_tiny_tokenizer
 
 EOT = "<|im_end|>"
@@ -134,7 +135,7 @@ def test_refusal_of_the_template_is_passed_on(build: Build) -> None:
     strict = build("{{ raise_exception('roles must\nalternate') }}")
     assert strict.has_chat_template
     with pytest.raises(InvalidRequest, match=r"refuses the conversation: roles must alternate$"):
-        strict.encode_training(turns("Hi", "Hello"))
+        ExampleEncoder(strict).encode_training(turns("Hi", "Hello"))
 
 
 # training: conversations
@@ -142,7 +143,7 @@ def test_refusal_of_the_template_is_passed_on(build: Build) -> None:
 
 def test_only_assistant_turns_are_trained(tokenizer: ChatTokenizer) -> None:
     messages = [{"role": "system", "content": "Be brief."}, *turns("Hi", "Hello there", "And?", "the 🙂 end \n")]
-    ids, weights = tokenizer.encode_training(messages)
+    ids, weights = ExampleEncoder(tokenizer).encode_training(messages)
     assert trained_text(tokenizer, ids, weights) == f"Hello there{EOT}the 🙂 end \n{EOT}"
     assert set(weights.tolist()) == {0.0, 1.0}
     assert ids.tolist() == tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=False))
@@ -150,7 +151,7 @@ def test_only_assistant_turns_are_trained(tokenizer: ChatTokenizer) -> None:
 
 def test_training_starts_where_a_request_would(tokenizer: ChatTokenizer) -> None:
     messages = turns("Hi", "Hello", "And?", "Well")
-    ids, weights = tokenizer.encode_training(messages)
+    ids, weights = ExampleEncoder(tokenizer).encode_training(messages)
     for i in (1, 3):
         prompt = tokenizer.encode_chat(messages[:i])
         assert ids[: len(prompt)].tolist() == prompt
@@ -159,7 +160,7 @@ def test_training_starts_where_a_request_would(tokenizer: ChatTokenizer) -> None
 
 def test_a_default_system_prompt_is_not_trained(build: Build) -> None:
     smol = build(SMOL_CHATML)
-    ids, weights = smol.encode_training(turns("Hi", "Hello", "And?", "Well"))
+    ids, weights = ExampleEncoder(smol).encode_training(turns("Hi", "Hello", "And?", "Well"))
     assert trained_text(smol, ids, weights) == f"Hello{EOT}Well{EOT}"
     assert smol.decode(ids.tolist()).startswith("system\nYou are a helpful assistant\nuser\nHi\n")
 
@@ -167,20 +168,20 @@ def test_a_default_system_prompt_is_not_trained(build: Build) -> None:
 def test_a_first_assistant_turn_is_trained_without_its_header(build: Build) -> None:
     for template in (CHATML, SMOL_CHATML):
         tokenizer = build(template)
-        ids, weights = tokenizer.encode_training([{"role": "assistant", "content": "Welcome"}])
+        ids, weights = ExampleEncoder(tokenizer).encode_training([{"role": "assistant", "content": "Welcome"}])
         assert trained_text(tokenizer, ids, weights) == f"Welcome{EOT}"
 
 
 def test_consecutive_assistant_turns(tokenizer: ChatTokenizer) -> None:
     messages = [*turns("Hi", "One"), {"role": "assistant", "content": "Two"}]
-    assert trained_text(tokenizer, *tokenizer.encode_training(messages)) == f"One{EOT}Two{EOT}"
+    assert trained_text(tokenizer, *ExampleEncoder(tokenizer).encode_training(messages)) == f"One{EOT}Two{EOT}"
 
 
 def test_weight_0_masks_a_turn_and_never_reaches_the_template(build: Build) -> None:
     tokenizer = build(CHATML + "{% for m in messages %}{{ m.weight }}{% endfor %}")
     messages = turns("Hi", "One", "And?", "Two")
     messages[1]["weight"], messages[3]["weight"] = 0, 1
-    ids, weights = tokenizer.encode_training(messages)
+    ids, weights = ExampleEncoder(tokenizer).encode_training(messages)
     assert trained_text(tokenizer, ids, weights) == f"Two{EOT}"
     assert messages[1]["weight"] == 0
 
@@ -189,7 +190,7 @@ def test_white_space_after_the_end_of_turn_is_not_trained_but_a_plain_end_is(bui
     bare = build("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
                  "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
     # The newline is all there is to end a turn.
-    assert trained_text(bare, *bare.encode_training(turns("Hi", "hello"))) == "hello\n"
+    assert trained_text(bare, *ExampleEncoder(bare).encode_training(turns("Hi", "hello"))) == "hello\n"
 
 
 def test_no_token_reaches_from_a_prompt_into_its_reply(build: Build, tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_no_token_reaches_from_a_prompt_into_its_reply(build: Build, tmp_path: P
     for each, word in ((build(spaced), "hello"), (pieces, "the")):
         assert len(each.encode(f" {word}")) < len(each.encode(" ")) + len(each.encode(word))
         messages = turns("Hi", f"{word} one", "And?", f"{word} two")
-        ids, weights = each.encode_training(messages)
+        ids, weights = ExampleEncoder(each).encode_training(messages)
         prompt = each.encode_chat(messages[:1])
         assert ids[: len(prompt)].tolist() == prompt
         assert weights[: len(prompt) + 1].tolist() == [0.0] * len(prompt) + [1.0]
@@ -211,7 +212,7 @@ def test_a_token_of_white_space_alone_before_a_turn_is_not_trained(build: Build)
     # Byte-level offsets leave out leading spaces: those of a lone space are empty and lie where the turn starts.
     header = CHATML.replace("assistant\n", "assistant: ")
     spaced = build(header.replace("message['role'] + '\n'", "message['role'] + ': '"))
-    ids, weights = spaced.encode_training(turns("Hi", "<|endoftext|>"))
+    ids, weights = ExampleEncoder(spaced).encode_training(turns("Hi", "<|endoftext|>"))
     assert trained_text(spaced, ids, weights) == f"<|endoftext|>{EOT}"
 
 
@@ -219,14 +220,14 @@ def test_a_token_of_white_space_alone_before_a_turn_is_not_trained(build: Build)
 @settings(deadline=None, max_examples=60)
 def test_any_content_is_trained_in_full(tokenizer: ChatTokenizer, replies: list[str]) -> None:
     messages = [message for reply in replies for message in turns(" ask\n", reply)]
-    ids, weights = tokenizer.encode_training(messages)
+    ids, weights = ExampleEncoder(tokenizer).encode_training(messages)
     assert trained_text(tokenizer, ids, weights) == "".join(reply + EOT for reply in replies)
 
 
 def test_a_template_that_rewrites_earlier_turns_trains_the_last_one(build: Build) -> None:
     stripping, notes = build(STRIPPING_PLAIN), Notes()
     messages = turns("Hi", "One", "And?", "Two")
-    ids, weights = stripping.encode_training(messages, notes=notes)
+    ids, weights = ExampleEncoder(stripping).encode_training(messages, notes=notes)
     assert trained_text(stripping, ids, weights) == f"<think>\n\n</think>\n\nTwo{EOT}"
     assert ids.tolist() == stripping.encode(stripping.render_chat(messages, add_generation_prompt=False))
     assert notes.last_turn_only == 1
@@ -235,7 +236,7 @@ def test_a_template_that_rewrites_earlier_turns_trains_the_last_one(build: Build
 def test_a_template_that_rewrites_earlier_turns_trains_each_in_an_example(build: Build) -> None:
     stripping, notes = build(STRIPPING_PLAIN), Notes()
     messages = turns("Hi", "One", "And?", "Two")
-    examples = stripping.encode_examples(messages, notes=notes)
+    examples = ExampleEncoder(stripping).encode_examples(messages, notes=notes)
     for end, said, (ids, weights) in zip((1, 3), ("One", "Two"), examples, strict=True):
         assert trained_text(stripping, ids, weights) == f"<think>\n\n</think>\n\n{said}{EOT}"
         assert ids.tolist() == stripping.encode(stripping.render_chat(messages[: end + 1], add_generation_prompt=False))
@@ -246,7 +247,7 @@ def test_a_rewritten_turn_before_untrained_ones_ends_the_conversation(build: Bui
     stripping, notes = build(STRIPPING_PLAIN), Notes()
     messages = [*turns("Hi", "One", "And?", "Two"), *turns("So?", "Three")]
     messages[1]["weight"] = messages[5]["weight"] = 0
-    ids, weights = stripping.encode_training(messages, notes=notes)
+    ids, weights = ExampleEncoder(stripping).encode_training(messages, notes=notes)
     assert trained_text(stripping, ids, weights) == f"<think>\n\n</think>\n\nTwo{EOT}"
     assert ids.tolist() == stripping.encode(stripping.render_chat(messages[:4], add_generation_prompt=False))
     assert notes.last_turn_only == 0
@@ -255,8 +256,9 @@ def test_a_rewritten_turn_before_untrained_ones_ends_the_conversation(build: Bui
 def test_a_template_whose_replies_start_otherwise_is_refused(build: Build) -> None:
     other = build(CHATML.replace("assistant\n", "assistant\nSo: "))
     assert other.encode_chat(turns("Hi"))
+    messages = [{**turn, "weight": i == 3} for i, turn in enumerate(turns("Hi", "One", "And?", "Two"))]
     with pytest.raises(InvalidRequest, match=r"messages\[3\]: .* not start this turn as it starts a reply \(.*So: '\)"):
-        other.encode_training([{**turn, "weight": i == 3} for i, turn in enumerate(turns("Hi", "One", "And?", "Two"))])
+        ExampleEncoder(other).encode_training(messages)
 
 
 OPENING = CHATML.replace("assistant\n", "assistant\n<think>\n")
@@ -271,7 +273,7 @@ FORGETTING = OPENING.replace("message['content']", "message['content'].split('</
 def test_a_thought_that_the_prompt_opens_is_trained(build: Build, answer: dict[str, Any]) -> None:
     forgetting, notes = build(FORGETTING), Notes()
     messages = [*turns("Hi"), {"role": "assistant", **answer}, *turns("And?", "Two")]
-    first, second = forgetting.encode_examples(messages, notes=notes)
+    first, second = ExampleEncoder(forgetting).encode_examples(messages, notes=notes)
     assert trained_text(forgetting, *first) == f"hm\n</think>\n\nOne{EOT}"
     assert trained_text(forgetting, *second) == f"\n</think>\n\nTwo{EOT}"
     for end, (ids, weights) in ((1, first), (3, second)):
@@ -284,14 +286,15 @@ def test_a_thought_that_the_prompt_opens_is_trained(build: Build, answer: dict[s
 @pytest.mark.parametrize("content", ["<think>\nhm\n</think>\n\nOne", "<think>hm\n</think>\n\nOne"])
 def test_a_thought_that_the_prompt_opens_and_the_template_writes(build: Build, content: str) -> None:
     opening, notes = build(OPENING), Notes()
-    ids, weights = opening.encode_training(turns("Hi", content), notes=notes)
+    ids, weights = ExampleEncoder(opening).encode_training(turns("Hi", content), notes=notes)
     assert trained_text(opening, ids, weights) == f"hm\n</think>\n\nOne{EOT}"
     assert notes == Notes()
 
 
 def test_a_thought_that_the_template_does_not_write_is_counted(tokenizer: ChatTokenizer) -> None:
     notes = Notes()
-    tokenizer.encode_training([*turns("Hi"), {"role": "assistant", "content": "One", "reasoning_content": "hm"}], notes=notes)
+    answer = {"role": "assistant", "content": "One", "reasoning_content": "hm"}
+    ExampleEncoder(tokenizer).encode_training([*turns("Hi"), answer], notes=notes)
     assert notes == Notes(lost_thoughts=1)
 
 
@@ -308,23 +311,23 @@ def test_a_template_that_rewrites_earlier_turns_works_where_only_the_last_is_tra
     stripping = build(STRIPPING_PLAIN)
     messages = turns("Hi", "One", "And?", "Two")
     messages[1]["weight"] = 0
-    ids, weights = stripping.encode_training(messages)
+    ids, weights = ExampleEncoder(stripping).encode_training(messages)
     assert trained_text(stripping, ids, weights) == f"<think>\n\n</think>\n\nTwo{EOT}"
 
 
 def test_generation_tags_decide_where_prefixes_cannot(build: Build) -> None:
     tagged = build(STRIPPING_TAGGED)
     messages = turns("Hi", "One", "And?", "Two", "So?", "Three")
-    ids, weights = tagged.encode_training(messages)
+    ids, weights = ExampleEncoder(tagged).encode_training(messages)
     assert trained_text(tagged, ids, weights) == f"One{EOT}Two{EOT}Three{EOT}"
     assert ids.tolist() == tagged.encode(tagged.render_chat(messages, add_generation_prompt=False))
     messages[3]["weight"] = 0
-    assert trained_text(tagged, *tagged.encode_training(messages)) == f"One{EOT}Three{EOT}"
+    assert trained_text(tagged, *ExampleEncoder(tagged).encode_training(messages)) == f"One{EOT}Three{EOT}"
 
 
 def test_generation_tags_that_miss_a_turn_do_not_decide(build: Build) -> None:
     half = build(STRIPPING_TAGGED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last"))
-    examples = half.encode_examples(turns("Hi", "One", "And?", "Two"))
+    examples = ExampleEncoder(half).encode_examples(turns("Hi", "One", "And?", "Two"))
     said = [trained_text(half, *example) for example in examples]
     assert said == [f"<think>\n\n</think>\n\nOne{EOT}", f"<think>\n\n</think>\n\nTwo{EOT}"]
 
@@ -335,32 +338,32 @@ def test_generation_tags_that_miss_a_turn_are_refused_where_prefixes_cannot_deci
         .replace("'<|im_start|>assistant\n'", "'<|im_start|>bot\n'")
     )
     with pytest.raises(InvalidRequest, match="marks 1 generated passages in a conversation of 2"):
-        half.encode_training(turns("Hi", "One", "And?", "Two"))
+        ExampleEncoder(half).encode_training(turns("Hi", "One", "And?", "Two"))
 
 
 # training: plain text
 
 
 def test_completion_is_trained_with_eos(tokenizer: ChatTokenizer) -> None:
-    ids, weights = tokenizer.encode_completion("the cap", "ital of")
+    ids, weights = ExampleEncoder(tokenizer).encode_completion("the cap", "ital of")
     prompt = tokenizer.encode("the cap")
     assert ids.tolist() == [*prompt, *tokenizer.encode("ital of"), tokenizer.eos_token_id]
     assert weights.tolist() == [0.0] * len(prompt) + [1.0] * (len(ids) - len(prompt))
 
 
 def test_text_is_trained_whole_with_eos(tokenizer: ChatTokenizer) -> None:
-    ids, weights = tokenizer.encode_text("the end")
+    ids, weights = ExampleEncoder(tokenizer).encode_text("the end")
     assert ids.tolist() == [*tokenizer.encode("the end"), tokenizer.eos_token_id]
     assert weights.tolist() == [1.0] * len(ids)
-    assert tokenizer.encode_text("the end" + EOT)[0].tolist() == ids.tolist()
+    assert ExampleEncoder(tokenizer).encode_text("the end" + EOT)[0].tolist() == ids.tolist()
 
 
 def test_bos_comes_first_once_where_the_tokenizer_adds_one(sentencepiece: ChatTokenizer) -> None:
     bos, eos = sentencepiece.encode("<s>")[0], sentencepiece.eos_token_id
-    ids, weights = sentencepiece.encode_completion("hi", "yo")
+    ids, weights = ExampleEncoder(sentencepiece).encode_completion("hi", "yo")
     assert (ids[0], ids[-1], weights[0]) == (bos, eos, 0.0)
-    assert sentencepiece.encode_text("hi")[0].tolist() == [bos, *sentencepiece.encode("hi"), eos]
-    assert np.count_nonzero(sentencepiece.encode_text("<s>hi")[0] == bos) == 1
+    assert ExampleEncoder(sentencepiece).encode_text("hi")[0].tolist() == [bos, *sentencepiece.encode("hi"), eos]
+    assert np.count_nonzero(ExampleEncoder(sentencepiece).encode_text("<s>hi")[0] == bos) == 1
 
 
 @pytest.mark.parametrize("completion", ["", "hi", " the", "\n\nthe 🙂", " "])
@@ -368,7 +371,7 @@ def test_a_completion_adds_no_space(
     tokenizer: ChatTokenizer, sentencepiece: ChatTokenizer, completion: str
 ) -> None:
     for each in (tokenizer, sentencepiece):
-        ids, weights = each.encode_completion("What is the", completion)
+        ids, weights = ExampleEncoder(each).encode_completion("What is the", completion)
         assert each.decode(ids.tolist()) == "What is the" + completion
         assert weights[-1] == 1.0
 
@@ -376,7 +379,7 @@ def test_a_completion_adds_no_space(
 def test_training_text_needs_an_eos() -> None:
     bare = ChatTokenizer(byte_tokenizer([]))
     with pytest.raises(InvalidRequest, match="names no EOS"):
-        bare.encode_text("hi")
+        ExampleEncoder(bare).encode_text("hi")
 
 
 # incremental detokenizer

@@ -89,7 +89,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def reads(self) -> frozenset[str]:
-        """Names of the variables that it reads and that somebody else has to set. None if it isn't Jinja."""
+        """Names of the variables that it reads and that somebody else has to set. Empty if it isn't Jinja."""
         try:
             return frozenset(_get_template_variables(self.source))
         except Exception:

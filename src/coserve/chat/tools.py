@@ -14,8 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from coserve.config.values import shown
-from coserve.core import InvalidRequest
+from coserve.config.values import is_nested_deeper, shown
+from coserve.core import invalid_field
 
 MAX_TOOLS = 128
 """Of a request, and calls of a message."""
@@ -31,7 +31,7 @@ def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
     names = [tool["function"]["name"] for tool in tools]
     for number, name in enumerate(names):
         if name in names[:number]:
-            raise _wrong(f"{place}[{number}].function.name", f"there are two tools called {name}; rename one")
+            raise invalid_field(f"{place}[{number}].function.name", f"there are two tools called {name}; rename one")
     return tools
 
 
@@ -48,77 +48,62 @@ def read_arguments(value: Any, place: str, *, any_arguments: bool) -> Any:
             read = json.loads(value) if value.strip() else {}
         except (ValueError, RecursionError):
             read = value
-        value = read if isinstance(read, dict) and not _is_deep(read) else value if any_arguments else read
-    if isinstance(value, dict) and _is_deep(value):
-        raise _wrong(place, f"more than {_MAX_DEPTH} objects and lists within each other")
+        value = read if isinstance(read, dict) and not is_nested_deeper(read, _MAX_DEPTH) else value if any_arguments else read
+    if isinstance(value, dict) and is_nested_deeper(value, _MAX_DEPTH):
+        raise invalid_field(place, f"more than {_MAX_DEPTH} objects and lists within each other")
     if isinstance(value, dict) or (any_arguments and isinstance(value, str)):
         return value
-    raise _wrong(place, f"must be a JSON object, or its text, got {shown(value)}")
+    raise invalid_field(place, f"must be a JSON object, or its text, got {shown(value)}")
 
 
 def _tool(value: Any, place: str) -> dict[str, Any]:
     kind = _object(value, place).get("type")
     if kind != "function":
-        raise _wrong(f"{place}.type", f'must be "function", got {shown(kind)}; other tools are not supported')
+        raise invalid_field(f"{place}.type", f'must be "function", got {shown(kind)}; other tools are not supported')
     function = {key: item for key, item in _object(value.get("function"), f"{place}.function").items() if item is not None}
     place = f"{place}.function"
     for key in function:
         if key not in _TOOL_KEYS:
-            raise _wrong(f"{place}.{shown(key)}", f"there is no such field; known: {', '.join(_TOOL_KEYS)}")
+            raise invalid_field(f"{place}.{shown(key)}", f"there is no such field; known: {', '.join(_TOOL_KEYS)}")
     _name(function.get("name"), f"{place}.name")
     if not isinstance(function.get("description", ""), str):
-        raise _wrong(f"{place}.description", "must be a text")
+        raise invalid_field(f"{place}.description", "must be a text")
     if not isinstance(function.get("strict", False), bool):
-        raise _wrong(f"{place}.strict", "must be true or false")
-    if _is_deep(_object(function.get("parameters", {}), f"{place}.parameters")):
-        raise _wrong(f"{place}.parameters", f"more than {_MAX_DEPTH} objects and lists within each other")
+        raise invalid_field(f"{place}.strict", "must be true or false")
+    if is_nested_deeper(_object(function.get("parameters", {}), f"{place}.parameters"), _MAX_DEPTH):
+        raise invalid_field(f"{place}.parameters", f"more than {_MAX_DEPTH} objects and lists within each other")
     return {"type": "function", "function": function}
 
 
 def _call(value: Any, place: str, any_arguments: bool) -> dict[str, Any]:
     call = _object(value, place)
     if call.get("type", "function") != "function":
-        raise _wrong(f"{place}.type", f'must be "function", got {shown(call["type"])}')
+        raise invalid_field(f"{place}.type", f'must be "function", got {shown(call["type"])}')
     function = _object(call.get("function"), f"{place}.function")
     name = _name(function.get("name"), f"{place}.function.name")
     arguments = read_arguments(function.get("arguments") or {}, f"{place}.function.arguments", any_arguments=any_arguments)
     read: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     identity = call.get("id")
     if identity is not None and not isinstance(identity, str):
-        raise _wrong(f"{place}.id", f"must be a text, got {shown(identity)}")
+        raise invalid_field(f"{place}.id", f"must be a text, got {shown(identity)}")
     return read if identity is None else {"id": identity, **read}
 
 
 def _name(value: Any, place: str) -> str:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise _wrong(place, f"must be a name of at most 128 letters, digits, or any of _ . : / -, got {shown(value)}")
+        raise invalid_field(place, f"must be a name of at most 128 letters, digits, or any of _ . : / -, got {shown(value)}")
     return value
 
 
 def _list(value: Any, place: str) -> list[Any]:
     if not isinstance(value, list):
-        raise _wrong(place, f"must be a list, got {shown(value)}")
+        raise invalid_field(place, f"must be a list, got {shown(value)}")
     if len(value) > MAX_TOOLS:
-        raise _wrong(place, f"at most {MAX_TOOLS}, got {len(value)}")
+        raise invalid_field(place, f"at most {MAX_TOOLS}, got {len(value)}")
     return value
 
 
 def _object(value: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise _wrong(place, "is missing" if value is None else f"must be an object, got {shown(value)}")
+        raise invalid_field(place, "is missing" if value is None else f"must be an object, got {shown(value)}")
     return value
-
-
-def _is_deep(value: Any) -> bool:
-    """Whether it has more objects and lists within each other than code that calls itself should meet."""
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            inner for item in level if isinstance(item, dict | list)
-            for inner in (item.values() if isinstance(item, dict) else item) if isinstance(inner, dict | list)
-        ]
-    return bool(level)
-
-
-def _wrong(place: str, message: str) -> InvalidRequest:
-    return InvalidRequest(f"{place}: {message}", param=place[:300])

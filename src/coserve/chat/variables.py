@@ -10,15 +10,14 @@ from typing import Any
 
 from coserve.chat.reasoning import ThoughtStyle
 from coserve.chat.template import ChatTemplate
-from coserve.config.values import shown
-from coserve.core import InvalidRequest
+from coserve.config.values import is_nested_deeper, shown
+from coserve.core import invalid_field
 
 SWITCHES = ("enable_thinking", "thinking")
 """Variables with which chat templates turn thinking on and off."""
 MAX_VARIABLES, MAX_DEPTH = 64, 32
 """Of chat_template_kwargs: names, and lists and objects within each other."""
 _FIELD = "chat_template_kwargs"
-_MAX_MESSAGE = 900
 
 
 def check_variables(given: Mapping[str, Any] | None, template: ChatTemplate, style: ThoughtStyle | None) -> dict[str, Any]:
@@ -27,29 +26,17 @@ def check_variables(given: Mapping[str, Any] | None, template: ChatTemplate, sty
     if given is None:
         return {}
     if len(given) > MAX_VARIABLES:
-        raise InvalidRequest(f"{_FIELD}: {len(given)} variables, at most {MAX_VARIABLES} are taken", param=_FIELD)
-    if _depth(given) > MAX_DEPTH:
-        raise InvalidRequest(f"{_FIELD}: is nested too deeply; at most {MAX_DEPTH} lists and objects within each other",
-                             param=_FIELD)
+        raise invalid_field(_FIELD, f"{len(given)} variables, at most {MAX_VARIABLES} are taken")
+    if is_nested_deeper(given, MAX_DEPTH):
+        raise invalid_field(_FIELD, f"is nested too deeply; at most {MAX_DEPTH} lists and objects within each other")
     found = {}
     for name, value in given.items():
         place = f"{_FIELD}.{name}" if name.isidentifier() and name.isascii() and len(name) <= 80 else _FIELD
         if template.sets(name):
-            raise InvalidRequest(f"{place}: is set by the server itself; leave it out", param=place)
+            raise invalid_field(place, "is set by the server itself; leave it out")
         if name in template.reads:
             found[name] = value
         elif name not in SWITCHES or value is not (style is not None) or template.reads.intersection(SWITCHES):
             known = ", ".join(sorted(each for each in template.reads if not template.sets(each))) or "none"
-            message = f"{place}: the chat template reads no variable {shown(name)}; those that it reads: {known}"
-            raise InvalidRequest(message[:_MAX_MESSAGE], param=place)
+            raise invalid_field(place, f"the chat template reads no variable {shown(name)}; those that it reads: {known}")
     return found
-
-
-def _depth(value: Any) -> int:
-    """Lists and objects within each other."""
-    depth, level = 0, [value]
-    while level:
-        inner = [item for item in level if isinstance(item, dict | list)]
-        depth += bool(inner)
-        level = [item for each in inner for item in (each.values() if isinstance(each, dict) else each)]
-    return depth

@@ -191,6 +191,18 @@ def check_pattern(field: str, pattern: Any) -> None:
             require(good, field, f"alpha of {shown(name)} must be positive and at most {MAX_SETTING:g}, got {shown(value)}")
 
 
+def is_nested_deeper(value: Any, most: int) -> bool:
+    """Whether a JSON value has more than `most` lists and objects within each other, itself included: more than code that calls
+    itself should meet."""
+    level = [value]
+    for _ in range(most + 1):
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return False
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return True
+
+
 def are_names(value: object) -> bool:
     return isinstance(value, tuple | list) and all(isinstance(name, str) and name for name in value)
 

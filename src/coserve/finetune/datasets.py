@@ -1,7 +1,7 @@
 """From training files (JSON Lines) to groups of token ids with loss weights.
 
 Owns: the treatment of too long examples, the report on a file, its digest. Does not own: how lines are read (jsonlines.py), the
-accepted layouts (layouts.py), tokens and which of a conversation are trained (text/tokenizer.py), batches (batches.py).
+accepted layouts (layouts.py), tokens and which of a conversation are trained (text/examples.py), batches (batches.py).
 """
 
 from __future__ import annotations

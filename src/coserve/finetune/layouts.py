@@ -28,7 +28,8 @@ from coserve.core import InvalidRequest
 from coserve.finetune.calls import link_calls, read_line_tools, unlisted_call
 from coserve.finetune.jsonlines import LineError, kind, read_text, shown
 from coserve.finetune.turns import Turn, merge_system, read_turns, same_turns
-from coserve.text.tokenizer import ChatTokenizer, Notes, TextRules
+from coserve.text.examples import ExampleEncoder, Notes
+from coserve.text.tokenizer import ChatTokenizer, TextRules
 
 _SHOWN_KEYS = 8
 _CHOICES = ("tool_choice", "function_call")
@@ -60,7 +61,7 @@ class LineReader:
     """Reads the lines of one file.
 
     ignored: columns that the lines' layouts don't have, in order of appearance. counts: in how many lines there is what
-    tokenizer.Notes counts, by its names, and `unlisted`: calls of tools that the line doesn't list. layouts: the number of
+    examples.Notes counts, by its names, and `unlisted`: calls of tools that the line doesn't list. layouts: the number of
     lines by layout, named by its required keys.
     """
 
@@ -71,10 +72,14 @@ class LineReader:
     ignored: dict[str, None] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     layouts: Counter[str] = field(default_factory=Counter)
+    _encoder: ExampleEncoder = field(init=False)
     _notes: Notes = field(default_factory=Notes)
     _extras: ChatExtras = NO_EXTRAS
     _parallel: bool = True
     _unlisted: bool = False
+
+    def __post_init__(self) -> None:
+        self._encoder = ExampleEncoder(self.tokenizer)
 
     def read(self, record: dict[str, Any]) -> list[Examples]:
         """The examples of one line: one, or several if a conversation can't be trained in one. Raises LineError, InvalidRequest
@@ -143,8 +148,8 @@ class LineReader:
 
     def _encode(self, turns: Sequence[Turn]) -> list[tuple[np.ndarray, np.ndarray]]:
         if self.objective in PAIRED:
-            return [self.tokenizer.encode_training(turns, self.rules, self._notes, self._extras)]
-        return self.tokenizer.encode_examples(turns, self.rules, self._notes, self._extras)
+            return [self._encoder.encode_training(turns, self.rules, self._notes, self._extras)]
+        return self._encoder.encode_examples(turns, self.rules, self._notes, self._extras)
 
     def _can_merge(self, turns: Sequence[Turn], place: str) -> bool:
         """Whether the conversation has a system prompt, and could be encoded if that were merged into a user turn."""
@@ -159,12 +164,12 @@ class LineReader:
     def completion(self, place: str, prompt: str, text: str) -> Encoded:
         """Encodes a text that continues a prompt. Only the text is trained."""
         self._refuse_tools()
-        return Encoded(place, *self.tokenizer.encode_completion(prompt, text, self.rules, self._notes))
+        return Encoded(place, *self._encoder.encode_completion(prompt, text, self.rules, self._notes))
 
     def text(self, place: str, text: str) -> Encoded:
         """Encodes a text that is trained whole."""
         self._refuse_tools()
-        return Encoded(place, *self.tokenizer.encode_text(text, self.rules, self._notes))
+        return Encoded(place, *self._encoder.encode_text(text, self.rules, self._notes))
 
     def _refuse_tools(self) -> None:
         if self._extras.tools:

@@ -22,7 +22,7 @@ from typing import Any
 
 from coserve.chat.schemas import closed
 from coserve.config.values import shown
-from coserve.core import InvalidRequest
+from coserve.core import invalid_field
 
 MAX_CHARACTERS = 1 << 19
 """Of a grammar. A schema of so many takes about a second to compile."""
@@ -48,7 +48,7 @@ def json_schema(
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise _wrong(field, f"isn't JSON: {error}") from None
+            raise invalid_field(field, f"isn't JSON: {error}") from None
     if isinstance(schema, Mapping):
         _check_characters(schema, field)
         style: dict[str, Any] = dict(_NO_SPACES if compact else _ONE_LINE)
@@ -58,11 +58,11 @@ def json_schema(
         schema = closed(schema) if listed_only else schema
         schema = {**schema, "x-guidance": style if own is None else {**style, **own} if isinstance(own, Mapping) else own}
     elif not isinstance(schema, bool):
-        raise _wrong(field, f"must be a JSON schema, which is an object or true or false, got {shown(schema)}")
+        raise invalid_field(field, f"must be a JSON schema, which is an object or true or false, got {shown(schema)}")
     try:
         return f"start: %json {json.dumps(schema, allow_nan=False)}\n"
     except (ValueError, TypeError, RecursionError) as error:
-        raise _wrong(field, f"can't be written as JSON: {error}") from None
+        raise invalid_field(field, f"can't be written as JSON: {error}") from None
 
 
 def json_object(*, field: str = "json_object", compact: bool = False, whitespace_pattern: str | None = None) -> str:
@@ -76,7 +76,7 @@ def regex(pattern: str, *, field: str = "regex") -> str:
     field: is named in errors. Raises InvalidRequest if there is no pattern.
     """
     if not pattern:
-        raise _wrong(field, "is empty; give a regular expression")
+        raise invalid_field(field, "is empty; give a regular expression")
     check_text(pattern, field)
     return f"start: /{_in_slashes(pattern)}/\n"
 
@@ -84,10 +84,10 @@ def regex(pattern: str, *, field: str = "regex") -> str:
 def choice(options: Sequence[str], *, field: str = "choice") -> str:
     """One of some texts. field: is named in errors. Raises InvalidRequest for an empty text, and where there is none."""
     if not options:
-        raise _wrong(field, "is empty; give at least one text")
+        raise invalid_field(field, "is empty; give at least one text")
     for number, option in enumerate(options):
         if not option:
-            raise _wrong(f"{field}[{number}]", "is empty; give a text")
+            raise invalid_field(f"{field}[{number}]", "is empty; give a text")
     _check_characters(options, field)
     return f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, options))}\n"
 
@@ -103,7 +103,7 @@ def ebnf(text: str, *, field: str = "grammar") -> str:
     try:
         return any_to_lark(text)
     except Exception as error:  # the converter raises plain Exception for a grammar that is wrong
-        raise _wrong(field, f"is neither Lark (start: ...) nor GBNF (root ::= ...): {error}") from None
+        raise invalid_field(field, f"is neither Lark (start: ...) nor GBNF (root ::= ...): {error}") from None
 
 
 def after(marker: str | int, grammar: str, *, begin: str | int | None = None) -> str:
@@ -141,11 +141,11 @@ def nested(grammar: str) -> str:
 def check_text(grammar: str, field: str) -> None:
     """Raises InvalidRequest for what is too long, or no text."""
     if len(grammar) > MAX_CHARACTERS:
-        raise _wrong(field, f"the grammar has {len(grammar)} characters; at most {MAX_CHARACTERS} are taken")
+        raise invalid_field(field, f"the grammar has {len(grammar)} characters; at most {MAX_CHARACTERS} are taken")
     try:
         grammar.encode()
     except UnicodeEncodeError:
-        raise _wrong(field, "has half a surrogate pair, which is no character") from None
+        raise invalid_field(field, "has half a surrogate pair, which is no character") from None
 
 
 def _check_characters(value: Any, field: str) -> None:
@@ -155,7 +155,7 @@ def _check_characters(value: Any, field: str) -> None:
         item = pending.pop()
         left -= len(item) if isinstance(item, str) else 1
         if left < 0:
-            raise _wrong(field, f"has more than {MAX_CHARACTERS} characters")
+            raise invalid_field(field, f"has more than {MAX_CHARACTERS} characters")
         if isinstance(item, Mapping):
             pending += item.keys()
             pending += item.values()
@@ -171,7 +171,3 @@ def _in_slashes(pattern: str) -> str:
         place += len(part)
         written.append({"/": "\\/", "\n": "\\n", "\\\n": "\\n", "\\d": "[0-9]", "\\D": "[^0-9]"}.get(part, part))
     return "".join(written)
-
-
-def _wrong(field: str, message: str) -> InvalidRequest:
-    return InvalidRequest(f"{field}: {message}"[:1000], param=field[:300])

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from coserve.config.values import is_whole, shown
+from coserve.config.values import is_nested_deeper, is_whole, shown
 from coserve.core import InvalidRequest, one_line
 
 _MAX_JSON_BYTES = 1 << 20
@@ -99,7 +99,8 @@ def _parse(data: bytes | bytearray, name: str) -> Any:
             data.decode(), parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole,
             object_pairs_hook=_without_doubles,
         )
-        _check_depth(found)
+        if is_nested_deeper(found, _MAX_DEPTH - 1):
+            raise RecursionError
     except RecursionError as error:
         raise refuse(f"{name} can't be read as JSON (it is nested too deeply)") from error
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ones
@@ -133,19 +134,6 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"the key {shown(key)} stands there twice")
             seen.add(key)
     return found
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, dict | list):
-                inner.extend(item.values() if isinstance(item, dict) else item)
-        if not inner:
-            return
-        level = inner
-    raise RecursionError
 
 
 # --- tensors ---

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from coserve.chat.messages import CALL_FIELDS, REASONING, ROLES, TOOL_ROLES, UNSUPPORTED, is_neutral, join_parts
 from coserve.chat.template import NO_EXTRAS, ChatExtras
 from coserve.config.values import shown
-from coserve.core import ContextExceeded, InvalidRequest
+from coserve.core import ContextExceeded, InvalidRequest, invalid_field
 from coserve.server.inference.protocol import ChatMessage, ContentPart
 from coserve.server.inference.toolturns import ToolTurns
 from coserve.text.detokenizer import shown_text
@@ -107,16 +107,15 @@ def template_messages(messages: Sequence[ChatMessage], *, keep_developer: bool =
         place = f"messages[{number}]"
         if message.role not in (*ROLES, *TOOL_ROLES):
             known = ", ".join((*ROLES, *TOOL_ROLES))
-            raise InvalidRequest(f"{place}.role: must be one of {known}", param=f"{place}.role")
+            raise invalid_field(f"{place}.role", f"must be one of {known}")
         for name, neutral in UNSUPPORTED.items():
             if name in REASONING:
                 continue
             own = _OWN_CALL_FIELDS.get(message.role, ())
             if name in CALL_FIELDS and name not in own and not is_neutral(getattr(message, name), neutral):
-                raise InvalidRequest(f"{place}.{name}: is no field of a message of role {message.role}; leave it out",
-                                     param=f"{place}.{name}")
+                raise invalid_field(f"{place}.{name}", f"is no field of a message of role {message.role}; leave it out")
             if name not in CALL_FIELDS and not is_neutral(getattr(message, name), neutral):
-                raise InvalidRequest(f"{place}.{name}: is not supported yet; leave it out", param=f"{place}.{name}")
+                raise invalid_field(f"{place}.{name}", "is not supported yet; leave it out")
         role = "system" if message.role == "developer" and not keep_developer else message.role
         turn: dict[str, Any] = {"role": role, "content": _content(message, place)}
         if (thoughts := _thoughts(message, place)) is not None:
@@ -139,14 +138,13 @@ def final_content(
         return None
     field, last, place = "continue_final_message", messages[-1], f"messages[{len(messages) - 1}]"
     if add_generation_prompt:
-        raise InvalidRequest(f"{field}: can't stand beside add_generation_prompt, which begins another message; leave one out",
-                             param=field)
+        raise invalid_field(field, "can't stand beside add_generation_prompt, which begins another message; leave one out")
     if last.role != "assistant":
-        raise InvalidRequest(f"{field}: the last message must be the assistant's, its role is {shown(last.role)}", param=field)
+        raise invalid_field(field, f"the last message must be the assistant's, its role is {shown(last.role)}")
     if last.tool_calls or last.function_call:
-        raise InvalidRequest(f"{field}: the last message ends with calls of tools; only a text can be continued", param=field)
+        raise invalid_field(field, "the last message ends with calls of tools; only a text can be continued")
     if last.content is None:
-        raise InvalidRequest(f"{place}.content: is missing; it is what is to be continued", param=f"{place}.content")
+        raise invalid_field(f"{place}.content", "is missing; it is what is to be continued")
     return _content(last, place)
 
 
@@ -204,7 +202,7 @@ def _content(message: ChatMessage, place: str) -> str:
     if isinstance(message.content, list):
         return join_parts([part.model_dump() for part in message.content], f"{place}.content")
     if message.content is None and message.role != "assistant":
-        raise InvalidRequest(f"{place}.content: is missing", param=f"{place}.content")
+        raise invalid_field(f"{place}.content", "is missing")
     return message.content or ""
 
 
@@ -213,10 +211,9 @@ def _thoughts(message: ChatMessage, place: str) -> str | None:
     given = {name: getattr(message, name) for name in REASONING if getattr(message, name)}
     for name in given:
         if message.role != "assistant":
-            raise InvalidRequest(f"{place}.{name}: is for messages of the assistant; leave it out", param=f"{place}.{name}")
+            raise invalid_field(f"{place}.{name}", "is for messages of the assistant; leave it out")
     if len({*given.values()}) > 1:
-        raise InvalidRequest(f"{place}.reasoning: says something else than reasoning_content; leave one of them out",
-                             param=f"{place}.reasoning")
+        raise invalid_field(f"{place}.reasoning", "says something else than reasoning_content; leave one of them out")
     return next(iter(given.values()), None)
 
 
@@ -237,9 +234,9 @@ def _split(prompt: Any, vocab_size: int) -> list[str | list[int]]:
 
 def _token_ids(value: Any, place: str, vocab_size: int) -> list[int]:
     if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise InvalidRequest(f"{place}: must be a text or a list of token ids", param=place)
+        raise invalid_field(place, "must be a text or a list of token ids")
     if value and not 0 <= min(value) <= max(value) < vocab_size:
-        raise InvalidRequest(f"{place}: token ids must be from 0 to {vocab_size - 1}", param=place)
+        raise invalid_field(place, f"token ids must be from 0 to {vocab_size - 1}")
     return value
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from coserve.config.values import shown
-from coserve.core import InvalidRequest
+from coserve.core import invalid_field
 from coserve.grammar import choice, ebnf, json_object, json_schema, regex
 from coserve.grammar.table import read_token_table
 from coserve.server.inference.prompts import ThreadRunner
@@ -90,10 +90,10 @@ def _asked(body: GenerationRequest) -> AskedGrammar | None:
     """Raises InvalidRequest if there are two."""
     pattern = body.guided_whitespace_pattern
     if pattern is not None and body.guided_json is None:
-        raise _wrong("guided_whitespace_pattern", "is for guided_json only; leave it out")
+        raise invalid_field("guided_whitespace_pattern", "is for guided_json only; leave it out")
     found = [asked for asked in _all_asked(body) if asked is not None]
     if len(found) > 1:
-        raise _wrong(found[1].field, f"can't be combined with {found[0].field}; leave one of them out")
+        raise invalid_field(found[1].field, f"can't be combined with {found[0].field}; leave one of them out")
     return found[0] if found else None
 
 
@@ -114,28 +114,28 @@ def _all_asked(body: GenerationRequest) -> Iterator[AskedGrammar | None]:
 def _of_format(asked: ResponseFormat) -> AskedGrammar | None:
     given = asked.json_schema
     if given is not None and asked.type != "json_schema":
-        raise _wrong("response_format.json_schema", f"is for type json_schema only, and the type is {asked.type}")
+        raise invalid_field("response_format.json_schema", f"is for type json_schema only, and the type is {asked.type}")
     if asked.type == "text":
         return None
     if asked.type == "json_object":
         return AskedGrammar("response_format", lambda: json_object(field="response_format"))
     field = "response_format.json_schema"
     if given is None:
-        raise _wrong(field, "is missing")
+        raise invalid_field(field, "is missing")
     if given.schema_ is None:
-        raise _wrong(f"{field}.schema", "is missing")
+        raise invalid_field(f"{field}.schema", "is missing")
     return _of_schema(f"{field}.schema", given.schema_)
 
 
 def _of_structured(asked: StructuredOutputs) -> Iterator[AskedGrammar | None]:
     for name in _UNSUPPORTED:
         if getattr(asked, name):
-            raise _wrong(f"structured_outputs.{name}", "is not supported; leave it out")
+            raise invalid_field(f"structured_outputs.{name}", "is not supported; leave it out")
     pattern, compact = asked.whitespace_pattern, bool(asked.disable_any_whitespace)
     is_json = asked.json_ is not None or bool(asked.json_object)
     if pattern is not None and (compact or not is_json):
         field = "structured_outputs.whitespace_pattern"
-        raise _wrong(field, "is for json and json_object only, and not beside disable_any_whitespace")
+        raise invalid_field(field, "is for json and json_object only, and not beside disable_any_whitespace")
     found = [
         _of_schema("structured_outputs.json", asked.json_, compact=compact, whitespace_pattern=pattern),
         _of_text("structured_outputs.regex", asked.regex, regex),
@@ -146,7 +146,7 @@ def _of_structured(asked: StructuredOutputs) -> Iterator[AskedGrammar | None]:
         field = "structured_outputs.json_object"
         found.append(AskedGrammar(field, lambda: json_object(field=field, compact=compact, whitespace_pattern=pattern)))
     if not any(found):
-        raise _wrong("structured_outputs", "asks for nothing; give json, regex, choice, grammar or json_object")
+        raise invalid_field("structured_outputs", "asks for nothing; give json, regex, choice, grammar or json_object")
     yield from found
 
 
@@ -155,7 +155,7 @@ def _of_schema(field: str, schema: Any, *, compact: bool = False, whitespace_pat
     if schema is None:
         return None
     if not isinstance(schema, dict | str):
-        raise _wrong(field, f"must be a JSON schema as an object, or its text, got {shown(schema)}")
+        raise invalid_field(field, f"must be a JSON schema as an object, or its text, got {shown(schema)}")
     return AskedGrammar(
         field, lambda: json_schema(
             schema, field=field, compact=compact, whitespace_pattern=whitespace_pattern, listed_only=True
@@ -169,7 +169,3 @@ def _of_text(field: str, text: str | None, write: Callable[..., str]) -> AskedGr
 
 def _of_choice(field: str, options: list[str] | None) -> AskedGrammar | None:
     return None if options is None else AskedGrammar(field, lambda: choice(options, field=field))
-
-
-def _wrong(field: str, message: str) -> InvalidRequest:
-    return InvalidRequest(f"{field}: {message}", param=field)

@@ -15,7 +15,7 @@ from typing import Any
 
 from coserve.chat.tools import MAX_TOOLS, read_tools
 from coserve.config.values import shown
-from coserve.core import InvalidRequest
+from coserve.core import InvalidRequest, invalid_field
 
 _MODES = ("none", "auto", "required")
 _FUNCTION: dict[str, Any] = {
@@ -79,12 +79,12 @@ def read_tool_use(
     if functions is not None or function_call is not None:
         for name, value in (("tools", tools), ("tool_choice", tool_choice), ("parallel_tool_calls", parallel)):
             if value is not None:
-                raise _wrong(name, "can't stand beside functions or function_call, its old form; leave those out")
+                raise invalid_field(name, "can't stand beside functions or function_call, its old form; leave those out")
         return _old(functions, function_call)
     found = [] if tools is None else read_tools(tools, "tools")
     if not found:
         if tool_choice not in (None, "none", "auto"):
-            raise _wrong("tool_choice", "is for requests with tools; give some, or leave it out")
+            raise invalid_field("tool_choice", "is for requests with tools; give some, or leave it out")
         return NO_TOOL_USE
     use = _choice(tool_choice, found)
     return use if parallel is not False else replace(use, parallel=False)
@@ -103,19 +103,19 @@ def _choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> ToolUse:
         return ToolUse(tools=tools, callable=[_pick(choice, place, tools)], required=True, named=True, parallel=False)
     if kind == "allowed_tools":
         return _allowed(choice.get("allowed_tools"), f"{place}.allowed_tools", tools)
-    raise _wrong(place, f'must be {", ".join(_MODES)}, or {{"type": "function", "function": {{"name": NAME}}}}, got '
+    raise invalid_field(place, f'must be {", ".join(_MODES)}, or {{"type": "function", "function": {{"name": NAME}}}}, got '
                         f"{shown(choice)}")
 
 
 def _allowed(value: Any, place: str, tools: Sequence[Mapping[str, Any]]) -> ToolUse:
     """OpenAI's allowed_tools: the model is told of all tools, and may call some."""
     if not isinstance(value, Mapping):
-        raise _wrong(place, 'must be an object with mode and tools')
+        raise invalid_field(place, 'must be an object with mode and tools')
     mode, listed = value.get("mode"), value.get("tools")
     if mode not in ("auto", "required"):
-        raise _wrong(f"{place}.mode", f"must be auto or required, got {shown(mode)}")
+        raise invalid_field(f"{place}.mode", f"must be auto or required, got {shown(mode)}")
     if not isinstance(listed, list) or not listed:
-        raise _wrong(f"{place}.tools", "must be a list of at least one tool")
+        raise invalid_field(f"{place}.tools", "must be a list of at least one tool")
     picked = {_name(_pick(item, f"{place}.tools[{number}]", tools)) for number, item in enumerate(listed)}
     return ToolUse(tools=tools, callable=[tool for tool in tools if _name(tool) in picked], required=mode == "required")
 
@@ -124,15 +124,15 @@ def _old(functions: Any, choice: Any) -> ToolUse:
     """OpenAI's old fields. The old form has one call at most."""
     listed = functions if isinstance(functions, list) else [] if functions is None else None
     if listed is None:
-        raise _wrong("functions", f"must be a list, got {shown(functions)}")
+        raise invalid_field("functions", f"must be a list, got {shown(functions)}")
     try:
         tools = read_tools([{"type": "function", "function": item} for item in listed], "functions")
     except InvalidRequest as error:
         place = (error.param or "functions").replace("].function", "]", 1)
-        raise _wrong(place, str(error).partition(": ")[2]) from error
+        raise invalid_field(place, str(error).partition(": ")[2]) from error
     if not tools:
         if choice not in (None, "none", "auto"):
-            raise _wrong("function_call", "is for requests with functions; give some, or leave it out")
+            raise invalid_field("function_call", "is for requests with functions; give some, or leave it out")
         return ToolUse(old=True)
     if choice is None or choice in ("none", "auto"):
         use = _choice(choice, tools)
@@ -140,7 +140,7 @@ def _old(functions: Any, choice: Any) -> ToolUse:
         named = _pick({"type": "function", "function": choice}, "function_call", tools)
         use = ToolUse(tools=tools, callable=[named], required=True, named=True, parallel=False)
     else:
-        raise _wrong("function_call", f'must be none, auto, or {{"name": NAME}}, got {shown(choice)}')
+        raise invalid_field("function_call", f'must be none, auto, or {{"name": NAME}}, got {shown(choice)}')
     return replace(use, parallel=False, old=True)
 
 
@@ -150,16 +150,12 @@ def _pick(value: Any, place: str, tools: Sequence[Mapping[str, Any]]) -> Mapping
     name = function.get("name") if isinstance(function, Mapping) else None
     field = f"{place}.name" if place == "function_call" else f"{place}.function.name"
     if not isinstance(name, str):
-        raise _wrong(field, 'is missing; write {"type": "function", "function": {"name": NAME}}')
+        raise invalid_field(field, 'is missing; write {"type": "function", "function": {"name": NAME}}')
     for tool in tools:
         if _name(tool) == name:
             return tool
-    raise _wrong(field, f"{shown(name)} is none of the tools of the request")
+    raise invalid_field(field, f"{shown(name)} is none of the tools of the request")
 
 
 def _name(tool: Mapping[str, Any]) -> str:
     return str(tool["function"]["name"])
-
-
-def _wrong(place: str, message: str) -> InvalidRequest:
-    return InvalidRequest(f"{place}: {message}", param=place[:300])

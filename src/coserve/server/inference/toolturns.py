@@ -17,7 +17,7 @@ from typing import Any
 
 from coserve.chat.tools import read_calls
 from coserve.config.values import shown
-from coserve.core import InvalidRequest
+from coserve.core import InvalidRequest, invalid_field
 from coserve.server.inference.protocol import ChatMessage
 
 
@@ -33,11 +33,11 @@ class ToolTurns:
         calls = self._old_call(message, place) if message.function_call else []
         if message.tool_calls:
             if calls:
-                raise _wrong(f"{place}.function_call", "can't stand beside tool_calls, whose old form it is; leave it out")
+                raise invalid_field(f"{place}.function_call", "can't stand beside tool_calls; leave one of them out")
             calls = read_calls(message.tool_calls, f"{place}.tool_calls", any_arguments=True)
         for number, call in enumerate(calls):
             if not call.get("id"):
-                raise _wrong(f"{place}.tool_calls[{number}].id", "is missing; a result names its call by it")
+                raise invalid_field(f"{place}.tool_calls[{number}].id", "is missing; a result names its call by it")
             self._names[call["id"]] = call["function"]["name"]
         return calls
 
@@ -46,9 +46,9 @@ class ToolTurns:
         if message.role == "function":
             return self._old_result(message, place)
         if message.tool_call_id is None:
-            raise _wrong(f"{place}.tool_call_id", "is missing; a message of role tool names the call that it answers")
+            raise invalid_field(f"{place}.tool_call_id", "is missing; a message of role tool names the call that it answers")
         if message.tool_call_id not in self._names:
-            raise _wrong(
+            raise invalid_field(
                 f"{place}.tool_call_id", f"{shown(message.tool_call_id)} is the id of no call before this message; a message "
                 "of role tool answers one of an assistant's tool_calls"
             )
@@ -57,24 +57,22 @@ class ToolTurns:
     def _old_call(self, message: ChatMessage, place: str) -> list[dict[str, Any]]:
         place = f"{place}.function_call"
         if not isinstance(message.function_call, Mapping):
-            raise _wrong(place, f"must be an object with name and arguments, got {shown(message.function_call)}")
+            raise invalid_field(place, f"must be an object with name and arguments, got {shown(message.function_call)}")
         self._num_old += 1
         given = {"id": f"call{self._num_old:05d}", "type": "function", "function": dict(message.function_call)}
         try:
             return read_calls([given], place, any_arguments=True)
         except InvalidRequest as error:
             field = (error.param or place).replace("[0].function", "", 1)
-            raise _wrong(field, str(error).partition(": ")[2]) from error
+            raise invalid_field(field, str(error).partition(": ")[2]) from error
 
     def _old_result(self, message: ChatMessage, place: str) -> dict[str, Any]:
         if message.name is None:
-            raise _wrong(f"{place}.name", "is missing; a message of role function names the function")
+            raise invalid_field(f"{place}.name", "is missing; a message of role function names the function")
         for identity, name in reversed(self._names.items()):
             if name == message.name:
                 return {"role": "tool", "tool_call_id": identity, "name": name}
-        raise _wrong(f"{place}.name", f"{shown(message.name)} wasn't called before this message; a message of role function "
-                                      "answers an assistant's function_call")
-
-
-def _wrong(place: str, message: str) -> InvalidRequest:
-    return InvalidRequest(f"{place}: {message}", param=place[:300])
+        raise invalid_field(
+            f"{place}.name", f"{shown(message.name)} wasn't called before this message; a message of role function answers an "
+            "assistant's function_call"
+        )

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from coserve.chat.messages import ROLES
 from coserve.config.values import shown
-from coserve.core import InvalidRequest
+from coserve.core import invalid_field
 
 _NOTES = ("type", "id", "status")
 """Fields of any item that say nothing to the model."""
@@ -37,9 +37,9 @@ def read_input(value: Any) -> list[ChatTurn]:
     if isinstance(value, str):
         return [ChatTurn({"role": "user", "content": value}, {"": "input", ".content": "input"})]
     if not isinstance(value, list):
-        _refuse("input", f"must be a text or a list of items, got {shown(value)}")
+        raise invalid_field("input", f"must be a text or a list of items, got {shown(value)}")
     if not value:
-        _refuse("input", "has no items; give at least one")
+        raise invalid_field("input", "has no items; give at least one")
     items = _Items()
     for number, item in enumerate(value):
         items.add(item, f"input[{number}]")
@@ -57,7 +57,7 @@ class _Items:
     def add(self, item: Any, place: str) -> None:
         """Adds an item. Raises InvalidRequest."""
         if not isinstance(item, Mapping):
-            _refuse(place, f"must be an object, got {shown(item)}")
+            raise invalid_field(place, f"must be an object, got {shown(item)}")
         kind = item.get("type")
         if kind is None:
             kind = "message" if "role" in item else "item_reference" if set(item) <= {"id", "type"} and "id" in item else None
@@ -71,16 +71,16 @@ class _Items:
             case "function_call_output":
                 self._add_output(item, place)
             case "item_reference":
-                _refuse(place, "items are not stored here; give the item itself instead of a reference")
+                raise invalid_field(place, "items are not stored here; give the item itself instead of a reference")
             case _:
                 known = "message, reasoning, function_call, function_call_output"
-                _refuse(f"{place}.type", f"items of this type are not supported, only {known}; got {shown(kind)}")
+                raise invalid_field(f"{place}.type", f"items of this type are not supported, only {known}; got {shown(kind)}")
 
     def _add_message(self, item: Mapping[str, Any], place: str) -> None:
         _check_names(item, ("role", "content", "phase", *_NOTES), place)
         role = item.get("role")
         if not isinstance(role, str) or role not in ROLES:
-            _refuse(f"{place}.role", f"must be one of {', '.join(ROLES)}, got {shown(role)}")
+            raise invalid_field(f"{place}.role", f"must be one of {', '.join(ROLES)}, got {shown(role)}")
         texts = _texts(item.get("content"), f"{place}.content")
         if role != "assistant":
             content = texts if isinstance(texts, str) else [{"type": "text", "text": text} for text in texts]
@@ -96,7 +96,9 @@ class _Items:
         texts = _reasoning(item.get("content"), f"{place}.content", "reasoning_text")
         summary = _reasoning(item.get("summary"), f"{place}.summary", "summary_text")
         if not texts and not summary and item.get("encrypted_content") is not None:
-            _refuse(f"{place}.encrypted_content", "only the service that encrypted it can read it; leave out this item")
+            raise invalid_field(
+                f"{place}.encrypted_content", "only the service that encrypted it can read it; leave out this item"
+            )
         turn = self._joined(place, new=("content",))
         before = turn.message.get("reasoning_content")
         text = "".join(texts) or "\n".join(summary)
@@ -107,7 +109,7 @@ class _Items:
         _check_names(item, ("call_id", "name", "arguments", "parsed_arguments", *_NOTES), place)
         call_id, name, arguments = (_text(item, key, place) for key in ("call_id", "name", "arguments"))
         if call_id in self._call_ids:
-            _refuse(f"{place}.call_id", f"there is a function_call with the call_id {shown(call_id)} already")
+            raise invalid_field(f"{place}.call_id", f"there is a function_call with the call_id {shown(call_id)} already")
         self._call_ids.add(call_id)
         turn = self._joined(place, new=())
         calls = turn.message.setdefault("tool_calls", [])
@@ -118,7 +120,7 @@ class _Items:
         _check_names(item, ("call_id", "output", *_NOTES), place)
         call_id = _text(item, "call_id", place)
         if call_id not in self._call_ids:
-            _refuse(
+            raise invalid_field(
                 f"{place}.call_id", f"there is no function_call with the call_id {shown(call_id)} before it in input; "
                 "responses are not stored here, so give their items too"
             )
@@ -143,18 +145,18 @@ def _texts(value: Any, place: str) -> str | list[str]:
     if isinstance(value, str):
         return value
     if value is None:
-        _refuse(place, "is missing")
+        raise invalid_field(place, "is missing")
     if not isinstance(value, list):
-        _refuse(place, f"must be a text or a list of parts, got {shown(value)}")
+        raise invalid_field(place, f"must be a text or a list of parts, got {shown(value)}")
     found = []
     for number, part in enumerate(value):
         at = f"{place}[{number}]"
         if not isinstance(part, Mapping):
-            _refuse(at, f"must be an object with type and text, got {shown(part)}")
+            raise invalid_field(at, f"must be an object with type and text, got {shown(part)}")
         kind = part.get("type")
         if not isinstance(kind, str) or kind not in _TEXT_PARTS:
             known = ", ".join(_TEXT_PARTS)
-            _refuse(f"{at}.type", f"must be one of {known}, got {shown(kind)}; the model reads text")
+            raise invalid_field(f"{at}.type", f"must be one of {known}, got {shown(kind)}; the model reads text")
         name = _TEXT_PARTS[kind]
         _check_names(part, (name, *_PART_NOTES), at)
         found.append(_text(part, name, at))
@@ -164,12 +166,12 @@ def _texts(value: Any, place: str) -> str | list[str]:
 def _reasoning(value: Any, place: str, kind: str) -> list[str]:
     """The texts of a reasoning item's content or summary."""
     if value is not None and not isinstance(value, list):
-        _refuse(place, f"must be a list of parts, got {shown(value)}")
+        raise invalid_field(place, f"must be a list of parts, got {shown(value)}")
     found = []
     for number, part in enumerate(value or ()):
         at = f"{place}[{number}]"
         if not isinstance(part, Mapping) or part.get("type") != kind:
-            _refuse(at, f'must be an object with the type "{kind}" and text, got {shown(part)}')
+            raise invalid_field(at, f'must be an object with the type "{kind}" and text, got {shown(part)}')
         _check_names(part, ("type", "text"), at)
         found.append(_text(part, "text", at))
     return found
@@ -178,7 +180,7 @@ def _reasoning(value: Any, place: str, kind: str) -> list[str]:
 def _text(item: Mapping[str, Any], name: str, place: str) -> str:
     value = item.get(name)
     if not isinstance(value, str):
-        _refuse(f"{place}.{name}", "is missing" if value is None else f"must be a text, got {shown(value)}")
+        raise invalid_field(f"{place}.{name}", "is missing" if value is None else f"must be a text, got {shown(value)}")
     return value
 
 
@@ -187,8 +189,4 @@ def _check_names(item: Mapping[str, Any], known: Collection[str], place: str) ->
     for name, value in item.items():
         if name not in known and value is not None:
             named = name if name.isprintable() and len(name) <= 80 else shown(name)
-            _refuse(f"{place}.{named}", "there is no such field; remove it")
-
-
-def _refuse(place: str, message: str) -> NoReturn:
-    raise InvalidRequest(f"{place}: {message}", param=place)
+            raise invalid_field(f"{place}.{named}", "there is no such field; remove it")

@@ -12,11 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from coserve.chat.messages import is_neutral
 from coserve.config.values import shown
-from coserve.core import CoserveError, InvalidRequest
+from coserve.core import CoserveError, invalid_field
 from coserve.server.responses.body import SHARED, CreateResponse
 from coserve.server.responses.items import ChatTurn, read_input
 
@@ -102,25 +102,27 @@ def translate(body: CreateResponse) -> ChatTranslation:
 
 def _tools(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list):
-        _refuse("tools", f"must be a list of tools, got {shown(value)}")
+        raise invalid_field("tools", f"must be a list of tools, got {shown(value)}")
     return [_tool(tool, f"tools[{number}]") for number, tool in enumerate(value)]
 
 
 def _tool(value: Any, place: str) -> dict[str, Any]:
     kind = value.get("type") if isinstance(value, Mapping) else None
     if not isinstance(value, Mapping) or not isinstance(kind, str):
-        _refuse(place, f"must be an object with a type, got {shown(value)}")
+        raise invalid_field(place, f"must be an object with a type, got {shown(value)}")
     if kind != "function":
-        _refuse(
+        raise invalid_field(
             f"{place}.type", f'tools of type {shown(kind)} are not there, only those of type "function", which the client runs'
         )
     if "function" in value:
-        _refuse(f"{place}.function", "name, description, parameters and strict are fields of the tool itself in this API")
+        raise invalid_field(
+            f"{place}.function", "name, description, parameters and strict are fields of the tool itself in this API"
+        )
     for name, item in value.items():
         if name not in ("type", *_TOOL_FIELDS, *_TOOL_NEUTRAL):
-            _refuse(f"{place}.{_named(name)}", f"there is no such field; known: {', '.join(_TOOL_FIELDS)}")
+            raise invalid_field(f"{place}.{_named(name)}", f"there is no such field; known: {', '.join(_TOOL_FIELDS)}")
         if name in _TOOL_NEUTRAL and not is_neutral(item, _TOOL_NEUTRAL[name]):
-            _refuse(f"{place}.{name}", "is not supported; leave it out")
+            raise invalid_field(f"{place}.{name}", "is not supported; leave it out")
     return {"type": "function", "function": _given(value, _TOOL_FIELDS)}
 
 
@@ -135,20 +137,22 @@ def _tool_choice(value: Any) -> Any:
             _check_fields(value, ("type", "mode", "tools"), "tool_choice")
             tools = value.get("tools")
             if not isinstance(tools, list):
-                _refuse("tool_choice.tools", f"must be a list of tools, got {shown(tools)}")
+                raise invalid_field("tool_choice.tools", f"must be a list of tools, got {shown(tools)}")
             chosen = [_chosen(tool, f"tool_choice.tools[{number}]") for number, tool in enumerate(tools)]
             return {"type": "allowed_tools", "allowed_tools": {"mode": value.get("mode"), "tools": chosen}}
         case _:
-            _refuse("tool_choice", f'must be {", ".join(_CHOICES)}, or an object of type function or allowed_tools, '
-                                   f"got {shown(value)}")
+            raise invalid_field(
+                "tool_choice",
+                f"must be {', '.join(_CHOICES)}, or an object of type function or allowed_tools, got {shown(value)}",
+            )
 
 
 def _chosen(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, Mapping) or value.get("type") != "function":
-        _refuse(place, f'must be an object with the type "function" and a name, got {shown(value)}')
+        raise invalid_field(place, f'must be an object with the type "function" and a name, got {shown(value)}')
     _check_fields(value, ("type", "name"), place)
     if not isinstance(value.get("name"), str):
-        _refuse(f"{place}.name", f"must be the name of a tool, got {shown(value.get('name'))}")
+        raise invalid_field(f"{place}.name", f"must be the name of a tool, got {shown(value.get('name'))}")
     return {"type": "function", "function": {"name": value["name"]}}
 
 
@@ -162,7 +166,7 @@ def _response_format(value: Mapping[str, Any]) -> dict[str, Any]:
             _check_fields(value, ("type", *_FORMAT_FIELDS), "text.format")
             return {"type": kind, "json_schema": _given(value, _FORMAT_FIELDS)}
         case _:
-            _refuse("text.format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
+            raise invalid_field("text.format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
 
 
 def _given(value: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -172,12 +176,8 @@ def _given(value: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 def _check_fields(value: Mapping[str, Any], known: Sequence[str], place: str) -> None:
     for name, item in value.items():
         if name not in known and item is not None:
-            _refuse(f"{place}.{_named(name)}", f"there is no such field; known: {', '.join(known)}")
+            raise invalid_field(f"{place}.{_named(name)}", f"there is no such field; known: {', '.join(known)}")
 
 
 def _named(name: str) -> str:
     return name if name.isprintable() and len(name) <= 80 else shown(name)
-
-
-def _refuse(place: str, message: str) -> NoReturn:
-    raise InvalidRequest(f"{place}: {message}", param=place)

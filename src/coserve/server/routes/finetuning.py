@@ -18,6 +18,7 @@ from coserve.finetune.datacheck import as_json
 from coserve.server.bodies.reader import body_reader
 from coserve.server.inference.pieces import PiecesResponse, encode_large
 from coserve.server.inference.sse import DONE, EventStream, unless_gone
+from coserve.server.inference.whole import CLIENT_LEFT
 from coserve.server.jobs.body import CREATE_FORM, CreateJob
 from coserve.server.jobs.objects import checkpoint_object, event_object
 from coserve.server.records import EventRecord
@@ -29,8 +30,6 @@ _METADATA: dict[str, Any] = {"parameters": [{
     "description": "only jobs with these pairs: metadata[KEY]=VALUE",
     "schema": {"type": "object", "additionalProperties": {"type": "string"}},
 }]}
-_CLIENT_LEFT = 499
-"""nginx's status for a client who has gone; nobody sees it but the log."""
 router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
 CreateBody = Annotated[CreateJob, Depends(body_reader(CREATE_FORM))]
 
@@ -46,7 +45,7 @@ async def check_job_data(request: Request, services: Served, tenant: Tenant, bod
     """What the files of such a job hold, and what of it would be trained; no job is created."""
     found = await unless_gone(request.receive, services.jobs.check_data(tenant, body))
     if found is None:
-        return Response(status_code=_CLIENT_LEFT)
+        return Response(status_code=CLIENT_LEFT)
     training, validation = found
     return PiecesResponse(encode_large({
         "object": "fine_tuning.data_check", "training_file": as_json(training),

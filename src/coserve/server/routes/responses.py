@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable
 from functools import partial
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
@@ -69,27 +69,13 @@ async def create_response(request: Request, services: Served, tenant: Tenant, bo
 
 
 @router.get("/v1/responses/{response_id}")
-def retrieve_response(tenant: Tenant, response_id: str) -> Response:
-    """Always 404: no response is stored."""
-    _not_stored()
-
-
 @router.delete("/v1/responses/{response_id}")
-def delete_response(tenant: Tenant, response_id: str) -> Response:
-    """Always 404: no response is stored."""
-    _not_stored()
-
-
-@router.post("/v1/responses/{response_id}/cancel")
-def cancel_response(tenant: Tenant, response_id: str) -> Response:
-    """Always 404: no response is made in the background. One that is being made ends when its client leaves."""
-    _not_stored()
-
-
 @router.get("/v1/responses/{response_id}/input_items")
-def list_input_items(tenant: Tenant, response_id: str) -> Response:
-    """Always 404: no response is stored."""
-    _not_stored()
+@router.post("/v1/responses/{response_id}/cancel")
+def find_response(tenant: Tenant, response_id: str) -> Response:
+    """Always 404: no response is stored, and none is made in the background. One that is being made ends when its client
+    leaves."""
+    raise NotFound("response_id: responses are not stored here; keep what POST /v1/responses has answered", param="response_id")
 
 
 def _translated(body: CreateResponse) -> tuple[ChatTranslation, ChatRequest]:
@@ -105,7 +91,3 @@ async def _encoded(event: dict[str, Any], asked: AskedChat, size: int) -> NamedE
     if size <= LONG_ANSWER or event["type"].endswith(".delta"):
         return NamedEvent(event["type"], msgspec.json.encode(event))
     return NamedEvent(event["type"], b"".join(await asked.run(lambda: encode_large(event))))
-
-
-def _not_stored() -> NoReturn:
-    raise NotFound("response_id: responses are not stored here; keep what POST /v1/responses has answered", param="response_id")
