@@ -91,3 +91,11 @@ def test_random_kills_of_any_rank_lose_and_repeat_nothing(start_server: StartSer
     for id, seed in jobs.seeds.items():
         jobs.check(id, expected[seed])
     jobs.check_disk()
+
+
+def test_a_template_of_the_server_s_own_on_several_ranks(start_server: StartServer) -> None:
+    """The ranks know the model by its identity, so the template must not make another model of it."""
+    server = start_server(*RANKS, "--chat-template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    body = {"messages": [{"role": "user", "content": "The tower"}], "max_tokens": 8, "temperature": 0}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert response.json()["choices"][0]["message"]["content"] == answer(server)

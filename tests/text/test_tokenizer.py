@@ -486,3 +486,10 @@ def test_work_per_token_is_bounded(ids: list[int]) -> None:
     assert tokenizer.longest <= 30
     assert "".join(pieces) == tokenizer.decode(ids)
     assert len("".join(pieces[:-1])) >= 150
+
+
+def test_another_template_for_the_same_object(build: Build) -> None:
+    given, other = build(CHATML), "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
+    given.use_template(other)
+    assert given.render_chat(turns("Hi"), add_generation_prompt=False) == "user: Hi;"
+    assert given.encode_chat(turns("Hi")) == given.with_template(other).encode_chat(turns("Hi"))
