@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -45,17 +44,13 @@ STD = 0.02
 
 
 class NumberTokenizer(ChatTokenizer):
-    """Texts are token ids in decimal, one word each; any other word is token 0. A training text gets no end token, so that it
-    has as many tokens as words."""
+    """Texts are token ids in decimal, one word each; any other word is token 0. The last token of the vocabulary is EOS, so a
+    training text has one token more than it has words."""
 
     def __init__(self, vocab_size: int) -> None:
         words = Tokenizer(WordLevel({str(token): token for token in range(vocab_size)}, unk_token="0"))
         words.pre_tokenizer = Whitespace()
-        super().__init__(PreTrainedTokenizerFast(tokenizer_object=words))
-
-    def encode_text(self, text: str, *_: object) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.array(self.encode(text), np.int64)
-        return ids, np.ones(len(ids), np.float32)
+        super().__init__(PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(vocab_size - 1)))
 
 
 class BenchModel(NamedTuple):

@@ -154,7 +154,8 @@ class Serving:
     def _data(self, folder: Path, vocab: int) -> Path:
         rng = np.random.default_rng(1)
         path = folder / "examples.jsonl"
-        lines = (" ".join(map(str, rng.integers(0, vocab, self.load.example_tokens))) for _ in range(16))
+        words = self.load.example_tokens - 1  # EOS follows them; it is the last token, and not one of them
+        lines = (" ".join(map(str, rng.integers(0, vocab - 1, words))) for _ in range(16))
         path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
         return path
 
