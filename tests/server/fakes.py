@@ -83,12 +83,13 @@ class FakeEngineClient:
         )
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def generate(self, *, prompt_ids: Sequence[int], sampling: SamplingConfig, adapter: AdapterRef | None = None, tenant: str = "",
-                 tpot_ms: SloMs | None = None, ttft_ms: SloMs | None = None,
+    def generate(self, *, prompt_ids: Sequence[int], sampling: SamplingConfig, adapter: AdapterRef | None = None,
+                 tenant: str = "", tpot_ms: SloMs | None = None, ttft_ms: SloMs | None = None,
                  arrival_s: float | None = None) -> RequestStream:
         if not self.ready:
             raise EngineUnavailable("the engine is starting; try again in a few seconds")
-        asked = Asked(list(prompt_ids), sampling, None if adapter is None else adapter.name, tenant, tpot_ms, ttft_ms, arrival_s)
+        name = None if adapter is None else adapter.name
+        asked = Asked(list(prompt_ids), sampling, name, tenant, tpot_ms, ttft_ms, arrival_s)
         self.asked.append(asked)
 
         def cancel(_: RequestStream) -> None:

@@ -57,7 +57,8 @@ def engine_name(tenant: str, name: str) -> str:
 
 
 def _served(record: AdapterRecord) -> ServedModel:
-    return ServedModel(name=record.name, adapter=AdapterRef(name=engine_name(record.tenant, record.name)), created=record.created_at)
+    adapter = AdapterRef(name=engine_name(record.tenant, record.name))
+    return ServedModel(name=record.name, adapter=adapter, created=record.created_at)
 
 
 class ModelRegistry:
