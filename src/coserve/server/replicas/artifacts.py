@@ -29,7 +29,7 @@ import msgspec
 
 from coserve.core import CoserveError, InvalidRequest, NotFound
 from coserve.server.errors import Conflict
-from coserve.server.replicas.artifactcache import ArtifactCache, ArtifactFile, ArtifactManifest
+from coserve.server.replicas.artifactcache import ArtifactCache, ArtifactFile, ArtifactManifest, file_digest
 from coserve.server.replicas.objects import CHUNK_BYTES, ObjectStore, is_hanging, open_objects
 
 _MANIFEST = "_manifest.json"
@@ -246,3 +246,10 @@ def _plain_files(directory: Path, prefix: str = "") -> Iterator[str]:
                 yield name
             else:
                 raise InvalidRequest(f"artifact: {name[:64]!r} is neither a file nor a directory")
+
+
+def directory_digest(directory: Path) -> str:
+    """The digest that an artifact of a directory's files would have. Raises InvalidRequest, OSError."""
+    places = {name: directory / name for name in _plain_files(directory)}
+    files = tuple(ArtifactFile(name=name, bytes=place.stat().st_size, sha256=file_digest(place)) for name, place in places.items())
+    return ArtifactManifest(files=files, place="").digest

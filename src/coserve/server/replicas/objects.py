@@ -267,6 +267,6 @@ def _s3_files() -> Any:
     try:
         from s3fs import S3FileSystem
     except ModuleNotFoundError as error:
-        raise ConfigError("store: s3:// needs s3fs: pip install 'coserve[s3]'", param="store") from error
+        raise ConfigError("store: s3:// needs s3fs: pip install 'coserve[ray]'", param="store") from error
     limits = {"connect_timeout": 5, "read_timeout": 20, "retries": {"mode": "standard", "max_attempts": 3}}
     return S3FileSystem(config_kwargs=limits, use_listings_cache=False, skip_instance_cache=True)
