@@ -150,7 +150,7 @@ class Router:
         usable = self._usable(now, exclude)
         figures = self._table.figures
         usable &= figures["outputs"] + ask.outputs <= figures["room"]
-        if not usable.any():
+        if not np.count_nonzero(usable):
             self._signals.on_refusal(now)
             raise CapacityError("every replica has as many requests as may wait; try again later", param="max_waiting")
         held = self._held(ask, now)
@@ -171,10 +171,10 @@ class Router:
             known = self._table.by_name.get(name)
             if known is not None:
                 takes[known.place] = False
-        if not takes.any():
+        if not np.count_nonzero(takes):
             raise NoReplica("no replica takes requests now; try again in a few seconds")
         fresh: np.ndarray = takes & (figures["reported_s"] >= now - STALE_S)
-        return fresh if fresh.any() else takes
+        return fresh if np.count_nonzero(fresh) else takes
 
     def _held(self, ask: Ask, now: float) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Whether each place has the adapter in memory, and whether it has it or is believed to be loading it; None without an
@@ -227,7 +227,7 @@ class Router:
         """The places among which cost decides; at least one."""
         feasible, near = forecast.feasible, held[1]
         if ask.adapter is None or near is None:
-            return feasible if feasible.any() else forecast.usable
+            return feasible if np.count_nonzero(feasible) else forecast.usable
         comfort_s = PATIENCE_S if ask.ttft_s == math.inf else min(COMFORT * ask.ttft_s, PATIENCE_S)
         comfortable = feasible & (forecast.ttft_s <= comfort_s)
         order = rendezvous_order(ask.adapter, self._table.figures["seed"])
@@ -236,7 +236,7 @@ class Router:
         homes = np.zeros_like(comfortable)
         homes[order[: wanted + SPARE_HOMES]] = True
         around = comfortable & (near | homes)
-        if around.any():
+        if np.count_nonzero(around):
             self._add_moves(forecast.cost, around, near, order[:wanted])
             return around
         further = order[comfortable[order]]
@@ -260,10 +260,10 @@ class Router:
     def _least_late(forecast: _Forecast, near: np.ndarray, homes: np.ndarray) -> np.ndarray:
         """Where nothing is comfortable: the feasible places, or all. Of these the ones with the adapter unless they are much
         worse, else its homes unless they are."""
-        places = forecast.feasible if forecast.feasible.any() else forecast.usable
+        places = forecast.feasible if np.count_nonzero(forecast.feasible) else forecast.usable
         least = forecast.cost[places].min()
         for close in (places & near, places & (near | homes)):
-            if close.any() and forecast.cost[close].min() <= _WORSE * least:
+            if np.count_nonzero(close) and forecast.cost[close].min() <= _WORSE * least:
                 return close
         return places
 
