@@ -21,7 +21,7 @@ from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig
 from coserve.core import Example, Group, InvalidRequest, JobFailed
 from coserve.finetune import checkpoints
 from coserve.finetune.checkpoints import Cursor, latest_checkpoint, read_manifest, save_checkpoint
-from coserve.finetune.job import Job, JobEvent, MetricsTable, StepLoss, StepRow
+from coserve.finetune.job import Job, JobEvent, MetricsTable, StepLoss, StepRow, refuse_changes
 
 COLUMNS = [
     "step", "train_loss", "train_mean_token_accuracy", "learning_rate", "grad_norm", "tokens", "seconds", "valid_loss",
@@ -573,3 +573,16 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None
     assert seen == [False]
     read_manifest(directory)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_the_continued_adapter_may_lie_elsewhere_but_must_be_the_same() -> None:
+    recorded = {"start": "/one/start", "start_digest": "d1"}
+    refuse_changes({"start": "/two/start", "start_digest": "d1"}, recorded, "job.json")
+    for facts, param in (
+        ({"start": "/two/start", "start_digest": "d2"}, "start_digest"), ({"start": None, "start_digest": None}, "start"),
+    ):
+        with pytest.raises(InvalidRequest) as error:
+            refuse_changes(facts, recorded, "job.json")
+        assert error.value.param == param
+    with pytest.raises(InvalidRequest):
+        refuse_changes({"start": "/two/start", "start_digest": "d1"}, {"start": "/one/start"}, "job.json")
