@@ -23,7 +23,7 @@ import zmq.asyncio
 
 from coserve.core import CoserveError
 from coserve.server.jobs.queue import UnfinishedJob
-from coserve.server.link import enginemain
+from coserve.server.link import setup
 from coserve.server.link.activity import (
     ENGINE,
     FIRST_CALL,
@@ -88,9 +88,9 @@ def test_every_end_of_a_process_has_a_reason(tmp_path: Path, code: int, reason: 
 
 def test_a_server_that_was_killed_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
-    monkeypatch.setattr(enginemain.os, "_exit", ended.append)
+    monkeypatch.setattr(setup.os, "_exit", ended.append)
     (tmp_path / "coserve-1").mkdir()
-    enginemain.end_with(io.BytesIO(), str(tmp_path / "coserve-1"))
+    setup.end_with(io.BytesIO(), str(tmp_path / "coserve-1"))
     wait_until(lambda: ended == [1], 5)
     assert not (tmp_path / "coserve-1").exists()
 

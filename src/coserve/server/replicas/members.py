@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from sqlalchemy import ColumnElement, Float, cast, delete, extract, func, select, update
+import msgspec
+from sqlalchemy import ColumnElement, Float, delete, extract, func, select, update
+from sqlalchemy import cast as sql_cast
 
 from coserve.server.index.database import Database
 from coserve.server.index.tables import members
+from coserve.server.link.messages import Ready
 
 BEAT_EVERY_S = 2.0
 """Seconds between two refreshes of a member's row."""
@@ -27,8 +31,8 @@ FORGOTTEN_S = 24 * 3600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A row. kind: engine or ingress. address: where ingresses connect, tcp://HOST:PORT; '' for an ingress. public_key: CURVE's,
-    as Z85 text. node: the machine. info: of a replica, what its engine has said of itself (Ready). seconds: since its last sign
+    """A row. kind: engine or ingress. address: where ingresses connect, tcp://HOST:PORT; '' for an ingress. public_key:
+    CURVE's, as Z85 text. node: the machine. info: of a replica, what its engine has said of itself (Ready). seconds: since its last sign
     of life."""
 
     id: str
@@ -42,7 +46,23 @@ class Member:
 
 def _now() -> ColumnElement[float]:
     """The database's clock, in Unix seconds."""
-    return cast(extract("epoch", func.clock_timestamp()), Float(53))
+    return sql_cast(extract("epoch", func.clock_timestamp()), Float(53))
+
+
+def describe_engine(info: Ready) -> dict[str, Any]:
+    """What an engine says of itself as JSON for its row; `read_engine` reads it."""
+    return cast(dict[str, Any], _without_infinity(msgspec.to_builtins(info)))
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    return str(value) if isinstance(value, float) and math.isinf(value) else value  # JSON has no infinity
+
+
+def read_engine(info: Mapping[str, Any]) -> Ready:
+    """Raises msgspec.ValidationError."""
+    return msgspec.convert(info, Ready, strict=False)
 
 
 class Members:

@@ -21,7 +21,7 @@ class Watch(Message, frozen=True, kw_only=True):
 
 
 class Serve(Message, frozen=True, kw_only=True):
-    """A request. generate: its arrival_s is an age. adapter: what the replica's engine must hold first; None: the base model."""
+    """A request. generate: its arrival_s is an age. adapter: what the engine must hold first; None: the base model."""
 
     generate: Generate
     adapter: AdapterRef | None = None
@@ -36,8 +36,8 @@ class Nudge(Message, frozen=True, kw_only=True):
 class Beat(Message, frozen=True, kw_only=True):
     """The replica lives.
 
-    ready: whether its engine takes requests. draining: whether the replica ends, so that it gets no new ones. load: the engine's
-    report, if it has made one since the last beat. restarts: starts of the engine after the first. trouble: why it isn't ready.
+    ready: whether its engine takes requests. draining: whether the replica ends, so that it gets no new ones. load: the
+    engine's report, if it has made one since the last beat. restarts: starts of the engine after the first. trouble: why it isn't ready.
     """
 
     ready: bool

@@ -26,7 +26,7 @@ import zmq.asyncio
 from coserve.cluster.router import Ask, Choice, NoReplica, Router
 from coserve.config.settings import SamplingConfig
 from coserve.config.values import SloMs
-from coserve.core import CapacityError, ConfigError, CoserveError
+from coserve.core import CapacityError, CoserveError
 from coserve.scheduler.slo import asked_slo
 from coserve.server.errors import EngineUnavailable, make_error
 from coserve.server.link.calls import Calls
@@ -61,8 +61,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Moving:
-    """A request under way. message: as it was asked for, with its time of arrival on this machine. link: where it is; None while
-    it waits for a replica. id: its id there. emitted: the ids that its client has, of each output. ended: outputs that have
+    """A request under way. message: as it was asked for, with its time of arrival on this machine. link: where it is; None
+    while it waits for a replica. id: its id there. emitted: the ids that its client has, of each output. ended: outputs that have
     ended. moved_s: when it lost its replica. crashes, moves: how often an engine died under it, and how often it moved."""
 
     message: Generate
@@ -109,7 +109,7 @@ class EnginePool:
         self, keys: KeyPair, *, salt_blocks: Callable[[Sequence[int], str, int], tuple[int, ...]],
         report: Callable[[str], None] = _log.info,
     ) -> None:
-        """keys: this ingress's. salt_blocks: hashes of a prompt's full blocks, from its ids, its salt and the tokens per block."""
+        """keys: this ingress's. salt_blocks: hashes of a prompt's full blocks, from its ids, its salt and a block's tokens."""
         self._keys, self._salt_blocks, self._report = keys, salt_blocks, report
         self._name, self._numbers = uuid.uuid4().hex[:8], itertools.count(1)
         self._context = zmq.asyncio.Context()
@@ -136,7 +136,7 @@ class EnginePool:
 
     @property
     def info(self) -> Ready:
-        """What an engine has said of itself; all serve the same model. Raises EngineUnavailable before the first one is known."""
+        """What an engine has said of itself; all serve one model. Raises EngineUnavailable before the first one is known."""
         if self._info is None:
             raise EngineUnavailable("no replica has started yet")
         return self._info

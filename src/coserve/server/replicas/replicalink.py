@@ -71,8 +71,8 @@ class ReplicaLink:
     """
 
     def __init__(
-        self, engine: EngineClient, *, ensure: Callable[[AdapterRef], Awaitable[None]], nudge: Callable[[str], None], send: Send,
-        forget: Callable[[bytes], None],
+        self, engine: EngineClient, *, ensure: Callable[[AdapterRef], Awaitable[None]], nudge: Callable[[str], None],
+        send: Send, forget: Callable[[bytes], None],
     ) -> None:
         """ensure: the engine holds an adapter afterwards. nudge: a job's row has changed. send, forget: a ServerSocket's."""
         self._engine, self._ensure, self._nudge, self._send, self._forget = engine, ensure, nudge, send, forget

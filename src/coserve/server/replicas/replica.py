@@ -1,0 +1,161 @@
+"""One replica: an engine process, the link to ingresses, and the jobs that this replica has claimed.
+
+Owns: the order in which these parts start, drain and stop; the replica's row among the members. Does not own: the parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+import zmq.asyncio
+
+from coserve.core import CapacityError, ConfigError, CoserveError
+from coserve.server.app import index_url
+from coserve.server.index.database import Database
+from coserve.server.index.store import Store
+from coserve.server.link.engineclient import EngineClient
+from coserve.server.locks import hold, make_private
+from coserve.server.records import new_id
+from coserve.server.replicas.adaptercache import AdapterCache
+from coserve.server.replicas.artifacts import open_store
+from coserve.server.replicas.jobs import ReplicaJobs
+from coserve.server.replicas.members import BEAT_EVERY_S, KnownKeys, Member, Members, describe_engine
+from coserve.server.replicas.replicalink import ReplicaLink
+from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
+from coserve.server.settings import ServerConfig
+
+CACHE_BYTES = 20 << 30
+"""Bytes of fetched files that a process of the fleet keeps on its disk."""
+_LOCK_FILE = "replica.lock"
+_FRESH_S = 60.0
+_LOOK_EVERY_S = 0.1
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def scratch_directory(root: Path, id: str) -> Iterator[Path]:
+    """A private directory for one process, ROOT/replicas/ID, that is deleted at its end. Those that killed processes have left
+    are deleted first: nobody holds their locks."""
+    make_private(root)
+    place = root / "replicas"
+    place.mkdir(exist_ok=True)
+    for left in list(place.iterdir()):
+        with contextlib.suppress(ConfigError, OSError):
+            if time.time() - left.stat().st_mtime > _FRESH_S:  # a younger one may be about to be locked
+                with hold(left / _LOCK_FILE):
+                    shutil.rmtree(left, ignore_errors=True)
+    directory = place / id
+    directory.mkdir()
+    try:
+        with hold(directory / _LOCK_FILE):
+            yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class Replica:
+    """One replica's parts, once they have started. id: its member's."""
+
+    def __init__(
+        self, id: str, engine: EngineClient, members: Members, link: ReplicaLink, jobs: ReplicaJobs, config: ServerConfig
+    ) -> None:
+        self.id, self.engine, self.members, self.link, self.jobs, self.config = id, engine, members, link, jobs, config
+
+    async def refresh(self, row: Callable[[], Member]) -> None:
+        """Keeps this replica's row fresh until it is cancelled. It is added again if it is gone."""
+        generation = self.engine.generation
+        while True:
+            await asyncio.sleep(BEAT_EVERY_S)
+            changed = self.engine.generation != generation
+            generation = self.engine.generation
+            info = describe_engine(self.engine.info) if changed else None
+            with contextlib.suppress(CapacityError):  # the database is away: the link goes on
+                if not await asyncio.to_thread(self.members.refresh, self.id, info):
+                    await asyncio.to_thread(self.members.join, row())
+
+    async def drain(self) -> None:
+        """Takes no new requests, hands its jobs over, and gives running requests the time of --shutdown-timeout."""
+        self.link.draining = True
+        self.link.tell()
+        await self.jobs.drain()
+        limit = time.monotonic() + self.config.shutdown_timeout
+        while self.link.num_requests and time.monotonic() < limit:
+            await asyncio.sleep(_LOOK_EVERY_S)
+        self.engine.fail_requests("this replica is ending")
+        await asyncio.sleep(_LOOK_EVERY_S)  # for the last messages to leave
+
+
+async def run_replica(
+    config: ServerConfig, *, stop: asyncio.Event, report: Callable[[str], None], host: str = "127.0.0.1", node: str = "",
+) -> None:
+    """Runs a replica until `stop` is set; then it drains. Raises what keeps it from starting.
+
+    report: takes a line about the start. host: this machine's address for the others. node: what this machine is called.
+    """
+    id = new_id("replica")
+    async with AsyncExitStack() as stack:
+        scratch = stack.enter_context(scratch_directory(config.data_dir.absolute(), id))
+        own = dataclasses.replace(config, data_dir=scratch, lora_modules=())
+        database = Database(index_url(config))
+        stack.callback(database.close)
+        members = Members(database)
+        artifacts = await asyncio.to_thread(open_store, str(config.store), scratch / "cache", cache_bytes=CACHE_BYTES)
+        engine = EngineClient(own, report=report)
+        stack.push_async_callback(engine.supervisor.stop)
+        await engine.supervisor.start()
+        cache = AdapterCache(engine, artifacts)
+        store = Store(index_url(config))
+        stack.callback(store.close)
+        jobs = ReplicaJobs(index=store, artifacts=artifacts, engine=engine, config=own, replica=id, scratch=scratch / "jobs")
+        context: zmq.asyncio.Context = zmq.asyncio.Context()
+        stack.callback(context.destroy, linger=0)
+        keys, known = KeyPair.make(), KnownKeys(members)
+        door = Door(context, partial(asyncio.to_thread, known))
+        door.start()
+        stack.callback(door.stop)
+        socket = ServerSocket(context, host, keys, lambda peer, data: link.on_message(peer, data))
+        stack.callback(socket.close)
+        link = ReplicaLink(engine, ensure=cache.ensure, nudge=jobs.nudge, send=socket.send, forget=socket.forget)
+        stack.push_async_callback(link.close)
+        engine.watch_load(link.on_load)
+        replica = Replica(id, engine, members, link, jobs, config)
+
+        def row() -> Member:
+            return Member(
+                id=id, kind="engine", address=socket.address, public_key=keys.public.decode("ascii"), node=node or host,
+                info=describe_engine(engine.info),
+            )
+
+        await asyncio.to_thread(members.join, row())
+        stack.push_async_callback(_leave, members, id)
+        await jobs.start()
+        stack.push_async_callback(jobs.stop)
+        tasks = [asyncio.create_task(work) for work in (socket.read(), link.beat(), replica.refresh(row))]
+        report(f"replica {id} serves at {socket.address}")
+        ended = asyncio.create_task(stop.wait())
+        try:
+            done, _ = await asyncio.wait([ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            if ended in done:
+                await replica.drain()
+            for task in done - {ended}:
+                task.result()  # raises what has ended it
+        finally:
+            for task in (ended, *tasks):
+                task.cancel()
+            await asyncio.gather(ended, *tasks, return_exceptions=True)
+
+
+async def _leave(members: Members, id: str) -> None:
+    with contextlib.suppress(CoserveError):  # the row grows old by itself
+        await asyncio.to_thread(members.leave, id)
+
+
