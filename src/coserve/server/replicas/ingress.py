@@ -131,5 +131,6 @@ async def run_ingress(
             await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True
             services.jobs.journal.end_streams()
-            asyncio.get_running_loop().call_later(config.shutdown_timeout, services.engine.fail_requests, "the server is ending")
+            loop = asyncio.get_running_loop()
+            loop.call_later(config.shutdown_timeout, services.engine.fail_requests, "the server is ending")
             await serving

@@ -1,5 +1,5 @@
-"""A process of a fleet: python -m coserve.server.replicas.main engine|ingress. It reads a FleetSetup from its standard input. The
-end of that input says that whoever started it has gone; then it ends at once. SIGTERM lets it drain first.
+"""A process of a fleet: python -m coserve.server.replicas.main engine|ingress. It reads a FleetSetup from its standard input.
+The end of that input says that whoever started it has gone; then it ends at once. SIGTERM lets it drain first.
 
 Owns: this process's life. Does not own: what a replica does (replica.py), what an ingress does (ingress.py), who starts them
 (raycluster.py).

@@ -31,9 +31,12 @@ FORGOTTEN_S = 24 * 3600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A row. kind: engine or ingress. address: where ingresses connect, tcp://HOST:PORT; '' for an ingress. public_key:
-    CURVE's, as Z85 text. node: the machine. info: of a replica, what its engine has said of itself (Ready). seconds: since its last sign
-    of life."""
+    """A row.
+
+    kind: engine or ingress. address: where ingresses connect, tcp://HOST:PORT; '' for an ingress. public_key: CURVE's, as Z85
+    text. node: the machine. info: of a replica, what its engine has said of itself (Ready). seconds: since its last sign of
+    life.
+    """
 
     id: str
     kind: Literal["engine", "ingress"]

@@ -37,7 +37,8 @@ class Beat(Message, frozen=True, kw_only=True):
     """The replica lives.
 
     ready: whether its engine takes requests. draining: whether the replica ends, so that it gets no new ones. load: the
-    engine's report, if it has made one since the last beat. restarts: starts of the engine after the first. trouble: why it isn't ready.
+    engine's report, if it has made one since the last beat. restarts: starts of the engine after the first. trouble: why the
+    engine isn't ready.
     """
 
     ready: bool

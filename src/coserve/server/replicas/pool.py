@@ -61,9 +61,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Moving:
-    """A request under way. message: as it was asked for, with its time of arrival on this machine. link: where it is; None
-    while it waits for a replica. id: its id there. emitted: the ids that its client has, of each output. ended: outputs that have
-    ended. moved_s: when it lost its replica. crashes, moves: how often an engine died under it, and how often it moved."""
+    """A request under way.
+
+    message: as it was asked for, with its time of arrival on this machine. link: where it is; None while it waits for a
+    replica. id: its id there. emitted: the ids that its client has, of each output. ended: outputs that have ended. moved_s:
+    when it lost its replica. crashes, moves: how often an engine died under it, and how often it moved.
+    """
 
     message: Generate
     adapter: AdapterRef | None
