@@ -83,7 +83,7 @@ async def open_fleet(
         own = Member(id=id, kind="ingress", address="", public_key=keys.public.decode("ascii"), node=node or host, info={})
         await asyncio.to_thread(members.join, own)
         stack.push_async_callback(_leave, members, id)
-        pool = EnginePool(keys, directory=model.directory, report=report)
+        pool = EnginePool(keys, model.directory, report=report)
         stack.push_async_callback(pool.stop)
         pool.start()
         looking = asyncio.create_task(_look_for_replicas(pool, members, own))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
-from coserve.cluster.router import Load
+from coserve.cluster.load import Load
 from coserve.server.link.messages import AdapterRef, Cancel, Failed, Generate, GetStats, Message, Replied, Tokens
 
 

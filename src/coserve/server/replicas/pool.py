@@ -18,12 +18,14 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import zmq.asyncio
 
-from coserve.cluster.router import Ask, Choice, NoReplica, Router
+from coserve.cluster.load import Ask, Choice, NoReplica
+from coserve.cluster.router import Router
 from coserve.config.settings import SamplingConfig
 from coserve.config.values import SloMs
 from coserve.core import CapacityError, CoserveError
@@ -34,7 +36,7 @@ from coserve.server.link.messages import AdapterRef, Cancel, Failed, Generate, G
 from coserve.server.link.streams import RequestStream
 from coserve.server.logs import present_request
 from coserve.server.replicas.fleetstats import merge_stats
-from coserve.server.replicas.members import Member
+from coserve.server.replicas.members import Member, read_engine
 from coserve.server.replicas.messages import (
     WATCH_EVERY_S,
     Beat,
@@ -88,7 +90,6 @@ class _Link:
 
     def __init__(self, member: Member, socket: ClientSocket) -> None:
         self.member, self.socket = member, socket
-        self.info = msgspec.convert(member.info, Ready)
         self.heard_s, self.lost, self.beat = 0.0, True, Beat(ready=False)
         self.requests: dict[str, _Moving] = {}
         self.tasks: list[asyncio.Task[None]] = []
@@ -109,11 +110,10 @@ class EnginePool:
     """All replicas. Everything runs on one event loop."""
 
     def __init__(
-        self, keys: KeyPair, *, salt_blocks: Callable[[Sequence[int], str, int], tuple[int, ...]],
-        report: Callable[[str], None] = _log.info,
+        self, keys: KeyPair, directory: Path, *, report: Callable[[str], None] = _log.info,
     ) -> None:
-        """keys: this ingress's. salt_blocks: hashes of a prompt's full blocks, from its ids, its salt and a block's tokens."""
-        self._keys, self._salt_blocks, self._report = keys, salt_blocks, report
+        """keys: this ingress's. directory: of the model's files on this machine. report: takes a line about a replica."""
+        self._keys, self._directory, self._report = keys, directory, report
         self._name, self._numbers = uuid.uuid4().hex[:8], itertools.count(1)
         self._context = zmq.asyncio.Context()
         self._links: dict[str, _Link] = {}
@@ -264,12 +264,12 @@ class EnginePool:
     def _serves_the_model(self, member: Member) -> bool:
         """Whether a replica serves the model that the others serve. The first one decides."""
         try:
-            info = msgspec.convert(member.info, Ready)
+            info = read_engine(member.info)
         except msgspec.ValidationError as error:
             return self._refuse(member, f"it says what this version can't read ({error})")
         if self._info is not None and (info.fingerprint, info.vocab_size) != (self._info.fingerprint, self._info.vocab_size):
             return self._refuse(member, f"it serves {info.model}, and the others another model, {self._info.model}")
-        self._info = self._info or info
+        self._info = self._info or msgspec.structs.replace(info, directory=str(self._directory))
         return True
 
     def _refuse(self, member: Member, why: str) -> bool:
@@ -332,8 +332,8 @@ class EnginePool:
 
     def _on_tokens(self, link: _Link, chunk: Tokens) -> None:
         moving = link.requests.get(chunk.id)
-        if moving is None:
-            return  # it was cancelled, or went on elsewhere
+        if moving is None or chunk.index in moving.ended:
+            return  # it was cancelled, or went on elsewhere; or an output that had ended before it moved has ended again
         chunk = shift_tokens(chunk, time.monotonic())
         if not moving.begun:
             moving.begun = True
@@ -381,7 +381,7 @@ class EnginePool:
         moving.id = f"{moving.message.id}@{moving.moves}"
         message = msgspec.structs.replace(
             shift_generate(moving.message, now), id=moving.id,
-            emitted=moving.emitted if any(moving.emitted) else [], ended=sorted(moving.ended),
+            emitted=moving.emitted if any(moving.emitted) else [],
         )
         link.send(Serve(generate=message, adapter=moving.adapter))
         self._router.sent(moving.id, choice, moving.ask, now)

@@ -11,12 +11,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from coserve.cluster.router import Load
+from coserve.cluster.load import Load
 from coserve.core import CoserveError
 from coserve.server.errors import EngineUnavailable, error_name
 from coserve.server.link.engineclient import EngineClient
@@ -64,6 +65,21 @@ class RelayedStream(RequestStream):
         self._forward(Failed(id=self.id, problem=make_problem(error)))
 
 
+class _Prefixes(NamedTuple):
+    """Hashes of the blocks in the engine's prefix cache, as last reported. number: rises with each report of them."""
+
+    number: int
+    hashes: list[int]
+
+
+@dataclass(slots=True)
+class _Watcher:
+    """An ingress. heard_s: when it last said that it lives. prefixes: the number of the prefixes that it has."""
+
+    heard_s: float = 0.0
+    prefixes: int = 0
+
+
 class ReplicaLink:
     """Answers ingresses. Everything runs on one event loop.
 
@@ -77,7 +93,8 @@ class ReplicaLink:
         """ensure: the engine holds an adapter afterwards. nudge: a job's row has changed. send, forget: a ServerSocket's."""
         self._engine, self._ensure, self._nudge, self._send, self._forget = engine, ensure, nudge, send, forget
         self.draining = False
-        self._watchers: dict[bytes, float] = {}
+        self._watchers: dict[bytes, _Watcher] = {}
+        self._prefixes = _Prefixes(0, [])
         self._streams: dict[tuple[bytes, str], RequestStream | None] = {}  # None: its adapter is being loaded
         self._tasks: set[asyncio.Task[None]] = set()
         self._load: Load | None = None
@@ -89,7 +106,9 @@ class ReplicaLink:
 
     def on_load(self, load: Load) -> None:
         """The engine's newest report, which travels with the next beat."""
-        self._load = load
+        if load.prefixes is not None:
+            self._prefixes = _Prefixes(self._prefixes.number + 1, load.prefixes)
+        self._load = msgspec.structs.replace(load, prefixes=None)
 
     def on_message(self, peer: bytes, data: bytes) -> None:
         """Carries out an ingress's message. One that can't be read is logged and left alone: its sender may be newer."""
@@ -100,7 +119,7 @@ class ReplicaLink:
             return
         match message:
             case Watch():
-                self._watchers[peer] = time.monotonic()
+                self._watchers.setdefault(peer, _Watcher()).heard_s = time.monotonic()
             case Serve():
                 self._begin(self._serve(peer, message))
             case Cancel(id=id):
@@ -118,15 +137,23 @@ class ReplicaLink:
             await asyncio.sleep(BEAT_EVERY_S)
 
     def tell(self) -> None:
-        """One beat."""
+        """One beat. The engine's prefixes are many, and go only to those who have not got the present ones."""
         supervisor = self._engine.supervisor
         load, self._load = self._load, None
-        data = encode(Beat(
+        beat = Beat(
             ready=self._engine.ready, draining=self.draining, load=load, restarts=supervisor.num_restarts,
             trouble="" if self._engine.ready else supervisor.trouble or "",
-        ))
-        for peer in self._watchers:
-            self._send(peer, data)
+        )
+        data, full = encode(beat), b""
+        for peer, watcher in self._watchers.items():
+            if load is None or watcher.prefixes == self._prefixes.number:
+                self._send(peer, data)
+                continue
+            watcher.prefixes = self._prefixes.number
+            full = full or encode(msgspec.structs.replace(
+                beat, load=msgspec.structs.replace(load, prefixes=self._prefixes.hashes)
+            ))
+            self._send(peer, full)
 
     async def close(self) -> None:
         """Ends what is under way here."""
@@ -186,7 +213,7 @@ class ReplicaLink:
     def _drop_gone(self) -> None:
         """Cancels the requests of ingresses that have been silent for too long."""
         limit = time.monotonic() - WATCH_LIMIT_S
-        for peer in [peer for peer, heard in self._watchers.items() if heard < limit]:
+        for peer in [peer for peer, watcher in self._watchers.items() if watcher.heard_s < limit]:
             del self._watchers[peer]
             for key in [key for key in self._streams if key[0] == peer]:
                 self._cancel(*key)

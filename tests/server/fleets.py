@@ -1,0 +1,140 @@
+"""A fleet on this machine, as plain processes without Ray: replicas and an ingress over one PostgreSQL and one directory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from coserve.server.replicas.main import FleetSetup, write_setup
+from coserve.server.settings import ServerConfig, read_settings
+from tests.server.conftest import START_S, children, wait_until
+
+_ROOT = Path(__file__).parents[2]
+_SETTINGS: dict[str, Any] = {
+    "dtype": "float32", "threads": 1, "kv_cache_memory_bytes": 32 << 20, "max_file_bytes": 4 << 20, "shutdown_timeout": 5.0,
+}
+
+
+class FleetProcess:
+    """A replica ("engine") or an ingress. name: of its machine, for the others."""
+
+    def __init__(self, kind: str, config: ServerConfig, log: Path, name: str = "here", prefix: tuple[str, ...] = (),
+                 host: str = "127.0.0.1") -> None:
+        """prefix: a command to run it by, such as one that enters a network namespace. host: its address."""
+        self.kind, self.name, self._log = kind, name, log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*prefix, sys.executable, "-m", "coserve.server.replicas.main", kind], stdin=subprocess.PIPE, stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(_ROOT / "src"), str(_ROOT)))},
+            )
+        assert self.process.stdin is not None
+        self.process.stdin.write(write_setup(FleetSetup(config=config, host=host, node=name)))
+        self.process.stdin.flush()
+
+    @property
+    def log(self) -> str:
+        """What it has printed."""
+        return self._log.read_text()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def engine_pid(self) -> int | None:
+        """Of a replica's engine process, if there is one now."""
+        found = [pid for pid in children(self.pid) if b"enginemain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return found[0] if found else None
+
+    def send(self, number: signal.Signals, *, family: bool = False) -> None:
+        """A signal to it; family: to its engine too."""
+        engine = self.engine_pid if family else None
+        for pid in (self.pid, *([] if engine is None else [engine])):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def stop(self, seconds: float = 60.0) -> int:
+        """SIGTERM; the exit code."""
+        self.process.terminate()
+        return self.process.wait(seconds)
+
+
+class Fleet:
+    """Replicas and an ingress. root: for logs, private directories and the store."""
+
+    def __init__(self, model: Path, root: Path, database_url: str, *, replicas: int = 2, **settings: Any) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        self.root, self.store, self._numbers = root, root / "store", 0
+        self.settings = {
+            **_SETTINGS, "model": str(model), "database_url": database_url, "store": str(self.store), "replicas": replicas,
+            "data_dir": root / "data", "port": 0, **settings,
+        }
+        self.replicas: list[FleetProcess] = []
+        self.ingress: FleetProcess | None = None
+        self.url = ""
+        for _ in range(replicas):
+            self.add_replica()
+        self.start_ingress()
+        wait_until(lambda: len(self.ready) == replicas, START_S)
+
+    def config(self, **changes: Any) -> ServerConfig:
+        """The settings of one process."""
+        return read_settings(None, {**self.settings, **changes})
+
+    def add_replica(self, **how: Any) -> FleetProcess:
+        """One more replica, which starts."""
+        self._numbers += 1
+        replica = FleetProcess("engine", self.config(), self.root / f"replica-{self._numbers}.log", f"node{self._numbers}", **how)
+        self.replicas.append(replica)
+        return replica
+
+    def start_ingress(self) -> None:
+        """Starts the ingress, at the port of the one before."""
+        self._numbers += 1
+        port = int(self.url.rpartition(":")[2]) if self.url else 0
+        self.ingress = ingress = FleetProcess("ingress", self.config(port=port), self.root / f"ingress-{self._numbers}.log")
+        wait_until(lambda: "OpenAI(base_url=" in ingress.log or not ingress.alive, START_S)
+        assert ingress.alive, self.logs
+        self.url = ingress.log.partition('OpenAI(base_url="')[2].partition('/v1"')[0]
+
+    @property
+    def ready(self) -> list[dict[str, Any]]:
+        """Replicas that take requests, as the ingress sees them."""
+        with contextlib.suppress(httpx.HTTPError, KeyError):
+            states = httpx.get(f"{self.url}/api/live", timeout=10).json()["replicas"]
+            return [state for state in states if state["ready"] and not state["draining"]]
+        return []
+
+    @property
+    def logs(self) -> str:
+        """What all processes have printed."""
+        parts = [*self.replicas, *([] if self.ingress is None else [self.ingress])]
+        return "\n".join(f"--- {part.kind} {part.name}\n{part.log}" for part in parts)
+
+    def stop(self) -> None:
+        """Ends all of it, in order."""
+        parts = [*([] if self.ingress is None else [self.ingress]), *self.replicas]
+        for part in parts:
+            part.send(signal.SIGCONT, family=True)
+            with contextlib.suppress(ProcessLookupError):
+                part.process.terminate()
+        limit = time.monotonic() + 60
+        for part in parts:
+            try:
+                part.process.wait(max(1.0, limit - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                part.send(signal.SIGKILL, family=True)
+                part.process.wait(10)
