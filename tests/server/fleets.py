@@ -97,7 +97,8 @@ class Fleet:
     def add_replica(self, **how: Any) -> FleetProcess:
         """One more replica, which starts."""
         self._numbers += 1
-        replica = FleetProcess("engine", self.config(), self.root / f"replica-{self._numbers}.log", f"node{self._numbers}", **how)
+        log, node = self.root / f"replica-{self._numbers}.log", f"node{self._numbers}"
+        replica = FleetProcess("engine", self.config(), log, node, **how)
         self.replicas.append(replica)
         return replica
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
@@ -46,6 +46,20 @@ class TenantShares:
         )
 
 
+class Fleet(Protocol):
+    """What routes ask of the replicas behind an ingress (replicas/pool.py)."""
+
+    @property
+    def signals(self) -> Mapping[str, float]:
+        """What an autoscaler may look at, by name."""
+
+    def states(self) -> list[dict[str, Any]]:
+        """The replicas as the page shows them."""
+
+    async def stats_by_replica(self) -> dict[str, dict[str, Any]]:
+        """Engine.metrics() of each replica that answers, by its id."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """The parts of one server.
@@ -56,6 +70,7 @@ class Services:
     templates: chat templates of requests; None: requests may bring none.
     grammars: tries the grammars that answers are asked to match.
     watch: the watch over this process; None in tests without a server.
+    fleet: the replicas, where the engine is that of several; None: of a server with its own engine.
     """
 
     config: ServerConfig
@@ -73,6 +88,7 @@ class Services:
     shares: TenantShares = field(default_factory=lambda: TenantShares(ServerConfig()))
     templates: RequestTemplates | None = None
     watch: SelfWatch | None = None
+    fleet: Fleet | None = None
 
 
 async def get_services(request: Request) -> Services:

@@ -107,7 +107,7 @@ async def open_fleet(
         yield Services(
             config=config, engine=pool, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
             models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32), work=helpers.work,
-            shares=TenantShares(config), templates=helpers.templates, watch=watch, grammars=helpers.grammars,
+            shares=TenantShares(config), templates=helpers.templates, watch=watch, grammars=helpers.grammars, fleet=pool,
         )
 
 

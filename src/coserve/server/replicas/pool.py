@@ -35,7 +35,6 @@ from coserve.server.link.calls import Calls
 from coserve.server.link.messages import AdapterRef, Cancel, Failed, Generate, GetStats, Message, Ready, Replied, Tokens
 from coserve.server.link.streams import RequestStream
 from coserve.server.logs import present_request
-from coserve.server.replicas.fleetstats import merge_stats
 from coserve.server.replicas.members import Member, read_engine
 from coserve.server.replicas.messages import (
     WATCH_EVERY_S,
@@ -49,6 +48,7 @@ from coserve.server.replicas.messages import (
     shift_tokens,
 )
 from coserve.server.replicas.wire import ClientSocket, KeyPair
+from coserve.server.stats.fleetstats import merge_stats
 
 LOST_S = 3.0
 """A replica from which nothing has come for so long counts as lost, and its requests go on elsewhere."""
