@@ -1,5 +1,5 @@
-"""Replicas behind one address, as plain processes over one PostgreSQL and one directory: what clients see, alone and while processes
-are killed, stopped and cut off.
+"""Replicas behind one address, as plain processes over one PostgreSQL and one directory: what clients see, alone and while
+processes are killed, stopped and cut off.
 
 COSERVE_FAULTS: how many random faults (4); COSERVE_FAULT_SEED: which ones.
 """

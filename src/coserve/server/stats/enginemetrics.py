@@ -112,8 +112,8 @@ def fleet_families(
     labels: Labels, engines: Mapping[str, Mapping[str, Any]], replicas: Iterable[Mapping[str, Any]],
     signals: Mapping[str, float], share: float | None,
 ) -> Iterator[Metric]:
-    """Metrics of a fleet: those of each engine, labelled with its replica's id, which replicas there are, and what an autoscaler
-    may look at. Parameters as the fields of FleetState; share as for `engine_families`."""
+    """Metrics of a fleet: those of each engine, labelled with its replica's id, which replicas there are, and what an
+    autoscaler may look at. Parameters as the fields of FleetState; share as for `engine_families`."""
     merged: dict[str, Metric] = {}
     for id, stats in engines.items():
         for family in engine_families({**labels, "engine": id}, stats, None):

@@ -59,8 +59,8 @@ _HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
 class FleetState(NamedTuple):
     """What a fleet says beside the figures of all engines together.
 
-    engines: Engine.metrics() of each replica that answers, by its id. replicas: what is known of each one, as the page shows it.
-    signals: what an autoscaler may look at, by name.
+    engines: Engine.metrics() of each replica that answers, by its id. replicas: what is known of each one, as the page shows
+    it. signals: what an autoscaler may look at, by name.
     """
 
     engines: Mapping[str, Mapping[str, Any]]
