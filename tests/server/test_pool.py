@@ -1,5 +1,5 @@
-"""The pool of engines: where requests go, and how they go on when a replica dies, hangs, ends or is cut off. Replicas are links of
-this process over real sockets; their engines are played."""
+"""The pool of engines: where requests go, and how they go on when a replica dies, hangs, ends or is cut off. Replicas are links
+of this process over real sockets; their engines are played."""
 
 from __future__ import annotations
 
