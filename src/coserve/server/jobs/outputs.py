@@ -51,7 +51,7 @@ class JobOutputs:
 
     def output(self, job: str) -> Path:
         """The engine's directory of the job."""
-        return self.root / job / "output"
+        return self.directory(job) / "output"
 
     def started(self, job: str) -> bool:
         """Whether the engine has begun the job, which is then to be resumed."""
@@ -59,7 +59,10 @@ class JobOutputs:
 
     def start_directory(self, record: JobRecord) -> Path | None:
         """The adapter that the job continues."""
-        return None if record.start is None else self.root / record.id / "start"
+        return None if record.start is None else self.directory(record.id) / "start"
+
+    def prepare(self, record: JobRecord) -> None:
+        """Brings here what the job goes on from, which is here already. Raises StorageRefused."""
 
     def continued(self, directory: Path) -> AdapterConfig:
         """Settings of an adapter that is to be continued. Raises NotFound."""
@@ -70,7 +73,7 @@ class JobOutputs:
 
     def copy_start(self, job: str, source: Path) -> None:
         """Copies the adapter to continue into the job's directory: the original may be deleted. Raises NotFound, OSError."""
-        target = self.root / job / "start"
+        target = self.directory(job) / "start"
         target.mkdir(parents=True)
         try:
             for name in (CONFIG_FILE, WEIGHTS_FILE):

@@ -127,9 +127,9 @@ class EngineClient:
         await self._calls.ask(lambda call: StartJob(call=call, **fields))
 
     def act_job(self, job: str, action: str) -> None:
-        """Pauses, resumes or cancels a job: `action` is one of these verbs. A job that has ended stays as it is. Raises
+        """Pauses, resumes, cancels or hands over a job: `action` is one of ActJob's. A job that has ended stays as it is. Raises
         EngineUnavailable."""
-        self.supervisor.send(ActJob(id=job, action=cast(Literal["pause", "resume", "cancel"], action)))
+        self.supervisor.send(ActJob(id=job, action=cast(Literal["pause", "resume", "cancel", "hand_over"], action)))
 
     async def stats(self) -> dict[str, Any]:
         """Engine.metrics(), and time_s, when it was measured by the monotonic clock. Raises EngineUnavailable."""
