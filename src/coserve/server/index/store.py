@@ -240,6 +240,18 @@ class Store:
         with self.database.read() as connection:
             return set(connection.execute(select(adapters.c.directory)).scalars())
 
+    def count_artifact_bytes(self, tenant: str) -> int:
+        """The bytes of all adapters and checkpoints of a tenant that are in the artifact store. Files with several names count
+        once."""
+        own = select(adapters.c.directory, adapters.c.bytes).where(adapters.c.tenant == tenant).distinct().subquery()
+        states = (
+            select(func.coalesce(func.sum(checkpoints.c.bytes), 0)).join(jobs, jobs.c.id == checkpoints.c.job)
+            .where(jobs.c.tenant == tenant)
+        )
+        with self.database.read() as connection:
+            found = connection.execute(select(func.coalesce(func.sum(own.c.bytes), 0))).scalar_one()
+            return int(found) + int(connection.execute(states).scalar_one())
+
     def delete_adapter(self, tenant: str, name: str) -> None:
         """Deletes an adapter. Raises NotFound, also for an adapter of everybody's unless tenant is ''."""
         with self.database.write() as connection:
