@@ -1,6 +1,6 @@
 """What an ingress and a replica say to each other: msgpack over ZeroMQ, encrypted and authenticated by CURVE.
 
-    ingress -> replica: Watch (every second), Serve, Cancel, Nudge, GetStats
+    ingress -> replica: Watch (every second), Serve, Cancel, Nudge, GetStats, ChargeTenants
     replica -> ingress: Beat (ten times a second), Tokens, Failed, Replied
 
 The messages that the API process and the engine exchange (link/messages.py) travel as they are, but for their times: the clocks
@@ -12,7 +12,17 @@ from __future__ import annotations
 import msgspec
 
 from coserve.cluster.load import Load
-from coserve.server.link.messages import AdapterRef, Cancel, Failed, Generate, GetStats, Message, Replied, Tokens
+from coserve.server.link.messages import (
+    AdapterRef,
+    Cancel,
+    ChargeTenants,
+    Failed,
+    Generate,
+    GetStats,
+    Message,
+    Replied,
+    Tokens,
+)
 
 
 class Watch(Message, frozen=True, kw_only=True):
@@ -48,7 +58,7 @@ class Beat(Message, frozen=True, kw_only=True):
     trouble: str = ""
 
 
-ToReplica = Watch | Serve | Cancel | Nudge | GetStats
+ToReplica = Watch | Serve | Cancel | Nudge | GetStats | ChargeTenants
 FromReplica = Beat | Tokens | Failed | Replied
 
 WATCH_EVERY_S, WATCH_LIMIT_S = 1.0, 5.0

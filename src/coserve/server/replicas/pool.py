@@ -24,15 +24,28 @@ from typing import Any, cast
 import msgspec
 import zmq.asyncio
 
+from coserve.cluster.fairness import TenantLedger
 from coserve.cluster.load import Ask, Choice, NoReplica
 from coserve.cluster.router import Router
 from coserve.config.settings import SamplingConfig
 from coserve.config.values import SloMs
 from coserve.core import CapacityError, CoserveError
+from coserve.scheduler.prefixhash import prompt_hashes
 from coserve.scheduler.slo import asked_slo
 from coserve.server.errors import EngineUnavailable, make_error
 from coserve.server.link.calls import Calls
-from coserve.server.link.messages import AdapterRef, Cancel, Failed, Generate, GetStats, Message, Ready, Replied, Tokens
+from coserve.server.link.messages import (
+    AdapterRef,
+    Cancel,
+    ChargeTenants,
+    Failed,
+    Generate,
+    GetStats,
+    Message,
+    Ready,
+    Replied,
+    Tokens,
+)
 from coserve.server.link.streams import RequestStream
 from coserve.server.logs import present_request
 from coserve.server.replicas.members import Member, read_engine
@@ -67,7 +80,8 @@ class _Moving:
 
     message: as it was asked for, with its time of arrival on this machine. link: where it is; None while it waits for a
     replica. id: its id there. emitted: the ids that its client has, of each output. ended: outputs that have ended. moved_s:
-    when it lost its replica. crashes, moves: how often an engine died under it, and how often it moved.
+    when it lost its replica. crashes, moves: how often an engine died under it, and how often it moved. uncached_tokens: of its
+    prompt, which its replica should have to compute.
     """
 
     message: Generate
@@ -82,6 +96,7 @@ class _Moving:
     moved_s: float = 0.0
     crashes: int = 0
     moves: int = 0
+    uncached_tokens: int = 0
 
 
 class _Link:
@@ -117,10 +132,12 @@ class EnginePool:
         self._name, self._numbers = uuid.uuid4().hex[:8], itertools.count(1)
         self._context = zmq.asyncio.Context()
         self._links: dict[str, _Link] = {}
-        self._router = Router()
+        self._router = Router(seed=int(self._name, 16))
+        self._ledger = TenantLedger()
         self._requests: dict[str, _Moving] = {}
         self._homeless: list[_Moving] = []
         self._info: Ready | None = None
+        self._block_tokens = 16
         self._refused: set[str] = set()
         self._look: asyncio.Task[None] | None = None
         self._ready_news = asyncio.Event()
@@ -212,7 +229,7 @@ class EnginePool:
     @property
     def signals(self) -> Mapping[str, float]:
         """What an autoscaler may look at, by name."""
-        return self._router.summary(time.monotonic())
+        return self._router.summary(time.monotonic())._asdict()
 
     def states(self) -> list[dict[str, Any]]:
         """The replicas as the page shows them."""
@@ -324,6 +341,7 @@ class EnginePool:
         link.beat = beat
         if beat.load is not None:
             load = msgspec.structs.replace(beat.load, replica=link.member.id, draining=beat.draining)
+            self._block_tokens = load.block_tokens
             self._router.report(load, link.heard_s)
         if not beat.ready:
             self._router.remove(link.member.id)
@@ -338,6 +356,8 @@ class EnginePool:
         if not moving.begun:
             moving.begun = True
             self._router.first_token(moving.id, link.heard_s)
+            self._ledger.add(link.member.id, moving.message.tenant, moving.uncached_tokens)
+        self._ledger.add(link.member.id, moving.message.tenant, len(chunk.token_ids))
         if moving.moves:  # the prompt's figures are those of the first replica
             chunk = msgspec.structs.replace(chunk, cached_tokens=0, begun_s=None)
         moving.emitted[chunk.index] += chunk.token_ids
@@ -367,8 +387,7 @@ class EnginePool:
 
     def _make_ask(self, message: Generate) -> Ask:
         slo = asked_slo(message.tpot_ms, message.ttft_ms, self.info.objectives)
-        tokens = self._router.block_tokens
-        blocks = self._salt_blocks(message.prompt_ids, message.adapter or "", tokens) if tokens else ()
+        blocks = prompt_hashes(message.tenant, message.adapter, message.prompt_ids, self._block_tokens)
         return Ask(
             prompt_tokens=len(message.prompt_ids), blocks=blocks, adapter=message.adapter, tenant=message.tenant,
             outputs=message.sampling.n, max_tokens=message.sampling.max_tokens, ttft_s=slo.ttft_s, tpot_s=slo.tpot_s,
@@ -385,7 +404,7 @@ class EnginePool:
         )
         link.send(Serve(generate=message, adapter=moving.adapter))
         self._router.sent(moving.id, choice, moving.ask, now)
-        moving.link, moving.begun = link, False
+        moving.link, moving.begun, moving.uncached_tokens = link, False, choice.uncached_tokens
         link.requests[moving.id] = moving
 
     def _choose(self, ask: Ask, now: float, exclude: Collection[str]) -> tuple[Choice, _Link]:
@@ -444,6 +463,11 @@ class EnginePool:
             self._leave(moving)
             self._move(moving, crashed=True)
 
+    def _charge(self) -> None:
+        """Tells each engine what tenants were served elsewhere since the last time, so that their turns are those of the fleet."""
+        for id, tokens in self._ledger.close_round([link.member.id for link in self._links.values() if not link.lost]).items():
+            self._links[id].socket.send(encode(ChargeTenants(tokens=dict(tokens))))
+
     def _cancel(self, stream: RequestStream) -> None:
         moving = self._requests.get(stream.id)
         if moving is None:
@@ -460,6 +484,7 @@ class EnginePool:
                 watched = now
                 for link in self._links.values():
                     link.socket.send(encode(Watch()))
+                self._charge()
             for link in list(self._links.values()):
                 if now - link.heard_s > LOST_S:
                     self._lose(link, f"it has been silent for {LOST_S:g} s")

@@ -126,7 +126,8 @@ async def run_replica(
         stack.callback(socket.close)
         link = ReplicaLink(engine, ensure=cache.ensure, nudge=jobs.nudge, send=socket.send, forget=socket.forget)
         stack.push_async_callback(link.close)
-        engine.watch_load(link.on_load)
+        engine.on_load(link.on_load)
+        engine.watch_load(BEAT_S)
         replica = Replica(id, engine, members, link, jobs, config)
 
         def row() -> Member:
