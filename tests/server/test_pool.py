@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import zmq.asyncio
-from coserve.cluster.load import Load
 
+from coserve.cluster.load import Load
 from coserve.config.settings import SamplingConfig
 from coserve.core import InvalidRequest, Slo
 from coserve.server.errors import EngineUnavailable
@@ -27,7 +27,7 @@ from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
 
 INFO = Ready(
     model="m", directory="/nowhere", fingerprint="f", architecture="llama", num_parameters=1, vocab_size=100, max_model_len=100,
-    device="cpu", dtype="float32", threads=1, memory={}, objectives=Slo(), start_s=0.0,
+    device="cpu", dtype="float32", threads=1, memory={}, objectives=Slo(tpot_s=float("inf"), ttft_s=1.0), start_s=0.0,
 )
 LOAD = Load(prefill_s_per_token=1e-5, iteration_s=1e-3, free_blocks=10, num_blocks=10, block_tokens=16)
 
@@ -212,14 +212,14 @@ def test_a_request_goes_on_when_its_replica_freezes_and_a_zombie_says_nothing(mo
         rest: dict[int, list[int]] = {}
         for chunk in first:
             rest.setdefault(chunk.index, []).extend(chunk.token_ids)
+        other = next(replica for replica in site.replicas if replica is not frozen)
         thawed = False
         async for chunk in stream:
             rest.setdefault(chunk.index, []).extend(chunk.token_ids)
-            if not thawed:
+            if other.engine.asked and not thawed:
                 frozen.thaw()
                 thawed = True
         assert [rest[0], rest[1]] == expected(n=2)
-        other = next(replica for replica in site.replicas if replica is not frozen)
         assert other.engine.asked[0].emitted[0][:2] == expected()[0][:2]
         await until(lambda: not frozen.link.num_requests)
 

@@ -143,7 +143,7 @@ class AdapterCache:
         """Begins to unload versions until what the engine knows is within its limits, or all of it was used just now."""
         total, limit = sum(loaded.num_bytes for loaded in self._loaded.values()), time.monotonic() - self._kept_s
         for name, loaded in list(self._loaded.items())[:-1]:
-            if len(self._loaded) <= self._max_loaded and total <= self._max_bytes or loaded.used_s > limit:
+            if (len(self._loaded) <= self._max_loaded and total <= self._max_bytes) or loaded.used_s > limit:
                 return
             if name not in self._changes:
                 total -= loaded.num_bytes

@@ -408,7 +408,9 @@ class EnginePool:
         link.requests[moving.id] = moving
 
     def _choose(self, ask: Ask, now: float, exclude: Collection[str]) -> tuple[Choice, _Link]:
-        unfit = frozenset(exclude) | {link.member.id for link in self._links.values() if not link.ready}
+        unfit = frozenset(exclude) | {
+            link.member.id for link in self._links.values() if not link.ready or link.beat.draining
+        }
         choice = self._router.choose(ask, now, exclude=unfit)
         return choice, self._links[choice.replica]
 
@@ -464,8 +466,9 @@ class EnginePool:
             self._move(moving, crashed=True)
 
     def _charge(self) -> None:
-        """Tells each engine what tenants were served elsewhere since the last time, so that their turns are those of the fleet."""
-        for id, tokens in self._ledger.close_round([link.member.id for link in self._links.values() if not link.lost]).items():
+        """Tells each engine what tenants were served elsewhere since the last time, so that turns are those of the fleet."""
+        present = [link.member.id for link in self._links.values() if not link.lost]
+        for id, tokens in self._ledger.close_round(present).items():
             self._links[id].socket.send(encode(ChargeTenants(tokens=dict(tokens))))
 
     def _cancel(self, stream: RequestStream) -> None:

@@ -29,6 +29,7 @@ from coserve.server.replicas.adaptercache import AdapterCache
 from coserve.server.replicas.artifacts import open_store
 from coserve.server.replicas.jobs import ReplicaJobs
 from coserve.server.replicas.members import BEAT_EVERY_S, KnownKeys, Member, Members, describe_engine
+from coserve.server.replicas.messages import BEAT_EVERY_S as LOAD_EVERY_S
 from coserve.server.replicas.replicalink import ReplicaLink
 from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
 from coserve.server.settings import ServerConfig
@@ -127,7 +128,7 @@ async def run_replica(
         link = ReplicaLink(engine, ensure=cache.ensure, nudge=jobs.nudge, send=socket.send, forget=socket.forget)
         stack.push_async_callback(link.close)
         engine.on_load(link.on_load)
-        engine.watch_load(BEAT_S)
+        engine.watch_load(LOAD_EVERY_S)
         replica = Replica(id, engine, members, link, jobs, config)
 
         def row() -> Member:

@@ -21,7 +21,18 @@ from coserve.cluster.load import Load
 from coserve.core import CoserveError
 from coserve.server.errors import EngineUnavailable, error_name
 from coserve.server.link.engineclient import EngineClient
-from coserve.server.link.messages import AdapterRef, Cancel, Failed, Generate, GetStats, Message, Problem, Replied, Tokens
+from coserve.server.link.messages import (
+    AdapterRef,
+    Cancel,
+    ChargeTenants,
+    Failed,
+    Generate,
+    GetStats,
+    Message,
+    Problem,
+    Replied,
+    Tokens,
+)
 from coserve.server.link.streams import RequestStream
 from coserve.server.replicas.messages import (
     BEAT_EVERY_S,
@@ -128,6 +139,9 @@ class ReplicaLink:
                 self._nudge(job)
             case GetStats(call=call):
                 self._begin(self._tell_stats(peer, call))
+            case ChargeTenants(tokens=tokens):
+                with contextlib.suppress(EngineUnavailable):  # an engine that starts knows of nobody's turns
+                    self._engine.charge_tenants(tokens)
 
     async def beat(self) -> None:
         """Tells all watchers how this replica is, until it is cancelled."""

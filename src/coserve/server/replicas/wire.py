@@ -8,7 +8,6 @@ not own: what messages mean (replica.py, pool.py), who is a member (members.py).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -52,10 +51,11 @@ class Door(AsyncioAuthenticator):
 
 
 class Outbox:
-    """Collects what is sent within one turn of the event loop, and sends it then. send: takes the parts."""
+    """Collects what is sent within one turn of the event loop, and sends it then."""
 
-    def __init__(self, send: Callable[[Sequence[bytes]], object]) -> None:
-        self._send, self._parts = send, list[bytes]()
+    def __init__(self, socket: zmq.asyncio.Socket, head: Sequence[bytes] = ()) -> None:
+        """head: parts that go before the others, such as a peer's identity."""
+        self._socket, self._head, self._parts = socket, head, list[bytes]()
 
     def put(self, data: bytes) -> None:
         """Sends a part soon."""
@@ -65,8 +65,14 @@ class Outbox:
 
     def _flush(self) -> None:
         parts, self._parts = self._parts, []
-        with contextlib.suppress(zmq.ZMQError):  # a peer that has gone; what it missed is found out by its silence
-            self._send(parts)
+        if not self._socket.closed:
+            sent = self._socket.send_multipart([*self._head, *parts])
+            sent.add_done_callback(_ignore)  # a peer that has gone: what it missed is found out by its silence
+
+
+def _ignore(sent: asyncio.Future[Any]) -> None:
+    if not sent.cancelled():
+        sent.exception()
 
 
 def _prepare(socket: zmq.asyncio.Socket, keys: KeyPair) -> None:
@@ -102,7 +108,7 @@ class ServerSocket:
         """Sends a message to a peer; it is lost if the peer has gone."""
         box = self._outboxes.get(peer)
         if box is None:
-            box = self._outboxes[peer] = Outbox(lambda parts: self._socket.send_multipart([peer, *parts]))
+            box = self._outboxes[peer] = Outbox(self._socket, [peer])
         box.put(data)
 
     def forget(self, peer: bytes) -> None:
@@ -137,7 +143,7 @@ class ClientSocket:
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, _MOST_RECONNECT_MS)
         self._monitor: Any = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(address)
-        self._outbox = Outbox(self._socket.send_multipart)
+        self._outbox = Outbox(self._socket)
         self._on_message, self._on_broken = on_message, on_broken
 
     def send(self, data: bytes) -> None:
