@@ -9,11 +9,23 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from sqlalchemy import Column, Connection, Row, Table, func, select
+from sqlalchemy import Column, Connection, Row, Table, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from coserve.server.index.tables import adapters, checkpoints, events
-from coserve.server.records import AdapterRecord, CheckpointRecord, EventRecord, FileRecord, JobRecord, KeyRecord, new_id
+from coserve.server.index.tables import adapters, checkpoints, events, removed
+from coserve.server.records import (
+    AdapterRecord,
+    CheckpointRecord,
+    EventRecord,
+    FileRecord,
+    JobRecord,
+    KeyRecord,
+    new_id,
+    now,
+)
+
+_REMEMBERED_S = 30 * 24 * 3600
+"""Seconds for which the place of a deleted entry is remembered."""
 
 RecordT = TypeVar("RecordT", AdapterRecord, CheckpointRecord, EventRecord, FileRecord, JobRecord, KeyRecord)
 
@@ -34,6 +46,13 @@ def put_row(connection: Connection, table: Table, key: Sequence[Column[Any]], va
     """Inserts a row, or replaces the one that has the same key."""
     inserting = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     connection.execute(inserting(table).values(values).on_conflict_do_update(index_elements=list(key), set_=values))
+
+
+def note_removed(connection: Connection, table: Table, owner: str, id: str, place: Sequence[Any]) -> None:
+    """Remembers where a deleted entry was in its owner's list, so that a page may begin after it."""
+    connection.execute(delete(removed).where(removed.c.removed_at < now() - _REMEMBERED_S))
+    values = {"list": table.name, "owner": owner, "id": id, "place": [*place], "removed_at": now()}
+    put_row(connection, removed, (removed.c.list, removed.c.owner, removed.c.id), values)
 
 
 class NewEvent(NamedTuple):

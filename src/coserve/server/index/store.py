@@ -20,10 +20,10 @@ from coserve.server.index.database import Database
 from coserve.server.index.rows import (
     NewEvent,
     RecordT,
+    note_removed,
     put_adapter,
     put_checkpoint,
     put_event,
-    put_row,
     record_of,
     values_of,
 )
@@ -36,11 +36,7 @@ from coserve.server.records import (
     FileRecord,
     JobRecord,
     KeyRecord,
-    now,
 )
-
-_REMEMBERED_S = 30 * 24 * 3600
-"""Seconds for which the place of a deleted entry is remembered."""
 
 
 class Store:
@@ -289,10 +285,7 @@ class Store:
                 if found is None:
                     return False
                 connection.execute(delete(table).where(*mine))
-                connection.execute(delete(removed).where(removed.c.removed_at < now() - _REMEMBERED_S))
-                put_row(connection, removed, (removed.c.list, removed.c.owner, removed.c.id), {
-                    "list": table.name, "owner": found[0], "id": id, "place": [*found[1:]], "removed_at": now(),
-                })
+                note_removed(connection, table, found[0], id, found[1:])
         except CapacityError as error:
             if "busy" in str(error):
                 raise

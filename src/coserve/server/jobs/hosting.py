@@ -1,14 +1,15 @@
-"""What a runner of jobs needs of the engine and of the models around it. A single server has EngineClient and ModelRegistry; a
-replica of a fleet has its own (server/replicas/)."""
+"""What jobs need of the engine, the models and the files around them. A single server has EngineClient, ModelRegistry and
+FileService; a replica of a fleet has its own (server/replicas/)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from coserve.server.link.messages import JobEnded, JobHappened
 from coserve.server.link.process import EngineEnd
-from coserve.server.records import AdapterRecord
+from coserve.server.records import AdapterRecord, FileRecord
 
 
 class EngineLife(Protocol):
@@ -54,8 +55,24 @@ class JobModels(Protocol):
     def base_names(self) -> tuple[str, ...]:
         """Names of the base model."""
 
+    def add(self, record: AdapterRecord) -> None:
+        """Serves a name from now on."""
+
+    def remove(self, record: AdapterRecord) -> None:
+        """Serves a name no longer."""
+
     def note_loaded(self, record: AdapterRecord, generation: int) -> None:
         """The engine has the adapter already, because a job has published it."""
 
     async def drop_loaded(self, tenant: str, name: str) -> None:
         """Unloads an adapter from the engine, if it is there."""
+
+
+class JobFiles(Protocol):
+    """Files that tenants have uploaded, and files that jobs have made."""
+
+    def path(self, record: FileRecord) -> Path:
+        """Where a file's bytes are."""
+
+    def save_result(self, tenant: str, filename: str, content: bytes, *, id: str | None = None) -> FileRecord:
+        """Keeps a file that a job has made. id: the new file's; a file with this id stays as it is."""

@@ -45,8 +45,8 @@ _log = logging.getLogger(__name__)
 class JobRunner:
     """Starts and follows jobs. All its methods belong to the event loop, except those that say otherwise.
 
-    What a replica of a fleet does otherwise is in methods that its own runner replaces (server/replicas/runner.py): `holds`,
-    `keep_step`, `keep_checkpoint`, `deliver`, `left`, `catch_up`.
+    What a replica of a fleet does otherwise is in methods that its own runner replaces (server/replicas/runner.py): `launched`,
+    `holds`, `keep_step`, `keep_checkpoint`, `deliver`, `left`, `catch_up`.
     """
 
     def __init__(
@@ -153,7 +153,11 @@ class JobRunner:
         except CoserveError as error:
             await self.fail(live, error)
             return
-        if id not in self.live:
+        self.launched(live)
+
+    def launched(self, live: UnfinishedJob) -> None:
+        """The engine has a job now."""
+        if live.record.id not in self.live:
             self.act(live, "cancel")
         elif self.holds(live):
             self.act(live, "pause")
@@ -325,15 +329,16 @@ class JobRunner:
         """Ends a job, unless it has ended. The manifest is written first and the index's row last, so that whoever reads the
         status can use the model and the files. Tries until the disk takes it."""
         id = live.record.id
-        if self.live.pop(id, None) is None:
+        if self.live.get(id) is not live:
             return
+        del self.live[id]
         if "error" in changes:
             _log.warning("the job has failed: %s", changes["error"].get("message"), extra={"job": id})
         self.ending[id] = live.record = dataclasses.replace(
             live.record, status=status, finished_at=now(), paused=False, **changes
         )
+        await self.deliver(live)
         if status == "succeeded":
-            await self.deliver(live)
             result = await self.journal.keep(id, lambda: self._outputs.save_result(live.record))
             live.record = dataclasses.replace(
                 live.record, fine_tuned_model=self.tuned(live.record), result_files=(result,), finished_at=now()
@@ -348,7 +353,7 @@ class JobRunner:
         self.advance()
 
     async def deliver(self, live: UnfinishedJob) -> None:
-        """Brings the job's result to where it is served from, which is where the engine wrote it."""
+        """Brings what an ended job has made to where it is served from, which is where the engine wrote it."""
 
     def _write_end(self, live: UnfinishedJob, warnings: list[str]) -> None:
         """In the journal's thread: writes all that a job's end changes."""
