@@ -49,6 +49,7 @@ class Bench:
     """A replica's cache over a store with adapters a, b, c, d of 100 bytes and more."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         objects, self.files = faulty_objects(str(path / "store"))
         self.artifacts = ArtifactStore(objects, ArtifactCache(path / "cache", 1, kept_s=0.0))
         self.engine = UsingEngine(path)
@@ -60,7 +61,7 @@ class Bench:
 
     def cache(self, **options: Any) -> AdapterCache:
         engine: Any = self.engine
-        return AdapterCache(engine, self.artifacts, **{"kept_s": 0.0, **options})
+        return AdapterCache(engine, self.artifacts, **{"kept_s": 0.0, "max_bytes": 1 << 30, **options})
 
     def is_copied(self, name: str) -> bool:
         return self.artifacts.cache.find(self.refs[name].sha256) is not None
@@ -188,8 +189,8 @@ def test_copies_stay_while_the_engine_may_read_them(bench: Bench) -> None:
         bench.engine.used = set()
         await cache.ensure(bench.refs["d"])
         await cache.close()
-        bench.artifacts.fetch("adapters/b")
-        bench.artifacts.fetch("adapters/c")
+        bench.artifacts.put_directory("adapters/e", write_adapter(bench.path / "made" / "e"))
+        bench.artifacts.fetch("adapters/e")
         assert not bench.is_copied("a"), "nothing holds it any more"
 
     play(story())

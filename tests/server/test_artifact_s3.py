@@ -180,7 +180,7 @@ def test_what_is_a_store(place: Path, s3: S3, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(place))
-    with pytest.raises(ConfigError, match="can't be used: .*redentials"):
+    with pytest.raises(ConfigError, match=r"can't be used: .*redentials"):
         opened(place, "four")
 
 

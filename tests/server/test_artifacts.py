@@ -95,11 +95,13 @@ def test_an_artifact_never_changes(bench: Bench) -> None:
         bench.store.fetch("elsewhere/x", first.sha256.replace("0", "1"))
 
 
-@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../b", "a/_manifest.json", "a b", "a\n", "x" * 600, ".a", "ä"])
+@pytest.mark.parametrize(
+    "key", ["", "/a", "a/", "a//b", "../a", "a/../b", "a/_manifest.json", "a b", "a\n", "x" * 600, ".a", "ä"]
+)
 def test_strange_keys(bench: Bench, key: str) -> None:
     calls: tuple[Callable[[], object], ...] = (
-        lambda: bench.store.put_directory(key, bench.write()), lambda: bench.store.fetch(key, ""), lambda: bench.store.delete(key),
-        lambda: bench.store.size(key),
+        lambda: bench.store.put_directory(key, bench.write()), lambda: bench.store.fetch(key, ""),
+        lambda: bench.store.delete(key), lambda: bench.store.size(key),
     )
     for call in calls:
         with pytest.raises(InvalidRequest):
@@ -139,7 +141,9 @@ def test_deletion(bench: Bench) -> None:
 
 # --- stores that fail ---
 
-REFUSALS = [OSError(errno.ENOSPC, "full"), PermissionError(errno.EACCES, "no"), ConnectionResetError("cut"), TimeoutError("slow")]
+REFUSALS = [
+    OSError(errno.ENOSPC, "full"), PermissionError(errno.EACCES, "no"), ConnectionResetError("cut"), TimeoutError("slow"),
+]
 
 
 @pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
@@ -321,7 +325,7 @@ def test_what_is_a_store(tmp_path: Path) -> None:
             opened(url)
         assert caught.value.param == "store"
     (tmp_path / "new" / "store" / MARKER).write_text('{"format": 2}')
-    with pytest.raises(ConfigError, match="has format 2, this coserve knows 1"):
+    with pytest.raises(ConfigError, match="has format 2, and this coserve knows 1"):
         opened(str(tmp_path / "new" / "store"))
     (tmp_path / "new" / "store" / MARKER).write_text('{"for')
     with pytest.raises(ConfigError, match="has format None"):

@@ -90,7 +90,8 @@ def test_uploads_at_once_share_the_tenants_limit(bench: Bench) -> None:
 
     async def upload_all() -> list[Any]:
         files = [UploadFile(io.BytesIO(LINE), size=len(LINE), filename="x.jsonl") for _ in range(8)]
-        return await asyncio.gather(*(service.save_upload("alice", file, "fine-tune") for file in files), return_exceptions=True)
+        saving = (service.save_upload("alice", file, "fine-tune") for file in files)
+        return await asyncio.gather(*saving, return_exceptions=True)
 
     failed = [outcome for outcome in asyncio.run(upload_all()) if isinstance(outcome, BaseException)]
     assert len(failed) == 5 and all(isinstance(error, TooLarge) for error in failed)

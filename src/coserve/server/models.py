@@ -280,5 +280,8 @@ class ModelRegistry:
 
     def _check_room(self, tenant: str, replaced: AdapterRecord | None, size: int) -> None:
         """Raises TooLarge if a copy of `size` bytes would exceed the tenant's limit. replaced: the version that it replaces."""
-        freed, num_others = (0, len(self._copies(tenant))) if replaced is None else (self._shelf.bytes_of(replaced.directory), 0)
+        if replaced is None:
+            freed, num_others = 0, len(self._copies(tenant))
+        else:
+            freed, num_others = self._shelf.bytes_of(replaced.directory), 0
         check_adapter_room(self._config, size, self.held_bytes(tenant) - freed, num_others)

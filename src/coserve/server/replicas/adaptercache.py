@@ -1,9 +1,9 @@
 """Which versions of adapters the local engine holds. A version is fetched and loaded when a request first asks for it.
 
-    ensure(ref) --> artifacts.hold (a copy on this machine) --> engine.load_adapter --> the engine reads the copy when it needs it
+    ensure(ref) --> artifacts.hold: a copy on this machine --> engine.load_adapter, which reads the copy when it needs it
 
-The engine has a version in memory only while it has a slot, and reads the copy again for the next one. So the copy is held until
-the engine has no use for it, which it tells whenever it loads or unloads. When the names that the engine knows become too many,
+The engine has a version in memory only while it has a slot, and reads the copy again for the next one. So the copy is held
+until the engine has no use for it, which it tells whenever it loads or unloads. When the names that the engine knows become too many,
 or their files too large, the least recently used ones are unloaded; requests that use them go on to their end. One that was
 asked for in the last minute stays, since its request may not have begun yet.
 
@@ -143,7 +143,7 @@ class AdapterCache:
         """Begins to unload versions until what the engine knows is within its limits, or all of it was used just now."""
         total, limit = sum(loaded.num_bytes for loaded in self._loaded.values()), time.monotonic() - self._kept_s
         for name, loaded in list(self._loaded.items())[:-1]:
-            if (len(self._loaded) <= self._max_loaded and total <= self._max_bytes) or loaded.used_s > limit:
+            if loaded.used_s > limit or (len(self._loaded) <= self._max_loaded and total <= self._max_bytes):
                 return
             if name not in self._changes:
                 total -= loaded.num_bytes

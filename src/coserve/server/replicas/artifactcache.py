@@ -5,10 +5,10 @@
     CACHE/unfinished/HEX/                   one that is being filled or deleted
     CACHE/locks/XX                          whose holder may fill the entries whose digest begins with XX
 
-An entry appears by a renaming and never changes. Its digests are checked when it is filled, and once again by each process that
-finds it there, since a power failure may have damaged it. Its directory is locked for sharing while somebody holds it; the system
-frees the lock of a process that is killed. Entries that nobody holds are deleted, least recently used ones first, when their
-bytes together are over the limit. One that was used in the last minute stays, since its user may not have opened it yet.
+An entry appears by a renaming and never changes. Its digests are checked when it is filled, and once again by each process
+that finds it there, since a power failure may have damaged it. Its directory is locked for sharing while somebody holds it; the
+system frees the lock of a process that is killed. Entries that nobody holds are deleted, least recently used ones first, when
+their bytes together are over the limit. One that was used in the last minute stays, since its user may not have opened it yet.
 
 Owns: that directory. Does not own: where the bytes come from (artifacts.py).
 """
@@ -88,7 +88,8 @@ class ArtifactManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class ArtifactCache:
-    """Thread-safe, also across processes. Paths that it gives are read-only files. Raises StorageRefused where the disk refuses."""
+    """Thread-safe, also across processes. Paths that it gives are read-only files. Raises StorageRefused where the disk
+    refuses."""
 
     def __init__(self, root: Path, max_bytes: int, *, kept_s: float = _KEPT_S) -> None:
         """Makes the directory if there is none. Raises ConfigError. kept_s: how long an entry stays after its last use."""

@@ -251,5 +251,6 @@ def _plain_files(directory: Path, prefix: str = "") -> Iterator[str]:
 def directory_digest(directory: Path) -> str:
     """The digest that an artifact of a directory's files would have. Raises InvalidRequest, OSError."""
     places = {name: directory / name for name in _plain_files(directory)}
-    files = tuple(ArtifactFile(name=name, bytes=place.stat().st_size, sha256=file_digest(place)) for name, place in places.items())
-    return ArtifactManifest(files=files, place="").digest
+    return ArtifactManifest(place="", files=tuple(
+        ArtifactFile(name=name, bytes=place.stat().st_size, sha256=file_digest(place)) for name, place in places.items()
+    )).digest

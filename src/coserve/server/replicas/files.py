@@ -42,8 +42,8 @@ class StoredFiles(FileIntake):
             left.unlink(missing_ok=True)
 
     def path(self, record: FileRecord) -> Path:
-        """Where a copy of a file's bytes is on this machine, for a minute at least. Raises NotFound if they are gone or damaged,
-        StorageRefused."""
+        """Where a copy of a file's bytes is on this machine, for a minute at least. Raises NotFound if they are gone or
+        damaged, StorageRefused."""
         try:
             return self._artifacts.fetch(file_key(record), file_manifest_digest(record.bytes, record.sha256))
         except (NotFound, InvalidRequest) as error:

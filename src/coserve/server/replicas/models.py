@@ -6,8 +6,8 @@ Rows are the only truth, and other ingresses and jobs write them too. A row is r
 ago; a name that isn't there is looked up each time. So a request that comes after a job has succeeded finds its model, and a
 name's old version is served for a second at most. While the index is away, rows that were read in the last minutes still count.
 
-Owns: what ModelRegistry (server/models.py) owns at a single server, but for the engine's part (adaptercache.py). Does not own: how
-jobs make adapters, which adapters from outside may be loaded (adapterchecks.py).
+Owns: what ModelRegistry (server/models.py) owns at a single server, but for the engine's part (adaptercache.py). Does not own:
+how jobs make adapters, which adapters from outside may be loaded (adapterchecks.py).
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ class ObjectStore:
             raise StorageRefused("the artifact store is away; try again") from error
 
     def open_root(self, shown: str, *, create: bool) -> None:
-        """Checks the marker. If the root is empty, it is made first where `create` allows it. shown: the store's name in errors.
+        """Checks the marker. If the root is empty, it is made first where `create` allows it. shown: the store's name in
+        errors.
 
         Raises ConfigError for a store of another format, other contents, or a store that can't be used.
         """
