@@ -32,7 +32,7 @@ def test_a_small_fleet_loses_nothing_and_finds_adapters() -> None:
     ours, theirs = routed.figures(), random.figures()
     assert ours["resent"] > 0 and ours["lost"] == 0
     assert ours["hits"] > theirs["hits"] + 0.15 and ours["cached"] > theirs["cached"]
-    assert ours["ttft_p99_s"] < theirs["ttft_p99_s"]
+    assert ours["ttft_p50_s"] < theirs["ttft_p50_s"] and ours["late"] == 0
     assert routed.copies["cold-1"] <= 3 < random.copies["cold-1"], "a cold burst does not load everywhere"
 
 

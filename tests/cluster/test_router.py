@@ -263,18 +263,23 @@ def test_a_cold_burst_stays_together_while_it_is_comfortable() -> None:
 def test_a_hot_adapter_gets_homes_by_its_share() -> None:
     names = [f"r{number}" for number in range(20)]
     made = router(*(load(name) for name in names))
-    ask, other, under_way = Ask(10, adapter="hot"), Ask(10), []
-    now = 0.0
+    ask, other, now = Ask(10, adapter="hot"), Ask(10), 0.0
+    under_way, used = list[tuple[object, str]](), Counter[str]()
+    resident: dict[str, list[str]] = {name: [] for name in names}
     for step in range(600):  # 60 s: a third of all requests under way are the hot adapter's
         now += 0.1
-        for name in names:
-            made.report(load(name, step + 2, resident=["hot"] if name in homes("hot", names)[:1] else []), now)
-        for kind in (ask, other, other):
-            under_way.append((step, kind))
-            send(made, under_way[-1], kind, now)
+        running = Counter(replica for _, replica in under_way)
+        for name in names if step % 5 == 0 else ():
+            made.report(load(name, step + 2, resident=resident[name], running=running[name],
+                             iteration_s=0.01 + 0.001 * running[name]), now)
+        for place, kind in enumerate((ask, other, other)):
+            choice = send(made, (step, place), kind, now)
+            under_way.append(((step, place), choice.replica))
+            if kind is ask and step > 300:
+                used[choice.replica] += 1
+            resident[choice.replica] = ["hot"] if kind is ask else resident[choice.replica]
         while len(under_way) > 90:
-            made.ended(under_way.pop(0))
-    used = choices(made, ask, now, times=400)
+            made.ended(under_way.pop(0)[0])
     assert 6 <= len(used) <= 10, "a third of 20, and some to spare"
     assert set(used) <= set(homes("hot", names)[:10])
 
@@ -387,4 +392,4 @@ class RouterWalk(RuleBasedStateMachine):
 
 
 TestRouterWalk = RouterWalk.TestCase
-TestRouterWalk.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestRouterWalk.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)

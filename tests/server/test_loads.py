@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import time
 from types import SimpleNamespace
@@ -9,12 +10,14 @@ from typing import Any
 
 from coserve.cluster.load import Load
 from coserve.engine.report import EngineReport
+from coserve.server.link.engineclient import EngineClient
 from coserve.server.link.enginehost import EngineHost
 from coserve.server.link.mailbox import _Batch
 from coserve.server.link.messages import (
     ChargeTenants,
     EngineLoad,
     FromEngine,
+    ToEngine,
     Tokens,
     WatchLoad,
     decode_from_engine,
@@ -22,6 +25,7 @@ from coserve.server.link.messages import (
     encode,
     merge_loads,
 )
+from coserve.server.settings import ServerConfig
 
 
 def report(**changes: Any) -> EngineReport:
@@ -97,3 +101,22 @@ def test_a_table_that_changes_while_it_is_read_costs_one_report() -> None:
     assert isinstance(first, EngineLoad) and first.load.number == 1
     engine.closed = True
     host.close()
+
+
+def test_an_engine_that_starts_again_is_asked_again() -> None:
+    client, sent = EngineClient(ServerConfig()), list[ToEngine]()
+    supervisor: Any = client.supervisor
+    supervisor.send = sent.append
+    asyncio.run(supervisor._notify_up())
+    assert not sent, "nobody has asked"
+    client.watch_load(0.1)
+    assert not sent, "there is no engine"
+    supervisor.ready = True
+    asyncio.run(supervisor._notify_up())
+    client.watch_load(0.0)
+    asyncio.run(supervisor._notify_up())
+    assert sent == [WatchLoad(every_s=0.1), WatchLoad(every_s=0.0)]
+    loads: list[Load] = []
+    client.on_load(loads.append)
+    client._on_message(message(1))
+    assert [load.number for load in loads] == [1]

@@ -12,8 +12,8 @@
 A request goes to comfortable replicas that have its adapter. Failing these, to a home of the adapter (affinity.py), then to the
 next comfortable one in the order of homes, so that a burst loads an adapter on as many replicas as it needs and no more. If
 nothing is comfortable, the least late serve it, preferably those with the adapter. This is judged for each request. Among the
-replicas left, those of nearly least cost (in which a long cached prefix counts by what it saves) are equals: two of them are
-drawn, and the one of less cost is taken, so that several routers with the same reports don't all choose the same one.
+replicas left, those of nearly least cost (in which a cached prefix counts by what it saves) with the longest prefix are equals:
+two of them are drawn, and the one of less cost is taken, so that several routers with the same reports don't all choose alike.
 
 A report older than STALE_S makes a replica suspect: it gets requests only if no other is there. The time is always an argument,
 of any clock that rises. Owns: the decision, its account of requests under way. Does not own: connections, which replicas exist,
@@ -142,7 +142,7 @@ class Router:
             raise CapacityError("every replica has as many requests as may wait; try again later", param="max_waiting")
         held = self._held(ask, now)
         forecast = self._forecast(ask, usable, held[0])
-        place = self._draw(self._candidates(ask, forecast, held, now), forecast.cost)
+        place = self._draw(ask, self._candidates(ask, forecast, held, now), forecast)
         choice = Choice(
             self._table.name(place), float(forecast.ttft_s[place]), bool(forecast.feasible[place]),
             held[0] is None or bool(held[0][place]), int(forecast.uncached[place]),
@@ -247,11 +247,14 @@ class Router:
             return close
         return places
 
-    def _draw(self, candidates: np.ndarray, cost: np.ndarray) -> int:
-        """The better of two random places among those of nearly least cost."""
+    def _draw(self, ask: Ask, candidates: np.ndarray, forecast: _Forecast) -> int:
+        """The better of two random places among those of nearly least cost and with the longest prefix."""
         places = np.flatnonzero(candidates)
-        costs = cost[places]
+        costs = forecast.cost[places]
         equals = np.flatnonzero(costs <= (1 + NEAR) * costs.min())
+        if len(equals) > 1 and ask.blocks:
+            uncached = forecast.uncached[places[equals]]
+            equals = equals[uncached == uncached.min()]
         if len(equals) > 2:
             count = len(equals)
             first = self._random.randrange(count)
