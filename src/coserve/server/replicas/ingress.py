@@ -26,7 +26,7 @@ from coserve.server.replicas.artifacts import open_store
 from coserve.server.replicas.desk import JobDesk
 from coserve.server.replicas.files import StoredFiles
 from coserve.server.replicas.members import Member, Members
-from coserve.server.replicas.models import ReplicatedModels
+from coserve.server.replicas.models import ReplicaModels
 from coserve.server.replicas.pool import EnginePool
 from coserve.server.replicas.replica import CACHE_BYTES, scratch_directory
 from coserve.server.replicas.wire import KeyPair
@@ -91,8 +91,10 @@ async def open_fleet(
         stack.callback(looking.cancel)
         report("waiting for a replica ...")
         await pool.wait_ready()
-        uploads = StoredFiles(artifacts, store, scratch / "uploads", config)
-        models = await asyncio.to_thread(ReplicatedModels, store, pool, config, tokenizer, artifacts)
+        uploads = StoredFiles(
+            artifacts, scratch / "uploads", store, config.max_file_bytes, config.max_tenant_file_bytes, config.max_tenant_files
+        )
+        models = await asyncio.to_thread(ReplicaModels, store, pool, config, artifacts, scratch, tokenizer)
         metrics = ServerMetrics(config, models.base_names[0], lambda: pool.info.objectives)
         jobs = JobDesk(
             store=store, files=uploads, models=models, artifacts=artifacts, config=config, info=lambda: pool.info,

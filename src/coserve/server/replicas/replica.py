@@ -116,7 +116,10 @@ async def run_replica(
         cache = AdapterCache(engine, artifacts)
         store = Store(index_url(config))
         stack.callback(store.close)
-        jobs = ReplicaJobs(index=store, artifacts=artifacts, engine=engine, config=own, replica=id, scratch=scratch / "jobs")
+        jobs = ReplicaJobs(
+            index=store, artifacts=artifacts, engine=engine, config=own, replica=id, scratch=scratch / "jobs",
+            headroom=lambda: link.headroom,
+        )
         context: zmq.asyncio.Context = zmq.asyncio.Context()
         stack.callback(context.destroy, linger=0)
         keys, known = KeyPair.make(), KnownKeys(members)

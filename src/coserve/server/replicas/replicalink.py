@@ -94,7 +94,8 @@ class _Watcher:
 class ReplicaLink:
     """Answers ingresses. Everything runs on one event loop.
 
-    draining: set when the replica is to end; ingresses then send no new requests.
+    draining: set when the replica is to end; ingresses then send no new requests. headroom: the share of the engine's time that
+    training could have, as last reported.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class ReplicaLink:
         self._streams: dict[tuple[bytes, str], RequestStream | None] = {}  # None: its adapter is being loaded
         self._tasks: set[asyncio.Task[None]] = set()
         self._load: Load | None = None
+        self.headroom = 1.0
 
     @property
     def num_requests(self) -> int:
@@ -119,7 +121,7 @@ class ReplicaLink:
         """The engine's newest report, which travels with the next beat."""
         if load.prefixes is not None:
             self._prefixes = _Prefixes(self._prefixes.number + 1, load.prefixes)
-        self._load = msgspec.structs.replace(load, prefixes=None)
+        self._load, self.headroom = msgspec.structs.replace(load, prefixes=None), load.headroom
 
     def on_message(self, peer: bytes, data: bytes) -> None:
         """Carries out an ingress's message. One that can't be read is logged and left alone: its sender may be newer."""
