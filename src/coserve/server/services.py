@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
@@ -20,6 +20,10 @@ from coserve.server.link.engineclient import EngineClient
 from coserve.server.logs import note_tenant
 from coserve.server.models import ModelRegistry
 from coserve.server.places import Places
+from coserve.server.replicas.desk import JobDesk
+from coserve.server.replicas.files import StoredFiles
+from coserve.server.replicas.models import ReplicaModels
+from coserve.server.replicas.pool import EnginePool
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
@@ -46,20 +50,6 @@ class TenantShares:
         )
 
 
-class Fleet(Protocol):
-    """What routes ask of the replicas behind an ingress (replicas/pool.py)."""
-
-    @property
-    def signals(self) -> Mapping[str, float]:
-        """What an autoscaler may look at, by name."""
-
-    def states(self) -> list[dict[str, Any]]:
-        """The replicas as the page shows them."""
-
-    async def stats_by_replica(self) -> dict[str, dict[str, Any]]:
-        """Engine.metrics() of each replica that answers, by its id."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """The parts of one server.
@@ -74,13 +64,13 @@ class Services:
     """
 
     config: ServerConfig
-    engine: EngineClient
+    engine: EngineClient | EnginePool
     tokenizer: ChatTokenizer
     store: Store
     tenants: Tenants
-    files: FileService
-    jobs: JobService
-    models: ModelRegistry
+    files: FileService | StoredFiles
+    jobs: JobService | JobDesk
+    models: ModelRegistry | ReplicaModels
     metrics: ServerMetrics
     draw_seed: Callable[[], int]
     work: WorkPool = field(default_factory=WorkPool)
@@ -88,7 +78,7 @@ class Services:
     shares: TenantShares = field(default_factory=lambda: TenantShares(ServerConfig()))
     templates: RequestTemplates | None = None
     watch: SelfWatch | None = None
-    fleet: Fleet | None = None
+    fleet: EnginePool | None = None
 
 
 async def get_services(request: Request) -> Services:

@@ -53,6 +53,11 @@ async def _look_for_replicas(pool: EnginePool, members: Members, own: Member) ->
         await asyncio.sleep(_SEE_EVERY_S)
 
 
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 async def _leave(members: Members, id: str) -> None:
     with contextlib.suppress(CoserveError):  # the row grows old by itself
         await asyncio.to_thread(members.leave, id)
@@ -87,8 +92,7 @@ async def open_fleet(
         stack.push_async_callback(pool.stop)
         pool.start()
         looking = asyncio.create_task(_look_for_replicas(pool, members, own))
-        stack.push_async_callback(asyncio.gather, looking, return_exceptions=True)
-        stack.callback(looking.cancel)
+        stack.push_async_callback(_cancel, looking)
         report("waiting for a replica ...")
         await pool.wait_ready()
         uploads = StoredFiles(

@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
-from functools import partial
 from pathlib import Path
 
 import zmq.asyncio
@@ -123,7 +122,7 @@ async def run_replica(
         context: zmq.asyncio.Context = zmq.asyncio.Context()
         stack.callback(context.destroy, linger=0)
         keys, known = KeyPair.make(), KnownKeys(members)
-        door = Door(context, partial(asyncio.to_thread, known))
+        door = Door(context, lambda key: asyncio.to_thread(known, key))
         door.start()
         stack.callback(door.stop)
         socket = ServerSocket(context, host, keys, lambda peer, data: link.on_message(peer, data))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import zmq
 import zmq.asyncio
@@ -66,7 +66,7 @@ class Outbox:
     def _flush(self) -> None:
         parts, self._parts = self._parts, []
         if not self._socket.closed:
-            sent = self._socket.send_multipart([*self._head, *parts])
+            sent = cast(asyncio.Future[Any], self._socket.send_multipart([*self._head, *parts]))
             sent.add_done_callback(_ignore)  # a peer that has gone: what it missed is found out by its silence
 
 
