@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import create_engine, event, text
 
 from coserve.core import InvalidRequest
-from coserve.server.index import store as module
+from coserve.server.index import rows as module
 from coserve.server.index.store import Store
 from coserve.server.records import CheckpointRecord
 from tests.server.test_store import file, job

@@ -7,9 +7,10 @@
               |
               a renewal says that the job has another epoch by now: lost
 
-In the database a lease ends lease_s after the renewal came there, which is not before it was sent. So whoever pauses safe_s after
-sending has paused before anybody else may claim the job, as far as clocks run alike and processes run at all. Only liveness rests
-on that: a holder that was stopped may act too late, and then the epoch of its writes tells them from those of the next holder.
+In the database a lease ends lease_s after the renewal came there, which is not before it was sent. So whoever pauses safe_s
+after sending has paused before anybody else may claim the job, as far as clocks run alike and processes run at all. Only
+liveness rests on that: a holder that was stopped may act too late, and then the epoch of its writes tells them from those of
+the next holder.
 
 Owns: the holder's decisions. Does not own: the rows (server/replicas/claims.py), clocks: every time is an argument, in seconds.
 """
@@ -26,8 +27,8 @@ from coserve.config.values import require
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseTiming:
-    """lease_s: a lease's length. renew_s: between two renewals. retry_s: after one that failed. safe_s: how long after sending a
-    renewal the holder relies on it. claim_delay_s: how long a replica without training headroom leaves a job to others."""
+    """lease_s: a lease's length. renew_s: between two renewals. retry_s: after one that failed. safe_s: how long after sending
+    a renewal the holder relies on it. claim_delay_s: how long a replica without training headroom leaves a job to others."""
 
     lease_s: float = 20.0
     renew_s: float = 5.0

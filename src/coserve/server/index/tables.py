@@ -87,7 +87,8 @@ jobs = Table(
 )
 """Only replicas use what follows `deadline` (server/replicas/). owner: the replica that holds the job. epoch: how often it was
 claimed or ended; a holder writes only under its own. lease_until: from when others may claim it, in Unix seconds of the
-database's clock. strikes, struck_at: as of UnfinishedJob. start_sha256: of the adapter that it continues. progress: its pace."""
+database's clock. strikes, struck_at: as of UnfinishedJob. start_sha256: of the adapter that it continues. progress: its
+pace."""
 
 events = Table(
     "events", SCHEMA, _id(), _job(), _filled("seq", BigInteger), _filled("created_at", BigInteger), _filled("level"),
@@ -144,8 +145,9 @@ def _add_replicas(connection: Connection) -> None:
     ):
         connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {column}"))
     connection.execute(text(
-        "CREATE TABLE members (id TEXT NOT NULL PRIMARY KEY, kind TEXT NOT NULL, address TEXT NOT NULL, public_key TEXT NOT NULL, "
-        f"node TEXT NOT NULL, info JSON NOT NULL, joined_at {double} NOT NULL, seen_at {double} NOT NULL)"
+        "CREATE TABLE members (id TEXT NOT NULL PRIMARY KEY, kind TEXT NOT NULL, address TEXT NOT NULL, "
+        "public_key TEXT NOT NULL, node TEXT NOT NULL, info JSON NOT NULL, "
+        f"joined_at {double} NOT NULL, seen_at {double} NOT NULL)"
     ))
 
 

@@ -1,7 +1,7 @@
 """A body that creates a job, as the job's record.
 
-Owns: what a new record holds. Does not own: what the body's fields mean (spec.py), where records and files go (service.py, and
-server/replicas/desk.py).
+Owns: what a new record holds, which files it may name, what is told of too many bytes. Does not own: what the body's fields mean
+(spec.py), where records and files go (service.py, and server/replicas/desk.py).
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import datetime
 
 from coserve.config.data import to_dict
 from coserve.config.settings import FinetuneConfig
+from coserve.core import InvalidRequest, NotFound
+from coserve.server.index.files import FINE_TUNE
+from coserve.server.index.store import Store
 from coserve.server.jobs.body import CreateJob
 from coserve.server.jobs.spec import JobSpec
-from coserve.server.records import JobRecord, new_id, now
+from coserve.server.records import FileRecord, JobRecord, new_id, now
 
 
 def new_job(tenant: str, body: CreateJob, spec: JobSpec, *, continues: bool) -> JobRecord:
@@ -33,6 +36,17 @@ def dated(config: FinetuneConfig, created_at: int) -> FinetuneConfig:
     if config.template_date is not None:
         return config
     return dataclasses.replace(config, template_date=datetime.date.fromtimestamp(created_at).isoformat())
+
+
+def find_data(store: Store, tenant: str, id: str, param: str) -> FileRecord:
+    """The file that a field of a job's body names. Raises InvalidRequest naming the field."""
+    try:
+        record = store.get_file(tenant, id)
+    except NotFound as error:
+        raise InvalidRequest(f"{param}: there is no file {id[:64]}", param=param) from error
+    if record.purpose != FINE_TUNE:
+        raise InvalidRequest(f"{param}: {id} is of purpose {record.purpose}, not {FINE_TUNE}", param=param)
+    return record
 
 
 def disk_problem(held: int, most: int) -> str | None:

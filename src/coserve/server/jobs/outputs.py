@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from coserve.config.settings import AdapterConfig
-from coserve.core import CoserveError, InvalidRequest, NotFound
+from coserve.core import CoserveError, NotFound
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.finetune.job import MetricsTable, StepRow
 from coserve.peft.described import described_adapter
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from coserve.peft.remarks import GENERATION_FILE
 from coserve.server.index.disk import storage_errors
-from coserve.server.index.files import FINE_TUNE
 from coserve.server.index.store import Store
 from coserve.server.jobs.data import DataFile
 from coserve.server.jobs.hosting import JobFiles, JobModels
+from coserve.server.jobs.intake import find_data
 from coserve.server.jobs.objects import result_csv, step_metrics
-from coserve.server.records import AdapterRecord, CheckpointRecord, FileRecord, JobRecord, new_id, now
+from coserve.server.records import AdapterRecord, CheckpointRecord, JobRecord, new_id, now
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PAGE = 1000
@@ -94,18 +94,8 @@ class JobOutputs:
         return found, None if validation is None else self._data_file(tenant, validation, "validation_file")
 
     def _data_file(self, tenant: str, id: str, param: str) -> DataFile:
-        record = self.data_record(tenant, id, param)
+        record = find_data(self._store, tenant, id, param)
         return DataFile(self._files.path(record), record.filename, param)
-
-    def data_record(self, tenant: str, id: str, param: str) -> FileRecord:
-        """The file that a field of a job's body names. Raises InvalidRequest naming the field."""
-        try:
-            record = self._store.get_file(tenant, id)
-        except NotFound as error:
-            raise InvalidRequest(f"{param}: there is no file {id[:64]}", param=param) from error
-        if record.purpose != FINE_TUNE:
-            raise InvalidRequest(f"{param}: {id} is of purpose {record.purpose}, not {FINE_TUNE}", param=param)
-        return record
 
     def rows(self, job: str) -> list[StepRow]:
         """Metrics of the steps so far."""

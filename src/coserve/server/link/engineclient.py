@@ -140,8 +140,8 @@ class EngineClient:
         await self._calls.ask(lambda call: StartJob(call=call, **fields))
 
     def act_job(self, job: str, action: str) -> None:
-        """Pauses, resumes, cancels or hands over a job: `action` is one of ActJob's. A job that has ended stays as it is. Raises
-        EngineUnavailable."""
+        """Pauses, resumes, cancels or hands over a job: `action` is one of ActJob's. A job that has ended stays as it is.
+        Raises EngineUnavailable."""
         self.supervisor.send(ActJob(id=job, action=cast(Literal["pause", "resume", "cancel", "hand_over"], action)))
 
     def watch_load(self, every_s: float) -> None:

@@ -119,7 +119,8 @@ class JobClaims:
         )
 
     def renew(self, held: Mapping[str, int]) -> dict[str, HeldRow]:
-        """Prolongs leases, given by jobs and their epochs. Those that are missing in the answer are another's, or have ended."""
+        """Prolongs leases, given by jobs and their epochs. Those that are missing in the answer are another's, or have
+        ended."""
         statement = (
             update(jobs).where(tuple_(jobs.c.id, jobs.c.epoch).in_([*held.items()]), jobs.c.owner == self._replica)
             .values(lease_until=CLOCK + self._lease_s).returning(jobs.c.id, jobs.c.epoch, jobs.c.paused)

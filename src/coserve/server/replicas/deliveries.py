@@ -2,8 +2,8 @@
 
     the engine writes --box--> waits --> is sent, again while the store refuses --> the row that makes it visible
 
-A job may run on while one checkpoint is on its way. If another one waits behind, or the store refuses, the job is held. Owns: the
-order, tries, the events about waiting. Does not own: what is sent (parcels.py), rows (fenced.py).
+A job may run on while one checkpoint is on its way. If another one waits behind, or the store refuses, the job is held. Owns:
+the order, tries, the events about waiting. Does not own: what is sent (parcels.py), rows (fenced.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The index as the holder of jobs writes to it: whatever is written about a job says under which epoch, in the same transaction.
+"""The index as the holder of jobs writes to it: whatever is written about a job says under which epoch, in the same
+transaction.
 
 A job that another replica has claimed, or that was cancelled, has a later epoch. Then nothing is written, and Fenced is raised:
 a holder that was stopped for a while, or cut off, finds out with its first write at the latest.

@@ -1,4 +1,5 @@
-"""The finetuning jobs of one replica: claimed from the index, run on its engine, and left to others when it drains or is too late.
+"""The finetuning jobs of one replica: claimed from the index, run on its engine, and left to others when it drains or is too
+late.
 
     index --claim--> validating_files --> queued --> running --> its end is written
                ^                                        |
@@ -65,13 +66,14 @@ class _Mine(NamedTuple):
 class ReplicaJobs:
     """Belongs to one event loop, on which it must be made.
 
-    index: on PostgreSQL. replica: a name that no other replica has. scratch: a directory of this process alone, where it removes
-    what earlier ones have left. headroom: tells the share of time that training could get here, 0 to 1.
+    index: on PostgreSQL. replica: a name that no other replica has. scratch: a directory of this process alone, where it
+    removes what earlier ones have left. headroom: tells the share of time that training could get here, 0 to 1.
     """
 
     def __init__(
-        self, index: Store, artifacts: ArtifactStore, engine: EngineClient, config: ServerConfig, replica: str, scratch: Path, *,
-        headroom: Callable[[], float] = lambda: 1.0, timing: LeaseTiming | None = None, clock: Callable[[], float] = boot_clock,
+        self, index: Store, artifacts: ArtifactStore, engine: EngineClient, config: ServerConfig, replica: str, scratch: Path,
+        *, headroom: Callable[[], float] = lambda: 1.0, timing: LeaseTiming | None = None,
+        clock: Callable[[], float] = boot_clock,
     ) -> None:
         """Raises ConfigError where the index isn't on PostgreSQL, StorageRefused where the disk refuses."""
         self._engine, self._config, self._replica, self._headroom, self._clock = engine, config, replica, headroom, clock

@@ -5,9 +5,9 @@
     jobs/JOB/eEPOCH/model                           the tuned adapter
     jobs/JOB/eEPOCH/tensorboard, wandb              what integrations wrote
 
-Artifacts never change, and count only through rows of the index that name them. So nobody sees what a replica sends that has lost
-its job. What is to be sent is first linked into a box, as the engine may delete its own files meanwhile. Owns: that layout, boxes.
-Does not own: rows (fenced.py), when something is sent, and again (deliveries.py).
+Artifacts never change, and count only through rows of the index that name them. So nobody sees what a replica sends that has
+lost its job. What is to be sent is first linked into a box, as the engine may delete its own files meanwhile. Owns: that
+layout, boxes. Does not own: rows (fenced.py), when something is sent, and again (deliveries.py).
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def send_checkpoint(artifacts: ArtifactStore, job: str, epoch: int, box: Path) -
     """Sends a checkpoint's box. Raises StorageRefused."""
     def send(key: str) -> SentCheckpoint:
         return SentCheckpoint(
-            artifacts.put_directory(f"{key}/{_ADAPTER}", box / _ADAPTER), artifacts.put_directory(f"{key}/state", box / "state"),
-        )
+            artifacts.put_directory(f"{key}/{_ADAPTER}", box / _ADAPTER), artifacts.put_directory(f"{key}/state", box /
+            "state"), )
 
     return _send(send, f"{epoch_key(job, epoch)}/{box.name}")
 

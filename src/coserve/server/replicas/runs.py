@@ -1,8 +1,8 @@
 """The engine as one replica's jobs see it: each run of a job has a name of its own there, JOB-eEPOCH.
 
-So what a run says that this replica has lost isn't taken for words of the present one, and both may be in the engine at once, as
-long as the engine needs to end the old one. A run's adapter has a name of its own too: nobody asks for it, since requests use
-published versions. Owns: names of runs, which of them the engine has. Does not own: what becomes of jobs (runner.py).
+So what a run says that this replica has lost isn't taken for words of the present one, and both may be in the engine at once,
+as long as the engine needs to end the old one. A run's adapter has a name of its own too: nobody asks for it, since requests
+use published versions. Owns: names of runs, which of them the engine has. Does not own: what becomes of jobs (runner.py).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,9 @@ from coserve.finetune.job import MetricsTable
 from coserve.server.index.disk import storage_errors
 from coserve.server.jobs.data import DataFile
 from coserve.server.jobs.hosting import JobFiles, JobModels
+from coserve.server.jobs.intake import find_data
 from coserve.server.jobs.outputs import JobOutputs
-from coserve.server.records import AdapterRecord, CheckpointRecord, FileRecord, JobRecord, now
+from coserve.server.records import AdapterRecord, JobRecord, now
 from coserve.server.replicas.artifacts import ArtifactStore
 from coserve.server.replicas.fenced import Fenced, FencedStore
 from coserve.server.replicas.parcels import METRICS, RECORD, SentResult, link_tree, start_key, state_key
@@ -94,7 +96,7 @@ class ScratchOutputs(JobOutputs):
         """As JobOutputs': copies in the run's directory, which `prepare` has made."""
         data = self.directory(record.id) / "data"
         found = [
-            DataFile(data / file.param, self.data_record(record.tenant, file.id, file.param).filename, file.param)
+            DataFile(data / file.param, find_data(self._store, record.tenant, file.id, file.param).filename, file.param)
             for file in self._named_files(record)
         ]
         return found[0], found[1] if len(found) > 1 else None
@@ -107,7 +109,7 @@ class ScratchOutputs(JobOutputs):
 
     def _fetch_file(self, tenant: str, file: _NamedFile, target: Path) -> None:
         try:
-            link_tree(self._files.path(self.data_record(tenant, file.id, file.param)), target)
+            link_tree(self._files.path(find_data(self._store, tenant, file.id, file.param)), target)
         except NotFound as error:
             raise InvalidRequest(f"{file.param}: {error}", param=file.param) from error
 
@@ -128,20 +130,10 @@ class ScratchOutputs(JobOutputs):
                     self._artifacts.hold(checkpoint.directory, checkpoint.sha256) as adapter,
                     self._artifacts.hold(state_key(checkpoint.directory), checkpoint.state_sha256) as state,
                 ):
-                    write_directory(directory / "output", lambda place: self._unpack(checkpoint, adapter, state, place))
+                    write_directory(directory / "output", partial(_unpack, checkpoint.step, adapter, state))
                 return
             except NotFound as error:
                 self._warn(job, f"checkpoint of step {checkpoint.step}: {error}; using the one before")
-
-    def _unpack(self, checkpoint: CheckpointRecord, adapter: Path, state: Path, place: Path) -> None:
-        target = place / "checkpoints" / checkpoint_name(checkpoint.step)
-        for source in (adapter, state):
-            link_tree(source, target)
-        (target / RECORD).rename(place / RECORD)
-        metrics = target / METRICS
-        if metrics.exists():
-            shutil.copyfile(metrics, place / METRICS)  # the engine appends to it, and the copy here is shared
-            metrics.unlink()
 
     # --- what a run has made ---
 
@@ -168,6 +160,18 @@ class ScratchOutputs(JobOutputs):
 
     def save_result(self, record: JobRecord) -> str:
         """As JobOutputs': what was sent to the store."""
-        file: FileRecord = self.results[record.id].file
+        file = self.results[record.id].file
         self._fenced.put_result(record.id, file)
         return file.id
+
+
+def _unpack(step: int, adapter: Path, state: Path, place: Path) -> None:
+    """Makes a job's output directory from the two parts of a checkpoint."""
+    target = place / "checkpoints" / checkpoint_name(step)
+    for source in (adapter, state):
+        link_tree(source, target)
+    (target / RECORD).rename(place / RECORD)
+    metrics = target / METRICS
+    if metrics.exists():
+        shutil.copyfile(metrics, place / METRICS)  # the engine appends to it, and the copy here is shared
+        metrics.unlink()
