@@ -101,7 +101,7 @@ async def open_fleet(
         models = await asyncio.to_thread(ReplicaModels, store, pool, config, artifacts, scratch, tokenizer)
         metrics = ServerMetrics(config, models.base_names[0], lambda: pool.info.objectives)
         jobs = JobDesk(
-            store=store, files=uploads, models=models, artifacts=artifacts, config=config, info=lambda: pool.info,
+            store=store, files=uploads, models=models, artifacts=artifacts, config=config, engine=pool,
             nudge=pool.nudge,
         )
         uploads.held_bytes = models.held_bytes = jobs.disk.bytes_of

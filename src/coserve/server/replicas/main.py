@@ -21,7 +21,7 @@ from coserve.server.replicas.ingress import run_ingress
 from coserve.server.replicas.replica import run_replica
 from coserve.server.settings import ServerConfig
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("coserve.server.replicas.main")
 
 
 class FleetSetup(msgspec.Struct, frozen=True, kw_only=True):
