@@ -11,7 +11,7 @@ import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from coserve.config.settings import AdapterConfig
 from coserve.core import CapacityError, CoserveError, NotFound
@@ -27,7 +27,6 @@ from coserve.server.jobs.data import DataFile, DataReader
 from coserve.server.jobs.intake import dated, disk_problem, find_data, new_job
 from coserve.server.jobs.objects import Pace, job_object
 from coserve.server.jobs.spec import JobSpec, read_spec, unused
-from coserve.server.link.messages import Ready
 from coserve.server.records import ENDED, CheckpointRecord, EventRecord, JobRecord, now
 from coserve.server.replicas.artifacts import ArtifactStore
 from coserve.server.replicas.deskrows import DeskStore
@@ -37,16 +36,9 @@ from coserve.server.replicas.models import ReplicaModels
 from coserve.server.replicas.parcels import checkpoint_key, start_key
 from coserve.server.replicas.usage import StoredBytes
 from coserve.server.settings import ServerConfig
+from coserve.server.shelf import EngineFacts
 
 _MAX_PACES = 10_000
-
-
-class EngineFacts(Protocol):
-    """What is known of the engines."""
-
-    @property
-    def info(self) -> Ready:
-        """What an engine has said of itself. Raises EngineUnavailable before the first is known."""
 
 
 class _Continued(NamedTuple):

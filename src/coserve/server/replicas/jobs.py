@@ -156,17 +156,26 @@ class ReplicaJobs:
     async def _keep(self) -> None:
         while not self._stopping:
             now = self._clock()
-            self._take_over(self._book.look(now))
-            if asked := self._book.renewal(now):
-                self._spawn(self._renew(dict(asked)))
-            self._return_surplus()
-            if not self._claiming and now >= self._next_claim_s and self._may_claim:
-                self._claiming = True
-                self._spawn(self._claim())
-            until = min(self._book.next_s(), max(self._next_claim_s, now + 0.01) if self._may_claim else now + POLL_S)
+            try:
+                until = self._look(now)
+            except Exception:  # a bug; without leases there would be no jobs here any more
+                _log.exception("jobs of this replica: an unexpected error")
+                until = now + POLL_S
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), max(0.0, until - now))
             self._wake.clear()
+
+    def _look(self, now: float) -> float:
+        """Does what is due, and returns when to look again."""
+        self._take_over(self._book.look(now))
+        if asked := self._book.renewal(now):
+            self._spawn(self._renew(dict(asked)))
+        self._return_surplus()
+        may_claim = self._may_claim and not self._claiming
+        if may_claim and now >= self._next_claim_s:
+            self._claiming, may_claim = True, False
+            self._spawn(self._claim())
+        return min(self._book.next_s(), self._next_claim_s if may_claim else now + POLL_S)
 
     def _take_over(self, changes: LeaseChanges) -> None:
         for jobs, lapsed in ((changes.lapsed, True), (changes.regained, False)):
