@@ -15,8 +15,10 @@ import httpx
 
 from coserve.server.replicas.main import FleetSetup, write_setup
 from coserve.server.settings import ServerConfig, read_settings
-from tests.server.conftest import START_S, children, wait_until
+from tests.server.conftest import children, wait_until
 
+START_S = 300.0
+"""Several processes start at once, each of which imports for seconds."""
 _ROOT = Path(__file__).parents[2]
 _SETTINGS: dict[str, Any] = {
     "dtype": "float32", "threads": 1, "kv_cache_memory_bytes": 32 << 20, "max_file_bytes": 4 << 20, "shutdown_timeout": 5.0,
