@@ -1,6 +1,7 @@
 """What an ingress and a replica say to each other: msgpack over ZeroMQ, encrypted and authenticated by CURVE.
 
     ingress -> replica: Watch (every second), Serve, Cancel, Nudge, GetStats, ChargeTenants
+    replica -> replica: Steps
     replica -> ingress: Beat (ten times a second), Tokens, Failed, Replied
 
 The messages that the API process and the engine exchange (link/messages.py) travel as they are, but for their times: the clocks
@@ -43,6 +44,13 @@ class Nudge(Message, frozen=True, kw_only=True):
     job: str
 
 
+class Steps(Message, frozen=True, kw_only=True):
+    """Frames of a job that several replicas share (steplink.py), from the replica `sender`."""
+
+    sender: str
+    frames: list[bytes]
+
+
 class Beat(Message, frozen=True, kw_only=True):
     """The replica lives.
 
@@ -58,7 +66,7 @@ class Beat(Message, frozen=True, kw_only=True):
     trouble: str = ""
 
 
-ToReplica = Watch | Serve | Cancel | Nudge | GetStats | ChargeTenants
+ToReplica = Watch | Serve | Cancel | Nudge | GetStats | ChargeTenants | Steps
 FromReplica = Beat | Tokens | Failed | Replied
 
 WATCH_EVERY_S, WATCH_LIMIT_S = 1.0, 5.0

@@ -40,6 +40,7 @@ from coserve.server.replicas.messages import (
     Beat,
     Nudge,
     Serve,
+    Steps,
     Watch,
     decode_to_replica,
     encode,
@@ -100,9 +101,11 @@ class ReplicaLink:
 
     def __init__(
         self, engine: EngineClient, *, ensure: Callable[[AdapterRef], Awaitable[None]], nudge: Callable[[str], None],
-        send: Send, forget: Callable[[bytes], None],
+        send: Send, forget: Callable[[bytes], None], on_steps: Callable[[Steps], None] = lambda message: None,
     ) -> None:
-        """ensure: the engine holds an adapter afterwards. nudge: a job's row has changed. send, forget: a ServerSocket's."""
+        """ensure: the engine holds an adapter afterwards. nudge: a job's row has changed. send, forget: a ServerSocket's.
+        on_steps: takes what other replicas say of jobs that are shared with them."""
+        self._on_steps = on_steps
         self._engine, self._ensure, self._nudge, self._send, self._forget = engine, ensure, nudge, send, forget
         self.draining = False
         self._watchers: dict[bytes, _Watcher] = {}
@@ -141,6 +144,8 @@ class ReplicaLink:
                 self._nudge(job)
             case GetStats(call=call):
                 self._begin(self._tell_stats(peer, call))
+            case Steps():
+                self._on_steps(message)
             case ChargeTenants(tokens=tokens):
                 with contextlib.suppress(EngineUnavailable):  # an engine that starts knows of nobody's turns
                     self._engine.charge_tenants(tokens)

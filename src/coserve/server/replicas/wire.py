@@ -75,7 +75,8 @@ def _ignore(sent: asyncio.Future[Any]) -> None:
         sent.exception()
 
 
-def _prepare(socket: zmq.asyncio.Socket, keys: KeyPair) -> None:
+def prepare_socket(socket: zmq.asyncio.Socket, keys: KeyPair) -> None:
+    """What all these sockets have in common: the keys, signs of life, no waiting at their end."""
     socket.curve_publickey, socket.curve_secretkey = keys
     socket.set_hwm(0)  # both ends always read
     socket.linger = 0
@@ -96,7 +97,7 @@ class ServerSocket:
     ) -> None:
         """host: the address of this machine that peers reach."""
         self._socket = context.socket(zmq.ROUTER)
-        _prepare(self._socket, keys)
+        prepare_socket(self._socket, keys)
         self._socket.curve_server = True
         self._socket.zap_domain = _DOMAIN.encode()
         shown = f"[{host}]" if ":" in host else host
@@ -137,7 +138,7 @@ class ClientSocket:
         """server_key: the replica's public key, so that nobody else can answer in its place. on_broken: called when the
         connection breaks."""
         self._socket = context.socket(zmq.DEALER)
-        _prepare(self._socket, keys)
+        prepare_socket(self._socket, keys)
         self._socket.curve_serverkey = server_key.encode("ascii")
         self._socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, _MOST_RECONNECT_MS)
