@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -74,10 +75,60 @@ class FleetProcess:
         return self.process.wait(seconds)
 
 
-class Fleet:
-    """Replicas and an ingress. root: for logs, private directories and the store."""
+class Network:
+    """A machine of its own for a process: a network namespace with one cable to this one, which can be pulled. Needs root and
+    the command ip; `available` tells."""
 
-    def __init__(self, model: Path, root: Path, database_url: str, *, replicas: int = 2, **settings: Any) -> None:
+    _numbers = itertools.count(1)
+
+    def __init__(self) -> None:
+        number = os.getpid() % 200 * 100 + next(self._numbers)
+        self.name, self._cable = f"coserve{number}", f"cs{number}"
+        net = f"10.{77 + number // 250 % 100}.{number % 250}"
+        self.address = f"{net}.2"
+        for command in (
+            f"ip netns add {self.name}",
+            f"ip link add {self._cable} type veth peer name eth0 netns {self.name}",
+            f"ip addr add {net}.1/24 dev {self._cable}", f"ip link set {self._cable} up",
+            f"ip -n {self.name} addr add {self.address}/24 dev eth0", f"ip -n {self.name} link set eth0 up",
+            f"ip -n {self.name} link set lo up",
+        ):
+            subprocess.run(command.split(), check=True, capture_output=True, timeout=30)
+
+    @staticmethod
+    def available() -> bool:
+        """Whether namespaces can be made here."""
+        try:
+            Network().close()
+        except (OSError, subprocess.SubprocessError):
+            return False
+        return True
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """The command that runs another one inside."""
+        return ("ip", "netns", "exec", self.name)
+
+    def pull(self) -> None:
+        """Nothing passes any more; no side is told."""
+        subprocess.run(["ip", "link", "set", self._cable, "down"], check=True, timeout=30)
+
+    def plug(self) -> None:
+        """All is as before."""
+        subprocess.run(["ip", "link", "set", self._cable, "up"], check=True, timeout=30)
+
+    def close(self) -> None:
+        """Removes it; its processes must have ended."""
+        subprocess.run(["ip", "netns", "delete", self.name], check=False, capture_output=True, timeout=30)
+
+
+class Fleet:
+    """Replicas and an ingress. root: for logs, private directories and the store. network: where the first replica runs."""
+
+    def __init__(
+        self, model: Path, root: Path, database_url: str, *, replicas: int = 2, network: Network | None = None, **settings: Any
+    ) -> None:
+        self.network = network
         root.mkdir(parents=True, exist_ok=True)
         self.root, self.store, self._numbers = root, root / "store", 0
         self.settings = {
@@ -87,8 +138,8 @@ class Fleet:
         self.replicas: list[FleetProcess] = []
         self.ingress: FleetProcess | None = None
         self.url = ""
-        for _ in range(replicas):
-            self.add_replica()
+        for number in range(replicas):
+            self.add_replica(None if number else network)
         self.start_ingress()
         wait_until(lambda: len(self.ready) == replicas, START_S)
 
@@ -96,9 +147,10 @@ class Fleet:
         """The settings of one process."""
         return read_settings(None, {**self.settings, **changes})
 
-    def add_replica(self, **how: Any) -> FleetProcess:
-        """One more replica, which starts."""
+    def add_replica(self, network: Network | None = None) -> FleetProcess:
+        """One more replica, which starts. network: where it runs; None: beside the ingress."""
         self._numbers += 1
+        how: dict[str, Any] = {} if network is None else {"prefix": network.prefix, "host": network.address}
         log, node = self.root / f"replica-{self._numbers}.log", f"node{self._numbers}"
         replica = FleetProcess("engine", self.config(), log, node, **how)
         self.replicas.append(replica)

@@ -6,10 +6,12 @@ COSERVE_FAULTS: how many random faults (4); COSERVE_FAULT_SEED: which ones.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +22,8 @@ import httpx
 import pytest
 
 from tests.server.conftest import wait_until
-from tests.server.fleets import Fleet
+from tests.server.fleets import Fleet, Network
+from tests.server.postgres_cut import CutWay, way_to
 from tests.tiny_directory import chat_lines
 
 pytestmark = pytest.mark.full
@@ -33,17 +36,43 @@ STEPS = EPOCHS * LINES // BATCH
 ENDED = ("succeeded", "failed", "cancelled")
 DATA = "".join(json.dumps(line) + "\n" for line in chat_lines(LINES)).encode()
 LEASE_S = 20.0
-STREAM_S = 5.0
-"""Seconds within which a stream goes on, or ends by an error event."""
-SLACK_S = 15.0
-"""More seconds that a machine of two cores with several starting processes gets."""
+AWAY_S = float(os.environ.get("COSERVE_DATABASE_AWAY_S", "12"))
+"""How long the database can't be reached."""
 
 
 @pytest.fixture
-def fleet(tiny_model: Path, tmp_path: Path, postgres_url: str) -> Iterator[Fleet]:
-    running = Fleet(tiny_model, tmp_path / "fleet", postgres_url, deterministic=True)
+def way(postgres_url: str) -> Iterator[CutWay]:
+    """To the database; it can be cut."""
+    with way_to(postgres_url) as found:
+        yield found
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Path | None]:
+    """A file system in memory for the store, so that it can be full; None where nothing can be mounted."""
+    place = tmp_path / "fleet" / "store"
+    place.mkdir(parents=True)
+    try:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, check=False, timeout=30
+        )
+    except FileNotFoundError:
+        yield None
+        return
+    yield place if done.returncode == 0 else None
+    if done.returncode == 0:
+        subprocess.run(["umount", "--lazy", str(place)], check=False, timeout=30)
+
+
+@pytest.fixture
+def fleet(tiny_model: Path, tmp_path: Path, way: CutWay, store: Path | None) -> Iterator[Fleet]:
+    del store
+    network = Network() if Network.available() else None
+    running = Fleet(tiny_model, tmp_path / "fleet", way.url, network=network, deterministic=True)
     yield running
     running.stop()
+    if network is not None:
+        network.close()
     assert "Traceback" not in running.logs, running.logs
 
 
@@ -194,14 +223,8 @@ def undisturbed(client: Client, seeds: set[int]) -> dict[int, list[tuple[int, fl
     return {seed: client.losses(id) for id, seed in ids.items()}
 
 
-def _signal_database(number: signal.Signals, directory: Path) -> None:
-    """A signal to PostgreSQL and all processes of its."""
-    main = int((directory / "data" / "postmaster.pid").read_text().split()[0])
-    os.killpg(os.getpgid(main), number) if os.getpgid(main) == main else os.kill(main, number)
-
-
 @pytest.mark.timeout(900 + 120 * FAULTS)
-def test_random_faults_lose_and_repeat_nothing(fleet: Fleet) -> None:
+def test_random_faults_lose_and_repeat_nothing(fleet: Fleet, way: CutWay, store: Path | None) -> None:
     draw = random.Random(SEED)
     client = Client(fleet)
     streams = Streams(client)
@@ -238,14 +261,37 @@ def test_random_faults_lose_and_repeat_nothing(fleet: Fleet) -> None:
         assert leaving.stop() == 0, leaving.log
         fleet.replicas.remove(leaving)
 
-    kinds: list[Callable[[], None]] = [kill_engine, kill_replica, kill_ingress, freeze_replica, drain_replica]
+    def cut_database() -> None:
+        way.cut() if draw.random() < 0.5 else way.silence()
+        time.sleep(AWAY_S)
+        way.mend()
+
+    def cut_network() -> None:
+        assert fleet.network is not None
+        fleet.network.pull()
+        time.sleep(draw.uniform(4, 10))
+        fleet.network.plug()
+
+    def fill_store() -> None:
+        assert store is not None
+        filler = store / "filler"
+        with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 16))
+        time.sleep(6)
+        filler.unlink()
+
+    kinds: list[Callable[[], None]] = [
+        kill_replica, freeze_replica, cut_database, kill_ingress, kill_engine, drain_replica,
+        *([fill_store] if store else []), *([cut_network] if fleet.network else []),
+    ]
     begun: list[str] = []
     try:
         for number in range(FAULTS):
             while len(client.unfinished()) < 2:
                 client.create(next(seeds))
             time.sleep(draw.uniform(0, 3))
-            fault = kinds[number] if number < len(kinds) and len(kinds) <= FAULTS else draw.choice(kinds)
+            fault = draw.choice(kinds) if number >= len(kinds) else kinds[number]
             begun.append(fault.__name__)
             fault()
             wait_until(lambda: len(fleet.ready) == 2, 120)
