@@ -26,55 +26,6 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-class FleetProcess:
-    """A replica ("engine") or an ingress. name: of its machine, for the others."""
-
-    def __init__(self, kind: str, config: ServerConfig, log: Path, name: str = "here", prefix: tuple[str, ...] = (),
-                 host: str = "127.0.0.1") -> None:
-        """prefix: a command to run it by, such as one that enters a network namespace. host: its address."""
-        self.kind, self.name, self._log = kind, name, log
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "coserve.server.replicas.main", kind], stdin=subprocess.PIPE, stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(_ROOT / "src"), str(_ROOT)))},
-            )
-        assert self.process.stdin is not None
-        self.process.stdin.write(write_setup(FleetSetup(config=config, host=host, node=name)))
-        self.process.stdin.flush()
-
-    @property
-    def log(self) -> str:
-        """What it has printed."""
-        return self._log.read_text()
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    @property
-    def engine_pid(self) -> int | None:
-        """Of a replica's engine process, if there is one now."""
-        found = [pid for pid in children(self.pid) if b"enginemain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return found[0] if found else None
-
-    def send(self, number: signal.Signals, *, family: bool = False) -> None:
-        """A signal to it; family: to its engine too."""
-        engine = self.engine_pid if family else None
-        for pid in (self.pid, *([] if engine is None else [engine])):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def stop(self, seconds: float = 60.0) -> int:
-        """SIGTERM; the exit code."""
-        self.process.terminate()
-        return self.process.wait(seconds)
-
-
 class Network:
     """A machine of its own for a process: a network namespace with one cable to this one, which can be pulled. Needs root and
     the command ip; `available` tells."""
@@ -122,6 +73,54 @@ class Network:
         subprocess.run(["ip", "netns", "delete", self.name], check=False, capture_output=True, timeout=30)
 
 
+class FleetProcess:
+    """A replica ("engine") or an ingress. name: of its machine, for the others. network: where it runs; None: here."""
+
+    def __init__(self, kind: str, config: ServerConfig, log: Path, name: str = "here", network: Network | None = None) -> None:
+        self.kind, self.name, self.network, self._log = kind, name, network, log
+        prefix, host = ((), "127.0.0.1") if network is None else (network.prefix, network.address)
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*prefix, sys.executable, "-m", "coserve.server.replicas.main", kind], stdin=subprocess.PIPE, stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(_ROOT / "src"), str(_ROOT)))},
+            )
+        assert self.process.stdin is not None
+        self.process.stdin.write(write_setup(FleetSetup(config=config, host=host, node=name)))
+        self.process.stdin.flush()
+
+    @property
+    def log(self) -> str:
+        """What it has printed."""
+        return self._log.read_text()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def engine_pid(self) -> int | None:
+        """Of a replica's engine process, if there is one now."""
+        found = [pid for pid in children(self.pid) if b"enginemain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return found[0] if found else None
+
+    def send(self, number: signal.Signals, *, family: bool = False) -> None:
+        """A signal to it; family: to its engine too."""
+        engine = self.engine_pid if family else None
+        for pid in (self.pid, *([] if engine is None else [engine])):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def stop(self, seconds: float = 60.0) -> int:
+        """SIGTERM; the exit code."""
+        self.process.terminate()
+        return self.process.wait(seconds)
+
+
 class Fleet:
     """Replicas and an ingress. root: for logs, private directories and the store. network: where the first replica runs."""
 
@@ -150,9 +149,8 @@ class Fleet:
     def add_replica(self, network: Network | None = None) -> FleetProcess:
         """One more replica, which starts. network: where it runs; None: beside the ingress."""
         self._numbers += 1
-        how: dict[str, Any] = {} if network is None else {"prefix": network.prefix, "host": network.address}
         log, node = self.root / f"replica-{self._numbers}.log", f"node{self._numbers}"
-        replica = FleetProcess("engine", self.config(), log, node, **how)
+        replica = FleetProcess("engine", self.config(), log, node, network)
         self.replicas.append(replica)
         return replica
 

@@ -240,7 +240,7 @@ def test_random_faults_lose_and_repeat_nothing(fleet: Fleet, way: CutWay, store:
         lost.send(signal.SIGKILL)
         lost.process.wait(10)
         fleet.replicas.remove(lost)
-        fleet.add_replica()  # as Ray does
+        fleet.add_replica(lost.network)  # as Ray does
 
     def kill_ingress() -> None:
         assert fleet.ingress is not None
@@ -256,7 +256,7 @@ def test_random_faults_lose_and_repeat_nothing(fleet: Fleet, way: CutWay, store:
 
     def drain_replica() -> None:
         leaving = draw.choice(fleet.replicas)
-        fleet.add_replica()
+        fleet.add_replica(leaving.network)
         wait_until(lambda: len(fleet.ready) > 2, 90)
         assert leaving.stop() == 0, leaving.log
         fleet.replicas.remove(leaving)
