@@ -99,6 +99,7 @@ async def open_fleet(
             artifacts, scratch / "uploads", store, config.max_file_bytes, config.max_tenant_file_bytes, config.max_tenant_files
         )
         models = await asyncio.to_thread(ReplicaModels, store, pool, config, artifacts, scratch, tokenizer)
+        stack.push_async_callback(models.close)
         metrics = ServerMetrics(config, models.base_names[0], lambda: pool.info.objectives)
         jobs = JobDesk(
             store=store, files=uploads, models=models, artifacts=artifacts, config=config, engine=pool,

@@ -113,6 +113,7 @@ async def run_replica(
         stack.push_async_callback(engine.supervisor.stop)
         await engine.supervisor.start()
         cache = AdapterCache(engine, artifacts)
+        stack.push_async_callback(cache.close)
         store = Store(index_url(config))
         stack.callback(store.close)
         jobs = ReplicaJobs(
