@@ -21,11 +21,10 @@ import torch
 
 from coserve.bench.results import result_head
 from coserve.machine import device_name, versions
-from coserve.simulation.fleet import Burst, Death, FleetLayout, FleetTraffic, SimulatedFleet
+from coserve.simulation.fleet import POLICIES, Burst, Death, FleetLayout, FleetTraffic, SimulatedFleet
 
 REQUESTS_PER_S = 14.0
 """What one replica can take of this traffic, measured: at this rate queues just don't grow."""
-POLICIES = ("router", "balanced", "random")
 
 
 def traffic(args: argparse.Namespace, load: float) -> FleetTraffic:

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from coserve.cluster.load import Ask
+from coserve.cluster.router import Router
 from coserve.simulation.fleet import Burst, Death, FleetLayout, FleetResult, FleetTraffic, SimulatedFleet
 from coserve.simulation.replica import ReplicaSpeeds
 
@@ -40,14 +41,14 @@ def test_a_small_fleet_loses_nothing_and_finds_adapters() -> None:
 def test_a_hundred_replicas_and_ten_thousand_adapters() -> None:
     """Measure 1 of the issue; bench/router.py prints the same for longer runs."""
     traffic = FleetTraffic(
-        rate=700, duration_s=15, num_adapters=10_000,
-        bursts=tuple(Burst(3.0 + number, 100, f"cold-{number}") for number in range(5)),
-        deaths=tuple(Death(4.0 + number, 7 * number, 3.0) for number in range(5)),
+        rate=1100, duration_s=10, num_adapters=10_000,
+        bursts=tuple(Burst(2.0 + number, 100, f"cold-{number}") for number in range(5)),
+        deaths=tuple(Death(3.0 + number, 7 * number, 3.0) for number in range(5)),
     )
     ours, theirs = (run(policy, 100, traffic).figures() for policy in ("router", "random"))
     assert ours["resent"] > 20 and ours["lost"] == 0
     assert ours["most_work"] < 0.2 and ours["least_work"] < 0.2
-    assert ours["hits"] > 2 * theirs["hits"]
+    assert ours["hits"] > 2 * theirs["hits"] and ours["late"] < 0.01
 
 
 @pytest.mark.full
@@ -55,12 +56,13 @@ def test_a_choice_is_fast_at_a_hundred_replicas() -> None:
     fleet = SimulatedFleet(FleetLayout(num_replicas=100), FleetTraffic(rate=700, duration_s=2, num_adapters=10_000))
     fleet.run(2.0)
     router, asks = fleet.routers[0], [request.ask for request in fleet.requests]
-    best = min(_seconds(router, asks, fleet.now_s) for _ in range(5))
+    best = min(_seconds(router, asks[start : start + 100], fleet.now_s) for start in range(0, 1300, 100))
     assert best < 200e-6
 
 
-def _seconds(router: object, asks: list[Ask], now: float) -> float:
-    began = time.perf_counter()
-    for ask in asks[:500]:
-        router.choose(ask, now)  # type: ignore[attr-defined]
-    return (time.perf_counter() - began) / 500
+def _seconds(router: Router, asks: list[Ask], now: float) -> float:
+    """Of the process's own time, for one choice."""
+    began = time.process_time()
+    for ask in asks:
+        router.choose(ask, now)
+    return (time.process_time() - began) / len(asks)

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from coserve.cluster.affinity import name_hash, rendezvous_order
 from coserve.cluster.load import Ask, Choice, Load, NoReplica
-from coserve.cluster.router import PATIENCE_S, STALE_S, Router
+from coserve.cluster.router import PATIENCE_S, SPARE_HOMES, STALE_S, Router
 from coserve.cluster.table import REPORT_LAG_S
 from coserve.core import CapacityError
 
@@ -204,6 +204,20 @@ def test_a_burst_does_not_herd_between_two_reports() -> None:
     assert max(sent.values()) <= 24
 
 
+def test_a_burst_counts_for_the_other_routers_too() -> None:
+    """They see the same reports, and are likely to send as much."""
+    alone, one_of_five = router(load("a")), router(load("a"), num_routers=5)
+    waits = [[], []]  # type: list[list[float]]
+    for number in range(6):
+        for made, found in zip((alone, one_of_five), waits, strict=True):
+            found.append(send(made, number, Ask(1000, max_tokens=1)).predicted_ttft_s)
+    assert waits[0][:3] == waits[1][:3] and waits[0][5] == pytest.approx(0.5 + 0.1 + 0.016)
+    assert waits[1][5] == pytest.approx((5 + 4 * 3) * 0.1 + 0.1 + 0.01 + 0.001 * (5 + 4 * 3 + 1))
+    one_of_five.num_routers = 1
+    one_of_five.report(load("a", 2), 1.0)
+    assert one_of_five.choose(Ask(1000), 1.0).predicted_ttft_s == pytest.approx(0.111)
+
+
 def test_a_request_that_is_sent_again_counts_once() -> None:
     made = router(load("a"), load("b"))
     first = send(made, 1, Ask(1000))
@@ -220,23 +234,48 @@ def test_a_request_that_is_sent_again_counts_once() -> None:
 # --- adapters ---
 
 
-def test_a_resident_adapter_is_preferred_while_the_wait_is_comfortable() -> None:
-    busy = load("a", resident=["x"], queued_prompt_tokens=4000)
-    made = router(busy, load("b"))
+def test_a_request_stays_with_its_adapter_unless_a_home_costs_clearly_less() -> None:
+    made = router(load("a", resident=["x"], queued_prompt_tokens=800), load("b"))
     ask = Ask(100, adapter="x", ttft_s=1.0)
     assert choices(made, ask) == {"a": 200} and made.choose(ask, 0.0).resident
     assert choices(made, ask._replace(adapter=None)) == {"b": 200}
-    made.report(load("a", 2, resident=["x"], queued_prompt_tokens=6000), 0.0)
-    assert choices(made, ask) == {"b": 200}, "feasible, but half of the objective is gone"
-    assert choices(made, ask._replace(ttft_s=math.inf)) == {"a": 200}, "best effort is patient"
-    made.report(load("a", 3, resident=["x"], queued_prompt_tokens=int(1e4 * PATIENCE_S)), 0.0)
-    assert choices(made, ask._replace(ttft_s=math.inf)) == {"b": 200}, "not for ever"
+    made.report(load("a", 2, resident=["x"], queued_prompt_tokens=3000), 0.0)
+    assert choices(made, ask) == {"b": 200}, "although it has to be loaded there"
+
+
+def test_a_request_leaves_the_homes_only_where_they_are_not_comfortable() -> None:
+    names = [f"r{number}" for number in range(20)]
+    ranked = homes("x", names)
+    made = router(*(load(name) for name in names))
+    ask, number = Ask(100, adapter="x", ttft_s=1.0), 1
+
+    def busy(seconds: float) -> None:
+        nonlocal number
+        number += 1
+        for name in ranked[: 1 + SPARE_HOMES]:
+            made.report(load(name, number, resident=["x"], queued_prompt_tokens=int(1e4 * seconds)), 0.0)
+
+    busy(0.4)
+    assert choices(made, ask).keys() == set(ranked[: 1 + SPARE_HOMES]), "others are idle, and would have to load it"
+    busy(0.6)
+    assert choices(made, ask).keys() == {ranked[1 + SPARE_HOMES]}, "half of the objective is gone"
+    assert choices(made, ask._replace(ttft_s=math.inf)).keys() == set(ranked[: 1 + SPARE_HOMES]), "best effort is patient"
+    busy(PATIENCE_S)
+    assert choices(made, ask._replace(ttft_s=math.inf)).keys() == {ranked[1 + SPARE_HOMES]}, "not for ever"
+
+
+def test_where_nothing_is_comfortable_adapters_are_not_loaded_for_nothing() -> None:
+    names = [f"r{number}" for number in range(20)]
+    made = router(*(load(name, queued_prompt_tokens=30_000, resident=["x"] if name == "r5" else []) for name in names))
+    assert choices(made, Ask(100, adapter="x", ttft_s=1.0)).keys() == {"r5"}
+    made.report(load("r5", 2, queued_prompt_tokens=60_000, resident=["x"]), 0.0)
+    assert "r5" not in choices(made, Ask(100, adapter="x", ttft_s=1.0))
 
 
 def test_a_cold_adapter_goes_to_a_home_that_all_routers_agree_on() -> None:
     names = [f"r{number}" for number in range(20)]
     for adapter in ("x", "y", "z"):
-        expected = set(homes(adapter, names)[:2])
+        expected = set(homes(adapter, names)[: 1 + SPARE_HOMES])
         for seed in range(3):
             made = router(*(load(name) for name in reversed(names)), seed=seed)
             assert choices(made, Ask(10, adapter=adapter)).keys() == expected
@@ -292,7 +331,7 @@ def test_an_adapter_that_is_being_loaded_attracts_the_next_request() -> None:
     assert choices(made, ask) == {first.replica: 200} and not made.choose(ask, 0.0).resident
     for name in names:
         made.report(load(name, 2), 5.0)
-    assert len(choices(made, ask, 5.0)) == 2, "no report has ever had it"
+    assert len(choices(made, ask, 5.0)) == 1 + SPARE_HOMES, "no report has ever had it"
 
 
 # --- metrics ---

@@ -8,12 +8,14 @@
 
     feasible       TTFT and TPOT are predicted to hold
     comfortable    feasible, and the wait is at most COMFORT of the TTFT objective, at most PATIENCE_S
+    cost           predicted TTFT and output: what the request takes there in all
 
-A request goes to comfortable replicas that have its adapter. Failing these, to a home of the adapter (affinity.py), then to the
-next comfortable one in the order of homes, so that a burst loads an adapter on as many replicas as it needs and no more. If
-nothing is comfortable, the least late serve it, preferably those with the adapter. This is judged for each request. Among the
-replicas left, those of nearly least cost (in which a cached prefix counts by what it saves) with the longest prefix are equals:
-two of them are drawn, and the one of less cost is taken, so that several routers with the same reports don't all choose alike.
+A request goes to a comfortable replica that has its adapter, unless one of the adapter's homes (affinity.py) costs clearly less
+although it has to load it. Failing all these, to the next comfortable replica in the order of homes, so that a burst loads an
+adapter on as many replicas as it needs and no more. If nothing is comfortable, the least late serve it, preferably those with
+the adapter. This is judged for each request. Among the replicas left, those of nearly least cost (in which a cached prefix
+counts by what it saves) with the longest prefix are equals: two of them are drawn, and the one of less cost is taken, so that
+several routers with the same reports don't all choose alike.
 
 A report older than STALE_S makes a replica suspect: it gets requests only if no other is there. The time is always an argument,
 of any clock that rises. Owns: the decision, its account of requests under way. Does not own: connections, which replicas exist,
@@ -42,9 +44,13 @@ STALE_S = 1.0
 COMFORT, PATIENCE_S = 0.5, 2.0
 """A request stays with its adapter while it is predicted to wait at most this share of its TTFT objective and at most so many
 seconds."""
-COST_TOKENS = 16.0
-"""A replica's cost is the predicted TTFT plus so many iterations, so that replicas with few running requests are preferred
-where nobody waits."""
+COST_TOKENS = 64
+"""A replica's cost is the predicted TTFT plus so many iterations, or max_tokens if that is less."""
+STAY = 0.1
+"""A home without the adapter costs this share of the least cost with it more, and twice the adapter's load: once for the
+request that waits, and once for the memory and the reading that the replica's others could have had."""
+SPARE_HOMES = 3
+"""A cold adapter gets the best of so many homes more than it needs, which keeps load even at no loss: it stays there."""
 NEAR = 0.1
 """Costs that differ by at most this share are equal."""
 _WORSE = 1.5
@@ -85,15 +91,22 @@ class Router:
     """
 
     def __init__(self, *, seed: int = 0, num_routers: int = 1) -> None:
-        self.num_routers = num_routers
         self._random = Random(seed)
-        self._table = ReplicaTable()
+        self._table = ReplicaTable(num_routers)
         self._adapters, self._blocks = HolderIndex[str](), HolderIndex[int]()
         self._heat, self._signals = AdapterHeat(), RouterSignals()
         self._coming: dict[str, dict[int, float]] = {}
         """By adapter: the places it is being loaded at, and until when that is believed."""
         self._under_way: dict[Hashable, _UnderWay] = {}
         self._now = 0.0
+
+    @property
+    def num_routers(self) -> int:
+        return self._table.num_routers
+
+    @num_routers.setter
+    def num_routers(self, count: int) -> None:
+        self._table.num_routers = count
 
     # --- replicas ---
 
@@ -137,7 +150,7 @@ class Router:
         usable = self._usable(now, exclude)
         figures = self._table.figures
         usable &= figures["outputs"] + ask.outputs <= figures["room"]
-        if not usable.any():
+        if not np.count_nonzero(usable):
             self._signals.on_refusal(now)
             raise CapacityError("every replica has as many requests as may wait; try again later", param="max_waiting")
         held = self._held(ask, now)
@@ -158,10 +171,10 @@ class Router:
             known = self._table.by_name.get(name)
             if known is not None:
                 takes[known.place] = False
-        if not takes.any():
+        if not np.count_nonzero(takes):
             raise NoReplica("no replica takes requests now; try again in a few seconds")
         fresh: np.ndarray = takes & (figures["reported_s"] >= now - STALE_S)
-        return fresh if fresh.any() else takes
+        return fresh if np.count_nonzero(fresh) else takes
 
     def _held(self, ask: Ask, now: float) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Whether each place has the adapter in memory, and whether it has it or is believed to be loading it; None without an
@@ -191,7 +204,7 @@ class Router:
         if resident is not None:
             ttft_s += np.where(resident, 0.0, figures["load_s"])
         feasible = usable & (ttft_s <= ask.ttft_s) & (tpot_s <= ask.tpot_s)
-        return _Forecast(ttft_s, ttft_s + COST_TOKENS * tpot_s, feasible, usable, uncached)
+        return _Forecast(ttft_s, ttft_s + min(COST_TOKENS, ask.max_tokens) * tpot_s, feasible, usable, uncached)
 
     def _uncached(self, ask: Ask) -> np.ndarray:
         """Tokens of the prompt that each place would have to compute, at least one."""
@@ -214,37 +227,44 @@ class Router:
         """The places among which cost decides; at least one."""
         feasible, near = forecast.feasible, held[1]
         if ask.adapter is None or near is None:
-            return feasible if feasible.any() else forecast.usable
+            return feasible if np.count_nonzero(feasible) else forecast.usable
         comfort_s = PATIENCE_S if ask.ttft_s == math.inf else min(COMFORT * ask.ttft_s, PATIENCE_S)
         comfortable = feasible & (forecast.ttft_s <= comfort_s)
         order = rendezvous_order(ask.adapter, self._table.figures["seed"])
         order = order[forecast.usable[order]]
-        wanted = self._heat.num_homes(ask.adapter, len(order), self.num_routers, now)
+        wanted = self._heat.num_homes(ask.adapter, len(order), self._table.num_routers, now)
         homes = np.zeros_like(comfortable)
-        homes[order[: wanted + 1]] = True  # one to spare: of two homes the better one gets a cold adapter
-        held_homes = comfortable & homes & near
-        if held_homes.any():
-            if int((homes & near).sum()) < wanted:  # it has become hotter
-                homes[order[wanted:]] = False
-                held_homes |= comfortable & homes
-            return held_homes
-        for mask in (comfortable & near, comfortable & homes):
-            if mask.any():
-                return mask
+        homes[order[: wanted + SPARE_HOMES]] = True
+        around = comfortable & (near | homes)
+        if np.count_nonzero(around):
+            self._add_moves(forecast.cost, around, near, order[:wanted])
+            return around
         further = order[comfortable[order]]
         if further.size:
             alone = np.zeros_like(comfortable)
             alone[further[0]] = True
             return alone
-        return self._least_late(forecast, near | homes)
+        return self._least_late(forecast, near, homes)
+
+    def _add_moves(self, cost: np.ndarray, around: np.ndarray, near: np.ndarray, wanted: np.ndarray) -> None:
+        """Adds to the cost what it counts to bring the adapter to one more replica. wanted: the homes that it needs; while
+        fewer replicas have it, these homes count no more than the load itself."""
+        held = cost[around & near]
+        if held.size:
+            moves = np.where(near, 0.0, self._table.figures["load_s"] + STAY * held.min())
+            if held.size < len(wanted):
+                moves[wanted] = 0.0
+            cost += moves
 
     @staticmethod
-    def _least_late(forecast: _Forecast, near: np.ndarray) -> np.ndarray:
-        """Where nothing is comfortable: the feasible places, or all; those with the adapter unless they are much worse."""
-        places = forecast.feasible if forecast.feasible.any() else forecast.usable
-        close = places & near
-        if close.any() and forecast.cost[close].min() <= _WORSE * forecast.cost[places].min():
-            return close
+    def _least_late(forecast: _Forecast, near: np.ndarray, homes: np.ndarray) -> np.ndarray:
+        """Where nothing is comfortable: the feasible places, or all. Of these the ones with the adapter unless they are much
+        worse, else its homes unless they are."""
+        places = forecast.feasible if np.count_nonzero(forecast.feasible) else forecast.usable
+        least = forecast.cost[places].min()
+        for close in (places & near, places & (near | homes)):
+            if np.count_nonzero(close) and forecast.cost[close].min() <= _WORSE * least:
+                return close
         return places
 
     def _draw(self, ask: Ask, candidates: np.ndarray, forecast: _Forecast) -> int:

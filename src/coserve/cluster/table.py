@@ -20,6 +20,8 @@ from coserve.cluster.load import Load
 
 REPORT_LAG_S = 0.05
 """A request that was sent so shortly before a report came may not be in it. It counts as not reported until the next one."""
+ORDINARY = 2
+"""Outputs that a router sends to one replica between two reports without taking them for a burst."""
 _FIRST_PLACES = 16
 _FIGURES = np.dtype([
     ("seed", np.uint64), ("takes", np.bool_), ("reported_s", np.float64), ("outputs", np.float64), ("tokens", np.float64),
@@ -89,9 +91,11 @@ class KnownReplica:
 
 
 class ReplicaTable:
-    """size: places so far, those that are free again included. mask: a bit for each place with a replica."""
+    """num_routers: how many send requests. size: places so far, those that are free again included. mask: a bit for each place
+    with a replica."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_routers: int) -> None:
+        self.num_routers = num_routers
         self.by_name: dict[str, KnownReplica] = {}
         self.size = self.mask = 0
         self._rows = np.zeros(_FIRST_PLACES, _FIGURES)
@@ -129,12 +133,14 @@ class ReplicaTable:
         return replica
 
     def settle(self, replica: KnownReplica) -> None:
-        """Brings the figures up to date with what was sent."""
-        load, total, row = replica.load, replica.total, self._rows[replica.place]
-        row["outputs"] = load.running + load.waiting + total.outputs
-        row["tokens"] = load.queued_prompt_tokens + total.tokens
-        row["free_blocks"] = load.free_blocks - total.blocks
-        more = min(load.waiting + total.outputs, max(0, load.max_running - load.running))
+        """Brings the figures up to date with what was sent, by others too, who see the same reports: a burst that this router
+        sends is taken for its share of a larger one."""
+        load, (outputs, tokens, blocks), row = replica.load, replica.total, self._rows[replica.place]
+        factor = 1 + (self.num_routers - 1) * max(0.0, 1 - ORDINARY / outputs) if outputs else 1.0
+        row["outputs"] = load.running + load.waiting + outputs
+        row["tokens"] = load.queued_prompt_tokens + factor * tokens
+        row["free_blocks"] = load.free_blocks - factor * blocks
+        more = min(load.waiting + factor * outputs, max(0, load.max_running - load.running))
         row["iteration_s"] = load.iteration_s + load.output_s * more
 
     def remove(self, name: str) -> KnownReplica | None:

@@ -26,6 +26,9 @@ from coserve.cluster.router import Router
 from coserve.core import CapacityError, percentile
 from coserve.simulation.replica import TYPICAL_SPEEDS, FleetRequest, ReplicaSpeeds, ServedRequest, SimulatedReplica
 
+ROUTER, BALANCED, RANDOM = "router", "balanced", "random"
+POLICIES = (ROUTER, BALANCED, RANDOM)
+"""BALANCED is a router that knows nothing of adapters and prompts."""
 BLOCKS_OF_APP = 12
 """Blocks that prompts of one adapter have in common."""
 NOTICE_S, RETRY_S = 0.2, 0.5
@@ -69,12 +72,12 @@ class FleetTraffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetLayout:
-    """Who is there. policy: 'router'; 'balanced', a router that knows nothing of adapters and prompts; 'random'. paces: one per
+    """Who is there. policy: one of POLICIES. paces: one per
     replica, as in SimulatedReplica; none: all 1. report_delay_s, send_delay_s: from and to, in seconds."""
 
     num_replicas: int
     num_ingresses: int = 4
-    policy: str = "router"
+    policy: str = ROUTER
     speeds: ReplicaSpeeds = TYPICAL_SPEEDS
     paces: Sequence[float] = ()
     report_every_s: float = 0.1
@@ -219,7 +222,8 @@ class SimulatedFleet:
         def arrive(place: int) -> None:
             if self._alive(replica) or load.replica in self._members[place]:
                 self._members[place][load.replica] = None
-                self.routers[place].report(load, self.now_s)
+                if self.layout.policy != RANDOM:
+                    self.routers[place].report(load, self.now_s)
 
         for place in range(len(self.routers)):
             self._soon(self.layout.report_delay_s, lambda place=place: arrive(place))  # type: ignore[misc]
@@ -283,14 +287,14 @@ class SimulatedFleet:
 
     def _left_of(self, request: FleetRequest) -> Ask:
         ask, emitted = request.ask, request.emitted
-        if self.layout.policy != "router":
+        if self.layout.policy != ROUTER:
             ask = ask._replace(adapter=None, blocks=())
         return ask if not emitted else ask._replace(
             prompt_tokens=ask.prompt_tokens + emitted, max_tokens=ask.max_tokens - emitted
         )
 
     def _choose(self, ingress: int, ask: Ask, exclude: frozenset[str]) -> Choice:
-        if self.layout.policy != "random":
+        if self.layout.policy != RANDOM:
             return self.routers[ingress].choose(ask, self.now_s, exclude=exclude)
         names = [name for name in self._members[ingress] if name not in exclude]
         if not names:
