@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from coserve.server.replicas.main import FleetSetup, write_setup
+from coserve.server.replicas.setup import FleetSetup, write_setup
 from coserve.server.settings import ServerConfig, read_settings
 from tests.server.conftest import children, wait_until
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from coserve.cli.fleet import run_fleet
 from coserve.cli.settings import config_flags, with_flags
 from coserve.cli.vllmflags import drop_flags
 from coserve.core import CoserveError
@@ -29,6 +30,7 @@ from coserve.server.link.setup import STOP_SIGNALS
 from coserve.server.listen import HttpServer, allow_many_files, bind, keep_loop_free
 from coserve.server.locks import make_private
 from coserve.server.records import now
+from coserve.server.replicas.raycluster import check_fleet
 from coserve.server.settings import ServerConfig, read_settings
 from coserve.server.startup import startup_lines
 from coserve.server.tenants import make_key
@@ -57,9 +59,14 @@ def serve(
     """Serve a model and finetune on it, with OpenAI's API."""
     values = {name: value for name, value in {"model": model, **given}.items() if value not in ((), [])}
     settings = read_settings(config, values)
-    handler = logs.configure("api", format=settings.log_format, level=settings.log_level)
+    process = "api" if settings.replicas is None else "fleet"
+    handler = logs.configure(process, format=settings.log_format, level=settings.log_level)
     try:
-        asyncio.run(run_server(settings))
+        check_fleet(settings)
+        if settings.replicas is None:
+            asyncio.run(run_server(settings))
+        else:
+            run_fleet(settings)
     except (CoserveError, OSError) as error:
         if settings.log_format != "json":
             raise

@@ -29,6 +29,7 @@ from coserve.server.replicas.members import Member, Members
 from coserve.server.replicas.models import ReplicaModels
 from coserve.server.replicas.pool import EnginePool
 from coserve.server.replicas.replica import CACHE_BYTES, scratch_directory
+from coserve.server.replicas.setup import SERVES
 from coserve.server.replicas.wire import KeyPair
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services, TenantShares
@@ -135,6 +136,7 @@ async def run_ingress(
                 f"fleet     {config.replicas or 1} replicas, of which each has such an engine; files in {config.store}",
             ])
             serving = asyncio.create_task(server.serve(sockets=[listener]))
+            report(f"the ingress{SERVES}{config.host}:{listener.getsockname()[1]}")
             await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True
             services.jobs.journal.end_streams()

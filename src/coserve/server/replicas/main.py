@@ -12,35 +12,15 @@ import logging
 import os
 import sys
 
-import msgspec
-
 from coserve.core import CoserveError
 from coserve.server import logs
 from coserve.server.link.setup import STOP_SIGNALS, end_with
 from coserve.server.replicas.ingress import run_ingress
+from coserve.server.replicas.memoryshare import share_memory
 from coserve.server.replicas.replica import run_replica
-from coserve.server.settings import ServerConfig
+from coserve.server.replicas.setup import REFUSED, read_setup
 
 _log = logging.getLogger("coserve.server.replicas.main")
-
-
-class FleetSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process of the fleet reads first. host: the address at which others reach its machine. node: what its machine is
-    called."""
-
-    config: ServerConfig
-    host: str = "127.0.0.1"
-    node: str = ""
-
-
-def write_setup(setup: FleetSetup) -> bytes:
-    """The setup as one line of JSON, with its line break."""
-    return msgspec.json.encode(setup, enc_hook=str) + b"\n"  # a Path as text
-
-
-def read_setup(line: bytes) -> FleetSetup:
-    """The setup in a line of `write_setup`. Raises msgspec.ValidationError."""
-    return msgspec.json.decode(line, type=FleetSetup, dec_hook=lambda kind, text: kind(text))
 
 
 def main(kind: str) -> int:
@@ -49,18 +29,19 @@ def main(kind: str) -> int:
     end_with(sys.stdin.buffer)
     logs.configure(kind, format=setup.config.log_format, level=setup.config.log_level)
     run = run_replica if kind == "engine" else run_ingress
+    config = share_memory(setup.config, setup.sharers)
 
     async def serve() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, stop.set)
-        await run(setup.config, stop=stop, report=_report, host=setup.host, node=setup.node)
+        await run(config, stop=stop, report=_report, host=setup.host, node=setup.node)
 
     try:
         asyncio.run(serve())
     except (CoserveError, OSError) as error:
         _log.error("%s", error)
-        return 2
+        return REFUSED
     return 0
 
 

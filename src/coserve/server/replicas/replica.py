@@ -30,6 +30,7 @@ from coserve.server.replicas.jobs import ReplicaJobs
 from coserve.server.replicas.members import BEAT_EVERY_S, KnownKeys, Member, Members, describe_engine
 from coserve.server.replicas.messages import BEAT_EVERY_S as LOAD_EVERY_S
 from coserve.server.replicas.replicalink import ReplicaLink
+from coserve.server.replicas.setup import SERVES
 from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
 from coserve.server.settings import ServerConfig
 
@@ -145,7 +146,7 @@ async def run_replica(
         await jobs.start()
         stack.push_async_callback(jobs.stop)
         tasks = [asyncio.create_task(work) for work in (socket.read(), link.beat(), replica.refresh(row))]
-        report(f"replica {id} serves at {socket.address}")
+        report(f"replica {id}{SERVES}{socket.address}")
         ended = asyncio.create_task(stop.wait())
         try:
             done, _ = await asyncio.wait([ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
