@@ -68,6 +68,7 @@ function rate(samples, name) {
   return number((last[name] - first[name]) / (last.at - first.at));
 }
 
-function late({ predicted_ttft_misses: share }) {
-  return share === undefined || share === null ? "" : `; ${percent(share)} of new requests would miss their first token’s objective`;
+/** Of the requests of about the last minute, those predicted to miss an objective. */
+function late({ missing_share: share }) {
+  return share ? `; ${percent(share)} of requests are predicted to be late` : "";
 }

@@ -28,8 +28,8 @@ from coserve.server.replicas.files import StoredFiles
 from coserve.server.replicas.members import Member, Members
 from coserve.server.replicas.models import ReplicaModels
 from coserve.server.replicas.pool import EnginePool
+from coserve.server.replicas.processhost import SERVES
 from coserve.server.replicas.replica import CACHE_BYTES, scratch_directory
-from coserve.server.replicas.setup import SERVES
 from coserve.server.replicas.wire import KeyPair
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services, TenantShares

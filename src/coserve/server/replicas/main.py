@@ -17,8 +17,9 @@ from coserve.server import logs
 from coserve.server.link.setup import STOP_SIGNALS, end_with
 from coserve.server.replicas.ingress import run_ingress
 from coserve.server.replicas.memoryshare import share_memory
+from coserve.server.replicas.processhost import REFUSED
 from coserve.server.replicas.replica import run_replica
-from coserve.server.replicas.setup import REFUSED, read_setup
+from coserve.server.replicas.setup import read_setup
 
 _log = logging.getLogger("coserve.server.replicas.main")
 

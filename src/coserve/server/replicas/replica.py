@@ -29,8 +29,8 @@ from coserve.server.replicas.artifacts import open_store
 from coserve.server.replicas.jobs import ReplicaJobs
 from coserve.server.replicas.members import BEAT_EVERY_S, KnownKeys, Member, Members, describe_engine
 from coserve.server.replicas.messages import BEAT_EVERY_S as LOAD_EVERY_S
+from coserve.server.replicas.processhost import SERVES
 from coserve.server.replicas.replicalink import ReplicaLink
-from coserve.server.replicas.setup import SERVES
 from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
 from coserve.server.settings import ServerConfig
 
@@ -119,7 +119,7 @@ async def run_replica(
         stack.callback(store.close)
         jobs = ReplicaJobs(
             index=store, artifacts=artifacts, engine=engine, config=own, replica=id, scratch=scratch / "jobs",
-            headroom=lambda: link.headroom,
+            headroom=lambda: link.headroom / (1 + len(jobs.held)),
         )
         context: zmq.asyncio.Context = zmq.asyncio.Context()
         stack.callback(context.destroy, linger=0)

@@ -78,5 +78,6 @@ class ReplicaWire:
             prepare_socket(socket, self._keys)
             socket.sndhwm = _MOST_WAITING
             socket.curve_serverkey = member.public_key.encode("ascii")
+            socket.ipv6 = "[" in member.address
             socket.connect(member.address)
         return socket

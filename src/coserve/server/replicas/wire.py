@@ -83,7 +83,6 @@ def prepare_socket(socket: zmq.asyncio.Socket, keys: KeyPair) -> None:
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _DEAD_MS)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-    socket.setsockopt(zmq.IPV6, 1)
 
 
 class ServerSocket:
@@ -101,6 +100,7 @@ class ServerSocket:
         self._socket.curve_server = True
         self._socket.zap_domain = _DOMAIN.encode()
         shown = f"[{host}]" if ":" in host else host
+        self._socket.ipv6 = ":" in host
         self._socket.bind(f"tcp://{shown}:*")
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._on_message, self._outboxes = on_message, dict[bytes, Outbox]()
@@ -143,6 +143,7 @@ class ClientSocket:
         self._socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, _MOST_RECONNECT_MS)
         self._monitor: Any = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket.ipv6 = "[" in address
         self._socket.connect(address)
         self._outbox = Outbox(self._socket)
         self._on_message, self._on_broken = on_message, on_broken
