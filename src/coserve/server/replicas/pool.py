@@ -138,6 +138,7 @@ class EnginePool:
         self._homeless: list[_Moving] = []
         self._info: Ready | None = None
         self._block_tokens = 16
+        self._stopping = False
         self._refused: set[str] = set()
         self._look: asyncio.Task[None] | None = None
         self._ready_news = asyncio.Event()
@@ -258,6 +259,7 @@ class EnginePool:
 
     async def stop(self) -> None:
         """Ends all requests and connections."""
+        self._stopping = True
         self.fail_requests("the server is ending")
         await asyncio.sleep(0.05)  # for the cancellations to leave
         tasks = [] if self._look is None else [self._look]
@@ -457,7 +459,8 @@ class EnginePool:
         if link.lost:
             return
         link.lost = True
-        _log.warning("replica %s on %s is lost: %s", link.member.id, link.member.node, why)
+        if not self._stopping:
+            _log.warning("replica %s on %s is lost: %s", link.member.id, link.member.node, why)
         self._router.remove(link.member.id)
         link.calls.fail_all(f"replica {link.member.id} can't be reached")
         for moving in list(link.requests.values()):
