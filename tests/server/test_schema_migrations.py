@@ -30,8 +30,8 @@ CREATE INDEX jobs_by_status ON jobs (status);
 CREATE INDEX jobs_of_tenant ON jobs (tenant, created_at, seq);
 CREATE TABLE keys (seq SEQ, id TEXT NOT NULL, tenant TEXT NOT NULL, prefix TEXT NOT NULL, digest TEXT NOT NULL,
  created_at BIGINT NOT NULL, revoked_at BIGINT, PRIMARY KEY (seq), UNIQUE (id), UNIQUE (digest));
-CREATE TABLE removed (list TEXT NOT NULL, owner TEXT NOT NULL, id TEXT NOT NULL, place JSON NOT NULL, removed_at BIGINT NOT NULL,
- PRIMARY KEY (list, owner, id));
+CREATE TABLE removed (list TEXT NOT NULL, owner TEXT NOT NULL, id TEXT NOT NULL, place JSON NOT NULL,
+ removed_at BIGINT NOT NULL, PRIMARY KEY (list, owner, id));
 CREATE TABLE schema_version (version INTEGER NOT NULL);
 CREATE TABLE checkpoints (id TEXT NOT NULL, job TEXT NOT NULL, created_at BIGINT NOT NULL, step BIGINT NOT NULL,
  model TEXT NOT NULL, directory TEXT NOT NULL, metrics JSON NOT NULL, UNIQUE (job, step), UNIQUE (id),

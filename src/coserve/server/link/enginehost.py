@@ -303,10 +303,7 @@ class _LoadPoster:
 
 def _act(handle: JobHandle, action: str) -> None:
     with contextlib.suppress(CoserveError):  # the engine has stopped
-        actions = {
-            "pause": handle.pause, "resume": handle.resume, "cancel": handle.cancel, "hand_over": handle.hand_over,
-        }
-        actions[action]()
+        getattr(handle, action)()  # ActJob's actions are names of its methods
 
 
 class _RequestReporter:
