@@ -1,4 +1,4 @@
-"""What a process of a fleet is told at its start, a line of JSON on its standard input, and what it says to its host in turn."""
+"""What a process of a fleet is told at its start, a line of JSON on its standard input; and what it tells its host."""
 
 from __future__ import annotations
 
