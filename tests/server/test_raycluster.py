@@ -63,6 +63,7 @@ def cluster() -> Iterator[Any]:
     patch = pytest.MonkeyPatch()
     for name, value in {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2", "RAY_health_check_timeout_ms": "2000",
         "RAY_memory_monitor_refresh_ms": "0", "RAY_enable_metrics_collection": "0", "RAY_prestart_worker_first_driver": "0",
     }.items():
         patch.setenv(name, value)

@@ -18,7 +18,8 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True):
 class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     """What has become of a process. lines: those from number `first` on. serves: whether it has started. ended: whether it has
     ended because it was asked to. problem: why it can't start, while that is so. starts: how many processes there were.
-    package: coserve's version there. node: what the machine is called. address: where others reach it."""
+    package: coserve's version there. node: what the machine is called. address: where others reach it.
+    place: which node of the cluster it is."""
 
     first: int
     lines: list[LogLine]
@@ -30,6 +31,7 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     package: str
     node: str
     address: str
+    place: str
 
 
 def read_report(data: bytes) -> HostReport:

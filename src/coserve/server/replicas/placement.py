@@ -87,5 +87,5 @@ def check_room(machines: Sequence[Machine], count: int, needs: Needs) -> None:
 def sharers(machines: Sequence[Machine], places: Sequence[str | None]) -> int:
     """The most replicas that share one machine's memory."""
     addresses = {machine.id: machine.address for machine in machines}
-    counts = Counter(addresses[node] for node in places if node is not None)
+    counts = Counter(addresses[node] for node in places if node in addresses)
     return max(counts.values(), default=1)

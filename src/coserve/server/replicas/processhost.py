@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -60,16 +60,16 @@ class ProcessHost:
 
     def __init__(
         self, kind: str, setup: bytes, *, towards: str = "127.0.0.1", module: Sequence[str] = ("-m", PROCESS_MODULE),
-        pauses_s: Sequence[float] = PAUSES_S, with_parent: bool = False,
+        pauses_s: Sequence[float] = PAUSES_S, with_parent: bool = False, place: Callable[[], str] = str,
     ) -> None:
         """kind: engine or ingress. setup: a FleetSetup's line; host and node, which are this machine's, are put into it.
         towards: an address that the others reach too. module: what Python runs. with_parent: whether this process ends with
-        the one that has started it."""
+        the one that has started it. place: says which node of the cluster this is."""
         if with_parent:
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="coserve-parent", daemon=True).start()
         self.node = socket.gethostname()
         told = json.loads(setup)
-        self.address = address_towards(towards)
+        self.address, self.place = address_towards(towards), place()
         told |= {"host": self.address, "node": self.node}
         told["config"]["log_format"] = "json"
         self._setup = json.dumps(told).encode() + b"\n"
@@ -92,7 +92,7 @@ class ProcessHost:
                 "first": self._num_lines - kept, "lines": list(self._lines)[len(self._lines) - kept :], "serves": self._serves,
                 "ended": self._ended, "problem": self._problem, "starts": self._starts,
                 "pid": 0 if self._process is None else self._process.pid, "package": _package(), "node": self.node,
-                "address": self.address,
+                "address": self.address, "place": self.place,
             }).encode()
 
     def stop(self) -> None:

@@ -112,7 +112,7 @@ def _set_variables() -> None:
 
 @dataclass(slots=True)
 class _Hosted:
-    """A process of the fleet. name: for the log. node: where it was placed, if that is known. seen: how many lines of its log
+    """A process of the fleet. name: for the log. node: where it is, if that is known. seen: how many lines of its log
     have been written. asked, asked_s: the question under way, and since when. known: its last report. lost: whether its host
     doesn't answer. gone: whether it ended when it was asked to."""
 
@@ -131,14 +131,6 @@ class _Hosted:
     @property
     def serves(self) -> bool:
         return self.known is not None and self.known.serves
-
-
-def _where(hosted: _Hosted, machines: Sequence[Machine]) -> str | None:
-    """The node that a process is on, as far as that is known."""
-    if any(machine.id == hosted.node for machine in machines):
-        return hosted.node
-    address = None if hosted.known is None else hosted.known.address
-    return next((machine.id for machine in machines if machine.address == address), None)
 
 
 class RayFleet:
@@ -238,7 +230,13 @@ class RayFleet:
     def _actor(self, kind: str, setup: FleetSetup, **options: Any) -> Any:
         towards = self._ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
         actor = self._ray.remote(ProcessHost).options(max_restarts=-1, max_concurrency=1, **options)
-        return actor.remote(kind, write_setup(setup), towards=towards, module=self._module, with_parent=True)
+
+        def here() -> str:
+            import ray  # in the actor
+
+            return str(ray.get_runtime_context().get_node_id())
+
+        return actor.remote(kind, write_setup(setup), towards=towards, module=self._module, with_parent=True, place=here)
 
     # --- replicas ---
 
@@ -260,7 +258,7 @@ class RayFleet:
     def add(self, count: int = 1) -> None:
         """Places more replicas. Those that no machine has room for wait until one has."""
         machines = self._machines()
-        taken = [node for hosted in self._hosted if hosted.kind == "engine" and (node := _where(hosted, machines)) is not None]
+        taken = [hosted.node for hosted in self._hosted if hosted.kind == "engine" and hosted.node is not None]
         places = place(machines, count, self._needs, taken)
         config = replace(self.config, api_key=(), threads=self._threads())
         setup = FleetSetup(config=config, sharers=sharers(machines, [*taken, *places]))
@@ -324,7 +322,7 @@ class RayFleet:
                      extra={"fold": False, "fields": {**line.fields, "member": hosted.name}})
         hosted.seen = report.first + len(report.lines)
         began = report.serves and not hosted.serves
-        hosted.known, hosted.gone = report, hosted.stopping and report.ended
+        hosted.known, hosted.node, hosted.gone = report, report.place, hosted.stopping and report.ended
         require(report.package == version("coserve"), "ray_address", (
             f"{report.node} has coserve {report.package}, this machine {version('coserve')}; install the same version on every "
             "machine, in the environment that `ray start` runs in"))

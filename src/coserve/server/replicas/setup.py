@@ -1,9 +1,11 @@
-"""What a process of a fleet is told at its start: a line of JSON on its standard input."""
+"""What a process of a fleet is told at its start, a line of JSON on its standard input; and what it tells its host."""
 
 from __future__ import annotations
 
 import msgspec
 
+from coserve.server.replicas.processhost import REFUSED as REFUSED
+from coserve.server.replicas.processhost import SERVES as SERVES
 from coserve.server.settings import ServerConfig
 
 
