@@ -50,7 +50,9 @@ async def _look_for_replicas(pool: EnginePool, members: Members, own: Member) ->
         with contextlib.suppress(CapacityError):
             if not await asyncio.to_thread(members.refresh, own.id):
                 await asyncio.to_thread(members.join, own)
-            pool.see(await asyncio.to_thread(members.alive, "engine"))
+            found = await asyncio.to_thread(members.alive)
+            replicas = [member for member in found if member.kind == "engine"]
+            pool.see(replicas, len(found) - len(replicas))
         await asyncio.sleep(_SEE_EVERY_S)
 
 

@@ -1,6 +1,6 @@
 """What an ingress and a replica say to each other: msgpack over ZeroMQ, encrypted and authenticated by CURVE.
 
-    ingress -> replica: Watch (every second), Serve, Cancel, Nudge, GetStats, ChargeTenants
+    ingress -> replica: Greeting (every second), Serve, Cancel, Nudge, GetStats, ChargeTenants
     replica -> replica: Steps
     replica -> ingress: Beat (ten times a second), Tokens, Failed, Replied
 
@@ -26,7 +26,7 @@ from coserve.server.link.messages import (
 )
 
 
-class Watch(Message, frozen=True, kw_only=True):
+class Greeting(Message, frozen=True, kw_only=True):
     """An ingress lives, and wants to be told of the replica's state. One that has not said so for WATCH_LIMIT_S counts as gone:
     its requests are cancelled."""
 
@@ -66,7 +66,7 @@ class Beat(Message, frozen=True, kw_only=True):
     trouble: str = ""
 
 
-ToReplica = Watch | Serve | Cancel | Nudge | GetStats | ChargeTenants | Steps
+ToReplica = Greeting | Serve | Cancel | Nudge | GetStats | ChargeTenants | Steps
 FromReplica = Beat | Tokens | Failed | Replied
 
 WATCH_EVERY_S, WATCH_LIMIT_S = 1.0, 5.0

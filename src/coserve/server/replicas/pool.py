@@ -52,9 +52,9 @@ from coserve.server.replicas.members import Member, read_engine
 from coserve.server.replicas.messages import (
     WATCH_EVERY_S,
     Beat,
+    Greeting,
     Nudge,
     Serve,
-    Watch,
     decode_from_replica,
     encode,
     shift_generate,
@@ -271,8 +271,10 @@ class EnginePool:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._context.destroy(linger=0)
 
-    def see(self, found: Sequence[Member]) -> None:
-        """Connects to replicas that are new, and forgets those that are gone and silent. found: those whose rows are fresh."""
+    def see(self, found: Sequence[Member], num_ingresses: int = 1) -> None:
+        """Connects to replicas that are new, and forgets those that are gone and silent. found: those whose rows are fresh.
+        num_ingresses: how many there are, this one included."""
+        self._router.num_routers = max(1, num_ingresses)
         known = {member.id for member in found}
         for member in found:
             if member.id not in self._links and self._serves_the_model(member):
@@ -308,7 +310,7 @@ class EnginePool:
             on_broken=lambda: self._lose(link, "its connection broke"),
         )
         link = self._links[member.id] = _Link(member, socket)
-        socket.send(encode(Watch()))
+        socket.send(encode(Greeting()))
         loop = asyncio.get_running_loop()
         link.tasks = [loop.create_task(socket.read()), loop.create_task(socket.watch())]
         for task in link.tasks:
@@ -489,7 +491,7 @@ class EnginePool:
             if now - watched >= WATCH_EVERY_S:
                 watched = now
                 for link in self._links.values():
-                    link.socket.send(encode(Watch()))
+                    link.socket.send(encode(Greeting()))
                 self._charge()
             for link in list(self._links.values()):
                 if now - link.heard_s > LOST_S:

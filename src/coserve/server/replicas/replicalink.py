@@ -38,16 +38,20 @@ from coserve.server.replicas.messages import (
     BEAT_EVERY_S,
     WATCH_LIMIT_S,
     Beat,
+    Greeting,
     Nudge,
     Serve,
     Steps,
-    Watch,
     decode_to_replica,
     encode,
     shift_generate,
     shift_tokens,
 )
 
+_FETCHED_S = 0.005
+"""An adapter that was ready sooner did not have to be fetched."""
+_WEIGHT = 0.3
+"""Of the newest fetch in the mean of their seconds."""
 _log = logging.getLogger(__name__)
 Send = Callable[[bytes, bytes], None]
 """Sends bytes to a peer."""
@@ -114,6 +118,7 @@ class ReplicaLink:
         self._tasks: set[asyncio.Task[None]] = set()
         self._load: Load | None = None
         self.headroom = 1.0
+        self._adapter_s = 0.0
 
     @property
     def num_requests(self) -> int:
@@ -124,7 +129,9 @@ class ReplicaLink:
         """The engine's newest report, which travels with the next beat."""
         if load.prefixes is not None:
             self._prefixes = _Prefixes(self._prefixes.number + 1, load.prefixes)
-        self._load, self.headroom = msgspec.structs.replace(load, prefixes=None), load.headroom
+        loads_s = max(load.adapter_load_s, self._adapter_s)  # the engine doesn't know how long fetching takes
+        self._load = msgspec.structs.replace(load, prefixes=None, adapter_load_s=loads_s)
+        self.headroom = load.headroom
 
     def on_message(self, peer: bytes, data: bytes) -> None:
         """Carries out an ingress's message. One that can't be read is logged and left alone: its sender may be newer."""
@@ -134,7 +141,7 @@ class ReplicaLink:
             _log.warning("a message of an ingress can't be read: %s", error)
             return
         match message:
-            case Watch():
+            case Greeting():
                 self._watchers.setdefault(peer, _Watcher()).heard_s = time.monotonic()
             case Serve():
                 self._begin(self._serve(peer, message))
@@ -193,7 +200,7 @@ class ReplicaLink:
         self._streams[key] = None
         try:
             if message.adapter is not None:
-                await self._ensure(message.adapter)
+                await self._fetch(message.adapter)
             if key in self._streams:  # else it was cancelled meanwhile
                 self._open(key, arrived)
         except CoserveError as error:
@@ -203,6 +210,13 @@ class ReplicaLink:
             _log.exception("a request can't be served")
             self._streams.pop(key, None)
             self._tell(peer, Failed(id=arrived.id, problem=make_problem(CoserveError(f"{type(error).__name__}: {error}"))))
+
+    async def _fetch(self, adapter: AdapterRef) -> None:
+        began = time.monotonic()
+        await self._ensure(adapter)
+        seconds = time.monotonic() - began
+        if seconds > _FETCHED_S:  # else it was there
+            self._adapter_s += (seconds - self._adapter_s) * (_WEIGHT if self._adapter_s else 1.0)
 
     def _open(self, key: tuple[bytes, str], message: Generate) -> None:
         if self.draining:
