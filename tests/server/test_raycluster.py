@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +24,9 @@ from coserve.core import ConfigError
 from coserve.server.replicas.raycluster import RayFleet
 from coserve.server.settings import ServerConfig
 from tests.server.test_processhost import FAKE, is_alive
+from tests.tiny_directory import build_tiny_directory
 
+pytest_plugins = ["tests.server.postgres"]
 pytestmark = [pytest.mark.full, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
 SOURCE, ROOT = Path(__file__).parents[2] / "src", Path(__file__).parents[2]
 
@@ -212,3 +217,65 @@ def test_a_command_with_a_ray_of_its_own(tmp_path: Path) -> None:
         while any(map(is_alive, children(lines))):
             assert time.monotonic() < limit
             time.sleep(0.05)
+
+
+def test_real_replicas_behind_one_address(tmp_path: Path, postgres_url: str) -> None:
+    """The whole command on a Ray of its own: requests are answered, also after a replica was killed, and all ends in order."""
+    model = build_tiny_directory(tmp_path / "model")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [
+        sys.executable, "-m", "coserve", "serve", str(model), "--replicas", "2", "--database-url", postgres_url,
+        "--store", str(tmp_path / "store"), "--data-dir", str(tmp_path / "data"), "--device", "cpu", "--dtype", "float32",
+        "--threads", "1", "--port", str(port), "--api-key", "k", "--kv-cache-memory-bytes", str(64 << 20),
+    ]
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one processor")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": str(SOURCE)}
+    log = tmp_path / "log"
+    with log.open("wb") as output, subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT) as process:
+        try:
+            wait_for(lambda: "all 2 replicas and the ingress are ready" in log.read_text(), process, log)
+            text = complete(port, str(model))
+            engines = engines_below(process.pid)
+            assert len(engines) == 2
+            os.kill(parent_of(engines[0]), signal.SIGKILL)  # a replica: its engine's parent
+            assert complete(port, str(model)) == text
+            assert not is_alive(engines[0])
+            wait_for(lambda: log.read_text().count("2 of 2 replicas are ready") == 2, process, log)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0, log.read_text()
+            assert not is_alive(engines[1])
+        finally:
+            process.kill()
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def complete(port: int, model: str) -> str:
+    """A greedy completion."""
+    body = json.dumps({"model": model, "prompt": "hello", "max_tokens": 8, "temperature": 0}).encode()
+    headers = {"Authorization": "Bearer k", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, headers)
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return str(json.loads(reply.read())["choices"][0]["text"])
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    limit = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < limit, log.read_text()
+        time.sleep(0.2)
+
+
+def engines_below(ancestor: int) -> list[int]:
+    """Engine processes among a process's descendants, in order of their numbers."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"coserve.server.link.enginemain" not in (place / "cmdline").read_bytes():
+                continue
+            pid = parent = int(place.name)
+            while parent > 1 and parent != ancestor:
+                parent = parent_of(parent)
+            found += [pid] * (parent == ancestor)
+    return sorted(found)

@@ -184,7 +184,7 @@ class RayFleet:
     def _start_ray(self) -> None:
         self.report("starting Ray on this machine ...")
         self._init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES,
-                   num_cpus=len(os.sched_getaffinity(0)), _node_ip_address="127.0.0.1")
+                   num_cpus=len(os.sched_getaffinity(0)))
 
     def _join(self, address: str) -> None:
         require(os.environ.get("RAY_AUTH_MODE", "").lower() in ("token", "k8s"), "ray_address", (
@@ -228,7 +228,8 @@ class RayFleet:
         ]
 
     def _actor(self, kind: str, setup: FleetSetup, **options: Any) -> Any:
-        towards = self._ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
+        cluster = self._ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
+        towards = "127.0.0.1" if self.config.ray_address is None else cluster  # nobody else needs to reach what is here
         actor = self._ray.remote(ProcessHost).options(max_restarts=-1, max_concurrency=1, **options)
 
         def here() -> str:
@@ -329,7 +330,7 @@ class RayFleet:
         self._served |= {hosted.kind} if report.serves else set()
         if report.problem and hosted.kind not in self._served:
             raise ConfigError(f"{hosted.name} on {report.node}: {report.problem}")
-        if began and hosted.kind == "engine":
+        if began and hosted.kind == "engine" and not hosted.stopping:
             self.report(f"{hosted.name} serves on {report.node}: {self.serving} of {self.replicas} replicas are ready")
 
     def _miss(self, hosted: _Hosted, error: Exception) -> None:
