@@ -28,7 +28,10 @@ from coserve.server.link.messages import (
     LoadAdapter,
     Ready,
     Replied,
+    ShareEnded,
     StartJob,
+    StepSaid,
+    StepTold,
     Tokens,
     UnloadAdapter,
 )
@@ -48,6 +51,7 @@ class EngineClient:
         self.supervisor = Supervisor(config, report=report, on_message=self._on_message, on_lost=self._on_lost)
         self._calls, self._streams = Calls(self.supervisor.send), RequestStreams(self.supervisor.send)
         self._job_listeners: list[Callable[[JobHappened | JobEnded], None]] = []
+        self._step_listeners: list[Callable[[StepSaid | ShareEnded], None]] = []
 
     @property
     def ready(self) -> bool:
@@ -67,6 +71,10 @@ class EngineClient:
         """The listener is called with every event of every job, in order, on the event loop."""
         self._job_listeners.append(listener)
 
+    def on_step(self, listener: Callable[[StepSaid | ShareEnded], None]) -> None:
+        """The listener is called with what the engine says as a member of jobs that several engines share, in order."""
+        self._step_listeners.append(listener)
+
     def _on_message(self, message: FromEngine) -> None:
         match message:
             case Tokens():
@@ -77,6 +85,8 @@ class EngineClient:
                 self._calls.on_reply(message)
             case JobHappened() | JobEnded():
                 notify_all(self._job_listeners, message)
+            case StepSaid() | ShareEnded():
+                notify_all(self._step_listeners, message)
 
     def _on_lost(self, message: str) -> None:
         self._streams.fail_all(message)
@@ -123,6 +133,10 @@ class EngineClient:
         """Pauses, resumes or cancels a job: `action` is one of these verbs. A job that has ended stays as it is. Raises
         EngineUnavailable."""
         self.supervisor.send(ActJob(id=job, action=cast(Literal["pause", "resume", "cancel"], action)))
+
+    def tell_step(self, job: str, data: bytes) -> None:
+        """Passes an envelope (stepmessages.py) to the engine as a member of a job. Raises EngineUnavailable."""
+        self.supervisor.send(StepTold(id=job, data=data))
 
     async def stats(self) -> dict[str, Any]:
         """Engine.metrics(), and time_s, when it was measured by the monotonic clock. Raises EngineUnavailable."""

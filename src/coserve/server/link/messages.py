@@ -1,7 +1,7 @@
 """What the API process and the engine process say to each other: msgpack over a ZeroMQ pair of sockets.
 
-    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, GetStats, Ack, Shutdown
-    engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded
+    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, StepTold, GetStats, Ack, Shutdown
+    engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded, StepSaid, ShareEnded
 
 A `call` number is answered by one Replied. Times are seconds of the machine's monotonic clock, which both processes share.
 """
@@ -74,12 +74,23 @@ class UnloadAdapter(Message, frozen=True, kw_only=True):
     name: str
 
 
+class JobShare(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine's place among those that share a job. epoch: of the job's lease. member: its name. primary: whether this engine's
+    replica holds the lease; where it doesn't, the engine writes and publishes nothing, makes no `directory`, and says nothing of
+    the job but its ShareEnded. The message's id is then the share's, not the job's, which this replica may come to hold too."""
+
+    epoch: int
+    member: str
+    primary: bool
+
+
 class StartJob(Message, frozen=True, kw_only=True):
     """Starts a job, or continues one.
 
     adapter: the name under which checkpoints and the result are published. directory: where the job writes.
     resume: whether the directory holds a job already, which goes on. start: directory of the adapter that training starts from;
-    None: a new adapter. weight: the job's share of finetuning's time, beside the weights of other jobs.
+    None: a new adapter. weight: the job's share of finetuning's time, beside the weights of other jobs. share: for a job that
+    several engines share.
     """
 
     call: int
@@ -93,6 +104,7 @@ class StartJob(Message, frozen=True, kw_only=True):
     start: str | None = None
     tenant: str = ""
     weight: float = 1.0
+    share: JobShare | None = None
 
 
 class ActJob(Message, frozen=True, kw_only=True):
@@ -100,6 +112,13 @@ class ActJob(Message, frozen=True, kw_only=True):
 
     id: str
     action: Literal["pause", "resume", "cancel"]
+
+
+class StepTold(Message, frozen=True, kw_only=True):
+    """An envelope (stepmessages.py) for the engine as a member of a job."""
+
+    id: str
+    data: bytes
 
 
 class GetStats(Message, frozen=True, kw_only=True):
@@ -238,8 +257,22 @@ class JobEnded(Message, frozen=True, kw_only=True):
     problem: Problem | None = None
 
 
-ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | GetStats | Ack | Shutdown
-FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded
+class StepSaid(Message, frozen=True, kw_only=True):
+    """An envelope (stepmessages.py) of the engine as a member of a job, for the job's coordinator."""
+
+    id: str
+    data: bytes
+
+
+class ShareEnded(Message, frozen=True, kw_only=True):
+    """This engine's part in a job that another replica holds has ended. problem: why it failed, if it did."""
+
+    id: str
+    problem: Problem | None = None
+
+
+ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | StepTold | GetStats | Ack | Shutdown
+FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded | StepSaid | ShareEnded
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
