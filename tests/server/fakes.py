@@ -27,7 +27,7 @@ from coserve.config.values import SloMs
 from coserve.core import CoserveError, NotFound, Slo
 from coserve.server.errors import EngineUnavailable, Unauthorized
 from coserve.server.handlers import install_handlers
-from coserve.server.link.messages import LogprobEntry, Ready, Tokens
+from coserve.server.link.messages import AdapterRef, LogprobEntry, Ready, Tokens
 from coserve.server.link.streams import RequestStream
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.models import ServedModel
@@ -83,12 +83,13 @@ class FakeEngineClient:
         )
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def generate(self, *, prompt_ids: Sequence[int], sampling: SamplingConfig, adapter: str | None = None, tenant: str = "",
-                 tpot_ms: SloMs | None = None, ttft_ms: SloMs | None = None,
+    def generate(self, *, prompt_ids: Sequence[int], sampling: SamplingConfig, adapter: AdapterRef | None = None,
+                 tenant: str = "", tpot_ms: SloMs | None = None, ttft_ms: SloMs | None = None,
                  arrival_s: float | None = None) -> RequestStream:
         if not self.ready:
             raise EngineUnavailable("the engine is starting; try again in a few seconds")
-        asked = Asked(list(prompt_ids), sampling, adapter, tenant, tpot_ms, ttft_ms, arrival_s)
+        name = None if adapter is None else adapter.name
+        asked = Asked(list(prompt_ids), sampling, name, tenant, tpot_ms, ttft_ms, arrival_s)
         self.asked.append(asked)
 
         def cancel(_: RequestStream) -> None:
@@ -157,7 +158,7 @@ class FakeModels:
 
     def list(self, tenant: str) -> list[ServedModel]:
         found = [ServedModel(name=name, adapter=None, created=1) for name in self.base_names]
-        tuned = ServedModel(name=ADAPTER, adapter=f"default/{ADAPTER}", created=2)
+        tuned = ServedModel(name=ADAPTER, adapter=AdapterRef(name=f"default/{ADAPTER}"), created=2)
         return [*found, tuned] if tenant == "default" else found
 
     def find(self, tenant: str, name: str) -> ServedModel:

@@ -16,11 +16,11 @@ from starlette.responses import StreamingResponse
 from typer.testing import CliRunner
 
 from coserve.cli.main import app as cli
-from coserve.cli.serve import bind
 from coserve.cli.vllmflags import drop_flags
 from coserve.core import CapacityError, ConfigError, NotFound
 from coserve.server.errors import EngineUnavailable, Unauthorized
 from coserve.server.handlers import install_handlers
+from coserve.server.listen import bind
 from coserve.server.middleware import BodyLimits, LastResort
 from coserve.server.settings import read_settings
 from tests.server.conftest import RunningServer

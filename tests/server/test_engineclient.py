@@ -30,6 +30,7 @@ from coserve.server.link.engineclient import EngineClient
 from coserve.server.link.mailbox import MAX_UNACKED, Mailbox
 from coserve.server.link.messages import (
     Ack,
+    AdapterRef,
     Cancel,
     Failed,
     Generate,
@@ -370,7 +371,7 @@ def test_n_logprobs_and_the_prefix_cache(loop: Loop) -> None:
 
 def test_errors_come_back_as_they_were_raised(loop: Loop, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no 'nobody'") as found:
-        loop.generate(prompt_ids=PROMPT, sampling=GREEDY, adapter="nobody")
+        loop.generate(prompt_ids=PROMPT, sampling=GREEDY, adapter=AdapterRef(name="nobody"))
     assert found.value.param == "adapter"
     with pytest.raises(InvalidRequest, match="exceed the model's 512") as refused:
         loop.generate(prompt_ids=PROMPT, sampling=SamplingConfig(max_tokens=512))
@@ -414,7 +415,7 @@ def test_an_adapter_is_loaded_used_and_unloaded(loop: Loop, model: LoadedModel, 
     save_adapter(tmp_path / "adapter", adapter, adapter.flat, base_name="tiny", fingerprint=model.fingerprint)
     loop(loop.client.load_adapter("t/x", str(tmp_path / "adapter")))
     base, tuned = (
-        joined(loop.generate(prompt_ids=PROMPT, sampling=GREEDY, adapter=name)).token_ids
+        joined(loop.generate(prompt_ids=PROMPT, sampling=GREEDY, adapter=AdapterRef(name=name))).token_ids
         for name in (None, "t/x")
     )
     assert base != tuned
@@ -446,7 +447,7 @@ def test_a_job_tells_its_steps_checkpoints_and_end(loop: Loop, tmp_path: Path) -
     assert isinstance(ended, JobEnded)
     assert (ended.status, ended.step, ended.problem) == ("succeeded", 4, None)
     assert ended.trained_tokens == sum(int(row["tokens"] or 0) for row in rows) > 100
-    answer = joined(loop.generate(prompt_ids=PROMPT, sampling=GREEDY, adapter="t/good"))
+    answer = joined(loop.generate(prompt_ids=PROMPT, sampling=GREEDY, adapter=AdapterRef(name="t/good")))
     assert len(answer.token_ids) == 12
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from coserve.core import CapacityError, InvalidRequest, JobFailed, NotFound
 from coserve.server.errors import Conflict, Forbidden
-from coserve.server.link.messages import JobHappened, Problem
+from coserve.server.link.messages import AdapterRef, JobHappened, Problem
 from tests.server.conftest import Play
 from tests.server.jobs_bench import Bench, until
 from tests.tiny_directory import chat_lines, preference_lines
@@ -53,7 +53,7 @@ def test_a_job_from_creation_to_success(play: Play) -> None:
         (checkpoint,), _ = bench.jobs.list_checkpoints("me", job.id, after=None, limit=10)
         assert checkpoint.model == f"{tuned}:ckpt-step-2" and checkpoint.id.startswith("ftckpt_")
         assert checkpoint.metrics["valid_loss"] == checkpoint.metrics["full_valid_loss"] == 1.5
-        assert (await bench.models.prepare("me", checkpoint.model)).adapter == f"me/{checkpoint.model}"
+        assert (await bench.models.prepare("me", checkpoint.model)).adapter == AdapterRef(name=f"me/{checkpoint.model}")
         assert bench.engine.loads == [(f"me/{checkpoint.model}", checkpoint.directory)]
         content = base64.b64decode(bench.files.path(bench.store.get_file("me", done.result_files[0])).read_bytes()).decode()
         assert content.splitlines()[:3] == [

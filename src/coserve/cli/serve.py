@@ -1,7 +1,7 @@
 """`coserve serve` and `coserve keys`: arguments, the start-up log, signals.
 
-Owns: the listening socket, and how a server ends: no new connections, time for what runs, the engine, exit code 0. Does not
-own: the application (server/app.py), settings and their checks (server/settings.py).
+Owns: how a server ends: no new connections, time for what runs, the engine, exit code 0. Does not own: the listening socket
+(server/listen.py), the application (server/app.py), settings and their checks (server/settings.py).
 """
 
 from __future__ import annotations
@@ -9,24 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-import gc
 import logging
 import os
-import resource
 import signal
-import socket
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 from typer.core import TyperCommand
 
 from coserve.cli.settings import config_flags, with_flags
 from coserve.cli.vllmflags import drop_flags
-from coserve.core import ConfigError, CoserveError
+from coserve.core import CoserveError
 from coserve.model.memory import GIB
 from coserve.scheduler.slo import describe_slo
 from coserve.server import logs
@@ -34,6 +29,7 @@ from coserve.server.app import create_app, index_url, open_services
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.store import Store
 from coserve.server.link.setup import STOP_SIGNALS
+from coserve.server.listen import HttpServer, allow_many_files, bind, keep_loop_free
 from coserve.server.locks import make_private
 from coserve.server.records import now
 from coserve.server.services import Services
@@ -43,10 +39,6 @@ from coserve.server.tenants import make_key
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
 _log = logging.getLogger(__name__)
 
-_LAST_ANSWERS_S = 2.0
-"""Seconds that connections get at the end to tell their clients that their requests were ended."""
-_SWITCH_S = 1e-3
-"""Seconds after which a thread that computes is asked to give Python's lock to another one."""
 _NO_KEY = "EMPTY"
 """The key shown in examples if the server asks for none, since OpenAI's client insists on one."""
 
@@ -87,31 +79,13 @@ def serve(
     os._exit(0)
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals to this module, since uvicorn would raise them once more at its end. lines: are logged once it listens."""
-
-    lines: Sequence[str] = ()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        for line in self.lines:
-            _log.info("%s", line)
-
-
 async def run_server(config: ServerConfig) -> None:
     """Serves until one of STOP_SIGNALS. Raises what keeps it from starting."""
-    _allow_many_files()
+    allow_many_files()
     loop, this = asyncio.get_running_loop(), asyncio.current_task()
     assert this is not None
     app = create_app(config)
-    server = _Server(uvicorn.Config(
-        app, lifespan="off", access_log=False, log_level="warning", log_config=None, server_header=False,
-        timeout_graceful_shutdown=int(config.shutdown_timeout + _LAST_ANSWERS_S),
-    ))
+    server = HttpServer.of(app, config)
     with bind(config.host, config.port) as listener:
         ends = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # as nohup does
         for number in ends:
@@ -119,7 +93,7 @@ async def run_server(config: ServerConfig) -> None:
         try:
             async with open_services(config, _report) as services:
                 app.state.services = services
-                _keep_loop_free()
+                keep_loop_free()
                 server.lines = startup_lines(services, listener.getsockname()[1])
 
                 def end() -> None:
@@ -139,39 +113,6 @@ async def run_server(config: ServerConfig) -> None:
 
 def _report(line: str) -> None:
     _log.info("%s", line)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address; it takes connections only when the server listens. Raises ConfigError."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise ConfigError(f"port: can't listen at {host}:{port} ({error.strerror or error})", param="port") from error
-    return listener
-
-
-def _keep_loop_free() -> None:
-    """Has threads give Python's lock to the event loop sooner, and takes all objects made so far out of garbage collection.
-    They are hundreds of thousands, most of imported packages, and each full collection would look through them again."""
-    sys.setswitchinterval(_SWITCH_S)
-    gc.collect()
-    gc.freeze()
-
-
-def _allow_many_files() -> None:
-    """Raises the limit of open files to what is allowed, since each connection is one and the usual limit is low."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def startup_lines(services: Services, port: int) -> list[str]:

@@ -1,7 +1,7 @@
 """The application: its routes, and the start and end of the services behind them.
 
 Owns: the order in which services start and stop, the lock of the data directory. Does not own: what services do, the listening
-socket (cli/serve.py).
+socket (listen.py).
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from coserve.peft.tensors import ADAPTER_FILES
 from coserve.server.errors import Forbidden, TooLarge
 from coserve.server.index.store import Store
 from coserve.server.link.engineclient import EngineClient
+from coserve.server.link.messages import AdapterRef
 from coserve.server.locks import NameLocks
 from coserve.server.records import AdapterRecord, now
 from coserve.server.settings import ServerConfig
@@ -42,11 +43,11 @@ _log = logging.getLogger(__name__)
 class ServedModel:
     """A model that requests can ask for.
 
-    name: what they ask for. adapter: the engine's name of the adapter; None: the base. created: Unix seconds.
+    name: what they ask for. adapter: its adapter in the engine; None: the base. created: Unix seconds.
     """
 
     name: str
-    adapter: str | None
+    adapter: AdapterRef | None
     created: int
 
 
@@ -56,7 +57,8 @@ def engine_name(tenant: str, name: str) -> str:
 
 
 def _served(record: AdapterRecord) -> ServedModel:
-    return ServedModel(name=record.name, adapter=engine_name(record.tenant, record.name), created=record.created_at)
+    adapter = AdapterRef(name=engine_name(record.tenant, record.name))
+    return ServedModel(name=record.name, adapter=adapter, created=record.created_at)
 
 
 class ModelRegistry:

@@ -103,6 +103,12 @@ class ServerConfig:
     """Jobs train on a fixed window grid, unfused: bit-identical losses after a restart."""
     data_dir: Path = knob(DEFAULT_DATA_DIR, "Files, jobs, adapters and the index (coserve-data).")
     database_url: str | None = knob(None, "SQLAlchemy URL of the index (SQLite in the data directory).")
+    replicas: int | None = knob(None, "Engines on a Ray cluster behind this address; needs --database-url and --store.")
+    """How many engines serve behind one address, placed by Ray; None: one, without Ray."""
+    ray_address: str | None = knob(None, "Ray cluster to join: auto or HOST:PORT (a local one).")
+    """The Ray cluster that replicas run on; None: one is started on this machine."""
+    store: str | None = knob(None, "Files of replicas: a directory that all see, or s3://BUCKET/PREFIX.")
+    """Where replicas keep files, checkpoints and adapters."""
     max_file_bytes: int = knob(512 << 20, "Largest upload (512 MiB).")
     max_tenant_file_bytes: int = knob(64 << 30, "All files of a tenant (64 GiB).")
     """Of all files and jobs' outputs of a tenant together; uploads and jobs beyond are refused, and running jobs wait."""

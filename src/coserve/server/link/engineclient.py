@@ -19,6 +19,7 @@ from coserve.config.values import SloMs
 from coserve.server.link.calls import Calls
 from coserve.server.link.messages import (
     ActJob,
+    AdapterRef,
     Failed,
     FromEngine,
     Generate,
@@ -95,7 +96,7 @@ class EngineClient:
     # --- what is asked of it ---
 
     def generate(
-        self, *, prompt_ids: Sequence[int], sampling: SamplingConfig, adapter: str | None = None, tenant: str = "",
+        self, *, prompt_ids: Sequence[int], sampling: SamplingConfig, adapter: AdapterRef | None = None, tenant: str = "",
         tpot_ms: SloMs | None = None, ttft_ms: SloMs | None = None, arrival_s: float | None = None,
     ) -> RequestStream:
         """Sends a request. Close the stream if it isn't read to its end. Raises EngineUnavailable and InvalidRequest.
@@ -103,7 +104,8 @@ class EngineClient:
         arrival_s: when the request arrived, by the monotonic clock; None: now.
         """
         return self._streams.open(Generate(
-            id=self._streams.new_id(), prompt_ids=list(prompt_ids), sampling=sampling, adapter=adapter, tenant=tenant,
+            id=self._streams.new_id(), prompt_ids=list(prompt_ids), sampling=sampling,
+            adapter=None if adapter is None else adapter.name, tenant=tenant,
             tpot_ms=tpot_ms, ttft_ms=ttft_ms, arrival_s=time.monotonic() if arrival_s is None else arrival_s,
         ))
 

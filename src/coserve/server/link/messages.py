@@ -30,6 +30,15 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     param: str | None = None
 
 
+class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A version of an adapter. name: the engine's name of it. uri: where its files are in the artifact store, and sha256: their
+    digest; both are empty where the engine has been told of the name already."""
+
+    name: str
+    uri: str = ""
+    sha256: str = ""
+
+
 # --- from the API ---
 
 
