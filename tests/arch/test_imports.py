@@ -25,6 +25,7 @@ RANKS: Mapping[str, float] = {
     "peft": 3.5,  # the design gives model and peft 3; an adapter is laid out by the decoder's shapes, so peft stands on model
     "compiler": 4,
     "runtime": 5, "scheduler": 5, "finetune": 5,
+    "cluster": 5,  # policy between replicas, without I/O
     "planning": 5.3,  # counts what the runtime takes
     "devices": 5.5,  # a scheduler's latency law from a model's shapes and a device's data
     "training": 5.6,  # runs finetune's jobs on the runtime, under a plan

@@ -124,8 +124,9 @@ Action = Told | MakeTotal | Discard | Forget
 @dataclass(slots=True)
 class _Member:
     """at: the member's adapter is that of the start of this step; None: it waits for a state. verified: the newest step at
-    whose start it is known to equal the primary's. begun: the step that it works on. num_ids: micro-batches of that, as it counts.
-    holds: ids, and when they were taken. since_s: its last sign of progress. valid_round: seals of earlier rounds don't count."""
+    whose start it is known to equal the primary's. begun: the step that it works on. num_ids: that step's micro-batches, as
+    it counts. holds: ids, and when they were taken. since_s: its last sign of progress. valid_round: seals of earlier rounds
+    don't count."""
 
     heard_s: float
     at: int | None = None
@@ -403,7 +404,7 @@ class StepMachine:
         return [MakeTotal(self.step, tuple(seal.key for seal in ordered))]
 
     def _is_verified(self, name: str) -> bool:
-        """Whether a seal's member worked with the primary's adapter. One that has gone since without a digest didn't show it."""
+        """Whether a seal's member is known to have worked with the primary's adapter."""
         member = self._members.get(name)
         return member is not None and member.verified >= self.step
 

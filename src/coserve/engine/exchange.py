@@ -1,6 +1,6 @@
 """What an engine needs of its place among the members of one job: micro-batches of a step, a total for its share of them.
 
-    engine's thread:  begin, pull --> orders: TakeShare(3), TakeShare(7), SealShare --> seal --> orders: StepTotal --> told_update
+    engine's thread:  begin, pull --> orders: TakeShare(3), TakeShare(7), SealShare --> seal --> StepTotal --> told_update
 
 Owns: the interface, and the types that pass it. Does not own: who gets what (cluster/steps.py), how members reach each other
 (server/link/stepmember.py), what the engine does with it (sharing.py).

@@ -1,6 +1,6 @@
 """A job that several engines share, in one of them: its share of each batch, the common total, the common update.
 
-    forward_backward --> SharedBatchRun: pulls micro-batches while there is time for their units, seals their sum, takes the total
+    forward_backward --> SharedBatchRun: pulls micro-batches while there is time for units, seals their sum, takes the total
     optim_step       --> SharedOptimizerRun: an update by the total, whose result all members compare
 
 Nothing here waits: while a member waits for others, the engine's thread runs requests and other jobs, and looks again in
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -109,15 +110,15 @@ def ended_by(error: Dismissed) -> JobFailed | None:
 
 
 class SharedBatchRun(BatchRun):
-    """A member's share of an optimizer batch. It is done when the total of all shares lies in the adapter's gradient. tell_norm:
-    is called with the total's norm."""
+    """A member's share of an optimizer batch. It is done when the total of all shares lies in the adapter's gradient.
+    tell_norm: is called with the total's norm."""
 
     def __init__(
         self, trainer: AdapterTrainer, host: Host, job: int, groups: Sequence[Group], step: int, exchange: Exchange,
         tell_norm: Callable[[float], None],
     ) -> None:
         super().__init__(trainer, host, job, groups, step, train=True)
-        self._new_batch: Callable[[], BatchWork] = lambda: BatchWork(trainer, groups, step, train=True, shared=True)
+        self._new_batch = partial(BatchWork, trainer, groups, step, train=True, shared=True)
         self._batch = self._new_batch()
         self._exchange, self._tell_norm = exchange, tell_norm
         self._taken: list[int] = []

@@ -84,9 +84,9 @@ class UnloadAdapter(Message, frozen=True, kw_only=True):
 
 
 class JobShare(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine's place among those that share a job. epoch: of the job's lease. member: its name. primary: whether this engine's
-    replica holds the lease; where it doesn't, the engine writes and publishes nothing, makes no `directory`, and says nothing of
-    the job but its ShareEnded. The message's id is then the share's, not the job's, which this replica may come to hold too."""
+    """An engine's place among those that share a job. epoch: of the job's lease. member: its name. primary: whether this
+    engine's replica holds the lease. Where it doesn't, the engine writes and publishes nothing, makes no `directory`, and says
+    nothing of the job but its ShareEnded; the message's id is the share's, since this replica may come to hold the job too."""
 
     epoch: int
     member: str

@@ -137,7 +137,7 @@ class StepMember:
         )
 
         def read() -> None:
-            data = bytearray(memoryview(_flat(copy()["sum"])).cast("B"))
+            data = bytearray(_bytes_of(copy()["sum"]))
             digest = blob_digest(data)
             with self._lock:
                 blob = self._offer(data)
@@ -159,7 +159,7 @@ class StepMember:
         self._say(Applied(step=step))
 
         def read() -> None:
-            digest = blob_digest(memoryview(_flat(copy()["values"])).cast("B"))
+            digest = blob_digest(_bytes_of(copy()["values"]))
             self._say(AdapterDigest(step=step, digest=digest))
 
         self._read(read)
@@ -172,7 +172,7 @@ class StepMember:
             found, size = copy(), self._vector_bytes
             data = bytearray(size * len(self._vectors))
             for index, name in enumerate(self._vectors):
-                data[index * size : (index + 1) * size] = memoryview(_flat(found[name])).cast("B")
+                data[index * size : (index + 1) * size] = _bytes_of(found[name])
             digest = blob_digest(data)
             with self._lock:
                 self._say(Offer(blob=self._offer(data), kind="state", step=step, num_bytes=len(data), digest=digest))
@@ -323,5 +323,6 @@ class StepMember:
         self._wake()
 
 
-def _flat(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().view(-1).numpy()
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A host tensor's own memory."""
+    return tensor.detach().contiguous().view(-1).numpy().data.cast("B")

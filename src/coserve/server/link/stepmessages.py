@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -26,7 +26,7 @@ PART_BYTES = 512 << 10
 """Bytes of a part: a process that passes one on does nothing else for well under a millisecond."""
 PARTS_AHEAD = 4
 """Parts that are asked for before the first of them has come."""
-DTYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
+DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
 """Types of vectors."""
 MAX_ELEMENTS, MAX_IDS = 1 << 32, 1 << 20
 """Elements of a vector, and micro-batches of a step."""

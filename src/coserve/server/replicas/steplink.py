@@ -169,8 +169,8 @@ class StepCoordinator:
         return self.machine.active
 
     def receive(self, data: bytes, reply: Callable[[bytes], None]) -> str | None:
-        """Takes an envelope of a member. reply: sends bytes to where it came from. Returns the member's name; None if the envelope
-        is of another epoch, of nobody who takes part, or can't be read."""
+        """Takes an envelope of a member. reply: sends bytes to where it came from. Returns the member's name; None if the
+        envelope is of another epoch, of nobody who takes part, or can't be read."""
         try:
             envelope = decode_step(data)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
@@ -294,8 +294,8 @@ class StepCoordinator:
         differs = [name for name in {**own.facts, **other.facts} if own.facts.get(name) != other.facts.get(name)]
         differs += [name for name in ("elements", "dtype", "vectors") if getattr(own, name) != getattr(other, name)]
         if differs:
-            reason = f"{', '.join(differs)} of this member is not the primary's; replicas that share a job need the same model and data"
-            self._send_away(peer.name, reason, fault=True)
+            what = f"{', '.join(differs)} of this member is not the primary's"
+            self._send_away(peer.name, f"{what}; replicas that share a job need the same model and data", fault=True)
             return []
         try:
             return self.machine.join(peer.name, now)
@@ -424,8 +424,8 @@ class StepFrame(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepWire(Protocol):
-    """How replicas reach each other: whole frames, in order, authenticated by whoever implements it. What can't be delivered may
-    be dropped: envelopes are counted, so that a loss is noticed."""
+    """How replicas reach each other: whole frames, in order, authenticated by whoever implements it. What can't be delivered
+    may be dropped: envelopes are counted, so that a loss is noticed."""
 
     async def send(self, replica: str, frames: Sequence[bytes]) -> None:
         """Sends a message to a replica; waits while too much is on its way."""
@@ -455,8 +455,8 @@ class _Followed(NamedTuple):
 
 
 def share_id(job: str, epoch: int, member: str) -> str:
-    """What a replica's engine calls its share in a job that another replica holds. (It calls a job that its own replica holds by
-    the job's id, and may have both for a moment.)"""
+    """What a replica's engine calls its share in a job that another replica holds. (It calls a job that its own replica holds
+    by the job's id, and may have both for a moment.)"""
     return f"{job}/{epoch}/{member}"
 
 
@@ -541,8 +541,8 @@ class StepLinks:
                 self._tell(share, _uncounted(followed, away))
 
     def _leave(self, share: str, reason: str) -> None:
-        """Says for this replica's engine that it has left. The coordinator takes that for a loss, since it is not counted as the
-        engine's envelopes are."""
+        """Says for this replica's engine that it has left. The coordinator takes that for a loss, since it is not counted as
+        the engine's envelopes are."""
         followed = self._followed.pop(share)
         self._post(followed.replica, followed, _uncounted(followed, LeaveJob(reason=reason)))
 
