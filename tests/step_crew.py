@@ -16,7 +16,7 @@ from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobs import LiveJob
 from coserve.server.link.stepmember import StepMember
 from coserve.server.link.stepmessages import StepBody, decode_step
-from coserve.server.replicas.steplink import StepCoordinator
+from coserve.server.replicas.stepcoordinator import StepCoordinator
 
 Watch = Callable[["Crew", "CrewMember", bool, StepBody], bool]
 """watch(crew, member, up, body): sees an envelope before it is delivered; False drops it. up: it goes to the coordinator."""

@@ -4,7 +4,7 @@
                                    its own thread reads tensors, makes digests
 
 Owns: one member's messages, its blobs. Does not own: who gets what (cluster/steps.py), the coordinator
-(server/replicas/steplink.py), the sockets.
+(server/replicas/stepcoordinator.py), the sockets.
 """
 
 from __future__ import annotations

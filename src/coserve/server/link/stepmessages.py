@@ -1,6 +1,6 @@
 """What the members of one job and its coordinator say to each other: msgpack, in envelopes that are counted.
 
-    member -> coordinator: EnterJob, Pull, Applied, AdapterDigest, GiveBack, LeaveJob, Beat
+    member -> coordinator: EnterJob, Pull, Applied, AdapterDigest, GiveBack, LeaveJob
     coordinator -> member: TakeId, SealIds, DropIds, WantState, GoAway
     either way:            Offer (a blob that can be had), WantPart, BlobPart
 
@@ -8,7 +8,7 @@ A gradient or a state is a blob: the bytes of one vector, or of several one afte
 digest; who wants it asks for part after part, a few at a time, so that the receiver sets the pace and nothing else waits long.
 What arrives is used only if its size is the expected one and its digest the offered one. Nothing is pickled.
 
-Owns: the messages, blobs on their way. Does not own: what they mean (stepmember.py, server/replicas/steplink.py).
+Owns: the messages, blobs on their way. Does not own: what they mean (stepmember.py, server/replicas/stepcoordinator.py).
 """
 
 from __future__ import annotations
@@ -90,10 +90,6 @@ class LeaveJob(StepMessage, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class Beat(StepMessage, frozen=True, kw_only=True):
-    """The member is alive."""
-
-
 class TakeId(StepMessage, frozen=True, kw_only=True):
     """cluster.steps.Take."""
 
@@ -160,8 +156,8 @@ class BlobPart(StepMessage, frozen=True, kw_only=True):
 
 
 StepBody = (
-    EnterJob | Pull | Applied | AdapterDigest | GiveBack | LeaveJob | Beat | TakeId | SealIds | DropIds | WantState | GoAway
-    | Offer | WantPart | BlobPart
+    EnterJob | Pull | Applied | AdapterDigest | GiveBack | LeaveJob | TakeId | SealIds | DropIds | WantState | GoAway | Offer
+    | WantPart | BlobPart
 )
 
 
