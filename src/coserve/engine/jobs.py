@@ -21,7 +21,7 @@ from coserve.core import AdapterCopy, CoserveError, JobFailed, OptimizerSlice, R
 from coserve.engine.diskwrite import DiskWrite
 from coserve.engine.exchange import Dismissed
 from coserve.engine.jobhandle import JobHandle
-from coserve.engine.sharing import Sharing, ended_by
+from coserve.engine.sharing import Membership, ended_by
 from coserve.engine.verbs import BatchRun, CopyRun, Host, OptimizerRun, VerbRun
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
@@ -40,7 +40,7 @@ class LiveJob:
 
     def __init__(
         self, number: int, prepared: PreparedJob, handle: JobHandle, host: Host, *, tenant: str, weight: float,
-        sharing: Sharing | None = None,
+        sharing: Membership | None = None,
     ) -> None:
         self.number, self.prepared, self.handle, self.host, self.sharing = number, prepared, handle, host, sharing
         self.job, self.trainer = prepared.job, prepared.trainer

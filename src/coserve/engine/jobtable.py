@@ -23,7 +23,7 @@ from coserve.engine.device import EngineDevice
 from coserve.engine.exchange import Exchange
 from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobs import LiveJob
-from coserve.engine.sharing import Sharing, shared_facts
+from coserve.engine.sharing import Membership, shared_facts
 from coserve.engine.threads import SideThreads
 from coserve.engine.watching import Watcher
 from coserve.peft.adapter import Adapter
@@ -133,7 +133,7 @@ class JobTable:
         sharing = None
         if exchange is not None:
             facts = shared_facts(prepared.job.facts, dtype_name(self.device.model.dtype))
-            sharing = Sharing(exchange, prepared.trainer, prepared.job, facts)
+            sharing = Membership(exchange, prepared.trainer, prepared.job, facts)
         job = LiveJob(self.new_number(), prepared, handle, self, tenant=tenant, weight=weight, sharing=sharing)
         self.jobs[job.number] = job
         self.scheduler.add_job(job.work)

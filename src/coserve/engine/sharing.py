@@ -52,7 +52,7 @@ def shared_facts(facts: Mapping[str, object], dtype: str) -> dict[str, str]:
     return {name: json.dumps(value, sort_keys=True) for name, value in named.items()}
 
 
-class Sharing:
+class Membership:
     """A job's part in an exchange, on the engine's thread. facts: as `shared_facts`."""
 
     def __init__(self, exchange: Exchange, trainer: AdapterTrainer, job: Job, facts: Mapping[str, str]) -> None:
