@@ -50,6 +50,7 @@ LAZY: Mapping[str, frozenset[str]] = {
     "coserve.kernels.native.build": frozenset({"torch"}),  # its compiler, which takes seconds to import
     "coserve.model.gguf": frozenset({"gguf"}),
     "coserve.model.locate": frozenset({"huggingface_hub"}),
+    "coserve.server.replicas.objects": frozenset({"fsspec", "s3fs"}),
 }
 """Heavy, optional packages that a module may import inside a function."""
 

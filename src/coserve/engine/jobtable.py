@@ -139,13 +139,16 @@ class JobTable:
         self.scheduler.add_job(job.work)
 
     def act(self, handle: JobHandle, action: str) -> None:
-        """Carries out "pause", "resume" or "cancel", if the job still runs."""
+        """Carries out "pause", "resume", "cancel" or "hand_over", if the job still runs."""
         job = next((j for j in self.jobs.values() if j.handle is handle), None)
         if job is None or handle.finished:
             return
         if action == "cancel":
             job.end("cancelled")
             self._remove_job(job)
+            return
+        job.leaving = job.leaving or action == "hand_over"
+        if action == "hand_over" or job.left:
             return
         job.work.paused = action == "pause"
         handle.status = "paused" if job.work.paused else "running"

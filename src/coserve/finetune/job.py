@@ -220,9 +220,11 @@ _LATER_FACTS = (
 
 
 def refuse_changes(facts: Mapping[str, object], recorded: Mapping[str, object], where: str) -> None:
-    """Raises InvalidRequest, naming the first field that differs, if a resumed job's facts are not the recorded ones."""
+    """Raises InvalidRequest, naming the first field that differs, if a resumed job's facts are not the recorded ones. The
+    adapter that the job continues may lie elsewhere, since its digest tells whether it is the same."""
+    moved = facts.get("start_digest") is not None and recorded.get("start_digest") is not None
     for name, value in facts.items():
-        if name in _LATER_FACTS and name not in recorded:
+        if (name in _LATER_FACTS and name not in recorded) or (name == "start" and moved):
             continue
         found = recorded.get(name)
         if name == "settings" and isinstance(found, Mapping):

@@ -132,9 +132,9 @@ class EngineClient:
         await self._calls.ask(lambda call: StartJob(call=call, **fields))
 
     def act_job(self, job: str, action: str) -> None:
-        """Pauses, resumes or cancels a job: `action` is one of these verbs. A job that has ended stays as it is. Raises
-        EngineUnavailable."""
-        self.supervisor.send(ActJob(id=job, action=cast(Literal["pause", "resume", "cancel"], action)))
+        """Pauses, resumes, cancels or hands over a job: `action` is one of ActJob's. A job that has ended stays as it is.
+        Raises EngineUnavailable."""
+        self.supervisor.send(ActJob(id=job, action=cast(Literal["pause", "resume", "cancel", "hand_over"], action)))
 
     def tell_step(self, job: str, data: bytes) -> None:
         """Passes an envelope (stepmessages.py) to the engine as a member of a job. Raises EngineUnavailable."""

@@ -288,14 +288,17 @@ class EngineHost:
         tokens = sum(row.tokens for row in MetricsTable(Path(handle.directory) / "metrics.csv").rows())
         error = handle.error if handle.error is not None or handle.status != "failed" else JobFailed("the job failed")
         self._post(JobEnded(
-            id=job, status=cast(Literal["succeeded", "failed", "cancelled"], handle.status), step=handle.step,
+            id=job, status=cast(Literal["succeeded", "failed", "cancelled", "handed_over"], handle.status), step=handle.step,
             trained_tokens=tokens, problem=None if error is None else make_problem(error),
         ))
 
 
 def _act(handle: JobHandle, action: str) -> None:
     with contextlib.suppress(CoserveError):  # the engine has stopped
-        {"pause": handle.pause, "resume": handle.resume, "cancel": handle.cancel}[action]()
+        actions = {
+            "pause": handle.pause, "resume": handle.resume, "cancel": handle.cancel, "hand_over": handle.hand_over,
+        }
+        actions[action]()
 
 
 class _RequestReporter:

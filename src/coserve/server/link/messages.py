@@ -117,10 +117,11 @@ class StartJob(Message, frozen=True, kw_only=True):
 
 
 class ActJob(Message, frozen=True, kw_only=True):
-    """Pauses, resumes or cancels a job; one that has ended stays as it is."""
+    """Pauses, resumes, cancels or hands over a job; one that has ended stays as it is. A job that is handed over writes a
+    checkpoint at the end of its present step, and leaves the engine."""
 
     id: str
-    action: Literal["pause", "resume", "cancel"]
+    action: Literal["pause", "resume", "cancel", "hand_over"]
 
 
 class StepTold(Message, frozen=True, kw_only=True):
@@ -260,7 +261,7 @@ class JobEnded(Message, frozen=True, kw_only=True):
     """A job's last message. trained_tokens: tokens that went through forward and backward, in all runs of the job."""
 
     id: str
-    status: Literal["succeeded", "failed", "cancelled"]
+    status: Literal["succeeded", "failed", "cancelled", "handed_over"]
     step: int
     trained_tokens: int
     problem: Problem | None = None
