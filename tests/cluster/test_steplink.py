@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from coserve.config.settings import FinetuneConfig, LoraConfig, OptimizerConfig
+from coserve.core import CoserveError
 from coserve.finetune.job import MetricsTable
 from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.server.link.enginehost import EngineHost
@@ -48,6 +49,8 @@ from coserve.server.link.stepmessages import (
     decode_step,
     encode_step,
 )
+from coserve.server.replicas import helping
+from coserve.server.replicas.helping import JobHelp
 from coserve.server.replicas.stepcoordinator import StepCoordinator
 from coserve.server.replicas.steplink import StepLinks
 from coserve.training.finetuning import finetune
@@ -178,6 +181,7 @@ class Replica:
     def __init__(self, name: str, engine: Any, wires: Wires) -> None:
         self.name, self.engine = name, engine
         self.messages: list[FromEngine] = []
+        self.client: Client | None = None
         self._loop = asyncio.get_running_loop()
         self.host = EngineHost(engine, self._posted, lambda: None)
         self.links = StepLinks(
@@ -191,12 +195,14 @@ class Replica:
             self._loop.call_soon_threadsafe(self._take, message)
 
     def _take(self, message: FromEngine) -> None:
-        if isinstance(message, StepSaid):
+        if self.client is not None and isinstance(message, StepSaid | ShareEnded):
+            self.client.take(message)
+        elif isinstance(message, StepSaid):
             self.links.from_engine(message.id, message.data)
-            return
-        if isinstance(message, ShareEnded):
+        elif isinstance(message, ShareEnded):
             self.links.share_ended(message.id)
-        self.messages.append(message)
+        if not isinstance(message, StepSaid):
+            self.messages.append(message)
 
     def start(self, id: str, directory: Path, data: Path, share: JobShare, config: FinetuneConfig) -> None:
         self.host.on_message(StartJob(
@@ -209,7 +215,7 @@ class Replica:
         return await until(lambda: next((one for one in self.messages if isinstance(one, kind)), None))
 
 
-async def until(found: Callable[[], Any], seconds: float = 60.0) -> Any:
+async def until(found: Callable[[], Any], seconds: float = 20.0) -> Any:
     async with asyncio.timeout(seconds):
         while not (result := found()):
             await asyncio.sleep(2e-3)
@@ -264,8 +270,8 @@ async def test_three_replicas_share_a_job(model: LoadedModel, data: Path, tmp_pa
             assert not [one for one in replica.messages if not isinstance(one, Replied | ShareEnded)], "it says nothing else"
             assert not (tmp_path / f"scratch-{replica.name}").exists()
         assert sum("has joined" in note for note in notes) == 2
+        await until(lambda: not any(thread.name.startswith("coserve-shares") for thread in threading.enumerate()))
     same(tmp_path / "out", tmp_path / "whole")
-    assert not any(thread.name.startswith("coserve-shares") for thread in threading.enumerate())
 
 
 @pytest.mark.full
@@ -301,6 +307,87 @@ async def test_a_replica_that_goes_is_not_waited_for(
         if how != "engine":
             await other.heard(ShareEnded)
     same(tmp_path / "out", tmp_path / "whole")
+
+
+class Client:
+    """A replica's engine as its jobs see it: SharingEngine."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica, self._listeners = replica, list[Callable[[Any], None]]()
+        self.down: list[Callable[[], None]] = []
+        self.ready, self.supervisor, self.num_calls = True, self, 0
+        replica.client = self
+
+    def on_step(self, listener: Callable[[Any], None]) -> None:
+        self._listeners.append(listener)
+
+    def on_down(self, listener: Callable[[], None]) -> None:
+        self.down.append(listener)
+
+    def take(self, message: StepSaid | ShareEnded) -> None:
+        for listener in self._listeners:
+            listener(message)
+
+    async def start_job(self, **fields: Any) -> None:
+        self.num_calls += 1
+        call = self.num_calls
+        self._replica.host.on_message(StartJob(call=call, **fields))
+        reply = await until(lambda: next(
+            (one for one in self._replica.messages if isinstance(one, Replied) and one.call == call), None))
+        if reply.problem is not None:
+            raise CoserveError(reply.problem.message)
+
+    def act_job(self, job: str, action: Any) -> None:
+        self._replica.host.on_message(ActJob(id=job, action=action))
+
+
+@pytest.mark.full
+@on_a_loop
+async def test_replicas_are_invited_and_help_until_they_drain(
+    model: LoadedModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One has no time and does not come; one that drains leaves at the end of its step; its place is another's then."""
+    monkeypatch.setattr(helping, "INVITE_S", 0.1)
+    config = replace(CONFIG, max_steps=100_000)
+    notes, headroom = list[str](), {"r0": 1.0, "r1": 1.0, "r2": 0.0}
+
+    def bring(job: str, directory: Path) -> dict[str, Any]:
+        assert job == "job"
+        (directory / "training_file").write_bytes(data.read_bytes())
+        return {
+            "training_file": str(directory / "training_file"), "validation_file": None, "start": None, "config": config,
+            "tenant": "t", "weight": 1.0,
+        }
+
+    async with replicas(model, Wires(), 3) as made:
+        names = [replica.name for replica in made]
+        helps = [
+            JobHelp(
+                replica.name, Client(replica), replica.links, tmp_path / "scratch" / replica.name, others=lambda: names,
+                bring=bring, headroom=lambda name=replica.name: headroom[name],  # type: ignore[misc]
+            ) for replica in made
+        ]
+        first, client = made[0], made[0].client
+        assert client is not None
+        share = helps[0].host("job-e1", "job", 1, 2, notes.append)
+        await client.start_job(
+            id="job-e1", adapter="tuned", directory=str(tmp_path / "out"), resume=False, share=share, **bring("job", tmp_path)
+        )
+        await until(lambda: any("r1.1 has joined" in note for note in notes))
+        assert helps[1].shares == ("job-e1/1/r1.1",) and helps[2].shares == ()
+        headroom["r2"] = 1.0
+        helps[1].drain()
+        await until(lambda: not helps[1].shares)
+        await until(lambda: any("r1.1 has left" in note for note in notes))
+        await until(lambda: any("r2.1 has joined" in note for note in notes))
+        client.act_job("job-e1", "cancel")
+        await first.heard(JobEnded)
+        helps[0].end("job-e1")
+        await until(lambda: not helps[2].shares)
+        await until(lambda: not any([*(tmp_path / "scratch" / name).glob("*")] for name in ("r1", "r2")))
+        assert not any("late" in note or "lost" in note for note in notes)
+        for help in helps:
+            await help.stop()
 
 
 @pytest.mark.full

@@ -98,6 +98,7 @@ def assert_equal(found: Path, wanted: Path, *, tolerance: float = 1e-6) -> None:
 # --- the sum ---
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("config", [SFT, DPO], ids=["sft", "dpo"])
 @pytest.mark.parametrize("shares", [2, 3])
 def test_sums_of_shares_are_the_whole_gradient(
@@ -254,6 +255,7 @@ def test_a_member_that_dies_changes_nothing(
     assert_equal(tmp_path / "out", whole)
 
 
+@pytest.mark.full
 def test_a_member_that_dies_in_a_micro_batch_changes_nothing(
     engines: MakeEngine, directory: Path, tmp_path: Path, whole: Path
 ) -> None:
@@ -298,6 +300,7 @@ def test_a_primary_that_dies_is_followed_by_another_epoch(
     first.jobs.fail_all(JobFailed("its process is gone"))
 
 
+@pytest.mark.full
 def test_a_late_member_is_replaced_and_its_late_seal_is_dropped(
     engines: MakeEngine, directory: Path, tmp_path: Path, whole: Path
 ) -> None:
@@ -325,6 +328,7 @@ def test_a_late_member_is_replaced_and_its_late_seal_is_dropped(
     assert slow.handle.status == "succeeded", "it takes part again"
 
 
+@pytest.mark.full
 def test_an_adapter_that_differs_is_noticed_and_what_it_sealed_runs_again(
     engines: MakeEngine, directory: Path, tmp_path: Path, whole: Path
 ) -> None:
@@ -349,10 +353,11 @@ def test_an_adapter_that_differs_is_noticed_and_what_it_sealed_runs_again(
     assert any("goes on without the job" in note for note in crew.notes)
 
 
+@pytest.mark.full
 def test_members_join_and_leave_while_the_job_runs(
     engines: MakeEngine, directory: Path, tmp_path: Path, model: LoadedModel
 ) -> None:
-    config = replace(SFT, max_steps=8)
+    config = replace(SFT, max_steps=10)
     finetune(directory / "sft.jsonl", tmp_path / "whole", model=model, config=config)
     crew = Crew(directory / "sft.jsonl", tmp_path / "out", config)
     crew.add("p", engines())
@@ -360,18 +365,43 @@ def test_members_join_and_leave_while_the_job_runs(
     late = crew.add("m1", engines())
     crew.drive(lambda: late.handle.trained_tokens > 0)
     assert any("m1 has joined the job at step" in note for note in crew.notes)
-    crew.drive(lambda: crew.members["p"].handle.step >= 5)
-    late.engine.close()
-    assert late.handle.status == "cancelled"
+    late.handle.hand_over()
+    crew.drive(lambda: late.handle.finished)
+    assert late.handle.status == "handed_over" and not late.engine.jobs.jobs
     crew.drive(lambda: "m1" not in crew.coordinator.machine.members)
-    late.dead = True
+    assert not any("late" in note or "lost" in note for note in crew.notes), "it left at the end of its step"
+    other = crew.add("m2", engines())
+    crew.drive(lambda: crew.members["p"].handle.step >= 5 and "m2" in crew.coordinator.machine.active)
+    other.engine.close()
+    assert other.handle.status == "cancelled"
+    crew.drive(lambda: "m2" not in crew.coordinator.machine.members)
     crew.drive()
     assert_equal(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.full
+def test_a_job_that_is_handed_over_goes_on_with_another_crew(
+    engines: MakeEngine, directory: Path, tmp_path: Path, whole: Path
+) -> None:
+    crew = Crew(directory / "sft.jsonl", tmp_path / "out", SFT, validation=directory / "valid.jsonl")
+    for name in ("p", "m1"):
+        crew.add(name, engines())
+    crew.drive(lambda: crew.members["p"].handle.step == 1)
+    crew.members["p"].handle.hand_over()
+    crew.finish()
+    assert [member.handle.status for member in crew.members.values()] == ["handed_over", "cancelled"]
+    assert crew.members["p"].handle.step == 2, "at the end of its step"
+    again = Crew(directory / "sft.jsonl", tmp_path / "out", SFT, epoch=2, validation=directory / "valid.jsonl")
+    again.add("p", engines(), resume=True)
+    again.add("m1", engines())
+    again.finish()
+    assert_equal(tmp_path / "out", whole)
 
 
 # --- beside others, and refusals ---
 
 
+@pytest.mark.full
 def test_requests_go_on_while_a_member_waits_for_others(engines: MakeEngine, directory: Path, tmp_path: Path) -> None:
     crew = Crew(directory / "sft.jsonl", tmp_path / "out", SFT)
     for name in ("p", "m1"):
@@ -397,6 +427,7 @@ def test_a_deterministic_job_is_refused(engines: MakeEngine, directory: Path, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_a_member_with_other_data_is_sent_away(
     engines: MakeEngine, directory: Path, tmp_path: Path, whole: Path
 ) -> None:

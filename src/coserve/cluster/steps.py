@@ -35,13 +35,14 @@ MAX_MEMBERS = 4
 class StepLimits:
     """lost_s: silence after which a member counts as lost. late_s, slow: a member is late while others wait for it after
     `late_s`, or `slow` times what its micro-batches take elsewhere, whichever is more. unknown_s: the same before anybody has
-    sealed. max_totals: how many steps a member may lag behind."""
+    sealed. max_totals: how many steps a member may lag behind. max_members: the primary included."""
 
     lost_s: float = 15.0
     late_s: float = 20.0
     slow: float = 4.0
     unknown_s: float = 600.0
     max_totals: int = 4
+    max_members: int = MAX_MEMBERS
 
 
 class Take(NamedTuple):
@@ -196,8 +197,8 @@ class StepMachine:
         if name in self._members or name == self.primary:
             raise InvalidRequest(f"a member is called {name!r} already")
         others = sum(other != self.primary for other in self._members)
-        if others >= MAX_MEMBERS - 1:
-            raise CapacityError(f"the job has {MAX_MEMBERS} members already")
+        if others >= self.limits.max_members - 1:
+            raise CapacityError(f"the job has {self.limits.max_members} members already")
         self._members[name] = _Member(now)
         return self._ask_state()
 

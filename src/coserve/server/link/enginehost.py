@@ -280,7 +280,8 @@ class EngineHost:
             self._jobs.pop(job, None)
             member = self._members.pop(job, None)
         if member is not None and not member.primary:
-            self._post(ShareEnded(id=job, problem=None if handle.error is None else make_problem(handle.error)))
+            ended = ShareEnded(id=job, problem=None if handle.error is None else make_problem(handle.error))
+            member.gone.add_done_callback(lambda _: self._post(ended))
             return
         self._engine.jobs.recorder.submit(self._report_end, job, handle)  # after the rows that are still being written
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 
 import msgspec
 import numpy as np
@@ -66,6 +67,8 @@ class StepMember:
         self._reader = SideThreads(1, "coserve-shares")
         self._failure: Dismissed | None = None
         self._left = False
+        self.gone: Future[None] = Future()
+        """Done when this member has said its last word."""
         self._num_sent = self._num_read = self._num_blobs = 0
         self._outgoing, self._incoming = OutgoingBlobs(once=True), dict[int, IncomingBlob]()
         self._elements, self._dtype, self._vectors = 0, "float32", list[str]()
@@ -193,6 +196,7 @@ class StepMember:
             self._outgoing = OutgoingBlobs()
             self._incoming.clear()
             self._send = lambda data: None
+        self.gone.set_result(None)
 
     # --- messages: the thread that reads ---
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from coserve.cluster.steps import StepLimits
+from coserve.cluster.steps import MAX_MEMBERS, StepLimits
 from coserve.core import CoserveError
 from coserve.server.link.stepmessages import Envelope, GoAway, LeaveJob, StepBody, encode_step
 from coserve.server.replicas.stepcoordinator import StepCoordinator, Total
@@ -33,7 +33,7 @@ _STOP_S = 1.0
 _log = logging.getLogger(__name__)
 
 
-class StepFrame(msgspec.Struct, frozen=True, kw_only=True):
+class StepFrame(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """An envelope on its way between replicas. up: to the job's coordinator, or else to `member`. data: empty for a sign of
     life."""
 
@@ -41,6 +41,14 @@ class StepFrame(msgspec.Struct, frozen=True, kw_only=True):
     member: str
     up: bool
     data: bytes
+
+
+class Invitation(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Asks another replica to help with a job. run: what the job is called here, in frames. epoch: of its lease."""
+
+    job: str
+    run: str
+    epoch: int
 
 
 class StepWire(Protocol):
@@ -55,7 +63,7 @@ class StepWire(Protocol):
 
 
 _frame_encoder = msgspec.msgpack.Encoder()
-_frame_decoder: msgspec.msgpack.Decoder[StepFrame] = msgspec.msgpack.Decoder(StepFrame)
+_frame_decoder: msgspec.msgpack.Decoder[StepFrame | Invitation] = msgspec.msgpack.Decoder(StepFrame | Invitation)
 
 
 class _Hosted(NamedTuple):
@@ -95,6 +103,7 @@ class StepLinks:
         self._hosted: dict[str, _Hosted] = {}
         self._followed: dict[str, _Followed] = {}
         self._heard: dict[str, float] = {}  # when the coordinators of those were heard
+        self._listener: Callable[[str, Invitation], None] = lambda replica, invitation: None
         self._queues: dict[str, asyncio.Queue[bytes]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -119,12 +128,12 @@ class StepLinks:
     # --- which jobs ---
 
     def host(
-        self, job: str, epoch: int, member: str, *, limits: StepLimits | None = None, note: Callable[[str], None] = _log.info
+        self, job: str, epoch: int, member: str, *, most: int = MAX_MEMBERS, note: Callable[[str], None] = _log.info
     ) -> StepCoordinator:
         """This replica holds a job's lease: its engine will be the primary, as `member`. job: what the engine calls this run of
-        the job, such as JOB-eEPOCH. note: as for StepCoordinator."""
+        the job, such as JOB-eEPOCH. most: members. note: as for StepCoordinator."""
         self.end(job, "the job begins again")
-        limits = limits or StepLimits(lost_s=self._lost_s)
+        limits = StepLimits(lost_s=self._lost_s, max_members=min(most, MAX_MEMBERS))
         coordinator = StepCoordinator(epoch, member, limits=limits, later=self._later, note=note)
         self._hosted[job] = _Hosted(coordinator, {})
         return coordinator
@@ -141,6 +150,14 @@ class StepLinks:
         share = share_id(job, epoch, member)
         self._followed[share], self._heard[share] = _Followed(job, epoch, member, replica), time.monotonic()
         return share
+
+    def invite(self, replica: str, invitation: Invitation) -> None:
+        """Asks another replica to help."""
+        self._put(replica, invitation)
+
+    def on_invited(self, listener: Callable[[str, Invitation], None]) -> None:
+        """The listener is called with other replicas' names and invitations."""
+        self._listener = listener
 
     def share_ended(self, share: str) -> None:
         """This replica's engine takes part no more: it has said so."""
@@ -193,6 +210,9 @@ class StepLinks:
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             _log.warning("replica %s sent what can't be read: %s", replica, error)
             return
+        if isinstance(found, Invitation):
+            self._listener(replica, found)
+            return
         if found.up:
             self._up(replica, found)
             return
@@ -207,10 +227,11 @@ class StepLinks:
         hosted = self._hosted.get(frame.job)
         if hosted is None or hosted.homes.get(frame.member, replica) != replica:
             return
-        if not frame.data:
-            hosted.coordinator.heard(frame.member)
-            return
         way = _Followed(frame.job, 0, frame.member, replica)
+        if not frame.data:  # answered also while its engine still reads the job's data
+            hosted.coordinator.heard(frame.member)
+            self._post(replica, way, b"", up=False)
+            return
         name = hosted.coordinator.receive(frame.data, lambda reply: self._post(replica, way, reply, up=False))
         if name is not None and name == frame.member:
             hosted.homes[name] = replica
@@ -226,11 +247,14 @@ class StepLinks:
         self._spawn(run())
 
     def _post(self, replica: str, way: _Followed, data: bytes, *, up: bool = True) -> None:
+        self._put(replica, StepFrame(job=way.job, member=way.member, up=up, data=data))
+
+    def _put(self, replica: str, frame: StepFrame | Invitation) -> None:
         queue = self._queues.get(replica)
         if queue is None:
             queue = self._queues[replica] = asyncio.Queue()
             self._spawn(self._write(replica, queue))
-        queue.put_nowait(_frame_encoder.encode(StepFrame(job=way.job, member=way.member, up=up, data=data)))
+        queue.put_nowait(_frame_encoder.encode(frame))
 
     async def _write(self, replica: str, queue: asyncio.Queue[bytes]) -> None:
         while self._wire is not None:
@@ -256,9 +280,7 @@ class StepLinks:
                 self._post(followed.replica, followed, b"")
                 if time.monotonic() - self._heard[share] > self._lost_s:
                     self._abandon(share)
-            for job, hosted in list(self._hosted.items()):
-                for member, home in hosted.homes.items():
-                    self._post(home, _Followed(job, 0, member, home), b"", up=False)
+            for hosted in list(self._hosted.values()):
                 primary = hosted.coordinator.machine.primary
                 hosted.coordinator.heard(primary)  # its engine's death is told by more than silence
                 hosted.coordinator.tick()
