@@ -255,13 +255,14 @@ async def test_three_replicas_share_a_job(model: LoadedModel, data: Path, tmp_pa
     finetune(data, tmp_path / "whole", model=model, config=CONFIG)
     wires, notes = Wires(), list[str]()
     async with replicas(model, wires, 3) as (first, *others):
-        first.links.host("job-e4", 4, "r0", note=notes.append)
-        first.start("job-e4", tmp_path / "out", data, JobShare(epoch=4, member="r0", primary=True), CONFIG)
+        coordinator = first.links.host("job-e4", 4, "r0", note=notes.append)
         for replica in others:
             share = replica.links.join("job-e4", 4, replica.name, "r0")
             assert share == f"job-e4/4/{replica.name}"
             place = JobShare(epoch=4, member=replica.name, primary=False)
             replica.start(share, tmp_path / f"scratch-{replica.name}", data, place, CONFIG)
+        await until(lambda: len(coordinator._early) == 2)
+        first.start("job-e4", tmp_path / "out", data, JobShare(epoch=4, member="r0", primary=True), CONFIG)
         ended: JobEnded = await first.heard(JobEnded)
         assert (ended.status, ended.step) == ("succeeded", 4)
         first.links.end("job-e4")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,10 +42,11 @@ class S3:
             stderr=subprocess.DEVNULL,
         )
 
-    def ask(self, method: str, path: str, body: bytes = b"") -> int:
+    def make_bucket(self) -> int:
+        """The status of the answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
-            connection.request(method, path, body)
+            connection.request("PUT", f"/{BUCKET}")
             return connection.getresponse().status
         finally:
             connection.close()
@@ -56,7 +58,7 @@ def s3() -> Iterator[S3]:
     try:
         for _ in range(600):
             try:
-                assert server.ask("PUT", f"/{BUCKET}") == 200
+                assert server.make_bucket() == 200
                 break
             except ConnectionRefusedError:
                 assert server.process.poll() is None
@@ -88,6 +90,11 @@ def write(place: Path, **files: bytes) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
     return place / "source"
+
+
+def _files() -> Any:
+    """The bucket, past the store."""
+    return pytest.importorskip("s3fs").S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -149,30 +156,31 @@ def test_an_upload_that_breaks_off(place: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(Cut):
             store.put_directory(KEY, source)
     assert not store.exists(KEY) and store.size("jobs") == 0
+    assert not _files().call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads"), "its parts are gone too"
     assert store.put_directory(KEY, source).bytes == 20 << 20
 
 
-def test_damage(place: Path, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage(place: Path) -> None:
     store = opened(place, "three")
     stored = store.put_file(KEY, write(place, a=b"a" * 1000) / "a")
     (key,) = [key for key in store._objects.sizes("jobs") if key.endswith("/content")]
-    assert s3.ask("PUT", f"/{BUCKET}/three/{key}", b"b" * 1000) == 200
+    _files().pipe_file(f"{BUCKET}/three/{key}", b"b" * 1000)
     with pytest.raises(NotFound, match="other bytes"):
         store.fetch(KEY, stored.sha256)
-    assert s3.ask("DELETE", f"/{BUCKET}/three/{key}") == 204
+    _files().rm_file(f"{BUCKET}/three/{key}")
     with pytest.raises(NotFound, match="missing"):
         store.fetch(KEY, stored.sha256)
     assert artifacts_module.file_manifest_digest(1000, "0" * 64) != stored.sha256
 
 
-def test_what_is_a_store(place: Path, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_a_store(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="is it mounted"):
         opened(place, "four", create=False)
     opened(place, "four")
-    assert s3.ask("PUT", f"/{BUCKET}/four/{MARKER}", b'{"format": 9}') == 200
+    _files().pipe_file(f"{BUCKET}/four/{MARKER}", b'{"format": 9}')
     with pytest.raises(ConfigError, match="has format 9"):
         opened(place, "four")
-    assert s3.ask("PUT", f"/{BUCKET}/five/notes.txt", b"x") == 200
+    _files().pipe_file(f"{BUCKET}/five/notes.txt", b"x")
     with pytest.raises(ConfigError, match=r"holds other things \(notes.txt\)"):
         opened(place, "five")
     with pytest.raises(ConfigError, match="can't be used"):

@@ -95,17 +95,15 @@ def test_an_artifact_never_changes(bench: Bench) -> None:
         bench.store.fetch("elsewhere/x", first.sha256.replace("0", "1"))
 
 
-@pytest.mark.parametrize(
-    "key", ["", "/a", "a/", "a//b", "../a", "a/../b", "a/_manifest.json", "a b", "a\n", "x" * 600, ".a", "ä"]
-)
-def test_strange_keys(bench: Bench, key: str) -> None:
-    calls: tuple[Callable[[], object], ...] = (
-        lambda: bench.store.put_directory(key, bench.write()), lambda: bench.store.fetch(key, ""),
-        lambda: bench.store.delete(key), lambda: bench.store.size(key),
+def test_strange_keys(bench: Bench) -> None:
+    calls: tuple[Callable[[str], object], ...] = (
+        lambda key: bench.store.put_directory(key, bench.source), bench.store.fetch, bench.store.delete, bench.store.size,
     )
-    for call in calls:
-        with pytest.raises(InvalidRequest):
-            call()
+    bench.write()
+    for key in ("", "/a", "a/", "a//b", "../a", "a/../b", "a/_manifest.json", "a b", "a\n", "x" * 600, ".a", "ä"):
+        for call in calls:
+            with pytest.raises(InvalidRequest):
+                call(key)
 
 
 def test_sources_that_are_no_plain_files(bench: Bench) -> None:
@@ -142,11 +140,13 @@ def test_deletion(bench: Bench) -> None:
 # --- stores that fail ---
 
 REFUSALS = [
-    OSError(errno.ENOSPC, "full"), PermissionError(errno.EACCES, "no"), ConnectionResetError("cut"), TimeoutError("slow"),
+    OSError(errno.ENOSPC, "full"),
+    *(pytest.param(error, marks=pytest.mark.full)
+      for error in (PermissionError(errno.EACCES, "no"), ConnectionResetError("cut"), TimeoutError("slow"))),
 ]
 
 
-@pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", REFUSALS)
 @pytest.mark.parametrize(("verb", "part"), [
     ("read", MARKER), ("open", "a.bin"), ("write", "a.bin"), ("close", "b.json"), ("open", "_manifest"), ("write", "_manifest"),
     ("close", "_manifest"), ("mv", "_manifest"),
@@ -232,7 +232,7 @@ def test_a_store_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert bench.other().exists(KEY)
 
 
-@pytest.mark.parametrize("verb", ["open", "write", "close", "mv"])
+@pytest.mark.parametrize("verb", ["open", *(pytest.param(verb, marks=pytest.mark.full) for verb in ("write", "close", "mv"))])
 def test_a_late_write_of_a_try_that_was_given_up(tmp_path: Path, verb: str) -> None:
     bench = Bench(tmp_path, call_s=0.1)
     goes_on, hung = threading.Event(), iter([True])
@@ -446,3 +446,63 @@ def test_a_process_that_dies_while_it_fetches(bench: Bench) -> None:
         assert contents(neighbour.result(10)) == contents(bench.source)
     assert not list((bench.cache_root / "unfinished").iterdir())
 
+
+_SHARE_AND_KILL = """
+import os, random, signal, sys, time, traceback
+from pathlib import Path
+from coserve.server.replicas.artifactcache import ArtifactCache
+from coserve.server.replicas.artifacts import ArtifactStore
+from tests.server.faulty_files import faulty_objects
+
+def use_for_ever():
+    objects, files = faulty_objects(sys.argv[1])
+    store = ArtifactStore(objects, ArtifactCache(Path(sys.argv[2]), 250_000, kept_s=0.0))
+    while True:
+        number = random.randrange(10)
+        with store.hold(f"things/{number}") as place:
+            for name in ("a", "b"):
+                assert (place / name).read_bytes() == bytes([number]) * 40_000, "half of it"
+
+running = []
+
+def kill(pid):
+    running.remove(pid)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+fine = True
+for _ in range(12):
+    while len(running) < 4:
+        pid = os.fork()
+        if not pid:
+            try:
+                random.seed(os.getpid())
+                use_for_ever()
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        running.append(pid)
+    time.sleep(0.3)
+    fine = kill(random.choice(running)) and fine
+for pid in list(running):
+    fine = kill(pid) and fine
+sys.exit(not fine)
+"""
+
+
+@pytest.mark.full
+def test_processes_that_share_a_cache_and_are_killed(bench: Bench) -> None:
+    """Ten artifacts, of which three fit, so that all of them come and go all the time."""
+    for number in range(10):
+        bench.store.put_directory(f"things/{number}", bench.write(a=bytes([number]) * 40_000, b=bytes([number]) * 40_000))
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}
+    done = subprocess.run(
+        [sys.executable, "-c", _SHARE_AND_KILL, str(bench.root), str(bench.cache_root)], capture_output=True, text=True,
+        env=environment, timeout=120, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    last = ArtifactStore(faulty_objects(str(bench.root))[0], ArtifactCache(bench.cache_root, 250_000, kept_s=0.0))
+    for number in range(10):
+        assert contents(last.fetch(f"things/{number}"))["a"] == bytes([number]) * 40_000
+    assert len(bench.entries) == 3 and not list((bench.cache_root / "unfinished").iterdir())

@@ -263,7 +263,7 @@ def test_a_transaction_that_is_left_open_locks_nobody_out(desk: DeskStore, claim
     add(desk, job("one"))
     limits = PostgresLimits(idle_s=0.3, lock_s=0.2)
     stopped = Database(desk.database.url, limits)
-    with pytest.raises(StorageRefused), stopped.write() as connection:
+    with pytest.raises(StorageRefused), stopped.write() as connection:  # noqa: PT012
         connection.execute(text("SELECT 1 FROM jobs WHERE id = 'one' FOR UPDATE"))
         waiting = Database(desk.database.url, limits)
         with pytest.raises(StorageRefused, match="busy"), waiting.write() as other:

@@ -118,7 +118,7 @@ def test_two_replicas_write_a_result_at_once(bench: Bench, monkeypatch: pytest.M
     assert bench.service.find("alice", record.id)[1].read_bytes() == b"of the holder"
 
 
-@pytest.mark.parametrize("verb", ["open", "write", "close", "mv"])
+@pytest.mark.parametrize("verb", ["write", "mv"])
 def test_a_store_that_refuses(bench: Bench, verb: str) -> None:
     bench.faults.before = _refuse(verb)
     with pytest.raises(CapacityError, match="artifact store is full"):

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobtable import JobTable
 from coserve.engine.loop import EngineLoop
 from coserve.engine.makedevice import make_device
+from coserve.engine.report import EngineReport, LoadReporter
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.engine.requesttable import RequestTable
 from coserve.engine.sharing import refuse_sharing
@@ -115,6 +116,7 @@ class Engine:
         self._device_free_s = -math.inf
         """When the device will have done what it was told, by the engine's clock and as predicted."""
         self._idle_since_s = math.inf
+        self._reporter: LoadReporter | None = None
 
     # --- requests ---
 
@@ -226,6 +228,11 @@ class Engine:
         finally:
             handle.cancel()
 
+    def charge_tenants(self, tokens: Mapping[str, int]) -> None:
+        """Tenants were served so many tokens by other engines, which counts for their turns here. Thread-safe. Raises
+        CoserveError if the engine is closed."""
+        self._loop.post(lambda: self.scheduler.charge_elsewhere(tokens), "charge tenants")
+
     # --- adapters and jobs ---
 
     def load_adapter(self, name: str, directory: str | Path) -> None:
@@ -235,8 +242,10 @@ class Engine:
         Raises NotFound, InvalidRequest; the name then keeps its present version.
         """
         place = Path(directory).absolute()
+        began = time.perf_counter()
         with borrowed_team():
             adapter = self.device.load_adapter(place)
+        self.adapters.note_load(time.perf_counter() - began)
         self._loop.call(lambda: self.adapters.publish(name, adapter, place), f"publish adapter {name}")
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
@@ -436,6 +445,17 @@ class Engine:
     def idle(self) -> bool:
         """Whether there is no request and no job."""
         return not self.requests.live and not self.jobs.jobs and not len(self._loop)
+
+    def load_report(self) -> EngineReport:
+        """What one more request would wait here, and what the engine holds; rates are since the report before. For one thread
+        at a time, beside the engine's own, whose iterations go on meanwhile."""
+        if self._reporter is None:
+            self._reporter = LoadReporter(
+                self.config, self.scheduler, self.blocks, self.adapters, busy_s=lambda: self._counts["inference_busy_s"],
+                finished=lambda: self.requests.num_finished + self.requests.num_cancelled,
+                live=lambda: len(self.requests.live) + len(self._loop), clock=self.now,
+            )
+        return self._reporter.report()
 
     def metrics(self) -> dict[str, Any]:
         """Counters since the start, and the present state. finetune_tokens: as JobProgress.trained_tokens. *_s: seconds.

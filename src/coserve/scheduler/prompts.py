@@ -116,7 +116,7 @@ class PromptPicker:
     def expect(self, request: RequestState) -> float:
         """Predicts the seconds that a new request's prompt adds to a pass, without what the prefix cache has of it."""
         cached = self.admission.pool.match(request.key, request.tokens()) if request.cacheable else 0
-        rows = len(request.prompt) - cached
+        rows = request.uncached_tokens = len(request.prompt) - cached
         pairs = rows * (2 * cached + rows + 1) // 2
         least, whole = PassCost(1, 1, 0, 0, 1, 0, 0, 0, 0, 1), PassCost(rows, 1, 0, 0, pairs, 0, 0, 0, 0, 1)
         seconds = self.latency.pass_seconds(whole) - self.latency.pass_seconds(least)

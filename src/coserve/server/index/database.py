@@ -81,7 +81,8 @@ class Database:
     def __init__(self, url: str | URL, limits: PostgresLimits | None = None) -> None:
         """Raises ConfigError, also for a damaged file or a newer schema. url: SQLAlchemy's; 'postgresql://' uses psycopg.
         limits: of the connections to PostgreSQL."""
-        self.url = parsed = _read_url(url)
+        self.url, self.limits = _read_url(url), limits
+        parsed = self.url
         if parsed.drivername.startswith("sqlite"):
             self.engine = _connect_sqlite(parsed)
         else:
@@ -115,6 +116,10 @@ class Database:
         """
         with translated(), self.engine.begin() as connection:
             yield connection
+
+    def limited(self) -> Database:
+        """The same database within limits: itself if it has some, else a new one of default limits. Raises ConfigError."""
+        return self if self.limits is not None else Database(self.url, PostgresLimits())
 
     def close(self) -> None:
         """Closes all connections."""

@@ -1,7 +1,7 @@
 """A body that creates a job, as the job's record.
 
-Owns: what a new record holds, which files it may name, what is told of too many bytes. Does not own: what the body's fields mean
-(spec.py), where records and files go (service.py, and server/replicas/desk.py).
+Owns: what a new record holds, which files it may name, what is told of too many bytes. Does not own: what the body's fields
+mean (spec.py), where records and files go (service.py, and server/replicas/desk.py).
 """
 
 from __future__ import annotations

@@ -223,6 +223,10 @@ def _check_members(settings: Mapping[str, Any], server: ServerConfig) -> None:
             "members: this server is one replica, so that no others can share a job; leave members out, or start the server "
             "with --replicas", param="members",
         )
+    if server.tensor_parallel_size > 1:
+        raise InvalidRequest(
+            "members: replicas whose model is shared by several processes can't share a job; leave members out", param="members"
+        )
     if server.deterministic or settings.get("deterministic", False):
         raise InvalidRequest(
             "members: a deterministic job runs on one replica; leave out members, or deterministic", param="members"

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
+from coserve.cluster.load import Load
 from coserve.config.settings import SamplingConfig
 from coserve.config.values import SloMs
 from coserve.server.link.calls import Calls
 from coserve.server.link.messages import (
     ActJob,
     AdapterRef,
+    ChargeTenants,
+    EngineLoad,
     Failed,
     FromEngine,
     Generate,
@@ -35,6 +38,7 @@ from coserve.server.link.messages import (
     StepTold,
     Tokens,
     UnloadAdapter,
+    WatchLoad,
 )
 from coserve.server.link.streams import RequestStream, RequestStreams
 from coserve.server.link.supervisor import Supervisor, notify_all
@@ -53,6 +57,9 @@ class EngineClient:
         self._calls, self._streams = Calls(self.supervisor.send), RequestStreams(self.supervisor.send)
         self._job_listeners: list[Callable[[JobHappened | JobEnded], None]] = []
         self._step_listeners: list[Callable[[StepSaid | ShareEnded], None]] = []
+        self._load_listeners: list[Callable[[Load], None]] = []
+        self._load_every_s = 0.0
+        self.supervisor.on_up(self._ask_for_load)
 
     @property
     def ready(self) -> bool:
@@ -76,6 +83,10 @@ class EngineClient:
         """The listener is called with what the engine says as a member of jobs that several engines share, in order."""
         self._step_listeners.append(listener)
 
+    def on_load(self, listener: Callable[[Load], None]) -> None:
+        """The listener is called with every report that `watch_load` has asked for, on the event loop."""
+        self._load_listeners.append(listener)
+
     def _on_message(self, message: FromEngine) -> None:
         match message:
             case Tokens():
@@ -88,6 +99,8 @@ class EngineClient:
                 notify_all(self._job_listeners, message)
             case StepSaid() | ShareEnded():
                 notify_all(self._step_listeners, message)
+            case EngineLoad(load=load):
+                notify_all(self._load_listeners, load)
 
     def _on_lost(self, message: str) -> None:
         self._streams.fail_all(message)
@@ -139,6 +152,20 @@ class EngineClient:
     def tell_step(self, job: str, data: bytes) -> None:
         """Passes an envelope (stepmessages.py) to the engine as a member of a job. Raises EngineUnavailable."""
         self.supervisor.send(StepTold(id=job, data=data))
+
+    def watch_load(self, every_s: float) -> None:
+        """The engine, and those that follow it after a restart, reports its load every so many seconds; 0: no more."""
+        self._load_every_s = every_s
+        if self.ready:
+            self.supervisor.send(WatchLoad(every_s=every_s))
+
+    async def _ask_for_load(self) -> None:
+        if self._load_every_s > 0:
+            self.watch_load(self._load_every_s)
+
+    def charge_tenants(self, tokens: Mapping[str, int]) -> None:
+        """Other engines have served tenants so many tokens, which count for their turns here. Raises EngineUnavailable."""
+        self.supervisor.send(ChargeTenants(tokens=dict(tokens)))
 
     async def stats(self) -> dict[str, Any]:
         """Engine.metrics(), and time_s, when it was measured by the monotonic clock. Raises EngineUnavailable."""

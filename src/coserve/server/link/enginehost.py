@@ -1,8 +1,8 @@
 """Carries out the API process's messages on an engine, and reports what becomes of them.
 
 `EngineHost.on_message` runs on the process's main thread and never waits: what takes long (adapters, the start of jobs) runs in
-a pool. Chunks and ends of jobs come on the engine's thread. Does not own: the socket (mailbox.py), the process's life
-(enginemain.py).
+a pool. Chunks and ends of jobs come on the engine's thread, reports of its load on one of their own. Does not own: the socket
+(mailbox.py), the process's life (enginemain.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from coserve.cluster.load import Load
 from coserve.core import CoserveError, JobFailed, TokenLogprob
 from coserve.engine.engine import Engine
 from coserve.engine.jobhandle import JobHandle
@@ -28,6 +29,8 @@ from coserve.server.link.activity import ActivityPage, CallPlaces
 from coserve.server.link.messages import (
     ActJob,
     Cancel,
+    ChargeTenants,
+    EngineLoad,
     Failed,
     FromEngine,
     Generate,
@@ -46,6 +49,7 @@ from coserve.server.link.messages import (
     ToEngine,
     Tokens,
     UnloadAdapter,
+    WatchLoad,
 )
 from coserve.server.link.stepmember import StepMember
 
@@ -96,6 +100,7 @@ class EngineHost:
         self._members: dict[str, StepMember] = {}  # this engine's places in jobs that several engines share
         self._early: dict[str, list[str]] = {}  # actions on jobs that are being prepared, in order
         self._lock = threading.Lock()
+        self._loads = _LoadPoster(engine, post)
 
     def on_message(self, message: ToEngine) -> None:
         """Begins to carry out a message; what becomes of it is posted."""
@@ -127,11 +132,17 @@ class EngineHost:
                     member.on_message(data)
             case GetStats(call=call):
                 self._call(call, self._stats, "figures for metrics")
+            case WatchLoad(every_s=every_s):
+                self._loads.watch(every_s)
+            case ChargeTenants(tokens=tokens):
+                with contextlib.suppress(CoserveError):  # the engine has stopped
+                    self._engine.charge_tenants(tokens)
             case Shutdown():
                 self._stop()
 
     def close(self) -> None:
         """Drops the calls that wait. Calls that run go on, and nobody waits for them."""
+        self._loads.watch(0.0)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._compiling.shutdown(wait=False, cancel_futures=True)
 
@@ -294,12 +305,38 @@ class EngineHost:
         ))
 
 
+class _LoadPoster:
+    """Posts reports of an engine's load at even distances, from a thread that exists once somebody has asked for them."""
+
+    def __init__(self, engine: Engine, post: Callable[[FromEngine], None]) -> None:
+        self._engine, self._post = engine, post
+        self._every_s, self._number = 0.0, 0
+        self._asked = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, every_s: float) -> None:
+        """Reports come every so many seconds from now on; 0: no more."""
+        self._every_s = every_s
+        self._asked.set()
+        if every_s > 0 and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="coserve-load", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while not self._engine.closed:
+            self._asked.clear()
+            every_s = self._every_s
+            if every_s > 0:
+                with contextlib.suppress(RuntimeError):  # a table changed size while it was read: the next report tells
+                    load = Load(number=self._number + 1, **self._engine.load_report()._asdict())
+                    self._number += 1
+                    self._post(EngineLoad(load=load))
+            self._asked.wait(every_s if every_s > 0 else None)
+
+
 def _act(handle: JobHandle, action: str) -> None:
     with contextlib.suppress(CoserveError):  # the engine has stopped
-        actions = {
-            "pause": handle.pause, "resume": handle.resume, "cancel": handle.cancel, "hand_over": handle.hand_over,
-        }
-        actions[action]()
+        getattr(handle, action)()  # ActJob's actions are names of its methods
 
 
 class _RequestReporter:

@@ -1,7 +1,8 @@
 """What the API process and the engine process say to each other: msgpack over a ZeroMQ pair of sockets.
 
-    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, StepTold, GetStats, Ack, Shutdown
-    engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded, StepSaid, ShareEnded
+    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, StepTold, GetStats, WatchLoad, ChargeTenants,
+                   Ack, Shutdown
+    engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded, StepSaid, ShareEnded, EngineLoad
 
 A `call` number is answered by one Replied. Times are seconds of the machine's monotonic clock, which both processes share.
 """
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from coserve.cluster.load import Load
 from coserve.config.settings import FinetuneConfig, SamplingConfig
 from coserve.config.values import SloMs
 from coserve.core import Slo
@@ -135,6 +137,18 @@ class GetStats(Message, frozen=True, kw_only=True):
     """Asks for Engine.metrics(), which is the reply's value."""
 
     call: int
+
+
+class WatchLoad(Message, frozen=True, kw_only=True):
+    """Asks for an EngineLoad every so many seconds from now on; 0: for no more of them."""
+
+    every_s: float
+
+
+class ChargeTenants(Message, frozen=True, kw_only=True):
+    """Other engines have served tenants: tokens by tenant, which count for their turns here."""
+
+    tokens: dict[str, int]
 
 
 class Ack(Message, frozen=True, kw_only=True):
@@ -281,8 +295,25 @@ class ShareEnded(Message, frozen=True, kw_only=True):
     problem: Problem | None = None
 
 
-ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | StepTold | GetStats | Ack | Shutdown
-FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded | StepSaid | ShareEnded
+class EngineLoad(Message, frozen=True, kw_only=True):
+    """The engine's load now. The replica's name is still empty; reports are numbered from 1."""
+
+    load: Load
+
+
+def merge_loads(earlier: EngineLoad, later: EngineLoad) -> EngineLoad:
+    """Two reports that follow one another as one: the later one, with what both have served."""
+    old, new = earlier.load, later.load
+    served = {tenant: old.served.get(tenant, 0) + new.served.get(tenant, 0) for tenant in {**old.served, **new.served}}
+    prefixes = old.prefixes if new.prefixes is None else new.prefixes
+    return EngineLoad(load=msgspec.structs.replace(new, served=served, prefixes=prefixes))
+
+
+ToEngine = (
+    Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | StepTold | GetStats | WatchLoad
+    | ChargeTenants | Ack | Shutdown
+)
+FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded | StepSaid | ShareEnded | EngineLoad
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -3,9 +3,9 @@
     ensure(ref) --> artifacts.hold: a copy on this machine --> engine.load_adapter, which reads the copy when it needs it
 
 The engine has a version in memory only while it has a slot, and reads the copy again for the next one. So the copy is held
-until the engine has no use for it, which it tells whenever it loads or unloads. When the names that the engine knows become too many,
-or their files too large, the least recently used ones are unloaded; requests that use them go on to their end. One that was
-asked for in the last minute stays, since its request may not have begun yet.
+until the engine has no use for it, which it tells whenever it loads or unloads. When the names that the engine knows become too
+many, or their files too large, the least recently used ones are unloaded; requests that use them go on to their end. One that
+was asked for in the last minute stays, since its request may not have begun yet.
 
 Owns: what is loaded under which name, in this generation of the engine. Does not own: the copies (artifacts.py), slots and
 users (engine/adapters.py), which version a request gets (models.py).

@@ -177,7 +177,7 @@ class ArtifactCache:
     def drop(self, digest: str) -> None:
         """Deletes an entry that nobody holds."""
         entry = self._entries / digest
-        with storage_errors(), contextlib.suppress(FileNotFoundError):
+        with storage_errors():
             self._remove_unheld(entry)
 
     def _make_room(self, num_bytes: int) -> None:
@@ -206,7 +206,11 @@ class ArtifactCache:
         return size
 
     def _remove_unheld(self, entry: Path) -> bool:
-        descriptor = os.open(entry, os.O_RDONLY | os.O_DIRECTORY)
+        """Whether the entry is gone now."""
+        try:
+            descriptor = os.open(entry, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # another process was faster
+            return True
         try:
             if not _try_lock(descriptor) or not _is_at(descriptor, entry):
                 return False
@@ -225,14 +229,16 @@ class ArtifactCache:
     @contextmanager
     def _new_place(self) -> Iterator[Path]:
         """A directory that is deleted when the context ends, unless it was renamed, and that no `_sweep` deletes before."""
-        place = self._unfinished / uuid.uuid4().hex
         while True:
+            place = self._unfinished / uuid.uuid4().hex
             place.mkdir(mode=0o700)
-            descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:  # a sweep has come in between
+                continue
             if _try_lock(descriptor) and _is_at(descriptor, place):
                 break
-            os.close(descriptor)  # a sweep has come in between
-            shutil.rmtree(place, ignore_errors=True)
+            os.close(descriptor)
         try:
             yield place
         finally:

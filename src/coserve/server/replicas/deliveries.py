@@ -28,7 +28,7 @@ _SLOW_S = 10.0
 T = TypeVar("T")
 
 
-class Notes(Protocol):
+class JobNotes(Protocol):
     """Adds an event to a job."""
 
     def __call__(self, id: str, message: str, *, level: Literal["info", "warn", "error"] = "info") -> None: ...
@@ -37,7 +37,7 @@ class Notes(Protocol):
 class Deliveries:
     """Belongs to one event loop. note: adds an event. hold: says of a job whether it must wait for the store."""
 
-    def __init__(self, note: Notes, hold: Callable[[UnfinishedJob, bool], None]) -> None:
+    def __init__(self, note: JobNotes, hold: Callable[[UnfinishedJob, bool], None]) -> None:
         self._note, self._hold = note, hold
         self._senders = ThreadPoolExecutor(_THREADS, "coserve-deliveries")
         self._packer = ThreadPoolExecutor(1, "coserve-boxes")

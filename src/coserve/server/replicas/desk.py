@@ -60,7 +60,8 @@ class JobDesk:
     ) -> None:
         """nudge: tells all replicas that the row of a job has changed; they find out by themselves within seconds. It is called
         on the event loop."""
-        self._store, self._files, self._models, self._engine = DeskStore(store.database), files, models, engine
+        self._index, self._store = store, DeskStore(store.database.limited())
+        self._files, self._models, self._engine = files, models, engine
         self._config, self._artifacts, self._nudge = config, artifacts, nudge
         self.journal = EventFollowers(self._store)
         self.disk = StoredBytes(self._store)
@@ -74,6 +75,8 @@ class JobDesk:
     async def stop(self) -> None:
         """Ends the streams of events. Jobs go on."""
         await self.journal.close()
+        if self._store.database is not self._index.database:
+            self._store.close()
 
     # --- creation ---
 

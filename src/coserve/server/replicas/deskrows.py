@@ -1,4 +1,4 @@
-"""The index as an ingress uses it for jobs: what a tenant asks for is one transaction, and the replica that has the job sees it.
+"""The index as an ingress uses it for jobs: what a tenant asks for is one transaction, and the job's holder finds it.
 
     create  a row that anybody may claim        cancel  the end and the next epoch: whoever has the job may write no more
     pause   a wish in the row                   resume  the same, and the row may be claimed if nobody has it

@@ -83,9 +83,10 @@ class ReplicaJobs:
         self._timing = timing or LeaseTiming()
         self._book = LeaseBook(self._timing)
         self._claims = JobClaims(index.database, replica, self._timing.lease_s)
-        store = FencedStore(index.database, self._book.epoch, self._on_fenced)
-        self._usage = StoredBytes(index)
-        files = StoredFiles(artifacts, scratch / "files", index, config.max_file_bytes, config.max_tenant_file_bytes)
+        self._index = index
+        store = FencedStore(index.database.limited(), self._book.epoch, self._on_fenced)
+        self._usage = StoredBytes(store)
+        files = StoredFiles(artifacts, scratch / "files", store, config.max_file_bytes, config.max_tenant_file_bytes)
         self._runs = RunsEngine(engine, self._book.epoch, help)
         models = ServedNames(lambda: config.served_model_name or (engine.info.model,))
         self._outputs = ScratchOutputs(
@@ -144,6 +145,8 @@ class ReplicaJobs:
                 await self._in_thread(lambda job=job, epoch=epoch: self._claims.give_back(job, epoch))  # type: ignore[misc]
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._claims.close()
+        if self._store.database is not self._index.database:
+            self._store.close()
 
     def nudge(self, job: str) -> None:
         """The row of a job has changed, or there is a new one: it is looked at now."""

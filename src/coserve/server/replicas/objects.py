@@ -73,7 +73,8 @@ class ObjectStore:
             for chunk in chunks:
                 self._call(lambda data=chunk: file.write(data))  # type: ignore[misc]
             if self._on_disk:
-                self._call(lambda: (file.flush(), os.fsync(file.fileno())))
+                self._call(file.flush)
+                self._call(lambda: os.fsync(file.fileno()))
             self._call(file.close)
         except BaseException as error:
             if not is_hanging(error):
