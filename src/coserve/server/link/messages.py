@@ -1,8 +1,8 @@
 """What the API process and the engine process say to each other: msgpack over a ZeroMQ pair of sockets.
 
-    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, GetStats, WatchLoad, ChargeTenants, Ack,
-                   Shutdown
-    engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded, EngineLoad
+    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, StepTold, GetStats, WatchLoad, ChargeTenants,
+                   Ack, Shutdown
+    engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded, StepSaid, ShareEnded, EngineLoad
 
 A `call` number is answered by one Replied. Times are seconds of the machine's monotonic clock, which both processes share.
 """
@@ -87,12 +87,23 @@ class UnloadAdapter(Message, frozen=True, kw_only=True):
     name: str
 
 
+class JobShare(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine's place among those that share a job. epoch: of the job's lease. member: its name. primary: whether this
+    engine's replica holds the lease. Where it doesn't, the engine writes and publishes nothing, makes no `directory`, and says
+    nothing of the job but its ShareEnded; the message's id is the share's, since this replica may come to hold the job too."""
+
+    epoch: int
+    member: str
+    primary: bool
+
+
 class StartJob(Message, frozen=True, kw_only=True):
     """Starts a job, or continues one.
 
     adapter: the name under which checkpoints and the result are published. directory: where the job writes.
     resume: whether the directory holds a job already, which goes on. start: directory of the adapter that training starts from;
-    None: a new adapter. weight: the job's share of finetuning's time, beside the weights of other jobs.
+    None: a new adapter. weight: the job's share of finetuning's time, beside the weights of other jobs. share: for a job that
+    several engines share.
     """
 
     call: int
@@ -106,6 +117,7 @@ class StartJob(Message, frozen=True, kw_only=True):
     start: str | None = None
     tenant: str = ""
     weight: float = 1.0
+    share: JobShare | None = None
 
 
 class ActJob(Message, frozen=True, kw_only=True):
@@ -114,6 +126,13 @@ class ActJob(Message, frozen=True, kw_only=True):
 
     id: str
     action: Literal["pause", "resume", "cancel", "hand_over"]
+
+
+class StepTold(Message, frozen=True, kw_only=True):
+    """An envelope (stepmessages.py) for the engine as a member of a job."""
+
+    id: str
+    data: bytes
 
 
 class GetStats(Message, frozen=True, kw_only=True):
@@ -265,6 +284,20 @@ class JobEnded(Message, frozen=True, kw_only=True):
     problem: Problem | None = None
 
 
+class StepSaid(Message, frozen=True, kw_only=True):
+    """An envelope (stepmessages.py) of the engine as a member of a job, for the job's coordinator."""
+
+    id: str
+    data: bytes
+
+
+class ShareEnded(Message, frozen=True, kw_only=True):
+    """This engine's part in a job that another replica holds has ended. problem: why it failed, if it did."""
+
+    id: str
+    problem: Problem | None = None
+
+
 class EngineLoad(Message, frozen=True, kw_only=True):
     """The engine's load now. The replica's name is still empty; reports are numbered from 1."""
 
@@ -280,9 +313,10 @@ def merge_loads(earlier: EngineLoad, later: EngineLoad) -> EngineLoad:
 
 
 ToEngine = (
-    Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | GetStats | WatchLoad | ChargeTenants | Ack | Shutdown
+    Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | StepTold | GetStats | WatchLoad
+    | ChargeTenants | Ack | Shutdown
 )
-FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded | EngineLoad
+FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded | StepSaid | ShareEnded | EngineLoad
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
