@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -26,11 +26,15 @@ from coserve.server.locks import hold, make_private
 from coserve.server.records import new_id
 from coserve.server.replicas.adaptercache import AdapterCache
 from coserve.server.replicas.artifacts import open_store
+from coserve.server.replicas.files import StoredFiles
+from coserve.server.replicas.helping import JobHelp, ShareFiles
 from coserve.server.replicas.jobs import ReplicaJobs
 from coserve.server.replicas.members import BEAT_EVERY_S, KnownKeys, Member, Members, describe_engine
 from coserve.server.replicas.messages import BEAT_EVERY_S as LOAD_EVERY_S
 from coserve.server.replicas.processhost import SERVES
 from coserve.server.replicas.replicalink import ReplicaLink
+from coserve.server.replicas.replicawire import ReplicaWire
+from coserve.server.replicas.steplink import StepLinks
 from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
 from coserve.server.settings import ServerConfig
 
@@ -67,12 +71,14 @@ class Replica:
     """One replica's parts, once they have started. id: its member's."""
 
     def __init__(
-        self, id: str, engine: EngineClient, members: Members, link: ReplicaLink, jobs: ReplicaJobs, config: ServerConfig
+        self, id: str, engine: EngineClient, members: Members, link: ReplicaLink, jobs: ReplicaJobs, help: JobHelp,
+        config: ServerConfig,
     ) -> None:
-        self.id, self.engine, self.members, self.link, self.jobs, self.config = id, engine, members, link, jobs, config
+        self.id, self.engine, self.members, self.link, self.jobs, self.help = id, engine, members, link, jobs, help
+        self.config = config
 
-    async def refresh(self, row: Callable[[], Member]) -> None:
-        """Keeps this replica's row fresh until it is cancelled. It is added again if it is gone."""
+    async def refresh(self, row: Callable[[], Member], see: Callable[[Sequence[Member]], None]) -> None:
+        """Keeps this replica's row fresh until it is cancelled. It is added again if it is gone. see: takes all replicas."""
         generation = self.engine.generation
         while True:
             await asyncio.sleep(BEAT_EVERY_S)
@@ -82,11 +88,13 @@ class Replica:
             with contextlib.suppress(CapacityError):  # the database is away: the link goes on
                 if not await asyncio.to_thread(self.members.refresh, self.id, info):
                     await asyncio.to_thread(self.members.join, row())
+                see(await asyncio.to_thread(self.members.alive, "engine"))
 
     async def drain(self) -> None:
         """Takes no new requests, hands its jobs over, and gives running requests the time of --shutdown-timeout."""
         self.link.draining = True
         self.link.tell()
+        self.help.drain()
         await self.jobs.drain()
         limit = time.monotonic() + self.config.shutdown_timeout
         while self.link.num_requests and time.monotonic() < limit:
@@ -117,23 +125,39 @@ async def run_replica(
         stack.push_async_callback(cache.close)
         store = Store(index_url(config))
         stack.callback(store.close)
-        jobs = ReplicaJobs(
-            index=store, artifacts=artifacts, engine=engine, config=own, replica=id, scratch=scratch / "jobs",
-            headroom=lambda: link.headroom / (1 + len(jobs.held)),
-        )
         context: zmq.asyncio.Context = zmq.asyncio.Context()
         stack.callback(context.destroy, linger=0)
         keys, known = KeyPair.make(), KnownKeys(members)
+        wire = ReplicaWire(context, id, keys)
+        stack.callback(wire.close)
+        links = StepLinks(engine.tell_step, wire)
+        stack.push_async_callback(links.stop)
+        files = StoredFiles(artifacts, scratch / "shared", store, own.max_file_bytes, own.max_tenant_file_bytes)
+        help = JobHelp(
+            id, engine, links, scratch / "help", others=lambda: wire.others, bring=ShareFiles(store, files, artifacts),
+            headroom=lambda: link.headroom,
+        )
+        stack.push_async_callback(help.stop)
+        jobs = ReplicaJobs(
+            index=store, artifacts=artifacts, engine=engine, config=own, replica=id, scratch=scratch / "jobs",
+            headroom=lambda: link.headroom / (1 + len(jobs.held)), help=help,
+        )
         door = Door(context, lambda key: asyncio.to_thread(known, key))
         door.start()
         stack.callback(door.stop)
         socket = ServerSocket(context, host, keys, lambda peer, data: link.on_message(peer, data))
         stack.callback(socket.close)
-        link = ReplicaLink(engine, ensure=cache.ensure, nudge=jobs.nudge, send=socket.send, forget=socket.forget)
+        link = ReplicaLink(
+            engine, ensure=cache.ensure, nudge=jobs.nudge, send=socket.send, forget=socket.forget, on_steps=wire.on_steps
+        )
         stack.push_async_callback(link.close)
         engine.on_load(link.on_load)
         engine.watch_load(LOAD_EVERY_S)
-        replica = Replica(id, engine, members, link, jobs, config)
+        replica = Replica(id, engine, members, link, jobs, help, config)
+
+        def see(found: Sequence[Member]) -> None:
+            for gone in wire.see(found):
+                links.replica_lost(gone)
 
         def row() -> Member:
             return Member(
@@ -143,9 +167,11 @@ async def run_replica(
 
         await asyncio.to_thread(members.join, row())
         stack.push_async_callback(_leave, members, id)
+        see(await asyncio.to_thread(members.alive, "engine"))
+        links.start()
         await jobs.start()
         stack.push_async_callback(jobs.stop)
-        tasks = [asyncio.create_task(work) for work in (socket.read(), link.beat(), replica.refresh(row))]
+        tasks = [asyncio.create_task(work) for work in (socket.read(), link.beat(), replica.refresh(row, see))]
         report(f"replica {id}{SERVES}{socket.address}")
         ended = asyncio.create_task(stop.wait())
         try:

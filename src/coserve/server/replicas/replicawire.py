@@ -38,11 +38,12 @@ class ReplicaWire:
         """The ids of the other replicas that live, as far as is known."""
         return [id for id in self._members if id != self._own]
 
-    def see(self, members: Sequence[Member]) -> None:
-        """Tells which replicas live. Connections to others are closed."""
-        self._members = {member.id: member for member in members}
+    def see(self, members: Sequence[Member]) -> list[str]:
+        """Tells which replicas live. Connections to others are closed. Returns the ids of those that lived until now."""
+        before, self._members = self._members, {member.id: member for member in members}
         for id in [id for id in self._sockets if id not in self._members]:
             self._sockets.pop(id).close(linger=0)
+        return [id for id in before if id not in self._members]
 
     def on_steps(self, message: Steps) -> None:
         """Another replica has sent frames."""
