@@ -203,8 +203,8 @@ def test_cluster_is_pure_policy() -> None:
     modules = [module for module in sources if module.startswith("coserve.cluster")]
     assert "coserve.cluster.router" in modules
     allowed = {
-        "coserve", "__future__", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "heapq", "itertools",
-        "math", "msgspec", "numpy", "operator", "random", "re", "typing",
+        "coserve", "__future__", "bisect", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "heapq",
+        "itertools", "math", "msgspec", "numpy", "operator", "random", "re", "typing",
     }
     for module in modules:
         ours, others = reachable(module, sources)

@@ -98,7 +98,8 @@ class FleetResult:
 
     def figures(self) -> dict[str, float]:
         """The numbers of a table. hits: the share of requests with an adapter that found it in memory; most_hits: if it were
-        missing only where it is asked for the first time. most_work, least_work: of a replica, from the mean, as shares of it."""
+        missing only where it is asked for the first time. most_work, least_work: of a replica, from the mean, as shares of
+        it."""
         done = [request for request in self.requests if request.finished_s is not None]
         ttft = [request.first_token_s - request.arrival_s for request in done if request.first_token_s is not None]
         adapted = [request for request in done if request.ask.adapter is not None]
