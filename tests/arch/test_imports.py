@@ -50,6 +50,7 @@ LAZY: Mapping[str, frozenset[str]] = {
     "coserve.model.gguf": frozenset({"gguf"}),
     "coserve.model.locate": frozenset({"huggingface_hub"}),
     "coserve.server.replicas.objects": frozenset({"fsspec", "s3fs"}),
+    "coserve.server.replicas.raycluster": frozenset({"ray"}),
 }
 """Heavy, optional packages that a module may import inside a function."""
 

@@ -170,7 +170,6 @@ def test_a_draining_replica_hands_its_jobs_over(play: PlayFleet) -> None:
         job = await fleet.started()
         first.steps(job, 1, 3)
         second = await fleet.join()
-        import asyncio
         draining = asyncio.create_task(first.jobs.drain())
         run = first.run_of(job)
         await until(lambda: (run, "hand_over") in first.engine.acts)
@@ -198,6 +197,7 @@ def test_cancel_pause_and_resume_from_the_desk(play: PlayFleet) -> None:
         job = await fleet.started()
         run = member.run_of(job)
         member.steps(job, 1, 2)
+        await until(lambda: fleet.step_events(job) == [1, 2])
         assert (await fleet.desk.pause("me", job)).paused
         await until(lambda: (run, "pause") in member.engine.acts)
         assert fleet.desk.get("me", job).status == "running" and fleet.desk.describe(fleet.desk.get("me", job))["paused"]
@@ -312,7 +312,6 @@ def test_the_database_is_away_and_the_holder_pauses_in_time(play: PlayFleet, pos
     play(story)
 
 
-@pytest.mark.full
 async def _go_away(fleet: Fleet, member: Member, job: str, off: Callable[[], None], way: CutWay, *, step: int) -> None:
     """The database goes away for longer than a lease, and comes back. step: what the engine does meanwhile."""
     run = member.run_of(job)
@@ -327,6 +326,7 @@ async def _go_away(fleet: Fleet, member: Member, job: str, off: Callable[[], Non
     await until(lambda: fleet.step_events(job) == list(range(1, step + 1)))
 
 
+@pytest.mark.full
 def test_a_replica_that_is_cut_off_loses_its_jobs_and_nothing_runs_twice(play: PlayFleet, postgres_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         with way_to(postgres_url) as way:
@@ -531,3 +531,52 @@ def test_what_the_desk_refuses(play: PlayFleet) -> None:
         assert (found, more) == ([jobs[1]], True)
 
     play(story, max_tenant_jobs=2)
+
+
+@pytest.mark.full
+def test_a_replica_that_cannot_resume_a_job_leaves_it_to_others(play: PlayFleet) -> None:
+    """Deterministic jobs need the same kernels and threads, which not all machines of a fleet may have."""
+    async def story(fleet: Fleet) -> None:
+        first = await fleet.join()
+        job = await fleet.started()
+        first.steps(job, 1, 2)
+        first.engine.checkpoint(first.run_of(job), 2)
+        await until(lambda: fleet.committed(job) == [2])
+        other = await fleet.join("other")
+        other.engine.refusal = InvalidRequest("resume: kernels has changed since step-00000002 was written", param="kernels")
+        first.die()
+        await until(lambda: bool(other.engine.starts) and not other.jobs.held and not other.jobs._going)
+        await asyncio.sleep(0.3)
+        assert len(other.engine.starts) == 1 and fleet.index.get_job(None, job).status == "running"
+        assert any("is left to others: resume: kernels has changed" in message for message in fleet.messages(job))
+        third = await fleet.join()
+        assert await fleet.holder(job, but=other) is third
+
+    play(story)
+
+
+@pytest.mark.full
+def test_a_drain_that_takes_too_long_gives_jobs_back_as_they_are(play: PlayFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(fleet: Fleet) -> None:
+        first = await fleet.join()
+        job = await fleet.started()
+        first.steps(job, 1, 2)
+
+        def refuse(key: str, source: Path) -> Stored:
+            raise StorageRefused("the artifact store is away; try again")
+
+        monkeypatch.setattr(first.artifacts, "put_directory", refuse)
+        first.engine.checkpoint(first.run_of(job), 2)
+        first.engine.end(first.run_of(job), "handed_over", step=2)
+        await first.jobs.drain(0.3)
+        assert first.jobs.held == {job: 1}
+        first.alive = False
+        await first.jobs.stop()
+        first.index.close()
+        second = await fleet.join()
+        began = asyncio.get_running_loop().time()
+        assert await fleet.holder(job) is second
+        assert asyncio.get_running_loop().time() - began < TIMING.lease_s, "nobody waits for the lease's end"
+        assert not second.engine.starts[0]["resume"], "nothing was committed"
+
+    play(story)

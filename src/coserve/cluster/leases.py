@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from coserve.config.values import require
+from coserve.core import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +37,10 @@ class LeaseTiming:
     claim_delay_s: float = 2.0
 
     def __post_init__(self) -> None:
-        require(0 < self.retry_s <= self.renew_s < self.safe_s < self.lease_s, "lease_s",
-                "must be longer than safe_s, that than renew_s, and that than retry_s")
-        require(self.claim_delay_s >= 0, "claim_delay_s", "must not be negative")
+        if not 0 < self.retry_s <= self.renew_s < self.safe_s < self.lease_s:
+            raise ConfigError("lease_s: must be longer than safe_s, that than renew_s, and that than retry_s", param="lease_s")
+        if self.claim_delay_s < 0:
+            raise ConfigError("claim_delay_s: must not be negative", param="claim_delay_s")
 
     def claim_delay(self, headroom: float, running: int) -> float:
         """Seconds for which a claimable job is left to replicas with more headroom. headroom: the share of time that training

@@ -132,7 +132,7 @@ class Engine:
     def submit(
         self, prompt: Sequence[int] | str, sampling: SamplingConfig | None = None, *, adapter: str | None = None,
         tenant: str = "", tpot_ms: SloMs | None = None, ttft_ms: SloMs | None = None,
-        arrival_s: float | None = None, label: str = "",
+        arrival_s: float | None = None, label: str = "", emitted: Sequence[Sequence[int]] = (),
     ) -> RequestHandle:
         """Accepts a request: token ids, or a text to continue. Thread-safe.
 
@@ -140,6 +140,13 @@ class Engine:
         the engine's clock from which TTFT counts; default now. tenant: whose fair share and prefix cache it uses. label: its
         name for the watcher. A grammar is compiled first, which takes milliseconds for most. Raises ConfigError (objectives),
         InvalidRequest, NotFound (adapter), CapacityError (too many).
+
+        emitted: for each output the ids that an engine has already given for the same prompt and settings; empty: none. Each
+        output goes on as if it had been preempted behind them: with the same noise, which depends on the seed and the position,
+        and with the same limits, penalties, stop strings and grammar, which count them. The handle and its chunks hold only
+        what follows. The first text is what comes behind the text that a stream had given with the last of those ids: what was
+        held back then, as the start of a stop string or of a character, comes now. An output that they have ended does not run;
+        it ends again, by a chunk without ids or text. Log-probabilities of the prompt come again unless an output has ended.
         """
         objectives = asked_slo(tpot_ms, ttft_ms, self.objectives)
         sampling, limits = sampling or SamplingConfig(), self.config.scheduler
@@ -151,6 +158,7 @@ class Engine:
         present = len(self.requests.live) + len(self._loop)
         if present >= self.config.max_waiting + limits.max_num_seqs:
             raise CapacityError(f"{present} requests are running or waiting; try again later", param="max_waiting")
+        starts = self.requests.begin_outputs(ids, sampling, matchers, emitted)
         numbers: list[int] = []
         handle = RequestHandle(
             ids, sampling, self.now() if arrival_s is None else arrival_s,
@@ -160,7 +168,7 @@ class Engine:
 
         def admit() -> None:
             try:
-                self.requests.admit(handle, adapter, tenant, objectives, numbers, matchers)
+                self.requests.admit(handle, adapter, tenant, objectives, numbers, starts)
             except Exception as error:  # a bug, which ends the engine: the request must end with an error
                 self.requests.refuse(handle, CoserveError(f"the engine stopped: {error!r}"))
                 raise

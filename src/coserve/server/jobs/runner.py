@@ -46,7 +46,7 @@ class JobRunner:
     """Starts and follows jobs. All its methods belong to the event loop, except those that say otherwise.
 
     What a replica of a fleet does otherwise is in methods that its own runner replaces (server/replicas/runner.py): `launched`,
-    `holds`, `keep_step`, `keep_checkpoint`, `deliver`, `left`, `catch_up`.
+    `refused`, `holds`, `keep_step`, `keep_checkpoint`, `deliver`, `left`, `catch_up`.
     """
 
     def __init__(
@@ -151,9 +151,13 @@ class JobRunner:
                 live.generation = None
             return
         except CoserveError as error:
-            await self.fail(live, error)
+            await self.refused(live, error)
             return
         self.launched(live)
+
+    async def refused(self, live: UnfinishedJob, error: CoserveError) -> None:
+        """The engine doesn't take a job."""
+        await self.fail(live, error)
 
     def launched(self, live: UnfinishedJob) -> None:
         """The engine has a job now."""

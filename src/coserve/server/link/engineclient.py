@@ -40,7 +40,7 @@ from coserve.server.link.messages import (
     UnloadAdapter,
     WatchLoad,
 )
-from coserve.server.link.streams import RequestStream, RequestStreams
+from coserve.server.link.streams import RequestStream, RequestStreams, StreamMaker
 from coserve.server.link.supervisor import Supervisor, notify_all
 from coserve.server.settings import ServerConfig
 
@@ -121,6 +121,11 @@ class EngineClient:
             adapter=None if adapter is None else adapter.name, tenant=tenant,
             tpot_ms=tpot_ms, ttft_ms=ttft_ms, arrival_s=time.monotonic() if arrival_s is None else arrival_s,
         ))
+
+    def relay(self, message: Generate, make: StreamMaker) -> RequestStream:
+        """Sends a request that another process has made. make: makes its stream, which may pass chunks on as they come. Raises
+        EngineUnavailable and InvalidRequest."""
+        return self._streams.open(message, make)
 
     def fail_requests(self, message: str) -> None:
         """Cancels every request; its stream raises EngineUnavailable with the message."""

@@ -181,7 +181,7 @@ class EngineHost:
         try:
             handle = self._engine.submit(
                 message.prompt_ids, message.sampling, adapter=message.adapter, tenant=message.tenant, tpot_ms=message.tpot_ms,
-                ttft_ms=message.ttft_ms, arrival_s=message.arrival_s, label=message.id,
+                ttft_ms=message.ttft_ms, arrival_s=message.arrival_s, label=message.id, emitted=message.emitted,
             )
         except CoserveError as error:
             self._fail(message.id, error)
@@ -368,7 +368,7 @@ class _RequestReporter:
             prompt_logprobs=_entries(handle.prompt_logprobs) if last and not self._sent_prompt else [],
         ))
         self._sent_prompt = self._sent_prompt or last  # once: they are the same for all outputs
-        self._first = False
+        self._first = self._first and not chunk.token_ids  # an output may have ended by what it came with
 
 
 def _entries(logprobs: Iterable[TokenLogprob]) -> list[LogprobEntry]:

@@ -48,7 +48,8 @@ class Generate(Message, frozen=True, kw_only=True):
     """A request.
 
     arrival_s: when it arrived at the API process. adapter: a name that LoadAdapter or a job has made; None: the base model.
-    tpot_ms, ttft_ms: the request's own objectives; None takes the server's, and "none" is best effort.
+    tpot_ms, ttft_ms: the request's own objectives; None takes the server's, and "none" is best effort. emitted: for each output
+    the ids that another engine has already sent, behind which it goes on (Engine.submit); empty: none.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Generate(Message, frozen=True, kw_only=True):
     tenant: str = ""
     tpot_ms: SloMs | None = None
     ttft_ms: SloMs | None = None
+    emitted: list[list[int]] = []
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -208,7 +210,8 @@ class Tokens(Message, frozen=True, kw_only=True):
     time_s: when the last of the tokens was there. first_s: when the first was, if chunks were merged; None: at time_s.
     cached_tokens: how many of the prompt's tokens the prefix cache had, in a request's first chunk.
     begun_s: when the prompt began to be computed, in a request's first chunk.
-    prompt_logprobs: in the last chunk of the first output that ends, if they were asked for.
+    prompt_logprobs: in the last chunk of the first output that ends, if they were asked for. An output that had ended by what
+    the request came with (Generate.emitted) ends again, in a chunk without ids.
     """
 
     id: str

@@ -35,7 +35,7 @@ from coserve.server.link.engineclient import EngineClient
 from coserve.server.records import ENDED
 from coserve.server.replicas.artifacts import ArtifactStore
 from coserve.server.replicas.claims import ClaimedJob, HeldRow, JobClaims
-from coserve.server.replicas.fenced import FencedStore
+from coserve.server.replicas.fenced import Fenced, FencedStore
 from coserve.server.replicas.files import StoredFiles
 from coserve.server.replicas.helping import JobHelp
 from coserve.server.replicas.runner import Hold, ReplicaRunner, ServedNames
@@ -46,9 +46,13 @@ from coserve.server.settings import ServerConfig
 
 POLL_S = 1.0
 """Seconds between two looks for jobs that wait, unless a nudge tells of one."""
+DRAIN_S = 120.0
+"""Seconds that jobs get to be handed over: to end their steps, and to be stored."""
 _MAX_VALIDATING = 4
 """Jobs whose data a replica reads or is about to read, so that others get some."""
 T = TypeVar("T")
+_LAST_S = 2.0
+"""Seconds at the end for jobs that are just leaving."""
 _log = logging.getLogger(__name__)
 
 
@@ -94,7 +98,7 @@ class ReplicaJobs:
         )
         self._runner = ReplicaRunner(
             store, self._outputs, models, self._runs, config, artifacts, self._check_disk, epochs=self._book.epoch,
-            on_left=self._on_left, on_ended=self._on_ended,
+            on_left=self._on_left, on_refused=self._on_refused, on_ended=self._on_ended,
         )
         self._validation = DataValidation(
             self._runner, self._outputs, DataReader(config.chat_template), lambda: engine.info
@@ -104,6 +108,8 @@ class ReplicaJobs:
         """Jobs that this replica has, also while their end is being written."""
         self._going: set[str] = set()
         """Jobs that it had until now: not to be claimed again before nothing of them is left here."""
+        self._declined: set[str] = set()
+        """Jobs that can't go on here, but may elsewhere."""
         self._threads = ThreadPoolExecutor(3, "coserve-leases")  # a renewal, a claim, a return
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake, self._left = asyncio.Event(), asyncio.Event()
@@ -122,19 +128,27 @@ class ReplicaJobs:
             await self._in_thread(self._claims.abandon)
         self._spawn(self._keep())
 
-    async def drain(self) -> None:
-        """Claims nothing more, hands over every job at the end of its step, and returns when this replica has none."""
+    async def drain(self, seconds: float = DRAIN_S) -> None:
+        """Claims nothing more, hands over every job at the end of its step, and returns when this replica has none, or when the
+        time is over: `stop` then gives back what is left, to go on from its last checkpoint in the store."""
         self._runner.draining = True
         for mine in list(self._mine.values()):
             self._leave(mine)
-        while self._mine or self._going:
-            self._left.clear()
-            await self._left.wait()
+        try:
+            async with asyncio.timeout(seconds):
+                while self._mine or self._going:
+                    self._left.clear()
+                    await self._left.wait()
+        except TimeoutError:
+            _log.warning("not handed over within %g s: %s", seconds, ", ".join(self._mine))
 
     async def stop(self) -> None:
         """To be called before the engine ends, after `drain` unless there is no time: jobs then go on elsewhere from their last
         checkpoint in the store."""
         self._stopping = True
+        self._wake.set()
+        if self._tasks:  # jobs that are just leaving
+            await asyncio.wait(self._tasks, timeout=_LAST_S)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -223,14 +237,14 @@ class ReplicaJobs:
         delay = self._timing.claim_delay(self._headroom(), running)
         try:
             claimed = await self._in_thread(lambda: self._claims.claim(
-                delay, may_run=may_run, may_validate=may_validate, but={*self._mine, *self._going}
+                delay, may_run=may_run, may_validate=may_validate, but={*self._mine, *self._going, *self._declined}
             ))
             if claimed is None:
                 self._next_claim_s = now + min(POLL_S * random.uniform(0.8, 1.2), max(delay, 0.05) if delay else POLL_S)
             else:
                 self._next_claim_s = now
                 await self._take(claimed, now)
-        except StorageRefused as error:
+        except (StorageRefused, Fenced) as error:
             _log.warning("jobs can't be claimed: %s", error)
             self._next_claim_s = now + POLL_S
         finally:
@@ -270,8 +284,9 @@ class ReplicaJobs:
         gone = self._engine.supervisor.failure is not None  # no engine will be started again
         if not gone and not self._engine.ready:
             return
+        self._runner.advance()
         for job, live in list(self._runner.live.items()):
-            waits = live.record.status == "queued" and live.generation is None
+            waits = live.record.status != "validating_files" and live.generation is None
             if (gone or waits) and job in self._mine:
                 self._give_back(self._mine[job])
 
@@ -297,6 +312,10 @@ class ReplicaJobs:
         mine = self._mine.get(live.record.id)
         if mine is not None and mine.live is live:
             self._give_back(mine)
+
+    def _on_refused(self, live: UnfinishedJob) -> None:
+        self._declined.add(live.record.id)
+        self._on_left(live)
 
     def _leave(self, mine: _Mine) -> None:
         """Has a job leave at the end of its step, or now if the engine hasn't got it. One that is ending ends here."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from coserve.config.data import finetune_config_from_dict
+from coserve.core import CoserveError, InvalidRequest
 from coserve.server.errors import StorageRefused
 from coserve.server.index.rows import NewEvent
 from coserve.server.jobs.objects import step_metrics
@@ -81,18 +82,18 @@ class ReplicaRunner(JobRunner):
     """The runner of a replica. All its methods belong to the event loop, except those that say otherwise.
 
     draining: whether jobs are to leave, and none begins. on_left: is called when a job has left the engine, to be given back.
-    on_ended: is called when a job's end is written.
+    on_refused: is called when a job can't go on here, but may elsewhere. on_ended: is called when a job's end is written.
     """
 
     def __init__(
         self, store: FencedStore, outputs: ScratchOutputs, models: ServedNames, engine: RunsEngine, config: ServerConfig,
         artifacts: ArtifactStore, after_checkpoint: Callable[[UnfinishedJob], Coroutine[Any, Any, None]], *,
         epochs: Callable[[str], int | None], on_left: Callable[[UnfinishedJob], None],
-        on_ended: Callable[[UnfinishedJob], None],
+        on_refused: Callable[[UnfinishedJob], None], on_ended: Callable[[UnfinishedJob], None],
     ) -> None:
         super().__init__(store, outputs, models, engine, config, after_checkpoint)
         self._fenced, self._scratch, self._runs, self._artifacts, self._epochs = store, outputs, engine, artifacts, epochs
-        self._on_left, self._on_ended = on_left, on_ended
+        self._on_left, self._on_refused, self._on_ended = on_left, on_refused, on_ended
         self._loop = asyncio.get_running_loop()
         self.deliveries = Deliveries(self.note, lambda live, on: self.hold(live, Hold.STORE, on))
         self.draining = False
@@ -141,6 +142,15 @@ class ReplicaRunner(JobRunner):
         super().launched(live)
         if self.draining and live.record.id in self.live:
             self.act(live, "hand_over")
+
+    async def refused(self, live: UnfinishedJob, error: CoserveError) -> None:
+        """As JobRunner's. A job that has begun elsewhere is left to others where this machine isn't like that one: a
+        deterministic job needs the same kernels and threads."""
+        if isinstance(error, InvalidRequest) and str(error).startswith("resume: "):
+            self.note(live.record.id, f"The job is left to others: {error}", level="warn")
+            self._on_refused(live)
+        else:
+            await super().refused(live, error)
 
     def left(self, live: UnfinishedJob, message: JobEnded) -> None:
         if message.status == "handed_over":
