@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from coserve.server.replicas.helping import JobHelp
 from coserve.server.replicas.stepcoordinator import StepCoordinator
 from coserve.server.replicas.steplink import StepLinks
 from coserve.training.finetuning import finetune
+from tests.step_wires import Wires
 from tests.tiny_directory import chat_lines, write_lines
 from tests.tiny_engine import assert_nothing_left, make_engine
 
@@ -146,33 +147,6 @@ def on_a_loop(story: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., 
         asyncio.run(story(*args, **kwargs))
 
     return test
-
-
-class Wires:
-    """Queues between replicas. cut: replicas that nothing reaches and that reach nobody."""
-
-    def __init__(self) -> None:
-        self.queues: dict[str, asyncio.Queue[tuple[str, list[bytes]]]] = {}
-        self.cut: set[str] = set()
-        self.lost_s = 15.0
-
-    def of(self, replica: str) -> Wire:
-        self.queues[replica] = asyncio.Queue()
-        return Wire(self, replica)
-
-
-class Wire:
-    """StepWire for one replica."""
-
-    def __init__(self, wires: Wires, replica: str) -> None:
-        self._wires, self._replica = wires, replica
-
-    async def send(self, replica: str, frames: Sequence[bytes]) -> None:
-        if not self._wires.cut & {replica, self._replica}:
-            self._wires.queues[replica].put_nowait((self._replica, list(frames)))
-
-    async def receive(self) -> tuple[str, list[bytes]]:
-        return await self._wires.queues[self._replica].get()
 
 
 class Replica:
