@@ -170,7 +170,6 @@ def test_a_draining_replica_hands_its_jobs_over(play: PlayFleet) -> None:
         job = await fleet.started()
         first.steps(job, 1, 3)
         second = await fleet.join()
-        import asyncio
         draining = asyncio.create_task(first.jobs.drain())
         run = first.run_of(job)
         await until(lambda: (run, "hand_over") in first.engine.acts)

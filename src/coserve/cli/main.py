@@ -1,4 +1,4 @@
-"""The command `coserve`: serve, keys, finetune, data, chat, demo, plan, profile, bench.
+"""The command `coserve`: serve, keys, deploy, finetune, data, chat, demo, plan, profile, bench.
 
 Owns: arguments, progress display, exit codes. An error that the user can mend is one line on stderr and exit code 2.
 """
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from coserve.cli.bench import bench_app
 from coserve.cli.data import data_app
+from coserve.cli.deploy import deploy
 from coserve.cli.plan import PlanCommand, plan
 from coserve.cli.profile import profile
 from coserve.cli.serve import ServeCommand, keys_app, serve
@@ -53,6 +54,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.add_typer(bench_app, name="bench")
 app.command(cls=ServeCommand)(serve)
 app.add_typer(keys_app, name="keys")
+app.command()(deploy)
 app.add_typer(data_app, name="data")
 app.command(cls=PlanCommand)(plan)
 app.command(cls=PlanCommand)(profile)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import math
 import time
@@ -30,6 +31,7 @@ from coserve.core import (
     StepResult,
 )
 from coserve.engine.adapters import AdapterRegistry
+from coserve.engine.exchange import Exchange
 from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobtable import JobTable
 from coserve.engine.loop import EngineLoop
@@ -37,6 +39,7 @@ from coserve.engine.makedevice import make_device
 from coserve.engine.report import EngineReport, LoadReporter
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.engine.requesttable import RequestTable
+from coserve.engine.sharing import refuse_sharing
 from coserve.engine.step import Lookup, StepRunner
 from coserve.engine.threads import borrowed_team, give_team_back
 from coserve.engine.watching import Watcher
@@ -129,7 +132,7 @@ class Engine:
     def submit(
         self, prompt: Sequence[int] | str, sampling: SamplingConfig | None = None, *, adapter: str | None = None,
         tenant: str = "", tpot_ms: SloMs | None = None, ttft_ms: SloMs | None = None,
-        arrival_s: float | None = None, label: str = "",
+        arrival_s: float | None = None, label: str = "", emitted: Sequence[Sequence[int]] = (),
     ) -> RequestHandle:
         """Accepts a request: token ids, or a text to continue. Thread-safe.
 
@@ -137,6 +140,13 @@ class Engine:
         the engine's clock from which TTFT counts; default now. tenant: whose fair share and prefix cache it uses. label: its
         name for the watcher. A grammar is compiled first, which takes milliseconds for most. Raises ConfigError (objectives),
         InvalidRequest, NotFound (adapter), CapacityError (too many).
+
+        emitted: for each output the ids that an engine has already given for the same prompt and settings; empty: none. Each
+        output goes on as if it had been preempted behind them: with the same noise, which depends on the seed and the position,
+        and with the same limits, penalties, stop strings and grammar, which count them. The handle and its chunks hold only
+        what follows. The first text is what comes behind the text that a stream had given with the last of those ids: what was
+        held back then, as the start of a stop string or of a character, comes now. An output that they have ended does not run;
+        it ends again, by a chunk without ids or text. Log-probabilities of the prompt come again unless an output has ended.
         """
         objectives = asked_slo(tpot_ms, ttft_ms, self.objectives)
         sampling, limits = sampling or SamplingConfig(), self.config.scheduler
@@ -148,6 +158,7 @@ class Engine:
         present = len(self.requests.live) + len(self._loop)
         if present >= self.config.max_waiting + limits.max_num_seqs:
             raise CapacityError(f"{present} requests are running or waiting; try again later", param="max_waiting")
+        starts = self.requests.begin_outputs(ids, sampling, matchers, emitted)
         numbers: list[int] = []
         handle = RequestHandle(
             ids, sampling, self.now() if arrival_s is None else arrival_s,
@@ -157,7 +168,7 @@ class Engine:
 
         def admit() -> None:
             try:
-                self.requests.admit(handle, adapter, tenant, objectives, numbers, matchers)
+                self.requests.admit(handle, adapter, tenant, objectives, numbers, starts)
             except Exception as error:  # a bug, which ends the engine: the request must end with an error
                 self.requests.refuse(handle, CoserveError(f"the engine stopped: {error!r}"))
                 raise
@@ -268,13 +279,15 @@ class Engine:
         self, data: str | Path, output: str | Path, config: FinetuneConfig | None = None, *, name: str | None = None,
         validation: str | Path | None = None, start: str | Path | None = None, resume: bool = False, tenant: str = "",
         weight: float = 1.0, listen: Callable[[JobEvent], None] = lambda event: None, label: str = "",
+        exchange: Exchange | None = None,
     ) -> JobHandle:
         """Starts a finetuning job beside the requests, which can use its newest checkpoint and its result as adapter `name`.
 
         data, validation: JSON Lines files. output: the job's directory. config: settings; those that are 'auto' are chosen from
         the data, and an event tells them. start: directory of an adapter to continue. resume: continue the job in `output`.
-        weight: its share among jobs. listen: called with every event. label: its name for the watcher. Raises InvalidRequest,
-        NotFound, ConfigError, CapacityError before anything is written.
+        weight: its share among jobs. listen: called with every event. label: its name for the watcher. exchange: this engine's
+        place among those that share the job; where it isn't the primary, nothing is written or published, and `output` is not
+        made. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is written.
         """
         directory = Path(output)
         handle = JobHandle(
@@ -288,6 +301,11 @@ class Engine:
             listen(event)
 
         request = JobRequest.of(data, directory, config, validation=validation, start=start, resume=resume, listen=notify)
+        if exchange is not None:
+            group = self.device.group
+            refuse_sharing(deterministic=request.config.deterministic, num_ranks=1 if group is None else group.size)
+            request = dataclasses.replace(request, follows=not exchange.primary)
+            exchange.on_news(self._wake)
         with borrowed_team():
             request = request.read_start(self.model)
             self.jobs.check(request, handle.name)
@@ -297,8 +315,13 @@ class Engine:
             for plan in (prepared.trainer.plan, prepared.trainer.scoring):
                 self.device.train.prepare(plan)
         handle.num_steps, handle.step = prepared.job.num_steps, prepared.job.cursor.step
-        self._loop.post(lambda: self.jobs.begin(prepared, handle, tenant, weight), f"begin job {handle.label}")
+        self._loop.post(lambda: self.jobs.begin(prepared, handle, tenant, weight, exchange), f"begin job {handle.label}")
         return handle
+
+    def _wake(self) -> None:
+        """Lets jobs look at once whether there is news for them."""
+        with contextlib.suppress(CoserveError):  # the engine is closed
+            self._loop.post(lambda: None, "news for a job")
 
     # --- iterations ---
 

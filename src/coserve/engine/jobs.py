@@ -5,7 +5,7 @@
 
 A paused job keeps its memory. A failure ends only the job, whose memory is freed. While the disk refuses a job's files, only
 that job waits. When the engine closes, a job writes a checkpoint of its last whole step; so does one that is handed over, once
-its present step has ended.
+its present step has ended. A job that several engines share goes through sharing.py; where it only follows, it writes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from coserve.core import AdapterCopy, CoserveError, JobFailed, OptimizerSlice, RankFailed
 from coserve.engine.diskwrite import DiskWrite
+from coserve.engine.exchange import Dismissed
 from coserve.engine.jobhandle import JobHandle
+from coserve.engine.sharing import Membership, ended_by
 from coserve.engine.verbs import BatchRun, CopyRun, Host, OptimizerRun, VerbRun
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
@@ -38,23 +40,28 @@ class _StepEnded(Exception):
 
 
 class LiveJob:
-    """One job in the engine. `work` is its state for the scheduler. leaving: whether it is to be handed over. left: whether
-    it has done its last step here."""
+    """One job in the engine. `work` is its state for the scheduler. sharing: its part in a job that several engines share.
+    leaving: whether it is to be handed over. left: whether it has done its last step here."""
 
     def __init__(
-        self, number: int, prepared: PreparedJob, handle: JobHandle, host: Host, *, tenant: str, weight: float
+        self, number: int, prepared: PreparedJob, handle: JobHandle, host: Host, *, tenant: str, weight: float,
+        sharing: Membership | None = None,
     ) -> None:
-        self.number, self.prepared, self.handle, self.host = number, prepared, handle, host
+        self.number, self.prepared, self.handle, self.host, self.sharing = number, prepared, handle, host, sharing
         self.job, self.trainer = prepared.job, prepared.trainer
         self.work = JobWork(id=number, tenant=tenant, weight=weight, refresh_seconds=self.trainer.refresh_seconds)
         self.failure: Exception | None = None
-        self._driver: Generator[Verb, Any, None] = self.job.work()
+        self._driver: Generator[Verb, Any, None] = self.job.follow() if self._follows else self.job.work()
         self._answer: Any = None
         self._run: VerbRun | None = None
         self._checkpoints: list[DiskWrite] = []
         self._result: DiskWrite | None = None
         self._waiting = False
         self.leaving = self.left = False
+
+    @property
+    def _follows(self) -> bool:
+        return self.sharing is not None and self.sharing.follows
 
     # --- called by the engine between iterations ---
 
@@ -65,16 +72,27 @@ class LiveJob:
                 self._recover(self.failure)
             if self._result is not None:
                 self._finish(self._result)
-            else:
+            elif self._may_go_on():
                 self._go_on()
+            elif self.leaving:  # it hasn't joined yet
+                self.end("handed_over")
         except StopIteration:  # the driver has finished, which it can't while a checkpoint is refused
-            self.trainer.before_save()
-            self._result = DiskWrite(self.host.writer, self.prepared.finish)
+            if self._follows:
+                self.end("succeeded")
+            else:
+                self.trainer.before_save()
+                self._result = DiskWrite(self.host.writer, self.prepared.finish)
+        except Dismissed as error:
+            failure = ended_by(error)
+            self.end("cancelled" if failure is None else "failed", failure)
         except RankFailed:
             raise
         except Exception as error:  # only this job fails
             self.end("failed", error if isinstance(error, CoserveError) else JobFailed(_described(error)))
         return not self.handle.finished
+
+    def _may_go_on(self) -> bool:
+        return self.sharing is None or self.sharing.ready(updating=isinstance(self._run, OptimizerRun))
 
     def _go_on(self) -> None:
         """As far as possible without running units. A job that leaves goes to the end of its step, if it isn't paused."""
@@ -100,6 +118,10 @@ class LiveJob:
         match verb:
             case ForwardBackward() if self.leaving:
                 raise _StepEnded
+            case ForwardBackward(groups, step) if self.sharing is not None:
+                return self.sharing.batch(self.host, self.number, groups, step)
+            case OptimStep(rate) if self.sharing is not None:
+                return self.sharing.optimizer(self.work, rate)
             case ForwardBackward(groups, step):
                 return BatchRun(self.trainer, self.host, self.number, groups, step, train=True)
             case Score(groups):
@@ -193,7 +215,11 @@ class LiveJob:
 
     def _leave(self, asked: bool) -> None:
         """Writes a checkpoint of the last whole step, if there is none, after which the job ends here. The part of the next
-        step's batch that a paused job has run is lost. asked: whether the job has asked for this checkpoint already."""
+        step's batch that a paused job has run is lost. asked: whether the job has asked for this checkpoint already. A job that
+        only follows is just left."""
+        if self._follows:
+            self.end("handed_over")
+            return
         write: Callable[[], object] = _nothing
         if asked or self.job.cursor.step > self.job.saved_step:
             state = to_host_later(self.trainer.snapshot())
@@ -206,7 +232,10 @@ class LiveJob:
 
     def stop(self) -> None:
         """Leaves the job for a later `resume`, since the engine closes: writes a checkpoint of the last whole step. The part of
-        the next step's batch that has run is lost."""
+        the next step's batch that has run is lost. A job that only follows is just left."""
+        if self._follows:
+            self.end("cancelled")
+            return
         for write in self._checkpoints:  # before the last one, so that checkpoints are written in the order of their steps
             if write.refusal is not None:
                 write.retry()
@@ -257,6 +286,8 @@ class LiveJob:
         self._driver.close()
         if isinstance(self._run, BatchRun):
             self._run.drop()
+        if self.sharing is not None:
+            self.sharing.leave()
         self._checkpoints.clear()
         self._run = self._result = None
         if error is not None:

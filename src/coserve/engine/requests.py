@@ -1,6 +1,9 @@
 """A request in the engine: from a prompt to final text, with a handle for its caller.
 
 The engine's thread adds tokens; any thread may read the handle. Times are seconds of the engine's clock.
+
+An output may go on behind tokens that another engine has sampled (`OutputStart`). What they do to its text, its grammar and its
+count of tokens is done as for sampled ones, and nobody is told.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ class Output:
 
 
 class RequestHandle:
-    """A submitted request. outputs: n of them. prompt_logprobs: of the prompt's tokens from the second on, if asked for.
+    """A submitted request. outputs: n of them, without what the request came with. prompt_logprobs: of the prompt's tokens from
+    the second on, if asked for.
 
     cached_tokens: how many of the prompt's tokens the prefix cache had. begun_s: when the prompt's computation began. Both are
     set with the first output token. label: the request's name for a Watcher.
@@ -136,11 +140,29 @@ class RequestHandle:
             listener(chunk)
 
 
+class OutputStart(NamedTuple):
+    """Where an output begins: behind the tokens that it came with, mostly none. stream and matcher have seen all of those but
+    the last, which may be the one that ended it (`LiveRequest.resume`)."""
+
+    stream: TextStream
+    matcher: GrammarMatcher | None = None
+    emitted: tuple[int, ...] = ()
+
+    @classmethod
+    def after(cls, emitted: Sequence[int], stream: TextStream, matcher: GrammarMatcher | None) -> OutputStart:
+        """Shows a new output's stream and matcher what it came with."""
+        for token in emitted[:-1]:
+            stream.push(token)
+            if matcher is not None:
+                matcher.accept(token)
+        return cls(stream, matcher, tuple(emitted))
+
+
 @dataclass(slots=True, kw_only=True)
 class LiveRequest:
     """One output under way. ending: token ids that end it. slot: its adapter's slot while it runs, else -1. matcher: of its
-    grammar, if it has one. siblings: the other outputs of the request; they start when this one's prompt is computed, and share
-    the prompt's blocks."""
+    grammar, if it has one. num_tokens: of the output so far, with those it came with. siblings: the other outputs of the
+    request; they start when this one's prompt is computed, and share the prompt's blocks."""
 
     handle: RequestHandle
     index: int
@@ -151,6 +173,7 @@ class LiveRequest:
     version: AdapterVersion | None
     slot: int
     matcher: GrammarMatcher | None = None
+    num_tokens: int = 0
     siblings: list[LiveRequest] = field(default_factory=list)
     seed: int = field(init=False)
     draws: Draws = field(init=False)
@@ -174,27 +197,37 @@ class LiveRequest:
         ids: list[int] = []
         logprobs: list[TokenLogprob] = []
         text, reason = "", None
-        stream, matcher, have = self.stream, self.matcher, len(self.handle.outputs[self.index].token_ids)
         for token, logprob in tokens:
             ids.append(token)
-            have += 1
             if logprob is not None:
                 logprobs.append(logprob)
-            if token in self.ending and (have > self.sampling.min_tokens or matcher is not None):
-                reason = "stop"
-                text += stream.finish(token)
-                break
-            text += stream.push(token)
-            complete = matcher is not None and matcher.accept(token)
-            if complete or stream.stopped is not None:
-                reason = "stop"
-            elif have >= self.sampling.max_tokens:
-                reason = "length"
+            piece, reason = self._take(token)
+            text += piece
             if reason is not None:
-                text += stream.finish()
                 break
         self.handle.push(Chunk(self.index, text, tuple(ids), tuple(logprobs), reason), now)
         return reason is not None
+
+    def resume(self) -> str | None:
+        """Goes behind the tokens that the output came with. Returns the reason if it has ended by them."""
+        if not self.state.output:
+            return None
+        self.num_tokens = len(self.state.output) - 1
+        return self._take(self.state.output[-1])[1]
+
+    def _take(self, token: int) -> tuple[str, str | None]:
+        """The text that becomes final with a token, and the reason if the output ends with it."""
+        self.num_tokens += 1
+        stream, matcher = self.stream, self.matcher
+        if token in self.ending and (self.num_tokens > self.sampling.min_tokens or matcher is not None):
+            return stream.finish(token), "stop"
+        text = stream.push(token)
+        complete = matcher is not None and matcher.accept(token)
+        if complete or stream.stopped is not None:
+            return text + stream.finish(), "stop"
+        if self.num_tokens >= self.sampling.max_tokens:
+            return text + stream.finish(), "length"
+        return text, None
 
     def end(self, reason: str, now: float) -> None:
         """Ends the output without another token. reason: cancelled, error, or length for a request of 0 tokens."""

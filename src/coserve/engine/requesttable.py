@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from coserve.config.settings import SamplingConfig
 from coserve.core import ContextExceeded, CoserveError, InvalidRequest, Slo, StepPlan, StepResult
 from coserve.engine.adapters import AdapterRegistry, AdapterVersion
-from coserve.engine.requests import Chunk, LiveRequest, RequestHandle
+from coserve.engine.requests import Chunk, LiveRequest, OutputStart, RequestHandle
 from coserve.grammar.matcher import GrammarMatcher
 from coserve.runtime.loaded import LoadedModel
 from coserve.runtime.spans import NO_ADAPTER
@@ -62,15 +62,41 @@ class RequestTable(Seats):
                 "cache is guaranteed; shorten one of them, or raise memory_bytes", param="max_tokens",
             )
 
+    def begin_outputs(
+        self, ids: Sequence[int], sampling: SamplingConfig, matchers: Sequence[GrammarMatcher], emitted: Sequence[Sequence[int]]
+    ) -> list[OutputStart]:
+        """Where the outputs of a prompt begin. matchers: one for each, if there is a grammar. emitted: tokens that each came
+        with; empty: none. Takes a few microseconds for each of those. Raises InvalidRequest."""
+        if emitted and len(emitted) != sampling.n:
+            raise InvalidRequest(
+                f"emitted: must have a list for each of {sampling.n} outputs, got {len(emitted)}", param="emitted",
+            )
+        size = self.model.architecture.vocab_size
+        for index, tokens in enumerate(emitted):
+            if tokens and not (min(tokens) >= 0 and max(tokens) < size and len(tokens) <= sampling.max_tokens):
+                raise InvalidRequest(
+                    f"emitted[{index}]: must be at most max_tokens={sampling.max_tokens} token ids from 0 to {size - 1}",
+                    param="emitted",
+                )
+        starts: list[OutputStart] = []
+        for index in range(sampling.n):
+            stream = TextStream(
+                self.model.tokenizer, sampling.stop, context=ids, min_tokens=sampling.min_tokens,
+                shown_ids=sampling.shown_special_ids,
+            )
+            tokens = emitted[index] if emitted else ()
+            starts.append(OutputStart.after(tokens, stream, matchers[index] if matchers else None))
+        return starts
+
     def admit(
         self, handle: RequestHandle, adapter: str | None, tenant: str, objectives: Slo, numbers: list[int],
-        matchers: Sequence[GrammarMatcher] = (),
+        starts: Sequence[OutputStart],
     ) -> None:
-        """Begins a request. numbers: the list to which its outputs' numbers are added. matchers: one for each output, if it has
-        a grammar."""
+        """Begins a request. numbers: the list to which the numbers of its outputs that run are added. starts: where they begin.
+        """
         sampling = handle.sampling
         lives: list[LiveRequest] = []
-        for index in range(sampling.n):
+        for index, start in enumerate(starts):
             try:
                 version = None if adapter is None else self.adapters.acquire(adapter)
             except CoserveError as error:
@@ -79,28 +105,41 @@ class RequestTable(Seats):
                 self.refuse(handle, error)
                 return
             key = PrefixKey(tenant, None, 0) if version is None else PrefixKey(tenant, version.name, version.number)
-            every_logit = sampling.prompt_logprobs is not None and index == 0
             state = RequestState(
                 id=self.new_number(), tenant=tenant, prompt=handle.prompt_ids, max_tokens=max(1, sampling.max_tokens), key=key,
-                arrival_s=handle.arrival_s, tpot_s=objectives.tpot_s, ttft_s=objectives.ttft_s,
-                cacheable=not every_logit, every_logit=every_logit,
+                arrival_s=handle.arrival_s, tpot_s=objectives.tpot_s, ttft_s=objectives.ttft_s, given=len(start.emitted),
+                output=list(start.emitted),
             )
             ending = self._ending(sampling, version)
-            stream = TextStream(
-                self.model.tokenizer, sampling.stop, context=handle.prompt_ids, min_tokens=sampling.min_tokens,
-                shown_ids=sampling.shown_special_ids,
-            )
-            matcher = matchers[index] if matchers else None
-            if matcher is not None:
-                matcher.set_ending(ending, sampling.stop_token_ids)
+            if start.matcher is not None:
+                start.matcher.set_ending(ending, sampling.stop_token_ids)
             lives.append(LiveRequest(
-                handle=handle, index=index, state=state, sampling=sampling, stream=stream, ending=ending, version=version,
-                slot=NO_ADAPTER, matcher=matcher,
+                handle=handle, index=index, state=state, sampling=sampling, stream=start.stream, ending=ending, version=version,
+                slot=NO_ADAPTER, matcher=start.matcher,
             ))
-        numbers += [live.state.id for live in lives]
-        self.live |= {live.state.id: live for live in lives}
-        lives[0].siblings += lives[1:]
-        self.scheduler.add_request(lives[0].state)
+        self._start(handle, lives, numbers)
+
+    def _start(self, handle: RequestHandle, lives: Sequence[LiveRequest], numbers: list[int]) -> None:
+        """Has the outputs run that haven't ended by what they came with."""
+        reasons = [live.resume() for live in lives]
+        failed = next((live.failed for live in lives if live.failed is not None), None)
+        if failed is not None:
+            for live in lives:
+                self._release(live)
+            self.refuse(handle, failed)
+            return
+        running = [live for live, reason in zip(lives, reasons, strict=True) if reason is None]
+        if handle.sampling.prompt_logprobs is not None and len(running) == len(lives):  # they are told when an output has ended
+            running[0].state.every_logit, running[0].state.cacheable = True, False
+        numbers += [live.state.id for live in running]
+        self.live |= {live.state.id: live for live in running}
+        for live, reason in zip(lives, reasons, strict=True):
+            if reason is not None:
+                self._release(live)
+                handle.push(Chunk(index=live.index, text="", finish_reason=reason), self.now())
+        if running:
+            running[0].siblings += running[1:]
+            self.scheduler.add_request(running[0].state)
 
     def _ending(self, sampling: SamplingConfig, version: AdapterVersion | None) -> frozenset[int]:
         """The token ids that end an output: the request's, the base model's, and those that its adapter was taught."""
@@ -177,10 +216,10 @@ class RequestTable(Seats):
             if request.failed is not None:  # the token is of no meaning
                 self._fail_request(request.handle, request.failed)
                 continue
-            if request.index == 0 and not request.handle.token_ids:
-                begun_s = request.state.begun_s  # as planned; the device may have been free earlier
-                request.handle.begun_s = None if begun_s is None else min(begun_s, now)
-                request.handle.cached_tokens = request.state.cached_tokens
+            state = request.state
+            if request.handle.begun_s is None and state.begun_s is not None:
+                request.handle.begun_s = min(state.begun_s, now)  # as planned; the device may have been free earlier
+                request.handle.cached_tokens = min(state.cached_tokens, len(state.prompt))
             if request.siblings:
                 for sibling in request.siblings:
                     self.scheduler.add_request(sibling.state)

@@ -172,7 +172,7 @@ class HybridScheduler:
                 request.in_flight -= 1
                 request.output += tokens[number]
                 if request.first_token_s is None:
-                    request.first_token_s = now
+                    request.begin_tokens(now)
             if request.running and (start + length) // size > start // size:
                 self._seal(request, span)
 

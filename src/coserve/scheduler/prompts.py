@@ -114,9 +114,9 @@ class PromptPicker:
         self.typical_s = 0.0
 
     def expect(self, request: RequestState) -> float:
-        """Predicts the seconds that a new request's prompt adds to a pass, without what the prefix cache has of it."""
+        """Predicts the seconds that the tokens of a new request add to a pass, without what the prefix cache has of them."""
         cached = self.admission.pool.match(request.key, request.tokens()) if request.cacheable else 0
-        rows = request.uncached_tokens = len(request.prompt) - cached
+        rows = request.uncached_tokens = request.total - cached
         pairs = rows * (2 * cached + rows + 1) // 2
         least, whole = PassCost(1, 1, 0, 0, 1, 0, 0, 0, 0, 1), PassCost(rows, 1, 0, 0, pairs, 0, 0, 0, 0, 1)
         seconds = self.latency.pass_seconds(whole) - self.latency.pass_seconds(least)

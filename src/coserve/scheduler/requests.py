@@ -26,7 +26,8 @@ class RequestState:
     """One output of one request. Times are seconds of the engine's clock.
 
     ttft_s, tpot_s: its objectives; math.inf where it has none (best effort). key: what its prefix may be shared under.
-    cacheable: whether it may take cached blocks; prompt logprobs need every row. computed: how many of its first tokens have
+    cacheable: whether it may take cached blocks; prompt logprobs need every row. given: how many first tokens of its output
+    were sampled elsewhere; it is served like one that was preempted behind them. computed: how many of its first tokens have
     their K and V in the cache or in a plan. every_logit: whether the logits of each of its prompt's rows are wanted, once.
     logits_planned: of how many first rows they have been planned. begun_s: when its first row was planned. fcfs_s: when it
     would have its first token if requests were served as they come (fairness.py). uncached_tokens: what the prefix cache did
@@ -43,6 +44,7 @@ class RequestState:
     tpot_s: float
     cacheable: bool = True
     every_logit: bool = False
+    given: int = 0
     output: list[int] = field(default_factory=list)
     computed: int = 0
     logits_planned: int = 0
@@ -99,6 +101,12 @@ class RequestState:
         if end > self.logits_planned:
             self.logits_planned = end
         self.in_flight += span.samples
+
+    def begin_tokens(self, now: float) -> None:
+        """Its first token here has come. If it came with others, deadlines go on as if those had been in time."""
+        self.first_token_s = now
+        if self.given and self.tpot_s < math.inf:
+            self.first_token_s -= self.given * self.tpot_s
 
     def tokens(self) -> list[int]:
         """Committed tokens."""

@@ -97,7 +97,9 @@ class FleetResult:
     copies: dict[str, int] = field(default_factory=dict)
 
     def figures(self) -> dict[str, float]:
-        """The numbers of a table. uneven: how far the replica with the most, or the least, work is from the mean."""
+        """The numbers of a table. hits: the share of requests with an adapter that found it in memory; most_hits: if it were
+        missing only where it is asked for the first time. most_work, least_work: of a replica, from the mean, as shares of
+        it."""
         done = [request for request in self.requests if request.finished_s is not None]
         ttft = [request.first_token_s - request.arrival_s for request in done if request.first_token_s is not None]
         adapted = [request for request in done if request.ask.adapter is not None]
@@ -105,6 +107,7 @@ class FleetResult:
         return {
             "requests": len(self.requests), "lost": len(self.requests) - len(done), "resent": sum(r.deaths for r in done),
             "refused": self.refusals, "hits": sum(r.hit for r in adapted) / len(adapted),
+            "most_hits": 1 - len({r.ask.adapter for r in adapted}) / len(adapted),
             "cached": sum(r.cached_tokens for r in done) / sum(r.ask.prompt_tokens for r in done),
             "most_work": max(self.work_s) / mean - 1, "least_work": 1 - min(self.work_s) / mean,
             "ttft_p50_s": percentile(ttft, 0.5), "ttft_p99_s": percentile(ttft, 0.99),

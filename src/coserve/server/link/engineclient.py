@@ -32,12 +32,15 @@ from coserve.server.link.messages import (
     LoadAdapter,
     Ready,
     Replied,
+    ShareEnded,
     StartJob,
+    StepSaid,
+    StepTold,
     Tokens,
     UnloadAdapter,
     WatchLoad,
 )
-from coserve.server.link.streams import RequestStream, RequestStreams
+from coserve.server.link.streams import RequestStream, RequestStreams, StreamMaker
 from coserve.server.link.supervisor import Supervisor, notify_all
 from coserve.server.settings import ServerConfig
 
@@ -53,6 +56,7 @@ class EngineClient:
         self.supervisor = Supervisor(config, report=report, on_message=self._on_message, on_lost=self._on_lost)
         self._calls, self._streams = Calls(self.supervisor.send), RequestStreams(self.supervisor.send)
         self._job_listeners: list[Callable[[JobHappened | JobEnded], None]] = []
+        self._step_listeners: list[Callable[[StepSaid | ShareEnded], None]] = []
         self._load_listeners: list[Callable[[Load], None]] = []
         self._load_every_s = 0.0
         self.supervisor.on_up(self._ask_for_load)
@@ -75,6 +79,10 @@ class EngineClient:
         """The listener is called with every event of every job, in order, on the event loop."""
         self._job_listeners.append(listener)
 
+    def on_step(self, listener: Callable[[StepSaid | ShareEnded], None]) -> None:
+        """The listener is called with what the engine says as a member of jobs that several engines share, in order."""
+        self._step_listeners.append(listener)
+
     def on_load(self, listener: Callable[[Load], None]) -> None:
         """The listener is called with every report that `watch_load` has asked for, on the event loop."""
         self._load_listeners.append(listener)
@@ -89,6 +97,8 @@ class EngineClient:
                 self._calls.on_reply(message)
             case JobHappened() | JobEnded():
                 notify_all(self._job_listeners, message)
+            case StepSaid() | ShareEnded():
+                notify_all(self._step_listeners, message)
             case EngineLoad(load=load):
                 notify_all(self._load_listeners, load)
 
@@ -111,6 +121,11 @@ class EngineClient:
             adapter=None if adapter is None else adapter.name, tenant=tenant,
             tpot_ms=tpot_ms, ttft_ms=ttft_ms, arrival_s=time.monotonic() if arrival_s is None else arrival_s,
         ))
+
+    def relay(self, message: Generate, make: StreamMaker) -> RequestStream:
+        """Sends a request that another process has made. make: makes its stream, which may pass chunks on as they come. Raises
+        EngineUnavailable and InvalidRequest."""
+        return self._streams.open(message, make)
 
     def fail_requests(self, message: str) -> None:
         """Cancels every request; its stream raises EngineUnavailable with the message."""
@@ -138,6 +153,10 @@ class EngineClient:
         """Pauses, resumes, cancels or hands over a job: `action` is one of ActJob's. A job that has ended stays as it is.
         Raises EngineUnavailable."""
         self.supervisor.send(ActJob(id=job, action=cast(Literal["pause", "resume", "cancel", "hand_over"], action)))
+
+    def tell_step(self, job: str, data: bytes) -> None:
+        """Passes an envelope (stepmessages.py) to the engine as a member of a job. Raises EngineUnavailable."""
+        self.supervisor.send(StepTold(id=job, data=data))
 
     def watch_load(self, every_s: float) -> None:
         """The engine, and those that follow it after a restart, reports its load every so many seconds; 0: no more."""

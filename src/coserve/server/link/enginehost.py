@@ -41,13 +41,17 @@ from coserve.server.link.messages import (
     LogprobEntry,
     Problem,
     Replied,
+    ShareEnded,
     Shutdown,
     StartJob,
+    StepSaid,
+    StepTold,
     ToEngine,
     Tokens,
     UnloadAdapter,
     WatchLoad,
 )
+from coserve.server.link.stepmember import StepMember
 
 _POOL_THREADS = 4
 _COMPILING_THREADS = 2
@@ -93,6 +97,7 @@ class EngineHost:
         self._requests: dict[str, RequestHandle] = {}
         self._early_ends: dict[str, bool] = {}  # of requests whose grammars are being compiled, whether they were cancelled
         self._jobs: dict[str, JobHandle | None] = {}  # None: the job is being prepared
+        self._members: dict[str, StepMember] = {}  # this engine's places in jobs that several engines share
         self._early: dict[str, list[str]] = {}  # actions on jobs that are being prepared, in order
         self._lock = threading.Lock()
         self._loads = _LoadPoster(engine, post)
@@ -121,6 +126,10 @@ class EngineHost:
                 self._call(message.call, lambda: self._start_job(message), f"start job {message.id}", seconds, (message.id,))
             case ActJob():
                 self._act(message.id, message.action)
+            case StepTold(id=job, data=data):
+                member = self._members.get(job)
+                if member is not None:
+                    member.on_message(data)
             case GetStats(call=call):
                 self._call(call, self._stats, "figures for metrics")
             case WatchLoad(every_s=every_s):
@@ -172,7 +181,7 @@ class EngineHost:
         try:
             handle = self._engine.submit(
                 message.prompt_ids, message.sampling, adapter=message.adapter, tenant=message.tenant, tpot_ms=message.tpot_ms,
-                ttft_ms=message.ttft_ms, arrival_s=message.arrival_s, label=message.id,
+                ttft_ms=message.ttft_ms, arrival_s=message.arrival_s, label=message.id, emitted=message.emitted,
             )
         except CoserveError as error:
             self._fail(message.id, error)
@@ -220,22 +229,41 @@ class EngineHost:
     # --- jobs ---
 
     def _start_job(self, message: StartJob) -> None:
+        member = self._enter(message)
+        follows = member is not None and not member.primary
         try:
             handle = self._engine.finetune(
-                message.training_file, message.directory, message.config, name=message.adapter,
+                message.training_file, message.directory, message.config, name=message.id if follows else message.adapter,
                 validation=message.validation_file, start=message.start, resume=message.resume, tenant=message.tenant,
-                weight=message.weight, listen=lambda event: self._job_happened(message.id, event), label=message.id,
+                weight=message.weight, listen=lambda event: None if follows else self._job_happened(message.id, event),
+                label=message.id, exchange=member,
             )
         except BaseException:
             with self._lock:
                 del self._jobs[message.id]
                 self._early.pop(message.id, None)
+                self._members.pop(message.id, None)
+            if member is not None:
+                member.leave()
             raise
         with self._lock:  # held throughout: an action that comes now is later than the early ones
             self._jobs[message.id] = handle
             for action in self._early.pop(message.id, []):
                 _act(handle, action)
         handle.watch(lambda ended: self._job_ended(message.id, ended))
+
+    def _enter(self, message: StartJob) -> StepMember | None:
+        """This engine's place in a job that several engines share."""
+        share = message.share
+        if share is None:
+            return None
+        member = StepMember(
+            epoch=share.epoch, member=share.member, primary=share.primary,
+            send=lambda data: self._post(StepSaid(id=message.id, data=data)),
+        )
+        with self._lock:
+            self._members[message.id] = member
+        return member
 
     def _act(self, job: str, action: str) -> None:
         with self._lock:
@@ -261,6 +289,11 @@ class EngineHost:
             return
         with self._lock:
             self._jobs.pop(job, None)
+            member = self._members.pop(job, None)
+        if member is not None and not member.primary:
+            ended = ShareEnded(id=job, problem=None if handle.error is None else make_problem(handle.error))
+            member.gone.add_done_callback(lambda _: self._post(ended))
+            return
         self._engine.jobs.recorder.submit(self._report_end, job, handle)  # after the rows that are still being written
 
     def _report_end(self, job: str, handle: JobHandle) -> None:
@@ -335,7 +368,7 @@ class _RequestReporter:
             prompt_logprobs=_entries(handle.prompt_logprobs) if last and not self._sent_prompt else [],
         ))
         self._sent_prompt = self._sent_prompt or last  # once: they are the same for all outputs
-        self._first = False
+        self._first = self._first and not chunk.token_ids  # an output may have ended by what it came with
 
 
 def _entries(logprobs: Iterable[TokenLogprob]) -> list[LogprobEntry]:

@@ -1,8 +1,8 @@
 """What the API process and the engine process say to each other: msgpack over a ZeroMQ pair of sockets.
 
-    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, GetStats, WatchLoad, ChargeTenants, Ack,
-                   Shutdown
-    engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded, EngineLoad
+    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, StepTold, GetStats, WatchLoad, ChargeTenants,
+                   Ack, Shutdown
+    engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded, StepSaid, ShareEnded, EngineLoad
 
 A `call` number is answered by one Replied. Times are seconds of the machine's monotonic clock, which both processes share.
 """
@@ -48,7 +48,8 @@ class Generate(Message, frozen=True, kw_only=True):
     """A request.
 
     arrival_s: when it arrived at the API process. adapter: a name that LoadAdapter or a job has made; None: the base model.
-    tpot_ms, ttft_ms: the request's own objectives; None takes the server's, and "none" is best effort.
+    tpot_ms, ttft_ms: the request's own objectives; None takes the server's, and "none" is best effort. emitted: for each output
+    the ids that another engine has already sent, behind which it goes on (Engine.submit); empty: none.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Generate(Message, frozen=True, kw_only=True):
     tenant: str = ""
     tpot_ms: SloMs | None = None
     ttft_ms: SloMs | None = None
+    emitted: list[list[int]] = []
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -85,12 +87,23 @@ class UnloadAdapter(Message, frozen=True, kw_only=True):
     name: str
 
 
+class JobShare(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine's place among those that share a job. epoch: of the job's lease. member: its name. primary: whether this
+    engine's replica holds the lease. Where it doesn't, the engine writes and publishes nothing, makes no `directory`, and says
+    nothing of the job but its ShareEnded; the message's id is the share's, since this replica may come to hold the job too."""
+
+    epoch: int
+    member: str
+    primary: bool
+
+
 class StartJob(Message, frozen=True, kw_only=True):
     """Starts a job, or continues one.
 
     adapter: the name under which checkpoints and the result are published. directory: where the job writes.
     resume: whether the directory holds a job already, which goes on. start: directory of the adapter that training starts from;
-    None: a new adapter. weight: the job's share of finetuning's time, beside the weights of other jobs.
+    None: a new adapter. weight: the job's share of finetuning's time, beside the weights of other jobs. share: for a job that
+    several engines share.
     """
 
     call: int
@@ -104,6 +117,7 @@ class StartJob(Message, frozen=True, kw_only=True):
     start: str | None = None
     tenant: str = ""
     weight: float = 1.0
+    share: JobShare | None = None
 
 
 class ActJob(Message, frozen=True, kw_only=True):
@@ -112,6 +126,13 @@ class ActJob(Message, frozen=True, kw_only=True):
 
     id: str
     action: Literal["pause", "resume", "cancel", "hand_over"]
+
+
+class StepTold(Message, frozen=True, kw_only=True):
+    """An envelope (stepmessages.py) for the engine as a member of a job."""
+
+    id: str
+    data: bytes
 
 
 class GetStats(Message, frozen=True, kw_only=True):
@@ -189,7 +210,8 @@ class Tokens(Message, frozen=True, kw_only=True):
     time_s: when the last of the tokens was there. first_s: when the first was, if chunks were merged; None: at time_s.
     cached_tokens: how many of the prompt's tokens the prefix cache had, in a request's first chunk.
     begun_s: when the prompt began to be computed, in a request's first chunk.
-    prompt_logprobs: in the last chunk of the first output that ends, if they were asked for.
+    prompt_logprobs: in the last chunk of the first output that ends, if they were asked for. An output that had ended by what
+    the request came with (Generate.emitted) ends again, in a chunk without ids.
     """
 
     id: str
@@ -262,6 +284,20 @@ class JobEnded(Message, frozen=True, kw_only=True):
     problem: Problem | None = None
 
 
+class StepSaid(Message, frozen=True, kw_only=True):
+    """An envelope (stepmessages.py) of the engine as a member of a job, for the job's coordinator."""
+
+    id: str
+    data: bytes
+
+
+class ShareEnded(Message, frozen=True, kw_only=True):
+    """This engine's part in a job that another replica holds has ended. problem: why it failed, if it did."""
+
+    id: str
+    problem: Problem | None = None
+
+
 class EngineLoad(Message, frozen=True, kw_only=True):
     """The engine's load now. The replica's name is still empty; reports are numbered from 1."""
 
@@ -277,9 +313,10 @@ def merge_loads(earlier: EngineLoad, later: EngineLoad) -> EngineLoad:
 
 
 ToEngine = (
-    Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | GetStats | WatchLoad | ChargeTenants | Ack | Shutdown
+    Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | StepTold | GetStats | WatchLoad
+    | ChargeTenants | Ack | Shutdown
 )
-FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded | EngineLoad
+FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded | StepSaid | ShareEnded | EngineLoad
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -1,1 +1,1 @@
-"""One address over several engines on several machines: what they share, and how they find each other."""
+"""Several engines behind one address: what the ingress and the replicas say to each other, and what each of them does."""

@@ -37,6 +37,7 @@ from coserve.server.replicas.artifacts import ArtifactStore
 from coserve.server.replicas.claims import ClaimedJob, HeldRow, JobClaims
 from coserve.server.replicas.fenced import Fenced, FencedStore
 from coserve.server.replicas.files import StoredFiles
+from coserve.server.replicas.helping import JobHelp
 from coserve.server.replicas.runner import Hold, ReplicaRunner, ServedNames
 from coserve.server.replicas.runs import RunsEngine, run_name
 from coserve.server.replicas.scratch import ScratchOutputs
@@ -71,13 +72,14 @@ class ReplicaJobs:
     """Belongs to one event loop, on which it must be made.
 
     index: on PostgreSQL. replica: a name that no other replica has. scratch: a directory of this process alone, where it
-    removes what earlier ones have left. headroom: tells the share of time that training could get here, 0 to 1.
+    removes what earlier ones have left. headroom: tells the share of time that training could get here, 0 to 1. help: with jobs
+    that several replicas may share (helping.py); None: this one has each of its jobs for itself.
     """
 
     def __init__(
         self, index: Store, artifacts: ArtifactStore, engine: EngineClient, config: ServerConfig, replica: str, scratch: Path,
         *, headroom: Callable[[], float] = lambda: 1.0, timing: LeaseTiming | None = None,
-        clock: Callable[[], float] = boot_clock,
+        clock: Callable[[], float] = boot_clock, help: JobHelp | None = None,
     ) -> None:
         """Raises ConfigError where the index isn't on PostgreSQL, StorageRefused where the disk refuses."""
         self._engine, self._config, self._replica, self._headroom, self._clock = engine, config, replica, headroom, clock
@@ -89,7 +91,7 @@ class ReplicaJobs:
         store = FencedStore(index.database.limited(), self._book.epoch, self._on_fenced)
         self._usage = StoredBytes(store)
         files = StoredFiles(artifacts, scratch / "files", store, config.max_file_bytes, config.max_tenant_file_bytes)
-        self._runs = RunsEngine(engine, self._book.epoch)
+        self._runs = RunsEngine(engine, self._book.epoch, help)
         models = ServedNames(lambda: config.served_model_name or (engine.info.model,))
         self._outputs = ScratchOutputs(
             scratch / "runs", store, files, models, artifacts, epochs=self._book.epoch, warn=self._warn_soon

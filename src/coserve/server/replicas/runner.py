@@ -25,6 +25,7 @@ from coserve.server.index.rows import NewEvent
 from coserve.server.jobs.objects import step_metrics
 from coserve.server.jobs.queue import UnfinishedJob
 from coserve.server.jobs.runner import JobRunner
+from coserve.server.jobs.spec import num_members
 from coserve.server.link.messages import JobEnded
 from coserve.server.records import AdapterRecord, CheckpointRecord, JobRecord, JobStatus, new_id, now
 from coserve.server.replicas.artifacts import ArtifactStore
@@ -156,6 +157,13 @@ class ReplicaRunner(JobRunner):
             self._on_left(live)
         else:
             super().left(live, message)
+
+    def _start_fields(self, record: JobRecord) -> dict[str, Any]:
+        def note(line: str) -> None:
+            if record.id in self.live:
+                self.note(record.id, line)
+
+        return {**super()._start_fields(record), "members": num_members(record.settings), "note": note}
 
     # --- why a job waits ---
 

@@ -20,6 +20,7 @@ from coserve.core import CoserveError
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.link.messages import JobEnded, JobHappened
 from coserve.server.link.process import EngineEnd
+from coserve.server.replicas.helping import JobHelp
 
 _RUN = re.compile(r"(.+)-e(\d+)")
 
@@ -30,10 +31,11 @@ def run_name(job: str, epoch: int) -> str:
 
 
 class RunsEngine:
-    """An engine, for a JobRunner. It belongs to the event loop. epochs: tells under which epoch this replica has a job."""
+    """An engine, for a JobRunner. It belongs to the event loop. epochs: tells under which epoch this replica has a job. help:
+    of other replicas with jobs that several may share; None: there is none."""
 
-    def __init__(self, engine: EngineClient, epochs: Callable[[str], int | None]) -> None:
-        self._engine, self._epochs = engine, epochs
+    def __init__(self, engine: EngineClient, epochs: Callable[[str], int | None], help: JobHelp | None = None) -> None:
+        self._engine, self._epochs, self._help = engine, epochs, help
         self._listeners: list[Callable[[JobHappened | JobEnded], None]] = []
         self._runs: dict[str, asyncio.Event] = {}
         self._adapters: dict[str, str] = {}
@@ -68,10 +70,16 @@ class RunsEngine:
         """As EngineClient's, for the jobs that this replica has."""
         self._listeners.append(listener)
 
-    async def start_job(self, **fields: Any) -> None:
-        """As EngineClient's. The job's directory names the run."""
-        run = Path(fields["directory"]).parent.name
+    async def start_job(
+        self, *, members: int = 1, note: Callable[[str], None] = lambda line: None, **fields: Any
+    ) -> None:
+        """As EngineClient's. The job's directory names the run. members: replicas that may share it. note: takes lines about
+        them."""
+        run, job = Path(fields["directory"]).parent.name, str(fields["id"])
         adapter = f"{fields['adapter']}@{run}"
+        epoch = self._epochs(job)
+        if members > 1 and self._help is not None and epoch is not None:
+            fields["share"] = self._help.host(run, job, epoch, members, note)
         self._runs[run], self._adapters[run] = asyncio.Event(), adapter
         starting = asyncio.ensure_future(self._engine.start_job(**fields | {"id": run, "adapter": adapter}))
         starting.add_done_callback(lambda done: self._end(run) if done.cancelled() or done.exception() else None)
@@ -114,6 +122,8 @@ class RunsEngine:
                 listener(told)
 
     def _end(self, run: str) -> None:
+        if self._help is not None:
+            self._help.end(run)
         ended = self._runs.pop(run, None)
         if ended is not None:
             ended.set()

@@ -1,0 +1,29 @@
+"""What a process of a fleet is told at its start, a line of JSON on its standard input; and what it tells its host."""
+
+from __future__ import annotations
+
+import msgspec
+
+from coserve.server.replicas.processhost import REFUSED as REFUSED
+from coserve.server.replicas.processhost import SERVES as SERVES
+from coserve.server.settings import ServerConfig
+
+
+class FleetSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process of the fleet reads first. host: the address at which others reach its machine. node: what its machine is
+    called. sharers: how many engines share its memory (memoryshare.py)."""
+
+    config: ServerConfig
+    host: str = "127.0.0.1"
+    node: str = ""
+    sharers: int = 1
+
+
+def write_setup(setup: FleetSetup) -> bytes:
+    """The setup as one line of JSON, with its line break."""
+    return msgspec.json.encode(setup, enc_hook=str) + b"\n"  # a Path as text
+
+
+def read_setup(line: bytes) -> FleetSetup:
+    """The setup in a line of `write_setup`. Raises msgspec.ValidationError."""
+    return msgspec.json.decode(line, type=FleetSetup, dec_hook=lambda kind, text: kind(text))

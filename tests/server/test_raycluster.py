@@ -1,0 +1,281 @@
+"""A fleet on Ray: three raylets on this machine, and processes that only pretend to serve."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coserve.core import ConfigError
+from coserve.server.replicas.raycluster import RayFleet
+from coserve.server.settings import ServerConfig
+from tests.server.test_processhost import FAKE, is_alive
+from tests.tiny_directory import build_tiny_directory
+
+pytest_plugins = ["tests.server.postgres"]
+pytestmark = [pytest.mark.full, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
+SOURCE, ROOT = Path(__file__).parents[2] / "src", Path(__file__).parents[2]
+
+
+class Fleet:
+    """A fleet and what it has logged."""
+
+    def __init__(self, config: ServerConfig, log: pytest.LogCaptureFixture) -> None:
+        self.log, self.lines = log, list[str]()
+        self.fleet = RayFleet(config, report=self.lines.append, module=FAKE)
+
+    def until(self, condition: Callable[[], object], seconds: float = 40.0) -> None:
+        limit = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < limit, "\n".join([*self.lines, *self.log.messages])
+            self.fleet.look()
+
+    def serving(self, name: str) -> list[tuple[int, int]]:
+        """(host, child) of each time that the process served: its process's number is its child's parent."""
+        found = re.findall(rf"^{name}: (?:engine|ingress) serves at .* with child (\d+)", "\n".join(self.log.messages), re.M)
+        return [(parent_of(int(child)), int(child)) for child in found]
+
+
+def parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def config_of(address: str | None, **settings: Any) -> ServerConfig:
+    given = {"replicas": 3, "database_url": "postgresql://h/d", "store": "/x", "threads": 1, "device": "cpu", "model": "serves"}
+    return ServerConfig(**{**given, "ray_address": address, **settings})
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Three nodes of one processor each. The command's own is the head."""
+    patch = pytest.MonkeyPatch()
+    for name, value in {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2", "RAY_health_check_timeout_ms": "2000",
+        "RAY_memory_monitor_refresh_ms": "0", "RAY_enable_metrics_collection": "0", "RAY_prestart_worker_first_driver": "0",
+    }.items():
+        patch.setenv(name, value)
+    from ray.cluster_utils import Cluster  # which reads them
+
+    node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=node)
+    for _ in range(2):
+        made.add_node(**{name: value for name, value in node.items() if name != "include_dashboard"})
+    made.wait_for_nodes()
+    yield made
+    made.shutdown()
+    patch.undo()
+
+
+def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    made = Fleet(config_of(cluster.address, api_key=("secret",)), caplog)
+    names = ("replica 1", "replica 2", "replica 3")
+    with made.fleet as fleet:
+        fleet.start()
+        made.until(lambda: fleet.ready)
+        assert fleet.serving == 3 == fleet.replicas
+        assert "replica 3 serves" in made.lines[-1] or any("3 of 3 replicas are ready" in line for line in made.lines)
+        served = {name: made.serving(name)[-1] for name in (*names, "ingress")}
+        texts = "\n".join(caplog.messages)
+        assert "ingress: ingress serves" in texts and "keys ['secret'] token False" in texts
+        assert len(re.findall(r"^replica \d: engine serves at .* keys \[\] token False$", texts, re.M)) == 3
+        hosts = {name: parent_of(pid) for name, (pid, _) in served.items()}
+        raylets = {name: parent_of(host) for name, host in hosts.items()}
+        assert len({raylets[name] for name in names}) == 3, "one on each node"
+        assert raylets["ingress"] == cluster.head_node.all_processes["raylet"][0].process.pid
+
+        os.kill(served["replica 1"][0], signal.SIGKILL)  # the process
+        made.until(lambda: len(made.serving("replica 1")) == 2 and fleet.ready)
+        assert not is_alive(served["replica 1"][1])
+
+        os.kill(hosts["replica 2"], signal.SIGKILL)  # its host
+        made.until(lambda: len(made.serving("replica 2")) == 2 and fleet.ready)
+        assert not is_alive(served["replica 2"][1])
+
+        lost = next(name for name in names if raylets[name] != raylets["ingress"])
+        before, stays = made.serving(lost)[-1], [name for name in names if name != lost]
+        os.kill(raylets[lost], signal.SIGKILL)  # a machine
+        made.until(lambda: not is_alive(before[1]), 10)
+        assert all(is_alive(pid) for name in stays for pid in made.serving(name)[-1])
+        made.until(lambda: not fleet.ready)
+        assert fleet.serving == 2
+        cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=80 << 20)  # another one
+        made.until(lambda: fleet.ready)
+        assert parent_of(parent_of(made.serving(lost)[-1][0])) not in raylets.values()
+
+        cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=80 << 20)
+        fleet.add()
+        made.until(lambda: fleet.serving == 4)
+        last = made.serving("replica 4")[-1]
+        fleet.remove()
+        made.until(lambda: "replica 4: drained" in caplog.messages and not any(map(is_alive, last)))
+        assert (fleet.serving, fleet.replicas, fleet.ready) == (3, 3, True)
+
+        pids = [pid for name in (*names, "ingress") for pid in made.serving(name)[-1]]
+        fleet.stop()
+        assert not any(map(is_alive, pids))
+        order = [line for line in caplog.messages if line.endswith("drained")]
+        assert order[1] == "ingress: drained" and {*order[2:]} == {f"{name}: drained" for name in names}
+
+
+def test_what_keeps_a_process_from_starting_ends_the_start(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+    made = Fleet(config_of(cluster.address, model="refuses", replicas=1), caplog)
+    with made.fleet as fleet:
+        fleet.start()
+        with pytest.raises(ConfigError, match="model: there is no such model"):
+            made.until(lambda: fleet.ready)
+
+
+def test_a_cluster_without_tokens_is_refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Both where this command has none, and where only this command has one."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with RayFleet(config_of("127.0.0.1:1")) as fleet, pytest.raises(ConfigError, match="without token authentication"):
+        fleet.start()
+    monkeypatch.setenv("RAY_enable_metrics_collection", "0")
+    open_to_all = Cluster(initialize_head=True, head_node_args={
+        "num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False})
+    try:
+        program = (
+            "from tests.server.test_raycluster import *\n"
+            f"with RayFleet(config_of({open_to_all.address!r}), module=FAKE) as fleet:\n"
+            "    try: fleet.start()\n"
+            "    except ConfigError as error: print(error)\n"
+        )
+        env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 64, "PYTHONPATH": f"{SOURCE}:{ROOT}"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=env, check=False, timeout=60)
+        assert done.stdout.startswith("ray_address: ") and "takes commands without a token" in done.stdout, done
+    finally:
+        with contextlib.suppress(Exception):
+            open_to_all.shutdown()
+
+
+def test_a_command_with_a_ray_of_its_own(tmp_path: Path) -> None:
+    """It starts, takes one more, ends at SIGTERM in order; at kill -9 nothing is left."""
+    program = (
+        "import sys, functools\n"
+        "from coserve.cli import fleet, main\n"
+        "from coserve.server.replicas import raycluster\n"
+        f"fleet.RayFleet = functools.partial(raycluster.RayFleet, module={FAKE!r})\n"
+        "main.main()\n"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": str(SOURCE)}
+    flags = ["serves", "--database-url", "postgresql://h/d", "--store", str(tmp_path), "--device", "cpu", "--threads", "1"]
+
+    def start(replicas: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", program, "serve", *flags, "--replicas", str(replicas)], env=env, text=True, cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )
+
+    def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
+        assert process.stdout is not None
+        lines: list[str] = []
+        for line in process.stdout:
+            lines.append(line)
+            if text in line:
+                return lines
+        raise AssertionError("".join(lines))
+
+    def children(lines: list[str]) -> list[int]:
+        return [int(found) for found in re.findall(r"with child (\d+)", "".join(lines))]
+
+    with start(1) as process:
+        lines = read_until(process, "all 1 replicas and the ingress are ready")
+        if len(os.sched_getaffinity(0)) > 1:
+            process.send_signal(signal.SIGTTIN)
+            lines += read_until(process, "all 2 replicas")
+        os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C
+        lines += read_until(process, "ingress: drained")
+        lines += read_until(process, "replica 1: drained")
+        assert process.wait(30) == 0
+        assert not any(map(is_alive, children(lines)))
+    with start(1) as process:
+        lines = read_until(process, "are ready")
+        process.kill()
+        limit = time.monotonic() + 20
+        while any(map(is_alive, children(lines))):
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+
+
+def test_real_replicas_behind_one_address(tmp_path: Path, postgres_url: str) -> None:
+    """The whole command on a Ray of its own: requests are answered, also after a replica was killed, and all ends in order."""
+    model = build_tiny_directory(tmp_path / "model")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [
+        sys.executable, "-m", "coserve", "serve", str(model), "--replicas", "2", "--database-url", postgres_url,
+        "--store", str(tmp_path / "store"), "--data-dir", str(tmp_path / "data"), "--device", "cpu", "--dtype", "float32",
+        "--threads", "1", "--port", str(port), "--api-key", "k", "--kv-cache-memory-bytes", str(64 << 20),
+    ]
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one processor")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": str(SOURCE)}
+    log = tmp_path / "log"
+    with log.open("wb") as output, subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT) as process:
+        try:
+            wait_for(lambda: "all 2 replicas and the ingress are ready" in log.read_text(), process, log)
+            text = complete(port, str(model))
+            engines = engines_below(process.pid)
+            assert len(engines) == 2
+            os.kill(parent_of(engines[0]), signal.SIGKILL)  # a replica: its engine's parent
+            assert complete(port, str(model)) == text
+            assert not is_alive(engines[0])
+            wait_for(lambda: log.read_text().count("2 of 2 replicas are ready") == 2, process, log)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0, log.read_text()
+            assert not is_alive(engines[1])
+        finally:
+            process.kill()
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def complete(port: int, model: str) -> str:
+    """A greedy completion."""
+    body = json.dumps({"model": model, "prompt": "hello", "max_tokens": 8, "temperature": 0}).encode()
+    headers = {"Authorization": "Bearer k", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, headers)
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return str(json.loads(reply.read())["choices"][0]["text"])
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    limit = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < limit, log.read_text()
+        time.sleep(0.2)
+
+
+def engines_below(ancestor: int) -> list[int]:
+    """Engine processes among a process's descendants, in order of their numbers."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"coserve.server.link.enginemain" not in (place / "cmdline").read_bytes():
+                continue
+            pid = parent = int(place.name)
+            while parent > 1 and parent != ancestor:
+                parent = parent_of(parent)
+            found += [pid] * (parent == ancestor)
+    return sorted(found)
