@@ -184,7 +184,9 @@ def test_nothing_is_left_of_a_command_that_is_killed(tmp_path: Path) -> None:
         "--device", "cpu", "--threads", "1", "--replicas", "1",
     ]
     log = tmp_path / "log"
-    with log.open("wb") as output, subprocess.Popen(command, env=own_ray(), stdout=output, stderr=output, cwd=tmp_path) as process:
+    with log.open("wb") as output, subprocess.Popen(
+        command, env=own_ray(), stdout=output, stderr=output, cwd=tmp_path
+    ) as process:
         wait_for(lambda: "all 1 replicas and the ingress are ready" in log.read_text(), process, log)
         process.kill()
     children = [int(found) for found in re.findall(r"with child (\d+)", log.read_text())]
