@@ -38,10 +38,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -m "not full and not gpu" --numprocesses $(WORKERS) --dist loadfile
 
-# Servers' tests have deadlines, so they run alone; their skipped ones are listed.
+# Tests that measure times or have short deadlines run by themselves; skipped ones are listed.
 test-full: $(READY)
-	$(BIN)/python -m pytest -m "full" --ignore tests/server --numprocesses $(WORKERS) --dist loadfile --durations 20 -rs
-	$(BIN)/python -m pytest -m "full" tests/server --durations 20 -rs
+	$(BIN)/python -m pytest -m "full and not alone" --numprocesses $(WORKERS) --dist loadfile --durations 30 -rs
+	$(BIN)/python -m pytest -m "full and alone" --durations 20 -rs
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ from serving_engine import running_engine
 from serving_rows import COSERVE, IN_PROCESS, VLLM, Cell, capacity, cell_summary, describe, describe_ratios, make_rows
 
 from coserve.bench.arrivals import ArrivalConfig, make_arrivals
-from coserve.bench.loads import CompletionClient, Load, run_load
+from coserve.bench.loads import CompletionClient, PromptLoad, run_load
 from coserve.bench.metrics import RequestRecord
 from coserve.bench.results import result_head
 from coserve.bench.servers import ProcessGroup, busy_seconds, log_end, running_server, served_model
@@ -67,7 +67,7 @@ class System:
 
     name: str
     group: ProcessGroup
-    run: Callable[[Load], list[RequestRecord]]
+    run: Callable[[PromptLoad], list[RequestRecord]]
 
 
 class Prompts:
@@ -107,7 +107,7 @@ def http_system(
     with running_server(command, log, environment) as server:
         client = CompletionClient(server.url, served_model(server.url))
 
-        def run(load: Load) -> list[RequestRecord]:
+        def run(load: PromptLoad) -> list[RequestRecord]:
             records = asyncio.run(run_load(client.send, load, time.monotonic))
             if not any(record.finished for record in records):
                 raise RuntimeError(f"{name} answered none of {len(records)} requests:\n{log_end(log)}")
@@ -187,14 +187,14 @@ class Measurement:
             cells += [self._cell(system, load, pair, rate, prefill_s, floor_s) for system in systems]
         return cells, rate
 
-    def _closed(self, pair: Pair, clients: int, each: int, output_tokens: int) -> Load:
+    def _closed(self, pair: Pair, clients: int, each: int, output_tokens: int) -> PromptLoad:
         prompts = self._prompts(clients * each, pair.number, clients, output_tokens)
-        return Load(prompts=prompts, output_tokens=output_tokens, clients=clients)
+        return PromptLoad(prompts=prompts, output_tokens=output_tokens, clients=clients)
 
-    def _poisson(self, pair: Pair, rate: float) -> Load:
+    def _poisson(self, pair: Pair, rate: float) -> PromptLoad:
         count = 8 if self._options.quick else 40
         arrivals = make_arrivals(ArrivalConfig(), rate, count, pair.number)
-        return Load(prompts=self._prompts(count, pair.number, 0, OUTPUT_TOKENS), output_tokens=OUTPUT_TOKENS,
+        return PromptLoad(prompts=self._prompts(count, pair.number, 0, OUTPUT_TOKENS), output_tokens=OUTPUT_TOKENS,
                     due_s=tuple(arrival.due_s for arrival in arrivals))
 
     def _prefill_s(self, system: System, pair: Pair) -> float:
@@ -204,7 +204,7 @@ class Measurement:
         return median(record.token_times[0] - record.due_s for record in records if record.finished)
 
     def _cell(
-        self, system: System, load: Load, pair: Pair, rate: float | None, prefill_s: float, floor_s: float
+        self, system: System, load: PromptLoad, pair: Pair, rate: float | None, prefill_s: float, floor_s: float
     ) -> Cell:
         with running(system):
             system.run(self._closed(pair, 1, 1, 2))  # after a halt

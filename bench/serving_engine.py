@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from coserve import Engine, SamplingConfig, load_model
-from coserve.bench.loads import Load, Reply, run_load
+from coserve.bench.loads import PromptLoad, Reply, run_load
 from coserve.bench.metrics import RequestRecord
 from coserve.bench.servers import START_S, ProcessGroup
 from coserve.core import CoserveError
@@ -31,7 +31,7 @@ class EngineChild:
     group: ProcessGroup
     connection: Connection
 
-    def run(self, load: Load) -> list[RequestRecord]:
+    def run(self, load: PromptLoad) -> list[RequestRecord]:
         """Runs a load. Raises EOFError if the process has died."""
         self.connection.send(load)
         records: list[RequestRecord] = self.connection.recv()
@@ -72,7 +72,7 @@ def serve_loads(connection: Connection, dtype: str) -> None:
                 connection.send(asyncio.run(run_in_process(engine, connection.recv())))
 
 
-async def run_in_process(engine: Engine, load: Load) -> list[RequestRecord]:
+async def run_in_process(engine: Engine, load: PromptLoad) -> list[RequestRecord]:
     """Runs a load through an engine that has no thread of its own."""
 
     async def send(prompt: Sequence[int], output_tokens: int) -> Reply:

@@ -24,7 +24,7 @@ RANKS: Mapping[str, float] = {
     "model": 3,
     "peft": 3.5,  # the design gives model and peft 3; an adapter is laid out by the decoder's shapes, so peft stands on model
     "compiler": 4,
-    "runtime": 5, "scheduler": 5, "finetune": 5,
+    "runtime": 5, "scheduler": 5, "finetune": 5, "cluster": 5,
     "planning": 5.3,  # counts what the runtime takes
     "devices": 5.5,  # a scheduler's latency law from a model's shapes and a device's data
     "training": 5.6,  # runs finetune's jobs on the runtime, under a plan
@@ -49,6 +49,7 @@ LAZY: Mapping[str, frozenset[str]] = {
     "coserve.kernels.native.build": frozenset({"torch"}),  # its compiler, which takes seconds to import
     "coserve.model.gguf": frozenset({"gguf"}),
     "coserve.model.locate": frozenset({"huggingface_hub"}),
+    "coserve.server.replicas.objects": frozenset({"fsspec", "s3fs"}),
     "coserve.server.replicas.raycluster": frozenset({"ray"}),
 }
 """Heavy, optional packages that a module may import inside a function."""
@@ -194,6 +195,20 @@ def test_scheduler_reaches_no_tensor_library() -> None:
         assert not others & {"torch", "transformers", "triton"}, f"{module} through {sorted(ours)}"
     assert "torch" in reachable("coserve.runtime.cache", sources)[1], "the search finds torch where it is"
     assert "coserve.core" in reachable("coserve.scheduler.blocks", sources)[0]
+
+
+def test_cluster_is_pure_policy() -> None:
+    """No sockets, files, threads, clocks or tensors."""
+    sources = project()
+    modules = [module for module in sources if module.startswith("coserve.cluster")]
+    assert "coserve.cluster.router" in modules
+    allowed = {
+        "coserve", "__future__", "bisect", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "heapq",
+        "itertools", "math", "msgspec", "numpy", "operator", "random", "re", "typing",
+    }
+    for module in modules:
+        ours, others = reachable(module, sources)
+        assert others <= allowed, f"{module} needs {sorted(others - allowed)} through {sorted(ours)}"
 
 
 def test_package_imports_without_optional_dependencies() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from serving_engine import run_in_process
 
-from coserve.bench.loads import CompletionClient, Load, Reply, run_load
+from coserve.bench.loads import CompletionClient, PromptLoad, Reply, run_load
 from tests.tiny_engine import build_model, make_engine, prompt
 
 PROMPTS = tuple((number, 1, 2) for number in range(6))
@@ -42,7 +42,7 @@ class FakeSystem:
 
 def test_a_closed_loop_has_as_many_requests_as_clients(capsys: pytest.CaptureFixture[str]) -> None:
     system = FakeSystem(0.01)
-    load = Load(prompts=PROMPTS, output_tokens=3, clients=2)
+    load = PromptLoad(prompts=PROMPTS, output_tokens=3, clients=2)
     records = asyncio.run(run_load(system.send, load, time.monotonic))
     assert system.most == 2 and sorted(system.sent) == sorted(PROMPTS)
     assert [record.finished for record in records] == [True] * 5 + [False], "the second client's last one was refused"
@@ -54,7 +54,7 @@ def test_a_closed_loop_has_as_many_requests_as_clients(capsys: pytest.CaptureFix
 
 def test_arrivals_are_sent_when_due_whatever_is_running() -> None:
     system = FakeSystem(0.1)
-    load = Load(prompts=PROMPTS[:4], output_tokens=1, due_s=(0.0, 0.001, 0.002, 0.3))
+    load = PromptLoad(prompts=PROMPTS[:4], output_tokens=1, due_s=(0.0, 0.001, 0.002, 0.3))
     records = asyncio.run(run_load(system.send, load, time.monotonic))
     assert system.most == 3 and [record.due_s for record in records] == [0.0, 0.001, 0.002, 0.3]
     assert records[3].token_times[0] >= 0.39 and all(record.ttft_ms >= 99 for record in records if record.ttft_ms)
@@ -64,7 +64,7 @@ def test_an_output_that_is_too_short_is_no_success() -> None:
     async def send(prompt: Sequence[int], output_tokens: int) -> Reply:
         return Reply((time.monotonic(),))
 
-    (record,) = asyncio.run(run_load(send, Load(prompts=PROMPTS[:1], output_tokens=2, clients=1), time.monotonic))
+    (record,) = asyncio.run(run_load(send, PromptLoad(prompts=PROMPTS[:1], output_tokens=2, clients=1), time.monotonic))
     assert not record.finished
 
 
@@ -175,9 +175,9 @@ def test_an_engine_in_process_runs_the_same_loads(tmp_path: Path) -> None:
     engine = make_engine(build_model(tmp_path / "model"))
     prompts = tuple(tuple(prompt(20, seed)) for seed in range(5))
     with contextlib.closing(engine):
-        closed = asyncio.run(run_in_process(engine, Load(prompts=prompts, output_tokens=6, clients=2)))
-        due = asyncio.run(run_in_process(engine, Load(prompts=prompts[:2], output_tokens=6, due_s=(0.0, 0.05))))
-        refused = asyncio.run(run_in_process(engine, Load(prompts=((10**6,),), output_tokens=6, clients=1)))
+        closed = asyncio.run(run_in_process(engine, PromptLoad(prompts=prompts, output_tokens=6, clients=2)))
+        due = asyncio.run(run_in_process(engine, PromptLoad(prompts=prompts[:2], output_tokens=6, due_s=(0.0, 0.05))))
+        refused = asyncio.run(run_in_process(engine, PromptLoad(prompts=((10**6,),), output_tokens=6, clients=1)))
     assert all(record.finished and len(record.token_times) == 6 for record in closed + due)
     assert closed[0].token_times[-1] <= closed[1].due_s and due[1].token_times[0] >= 0.05
     assert not refused[0].finished
@@ -192,5 +192,5 @@ def test_an_engine_that_stops_ends_its_load(tmp_path: Path) -> None:
 
     engine.runner = Broken()  # type: ignore[assignment]
     with contextlib.closing(engine), pytest.raises(ExceptionGroup) as failure:
-        asyncio.run(run_in_process(engine, Load(prompts=PROMPTS[:1], output_tokens=6, clients=1)))
+        asyncio.run(run_in_process(engine, PromptLoad(prompts=PROMPTS[:1], output_tokens=6, clients=1)))
     assert failure.value.subgroup(ZeroDivisionError) is not None

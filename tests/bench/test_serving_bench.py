@@ -26,7 +26,7 @@ from serving_rows import (
     make_rows,
 )
 
-from coserve.bench.loads import Load
+from coserve.bench.loads import PromptLoad
 from coserve.bench.metrics import RequestRecord
 
 
@@ -135,7 +135,7 @@ class FakeStarter:
 
     def __init__(self) -> None:
         self.running: list[str] = []
-        self.log: list[tuple[str, Load]] = []
+        self.log: list[tuple[str, PromptLoad]] = []
         self.started: list[str] = []
 
     @contextlib.contextmanager
@@ -144,7 +144,7 @@ class FakeStarter:
         group = FakeGroup(self.running, name)
         group.resume()
 
-        def run(load: Load) -> list[RequestRecord]:
+        def run(load: PromptLoad) -> list[RequestRecord]:
             assert self.running == [name]
             self.log.append((name, load))
             return [record(0.0, 0.001, load.output_tokens, 0.001) for _ in load.prompts]

@@ -262,7 +262,7 @@ def test_neutral_values_are_listed_as_they_are() -> None:
 
 def test_extra_fields_of_jobs_are_listed() -> None:
     listed = [code(name)[0] for name, *_ in rows(section(page_text("finetuning.md"), "Fields beyond OpenAI's"))]
-    assert sorted(listed) == sorted((*SETTINGS, "adapter", "priority", "weight", "deadline"))
+    assert sorted(listed) == sorted((*SETTINGS, "adapter", "members", "priority", "weight", "deadline"))
 
 
 def test_flags_of_vllm_are_listed_as_they_are() -> None:

@@ -43,6 +43,7 @@ class FakeEngine:
     def __init__(self, model: Path) -> None:
         self.ready, self.generation, self.num_restarts = True, 1, 0
         self.last_end: EngineEnd | None = None
+        self.failure: str | None = None
         self.supervisor = self
         self.info = Ready(
             model="some/Base-1", directory=str(model), fingerprint="f", architecture="llama", num_parameters=1, vocab_size=400,

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import pytest
 import zmq
 
+from coserve.cluster.load import Load
 from coserve.config.settings import EngineConfig, FinetuneConfig, LoraConfig, SamplingConfig
 from coserve.core import ConfigError, InvalidRequest, NotFound, StepPlan, StepResult
 from coserve.engine.engine import Engine
@@ -23,6 +24,7 @@ from coserve.engine.step import Lookup
 from coserve.peft.format import save_adapter
 from coserve.runtime.loaded import LoadedModel, load_model
 from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.prefixhash import prompt_hashes
 from coserve.server.errors import EngineUnavailable
 from coserve.server.link import enginemain, supervisor
 from coserve.server.link.activity import ActivityPage
@@ -161,6 +163,27 @@ def test_a_slow_reader_gets_one_chunk_per_output_of_all_that_came() -> None:
         assert [part.finish_reason async for part in stream] == ["stop"]
 
     asyncio.run(read())
+
+
+def test_an_engine_reports_its_load_and_charges_tenants(loop: Loop) -> None:
+    loads: list[Load] = []
+    loop.client.on_load(loads.append)
+
+    async def watch(every_s: float) -> None:
+        loop.client.watch_load(every_s)
+        loop.client.charge_tenants({"elsewhere": 100})
+
+    loop(watch(0.02))
+    ids = list(range(3, 43))
+    loop.generate(prompt_ids=ids, sampling=GREEDY, tenant="served")
+    loop.wait(lambda: sum(load.served.get("served", 0) for load in loads) == 40 + 11)
+    hashes = set(prompt_hashes("served", None, ids, 16))
+    loop.wait(lambda: any(hashes <= set(load.prefixes or []) for load in loads))
+    loop(watch(0.0))
+    assert [load.number for load in loads] == sorted({load.number for load in loads})
+    last = loads[-1]
+    assert last.free_blocks == last.num_blocks > 0 and (last.block_tokens, last.running, last.replica) == (16, 0, "")
+
 
 
 def test_what_came_before_an_error_is_read_first() -> None:

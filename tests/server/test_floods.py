@@ -73,6 +73,7 @@ def many_files() -> Iterator[None]:
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_ten_thousand_wait_and_the_rest_are_told_to_come_again(start_server: StartServer, many_files: None) -> None:
     """The engine is halted until all have been sent, so that they come at once."""
     server = start_server("--max-num-queued-reqs", str(QUEUE), "--max-num-seqs", str(SEQS))
@@ -112,6 +113,7 @@ def test_ten_thousand_wait_and_the_rest_are_told_to_come_again(start_server: Sta
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_clients_that_do_not_read_hold_up_nobody(start_server: StartServer) -> None:
     server = start_server()
     assert complete(server).status_code == 200
@@ -148,6 +150,7 @@ def test_clients_that_do_not_read_hold_up_nobody(start_server: StartServer) -> N
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_connections_that_send_a_byte_a_second(start_server: StartServer) -> None:
     server = start_server()
     assert complete(server).status_code == 200
@@ -230,6 +233,7 @@ def flood(url: str, over: Event) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_a_flood_of_one_tenant_leaves_the_others_objectives(shared: RunningServer) -> None:
     async def play() -> list[Times]:
         async with httpx.AsyncClient(base_url=shared.url, timeout=120) as client:
@@ -256,6 +260,7 @@ def test_a_flood_of_one_tenant_leaves_the_others_objectives(shared: RunningServe
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_a_prompt_of_another_tenant_is_not_in_the_cache(shared: RunningServer) -> None:
     body = {"prompt": "The harbour is behind the mill. " * 6, "max_tokens": 1}
 

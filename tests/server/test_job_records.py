@@ -15,7 +15,7 @@ import pytest
 from coserve.core import CapacityError
 from coserve.finetune.job import MetricsTable
 from coserve.server.errors import Conflict, StorageRefused
-from coserve.server.jobs import journal, runner, service
+from coserve.server.jobs import journal, runner, validation
 from coserve.server.link.messages import JobHappened, Problem
 from coserve.server.link.process import EngineEnd
 from tests.server.conftest import Play
@@ -189,7 +189,7 @@ def test_an_index_that_does_not_answer_fails_no_job(play: Play, monkeypatch: pyt
             tries.append(1)
             raise StorageRefused("the index's database can't be reached")
 
-        monkeypatch.setattr(service, "RETRY_S", 0.01)
+        monkeypatch.setattr(validation, "RETRY_S", 0.01)
         job = await bench.create()
         with monkeypatch.context() as patch:
             patch.setattr(bench.store, "get_file", away)

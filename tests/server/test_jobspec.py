@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from coserve.config.settings import AdapterConfig, BottleneckConfig, IA3Config, LoraConfig
 from coserve.core import InvalidRequest
 from coserve.server.jobs.objects import tuned_name
-from coserve.server.jobs.spec import Resolved, read_spec, resolve
+from coserve.server.jobs.spec import Resolved, num_members, read_spec, resolve
 from coserve.server.records import JobRecord
 from coserve.server.settings import ServerConfig
 from tests.server.jobforms import read_body
@@ -132,6 +133,20 @@ def test_a_deterministic_server_makes_deterministic_jobs() -> None:
     assert not resolved(64).config.deterministic
 
 
+def test_members_are_for_replicas() -> None:
+    fleet = ServerConfig(replicas=2, database_url="postgresql://localhost/x", store="/x")
+    assert num_members(spec_of(fleet, members=3).settings) == 3 and num_members(spec_of(fleet).settings) == 1
+    assert num_members(spec_of(members=1).settings) == 1, "one is what every server is"
+    for server, fields, reason in (
+        (fleet, {"deterministic": True}, "a deterministic job runs on one replica"),
+        (replace(fleet, deterministic=True), {}, "a deterministic job runs on one replica"),
+        (replace(fleet, tensor_parallel_size=2), {}, "shared by several processes"),
+    ):
+        with pytest.raises(InvalidRequest, match=reason) as caught:
+            spec_of(server, members=2, **fields)
+        assert caught.value.param == "members"
+
+
 def test_seeds_are_drawn_unless_given() -> None:
     assert len({spec_of().config.seed for _ in range(8)}) > 1
     assert spec_of(seed=0).config.seed == 0
@@ -218,6 +233,9 @@ PREFERENCE = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}
     ({"weight": 0}, "weight", "greater"),
     ({"weight": float("nan")}, "weight", "no NaN"),
     ({"priority": 2**40}, "priority", "less"),
+    ({"members": 0}, "members", "greater"),
+    ({"members": 5}, "members", "less"),
+    ({"members": 2}, "members", "start the server with --replicas"),
     ({"integrations": [{"type": "mlflow"}]}, "integrations[0].type", "wandb"),
     ({"integrations": [{"type": "wandb"}]}, "integrations", "project"),
 ])

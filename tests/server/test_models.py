@@ -12,6 +12,7 @@ import pytest
 from coserve.core import ConfigError, InvalidRequest, NotFound
 from coserve.server.errors import Forbidden
 from coserve.server.index.store import Store
+from coserve.server.link.messages import AdapterRef
 from coserve.server.models import ModelRegistry, engine_name
 from coserve.server.records import AdapterRecord
 from coserve.server.settings import ServerConfig
@@ -71,9 +72,9 @@ def test_adapters_belong_to_tenants(place: Place) -> None:
     models.add(adapter(place, "both", "me"))
     models.add(adapter(place, "both", "them"))
     found = models.find("me", "mine")
-    assert (found.adapter, found.created) == ("me/mine", 7)
-    assert models.find("me", "both").adapter == "me/both"
-    assert models.find("them", "both").adapter == "them/both"
+    assert (found.adapter, found.created) == (AdapterRef(name="me/mine"), 7)
+    assert models.find("me", "both").adapter == AdapterRef(name="me/both")
+    assert models.find("them", "both").adapter == AdapterRef(name="them/both")
     with pytest.raises(NotFound):
         models.find("them", "mine")
     assert [model.name for model in models.list("them")] == ["some/Base-1", "both"]
@@ -102,7 +103,7 @@ def test_an_adapter_is_loaded_once_per_engine(place: Place) -> None:
         assert models.find_record("me", "mine").directory == directory != record.directory
         engine.die()
         await engine.rise()
-        assert (await models.prepare("me", "mine")).adapter == "me/mine"
+        assert (await models.prepare("me", "mine")).adapter == AdapterRef(name="me/mine")
         assert len(engine.loads) == 2
         assert (await models.prepare("me", "some/Base-1")).adapter is None
 
@@ -123,8 +124,8 @@ def test_modules_of_the_command_line(place: Place) -> None:
     directory = write_adapter(place.path / "shared")
 
     async def story(models: ModelRegistry, engine: FakeEngine) -> None:
-        assert models.find("me", "shared").adapter == "/shared"
-        assert (await models.prepare("them", "shared")).adapter == "/shared"
+        assert models.find("me", "shared").adapter == AdapterRef(name="/shared")
+        assert (await models.prepare("them", "shared")).adapter == AdapterRef(name="/shared")
         assert len(engine.loads) == 1
         with pytest.raises(Forbidden):
             await models.unload("me", "shared")

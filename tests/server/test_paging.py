@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import create_engine, event, text
 
 from coserve.core import InvalidRequest
-from coserve.server.index import store as module
+from coserve.server.index import rows as module
 from coserve.server.index.store import Store
 from coserve.server.records import CheckpointRecord
 from tests.server.test_store import file, job
@@ -117,7 +117,7 @@ def test_an_index_of_an_older_coserve_is_taken(store: Store, tmp_path: Path) -> 
 def test_a_full_disk_does_not_keep_files_from_being_deleted(store: Store, count: int) -> None:
     for number in range(9, 9 + count):
         store.add_file(file(f"file-{number}", created_at=number))
-    with store._database.engine.connect() as connection:
+    with store.database.engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
     limit_pages(store, pages)
     for number in range(9 + count):
@@ -130,5 +130,5 @@ def limit_pages(store: Store, pages: int) -> None:
     def limit(connection: Callable[..., object], *_: object) -> None:
         connection.execute(f"PRAGMA max_page_count = {pages}")  # type: ignore[attr-defined]
 
-    event.listen(store._database.engine, "connect", limit)
-    store._database.engine.dispose()
+    event.listen(store.database.engine, "connect", limit)
+    store.database.engine.dispose()

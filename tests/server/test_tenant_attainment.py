@@ -104,6 +104,7 @@ async def chat(client: httpx.AsyncClient) -> Chat:
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_a_second_tenant_keeps_its_objectives(server: RunningServer) -> None:
     spawn = multiprocessing.get_context("spawn")
     over = spawn.Event()

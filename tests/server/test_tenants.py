@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coserve.core import ConfigError
-from coserve.server.errors import Unauthorized
+from coserve.server.errors import StorageRefused, Unauthorized
 from coserve.server.index.store import Store
 from coserve.server.tenants import Tenants, digest_key, make_key, read_keys
 
@@ -119,3 +119,29 @@ def test_keys_that_cannot_be(store: Store) -> None:
     assert Tenants(store, [("a", "k"), ("a", "k")]).identify("Bearer k") == "a"
     with pytest.raises(ConfigError):
         make_key("a b")
+
+
+def test_while_the_index_is_away_what_was_last_read_counts(
+    store: Store, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, record = make_key("alice")
+    opened, closed = Tenants(store, (), clock=clock), Tenants(store, ["a-key"], clock=clock)
+    assert opened.is_open()
+    store.add_key(record)
+    assert closed.identify(f"Bearer {key}") == "alice"
+
+    def refuse(*_: object) -> None:
+        raise StorageRefused("the index's database can't be reached; try again")
+
+    monkeypatch.setattr(store, "list_keys", refuse)
+    monkeypatch.setattr(store, "find_key", refuse)
+    clock.now += 30
+    assert opened.is_open()
+    assert closed.identify(f"Bearer {key}") == "alice"
+    with pytest.raises(StorageRefused):
+        closed.identify("Bearer another")
+    clock.now += 300
+    with pytest.raises(StorageRefused):
+        opened.is_open()
+    with pytest.raises(StorageRefused):
+        closed.identify(f"Bearer {key}")

@@ -23,7 +23,7 @@ import zmq.asyncio
 
 from coserve.core import CoserveError
 from coserve.server.jobs.queue import UnfinishedJob
-from coserve.server.link import enginemain
+from coserve.server.link import setup
 from coserve.server.link.activity import (
     ENGINE,
     FIRST_CALL,
@@ -88,9 +88,9 @@ def test_every_end_of_a_process_has_a_reason(tmp_path: Path, code: int, reason: 
 
 def test_a_server_that_was_killed_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
-    monkeypatch.setattr(enginemain.os, "_exit", ended.append)
+    monkeypatch.setattr(setup.os, "_exit", ended.append)
     (tmp_path / "coserve-1").mkdir()
-    enginemain.end_with(io.BytesIO(), str(tmp_path / "coserve-1"))
+    setup.end_with(io.BytesIO(), str(tmp_path / "coserve-1"))
     wait_until(lambda: ended == [1], 5)
     assert not (tmp_path / "coserve-1").exists()
 
@@ -300,6 +300,7 @@ def messages(server: RunningServer, id: str) -> list[str]:
 
 
 @pytest.mark.full
+@pytest.mark.alone
 @pytest.mark.parametrize("how", ["gil", "sleep"])
 def test_a_request_that_hangs_the_engine(start: Callable[..., RunningServer], how: str) -> None:
     server = start()
@@ -324,6 +325,7 @@ def test_a_request_that_hangs_the_engine(start: Callable[..., RunningServer], ho
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_an_adapter_that_hangs_the_engine_while_it_is_loaded(start: Callable[..., RunningServer], tmp_path: Path) -> None:
     adapter = write_tiny_adapter(tmp_path / "adapters" / "wicked")
     server = start("--adapter-root", str(adapter.parent))
@@ -338,6 +340,7 @@ def test_an_adapter_that_hangs_the_engine_while_it_is_loaded(start: Callable[...
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_a_job_that_hangs_the_engine_is_given_up_and_others_go_on(start: Callable[..., RunningServer]) -> None:
     server = start("--max-jobs", "2")
     job = create_job(server)
@@ -355,6 +358,7 @@ def test_a_job_that_hangs_the_engine_is_given_up_and_others_go_on(start: Callabl
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_a_crash_writes_the_stacks_into_the_log(start: Callable[..., RunningServer]) -> None:
     server = start("--log-format", "json", "--enable-log-requests")
     orders = order(server, "crash wicked")
@@ -372,6 +376,7 @@ def test_a_crash_writes_the_stacks_into_the_log(start: Callable[..., RunningServ
 
 
 @pytest.mark.full
+@pytest.mark.alone
 @pytest.mark.parametrize("how", ["gil", "sleep", "stopped"])
 def test_the_end_does_not_wait_for_an_engine_that_hangs(start: Callable[..., RunningServer], how: str) -> None:
     server = start("--watchdog-timeout", "600", "--shutdown-timeout", "1")
@@ -392,6 +397,7 @@ def test_the_end_does_not_wait_for_an_engine_that_hangs(start: Callable[..., Run
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_sigterm_between_checkpoints_loses_no_step(start: Callable[..., RunningServer]) -> None:
     server = start()
     job = create_job(server)

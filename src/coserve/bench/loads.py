@@ -22,7 +22,7 @@ TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class PromptLoad:
     """Prompts (token ids) with greedy outputs of `output_tokens` tokens, whatever the tokens are.
 
     clients: a closed loop of so many, each of which sends every clients-th prompt, the next one when the last one has ended;
@@ -46,7 +46,7 @@ Send = Callable[[Sequence[int], int], Awaitable[Reply]]
 """Sends a prompt (token ids) for so many output tokens, and waits for the last one."""
 
 
-async def run_load(send: Send, load: Load, now: Callable[[], float]) -> list[RequestRecord]:
+async def run_load(send: Send, load: PromptLoad, now: Callable[[], float]) -> list[RequestRecord]:
     """Sends a load; the records' times are seconds from its start. now: the clock of the replies' times."""
     origin = now()
 

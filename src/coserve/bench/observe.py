@@ -19,7 +19,7 @@ import numpy as np
 
 from coserve.bench.cells import record_from_dict, record_to_dict
 from coserve.bench.driver import TokensDone
-from coserve.bench.loads import Load, Send, run_load
+from coserve.bench.loads import PromptLoad, Send, run_load
 from coserve.bench.metrics import RequestRecord
 
 SAMPLE_S = 1.0
@@ -72,7 +72,7 @@ async def observe(send: Send, traffic: WindowTraffic, trainer: Trainer) -> Obser
     """Sends the traffic beside the trainer, which has been started. Raises RuntimeError if the trainer ends or is silent."""
     start = time.monotonic() + traffic.warmup_s
     end = start + traffic.window_s
-    load = Load(prompts=traffic.prompts, output_tokens=traffic.output_tokens,
+    load = PromptLoad(prompts=traffic.prompts, output_tokens=traffic.output_tokens,
                 due_s=tuple(due_s + traffic.warmup_s for due_s in traffic.due_s))
     requests = asyncio.create_task(run_load(send, load, time.monotonic))
     samples: list[TokensDone] = []

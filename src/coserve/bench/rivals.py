@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from coserve.bench.loads import CompletionClient, Load, Send, run_load
+from coserve.bench.loads import CompletionClient, PromptLoad, Send, run_load
 from coserve.bench.metrics import SloInMs
 from coserve.bench.observe import Trainer
 from coserve.bench.servers import ProcessGroup, last_words, running_process, running_server, served_model
@@ -130,7 +130,7 @@ class Rivals:
             else:
                 url, servers = self._vllm(configuration, stack)
             client = CompletionClient(url, served_model(url), setup.timeout_s)
-            load = Load(prompts=setup.warmup, output_tokens=WARMUP_TOKENS, clients=len(setup.warmup))
+            load = PromptLoad(prompts=setup.warmup, output_tokens=WARMUP_TOKENS, clients=len(setup.warmup))
             records = asyncio.run(run_load(client.send, load, time.monotonic))
             if not any(record.finished for record in records):
                 failure = RuntimeError if configuration.server == COSERVE else RivalMissing

@@ -1,4 +1,4 @@
-"""`coserve serve` and `coserve keys`: arguments, the start-up log, signals.
+"""`coserve serve` and `coserve keys`: arguments, signals.
 
 Owns: how a server ends: no new connections, time for what runs, the engine, exit code 0. Does not own: the listening socket
 (server/listen.py), the application (server/app.py), settings and their checks (server/settings.py).
@@ -23,26 +23,21 @@ from coserve.cli.fleet import run_fleet
 from coserve.cli.settings import config_flags, with_flags
 from coserve.cli.vllmflags import drop_flags
 from coserve.core import CoserveError
-from coserve.model.memory import GIB
-from coserve.scheduler.slo import describe_slo
 from coserve.server import logs
 from coserve.server.app import create_app, index_url, open_services
-from coserve.server.hostnames import OwnNames
 from coserve.server.index.store import Store
 from coserve.server.link.setup import STOP_SIGNALS
 from coserve.server.listen import HttpServer, allow_many_files, bind, keep_loop_free
 from coserve.server.locks import make_private
 from coserve.server.records import now
 from coserve.server.replicas.raycluster import check_fleet
-from coserve.server.services import Services
 from coserve.server.settings import ServerConfig, read_settings
+from coserve.server.startup import startup_lines
 from coserve.server.tenants import make_key
 
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
 _log = logging.getLogger(__name__)
 
-_NO_KEY = "EMPTY"
-"""The key shown in examples if the server asks for none, since OpenAI's client insists on one."""
 
 DataDirOption = Annotated[Path | None, typer.Option(help="Files, jobs, adapters and the index (coserve-data).")]
 DatabaseOption = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the index (SQLite in the data directory).")]
@@ -120,36 +115,6 @@ async def run_server(config: ServerConfig) -> None:
 
 def _report(line: str) -> None:
     _log.info("%s", line)
-
-
-def startup_lines(services: Services, port: int) -> list[str]:
-    """Lines of the start-up log: what is served, how memory is split, the objectives, and the line to paste into a client."""
-    config, info = services.config, services.engine.info
-    memory = {name: f"{size / GIB:.2f} GiB" for name, size in info.memory.items()}
-    host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    given, flags = (config.slo_tpot_ms, config.slo_ttft_ms), ("--slo-tpot-ms", "--slo-ttft-ms")
-    objectives = describe_slo(info.objectives, given, flags)
-    asks = not services.tenants.is_open()
-    key = "YOUR-KEY" if asks else _NO_KEY
-    open_to_others = not asks and not OwnNames(config.host, ()).is_local
-    size = config.tensor_parallel_size
-    coded = "" if info.quantization == "none" else f" with matrices in {info.quantization}"
-    shared, each = (f" in each of {size} processes", " each") if size > 1 else ("", "")
-    return [
-        f"model     {', '.join(services.models.base_names)}: {info.architecture}, {info.num_parameters / 1e6:.0f} M parameters",
-        f"runs      {info.dtype}{coded} on {info.device}, {info.threads} threads{shared}; requests of up to "
-        f"{info.max_model_len} tokens; ready after {info.start_s:.0f} s",
-        f"memory    weights {memory['weights']}{each}; pool {memory['pool']}{each}: {memory['inference']} guaranteed to "
-        f"inference, training may take {memory['training']}",
-        f"holds     {objectives}; policy {config.policy}",
-        f"data      {config.data_dir.absolute()}",
-        f"keys      {'asked for' if asks else 'none: everybody who can reach the port may use it'}",
-        *(["warning   no key is asked for, and other machines can reach this server: make one with `coserve keys add`"]
-          if open_to_others else []),
-        f"page      {address}/",
-        f'client    OpenAI(base_url="{address}/v1", api_key="{key}")',
-    ]
 
 
 # --- keys ---

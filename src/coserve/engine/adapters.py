@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ from coserve.runtime.adapters import AdapterSlots
 
 _MAX_STAGED = 2
 """The most adapters that are being read, or have been read and wait for a slot."""
+_FIRST_LOAD_S = 0.1
+"""What reading an adapter counts as taking until one has been read, in seconds."""
+_LOAD_STEP = 0.2
+"""One read moves the mean by this share of their difference."""
 
 
 class AdapterVersion(NamedTuple):
@@ -82,6 +87,8 @@ class AdapterRegistry:
         self._closing: AdapterVersion | None = None
         self._numbers = self._uses = 0
         self._loader = SideThreads(1, "coserve-adapters")
+        self.load_s = _FIRST_LOAD_S
+        """What reading an adapter's files takes, as a moving mean in seconds."""
 
     # --- names ---
 
@@ -97,6 +104,11 @@ class AdapterRegistry:
     def num_resident(self) -> int:
         """Adapters in memory: in slots, staged, or published from memory and not stored in a directory yet. Thread-safe."""
         return sum(held.adapter is not None or version in self.slots for version, held in list(self._held.items()))
+
+    @property
+    def resident(self) -> list[str]:
+        """Names whose newest version has a slot. Thread-safe."""
+        return [version.name for version in self._versions() if self._newest.get(version.name) == version]
 
     @property
     def num_waiting(self) -> int:
@@ -131,6 +143,10 @@ class AdapterRegistry:
                     self._place(version)
             held.adapter = None
         return version
+
+    def note_load(self, seconds: float) -> None:
+        """An adapter's files were read. Thread-safe."""
+        self.load_s += _LOAD_STEP * (seconds - self.load_s)
 
     def store(self, name: str, adapter: Adapter, directory: Path) -> None:
         """Tells that an adapter published from memory now lies in `directory`, so it need not stay in memory."""
@@ -276,8 +292,10 @@ class AdapterRegistry:
         assert directory is not None, "what isn't in memory lies in a directory"
         adapter: Adapter | None = None
         error: CoserveError | None = None
+        began = time.perf_counter()
         try:
             adapter = self._load(directory)
+            self.note_load(time.perf_counter() - began)
         except CoserveError as caught:
             error = caught
         except Exception as caught:  # out of memory, or a failing disk: the version's requests must end with an error

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,12 +31,15 @@ from coserve.core import (
     StepResult,
 )
 from coserve.engine.adapters import AdapterRegistry
+from coserve.engine.exchange import Exchange
 from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobtable import JobTable
 from coserve.engine.loop import EngineLoop
 from coserve.engine.makedevice import make_device
+from coserve.engine.report import EngineReport, LoadReporter
 from coserve.engine.requests import Chunk, RequestHandle
 from coserve.engine.requesttable import RequestTable
+from coserve.engine.sharing import refuse_sharing
 from coserve.engine.step import Lookup, StepRunner
 from coserve.engine.threads import borrowed_team, give_team_back
 from coserve.engine.watching import Watcher
@@ -112,6 +116,7 @@ class Engine:
         self._device_free_s = -math.inf
         """When the device will have done what it was told, by the engine's clock and as predicted."""
         self._idle_since_s = math.inf
+        self._reporter: LoadReporter | None = None
 
     # --- requests ---
 
@@ -231,6 +236,11 @@ class Engine:
         finally:
             handle.cancel()
 
+    def charge_tenants(self, tokens: Mapping[str, int]) -> None:
+        """Tenants were served so many tokens by other engines, which counts for their turns here. Thread-safe. Raises
+        CoserveError if the engine is closed."""
+        self._loop.post(lambda: self.scheduler.charge_elsewhere(tokens), "charge tenants")
+
     # --- adapters and jobs ---
 
     def load_adapter(self, name: str, directory: str | Path) -> None:
@@ -240,8 +250,10 @@ class Engine:
         Raises NotFound, InvalidRequest; the name then keeps its present version.
         """
         place = Path(directory).absolute()
+        began = time.perf_counter()
         with borrowed_team():
             adapter = self.device.load_adapter(place)
+        self.adapters.note_load(time.perf_counter() - began)
         self._loop.call(lambda: self.adapters.publish(name, adapter, place), f"publish adapter {name}")
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
@@ -267,13 +279,15 @@ class Engine:
         self, data: str | Path, output: str | Path, config: FinetuneConfig | None = None, *, name: str | None = None,
         validation: str | Path | None = None, start: str | Path | None = None, resume: bool = False, tenant: str = "",
         weight: float = 1.0, listen: Callable[[JobEvent], None] = lambda event: None, label: str = "",
+        exchange: Exchange | None = None,
     ) -> JobHandle:
         """Starts a finetuning job beside the requests, which can use its newest checkpoint and its result as adapter `name`.
 
         data, validation: JSON Lines files. output: the job's directory. config: settings; those that are 'auto' are chosen from
         the data, and an event tells them. start: directory of an adapter to continue. resume: continue the job in `output`.
-        weight: its share among jobs. listen: called with every event. label: its name for the watcher. Raises InvalidRequest,
-        NotFound, ConfigError, CapacityError before anything is written.
+        weight: its share among jobs. listen: called with every event. label: its name for the watcher. exchange: this engine's
+        place among those that share the job; where it isn't the primary, nothing is written or published, and `output` is not
+        made. Raises InvalidRequest, NotFound, ConfigError, CapacityError before anything is written.
         """
         directory = Path(output)
         handle = JobHandle(
@@ -287,6 +301,11 @@ class Engine:
             listen(event)
 
         request = JobRequest.of(data, directory, config, validation=validation, start=start, resume=resume, listen=notify)
+        if exchange is not None:
+            group = self.device.group
+            refuse_sharing(deterministic=request.config.deterministic, num_ranks=1 if group is None else group.size)
+            request = dataclasses.replace(request, follows=not exchange.primary)
+            exchange.on_news(self._wake)
         with borrowed_team():
             request = request.read_start(self.model)
             self.jobs.check(request, handle.name)
@@ -296,8 +315,13 @@ class Engine:
             for plan in (prepared.trainer.plan, prepared.trainer.scoring):
                 self.device.train.prepare(plan)
         handle.num_steps, handle.step = prepared.job.num_steps, prepared.job.cursor.step
-        self._loop.post(lambda: self.jobs.begin(prepared, handle, tenant, weight), f"begin job {handle.label}")
+        self._loop.post(lambda: self.jobs.begin(prepared, handle, tenant, weight, exchange), f"begin job {handle.label}")
         return handle
+
+    def _wake(self) -> None:
+        """Lets jobs look at once whether there is news for them."""
+        with contextlib.suppress(CoserveError):  # the engine is closed
+            self._loop.post(lambda: None, "news for a job")
 
     # --- iterations ---
 
@@ -429,6 +453,17 @@ class Engine:
     def idle(self) -> bool:
         """Whether there is no request and no job."""
         return not self.requests.live and not self.jobs.jobs and not len(self._loop)
+
+    def load_report(self) -> EngineReport:
+        """What one more request would wait here, and what the engine holds; rates are since the report before. For one thread
+        at a time, beside the engine's own, whose iterations go on meanwhile."""
+        if self._reporter is None:
+            self._reporter = LoadReporter(
+                self.config, self.scheduler, self.blocks, self.adapters, busy_s=lambda: self._counts["inference_busy_s"],
+                finished=lambda: self.requests.num_finished + self.requests.num_cancelled,
+                live=lambda: len(self.requests.live) + len(self._loop), clock=self.now,
+            )
+        return self._reporter.report()
 
     def metrics(self) -> dict[str, Any]:
         """Counters since the start, and the present state. finetune_tokens: as JobProgress.trained_tokens. *_s: seconds.

@@ -26,7 +26,7 @@ class JobProgress:
 
 
 class JobHandle:
-    """A job in an engine. status: running, paused, succeeded, failed or cancelled."""
+    """A job in an engine. status: running, paused, succeeded, failed, cancelled or handed_over."""
 
     def __init__(self, name: str, directory: Path, act: Callable[[str], None]) -> None:
         self.name, self.directory, self.label = name, directory, name
@@ -63,15 +63,20 @@ class JobHandle:
         """Ends the job. Written checkpoints stay."""
         self._act("cancel")
 
+    def hand_over(self) -> None:
+        """Ends the job's run at the end of its present step, at once if it is paused, with a checkpoint that another engine can
+        resume it from."""
+        self._act("hand_over")
+
     def result(self, timeout: float | None = None) -> Path:
         """Blocks until the job ends; returns the tuned adapter's directory. The engine needs a thread of its own. Raises the
-        job's error, JobFailed if it was cancelled, TimeoutError after `timeout` seconds."""
+        job's error, JobFailed if it was cancelled or handed over, TimeoutError after `timeout` seconds."""
         if not self._done.wait(timeout):
             raise TimeoutError(f"job {self.name} is still {self.status}")
         if self.error is not None:
             raise self.error
-        if self.status == "cancelled":
-            raise JobFailed(f"job {self.name} was cancelled")
+        if self.status != "succeeded":
+            raise JobFailed(f"job {self.name} was {self.status.replace('_', ' ')}")
         return self.directory
 
     def listen(self, event: JobEvent) -> None:

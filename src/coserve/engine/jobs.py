@@ -4,7 +4,8 @@
            <-answer- when the last piece has run
 
 A paused job keeps its memory. A failure ends only the job, whose memory is freed. While the disk refuses a job's files, only
-that job waits. When the engine closes, a job writes a checkpoint of its last whole step.
+that job waits. When the engine closes, a job writes a checkpoint of its last whole step; so does one that is handed over, once
+its present step has ended. A job that several engines share goes through sharing.py; where it only follows, it writes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from coserve.core import AdapterCopy, CoserveError, JobFailed, OptimizerSlice, RankFailed
 from coserve.engine.diskwrite import DiskWrite
+from coserve.engine.exchange import Dismissed
 from coserve.engine.jobhandle import JobHandle
+from coserve.engine.sharing import Membership, ended_by
 from coserve.engine.verbs import BatchRun, CopyRun, Host, OptimizerRun, VerbRun
 from coserve.finetune.checkpoints import Cursor
 from coserve.finetune.disk import GOES_ON, refusal_of, waiting_message
@@ -32,22 +35,33 @@ _SHORT_WRITE_S = 0.005
 """How long the engine's thread waits for a row of metrics to be written, which usually takes a hundredth of that."""
 
 
+class _StepEnded(Exception):
+    """A job that leaves has come to the end of its step."""
+
+
 class LiveJob:
-    """One job in the engine. `work` is its state for the scheduler."""
+    """One job in the engine. `work` is its state for the scheduler. sharing: its part in a job that several engines share.
+    leaving: whether it is to be handed over. left: whether it has done its last step here."""
 
     def __init__(
-        self, number: int, prepared: PreparedJob, handle: JobHandle, host: Host, *, tenant: str, weight: float
+        self, number: int, prepared: PreparedJob, handle: JobHandle, host: Host, *, tenant: str, weight: float,
+        sharing: Membership | None = None,
     ) -> None:
-        self.number, self.prepared, self.handle, self.host = number, prepared, handle, host
+        self.number, self.prepared, self.handle, self.host, self.sharing = number, prepared, handle, host, sharing
         self.job, self.trainer = prepared.job, prepared.trainer
         self.work = JobWork(id=number, tenant=tenant, weight=weight, refresh_seconds=self.trainer.refresh_seconds)
         self.failure: Exception | None = None
-        self._driver: Generator[Verb, Any, None] = self.job.work()
+        self._driver: Generator[Verb, Any, None] = self.job.follow() if self._follows else self.job.work()
         self._answer: Any = None
         self._run: VerbRun | None = None
         self._checkpoints: list[DiskWrite] = []
         self._result: DiskWrite | None = None
         self._waiting = False
+        self.leaving = self.left = False
+
+    @property
+    def _follows(self) -> bool:
+        return self.sharing is not None and self.sharing.follows
 
     # --- called by the engine between iterations ---
 
@@ -56,19 +70,40 @@ class LiveJob:
         try:
             if self.failure is not None:
                 self._recover(self.failure)
-            if self._result is None:
-                while self._disk_takes_all() and self._advance():
-                    pass
-            else:
+            if self._result is not None:
                 self._finish(self._result)
+            elif self._may_go_on():
+                self._go_on()
+            elif self.leaving:  # it hasn't joined yet
+                self.end("handed_over")
         except StopIteration:  # the driver has finished, which it can't while a checkpoint is refused
-            self.trainer.before_save()
-            self._result = DiskWrite(self.host.writer, self.prepared.finish)
+            if self._follows:
+                self.end("succeeded")
+            else:
+                self.trainer.before_save()
+                self._result = DiskWrite(self.host.writer, self.prepared.finish)
+        except Dismissed as error:
+            failure = ended_by(error)
+            self.end("cancelled" if failure is None else "failed", failure)
         except RankFailed:
             raise
         except Exception as error:  # only this job fails
             self.end("failed", error if isinstance(error, CoserveError) else JobFailed(_described(error)))
         return not self.handle.finished
+
+    def _may_go_on(self) -> bool:
+        return self.sharing is None or self.sharing.ready(updating=isinstance(self._run, OptimizerRun))
+
+    def _go_on(self) -> None:
+        """As far as possible without running units. A job that leaves goes to the end of its step, if it isn't paused."""
+        if self.leaving and self.work.paused:
+            self._leave(self._complete_step())
+            return
+        try:
+            while self._disk_takes_all() and self._advance():
+                pass
+        except _StepEnded:
+            self._leave(False)
 
     def _advance(self) -> bool:
         """Completes the present verb, or begins the next one and completes that. False if units have to run first."""
@@ -81,6 +116,12 @@ class LiveJob:
 
     def _begin(self, verb: Verb) -> VerbRun:
         match verb:
+            case ForwardBackward() if self.leaving:
+                raise _StepEnded
+            case ForwardBackward(groups, step) if self.sharing is not None:
+                return self.sharing.batch(self.host, self.number, groups, step)
+            case OptimStep(rate) if self.sharing is not None:
+                return self.sharing.optimizer(self.work, rate)
             case ForwardBackward(groups, step):
                 return BatchRun(self.trainer, self.host, self.number, groups, step, train=True)
             case Score(groups):
@@ -156,19 +197,45 @@ class LiveJob:
         self._run.restart()
 
     def _finish(self, result: DiskWrite) -> None:
-        """After the driver's end: ends the job when its files are written."""
+        """After the driver's end, or the last step of a job that leaves: ends the job when its files are written."""
         try:
             taken = self._disk_takes_all()
+            written = taken and not self._checkpoints and result.done()
         except Exception as error:
-            raise JobFailed(f"the job's files can't be written: {error}") from error
-        if taken and not self._checkpoints and result.done():
+            if not self.left:
+                raise JobFailed(f"the job's files can't be written: {error}") from error
+            self.job.listen(JobEvent(level="warn", message=f"no checkpoint at the end: {_described(error)}"))
+            written = True  # the previous checkpoint is still there
+        if written and self.left:
+            self.end("handed_over")
+        elif written:
             assert self.trainer.published is not None
             self.host.stored(self.handle.name, self.trainer.published, self.handle.directory)
             self.end("succeeded")
 
+    def _leave(self, asked: bool) -> None:
+        """Writes a checkpoint of the last whole step, if there is none, after which the job ends here. The part of the next
+        step's batch that a paused job has run is lost. asked: whether the job has asked for this checkpoint already. A job that
+        only follows is just left."""
+        if self._follows:
+            self.end("handed_over")
+            return
+        write: Callable[[], object] = _nothing
+        if asked or self.job.cursor.step > self.job.saved_step:
+            state = to_host_later(self.trainer.snapshot())
+            write = partial(self._write, self.job.cursor, state, self.job.unrecorded)
+        if isinstance(self._run, BatchRun):
+            self._run.drop()
+            self._run = None
+        self.work.optimizer_elements = self.work.optimizer_done = 0
+        self.left, self._result = True, DiskWrite(self.host.writer, write)
+
     def stop(self) -> None:
         """Leaves the job for a later `resume`, since the engine closes: writes a checkpoint of the last whole step. The part of
-        the next step's batch that has run is lost."""
+        the next step's batch that has run is lost. A job that only follows is just left."""
+        if self._follows:
+            self.end("cancelled")
+            return
         for write in self._checkpoints:  # before the last one, so that checkpoints are written in the order of their steps
             if write.refusal is not None:
                 write.retry()
@@ -214,15 +281,22 @@ class LiveJob:
             self.job.listen(JobEvent(level="warn", message=f"no checkpoint at the end: {_described(error)}"))
 
     def end(self, status: str, error: CoserveError | None = None) -> None:
-        """Ends the job, and frees its memory. status: succeeded, failed or cancelled. error: why it failed."""
+        """Ends the job, and frees its memory. status: succeeded, failed, cancelled or handed_over. error: why it
+        failed."""
         self._driver.close()
         if isinstance(self._run, BatchRun):
             self._run.drop()
+        if self.sharing is not None:
+            self.sharing.leave()
         self._checkpoints.clear()
         self._run = self._result = None
         if error is not None:
             self.handle.listen(JobEvent(level="error", message=str(error)))
         self.handle.close(status, error)
+
+
+def _nothing() -> None:
+    """Stands for a write where nothing is left to write."""
 
 
 def _described(error: Exception) -> str:

@@ -20,13 +20,16 @@ from coserve.config.settings import EngineConfig
 from coserve.core import AdapterCopy, CapacityError, ConfigError, CoserveError, InvalidRequest, StepPlan, WorkUnit
 from coserve.engine.adapters import AdapterRegistry
 from coserve.engine.device import EngineDevice
+from coserve.engine.exchange import Exchange
 from coserve.engine.jobhandle import JobHandle
 from coserve.engine.jobs import LiveJob
+from coserve.engine.sharing import Membership, shared_facts
 from coserve.engine.threads import SideThreads
 from coserve.engine.watching import Watcher
 from coserve.peft.adapter import Adapter
 from coserve.planning.budget import FittedPlan, require_room, shape_adapter
 from coserve.planning.inflight import plan_in_flight
+from coserve.runtime.loaded import dtype_name
 from coserve.runtime.microbatch import microbatch_layout
 from coserve.runtime.plans import scoring_plan
 from coserve.scheduler.blocks import ArenaBlocks, BlockPool
@@ -115,25 +118,37 @@ class JobTable:
 
     # --- the life of jobs ---
 
-    def begin(self, prepared: PreparedJob, handle: JobHandle, tenant: str, weight: float) -> None:
-        """Adds a job, which may get units from now on. It fails at once if a job of its name began while it was prepared."""
+    def begin(
+        self, prepared: PreparedJob, handle: JobHandle, tenant: str, weight: float, exchange: Exchange | None = None
+    ) -> None:
+        """Adds a job, which may get units from now on. It fails at once if a job of its name began while it was prepared.
+        exchange: its place among the engines that share it."""
         try:
             self._check_name(handle.name)
         except InvalidRequest as error:
+            if exchange is not None:
+                exchange.leave()
             handle.close("failed", error)
             return
-        job = LiveJob(self.new_number(), prepared, handle, self, tenant=tenant, weight=weight)
+        sharing = None
+        if exchange is not None:
+            facts = shared_facts(prepared.job.facts, dtype_name(self.device.model.dtype))
+            sharing = Membership(exchange, prepared.trainer, prepared.job, facts)
+        job = LiveJob(self.new_number(), prepared, handle, self, tenant=tenant, weight=weight, sharing=sharing)
         self.jobs[job.number] = job
         self.scheduler.add_job(job.work)
 
     def act(self, handle: JobHandle, action: str) -> None:
-        """Carries out "pause", "resume" or "cancel", if the job still runs."""
+        """Carries out "pause", "resume", "cancel" or "hand_over", if the job still runs."""
         job = next((j for j in self.jobs.values() if j.handle is handle), None)
         if job is None or handle.finished:
             return
         if action == "cancel":
             job.end("cancelled")
             self._remove_job(job)
+            return
+        job.leaving = job.leaving or action == "hand_over"
+        if action == "hand_over" or job.left:
             return
         job.work.paused = action == "pause"
         handle.status = "paused" if job.work.paused else "running"

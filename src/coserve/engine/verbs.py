@@ -3,7 +3,8 @@
     forward_backward, score -> BatchRun: micro-batches get arenas, their units are scheduled, the objective gives coefficients
     optim_step -> OptimizerRun: slices         checkpoint, publish -> CopyRun: a copy within a plan
 
-A short write is a DiskWrite (diskwrite.py). Does not own: which verb comes next (finetune/job.py).
+A short write is a DiskWrite (diskwrite.py). A job that several engines share has runs of its own for the first two verbs
+(sharing.py). Does not own: which verb comes next (finetune/job.py).
 """
 
 from __future__ import annotations
@@ -91,6 +92,12 @@ class BatchRun:
         return self._batch.result()
 
     def done(self) -> bool:
+        self._advance()
+        self._begin_waiting()
+        return self._batch.finished
+
+    def _advance(self) -> None:
+        """Answers micro-batches that are through forward, and closes those that are done."""
         for number, (micro, work, arena) in list(self._in_flight.items()):
             if work.phase is Phase.OBJECTIVE and self._batch.can_answer(micro):
                 self._batch.answer(micro)
@@ -99,12 +106,14 @@ class BatchRun:
                 del self._in_flight[number]
                 self._batch.close(micro)
                 self._release(number, arena)
+
+    def _begin_waiting(self) -> None:
+        """Begins micro-batches that wait, as many as may be in flight and as there is memory for."""
         while self._batch.next is not None and len(self._in_flight) < self._trainer.in_flight:
             reserved = self._host.reserve(self._batch.layout(self._batch.next).total)
             if reserved is None:
                 break
             self._begin(*reserved)
-        return self._batch.finished
 
     def _begin(self, arena: ArenaBlocks, buffer: Tensor) -> None:
         micro, number = self._batch.begin(buffer), self._host.new_number()
@@ -136,11 +145,12 @@ class BatchRun:
 
 
 class OptimizerRun:
-    """An optimizer step, in slices of elements. work: where the scheduler reads how many are left. rate: the learning rate."""
+    """An optimizer step, in slices of elements. work: where the scheduler reads how many are left. rate: the learning rate.
+    norm: the gradient's, if it is known."""
 
-    def __init__(self, trainer: AdapterTrainer, work: JobWork, rate: float) -> None:
+    def __init__(self, trainer: AdapterTrainer, work: JobWork, rate: float, norm: float | None = None) -> None:
         self._trainer, self._work, self._rate = trainer, work, rate
-        self.answer = trainer.clip()
+        self.answer = trainer.clip(norm)
         self.updated = 0
         self.num_elements = trainer.num_elements if math.isfinite(self.answer) else 0  # else the driver ends the job
         work.optimizer_elements, work.optimizer_done = self.num_elements, 0

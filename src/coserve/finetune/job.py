@@ -220,9 +220,11 @@ _LATER_FACTS = (
 
 
 def refuse_changes(facts: Mapping[str, object], recorded: Mapping[str, object], where: str) -> None:
-    """Raises InvalidRequest, naming the first field that differs, if a resumed job's facts are not the recorded ones."""
+    """Raises InvalidRequest, naming the first field that differs, if a resumed job's facts are not the recorded ones. The
+    adapter that the job continues may lie elsewhere, since its digest tells whether it is the same."""
+    moved = facts.get("start_digest") is not None and recorded.get("start_digest") is not None
     for name, value in facts.items():
-        if name in _LATER_FACTS and name not in recorded:
+        if (name in _LATER_FACTS and name not in recorded) or (name == "start" and moved):
             continue
         found = recorded.get(name)
         if name == "settings" and isinstance(found, Mapping):
@@ -335,7 +337,23 @@ class Job:
             yield self._checkpoint()
         yield Publish()
 
+    def follow(self) -> Generator[Verb, Any, None]:
+        """The driver where another member of the job writes its files, validates and publishes: the remaining steps alone.
+        Raises JobFailed."""
+        while self.cursor.step < self.num_steps:
+            row, _ = yield from self._update()
+            message = f"step {row.step}: loss {row.train_loss:.4f}"
+            self.listen(JobEvent(level="info", message=message, row=row, num_steps=self.num_steps))
+
     def _step(self) -> Generator[Verb, Any, None]:
+        self.unrecorded, extra = yield from self._update()
+        yield from self._record(self.unrecorded, extra)
+        every = settled(self.config.checkpoint_steps)
+        if every and self.cursor.step % every == 0:
+            yield self._checkpoint()
+
+    def _update(self) -> Generator[Verb, Any, tuple[StepRow, Mapping[str, float]]]:
+        """One optimizer step: its row, and the objective's own metrics. The cursor stands behind it then."""
         step, started = self.cursor.step, time.perf_counter()
         groups = [self.groups[index] for index in self.order.indices(step)]
         result: StepLoss = yield ForwardBackward(groups, step)
@@ -349,14 +367,11 @@ class Job:
             raise JobFailed(message, param="learning_rate")
         seconds = time.perf_counter() - started
         self.cursor = Cursor(step=step + 1, trained_tokens=self.cursor.trained_tokens + result.num_tokens)
-        self.unrecorded = StepRow(
+        row = StepRow(
             step=step + 1, train_loss=result.loss, train_mean_token_accuracy=result.accuracy, learning_rate=rate,
             grad_norm=norm, tokens=result.num_tokens, seconds=seconds,
         )
-        yield from self._record(self.unrecorded, result.extra)
-        every = settled(self.config.checkpoint_steps)
-        if every and self.cursor.step % every == 0:
-            yield self._checkpoint()
+        return row, result.extra
 
     def _record(self, row: StepRow, extra: Mapping[str, float] | None = None) -> Generator[Verb, Any, None]:
         """Validates after the step at the cursor, if one is due, then appends its row to the table and sends its event."""

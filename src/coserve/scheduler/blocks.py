@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 from coserve.core import BlockMove, CapacityError
 from coserve.scheduler.prefix import PrefixKey, PrefixNode, PrefixTree
+from coserve.scheduler.prefixhash import PrefixHashes
 
 
 class ArenaBlocks(NamedTuple):
@@ -107,6 +108,10 @@ class BlockPool:
         """The same as 32-bit integers side by side, for whoever copies many tables at once."""
         return self._owners[owner].packed
 
+    def watch_prefixes(self) -> PrefixHashes:
+        """The hashes of the prefixes that are known, from now on. Thread-safe."""
+        return PrefixHashes(self._tree)
+
     def match(self, key: PrefixKey, tokens: Sequence[int]) -> int:
         """How many leading tokens `acquire` would cover: whole blocks, at most len(tokens) - 1. Changes nothing.
 
@@ -134,6 +139,8 @@ class BlockPool:
             state.packed.append(node.block)
             self._holders[node.block] += 1
             self._cached.pop(node.block, None)
+        if chain:
+            self._tree.note_use(chain[-1])
         covered = len(chain) * self.block_tokens
         self._queried_tokens += len(tokens)
         self._hits_tokens += covered

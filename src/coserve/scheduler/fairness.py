@@ -1,13 +1,19 @@
-"""What each party has had, and when each tenant's prompts would be through.
+"""What each party has had, here and elsewhere, and when each tenant's prompts would be through.
 
 Fair sharing is by virtual token counters: whoever has had the fewest tokens per weight is next. A party that comes back has its
 counter lifted to that of the least served active party, so that nobody saves up credit while idle. Source: Sheng et al. 2024,
-"Fairness in Serving Large Language Models" (VTC).
+"Fairness in Serving Large Language Models" (VTC). Where several engines share the requests, a tenant is also charged for what
+the others served it, within limits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
+
+LEAD_TOKENS = 8192.0
+"""What tenants were served elsewhere puts them behind others here by at most so many tokens at once."""
+ELSEWHERE_SHARE = 0.75
+"""In the long run it costs a tenant at most this share of its turns here, so that none of its requests waits for ever."""
 
 
 class TokenCounters:
@@ -35,6 +41,35 @@ class TokenCounters:
         """Forgets a party."""
         self._served.pop(party, None)
         self._weights.pop(party, None)
+
+
+class ElsewhereCharges:
+    """Charges tenants for what other engines served them, within an allowance.
+
+    A tenant's allowance is LEAD_TOKENS at first, and grows back by ELSEWHERE_SHARE of what the least served of the other active
+    tenants gets here. So its requests here wait for at most a few times LEAD_TOKENS of others' tokens, and then have their
+    turns.
+    """
+
+    def __init__(self, counters: TokenCounters) -> None:
+        self._counters = counters
+        self._left: dict[str, tuple[float, float]] = {}
+        """By tenant: what is left of its allowance, and the least counter of the others at its last charge."""
+
+    def charge(self, tokens: Mapping[str, int], active: Iterable[str]) -> None:
+        """Tenants were served so many tokens by other engines. active: tenants with requests here. Where nobody else is active,
+        a charge changes nothing, as nobody waits for a turn."""
+        least = sorted((self._counters.served(tenant), tenant) for tenant in active)[:2]
+        for tenant, amount in tokens.items():
+            level = next((served for served, other in least if other != tenant), None)
+            if level is None:
+                self._left.pop(tenant, None)
+                continue
+            left, before = self._left.get(tenant, (LEAD_TOKENS, level))
+            left = min(LEAD_TOKENS, left + ELSEWHERE_SHARE * max(0.0, level - before))
+            charged = min(float(amount), left)
+            self._counters.charge(tenant, charged)
+            self._left[tenant] = left - charged, level
 
 
 class FairTurns:

@@ -23,7 +23,7 @@ from coserve.core import AdapterCopy, Contents, PassCost, Span, StepPlan
 from coserve.scheduler.admission import Admission
 from coserve.scheduler.blocks import BlockPool
 from coserve.scheduler.deadlines import Deadlines
-from coserve.scheduler.fairness import FairTurns, TokenCounters
+from coserve.scheduler.fairness import ElsewhereCharges, FairTurns, TokenCounters
 from coserve.scheduler.latency import LatencyModel, kind_of
 from coserve.scheduler.policies import Policy, Turn
 from coserve.scheduler.prompts import PassDraft, PromptPicker
@@ -46,6 +46,9 @@ class HybridScheduler:
         self.tenants, self.trainers, self.job_counters = TokenCounters(), TokenCounters(), TokenCounters()
         """What tenants have had for their requests, what tenants have had for their jobs, and what each job has had. Jobs don't
         count against their tenant's requests, since finetuning takes only what inference leaves."""
+        self.served_tokens: Counter[str] = Counter()
+        """What requests of each tenant have had here, in tokens since the start."""
+        self._elsewhere = ElsewhereCharges(self.tenants)
         self.admission = Admission(pool, self.tenants)
         self.prompts = PromptPicker(config, latency, self.deadlines, self.admission)
         self.picker = UnitPicker(latency, num_layers, config.max_window_tokens)
@@ -108,6 +111,10 @@ class HybridScheduler:
     def copy_adapter(self, copy: AdapterCopy) -> None:
         """The next plan carries the copy."""
         self._copies.append(copy)
+
+    def charge_elsewhere(self, tokens: Mapping[str, int]) -> None:
+        """Tenants were served so many tokens by other engines, which counts for their turns here."""
+        self._elsewhere.charge(tokens, self._by_tenant)
 
     @property
     def num_running(self) -> int:
@@ -277,6 +284,7 @@ class HybridScheduler:
                 rows[tenant] = rows.get(tenant, 0) + span.length
         for tenant, count in rows.items():
             self.tenants.charge(tenant, count)
+            self.served_tokens[tenant] += count
         for job, tokens in chosen.tokens.items():
             self.job_counters.charge(job, tokens)
             self.trainers.charge(self.jobs[job].tenant, tokens)

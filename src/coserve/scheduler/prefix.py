@@ -4,11 +4,13 @@
                                                └─ [3 3] block 4        5 7 3 3 ... is covered by blocks 0 and 4
 
 A node is found by its parent and its own tokens. Both are compared exactly, so that no hash stands for a prefix.
-Owns: the tree, and which node a block has. Does not own: who uses a block and when it is evicted (blocks.py).
+Owns: the tree, and which node a block has. Does not own: who uses a block and when it is evicted (blocks.py), hashes for
+routers (prefixhash.py).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,12 +27,15 @@ class PrefixKey(NamedTuple):
 
 @dataclass(slots=True, eq=False, repr=False)
 class PrefixNode:
-    """One full block of tokens, which continues its parent's prefix. block: None in a root, and once the node was dropped."""
+    """One full block of tokens, which continues its parent's prefix. block: None in a root, and once the node was dropped.
+    depth: blocks of its prefix, itself included; 0 of a root. digest: its prefix's hash, once somebody has computed it."""
 
     key: PrefixKey
     parent: PrefixNode | None
     tokens: tuple[int, ...]
     block: int | None
+    depth: int = 0
+    digest: bytes | None = None
     children: dict[tuple[int, ...], PrefixNode] = field(default_factory=dict)
 
 
@@ -41,6 +46,17 @@ class PrefixTree:
         self.block_tokens = block_tokens
         self._roots: dict[PrefixKey, PrefixNode] = {}
         self._nodes: dict[int, PrefixNode] = {}
+        self._notes: deque[PrefixNode] | None = None
+
+    def watch(self, notes: deque[PrefixNode]) -> None:
+        """From now on nodes that are new or used are added to `notes`; those that are there already, at once. Thread-safe."""
+        self._notes = notes
+        notes.extend(list(self._nodes.values()))
+
+    def note_use(self, node: PrefixNode) -> None:
+        """A request uses a node's prefix."""
+        if self._notes is not None:
+            self._notes.append(node)
 
     def __contains__(self, block: int) -> bool:
         return block in self._nodes
@@ -70,7 +86,9 @@ class PrefixTree:
         node = parent.children.get(tokens)
         if node is None:
             assert block not in self._nodes and len(tokens) == self.block_tokens
-            node = parent.children[tokens] = self._nodes[block] = PrefixNode(key, parent, tokens, block)
+            node = parent.children[tokens] = self._nodes[block] = PrefixNode(key, parent, tokens, block, parent.depth + 1)
+            if self._notes is not None:
+                self._notes.append(node)
         return node
 
     def drop(self, block: int) -> list[int]:
@@ -114,6 +132,7 @@ class PrefixTree:
             node = pending.pop()
             for tokens, child in node.children.items():
                 assert child.key == node.key and child.parent is node and child.tokens == tokens and child.block is not None
+                assert child.depth == node.depth + 1
                 assert child.block not in reached
                 reached[child.block] = child
                 pending.append(child)

@@ -116,7 +116,7 @@ class PromptPicker:
     def expect(self, request: RequestState) -> float:
         """Predicts the seconds that the tokens of a new request add to a pass, without what the prefix cache has of them."""
         cached = self.admission.pool.match(request.key, request.tokens()) if request.cacheable else 0
-        rows = request.total - cached
+        rows = request.uncached_tokens = request.total - cached
         pairs = rows * (2 * cached + rows + 1) // 2
         least, whole = PassCost(1, 1, 0, 0, 1, 0, 0, 0, 0, 1), PassCost(rows, 1, 0, 0, pairs, 0, 0, 0, 0, 1)
         seconds = self.latency.pass_seconds(whole) - self.latency.pass_seconds(least)

@@ -30,8 +30,8 @@ class RequestState:
     were sampled elsewhere; it is served like one that was preempted behind them. computed: how many of its first tokens have
     their K and V in the cache or in a plan. every_logit: whether the logits of each of its prompt's rows are wanted, once.
     logits_planned: of how many first rows they have been planned. begun_s: when its first row was planned. fcfs_s: when it
-    would have its first token if requests were served as they come (fairness.py). cached_tokens: what the prefix cache had of
-    it when it last began to run.
+    would have its first token if requests were served as they come (fairness.py). uncached_tokens: what the prefix cache did
+    not have of its prompt when it came. cached_tokens: what it had when the request last began to run.
     """
 
     id: int
@@ -53,6 +53,7 @@ class RequestState:
     fcfs_s: float = math.inf
     first_token_s: float | None = None
     running: bool = False
+    uncached_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
 
@@ -70,6 +71,14 @@ class RequestState:
         """Whether its next span is one sampled token."""
         sampled = len(self.output) + self.in_flight
         return sampled > 0 and self.computed == len(self.prompt) + sampled - 1
+
+    @property
+    def prompt_left(self) -> int:
+        """Tokens to compute before its next one can be sampled, as far as the prefix cache is known to lack them; 0 while it
+        decodes."""
+        if not self.running:
+            return self.uncached_tokens
+        return 0 if self.decoding or self.sampled_enough else self.total - self.computed
 
     @property
     def sampled_enough(self) -> bool:

@@ -16,6 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from fastapi import FastAPI
 from sqlalchemy import URL
@@ -77,34 +78,54 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         engine = EngineClient(config, report=report)
         stack.push_async_callback(engine.supervisor.stop)
         await asyncio.gather(engine.supervisor.start(), asyncio.to_thread(uploads.rebuild))
-        named = call_format(config.tool_call_parser)
-        tokenizer = await asyncio.to_thread(ChatTokenizer.load, Path(engine.info.directory), named)
-        tokenizer = tokenizer.or_template(config.chat_template)
-        check_call_format(config.tool_call_parser, tokenizer)
-        templates = RequestTemplates(tokenizer) if config.trust_request_chat_template else None
-        if templates is not None:
-            stack.callback(templates.close)
-        if not config.allow_control_tokens:
-            await asyncio.to_thread(tokenizer.prepare_control_texts)
+        tokenizer = await load_tokenizer(config, Path(engine.info.directory))
         models = await asyncio.to_thread(ModelRegistry, store, engine, config, tokenizer)
         metrics = ServerMetrics(config, models.base_names[0], lambda: engine.info.objectives)
         engine.on_job(metrics.on_job)
         jobs = JobService(store=store, files=uploads, models=models, engine=engine, config=config)
         uploads.held_bytes = models.held_bytes = jobs.disk.bytes_of
         stack.push_async_callback(jobs.stop)
-        work = WorkPool()
-        stack.callback(work.close)
-        grammars = GrammarChecker()
-        stack.callback(grammars.close)
-        await asyncio.to_thread(grammars.prepare, lambda: read_token_table(tokenizer, engine.info.vocab_size))
+        helpers = await open_helpers(stack, config, tokenizer, engine.info.vocab_size)
         await jobs.start()
         watch = SelfWatch(asyncio.get_running_loop(), lambda: jobs.journal.busy_s, config.watchdog_timeout)
         stack.enter_context(watch)
         yield Services(
             config=config, engine=engine, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
-            models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32), work=work,
-            shares=TenantShares(config), templates=templates, watch=watch, grammars=grammars,
+            models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32), work=helpers.work,
+            shares=TenantShares(config), templates=helpers.templates, watch=watch, grammars=helpers.grammars,
         )
+
+
+async def load_tokenizer(config: ServerConfig, directory: Path) -> ChatTokenizer:
+    """The tokenizer of the model in a directory, with the settings' chat template and way of writing calls."""
+    named = call_format(config.tool_call_parser)
+    tokenizer = await asyncio.to_thread(ChatTokenizer.load, directory, named)
+    tokenizer = tokenizer.or_template(config.chat_template)
+    check_call_format(config.tool_call_parser, tokenizer)
+    if not config.allow_control_tokens:
+        await asyncio.to_thread(tokenizer.prepare_control_texts)
+    return tokenizer
+
+
+class Helpers(NamedTuple):
+    """Threads and processes that work for requests beside the event loop; see Services."""
+
+    work: WorkPool
+    templates: RequestTemplates | None
+    grammars: GrammarChecker
+
+
+async def open_helpers(stack: AsyncExitStack, config: ServerConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Helpers:
+    """Starts them. stack: ends them."""
+    templates = RequestTemplates(tokenizer) if config.trust_request_chat_template else None
+    if templates is not None:
+        stack.callback(templates.close)
+    work = WorkPool()
+    stack.callback(work.close)
+    grammars = GrammarChecker()
+    stack.callback(grammars.close)
+    await asyncio.to_thread(grammars.prepare, lambda: read_token_table(tokenizer, vocab_size))
+    return Helpers(work, templates, grammars)
 
 
 def create_app(config: ServerConfig) -> FastAPI:

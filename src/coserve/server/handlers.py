@@ -40,6 +40,11 @@ def plain_body(status: int, message: str, param: str | None = None) -> dict[str,
 async def on_coserve_error(request: Request, error: Exception) -> Response:
     """The response to one of our own errors."""
     assert isinstance(error, CoserveError)
+    return error_response(error)
+
+
+def error_response(error: CoserveError) -> Response:
+    """The same, where there is no request to speak of."""
     status, headers = status_of(error), {}
     if status in (429, 503):
         headers["retry-after"] = str(RETRY_AFTER_S)

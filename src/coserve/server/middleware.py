@@ -17,7 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from coserve.server.handlers import plain_body
+from coserve.core import CoserveError
+from coserve.server.handlers import error_response, plain_body
 from coserve.server.logs import about_request
 
 UPLOADS = ("/v1/files", "/v1/files/")
@@ -100,6 +101,9 @@ class LastResort:
                 await self._app(scope, receive, named)
             except LocalProtocolError:
                 return  # the client broke HTTP's rules while it was answered: the connection has ended
+            except CoserveError as error:  # of what stands around the routes, which no handler sees
+                if not status:
+                    await error_response(error)(scope, receive, named)
             except Exception:
                 _log.exception("request %s: %s %s failed", request, scope["method"], scope["path"])
                 if not status:  # else the connection is cut, which tells the client

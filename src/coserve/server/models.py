@@ -1,8 +1,8 @@
 """Which model names there are, whose they are, and whether the engine holds the adapter of a name.
 
-Owns: names of the base and of adapters, loading an adapter into the engine when it is first asked for, which directories
-/v1/load_lora_adapter may read. Does not own: how jobs make adapters (jobs/service.py), adapters' rows (index/store.py), copies
-of adapters from outside (shelf.py).
+Owns: names of the base and of adapters, loading an adapter into the engine when it is first asked for. Does not own: how jobs
+make adapters (jobs/service.py), adapters' rows (index/store.py), which adapters from outside may be loaded (adapterchecks.py),
+their copies (shelf.py).
 
 An adapter's name in the engine is TENANT/NAME, so that tenants can use the same names.
 """
@@ -21,9 +21,16 @@ from pathlib import Path
 from urllib.parse import quote
 
 from coserve.core import ConfigError, CoserveError, InvalidRequest, NotFound
-from coserve.peft.remarks import REMARK_FILES
-from coserve.peft.tensors import ADAPTER_FILES
-from coserve.server.errors import Forbidden, TooLarge
+from coserve.server.adapterchecks import (
+    MAX_NAME,
+    adapter_below,
+    check_adapter_name,
+    check_adapter_room,
+    check_replaceable,
+    check_unloadable,
+    no_such_model,
+)
+from coserve.server.errors import TooLarge
 from coserve.server.index.store import Store
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.link.messages import AdapterRef
@@ -35,7 +42,6 @@ from coserve.text.tokenizer import ChatTokenizer
 
 SHARED = ""
 """The tenant of the adapters of --lora-modules, which everybody may use."""
-MAX_NAME = 256
 _log = logging.getLogger(__name__)
 
 
@@ -101,8 +107,7 @@ class ModelRegistry:
         if record is None and name.isprintable() and len(name) <= MAX_NAME:
             record = self._store.find_adapter(tenant, name)
         if record is None:
-            shown = name[:64] if name.isprintable() else "of this name"
-            raise NotFound(f"there is no model {shown}; GET /v1/models lists those there are", param="model")
+            raise no_such_model(name)
         with self._rows:
             if self._num_changes == before:  # else the row that was read may be gone already
                 self._records[tenant, name] = record
@@ -216,8 +221,8 @@ class ModelRegistry:
 
         replace: whether an adapter of this name gets a new version; the old one stays if the new one can't be used.
         """
-        directory = self._below_root(path)
-        self._check_name(name)
+        directory = adapter_below(self._config.adapter_root, path)
+        check_adapter_name(name, self.base_names)
         adapter = engine_name(tenant, name)
         # A tenant's adapters are loaded one after the other: each counts for its limits before the next is checked.
         async with self._locks.hold(engine_name(tenant, "")), self._locks.hold(adapter):
@@ -249,14 +254,7 @@ class ModelRegistry:
     def _find_loaded(self, tenant: str, name: str, replace: bool) -> AdapterRecord | None:
         """The adapter that has the name already, if there is one. Raises InvalidRequest if it must not be replaced."""
         existing = self._store.find_adapter(tenant, name)
-        if existing is not None and (existing.tenant != tenant or existing.job is not None):
-            raise InvalidRequest(
-                f"lora_name: {name} is a model of a finetuning job or of --lora-modules; choose another name", param="lora_name"
-            )
-        if existing is not None and not replace:
-            raise InvalidRequest(
-                f"lora_name: {name} has already been loaded; unload it first, or set load_inplace", param="lora_name"
-            )
+        check_replaceable(existing, tenant, name, replace)
         return existing
 
     async def unload(self, tenant: str, name: str) -> None:
@@ -266,13 +264,7 @@ class ModelRegistry:
                 record = await asyncio.to_thread(self.find_record, tenant, name)
             except NotFound as error:
                 raise NotFound(f"lora_name: there is no adapter {name[:64]!r}", param="lora_name") from error
-            if record.tenant != tenant:
-                raise Forbidden(f"lora_name: {name} was given by --lora-modules", param="lora_name")
-            if record.job is not None:
-                raise Forbidden(
-                    f"lora_name: {name} is the model of a finetuning job; DELETE /v1/models/{name} deletes it",
-                    param="lora_name",
-                )
+            check_unloadable(record, tenant, name)
             await asyncio.to_thread(self.remove, record)
             self._shelf.retire(record.directory, tenant)
             await self.drop_loaded(tenant, name)
@@ -288,44 +280,8 @@ class ModelRegistry:
 
     def _check_room(self, tenant: str, replaced: AdapterRecord | None, size: int) -> None:
         """Raises TooLarge if a copy of `size` bytes would exceed the tenant's limit. replaced: the version that it replaces."""
-        most, held = self._config.max_tenant_file_bytes, self.held_bytes(tenant)
-        held -= 0 if replaced is None else self._shelf.bytes_of(replaced.directory)
-        if held + size > most:
-            raise TooLarge(
-                f"lora_path: a copy of the adapter takes {size} bytes, and beside the {held} of your files, jobs' outputs and "
-                f"other adapters that is more than the {most} that they may have together; unload adapters or delete files or "
-                "models that you no longer need", param="lora_path",
-            )
-        if replaced is None and len(self._copies(tenant)) >= self._config.max_tenant_files:
-            raise TooLarge(
-                f"lora_path: you have {self._config.max_tenant_files} adapters loaded, the most that there may be; unload some",
-                param="lora_path",
-            )
-
-    def _check_name(self, name: str) -> None:
-        if not name or len(name) > MAX_NAME or not name.isprintable():
-            raise InvalidRequest(f"lora_name: 1 to {MAX_NAME} printable characters are expected", param="lora_name")
-        if name in self.base_names:
-            raise InvalidRequest(f"lora_name: {name} is the base model's name; choose another one", param="lora_name")
-
-    def _below_root(self, path: str) -> Path:
-        """The directory, with all links followed. A relative path counts from the root."""
-        if self._config.adapter_root is None:
-            raise Forbidden(
-                "this server loads no adapters at run time; start it with --adapter-root DIRECTORY", param="lora_path"
-            )
-        if not path or not path.isprintable():
-            raise InvalidRequest("lora_path: the path of a directory is expected", param="lora_path")
-        root = Path(self._config.adapter_root).resolve()
-        try:
-            directory = (root / path).resolve()
-            places = [directory, *((directory / name).resolve() for name in (*ADAPTER_FILES, *REMARK_FILES))]
-            inside = all(place.is_relative_to(root) for place in places)
-            there = inside and directory.is_dir()
-        except (OSError, RuntimeError) as error:  # too long a name, a circle of links
-            raise InvalidRequest("lora_path: the path can't be followed", param="lora_path") from error
-        if not inside:
-            raise Forbidden("lora_path: only directories below --adapter-root can be loaded", param="lora_path")
-        if not there:
-            raise InvalidRequest("lora_path: there is no such directory below --adapter-root", param="lora_path")
-        return directory
+        if replaced is None:
+            freed, num_others = 0, len(self._copies(tenant))
+        else:
+            freed, num_others = self._shelf.bytes_of(replaced.directory), 0
+        check_adapter_room(self._config, size, self.held_bytes(tenant) - freed, num_others)

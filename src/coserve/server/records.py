@@ -91,7 +91,11 @@ class EventRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord:
-    """A checkpoint that is whole on disk, and that is served as a model of its own."""
+    """A checkpoint that is whole on disk, and that is served as a model of its own.
+
+    Of a replica's job, directory is the key of its adapter in the artifact store, and its digests are kept. state_sha256: of
+    what the job goes on from. epoch: of the job. bytes: of that state; the adapter's own count in its row.
+    """
 
     id: str
     job: str
@@ -100,17 +104,29 @@ class CheckpointRecord:
     model: str
     directory: str
     metrics: dict[str, Any]
+    epoch: int = 0
+    sha256: str = ""
+    state_sha256: str = ""
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRecord:
-    """A model name that stands for an adapter. tenant: '' for everybody (--lora-modules). job: which one made it, or None."""
+    """A model name that stands for an adapter. tenant: '' for everybody (--lora-modules). job: which one made it, or None.
+
+    Of replicas, directory is a key of the artifact store. version: rises whenever the name gets other files. sha256: of the
+    files. epoch: of the job that made it. bytes: of the files.
+    """
 
     name: str
     tenant: str
     directory: str
     created_at: int
     job: str | None = None
+    version: int = 0
+    sha256: str = ""
+    epoch: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

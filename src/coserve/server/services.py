@@ -20,6 +20,10 @@ from coserve.server.link.engineclient import EngineClient
 from coserve.server.logs import note_tenant
 from coserve.server.models import ModelRegistry
 from coserve.server.places import Places
+from coserve.server.replicas.desk import JobDesk
+from coserve.server.replicas.files import StoredFiles
+from coserve.server.replicas.models import ReplicaModels
+from coserve.server.replicas.pool import EnginePool
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
@@ -56,16 +60,17 @@ class Services:
     templates: chat templates of requests; None: requests may bring none.
     grammars: tries the grammars that answers are asked to match.
     watch: the watch over this process; None in tests without a server.
+    fleet: the replicas, where the engine is that of several; None: of a server with its own engine.
     """
 
     config: ServerConfig
-    engine: EngineClient
+    engine: EngineClient | EnginePool
     tokenizer: ChatTokenizer
     store: Store
     tenants: Tenants
-    files: FileService
-    jobs: JobService
-    models: ModelRegistry
+    files: FileService | StoredFiles
+    jobs: JobService | JobDesk
+    models: ModelRegistry | ReplicaModels
     metrics: ServerMetrics
     draw_seed: Callable[[], int]
     work: WorkPool = field(default_factory=WorkPool)
@@ -73,6 +78,7 @@ class Services:
     shares: TenantShares = field(default_factory=lambda: TenantShares(ServerConfig()))
     templates: RequestTemplates | None = None
     watch: SelfWatch | None = None
+    fleet: EnginePool | None = None
 
 
 async def get_services(request: Request) -> Services:

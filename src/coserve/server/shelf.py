@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from coserve.config.values import MAX_RANK
 from coserve.durable import write_directory
@@ -25,8 +25,16 @@ from coserve.peft.format import admit_adapter
 from coserve.peft.gate import Base
 from coserve.runtime.loaded import DTYPES
 from coserve.server.index.disk import directory_bytes, storage_errors
-from coserve.server.link.engineclient import EngineClient
+from coserve.server.link.messages import Ready
 from coserve.text.tokenizer import ChatTokenizer
+
+
+class EngineFacts(Protocol):
+    """What is known of the engine, or of several with the same base."""
+
+    @property
+    def info(self) -> Ready:
+        """What an engine tells when it is ready."""
 
 
 class Admitted(NamedTuple):
@@ -39,7 +47,7 @@ class Admitted(NamedTuple):
 class AdapterShelf:
     """The copies below `root`. tokenizer: the base's; without one there are no warnings about tokens that an adapter adds."""
 
-    def __init__(self, root: Path, engine: EngineClient, max_rank: int, tokenizer: ChatTokenizer | None) -> None:
+    def __init__(self, root: Path, engine: EngineFacts, max_rank: int, tokenizer: ChatTokenizer | None) -> None:
         self.root, self._engine, self._max_rank, self._tokenizer = root.absolute(), engine, min(max_rank, MAX_RANK), tokenizer
         self._base: Base | None = None
         self._lock = threading.Lock()

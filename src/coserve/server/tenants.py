@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import math
 import re
 import secrets
 import threading
@@ -16,13 +17,15 @@ import time
 from collections.abc import Callable, Sequence
 
 from coserve.config.values import require
-from coserve.server.errors import Unauthorized
+from coserve.server.errors import StorageRefused, Unauthorized
 from coserve.server.index.store import Store
 from coserve.server.records import KeyRecord, new_id, now
 
 DEFAULT_TENANT = "default"
 _CACHE_S = 1.0
 """Seconds for which a key may still be accepted after another process has revoked it."""
+_AWAY_S = 300.0
+"""Seconds for which what was last read counts while the index can't be read: requests go on meanwhile."""
 _CACHE_SIZE = 1024
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _KEY = re.compile(r"[!-~]+")
@@ -44,7 +47,7 @@ class Tenants:
         self._lock = threading.Lock()
         self._configured: dict[str, str] = {}
         self._known: dict[str, tuple[float, str]] = {}
-        self._open_until = -1.0
+        self._open_until = -math.inf
         self._closed = bool(api_keys)
         for given in api_keys:
             tenant, key = (DEFAULT_TENANT, given) if isinstance(given, str) else given
@@ -81,7 +84,13 @@ class Tenants:
             return False
         if self._clock() < self._open_until:
             return True
-        if self._store.list_keys():
+        try:
+            found = self._store.list_keys()
+        except StorageRefused:
+            if self._clock() < self._open_until + _AWAY_S:
+                return True
+            raise
+        if found:
             self._closed = True
             return False
         self._open_until = self._clock() + _CACHE_S
@@ -93,10 +102,15 @@ class Tenants:
         if same:
             return same[0]
         with self._lock:
-            until, tenant = self._known.get(digest, (-1.0, ""))
+            until, tenant = self._known.get(digest, (-math.inf, ""))
         if self._clock() < until:
             return tenant
-        record = self._store.find_key(digest)
+        try:
+            record = self._store.find_key(digest)
+        except StorageRefused:
+            if self._clock() < until + _AWAY_S:
+                return tenant
+            raise
         with self._lock:
             self._known.pop(digest, None)
             if record is None or record.revoked_at is not None:

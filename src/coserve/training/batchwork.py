@@ -4,13 +4,16 @@
 
 The caller runs the units: `AdapterTrainer` sweeps through one micro-batch after another, the engine's scheduler picks units as
 they fit. A DPO batch begins with forward-only micro-batches of the reference policy.
+
+Members of one job (engine/sharing.py) each run a share of the batch: the micro-batches that `take` names, and first what the
+reference policy says of them. A group's reference sums never depend on which member computes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -102,23 +105,69 @@ class Microbatch:
         return self.role == "reference"
 
 
+class LossCounts(NamedTuple):
+    """What micro-batches add to a batch's result. loss, extra: shares of the batch's. correct, labels: label tokens that are
+    the arg max, and all. tokens: of the examples."""
+
+    loss: float
+    correct: int
+    labels: int
+    tokens: int
+    extra: Mapping[str, float]
+
+    @property
+    def result(self) -> StepLoss:
+        """If these are all of the batch: its loss and counts."""
+        return StepLoss(self.loss, self.correct / max(1, self.labels), self.tokens, dict(self.extra))
+
+
 def examples_of(groups: Sequence[Group]) -> list[Example]:
     """The examples of groups, in order."""
     return [example for group in groups for example in group.examples]
 
 
 class BatchWork:
-    """A batch under way. step: part of the dropout masks' key. train: False for validation: no gradients and no dropout."""
+    """A batch under way. step: part of the dropout masks' key. train: False for validation: no gradients and no dropout.
+    shared: whether only those of its micro-batches run that `take` names; the normalizer is the whole batch's all the same."""
 
-    def __init__(self, source: BatchSource, groups: Sequence[Group], step: int, *, train: bool) -> None:
-        self.source, self.train = source, train
+    def __init__(
+        self, source: BatchSource, groups: Sequence[Group], step: int, *, train: bool, shared: bool = False
+    ) -> None:
+        self.source, self.train, self.step = source, train, step
         self.normalizer = source.objective.normalizer(groups)
+        self._open = 0
+        self._forget()
+        self._packed = pack_groups(groups, source.config.max_microbatch_tokens)
+        self._waiting: deque[Microbatch] = deque()
+        if not shared:
+            policy = [self._microbatch(micro, "train" if train else "score", step) for micro in self._packed]
+            self._waiting += [*self._references(self._packed), *policy]
+
+    # --- a share of the batch ---
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of the whole batch, which `take` counts from 0. The same wherever the batch is packed."""
+        return len(self._packed)
+
+    def take(self, number: int) -> None:
+        """Adds one micro-batch to those that run here."""
+        micro = self._packed[number]
+        coming = {key for waiting in self._waiting if waiting.is_reference for key in waiting.keys}
+        self._waiting += [one for one in self._references([micro]) if one.keys[0] not in coming]
+        self._waiting.append(self._microbatch(micro, "train" if self.train else "score", self.step))
+
+    def take_counts(self) -> LossCounts:
+        """What has run here since the last call."""
+        counts = LossCounts(self._loss, self._correct, self._labels, self._tokens, dict(self._extra))
+        self._forget()
+        return counts
+
+    def _forget(self) -> None:
         self._loss, self._correct, self._labels, self._tokens = 0.0, 0, 0, 0
         self._extra: dict[str, float] = {}
-        self._open = 0
-        packed = pack_groups(groups, source.config.max_microbatch_tokens)
-        policy = [self._microbatch(micro, "train" if train else "score", step) for micro in packed]
-        self._waiting = deque([*self._references(packed), *policy])
+
+    # --- its micro-batches ---
 
     def _references(self, packed: Sequence[Sequence[Group]]) -> list[Microbatch]:
         """One micro-batch per group, so that a sum never depends on other groups. A resumed job then gets the same sums."""
@@ -209,5 +258,5 @@ class BatchWork:
 
     def result(self) -> StepLoss:
         """The loss and counts of the whole batch."""
-        return StepLoss(self._loss, self._correct / max(1, self._labels), self._tokens, dict(self._extra))
+        return LossCounts(self._loss, self._correct, self._labels, self._tokens, self._extra).result
 

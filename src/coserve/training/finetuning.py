@@ -166,7 +166,7 @@ def _end_tokens(job: ResolvedJob, loaded: LoadedModel) -> Sequence[int]:
 
 
 def _begin(job: ResolvedJob, loaded: LoadedModel, trainer: AdapterTrainer) -> PreparedJob:
-    """Makes or resumes the job's directory."""
+    """Makes or resumes the job's directory, unless another engine holds the job."""
     request, config = job.request, job.settings
     facts = {
         "base_fingerprint": loaded.fingerprint, "quantization": loaded.quantization, "data_digest": job.train.report.digest,
@@ -185,7 +185,9 @@ def _begin(job: ResolvedJob, loaded: LoadedModel, trainer: AdapterTrainer) -> Pr
         listen=request.listen,
     )
     request.inform(describe_settings(request.config, config, run.num_steps))
-    if request.resume:
+    if request.follows:
+        pass  # its state comes from the engine that holds the job
+    elif request.resume:
         refuse_changes(facts, read_record(request.directory), "job.json")
         run.resume()
     else:

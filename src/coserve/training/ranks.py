@@ -119,8 +119,8 @@ class TrainerOnRanks(AdapterTrainer):
     def set_coefficients(self, state: InFlight, coefficients_N: Tensor) -> None:
         self._processes.call(AdapterTrainer.set_coefficients, self, state, coefficients_N)
 
-    def clip(self) -> float:
-        return self._processes.call(AdapterTrainer.clip, self)
+    def clip(self, norm: float | None = None) -> float:
+        return self._processes.call(AdapterTrainer.clip, self, norm)
 
     def update(self, start: int, end: int, rate: float) -> None:
         self._master = None

@@ -40,7 +40,8 @@ class JobRequest:
 
     data, validation: JSON Lines files. directory: for the job's files. config: the settings as given, and the date for chat
     templates. start: directory of the adapter to continue. resume: whether to continue the job in `directory`. listen: called
-    with every event. passed: the adapter in `start`, once it has been read.
+    with every event. passed: the adapter in `start`, once it has been read. follows: whether another engine holds the job, so
+    that nothing is written here.
     """
 
     data: Path
@@ -51,6 +52,7 @@ class JobRequest:
     resume: bool
     listen: Callable[[JobEvent], None]
     passed: PassedAdapter | None = None
+    follows: bool = False
 
     @classmethod
     def of(

@@ -180,10 +180,9 @@ class AdapterTrainer:
         """Multiplies a micro-batch's unscaled gradient rows by coefficients [N], in the host's memory, one per label."""
         state.set_coefficients(to_device(coefficients_N, state.logprobs.device))
 
-    def clip(self) -> float:
-        """Completes the gradient, and clips it. Returns its norm before."""
-        norm = None
-        if self.layout is not None:
+    def clip(self, norm: float | None = None) -> float:
+        """Completes the gradient, and clips it. Returns its norm before. norm: of a gradient that is complete already."""
+        if self.layout is not None and norm is None:
             assert self.adapter.grad is not None
             self.layout.sum_gradients(self.adapter.grad)
             norm = self.layout.norm(self.adapter.grad)

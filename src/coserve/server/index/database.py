@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import msgspec
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from coserve.core import ConfigError, CoserveError, InvalidRequest
 from coserve.server.errors import Conflict, StorageRefused
@@ -38,15 +40,53 @@ _FAILURES = {
     "unable to open database file": "the index can't be opened for now; try again",
 }
 """Parts of SQLite's messages, in lower case, and what a user reads instead."""
+_BUSY_STATES = ("25P03", "40001", "40P01", "55P03", "57014")
+"""PostgreSQL's codes of a transaction that it ended: left idle, in conflict with another, a deadlock, locked rows, too slow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostgresLimits:
+    """Limits of a program that shares PostgreSQL with others and must not wait for it, nor keep it from them.
+
+    connections: at most, at once. wait_s: for one of them, and for a new one to be made. statement_s: for an answer.
+    lock_s: for rows that others hold. idle_s: how long the program may leave a transaction open, for example since it was
+    stopped (SIGSTOP); PostgreSQL ends the transaction then, so that its rows aren't locked for ever.
+    """
+
+    connections: int = 10
+    wait_s: float = 5.0
+    statement_s: float = 30.0
+    lock_s: float = 5.0
+    idle_s: float = 10.0
+
+    def engine(self, url: URL) -> Engine:
+        """Connections to PostgreSQL within these limits."""
+        settings = {
+            "statement_timeout": self.statement_s, "lock_timeout": self.lock_s,
+            "idle_in_transaction_session_timeout": self.idle_s,
+        }
+        options = " ".join(f"-c {name}={seconds * 1e3:.0f}" for name, seconds in settings.items())
+        arguments = {
+            "connect_timeout": max(2, round(self.wait_s)), "options": options, "keepalives_idle": 5, "keepalives_interval": 2,
+            "keepalives_count": 3, "tcp_user_timeout": round(self.statement_s * 1e3),
+        }
+        return _connect_postgres(
+            url, pool_size=self.connections, max_overflow=0, pool_timeout=self.wait_s, connect_args=arguments
+        )
 
 
 class Database:
     """One database, with up-to-date tables. Any thread may use it."""
 
-    def __init__(self, url: str | URL) -> None:
-        """Raises ConfigError, also for a damaged file or a newer schema. url: SQLAlchemy's; 'postgresql://' uses psycopg."""
-        parsed = _read_url(url)
-        self.engine = _connect_sqlite(parsed) if parsed.drivername.startswith("sqlite") else _connect_postgres(parsed)
+    def __init__(self, url: str | URL, limits: PostgresLimits | None = None) -> None:
+        """Raises ConfigError, also for a damaged file or a newer schema. url: SQLAlchemy's; 'postgresql://' uses psycopg.
+        limits: of the connections to PostgreSQL."""
+        self.url, self.limits = _read_url(url), limits
+        parsed = self.url
+        if parsed.drivername.startswith("sqlite"):
+            self.engine = _connect_sqlite(parsed)
+        else:
+            self.engine = _connect_postgres(parsed) if limits is None else limits.engine(parsed)
         self._reading = self.engine.execution_options(**{_READS: True})
         try:
             with self.engine.begin() as connection:
@@ -65,7 +105,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that only reads, and sees one state throughout."""
-        with _translated(), self._reading.begin() as connection:
+        with translated(), self._reading.begin() as connection:
             yield connection
 
     @contextmanager
@@ -74,8 +114,12 @@ class Database:
 
         Raises StorageRefused (disk full, database busy or away), Conflict (exists already), InvalidRequest (can't be stored).
         """
-        with _translated(), self.engine.begin() as connection:
+        with translated(), self.engine.begin() as connection:
             yield connection
+
+    def limited(self) -> Database:
+        """The same database within limits: itself if it has some, else a new one of default limits. Raises ConfigError."""
+        return self if self.limits is not None else Database(self.url, PostgresLimits())
 
     def close(self) -> None:
         """Closes all connections."""
@@ -131,9 +175,9 @@ def _execute_pragma(connection: sqlite3.Connection, pragma: str) -> None:
             time.sleep(0.01)
 
 
-def _connect_postgres(url: URL) -> Engine:
+def _connect_postgres(url: URL, **options: Any) -> Engine:
     try:
-        return create_engine(url, json_serializer=_dump, pool_pre_ping=True)
+        return create_engine(url, json_serializer=_dump, pool_pre_ping=True, **options)
     except ModuleNotFoundError as error:
         raise ConfigError("database_url: PostgreSQL needs psycopg: pip install 'coserve[postgres]'",
                           param="database_url") from error
@@ -164,17 +208,19 @@ def _opening_failed(url: URL, error: DBAPIError) -> ConfigError:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
     """Raises the database's errors as ours. Any other one is a bug of ours, and passes unchanged."""
     try:
         yield
     except (UnicodeEncodeError, OverflowError) as error:
         raise InvalidRequest(f"a value can't be stored: {error}") from error
+    except PoolTimeout as error:
+        raise StorageRefused(_FAILURES["database is locked"]) from error
     except DBAPIError as error:
-        translated = _translate(error)
-        if translated is None:
+        known = _translate(error)
+        if known is None:
             raise
-        raise translated from error
+        raise known from error
 
 
 def _translate(error: DBAPIError) -> CoserveError | None:
@@ -186,8 +232,11 @@ def _translate(error: DBAPIError) -> CoserveError | None:
         return Conflict("an entry with this name or id exists already")
     if isinstance(error, DataError):  # NUL in a text, a number out of range
         return InvalidRequest(f"a value can't be stored: {error.orig}")
-    if getattr(error.orig, "sqlstate", None) == "53100":
+    state = getattr(error.orig, "sqlstate", None)
+    if state == "53100":
         return StorageRefused("the disk of the index's database is full")
+    if state in _BUSY_STATES:
+        return StorageRefused(_FAILURES["database is locked"])
     if isinstance(error, OperationalError) and hasattr(error.orig, "sqlstate"):  # psycopg: no connection
         return StorageRefused("the index's database can't be reached; try again")
     return None

@@ -11,7 +11,9 @@ uploads. Does not own: the index (Store), how JSON Lines are read (finetune/json
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -21,7 +23,9 @@ import re
 import shutil
 import threading
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -50,8 +54,8 @@ _ID = re.compile(r"file-[0-9A-Za-z_-]{1,64}")
 _log = logging.getLogger(__name__)
 
 
-class FileService:
-    """Files of all tenants; any thread may use it."""
+class FileIntake(ABC):
+    """What is checked before a file is kept, wherever that is. Any thread may use it."""
 
     def __init__(
         self, directory: Path, store: Store, max_bytes: int, max_tenant_bytes: int, max_tenant_files: int = 1 << 62
@@ -66,6 +70,8 @@ class FileService:
         self.held_bytes: Callable[[str], int] = store.count_file_bytes
         """How many bytes of a tenant count for max_tenant_bytes. The server counts outputs of jobs and loaded adapters too."""
         self._listing = threading.Lock()
+        self._threads: Executor | None = None
+        """Where uploads are copied; None: the event loop's own threads."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -80,9 +86,12 @@ class FileService:
         if purpose != FINE_TUNE:
             raise InvalidRequest(f"purpose: only {FINE_TUNE!r} is supported, got {purpose[:64]!r}", param="purpose")
         filename = clean_filename(upload.filename)
-        await asyncio.to_thread(self._check_quota, tenant, upload.size or 0)  # before it is copied
+        await self.check_room(tenant, upload.size or 0)  # before it is copied
         # One thread does all of it, since the upload is whole by now, in a temporary file of the form's parser.
-        return await asyncio.to_thread(self._save, tenant, filename, upload.file, purpose, check=True)
+        save = functools.partial(
+            contextvars.copy_context().run, self._save, tenant, filename, upload.file, purpose, check=True
+        )
+        return await asyncio.get_running_loop().run_in_executor(self._threads, save)
 
     def save_result(self, tenant: str, filename: str, content: bytes, *, id: str | None = None) -> FileRecord:
         """Keeps a file that a job has made. Raises CapacityError. id: the new file's; a file with this id stays as it is."""
@@ -90,6 +99,58 @@ class FileService:
             with suppress(NotFound):
                 return self._store.get_file(tenant, id)
         return self._save(tenant, clean_filename(filename), io.BytesIO(content), RESULTS, check=False, id=id)
+
+    @abstractmethod
+    def path(self, record: FileRecord) -> Path:
+        """Where a file's bytes are on this machine."""
+
+    @abstractmethod
+    def _save(
+        self, tenant: str, filename: str, source: BinaryIO, purpose: str, *, check: bool, id: str | None = None
+    ) -> FileRecord:
+        """Keeps a file under an id, or a new one, and lists it. check: whether it is checked as an upload, and counted."""
+
+    def _check_unused(self, id: str) -> None:
+        """Raises Conflict while a job that hasn't ended uses a file."""
+        users = [job.id for job in self._store.unfinished_jobs() if id in (job.training_file, job.validation_file)]
+        if users:
+            raise Conflict(f"file {id} is used by the fine-tuning job {users[0]}; cancel it first", param="file_id")
+
+    def _copy(self, source: BinaryIO, target: Path, *, check: bool) -> tuple[int, str]:
+        """Copies a file. Returns the number of bytes, and their SHA-256. check: whether the file is checked as an upload."""
+        size, digest, judge = 0, hashlib.sha256(), UploadCheck()
+        with target.open("xb") as file:
+            while chunk := source.read(_CHUNK_BYTES):
+                size += len(chunk)
+                if check:
+                    if size > self._max_bytes:
+                        raise TooLarge(f"file: more than {self._max_bytes} bytes, the most that a file may have", param="file")
+                    judge.feed(chunk)
+                digest.update(chunk)
+                file.write(chunk)
+            if check:
+                judge.finish()
+            file.flush()
+            os.fsync(file.fileno())
+        return size, digest.hexdigest()
+
+    def _check_quota(self, tenant: str, size: int) -> None:
+        """Raises TooLarge for an upload of `size` bytes that would take the tenant's files over their limit."""
+        held = self.held_bytes(tenant)
+        if held + size > self._max_tenant_bytes:
+            raise TooLarge(
+                f"file: its {size} bytes beside the {held} of your other files, jobs' outputs and adapters are more than the "
+                f"{self._max_tenant_bytes} that they may have together; delete files that you no longer need, or models",
+                param="file",
+            )
+        if self._store.count_files(tenant) >= self._max_tenant_files:
+            raise TooLarge(
+                f"file: you have {self._max_tenant_files} files, the most that there may be; delete some", param="file"
+            )
+
+
+class FileService(FileIntake):
+    """Files in a directory of this machine."""
 
     def path(self, record: FileRecord) -> Path:
         """Where a file's bytes are."""
@@ -105,9 +166,7 @@ class FileService:
     def delete(self, tenant: str, id: str) -> None:
         """Deletes a file. Raises NotFound, also for another tenant's, and Conflict while a job that hasn't ended uses it."""
         self._store.get_file(tenant, id)
-        users = [job.id for job in self._store.unfinished_jobs() if id in (job.training_file, job.validation_file)]
-        if users:
-            raise Conflict(f"file {id} is used by the fine-tuning job {users[0]}; cancel it first", param="file_id")
+        self._check_unused(id)
         gone = self._directory / f"{id}{_UNFINISHED}"
         with storage_errors(), suppress(FileNotFoundError):
             (self._directory / id).rename(gone)
@@ -157,38 +216,6 @@ class FileService:
             shutil.rmtree(kept, ignore_errors=True)
             raise
         return record
-
-    def _copy(self, source: BinaryIO, target: Path, *, check: bool) -> tuple[int, str]:
-        """Copies a file. Returns the number of bytes, and their SHA-256. check: whether the file is checked as an upload."""
-        size, digest, judge = 0, hashlib.sha256(), UploadCheck()
-        with target.open("xb") as file:
-            while chunk := source.read(_CHUNK_BYTES):
-                size += len(chunk)
-                if check:
-                    if size > self._max_bytes:
-                        raise TooLarge(f"file: more than {self._max_bytes} bytes, the most that a file may have", param="file")
-                    judge.feed(chunk)
-                digest.update(chunk)
-                file.write(chunk)
-            if check:
-                judge.finish()
-            file.flush()
-            os.fsync(file.fileno())
-        return size, digest.hexdigest()
-
-    def _check_quota(self, tenant: str, size: int) -> None:
-        """Raises TooLarge for an upload of `size` bytes that would take the tenant's files over their limit."""
-        held = self.held_bytes(tenant)
-        if held + size > self._max_tenant_bytes:
-            raise TooLarge(
-                f"file: its {size} bytes beside the {held} of your other files, jobs' outputs and adapters are more than the "
-                f"{self._max_tenant_bytes} that they may have together; delete files that you no longer need, or models",
-                param="file",
-            )
-        if self._store.count_files(tenant) >= self._max_tenant_files:
-            raise TooLarge(
-                f"file: you have {self._max_tenant_files} files, the most that there may be; delete some", param="file"
-            )
 
 
 def clean_filename(name: str | None) -> str:

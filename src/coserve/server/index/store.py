@@ -11,13 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import URL, Column, ColumnElement, Connection, Row, Select, Table, delete, func, select, tuple_, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import URL, Column, ColumnElement, Connection, Select, Table, delete, func, select, tuple_, update
 
 from coserve.core import CapacityError, InvalidRequest, NotFound
 from coserve.server.index.database import Database
+from coserve.server.index.rows import (
+    NewEvent,
+    RecordT,
+    note_removed,
+    put_adapter,
+    put_checkpoint,
+    put_event,
+    record_of,
+    values_of,
+)
 from coserve.server.index.tables import adapters, checkpoints, events, files, jobs, keys, removed
 from coserve.server.records import (
     ENDED,
@@ -27,15 +36,7 @@ from coserve.server.records import (
     FileRecord,
     JobRecord,
     KeyRecord,
-    new_id,
-    now,
 )
-
-_REMEMBERED_S = 30 * 24 * 3600
-"""Seconds for which the place of a deleted entry is remembered."""
-
-
-RecordT = TypeVar("RecordT", AdapterRecord, CheckpointRecord, EventRecord, FileRecord, JobRecord, KeyRecord)
 
 
 class Store:
@@ -45,20 +46,20 @@ class Store:
     deleted by now; InvalidRequest is raised if the list never had such an entry.
     """
 
-    def __init__(self, url: str | URL) -> None:
-        """url: SQLAlchemy's, of SQLite or PostgreSQL. Raises ConfigError where the database can't be used."""
-        self._database = Database(url)
+    def __init__(self, database: str | URL | Database) -> None:
+        """database: its URL, SQLAlchemy's, of SQLite or PostgreSQL. Raises ConfigError where the database can't be used."""
+        self.database = database if isinstance(database, Database) else Database(database)
 
     def close(self) -> None:
         """Closes the database's connections."""
-        self._database.close()
+        self.database.close()
 
     # --- keys ---
 
     def add_key(self, record: KeyRecord) -> None:
         """Adds a key. Raises Conflict where it exists."""
-        with self._database.write() as connection:
-            connection.execute(keys.insert().values(_values(record)))
+        with self.database.write() as connection:
+            connection.execute(keys.insert().values(values_of(record)))
 
     def list_keys(self) -> list[KeyRecord]:
         """All keys, revoked ones too, oldest first."""
@@ -70,7 +71,7 @@ class Store:
 
     def revoke_key(self, id: str, at: int) -> None:
         """Revokes a key at a time in Unix seconds. One that is revoked already keeps its time. Raises NotFound."""
-        with self._database.write() as connection:
+        with self.database.write() as connection:
             time = func.coalesce(keys.c.revoked_at, at)
             if connection.execute(update(keys).where(keys.c.id == id).values(revoked_at=time)).rowcount == 0:
                 raise NotFound(f"there is no key {id}", param="id")
@@ -79,8 +80,8 @@ class Store:
 
     def add_file(self, record: FileRecord) -> None:
         """Raises Conflict where the id exists."""
-        with self._database.write() as connection:
-            connection.execute(files.insert().values(_values(record)))
+        with self.database.write() as connection:
+            connection.execute(files.insert().values(values_of(record)))
 
     def get_file(self, tenant: str, id: str) -> FileRecord:
         """Raises NotFound, also for another tenant's."""
@@ -105,12 +106,12 @@ class Store:
     def count_file_bytes(self, tenant: str) -> int:
         """The bytes of all files of a tenant together."""
         query = select(func.coalesce(func.sum(files.c.bytes), 0)).where(files.c.tenant == tenant)
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             return int(connection.execute(query).scalar_one())
 
     def count_files(self, tenant: str) -> int:
         """How many files a tenant has."""
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             return int(connection.execute(select(func.count()).select_from(files).where(files.c.tenant == tenant)).scalar_one())
 
     def all_files(self) -> list[FileRecord]:
@@ -121,21 +122,29 @@ class Store:
 
     def add_job(self, record: JobRecord) -> None:
         """Raises Conflict where the id exists."""
-        with self._database.write() as connection:
-            connection.execute(jobs.insert().values(_values(record)))
+        with self.database.write() as connection:
+            connection.execute(jobs.insert().values(values_of(record)))
 
     def get_job(self, tenant: str | None, id: str) -> JobRecord:
         """tenant None: anybody's job. Raises NotFound, also for another tenant's."""
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             return _get_job(connection, tenant, id)
 
     def update_job(self, id: str, **changes: Any) -> JobRecord:
         """Changes fields of a job, and returns it as it is then. Raises NotFound. changes: fields of JobRecord."""
-        with self._database.write() as connection:
-            job = dataclasses.replace(_get_job(connection, None, id, lock=True), **changes)
+        with self.database.write() as connection:
+            self._lock_job(connection, id)
+            job = dataclasses.replace(_get_job(connection, None, id), **changes)
             if changes:
                 connection.execute(update(jobs).where(jobs.c.id == id).values(changes))
         return job
+
+    def _lock_job(self, connection: Connection, id: str) -> int:
+        """Keeps others from writing about a job until the transaction ends. Returns the epoch of what is written. Raises
+        NotFound."""
+        if connection.execute(select(jobs.c.id).where(jobs.c.id == id).with_for_update()).first() is None:
+            raise _no_job(id)
+        return 0
 
     def list_jobs(
         self, tenant: str, *, after: str | None = None, limit: int = 20, metadata: dict[str, str] | None = None,
@@ -143,21 +152,21 @@ class Store:
         """A tenant's jobs, newest first. metadata: pairs that the jobs must all have."""
         wanted = (metadata or {}).items()
         found: list[JobRecord] = []
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             query = _page(connection, _JOBS, tenant, after=after)
             if not wanted:
                 query = query.limit(limit + 1)
             # Pairs are compared here, since the databases disagree about keys with quotes and dots.
             for row in connection.execution_options(yield_per=100).execute(query):
                 if wanted <= row.metadata.items():
-                    found.append(_record(JobRecord, row))
+                    found.append(record_of(JobRecord, row))
                 if len(found) > limit:
                     break
         return found[:limit], len(found) > limit
 
     def job_states(self, tenant: str) -> list[tuple[str, str]]:
         """(id, status) of a tenant's jobs."""
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             rows = connection.execute(select(jobs.c.id, jobs.c.status).where(jobs.c.tenant == tenant)).all()
         return [(str(row.id), str(row.status)) for row in rows]
 
@@ -175,20 +184,9 @@ class Store:
 
         A metrics event replaces the one of the same step, if there is one, and takes its id and seq.
         """
-        with self._database.write() as connection:
-            _get_job(connection, None, job, lock=True)
-            same_step = (events.c.job == job) & (events.c.type == "metrics") & (events.c.step == step)
-            known = connection.execute(select(events).where(same_step)).first() if type == "metrics" else None
-            if known is None:
-                last = connection.execute(select(func.max(events.c.seq)).where(events.c.job == job)).scalar()
-                id, seq = new_id("ftevent"), (last or 0) + 1
-            else:
-                id, seq = known.id, known.seq
-            event = EventRecord(
-                id=id, job=job, seq=seq, created_at=created_at, level=level, type=type, message=message, data=data, step=step,
-            )
-            _put(connection, events, (events.c.id,), _values(event))
-        return event
+        event = NewEvent(message=message, level=level, data=data, step=step if type == "metrics" else None)
+        with self.database.write() as connection:
+            return put_event(connection, job, event, created_at, self._lock_job(connection, job))
 
     def list_events(self, job: str, *, after: str | None = None, limit: int = 20) -> tuple[list[EventRecord], bool]:
         """A job's events, newest first."""
@@ -201,13 +199,9 @@ class Store:
 
         It replaces the checkpoint of the same job and step, if there is one, and takes its id.
         """
-        with self._database.write() as connection:
-            _get_job(connection, None, record.job, lock=True)
-            same = (checkpoints.c.job == record.job) & (checkpoints.c.step == record.step)
-            id = connection.execute(select(checkpoints.c.id).where(same)).scalar() or record.id
-            stored = dataclasses.replace(record, id=id)
-            _put(connection, checkpoints, (checkpoints.c.id,), _values(stored))
-        return stored
+        with self.database.write() as connection:
+            self._lock_job(connection, record.job)
+            return put_checkpoint(connection, record)
 
     def list_checkpoints(self, job: str, *, after: str | None = None, limit: int = 10) -> tuple[list[CheckpointRecord], bool]:
         """A job's checkpoints, the one of the last step first."""
@@ -220,10 +214,11 @@ class Store:
 
     # --- adapters ---
 
-    def put_adapter(self, record: AdapterRecord) -> None:
-        """Stores an adapter. It replaces the one of the same tenant and name, if there is one."""
-        with self._database.write() as connection:
-            _put(connection, adapters, (adapters.c.tenant, adapters.c.name), _values(record))
+    def put_adapter(self, record: AdapterRecord) -> AdapterRecord:
+        """Stores an adapter, and returns it as it is stored. It replaces the one of the same tenant and name, if there is one;
+        the version rises if the digests of its files are others."""
+        with self.database.write() as connection:
+            return put_adapter(connection, record)
 
     def find_adapter(self, tenant: str, name: str) -> AdapterRecord | None:
         """The adapter of a name: the tenant's own, else everybody's."""
@@ -238,12 +233,24 @@ class Store:
 
     def adapter_directories(self) -> set[str]:
         """The directories of all tenants' adapters."""
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             return set(connection.execute(select(adapters.c.directory)).scalars())
+
+    def count_artifact_bytes(self, tenant: str) -> int:
+        """The bytes of all adapters and checkpoints of a tenant that are in the artifact store. Files with several names count
+        once."""
+        own = select(adapters.c.directory, adapters.c.bytes).where(adapters.c.tenant == tenant).distinct().subquery()
+        states = (
+            select(func.coalesce(func.sum(checkpoints.c.bytes), 0)).join(jobs, jobs.c.id == checkpoints.c.job)
+            .where(jobs.c.tenant == tenant)
+        )
+        with self.database.read() as connection:
+            found = connection.execute(select(func.coalesce(func.sum(own.c.bytes), 0))).scalar_one()
+            return int(found) + int(connection.execute(states).scalar_one())
 
     def delete_adapter(self, tenant: str, name: str) -> None:
         """Deletes an adapter. Raises NotFound, also for an adapter of everybody's unless tenant is ''."""
-        with self._database.write() as connection:
+        with self.database.write() as connection:
             same = (adapters.c.tenant == tenant) & (adapters.c.name == name)
             if connection.execute(delete(adapters).where(same)).rowcount == 0:
                 raise NotFound(f"there is no adapter {name[:64]}", param="lora_name")
@@ -252,17 +259,17 @@ class Store:
 
     def _find(self, kind: type[RecordT], query: Select[Any]) -> list[RecordT]:
         """The records that a query gives."""
-        with self._database.read() as connection:
-            return [_record(kind, row) for row in connection.execute(query)]
+        with self.database.read() as connection:
+            return [record_of(kind, row) for row in connection.execute(query)]
 
     def _list(
         self, kind: type[RecordT], listing: _List, owner: str, after: str | None, limit: int,
         order: Literal["asc", "desc"] = "desc", wanted: Sequence[ColumnElement[bool]] = (),
     ) -> tuple[list[RecordT], bool]:
         """A page of an owner's entries, and whether more follow. wanted: conditions that an entry meets."""
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             query = _page(connection, listing, owner, after=after, order=order).where(*wanted).limit(limit + 1)
-            found = [_record(kind, row) for row in connection.execute(query)]
+            found = [record_of(kind, row) for row in connection.execute(query)]
         return found[:limit], len(found) > limit
 
     def _remove(self, listing: _List, owner: str | None, id: str) -> bool:
@@ -273,19 +280,16 @@ class Store:
         table = listing.table
         mine = [table.c.id == id, *([] if owner is None else [listing.owner == owner])]
         try:
-            with self._database.write() as connection:
+            with self.database.write() as connection:
                 found = connection.execute(select(listing.owner, *listing.key).where(*mine)).first()
                 if found is None:
                     return False
                 connection.execute(delete(table).where(*mine))
-                connection.execute(delete(removed).where(removed.c.removed_at < now() - _REMEMBERED_S))
-                _put(connection, removed, (removed.c.list, removed.c.owner, removed.c.id), {
-                    "list": table.name, "owner": found[0], "id": id, "place": [*found[1:]], "removed_at": now(),
-                })
+                note_removed(connection, table, found[0], id, found[1:])
         except CapacityError as error:
             if "busy" in str(error):
                 raise
-            with self._database.write() as connection:
+            with self.database.write() as connection:
                 return connection.execute(delete(table).where(*mine)).rowcount > 0
         return True
 
@@ -305,28 +309,19 @@ _EVENTS = _List(events, events.c.job, (events.c.seq,))
 _CHECKPOINTS = _List(checkpoints, checkpoints.c.job, (checkpoints.c.step,))
 
 
-def _values(record: RecordT) -> dict[str, Any]:
-    """A record's fields, as columns."""
-    return {name: getattr(record, name) for name in record.__dataclass_fields__}
-
-
-def _record(kind: type[RecordT], row: Row[Any]) -> RecordT:
-    """The record of a row. Sequences in records are tuples; JSON gives lists."""
-    values: dict[str, Any] = {name: row._mapping[name] for name in kind.__dataclass_fields__}
-    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return kind(**values)
-
-
-def _get_job(connection: Connection, tenant: str | None, id: str, *, lock: bool = False) -> JobRecord:
-    """A job; tenant None: anybody's. Raises NotFound. lock: whether others can't change it until the transaction ends (SQLite's
-    write transactions exclude each other anyway)."""
+def _get_job(connection: Connection, tenant: str | None, id: str) -> JobRecord:
+    """A job; tenant None: anybody's. Raises NotFound."""
     query = select(jobs).where(jobs.c.id == id)
     if tenant is not None:
         query = query.where(jobs.c.tenant == tenant)
-    row = connection.execute(query.with_for_update() if lock else query).first()
+    row = connection.execute(query).first()
     if row is None:
-        raise NotFound(f"there is no fine-tuning job {id[:64]}", param="fine_tuning_job_id")
-    return _record(JobRecord, row)
+        raise _no_job(id)
+    return record_of(JobRecord, row)
+
+
+def _no_job(id: str) -> NotFound:
+    return NotFound(f"there is no fine-tuning job {id[:64]}", param="fine_tuning_job_id")
 
 
 def _page(
@@ -345,9 +340,3 @@ def _page(
     if place is None:
         raise InvalidRequest(f"after: there is no entry {after[:64]} in this list", param="after")
     return query.where(tuple_(*key) > tuple(place) if order == "asc" else tuple_(*key) < tuple(place))
-
-
-def _put(connection: Connection, table: Table, key: Sequence[Column[Any]], values: dict[str, Any]) -> None:
-    """Inserts a row, or replaces the one that has the same key."""
-    inserting = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    connection.execute(inserting(table).values(values).on_conflict_do_update(index_elements=list(key), set_=values))

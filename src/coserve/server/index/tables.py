@@ -15,6 +15,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     Connection,
+    Double,
     Float,
     ForeignKey,
     Index,
@@ -50,6 +51,11 @@ def _filled(name: str, kind: Any = Text) -> Column[Any]:
     return Column(name, kind, nullable=False)
 
 
+def _counted(name: str, kind: Any = BigInteger, start: str = "0") -> Column[Any]:
+    """A column that has a value in every row, from the start on."""
+    return Column(name, kind, nullable=False, server_default=start)
+
+
 def _job() -> Column[str]:
     return Column("job", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False)
 
@@ -75,13 +81,22 @@ jobs = Table(
     _filled("step", BigInteger), _filled("num_steps", BigInteger), _filled("result_files", _Document),
     _filled("integrations", _Document), _filled("metadata", _Document), _filled("settings", _Document),
     _filled("priority", BigInteger), _filled("weight", Float), Column("deadline", BigInteger),
+    Column("owner", Text), _counted("epoch"), Column("lease_until", Double), _counted("strikes"),
+    _counted("struck_at", start="-1"), Column("start_sha256", Text), Column("progress", _Document),
     Index("jobs_of_tenant", "tenant", "created_at", "seq"), Index("jobs_by_status", "status"),
 )
+"""Only replicas use what follows `deadline` (server/replicas/). owner: the replica that holds the job. epoch: how often it was
+claimed or ended; a holder writes only under its own. lease_until: from when others may claim it, in Unix seconds of the
+database's clock. strikes, struck_at: as of UnfinishedJob. start_sha256: of the adapter that it continues. progress: its
+pace."""
 
 events = Table(
     "events", SCHEMA, _id(), _job(), _filled("seq", BigInteger), _filled("created_at", BigInteger), _filled("level"),
-    _filled("type"), _filled("message"), Column("data", _Document), Column("step", BigInteger), UniqueConstraint("job", "seq"),
+    _filled("type"), _filled("message"), Column("data", _Document), Column("step", BigInteger), _counted("epoch"),
+    UniqueConstraint("job", "seq"),
 )
+"""epoch: of the job, when the event was written."""
+
 Index(
     "one_metrics_event_per_step", events.c.job, events.c.step, unique=True,
     sqlite_where=events.c.type == "metrics", postgresql_where=events.c.type == "metrics",
@@ -89,13 +104,22 @@ Index(
 
 checkpoints = Table(
     "checkpoints", SCHEMA, _id(), _job(), _filled("created_at", BigInteger), _filled("step", BigInteger), _filled("model"),
-    _filled("directory"), _filled("metrics", _Document), UniqueConstraint("job", "step"),
+    _filled("directory"), _filled("metrics", _Document), _counted("epoch"), _counted("sha256", Text, ""),
+    _counted("state_sha256", Text, ""), _counted("bytes"), UniqueConstraint("job", "step"),
 )
 
 adapters = Table(
     "adapters", SCHEMA, _seq(), _filled("tenant"), _filled("name"), _filled("directory"), _filled("created_at", BigInteger),
-    Column("job", Text), UniqueConstraint("tenant", "name"),
+    Column("job", Text), _counted("version"), _counted("sha256", Text, ""), _counted("epoch"), _counted("bytes"),
+    UniqueConstraint("tenant", "name"),
 )
+
+members = Table(
+    "members", SCHEMA, Column("id", Text, primary_key=True), _filled("kind"), _filled("address"), _filled("public_key"),
+    _filled("node"), _filled("info", _Document), _filled("joined_at", Double), _filled("seen_at", Double),
+)
+"""Processes of a fleet of replicas. kind: engine or ingress. public_key: its CURVE key. info: an engine's Ready. joined_at,
+seen_at: Unix seconds of the database's clock."""
 
 removed = Table(
     "removed", SCHEMA, Column("list", Text, primary_key=True), Column("owner", Text, primary_key=True),
@@ -105,12 +129,37 @@ removed = Table(
 needs no new schema version, since older coserves ignore the table."""
 
 Migration = Callable[[Connection], None]
-MIGRATIONS: tuple[Migration, ...] = ()
+
+
+def _add_replicas(connection: Connection) -> None:
+    """Version 2: what replicas share. Everything has a value that a single server needs nothing of."""
+    double = "DOUBLE PRECISION" if connection.dialect.name == "postgresql" else "DOUBLE"
+    for table, column in (
+        ("jobs", "owner TEXT"), ("jobs", "epoch BIGINT NOT NULL DEFAULT 0"), ("jobs", f"lease_until {double}"),
+        ("jobs", "strikes BIGINT NOT NULL DEFAULT 0"), ("jobs", "struck_at BIGINT NOT NULL DEFAULT -1"),
+        ("jobs", "start_sha256 TEXT"), ("jobs", "progress JSON"), ("events", "epoch BIGINT NOT NULL DEFAULT 0"),
+        ("checkpoints", "epoch BIGINT NOT NULL DEFAULT 0"), ("checkpoints", "sha256 TEXT NOT NULL DEFAULT ''"),
+        ("checkpoints", "state_sha256 TEXT NOT NULL DEFAULT ''"), ("checkpoints", "bytes BIGINT NOT NULL DEFAULT 0"),
+        ("adapters", "version BIGINT NOT NULL DEFAULT 0"), ("adapters", "sha256 TEXT NOT NULL DEFAULT ''"),
+        ("adapters", "epoch BIGINT NOT NULL DEFAULT 0"), ("adapters", "bytes BIGINT NOT NULL DEFAULT 0"),
+    ):
+        connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {column}"))
+    connection.execute(text(
+        "CREATE TABLE members (id TEXT NOT NULL PRIMARY KEY, kind TEXT NOT NULL, address TEXT NOT NULL, "
+        "public_key TEXT NOT NULL, node TEXT NOT NULL, info JSON NOT NULL, "
+        f"joined_at {double} NOT NULL, seen_at {double} NOT NULL)"
+    ))
+
+
+MIGRATIONS: tuple[Migration, ...] = (_add_replicas,)
 """MIGRATIONS[i] changes an index of version i + 1 into one of version i + 2. It must not use the tables above, which may have
 changed since."""
 
 _MIGRATION_LOCK = 0x636F7365
 """Any number that other programs on the same PostgreSQL don't use."""
+_SILENT_S = 60.0
+"""Seconds after which a member that doesn't show itself no longer keeps its fleet's tables from being changed."""
+_FIRST_WITH_MEMBERS = 2
 
 
 def prepare_schema(connection: Connection, migrations: Sequence[Migration] = MIGRATIONS) -> None:
@@ -131,7 +180,22 @@ def prepare_schema(connection: Connection, migrations: Sequence[Migration] = MIG
             f"database_url: the index has schema version {found}, this coserve knows versions up to {known}: "
             "use the newer coserve that wrote it", param="database_url",
         )
+    if found < known:
+        _refuse_in_use(connection, found)
     for migrate in migrations[found - 1:]:
         migrate(connection)
     removed.create(connection, checkfirst=True)
     connection.execute(update(version).values(version=known))
+
+
+def _refuse_in_use(connection: Connection, found: int) -> None:
+    """Raises ConfigError while replicas of an older coserve use the index, since they would meet tables they don't know."""
+    if found < _FIRST_WITH_MEMBERS or connection.dialect.name != "postgresql":
+        return
+    query = text("SELECT id FROM members WHERE seen_at > extract(epoch FROM clock_timestamp()) - :silent ORDER BY id")
+    present = [str(id) for id in connection.execute(query, {"silent": _SILENT_S}).scalars()]
+    if present:
+        raise ConfigError(
+            f"database_url: the index has schema version {found} and is in use by {len(present)} processes of an older coserve "
+            f"({', '.join(present[:4])}): stop them first, since this coserve changes the tables", param="database_url",
+        )

@@ -151,6 +151,8 @@ class CreateJob(_Settings):
     """A lower number runs earlier."""
     weight: Annotated[float, Field(gt=0, le=1000)] | None = None
     """Share of the time of running jobs."""
+    members: Annotated[int, Field(ge=1, le=4)] | None = None
+    """Replicas that may share the job's steps, where there are several."""
     deadline: Annotated[int, Field(ge=0, le=2**40)] | None = None
     """In Unix seconds. Of jobs with equal priority the one with the earliest deadline runs first."""
     model: Text

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from coserve.config.settings import AdapterConfig
-from coserve.core import CoserveError, InvalidRequest, NotFound
+from coserve.core import CoserveError, NotFound
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.finetune.job import MetricsTable, StepRow
 from coserve.peft.described import described_adapter
 from coserve.peft.format import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from coserve.peft.remarks import GENERATION_FILE
 from coserve.server.index.disk import storage_errors
-from coserve.server.index.files import FINE_TUNE, FileService
 from coserve.server.index.store import Store
 from coserve.server.jobs.data import DataFile
+from coserve.server.jobs.hosting import JobFiles, JobModels
+from coserve.server.jobs.intake import find_data
 from coserve.server.jobs.objects import result_csv, step_metrics
-from coserve.server.models import ModelRegistry
 from coserve.server.records import AdapterRecord, CheckpointRecord, JobRecord, new_id, now
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -40,7 +40,7 @@ _PAGE = 1000
 class JobOutputs:
     """Directories and models of all jobs. Each job has a directory below `root`."""
 
-    def __init__(self, root: Path, store: Store, files: FileService, models: ModelRegistry) -> None:
+    def __init__(self, root: Path, store: Store, files: JobFiles, models: JobModels) -> None:
         self.root, self._store, self._files, self._models = root, store, files, models
         with storage_errors():
             root.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ class JobOutputs:
 
     def output(self, job: str) -> Path:
         """The engine's directory of the job."""
-        return self.root / job / "output"
+        return self.directory(job) / "output"
 
     def started(self, job: str) -> bool:
         """Whether the engine has begun the job, which is then to be resumed."""
@@ -59,7 +59,10 @@ class JobOutputs:
 
     def start_directory(self, record: JobRecord) -> Path | None:
         """The adapter that the job continues."""
-        return None if record.start is None else self.root / record.id / "start"
+        return None if record.start is None else self.directory(record.id) / "start"
+
+    def prepare(self, record: JobRecord) -> None:
+        """Brings here what the job goes on from, which is here already. Raises StorageRefused."""
 
     def continued(self, directory: Path) -> AdapterConfig:
         """Settings of an adapter that is to be continued. Raises NotFound."""
@@ -70,7 +73,7 @@ class JobOutputs:
 
     def copy_start(self, job: str, source: Path) -> None:
         """Copies the adapter to continue into the job's directory: the original may be deleted. Raises NotFound, OSError."""
-        target = self.root / job / "start"
+        target = self.directory(job) / "start"
         target.mkdir(parents=True)
         try:
             for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -91,12 +94,7 @@ class JobOutputs:
         return found, None if validation is None else self._data_file(tenant, validation, "validation_file")
 
     def _data_file(self, tenant: str, id: str, param: str) -> DataFile:
-        try:
-            record = self._store.get_file(tenant, id)
-        except NotFound as error:
-            raise InvalidRequest(f"{param}: there is no file {id[:64]}", param=param) from error
-        if record.purpose != FINE_TUNE:
-            raise InvalidRequest(f"{param}: {id} is of purpose {record.purpose}, not {FINE_TUNE}", param=param)
+        record = find_data(self._store, tenant, id, param)
         return DataFile(self._files.path(record), record.filename, param)
 
     def rows(self, job: str) -> list[StepRow]:
@@ -124,7 +122,7 @@ class JobOutputs:
     def prune(self, record: JobRecord) -> list[str]:
         """Removes checkpoints whose directories are gone. Returns their models' names."""
         gone = []
-        for checkpoint in self._checkpoints(record.id):
+        for checkpoint in self.checkpoints(record.id):
             directory = Path(checkpoint.directory)
             if not (directory / CHECKPOINT_MANIFEST).is_file():
                 self._store.delete_checkpoint(checkpoint.id)
@@ -135,7 +133,7 @@ class JobOutputs:
     def restore(self, record: JobRecord, tuned: str) -> None:
         """Makes rows of checkpoints and of the tuned model agree with the job's directory."""
         self.prune(record)
-        known = {checkpoint.step for checkpoint in self._checkpoints(record.id)}
+        known = {checkpoint.step for checkpoint in self.checkpoints(record.id)}
         found = {}
         for directory in sorted((self.output(record.id) / "checkpoints").glob("step-*")):
             match = _STEP.fullmatch(directory.name)
@@ -153,7 +151,7 @@ class JobOutputs:
         """Takes a job's model out of the index and its files off the disk, so that no rebuild brings it back. With the job's
         result goes the checkpoint of its last step, which has the same weights. Returns the names that are gone."""
         assert adapter.job is not None
-        checkpoints = self._checkpoints(adapter.job)
+        checkpoints = self.checkpoints(adapter.job)
         own = [checkpoint for checkpoint in checkpoints if checkpoint.model == adapter.name]
         gone = own or [checkpoint for checkpoint in checkpoints if checkpoint.step == last_step]
         self._models.remove(adapter)
@@ -176,7 +174,8 @@ class JobOutputs:
         id = record.id.replace("ftjob-", "file-", 1)
         return self._files.save_result(record.tenant, "step_metrics.csv", content, id=id).id
 
-    def _checkpoints(self, job: str) -> list[CheckpointRecord]:
+    def checkpoints(self, job: str) -> list[CheckpointRecord]:
+        """Those that the index has, the one of the last step first."""
         found, more = self._store.list_checkpoints(job, limit=_PAGE)
         while more:
             page, more = self._store.list_checkpoints(job, after=found[-1].id, limit=_PAGE)

@@ -22,15 +22,16 @@ from coserve.core import CapacityError, CoserveError, JobFailed
 from coserve.finetune.checkpoints import MANIFEST_FILE as CHECKPOINT_MANIFEST
 from coserve.server.errors import EngineUnavailable, StorageRefused, make_error
 from coserve.server.index.manifest import write_manifest
+from coserve.server.index.rows import NewEvent
 from coserve.server.index.store import Store
+from coserve.server.jobs.hosting import JobEngine, JobModels
 from coserve.server.jobs.journal import RETRY_S, JobJournal
 from coserve.server.jobs.objects import error_object, step_data, step_message, step_metrics, tuned_name
 from coserve.server.jobs.outputs import JobOutputs
 from coserve.server.jobs.queue import MAX_STRIKES, UnfinishedJob, next_job
 from coserve.server.jobs.trackers import export_metrics
-from coserve.server.link.engineclient import EngineClient
 from coserve.server.link.messages import JobEnded, JobHappened
-from coserve.server.models import ModelRegistry, engine_name
+from coserve.server.models import engine_name
 from coserve.server.records import JobRecord, JobStatus, now
 from coserve.server.settings import ServerConfig
 
@@ -42,10 +43,14 @@ _log = logging.getLogger(__name__)
 
 
 class JobRunner:
-    """Starts and follows jobs. All its methods belong to the event loop, except those that say otherwise."""
+    """Starts and follows jobs. All its methods belong to the event loop, except those that say otherwise.
+
+    What a replica of a fleet does otherwise is in methods that its own runner replaces (server/replicas/runner.py): `launched`,
+    `refused`, `holds`, `keep_step`, `keep_checkpoint`, `deliver`, `left`, `catch_up`.
+    """
 
     def __init__(
-        self, store: Store, outputs: JobOutputs, models: ModelRegistry, engine: EngineClient, config: ServerConfig,
+        self, store: Store, outputs: JobOutputs, models: JobModels, engine: JobEngine, config: ServerConfig,
         after_checkpoint: Callable[[UnfinishedJob], Coroutine[Any, Any, None]],
     ) -> None:
         """after_checkpoint: runs after each checkpoint of a job."""
@@ -138,7 +143,7 @@ class JobRunner:
             self.note(id, "Fine-tuning job started")
             self.change(live, status="running", started_at=now())
         with contextlib.suppress(CapacityError):  # the journal has logged it
-            await self.journal.write(lambda: self._catch_up(live.record))
+            await self.journal.write(lambda: self.catch_up(live.record))
         try:
             await self._start(live)
         except EngineUnavailable:
@@ -146,12 +151,24 @@ class JobRunner:
                 live.generation = None
             return
         except CoserveError as error:
-            await self.fail(live, error)
+            await self.refused(live, error)
             return
-        if id not in self.live:
+        self.launched(live)
+
+    async def refused(self, live: UnfinishedJob, error: CoserveError) -> None:
+        """The engine doesn't take a job."""
+        await self.fail(live, error)
+
+    def launched(self, live: UnfinishedJob) -> None:
+        """The engine has a job now."""
+        if live.record.id not in self.live:
             self.act(live, "cancel")
-        elif live.record.paused:
+        elif self.holds(live):
             self.act(live, "pause")
+
+    def holds(self, live: UnfinishedJob) -> bool:
+        """Whether a job must not get units at present."""
+        return live.record.paused
 
     async def _start(self, live: UnfinishedJob) -> None:
         """Waits while the disk refuses the job's directory. Raises what the engine raises."""
@@ -168,7 +185,7 @@ class JobRunner:
                 waited = True
                 await asyncio.sleep(RETRY_S)
 
-    def _catch_up(self, record: JobRecord) -> None:
+    def catch_up(self, record: JobRecord) -> None:
         """In the journal's thread, before a job goes on: adds the steps and checkpoints that the index lacks because an engine
         or a server died after writing them."""
         self.publish_steps(record)
@@ -185,7 +202,8 @@ class JobRunner:
                 self.journal.event(record.id, text, data=data, step=row.step)
 
     def _start_fields(self, record: JobRecord) -> dict[str, Any]:
-        """The fields of StartJob. Raises InvalidRequest if a file is gone."""
+        """The fields of StartJob. Raises InvalidRequest if a file is gone, and StorageRefused."""
+        self._outputs.prepare(record)
         training, validation = self._outputs.data_files(record)
         start = self._outputs.start_directory(record)
         return {
@@ -196,7 +214,7 @@ class JobRunner:
             "tenant": record.tenant, "weight": record.weight,
         }
 
-    def act(self, live: UnfinishedJob, action: Literal["pause", "resume", "cancel"]) -> None:
+    def act(self, live: UnfinishedJob, action: Literal["pause", "resume", "cancel", "hand_over"]) -> None:
         """Passes the action on to the engine, if it holds the job."""
         if self._engine.ready and live.generation == self._engine.generation:
             self._engine.act_job(live.record.id, action)
@@ -248,19 +266,28 @@ class JobRunner:
         self.journal.event(message.id, message.message, level=message.level)
 
     def _hear_step(self, live: UnfinishedJob, message: JobHappened, row: dict[str, float | int | None]) -> None:
-        step, id = int(row["step"] or 0), message.id
+        step = int(row["step"] or 0)
         live.rows[step] = step_metrics(row)
         live.furthest = max(live.furthest, step)
         live.steps.append((message.time_s, int(row["tokens"] or 0)))
         data, text = step_data(row, message.num_steps), step_message(row, message.num_steps)
-        self.journal.keep(id, lambda: self.journal.event(id, text, data=data, step=step))
-        self.change(live, step=step, num_steps=message.num_steps)
+        self.keep_step(live, step, message.num_steps, NewEvent(message=text, data=data, step=step))
+
+    def keep_step(self, live: UnfinishedJob, step: int, num_steps: int, event: NewEvent) -> None:
+        """Records a step that the job has done. event: has its metrics."""
+        id = live.record.id
+        self.journal.keep(id, lambda: self.journal.event(id, event.message, data=event.data, step=step))
+        self.change(live, step=step, num_steps=num_steps)
 
     def _hear_checkpoint(self, live: UnfinishedJob, step: int, directory: Path) -> None:
-        record, tuned = live.record, self.tuned(live.record)
         metrics = live.rows.get(step, {"step": step})
         for old in [number for number in live.rows if number <= step]:
             del live.rows[old]
+        self.keep_checkpoint(live, step, directory, metrics)
+
+    def keep_checkpoint(self, live: UnfinishedJob, step: int, directory: Path, metrics: dict[str, Any]) -> None:
+        """Records a checkpoint that the engine has written. metrics: of its step."""
+        record, tuned = live.record, self.tuned(live.record)
         loop = asyncio.get_running_loop()
 
         def drop(model: str) -> None:
@@ -289,8 +316,12 @@ class JobRunner:
             problem = message.problem
             error = CoserveError("the job failed") if problem is None else make_error(problem)
             self.spawn(self.fail(live, error, **counts))
-        else:  # nobody asked for it: the engine is ending
-            live.generation = None
+        else:
+            self.left(live, message)
+
+    def left(self, live: UnfinishedJob, message: JobEnded) -> None:
+        """The engine has let go of a job that goes on later. Nobody asked for it: the engine is ending."""
+        live.generation = None
 
     # --- ends ---
 
@@ -302,13 +333,15 @@ class JobRunner:
         """Ends a job, unless it has ended. The manifest is written first and the index's row last, so that whoever reads the
         status can use the model and the files. Tries until the disk takes it."""
         id = live.record.id
-        if self.live.pop(id, None) is None:
+        if self.live.get(id) is not live:
             return
+        del self.live[id]
         if "error" in changes:
             _log.warning("the job has failed: %s", changes["error"].get("message"), extra={"job": id})
         self.ending[id] = live.record = dataclasses.replace(
             live.record, status=status, finished_at=now(), paused=False, **changes
         )
+        await self.deliver(live)
         if status == "succeeded":
             result = await self.journal.keep(id, lambda: self._outputs.save_result(live.record))
             live.record = dataclasses.replace(
@@ -322,6 +355,9 @@ class JobRunner:
         if status != "succeeded" and live.generation == self._engine.generation:
             await self._models.drop_loaded(live.record.tenant, self.tuned(live.record))
         self.advance()
+
+    async def deliver(self, live: UnfinishedJob) -> None:
+        """Brings what an ended job has made to where it is served from, which is where the engine wrote it."""
 
     def _write_end(self, live: UnfinishedJob, warnings: list[str]) -> None:
         """In the journal's thread: writes all that a job's end changes."""

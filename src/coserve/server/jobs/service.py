@@ -3,17 +3,14 @@
     create -> validating_files -> queued -> running -> succeeded | failed | cancelled
               (a thread reads the data)   (runner.py and the engine)
 
-Owns: who may do what with which job, validation of the data, the index's recovery from manifests. Does not own: bodies
-(spec.py), what happens from the queue on (runner.py), files and models of a job (outputs.py).
+Owns: who may do what with which job, the index's recovery from manifests. Does not own: bodies (spec.py), reading the data
+(validation.py), what happens from the queue on (runner.py), files and models of a job (outputs.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import datetime
 import functools
-import logging
 import shutil
 import time
 from collections import Counter
@@ -21,32 +18,30 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from coserve.config.data import finetune_config_from_dict, to_dict
-from coserve.config.settings import AdapterConfig, FinetuneConfig
-from coserve.core import CapacityError, CoserveError, NotFound
+from coserve.config.settings import AdapterConfig
+from coserve.core import CapacityError, NotFound
 from coserve.durable import sync
 from coserve.finetune.datacheck import DataCheck
 from coserve.finetune.defaults import not_used
-from coserve.server.errors import Conflict, Forbidden, StorageRefused, TooLarge
+from coserve.server.errors import Conflict, Forbidden, TooLarge
 from coserve.server.index.disk import storage_errors
 from coserve.server.index.files import FileService
 from coserve.server.index.manifest import find_manifests, is_job_id, write_manifest
 from coserve.server.index.store import Store
 from coserve.server.jobs.body import CreateJob
 from coserve.server.jobs.data import DataReader
-from coserve.server.jobs.journal import RETRY_S
+from coserve.server.jobs.intake import dated, disk_problem, new_job
 from coserve.server.jobs.objects import job_object
 from coserve.server.jobs.outputs import JobOutputs
 from coserve.server.jobs.queue import UnfinishedJob
 from coserve.server.jobs.runner import JobRunner
-from coserve.server.jobs.spec import JobSpec, read_spec, resolve, unused
+from coserve.server.jobs.spec import JobSpec, read_spec, unused
 from coserve.server.jobs.usage import TenantDisk
+from coserve.server.jobs.validation import DataValidation
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.models import ModelRegistry
-from coserve.server.records import ENDED, CheckpointRecord, EventRecord, JobRecord, new_id, now
+from coserve.server.records import ENDED, CheckpointRecord, EventRecord, JobRecord, now
 from coserve.server.settings import ServerConfig
-
-_log = logging.getLogger(__name__)
 
 _DISK_WAIT_S, _LOOK_EVERY_S = 20.0, 0.05
 """Seconds that a change waits for a disk that neither takes nor refuses it, and seconds between two looks."""
@@ -65,7 +60,7 @@ class JobService:
         self.journal = self._runner.journal
         self.disk = TenantDisk(config.data_dir / "jobs", store, models.copied_bytes)
         self._reader = DataReader(config.chat_template)
-        self._validating: set[str] = set()
+        self._validation = DataValidation(self._runner, self._outputs, self._reader, lambda: engine.info)
         self._creating: Counter[str] = Counter()  # tenant -> number of its jobs that are being created
         engine.supervisor.on_up(self._engine_up)
 
@@ -98,20 +93,13 @@ class JobService:
         if (problem := await asyncio.to_thread(self._disk_problem, tenant)) is not None:
             raise TooLarge(f"training_file: {problem}", param="training_file")
         source, continued, spec = await self._read_body(tenant, body)
-        created_at = now()
-        config = _dated(spec.config, created_at)
-        record = JobRecord(
-            id=new_id("ftjob"), tenant=tenant, created_at=created_at, base=body.model, training_file=body.training_file,
-            validation_file=body.validation_file, config=to_dict(config), method=spec.method, settings=spec.settings,
-            start=None if source is None else body.model, suffix=body.suffix, seed=config.seed, integrations=spec.integrations,
-            metadata=body.metadata or {}, priority=body.priority or 0, weight=body.weight or 1.0, deadline=body.deadline,
-        )
+        record = new_job(tenant, body, spec, continues=source is not None)
         await asyncio.to_thread(self._outputs.data_files, record)
         await self.journal.write(functools.partial(self._write_new, record, source))
         if continued is not None and (left := unused(spec.settings, continued)):
             self._runner.note(record.id, not_used(body.model, left), level="warn")
         live = self._runner.live[record.id] = UnfinishedJob(record)
-        self._validate(live)
+        self._validation.begin(live)
         return record
 
     async def _read_body(self, tenant: str, body: CreateJob) -> tuple[Path | None, AdapterConfig | None, JobSpec]:
@@ -131,7 +119,7 @@ class JobService:
         _, _, spec = await self._read_body(tenant, body)
         files = self._outputs.tenant_files
         training, validation = await asyncio.to_thread(files, tenant, body.training_file, body.validation_file)
-        directory, config = Path(self._engine.info.directory), _dated(spec.config, now())
+        directory, config = Path(self._engine.info.directory), dated(spec.config, now())
         found = await self._reader.look(tenant, directory, config, training)
         return found, None if validation is None else await self._reader.look(tenant, directory, config, validation)
 
@@ -151,61 +139,10 @@ class JobService:
             raise
         self.journal.event(record.id, f"Created fine-tuning job: {record.id}")
 
-    def _validate(self, live: UnfinishedJob) -> None:
-        if live.record.id not in self._validating:
-            self._validating.add(live.record.id)
-            self._runner.spawn(self._read_data(live), live)
-
-    async def _validate_later(self, live: UnfinishedJob) -> None:
-        """Tries again after a while, since the disk or the index refuses for now, which is no fault of the job."""
-        await asyncio.sleep(RETRY_S)
-        if live.record.id in self._runner.live and live.record.status == "validating_files":
-            self._validate(live)
-
-    async def _read_data(self, live: UnfinishedJob) -> None:
-        """Reads the job's data. The job is queued afterwards, with a number for every 'auto', or it has failed."""
-        record, runner, info = live.record, self._runner, self._engine.info
-
-        def begin() -> None:
-            for kind, id in (("training", record.training_file), ("validation", record.validation_file)):
-                if id is not None:
-                    runner.note(record.id, f"Validating {kind} file: {id}")
-
-        try:
-            training, validation = await asyncio.to_thread(self._outputs.data_files, record)
-            config = finetune_config_from_dict(record.config)
-            report = await self._reader.read(
-                record.id, record.tenant, Path(info.directory), config, training, validation, begin=begin
-            )
-            if report is None:
-                return  # cancelled
-            start = self._outputs.start_directory(record)
-            continued = None if start is None else await asyncio.to_thread(self._outputs.continued, start)
-            resolved = resolve(config, report.num_examples, continued=continued, hidden_size=info.hidden_size or None)
-        except StorageRefused as error:
-            _log.warning("the files of a job can't be validated yet: %s", error, extra={"job": record.id})
-            runner.spawn(self._validate_later(live))
-            return
-        except CoserveError as error:
-            await runner.fail(live, error)
-            return
-        finally:
-            self._validating.discard(record.id)
-        if record.id not in runner.live:
-            return  # cancelled meanwhile
-        for warning in report.warnings:
-            runner.note(record.id, warning, level="warn")
-        runner.note(record.id, f"Files validated, moving job to queued state: {report.summary}")
-        runner.change(
-            live, manifest=True, status="queued", config=to_dict(resolved.config), method=resolved.method,
-            num_steps=resolved.num_steps,
-        )
-        runner.advance()
-
     async def _engine_up(self) -> None:
         for live in list(self._runner.live.values()):
             if live.record.status == "validating_files":
-                self._validate(live)
+                self._validation.begin(live)
         self._runner.advance()
 
     # --- steering ---
@@ -213,7 +150,7 @@ class JobService:
     async def cancel(self, tenant: str, id: str) -> JobRecord:
         """Ends a job; its checkpoints stay. Raises NotFound, Conflict."""
         live = await self._unfinished(tenant, id)
-        self._reader.cancel(id)
+        self._validation.cancel(id)
         self._runner.act(live, "cancel")
         end = self._runner.spawn(self._runner.finish(live, "cancelled"), live)
         await asyncio.sleep(0)  # lets the task begin
@@ -259,11 +196,7 @@ class JobService:
 
     def _disk_problem(self, tenant: str) -> str | None:
         """What to tell a tenant whose files, jobs and adapters take more than they may; None if they don't."""
-        held, most = self.disk.bytes_of(tenant), self._config.max_tenant_file_bytes
-        if held <= most:
-            return None
-        return (f"your files, your jobs' checkpoints and adapters and the adapters you loaded take {held} bytes of the {most} "
-                "that they may have together; delete files or models, or unload adapters, that you no longer need")
+        return disk_problem(self.disk.bytes_of(tenant), self._config.max_tenant_file_bytes)
 
     async def _unfinished(self, tenant: str, id: str) -> UnfinishedJob:
         await asyncio.to_thread(self.get, tenant, id)
@@ -346,10 +279,3 @@ class JobService:
                     self._runner.publish_end(record)
             self._outputs.restore(record, self._runner.tuned(record))
         return self._store.unfinished_jobs()
-
-
-def _dated(config: FinetuneConfig, created_at: int) -> FinetuneConfig:
-    """The settings with a date for chat templates: the day of the job's creation, however late its data is read."""
-    if config.template_date is not None:
-        return config
-    return dataclasses.replace(config, template_date=datetime.date.fromtimestamp(created_at).isoformat())

@@ -72,8 +72,9 @@ def read_spec(
     InvalidRequest that names the field.
     """
     method = _method(body)
-    settings = {name: value for name in ("adapter", *SETTINGS) if (value := getattr(body, name)) is not None}
+    settings = {name: value for name in ("adapter", *SETTINGS, "members") if (value := getattr(body, name)) is not None}
     _check_targets(settings)
+    _check_members(settings, server)
     numbers = method[method["type"]]["hyperparameters"]
     if "learning_rate" in settings and numbers["learning_rate_multiplier"] != AUTO:
         raise InvalidRequest("learning_rate: give it or learning_rate_multiplier, not both", param="learning_rate")
@@ -207,6 +208,29 @@ def _check_targets(settings: Mapping[str, Any]) -> None:
                     f"{field}: no module is called {shown(target)}, and expressions are not taken in a list; known: "
                     f"{', '.join(LINEAR_SITES)}{hint}", param=field,
                 )
+
+
+def num_members(settings: Mapping[str, Any]) -> int:
+    """How many replicas may share a job, by its settings (JobSpec, JobRecord)."""
+    return int(settings.get("members", 1))
+
+
+def _check_members(settings: Mapping[str, Any], server: ServerConfig) -> None:
+    if num_members(settings) == 1:
+        return
+    if server.replicas is None:
+        raise InvalidRequest(
+            "members: this server is one replica, so that no others can share a job; leave members out, or start the server "
+            "with --replicas", param="members",
+        )
+    if server.tensor_parallel_size > 1:
+        raise InvalidRequest(
+            "members: replicas whose model is shared by several processes can't share a job; leave members out", param="members"
+        )
+    if server.deterministic or settings.get("deterministic", False):
+        raise InvalidRequest(
+            "members: a deterministic job runs on one replica; leave out members, or deterministic", param="members"
+        )
 
 
 def _check_integration(item: Mapping[str, Any]) -> None:

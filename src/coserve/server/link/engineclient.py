@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
+from coserve.cluster.load import Load
 from coserve.config.settings import SamplingConfig
 from coserve.config.values import SloMs
 from coserve.server.link.calls import Calls
 from coserve.server.link.messages import (
     ActJob,
     AdapterRef,
+    ChargeTenants,
+    EngineLoad,
     Failed,
     FromEngine,
     Generate,
@@ -29,11 +32,15 @@ from coserve.server.link.messages import (
     LoadAdapter,
     Ready,
     Replied,
+    ShareEnded,
     StartJob,
+    StepSaid,
+    StepTold,
     Tokens,
     UnloadAdapter,
+    WatchLoad,
 )
-from coserve.server.link.streams import RequestStream, RequestStreams
+from coserve.server.link.streams import RequestStream, RequestStreams, StreamMaker
 from coserve.server.link.supervisor import Supervisor, notify_all
 from coserve.server.settings import ServerConfig
 
@@ -49,6 +56,10 @@ class EngineClient:
         self.supervisor = Supervisor(config, report=report, on_message=self._on_message, on_lost=self._on_lost)
         self._calls, self._streams = Calls(self.supervisor.send), RequestStreams(self.supervisor.send)
         self._job_listeners: list[Callable[[JobHappened | JobEnded], None]] = []
+        self._step_listeners: list[Callable[[StepSaid | ShareEnded], None]] = []
+        self._load_listeners: list[Callable[[Load], None]] = []
+        self._load_every_s = 0.0
+        self.supervisor.on_up(self._ask_for_load)
 
     @property
     def ready(self) -> bool:
@@ -68,6 +79,14 @@ class EngineClient:
         """The listener is called with every event of every job, in order, on the event loop."""
         self._job_listeners.append(listener)
 
+    def on_step(self, listener: Callable[[StepSaid | ShareEnded], None]) -> None:
+        """The listener is called with what the engine says as a member of jobs that several engines share, in order."""
+        self._step_listeners.append(listener)
+
+    def on_load(self, listener: Callable[[Load], None]) -> None:
+        """The listener is called with every report that `watch_load` has asked for, on the event loop."""
+        self._load_listeners.append(listener)
+
     def _on_message(self, message: FromEngine) -> None:
         match message:
             case Tokens():
@@ -78,6 +97,10 @@ class EngineClient:
                 self._calls.on_reply(message)
             case JobHappened() | JobEnded():
                 notify_all(self._job_listeners, message)
+            case StepSaid() | ShareEnded():
+                notify_all(self._step_listeners, message)
+            case EngineLoad(load=load):
+                notify_all(self._load_listeners, load)
 
     def _on_lost(self, message: str) -> None:
         self._streams.fail_all(message)
@@ -98,6 +121,11 @@ class EngineClient:
             adapter=None if adapter is None else adapter.name, tenant=tenant,
             tpot_ms=tpot_ms, ttft_ms=ttft_ms, arrival_s=time.monotonic() if arrival_s is None else arrival_s,
         ))
+
+    def relay(self, message: Generate, make: StreamMaker) -> RequestStream:
+        """Sends a request that another process has made. make: makes its stream, which may pass chunks on as they come. Raises
+        EngineUnavailable and InvalidRequest."""
+        return self._streams.open(message, make)
 
     def fail_requests(self, message: str) -> None:
         """Cancels every request; its stream raises EngineUnavailable with the message."""
@@ -122,9 +150,27 @@ class EngineClient:
         await self._calls.ask(lambda call: StartJob(call=call, **fields))
 
     def act_job(self, job: str, action: str) -> None:
-        """Pauses, resumes or cancels a job: `action` is one of these verbs. A job that has ended stays as it is. Raises
-        EngineUnavailable."""
-        self.supervisor.send(ActJob(id=job, action=cast(Literal["pause", "resume", "cancel"], action)))
+        """Pauses, resumes, cancels or hands over a job: `action` is one of ActJob's. A job that has ended stays as it is.
+        Raises EngineUnavailable."""
+        self.supervisor.send(ActJob(id=job, action=cast(Literal["pause", "resume", "cancel", "hand_over"], action)))
+
+    def tell_step(self, job: str, data: bytes) -> None:
+        """Passes an envelope (stepmessages.py) to the engine as a member of a job. Raises EngineUnavailable."""
+        self.supervisor.send(StepTold(id=job, data=data))
+
+    def watch_load(self, every_s: float) -> None:
+        """The engine, and those that follow it after a restart, reports its load every so many seconds; 0: no more."""
+        self._load_every_s = every_s
+        if self.ready:
+            self.supervisor.send(WatchLoad(every_s=every_s))
+
+    async def _ask_for_load(self) -> None:
+        if self._load_every_s > 0:
+            self.watch_load(self._load_every_s)
+
+    def charge_tenants(self, tokens: Mapping[str, int]) -> None:
+        """Other engines have served tenants so many tokens, which count for their turns here. Raises EngineUnavailable."""
+        self.supervisor.send(ChargeTenants(tokens=dict(tokens)))
 
     async def stats(self) -> dict[str, Any]:
         """Engine.metrics(), and time_s, when it was measured by the monotonic clock. Raises EngineUnavailable."""

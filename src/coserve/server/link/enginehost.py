@@ -1,8 +1,8 @@
 """Carries out the API process's messages on an engine, and reports what becomes of them.
 
 `EngineHost.on_message` runs on the process's main thread and never waits: what takes long (adapters, the start of jobs) runs in
-a pool. Chunks and ends of jobs come on the engine's thread. Does not own: the socket (mailbox.py), the process's life
-(enginemain.py).
+a pool. Chunks and ends of jobs come on the engine's thread, reports of its load on one of their own. Does not own: the socket
+(mailbox.py), the process's life (enginemain.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from coserve.cluster.load import Load
 from coserve.core import CoserveError, JobFailed, TokenLogprob
 from coserve.engine.engine import Engine
 from coserve.engine.jobhandle import JobHandle
@@ -28,6 +29,8 @@ from coserve.server.link.activity import ActivityPage, CallPlaces
 from coserve.server.link.messages import (
     ActJob,
     Cancel,
+    ChargeTenants,
+    EngineLoad,
     Failed,
     FromEngine,
     Generate,
@@ -38,12 +41,17 @@ from coserve.server.link.messages import (
     LogprobEntry,
     Problem,
     Replied,
+    ShareEnded,
     Shutdown,
     StartJob,
+    StepSaid,
+    StepTold,
     ToEngine,
     Tokens,
     UnloadAdapter,
+    WatchLoad,
 )
+from coserve.server.link.stepmember import StepMember
 
 _POOL_THREADS = 4
 _COMPILING_THREADS = 2
@@ -89,8 +97,10 @@ class EngineHost:
         self._requests: dict[str, RequestHandle] = {}
         self._early_ends: dict[str, bool] = {}  # of requests whose grammars are being compiled, whether they were cancelled
         self._jobs: dict[str, JobHandle | None] = {}  # None: the job is being prepared
+        self._members: dict[str, StepMember] = {}  # this engine's places in jobs that several engines share
         self._early: dict[str, list[str]] = {}  # actions on jobs that are being prepared, in order
         self._lock = threading.Lock()
+        self._loads = _LoadPoster(engine, post)
 
     def on_message(self, message: ToEngine) -> None:
         """Begins to carry out a message; what becomes of it is posted."""
@@ -116,13 +126,23 @@ class EngineHost:
                 self._call(message.call, lambda: self._start_job(message), f"start job {message.id}", seconds, (message.id,))
             case ActJob():
                 self._act(message.id, message.action)
+            case StepTold(id=job, data=data):
+                member = self._members.get(job)
+                if member is not None:
+                    member.on_message(data)
             case GetStats(call=call):
                 self._call(call, self._stats, "figures for metrics")
+            case WatchLoad(every_s=every_s):
+                self._loads.watch(every_s)
+            case ChargeTenants(tokens=tokens):
+                with contextlib.suppress(CoserveError):  # the engine has stopped
+                    self._engine.charge_tenants(tokens)
             case Shutdown():
                 self._stop()
 
     def close(self) -> None:
         """Drops the calls that wait. Calls that run go on, and nobody waits for them."""
+        self._loads.watch(0.0)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._compiling.shutdown(wait=False, cancel_futures=True)
 
@@ -209,22 +229,41 @@ class EngineHost:
     # --- jobs ---
 
     def _start_job(self, message: StartJob) -> None:
+        member = self._enter(message)
+        follows = member is not None and not member.primary
         try:
             handle = self._engine.finetune(
-                message.training_file, message.directory, message.config, name=message.adapter,
+                message.training_file, message.directory, message.config, name=message.id if follows else message.adapter,
                 validation=message.validation_file, start=message.start, resume=message.resume, tenant=message.tenant,
-                weight=message.weight, listen=lambda event: self._job_happened(message.id, event), label=message.id,
+                weight=message.weight, listen=lambda event: None if follows else self._job_happened(message.id, event),
+                label=message.id, exchange=member,
             )
         except BaseException:
             with self._lock:
                 del self._jobs[message.id]
                 self._early.pop(message.id, None)
+                self._members.pop(message.id, None)
+            if member is not None:
+                member.leave()
             raise
         with self._lock:  # held throughout: an action that comes now is later than the early ones
             self._jobs[message.id] = handle
             for action in self._early.pop(message.id, []):
                 _act(handle, action)
         handle.watch(lambda ended: self._job_ended(message.id, ended))
+
+    def _enter(self, message: StartJob) -> StepMember | None:
+        """This engine's place in a job that several engines share."""
+        share = message.share
+        if share is None:
+            return None
+        member = StepMember(
+            epoch=share.epoch, member=share.member, primary=share.primary,
+            send=lambda data: self._post(StepSaid(id=message.id, data=data)),
+        )
+        with self._lock:
+            self._members[message.id] = member
+        return member
 
     def _act(self, job: str, action: str) -> None:
         with self._lock:
@@ -250,20 +289,54 @@ class EngineHost:
             return
         with self._lock:
             self._jobs.pop(job, None)
+            member = self._members.pop(job, None)
+        if member is not None and not member.primary:
+            ended = ShareEnded(id=job, problem=None if handle.error is None else make_problem(handle.error))
+            member.gone.add_done_callback(lambda _: self._post(ended))
+            return
         self._engine.jobs.recorder.submit(self._report_end, job, handle)  # after the rows that are still being written
 
     def _report_end(self, job: str, handle: JobHandle) -> None:
         tokens = sum(row.tokens for row in MetricsTable(Path(handle.directory) / "metrics.csv").rows())
         error = handle.error if handle.error is not None or handle.status != "failed" else JobFailed("the job failed")
         self._post(JobEnded(
-            id=job, status=cast(Literal["succeeded", "failed", "cancelled"], handle.status), step=handle.step,
+            id=job, status=cast(Literal["succeeded", "failed", "cancelled", "handed_over"], handle.status), step=handle.step,
             trained_tokens=tokens, problem=None if error is None else make_problem(error),
         ))
 
 
+class _LoadPoster:
+    """Posts reports of an engine's load at even distances, from a thread that exists once somebody has asked for them."""
+
+    def __init__(self, engine: Engine, post: Callable[[FromEngine], None]) -> None:
+        self._engine, self._post = engine, post
+        self._every_s, self._number = 0.0, 0
+        self._asked = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, every_s: float) -> None:
+        """Reports come every so many seconds from now on; 0: no more."""
+        self._every_s = every_s
+        self._asked.set()
+        if every_s > 0 and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="coserve-load", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while not self._engine.closed:
+            self._asked.clear()
+            every_s = self._every_s
+            if every_s > 0:
+                with contextlib.suppress(RuntimeError):  # a table changed size while it was read: the next report tells
+                    load = Load(number=self._number + 1, **self._engine.load_report()._asdict())
+                    self._number += 1
+                    self._post(EngineLoad(load=load))
+            self._asked.wait(every_s if every_s > 0 else None)
+
+
 def _act(handle: JobHandle, action: str) -> None:
     with contextlib.suppress(CoserveError):  # the engine has stopped
-        {"pause": handle.pause, "resume": handle.resume, "cancel": handle.cancel}[action]()
+        getattr(handle, action)()  # ActJob's actions are names of its methods
 
 
 class _RequestReporter:

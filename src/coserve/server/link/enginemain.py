@@ -12,13 +12,11 @@ import faulthandler
 import logging
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -43,6 +41,7 @@ from coserve.server.link.setup import (
     STOP_S,
     STOP_SIGNALS,
     EngineSetup,
+    end_with,
     read_setup,
 )
 from coserve.server.locks import hold
@@ -158,18 +157,6 @@ class EngineProcessMain:
         else:
             _log.critical("%s of the engine process failed: %r", name, error, exc_info=error)
         self.mailbox.stop()
-
-
-def end_with(parent: BinaryIO, leftover: str = "") -> None:
-    """Ends this process, whatever it is doing, when the other end of `parent` has gone. leftover: a directory that is deleted
-    then, since a parent that was killed can't do it."""
-    def wait() -> None:
-        parent.read()
-        if leftover:
-            shutil.rmtree(leftover, ignore_errors=True)
-        os._exit(1)
-
-    threading.Thread(target=wait, name="coserve-parent", daemon=True).start()
 
 
 def open_page(setup: EngineSetup) -> ActivityPage:

@@ -18,7 +18,17 @@ from collections.abc import Callable
 
 import zmq
 
-from coserve.server.link.messages import Ack, FromEngine, ToEngine, Tokens, decode_to_engine, encode, merge_tokens
+from coserve.server.link.messages import (
+    Ack,
+    EngineLoad,
+    FromEngine,
+    ToEngine,
+    Tokens,
+    decode_to_engine,
+    encode,
+    merge_loads,
+    merge_tokens,
+)
 
 GATHER_S = 5e-4
 """Seconds that the loop waits after the first message was posted, so that the chunks of one iteration travel together."""
@@ -29,17 +39,22 @@ _MAX_AT_ONCE = 64
 
 
 class _Batch:
-    """Messages to be sent, in the order of posting; the chunks of one output have the place of the first of them."""
+    """Messages to be sent, in the order of posting; the chunks of one output have the place of the first of them. There is one
+    report of the load at most, which comes last."""
 
     def __init__(self) -> None:
         self._messages: list[FromEngine | list[Tokens]] = []
         self._chunks: dict[tuple[str, int], list[Tokens]] = {}
+        self._load: EngineLoad | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._messages)
+        return bool(self._messages) or self._load is not None
 
     def add(self, message: FromEngine) -> None:
         """Puts a message last, or a chunk with those of its output."""
+        if isinstance(message, EngineLoad):
+            self._load = message if self._load is None else merge_loads(self._load, message)
+            return
         if not isinstance(message, Tokens):
             self._messages.append(message)
             return
@@ -50,7 +65,8 @@ class _Batch:
 
     def parts(self) -> list[bytes]:
         """The messages as bytes."""
-        return [encode(merge_tokens(message) if isinstance(message, list) else message) for message in self._messages]
+        parts = [encode(merge_tokens(message) if isinstance(message, list) else message) for message in self._messages]
+        return parts if self._load is None else [*parts, encode(self._load)]
 
 
 class Mailbox:

@@ -1,7 +1,8 @@
 """What the API process and the engine process say to each other: msgpack over a ZeroMQ pair of sockets.
 
-    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, GetStats, Ack, Shutdown
-    engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded
+    API -> engine: Generate, Cancel, LoadAdapter, UnloadAdapter, StartJob, ActJob, StepTold, GetStats, WatchLoad, ChargeTenants,
+                   Ack, Shutdown
+    engine -> API: Progress, Ready, Tokens, Failed, Replied, JobHappened, JobEnded, StepSaid, ShareEnded, EngineLoad
 
 A `call` number is answered by one Replied. Times are seconds of the machine's monotonic clock, which both processes share.
 """
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from coserve.cluster.load import Load
 from coserve.config.settings import FinetuneConfig, SamplingConfig
 from coserve.config.values import SloMs
 from coserve.core import Slo
@@ -85,12 +87,23 @@ class UnloadAdapter(Message, frozen=True, kw_only=True):
     name: str
 
 
+class JobShare(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine's place among those that share a job. epoch: of the job's lease. member: its name. primary: whether this
+    engine's replica holds the lease. Where it doesn't, the engine writes and publishes nothing, makes no `directory`, and says
+    nothing of the job but its ShareEnded; the message's id is the share's, since this replica may come to hold the job too."""
+
+    epoch: int
+    member: str
+    primary: bool
+
+
 class StartJob(Message, frozen=True, kw_only=True):
     """Starts a job, or continues one.
 
     adapter: the name under which checkpoints and the result are published. directory: where the job writes.
     resume: whether the directory holds a job already, which goes on. start: directory of the adapter that training starts from;
-    None: a new adapter. weight: the job's share of finetuning's time, beside the weights of other jobs.
+    None: a new adapter. weight: the job's share of finetuning's time, beside the weights of other jobs. share: for a job that
+    several engines share.
     """
 
     call: int
@@ -104,19 +117,40 @@ class StartJob(Message, frozen=True, kw_only=True):
     start: str | None = None
     tenant: str = ""
     weight: float = 1.0
+    share: JobShare | None = None
 
 
 class ActJob(Message, frozen=True, kw_only=True):
-    """Pauses, resumes or cancels a job; one that has ended stays as it is."""
+    """Pauses, resumes, cancels or hands over a job; one that has ended stays as it is. A job that is handed over writes a
+    checkpoint at the end of its present step, and leaves the engine."""
 
     id: str
-    action: Literal["pause", "resume", "cancel"]
+    action: Literal["pause", "resume", "cancel", "hand_over"]
+
+
+class StepTold(Message, frozen=True, kw_only=True):
+    """An envelope (stepmessages.py) for the engine as a member of a job."""
+
+    id: str
+    data: bytes
 
 
 class GetStats(Message, frozen=True, kw_only=True):
     """Asks for Engine.metrics(), which is the reply's value."""
 
     call: int
+
+
+class WatchLoad(Message, frozen=True, kw_only=True):
+    """Asks for an EngineLoad every so many seconds from now on; 0: for no more of them."""
+
+    every_s: float
+
+
+class ChargeTenants(Message, frozen=True, kw_only=True):
+    """Other engines have served tenants: tokens by tenant, which count for their turns here."""
+
+    tokens: dict[str, int]
 
 
 class Ack(Message, frozen=True, kw_only=True):
@@ -244,14 +278,45 @@ class JobEnded(Message, frozen=True, kw_only=True):
     """A job's last message. trained_tokens: tokens that went through forward and backward, in all runs of the job."""
 
     id: str
-    status: Literal["succeeded", "failed", "cancelled"]
+    status: Literal["succeeded", "failed", "cancelled", "handed_over"]
     step: int
     trained_tokens: int
     problem: Problem | None = None
 
 
-ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | GetStats | Ack | Shutdown
-FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded
+class StepSaid(Message, frozen=True, kw_only=True):
+    """An envelope (stepmessages.py) of the engine as a member of a job, for the job's coordinator."""
+
+    id: str
+    data: bytes
+
+
+class ShareEnded(Message, frozen=True, kw_only=True):
+    """This engine's part in a job that another replica holds has ended. problem: why it failed, if it did."""
+
+    id: str
+    problem: Problem | None = None
+
+
+class EngineLoad(Message, frozen=True, kw_only=True):
+    """The engine's load now. The replica's name is still empty; reports are numbered from 1."""
+
+    load: Load
+
+
+def merge_loads(earlier: EngineLoad, later: EngineLoad) -> EngineLoad:
+    """Two reports that follow one another as one: the later one, with what both have served."""
+    old, new = earlier.load, later.load
+    served = {tenant: old.served.get(tenant, 0) + new.served.get(tenant, 0) for tenant in {**old.served, **new.served}}
+    prefixes = old.prefixes if new.prefixes is None else new.prefixes
+    return EngineLoad(load=msgspec.structs.replace(new, served=served, prefixes=prefixes))
+
+
+ToEngine = (
+    Generate | Cancel | LoadAdapter | UnloadAdapter | StartJob | ActJob | StepTold | GetStats | WatchLoad
+    | ChargeTenants | Ack | Shutdown
+)
+FromEngine = Progress | Ready | Tokens | Failed | Replied | JobHappened | JobEnded | StepSaid | ShareEnded | EngineLoad
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

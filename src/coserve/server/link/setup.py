@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import threading
+from typing import BinaryIO
 
 import msgspec
 
@@ -41,3 +45,15 @@ def write_setup(setup: EngineSetup) -> bytes:
 def read_setup(line: bytes) -> EngineSetup:
     """The setup in a line of `write_setup`. Raises msgspec.ValidationError."""
     return msgspec.json.decode(line, type=EngineSetup, dec_hook=lambda kind, text: kind(text))
+
+
+def end_with(parent: BinaryIO, leftover: str = "") -> None:
+    """Ends this process, whatever it is doing, when the other end of `parent` has gone. leftover: a directory that is deleted
+    then, since a parent that was killed can't do it."""
+    def wait() -> None:
+        parent.read()
+        if leftover:
+            shutil.rmtree(leftover, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=wait, name="coserve-parent", daemon=True).start()

@@ -84,6 +84,10 @@ class RequestStream:
             self._cancel(self)
 
 
+StreamMaker = Callable[[str, int, Callable[[RequestStream], None]], RequestStream]
+"""Makes a request's stream, from its id, its number of outputs, and what cancels it."""
+
+
 class RequestStreams:
     """The streams of all requests that have not ended, by id."""
 
@@ -96,9 +100,9 @@ class RequestStreams:
         """An id that no other request has, which begins with the id of the HTTP request that is being answered, if one is."""
         return f"{present_request() or uuid.uuid4().hex}#{next(self._numbers)}"
 
-    def open(self, message: Generate) -> RequestStream:
-        """Sends a request. Raises what `send` raises."""
-        stream = RequestStream(message.id, message.sampling.n, self._cancel)
+    def open(self, message: Generate, make: StreamMaker = RequestStream) -> RequestStream:
+        """Sends a request. make: makes its stream. Raises what `send` raises."""
+        stream = make(message.id, message.sampling.n, self._cancel)
         self._send(message)
         self._streams[message.id] = stream
         return stream

@@ -3,6 +3,7 @@
 import { get } from "./api.js";
 import { LineChart } from "./chart.js";
 import { byId, bytes, duration, el, milliseconds, number, percent, setText, timeOfDay } from "./dom.js";
+import { ReplicasView } from "./replicas.js";
 
 const HISTORY_S = 300;
 const LEAST_S = 60;
@@ -31,6 +32,7 @@ export class LiveView {
   constructor() {
     this.history = Object.fromEntries(COLUMNS.map((name) => [name, []]));
     this.objectives = {}; // not known yet; null: best effort
+    this.replicas = new ReplicasView();
     this.rate = this.rateChart("chart-rate", "Inference", "--inference");
     this.training = this.rateChart("chart-training", "Finetuning", "--finetuning");
     this.ttft = this.latencyChart("chart-ttft", "Time to first token", "ttft_ms");
@@ -101,6 +103,7 @@ export class LiveView {
     setText(byId("fact-error"), predictionError(live.prediction_errors));
     this.showTiles(live);
     this.showMemory(live.memory);
+    this.replicas.show(live.replicas, live.signals);
     this.append({
       inference: inference.tokens_per_s, finetuning: finetuning.tokens_per_s,
       ttft50: inference.ttft_ms.p50, ttft99: inference.ttft_ms.p99, tpot50: inference.tpot_ms.p50, tpot99: inference.tpot_ms.p99,

@@ -16,7 +16,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from coserve.server.errors import EngineUnavailable
 from coserve.server.services import Served, Services, Tenant
-from coserve.server.stats.metrics import ServerState
+from coserve.server.stats.fleetstats import merge_stats
+from coserve.server.stats.metrics import FleetState, ServerState
 
 router = APIRouter(tags=["status"])
 _STATS_TIMEOUT_S = 5.0
@@ -37,6 +38,20 @@ async def _state(services: Services) -> ServerState:
     records = await asyncio.to_thread(services.store.unfinished_jobs)
     jobs = Counter("paused" if record.paused else record.status for record in records)
     return ServerState(services.engine.ready, services.engine.supervisor.num_restarts, jobs)
+
+
+async def _figures(services: Services) -> tuple[dict[str, Any] | None, ServerState]:
+    """The engine's stats, and the rest; of a fleet the stats of all its engines together, and of each."""
+    state = await _state(services)
+    if services.fleet is None:
+        return await _stats(services), state
+    try:
+        engines = await asyncio.wait_for(services.fleet.stats_by_replica(), _STATS_TIMEOUT_S)
+    except TimeoutError:
+        engines = {}
+    signals = {**services.fleet.signals, "job_backlog": float(state.jobs.get("queued", 0))}
+    fleet = FleetState(engines, services.fleet.states(), signals)
+    return merge_stats(list(engines.values())) if engines else None, state._replace(fleet=fleet)
 
 
 @router.get("/health", summary="Whether the engine takes requests: 200 or 503")
@@ -61,7 +76,7 @@ async def get_version() -> dict[str, str]:
 @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
 async def get_metrics(services: Served) -> Response:
     """In Prometheus' text format; without the engine's figures while it is down."""
-    text = services.metrics.expose(await _stats(services), await _state(services))
+    text = services.metrics.expose(*await _figures(services))
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
@@ -69,4 +84,4 @@ async def get_metrics(services: Served) -> Response:
 async def get_live(services: Served, tenant: Tenant, response: Response) -> dict[str, Any]:
     """Both workloads, objectives, memory; changes between releases."""
     response.headers["Cache-Control"] = "no-store"
-    return services.metrics.live(await _stats(services), await _state(services))
+    return services.metrics.live(*await _figures(services))

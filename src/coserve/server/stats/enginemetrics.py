@@ -108,6 +108,34 @@ def engine_families(labels: Labels, stats: Mapping[str, Any], share: float | Non
         yield from _memory_families(labels, stats["memory"])
 
 
+def fleet_families(
+    labels: Labels, engines: Mapping[str, Mapping[str, Any]], replicas: Iterable[Mapping[str, Any]],
+    signals: Mapping[str, float], share: float | None,
+) -> Iterator[Metric]:
+    """Metrics of a fleet: those of each engine, labelled with its replica's id, which replicas there are, and what an
+    autoscaler may look at. Parameters as the fields of FleetState; share as for `engine_families`."""
+    merged: dict[str, Metric] = {}
+    for id, stats in engines.items():
+        for family in engine_families({**labels, "engine": id}, stats, None):
+            known = merged.setdefault(family.name, family)
+            if known is not family:
+                known.samples += family.samples
+    yield from merged.values()
+    if share is not None:
+        yield _gauge("finetune_share", "Finetuning's part of the last minute's time in iterations, of all engines.", labels,
+                     {"": share})
+    known_replicas = list(replicas)
+    states = {
+        "ready": sum(replica["ready"] and not replica["draining"] for replica in known_replicas),
+        "draining": sum(bool(replica["draining"]) for replica in known_replicas),
+        "lost": sum(bool(replica["lost"]) for replica in known_replicas),
+    }
+    yield _gauge("replicas", "Replicas that this ingress knows, by state.", labels,
+                 {name: float(count) for name, count in states.items()}, "state")
+    for name, value in signals.items():
+        yield _gauge(f"fleet_{name}", "A signal for autoscaling; see docs/operations.md.", labels, {"": value})
+
+
 def _prediction_families(labels: Labels, errors: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:
     names = [*labels, "kind"]
     counts = GaugeMetricFamily("coserve_predicted_iterations", "Iterations that the errors are of, by kind.", labels=names)

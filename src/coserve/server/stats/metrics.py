@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from coserve.core import Slo, percentile
 from coserve.scheduler.slo import asked_slo
 from coserve.server.link.messages import JobEnded, JobHappened, Tokens
 from coserve.server.settings import ServerConfig
-from coserve.server.stats.enginemetrics import COUNTERS, engine_families, server_families, vllm_aliases
+from coserve.server.stats.enginemetrics import COUNTERS, engine_families, fleet_families, server_families, vllm_aliases
 from coserve.server.stats.livestats import Counters, Window
 
 WINDOW_S = 60.0
@@ -56,16 +56,29 @@ _HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
 )
 
 
+class FleetState(NamedTuple):
+    """What a fleet says beside the figures of all engines together.
+
+    engines: Engine.metrics() of each replica that answers, by its id. replicas: what is known of each one, as the page shows
+    it. signals: what an autoscaler may look at, by name.
+    """
+
+    engines: Mapping[str, Mapping[str, Any]]
+    replicas: Sequence[Mapping[str, Any]]
+    signals: Mapping[str, float]
+
+
 class ServerState(NamedTuple):
     """What the engine's stats don't say.
 
     ready: whether the engine takes requests. It is shown as down all the same if it has given no stats. restarts: starts of the
-    engine after the first. jobs: how many jobs are in each status, of those that have not ended.
+    engine after the first. jobs: how many jobs are in each status, of those that have not ended. fleet: of an ingress.
     """
 
     ready: bool
     restarts: int = 0
     jobs: Mapping[str, int] = {}
+    fleet: FleetState | None = None
 
 
 class _Snapshot(Collector):
@@ -162,8 +175,11 @@ class ServerMetrics:
             *server_families(
                 labels, self.objectives(), attainment, state.ready and stats is not None, state.restarts, state.jobs
             ),
-            *engine_families(labels, stats or {}, self._share()),
         ]
+        if state.fleet is None:
+            families += engine_families(labels, stats or {}, self._share())
+        else:
+            families += fleet_families(labels, state.fleet.engines, state.fleet.replicas, state.fleet.signals, self._share())
         if self.config.vllm_metrics:
             families += vllm_aliases(families)
         return generate_latest(_Snapshot(families))
@@ -200,6 +216,10 @@ class ServerMetrics:
                 "policy": self.config.policy, "model": self.model_name, "uptime_s": now - self.started_s,
             },
             "prediction_errors": known.get("prediction_errors", {}),
+            "replicas": [] if state.fleet is None else [
+                {**replica, **_brief(state.fleet.engines.get(replica["id"], {}))} for replica in state.fleet.replicas
+            ],
+            "signals": {} if state.fleet is None else dict(state.fleet.signals),
         }
 
     def _sample(self, stats: Mapping[str, Any] | None) -> None:
@@ -219,6 +239,14 @@ class ServerMetrics:
             return None
         busy = risen[1].get("busy_s", 0.0)
         return risen[1].get("finetune_busy_s", 0.0) / busy if busy > 0 else 0.0
+
+
+def _brief(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of one replica's figures; None stands for what isn't known."""
+    pool = stats.get("memory", {})
+    blocks = sum(int(pool.get(name, 0)) for name in ("used", "cached", "free"))
+    counts = {name: stats.get(name) for name in ("running", "waiting", "jobs", "inference_tokens", "finetune_tokens")}
+    return {**counts, "kv_used": pool["used"] / blocks if blocks else None}
 
 
 def _percentiles_ms(window: Window, now_s: float) -> dict[str, float | None]:

@@ -1,0 +1,119 @@
+"""What the ingress of a fleet costs: streams through `coserve serve --replicas 1` beside the same through `coserve serve`.
+
+    python bench/ingress_overhead.py --database-url postgresql://user@host/empty [--streams 8,32] [--rounds 4] [--output FILE]
+
+Both servers run all the time, on the default model with default flags, and are asked in turn: so many streams begin together,
+with prompts of 32 random tokens and answers of 48. Times are the client's: from sending a request to its first chunk with text
+(TTFT), and between chunks (ITL). One JSON with each round's figures and their medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import torch
+
+from coserve.bench.results import result_head
+from coserve.bench.servers import running_server
+from coserve.bench.workload import prompts, word_ids
+from coserve.core import percentile
+from coserve.machine import device_name, versions
+from coserve.model.locate import locate_model
+from coserve.text.tokenizer import ChatTokenizer
+
+PROMPT_TOKENS, OUTPUT_TOKENS = 32, 48
+
+
+async def stream(client: httpx.AsyncClient, url: str, model: str, prompt: list[int]) -> tuple[float, list[float]]:
+    """Seconds to the first chunk with text, and between its chunks."""
+    body = {
+        "model": model, "prompt": prompt, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "stream": True, "ignore_eos": True,
+    }
+    times = [time.perf_counter()]
+    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RuntimeError(event["error"]["message"])
+                if event["choices"] and event["choices"][0]["text"]:
+                    times.append(time.perf_counter())
+    return times[1] - times[0], [after - before for before, after in pairwise(times[1:])]
+
+
+async def measure(url: str, model: str, texts: list[list[int]]) -> dict[str, float]:
+    """So many streams at once: medians and p95 in milliseconds."""
+    async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
+        found = await asyncio.gather(*(stream(client, url, model, text) for text in texts))
+    ttft, itl = [first for first, _ in found], [gap for _, gaps in found for gap in gaps]
+    return {
+        f"{name}_{key}_ms": 1e3 * percentile(values, share)
+        for name, values in (("ttft", ttft), ("itl", itl)) for key, share in (("p50", 0.5), ("p95", 0.95))
+    } | {"itl_mean_ms": 1e3 * sum(itl) / len(itl)}
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--database-url", required=True, help="an empty PostgreSQL database")
+    parser.add_argument("--streams", default="8,32", help="streams at once, joined by commas")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--model", help="a model's directory (the default model)")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    counts = [int(count) for count in options.streams.split(",")]
+    tokenizer = ChatTokenizer.load(locate_model(options.model))
+    source = prompts(word_ids(tokenizer), (0, 1))
+    serve = [sys.executable, "-m", "coserve", "serve", *([options.model] if options.model else [])]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        fleet = ["--replicas", "1", "--database-url", options.database_url, "--store", str(root / "store")]
+        with (
+            running_server([*serve, "--data-dir", str(root / "one")], root / "one.log") as direct,
+            running_server([*serve, "--data-dir", str(root / "fleet"), *fleet], root / "fleet.log") as ingress,
+        ):
+            servers = {"direct": direct.url, "ingress": ingress.url}
+            model = httpx.get(f"{direct.url}/v1/models", timeout=60).json()["data"][0]["id"]
+            for number in range(-1, options.rounds):  # the first round warms up
+                for count in counts:
+                    texts = [source(PROMPT_TOKENS) for _ in range(count)]
+                    for server in list(servers)[:: 1 if number % 2 else -1]:
+                        figures = asyncio.run(measure(servers[server], model, texts))
+                        row = {"server": server, "streams": count, "round": number, **figures}
+                        if number >= 0:
+                            rows.append(row)
+                            print(f"{server:8} {count:3} streams: " + ", ".join(
+                                f"{key.removesuffix('_ms').replace('_', ' ')} {row[key]:.1f}"
+                                for key in ("ttft_p50_ms", "ttft_p95_ms", "itl_p50_ms", "itl_mean_ms", "itl_p95_ms")
+                            ) + " ms", flush=True)
+    summary = {
+        str(count): {
+            server: {
+                key: median(row[key] for row in rows if row["server"] == server and row["streams"] == count)
+                for key in rows[0] if key.endswith("_ms")
+            } for server in servers
+        } for count in counts
+    }
+    for count, by_server in summary.items():
+        one, many = by_server["direct"], by_server["ingress"]
+        ratios = ", ".join(f"{key} {many[f'itl_{key}_ms'] / one[f'itl_{key}_ms'] - 1:+.1%}" for key in ("mean", "p50", "p95"))
+        print(f"{count} streams: TTFT p50 {many['ttft_p50_ms'] - one['ttft_p50_ms']:+.1f} ms, ITL {ratios}")
+    if options.output is not None:
+        head = result_head(device_name(torch.device("cpu")), versions(), "python bench/ingress_overhead.py")
+        options.output.write_text(json.dumps({**head, "medians": summary, "rounds": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

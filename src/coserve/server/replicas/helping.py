@@ -1,0 +1,241 @@
+"""Replicas that help each other with jobs: who is asked, who says yes, and what its engine needs for it.
+
+    holder's replica    host: a coordinator for the run --Invitation--> replicas that may help, again while there is room
+    helper's replica    invited --> brings the job's files here --> StartJob as a member, which enters by itself
+
+An invitation promises nothing: who has no time does not answer, and who comes too late is sent away. Owns: invitations, this
+replica's shares in others' jobs. Does not own: steps (cluster/steps.py), envelopes (steplink.py), the holder's run (runs.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from coserve.config.data import finetune_config_from_dict
+from coserve.core import CoserveError
+from coserve.durable import write_directory
+from coserve.server.errors import EngineUnavailable
+from coserve.server.index.disk import storage_errors
+from coserve.server.index.store import Store
+from coserve.server.jobs.hosting import EngineLife, JobFiles
+from coserve.server.link.messages import JobShare, ShareEnded, StepSaid
+from coserve.server.replicas.artifacts import ArtifactStore
+from coserve.server.replicas.parcels import link_tree, start_key
+from coserve.server.replicas.stepcoordinator import StepCoordinator
+from coserve.server.replicas.steplink import Invitation, StepLinks
+
+INVITE_S = 3.0
+"""Seconds between two invitations of a run that has room for more members."""
+MAX_SHARES = 1
+"""Jobs of others that a replica helps with at once."""
+LEAST_HEADROOM = 0.1
+"""The share of an engine's time that training must be able to get, for it to help."""
+_AGAIN_S = 30.0
+"""Seconds for which a run is not helped again after that has failed."""
+_log = logging.getLogger(__name__)
+
+
+class SharingEngine(Protocol):
+    """The engine of a replica, as EngineClient tells it."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes jobs."""
+
+    @property
+    def supervisor(self) -> EngineLife:
+        """The life of its process."""
+
+    def on_step(self, listener: Callable[[StepSaid | ShareEnded], None]) -> None:
+        """The listener is called with what the engine says as a member of jobs."""
+
+    async def start_job(self, **fields: Any) -> None:
+        """Returns when the job may get units. fields: those of StartJob, without `call`."""
+
+    def act_job(self, job: str, action: str) -> None:
+        """Cancels or hands over a share."""
+
+
+class ShareFiles:
+    """Brings to a directory what an engine needs to help with a job. Synchronous, for a thread."""
+
+    def __init__(self, store: Store, files: JobFiles, artifacts: ArtifactStore) -> None:
+        self._store, self._files, self._artifacts = store, files, artifacts
+
+    def __call__(self, job: str, directory: Path) -> dict[str, Any]:
+        """Fields of StartJob. Raises NotFound, StorageRefused."""
+        record = self._store.get_job(None, job)
+        paths: dict[str, str | None] = {"training_file": None, "validation_file": None}
+        with storage_errors():
+            for param in paths:
+                id = getattr(record, param)
+                if id is not None:
+                    link_tree(self._files.path(self._store.get_file(record.tenant, id)), directory / param)
+                    paths[param] = str(directory / param)
+            start = None
+            if record.start is not None:
+                start = directory / "start"
+                with self._artifacts.hold(start_key(job)) as found:  # members compare its digest
+                    write_directory(start, lambda place: link_tree(found, place))
+        return {
+            **paths, "config": finetune_config_from_dict(record.config), "start": None if start is None else str(start),
+            "tenant": record.tenant, "weight": record.weight,
+        }
+
+
+class _Hosted(NamedTuple):
+    coordinator: StepCoordinator
+    most: int
+    inviting: asyncio.Task[None]
+
+
+class JobHelp:
+    """One replica's part in jobs that several replicas share. Belongs to one event loop.
+
+    others: tells which replicas may be asked, those first that have most time. bring: as ShareFiles. headroom: tells the share
+    of time that training could get here, 0 to 1. scratch: a directory of this process alone.
+    """
+
+    def __init__(
+        self, replica: str, engine: SharingEngine, links: StepLinks, scratch: Path, *, others: Callable[[], Sequence[str]],
+        bring: Callable[[str, Path], dict[str, Any]], headroom: Callable[[], float] = lambda: 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.replica, self._engine, self._links, self._scratch = replica, engine, links, scratch
+        self._others, self._bring, self._headroom, self._clock = others, bring, headroom, clock
+        self._hosted: dict[str, _Hosted] = {}
+        self._shares: dict[str, str] = {}  # share -> run
+        self._not_before: dict[str, float] = {}
+        self._num_members = 0
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        shutil.rmtree(scratch, ignore_errors=True)
+        engine.on_step(self._hear)
+        engine.supervisor.on_down(self._engine_lost)
+        links.on_invited(self._invited)
+
+    # --- jobs that this replica holds ---
+
+    def host(self, run: str, job: str, epoch: int, most: int, note: Callable[[str], None]) -> JobShare:
+        """Before the engine gets a run: other replicas may help with it, so that `most` share it. note: takes lines for the
+        job's events."""
+        self.end(run)
+        member = self._new_member()
+        coordinator = self._links.host(run, epoch, member, most=most, note=note)
+        invitation = Invitation(job=job, run=run, epoch=epoch)
+        self._hosted[run] = _Hosted(coordinator, most, self._spawn(self._invite(coordinator, most, invitation)))
+        return JobShare(epoch=epoch, member=member, primary=True)
+
+    def end(self, run: str) -> None:
+        """A run has ended here, if it was hosted."""
+        hosted = self._hosted.pop(run, None)
+        if hosted is not None:
+            hosted.inviting.cancel()
+            self._links.end(run)
+
+    async def _invite(self, coordinator: StepCoordinator, most: int, invitation: Invitation) -> None:
+        asked = 0
+        while not coordinator.closed:
+            others = [name for name in self._others() if name != self.replica]
+            for _ in range(min(most - max(1, len(coordinator.members)), len(others))):
+                self._links.invite(others[asked % len(others)], invitation)
+                asked += 1  # who does not come is asked again when all others have been
+            await asyncio.sleep(INVITE_S)
+
+    # --- jobs that others hold ---
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """This replica's shares in jobs of others."""
+        return tuple(self._shares)
+
+    def _invited(self, replica: str, invitation: Invitation) -> None:
+        now, run = self._clock(), invitation.run
+        if self._stopping or not self._engine.ready or len(self._shares) >= MAX_SHARES or run in self._shares.values():
+            return
+        if now < self._not_before.get(run, now) or self._headroom() < LEAST_HEADROOM:
+            return
+        self._not_before = {other: until for other, until in self._not_before.items() if until > now}
+        member = self._new_member()
+        share = self._links.join(run, invitation.epoch, member, replica)
+        self._shares[share] = run
+        self._spawn(self._help(share, member, invitation))
+
+    async def _help(self, share: str, member: str, invitation: Invitation) -> None:
+        directory = self._directory(share)
+        try:
+            await asyncio.to_thread(directory.mkdir, parents=True)
+            fields = await asyncio.to_thread(self._bring, invitation.job, directory)
+            if share not in self._shares:  # the engine has died, or this replica stops
+                return
+            await self._engine.start_job(**fields | {
+                "id": share, "adapter": share, "directory": str(directory / "none"), "resume": False,
+                "share": JobShare(epoch=invitation.epoch, member=member, primary=False),
+            })
+        except (CoserveError, OSError) as error:
+            if not isinstance(error, EngineUnavailable):
+                _log.warning("this replica can't help: %s", error, extra={"job": invitation.job})
+            self._ended(share, failed=True)
+
+    def _hear(self, message: StepSaid | ShareEnded) -> None:
+        if isinstance(message, StepSaid):
+            self._links.from_engine(message.id, message.data)
+            return
+        if message.problem is not None:
+            _log.warning("this replica helps no more: %s", message.problem.message, extra={"job": message.id})
+        self._ended(message.id, failed=message.problem is not None)
+
+    def _ended(self, share: str, *, failed: bool) -> None:
+        run = self._shares.pop(share, None)
+        self._links.share_ended(share)
+        if run is not None:
+            if failed:
+                self._not_before[run] = self._clock() + _AGAIN_S
+            self._spawn(asyncio.to_thread(shutil.rmtree, self._directory(share), ignore_errors=True))
+
+    def _engine_lost(self) -> None:
+        """This replica's engine has died."""
+        self._links.engine_lost()
+        for run in list(self._hosted):
+            self.end(run)
+        for share in list(self._shares):
+            self._ended(share, failed=True)  # perhaps it was the share that it died of
+
+    def drain(self) -> None:
+        """Helps with nothing more; present shares end with their step."""
+        self._stopping = True
+        for share in self._shares:
+            with contextlib.suppress(CoserveError):
+                self._engine.act_job(share, "hand_over")
+
+    async def stop(self) -> None:
+        """Ends everything here, before the links stop."""
+        self._stopping = True
+        for run in list(self._hosted):
+            self.end(run)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+
+    # --- inside ---
+
+    def _new_member(self) -> str:
+        self._num_members += 1
+        return f"{self.replica}.{self._num_members}"
+
+    def _directory(self, share: str) -> Path:
+        return self._scratch / share.replace("/", "_")
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

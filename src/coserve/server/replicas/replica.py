@@ -1,0 +1,193 @@
+"""One replica: an engine process, the link to ingresses, and the jobs that this replica has claimed.
+
+Owns: the order in which these parts start, drain and stop; the replica's row among the members. Does not own: the parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import zmq.asyncio
+
+from coserve.core import CapacityError, ConfigError, CoserveError
+from coserve.server.app import index_url
+from coserve.server.index.database import Database
+from coserve.server.index.store import Store
+from coserve.server.link.engineclient import EngineClient
+from coserve.server.locks import hold, make_private
+from coserve.server.records import new_id
+from coserve.server.replicas.adaptercache import AdapterCache
+from coserve.server.replicas.artifacts import open_store
+from coserve.server.replicas.files import StoredFiles
+from coserve.server.replicas.helping import JobHelp, ShareFiles
+from coserve.server.replicas.jobs import ReplicaJobs
+from coserve.server.replicas.members import BEAT_EVERY_S, KnownKeys, Member, Members, describe_engine
+from coserve.server.replicas.messages import BEAT_EVERY_S as LOAD_EVERY_S
+from coserve.server.replicas.processhost import SERVES
+from coserve.server.replicas.replicalink import ReplicaLink
+from coserve.server.replicas.replicawire import ReplicaWire
+from coserve.server.replicas.steplink import StepLinks
+from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
+from coserve.server.settings import ServerConfig
+
+CACHE_BYTES = 20 << 30
+"""Bytes of fetched files that a process of the fleet keeps on its disk."""
+_LOCK_FILE = "replica.lock"
+_FRESH_S = 60.0
+_LOOK_EVERY_S = 0.1
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def scratch_directory(root: Path, id: str) -> Iterator[Path]:
+    """A private directory for one process, ROOT/replicas/ID, that is deleted at its end. Those that killed processes have left
+    are deleted first: nobody holds their locks."""
+    make_private(root)
+    place = root / "replicas"
+    place.mkdir(exist_ok=True)
+    for left in list(place.iterdir()):
+        with contextlib.suppress(ConfigError, OSError):
+            if time.time() - left.stat().st_mtime > _FRESH_S:  # a younger one may be about to be locked
+                with hold(left / _LOCK_FILE):
+                    shutil.rmtree(left, ignore_errors=True)
+    directory = place / id
+    directory.mkdir()
+    try:
+        with hold(directory / _LOCK_FILE):
+            yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class Replica:
+    """One replica's parts, once they have started. id: its member's."""
+
+    def __init__(
+        self, id: str, engine: EngineClient, members: Members, link: ReplicaLink, jobs: ReplicaJobs, help: JobHelp,
+        config: ServerConfig,
+    ) -> None:
+        self.id, self.engine, self.members, self.link, self.jobs, self.help = id, engine, members, link, jobs, help
+        self.config = config
+
+    async def refresh(self, row: Callable[[], Member], see: Callable[[Sequence[Member]], None]) -> None:
+        """Keeps this replica's row fresh until it is cancelled. It is added again if it is gone. see: takes all replicas."""
+        generation = self.engine.generation
+        while True:
+            await asyncio.sleep(BEAT_EVERY_S)
+            changed = self.engine.generation != generation
+            generation = self.engine.generation
+            info = describe_engine(self.engine.info) if changed else None
+            with contextlib.suppress(CapacityError):  # the database is away: the link goes on
+                if not await asyncio.to_thread(self.members.refresh, self.id, info):
+                    await asyncio.to_thread(self.members.join, row())
+                see(await asyncio.to_thread(self.members.alive, "engine"))
+
+    async def drain(self) -> None:
+        """Takes no new requests, hands its jobs over, and gives running requests the time of --shutdown-timeout."""
+        self.link.draining = True
+        self.link.tell()
+        self.help.drain()
+        await self.jobs.drain()
+        limit = time.monotonic() + self.config.shutdown_timeout
+        while self.link.num_requests and time.monotonic() < limit:
+            await asyncio.sleep(_LOOK_EVERY_S)
+        self.engine.fail_requests("this replica is ending")
+        await asyncio.sleep(_LOOK_EVERY_S)  # for the last messages to leave
+
+
+async def run_replica(
+    config: ServerConfig, *, stop: asyncio.Event, report: Callable[[str], None], host: str = "127.0.0.1", node: str = "",
+) -> None:
+    """Runs a replica until `stop` is set; then it drains. Raises what keeps it from starting.
+
+    report: takes a line about the start. host: this machine's address for the others. node: what this machine is called.
+    """
+    id = new_id("replica")
+    async with AsyncExitStack() as stack:
+        scratch = stack.enter_context(scratch_directory(config.data_dir.absolute(), id))
+        own = dataclasses.replace(config, data_dir=scratch, lora_modules=())
+        database = Database(index_url(config))
+        stack.callback(database.close)
+        members = Members(database)
+        artifacts = await asyncio.to_thread(open_store, str(config.store), scratch / "cache", cache_bytes=CACHE_BYTES)
+        engine = EngineClient(own, report=report)
+        stack.push_async_callback(engine.supervisor.stop)
+        await engine.supervisor.start()
+        cache = AdapterCache(engine, artifacts)
+        stack.push_async_callback(cache.close)
+        store = Store(index_url(config))
+        stack.callback(store.close)
+        context: zmq.asyncio.Context = zmq.asyncio.Context()
+        stack.callback(context.destroy, linger=0)
+        keys, known = KeyPair.make(), KnownKeys(members)
+        wire = ReplicaWire(context, id, keys)
+        stack.callback(wire.close)
+        links = StepLinks(engine.tell_step, wire)
+        stack.push_async_callback(links.stop)
+        files = StoredFiles(artifacts, scratch / "shared", store, own.max_file_bytes, own.max_tenant_file_bytes)
+        help = JobHelp(
+            id, engine, links, scratch / "help", others=lambda: wire.others, bring=ShareFiles(store, files, artifacts),
+            headroom=lambda: link.headroom,
+        )
+        stack.push_async_callback(help.stop)
+        jobs = ReplicaJobs(
+            index=store, artifacts=artifacts, engine=engine, config=own, replica=id, scratch=scratch / "jobs",
+            headroom=lambda: link.headroom / (1 + len(jobs.held)), help=help,
+        )
+        door = Door(context, lambda key: asyncio.to_thread(known, key))
+        door.start()
+        stack.callback(door.stop)
+        socket = ServerSocket(context, host, keys, lambda peer, data: link.on_message(peer, data))
+        stack.callback(socket.close)
+        link = ReplicaLink(
+            engine, ensure=cache.ensure, nudge=jobs.nudge, send=socket.send, forget=socket.forget, on_steps=wire.on_steps
+        )
+        stack.push_async_callback(link.close)
+        engine.on_load(link.on_load)
+        engine.watch_load(LOAD_EVERY_S)
+        replica = Replica(id, engine, members, link, jobs, help, config)
+
+        def see(found: Sequence[Member]) -> None:
+            for gone in wire.see(found):
+                links.replica_lost(gone)
+
+        def row() -> Member:
+            return Member(
+                id=id, kind="engine", address=socket.address, public_key=keys.public.decode("ascii"), node=node or host,
+                info=describe_engine(engine.info),
+            )
+
+        await asyncio.to_thread(members.join, row())
+        stack.push_async_callback(_leave, members, id)
+        see(await asyncio.to_thread(members.alive, "engine"))
+        links.start()
+        await jobs.start()
+        stack.push_async_callback(jobs.stop)
+        tasks = [asyncio.create_task(work) for work in (socket.read(), link.beat(), replica.refresh(row, see))]
+        report(f"replica {id}{SERVES}{socket.address}")
+        ended = asyncio.create_task(stop.wait())
+        try:
+            done, _ = await asyncio.wait([ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            if ended in done:
+                await replica.drain()
+            for task in done - {ended}:
+                task.result()  # raises what has ended it
+        finally:
+            for task in (ended, *tasks):
+                task.cancel()
+            await asyncio.gather(ended, *tasks, return_exceptions=True)
+
+
+async def _leave(members: Members, id: str) -> None:
+    with contextlib.suppress(CoserveError):  # the row grows old by itself
+        await asyncio.to_thread(members.leave, id)
+
+

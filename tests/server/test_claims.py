@@ -1,0 +1,288 @@
+"""Claims, leases and fenced writes on a real PostgreSQL, by many replicas at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from coserve.core import ConfigError
+from coserve.server.errors import Conflict, StorageRefused
+from coserve.server.index.database import Database, PostgresLimits
+from coserve.server.index.rows import NewEvent
+from coserve.server.index.store import Store
+from coserve.server.records import AdapterRecord, CheckpointRecord, FileRecord, JobRecord
+from coserve.server.replicas.claims import JobClaims
+from coserve.server.replicas.deskrows import DeskStore
+from coserve.server.replicas.fenced import Fenced, FencedStore
+
+pytest_plugins = ["tests.server.postgres"]
+LEASE_S = 30.0
+
+
+@pytest.fixture
+def desk(postgres_url: str) -> Iterator[DeskStore]:
+    desk = DeskStore(postgres_url)
+    yield desk
+    desk.close()
+
+
+@pytest.fixture
+def claims(desk: DeskStore) -> Iterator[JobClaims]:
+    claims = JobClaims(desk.database, "a", LEASE_S)
+    yield claims
+    claims.close()
+
+
+def job(id: str, tenant: str = "me", **fields: object) -> JobRecord:
+    values = {"created_at": 100, "base": "tiny", "training_file": "file-1", "config": {}, "method": {}, "status": "queued"}
+    return JobRecord(id=id, tenant=tenant, **values | fields)  # type: ignore[arg-type]
+
+
+def add(desk: DeskStore, *records: JobRecord) -> None:
+    for record in records:
+        desk.create_job(record, None, ())
+
+
+def end_lease(desk: DeskStore, id: str) -> None:
+    with desk.database.write() as connection:
+        connection.execute(text("UPDATE jobs SET lease_until = 0 WHERE id = :id"), {"id": id})
+
+
+def test_sqlite_is_refused(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/index.db")
+    with pytest.raises(ConfigError, match="replicas need PostgreSQL") as error:
+        JobClaims(database, "a", LEASE_S)
+    assert error.value.param == "database_url"
+    database.close()
+
+
+def test_the_order_of_claims(desk: DeskStore, claims: JobClaims) -> None:
+    add(desk, job("old", priority=5), job("soon", priority=5, deadline=2_000_000_000, created_at=101),
+        job("sooner", priority=5, deadline=1_900_000_000, created_at=102), job("first", priority=-1, created_at=103),
+        job("theirs", "them", priority=9), job("again", "me", status="running", priority=9), job("waits", paused=True),
+        job("new", "you", status="validating_files", priority=-9))
+    order = []
+    while (claimed := claims.claim(0.0)) is not None:
+        order.append(claimed.record.id)
+        assert (claimed.epoch, claimed.before, claimed.strikes) == (1, None, 0)
+        if claimed.record.status == "queued":
+            desk.update_job(claimed.record.id, status="running")
+    assert order == ["again", "theirs", "first", "sooner", "soon", "old", "new"]
+
+
+def test_what_a_replica_has_room_for(desk: DeskStore, claims: JobClaims) -> None:
+    add(desk, job("run"), job("read", status="validating_files"), job("sleeps", status="validating_files", paused=True))
+    assert claims.claim(0.0, may_run=False, may_validate=False) is None
+    assert claims.claim(60.0) is None, "it is left to replicas with more headroom for a while"
+    assert claims.claim(0.0, may_run=False, but=["sleeps"]).record.id == "read"  # type: ignore[union-attr]
+    assert claims.claim(0.0, may_validate=False).record.id == "run"  # type: ignore[union-attr]
+    assert claims.claim(0.0).record.id == "sleeps"  # type: ignore[union-attr]
+    assert claims.claim(0.0) is None
+
+
+def test_many_claim_at_once_and_each_job_is_had_once(desk: DeskStore) -> None:
+    add(desk, *(job(f"job-{number}", f"tenant-{number % 3}") for number in range(40)))
+    replicas = [JobClaims(desk.database, f"replica-{number}", LEASE_S) for number in range(8)]
+
+    def claim_all(claims: JobClaims) -> list[str]:
+        got = []
+        while (claimed := claims.claim(0.0)) is not None:
+            got.append(claimed.record.id)
+        return got
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(claim_all, replicas))
+    assert sorted(id for ids in found for id in ids) == sorted(f"job-{number}" for number in range(40))
+    assert sum(bool(ids) for ids in found) > 1
+    for claims in replicas:
+        claims.close()
+
+
+def test_renewals_and_returns(desk: DeskStore, claims: JobClaims) -> None:
+    other = JobClaims(desk.database, "b", LEASE_S)
+    add(desk, job("one"), job("two"))
+    assert {claims.claim(0.0).record.id for _ in range(2)} == {"one", "two"}  # type: ignore[union-attr]
+    assert claims.renew({"one": 1, "two": 1, "three": 1}) == {"one": (1, False), "two": (1, False)}
+    assert claims.renew({"one": 2}) == {} and other.renew({"one": 1}) == {}
+    desk.set_paused("me", "two", True)
+    assert claims.renew({"two": 1}) == {"two": (1, True)}
+    end_lease(desk, "one")
+    assert claims.renew({"one": 1}), "nobody has claimed it"
+    assert other.claim(0.0) is None
+    end_lease(desk, "one")
+    taken = other.claim(0.0)
+    assert taken is not None and (taken.record.id, taken.epoch, taken.before) == ("one", 2, "a")
+    assert claims.renew({"one": 1, "two": 1}).keys() == {"two"}
+    claims.give_back("one", 1)
+    assert other.renew({"one": 2}), "what isn't had can't be given back"
+    other.give_back("one", 2)
+    back = claims.claim(0.0)
+    assert back is not None and (back.epoch, back.before) == (3, None)
+    assert other.renew({"one": 2}) == {}
+    claims.abandon()
+    assert other.claim(0.0).record.id == "one"  # type: ignore[union-attr]
+    other.close()
+
+
+def test_deaths_that_nobody_explains_count(desk: DeskStore, claims: JobClaims) -> None:
+    add(desk, job("one", status="running", step=3))
+    strikes = []
+    for step in (3, 3, 3, 5, 5):
+        claimed = claims.claim(0.0)
+        assert claimed is not None
+        strikes.append((claimed.strikes, claimed.struck_at))
+        desk.update_job("one", step=step)
+        end_lease(desk, "one")
+    assert strikes == [(0, -1), (1, 3), (2, 3), (3, 3), (1, 5)]
+    claims.claim(0.0)
+    claims.give_back("one", 6)
+    assert claims.claim(0.0).strikes == 2, "what is given back is no death"  # type: ignore[union-attr]
+
+
+# --- fenced writes ---
+
+
+EVENT = NewEvent(message="step", data={"step": 1}, step=1)
+
+
+def checkpoint(step: int, epoch: int = 1, digest: str = "d") -> tuple[CheckpointRecord, AdapterRecord]:
+    key, model = f"jobs/one/e{epoch}/step-{step}/adapter", f"m:ckpt-step-{step}"
+    return (
+        CheckpointRecord(id=f"c{step}-{epoch}", job="one", created_at=1, step=step, model=model, directory=key, metrics={},
+                         sha256=digest, state_sha256="s", bytes=7),
+        AdapterRecord(name=model, tenant="me", directory=key, created_at=1, job="one", sha256=digest, bytes=3),
+    )
+
+
+def test_every_write_says_its_epoch(desk: DeskStore, claims: JobClaims) -> None:
+    add(desk, job("one"))
+    claims.claim(0.0)
+    epochs, fenced = {"one": 1}, list[str]()
+    store = FencedStore(desk.database, epochs.get, fenced.append)
+    writes = {
+        "update": lambda: store.update_job("one", status="running"),
+        "event": lambda: store.add_event("one", level="info", type="message", message="m", created_at=1),
+        "step": lambda: store.put_step("one", 1, 9, EVENT, {"trained_tokens": 5}),
+        "strikes": lambda: store.put_strikes("one", 2, 1),
+        "checkpoint": lambda: store.commit_checkpoint(*checkpoint(1), 3, "made"),
+        "adapter": lambda: store.put_adapter(checkpoint(1)[1]),
+        "result": lambda: store.put_result("one", FileRecord(
+            id="file-9", tenant="me", filename="r", purpose="fine-tune-results", bytes=1, sha256="x", created_at=1)),
+        "end": lambda: store.update_job("one", status="succeeded"),
+    }
+    for name in list(writes)[:-1]:
+        writes[name]()
+    assert not fenced and desk.get_job("me", "one").status == "running"
+    assert desk.progress_of(["one"]) == {"one": {"trained_tokens": 5}} and desk.count_artifact_bytes("me") == 10
+    end_lease(desk, "one")
+    claims.claim(0.0)
+
+    def everything() -> object:
+        return (desk.get_job("me", "one"), desk.list_events("one"), desk.list_checkpoints("one"), desk.list_adapters("me"),
+                desk.list_files("me"))
+
+    before = everything()
+    for name, write in writes.items():
+        with pytest.raises(Fenced):
+            write()
+        assert fenced.pop() == "one" and before == everything(), name
+    epochs.clear()
+    with pytest.raises(Fenced):
+        writes["update"]()
+    assert not fenced, "that is known already"
+    epochs["one"] = 2
+    writes["end"]()
+    assert claims.renew({"one": 2}) == {}, "who has ended a job holds it no more"
+    assert claims.claim(0.0) is None
+
+
+def test_checkpoints_are_kept_over_all_epochs(desk: DeskStore, claims: JobClaims) -> None:
+    add(desk, job("one"))
+    claims.claim(0.0)
+    epochs = {"one": 1}
+    store = FencedStore(desk.database, epochs.get)
+    for step in (2, 4, 9):
+        assert store.commit_checkpoint(*checkpoint(step), 2, f"step {step}") == [] or step == 9
+    end_lease(desk, "one")
+    claims.claim(0.0)
+    epochs["one"] = 2
+    gone = store.commit_checkpoint(*checkpoint(6, 2), 2, "step 6")  # step 9 was damaged, and the job went on from 4
+    assert [(one.step, one.epoch) for one in gone] == [(9, 1)]
+    found = desk.list_checkpoints("one")[0]
+    assert [(one.step, one.epoch) for one in found] == [(6, 2), (4, 1)]
+    assert {adapter.name for adapter in desk.list_adapters("me")} == {"m:ckpt-step-6", "m:ckpt-step-4"}
+    assert store.commit_checkpoint(*checkpoint(6, 2), 2, "step 6") == [], "done again, nothing changes"
+    assert [event.message for event in desk.list_events("one")[0]][::-1] == ["step 2", "step 4", "step 9", "step 6"]
+    assert desk.list_checkpoints("one", after="c9-1")[0] == found, "a page begins after a checkpoint that is gone"
+
+
+def test_a_step_of_an_earlier_epoch_replaces_nothing(desk: DeskStore, claims: JobClaims) -> None:
+    add(desk, job("one"))
+    claims.claim(0.0)
+    epochs = {"one": 1}
+    store = FencedStore(desk.database, epochs.get)
+    store.put_step("one", 1, 9, EVENT, {})
+    (first,), _ = desk.list_events("one")
+    end_lease(desk, "one")
+    claims.claim(0.0)
+    epochs["one"] = 2
+    store.put_step("one", 1, 9, EVENT._replace(message="again"), {})
+    (second,), _ = desk.list_events("one")
+    assert second == dataclasses.replace(first, message="again", created_at=second.created_at)
+    late = Store(desk.database).add_event(  # a writer without an epoch, as an older coserve would be
+        "one", level="info", type="metrics", message="late", step=1, created_at=5)
+    assert late == second and desk.list_events("one")[0] == [second]
+
+
+def test_cancel_fences_the_holder(desk: DeskStore, claims: JobClaims) -> None:
+    add(desk, job("one"))
+    claims.claim(0.0)
+    store = FencedStore(desk.database, {"one": 1}.get)
+    store.put_step("one", 1, 9, EVENT, {"trained_tokens": 40})
+    ended = desk.cancel_job("me", "one")
+    assert (ended.status, ended.trained_tokens, ended.step) == ("cancelled", 40, 1) and ended == desk.get_job("me", "one")
+    with pytest.raises(Fenced):
+        store.update_job("one", status="succeeded")
+    for change in (lambda: desk.cancel_job("me", "one"), lambda: desk.set_paused("me", "one", True)):
+        with pytest.raises(Conflict):
+            change()
+    assert claims.claim(0.0) is None and claims.renew({"one": 1}) == {}
+
+
+# --- connections ---
+
+
+def test_a_transaction_that_is_left_open_locks_nobody_out(desk: DeskStore, claims: JobClaims) -> None:
+    """A process that is stopped (SIGSTOP) within a transaction holds the row's lock: PostgreSQL ends the transaction."""
+    add(desk, job("one"))
+    limits = PostgresLimits(idle_s=0.3, lock_s=0.2)
+    stopped = Database(desk.database.url, limits)
+    with pytest.raises(StorageRefused), stopped.write() as connection:  # noqa: PT012
+        connection.execute(text("SELECT 1 FROM jobs WHERE id = 'one' FOR UPDATE"))
+        waiting = Database(desk.database.url, limits)
+        with pytest.raises(StorageRefused, match="busy"), waiting.write() as other:
+            other.execute(text("SELECT 1 FROM jobs WHERE id = 'one' FOR UPDATE"))
+        waiting.close()
+        time.sleep(0.4)
+        assert desk.cancel_job("me", "one").status == "cancelled"
+        connection.execute(text("UPDATE jobs SET status = 'running' WHERE id = 'one'"))
+    stopped.close()
+    assert desk.get_job("me", "one").status == "cancelled"
+
+
+def test_no_write_keeps_a_renewal_waiting(desk: DeskStore, claims: JobClaims) -> None:
+    add(desk, job("one"))
+    claims.claim(0.0)
+    busy = Database(desk.database.url, PostgresLimits(connections=1, wait_s=0.2))
+    with busy.write() as connection:
+        connection.execute(text("SELECT 1"))
+        with pytest.raises(StorageRefused, match="busy"), busy.read():
+            pass
+        assert claims.renew({"one": 1})
+    busy.close()

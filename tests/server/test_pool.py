@@ -1,0 +1,325 @@
+"""The pool of engines: where requests go, and how they go on when a replica dies, hangs, ends or is cut off. Replicas are links
+of this process over real sockets; their engines are played."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import zmq.asyncio
+
+from coserve.cluster.load import Load
+from coserve.config.settings import SamplingConfig
+from coserve.core import InvalidRequest, Slo
+from coserve.server.errors import EngineUnavailable
+from coserve.server.link.messages import AdapterRef, Generate, Ready, Tokens
+from coserve.server.link.streams import RequestStream, StreamMaker
+from coserve.server.replicas import pool as pools
+from coserve.server.replicas.members import Member, describe_engine
+from coserve.server.replicas.pool import EnginePool
+from coserve.server.replicas.replicalink import ReplicaLink
+from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
+
+INFO = Ready(
+    model="m", directory="/nowhere", fingerprint="f", architecture="llama", num_parameters=1, vocab_size=100, max_model_len=100,
+    device="cpu", dtype="float32", threads=1, memory={}, objectives=Slo(tpot_s=float("inf"), ttft_s=1.0), start_s=0.0,
+)
+LOAD = Load(prefill_s_per_token=1e-5, iteration_s=1e-3, free_blocks=10, num_blocks=10, block_tokens=16)
+
+
+def token(seed: int, position: int) -> int:
+    """What every engine gives there."""
+    return (seed * 31 + position * 7) % 97
+
+
+class PlayedEngine:
+    """Gives a token every pace_s, from what was emitted on. hold: gives none. broken: every request fails by it."""
+
+    def __init__(self) -> None:
+        self.ready, self.info, self.generation = True, INFO, 1
+        self.supervisor = SimpleNamespace(num_restarts=0, trouble=None)
+        self.asked: list[Generate] = []
+        self.pace_s, self.hold, self.broken = 0.002, False, None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def stats(self) -> dict[str, Any]:
+        return {"running": 1, "memory": {"used": 1, "block_bytes": 4}}
+
+    def relay(self, message: Generate, make: StreamMaker) -> RequestStream:
+        if self.broken is not None:
+            raise self.broken
+        self.asked.append(message)
+        stream = make(message.id, message.sampling.n, lambda _: None)
+        task = asyncio.get_running_loop().create_task(self._run(message, stream))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return stream
+
+    async def _run(self, message: Generate, stream: RequestStream) -> None:
+        most = message.sampling.max_tokens
+        emitted = message.emitted or [[] for _ in range(message.sampling.n)]
+        for index, given in enumerate(emitted):
+            for position in range(len(given), most):
+                while self.hold:
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(self.pace_s)
+                if stream.ended:
+                    return
+                id = token(message.sampling.seed + index, position)
+                stream.push(Tokens(
+                    id=message.id, index=index, text=f"{id} ", token_ids=[id], time_s=asyncio.get_running_loop().time(),
+                    finish_reason="length" if position == most - 1 else None,
+                ))
+
+
+class Played:
+    """One replica."""
+
+    def __init__(self, context: zmq.asyncio.Context, knows: Callable[[str], Awaitable[bool]], number: int) -> None:
+        del knows
+        self.engine, self.keys, self.nudged = PlayedEngine(), KeyPair.make(), list[str]()
+        self.ensured: list[AdapterRef] = []
+
+        async def ensure(ref: AdapterRef) -> None:
+            self.ensured.append(ref)
+
+        self.socket = ServerSocket(context, "127.0.0.1", self.keys, lambda peer, data: self.link.on_message(peer, data))
+        engine: Any = self.engine
+        self.link = ReplicaLink(
+            engine, ensure=ensure, nudge=self.nudged.append, send=self.socket.send, forget=self.socket.forget
+        )
+        self.member = Member(
+            id=f"replica-{number}", kind="engine", address=self.socket.address, public_key=self.keys.public.decode(),
+            node="here", info=describe_engine(INFO),
+        )
+        self.reader = asyncio.create_task(self.socket.read())
+        self.beater = asyncio.create_task(self._beat())
+
+    async def _beat(self) -> None:
+        while True:
+            self.link.on_load(LOAD)
+            self.link.tell()
+            await asyncio.sleep(0.02)
+
+    def freeze(self) -> None:
+        """As SIGSTOP: nothing is read or said any more."""
+        self.reader.cancel()
+        self.beater.cancel()
+        self.engine.hold = True
+
+    def thaw(self) -> None:
+        self.engine.hold = False
+        self.reader, self.beater = asyncio.create_task(self.socket.read()), asyncio.create_task(self._beat())
+
+    async def close(self) -> None:
+        self.freeze()
+        await asyncio.gather(self.reader, self.beater, return_exceptions=True)
+        await self.link.close()
+        self.socket.close()
+
+
+class Site:
+    """A pool over so many replicas."""
+
+    def __init__(self) -> None:
+        self.replicas: list[Played] = []
+        self.lines: list[str] = []
+
+    async def open(self, stack: AsyncExitStack, count: int) -> None:
+        context: zmq.asyncio.Context = zmq.asyncio.Context()
+        stack.callback(context.destroy, linger=0)
+        keys = KeyPair.make()
+
+        async def knows(key: str) -> bool:
+            return key == keys.public.decode()
+
+        door = Door(context, knows)
+        door.start()
+        stack.callback(door.stop)
+        self.pool = EnginePool(keys, Path("/model"), report=self.lines.append)
+        stack.push_async_callback(self.pool.stop)
+        for number in range(count):
+            replica = Played(context, knows, number)
+            self.replicas.append(replica)
+            stack.push_async_callback(replica.close)
+        self.pool.start()
+        self.pool.see([replica.member for replica in self.replicas])
+        await until(lambda: sum(state["ready"] for state in self.pool.states()) == count)
+        await asyncio.sleep(0.05)  # for reports
+
+    @property
+    def busy(self) -> Played:
+        """The replica that has a request."""
+        return next(replica for replica in self.replicas if replica.link.num_requests)
+
+    def ask(self, tokens: int = 40, seed: int = 1, n: int = 1, **fields: Any) -> RequestStream:
+        return self.pool.generate(prompt_ids=[1, 2, 3], sampling=SamplingConfig(max_tokens=tokens, seed=seed, n=n), **fields)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def collect(stream: RequestStream) -> list[list[int]]:
+    found: dict[int, list[int]] = {}
+    async for chunk in stream:
+        found.setdefault(chunk.index, []).extend(chunk.token_ids)
+    return [found[index] for index in sorted(found)]
+
+
+def expected(tokens: int = 40, seed: int = 1, n: int = 1) -> list[list[int]]:
+    return [[token(seed + index, position) for position in range(tokens)] for index in range(n)]
+
+
+def run(count: int, story: Callable[[Site], Awaitable[None]]) -> None:
+    async def tell() -> None:
+        async with AsyncExitStack() as stack:
+            site = Site()
+            await site.open(stack, count)
+            await story(site)
+
+    asyncio.run(tell())
+
+
+def test_requests_are_spread_and_answered() -> None:
+    async def story(site: Site) -> None:
+        answers = await asyncio.gather(*(collect(site.ask(seed=seed)) for seed in range(20)))
+        assert answers == [expected(seed=seed) for seed in range(20)]
+        assert all(len(replica.engine.asked) > 3 for replica in site.replicas)
+        assert site.pool.info.directory == "/model", "the model's files are looked for on this machine"
+        stats = await site.pool.stats()
+        assert stats == {"running": 2, "memory": {"used": 2, "block_bytes": 4}}
+
+    run(2, story)
+
+
+def test_a_request_goes_on_when_its_replica_freezes_and_a_zombie_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "LOST_S", 0.2)
+    monkeypatch.setattr(pools, "LOOK_EVERY_S", 0.02)
+
+    async def story(site: Site) -> None:
+        stream = site.ask(n=2)
+        first = [await anext(stream), await anext(stream)]
+        frozen = site.busy
+        frozen.freeze()
+        rest: dict[int, list[int]] = {}
+        for chunk in first:
+            rest.setdefault(chunk.index, []).extend(chunk.token_ids)
+        other = next(replica for replica in site.replicas if replica is not frozen)
+        thawed = False
+        async for chunk in stream:
+            rest.setdefault(chunk.index, []).extend(chunk.token_ids)
+            if other.engine.asked and not thawed:
+                frozen.thaw()
+                thawed = True
+        assert [rest[0], rest[1]] == expected(n=2)
+        assert other.engine.asked[0].emitted[0][:2] == expected()[0][:2]
+        await until(lambda: not frozen.link.num_requests)
+
+    run(2, story)
+
+
+def test_an_engine_that_dies_twice_under_a_request_ends_it() -> None:
+    async def story(site: Site) -> None:
+        for replica in site.replicas:
+            replica.engine.broken = EngineUnavailable("the engine process died")
+        with pytest.raises(EngineUnavailable, match="died"):
+            await collect(site.ask())
+        assert not any(replica.engine.asked for replica in site.replicas)
+
+    run(3, story)
+
+
+def test_a_lone_replica_that_does_not_come_back_ends_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "LOST_S", 0.1)
+    monkeypatch.setattr(pools, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(pools, "PATIENCE_S", 0.3)
+
+    async def story(site: Site) -> None:
+        stream = site.ask()
+        await anext(stream)
+        site.busy.freeze()
+        with pytest.raises(EngineUnavailable):
+            await collect(stream)
+        with pytest.raises(EngineUnavailable, match="reached"):
+            site.ask()
+        assert not site.pool.ready
+
+    run(1, story)
+
+
+def test_errors_of_a_request_stay_its_own() -> None:
+    async def story(site: Site) -> None:
+        for replica in site.replicas:
+            replica.engine.broken = InvalidRequest("temperature: is wrong", param="temperature")
+        with pytest.raises(InvalidRequest, match="temperature"):
+            await collect(site.ask())
+        for replica in site.replicas:
+            replica.engine.broken = None
+        assert await collect(site.ask()) == expected()
+
+    run(2, story)
+
+
+def test_a_cancelled_request_ends_on_its_replica_and_one_of_a_lost_ingress_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(site: Site) -> None:
+        stream = site.ask(tokens=10_000)
+        await anext(stream)
+        busy = site.busy
+        await stream.aclose()
+        await until(lambda: not busy.link.num_requests)
+        stream = site.ask(tokens=10_000)
+        await anext(stream)
+        busy = site.busy
+        monkeypatch.setattr("coserve.server.replicas.replicalink.WATCH_LIMIT_S", -1.0)
+        busy.link._drop_gone()
+        await until(lambda: not busy.link.num_requests)
+
+    run(2, story)
+
+
+def test_adapters_are_fetched_before_a_request_and_jobs_are_nudged() -> None:
+    async def story(site: Site) -> None:
+        ref = AdapterRef(name="t/x@1", uri="adapters/x", sha256="0")
+        assert await collect(site.ask(adapter=ref)) == expected()
+        assert [replica.ensured for replica in site.replicas].count([ref]) == 1
+        site.pool.nudge("ftjob-1")
+        await until(lambda: all(replica.nudged == ["ftjob-1"] for replica in site.replicas))
+
+    run(2, story)
+
+
+def test_a_draining_replica_gets_nothing_new() -> None:
+    async def story(site: Site) -> None:
+        site.replicas[0].link.draining = True
+        await until(lambda: any(state["draining"] for state in site.pool.states()))
+        await asyncio.gather(*(collect(site.ask(tokens=2)) for _ in range(10)))
+        assert not site.replicas[0].engine.asked and len(site.replicas[1].engine.asked) == 10
+
+    run(2, story)
+
+
+def test_a_stranger_is_not_let_in_and_another_model_is_left_out() -> None:
+    async def story(site: Site) -> None:
+        stranger = EnginePool(KeyPair.make(), Path("/model"))
+        stranger.start()
+        stranger.see([site.replicas[0].member])
+        await asyncio.sleep(0.3)
+        assert not stranger.ready
+        await stranger.stop()
+        odd = describe_engine(INFO) | {"fingerprint": "another", "model": "other"}
+        before = len(site.pool.states())
+        site.pool.see([*(replica.member for replica in site.replicas), Member(
+            id="replica-odd", kind="engine", address="tcp://127.0.0.1:1", public_key=KeyPair.make().public.decode(), node="x",
+            info=odd,
+        )])
+        assert len(site.pool.states()) == before
+
+    run(1, story)
