@@ -1,5 +1,9 @@
 """Whole servers on a tiny model, as `coserve serve` starts them: a process for the API, which has one for the engine.
 
+COSERVE_TEST_FLEET: the URL of a PostgreSQL database beside which others can be made. Servers are then fleets of two replicas on
+Ray, so that what holds for one server is tried through the address of a fleet; tests of a server's own processes and files
+have no meaning there.
+
 `server` is shared by all tests of a run; `start_server` gives a test its own, to be killed or told otherwise. `site` has the
 routes of inference without an engine: on fakes, in the test's own process. `play` runs stories of jobs on a fake engine.
 """
@@ -13,13 +17,16 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
+from sqlalchemy import make_url
 
 from coserve.cachedir import cache_directory
 from coserve.text.tokenizer import ChatTokenizer
@@ -30,6 +37,7 @@ from tests.tiny_tokenizer import build_tiny_tokenizer
 
 START_S = 120.0
 _PROGRAM = "from coserve.cli.main import main; main()"
+FLEET = os.environ.get("COSERVE_TEST_FLEET")
 _SETTINGS = ("--dtype", "float32", "--threads", "1", "--kv-cache-memory-bytes", str(32 << 20), "--max-file-bytes", str(4 << 20))
 
 
@@ -77,6 +85,19 @@ _PATH = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.envir
 """Some programs of tests are in tests/: the engine's process must find them too."""
 
 
+def fleet_options(data_dir: Path) -> list[str]:
+    """Options of a fleet over a database and a store of the data directory's own; none without COSERVE_TEST_FLEET."""
+    if FLEET is None:
+        return []
+    url = make_url(FLEET)
+    name = f"test_{zlib.crc32(str(data_dir).encode())}"
+    with psycopg.connect(url.render_as_string(hide_password=False), autocommit=True) as connection:
+        if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", (name,)).fetchone() is None:
+            connection.execute(f"CREATE DATABASE {name}")
+    database = url.set(database=name).render_as_string(hide_password=False)
+    return ["--replicas", "2", "--database-url", database, "--store", str(data_dir / "store")]
+
+
 class RunningServer:
     """One server. url: without /v1; log: what it has printed."""
 
@@ -87,7 +108,7 @@ class RunningServer:
         with self._log_path.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *program, "serve", str(model), "--port", "0", "--data-dir", str(data_dir), *_SETTINGS,
-                 *options],
+                 *fleet_options(data_dir), *options],
                 stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _PATH},
             )
         try:

@@ -170,71 +170,58 @@ def test_a_cluster_without_tokens_is_refused(monkeypatch: pytest.MonkeyPatch, ca
             open_to_all.shutdown()
 
 
-def test_a_command_with_a_ray_of_its_own(tmp_path: Path) -> None:
-    """It starts, takes one more, ends at SIGTERM in order; at kill -9 nothing is left."""
+def test_nothing_is_left_of_a_command_that_is_killed(tmp_path: Path) -> None:
+    """With a Ray of its own."""
     program = (
-        "import sys, functools\n"
+        "import functools\n"
         "from coserve.cli import fleet, main\n"
         "from coserve.server.replicas import raycluster\n"
         f"fleet.RayFleet = functools.partial(raycluster.RayFleet, module={FAKE!r})\n"
         "main.main()\n"
     )
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": str(SOURCE)}
-    flags = ["serves", "--database-url", "postgresql://h/d", "--store", str(tmp_path), "--device", "cpu", "--threads", "1"]
-
-    def start(replicas: int) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", program, "serve", *flags, "--replicas", str(replicas)], env=env, text=True, cwd=tmp_path,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )
-
-    def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
-        assert process.stdout is not None
-        lines: list[str] = []
-        for line in process.stdout:
-            lines.append(line)
-            if text in line:
-                return lines
-        raise AssertionError("".join(lines))
-
-    def children(lines: list[str]) -> list[int]:
-        return [int(found) for found in re.findall(r"with child (\d+)", "".join(lines))]
-
-    with start(1) as process:
-        lines = read_until(process, "all 1 replicas and the ingress are ready")
-        if len(os.sched_getaffinity(0)) > 1:
-            process.send_signal(signal.SIGTTIN)
-            lines += read_until(process, "all 2 replicas")
-        os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C
-        lines += read_until(process, "ingress: drained")
-        lines += read_until(process, "replica 1: drained")
-        assert process.wait(30) == 0
-        assert not any(map(is_alive, children(lines)))
-    with start(1) as process:
-        lines = read_until(process, "are ready")
+    command = [
+        sys.executable, "-c", program, "serve", "serves", "--database-url", "postgresql://h/d", "--store", str(tmp_path),
+        "--device", "cpu", "--threads", "1", "--replicas", "1",
+    ]
+    log = tmp_path / "log"
+    with log.open("wb") as output, subprocess.Popen(
+        command, env=own_ray(), stdout=output, stderr=output, cwd=tmp_path
+    ) as process:
+        wait_for(lambda: "all 1 replicas and the ingress are ready" in log.read_text(), process, log)
         process.kill()
-        limit = time.monotonic() + 20
-        while any(map(is_alive, children(lines))):
-            assert time.monotonic() < limit
-            time.sleep(0.05)
+    children = [int(found) for found in re.findall(r"with child (\d+)", log.read_text())]
+    limit = time.monotonic() + 20
+    while any(map(is_alive, children)):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    assert len(children) == 2
+
+
+def own_ray() -> dict[str, str]:
+    """The environment of a command that starts a Ray."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": str(SOURCE)}
 
 
 def test_real_replicas_behind_one_address(tmp_path: Path, postgres_url: str) -> None:
-    """The whole command on a Ray of its own: requests are answered, also after a replica was killed, and all ends in order."""
+    """The whole command on a Ray of its own: requests are answered, also after a replica was killed; there is one more on a
+    signal; all ends in order at a terminal's Ctrl-C."""
     model = build_tiny_directory(tmp_path / "model")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [
-        sys.executable, "-m", "coserve", "serve", str(model), "--replicas", "2", "--database-url", postgres_url,
+        sys.executable, "-m", "coserve", "serve", str(model), "--replicas", "1", "--database-url", postgres_url,
         "--store", str(tmp_path / "store"), "--data-dir", str(tmp_path / "data"), "--device", "cpu", "--dtype", "float32",
         "--threads", "1", "--port", str(port), "--api-key", "k", "--kv-cache-memory-bytes", str(64 << 20),
     ]
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("there is one processor")
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": str(SOURCE)}
     log = tmp_path / "log"
-    with log.open("wb") as output, subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT) as process:
+    with log.open("wb") as output, subprocess.Popen(
+        command, env=own_ray(), stdout=output, stderr=output, start_new_session=True
+    ) as process:
         try:
+            wait_for(lambda: "fleet Ray" in log.read_text(), process, log)
+            process.send_signal(signal.SIGTTIN)
             wait_for(lambda: "all 2 replicas and the ingress are ready" in log.read_text(), process, log)
             text = complete(port, str(model))
             engines = engines_below(process.pid)
@@ -243,7 +230,7 @@ def test_real_replicas_behind_one_address(tmp_path: Path, postgres_url: str) -> 
             assert complete(port, str(model)) == text
             assert not is_alive(engines[0])
             wait_for(lambda: log.read_text().count("2 of 2 replicas are ready") == 2, process, log)
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT)
             assert process.wait(60) == 0, log.read_text()
             assert not is_alive(engines[1])
         finally:

@@ -58,14 +58,9 @@ _ASK_S = 10.0
 """Seconds until a host that has not answered is said to be lost, or to be waited for."""
 _END_S = 5.0
 """Seconds that processes get to end beyond those that they are allowed."""
-_PROBE = (
-    "import ray, sys\n"
-    "try: ray.init(address=sys.argv[1], log_to_driver=False, logging_level='CRITICAL', configure_logging=False)\n"
-    "except BaseException: sys.exit(0)\n"
-    "sys.exit(7)"
-)
-"""Joins a cluster without a token. The exit code is 7 if it could."""
-_JOINED = 7
+_PROBE = ("-m", "ray.scripts.scripts", "health-check", "--address")
+"""Asks a cluster whether it is well. Without a token that must fail, for the reason of `_REFUSAL`."""
+_REFUSAL = b"AuthenticationError"
 _PROBE_S = 60.0
 _log = logging.getLogger(__name__)
 
@@ -206,20 +201,23 @@ class RayFleet:
             raise ConfigError(f"ray_address: {where}: {one_line(error, 600)}", param="ray_address") from error
 
     def _check_asks_for_token(self, address: str) -> None:
-        """Raises ConfigError if the cluster takes a command that has no token. That this command has one says nothing: a
+        """Raises ConfigError unless the cluster refuses a question without a token. That this command has one says nothing: a
         cluster without authentication takes it too."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         try:
             done = subprocess.run(
-                [sys.executable, "-c", _PROBE, address], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, timeout=_PROBE_S, check=False,
+                [sys.executable, *_PROBE, address], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, timeout=_PROBE_S, check=False,
             )
-        except subprocess.TimeoutExpired:  # it got no answer
-            return
-        require(done.returncode != _JOINED, "ray_address", (
+        except subprocess.TimeoutExpired as error:
+            raise ConfigError(f"ray_address: the Ray cluster at {address} doesn't answer", param="ray_address") from error
+        require(done.returncode != 0, "ray_address", (
             f"the Ray cluster at {address} takes commands without a token: set RAY_AUTH_MODE=token where `ray start` runs, on "
             "each machine, and start it again"))
+        last = done.stdout.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        require(_REFUSAL in done.stdout, "ray_address",
+                f"whether the Ray cluster at {address} asks for a token can't be told: {last}")
 
     def _machines(self) -> list[Machine]:
         alive = [(node, node["Resources"]) for node in self._ray.nodes() if node["Alive"]]
