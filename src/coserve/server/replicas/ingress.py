@@ -18,7 +18,7 @@ from random import Random
 from coserve.core import CapacityError, CoserveError
 from coserve.runtime.loaded import find_model
 from coserve.server.app import KEYS_VARIABLE, create_app, index_url, load_tokenizer, open_helpers
-from coserve.server.index.database import Database
+from coserve.server.index.database import Database, PostgresLimits
 from coserve.server.index.store import Store
 from coserve.server.listen import HttpServer, allow_many_files, bind, keep_loop_free
 from coserve.server.records import new_id
@@ -78,10 +78,9 @@ async def open_fleet(
     id = new_id("ingress")
     async with AsyncExitStack() as stack:
         scratch = stack.enter_context(scratch_directory(config.data_dir.absolute(), id))
-        store = Store(index_url(config))
-        stack.callback(store.close)
-        database = Database(index_url(config))
+        database = Database(index_url(config), PostgresLimits())
         stack.callback(database.close)
+        store = Store(database)
         members = Members(database)
         artifacts = await asyncio.to_thread(open_store, str(config.store), scratch / "cache", cache_bytes=CACHE_BYTES)
         tenants = Tenants(store, [*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])

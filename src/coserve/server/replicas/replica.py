@@ -19,7 +19,7 @@ import zmq.asyncio
 
 from coserve.core import CapacityError, ConfigError, CoserveError
 from coserve.server.app import index_url
-from coserve.server.index.database import Database
+from coserve.server.index.database import Database, PostgresLimits
 from coserve.server.index.store import Store
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.locks import hold, make_private
@@ -114,7 +114,7 @@ async def run_replica(
     async with AsyncExitStack() as stack:
         scratch = stack.enter_context(scratch_directory(config.data_dir.absolute(), id))
         own = dataclasses.replace(config, data_dir=scratch, lora_modules=())
-        database = Database(index_url(config))
+        database = Database(index_url(config), PostgresLimits())
         stack.callback(database.close)
         members = Members(database)
         artifacts = await asyncio.to_thread(open_store, str(config.store), scratch / "cache", cache_bytes=CACHE_BYTES)
@@ -123,8 +123,7 @@ async def run_replica(
         await engine.supervisor.start()
         cache = AdapterCache(engine, artifacts)
         stack.push_async_callback(cache.close)
-        store = Store(index_url(config))
-        stack.callback(store.close)
+        store = Store(database)
         context: zmq.asyncio.Context = zmq.asyncio.Context()
         stack.callback(context.destroy, linger=0)
         keys, known = KeyPair.make(), KnownKeys(members)
@@ -140,7 +139,7 @@ async def run_replica(
         stack.push_async_callback(help.stop)
         jobs = ReplicaJobs(
             index=store, artifacts=artifacts, engine=engine, config=own, replica=id, scratch=scratch / "jobs",
-            headroom=lambda: link.headroom / (1 + len(jobs.held)), help=help,
+            headroom=lambda: link.headroom, help=help,
         )
         door = Door(context, lambda key: asyncio.to_thread(known, key))
         door.start()
