@@ -16,13 +16,14 @@ import typer
 
 from coserve.cli.main import app
 from coserve.cli.vllmflags import FLAGS
+from coserve.cluster.router import Router
 from coserve.config.settings import POLICIES, FinetuneConfig
 from coserve.core import Slo
 from coserve.server.inference import fields, protocol
 from coserve.server.jobs.body import SETTINGS
 from coserve.server.responses.body import RESPONSES, CreateResponse
 from coserve.server.settings import ServerConfig, read_settings
-from coserve.server.stats.metrics import ServerMetrics, ServerState
+from coserve.server.stats.metrics import FleetState, ServerMetrics, ServerState
 from tests.commands import config_of
 
 ROOT = Path(__file__).parents[2]
@@ -303,6 +304,8 @@ def test_metrics_are_listed_as_they_are() -> None:
     metrics.judge(metrics.objectives(), 9.0, 0.1, 0.1, failed=False)
     metrics.rejected("capacity")
     text = metrics.expose({**STATS, "time_s": 9.0}, ServerState(ready=True)).decode()
+    fleet = FleetState({"replica-1": STATS}, [], Router().summary(0.0)._asdict())
+    text += metrics.expose({**STATS, "time_s": 9.0}, ServerState(ready=True, fleet=fleet)).decode()
     exposed = {name for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE) if not name.endswith("_created")}
     named = {found for page in PAGES for found in re.findall(r"`(coserve_[a-z0-9_]+)", page.read_text(encoding="utf-8"))}
     assert named <= exposed, named - exposed

@@ -54,6 +54,7 @@ _VLLM = frozenset((
     "request_prefill_time_seconds", "request_decode_time_seconds", "request_inference_time_seconds", "request_prompt_tokens",
     "request_generation_tokens", "request_max_num_generation_tokens", "request_params_n", "request_params_max_tokens",
 ))
+_SIGNAL_COUNTERS = ("chosen", "refused")
 _VLLM_REASONS = {"cancelled": "abort"}
 
 Labels = Mapping[str, str]
@@ -133,7 +134,11 @@ def fleet_families(
     yield _gauge("replicas", "Replicas that this ingress knows, by state.", labels,
                  {name: float(count) for name, count in states.items()}, "state")
     for name, value in signals.items():
-        yield _gauge(f"fleet_{name}", "A signal for autoscaling; see docs/operations.md.", labels, {"": value})
+        if name in _SIGNAL_COUNTERS:
+            yield _counter(f"fleet_{name}", "Requests that this ingress has sent or refused.", labels, value)
+        else:
+            shown = f"{name.removesuffix('_s')}_seconds" if name.endswith("_s") else name
+            yield _gauge(f"fleet_{shown}", "A signal for autoscaling; see docs/operations.md.", labels, {"": value})
 
 
 def _prediction_families(labels: Labels, errors: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:
