@@ -305,3 +305,13 @@ def test_random_faults_lose_and_repeat_nothing(fleet: Fleet, way: CutWay, store:
     for id, seed in disturbed.items():
         assert client.job(id)["status"] == "succeeded", (begun, client.job(id))
         assert client.losses(id) == expected[seed], (begun, "each step once, and the same losses to the last bit")
+
+
+def test_a_store_that_has_vanished_is_refused_at_the_start(fleet: Fleet) -> None:
+    client = Client(fleet)
+    sent = client.http.post(f"{fleet.url}/v1/files", files={"file": ("train.jsonl", DATA)}, data={"purpose": "fine-tune"})
+    assert sent.status_code == 200, sent.text
+    fleet.settings["store"] = str(fleet.root / "another")
+    late = fleet.add_replica()
+    assert late.process.wait(60) == 2, late.log
+    assert "ERROR engine store: " in late.log and "Traceback" not in late.log, late.log

@@ -114,6 +114,11 @@ class Store:
         with self.database.read() as connection:
             return int(connection.execute(select(func.count()).select_from(files).where(files.c.tenant == tenant)).scalar_one())
 
+    def names_files(self) -> bool:
+        """Whether any file is listed, whose bytes must then be somewhere."""
+        with self.database.read() as connection:
+            return connection.execute(select(files.c.id).limit(1)).first() is not None
+
     def all_files(self) -> list[FileRecord]:
         """Files of all tenants, oldest first."""
         return self._find(FileRecord, select(files).order_by(files.c.created_at, files.c.seq))

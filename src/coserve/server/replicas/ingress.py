@@ -82,7 +82,9 @@ async def open_fleet(
         stack.callback(database.close)
         store = Store(database)
         members = Members(database)
-        artifacts = await asyncio.to_thread(open_store, str(config.store), scratch / "cache", cache_bytes=CACHE_BYTES)
+        artifacts = await asyncio.to_thread(
+            open_store, str(config.store), scratch / "cache", cache_bytes=CACHE_BYTES, create=not store.names_files()
+        )
         tenants = Tenants(store, [*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
         model = await asyncio.to_thread(find_model, config.model, device="cpu", report=report)
         tokenizer = await load_tokenizer(config, model.directory)
