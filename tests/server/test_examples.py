@@ -17,7 +17,7 @@ from coserve.peft.lora import LoraAdapter
 from tests.default_model import needs_default_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-pytestmark = [pytest.mark.full, needs_default_model]
+pytestmark = [pytest.mark.full, pytest.mark.alone, needs_default_model]
 
 
 def output_of(name: str, *arguments: str, seconds: float = 840.0) -> str:
