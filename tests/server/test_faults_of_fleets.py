@@ -282,8 +282,8 @@ def test_random_faults_lose_and_repeat_nothing(fleet: Fleet, way: CutWay, store:
         filler.unlink()
 
     kinds: list[Callable[[], None]] = [
-        kill_replica, freeze_replica, cut_database, kill_ingress, kill_engine, drain_replica,
-        *([fill_store] if store else []), *([cut_network] if fleet.network else []),
+        *([cut_network] if fleet.network else []), kill_replica, freeze_replica, cut_database, kill_ingress, kill_engine,
+        drain_replica, *([fill_store] if store else []),
     ]
     begun: list[str] = []
     try:

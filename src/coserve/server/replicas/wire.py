@@ -19,6 +19,9 @@ from zmq.utils.monitor import parse_monitor_message
 _DOMAIN = "*"
 _HEARTBEAT_MS, _DEAD_MS = 1000, 3000
 """ZeroMQ closes a connection on which nothing, not even its own heartbeat, has come for _DEAD_MS."""
+_CONNECT_MS = 2000
+"""How long one try to connect may take. The system's own limit is two minutes, and a try that began while a cable was out would
+wait for all of it."""
 _RECONNECT_MS, _MOST_RECONNECT_MS = 100, 2000
 
 
@@ -83,6 +86,7 @@ def prepare_socket(socket: zmq.asyncio.Socket, keys: KeyPair) -> None:
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _DEAD_MS)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_MS)
 
 
 class ServerSocket:
