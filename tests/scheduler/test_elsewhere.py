@@ -34,16 +34,16 @@ def test_nobody_is_charged_where_nobody_else_waits() -> None:
 
 
 def shares(elsewhere: int) -> dict[str, int]:
-    """Tokens that two tenants get of an engine that both could fill, where one of them gets so many tokens elsewhere in every
-    iteration."""
+    """How many requests end of each of two tenants, whose requests are alike, where one tenant gets so many tokens elsewhere
+    in every iteration."""
     config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, tpot_ms=50, ttft_ms=2000)
     engine = SimulatedEngine(config, LatencyModel(dict(LATENCY)))
-    for number in range(400):
-        engine.submit(60, 4, at=number * 1e-6, tenant="here" if number % 2 else "away")
+    requests = [engine.submit(60, 4, at=number * 1e-6, tenant="here" if number % 2 else "away") for number in range(400)]
     for _ in range(200):
         engine.step()
         engine.scheduler.charge_elsewhere({"away": elsewhere})
-    return dict(engine.scheduler.served_tokens)
+    ended = [one for one in requests if one.finished_s is not None]
+    return {"here": sum(one in ended for one in requests[1::2]), "away": sum(one in ended for one in requests[::2])}
 
 
 def test_who_is_served_elsewhere_gets_less_here_and_not_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

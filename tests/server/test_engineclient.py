@@ -176,7 +176,6 @@ def test_an_engine_reports_its_load_and_charges_tenants(loop: Loop) -> None:
     loop(watch(0.02))
     ids = list(range(3, 43))
     loop.generate(prompt_ids=ids, sampling=GREEDY, tenant="served")
-    loop.wait(lambda: sum(load.served.get("served", 0) for load in loads) == 40 + 11)
     hashes = set(prompt_hashes("served", None, ids, 16))
     loop.wait(lambda: any(hashes <= set(load.prefixes or []) for load in loads))
     loop(watch(0.0))

@@ -33,7 +33,7 @@ def report(**changes: Any) -> EngineReport:
         "queued_prompt_tokens": 0, "running": 0, "waiting": 0, "max_running": 4, "max_waiting": 4, "end_s": 0.0,
         "prefill_s_per_token": 1e-4, "iteration_s": 0.01, "output_s": 0.0, "free_blocks": 1, "num_blocks": 1,
         "block_tokens": 16, "resident": ["a"], "adapter_load_s": 0.1, "prefixes": [2**64 - 1], "headroom": 1.0,
-        "served": {"t": 3}, **changes,
+        **changes,
     }
     return EngineReport(**fields)
 
@@ -49,15 +49,16 @@ def test_messages_travel() -> None:
 
 
 def test_reports_that_wait_become_one() -> None:
-    merged = merge_loads(message(1, served={"t": 3, "u": 1}), message(2, prefixes=None, served={"t": 4}, running=2))
-    assert merged == message(2, prefixes=[2**64 - 1], served={"t": 7, "u": 1}, running=2)
+    merged = merge_loads(message(1), message(2, prefixes=None, running=2))
+    assert merged == message(2, prefixes=[2**64 - 1], running=2)
+    assert merge_loads(message(1), message(2, prefixes=[7])) == message(2, prefixes=[7])
     batch = _Batch()
     for number in range(1, 5):
         batch.add(message(number))
         batch.add(Tokens(id="r", index=0, text="x", token_ids=[number], time_s=0.0))
     tokens, load = map(decode_from_engine, batch.parts())
     assert isinstance(tokens, Tokens) and tokens.token_ids == [1, 2, 3, 4]
-    assert load == message(4, served={"t": 12})
+    assert load == message(4)
 
 
 def test_an_engine_reports_only_while_it_is_asked_to() -> None:

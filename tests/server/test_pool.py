@@ -19,11 +19,12 @@ from coserve.core import InvalidRequest, Slo
 from coserve.server.errors import EngineUnavailable
 from coserve.server.link.messages import AdapterRef, Generate, Ready, Tokens
 from coserve.server.link.streams import RequestStream, StreamMaker
-from coserve.server.replicas import pool as pools
+from coserve.server.replicas import links, pool
 from coserve.server.replicas.members import Member, describe_engine
 from coserve.server.replicas.pool import EnginePool
 from coserve.server.replicas.replicalink import ReplicaLink
 from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
+from coserve.server.stats.fleetstats import merge_stats
 
 INFO = Ready(
     model="m", directory="/nowhere", fingerprint="f", architecture="llama", num_parameters=1, vocab_size=100, max_model_len=100,
@@ -194,15 +195,15 @@ def test_requests_are_spread_and_answered() -> None:
         assert answers == [expected(seed=seed) for seed in range(20)]
         assert all(len(replica.engine.asked) > 3 for replica in site.replicas)
         assert site.pool.info.directory == "/model", "the model's files are looked for on this machine"
-        stats = await site.pool.stats()
-        assert stats == {"running": 2, "memory": {"used": 2, "block_bytes": 4}}
+        stats = await site.pool.stats_by_replica()
+        assert merge_stats(list(stats.values())) == {"running": 2, "memory": {"used": 2, "block_bytes": 4}}
 
     run(2, story)
 
 
 def test_a_request_goes_on_when_its_replica_freezes_and_a_zombie_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "LOST_S", 0.2)
-    monkeypatch.setattr(pools, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(links, "LOST_S", 0.2)
+    monkeypatch.setattr(pool, "LOOK_EVERY_S", 0.02)
 
     async def story(site: Site) -> None:
         stream = site.ask(n=2)
@@ -226,6 +227,45 @@ def test_a_request_goes_on_when_its_replica_freezes_and_a_zombie_says_nothing(mo
     run(2, story)
 
 
+def test_a_request_whose_replicas_are_lost_again_and_again_is_not_taken_for_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "LOST_S", 0.2)
+    monkeypatch.setattr(pool, "LOOK_EVERY_S", 0.02)
+
+    async def story(site: Site) -> None:
+        stream = site.ask(tokens=200)
+        found = [*(await anext(stream)).token_ids]
+        for _ in range(3):
+            frozen = site.busy
+            frozen.freeze()
+            await until(lambda: any(one.link.num_requests for one in site.replicas if one.engine.hold is False))
+        found += [token for chunk in [chunk async for chunk in stream] for token in chunk.token_ids]
+        assert [found] == expected(tokens=200)
+
+    run(4, story)
+
+
+def test_a_request_that_is_cancelled_at_once_never_runs() -> None:
+    async def story(site: Site) -> None:
+        await site.ask().aclose()  # both messages travel as one
+        await collect(site.ask(tokens=2))
+        await asyncio.sleep(0.05)
+        assert len(site.replicas[0].engine.asked) == 1 and not site.replicas[0].link.num_requests
+
+    run(1, story)
+
+
+def test_a_replica_whose_words_cannot_be_read_is_connected_to_anew() -> None:
+    async def story(site: Site) -> None:
+        replica = site.replicas[0]
+        replica.socket.send(next(iter(replica.link._watchers)), b"\xff")
+        await until(lambda: not site.pool.states())
+        site.pool.see([replica.member])
+        await until(lambda: site.pool.ready)
+        assert await collect(site.ask()) == expected()
+
+    run(1, story)
+
+
 def test_an_engine_that_dies_twice_under_a_request_ends_it() -> None:
     async def story(site: Site) -> None:
         for replica in site.replicas:
@@ -238,9 +278,9 @@ def test_an_engine_that_dies_twice_under_a_request_ends_it() -> None:
 
 
 def test_a_lone_replica_that_does_not_come_back_ends_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "LOST_S", 0.1)
-    monkeypatch.setattr(pools, "LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(pools, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(links, "LOST_S", 0.1)
+    monkeypatch.setattr(pool, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(pool, "PATIENCE_S", 0.3)
 
     async def story(site: Site) -> None:
         stream = site.ask()
@@ -278,7 +318,7 @@ def test_a_cancelled_request_ends_on_its_replica_and_one_of_a_lost_ingress_too(m
         stream = site.ask(tokens=10_000)
         await anext(stream)
         busy = site.busy
-        monkeypatch.setattr("coserve.server.replicas.replicalink.WATCH_LIMIT_S", -1.0)
+        monkeypatch.setattr("coserve.server.replicas.replicalink.GREET_LIMIT_S", -1.0)
         busy.link._drop_gone()
         await until(lambda: not busy.link.num_requests)
 

@@ -63,7 +63,7 @@ def client(engine: FakeEngine) -> TestClient:
                SimpleNamespace(status="queued", paused=False)]
     app.state.services = SimpleNamespace(
         watch=engine.watch,
-        engine=engine, fleet=None, store=SimpleNamespace(unfinished_jobs=lambda: records), tenants=FakeTenants(),
+        engine=engine, store=SimpleNamespace(unfinished_jobs=lambda: records), tenants=FakeTenants(),
         metrics=ServerMetrics(ServerConfig(), "tiny", lambda: Slo(tpot_s=0.1, ttft_s=3.0)),
     )
     return TestClient(app)

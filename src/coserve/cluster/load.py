@@ -29,8 +29,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     included, of num_blocks with block_tokens tokens each. resident: the engine's names of the adapters in memory.
     adapter_load_s: what it takes to bring another one there. prefixes: hashes of blocks in the prefix cache (see
     scheduler/prefixhash.py); None: as in the report before. headroom: the share of time that training could have had lately,
-    from 0 to 1. served: tokens served by tenant since the report before, prompts that were computed included. draining: it
-    takes no new requests.
+    from 0 to 1. draining: it takes no new requests.
     """
 
     replica: str = ""
@@ -51,7 +50,6 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     adapter_load_s: float = 0.0
     prefixes: list[int] | None = None
     headroom: float = 0.0
-    served: dict[str, int] = {}
     draining: bool = False
 
 

@@ -10,7 +10,7 @@ makes of them (cluster/).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 from coserve.config.settings import EngineConfig
@@ -50,7 +50,6 @@ class EngineReport(NamedTuple):
     adapter_load_s: float
     prefixes: list[int] | None
     headroom: float
-    served: dict[str, int]
 
 
 class _Since(NamedTuple):
@@ -59,7 +58,6 @@ class _Since(NamedTuple):
     at_s: float
     inference_s: float
     finished: int
-    served: Mapping[str, int]
 
 
 class LoadReporter:
@@ -80,7 +78,7 @@ class LoadReporter:
         self._headroom = 1.0
 
     def report(self) -> EngineReport:
-        """The figures of now, with what has been served since the report before."""
+        """The figures of now; rates are since the report before."""
         now, last = self._clock(), self._last
         counted = self._last = self._count(now)
         past_s = max(now - last.at_s, 1e-6)
@@ -102,14 +100,10 @@ class LoadReporter:
             iteration_s=iteration_s, output_s=output_s, free_blocks=pool.num_free, num_blocks=pool.num_blocks,
             block_tokens=pool.block_tokens, resident=self._adapters.resident, adapter_load_s=self._adapters.load_s,
             prefixes=prefixes, headroom=min(1.0, max(0.0, self._headroom)),
-            served={
-                tenant: tokens - last.served.get(tenant, 0) for tenant, tokens in counted.served.items()
-                if tokens > last.served.get(tenant, 0)
-            },
         )
 
     def _count(self, now: float) -> _Since:
-        return _Since(now, self._busy_s(), self._finished(), dict(self._scheduler.served_tokens))
+        return _Since(now, self._busy_s(), self._finished())
 
     def _count_ends(self, ended: int, past_s: float, *, crowded: bool) -> None:
         if crowded:

@@ -46,8 +46,6 @@ class HybridScheduler:
         self.tenants, self.trainers, self.job_counters = TokenCounters(), TokenCounters(), TokenCounters()
         """What tenants have had for their requests, what tenants have had for their jobs, and what each job has had. Jobs don't
         count against their tenant's requests, since finetuning takes only what inference leaves."""
-        self.served_tokens: Counter[str] = Counter()
-        """What requests of each tenant have had here, in tokens since the start."""
         self._elsewhere = ElsewhereCharges(self.tenants)
         self.admission = Admission(pool, self.tenants)
         self.prompts = PromptPicker(config, latency, self.deadlines, self.admission)
@@ -284,7 +282,6 @@ class HybridScheduler:
                 rows[tenant] = rows.get(tenant, 0) + span.length
         for tenant, count in rows.items():
             self.tenants.charge(tenant, count)
-            self.served_tokens[tenant] += count
         for job, tokens in chosen.tokens.items():
             self.job_counters.charge(job, tokens)
             self.trainers.charge(self.jobs[job].tenant, tokens)

@@ -60,7 +60,6 @@ class Services:
     templates: chat templates of requests; None: requests may bring none.
     grammars: tries the grammars that answers are asked to match.
     watch: the watch over this process; None in tests without a server.
-    fleet: the replicas, where the engine is that of several; None: of a server with its own engine.
     """
 
     config: ServerConfig
@@ -78,7 +77,6 @@ class Services:
     shares: TenantShares = field(default_factory=lambda: TenantShares(ServerConfig()))
     templates: RequestTemplates | None = None
     watch: SelfWatch | None = None
-    fleet: EnginePool | None = None
 
 
 async def get_services(request: Request) -> Services:

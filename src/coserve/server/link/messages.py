@@ -305,11 +305,10 @@ class EngineLoad(Message, frozen=True, kw_only=True):
 
 
 def merge_loads(earlier: EngineLoad, later: EngineLoad) -> EngineLoad:
-    """Two reports that follow one another as one: the later one, with what both have served."""
-    old, new = earlier.load, later.load
-    served = {tenant: old.served.get(tenant, 0) + new.served.get(tenant, 0) for tenant in {**old.served, **new.served}}
-    prefixes = old.prefixes if new.prefixes is None else new.prefixes
-    return EngineLoad(load=msgspec.structs.replace(new, served=served, prefixes=prefixes))
+    """Two reports that follow one another as one: the later one, with the newest prefixes."""
+    if later.load.prefixes is not None:
+        return later
+    return EngineLoad(load=msgspec.structs.replace(later.load, prefixes=earlier.load.prefixes))
 
 
 ToEngine = (

@@ -7,15 +7,12 @@ replica a request goes to (pool.py).
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from random import Random
 
-from coserve.core import CapacityError, CoserveError
 from coserve.runtime.loaded import find_model
 from coserve.server.app import KEYS_VARIABLE, create_app, index_url, load_tokenizer, open_helpers
 from coserve.server.index.database import Database, PostgresLimits
@@ -25,11 +22,11 @@ from coserve.server.records import new_id
 from coserve.server.replicas.artifacts import open_store
 from coserve.server.replicas.desk import JobDesk
 from coserve.server.replicas.files import StoredFiles
-from coserve.server.replicas.members import Member, Members
+from coserve.server.replicas.members import Member, Members, OwnRow
 from coserve.server.replicas.models import ReplicaModels
 from coserve.server.replicas.pool import EnginePool
 from coserve.server.replicas.processhost import SERVES
-from coserve.server.replicas.replica import CACHE_BYTES, scratch_directory
+from coserve.server.replicas.replica import CACHE_BYTES, before, cache_directory, scratch_directory
 from coserve.server.replicas.wire import KeyPair
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services, TenantShares
@@ -38,40 +35,18 @@ from coserve.server.startup import startup_lines
 from coserve.server.stats.metrics import ServerMetrics
 from coserve.server.tenants import Tenants, read_keys
 
-_SEE_EVERY_S = 1.0
-"""Seconds between two looks for replicas that are new or gone."""
-_log = logging.getLogger(__name__)
-
-
-async def _look_for_replicas(pool: EnginePool, members: Members, own: Member) -> None:
-    """Tells the pool of replicas and keeps this ingress's row fresh, until it is cancelled. While the database is away the pool
-    goes on with the replicas that it knows."""
-    while True:
-        with contextlib.suppress(CapacityError):
-            if not await asyncio.to_thread(members.refresh, own.id):
-                await asyncio.to_thread(members.join, own)
-            found = await asyncio.to_thread(members.alive)
-            replicas = [member for member in found if member.kind == "engine"]
-            pool.see(replicas, len(found) - len(replicas))
-        await asyncio.sleep(_SEE_EVERY_S)
-
 
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def _leave(members: Members, id: str) -> None:
-    with contextlib.suppress(CoserveError):  # the row grows old by itself
-        await asyncio.to_thread(members.leave, id)
-
-
 @asynccontextmanager
 async def open_fleet(
-    config: ServerConfig, report: Callable[[str], None], *, host: str = "127.0.0.1", node: str = ""
+    config: ServerConfig, stop: asyncio.Event, report: Callable[[str], None], *, host: str = "127.0.0.1", node: str = ""
 ) -> AsyncIterator[Services]:
     """Starts all services of an ingress, waits for a replica, and stops the services in the reverse order. Raises ConfigError
-    for settings that can't be used.
+    for settings that can't be used, CancelledError if `stop` is set before a replica is ready.
 
     report: takes a line about the start. host, node: as for `run_replica`.
     """
@@ -81,24 +56,24 @@ async def open_fleet(
         database = Database(index_url(config), PostgresLimits())
         stack.callback(database.close)
         store = Store(database)
-        members = Members(database)
         artifacts = await asyncio.to_thread(
-            open_store, str(config.store), scratch / "cache", cache_bytes=CACHE_BYTES, create=not store.names_files()
+            open_store, str(config.store), cache_directory(config), cache_bytes=CACHE_BYTES, create=not store.names_files()
         )
         tenants = Tenants(store, [*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
         model = await asyncio.to_thread(find_model, config.model, device="cpu", report=report)
         tokenizer = await load_tokenizer(config, model.directory)
         keys = KeyPair.make()
         own = Member(id=id, kind="ingress", address="", public_key=keys.public.decode("ascii"), node=node or host, info={})
-        await asyncio.to_thread(members.join, own)
-        stack.push_async_callback(_leave, members, id)
+        own_row = OwnRow(Members(database), lambda: own)
+        await own_row.join()
+        stack.push_async_callback(own_row.leave)
         pool = EnginePool(keys, model.directory, report=report)
         stack.push_async_callback(pool.stop)
         pool.start()
-        looking = asyncio.create_task(_look_for_replicas(pool, members, own))
+        looking = asyncio.create_task(own_row.keep(pool.see))
         stack.push_async_callback(_cancel, looking)
         report("waiting for a replica ...")
-        await pool.wait_ready()
+        await before(stop, pool.wait_ready())
         uploads = StoredFiles(
             artifacts, scratch / "uploads", store, config.max_file_bytes, config.max_tenant_file_bytes, config.max_tenant_files
         )
@@ -118,7 +93,7 @@ async def open_fleet(
         yield Services(
             config=config, engine=pool, tokenizer=tokenizer, store=store, tenants=tenants, files=uploads, jobs=jobs,
             models=models, metrics=metrics, draw_seed=partial(Random(config.seed).getrandbits, 32), work=helpers.work,
-            shares=TenantShares(config), templates=helpers.templates, watch=watch, grammars=helpers.grammars, fleet=pool,
+            shares=TenantShares(config), templates=helpers.templates, watch=watch, grammars=helpers.grammars,
         )
 
 
@@ -132,7 +107,7 @@ async def run_ingress(
     server = HttpServer.of(app, config)
     with bind(config.host, config.port) as listener:
         ended = asyncio.create_task(stop.wait())
-        async with open_fleet(config, report, host=host, node=node) as services:
+        async with open_fleet(config, stop, report, host=host, node=node) as services:
             app.state.services = services
             keep_loop_free()
             server.lines = startup_lines(services, listener.getsockname()[1], [

@@ -40,6 +40,8 @@ def main(kind: str) -> int:
 
     try:
         asyncio.run(serve())
+    except asyncio.CancelledError as error:
+        _log.info("%s", error)
     except (CoserveError, OSError) as error:
         _log.error("%s", error)
         return REFUSED

@@ -1,15 +1,16 @@
 """Who belongs to a fleet: one row per replica and ingress, which it writes itself and refreshes while it lives.
 
-Times are those of the database's clock. Owns: the table of members. Does not own: who is alive from moment to moment (pool.py
+Times are those of the database's clock. Owns: the table of members. Does not own: who is alive from moment to moment (links.py
 hears that on the link itself), leases of jobs (claims.py).
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,12 +18,13 @@ import msgspec
 from sqlalchemy import ColumnElement, Float, delete, extract, func, select, update
 from sqlalchemy import cast as sql_cast
 
+from coserve.core import CapacityError
 from coserve.server.index.database import Database
 from coserve.server.index.tables import members
 from coserve.server.link.messages import Ready
 
-BEAT_EVERY_S = 2.0
-"""Seconds between two refreshes of a member's row."""
+REFRESH_EVERY_S = 1.0
+"""Seconds between two refreshes of a member's row, and between its looks for others."""
 SILENT_S = 15.0
 """A member whose row is older counts as gone."""
 FORGOTTEN_S = 24 * 3600.0
@@ -34,8 +36,7 @@ class Member:
     """A row.
 
     kind: engine or ingress. address: where ingresses connect, tcp://HOST:PORT; '' for an ingress. public_key: CURVE's, as Z85
-    text. node: the machine. info: of a replica, what its engine has said of itself (Ready). seconds: since its last sign of
-    life.
+    text. node: the machine. info: of a replica, what its engine has said of itself (Ready).
     """
 
     id: str
@@ -44,7 +45,6 @@ class Member:
     public_key: str
     node: str
     info: dict[str, Any]
-    seconds: float = 0.0
 
 
 def _now() -> ColumnElement[float]:
@@ -77,11 +77,10 @@ class Members:
 
     def join(self, member: Member) -> None:
         """Adds a row, or replaces it, and deletes those of members long gone."""
-        values = {name: getattr(member, name) for name in ("id", "kind", "address", "public_key", "node", "info")}
         with self._database.write() as connection:
             connection.execute(delete(members).where(members.c.seen_at < _now() - FORGOTTEN_S))
             connection.execute(delete(members).where(members.c.id == member.id))
-            connection.execute(members.insert().values(**values, joined_at=_now(), seen_at=_now()))
+            connection.execute(members.insert().values(**dataclasses.asdict(member), joined_at=_now(), seen_at=_now()))
 
     def refresh(self, id: str, info: dict[str, Any] | None = None) -> bool:
         """The member lives. Returns False if its row is gone. info: what has changed; None: nothing has."""
@@ -94,15 +93,13 @@ class Members:
         with self._database.write() as connection:
             connection.execute(delete(members).where(members.c.id == id))
 
-    def alive(self, kind: Literal["engine", "ingress"] | None = None) -> Sequence[Member]:
-        """Members whose rows are not older than SILENT_S, oldest first. kind: None: of both kinds."""
-        age = _now() - members.c.seen_at
-        query = select(members, age.label("seconds")).where(age < SILENT_S).order_by(members.c.joined_at)
-        if kind is not None:
-            query = query.where(members.c.kind == kind)
+    def alive(self) -> Sequence[Member]:
+        """Members whose rows are not older than SILENT_S, oldest first."""
+        names = [field.name for field in dataclasses.fields(Member)]
+        query = select(*(members.c[name] for name in names)).where(_now() - members.c.seen_at < SILENT_S)
         with self._database.read() as connection:
-            rows = connection.execute(query).mappings().all()
-        return [Member(**{field.name: row[field.name] for field in dataclasses.fields(Member)}) for row in rows]
+            rows = connection.execute(query.order_by(members.c.joined_at)).mappings().all()
+        return [Member(**row) for row in rows]
 
     def knows(self, public_key: str) -> bool:
         """Whether a key is that of a member. Members are remembered for FORGOTTEN_S, also while they are silent."""
@@ -112,24 +109,43 @@ class Members:
 
 
 class KnownKeys:
-    """Keys of members, asked for once each. Any thread may use it."""
+    """Keys of members, each asked for until it is known. Any thread may use it."""
 
     def __init__(self, members: Members) -> None:
-        self._members = members
-        self._known = functools.lru_cache(maxsize=4096)(self._find)
+        self._members, self._known = members, set[str]()
 
     def __call__(self, public_key: str) -> bool:
         """Whether it is a member's key. Raises CapacityError while the database is away and the key isn't known yet."""
-        try:
-            return self._known(public_key)
-        except _UnknownKey:
-            return False
-
-    def _find(self, public_key: str) -> bool:
-        if not self._members.knows(public_key):
-            raise _UnknownKey  # so that it is asked for again
-        return True
+        if public_key not in self._known and self._members.knows(public_key):
+            self._known.add(public_key)
+        return public_key in self._known
 
 
-class _UnknownKey(Exception):
-    """Nobody has this key, yet."""
+class OwnRow:
+    """One process's own row. Belongs to an event loop. row: describes the process as it is now."""
+
+    def __init__(self, members: Members, row: Callable[[], Member]) -> None:
+        self._members, self._row = members, row
+        self._written = row()
+
+    async def join(self) -> None:
+        """Adds the row. Raises CapacityError."""
+        await asyncio.to_thread(self._members.join, self._written)
+
+    async def keep(self, see: Callable[[Sequence[Member]], None]) -> None:
+        """Keeps the row fresh, and tells `see` of all members that live, until this is cancelled. A row that is gone is added
+        again. While the database is away, nobody is told anything."""
+        while True:
+            with contextlib.suppress(CapacityError):
+                row = self._row()
+                changed = None if row.info == self._written.info else row.info
+                if not await asyncio.to_thread(self._members.refresh, row.id, changed):
+                    await asyncio.to_thread(self._members.join, row)
+                self._written = row
+                see(await asyncio.to_thread(self._members.alive))
+            await asyncio.sleep(REFRESH_EVERY_S)
+
+    async def leave(self) -> None:
+        """Deletes the row, if the database takes it; else it grows old by itself."""
+        with contextlib.suppress(CapacityError):
+            await asyncio.to_thread(self._members.leave, self._written.id)

@@ -27,7 +27,7 @@ from coserve.server.link.messages import (
 
 
 class Greeting(Message, frozen=True, kw_only=True):
-    """An ingress lives, and wants to be told of the replica's state. One that has not said so for WATCH_LIMIT_S counts as gone:
+    """An ingress lives, and wants to be told of the replica's state. One that has not said so for GREET_LIMIT_S counts as gone:
     its requests are cancelled."""
 
 
@@ -69,8 +69,10 @@ class Beat(Message, frozen=True, kw_only=True):
 ToReplica = Greeting | Serve | Cancel | Nudge | GetStats | ChargeTenants | Steps
 FromReplica = Beat | Tokens | Failed | Replied
 
-WATCH_EVERY_S, WATCH_LIMIT_S = 1.0, 5.0
+GREET_EVERY_S, GREET_LIMIT_S = 1.0, 5.0
+"""Seconds between two greetings, and after the last one until an ingress counts as gone."""
 BEAT_EVERY_S = 0.1
+"""Seconds between two beats."""
 
 _encoder = msgspec.msgpack.Encoder()
 _to_replica: msgspec.msgpack.Decoder[ToReplica] = msgspec.msgpack.Decoder(ToReplica)

@@ -8,16 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import zmq.asyncio
 
-from coserve.core import CapacityError, ConfigError, CoserveError
+from coserve.core import ConfigError
 from coserve.server.app import index_url
 from coserve.server.index.database import Database, PostgresLimits
 from coserve.server.index.store import Store
@@ -29,8 +28,8 @@ from coserve.server.replicas.artifacts import open_store
 from coserve.server.replicas.files import StoredFiles
 from coserve.server.replicas.helping import JobHelp, ShareFiles
 from coserve.server.replicas.jobs import ReplicaJobs
-from coserve.server.replicas.members import BEAT_EVERY_S, KnownKeys, Member, Members, describe_engine
-from coserve.server.replicas.messages import BEAT_EVERY_S as LOAD_EVERY_S
+from coserve.server.replicas.members import KnownKeys, Member, Members, OwnRow, describe_engine
+from coserve.server.replicas.messages import BEAT_EVERY_S
 from coserve.server.replicas.processhost import SERVES
 from coserve.server.replicas.replicalink import ReplicaLink
 from coserve.server.replicas.replicawire import ReplicaWire
@@ -39,11 +38,15 @@ from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
 from coserve.server.settings import ServerConfig
 
 CACHE_BYTES = 20 << 30
-"""Bytes of fetched files that a process of the fleet keeps on its disk."""
+"""Bytes of fetched files that the processes of a machine keep below their data directory."""
 _LOCK_FILE = "replica.lock"
 _FRESH_S = 60.0
 _LOOK_EVERY_S = 0.1
-_log = logging.getLogger(__name__)
+
+
+def cache_directory(config: ServerConfig) -> Path:
+    """Where copies of the store's files are, which all processes with one data directory share."""
+    return config.data_dir.absolute() / "artifacts"
 
 
 @contextlib.contextmanager
@@ -67,46 +70,38 @@ def scratch_directory(root: Path, id: str) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-class Replica:
-    """One replica's parts, once they have started. id: its member's."""
+async def before(stop: asyncio.Event, work: Awaitable[None]) -> None:
+    """Waits for `work`. Raises CancelledError if `stop` is set first; the work is cancelled then."""
+    starting, ended = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([starting, ended], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            raise asyncio.CancelledError("it was ended before it was ready")
+        starting.result()
+    finally:
+        starting.cancel()
+        ended.cancel()
+        await asyncio.gather(starting, ended, return_exceptions=True)
 
-    def __init__(
-        self, id: str, engine: EngineClient, members: Members, link: ReplicaLink, jobs: ReplicaJobs, help: JobHelp,
-        config: ServerConfig,
-    ) -> None:
-        self.id, self.engine, self.members, self.link, self.jobs, self.help = id, engine, members, link, jobs, help
-        self.config = config
 
-    async def refresh(self, row: Callable[[], Member], see: Callable[[Sequence[Member]], None]) -> None:
-        """Keeps this replica's row fresh until it is cancelled. It is added again if it is gone. see: takes all replicas."""
-        generation = self.engine.generation
-        while True:
-            await asyncio.sleep(BEAT_EVERY_S)
-            changed = self.engine.generation != generation
-            generation = self.engine.generation
-            info = describe_engine(self.engine.info) if changed else None
-            with contextlib.suppress(CapacityError):  # the database is away: the link goes on
-                if not await asyncio.to_thread(self.members.refresh, self.id, info):
-                    await asyncio.to_thread(self.members.join, row())
-                see(await asyncio.to_thread(self.members.alive, "engine"))
-
-    async def drain(self) -> None:
-        """Takes no new requests, hands its jobs over, and gives running requests the time of --shutdown-timeout."""
-        self.link.draining = True
-        self.link.tell()
-        self.help.drain()
-        await self.jobs.drain()
-        limit = time.monotonic() + self.config.shutdown_timeout
-        while self.link.num_requests and time.monotonic() < limit:
-            await asyncio.sleep(_LOOK_EVERY_S)
-        self.engine.fail_requests("this replica is ending")
-        await asyncio.sleep(_LOOK_EVERY_S)  # for the last messages to leave
+async def _drain(link: ReplicaLink, help: JobHelp, jobs: ReplicaJobs, engine: EngineClient, seconds: float) -> None:
+    """Takes no new requests, hands all jobs over, and gives running requests so many seconds."""
+    link.draining = True
+    link.tell()
+    help.drain()
+    await jobs.drain()
+    limit = time.monotonic() + seconds
+    while link.num_requests and time.monotonic() < limit:
+        await asyncio.sleep(_LOOK_EVERY_S)
+    engine.fail_requests("this replica is ending")
+    await asyncio.sleep(_LOOK_EVERY_S)  # for the last messages to leave
 
 
 async def run_replica(
     config: ServerConfig, *, stop: asyncio.Event, report: Callable[[str], None], host: str = "127.0.0.1", node: str = "",
 ) -> None:
-    """Runs a replica until `stop` is set; then it drains. Raises what keeps it from starting.
+    """Runs a replica until `stop` is set; then it drains. Raises what keeps it from starting, CancelledError if `stop` is set
+    before it has started.
 
     report: takes a line about the start. host: this machine's address for the others. node: what this machine is called.
     """
@@ -118,11 +113,11 @@ async def run_replica(
         stack.callback(database.close)
         members, store = Members(database), Store(database)
         artifacts = await asyncio.to_thread(
-            open_store, str(config.store), scratch / "cache", cache_bytes=CACHE_BYTES, create=not store.names_files()
+            open_store, str(config.store), cache_directory(config), cache_bytes=CACHE_BYTES, create=not store.names_files()
         )
         engine = EngineClient(own, report=report)
         stack.push_async_callback(engine.supervisor.stop)
-        await engine.supervisor.start()
+        await before(stop, engine.supervisor.start())
         cache = AdapterCache(engine, artifacts)
         stack.push_async_callback(cache.close)
         context: zmq.asyncio.Context = zmq.asyncio.Context()
@@ -152,11 +147,10 @@ async def run_replica(
         )
         stack.push_async_callback(link.close)
         engine.on_load(link.on_load)
-        engine.watch_load(LOAD_EVERY_S)
-        replica = Replica(id, engine, members, link, jobs, help, config)
+        engine.watch_load(BEAT_EVERY_S)
 
         def see(found: Sequence[Member]) -> None:
-            for gone in wire.see(found):
+            for gone in wire.see([member for member in found if member.kind == "engine"]):
                 links.replica_lost(gone)
 
         def row() -> Member:
@@ -165,29 +159,22 @@ async def run_replica(
                 info=describe_engine(engine.info),
             )
 
-        await asyncio.to_thread(members.join, row())
-        stack.push_async_callback(_leave, members, id)
-        see(await asyncio.to_thread(members.alive, "engine"))
+        own_row = OwnRow(members, row)
+        await own_row.join()
+        stack.push_async_callback(own_row.leave)
         links.start()
         await jobs.start()
         stack.push_async_callback(jobs.stop)
-        tasks = [asyncio.create_task(work) for work in (socket.read(), link.beat(), replica.refresh(row, see))]
+        tasks = [asyncio.create_task(work) for work in (socket.read(), link.beat(), own_row.keep(see))]
         report(f"replica {id}{SERVES}{socket.address}")
         ended = asyncio.create_task(stop.wait())
         try:
             done, _ = await asyncio.wait([ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
             if ended in done:
-                await replica.drain()
+                await _drain(link, help, jobs, engine, config.shutdown_timeout)
             for task in done - {ended}:
                 task.result()  # raises what has ended it
         finally:
             for task in (ended, *tasks):
                 task.cancel()
             await asyncio.gather(ended, *tasks, return_exceptions=True)
-
-
-async def _leave(members: Members, id: str) -> None:
-    with contextlib.suppress(CoserveError):  # the row grows old by itself
-        await asyncio.to_thread(members.leave, id)
-
-

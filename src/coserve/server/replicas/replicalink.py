@@ -36,7 +36,7 @@ from coserve.server.link.messages import (
 from coserve.server.link.streams import RequestStream
 from coserve.server.replicas.messages import (
     BEAT_EVERY_S,
-    WATCH_LIMIT_S,
+    GREET_LIMIT_S,
     Beat,
     Greeting,
     Nudge,
@@ -144,6 +144,7 @@ class ReplicaLink:
             case Greeting():
                 self._watchers.setdefault(peer, _Watcher()).heard_s = time.monotonic()
             case Serve():
+                self._streams[peer, message.generate.id] = None  # at once: a Cancel may be right behind
                 self._begin(self._serve(peer, message))
             case Cancel(id=id):
                 self._cancel(peer, id)
@@ -197,7 +198,6 @@ class ReplicaLink:
     async def _serve(self, peer: bytes, message: Serve) -> None:
         arrived = shift_generate(message.generate, time.monotonic())
         key = (peer, arrived.id)
-        self._streams[key] = None
         try:
             if message.adapter is not None:
                 await self._fetch(message.adapter)
@@ -242,12 +242,11 @@ class ReplicaLink:
             reply = Replied(call=call, value=await self._engine.stats())
         except CoserveError as error:
             reply = Replied(call=call, problem=make_problem(error))
-        with contextlib.suppress(CoserveError):
-            self._tell(peer, reply)
+        self._tell(peer, reply)
 
     def _drop_gone(self) -> None:
         """Cancels the requests of ingresses that have been silent for too long."""
-        limit = time.monotonic() - WATCH_LIMIT_S
+        limit = time.monotonic() - GREET_LIMIT_S
         for peer in [peer for peer, watcher in self._watchers.items() if watcher.heard_s < limit]:
             del self._watchers[peer]
             for key in [key for key in self._streams if key[0] == peer]:

@@ -15,6 +15,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from coserve.server.errors import EngineUnavailable
+from coserve.server.link.engineclient import EngineClient
+from coserve.server.replicas.pool import EnginePool
 from coserve.server.services import Served, Services, Tenant
 from coserve.server.stats.fleetstats import merge_stats
 from coserve.server.stats.metrics import FleetState, ServerState
@@ -24,12 +26,12 @@ _STATS_TIMEOUT_S = 5.0
 """An engine that doesn't answer for so long counts as down in what is shown."""
 
 
-async def _stats(services: Services) -> dict[str, Any] | None:
+async def _stats(engine: EngineClient) -> dict[str, Any] | None:
     """The engine's; None while it is down."""
-    if not services.engine.ready:
+    if not engine.ready:
         return None
     try:
-        return await asyncio.wait_for(services.engine.stats(), _STATS_TIMEOUT_S)
+        return await asyncio.wait_for(engine.stats(), _STATS_TIMEOUT_S)
     except (EngineUnavailable, TimeoutError):
         return None
 
@@ -42,15 +44,15 @@ async def _state(services: Services) -> ServerState:
 
 async def _figures(services: Services) -> tuple[dict[str, Any] | None, ServerState]:
     """The engine's stats, and the rest; of a fleet the stats of all its engines together, and of each."""
-    state = await _state(services)
-    if services.fleet is None:
-        return await _stats(services), state
+    state, engine = await _state(services), services.engine
+    if not isinstance(engine, EnginePool):
+        return await _stats(engine), state
     try:
-        engines = await asyncio.wait_for(services.fleet.stats_by_replica(), _STATS_TIMEOUT_S)
+        engines = await asyncio.wait_for(engine.stats_by_replica(), _STATS_TIMEOUT_S)
     except TimeoutError:
         engines = {}
-    signals = {**services.fleet.signals, "job_backlog": float(state.jobs.get("queued", 0))}
-    fleet = FleetState(engines, services.fleet.states(), signals)
+    signals = {**engine.signals, "job_backlog": float(state.jobs.get("queued", 0))}
+    fleet = FleetState(engines, engine.states(), signals)
     return merge_stats(list(engines.values())) if engines else None, state._replace(fleet=fleet)
 
 
