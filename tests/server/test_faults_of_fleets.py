@@ -36,6 +36,8 @@ STEPS = EPOCHS * LINES // BATCH
 ENDED = ("succeeded", "failed", "cancelled")
 DATA = "".join(json.dumps(line) + "\n" for line in chat_lines(LINES)).encode()
 LEASE_S = 20.0
+STREAM_S = 5.0
+"""Within so many seconds a stream begins, goes on, or ends by an error."""
 AWAY_S = float(os.environ.get("COSERVE_DATABASE_AWAY_S", "12"))
 """How long the database can't be reached."""
 
@@ -299,6 +301,9 @@ def test_random_faults_lose_and_repeat_nothing(fleet: Fleet, way: CutWay, store:
     finally:
         streams.stop()
     assert not streams.wrong, (begun, streams.wrong)
+    print(f"{streams.whole} streams came through, {streams.errors} ended by an error, {streams.broken} connections were cut; "
+          f"the longest wait in a stream was {streams.longest_gap_s:.1f} s")
+    assert streams.longest_gap_s < STREAM_S, (begun, streams.longest_gap_s)
     assert streams.whole, "some streams must have come through"
     disturbed = dict(client.jobs)
     expected = undisturbed(client, set(disturbed.values()))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from coserve.core import ConfigError
+from coserve.server import tenants
 from coserve.server.errors import StorageRefused, Unauthorized
 from coserve.server.index.store import Store
 from coserve.server.tenants import Tenants, digest_key, make_key, read_keys
@@ -145,3 +148,25 @@ def test_while_the_index_is_away_what_was_last_read_counts(
         opened.is_open()
     with pytest.raises(StorageRefused):
         closed.identify(f"Bearer {key}")
+
+
+def test_an_index_that_does_not_answer_holds_up_a_known_key_for_a_moment_only(
+    store: Store, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, record = make_key("alice")
+    opened, closed = Tenants(store, (), clock=clock), Tenants(store, ["a-key"], clock=clock)
+    assert opened.is_open()
+    store.add_key(record)
+    assert closed.identify(f"Bearer {key}") == "alice"
+    answers = threading.Event()
+    monkeypatch.setattr(tenants, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(store, "list_keys", lambda: answers.wait(10) and [])
+    monkeypatch.setattr(store, "find_key", lambda digest: answers.wait(10) and record)
+    clock.now += 30
+    began = time.monotonic()
+    for _ in range(3):
+        assert opened.is_open()
+        assert closed.identify(f"Bearer {key}") == "alice"
+    assert time.monotonic() - began < 2
+    answers.set()
+    assert closed.identify(f"Bearer {key}") == "alice"

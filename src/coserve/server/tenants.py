@@ -15,6 +15,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from coserve.config.values import require
 from coserve.server.errors import StorageRefused, Unauthorized
@@ -26,6 +28,10 @@ _CACHE_S = 1.0
 """Seconds for which a key may still be accepted after another process has revoked it."""
 _AWAY_S = 300.0
 """Seconds for which what was last read counts while the index can't be read: requests go on meanwhile."""
+_PATIENCE_S = 0.5
+"""Seconds that a request waits for the index where an older answer is known."""
+_READERS = 4
+_T = TypeVar("_T")
 _CACHE_SIZE = 1024
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _KEY = re.compile(r"[!-~]+")
@@ -48,6 +54,8 @@ class Tenants:
         self._configured: dict[str, str] = {}
         self._known: dict[str, tuple[float, str]] = {}
         self._open_until = -math.inf
+        self._readers = ThreadPoolExecutor(_READERS, "coserve-keys")
+        self._readings: dict[str, Future[Any]] = {}
         self._closed = bool(api_keys)
         for given in api_keys:
             tenant, key = (DEFAULT_TENANT, given) if isinstance(given, str) else given
@@ -84,10 +92,11 @@ class Tenants:
             return False
         if self._clock() < self._open_until:
             return True
+        known = self._clock() < self._open_until + _AWAY_S
         try:
-            found = self._store.list_keys()
+            found = self._read("", self._store.list_keys, _PATIENCE_S if known else None)
         except StorageRefused:
-            if self._clock() < self._open_until + _AWAY_S:
+            if known:
                 return True
             raise
         if found:
@@ -105,10 +114,11 @@ class Tenants:
             until, tenant = self._known.get(digest, (-math.inf, ""))
         if self._clock() < until:
             return tenant
+        known = self._clock() < until + _AWAY_S
         try:
-            record = self._store.find_key(digest)
+            record = self._read(digest, lambda: self._store.find_key(digest), _PATIENCE_S if known else None)
         except StorageRefused:
-            if self._clock() < until + _AWAY_S:
+            if known:
                 return tenant
             raise
         with self._lock:
@@ -119,6 +129,23 @@ class Tenants:
                 self._known.clear()
             self._known[digest] = (self._clock() + _CACHE_S, record.tenant)
         return record.tenant
+
+
+    def _read(self, what: str, read: Callable[[], _T], patience_s: float | None) -> _T:
+        """Reads from the index, once for all that want the same. Raises StorageRefused, also if there is no answer within
+        patience_s; None: waits for it."""
+        with self._lock:
+            reading = self._readings.get(what)
+            if reading is None or reading.done():
+                reading = self._readings[what] = self._readers.submit(read)
+        try:
+            return reading.result(patience_s)  # one key, one kind of answer
+        except TimeoutError as error:
+            raise StorageRefused("the index's database does not answer; try again") from error
+        finally:
+            with self._lock:
+                if reading.done() and self._readings.get(what) is reading:
+                    del self._readings[what]
 
 
 def make_key(tenant: str) -> tuple[str, KeyRecord]:
