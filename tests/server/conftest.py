@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from tests.tiny_tokenizer import build_tiny_tokenizer
 START_S = 120.0
 _PROGRAM = "from coserve.cli.main import main; main()"
 FLEET = os.environ.get("COSERVE_TEST_FLEET")
+single_server = pytest.mark.skipif(FLEET is not None, reason="is about the processes or files of a single server")
 _SETTINGS = ("--dtype", "float32", "--threads", "1", "--kv-cache-memory-bytes", str(32 << 20), "--max-file-bytes", str(4 << 20))
 
 
@@ -59,12 +60,22 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and those that these have."""
+    return [found for child in children(pid) for found in (child, *descendants(child))]
+
+
 def is_alive(pid: int) -> bool:
     """Whether there is such a process, one that waits to be buried aside."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def processes_of(module: str, pids: Iterable[int]) -> list[int]:
+    """Those of some processes that run a module of this name."""
+    return [pid for pid in pids if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def resident_bytes(pid: int) -> int:
@@ -128,10 +139,17 @@ class RunningServer:
         return self.process.pid
 
     @property
+    def engine_pids(self) -> list[int]:
+        """Of the engines' processes, whichever they are now: one, or one per replica."""
+        if FLEET is not None:
+            return sorted(processes_of("enginemain", descendants(self.pid)))
+        own = children(self.pid)
+        return sorted({*own} - {*processes_of("checkmain", own)})  # some tests have engines of another program
+
+    @property
     def engine_pid(self) -> int:
-        """Of the engine's process, whichever it is now."""
-        (pid,) = [pid for pid in children(self.pid) if b"checkmain" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return pid
+        """Of the engine's process, or of one replica's."""
+        return self.engine_pids[0]
 
     @property
     def is_ready(self) -> bool:

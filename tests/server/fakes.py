@@ -167,6 +167,9 @@ class FakeModels:
                 return model
         raise NotFound(f"model: there is no {name!r}", param="model")
 
+    async def resolve(self, tenant: str, name: str) -> ServedModel:
+        return self.find(tenant, name)
+
     async def prepare(self, tenant: str, name: str) -> ServedModel:
         self.prepared.append(name)
         return self.find(tenant, name)

@@ -16,7 +16,7 @@ import httpx
 
 from coserve.server.replicas.setup import FleetSetup, write_setup
 from coserve.server.settings import ServerConfig, read_settings
-from tests.server.conftest import children, wait_until
+from tests.server.conftest import children, processes_of, wait_until
 
 START_S = 300.0
 """Several processes start at once, each of which imports for seconds."""
@@ -105,8 +105,7 @@ class FleetProcess:
     @property
     def engine_pid(self) -> int | None:
         """Of a replica's engine process, if there is one now."""
-        found = [pid for pid in children(self.pid) if b"enginemain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return found[0] if found else None
+        return next(iter(processes_of("enginemain", children(self.pid))), None)
 
     def send(self, number: signal.Signals, *, family: bool = False) -> None:
         """A signal to it; family: to its engine too."""

@@ -108,7 +108,7 @@ def test_a_client(case: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.full
 def test_a_client_that_is_killed_while_it_reads_a_call(server: RunningServer) -> None:
     """Its request ends with it, and the engine goes on."""
-    engine = server.engine_pid
+    engine = server.engine_pids
     with subprocess.Popen(
         [sys.executable, "-c", LEAVER, f"{server.url}/v1", server.model_name], stdout=subprocess.PIPE, text=True
     ) as client:
@@ -122,7 +122,7 @@ def test_a_client_that_is_killed_while_it_reads_a_call(server: RunningServer) ->
     }
     reply = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).json()
     assert reply["choices"][0]["finish_reason"] == "tool_calls"
-    assert server.engine_pid == engine
+    assert server.engine_pids == engine
 
 
 def _running(server: RunningServer) -> int:

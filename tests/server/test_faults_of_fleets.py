@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
+from psycopg import sql
 
 from tests.server.conftest import wait_until
 from tests.server.fleets import Fleet, Network
@@ -164,10 +166,13 @@ class Streams:
 
     def __init__(self, client: Client, count: int = 3, tokens: int = 200) -> None:
         self.url, self.model, self.tokens = client.fleet.url, client.model, tokens
-        self.expected = {prompt: client.complete(prompt, self.model, tokens) for prompt in ("abc", "hello", "x y z")}
-        self.whole = self.errors = self.broken = 0
+        prompts = ("abc " * 12, "hello " * 10, "x y z")  # longer than a block of the prefix cache, and shorter
+        self.expected = {prompt: client.complete(prompt, self.model, tokens) for prompt in prompts}
+        self.whole = self.broken = 0
+        self.errors: list[tuple[str, str]] = []
         self.wrong: list[str] = []
-        self.longest_gap_s = 0.0
+        self.fault = "none yet"
+        self.longest_gap = 0.0, ""  # in seconds, and behind which fault
         self._end = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(count)]
         for thread in self._threads:
@@ -194,22 +199,21 @@ class Streams:
         text, failed, last = "", False, time.monotonic()
         with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=30) as response:
             if response.status_code != 200:
-                response.read()
-                self.errors += 1
+                self.errors.append((self.fault, response.read().decode()))
                 time.sleep(0.5)
                 return
             for line in response.iter_lines():
                 now = time.monotonic()
-                self.longest_gap_s, last = max(self.longest_gap_s, now - last), now
+                self.longest_gap, last = max(self.longest_gap, (now - last, self.fault)), now
                 if not line.startswith("data: {"):
                     continue
                 event = json.loads(line.removeprefix("data: "))
                 if "error" in event:
+                    self.errors.append((self.fault, line))
                     failed = True
                 elif event["choices"]:
                     text += event["choices"][0]["text"]
         if failed:
-            self.errors += 1
             right = self.expected[prompt].startswith(text)
         else:
             self.whole += 1
@@ -226,7 +230,9 @@ def undisturbed(client: Client, seeds: set[int]) -> dict[int, list[tuple[int, fl
 
 
 @pytest.mark.timeout(900 + 120 * FAULTS)
-def test_random_faults_lose_and_repeat_nothing(fleet: Fleet, way: CutWay, store: Path | None) -> None:
+def test_random_faults_lose_and_repeat_nothing(
+    fleet: Fleet, way: CutWay, store: Path | None, postgres_url: str
+) -> None:
     draw = random.Random(SEED)
     client = Client(fleet)
     streams = Streams(client)
@@ -256,6 +262,28 @@ def test_random_faults_lose_and_repeat_nothing(fleet: Fleet, way: CutWay, store:
         time.sleep(LEASE_S + 5)
         frozen.send(signal.SIGCONT, family=True)
 
+    def freeze_engine() -> None:
+        pid = draw.choice(fleet.replicas).engine_pid
+        if pid is not None:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(LEASE_S)
+            os.kill(pid, signal.SIGCONT)
+
+    def make_database_read_only() -> None:
+        """As when its disk is full, or another server has become the primary one."""
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            set_default = sql.SQL("ALTER DATABASE {} {} default_transaction_read_only").format
+            name = sql.Identifier(connection.info.dbname)
+            end_others = (
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
+                "AND pid <> pg_backend_pid()"
+            )
+            connection.execute(sql.SQL("{} = on").format(set_default(name, sql.SQL("SET"))))
+            connection.execute(end_others)
+            time.sleep(AWAY_S)
+            connection.execute(set_default(name, sql.SQL("RESET")))
+            connection.execute(end_others)
+
     def drain_replica() -> None:
         leaving = draw.choice(fleet.replicas)
         fleet.add_replica(leaving.network)
@@ -284,8 +312,8 @@ def test_random_faults_lose_and_repeat_nothing(fleet: Fleet, way: CutWay, store:
         filler.unlink()
 
     kinds: list[Callable[[], None]] = [
-        *([cut_network] if fleet.network else []), kill_replica, freeze_replica, cut_database, kill_ingress, kill_engine,
-        drain_replica, *([fill_store] if store else []),
+        *([cut_network] if fleet.network else []), kill_replica, freeze_replica, cut_database, kill_engine, freeze_engine,
+        make_database_read_only, kill_ingress, drain_replica, *([fill_store] if store else []),
     ]
     begun: list[str] = []
     try:
@@ -295,15 +323,17 @@ def test_random_faults_lose_and_repeat_nothing(fleet: Fleet, way: CutWay, store:
             time.sleep(draw.uniform(0, 3))
             fault = draw.choice(kinds) if number >= len(kinds) else kinds[number]
             begun.append(fault.__name__)
+            streams.fault = f"{number}: {fault.__name__}"
             fault()
             wait_until(lambda: len(fleet.ready) == 2, 120)
         wait_until(lambda: not client.unfinished(), 300)
     finally:
         streams.stop()
     assert not streams.wrong, (begun, streams.wrong)
-    print(f"{streams.whole} streams came through, {streams.errors} ended by an error, {streams.broken} connections were cut; "
-          f"the longest wait in a stream was {streams.longest_gap_s:.1f} s")
-    assert streams.longest_gap_s < STREAM_S, (begun, streams.longest_gap_s)
+    print(f"{streams.whole} streams came through, {len(streams.errors)} ended by an error, "
+          f"{streams.broken} connections were cut")
+    print("the longest wait in a stream:", *streams.longest_gap, *streams.errors, sep="\n")
+    assert streams.longest_gap[0] < STREAM_S, (begun, streams.longest_gap)
     assert streams.whole, "some streams must have come through"
     disturbed = dict(client.jobs)
     expected = undisturbed(client, set(disturbed.values()))

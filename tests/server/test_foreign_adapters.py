@@ -310,7 +310,7 @@ def complete(server: RunningServer, model: str) -> httpx.Response:
 
 
 def test_a_running_server_is_not_harmed(server: RunningServer) -> None:
-    engine = server.engine_pid
+    engine = server.engine_pids
     for number, (write, reason) in enumerate(BAD.values()):
         write(server.data_dir / "foreign" / str(number))
         refused = load(server, f"bad-{number}", f"foreign/{number}")
@@ -324,7 +324,7 @@ def test_a_running_server_is_not_harmed(server: RunningServer) -> None:
     assert taken.status_code == 200 and taken.text.startswith("Success: LoRA adapter 'slow' added successfully\nWarning: ")
     assert "c_attn" in taken.text and "matches no module" in taken.text
     assert complete(server, "slow").status_code == 200 and complete(server, server.model_name).status_code == 200
-    assert time.monotonic() - began < 30 and server.engine_pid == engine
+    assert time.monotonic() - began < 30 and server.engine_pids == engine
     (server.data_dir / "foreign/slow/adapter_model.safetensors").write_bytes(b"gone")
     assert complete(server, "slow").status_code == 200
     httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": "slow"}, timeout=60).raise_for_status()

@@ -4,19 +4,21 @@ of this process over real sockets; their engines are played."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import zmq.asyncio
 
 from coserve.cluster.load import Load
 from coserve.config.settings import SamplingConfig
-from coserve.core import InvalidRequest, Slo
-from coserve.server.errors import EngineUnavailable
+from coserve.core import CapacityError, CoserveError, InvalidRequest, Slo
+from coserve.scheduler.prefixhash import prompt_hashes
+from coserve.server.errors import EngineUnavailable, StorageRefused
 from coserve.server.link.messages import AdapterRef, Generate, Ready, Tokens
 from coserve.server.link.streams import RequestStream, StreamMaker
 from coserve.server.replicas import links, pool
@@ -39,13 +41,17 @@ def token(seed: int, position: int) -> int:
 
 
 class PlayedEngine:
-    """Gives a token every pace_s, from what was emitted on. hold: gives none. broken: every request fails by it."""
+    """Gives a token every pace_s, from what was emitted on. hold: gives none. broken: every request is refused by it.
+    fate: every request fails by it once it was taken. num_refused: how many were refused."""
 
     def __init__(self) -> None:
         self.ready, self.info, self.generation = True, INFO, 1
         self.supervisor = SimpleNamespace(num_restarts=0, trouble=None)
         self.asked: list[Generate] = []
-        self.pace_s, self.hold, self.broken = 0.002, False, None
+        self.pace_s, self.hold, self.num_refused = 0.002, False, 0
+        self.broken: CoserveError | None = None
+        self.fate: CoserveError | None = None
+        self.streams: list[RequestStream] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def stats(self) -> dict[str, Any]:
@@ -53,13 +59,32 @@ class PlayedEngine:
 
     def relay(self, message: Generate, make: StreamMaker) -> RequestStream:
         if self.broken is not None:
+            self.num_refused += 1
             raise self.broken
         self.asked.append(message)
         stream = make(message.id, message.sampling.n, lambda _: None)
+        self.streams.append(stream)
+        if self.fate is not None:
+            asyncio.get_running_loop().call_soon(stream.fail, self.fate)
+            return stream
         task = asyncio.get_running_loop().create_task(self._run(message, stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return stream
+
+    def die(self) -> None:
+        """Fails all requests, and refuses those that follow, as while another process starts."""
+        self.broken = EngineUnavailable("the engine process is being started again")
+        for stream in self.streams:
+            if not stream.ended:
+                stream.fail(EngineUnavailable("the engine process died"))
+
+    def end_cancelled(self) -> None:
+        """Ends all requests as an engine does that ends by itself: the last tokens come with the end."""
+        for message, stream in zip(self.asked, self.streams, strict=True):
+            if not stream.ended:
+                stream.push(Tokens(id=message.id, index=0, text="last", token_ids=[96], finish_reason="cancelled", time_s=0.0))
+        self.broken = EngineUnavailable("the engine ends")
 
     async def _run(self, message: Generate, stream: RequestStream) -> None:
         most = message.sampling.max_tokens
@@ -81,13 +106,15 @@ class PlayedEngine:
 class Played:
     """One replica."""
 
-    def __init__(self, context: zmq.asyncio.Context, knows: Callable[[str], Awaitable[bool]], number: int) -> None:
-        del knows
+    def __init__(self, context: zmq.asyncio.Context, number: int, info: Ready = INFO) -> None:
         self.engine, self.keys, self.nudged = PlayedEngine(), KeyPair.make(), list[str]()
         self.ensured: list[AdapterRef] = []
+        self.load, self.missing = LOAD, False
 
         async def ensure(ref: AdapterRef) -> None:
             self.ensured.append(ref)
+            if self.missing:  # as when the store doesn't answer
+                await asyncio.Event().wait()
 
         self.socket = ServerSocket(context, "127.0.0.1", self.keys, lambda peer, data: self.link.on_message(peer, data))
         engine: Any = self.engine
@@ -96,15 +123,16 @@ class Played:
         )
         self.member = Member(
             id=f"replica-{number}", kind="engine", address=self.socket.address, public_key=self.keys.public.decode(),
-            node="here", info=describe_engine(INFO),
+            node="here", info=describe_engine(info),
         )
+        self.number = 0
         self.reader = asyncio.create_task(self.socket.read())
         self.beater = asyncio.create_task(self._beat())
 
     async def _beat(self) -> None:
         while True:
-            self.link.on_load(LOAD)
-            self.link.tell()
+            self.number += 1
+            self.link.on_load(msgspec.structs.replace(self.load, number=self.number))
             await asyncio.sleep(0.02)
 
     def freeze(self) -> None:
@@ -130,36 +158,45 @@ class Site:
     def __init__(self) -> None:
         self.replicas: list[Played] = []
         self.lines: list[str] = []
+        self.away = False  # the database by which keys are known
 
     async def open(self, stack: AsyncExitStack, count: int) -> None:
         context: zmq.asyncio.Context = zmq.asyncio.Context()
         stack.callback(context.destroy, linger=0)
-        keys = KeyPair.make()
+        self.keys, self.context = KeyPair.make(), context
 
         async def knows(key: str) -> bool:
-            return key == keys.public.decode()
+            if self.away:
+                raise StorageRefused("the index's database can't be reached; try again")
+            return key == self.keys.public.decode()
 
         door = Door(context, knows)
         door.start()
         stack.callback(door.stop)
-        self.pool = EnginePool(keys, Path("/model"), report=self.lines.append)
+        self.pool = EnginePool(self.keys, Path("/model"), report=self.lines.append)
         stack.push_async_callback(self.pool.stop)
         for number in range(count):
-            replica = Played(context, knows, number)
+            replica = Played(context, number)
             self.replicas.append(replica)
             stack.push_async_callback(replica.close)
         self.pool.start()
-        self.pool.see([replica.member for replica in self.replicas])
+        self.see()
         await until(lambda: sum(state["ready"] for state in self.pool.states()) == count)
         await asyncio.sleep(0.05)  # for reports
+
+    def see(self) -> None:
+        """Tells the pool of all replicas."""
+        self.pool.see([replica.member for replica in self.replicas])
 
     @property
     def busy(self) -> Played:
         """The replica that has a request."""
         return next(replica for replica in self.replicas if replica.link.num_requests)
 
-    def ask(self, tokens: int = 40, seed: int = 1, n: int = 1, **fields: Any) -> RequestStream:
-        return self.pool.generate(prompt_ids=[1, 2, 3], sampling=SamplingConfig(max_tokens=tokens, seed=seed, n=n), **fields)
+    def ask(
+        self, tokens: int = 40, seed: int = 1, n: int = 1, prompt: Sequence[int] = (1, 2, 3), **fields: Any
+    ) -> RequestStream:
+        return self.pool.generate(prompt_ids=prompt, sampling=SamplingConfig(max_tokens=tokens, seed=seed, n=n), **fields)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -266,15 +303,152 @@ def test_a_replica_whose_words_cannot_be_read_is_connected_to_anew() -> None:
     run(1, story)
 
 
-def test_an_engine_that_dies_twice_under_a_request_ends_it() -> None:
+def test_a_request_under_which_two_engines_die_ends() -> None:
     async def story(site: Site) -> None:
         for replica in site.replicas:
-            replica.engine.broken = EngineUnavailable("the engine process died")
+            replica.engine.fate = EngineUnavailable("the engine process died")
         with pytest.raises(EngineUnavailable, match="died"):
             await collect(site.ask())
-        assert not any(replica.engine.asked for replica in site.replicas)
+        assert sum(len(replica.engine.asked) for replica in site.replicas) == 2
 
     run(3, story)
+
+
+def test_an_engine_that_dies_loses_no_stream_and_is_not_asked_before_it_is_back() -> None:
+    """The replica's last beat says that it takes requests, and that it has the prompt in its cache."""
+
+    async def story(site: Site) -> None:
+        prompt = list(range(64))
+        first, other = site.replicas
+        first.load = msgspec.structs.replace(LOAD, prefixes=list(prompt_hashes("", None, prompt, LOAD.block_tokens)))
+        await asyncio.sleep(0.1)
+        streams = [site.ask(prompt=prompt, seed=seed) for seed in range(8)]
+        taken = [await anext(stream) for stream in streams]
+        assert first.link.num_requests > 4, "the prefix draws requests there"
+        first.beater.cancel()  # no beat tells of it
+        first.engine.die()
+        answers = await asyncio.gather(*map(collect, streams))
+        assert [[chunk.token_ids + rest[0]] for chunk, rest in zip(taken, answers, strict=True)] == [
+            expected(seed=seed) for seed in range(8)
+        ]
+        assert len(other.engine.asked) == 8 and not first.engine.num_refused
+
+    run(2, story)
+
+
+def test_tokens_that_come_with_an_engines_end_come_again_elsewhere() -> None:
+    async def story(site: Site) -> None:
+        stream = site.ask()
+        found = [*(await anext(stream)).token_ids]
+        busy = site.busy
+        busy.engine.hold = True
+        await asyncio.sleep(0.05)
+        busy.engine.end_cancelled()
+        found += [token for chunk in [chunk async for chunk in stream] for token in chunk.token_ids]
+        assert [found] == expected()
+
+    run(2, story)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["it can't bring the adapter", "the store doesn't answer"])
+def test_a_moved_request_goes_on_where_its_adapter_can_be_had(monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+    monkeypatch.setattr("coserve.server.replicas.replicalink.MOVED_FETCH_S", 0.2)
+
+    async def story(site: Site) -> None:
+        stream = site.ask(tokens=200, adapter=AdapterRef(name="t/x@1", uri="adapters/x", sha256="0"))
+        found = [*(await anext(stream)).token_ids]
+        busy = site.busy
+        second = next(replica for replica in site.replicas if replica is not busy)
+        second.missing, second.engine.broken = stopped, StorageRefused("the store is away")
+        await asyncio.sleep(0.05)
+        for replica in site.replicas:  # the second one is preferred
+            replica.load = msgspec.structs.replace(LOAD, resident=["t/x@1"] if replica is second else [])
+        await asyncio.sleep(0.1)
+        busy.engine.die()
+        found += [token for chunk in [chunk async for chunk in stream] for token in chunk.token_ids]
+        assert [found] == expected(tokens=200)
+        assert second.ensured and not second.engine.asked
+
+    run(3, story)
+
+
+@pytest.mark.parametrize("name", ["broken", "fate"])
+def test_what_one_replica_has_no_room_for_goes_to_another_and_is_refused_at_once_if_none_has(name: str) -> None:
+    async def story(site: Site) -> None:
+        for replica in site.replicas[:2]:
+            setattr(replica.engine, name, CapacityError("the queue is full", param="max_waiting"))
+        assert await asyncio.gather(*(collect(site.ask(seed=seed)) for seed in range(9))) == [
+            expected(seed=seed) for seed in range(9)
+        ]
+        setattr(site.replicas[2].engine, name, CapacityError("the queue is full", param="max_waiting"))
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(CapacityError, match="full"):
+            await collect(site.ask())
+        assert asyncio.get_running_loop().time() - began < 0.2
+
+    run(3, story)
+
+
+def test_a_replica_whose_engine_says_nothing_gives_its_requests_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coserve.server.replicas.replicalink.SILENT_S", 0.3)
+
+    async def story(site: Site) -> None:
+        stream = site.ask(tokens=100)
+        found = [*(await anext(stream)).token_ids]
+        busy = site.busy
+        beats = asyncio.create_task(busy.link.beat())
+        busy.beater.cancel()
+        busy.engine.hold = True
+        found += [token for chunk in [chunk async for chunk in stream] for token in chunk.token_ids]
+        assert [found] == expected(tokens=100)
+        states = {state["id"]: state for state in site.pool.states()}
+        assert "says nothing" in states[busy.member.id]["trouble"]
+        beats.cancel()
+
+    run(2, story)
+
+
+def test_a_refused_connection_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "ANEW_S", 0.2)
+
+    async def story(site: Site) -> None:
+        site.away = True
+        late = Played(site.context, 7)
+        site.replicas.append(late)
+        site.see()
+        await asyncio.sleep(0.5)
+        site.away = False
+        assert not late.link._watchers
+        await asyncio.sleep(0.2)
+        site.see()  # as every second
+        await until(lambda: sum(state["ready"] for state in site.pool.states()) == 2)
+        await late.close()
+
+    run(1, story)
+
+
+def test_many_requests_that_move_together_hold_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each was tried again for each of the others."""
+    monkeypatch.setattr(links, "LOST_S", 0.2)
+    tried: list[int] = []
+    place = EnginePool._place
+
+    def count(pool: EnginePool, moving: Any) -> None:
+        tried.append(1)
+        place(pool, moving)
+
+    async def story(site: Site) -> None:
+        streams = [site.ask(tokens=1000) for _ in range(200)]
+        monkeypatch.setattr(EnginePool, "_place", count)
+        for replica in site.replicas:
+            replica.freeze()
+        await until(lambda: not site.pool.ready)
+        await asyncio.sleep(0.05)
+        assert len(tried) <= 400
+        for stream in streams:
+            await stream.aclose()
+
+    run(2, story)
 
 
 def test_a_lone_replica_that_does_not_come_back_ends_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,8 +495,22 @@ def test_a_cancelled_request_ends_on_its_replica_and_one_of_a_lost_ingress_too(m
         monkeypatch.setattr("coserve.server.replicas.replicalink.GREET_LIMIT_S", -1.0)
         busy.link._drop_gone()
         await until(lambda: not busy.link.num_requests)
+        await stream.aclose()
 
     run(2, story)
+
+
+def test_an_ingress_that_was_thought_to_be_gone_has_its_requests_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(site: Site) -> None:
+        stream = site.ask()
+        found = [*(await anext(stream)).token_ids]
+        with monkeypatch.context() as patched:
+            patched.setattr("coserve.server.replicas.replicalink.GREET_LIMIT_S", -1.0)
+            site.replicas[0].link._drop_gone()
+        found += [token for chunk in [chunk async for chunk in stream] for token in chunk.token_ids]
+        assert [found] == expected()
+
+    run(1, story)
 
 
 def test_adapters_are_fetched_before_a_request_and_jobs_are_nudged() -> None:
@@ -354,12 +542,28 @@ def test_a_stranger_is_not_let_in_and_another_model_is_left_out() -> None:
         await asyncio.sleep(0.3)
         assert not stranger.ready
         await stranger.stop()
-        odd = describe_engine(INFO) | {"fingerprint": "another", "model": "other"}
-        before = len(site.pool.states())
-        site.pool.see([*(replica.member for replica in site.replicas), Member(
-            id="replica-odd", kind="engine", address="tcp://127.0.0.1:1", public_key=KeyPair.make().public.decode(), node="x",
-            info=odd,
-        )])
-        assert len(site.pool.states()) == before
+        odd = Played(site.context, 8, msgspec.structs.replace(INFO, fingerprint="another", model="other"))
+        site.replicas.append(odd)
+        site.see()
+        await until(lambda: odd.member.id in site.pool._links._left_out)
+        site.see()
+        assert [state["id"] for state in site.pool.states()] == [site.replicas[0].member.id]
+        await odd.close()
+
+    run(1, story)
+
+
+def test_the_row_of_a_dead_replica_does_not_say_which_model_is_served() -> None:
+    async def story(site: Site) -> None:
+        dead = Member(
+            id="replica-dead", kind="engine", address="tcp://127.0.0.1:1", public_key=KeyPair.make().public.decode(), node="x",
+            info=describe_engine(INFO) | {"fingerprint": "another", "model": "other"},
+        )
+        pool = EnginePool(site.keys, Path("/model"))
+        pool.start()
+        pool.see([dead, site.replicas[0].member])
+        await until(lambda: pool.ready)
+        assert pool.info.fingerprint == INFO.fingerprint
+        await pool.stop()
 
     run(1, story)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +13,7 @@ import jsonschema
 import openai
 import pytest
 
-from tests.server.conftest import RunningServer, StartServer, children, is_alive, wait_until
+from tests.server.conftest import RunningServer, StartServer, descendants, is_alive, processes_of, wait_until
 from tests.server.malformed import TOO_MANY_PATTERNS
 from tests.server.sites import CHAT_PATH, HI, TEXT_PATH
 
@@ -34,7 +33,7 @@ def client(server: RunningServer) -> openai.OpenAI:
 
 def checkers(server: RunningServer) -> list[int]:
     """The processes that try grammars."""
-    return [pid for pid in children(server.pid) if b"checkmain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return processes_of("checkmain", descendants(server.pid))
 
 
 def test_answers_match(server: RunningServer, client: openai.OpenAI) -> None:
@@ -60,7 +59,7 @@ def test_answers_match(server: RunningServer, client: openai.OpenAI) -> None:
 
 def test_what_leads_nowhere_ends_alone(server: RunningServer, client: openai.OpenAI) -> None:
     """It is a 400 as long as nothing was sent; the engine goes on, with the requests beside it."""
-    engine = server.engine_pid
+    engine = server.engine_pids
     with client.completions.create(
         model=server.model_name, prompt="a", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
     ) as beside:
@@ -71,7 +70,7 @@ def test_what_leads_nowhere_ends_alone(server: RunningServer, client: openai.Ope
         reply = httpx.post(f"{server.url}{CHAT_PATH}", json={"messages": HI, "guided_json": TOO_MANY_PATTERNS}, timeout=60)
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "guided_json")
         assert next(iter(beside)).choices
-    assert server.engine_pid == engine and server.is_ready
+    assert server.engine_pids == engine and server.is_ready
 
 
 def test_a_client_that_leaves_while_its_grammar_is_compiled(server: RunningServer) -> None:

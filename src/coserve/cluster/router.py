@@ -143,15 +143,17 @@ class Router:
 
     # --- the decision ---
 
-    def choose(self, ask: Ask, now: float, *, exclude: Collection[str] = frozenset()) -> Choice:
-        """Where a request had best go now. exclude: replicas that it must not go to. Changes nothing but `summary`: `sent`
-        tells that it went. Raises NoReplica, and CapacityError where every queue is over its bound."""
+    def choose(self, ask: Ask, now: float, *, exclude: Collection[str] = frozenset(), again: bool = False) -> Choice:
+        """Where a request had best go now. exclude: replicas that it must not go to. again: whether it was chosen for before;
+        `summary` counts a request once. Changes nothing else: `sent` tells that it went. Raises NoReplica, and CapacityError
+        where every queue is over its bound."""
         self._now = max(self._now, now)
         usable = self._usable(now, exclude)
         figures = self._table.figures
         usable &= figures["outputs"] + ask.outputs <= figures["room"]
         if not np.count_nonzero(usable):
-            self._signals.on_refusal(now)
+            if not again:
+                self._signals.on_refusal(now)
             raise CapacityError("every replica has as many requests as may wait; try again later", param="max_waiting")
         held = self._held(ask, now)
         forecast = self._forecast(ask, usable, held[0])
@@ -160,7 +162,8 @@ class Router:
             self._table.name(place), float(forecast.ttft_s[place]), bool(forecast.feasible[place]),
             held[0] is None or bool(held[0][place]), int(forecast.uncached[place]),
         )
-        self._signals.on_choice(now, feasible=choice.feasible, resident=None if ask.adapter is None else choice.resident)
+        if not again:
+            self._signals.on_choice(now, feasible=choice.feasible, resident=None if ask.adapter is None else choice.resident)
         return choice
 
     def _usable(self, now: float, exclude: Iterable[str]) -> np.ndarray:

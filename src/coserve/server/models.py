@@ -101,6 +101,10 @@ class ModelRegistry:
             return ServedModel(name=name, adapter=None, created=self._started)
         return _served(self.find_record(tenant, name))
 
+    async def resolve(self, tenant: str, name: str) -> ServedModel:
+        """As `find`, on the event loop: it may have to look into the index."""
+        return await asyncio.to_thread(self.find, tenant, name)
+
     def find_record(self, tenant: str, name: str) -> AdapterRecord:
         """The adapter's row: the tenant's own or a shared one. Raises NotFound."""
         record, before = self._records.get((tenant, name)), self._num_changes

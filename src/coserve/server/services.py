@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -111,5 +110,5 @@ async def named_model(services: Services, tenant: str, name: str | None) -> str:
     """The name of the model that a request asks for; None: the base's first name. Raises NotFound."""
     names = services.models.base_names
     if name is not None and name not in names:
-        await asyncio.to_thread(services.models.find, tenant, name)  # it may have to look into the index
+        await services.models.resolve(tenant, name)
     return name or names[0]

@@ -40,8 +40,9 @@ _FAILURES = {
     "unable to open database file": "the index can't be opened for now; try again",
 }
 """Parts of SQLite's messages, in lower case, and what a user reads instead."""
-_BUSY_STATES = ("25P03", "40001", "40P01", "55P03", "57014")
-"""PostgreSQL's codes of a transaction that it ended: left idle, in conflict with another, a deadlock, locked rows, too slow."""
+_BUSY_STATES = ("25006", "25P03", "40001", "40P01", "55P03", "57014")
+"""PostgreSQL's codes of a transaction that it ended: on a server that may only be read, as after a failover; left idle; in
+conflict with another; a deadlock; locked rows; too slow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ MAX_LOADED = 4096
 """The most names that the engine knows, by default."""
 _KEPT_S = 60.0
 """Seconds after it was last asked for during which a version is not unloaded: a grammar may take long to compile."""
+_FETCHERS = 16
+"""Adapters that are fetched at once, in threads of their own: a store that hangs holds up nothing else."""
 _log = logging.getLogger(__name__)
 
 
@@ -66,6 +69,7 @@ class AdapterCache:
         """By the engine's names, the least recently used first."""
         self._leaving: dict[str, _Loaded] = {}
         """By directory: what was unloaded, and may still be read for requests that use it."""
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, "coserve-fetch")
         self._changes: dict[str, asyncio.Task[None]] = {}
         """By name, what is being loaded or unloaded: the engine may do two calls in any order."""
 
@@ -93,6 +97,7 @@ class AdapterCache:
             _release(loaded)
         self._loaded.clear()
         self._leaving.clear()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, name: str, change: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         async def run() -> None:
@@ -119,8 +124,9 @@ class AdapterCache:
         generation = self._engine.generation
         copy = ExitStack()
         try:
-            directory = await asyncio.to_thread(self._open_copy, copy, ref)
-            num_bytes = await asyncio.to_thread(directory_bytes, str(directory))
+            loop = asyncio.get_running_loop()
+            directory = await loop.run_in_executor(self._fetchers, self._open_copy, copy, ref)
+            num_bytes = await loop.run_in_executor(self._fetchers, directory_bytes, str(directory))
             read = await self._engine.load_adapter(ref.name, str(directory))
         except BaseException as error:
             copy.close()

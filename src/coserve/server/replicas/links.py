@@ -29,16 +29,20 @@ from coserve.server.replicas.wire import ClientSocket, KeyPair
 
 LOST_S = 3.0
 """A replica from which nothing has come for so long counts as lost."""
+ANEW_S = 5.0
+"""A replica that has been silent for so long, and whose row is fresh, is connected to anew: ZeroMQ gives a connection up for
+good if the other side could not tell whose key it is, as while the database is away."""
 _log = logging.getLogger(__name__)
 
 
 class FleetLink:
-    """One replica. heard_s: when it last said something, by the monotonic clock. lost: whether it counts as lost. beat: what it
-    has said of itself last."""
+    """One replica. heard_s: when it last said something, or was connected to, by the monotonic clock. lost: whether it counts
+    as lost. beat: what it has said of itself last. fits: whether it is known to serve the model that the others serve."""
 
     def __init__(self, member: Member, socket: ClientSocket) -> None:
         self.member, self._socket = member, socket
-        self.heard_s, self.lost, self.beat = 0.0, True, Beat(ready=False)
+        self.heard_s, self.lost, self.beat = time.monotonic(), True, Beat(ready=False)
+        self.fits = False
         self.tasks: list[asyncio.Task[None]] = []
         self._calls = Calls(self.send)
 
@@ -50,7 +54,11 @@ class FleetLink:
     @property
     def takes_new(self) -> bool:
         """Whether new requests may go there."""
-        return self.ready and not self.beat.draining
+        return self.ready and self.fits and not self.beat.draining
+
+    def doubt(self) -> None:
+        """Its engine has failed: it takes no requests until the replica says that it does."""
+        self.beat = msgspec.structs.replace(self.beat, ready=False)
 
     def post(self, message: Message) -> None:
         """Sends what is of use only if it arrives."""
@@ -136,13 +144,17 @@ class FleetLinks:
             await self._ready_news.wait()
 
     def see(self, found: Sequence[Member]) -> None:
-        """Connects to replicas that are new, and forgets those that are gone and silent. found: those whose rows are fresh."""
-        for member in found:
-            if member.id not in self._links and self._serves_the_model(member):
-                self._connect(member)
-        known = {member.id for member in found}
-        for link in [link for link in self.all if link.member.id not in known and link.lost]:
+        """Connects to replicas that are new or have been silent for long, and forgets those that are gone and silent. found:
+        those whose rows are fresh."""
+        known, limit = {member.id for member in found}, time.monotonic() - ANEW_S
+        for link in [link for link in self.all if link.lost and (link.member.id not in known or link.heard_s < limit)]:
             self._drop(link, "it has gone")
+        for member in found:
+            if member.id not in self._links and member.id not in self._left_out:
+                try:
+                    self._connect(member)
+                except (zmq.ZMQError, ValueError) as error:  # too many open files, or a row of another version
+                    _log.warning("replica %s on %s can't be connected to: %s", member.id, member.node, error)
 
     def look(self, now: float) -> None:
         """Finds replicas that have been silent for too long. now: by the monotonic clock."""
@@ -165,7 +177,8 @@ class FleetLinks:
         self._context.destroy(linger=0)
 
     def _serves_the_model(self, member: Member) -> bool:
-        """Whether a replica serves the model that the others serve. The first one decides."""
+        """Whether a replica serves the model that the others serve. The first one that takes requests decides: rows of replicas
+        that were killed stay for a while, and may be of another start."""
         try:
             info = read_engine(member.info)
         except msgspec.ValidationError as error:
@@ -176,9 +189,8 @@ class FleetLinks:
         return True
 
     def _leave_out(self, member: Member, why: str) -> bool:
-        if member.id not in self._left_out:
-            self._left_out.add(member.id)
-            _log.error("replica %s on %s is left out: %s", member.id, member.node, why)
+        self._left_out.add(member.id)
+        _log.error("replica %s on %s is left out: %s", member.id, member.node, why)
         return False
 
     def _connect(self, member: Member) -> None:
@@ -204,6 +216,10 @@ class FleetLinks:
             case Replied():
                 link.on_reply(message)
             case Beat():
+                link.fits = link.fits or (message.ready and not message.draining and self._serves_the_model(link.member))
+                if link.member.id in self._left_out:
+                    self._drop(link, "it is left out")
+                    return
                 link.beat = message
                 if link.takes_new:
                     self._ready_news.set()

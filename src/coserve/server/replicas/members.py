@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ SILENT_S = 15.0
 """A member whose row is older counts as gone."""
 FORGOTTEN_S = 24 * 3600.0
 """Rows of members that have been gone for so long are deleted."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,14 +111,15 @@ class Members:
 
 
 class KnownKeys:
-    """Keys of members, each asked for until it is known. Any thread may use it."""
+    """Keys of members, each asked for until it is known. Belongs to an event loop."""
 
     def __init__(self, members: Members) -> None:
         self._members, self._known = members, set[str]()
 
-    def __call__(self, public_key: str) -> bool:
-        """Whether it is a member's key. Raises CapacityError while the database is away and the key isn't known yet."""
-        if public_key not in self._known and self._members.knows(public_key):
+    async def ask(self, public_key: str) -> bool:
+        """Whether it is a member's key. A known one waits for nobody. Raises CapacityError while the database is away and the
+        key isn't known yet."""
+        if public_key not in self._known and await asyncio.to_thread(self._members.knows, public_key):
             self._known.add(public_key)
         return public_key in self._known
 
@@ -136,13 +139,17 @@ class OwnRow:
         """Keeps the row fresh, and tells `see` of all members that live, until this is cancelled. A row that is gone is added
         again. While the database is away, nobody is told anything."""
         while True:
-            with contextlib.suppress(CapacityError):
+            try:
                 row = self._row()
                 changed = None if row.info == self._written.info else row.info
                 if not await asyncio.to_thread(self._members.refresh, row.id, changed):
                     await asyncio.to_thread(self._members.join, row)
                 self._written = row
                 see(await asyncio.to_thread(self._members.alive))
+            except CapacityError:  # it is tried again
+                pass
+            except Exception:  # without this loop a process would never learn again who lives
+                _log.exception("the look at the table of members failed")
             await asyncio.sleep(REFRESH_EVERY_S)
 
     async def leave(self) -> None:

@@ -2,7 +2,7 @@
 
     ingress -> replica: Greeting (every second), Serve, Cancel, Nudge, GetStats, ChargeTenants
     replica -> replica: Steps
-    replica -> ingress: Beat (ten times a second), Tokens, Failed, Replied
+    replica -> ingress: Beat (ten times a second), Tokens, Failed, Returned, Replied
 
 The messages that the API process and the engine exchange (link/messages.py) travel as they are, but for their times: the clocks
 of two machines differ, so that a time goes as an age, the seconds since then, and becomes a time again where it arrives.
@@ -21,6 +21,7 @@ from coserve.server.link.messages import (
     Generate,
     GetStats,
     Message,
+    Problem,
     Replied,
     Tokens,
 )
@@ -66,8 +67,16 @@ class Beat(Message, frozen=True, kw_only=True):
     trouble: str = ""
 
 
+class Returned(Message, frozen=True, kw_only=True):
+    """The replica gives a request back, which is not the cause and may go on elsewhere. problem: why the replica does not work
+    on it; None: its ingress was thought to be gone."""
+
+    id: str
+    problem: Problem | None = None
+
+
 ToReplica = Greeting | Serve | Cancel | Nudge | GetStats | ChargeTenants | Steps
-FromReplica = Beat | Tokens | Failed | Replied
+FromReplica = Beat | Tokens | Failed | Returned | Replied
 
 GREET_EVERY_S, GREET_LIMIT_S = 1.0, 5.0
 """Seconds between two greetings, and after the last one until an ingress counts as gone."""

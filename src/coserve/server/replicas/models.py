@@ -82,7 +82,7 @@ class ReplicaModels:
         self._shelf = AdapterShelf(scratch / "adapters", engine, config.max_lora_rank, tokenizer)
         self._started, self._clock = now(), clock
         self._rows: OrderedDict[tuple[str, str], _Read] = OrderedDict()
-        self._reading: dict[tuple[str, str], Future[AdapterRecord]] = {}
+        self._reading: dict[tuple[str, str], tuple[Future[AdapterRecord], float]] = {}  # and when it began
         self._num_changes = 0
         self._lock = threading.RLock()
         self._readers = ThreadPoolExecutor(_READERS, "coserve-rows")
@@ -117,11 +117,11 @@ class ReplicaModels:
         known = self._known(tenant, name)
         if known is not None and self._clock() - known.at_s < FRESH_S:
             return known.record
-        reading = self._read(tenant, name)
+        reading, wait_s = self._read(tenant, name)
         if known is None:
             return reading.result()
         try:
-            return reading.result(_PATIENCE_S)
+            return reading.result(wait_s)
         except (NotYet, StorageRefused):
             return known.record
 
@@ -134,9 +134,7 @@ class ReplicaModels:
     async def prepare(self, tenant: str, name: str) -> ServedModel:
         """The model of a name, with the version that its row names now. Nothing is loaded. Raises NotFound, InvalidRequest,
         StorageRefused."""
-        if name in self.base_names:
-            return self.find(tenant, name)
-        model = _served(await self._resolve(tenant, name))
+        model = await self.resolve(tenant, name)
         if model.adapter is not None and not model.adapter.sha256:
             raise InvalidRequest(
                 f"{name} was made by a server without replicas, which keeps its files to itself; load or train it again",
@@ -144,17 +142,22 @@ class ReplicaModels:
             )
         return model
 
-    async def _resolve(self, tenant: str, name: str) -> AdapterRecord:
+    async def resolve(self, tenant: str, name: str) -> ServedModel:
+        """As `find`, on the event loop."""
+        return self.find(tenant, name) if name in self.base_names else _served(await self._find_record(tenant, name))
+
+    async def _find_record(self, tenant: str, name: str) -> AdapterRecord:
         """As `find_record`, on the event loop."""
         known = self._known(tenant, name)
         if known is not None and self._clock() - known.at_s < FRESH_S:
             return known.record
-        reading = asyncio.wrap_future(self._read(tenant, name))
+        begun, wait_s = self._read(tenant, name)
+        reading = asyncio.wrap_future(begun)
         reading.add_done_callback(lambda done: done.cancelled() or done.exception())
         if known is None:
             return await asyncio.shield(reading)
         try:
-            return await asyncio.wait_for(asyncio.shield(reading), _PATIENCE_S)
+            return await asyncio.wait_for(asyncio.shield(reading), wait_s)
         except (TimeoutError, StorageRefused):
             return known.record
 
@@ -164,17 +167,20 @@ class ReplicaModels:
             known = self._rows.get((tenant, name))
         return known if known is not None and self._clock() - known.at_s < _STALE_S else None
 
-    def _read(self, tenant: str, name: str) -> Future[AdapterRecord]:
-        """Reads a row, once for all that want it. The future raises NotFound and StorageRefused."""
+    def _read(self, tenant: str, name: str) -> tuple[Future[AdapterRecord], float]:
+        """Reads a row, once for all that want it. The future raises NotFound and StorageRefused. With it, for how many seconds
+        those may wait who know an older row: none if others have waited already."""
         if not name.isprintable() or len(name) > MAX_NAME:
             raise no_such_model(name)
         key = (tenant, name)
         with self._lock:
-            reading = self._reading.get(key)
+            now_s = self._clock()
+            reading, began_s = self._reading.get(key, (None, now_s))
             if reading is None:
-                reading = self._reading[key] = self._readers.submit(self._read_now, key, self._clock(), self._num_changes)
+                reading = self._readers.submit(self._read_now, key, now_s, self._num_changes)
+                self._reading[key] = reading, now_s
                 reading.add_done_callback(partial(self._end_reading, key))
-        return reading
+        return reading, max(0.0, began_s + _PATIENCE_S - now_s)
 
     def _read_now(self, key: tuple[str, str], at_s: float, num_changes: int) -> AdapterRecord:
         tenant, name = key
@@ -192,7 +198,7 @@ class ReplicaModels:
 
     def _end_reading(self, key: tuple[str, str], done: Future[AdapterRecord]) -> None:
         with self._lock:
-            if self._reading.get(key) is done:
+            if key in self._reading and self._reading[key][0] is done:
                 del self._reading[key]
 
     def forget(self, name: str) -> None:

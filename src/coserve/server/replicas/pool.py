@@ -42,6 +42,7 @@ from coserve.server.replicas.messages import (
     Beat,
     FromReplica,
     Nudge,
+    Returned,
     Serve,
     shift_generate,
     shift_tokens,
@@ -50,7 +51,7 @@ from coserve.server.replicas.wire import KeyPair
 
 LOOK_EVERY_S = 0.25
 PATIENCE_S = 4.0
-"""How long a request whose replica was lost waits for another one."""
+"""How long a request whose replica was lost waits for another one, since that was last heard."""
 MAX_CRASHES = 2
 """A request is given up after so many engines have died while they worked on it: it may be the cause."""
 MAX_MOVES = 8
@@ -65,9 +66,11 @@ class _Moving:
     """A request under way.
 
     message: as it was asked for, with its time of arrival on this machine. link: where it is; None while it waits for a
-    replica. emitted: the ids that its client has, of each output. ended: outputs that have ended. begun: whether its first
-    token has come from the present replica. moved_s: when it lost its replica. crashes, moves: how often an engine died under
-    it, and how often it moved. uncached_tokens: of its prompt, which its replica should have to compute.
+    replica. emitted: the ids that its client has, of each output. ended: outputs that have ended. answered: whether its client
+    has anything. begun: whether its first token has come from the present replica. moved_s: since when it has had no replica
+    that began it; None while it has one. error: why it left its last replica, if that said so. refused: replicas that did not
+    take it. crashes, moves: how often an engine died under it, and how often it moved. uncached_tokens: of its prompt, which
+    its replica should have to compute.
     """
 
     message: Generate
@@ -77,8 +80,11 @@ class _Moving:
     emitted: list[list[int]]
     link: FleetLink | None = None
     ended: set[int] = field(default_factory=set)
+    answered: bool = False
     begun: bool = False
-    moved_s: float = 0.0
+    moved_s: float | None = None
+    error: CoserveError | None = None
+    refused: set[str] = field(default_factory=set)
     crashes: int = 0
     moves: int = 0
     uncached_tokens: int = 0
@@ -87,6 +93,14 @@ class _Moving:
     def id(self) -> str:
         """Its id at its replica: each move has another one, so that late words of the last replica are told apart."""
         return f"{self.message.id}@{self.moves}"
+
+    @property
+    def ask_now(self) -> Ask:
+        """What it asks of a replica now, which computes what was emitted as a part of the prompt."""
+        emitted = [len(ids) for ids in self.emitted]
+        return self.ask._replace(
+            prompt_tokens=self.ask.prompt_tokens + sum(emitted), max_tokens=max(1, self.ask.max_tokens - min(emitted))
+        )
 
 
 class EnginePool:
@@ -101,6 +115,7 @@ class EnginePool:
         self._requests: dict[str, _Moving] = {}
         self._placed: dict[str, _Moving] = {}  # by their ids at their replicas
         self._homeless: list[_Moving] = []
+        self._settling: asyncio.Handle | None = None
         self._block_tokens = _BLOCK_TOKENS
         self._watching: asyncio.Task[None] | None = None
 
@@ -212,12 +227,15 @@ class EnginePool:
         greeted_s = -math.inf
         while True:
             now = time.monotonic()
-            if now - greeted_s >= GREET_EVERY_S:
-                greeted_s = now
-                self._links.greet()
-                self._charge()
-            self._links.look(now)
-            self._settle()
+            try:
+                if now - greeted_s >= GREET_EVERY_S:
+                    greeted_s = now
+                    self._links.greet()
+                    self._charge()
+                self._links.look(now)
+                self._settle()
+            except Exception:  # a fault of ours must not end the watch: nobody would notice replicas that die
+                _log.exception("the look at the replicas failed")
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _charge(self) -> None:
@@ -234,6 +252,8 @@ class EnginePool:
                 self._on_tokens(link, message)
             case Failed():
                 self._on_failed(link, message)
+            case Returned():
+                self._on_returned(link, message)
             case Beat():
                 self._on_beat(link, message)
 
@@ -249,20 +269,21 @@ class EnginePool:
         moving = self._placed.get(chunk.id)
         if moving is None or chunk.index in moving.ended:
             return  # it was cancelled, or went on elsewhere; or an output that had ended before it moved has ended again
+        if chunk.finish_reason == "cancelled":  # not by us. Tokens that it may hold come again from the next engine
+            self._move(moving)
+            return
         if not moving.begun:
-            moving.begun = True
+            moving.begun, moving.moved_s = True, None
             self._router.first_token(moving.id, link.heard_s)
             self._ledger.add(link.member.id, moving.message.tenant, moving.uncached_tokens)
         self._ledger.add(link.member.id, moving.message.tenant, len(chunk.token_ids))
         moving.emitted[chunk.index] += chunk.token_ids
-        if chunk.finish_reason == "cancelled":  # not by us
-            self._move(moving)
-            return
         if chunk.finish_reason is not None:
             moving.ended.add(chunk.index)
         chunk = msgspec.structs.replace(shift_tokens(chunk, time.monotonic()), id=moving.message.id)
-        if moving.moves:  # the prompt's figures are those of the first replica
+        if moving.moves and moving.answered:  # the prompt's figures are those of the replica that answered first
             chunk = msgspec.structs.replace(chunk, cached_tokens=0, begun_s=None)
+        moving.answered = True
         moving.stream.push(chunk)
         if moving.stream.ended:
             self._end(moving)
@@ -274,16 +295,41 @@ class EnginePool:
         error = make_error(message.problem)
         if isinstance(error, EngineUnavailable):
             moving.crashes += not link.beat.draining
+            self._doubt(link)
             self._move(moving, error)
+        elif isinstance(error, CapacityError) and not moving.begun:
+            self._refuse(link, moving, error)
         else:
             self._end(moving)
             moving.stream.fail(error)
+
+    def _on_returned(self, link: FleetLink, message: Returned) -> None:
+        moving = self._placed.get(message.id)
+        if moving is None:
+            return
+        error = None if message.problem is None else make_error(message.problem)
+        if isinstance(error, EngineUnavailable):
+            self._doubt(link)
+        if error is None:
+            self._move(moving)
+        else:
+            self._refuse(link, moving, error)
+
+    def _doubt(self, link: FleetLink) -> None:
+        """A replica's engine has failed, of which its last beat did not know."""
+        link.doubt()
+        self._router.remove(link.member.id)
+
+    def _refuse(self, link: FleetLink, moving: _Moving, error: CoserveError) -> None:
+        """A replica does not take a request, which another one may take."""
+        moving.refused.add(link.member.id)
+        self._move(moving, error)
 
     def _on_lost(self, link: FleetLink) -> None:
         self._router.remove(link.member.id)
         for moving in [moving for moving in self._placed.values() if moving.link is link]:
             link.post(Cancel(id=moving.id))  # should it come back
-            self._move(moving)
+            self._move(moving, since_s=link.heard_s)
 
     # --- where requests go ---
 
@@ -298,14 +344,15 @@ class EnginePool:
     def _place(self, moving: _Moving) -> None:
         """Sends a request to the replica on which it waits least. Raises NoReplica and CapacityError."""
         now = time.monotonic()
-        unfit = frozenset(link.member.id for link in self._links.all if not link.takes_new)
-        choice = self._router.choose(moving.ask, now, exclude=unfit)
+        unfit = moving.refused.union(link.member.id for link in self._links.all if not link.takes_new)
+        ask = moving.ask_now
+        choice = self._router.choose(ask, now, exclude=unfit, again=moving.moves > 0)
         link = self._links[choice.replica]
         message = msgspec.structs.replace(
             shift_generate(moving.message, now), id=moving.id, emitted=moving.emitted if any(moving.emitted) else []
         )
         link.send(Serve(generate=message, adapter=moving.adapter))
-        self._router.sent(moving.id, choice, moving.ask, now)
+        self._router.sent(moving.id, choice, ask, now)
         moving.link, moving.begun, moving.uncached_tokens = link, False, choice.uncached_tokens
         self._placed[moving.id] = moving
 
@@ -319,21 +366,26 @@ class EnginePool:
         self._leave(moving)
         self._requests.pop(moving.message.id, None)
 
-    def _move(self, moving: _Moving, error: CoserveError | None = None) -> None:
-        """The request goes on at another replica, as soon as there is one. error: why it can't stay."""
+    def _move(self, moving: _Moving, error: CoserveError | None = None, *, since_s: float | None = None) -> None:
+        """The request goes on at another replica, as soon as there is one. error: why it can't stay. since_s: when its replica
+        was last heard; None: now."""
         self._leave(moving)
         moving.moves += 1
+        moving.error = error
         if moving.crashes >= MAX_CRASHES or moving.moves > MAX_MOVES:
             self._end(moving)
             moving.stream.fail(error or EngineUnavailable("the request was moved too often; try again"))
             return
-        moving.moved_s = time.monotonic()
+        if moving.moved_s is None:
+            moving.moved_s = time.monotonic() if since_s is None else since_s
         self._homeless.append(moving)
-        self._settle()
+        if self._settling is None:  # once for all that move together, when it is known which replicas are left
+            self._settling = asyncio.get_running_loop().call_soon(self._settle)
 
     def _settle(self) -> None:
-        """Finds replicas for requests that have lost theirs. One for which there is none in time fails."""
-        waiting, self._homeless = self._homeless, []
+        """Finds replicas for requests that have lost theirs. One for which there is none in time fails; at once if nothing was
+        sent of it, and all replicas have too much to do."""
+        waiting, self._homeless, self._settling = self._homeless, [], None
         now = time.monotonic()
         for moving in waiting:
             if moving.message.id not in self._requests:
@@ -341,11 +393,14 @@ class EnginePool:
             try:
                 self._place(moving)
             except (NoReplica, CapacityError, EngineUnavailable):
-                if now - moving.moved_s < PATIENCE_S:
+                moving.refused.clear()  # by then they may take it
+                can_wait = moving.answered or not isinstance(moving.error, CapacityError)
+                if can_wait and moving.moved_s is not None and now - moving.moved_s < PATIENCE_S:
                     self._homeless.append(moving)
                 else:
                     self._end(moving)
-                    moving.stream.fail(EngineUnavailable(self.trouble or "the replica was lost; try again"))
+                    lost = EngineUnavailable(self.trouble or "the replica was lost; try again")
+                    moving.stream.fail(moving.error or lost)
 
     def _cancel(self, stream: RequestStream) -> None:
         moving = self._requests.get(stream.id)

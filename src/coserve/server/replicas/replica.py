@@ -137,7 +137,7 @@ async def run_replica(
             index=store, artifacts=artifacts, engine=engine, config=own, replica=id, scratch=scratch / "jobs",
             headroom=lambda: link.headroom, help=help,
         )
-        door = Door(context, lambda key: asyncio.to_thread(known, key))
+        door = Door(context, known.ask)
         door.start()
         stack.callback(door.stop)
         socket = ServerSocket(context, host, keys, lambda peer, data: link.on_message(peer, data))

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from coserve.cluster.load import Load
-from coserve.core import CoserveError
-from coserve.server.errors import EngineUnavailable, error_name
+from coserve.core import CapacityError, CoserveError
+from coserve.server.errors import EngineUnavailable, StorageRefused, error_name
 from coserve.server.link.engineclient import EngineClient
 from coserve.server.link.messages import (
     AdapterRef,
@@ -40,6 +40,7 @@ from coserve.server.replicas.messages import (
     Beat,
     Greeting,
     Nudge,
+    Returned,
     Serve,
     Steps,
     decode_to_replica,
@@ -52,6 +53,11 @@ _FETCHED_S = 0.005
 """An adapter that was ready sooner did not have to be fetched."""
 _WEIGHT = 0.3
 """Of the newest fetch in the mean of their seconds."""
+SILENT_S = 3.0
+"""An engine that has reported nothing for so long takes no requests, and those that it has go on elsewhere."""
+MOVED_FETCH_S = 3.0
+"""How long fetching the adapter of a request may take whose client has a part of the answer already and waits."""
+_SILENCE = "the engine process says nothing"
 _log = logging.getLogger(__name__)
 Send = Callable[[bytes, bytes], None]
 """Sends bytes to a peer."""
@@ -96,6 +102,14 @@ class _Watcher:
     prefixes: int = 0
 
 
+@dataclass(slots=True)
+class _Served:
+    """A request. peer: the ingress that it is of. stream: None while its adapter is being loaded."""
+
+    peer: bytes
+    stream: RequestStream | None = None
+
+
 class ReplicaLink:
     """Answers ingresses. Everything runs on one event loop.
 
@@ -114,11 +128,12 @@ class ReplicaLink:
         self.draining = False
         self._watchers: dict[bytes, _Watcher] = {}
         self._prefixes = _Prefixes(0, [])
-        self._streams: dict[tuple[bytes, str], RequestStream | None] = {}  # None: its adapter is being loaded
+        self._streams: dict[str, _Served] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._load: Load | None = None
         self.headroom = 1.0
         self._adapter_s = 0.0
+        self._quiet_beats = 0
 
     @property
     def num_requests(self) -> int:
@@ -132,6 +147,8 @@ class ReplicaLink:
         loads_s = max(load.adapter_load_s, self._adapter_s)  # the engine doesn't know how long fetching takes
         self._load = msgspec.structs.replace(load, prefixes=None, adapter_load_s=loads_s)
         self.headroom = load.headroom
+        self._quiet_beats = 0
+        self.tell()
 
     def on_message(self, peer: bytes, data: bytes) -> None:
         """Carries out an ingress's message. One that can't be read is logged and left alone: its sender may be newer."""
@@ -144,10 +161,10 @@ class ReplicaLink:
             case Greeting():
                 self._watchers.setdefault(peer, _Watcher()).heard_s = time.monotonic()
             case Serve():
-                self._streams[peer, message.generate.id] = None  # at once: a Cancel may be right behind
+                self._streams[message.generate.id] = _Served(peer)  # at once: a Cancel may be right behind
                 self._begin(self._serve(peer, message))
             case Cancel(id=id):
-                self._cancel(peer, id)
+                self._cancel(id)
             case Nudge(job=job):
                 self._nudge(job)
             case GetStats(call=call):
@@ -159,19 +176,29 @@ class ReplicaLink:
                     self._engine.charge_tenants(tokens)
 
     async def beat(self) -> None:
-        """Tells all watchers how this replica is, until it is cancelled."""
+        """Tells all watchers how this replica is, until it is cancelled. While the engine reports, each report is a beat."""
         while True:
-            self.tell()
+            self._quiet_beats = self._quiet_beats + 1 if self._engine.ready else 0
+            if self._quiet_beats != 1:
+                self.tell()
+            if self._silent:
+                self._give_back(list(self._streams), make_problem(EngineUnavailable(_SILENCE)))
             self._drop_gone()
             await asyncio.sleep(BEAT_EVERY_S)
+
+    @property
+    def _silent(self) -> bool:
+        """Whether the engine says nothing. Beats are counted, as this process may have been stopped itself."""
+        return self._quiet_beats * BEAT_EVERY_S > SILENT_S
 
     def tell(self) -> None:
         """One beat. The engine's prefixes are many, and go only to those who have not got the present ones."""
         supervisor = self._engine.supervisor
         load, self._load = self._load, None
+        ready = self._engine.ready and not self._silent
+        trouble = "" if ready else supervisor.trouble or (_SILENCE if self._silent else "")
         beat = Beat(
-            ready=self._engine.ready, draining=self.draining, load=load, restarts=supervisor.num_restarts,
-            trouble="" if self._engine.ready else supervisor.trouble or "",
+            ready=ready, draining=self.draining, load=load, restarts=supervisor.num_restarts, trouble=trouble,
         )
         data, full = encode(beat), b""
         for peer, watcher in self._watchers.items():
@@ -197,45 +224,62 @@ class ReplicaLink:
 
     async def _serve(self, peer: bytes, message: Serve) -> None:
         arrived = shift_generate(message.generate, time.monotonic())
-        key = (peer, arrived.id)
+        id = arrived.id
         try:
             if message.adapter is not None:
-                await self._fetch(message.adapter)
-            if key in self._streams:  # else it was cancelled meanwhile
-                self._open(key, arrived)
+                await self._fetch(message.adapter, MOVED_FETCH_S if arrived.emitted else None)
+            if id in self._streams:  # else it was cancelled meanwhile
+                self._open(self._streams[id], arrived)
+        except (CapacityError, EngineUnavailable) as error:  # another replica may have room, the adapter, or an engine
+            self._give_back([id], make_problem(error))
         except CoserveError as error:
-            if self._streams.pop(key, key) is not key:
-                self._tell(peer, Failed(id=arrived.id, problem=make_problem(error)))
+            if self._streams.pop(id, None) is not None:
+                self._tell(peer, Failed(id=id, problem=make_problem(error)))
         except Exception as error:  # a fault of ours ends this request, and no others
             _log.exception("a request can't be served")
-            self._streams.pop(key, None)
-            self._tell(peer, Failed(id=arrived.id, problem=make_problem(CoserveError(f"{type(error).__name__}: {error}"))))
+            self._streams.pop(id, None)
+            self._tell(peer, Failed(id=id, problem=make_problem(CoserveError(f"{type(error).__name__}: {error}"))))
 
-    async def _fetch(self, adapter: AdapterRef) -> None:
+    async def _fetch(self, adapter: AdapterRef, limit_s: float | None) -> None:
+        """Raises what `ensure` raises, and StorageRefused where it takes longer than a limit; then it goes on for others."""
         began = time.monotonic()
-        await self._ensure(adapter)
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._ensure(adapter)
+        except TimeoutError as error:
+            raise StorageRefused(f"an adapter was not fetched within {limit_s:g} s; try again") from error
         seconds = time.monotonic() - began
         if seconds > _FETCHED_S:  # else it was there
             self._adapter_s += (seconds - self._adapter_s) * (_WEIGHT if self._adapter_s else 1.0)
 
-    def _open(self, key: tuple[bytes, str], message: Generate) -> None:
+    def _open(self, served: _Served, message: Generate) -> None:
         if self.draining:
             raise EngineUnavailable("this replica is ending")
-        self._streams[key] = self._engine.relay(message, partial(RelayedStream, forward=partial(self._pass_on, key)))
+        if self._silent:
+            raise EngineUnavailable(_SILENCE)
+        forward = partial(self._pass_on, served, message.id)
+        served.stream = self._engine.relay(message, partial(RelayedStream, forward=forward))
 
-    def _pass_on(self, key: tuple[bytes, str], message: Message) -> None:
-        self._tell(key[0], message)
-        stream = self._streams.get(key)
-        if stream is not None and stream.ended:
-            del self._streams[key]
+    def _pass_on(self, served: _Served, id: str, message: Message) -> None:
+        self._tell(served.peer, message)
+        if served.stream is not None and served.stream.ended:
+            self._streams.pop(id, None)
 
     def _tell(self, peer: bytes, message: Message) -> None:
         self._send(peer, encode(message))
 
-    def _cancel(self, peer: bytes, id: str) -> None:
-        stream = self._streams.pop((peer, id), None)
-        if stream is not None:
-            self._begin(stream.aclose())
+    def _cancel(self, id: str) -> None:
+        served = self._streams.pop(id, None)
+        if served is not None and served.stream is not None:
+            self._begin(served.stream.aclose())
+
+    def _give_back(self, ids: Iterable[str], problem: Problem | None) -> None:
+        """These requests end here, and may go on elsewhere."""
+        for id in ids:
+            served = self._streams.get(id)
+            if served is not None:
+                self._cancel(id)
+                self._tell(served.peer, Returned(id=id, problem=problem))
 
     async def _tell_stats(self, peer: bytes, call: int) -> None:
         try:
@@ -245,10 +289,9 @@ class ReplicaLink:
         self._tell(peer, reply)
 
     def _drop_gone(self) -> None:
-        """Cancels the requests of ingresses that have been silent for too long."""
+        """Ends the requests of ingresses that have been silent for too long. One that wakes up again is told so."""
         limit = time.monotonic() - GREET_LIMIT_S
         for peer in [peer for peer, watcher in self._watchers.items() if watcher.heard_s < limit]:
             del self._watchers[peer]
-            for key in [key for key in self._streams if key[0] == peer]:
-                self._cancel(*key)
+            self._give_back([id for id, served in self._streams.items() if served.peer == peer], None)
             self._forget(peer)

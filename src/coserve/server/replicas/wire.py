@@ -22,6 +22,8 @@ _HEARTBEAT_MS, _DEAD_MS = 1000, 3000
 _CONNECT_MS = 2000
 """How long one try to connect may take. The system's own limit is two minutes, and a try that began while a cable was out would
 wait for all of it."""
+MAX_MESSAGE_BYTES = 256 << 20
+"""A peer that announces more is cut off: memory is taken before it is known who it is."""
 _RECONNECT_MS, _MOST_RECONNECT_MS = 100, 2000
 
 
@@ -46,7 +48,8 @@ class Door(AsyncioAuthenticator):
         self.configure_curve_callback(_DOMAIN, self)
 
     async def callback(self, _domain: str, key: bytes) -> bool:
-        """What ZeroMQ's authentication asks; nobody is let in while it can't be told who is a member."""
+        """What ZeroMQ's authentication asks; nobody is let in while it can't be told who is a member. ZeroMQ gives such a
+        connection up for good, so that whoever has made it must make another one."""
         try:
             return await self._knows(key.decode("ascii"))
         except Exception:
@@ -83,6 +86,7 @@ def prepare_socket(socket: zmq.asyncio.Socket, keys: KeyPair) -> None:
     socket.curve_publickey, socket.curve_secretkey = keys
     socket.set_hwm(0)  # both ends always read
     socket.linger = 0
+    socket.maxmsgsize = MAX_MESSAGE_BYTES
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _DEAD_MS)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
