@@ -37,8 +37,8 @@ MAX_SHARES = 1
 """Jobs of others that a replica helps with at once."""
 LEAST_HEADROOM = 0.1
 """The share of an engine's time that training must be able to get, for it to help."""
-_AGAIN_S = 30.0
-"""Seconds for which a run is not helped again after that has failed."""
+_AGAIN_S, _MOST_AGAIN_S = 30.0, 1800.0
+"""Seconds for which a run is not helped again after that has ended, at first and at most."""
 _log = logging.getLogger(__name__)
 
 
@@ -90,6 +90,31 @@ class ShareFiles:
         }
 
 
+class _Share(NamedTuple):
+    """A share in a job of another replica, since began_s."""
+
+    invitation: Invitation
+    began_s: float
+
+
+class Backoff:
+    """When what has ended may be tried again: after _AGAIN_S, and after twice as long each time that it ends soon again."""
+
+    def __init__(self) -> None:
+        self._ends: dict[str, tuple[int, float]] = {}  # how many, and until when it may not be tried
+
+    def allows(self, name: str, now: float) -> bool:
+        """Whether it may be tried now."""
+        return name not in self._ends or now >= self._ends[name][1]
+
+    def ended(self, name: str, began_s: float, now: float) -> None:
+        """It was tried at `began_s` and has ended. Whatever lasted for longer than the longest pause went well, and what has
+        not been tried for as long is forgotten."""
+        self._ends = {other: end for other, end in self._ends.items() if now < end[1] + _MOST_AGAIN_S}
+        before = 0 if now - began_s > _MOST_AGAIN_S else self._ends.get(name, (0, 0.0))[0]
+        self._ends[name] = before + 1, now + min(_AGAIN_S * 2.0 ** min(before, 16), _MOST_AGAIN_S)
+
+
 class _Hosted(NamedTuple):
     coordinator: StepCoordinator
     most: int
@@ -111,8 +136,8 @@ class JobHelp:
         self.replica, self._engine, self._links, self._scratch = replica, engine, links, scratch
         self._others, self._bring, self._headroom, self._clock = others, bring, headroom, clock
         self._hosted: dict[str, _Hosted] = {}
-        self._shares: dict[str, str] = {}  # share -> run
-        self._not_before: dict[str, float] = {}
+        self._shares: dict[str, _Share] = {}
+        self._backoff = Backoff()
         self._num_members = 0
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -158,14 +183,15 @@ class JobHelp:
 
     def _invited(self, replica: str, invitation: Invitation) -> None:
         now, run = self._clock(), invitation.run
-        if self._stopping or not self._engine.ready or len(self._shares) >= MAX_SHARES or run in self._shares.values():
+        if self._stopping or not self._engine.ready or len(self._shares) >= MAX_SHARES:
             return
-        if now < self._not_before.get(run, now) or self._headroom() < LEAST_HEADROOM:
+        if any(share.invitation.run == run for share in self._shares.values()):
             return
-        self._not_before = {other: until for other, until in self._not_before.items() if until > now}
+        if not self._backoff.allows(run, now) or self._headroom() < LEAST_HEADROOM:
+            return
         member = self._new_member()
         share = self._links.join(run, invitation.epoch, member, replica)
-        self._shares[share] = run
+        self._shares[share] = _Share(invitation, now)
         self._spawn(self._help(share, member, invitation))
 
     async def _help(self, share: str, member: str, invitation: Invitation) -> None:
@@ -182,7 +208,7 @@ class JobHelp:
         except (CoserveError, OSError) as error:
             if not isinstance(error, EngineUnavailable):
                 _log.warning("this replica can't help: %s", error, extra={"job": invitation.job})
-            self._ended(share, failed=True)
+            self._ended(share)
 
     def _hear(self, message: StepSaid | ShareEnded) -> None:
         if isinstance(message, StepSaid):
@@ -190,14 +216,15 @@ class JobHelp:
             return
         if message.problem is not None:
             _log.warning("this replica helps no more: %s", message.problem.message, extra={"job": message.id})
-        self._ended(message.id, failed=message.problem is not None)
+        self._ended(message.id)
 
-    def _ended(self, share: str, *, failed: bool) -> None:
-        run = self._shares.pop(share, None)
+    def _ended(self, share: str) -> None:
+        """A share has ended, well or not: where the run still wants help, this replica was of none (too far behind, unequal,
+        crashed), so that it waits before it comes again."""
+        ended = self._shares.pop(share, None)
         self._links.share_ended(share)
-        if run is not None:
-            if failed:
-                self._not_before[run] = self._clock() + _AGAIN_S
+        if ended is not None:
+            self._backoff.ended(ended.invitation.run, ended.began_s, self._clock())
             self._spawn(asyncio.to_thread(shutil.rmtree, self._directory(share), ignore_errors=True))
 
     def _engine_lost(self) -> None:
@@ -206,7 +233,7 @@ class JobHelp:
         for run in list(self._hosted):
             self.end(run)
         for share in list(self._shares):
-            self._ended(share, failed=True)  # perhaps it was the share that it died of
+            self._ended(share)
 
     def drain(self) -> None:
         """Helps with nothing more; present shares end with their step."""

@@ -1,0 +1,123 @@
+"""A replica that helps with jobs of others: what it does when its share ends, whoever is to blame. Its engine is played."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from coserve.server.link.messages import ShareEnded, StepSaid
+from coserve.server.link.process import EngineEnd
+from coserve.server.replicas.helping import JobHelp
+from coserve.server.replicas.steplink import Invitation, StepLinks
+from tests.step_wires import Wires
+
+RUN = Invitation(job="job", run="job-e1", epoch=1)
+
+
+class PlayedEngine:
+    """SharingEngine: it takes every share, and ends as a test wants."""
+
+    def __init__(self) -> None:
+        self.ready, self.supervisor = True, self
+        self.last_end: EngineEnd | None = None
+        self.started: list[str] = []
+        self.told: list[str] = []
+        self._say: Callable[[StepSaid | ShareEnded], None] = lambda message: None
+        self._down: list[Callable[[], None]] = []
+
+    def on_step(self, listener: Callable[[StepSaid | ShareEnded], None]) -> None:
+        self._say = listener
+
+    def on_down(self, listener: Callable[[], None]) -> None:
+        self._down.append(listener)
+
+    async def start_job(self, **fields: Any) -> None:
+        self.started.append(fields["id"])
+
+    def act_job(self, job: str, action: str) -> None:
+        pass
+
+    def tell(self, id: str, data: bytes) -> None:
+        self.told.append(id)
+
+    def say(self, message: StepSaid | ShareEnded) -> None:
+        self._say(message)
+
+    def die(self, end: EngineEnd) -> None:
+        self.last_end = end
+        for listener in self._down:
+            listener()
+
+
+class Helper:
+    """The replica "b", which replica "a" invites. may_bring: files come once it is set."""
+
+    def __init__(self, place: Path) -> None:
+        self.engine, self.wires, self.now = PlayedEngine(), Wires(), 0.0
+        self.may_bring, self.brought = threading.Event(), list[Path]()
+        self.may_bring.set()
+        self.wires.of("a")
+        self.links = StepLinks(self.engine.tell, self.wires.of("b"))
+        self.place = place
+        self.help = JobHelp("b", self.engine, self.links, place, others=list, bring=self._bring, clock=lambda: self.now)
+
+    def _bring(self, job: str, directory: Path) -> dict[str, Any]:
+        self.may_bring.wait(20.0)
+        (directory / "training_file").write_bytes(b"{}")
+        self.brought.append(directory)
+        return {}
+
+    async def invite(self, invitation: Invitation = RUN) -> str | None:
+        """The share that comes of it, once the engine has it; None if the replica doesn't help."""
+        before = self.engine.started[:]
+        self.help._invited("a", invitation)
+        if not self.help.shares:
+            return None
+        await until(lambda: self.engine.started != before)
+        return self.engine.started[-1]
+
+    async def pause(self) -> float:
+        """How many seconds later the replica helps again; its new share goes on."""
+        began = self.now
+        while await self.invite() is None:
+            self.now += 1.0
+        return self.now - began
+
+
+async def until(found: Callable[[], Any], seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not found():
+            await asyncio.sleep(1e-3)
+
+
+@asynccontextmanager
+async def helper(place: Path) -> AsyncIterator[Helper]:
+    made = Helper(place)
+    made.links.start()
+    yield made
+    made.may_bring.set()
+    await made.help.stop()
+    await made.links.stop()
+
+
+def test_who_is_sent_away_from_a_run_that_goes_on_comes_back_ever_later(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with helper(tmp_path / "shares") as one:
+            pauses = []
+            for _ in range(9):
+                one.now += 5.0
+                one.engine.say(ShareEnded(id=one.help.shares[0] if one.help.shares else await one.invite() or ""))
+                assert one.help.shares == ()
+                pauses.append(await one.pause())
+            assert pauses == [30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1800.0, 1800.0, 1800.0]
+            one.now += 3600.0
+            one.engine.say(ShareEnded(id=one.help.shares[0]))
+            assert await one.pause() == 30.0, "the last one lasted"
+            one.engine.say(ShareEnded(id=one.help.shares[0]))
+            assert await one.invite(Invitation(job="other", run="other-e1", epoch=1)), "another job's run"
+
+    asyncio.run(story())
