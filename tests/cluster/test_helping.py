@@ -104,6 +104,37 @@ async def helper(place: Path) -> AsyncIterator[Helper]:
     await made.links.stop()
 
 
+def test_a_place_is_free_again_when_the_holder_goes_while_the_files_are_still_brought(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with helper(tmp_path / "shares") as one:
+            one.may_bring.clear()
+            one.help._invited("a", RUN)
+            (share,) = one.help.shares
+            await asyncio.sleep(0.01)
+            one.links.replica_lost("a")
+            assert one.help.shares == ()
+            one.may_bring.set()
+            await until(lambda: one.brought)
+            await until(lambda: not [*one.place.glob("*")])
+            assert one.engine.started == [] and one.engine.told == [share]
+            assert await one.invite(Invitation(job="other", run="other-e1", epoch=1)), "it helps another job"
+
+    asyncio.run(story())
+
+
+def test_a_place_that_the_engine_holds_is_free_when_the_engine_says_so(tmp_path: Path) -> None:
+    """It needs its memory and its files until then."""
+    async def story() -> None:
+        async with helper(tmp_path / "shares") as one:
+            share = await one.invite()
+            one.links.replica_lost("a")
+            assert share and one.help.shares == (share,) and one.engine.told == [share]
+            one.engine.say(ShareEnded(id=share))
+            assert one.help.shares == ()
+
+    asyncio.run(story())
+
+
 def test_who_is_sent_away_from_a_run_that_goes_on_comes_back_ever_later(tmp_path: Path) -> None:
     async def story() -> None:
         async with helper(tmp_path / "shares") as one:

@@ -390,6 +390,20 @@ class Client:
         self._replica.host.on_message(ActJob(id=job, action=action))
 
 
+@on_a_loop
+async def test_an_engine_that_begins_a_share_of_a_run_that_is_gone_is_sent_away(
+    model: LoadedModel, data: Path, tmp_path: Path
+) -> None:
+    """The holder was lost while the engine still read the job's data, and what was told it then went nowhere."""
+    async with replicas(model, Wires(), 1) as (only,):
+        only.start("job-e1/1/r1", tmp_path / "scratch", data, JobShare(epoch=1, member="r1", primary=False), CONFIG)
+        ended: ShareEnded = await only.heard(ShareEnded)
+        assert ended.problem is None
+        only.start("job-e1", tmp_path / "out", data, JobShare(epoch=1, member="r0", primary=True), CONFIG)
+        over: JobEnded = await only.heard(JobEnded)
+        assert over.problem is not None and "the job has ended, or its replica is gone" in over.problem.message
+
+
 @pytest.mark.full
 @on_a_loop
 async def test_replicas_are_invited_and_help_until_they_drain(

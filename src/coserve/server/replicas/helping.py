@@ -91,10 +91,12 @@ class ShareFiles:
 
 
 class _Share(NamedTuple):
-    """A share in a job of another replica, since began_s."""
+    """A share in a job of another replica, since began_s. given: whether the engine has it, or is about to get it; then the
+    engine says when it has ended."""
 
     invitation: Invitation
     began_s: float
+    given: bool = False
 
 
 class Backoff:
@@ -145,6 +147,7 @@ class JobHelp:
         engine.on_step(self._hear)
         engine.supervisor.on_down(self._engine_lost)
         links.on_invited(self._invited)
+        links.on_abandoned(self._abandoned)
 
     # --- jobs that this replica holds ---
 
@@ -199,16 +202,18 @@ class JobHelp:
         try:
             await asyncio.to_thread(directory.mkdir, parents=True)
             fields = await asyncio.to_thread(self._bring, invitation.job, directory)
-            if share not in self._shares:  # the engine has died, or this replica stops
-                return
-            await self._engine.start_job(**fields | {
-                "id": share, "adapter": share, "directory": str(directory / "none"), "resume": False,
-                "share": JobShare(epoch=invitation.epoch, member=member, primary=False),
-            })
+            if share in self._shares:  # else the engine has died, or the job's replica is gone
+                self._shares[share] = self._shares[share]._replace(given=True)
+                await self._engine.start_job(**fields | {
+                    "id": share, "adapter": share, "directory": str(directory / "none"), "resume": False,
+                    "share": JobShare(epoch=invitation.epoch, member=member, primary=False),
+                })
         except (CoserveError, OSError) as error:
-            if not isinstance(error, EngineUnavailable):
+            if share in self._shares and not isinstance(error, EngineUnavailable):
                 _log.warning("this replica can't help: %s", error, extra={"job": invitation.job})
             self._ended(share)
+        if share not in self._shares:
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     def _hear(self, message: StepSaid | ShareEnded) -> None:
         if isinstance(message, StepSaid):
@@ -218,6 +223,11 @@ class JobHelp:
             _log.warning("this replica helps no more: %s", message.problem.message, extra={"job": message.id})
         self._ended(message.id)
 
+    def _abandoned(self, share: str) -> None:
+        """The replica that holds the job is gone, or the job has ended there."""
+        if share in self._shares and not self._shares[share].given:
+            self._ended(share)
+
     def _ended(self, share: str) -> None:
         """A share has ended, well or not: where the run still wants help, this replica was of none (too far behind, unequal,
         crashed), so that it waits before it comes again."""
@@ -225,7 +235,8 @@ class JobHelp:
         self._links.share_ended(share)
         if ended is not None:
             self._backoff.ended(ended.invitation.run, ended.began_s, self._clock())
-            self._spawn(asyncio.to_thread(shutil.rmtree, self._directory(share), ignore_errors=True))
+            if ended.given:  # else _help removes it, when nothing is brought there any more
+                self._spawn(asyncio.to_thread(shutil.rmtree, self._directory(share), ignore_errors=True))
 
     def _engine_lost(self) -> None:
         """This replica's engine has died."""
