@@ -9,7 +9,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from coserve.server.link.messages import ShareEnded, StepSaid
+import pytest
+
+from coserve.cluster.steps import DIFFERS
+from coserve.server.errors import EngineUnavailable
+from coserve.server.link.messages import Problem, ShareEnded, StepSaid
 from coserve.server.link.process import EngineEnd
 from coserve.server.replicas.helping import JobHelp
 from coserve.server.replicas.steplink import Invitation, StepLinks
@@ -19,11 +23,12 @@ RUN = Invitation(job="job", run="job-e1", epoch=1)
 
 
 class PlayedEngine:
-    """SharingEngine: it takes every share, and ends as a test wants."""
+    """SharingEngine: it takes every share, and ends as a test wants. dies: how each share kills it at once."""
 
     def __init__(self) -> None:
         self.ready, self.supervisor = True, self
         self.last_end: EngineEnd | None = None
+        self.dies: Callable[[str], EngineEnd] | None = None
         self.started: list[str] = []
         self.told: list[str] = []
         self._say: Callable[[StepSaid | ShareEnded], None] = lambda message: None
@@ -37,6 +42,9 @@ class PlayedEngine:
 
     async def start_job(self, **fields: Any) -> None:
         self.started.append(fields["id"])
+        if self.dies is not None:
+            self.die(self.dies(fields["id"]))
+            raise EngineUnavailable("the engine process died")
 
     def act_job(self, job: str, action: str) -> None:
         pass
@@ -150,5 +158,53 @@ def test_who_is_sent_away_from_a_run_that_goes_on_comes_back_ever_later(tmp_path
             assert await one.pause() == 30.0, "the last one lasted"
             one.engine.say(ShareEnded(id=one.help.shares[0]))
             assert await one.invite(Invitation(job="other", run="other-e1", epoch=1)), "another job's run"
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(("how", "tries"), [
+    (lambda share: EngineEnd("crashed", (share,), guilty=True), 2),
+    (lambda share: EngineEnd("crashed in a thread that says nothing", (), guilty=True), 2),
+    (lambda share: EngineEnd("crashed by a request", (), guilty=True, alone=False), 7),
+    (lambda share: EngineEnd("killed from outside", (share,), guilty=False), 7),
+])
+def test_a_job_that_crashes_the_helpers_engine_is_tried_twice(
+    tmp_path: Path, how: Callable[[str], EngineEnd], tries: int
+) -> None:
+    async def story() -> None:
+        async with helper(tmp_path / "shares") as one:
+            one.engine.dies = how
+            for second in range(3600):
+                one.now += 1.0
+                epoch = 1 + second // 100  # the holder's engine may crash by it too, so that its runs are others
+                one.help._invited("a", Invitation(job="job", run=f"job-e{epoch}", epoch=epoch))
+                await until(lambda: not one.help.shares)
+            assert len(one.engine.started) == tries
+            one.engine.dies = None
+            assert await one.invite(Invitation(job="other", run="other-e1", epoch=1)), "another job"
+
+    asyncio.run(story())
+
+
+def test_a_replica_that_works_out_another_adapter_is_let_in_twice(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with helper(tmp_path / "shares") as one:
+            for _ in range(2):
+                await one.pause()
+                differs = Problem(name="job_failed", message=f"{DIFFERS} after step 7 (a and b)")
+                one.engine.say(ShareEnded(id=one.help.shares[0], problem=differs))
+            one.now += 1e6
+            assert await one.invite(Invitation(job="job", run="job-e9", epoch=9)) is None
+
+    asyncio.run(story())
+
+
+def test_other_failures_of_a_share_only_cost_time(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with helper(tmp_path / "shares") as one:
+            for wait in (0.0, 30.0, 60.0, 120.0):
+                assert await one.pause() == wait
+                failed = Problem(name="job_failed", message="nothing was heard of this member any more")
+                one.engine.say(ShareEnded(id=one.help.shares[0], problem=failed))
 
     asyncio.run(story())

@@ -31,6 +31,9 @@ from coserve.core import CapacityError, CoserveError, InvalidRequest
 MAX_MEMBERS = 4
 """Members of a job, the primary included: each sends and gets a gradient per step, all through one place."""
 
+DIFFERS = "the adapter of this member differs from the primary's"
+"""How the reason begins for which a member is dismissed that has worked out another adapter."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLimits:
@@ -330,9 +333,7 @@ class StepMachine:
             if found == own:
                 member.verified = max(member.verified, step + 1)
                 continue
-            actions += self.dismiss(
-                other, f"the adapter of this member differs from the primary's after step {step + 1} ({found} and {own})", now
-            )
+            actions += self.dismiss(other, f"{DIFFERS} after step {step + 1} ({found} and {own})", now)
         return actions + self._complete()
 
     # --- time ---

@@ -14,10 +14,12 @@ import contextlib
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from coserve.cluster.steps import DIFFERS
 from coserve.config.data import finetune_config_from_dict
 from coserve.core import CoserveError
 from coserve.durable import write_directory
@@ -38,7 +40,10 @@ MAX_SHARES = 1
 LEAST_HEADROOM = 0.1
 """The share of an engine's time that training must be able to get, for it to help."""
 _AGAIN_S, _MOST_AGAIN_S = 30.0, 1800.0
-"""Seconds for which a run is not helped again after that has ended, at first and at most."""
+"""Seconds for which a run is not helped again after that has ended, or its job after that has failed, at first and at most."""
+_MOST_GUILTY = 2
+"""Times that a share may crash this replica's engine, or give another adapter than the holder's, before its job is never helped
+from here again."""
 _log = logging.getLogger(__name__)
 
 
@@ -139,7 +144,7 @@ class JobHelp:
         self._others, self._bring, self._headroom, self._clock = others, bring, headroom, clock
         self._hosted: dict[str, _Hosted] = {}
         self._shares: dict[str, _Share] = {}
-        self._backoff = Backoff()
+        self._backoff, self._guilty = Backoff(), Counter[str]()
         self._num_members = 0
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -190,7 +195,10 @@ class JobHelp:
             return
         if any(share.invitation.run == run for share in self._shares.values()):
             return
-        if not self._backoff.allows(run, now) or self._headroom() < LEAST_HEADROOM:
+        job = invitation.job
+        if self._guilty[job] >= _MOST_GUILTY or not (self._backoff.allows(run, now) and self._backoff.allows(job, now)):
+            return
+        if self._headroom() < LEAST_HEADROOM:
             return
         member = self._new_member()
         share = self._links.join(run, invitation.epoch, member, replica)
@@ -211,7 +219,7 @@ class JobHelp:
         except (CoserveError, OSError) as error:
             if share in self._shares and not isinstance(error, EngineUnavailable):
                 _log.warning("this replica can't help: %s", error, extra={"job": invitation.job})
-            self._ended(share)
+            self._ended(share, failed=True)
         if share not in self._shares:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
@@ -221,20 +229,27 @@ class JobHelp:
             return
         if message.problem is not None:
             _log.warning("this replica helps no more: %s", message.problem.message, extra={"job": message.id})
-        self._ended(message.id)
+        problem = message.problem
+        self._ended(message.id, failed=problem is not None, guilty=problem is not None and DIFFERS in problem.message)
 
     def _abandoned(self, share: str) -> None:
         """The replica that holds the job is gone, or the job has ended there."""
         if share in self._shares and not self._shares[share].given:
             self._ended(share)
 
-    def _ended(self, share: str) -> None:
+    def _ended(self, share: str, *, failed: bool = False, guilty: bool = False) -> None:
         """A share has ended, well or not: where the run still wants help, this replica was of none (too far behind, unequal,
-        crashed), so that it waits before it comes again."""
+        crashed), so that it waits before it comes again. failed: it may fail in the job's next run too. guilty: it does harm
+        here."""
         ended = self._shares.pop(share, None)
         self._links.share_ended(share)
         if ended is not None:
-            self._backoff.ended(ended.invitation.run, ended.began_s, self._clock())
+            job = ended.invitation.job
+            self._backoff.ended(job if failed else ended.invitation.run, ended.began_s, self._clock())
+            if guilty:
+                self._guilty[job] += 1
+                if self._guilty[job] == _MOST_GUILTY:
+                    _log.error("this replica helps with this job no more: it did harm here twice", extra={"job": job})
             if ended.given:  # else _help removes it, when nothing is brought there any more
                 self._spawn(asyncio.to_thread(shutil.rmtree, self._directory(share), ignore_errors=True))
 
@@ -244,7 +259,9 @@ class JobHelp:
         for run in list(self._hosted):
             self.end(run)
         for share in list(self._shares):
-            self._ended(share)
+            end = self._engine.supervisor.last_end
+            guilty = end is None or (end.guilty and (share in end.jobs or (end.alone and not end.jobs)))
+            self._ended(share, failed=True, guilty=guilty)
 
     def drain(self) -> None:
         """Helps with nothing more; present shares end with their step."""
