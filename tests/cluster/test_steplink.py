@@ -40,8 +40,10 @@ from coserve.server.link.stepmessages import (
     BlobError,
     BlobPart,
     Counts,
+    DropIds,
     EnterJob,
     Envelope,
+    GiveBack,
     GoAway,
     IncomingBlob,
     LeaveJob,
@@ -135,7 +137,8 @@ class Talk:
     """A coordinator and members of whom each has a vector of four elements, and what it tells them."""
 
     def __init__(self, *names: str) -> None:
-        self.coordinator = StepCoordinator(3, "p", note=lambda line: None)
+        self.now = 0.0
+        self.coordinator = StepCoordinator(3, "p", note=lambda line: None, clock=lambda: self.now)
         self.heard: dict[str, list[Any]] = {}
         self._numbers: dict[str, int] = {}
         for name in ("p", *names):
@@ -156,14 +159,17 @@ class Talk:
         data = bytes([step]) * 16
         self.give("p", Offer(blob=100 + step, kind="state", step=step, num_bytes=16, digest=blob_digest(data)), data)
 
+    def seal(self, step: int, *ids: int, round: int = 0) -> Offer:
+        """The offer of a sum of zeros."""
+        return Offer(
+            blob=10 * step + ids[0], kind="seal", step=step, num_bytes=16, digest=blob_digest(bytes(16)), ids=[*ids],
+            round=round, counts=Counts(loss=0.0, correct=0, labels=1, tokens=1),
+        )
+
     def run_step(self, step: int) -> None:
         """The primary runs it alone."""
-        data = bytes(16)
         self.say("p", Pull(step=step, num_ids=1))
-        self.give("p", Offer(
-            blob=step, kind="seal", step=step, num_bytes=16, digest=blob_digest(data), ids=[0],
-            counts=Counts(loss=0.0, correct=0, labels=1, tokens=1),
-        ), data)
+        self.give("p", self.seal(step, 0), bytes(16))
         self.say("p", Applied(step=step))
         self.say("p", AdapterDigest(step=step, digest="same"))
 
@@ -199,6 +205,32 @@ def test_a_state_that_nobody_waits_for_any_more_is_not_kept() -> None:
     assert len(talk.coordinator._outgoing._blobs) == 1
     talk.coordinator.lost("b")
     assert not talk.coordinator._outgoing._blobs
+
+
+@pytest.mark.parametrize("how", ["late", "given back"])
+def test_a_sum_that_stalls_on_its_way_is_forgotten_when_it_would_not_count(how: str) -> None:
+    talk = Talk("a")
+    talk.give_state(0)
+    for name in ("p", "a"):
+        talk.say(name, Pull(step=0, num_ids=2))
+    talk.give("p", talk.seal(0, 0), bytes(16))
+    talk.say("a", talk.seal(0, 1))
+    incoming = talk.coordinator._peers["a"].incoming
+    talk.say("p", Pull(step=0, num_ids=2))
+    assert len(incoming) == 1
+    if how == "late":
+        for _ in range(3):  # its replica lives
+            talk.now += 10.0
+            talk.coordinator.heard("p")
+            talk.coordinator.heard("a")
+            talk.coordinator.tick()
+        assert any(isinstance(body, DropIds) for body in talk.heard["a"])
+    else:
+        talk.say("a", GiveBack(step=0))
+    assert not incoming and talk.coordinator.members == ("p", "a")
+    talk.say("a", BlobPart(blob=1, start=0, data=bytes(16)))
+    talk.give("p", talk.seal(0, 1, round=1), bytes(16))
+    assert len(talk.offers("p", "total")) == 1
 
 
 def test_envelopes_pass_the_engines_socket() -> None:

@@ -146,6 +146,7 @@ class StepCoordinator:
         self._newest_state: Offer | None = None
         self._states: dict[int, set[str]] = {}  # blob -> the members that still read it
         self._outgoing = OutgoingBlobs()
+        self._tidied = -1, 0  # at which step and round
 
     @property
     def closed(self) -> bool:
@@ -320,10 +321,19 @@ class StepCoordinator:
                 takers.discard(name)
 
     def _tidy(self) -> None:
-        """Forgets states that nobody reads. Where members join one after another, several are read at once."""
+        """Forgets states that nobody reads (where members join one after another, several are read at once), and what has come
+        of seals that would not count any more: a member whose words stall may stay for long."""
         for blob in [blob for blob, takers in self._states.items() if not takers]:
             del self._states[blob]
             self._outgoing.drop(blob)
+        now = self.machine.step, self.machine.round
+        if now == self._tidied:
+            return
+        self._tidied = now
+        for name, peer in self._peers.items():
+            for blob, offer in [(blob, incoming.offer) for blob, incoming in peer.incoming.items()]:
+                if offer.kind == "seal" and not self.machine.accepts(name, offer.step, offer.round, offer.ids):
+                    del peer.incoming[blob]
 
     def _offered(self, offer: Offer) -> Offer:
         """The same offer under a number of this side."""
