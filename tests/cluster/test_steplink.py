@@ -35,12 +35,18 @@ from coserve.server.link.messages import (
 )
 from coserve.server.link.stepmessages import (
     PART_BYTES,
+    AdapterDigest,
+    Applied,
     BlobError,
     BlobPart,
+    Counts,
+    DropIds,
     EnterJob,
     Envelope,
+    GiveBack,
     GoAway,
     IncomingBlob,
+    LeaveJob,
     Offer,
     OutgoingBlobs,
     Pull,
@@ -125,6 +131,106 @@ def test_a_coordinator_takes_no_words_of_other_epochs_strangers_or_liars() -> No
     assert isinstance(replies[-1], GoAway) and "were lost" in replies[-1].reason
     with pytest.raises(msgspec.ValidationError):
         decode_step(msgspec.msgpack.encode({"epoch": 1, "member": "a", "number": 0, "body": {"type": "Exec"}}))
+
+
+class Talk:
+    """A coordinator and members of whom each has a vector of four elements, and what it tells them."""
+
+    def __init__(self, *names: str) -> None:
+        self.now = 0.0
+        self.coordinator = StepCoordinator(3, "p", note=lambda line: None, clock=lambda: self.now)
+        self.heard: dict[str, list[Any]] = {}
+        self._numbers: dict[str, int] = {}
+        for name in ("p", *names):
+            self.say(name, enter(name == "p"))
+
+    def say(self, name: str, body: Any) -> None:
+        number = self._numbers.get(name, 0)
+        self._numbers[name] = number + 1
+        heard = self.heard.setdefault(name, [])
+        self.coordinator.receive(said(name, number, body), lambda data: heard.append(decode_step(data).body))
+
+    def give(self, name: str, blob: Offer, data: bytes) -> None:
+        """A blob of one part, offered and told."""
+        self.say(name, blob)
+        self.say(name, BlobPart(blob=blob.blob, start=0, data=data))
+
+    def give_state(self, step: int) -> None:
+        data = bytes([step]) * 16
+        self.give("p", Offer(blob=100 + step, kind="state", step=step, num_bytes=16, digest=blob_digest(data)), data)
+
+    def seal(self, step: int, *ids: int, round: int = 0) -> Offer:
+        """The offer of a sum of zeros."""
+        return Offer(
+            blob=10 * step + ids[0], kind="seal", step=step, num_bytes=16, digest=blob_digest(bytes(16)), ids=[*ids],
+            round=round, counts=Counts(loss=0.0, correct=0, labels=1, tokens=1),
+        )
+
+    def run_step(self, step: int) -> None:
+        """The primary runs it alone."""
+        self.say("p", Pull(step=step, num_ids=1))
+        self.give("p", self.seal(step, 0), bytes(16))
+        self.say("p", Applied(step=step))
+        self.say("p", AdapterDigest(step=step, digest="same"))
+
+    def offers(self, name: str, kind: str) -> list[Offer]:
+        return [body for body in self.heard[name] if isinstance(body, Offer) and body.kind == kind]
+
+    def read(self, name: str, offer: Offer) -> bytes:
+        """What a member gets that asks for all of a blob; none if the blob is gone."""
+        before = len(self.heard[name])
+        self.say(name, WantPart(blob=offer.blob, start=0))
+        self.say(name, WantPart(blob=offer.blob, start=offer.num_bytes))
+        return b"".join(body.data for body in self.heard[name][before:] if isinstance(body, BlobPart))
+
+
+def test_a_state_is_kept_while_somebody_reads_it_though_the_next_has_come() -> None:
+    talk = Talk("a")
+    talk.give_state(0)
+    talk.run_step(0)
+    talk.say("b", enter(False))
+    talk.give_state(1)
+    (first,), (second,) = talk.offers("a", "state"), talk.offers("b", "state")
+    assert talk.read("a", first) == bytes(16) and talk.read("b", second) == b"\x01" * 16
+    assert talk.read("a", first) == talk.read("b", second) == b"", "nobody reads them any more"
+
+
+def test_a_state_that_nobody_waits_for_any_more_is_not_kept() -> None:
+    talk = Talk("a")
+    talk.say("a", LeaveJob())
+    talk.give_state(0)
+    assert not talk.coordinator._states and not talk.coordinator._outgoing._blobs
+    talk.say("b", enter(False))
+    talk.give_state(0)
+    assert len(talk.coordinator._outgoing._blobs) == 1
+    talk.coordinator.lost("b")
+    assert not talk.coordinator._outgoing._blobs
+
+
+@pytest.mark.parametrize("how", ["late", "given back"])
+def test_a_sum_that_stalls_on_its_way_is_forgotten_when_it_would_not_count(how: str) -> None:
+    talk = Talk("a")
+    talk.give_state(0)
+    for name in ("p", "a"):
+        talk.say(name, Pull(step=0, num_ids=2))
+    talk.give("p", talk.seal(0, 0), bytes(16))
+    talk.say("a", talk.seal(0, 1))
+    incoming = talk.coordinator._peers["a"].incoming
+    talk.say("p", Pull(step=0, num_ids=2))
+    assert len(incoming) == 1
+    if how == "late":
+        for _ in range(3):  # its replica lives
+            talk.now += 10.0
+            talk.coordinator.heard("p")
+            talk.coordinator.heard("a")
+            talk.coordinator.tick()
+        assert any(isinstance(body, DropIds) for body in talk.heard["a"])
+    else:
+        talk.say("a", GiveBack(step=0))
+    assert not incoming and talk.coordinator.members == ("p", "a")
+    talk.say("a", BlobPart(blob=1, start=0, data=bytes(16)))
+    talk.give("p", talk.seal(0, 1, round=1), bytes(16))
+    assert len(talk.offers("p", "total")) == 1
 
 
 def test_envelopes_pass_the_engines_socket() -> None:
@@ -314,6 +420,20 @@ class Client:
 
     def act_job(self, job: str, action: Any) -> None:
         self._replica.host.on_message(ActJob(id=job, action=action))
+
+
+@on_a_loop
+async def test_an_engine_that_begins_a_share_of_a_run_that_is_gone_is_sent_away(
+    model: LoadedModel, data: Path, tmp_path: Path
+) -> None:
+    """The holder was lost while the engine still read the job's data, and what was told it then went nowhere."""
+    async with replicas(model, Wires(), 1) as (only,):
+        only.start("job-e1/1/r1", tmp_path / "scratch", data, JobShare(epoch=1, member="r1", primary=False), CONFIG)
+        ended: ShareEnded = await only.heard(ShareEnded)
+        assert ended.problem is None
+        only.start("job-e1", tmp_path / "out", data, JobShare(epoch=1, member="r0", primary=True), CONFIG)
+        over: JobEnded = await only.heard(JobEnded)
+        assert over.problem is not None and "the job has ended, or its replica is gone" in over.problem.message
 
 
 @pytest.mark.full

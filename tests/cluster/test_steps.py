@@ -147,13 +147,85 @@ def test_a_member_joins_with_the_state_and_catches_up_by_the_totals_since() -> N
     assert machine.seal("b", 2, 0, [1], 11, 5.0) == (True, [MakeTotal(2, (10, 11))])
 
 
+def run_steps(machine: StepMachine, count: int) -> list[Action]:
+    """The primary runs steps alone."""
+    actions: list[Action] = []
+    for _ in range(count):
+        step = machine.step
+        machine.pull("p", step, 1, 1.0)
+        machine.seal("p", step, 0, [0], step, 1.0)
+        actions += machine.total_made(step, 1.0) + machine.applied("p", step, 1.0) + machine.digest("p", step, "same", 1.0)
+    return actions
+
+
+def test_a_member_whose_state_takes_six_steps_catches_up() -> None:
+    machine = opened("a")
+    actions = run_steps(machine, 6)
+    assert told(actions, "a") == [Apply(step) for step in range(6)] and not [a for a in actions if isinstance(a, Forget)]
+    forgotten: list[Action] = []
+    for step in range(6):
+        forgotten += machine.applied("a", step, 2.0)
+        machine.digest("a", step, "same", 2.0)
+    assert forgotten == [Forget(step) for step in range(6)] and machine.members == ("p", "a")
+    machine.pull("a", 6, 1, 3.0)
+    assert machine.seal("a", 6, 0, [0], 10, 3.0) == (True, [MakeTotal(6, (10,))]), "it takes part, and is known to be equal"
+    close_step(machine, "p", "a")
+    (away,) = [one for one in told(run_steps(machine, 5), "a") if isinstance(one, Dismiss)]
+    assert away == Dismiss("this member is more than 4 steps behind", False), "it has caught up: now lag counts as ever"
+
+
+def test_a_member_that_never_catches_up_is_sent_away() -> None:
+    machine = opened("a")
+    run_steps(machine, 8)
+    machine.applied("a", 0, 1.0)
+    assert machine.members == ("p", "a")
+    actions = run_steps(machine, 2)
+    assert Told("a", Dismiss("this member is more than 8 steps behind", False)) in actions
+    assert machine.members == ("p",) and machine._totals == set()
+
+
+def test_two_members_join_one_step_apart() -> None:
+    machine = opened()
+    machine.join("a", 0.0)
+    assert told(machine.state_given(0, 0.0), "a") == [TakeState(0)]
+    run_steps(machine, 1)
+    assert machine.join("b", 1.0) == [Told("p", GiveState())]
+    actions = machine.state_given(1, 1.0)
+    assert told(actions, "b") == [TakeState(1)] and told(actions, "a") == []
+    run_steps(machine, 5)
+    for name, first in (("a", 0), ("b", 1)):
+        for step in range(first, 6):
+            machine.applied(name, step, 2.0)
+            machine.digest(name, step, "same", 2.0)
+    assert machine.members == ("p", "a", "b") and machine._totals == set()
+
+
+def test_who_waits_for_a_state_that_takes_too_long_is_sent_away_instead_of_asking_for_ever() -> None:
+    machine = opened()
+    machine.join("a", 0.0)
+    run_steps(machine, 8)
+    machine.state_given(0, 1.0)
+    assert machine.active == ("p", "a"), "all totals since are there"
+    machine.leave("a", 1.0)
+    machine.join("b", 1.0)
+    run_steps(machine, 9)
+    assert machine.state_given(8, 2.0) == [
+        Told("b", Dismiss("the primary's state took more than 8 steps to be told", False)),
+        *(Forget(step) for step in range(9, 17)),
+    ]
+    assert machine.members == ("p",)
+
+
 def test_totals_are_kept_as_long_as_somebody_needs_them_and_no_longer() -> None:
     machine = opened("a", limits=StepLimits(max_totals=2))
-    for step in range(3):
+    machine.pull("p", 0, 1, 1.0)
+    machine.seal("p", 0, 0, [0], 0, 1.0)
+    close_step(machine, "p", "a")
+    for step in range(1, 4):
         machine.pull("p", step, 1, 1.0)
         machine.seal("p", step, 0, [0], step, 1.0)
         machine.total_made(step, 1.0)
-        assert not [one for one in machine.applied("p", step, 1.0) if isinstance(one, Forget)] or step == 2
+        assert not [one for one in machine.applied("p", step, 1.0) if isinstance(one, Forget)] or step == 3
         machine.digest("p", step, "same", 1.0)
     assert machine.members == ("p",), "a lagged by three steps"
     assert machine._totals == set()
@@ -222,7 +294,8 @@ class World:
 
     def __init__(self, seed: int, steps: int) -> None:
         self.rng, self.steps, self.now = Random(seed), steps, 0.0
-        self.machine = StepMachine(1, "p", limits=StepLimits(lost_s=40.0, late_s=5.0, unknown_s=8.0, max_totals=3))
+        limits = StepLimits(lost_s=40.0, late_s=5.0, unknown_s=8.0, max_totals=3, max_joining=4)
+        self.machine = StepMachine(1, "p", limits=limits)
         self.at: dict[str, int | None] = {"p": 0}
         self.inbox: dict[str, list[object]] = {"p": []}
         self.holds: dict[str, list[Take]] = {"p": []}

@@ -9,7 +9,8 @@ numbers of micro-batches, seals the sum of their gradients, and applies the tota
 What a lost or late member holds is free again, and others seal it in a further round. A seal counts only if its member still
 holds all its ids, in the present epoch and step and in no round before the member's last revocation. So each id is in exactly
 one seal that counts. A step begins when the primary has applied the one before. A member joins with the primary's state at a
-step's start, and then catches up by the totals since, which are kept for it.
+step's start, and then catches up by the totals since, which are kept for it. Until then it may lag further behind than later,
+since reading the state may take several steps.
 
 A seal counts in the total only when its member's adapter is known to equal the primary's (digests after the step before). A
 member whose digest differs is dismissed, and what it sealed since runs again elsewhere.
@@ -30,18 +31,23 @@ from coserve.core import CapacityError, CoserveError, InvalidRequest
 MAX_MEMBERS = 4
 """Members of a job, the primary included: each sends and gets a gradient per step, all through one place."""
 
+DIFFERS = "the adapter of this member differs from the primary's"
+"""How the reason begins for which a member is dismissed that has worked out another adapter."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLimits:
     """lost_s: silence after which a member counts as lost. late_s, slow: a member is late while others wait for it after
     `late_s`, or `slow` times what its micro-batches take elsewhere, whichever is more. unknown_s: the same before anybody has
-    sealed. max_totals: how many steps a member may lag behind. max_members: the primary included."""
+    sealed. max_totals: how many steps a member may lag behind. max_joining: the same, at least as many, before it has caught up
+to that for the first time; also how many steps the primary's state may take to be told. max_members: the primary included."""
 
     lost_s: float = 15.0
     late_s: float = 20.0
     slow: float = 4.0
     unknown_s: float = 600.0
     max_totals: int = 4
+    max_joining: int = 8
     max_members: int = MAX_MEMBERS
 
 
@@ -124,13 +130,14 @@ Action = Told | MakeTotal | Discard | Forget
 
 @dataclass(slots=True)
 class _Member:
-    """at: the member's adapter is that of the start of this step; None: it waits for a state. verified: the newest step at
-    whose start it is known to equal the primary's. begun: the step that it works on. num_ids: that step's micro-batches, as
-    it counts. holds: ids, and when they were taken. since_s: its last sign of progress. valid_round: seals of earlier rounds
-    don't count."""
+    """at: the member's adapter is that of the start of this step; None: it waits for a state. caught_up: whether it has ever
+    applied a total and been at most max_totals steps behind then. verified: the newest step at whose start it is known to equal
+    the primary's. begun: the step that it works on. num_ids: that step's micro-batches, as it counts. holds: ids, and when they
+    were taken. since_s: its last sign of progress. valid_round: seals of earlier rounds don't count."""
 
     heard_s: float
     at: int | None = None
+    caught_up: bool = False
     verified: int = -1
     begun: int = -1
     num_ids: int = 0
@@ -185,7 +192,7 @@ class StepMachine:
         """The primary begins at `step`. Raises CoserveError if it has begun before."""
         if self.step >= 0 or self.closed:
             raise CoserveError("the job's steps have been opened already")
-        first = {self.primary: _Member(now, at=step, verified=step)}
+        first = {self.primary: _Member(now, at=step, caught_up=True, verified=step)}
         self._members = first | self._members
         self.step = step
         return self._ask_state()
@@ -209,7 +216,7 @@ class StepMachine:
             return []
         actions: list[Action] = []
         if step < self.step and not all(s in self._totals for s in range(step, self.step)):
-            return self._ask_state()  # it took so long that totals since are gone
+            return self._wait_no_more(now)
         for name, member in self._members.items():
             if member.at is None:
                 member.at = member.verified = step
@@ -306,6 +313,7 @@ class StepMachine:
         member.at = step + 1
         if name == self.primary:
             self._next_step(now)
+        member.caught_up = member.caught_up or self.step - member.at <= self.limits.max_totals
         return self._trim(now) + self._dispatch(now)
 
     def digest(self, name: str, step: int, digest: str, now: float) -> list[Action]:
@@ -325,9 +333,7 @@ class StepMachine:
             if found == own:
                 member.verified = max(member.verified, step + 1)
                 continue
-            actions += self.dismiss(
-                other, f"the adapter of this member differs from the primary's after step {step + 1} ({found} and {own})", now
-            )
+            actions += self.dismiss(other, f"{DIFFERS} after step {step + 1} ({found} and {own})", now)
         return actions + self._complete()
 
     # --- time ---
@@ -374,6 +380,14 @@ class StepMachine:
             return []
         self._asked_state = self.step
         return [Told(self.primary, GiveState())]
+
+    def _wait_no_more(self, now: float) -> list[Action]:
+        """The state took so long that totals since are gone, as the next one would: those that wait for it are sent away."""
+        actions: list[Action] = []
+        for name in [n for n, m in self._members.items() if m.at is None]:
+            reason = f"the primary's state took more than {self.limits.max_joining} steps to be told"
+            actions += self.dismiss(name, reason, now, fault=False)
+        return actions + self._trim(now)
 
     def _dispatch(self, now: float) -> list[Action]:
         """Gives free ids to those that want one, those with fewest first; where none is free, asks for seals."""
@@ -448,20 +462,21 @@ class StepMachine:
             member.valid_round = 0
             member.wants = member.wants and member.begun == self.step
             member.since_s = now
-        for step in [s for s in self._digests if s < self.step - self.limits.max_totals]:
+        for step in [s for s in self._digests if s < self.step - self.limits.max_joining]:
             del self._digests[step]
 
     def _trim(self, now: float) -> list[Action]:
         """Forgets totals that everybody has applied. Sends those away that lag too far behind."""
         actions: list[Action] = []
-        behind = self.step - self.limits.max_totals
-        for name in [n for n, m in self._members.items() if m.at is not None and m.at < behind]:
-            actions += self.dismiss(name, f"this member is more than {self.limits.max_totals} steps behind", now, fault=False)
+        for name, member in list(self._members.items()):
+            most = self.limits.max_totals if member.caught_up else self.limits.max_joining
+            if member.at is not None and self.step - member.at > most:
+                actions += self.dismiss(name, f"this member is more than {most} steps behind", now, fault=False)
         if self.closed:
             return actions
         least = min([self.step, *(m.at for m in self._members.values() if m.at is not None)])
         if self._asked_state is not None:
-            least = min(least, max(self._asked_state, behind))
+            least = min(least, max(self._asked_state, self.step - self.limits.max_joining))
         for step in sorted(s for s in self._totals if s < least):
             self._totals.remove(step)
             actions.append(Forget(step))

@@ -14,10 +14,12 @@ import contextlib
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from coserve.cluster.steps import DIFFERS
 from coserve.config.data import finetune_config_from_dict
 from coserve.core import CoserveError
 from coserve.durable import write_directory
@@ -37,8 +39,11 @@ MAX_SHARES = 1
 """Jobs of others that a replica helps with at once."""
 LEAST_HEADROOM = 0.1
 """The share of an engine's time that training must be able to get, for it to help."""
-_AGAIN_S = 30.0
-"""Seconds for which a run is not helped again after that has failed."""
+_AGAIN_S, _MOST_AGAIN_S = 30.0, 1800.0
+"""Seconds for which a run is not helped again after that has ended, or its job after that has failed, at first and at most."""
+_MOST_GUILTY = 2
+"""Times that a share may crash this replica's engine, or give another adapter than the holder's, before its job is never helped
+from here again."""
 _log = logging.getLogger(__name__)
 
 
@@ -90,6 +95,33 @@ class ShareFiles:
         }
 
 
+class _Share(NamedTuple):
+    """A share in a job of another replica, since began_s. given: whether the engine has it, or is about to get it; then the
+    engine says when it has ended."""
+
+    invitation: Invitation
+    began_s: float
+    given: bool = False
+
+
+class Backoff:
+    """When what has ended may be tried again: after _AGAIN_S, and after twice as long each time that it ends soon again."""
+
+    def __init__(self) -> None:
+        self._ends: dict[str, tuple[int, float]] = {}  # how many, and until when it may not be tried
+
+    def allows(self, name: str, now: float) -> bool:
+        """Whether it may be tried now."""
+        return name not in self._ends or now >= self._ends[name][1]
+
+    def ended(self, name: str, began_s: float, now: float) -> None:
+        """It was tried at `began_s` and has ended. Whatever lasted for longer than the longest pause went well, and what has
+        not been tried for as long is forgotten."""
+        self._ends = {other: end for other, end in self._ends.items() if now < end[1] + _MOST_AGAIN_S}
+        before = 0 if now - began_s > _MOST_AGAIN_S else self._ends.get(name, (0, 0.0))[0]
+        self._ends[name] = before + 1, now + min(_AGAIN_S * 2.0 ** min(before, 16), _MOST_AGAIN_S)
+
+
 class _Hosted(NamedTuple):
     coordinator: StepCoordinator
     most: int
@@ -111,8 +143,8 @@ class JobHelp:
         self.replica, self._engine, self._links, self._scratch = replica, engine, links, scratch
         self._others, self._bring, self._headroom, self._clock = others, bring, headroom, clock
         self._hosted: dict[str, _Hosted] = {}
-        self._shares: dict[str, str] = {}  # share -> run
-        self._not_before: dict[str, float] = {}
+        self._shares: dict[str, _Share] = {}
+        self._backoff, self._guilty = Backoff(), Counter[str]()
         self._num_members = 0
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -120,6 +152,7 @@ class JobHelp:
         engine.on_step(self._hear)
         engine.supervisor.on_down(self._engine_lost)
         links.on_invited(self._invited)
+        links.on_abandoned(self._abandoned)
 
     # --- jobs that this replica holds ---
 
@@ -158,14 +191,18 @@ class JobHelp:
 
     def _invited(self, replica: str, invitation: Invitation) -> None:
         now, run = self._clock(), invitation.run
-        if self._stopping or not self._engine.ready or len(self._shares) >= MAX_SHARES or run in self._shares.values():
+        if self._stopping or not self._engine.ready or len(self._shares) >= MAX_SHARES:
             return
-        if now < self._not_before.get(run, now) or self._headroom() < LEAST_HEADROOM:
+        if any(share.invitation.run == run for share in self._shares.values()):
             return
-        self._not_before = {other: until for other, until in self._not_before.items() if until > now}
+        job = invitation.job
+        if self._guilty[job] >= _MOST_GUILTY or not (self._backoff.allows(run, now) and self._backoff.allows(job, now)):
+            return
+        if self._headroom() < LEAST_HEADROOM:
+            return
         member = self._new_member()
         share = self._links.join(run, invitation.epoch, member, replica)
-        self._shares[share] = run
+        self._shares[share] = _Share(invitation, now)
         self._spawn(self._help(share, member, invitation))
 
     async def _help(self, share: str, member: str, invitation: Invitation) -> None:
@@ -173,16 +210,18 @@ class JobHelp:
         try:
             await asyncio.to_thread(directory.mkdir, parents=True)
             fields = await asyncio.to_thread(self._bring, invitation.job, directory)
-            if share not in self._shares:  # the engine has died, or this replica stops
-                return
-            await self._engine.start_job(**fields | {
-                "id": share, "adapter": share, "directory": str(directory / "none"), "resume": False,
-                "share": JobShare(epoch=invitation.epoch, member=member, primary=False),
-            })
+            if share in self._shares:  # else the engine has died, or the job's replica is gone
+                self._shares[share] = self._shares[share]._replace(given=True)
+                await self._engine.start_job(**fields | {
+                    "id": share, "adapter": share, "directory": str(directory / "none"), "resume": False,
+                    "share": JobShare(epoch=invitation.epoch, member=member, primary=False),
+                })
         except (CoserveError, OSError) as error:
-            if not isinstance(error, EngineUnavailable):
+            if share in self._shares and not isinstance(error, EngineUnavailable):
                 _log.warning("this replica can't help: %s", error, extra={"job": invitation.job})
             self._ended(share, failed=True)
+        if share not in self._shares:
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     def _hear(self, message: StepSaid | ShareEnded) -> None:
         if isinstance(message, StepSaid):
@@ -190,15 +229,29 @@ class JobHelp:
             return
         if message.problem is not None:
             _log.warning("this replica helps no more: %s", message.problem.message, extra={"job": message.id})
-        self._ended(message.id, failed=message.problem is not None)
+        problem = message.problem
+        self._ended(message.id, failed=problem is not None, guilty=problem is not None and DIFFERS in problem.message)
 
-    def _ended(self, share: str, *, failed: bool) -> None:
-        run = self._shares.pop(share, None)
+    def _abandoned(self, share: str) -> None:
+        """The replica that holds the job is gone, or the job has ended there."""
+        if share in self._shares and not self._shares[share].given:
+            self._ended(share)
+
+    def _ended(self, share: str, *, failed: bool = False, guilty: bool = False) -> None:
+        """A share has ended, well or not: where the run still wants help, this replica was of none (too far behind, unequal,
+        crashed), so that it waits before it comes again. failed: it may fail in the job's next run too. guilty: it does harm
+        here."""
+        ended = self._shares.pop(share, None)
         self._links.share_ended(share)
-        if run is not None:
-            if failed:
-                self._not_before[run] = self._clock() + _AGAIN_S
-            self._spawn(asyncio.to_thread(shutil.rmtree, self._directory(share), ignore_errors=True))
+        if ended is not None:
+            job = ended.invitation.job
+            self._backoff.ended(job if failed else ended.invitation.run, ended.began_s, self._clock())
+            if guilty:
+                self._guilty[job] += 1
+                if self._guilty[job] == _MOST_GUILTY:
+                    _log.error("this replica helps with this job no more: it did harm here twice", extra={"job": job})
+            if ended.given:  # else _help removes it, when nothing is brought there any more
+                self._spawn(asyncio.to_thread(shutil.rmtree, self._directory(share), ignore_errors=True))
 
     def _engine_lost(self) -> None:
         """This replica's engine has died."""
@@ -206,7 +259,9 @@ class JobHelp:
         for run in list(self._hosted):
             self.end(run)
         for share in list(self._shares):
-            self._ended(share, failed=True)  # perhaps it was the share that it died of
+            end = self._engine.supervisor.last_end
+            guilty = end is None or (end.guilty and (share in end.jobs or (end.alone and not end.jobs)))
+            self._ended(share, failed=True, guilty=guilty)
 
     def drain(self) -> None:
         """Helps with nothing more; present shares end with their step."""

@@ -21,7 +21,8 @@ from coserve.server.replicas.wire import KeyPair, prepare_socket
 _MOST_WAITING = 64
 """Messages to a replica that may be on their way; senders wait beyond that."""
 _SEND_S = 10.0
-"""How long a sender waits at most."""
+"""How long a sender waits at most. Then the connection is made anew: ZeroMQ gives one up for good whose handshake was refused,
+as by a replica that can't ask who is a member just now."""
 
 
 class ReplicaWire:
@@ -51,13 +52,20 @@ class ReplicaWire:
 
     async def send(self, replica: str, frames: Sequence[bytes]) -> None:
         """Sends frames to a replica; waits while too many are on their way. Raises NotFound for one that isn't known, and
-        EngineUnavailable for one that takes nothing."""
-        data = encode(Steps(sender=self._own, frames=list(frames)))
+        EngineUnavailable for one that takes nothing or is gone; what was on its way there may be lost then."""
+        data, socket = encode(Steps(sender=self._own, frames=list(frames))), self._find(replica)
         try:
             async with asyncio.timeout(_SEND_S):
-                await self._find(replica).send(data)
+                await socket.send(data)
         except TimeoutError as error:
+            if self._sockets.get(replica) is socket:
+                self._sockets.pop(replica).close(linger=0)
             raise EngineUnavailable(f"replica {replica} has taken nothing for {_SEND_S:g} s") from error
+        except asyncio.CancelledError as error:  # a socket that is closed cancels those that wait for it
+            task = asyncio.current_task()
+            if not socket.closed or (task is not None and task.cancelling()):
+                raise
+            raise EngineUnavailable(f"replica {replica} is gone") from error
 
     async def receive(self) -> tuple[str, list[bytes]]:
         """The next frames, and the replica that they are from."""

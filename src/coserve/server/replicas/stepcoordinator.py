@@ -143,9 +143,10 @@ class StepCoordinator:
         self._keys = self._blobs = 0
         self._sums: dict[int, SealedSum] = {}
         self._totals: dict[int, tuple[Offer, bytearray]] = {}
-        self._state: Offer | None = None
-        self._state_takers: set[str] = set()
+        self._newest_state: Offer | None = None
+        self._states: dict[int, set[str]] = {}  # blob -> the members that still read it
         self._outgoing = OutgoingBlobs()
+        self._tidied = -1, 0  # at which step and round
 
     @property
     def closed(self) -> bool:
@@ -177,18 +178,20 @@ class StepCoordinator:
                 return name
         if envelope.number != peer.num_read:
             self._do(machine.dismiss(name, "messages of this member were lost", self._clock(), fault=False))
-            return name
-        peer.num_read += 1
-        try:
-            self._do(self._take(peer, body))
-        except BlobError as error:
-            self._do(machine.dismiss(name, str(error), self._clock()))
-            self._send_away(name, str(error), fault=True)  # if it was no member yet
+        else:
+            peer.num_read += 1
+            try:
+                self._do(self._take(peer, body))
+            except BlobError as error:
+                self._do(machine.dismiss(name, str(error), self._clock()))
+                self._send_away(name, str(error), fault=True)  # if it was no member yet
+        self._tidy()
         return name
 
     def tick(self) -> None:
         """Looks for members that are lost or late. To be called about once a second."""
         self._do(self.machine.tick(self._clock()))
+        self._tidy()
 
     def heard(self, name: str) -> None:
         """A member's replica is alive, and has not said that its engine is not."""
@@ -200,12 +203,14 @@ class StepCoordinator:
             self._note(f"{name} is lost to the job; what it had begun runs elsewhere")
             self._do(self.machine.lost(name, self._clock()))
             self._forget_peer(name)
+            self._tidy()
 
     def close(self, reason: str = "the job has ended") -> None:
         """Sends all members away."""
         self._do(self.machine.close(reason))
         for name in list(self._peers):
             self._send_away(name, reason, fault=False)
+        self._tidy()
 
     # --- messages ---
 
@@ -239,8 +244,8 @@ class StepCoordinator:
                 part = self._outgoing.part(body)
                 if part is not None:
                     peer.say(part)
-                elif self._state is not None and body.blob == self._state.blob:
-                    self._has_state(name)
+                else:
+                    self._read_no_more(name, body.blob)
             case BlobPart(blob=blob) if blob in peer.incoming:
                 machine.progressed(name, now)
                 if peer.incoming[blob].take(body):
@@ -298,11 +303,9 @@ class StepCoordinator:
     def _arrived(self, peer: _Peer, blob: IncomingBlob, now: float) -> list[Action]:
         offer, machine = blob.offer, self.machine
         if offer.kind == "state":
-            if self._state is not None:
-                self._outgoing.drop(self._state.blob)
-            self._state = self._offered(offer)
-            self._state_takers.clear()
-            self._outgoing.add(self._state.blob, blob.data)
+            self._newest_state = self._offered(offer)
+            self._states[self._newest_state.blob] = set()
+            self._outgoing.add(self._newest_state.blob, blob.data)
             return machine.state_given(offer.step, now)
         assert offer.counts is not None
         self._keys += 1
@@ -311,12 +314,26 @@ class StepCoordinator:
             self._sums[self._keys] = SealedSum(blob.data, offer.counts)
         return actions
 
-    def _has_state(self, name: str) -> None:
-        """A member has read the state or needs it no more. It is forgotten when nobody reads it."""
-        self._state_takers.discard(name)
-        if self._state is not None and not self._state_takers:
-            self._outgoing.drop(self._state.blob)
-            self._state = None
+    def _read_no_more(self, name: str, blob: int | None = None) -> None:
+        """A member has read a state, or needs none (blob: None) any more."""
+        for state, takers in self._states.items():
+            if blob is None or blob == state:
+                takers.discard(name)
+
+    def _tidy(self) -> None:
+        """Forgets states that nobody reads (where members join one after another, several are read at once), and what has come
+        of seals that would not count any more: a member whose words stall may stay for long."""
+        for blob in [blob for blob, takers in self._states.items() if not takers]:
+            del self._states[blob]
+            self._outgoing.drop(blob)
+        now = self.machine.step, self.machine.round
+        if now == self._tidied:
+            return
+        self._tidied = now
+        for name, peer in self._peers.items():
+            for blob, offer in [(blob, incoming.offer) for blob, incoming in peer.incoming.items()]:
+                if offer.kind == "seal" and not self.machine.accepts(name, offer.step, offer.round, offer.ids):
+                    del peer.incoming[blob]
 
     def _offered(self, offer: Offer) -> Offer:
         """The same offer under a number of this side."""
@@ -374,10 +391,10 @@ class StepCoordinator:
                 peer.say(self._totals[step][0])
             case GiveState():
                 peer.say(WantState())
-            case TakeState() if self._state is not None:
-                self._note(f"{name} has joined the job at step {self._state.step + 1}")
-                self._state_takers.add(name)
-                peer.say(self._state)
+            case TakeState(step=step) if self._newest_state is not None:
+                self._note(f"{name} has joined the job at step {step + 1}")
+                self._states[self._newest_state.blob].add(name)
+                peer.say(self._newest_state)
             case Dismiss(reason=reason, fault=fault):
                 if fault and name != self.machine.primary:
                     self._note(f"{name} goes on without the job: {reason}")
@@ -391,5 +408,4 @@ class StepCoordinator:
 
     def _forget_peer(self, name: str) -> None:
         self._peers.pop(name, None)
-        if name in self._state_takers:
-            self._has_state(name)
+        self._read_no_more(name)

@@ -23,7 +23,7 @@ import msgspec
 
 from coserve.cluster.steps import MAX_MEMBERS, StepLimits
 from coserve.core import CoserveError
-from coserve.server.link.stepmessages import Envelope, GoAway, LeaveJob, StepBody, encode_step
+from coserve.server.link.stepmessages import EnterJob, Envelope, GoAway, LeaveJob, StepBody, decode_step, encode_step
 from coserve.server.replicas.stepcoordinator import StepCoordinator, Total
 
 BEAT_S = 1.0
@@ -104,6 +104,7 @@ class StepLinks:
         self._followed: dict[str, _Followed] = {}
         self._heard: dict[str, float] = {}  # when the coordinators of those were heard
         self._listener: Callable[[str, Invitation], None] = lambda replica, invitation: None
+        self._abandoned: Callable[[str], None] = lambda share: None
         self._queues: dict[str, asyncio.Queue[bytes]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -159,6 +160,11 @@ class StepLinks:
         """The listener is called with other replicas' names and invitations."""
         self._listener = listener
 
+    def on_abandoned(self, listener: Callable[[str], None]) -> None:
+        """The listener is called with shares whose coordinator is gone, once this replica's engine has been told. An engine
+        that begins such a share later is told then."""
+        self._abandoned = listener
+
     def share_ended(self, share: str) -> None:
         """This replica's engine takes part no more: it has said so."""
         self._followed.pop(share, None)
@@ -192,16 +198,31 @@ class StepLinks:
         away = GoAway(reason="the replica that holds the job is gone", fault=False)
         self._tell(share, _uncounted(self._followed[share], away))
         self.share_ended(share)
+        self._abandoned(share)
 
     # --- passing on ---
 
     def from_engine(self, id: str, data: bytes) -> None:
-        """Passes on what this replica's engine says as a member of a job."""
+        """Passes on what this replica's engine says as a member of a job. It is sent away from jobs that are not known here."""
         hosted, followed = self._hosted.get(id), self._followed.get(id)
         if hosted is not None:
             hosted.coordinator.receive(data, lambda reply: self._tell(id, reply))
         elif followed is not None:
             self._post(followed.replica, followed, data)
+        else:
+            self._refuse(id, data)
+
+    def _refuse(self, id: str, data: bytes) -> None:
+        """Tells the engine that what it has begun has been given up meanwhile; else it would wait for ever, and keep memory."""
+        envelope = decode_step(data)  # this replica's own engine has made it
+        number, fault = -1, False
+        match envelope.body:
+            case LeaveJob():
+                return
+            case EnterJob(primary=primary):  # nothing has been told it before
+                number, fault = 0, primary
+        away = GoAway(reason="the job has ended, or its replica is gone", fault=fault)
+        self._tell(id, encode_step(Envelope(epoch=envelope.epoch, member=envelope.member, number=number, body=away)))
 
     def from_replica(self, replica: str, frame: bytes) -> None:
         """Passes on what another replica says. What can't be read is dropped."""
