@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server.conftest import RunningServer, StartServer, wait_until
+from tests.server.conftest import RunningServer, StartServer, single_server, wait_until
 from tests.tiny_directory import chat_lines
 
 pytestmark = pytest.mark.full
@@ -54,6 +54,7 @@ def finish(server: RunningServer, job: str) -> None:
         model=done.fine_tuned_model or "", messages=[{"role": "user", "content": "Where?"}], max_tokens=2).choices
 
 
+@single_server
 def test_a_damaged_checkpoint_is_passed_over(start_server: StartServer) -> None:
     server = start_server("--deterministic")
     job = start_job(server)

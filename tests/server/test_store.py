@@ -369,6 +369,17 @@ def test_a_password_is_not_shown(tmp_path: Path) -> None:
     assert "secret" not in str(error.value) and "***" in str(error.value)
 
 
+def test_a_name_with_nul_is_one_that_nothing_has(store: Store) -> None:
+    """PostgreSQL takes no such text, not even in a query."""
+    store.add_file(file("file-1"))
+    for look in (lambda: store.get_file("a", "file-1\0"), lambda: store.get_job("a", "\0")):
+        with pytest.raises(NotFound):
+            look()
+    with pytest.raises(InvalidRequest, match="after"):
+        store.list_files("a", after="\0")
+    assert store.find_adapter("a", "\0x") is None
+
+
 def test_a_postgres_that_goes_away(postgres_url: str, postgres_server: Path) -> None:
     store = Store(postgres_url)
     store.add_file(file("file-1"))

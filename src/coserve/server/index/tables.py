@@ -15,6 +15,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     Connection,
+    Dialect,
     Double,
     Float,
     ForeignKey,
@@ -23,6 +24,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    TypeDecorator,
     UniqueConstraint,
     inspect,
     select,
@@ -31,6 +33,18 @@ from sqlalchemy import (
 )
 
 from coserve.core import ConfigError
+
+
+class _Name(TypeDecorator[str]):
+    """The type of columns by which users ask for rows. No row has a name with NUL, which PostgreSQL refuses in a query."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """What the database gets."""
+        return value if value is None else value.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
 
 SCHEMA = MetaData()
 _Document = JSON(none_as_null=True)
@@ -43,7 +57,7 @@ def _seq() -> Column[int]:
 
 
 def _id() -> Column[str]:
-    return Column("id", Text, nullable=False, unique=True)
+    return Column("id", _Name, nullable=False, unique=True)
 
 
 def _filled(name: str, kind: Any = Text) -> Column[Any]:
@@ -57,7 +71,7 @@ def _counted(name: str, kind: Any = BigInteger, start: str = "0") -> Column[Any]
 
 
 def _job() -> Column[str]:
-    return Column("job", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False)
+    return Column("job", _Name, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False)
 
 
 version = Table("schema_version", SCHEMA, _filled("version", Integer))
@@ -109,9 +123,9 @@ checkpoints = Table(
 )
 
 adapters = Table(
-    "adapters", SCHEMA, _seq(), _filled("tenant"), _filled("name"), _filled("directory"), _filled("created_at", BigInteger),
-    Column("job", Text), _counted("version"), _counted("sha256", Text, ""), _counted("epoch"), _counted("bytes"),
-    UniqueConstraint("tenant", "name"),
+    "adapters", SCHEMA, _seq(), _filled("tenant"), _filled("name", _Name), _filled("directory"),
+    _filled("created_at", BigInteger), Column("job", Text), _counted("version"), _counted("sha256", Text, ""),
+    _counted("epoch"), _counted("bytes"), UniqueConstraint("tenant", "name"),
 )
 
 members = Table(
@@ -123,7 +137,7 @@ seen_at: Unix seconds of the database's clock."""
 
 removed = Table(
     "removed", SCHEMA, Column("list", Text, primary_key=True), Column("owner", Text, primary_key=True),
-    Column("id", Text, primary_key=True), _filled("place", _Document), _filled("removed_at", BigInteger),
+    Column("id", _Name, primary_key=True), _filled("place", _Document), _filled("removed_at", BigInteger),
 )
 """Where deleted entries were in their lists, so that a page may begin after one. An index without this table gets it. That
 needs no new schema version, since older coserves ignore the table."""

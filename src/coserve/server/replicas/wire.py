@@ -22,7 +22,7 @@ _HEARTBEAT_MS, _DEAD_MS = 1000, 3000
 _CONNECT_MS = 2000
 """How long one try to connect may take. The system's own limit is two minutes, and a try that began while a cable was out would
 wait for all of it."""
-MAX_MESSAGE_BYTES = 256 << 20
+MAX_MESSAGE_BYTES = 64 << 20
 """A peer that announces more is cut off: memory is taken before it is known who it is."""
 _RECONNECT_MS, _MOST_RECONNECT_MS = 100, 2000
 
