@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +89,42 @@ def test_what_keeps_it_from_starting_is_told(host: MakeHost) -> None:
     assert report.problem == "model: there is no such model" and not report.serves
     crash = until(host("crashes"), lambda report: report.starts > 2)
     assert crash.problem == "" and any("ZeroDivisionError" in line.message for line in crash.lines)
+
+
+def test_it_is_tried_again_where_there_was_no_room_for_a_process(host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, start = [], subprocess.Popen
+
+    def full_at_first(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        calls.append(args)
+        if len(calls) == 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return start(*args, **options)
+
+    monkeypatch.setattr(processhost.subprocess, "Popen", full_at_first)
+    report = until(host("serves"), lambda report: report.serves)
+    assert report.starts == 1 and report.lines[0].level == logging.WARNING
+    assert re.search(r"can't be started .*BlockingIOError.*; starting another in 0 s", report.lines[0].message)
+
+
+def test_a_process_whose_output_cant_be_read_is_ended_and_started_again(
+    host: MakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, read = list[bytes](), processhost._read_line
+
+    def no_memory_at_first(data: bytes) -> dict[str, Any]:
+        calls.append(data)
+        if len(calls) == 1:
+            raise MemoryError
+        return read(data)
+
+    monkeypatch.setattr(processhost, "_read_line", no_memory_at_first)
+    report = until(host("serves"), lambda report: report.serves)
+    assert report.starts == 2 and "MemoryError" in report.lines[0].message
+    (child,) = re.findall(rb"with child (\d+)", calls[0])
+    limit = time.monotonic() + 10
+    while is_alive(int(child)):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
 
 
 def test_the_process_ends_with_a_host_that_is_killed(tmp_path: Path) -> None:

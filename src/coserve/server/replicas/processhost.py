@@ -109,12 +109,16 @@ class ProcessHost:
         soon = 0
         while not self._stopping.is_set():
             began = time.monotonic()
-            code = self._run_once()
+            code = 0
+            try:
+                code = self._run_once()
+                how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            except Exception as error:  # no processes, memory or files are left: it is tried again all the same
+                how = f"can't be started or read ({type(error).__name__}: {error})"
             if self._stopping.is_set():
                 break
             soon = 0 if self._serves and time.monotonic() - began > _LONG_S else soon + 1
             pause = self._pauses_s[min(soon, len(self._pauses_s)) - 1] if soon else 0.0
-            how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
             with self._lock:
                 self._serves = False
                 if code == REFUSED:
@@ -126,7 +130,8 @@ class ProcessHost:
             self._serves, self._ended = False, True
 
     def _run_once(self) -> int:
-        """Runs a process to its end, and returns its exit code, which is negative for a signal."""
+        """Runs a process to its end, and returns its exit code, which is negative for a signal. Raises OSError if there can't
+        be a process."""
         environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
         with self._lock:
             if self._stopping.is_set():
@@ -137,19 +142,24 @@ class ProcessHost:
             )
             self._starts += 1
         assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError), process.stdout:
-            process.stdin.write(self._setup)
-            process.stdin.flush()
-            for data in process.stdout:
-                line = _read_line(data)
-                with self._lock:
-                    self._add(line)
-                    if SERVES in line["message"]:
-                        self._serves, self._problem = True, ""
-        code = process.wait()
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        return code
+        try:
+            with contextlib.suppress(BrokenPipeError), process.stdout:
+                process.stdin.write(self._setup)
+                process.stdin.flush()
+                for data in process.stdout:
+                    line = _read_line(data)
+                    with self._lock:
+                        self._add(line)
+                        if SERVES in line["message"]:
+                            self._serves, self._problem = True, ""
+            return process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
 
     def _add(self, line: dict[str, Any]) -> None:
         self._lines.append(line)
