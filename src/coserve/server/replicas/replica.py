@@ -16,11 +16,12 @@ from pathlib import Path
 
 import zmq.asyncio
 
-from coserve.core import ConfigError
+from coserve.core import ConfigError, CoserveError
 from coserve.server.app import index_url
 from coserve.server.index.database import Database, PostgresLimits
 from coserve.server.index.store import Store
 from coserve.server.link.engineclient import EngineClient
+from coserve.server.link.supervisor import Supervisor
 from coserve.server.locks import hold, make_private
 from coserve.server.records import new_id
 from coserve.server.replicas.adaptercache import AdapterCache
@@ -97,11 +98,17 @@ async def _drain(link: ReplicaLink, help: JobHelp, jobs: ReplicaJobs, engine: En
     await asyncio.sleep(_LOOK_EVERY_S)  # for the last messages to leave
 
 
+async def _end_with_engine(supervisor: Supervisor) -> None:
+    """Raises CoserveError once the engine isn't started any more. Whoever has started this process starts another one, perhaps
+    elsewhere; a replica without an engine would be in the way."""
+    raise CoserveError(await supervisor.wait_given_up())
+
+
 async def run_replica(
     config: ServerConfig, *, stop: asyncio.Event, report: Callable[[str], None], host: str = "127.0.0.1", node: str = "",
 ) -> None:
     """Runs a replica until `stop` is set; then it drains. Raises what keeps it from starting, CancelledError if `stop` is set
-    before it has started.
+    before it has started, CoserveError when its engine isn't started any more.
 
     report: takes a line about the start. host: this machine's address for the others. node: what this machine is called.
     """
@@ -165,7 +172,8 @@ async def run_replica(
         links.start()
         await jobs.start()
         stack.push_async_callback(jobs.stop)
-        tasks = [asyncio.create_task(work) for work in (socket.read(), link.beat(), own_row.keep(see))]
+        works = (socket.read(), link.beat(), own_row.keep(see), _end_with_engine(engine.supervisor))
+        tasks = [asyncio.create_task(work) for work in works]
         report(f"replica {id}{SERVES}{socket.address}")
         ended = asyncio.create_task(stop.wait())
         try:
