@@ -144,6 +144,43 @@ def test_what_keeps_a_process_from_starting_ends_the_start(cluster: Any, caplog:
             made.until(lambda: fleet.ready)
 
 
+def test_the_ingress_runs_where_ray_offers_no_processors(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a head of `ray start --head --num-cpus=0`, and in the command's pod on Kubernetes."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_gpus": 0, "object_store_memory": 80 << 20}
+    other = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 0, "include_dashboard": False})
+    try:
+        other.add_node(num_cpus=1, **node)
+        caplog.set_level(logging.INFO)
+        made = Fleet(config_of(other.address, replicas=1), caplog)
+        with made.fleet as fleet:
+            fleet.start()
+            made.until(lambda: fleet.ready)
+            fleet.stop()
+    finally:
+        other.shutdown()
+
+
+def test_a_process_that_ray_will_never_place_ends_the_command(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    made = Fleet(config_of(cluster.address, replicas=1), caplog)
+    with made.fleet as fleet:
+        place = fleet._actor
+
+        def elsewhere(kind: str, setup: Any, **options: Any) -> Any:
+            strategies = fleet._ray.util.scheduling_strategies
+            gone = strategies.NodeAffinitySchedulingStrategy("e" * 56, soft=False)
+            return place(kind, setup, **{**options, "scheduling_strategy": gone} if kind == "ingress" else options)
+
+        fleet._actor = elsewhere  # type: ignore[method-assign]
+        fleet.start()
+        with pytest.raises(ConfigError, match="ray_address: ingress: Ray has no place for it"):
+            made.until(lambda: fleet.ready)
+
+
 def test_a_cluster_without_tokens_is_refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Both where this command has none, and where only this command has one."""
     from ray.cluster_utils import Cluster

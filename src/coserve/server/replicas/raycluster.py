@@ -173,7 +173,9 @@ class RayFleet:
         own = self._ray.get_runtime_context().get_node_id()
         here = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(own, soft=False)
         setup = FleetSetup(config=config)
-        self._hosted.append(_Hosted("ingress", "ingress", self._actor("ingress", setup, scheduling_strategy=here), own))
+        # Ray places an actor for which nothing is said on a node with a processor to spare, and this one may offer none.
+        ingress = self._actor("ingress", setup, num_cpus=0, scheduling_strategy=here)
+        self._hosted.append(_Hosted("ingress", "ingress", ingress, own))
         self.add(config.replicas)
 
     def _start_ray(self) -> None:
@@ -337,10 +339,10 @@ class RayFleet:
         if hosted.stopping:
             hosted.gone = True
             return
-        if isinstance(error, exceptions.ActorDiedError) and hosted.known is None:
-            raise ConfigError(
-                f"{hosted.name} can't start: {one_line(error, 600)}", param="ray_address",
-            ) from error
+        never = isinstance(error, exceptions.ActorUnschedulableError)
+        if never or (isinstance(error, exceptions.ActorDiedError) and hosted.known is None):
+            where = "Ray has no place for it" if never else "can't start"
+            raise ConfigError(f"ray_address: {hosted.name}: {where}: {one_line(error, 600)}", param="ray_address") from error
         if not hosted.lost:
             hosted.lost, hosted.seen = True, 0
             hosted.node = None  # it may be started on another one
