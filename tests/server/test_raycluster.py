@@ -23,6 +23,7 @@ import pytest
 from coserve.core import ConfigError
 from coserve.server.replicas.raycluster import RayFleet
 from coserve.server.settings import ServerConfig
+from coserve.server.tenants import digest_keys
 from tests.server.test_processhost import FAKE, is_alive
 from tests.tiny_directory import build_tiny_directory
 
@@ -84,7 +85,11 @@ def cluster() -> Iterator[Any]:
     patch.undo()
 
 
-def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(
+    cluster: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster was started without the variable that holds keys: only the command has it."""
+    monkeypatch.setenv("COSERVE_API_KEYS", "alice=hers")
     caplog.set_level(logging.INFO)
     made = Fleet(config_of(cluster.address, api_key=("secret",)), caplog)
     names = ("replica 1", "replica 2", "replica 3")
@@ -95,7 +100,8 @@ def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(cluster: An
         assert "replica 3 serves" in made.lines[-1] or any("3 of 3 replicas are ready" in line for line in made.lines)
         served = {name: made.serving(name)[-1] for name in (*names, "ingress")}
         texts = "\n".join(caplog.messages)
-        assert "ingress: ingress serves" in texts and "keys ['secret'] token False" in texts
+        keys = [*digest_keys(["secret", ("alice", "hers")]).items()]
+        assert "ingress: ingress serves" in texts and f"keys {keys} token False" in texts
         assert len(re.findall(r"^replica \d: engine serves at .* keys \[\] token False$", texts, re.M)) == 3
         hosts = {name: parent_of(pid) for name, (pid, _) in served.items()}
         raylets = {name: parent_of(host) for name, host in hosts.items()}

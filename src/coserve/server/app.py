@@ -41,12 +41,11 @@ from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services, TenantShares
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
-from coserve.server.tenants import Tenants, read_keys
+from coserve.server.tenants import KEYS_VARIABLE, Tenants, read_keys
 from coserve.server.work import WorkPool
 from coserve.text.tokenizer import ChatTokenizer
 
 LOCK_FILE, INDEX_FILE = "server.lock", "coserve.db"
-KEYS_VARIABLE = "COSERVE_API_KEYS"
 """An environment variable of the form tenant=key,tenant=key: keys beside those of the settings and of the index."""
 _ROUTES = (inference, responses, tokens, files, finetuning, adapters, status, page)
 _log = logging.getLogger(__name__)

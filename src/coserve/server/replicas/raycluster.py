@@ -41,6 +41,7 @@ from coserve.server.replicas.placement import Machine, Needs, check_room, needs_
 from coserve.server.replicas.processhost import PROCESS_MODULE, ProcessHost
 from coserve.server.replicas.setup import FleetSetup, write_setup
 from coserve.server.settings import ServerConfig
+from coserve.server.tenants import KEYS_VARIABLE, digest_keys, read_keys
 
 LEAST_RAY = (2, 52)
 """The first version with token authentication."""
@@ -130,13 +131,17 @@ class _Hosted:
 
 class RayFleet:
     """The processes of one server: an ingress on this machine and replicas anywhere. A context manager: at its end everything
-    is ended. report: takes a line about the start. module: what Python runs as a process."""
+    is ended. report: takes a line about the start. module: what Python runs as a process.
+
+    API keys, also those in the environment of this command, travel to the ingress as digests: processes of a cluster have the
+    environment of its `ray start`."""
 
     def __init__(
         self, config: ServerConfig, *, report: Callable[[str], None] = _log.info, module: Sequence[str] = ("-m", PROCESS_MODULE)
     ) -> None:
         check_fleet(config)
-        self.config, self.report, self._module = config, report, list(module)
+        self._keys = digest_keys([*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
+        self.config, self.report, self._module = replace(config, api_key=()), report, list(module)
         if config.ray_address is None:
             _set_variables()
         self._ray = import_ray()
@@ -172,7 +177,7 @@ class RayFleet:
         self.report(f"Ray {self._ray.__version__} with {len(machines)} nodes; {config.replicas} replicas of {self._needs} each")
         own = self._ray.get_runtime_context().get_node_id()
         here = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(own, soft=False)
-        setup = FleetSetup(config=config)
+        setup = FleetSetup(config=config, keys=self._keys)
         # Ray places an actor for which nothing is said on a node with a processor to spare, and this one may offer none.
         ingress = self._actor("ingress", setup, num_cpus=0, scheduling_strategy=here)
         self._hosted.append(_Hosted("ingress", "ingress", ingress, own))
@@ -261,7 +266,7 @@ class RayFleet:
         machines = self._machines()
         taken = [hosted.node for hosted in self._hosted if hosted.kind == "engine" and hosted.node is not None]
         places = place(machines, count, self._needs, taken)
-        config = replace(self.config, api_key=(), threads=self._threads())
+        config = replace(self.config, threads=self._threads())
         setup = FleetSetup(config=config, sharers=sharers(machines, [*taken, *places]))
         strategies = self._ray.util.scheduling_strategies
         for node in places:

@@ -11,12 +11,14 @@ from coserve.server.settings import ServerConfig
 
 class FleetSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What a process of the fleet reads first. host: the address at which others reach its machine. node: what its machine is
-    called. sharers: how many engines share its memory (memoryshare.py)."""
+    called. sharers: how many engines share its memory (memoryshare.py). keys: for an ingress, {digest: tenant} of the API keys
+    that the command was given. The keys themselves don't travel."""
 
     config: ServerConfig
     host: str = "127.0.0.1"
     node: str = ""
     sharers: int = 1
+    keys: dict[str, str] = {}
 
 
 def write_setup(setup: FleetSetup) -> bytes:
