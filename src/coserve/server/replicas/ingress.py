@@ -18,14 +18,14 @@ from coserve.server.index.database import Database, PostgresLimits
 from coserve.server.index.store import Store
 from coserve.server.listen import HttpServer, allow_many_files, bind, keep_loop_free
 from coserve.server.records import new_id
-from coserve.server.replicas.artifacts import open_store
 from coserve.server.replicas.desk import JobDesk
 from coserve.server.replicas.files import StoredFiles
 from coserve.server.replicas.members import Member, Members, OwnRow
 from coserve.server.replicas.models import ReplicaModels
 from coserve.server.replicas.pool import EnginePool
 from coserve.server.replicas.processhost import SERVES
-from coserve.server.replicas.replica import CACHE_BYTES, before, cache_directory, scratch_directory
+from coserve.server.replicas.replica import before, scratch_directory
+from coserve.server.replicas.storeplace import open_own_store
 from coserve.server.replicas.wire import KeyPair
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services, TenantShares
@@ -57,9 +57,7 @@ async def open_fleet(
         database = Database(index_url(config), PostgresLimits())
         stack.callback(database.close)
         store = Store(database)
-        artifacts = await asyncio.to_thread(
-            open_store, str(config.store), cache_directory(config), cache_bytes=CACHE_BYTES, create=not store.names_files()
-        )
+        artifacts = await asyncio.to_thread(open_own_store, config, store)
         tenants = Tenants(store, config.api_key, digests=keys)
         model = await asyncio.to_thread(find_model, config.model, device="cpu", report=report)
         tokenizer = await load_tokenizer(config, model.directory)

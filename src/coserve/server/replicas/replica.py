@@ -25,7 +25,6 @@ from coserve.server.link.supervisor import Supervisor
 from coserve.server.locks import hold, make_private
 from coserve.server.records import new_id
 from coserve.server.replicas.adaptercache import AdapterCache
-from coserve.server.replicas.artifacts import open_store
 from coserve.server.replicas.files import StoredFiles
 from coserve.server.replicas.helping import JobHelp, ShareFiles
 from coserve.server.replicas.jobs import ReplicaJobs
@@ -35,19 +34,13 @@ from coserve.server.replicas.processhost import SERVES
 from coserve.server.replicas.replicalink import ReplicaLink
 from coserve.server.replicas.replicawire import ReplicaWire
 from coserve.server.replicas.steplink import StepLinks
+from coserve.server.replicas.storeplace import open_own_store
 from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
 from coserve.server.settings import ServerConfig
 
-CACHE_BYTES = 20 << 30
-"""Bytes of fetched files that the processes of a machine keep below their data directory."""
 _LOCK_FILE = "replica.lock"
 _FRESH_S = 60.0
 _LOOK_EVERY_S = 0.1
-
-
-def cache_directory(config: ServerConfig) -> Path:
-    """Where copies of the store's files are, which all processes with one data directory share."""
-    return config.data_dir.absolute() / "artifacts"
 
 
 @contextlib.contextmanager
@@ -119,9 +112,7 @@ async def run_replica(
         database = Database(index_url(config), PostgresLimits())
         stack.callback(database.close)
         members, store = Members(database), Store(database)
-        artifacts = await asyncio.to_thread(
-            open_store, str(config.store), cache_directory(config), cache_bytes=CACHE_BYTES, create=not store.names_files()
-        )
+        artifacts = await asyncio.to_thread(open_own_store, config, store)
         engine = EngineClient(own, report=report)
         stack.push_async_callback(engine.supervisor.stop)
         await before(stop, engine.supervisor.start())
