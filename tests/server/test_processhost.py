@@ -91,6 +91,13 @@ def test_what_keeps_it_from_starting_is_told(host: MakeHost) -> None:
     assert crash.problem == "" and any("ZeroDivisionError" in line.message for line in crash.lines)
 
 
+def test_an_installation_does_not_change_what_a_host_says(host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = host("serves")
+    package = until(one, lambda report: report.serves).package
+    monkeypatch.setattr(processhost, "version", lambda name: "9.9")
+    assert read_report(one.look(0)).package == package != "9.9"
+
+
 def test_it_is_tried_again_where_there_was_no_room_for_a_process(host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, start = [], subprocess.Popen
 

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from coserve.core import ConfigError
+from coserve.server.replicas import raycluster
 from coserve.server.replicas.raycluster import RayFleet
 from coserve.server.settings import ServerConfig
 from coserve.server.tenants import digest_keys
@@ -148,6 +149,29 @@ def test_what_keeps_a_process_from_starting_ends_the_start(cluster: Any, caplog:
         fleet.start()
         with pytest.raises(ConfigError, match="model: there is no such model"):
             made.until(lambda: fleet.ready)
+
+
+def test_another_version_ends_the_start_but_nothing_that_runs(
+    cluster: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine's coserve is replaced while the fleet runs: hosts that start there afterwards have another one."""
+    caplog.set_level(logging.INFO)
+    made = Fleet(config_of(cluster.address, replicas=1), caplog)
+    with made.fleet as fleet:
+        fleet.start()
+        made.until(lambda: fleet.ready)
+        monkeypatch.setattr(raycluster, "version", lambda name: "9.9")
+        fleet.look()
+        fleet._package = "9.8"
+        for _ in range(3):
+            fleet.look()
+        warnings = [line for line in caplog.messages if "this command 9.8" in line]
+        assert len(warnings) == 2 and fleet.ready, "one of each process"
+    late = Fleet(config_of(cluster.address, replicas=1), caplog)
+    with late.fleet as fleet:
+        fleet.start()
+        with pytest.raises(ConfigError, match=r"has coserve .*, this command 9\.9"):
+            late.until(lambda: fleet.ready)
 
 
 def test_the_ingress_runs_where_ray_offers_no_processors(

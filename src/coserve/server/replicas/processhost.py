@@ -67,7 +67,7 @@ class ProcessHost:
         the one that has started it. place: says which node of the cluster this is."""
         if with_parent:
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="coserve-parent", daemon=True).start()
-        self.node = socket.gethostname()
+        self.node, self._package = socket.gethostname(), _package()
         told = json.loads(setup)
         self.address, self.place = address_towards(towards), place()
         told |= {"host": self.address, "node": self.node}
@@ -91,7 +91,7 @@ class ProcessHost:
             return json.dumps({
                 "first": self._num_lines - kept, "lines": list(self._lines)[len(self._lines) - kept :], "serves": self._serves,
                 "ended": self._ended, "problem": self._problem, "starts": self._starts,
-                "pid": 0 if self._process is None else self._process.pid, "package": _package(), "node": self.node,
+                "pid": 0 if self._process is None else self._process.pid, "package": self._package, "node": self.node,
                 "address": self.address, "place": self.place,
             }).encode()
 
@@ -174,7 +174,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _package() -> str:
-    """coserve's version on this machine."""
+    """coserve's version on this machine, as it is installed now."""
     try:
         return version("coserve")
     except PackageNotFoundError:

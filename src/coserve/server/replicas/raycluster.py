@@ -110,7 +110,8 @@ def _set_variables() -> None:
 class _Hosted:
     """A process of the fleet. name: for the log. node: where it is, if that is known. seen: how many lines of its log
     have been written. asked, asked_s: the question under way, and since when. known: its last report. lost: whether its host
-    doesn't answer. gone: whether it ended when it was asked to."""
+    doesn't answer. gone: whether it ended when it was asked to. package: another coserve's version that its machine has, if
+    that was said."""
 
     kind: str
     name: str
@@ -123,6 +124,7 @@ class _Hosted:
     lost: bool = False
     stopping: bool = False
     gone: bool = False
+    package: str = ""
 
     @property
     def serves(self) -> bool:
@@ -147,6 +149,7 @@ class RayFleet:
         self._ray = import_ray()
         self._ray.cloudpickle.register_pickle_by_value(processhost)
         self._hosted: list[_Hosted] = []
+        self._package = version("coserve")  # as it is now: somebody may install another one while this runs
         self._numbers = 0
         self._needs = Needs(1, 0)
         self._served: set[str] = set()
@@ -292,7 +295,7 @@ class RayFleet:
 
     def look(self) -> None:
         """Asks every host what has become of its process, for half a second at most, and writes the processes' logs. Raises
-        ConfigError if a process can't start, where none of its kind has started before, or if a machine has another coserve."""
+        ConfigError if a process can't start, or its machine has another coserve, where none of its kind has started before."""
         now = time.monotonic()
         for hosted in self._hosted:
             if hosted.asked is None:
@@ -329,14 +332,23 @@ class RayFleet:
         hosted.seen = report.first + len(report.lines)
         began = report.serves and not hosted.serves
         hosted.known, hosted.node, hosted.gone = report, report.place, hosted.stopping and report.ended
-        require(report.package == version("coserve"), "ray_address", (
-            f"{report.node} has coserve {report.package}, this machine {version('coserve')}; install the same version on every "
-            "machine, in the environment that `ray start` runs in"))
+        self._check_package(hosted, report)
         self._served |= {hosted.kind} if report.serves else set()
         if report.problem and hosted.kind not in self._served:
             raise ConfigError(f"{hosted.name} on {report.node}: {report.problem}")
         if began and hosted.kind == "engine" and not hosted.stopping:
             self.report(f"{hosted.name} serves on {report.node}: {self.serving} of {self.replicas} replicas are ready")
+
+    def _check_package(self, hosted: _Hosted, report: HostReport) -> None:
+        """Raises ConfigError if a machine has another coserve, but only before a process of this kind has served: what runs is
+        not ended by an installation."""
+        if report.package in (self._package, hosted.package):
+            return
+        hosted.package = report.package
+        problem = (f"{report.node} has coserve {report.package}, this command {self._package}; install the same version on "
+                   "every machine, in the environment that `ray start` runs in")
+        require(hosted.kind in self._served, "ray_address", problem)
+        _log.warning("%s: %s, and start the command again", hosted.name, problem)
 
     def _miss(self, hosted: _Hosted, error: Exception) -> None:
         """A host did not answer."""
