@@ -21,7 +21,7 @@ from coserve.server.replicas import processhost
 from coserve.server.replicas.hostreport import HostReport, read_report
 from coserve.server.replicas.memoryshare import share_memory
 from coserve.server.replicas.processhost import ProcessHost
-from coserve.server.replicas.setup import FleetSetup, read_setup, write_setup
+from coserve.server.replicas.setup import FleetSetup, read_setup, with_absolute_paths, write_setup
 from coserve.server.settings import ServerConfig
 from tests.arch.test_imports import imports
 
@@ -162,6 +162,25 @@ def test_the_process_ends_with_a_host_that_is_killed(tmp_path: Path) -> None:
 def test_a_setup_survives_its_way() -> None:
     setup = FleetSetup(config=ServerConfig(model="m", data_dir=Path("/x"), api_key=("k",), slo_tpot_ms="none"), sharers=2)
     assert read_setup(write_setup(setup)) == setup
+
+
+def test_relative_paths_count_from_the_commands_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    given = ServerConfig(
+        model="models/m", data_dir=Path("d"), store="s", lora_modules=(("a", "adapters/a"),), adapter_root="adapters"
+    )
+    found = with_absolute_paths(given)
+    at = str(tmp_path)
+    assert (found.model, found.served_model_name) == (f"{at}/models/m", ("models/m",)), "clients use the name that was given"
+    assert (str(found.data_dir), found.store, found.adapter_root) == (f"{at}/d", f"{at}/s", f"{at}/adapters")
+    assert found.lora_modules == (("a", f"{at}/adapters/a"),)
+    assert with_absolute_paths(found) == found and with_absolute_paths(given) == found
+    named = with_absolute_paths(ServerConfig(model="models/m", served_model_name=("n",), store="file://s"))
+    assert (named.served_model_name, named.store) == (("n",), f"{at}/s")
+    for model, store in (("org/model", "s3://b/p"), (None, None)):
+        other = with_absolute_paths(ServerConfig(model=model, store=store))
+        assert (other.model, other.served_model_name, other.store) == (model, (), store)
 
 
 def test_engines_of_one_machine_share_its_memory() -> None:

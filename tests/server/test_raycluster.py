@@ -87,12 +87,13 @@ def cluster() -> Iterator[Any]:
 
 
 def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(
-    cluster: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The cluster was started without the variable that holds keys: only the command has it."""
+    """The cluster was started without the variable that holds keys, and in another directory: only the command has them."""
     monkeypatch.setenv("COSERVE_API_KEYS", "alice=hers")
+    monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO)
-    made = Fleet(config_of(cluster.address, api_key=("secret",)), caplog)
+    made = Fleet(config_of(cluster.address, api_key=("secret",), data_dir=Path("data")), caplog)
     names = ("replica 1", "replica 2", "replica 3")
     with made.fleet as fleet:
         fleet.start()
@@ -103,7 +104,8 @@ def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(
         texts = "\n".join(caplog.messages)
         keys = [*digest_keys(["secret", ("alice", "hers")]).items()]
         assert "ingress: ingress serves" in texts and f"keys {keys} token False" in texts
-        assert len(re.findall(r"^replica \d: engine serves at .* keys \[\] token False$", texts, re.M)) == 3
+        assert texts.count(f"token False data {tmp_path}/data") == 4
+        assert len(re.findall(r"^replica \d: engine serves at .* keys \[\] token False data .*$", texts, re.M)) == 3
         hosts = {name: parent_of(pid) for name, (pid, _) in served.items()}
         raylets = {name: parent_of(host) for name, host in hosts.items()}
         assert len({raylets[name] for name in names}) == 3, "one on each node"

@@ -39,7 +39,7 @@ from coserve.server.replicas import processhost
 from coserve.server.replicas.hostreport import HostReport, read_report
 from coserve.server.replicas.placement import Machine, Needs, check_room, needs_of, place, sharers
 from coserve.server.replicas.processhost import PROCESS_MODULE, ProcessHost
-from coserve.server.replicas.setup import FleetSetup, write_setup
+from coserve.server.replicas.setup import FleetSetup, with_absolute_paths, write_setup
 from coserve.server.settings import ServerConfig
 from coserve.server.tenants import KEYS_VARIABLE, digest_keys, read_keys
 
@@ -136,14 +136,15 @@ class RayFleet:
     is ended. report: takes a line about the start. module: what Python runs as a process.
 
     API keys, also those in the environment of this command, travel to the ingress as digests: processes of a cluster have the
-    environment of its `ray start`."""
+    environment of its `ray start`, and its directory: so paths are made absolute too."""
 
     def __init__(
         self, config: ServerConfig, *, report: Callable[[str], None] = _log.info, module: Sequence[str] = ("-m", PROCESS_MODULE)
     ) -> None:
         check_fleet(config)
         self._keys = digest_keys([*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
-        self.config, self.report, self._module = replace(config, api_key=()), report, list(module)
+        self.config = with_absolute_paths(replace(config, api_key=()))
+        self.report, self._module = report, list(module)
         if config.ray_address is None:
             _set_variables()
         self._ray = import_ray()
