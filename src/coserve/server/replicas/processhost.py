@@ -73,7 +73,7 @@ class ProcessHost:
         told |= {"host": self.address, "node": self.node}
         told["config"]["log_format"] = "json"
         self._setup = json.dumps(told).encode() + b"\n"
-        self._command, self._pauses_s = [sys.executable, *module, kind], pauses_s
+        self._kind, self._command, self._pauses_s = kind, [sys.executable, *module, kind], pauses_s
         self._lines: deque[dict[str, Any]] = deque(maxlen=_MAX_LINES)
         self._num_lines = self._starts = 0
         self._serves = self._ended = False
@@ -109,7 +109,7 @@ class ProcessHost:
         soon = 0
         while not self._stopping.is_set():
             began = time.monotonic()
-            code = 0
+            code = 1
             try:
                 code = self._run_once()
                 how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
@@ -119,6 +119,8 @@ class ProcessHost:
                 break
             soon = 0 if self._serves and time.monotonic() - began > _LONG_S else soon + 1
             pause = self._pauses_s[min(soon, len(self._pauses_s)) - 1] if soon else 0.0
+            if code == 0 and self._serves and self._kind == "engine":  # it was told to drain: its machine is about to end
+                pause = self._pauses_s[-1]
             with self._lock:
                 self._serves = False
                 if code == REFUSED:
