@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from tests.commands import Run
 ASKED = (
     "org/model", "--replicas", "5", "--gpus", "2", "--redis", "redis.default:6379", "--name", "team", "--store", "s3://b/p q",
 )
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def served(args: list[str]) -> ServerConfig:
@@ -120,6 +123,34 @@ def test_the_hook_has_replicas_drain_and_waits_for_them(run: Run) -> None:
             process.kill()
             process.wait()
     assert "FROM rayproject/ray" in out and f"RUN {DEFAULT_INSTALL}  # the default model" in out
+
+
+def test_the_commands_of_the_documentation(tmp_path: Path) -> None:
+    """As they stand there, with other programs in the places of pip, Ray, coserve and ssh, on three machines."""
+    text = (DOCS / "operations.md").read_text().partition("## From one machine to three")[2]
+    block = text.partition("```bash\n")[2].partition("```")[0]
+    commands = [line for line in block.splitlines() if not line.startswith(("#", " "))]
+    assert len(commands) <= 10
+    programs = {
+        "pip": 'test "$*" = "install .[ray]"',
+        "ray": 'case $1 in get-auth-token) mkdir -p ~/.ray; echo secret > ~/.ray/auth_token;;\n'
+               'start) echo $RAY_AUTH_MODE $RAY_memory_monitor_refresh_ms >> ../ray;; esac',
+        "ssh": 'host=$1; shift; mkdir -p ../$host; cd ../$host; HOME=$PWD exec sh -c "$*"',
+        "coserve": 'printf "%s\\0" "$@" > ../coserve-$1',
+    }
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "first").mkdir()
+    for name, body in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path / "first")}
+    subprocess.run(["/bin/bash", "-euc", block], cwd=tmp_path / "first", env=env, check=True, timeout=20)
+    for machine in ("first", "second", "third"):
+        token = tmp_path / machine / ".ray" / "auth_token"
+        assert (token.read_text(), token.stat().st_mode & 0o777) == ("secret\n", 0o600)
+    assert (tmp_path / "ray").read_text() == "token 0\n" * 2
+    words = (tmp_path / "coserve-serve").read_text().rstrip("\0").split("\0")
+    check_fleet(served(words[1:]))
 
 
 def test_machines_without_kubernetes(run: Run) -> None:
