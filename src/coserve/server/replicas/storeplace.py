@@ -6,6 +6,7 @@ Owns: that all processes of a fleet use one store. Does not own: the row that sa
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 from coserve.core import ConfigError
@@ -16,12 +17,13 @@ from coserve.server.replicas.objects import open_objects
 from coserve.server.settings import ServerConfig
 
 CACHE_BYTES = 20 << 30
-"""Bytes of fetched files that the processes of a machine keep below their data directory."""
+"""Bytes of fetched files that the processes of a machine keep below their data directory, where the disk has twice as much."""
 
 
 def cache_directory(config: ServerConfig) -> Path:
-    """Where copies of the store's files are, which all processes with one data directory share."""
-    return config.data_dir.absolute() / "artifacts"
+    """Where copies of the store's files are, which all processes of one machine with one data directory share. Several machines
+    may see one data directory, through a file system of the network."""
+    return config.data_dir.absolute() / "artifacts" / socket.gethostname()
 
 
 def open_own_store(config: ServerConfig, index: Store) -> ArtifactStore:
