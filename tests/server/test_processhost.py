@@ -99,6 +99,20 @@ def test_what_keeps_it_from_starting_is_told(host: MakeHost) -> None:
     assert crash.problem == "" and any("ZeroDivisionError" in line.message for line in crash.lines)
 
 
+def test_the_hosts_directory_is_not_imported_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A raylet runs wherever somebody has typed `ray start`."""
+    (tmp_path / "json.py").write_text("raise SystemExit('from the wrong place')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    setup = write_setup(FleetSetup(config=ServerConfig(model="serves")))
+    one = ProcessHost("engine", setup, module=("-m", "tests.server.fleet_process"))
+    try:
+        assert until(one, lambda report: report.starts > 1 or report.serves).serves
+    finally:
+        one.stop()
+        until(one, lambda report: report.ended)
+
+
 def test_an_installation_does_not_change_what_a_host_says(host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     one = host("serves")
     package = until(one, lambda report: report.serves).package

@@ -63,7 +63,8 @@ class ProcessHost:
         pauses_s: Sequence[float] = PAUSES_S, with_parent: bool = False, place: Callable[[], str] = str,
     ) -> None:
         """kind: engine or ingress. setup: a FleetSetup's line; host and node, which are this machine's, are put into it.
-        towards: an address that the others reach too. module: what Python runs. with_parent: whether this process ends with
+        towards: an address that the others reach too. module: what Python runs, never from the directory
+        that the host happens to be in. with_parent: whether this process ends with
         the one that has started it. place: says which node of the cluster this is."""
         if with_parent:
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="coserve-parent", daemon=True).start()
@@ -73,7 +74,7 @@ class ProcessHost:
         told |= {"host": self.address, "node": self.node}
         told["config"]["log_format"] = "json"
         self._setup = json.dumps(told).encode() + b"\n"
-        self._kind, self._command, self._pauses_s = kind, [sys.executable, *module, kind], pauses_s
+        self._kind, self._command, self._pauses_s = kind, [sys.executable, "-P", *module, kind], pauses_s
         self._lines: deque[dict[str, Any]] = deque(maxlen=_MAX_LINES)
         self._num_lines = self._starts = 0
         self._serves = self._ended = False

@@ -218,7 +218,7 @@ class RayFleet:
         environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         try:
             done = subprocess.run(
-                [sys.executable, *_PROBE, address], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                [sys.executable, "-P", *_PROBE, address], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, timeout=_PROBE_S, check=False,
             )
         except subprocess.TimeoutExpired as error:
