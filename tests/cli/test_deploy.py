@@ -18,8 +18,8 @@ import yaml
 from coserve.cli.main import app
 from coserve.cli.manifests import DRAIN
 from coserve.model.locate import DEFAULT_INSTALL
+from coserve.server.replicas.fleetsettings import check_fleet
 from coserve.server.replicas.processhost import PROCESS_MODULE
-from coserve.server.replicas.raycluster import check_fleet
 from coserve.server.settings import ServerConfig, read_settings
 from tests.arch.test_imports import SRC
 from tests.commands import Run

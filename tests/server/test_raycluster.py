@@ -145,6 +145,18 @@ def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(
         assert order[1] == "ingress: drained" and {*order[2:]} == {f"{name}: drained" for name in names}
 
 
+def test_secrets_that_ray_would_keep_are_warned_of(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for settings, count in (
+        ({"database_url": "postgresql://u:secret@h/d", "api_key": ("secret",)}, 2),
+        ({"database_url": "postgresql://h/d?password=secret"}, 1), ({"database_url": "postgresql://u@h/d"}, 0),
+    ):
+        caplog.clear()
+        with Fleet(config_of(cluster.address, replicas=1, **settings), caplog).fleet as fleet:
+            fleet.start()
+        warnings = [record.getMessage() for record in caplog.records if record.name == raycluster.__name__]
+        assert len([line for line in warnings if "Ray keeps" in line]) == count and "secret" not in caplog.text
+
+
 def test_what_keeps_a_process_from_starting_ends_the_start(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
     made = Fleet(config_of(cluster.address, model="refuses", replicas=1), caplog)
     with made.fleet as fleet:

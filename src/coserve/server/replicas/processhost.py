@@ -63,9 +63,9 @@ class ProcessHost:
         pauses_s: Sequence[float] = PAUSES_S, with_parent: bool = False, place: Callable[[], str] = str,
     ) -> None:
         """kind: engine or ingress. setup: a FleetSetup's line; host and node, which are this machine's, are put into it.
-        towards: an address that the others reach too. module: what Python runs, never from the directory
-        that the host happens to be in. with_parent: whether this process ends with
-        the one that has started it. place: says which node of the cluster this is."""
+        towards: an address that the others reach too. module: what Python runs; it imports nothing from the directory that the
+        host happens to be in. with_parent: whether this process ends with the one that has started it. place: says which node
+        of the cluster this is."""
         if with_parent:
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="coserve-parent", daemon=True).start()
         self.node, self._package = socket.gethostname(), _package()

@@ -36,6 +36,7 @@ from coserve.config.values import require
 from coserve.core import ConfigError, CoserveError, one_line
 from coserve.server.link.setup import STOP_S
 from coserve.server.replicas import processhost
+from coserve.server.replicas.fleetsettings import check_fleet, shown_secrets
 from coserve.server.replicas.hostreport import HostReport, read_report
 from coserve.server.replicas.placement import Machine, Needs, check_room, needs_of, place, sharers
 from coserve.server.replicas.processhost import PROCESS_MODULE, ProcessHost
@@ -77,23 +78,6 @@ def import_ray() -> Any:
     require(found >= LEAST_RAY, "replicas", f"Ray {ray.__version__} has no token authentication; it takes "
                                             f"{'.'.join(map(str, LEAST_RAY))} or newer: pip install -U 'coserve[ray]'")
     return ray
-
-
-def check_fleet(config: ServerConfig) -> None:
-    """Raises ConfigError where settings of a fleet are missing or contradict each other. Nothing is started or imported."""
-    if config.replicas is None:
-        for name in ("ray_address", "store"):
-            require(getattr(config, name) is None, name, "is for several replicas; give --replicas too")
-        return
-    require(config.replicas >= 1, "replicas", f"must be at least 1, got {config.replicas}")
-    url = config.database_url or ""
-    require(url.startswith("postgresql"), "database_url",
-            "replicas share what they know through PostgreSQL; give --database-url postgresql://USER@HOST/DATABASE")
-    require(bool(config.store), "store",
-            "replicas need a place for files that all of them see; give --store DIRECTORY or --store s3://BUCKET/PREFIX")
-    address = config.ray_address
-    require(address is None or "://" not in address, "ray_address",
-            f"must be auto or HOST:PORT of a cluster that this machine has joined (`ray start`), got {address!r}")
 
 
 def _set_variables() -> None:
@@ -143,6 +127,7 @@ class RayFleet:
     ) -> None:
         check_fleet(config)
         self._keys = digest_keys([*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
+        self._secrets = shown_secrets(config)
         self.config = with_absolute_paths(replace(config, api_key=()))
         self.report, self._module = report, list(module)
         if config.ray_address is None:
@@ -197,6 +182,8 @@ class RayFleet:
             "a cluster without token authentication lets everybody who reaches it run programs on all its machines. Make a "
             "token (`ray get-auth-token --generate`), copy ~/.ray/auth_token to each machine, and set RAY_AUTH_MODE=token both "
             "where `ray start` runs and here"))
+        for problem in self._secrets:
+            _log.warning("%s", problem)
         self.report(f"joining the Ray cluster at {address} ...")
         self._init(address=address)
         found = self._ray.get_runtime_context().gcs_address
