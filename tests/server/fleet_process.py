@@ -42,8 +42,9 @@ def main() -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     child = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE)
-    keys, token = setup["config"]["api_key"], "RAY_AUTH_TOKEN" in os.environ
-    log("info", f"{sys.argv[1]} serves at tcp://{setup['host']}:1 with child {child.pid} keys {keys} token {token}")
+    keys, token = [*setup["config"]["api_key"], *setup["keys"].items()], "RAY_AUTH_TOKEN" in os.environ
+    serves = f"{sys.argv[1]} serves at tcp://{setup['host']}:1 with child {child.pid}"
+    log("info", f"{serves} keys {keys} token {token} data {setup['config']['data_dir']}")
     stop.wait()
     log("info", "draining")
     time.sleep(0.2)

@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from coserve.core import ConfigError, InvalidRequest, NotFound
 from coserve.server.errors import Conflict, StorageRefused
+from coserve.server.replicas import artifactcache
 from coserve.server.replicas import objects as objects_module
 from coserve.server.replicas.artifactcache import ArtifactCache, file_digest
 from coserve.server.replicas.artifacts import ArtifactStore, file_manifest_digest, open_store
@@ -408,6 +410,52 @@ def test_a_full_disk_here(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None
             bench.store.fetch(KEY, stored.sha256)
     assert not bench.entries and not list((bench.cache_root / "unfinished").iterdir())
     bench.store.fetch(KEY, stored.sha256)
+
+
+def test_copies_take_half_of_a_small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 10_000
+    used = 0
+
+    def usage(_: object) -> SimpleNamespace:
+        held = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("x.bin"))
+        return SimpleNamespace(free=size - used - held)
+
+    monkeypatch.setattr(artifactcache.shutil, "disk_usage", usage)
+    bench = Bench(tmp_path, cache_bytes=1 << 30)
+    assert bench.store.cache.max_bytes == 5000
+
+    def fetch(number: int) -> None:
+        stored = bench.store.put_directory(f"things/{number}", bench.write(**{"x.bin": bytes([number]) * 1000}))
+        bench.store.fetch(f"things/{number}", stored.sha256)
+
+    for number in range(8):
+        fetch(number)
+    assert len(bench.entries) == 5
+    used = 4000  # somebody else's
+    fetch(9)
+    assert len(bench.entries) == 3
+    other = bench.other(cache="cache", cache_bytes=1 << 30)
+    assert other.cache.max_bytes == 3000, "copies that are there count as room"
+
+
+def test_a_full_disk_makes_room_for_a_new_copy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may have filled it."""
+    old = [bench.store.put_directory(f"things/{name}", bench.write(x=name.encode())) for name in "ab"]
+    for name, stored in zip("ab", old, strict=True):
+        bench.store.fetch(f"things/{name}", stored.sha256)
+    new = bench.store.put_directory(KEY, bench.write())
+    chmod = Path.chmod
+
+    def full(path: Path, mode: int) -> None:
+        if len(bench.entries) > 1:
+            raise OSError(errno.ENOSPC, "full")
+        chmod(path, mode)
+
+    monkeypatch.setattr(Path, "chmod", full)
+    with bench.store.hold("things/a", old[0].sha256):
+        bench.store.fetch(KEY, new.sha256)
+        assert bench.entries == sorted([old[0].sha256, new.sha256]), "what is held stays"
+    assert not list((bench.cache_root / "unfinished").iterdir())
 
 
 _FETCH_SLOWLY = """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from coserve.core import CapacityError, ConfigError
+from coserve.server.replicas.fleetsettings import check_fleet
 from coserve.server.replicas.placement import Machine, Needs, check_room, needs_of, place, sharers
-from coserve.server.replicas.raycluster import check_fleet
 from coserve.server.settings import ServerConfig
 
 

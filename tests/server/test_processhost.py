@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +21,7 @@ from coserve.server.replicas import processhost
 from coserve.server.replicas.hostreport import HostReport, read_report
 from coserve.server.replicas.memoryshare import share_memory
 from coserve.server.replicas.processhost import ProcessHost
-from coserve.server.replicas.setup import FleetSetup, read_setup, write_setup
+from coserve.server.replicas.setup import FleetSetup, read_setup, with_absolute_paths, write_setup
 from coserve.server.settings import ServerConfig
 from tests.arch.test_imports import imports
 
@@ -81,11 +84,76 @@ def test_a_process_serves_is_killed_and_serves_again_and_drains(host: MakeHost, 
     assert report.starts == 2 and not report.serves and not is_alive(child_of(report))
 
 
+def test_a_replica_that_was_told_to_drain_is_not_started_again_at_once(host: MakeHost) -> None:
+    """By a hook of its pod or its service, which is about to end."""
+    one = host("serves")
+    os.kill(until(one, lambda report: report.serves).pid, signal.SIGTERM)
+    report = until(one, lambda report: report.serves and report.starts == 2)
+    assert any("ended with exit code 0; starting another in 0.05 s" in line.message for line in report.lines)
+
+
 def test_what_keeps_it_from_starting_is_told(host: MakeHost) -> None:
     report = until(host("refuses"), lambda report: report.starts > 2)
     assert report.problem == "model: there is no such model" and not report.serves
     crash = until(host("crashes"), lambda report: report.starts > 2)
     assert crash.problem == "" and any("ZeroDivisionError" in line.message for line in crash.lines)
+
+
+def test_the_hosts_directory_is_not_imported_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A raylet runs wherever somebody has typed `ray start`."""
+    (tmp_path / "json.py").write_text("raise SystemExit('from the wrong place')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    setup = write_setup(FleetSetup(config=ServerConfig(model="serves")))
+    one = ProcessHost("engine", setup, module=("-m", "tests.server.fleet_process"))
+    try:
+        assert until(one, lambda report: report.starts > 1 or report.serves).serves
+    finally:
+        one.stop()
+        until(one, lambda report: report.ended)
+
+
+def test_an_installation_does_not_change_what_a_host_says(host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = host("serves")
+    package = until(one, lambda report: report.serves).package
+    monkeypatch.setattr(processhost, "version", lambda name: "9.9")
+    assert read_report(one.look(0)).package == package != "9.9"
+
+
+def test_it_is_tried_again_where_there_was_no_room_for_a_process(host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, start = [], subprocess.Popen
+
+    def full_at_first(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        calls.append(args)
+        if len(calls) == 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return start(*args, **options)
+
+    monkeypatch.setattr(processhost.subprocess, "Popen", full_at_first)
+    report = until(host("serves"), lambda report: report.serves)
+    assert report.starts == 1 and report.lines[0].level == logging.WARNING
+    assert re.search(r"can't be started .*BlockingIOError.*; starting another in 0 s", report.lines[0].message)
+
+
+def test_a_process_whose_output_cant_be_read_is_ended_and_started_again(
+    host: MakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, read = list[bytes](), processhost._read_line
+
+    def no_memory_at_first(data: bytes) -> dict[str, Any]:
+        calls.append(data)
+        if len(calls) == 1:
+            raise MemoryError
+        return read(data)
+
+    monkeypatch.setattr(processhost, "_read_line", no_memory_at_first)
+    report = until(host("serves"), lambda report: report.serves)
+    assert report.starts == 2 and "MemoryError" in report.lines[0].message
+    (child,) = re.findall(rb"with child (\d+)", calls[0])
+    limit = time.monotonic() + 10
+    while is_alive(int(child)):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
 
 
 def test_the_process_ends_with_a_host_that_is_killed(tmp_path: Path) -> None:
@@ -116,6 +184,25 @@ def test_the_process_ends_with_a_host_that_is_killed(tmp_path: Path) -> None:
 def test_a_setup_survives_its_way() -> None:
     setup = FleetSetup(config=ServerConfig(model="m", data_dir=Path("/x"), api_key=("k",), slo_tpot_ms="none"), sharers=2)
     assert read_setup(write_setup(setup)) == setup
+
+
+def test_relative_paths_count_from_the_commands_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    given = ServerConfig(
+        model="models/m", data_dir=Path("d"), store="s", lora_modules=(("a", "adapters/a"),), adapter_root="adapters"
+    )
+    found = with_absolute_paths(given)
+    at = str(tmp_path)
+    assert (found.model, found.served_model_name) == (f"{at}/models/m", ("models/m",)), "clients use the name that was given"
+    assert (str(found.data_dir), found.store, found.adapter_root) == (f"{at}/d", f"{at}/s", f"{at}/adapters")
+    assert found.lora_modules == (("a", f"{at}/adapters/a"),)
+    assert with_absolute_paths(found) == found and with_absolute_paths(given) == found
+    named = with_absolute_paths(ServerConfig(model="models/m", served_model_name=("n",), store="file://s"))
+    assert (named.served_model_name, named.store) == (("n",), f"{at}/s")
+    for model, store in (("org/model", "s3://b/p"), (None, None)):
+        other = with_absolute_paths(ServerConfig(model=model, store=store))
+        assert (other.model, other.served_model_name, other.store) == (model, (), store)
 
 
 def test_engines_of_one_machine_share_its_memory() -> None:

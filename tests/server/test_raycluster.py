@@ -21,8 +21,10 @@ from typing import Any
 import pytest
 
 from coserve.core import ConfigError
+from coserve.server.replicas import raycluster
 from coserve.server.replicas.raycluster import RayFleet
 from coserve.server.settings import ServerConfig
+from coserve.server.tenants import digest_keys
 from tests.server.test_processhost import FAKE, is_alive
 from tests.tiny_directory import build_tiny_directory
 
@@ -84,9 +86,14 @@ def cluster() -> Iterator[Any]:
     patch.undo()
 
 
-def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(
+    cluster: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The cluster was started without the variable that holds keys, and in another directory: only the command has them."""
+    monkeypatch.setenv("COSERVE_API_KEYS", "alice=hers")
+    monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO)
-    made = Fleet(config_of(cluster.address, api_key=("secret",)), caplog)
+    made = Fleet(config_of(cluster.address, api_key=("secret",), data_dir=Path("data")), caplog)
     names = ("replica 1", "replica 2", "replica 3")
     with made.fleet as fleet:
         fleet.start()
@@ -95,8 +102,10 @@ def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(cluster: An
         assert "replica 3 serves" in made.lines[-1] or any("3 of 3 replicas are ready" in line for line in made.lines)
         served = {name: made.serving(name)[-1] for name in (*names, "ingress")}
         texts = "\n".join(caplog.messages)
-        assert "ingress: ingress serves" in texts and "keys ['secret'] token False" in texts
-        assert len(re.findall(r"^replica \d: engine serves at .* keys \[\] token False$", texts, re.M)) == 3
+        keys = [*digest_keys(["secret", ("alice", "hers")]).items()]
+        assert "ingress: ingress serves" in texts and f"keys {keys} token False" in texts
+        assert texts.count(f"token False data {tmp_path}/data") == 4
+        assert len(re.findall(r"^replica \d: engine serves at .* keys \[\] token False data .*$", texts, re.M)) == 3
         hosts = {name: parent_of(pid) for name, (pid, _) in served.items()}
         raylets = {name: parent_of(host) for name, host in hosts.items()}
         assert len({raylets[name] for name in names}) == 3, "one on each node"
@@ -136,11 +145,83 @@ def test_a_fleet_serves_loses_processes_hosts_and_a_machine_and_ends(cluster: An
         assert order[1] == "ingress: drained" and {*order[2:]} == {f"{name}: drained" for name in names}
 
 
+def test_secrets_that_ray_would_keep_are_warned_of(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for settings, count in (
+        ({"database_url": "postgresql://u:secret@h/d", "api_key": ("secret",)}, 2),
+        ({"database_url": "postgresql://h/d?password=secret"}, 1), ({"database_url": "postgresql://u@h/d"}, 0),
+    ):
+        caplog.clear()
+        with Fleet(config_of(cluster.address, replicas=1, **settings), caplog).fleet as fleet:
+            fleet.start()
+        warnings = [record.getMessage() for record in caplog.records if record.name == raycluster.__name__]
+        assert len([line for line in warnings if "Ray keeps" in line]) == count and "secret" not in caplog.text
+
+
 def test_what_keeps_a_process_from_starting_ends_the_start(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
     made = Fleet(config_of(cluster.address, model="refuses", replicas=1), caplog)
     with made.fleet as fleet:
         fleet.start()
         with pytest.raises(ConfigError, match="model: there is no such model"):
+            made.until(lambda: fleet.ready)
+
+
+def test_another_version_ends_the_start_but_nothing_that_runs(
+    cluster: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine's coserve is replaced while the fleet runs: hosts that start there afterwards have another one."""
+    caplog.set_level(logging.INFO)
+    made = Fleet(config_of(cluster.address, replicas=1), caplog)
+    with made.fleet as fleet:
+        fleet.start()
+        made.until(lambda: fleet.ready)
+        monkeypatch.setattr(raycluster, "version", lambda name: "9.9")
+        fleet.look()
+        fleet._package = "9.8"
+        for _ in range(3):
+            fleet.look()
+        warnings = [line for line in caplog.messages if "this command 9.8" in line]
+        assert len(warnings) == 2 and fleet.ready, "one of each process"
+    late = Fleet(config_of(cluster.address, replicas=1), caplog)
+    with late.fleet as fleet:
+        fleet.start()
+        with pytest.raises(ConfigError, match=r"has coserve .*, this command 9\.9"):
+            late.until(lambda: fleet.ready)
+
+
+def test_the_ingress_runs_where_ray_offers_no_processors(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a head of `ray start --head --num-cpus=0`, and in the command's pod on Kubernetes."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_gpus": 0, "object_store_memory": 80 << 20}
+    other = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 0, "include_dashboard": False})
+    try:
+        other.add_node(num_cpus=1, **node)
+        caplog.set_level(logging.INFO)
+        made = Fleet(config_of(other.address, replicas=1), caplog)
+        with made.fleet as fleet:
+            fleet.start()
+            made.until(lambda: fleet.ready)
+            fleet.stop()
+    finally:
+        other.shutdown()
+
+
+def test_a_process_that_ray_will_never_place_ends_the_command(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    made = Fleet(config_of(cluster.address, replicas=1), caplog)
+    with made.fleet as fleet:
+        place = fleet._actor
+
+        def elsewhere(kind: str, setup: Any, **options: Any) -> Any:
+            strategies = fleet._ray.util.scheduling_strategies
+            gone = strategies.NodeAffinitySchedulingStrategy("e" * 56, soft=False)
+            return place(kind, setup, **{**options, "scheduling_strategy": gone} if kind == "ingress" else options)
+
+        fleet._actor = elsewhere  # type: ignore[method-assign]
+        fleet.start()
+        with pytest.raises(ConfigError, match="ray_address: ingress: Ray has no place for it"):
             made.until(lambda: fleet.ready)
 
 

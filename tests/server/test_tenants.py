@@ -13,7 +13,7 @@ from coserve.core import ConfigError
 from coserve.server import tenants
 from coserve.server.errors import StorageRefused, Unauthorized
 from coserve.server.index.store import Store
-from coserve.server.tenants import Tenants, digest_key, make_key, read_keys
+from coserve.server.tenants import Tenants, digest_key, digest_keys, make_key, read_keys
 
 
 class FakeClock:
@@ -33,6 +33,13 @@ def store(tmp_path: Path) -> Iterator[Store]:
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()
+
+
+def test_digests_of_keys_are_enough(store: Store) -> None:
+    tenants = Tenants(store, ["plain"], digests=digest_keys([("alice", "hers")]))
+    assert (tenants.identify("Bearer hers"), tenants.identify("Bearer plain")) == ("alice", "default")
+    assert refused(tenants, "Bearer " + digest_key("hers")) and not tenants.is_open()
+    assert not Tenants(store, (), digests=digest_keys(["k"])).is_open()
 
 
 def refused(tenants: Tenants, authorization: str | None) -> bool:

@@ -4,7 +4,8 @@ KubeRay (ray.io/v1, 1.5.1 or newer): one RayCluster with three kinds of pods.
 
     head     Ray's own services, and nothing else
     server   `coserve serve`: it joins the cluster, listens, and places replicas. A Service leads to it
-    engines  one replica each
+    engines  one replica each. Before such a pod ends, a hook has the replica hand over its jobs: Ray kills its host at once,
+             and the replica ends with its host. Units of systemd have the same hook
 
 The command runs in a pod of its own instead of in a RayJob on the head, so that with Redis behind Ray's state neither requests
 nor replicas end with the head. There is no RayService: coserve's ingress listens itself, so that tokens don't go through Ray
@@ -22,11 +23,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from coserve.model.locate import DEFAULT_INSTALL
+
 RAY_VERSION = "2.60.0"
 """The version that the fleet's tests run with; the image's must be the same."""
 SERVER_PORT = 8000
 _GRACE_S = 60
 """Seconds that pods get to end: 10 for requests, 30 for checkpoints, some for the rest."""
+DRAIN = (
+    "pids=$(grep -lzxs \"coserve[.]server[.]replicas[.]main\" /proc/[0-9]*/cmdline | cut -d/ -f3); "
+    f"kill $pids 2>/dev/null; for second in $(seq {_GRACE_S - 5}); do kill -0 $pids 2>/dev/null || break; sleep 1; done"
+)
+"""For bash: has the processes of a fleet on this machine drain, and waits for them. Neither grep nor the shell matches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +111,7 @@ spec:
               args: [{_text(_serve(asked))}]
               env:
 {_database_password(asked)}
+{_environment(asked)}
               ports:
                 - {{containerPort: {SERVER_PORT}, name: http}}
               readinessProbe:
@@ -125,6 +134,9 @@ spec:
               env:
 {_database_password(asked)}
                 - {{name: RAY_memory_monitor_refresh_ms, value: "0"}}  # an engine uses the memory that it may use
+{_environment(asked)}
+              lifecycle:  # the replica hands over its jobs and ends; then Ray does
+                preStop: {{exec: {{command: ["/bin/bash", "-c", {_text(DRAIN)}]}}}}
               resources: {_resources(str(asked.cpus), asked.memory, asked.gpus)}
 ---
 apiVersion: v1
@@ -143,15 +155,20 @@ spec:
 def _kuberay_head(asked: Deployment) -> str:
     name = asked.name
     lines = [
-        "coserve on Kubernetes, by KubeRay 1.5.1 or newer. The image needs Ray and coserve, for example",
+        "coserve on Kubernetes, by KubeRay 1.5.1 or newer. The image needs Ray and coserve. For example, in a clone of it:",
         f"  FROM rayproject/ray:{RAY_VERSION}-py311{'-gpu' if asked.gpus else ''}",
-        "  RUN pip install 'coserve[ray]'",
+        "  COPY . coserve",
+        "  RUN pip install './coserve[ray]'",
+        *([f"  RUN {DEFAULT_INSTALL}  # the default model"] if asked.model is None else []),
         "Before `kubectl apply`:",
         f"  kubectl create secret generic {name}-database --from-literal=password=PASSWORD",
     ]
     if asked.redis is not None:
         lines.append(f"  kubectl create secret generic {name}-redis --from-literal=password=PASSWORD")
     lines += [
+        "and, if the store or a model from the hub asks for them (any of these, and AWS_ENDPOINT_URL and others):",
+        f"  kubectl create secret generic {name}-environment --from-literal=AWS_ACCESS_KEY_ID=ID "
+        "--from-literal=AWS_SECRET_ACCESS_KEY=KEY --from-literal=HF_TOKEN=TOKEN",
         "Then make keys, and use the service from inside the cluster, or put an ingress with TLS before it:",
         f"  kubectl exec $(kubectl get pod -o name -l ray.io/cluster={name},ray.io/group=server) -- "
         f"coserve keys add TENANT --database-url {shlex.quote(asked.database)}",
@@ -166,6 +183,11 @@ def _database_password(asked: Deployment) -> str:
     return f"""                - name: PGPASSWORD
                   valueFrom:
                     secretKeyRef: {{name: {_text(asked.name + "-database")}, key: password}}"""
+
+
+def _environment(asked: Deployment) -> str:
+    return f"""              envFrom:
+                - secretRef: {{name: {_text(asked.name + "-environment")}, optional: true}}"""
 
 
 def _redis(asked: Deployment) -> str:
@@ -207,23 +229,30 @@ def machines(asked: Deployment) -> str:
     }
     toml = "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
     redis = [] if asked.redis is None else [f"Environment=RAY_REDIS_ADDRESS={asked.redis}"]
+    default = f"#   /opt/coserve/bin/{DEFAULT_INSTALL}\n" if asked.model is None else ""
     head = ["--head", f"--port={asked.head.rpartition(':')[2]}", "--include-dashboard=false"]
     return f"""# coserve on machines that run Ray without Kubernetes. coserve's ingress listens itself, so that there is no
 # configuration of Ray Serve.
 #
 # On every machine, as a user `coserve`, with one environment in /opt/coserve:
-#   pip install 'coserve[ray]'
-#   ~/.ray/auth_token: the same file everywhere, made once by `RAY_AUTH_MODE=token ray get-auth-token --generate`
+#   /opt/coserve/bin/pip install '.[ray]'   in a clone of coserve
+{default}#   ~/.ray/auth_token: the same file everywhere, made once by
+#     umask 077; RAY_AUTH_MODE=token ray get-auth-token --generate
 #   ~/.pgpass (mode 0600): HOST:5432:coserve:coserve:PASSWORD
+#   /etc/coserve.env (mode 0600), if needed: AWS_ACCESS_KEY_ID=..., AWS_SECRET_ACCESS_KEY=..., HF_TOKEN=..., a line each
 
 # --- /etc/systemd/system/coserve-ray.service on the first machine ---
-{_unit("Ray for coserve, with its head", _ray_start(head), redis)}
+{_unit("Ray for coserve, with its head", _ray_start(head), [*_RAY_STOP, *redis])}
 # --- /etc/systemd/system/coserve-ray.service on each other machine ---
-{_unit("Ray for coserve", _ray_start([f"--address={asked.head}"]))}
+{_unit("Ray for coserve", _ray_start([f"--address={asked.head}"]), _RAY_STOP)}
 # --- /etc/systemd/system/coserve.service on the machine that clients talk to, which may be any of them ---
-{_unit("coserve", ["/opt/coserve/bin/coserve", "serve", "--config", "/etc/coserve.toml"], ["TimeoutStopSec=90"], "coserve-ray")}
+{_unit("coserve", ["/opt/coserve/bin/coserve", "serve", "--config", "/etc/coserve.toml"], behind="coserve-ray")}
 # --- /etc/coserve.toml there ---
 {toml}"""
+
+
+_RAY_STOP = (f"ExecStop=/bin/bash -c '{DRAIN.replace('$', '$$')}'",)
+"""systemd would end the host of a replica, and so the replica, at the same time."""
 
 
 def _ray_start(options: Sequence[str]) -> list[str]:
@@ -234,8 +263,10 @@ def _unit(title: str, command: Sequence[str], extra: Sequence[str] = (), behind:
     order = "network-online.target" + (f" {behind}.service" if behind else "")
     lines = [
         "[Unit]", f"Description={title}", f"After={order}", f"Wants={order}", "", "[Service]", "User=coserve",
-        "Environment=RAY_AUTH_MODE=token RAY_memory_monitor_refresh_ms=0 RAY_enable_metrics_collection=0", *extra,
-        f"ExecStart={_shell(command)}", "Restart=always", "RestartSec=2", "LimitNOFILE=65536", "", "[Install]",
+        "Environment=RAY_AUTH_MODE=token RAY_memory_monitor_refresh_ms=0 RAY_enable_metrics_collection=0",
+        "EnvironmentFile=-/etc/coserve.env", "StateDirectory=coserve", "StateDirectoryMode=0700", *extra,
+        f"ExecStart={_shell(command)}", "Restart=always", "RestartSec=2", "TimeoutStopSec=90",
+        "LimitNOFILE=65536", "", "[Install]",
         "WantedBy=multi-user.target",
     ]
     return "\n".join(lines) + "\n"

@@ -30,7 +30,7 @@ from coserve.server.link.setup import STOP_SIGNALS
 from coserve.server.listen import HttpServer, allow_many_files, bind, keep_loop_free
 from coserve.server.locks import make_private
 from coserve.server.records import now
-from coserve.server.replicas.raycluster import check_fleet
+from coserve.server.replicas.fleetsettings import check_fleet
 from coserve.server.settings import ServerConfig, read_settings
 from coserve.server.startup import startup_lines
 from coserve.server.tenants import make_key

@@ -27,6 +27,7 @@ from coserve.grammar.table import read_token_table
 from coserve.server.handlers import ERROR_RESPONSES, install_handlers
 from coserve.server.hostnames import OwnNames
 from coserve.server.index.files import FileService
+from coserve.server.index.place import check_data_directory
 from coserve.server.index.store import Store
 from coserve.server.inference.templates import RequestTemplates
 from coserve.server.inference.toolcalling import call_format, check_call_format
@@ -41,12 +42,11 @@ from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services, TenantShares
 from coserve.server.settings import ServerConfig
 from coserve.server.stats.metrics import ServerMetrics
-from coserve.server.tenants import Tenants, read_keys
+from coserve.server.tenants import KEYS_VARIABLE, Tenants, read_keys
 from coserve.server.work import WorkPool
 from coserve.text.tokenizer import ChatTokenizer
 
 LOCK_FILE, INDEX_FILE = "server.lock", "coserve.db"
-KEYS_VARIABLE = "COSERVE_API_KEYS"
 """An environment variable of the form tenant=key,tenant=key: keys beside those of the settings and of the index."""
 _ROUTES = (inference, responses, tokens, files, finetuning, adapters, status, page)
 _log = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ async def open_services(config: ServerConfig, report: Callable[[str], None]) -> 
         stack.enter_context(hold(config.data_dir / LOCK_FILE))
         store = Store(index_url(config))
         stack.callback(store.close)
+        if config.database_url is not None:
+            check_data_directory(store, config.data_dir)
         tenants = Tenants(store, [*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
         uploads = FileService(
             config.data_dir / "files", store, config.max_file_bytes, config.max_tenant_file_bytes, config.max_tenant_files

@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -24,6 +24,8 @@ from coserve.server.index.store import Store
 from coserve.server.records import KeyRecord, new_id, now
 
 DEFAULT_TENANT = "default"
+KEYS_VARIABLE = "COSERVE_API_KEYS"
+"""The variable of the environment that may hold keys, as `read_keys` reads them."""
 _CACHE_S = 1.0
 """Seconds for which a key may still be accepted after another process has revoked it."""
 _AWAY_S = 300.0
@@ -42,27 +44,22 @@ class Tenants:
     """The tenants, by API key. Any thread may use it."""
 
     def __init__(
-        self, store: Store, api_keys: Sequence[str | tuple[str, str]], *, clock: Callable[[], float] = time.monotonic,
+        self, store: Store, api_keys: Sequence[str | tuple[str, str]], *, digests: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises ConfigError for a name or key that isn't valid, and for a key of two tenants.
+        """Raises ConfigError as `digest_keys`.
 
-        api_keys: keys beside those in the store: each is a key of the default tenant, or a pair (tenant, key).
+        api_keys: keys beside those in the store, as of `digest_keys`. digests: more of them, as `digest_keys` returns them.
         clock: gives seconds.
         """
         self._store, self._clock = store, clock
         self._lock = threading.Lock()
-        self._configured: dict[str, str] = {}
+        self._configured = {**(digests or {}), **digest_keys(api_keys)}
         self._known: dict[str, tuple[float, str]] = {}
         self._open_until = -math.inf
         self._readers = ThreadPoolExecutor(_READERS, "coserve-keys")
         self._readings: dict[str, Future[Any]] = {}
-        self._closed = bool(api_keys)
-        for given in api_keys:
-            tenant, key = (DEFAULT_TENANT, given) if isinstance(given, str) else given
-            good = _KEY.fullmatch(key) is not None
-            require(good, "api_key", "a key is made of printable ASCII characters without spaces")
-            first = self._configured.setdefault(digest_key(key), check_tenant(tenant))
-            require(first == tenant, "api_key", f"tenants {tenant} and {first} have the same key")
+        self._closed = bool(self._configured)
 
     def identify(self, authorization: str | None) -> str:
         """The tenant of an Authorization header, 'Bearer KEY'. Raises Unauthorized.
@@ -159,6 +156,22 @@ def make_key(tenant: str) -> tuple[str, KeyRecord]:
 def digest_key(key: str) -> str:
     """SHA-256, hexadecimal. Keys that are made here are random, so a slow hash would protect nothing."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest_keys(api_keys: Sequence[str | tuple[str, str]]) -> dict[str, str]:
+    """{digest: tenant} of keys, which is enough to check them. Raises ConfigError for a name or key that isn't valid, and for a
+    key of two tenants.
+
+    api_keys: each is a key of the default tenant, or a pair (tenant, key).
+    """
+    found: dict[str, str] = {}
+    for given in api_keys:
+        tenant, key = (DEFAULT_TENANT, given) if isinstance(given, str) else given
+        good = _KEY.fullmatch(key) is not None
+        require(good, "api_key", "a key is made of printable ASCII characters without spaces")
+        first = found.setdefault(digest_key(key), check_tenant(tenant))
+        require(first == tenant, "api_key", f"tenants {tenant} and {first} have the same key")
+    return found
 
 
 def read_keys(text: str) -> tuple[tuple[str, str], ...]:

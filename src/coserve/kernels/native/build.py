@@ -96,7 +96,7 @@ def _compile_in_child(place: Path) -> Path:
     program = "import sys; from coserve.kernels.native.build import child; child(sys.argv[1])"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", program, str(place)], capture_output=True, text=True, check=False, timeout=_LIMIT_S
+            [sys.executable, "-P", "-c", program, str(place)], capture_output=True, text=True, check=False, timeout=_LIMIT_S
         )
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"the compiler has not come to an end in {_LIMIT_S} s") from error

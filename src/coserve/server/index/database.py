@@ -82,7 +82,7 @@ class Database:
     def __init__(self, url: str | URL, limits: PostgresLimits | None = None) -> None:
         """Raises ConfigError, also for a damaged file or a newer schema. url: SQLAlchemy's; 'postgresql://' uses psycopg.
         limits: of the connections to PostgreSQL."""
-        self.url, self.limits = _read_url(url), limits
+        self.url, self.limits = read_url(url), limits
         parsed = self.url
         if parsed.drivername.startswith("sqlite"):
             self.engine = _connect_sqlite(parsed)
@@ -127,7 +127,8 @@ class Database:
         self.engine.dispose()
 
 
-def _read_url(url: str | URL) -> URL:
+def read_url(url: str | URL) -> URL:
+    """A URL of SQLite or PostgreSQL, with its driver. Raises ConfigError, without a password that it may hold."""
     try:
         parsed = make_url(url)
     except ArgumentError as error:  # its message may hold a password

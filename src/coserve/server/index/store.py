@@ -10,7 +10,7 @@ index can be rebuilt.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import URL, Column, ColumnElement, Connection, Select, Table, delete, func, select, tuple_, update
@@ -27,7 +27,7 @@ from coserve.server.index.rows import (
     record_of,
     values_of,
 )
-from coserve.server.index.tables import adapters, checkpoints, events, files, jobs, keys, removed
+from coserve.server.index.tables import adapters, checkpoints, events, files, jobs, keys, places, removed
 from coserve.server.records import (
     ENDED,
     AdapterRecord,
@@ -37,6 +37,11 @@ from coserve.server.records import (
     JobRecord,
     KeyRecord,
 )
+
+_BYTES = "files"
+"""The row of `places` for what files, checkpoints and adapters hold."""
+_PLACE_LOCK = 0x636F7366
+"""Any number that other programs on the same PostgreSQL don't use."""
 
 
 class Store:
@@ -114,10 +119,33 @@ class Store:
         with self.database.read() as connection:
             return int(connection.execute(select(func.count()).select_from(files).where(files.c.tenant == tenant)).scalar_one())
 
-    def names_files(self) -> bool:
-        """Whether any file is listed, whose bytes must then be somewhere."""
+    # --- where the bytes are ---
+
+    def names_bytes(self) -> bool:
+        """Whether there is a file, a checkpoint or an adapter, whose bytes must then be somewhere."""
         with self.database.read() as connection:
-            return connection.execute(select(files.c.id).limit(1)).first() is not None
+            some = (connection.execute(select(table.c.created_at).limit(1)) for table in (files, checkpoints, adapters))
+            return any(rows.first() is not None for rows in some)
+
+    def find_place(self) -> str | None:
+        """The id of the place that holds the bytes of all rows, if one is noted."""
+        with self.database.read() as connection:
+            return _find_place(connection)
+
+    def settle_place(self, choose: Callable[[], str]) -> str:
+        """The same. Where none is noted, it is what `choose` returns; other processes that ask meanwhile wait, so that one
+        chooses for all. Raises what `choose` raises."""
+        known = self.find_place()
+        if known is not None:
+            return known
+        with self.database.write() as connection:
+            if connection.dialect.name == "postgresql":  # SQLite's transactions exclude each other anyway
+                connection.execute(select(func.pg_advisory_xact_lock(_PLACE_LOCK)))
+            known = _find_place(connection)
+            if known is None:
+                known = choose()
+                connection.execute(places.insert().values(what=_BYTES, id=known))
+        return known
 
     def all_files(self) -> list[FileRecord]:
         """Files of all tenants, oldest first."""
@@ -312,6 +340,10 @@ _FILES = _List(files, files.c.tenant, (files.c.created_at, files.c.seq))
 _JOBS = _List(jobs, jobs.c.tenant, (jobs.c.created_at, jobs.c.seq))
 _EVENTS = _List(events, events.c.job, (events.c.seq,))
 _CHECKPOINTS = _List(checkpoints, checkpoints.c.job, (checkpoints.c.step,))
+
+
+def _find_place(connection: Connection) -> str | None:
+    return connection.execute(select(places.c.id).where(places.c.what == _BYTES)).scalar()
 
 
 def _get_job(connection: Connection, tenant: str | None, id: str) -> JobRecord:

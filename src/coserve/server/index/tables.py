@@ -142,6 +142,10 @@ removed = Table(
 """Where deleted entries were in their lists, so that a page may begin after one. An index without this table gets it. That
 needs no new schema version, since older coserves ignore the table."""
 
+places = Table("places", SCHEMA, Column("what", Text, primary_key=True), _filled("id"))
+"""Where the bytes are that rows name. what: files, for those of files, checkpoints and adapters. id: of the data directory or
+the artifact store that has them (index/place.py)."""
+
 Migration = Callable[[Connection], None]
 
 
@@ -165,7 +169,12 @@ def _add_replicas(connection: Connection) -> None:
     ))
 
 
-MIGRATIONS: tuple[Migration, ...] = (_add_replicas,)
+def _add_places(connection: Connection) -> None:
+    """Version 3: the index knows whose bytes it names."""
+    connection.execute(text("CREATE TABLE places (what TEXT NOT NULL PRIMARY KEY, id TEXT NOT NULL)"))
+
+
+MIGRATIONS: tuple[Migration, ...] = (_add_replicas, _add_places)
 """MIGRATIONS[i] changes an index of version i + 1 into one of version i + 2. It must not use the tables above, which may have
 changed since."""
 

@@ -28,7 +28,7 @@ def export_metrics(directory: Path, record: JobRecord) -> list[str]:
     """Writes the metrics of the job in `directory` for each of its integrations. Returns a line for each that failed."""
     problems = []
     for number, item in enumerate(record.integrations):
-        command = [sys.executable, "-m", "coserve.server.jobs.trackers", str(directory), str(number)]
+        command = [sys.executable, "-P", "-m", "coserve.server.jobs.trackers", str(directory), str(number)]
         environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
         try:
             done = subprocess.run(

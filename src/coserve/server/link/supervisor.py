@@ -69,6 +69,7 @@ class Supervisor:
         self._first: asyncio.Future[None] | None = None
         self._problem: Problem | None = None
         self._stopping = False
+        self._given_up = asyncio.Event()
         self._up_listeners: list[Callable[[], Awaitable[None]]] = []
         self._down_listeners: list[Callable[[], None]] = []
 
@@ -99,6 +100,12 @@ class Supervisor:
     def on_down(self, listener: Callable[[], None]) -> None:
         """The listener is called when a process that was ready has died or is ended."""
         self._down_listeners.append(listener)
+
+    async def wait_given_up(self) -> str:
+        """Waits until no process is started any more, which may never be. Returns the reason, `failure`."""
+        await self._given_up.wait()
+        assert self.failure is not None
+        return self.failure
 
     def send(self, message: ToEngine) -> None:
         """Raises EngineUnavailable while the engine isn't ready, and InvalidRequest if a number is too large to travel."""
@@ -182,6 +189,7 @@ class Supervisor:
             if delay is None:
                 self.failure = f"the engine's process died {failures} times before it was ready; the last time: {reason}"
                 _log.error("%s; restart the server", self.failure)
+                self._given_up.set()
                 return
             _log.warning("the engine's process died (%s); starting another in %g s", reason, delay)
             await asyncio.sleep(delay)

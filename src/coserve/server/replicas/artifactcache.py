@@ -7,8 +7,10 @@
 
 An entry appears by a renaming and never changes. Its digests are checked when it is filled, and once again by each process
 that finds it there, since a power failure may have damaged it. Its directory is locked for sharing while somebody holds it; the
-system frees the lock of a process that is killed. Entries that nobody holds are deleted, least recently used ones first, when
-their bytes together are over the limit. One that was used in the last minute stays, since its user may not have opened it yet.
+system frees the lock of a process that is killed. So the processes must be of one machine: such locks don't reach further.
+Entries that nobody holds are deleted, least recently used ones first, when their bytes together are over the limit or over half
+of what the disk has for them, and when the disk is full. One that was used in the last minute stays, since its user may not
+have opened it yet.
 
 Owns: that directory. Does not own: where the bytes come from (artifacts.py).
 """
@@ -29,6 +31,7 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from coserve.core import ConfigError
+from coserve.finetune.disk import is_full
 from coserve.server.index.disk import storage_errors
 
 _MANIFEST, _CONTENT = "manifest.json", "content"
@@ -92,8 +95,9 @@ class ArtifactCache:
     refuses."""
 
     def __init__(self, root: Path, max_bytes: int, *, kept_s: float = _KEPT_S) -> None:
-        """Makes the directory if there is none. Raises ConfigError. kept_s: how long an entry stays after its last use."""
-        self.max_bytes, self._kept_s = max_bytes, kept_s
+        """Makes the directory if there is none. Raises ConfigError. max_bytes: of all entries, on a disk that has twice as much
+        for them; `max_bytes` says how much it is here. kept_s: how long an entry stays after its last use."""
+        self.max_bytes, self._kept_s, self._root = max_bytes, kept_s, root
         self._entries, self._unfinished, self._locks = (root / name for name in ("entries", "unfinished", "locks"))
         self._checked: dict[str, int] = {}
         """Digests of entries that this process has checked or filled -> the inodes of their directories."""
@@ -104,6 +108,8 @@ class ArtifactCache:
         except OSError as error:
             raise ConfigError(f"data_dir: {root} can't be made ({error.strerror})", param="data_dir") from error
         self._sweep()
+        with storage_errors():
+            self.max_bytes = self._limit(sum(size for _, _, size in self._list()))
 
     def find(self, digest: str) -> Path | None:
         """The content of an entry, or None. The entry counts as used now. One that is damaged is removed."""
@@ -151,27 +157,36 @@ class ArtifactCache:
     def add(self, manifest: ArtifactManifest, fill: Callable[[ArtifactFile, Path], None]) -> Path:
         """Makes an entry. fill(file, path): writes a file of the artifact to a path, and checks it. Returns the content. Raises
         what `fill` raises; then there is no entry."""
-        digest = manifest.digest
         with storage_errors():
             self._sweep()
             self._make_room(manifest.num_bytes)
-            with self._new_place() as place:
-                content = place / _CONTENT
-                if not manifest.is_file:
-                    content.mkdir()
-                for file in manifest.files:
-                    target = manifest.place_of(file, content)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    fill(file, target)
-                    target.chmod(0o444)
-                (place / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
-                entry = self._entries / digest
-                try:
-                    place.rename(entry)
-                except OSError:
-                    if not entry.is_dir():  # another process, which was thought to be stopped, has made it
-                        raise
-                self._checked[digest] = entry.stat().st_ino
+            try:
+                return self._try_add(manifest, fill)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+            self._make_room(manifest.num_bytes, everything=True)  # others use the disk too
+            return self._try_add(manifest, fill)
+
+    def _try_add(self, manifest: ArtifactManifest, fill: Callable[[ArtifactFile, Path], None]) -> Path:
+        digest = manifest.digest
+        with self._new_place() as place:
+            content = place / _CONTENT
+            if not manifest.is_file:
+                content.mkdir()
+            for file in manifest.files:
+                target = manifest.place_of(file, content)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                fill(file, target)
+                target.chmod(0o444)
+            (place / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
+            entry = self._entries / digest
+            try:
+                place.rename(entry)
+            except OSError:
+                if not entry.is_dir():  # another process, which was thought to be stopped, has made it
+                    raise
+            self._checked[digest] = entry.stat().st_ino
         return entry / _CONTENT
 
     def drop(self, digest: str) -> None:
@@ -180,20 +195,29 @@ class ArtifactCache:
         with storage_errors():
             self._remove_unheld(entry)
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Deletes entries until so many bytes fit, or nothing is left that may be deleted."""
-        found, total = [], num_bytes
-        for entry in self._entries.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                used, size = entry.stat().st_mtime, self._size_of(entry)
-                found.append((used, entry, size))
-                total += size
-        limit = time.time() - self._kept_s
+    def _make_room(self, num_bytes: int, *, everything: bool = False) -> None:
+        """Deletes entries until so many bytes fit, or nothing is left that may be deleted. everything: deletes all of those."""
+        found = self._list()
+        cached = sum(size for _, _, size in found)
+        total, limit = cached + num_bytes, 0 if everything else min(self.max_bytes, self._limit(cached))
+        last = time.time() - self._kept_s
         for used, entry, size in sorted(found):
-            if total <= self.max_bytes or used > limit:
+            if total <= limit or used > last:
                 return
             if self._remove_unheld(entry):
                 total -= size
+
+    def _list(self) -> list[tuple[float, Path, int]]:
+        """(time of the last use, entry, bytes) of each."""
+        found = []
+        for entry in self._entries.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found.append((entry.stat().st_mtime, entry, self._size_of(entry)))
+        return found
+
+    def _limit(self, cached: int) -> int:
+        """How many bytes entries may have on this disk. cached: how many they have now."""
+        return min(self.max_bytes, (shutil.disk_usage(self._root).free + cached) // 2)
 
     def _size_of(self, entry: Path) -> int:
         size = self._sizes.get(entry.name)

@@ -58,6 +58,11 @@ class ArtifactStore:
     def __init__(self, objects: ObjectStore, cache: ArtifactCache) -> None:
         self._objects, self.cache = objects, cache
 
+    @property
+    def id(self) -> str | None:
+        """The store's, by its marker; None: an older coserve has made it."""
+        return self._objects.id
+
     def put_directory(self, key: str, source: Path) -> Stored:
         """Stores all files below a directory. Raises Conflict if the key has other files already, InvalidRequest for links and
         the like below `source`, OSError if `source` can't be read. An artifact with the same files may be there already."""

@@ -7,33 +7,32 @@ replica a request goes to (pool.py).
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from random import Random
 
 from coserve.runtime.loaded import find_model
-from coserve.server.app import KEYS_VARIABLE, create_app, index_url, load_tokenizer, open_helpers
+from coserve.server.app import create_app, index_url, load_tokenizer, open_helpers
 from coserve.server.index.database import Database, PostgresLimits
 from coserve.server.index.store import Store
 from coserve.server.listen import HttpServer, allow_many_files, bind, keep_loop_free
 from coserve.server.records import new_id
-from coserve.server.replicas.artifacts import open_store
 from coserve.server.replicas.desk import JobDesk
 from coserve.server.replicas.files import StoredFiles
 from coserve.server.replicas.members import Member, Members, OwnRow
 from coserve.server.replicas.models import ReplicaModels
 from coserve.server.replicas.pool import EnginePool
 from coserve.server.replicas.processhost import SERVES
-from coserve.server.replicas.replica import CACHE_BYTES, before, cache_directory, scratch_directory
+from coserve.server.replicas.replica import before, scratch_directory
+from coserve.server.replicas.storeplace import open_own_store
 from coserve.server.replicas.wire import KeyPair
 from coserve.server.selfwatch import SelfWatch
 from coserve.server.services import Services, TenantShares
 from coserve.server.settings import ServerConfig
 from coserve.server.startup import startup_lines
 from coserve.server.stats.metrics import ServerMetrics
-from coserve.server.tenants import Tenants, read_keys
+from coserve.server.tenants import Tenants
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
@@ -43,12 +42,14 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 
 @asynccontextmanager
 async def open_fleet(
-    config: ServerConfig, stop: asyncio.Event, report: Callable[[str], None], *, host: str = "127.0.0.1", node: str = ""
+    config: ServerConfig, stop: asyncio.Event, report: Callable[[str], None], *, host: str = "127.0.0.1", node: str = "",
+    keys: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Services]:
     """Starts all services of an ingress, waits for a replica, and stops the services in the reverse order. Raises ConfigError
     for settings that can't be used, CancelledError if `stop` is set before a replica is ready.
 
-    report: takes a line about the start. host, node: as for `run_replica`.
+    report: takes a line about the start. host, node: as for `run_replica`. keys: {digest: tenant} of API keys beside those of
+    the settings and of the index.
     """
     id = new_id("ingress")
     async with AsyncExitStack() as stack:
@@ -56,18 +57,16 @@ async def open_fleet(
         database = Database(index_url(config), PostgresLimits())
         stack.callback(database.close)
         store = Store(database)
-        artifacts = await asyncio.to_thread(
-            open_store, str(config.store), cache_directory(config), cache_bytes=CACHE_BYTES, create=not store.names_files()
-        )
-        tenants = Tenants(store, [*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
+        artifacts = await asyncio.to_thread(open_own_store, config, store)
+        tenants = Tenants(store, config.api_key, digests=keys)
         model = await asyncio.to_thread(find_model, config.model, device="cpu", report=report)
         tokenizer = await load_tokenizer(config, model.directory)
-        keys = KeyPair.make()
-        own = Member(id=id, kind="ingress", address="", public_key=keys.public.decode("ascii"), node=node or host, info={})
+        pair = KeyPair.make()
+        own = Member(id=id, kind="ingress", address="", public_key=pair.public.decode("ascii"), node=node or host, info={})
         own_row = OwnRow(Members(database), lambda: own)
         await own_row.join()
         stack.push_async_callback(own_row.leave)
-        pool = EnginePool(keys, model.directory, report=report)
+        pool = EnginePool(pair, model.directory, report=report)
         stack.push_async_callback(pool.stop)
         pool.start()
         looking = asyncio.create_task(own_row.keep(pool.see))
@@ -99,15 +98,16 @@ async def open_fleet(
 
 async def run_ingress(
     config: ServerConfig, *, stop: asyncio.Event, report: Callable[[str], None], host: str = "127.0.0.1", node: str = "",
+    keys: Mapping[str, str] | None = None,
 ) -> None:
     """Serves the address of the settings until `stop` is set. Raises what keeps it from starting. Parameters as those of
-    `run_replica`."""
+    `open_fleet`."""
     allow_many_files()
     app = create_app(config)
     server = HttpServer.of(app, config)
     with bind(config.host, config.port) as listener:
         ended = asyncio.create_task(stop.wait())
-        async with open_fleet(config, stop, report, host=host, node=node) as services:
+        async with open_fleet(config, stop, report, host=host, node=node, keys=keys) as services:
             app.state.services = services
             keep_loop_free()
             server.lines = startup_lines(services, listener.getsockname()[1], [

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import sys
+from functools import partial
 
 from coserve.core import CoserveError
 from coserve.server import logs
@@ -29,7 +30,7 @@ def main(kind: str) -> int:
     setup = read_setup(sys.stdin.buffer.readline())
     end_with(sys.stdin.buffer)
     logs.configure(kind, format=setup.config.log_format, level=setup.config.log_level)
-    run = run_replica if kind == "engine" else run_ingress
+    run = run_replica if kind == "engine" else partial(run_ingress, keys=setup.keys)
     config = share_memory(setup.config, setup.sharers)
 
     async def serve() -> None:

@@ -1,6 +1,6 @@
 """Objects in a directory or in S3, through fsspec: a few primitives that end in time, with errors of the error tree.
 
-    ROOT/coserve-store.json     the marker: this is a store of coserve, and of which format
+    ROOT/coserve-store.json     the marker: this is a store of coserve, of which format, and which one
 
 Nothing is asked of the store but that a written object can be read, listed and deleted: no renaming, no exclusive creation, no
 locks. Each primitive runs in a thread of its own. One that doesn't return in time is given up: its caller gets StorageRefused,
@@ -27,6 +27,8 @@ from coserve.core import ConfigError, one_line
 from coserve.durable import sync
 from coserve.finetune.disk import is_full
 from coserve.server.errors import StorageRefused
+from coserve.server.index.place import STORE
+from coserve.server.records import new_id
 
 T = TypeVar("T")
 
@@ -50,7 +52,8 @@ _log = logging.getLogger(__name__)
 class ObjectStore:
     """Objects below a root, under keys with slashes. Thread-safe.
 
-    Every method raises StorageRefused if the store is full, away, too slow or refuses access.
+    Every method raises StorageRefused if the store is full, away, too slow or refuses access. id: of this store, by its marker;
+    None where an older coserve has made it, and before `open_root`.
     """
 
     def __init__(self, files: Any, root: str, *, call_s: float = CALL_S) -> None:
@@ -59,6 +62,7 @@ class ObjectStore:
         self._on_disk = bool(getattr(files, "local_file", False))
         self._permits = threading.Semaphore(_MAX_CALLS)
         self._hanging: set[Future[Any]] = set()
+        self.id: str | None = None
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of an object; end None: to its end. Raises FileNotFoundError."""
@@ -130,7 +134,8 @@ class ObjectStore:
         try:
             for _ in range(_MARKER_TRIES):  # the marker is read after it was made, by this process or another one
                 try:
-                    return self._check_marker(self.read(MARKER), shown)
+                    self.id = self._check_marker(self.read(MARKER), shown)
+                    return
                 except FileNotFoundError:
                     self._make_marker(shown, create=create)
         except (StorageRefused, OSError) as error:
@@ -138,16 +143,25 @@ class ObjectStore:
             raise ConfigError(f"store: {shown} can't be used: {reason}", param="store") from error
         raise ConfigError(f"store: the {MARKER} of {shown} comes and goes; is the place emptied meanwhile?", param="store")
 
-    def _check_marker(self, content: bytes, shown: str) -> None:
-        """Raises ConfigError for another format."""
-        found = None
+    def identify(self) -> str:
+        """The store's id. A marker without one gets one, which only one process at a time may do."""
+        if self.id is None:
+            self._write_marker()
+        assert self.id is not None
+        return self.id
+
+    def _check_marker(self, content: bytes, shown: str) -> str | None:
+        """The id in a marker. Raises ConfigError for another format."""
+        found = id = None
         with contextlib.suppress(ValueError, AttributeError):
-            found = json.loads(content).get("format")
+            marker = json.loads(content)
+            found, id = marker.get("format"), marker.get("id")
         if found != FORMAT:
             raise ConfigError(
                 f"store: by its {MARKER}, {shown} has format {found!r}, and this coserve knows {FORMAT}: use the coserve that "
                 "made it, or give another place", param="store",
             )
+        return None if id is None else str(id)
 
     def _make_marker(self, shown: str, *, create: bool) -> None:
         if self._on_disk and create:
@@ -163,9 +177,14 @@ class ObjectStore:
             )
         if not create:
             raise ConfigError(
-                f"store: {shown} is empty, but the index names files in it; is it mounted, and the right one?", param="store"
+                f"store: {shown} is empty, but the index of --database-url has files in a store; is it mounted, and the right "
+                "one? For a new store take a new database", param="store",
             )
-        self.write_whole(MARKER, json.dumps({"format": FORMAT}).encode() + b"\n")
+        self._write_marker()
+
+    def _write_marker(self) -> None:
+        self.id = new_id(STORE)
+        self.write_whole(MARKER, json.dumps({"format": FORMAT, "id": self.id}).encode() + b"\n")
 
     def _entries(self) -> list[Any]:
         try:

@@ -63,17 +63,18 @@ class ProcessHost:
         pauses_s: Sequence[float] = PAUSES_S, with_parent: bool = False, place: Callable[[], str] = str,
     ) -> None:
         """kind: engine or ingress. setup: a FleetSetup's line; host and node, which are this machine's, are put into it.
-        towards: an address that the others reach too. module: what Python runs. with_parent: whether this process ends with
-        the one that has started it. place: says which node of the cluster this is."""
+        towards: an address that the others reach too. module: what Python runs; it imports nothing from the directory that the
+        host happens to be in. with_parent: whether this process ends with the one that has started it. place: says which node
+        of the cluster this is."""
         if with_parent:
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="coserve-parent", daemon=True).start()
-        self.node = socket.gethostname()
+        self.node, self._package = socket.gethostname(), _package()
         told = json.loads(setup)
         self.address, self.place = address_towards(towards), place()
         told |= {"host": self.address, "node": self.node}
         told["config"]["log_format"] = "json"
         self._setup = json.dumps(told).encode() + b"\n"
-        self._command, self._pauses_s = [sys.executable, *module, kind], pauses_s
+        self._kind, self._command, self._pauses_s = kind, [sys.executable, "-P", *module, kind], pauses_s
         self._lines: deque[dict[str, Any]] = deque(maxlen=_MAX_LINES)
         self._num_lines = self._starts = 0
         self._serves = self._ended = False
@@ -91,7 +92,7 @@ class ProcessHost:
             return json.dumps({
                 "first": self._num_lines - kept, "lines": list(self._lines)[len(self._lines) - kept :], "serves": self._serves,
                 "ended": self._ended, "problem": self._problem, "starts": self._starts,
-                "pid": 0 if self._process is None else self._process.pid, "package": _package(), "node": self.node,
+                "pid": 0 if self._process is None else self._process.pid, "package": self._package, "node": self.node,
                 "address": self.address, "place": self.place,
             }).encode()
 
@@ -109,12 +110,18 @@ class ProcessHost:
         soon = 0
         while not self._stopping.is_set():
             began = time.monotonic()
-            code = self._run_once()
+            code = 1
+            try:
+                code = self._run_once()
+                how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            except Exception as error:  # no processes, memory or files are left: it is tried again all the same
+                how = f"can't be started or read ({type(error).__name__}: {error})"
             if self._stopping.is_set():
                 break
             soon = 0 if self._serves and time.monotonic() - began > _LONG_S else soon + 1
             pause = self._pauses_s[min(soon, len(self._pauses_s)) - 1] if soon else 0.0
-            how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            if code == 0 and self._serves and self._kind == "engine":  # it was told to drain: its machine is about to end
+                pause = self._pauses_s[-1]
             with self._lock:
                 self._serves = False
                 if code == REFUSED:
@@ -126,7 +133,8 @@ class ProcessHost:
             self._serves, self._ended = False, True
 
     def _run_once(self) -> int:
-        """Runs a process to its end, and returns its exit code, which is negative for a signal."""
+        """Runs a process to its end, and returns its exit code, which is negative for a signal. Raises OSError if there can't
+        be a process."""
         environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
         with self._lock:
             if self._stopping.is_set():
@@ -137,19 +145,24 @@ class ProcessHost:
             )
             self._starts += 1
         assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError), process.stdout:
-            process.stdin.write(self._setup)
-            process.stdin.flush()
-            for data in process.stdout:
-                line = _read_line(data)
-                with self._lock:
-                    self._add(line)
-                    if SERVES in line["message"]:
-                        self._serves, self._problem = True, ""
-        code = process.wait()
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        return code
+        try:
+            with contextlib.suppress(BrokenPipeError), process.stdout:
+                process.stdin.write(self._setup)
+                process.stdin.flush()
+                for data in process.stdout:
+                    line = _read_line(data)
+                    with self._lock:
+                        self._add(line)
+                        if SERVES in line["message"]:
+                            self._serves, self._problem = True, ""
+            return process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
 
     def _add(self, line: dict[str, Any]) -> None:
         self._lines.append(line)
@@ -164,7 +177,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _package() -> str:
-    """coserve's version on this machine."""
+    """coserve's version on this machine, as it is installed now."""
     try:
         return version("coserve")
     except PackageNotFoundError:

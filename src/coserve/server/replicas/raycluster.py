@@ -36,11 +36,13 @@ from coserve.config.values import require
 from coserve.core import ConfigError, CoserveError, one_line
 from coserve.server.link.setup import STOP_S
 from coserve.server.replicas import processhost
+from coserve.server.replicas.fleetsettings import check_fleet, shown_secrets
 from coserve.server.replicas.hostreport import HostReport, read_report
 from coserve.server.replicas.placement import Machine, Needs, check_room, needs_of, place, sharers
 from coserve.server.replicas.processhost import PROCESS_MODULE, ProcessHost
-from coserve.server.replicas.setup import FleetSetup, write_setup
+from coserve.server.replicas.setup import FleetSetup, with_absolute_paths, write_setup
 from coserve.server.settings import ServerConfig
+from coserve.server.tenants import KEYS_VARIABLE, digest_keys, read_keys
 
 LEAST_RAY = (2, 52)
 """The first version with token authentication."""
@@ -78,23 +80,6 @@ def import_ray() -> Any:
     return ray
 
 
-def check_fleet(config: ServerConfig) -> None:
-    """Raises ConfigError where settings of a fleet are missing or contradict each other. Nothing is started or imported."""
-    if config.replicas is None:
-        for name in ("ray_address", "store"):
-            require(getattr(config, name) is None, name, "is for several replicas; give --replicas too")
-        return
-    require(config.replicas >= 1, "replicas", f"must be at least 1, got {config.replicas}")
-    url = config.database_url or ""
-    require(url.startswith("postgresql"), "database_url",
-            "replicas share what they know through PostgreSQL; give --database-url postgresql://USER@HOST/DATABASE")
-    require(bool(config.store), "store",
-            "replicas need a place for files that all of them see; give --store DIRECTORY or --store s3://BUCKET/PREFIX")
-    address = config.ray_address
-    require(address is None or "://" not in address, "ray_address",
-            f"must be auto or HOST:PORT of a cluster that this machine has joined (`ray start`), got {address!r}")
-
-
 def _set_variables() -> None:
     """Sets the variables of a Ray that is started here, which reads them when it is imported. It gets a token of its own, since
     other users of this machine could reach it."""
@@ -109,7 +94,8 @@ def _set_variables() -> None:
 class _Hosted:
     """A process of the fleet. name: for the log. node: where it is, if that is known. seen: how many lines of its log
     have been written. asked, asked_s: the question under way, and since when. known: its last report. lost: whether its host
-    doesn't answer. gone: whether it ended when it was asked to."""
+    doesn't answer. gone: whether it ended when it was asked to. package: another coserve's version that its machine has, if
+    that was said."""
 
     kind: str
     name: str
@@ -122,6 +108,7 @@ class _Hosted:
     lost: bool = False
     stopping: bool = False
     gone: bool = False
+    package: str = ""
 
     @property
     def serves(self) -> bool:
@@ -130,18 +117,25 @@ class _Hosted:
 
 class RayFleet:
     """The processes of one server: an ingress on this machine and replicas anywhere. A context manager: at its end everything
-    is ended. report: takes a line about the start. module: what Python runs as a process."""
+    is ended. report: takes a line about the start. module: what Python runs as a process.
+
+    API keys, also those in the environment of this command, travel to the ingress as digests: processes of a cluster have the
+    environment of its `ray start`, and its directory: so paths are made absolute too."""
 
     def __init__(
         self, config: ServerConfig, *, report: Callable[[str], None] = _log.info, module: Sequence[str] = ("-m", PROCESS_MODULE)
     ) -> None:
         check_fleet(config)
-        self.config, self.report, self._module = config, report, list(module)
+        self._keys = digest_keys([*config.api_key, *read_keys(os.environ.get(KEYS_VARIABLE, ""))])
+        self._secrets = shown_secrets(config)
+        self.config = with_absolute_paths(replace(config, api_key=()))
+        self.report, self._module = report, list(module)
         if config.ray_address is None:
             _set_variables()
         self._ray = import_ray()
         self._ray.cloudpickle.register_pickle_by_value(processhost)
         self._hosted: list[_Hosted] = []
+        self._package = version("coserve")  # as it is now: somebody may install another one while this runs
         self._numbers = 0
         self._needs = Needs(1, 0)
         self._served: set[str] = set()
@@ -172,8 +166,10 @@ class RayFleet:
         self.report(f"Ray {self._ray.__version__} with {len(machines)} nodes; {config.replicas} replicas of {self._needs} each")
         own = self._ray.get_runtime_context().get_node_id()
         here = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(own, soft=False)
-        setup = FleetSetup(config=config)
-        self._hosted.append(_Hosted("ingress", "ingress", self._actor("ingress", setup, scheduling_strategy=here), own))
+        setup = FleetSetup(config=config, keys=self._keys)
+        # Ray places an actor for which nothing is said on a node with a processor to spare, and this one may offer none.
+        ingress = self._actor("ingress", setup, num_cpus=0, scheduling_strategy=here)
+        self._hosted.append(_Hosted("ingress", "ingress", ingress, own))
         self.add(config.replicas)
 
     def _start_ray(self) -> None:
@@ -186,6 +182,8 @@ class RayFleet:
             "a cluster without token authentication lets everybody who reaches it run programs on all its machines. Make a "
             "token (`ray get-auth-token --generate`), copy ~/.ray/auth_token to each machine, and set RAY_AUTH_MODE=token both "
             "where `ray start` runs and here"))
+        for problem in self._secrets:
+            _log.warning("%s", problem)
         self.report(f"joining the Ray cluster at {address} ...")
         self._init(address=address)
         found = self._ray.get_runtime_context().gcs_address
@@ -207,7 +205,7 @@ class RayFleet:
         environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         try:
             done = subprocess.run(
-                [sys.executable, *_PROBE, address], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                [sys.executable, "-P", *_PROBE, address], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, timeout=_PROBE_S, check=False,
             )
         except subprocess.TimeoutExpired as error:
@@ -259,7 +257,7 @@ class RayFleet:
         machines = self._machines()
         taken = [hosted.node for hosted in self._hosted if hosted.kind == "engine" and hosted.node is not None]
         places = place(machines, count, self._needs, taken)
-        config = replace(self.config, api_key=(), threads=self._threads())
+        config = replace(self.config, threads=self._threads())
         setup = FleetSetup(config=config, sharers=sharers(machines, [*taken, *places]))
         strategies = self._ray.util.scheduling_strategies
         for node in places:
@@ -285,7 +283,7 @@ class RayFleet:
 
     def look(self) -> None:
         """Asks every host what has become of its process, for half a second at most, and writes the processes' logs. Raises
-        ConfigError if a process can't start, where none of its kind has started before, or if a machine has another coserve."""
+        ConfigError if a process can't start, or its machine has another coserve, where none of its kind has started before."""
         now = time.monotonic()
         for hosted in self._hosted:
             if hosted.asked is None:
@@ -322,14 +320,23 @@ class RayFleet:
         hosted.seen = report.first + len(report.lines)
         began = report.serves and not hosted.serves
         hosted.known, hosted.node, hosted.gone = report, report.place, hosted.stopping and report.ended
-        require(report.package == version("coserve"), "ray_address", (
-            f"{report.node} has coserve {report.package}, this machine {version('coserve')}; install the same version on every "
-            "machine, in the environment that `ray start` runs in"))
+        self._check_package(hosted, report)
         self._served |= {hosted.kind} if report.serves else set()
         if report.problem and hosted.kind not in self._served:
             raise ConfigError(f"{hosted.name} on {report.node}: {report.problem}")
         if began and hosted.kind == "engine" and not hosted.stopping:
             self.report(f"{hosted.name} serves on {report.node}: {self.serving} of {self.replicas} replicas are ready")
+
+    def _check_package(self, hosted: _Hosted, report: HostReport) -> None:
+        """Raises ConfigError if a machine has another coserve, but only before a process of this kind has served: what runs is
+        not ended by an installation."""
+        if report.package in (self._package, hosted.package):
+            return
+        hosted.package = report.package
+        problem = (f"{report.node} has coserve {report.package}, this command {self._package}; install the same version on "
+                   "every machine, in the environment that `ray start` runs in")
+        require(hosted.kind in self._served, "ray_address", problem)
+        _log.warning("%s: %s, and start the command again", hosted.name, problem)
 
     def _miss(self, hosted: _Hosted, error: Exception) -> None:
         """A host did not answer."""
@@ -337,10 +344,10 @@ class RayFleet:
         if hosted.stopping:
             hosted.gone = True
             return
-        if isinstance(error, exceptions.ActorDiedError) and hosted.known is None:
-            raise ConfigError(
-                f"{hosted.name} can't start: {one_line(error, 600)}", param="ray_address",
-            ) from error
+        never = isinstance(error, exceptions.ActorUnschedulableError)
+        if never or (isinstance(error, exceptions.ActorDiedError) and hosted.known is None):
+            where = "Ray has no place for it" if never else "can't start"
+            raise ConfigError(f"ray_address: {hosted.name}: {where}: {one_line(error, 600)}", param="ray_address") from error
         if not hosted.lost:
             hosted.lost, hosted.seen = True, 0
             hosted.node = None  # it may be started on another one

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import zmq.asyncio
 
-from coserve.core import ConfigError
+from coserve.core import ConfigError, CoserveError
 from coserve.server.app import index_url
 from coserve.server.index.database import Database, PostgresLimits
 from coserve.server.index.store import Store
 from coserve.server.link.engineclient import EngineClient
+from coserve.server.link.supervisor import Supervisor
 from coserve.server.locks import hold, make_private
 from coserve.server.records import new_id
 from coserve.server.replicas.adaptercache import AdapterCache
-from coserve.server.replicas.artifacts import open_store
 from coserve.server.replicas.files import StoredFiles
 from coserve.server.replicas.helping import JobHelp, ShareFiles
 from coserve.server.replicas.jobs import ReplicaJobs
@@ -34,19 +34,13 @@ from coserve.server.replicas.processhost import SERVES
 from coserve.server.replicas.replicalink import ReplicaLink
 from coserve.server.replicas.replicawire import ReplicaWire
 from coserve.server.replicas.steplink import StepLinks
+from coserve.server.replicas.storeplace import open_own_store
 from coserve.server.replicas.wire import Door, KeyPair, ServerSocket
 from coserve.server.settings import ServerConfig
 
-CACHE_BYTES = 20 << 30
-"""Bytes of fetched files that the processes of a machine keep below their data directory."""
 _LOCK_FILE = "replica.lock"
 _FRESH_S = 60.0
 _LOOK_EVERY_S = 0.1
-
-
-def cache_directory(config: ServerConfig) -> Path:
-    """Where copies of the store's files are, which all processes with one data directory share."""
-    return config.data_dir.absolute() / "artifacts"
 
 
 @contextlib.contextmanager
@@ -97,11 +91,17 @@ async def _drain(link: ReplicaLink, help: JobHelp, jobs: ReplicaJobs, engine: En
     await asyncio.sleep(_LOOK_EVERY_S)  # for the last messages to leave
 
 
+async def _end_with_engine(supervisor: Supervisor) -> None:
+    """Raises CoserveError once the engine isn't started any more. Whoever has started this process starts another one, perhaps
+    elsewhere; a replica without an engine would be in the way."""
+    raise CoserveError(await supervisor.wait_given_up())
+
+
 async def run_replica(
     config: ServerConfig, *, stop: asyncio.Event, report: Callable[[str], None], host: str = "127.0.0.1", node: str = "",
 ) -> None:
     """Runs a replica until `stop` is set; then it drains. Raises what keeps it from starting, CancelledError if `stop` is set
-    before it has started.
+    before it has started, CoserveError when its engine isn't started any more.
 
     report: takes a line about the start. host: this machine's address for the others. node: what this machine is called.
     """
@@ -112,9 +112,7 @@ async def run_replica(
         database = Database(index_url(config), PostgresLimits())
         stack.callback(database.close)
         members, store = Members(database), Store(database)
-        artifacts = await asyncio.to_thread(
-            open_store, str(config.store), cache_directory(config), cache_bytes=CACHE_BYTES, create=not store.names_files()
-        )
+        artifacts = await asyncio.to_thread(open_own_store, config, store)
         engine = EngineClient(own, report=report)
         stack.push_async_callback(engine.supervisor.stop)
         await before(stop, engine.supervisor.start())
@@ -165,7 +163,8 @@ async def run_replica(
         links.start()
         await jobs.start()
         stack.push_async_callback(jobs.stop)
-        tasks = [asyncio.create_task(work) for work in (socket.read(), link.beat(), own_row.keep(see))]
+        works = (socket.read(), link.beat(), own_row.keep(see), _end_with_engine(engine.supervisor))
+        tasks = [asyncio.create_task(work) for work in works]
         report(f"replica {id}{SERVES}{socket.address}")
         ended = asyncio.create_task(stop.wait())
         try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import msgspec
 
 from coserve.server.replicas.processhost import REFUSED as REFUSED
@@ -11,12 +14,30 @@ from coserve.server.settings import ServerConfig
 
 class FleetSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What a process of the fleet reads first. host: the address at which others reach its machine. node: what its machine is
-    called. sharers: how many engines share its memory (memoryshare.py)."""
+    called. sharers: how many engines share its memory (memoryshare.py). keys: for an ingress, {digest: tenant} of the API keys
+    that the command was given. The keys themselves don't travel."""
 
     config: ServerConfig
     host: str = "127.0.0.1"
     node: str = ""
     sharers: int = 1
+    keys: dict[str, str] = {}
+
+
+def with_absolute_paths(config: ServerConfig) -> ServerConfig:
+    """The settings with paths that don't depend on a process's directory: relative ones count from this process's. A model
+    keeps the name that was given; a text that is no path here is a hub id."""
+    model, names, store = config.model, config.served_model_name, config.store
+    if model is not None and not Path(model).is_absolute() and Path(model).exists():
+        model, names = str(Path(model).absolute()), names or (model,)
+    if store is not None and (store.startswith("file://") or "://" not in store):
+        place = Path(store.removeprefix("file://")).expanduser()
+        store = str(place.absolute()) if store else store
+    return replace(
+        config, model=model, served_model_name=names, store=store, data_dir=config.data_dir.absolute(),
+        lora_modules=tuple((name, str(Path(directory).absolute())) for name, directory in config.lora_modules),
+        adapter_root=None if config.adapter_root is None else str(Path(config.adapter_root).absolute()),
+    )
 
 
 def write_setup(setup: FleetSetup) -> bytes:
