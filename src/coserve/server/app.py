@@ -47,7 +47,6 @@ from coserve.server.work import WorkPool
 from coserve.text.tokenizer import ChatTokenizer
 
 LOCK_FILE, INDEX_FILE = "server.lock", "coserve.db"
-"""An environment variable of the form tenant=key,tenant=key: keys beside those of the settings and of the index."""
 _ROUTES = (inference, responses, tokens, files, finetuning, adapters, status, page)
 _log = logging.getLogger(__name__)
 

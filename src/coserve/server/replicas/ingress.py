@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from random import Random
 
-from coserve.runtime.loaded import find_model
+from coserve.model.locate import locate_model
 from coserve.server.app import create_app, index_url, load_tokenizer, open_helpers
 from coserve.server.index.database import Database, PostgresLimits
 from coserve.server.index.store import Store
@@ -59,14 +59,14 @@ async def open_fleet(
         store = Store(database)
         artifacts = await asyncio.to_thread(open_own_store, config, store)
         tenants = Tenants(store, config.api_key, digests=keys)
-        model = await asyncio.to_thread(find_model, config.model, device="cpu", report=report)
-        tokenizer = await load_tokenizer(config, model.directory)
+        directory = await asyncio.to_thread(locate_model, config.model, report=report)
+        tokenizer = await load_tokenizer(config, directory)
         pair = KeyPair.make()
         own = Member(id=id, kind="ingress", address="", public_key=pair.public.decode("ascii"), node=node or host, info={})
         own_row = OwnRow(Members(database), lambda: own)
         await own_row.join()
         stack.push_async_callback(own_row.leave)
-        pool = EnginePool(pair, model.directory, report=report)
+        pool = EnginePool(pair, directory, report=report)
         stack.push_async_callback(pool.stop)
         pool.start()
         looking = asyncio.create_task(own_row.keep(pool.see))
