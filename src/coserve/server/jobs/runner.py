@@ -46,7 +46,7 @@ class JobRunner:
     """Starts and follows jobs. All its methods belong to the event loop, except those that say otherwise.
 
     What a replica of a fleet does otherwise is in methods that its own runner replaces (server/replicas/runner.py): `launched`,
-    `refused`, `holds`, `keep_step`, `keep_checkpoint`, `deliver`, `left`, `catch_up`.
+    `refused`, `holds`, `keep_step`, `keep_checkpoint`, `deliver`, `export`, `left`, `catch_up`.
     """
 
     def __init__(
@@ -347,9 +347,7 @@ class JobRunner:
             live.record = dataclasses.replace(
                 live.record, fine_tuned_model=self.tuned(live.record), result_files=(result,), finished_at=now()
             )
-        warnings: list[str] = []
-        if live.record.integrations:
-            warnings = await asyncio.to_thread(export_metrics, self._outputs.directory(id), live.record)
+        warnings = await self.export(live) if live.record.integrations else []
         await self.journal.keep(id, lambda: self._write_end(live, warnings))
         self.ending.pop(id, None)
         if status != "succeeded" and live.generation == self._engine.generation:
@@ -358,6 +356,10 @@ class JobRunner:
 
     async def deliver(self, live: UnfinishedJob) -> None:
         """Brings what an ended job has made to where it is served from, which is where the engine wrote it."""
+
+    async def export(self, live: UnfinishedJob) -> list[str]:
+        """Writes the metrics of a job that has ended for its integrations. Returns a line for each that failed."""
+        return await asyncio.to_thread(export_metrics, self._outputs.directory(live.record.id), live.record)
 
     def _write_end(self, live: UnfinishedJob, warnings: list[str]) -> None:
         """In the journal's thread: writes all that a job's end changes."""

@@ -9,16 +9,19 @@ the order, tries, the events about waiting. Does not own: what is sent (parcels.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from coserve.server.errors import StorageRefused
 from coserve.server.jobs.journal import RETRY_S
 from coserve.server.jobs.queue import UnfinishedJob
 from coserve.server.locks import NameLocks
+from coserve.server.replicas.parcels import drop_box
 
 _THREADS = 4
 _MOST_BEHIND = 2
@@ -60,6 +63,11 @@ class Deliveries:
     async def pack(self, action: Callable[[], T]) -> T:
         """Runs an action behind those before it, in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._packer, action)
+
+    def drop(self, box: Path) -> None:
+        """Removes a box, behind the packing of it that may be under way."""
+        with contextlib.suppress(RuntimeError):  # closed: it goes with the run's directory
+            self._packer.submit(drop_box, box)
 
     @asynccontextmanager
     async def turn(self, live: UnfinishedJob) -> AsyncIterator[None]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from coserve.server.jobs.objects import step_metrics
 from coserve.server.jobs.queue import UnfinishedJob
 from coserve.server.jobs.runner import JobRunner
 from coserve.server.jobs.spec import num_members
+from coserve.server.jobs.trackers import export_metrics
 from coserve.server.link.messages import JobEnded
 from coserve.server.records import AdapterRecord, CheckpointRecord, JobRecord, JobStatus, new_id, now
 from coserve.server.replicas.artifacts import ArtifactStore
@@ -36,6 +38,7 @@ from coserve.server.replicas.parcels import (
     checkpoint_key,
     epoch_key,
     pack_checkpoint,
+    pack_exports,
     pack_result,
     send_checkpoint,
     send_exports,
@@ -231,17 +234,24 @@ class ReplicaRunner(JobRunner):
     ) -> None:
         record, tuned = live.record, self.tuned(live.record)
         epoch = self._epoch(record.id)
-        box = await self.deliveries.pack(lambda: pack_checkpoint(self._scratch, record.id, step, directory))
-        if box is None:
-            return
-        async with self.deliveries.turn(live):
-            sent = await self.deliveries.send(live, lambda: send_checkpoint(self._artifacts, record.id, epoch, box))
-            model, keep = f"{tuned}:ckpt-step-{step}", finetune_config_from_dict(record.config).keep_checkpoints
-            checkpoint, adapter = _rows(record, model, step, metrics, sent)
-            message = f"Checkpoint created at step {step}, served as {model}"
-            gone = await self.journal.keep(
-                record.id, lambda: self._fenced.commit_checkpoint(checkpoint, adapter, keep, message)
-            )
+
+        def pack() -> bool:
+            with self._scratch.writing(record.id):
+                return pack_checkpoint(self._scratch.output(record.id), directory, box)
+
+        with self._box(record.id) as box:
+            if not await self.deliveries.pack(pack):
+                return
+            async with self.deliveries.turn(live):
+                sent = await self.deliveries.send(
+                    live, lambda: send_checkpoint(self._artifacts, record.id, epoch, step, box)
+                )
+                model, keep = f"{tuned}:ckpt-step-{step}", finetune_config_from_dict(record.config).keep_checkpoints
+                checkpoint, adapter = _rows(record, model, step, metrics, sent)
+                message = f"Checkpoint created at step {step}, served as {model}"
+                gone = await self.journal.keep(
+                    record.id, lambda: self._fenced.commit_checkpoint(checkpoint, adapter, keep, message)
+                )
         for old in gone:
             self.spawn(self._delete(checkpoint_key(old.directory)))
         await self._after_checkpoint(live)
@@ -251,11 +261,26 @@ class ReplicaRunner(JobRunner):
         if record.status != "succeeded":
             await self.delivered(live)
             return
-        box = await self.deliveries.pack(lambda: pack_result(self._scratch, record.id))
-        async with self.deliveries.turn(live):
-            self._scratch.results[record.id] = await self.deliveries.send(
-                live, lambda: send_result(self._artifacts, self._scratch, record, epoch, box)
-            )
+
+        def pack() -> None:
+            with self._scratch.writing(record.id):
+                pack_result(self._scratch.output(record.id), self._scratch.rows(record.id), box)
+
+        with self._box(record.id) as box:
+            await self.deliveries.pack(pack)
+            async with self.deliveries.turn(live):
+                self._scratch.results[record.id] = await self.deliveries.send(
+                    live, lambda: send_result(self._artifacts, record, epoch, box)
+                )
+
+    @contextmanager
+    def _box(self, job: str) -> Iterator[Path]:
+        """Where a box may be made, which goes when the context ends. Raises Fenced."""
+        box = self._scratch.new_box(job)
+        try:
+            yield box
+        finally:
+            self.deliveries.drop(box)
 
     # --- ends ---
 
@@ -264,18 +289,32 @@ class ReplicaRunner(JobRunner):
         record, epoch = live.record, self._epochs(live.record.id)
         if self.live.get(record.id) is not live or epoch is None:
             return
-        directory = self._scratch.directory(record.id)
         await super().finish(live, status, **changes)
         self._scratch.results.pop(record.id, None)
         try:
-            if record.integrations:
-                await self.deliveries.send(live, lambda: send_exports(self._artifacts, directory, record.id, epoch))
             named = await asyncio.to_thread(self._scratch.checkpoints, record.id) if epoch > 1 else []
             for key in [epoch_key(record.id, old) for old in range(1, epoch)]:
                 if not any(one.directory.startswith(f"{key}/") for one in named):
                     await self._delete(key)
         finally:
             self._on_ended(live)
+
+    async def export(self, live: UnfinishedJob) -> list[str]:
+        record, epoch = live.record, self._epoch(live.record.id)
+
+        def write() -> list[str]:
+            with self._scratch.writing(record.id) as directory:
+                return export_metrics(directory, record)
+
+        def pack() -> None:
+            with self._scratch.writing(record.id) as directory:
+                pack_exports(directory, box)
+
+        warnings = await asyncio.to_thread(write)
+        with self._box(record.id) as box:
+            await self.deliveries.pack(pack)
+            await self.deliveries.send(live, lambda: send_exports(self._artifacts, record.id, epoch, box))
+        return warnings
 
     def _engine_down(self) -> None:
         before = {id: (live.strikes, live.struck_at) for id, live in self.live.items()}
