@@ -270,8 +270,8 @@ class ReplicaJobs:
             runner.note(record.id, text, level="warn" if died else "info")
         if claimed.strikes >= 2 * MAX_STRIKES:
             given_up = JobFailed(
-                f"replicas have died {MAX_STRIKES} times or more while they had this job at step {record.step + 1}, so the job "
-                "is given up"
+                f"replicas have died or failed {MAX_STRIKES} times or more while they had this job at step {record.step + 1}, "
+                "so the job is given up"
             )
             runner.spawn(runner.fail(live, given_up), live)
         elif record.status == "validating_files":

@@ -119,7 +119,7 @@ class ReplicaRunner(JobRunner):
 
     async def delivered(self, live: UnfinishedJob) -> None:
         """Returns when all that a job has made so far is in the store and in the index."""
-        await self.deliveries.pack(lambda: None)
+        await self.deliveries.pack(live, lambda: None)
         async with self.deliveries.turn(live):
             await self.journal.write(lambda: None)
 
@@ -240,7 +240,7 @@ class ReplicaRunner(JobRunner):
                 return pack_checkpoint(self._scratch.output(record.id), directory, box)
 
         with self._box(record.id) as box:
-            if not await self.deliveries.pack(pack):
+            if not await self.deliveries.pack(live, pack):
                 return
             async with self.deliveries.turn(live):
                 sent = await self.deliveries.send(
@@ -267,7 +267,7 @@ class ReplicaRunner(JobRunner):
                 pack_result(self._scratch.output(record.id), self._scratch.rows(record.id), box)
 
         with self._box(record.id) as box:
-            await self.deliveries.pack(pack)
+            await self.deliveries.pack(live, pack)
             async with self.deliveries.turn(live):
                 self._scratch.results[record.id] = await self.deliveries.send(
                     live, lambda: send_result(self._artifacts, record, epoch, box)
@@ -285,12 +285,22 @@ class ReplicaRunner(JobRunner):
     # --- ends ---
 
     async def finish(self, live: UnfinishedJob, status: JobStatus, **changes: Any) -> None:
-        """As JobRunner's. What the job has left in the store that no row names is deleted."""
+        """As JobRunner's. What the job has left in the store that no row names is deleted. A job that can't be ended here is
+        given back, which counts as a crash."""
         record, epoch = live.record, self._epochs(live.record.id)
         if self.live.get(record.id) is not live or epoch is None:
             return
-        await super().finish(live, status, **changes)
-        self._scratch.results.pop(record.id, None)
+        try:
+            await super().finish(live, status, **changes)
+        except Fenced:
+            raise
+        except Exception:
+            live.strike(alone=True)
+            self._keep_strikes(live)
+            self._on_left(live)
+            raise
+        finally:
+            self._scratch.results.pop(record.id, None)
         try:
             named = await asyncio.to_thread(self._scratch.checkpoints, record.id) if epoch > 1 else []
             for key in [epoch_key(record.id, old) for old in range(1, epoch)]:
@@ -312,7 +322,7 @@ class ReplicaRunner(JobRunner):
 
         warnings = await asyncio.to_thread(write)
         with self._box(record.id) as box:
-            await self.deliveries.pack(pack)
+            await self.deliveries.pack(live, pack)
             await self.deliveries.send(live, lambda: send_exports(self._artifacts, record.id, epoch, box))
         return warnings
 
@@ -320,9 +330,12 @@ class ReplicaRunner(JobRunner):
         before = {id: (live.strikes, live.struck_at) for id, live in self.live.items()}
         super()._engine_down()
         for id, live in self.live.items():
-            strikes, struck_at = live.strikes, live.struck_at
-            if before.get(id) != (strikes, struck_at):
-                self.journal.keep(id, lambda id=id, n=strikes, at=struck_at: self._fenced.put_strikes(id, n, at))  # type: ignore[misc]
+            if before.get(id) != (live.strikes, live.struck_at):
+                self._keep_strikes(live)
+
+    def _keep_strikes(self, live: UnfinishedJob) -> None:
+        id, strikes, struck_at = live.record.id, live.strikes, live.struck_at
+        self.journal.keep(id, lambda: self._fenced.put_strikes(id, strikes, struck_at))
 
     async def _delete(self, key: str) -> None:
         """Deletes artifacts that no row names. If the store refuses, they stay there and nobody sees them."""

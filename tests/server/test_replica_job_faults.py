@@ -1,0 +1,79 @@
+"""Faults of disks, stores and databases at bad moments of replicas' jobs: no job fails for them, and none is held for ever."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coserve.server.replicas import runner as runner_module
+from tests.server.fleet_bench import Fleet, play_fleet
+from tests.server.jobs_bench import until
+
+pytest_plugins = ["tests.server.postgres"]
+PlayFleet = Callable[..., None]
+
+
+@pytest.fixture
+def play(postgres_url: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlayFleet:
+    """play(story, **settings) over an empty database and an empty store."""
+    return lambda story, **settings: play_fleet(story, postgres_url, model, tmp_path, monkeypatch, **settings)
+
+
+def refusing(action: Callable[..., Any], failures: Iterator[Exception]) -> Callable[..., Any]:
+    """The action, which raises each of the failures first."""
+    def tried(*arguments: Any) -> Any:
+        if (failure := next(failures, None)) is not None:
+            raise failure
+        return action(*arguments)
+
+    return tried
+
+
+def full() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_scratch_disk_that_is_full_for_a_moment(play: PlayFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(fleet: Fleet) -> None:
+        member = await fleet.join()
+        job = await fleet.started()
+        run = member.run_of(job)
+        for name, number in (("pack_checkpoint", 2), ("send_checkpoint", 1), ("pack_result", 2), ("send_result", 1)):
+            failing = refusing(getattr(runner_module, name), iter([full() for _ in range(number)]))
+            monkeypatch.setattr(runner_module, name, failing)
+        member.steps(job, 1, 2)
+        for step in (1, 2):
+            member.engine.checkpoint(run, step)
+        await until(lambda: fleet.committed(job) == [2, 1])
+        assert member.engine.acts[:2] == [(run, "pause"), (run, "resume")]
+        assert any("the disk takes the job's files again" in message for message in fleet.messages(job))
+        member.engine.end(run)
+        await fleet.status(job, "succeeded")
+
+    play(story)
+
+
+@pytest.mark.full
+def test_a_job_that_cannot_be_ended_is_given_back_and_at_last_given_up(
+    play: PlayFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(fleet: Fleet) -> None:
+        member = await fleet.join()
+        job = await fleet.started()
+
+        def broken(*_: Any) -> None:
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(runner_module, "pack_result", broken)
+        for epoch in (1, 2, 3):
+            await until(lambda epoch=epoch: member.jobs.held == {job: epoch} and member.has(job))  # type: ignore[misc]
+            member.engine.end(member.run_of(job))
+        failed = await fleet.status(job, "failed")
+        assert failed.error is not None and "died or failed 3 times" in failed.error["message"]
+
+    play(story)
