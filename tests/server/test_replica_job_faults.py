@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from coserve.server.errors import StorageRefused
 from coserve.server.replicas import runner as runner_module
-from tests.server.fleet_bench import Fleet, play_fleet
+from tests.server.fleet_bench import TIMING, Fleet, play_fleet
 from tests.server.jobs_bench import until
 
 pytest_plugins = ["tests.server.postgres"]
@@ -77,3 +79,52 @@ def test_a_job_that_cannot_be_ended_is_given_back_and_at_last_given_up(
         assert failed.error is not None and "died or failed 3 times" in failed.error["message"]
 
     play(story)
+
+
+@pytest.mark.full
+def test_the_database_is_away_right_after_a_checkpoint(play: PlayFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(fleet: Fleet) -> None:
+        member = await fleet.join()
+        job = await fleet.started()
+        count, asked = member.jobs._usage.bytes_of, list[str]()
+
+        def away(tenant: str) -> int:
+            asked.append(tenant)
+            if len(asked) < 3:
+                raise StorageRefused("away") if len(asked) == 1 else ZeroDivisionError("a bug")
+            return count(tenant)
+
+        monkeypatch.setattr(member.jobs._usage, "bytes_of", away)
+        for step in (1, 2, 3):
+            member.steps(job, step, step)
+            member.engine.checkpoint(member.run_of(job), step)
+            await until(lambda step=step: fleet.committed(job)[:1] == [step] and len(asked) == step)  # type: ignore[misc]
+        member.engine.end(member.run_of(job))
+        await fleet.status(job, "succeeded")
+
+    play(story)
+
+
+@pytest.mark.full
+def test_errors_that_nobody_expects_end_neither_renewals_nor_claims(play: PlayFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(fleet: Fleet) -> None:
+        member = await fleet.join()
+        job = await fleet.started()
+        claims, tries = member.jobs._claims, list[int]()
+        monkeypatch.setattr(claims, "renew", refusing(claims.renew, iter([ZeroDivisionError("a bug") for _ in range(2)])))
+
+        def broken(*_: Any, **__: Any) -> None:
+            tries.append(1)
+            raise ZeroDivisionError("a bug")
+
+        claim = claims.claim
+        monkeypatch.setattr(claims, "claim", broken)
+        member.jobs.nudge("another")
+        await asyncio.sleep(2 * TIMING.safe_s)
+        assert 2 < len(tries) < 40, "it pauses between two claims"
+        assert not member.jobs._book.is_lapsed(job), "leases are renewed"
+        monkeypatch.setattr(claims, "claim", claim)
+        other = await fleet.started()
+        assert member.jobs.held == {job: 1, other: 1}
+
+    play(story, timing=TIMING, max_jobs=3)

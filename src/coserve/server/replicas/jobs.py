@@ -212,6 +212,9 @@ class ReplicaJobs:
         except StorageRefused as error:
             _log.warning("leases can't be renewed: %s", error)
             self._book.failed(self._clock())
+        except Exception:  # a bug; the leases are needed all the same
+            _log.exception("leases can't be renewed: an unexpected error")
+            self._book.failed(self._clock())
         else:
             self._take_over(self._book.answered({job: row.epoch for job, row in rows.items()}, self._clock()))
             for job, row in rows.items():
@@ -246,6 +249,9 @@ class ReplicaJobs:
                 await self._take(claimed, now)
         except (StorageRefused, Fenced) as error:
             _log.warning("jobs can't be claimed: %s", error)
+            self._next_claim_s = now + POLL_S
+        except Exception:  # a bug; it must not be tried again without a pause
+            _log.exception("jobs can't be claimed: an unexpected error")
             self._next_claim_s = now + POLL_S
         finally:
             self._claiming = False
@@ -386,9 +392,14 @@ class ReplicaJobs:
     # --- the rest ---
 
     async def _check_disk(self, live: UnfinishedJob) -> None:
-        """After a checkpoint: pauses the job if its tenant has stored more than it may."""
+        """After a checkpoint: pauses the job if its tenant has stored more than it may. While the database is away nobody
+        knows; the next checkpoint will tell."""
         id, tenant = live.record.id, live.record.tenant
-        held = await asyncio.to_thread(self._usage.bytes_of, tenant)
+        try:
+            held = await asyncio.to_thread(self._usage.bytes_of, tenant)
+        except StorageRefused as error:
+            _log.warning("what a tenant has stored can't be counted: %s", error, extra={"job": id})
+            return
         problem = disk_problem(held, self._config.max_tenant_file_bytes)
         if problem is not None and not live.record.paused and id in self._runner.live:
             self._runner.note(id, f"The job waits: {problem}, then resume it", level="warn")

@@ -254,7 +254,7 @@ class ReplicaRunner(JobRunner):
                 )
         for old in gone:
             self.spawn(self._delete(checkpoint_key(old.directory)))
-        await self._after_checkpoint(live)
+        self.spawn(self._after_checkpoint(live))
 
     async def deliver(self, live: UnfinishedJob) -> None:
         record, epoch = live.record, self._epoch(live.record.id)
