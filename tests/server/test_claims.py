@@ -219,6 +219,9 @@ def test_checkpoints_are_kept_over_all_epochs(desk: DeskStore, claims: JobClaims
     assert {adapter.name for adapter in desk.list_adapters("me")} == {"m:ckpt-step-6", "m:ckpt-step-4"}
     assert store.commit_checkpoint(*checkpoint(6, 2), 2, "step 6") == [], "done again, nothing changes"
     assert [event.message for event in desk.list_events("one")[0]][::-1] == ["step 2", "step 4", "step 9", "step 6"]
+    assert [one.step for one in store.commit_checkpoint(*checkpoint(5, 2), 2, "step 5")] == [4], "6 is of this run, and stays"
+    assert [(one.step, one.epoch) for one in desk.list_checkpoints("one")[0]] == [(6, 2), (5, 2)]
+    found = desk.list_checkpoints("one")[0]
     assert desk.list_checkpoints("one", after="c9-1")[0] == found, "a page begins after a checkpoint that is gone"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from coserve.server.errors import StorageRefused
 from coserve.server.replicas import runner as runner_module
+from coserve.server.replicas.artifacts import Stored
 from tests.server.fleet_bench import TIMING, Fleet, play_fleet
 from tests.server.jobs_bench import until
 
@@ -128,3 +130,34 @@ def test_errors_that_nobody_expects_end_neither_renewals_nor_claims(play: PlayFl
         assert member.jobs.held == {job: 1, other: 1}
 
     play(story, timing=TIMING, max_jobs=3)
+
+
+@pytest.mark.full
+def test_an_engine_dies_while_two_checkpoints_are_on_their_way(play: PlayFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(fleet: Fleet) -> None:
+        member = await fleet.join()
+        job = await fleet.started()
+        run, go_on, sent = member.run_of(job), threading.Event(), list[str]()
+        put = member.artifacts.put_directory
+
+        def slowly(key: str, source: Path) -> Stored:
+            sent.append(key)
+            go_on.wait(10)
+            return put(key, source)
+
+        monkeypatch.setattr(member.artifacts, "put_directory", slowly)
+        for step in (1, 2):
+            member.steps(job, step, step)
+            member.engine.checkpoint(run, step)
+        member.engine.die()
+        await member.engine.rise()
+        await until(lambda: len(member.engine.starts) == 2 and member.has(job))
+        go_on.set()
+        await member.jobs._runner.delivered(member.jobs._mine[job].live)
+        await asyncio.sleep(0.2)  # for what would be deleted
+        assert fleet.committed(job) == [2, 1] and len(sent) == 4, "each was sent once"
+        for found in fleet.index.list_checkpoints(job)[0]:
+            assert fleet.artifacts.fetch(found.directory, found.sha256).is_dir()
+            assert fleet.artifacts.fetch(found.directory.replace("adapter", "state"), found.state_sha256).is_dir()
+
+    play(story)

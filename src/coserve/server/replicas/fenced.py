@@ -93,7 +93,8 @@ class FencedStore(Store):
         """Makes a checkpoint visible whose files are in the artifact store: as a model, and as what the job goes on from.
 
         keep: how many checkpoints of the job stay, whichever replicas wrote them. message: of the event. Returns those that are
-        gone; also later ones, which a takeover has skipped as damaged. Doing it again changes nothing. Raises Fenced.
+        gone; also later ones of earlier epochs, which this epoch's takeover has skipped as damaged. Later ones of this epoch
+        stay: the engine has died, and comes to this step again. Doing it again changes nothing. Raises Fenced.
         """
         mine = checkpoints.c.job == record.job
         with self.database.write() as connection:
@@ -104,7 +105,7 @@ class FencedStore(Store):
             put_adapter(connection, dataclasses.replace(adapter, epoch=epoch))
             rows = connection.execute(select(checkpoints).where(mine).order_by(checkpoints.c.step.desc())).all()
             found = [record_of(CheckpointRecord, row) for row in rows]
-            kept = [one.step for one in found if one.step <= record.step][:max(1, keep)]
+            kept = [one.step for one in found if one.step <= record.step or one.epoch == epoch][:max(1, keep)]
             gone = [one for one in found if one.step not in kept]
             for one in gone:
                 connection.execute(delete(checkpoints).where(checkpoints.c.id == one.id))

@@ -101,6 +101,7 @@ class ReplicaRunner(JobRunner):
         self.deliveries = Deliveries(self.note, lambda live, on: self.hold(live, Hold.STORE, on))
         self.draining = False
         self._held: dict[str, set[Hold]] = {}
+        self._sending: set[tuple[str, int | None, int]] = set()  # (job, epoch, step) of checkpoints that aren't in the index yet
         self._work: dict[asyncio.Task[None], UnfinishedJob] = {}
         self._tokens: dict[str, tuple[int, int]] = {}  # of the journal's thread: a job's last step, and its tokens up to there
 
@@ -223,11 +224,14 @@ class ReplicaRunner(JobRunner):
 
     def _offer(self, id: str, step: int, directory: Path, metrics: dict[str, Any]) -> None:
         live = self.live.get(id)
-        if live is not None:
+        if live is not None and (id, self._epochs(id), step) not in self._sending:
             self.keep_checkpoint(live, step, directory, metrics)
 
     def keep_checkpoint(self, live: UnfinishedJob, step: int, directory: Path, metrics: dict[str, Any]) -> None:
-        self.spawn(self._deliver_checkpoint(live, step, directory, metrics), live)
+        place = live.record.id, self._epochs(live.record.id), step
+        self._sending.add(place)
+        task = self.spawn(self._deliver_checkpoint(live, step, directory, metrics), live)
+        task.add_done_callback(lambda done: self._sending.discard(place))
 
     async def _deliver_checkpoint(
         self, live: UnfinishedJob, step: int, directory: Path, metrics: dict[str, Any]
