@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from coserve.server.replicas.fenced import Fenced
 from coserve.server.replicas.scratch import ScratchOutputs
 from tests.server.fleet_bench import Fleet, Member, play_fleet
 from tests.server.jobs_bench import until
+from tests.server.test_trackers import WANDB
 
 pytest_plugins = ["tests.server.postgres"]
 PlayFleet = Callable[..., None]
@@ -87,3 +90,37 @@ def test_the_last_writer_removes_a_closed_run(tmp_path: Path) -> None:
     assert not directory.exists()
     with pytest.raises(Fenced), outputs.writing("job"):
         pass
+
+
+@pytest.mark.full
+def test_what_integrations_write_is_in_the_store(
+    play: PlayFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that goes on under another epoch, on a replica that has not validated the job."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "wandb.py").write_text(WANDB.replace('"wandb.json"', '"wandb" / "wandb.json"').replace(
+        "self.path.write_text", "self.path.parent.mkdir(); self.path.write_text"))
+    monkeypatch.setenv("PYTHONPATH", str(packages), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(packages)
+
+    async def story(fleet: Fleet) -> None:
+        first = await fleet.join()
+        job = await fleet.started(integrations=[{"type": "wandb", "wandb": {"project": "facts"}}])
+        first.steps(job, 1, 2)
+        first.engine.checkpoint(first.run_of(job), 2)
+        await until(lambda: fleet.committed(job) == [2])
+        second = await fleet.join()
+        draining = asyncio.create_task(first.jobs.drain())
+        await until(lambda: (first.run_of(job), "hand_over") in first.engine.acts)
+        first.engine.end(first.run_of(job), "handed_over", step=2)
+        await draining
+        assert await fleet.holder(job, but=first) is second
+        second.steps(job, 3, 4)
+        second.engine.end(second.run_of(job))
+        await fleet.status(job, "succeeded")
+        assert not [message for message in fleet.messages(job) if "integration" in message]
+        (said,) = fleet.artifacts.fetch(f"jobs/{job}/e2/wandb").iterdir()
+        assert said.name == "wandb.json" and '"facts"' in said.read_text()
+
+    play(story)

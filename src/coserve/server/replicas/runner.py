@@ -101,7 +101,7 @@ class ReplicaRunner(JobRunner):
         self.deliveries = Deliveries(self.note, lambda live, on: self.hold(live, Hold.STORE, on))
         self.draining = False
         self._held: dict[str, set[Hold]] = {}
-        self._sending: set[tuple[str, int | None, int]] = set()  # (job, epoch, step) of checkpoints that aren't in the index yet
+        self._sending: set[tuple[str, int | None, int]] = set()  # (job, epoch, step) of uncommitted checkpoints
         self._work: dict[asyncio.Task[None], UnfinishedJob] = {}
         self._tokens: dict[str, tuple[int, int]] = {}  # of the journal's thread: a job's last step, and its tokens up to there
 
