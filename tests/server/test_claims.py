@@ -17,9 +17,11 @@ from coserve.server.index.database import Database, PostgresLimits
 from coserve.server.index.rows import NewEvent
 from coserve.server.index.store import Store
 from coserve.server.records import AdapterRecord, CheckpointRecord, FileRecord, JobRecord
+from coserve.server.replicas import claims as claims_module
 from coserve.server.replicas.claims import JobClaims
 from coserve.server.replicas.deskrows import DeskStore
 from coserve.server.replicas.fenced import Fenced, FencedStore
+from coserve.server.replicas.members import Member, Members
 
 pytest_plugins = ["tests.server.postgres"]
 LEASE_S = 30.0
@@ -143,6 +145,51 @@ def test_deaths_that_nobody_explains_count(desk: DeskStore, claims: JobClaims) -
     claims.claim(0.0)
     claims.give_back("one", 6)
     assert claims.claim(0.0).strikes == 2, "what is given back is no death"  # type: ignore[union-attr]
+
+
+def test_replicas_claim_jobs_of_their_own_base(desk: DeskStore, claims: JobClaims) -> None:
+    for id, base in (("ours", "f"), ("theirs", "g"), ("old", "")):
+        desk.create_job(job(id), None, (), base)
+    found = [claims.claim(0.0, fingerprint="f") for _ in range(3)]
+    assert [None if one is None else one.record.id for one in found] == ["ours", "old", None]
+
+
+def _seen(desk: DeskStore, id: str, fingerprint: str) -> None:
+    info = {"fingerprint": fingerprint}
+    Members(desk.database).join(Member(id=id, kind="engine", address="", public_key="", node="", info=info))
+
+
+def test_a_job_that_no_live_replica_can_take_is_claimed_to_be_failed(
+    desk: DeskStore, claims: JobClaims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.create_job(job("one", status="running"), None, (), "f")
+    store, epochs = FencedStore(desk.database, lambda id: epochs.get(id)), {"one": 1}
+    assert claims.claim(0.0, fingerprint="f") is not None
+    store.put_declined("one", "other kernels")
+    claims.give_back("one", 1)
+    _seen(desk, "a", "f")
+    assert claims.claim_hopeless("f") is None, "another one may be starting"
+    monkeypatch.setattr(claims_module, "DECLINED_S", -1.0)
+    _seen(desk, "b", "f")
+    assert claims.claim_hopeless("f") is None, "another one is there, and perhaps busy"
+    Members(desk.database).leave("b")
+    _seen(desk, "c", "g")
+    hopeless = claims.claim_hopeless("f")
+    assert hopeless is not None and hopeless.hopeless == "no replica can go on with the job: other kernels"
+    assert hopeless.epoch == 2 and claims.claim_hopeless("f") is None
+
+
+def test_a_job_whose_base_nobody_has_is_failed_at_last(
+    desk: DeskStore, claims: JobClaims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.create_job(job("one"), None, (), "g")
+    assert claims.claim_hopeless("f") is None, "those that have it may all be away"
+    monkeypatch.setattr(claims_module, "FOREIGN_S", -1.0)
+    _seen(desk, "b", "g")
+    assert claims.claim_hopeless("f") is None
+    Members(desk.database).leave("b")
+    hopeless = claims.claim_hopeless("f")
+    assert hopeless is not None and "another base model" in str(hopeless.hopeless)
 
 
 # --- fenced writes ---

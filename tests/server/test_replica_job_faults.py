@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from coserve.core import InvalidRequest
 from coserve.server.errors import StorageRefused
+from coserve.server.replicas import claims as claims_module
+from coserve.server.replicas import jobs as jobs_module
 from coserve.server.replicas import runner as runner_module
 from coserve.server.replicas.artifacts import Stored
 from tests.server.fleet_bench import TIMING, Fleet, play_fleet
@@ -159,5 +163,45 @@ def test_an_engine_dies_while_two_checkpoints_are_on_their_way(play: PlayFleet, 
         for found in fleet.index.list_checkpoints(job)[0]:
             assert fleet.artifacts.fetch(found.directory, found.sha256).is_dir()
             assert fleet.artifacts.fetch(found.directory.replace("adapter", "state"), found.state_sha256).is_dir()
+
+    play(story)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("param", "starts"), [("kernels", 2), ("data_digest", 1)])
+def test_a_job_that_no_replica_can_resume_fails(
+    play: PlayFleet, monkeypatch: pytest.MonkeyPatch, param: str, starts: int
+) -> None:
+    """One whose data have changed fails at once; other kernels are tried everywhere."""
+    monkeypatch.setattr(claims_module, "DECLINED_S", 0.3)
+    monkeypatch.setattr(jobs_module, "HOPELESS_S", 0.1)
+
+    async def story(fleet: Fleet) -> None:
+        first = await fleet.join()
+        job = await fleet.started()
+        first.steps(job, 1, 2)
+        first.engine.checkpoint(first.run_of(job), 2)
+        await until(lambda: fleet.committed(job) == [2])
+        others = [await fleet.join() for _ in range(2)]
+        for other in others:
+            other.engine.refusal = InvalidRequest(f"resume: {param} has changed since step-00000002 was written", param=param)
+        first.die()
+        failed = await fleet.status(job, "failed")
+        assert failed.error is not None and f"resume: {param} has changed" in failed.error["message"]
+        assert sum(len(other.engine.starts) for other in others) == starts
+
+    play(story, timing=TIMING)
+
+
+@pytest.mark.full
+def test_a_fleet_of_another_model_leaves_a_job_alone(play: PlayFleet) -> None:
+    async def story(fleet: Fleet) -> None:
+        stranger = await fleet.join()
+        stranger.engine.info = msgspec.structs.replace(stranger.engine.info, fingerprint="g")
+        job = await fleet.create()
+        await asyncio.sleep(0.5)
+        assert not stranger.jobs.held and not stranger.engine.starts
+        own = await fleet.join()
+        assert await fleet.holder(job.id) is own
 
     play(story)

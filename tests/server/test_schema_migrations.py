@@ -84,7 +84,7 @@ def _shape(url: str) -> dict[str, Any]:
     return found
 
 
-def test_an_index_of_version_1_becomes_one_of_version_2(url: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_an_index_of_version_1_is_brought_up_to_date(url: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     _make_old(url)
     store = Store(url)
     job = store.get_job("me", "ftjob-1")
@@ -133,6 +133,6 @@ def test_an_index_that_replicas_of_an_older_coserve_use_is_left_alone(
     Store(postgres_url).close()
     assert changes
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="schema version 3, this coserve knows versions up to 2: use the newer coserve"):
+    with pytest.raises(ConfigError, match="schema version 4, this coserve knows versions up to 3: use the newer coserve"):
         Store(postgres_url)
     engine.dispose()

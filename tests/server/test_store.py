@@ -303,13 +303,13 @@ def test_an_older_index_is_brought_up_to_date(url: str, monkeypatch: pytest.Monk
     store = Store(url)
     store.add_file(file("file-1"))
     store.close()
-    assert _versions(url) == [2]
+    assert _versions(url) == [3]
     _use_migrations(monkeypatch, _add_column)
     for _ in range(2):  # the second start has nothing to do
         store = Store(url)
         assert store.get_file("a", "file-1") == file("file-1")
         store.close()
-        assert _versions(url) == [3]
+        assert _versions(url) == [4]
 
 
 def test_a_migration_that_fails_changes_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,17 +317,17 @@ def test_a_migration_that_fails_changes_nothing(url: str, monkeypatch: pytest.Mo
     _use_migrations(monkeypatch, _fail)
     with pytest.raises(RuntimeError, match="half way"):
         Store(url)
-    assert _versions(url) == [2]
+    assert _versions(url) == [3]
     _use_migrations(monkeypatch, _add_column)  # fails if the column is there
     Store(url).close()
-    assert _versions(url) == [3]
+    assert _versions(url) == [4]
 
 
 def test_a_newer_index_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         _use_migrations(patch, _add_column)
         Store(url).close()
-    with pytest.raises(ConfigError, match="schema version 3"):
+    with pytest.raises(ConfigError, match="schema version 4"):
         Store(url)
 
 
@@ -335,7 +335,7 @@ def test_two_starts_at_once(url: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         for store in pool.map(lambda _: Store(url), range(4)):
             store.close()
-    assert _versions(url) == [2]
+    assert _versions(url) == [3]
 
 
 def test_a_start_waits_while_another_turns_wal_on() -> None:

@@ -114,7 +114,7 @@ class JobDesk:
             start = self._artifacts.put_directory(start_key(record.id), continued.directory).sha256
             if left := unused(spec.settings, continued.config):
                 notes.append(NewEvent(message=not_used(record.base, left), level="warn"))
-        self._store.create_job(record, start, notes)
+        self._store.create_job(record, start, notes, self._engine.info.fingerprint)
 
     async def _read_body(self, tenant: str, body: CreateJob) -> tuple[_Continued | None, JobSpec]:
         """What a body asks for. Raises InvalidRequest, NotFound (model)."""

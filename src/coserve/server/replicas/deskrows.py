@@ -43,10 +43,13 @@ class DeskStore(Store):
 
     # --- what tenants ask for ---
 
-    def create_job(self, record: JobRecord, start_sha256: str | None, notes: Collection[NewEvent]) -> None:
-        """Adds a job that may be claimed, with its first events. start_sha256: digest of the adapter that it continues."""
+    def create_job(
+        self, record: JobRecord, start_sha256: str | None, notes: Collection[NewEvent], fingerprint: str = ""
+    ) -> None:
+        """Adds a job that may be claimed, with its first events. start_sha256: digest of the adapter that it continues.
+        fingerprint: of the base that replicas must have to claim it; empty: any."""
         with self.database.write() as connection:
-            row = values_of(record) | {"lease_until": CLOCK, "start_sha256": start_sha256}
+            row = values_of(record) | {"lease_until": CLOCK, "start_sha256": start_sha256, "fingerprint": fingerprint}
             connection.execute(jobs.insert().values(row))
             for note in notes:
                 put_event(connection, record.id, note, record.created_at, 0)

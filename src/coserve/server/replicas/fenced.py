@@ -87,6 +87,14 @@ class FencedStore(Store):
             self._lock_job(connection, job)
             connection.execute(update(jobs).where(jobs.c.id == job).values(strikes=strikes, struck_at=struck_at))
 
+    def put_declined(self, job: str, reason: str) -> None:
+        """Records that this replica can't go on with the job, and why. Raises Fenced."""
+        with self.database.write() as connection:
+            self._lock_job(connection, job)
+            row = connection.execute(select(jobs.c.owner, jobs.c.declined).where(jobs.c.id == job)).one()
+            declined = {**(row.declined or {}), row.owner: reason}
+            connection.execute(update(jobs).where(jobs.c.id == job).values(declined=declined))
+
     def commit_checkpoint(
         self, record: CheckpointRecord, adapter: AdapterRecord, keep: int, message: str
     ) -> list[CheckpointRecord]:

@@ -48,6 +48,8 @@ POLL_S = 1.0
 """Seconds between two looks for jobs that wait, unless a nudge tells of one."""
 DRAIN_S = 120.0
 """Seconds that jobs get to be handed over: to end their steps, and to be stored."""
+HOPELESS_S = 30.0
+"""Seconds between two looks for jobs that no replica can take."""
 _MAX_VALIDATING = 4
 """Jobs whose data a replica reads or is about to read, so that others get some."""
 T = TypeVar("T")
@@ -114,6 +116,7 @@ class ReplicaJobs:
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake, self._left = asyncio.Event(), asyncio.Event()
         self._next_claim_s, self._claiming, self._stopping = 0.0, False, False
+        self._next_hopeless_s = self._clock() + HOPELESS_S
         engine.supervisor.on_up(self._engine_up)
         engine.supervisor.on_down(self._engine_down)
 
@@ -238,10 +241,15 @@ class ReplicaJobs:
         now, (may_run, may_validate) = self._clock(), self._room
         running = sum(mine.live.record.status == "running" for mine in self._mine.values())
         delay = self._timing.claim_delay(self._headroom(), running)
+        fingerprint = self._engine.info.fingerprint
         try:
             claimed = await self._in_thread(lambda: self._claims.claim(
-                delay, may_run=may_run, may_validate=may_validate, but={*self._mine, *self._going, *self._declined}
+                delay, may_run=may_run, may_validate=may_validate, but={*self._mine, *self._going, *self._declined},
+                fingerprint=fingerprint,
             ))
+            if claimed is None and now >= self._next_hopeless_s:
+                self._next_hopeless_s = now + HOPELESS_S * random.uniform(0.8, 1.2)
+                claimed = await self._in_thread(lambda: self._claims.claim_hopeless(fingerprint))
             if claimed is None:
                 self._next_claim_s = now + min(POLL_S * random.uniform(0.8, 1.2), max(delay, 0.05) if delay else POLL_S)
             else:
@@ -270,6 +278,9 @@ class ReplicaJobs:
             _log.warning("a job can't be taken: %s", error, extra={"job": record.id})
             self._give_back(mine)
             raise
+        if claimed.hopeless is not None:
+            runner.spawn(runner.fail(live, JobFailed(claimed.hopeless)), live)
+            return
         if record.status == "running":
             died = "" if claimed.before is None else f"The replica {claimed.before} doesn't answer any more. "
             text = f"{died}The job goes on from its last checkpoint, on the replica {self._replica}"

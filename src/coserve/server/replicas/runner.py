@@ -48,6 +48,9 @@ from coserve.server.replicas.runs import RunsEngine
 from coserve.server.replicas.scratch import ScratchOutputs
 from coserve.server.settings import ServerConfig
 
+_MACHINE_FACTS = ("weights_layout", "kernels", "tensor_parallel_size", "adapter_sharding", "quantization", "threads")
+"""Recorded facts of a job (training/finetuning.py) that may differ between replicas of one base."""
+
 
 class Hold(Enum):
     """Why a job gets no units although its owner wants it to run."""
@@ -149,9 +152,12 @@ class ReplicaRunner(JobRunner):
 
     async def refused(self, live: UnfinishedJob, error: CoserveError) -> None:
         """As JobRunner's. A job that has begun elsewhere is left to others where this machine isn't like that one: a
-        deterministic job needs the same kernels and threads."""
-        if isinstance(error, InvalidRequest) and str(error).startswith("resume: "):
-            self.note(live.record.id, f"The job is left to others: {error}", level="warn")
+        deterministic job needs the same kernels and threads. Other things that have changed are the same everywhere."""
+        of_machine = error.param is not None and error.param.split(".")[0] in _MACHINE_FACTS
+        if isinstance(error, InvalidRequest) and str(error).startswith("resume: ") and of_machine:
+            id, reason = live.record.id, str(error)
+            self.note(id, f"The job is left to others: {reason}", level="warn")
+            await self.journal.keep(id, lambda: self._fenced.put_declined(id, reason))
             self._on_refused(live)
         else:
             await super().refused(live, error)
