@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import msgspec
 import pytest
 
 from coserve.core import InvalidRequest
-from coserve.server.errors import StorageRefused
+from coserve.server.errors import Conflict, StorageRefused
 from coserve.server.replicas import claims as claims_module
+from coserve.server.replicas import fenced as fenced_module
 from coserve.server.replicas import jobs as jobs_module
 from coserve.server.replicas import runner as runner_module
 from coserve.server.replicas.artifacts import Stored
@@ -203,5 +205,31 @@ def test_a_fleet_of_another_model_leaves_a_job_alone(play: PlayFleet) -> None:
         assert not stranger.jobs.held and not stranger.engine.starts
         own = await fleet.join()
         assert await fleet.holder(job.id) is own
+
+    play(story)
+
+
+@pytest.mark.full
+def test_a_cancel_during_a_jobs_end_comes_before_all_of_it_or_too_late(
+    play: PlayFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(fleet: Fleet) -> None:
+        member = await fleet.join()
+        job = await fleet.started()
+        loop, put, cancels = asyncio.get_running_loop(), fenced_module.put_adapter, list[Any]()
+
+        def put_slowly(*arguments: Any) -> Any:
+            cancels.append(asyncio.run_coroutine_threadsafe(fleet.desk.cancel("me", job), loop))
+            time.sleep(0.3)  # the cancel waits for the row by now
+            return put(*arguments)
+
+        monkeypatch.setattr(fenced_module, "put_adapter", put_slowly)
+        member.steps(job, 1, 10)
+        member.engine.end(member.run_of(job))
+        await until(lambda: bool(cancels) and cancels[0].done())
+        assert isinstance(cancels[0].exception(), Conflict)
+        done = fleet.index.get_job(None, job)
+        assert done.status == "succeeded" and fleet.messages(job)[-1] == "The job has successfully completed"
+        assert done.fine_tuned_model in [adapter.name for adapter in fleet.index.list_adapters("me")]
 
     play(story)

@@ -2,7 +2,7 @@
 
     a step            its event, the job's progress and the step in the row are one transaction under the job's epoch
     a checkpoint      goes to the artifact store, then one transaction makes it visible
-    the result        goes to the store before the job's end is written
+    the result        goes to the store before the job's end is written, which is one transaction
     a job may leave   to another replica: handed over at the end of a step, or lost to whoever has claimed it
 
 Owns: those differences, the reasons why a job is held. Does not own: leases (jobs.py), the order of deliveries (deliveries.py).
@@ -25,7 +25,7 @@ from coserve.server.errors import StorageRefused
 from coserve.server.index.rows import NewEvent
 from coserve.server.jobs.objects import step_metrics
 from coserve.server.jobs.queue import UnfinishedJob
-from coserve.server.jobs.runner import JobRunner
+from coserve.server.jobs.runner import JobRunner, end_fields, end_notes
 from coserve.server.jobs.spec import num_members
 from coserve.server.jobs.trackers import export_metrics
 from coserve.server.link.messages import JobEnded
@@ -116,6 +116,7 @@ class ReplicaRunner(JobRunner):
 
     def spawn(self, work: Coroutine[Any, Any, None], live: UnfinishedJob | None = None) -> asyncio.Task[None]:
         task = super().spawn(_unless_fenced(work), live)
+        task.add_done_callback(lambda done: work.close())  # it hasn't begun if the task is cancelled at once
         if live is not None:
             self._work[task] = live
             task.add_done_callback(lambda done: self._work.pop(done, None))
@@ -335,6 +336,13 @@ class ReplicaRunner(JobRunner):
             await self.deliveries.pack(live, pack)
             await self.deliveries.send(live, lambda: send_exports(self._artifacts, record.id, epoch, box))
         return warnings
+
+    def write_end(self, live: UnfinishedJob, warnings: list[str]) -> None:
+        record, sent = live.record, self._scratch.results.get(live.record.id)
+        self.publish_steps(record)
+        tuned = None if record.fine_tuned_model is None else self._scratch.put_tuned(record, record.fine_tuned_model)
+        file = None if sent is None or tuned is None else sent.file
+        self._fenced.end_job(record.id, end_fields(record), end_notes(record, warnings), tuned, file)
 
     def _engine_down(self) -> None:
         before = {id: (live.strikes, live.struck_at) for id, live in self.live.items()}

@@ -192,18 +192,16 @@ class ScratchOutputs(JobOutputs):
         return sum(row.tokens for row in MetricsTable(self.output(job) / METRICS).rows() if row.step <= step)
 
     def put_tuned(self, record: JobRecord, tuned: str) -> AdapterRecord:
-        """As JobOutputs': what was sent to the store."""
+        """What was sent to the store. It is listed with the job's end (fenced.py)."""
         sent = self.results[record.id].adapter
-        return self._fenced.put_adapter(AdapterRecord(
+        return AdapterRecord(
             name=tuned, tenant=record.tenant, directory=sent.key, created_at=now(), job=record.id, sha256=sent.sha256,
             bytes=sent.bytes,
-        ))
+        )
 
     def save_result(self, record: JobRecord) -> str:
-        """As JobOutputs': what was sent to the store."""
-        file = self.results[record.id].file
-        self._fenced.put_result(record.id, file)
-        return file.id
+        """The id of what was sent to the store. It is listed with the job's end (fenced.py)."""
+        return self.results[record.id].file.id
 
 
 def _unpack(step: int, adapter: Path, state: Path, place: Path) -> None:
