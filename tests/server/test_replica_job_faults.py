@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from sqlalchemy import text
 
 from coserve.core import InvalidRequest
 from coserve.server.errors import Conflict, StorageRefused
@@ -233,3 +234,63 @@ def test_a_cancel_during_a_jobs_end_comes_before_all_of_it_or_too_late(
         assert done.fine_tuned_model in [adapter.name for adapter in fleet.index.list_adapters("me")]
 
     play(story)
+
+
+def lose(fleet: Fleet, job: str) -> None:
+    """Somebody else has had the job for a moment."""
+    with fleet.index.database.write() as connection:
+        connection.execute(text("UPDATE jobs SET epoch = epoch + 1, owner = NULL, lease_until = 0 WHERE id = :id"), {"id": job})
+
+
+@pytest.mark.full
+def test_what_waits_to_be_written_of_a_lost_run_is_never_written(play: PlayFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(fleet: Fleet) -> None:
+        member = await fleet.join()
+        job = await fleet.started()
+        tries, put = list[int](), member.jobs._store.put_step
+
+        def refuse(*_: Any) -> None:
+            tries.append(1)
+            raise StorageRefused("the index's database is full")
+
+        monkeypatch.setattr(member.jobs._store, "put_step", refuse)
+        member.steps(job, 1, 3)
+        await until(lambda: bool(tries))
+        run = member.run_of(job)
+        lose(fleet, job)
+        await until(lambda: (run, "cancel") in member.engine.acts)
+        member.engine.end(run, "cancelled")
+        await until(lambda: member.jobs.held == {job: 3} and member.has(job))
+        monkeypatch.setattr(member.jobs._store, "put_step", put)
+        await asyncio.sleep(0.5)  # some tries
+        assert fleet.step_events(job) == [] and fleet.index.get_job(None, job).step == 0
+        assert not member.jobs._runner.journal.refuses(job)
+        member.steps(job, 1, 1)
+        await until(lambda: fleet.step_events(job) == [1])
+
+    play(story, timing=TIMING)
+
+
+@pytest.mark.full
+def test_a_lost_run_that_waits_for_the_store_ends_no_later_one(play: PlayFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(fleet: Fleet) -> None:
+        member = await fleet.join()
+        job = await fleet.started()
+        put, sent, go_on = member.artifacts.put_directory, threading.Event(), threading.Event()
+
+        def slowly(key: str, source: Path) -> Stored:
+            stored = put(key, source)
+            sent.set()
+            go_on.wait(10)
+            return stored
+
+        monkeypatch.setattr(member.artifacts, "put_directory", slowly)
+        member.engine.end(member.run_of(job))
+        await until(sent.is_set)
+        lose(fleet, job)
+        await until(lambda: member.jobs.held == {job: 3} and member.has(job))
+        go_on.set()
+        await asyncio.sleep(0.5)
+        assert fleet.index.get_job(None, job).status == "running"
+
+    play(story, timing=TIMING)

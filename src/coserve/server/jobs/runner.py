@@ -312,11 +312,11 @@ class JobRunner:
             directory = self._outputs.directory(message.id)
             self.journal.keep(message.id, lambda: write_manifest(directory, self._store.update_job(message.id, **counts)))
         elif message.status == "succeeded":
-            self.spawn(self.finish(live, "succeeded", **counts))
+            self.spawn(self.finish(live, "succeeded", **counts), live)
         elif message.status == "failed":
             problem = message.problem
             error = CoserveError("the job failed") if problem is None else make_error(problem)
-            self.spawn(self.fail(live, error, **counts))
+            self.spawn(self.fail(live, error, **counts), live)
         else:
             self.left(live, message)
 

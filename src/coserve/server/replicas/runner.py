@@ -139,6 +139,7 @@ class ReplicaRunner(JobRunner):
             task.cancel()
         self.deliveries.forget(id)
         self._held.pop(id, None)
+        await self.journal.drop(id)  # else it would be written under the next epoch that this replica has the job under
         await self.journal.write(lambda: self._tokens.pop(id, None))
         self.advance()
 
