@@ -192,6 +192,17 @@ def test_a_job_whose_base_nobody_has_is_failed_at_last(
     assert hopeless is not None and "another base model" in str(hopeless.hopeless)
 
 
+def test_deaths_while_data_are_read_count_too(desk: DeskStore, claims: JobClaims) -> None:
+    add(desk, job("one", status="validating_files"))
+    strikes = []
+    for _ in range(3):
+        claimed = claims.claim(0.0)
+        assert claimed is not None
+        strikes.append(claimed.strikes)
+        end_lease(desk, "one")
+    assert strikes == [0, 1, 2]
+
+
 # --- fenced writes ---
 
 

@@ -130,7 +130,7 @@ class JobClaims:
             )
             .limit(1).with_for_update(skip_locked=True, of=jobs).cte("picked")
         )
-        died = and_(jobs.c.owner.is_not(None), jobs.c.status == "running")
+        died = and_(jobs.c.owner.is_not(None), jobs.c.status.in_(("running", "validating_files")))
         statement = (
             update(jobs).where(jobs.c.id == picked.c.id)
             .values(
