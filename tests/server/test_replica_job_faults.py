@@ -24,6 +24,7 @@ from coserve.server.replicas import runner as runner_module
 from coserve.server.replicas.artifacts import Stored
 from tests.server.fleet_bench import TIMING, Fleet, play_fleet
 from tests.server.jobs_bench import until
+from tests.server.postgres_cut import way_to
 
 pytest_plugins = ["tests.server.postgres"]
 PlayFleet = Callable[..., None]
@@ -292,5 +293,26 @@ def test_a_lost_run_that_waits_for_the_store_ends_no_later_one(play: PlayFleet, 
         go_on.set()
         await asyncio.sleep(0.5)
         assert fleet.index.get_job(None, job).status == "running"
+
+    play(story, timing=TIMING)
+
+
+@pytest.mark.full
+def test_an_outage_longer_than_a_lease_takes_no_job_from_its_holder(play: PlayFleet, postgres_url: str) -> None:
+    async def story(fleet: Fleet) -> None:
+        with way_to(postgres_url) as way:
+            holder = await fleet.join(url=way.url)
+            job = await fleet.started()
+            others = [await fleet.join(url=way.url) for _ in range(2)]
+            way.cut()
+            await asyncio.sleep(2 * TIMING.lease_s)
+            way.mend()
+            await until(lambda: holder.engine.acts == [(f"{job}-e1", "pause"), (f"{job}-e1", "resume")])
+            await asyncio.sleep(2 * TIMING.renew_s)
+            assert holder.jobs.held == {job: 1} and not any(other.jobs.held for other in others)
+            with fleet.index.database.read() as connection:
+                assert connection.execute(text("SELECT epoch, strikes FROM jobs")).one() == (1, 0)
+            holder.die()
+            await until(lambda: any(other.jobs.held == {job: 2} for other in others))
 
     play(story, timing=TIMING)

@@ -99,12 +99,12 @@ class JobClaims:
 
     def claim(
         self, delay_s: float, *, may_run: bool = True, may_validate: bool = True, but: Collection[str] = (),
-        fingerprint: str = "",
+        fingerprint: str = "", from_others: bool = True,
     ) -> ClaimedJob | None:
         """Takes the next job whose lease has ended at least delay_s ago, in the order of jobs/queue.py: jobs that ran before,
         those of tenants with the fewest running jobs, lower priority numbers, earlier deadlines, older ones. may_run,
         may_validate: which jobs there is room for. but: jobs to leave to others. fingerprint: of this replica's base, which the
-        jobs must have; empty: any."""
+        jobs must have; empty: any. from_others: whether jobs are taken whose holders' leases have ended."""
         other = jobs.alias("other")
         running = (
             select(func.count()).select_from(other).where(
@@ -123,6 +123,7 @@ class JobClaims:
             .where(
                 or_(*wanted), func.coalesce(jobs.c.lease_until, 0.0) + delay_s <= CLOCK, jobs.c.id.not_in(list(but)),
                 *([jobs.c.fingerprint.in_(("", fingerprint))] if fingerprint else []),
+                *([] if from_others else [jobs.c.owner.is_(None)]),
             )
             .order_by(
                 jobs.c.status != "running", jobs.c.status == "validating_files", running, jobs.c.priority,

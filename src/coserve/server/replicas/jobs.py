@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -117,6 +118,7 @@ class ReplicaJobs:
         self._wake, self._left = asyncio.Event(), asyncio.Event()
         self._next_claim_s, self._claiming, self._stopping = 0.0, False, False
         self._next_hopeless_s = self._clock() + HOPELESS_S
+        self._refused_s = -math.inf  # when the database last refused a claim or a renewal
         engine.supervisor.on_up(self._engine_up)
         engine.supervisor.on_down(self._engine_down)
 
@@ -214,7 +216,8 @@ class ReplicaJobs:
             rows: Mapping[str, HeldRow] = await self._in_thread(lambda: self._claims.renew(asked))
         except StorageRefused as error:
             _log.warning("leases can't be renewed: %s", error)
-            self._book.failed(self._clock())
+            self._refused_s = self._clock()
+            self._book.failed(self._refused_s)
         except Exception:  # a bug; the leases are needed all the same
             _log.exception("leases can't be renewed: an unexpected error")
             self._book.failed(self._clock())
@@ -241,13 +244,13 @@ class ReplicaJobs:
         now, (may_run, may_validate) = self._clock(), self._room
         running = sum(mine.live.record.status == "running" for mine in self._mine.values())
         delay = self._timing.claim_delay(self._headroom(), running)
-        fingerprint = self._engine.info.fingerprint
+        fingerprint, others_had_time = self._engine.info.fingerprint, self._others_had_time(now)
         try:
             claimed = await self._in_thread(lambda: self._claims.claim(
                 delay, may_run=may_run, may_validate=may_validate, but={*self._mine, *self._going, *self._declined},
-                fingerprint=fingerprint,
+                fingerprint=fingerprint, from_others=others_had_time,
             ))
-            if claimed is None and now >= self._next_hopeless_s:
+            if claimed is None and others_had_time and now >= self._next_hopeless_s:
                 self._next_hopeless_s = now + HOPELESS_S * random.uniform(0.8, 1.2)
                 claimed = await self._in_thread(lambda: self._claims.claim_hopeless(fingerprint))
             if claimed is None:
@@ -258,12 +261,20 @@ class ReplicaJobs:
         except (StorageRefused, Fenced) as error:
             _log.warning("jobs can't be claimed: %s", error)
             self._next_claim_s = now + POLL_S
+            if isinstance(error, StorageRefused):
+                self._refused_s = self._clock()
+                self._next_hopeless_s = self._refused_s + HOPELESS_S
         except Exception:  # a bug; it must not be tried again without a pause
             _log.exception("jobs can't be claimed: an unexpected error")
             self._next_claim_s = now + POLL_S
         finally:
             self._claiming = False
             self._wake.set()
+
+    def _others_had_time(self, now: float) -> bool:
+        """Whether others would have renewed their leases by now, if they live. Where the database was away for longer than a
+        lease, all leases have ended when it is back."""
+        return now >= self._refused_s + self._timing.renew_s + self._timing.retry_s
 
     async def _take(self, claimed: ClaimedJob, sent_s: float) -> None:
         record, runner = claimed.record, self._runner
