@@ -6,10 +6,11 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from coserve.core import ConfigError
 from coserve.server.errors import Conflict, StorageRefused
@@ -18,6 +19,7 @@ from coserve.server.index.rows import NewEvent
 from coserve.server.index.store import Store
 from coserve.server.records import AdapterRecord, CheckpointRecord, FileRecord, JobRecord
 from coserve.server.replicas import claims as claims_module
+from coserve.server.replicas import deskrows as deskrows_module
 from coserve.server.replicas.claims import JobClaims
 from coserve.server.replicas.deskrows import DeskStore
 from coserve.server.replicas.fenced import Fenced, FencedStore
@@ -201,6 +203,33 @@ def test_deaths_while_data_are_read_count_too(desk: DeskStore, claims: JobClaims
         strikes.append(claimed.strikes)
         end_lease(desk, "one")
     assert strikes == [0, 1, 2]
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_creation_whose_answer_is_lost_makes_one_job(desk: DeskStore, monkeypatch: pytest.MonkeyPatch, taken: bool) -> None:
+    write, tries = desk.database.write, list[int]()
+
+    @contextmanager
+    def lossy() -> Iterator[Connection]:
+        tries.append(1)
+        if len(tries) == 1 and not taken:
+            raise StorageRefused("away")
+        with write() as connection:
+            yield connection
+        if len(tries) == 1:
+            raise StorageRefused("away")
+
+    monkeypatch.setattr(deskrows_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(desk.database, "write", lossy)
+    desk.create_job(job("one"), None, [NewEvent(message="made")])
+    assert len(tries) == 2 and [one.id for one in desk.list_jobs("me")[0]] == ["one"]
+    assert [event.message for event in desk.list_events("one")[0]] == ["made"]
+    with pytest.raises(Conflict):
+        desk.create_job(job("one"), None, ())
+    monkeypatch.setattr(deskrows_module, "CREATE_S", -1.0)
+    tries.clear()
+    with pytest.raises(StorageRefused):
+        desk.create_job(job("two"), None, ())
 
 
 # --- fenced writes ---
