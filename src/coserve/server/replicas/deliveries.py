@@ -12,10 +12,10 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from coserve.server.errors import StorageRefused
 from coserve.server.index.disk import storage_errors
@@ -49,6 +49,7 @@ class Deliveries:
         self._behind: Counter[str] = Counter()
         self._refused: dict[str, set[str]] = {}  # by job: who refuses its files
         self._slow: dict[str, asyncio.TimerHandle] = {}
+        self._under_way: dict[Future[Any], str] = {}
 
     def close(self) -> None:
         """Sends nothing more."""
@@ -95,7 +96,7 @@ class Deliveries:
         job = live.record.id
         while True:
             try:
-                done = await asyncio.get_running_loop().run_in_executor(threads, _refusable, action)
+                done = await asyncio.wrap_future(self._submit(job, threads, action))
             except StorageRefused as error:
                 refusing = self._refused.setdefault(job, set())
                 if place not in refusing:
@@ -109,6 +110,17 @@ class Deliveries:
                     self._note(job, f"{place} takes the job's files again; the job goes on")
                     self._decide(live)
                 return done
+
+    def _submit(self, job: str, threads: Executor, action: Callable[[], T]) -> Future[T]:
+        future = threads.submit(_refusable, action)
+        self._under_way[future] = job
+        future.add_done_callback(lambda done: self._under_way.pop(done, None))
+        return future
+
+    async def idle(self, job: str) -> None:
+        """Returns when nothing of a job is being packed or sent, also not for those who have given up waiting for it."""
+        left = [asyncio.wrap_future(future) for future, of in list(self._under_way.items()) if of == job]
+        await asyncio.gather(*left, return_exceptions=True)
 
     def _decide(self, live: UnfinishedJob) -> None:
         job = live.record.id

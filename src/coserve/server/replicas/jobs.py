@@ -42,6 +42,7 @@ from coserve.server.replicas.helping import JobHelp
 from coserve.server.replicas.runner import Hold, ReplicaRunner, ServedNames
 from coserve.server.replicas.runs import RunsEngine, run_name
 from coserve.server.replicas.scratch import ScratchOutputs
+from coserve.server.replicas.sweeping import sweep_job
 from coserve.server.replicas.usage import StoredBytes
 from coserve.server.settings import ServerConfig
 
@@ -90,7 +91,7 @@ class ReplicaJobs:
         self._timing = timing or LeaseTiming()
         self._book = LeaseBook(self._timing)
         self._claims = JobClaims(index.database, replica, self._timing.lease_s)
-        self._index = index
+        self._index, self._artifacts = index, artifacts
         store = FencedStore(index.database.limited(), self._book.epoch, self._on_fenced)
         self._usage = StoredBytes(store)
         files = StoredFiles(artifacts, scratch / "files", store, config.max_file_bytes, config.max_tenant_file_bytes)
@@ -390,11 +391,16 @@ class ReplicaJobs:
                 _log.warning("a job can't be given back: %s", error, extra={"job": job})
             await self._runs.end_run(mine.run)
             await asyncio.to_thread(self._outputs.close, mine.run)
+            self._spawn(self._sweep(job))
         finally:
             self._outputs.start_sha256.pop(job, None)
             self._going.discard(job)
             self._left.set()
             self._wake.set()
+
+    async def _sweep(self, job: str) -> None:
+        await self._runner.deliveries.idle(job)
+        await sweep_job(self._store, self._artifacts, job)
 
     # --- the engine ---
 

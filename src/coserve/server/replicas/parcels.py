@@ -5,7 +5,8 @@
     jobs/JOB/eEPOCH/model                           the tuned adapter
     jobs/JOB/eEPOCH/tensorboard, wandb              what integrations wrote
 
-Artifacts never change, and count only through rows of the index that name them. So nobody sees what a replica sends that has
+Artifacts never change, and count only through rows of the index that name them; what none names is deleted when the job has
+ended (sweeping.py). So nobody sees what a replica sends that has
 lost its job. What is to be sent is first linked into a box, as the engine may delete its own files meanwhile. A box is a
 directory that nothing else uses, and goes once it is sent. Owns: that layout, what is in a box. Does not own: rows (fenced.py),
 where boxes are (scratch.py), when something is sent, and again (deliveries.py).
@@ -56,14 +57,24 @@ class SentResult(NamedTuple):
     file: FileRecord
 
 
+def job_key(job: str) -> str:
+    """Where the store has all of a job."""
+    return f"jobs/{job}"
+
+
 def start_key(job: str) -> str:
     """Where the store has the adapter that a job continues."""
-    return f"jobs/{job}/start"
+    return f"{job_key(job)}/start"
 
 
 def epoch_key(job: str, epoch: int) -> str:
     """Where the store has what a job made under an epoch."""
-    return f"jobs/{job}/e{epoch}"
+    return f"{job_key(job)}/e{epoch}"
+
+
+def export_keys(job: str, epoch: int) -> list[str]:
+    """Where the store has what integrations wrote for a job that ended under an epoch. No row names it."""
+    return [f"{epoch_key(job, epoch)}/{name}" for name in _EXPORTS]
 
 
 def state_key(adapter_key: str) -> str:

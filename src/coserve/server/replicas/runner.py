@@ -36,7 +36,6 @@ from coserve.server.replicas.fenced import Fenced, FencedStore
 from coserve.server.replicas.parcels import (
     SentCheckpoint,
     checkpoint_key,
-    epoch_key,
     pack_checkpoint,
     pack_exports,
     pack_result,
@@ -297,10 +296,9 @@ class ReplicaRunner(JobRunner):
     # --- ends ---
 
     async def finish(self, live: UnfinishedJob, status: JobStatus, **changes: Any) -> None:
-        """As JobRunner's. What the job has left in the store that no row names is deleted. A job that can't be ended here is
-        given back, which counts as a crash."""
-        record, epoch = live.record, self._epochs(live.record.id)
-        if self.live.get(record.id) is not live or epoch is None:
+        """As JobRunner's. A job that can't be ended here is given back, which counts as a crash."""
+        record = live.record
+        if self.live.get(record.id) is not live or self._epochs(record.id) is None:
             return
         try:
             await super().finish(live, status, **changes)
@@ -313,13 +311,7 @@ class ReplicaRunner(JobRunner):
             raise
         finally:
             self._scratch.results.pop(record.id, None)
-        try:
-            named = await asyncio.to_thread(self._scratch.checkpoints, record.id) if epoch > 1 else []
-            for key in [epoch_key(record.id, old) for old in range(1, epoch)]:
-                if not any(one.directory.startswith(f"{key}/") for one in named):
-                    await self._delete(key)
-        finally:
-            self._on_ended(live)
+        self._on_ended(live)
 
     async def export(self, live: UnfinishedJob) -> list[str]:
         record, epoch = live.record, self._epoch(live.record.id)
