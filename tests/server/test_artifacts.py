@@ -97,6 +97,18 @@ def test_an_artifact_never_changes(bench: Bench) -> None:
         bench.store.fetch("elsewhere/x", first.sha256.replace("0", "1"))
 
 
+def test_a_sweep_keeps_what_it_is_told(bench: Bench) -> None:
+    source = bench.write()
+    names = ("start", "e1/step-1/adapter", "e1/step-1/state", "e1/step-10/adapter", "e2/model")
+    keys = [f"jobs/ftjob-1/{name}" for name in names]
+    for key in (*keys, "jobs/ftjob-10/start"):
+        bench.store.put_directory(key, source)
+    bench.store.sweep("jobs/ftjob-1", {"jobs/ftjob-1/e1/step-1", "jobs/ftjob-1/e2/model", "jobs/ftjob-1/e3/gone"})
+    assert [bench.store.exists(key) for key in keys] == [False, True, True, False, True]
+    bench.store.sweep("jobs/ftjob-1", ())
+    assert bench.store.size("jobs/ftjob-1") == 0 and bench.store.exists("jobs/ftjob-10/start")
+
+
 def test_strange_keys(bench: Bench) -> None:
     calls: tuple[Callable[[str], object], ...] = (
         lambda key: bench.store.put_directory(key, bench.source), bench.store.fetch, bench.store.delete, bench.store.size,

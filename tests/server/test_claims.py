@@ -6,10 +6,11 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from coserve.core import ConfigError
 from coserve.server.errors import Conflict, StorageRefused
@@ -17,9 +18,12 @@ from coserve.server.index.database import Database, PostgresLimits
 from coserve.server.index.rows import NewEvent
 from coserve.server.index.store import Store
 from coserve.server.records import AdapterRecord, CheckpointRecord, FileRecord, JobRecord
+from coserve.server.replicas import claims as claims_module
+from coserve.server.replicas import deskrows as deskrows_module
 from coserve.server.replicas.claims import JobClaims
 from coserve.server.replicas.deskrows import DeskStore
 from coserve.server.replicas.fenced import Fenced, FencedStore
+from coserve.server.replicas.members import Member, Members
 
 pytest_plugins = ["tests.server.postgres"]
 LEASE_S = 30.0
@@ -145,6 +149,89 @@ def test_deaths_that_nobody_explains_count(desk: DeskStore, claims: JobClaims) -
     assert claims.claim(0.0).strikes == 2, "what is given back is no death"  # type: ignore[union-attr]
 
 
+def test_replicas_claim_jobs_of_their_own_base(desk: DeskStore, claims: JobClaims) -> None:
+    for id, base in (("ours", "f"), ("theirs", "g"), ("old", "")):
+        desk.create_job(job(id), None, (), base)
+    found = [claims.claim(0.0, fingerprint="f") for _ in range(3)]
+    assert [None if one is None else one.record.id for one in found] == ["ours", "old", None]
+
+
+def _seen(desk: DeskStore, id: str, fingerprint: str) -> None:
+    info = {"fingerprint": fingerprint}
+    Members(desk.database).join(Member(id=id, kind="engine", address="", public_key="", node="", info=info))
+
+
+def test_a_job_that_no_live_replica_can_take_is_claimed_to_be_failed(
+    desk: DeskStore, claims: JobClaims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.create_job(job("one", status="running"), None, (), "f")
+    store, epochs = FencedStore(desk.database, lambda id: epochs.get(id)), {"one": 1}
+    assert claims.claim(0.0, fingerprint="f") is not None
+    store.put_declined("one", "other kernels")
+    claims.give_back("one", 1)
+    _seen(desk, "a", "f")
+    assert claims.claim_hopeless("f") is None, "another one may be starting"
+    monkeypatch.setattr(claims_module, "DECLINED_S", -1.0)
+    _seen(desk, "b", "f")
+    assert claims.claim_hopeless("f") is None, "another one is there, and perhaps busy"
+    Members(desk.database).leave("b")
+    _seen(desk, "c", "g")
+    hopeless = claims.claim_hopeless("f")
+    assert hopeless is not None and hopeless.hopeless == "no replica can go on with the job: other kernels"
+    assert hopeless.epoch == 2 and claims.claim_hopeless("f") is None
+
+
+def test_a_job_whose_base_nobody_has_is_failed_at_last(
+    desk: DeskStore, claims: JobClaims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.create_job(job("one"), None, (), "g")
+    assert claims.claim_hopeless("f") is None, "those that have it may all be away"
+    monkeypatch.setattr(claims_module, "FOREIGN_S", -1.0)
+    _seen(desk, "b", "g")
+    assert claims.claim_hopeless("f") is None
+    Members(desk.database).leave("b")
+    hopeless = claims.claim_hopeless("f")
+    assert hopeless is not None and "another base model" in str(hopeless.hopeless)
+
+
+def test_deaths_while_data_are_read_count_too(desk: DeskStore, claims: JobClaims) -> None:
+    add(desk, job("one", status="validating_files"))
+    strikes = []
+    for _ in range(3):
+        claimed = claims.claim(0.0)
+        assert claimed is not None
+        strikes.append(claimed.strikes)
+        end_lease(desk, "one")
+    assert strikes == [0, 1, 2]
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_creation_whose_answer_is_lost_makes_one_job(desk: DeskStore, monkeypatch: pytest.MonkeyPatch, taken: bool) -> None:
+    write, tries = desk.database.write, list[int]()
+
+    @contextmanager
+    def lossy() -> Iterator[Connection]:
+        tries.append(1)
+        if len(tries) == 1 and not taken:
+            raise StorageRefused("away")
+        with write() as connection:
+            yield connection
+        if len(tries) == 1:
+            raise StorageRefused("away")
+
+    monkeypatch.setattr(deskrows_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(desk.database, "write", lossy)
+    desk.create_job(job("one"), None, [NewEvent(message="made")])
+    assert len(tries) == 2 and [one.id for one in desk.list_jobs("me")[0]] == ["one"]
+    assert [event.message for event in desk.list_events("one")[0]] == ["made"]
+    with pytest.raises(Conflict):
+        desk.create_job(job("one"), None, ())
+    monkeypatch.setattr(deskrows_module, "CREATE_S", -1.0)
+    tries.clear()
+    with pytest.raises(StorageRefused):
+        desk.create_job(job("two"), None, ())
+
+
 # --- fenced writes ---
 
 
@@ -171,10 +258,8 @@ def test_every_write_says_its_epoch(desk: DeskStore, claims: JobClaims) -> None:
         "step": lambda: store.put_step("one", 1, 9, EVENT, {"trained_tokens": 5}),
         "strikes": lambda: store.put_strikes("one", 2, 1),
         "checkpoint": lambda: store.commit_checkpoint(*checkpoint(1), 3, "made"),
-        "adapter": lambda: store.put_adapter(checkpoint(1)[1]),
-        "result": lambda: store.put_result("one", FileRecord(
+        "end": lambda: store.end_job("one", {"status": "succeeded"}, [NewEvent(message="done")], checkpoint(1)[1], FileRecord(
             id="file-9", tenant="me", filename="r", purpose="fine-tune-results", bytes=1, sha256="x", created_at=1)),
-        "end": lambda: store.update_job("one", status="succeeded"),
     }
     for name in list(writes)[:-1]:
         writes[name]()
@@ -197,7 +282,10 @@ def test_every_write_says_its_epoch(desk: DeskStore, claims: JobClaims) -> None:
         writes["update"]()
     assert not fenced, "that is known already"
     epochs["one"] = 2
-    writes["end"]()
+    for _ in range(2):  # once more, where nobody knows whether it was written
+        writes["end"]()
+    assert [event.message for event in desk.list_events("one")[0]].count("done") == 1
+    assert desk.list_files("me")[0][0].id == "file-9" and desk.get_job("me", "one").status == "succeeded"
     assert claims.renew({"one": 2}) == {}, "who has ended a job holds it no more"
     assert claims.claim(0.0) is None
 
@@ -219,6 +307,9 @@ def test_checkpoints_are_kept_over_all_epochs(desk: DeskStore, claims: JobClaims
     assert {adapter.name for adapter in desk.list_adapters("me")} == {"m:ckpt-step-6", "m:ckpt-step-4"}
     assert store.commit_checkpoint(*checkpoint(6, 2), 2, "step 6") == [], "done again, nothing changes"
     assert [event.message for event in desk.list_events("one")[0]][::-1] == ["step 2", "step 4", "step 9", "step 6"]
+    assert [one.step for one in store.commit_checkpoint(*checkpoint(5, 2), 2, "step 5")] == [4], "6 is of this run, and stays"
+    assert [(one.step, one.epoch) for one in desk.list_checkpoints("one")[0]] == [(6, 2), (5, 2)]
+    found = desk.list_checkpoints("one")[0]
     assert desk.list_checkpoints("one", after="c9-1")[0] == found, "a page begins after a checkpoint that is gone"
 
 
@@ -248,7 +339,7 @@ def test_cancel_fences_the_holder(desk: DeskStore, claims: JobClaims) -> None:
     ended = desk.cancel_job("me", "one")
     assert (ended.status, ended.trained_tokens, ended.step) == ("cancelled", 40, 1) and ended == desk.get_job("me", "one")
     with pytest.raises(Fenced):
-        store.update_job("one", status="succeeded")
+        store.end_job("one", {"status": "succeeded"}, ())
     for change in (lambda: desk.cancel_job("me", "one"), lambda: desk.set_paused("me", "one", True)):
         with pytest.raises(Conflict):
             change()

@@ -1,10 +1,11 @@
 """The engine process's host: what is asked of a job while it is being prepared is done in the order of asking, and requests
-with a grammar hold up no others while it is compiled."""
+with a grammar hold up no others while it is compiled. A job's end is told once nothing of it is being written."""
 
 from __future__ import annotations
 
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from coserve.config.settings import FinetuneConfig, SamplingConfig
 from coserve.core import InvalidRequest
 from coserve.engine.requests import RequestHandle
 from coserve.server.link.enginehost import EngineHost
-from coserve.server.link.messages import ActJob, Cancel, Failed, FromEngine, Generate, Replied, StartJob
+from coserve.server.link.messages import ActJob, Cancel, Failed, FromEngine, Generate, JobEnded, Replied, StartJob
 
 
 class Handle:
@@ -60,6 +61,21 @@ def test_an_early_action_comes_before_a_later_one(tmp_path: Path) -> None:
     handle.between.join(10)
     host.close()
     assert handle.actions == ["pause", "resume"]
+
+
+def test_a_jobs_end_is_told_behind_the_checkpoints_that_are_being_written(tmp_path: Path) -> None:
+    replies: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
+    writing, threads = threading.Event(), SimpleNamespace(writer=ThreadPoolExecutor(1), recorder=ThreadPoolExecutor(1))
+    engine: Any = SimpleNamespace(closed=False, jobs=threads)
+    host = EngineHost(engine, replies.put, lambda: None)
+    threads.writer.submit(writing.wait, 10)
+    handle: Any = SimpleNamespace(directory=tmp_path, error=None, status="cancelled", step=3)
+    host._job_ended("job", handle)
+    threads.recorder.submit(lambda: None).result()
+    assert replies.empty()
+    writing.set()
+    assert replies.get(timeout=10) == JobEnded(id="job", status="cancelled", step=3, trained_tokens=0, problem=None)
+    host.close()
 
 
 def ask(name: str, grammar: str | None) -> Generate:

@@ -87,7 +87,7 @@ def test_a_server_that_dies_behind_the_result_file_has_one(
         ids.append(await bench.started())
         bench.engine.step(ids[0], 1)
         with monkeypatch.context() as patch:
-            patch.setattr(JobRunner, "_write_end", kill)
+            patch.setattr(JobRunner, "write_end", kill)
             bench.engine.end(ids[0], step=1)
             await until(lambda: bool(bench.store.list_files("me", purpose="fine-tune-results")[0]))
             await until(lambda: bool(killed))  # the file is listed a moment before

@@ -84,7 +84,7 @@ def _shape(url: str) -> dict[str, Any]:
     return found
 
 
-def test_an_index_of_version_1_becomes_one_of_this_version(url: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_an_index_of_version_1_is_brought_up_to_date(url: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     _make_old(url)
     store = Store(url)
     job = store.get_job("me", "ftjob-1")

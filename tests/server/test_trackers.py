@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from coserve.finetune.job import MetricsTable, StepRow
-from coserve.server.index.manifest import write_manifest
 from coserve.server.jobs.trackers import export_metrics
 from coserve.server.records import JobRecord
 
@@ -31,7 +30,7 @@ def job(tmp_path: Path) -> tuple[Path, JobRecord]:
         id="ftjob-" + "0" * 24, tenant="me", created_at=1, base="b", training_file="f", config={}, method={},
         integrations=({"type": "wandb", "wandb": {"project": "facts"}},),
     )
-    directory = tmp_path / record.id
+    directory = tmp_path / f"{record.id}-e2"  # as a replica's run
     (directory / "output").mkdir(parents=True)
     table = MetricsTable(directory / "output" / "metrics.csv")
     table.keep(0)
@@ -40,7 +39,6 @@ def job(tmp_path: Path) -> tuple[Path, JobRecord]:
             step=step, train_loss=4 / step, train_mean_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, tokens=9,
             seconds=1.0,
         ))
-    write_manifest(directory, record)
     return directory, record
 
 

@@ -97,12 +97,14 @@ jobs = Table(
     _filled("priority", BigInteger), _filled("weight", Float), Column("deadline", BigInteger),
     Column("owner", Text), _counted("epoch"), Column("lease_until", Double), _counted("strikes"),
     _counted("struck_at", start="-1"), Column("start_sha256", Text), Column("progress", _Document),
+    _counted("fingerprint", Text, ""), Column("declined", _Document),
     Index("jobs_of_tenant", "tenant", "created_at", "seq"), Index("jobs_by_status", "status"),
 )
 """Only replicas use what follows `deadline` (server/replicas/). owner: the replica that holds the job. epoch: how often it was
 claimed or ended; a holder writes only under its own. lease_until: from when others may claim it, in Unix seconds of the
 database's clock. strikes, struck_at: as of UnfinishedJob. start_sha256: of the adapter that it continues. progress: its
-pace."""
+pace. fingerprint: of the base that it was created for; empty: an older coserve didn't say. declined: replicas that can't go on
+with it, and why."""
 
 events = Table(
     "events", SCHEMA, _id(), _job(), _filled("seq", BigInteger), _filled("created_at", BigInteger), _filled("level"),
@@ -169,12 +171,14 @@ def _add_replicas(connection: Connection) -> None:
     ))
 
 
-def _add_places(connection: Connection) -> None:
-    """Version 3: the index knows whose bytes it names."""
+def _add_places_and_takers(connection: Connection) -> None:
+    """Version 3: the index knows whose bytes it names, and which replicas can take a job."""
     connection.execute(text("CREATE TABLE places (what TEXT NOT NULL PRIMARY KEY, id TEXT NOT NULL)"))
+    for column in ("fingerprint TEXT NOT NULL DEFAULT ''", "declined JSON"):
+        connection.execute(text(f"ALTER TABLE jobs ADD COLUMN {column}"))
 
 
-MIGRATIONS: tuple[Migration, ...] = (_add_replicas, _add_places)
+MIGRATIONS: tuple[Migration, ...] = (_add_replicas, _add_places_and_takers)
 """MIGRATIONS[i] changes an index of version i + 1 into one of version i + 2. It must not use the tables above, which may have
 changed since."""
 

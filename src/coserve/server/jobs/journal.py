@@ -68,6 +68,11 @@ class JobJournal:
         self._thread.submit(self._timed, lambda: self._put(job, _Kept(action, future)))
         return future
 
+    def drop(self, job: str) -> asyncio.Future[None]:
+        """Forgets what is kept of a job and waits: it isn't to be written any more. The future is done when nothing of what was
+        written or kept before will be."""
+        return self.write(lambda: self._drop(job))
+
     def refuses(self, job: str) -> bool:
         """Whether the disk refuses what is kept of a job."""
         return job in self._waiting
@@ -95,8 +100,12 @@ class JobJournal:
             self._waiting[job] = deque([kept])
         elif (refusal := self._try(kept)) is not None:
             _log.warning("the record of a job can't be written (%s); it is tried again", refusal, extra={"job": job})
-            self._waiting[job] = deque([kept])
-            self._later(job)
+            waiting = self._waiting[job] = deque([kept])
+            self._later(job, waiting)
+
+    def _drop(self, job: str) -> None:
+        for kept in self._waiting.pop(job, ()):
+            self._call_loop(kept.future.cancel)
 
     @property
     def _gives_up(self) -> bool:
@@ -115,11 +124,12 @@ class JobJournal:
             self._call_loop(_settle, kept.future, result, None)
         return None
 
-    def _retry(self, job: str) -> None:
-        waiting = self._waiting[job]
+    def _retry(self, job: str, waiting: deque[_Kept]) -> None:
+        if self._waiting.get(job) is not waiting:
+            return  # it was dropped
         while waiting and not self._gives_up:
             if self._try(waiting[0]) is not None:
-                self._later(job)
+                self._later(job, waiting)
                 return
             waiting.popleft()
         if waiting:
@@ -127,10 +137,10 @@ class JobJournal:
         del self._waiting[job]
         _log.info("the record of a job is written again", extra={"job": job})
 
-    def _later(self, job: str) -> None:
+    def _later(self, job: str, waiting: deque[_Kept]) -> None:
         def retry() -> None:
             if self._closing_s is None:
-                self._thread.submit(self._timed, lambda: self._retry(job))
+                self._thread.submit(self._timed, lambda: self._retry(job, waiting))
 
         assert self._loop is not None
         self._call_loop(self._loop.call_later, RETRY_S, retry)

@@ -46,7 +46,8 @@ class JobRunner:
     """Starts and follows jobs. All its methods belong to the event loop, except those that say otherwise.
 
     What a replica of a fleet does otherwise is in methods that its own runner replaces (server/replicas/runner.py): `launched`,
-    `refused`, `holds`, `keep_step`, `keep_checkpoint`, `deliver`, `left`, `catch_up`.
+    `refused`, `holds`, `keep_step`, `keep_checkpoint`, `deliver`, `export`,
+    `write_end`, `left`, `catch_up`.
     """
 
     def __init__(
@@ -311,11 +312,11 @@ class JobRunner:
             directory = self._outputs.directory(message.id)
             self.journal.keep(message.id, lambda: write_manifest(directory, self._store.update_job(message.id, **counts)))
         elif message.status == "succeeded":
-            self.spawn(self.finish(live, "succeeded", **counts))
+            self.spawn(self.finish(live, "succeeded", **counts), live)
         elif message.status == "failed":
             problem = message.problem
             error = CoserveError("the job failed") if problem is None else make_error(problem)
-            self.spawn(self.fail(live, error, **counts))
+            self.spawn(self.fail(live, error, **counts), live)
         else:
             self.left(live, message)
 
@@ -347,10 +348,8 @@ class JobRunner:
             live.record = dataclasses.replace(
                 live.record, fine_tuned_model=self.tuned(live.record), result_files=(result,), finished_at=now()
             )
-        warnings: list[str] = []
-        if live.record.integrations:
-            warnings = await asyncio.to_thread(export_metrics, self._outputs.directory(id), live.record)
-        await self.journal.keep(id, lambda: self._write_end(live, warnings))
+        warnings = await self.export(live) if live.record.integrations else []
+        await self.journal.keep(id, lambda: self.write_end(live, warnings))
         self.ending.pop(id, None)
         if status != "succeeded" and live.generation == self._engine.generation:
             await self._models.drop_loaded(live.record.tenant, self.tuned(live.record))
@@ -359,7 +358,11 @@ class JobRunner:
     async def deliver(self, live: UnfinishedJob) -> None:
         """Brings what an ended job has made to where it is served from, which is where the engine wrote it."""
 
-    def _write_end(self, live: UnfinishedJob, warnings: list[str]) -> None:
+    async def export(self, live: UnfinishedJob) -> list[str]:
+        """Writes the metrics of a job that has ended for its integrations. Returns a line for each that failed."""
+        return await asyncio.to_thread(export_metrics, self._outputs.directory(live.record.id), live.record)
+
+    def write_end(self, live: UnfinishedJob, warnings: list[str]) -> None:
         """In the journal's thread: writes all that a job's end changes."""
         record, id = live.record, live.record.id
         write_manifest(self._outputs.directory(id), record)
@@ -374,15 +377,25 @@ class JobRunner:
         """In the journal's thread: adds the missing events of a job that has ended, and then its end to the index."""
         self.publish_steps(record)
         noted = {event.message for event in self.journal.events(record.id)}
-        messages: list[tuple[str, Literal["info", "warn", "error"]]] = [(warning, "warn") for warning in warnings]
-        if record.fine_tuned_model is not None:
-            messages.insert(0, (f"New fine-tuned model created: {record.fine_tuned_model}", "info"))
-        if record.status == "failed":
-            messages.append((f"The job failed: {(record.error or {}).get('message')}", "error"))
-        else:
-            done = record.status == "succeeded"
-            messages.append(("The job has successfully completed" if done else "The job was cancelled", "info"))
-        for message, level in messages:
-            if message not in noted:
-                self.journal.event(record.id, message, level=level)
-        self._store.update_job(record.id, **{name: getattr(record, name) for name in _END_FIELDS})
+        for note in end_notes(record, warnings):
+            if note.message not in noted:
+                self.journal.event(record.id, note.message, level=note.level)
+        self._store.update_job(record.id, **end_fields(record))
+
+
+def end_fields(record: JobRecord) -> dict[str, Any]:
+    """What a job's end changes in its row."""
+    return {name: getattr(record, name) for name in _END_FIELDS}
+
+
+def end_notes(record: JobRecord, warnings: Iterable[str]) -> list[NewEvent]:
+    """What is told of a job's end, the end itself last. warnings: lines to tell before it."""
+    notes = [NewEvent(message=warning, level="warn") for warning in warnings]
+    if record.fine_tuned_model is not None:
+        notes.insert(0, NewEvent(message=f"New fine-tuned model created: {record.fine_tuned_model}"))
+    if record.status == "failed":
+        notes.append(NewEvent(message=f"The job failed: {(record.error or {}).get('message')}", level="error"))
+    else:
+        done = record.status == "succeeded"
+        notes.append(NewEvent(message="The job has successfully completed" if done else "The job was cancelled"))
+    return notes

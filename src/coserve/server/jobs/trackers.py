@@ -4,7 +4,8 @@
     jobs/ID/wandb/offline-run-...          wandb sync jobs/ID/wandb/offline-run-...
 
 `export_metrics` runs this module as a process of its own, for each integration: such packages start threads, processes and
-hooks that a server must not have. Both packages are optional.
+hooks that a server must not have. It reads the job's record from its standard input, as a replica's directory of a run has no
+manifest of the job's name. Both packages are optional.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from coserve.finetune.job import MetricsTable
-from coserve.server.index.manifest import read_manifest
 from coserve.server.records import JobRecord
 
 TIMEOUT_S = 120.0
@@ -32,7 +34,8 @@ def export_metrics(directory: Path, record: JobRecord) -> list[str]:
         environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment, cwd=directory
+                command, input=msgspec.json.encode(record).decode(), capture_output=True, text=True, timeout=TIMEOUT_S,
+                check=False, env=environment, cwd=directory,
             )
             last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
             problem = last if done.returncode else None
@@ -67,9 +70,8 @@ def _write_wandb(directory: Path, record: JobRecord, settings: Mapping[str, Any]
     run.finish()
 
 
-def main(directory: Path, number: int) -> None:
+def main(directory: Path, number: int, record: JobRecord) -> None:
     """Writes the metrics for one integration, given by its number. directory: the job's."""
-    record = read_manifest(directory)
     item = record.integrations[number]
     if item["type"] == "tensorboard":
         _write_tensorboard(directory)
@@ -78,4 +80,4 @@ def main(directory: Path, number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), msgspec.json.decode(sys.stdin.buffer.read(), type=JobRecord))

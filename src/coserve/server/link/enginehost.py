@@ -294,7 +294,8 @@ class EngineHost:
             ended = ShareEnded(id=job, problem=None if handle.error is None else make_problem(handle.error))
             member.gone.add_done_callback(lambda _: self._post(ended))
             return
-        self._engine.jobs.recorder.submit(self._report_end, job, handle)  # after the rows that are still being written
+        # After the checkpoints and rows that are still being written, so that whoever hears of it may remove the directory.
+        self._engine.jobs.writer.submit(self._engine.jobs.recorder.submit, self._report_end, job, handle)
 
     def _report_end(self, job: str, handle: JobHandle) -> None:
         tokens = sum(row.tokens for row in MetricsTable(Path(handle.directory) / "metrics.csv").rows())

@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -116,6 +116,18 @@ class ArtifactStore:
                 self._objects.remove(key)
         if known:
             self._objects.remove(prefix)
+
+    def sweep(self, prefix: str, keep: Collection[str]) -> None:
+        """Deletes what is below a key, but not what is at or below the keys to keep."""
+        if prefix in keep:
+            return
+        if not any(key.startswith(f"{prefix}/") for key in keep):
+            self.delete(prefix)
+            return
+        _check_key(prefix)
+        for name in sorted({key.removeprefix(f"{prefix}/").split("/")[0] for key in self._objects.sizes(prefix)}):
+            if _KEY.fullmatch(name):
+                self.sweep(f"{prefix}/{name}", keep)
 
     def size(self, prefix: str) -> int:
         """The bytes of all objects below a key; 0 if there are none."""

@@ -4,8 +4,11 @@
       ^                          |
       +------- give_back --------+      or the lease ends, and anybody claims the job with the next epoch
 
-All times are of the database's clock. Renewals have a connection of their own, so that nothing else that a replica asks of the
-database can keep them waiting. Owns: the statements. Does not own: when they are made (cluster/leases.py), what a holder writes
+A replica claims only jobs of its own base. A job that no replica can take is claimed to be failed, so that it doesn't wait for
+ever. All times are of the database's clock. Renewals have a connection of their own, so that nothing else that a replica asks
+of the database can keep them waiting.
+
+Owns: the statements. Does not own: when they are made (cluster/leases.py), what a holder writes
 about its jobs (fenced.py).
 """
 
@@ -13,27 +16,50 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Double, and_, case, func, literal_column, or_, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Double,
+    Row,
+    and_,
+    case,
+    exists,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy import cast as sql_cast
+from sqlalchemy.dialects.postgresql import JSONB
 
 from coserve.core import ConfigError
 from coserve.server.index.database import Database, PostgresLimits, translated
 from coserve.server.index.rows import record_of
-from coserve.server.index.tables import jobs
+from coserve.server.index.tables import jobs, members
 from coserve.server.records import ENDED, JobRecord
+from coserve.server.replicas.members import SILENT_S
 
 CLOCK: ColumnElement[float] = literal_column("extract(epoch FROM clock_timestamp())::double precision", Double)
 """Unix seconds of the database's clock."""
 _RENEWAL_LIMITS = PostgresLimits(connections=1, wait_s=3.0, statement_s=4.0, lock_s=2.0, idle_s=4.0)
+DECLINED_S = 60.0
+"""Seconds for which a job waits that all replicas have declined: another one may be starting."""
+FOREIGN_S = 24 * 3600.0
+"""Seconds for which a job waits whose base no replica has: another fleet of this database may have it, and be away."""
 _CLAIM_LIMITS = PostgresLimits(connections=2, wait_s=5.0, statement_s=10.0, lock_s=2.0, idle_s=5.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimedJob:
     """A job that this replica has from now on. before: the replica whose lease had ended, if it gave nothing back. strikes,
-    struck_at: as of UnfinishedJob. start_sha256: digest of the adapter that the job continues."""
+    struck_at: as of UnfinishedJob. start_sha256: digest of the adapter that the job continues. hopeless: why no replica can
+    take it; None: this one can."""
 
     record: JobRecord
     epoch: int
@@ -41,6 +67,7 @@ class ClaimedJob:
     strikes: int
     struck_at: int
     start_sha256: str | None
+    hopeless: str | None = None
 
 
 class HeldRow(NamedTuple):
@@ -71,11 +98,13 @@ class JobClaims:
             yield connection
 
     def claim(
-        self, delay_s: float, *, may_run: bool = True, may_validate: bool = True, but: Collection[str] = ()
+        self, delay_s: float, *, may_run: bool = True, may_validate: bool = True, but: Collection[str] = (),
+        fingerprint: str = "", from_others: bool = True,
     ) -> ClaimedJob | None:
         """Takes the next job whose lease has ended at least delay_s ago, in the order of jobs/queue.py: jobs that ran before,
         those of tenants with the fewest running jobs, lower priority numbers, earlier deadlines, older ones. may_run,
-        may_validate: which jobs there is room for. but: jobs to leave to others."""
+        may_validate: which jobs there is room for. but: jobs to leave to others. fingerprint: of this replica's base, which the
+        jobs must have; empty: any. from_others: whether jobs are taken whose holders' leases have ended."""
         other = jobs.alias("other")
         running = (
             select(func.count()).select_from(other).where(
@@ -91,14 +120,18 @@ class JobClaims:
             return None
         picked = (
             select(jobs.c.id, jobs.c.owner)
-            .where(or_(*wanted), func.coalesce(jobs.c.lease_until, 0.0) + delay_s <= CLOCK, jobs.c.id.not_in(list(but)))
+            .where(
+                or_(*wanted), func.coalesce(jobs.c.lease_until, 0.0) + delay_s <= CLOCK, jobs.c.id.not_in(list(but)),
+                *([jobs.c.fingerprint.in_(("", fingerprint))] if fingerprint else []),
+                *([] if from_others else [jobs.c.owner.is_(None)]),
+            )
             .order_by(
                 jobs.c.status != "running", jobs.c.status == "validating_files", running, jobs.c.priority,
                 jobs.c.deadline.asc().nulls_last(), jobs.c.created_at, jobs.c.seq,
             )
             .limit(1).with_for_update(skip_locked=True, of=jobs).cte("picked")
         )
-        died = and_(jobs.c.owner.is_not(None), jobs.c.status == "running")
+        died = and_(jobs.c.owner.is_not(None), jobs.c.status.in_(("running", "validating_files")))
         statement = (
             update(jobs).where(jobs.c.id == picked.c.id)
             .values(
@@ -113,10 +146,38 @@ class JobClaims:
             row = connection.execute(statement).first()
         if row is None:
             return None
-        return ClaimedJob(
-            record=record_of(JobRecord, row), epoch=row.epoch, before=row.before, strikes=row.strikes, struck_at=row.struck_at,
-            start_sha256=row.start_sha256,
+        return _claimed(row)
+
+    def claim_hopeless(self, fingerprint: str) -> ClaimedJob | None:
+        """Takes a job that no replica has had for a while, and that no live one can take: each has declined it, or has another
+        base, this one too. fingerprint: of this replica's base."""
+        free_s = CLOCK - func.coalesce(jobs.c.lease_until, 0.0)
+        foreign = jobs.c.fingerprint.not_in(("", fingerprint))
+        might = and_(
+            members.c.kind == "engine", CLOCK - members.c.seen_at < SILENT_S,
+            or_(jobs.c.fingerprint == "", members.c.info["fingerprint"].as_string() == jobs.c.fingerprint),
+            ~_has_declined(members.c.id),
         )
+        picked = (
+            select(jobs.c.id, jobs.c.owner)
+            .where(
+                jobs.c.status.not_in(ENDED), jobs.c.paused.is_(False),
+                or_(and_(foreign, free_s > FOREIGN_S), and_(_has_declined(literal(self._replica)), free_s > DECLINED_S)),
+                ~exists().where(might).correlate(jobs),
+            )
+            .order_by(jobs.c.seq).limit(1).with_for_update(skip_locked=True, of=jobs).cte("picked")
+        )
+        statement = (
+            update(jobs).where(jobs.c.id == picked.c.id)
+            .values(owner=self._replica, epoch=jobs.c.epoch + 1, lease_until=CLOCK + self._lease_s)
+            .returning(jobs, picked.c.owner.label("before"))
+        )
+        with self._write() as connection:
+            row = connection.execute(statement).first()
+        if row is None:
+            return None
+        reason = (row.declined or {}).get(self._replica, "all replicas have another base model by now")
+        return replace(_claimed(row), hopeless=f"no replica can go on with the job: {reason}")
 
     def renew(self, held: Mapping[str, int]) -> dict[str, HeldRow]:
         """Prolongs leases, given by jobs and their epochs. Those that are missing in the answer are another's, or have
@@ -139,3 +200,15 @@ class JobClaims:
         left = [jobs.c.owner == self._replica, jobs.c.status.not_in(ENDED)]
         with self._write() as connection:
             connection.execute(update(jobs).where(*left).values(lease_until=CLOCK))
+
+
+def _has_declined(replica: ColumnElement[str]) -> ColumnElement[bool]:
+    """Whether a replica has declined the row's job."""
+    return func.coalesce(func.jsonb_exists(sql_cast(jobs.c.declined, JSONB), replica), False)
+
+
+def _claimed(row: Row[Any]) -> ClaimedJob:
+    return ClaimedJob(
+        record=record_of(JobRecord, row), epoch=row.epoch, before=row.before, strikes=row.strikes, struck_at=row.struck_at,
+        start_sha256=row.start_sha256,
+    )

@@ -34,6 +34,7 @@ from coserve.server.replicas.files import StoredFiles
 from coserve.server.replicas.following import EventFollowers
 from coserve.server.replicas.models import ReplicaModels
 from coserve.server.replicas.parcels import checkpoint_key, start_key
+from coserve.server.replicas.sweeping import sweep_job
 from coserve.server.replicas.usage import StoredBytes
 from coserve.server.settings import ServerConfig
 from coserve.server.shelf import EngineFacts
@@ -68,6 +69,7 @@ class JobDesk:
         self._reader = DataReader(config.chat_template)
         self._creating: Counter[str] = Counter()  # tenant -> number of its jobs that are being created
         self._paces: OrderedDict[str, Pace | None] = OrderedDict()
+        self._sweeps: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Nothing has to be found again: the index is the truth."""
@@ -75,6 +77,9 @@ class JobDesk:
     async def stop(self) -> None:
         """Ends the streams of events. Jobs go on."""
         await self.journal.close()
+        for sweeping in list(self._sweeps):
+            sweeping.cancel()
+        await asyncio.gather(*self._sweeps, return_exceptions=True)
         if self._store.database is not self._index.database:
             self._store.close()
 
@@ -114,7 +119,7 @@ class JobDesk:
             start = self._artifacts.put_directory(start_key(record.id), continued.directory).sha256
             if left := unused(spec.settings, continued.config):
                 notes.append(NewEvent(message=not_used(record.base, left), level="warn"))
-        self._store.create_job(record, start, notes)
+        self._store.create_job(record, start, notes, self._engine.info.fingerprint)
 
     async def _read_body(self, tenant: str, body: CreateJob) -> tuple[_Continued | None, JobSpec]:
         """What a body asks for. Raises InvalidRequest, NotFound (model)."""
@@ -150,7 +155,11 @@ class JobDesk:
 
     async def cancel(self, tenant: str, id: str) -> JobRecord:
         """Ends a job; its checkpoints stay. Raises NotFound, Conflict."""
-        return await self._change(id, lambda: self._store.cancel_job(tenant, id))
+        record = await self._change(id, lambda: self._store.cancel_job(tenant, id))
+        sweeping = asyncio.create_task(sweep_job(self._store, self._artifacts, id))  # its holder, if it has one, does so too
+        self._sweeps.add(sweeping)
+        sweeping.add_done_callback(self._sweeps.discard)
+        return record
 
     async def pause(self, tenant: str, id: str) -> JobRecord:
         """A waiting job won't start. A running one stops; it keeps its memory but gives up its place among max_jobs. Raises

@@ -10,18 +10,23 @@ write (fenced.py).
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, delete, func, or_, select, update
 
 from coserve.core import NotFound
-from coserve.server.errors import Conflict
+from coserve.server.errors import Conflict, StorageRefused
 from coserve.server.index.rows import NewEvent, note_removed, put_event, record_of, values_of
 from coserve.server.index.store import Store
 from coserve.server.index.tables import adapters, checkpoints, events, jobs
 from coserve.server.records import ENDED, AdapterRecord, EventRecord, JobRecord, now
 from coserve.server.replicas.claims import CLOCK
+
+CREATE_S = 5.0
+"""Seconds for which the creation of a job is tried again while the database refuses it."""
+RETRY_S = 0.5
 
 
 class Followed(NamedTuple):
@@ -43,10 +48,35 @@ class DeskStore(Store):
 
     # --- what tenants ask for ---
 
-    def create_job(self, record: JobRecord, start_sha256: str | None, notes: Collection[NewEvent]) -> None:
-        """Adds a job that may be claimed, with its first events. start_sha256: digest of the adapter that it continues."""
+    def create_job(
+        self, record: JobRecord, start_sha256: str | None, notes: Collection[NewEvent], fingerprint: str = ""
+    ) -> None:
+        """Adds a job that may be claimed, with its first events. start_sha256: digest of the adapter that it continues.
+        fingerprint: of the base that replicas must have to claim it; empty: any.
+
+        Tries again for some seconds while the database refuses, since it may have taken the job without being heard: whoever is
+        told of a refusal asks for another job. Raises StorageRefused after that.
+        """
+        limit, refused = time.monotonic() + CREATE_S, False
+        while True:
+            try:
+                self._insert_job(record, start_sha256, notes, fingerprint)
+                return
+            except Conflict:  # ids are random
+                if not refused:
+                    raise
+                return
+            except StorageRefused:
+                if time.monotonic() > limit:
+                    raise
+                refused = True
+                time.sleep(RETRY_S)
+
+    def _insert_job(
+        self, record: JobRecord, start_sha256: str | None, notes: Collection[NewEvent], fingerprint: str
+    ) -> None:
         with self.database.write() as connection:
-            row = values_of(record) | {"lease_until": CLOCK, "start_sha256": start_sha256}
+            row = values_of(record) | {"lease_until": CLOCK, "start_sha256": start_sha256, "fingerprint": fingerprint}
             connection.execute(jobs.insert().values(row))
             for note in notes:
                 put_event(connection, record.id, note, record.created_at, 0)

@@ -11,7 +11,7 @@ which are in the artifact store before a row names them (deliveries.py).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, delete, select, update
@@ -53,24 +53,15 @@ class FencedStore(Store):
         return epoch
 
     def update_job(self, id: str, **changes: Any) -> JobRecord:
-        """As Store's. With its end a job loses its holder. Raises Fenced."""
-        values = dict(changes)
-        if changes.get("status") in ENDED:
-            values |= {"owner": None, "lease_until": None}
+        """As Store's, for all but a job's end. Raises Fenced."""
+        assert changes.get("status") not in ENDED, "a job's end is more than its row"
         with self.database.write() as connection:
             self._lock_job(connection, id)
             row = connection.execute(select(jobs).where(jobs.c.id == id)).one()
             job = dataclasses.replace(record_of(JobRecord, row), **changes)
-            if values:
-                connection.execute(update(jobs).where(jobs.c.id == id).values(values))
+            if changes:
+                connection.execute(update(jobs).where(jobs.c.id == id).values(changes))
         return job
-
-    def put_adapter(self, record: AdapterRecord) -> AdapterRecord:
-        """As Store's. Raises Fenced."""
-        assert record.job is not None, "a replica stores adapters of jobs only"
-        with self.database.write() as connection:
-            epoch = self._lock_job(connection, record.job)
-            return put_adapter(connection, dataclasses.replace(record, epoch=epoch))
 
     def put_step(self, job: str, step: int, num_steps: int, event: NewEvent, progress: dict[str, Any]) -> None:
         """Records a step that is done: its metrics and how far the job is. A step that runs again replaces what was told of it.
@@ -87,13 +78,22 @@ class FencedStore(Store):
             self._lock_job(connection, job)
             connection.execute(update(jobs).where(jobs.c.id == job).values(strikes=strikes, struck_at=struck_at))
 
+    def put_declined(self, job: str, reason: str) -> None:
+        """Records that this replica can't go on with the job, and why. Raises Fenced."""
+        with self.database.write() as connection:
+            self._lock_job(connection, job)
+            row = connection.execute(select(jobs.c.owner, jobs.c.declined).where(jobs.c.id == job)).one()
+            declined = {**(row.declined or {}), row.owner: reason}
+            connection.execute(update(jobs).where(jobs.c.id == job).values(declined=declined))
+
     def commit_checkpoint(
         self, record: CheckpointRecord, adapter: AdapterRecord, keep: int, message: str
     ) -> list[CheckpointRecord]:
         """Makes a checkpoint visible whose files are in the artifact store: as a model, and as what the job goes on from.
 
         keep: how many checkpoints of the job stay, whichever replicas wrote them. message: of the event. Returns those that are
-        gone; also later ones, which a takeover has skipped as damaged. Doing it again changes nothing. Raises Fenced.
+        gone; also later ones of earlier epochs, which this epoch's takeover has skipped as damaged. Later ones of this epoch
+        stay: the engine has died, and comes to this step again. Doing it again changes nothing. Raises Fenced.
         """
         mine = checkpoints.c.job == record.job
         with self.database.write() as connection:
@@ -104,7 +104,7 @@ class FencedStore(Store):
             put_adapter(connection, dataclasses.replace(adapter, epoch=epoch))
             rows = connection.execute(select(checkpoints).where(mine).order_by(checkpoints.c.step.desc())).all()
             found = [record_of(CheckpointRecord, row) for row in rows]
-            kept = [one.step for one in found if one.step <= record.step][:max(1, keep)]
+            kept = [one.step for one in found if one.step <= record.step or one.epoch == epoch][:max(1, keep)]
             gone = [one for one in found if one.step not in kept]
             for one in gone:
                 connection.execute(delete(checkpoints).where(checkpoints.c.id == one.id))
@@ -115,9 +115,25 @@ class FencedStore(Store):
                 put_event(connection, record.job, NewEvent(message=message), now(), epoch)
         return gone
 
-    def put_result(self, job: str, record: FileRecord) -> None:
-        """Lists a job's result file, whose bytes are in the artifact store. Doing it again changes nothing. Raises Fenced."""
+    def end_job(
+        self, job: str, changes: Mapping[str, Any], notes: Iterable[NewEvent], adapter: AdapterRecord | None = None,
+        file: FileRecord | None = None,
+    ) -> None:
+        """Ends a job, which then has no holder, and lists what it has made, whose files are in the artifact store. So nobody
+        sees a part of it, and a cancel comes before all of it or too late. Doing it again changes nothing. Raises Fenced.
+
+        changes: the job's fields from now on, a status that ends it among them. notes: events that tell of it. adapter, file:
+        its tuned model and its result file.
+        """
         with self.database.write() as connection:
-            self._lock_job(connection, job)
-            if connection.execute(select(files.c.id).where(files.c.id == record.id)).first() is None:
-                connection.execute(files.insert().values(values_of(record)))
+            epoch = self._lock_job(connection, job)
+            if connection.execute(select(jobs.c.status).where(jobs.c.id == job)).scalar_one() in ENDED:
+                return
+            if adapter is not None:
+                put_adapter(connection, dataclasses.replace(adapter, epoch=epoch))
+            if file is not None and connection.execute(select(files.c.id).where(files.c.id == file.id)).first() is None:
+                connection.execute(files.insert().values(values_of(file)))
+            for note in notes:
+                put_event(connection, job, note, now(), epoch)
+            values = {**changes, "owner": None, "lease_until": None}
+            connection.execute(update(jobs).where(jobs.c.id == job).values(values))

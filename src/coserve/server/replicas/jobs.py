@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -41,6 +42,7 @@ from coserve.server.replicas.helping import JobHelp
 from coserve.server.replicas.runner import Hold, ReplicaRunner, ServedNames
 from coserve.server.replicas.runs import RunsEngine, run_name
 from coserve.server.replicas.scratch import ScratchOutputs
+from coserve.server.replicas.sweeping import sweep_job
 from coserve.server.replicas.usage import StoredBytes
 from coserve.server.settings import ServerConfig
 
@@ -48,6 +50,8 @@ POLL_S = 1.0
 """Seconds between two looks for jobs that wait, unless a nudge tells of one."""
 DRAIN_S = 120.0
 """Seconds that jobs get to be handed over: to end their steps, and to be stored."""
+HOPELESS_S = 30.0
+"""Seconds between two looks for jobs that no replica can take."""
 _MAX_VALIDATING = 4
 """Jobs whose data a replica reads or is about to read, so that others get some."""
 T = TypeVar("T")
@@ -87,7 +91,7 @@ class ReplicaJobs:
         self._timing = timing or LeaseTiming()
         self._book = LeaseBook(self._timing)
         self._claims = JobClaims(index.database, replica, self._timing.lease_s)
-        self._index = index
+        self._index, self._artifacts = index, artifacts
         store = FencedStore(index.database.limited(), self._book.epoch, self._on_fenced)
         self._usage = StoredBytes(store)
         files = StoredFiles(artifacts, scratch / "files", store, config.max_file_bytes, config.max_tenant_file_bytes)
@@ -114,6 +118,8 @@ class ReplicaJobs:
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake, self._left = asyncio.Event(), asyncio.Event()
         self._next_claim_s, self._claiming, self._stopping = 0.0, False, False
+        self._next_hopeless_s = self._clock() + HOPELESS_S
+        self._refused_s = -math.inf  # when the database last refused a claim or a renewal
         engine.supervisor.on_up(self._engine_up)
         engine.supervisor.on_down(self._engine_down)
 
@@ -211,6 +217,10 @@ class ReplicaJobs:
             rows: Mapping[str, HeldRow] = await self._in_thread(lambda: self._claims.renew(asked))
         except StorageRefused as error:
             _log.warning("leases can't be renewed: %s", error)
+            self._refused_s = self._clock()
+            self._book.failed(self._refused_s)
+        except Exception:  # a bug; the leases are needed all the same
+            _log.exception("leases can't be renewed: an unexpected error")
             self._book.failed(self._clock())
         else:
             self._take_over(self._book.answered({job: row.epoch for job, row in rows.items()}, self._clock()))
@@ -235,10 +245,15 @@ class ReplicaJobs:
         now, (may_run, may_validate) = self._clock(), self._room
         running = sum(mine.live.record.status == "running" for mine in self._mine.values())
         delay = self._timing.claim_delay(self._headroom(), running)
+        fingerprint, others_had_time = self._engine.info.fingerprint, self._others_had_time(now)
         try:
             claimed = await self._in_thread(lambda: self._claims.claim(
-                delay, may_run=may_run, may_validate=may_validate, but={*self._mine, *self._going, *self._declined}
+                delay, may_run=may_run, may_validate=may_validate, but={*self._mine, *self._going, *self._declined},
+                fingerprint=fingerprint, from_others=others_had_time,
             ))
+            if claimed is None and others_had_time and now >= self._next_hopeless_s:
+                self._next_hopeless_s = now + HOPELESS_S * random.uniform(0.8, 1.2)
+                claimed = await self._in_thread(lambda: self._claims.claim_hopeless(fingerprint))
             if claimed is None:
                 self._next_claim_s = now + min(POLL_S * random.uniform(0.8, 1.2), max(delay, 0.05) if delay else POLL_S)
             else:
@@ -247,9 +262,20 @@ class ReplicaJobs:
         except (StorageRefused, Fenced) as error:
             _log.warning("jobs can't be claimed: %s", error)
             self._next_claim_s = now + POLL_S
+            if isinstance(error, StorageRefused):
+                self._refused_s = self._clock()
+                self._next_hopeless_s = self._refused_s + HOPELESS_S
+        except Exception:  # a bug; it must not be tried again without a pause
+            _log.exception("jobs can't be claimed: an unexpected error")
+            self._next_claim_s = now + POLL_S
         finally:
             self._claiming = False
             self._wake.set()
+
+    def _others_had_time(self, now: float) -> bool:
+        """Whether others would have renewed their leases by now, if they live. Where the database was away for longer than a
+        lease, all leases have ended when it is back."""
+        return now >= self._refused_s + self._timing.renew_s + self._timing.retry_s
 
     async def _take(self, claimed: ClaimedJob, sent_s: float) -> None:
         record, runner = claimed.record, self._runner
@@ -264,14 +290,17 @@ class ReplicaJobs:
             _log.warning("a job can't be taken: %s", error, extra={"job": record.id})
             self._give_back(mine)
             raise
+        if claimed.hopeless is not None:
+            runner.spawn(runner.fail(live, JobFailed(claimed.hopeless)), live)
+            return
         if record.status == "running":
             died = "" if claimed.before is None else f"The replica {claimed.before} doesn't answer any more. "
             text = f"{died}The job goes on from its last checkpoint, on the replica {self._replica}"
             runner.note(record.id, text, level="warn" if died else "info")
         if claimed.strikes >= 2 * MAX_STRIKES:
             given_up = JobFailed(
-                f"replicas have died {MAX_STRIKES} times or more while they had this job at step {record.step + 1}, so the job "
-                "is given up"
+                f"replicas have died or failed {MAX_STRIKES} times or more while they had this job at step {record.step + 1}, "
+                "so the job is given up"
             )
             runner.spawn(runner.fail(live, given_up), live)
         elif record.status == "validating_files":
@@ -362,11 +391,16 @@ class ReplicaJobs:
                 _log.warning("a job can't be given back: %s", error, extra={"job": job})
             await self._runs.end_run(mine.run)
             await asyncio.to_thread(self._outputs.close, mine.run)
+            self._spawn(self._sweep(job))
         finally:
             self._outputs.start_sha256.pop(job, None)
             self._going.discard(job)
             self._left.set()
             self._wake.set()
+
+    async def _sweep(self, job: str) -> None:
+        await self._runner.deliveries.idle(job)
+        await sweep_job(self._store, self._artifacts, job)
 
     # --- the engine ---
 
@@ -386,9 +420,14 @@ class ReplicaJobs:
     # --- the rest ---
 
     async def _check_disk(self, live: UnfinishedJob) -> None:
-        """After a checkpoint: pauses the job if its tenant has stored more than it may."""
+        """After a checkpoint: pauses the job if its tenant has stored more than it may. While the database is away nobody
+        knows; the next checkpoint will tell."""
         id, tenant = live.record.id, live.record.tenant
-        held = await asyncio.to_thread(self._usage.bytes_of, tenant)
+        try:
+            held = await asyncio.to_thread(self._usage.bytes_of, tenant)
+        except StorageRefused as error:
+            _log.warning("what a tenant has stored can't be counted: %s", error, extra={"job": id})
+            return
         problem = disk_problem(held, self._config.max_tenant_file_bytes)
         if problem is not None and not live.record.paused and id in self._runner.live:
             self._runner.note(id, f"The job waits: {problem}, then resume it", level="warn")

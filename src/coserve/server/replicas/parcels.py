@@ -5,9 +5,11 @@
     jobs/JOB/eEPOCH/model                           the tuned adapter
     jobs/JOB/eEPOCH/tensorboard, wandb              what integrations wrote
 
-Artifacts never change, and count only through rows of the index that name them. So nobody sees what a replica sends that has
-lost its job. What is to be sent is first linked into a box, as the engine may delete its own files meanwhile. Owns: that
-layout, boxes. Does not own: rows (fenced.py), when something is sent, and again (deliveries.py).
+Artifacts never change, and count only through rows of the index that name them; what none names is deleted when the job has
+ended (sweeping.py). So nobody sees what a replica sends that has
+lost its job. What is to be sent is first linked into a box, as the engine may delete its own files meanwhile. A box is a
+directory that nothing else uses, and goes once it is sent. Owns: that layout, what is in a box. Does not own: rows (fenced.py),
+where boxes are (scratch.py), when something is sent, and again (deliveries.py).
 """
 
 from __future__ import annotations
@@ -17,16 +19,16 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from coserve.finetune.checkpoints import MANIFEST_FILE, OPTIMIZER_FILE, checkpoint_name
+from coserve.finetune.job import StepRow
 from coserve.server.errors import Conflict
 from coserve.server.index.disk import storage_errors
 from coserve.server.index.files import RESULTS
 from coserve.server.jobs.objects import result_csv
-from coserve.server.jobs.outputs import JobOutputs
 from coserve.server.records import FileRecord, JobRecord, now
 from coserve.server.replicas.artifacts import ArtifactStore, Stored
 from coserve.server.replicas.files import file_key
@@ -36,6 +38,7 @@ RECORD, METRICS = "job.json", "metrics.csv"
 _STATE = (OPTIMIZER_FILE, MANIFEST_FILE)
 _ADAPTER = "adapter"
 _MODEL = "model"
+_RESULT = "step_metrics"
 _EXPORTS = ("tensorboard", "wandb")
 SentT = TypeVar("SentT")
 
@@ -54,14 +57,24 @@ class SentResult(NamedTuple):
     file: FileRecord
 
 
+def job_key(job: str) -> str:
+    """Where the store has all of a job."""
+    return f"jobs/{job}"
+
+
 def start_key(job: str) -> str:
     """Where the store has the adapter that a job continues."""
-    return f"jobs/{job}/start"
+    return f"{job_key(job)}/start"
 
 
 def epoch_key(job: str, epoch: int) -> str:
     """Where the store has what a job made under an epoch."""
-    return f"jobs/{job}/e{epoch}"
+    return f"{job_key(job)}/e{epoch}"
+
+
+def export_keys(job: str, epoch: int) -> list[str]:
+    """Where the store has what integrations wrote for a job that ended under an epoch. No row names it."""
+    return [f"{epoch_key(job, epoch)}/{name}" for name in _EXPORTS]
 
 
 def state_key(adapter_key: str) -> str:
@@ -92,69 +105,77 @@ def link_tree(source: Path, target: Path) -> None:
             os.replace(part, target)
 
 
-def pack_checkpoint(outputs: JobOutputs, job: str, step: int, directory: Path) -> Path | None:
-    """Puts a checkpoint that the engine has written into a box, with what else belongs to it. None if the engine has deleted it
-    by now, since there are newer ones. Raises StorageRefused."""
-    box = outputs.directory(job) / "boxes" / checkpoint_name(step)
-    shutil.rmtree(box, ignore_errors=True)
+def pack_checkpoint(output: Path, directory: Path, box: Path) -> bool:
+    """Puts a checkpoint that the engine has written into a box, with what else belongs to it. False if the engine has deleted
+    it by now, since there are newer ones. output: the engine's directory of the job. Raises StorageRefused."""
+    drop_box(box)
     try:
         with storage_errors():
             for path in directory.iterdir():
                 link_tree(path, box / ("state" if path.name in _STATE else _ADAPTER) / path.name)
             for name in (RECORD, METRICS):
-                source = outputs.output(job) / name
+                source = output / name
                 if source.exists():
                     shutil.copyfile(source, box / "state" / name)  # the engine goes on writing to it
     except FileNotFoundError:
-        return None
-    return box if (box / "state" / MANIFEST_FILE).is_file() else None
+        return False
+    return (box / "state" / MANIFEST_FILE).is_file()
 
 
-def send_checkpoint(artifacts: ArtifactStore, job: str, epoch: int, box: Path) -> SentCheckpoint:
+def send_checkpoint(artifacts: ArtifactStore, job: str, epoch: int, step: int, box: Path) -> SentCheckpoint:
     """Sends a checkpoint's box. Raises StorageRefused."""
     def send(key: str) -> SentCheckpoint:
         return SentCheckpoint(
-            artifacts.put_directory(f"{key}/{_ADAPTER}", box / _ADAPTER), artifacts.put_directory(f"{key}/state", box /
-            "state"), )
+            artifacts.put_directory(f"{key}/{_ADAPTER}", box / _ADAPTER),
+            artifacts.put_directory(f"{key}/state", box / "state"),
+        )
 
-    return _send(send, f"{epoch_key(job, epoch)}/{box.name}")
+    return _send(send, f"{epoch_key(job, epoch)}/{checkpoint_name(step)}")
 
 
-def pack_result(outputs: JobOutputs, job: str) -> Path:
-    """Puts the adapter that a job has made into a box. Raises StorageRefused."""
-    box = outputs.directory(job) / "boxes" / _MODEL
-    shutil.rmtree(box, ignore_errors=True)
+def pack_result(output: Path, rows: Sequence[StepRow], box: Path) -> None:
+    """Puts the adapter that a job has made into a box, and the result file: the metrics, in base64, as OpenAI's clients expect
+    them. output: the engine's directory of the job. rows: its steps. Raises StorageRefused."""
+    drop_box(box)
     with storage_errors():
-        for path in outputs.output(job).iterdir():
+        for path in output.iterdir():
             if path.is_file() and path.name not in (RECORD, METRICS):
-                link_tree(path, box / path.name)
-    return box
+                link_tree(path, box / _MODEL / path.name)
+        (box / _RESULT).write_bytes(base64.b64encode(result_csv(rows)))
 
 
-def send_result(artifacts: ArtifactStore, outputs: JobOutputs, record: JobRecord, epoch: int, box: Path) -> SentResult:
-    """Sends the tuned adapter's box, and the result file: the metrics, in base64, as OpenAI's clients expect them. Raises
-    StorageRefused."""
-    content = base64.b64encode(result_csv(outputs.rows(record.id)))
-    path = box.with_name("step_metrics")
+def send_result(artifacts: ArtifactStore, record: JobRecord, epoch: int, box: Path) -> SentResult:
+    """Sends the box of a job's result. Raises StorageRefused."""
     with storage_errors():
-        path.write_bytes(content)
+        content = (box / _RESULT).read_bytes()
     file = FileRecord(
         id=record.id.replace("ftjob-", "file-", 1), tenant=record.tenant, filename="step_metrics.csv",
         purpose=RESULTS, bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), created_at=now(),
     )
-    artifacts.put_file(file_key(file), path)
-    model = _send(lambda key: artifacts.put_directory(key, box), f"{epoch_key(record.id, epoch)}/{_MODEL}")
+    artifacts.put_file(file_key(file), box / _RESULT)
+    model = _send(lambda key: artifacts.put_directory(key, box / _MODEL), f"{epoch_key(record.id, epoch)}/{_MODEL}")
     return SentResult(model, file)
 
 
-def send_exports(artifacts: ArtifactStore, directory: Path, job: str, epoch: int) -> None:
-    """Sends what integrations have written below a run's directory. Raises StorageRefused."""
+def pack_exports(directory: Path, box: Path) -> None:
+    """Puts what integrations have written below a run's directory into a box. Raises StorageRefused."""
+    drop_box(box)
+    with storage_errors():
+        for name in _EXPORTS:
+            if (directory / name).is_dir():
+                link_tree(directory / name, box / name)
+
+
+def send_exports(artifacts: ArtifactStore, job: str, epoch: int, box: Path) -> None:
+    """Sends the box of what integrations have written. Raises StorageRefused."""
     for name in _EXPORTS:
-        if (directory / name).is_dir():
-            box = directory / "boxes" / name
-            with storage_errors():
-                link_tree(directory / name, box)
-            artifacts.put_directory(f"{epoch_key(job, epoch)}/{name}", box)
+        if (box / name).is_dir():
+            artifacts.put_directory(f"{epoch_key(job, epoch)}/{name}", box / name)
+
+
+def drop_box(box: Path) -> None:
+    """Removes a box, if there is one."""
+    shutil.rmtree(box, ignore_errors=True)
 
 
 def _send(send: Callable[[str], SentT], key: str) -> SentT:

@@ -2,7 +2,7 @@
 
     a step            its event, the job's progress and the step in the row are one transaction under the job's epoch
     a checkpoint      goes to the artifact store, then one transaction makes it visible
-    the result        goes to the store before the job's end is written
+    the result        goes to the store before the job's end is written, which is one transaction
     a job may leave   to another replica: handed over at the end of a step, or lost to whoever has claimed it
 
 Owns: those differences, the reasons why a job is held. Does not own: leases (jobs.py), the order of deliveries (deliveries.py).
@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from coserve.server.errors import StorageRefused
 from coserve.server.index.rows import NewEvent
 from coserve.server.jobs.objects import step_metrics
 from coserve.server.jobs.queue import UnfinishedJob
-from coserve.server.jobs.runner import JobRunner
+from coserve.server.jobs.runner import JobRunner, end_fields, end_notes
 from coserve.server.jobs.spec import num_members
+from coserve.server.jobs.trackers import export_metrics
 from coserve.server.link.messages import JobEnded
 from coserve.server.records import AdapterRecord, CheckpointRecord, JobRecord, JobStatus, new_id, now
 from coserve.server.replicas.artifacts import ArtifactStore
@@ -34,8 +36,8 @@ from coserve.server.replicas.fenced import Fenced, FencedStore
 from coserve.server.replicas.parcels import (
     SentCheckpoint,
     checkpoint_key,
-    epoch_key,
     pack_checkpoint,
+    pack_exports,
     pack_result,
     send_checkpoint,
     send_exports,
@@ -44,6 +46,9 @@ from coserve.server.replicas.parcels import (
 from coserve.server.replicas.runs import RunsEngine
 from coserve.server.replicas.scratch import ScratchOutputs
 from coserve.server.settings import ServerConfig
+
+_MACHINE_FACTS = ("weights_layout", "kernels", "tensor_parallel_size", "adapter_sharding", "quantization", "threads")
+"""Recorded facts of a job (training/finetuning.py) that may differ between replicas of one base."""
 
 
 class Hold(Enum):
@@ -98,6 +103,7 @@ class ReplicaRunner(JobRunner):
         self.deliveries = Deliveries(self.note, lambda live, on: self.hold(live, Hold.STORE, on))
         self.draining = False
         self._held: dict[str, set[Hold]] = {}
+        self._sending: set[tuple[str, int | None, int]] = set()  # (job, epoch, step) of uncommitted checkpoints
         self._work: dict[asyncio.Task[None], UnfinishedJob] = {}
         self._tokens: dict[str, tuple[int, int]] = {}  # of the journal's thread: a job's last step, and its tokens up to there
 
@@ -109,6 +115,7 @@ class ReplicaRunner(JobRunner):
 
     def spawn(self, work: Coroutine[Any, Any, None], live: UnfinishedJob | None = None) -> asyncio.Task[None]:
         task = super().spawn(_unless_fenced(work), live)
+        task.add_done_callback(lambda done: work.close())  # it hasn't begun if the task is cancelled at once
         if live is not None:
             self._work[task] = live
             task.add_done_callback(lambda done: self._work.pop(done, None))
@@ -116,7 +123,7 @@ class ReplicaRunner(JobRunner):
 
     async def delivered(self, live: UnfinishedJob) -> None:
         """Returns when all that a job has made so far is in the store and in the index."""
-        await self.deliveries.pack(lambda: None)
+        await self.deliveries.pack(live, lambda: None)
         async with self.deliveries.turn(live):
             await self.journal.write(lambda: None)
 
@@ -131,6 +138,7 @@ class ReplicaRunner(JobRunner):
             task.cancel()
         self.deliveries.forget(id)
         self._held.pop(id, None)
+        await self.journal.drop(id)  # else it would be written under the next epoch that this replica has the job under
         await self.journal.write(lambda: self._tokens.pop(id, None))
         self.advance()
 
@@ -145,9 +153,12 @@ class ReplicaRunner(JobRunner):
 
     async def refused(self, live: UnfinishedJob, error: CoserveError) -> None:
         """As JobRunner's. A job that has begun elsewhere is left to others where this machine isn't like that one: a
-        deterministic job needs the same kernels and threads."""
-        if isinstance(error, InvalidRequest) and str(error).startswith("resume: "):
-            self.note(live.record.id, f"The job is left to others: {error}", level="warn")
+        deterministic job needs the same kernels and threads. Other things that have changed are the same everywhere."""
+        of_machine = error.param is not None and error.param.split(".")[0] in _MACHINE_FACTS
+        if isinstance(error, InvalidRequest) and str(error).startswith("resume: ") and of_machine:
+            id, reason = live.record.id, str(error)
+            self.note(id, f"The job is left to others: {reason}", level="warn")
+            await self.journal.keep(id, lambda: self._fenced.put_declined(id, reason))
             self._on_refused(live)
         else:
             await super().refused(live, error)
@@ -220,70 +231,122 @@ class ReplicaRunner(JobRunner):
 
     def _offer(self, id: str, step: int, directory: Path, metrics: dict[str, Any]) -> None:
         live = self.live.get(id)
-        if live is not None:
+        if live is not None and (id, self._epochs(id), step) not in self._sending:
             self.keep_checkpoint(live, step, directory, metrics)
 
     def keep_checkpoint(self, live: UnfinishedJob, step: int, directory: Path, metrics: dict[str, Any]) -> None:
-        self.spawn(self._deliver_checkpoint(live, step, directory, metrics), live)
+        place = live.record.id, self._epochs(live.record.id), step
+        self._sending.add(place)
+        task = self.spawn(self._deliver_checkpoint(live, step, directory, metrics), live)
+        task.add_done_callback(lambda done: self._sending.discard(place))
 
     async def _deliver_checkpoint(
         self, live: UnfinishedJob, step: int, directory: Path, metrics: dict[str, Any]
     ) -> None:
         record, tuned = live.record, self.tuned(live.record)
         epoch = self._epoch(record.id)
-        box = await self.deliveries.pack(lambda: pack_checkpoint(self._scratch, record.id, step, directory))
-        if box is None:
-            return
-        async with self.deliveries.turn(live):
-            sent = await self.deliveries.send(live, lambda: send_checkpoint(self._artifacts, record.id, epoch, box))
-            model, keep = f"{tuned}:ckpt-step-{step}", finetune_config_from_dict(record.config).keep_checkpoints
-            checkpoint, adapter = _rows(record, model, step, metrics, sent)
-            message = f"Checkpoint created at step {step}, served as {model}"
-            gone = await self.journal.keep(
-                record.id, lambda: self._fenced.commit_checkpoint(checkpoint, adapter, keep, message)
-            )
+
+        def pack() -> bool:
+            with self._scratch.writing(record.id):
+                return pack_checkpoint(self._scratch.output(record.id), directory, box)
+
+        with self._box(record.id) as box:
+            if not await self.deliveries.pack(live, pack):
+                return
+            async with self.deliveries.turn(live):
+                sent = await self.deliveries.send(
+                    live, lambda: send_checkpoint(self._artifacts, record.id, epoch, step, box)
+                )
+                model, keep = f"{tuned}:ckpt-step-{step}", finetune_config_from_dict(record.config).keep_checkpoints
+                checkpoint, adapter = _rows(record, model, step, metrics, sent)
+                message = f"Checkpoint created at step {step}, served as {model}"
+                gone = await self.journal.keep(
+                    record.id, lambda: self._fenced.commit_checkpoint(checkpoint, adapter, keep, message)
+                )
         for old in gone:
             self.spawn(self._delete(checkpoint_key(old.directory)))
-        await self._after_checkpoint(live)
+        self.spawn(self._after_checkpoint(live))
 
     async def deliver(self, live: UnfinishedJob) -> None:
         record, epoch = live.record, self._epoch(live.record.id)
         if record.status != "succeeded":
             await self.delivered(live)
             return
-        box = await self.deliveries.pack(lambda: pack_result(self._scratch, record.id))
-        async with self.deliveries.turn(live):
-            self._scratch.results[record.id] = await self.deliveries.send(
-                live, lambda: send_result(self._artifacts, self._scratch, record, epoch, box)
-            )
+
+        def pack() -> None:
+            with self._scratch.writing(record.id):
+                pack_result(self._scratch.output(record.id), self._scratch.rows(record.id), box)
+
+        with self._box(record.id) as box:
+            await self.deliveries.pack(live, pack)
+            async with self.deliveries.turn(live):
+                self._scratch.results[record.id] = await self.deliveries.send(
+                    live, lambda: send_result(self._artifacts, record, epoch, box)
+                )
+
+    @contextmanager
+    def _box(self, job: str) -> Iterator[Path]:
+        """Where a box may be made, which goes when the context ends. Raises Fenced."""
+        box = self._scratch.new_box(job)
+        try:
+            yield box
+        finally:
+            self.deliveries.drop(box)
 
     # --- ends ---
 
     async def finish(self, live: UnfinishedJob, status: JobStatus, **changes: Any) -> None:
-        """As JobRunner's. What the job has left in the store that no row names is deleted."""
-        record, epoch = live.record, self._epochs(live.record.id)
-        if self.live.get(record.id) is not live or epoch is None:
+        """As JobRunner's. A job that can't be ended here is given back, which counts as a crash."""
+        record = live.record
+        if self.live.get(record.id) is not live or self._epochs(record.id) is None:
             return
-        directory = self._scratch.directory(record.id)
-        await super().finish(live, status, **changes)
-        self._scratch.results.pop(record.id, None)
         try:
-            if record.integrations:
-                await self.deliveries.send(live, lambda: send_exports(self._artifacts, directory, record.id, epoch))
-            named = await asyncio.to_thread(self._scratch.checkpoints, record.id) if epoch > 1 else []
-            for key in [epoch_key(record.id, old) for old in range(1, epoch)]:
-                if not any(one.directory.startswith(f"{key}/") for one in named):
-                    await self._delete(key)
+            await super().finish(live, status, **changes)
+        except Fenced:
+            raise
+        except Exception:
+            live.strike(alone=True)
+            self._keep_strikes(live)
+            self._on_left(live)
+            raise
         finally:
-            self._on_ended(live)
+            self._scratch.results.pop(record.id, None)
+        self._on_ended(live)
+
+    async def export(self, live: UnfinishedJob) -> list[str]:
+        record, epoch = live.record, self._epoch(live.record.id)
+
+        def write() -> list[str]:
+            with self._scratch.writing(record.id) as directory:
+                return export_metrics(directory, record)
+
+        def pack() -> None:
+            with self._scratch.writing(record.id) as directory:
+                pack_exports(directory, box)
+
+        warnings = await asyncio.to_thread(write)
+        with self._box(record.id) as box:
+            await self.deliveries.pack(live, pack)
+            await self.deliveries.send(live, lambda: send_exports(self._artifacts, record.id, epoch, box))
+        return warnings
+
+    def write_end(self, live: UnfinishedJob, warnings: list[str]) -> None:
+        record, sent = live.record, self._scratch.results.get(live.record.id)
+        self.publish_steps(record)
+        tuned = None if record.fine_tuned_model is None else self._scratch.put_tuned(record, record.fine_tuned_model)
+        file = None if sent is None or tuned is None else sent.file
+        self._fenced.end_job(record.id, end_fields(record), end_notes(record, warnings), tuned, file)
 
     def _engine_down(self) -> None:
         before = {id: (live.strikes, live.struck_at) for id, live in self.live.items()}
         super()._engine_down()
         for id, live in self.live.items():
-            strikes, struck_at = live.strikes, live.struck_at
-            if before.get(id) != (strikes, struck_at):
-                self.journal.keep(id, lambda id=id, n=strikes, at=struck_at: self._fenced.put_strikes(id, n, at))  # type: ignore[misc]
+            if before.get(id) != (live.strikes, live.struck_at):
+                self._keep_strikes(live)
+
+    def _keep_strikes(self, live: UnfinishedJob) -> None:
+        id, strikes, struck_at = live.record.id, live.strikes, live.struck_at
+        self.journal.keep(id, lambda: self._fenced.put_strikes(id, strikes, struck_at))
 
     async def _delete(self, key: str) -> None:
         """Deletes artifacts that no row names. If the store refuses, they stay there and nobody sees them."""

@@ -2,7 +2,10 @@
 
     SCRATCH/JOB-eEPOCH/request.json, start/, output/     as in a single server's jobs/ID/ (jobs/outputs.py)
     SCRATCH/JOB-eEPOCH/data/training_file, ...           the job's files
-    SCRATCH/JOB-eEPOCH/boxes/NAME/                       what is on its way to the artifact store (parcels.py)
+    SCRATCH/JOB-eEPOCH/boxes/HEX/                        what is on its way to the artifact store (parcels.py)
+
+A run's directory goes with the run. Threads may still be writing into it then, which nobody can stop: the last of them removes
+it.
 
 Owns: that layout, what is brought here before a run begins, rows of what a run has made. Does not own: what goes to the store
 (parcels.py), when (deliveries.py). Synchronous; called by the journal's thread and others.
@@ -10,8 +13,12 @@ Owns: that layout, what is brought here before a run begins, rows of what a run 
 
 from __future__ import annotations
 
+import secrets
 import shutil
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +64,9 @@ class ScratchOutputs(JobOutputs):
         """Digests of the adapters that jobs continue."""
         self.results: dict[str, SentResult] = {}
         """What jobs have made that are about to end, by job."""
+        self._lock = threading.Lock()
+        self._writers: Counter[str] = Counter()  # by run
+        self._closed: set[str] = set()
 
     def directory(self, job: str) -> Path:
         """Of the job's present run. Raises Fenced."""
@@ -67,22 +77,53 @@ class ScratchOutputs(JobOutputs):
 
     def open(self, job: str) -> Path:
         """Makes the directory of a job's present run. Raises StorageRefused."""
-        directory = self.directory(job)
-        with storage_errors():
+        with self.writing(job) as directory, storage_errors():
             directory.mkdir(parents=True, exist_ok=True)
         return directory
 
-    def close(self, run: str) -> None:
-        """Removes the directory of a run that has ended."""
+    @contextmanager
+    def writing(self, job: str) -> Iterator[Path]:
+        """The directory of the job's present run. It stays as long as the context is open, also if the run ends. Raises
+        Fenced."""
+        with self._lock:
+            directory = self.directory(job)
+            self._writers[directory.name] += 1
+        try:
+            yield directory
+        finally:
+            self._stop_writing(directory.name)
+
+    def _stop_writing(self, run: str) -> None:
+        with self._lock:
+            self._writers[run] -= 1
+            if self._writers[run]:
+                return
+            del self._writers[run]
+            if run not in self._closed:
+                return
+            self._closed.remove(run)
         shutil.rmtree(self.root / run, ignore_errors=True)
+
+    def close(self, run: str) -> None:
+        """Removes the directory of a run that has ended, now or when nobody writes into it any more. Its job must have another
+        epoch by now, or none."""
+        with self._lock:
+            if run in self._writers:
+                self._closed.add(run)
+                return
+        shutil.rmtree(self.root / run, ignore_errors=True)
+
+    def new_box(self, job: str) -> Path:
+        """Where a box of the job's present run may be made. Raises Fenced."""
+        return self.directory(job) / "boxes" / secrets.token_hex(8)
 
     # --- what comes here ---
 
     def prepare(self, record: JobRecord) -> None:
         """Brings here what the present run needs, unless it is here: the job's files, the adapter that it continues, and the
         newest checkpoint that is whole. Raises StorageRefused, InvalidRequest if a file is gone, Fenced."""
-        directory = self.open(record.id)
-        with storage_errors():
+        with self.writing(record.id) as directory, storage_errors():
+            directory.mkdir(parents=True, exist_ok=True)
             for file in self._named_files(record):
                 target = directory / "data" / file.param
                 if not target.exists():
@@ -151,18 +192,16 @@ class ScratchOutputs(JobOutputs):
         return sum(row.tokens for row in MetricsTable(self.output(job) / METRICS).rows() if row.step <= step)
 
     def put_tuned(self, record: JobRecord, tuned: str) -> AdapterRecord:
-        """As JobOutputs': what was sent to the store."""
+        """What was sent to the store. It is listed with the job's end (fenced.py)."""
         sent = self.results[record.id].adapter
-        return self._fenced.put_adapter(AdapterRecord(
+        return AdapterRecord(
             name=tuned, tenant=record.tenant, directory=sent.key, created_at=now(), job=record.id, sha256=sent.sha256,
             bytes=sent.bytes,
-        ))
+        )
 
     def save_result(self, record: JobRecord) -> str:
-        """As JobOutputs': what was sent to the store."""
-        file = self.results[record.id].file
-        self._fenced.put_result(record.id, file)
-        return file.id
+        """The id of what was sent to the store. It is listed with the job's end (fenced.py)."""
+        return self.results[record.id].file.id
 
 
 def _unpack(step: int, adapter: Path, state: Path, place: Path) -> None:
