@@ -98,6 +98,8 @@ class Fleet:
         self.index = Store(url)
         self.artifacts: ArtifactStore = open_store(str(root / "store"), root / "ingress" / "cache", cache_bytes=1 << 30)
         facts: Any = FakeEngine(model)
+        self.facts: FakeEngine = facts
+        """What the ingress knows of the engines."""
         self.files = StoredFiles(self.artifacts, root / "ingress" / "files", self.index, 1 << 20, 1 << 30)
         self.models = ReplicaModels(self.index, facts, self.config, self.artifacts, root / "ingress")
         self.members: list[Member] = []

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.server.conftest import wait_until
@@ -156,6 +157,7 @@ def test_a_job_moves_between_engines_and_nobody_can_tell(
     async def run() -> None:
         settings = {name: value for name, value in SETTINGS.items() if name == "served_model_name"}
         fleet = Fleet(postgres_url, tiny_model, tmp_path, **settings)
+        fleet.facts.info = msgspec.structs.replace(fleet.facts.info, fingerprint="")  # its jobs are for any base
         try:
             await story(fleet)
         finally:

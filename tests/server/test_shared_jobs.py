@@ -76,6 +76,7 @@ def test_engines_share_a_job_and_one_is_killed(
 
     async def story(fleet: Fleet, first: Place, second: Place) -> None:
         await asyncio.gather(first.start(1.0), second.start(0.0))
+        fleet.facts.info = first.engine.info
         file = await fleet.upload(chat_lines(32))
 
         async def finish(job: str) -> list[float]:
