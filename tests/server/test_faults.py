@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import base64
 import json
 import os
 import signal
@@ -200,6 +201,6 @@ def test_a_job_goes_on_after_the_engine_was_killed(start_server: StartServer, tm
     assert ended["status"] == "succeeded", ended
     answer = chat(server, model=ended["fine_tuned_model"], max_tokens=3)
     assert answer.status_code == 200, answer.text
-    table = httpx.get(f"{server.url}/v1/files/{ended['result_files'][0]}/content", timeout=30).text
-    steps = [int(line.split(",")[0]) for line in table.splitlines()[1:]]
+    content = httpx.get(f"{server.url}/v1/files/{ended['result_files'][0]}/content", timeout=30).content
+    steps = [int(line.split(",")[0]) for line in base64.b64decode(content).decode().splitlines()[1:]]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) == 240
