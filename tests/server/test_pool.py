@@ -534,7 +534,8 @@ def test_a_draining_replica_gets_nothing_new() -> None:
     run(2, story)
 
 
-def test_a_stranger_is_not_let_in_and_another_model_is_left_out() -> None:
+@pytest.mark.parametrize("odd", [{"fingerprint": "another", "model": "other"}, {"dtype": "bfloat16"}], ids=["model", "dtype"])
+def test_a_stranger_is_not_let_in_and_another_model_is_left_out(odd: dict[str, str]) -> None:
     async def story(site: Site) -> None:
         stranger = EnginePool(KeyPair.make(), Path("/model"))
         stranger.start()
@@ -542,13 +543,13 @@ def test_a_stranger_is_not_let_in_and_another_model_is_left_out() -> None:
         await asyncio.sleep(0.3)
         assert not stranger.ready
         await stranger.stop()
-        odd = Played(site.context, 8, msgspec.structs.replace(INFO, fingerprint="another", model="other"))
-        site.replicas.append(odd)
+        other = Played(site.context, 8, msgspec.structs.replace(INFO, **odd))
+        site.replicas.append(other)
         site.see()
-        await until(lambda: odd.member.id in site.pool._links._left_out)
+        await until(lambda: other.member.id in site.pool._links._left_out)
         site.see()
         assert [state["id"] for state in site.pool.states()] == [site.replicas[0].member.id]
-        await odd.close()
+        await other.close()
 
     run(1, story)
 

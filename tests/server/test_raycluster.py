@@ -60,7 +60,8 @@ def parent_of(pid: int) -> int:
 
 
 def config_of(address: str | None, **settings: Any) -> ServerConfig:
-    given = {"replicas": 3, "database_url": "postgresql://h/d", "store": "/x", "threads": 1, "device": "cpu", "model": "serves"}
+    given = {"replicas": 3, "database_url": "postgresql://h/d", "store": "/x", "threads": 1, "device": "cpu", "model": "serves",
+             "dtype": "float32"}
     return ServerConfig(**{**given, "ray_address": address, **settings})
 
 
@@ -262,7 +263,7 @@ def test_nothing_is_left_of_a_command_that_is_killed(tmp_path: Path) -> None:
     )
     command = [
         sys.executable, "-c", program, "serve", "serves", "--database-url", "postgresql://h/d", "--store", str(tmp_path),
-        "--device", "cpu", "--threads", "1", "--replicas", "1",
+        "--device", "cpu", "--dtype", "float32", "--threads", "1", "--replicas", "1",
     ]
     log = tmp_path / "log"
     with log.open("wb") as output, subprocess.Popen(

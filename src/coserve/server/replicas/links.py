@@ -177,14 +177,17 @@ class FleetLinks:
         self._context.destroy(linger=0)
 
     def _serves_the_model(self, member: Member) -> bool:
-        """Whether a replica serves the model that the others serve. The first one that takes requests decides: rows of replicas
-        that were killed stay for a while, and may be of another start."""
+        """Whether a replica serves the model that the others serve, in the same dtype. The first one that takes requests
+        decides: rows of replicas that were killed stay for a while, and may be of another start."""
         try:
             info = read_engine(member.info)
         except msgspec.ValidationError as error:
             return self._leave_out(member, f"it says what this version can't read ({error})")
-        if self._info is not None and (info.fingerprint, info.vocab_size) != (self._info.fingerprint, self._info.vocab_size):
-            return self._leave_out(member, f"it serves {info.model}, and the others another model, {self._info.model}")
+        first = self._info
+        if first is not None and (info.fingerprint, info.vocab_size) != (first.fingerprint, first.vocab_size):
+            return self._leave_out(member, f"it serves {info.model}, and the others another model, {first.model}")
+        if first is not None and info.dtype != first.dtype:
+            return self._leave_out(member, f"it computes in {info.dtype}, the others in {first.dtype}; give all one --dtype")
         self._info = self._info or msgspec.structs.replace(info, directory=str(self._directory))
         return True
 

@@ -36,6 +36,7 @@ from coserve.config.values import require
 from coserve.core import ConfigError, CoserveError, one_line
 from coserve.server.link.setup import STOP_S
 from coserve.server.replicas import processhost
+from coserve.server.replicas.fleetdtype import with_settled_dtype
 from coserve.server.replicas.fleetsettings import check_fleet, shown_secrets
 from coserve.server.replicas.hostreport import HostReport, read_report
 from coserve.server.replicas.placement import Machine, Needs, check_room, needs_of, place, sharers
@@ -151,8 +152,8 @@ class RayFleet:
     # --- the start ---
 
     def start(self) -> None:
-        """Joins or starts Ray, and places the processes; `look` says what becomes of them. Raises ConfigError and
-        CapacityError."""
+        """Joins or starts Ray, and places the processes; `look` says what becomes of them. Raises ConfigError, CapacityError,
+        and NotFound or InvalidRequest for a model that can't be used."""
         config = self.config
         assert config.replicas is not None
         if config.ray_address is None:
@@ -163,10 +164,12 @@ class RayFleet:
         self._needs = needs_of(config, machines)
         if config.ray_address is None:
             check_room(machines, config.replicas, self._needs)
+        if not self._needs.gpus:
+            self.config = with_settled_dtype(config, self.report)
         self.report(f"Ray {self._ray.__version__} with {len(machines)} nodes; {config.replicas} replicas of {self._needs} each")
         own = self._ray.get_runtime_context().get_node_id()
         here = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(own, soft=False)
-        setup = FleetSetup(config=config, keys=self._keys)
+        setup = FleetSetup(config=self.config, keys=self._keys)
         # Ray places an actor for which nothing is said on a node with a processor to spare, and this one may offer none.
         ingress = self._actor("ingress", setup, num_cpus=0, scheduling_strategy=here)
         self._hosted.append(_Hosted("ingress", "ingress", ingress, own))
