@@ -18,7 +18,6 @@ from coserve.server.index.database import Database, PostgresLimits
 from coserve.server.index.rows import NewEvent
 from coserve.server.index.store import Store
 from coserve.server.records import AdapterRecord, CheckpointRecord, FileRecord, JobRecord
-from coserve.server.replicas import claims as claims_module
 from coserve.server.replicas import deskrows as deskrows_module
 from coserve.server.replicas.claims import JobClaims
 from coserve.server.replicas.deskrows import DeskStore
@@ -161,36 +160,30 @@ def _seen(desk: DeskStore, id: str, fingerprint: str) -> None:
     Members(desk.database).join(Member(id=id, kind="engine", address="", public_key="", node="", info=info))
 
 
-def test_a_job_that_no_live_replica_can_take_is_claimed_to_be_failed(
-    desk: DeskStore, claims: JobClaims, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_no_live_replica_can_take_is_claimed_to_be_failed(desk: DeskStore, claims: JobClaims) -> None:
     desk.create_job(job("one", status="running"), None, (), "f")
     store, epochs = FencedStore(desk.database, lambda id: epochs.get(id)), {"one": 1}
     assert claims.claim(0.0, fingerprint="f") is not None
     store.put_declined("one", "other kernels")
     claims.give_back("one", 1)
     _seen(desk, "a", "f")
-    assert claims.claim_hopeless("f") is None, "another one may be starting"
-    monkeypatch.setattr(claims_module, "DECLINED_S", -1.0)
     _seen(desk, "b", "f")
-    assert claims.claim_hopeless("f") is None, "another one is there, and perhaps busy"
+    assert not claims.find_hopeless("f") and claims.claim_hopeless("f", ["one"]) is None, "another one is there, perhaps busy"
     Members(desk.database).leave("b")
     _seen(desk, "c", "g")
-    hopeless = claims.claim_hopeless("f")
+    assert claims.find_hopeless("f") == {"one": False} and claims.claim_hopeless("f", ["two"]) is None
+    hopeless = claims.claim_hopeless("f", ["one"])
     assert hopeless is not None and hopeless.hopeless == "no replica can go on with the job: other kernels"
-    assert hopeless.epoch == 2 and claims.claim_hopeless("f") is None
+    assert hopeless.epoch == 2 and not claims.find_hopeless("f") and claims.claim_hopeless("f", ["one"]) is None
 
 
-def test_a_job_whose_base_nobody_has_is_failed_at_last(
-    desk: DeskStore, claims: JobClaims, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_whose_base_nobody_has_is_claimed_to_be_failed(desk: DeskStore, claims: JobClaims) -> None:
     desk.create_job(job("one"), None, (), "g")
-    assert claims.claim_hopeless("f") is None, "those that have it may all be away"
-    monkeypatch.setattr(claims_module, "FOREIGN_S", -1.0)
     _seen(desk, "b", "g")
-    assert claims.claim_hopeless("f") is None
+    assert not claims.find_hopeless("f") and claims.claim_hopeless("f", ["one"]) is None
     Members(desk.database).leave("b")
-    hopeless = claims.claim_hopeless("f")
+    assert claims.find_hopeless("f") == {"one": True}
+    hopeless = claims.claim_hopeless("f", ["one"])
     assert hopeless is not None and "another base model" in str(hopeless.hopeless)
 
 

@@ -4,6 +4,7 @@ of this process over real sockets; their engines are played."""
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -110,11 +111,15 @@ class Played:
         self.engine, self.keys, self.nudged = PlayedEngine(), KeyPair.make(), list[str]()
         self.ensured: list[AdapterRef] = []
         self.load, self.missing = LOAD, False
+        self.refuses_after_s: float | None = None
 
         async def ensure(ref: AdapterRef) -> None:
             self.ensured.append(ref)
             if self.missing:  # as when the store doesn't answer
                 await asyncio.Event().wait()
+            if self.refuses_after_s is not None:
+                await asyncio.sleep(self.refuses_after_s)
+                raise StorageRefused("the store is away")
 
         self.socket = ServerSocket(context, "127.0.0.1", self.keys, lambda peer, data: self.link.on_message(peer, data))
         engine: Any = self.engine
@@ -406,6 +411,60 @@ def test_a_replica_whose_engine_says_nothing_gives_its_requests_back(monkeypatch
         beats.cancel()
 
     run(2, story)
+
+
+def test_a_request_that_silences_two_engines_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coserve.server.replicas.replicalink.SILENT_S", 0.3)
+
+    async def story(site: Site) -> None:
+        for replica in site.replicas:
+            replica.engine.hold = True
+        stream = site.ask()
+        beats = []
+        for _ in range(2):
+            await until(lambda: any(one.link.num_requests for one in site.replicas))
+            busy = site.busy
+            busy.beater.cancel()
+            beats.append(asyncio.create_task(busy.link.beat()))
+            await until(lambda: not busy.link.num_requests)  # noqa: B023
+        with pytest.raises(EngineUnavailable, match="says nothing"):
+            await collect(stream)
+        assert sum(len(replica.engine.asked) for replica in site.replicas) == 2
+        for beat in beats:
+            beat.cancel()
+
+    run(3, story)
+
+
+def test_streams_survive_an_ingress_that_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "LOST_S", 0.2)
+    monkeypatch.setattr(pool, "LOST_S", 0.2)
+    monkeypatch.setattr(pool, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(pool, "PATIENCE_S", 0.5)
+
+    async def story(site: Site) -> None:
+        stream = site.ask(tokens=100)
+        found = [*(await anext(stream)).token_ids]
+        for link in site.pool._links.all:  # what the replicas say does not arrive before the first look
+            link.heard_s -= 10.0
+        time.sleep(0.6)
+        found += [token for chunk in [chunk async for chunk in stream] for token in chunk.token_ids]
+        assert [found] == expected(tokens=100)
+
+    run(2, story)
+
+
+def test_replicas_that_are_slow_to_refuse_a_request_are_not_all_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "PATIENCE_S", 0.2)
+
+    async def story(site: Site) -> None:
+        for replica in site.replicas:
+            replica.refuses_after_s = 0.15
+        with pytest.raises(StorageRefused, match="away"):
+            await collect(site.ask(adapter=AdapterRef(name="t/x@1", uri="adapters/x", sha256="0")))
+        assert sum(len(replica.ensured) for replica in site.replicas) == 3
+
+    run(5, story)
 
 
 def test_a_refused_connection_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:

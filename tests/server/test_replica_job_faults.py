@@ -17,7 +17,6 @@ from sqlalchemy import text
 
 from coserve.core import InvalidRequest
 from coserve.server.errors import Conflict, StorageRefused
-from coserve.server.replicas import claims as claims_module
 from coserve.server.replicas import fenced as fenced_module
 from coserve.server.replicas import jobs as jobs_module
 from coserve.server.replicas import runner as runner_module
@@ -177,7 +176,7 @@ def test_a_job_that_no_replica_can_resume_fails(
     play: PlayFleet, monkeypatch: pytest.MonkeyPatch, param: str, starts: int
 ) -> None:
     """One whose data have changed fails at once; other kernels are tried everywhere."""
-    monkeypatch.setattr(claims_module, "DECLINED_S", 0.3)
+    monkeypatch.setattr(jobs_module, "DECLINED_S", 0.3)
     monkeypatch.setattr(jobs_module, "HOPELESS_S", 0.1)
 
     async def story(fleet: Fleet) -> None:

@@ -39,8 +39,9 @@ DIFFERS = "the adapter of this member differs from the primary's"
 class StepLimits:
     """lost_s: silence after which a member counts as lost. late_s, slow: a member is late while others wait for it after
     `late_s`, or `slow` times what its micro-batches take elsewhere, whichever is more. unknown_s: the same before anybody has
-    sealed. max_totals: how many steps a member may lag behind. max_joining: the same, at least as many, before it has caught up
-to that for the first time; also how many steps the primary's state may take to be told. max_members: the primary included."""
+    sealed. max_totals: how many steps a member may lag behind. max_joining: the same, at least as many, before it has caught
+    up to that for the first time; also how many steps the primary's state may take to be told. max_members: the primary
+    included."""
 
     lost_s: float = 15.0
     late_s: float = 20.0

@@ -34,10 +34,10 @@ def export_metrics(directory: Path, record: JobRecord) -> list[str]:
         environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
         try:
             done = subprocess.run(
-                command, input=msgspec.json.encode(record).decode(), capture_output=True, text=True, timeout=TIMEOUT_S,
-                check=False, env=environment, cwd=directory,
+                command, input=msgspec.json.encode(record), capture_output=True, timeout=TIMEOUT_S, check=False,
+                env=environment, cwd=directory,
             )
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+            last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1][:300]
             problem = last if done.returncode else None
         except (OSError, subprocess.TimeoutExpired) as error:
             problem = type(error).__name__

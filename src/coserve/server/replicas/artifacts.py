@@ -104,25 +104,27 @@ class ArtifactStore:
             return True
         return False
 
-    def delete(self, prefix: str) -> None:
+    def delete(self, prefix: str, *, copies: bool = True) -> None:
         """Deletes the artifact of a key and all those below it, with what broken tries left. Nothing happens if there is none.
+        copies: whether this machine's copies are deleted too, which an artifact with the same files under another key shares.
         Other machines' copies go when their room is needed."""
         _check_key(prefix)
         known = self._objects.sizes(prefix)
         for key in known:
             if key.endswith(f"/{_MANIFEST}"):  # manifests first, so that no artifact is there in part
-                with contextlib.suppress(NotFound):
-                    self.cache.drop(self._read_manifest(key.removesuffix(f"/{_MANIFEST}")).digest)
+                if copies:
+                    with contextlib.suppress(NotFound):
+                        self.cache.drop(self._read_manifest(key.removesuffix(f"/{_MANIFEST}")).digest)
                 self._objects.remove(key)
         if known:
             self._objects.remove(prefix)
 
     def sweep(self, prefix: str, keep: Collection[str]) -> None:
-        """Deletes what is below a key, but not what is at or below the keys to keep."""
+        """Deletes what is below a key, but not what is at or below the keys to keep, and no copies of it."""
         if prefix in keep:
             return
         if not any(key.startswith(f"{prefix}/") for key in keep):
-            self.delete(prefix)
+            self.delete(prefix, copies=False)
             return
         _check_key(prefix)
         for name in sorted({key.removeprefix(f"{prefix}/").split("/")[0] for key in self._objects.sizes(prefix)}):

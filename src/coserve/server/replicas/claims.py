@@ -4,17 +4,16 @@
       ^                          |
       +------- give_back --------+      or the lease ends, and anybody claims the job with the next epoch
 
-A replica claims only jobs of its own base. A job that no replica can take is claimed to be failed, so that it doesn't wait for
-ever. All times are of the database's clock. Renewals have a connection of their own, so that nothing else that a replica asks
-of the database can keep them waiting.
+A replica claims only jobs of its own base. A job that no replica can take does not wait for ever: in the end a replica claims
+it only to fail it. All times are of the database's clock. Renewals have a connection of their own, so that nothing else that a
+replica asks of the database can keep them waiting.
 
-Owns: the statements. Does not own: when they are made (cluster/leases.py), what a holder writes
-about its jobs (fenced.py).
+Owns: the statements. Does not own: when they are made (cluster/leases.py), what a holder writes about its jobs (fenced.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -48,10 +47,6 @@ from coserve.server.replicas.members import SILENT_S
 CLOCK: ColumnElement[float] = literal_column("extract(epoch FROM clock_timestamp())::double precision", Double)
 """Unix seconds of the database's clock."""
 _RENEWAL_LIMITS = PostgresLimits(connections=1, wait_s=3.0, statement_s=4.0, lock_s=2.0, idle_s=4.0)
-DECLINED_S = 60.0
-"""Seconds for which a job waits that all replicas have declined: another one may be starting."""
-FOREIGN_S = 24 * 3600.0
-"""Seconds for which a job waits whose base no replica has: another fleet of this database may have it, and be away."""
 _CLAIM_LIMITS = PostgresLimits(connections=2, wait_s=5.0, statement_s=10.0, lock_s=2.0, idle_s=5.0)
 
 
@@ -148,23 +143,18 @@ class JobClaims:
             return None
         return _claimed(row)
 
-    def claim_hopeless(self, fingerprint: str) -> ClaimedJob | None:
-        """Takes a job that no replica has had for a while, and that no live one can take: each has declined it, or has another
-        base, this one too. fingerprint: of this replica's base."""
-        free_s = CLOCK - func.coalesce(jobs.c.lease_until, 0.0)
-        foreign = jobs.c.fingerprint.not_in(("", fingerprint))
-        might = and_(
-            members.c.kind == "engine", CLOCK - members.c.seen_at < SILENT_S,
-            or_(jobs.c.fingerprint == "", members.c.info["fingerprint"].as_string() == jobs.c.fingerprint),
-            ~_has_declined(members.c.id),
-        )
+    def find_hopeless(self, fingerprint: str) -> dict[str, bool]:
+        """Jobs that no replica has and no live one can take: each has declined the job, or has another base, this one too. That
+        may change when another replica starts. For each: whether its base is another one. fingerprint: of this replica's."""
+        foreign = jobs.c.fingerprint.not_in(("", fingerprint)).label("foreign")
+        with translated(), self._claims.connect() as connection:
+            rows = connection.execute(select(jobs.c.id, foreign).where(*self._hopeless(fingerprint))).all()
+        return {row.id: bool(row.foreign) for row in rows}
+
+    def claim_hopeless(self, fingerprint: str, among: Collection[str]) -> ClaimedJob | None:
+        """Takes one of some jobs, if it is one that `find_hopeless` would find now. fingerprint: as there."""
         picked = (
-            select(jobs.c.id, jobs.c.owner)
-            .where(
-                jobs.c.status.not_in(ENDED), jobs.c.paused.is_(False),
-                or_(and_(foreign, free_s > FOREIGN_S), and_(_has_declined(literal(self._replica)), free_s > DECLINED_S)),
-                ~exists().where(might).correlate(jobs),
-            )
+            select(jobs.c.id, jobs.c.owner).where(jobs.c.id.in_(list(among)), *self._hopeless(fingerprint))
             .order_by(jobs.c.seq).limit(1).with_for_update(skip_locked=True, of=jobs).cte("picked")
         )
         statement = (
@@ -178,6 +168,19 @@ class JobClaims:
             return None
         reason = (row.declined or {}).get(self._replica, "all replicas have another base model by now")
         return replace(_claimed(row), hopeless=f"no replica can go on with the job: {reason}")
+
+    def _hopeless(self, fingerprint: str) -> Sequence[ColumnElement[bool]]:
+        """What holds for the jobs of `find_hopeless`."""
+        might = and_(
+            members.c.kind == "engine", CLOCK - members.c.seen_at < SILENT_S,
+            or_(jobs.c.fingerprint == "", members.c.info["fingerprint"].as_string() == jobs.c.fingerprint),
+            ~_has_declined(members.c.id),
+        )
+        return (
+            jobs.c.status.not_in(ENDED), jobs.c.paused.is_(False), func.coalesce(jobs.c.lease_until, 0.0) <= CLOCK,
+            or_(jobs.c.fingerprint.not_in(("", fingerprint)), _has_declined(literal(self._replica))),
+            ~exists().where(might).correlate(jobs),
+        )
 
     def renew(self, held: Mapping[str, int]) -> dict[str, HeldRow]:
         """Prolongs leases, given by jobs and their epochs. Those that are missing in the answer are another's, or have

@@ -111,7 +111,7 @@ class FencedStore(Store):
                 named = [adapters.c.tenant == adapter.tenant, adapters.c.name == one.model]
                 connection.execute(delete(adapters).where(*named))
                 note_removed(connection, checkpoints, one.job, one.id, [one.step])
-            if known != record.sha256:
+            if known != record.sha256 and record.step in kept:
                 put_event(connection, record.job, NewEvent(message=message), now(), epoch)
         return gone
 

@@ -52,6 +52,9 @@ DRAIN_S = 120.0
 """Seconds that jobs get to be handed over: to end their steps, and to be stored."""
 HOPELESS_S = 30.0
 """Seconds between two looks for jobs that no replica can take."""
+DECLINED_S, FOREIGN_S = 600.0, 24 * 3600.0
+"""Seconds for which a job must have been one that no replica can take, before it fails: one that all have declined, as another
+replica may be starting; and one whose base nobody has, as another fleet of this database may be away."""
 _MAX_VALIDATING = 4
 """Jobs whose data a replica reads or is about to read, so that others get some."""
 T = TypeVar("T")
@@ -119,6 +122,7 @@ class ReplicaJobs:
         self._wake, self._left = asyncio.Event(), asyncio.Event()
         self._next_claim_s, self._claiming, self._stopping = 0.0, False, False
         self._next_hopeless_s = self._clock() + HOPELESS_S
+        self._hopeless_since: dict[str, float] = {}
         self._refused_s = -math.inf  # when the database last refused a claim or a renewal
         engine.supervisor.on_up(self._engine_up)
         engine.supervisor.on_down(self._engine_down)
@@ -253,7 +257,7 @@ class ReplicaJobs:
             ))
             if claimed is None and others_had_time and now >= self._next_hopeless_s:
                 self._next_hopeless_s = now + HOPELESS_S * random.uniform(0.8, 1.2)
-                claimed = await self._in_thread(lambda: self._claims.claim_hopeless(fingerprint))
+                claimed = await self._in_thread(lambda: self._claim_hopeless(fingerprint, now))
             if claimed is None:
                 self._next_claim_s = now + min(POLL_S * random.uniform(0.8, 1.2), max(delay, 0.05) if delay else POLL_S)
             else:
@@ -272,6 +276,14 @@ class ReplicaJobs:
             self._claiming = False
             self._wake.set()
 
+    def _claim_hopeless(self, fingerprint: str, now: float) -> ClaimedJob | None:
+        """A job that no replica could take at any look for long enough."""
+        found = self._claims.find_hopeless(fingerprint)
+        self._hopeless_since = {job: self._hopeless_since.get(job, now) for job in found}
+        limits = {job: FOREIGN_S if foreign else DECLINED_S for job, foreign in found.items()}
+        late = [job for job, limit in limits.items() if now - self._hopeless_since[job] >= limit]
+        return self._claims.claim_hopeless(fingerprint, late) if late else None
+
     def _others_had_time(self, now: float) -> bool:
         """Whether others would have renewed their leases by now, if they live. Where the database was away for longer than a
         lease, all leases have ended when it is back."""
@@ -282,14 +294,15 @@ class ReplicaJobs:
         self._book.took(record.id, claimed.epoch, sent_s)
         live = UnfinishedJob(record, furthest=record.step, strikes=claimed.strikes, struck_at=claimed.struck_at)
         self._mine[record.id] = mine = _Mine(live, run_name(record.id, claimed.epoch))
-        runner.live[record.id] = live
         self._outputs.start_sha256[record.id] = claimed.start_sha256 or ""
         try:
             await asyncio.to_thread(self._outputs.open, record.id)
-        except StorageRefused as error:
-            _log.warning("a job can't be taken: %s", error, extra={"job": record.id})
+        except StorageRefused as error:  # of the scratch disk. Others are to have the job, which this replica would claim again
+            _log.warning("a job can't be taken, and none is for a while: %s", error, extra={"job": record.id})
+            self._next_claim_s = self._clock() + self._timing.lease_s
             self._give_back(mine)
-            raise
+            return
+        runner.live[record.id] = live
         if claimed.hopeless is not None:
             runner.spawn(runner.fail(live, JobFailed(claimed.hopeless)), live)
             return

@@ -29,7 +29,7 @@ from coserve.server.link.messages import (
 
 class Greeting(Message, frozen=True, kw_only=True):
     """An ingress lives, and wants to be told of the replica's state. One that has not said so for GREET_LIMIT_S counts as gone:
-    its requests are cancelled."""
+    the replica ends its requests, and says so in case it lives."""
 
 
 class Serve(Message, frozen=True, kw_only=True):
@@ -68,11 +68,13 @@ class Beat(Message, frozen=True, kw_only=True):
 
 
 class Returned(Message, frozen=True, kw_only=True):
-    """The replica gives a request back, which is not the cause and may go on elsewhere. problem: why the replica does not work
-    on it; None: its ingress was thought to be gone."""
+    """The replica gives a request back, which may go on elsewhere. problem: why the replica does not work on it; None: its
+    ingress was thought to be gone. suspect: whether the engine has begun it and says nothing since, so that the request may be
+    the cause."""
 
     id: str
     problem: Problem | None = None
+    suspect: bool = False
 
 
 ToReplica = Greeting | Serve | Cancel | Nudge | GetStats | ChargeTenants | Steps

@@ -5,11 +5,12 @@
     jobs/JOB/eEPOCH/model                           the tuned adapter
     jobs/JOB/eEPOCH/tensorboard, wandb              what integrations wrote
 
-Artifacts never change, and count only through rows of the index that name them; what none names is deleted when the job has
-ended (sweeping.py). So nobody sees what a replica sends that has
-lost its job. What is to be sent is first linked into a box, as the engine may delete its own files meanwhile. A box is a
-directory that nothing else uses, and goes once it is sent. Owns: that layout, what is in a box. Does not own: rows (fenced.py),
-where boxes are (scratch.py), when something is sent, and again (deliveries.py).
+Artifacts never change, and count only through rows of the index that name them. So nobody sees what a replica sends that has
+lost its job. What no row names is deleted when the job has ended (sweeping.py).
+
+What is to be sent is first linked into a box, as the engine may delete its own files meanwhile. A box is a directory that
+nothing else uses, and goes once it is sent. Owns: that layout, what is in a box. Does not own: rows (fenced.py), where boxes
+are (scratch.py), when something is sent, and again (deliveries.py).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from coserve.server.errors import EngineUnavailable, make_error
 from coserve.server.link.messages import AdapterRef, Cancel, ChargeTenants, Failed, Generate, Ready, Tokens
 from coserve.server.link.streams import RequestStream
 from coserve.server.logs import present_request
-from coserve.server.replicas.links import FleetLink, FleetLinks
+from coserve.server.replicas.links import LOST_S, FleetLink, FleetLinks
 from coserve.server.replicas.members import Member
 from coserve.server.replicas.messages import (
     GREET_EVERY_S,
@@ -224,15 +224,17 @@ class EnginePool:
         await self._links.close()
 
     async def _watch(self) -> None:
-        greeted_s = -math.inf
+        greeted_s = looked_s = -math.inf
         while True:
             now = time.monotonic()
+            slept, looked_s = now - looked_s > LOST_S / 2, now
             try:
                 if now - greeted_s >= GREET_EVERY_S:
                     greeted_s = now
                     self._links.greet()
                     self._charge()
-                self._links.look(now)
+                if not slept:  # else what has come meanwhile has to be read first
+                    self._links.look(now)
                 self._settle()
             except Exception:  # a fault of ours must not end the watch: nobody would notice replicas that die
                 _log.exception("the look at the replicas failed")
@@ -307,11 +309,12 @@ class EnginePool:
         moving = self._placed.get(message.id)
         if moving is None:
             return
+        moving.crashes += message.suspect
         error = None if message.problem is None else make_error(message.problem)
         if isinstance(error, EngineUnavailable):
             self._doubt(link)
-        if error is None:
-            self._move(moving)
+        if error is None or message.suspect:
+            self._move(moving, error)
         else:
             self._refuse(link, moving, error)
 
@@ -323,13 +326,13 @@ class EnginePool:
     def _refuse(self, link: FleetLink, moving: _Moving, error: CoserveError) -> None:
         """A replica does not take a request, which another one may take."""
         moving.refused.add(link.member.id)
-        self._move(moving, error)
+        self._move(moving, error, since_s=moving.moved_s)
 
     def _on_lost(self, link: FleetLink) -> None:
         self._router.remove(link.member.id)
         for moving in [moving for moving in self._placed.values() if moving.link is link]:
             link.post(Cancel(id=moving.id))  # should it come back
-            self._move(moving, since_s=link.heard_s)
+            self._move(moving, since_s=max(link.heard_s, time.monotonic() - LOST_S))  # this process may have slept
 
     # --- where requests go ---
 
@@ -367,8 +370,8 @@ class EnginePool:
         self._requests.pop(moving.message.id, None)
 
     def _move(self, moving: _Moving, error: CoserveError | None = None, *, since_s: float | None = None) -> None:
-        """The request goes on at another replica, as soon as there is one. error: why it can't stay. since_s: when its replica
-        was last heard; None: now."""
+        """The request goes on at another replica, as soon as there is one. error: why it can't stay. since_s: since when it has
+        none; None: now."""
         self._leave(moving)
         moving.moves += 1
         moving.error = error
@@ -376,8 +379,7 @@ class EnginePool:
             self._end(moving)
             moving.stream.fail(error or EngineUnavailable("the request was moved too often; try again"))
             return
-        if moving.moved_s is None:
-            moving.moved_s = time.monotonic() if since_s is None else since_s
+        moving.moved_s = time.monotonic() if since_s is None else since_s
         self._homeless.append(moving)
         if self._settling is None:  # once for all that move together, when it is known which replicas are left
             self._settling = asyncio.get_running_loop().call_soon(self._settle)
@@ -390,17 +392,18 @@ class EnginePool:
         for moving in waiting:
             if moving.message.id not in self._requests:
                 continue  # its client has gone
+            in_time = moving.moved_s is None or now - moving.moved_s < PATIENCE_S
             try:
-                self._place(moving)
+                if in_time or not isinstance(moving.error, CapacityError):  # else each replica would be slow to refuse it
+                    self._place(moving)
+                    continue
             except (NoReplica, CapacityError, EngineUnavailable):
                 moving.refused.clear()  # by then they may take it
-                can_wait = moving.answered or not isinstance(moving.error, CapacityError)
-                if can_wait and moving.moved_s is not None and now - moving.moved_s < PATIENCE_S:
+                if in_time and (moving.answered or not isinstance(moving.error, CapacityError)):
                     self._homeless.append(moving)
-                else:
-                    self._end(moving)
-                    lost = EngineUnavailable(self.trouble or "the replica was lost; try again")
-                    moving.stream.fail(moving.error or lost)
+                    continue
+            self._end(moving)
+            moving.stream.fail(moving.error or EngineUnavailable(self.trouble or "the replica was lost; try again"))
 
     def _cancel(self, stream: RequestStream) -> None:
         moving = self._requests.get(stream.id)

@@ -182,7 +182,7 @@ class ReplicaLink:
             if self._quiet_beats != 1:
                 self.tell()
             if self._silent:
-                self._give_back(list(self._streams), make_problem(EngineUnavailable(_SILENCE)))
+                self._give_back(list(self._streams), make_problem(EngineUnavailable(_SILENCE)), suspect=True)
             self._drop_gone()
             await asyncio.sleep(BEAT_EVERY_S)
 
@@ -273,13 +273,14 @@ class ReplicaLink:
         if served is not None and served.stream is not None:
             self._begin(served.stream.aclose())
 
-    def _give_back(self, ids: Iterable[str], problem: Problem | None) -> None:
-        """These requests end here, and may go on elsewhere."""
+    def _give_back(self, ids: Iterable[str], problem: Problem | None, *, suspect: bool = False) -> None:
+        """These requests end here, and may go on elsewhere. suspect: whether those that the engine has may be the cause."""
         for id in ids:
             served = self._streams.get(id)
             if served is not None:
                 self._cancel(id)
-                self._tell(served.peer, Returned(id=id, problem=problem))
+                begun = served.stream is not None
+                self._tell(served.peer, Returned(id=id, problem=problem, suspect=suspect and begun))
 
     async def _tell_stats(self, peer: bytes, call: int) -> None:
         try:

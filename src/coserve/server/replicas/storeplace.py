@@ -6,10 +6,14 @@ Owns: that all processes of a fleet use one store. Does not own: the row that sa
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from coserve.core import ConfigError
+from coserve.server.errors import StorageRefused
 from coserve.server.index.place import DATA, is_of
 from coserve.server.index.store import Store
 from coserve.server.replicas.artifacts import ArtifactStore, open_store
@@ -18,6 +22,10 @@ from coserve.server.settings import ServerConfig
 
 CACHE_BYTES = 20 << 30
 """Bytes of fetched files that the processes of a machine keep below their data directory, where the disk has twice as much."""
+
+
+SETTLE_S = 60.0
+"""Seconds that the first processes of a fleet get to agree on their store."""
 
 
 def cache_directory(config: ServerConfig) -> Path:
@@ -35,7 +43,10 @@ def open_own_store(config: ServerConfig, index: Store) -> ArtifactStore:
         objects = open_objects(url, create=not used)
         return objects.identify()
 
-    known = index.settle_place(choose)
+    if index.find_place() is None:
+        with contextlib.suppress(ConfigError):  # libraries, credentials, connections: before the others have to wait
+            open_objects(url, create=False)
+    known = _settle(index, choose)
     if is_of(DATA, known):
         raise ConfigError(
             "database_url: this database belongs to a single server, whose files are in its data directory; replicas don't see "
@@ -49,3 +60,15 @@ def open_own_store(config: ServerConfig, index: Store) -> ArtifactStore:
             param="store",
         )
     return artifacts
+
+
+def _settle(index: Store, choose: Callable[[], str]) -> str:
+    """Index.settle_place. Others may be refused while one of them chooses, which a slow store makes long."""
+    until = time.monotonic() + SETTLE_S
+    while True:
+        try:
+            return index.settle_place(choose)
+        except StorageRefused:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
